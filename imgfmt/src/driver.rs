@@ -1,0 +1,32 @@
+//! What each image format implements. [`Image`](crate::Image) checks requests, then calls this.
+
+use std::fmt;
+
+use crate::error::Result;
+use crate::extent::ExtentList;
+use crate::mapping::Lease;
+use crate::storage::{Capabilities, Durability, Speed, TryRead, ZeroMode};
+use crate::units::{GuestOffset, GuestRange};
+
+/// An open image of one format. Every range handed in lies within [`size`](Self::size) and is not
+/// empty, and nothing that changes the image is called on one opened read-only.
+pub(crate) trait Driver: Send + Sync + fmt::Debug {
+    fn size(&self) -> u64;
+    fn capabilities(&self) -> Capabilities;
+    fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()>;
+    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead>;
+    fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
+    fn write_zeroes(
+        &self,
+        range: GuestRange,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<()>;
+    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
+    fn flush(&self) -> Result<()>;
+    fn cache(&self, range: GuestRange) -> Result<()>;
+    /// Appends extents from the start of `range` on until its end or until the list wants no more.
+    fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()>;
+    fn map_read(&self, range: GuestRange) -> Result<Lease>;
+}

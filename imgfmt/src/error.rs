@@ -1,0 +1,207 @@
+//! The error of every operation of this crate.
+//!
+//! An [`Error`] says what was tried, on which file and where, what was wrong, and what can be done.
+//! Callers decide by [`Error::kind`]; people read the [`Display`](fmt::Display) form.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What class of failure an [`Error`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The operating system reported a failure of reading, writing or syncing.
+    Io,
+    /// The file is not an image of the expected format, or its header contradicts itself.
+    InvalidFormat,
+    /// The image uses a feature that this version does not have, or a request asked for one.
+    Unsupported,
+    /// The image's metadata is damaged.
+    Corrupt,
+    /// The request lies outside the virtual disk.
+    OutOfBounds,
+    /// The image was opened read-only.
+    ReadOnly,
+    /// No space is left where the image is stored.
+    NoSpace,
+    /// The caller's [`OpenPolicy`](crate::OpenPolicy) forbids what the image refers to, or a guard
+    /// against harmful content refused a write.
+    PolicyDenied,
+    /// Another program, or another open image of this program, has the file locked.
+    Busy,
+    /// There is no file of that name.
+    NotFound,
+    /// The user may not open the file.
+    PermissionDenied,
+    /// A fast operation was asked for and only a slow one exists here. Nothing has been changed.
+    NotFast,
+    /// A new file was to be made and there is one already.
+    AlreadyExists,
+    /// An argument makes no sense, whatever the image.
+    InvalidInput,
+}
+
+/// Why an operation on an image failed.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: ErrorKind,
+    operation: &'static str,
+    path: Option<PathBuf>,
+    offset: Option<u64>,
+    detail: String,
+    source: Option<io::Error>,
+}
+
+/// The usual result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of `kind`: `operation` is a verb phrase such as "open" or "read from", `detail` a
+    /// clause that says what was wrong and what to do about it.
+    pub fn new(kind: ErrorKind, operation: &'static str, detail: impl Into<String>) -> Self {
+        Self(Box::new(Inner {
+            kind,
+            operation,
+            path: None,
+            offset: None,
+            detail: detail.into(),
+            source: None,
+        }))
+    }
+
+    /// An error of the operating system; the kind follows from its code.
+    pub fn from_io(operation: &'static str, source: io::Error) -> Self {
+        let mut error = Self::new(kind_of(&source), operation, detail_of(&source));
+        error.0.source = Some(source);
+        error
+    }
+
+    /// Names the file concerned.
+    #[must_use]
+    pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.0.path.get_or_insert_with(|| path.into());
+        self
+    }
+
+    /// Says at which byte offset of the virtual disk (or of the file, for metadata) it happened.
+    #[must_use]
+    pub fn at(mut self, offset: u64) -> Self {
+        self.0.offset.get_or_insert(offset);
+        self
+    }
+
+    /// The class of the failure.
+    pub fn kind(&self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// The file concerned, if one is known.
+    pub fn path(&self) -> Option<&Path> {
+        self.0.path.as_deref()
+    }
+
+    /// The byte offset at which it happened, if one is known.
+    pub fn offset(&self) -> Option<u64> {
+        self.0.offset
+    }
+
+    /// The operating system's error code (`errno`), if it was the one that failed.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.0.source.as_ref().and_then(io::Error::raw_os_error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot {}", self.0.operation)?;
+        match &self.0.path {
+            Some(path) => write!(f, " '{}'", path.display())?,
+            None => f.write_str(" the image")?,
+        }
+        if let Some(offset) = self.0.offset {
+            write!(f, " at offset {offset}")?;
+        }
+        write!(f, ": {}", self.0.detail)
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} ({self})", self.0.kind)
+    }
+}
+
+impl StdError for Error {
+    // The operating system's words are part of `detail` already: a chain printer that walks the
+    // sources would say them twice.
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        None
+    }
+}
+
+/// Whether this error means that the file system or device lacks the operation.
+pub(crate) fn is_not_supported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV))
+        || error.kind() == io::ErrorKind::Unsupported
+}
+
+fn kind_of(error: &io::Error) -> ErrorKind {
+    match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => return ErrorKind::NoSpace,
+        Some(libc::EROFS) => return ErrorKind::ReadOnly,
+        _ => {}
+    }
+    match error.kind() {
+        io::ErrorKind::NotFound => ErrorKind::NotFound,
+        io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+        io::ErrorKind::StorageFull => ErrorKind::NoSpace,
+        io::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
+        io::ErrorKind::Unsupported => ErrorKind::Unsupported,
+        _ => ErrorKind::Io,
+    }
+}
+
+fn detail_of(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no such file; check the path".into(),
+        io::ErrorKind::PermissionDenied => {
+            "permission denied; check the rights of the file and of its folder".into()
+        }
+        io::ErrorKind::UnexpectedEof => {
+            "the file ends before this point; has it been truncated while it was open?".into()
+        }
+        io::ErrorKind::StorageFull => "no space is left on the device; free some".into(),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_names_operation_file_place_and_reason() {
+        let error = Error::from_io("write to", io::Error::from_raw_os_error(libc::ENOSPC))
+            .with_path("/disk.img")
+            .at(4096);
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        assert_eq!(
+            error.to_string(),
+            "cannot write to '/disk.img' at offset 4096: no space is left on the device; free some"
+        );
+    }
+
+    #[test]
+    fn the_innermost_path_and_offset_are_kept() {
+        let error = Error::new(ErrorKind::Corrupt, "read", "bad entry")
+            .with_path("inner")
+            .at(1)
+            .with_path("outer")
+            .at(2);
+        assert_eq!(error.to_string(), "cannot read 'inner' at offset 1: bad entry");
+    }
+}

@@ -1,0 +1,296 @@
+//! [`Image`]: a virtual disk, whatever its format.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::driver::Driver;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentList};
+use crate::mapping::Lease;
+use crate::options::{Access, Format, OpenOptions};
+use crate::probe::{PROBE_LENGTH, Probed, probe};
+use crate::raw::{FirstSector, Raw};
+use crate::storage::{Capabilities, Durability, FileStorage, Speed, Storage, TryRead, ZeroMode};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
+
+/// An open virtual disk.
+///
+/// All methods take `&self` and may be called from several threads at once. Requests may have any
+/// alignment and length. A request of no bytes does nothing and succeeds if its offset is not
+/// beyond the end. Requests that overlap and run at the same time leave a mix of both.
+#[derive(Debug)]
+pub struct Image {
+    driver: Box<dyn Driver>,
+    path: Option<Box<Path>>,
+    format: Format,
+    access: Access,
+}
+
+impl Image {
+    /// Opens the image in a file or block device.
+    ///
+    /// If no format is given it is found by looking at the first bytes of the file. Those bytes
+    /// belong to the guest when the image is raw, so a writable raw image found this way refuses
+    /// writes to its first sector that would make it look like another format; give the format to
+    /// write anything.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` and `PermissionDenied`; `InvalidFormat` for a directory, a pipe or anything else
+    /// that is not an image; `Unsupported` for formats and features that this crate does not have;
+    /// `Busy` if another program uses the file in a way that contradicts `options`; `Io`.
+    pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
+        let path = path.as_ref();
+        let storage = FileStorage::open(path, options.access, options.locking)?;
+        let mut image = Self::from_storage(Arc::new(storage), options)
+            .map_err(|error| error.with_path(path))?;
+        image.path = Some(path.into());
+        Ok(image)
+    }
+
+    /// Opens the image in any storage. Locks are the storage's own matter.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn from_storage(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
+        let (format, first_sector) = match options.format {
+            Some(format) => (format, FirstSector::Free),
+            None => (probe_storage(&*storage)?, FirstSector::Guarded),
+        };
+        let driver: Box<dyn Driver> = match format {
+            Format::Raw => Box::new(Raw::new(storage, first_sector)?),
+            Format::Qcow2 => {
+                return Err(Error::new(
+                    ErrorKind::Unsupported,
+                    "open",
+                    "qcow2 images cannot be read by this version; convert it to raw first",
+                ));
+            }
+        };
+        Ok(Self { driver, path: None, format, access: options.access })
+    }
+
+    /// The size of the virtual disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.driver.size()
+    }
+
+    /// The image's format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Whether the image may be changed.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// The file the image was opened from, if it was one.
+    pub fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// What the image can do and which request sizes suit it.
+    pub fn capabilities(&self) -> Capabilities {
+        let capabilities = self.driver.capabilities();
+        match self.access {
+            Access::ReadWrite => capabilities,
+            Access::ReadOnly => Capabilities { fast_zero: false, discard: false, ..capabilities },
+        }
+    }
+
+    /// Fills `buffer` from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds` if that goes beyond the end of the disk, `Corrupt`, `Io`.
+    pub fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let range = self.check("read", offset, buffer.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.driver.read_at(offset, buffer).map_err(|error| self.name(error))
+    }
+
+    /// Fills `buffer` from `offset` on if that needs no waiting for a disk.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at).
+    pub fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+        let range = self.check("read", offset, buffer.len() as u64)?;
+        if range.is_empty() {
+            return Ok(TryRead::Complete);
+        }
+        self.driver.try_read_at(offset, buffer).map_err(|error| self.name(error))
+    }
+
+    /// Writes `data` from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// `ReadOnly`; `OutOfBounds` if that goes beyond the end of the disk; `NoSpace`; `PolicyDenied`
+    /// if the first sector is guarded (see [`open`](Self::open)); `Io`. After an error the range
+    /// may have been written in part.
+    pub fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
+        let range = self.check_change("write to", offset, data.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.driver.write_at(offset, data, durability).map_err(|error| self.name(error))
+    }
+
+    /// Sets a range to zero.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_at`](Self::write_at); and `NotFast`, with nothing changed, if only a fast way was
+    /// allowed and there is none.
+    pub fn write_zeroes(
+        &self,
+        range: GuestRange,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<()> {
+        let range = self.check_change("write zeroes to", range.offset(), range.length())?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let result = self.driver.write_zeroes(range, mode, speed, durability);
+        result.map_err(|error| self.name(error))
+    }
+
+    /// Says that the content of a range is of no more interest, so that its space can be given
+    /// back. The range then reads as its old content or as zero. Where nothing can be given back,
+    /// nothing happens.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_at`](Self::write_at).
+    pub fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+        let range = self.check_change("discard", range.offset(), range.length())?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.driver.discard(range, durability).map_err(|error| self.name(error))
+    }
+
+    /// Waits until everything whose write returned before is on stable storage.
+    ///
+    /// # Errors
+    ///
+    /// `Io`. Nothing is known then about writes since the last flush that succeeded.
+    pub fn flush(&self) -> Result<()> {
+        match self.access {
+            Access::ReadOnly => Ok(()),
+            Access::ReadWrite => self.driver.flush().map_err(|error| self.name(error)),
+        }
+    }
+
+    /// Starts to bring a range into memory, without waiting for it.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Io`.
+    pub fn cache(&self, range: GuestRange) -> Result<()> {
+        let range = self.check("read ahead in", range.offset(), range.length())?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.driver.cache(range).map_err(|error| self.name(error))
+    }
+
+    /// What the parts of a range hold, in order, without gaps, from its start on. At most
+    /// `max_count` extents are returned; they may then end before the range does.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Corrupt`, `Io`.
+    pub fn extents(&self, range: GuestRange, max_count: usize) -> Result<Vec<Extent>> {
+        let range = self.check("map", range.offset(), range.length())?;
+        let mut list = ExtentList::new(max_count);
+        if !range.is_empty() && max_count > 0 {
+            self.driver.extents(range, &mut list).map_err(|error| self.name(error))?;
+        }
+        Ok(list.into_vec())
+    }
+
+    /// Finds where the bytes of a range are, so that the caller can move them.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Corrupt`, `Io`.
+    pub fn map_read(&self, range: GuestRange) -> Result<Lease> {
+        let range = self.check("map", range.offset(), range.length())?;
+        if range.is_empty() {
+            return Ok(Lease::fixed(Vec::new()));
+        }
+        self.driver.map_read(range).map_err(|error| self.name(error))
+    }
+
+    /// Checks that a request lies within the disk.
+    fn check(
+        &self,
+        operation: &'static str,
+        offset: GuestOffset,
+        length: u64,
+    ) -> Result<GuestRange> {
+        let size = self.size();
+        match GuestRange::new(offset, length) {
+            Some(range) if range.end().bytes() <= size => Ok(range),
+            _ => Err(self.name(
+                Error::new(
+                    ErrorKind::OutOfBounds,
+                    operation,
+                    format!("{length} bytes from there go beyond the end of the disk ({size})"),
+                )
+                .at(offset.bytes()),
+            )),
+        }
+    }
+
+    /// As [`check`](Self::check), and that the image may be changed.
+    fn check_change(
+        &self,
+        operation: &'static str,
+        offset: GuestOffset,
+        length: u64,
+    ) -> Result<GuestRange> {
+        match self.access {
+            Access::ReadWrite => self.check(operation, offset, length),
+            Access::ReadOnly => Err(self.name(Error::new(
+                ErrorKind::ReadOnly,
+                operation,
+                "the image was opened read-only",
+            ))),
+        }
+    }
+
+    fn name(&self, error: Error) -> Error {
+        match &self.path {
+            Some(path) => error.with_path(&**path),
+            None => error,
+        }
+    }
+}
+
+/// Finds the format of what a storage holds.
+fn probe_storage(storage: &dyn Storage) -> Result<Format> {
+    let mut start = [0; PROBE_LENGTH];
+    let length = storage
+        .read_at(HostOffset::new(0), &mut start)
+        .map_err(|error| Error::from_io("read the start of", error))?;
+    match probe(&start[..length]) {
+        Probed::Known(format) => Ok(format),
+        Probed::Foreign(name) => Err(Error::new(
+            ErrorKind::Unsupported,
+            "open",
+            format!(
+                "it looks like a {name} image, which cannot be read; convert it, or give the \
+                 format 'raw' to use its bytes as they are"
+            ),
+        )),
+    }
+}

@@ -1,0 +1,51 @@
+//! Disk images without a network: opened, read, written and mapped.
+//!
+//! Everything is synchronous, positional and works through `&self`, so that one [`Image`] can be
+//! used from any number of threads and from any async runtime's worker threads.
+//!
+//! ```
+//! use imgfmt::{Access, Durability, Format, GuestOffset, GuestRange, Image, OpenOptions};
+//!
+//! # fn main() -> imgfmt::Result<()> {
+//! # let folder = tempfile::tempdir().expect("a folder for the example");
+//! # let path = folder.path().join("disk.img");
+//! # std::fs::File::create(&path).and_then(|file| file.set_len(1 << 20)).expect("a disk");
+//! let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+//! let disk = Image::open(&path, &options)?;
+//! disk.write_at(GuestOffset::new(65536), b"hello", Durability::Cached)?;
+//! disk.flush()?;
+//!
+//! let mut greeting = [0; 5];
+//! disk.read_at(GuestOffset::new(65536), &mut greeting)?;
+//! assert_eq!(&greeting, b"hello");
+//!
+//! let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
+//! for extent in disk.extents(whole, 100)? {
+//!     println!("{}: {:?}", extent.range, extent.kind);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What this crate does not do: it knows no network protocol, and it never follows a name that an
+//! image contains without being allowed to.
+
+mod driver;
+mod error;
+mod extent;
+mod image;
+mod mapping;
+mod options;
+mod probe;
+mod raw;
+pub mod storage;
+mod sys;
+mod units;
+
+pub use error::{Error, ErrorKind, Result};
+pub use extent::{Extent, ExtentKind};
+pub use image::Image;
+pub use mapping::{Lease, Mapping};
+pub use options::{Access, Format, Locking, OpenOptions};
+pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, ZeroMode};
+pub use units::{GuestOffset, GuestRange, HostOffset};

@@ -1,0 +1,75 @@
+//! Mappings: where the bytes of a disk are, so that a caller can move them itself.
+
+use std::sync::Arc;
+
+use crate::storage::Storage;
+use crate::units::{GuestRange, HostOffset};
+
+/// Where a part of a disk is stored.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Mapping {
+    /// The bytes lie in one piece in a storage, most often a file whose descriptor
+    /// [`Storage::as_fd`] gives.
+    File {
+        /// Which part of the disk this is; never empty.
+        range: GuestRange,
+        /// The storage that holds it.
+        storage: Arc<dyn Storage>,
+        /// Where in the storage it starts.
+        offset: HostOffset,
+    },
+    /// The part reads as zero.
+    Zero {
+        /// Which part of the disk this is; never empty.
+        range: GuestRange,
+    },
+    /// The part is stored in another form: read it with [`Image::read_at`](crate::Image::read_at).
+    Encoded {
+        /// Which part of the disk this is; never empty.
+        range: GuestRange,
+    },
+}
+
+impl Mapping {
+    /// Which part of the disk this is.
+    pub fn range(&self) -> GuestRange {
+        match self {
+            Self::File { range, .. } | Self::Zero { range } | Self::Encoded { range } => *range,
+        }
+    }
+}
+
+/// The mappings of a range and the promise that they stay true.
+///
+/// While a lease lives, the places its mappings name are not given to other parts of the disk.
+/// Writes to the range itself still show. Keep it until the bytes have been moved, also out of a
+/// socket's queue if they were sent without a copy, and drop it soon after.
+#[derive(Debug)]
+pub struct Lease {
+    mappings: Vec<Mapping>,
+    guard: Option<Box<dyn LeaseGuard>>,
+}
+
+/// What an image format has to do when a lease ends: it is dropped with the lease.
+pub(crate) trait LeaseGuard: Send + Sync + std::fmt::Debug {}
+
+impl Lease {
+    /// A lease for an image whose places never move.
+    pub(crate) fn fixed(mappings: Vec<Mapping>) -> Self {
+        Self { mappings, guard: None }
+    }
+
+    /// The mappings in order of their offsets; together they cover the range that was asked for.
+    pub fn mappings(&self) -> &[Mapping] {
+        &self.mappings
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        // The mappings hold the files open; let them go before the places are given away.
+        self.mappings.clear();
+        self.guard = None;
+    }
+}

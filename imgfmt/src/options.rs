@@ -1,0 +1,106 @@
+//! How an image is opened.
+
+use std::fmt;
+
+/// How the bytes of a file make up a virtual disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Format {
+    /// The file is the disk, byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+impl Format {
+    /// The name QEMU's tools use for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+
+    /// The format of that name, if there is one.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Whether an image may be changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Nothing in the file is ever changed.
+    #[default]
+    ReadOnly,
+    /// Data may be written.
+    ReadWrite,
+}
+
+/// Whether a file is locked against other programs while it is open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Locking {
+    /// Locks that QEMU's tools and this crate respect are held while the image is open.
+    #[default]
+    On,
+    /// No locks. Two writers of one image destroy it: only for files nobody else can open.
+    Off,
+}
+
+/// How to open an image; made with [`OpenOptions::new`] and changed field by field.
+///
+/// ```
+/// use imgfmt::{Access, Format, OpenOptions};
+///
+/// let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+/// assert_eq!(options.format, Some(Format::Raw));
+/// ```
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// The format; `None` finds it by looking at the first bytes of the file. See
+    /// [`Image::open`](crate::Image::open) for what that means for writable raw images.
+    pub format: Option<Format>,
+    /// Whether the image may be changed.
+    pub access: Access,
+    /// Whether it is locked while it is open.
+    pub locking: Locking,
+}
+
+impl OpenOptions {
+    /// Read-only, with locks, in whatever format the file has.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Opens the file in this format, whatever its first bytes look like.
+    #[must_use]
+    pub fn format(mut self, format: Format) -> Self {
+        self.format = Some(format);
+        self
+    }
+
+    /// Says whether the image may be changed.
+    #[must_use]
+    pub fn access(mut self, access: Access) -> Self {
+        self.access = access;
+        self
+    }
+
+    /// Says whether the file is locked while it is open.
+    #[must_use]
+    pub fn locking(mut self, locking: Locking) -> Self {
+        self.locking = locking;
+        self
+    }
+}

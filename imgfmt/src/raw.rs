@@ -1,0 +1,198 @@
+//! Raw images: the file is the disk.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::driver::Driver;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentList};
+use crate::mapping::{Lease, Mapping};
+use crate::options::Format;
+use crate::probe::{PROBE_LENGTH, Probed, probe};
+use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, ZeroMode};
+use crate::units::{GuestOffset, GuestRange, HostOffset};
+
+/// Whether the first sector is kept from looking like another format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FirstSector {
+    /// The caller said that the image is raw: the guest may write what it likes.
+    Free,
+    /// The format was found by probing: see [`probe`](crate::probe).
+    Guarded,
+}
+
+/// An open raw image. Its size is the one it had when it was opened.
+#[derive(Debug)]
+pub(crate) struct Raw {
+    storage: Arc<dyn Storage>,
+    size: u64,
+    /// Held while a guarded first sector is checked and changed.
+    first_sector: Option<Mutex<()>>,
+}
+
+impl Raw {
+    pub(crate) fn new(storage: Arc<dyn Storage>, first_sector: FirstSector) -> Result<Self> {
+        let size = storage.len().map_err(|error| Error::from_io("find the size of", error))?;
+        let first_sector = match first_sector {
+            FirstSector::Free => None,
+            FirstSector::Guarded => Some(Mutex::new(())),
+        };
+        Ok(Self { storage, size, first_sector })
+    }
+
+    /// Runs `change` after making sure that a change of the first bytes of the disk from `offset`
+    /// on, as `apply` makes it, leaves the image looking raw.
+    fn guarded(
+        &self,
+        offset: GuestOffset,
+        apply: impl FnOnce(&mut [u8]),
+        change: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(lock) = &self.first_sector else { return change() };
+        if offset.bytes() >= PROBE_LENGTH as u64 {
+            return change();
+        }
+        let _held = lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sector = [0; PROBE_LENGTH];
+        let length = self.storage.read_at(HostOffset::new(0), &mut sector).map_err(io("read"))?;
+        apply(&mut sector[offset.bytes() as usize..]);
+        // A write behind the present end of the file still belongs to the sector.
+        match probe(&sector[..length.max(self.size.min(PROBE_LENGTH as u64) as usize)]) {
+            Probed::Known(Format::Raw) => change(),
+            _ => Err(Error::new(
+                ErrorKind::PolicyDenied,
+                "write to",
+                "the first sector would then look like another image format, because this raw \
+                 image was found by probing; open it with the format 'raw' given",
+            )
+            .at(offset.bytes())),
+        }
+    }
+
+    fn sync_if(&self, durability: Durability) -> Result<()> {
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush(),
+        }
+    }
+}
+
+impl Driver for Raw {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.storage.capabilities()
+    }
+
+    fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        self.storage.read_exact_at(host(offset), buffer).map_err(io("read")).map_err(at(offset))
+    }
+
+    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+        self.storage.try_read_at(host(offset), buffer).map_err(io("read")).map_err(at(offset))
+    }
+
+    fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
+        let apply = |sector: &mut [u8]| {
+            let length = sector.len().min(data.len());
+            sector[..length].copy_from_slice(&data[..length]);
+        };
+        self.guarded(offset, apply, || {
+            self.storage
+                .write_at(host(offset), data, durability)
+                .map_err(io("write to"))
+                .map_err(at(offset))
+        })
+    }
+
+    fn write_zeroes(
+        &self,
+        range: GuestRange,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<()> {
+        self.guarded(range.offset(), zero_start(range), || {
+            let result =
+                self.storage.write_zeroes(host(range.offset()), range.length(), mode, speed);
+            result.map_err(|error| match speed {
+                Speed::FastOnly if error.kind() == std::io::ErrorKind::Unsupported => Error::new(
+                    ErrorKind::NotFast,
+                    "write zeroes to",
+                    "this file or device has no fast way to do so; allow the slow one",
+                ),
+                _ => Error::from_io("write zeroes to", error),
+            })
+        })
+        .map_err(at(range.offset()))?;
+        self.sync_if(durability)
+    }
+
+    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+        let result = self.guarded(range.offset(), zero_start(range), || {
+            self.storage.punch_hole(host(range.offset()), range.length()).map_err(io("discard"))
+        });
+        match result {
+            // A discard is advice: where it cannot be followed nothing happens.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            Err(error) => Err(error.at(range.offset().bytes())),
+            Ok(()) => self.sync_if(durability),
+        }
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.storage.sync().map_err(io("flush"))
+    }
+
+    fn cache(&self, range: GuestRange) -> Result<()> {
+        self.storage
+            .readahead(host(range.offset()), range.length())
+            .map_err(io("read ahead in"))
+            .map_err(at(range.offset()))
+    }
+
+    fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()> {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let found = self
+                .storage
+                .next_extent(host(rest.offset()), rest.length())
+                .map_err(io("look for holes in"))
+                .map_err(at(rest.offset()))?;
+            // A storage that answered with nothing or too much must not make this loop or overrun.
+            let length = found.length.clamp(1, rest.length());
+            let piece = GuestRange::new(rest.offset(), length).unwrap_or(rest);
+            if !list.push(Extent { range: piece, kind: found.kind, depth: 1 }) {
+                break;
+            }
+            rest = GuestRange::between(piece.end(), range.end()).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    fn map_read(&self, range: GuestRange) -> Result<Lease> {
+        let storage = Arc::clone(&self.storage);
+        Ok(Lease::fixed(vec![Mapping::File { range, storage, offset: host(range.offset()) }]))
+    }
+}
+
+fn host(offset: GuestOffset) -> HostOffset {
+    HostOffset::new(offset.bytes())
+}
+
+fn io(operation: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |error| Error::from_io(operation, error)
+}
+
+fn at(offset: GuestOffset) -> impl Fn(Error) -> Error {
+    move |error| error.at(offset.bytes())
+}
+
+/// Sets the bytes of a first sector to zero that a range covers from its offset on.
+fn zero_start(range: GuestRange) -> impl FnOnce(&mut [u8]) {
+    move |sector| {
+        let length = usize::try_from(range.length()).unwrap_or(usize::MAX).min(sector.len());
+        sector[..length].fill(0);
+    }
+}

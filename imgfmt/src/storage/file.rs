@@ -1,0 +1,399 @@
+//! Regular files and block devices.
+
+use std::fs::{File, FileType, Metadata, OpenOptions};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom};
+use rustix::io::{Errno, ReadWriteFlags};
+
+use super::lock::{self, LockOutcome};
+use super::{
+    Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode, zero,
+};
+use crate::error::{Error, ErrorKind, Result, is_not_supported};
+use crate::extent::ExtentKind;
+use crate::options::{Access, Locking};
+use crate::units::HostOffset;
+
+/// A regular file or a block device.
+#[derive(Debug)]
+pub struct FileStorage {
+    file: File,
+    kind: Kind,
+    identity: FileIdentity,
+    rotational: bool,
+    preferred_size: u32,
+    /// Operations that this file system has turned out to lack; they are not tried again.
+    lacks: Lacks,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Regular,
+    BlockDevice {
+        /// Zeroes and discards have to be aligned to this.
+        logical_block_size: u64,
+    },
+}
+
+#[derive(Debug, Default)]
+struct Lacks {
+    punch_hole: AtomicBool,
+    zero_range: AtomicBool,
+    no_wait: AtomicBool,
+    seek_hole: AtomicBool,
+}
+
+impl FileStorage {
+    /// Opens a file that exists.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`, `PermissionDenied`, `ReadOnly` (file system), `InvalidFormat` for a directory,
+    /// pipe, socket or character device, `Busy` if the locks of another program forbid it,
+    /// `Unsupported` if locks were asked for and the file system has none.
+    pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
+        // A pipe or a socket is refused before it is opened, because opening may hang or disturb
+        // whoever is at the other end; what was opened is looked at again below.
+        let metadata = std::fs::metadata(path).map_err(open_error(path))?;
+        refuse_what_is_no_image(path, metadata.file_type())?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(access == Access::ReadWrite)
+            .custom_flags(OFlags::NONBLOCK.bits() as i32)
+            .open(path)
+            .map_err(open_error(path))?;
+        let metadata = file.metadata().map_err(open_error(path))?;
+        refuse_what_is_no_image(path, metadata.file_type())?;
+        clear_non_blocking(&file).map_err(open_error(path))?;
+        if locking == Locking::On {
+            lock_file(&file, path, access)?;
+        }
+        Ok(Self::from_file(file, &metadata))
+    }
+
+    fn from_file(file: File, metadata: &Metadata) -> Self {
+        let is_device = metadata.file_type().is_block_device();
+        let kind = if is_device {
+            let size = rustix::fs::ioctl_blksszget(&file).map_or(512, u64::from);
+            Kind::BlockDevice { logical_block_size: size.max(1) }
+        } else {
+            Kind::Regular
+        };
+        let identity = FileIdentity {
+            device: if is_device { metadata.rdev() } else { metadata.dev() },
+            inode: if is_device { 0 } else { metadata.ino() },
+        };
+        let block_size = u32::try_from(metadata.blksize()).unwrap_or(4096);
+        let lacks = Lacks::default();
+        // What a file system lacks shows when it is tried; what a device lacks it says beforehand.
+        let cannot_discard = is_device && !device_can_discard(identity.device);
+        lacks.punch_hole.store(cannot_discard, Relaxed);
+        Self {
+            file,
+            kind,
+            identity,
+            rotational: is_rotational(identity.device),
+            preferred_size: block_size.clamp(4096, 1 << 20).next_power_of_two(),
+            lacks,
+        }
+    }
+
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
+        let mode = mode | FallocateFlags::KEEP_SIZE;
+        loop {
+            match rustix::fs::fallocate(&self.file, mode, offset, length) {
+                Err(Errno::INTR) => {}
+                other => return other.map_err(io::Error::from),
+            }
+        }
+    }
+
+    /// Applies a mode of fallocate that leaves zeroes, and remembers if it does not exist here. On
+    /// a device the unaligned edges are written, after the middle has been done.
+    fn fallocate_zeroes(
+        &self,
+        mode: FallocateFlags,
+        lacking: &AtomicBool,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        if lacking.load(Relaxed) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
+        let (start_inner, end_inner) = match self.kind {
+            Kind::Regular => (offset, end),
+            Kind::BlockDevice { logical_block_size: block } => {
+                (offset.div_ceil(block).saturating_mul(block), end / block * block)
+            }
+        };
+        if start_inner >= end_inner {
+            return zero::write_zero_buffers(self, HostOffset::new(offset), length);
+        }
+        match self.fallocate(mode, start_inner, end_inner - start_inner) {
+            Err(error) if is_not_supported(&error) => {
+                lacking.store(true, Relaxed);
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            other => other?,
+        }
+        zero::write_zero_buffers(self, HostOffset::new(offset), start_inner - offset)?;
+        zero::write_zero_buffers(self, HostOffset::new(end_inner), end - end_inner)
+    }
+
+    fn write_through(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
+        while !data.is_empty() {
+            let flags = ReadWriteFlags::DSYNC;
+            match rustix::io::pwritev2(&self.file, &[IoSlice::new(data)], offset, flags) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    data = data.get(written..).unwrap_or_default();
+                    offset += written as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                    self.file.write_all_at(data, offset)?;
+                    return self.sync();
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Storage for FileStorage {
+    fn len(&self) -> io::Result<u64> {
+        match self.kind {
+            Kind::Regular => Ok(self.file.metadata()?.len()),
+            Kind::BlockDevice { .. } => Ok(rustix::fs::seek(&self.file, SeekFrom::End(0))?),
+        }
+    }
+
+    fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buffer.len() {
+            let position = offset.bytes().saturating_add(done as u64);
+            match self.file.read_at(&mut buffer[done..], position) {
+                Ok(0) => break,
+                Ok(read) => done += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
+        match durability {
+            Durability::Cached => self.file.write_all_at(data, offset.bytes()),
+            Durability::Fua => self.write_through(offset.bytes(), data),
+        }
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        match self.kind {
+            Kind::Regular => self.file.set_len(length),
+            Kind::BlockDevice { .. } => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        let (mode, lacking) = (FallocateFlags::PUNCH_HOLE, &self.lacks.punch_hole);
+        self.fallocate_zeroes(mode, lacking, offset.bytes(), length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let can_punch = !self.lacks.punch_hole.load(Relaxed);
+        let minimum_size = match self.kind {
+            Kind::Regular => 1,
+            Kind::BlockDevice { logical_block_size } => {
+                u32::try_from(logical_block_size).unwrap_or(512)
+            }
+        };
+        Capabilities {
+            fast_zero: can_punch,
+            discard: can_punch,
+            rotational: self.rotational,
+            minimum_size,
+            preferred_size: self.preferred_size,
+        }
+    }
+
+    fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
+        if self.lacks.no_wait.load(Relaxed) {
+            return Ok(TryRead::WouldBlock);
+        }
+        let wanted = buffer.len();
+        let mut buffers = [IoSliceMut::new(buffer)];
+        let flags = ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(&self.file, &mut buffers, offset.bytes(), flags) {
+            Ok(read) if read == wanted => Ok(TryRead::Complete),
+            // A part was in memory, or the file has become shorter: the blocking read will tell.
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => Ok(TryRead::WouldBlock),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
+                self.lacks.no_wait.store(true, Relaxed);
+                Ok(TryRead::WouldBlock)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: HostOffset,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+    ) -> io::Result<()> {
+        if mode == ZeroMode::MayUnmap {
+            match self.punch_hole(offset, length) {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                other => return other,
+            }
+        }
+        // On a device the kernel falls back to writing by itself, which is not fast.
+        let zero_range_may_be_slow = matches!(self.kind, Kind::BlockDevice { .. });
+        if speed == Speed::Any || !zero_range_may_be_slow {
+            let (flags, lacking) = (FallocateFlags::ZERO_RANGE, &self.lacks.zero_range);
+            match self.fallocate_zeroes(flags, lacking, offset.bytes(), length) {
+                Err(error) if error.kind() == io::ErrorKind::Unsupported => {}
+                other => return other,
+            }
+        }
+        match speed {
+            Speed::FastOnly => Err(io::ErrorKind::Unsupported.into()),
+            Speed::Any => zero::write_zero_buffers(self, offset, length),
+        }
+    }
+
+    fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
+        let all_data = StorageExtent { length, kind: ExtentKind::Data };
+        if self.kind != Kind::Regular || self.lacks.seek_hole.load(Relaxed) {
+            return Ok(all_data);
+        }
+        let offset = offset.bytes();
+        let data = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => {
+                // No data up to the end, or the end lies before: then reading must report it.
+                let end = self.len()?;
+                return Ok(match end.checked_sub(offset) {
+                    Some(rest) if rest > 0 => {
+                        StorageExtent { length: rest.min(length), kind: ExtentKind::Hole }
+                    }
+                    _ => all_data,
+                });
+            }
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                self.lacks.seek_hole.store(true, Relaxed);
+                return Ok(all_data);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if data > offset {
+            let length = length.min(data - offset);
+            return Ok(StorageExtent { length, kind: ExtentKind::Hole });
+        }
+        match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+            Ok(hole) if hole > offset => {
+                Ok(StorageExtent { length: length.min(hole - offset), kind: ExtentKind::Data })
+            }
+            // The file changed between the two calls; "data" is true of anything.
+            Ok(_) | Err(Errno::NXIO) => Ok(all_data),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn readahead(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        let length = std::num::NonZeroU64::new(length);
+        Ok(rustix::fs::fadvise(&self.file, offset.bytes(), length, Advice::WillNeed)?)
+    }
+
+    fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.file.as_fd())
+    }
+
+    fn identity(&self) -> Option<FileIdentity> {
+        Some(self.identity)
+    }
+}
+
+fn open_error(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |error| Error::from_io("open", error).with_path(path)
+}
+
+fn refuse_what_is_no_image(path: &Path, kind: FileType) -> Result<()> {
+    let what = if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a pipe"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    };
+    let detail = format!("it is {what}; give the path of an image file or of a block device");
+    Err(Error::new(ErrorKind::InvalidFormat, "open", detail).with_path(path))
+}
+
+/// `O_NONBLOCK` was needed to open safely; some kernel interfaces take it for "never wait".
+fn clear_non_blocking(file: &File) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)?)
+}
+
+fn lock_file(file: &File, path: &Path, access: Access) -> Result<()> {
+    let busy = |detail: &str| Err(Error::new(ErrorKind::Busy, "open", detail).with_path(path));
+    match lock::take(file.as_fd(), access) {
+        Ok(LockOutcome::Taken) => Ok(()),
+        Ok(LockOutcome::HeldByWriter) => busy(
+            "another program (a virtual machine, qemu-nbd, another export?) has it open for \
+             writing; end that first",
+        ),
+        Ok(LockOutcome::NotShared) => busy(
+            "another program (a virtual machine, qemu-nbd, another export?) is using it and does \
+             not share it with writers; end that first, or open it read-only",
+        ),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            busy("another program has locked it; end that first")
+        }
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::EINVAL))
+                || is_not_supported(&error) =>
+        {
+            let detail = "its file system has no locks; open it without locking if you are sure \
+                          that nobody else uses it";
+            Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
+        }
+        Err(error) => Err(Error::from_io("lock", error).with_path(path)),
+    }
+}
+
+/// Reads a number from the queue folder of a block device, or of the disk a partition is on.
+fn queue_attribute(device: u64, name: &str) -> Option<u64> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    ["", "../"].iter().find_map(|up| {
+        let path = format!("/sys/dev/block/{major}:{minor}/{up}queue/{name}");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    })
+}
+
+fn is_rotational(device: u64) -> bool {
+    queue_attribute(device, "rotational") == Some(1)
+}
+
+fn device_can_discard(device: u64) -> bool {
+    queue_attribute(device, "discard_max_bytes").is_some_and(|bytes| bytes > 0)
+}

@@ -1,0 +1,59 @@
+//! Locks that QEMU understands.
+//!
+//! QEMU keeps two programs from writing one image with open-file-description locks on single bytes
+//! far behind any header: a *shared* lock on byte 100 + n says "I hold permission n", one on byte
+//! 200 + n says "I do not tolerate that anyone else holds permission n". After taking its own
+//! locks a program looks for contradicting ones of others and gives up if it finds any. Both may
+//! give up when they start at the same instant; both going on is impossible.
+//!
+//! Permissions: 0 consistent read, 1 write, 2 write unchanged, 3 resize.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::options::Access;
+use crate::sys;
+
+const HELD_BASE: u64 = 100;
+const NOT_SHARED_BASE: u64 = 200;
+
+const CONSISTENT_READ: u64 = 0;
+const WRITE: u64 = 1;
+const RESIZE: u64 = 3;
+
+/// What came of the attempt to lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LockOutcome {
+    /// The locks are held until the file is closed.
+    Taken,
+    /// Someone else writes the file.
+    HeldByWriter,
+    /// Someone else does not tolerate what we want to do.
+    NotShared,
+}
+
+/// Takes the locks for `access`. When they are not taken, close the file to drop those that are.
+pub(super) fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome> {
+    let held: &[u64] = match access {
+        Access::ReadOnly => &[CONSISTENT_READ],
+        Access::ReadWrite => &[CONSISTENT_READ, WRITE, RESIZE],
+    };
+    let not_shared = [WRITE, RESIZE];
+    for permission in held {
+        sys::lock_byte_shared(fd, HELD_BASE + permission)?;
+    }
+    for permission in not_shared {
+        sys::lock_byte_shared(fd, NOT_SHARED_BASE + permission)?;
+    }
+    for permission in not_shared {
+        if sys::byte_is_locked(fd, HELD_BASE + permission)? {
+            return Ok(LockOutcome::HeldByWriter);
+        }
+    }
+    for permission in held {
+        if sys::byte_is_locked(fd, NOT_SHARED_BASE + permission)? {
+            return Ok(LockOutcome::NotShared);
+        }
+    }
+    Ok(LockOutcome::Taken)
+}

@@ -1,0 +1,27 @@
+//! Writing zeroes where nothing better exists.
+
+use std::io;
+
+use super::{Durability, Storage};
+use crate::units::HostOffset;
+
+/// Size of one write of zeroes: large enough for full speed, small enough to keep around.
+const ZERO_BUFFER_SIZE: usize = 256 * 1024;
+
+static ZEROES: [u8; ZERO_BUFFER_SIZE] = [0; ZERO_BUFFER_SIZE];
+
+/// Writes zeroes as data.
+pub(super) fn write_zero_buffers(
+    storage: &(impl Storage + ?Sized),
+    offset: HostOffset,
+    length: u64,
+) -> io::Result<()> {
+    let mut position = offset.bytes();
+    let end = position.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
+    while position < end {
+        let part = usize::try_from(end - position).unwrap_or(usize::MAX).min(ZERO_BUFFER_SIZE);
+        storage.write_at(HostOffset::new(position), &ZEROES[..part], Durability::Cached)?;
+        position += part as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! The system calls that need `unsafe`: open-file-description locks.
+//!
+//! Nothing else in this crate is unsafe. `rustix` has no call for `F_OFD_SETLK` and `F_OFD_GETLK`.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Takes a shared lock on one byte for the open file description behind `fd`, without waiting.
+///
+/// # Errors
+///
+/// `EAGAIN` or `EACCES` if another open file description holds an exclusive lock on the byte,
+/// `ENOLCK` or `EINVAL` if the file system has no such locks.
+pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, byte: u64) -> io::Result<()> {
+    let mut lock = byte_lock(libc::F_RDLCK, byte)?;
+    fcntl_lock(fd, libc::F_OFD_SETLK, &mut lock)
+}
+
+/// Whether another open file description holds any lock on this byte.
+pub(crate) fn byte_is_locked(fd: BorrowedFd<'_>, byte: u64) -> io::Result<bool> {
+    let mut lock = byte_lock(libc::F_WRLCK, byte)?;
+    fcntl_lock(fd, libc::F_OFD_GETLK, &mut lock)?;
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn byte_lock(kind: libc::c_int, byte: u64) -> io::Result<libc::flock> {
+    let start =
+        libc::off_t::try_from(byte).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+    // SAFETY: `flock` is a plain C structure of integers, for which all zeroes is a valid value.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = start;
+    lock.l_len = 1;
+    // `l_pid` must be 0 for open-file-description locks; `zeroed` made it so.
+    Ok(lock)
+}
+
+fn fcntl_lock(fd: BorrowedFd<'_>, command: libc::c_int, lock: &mut libc::flock) -> io::Result<()> {
+    // SAFETY: the descriptor is open while it is borrowed, and `lock` points to a whole `flock`
+    // that the kernel reads and, for F_OFD_GETLK, writes before the call returns.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), command, std::ptr::from_mut(lock)) };
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_lock_is_seen_by_another_description_and_not_by_its_own() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let one = file.reopen().unwrap();
+        let two = file.reopen().unwrap();
+        lock_byte_shared(one.as_fd(), 100).unwrap();
+        assert!(!byte_is_locked(one.as_fd(), 100).unwrap());
+        assert!(byte_is_locked(two.as_fd(), 100).unwrap());
+        assert!(!byte_is_locked(two.as_fd(), 101).unwrap());
+        lock_byte_shared(two.as_fd(), 100).unwrap();
+        drop(one);
+        drop(two);
+        assert!(!byte_is_locked(file.as_file().as_fd(), 100).unwrap());
+    }
+}
