@@ -26,7 +26,7 @@ pub enum ErrorKind {
     ReadOnly,
     /// No space is left where the image is stored.
     NoSpace,
-    /// The caller's [`OpenPolicy`](crate::OpenPolicy) forbids what the image refers to, or a guard
+    /// The caller's policy forbids what the image refers to, or a guard
     /// against harmful content refused a write.
     PolicyDenied,
     /// Another program, or another open image of this program, has the file locked.

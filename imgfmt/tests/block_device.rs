@@ -1,5 +1,5 @@
 //! A raw image on a block device: its size, and requests that are not aligned to its blocks.
-#![allow(clippy::unwrap_used)] // A test may fail.
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // A test may fail, and says what it skips.
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Random operations on a raw image do what the same operations do to a row of bytes.
-#![allow(clippy::unwrap_used)] // A test may fail.
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // A test may fail, and says what it skips.
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Helpers of the tests of this folder. Each test uses some of them.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::print_stdout)]
 
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
