@@ -1,0 +1,2 @@
+//! The `nbd-cli` program.
+fn main() {}

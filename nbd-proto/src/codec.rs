@@ -1,0 +1,127 @@
+//! Big-endian fields out of slices, without a panic for any input.
+
+use crate::ProtocolError;
+use crate::limits::MAX_STRING_LEN;
+
+/// Takes fields off the front of a slice. Every method gives `None` once the slice is exhausted.
+#[derive(Debug, Clone, Copy)]
+pub struct Reader<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    /// Reads from the start of `bytes`.
+    #[must_use]
+    pub const fn new(bytes: &'a [u8]) -> Self {
+        Self { rest: bytes }
+    }
+
+    /// The bytes that have not been taken yet.
+    #[must_use]
+    pub const fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
+    /// True when nothing is left.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.rest.is_empty()
+    }
+
+    /// Takes the next `len` bytes.
+    pub fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (head, rest) = self.rest.split_at_checked(len)?;
+        self.rest = rest;
+        Some(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, rest) = self.rest.split_first_chunk::<N>()?;
+        self.rest = rest;
+        Some(*head)
+    }
+
+    /// Takes a 16-bit number.
+    pub fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_be_bytes)
+    }
+
+    /// Takes a 32-bit number.
+    pub fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    /// Takes a 64-bit number.
+    pub fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_be_bytes)
+    }
+}
+
+/// Checks a string of the protocol: UTF-8, without NUL, at most [`MAX_STRING_LEN`] bytes
+/// (section "Terminology").
+///
+/// # Errors
+///
+/// [`ProtocolError::TooLong`] or [`ProtocolError::Malformed`], naming `what`.
+pub fn protocol_string<'a>(what: &'static str, bytes: &'a [u8]) -> Result<&'a str, ProtocolError> {
+    if bytes.len() > MAX_STRING_LEN {
+        return Err(ProtocolError::TooLong {
+            what,
+            length: bytes.len() as u64,
+            limit: MAX_STRING_LEN as u64,
+        });
+    }
+    let text = std::str::from_utf8(bytes)
+        .map_err(|_| ProtocolError::Malformed { what, why: "it is not UTF-8" })?;
+    if text.contains('\0') {
+        return Err(ProtocolError::Malformed { what, why: "it contains a NUL byte" });
+    }
+    Ok(text)
+}
+
+/// Cuts `text` to at most `limit` bytes at a character boundary.
+#[must_use]
+pub fn truncate_text(text: &str, limit: usize) -> &str {
+    if text.len() <= limit {
+        return text;
+    }
+    let mut end = limit;
+    while !text.is_char_boundary(end) {
+        end = end.saturating_sub(1);
+    }
+    text.get(..end).unwrap_or("")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_come_out_big_endian_and_then_nothing() {
+        let mut reader = Reader::new(&[1, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 4, 9]);
+        assert_eq!(reader.u16(), Some(0x0102));
+        assert_eq!(reader.u32(), Some(3));
+        assert_eq!(reader.u64(), Some(4));
+        assert_eq!(reader.u16(), None, "one byte is left, a u16 needs two");
+        assert_eq!(reader.bytes(1), Some(&[9][..]));
+        assert!(reader.is_empty());
+    }
+
+    #[test]
+    fn strings_longer_than_the_limit_or_with_nul_are_refused() {
+        assert!(protocol_string("name", &[b'a'; 4096]).is_ok());
+        assert!(matches!(
+            protocol_string("name", &[b'a'; 4097]),
+            Err(ProtocolError::TooLong { length: 4097, .. })
+        ));
+        assert!(protocol_string("name", b"a\0b").is_err());
+        assert!(protocol_string("name", &[0xff, 0xfe]).is_err());
+    }
+
+    #[test]
+    fn text_is_cut_between_characters() {
+        assert_eq!(truncate_text("grün", 3), "gr");
+        assert_eq!(truncate_text("grün", 4), "grü");
+        assert_eq!(truncate_text("abc", 10), "abc");
+    }
+}
