@@ -30,6 +30,10 @@ pub const MAX_OPTIONS_PER_HANDSHAKE: u32 = 4096;
 /// Most exports a client accepts in one LIST answer.
 pub const MAX_LISTED_EXPORTS: usize = 10_000;
 
+/// Most information items a client accepts in one answer to INFO or GO. The specification knows
+/// four; the rest is room for what it will know.
+pub const MAX_INFO_ITEMS: usize = 256;
+
 /// Largest payload of a READ or WRITE by default, in bytes (32 MiB). "Block sizes": a payload of
 /// up to 2^25 bytes is never to be taken for an attack, and every peer handles it.
 pub const MAX_PAYLOAD: u32 = 32 * 1024 * 1024;

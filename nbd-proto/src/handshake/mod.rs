@@ -1,0 +1,42 @@
+//! The handshake phase (sections "Oldstyle negotiation", "Fixed newstyle negotiation").
+//!
+//! ```text
+//!   server                                            client
+//!   NBDMAGIC IHAVEOPT flags   ------------------->
+//!                             <-------------------    client flags
+//!                             <-------------------    option      \  any number of times,
+//!   option replies            ------------------->                /  STARTTLS resets everything
+//!                             <-------------------    GO (or EXPORT_NAME)
+//!   information, ACK          ------------------->
+//!   ============== Negotiated: both sides go over to transmission ==============
+//! ```
+//!
+//! Both machines are owned values: a step consumes the machine and gives the next one, so that an
+//! option cannot be answered twice and no transmission byte can be sent before GO.
+
+pub mod client;
+mod meta_context;
+mod options;
+pub mod server;
+
+use crate::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
+
+pub use options::{ExportDescription, ListedExport, OptionError, RefusalReason};
+
+/// What both sides agreed upon: everything the transmission phase has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Negotiated {
+    /// Name of the export, as the client asked for it.
+    pub export_name: String,
+    /// Size of the export, in bytes; at most 2^63-1.
+    pub size: u64,
+    /// What the export can do.
+    pub flags: TransmissionFlags,
+    /// Block size constraints in force.
+    pub block_sizes: BlockSizes,
+    /// Form of requests and replies.
+    pub reply_mode: ReplyMode,
+    /// The selected metadata contexts in the server's order. Empty unless they were selected for
+    /// this very export.
+    pub meta_contexts: Vec<(MetaContextId, MetaContextName)>,
+}

@@ -1,0 +1,153 @@
+//! What a server tells about its exports, and how an option is refused.
+
+use std::fmt;
+
+use crate::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags};
+
+/// Everything INFO, GO and EXPORT_NAME tell about one export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportDescription {
+    /// The canonical name, told to clients that ask for it. It may differ from the name asked for,
+    /// as it does for the default export.
+    pub name: String,
+    /// A text for people; at most 4096 bytes of it are sent.
+    pub description: Option<String>,
+    /// Size, in bytes; at most 2^63-1.
+    pub size: u64,
+    /// What the export can do. [`Self::flags_in`] takes away what a connection cannot carry.
+    pub flags: TransmissionFlags,
+    /// Block size constraints that the server enforces.
+    pub block_sizes: BlockSizes,
+    /// Every metadata context of the export, in its own order.
+    pub meta_contexts: Vec<MetaContextName>,
+}
+
+impl ExportDescription {
+    /// The transmission flags as a connection in `mode` advertises them: HAS_FLAGS always,
+    /// SEND_DF only with structured or extended replies, BLOCK_STATUS_PAYLOAD only with extended
+    /// headers and an export that has contexts, SEND_RESIZE (a draft) never.
+    #[must_use]
+    pub fn flags_in(&self, mode: ReplyMode) -> TransmissionFlags {
+        let mut flags =
+            (self.flags | TransmissionFlags::HAS_FLAGS) - TransmissionFlags::SEND_RESIZE;
+        if mode == ReplyMode::Simple {
+            flags.remove(TransmissionFlags::SEND_DF);
+        }
+        if mode != ReplyMode::Extended || self.meta_contexts.is_empty() {
+            flags.remove(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+        }
+        flags
+    }
+}
+
+/// One export in the answer to LIST.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ListedExport {
+    /// Name of the export.
+    pub name: String,
+    /// A text for people; empty if there is none.
+    pub description: String,
+}
+
+/// A refusal that needs no owner of exports: the reply and its text.
+pub(super) type Answer = (OptionReplyType, &'static str);
+
+/// Why a server refuses an option.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RefusalReason {
+    /// There is no such export.
+    UnknownExport,
+    /// The server's policy forbids it.
+    Policy,
+    /// The option makes no sense for this export or at this moment.
+    Invalid,
+    /// This platform or build cannot do it.
+    Platform,
+    /// The export is only served over TLS.
+    TlsRequired,
+    /// The server is shutting down.
+    Shutdown,
+    /// The question or its answer is too big.
+    TooBig,
+}
+
+impl RefusalReason {
+    /// The reply type on the wire.
+    #[must_use]
+    pub const fn reply_type(self) -> OptionReplyType {
+        match self {
+            Self::UnknownExport => OptionReplyType::ERR_UNKNOWN,
+            Self::Policy => OptionReplyType::ERR_POLICY,
+            Self::Invalid => OptionReplyType::ERR_INVALID,
+            Self::Platform => OptionReplyType::ERR_PLATFORM,
+            Self::TlsRequired => OptionReplyType::ERR_TLS_REQD,
+            Self::Shutdown => OptionReplyType::ERR_SHUTDOWN,
+            Self::TooBig => OptionReplyType::ERR_TOO_BIG,
+        }
+    }
+}
+
+/// A server's refusal, as a client sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OptionError {
+    /// The kind of refusal.
+    pub reply: OptionReplyType,
+    /// What the server says about it; may be empty. This is text of the peer: `Display` escapes
+    /// its control characters, so it is safe to print on a terminal.
+    pub message: String,
+}
+
+impl fmt::Display for OptionError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "server answered {}", self.reply)?;
+        if !self.message.is_empty() {
+            f.write_str(": ")?;
+            for character in self.message.chars() {
+                if character.is_control() {
+                    write!(f, "{}", character.escape_default())?;
+                } else {
+                    write!(f, "{character}")?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for OptionError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_of_the_peer_cannot_drive_a_terminal() {
+        let error =
+            OptionError { reply: OptionReplyType::ERR_POLICY, message: "no\u{1b}[2J\n".into() };
+        assert_eq!(error.to_string(), "server answered ERR_POLICY: no\\u{1b}[2J\\n");
+    }
+
+    #[test]
+    fn flags_that_the_reply_mode_cannot_carry_are_not_advertised() {
+        let mut export = ExportDescription {
+            name: String::new(),
+            description: None,
+            size: 0,
+            flags: TransmissionFlags::all(),
+            block_sizes: BlockSizes::default(),
+            meta_contexts: vec![MetaContextName::base_allocation()],
+        };
+        let has = |export: &ExportDescription, mode, flag| export.flags_in(mode).contains(flag);
+        let (df, payload) = (TransmissionFlags::SEND_DF, TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+        assert!(!has(&export, ReplyMode::Simple, df));
+        assert!(has(&export, ReplyMode::Structured, df));
+        assert!(!has(&export, ReplyMode::Structured, payload));
+        assert!(has(&export, ReplyMode::Extended, payload));
+        assert!(!has(&export, ReplyMode::Extended, TransmissionFlags::SEND_RESIZE));
+        export.meta_contexts.clear();
+        assert!(!has(&export, ReplyMode::Extended, payload));
+        export.flags = TransmissionFlags::empty();
+        assert!(has(&export, ReplyMode::Simple, TransmissionFlags::HAS_FLAGS));
+    }
+}

@@ -1,0 +1,104 @@
+//! Writing option replies.
+
+use bytes::{BufMut, BytesMut};
+
+use crate::codec::truncate_text;
+use crate::handshake::ExportDescription;
+use crate::limits::{MAX_ERROR_MESSAGE_LEN, MAX_STRING_LEN};
+use crate::wire::{
+    InfoType, MetaContextId, MetaContextName, OptionReplyHeader, OptionReplyType, OptionType,
+    ReplyMode,
+};
+
+/// Appends a reply whose payload is `parts`, one behind the other. Every part is bounded by a
+/// string limit, so that the length always fits.
+fn put_reply(out: &mut BytesMut, option: OptionType, reply: OptionReplyType, parts: &[&[u8]]) {
+    let length = parts.iter().map(|part| part.len()).sum::<usize>() as u32;
+    OptionReplyHeader { option, reply, length }.encode(out);
+    for part in parts {
+        out.put_slice(part);
+    }
+}
+
+pub(super) fn put_ack(out: &mut BytesMut, option: OptionType) {
+    put_reply(out, option, OptionReplyType::ACK, &[]);
+}
+
+/// Appends an error with a text for people, which is cut and cleaned of NUL bytes.
+pub(super) fn put_error(
+    out: &mut BytesMut,
+    option: OptionType,
+    reply: OptionReplyType,
+    message: &str,
+) {
+    let message = message.split('\0').next().unwrap_or("");
+    let message = truncate_text(message, MAX_ERROR_MESSAGE_LEN);
+    put_reply(out, option, reply, &[message.as_bytes()]);
+}
+
+pub(super) fn put_export(out: &mut BytesMut, name: &str, description: &str) {
+    let length = (name.len() as u32).to_be_bytes();
+    let description = truncate_text(description, MAX_STRING_LEN);
+    let parts: [&[u8]; 3] = [&length, name.as_bytes(), description.as_bytes()];
+    put_reply(out, OptionType::LIST, OptionReplyType::SERVER, &parts);
+}
+
+pub(super) fn put_meta_context(
+    out: &mut BytesMut,
+    option: OptionType,
+    id: MetaContextId,
+    name: &MetaContextName,
+) {
+    let parts: [&[u8]; 2] = [&id.0.to_be_bytes(), name.as_str().as_bytes()];
+    put_reply(out, option, OptionReplyType::META_CONTEXT, &parts);
+}
+
+/// Which optional items a client asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct WantedInfo {
+    pub(super) name: bool,
+    pub(super) description: bool,
+    pub(super) block_size: bool,
+}
+
+impl WantedInfo {
+    /// Notes one request; unknown ones are ignored (section "Option types", NBD_OPT_INFO).
+    pub(super) const fn add(&mut self, info: InfoType) {
+        match info {
+            InfoType::NAME => self.name = true,
+            InfoType::DESCRIPTION => self.description = true,
+            InfoType::BLOCK_SIZE => self.block_size = true,
+            _ => {}
+        }
+    }
+}
+
+/// Appends the information items about `export`: EXPORT and BLOCK_SIZE always, the texts when they
+/// were asked for.
+pub(super) fn put_info(
+    out: &mut BytesMut,
+    option: OptionType,
+    export: &ExportDescription,
+    mode: ReplyMode,
+    wanted: WantedInfo,
+) {
+    let mut put_item = |info: InfoType, content: &[u8]| {
+        let parts: [&[u8]; 2] = [&info.0.to_be_bytes(), content];
+        put_reply(out, option, OptionReplyType::INFO, &parts);
+    };
+    if wanted.name {
+        put_item(InfoType::NAME, truncate_text(&export.name, MAX_STRING_LEN).as_bytes());
+    }
+    if let (true, Some(description)) = (wanted.description, &export.description) {
+        put_item(InfoType::DESCRIPTION, truncate_text(description, MAX_STRING_LEN).as_bytes());
+    }
+    let mut sizes = Vec::with_capacity(12);
+    sizes.put_u32(export.block_sizes.minimum());
+    sizes.put_u32(export.block_sizes.preferred());
+    sizes.put_u32(export.block_sizes.maximum_payload());
+    put_item(InfoType::BLOCK_SIZE, &sizes);
+    let mut content = Vec::with_capacity(10);
+    content.put_u64(export.size);
+    content.put_u16(export.flags_in(mode).bits());
+    put_item(InfoType::EXPORT, &content);
+}
