@@ -1,0 +1,153 @@
+//! What the benchmark must show.
+
+use serde::{Deserialize, Serialize};
+
+use super::report::RowReport;
+
+/// One requirement: a ratio of medians over the rounds of one run.
+#[derive(Debug)]
+pub(crate) struct Bar {
+    /// The row's name.
+    pub(crate) row: &'static str,
+    pub(crate) ratio: Ratio,
+    pub(crate) limit: Limit,
+}
+
+/// Which ratio of a row a bar looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ratio {
+    /// Our throughput by that of the fastest peer.
+    ThroughputToPeer,
+    /// Our throughput by that of the floor.
+    ThroughputToFloor,
+    /// Our CPU time per request by that of the cheapest peer.
+    CpuToPeer,
+}
+
+/// What the ratio has to be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Limit {
+    AtLeast(f64),
+    AtMost(f64),
+}
+
+/// Every bar.
+pub(crate) const BARS: &[Bar] = &[
+    peer("randread-4k-qd1", 1.3),
+    peer("randread-4k-qd16", 2.5),
+    peer("randread-4k-qd64", 2.0),
+    peer("randwrite-4k-qd16", 1.0),
+    peer("randwrite-4k-qd64", 1.0),
+    peer("read-256k-qd16", 1.0),
+    peer("write-256k-qd16", 1.2),
+    peer("nbdcopy-c1", 1.5),
+    peer("nbdcopy-c4", 1.5),
+    cpu("randread-4k-qd1", 0.5),
+    cpu("randread-4k-qd16", 0.5),
+    cpu("randread-4k-qd64", 0.5),
+    cpu("read-256k-qd16", 0.5),
+    floor("randread-4k-qd1", 0.8),
+    floor("randread-4k-qd16", 0.8),
+    floor("randread-4k-qd64", 0.8),
+];
+
+const fn peer(row: &'static str, least: f64) -> Bar {
+    Bar { row, ratio: Ratio::ThroughputToPeer, limit: Limit::AtLeast(least) }
+}
+
+const fn floor(row: &'static str, least: f64) -> Bar {
+    Bar { row, ratio: Ratio::ThroughputToFloor, limit: Limit::AtLeast(least) }
+}
+
+const fn cpu(row: &'static str, most: f64) -> Bar {
+    Bar { row, ratio: Ratio::CpuToPeer, limit: Limit::AtMost(most) }
+}
+
+/// What came of one bar.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct BarReport {
+    pub(crate) row: String,
+    pub(crate) requirement: String,
+    /// The measured ratio, if all it needs was measured.
+    pub(crate) measured: Option<f64>,
+    pub(crate) verdict: Verdict,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verdict {
+    Pass,
+    Fail,
+    NotMeasured,
+}
+
+impl Verdict {
+    /// The word in the table.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Pass => "PASS",
+            Self::Fail => "FAIL",
+            Self::NotMeasured => "not measured",
+        }
+    }
+}
+
+/// Judges the bars of the rows that were run.
+pub(crate) fn judge(rows: &[RowReport]) -> Vec<BarReport> {
+    BARS.iter()
+        .filter_map(|bar| {
+            let row = rows.iter().find(|row| row.name == bar.row)?;
+            Some(judge_one(bar, row))
+        })
+        .collect()
+}
+
+fn judge_one(bar: &Bar, row: &RowReport) -> BarReport {
+    let (what, measured) = match bar.ratio {
+        Ratio::ThroughputToPeer => ("throughput / best peer", row.throughput_to_peer),
+        Ratio::ThroughputToFloor => ("throughput / floor", row.throughput_to_floor),
+        Ratio::CpuToPeer => ("server CPU / cheapest peer", row.cpu_to_peer),
+    };
+    let (relation, limit) = match bar.limit {
+        Limit::AtLeast(limit) => ("at least", limit),
+        Limit::AtMost(limit) => ("at most", limit),
+    };
+    let verdict = match measured {
+        None => Verdict::NotMeasured,
+        Some(ratio) if is_met(bar.limit, ratio) => Verdict::Pass,
+        Some(_) => Verdict::Fail,
+    };
+    BarReport {
+        row: bar.row.to_owned(),
+        requirement: format!("{what} {relation} {limit:.1}"),
+        measured,
+        verdict,
+    }
+}
+
+fn is_met(limit: Limit, ratio: f64) -> bool {
+    match limit {
+        Limit::AtLeast(limit) => ratio >= limit,
+        Limit::AtMost(limit) => ratio <= limit,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench::rows::ROWS;
+
+    #[test]
+    fn every_bar_names_a_row() {
+        for bar in BARS {
+            assert!(ROWS.iter().any(|row| row.name == bar.row), "{}", bar.row);
+        }
+    }
+
+    #[test]
+    fn bars_pass_at_their_limit_and_fail_beyond() {
+        assert!(is_met(Limit::AtLeast(2.5), 2.5) && !is_met(Limit::AtLeast(2.5), 2.49));
+        assert!(is_met(Limit::AtMost(0.5), 0.5) && !is_met(Limit::AtMost(0.5), 0.51));
+        assert!(!is_met(Limit::AtLeast(1.0), f64::NAN) && !is_met(Limit::AtMost(1.0), f64::NAN));
+    }
+}

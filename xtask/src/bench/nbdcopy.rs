@@ -1,0 +1,50 @@
+//! nbdcopy as a client: the whole disk to nowhere.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::rows::ClientResult;
+use crate::command::output_of;
+
+const MEBIBYTE: f64 = 1_048_576.0;
+
+/// Copies the disk of `size` bytes at `uri` to nowhere, again and again until `seconds` are over.
+///
+/// One copy can be shorter than the resolution of the server's CPU time allows.
+///
+/// # Errors
+///
+/// nbdcopy is missing or fails.
+pub(crate) fn run(uri: &str, connections: u32, size: u64, seconds: u64) -> Result<ClientResult> {
+    let start = Instant::now();
+    let mut copies = 0_u32;
+    while copies == 0 || start.elapsed() < Duration::from_secs(seconds) {
+        let mut command = Command::new("nbdcopy");
+        command.arg(format!("--connections={connections}")).args([uri, "null:"]);
+        output_of(&mut command)?;
+        copies += 1;
+    }
+    Ok(result(size, copies, start.elapsed()))
+}
+
+fn result(size: u64, copies: u32, elapsed: Duration) -> ClientResult {
+    let bytes = size as f64 * f64::from(copies);
+    ClientResult {
+        throughput: bytes / MEBIBYTE / elapsed.as_secs_f64(),
+        p99_us: None,
+        work: bytes / MEBIBYTE,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn throughput_and_work_are_in_mebibytes() {
+        let result = result(1 << 30, 3, Duration::from_secs(2));
+        assert_eq!(result, ClientResult { throughput: 1536.0, p99_us: None, work: 3072.0 });
+    }
+}

@@ -1,0 +1,53 @@
+//! What one block measured.
+
+use serde::{Deserialize, Serialize};
+
+use super::process::Usage;
+use super::rows::{ClientResult, Row};
+use super::servers::Server;
+
+/// The numbers of one block, or their medians.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Sample {
+    /// IOPS or MiB/s, as the row says.
+    pub(crate) throughput: f64,
+    /// 99th percentile of the latency in microseconds.
+    pub(crate) p99_us: Option<f64>,
+    /// The server's CPU time in microseconds per request, or per MiB for nbdcopy.
+    pub(crate) cpu_us_per_work: f64,
+    /// Peak memory of the server's processes in KiB.
+    pub(crate) peak_memory_kib: f64,
+}
+
+/// One block.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    pub(crate) row: &'static str,
+    pub(crate) server: Server,
+    pub(crate) sample: Sample,
+}
+
+impl Sample {
+    /// Puts together what the client saw and what the server used.
+    pub(crate) fn new(result: ClientResult, usage: Usage) -> Self {
+        Self {
+            throughput: result.throughput,
+            p99_us: result.p99_us,
+            cpu_us_per_work: usage.cpu_us as f64 / result.work,
+            peak_memory_kib: usage.peak_memory_kib as f64,
+        }
+    }
+
+    /// One line for the terminal.
+    pub(crate) fn describe(&self, row: &Row) -> String {
+        let p99 = self.p99_us.map_or_else(String::new, |p99| format!(", p99 {p99:.0} us"));
+        format!(
+            "{:9.0} {}, {:.1} us CPU per {}{p99}, {:.1} MiB",
+            self.throughput,
+            row.unit().suffix(),
+            self.cpu_us_per_work,
+            row.work_name(),
+            self.peak_memory_kib / 1024.0,
+        )
+    }
+}

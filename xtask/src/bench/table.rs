@@ -1,0 +1,149 @@
+//! The report as text.
+
+use super::options::PageCache;
+use super::report::{Report, RowReport};
+use super::servers::Server;
+
+/// The table of ratios, the bars, and what had to be left out.
+pub(crate) fn render(report: &Report) -> String {
+    let machine = &report.machine;
+    let mut text = format!(
+        "\n{} cores ({}), Linux {}; {} rounds of {} s, {} MiB cached in {}, unix socket, medians\n\n",
+        machine.cores,
+        machine.processor,
+        machine.kernel,
+        report.rounds,
+        report.seconds_per_block,
+        report.size_bytes >> 20,
+        match report.page_cache {
+            PageCache::Pages => "single pages",
+            PageCache::Readahead => "the folios of readahead",
+        },
+    );
+    let mut lines = vec![HEADINGS.map(str::to_owned).to_vec()];
+    lines.extend(report.rows.iter().map(row_cells));
+    text.push_str(&align(&lines));
+    text.push_str(
+        "\nCPU: the server's time per request, per MiB for nbdcopy. The best peer is taken\n",
+    );
+    text.push_str("for each measure on its own. Memory: peak of all processes of the server.\n\n");
+    let mut lines = Vec::new();
+    for bar in &report.bars {
+        let measured = bar.measured.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+        let verdict = bar.verdict.word().to_owned();
+        lines.push(vec![bar.row.clone(), bar.requirement.clone(), measured, verdict]);
+    }
+    text.push_str(&align(&lines));
+    for note in &report.notes {
+        text.push_str(&format!("note: {note}\n"));
+    }
+    text
+}
+
+/// Our medians relative to those of an earlier report.
+pub(crate) fn render_comparison(report: &Report, earlier: &Report) -> String {
+    let mut lines =
+        vec![["row", "throughput now/then", "CPU now/then"].map(str::to_owned).to_vec()];
+    for row in &report.rows {
+        let then = earlier.rows.iter().find(|other| other.name == row.name);
+        let (Some(now), Some(then)) =
+            (row.median_of(Server::Ours), then.and_then(|row| row.median_of(Server::Ours)))
+        else {
+            continue;
+        };
+        lines.push(vec![
+            row.name.clone(),
+            format!("{:.2}", now.throughput / then.throughput),
+            format!("{:.2}", now.cpu_us_per_work / then.cpu_us_per_work),
+        ]);
+    }
+    align(&lines)
+}
+
+const HEADINGS: [&str; 9] = [
+    "row",
+    "ours",
+    "best peer",
+    "ours/peer",
+    "ours/floor",
+    "CPU us ours",
+    "best peer",
+    "p99 us ours : best peer",
+    "MiB ours",
+];
+
+fn row_cells(row: &RowReport) -> Vec<String> {
+    let ours = row.median_of(Server::Ours);
+    let number = |value: Option<f64>, digits: usize| {
+        value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+    };
+    let best = row.fastest_peer().map_or_else(
+        || "-".to_owned(),
+        |peer| format!("{:.0} {}", peer.median.throughput, peer.server.name()),
+    );
+    let cheapest = row.cheapest_peer().map_or_else(
+        || "-".to_owned(),
+        |peer| {
+            let ratio = number(row.cpu_to_peer, 2);
+            format!("{:.1} {} ({ratio})", peer.median.cpu_us_per_work, peer.server.name())
+        },
+    );
+    let p99 = number(ours.and_then(|ours| ours.p99_us), 0);
+    vec![
+        row.name.clone(),
+        format!("{} {}", number(ours.map(|ours| ours.throughput), 0), row.throughput_unit),
+        best,
+        number(row.throughput_to_peer, 2),
+        number(row.throughput_to_floor, 2),
+        number(ours.map(|ours| ours.cpu_us_per_work), 1),
+        cheapest,
+        format!("{p99} : {}", number(row.lowest_peer_p99_us(), 0)),
+        number(ours.map(|ours| ours.peak_memory_kib / 1024.0), 1),
+    ]
+}
+
+/// Lines of cells with every column as wide as its widest cell.
+fn align(lines: &[Vec<String>]) -> String {
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max()
+    };
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for line in lines {
+        let cells: Vec<String> =
+            line.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::report::tests::example;
+    use super::*;
+
+    #[test]
+    fn table_shows_ratios_bars_and_notes() {
+        let text = render(&example());
+        for part in
+            ["200 qemu-nbd", "1.50", "0.50", "8.0 nbdkit (0.38)", "100 : 100", "PASS", "FAIL"]
+        {
+            assert!(text.contains(part), "{part} is missing in\n{text}");
+        }
+        assert!(text.contains("note: nbd-server"), "{text}");
+    }
+
+    #[test]
+    fn comparison_with_itself_is_one() {
+        let text = render_comparison(&example(), &example());
+        assert!(text.contains("randread-4k-qd1  1.00"), "{text}");
+    }
+
+    #[test]
+    fn columns_are_aligned_and_end_without_blanks() {
+        let lines = [vec!["a".to_owned(), "b".to_owned()], vec!["ccc".to_owned(), "d".to_owned()]];
+        assert_eq!(align(&lines), "a    b\nccc  d\n");
+    }
+}

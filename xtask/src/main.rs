@@ -1,0 +1,48 @@
+//! Developer commands, run as `cargo xtask COMMAND`.
+//!
+//! One file or folder per command; this one only dispatches. The crate depends on none of the
+//! others, so that it can judge them even while they do not compile.
+#![expect(clippy::print_stdout, reason = "developer commands report on standard output")]
+
+mod bench;
+mod ci;
+mod command;
+mod peers;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Developer commands of this workspace.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: DeveloperCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum DeveloperCommand {
+    /// Run every check in the order of continuous integration; stop at the first that fails.
+    Ci,
+    /// Check the rules of the house that neither rustfmt nor clippy knows.
+    Tidy,
+    /// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
+    Bench(bench::Options),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        DeveloperCommand::Ci => ci::run(),
+        DeveloperCommand::Tidy => tidy::run(),
+        DeveloperCommand::Bench(options) => bench::run(&options),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The programs of other projects that tests and benchmarks talk to.
+
+use std::env;
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, bail};
+
+use crate::command::{is_installed, output_of, run_step};
+
+/// A program that the tests use, and the Debian package that has it.
+struct Peer {
+    program: &'static str,
+    package: &'static str,
+}
+
+const PEERS: &[Peer] = &[
+    Peer { program: "qemu-img", package: "qemu-utils" },
+    Peer { program: "qemu-io", package: "qemu-utils" },
+    Peer { program: "qemu-nbd", package: "qemu-utils" },
+    Peer { program: "nbdkit", package: "nbdkit" },
+    Peer { program: "nbdinfo", package: "libnbd-bin" },
+    Peer { program: "nbdcopy", package: "libnbd-bin" },
+    Peer { program: "nbdsh", package: "python3-libnbd" },
+    Peer { program: "nbd-server", package: "nbd-server" },
+    Peer { program: "fio", package: "fio" },
+];
+
+/// Installs the peers that are missing where that is possible, and says which are missing still.
+///
+/// Tests skip what needs a missing peer, except in continuous integration (`CI` is set).
+///
+/// # Errors
+///
+/// A peer is missing still and `CI` is set.
+pub(crate) fn ensure_installed() -> Result<()> {
+    let missing = missing_packages(is_installed);
+    if missing.is_empty() {
+        println!("==> peers: all installed");
+        return Ok(());
+    }
+    println!("==> peers: missing Debian packages: {}", missing.join(" "));
+    if can_install() {
+        if let Err(error) = install(&missing) {
+            println!("peers: installation failed: {error:#}");
+        }
+    } else {
+        println!("peers: cannot install them (that takes root and apt-get)");
+    }
+    let still_missing = missing_packages(is_installed);
+    if still_missing.is_empty() {
+        return Ok(());
+    }
+    let packages = still_missing.join(" ");
+    if env::var_os("CI").is_some() {
+        bail!("step `peers` failed: CI is set and these packages are missing: {packages}");
+    }
+    println!("peers: tests that need {packages} will be skipped; to run them all:");
+    println!("peers:     sudo apt-get install {packages}");
+    Ok(())
+}
+
+/// The packages, each once, of the peers for which `is_present` says no.
+fn missing_packages(is_present: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    let mut packages = Vec::new();
+    for peer in PEERS {
+        if !is_present(peer.program) && !packages.contains(&peer.package) {
+            packages.push(peer.package);
+        }
+    }
+    packages
+}
+
+fn can_install() -> bool {
+    let is_root = output_of(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0");
+    is_root && is_installed("apt-get")
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    // An outdated index is no reason to give up: the packages may be in it all the same.
+    if let Err(error) = run_step("peers", apt_get().arg("update").stdout(Stdio::null())) {
+        println!("peers: {error:#}");
+    }
+    run_step("peers", apt_get().args(["install", "-y", "--no-install-recommends"]).args(packages))?;
+    Ok(())
+}
+
+fn apt_get() -> Command {
+    let mut command = Command::new("apt-get");
+    command.arg("-q").env("DEBIAN_FRONTEND", "noninteractive");
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn package_of_several_missing_programs_is_named_once() {
+        let missing = missing_packages(|program| !program.starts_with("qemu-"));
+        assert_eq!(missing, ["qemu-utils"]);
+    }
+
+    #[test]
+    fn nothing_is_missing_when_every_program_is_present() {
+        assert!(missing_packages(|_| true).is_empty());
+    }
+}

@@ -1,0 +1,158 @@
+//! Which crate of the workspace may depend on which.
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::lexer::{Source, word_offsets};
+use super::line_at;
+
+/// What one crate may name in its manifest among the crates of this workspace.
+struct Allowed {
+    name: &'static str,
+    /// Dependencies, and dependencies of its tests.
+    dependencies: &'static [&'static str],
+    /// Dependencies that must be optional.
+    optional: &'static [&'static str],
+    /// Dependencies of its tests only.
+    tests: &'static [&'static str],
+}
+
+const LIBRARIES: &[&str] = &["nbd-proto", "nbd-server", "nbd-client", "imgfmt"];
+
+const TABLE: &[Allowed] = &[
+    Allowed { name: "nbd-proto", dependencies: &[], optional: &[], tests: &[] },
+    Allowed { name: "imgfmt", dependencies: &[], optional: &[], tests: &[] },
+    Allowed { name: "nbd-client", dependencies: &["nbd-proto"], optional: &[], tests: &[] },
+    Allowed {
+        name: "nbd-server",
+        dependencies: &["nbd-proto"],
+        optional: &["imgfmt"],
+        tests: &["imgfmt", "nbd-client"],
+    },
+    Allowed { name: "nbd-cli", dependencies: LIBRARIES, optional: &[], tests: &[] },
+    Allowed { name: "benches", dependencies: LIBRARIES, optional: &[], tests: &[] },
+    Allowed { name: "xtask", dependencies: &[], optional: &[], tests: &[] },
+];
+
+/// The one file of the server that adapts images to exports.
+const IMAGE_ADAPTER: &str = "nbd-server/src/export/image.rs";
+
+/// Checks what `cargo metadata --no-deps` says against the table.
+///
+/// # Errors
+///
+/// `metadata` is not what cargo writes.
+pub(crate) fn check(metadata: &str) -> Result<Vec<String>> {
+    let metadata: Value = serde_json::from_str(metadata).context("cargo metadata is not JSON")?;
+    let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
+    let mut findings = Vec::new();
+    for package in packages {
+        let name = package["name"].as_str().unwrap_or_default();
+        let Some(allowed) = TABLE.iter().find(|allowed| allowed.name == name) else {
+            findings.push(format!("{name}: this crate is not in the table of allowed edges"));
+            continue;
+        };
+        let dependencies = package["dependencies"].as_array().map_or(&[][..], Vec::as_slice);
+        for dependency in dependencies {
+            findings.extend(check_dependency(allowed, dependency));
+        }
+    }
+    Ok(findings)
+}
+
+fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
+    let name = dependency["name"].as_str().unwrap_or_default();
+    if !TABLE.iter().any(|known| known.name == name) {
+        return None;
+    }
+    let is_for_tests = dependency["kind"].as_str() == Some("dev");
+    let is_optional = dependency["optional"].as_bool() == Some(true);
+    if allowed.dependencies.contains(&name)
+        || (is_for_tests && allowed.tests.contains(&name))
+        || (is_optional && allowed.optional.contains(&name))
+    {
+        return None;
+    }
+    Some(if allowed.optional.contains(&name) {
+        format!("{}: the dependency on {name} has to be optional", allowed.name)
+    } else {
+        format!("{}: may not depend on {name}", allowed.name)
+    })
+}
+
+/// In the server's sources only the image adapter names `imgfmt`.
+pub(crate) fn check_image_adapter(path: &str, source: &Source) -> Vec<String> {
+    if !path.starts_with("nbd-server/src/") || path == IMAGE_ADAPTER {
+        return Vec::new();
+    }
+    let code = source.code_without_tests();
+    word_offsets(&code, "imgfmt")
+        .into_iter()
+        .map(|offset| {
+            format!(
+                "{path}:{}: names imgfmt, which only {IMAGE_ADAPTER} may",
+                line_at(&code, offset)
+            )
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metadata(name: &str, dependency: &str, kind: &str, optional: bool) -> String {
+        format!(
+            r#"{{"packages":[{{"name":"{name}","dependencies":[
+                {{"name":"{dependency}","kind":{kind},"optional":{optional}}},
+                {{"name":"bytes","kind":null,"optional":false}}]}}]}}"#
+        )
+    }
+
+    #[test]
+    fn protocol_and_images_may_not_know_each_other() {
+        for (name, other) in [("nbd-proto", "imgfmt"), ("imgfmt", "nbd-proto")] {
+            let findings = check(&metadata(name, other, "null", false)).expect("metadata");
+            assert_eq!(findings, [format!("{name}: may not depend on {other}")]);
+        }
+    }
+
+    #[test]
+    fn server_may_use_the_client_in_tests_only() {
+        let in_tests = check(&metadata("nbd-server", "nbd-client", "\"dev\"", false));
+        assert!(in_tests.expect("metadata").is_empty());
+        let in_library = check(&metadata("nbd-server", "nbd-client", "null", false));
+        assert_eq!(in_library.expect("metadata").len(), 1);
+    }
+
+    #[test]
+    fn server_names_images_as_an_optional_dependency() {
+        let optional = check(&metadata("nbd-server", "imgfmt", "null", true)).expect("metadata");
+        assert!(optional.is_empty());
+        let fixed = check(&metadata("nbd-server", "imgfmt", "null", false)).expect("metadata");
+        assert_eq!(fixed, ["nbd-server: the dependency on imgfmt has to be optional"]);
+    }
+
+    #[test]
+    fn nobody_depends_on_the_command_line() {
+        for name in ["benches", "xtask", "nbd-client"] {
+            let findings = check(&metadata(name, "nbd-cli", "null", false)).expect("metadata");
+            assert_eq!(findings.len(), 1, "{name}");
+        }
+    }
+
+    #[test]
+    fn unknown_crate_has_to_be_added_to_the_table() {
+        assert_eq!(check(&metadata("nbd-new", "x", "null", false)).expect("metadata").len(), 1);
+    }
+
+    #[test]
+    fn imgfmt_is_named_in_the_adapter_only() {
+        let source = Source::new("//! About imgfmt.\nuse imgfmt::Image;\n");
+        assert!(check_image_adapter(IMAGE_ADAPTER, &source).is_empty());
+        assert!(check_image_adapter("nbd-cli/src/lib.rs", &source).is_empty());
+        let findings = check_image_adapter("nbd-server/src/lib.rs", &source);
+        assert_eq!(findings.len(), 1);
+        assert!(findings[0].starts_with("nbd-server/src/lib.rs:2:"), "{findings:?}");
+    }
+}

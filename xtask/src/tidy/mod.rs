@@ -1,0 +1,139 @@
+//! `cargo xtask tidy`: the rules of the house that neither rustfmt nor clippy knows.
+//!
+//! Every check is a function from text to findings, so that its own tests can show that it fails
+//! when it should. This file walks the workspace and feeds them.
+
+mod architecture;
+mod edges;
+mod functions;
+mod lexer;
+mod manifest;
+mod protocol;
+mod source;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::command::{cargo, output_of, workspace_root};
+
+/// Checks the whole workspace and prints what it finds.
+///
+/// # Errors
+///
+/// There is at least one finding, or a file cannot be read.
+pub(crate) fn run() -> Result<()> {
+    println!("==> tidy");
+    let findings = check(&workspace_root())?;
+    for finding in &findings {
+        println!("tidy: {finding}");
+    }
+    if !findings.is_empty() {
+        bail!("step `tidy` failed: {} findings", findings.len());
+    }
+    println!("<== tidy: ok");
+    Ok(())
+}
+
+/// Everything that is wrong in the workspace at `root`: `file:line: what`, in the order of files.
+fn check(root: &Path) -> Result<Vec<String>> {
+    let mut metadata = cargo();
+    metadata.args(["metadata", "--no-deps", "--format-version", "1"]);
+    let mut findings = edges::check(&output_of(&mut metadata)?)?;
+    let mut files = Vec::new();
+    collect_text_files(root, &mut files)?;
+    files.sort();
+    for file in files {
+        let text = fs::read_to_string(&file)
+            .with_context(|| format!("cannot read {} as text", file.display()))?;
+        let path = file.strip_prefix(root).unwrap_or(&file).to_string_lossy().into_owned();
+        findings.extend(check_file(&path, &text));
+    }
+    let architecture_file = root.join("ARCHITECTURE.md");
+    match fs::read_to_string(&architecture_file) {
+        Ok(text) => findings.extend(architecture::check(&text, |path| exists(root, path))),
+        Err(error) => findings.push(format!("ARCHITECTURE.md: cannot be read: {error}")),
+    }
+    Ok(findings)
+}
+
+/// Every check that looks at one file. `path` is relative to the workspace and chooses the checks.
+fn check_file(path: &str, text: &str) -> Vec<String> {
+    let mut findings = source::check_text(path, text);
+    if path.ends_with("Cargo.toml") && path != "Cargo.toml" {
+        findings.extend(manifest::check(path, text));
+    }
+    if path.ends_with(".rs") {
+        let source = lexer::Source::new(text);
+        findings.extend(source::check_code(path, text, &source));
+        findings.extend(functions::check(path, &source));
+        findings.extend(protocol::check(path, &source));
+        findings.extend(edges::check_image_adapter(path, &source));
+    }
+    findings
+}
+
+/// Files that people write. Corpora, golden images and build output are none of them.
+fn collect_text_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let entries =
+        fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_dir() && !path.is_symlink() {
+            if !["target", ".git", "corpus", "artifacts"].contains(&name.as_str()) {
+                collect_text_files(&path, files)?;
+            }
+        } else if name.ends_with(".rs")
+            || name.ends_with(".toml")
+            || name.ends_with(".md")
+            || path.ends_with(".ci/run")
+        {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a path that a document names exists, from the top or from within a crate.
+fn exists(root: &Path, path: &str) -> bool {
+    const CRATES: &[&str] =
+        &["", "nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-cli", "benches", "xtask"];
+    CRATES.iter().any(|name| {
+        root.join(name).join(path).exists() || root.join(name).join("src").join(path).exists()
+    })
+}
+
+/// The number, counted from 1, of the line that has the byte at `offset`.
+fn line_at(text: &str, offset: usize) -> usize {
+    text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count() + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_workspace_is_tidy() {
+        let findings = check(&workspace_root()).expect("the workspace can be read");
+        assert!(findings.is_empty(), "{}", findings.join("\n"));
+    }
+
+    #[test]
+    fn one_file_goes_through_every_check_that_fits_it() {
+        let code = "use std::fs;\nuse imgfmt::Image;\nfn f() {\n    todo!();\t\n}\n";
+        let findings = check_file("nbd-proto/src/lib.rs", code).join("\n");
+        assert!(findings.contains("lib.rs:1: the protocol crate"), "{findings}");
+        assert!(findings.contains("lib.rs:4: unfinished code"), "{findings}");
+        assert!(findings.contains("lib.rs:4: tab"), "{findings}");
+        let findings = check_file("nbd-server/src/export/memory.rs", code).join("\n");
+        assert!(findings.contains("memory.rs:2: names imgfmt"), "{findings}");
+    }
+
+    #[test]
+    fn lines_are_counted_from_one() {
+        assert_eq!(line_at("a\nb\n", 0), 1);
+        assert_eq!(line_at("a\nb\n", 2), 2);
+    }
+}
