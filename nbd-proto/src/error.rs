@@ -9,7 +9,9 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum ProtocolError {
     /// A magic number is not the one that has to stand here.
-    #[error("peer sent {found:#x} where {expected} has to stand: this is no NBD peer, or the stream is out of sync")]
+    #[error(
+        "peer sent {found:#x} where {expected} has to stand: this is no NBD peer, or the stream is out of sync"
+    )]
     BadMagic {
         /// The name of the message expected.
         expected: &'static str,

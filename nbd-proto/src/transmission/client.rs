@@ -133,6 +133,11 @@ impl Transmission {
         out: &mut impl BufMut,
     ) -> Result<Cookie, ApiMisuse> {
         self.check(offset, length, command)?;
+        // These have no range, and some servers refuse one.
+        let (offset, length) = match command {
+            Command::Flush | Command::Disconnect => (0, 0),
+            _ => (offset, length),
+        };
         let cookie = Cookie(self.next_cookie);
         self.next_cookie = self.next_cookie.wrapping_add(1);
         self.encode(cookie, offset, length, command, out)?;
@@ -166,10 +171,9 @@ impl Transmission {
             length,
         };
         if self.mode != ReplyMode::Extended {
-            return header.encode_compact(out).map_err(|_| ApiMisuse::TooLong {
-                length,
-                limit: u64::from(u32::MAX),
-            });
+            return header
+                .encode_compact(out)
+                .map_err(|_| ApiMisuse::TooLong { length, limit: u64::from(u32::MAX) });
         }
         if let Command::Write(_) = command {
             header.flags |= CommandFlags::PAYLOAD_LEN;
@@ -257,6 +261,10 @@ impl Transmission {
         if !extended || !self.flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD) {
             return Err(ApiMisuse::NotNegotiated { what: "BLOCK_STATUS_PAYLOAD" });
         }
+        let repeats = |(index, id)| wanted.iter().skip(index + 1).any(|other| other == id);
+        if wanted.is_empty() || wanted.iter().enumerate().any(repeats) {
+            return Err(ApiMisuse::NotNegotiated { what: "no metadata context, or one twice" });
+        }
         if wanted.iter().any(|id| !self.contexts.contains(id)) {
             return Err(ApiMisuse::NotNegotiated { what: "one of the metadata contexts" });
         }
@@ -302,9 +310,7 @@ impl Transmission {
                 }
                 self.chunk(input, ChunkHeader::EXTENDED_LEN, header)
             }
-            found => {
-                Err(ProtocolError::BadMagic { expected: "a reply", found: u64::from(found) })
-            }
+            found => Err(ProtocolError::BadMagic { expected: "a reply", found: u64::from(found) }),
         }
     }
 

@@ -1,8 +1,8 @@
 //! One request in flight: every chunk that names it is held against it here.
 
+use super::ExtentLimit;
 use super::client::{Event, ServerError};
 use super::coverage::Coverage;
-use super::ExtentLimit;
 use crate::ProtocolError;
 use crate::codec::Reader;
 use crate::limits::{MAX_CHUNKS_PER_READ, MAX_DESCRIPTORS_RECEIVED, MAX_UNKNOWN_CHUNK_LEN};
@@ -46,7 +46,11 @@ impl Pending {
 
     /// Checks the announced payload length against the chunk's kind before anything is buffered,
     /// and tells how much of it has to be there before the chunk can be looked at.
-    pub(super) fn kept_payload(&self, header: &ChunkHeader, mode: ReplyMode) -> Result<usize, ProtocolError> {
+    pub(super) fn kept_payload(
+        &self,
+        header: &ChunkHeader,
+        mode: ReplyMode,
+    ) -> Result<usize, ProtocolError> {
         let length = header.length;
         let bad = |what, why| Err(self.bad_chunk(what, why, self.offset, length));
         let statuses = MAX_DESCRIPTORS_RECEIVED as u64;
@@ -111,7 +115,11 @@ impl Pending {
         Ok(start)
     }
 
-    pub(super) fn data(&mut self, header: &ChunkHeader, payload: &[u8]) -> Result<Event, ProtocolError> {
+    pub(super) fn data(
+        &mut self,
+        header: &ChunkHeader,
+        payload: &[u8],
+    ) -> Result<Event, ProtocolError> {
         let offset = Reader::new(payload).u64().unwrap_or(u64::MAX);
         let length = header.length.saturating_sub(8);
         let position = self.take("a data chunk", offset, length)?;
@@ -127,7 +135,11 @@ impl Pending {
         Ok(Event::Hole { cookie, position, length: length as usize })
     }
 
-    pub(super) fn status(&mut self, header: &ChunkHeader, payload: &[u8]) -> Result<Event, ProtocolError> {
+    pub(super) fn status(
+        &mut self,
+        header: &ChunkHeader,
+        payload: &[u8],
+    ) -> Result<Event, ProtocolError> {
         const WHAT: &str = "a block status chunk";
         let extended = header.reply == ReplyType::BLOCK_STATUS_EXT;
         let mut reader = Reader::new(payload);
@@ -176,7 +188,11 @@ impl Pending {
         Ok(descriptors)
     }
 
-    pub(super) fn error_chunk(&self, reply: ReplyType, payload: &[u8]) -> Result<ServerError, ProtocolError> {
+    pub(super) fn error_chunk(
+        &self,
+        reply: ReplyType,
+        payload: &[u8],
+    ) -> Result<ServerError, ProtocolError> {
         let bad = |why| Err(self.bad_chunk("an error chunk", why, self.offset, 0));
         let mut reader = Reader::new(payload);
         let (Some(errno), Some(message_len)) = (reader.u32(), reader.u16()) else {
@@ -208,8 +224,7 @@ impl Pending {
 }
 
 fn read_descriptors(mut reader: Reader<'_>, extended: bool) -> Vec<BlockDescriptor> {
-    let size =
-        if extended { BlockDescriptor::EXTENDED_LEN } else { BlockDescriptor::COMPACT_LEN };
+    let size = if extended { BlockDescriptor::EXTENDED_LEN } else { BlockDescriptor::COMPACT_LEN };
     let mut descriptors = Vec::with_capacity(reader.rest().len() / size);
     loop {
         let fields = if extended {
@@ -221,4 +236,3 @@ fn read_descriptors(mut reader: Reader<'_>, extended: bool) -> Vec<BlockDescript
         descriptors.push(BlockDescriptor { length, flags });
     }
 }
-

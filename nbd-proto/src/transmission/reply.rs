@@ -184,8 +184,7 @@ impl ReplyEncoder {
         position: Position,
         out: &mut impl BufMut,
     ) {
-        let header =
-            ChunkHeader { flags: position.flags(), reply, cookie: tag.cookie, length };
+        let header = ChunkHeader { flags: position.flags(), reply, cookie: tag.cookie, length };
         match self.mode {
             ReplyMode::Extended => header.encode_extended(tag.offset, out),
             _ => header.encode_structured(out),

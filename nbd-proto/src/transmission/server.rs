@@ -123,21 +123,25 @@ impl Transmission {
     /// Bytes of payload that follow the header. A WRITE has one in every mode, even when a client
     /// with extended headers forgot the flag.
     fn payload_len(&self, header: &RequestHeader) -> u64 {
-        let flagged = self.mode == ReplyMode::Extended
-            && header.flags.contains(CommandFlags::PAYLOAD_LEN);
+        let flagged =
+            self.mode == ReplyMode::Extended && header.flags.contains(CommandFlags::PAYLOAD_LEN);
         if flagged || header.command == CommandType::WRITE { header.length } else { 0 }
     }
 
-    fn check(&self, header: &RequestHeader, payload: u64) -> Result<Command, (Errno, &'static str)> {
+    fn check(
+        &self,
+        header: &RequestHeader,
+        payload: u64,
+    ) -> Result<Command, (Errno, &'static str)> {
         let flags = self.check_flags(header)?;
+        if header.command == CommandType::DISC {
+            return Ok(Command::Disconnect);
+        }
         if payload > 0 && header.command != CommandType::WRITE {
             return Err((Errno::EINVAL, "this command takes no payload"));
         }
-        let durability = if flags.contains(CommandFlags::FUA) {
-            Durability::Fua
-        } else {
-            Durability::Cached
-        };
+        let durability =
+            if flags.contains(CommandFlags::FUA) { Durability::Fua } else { Durability::Cached };
         match header.command {
             CommandType::READ => {
                 self.check_range(header, Errno::EINVAL)?;
@@ -153,13 +157,12 @@ impl Transmission {
                 self.check_payload_limit(header)?;
                 Ok(Command::Write(durability))
             }
-            CommandType::DISC => Ok(Command::Disconnect),
             CommandType::FLUSH => {
                 self.require(TransmissionFlags::SEND_FLUSH)?;
                 Ok(Command::Flush)
             }
             CommandType::TRIM => {
-                self.require(TransmissionFlags::SEND_TRIM)?;
+                self.require_on_writable(TransmissionFlags::SEND_TRIM)?;
                 self.check_trim(header)?;
                 Ok(Command::Trim(durability))
             }
@@ -217,8 +220,10 @@ impl Transmission {
         if !legal.contains(header.flags) {
             return Err((Errno::EINVAL, "a flag is unknown or not legal for this command"));
         }
-        let writes =
-            matches!(header.command, CommandType::WRITE | CommandType::TRIM | CommandType::WRITE_ZEROES);
+        let writes = matches!(
+            header.command,
+            CommandType::WRITE | CommandType::TRIM | CommandType::WRITE_ZEROES
+        );
         if writes && header.flags.contains(CommandFlags::FUA) {
             self.require_on_writable(TransmissionFlags::SEND_FUA)?;
         }
@@ -314,7 +319,7 @@ impl Transmission {
             return refuse("a block status payload was not offered");
         }
         let ids = payload.wrapping_sub(8);
-        if payload < 8 || !ids.is_multiple_of(4) || ids / 4 > MAX_META_CONTEXTS as u64 {
+        if payload < 12 || !ids.is_multiple_of(4) || ids / 4 > MAX_META_CONTEXTS as u64 {
             return refuse("the block status payload has an impossible size");
         }
         let whole = header_len.saturating_add(payload as usize);

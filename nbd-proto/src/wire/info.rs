@@ -30,11 +30,7 @@ pub struct BlockSizes {
 impl Default for BlockSizes {
     /// What a client may assume when the server says nothing: 1, 4096, 32 MiB.
     fn default() -> Self {
-        Self {
-            minimum: 1,
-            preferred: DEFAULT_PREFERRED_BLOCK_SIZE,
-            maximum_payload: MAX_PAYLOAD,
-        }
+        Self { minimum: 1, preferred: DEFAULT_PREFERRED_BLOCK_SIZE, maximum_payload: MAX_PAYLOAD }
     }
 }
 

@@ -109,8 +109,7 @@ impl OptionHeader {
     /// [`ProtocolError::BadMagic`] or [`ProtocolError::TooLong`] (over [`MAX_OPTION_LEN`]).
     pub fn decode(bytes: &[u8]) -> Result<Option<Self>, ProtocolError> {
         let mut reader = Reader::new(bytes);
-        let (Some(found), Some(option), Some(length)) =
-            (reader.u64(), reader.u32(), reader.u32())
+        let (Some(found), Some(option), Some(length)) = (reader.u64(), reader.u32(), reader.u32())
         else {
             return Ok(None);
         };

@@ -136,8 +136,7 @@ impl ChunkHeader {
     /// [`ProtocolError::BadMagic`].
     pub fn decode_structured(bytes: &[u8]) -> Result<Option<Self>, ProtocolError> {
         let mut reader = Reader::new(bytes);
-        let front =
-            Self::decode_front(magic::STRUCTURED_REPLY, "a structured reply", &mut reader)?;
+        let front = Self::decode_front(magic::STRUCTURED_REPLY, "a structured reply", &mut reader)?;
         let (Some(mut header), Some(length)) = (front, reader.u32()) else { return Ok(None) };
         header.length = u64::from(length);
         Ok(Some(header))

@@ -10,18 +10,38 @@ use crate::codec::Reader;
 use crate::handshake::meta_context::{self, MetaContextQuestion, Selection, contexts_for};
 use crate::handshake::{ExportDescription, ListedExport, Negotiated, RefusalReason};
 use crate::limits::{EXPORT_NAME_PADDING_LEN, MAX_META_CONTEXTS, MAX_STRING_LEN};
-use crate::wire::{ClientFlags, InfoType, MetaContextName, OptionReplyType, OptionType};
+use crate::wire::{
+    ClientFlags, InfoType, MetaContextName, OptionReplyType, OptionType, TransmissionFlags,
+};
 
 /// Ends the handshake: what both sides know from now on.
 fn negotiated(session: Session, name: String, export: &ExportDescription) -> Negotiated {
     Negotiated {
+        size: export.size,
+        flags: transmission_flags(&session, &name, export),
         meta_contexts: contexts_for(session.selection, &name),
         export_name: name,
-        size: export.size,
-        flags: export.flags_in(session.reply_mode),
         block_sizes: export.block_sizes,
         reply_mode: session.reply_mode,
     }
+}
+
+/// The flags a transmission phase begins with: a block status payload is only offered to a client
+/// that selected contexts to put into it (section "Transmission flags").
+fn transmission_flags(
+    session: &Session,
+    name: &str,
+    export: &ExportDescription,
+) -> TransmissionFlags {
+    let mut flags = export.flags_in(session.reply_mode);
+    let selected = session
+        .selection
+        .as_ref()
+        .is_some_and(|selection| selection.export_name == name && !selection.contexts.is_empty());
+    if !selected {
+        flags.remove(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+    }
+    flags
 }
 
 /// What INFO and GO ask.
@@ -60,7 +80,12 @@ impl InfoQuestion {
         export: &ExportDescription,
         out: &mut BytesMut,
     ) -> bool {
-        reply::put_info(out, option, export, session.reply_mode, self.wanted);
+        let flags = if option == OptionType::GO {
+            transmission_flags(session, &self.name, export)
+        } else {
+            export.flags_in(session.reply_mode)
+        };
+        reply::put_info(out, option, export, flags, self.wanted);
         let refused = export.block_sizes.minimum() > 1 && !self.wanted.block_size;
         if refused {
             let message = "this export has a minimum block size: ask for BLOCK_SIZE and obey it";
@@ -160,7 +185,7 @@ impl PendingExportName {
     #[must_use]
     pub fn accept(self, export: &ExportDescription, out: &mut BytesMut) -> Negotiated {
         out.put_u64(export.size);
-        out.put_u16(export.flags_in(self.session.reply_mode).bits());
+        out.put_u16(transmission_flags(&self.session, &self.name, export).bits());
         if !self.session.client_flags.contains(ClientFlags::NO_ZEROES) {
             out.put_bytes(0, EXPORT_NAME_PADDING_LEN);
         }

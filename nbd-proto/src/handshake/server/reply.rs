@@ -7,7 +7,7 @@ use crate::handshake::ExportDescription;
 use crate::limits::{MAX_ERROR_MESSAGE_LEN, MAX_STRING_LEN};
 use crate::wire::{
     InfoType, MetaContextId, MetaContextName, OptionReplyHeader, OptionReplyType, OptionType,
-    ReplyMode,
+    TransmissionFlags,
 };
 
 /// Appends a reply whose payload is `parts`, one behind the other. Every part is bounded by a
@@ -79,7 +79,7 @@ pub(super) fn put_info(
     out: &mut BytesMut,
     option: OptionType,
     export: &ExportDescription,
-    mode: ReplyMode,
+    flags: TransmissionFlags,
     wanted: WantedInfo,
 ) {
     let mut put_item = |info: InfoType, content: &[u8]| {
@@ -99,6 +99,6 @@ pub(super) fn put_info(
     put_item(InfoType::BLOCK_SIZE, &sizes);
     let mut content = Vec::with_capacity(10);
     content.put_u64(export.size);
-    content.put_u16(export.flags_in(mode).bits());
+    content.put_u16(flags.bits());
     put_item(InfoType::EXPORT, &content);
 }
