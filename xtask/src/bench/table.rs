@@ -27,7 +27,7 @@ pub(crate) fn render(report: &Report) -> String {
         "\nCPU: the server's time per request, per MiB for nbdcopy. The best peer is taken\n",
     );
     text.push_str("for each measure on its own. Memory: peak of all processes of the server.\n\n");
-    let mut lines = Vec::new();
+    let mut lines = vec![["row", "has to be", "is", "verdict"].map(str::to_owned).to_vec()];
     for bar in &report.bars {
         let measured = bar.measured.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
         let verdict = bar.verdict.word().to_owned();
