@@ -57,6 +57,11 @@ impl ExtentList {
         true
     }
 
+    /// How many more extents could be of use: the next one may continue the last.
+    pub(crate) fn room(&self) -> usize {
+        (self.max_count - self.extents.len()).saturating_add(1)
+    }
+
     pub(crate) fn into_vec(self) -> Vec<Extent> {
         self.extents
     }

@@ -3,15 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::chain;
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
 use crate::mapping::Lease;
 use crate::options::{Access, Format, OpenOptions};
-use crate::probe::{PROBE_LENGTH, Probed, probe};
-use crate::raw::{FirstSector, Raw};
 use crate::storage::{Capabilities, Durability, FileStorage, Speed, Storage, TryRead, ZeroMode};
-use crate::units::{GuestOffset, GuestRange, HostOffset};
+use crate::units::{GuestOffset, GuestRange};
 
 /// An open virtual disk.
 ///
@@ -36,16 +35,15 @@ impl Image {
     ///
     /// # Errors
     ///
-    /// `NotFound` and `PermissionDenied`; `InvalidFormat` for a directory, a pipe or anything else
+    /// `NotFound` and `PermissionDenied`; `PolicyDenied` if the image names a file that the policy
+    /// does not allow; `InvalidFormat` for a directory, a pipe or anything else
     /// that is not an image; `Unsupported` for formats and features that this crate does not have;
     /// `Busy` if another program uses the file in a way that contradicts `options`; `Io`.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         let storage = FileStorage::open(path, options.access, options.locking)?;
-        let mut image = Self::from_storage(Arc::new(storage), options)
-            .map_err(|error| error.with_path(path))?;
-        image.path = Some(path.into());
-        Ok(image)
+        Self::open_named(Arc::new(storage), Some(path), options)
+            .map_err(|error| error.with_path(path))
     }
 
     /// Opens the image in any storage. Locks are the storage's own matter.
@@ -54,21 +52,16 @@ impl Image {
     ///
     /// As [`open`](Self::open).
     pub fn from_storage(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<Self> {
-        let (format, first_sector) = match options.format {
-            Some(format) => (format, FirstSector::Free),
-            None => (probe_storage(&*storage)?, FirstSector::Guarded),
-        };
-        let driver: Box<dyn Driver> = match format {
-            Format::Raw => Box::new(Raw::new(storage, first_sector)?),
-            Format::Qcow2 => {
-                return Err(Error::new(
-                    ErrorKind::Unsupported,
-                    "open",
-                    "qcow2 images cannot be read by this version; convert it to raw first",
-                ));
-            }
-        };
-        Ok(Self { driver, path: None, format, access: options.access })
+        Self::open_named(storage, None, options)
+    }
+
+    fn open_named(
+        storage: Arc<dyn Storage>,
+        path: Option<&Path>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let (driver, format) = chain::open(storage, path, options)?;
+        Ok(Self { driver, path: path.map(Into::into), format, access: options.access })
     }
 
     /// The size of the virtual disk in bytes.
@@ -273,24 +266,5 @@ impl Image {
             Some(path) => error.with_path(&**path),
             None => error,
         }
-    }
-}
-
-/// Finds the format of what a storage holds.
-fn probe_storage(storage: &dyn Storage) -> Result<Format> {
-    let mut start = [0; PROBE_LENGTH];
-    let length = storage
-        .read_at(HostOffset::new(0), &mut start)
-        .map_err(|error| Error::from_io("read the start of", error))?;
-    match probe(&start[..length]) {
-        Probed::Known(format) => Ok(format),
-        Probed::Foreign(name) => Err(Error::new(
-            ErrorKind::Unsupported,
-            "open",
-            format!(
-                "it looks like a {name} image, which cannot be read; convert it, or give the \
-                 format 'raw' to use its bytes as they are"
-            ),
-        )),
     }
 }

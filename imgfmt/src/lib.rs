@@ -30,13 +30,16 @@
 //! What this crate does not do: it knows no network protocol, and it never follows a name that an
 //! image contains without being allowed to.
 
+mod chain;
 mod driver;
 mod error;
 mod extent;
 mod image;
 mod mapping;
+mod open_policy;
 mod options;
 mod probe;
+mod qcow2;
 mod raw;
 pub mod storage;
 mod sys;
@@ -46,6 +49,8 @@ pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
 pub use image::Image;
 pub use mapping::{Lease, Mapping};
+pub use open_policy::{OpenPolicy, SchemeOpener};
 pub use options::{Access, Format, Locking, OpenOptions};
+pub use qcow2::Snapshot;
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, ZeroMode};
 pub use units::{GuestOffset, GuestRange, HostOffset};

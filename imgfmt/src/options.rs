@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::open_policy::OpenPolicy;
+
 /// How the bytes of a file make up a virtual disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -75,6 +77,13 @@ pub struct OpenOptions {
     pub access: Access,
     /// Whether it is locked while it is open.
     pub locking: Locking,
+    /// Which other files the image may name.
+    pub policy: OpenPolicy,
+    /// The id or name of an internal snapshot to read in place of the present state.
+    pub snapshot: Option<String>,
+    /// How much memory, in bytes, the tables of a qcow2 image may take up while they are not
+    /// waiting to be written. `None` covers the whole disk, up to 32 MiB.
+    pub metadata_cache_bytes: Option<u64>,
 }
 
 impl OpenOptions {
@@ -101,6 +110,27 @@ impl OpenOptions {
     #[must_use]
     pub fn locking(mut self, locking: Locking) -> Self {
         self.locking = locking;
+        self
+    }
+
+    /// Says which other files the image may name.
+    #[must_use]
+    pub fn policy(mut self, policy: OpenPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Reads an internal snapshot, given by id or name, in place of the present state.
+    #[must_use]
+    pub fn snapshot(mut self, name: impl Into<String>) -> Self {
+        self.snapshot = Some(name.into());
+        self
+    }
+
+    /// Bounds the memory, in bytes, that tables of a qcow2 image take up.
+    #[must_use]
+    pub fn metadata_cache_bytes(mut self, bytes: u64) -> Self {
+        self.metadata_cache_bytes = Some(bytes);
         self
     }
 }

@@ -1,0 +1,132 @@
+//! Opening an image and everything below it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::driver::Driver;
+use crate::error::{Error, ErrorKind, Result};
+use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
+use crate::options::{Access, Format, OpenOptions};
+use crate::probe::{PROBE_LENGTH, Probed, probe};
+use crate::qcow2::Qcow2;
+use crate::raw::{FirstSector, Raw};
+use crate::storage::{FileIdentity, FileStorage, Storage};
+use crate::units::HostOffset;
+
+/// Opens the image in `storage` and, as far as the policy allows, the files it names.
+pub(crate) fn open(
+    storage: Arc<dyn Storage>,
+    path: Option<&Path>,
+    options: &OpenOptions,
+) -> Result<(Box<dyn Driver>, Format)> {
+    let mut files_above = Vec::new();
+    open_layer(storage, path, options, &mut files_above)
+}
+
+fn open_layer(
+    storage: Arc<dyn Storage>,
+    path: Option<&Path>,
+    options: &OpenOptions,
+    files_above: &mut Vec<Option<FileIdentity>>,
+) -> Result<(Box<dyn Driver>, Format)> {
+    let (format, first_sector) = match options.format {
+        Some(format) => (format, FirstSector::Free),
+        None => (probe_storage(&*storage)?, FirstSector::Guarded),
+    };
+    if format == Format::Raw {
+        if options.snapshot.is_some() {
+            let detail = "a raw image has no snapshots";
+            return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
+        }
+        return Ok((Box::new(Raw::new(storage, first_sector)?), format));
+    }
+    let identity = storage.identity();
+    if identity.is_some() && files_above.contains(&identity) {
+        let detail = "its chain of backing files leads back to itself";
+        return Err(Error::new(ErrorKind::InvalidFormat, "open", detail));
+    }
+    if files_above.len() >= CHAIN_DEPTH_MAX {
+        let detail = format!("its chain of backing files has more than {CHAIN_DEPTH_MAX} layers");
+        return Err(Error::new(ErrorKind::Unsupported, "open", detail));
+    }
+    files_above.push(identity);
+    let mut image = Qcow2::open(storage, path, options)?;
+    if let Some(name) = image.data_file_name()? {
+        let (data, _) = open_named(path, name, options, options.access)?;
+        image.attach_data_file(data);
+    }
+    if let Some((name, format)) = image.backing_name() {
+        let backing = open_backing(path, name, format, options, files_above)?;
+        image.attach_backing(backing);
+    }
+    Ok((Box::new(image), format))
+}
+
+fn open_backing(
+    image: Option<&Path>,
+    name: &str,
+    format: Option<&str>,
+    options: &OpenOptions,
+    files_above: &mut Vec<Option<FileIdentity>>,
+) -> Result<Box<dyn Driver>> {
+    let format = match (format, options.policy.missing_format()) {
+        // The names of QEMU's drivers for plain files and devices mean raw images too.
+        (Some("file" | "host_device"), _) => Some(Format::Raw),
+        (Some(name), _) => Some(Format::from_name(name).ok_or_else(|| {
+            let detail = format!(
+                "its backing file has the format '{}', which cannot be read",
+                name.escape_debug()
+            );
+            Error::new(ErrorKind::Unsupported, "open", detail)
+        })?),
+        (None, MissingFormat::Probe) => None,
+        (None, MissingFormat::Refuse) => {
+            let detail = format!(
+                "it does not say which format its backing file '{}' has; set it with \
+                 'qemu-img rebase -u -b FILE -F FORMAT', or allow probing",
+                name.escape_debug()
+            );
+            return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
+        }
+    };
+    let (storage, path) = open_named(image, name, options, Access::ReadOnly)?;
+    let below = OpenOptions { format, access: Access::ReadOnly, snapshot: None, ..options.clone() };
+    let result = open_layer(storage, path.as_deref(), &below, files_above);
+    let (driver, _) =
+        result.map_err(|error| error.with_path(path.unwrap_or_else(|| name.into())))?;
+    Ok(driver)
+}
+
+fn open_named(
+    image: Option<&Path>,
+    name: &str,
+    options: &OpenOptions,
+    access: Access,
+) -> Result<(Arc<dyn Storage>, Option<PathBuf>)> {
+    match options.policy.resolve(image, name)? {
+        Resolved::Storage(storage) => Ok((storage, None)),
+        Resolved::File(path) => {
+            let storage = FileStorage::open(&path, access, options.locking)?;
+            Ok((Arc::new(storage), Some(path)))
+        }
+    }
+}
+
+/// Finds the format of what a storage holds.
+fn probe_storage(storage: &dyn Storage) -> Result<Format> {
+    let mut start = [0; PROBE_LENGTH];
+    let length = storage
+        .read_at(HostOffset::new(0), &mut start)
+        .map_err(|error| Error::from_io("read the start of", error))?;
+    match probe(&start[..length]) {
+        Probed::Known(format) => Ok(format),
+        Probed::Foreign(name) => Err(Error::new(
+            ErrorKind::Unsupported,
+            "open",
+            format!(
+                "it looks like a {name} image, which cannot be read; convert it, or give the \
+                 format 'raw' to use its bytes as they are"
+            ),
+        )),
+    }
+}

@@ -1,0 +1,195 @@
+//! Which files an image may name.
+//!
+//! A qcow2 image can name a backing file and a data file. Whoever made the image chose those names,
+//! so following them blindly lets a hostile image read, and with a data file write, any file of the
+//! host. Every such name goes through an [`OpenPolicy`].
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+
+/// How many layers a chain of backing files may have.
+pub(crate) const CHAIN_DEPTH_MAX: usize = 64;
+
+/// Opens what a name such as `nbd://host/export` stands for.
+pub type SchemeOpener = dyn Fn(&str) -> io::Result<Arc<dyn Storage>> + Send + Sync;
+
+/// Which files an image may name as its backing file or data file.
+///
+/// By default those that lie, links resolved, in the folder of the image that names them or below.
+/// Names with a scheme (`nbd:…`, `json:…`) are refused unless
+/// [`allow_scheme`](Self::allow_scheme) says who opens them.
+#[derive(Clone, Default)]
+pub struct OpenPolicy {
+    files: FileRule,
+    missing_format: MissingFormat,
+    schemes: Vec<(String, Arc<SchemeOpener>)>,
+}
+
+#[derive(Clone, Debug, Default)]
+enum FileRule {
+    #[default]
+    FolderOfImage,
+    Beneath(PathBuf),
+    Any,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum MissingFormat {
+    #[default]
+    Refuse,
+    Probe,
+}
+
+/// What a name turned out to be.
+pub(crate) enum Resolved {
+    File(PathBuf),
+    Storage(Arc<dyn Storage>),
+}
+
+impl OpenPolicy {
+    /// Files in the folder of the image that names them, or below it.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// No other file at all: only images that stand alone can be opened.
+    pub fn deny() -> Self {
+        Self { files: FileRule::None, ..Self::default() }
+    }
+
+    /// Any file of the host: only for images whose maker is trusted as much as the user.
+    pub fn any_file() -> Self {
+        Self { files: FileRule::Any, ..Self::default() }
+    }
+
+    /// Files in this folder or below it.
+    pub fn beneath(folder: impl Into<PathBuf>) -> Self {
+        Self { files: FileRule::Beneath(folder.into()), ..Self::default() }
+    }
+
+    /// Finds the format of a backing file by its first bytes if the image does not say it. Those
+    /// bytes may have been written by a guest.
+    #[must_use]
+    pub fn allow_format_probe(mut self) -> Self {
+        self.missing_format = MissingFormat::Probe;
+        self
+    }
+
+    /// Allows names of a scheme, such as `nbd`, and says who opens them.
+    #[must_use]
+    pub fn allow_scheme(mut self, scheme: impl Into<String>, opener: Arc<SchemeOpener>) -> Self {
+        self.schemes.push((scheme.into(), opener));
+        self
+    }
+
+    pub(crate) fn missing_format(&self) -> MissingFormat {
+        self.missing_format
+    }
+
+    /// Finds what `name`, found in the image at `image`, stands for, if it may be opened.
+    pub(crate) fn resolve(&self, image: Option<&Path>, name: &str) -> Result<Resolved> {
+        if let Some(scheme) = scheme_of(name) {
+            return match self.schemes.iter().find(|(allowed, _)| allowed == scheme) {
+                Some((_, opener)) => Ok(Resolved::Storage(opener(name).map_err(|error| {
+                    Error::from_io("open the backing file", error).with_path(name)
+                })?)),
+                None => Err(denied(format!("names of the kind '{scheme}:' are not allowed"), name)),
+            };
+        }
+        let folder = image.and_then(Path::parent).map(|folder| match folder.as_os_str().len() {
+            0 => Path::new("."),
+            _ => folder,
+        });
+        let path = match (Path::new(name).is_absolute(), folder) {
+            (false, Some(folder)) => folder.join(name),
+            (true, _) => PathBuf::from(name),
+            (false, None) => {
+                return Err(denied("the image is no file, so the name leads nowhere".into(), name));
+            }
+        };
+        let root = match &self.files {
+            FileRule::Any => return Ok(Resolved::File(path)),
+            FileRule::None => return Err(denied("no other file may be opened".into(), name)),
+            FileRule::Beneath(root) => root.as_path(),
+            FileRule::FolderOfImage => match folder {
+                Some(folder) => folder,
+                None => return Err(denied("the image is in no folder".into(), name)),
+            },
+        };
+        let open_error = |path: &Path| {
+            let path = path.to_owned();
+            move |error| Error::from_io("open the backing file", error).with_path(path)
+        };
+        let root = root.canonicalize().map_err(open_error(root))?;
+        let path = path.canonicalize().map_err(open_error(&path))?;
+        if path.starts_with(&root) {
+            Ok(Resolved::File(path))
+        } else {
+            let why = format!("only files below '{}' may be opened", root.display());
+            Err(denied(why, name))
+        }
+    }
+}
+
+impl fmt::Debug for OpenPolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let schemes: Vec<_> = self.schemes.iter().map(|(scheme, _)| scheme).collect();
+        f.debug_struct("OpenPolicy")
+            .field("files", &self.files)
+            .field("missing_format", &self.missing_format)
+            .field("schemes", &schemes)
+            .finish()
+    }
+}
+
+/// The scheme of a name, which QEMU would take for a protocol: letters before a colon, unless a
+/// slash comes first.
+fn scheme_of(name: &str) -> Option<&str> {
+    let (scheme, _) = name.split_once(':')?;
+    (!scheme.contains('/')).then_some(scheme)
+}
+
+fn denied(why: String, name: &str) -> Error {
+    let detail = format!("the image refers to '{name}', but {why}; change the policy to allow it");
+    Error::new(ErrorKind::PolicyDenied, "open", detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_denied(policy: &OpenPolicy, image: &Path, name: &str) -> bool {
+        match policy.resolve(Some(image), name) {
+            Ok(_) => false,
+            Err(error) => error.kind() == ErrorKind::PolicyDenied,
+        }
+    }
+
+    #[test]
+    fn by_default_only_files_beside_the_image_are_allowed() {
+        let folder = tempfile::tempdir().unwrap();
+        let inner = folder.path().join("inner");
+        std::fs::create_dir(&inner).unwrap();
+        let image = inner.join("image");
+        std::fs::write(inner.join("base"), "").unwrap();
+        std::fs::write(folder.path().join("outer"), "").unwrap();
+        std::os::unix::fs::symlink("../outer", inner.join("link")).unwrap();
+        let policy = OpenPolicy::new();
+        assert!(!is_denied(&policy, &image, "base"));
+        assert!(is_denied(&policy, &image, "../outer"));
+        assert!(is_denied(&policy, &image, "link"));
+        assert!(is_denied(&policy, &image, "/etc/passwd"));
+        assert!(is_denied(&policy, &image, "json:{}"));
+        assert!(is_denied(&policy, &image, "nbd://host"));
+        assert!(is_denied(&OpenPolicy::deny(), &image, "base"));
+        assert!(!is_denied(&OpenPolicy::any_file(), &image, "/etc/passwd"));
+        assert!(is_denied(&OpenPolicy::any_file(), &image, "json:{}"));
+        assert!(!is_denied(&OpenPolicy::beneath(folder.path()), &image, "link"));
+    }
+}

@@ -1,0 +1,94 @@
+//! Header extensions: small records behind the header.
+//!
+//! Each has a type (4 bytes), a length (4 bytes) and that many bytes, padded to a multiple of 8.
+//! Type 0 ends the list. Version 2 images have them too, from offset 72 on.
+
+use super::header::{invalid, u32_at};
+use crate::error::Result;
+
+const END: u32 = 0;
+pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
+const BITMAPS: u32 = 0x2385_2875;
+const DATA_FILE_NAME: u32 = 0x4441_5441;
+
+/// Size of one entry of the feature name table: type, bit, name.
+const FEATURE_ENTRY: usize = 48;
+
+/// The extensions this crate understands.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Extensions {
+    pub(crate) backing_format: Option<String>,
+    pub(crate) data_file_name: Option<String>,
+    pub(crate) has_bitmaps: bool,
+    feature_names: Vec<u8>,
+}
+
+impl Extensions {
+    /// The name the image itself gives to a feature bit, for messages about unknown ones.
+    pub(crate) fn feature_name(&self, kind: u8, bit: u8) -> String {
+        let entry =
+            self.feature_names.chunks_exact(FEATURE_ENTRY).find(|e| e[0] == kind && e[1] == bit);
+        match entry {
+            Some(entry) => {
+                let name: Vec<u8> = entry[2..].iter().copied().take_while(|b| *b != 0).collect();
+                format!("'{}' (bit {bit})", String::from_utf8_lossy(&name).escape_debug())
+            }
+            None => format!("bit {bit}"),
+        }
+    }
+}
+
+/// Decodes the area between the header and the backing file's name.
+pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
+    let mut extensions = Extensions::default();
+    while area.len() >= 8 {
+        let kind = u32_at(area, 0);
+        let length = u32_at(area, 4) as usize;
+        if kind == END {
+            break;
+        }
+        let Some(content) = area[8..].get(..length) else {
+            return Err(invalid(format!("header extension {kind:#x} goes beyond its area")));
+        };
+        match kind {
+            BACKING_FORMAT => extensions.backing_format = Some(text(content)?),
+            DATA_FILE_NAME => extensions.data_file_name = Some(text(content)?),
+            FEATURE_NAMES => extensions.feature_names = content.to_vec(),
+            BITMAPS => extensions.has_bitmaps = true,
+            _ => {}
+        }
+        area = area.get(8 + length.next_multiple_of(8)..).unwrap_or_default();
+    }
+    Ok(extensions)
+}
+
+fn text(content: &[u8]) -> Result<String> {
+    match std::str::from_utf8(content) {
+        Ok(text) => Ok(text.to_owned()),
+        Err(_) => Err(invalid("a name in a header extension is not valid UTF-8")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extensions_are_padded_to_eight_bytes() {
+        let mut area = Vec::new();
+        area.extend(BACKING_FORMAT.to_be_bytes());
+        area.extend(3u32.to_be_bytes());
+        area.extend(b"raw\0\0\0\0\0");
+        area.extend(0x1234_5678u32.to_be_bytes()); // unknown: skipped
+        area.extend(8u32.to_be_bytes());
+        area.extend([9; 8]);
+        area.extend(DATA_FILE_NAME.to_be_bytes());
+        area.extend(8u32.to_be_bytes());
+        area.extend(b"data.raw");
+        let extensions = decode(&area).unwrap();
+        assert_eq!(extensions.backing_format.as_deref(), Some("raw"));
+        assert_eq!(extensions.data_file_name.as_deref(), Some("data.raw"));
+        assert!(decode(&area[..area.len() - 1]).is_err());
+    }
+}

@@ -1,0 +1,149 @@
+//! Numbers that follow from the header, computed once.
+
+/// Sizes and shifts of one image. All sizes are in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    /// Clusters are `1 << cluster_bits` bytes.
+    pub(crate) cluster_bits: u32,
+    /// L2 entries have a second word that tells about 32 subclusters each.
+    pub(crate) extended_l2: bool,
+    /// Refcounts are `1 << refcount_order` bits wide.
+    pub(crate) refcount_order: u32,
+}
+
+/// How many subclusters an extended L2 entry tells about.
+const SUBCLUSTERS: u32 = 32;
+
+impl Geometry {
+    pub(crate) const fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// The offset within its cluster.
+    pub(crate) const fn in_cluster(self, offset: u64) -> u64 {
+        offset & (self.cluster_size() - 1)
+    }
+
+    /// The start of the cluster.
+    pub(crate) const fn cluster_start(self, offset: u64) -> u64 {
+        offset & !(self.cluster_size() - 1)
+    }
+
+    /// How many clusters `length` bytes from a cluster's start take up.
+    pub(crate) const fn clusters_of(self, length: u64) -> u64 {
+        length.div_ceil(self.cluster_size())
+    }
+
+    /// Words (of 64 bits) of one L2 entry.
+    pub(crate) const fn entry_words(self) -> usize {
+        if self.extended_l2 { 2 } else { 1 }
+    }
+
+    /// How many clusters one L2 table maps, as a shift.
+    pub(crate) const fn l2_bits(self) -> u32 {
+        self.cluster_bits - if self.extended_l2 { 4 } else { 3 }
+    }
+
+    /// How many clusters one L2 table maps.
+    pub(crate) const fn l2_entries(self) -> u64 {
+        1 << self.l2_bits()
+    }
+
+    /// How many bytes of the disk one L2 table maps.
+    pub(crate) const fn l2_coverage(self) -> u64 {
+        1 << (self.l2_bits() + self.cluster_bits)
+    }
+
+    /// Which L1 entry a guest offset belongs to.
+    pub(crate) const fn l1_index(self, guest: u64) -> u64 {
+        guest >> (self.l2_bits() + self.cluster_bits)
+    }
+
+    /// Which entry of its L2 table a guest offset belongs to.
+    pub(crate) const fn l2_index(self, guest: u64) -> usize {
+        ((guest >> self.cluster_bits) & (self.l2_entries() - 1)) as usize
+    }
+
+    /// How many L1 entries a disk of `size` bytes needs.
+    pub(crate) const fn l1_entries_for(self, size: u64) -> u64 {
+        size.div_ceil(self.l2_coverage())
+    }
+
+    /// How many units a cluster has that are allocated one by one: 32, or 1 without subclusters.
+    pub(crate) const fn subclusters(self) -> u32 {
+        if self.extended_l2 { SUBCLUSTERS } else { 1 }
+    }
+
+    /// Size of such a unit.
+    pub(crate) const fn subcluster_size(self) -> u64 {
+        self.cluster_size() / self.subclusters() as u64
+    }
+
+    /// Mask of all units of a cluster.
+    pub(crate) const fn all_subclusters(self) -> u32 {
+        if self.extended_l2 { u32::MAX } else { 1 }
+    }
+
+    /// Mask of the units that the bytes from `start` to `end` (excluded) of a cluster touch.
+    pub(crate) fn subcluster_mask(self, start: u64, end: u64) -> u32 {
+        if start >= end {
+            return 0;
+        }
+        let first = (start / self.subcluster_size()) as u32;
+        let last = ((end - 1) / self.subcluster_size()) as u32;
+        mask(first, last - first + 1)
+    }
+
+    /// Mask of the units that lie wholly in the bytes from `start` to `end` (excluded).
+    pub(crate) fn whole_subcluster_mask(self, start: u64, end: u64) -> u32 {
+        let first = start.div_ceil(self.subcluster_size()) as u32;
+        let last = (end / self.subcluster_size()) as u32;
+        if first >= last { 0 } else { mask(first, last - first) }
+    }
+
+    /// Width of a refcount in bits.
+    pub(crate) const fn refcount_bits(self) -> u32 {
+        1 << self.refcount_order
+    }
+
+    /// How many clusters one refcount block counts.
+    pub(crate) const fn block_entries(self) -> u64 {
+        (self.cluster_size() * 8) >> self.refcount_order
+    }
+
+    /// The largest refcount.
+    pub(crate) const fn refcount_max(self) -> u64 {
+        if self.refcount_order >= 6 { u64::MAX } else { (1 << self.refcount_bits()) - 1 }
+    }
+}
+
+fn mask(first: u32, count: u32) -> u32 {
+    (((1u64 << count) - 1) << first) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn usual_sizes_follow_from_64_kib_clusters() {
+        let geometry = Geometry { cluster_bits: 16, extended_l2: false, refcount_order: 4 };
+        assert_eq!(geometry.l2_entries(), 8192);
+        assert_eq!(geometry.l2_coverage(), 512 << 20);
+        assert_eq!(geometry.block_entries(), 32768);
+        assert_eq!(geometry.refcount_max(), 65535);
+        assert_eq!(geometry.l1_entries_for((512 << 20) + 1), 2);
+        assert_eq!(geometry.subcluster_mask(1, 65536), 1);
+        assert_eq!(geometry.whole_subcluster_mask(1, 65536), 0);
+    }
+
+    #[test]
+    fn subclusters_are_a_32nd_of_a_cluster() {
+        let geometry = Geometry { cluster_bits: 16, extended_l2: true, refcount_order: 4 };
+        assert_eq!(geometry.l2_entries(), 4096);
+        assert_eq!(geometry.subcluster_size(), 2048);
+        assert_eq!(geometry.subcluster_mask(2047, 2049), 0b11);
+        assert_eq!(geometry.whole_subcluster_mask(1, 6144), 0b110);
+        assert_eq!(geometry.subcluster_mask(0, 65536), u32::MAX);
+    }
+}

@@ -1,0 +1,117 @@
+//! The table of internal snapshots.
+
+use std::fmt;
+
+use super::header::{Header, invalid, read_error, u16_at, u32_at, u64_at};
+use crate::error::Result;
+use crate::storage::Storage;
+use crate::units::HostOffset;
+
+const ENTRY_LENGTH: usize = 40;
+const EXTRA_LENGTH_MAX: usize = 1024;
+/// The whole table may not be larger than this.
+const TABLE_BYTES_MAX: u64 = 64 << 20;
+/// Largest L1 table of a snapshot.
+const L1_BYTES_MAX: u64 = 32 << 20;
+
+/// An internal snapshot: a former state of the disk that is kept in the same file.
+#[derive(Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Snapshot {
+    /// Identifies it within the image, most often a number.
+    pub id: String,
+    /// The name the user gave.
+    pub name: String,
+    /// When it was made, in seconds since 1970.
+    pub date_s: u32,
+    /// And the nanoseconds of that second.
+    pub date_ns: u32,
+    /// How long the guest had been running, in nanoseconds.
+    pub vm_clock_ns: u64,
+    /// Size of the saved state of the virtual machine, in bytes; 0 if there is none.
+    pub vm_state_size: u64,
+    /// Size of the disk at that time, in bytes.
+    pub disk_size: u64,
+    pub(crate) l1_offset: u64,
+    pub(crate) l1_entries: u32,
+    pub(crate) extra: Vec<u8>,
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Snapshot {} '{}' of {} bytes", self.id, self.name, self.disk_size)
+    }
+}
+
+/// Reads and checks the table of snapshots.
+pub(crate) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<Snapshot>> {
+    let mut snapshots = Vec::new();
+    let file_length = storage.len().map_err(read_error)?;
+    let mut offset = header.snapshots_offset;
+    for _ in 0..header.snapshot_count {
+        let (snapshot, length) = read_entry(storage, header, offset, file_length)?;
+        snapshots.push(snapshot);
+        // Cannot overflow: the offset lies inside the file and an entry is below 200 KiB.
+        offset += length.next_multiple_of(8);
+        if offset - header.snapshots_offset > TABLE_BYTES_MAX {
+            return Err(invalid("its table of snapshots is too large"));
+        }
+    }
+    Ok(snapshots)
+}
+
+fn read_entry(
+    storage: &dyn Storage,
+    header: &Header,
+    offset: u64,
+    file_length: u64,
+) -> Result<(Snapshot, u64)> {
+    let mut fixed = [0; ENTRY_LENGTH];
+    storage.read_exact_at(HostOffset::new(offset), &mut fixed).map_err(read_error)?;
+    let (id_length, name_length) =
+        (usize::from(u16_at(&fixed, 12)), usize::from(u16_at(&fixed, 14)));
+    let extra_length = u32_at(&fixed, 36) as usize;
+    if extra_length > EXTRA_LENGTH_MAX {
+        return Err(invalid(format!("a snapshot has {extra_length} bytes of extra data")));
+    }
+    let mut rest = vec![0; extra_length + id_length + name_length];
+    let rest_offset = HostOffset::new(offset + ENTRY_LENGTH as u64);
+    storage.read_exact_at(rest_offset, &mut rest).map_err(read_error)?;
+    let (extra, names) = rest.split_at(extra_length);
+    let (id, name) = names.split_at(id_length);
+    let large = |at: usize| (extra.len() >= at + 8).then(|| u64_at(extra, at));
+    let snapshot = Snapshot {
+        id: String::from_utf8_lossy(id).into_owned(),
+        name: String::from_utf8_lossy(name).into_owned(),
+        date_s: u32_at(&fixed, 16),
+        date_ns: u32_at(&fixed, 20),
+        vm_clock_ns: u64_at(&fixed, 24),
+        vm_state_size: large(0).unwrap_or_else(|| u64::from(u32_at(&fixed, 32))),
+        disk_size: large(8).unwrap_or(header.size) & !511,
+        l1_offset: u64_at(&fixed, 0),
+        l1_entries: u32_at(&fixed, 8),
+        extra: extra.to_vec(),
+    };
+    check_entry(&snapshot, header, file_length)?;
+    Ok((snapshot, (ENTRY_LENGTH + extra_length + id_length + name_length) as u64))
+}
+
+fn check_entry(snapshot: &Snapshot, header: &Header, file_length: u64) -> Result<()> {
+    let geometry = header.geometry;
+    let bytes = u64::from(snapshot.l1_entries) * 8;
+    let file_end = file_length.checked_next_multiple_of(geometry.cluster_size());
+    let end = snapshot.l1_offset.checked_add(bytes);
+    let fits = bytes <= L1_BYTES_MAX
+        && geometry.in_cluster(snapshot.l1_offset) == 0
+        && end.zip(file_end).is_some_and(|(end, file_end)| end <= file_end)
+        && snapshot.disk_size <= i64::MAX as u64
+        && geometry.l1_entries_for(snapshot.disk_size) <= u64::from(snapshot.l1_entries);
+    if fits {
+        Ok(())
+    } else {
+        Err(invalid(format!(
+            "the L1 table of snapshot '{}' is too large, too small, not aligned or outside the file",
+            snapshot.name.escape_debug()
+        )))
+    }
+}
