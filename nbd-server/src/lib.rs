@@ -1,1 +1,67 @@
-//! .
+//! A Network Block Device server.
+//!
+//! The protocol itself is `nbd-proto`; this crate owns the sockets, the exports, the memory that
+//! requests may take, and the way to an orderly end.
+//!
+//! ```text
+//!   ListenAddress --> Server --accept--> worker threads, each a small runtime of its own
+//!                       |                      |
+//!                 ExportRegistry         one connection = one task:
+//!                  name -> Export          handshake, then  receive -> execute -> send
+//!                                                                |
+//!                                                  what may block goes to a pool of threads
+//! ```
+//!
+//! What it does not do: it never reads the environment (but see [`ListenAddress::Systemd`]), never
+//! prints and never exits; it logs through `tracing`.
+//!
+//! # Example
+//!
+//! A disk in memory, served until the caller says stop:
+//!
+//! ```
+//! use std::sync::Arc;
+//! use nbd_server::export::{ExportEntry, MemoryExport};
+//! use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
+//!
+//! # let folder = tempfile::tempdir()?;
+//! # let socket = folder.path().join("nbd.sock");
+//! # tokio::runtime::Runtime::new()?.block_on(async move {
+//! let exports = ExportRegistry::new();
+//! exports.add("scratch", ExportEntry::new(Arc::new(MemoryExport::new(1 << 20))))?;
+//! exports.set_default("scratch");
+//!
+//! let mut server = Server::new(ServerConfig::default(), exports);
+//! let addresses = server.listen(&ListenAddress::Unix(socket)).await?;
+//! println!("{}", addresses[0].uri("scratch"));
+//!
+//! let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+//! let serving = tokio::spawn(server.serve(async { stopped.await.unwrap_or(()) }));
+//! // ... clients come and go ...
+//! stop.send(()).ok();
+//! serving.await??;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Features
+//!
+//! * `image` (default): [`export::ImageExport`], disk images through the `imgfmt` crate.
+
+mod budget;
+mod config;
+mod connection;
+mod error;
+pub mod export;
+mod listener;
+mod server;
+mod shutdown;
+mod sys;
+mod worker;
+
+pub use config::ServerConfig;
+pub use error::{RegistryError, ServeError};
+pub use export::ExportRegistry;
+pub use listener::{BoundAddress, ListenAddress};
+pub use server::Server;

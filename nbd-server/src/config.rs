@@ -1,0 +1,49 @@
+//! What a server allows its clients.
+
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use nbd_proto::wire::ReplyMode;
+
+/// Bounds and choices of a [`Server`](crate::Server). Start from [`ServerConfig::default`].
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ServerConfig {
+    /// A client that has not finished its handshake by then is dropped. Default: 10 s.
+    pub handshake_deadline: Duration,
+    /// Connections at a time; one more is closed at once. Default: 1024.
+    pub max_connections: usize,
+    /// Threads that serve connections. A connection stays on its thread; with fewer connections
+    /// than threads each has one for itself. Default: twice the number of cores, at least 4.
+    pub workers: NonZeroUsize,
+    /// Requests of one connection that may be in the hands of the thread pool at a time.
+    /// Default: 64.
+    pub max_requests: usize,
+    /// Bytes of payload and unsent replies one connection may hold, beyond one request of any
+    /// legal size. Default: 64 MiB.
+    pub connection_budget: usize,
+    /// Bytes of payload all connections together may hold in large requests. Default: 1 GiB.
+    pub server_budget: usize,
+    /// How long clients may take, once the server is told to stop, to take the replies to what was
+    /// in flight. Default: 10 s.
+    pub drain_deadline: Duration,
+    /// The best form of replies that is negotiated. Below [`ReplyMode::Extended`] the server
+    /// behaves like an older one. Default: [`ReplyMode::Extended`].
+    pub best_reply_mode: ReplyMode,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(2, NonZeroUsize::get);
+        Self {
+            handshake_deadline: Duration::from_secs(10),
+            max_connections: 1024,
+            workers: NonZeroUsize::new(cores.saturating_mul(2).max(4)).unwrap_or(NonZeroUsize::MIN),
+            max_requests: 64,
+            connection_budget: 64 << 20,
+            server_budget: 1 << 30,
+            drain_deadline: Duration::from_secs(10),
+            best_reply_mode: ReplyMode::Extended,
+        }
+    }
+}

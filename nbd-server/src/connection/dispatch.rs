@@ -1,0 +1,157 @@
+//! A validated request carried out, and its reply.
+
+use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
+use nbd_proto::transmission::{
+    Command, ExtentLimit, Fragmentation, Position, ReplyEncoder, Request,
+};
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
+
+use super::pool::Work;
+use crate::export::{Export, ExportError};
+
+/// When a long read fails, the part in front of the failure is found in steps of this many bytes.
+const RETRY_LEN: usize = 64 * 1024;
+/// ... and then of this many: the smallest unit in which disks fail today.
+const SECTOR_LEN: usize = 4096;
+
+/// Carries a request out, blocking as long as it takes, and gives the whole reply.
+pub(super) fn perform(work: &Work) -> Vec<u8> {
+    let request = &work.request;
+    let mut out = Vec::new();
+    match &request.command {
+        Command::Read(fragmentation) => {
+            return read(&*work.export, work.encoder, request, *fragmentation);
+        }
+        Command::BlockStatus(limit, wanted) => {
+            let wanted: Vec<_> = work
+                .contexts
+                .iter()
+                .filter(|(id, _)| wanted.as_ref().is_none_or(|wanted| wanted.contains(id)))
+                .collect();
+            block_status(&*work.export, work.encoder, request, *limit, &wanted, &mut out);
+        }
+        _ => match execute(&*work.export, request, &work.payload) {
+            Ok(()) => work.encoder.success(request.tag(), &mut out),
+            Err(error) => work.encoder.error(request.tag(), error.errno, &error.message, &mut out),
+        },
+    }
+    out
+}
+
+/// Carries out a request whose reply has no content.
+pub(super) fn execute(
+    export: &dyn Export,
+    request: &Request,
+    payload: &[u8],
+) -> Result<(), ExportError> {
+    let (offset, length) = (request.offset, request.length);
+    if length == 0 && request.command != Command::Flush {
+        // The protocol leaves it open; like the other servers, nothing is done and all is well.
+        return Ok(());
+    }
+    match &request.command {
+        Command::Write(durability) => export.write_at(offset, payload, *durability),
+        Command::Flush => export.flush(),
+        Command::Trim(durability) => export.trim(offset, length, *durability),
+        Command::Cache => export.cache(offset, length),
+        Command::WriteZeroes(mode, speed, durability) => {
+            export.write_zeroes(offset, length, *mode, *speed, *durability)
+        }
+        Command::Read(_) | Command::BlockStatus(..) | Command::Disconnect => {
+            Err(ExportError::new(Errno::EINVAL, "this request has content or no reply"))
+        }
+    }
+}
+
+fn read(
+    export: &dyn Export,
+    encoder: ReplyEncoder,
+    request: &Request,
+    fragmentation: Fragmentation,
+) -> Vec<u8> {
+    let tag = request.tag();
+    let mut out = Vec::new();
+    // Validation has bounded the length to the maximum payload.
+    let Ok(length) = u32::try_from(request.length) else { return out };
+    if length == 0 {
+        encoder.success(tag, &mut out);
+        return out;
+    }
+    out.reserve_exact(ReplyEncoder::MAX_READ_HEADER_LEN + length as usize);
+    encoder.data_header(tag, request.offset, length, Position::Last, &mut out);
+    let header_len = out.len();
+    out.resize(header_len + length as usize, 0);
+    let buffer = out.get_mut(header_len..).unwrap_or_default();
+    let Err(error) = export.read_at(request.offset, buffer) else { return out };
+    let whole_or_nothing =
+        encoder.mode() == ReplyMode::Simple || fragmentation == Fragmentation::Forbidden;
+    let good = if whole_or_nothing { 0 } else { readable(export, request.offset, buffer) };
+    let mut reply = Vec::new();
+    if good == 0 && whole_or_nothing {
+        encoder.error(tag, error.errno, &error.message, &mut reply);
+        return reply;
+    }
+    // A bad sector costs the client the bytes from there on, not those in front of it.
+    if good > 0 {
+        reply.reserve_exact(ReplyEncoder::MAX_READ_HEADER_LEN + good + 1024);
+        encoder.data_header(tag, request.offset, good as u32, Position::More, &mut reply);
+        reply.extend_from_slice(buffer.get(..good).unwrap_or_default());
+    }
+    let at = request.offset + good as u64;
+    encoder.error_at(tag, error.errno, at, &error.message, Position::Last, &mut reply);
+    reply
+}
+
+/// Reads again in small steps; the number of bytes in front of the first failure. At least one
+/// sector at the end counts as failed, because the whole read did.
+fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
+    let mut good = 0;
+    for step in [RETRY_LEN, SECTOR_LEN] {
+        // Steps end where sectors of the disk end, not where those of the request would.
+        while good < buffer.len() {
+            let at = offset + good as u64;
+            let length = step - (at % step as u64) as usize;
+            let end = buffer.len().min(good + length);
+            let Some(part) = buffer.get_mut(good..end) else { break };
+            if export.read_at(at, part).is_err() {
+                break;
+            }
+            good = end;
+        }
+    }
+    // It was readable after all: a passing fault. The reply still has to carry an error, and it is
+    // for the client to try again.
+    if good == buffer.len() { 0 } else { good }
+}
+
+/// Every context is asked before the first chunk is written: an error cannot follow a chunk that
+/// ended the reply.
+fn block_status(
+    export: &dyn Export,
+    encoder: ReplyEncoder,
+    request: &Request,
+    limit: ExtentLimit,
+    wanted: &[&(MetaContextId, MetaContextName)],
+    out: &mut Vec<u8>,
+) {
+    let tag = request.tag();
+    let max_count = match limit {
+        ExtentLimit::One => 1,
+        ExtentLimit::Many => MAX_DESCRIPTORS_SENT,
+    };
+    let mut answers: Vec<(MetaContextId, Vec<BlockDescriptor>)> = Vec::new();
+    for (id, name) in wanted {
+        match export.block_status(name, request.offset, request.length, max_count) {
+            Ok(descriptors) if !descriptors.is_empty() => answers.push((*id, descriptors)),
+            Ok(_) => {
+                return encoder.error(tag, Errno::EIO, "the export gave no status", out);
+            }
+            Err(error) => return encoder.error(tag, error.errno, &error.message, out),
+        }
+    }
+    let Some(last) = answers.len().checked_sub(1) else { return encoder.success(tag, out) };
+    for (index, (id, descriptors)) in answers.iter().enumerate() {
+        let position = if index == last { Position::Last } else { Position::More };
+        encoder.block_status(tag, *id, descriptors, position, out);
+    }
+}

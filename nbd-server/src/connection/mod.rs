@@ -1,0 +1,75 @@
+//! One client, from its first byte to its last.
+
+mod dispatch;
+mod handshake;
+mod pool;
+mod receive;
+mod send;
+mod socket;
+mod transmission;
+
+use std::sync::Arc;
+
+use thiserror::Error;
+use tokio::runtime::Handle;
+
+use crate::ServerConfig;
+use crate::budget::Budget;
+use crate::export::ExportRegistry;
+use crate::shutdown::{Phase, Shutdown};
+
+pub(crate) use socket::Socket;
+
+/// What all connections of a server share.
+#[derive(Debug, Clone)]
+pub(crate) struct Shared {
+    pub(crate) config: Arc<ServerConfig>,
+    pub(crate) exports: ExportRegistry,
+    /// Large requests of all connections.
+    pub(crate) budget: Budget,
+    /// The runtime whose threads carry out what may block.
+    pub(crate) pool: Handle,
+}
+
+/// Why a connection ended that should not have.
+#[derive(Debug, Error)]
+pub(crate) enum ConnectionError {
+    #[error(transparent)]
+    Protocol(#[from] nbd_proto::ProtocolError),
+    #[error("{0}")]
+    Io(#[from] std::io::Error),
+    #[error("the client did not finish its handshake in time")]
+    HandshakeDeadline,
+    #[error("a file ended while it was being sent; its size changed behind our back")]
+    FileTruncated,
+}
+
+/// Serves one client until it leaves, misbehaves, or the server ends.
+pub(crate) async fn serve(mut socket: Socket, shared: Shared, mut shutdown: Shutdown) {
+    let mut draining = shutdown.clone();
+    let deadline = shared.config.handshake_deadline;
+    let negotiation = tokio::time::timeout(deadline, handshake::negotiate(&mut socket, &shared));
+    let established = tokio::select! {
+        result = negotiation => match result {
+            Ok(Ok(Some(established))) => established,
+            Ok(Ok(None)) => return tracing::debug!("the client left during the handshake"),
+            Ok(Err(error)) => return tracing::info!(%error, "handshake failed"),
+            Err(_) => {
+                let error = ConnectionError::HandshakeDeadline;
+                return tracing::info!(%error, "handshake failed");
+            }
+        },
+        () = draining.reached(Phase::Draining) => return,
+    };
+    tracing::info!(export = ?established.negotiated.export_name, "client connected");
+    let session = transmission::Session::new(socket, established, &shared);
+    tokio::select! {
+        result = session.run(draining) => match result {
+            Ok(()) => tracing::info!("client disconnected"),
+            Err(error) => tracing::warn!(%error, "connection failed"),
+        },
+        () = shutdown.reached(Phase::Aborting) => {
+            tracing::warn!("connection cut: the server ended before its replies were taken");
+        }
+    }
+}

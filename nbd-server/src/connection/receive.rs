@@ -1,0 +1,104 @@
+//! Bytes received and not yet consumed.
+
+/// Size to begin with, in bytes. Idle clients keep it.
+const SMALL_LEN: usize = 16 * 1024;
+/// Size of the buffer of a busy client, in bytes: a deep queue of small writes in one read.
+pub(super) const LARGE_LEN: usize = 256 * 1024;
+/// How much is read at a time while large payloads arrive, in bytes. Enough for the headers
+/// between them; most of the payload then goes straight into its own buffer.
+const READ_LEN_BESIDE_LARGE_PAYLOADS: usize = 16 * 1024;
+
+/// A buffer with a consumed, a filled and an empty part.
+#[derive(Debug)]
+pub(super) struct ReceiveBuffer {
+    data: Vec<u8>,
+    start: usize,
+    end: usize,
+    read_len: usize,
+}
+
+impl ReceiveBuffer {
+    /// A buffer that begins with `received`.
+    pub(super) fn new(received: &[u8]) -> Self {
+        let mut data = vec![0; SMALL_LEN.max(received.len())];
+        data[..received.len()].copy_from_slice(received);
+        Self { data, start: 0, end: received.len(), read_len: LARGE_LEN }
+    }
+
+    /// What was received and not consumed.
+    pub(super) fn filled(&self) -> &[u8] {
+        &self.data[self.start..self.end]
+    }
+
+    /// Drops `count` bytes off the front.
+    pub(super) fn consume(&mut self, count: usize) {
+        debug_assert!(count <= self.end - self.start, "only what was received can be consumed");
+        self.start += count;
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+        }
+    }
+
+    /// Room to read into. Never empty as long as less than [`LARGE_LEN`] bytes are waiting.
+    pub(super) fn space(&mut self) -> &mut [u8] {
+        if self.start > 0 && self.data.len() - self.end < self.data.len() / 2 {
+            self.data.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let end = self.data.len().min(self.end.saturating_add(self.read_len));
+        &mut self.data[self.end..end]
+    }
+
+    /// `count` bytes were read into [`ReceiveBuffer::space`]. A read that filled the buffer makes
+    /// it grow.
+    pub(super) fn received(&mut self, count: usize) {
+        self.end += count;
+        debug_assert!(self.end <= self.data.len(), "reads end in the buffer");
+        if self.end == self.data.len() && self.data.len() < LARGE_LEN {
+            self.data.resize(LARGE_LEN, 0);
+        }
+    }
+
+    /// Tells how long the last payload was, in bytes, so that reads can be cut to suit the next.
+    pub(super) fn expect_payloads_like(&mut self, length: usize) {
+        self.read_len =
+            if length > LARGE_LEN / 4 { READ_LEN_BESIDE_LARGE_PAYLOADS } else { LARGE_LEN };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_out_as_they_went_in_across_growth_and_moves() {
+        let mut buffer = ReceiveBuffer::new(b"left over");
+        let mut expected: Vec<u8> = b"left over".to_vec();
+        let mut next = 0_u8;
+        for step in 1..2000_usize {
+            let space = buffer.space();
+            assert!(!space.is_empty());
+            let count = space.len().min(step * 7 % 5000 + 1);
+            for byte in &mut space[..count] {
+                *byte = next;
+                expected.push(next);
+                next = next.wrapping_add(1);
+            }
+            buffer.received(count);
+            let take = buffer.filled().len() * (step % 4 + 1) / 4;
+            assert_eq!(buffer.filled()[..take], expected[..take]);
+            buffer.consume(take);
+            expected.drain(..take);
+        }
+    }
+
+    #[test]
+    fn the_buffer_grows_for_a_client_that_fills_it() {
+        let mut buffer = ReceiveBuffer::new(&[]);
+        assert_eq!(buffer.space().len(), SMALL_LEN);
+        buffer.received(SMALL_LEN);
+        assert_eq!(buffer.space().len(), LARGE_LEN - SMALL_LEN);
+    }
+}

@@ -1,0 +1,201 @@
+//! Replies on their way out, gathered so that many leave with one system call.
+
+use std::collections::VecDeque;
+use std::io::IoSlice;
+use std::os::fd::AsFd;
+use std::task::{Context, Poll};
+
+use super::ConnectionError;
+use super::socket::{More, Socket};
+use crate::budget::Permit;
+use crate::export::FileSpan;
+
+/// Size of a block that collects replies, in bytes.
+const BLOCK_LEN: usize = 256 * 1024;
+/// Replies shorter than this are copied into a block rather than sent as a piece of their own.
+const COPIED_LEN: usize = 16 * 1024;
+/// Pieces handed to the system at a time.
+const MAX_SLICES: usize = 16;
+/// Blocks kept for the next replies.
+const MAX_SPARE_BLOCKS: usize = 4;
+
+enum Segment {
+    /// A block with room at its end for further replies.
+    Block(Block),
+    /// One reply that came whole.
+    Owned { data: Vec<u8>, start: usize, _permit: Option<Permit> },
+    /// Bytes to be moved from the page cache.
+    File { span: FileSpan, length: usize },
+}
+
+struct Block {
+    data: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+/// Replies in the order in which they will be sent.
+#[derive(Default)]
+pub(super) struct SendQueue {
+    segments: VecDeque<Segment>,
+    queued: usize,
+    spare: Vec<Box<[u8]>>,
+}
+
+impl SendQueue {
+    /// Bytes that have not been sent yet.
+    pub(super) const fn queued(&self) -> usize {
+        self.queued
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// Room for one reply of up to `length` bytes in one piece; nothing is queued until
+    /// [`SendQueue::commit`].
+    pub(super) fn space(&mut self, length: usize) -> &mut [u8] {
+        let fits = match self.segments.back() {
+            Some(Segment::Block(block)) => block.data.len() - block.end >= length,
+            _ => false,
+        };
+        if !fits {
+            let data = match self.spare.pop() {
+                Some(data) if data.len() >= length => data,
+                _ => vec![0; length.max(BLOCK_LEN)].into_boxed_slice(),
+            };
+            self.segments.push_back(Segment::Block(Block { data, start: 0, end: 0 }));
+        }
+        match self.segments.back_mut() {
+            Some(Segment::Block(block)) => &mut block.data[block.end..][..length],
+            // The block was pushed above.
+            _ => &mut [],
+        }
+    }
+
+    /// Queues the first `length` bytes of what [`SendQueue::space`] gave last. With 0 nothing is.
+    pub(super) fn commit(&mut self, length: usize) {
+        let Some(Segment::Block(block)) = self.segments.back_mut() else { return };
+        block.end += length;
+        self.queued += length;
+        if block.start == block.end
+            && let Some(Segment::Block(block)) = self.segments.pop_back()
+        {
+            self.keep(block.data);
+        }
+    }
+
+    /// Queues a reply that is written by `encode` and has at most `length` bytes.
+    pub(super) fn encode(&mut self, length: usize, encode: impl FnOnce(&mut &mut [u8])) {
+        let mut rest = self.space(length);
+        encode(&mut rest);
+        let written = length - rest.len();
+        self.commit(written);
+    }
+
+    /// Queues a whole reply. Its permit is held until the last byte is sent.
+    pub(super) fn push(&mut self, data: Vec<u8>, permit: Option<Permit>) {
+        if data.len() < COPIED_LEN {
+            let length = data.len();
+            self.space(length).copy_from_slice(&data);
+            self.commit(length);
+            return;
+        }
+        self.queued += data.len();
+        self.segments.push_back(Segment::Owned { data, start: 0, _permit: permit });
+    }
+
+    /// Queues `length` bytes of a file.
+    pub(super) fn push_file(&mut self, span: FileSpan, length: usize) {
+        self.queued += length;
+        self.segments.push_back(Segment::File { span, length });
+    }
+
+    /// Sends until the queue is empty or the socket takes no more.
+    pub(super) fn poll_flush(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &Socket,
+    ) -> Poll<Result<(), ConnectionError>> {
+        while let Some(front) = self.segments.front() {
+            let sent = match front {
+                Segment::File { span, length } => {
+                    match socket.poll_send_file(cx, span.file.as_fd(), span.offset, *length) {
+                        Poll::Ready(Ok(0)) => {
+                            return Poll::Ready(Err(ConnectionError::FileTruncated));
+                        }
+                        result => result,
+                    }
+                }
+                _ => self.poll_send_bytes(cx, socket),
+            };
+            match sent {
+                Poll::Ready(Ok(count)) => self.sent(count),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_send_bytes(
+        &self,
+        cx: &mut Context<'_>,
+        socket: &Socket,
+    ) -> Poll<std::io::Result<usize>> {
+        let mut slices = [IoSlice::new(&[]); MAX_SLICES];
+        let mut count = 0;
+        let mut more = More::No;
+        for segment in &self.segments {
+            let bytes = match segment {
+                Segment::Block(block) => &block.data[block.start..block.end],
+                Segment::Owned { data, start, .. } => &data[*start..],
+                Segment::File { .. } => {
+                    more = More::Follows;
+                    break;
+                }
+            };
+            let Some(slot) = slices.get_mut(count) else {
+                more = More::Follows;
+                break;
+            };
+            *slot = IoSlice::new(bytes);
+            count += 1;
+        }
+        socket.poll_send(cx, &slices[..count], more)
+    }
+
+    /// Takes `count` sent bytes off the front.
+    fn sent(&mut self, mut count: usize) {
+        self.queued -= count;
+        while let Some(front) = self.segments.front_mut() {
+            let left = match front {
+                Segment::Block(block) => block.end - block.start,
+                Segment::Owned { data, start, .. } => data.len() - *start,
+                Segment::File { length, .. } => *length,
+            };
+            if count < left {
+                match front {
+                    Segment::Block(block) => block.start += count,
+                    Segment::Owned { start, .. } => *start += count,
+                    Segment::File { span, length } => {
+                        span.offset += count as u64;
+                        *length -= count;
+                    }
+                }
+                return;
+            }
+            count -= left;
+            if let Some(Segment::Block(block)) = self.segments.pop_front() {
+                self.keep(block.data);
+            }
+        }
+    }
+
+    fn keep(&mut self, data: Box<[u8]>) {
+        // Blocks made for one long reply are given back to the system.
+        if data.len() == BLOCK_LEN && self.spare.len() < MAX_SPARE_BLOCKS {
+            self.spare.push(data);
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The stream of one client. TLS will be another variant.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use rustix::net::{SendAncillaryBuffer, SendFlags};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+/// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
+/// take one while the next is written. The system may grant less.
+const UNIX_SEND_BUFFER_LEN: usize = 2 << 20;
+
+/// A connected socket, not yet or already part of a runtime.
+#[derive(Debug)]
+pub(crate) enum Socket {
+    /// Fresh from the listener, on its way to a worker.
+    StdTcp(std::net::TcpStream),
+    /// As above.
+    StdUnix(std::os::unix::net::UnixStream),
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Whether more bytes follow at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum More {
+    Follows,
+    No,
+}
+
+impl Socket {
+    pub(crate) const fn from_std_tcp(stream: std::net::TcpStream) -> Self {
+        Self::StdTcp(stream)
+    }
+
+    pub(crate) const fn from_std_unix(stream: std::os::unix::net::UnixStream) -> Self {
+        Self::StdUnix(stream)
+    }
+
+    /// Makes the socket part of the runtime this is called on.
+    pub(crate) fn attach(self) -> io::Result<Self> {
+        match self {
+            Self::StdTcp(stream) => TcpStream::from_std(stream).map(Self::Tcp),
+            Self::StdUnix(stream) => {
+                // Only a wish: a smaller buffer works as well, more slowly.
+                let _ = rustix::net::sockopt::set_socket_send_buffer_size(
+                    &stream,
+                    UNIX_SEND_BUFFER_LEN,
+                );
+                UnixStream::from_std(stream).map(Self::Unix)
+            }
+            attached => Ok(attached),
+        }
+    }
+
+    /// Reads into `buffer`; 0 means that the client will send nothing more.
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut buffer = ReadBuf::new(buffer);
+        // tokio knows from a short read that the socket is drained and saves the call that would
+        // only say so.
+        let read = match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
+            Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
+        };
+        ready!(read)?;
+        Poll::Ready(Ok(buffer.filled().len()))
+    }
+
+    /// Writes some of `slices`.
+    pub(super) fn poll_send(
+        &self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+        more: More,
+    ) -> Poll<io::Result<usize>> {
+        let mut flags = SendFlags::NOSIGNAL;
+        if more == More::Follows {
+            flags |= SendFlags::MORE;
+        }
+        self.poll_write_with(cx, |socket| {
+            let mut ancillary = SendAncillaryBuffer::default();
+            Ok(rustix::net::sendmsg(socket, slices, &mut ancillary, flags)?)
+        })
+    }
+
+    /// Moves some bytes of `file` from the page cache into the socket; 0 means that the file ends
+    /// at `offset` (in bytes).
+    pub(super) fn poll_send_file(
+        &self,
+        cx: &mut Context<'_>,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_with(cx, |socket| {
+            let mut at = offset;
+            Ok(rustix::fs::sendfile(socket, file, Some(&mut at), length)?)
+        })
+    }
+
+    fn poll_write_with(
+        &self,
+        cx: &mut Context<'_>,
+        mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let result = match self {
+                Self::Tcp(stream) => {
+                    ready!(stream.poll_write_ready(cx))?;
+                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
+                }
+                Self::Unix(stream) => {
+                    ready!(stream.poll_write_ready(cx))?;
+                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
+                }
+                Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
+            };
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+}
+
+fn detached() -> io::Error {
+    io::Error::other("the socket is not attached to a runtime")
+}

@@ -1,0 +1,439 @@
+//! The transmission phase of one connection: receive, execute, send.
+//!
+//! One task does all of it. It takes as many requests as the receive buffer holds, answers at once
+//! what can be answered without waiting (from the page cache, from memory), hands the rest to the
+//! pool, and sends the replies gathered together. Replies leave in the order in which they are
+//! ready.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
+use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
+use nbd_proto::wire::{MetaContextId, MetaContextName};
+use std::os::fd::AsFd;
+
+use super::handshake::Established;
+use super::pool::{Pool, Work};
+use super::receive::ReceiveBuffer;
+use super::send::SendQueue;
+use super::{ConnectionError, Shared, Socket, dispatch};
+use crate::budget::{BudgetQueue, Permit};
+use crate::export::{Export, Operation, Promptness, TryRead};
+use crate::shutdown::{Phase, Shutdown};
+use crate::sys;
+
+/// A payload up to this size is waited for in the receive buffer; a longer one is read straight
+/// into a buffer of its own. In bytes.
+const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
+/// Reads from this size on are moved from the page cache to the socket without a copy. In bytes.
+/// Below it the copy is cheaper than the extra system calls.
+const SEND_FILE_LEN: usize = 32 * 1024;
+/// No further request is carried out in place while this many bytes wait to be sent. In bytes.
+const SEND_HIGH_WATER: usize = 1 << 20;
+/// Longest reply without content, in bytes: an error chunk with its message.
+const SHORT_REPLY_LEN: usize = 1024;
+/// Payload buffers up to this size are kept for the next payload. In bytes.
+const KEPT_PAYLOAD_LEN: usize = 1 << 20;
+
+/// What the next received bytes are.
+enum Receiving {
+    /// A request.
+    Header,
+    /// The rest of a long payload.
+    Payload { request: Request, buffer: Vec<u8>, filled: usize, permit: Permit },
+    /// The payload of a refused request.
+    Discarded { rejection: Rejection, remaining: u64 },
+    /// Nothing: the client has said goodbye, or the server ends.
+    Nothing,
+}
+
+/// A request that has been taken off the buffer and waits for its part of the budget.
+enum Waiting {
+    /// A READ or command, to be handed to the pool.
+    Pool(Request, Vec<u8>),
+    /// A WRITE whose payload is to be received.
+    Payload(Request),
+}
+
+/// One connection after its handshake.
+pub(super) struct Session {
+    socket: Socket,
+    export: Arc<dyn Export>,
+    contexts: Arc<[(MetaContextId, MetaContextName)]>,
+    transmission: Transmission,
+    encoder: ReplyEncoder,
+    input: ReceiveBuffer,
+    receiving: Receiving,
+    waiting: Option<Waiting>,
+    spare_payload: Vec<u8>,
+    output: SendQueue,
+    pool: Pool,
+    budget: BudgetQueue,
+    max_requests: usize,
+    max_bytes: usize,
+}
+
+impl Session {
+    pub(super) fn new(socket: Socket, established: Established, shared: &Shared) -> Self {
+        let negotiated = &established.negotiated;
+        Self {
+            socket,
+            export: Arc::clone(established.entry.export()),
+            contexts: negotiated.meta_contexts.clone().into(),
+            transmission: Transmission::new(negotiated),
+            encoder: ReplyEncoder::new(negotiated.reply_mode),
+            input: ReceiveBuffer::new(&established.received),
+            receiving: Receiving::Header,
+            waiting: None,
+            spare_payload: Vec::new(),
+            output: SendQueue::default(),
+            pool: Pool::new(shared.pool.clone()),
+            budget: BudgetQueue::new(shared.budget.clone()),
+            max_requests: shared.config.max_requests.max(1),
+            max_bytes: shared.config.connection_budget,
+        }
+    }
+
+    /// Serves until the client leaves or the server ends, and every reply is sent.
+    pub(super) async fn run(mut self, mut shutdown: Shutdown) -> Result<(), ConnectionError> {
+        tokio::select! {
+            biased;
+            result = poll_fn(|cx| self.poll(cx)) => return result,
+            () = shutdown.reached(Phase::Draining) => {}
+        }
+        // What has arrived whole was in flight when the server was told to stop; it is finished.
+        // A payload of which a part is missing is not waited for.
+        poll_fn(|cx| self.poll_drain(cx)).await
+    }
+
+    /// One turn after another, until nothing moves any more.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        loop {
+            let mut progress = self.collect(cx);
+            progress |= self.execute(cx)?;
+            progress |= self.flush(cx)?;
+            if self.is_over() {
+                return Poll::Ready(Ok(()));
+            }
+            progress |= self.receive(cx)?;
+            if !progress {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    /// As `poll`, without receiving.
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        loop {
+            let mut progress = self.collect(cx);
+            progress |= self.execute(cx)?;
+            progress |= self.flush(cx)?;
+            if !progress {
+                let idle = self.waiting.is_none() && !self.is_busy();
+                if idle && self.pool.requests() == 0 && self.output.is_empty() {
+                    return Poll::Ready(Ok(()));
+                }
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.receiving, Receiving::Nothing)
+            && self.waiting.is_none()
+            && self.pool.requests() == 0
+            && self.output.is_empty()
+    }
+
+    /// Has this connection as much in hand as it may?
+    fn is_busy(&self) -> bool {
+        self.output.queued() >= SEND_HIGH_WATER
+            || self.pool.requests() >= self.max_requests
+            || (self.pool.requests() > 0 && self.pool.bytes() >= self.max_bytes)
+    }
+
+    /// Takes replies from the pool.
+    fn collect(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut progress = false;
+        while let Poll::Ready(reply) = self.pool.poll_reply(cx) {
+            self.output.push(reply.bytes, Some(reply.permit));
+            progress = true;
+        }
+        progress
+    }
+
+    /// Sends; true if that made room for further requests.
+    fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
+        let was_busy = self.is_busy();
+        if let Poll::Ready(result) = self.output.poll_flush(cx, &self.socket) {
+            result?;
+        }
+        Ok(was_busy && !self.is_busy())
+    }
+
+    /// Carries out what has been received, as far as it may.
+    fn execute(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
+        let mut progress = false;
+        loop {
+            if self.waiting.is_some() {
+                if !self.admit(cx) {
+                    return Ok(progress);
+                }
+                progress = true;
+            }
+            if self.is_busy() {
+                return Ok(progress);
+            }
+            let moved = match &mut self.receiving {
+                Receiving::Header => self.next_request()?,
+                Receiving::Payload { .. } => self.fill_payload(),
+                Receiving::Discarded { .. } => self.discard(),
+                Receiving::Nothing => false,
+            };
+            if !moved {
+                return Ok(progress);
+            }
+            progress = true;
+        }
+    }
+
+    /// Gives the waiting request its part of the budget, if there is one.
+    fn admit(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(waiting) = &self.waiting else { return true };
+        let (Waiting::Pool(request, _) | Waiting::Payload(request)) = waiting;
+        let Poll::Ready(permit) = self.budget.poll_take(cx, Pool::weight(request)) else {
+            return false;
+        };
+        match self.waiting.take() {
+            Some(Waiting::Pool(request, payload)) => self.submit(request, payload, permit),
+            Some(Waiting::Payload(request)) => {
+                let length = Pool::weight(&request);
+                let mut buffer = std::mem::take(&mut self.spare_payload);
+                buffer.resize(length, 0);
+                self.receiving = Receiving::Payload { request, buffer, filled: 0, permit };
+            }
+            None => {}
+        }
+        true
+    }
+
+    fn submit(&mut self, request: Request, payload: Vec<u8>, permit: Permit) {
+        let work = Work {
+            export: Arc::clone(&self.export),
+            contexts: Arc::clone(&self.contexts),
+            encoder: self.encoder,
+            request,
+            payload,
+        };
+        self.pool.submit(work, permit);
+    }
+
+    /// Takes one request off the buffer; false if there is no whole one.
+    fn next_request(&mut self) -> Result<bool, ConnectionError> {
+        match self.transmission.parse(self.input.filled())? {
+            Parsed::NeedsInput(_) => Ok(false),
+            Parsed::Rejected { rejection, consumed, discard } => {
+                self.input.consume(consumed);
+                self.receiving = Receiving::Discarded { rejection, remaining: discard };
+                Ok(true)
+            }
+            Parsed::Request { request, consumed } => match request.command {
+                Command::Disconnect => {
+                    self.receiving = Receiving::Nothing;
+                    Ok(true)
+                }
+                Command::Write(_) => Ok(self.begin_write(request, consumed)),
+                Command::Read(_) => {
+                    self.input.consume(consumed);
+                    self.read(request);
+                    Ok(true)
+                }
+                _ => {
+                    self.input.consume(consumed);
+                    self.command(request);
+                    Ok(true)
+                }
+            },
+        }
+    }
+
+    /// A WRITE of which the header is there; false if its payload is waited for.
+    fn begin_write(&mut self, request: Request, header_len: usize) -> bool {
+        let length = Pool::weight(&request);
+        let whole = header_len.saturating_add(length);
+        if let Some(payload) = self.input.filled().get(header_len..whole) {
+            if self.is_prompt(&request) {
+                let result = dispatch::execute(&*self.export, &request, payload);
+                self.input.consume(whole);
+                self.reply(&request, result);
+            } else {
+                let payload = payload.to_vec();
+                self.input.consume(whole);
+                self.waiting = Some(Waiting::Pool(request, payload));
+            }
+            self.input.expect_payloads_like(length);
+            return true;
+        }
+        if length <= INLINE_PAYLOAD_LEN {
+            return false;
+        }
+        self.input.consume(header_len);
+        self.input.expect_payloads_like(length);
+        self.waiting = Some(Waiting::Payload(request));
+        true
+    }
+
+    /// Moves what has been received of a long payload; true if the payload is complete.
+    fn fill_payload(&mut self) -> bool {
+        let Receiving::Payload { buffer, filled, .. } = &mut self.receiving else { return false };
+        let received = self.input.filled();
+        let count = received.len().min(buffer.len() - *filled);
+        buffer[*filled..*filled + count].copy_from_slice(&received[..count]);
+        self.input.consume(count);
+        *filled += count;
+        if *filled < buffer.len() {
+            return false;
+        }
+        let Receiving::Payload { request, buffer, permit, .. } =
+            std::mem::replace(&mut self.receiving, Receiving::Header)
+        else {
+            return false;
+        };
+        if self.is_prompt(&request) {
+            let result = dispatch::execute(&*self.export, &request, &buffer);
+            self.reply(&request, result);
+            if buffer.capacity() <= KEPT_PAYLOAD_LEN {
+                self.spare_payload = buffer;
+            }
+        } else {
+            self.submit(request, buffer, permit);
+        }
+        true
+    }
+
+    /// Throws away the payload of a refused request; true if all of it is gone.
+    fn discard(&mut self) -> bool {
+        let Receiving::Discarded { rejection, remaining } = &mut self.receiving else {
+            return false;
+        };
+        let received = self.input.filled().len();
+        let count = usize::try_from(*remaining).unwrap_or(usize::MAX).min(received);
+        self.input.consume(count);
+        *remaining -= count as u64;
+        if *remaining > 0 {
+            return false;
+        }
+        let Rejection { tag, error, reason } = *rejection;
+        let encoder = self.encoder;
+        self.output.encode(SHORT_REPLY_LEN, |out| encoder.error(tag, error, reason, out));
+        self.receiving = Receiving::Header;
+        true
+    }
+
+    /// Answers a READ from the page cache, or has the pool read it.
+    fn read(&mut self, request: Request) {
+        let tag = request.tag();
+        let encoder = self.encoder;
+        let length = Pool::weight(&request);
+        if length == 0 {
+            return self.output.encode(SHORT_REPLY_LEN, |out| encoder.success(tag, out));
+        }
+        if length >= SEND_FILE_LEN && self.send_file(&request, length) {
+            return;
+        }
+        let space = self.output.space(ReplyEncoder::MAX_READ_HEADER_LEN + length);
+        let mut header = &mut space[..ReplyEncoder::MAX_READ_HEADER_LEN];
+        encoder.data_header(tag, request.offset, length as u32, Position::Last, &mut header);
+        let header_len = ReplyEncoder::MAX_READ_HEADER_LEN - header.len();
+        let data = &mut space[header_len..header_len + length];
+        if let Ok(TryRead::Complete) = self.export.try_read_at(request.offset, data) {
+            self.output.commit(header_len + length);
+        } else {
+            // Not in memory, or an error: the pool reads it again and finds out what to say.
+            self.output.commit(0);
+            self.waiting = Some(Waiting::Pool(request, Vec::new()));
+        }
+    }
+
+    /// Queues the data of a READ without copying it, if all of it is in the page cache. Once the
+    /// header is out an error could only close the connection.
+    fn send_file(&mut self, request: &Request, length: usize) -> bool {
+        let Some(span) = self.export.file_span(request.offset, length) else { return false };
+        if !sys::is_resident(span.file.as_fd(), span.offset, length as u64) {
+            return false;
+        }
+        let (encoder, tag) = (self.encoder, request.tag());
+        self.output.encode(ReplyEncoder::MAX_READ_HEADER_LEN, |out| {
+            encoder.data_header(tag, request.offset, length as u32, Position::Last, out);
+        });
+        self.output.push_file(span, length);
+        true
+    }
+
+    /// A request that is neither READ nor WRITE.
+    fn command(&mut self, request: Request) {
+        if self.is_prompt(&request) {
+            let result = dispatch::execute(&*self.export, &request, &[]);
+            self.reply(&request, result);
+        } else {
+            self.waiting = Some(Waiting::Pool(request, Vec::new()));
+        }
+    }
+
+    fn is_prompt(&self, request: &Request) -> bool {
+        let operation = match &request.command {
+            Command::Write(durability) => Operation::Write(Pool::weight(request), *durability),
+            Command::Flush => Operation::Flush,
+            Command::Trim(_) => Operation::Trim,
+            Command::Cache => Operation::Cache,
+            Command::WriteZeroes(..) => Operation::WriteZeroes,
+            Command::Read(_) | Command::BlockStatus(..) | Command::Disconnect => return false,
+        };
+        self.export.promptness(operation) == Promptness::Prompt
+    }
+
+    fn reply(&mut self, request: &Request, result: Result<(), crate::export::ExportError>) {
+        let (encoder, tag) = (self.encoder, request.tag());
+        self.output.encode(SHORT_REPLY_LEN, |out| match result {
+            Ok(()) => encoder.success(tag, out),
+            Err(error) => encoder.error(tag, error.errno, &error.message, out),
+        });
+    }
+
+    /// Reads from the socket, if anything can be done with what comes.
+    fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
+        if self.waiting.is_some() || self.is_busy() || matches!(self.receiving, Receiving::Nothing)
+        {
+            return Ok(false);
+        }
+        let read = match &mut self.receiving {
+            // The buffer is empty while a payload is incomplete: its bytes skip it.
+            Receiving::Payload { buffer, filled, .. } => {
+                let read = self.socket.poll_read(cx, &mut buffer[*filled..]);
+                if let Poll::Ready(Ok(count)) = read {
+                    *filled += count;
+                }
+                read
+            }
+            _ => {
+                let read = self.socket.poll_read(cx, self.input.space());
+                if let Poll::Ready(Ok(count)) = read {
+                    self.input.received(count);
+                }
+                read
+            }
+        };
+        match read {
+            Poll::Pending => Ok(false),
+            Poll::Ready(Ok(0)) => {
+                // The client is gone, or has said all it wants to say: replies may still be taken.
+                self.receiving = Receiving::Nothing;
+                Ok(true)
+            }
+            Poll::Ready(Ok(_)) => Ok(true),
+            Poll::Ready(Err(error)) => Err(error.into()),
+        }
+    }
+}

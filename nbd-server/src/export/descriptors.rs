@@ -1,0 +1,41 @@
+//! Block status descriptors, collected.
+
+use nbd_proto::wire::BlockDescriptor;
+
+/// Collects the descriptors of one context: equal neighbours are joined, and their number is
+/// bounded.
+#[derive(Debug, Clone)]
+pub struct Descriptors {
+    descriptors: Vec<BlockDescriptor>,
+    max_count: usize,
+}
+
+impl Descriptors {
+    /// Collects at most `max_count` descriptors.
+    #[must_use]
+    pub const fn new(max_count: usize) -> Self {
+        Self { descriptors: Vec::new(), max_count }
+    }
+
+    /// Appends the status of the next `length` bytes; false, with nothing appended, if it would be
+    /// one descriptor too many.
+    pub fn push(&mut self, length: u64, flags: u64) -> bool {
+        if let Some(last) = self.descriptors.last_mut()
+            && last.flags == flags
+        {
+            last.length = last.length.saturating_add(length);
+            return true;
+        }
+        if self.descriptors.len() >= self.max_count {
+            return false;
+        }
+        self.descriptors.push(BlockDescriptor { length, flags });
+        true
+    }
+
+    /// What was collected, in order.
+    #[must_use]
+    pub fn into_vec(self) -> Vec<BlockDescriptor> {
+        self.descriptors
+    }
+}

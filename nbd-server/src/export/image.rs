@@ -1,0 +1,260 @@
+//! Disk images as exports: the one file in which this crate and `imgfmt` meet.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use imgfmt::{Access, ErrorKind, ExtentKind, Format, GuestOffset, GuestRange, Image, Mapping};
+use nbd_proto::limits::MAX_PAYLOAD;
+use nbd_proto::wire::{
+    AllocationFlags, BlockDescriptor, BlockSizes, Errno, MetaContextName, TransmissionFlags,
+};
+
+use super::{
+    Descriptors, Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness,
+    Speed, TryRead, ZeroMode,
+};
+
+/// Longest write that is carried out where it stands: a copy into the page cache. A longer one
+/// would keep other connections of the same thread waiting.
+const PROMPT_WRITE_LEN: usize = 2 << 20;
+
+/// A disk image as an export.
+#[derive(Debug)]
+pub struct ImageExport {
+    image: Image,
+    depth: AllocationDepth,
+    /// The file whose bytes are the disk's, one to one, if the image is raw.
+    file: Option<Arc<OwnedFd>>,
+    info: ExportInfo,
+}
+
+/// Whether `qemu:allocation-depth` is offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum AllocationDepth {
+    #[default]
+    Hidden,
+    Offered,
+}
+
+impl ImageExport {
+    /// Serves `image`, writable if it was opened for writing.
+    #[must_use]
+    pub fn new(image: Image) -> Self {
+        let file = raw_file(&image);
+        let info = describe(&image);
+        Self { image, depth: AllocationDepth::Hidden, file, info }
+    }
+
+    /// Offers the context `qemu:allocation-depth` as well.
+    #[must_use]
+    pub fn with_allocation_depth(mut self) -> Self {
+        if self.depth == AllocationDepth::Hidden {
+            self.depth = AllocationDepth::Offered;
+            self.info.meta_contexts.push(MetaContextName::qemu_allocation_depth());
+        }
+        self
+    }
+
+    /// The image behind the export.
+    #[must_use]
+    pub fn image(&self) -> &Image {
+        &self.image
+    }
+
+    fn range(offset: u64, length: u64) -> Result<GuestRange, ExportError> {
+        GuestRange::new(GuestOffset::new(offset), length)
+            .ok_or_else(|| ExportError::new(Errno::EINVAL, "offset and length overflow"))
+    }
+}
+
+impl Export for ImageExport {
+    fn info(&self) -> ExportInfo {
+        self.info.clone()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.image.read_at(GuestOffset::new(offset), buffer).map_err(|error| translate(&error))
+    }
+
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        match self.image.try_read_at(GuestOffset::new(offset), buffer) {
+            Ok(imgfmt::TryRead::Complete) => Ok(TryRead::Complete),
+            Ok(imgfmt::TryRead::WouldBlock) => Ok(TryRead::WouldBlock),
+            Err(error) => Err(translate(&error)),
+        }
+    }
+
+    fn file_span(&self, offset: u64, _length: usize) -> Option<FileSpan> {
+        Some(FileSpan { file: self.file.clone()?, offset })
+    }
+
+    fn promptness(&self, operation: Operation) -> Promptness {
+        match operation {
+            Operation::Write(length, Durability::Cached)
+                if length <= PROMPT_WRITE_LEN && self.file.is_some() =>
+            {
+                Promptness::Prompt
+            }
+            _ => Promptness::MayBlock,
+        }
+    }
+
+    fn write_at(
+        &self,
+        offset: u64,
+        data: &[u8],
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        self.image
+            .write_at(GuestOffset::new(offset), data, durable(durability))
+            .map_err(|error| translate(&error))
+    }
+
+    fn flush(&self) -> Result<(), ExportError> {
+        self.image.flush().map_err(|error| translate(&error))
+    }
+
+    fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        self.image
+            .discard(Self::range(offset, length)?, durable(durability))
+            .map_err(|error| translate(&error))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        let mode = match mode {
+            ZeroMode::MayPunch => imgfmt::ZeroMode::MayUnmap,
+            ZeroMode::NoHole => imgfmt::ZeroMode::KeepAllocated,
+        };
+        let speed = match speed {
+            Speed::Any => imgfmt::Speed::Any,
+            Speed::FastOnly => imgfmt::Speed::FastOnly,
+        };
+        self.image
+            .write_zeroes(Self::range(offset, length)?, mode, speed, durable(durability))
+            .map_err(|error| translate(&error))
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        self.image.cache(Self::range(offset, length)?).map_err(|error| translate(&error))
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        let flags_of: fn(&imgfmt::Extent) -> u64 = match context.as_str() {
+            MetaContextName::BASE_ALLOCATION => |extent| allocation(extent.kind).bits(),
+            MetaContextName::QEMU_ALLOCATION_DEPTH => |extent| u64::from(extent.depth),
+            _ => return Err(ExportError::new(Errno::EINVAL, "the export has no such context")),
+        };
+        let mut status = Descriptors::new(max_count);
+        let end = offset.saturating_add(length);
+        let mut at = offset;
+        // Extents that differ only in what this context does not show are joined, so one look may
+        // yield fewer descriptors than may be sent.
+        while at < end {
+            let range = Self::range(at, end - at)?;
+            let found = self.image.extents(range, max_count).map_err(|error| translate(&error))?;
+            if found.is_empty() {
+                break;
+            }
+            for extent in &found {
+                at = extent.range.end().bytes();
+                if !status.push(extent.range.length(), flags_of(extent)) {
+                    return Ok(status.into_vec());
+                }
+            }
+        }
+        Ok(status.into_vec())
+    }
+}
+
+fn describe(image: &Image) -> ExportInfo {
+    let capabilities = image.capabilities();
+    let mut info = ExportInfo::new(image.size());
+    info.flags |= TransmissionFlags::SEND_FLUSH
+        | TransmissionFlags::SEND_FUA
+        | TransmissionFlags::SEND_CACHE
+        // One image object serves every connection: there is nothing to be incoherent with.
+        | TransmissionFlags::CAN_MULTI_CONN;
+    match image.access() {
+        Access::ReadOnly => info.flags |= TransmissionFlags::READ_ONLY,
+        Access::ReadWrite => {
+            info.flags |= TransmissionFlags::SEND_TRIM | TransmissionFlags::SEND_WRITE_ZEROES;
+            // Offered everywhere: where it cannot be fast, ENOTSUP comes at once, and that is what
+            // a client asks for.
+            info.flags |= TransmissionFlags::SEND_FAST_ZERO;
+        }
+    }
+    info.flags.set(TransmissionFlags::ROTATIONAL, capabilities.rotational);
+    let preferred = capabilities.preferred_size.max(4096).next_power_of_two();
+    // Any alignment is accepted; `preferred` only tells what costs least.
+    info.block_sizes = BlockSizes::new(1, preferred, MAX_PAYLOAD).unwrap_or_default();
+    info.meta_contexts.push(MetaContextName::base_allocation());
+    info
+}
+
+/// The file of a raw image, if its bytes are the disk's one to one. Only such a file may be sent
+/// from without a copy: the clusters of other formats move while the socket still refers to them.
+fn raw_file(image: &Image) -> Option<Arc<OwnedFd>> {
+    if image.format() != Format::Raw || image.size() == 0 {
+        return None;
+    }
+    let range = GuestRange::new(GuestOffset::new(0), image.size())?;
+    let lease = image.map_read(range).ok()?;
+    let [Mapping::File { range: mapped, storage, offset }] = lease.mappings() else {
+        return None;
+    };
+    if *mapped != range || offset.bytes() != 0 {
+        return None;
+    }
+    storage.as_fd()?.try_clone_to_owned().ok().map(Arc::new)
+}
+
+fn allocation(kind: ExtentKind) -> AllocationFlags {
+    match kind {
+        ExtentKind::Data => AllocationFlags::empty(),
+        ExtentKind::Zero => AllocationFlags::STATE_ZERO,
+        ExtentKind::Hole => AllocationFlags::STATE_HOLE | AllocationFlags::STATE_ZERO,
+    }
+}
+
+const fn durable(durability: Durability) -> imgfmt::Durability {
+    match durability {
+        Durability::Cached => imgfmt::Durability::Cached,
+        Durability::Fua => imgfmt::Durability::Fua,
+    }
+}
+
+/// The one table from image errors to wire errors. The client learns what kind of failure it was;
+/// names of files stay in the server's log.
+fn translate(error: &imgfmt::Error) -> ExportError {
+    // That something cannot be fast is an answer, not a failure.
+    if error.kind() != ErrorKind::NotFast {
+        tracing::warn!(%error, "a request failed");
+    }
+    let (errno, message) = match error.kind() {
+        ErrorKind::NoSpace => (Errno::ENOSPC, "no space is left where the image is stored"),
+        ErrorKind::ReadOnly => (Errno::EPERM, "the image is read-only"),
+        ErrorKind::PolicyDenied => (Errno::EPERM, "the server's policy forbids this"),
+        ErrorKind::NotFast => (Errno::ENOTSUP, "this cannot be done fast"),
+        ErrorKind::Unsupported => (Errno::ENOTSUP, "the image cannot do this"),
+        ErrorKind::OutOfBounds => (Errno::EINVAL, "the range is outside the image"),
+        ErrorKind::Corrupt => (Errno::EIO, "the image's metadata is damaged"),
+        _ if error.raw_os_error() == Some(Errno::ENOMEM.0 as i32) => {
+            (Errno::ENOMEM, "the server is out of memory")
+        }
+        _ => (Errno::EIO, "the image cannot be read or written here"),
+    };
+    ExportError::new(errno, message)
+}

@@ -1,0 +1,226 @@
+//! What a server serves: the [`Export`] trait and its implementations.
+
+mod descriptors;
+#[cfg(feature = "image")]
+mod image;
+mod memory;
+mod registry;
+
+use std::borrow::Cow;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use nbd_proto::wire::{BlockDescriptor, BlockSizes, Errno, MetaContextName, TransmissionFlags};
+
+pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
+
+pub use descriptors::Descriptors;
+#[cfg(feature = "image")]
+pub use image::ImageExport;
+pub use memory::MemoryExport;
+pub use registry::{ExportEntry, ExportRegistry};
+
+/// What a client is told about an export. All sizes are in bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// Size of the disk; at most 2^63-1. Fixed while a client is connected.
+    pub size: u64,
+    /// What the export can do. The server itself adds what it provides for every export:
+    /// HAS_FLAGS, SEND_DF and BLOCK_STATUS_PAYLOAD.
+    pub flags: TransmissionFlags,
+    /// Which requests the export accepts and likes; enforced by the server.
+    pub block_sizes: BlockSizes,
+    /// The metadata contexts [`Export::block_status`] can answer.
+    pub meta_contexts: Vec<MetaContextName>,
+}
+
+impl ExportInfo {
+    /// A disk of `size` bytes that takes requests of any alignment and can do nothing special.
+    #[must_use]
+    pub fn new(size: u64) -> Self {
+        Self {
+            size,
+            flags: TransmissionFlags::HAS_FLAGS,
+            block_sizes: BlockSizes::default(),
+            meta_contexts: Vec::new(),
+        }
+    }
+}
+
+/// A request failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ExportError {
+    /// The error the client gets.
+    pub errno: Errno,
+    /// A text for people. It is sent to the client: name no paths of this machine in it.
+    pub message: Cow<'static, str>,
+}
+
+impl ExportError {
+    /// An error with a text for people, which is sent to the client.
+    #[must_use]
+    pub fn new(errno: Errno, message: impl Into<Cow<'static, str>>) -> Self {
+        Self { errno, message: message.into() }
+    }
+
+    fn unsupported() -> Self {
+        Self::new(Errno::ENOTSUP, "the export cannot do this")
+    }
+}
+
+/// Whether a call may make its thread wait for a disk or a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Promptness {
+    /// It returns within microseconds: the server calls it where it stands.
+    Prompt,
+    /// It may take long: the server calls it on another thread.
+    MayBlock,
+}
+
+/// What a read that must not block achieved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TryRead {
+    /// The whole buffer is filled.
+    Complete,
+    /// It would have had to wait; the buffer's content is undefined.
+    WouldBlock,
+}
+
+/// Which kind of call [`Export::promptness`] is asked about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Operation {
+    /// [`Export::write_at`] of this many bytes.
+    Write(usize, Durability),
+    /// [`Export::flush`].
+    Flush,
+    /// [`Export::trim`].
+    Trim,
+    /// [`Export::write_zeroes`].
+    WriteZeroes,
+    /// [`Export::cache`].
+    Cache,
+    /// [`Export::block_status`].
+    BlockStatus,
+}
+
+/// A part of a file whose bytes are the bytes of the disk, and stay in that place for ever.
+#[derive(Debug, Clone)]
+pub struct FileSpan {
+    /// The file.
+    pub file: Arc<OwnedFd>,
+    /// Where the bytes are in it, in bytes from its start.
+    pub offset: u64,
+}
+
+/// A disk that a server serves.
+///
+/// Three methods make a read-only export ([`info`](Self::info), [`read_at`](Self::read_at) and
+/// nothing else); [`MemoryExport`] is a complete one on a page. Calls are synchronous and come
+/// from several threads at once; the server never calls a method whose flag
+/// [`ExportInfo::flags`] lacks, and never with a range outside the disk or off its minimum block
+/// size. Requests that overlap may be called in any order.
+pub trait Export: Send + Sync + 'static {
+    /// What clients are told. Asked once per handshake; must not block.
+    fn info(&self) -> ExportInfo;
+
+    /// Fills `buffer` from `offset` (in bytes) on. May block.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the bytes from being read; the server then finds out by itself which part of a
+    /// larger range can be read.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError>;
+
+    /// Fills `buffer` if that takes no waiting.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn try_read_at(&self, _offset: u64, _buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        Ok(TryRead::WouldBlock)
+    }
+
+    /// Where the bytes of a range are, if they lie in one piece in a file that does not move them:
+    /// the server can then hand them from the page cache to the socket without a copy.
+    fn file_span(&self, _offset: u64, _length: usize) -> Option<FileSpan> {
+        None
+    }
+
+    /// Whether an operation may make its thread wait.
+    fn promptness(&self, _operation: Operation) -> Promptness {
+        Promptness::MayBlock
+    }
+
+    /// Writes `data` at `offset` (in bytes), durably before it returns if asked to.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept it from being written; part of it may be.
+    fn write_at(&self, _offset: u64, _data: &[u8], _: Durability) -> Result<(), ExportError> {
+        Err(ExportError::unsupported())
+    }
+
+    /// Makes every write that has returned durable, on whichever connection it came. Also called
+    /// for every export when the server ends.
+    ///
+    /// # Errors
+    ///
+    /// If durability is not known.
+    fn flush(&self) -> Result<(), ExportError> {
+        Ok(())
+    }
+
+    /// The range is not needed any more; it reads as anything afterwards.
+    ///
+    /// # Errors
+    ///
+    /// Whatever went wrong; having nothing to give back is not an error.
+    fn trim(&self, _offset: u64, _length: u64, _: Durability) -> Result<(), ExportError> {
+        Err(ExportError::unsupported())
+    }
+
+    /// Makes the range read as zeroes.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOTSUP`], at once and with nothing changed, if only a fast way is wanted and there
+    /// is none.
+    fn write_zeroes(
+        &self,
+        _offset: u64,
+        _length: u64,
+        _: ZeroMode,
+        _: Speed,
+        _: Durability,
+    ) -> Result<(), ExportError> {
+        Err(ExportError::unsupported())
+    }
+
+    /// The range will be read soon.
+    ///
+    /// # Errors
+    ///
+    /// Whatever went wrong.
+    fn cache(&self, _offset: u64, _length: u64) -> Result<(), ExportError> {
+        Err(ExportError::unsupported())
+    }
+
+    /// The status of a range (in bytes) in one of the export's contexts, from its start on, in at
+    /// most `max_count` descriptors (at least 1). It may cover less than the range, but never
+    /// nothing, and never more.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept the status from being found.
+    fn block_status(
+        &self,
+        _context: &MetaContextName,
+        _offset: u64,
+        _length: u64,
+        _max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        Err(ExportError::unsupported())
+    }
+}

@@ -1,0 +1,219 @@
+//! Names and what they stand for.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+use nbd_proto::codec::protocol_string;
+use nbd_proto::handshake::{ExportDescription, ListedExport};
+use nbd_proto::limits::MAX_EXPORT_SIZE;
+use nbd_proto::wire::TransmissionFlags;
+
+use super::Export;
+use crate::RegistryError;
+
+/// An export and what is told about it.
+#[derive(Clone)]
+pub struct ExportEntry {
+    export: Arc<dyn Export>,
+    description: Option<String>,
+    visibility: Visibility,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Visibility {
+    Listed,
+    Hidden,
+}
+
+impl ExportEntry {
+    /// An export without a description, shown in lists.
+    #[must_use]
+    pub fn new(export: Arc<dyn Export>) -> Self {
+        Self { export, description: None, visibility: Visibility::Listed }
+    }
+
+    /// A text for people, at most 4096 bytes.
+    #[must_use]
+    pub fn description(mut self, text: impl Into<String>) -> Self {
+        self.description = Some(text.into());
+        self
+    }
+
+    /// Not shown in lists; who knows the name can use it.
+    #[must_use]
+    pub fn hidden(mut self) -> Self {
+        self.visibility = Visibility::Hidden;
+        self
+    }
+
+    /// The export itself.
+    #[must_use]
+    pub fn export(&self) -> &Arc<dyn Export> {
+        &self.export
+    }
+
+    /// What the handshake tells about this export under the name `name`.
+    pub(crate) fn describe(&self, name: &str) -> ExportDescription {
+        let info = self.export.info();
+        ExportDescription {
+            name: name.to_owned(),
+            description: self.description.clone(),
+            size: info.size,
+            flags: info.flags
+                | TransmissionFlags::HAS_FLAGS
+                | TransmissionFlags::SEND_DF
+                | TransmissionFlags::BLOCK_STATUS_PAYLOAD,
+            block_sizes: info.block_sizes,
+            meta_contexts: info.meta_contexts,
+        }
+    }
+}
+
+impl std::fmt::Debug for ExportEntry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ExportEntry")
+            .field("description", &self.description)
+            .field("info", &self.export.info())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The exports of a server by name. A clone is the same registry; it may be changed while the
+/// server runs, which affects clients that connect afterwards.
+#[derive(Debug, Clone, Default)]
+pub struct ExportRegistry {
+    inner: Arc<RwLock<Inner>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    exports: BTreeMap<String, ExportEntry>,
+    default: Option<String>,
+}
+
+impl ExportRegistry {
+    /// A registry without exports.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds an export under `name`. The empty name is the default export's own.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError`] if the name is taken, or name, description or size break the protocol's
+    /// limits.
+    pub fn add(&self, name: impl Into<String>, entry: ExportEntry) -> Result<(), RegistryError> {
+        let name = name.into();
+        let bad = |what, error: nbd_proto::ProtocolError| RegistryError::BadString {
+            what,
+            why: error.to_string(),
+        };
+        protocol_string("export name", name.as_bytes())
+            .map_err(|error| bad("this export name", error))?;
+        if let Some(text) = &entry.description {
+            protocol_string("description", text.as_bytes())
+                .map_err(|error| bad("this description", error))?;
+        }
+        let size = entry.export.info().size;
+        if size > MAX_EXPORT_SIZE {
+            let why = format!("it has {size} bytes, the protocol ends at 2^63-1");
+            return Err(RegistryError::BadExport { name, why });
+        }
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        if inner.exports.contains_key(&name) {
+            return Err(RegistryError::NameTaken(name));
+        }
+        inner.exports.insert(name, entry);
+        Ok(())
+    }
+
+    /// Takes an export away. Clients that use it go on using it.
+    pub fn remove(&self, name: &str) -> Option<ExportEntry> {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).exports.remove(name)
+    }
+
+    /// The export that clients get who ask for the empty name.
+    pub fn set_default(&self, name: impl Into<String>) {
+        self.inner.write().unwrap_or_else(PoisonError::into_inner).default = Some(name.into());
+    }
+
+    /// The canonical name and the entry for a name a client asks for.
+    #[must_use]
+    pub fn find(&self, name: &str) -> Option<(String, ExportEntry)> {
+        let inner = self.read();
+        if let Some(entry) = inner.exports.get(name) {
+            return Some((name.to_owned(), entry.clone()));
+        }
+        if !name.is_empty() {
+            return None;
+        }
+        let default = inner.default.as_ref()?;
+        inner.exports.get(default).map(|entry| (default.clone(), entry.clone()))
+    }
+
+    /// Every name with its export, hidden ones included.
+    #[must_use]
+    pub fn entries(&self) -> Vec<(String, ExportEntry)> {
+        let inner = self.read();
+        inner.exports.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect()
+    }
+
+    /// What LIST answers.
+    pub(crate) fn listed(&self) -> Vec<ListedExport> {
+        let inner = self.read();
+        let listed = inner.exports.iter().filter(|(_, e)| e.visibility == Visibility::Listed);
+        listed
+            .map(|(name, entry)| ListedExport {
+                name: name.clone(),
+                description: entry.description.clone().unwrap_or_default(),
+            })
+            .collect()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Inner> {
+        self.inner.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::MemoryExport;
+
+    fn entry() -> ExportEntry {
+        ExportEntry::new(Arc::new(MemoryExport::new(1024)))
+    }
+
+    #[test]
+    fn the_empty_name_finds_the_default_and_tells_its_real_name() {
+        let registry = ExportRegistry::new();
+        registry.add("disk", entry()).unwrap();
+        assert!(registry.find("").is_none());
+        registry.set_default("disk");
+        assert_eq!(registry.find("").unwrap().0, "disk");
+        assert!(registry.find("other").is_none(), "only the empty name falls back");
+    }
+
+    #[test]
+    fn hidden_exports_are_found_but_not_listed() {
+        let registry = ExportRegistry::new();
+        registry.add("shown", entry()).unwrap();
+        registry.add("secret", entry().hidden()).unwrap();
+        assert!(registry.find("secret").is_some());
+        let names: Vec<_> = registry.listed().into_iter().map(|export| export.name).collect();
+        assert_eq!(names, ["shown"]);
+    }
+
+    #[test]
+    fn a_name_is_given_once_and_within_the_limits() {
+        let registry = ExportRegistry::new();
+        registry.add("disk", entry()).unwrap();
+        assert_eq!(registry.add("disk", entry()), Err(RegistryError::NameTaken("disk".to_owned())));
+        assert!(registry.add("x".repeat(4097), entry()).is_err());
+        assert!(registry.add("d", entry().description("a\0b")).is_err());
+        let huge = ExportEntry::new(Arc::new(MemoryExport::new(1 << 63)));
+        assert!(registry.add("huge", huge).is_err());
+    }
+}

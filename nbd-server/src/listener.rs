@@ -1,0 +1,300 @@
+//! Where a server listens.
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::connection::Socket;
+use crate::{ServeError, sys};
+
+/// Where to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ListenAddress {
+    /// A TCP address: `host:port`, with IPv6 addresses in brackets. Port 0 takes any free port. A
+    /// name with several addresses is listened on at each of them.
+    Tcp(String),
+    /// A unix socket. A socket file that nobody listens on any more is replaced; the file is
+    /// removed when the server ends.
+    Unix(PathBuf),
+    /// The sockets that a service manager handed over (`LISTEN_PID`, `LISTEN_FDS`: sd_listen_fds).
+    /// The only choice that reads the environment. Use it once in a process.
+    Systemd,
+}
+
+/// Where a server listens in fact.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BoundAddress {
+    /// A TCP address.
+    Tcp(SocketAddr),
+    /// A unix socket; `None` if it has no name in the file system.
+    Unix(Option<PathBuf>),
+}
+
+impl BoundAddress {
+    /// The URI under which a client on this machine reaches the export `name`.
+    #[must_use]
+    pub fn uri(&self, name: &str) -> NbdUri {
+        let transport = match self {
+            Self::Tcp(address) => Transport::Tcp {
+                host: match address.ip() {
+                    ip if !ip.is_unspecified() => ip.to_string(),
+                    IpAddr::V4(_) => "127.0.0.1".to_owned(),
+                    IpAddr::V6(_) => "::1".to_owned(),
+                },
+                port: address.port(),
+            },
+            Self::Unix(path) => Transport::Unix { path: path.clone().unwrap_or_default() },
+        };
+        NbdUri {
+            transport,
+            security: Security::Plain,
+            export_name: name.to_owned(),
+            user: None,
+            tls: TlsParameters::default(),
+        }
+    }
+
+    /// True for a TCP address that other machines can reach.
+    #[must_use]
+    pub fn is_public(&self) -> bool {
+        matches!(self, Self::Tcp(address) if !address.ip().is_loopback())
+    }
+}
+
+impl fmt::Display for BoundAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(Some(path)) => path.display().fmt(f),
+            Self::Unix(None) => f.write_str("(unnamed unix socket)"),
+        }
+    }
+}
+
+/// A socket that accepts connections.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Tcp(TcpListener),
+    Unix(UnixListener, Option<SocketFile>),
+}
+
+/// The file of a unix socket this server made. Removed when dropped, if it is still the same.
+#[derive(Debug)]
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|now| now == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+impl Listener {
+    /// Opens every socket that `address` stands for.
+    ///
+    /// # Errors
+    ///
+    /// [`ServeError`], with nothing left behind.
+    pub(crate) async fn open(address: &ListenAddress) -> Result<Vec<Self>, ServeError> {
+        match address {
+            ListenAddress::Tcp(address) => open_tcp(address).await,
+            ListenAddress::Unix(path) => Ok(vec![open_unix(path)?]),
+            ListenAddress::Systemd => open_inherited(),
+        }
+    }
+
+    /// Where this listens.
+    pub(crate) fn address(&self) -> io::Result<BoundAddress> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().map(BoundAddress::Tcp),
+            Self::Unix(listener, _) => {
+                let address = listener.local_addr()?;
+                Ok(BoundAddress::Unix(address.as_pathname().map(Path::to_path_buf)))
+            }
+        }
+    }
+
+    /// The next client and a name for it in the log.
+    pub(crate) async fn accept(&self) -> io::Result<(Socket, String)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok((Socket::from_std_tcp(stream.into_std()?), peer.to_string()))
+            }
+            Self::Unix(listener, file) => {
+                let (stream, _) = listener.accept().await?;
+                let name = file
+                    .as_ref()
+                    .map_or_else(|| "unix socket".into(), |file| file.path.display().to_string());
+                Ok((Socket::from_std_unix(stream.into_std()?), name))
+            }
+        }
+    }
+}
+
+async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
+    let bind_error = |source| ServeError::Bind { address: address.to_owned(), source };
+    let name = address.to_owned();
+    let found = tokio::task::spawn_blocking(move || {
+        name.to_socket_addrs().map(Iterator::collect::<Vec<_>>)
+    });
+    let mut addresses =
+        found.await.map_err(|error| bind_error(io::Error::other(error)))?.map_err(bind_error)?;
+    addresses.sort_unstable();
+    addresses.dedup();
+    let mut listeners = Vec::with_capacity(addresses.len());
+    for address in addresses {
+        let listener = TcpListener::bind(address)
+            .await
+            .map_err(|source| ServeError::Bind { address: address.to_string(), source })?;
+        listeners.push(Listener::Tcp(listener));
+    }
+    if listeners.is_empty() {
+        return Err(ServeError::NoAddress { address: address.to_owned() });
+    }
+    Ok(listeners)
+}
+
+fn open_unix(path: &Path) -> Result<Listener, ServeError> {
+    let bind_error = |source| ServeError::Bind { address: path.display().to_string(), source };
+    let listener = match UnixListener::bind(path) {
+        Ok(listener) => listener,
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            remove_stale(path)?;
+            UnixListener::bind(path).map_err(bind_error)?
+        }
+        Err(error) => return Err(bind_error(error)),
+    };
+    let identity = identity(path).map_err(bind_error)?;
+    Ok(Listener::Unix(listener, Some(SocketFile { path: path.to_path_buf(), identity })))
+}
+
+/// Removes a socket file that nobody listens on, and nothing else.
+fn remove_stale(path: &Path) -> Result<(), ServeError> {
+    let bind_error = |source| ServeError::Bind { address: path.display().to_string(), source };
+    let metadata = std::fs::symlink_metadata(path).map_err(bind_error)?;
+    if !metadata.file_type().is_socket() {
+        return Err(ServeError::NotASocket { path: path.to_path_buf() });
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            tracing::info!(path = %path.display(), "replacing a socket that nobody listens on");
+            std::fs::remove_file(path).map_err(bind_error)
+        }
+        Ok(_) => Err(ServeError::SocketInUse { path: path.to_path_buf() }),
+        Err(error) => Err(bind_error(error)),
+    }
+}
+
+fn open_inherited() -> Result<Vec<Listener>, ServeError> {
+    let refuse = |why: String| ServeError::Systemd { why };
+    let variable = |name| std::env::var(name).ok();
+    let own = std::process::id().to_string();
+    match variable("LISTEN_PID") {
+        None => return Err(refuse("LISTEN_PID is not set; start this from a socket unit".into())),
+        Some(pid) if pid.trim() != own => {
+            return Err(refuse(format!("LISTEN_PID is {pid}, this is process {own}")));
+        }
+        Some(_) => {}
+    }
+    let count = variable("LISTEN_FDS").and_then(|count| count.trim().parse::<u16>().ok());
+    let count = count.filter(|count| (1..=64).contains(count));
+    let Some(count) = count else {
+        return Err(refuse("LISTEN_FDS is not a number from 1 to 64".into()));
+    };
+    let fds = sys::take_inherited(count);
+    if fds.len() != usize::from(count) {
+        return Err(refuse(format!("only {} of {count} descriptors are open", fds.len())));
+    }
+    fds.into_iter().map(adopt).collect()
+}
+
+/// Turns a descriptor into a listener, whichever family its socket has.
+fn adopt(fd: OwnedFd) -> Result<Listener, ServeError> {
+    let refuse = |error: io::Error| ServeError::Systemd { why: error.to_string() };
+    let listening = rustix::net::sockopt::socket_acceptconn(fd.as_fd())
+        .map_err(|error| refuse(error.into()))?;
+    if !listening {
+        return Err(ServeError::Systemd {
+            why: "a descriptor is a connected socket; set Accept=no in the socket unit".into(),
+        });
+    }
+    let family =
+        rustix::net::sockopt::socket_domain(fd.as_fd()).map_err(|error| refuse(error.into()))?;
+    if family == rustix::net::AddressFamily::UNIX {
+        let listener = std::os::unix::net::UnixListener::from(fd);
+        listener.set_nonblocking(true).map_err(refuse)?;
+        // The service manager owns the file.
+        Ok(Listener::Unix(UnixListener::from_std(listener).map_err(refuse)?, None))
+    } else {
+        let listener = std::net::TcpListener::from(fd);
+        listener.set_nonblocking(true).map_err(refuse)?;
+        Ok(Listener::Tcp(TcpListener::from_std(listener).map_err(refuse)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_removed_at_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert!(path.exists(), "the standard library leaves the file behind");
+        let address = ListenAddress::Unix(path.clone());
+        let listeners = Listener::open(&address).await.unwrap();
+        assert!(matches!(Listener::open(&address).await, Err(ServeError::SocketInUse { .. })));
+        drop(listeners);
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_no_socket_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("precious");
+        std::fs::write(&path, "data").unwrap();
+        let result = Listener::open(&ListenAddress::Unix(path.clone())).await;
+        assert!(matches!(result, Err(ServeError::NotASocket { .. })));
+        assert_eq!(std::fs::read(&path).unwrap(), b"data");
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_took_our_place_is_not_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let listeners = Listener::open(&ListenAddress::Unix(path.clone())).await.unwrap();
+        std::fs::rename(&path, folder.path().join("moved")).unwrap();
+        std::fs::write(&path, "somebody else's").unwrap();
+        drop(listeners);
+        assert!(path.exists());
+    }
+
+    #[tokio::test]
+    async fn a_busy_port_is_an_error_that_says_so() {
+        let first = Listener::open(&ListenAddress::Tcp("127.0.0.1:0".into())).await.unwrap();
+        let address = first[0].address().unwrap().to_string();
+        let error = Listener::open(&ListenAddress::Tcp(address.clone())).await.unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains(&address) && text.contains("another program"), "{text}");
+    }
+}

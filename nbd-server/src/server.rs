@@ -1,0 +1,190 @@
+//! [`Server`]: listeners, workers, and an orderly end.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+
+use crate::budget::Budget;
+use crate::connection::{Shared, Socket};
+use crate::export::ExportRegistry;
+use crate::listener::Listener;
+use crate::shutdown::{Phase, Shutdown, ShutdownTrigger};
+use crate::worker::{Accepted, Workers};
+use crate::{BoundAddress, ListenAddress, ServeError, ServerConfig};
+
+/// How long to wait after the system had no descriptor or memory for a client.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A server that has not started to serve.
+#[derive(Debug)]
+pub struct Server {
+    config: ServerConfig,
+    exports: ExportRegistry,
+    listeners: Vec<Listener>,
+}
+
+impl Server {
+    /// A server of `exports`, which may change while it runs.
+    #[must_use]
+    pub fn new(config: ServerConfig, exports: ExportRegistry) -> Self {
+        Self { config, exports, listeners: Vec::new() }
+    }
+
+    /// Listens on `address`; may be called for several. Clients are accepted as soon as
+    /// [`Server::serve`] runs, and wait until then. A unix socket's file is removed when the server
+    /// is dropped or has ended.
+    ///
+    /// # Errors
+    ///
+    /// [`ServeError`] if the address is in use, not this machine's, or not permitted. Nothing is
+    /// left behind then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelled while a name is looked up it listens on nothing.
+    pub async fn listen(
+        &mut self,
+        address: &ListenAddress,
+    ) -> Result<Vec<BoundAddress>, ServeError> {
+        let opened = Listener::open(address).await?;
+        let mut bound = Vec::with_capacity(opened.len());
+        for listener in &opened {
+            bound.push(
+                listener.address().map_err(|source| ServeError::Bind {
+                    address: format!("{address:?}"),
+                    source,
+                })?,
+            );
+        }
+        self.listeners.extend(opened);
+        Ok(bound)
+    }
+
+    /// Serves until `shutdown` is ready. Then no new client is accepted, every request that has
+    /// arrived is finished and its reply sent (within [`ServerConfig::drain_deadline`]), all
+    /// exports are flushed, and unix sockets removed.
+    ///
+    /// Needs a tokio runtime with I/O and time; requests that may block are carried out by its
+    /// blocking threads.
+    ///
+    /// # Errors
+    ///
+    /// [`ServeError::NoListener`] at once; [`ServeError::Worker`] if no thread can be started;
+    /// [`ServeError::Flush`] if data may not be durable at the end.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future cuts every connection and flushes nothing.
+    pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
+        if self.listeners.is_empty() {
+            return Err(ServeError::NoListener);
+        }
+        let trigger = ShutdownTrigger::new();
+        let shared = Shared {
+            budget: Budget::new(self.config.server_budget),
+            exports: self.exports.clone(),
+            pool: Handle::current(),
+            config: Arc::new(self.config),
+        };
+        let config = Arc::clone(&shared.config);
+        let mut workers = Workers::new(config.workers, shared, trigger.subscribe());
+        let (sender, mut clients) = mpsc::channel(1);
+        let mut acceptors = JoinSet::new();
+        let places = Arc::new(Semaphore::new(config.max_connections));
+        for listener in self.listeners {
+            let accepting =
+                accept(listener, Arc::clone(&places), sender.clone(), trigger.subscribe());
+            acceptors.spawn(accepting);
+        }
+        drop(sender);
+        let mut shutdown = std::pin::pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                Some(accepted) = clients.recv() => workers.serve(accepted)?,
+            }
+        }
+        tracing::info!("stopping: no new clients, finishing what is in flight");
+        trigger.announce(Phase::Draining);
+        // Dropping the listeners removes the sockets' files.
+        clients.close();
+        while acceptors.join_next().await.is_some() {}
+        let ended = tokio::task::spawn_blocking(move || workers.join());
+        let mut ended = std::pin::pin!(ended);
+        if tokio::time::timeout(config.drain_deadline, &mut ended).await.is_err() {
+            trigger.announce(Phase::Aborting);
+            let _ = ended.await;
+        }
+        flush_all(&self.exports).await
+    }
+}
+
+/// Accepts clients until the server ends.
+async fn accept(
+    listener: Listener,
+    places: Arc<Semaphore>,
+    clients: mpsc::Sender<Accepted>,
+    mut shutdown: Shutdown,
+) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = shutdown.reached(Phase::Draining) => return,
+        };
+        match accepted {
+            Ok((socket, peer)) => {
+                let Some(accepted) = admit(socket, peer, &places) else { continue };
+                if clients.send(accepted).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) if is_of_the_client(&error) => tracing::debug!(%error, "accept"),
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a client; trying again");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// A client over the limit is closed at once: it learns so, and does not wait in vain.
+fn admit(socket: Socket, peer: String, places: &Arc<Semaphore>) -> Option<Accepted> {
+    let Ok(place) = Arc::clone(places).try_acquire_owned() else {
+        tracing::warn!(%peer, "closed a client: the limit of connections is reached");
+        return None;
+    };
+    Some(Accepted { socket, peer, place })
+}
+
+/// Errors of accept(2) that concern one client and not the listener.
+fn is_of_the_client(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
+    )
+}
+
+async fn flush_all(exports: &ExportRegistry) -> Result<(), ServeError> {
+    let exports = exports.entries();
+    let flushed = tokio::task::spawn_blocking(move || {
+        let mut failed = None;
+        for (name, entry) in exports {
+            if let Err(error) = entry.export().flush() {
+                tracing::error!(export = %name, %error, "flush at the end failed");
+                let message = error.message.into_owned();
+                failed.get_or_insert(ServeError::Flush { export: name, message });
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    });
+    flushed.await.unwrap_or_else(|error| {
+        Err(ServeError::Flush { export: "?".to_owned(), message: error.to_string() })
+    })
+}

@@ -1,0 +1,92 @@
+//! System calls that no safe wrapper exists for.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// The system call `cachestat` (Linux 6.5), the same number on every architecture.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+#[repr(C)]
+struct CachestatRange {
+    offset: u64,
+    length: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// Are all bytes of a range of `file` (in bytes) in the page cache? False also where the system
+/// cannot tell.
+pub(crate) fn is_resident(file: BorrowedFd<'_>, offset: u64, length: u64) -> bool {
+    let Some(last) = length.checked_sub(1).and_then(|length| offset.checked_add(length)) else {
+        return false;
+    };
+    let page = rustix::param::page_size() as u64;
+    let range = CachestatRange { offset, length };
+    let mut stat = Cachestat::default();
+    // SAFETY: both structures have the layout of the kernel's and live across the call; the kernel
+    // reads the first and writes the second, and keeps neither.
+    let result = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            file.as_raw_fd(),
+            std::ptr::from_ref(&range),
+            std::ptr::from_mut(&mut stat),
+            0 as libc::c_uint,
+        )
+    };
+    result == 0 && stat.cached == last / page - offset / page + 1
+}
+
+/// Takes over descriptors that the service manager opened for this process: `count` of them from
+/// 3 on.
+///
+/// The caller makes sure that this happens once, before anything else uses those numbers.
+pub(crate) fn take_inherited(count: u16) -> Vec<OwnedFd> {
+    const FIRST: RawFd = 3;
+    (FIRST..FIRST + RawFd::from(count))
+        // SAFETY: F_GETFD reads a flag and fails with EBADF on a number that is not open.
+        .filter(|fd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0)
+        .map(|fd| {
+            // SAFETY: the descriptor is open (checked above), and by the protocol of socket
+            // activation it belongs to whoever was started with LISTEN_PID set to this process.
+            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+            let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
+            fd
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn what_was_just_written_is_resident_and_what_lies_behind_the_end_is_not() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 8192]).unwrap();
+        if !is_resident(file.as_fd(), 0, 8192) {
+            // A kernel before 6.5, or one that hides the page cache: "no" is the safe answer.
+            eprintln!("skipped: this system has no cachestat");
+            return;
+        }
+        assert!(is_resident(file.as_fd(), 4095, 2));
+        assert!(!is_resident(file.as_fd(), 8192, 1));
+        assert!(!is_resident(file.as_fd(), 0, 0));
+        assert!(!is_resident(file.as_fd(), u64::MAX, 2));
+    }
+
+    #[test]
+    fn numbers_that_are_not_open_are_not_taken() {
+        assert!(take_inherited(0).is_empty());
+    }
+}

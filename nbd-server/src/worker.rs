@@ -1,0 +1,130 @@
+//! Threads that serve connections, each with a small runtime of its own.
+//!
+//! A connection stays on one thread from start to end: waking it never involves another core, and a
+//! call that takes long holds up only the connections of its own thread.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::task::JoinSet;
+use tracing::Instrument;
+
+use crate::ServeError;
+use crate::connection::{self, Shared, Socket};
+use crate::shutdown::Shutdown;
+
+/// A client that was accepted.
+pub(crate) struct Accepted {
+    pub(crate) socket: Socket,
+    pub(crate) peer: String,
+    /// Its place among the connections allowed.
+    pub(crate) place: OwnedSemaphorePermit,
+}
+
+/// The threads of a server. They are started when they are needed.
+pub(crate) struct Workers {
+    workers: Vec<Worker>,
+    max: usize,
+    shared: Shared,
+    shutdown: Shutdown,
+}
+
+struct Worker {
+    sender: mpsc::UnboundedSender<Accepted>,
+    connections: Arc<AtomicUsize>,
+    thread: JoinHandle<()>,
+}
+
+impl Workers {
+    pub(crate) fn new(max: NonZeroUsize, shared: Shared, shutdown: Shutdown) -> Self {
+        Self { workers: Vec::new(), max: max.get(), shared, shutdown }
+    }
+
+    /// Gives a client to the thread with the fewest others.
+    ///
+    /// # Errors
+    ///
+    /// [`ServeError::Worker`] if no thread can be started and there is none yet.
+    pub(crate) fn serve(&mut self, accepted: Accepted) -> Result<(), ServeError> {
+        let load = |worker: &Worker| worker.connections.load(Ordering::Relaxed);
+        let least = self.workers.iter().map(load).min();
+        if least != Some(0) && self.workers.len() < self.max {
+            match Worker::start(self.workers.len(), self.shared.clone(), self.shutdown.clone()) {
+                Ok(worker) => self.workers.push(worker),
+                Err(error) if self.workers.is_empty() => return Err(ServeError::Worker(error)),
+                Err(error) => tracing::warn!(%error, "no further worker thread"),
+            }
+        }
+        if let Some(worker) = self.workers.iter().min_by_key(|worker| load(worker)) {
+            worker.connections.fetch_add(1, Ordering::Relaxed);
+            // The receiver lives until this sender is dropped.
+            let _ = worker.sender.send(accepted);
+        }
+        Ok(())
+    }
+
+    /// Waits until every connection has ended. Blocks.
+    pub(crate) fn join(self) {
+        let threads: Vec<_> = self.workers.into_iter().map(|worker| worker.thread).collect();
+        for thread in threads {
+            // A panic of a connection is caught by its runtime; the thread itself does nothing else.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Worker {
+    fn start(index: usize, shared: Shared, shutdown: Shutdown) -> std::io::Result<Self> {
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        let (sender, receiver) = mpsc::unbounded_channel();
+        let connections = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&connections);
+        let thread = std::thread::Builder::new()
+            .name(format!("nbd-worker-{index}"))
+            .spawn(move || runtime.block_on(run(receiver, count, shared, shutdown)))?;
+        Ok(Self { sender, connections, thread })
+    }
+}
+
+/// Serves connections until the sender is gone and the last of them has ended.
+async fn run(
+    mut receiver: mpsc::UnboundedReceiver<Accepted>,
+    connections: Arc<AtomicUsize>,
+    shared: Shared,
+    shutdown: Shutdown,
+) {
+    let mut tasks = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = receiver.recv() => {
+                let Some(Accepted { socket, peer, place }) = accepted else { break };
+                let count = Leaves(Arc::clone(&connections));
+                let (shared, shutdown) = (shared.clone(), shutdown.clone());
+                let span = tracing::info_span!("connection", %peer);
+                tasks.spawn(async move {
+                    // Both are given back when the connection ends, also by a panic.
+                    let _held = (count, place);
+                    match socket.attach() {
+                        Ok(socket) => connection::serve(socket, shared, shutdown).await,
+                        Err(error) => tracing::warn!(%error, "cannot use the socket"),
+                    }
+                }.instrument(span));
+            }
+            Some(_) = tasks.join_next() => {}
+        }
+    }
+    while tasks.join_next().await.is_some() {}
+}
+
+/// Counts a connection down.
+struct Leaves(Arc<AtomicUsize>);
+
+impl Drop for Leaves {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
