@@ -1,1 +1,71 @@
-//! .
+//! The `nbd-cli` command line: serve, inspect, map and copy disks over the Network Block Device
+//! protocol.
+//!
+//! [`run`] is the whole program. Every sub-command is one file below `commands` that holds its
+//! arguments and what it does with them.
+
+pub mod args;
+pub mod commands;
+mod connect;
+mod context;
+mod error;
+mod logging;
+mod output;
+mod picture;
+mod progress;
+mod signals;
+mod size;
+mod terminal;
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::args::{Cli, Command};
+use crate::error::{CommandError, CommandErrorKind, Outcome};
+
+/// Runs the program with the given arguments (the first is the program's name) and returns its
+/// exit code: 0 for success, 1 for any error, 2 if what `info --can` or `--is` asks is not so.
+/// `serve --run` returns the status of its command.
+///
+/// Results go to standard output; errors, warnings and progress to standard error.
+pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(message) => return usage(&message),
+    };
+    logging::start(cli.verbose);
+    match dispatch(cli.command) {
+        Ok(outcome) => ExitCode::from(outcome.exit_code()),
+        Err(error) => report(&error),
+    }
+}
+
+fn dispatch(command: Command) -> Result<Outcome, CommandError> {
+    match command {
+        Command::Serve(args) => commands::serve::run(args),
+        Command::Info(args) => commands::info::run(&args),
+        Command::ListMeta(args) => commands::list_meta::run(&args),
+        Command::Map(args) => commands::map::run(&args),
+        Command::Copy(args) => commands::copy::run(args),
+        Command::Completions(args) => commands::completions::run(&args),
+    }
+}
+
+/// Help and version are what was asked for; anything else is a usage error.
+fn usage(message: &clap::Error) -> ExitCode {
+    // Nothing can be done about a standard error that is closed.
+    let _ = message.print();
+    ExitCode::from(if message.use_stderr() { 1 } else { 0 })
+}
+
+fn report(error: &CommandError) -> ExitCode {
+    if error.kind() == CommandErrorKind::BrokenPipe {
+        // The reader has seen enough, as in `nbd-cli map … | head -1`.
+        return ExitCode::SUCCESS;
+    }
+    let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
+    ExitCode::FAILURE
+}

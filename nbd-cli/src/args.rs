@@ -1,0 +1,66 @@
+//! The command line as a whole: which commands there are and what they have in common.
+
+use clap::{ArgAction, Parser, Subcommand};
+
+use crate::commands::{completions, copy, info, list_meta, map, serve};
+
+pub use crate::size::ByteSize;
+pub use crate::terminal::ColorChoice;
+
+/// What is said below the list of commands.
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli serve memory:1G                    a scratch disk at nbd://127.0.0.1:10809/
+  nbd-cli serve --read-only disk.img         a disk image, for reading only
+  nbd-cli info nbd://127.0.0.1/              what a server offers
+  nbd-cli copy nbd://127.0.0.1/ backup.img   a copy that keeps the holes
+
+Exit codes:
+  0  success; for `info --can`, `--is` and `--has`: yes
+  1  an error, wrong usage included: one sentence on standard error says what to do
+  2  for `info --can`, `--is` and `--has`: no
+  `serve --run` returns the status of the command (128 + N if signal N ended it).
+  A second SIGINT or SIGTERM ends `serve` at once, with 128 + the signal's number.
+  A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is no error.";
+
+/// Serve, inspect, map and copy disks over the Network Block Device (NBD) protocol.
+#[derive(Debug, Parser)]
+#[command(name = "nbd-cli", version, after_help = AFTER_HELP, max_term_width = 100)]
+pub struct Cli {
+    /// Log to standard error; twice for more.
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub verbose: u8,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Export disk images, block devices or memory disks
+    Serve(serve::ServeArgs),
+    /// Describe a server and its exports
+    Info(info::InfoArgs),
+    /// List the metadata contexts that a server offers for an export
+    ListMeta(list_meta::ListMetaArgs),
+    /// Show which parts of an export hold data
+    Map(map::MapArgs),
+    /// Copy a disk between NBD servers, files and devices
+    Copy(copy::CopyArgs),
+    /// Print a completion script for a shell
+    Completions(completions::CompletionsArgs),
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,159 @@
+//! `nbd-cli copy`: copy a disk between NBD servers, local files, block devices and pipes.
+
+mod destination;
+mod engine;
+mod location;
+mod plan;
+mod source;
+mod stream;
+mod zero;
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use clap::Args;
+
+use self::destination::Destination;
+use self::engine::Job;
+use self::location::Location;
+use self::source::Source;
+use crate::error::{CommandError, Outcome, runtime};
+use crate::progress::{Progress, Visibility};
+use crate::size::ByteSize;
+
+const AFTER_HELP: &str = "\
+Sources and destinations:
+  nbd://…, nbd+unix://…   an NBD server
+  disk.img, /dev/vg/lv    a local file or block device, byte for byte
+  -                       standard input or standard output
+  null:                   nothing: an empty source, or a destination that forgets
+
+A local destination file is created, or emptied and set to the size of the source. A server or
+device as the destination must be at least as large as the source; what lies behind stays as it is.
+Holes and zeroes stay holes where the destination can have them.
+
+Examples:
+  nbd-cli copy nbd://localhost/disk backup.img
+  nbd-cli copy -p disk.img nbd://backup.example.org/disk
+  nbd-cli copy --destination-is-zero --flush disk.img 'nbd+unix:///new?socket=/run/nbd.sock'
+  nbd-cli copy nbd://localhost/disk - | zstd > disk.zst
+
+A copy that fails exits with 1 and says at which offset; a local destination file is then left
+incomplete.";
+
+/// Largest request; more would only need more memory.
+const MAX_REQUEST_SIZE: u64 = 32 << 20;
+/// Smallest and largest unit in which zeroes are looked for.
+const MIN_SPARSE_SIZE: u64 = 512;
+
+/// Arguments of `nbd-cli copy`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct CopyArgs {
+    /// What to copy.
+    pub source: Location,
+
+    /// Where to copy it.
+    pub destination: Location,
+
+    /// Connections to each server, if it allows several.
+    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
+    pub connections: NonZeroUsize,
+
+    /// Requests in flight.
+    #[arg(short = 'R', long, value_name = "N", default_value = "64")]
+    pub requests: NonZeroUsize,
+
+    /// Size of a request.
+    #[arg(long, value_name = "SIZE", default_value = "256K")]
+    pub request_size: ByteSize,
+
+    /// Allocate the whole destination, zeroes included.
+    #[arg(long)]
+    pub allocated: bool,
+
+    /// The destination reads as zero already: do not write zeroes.
+    #[arg(long, alias = "target-is-zero")]
+    pub destination_is_zero: bool,
+
+    /// Make the copy durable before the command ends.
+    #[arg(long)]
+    pub flush: bool,
+
+    /// Do not ask the source where it has holes.
+    #[arg(long)]
+    pub no_extents: bool,
+
+    /// Look for zeroes in the data in units of this size (a power of two); 0 does not look.
+    #[arg(short = 'S', long, value_name = "SIZE", default_value = "4K")]
+    pub sparse: ByteSize,
+
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+
+    /// Show no progress.
+    #[arg(short, long, conflicts_with = "progress")]
+    pub quiet: bool,
+}
+
+pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
+    check(&args)?;
+    runtime()?.block_on(copy(&args))?;
+    Ok(Outcome::Success)
+}
+
+fn check(args: &CopyArgs) -> Result<(), CommandError> {
+    let request = args.request_size.bytes();
+    if !request.is_power_of_two() || !(512..=MAX_REQUEST_SIZE).contains(&request) {
+        return Err(CommandError::new(format!(
+            "--request-size {} is not possible; give a power of two from 512 to 32M",
+            args.request_size
+        )));
+    }
+    let sparse = args.sparse.bytes();
+    if sparse != 0 && !(sparse.is_power_of_two() && sparse >= MIN_SPARSE_SIZE) {
+        return Err(CommandError::new(format!(
+            "--sparse {} is not possible; give 0 or a power of two of at least 512",
+            args.sparse
+        )));
+    }
+    if args.requests.get() > 4096 || args.connections.get() > 256 {
+        return Err(CommandError::new(
+            "--requests is limited to 4096 and --connections to 256; give smaller numbers",
+        ));
+    }
+    Ok(())
+}
+
+async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
+    // The source first: what cannot be read must not cost anybody a destination.
+    let source = Source::open(&args.source, args).await?;
+    let destination = Destination::open(&args.destination, args, &source).await?;
+    let visibility = match (args.progress, args.quiet) {
+        (true, _) => Visibility::Always,
+        (_, true) => Visibility::Never,
+        _ => Visibility::IfTerminal,
+    };
+    let progress = Progress::new(visibility, source.size());
+    let job = Arc::new(Job::new(args, source, destination, progress));
+    let result = engine::run(&job).await;
+    job.progress.clear();
+    let result = match result {
+        Ok(()) => job.destination.finish(args.flush).await,
+        Err(error) => Err(error),
+    };
+    result.map_err(|error| incomplete(args, &error))?;
+    job.source.close().await;
+    job.destination.close().await;
+    Ok(())
+}
+
+fn incomplete(args: &CopyArgs, error: &CommandError) -> CommandError {
+    let left = match &args.destination {
+        Location::File(path) => format!("; '{}' is incomplete", path.display()),
+        Location::Nbd(uri) => format!("; the disk at {uri} is incomplete"),
+        Location::Standard | Location::Null => String::new(),
+    };
+    CommandError::new(format!("copying {} failed: {error}{left}", args.source))
+}

@@ -1,0 +1,287 @@
+//! Where the bytes go.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use imgfmt::storage::FileStorage;
+use imgfmt::{Access, ErrorKind, HostOffset, Locking, Storage as _};
+use nbd_client::{Client, Connector, Durability, Speed, ZeroMode};
+use nbd_proto::NbdUri;
+use nbd_proto::wire::TransmissionFlags;
+
+use super::CopyArgs;
+use super::location::Location;
+use super::source::Source;
+use crate::connect::{connect, failed};
+use crate::error::CommandError;
+
+/// Zeroes to write where there is no better way.
+static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
+
+/// An open destination.
+pub(super) enum Destination {
+    Nbd {
+        client: Client,
+        uri: NbdUri,
+    },
+    File {
+        storage: Arc<FileStorage>,
+        path: PathBuf,
+        kind: FileKind,
+    },
+    /// Standard output: written once, front to back.
+    Standard,
+    Null,
+}
+
+/// What kind of local file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FileKind {
+    /// It was emptied, so that it reads as zero, and grows as it is written.
+    Regular,
+    BlockDevice,
+}
+
+impl Destination {
+    /// Opens the destination and checks that the source fits.
+    pub(super) async fn open(
+        location: &Location,
+        args: &CopyArgs,
+        source: &Source,
+    ) -> Result<Self, CommandError> {
+        let destination = match location {
+            Location::Nbd(uri) => {
+                let connector = Connector::new(uri.clone()).connections(args.connections);
+                let client = connect(&connector, uri).await?;
+                if client.info().flags.contains(TransmissionFlags::READ_ONLY) {
+                    return Err(CommandError::new(format!(
+                        "cannot copy to {uri}: the server exports this disk read-only"
+                    )));
+                }
+                Self::Nbd { client, uri: uri.clone() }
+            }
+            Location::File(path) => open_file(path, source)?,
+            Location::Standard => Self::Standard,
+            Location::Null => Self::Null,
+        };
+        if let (Some(room), Some(size)) = (destination.room()?, source.size())
+            && size > room
+        {
+            return Err(CommandError::new(format!(
+                "{location} has {room} bytes and the source {size}: it does not fit"
+            )));
+        }
+        Ok(destination)
+    }
+
+    /// How many bytes fit, if that is limited.
+    pub(super) fn room(&self) -> Result<Option<u64>, CommandError> {
+        match self {
+            Self::Nbd { client, .. } => Ok(Some(client.info().size)),
+            Self::File { storage, path, kind: FileKind::BlockDevice } => {
+                storage.len().map(Some).map_err(|error| file_error("look at", path, None, &error))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Requests must be aligned to this power of two.
+    pub(super) fn alignment(&self) -> u64 {
+        match self {
+            Self::Nbd { client, .. } => {
+                client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
+            }
+            _ => 1,
+        }
+    }
+
+    /// Whether the destination reads as zero where nothing was written.
+    pub(super) fn is_zero(&self) -> bool {
+        matches!(self, Self::File { kind: FileKind::Regular, .. } | Self::Null)
+    }
+
+    /// Writes data.
+    pub(super) async fn write(&self, offset: u64, data: Bytes) -> Result<(), CommandError> {
+        match self {
+            Self::Nbd { client, uri } => client
+                .write(offset, data, Durability::Cached)
+                .await
+                .map_err(|error| failed(uri, "write to", &error)),
+            Self::File { storage, path, .. } => {
+                let storage = storage.clone();
+                let at = HostOffset::new(offset);
+                let write = move || storage.write_at(at, &data, imgfmt::Durability::Cached);
+                blocking("write to", path, offset, write).await
+            }
+            Self::Standard | Self::Null => Ok(()),
+        }
+    }
+
+    /// Makes a range zero.
+    pub(super) async fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+    ) -> Result<(), CommandError> {
+        match self {
+            Self::Nbd { client, uri } => {
+                if !client.info().flags.contains(TransmissionFlags::SEND_WRITE_ZEROES) {
+                    return self.write_zero_buffers(offset, length).await;
+                }
+                client
+                    .write_zeroes(offset, length, mode, Speed::Any, Durability::Cached)
+                    .await
+                    .map_err(|error| failed(uri, "write zeroes to", &error))
+            }
+            Self::File { storage, path, kind } => {
+                let storage = storage.clone();
+                let at = HostOffset::new(offset);
+                let mode = match mode {
+                    ZeroMode::MayPunch => imgfmt::ZeroMode::MayUnmap,
+                    ZeroMode::NoHole => imgfmt::ZeroMode::KeepAllocated,
+                };
+                let kind = *kind;
+                let zero = move || {
+                    if kind == FileKind::Regular {
+                        let end = offset.saturating_add(length);
+                        if storage.len()? < end {
+                            storage.set_len(end)?;
+                        }
+                    }
+                    storage.write_zeroes(at, length, mode, imgfmt::Speed::Any)
+                };
+                blocking("write zeroes to", path, offset, zero).await
+            }
+            Self::Standard | Self::Null => Ok(()),
+        }
+    }
+
+    async fn write_zero_buffers(&self, offset: u64, length: u64) -> Result<(), CommandError> {
+        let mut at = offset;
+        let end = offset.saturating_add(length);
+        while at < end {
+            let part = (end - at).min(ZEROES.len() as u64);
+            // Fits: it is at most the length of the static.
+            let data = Bytes::from_static(&ZEROES[..part as usize]);
+            Box::pin(self.write(at, data)).await?;
+            at += part;
+        }
+        Ok(())
+    }
+
+    /// Sets the size of a regular file whose end was not written, being zero.
+    pub(super) fn set_size(&self, size: u64) -> Result<(), CommandError> {
+        match self {
+            Self::File { storage, path, kind: FileKind::Regular } => storage
+                .set_len(size)
+                .map_err(|error| file_error("set the size of", path, None, &error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes everything durable if that was asked for.
+    pub(super) async fn finish(&self, flush: bool) -> Result<(), CommandError> {
+        if !flush {
+            return Ok(());
+        }
+        match self {
+            Self::Nbd { client, uri } => {
+                if !client.info().flags.contains(TransmissionFlags::SEND_FLUSH) {
+                    return Err(CommandError::new(format!(
+                        "{uri} cannot flush, so that the copy is complete but may not be durable; \
+                         leave out --flush"
+                    )));
+                }
+                client.flush().await.map_err(|error| failed(uri, "flush", &error))
+            }
+            Self::File { storage, path, .. } => {
+                let storage = storage.clone();
+                let flushed = tokio::task::spawn_blocking(move || storage.sync()).await;
+                flushed
+                    .map_err(|error| CommandError::new(format!("a flush was given up: {error}")))?
+                    .map_err(|error| file_error("flush", path, None, &error))
+            }
+            Self::Standard | Self::Null => Ok(()),
+        }
+    }
+
+    /// Ends the connection.
+    pub(super) async fn close(&self) {
+        if let Self::Nbd { client, .. } = self {
+            // Every write was answered; how the connection ends does not matter.
+            let _ = client.clone().disconnect().await;
+        }
+    }
+}
+
+fn open_file(path: &Path, source: &Source) -> Result<Destination, CommandError> {
+    let storage = match FileStorage::open(path, Access::ReadWrite, Locking::On) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| {
+                let advice = match error.kind() {
+                    io::ErrorKind::NotFound => "; does its folder exist?",
+                    _ => "",
+                };
+                CommandError::new(format!("cannot create '{}': {error}{advice}", path.display()))
+            })?;
+            FileStorage::open(path, Access::ReadWrite, Locking::On)?
+        }
+        Err(error) if error.kind() == ErrorKind::Busy && is_same_file(path, source) => {
+            return Err(same_file(path));
+        }
+        opened => opened?,
+    };
+    if storage.identity().is_some() && storage.identity() == source.identity() {
+        return Err(same_file(path));
+    }
+    // Only a regular file can change its length.
+    let kind = match storage.set_len(0) {
+        Ok(()) => FileKind::Regular,
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => FileKind::BlockDevice,
+        Err(error) => return Err(file_error("empty", path, None, &error)),
+    };
+    Ok(Destination::File { storage: Arc::new(storage), path: path.into(), kind })
+}
+
+/// Our own lock on the source keeps us from opening it again for writing.
+fn is_same_file(path: &Path, source: &Source) -> bool {
+    FileStorage::open(path, Access::ReadOnly, Locking::Off)
+        .is_ok_and(|file| file.identity().is_some() && file.identity() == source.identity())
+}
+
+fn same_file(path: &Path) -> CommandError {
+    CommandError::new(format!(
+        "'{}' is the source and the destination; give another destination",
+        path.display()
+    ))
+}
+
+async fn blocking(
+    operation: &'static str,
+    path: &Path,
+    offset: u64,
+    work: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> Result<(), CommandError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(|error| file_error(operation, path, Some(offset), &error)),
+        Err(error) => Err(CommandError::new(format!("a write was given up: {error}"))),
+    }
+}
+
+fn file_error(
+    operation: &str,
+    path: &Path,
+    offset: Option<u64>,
+    error: &io::Error,
+) -> CommandError {
+    let place = offset.map(|offset| format!(" at offset {offset}")).unwrap_or_default();
+    let advice = match error.kind() {
+        io::ErrorKind::StorageFull => "; free some space or choose another destination",
+        _ => "",
+    };
+    CommandError::new(format!("cannot {operation} '{}'{place}: {error}{advice}", path.display()))
+}

@@ -1,0 +1,86 @@
+//! Sources and destinations as they are written on the command line.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use nbd_proto::NbdUri;
+
+/// Where to copy from or to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// An export of a server.
+    Nbd(NbdUri),
+    /// A local file or block device.
+    File(PathBuf),
+    /// Standard input or output.
+    Standard,
+    /// Nothing.
+    Null,
+}
+
+impl FromStr for Location {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "" => return Err("a path is empty; give a file, an NBD URI, '-' or 'null:'".into()),
+            "-" => return Ok(Self::Standard),
+            "null:" => return Ok(Self::Null),
+            _ => {}
+        }
+        let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme);
+        let is_nbd = ["nbd", "nbds"].contains(&scheme)
+            || scheme.starts_with("nbd+")
+            || scheme.starts_with("nbds+");
+        if is_nbd {
+            return text
+                .parse()
+                .map(Self::Nbd)
+                .map_err(|error: nbd_proto::uri::UriError| error.to_string());
+        }
+        if text.contains("://") && !scheme.contains('/') {
+            return Err(format!(
+                "'{text}' has the unknown scheme '{scheme}'; give a file, an NBD URI such as \
+                 nbd://localhost/disk, '-' or 'null:'"
+            ));
+        }
+        Ok(Self::File(text.into()))
+    }
+}
+
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nbd(uri) => uri.fmt(f),
+            Self::File(path) => write!(f, "'{}'", path.display()),
+            Self::Standard => f.write_str("'-'"),
+            Self::Null => f.write_str("null:"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locations_are_told_apart() {
+        assert_eq!("-".parse(), Ok(Location::Standard));
+        assert_eq!("null:".parse(), Ok(Location::Null));
+        assert_eq!("disk.img".parse(), Ok(Location::File("disk.img".into())));
+        assert_eq!("./nbd:x".parse(), Ok(Location::File("./nbd:x".into())));
+        assert_eq!("/a/b://c".parse(), Ok(Location::File("/a/b://c".into())));
+        assert!(matches!("nbd://localhost".parse(), Ok(Location::Nbd(_))));
+    }
+
+    #[test]
+    fn what_is_neither_file_nor_server_is_refused() {
+        for (text, why) in
+            [("", "empty"), ("http://host/x", "unknown scheme 'http'"), ("nbd+unix:///x", "socket")]
+        {
+            let error = text.parse::<Location>().unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+}

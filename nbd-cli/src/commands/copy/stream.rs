@@ -1,0 +1,155 @@
+//! Copies from standard input and to standard output, which go front to back.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::Semaphore;
+use tokio::task::{JoinHandle, JoinSet};
+
+use super::engine::Job;
+use super::plan::Piece;
+use super::zero::Content;
+use crate::error::CommandError;
+
+/// Reads standard input to its end; the writes go on in parallel.
+pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), CommandError> {
+    let room = job.destination.room()?;
+    let permits = Arc::new(Semaphore::new(job.requests));
+    let mut tasks: JoinSet<Result<(), CommandError>> = JoinSet::new();
+    let mut offset: u64 = 0;
+    loop {
+        let data = read_standard_input(job.request_size).await?;
+        if data.is_empty() {
+            break;
+        }
+        let length = data.len() as u64;
+        if room.is_some_and(|room| offset.saturating_add(length) > room) {
+            return Err(CommandError::new(format!(
+                "standard input has more than the {} bytes that fit",
+                room.unwrap_or_default()
+            )));
+        }
+        let permit = permits.clone().acquire_owned().await;
+        let job = job.clone();
+        tasks.spawn(async move {
+            let stored = job.store(offset, data).await;
+            job.progress.add(length);
+            drop(permit);
+            stored
+        });
+        while let Some(ended) = tasks.try_join_next() {
+            flatten(ended)?;
+        }
+        offset += length;
+    }
+    while let Some(ended) = tasks.join_next().await {
+        flatten(ended)?;
+    }
+    job.destination.set_size(offset)
+}
+
+/// Writes standard output in order; the reads run ahead.
+pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), CommandError> {
+    let zeroes = Bytes::from(vec![0; job.request_size]);
+    let mut ahead: VecDeque<Ahead> = VecDeque::new();
+    let mut more = true;
+    loop {
+        while more && ahead.len() < job.requests {
+            match job.next_piece().await? {
+                Some(piece) => ahead.push_back(Ahead::start(job, piece)),
+                None => more = false,
+            }
+        }
+        match ahead.pop_front() {
+            None => return Ok(()),
+            Some(Ahead::Zero(mut length)) => {
+                while length > 0 {
+                    let part = length.min(zeroes.len() as u64);
+                    write_standard_output(zeroes.slice(..part as usize)).await?;
+                    job.progress.add(part);
+                    length -= part;
+                }
+            }
+            Some(Ahead::Data(reading)) => {
+                let data = flatten(reading.await)?;
+                let length = data.len() as u64;
+                write_standard_output(data).await?;
+                job.progress.add(length);
+            }
+        }
+    }
+}
+
+/// From standard input to standard output.
+pub(super) async fn through(job: &Arc<Job>) -> Result<(), CommandError> {
+    loop {
+        let data = read_standard_input(job.request_size).await?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        job.progress.add(data.len() as u64);
+        write_standard_output(data).await?;
+    }
+}
+
+/// A piece that comes later.
+enum Ahead {
+    Zero(u64),
+    Data(JoinHandle<Result<Bytes, CommandError>>),
+}
+
+impl Ahead {
+    fn start(job: &Arc<Job>, piece: Piece) -> Self {
+        match piece.content {
+            Content::Zero => Self::Zero(piece.length),
+            Content::Data => {
+                let job = job.clone();
+                let read = async move { job.source.read(piece.offset, piece.length).await };
+                Self::Data(tokio::spawn(read))
+            }
+        }
+    }
+}
+
+fn flatten<T>(
+    ended: Result<Result<T, CommandError>, tokio::task::JoinError>,
+) -> Result<T, CommandError> {
+    ended.map_err(|error| CommandError::new(format!("a task was given up: {error}")))?
+}
+
+/// Reads `length` bytes, or fewer at the end of the input.
+async fn read_standard_input(length: usize) -> Result<Bytes, CommandError> {
+    let read = move || -> io::Result<Vec<u8>> {
+        let mut data = Vec::with_capacity(length);
+        let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        input.take(length as u64).read_to_end(&mut data)?;
+        Ok(data)
+    };
+    match tokio::task::spawn_blocking(read).await {
+        Ok(Ok(data)) => Ok(data.into()),
+        Ok(Err(error)) => {
+            Err(CommandError::new(format!("cannot read from standard input: {error}")))
+        }
+        Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
+    }
+}
+
+async fn write_standard_output(data: Bytes) -> Result<(), CommandError> {
+    // Past the line buffer of the standard library, which has no use here.
+    let write = move || -> io::Result<()> {
+        File::from(io::stdout().as_fd().try_clone_to_owned()?).write_all(&data)
+    };
+    match tokio::task::spawn_blocking(write).await {
+        Ok(result) => result.map_err(|error| output_error(&error)),
+        Err(error) => Err(CommandError::new(format!("a write was given up: {error}"))),
+    }
+}
+
+/// A copy whose reader went away is not complete: unlike for a report, that is an error.
+fn output_error(error: &io::Error) -> CommandError {
+    CommandError::new(format!("cannot write to standard output: {error}"))
+}

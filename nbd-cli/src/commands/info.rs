@@ -1,0 +1,111 @@
+//! `nbd-cli info`: what a server is and what its exports can do.
+//!
+//! Text and JSON are those of nbdinfo, key by key, so that scripts written for it go on working.
+
+mod content;
+mod property;
+mod report;
+
+use clap::Args;
+use nbd_client::{Connector, Scope, ServerInfo};
+use nbd_proto::NbdUri;
+
+use crate::connect::explain_unknown_export;
+use crate::error::{CommandError, Outcome, runtime};
+use crate::output::{Output, ReportFormat};
+use property::Property;
+use report::Report;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli info nbd://localhost/disk
+  nbd-cli info --list --json nbd://localhost
+  nbd-cli info --size 'nbd+unix:///disk?socket=/run/nbd.sock'
+  nbd-cli info --can trim nbd://localhost/disk && echo it trims
+  nbd-cli info --is read-only nbd://localhost/disk
+
+Exit codes: 0 yes or success, 2 no (--can, --is, --has), 1 error.";
+
+/// Arguments of `nbd-cli info`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct InfoArgs {
+    /// The server and export, as an NBD URI.
+    pub uri: NbdUri,
+
+    /// Print JSON, with the keys that nbdinfo has.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Describe all exports that the server lists.
+    #[arg(short = 'L', long)]
+    pub list: bool,
+
+    /// Print only the size in bytes.
+    #[arg(long, conflicts_with = "list", group = "question")]
+    pub size: bool,
+
+    /// Exit with 0 if the export can do this, with 2 if not.
+    #[arg(long, value_name = "X", value_enum, conflicts_with = "list", group = "question")]
+    pub can: Option<Property>,
+
+    /// Exit with 0 if this is so, with 2 if not.
+    #[arg(long, value_name = "X", value_enum, conflicts_with = "list", group = "question")]
+    pub is: Option<Property>,
+
+    /// Exit with 0 if the server has this, with 2 if not.
+    #[arg(long, value_name = "X", value_enum, conflicts_with = "list", group = "question")]
+    pub has: Option<Property>,
+
+    /// Say what the first bytes of the export look like, also with --list.
+    #[arg(long, conflicts_with = "no_content")]
+    pub content: bool,
+
+    /// Do not read from the export.
+    #[arg(long)]
+    pub no_content: bool,
+}
+
+pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
+    runtime()?.block_on(info(args))
+}
+
+async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
+    let scope = if args.list { Scope::AllExports } else { Scope::ThisExport };
+    let connector = Connector::new(args.uri.clone());
+    let server = match connector.inspect(scope).await {
+        Ok(server) => server,
+        Err(error) => return Err(explain_unknown_export(&connector, &args.uri, error).await),
+    };
+    if let Some(property) = args.can.or(args.is).or(args.has) {
+        let answer = property.holds(&server, only_export(&server, &args.uri)?);
+        return Ok(if answer { Outcome::Success } else { Outcome::False });
+    }
+    let mut output = Output::new();
+    if args.size {
+        let size = only_export(&server, &args.uri)?.size;
+        output.line(&size.to_string())?;
+    } else {
+        let mut report = Report::new(&server, &args.uri);
+        if args.content || !(args.list || args.no_content) {
+            for export in &mut report.exports {
+                export.content = content::of(&connector, &export.name).await;
+            }
+        }
+        match ReportFormat::from_json_flag(args.json) {
+            ReportFormat::Json => output.json(&report)?,
+            ReportFormat::Text => report.write_text(&mut output)?,
+        }
+    }
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+fn only_export<'a>(
+    server: &'a ServerInfo,
+    uri: &NbdUri,
+) -> Result<&'a nbd_client::ExportInfo, CommandError> {
+    server.exports.first().ok_or_else(|| {
+        CommandError::new(format!("{uri} told nothing about the export; try 'nbd-cli info --list'"))
+    })
+}

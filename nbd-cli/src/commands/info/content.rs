@@ -1,0 +1,73 @@
+//! What an export holds, by its first bytes.
+//!
+//! nbdinfo asks file(1). This knows only what a virtual disk usually begins with and calls
+//! everything else "data".
+
+use nbd_client::Connector;
+
+/// Where the magic number of an ISO 9660 file system ends.
+const HEAD_LENGTH: u64 = 32_768 + 6;
+
+/// Reads the beginning of an export. `None` if that fails: the rest of the report is still true.
+pub(super) async fn of(connector: &Connector, export_name: &str) -> Option<&'static str> {
+    let client = connector.clone().export_name(export_name).connect().await.ok()?;
+    let block = u64::from(client.info().block_sizes.map_or(1, |sizes| sizes.minimum()));
+    let length = HEAD_LENGTH.next_multiple_of(block.max(1)).min(client.info().size);
+    // At most HEAD_LENGTH and one block.
+    let head = client.read(0, length as usize).await.ok();
+    // Whatever the end of the connection brings, the bytes are here.
+    let _ = client.disconnect().await;
+    head.map(|head| guess(&head))
+}
+
+fn guess(head: &[u8]) -> &'static str {
+    let has = |offset: usize, magic: &[u8]| {
+        head.get(offset..).is_some_and(|rest| rest.starts_with(magic))
+    };
+    if head.is_empty() {
+        "empty"
+    } else if has(0, b"QFI\xfb\x00\x00\x00\x03") {
+        "QEMU QCOW2 Image (v3)"
+    } else if has(0, b"QFI\xfb\x00\x00\x00\x02") {
+        "QEMU QCOW2 Image (v2)"
+    } else if has(0, b"# Disk DescriptorFile") {
+        "VMware4 disk image description"
+    } else if has(0, b"KDMV") {
+        "VMware4 disk image"
+    } else if has(0, b"vhdxfile") {
+        "Microsoft Disk Image eXtended"
+    } else if has(0, b"LUKS\xba\xbe") {
+        "LUKS encrypted file"
+    } else if has(32_769, b"CD001") {
+        "ISO 9660 CD-ROM filesystem data"
+    } else if has(1080, b"\x53\xef") {
+        "Linux ext2/ext3/ext4 filesystem data"
+    } else if has(0, b"XFSB") {
+        "SGI XFS filesystem data"
+    } else if has(510, b"\x55\xaa") {
+        "DOS/MBR boot sector"
+    } else {
+        "data"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::guess;
+
+    #[test]
+    fn common_beginnings_are_recognised_and_everything_else_is_data() {
+        let mut boot_sector = vec![0; 512];
+        boot_sector[510..].copy_from_slice(b"\x55\xaa");
+        for (head, content) in [
+            (&b""[..], "empty"),
+            (b"x", "data"),
+            (&[0; 40_000], "data"),
+            (&boot_sector, "DOS/MBR boot sector"),
+            (&boot_sector[..511], "data"),
+            (b"QFI\xfb\0\0\0\x03....", "QEMU QCOW2 Image (v3)"),
+        ] {
+            assert_eq!(guess(head), content);
+        }
+    }
+}

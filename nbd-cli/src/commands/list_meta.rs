@@ -1,0 +1,59 @@
+//! `nbd-cli list-meta`: the metadata contexts that a server offers for an export.
+
+use clap::Args;
+use nbd_client::Connector;
+use nbd_proto::NbdUri;
+use serde::Serialize;
+
+use crate::connect::failed;
+use crate::error::{CommandError, Outcome, runtime};
+use crate::output::{Output, ReportFormat, printable};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli list-meta nbd://localhost/disk
+  nbd-cli list-meta nbd://localhost/disk qemu:dirty-bitmap:
+  nbd-cli list-meta --json 'nbd+unix:///disk?socket=/run/nbd.sock' base: qemu:";
+
+/// Arguments of `nbd-cli list-meta`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ListMetaArgs {
+    /// The export, as an NBD URI.
+    pub uri: NbdUri,
+
+    /// Full names (base:allocation) or namespaces (qemu:, qemu:dirty-bitmap:); none for all.
+    pub queries: Vec<String>,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(rename = "export-name")]
+    export_name: &'a str,
+    contexts: Vec<&'a str>,
+}
+
+pub(crate) fn run(args: &ListMetaArgs) -> Result<Outcome, CommandError> {
+    let connector = Connector::new(args.uri.clone());
+    let contexts = runtime()?
+        .block_on(connector.list_meta_contexts(&args.queries))
+        .map_err(|error| failed(&args.uri, "list the metadata contexts of", &error))?;
+    let mut output = Output::new();
+    match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Text => {
+            for context in &contexts {
+                output.line(&printable(context.as_str()))?;
+            }
+        }
+        ReportFormat::Json => output.json(&Report {
+            export_name: &args.uri.export_name,
+            contexts: contexts.iter().map(|context| context.as_str()).collect(),
+        })?,
+    }
+    output.finish()?;
+    Ok(Outcome::Success)
+}

@@ -1,0 +1,245 @@
+//! `nbd-cli map`: which parts of an export hold data, are holes, are dirty and so on.
+
+use std::collections::BTreeMap;
+
+use clap::Args;
+use nbd_client::Connector;
+use nbd_proto::NbdUri;
+use nbd_proto::wire::MetaContextName;
+use serde::Serialize;
+
+use crate::connect::{connect, failed};
+use crate::context::{Class, description};
+use crate::error::{CommandError, Outcome, runtime};
+use crate::output::{Output, ReportFormat};
+use crate::picture::Picture;
+use crate::terminal::{self, ColorChoice};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli map nbd://localhost/disk
+  nbd-cli map --picture nbd://localhost/disk
+  nbd-cli map --totals --json nbd://localhost/disk
+  nbd-cli map --context qemu:dirty-bitmap:monday nbd://localhost/disk
+
+Columns of the text: offset and length in bytes, the value, what it means.";
+
+/// Arguments of `nbd-cli map`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct MapArgs {
+    /// The export, as an NBD URI.
+    pub uri: NbdUri,
+
+    /// The metadata context to show.
+    #[arg(long, value_name = "NAME", default_value = MetaContextName::BASE_ALLOCATION)]
+    pub context: String,
+
+    /// Print JSON.
+    #[arg(long, conflicts_with = "picture")]
+    pub json: bool,
+
+    /// Print only how many bytes there are of each kind.
+    #[arg(long, conflicts_with = "picture")]
+    pub totals: bool,
+
+    /// Draw the disk, one line per part of it.
+    #[arg(long)]
+    pub picture: bool,
+
+    /// When the picture is coloured.
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
+    pub color: ColorChoice,
+}
+
+#[derive(Serialize)]
+struct JsonExtent {
+    offset: u64,
+    length: u64,
+    #[serde(rename = "type")]
+    kind: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    description: Option<String>,
+}
+
+#[derive(Serialize)]
+struct JsonTotal {
+    size: u64,
+    percent: f64,
+    #[serde(rename = "type")]
+    kind: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    description: Option<String>,
+}
+
+/// How many different values are counted. A context has few; a server may send 2^64.
+const MAX_TOTALS: usize = 65_536;
+
+/// What becomes of each extent. Nothing but totals and picture is kept: a disk may have millions.
+enum Report {
+    Text,
+    Json { first: bool },
+    Totals { format: ReportFormat, bytes: BTreeMap<u64, u64> },
+    Picture { picture: Picture, color: ColorChoice },
+}
+
+pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
+    let context = MetaContextName::new(args.context.clone()).map_err(|_| {
+        CommandError::new(format!(
+            "'{}' is not the name of a metadata context; give one such as base:allocation (see \
+             'nbd-cli list-meta {}')",
+            args.context, args.uri
+        ))
+    })?;
+    let mut output = Output::new();
+    runtime()?.block_on(map(args, &context, &mut output))?;
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+async fn map(
+    args: &MapArgs,
+    context: &MetaContextName,
+    output: &mut Output,
+) -> Result<(), CommandError> {
+    let connector = Connector::new(args.uri.clone()).meta_contexts([context.clone()]);
+    let client = connect(&connector, &args.uri).await?;
+    if !client.meta_contexts().contains(context) {
+        return Err(CommandError::new(format!(
+            "{} does not offer the metadata context '{context}'; see what it offers with \
+             'nbd-cli list-meta {}'",
+            args.uri, args.uri
+        )));
+    }
+    let size = client.info().size;
+    let mut report = Report::new(args, size);
+    report.begin(output)?;
+    let mut extents = client.extents(context, 0..size);
+    while let Some(extent) = extents.next().await {
+        let extent = extent.map_err(|error| failed(&args.uri, "map", &error))?;
+        report.add(context, extent.offset, extent.length, extent.flags, output)?;
+    }
+    report.end(context, size, output)?;
+    drop(extents);
+    // The result is complete; how the connection ends does not matter.
+    let _ = client.disconnect().await;
+    Ok(())
+}
+
+impl Report {
+    fn new(args: &MapArgs, size: u64) -> Self {
+        let format = ReportFormat::from_json_flag(args.json);
+        if args.picture {
+            let picture = Picture::new(size, terminal::columns());
+            Self::Picture { picture, color: args.color }
+        } else if args.totals {
+            Self::Totals { format, bytes: BTreeMap::new() }
+        } else {
+            match format {
+                ReportFormat::Text => Self::Text,
+                ReportFormat::Json => Self::Json { first: true },
+            }
+        }
+    }
+
+    fn begin(&self, output: &mut Output) -> Result<(), CommandError> {
+        match self {
+            Self::Json { .. } => output.text("["),
+            _ => Ok(()),
+        }
+    }
+
+    fn add(
+        &mut self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        flags: u64,
+        output: &mut Output,
+    ) -> Result<(), CommandError> {
+        match self {
+            Self::Text => {
+                let what = description(context, flags);
+                let line = format!("{offset:>10}  {length:>10}  {flags:>3}  ");
+                output.line((line + what.as_deref().unwrap_or_default()).trim_end())
+            }
+            Self::Json { first } => {
+                let description = description(context, flags);
+                let extent = JsonExtent { offset, length, kind: flags, description };
+                let separator = if std::mem::take(first) { "\n" } else { ",\n" };
+                output.text(separator)?;
+                output.text(&compact(&extent)?)
+            }
+            Self::Totals { bytes, .. } => {
+                if bytes.len() >= MAX_TOTALS && !bytes.contains_key(&flags) {
+                    return Err(CommandError::new(format!(
+                        "the server reports more than {MAX_TOTALS} different values for \
+                         '{context}'; leave out --totals"
+                    )));
+                }
+                // The sum is at most the size of the disk.
+                *bytes.entry(flags).or_default() += length;
+                Ok(())
+            }
+            Self::Picture { picture, .. } => {
+                picture.add(offset, length, Class::of(context, flags));
+                Ok(())
+            }
+        }
+    }
+
+    fn end(
+        self,
+        context: &MetaContextName,
+        size: u64,
+        output: &mut Output,
+    ) -> Result<(), CommandError> {
+        match self {
+            Self::Text => Ok(()),
+            Self::Json { .. } => output.line("\n]"),
+            Self::Totals { format, bytes } => totals(context, size, &bytes, format, output),
+            Self::Picture { picture, color } => {
+                for line in picture.lines(terminal::character_set(), terminal::color(color)) {
+                    output.line(&line)?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+fn totals(
+    context: &MetaContextName,
+    size: u64,
+    bytes: &BTreeMap<u64, u64>,
+    format: ReportFormat,
+    output: &mut Output,
+) -> Result<(), CommandError> {
+    let mut separator = "[\n";
+    for (&kind, &total) in bytes {
+        let percent = total as f64 * 100.0 / size as f64;
+        let description = description(context, kind);
+        match format {
+            ReportFormat::Text => {
+                let what = description.unwrap_or_default();
+                let line = format!("{total:>10} {percent:>5.1}% {kind:>3} {what}");
+                output.line(line.trim_end())?;
+            }
+            ReportFormat::Json => {
+                output.text(separator)?;
+                output.text(&compact(&JsonTotal { size: total, percent, kind, description })?)?;
+                separator = ",\n";
+            }
+        }
+    }
+    match format {
+        ReportFormat::Text => Ok(()),
+        ReportFormat::Json if bytes.is_empty() => output.line("[]"),
+        ReportFormat::Json => output.line("\n]"),
+    }
+}
+
+/// One value on one line.
+fn compact(value: &impl Serialize) -> Result<String, CommandError> {
+    serde_json::to_string(value).map_err(|error| CommandError::output(&error.into()))
+}

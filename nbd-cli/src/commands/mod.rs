@@ -1,0 +1,8 @@
+//! One file per sub-command: its arguments and what it does.
+
+pub mod completions;
+pub mod copy;
+pub mod info;
+pub mod list_meta;
+pub mod map;
+pub mod serve;

@@ -1,0 +1,260 @@
+//! `nbd-cli serve`: export disk images, block devices and memory disks.
+
+mod address;
+mod captive;
+mod source;
+
+use std::future::Future;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, ServeError, Server, ServerConfig};
+
+use self::address::TcpAddress;
+use self::captive::{Captive, PrivateFolder};
+use crate::error::{CommandError, Outcome};
+use crate::output::warn;
+use crate::signals::EndSignals;
+use crate::size::{ByteSize, parse_duration};
+
+const AFTER_HELP: &str = "\
+Sources:
+  disk.img         a raw image file
+  /dev/vg/lv       a block device
+  memory:1G        a disk in memory that is gone when the server ends
+  NAME=SOURCE      any of these under an export name (write ./a=b for a file whose name has a '=')
+  The first source is the default export: clients that give no name get it.
+
+Examples:
+  nbd-cli serve memory:1G
+  nbd-cli serve --read-only disk.img
+  nbd-cli serve --socket /run/nbd.sock root=/srv/root.img data=/dev/vg/data
+  nbd-cli serve --listen '[::1]:10810' --name disk --description 'the build disk' disk.img
+  nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
+
+When clients can connect, one URI per export and address is printed on standard output. With --run
+nothing is printed, and the command finds in its environment: uri, exportname, and unixsocket or
+port. Sockets that a service manager hands over (LISTEN_FDS) are used by themselves.
+
+SIGINT and SIGTERM finish what is in flight, flush, and end with 0; a second one ends at once. A
+socket file that nobody listens on any more is replaced.
+
+Exit codes: 0 ended by a signal, 1 error, 128 + N ended by a second signal N; with --run the
+command's status.";
+
+/// Arguments of `nbd-cli serve`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ServeArgs {
+    /// What to export; see below.
+    #[arg(required = true, value_name = "SOURCE")]
+    pub sources: Vec<String>,
+
+    /// Listen on a TCP address; port 10809 unless given, any free one for 0. May be repeated.
+    /// Without --listen, --socket or --run: 127.0.0.1.
+    #[arg(short, long, value_name = "ADDR[:PORT]")]
+    pub listen: Vec<TcpAddress>,
+
+    /// Listen on a unix socket. May be repeated.
+    #[arg(short = 'U', long, value_name = "PATH")]
+    pub socket: Vec<PathBuf>,
+
+    /// Name of the export, for the one source that has no name yet.
+    #[arg(short, long)]
+    pub name: Option<String>,
+
+    /// A text for people that clients can ask for, if there is only one source.
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    pub description: Option<String>,
+
+    /// Refuse all writes.
+    #[arg(short, long)]
+    pub read_only: bool,
+
+    /// Format of the images; found by looking at them unless given. A raw image that was found so
+    /// refuses writes that would make it look like another format.
+    #[arg(short, long, value_enum)]
+    pub format: Option<ImageFormat>,
+
+    /// Offer the metadata context qemu:allocation-depth for images.
+    #[arg(short = 'A', long)]
+    pub allocation_depth: bool,
+
+    /// Do not show the exports to clients that ask for a list.
+    #[arg(long)]
+    pub hidden: bool,
+
+    /// Run a shell command while serving, on a private unix socket unless an address is given, and
+    /// exit with its status.
+    #[arg(long, value_name = "COMMAND")]
+    pub run: Option<String>,
+
+    /// Connections at a time; one more is closed at once.
+    #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Limits")]
+    pub max_connections: usize,
+
+    /// How long a client may take to choose an export: seconds, or 500ms, 2m.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration,
+          help_heading = "Limits")]
+    pub handshake_timeout: Duration,
+
+    /// How long clients may take to fetch the last replies when the server ends.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration,
+          help_heading = "Limits")]
+    pub drain_timeout: Duration,
+
+    /// Slow requests of one connection that are carried out at a time.
+    #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Limits")]
+    pub max_requests: usize,
+
+    /// Memory for the requests of one connection.
+    #[arg(long, value_name = "SIZE", default_value = "64M", help_heading = "Limits")]
+    pub connection_budget: ByteSize,
+
+    /// Memory for the large requests of all connections.
+    #[arg(long, value_name = "SIZE", default_value = "1G", help_heading = "Limits")]
+    pub memory: ByteSize,
+}
+
+/// Image formats that can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ImageFormat {
+    /// The file is the disk, byte for byte.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
+    // Connections have threads of their own; this one accepts and waits for signals.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime
+        .map_err(|error| CommandError::new(format!("cannot start serving: {error}")))?
+        .block_on(serve(args))
+}
+
+async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
+    let mut signals = EndSignals::new()?;
+    let registry = ExportRegistry::new();
+    let names = source::add_all(&args, &registry)?;
+    let private = match &args.run {
+        Some(_) if args.listen.is_empty() && args.socket.is_empty() => Some(PrivateFolder::new()?),
+        _ => None,
+    };
+    // Behind the folder, so that its socket is removed before it in any case.
+    let mut server = Server::new(config(&args)?, registry);
+    let mut bound = Vec::new();
+    for address in addresses(&args, private.as_ref()) {
+        bound.extend(server.listen(&address).await.map_err(serve_error)?);
+    }
+    for address in bound.iter().filter(|address| address.is_public()) {
+        warn(&format!(
+            "{address} can be reached by other machines, and whoever can reach it can read{} the \
+             disk: there is no encryption and no password; use 127.0.0.1, --socket or a firewall",
+            if args.read_only { "" } else { " and change" }
+        ));
+    }
+    match &args.run {
+        None => {
+            announce(&bound, &names);
+            serve_until_signal(server, signals).await
+        }
+        Some(command) => {
+            let captive = Captive::start(command, &bound, &names)?;
+            serve_while_running(server, captive, &mut signals).await
+        }
+    }
+}
+
+async fn serve_until_signal(
+    server: Server,
+    mut signals: EndSignals,
+) -> Result<Outcome, CommandError> {
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    tokio::spawn(async move {
+        signals.next().await;
+        let _ = stop.send(());
+        // Whoever sends a second signal does not want to wait for slow clients.
+        std::process::exit(signals.next().await.exit_status());
+    });
+    drain(server, async { stopped.await.unwrap_or(()) }).await?;
+    Ok(Outcome::Success)
+}
+
+async fn serve_while_running(
+    server: Server,
+    mut captive: Captive,
+    signals: &mut EndSignals,
+) -> Result<Outcome, CommandError> {
+    let mut status = Ok(0);
+    let ended = async {
+        status = captive.wait(signals).await;
+    };
+    drain(server, ended).await?;
+    Ok(Outcome::Status(status?))
+}
+
+async fn drain(server: Server, stop: impl Future<Output = ()>) -> Result<(), CommandError> {
+    server.serve(stop).await.map_err(serve_error)
+}
+
+fn serve_error(error: ServeError) -> CommandError {
+    CommandError::new(error.to_string())
+}
+
+fn config(args: &ServeArgs) -> Result<ServerConfig, CommandError> {
+    for (option, value) in
+        [("--max-connections", args.max_connections), ("--max-requests", args.max_requests)]
+    {
+        if value == 0 {
+            return Err(CommandError::new(format!("{option} must be at least 1")));
+        }
+    }
+    let bytes = |option: &str, size: ByteSize| {
+        usize::try_from(size.bytes())
+            .map_err(|_| CommandError::new(format!("{option} {size} is too large here")))
+    };
+    let mut config = ServerConfig::default();
+    config.max_connections = args.max_connections;
+    config.max_requests = args.max_requests;
+    config.handshake_deadline = args.handshake_timeout;
+    config.drain_deadline = args.drain_timeout;
+    config.connection_budget = bytes("--connection-budget", args.connection_budget)?;
+    config.server_budget = bytes("--memory", args.memory)?;
+    Ok(config)
+}
+
+/// Where to listen: as told, else in private for a command, else on the loopback interface.
+fn addresses(args: &ServeArgs, private: Option<&PrivateFolder>) -> Vec<ListenAddress> {
+    let tcp = args.listen.iter().map(|address| ListenAddress::Tcp(address.to_string()));
+    let unix = args.socket.iter().cloned().map(ListenAddress::Unix);
+    let mut addresses: Vec<_> = tcp.chain(unix).collect();
+    if service_manager_gave_sockets() {
+        addresses.push(ListenAddress::Systemd);
+    } else if let Some(folder) = private {
+        addresses.push(ListenAddress::Unix(folder.socket()));
+    }
+    if addresses.is_empty() {
+        addresses.push(ListenAddress::Tcp(TcpAddress::default().to_string()));
+    }
+    addresses
+}
+
+fn service_manager_gave_sockets() -> bool {
+    let own = std::process::id().to_string();
+    std::env::var("LISTEN_PID").is_ok_and(|pid| pid.trim() == own)
+        && std::env::var_os("LISTEN_FDS").is_some()
+}
+
+/// One URI per line. That nobody reads them is no reason not to serve.
+fn announce(bound: &[BoundAddress], names: &[String]) {
+    let mut stdout = std::io::stdout().lock();
+    for address in bound {
+        for name in names {
+            let _ = writeln!(stdout, "{}", address.uri(name));
+        }
+    }
+    let _ = stdout.flush();
+}

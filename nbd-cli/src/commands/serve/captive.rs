@@ -1,0 +1,119 @@
+//! `--run`: a command that has the server to itself.
+
+use std::fs::DirBuilder;
+use std::io::ErrorKind;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+
+use nbd_server::BoundAddress;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+
+use crate::error::CommandError;
+use crate::signals::EndSignals;
+
+/// A folder that only this user can enter, with room for a socket; removed when dropped.
+#[derive(Debug)]
+pub(super) struct PrivateFolder {
+    path: PathBuf,
+}
+
+impl PrivateFolder {
+    pub(super) fn new() -> Result<Self, CommandError> {
+        let parent = std::env::temp_dir();
+        let mut last = None;
+        // Another process with our number in another namespace may have left one behind.
+        for attempt in 0..100 {
+            let path = parent.join(format!("nbd-cli-{}-{attempt}", std::process::id()));
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Self { path }),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => last = Some(error),
+                Err(error) => {
+                    last = Some(error);
+                    break;
+                }
+            }
+        }
+        let why = last.map(|error| error.to_string()).unwrap_or_default();
+        Err(CommandError::new(format!(
+            "cannot create a folder for the socket in '{}': {why}; set TMPDIR to a folder you may \
+             write to, or give --socket",
+            parent.display()
+        )))
+    }
+
+    pub(super) fn socket(&self) -> PathBuf {
+        self.path.join("socket")
+    }
+}
+
+impl Drop for PrivateFolder {
+    fn drop(&mut self) {
+        // The server has removed its socket before; nothing else is in there.
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}
+
+/// The running command.
+#[derive(Debug)]
+pub(super) struct Captive {
+    child: Child,
+}
+
+impl Captive {
+    /// Starts the command with the shell.
+    pub(super) fn start(
+        command: &str,
+        bound: &[BoundAddress],
+        names: &[String],
+    ) -> Result<Self, CommandError> {
+        let mut shell = Command::new("/bin/sh");
+        shell.arg("-c").arg(command).env_remove("LISTEN_FDS").env_remove("LISTEN_PID");
+        let name = names.first().map(String::as_str).unwrap_or_default();
+        shell.env("exportname", name);
+        if let Some(address) = bound.first() {
+            shell.env("uri", address.uri(name).to_string());
+        }
+        for address in bound {
+            match address {
+                BoundAddress::Tcp(address) => shell.env("port", address.port().to_string()),
+                BoundAddress::Unix(Some(path)) => shell.env("unixsocket", path),
+                _ => continue,
+            };
+        }
+        let child = shell.spawn().map_err(|error| {
+            CommandError::new(format!("cannot run '{command}' with /bin/sh: {error}"))
+        })?;
+        Ok(Self { child })
+    }
+
+    /// Waits for its end and returns its status as a shell would. Signals that ask us to end are
+    /// handed on to it.
+    pub(super) async fn wait(&mut self, signals: &mut EndSignals) -> Result<u8, CommandError> {
+        loop {
+            let process = self.child.id();
+            tokio::select! {
+                status = self.child.wait() => {
+                    return status.map(exit_code).map_err(|error| {
+                        CommandError::new(format!("cannot wait for the command: {error}"))
+                    });
+                }
+                signal = signals.next() => {
+                    let pid = process.and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+                    let signal = Signal::from_named_raw(signal.number());
+                    if let (Some(pid), Some(signal)) = (pid, signal) {
+                        // It may have ended in the meantime.
+                        let _ = kill_process(pid, signal);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn exit_code(status: ExitStatus) -> u8 {
+    let code = status.code().or_else(|| Some(128 + status.signal()?));
+    code.and_then(|code| u8::try_from(code).ok()).unwrap_or(1)
+}

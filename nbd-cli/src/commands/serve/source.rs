@@ -1,0 +1,128 @@
+//! What to export: from the words of the command line to exports.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use imgfmt::storage::MemoryStorage;
+use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
+use nbd_server::ExportRegistry;
+use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
+
+use super::{ImageFormat, ServeArgs};
+use crate::error::CommandError;
+use crate::size::ByteSize;
+
+/// Opens every source and registers it; returns the export names in the order of the sources. The
+/// first one is the default export.
+pub(super) fn add_all(
+    args: &ServeArgs,
+    registry: &ExportRegistry,
+) -> Result<Vec<String>, CommandError> {
+    let named: Vec<_> = args.sources.iter().map(|source| split_name(source)).collect();
+    let unnamed = named.iter().filter(|(name, _)| name.is_none()).count();
+    if args.name.is_some() && unnamed != 1 {
+        return Err(CommandError::new(
+            "--name needs exactly one source without a name of its own; write NAME=SOURCE instead",
+        ));
+    }
+    if unnamed > 1 {
+        return Err(CommandError::new(
+            "only one source may be without a name; write the others as NAME=SOURCE",
+        ));
+    }
+    if args.description.is_some() && named.len() != 1 {
+        return Err(CommandError::new("--description is possible with one source only"));
+    }
+    let mut names = Vec::with_capacity(named.len());
+    for (name, source) in named {
+        let name = name.or(args.name.as_deref()).unwrap_or_default();
+        let mut entry = ExportEntry::new(open(source, args)?);
+        if let Some(text) = &args.description {
+            entry = entry.description(text.clone());
+        }
+        if args.hidden {
+            entry = entry.hidden();
+        }
+        registry
+            .add(name, entry)
+            .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
+        names.push(name.to_owned());
+    }
+    if let Some(first) = names.first() {
+        registry.set_default(first.clone());
+    }
+    Ok(names)
+}
+
+/// Splits `NAME=SOURCE`. What stands before the `=` is no name if it is a path.
+fn split_name(source: &str) -> (Option<&str>, &str) {
+    match source.split_once('=') {
+        Some((name, source)) if !name.is_empty() && !name.contains('/') => (Some(name), source),
+        _ => (None, source),
+    }
+}
+
+fn open(source: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError> {
+    if let Some(size) = source.strip_prefix("memory:") {
+        return memory(source, size, args);
+    }
+    if source.is_empty() {
+        return Err(CommandError::new("a source is empty; give a path or memory:SIZE"));
+    }
+    let mut options = OpenOptions::new();
+    if !args.read_only {
+        options = options.access(Access::ReadWrite);
+    }
+    match args.format {
+        Some(ImageFormat::Raw) => options = options.format(Format::Raw),
+        Some(ImageFormat::Qcow2) => options = options.format(Format::Qcow2),
+        None => {}
+    }
+    let image = Image::open(Path::new(source), &options).map_err(|error| {
+        let may_be_readable =
+            matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly);
+        if may_be_readable && !args.read_only {
+            CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
+        } else {
+            error.into()
+        }
+    })?;
+    Ok(export(image, args))
+}
+
+fn export(image: Image, args: &ServeArgs) -> Arc<dyn Export> {
+    let export = ImageExport::new(image);
+    Arc::new(if args.allocation_depth { export.with_allocation_depth() } else { export })
+}
+
+fn memory(source: &str, size: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError> {
+    let size: ByteSize = size
+        .parse()
+        .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
+    if !args.read_only {
+        return Ok(Arc::new(MemoryExport::new(size.bytes())));
+    }
+    let storage = Arc::new(MemoryStorage::new(size.bytes()));
+    let options = OpenOptions::new().format(Format::Raw);
+    Ok(Arc::new(ImageExport::new(Image::from_storage(storage, &options)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::split_name;
+
+    #[test]
+    fn a_name_stands_before_the_first_equals_sign() {
+        assert_eq!(split_name("disk.img"), (None, "disk.img"));
+        assert_eq!(split_name("vm=disk.img"), (Some("vm"), "disk.img"));
+        assert_eq!(split_name("vm=a=b.img"), (Some("vm"), "a=b.img"));
+        assert_eq!(split_name("scratch=memory:1G"), (Some("scratch"), "memory:1G"));
+    }
+
+    #[test]
+    fn a_path_with_an_equals_sign_is_a_path() {
+        assert_eq!(split_name("./a=b.img"), (None, "./a=b.img"));
+        assert_eq!(split_name("/srv/a=b.img"), (None, "/srv/a=b.img"));
+        assert_eq!(split_name("=x"), (None, "=x"));
+    }
+}

@@ -1,0 +1,97 @@
+//! Errors of the program and the exit codes of its outcomes.
+
+use std::fmt;
+use std::io;
+
+/// How a command ended that did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// It did what it was asked to do.
+    Success,
+    /// What was asked about the server is not so.
+    False,
+    /// The status of the command that was run.
+    Status(u8),
+}
+
+impl Outcome {
+    pub(crate) fn exit_code(self) -> u8 {
+        match self {
+            Self::Success => 0,
+            Self::False => 2,
+            Self::Status(status) => status,
+        }
+    }
+}
+
+/// What a [`CommandError`] means for the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CommandErrorKind {
+    /// Something failed: said on standard error, exit code 1.
+    Failure,
+    /// Whoever reads our output has closed it: nothing is said.
+    BrokenPipe,
+}
+
+/// Why a command failed, in one sentence that names the file or address, what was tried and what
+/// to do.
+#[derive(Debug)]
+pub(crate) struct CommandError {
+    kind: CommandErrorKind,
+    message: String,
+}
+
+impl CommandError {
+    /// A failure; `message` is the whole sentence.
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self { kind: CommandErrorKind::Failure, message: message.into() }
+    }
+
+    /// A failure while a report was written to standard output.
+    pub(crate) fn output(error: &io::Error) -> Self {
+        let kind = match error.kind() {
+            io::ErrorKind::BrokenPipe => CommandErrorKind::BrokenPipe,
+            _ => CommandErrorKind::Failure,
+        };
+        Self { kind, message: format!("cannot write to standard output: {error}") }
+    }
+
+    pub(crate) fn kind(&self) -> CommandErrorKind {
+        self.kind
+    }
+}
+
+impl fmt::Display for CommandError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl From<imgfmt::Error> for CommandError {
+    fn from(error: imgfmt::Error) -> Self {
+        Self::new(error.to_string())
+    }
+}
+
+/// The runtime of the commands that talk over the network.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("nbd-cli")
+        .build()
+        .map_err(|error| CommandError::new(format!("cannot start the runtime's threads: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_closed_pipe_is_not_reported_and_a_full_disk_is() {
+        let closed = CommandError::output(&io::ErrorKind::BrokenPipe.into());
+        assert_eq!(closed.kind(), CommandErrorKind::BrokenPipe);
+        let full = CommandError::output(&io::ErrorKind::StorageFull.into());
+        assert_eq!(full.kind(), CommandErrorKind::Failure);
+        assert!(full.to_string().starts_with("cannot write to standard output: "), "{full}");
+    }
+}

@@ -1,0 +1,84 @@
+//! Standard output: reports as text and as JSON, and text that is safe to show.
+
+use std::fmt::Write as _;
+use std::io::{self, BufWriter, StdoutLock, Write};
+
+use serde::Serialize;
+
+use crate::error::CommandError;
+
+/// Whether a report is for people or for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReportFormat {
+    Text,
+    Json,
+}
+
+impl ReportFormat {
+    /// As the `--json` flag says.
+    pub(crate) fn from_json_flag(json: bool) -> Self {
+        if json { Self::Json } else { Self::Text }
+    }
+}
+
+/// Standard output, buffered; [`finish`](Self::finish) must be called at the end.
+pub(crate) struct Output {
+    writer: BufWriter<StdoutLock<'static>>,
+}
+
+impl Output {
+    pub(crate) fn new() -> Self {
+        Self { writer: BufWriter::with_capacity(32 * 1024, io::stdout().lock()) }
+    }
+
+    /// Writes one line.
+    pub(crate) fn line(&mut self, text: &str) -> Result<(), CommandError> {
+        writeln!(self.writer, "{text}").map_err(|error| CommandError::output(&error))
+    }
+
+    /// Writes text as it is.
+    pub(crate) fn text(&mut self, text: &str) -> Result<(), CommandError> {
+        self.writer.write_all(text.as_bytes()).map_err(|error| CommandError::output(&error))
+    }
+
+    /// Writes a value as indented JSON.
+    pub(crate) fn json(&mut self, value: &impl Serialize) -> Result<(), CommandError> {
+        serde_json::to_writer_pretty(&mut self.writer, value)
+            .map_err(|error| CommandError::output(&error.into()))?;
+        self.line("")
+    }
+
+    /// Hands everything to the reader.
+    pub(crate) fn finish(mut self) -> Result<(), CommandError> {
+        self.writer.flush().map_err(|error| CommandError::output(&error))
+    }
+}
+
+/// Writes a warning to standard error. A standard error that is closed is no reason to fail.
+pub(crate) fn warn(message: &str) {
+    let _ = writeln!(io::stderr(), "nbd-cli: warning: {message}");
+}
+
+/// Text from a server with control characters made visible: it must not drive the terminal.
+pub(crate) fn printable(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            // Writing to a string cannot fail.
+            let _ = write!(shown, "{}", character.escape_default());
+        } else {
+            shown.push(character);
+        }
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_cannot_send_escape_sequences_to_the_terminal() {
+        assert_eq!(printable("disk\u{1b}[2J\n é"), "disk\\u{1b}[2J\\n é");
+    }
+}

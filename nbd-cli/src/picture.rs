@@ -1,0 +1,190 @@
+//! A map of a disk as a picture: one line per part of the disk, one character per cell.
+
+use crate::context::Class;
+use crate::size::{exact, rounded};
+use crate::terminal::{CharacterSet, Color};
+
+const MAX_ROWS: u64 = 16;
+/// A power of two, so that each line and each cell cover a round number of bytes.
+const CELLS_PER_ROW: u64 = 64;
+const NARROW_CELLS_PER_ROW: u64 = 32;
+/// Columns that a line needs besides its cells.
+const LABEL_COLUMNS: usize = 12;
+/// Nothing smaller than a sector is worth a character of its own.
+const MIN_CELL_LENGTH: u64 = 512;
+
+/// Collects extents and draws them.
+#[derive(Debug)]
+pub(crate) struct Picture {
+    size: u64,
+    cell_length: u64,
+    cells_per_row: u64,
+    /// For each cell, how many bytes of each class it holds.
+    cells: Vec<[u64; Class::COUNT]>,
+}
+
+impl Picture {
+    /// An empty picture of a disk of `size` bytes for a terminal of that many columns.
+    pub(crate) fn new(size: u64, columns: usize) -> Self {
+        let cells_per_row = if columns >= LABEL_COLUMNS + CELLS_PER_ROW as usize {
+            CELLS_PER_ROW
+        } else {
+            NARROW_CELLS_PER_ROW
+        };
+        // Sizes are below 2^63, so that the next power of two exists.
+        let cell_length = size
+            .div_ceil(MAX_ROWS * cells_per_row)
+            .checked_next_power_of_two()
+            .unwrap_or(1 << 63)
+            .max(MIN_CELL_LENGTH);
+        // At most MAX_ROWS * cells_per_row.
+        let cells = vec![[0; Class::COUNT]; size.div_ceil(cell_length) as usize];
+        Self { size, cell_length, cells_per_row, cells }
+    }
+
+    /// Adds an extent; parts beyond the end of the disk do not count.
+    pub(crate) fn add(&mut self, offset: u64, length: u64, class: Class) {
+        let end = offset.saturating_add(length).min(self.size);
+        let mut at = offset;
+        while at < end {
+            let cell = at / self.cell_length;
+            let cell_end = (cell + 1).saturating_mul(self.cell_length).min(end);
+            if let Some(bytes) = self.cells.get_mut(cell as usize) {
+                bytes[class.index()] += cell_end - at;
+            }
+            at = cell_end;
+        }
+    }
+
+    /// The lines of the picture and its legend.
+    pub(crate) fn lines(&self, characters: CharacterSet, color: Color) -> Vec<String> {
+        let mut lines = Vec::new();
+        for (row, cells) in (0_u64..).zip(self.cells.chunks(self.cells_per_row as usize)) {
+            let offset = row * self.cells_per_row * self.cell_length;
+            let mut line = format!("{:>8}  ", exact(offset));
+            let mut current = "";
+            for cell in cells {
+                let (glyph, ansi) = draw(cell, characters);
+                if color == Color::On && ansi != current {
+                    line.push_str(if current.is_empty() { "" } else { "\x1b[0m" });
+                    line.push_str(ansi);
+                    current = ansi;
+                }
+                line.push(glyph);
+            }
+            line.push_str(if current.is_empty() { "" } else { "\x1b[0m" });
+            lines.push(line);
+        }
+        lines.extend(self.legend(characters, color));
+        lines
+    }
+
+    fn legend(&self, characters: CharacterSet, color: Color) -> Vec<String> {
+        let mut lines = vec![String::new()];
+        let mut is_mixed = false;
+        let mut totals = [0_u64; Class::COUNT];
+        for cell in &self.cells {
+            is_mixed |= cell.iter().filter(|&&bytes| bytes > 0).count() > 1;
+            for (total, bytes) in totals.iter_mut().zip(cell) {
+                *total += bytes;
+            }
+        }
+        for class in Class::ALL {
+            let total = totals[class.index()];
+            if total == 0 {
+                continue;
+            }
+            let percent = total as f64 * 100.0 / self.size as f64;
+            let (glyph, ansi) = (class.glyph(characters), class.ansi());
+            let shown = match color {
+                Color::On => format!("{ansi}{glyph}\x1b[0m"),
+                Color::Off => glyph.to_string(),
+            };
+            lines.push(format!(
+                "  {shown}  {}: {} ({percent:.1} %)",
+                class.label(),
+                rounded(total)
+            ));
+        }
+        if is_mixed {
+            lines.push(format!("  {}  several of these", mixed(characters)));
+        }
+        let row_length = self.cell_length.saturating_mul(self.cells_per_row);
+        lines.push(format!(
+            "  One character is {}, one line {}; the disk has {}.",
+            exact(self.cell_length),
+            exact(row_length),
+            rounded(self.size)
+        ));
+        lines
+    }
+}
+
+fn mixed(characters: CharacterSet) -> char {
+    match characters {
+        CharacterSet::Unicode => '▒',
+        CharacterSet::Ascii => '+',
+    }
+}
+
+/// The character and the colour of a cell: the most prominent class decides the colour.
+fn draw(cell: &[u64; Class::COUNT], characters: CharacterSet) -> (char, &'static str) {
+    let mut present = Class::ALL.into_iter().filter(|class| cell[class.index()] > 0);
+    match (present.next(), present.next()) {
+        (None, _) => (' ', ""),
+        (Some(only), None) => (only.glyph(characters), only.ansi()),
+        (Some(first), Some(_)) => (mixed(characters), first.ansi()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_line_is_one_part_of_the_disk() {
+        let mut picture = Picture::new(1 << 20, 80);
+        picture.add(0, 512 << 10, Class::Data);
+        picture.add(512 << 10, 512 << 10, Class::HoleZero);
+        let lines = picture.lines(CharacterSet::Ascii, Color::Off);
+        assert_eq!(lines[0], format!("{:>8}  {}", "0", "#".repeat(64)));
+        assert_eq!(lines[7], format!("{:>8}  {}", "448K", "#".repeat(64)));
+        assert_eq!(lines[8], format!("{:>8}  {}", "512K", ".".repeat(64)));
+        assert_eq!(lines[15], format!("{:>8}  {}", "960K", ".".repeat(64)));
+        assert_eq!(lines[17], "  #  data: 512.0 KiB (50.0 %)");
+        assert_eq!(lines[18], "  .  hole, reads as zero: 512.0 KiB (50.0 %)");
+        assert_eq!(lines[19], "  One character is 1K, one line 64K; the disk has 1.0 MiB.");
+        assert_eq!(lines.len(), 20);
+    }
+
+    #[test]
+    fn a_cell_with_a_little_data_shows_it() {
+        let mut picture = Picture::new(1 << 40, 80);
+        picture.add(0, 5 << 30, Class::HoleZero);
+        picture.add(5 << 30, 1, Class::Data);
+        picture.add((5 << 30) + 1, (1 << 40) - (5 << 30) - 1, Class::HoleZero);
+        let lines = picture.lines(CharacterSet::Unicode, Color::Off);
+        assert_eq!(lines[0].chars().filter(|&glyph| glyph == '▒').count(), 1);
+        assert_eq!(lines[0].chars().nth(10 + 5), Some('▒'));
+    }
+
+    #[test]
+    fn any_size_and_any_extent_can_be_drawn() {
+        for size in [0, 1, 511, 513, 1_000_001, (1 << 63) - 1, u64::MAX] {
+            let mut picture = Picture::new(size, 20);
+            picture.add(0, u64::MAX, Class::Dirty);
+            picture.add(u64::MAX, u64::MAX, Class::Clean);
+            let lines = picture.lines(CharacterSet::Unicode, Color::On);
+            assert!(lines.len() <= 16 + 4, "{size}: {} lines", lines.len());
+        }
+    }
+
+    #[test]
+    fn colours_end_with_their_line() {
+        let mut picture = Picture::new(4096, 80);
+        picture.add(0, 4096, Class::Data);
+        let line = &picture.lines(CharacterSet::Ascii, Color::On)[0];
+        assert!(line.ends_with("########\x1b[0m"), "{line:?}");
+        assert_eq!(line.matches("\x1b[32m").count(), 1, "{line:?}");
+    }
+}

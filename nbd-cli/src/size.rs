@@ -1,0 +1,172 @@
+//! Sizes and durations as people write them.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// A number of bytes, written as `4096`, `64K`, `1G` or `2GiB`; suffixes are powers of 1024.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+impl ByteSize {
+    /// The size in bytes.
+    pub fn bytes(self) -> u64 {
+        self.0
+    }
+}
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, suffix) = text.split_at(digits);
+        if number.is_empty() {
+            return Err(format!("'{text}' is not a size; give a number such as 4096, 64K or 1G"));
+        }
+        let Some(shift) = shift_of(suffix) else {
+            return Err(format!(
+                "'{text}' has the unknown size suffix '{suffix}'; use K, M, G, T, P or E (powers \
+                 of 1024), as in 64K or 1G"
+            ));
+        };
+        let too_large = || format!("'{text}' is too large for a size; the limit is below 8E");
+        let number: u64 = number.parse().map_err(|_| too_large())?;
+        let bytes = number.checked_mul(1 << shift).ok_or_else(too_large)?;
+        // NBD sizes and offsets are signed in many peers.
+        i64::try_from(bytes).map_err(|_| too_large())?;
+        Ok(Self(bytes))
+    }
+}
+
+impl fmt::Display for ByteSize {
+    /// The form [`exact`] gives: `64K`, `1G`, or all digits.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&exact(self.0))
+    }
+}
+
+fn shift_of(suffix: &str) -> Option<u32> {
+    let unit = suffix.strip_suffix("iB").unwrap_or(suffix);
+    match unit.to_ascii_lowercase().as_str() {
+        "" | "b" if suffix.len() < 2 => Some(0),
+        "k" => Some(10),
+        "m" => Some(20),
+        "g" => Some(30),
+        "t" => Some(40),
+        "p" => Some(50),
+        "e" => Some(60),
+        _ => None,
+    }
+}
+
+const SUFFIXES: [&str; 7] = ["", "K", "M", "G", "T", "P", "E"];
+
+/// A size with the largest suffix that keeps it exact: `8M`, `1025`, `3K`.
+pub(crate) fn exact(bytes: u64) -> String {
+    let mut number = bytes;
+    let mut suffix = 0;
+    while number != 0 && number.is_multiple_of(1024) && suffix + 1 < SUFFIXES.len() {
+        number /= 1024;
+        suffix += 1;
+    }
+    format!("{number}{}", SUFFIXES[suffix])
+}
+
+/// A size rounded for reading: `8.0 MiB`, `1.5 GiB`, `17 bytes`.
+pub(crate) fn rounded(bytes: u64) -> String {
+    if bytes < 1024 {
+        return format!("{bytes} bytes");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut suffix = 1;
+    while value >= 1024.0 && suffix + 1 < SUFFIXES.len() {
+        value /= 1024.0;
+        suffix += 1;
+    }
+    format!("{value:.1} {}iB", SUFFIXES[suffix])
+}
+
+/// A length of time, written as `10` (seconds), `10s`, `500ms` or `2m`.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let wrong =
+        || format!("'{text}' is not a length of time; give seconds such as 10, or 500ms, 2m");
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let milliseconds = match unit {
+        "ms" => Some(number),
+        "" | "s" => number.checked_mul(1000),
+        "m" => number.checked_mul(60_000),
+        _ => None,
+    };
+    // A day is more than any of these limits can mean; the bound keeps the clock arithmetic safe.
+    match milliseconds {
+        Some(milliseconds @ 1..=86_400_000) => Ok(Duration::from_millis(milliseconds)),
+        _ => Err(wrong()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suffixes_are_powers_of_1024() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("17b", 17),
+            ("64k", 65536),
+            ("64K", 65536),
+            ("3MiB", 3 << 20),
+            ("1G", 1 << 30),
+            ("7E", 7 << 60),
+        ] {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_size_is_refused_with_the_reason() {
+        for (text, reason) in [
+            ("1Q", "unknown size suffix 'Q'"),
+            ("1KB", "unknown size suffix 'KB'"),
+            ("1iB", "unknown size suffix 'iB'"),
+            ("1.5G", "unknown size suffix '.5G'"),
+            ("", "not a size"),
+            ("-1", "not a size"),
+            ("G", "not a size"),
+            ("8E", "too large"),
+            ("99999999999999999999", "too large"),
+        ] {
+            let error = text.parse::<ByteSize>().unwrap_err();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn exact_sizes_parse_back() {
+        for bytes in [0, 1, 1023, 1024, 1025, 8 << 20, 1 << 62, (1 << 40) + 512] {
+            assert_eq!(exact(bytes).parse(), Ok(ByteSize(bytes)));
+        }
+        assert_eq!(exact(8 << 20), "8M");
+    }
+
+    #[test]
+    fn rounded_sizes_have_one_decimal() {
+        assert_eq!(rounded(17), "17 bytes");
+        assert_eq!(rounded(1536), "1.5 KiB");
+        assert_eq!(rounded(u64::MAX), "16.0 EiB");
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(parse_duration("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        for text in ["", "0", "s", "1h", "99999999999999999999", "18446744073709551615m"] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! What the terminal on standard output can show.
+
+use std::io::IsTerminal as _;
+
+use clap::ValueEnum;
+
+/// When output is coloured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ColorChoice {
+    /// If standard output is a terminal and NO_COLOR is not set.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// How much decoration text may carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Color {
+    On,
+    Off,
+}
+
+/// Which characters a picture may be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CharacterSet {
+    Unicode,
+    Ascii,
+}
+
+/// Decides for standard output.
+pub(crate) fn color(choice: ColorChoice) -> Color {
+    let wanted = match choice {
+        ColorChoice::Always => true,
+        ColorChoice::Never => false,
+        ColorChoice::Auto => {
+            let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+            let dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
+            std::io::stdout().is_terminal() && !refused && !dumb
+        }
+    };
+    if wanted { Color::On } else { Color::Off }
+}
+
+/// The character set of the user's locale.
+pub(crate) fn character_set() -> CharacterSet {
+    let locale = ["LC_ALL", "LC_CTYPE", "LANG"]
+        .iter()
+        .filter_map(std::env::var_os)
+        .find(|value| !value.is_empty())
+        .map(|value| value.to_string_lossy().to_lowercase())
+        .unwrap_or_default();
+    if locale.contains("utf-8") || locale.contains("utf8") {
+        CharacterSet::Unicode
+    } else {
+        CharacterSet::Ascii
+    }
+}
+
+/// The width of the terminal in columns, 80 if standard output is none.
+pub(crate) fn columns() -> usize {
+    match rustix::termios::tcgetwinsize(std::io::stdout()) {
+        Ok(size) if size.ws_col >= 20 => usize::from(size.ws_col),
+        _ => 80,
+    }
+}
