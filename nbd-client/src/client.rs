@@ -1,0 +1,198 @@
+//! The handle through which requests are made.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use nbd_proto::handshake::Negotiated;
+use nbd_proto::transmission::Command;
+use nbd_proto::wire::{MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
+use tokio::sync::oneshot;
+
+use crate::connector::Connector;
+use crate::error::{Error, LostConnection, Result};
+use crate::handshake::Established;
+use crate::inflight::{Collect, Outcome, Submission};
+use crate::inspect::{ExportInfo, Protocol};
+use crate::link::{Link, Waiting};
+use crate::queue::Message;
+use crate::reconnect::{Reconnect, same_export};
+
+/// A connected client.
+///
+/// Clones share the connections; all methods take `&self` and may be used from many tasks at once.
+/// Requests that are made together travel together, so concurrency is what makes a client fast.
+/// Dropping the last clone ends the connections politely; [`Client::disconnect`] waits for it.
+///
+/// Requests in flight may overtake each other: a caller who needs an order awaits one request
+/// before making the next.
+#[derive(Debug, Clone)]
+pub struct Client {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    info: ExportInfo,
+    protocol: Protocol,
+    negotiated: Arc<Negotiated>,
+    links: Vec<Link>,
+    next: AtomicUsize,
+}
+
+impl Client {
+    /// Starts the first connection and, if the server allows them, the others.
+    pub(crate) async fn start(connector: &Connector, first: Established) -> Result<Self> {
+        let negotiated = Arc::new(first.negotiated.clone());
+        let protocol = first.details.protocol;
+        let info = ExportInfo::new(&negotiated, first.details.clone());
+        let target = connector.target();
+        let link = |established, contexts| {
+            let reconnect = connector.reconnect.map(|patience| Reconnect {
+                connector: connector.clone(),
+                patience,
+                export: Arc::clone(&negotiated),
+            });
+            Link::start(established, contexts, connector.limits, Arc::clone(&target), reconnect)
+        };
+        let ids: Vec<MetaContextId> = negotiated.meta_contexts.iter().map(|(id, _)| *id).collect();
+        let mut links = vec![link(first, ids)];
+        let multi = TransmissionFlags::CAN_MULTI_CONN;
+        if negotiated.flags.contains(multi) {
+            while links.len() < connector.connections.get() {
+                let further = match connector.establish().await {
+                    Ok(further) => further,
+                    Err(error) => {
+                        let opened = links.len();
+                        tracing::warn!(target = &*target, %error, opened, "fewer connections");
+                        break;
+                    }
+                };
+                let contexts = same_export(&negotiated, &further.negotiated).map_err(|why| {
+                    let reason = LostConnection::ExportChanged(why);
+                    Error::Lost { target: Arc::clone(&target), reason }
+                })?;
+                links.push(link(further, contexts));
+            }
+        }
+        let next = AtomicUsize::new(0);
+        Ok(Self { shared: Arc::new(Shared { info, protocol, negotiated, links, next }) })
+    }
+
+    /// What is known about the export.
+    #[must_use]
+    pub fn info(&self) -> &ExportInfo {
+        &self.shared.info
+    }
+
+    /// The handshake the server speaks.
+    #[must_use]
+    pub fn protocol(&self) -> Protocol {
+        self.shared.protocol
+    }
+
+    /// The form of replies agreed upon.
+    #[must_use]
+    pub fn reply_mode(&self) -> ReplyMode {
+        self.shared.negotiated.reply_mode
+    }
+
+    /// Number of connections that were opened.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.links.len()
+    }
+
+    /// The metadata contexts that were asked for and that the server has, in its order.
+    #[must_use]
+    pub fn meta_contexts(&self) -> &[MetaContextName] {
+        &self.shared.info.meta_contexts
+    }
+
+    /// Ends the connections after the requests that were made before, and waits until that is
+    /// done. Other clones get [`Error::Closed`] from then on. Nothing is flushed:
+    /// call [`Client::flush`] first.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Lost`] if a connection had been lost before, or requests were still unanswered
+    /// after 5 s.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves the end of the connections to their tasks.
+    pub async fn disconnect(self) -> Result<()> {
+        let mut result = Ok(());
+        for link in &self.shared.links {
+            result = result.and(link.disconnect().await);
+        }
+        result
+    }
+
+    pub(crate) fn negotiated(&self) -> &Negotiated {
+        &self.shared.negotiated
+    }
+
+    /// Hands a request to the connection with the fewest callers waiting.
+    pub(crate) async fn submit(&self, request: NewRequest) -> Result<Ticket<'_>> {
+        let link = self.pick();
+        let waiting = link.enter();
+        let (reply, receiver) = oneshot::channel();
+        let submission = Submission {
+            offset: request.offset,
+            length: request.length,
+            command: request.command,
+            context: request.context,
+            payload: request.payload,
+            collect: request.collect,
+            reply,
+        };
+        link.send(Message::Request(submission)).await?;
+        Ok(Ticket { link, _waiting: waiting, receiver })
+    }
+
+    fn pick(&self) -> &Link {
+        let links = &self.shared.links;
+        let [only] = links.as_slice() else {
+            let start = self.shared.next.fetch_add(1, Ordering::Relaxed) % links.len();
+            let (before, from) = links.split_at(start);
+            let candidates = from.iter().chain(before);
+            // A lost connection is chosen only if all are lost, for its error.
+            let best = candidates.min_by_key(|link| (link.is_over(), link.load()));
+            return best.expect("a client has at least one connection");
+        };
+        only
+    }
+}
+
+/// A request to be made.
+pub(crate) struct NewRequest {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) command: Command,
+    pub(crate) context: Option<usize>,
+    pub(crate) payload: Bytes,
+    pub(crate) collect: Collect,
+}
+
+impl NewRequest {
+    /// A request that neither sends nor gets data.
+    pub(crate) const fn plain(offset: u64, length: u64, command: Command) -> Self {
+        let payload = Bytes::new();
+        Self { offset, length, command, context: None, payload, collect: Collect::Nothing }
+    }
+}
+
+/// A request that was handed over. Dropping it abandons the answer, not the connection.
+pub(crate) struct Ticket<'a> {
+    link: &'a Link,
+    _waiting: Waiting<'a>,
+    receiver: oneshot::Receiver<Result<Outcome>>,
+}
+
+impl Ticket<'_> {
+    pub(crate) async fn outcome(self) -> Result<Outcome> {
+        // A request is dropped without an answer only together with its connection.
+        self.receiver.await.unwrap_or_else(|_| Err(self.link.end()))
+    }
+}

@@ -1,0 +1,202 @@
+//! Where to connect, and how.
+
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd_proto::NbdUri;
+use nbd_proto::uri::Security;
+use nbd_proto::wire::{MetaContextName, ReplyMode};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+use crate::client::Client;
+use crate::error::{Error, Result};
+use crate::handshake::{Established, Wanted, Wire, establish, open};
+use crate::link::Limits;
+use crate::transport::Stream;
+
+/// How long a server has for connecting and the handshake, unless told otherwise.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Describes a connection to be made; one description makes any number of them.
+///
+/// ```no_run
+/// # async fn example() -> nbd_client::Result<()> {
+/// use nbd_client::{Connector, MetaContextName};
+///
+/// let client = "nbd://localhost/disk"
+///     .parse::<Connector>()?
+///     .meta_contexts([MetaContextName::base_allocation()])
+///     .connect()
+///     .await?;
+/// println!("{} bytes", client.info().size);
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Clone)]
+pub struct Connector {
+    pub(crate) uri: NbdUri,
+    pub(crate) wanted: Wanted,
+    pub(crate) connections: NonZeroUsize,
+    pub(crate) reconnect: Option<Duration>,
+    pub(crate) handshake_timeout: Duration,
+    pub(crate) limits: Limits,
+}
+
+impl FromStr for Connector {
+    type Err = Error;
+
+    fn from_str(uri: &str) -> Result<Self> {
+        Ok(Self::new(uri.parse()?))
+    }
+}
+
+impl Connector {
+    /// Describes a connection to the export that `uri` names: one connection, extended headers if
+    /// the server has them, no metadata contexts, no reconnect, 30 s for the handshake.
+    #[must_use]
+    pub fn new(uri: NbdUri) -> Self {
+        let wanted = Wanted {
+            export_name: uri.export_name.clone(),
+            reply_mode: ReplyMode::Extended,
+            meta_contexts: Vec::new(),
+        };
+        Self {
+            uri,
+            wanted,
+            connections: NonZeroUsize::MIN,
+            reconnect: None,
+            handshake_timeout: HANDSHAKE_TIMEOUT,
+            limits: Limits::default(),
+        }
+    }
+
+    /// Uses another export than the URI names; empty for the server's default export.
+    #[must_use]
+    pub fn export_name(mut self, name: impl Into<String>) -> Self {
+        self.wanted.export_name = name.into();
+        self.uri.export_name.clone_from(&self.wanted.export_name);
+        self
+    }
+
+    /// Selects metadata contexts for block status. Those the server does not have are left out:
+    /// [`Client::meta_contexts`] tells which it has.
+    #[must_use]
+    pub fn meta_contexts(mut self, contexts: impl IntoIterator<Item = MetaContextName>) -> Self {
+        self.wanted.meta_contexts = contexts.into_iter().collect();
+        self
+    }
+
+    /// The best form of replies to ask for; servers that cannot do it get the next one down.
+    #[must_use]
+    pub fn reply_mode(mut self, highest: ReplyMode) -> Self {
+        self.wanted.reply_mode = highest;
+        self
+    }
+
+    /// Number of connections to open if the server allows several (CAN_MULTI_CONN); otherwise one
+    /// is opened. A server that admits fewer is used with what it admits.
+    #[must_use]
+    pub fn connections(mut self, connections: NonZeroUsize) -> Self {
+        self.connections = connections;
+        self
+    }
+
+    /// After a lost connection, requests in flight and new ones wait up to `patience` for a new
+    /// connection, and those in flight are sent again.
+    ///
+    /// Every NBD request may be sent twice without harm. What is *not* repaired: data that was
+    /// acknowledged but not flushed is lost if the server lost it with its process or its machine.
+    /// Flush what matters, and treat a [`LostConnection`](crate::LostConnection) as "not flushed".
+    #[must_use]
+    pub fn reconnect(mut self, patience: Duration) -> Self {
+        self.reconnect = Some(patience);
+        self
+    }
+
+    /// Time a server has for connecting and the whole handshake. [`Connector::inspect`] and the
+    /// lists give it that time for each question.
+    #[must_use]
+    pub fn handshake_timeout(mut self, limit: Duration) -> Self {
+        self.handshake_timeout = limit;
+        self
+    }
+
+    /// Most requests in flight on one connection (128 by default); further ones wait.
+    #[must_use]
+    pub fn max_in_flight(mut self, requests: NonZeroUsize) -> Self {
+        self.limits.requests = requests;
+        self
+    }
+
+    /// Most bytes of data in flight on one connection (64 MiB by default). A single request of
+    /// more than that is sent alone.
+    #[must_use]
+    pub fn max_bytes_in_flight(mut self, bytes: NonZeroUsize) -> Self {
+        self.limits.bytes = bytes;
+        self
+    }
+
+    /// The URI.
+    #[must_use]
+    pub const fn uri(&self) -> &NbdUri {
+        &self.uri
+    }
+
+    /// Connects. The connections are driven by tasks on the current tokio runtime, which needs I/O
+    /// and time enabled, until the last clone of the [`Client`] is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Connect`], [`Error::HandshakeTimeout`], [`Error::Refused`] (ERR_UNKNOWN: there is
+    /// no such export), [`Error::Tls`], or another handshake error.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes what was opened.
+    pub async fn connect(&self) -> Result<Client> {
+        let first = self.establish().await?;
+        Client::start(self, first).await
+    }
+
+    /// Connects over a stream the caller brings: a socket pair, a tunnel, a virtual socket. The
+    /// URI then serves for messages only, and reconnecting and further connections are off.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Connector::connect`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future drops the stream.
+    pub async fn connect_over<S>(&self, stream: S) -> Result<Client>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let stream = Stream::Other(Box::new(stream));
+        let wire = Wire::new(stream, self.target(), self.handshake_timeout);
+        let first = establish(wire, &self.wanted).await?;
+        let alone = Self { connections: NonZeroUsize::MIN, reconnect: None, ..self.clone() };
+        Client::start(&alone, first).await
+    }
+
+    pub(crate) fn target(&self) -> Arc<str> {
+        self.uri.to_string().into()
+    }
+
+    /// Opens a socket to the server.
+    pub(crate) async fn open(&self) -> Result<Wire> {
+        if self.uri.security == Security::Tls {
+            let why = "nbds asks for TLS, which this client does not have yet; \
+                       use nbd or nbd+unix on a network you trust";
+            return Err(Error::Tls { target: self.target(), why });
+        }
+        let connecting = Stream::connect(&self.uri.transport);
+        open(connecting, self.target(), self.handshake_timeout).await
+    }
+
+    /// Opens a socket to the server and carries out the handshake.
+    pub(crate) async fn establish(&self) -> Result<Established> {
+        establish(self.open().await?, &self.wanted).await
+    }
+}

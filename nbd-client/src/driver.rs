@@ -1,0 +1,364 @@
+//! One connection in the transmission phase.
+//!
+//! The driver owns the socket. It gathers all requests that are queued into one write, takes as
+//! many replies out of one read as there are, and reads large data straight into its destination.
+//! It never waits for anything in particular: each poll does whatever can be done.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::{Buf, BufMut, BytesMut};
+use nbd_proto::transmission::Command;
+use nbd_proto::transmission::client::{Event, Transmission};
+use nbd_proto::wire::{Cookie, MetaContextId};
+use tokio::io::{AsyncReadExt, AsyncWrite};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::error::LostConnection;
+use crate::handshake::Established;
+use crate::inflight::Submission;
+use crate::link::Limits;
+use crate::outbound::Outbound;
+use crate::queue::Queue;
+use crate::transport::Stream;
+
+/// Room for replies that are read at once.
+const INPUT_LEN: usize = 256 * 1024;
+
+/// Least room for a read.
+const LEAST_READ: usize = 16 * 1024;
+
+/// Data of at least this many bytes is read straight into its destination.
+const DIRECT_LEN: usize = 16 * 1024;
+
+/// READs of at least this many bytes make the driver read little beyond headers, so that their data
+/// goes straight into its destination.
+const LARGE_READ: usize = 64 * 1024;
+
+/// How long requests in flight may take to end when the client disconnects.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// The data of a READ that is being received.
+#[derive(Debug)]
+struct Receiving {
+    cookie: Cookie,
+    position: u64,
+    left: usize,
+}
+
+/// A socket and its requests in flight.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    stream: Stream,
+    transmission: Transmission,
+    /// The server's number of each context, in the order of the client's list.
+    contexts: Vec<MetaContextId>,
+    input: BytesMut,
+    outbound: Outbound,
+    in_flight: HashMap<Cookie, Submission, BuildHasherDefault<CookieHasher>>,
+    receiving: Option<Receiving>,
+    data_in_flight: usize,
+    large_reads: usize,
+    limits: Limits,
+    answered: bool,
+    linger: Option<Pin<Box<Sleep>>>,
+    said_goodbye: bool,
+}
+
+impl Driver {
+    /// Takes over a connection. `contexts` gives the server's number for each of the client's
+    /// contexts.
+    pub(crate) fn new(
+        established: Established,
+        contexts: Vec<MetaContextId>,
+        limits: Limits,
+    ) -> Self {
+        let mut input = BytesMut::with_capacity(INPUT_LEN);
+        input.extend_from_slice(&established.input);
+        Self {
+            stream: established.stream,
+            transmission: Transmission::new(&established.negotiated),
+            contexts,
+            input,
+            outbound: Outbound::default(),
+            in_flight: HashMap::default(),
+            receiving: None,
+            data_in_flight: 0,
+            large_reads: 0,
+            limits,
+            answered: false,
+            linger: None,
+            said_goodbye: false,
+        }
+    }
+
+    /// True once a request was answered on this connection.
+    pub(crate) const fn has_answered(&self) -> bool {
+        self.answered
+    }
+
+    /// Ends the connection and gives back the requests that were not answered, oldest first, as if
+    /// they had never been sent.
+    pub(crate) fn into_unanswered(self) -> Vec<Submission> {
+        let mut left: Vec<_> = self.in_flight.into_iter().collect();
+        left.sort_unstable_by_key(|(cookie, _)| *cookie);
+        left.into_iter()
+            .map(|(_, mut submission)| {
+                submission.collect.reset();
+                submission
+            })
+            .collect()
+    }
+
+    /// Moves requests and replies until the connection is over: `Ok` after a goodbye.
+    pub(crate) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        queue: &mut Queue,
+    ) -> Poll<Result<(), LostConnection>> {
+        loop {
+            let taken = self.take_requests(cx, queue);
+            let sent = self.send(cx)?;
+            let received = match self.receive(cx) {
+                Ok(received) => received,
+                // After a goodbye the server may close before we do.
+                Err(_) if self.said_goodbye => return Poll::Ready(Ok(())),
+                Err(lost) => return Poll::Ready(Err(lost)),
+            };
+            if taken || sent || received {
+                continue;
+            }
+            if !queue.is_finished() {
+                return Poll::Pending;
+            }
+            match self.poll_goodbye(cx) {
+                Poll::Ready(Some(result)) => return Poll::Ready(result),
+                Poll::Ready(None) => {}
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+    }
+
+    fn take_requests(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> bool {
+        let mut taken = false;
+        while self.in_flight.len() < self.limits.requests.get() {
+            let Some(submission) = queue.take(cx) else { break };
+            let data = self.data_in_flight.saturating_add(submission.data_len());
+            if data > self.limits.bytes.get() && !self.in_flight.is_empty() {
+                queue.put_back(submission);
+                break;
+            }
+            self.start(submission);
+            taken = true;
+        }
+        taken
+    }
+
+    fn start(&mut self, mut submission: Submission) {
+        if let (Command::BlockStatus(_, wanted), Some(context)) =
+            (&mut submission.command, submission.context)
+            && let Some(id) = self.contexts.get(context)
+        {
+            *wanted = Some(Box::new([*id]));
+        }
+        let Submission { offset, length, command, .. } = &submission;
+        let out = self.outbound.headers();
+        match self.transmission.request(*offset, *length, command, out) {
+            Err(misuse) => submission.fail(misuse.into()),
+            Ok(cookie) => {
+                self.outbound.payload(&submission.payload);
+                self.data_in_flight = self.data_in_flight.saturating_add(submission.data_len());
+                self.large_reads += usize::from(is_large_read(&submission));
+                self.in_flight.insert(cookie, submission);
+            }
+        }
+    }
+
+    /// Writes what the socket takes.
+    fn send(&mut self, cx: &mut Context<'_>) -> Result<bool, LostConnection> {
+        let mut sent = false;
+        while !self.outbound.is_empty() {
+            match self.outbound.poll_write(&mut self.stream, cx)? {
+                Poll::Ready(_) => sent = true,
+                Poll::Pending => break,
+            }
+        }
+        Ok(sent)
+    }
+
+    /// Works off what has been received, and reads once if that is not enough.
+    fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, LostConnection> {
+        let mut progress = self.work_off_input()?;
+        let read = match &self.receiving {
+            Some(receiving) if receiving.left >= DIRECT_LEN => self.read_data(cx),
+            _ => self.read_input(cx),
+        };
+        match read? {
+            Poll::Ready(0) => return Err(self.closed_by_server()),
+            Poll::Ready(_) => progress = true,
+            Poll::Pending => {}
+        }
+        Ok(progress)
+    }
+
+    fn work_off_input(&mut self) -> Result<bool, LostConnection> {
+        let mut progress = false;
+        loop {
+            if let Some(receiving) = &mut self.receiving {
+                let available = receiving.left.min(self.input.len());
+                let data = self.input.get(..available).unwrap_or_default();
+                if let Some(submission) = self.in_flight.get_mut(&receiving.cookie) {
+                    submission.collect.push(receiving.position, data);
+                }
+                self.input.advance(available);
+                if !self.data_arrived(available) {
+                    return Ok(progress);
+                }
+            }
+            match self.transmission.advance(&mut self.input)? {
+                Event::NeedsInput => return Ok(progress),
+                event => self.handle(event),
+            }
+            progress = true;
+        }
+    }
+
+    /// Counts data that has reached its destination; true if all of it has.
+    fn data_arrived(&mut self, length: usize) -> bool {
+        let Some(receiving) = &mut self.receiving else { return true };
+        receiving.left = receiving.left.saturating_sub(length);
+        receiving.position = receiving.position.saturating_add(length as u64);
+        let complete = receiving.left == 0;
+        if complete {
+            self.receiving = None;
+        }
+        complete
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::NeedsInput => {}
+            Event::Data { cookie, position, length } => {
+                if let Some(submission) = self.in_flight.get_mut(&cookie) {
+                    let total = submission.data_len();
+                    submission.collect.begin_data(total, position, length);
+                }
+                self.receiving = Some(Receiving { cookie, position, left: length });
+            }
+            Event::Hole { cookie, position, length } => {
+                if let Some(submission) = self.in_flight.get_mut(&cookie) {
+                    submission.collect.hole(position, length);
+                }
+            }
+            Event::BlockStatus { cookie, context, descriptors } => {
+                let context = self.contexts.iter().position(|id| *id == context);
+                if let (Some(submission), Some(context)) =
+                    (self.in_flight.get_mut(&cookie), context)
+                {
+                    submission.collect.status(context, descriptors);
+                }
+            }
+            Event::Finished { cookie, result } => {
+                self.answered = true;
+                if let Some(submission) = self.in_flight.remove(&cookie) {
+                    self.data_in_flight = self.data_in_flight.saturating_sub(submission.data_len());
+                    self.large_reads -= usize::from(is_large_read(&submission));
+                    submission.complete(result);
+                }
+            }
+        }
+    }
+
+    fn read_data(&mut self, cx: &mut Context<'_>) -> std::io::Result<Poll<usize>> {
+        let Some(receiving) = &self.receiving else { return Ok(Poll::Pending) };
+        let Some(submission) = self.in_flight.get_mut(&receiving.cookie) else {
+            return Ok(Poll::Pending);
+        };
+        let (position, left) = (receiving.position, receiving.left);
+        match submission.collect.poll_fill(position, left, &mut self.stream, cx)? {
+            Poll::Ready(length) => {
+                self.data_arrived(length);
+                Ok(Poll::Ready(length))
+            }
+            Poll::Pending => Ok(Poll::Pending),
+        }
+    }
+
+    fn read_input(&mut self, cx: &mut Context<'_>) -> std::io::Result<Poll<usize>> {
+        self.input.reserve(LEAST_READ);
+        let room = if self.large_reads > 0 { LEAST_READ } else { usize::MAX };
+        let mut input = (&mut self.input).limit(room);
+        match pin!(self.stream.read_buf(&mut input)).poll(cx)? {
+            Poll::Ready(length) => Ok(Poll::Ready(length)),
+            Poll::Pending => Ok(Poll::Pending),
+        }
+    }
+
+    fn closed_by_server(&self) -> LostConnection {
+        let in_flight = self.in_flight.len();
+        LostConnection::ClosedByServer(match (&self.receiving, self.input.len(), in_flight) {
+            (Some(receiving), ..) => {
+                format!("in the middle of data, {} bytes before its end", receiving.left)
+            }
+            (None, 0, 0) => "while no request was in flight".to_owned(),
+            (None, 0, _) => format!("with {in_flight} requests in flight"),
+            (None, length, _) => {
+                format!("in the middle of a reply, after {length} bytes of a message")
+            }
+        })
+    }
+
+    /// No request will come any more: says goodbye once all are answered. `Ready(None)` asks for
+    /// another round.
+    fn poll_goodbye(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<(), LostConnection>>> {
+        let linger =
+            self.linger.get_or_insert_with(|| Box::pin(sleep_until(Instant::now() + LINGER)));
+        if linger.as_mut().poll(cx).is_ready() {
+            let expired = LostConnection::LingerExpired(self.in_flight.len());
+            let result = if self.in_flight.is_empty() { Ok(()) } else { Err(expired) };
+            return Poll::Ready(Some(result));
+        }
+        if !self.in_flight.is_empty() {
+            return Poll::Pending;
+        }
+        if !self.said_goodbye {
+            self.said_goodbye = true;
+            let out = self.outbound.headers();
+            // Always possible; and if it were not, closing says the same.
+            drop(self.transmission.request(0, 0, &Command::Disconnect, out));
+            return Poll::Ready(None);
+        }
+        if !self.outbound.is_empty() {
+            return Poll::Pending;
+        }
+        Pin::new(&mut self.stream).poll_shutdown(cx).map(|_| Some(Ok(())))
+    }
+}
+
+fn is_large_read(submission: &Submission) -> bool {
+    matches!(submission.command, Command::Read(_)) && submission.data_len() >= LARGE_READ
+}
+
+/// Cookies are consecutive numbers of our own: they need to be spread, not protected.
+#[derive(Debug, Default)]
+struct CookieHasher(u64);
+
+impl Hasher for CookieHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        // The table looks at the highest and the lowest bits.
+        self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
+    }
+}

@@ -1,0 +1,146 @@
+//! Block status of a range of any length, as a stream.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use nbd_proto::ApiMisuse;
+use nbd_proto::transmission::ExtentLimit;
+use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
+
+use crate::client::Client;
+use crate::error::Result;
+
+/// A range with one status.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Offset in the export, in bytes.
+    pub offset: u64,
+    /// Length, in bytes; never zero.
+    pub length: u64,
+    /// Status; its meaning belongs to the context.
+    pub flags: u64,
+}
+
+impl Extent {
+    /// The status, if the context is `base:allocation`.
+    #[must_use]
+    pub const fn allocation(&self) -> AllocationFlags {
+        AllocationFlags::from_bits_truncate(self.flags)
+    }
+}
+
+/// The extents of a range in ascending order and without gaps; neighbours differ in status.
+///
+/// Made by [`Client::extents`]. Each request asks for all that is left of the range and takes as
+/// many extents as the server gives.
+#[derive(Debug)]
+pub struct ExtentStream {
+    client: Client,
+    context: Option<usize>,
+    /// Status bits that mean something in this context.
+    known: u64,
+    /// Where the next request begins.
+    position: u64,
+    end: u64,
+    received: VecDeque<BlockDescriptor>,
+    /// The extent that may still grow.
+    current: Option<Extent>,
+}
+
+impl Client {
+    /// Asks for the extents of `range` in one context. Nothing is sent before the first
+    /// [`ExtentStream::next`].
+    #[must_use]
+    pub fn extents(&self, context: &MetaContextName, range: Range<u64>) -> ExtentStream {
+        let known = match context.as_str() {
+            // Section "Metadata contexts": unknown bits count as zero.
+            MetaContextName::BASE_ALLOCATION => AllocationFlags::all().bits(),
+            _ => u64::MAX,
+        };
+        ExtentStream {
+            client: self.clone(),
+            context: self.meta_contexts().iter().position(|name| name == context),
+            known,
+            position: range.start,
+            end: range.end.max(range.start),
+            received: VecDeque::new(),
+            current: None,
+        }
+    }
+}
+
+impl ExtentStream {
+    /// The next extent; `None` at the end of the range, and after an error.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Misuse`](crate::Error::Misuse) if the context was not selected or the range is not
+    /// one of the export; otherwise as for [`Client::block_status`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: no extent is lost.
+    pub async fn next(&mut self) -> Option<Result<Extent>> {
+        loop {
+            if let Some(extent) = self.next_received() {
+                return Some(Ok(extent));
+            }
+            if self.position == self.end {
+                return self.current.take().map(Ok);
+            }
+            if let Err(error) = self.receive().await {
+                self.position = self.end;
+                self.current = None;
+                return Some(Err(error));
+            }
+        }
+    }
+
+    /// An extent that cannot grow any more.
+    fn next_received(&mut self) -> Option<Extent> {
+        while let Some(descriptor) = self.received.pop_front() {
+            let flags = descriptor.flags & self.known;
+            match &mut self.current {
+                Some(current) if current.flags == flags => {
+                    current.length = current.length.saturating_add(descriptor.length);
+                }
+                current => {
+                    let offset =
+                        current.map_or(self.position, |extent| extent.offset + extent.length);
+                    let next = Extent { offset, length: descriptor.length, flags };
+                    if let Some(finished) = current.replace(next) {
+                        return Some(finished);
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    async fn receive(&mut self) -> Result<()> {
+        let what = "this metadata context (it was not selected, or the server does not have it)";
+        let Some(context) = self.context else {
+            return Err(ApiMisuse::NotNegotiated { what }.into());
+        };
+        let left = self.end - self.position;
+        let statuses =
+            self.client.status(self.position, left, ExtentLimit::Many, Some(context)).await?;
+        let found = statuses.into_iter().find(|(other, _)| *other == context);
+        // The machine made sure that every context was answered.
+        let Some((_, descriptors)) = found else {
+            return Err(ApiMisuse::NotNegotiated { what }.into());
+        };
+        if self.current.is_none() {
+            // The first extent begins where the range does.
+            self.current = descriptors.first().map(|first| Extent {
+                offset: self.position,
+                length: 0,
+                flags: first.flags & self.known,
+            });
+        }
+        let covered = descriptors.iter().map(|descriptor| descriptor.length).sum::<u64>();
+        self.position = self.position.saturating_add(covered).min(self.end);
+        self.received.extend(descriptors);
+        Ok(())
+    }
+}

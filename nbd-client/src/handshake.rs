@@ -1,0 +1,317 @@
+//! The handshake over a socket: bytes in and out of the machine of `nbd-proto`, with a deadline.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::BytesMut;
+use nbd_proto::handshake::client::{
+    Answer, AwaitStep, Awaiting, AwaitingExport, ClientHandshake, ClientStep, ExportStep,
+    InfoRequest, OptionPhase,
+};
+use nbd_proto::handshake::{Negotiated, OptionError, client};
+use nbd_proto::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode};
+use nbd_proto::{ApiMisuse, ProtocolError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::time::{Instant, timeout_at};
+
+use crate::error::{Error, Result};
+use crate::inspect::Protocol;
+use crate::transport::Stream;
+
+/// Bytes asked of the socket at once. Answers are small, and what the server sends behind the
+/// handshake has to wait for requests of ours.
+const READ_LEN: usize = 4096;
+
+/// A socket in the handshake phase.
+#[derive(Debug)]
+pub(crate) struct Wire {
+    pub(crate) stream: Stream,
+    pub(crate) input: BytesMut,
+    pub(crate) out: BytesMut,
+    pub(crate) target: Arc<str>,
+    limit: Duration,
+    deadline: Instant,
+}
+
+/// What the greeting led to.
+pub(crate) enum Greeting {
+    Oldstyle(Box<Negotiated>),
+    Newstyle(OptionPhase),
+}
+
+/// What came of an option.
+pub(crate) enum Answered<A: Answer> {
+    Accepted(A::Accepted),
+    Refused(OptionError, OptionPhase),
+}
+
+impl Wire {
+    pub(crate) fn new(stream: Stream, target: Arc<str>, limit: Duration) -> Self {
+        Self {
+            stream,
+            input: BytesMut::with_capacity(READ_LEN),
+            out: BytesMut::new(),
+            target,
+            limit,
+            deadline: Instant::now() + limit,
+        }
+    }
+
+    /// Gives the server the whole time again, for a handshake that asks about many exports.
+    pub(crate) fn renew_deadline(&mut self) {
+        self.deadline = Instant::now() + self.limit;
+    }
+
+    pub(crate) async fn greeting(&mut self) -> Result<Greeting> {
+        let mut handshake = ClientHandshake::new();
+        loop {
+            let step = handshake.advance(&mut self.input, &mut self.out);
+            match step.map_err(|error| self.protocol(error))? {
+                ClientStep::NeedsInput(next) => handshake = next,
+                ClientStep::Oldstyle(negotiated) => return Ok(Greeting::Oldstyle(negotiated)),
+                // The client flags stay in `out` and go out together with the first option.
+                ClientStep::Newstyle(phase) => return Ok(Greeting::Newstyle(phase)),
+            }
+            self.receive("before its greeting was complete").await?;
+        }
+    }
+
+    pub(crate) async fn answer<A: Answer>(
+        &mut self,
+        sent: Result<Awaiting<A>, ApiMisuse>,
+    ) -> Result<Answered<A>> {
+        let mut awaiting = sent?;
+        self.send().await?;
+        loop {
+            let step = awaiting.advance(&mut self.input);
+            match step.map_err(|error| self.protocol(error))? {
+                AwaitStep::NeedsInput(next) => awaiting = next,
+                AwaitStep::Accepted(accepted) => return Ok(Answered::Accepted(accepted)),
+                AwaitStep::Refused { error, next } => return Ok(Answered::Refused(error, next)),
+            }
+            self.receive("during the handshake").await?;
+        }
+    }
+
+    pub(crate) async fn export(
+        &mut self,
+        sent: Result<AwaitingExport, ApiMisuse>,
+    ) -> Result<Negotiated> {
+        let mut awaiting = sent?;
+        self.send().await?;
+        loop {
+            let step = awaiting.advance(&mut self.input);
+            match step.map_err(|error| self.protocol(error))? {
+                ExportStep::NeedsInput(next) => awaiting = next,
+                ExportStep::Transmission(negotiated) => return Ok(*negotiated),
+            }
+            self.receive("after EXPORT_NAME, as servers do that have no such export").await?;
+        }
+    }
+
+    /// Ends the handshake politely; a server that does not play along is not waited for.
+    pub(crate) async fn abort(mut self, phase: OptionPhase) {
+        let sent = phase.abort(&mut self.out);
+        if sent.is_ok() {
+            self.deadline = self.deadline.min(Instant::now() + Duration::from_secs(1));
+            // Some servers close without an answer; either way the connection is over.
+            drop(self.answer(sent).await);
+        }
+    }
+
+    pub(crate) fn refused(&self, what: impl Into<String>, source: OptionError) -> Error {
+        if source.reply == OptionReplyType::ERR_TLS_REQD {
+            let why = "the server requires TLS, which this client does not have yet";
+            return Error::Tls { target: Arc::clone(&self.target), why };
+        }
+        Error::Refused { target: Arc::clone(&self.target), what: what.into(), source }
+    }
+
+    pub(crate) fn unsupported(&self, what: &'static str, why: &'static str) -> Error {
+        Error::Unsupported { target: Arc::clone(&self.target), what, why }
+    }
+
+    fn protocol(&self, source: ProtocolError) -> Error {
+        Error::Handshake { target: Arc::clone(&self.target), source }
+    }
+
+    async fn send(&mut self) -> Result<()> {
+        let written = timeout_at(self.deadline, self.stream.write_all_buf(&mut self.out)).await;
+        self.checked(written, "during the handshake")
+    }
+
+    async fn receive(&mut self, during: &'static str) -> Result<()> {
+        self.input.reserve(READ_LEN);
+        let read = timeout_at(self.deadline, self.stream.read_buf(&mut self.input)).await;
+        if self.checked(read, during)? == 0 {
+            let closed =
+                io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection");
+            return Err(self.lost(during, closed));
+        }
+        Ok(())
+    }
+
+    fn checked<T>(
+        &self,
+        result: Result<io::Result<T>, tokio::time::error::Elapsed>,
+        during: &'static str,
+    ) -> Result<T> {
+        match result {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(self.lost(during, error)),
+            Err(_) => {
+                Err(Error::HandshakeTimeout { target: Arc::clone(&self.target), limit: self.limit })
+            }
+        }
+    }
+
+    fn lost(&self, during: &'static str, source: io::Error) -> Error {
+        let source = Arc::new(source);
+        Error::HandshakeLost { target: Arc::clone(&self.target), during, source }
+    }
+}
+
+/// What a handshake is to lead to.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) export_name: String,
+    pub(crate) reply_mode: ReplyMode,
+    pub(crate) meta_contexts: Vec<MetaContextName>,
+}
+
+/// A connection that is ready for transmission.
+#[derive(Debug)]
+pub(crate) struct Established {
+    pub(crate) stream: Stream,
+    pub(crate) input: BytesMut,
+    pub(crate) negotiated: Negotiated,
+    pub(crate) details: Details,
+}
+
+/// What is known about an export beyond [`Negotiated`].
+#[derive(Debug, Clone)]
+pub(crate) struct Details {
+    pub(crate) protocol: Protocol,
+    pub(crate) block_sizes: Option<BlockSizes>,
+    pub(crate) canonical_name: Option<String>,
+    pub(crate) description: Option<String>,
+}
+
+impl Details {
+    pub(crate) const fn unknown(protocol: Protocol) -> Self {
+        Self { protocol, block_sizes: None, canonical_name: None, description: None }
+    }
+
+    pub(crate) fn told(info: client::ExportInfo) -> Self {
+        Self {
+            protocol: Protocol::NewstyleFixed,
+            block_sizes: info.block_sizes,
+            canonical_name: info.canonical_name,
+            description: info.description,
+        }
+    }
+}
+
+/// Goes from the greeting to the transmission phase, with everything the server can do: GO falls
+/// back to EXPORT_NAME, extended headers to structured to simple replies.
+pub(crate) async fn establish(mut wire: Wire, wanted: &Wanted) -> Result<Established> {
+    let (negotiated, details) = match wire.greeting().await? {
+        Greeting::Oldstyle(negotiated) => {
+            if !wanted.export_name.is_empty() {
+                let why = "it is an oldstyle server with one nameless export; leave the name out";
+                return Err(wire.unsupported("exports with names", why));
+            }
+            (*negotiated, Details::unknown(Protocol::Oldstyle))
+        }
+        Greeting::Newstyle(phase) => newstyle(&mut wire, phase, wanted).await?,
+    };
+    Ok(Established { stream: wire.stream, input: wire.input, negotiated, details })
+}
+
+async fn newstyle(
+    wire: &mut Wire,
+    phase: OptionPhase,
+    wanted: &Wanted,
+) -> Result<(Negotiated, Details)> {
+    let name = wanted.export_name.as_str();
+    if !phase.is_fixed_newstyle() {
+        let sent = phase.export_name(name, &mut wire.out);
+        return Ok((wire.export(sent).await?, Details::unknown(Protocol::Newstyle)));
+    }
+    let mut phase = agree_on_replies(wire, phase, wanted.reply_mode).await?;
+    if !wanted.meta_contexts.is_empty() && phase.reply_mode() != ReplyMode::Simple {
+        let sent = phase.set_meta_context(name, &wanted.meta_contexts, &mut wire.out);
+        phase = match wire.answer(sent).await? {
+            Answered::Accepted((_, next)) => next,
+            Answered::Refused(error, next) => {
+                tracing::debug!(target = &*wire.target, %error, "no metadata contexts");
+                next
+            }
+        };
+    }
+    let sent = phase.go(name, InfoRequest::ALL, &mut wire.out);
+    match wire.answer(sent).await? {
+        Answered::Accepted(accepted) => {
+            let (negotiated, info) = *accepted;
+            Ok((negotiated, Details::told(info)))
+        }
+        Answered::Refused(error, next)
+            if error.reply == OptionReplyType::ERR_UNSUP
+                && next.reply_mode() != ReplyMode::Extended =>
+        {
+            let sent = next.export_name(name, &mut wire.out);
+            Ok((wire.export(sent).await?, Details::unknown(Protocol::NewstyleFixed)))
+        }
+        Answered::Refused(error, _) => Err(wire.refused(export_in_words(name), error)),
+    }
+}
+
+/// The export, for an error message.
+pub(crate) fn export_in_words(name: &str) -> String {
+    if name.is_empty() { "the default export".to_owned() } else { format!("the export {name:?}") }
+}
+
+/// Agrees on the best form of replies up to `highest`.
+pub(crate) async fn agree_on_replies(
+    wire: &mut Wire,
+    mut phase: OptionPhase,
+    highest: ReplyMode,
+) -> Result<OptionPhase> {
+    if highest == ReplyMode::Extended {
+        let sent = phase.extended_headers(&mut wire.out);
+        phase = match wire.answer(sent).await? {
+            Answered::Accepted(next) => return Ok(next),
+            Answered::Refused(error, next) => next_unless_tls(wire, error, next)?,
+        };
+    }
+    if highest >= ReplyMode::Structured {
+        let sent = phase.structured_reply(&mut wire.out);
+        phase = match wire.answer(sent).await? {
+            Answered::Accepted(next) => next,
+            Answered::Refused(error, next) => next_unless_tls(wire, error, next)?,
+        };
+    }
+    Ok(phase)
+}
+
+fn next_unless_tls(wire: &Wire, error: OptionError, next: OptionPhase) -> Result<OptionPhase> {
+    if error.reply == OptionReplyType::ERR_TLS_REQD {
+        return Err(wire.refused("structured replies", error));
+    }
+    Ok(next)
+}
+
+/// Connects the socket within the time the handshake has.
+pub(crate) async fn open<F>(connecting: F, target: Arc<str>, limit: Duration) -> Result<Wire>
+where
+    F: Future<Output = io::Result<Stream>>,
+{
+    let deadline = Instant::now() + limit;
+    match timeout_at(deadline, connecting).await {
+        Ok(Ok(stream)) => Ok(Wire { deadline, ..Wire::new(stream, target, limit) }),
+        Ok(Err(error)) => Err(Error::Connect { target, source: Arc::new(error) }),
+        Err(_) => Err(Error::HandshakeTimeout { target, limit }),
+    }
+}

@@ -1,0 +1,319 @@
+//! A request between its caller and the wire, and the answer as it is collected.
+//!
+//! Answers are collected in buffers that belong to the request, not to the caller: a caller may
+//! lose interest at any moment without the connection losing its place in the stream.
+
+use std::io;
+use std::pin::pin;
+use std::task::{Context, Poll};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use nbd_proto::transmission::Command;
+use nbd_proto::transmission::client::ServerError;
+use nbd_proto::wire::BlockDescriptor;
+use tokio::io::AsyncReadExt;
+use tokio::sync::oneshot;
+
+use crate::error::{Error, Result};
+use crate::transport::Stream;
+
+/// A part of what was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// Data.
+    Data {
+        /// Offset in the export, in bytes.
+        offset: u64,
+        /// The data.
+        data: Bytes,
+    },
+    /// A range that the server knows to be zero.
+    Hole {
+        /// Offset in the export, in bytes.
+        offset: u64,
+        /// Length, in bytes.
+        length: u64,
+    },
+}
+
+impl Piece {
+    /// Offset in the export, in bytes.
+    #[must_use]
+    pub const fn offset(&self) -> u64 {
+        match self {
+            Self::Data { offset, .. } | Self::Hole { offset, .. } => *offset,
+        }
+    }
+
+    /// Length, in bytes.
+    #[must_use]
+    pub const fn length(&self) -> u64 {
+        match self {
+            Self::Data { data, .. } => data.len() as u64,
+            Self::Hole { length, .. } => *length,
+        }
+    }
+}
+
+/// What a request came to.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    Done,
+    Data(Bytes),
+    Pieces(Vec<Piece>),
+    /// The descriptors of each context, by its place in the client's list.
+    Status(Vec<(usize, Vec<BlockDescriptor>)>),
+}
+
+/// A request on its way.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) command: Command,
+    /// For a block status of one context only: its place in the client's list.
+    pub(crate) context: Option<usize>,
+    /// The data of a WRITE.
+    pub(crate) payload: Bytes,
+    pub(crate) collect: Collect,
+    pub(crate) reply: oneshot::Sender<Result<Outcome>>,
+}
+
+impl Submission {
+    /// Bytes of data this request moves.
+    pub(crate) fn data_len(&self) -> usize {
+        match self.command {
+            Command::Read(_) => usize::try_from(self.length).unwrap_or(usize::MAX),
+            _ => self.payload.len(),
+        }
+    }
+
+    /// True if nobody waits for the answer any more.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.reply.is_closed()
+    }
+
+    /// Answers the caller, if it is still there.
+    pub(crate) fn complete(self, result: Result<(), ServerError>) {
+        let result = match result {
+            Ok(()) => Ok(self.collect.finish(self.offset, self.length)),
+            Err(source) => Err(Error::Request {
+                command: self.command.command_type(),
+                offset: self.offset,
+                length: self.length,
+                source,
+            }),
+        };
+        drop(self.reply.send(result));
+    }
+
+    pub(crate) fn fail(self, error: Error) {
+        drop(self.reply.send(Err(error)));
+    }
+}
+
+/// The answer as far as it has arrived. The protocol machine has checked every position against
+/// the request before it comes here.
+#[derive(Debug)]
+pub(crate) enum Collect {
+    /// Only success or failure.
+    Nothing,
+    /// One buffer, zeroes where the server reported holes.
+    Flat(BytesMut),
+    /// Data and holes apart, in the order of arrival, by their distance from the request's offset.
+    Pieces(Vec<(u64, Part)>),
+    /// Descriptors by context.
+    Status(Vec<(usize, Vec<BlockDescriptor>)>),
+}
+
+/// A piece that is being collected.
+#[derive(Debug)]
+pub(crate) enum Part {
+    Data(BytesMut),
+    Hole(u64),
+}
+
+impl Collect {
+    /// Forgets what has arrived, for a request that is sent again.
+    pub(crate) fn reset(&mut self) {
+        match self {
+            Self::Nothing => {}
+            Self::Flat(buffer) => buffer.clear(),
+            Self::Pieces(pieces) => pieces.clear(),
+            Self::Status(contexts) => contexts.clear(),
+        }
+    }
+
+    /// Makes room for `length` bytes at `position` of a READ of `total` bytes.
+    pub(crate) fn begin_data(&mut self, total: usize, position: u64, length: usize) {
+        match self {
+            Self::Flat(buffer) => {
+                // Allocated once, and only when an answer really comes.
+                buffer.reserve(total.saturating_sub(buffer.len()));
+                let position = position as usize;
+                if position > buffer.len() {
+                    buffer.resize(position, 0);
+                }
+            }
+            Self::Pieces(pieces) => {
+                pieces.push((position, Part::Data(BytesMut::with_capacity(length))));
+            }
+            Self::Nothing | Self::Status(_) => {}
+        }
+    }
+
+    pub(crate) fn hole(&mut self, position: u64, length: usize) {
+        match self {
+            Self::Flat(buffer) => {
+                // What lies inside the buffer already was zeroed when it was skipped.
+                let end = (position as usize).saturating_add(length);
+                if end > buffer.len() {
+                    buffer.resize(end, 0);
+                }
+            }
+            Self::Pieces(pieces) => pieces.push((position, Part::Hole(length as u64))),
+            Self::Nothing | Self::Status(_) => {}
+        }
+    }
+
+    pub(crate) fn status(&mut self, context: usize, descriptors: Vec<BlockDescriptor>) {
+        if let Self::Status(contexts) = self {
+            contexts.push((context, descriptors));
+        }
+    }
+
+    /// Takes data that has arrived for `position`.
+    pub(crate) fn push(&mut self, position: u64, data: &[u8]) {
+        match self.place(position, data.len()) {
+            Place::Append(buffer) => buffer.extend_from_slice(data),
+            Place::Overwrite(slice) => slice.copy_from_slice(data),
+            Place::Nowhere => {}
+        }
+    }
+
+    /// Reads up to `length` bytes for `position` straight from the socket.
+    pub(crate) fn poll_fill(
+        &mut self,
+        position: u64,
+        length: usize,
+        stream: &mut Stream,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        match self.place(position, length) {
+            Place::Append(buffer) => {
+                let mut buffer = buffer.limit(length);
+                pin!(stream.read_buf(&mut buffer)).poll(cx)
+            }
+            Place::Overwrite(slice) => pin!(stream.read(slice)).poll(cx),
+            // Data is announced for READs only, and those have a place for it.
+            Place::Nowhere => Poll::Ready(Err(io::Error::other("data for a request without any"))),
+        }
+    }
+
+    fn place(&mut self, position: u64, length: usize) -> Place<'_> {
+        let buffer = match self {
+            Self::Flat(buffer) => buffer,
+            // Chunks arrive whole, one behind the other: the last piece is the one that grows.
+            Self::Pieces(pieces) => match pieces.last_mut() {
+                Some((_, Part::Data(buffer))) => return Place::Append(buffer),
+                _ => return Place::Nowhere,
+            },
+            Self::Nothing | Self::Status(_) => return Place::Nowhere,
+        };
+        let start = position as usize;
+        if start >= buffer.len() {
+            return Place::Append(buffer);
+        }
+        let end = start.saturating_add(length);
+        if end > buffer.len() {
+            buffer.resize(end, 0);
+        }
+        buffer.get_mut(start..end).map_or(Place::Nowhere, Place::Overwrite)
+    }
+
+    fn finish(self, offset: u64, length: u64) -> Outcome {
+        match self {
+            Self::Nothing => Outcome::Done,
+            Self::Flat(buffer) => {
+                debug_assert_eq!(buffer.len() as u64, length, "the machine checked the coverage");
+                Outcome::Data(buffer.freeze())
+            }
+            Self::Pieces(pieces) => Outcome::Pieces(in_order(offset, pieces)),
+            Self::Status(mut contexts) => {
+                contexts.sort_by_key(|(context, _)| *context);
+                Outcome::Status(contexts)
+            }
+        }
+    }
+}
+
+/// Where data goes.
+enum Place<'a> {
+    Append(&'a mut BytesMut),
+    Overwrite(&'a mut [u8]),
+    Nowhere,
+}
+
+/// Sorts pieces by offset and joins neighbouring holes.
+fn in_order(offset: u64, mut parts: Vec<(u64, Part)>) -> Vec<Piece> {
+    parts.sort_by_key(|(position, _)| *position);
+    let mut pieces: Vec<Piece> = Vec::with_capacity(parts.len());
+    for (position, part) in parts {
+        let offset = offset.saturating_add(position);
+        match (part, pieces.last_mut()) {
+            (Part::Hole(more), Some(Piece::Hole { length, .. })) => {
+                *length = length.saturating_add(more);
+            }
+            (Part::Hole(length), _) => pieces.push(Piece::Hole { offset, length }),
+            (Part::Data(data), _) => pieces.push(Piece::Data { offset, data: data.freeze() }),
+        }
+    }
+    pieces
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_in_any_order_land_in_their_places() {
+        let mut collect = Collect::Flat(BytesMut::new());
+        collect.begin_data(8, 6, 2);
+        collect.push(6, b"gh");
+        collect.hole(2, 2);
+        collect.begin_data(8, 4, 2);
+        collect.push(4, b"e");
+        collect.push(5, b"f");
+        collect.begin_data(8, 0, 2);
+        collect.push(0, b"ab");
+        let Outcome::Data(data) = collect.finish(100, 8) else { panic!("a flat answer") };
+        assert_eq!(&data[..], b"ab\0\0efgh");
+    }
+
+    #[test]
+    fn pieces_are_sorted_and_neighbouring_holes_joined() {
+        let mut collect = Collect::Pieces(Vec::new());
+        collect.hole(4, 2);
+        collect.begin_data(8, 6, 2);
+        collect.push(6, b"gh");
+        collect.hole(0, 4);
+        let Outcome::Pieces(pieces) = collect.finish(100, 8) else { panic!("pieces") };
+        let data = Bytes::from_static(b"gh");
+        assert_eq!(
+            pieces,
+            [Piece::Hole { offset: 100, length: 6 }, Piece::Data { offset: 106, data }]
+        );
+    }
+
+    #[test]
+    fn a_request_that_is_sent_again_starts_from_nothing() {
+        let mut collect = Collect::Flat(BytesMut::new());
+        collect.begin_data(4, 0, 4);
+        collect.push(0, b"abc");
+        collect.reset();
+        collect.begin_data(4, 0, 4);
+        collect.push(0, b"wxyz");
+        let Outcome::Data(data) = collect.finish(0, 4) else { panic!("a flat answer") };
+        assert_eq!(&data[..], b"wxyz");
+    }
+}

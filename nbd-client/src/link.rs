@@ -1,0 +1,159 @@
+//! One connection of a client: its task, and what the client knows of it.
+
+use std::future::poll_fn;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use nbd_proto::wire::MetaContextId;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::driver::Driver;
+use crate::error::{Error, LostConnection};
+use crate::handshake::Established;
+use crate::queue::{Message, Queue};
+use crate::reconnect::{Outage, Reconnect};
+
+/// Requests that wait in front of a connection before their callers have to.
+const QUEUE_LEN: usize = 128;
+
+/// What may be in flight on one connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) requests: NonZeroUsize,
+    pub(crate) bytes: NonZeroUsize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        const REQUESTS: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
+        const BYTES: NonZeroUsize = NonZeroUsize::new(64 << 20).expect("64 MiB is not zero");
+        Self { requests: REQUESTS, bytes: BYTES }
+    }
+}
+
+/// The client's end of a connection.
+#[derive(Debug)]
+pub(crate) struct Link {
+    sender: mpsc::Sender<Message>,
+    /// Requests of callers that are waiting.
+    waiting: AtomicUsize,
+    /// Why the connection is over; set before any request fails with it.
+    ended: Arc<OnceLock<Error>>,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Link {
+    /// Starts the task of an established connection.
+    pub(crate) fn start(
+        established: Established,
+        contexts: Vec<MetaContextId>,
+        limits: Limits,
+        target: Arc<str>,
+        reconnect: Option<Reconnect>,
+    ) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE_LEN);
+        let ended = Arc::new(OnceLock::new());
+        let driver = Driver::new(established, contexts, limits);
+        let task =
+            Task { queue: Queue::new(receiver), ended: Arc::clone(&ended), target, reconnect };
+        let task = Mutex::new(Some(tokio::spawn(task.run(driver))));
+        Self { sender, waiting: AtomicUsize::new(0), ended, task }
+    }
+
+    /// Queues a message, waiting for room.
+    pub(crate) async fn send(&self, message: Message) -> Result<(), Error> {
+        self.sender.send(message).await.map_err(|_| self.end())
+    }
+
+    /// Why the connection is over.
+    pub(crate) fn end(&self) -> Error {
+        self.ended.get().cloned().unwrap_or(Error::Closed)
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    /// Number of callers that wait for this connection.
+    pub(crate) fn load(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Counts a caller as long as the value lives.
+    pub(crate) fn enter(&self) -> Waiting<'_> {
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        Waiting(&self.waiting)
+    }
+
+    /// Ends the connection after the requests that are queued, and waits for the end.
+    pub(crate) async fn disconnect(&self) -> Result<(), Error> {
+        // A link that is over already has nothing to be told.
+        drop(self.sender.send(Message::Disconnect).await);
+        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            // The task catches its own failures; it can only be gone with its runtime.
+            drop(task.await);
+        }
+        match self.end() {
+            Error::Closed => Ok(()),
+            error => Err(error),
+        }
+    }
+}
+
+/// One caller that waits.
+pub(crate) struct Waiting<'a>(&'a AtomicUsize);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The task of a connection.
+struct Task {
+    queue: Queue,
+    ended: Arc<OnceLock<Error>>,
+    target: Arc<str>,
+    reconnect: Option<Reconnect>,
+}
+
+impl Task {
+    async fn run(mut self, mut driver: Driver) {
+        let mut outage: Option<Outage> = None;
+        loop {
+            let over = poll_fn(|cx| driver.poll(cx, &mut self.queue)).await;
+            let Err(lost) = over else { return self.end(Error::Closed) };
+            tracing::debug!(target = &*self.target, reason = %lost, "connection lost");
+            if driver.has_answered() {
+                outage = None;
+            }
+            for submission in driver.into_unanswered().into_iter().rev() {
+                self.queue.put_back(submission);
+            }
+            let Some(reconnect) = self.reconnect.as_ref().filter(|_| lost.is_transient()) else {
+                return self.lost(lost);
+            };
+            // Nobody is hurt by a lost connection before there is a request for it.
+            if outage.is_none() && !self.queue.wait().await {
+                return self.end(Error::Closed);
+            }
+            let outage = outage.get_or_insert_with(|| Outage::begin(&lost));
+            driver = match reconnect.again(outage, lost).await {
+                Ok(driver) => driver,
+                Err(lost) => return self.lost(lost),
+            };
+        }
+    }
+
+    fn lost(self, reason: LostConnection) {
+        let target = Arc::clone(&self.target);
+        self.end(Error::Lost { target, reason });
+    }
+
+    fn end(self, error: Error) {
+        self.queue.fail(self.ended.get_or_init(|| error));
+    }
+}

@@ -1,0 +1,168 @@
+//! A new connection in place of a lost one, and the proof that it leads to the same export.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd_proto::handshake::Negotiated;
+use nbd_proto::wire::{MetaContextId, MetaContextName, TransmissionFlags};
+use tokio::time::{Instant, sleep};
+
+use crate::connector::Connector;
+use crate::driver::Driver;
+use crate::error::LostConnection;
+
+/// Time before the second attempt; doubled for each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+
+/// Longest time between attempts.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// The time since a connection was lost without a request having been answered.
+#[derive(Debug)]
+pub(crate) struct Outage {
+    began: Instant,
+    pause: Duration,
+    first: String,
+}
+
+impl Outage {
+    pub(crate) fn begin(lost: &LostConnection) -> Self {
+        Self { began: Instant::now(), pause: Duration::ZERO, first: lost.to_string() }
+    }
+}
+
+/// How a lost connection is replaced.
+#[derive(Debug)]
+pub(crate) struct Reconnect {
+    pub(crate) connector: Connector,
+    pub(crate) patience: Duration,
+    pub(crate) export: Arc<Negotiated>,
+}
+
+impl Reconnect {
+    /// Tries until a connection is there or the caller's patience is at its end.
+    pub(crate) async fn again(
+        &self,
+        outage: &mut Outage,
+        lost: LostConnection,
+    ) -> Result<Driver, LostConnection> {
+        let mut last = lost.to_string();
+        loop {
+            // The first pause of an outage is none. It grows also if connections come about and
+            // break before they answer anything.
+            let left = self.patience.saturating_sub(outage.began.elapsed());
+            sleep(outage.pause.min(left)).await;
+            let left = self.patience.saturating_sub(outage.began.elapsed());
+            if left.is_zero() {
+                let first = outage.first.clone();
+                return Err(LostConnection::ReconnectFailed {
+                    first,
+                    patience: self.patience,
+                    last,
+                });
+            }
+            outage.pause = (outage.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+            let timeout = self.connector.handshake_timeout.min(left);
+            let connector = self.connector.clone().handshake_timeout(timeout);
+            match connector.establish().await {
+                Ok(established) => {
+                    let contexts = same_export(&self.export, &established.negotiated)
+                        .map_err(LostConnection::ExportChanged)?;
+                    return Ok(Driver::new(established, contexts, connector.limits));
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "reconnect failed");
+                    last = error.to_string();
+                }
+            }
+        }
+    }
+}
+
+/// Checks that a further connection leads to the same export and can do no less, and gives its
+/// numbers for the contexts of the first.
+pub(crate) fn same_export(
+    first: &Negotiated,
+    other: &Negotiated,
+) -> Result<Vec<MetaContextId>, String> {
+    if first.size != other.size {
+        return Err(format!("its size was {} bytes and is {} now", first.size, other.size));
+    }
+    let read_only = TransmissionFlags::READ_ONLY;
+    if other.flags.contains(read_only) && !first.flags.contains(read_only) {
+        return Err("it was writable and is read-only now".to_owned());
+    }
+    // These two promise nothing that a request relies on.
+    let promises = first.flags - (read_only | TransmissionFlags::ROTATIONAL);
+    let missing = promises - other.flags;
+    if !missing.is_empty() {
+        return Err(format!("it cannot do any more: {}", names(missing)));
+    }
+    if other.block_sizes.minimum() > first.block_sizes.minimum()
+        || other.block_sizes.maximum_payload() < first.block_sizes.maximum_payload()
+    {
+        return Err("its block size constraints are tighter now".to_owned());
+    }
+    if other.reply_mode < first.reply_mode {
+        return Err("its form of replies is poorer now".to_owned());
+    }
+    first.meta_contexts.iter().map(|(_, name)| context_id(other, name)).collect()
+}
+
+fn context_id(negotiated: &Negotiated, name: &MetaContextName) -> Result<MetaContextId, String> {
+    let found = negotiated.meta_contexts.iter().find(|(_, other)| other == name);
+    found.map(|(id, _)| *id).ok_or_else(|| format!("the metadata context {name} is gone"))
+}
+
+fn names(flags: TransmissionFlags) -> String {
+    flags.iter_names().map(|(name, _)| name).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nbd_proto::wire::{BlockSizes, ReplyMode};
+
+    fn export() -> Negotiated {
+        Negotiated {
+            export_name: "disk".into(),
+            size: 1 << 20,
+            flags: TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH,
+            block_sizes: BlockSizes::default(),
+            reply_mode: ReplyMode::Structured,
+            meta_contexts: vec![(MetaContextId(3), MetaContextName::base_allocation())],
+        }
+    }
+
+    #[test]
+    fn the_same_export_may_number_its_contexts_differently() {
+        let other = Negotiated {
+            meta_contexts: vec![
+                (MetaContextId(0), MetaContextName::qemu_allocation_depth()),
+                (MetaContextId(9), MetaContextName::base_allocation()),
+            ],
+            flags: export().flags | TransmissionFlags::SEND_TRIM,
+            reply_mode: ReplyMode::Extended,
+            ..export()
+        };
+        assert_eq!(same_export(&export(), &other), Ok(vec![MetaContextId(9)]));
+    }
+
+    #[test]
+    fn an_export_that_can_do_less_is_another_one() {
+        let flags = export().flags;
+        let tight = BlockSizes::new(512, 4096, 1 << 20).unwrap();
+        let cases = [
+            ("size", Negotiated { size: 2 << 20, ..export() }),
+            ("read-only", Negotiated { flags: flags | TransmissionFlags::READ_ONLY, ..export() }),
+            ("SEND_FLUSH", Negotiated { flags: TransmissionFlags::HAS_FLAGS, ..export() }),
+            ("block size", Negotiated { block_sizes: tight, ..export() }),
+            ("replies", Negotiated { reply_mode: ReplyMode::Simple, ..export() }),
+            ("base:allocation", Negotiated { meta_contexts: Vec::new(), ..export() }),
+        ];
+        for (word, other) in cases {
+            let why = same_export(&export(), &other).expect_err(word);
+            assert!(why.contains(word), "{why} does not say {word}");
+        }
+    }
+}

@@ -1,0 +1,323 @@
+//! The commands, one method each; what is too long for one request is split here.
+
+use bytes::{Bytes, BytesMut};
+use nbd_proto::ApiMisuse;
+use nbd_proto::limits::MAX_PAYLOAD;
+use nbd_proto::transmission::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
+use nbd_proto::wire::{BlockDescriptor, MetaContextName, ReplyMode, TransmissionFlags};
+
+use crate::client::{Client, NewRequest};
+use crate::error::Result;
+use crate::inflight::{Collect, Outcome, Piece};
+
+/// Longest range of a request without data in compact mode, in bytes: the largest multiple of
+/// every possible minimum block size below 2^32.
+const LONGEST_COMPACT: u64 = 0xffff_0000;
+
+/// Ranges have to lie in the export and be multiples of its minimum block size
+/// ([`ExportInfo::block_sizes`](crate::ExportInfo)); neither is rounded. A range of zero bytes is
+/// answered at once, without a request.
+///
+/// Every method fails with [`Error::Misuse`](crate::Error::Misuse) if the range is wrong or the
+/// server does not offer the command, with [`Error::Request`](crate::Error::Request) if the server
+/// refuses it, and with [`Error::Lost`](crate::Error::Lost) or
+/// [`Error::Closed`](crate::Error::Closed) if the connection is gone.
+impl Client {
+    /// Reads `length` bytes at `offset`. Reads longer than the server's maximum are split.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: the answer is thrown away when it arrives.
+    pub async fn read(&self, offset: u64, length: usize) -> Result<Bytes> {
+        let total = length as u64;
+        self.check_range(offset, total)?;
+        let most = self.longest_payload();
+        if total <= most {
+            return if total == 0 { Ok(Bytes::new()) } else { self.read_once(offset, total).await };
+        }
+        let mut tickets = Vec::new();
+        for (offset, length) in split(offset, total, most) {
+            tickets.push(self.submit(flat_read(offset, length)).await?);
+        }
+        let mut whole = BytesMut::with_capacity(length);
+        for ticket in tickets {
+            whole.extend_from_slice(&data(ticket.outcome().await?));
+        }
+        Ok(whole.freeze())
+    }
+
+    /// Reads into `buffer`, all of it. One copy more than [`Client::read`].
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section. After an error the contents of `buffer` are unspecified.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: nothing touches `buffer` after the future is dropped.
+    pub async fn read_into(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        self.check_range(offset, buffer.len() as u64)?;
+        // The limit is at most 32 MiB.
+        let most = self.longest_payload() as usize;
+        let mut offset = offset;
+        for part in buffer.chunks_mut(most) {
+            let data = self.read_once(offset, part.len() as u64).await?;
+            part.copy_from_slice(&data);
+            offset = offset.saturating_add(part.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// Reads `length` bytes at `offset` as data and holes, in ascending order and without gaps.
+    /// Servers report holes only with structured or extended replies, and only if they like.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`Client::read`].
+    pub async fn read_pieces(&self, offset: u64, length: usize) -> Result<Vec<Piece>> {
+        let total = length as u64;
+        self.check_range(offset, total)?;
+        let mut tickets = Vec::new();
+        for (offset, length) in split(offset, total, self.longest_payload()) {
+            let command = Command::Read(Fragmentation::Allowed);
+            let collect = Collect::Pieces(Vec::new());
+            let request = NewRequest { collect, ..NewRequest::plain(offset, length, command) };
+            tickets.push(self.submit(request).await?);
+        }
+        let mut pieces = Vec::new();
+        for ticket in tickets {
+            if let Outcome::Pieces(more) = ticket.outcome().await? {
+                pieces.extend(more);
+            }
+        }
+        Ok(pieces)
+    }
+
+    async fn read_once(&self, offset: u64, length: u64) -> Result<Bytes> {
+        let ticket = self.submit(flat_read(offset, length)).await?;
+        Ok(data(ticket.outcome().await?))
+    }
+
+    /// Writes `data` at `offset`. Writes longer than the server's maximum are split; if one part
+    /// fails, others may have been carried out.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section; FUA needs a server with
+    /// [`SEND_FUA`](TransmissionFlags::SEND_FUA).
+    ///
+    /// # Cancel safety
+    ///
+    /// The connection is unharmed; whether the write is carried out is unspecified, as for every
+    /// method that changes the export.
+    pub async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<()> {
+        let total = data.len() as u64;
+        self.check_range(offset, total)?;
+        let most = self.longest_payload();
+        let mut data = data;
+        let mut tickets = Vec::new();
+        for (offset, length) in split(offset, total, most) {
+            let payload = data.split_to(length as usize);
+            let request = NewRequest::plain(offset, length, Command::Write(durability));
+            let ticket = self.submit(NewRequest { payload, ..request }).await?;
+            tickets.push(ticket);
+        }
+        for ticket in tickets {
+            ticket.outcome().await?;
+        }
+        Ok(())
+    }
+
+    /// Makes all writes durable that were completed before, on all connections.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section; needs [`SEND_FLUSH`](TransmissionFlags::SEND_FLUSH).
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe, but tells nothing about what is durable.
+    pub async fn flush(&self) -> Result<()> {
+        self.submit(NewRequest::plain(0, 0, Command::Flush)).await?.outcome().await?;
+        Ok(())
+    }
+
+    /// Tells the server that the range is not needed any more; what reads give afterwards is up to
+    /// the server. Needs [`SEND_TRIM`](TransmissionFlags::SEND_TRIM).
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`Client::write`].
+    pub async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
+        self.plain(offset, length, self.longest_range(), &Command::Trim(durability)).await
+    }
+
+    /// Tells the server that the range will be read soon. Needs
+    /// [`SEND_CACHE`](TransmissionFlags::SEND_CACHE).
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe.
+    pub async fn cache(&self, offset: u64, length: u64) -> Result<()> {
+        // Servers hold CACHE to the limit of READ although nothing is sent.
+        self.plain(offset, length, self.longest_payload(), &Command::Cache).await
+    }
+
+    /// Makes the range read as zeroes. Needs
+    /// [`SEND_WRITE_ZEROES`](TransmissionFlags::SEND_WRITE_ZEROES). With [`Speed::FastOnly`], which
+    /// needs [`SEND_FAST_ZERO`](TransmissionFlags::SEND_FAST_ZERO), a server that would have to
+    /// write zeroes answers ENOTSUP at once.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`Client::write`].
+    pub async fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<()> {
+        let command = Command::WriteZeroes(mode, speed, durability);
+        self.plain(offset, length, self.longest_range(), &command).await
+    }
+
+    /// Asks for the status of the start of the range in every selected metadata context. The
+    /// server decides how far each answer reaches: at least one descriptor, at most the range.
+    /// [`Client::extents`] asks until a whole range is covered.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section; needs a server with metadata contexts and a
+    /// [`Connector`](crate::Connector) that selected some.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe.
+    pub async fn block_status(
+        &self,
+        offset: u64,
+        length: u64,
+        limit: ExtentLimit,
+    ) -> Result<Vec<(MetaContextName, Vec<BlockDescriptor>)>> {
+        let statuses = self.status(offset, length, limit, None).await?;
+        let name = |context: usize| self.meta_contexts().get(context).cloned();
+        let named = |(context, descriptors)| Some((name(context)?, descriptors));
+        Ok(statuses.into_iter().filter_map(named).collect())
+    }
+
+    /// Asks for the status in one context (by its place in the list) or all.
+    pub(crate) async fn status(
+        &self,
+        offset: u64,
+        length: u64,
+        limit: ExtentLimit,
+        context: Option<usize>,
+    ) -> Result<Vec<(usize, Vec<BlockDescriptor>)>> {
+        self.check_range(offset, length)?;
+        let selects = self.negotiated().flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+        // Of a single context, the choice would only cost bytes.
+        let context = context.filter(|_| selects && self.meta_contexts().len() > 1);
+        let length = length.min(self.longest_range());
+        let collect = Collect::Status(Vec::new());
+        let request = NewRequest::plain(offset, length, Command::BlockStatus(limit, None));
+        let ticket = self.submit(NewRequest { context, collect, ..request }).await?;
+        match ticket.outcome().await? {
+            Outcome::Status(statuses) => Ok(statuses),
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// Carries out a command without data, in parts of at most `most` bytes.
+    async fn plain(&self, offset: u64, length: u64, most: u64, command: &Command) -> Result<()> {
+        self.check_range(offset, length)?;
+        for (offset, length) in split(offset, length, most) {
+            let request = NewRequest::plain(offset, length, command.clone());
+            self.submit(request).await?.outcome().await?;
+        }
+        Ok(())
+    }
+
+    /// Checked before anything is sent, so that a request that is split fails whole.
+    fn check_range(&self, offset: u64, length: u64) -> Result<(), ApiMisuse> {
+        let size = self.negotiated().size;
+        if offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(ApiMisuse::OutOfBounds { offset, length, size });
+        }
+        let minimum = self.negotiated().block_sizes.minimum();
+        if (offset | length) & u64::from(minimum).saturating_sub(1) != 0 {
+            return Err(ApiMisuse::Unaligned { offset, length, minimum });
+        }
+        Ok(())
+    }
+
+    /// Longest READ or WRITE, in bytes: what the server takes, but nothing over 32 MiB.
+    fn longest_payload(&self) -> u64 {
+        let sizes = &self.negotiated().block_sizes;
+        let most = sizes.maximum_payload().min(MAX_PAYLOAD);
+        u64::from(most & !sizes.minimum().saturating_sub(1))
+    }
+
+    /// Longest range of a request without data, in bytes.
+    fn longest_range(&self) -> u64 {
+        if self.reply_mode() == ReplyMode::Extended { u64::MAX } else { LONGEST_COMPACT }
+    }
+}
+
+fn flat_read(offset: u64, length: u64) -> NewRequest {
+    let command = Command::Read(Fragmentation::Allowed);
+    let collect = Collect::Flat(BytesMut::new());
+    NewRequest { collect, ..NewRequest::plain(offset, length, command) }
+}
+
+fn data(outcome: Outcome) -> Bytes {
+    match outcome {
+        Outcome::Data(data) => data,
+        _ => Bytes::new(),
+    }
+}
+
+/// Parts of at most `most` bytes of a range that lies in the export.
+fn split(offset: u64, length: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let part = most.min(length - done);
+        let start = offset + done;
+        done += part;
+        (part > 0).then_some((start, part))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_split_without_gaps_and_its_last_part_is_what_is_left() {
+        assert_eq!(split(10, 25, 10).collect::<Vec<_>>(), [(10, 10), (20, 10), (30, 5)]);
+        assert_eq!(split(10, 20, 10).collect::<Vec<_>>(), [(10, 10), (20, 10)]);
+        assert_eq!(split(10, 5, u64::MAX).collect::<Vec<_>>(), [(10, 5)]);
+        assert_eq!(split(10, 0, 10).count(), 0);
+    }
+}

@@ -1,0 +1,136 @@
+//! Peers and images for the tests.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use nbd_client::Connector;
+use tempfile::TempDir;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+
+/// How long a peer may take to listen.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A server program that listens on a unix socket and is killed with this value.
+pub(crate) struct Peer {
+    folder: TempDir,
+    child: Option<Child>,
+    /// With which arguments to start it again.
+    command: (PathBuf, Vec<String>),
+}
+
+/// True if a program can be found. Without it the caller prints that and skips its test, but
+/// fails where CI is set.
+pub(crate) fn have(program: &str) -> bool {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&paths)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|folder| folder.join(program).is_file());
+    if !found {
+        assert!(std::env::var_os("CI").is_none(), "{program} is not installed");
+        println!("skipped: {program} is not installed");
+    }
+    found
+}
+
+impl Peer {
+    /// Starts a program whose arguments may contain `{socket}` and `{folder}`.
+    pub(crate) async fn start(
+        program: &str,
+        arguments: &[&str],
+        prepare: impl FnOnce(&Path),
+    ) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        prepare(folder.path());
+        let socket = folder.path().join("s");
+        let fill = |argument: &&str| {
+            argument
+                .replace("{socket}", &socket.to_string_lossy())
+                .replace("{folder}", &folder.path().to_string_lossy())
+        };
+        let arguments = arguments.iter().map(fill).collect();
+        let program = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"]
+            .map(|folder| Path::new(folder).join(program))
+            .into_iter()
+            .find(|path| path.is_file())
+            .unwrap_or_else(|| program.into());
+        let mut peer = Self { folder, child: None, command: (program, arguments) };
+        peer.restart().await;
+        peer
+    }
+
+    /// Starts the program again on the same socket and waits until it listens.
+    pub(crate) async fn restart(&mut self) {
+        self.stop().await;
+        drop(std::fs::remove_file(self.socket()));
+        let (program, arguments) = &self.command;
+        let child = Command::new(program)
+            .args(arguments.iter().map(OsStr::new))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("the program was found");
+        self.child = Some(child);
+        let deadline = Instant::now() + PATIENCE;
+        while UnixStream::connect(self.socket()).await.is_err() {
+            assert!(Instant::now() < deadline, "{program:?} {arguments:?} does not listen");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Kills the program, as a crash would.
+    pub(crate) async fn stop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            drop(child.kill().await);
+        }
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.folder.path().join("s")
+    }
+
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A connector to the default export.
+    pub(crate) fn connector(&self) -> Connector {
+        self.connector_to("")
+    }
+
+    /// A connector to an export.
+    pub(crate) fn connector_to(&self, export: &str) -> Connector {
+        let uri = format!("nbd+unix:///{export}?socket={}", self.socket().display());
+        uri.parse().expect("a URI")
+    }
+}
+
+/// `qemu-nbd` with a raw image `disk` of the given contents.
+pub(crate) async fn qemu_nbd(options: &[&str], contents: &[u8]) -> Peer {
+    let base = ["-f", "raw", "-t", "-e", "8", "-k", "{socket}"];
+    let arguments: Vec<&str> =
+        base.iter().chain(options).copied().chain(["{folder}/disk"]).collect();
+    let contents = contents.to_vec();
+    Peer::start("qemu-nbd", &arguments, move |folder| write_disk(folder, &contents)).await
+}
+
+/// `nbdkit` with a plugin and its parameters; a file `disk` is there for the file plugin.
+pub(crate) async fn nbdkit(options: &[&str], contents: &[u8]) -> Peer {
+    let base = ["-f", "-U", "{socket}"];
+    let arguments: Vec<&str> = base.iter().chain(options).copied().collect();
+    let contents = contents.to_vec();
+    Peer::start("nbdkit", &arguments, move |folder| write_disk(folder, &contents)).await
+}
+
+fn write_disk(folder: &Path, contents: &[u8]) {
+    std::fs::write(folder.join("disk"), contents).expect("room in the temporary folder");
+}
+
+/// Bytes that differ from place to place.
+pub(crate) fn pattern(length: usize) -> Vec<u8> {
+    (0..length as u64 / 8).flat_map(|index| (index * 8).to_be_bytes()).collect()
+}

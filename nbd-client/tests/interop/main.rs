@@ -1,0 +1,8 @@
+//! The client against the servers people use.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod nbdkit;
+mod qemu_nbd;
