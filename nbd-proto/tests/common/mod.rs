@@ -2,6 +2,8 @@
 //! and byte listings. Each program uses a part of it.
 
 #![allow(dead_code, unreachable_pub, missing_docs)]
+// Helpers of tests fail like tests; clippy.toml allows it in functions marked as tests only.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 pub mod client;
 pub mod disk;
@@ -12,7 +14,7 @@ use bytes::BytesMut;
 use nbd_proto::ProtocolError;
 use nbd_proto::handshake::server::{BeforeTls, GoAnswer, Handshake, HandshakeStep, ServerConfig};
 use nbd_proto::handshake::{ExportDescription, ListedExport, Negotiated, RefusalReason};
-use nbd_proto::wire::{BlockSizes, MetaContextName, TransmissionFlags};
+use nbd_proto::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 
 pub const DISK_SIZE: u64 = 1 << 20;
 
@@ -54,6 +56,23 @@ pub fn export(name: &str) -> Option<ExportDescription> {
             ..everything
         }),
         _ => None,
+    }
+}
+
+/// A transmission phase over 1 TiB with everything switched on and the contexts 0 and 2 selected.
+pub fn negotiated(reply_mode: ReplyMode) -> Negotiated {
+    let mut flags = TransmissionFlags::all();
+    flags.remove(TransmissionFlags::READ_ONLY);
+    Negotiated {
+        export_name: "disk".into(),
+        size: 1 << 40,
+        flags,
+        block_sizes: BlockSizes::default(),
+        reply_mode,
+        meta_contexts: vec![
+            (MetaContextId(0), MetaContextName::base_allocation()),
+            (MetaContextId(2), MetaContextName::qemu_dirty_bitmap("b0").unwrap()),
+        ],
     }
 }
 
