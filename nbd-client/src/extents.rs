@@ -39,6 +39,8 @@ pub struct ExtentStream {
     context: Option<usize>,
     /// Status bits that mean something in this context.
     known: u64,
+    /// Where the range begins.
+    start: u64,
     /// Where the next request begins.
     position: u64,
     end: u64,
@@ -61,6 +63,7 @@ impl Client {
             client: self.clone(),
             context: self.meta_contexts().iter().position(|name| name == context),
             known,
+            start: range.start,
             position: range.start,
             end: range.end.max(range.start),
             received: VecDeque::new(),
@@ -98,21 +101,21 @@ impl ExtentStream {
 
     /// An extent that cannot grow any more.
     fn next_received(&mut self) -> Option<Extent> {
+        // Where the range begins, unless there is an extent already.
+        let start = Extent { offset: self.start, length: 0, flags: 0 };
         while let Some(descriptor) = self.received.pop_front() {
             let flags = descriptor.flags & self.known;
-            match &mut self.current {
-                Some(current) if current.flags == flags => {
-                    current.length = current.length.saturating_add(descriptor.length);
-                }
-                current => {
-                    let offset =
-                        current.map_or(self.position, |extent| extent.offset + extent.length);
-                    let next = Extent { offset, length: descriptor.length, flags };
-                    if let Some(finished) = current.replace(next) {
-                        return Some(finished);
-                    }
-                }
+            let current = self.current.get_or_insert(Extent { length: 0, flags, ..start });
+            if current.flags == flags {
+                current.length = current.length.saturating_add(descriptor.length);
+                continue;
             }
+            let next = Extent {
+                offset: current.offset.saturating_add(current.length),
+                length: descriptor.length,
+                flags,
+            };
+            return Some(std::mem::replace(current, next));
         }
         None
     }
@@ -130,14 +133,6 @@ impl ExtentStream {
         let Some((_, descriptors)) = found else {
             return Err(ApiMisuse::NotNegotiated { what }.into());
         };
-        if self.current.is_none() {
-            // The first extent begins where the range does.
-            self.current = descriptors.first().map(|first| Extent {
-                offset: self.position,
-                length: 0,
-                flags: first.flags & self.known,
-            });
-        }
         let covered = descriptors.iter().map(|descriptor| descriptor.length).sum::<u64>();
         self.position = self.position.saturating_add(covered).min(self.end);
         self.received.extend(descriptors);

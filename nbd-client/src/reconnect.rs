@@ -88,6 +88,10 @@ pub(crate) fn same_export(
     if first.size != other.size {
         return Err(format!("its size was {} bytes and is {} now", first.size, other.size));
     }
+    // First, because flags depend on it.
+    if other.reply_mode < first.reply_mode {
+        return Err("its form of replies is poorer now".to_owned());
+    }
     let read_only = TransmissionFlags::READ_ONLY;
     if other.flags.contains(read_only) && !first.flags.contains(read_only) {
         return Err("it was writable and is read-only now".to_owned());
@@ -102,9 +106,6 @@ pub(crate) fn same_export(
         || other.block_sizes.maximum_payload() < first.block_sizes.maximum_payload()
     {
         return Err("its block size constraints are tighter now".to_owned());
-    }
-    if other.reply_mode < first.reply_mode {
-        return Err("its form of replies is poorer now".to_owned());
     }
     first.meta_contexts.iter().map(|(_, name)| context_id(other, name)).collect()
 }

@@ -1,0 +1,88 @@
+//! Several connections to one server.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nbd_client::{Connector, Error, ReplyMode, TransmissionFlags};
+use tokio::net::UnixListener;
+
+use crate::script::{Offer, SIZE, Script, guarded};
+
+/// A server that makes each connection, by its number, an offer or hangs up on it.
+fn listen(offers: fn(usize) -> Option<Offer>) -> (Connector, tempfile::TempDir, Arc<AtomicUsize>) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let busy = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&busy);
+    tokio::spawn(async move {
+        for number in 0.. {
+            let (stream, _) = listener.accept().await.unwrap();
+            let Some(offer) = offers(number) else { continue };
+            let count = Arc::clone(&count);
+            tokio::spawn(async move {
+                let mut server = Script::over(stream);
+                drop(server.handshake(&offer).await);
+                let mut asked = false;
+                while let Ok(request) = server.request().await {
+                    if request.command == 0 {
+                        count.fetch_add(usize::from(!asked), Ordering::Relaxed);
+                        asked = true;
+                        server.answer_read(&request).await.unwrap();
+                    }
+                }
+            });
+        }
+    });
+    let uri = format!("nbd+unix:///?socket={}", path.display());
+    let connections = NonZeroUsize::new(4).unwrap();
+    let connector = uri.parse::<Connector>().unwrap().connections(connections);
+    (connector, folder, busy)
+}
+
+#[tokio::test]
+async fn requests_made_together_use_all_connections() {
+    let (connector, _folder, busy) = listen(|_| Some(Offer::new(ReplyMode::Structured)));
+    let client = guarded(connector.connect()).await.unwrap();
+    assert_eq!(client.connections(), 4);
+    let reads = async {
+        tokio::try_join!(
+            client.read(0, 10),
+            client.read(10, 10),
+            client.read(20, 10),
+            client.read(30, 10)
+        )
+    };
+    guarded(reads).await.unwrap();
+    assert_eq!(busy.load(Ordering::Relaxed), 4);
+    guarded(client.disconnect()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_without_multi_conn_gets_one_connection() {
+    let (connector, _folder, _) = listen(|_| {
+        let offer = Offer::new(ReplyMode::Structured);
+        Some(Offer { flags: offer.flags - TransmissionFlags::CAN_MULTI_CONN, ..offer })
+    });
+    assert_eq!(guarded(connector.connect()).await.unwrap().connections(), 1);
+}
+
+#[tokio::test]
+async fn a_server_that_admits_fewer_is_used_with_what_it_admits() {
+    let (connector, _folder, _) =
+        listen(|number| (number < 2).then(|| Offer::new(ReplyMode::Structured)));
+    let client = guarded(connector.connect()).await.unwrap();
+    assert_eq!(client.connections(), 2);
+    guarded(client.read(0, 10)).await.unwrap();
+}
+
+#[tokio::test]
+async fn connections_that_see_different_disks_are_refused() {
+    let (connector, _folder, _) = listen(|number| {
+        Some(Offer { size: SIZE + number as u64, ..Offer::new(ReplyMode::Structured) })
+    });
+    let error = guarded(connector.connect()).await.unwrap_err();
+    assert!(matches!(error, Error::Lost { .. }), "{error}");
+    assert!(error.to_string().contains("its size was"), "{error}");
+}

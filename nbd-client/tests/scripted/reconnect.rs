@@ -1,0 +1,186 @@
+//! A connection that is lost and replaced.
+
+use std::time::Duration;
+
+use nbd_client::{
+    Bytes, Client, Connector, Durability, Error, ExtentLimit, LostConnection, MetaContextName,
+    ReplyMode, TransmissionFlags,
+};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::script::{CONTEXT, DATA, Offer, SIZE, STATUS, Script, bytes, data_at, guarded, simple};
+
+const MODE: ReplyMode = ReplyMode::Structured;
+
+struct Listener {
+    listener: UnixListener,
+    folder: tempfile::TempDir,
+}
+
+impl Listener {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        Self { listener, folder }
+    }
+
+    fn connector(&self, patience: Duration) -> Connector {
+        let uri = format!("nbd+unix:///?socket={}/s", self.folder.path().display());
+        uri.parse::<Connector>()
+            .unwrap()
+            .meta_contexts([MetaContextName::base_allocation()])
+            .reconnect(patience)
+    }
+
+    async fn stream(&self) -> UnixStream {
+        guarded(self.listener.accept()).await.unwrap().0
+    }
+
+    async fn serve(&self, offer: &Offer) -> Script {
+        let mut server = Script::over(self.stream().await);
+        server.handshake(offer).await.unwrap();
+        server
+    }
+
+    async fn connect(&self, patience: Duration) -> (Client, Script) {
+        let connector = self.connector(patience);
+        let offer = Offer::new(MODE);
+        let (client, server) = tokio::join!(connector.connect(), self.serve(&offer));
+        (client.unwrap(), server)
+    }
+}
+
+const LONG: Duration = Duration::from_secs(50);
+
+#[tokio::test]
+async fn requests_in_flight_are_sent_again_and_half_answers_forgotten() {
+    let listener = Listener::new();
+    let (client, mut server) = listener.connect(LONG).await;
+    let script = async {
+        let read = server.request().await.unwrap();
+        let status = server.request().await.unwrap();
+        let write = server.request().await.unwrap();
+        assert_eq!((read.command, status.command, write.command), (0, 7, 1));
+        // Half of a read with wrong bytes, a whole status without its end, and death.
+        let body = bytes![read.offset.to_be_bytes(), [0xee; 50]];
+        server.chunk(false, DATA, &read, &body).await.unwrap();
+        let extent = bytes![CONTEXT.to_be_bytes(), 512_u32.to_be_bytes(), [0; 4]];
+        server.chunk(false, STATUS, &status, &extent).await.unwrap();
+        drop(server);
+        // Hangs up in the handshake as well.
+        drop(listener.stream().await);
+        let mut server = listener.serve(&Offer::new(MODE)).await;
+        let read = server.request().await.unwrap();
+        let status = server.request().await.unwrap();
+        let write = server.request().await.unwrap();
+        assert_eq!((read.command, status.command, write.command), (0, 7, 1), "the same order");
+        assert_eq!((write.offset, write.length), (4096, 5));
+        server.answer_read(&read).await.unwrap();
+        server.chunk(true, STATUS, &status, &extent).await.unwrap();
+        server.answer_done(&write).await.unwrap();
+        server
+    };
+    let (data, status, written, mut server) = guarded(async {
+        tokio::join!(
+            client.read(300, 100),
+            client.block_status(0, 512, ExtentLimit::Many),
+            client.write(4096, Bytes::from_static(b"again"), Durability::Fua),
+            script
+        )
+    })
+    .await;
+    assert_eq!(data.unwrap(), data_at(300, 100));
+    assert_eq!(status.unwrap()[0].1.len(), 1, "the first answer was forgotten");
+    written.unwrap();
+    let (ended, ()) = guarded(async { tokio::join!(client.disconnect(), server.goodbye()) }).await;
+    ended.unwrap();
+}
+
+#[tokio::test]
+async fn requests_made_during_the_outage_wait() {
+    let listener = Listener::new();
+    let (client, server) = listener.connect(LONG).await;
+    drop(server);
+    let script = async {
+        let mut server = listener.serve(&Offer::new(MODE)).await;
+        let read = server.request().await.unwrap();
+        server.answer_read(&read).await.unwrap();
+    };
+    let (data, ()) = guarded(async { tokio::join!(client.read(1, 9), script) }).await;
+    assert_eq!(data.unwrap(), data_at(1, 9));
+}
+
+#[tokio::test]
+async fn an_export_that_changed_is_refused() {
+    let offer = Offer::new(MODE);
+    let cases = [
+        ("size", Offer { size: SIZE * 2, ..offer.clone() }),
+        ("read-only", Offer { flags: offer.flags | TransmissionFlags::READ_ONLY, ..offer.clone() }),
+        ("SEND_FUA", Offer { flags: offer.flags - TransmissionFlags::SEND_FUA, ..offer.clone() }),
+        ("replies", Offer { mode: ReplyMode::Simple, ..offer.clone() }),
+    ];
+    for (word, other) in cases {
+        let listener = Listener::new();
+        let (client, server) = listener.connect(LONG).await;
+        drop(server);
+        let script = async {
+            let mut server = listener.serve(&other).await;
+            server.closed().await;
+        };
+        let (read, ()) = guarded(async { tokio::join!(client.read(0, 1), script) }).await;
+        let error = read.expect_err(word);
+        let changed = matches!(error, Error::Lost { reason: LostConnection::ExportChanged(_), .. });
+        assert!(changed && error.to_string().contains(word), "{word}: {error}");
+    }
+}
+
+#[tokio::test]
+async fn patience_ends() {
+    let listener = Listener::new();
+    let (client, server) = listener.connect(Duration::from_millis(200)).await;
+    // Nobody listens any more.
+    drop(server);
+    drop(listener);
+    let error = guarded(client.read(0, 1)).await.unwrap_err();
+    let failed =
+        matches!(error, Error::Lost { reason: LostConnection::ReconnectFailed { .. }, .. });
+    assert!(failed, "{error}");
+    assert!(error.to_string().contains("cannot connect to"), "it says why: {error}");
+}
+
+#[tokio::test]
+async fn a_server_that_dies_of_every_request_does_not_go_on_for_ever() {
+    let listener = Listener::new();
+    let (client, server) = listener.connect(Duration::from_millis(500)).await;
+    drop(server);
+    let script = async {
+        loop {
+            let mut server = listener.serve(&Offer::new(MODE)).await;
+            server.request().await.unwrap();
+        }
+    };
+    let error = guarded(async {
+        tokio::select! {
+            read = client.read(0, 1) => read.unwrap_err(),
+            () = script => panic!("the script has no end"),
+        }
+    })
+    .await;
+    let failed =
+        matches!(error, Error::Lost { reason: LostConnection::ReconnectFailed { .. }, .. });
+    assert!(failed, "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_breaks_the_protocol_is_not_tried_again() {
+    let listener = Listener::new();
+    let (client, mut server) = listener.connect(LONG).await;
+    let script = async {
+        server.request().await.unwrap();
+        server.send(&simple(0, 99)).await.unwrap();
+        server.closed().await;
+    };
+    let (read, ()) = guarded(async { tokio::join!(client.read(0, 1), script) }).await;
+    let error = read.unwrap_err();
+    assert!(matches!(error, Error::Lost { reason: LostConnection::Protocol(_), .. }), "{error}");
+}
