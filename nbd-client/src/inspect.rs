@@ -148,7 +148,7 @@ impl Connector {
     }
 
     /// Asks everything there is to know. Exports are asked about with INFO; where a server has
-    /// none, an export is opened and closed again.
+    /// none, or gives a size of zero, an export is opened and closed again.
     ///
     /// # Errors
     ///
@@ -177,7 +177,12 @@ impl Connector {
         for listed in names {
             let (info, next) = self.describe(&mut wire, phase, &listed.name).await?;
             let mut info = match info {
-                Some(info) => info,
+                Some(info) if info.size > 0 => info,
+                // nbd-server answers INFO before it has looked how large the export is.
+                Some(told) => match self.open_and_close(&listed.name).await {
+                    Ok(seen) => ExportInfo { size: seen.size, ..told },
+                    Err(_) => told,
+                },
                 None => self.open_and_close(&listed.name).await?,
             };
             if info.description.is_none() && !listed.description.is_empty() {

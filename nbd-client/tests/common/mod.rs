@@ -90,6 +90,16 @@ impl Peer {
         if let Some(mut child) = self.child.take() {
             drop(child.kill().await);
         }
+        self.kill_background();
+    }
+
+    /// Some programs leave for the background; those write their process id into `{folder}/pid`.
+    fn kill_background(&self) {
+        let path = self.folder.path().join("pid");
+        if let Ok(pid) = std::fs::read_to_string(&path) {
+            drop(std::process::Command::new("kill").arg(pid.trim()).status());
+            drop(std::fs::remove_file(path));
+        }
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
@@ -109,6 +119,12 @@ impl Peer {
     pub(crate) fn connector_to(&self, export: &str) -> Connector {
         let uri = format!("nbd+unix:///{export}?socket={}", self.socket().display());
         uri.parse().expect("a URI")
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.kill_background();
     }
 }
 

@@ -4,5 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod nbd_server;
 mod nbdkit;
 mod qemu_nbd;
+mod reconnect;
