@@ -59,6 +59,7 @@ fn open_layer(
         let backing = open_backing(path, name, format, options, files_above)?;
         image.attach_backing(backing);
     }
+    image.begin_writing()?;
     Ok((Box::new(image), format))
 }
 

@@ -25,6 +25,10 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug {
     ) -> Result<()>;
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
     fn flush(&self) -> Result<()>;
+    /// Leaves the image in the state in which it should be found. Nothing is changed afterwards.
+    fn close(&self) -> Result<()> {
+        Ok(())
+    }
     fn cache(&self, range: GuestRange) -> Result<()>;
     /// Appends extents from the start of `range` on until its end or until the list wants no more.
     fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()>;

@@ -182,6 +182,21 @@ impl Image {
         }
     }
 
+    /// Flushes and leaves the image in the state in which others should find it. Dropping an image
+    /// does the same but cannot report a failure.
+    ///
+    /// # Errors
+    ///
+    /// `NoSpace`, `Io`. The image is closed all the same; it is consistent, but what was written
+    /// since the last flush that succeeded may be lost.
+    pub fn close(self) -> Result<()> {
+        self.flush()?;
+        match self.access {
+            Access::ReadOnly => Ok(()),
+            Access::ReadWrite => self.driver.close().map_err(|error| self.name(error)),
+        }
+    }
+
     /// Starts to bring a range into memory, without waiting for it.
     ///
     /// # Errors

@@ -60,6 +60,11 @@ impl Lease {
         Self { mappings, guard: None }
     }
 
+    /// A lease whose end somebody waits for.
+    pub(crate) fn guarded(mappings: Vec<Mapping>, guard: Box<dyn LeaseGuard>) -> Self {
+        Self { mappings, guard: Some(guard) }
+    }
+
     /// The mappings in order of their offsets; together they cover the range that was asked for.
     pub fn mappings(&self) -> &[Mapping] {
         &self.mappings

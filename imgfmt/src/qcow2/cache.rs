@@ -133,11 +133,6 @@ impl TableCache {
         shard.insert(table.offset, table);
     }
 
-    /// Forgets the table at `offset`, whose cluster is a table no more.
-    pub(crate) fn remove(&self, offset: u64) {
-        self.lock(offset).remove(&offset);
-    }
-
     fn make_room(&self, shard: &mut HashMap<u64, Arc<Table>>) {
         if shard.len() < self.tables_per_shard {
             return;
@@ -168,10 +163,6 @@ impl TableCache {
     /// Whether so many tables are dirty that they should be written before more become so.
     pub(crate) fn is_under_pressure(&self) -> bool {
         self.dirty_count.load(Relaxed) > self.tables_per_shard * self.shards.len() / 2
-    }
-
-    pub(crate) fn has_dirty(&self) -> bool {
-        self.dirty_count.load(Relaxed) > 0
     }
 
     /// Takes copies of all dirty parts, with their tables so that these stay in memory.

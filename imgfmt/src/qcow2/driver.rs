@@ -1,7 +1,7 @@
 //! The qcow2 image as a [`Driver`].
 
 use super::Qcow2;
-use super::header::unsupported;
+use super::lease::ClusterLease;
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
@@ -16,31 +16,53 @@ impl Driver for Qcow2 {
 
     fn capabilities(&self) -> Capabilities {
         let cluster_size = self.geometry().subcluster_size() as u32;
-        Capabilities { preferred_size: cluster_size.max(4096), ..self.data.capabilities() }
+        let can_map = self.header.version >= 3 || self.backing.is_none();
+        Capabilities {
+            preferred_size: cluster_size.max(4096),
+            minimum_size: 1,
+            fast_zero: can_map,
+            discard: can_map,
+            ..self.data.capabilities()
+        }
     }
 
     fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let _lease = self.lease();
         self.read_range(offset, buffer)
     }
 
     fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+        let _lease = self.lease();
         self.try_read_range(offset, buffer)
     }
 
-    fn write_at(&self, _: GuestOffset, _: &[u8], _: Durability) -> Result<()> {
-        Err(unsupported("written"))
+    fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
+        self.write_range(offset, data)?;
+        self.flush_if(durability)
     }
 
-    fn write_zeroes(&self, _: GuestRange, _: ZeroMode, _: Speed, _: Durability) -> Result<()> {
-        Err(unsupported("written"))
+    fn write_zeroes(
+        &self,
+        range: GuestRange,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<()> {
+        self.zero_range(range, mode, speed)?;
+        self.flush_if(durability)
     }
 
-    fn discard(&self, _: GuestRange, _: Durability) -> Result<()> {
-        Err(unsupported("written"))
+    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+        self.discard_range(range)?;
+        self.flush_if(durability)
     }
 
     fn flush(&self) -> Result<()> {
-        Ok(())
+        self.flush_all()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.close_writer()
     }
 
     fn cache(&self, range: GuestRange) -> Result<()> {
@@ -58,8 +80,26 @@ impl Driver for Qcow2 {
     }
 
     fn map_read(&self, range: GuestRange) -> Result<Lease> {
+        let lease = self.lease();
         let mut mappings = Vec::new();
         self.push_mappings(range, &mut mappings)?;
-        Ok(Lease::fixed(mappings))
+        Ok(match lease {
+            Some(lease) => Lease::guarded(mappings, Box::new(lease)),
+            None => Lease::fixed(mappings),
+        })
+    }
+}
+
+impl Qcow2 {
+    /// Keeps what is mapped from now on from being reused; needed only if anything can change.
+    fn lease(&self) -> Option<ClusterLease> {
+        self.writer.as_ref().map(|writer| writer.leases.take())
+    }
+
+    fn flush_if(&self, durability: Durability) -> Result<()> {
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush_all(),
+        }
     }
 }

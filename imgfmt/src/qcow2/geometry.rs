@@ -94,13 +94,6 @@ impl Geometry {
         mask(first, last - first + 1)
     }
 
-    /// Mask of the units that lie wholly in the bytes from `start` to `end` (excluded).
-    pub(crate) fn whole_subcluster_mask(self, start: u64, end: u64) -> u32 {
-        let first = start.div_ceil(self.subcluster_size()) as u32;
-        let last = (end / self.subcluster_size()) as u32;
-        if first >= last { 0 } else { mask(first, last - first) }
-    }
-
     /// Width of a refcount in bits.
     pub(crate) const fn refcount_bits(self) -> u32 {
         1 << self.refcount_order
@@ -134,7 +127,6 @@ mod tests {
         assert_eq!(geometry.refcount_max(), 65535);
         assert_eq!(geometry.l1_entries_for((512 << 20) + 1), 2);
         assert_eq!(geometry.subcluster_mask(1, 65536), 1);
-        assert_eq!(geometry.whole_subcluster_mask(1, 65536), 0);
     }
 
     #[test]
@@ -143,7 +135,6 @@ mod tests {
         assert_eq!(geometry.l2_entries(), 4096);
         assert_eq!(geometry.subcluster_size(), 2048);
         assert_eq!(geometry.subcluster_mask(2047, 2049), 0b11);
-        assert_eq!(geometry.whole_subcluster_mask(1, 6144), 0b110);
         assert_eq!(geometry.subcluster_mask(0, 65536), u32::MAX);
     }
 }

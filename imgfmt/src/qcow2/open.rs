@@ -5,10 +5,13 @@ use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
+use super::alloc::{Allocator, TablePlace};
 use super::cache::TableCache;
-use super::header::{Header, read_error, unsupported};
+use super::header::{Header, autoclear, field, incompatible, read_error, unsupported};
 use super::l2::EntryFormat;
+use super::refcount::Refcounts;
 use super::snapshot::{self, Snapshot};
+use super::writer::Writer;
 use super::{Backing, Qcow2};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
@@ -28,11 +31,10 @@ impl Qcow2 {
     ) -> Result<Self> {
         let header = Header::read(&*file)?;
         let snapshots = snapshot::read_table(&*file, &header)?;
-        if options.access == Access::ReadWrite {
-            return Err(unsupported(
-                "qcow2 images can only be read by this version; open it read-only",
-            ));
-        }
+        let writer = match options.access {
+            Access::ReadOnly => None,
+            Access::ReadWrite => Some(prepare_writer(&file, &header, options)?),
+        };
         let (l1_offset, l1_entries, size) = match &options.snapshot {
             None => (header.l1_offset, header.l1_entries, header.size),
             Some(name) => {
@@ -61,6 +63,7 @@ impl Qcow2 {
             l1: l1.into_iter().map(AtomicU64::new).collect(),
             tables: TableCache::new(tables_max),
             backing: None,
+            writer,
             decompressed: Mutex::new(VecDeque::new()),
         })
     }
@@ -84,6 +87,20 @@ impl Qcow2 {
         }
     }
 
+    /// Makes the last preparations for writing, once the whole chain has been opened.
+    pub(crate) fn begin_writing(&self) -> Result<()> {
+        if self.writer.is_none() || self.header.version < 3 {
+            return Ok(());
+        }
+        // What we do not know we cannot keep up to date: say so before the first write.
+        let known = self.header.autoclear & autoclear::RAW_DATA_FILE;
+        if known != self.header.autoclear {
+            self.write_metadata(field::AUTOCLEAR, &known.to_be_bytes())?;
+            self.sync_file()?;
+        }
+        Ok(())
+    }
+
     pub(crate) fn attach_backing(&mut self, driver: Box<dyn Driver>) {
         self.backing = Some(Backing { size: driver.size(), driver });
     }
@@ -91,6 +108,52 @@ impl Qcow2 {
     pub(crate) fn attach_data_file(&mut self, data: Arc<dyn Storage>) {
         self.data = data;
     }
+}
+
+/// Checks that the image may be written, and reads what is needed for it. Nothing is changed yet.
+fn prepare_writer(
+    file: &Arc<dyn Storage>,
+    header: &Header,
+    options: &OpenOptions,
+) -> Result<Writer> {
+    if options.snapshot.is_some() {
+        let detail = "a snapshot can only be read; open it read-only";
+        return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
+    }
+    if header.incompatible & incompatible::CORRUPT != 0 {
+        let detail = "it is marked as damaged; repair it with 'qemu-img check -r all', or open it \
+                      read-only";
+        return Err(Error::new(ErrorKind::Corrupt, "open", detail));
+    }
+    if header.incompatible & incompatible::DIRTY != 0 {
+        return Err(unsupported(
+            "it was not closed properly and its refcounts may be wrong; repair it with \
+             'qemu-img check -r all', or open it read-only",
+        ));
+    }
+    if header.autoclear & autoclear::BITMAPS != 0 {
+        return Err(unsupported(
+            "it has dirty bitmaps, which this version cannot keep up to date; remove them with \
+             'qemu-img bitmap --remove', or open it read-only",
+        ));
+    }
+    let geometry = header.geometry;
+    let table_place = TablePlace {
+        offset: header.refcount_table_offset,
+        clusters: u64::from(header.refcount_table_clusters),
+    };
+    let table_bytes = table_place.clusters * geometry.cluster_size();
+    let table = read_words(&**file, table_place.offset, (table_bytes / 8) as usize)?;
+    let length = file.len().map_err(read_error)?;
+    let refcounts = Refcounts::new(Arc::clone(file), geometry, table);
+    let mut allocator = Allocator::new(refcounts, table_place, length);
+    let l1_end = header.l1_offset + u64::from(header.l1_entries) * 8;
+    allocator.protected = vec![
+        (0, geometry.cluster_size()),
+        (header.l1_offset, l1_end),
+        (table_place.offset, table_place.offset + table_bytes),
+    ];
+    Ok(Writer::new(allocator))
 }
 
 fn find_snapshot<'a>(snapshots: &'a [Snapshot], name: &str) -> Result<&'a Snapshot> {

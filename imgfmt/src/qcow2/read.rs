@@ -255,7 +255,10 @@ impl Qcow2 {
         error: std::io::Error,
         guest: GuestOffset,
     ) -> Error {
-        let error = Error::from_io(operation, error).at(guest.bytes());
+        self.named(Error::from_io(operation, error).at(guest.bytes()))
+    }
+
+    pub(super) fn named(&self, error: Error) -> Error {
         match &self.path {
             Some(path) => error.with_path(path),
             None => error,

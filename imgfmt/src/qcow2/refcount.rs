@@ -1,0 +1,267 @@
+//! Refcounts: how many references each cluster of the file has.
+//!
+//! A refcount table names refcount blocks; a block is an array of counts, 1 to 64 bits wide. Blocks
+//! are cached; changed ones stay in memory until [`flush`](super::flush) has written them.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+
+use super::geometry::Geometry;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Durability, Storage};
+use crate::units::HostOffset;
+
+/// Memory for refcount blocks that are not waiting to be written.
+const CACHE_BYTES: u64 = 16 << 20;
+
+const TABLE_OFFSET_MASK: u64 = !511;
+
+/// The refcounts of one file.
+#[derive(Debug)]
+pub(crate) struct Refcounts {
+    pub(super) file: Arc<dyn Storage>,
+    pub(super) geometry: Geometry,
+    /// Offsets of the blocks; 0 where there is none.
+    pub(super) table: Vec<u64>,
+    /// Entries of the table that are not yet on disk.
+    pub(super) dirty_entries: BTreeSet<usize>,
+    blocks: HashMap<usize, Block>,
+}
+
+#[derive(Debug)]
+struct Block {
+    bytes: Vec<u8>,
+    /// First and last (excluded) changed byte.
+    dirty: Option<(usize, usize)>,
+    /// A copy is on its way to the disk: what is there now is old.
+    is_being_written: bool,
+}
+
+/// Changed bytes of a block that are about to be written.
+#[derive(Debug)]
+pub(crate) struct DirtyBlock {
+    pub(crate) index: usize,
+    start: usize,
+    pub(crate) offset: u64,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Refcounts {
+    pub(crate) fn new(file: Arc<dyn Storage>, geometry: Geometry, table: Vec<u64>) -> Self {
+        let table = table.into_iter().map(|entry| entry & TABLE_OFFSET_MASK).collect();
+        Self { file, geometry, table, dirty_entries: BTreeSet::new(), blocks: HashMap::new() }
+    }
+
+    /// Which block counts a cluster, and where in it.
+    pub(super) fn place(&self, cluster: u64) -> (usize, usize) {
+        let entries = self.geometry.block_entries();
+        ((cluster / entries) as usize, (cluster % entries) as usize)
+    }
+
+    /// Whether there is a block for this cluster.
+    pub(super) fn has_block(&self, index: usize) -> bool {
+        self.table.get(index).is_some_and(|offset| *offset != 0)
+    }
+
+    /// How often a cluster is referenced.
+    pub(crate) fn refcount(&mut self, cluster: u64) -> Result<u64> {
+        let (index, entry) = self.place(cluster);
+        if !self.has_block(index) {
+            return Ok(0);
+        }
+        let order = self.geometry.refcount_order;
+        Ok(read_entry(&self.block(index)?.bytes, entry, order))
+    }
+
+    /// Changes a refcount. There must be a block for it, and the value must fit.
+    pub(crate) fn set_refcount(&mut self, cluster: u64, value: u64) -> Result<()> {
+        let (index, entry) = self.place(cluster);
+        if value > self.geometry.refcount_max() {
+            let detail = format!(
+                "a cluster would have {value} references, more than its {}-bit refcounts can tell",
+                self.geometry.refcount_bits()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, "change", detail));
+        }
+        let order = self.geometry.refcount_order;
+        let block = self.block(index)?;
+        let (start, end) = write_entry(&mut block.bytes, entry, order, value);
+        let (old_start, old_end) = block.dirty.unwrap_or((start, end));
+        block.dirty = Some((old_start.min(start), old_end.max(end)));
+        Ok(())
+    }
+
+    /// The first entry from `entry` on of a block that is zero, and how many follow it, up to
+    /// `count_max`.
+    pub(super) fn find_free(
+        &mut self,
+        index: usize,
+        entry: usize,
+        count_max: usize,
+    ) -> Result<Option<(usize, usize)>> {
+        let (order, entries) =
+            (self.geometry.refcount_order, self.geometry.block_entries() as usize);
+        let bytes = &self.block(index)?.bytes;
+        let Some(first) = (entry..entries).find(|entry| read_entry(bytes, *entry, order) == 0)
+        else {
+            return Ok(None);
+        };
+        let free = (first..entries).take(count_max);
+        let count = free.take_while(|entry| read_entry(bytes, *entry, order) == 0).count();
+        Ok(Some((first, count)))
+    }
+
+    /// Adds a new block, all zero but present on disk, at `offset`.
+    pub(super) fn add_block(&mut self, index: usize, offset: u64) -> Result<()> {
+        let bytes = vec![0; self.geometry.cluster_size() as usize];
+        // Written now, so that a full disk is noticed now and not by a flush.
+        self.file
+            .write_at(HostOffset::new(offset), &bytes, Durability::Cached)
+            .map_err(|error| Error::from_io("write a refcount block of", error))?;
+        self.make_room();
+        self.blocks.insert(index, Block { bytes, dirty: None, is_being_written: false });
+        if self.table.len() <= index {
+            self.table.resize(index + 1, 0);
+        }
+        self.table[index] = offset;
+        self.dirty_entries.insert(index);
+        Ok(())
+    }
+
+    /// Takes a block back that was just added and counts nothing but itself.
+    pub(super) fn remove_block(&mut self, index: usize) {
+        self.blocks.remove(&index);
+        self.dirty_entries.remove(&index);
+        if let Some(entry) = self.table.get_mut(index) {
+            *entry = 0;
+        }
+    }
+
+    fn block(&mut self, index: usize) -> Result<&mut Block> {
+        if !self.blocks.contains_key(&index) {
+            self.make_room();
+            let offset = self.table.get(index).copied().unwrap_or(0);
+            if offset == 0 || self.geometry.in_cluster(offset) != 0 {
+                let detail = "a refcount block is missing or not aligned; check it with \
+                              'qemu-img check'";
+                return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset));
+            }
+            let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+            self.file
+                .read_exact_at(HostOffset::new(offset), &mut bytes)
+                .map_err(|error| Error::from_io("read a refcount block of", error))?;
+            self.blocks.insert(index, Block { bytes, dirty: None, is_being_written: false });
+        }
+        let missing = || Error::new(ErrorKind::Corrupt, "change", "a refcount block is missing");
+        self.blocks.get_mut(&index).ok_or_else(missing)
+    }
+
+    fn make_room(&mut self) {
+        let blocks_max = (CACHE_BYTES / self.geometry.cluster_size()).max(8) as usize;
+        if self.blocks.len() >= blocks_max {
+            let clean = |block: &Block| block.dirty.is_none() && !block.is_being_written;
+            let victim =
+                self.blocks.iter().find(|(_, block)| clean(block)).map(|(index, _)| *index);
+            victim.and_then(|index| self.blocks.remove(&index));
+        }
+    }
+
+    /// Takes copies of everything that changed.
+    pub(super) fn take_dirty(&mut self) -> Vec<DirtyBlock> {
+        let mut parts = Vec::new();
+        for (index, block) in &mut self.blocks {
+            if let Some((start, end)) = block.dirty.take() {
+                let start = start / 512 * 512;
+                let end = end.next_multiple_of(512);
+                let bytes = block.bytes[start..end].to_vec();
+                block.is_being_written = true;
+                let offset = self.table[*index] + start as u64;
+                parts.push(DirtyBlock { index: *index, start, offset, bytes });
+            }
+        }
+        parts
+    }
+
+    /// Notes what came of writing what [`take_dirty`](Self::take_dirty) returned.
+    pub(super) fn written(&mut self, parts: &[DirtyBlock], success: bool) {
+        for part in parts {
+            let Some(block) = self.blocks.get_mut(&part.index) else { continue };
+            block.is_being_written = false;
+            if !success {
+                let (start, end) = (part.start, part.start + part.bytes.len());
+                let (old_start, old_end) = block.dirty.unwrap_or((start, end));
+                block.dirty = Some((old_start.min(start), old_end.max(end)));
+            }
+        }
+    }
+}
+
+/// Reads one count of a block. Counts narrower than a byte start at the lowest bit.
+pub(super) fn read_entry(bytes: &[u8], entry: usize, order: u32) -> u64 {
+    if order < 3 {
+        let bit = entry << order;
+        let mask = (1u16 << (1 << order)) - 1;
+        return u64::from(u16::from(bytes[bit / 8]) >> (bit % 8) & mask);
+    }
+    let width = 1 << (order - 3);
+    let field = &bytes[entry * width..][..width];
+    field.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// Writes one count of a block; returns the bytes that changed.
+pub(super) fn write_entry(
+    bytes: &mut [u8],
+    entry: usize,
+    order: u32,
+    value: u64,
+) -> (usize, usize) {
+    if order < 3 {
+        let bit = entry << order;
+        let mask = ((1u16 << (1 << order)) - 1) << (bit % 8);
+        let byte = &mut bytes[bit / 8];
+        *byte = *byte & !(mask as u8) | (value << (bit % 8)) as u8 & mask as u8;
+        return (bit / 8, bit / 8 + 1);
+    }
+    let width = 1 << (order - 3);
+    let field = &mut bytes[entry * width..][..width];
+    field.copy_from_slice(&value.to_be_bytes()[8 - width..]);
+    (entry * width, (entry + 1) * width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_every_width_are_independent_of_their_neighbours() {
+        for order in 0..=6 {
+            let mut bytes = vec![0; 512];
+            let entries = (512 * 8) >> order;
+            let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+            write_entry(&mut bytes, 5, order, max);
+            write_entry(&mut bytes, 7, order, 1);
+            write_entry(&mut bytes, entries - 1, order, max);
+            for entry in 0..entries {
+                let expected = match entry {
+                    5 => max,
+                    7 => 1,
+                    last if last == entries - 1 => max,
+                    _ => 0,
+                };
+                assert_eq!(read_entry(&bytes, entry, order), expected, "order {order}");
+            }
+            write_entry(&mut bytes, 5, order, 0);
+            assert_eq!(read_entry(&bytes, 5, order), 0);
+            assert_eq!(read_entry(&bytes, 7, order), 1);
+        }
+    }
+
+    #[test]
+    fn narrow_counts_start_at_the_lowest_bit_and_wide_ones_are_big_endian() {
+        let mut bytes = vec![0; 8];
+        write_entry(&mut bytes, 1, 0, 1);
+        assert_eq!(bytes[0], 0b10);
+        write_entry(&mut bytes, 1, 4, 0x1234);
+        assert_eq!(bytes[2..4], [0x12, 0x34]);
+    }
+}

@@ -1,0 +1,340 @@
+//! Writing: in place where the cluster is ours alone, otherwise reserve, write, commit.
+
+use std::sync::Arc;
+
+use super::Qcow2;
+use super::alloc::Reserved;
+use super::cache::Table;
+use super::l2::Cluster;
+use super::map::{Lookup, span};
+use super::tables::Change;
+use crate::error::Result;
+use crate::storage::{Durability, Speed, ZeroMode};
+use crate::units::{GuestOffset, HostOffset};
+
+/// An allocating write is done in steps of at most so many bytes (but at least one cluster): the
+/// stripes are held for no longer than one step takes.
+const STEP_BYTES: u64 = 2 << 20;
+
+/// Old bytes around the new ones up to this size are written together with them.
+const MERGE_BYTES: u64 = 128 << 10;
+
+/// What is to be done for one cluster.
+#[derive(Debug)]
+struct Plan {
+    guest_start: u64,
+    /// The part of the cluster that is written, as offsets within it.
+    from: u64,
+    to: u64,
+    old: Cluster,
+    new: Cluster,
+    /// Parts of the cluster that must be copied from the old content, as offsets within it.
+    fill: Vec<(u64, u64)>,
+    is_virgin: bool,
+}
+
+impl Qcow2 {
+    pub(super) fn write_range(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        self.relieve_pressure()?;
+        if self.write_in_place(offset.bytes(), data)? {
+            return Ok(());
+        }
+        let geometry = self.geometry();
+        let step = STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage());
+        let mut rest = data;
+        let mut position = offset.bytes();
+        while !rest.is_empty() {
+            // Steps end at multiples of their size, so each lies within one L2 table.
+            let length = (step - position % step).min(rest.len() as u64);
+            let (part, behind) = rest.split_at(length as usize);
+            self.write_step(position, part)?;
+            rest = behind;
+            position += length;
+        }
+        Ok(())
+    }
+
+    /// Writes metadata out before more of it than the cache should hold has changed.
+    pub(super) fn relieve_pressure(&self) -> Result<()> {
+        if self.tables.is_under_pressure() { self.flush_all() } else { Ok(()) }
+    }
+
+    /// Writes all of `data` in place if every cluster allows it; else writes nothing.
+    fn write_in_place(&self, start: u64, data: &[u8]) -> Result<bool> {
+        // While this lives, nobody else is given the clusters found below.
+        let _lease = self.writer()?.leases.take();
+        let mut segments = Vec::new();
+        if !self.find_in_place(start, start + data.len() as u64, &mut segments)? {
+            return Ok(false);
+        }
+        for (host, from, to) in segments {
+            self.write_data(host, &data[from..to], start + from as u64)?;
+        }
+        Ok(true)
+    }
+
+    /// Finds where a range can be written in place: host offset, and which bytes of the data.
+    fn find_in_place(
+        &self,
+        start: u64,
+        end: u64,
+        segments: &mut Vec<(u64, usize, usize)>,
+    ) -> Result<bool> {
+        let geometry = self.geometry();
+        let mut position = start;
+        while position < end {
+            let l1_index = geometry.l1_index(position);
+            if !self.l1_is_copied(l1_index) {
+                return Ok(false);
+            }
+            let Some(Some(table)) = self.table(l1_index, Lookup::MayRead)? else {
+                return Ok(false);
+            };
+            let table_end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
+            let content = table.read();
+            while position < table_end {
+                let cluster = self.decode(&content.words, position)?;
+                let in_cluster = geometry.in_cluster(position);
+                let stop = table_end.min(position - in_cluster + geometry.cluster_size());
+                let touched = geometry.subcluster_mask(in_cluster, in_cluster + (stop - position));
+                let (Some(host), true) = (cluster.host, cluster.copied) else { return Ok(false) };
+                if touched & !cluster.allocated != 0 {
+                    return Ok(false);
+                }
+                let (from, to) = ((position - start) as usize, (stop - start) as usize);
+                match segments.last_mut() {
+                    Some((first, begun, until))
+                        if *first + (from - *begun) as u64 == host + in_cluster =>
+                    {
+                        *until = to;
+                    }
+                    _ => segments.push((host + in_cluster, from, to)),
+                }
+                position = stop;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes data that lies within one L2 table, whatever its clusters are now.
+    fn write_step(&self, start: u64, data: &[u8]) -> Result<()> {
+        let writer = self.writer()?;
+        let geometry = self.geometry();
+        let end = start + data.len() as u64;
+        let first = start >> geometry.cluster_bits;
+        let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
+        let _stripes = writer.lock_clusters(first, count);
+        let _lease = writer.leases.take();
+        let table = self.table_for_write(geometry.l1_index(start))?;
+        let mut plans = self.plan(&table, start, end)?;
+        let mut reserved = Vec::new();
+        let result = self
+            .reserve_for(&mut plans, &mut reserved)
+            .and_then(|()| self.write_plans(&plans, start, data));
+        if let Err(error) = result {
+            self.release(&reserved);
+            return Err(error);
+        }
+        let changed = plans.iter().filter(|plan| plan.new != plan.old);
+        let mut freed = Vec::new();
+        let changes: Vec<Change> = changed
+            .inspect(|plan| freed.extend(self.references(plan.old, plan.new.host, false)))
+            .map(|plan| Change { guest: plan.guest_start, cluster: plan.new })
+            .collect();
+        match changes.is_empty() {
+            true => Ok(()),
+            false => self.commit(&table, &changes, &freed),
+        }
+    }
+
+    fn plan(&self, table: &Arc<Table>, start: u64, end: u64) -> Result<Vec<Plan>> {
+        let geometry = self.geometry();
+        let content = table.read();
+        let mut plans = Vec::new();
+        let mut position = start;
+        while position < end {
+            let guest_start = geometry.cluster_start(position);
+            let stop = end.min(guest_start + geometry.cluster_size());
+            let old = self.decode(&content.words, position)?;
+            plans.push(self.plan_cluster(
+                guest_start,
+                position - guest_start,
+                stop - guest_start,
+                old,
+            ));
+            position = stop;
+        }
+        Ok(plans)
+    }
+
+    /// Decides for one cluster where the bytes from `from` to `to` go and what must come along. A
+    /// new place is reserved later: `host` is `None` until then.
+    fn plan_cluster(&self, guest_start: u64, from: u64, to: u64, old: Cluster) -> Plan {
+        let geometry = self.geometry();
+        let touched = geometry.subcluster_mask(from, to);
+        let stays = old.copied && old.host.is_some() && old.compressed.is_none();
+        let mut allocated = old.allocated | touched;
+        if old.compressed.is_some() {
+            allocated = geometry.all_subclusters();
+        }
+        let present = if stays { old.allocated } else { 0 };
+        let new = Cluster {
+            host: if stays { old.host } else { None },
+            copied: true,
+            compressed: None,
+            allocated,
+            zero: old.zero & !allocated,
+        };
+        // A raw data file must not become longer than the disk.
+        let limit = match self.format.has_data_file {
+            true => (self.size - guest_start).min(geometry.cluster_size()),
+            false => geometry.cluster_size(),
+        };
+        let mut fill: Vec<(u64, u64)> = Vec::new();
+        for subcluster in 0..geometry.subclusters() {
+            if (allocated & !present) >> subcluster & 1 == 0 {
+                continue;
+            }
+            let start = u64::from(subcluster) * geometry.subcluster_size();
+            let end = start + geometry.subcluster_size();
+            for (start, end) in [(start, end.min(from)), (start.max(to), end.min(limit))] {
+                match fill.last_mut() {
+                    _ if start >= end => {}
+                    Some(last) if last.1 == start => last.1 = end,
+                    _ => fill.push((start, end)),
+                }
+            }
+        }
+        Plan { guest_start, from, to, old, new, fill, is_virgin: false }
+    }
+
+    /// Gives every plan that needs one a new cluster, next to each other where possible.
+    fn reserve_for(&self, plans: &mut [Plan], reserved: &mut Vec<Reserved>) -> Result<()> {
+        let cluster_size = self.geometry().cluster_size();
+        let mut wanted = plans.iter().filter(|plan| plan.new.host.is_none()).count() as u64;
+        let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: false };
+        for plan in plans.iter_mut().filter(|plan| plan.new.host.is_none()) {
+            if self.format.has_data_file {
+                // Data has the same place in a data file as on the disk.
+                plan.new.host = Some(plan.guest_start);
+                continue;
+            }
+            if at_hand.clusters == 0 {
+                at_hand = self.reserve(wanted)?;
+                reserved.push(at_hand);
+            }
+            plan.new.host = Some(at_hand.offset);
+            plan.is_virgin = at_hand.is_virgin;
+            at_hand.offset += cluster_size;
+            at_hand.clusters -= 1;
+            wanted -= 1;
+        }
+        Ok(())
+    }
+
+    fn write_plans(&self, plans: &[Plan], start: u64, data: &[u8]) -> Result<()> {
+        let part = |from: u64, to: u64| &data[(from - start) as usize..(to - start) as usize];
+        let mut waiting: Option<(u64, u64, u64)> = None; // host, guest from, guest to
+        for plan in plans {
+            let host = plan.new.host.unwrap_or(0);
+            let (from, to) = (plan.guest_start + plan.from, plan.guest_start + plan.to);
+            if let Some((first, begun, until)) = &mut waiting {
+                if plan.fill.is_empty() && *first + (from - *begun) == host + plan.from {
+                    *until = to;
+                    continue;
+                }
+                self.write_data(*first, part(*begun, *until), *begun)?;
+                waiting = None;
+            }
+            if plan.fill.is_empty() {
+                waiting = Some((host + plan.from, from, to));
+            } else {
+                self.write_filled(plan, host, part(from, to))?;
+            }
+        }
+        match waiting {
+            Some((host, from, to)) => self.write_data(host, part(from, to), from),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes new bytes with the old ones around them.
+    fn write_filled(&self, plan: &Plan, host: u64, data: &[u8]) -> Result<()> {
+        let mut first = plan.from;
+        let mut merged = Vec::new();
+        let mut behind = None;
+        for (start, end) in &plan.fill {
+            let touches = *end == plan.from || *start == plan.to;
+            if !touches || end - start > MERGE_BYTES {
+                self.copy_old(plan, host, *start, *end)?;
+                continue;
+            }
+            let mut old = vec![0; (end - start) as usize];
+            self.read_range(GuestOffset::new(plan.guest_start + start), &mut old)?;
+            // Where the file has never been there are zeroes already.
+            if plan.is_virgin && old.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            if *end == plan.from {
+                first = *start;
+                merged = old;
+            } else {
+                behind = Some(old);
+            }
+        }
+        if merged.is_empty() && behind.is_none() {
+            return self.write_data(host + first, data, plan.guest_start + first);
+        }
+        merged.extend_from_slice(data);
+        merged.extend_from_slice(&behind.unwrap_or_default());
+        self.write_data(host + first, &merged, plan.guest_start + first)
+    }
+
+    /// Copies a part of the old content into the new cluster.
+    fn copy_old(&self, plan: &Plan, host: u64, start: u64, end: u64) -> Result<()> {
+        let guest = plan.guest_start + start;
+        let mut buffer = vec![0; (end - start).min(1 << 20) as usize];
+        let mut position = start;
+        while position < end {
+            let part = &mut buffer[..(end - position).min(1 << 20) as usize];
+            self.read_range(GuestOffset::new(plan.guest_start + position), part)?;
+            let is_zero = part.iter().all(|byte| *byte == 0);
+            let place = HostOffset::new(host + position);
+            let length = part.len() as u64;
+            if !is_zero {
+                self.write_data(place.bytes(), part, guest)?;
+            } else if !plan.is_virgin {
+                self.data_will_grow(place.bytes() + length, guest)?;
+                self.data
+                    .write_zeroes(place, length, ZeroMode::KeepAllocated, Speed::Any)
+                    .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))?;
+            }
+            position += length;
+        }
+        Ok(())
+    }
+
+    pub(super) fn write_data(&self, host: u64, data: &[u8], guest: u64) -> Result<()> {
+        self.data
+            .write_at(HostOffset::new(host), data, Durability::Cached)
+            .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
+    }
+
+    /// Makes the data file at least `end` bytes long: zeroes can be written only within it.
+    pub(super) fn data_will_grow(&self, end: u64, guest: u64) -> Result<()> {
+        let length = self.data.len();
+        let grown =
+            length.and_then(|length| if length < end { self.data.set_len(end) } else { Ok(()) });
+        grown.map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
+    }
+
+    /// Reads whether a range reads as zero without looking at data.
+    pub(super) fn is_known_zero(&self, start: u64, end: u64) -> Result<bool> {
+        let mut list = crate::extent::ExtentList::new(1);
+        self.push_extents(span(start, end), &mut list)?;
+        let extents = list.into_vec();
+        Ok(extents.first().is_some_and(|extent| {
+            extent.kind != crate::extent::ExtentKind::Data && extent.range.end().bytes() >= end
+        }))
+    }
+}

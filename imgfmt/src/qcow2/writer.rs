@@ -1,0 +1,109 @@
+//! What an image needs in memory to be written, and the rules of its locks.
+//!
+//! Locks are taken in this order, and none is held while data is moved except the stripes:
+//!
+//! 1. stripes: one per guest cluster (several clusters share one). Whoever changes the mapping of a
+//!    cluster holds its stripe from the lookup to the commit. Writes in place need none.
+//! 2. `l1_change`: making or moving an L2 table.
+//! 3. `commit_gate`: shared while a mapping is changed in memory, exclusive while a flush takes its
+//!    copy of everything. So a copy holds each mapping with the refcounts it needs.
+//! 4. the allocator, the tables, the lists below; each for a moment.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+use super::alloc::{Allocator, Freed, Quarantine, Reserved};
+use super::lease::Leases;
+use super::{Qcow2, unwritable};
+use crate::error::Result;
+
+const STRIPES: u64 = 256;
+
+/// The half of an image that only writing needs.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    stripes: Vec<Mutex<()>>,
+    pub(super) l1_change: Mutex<()>,
+    pub(super) commit_gate: RwLock<()>,
+    pub(super) allocator: Mutex<Allocator>,
+    pub(super) leases: Leases,
+    /// L1 entries that are not yet on disk.
+    pub(super) dirty_l1: Mutex<BTreeSet<usize>>,
+    /// References that were dropped since the last flush began.
+    pub(super) freed: Mutex<Vec<Freed>>,
+    pub(super) quarantine: Mutex<Quarantine>,
+    pub(super) flush: Mutex<()>,
+    /// Counts calls of flush, and up to which call everything is on disk.
+    pub(super) flush_calls: AtomicU64,
+    pub(super) flush_covers: AtomicU64,
+    /// Counts changes of metadata, and up to which change everything is on disk.
+    pub(super) changes: AtomicU64,
+    pub(super) durable_changes: AtomicU64,
+}
+
+impl Writer {
+    pub(super) fn new(allocator: Allocator) -> Self {
+        Self {
+            stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
+            l1_change: Mutex::new(()),
+            commit_gate: RwLock::new(()),
+            allocator: Mutex::new(allocator),
+            leases: Leases::new(),
+            dirty_l1: Mutex::default(),
+            freed: Mutex::default(),
+            quarantine: Mutex::default(),
+            flush: Mutex::new(()),
+            flush_calls: AtomicU64::new(0),
+            flush_covers: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+            durable_changes: AtomicU64::new(0),
+        }
+    }
+
+    /// Locks the stripes of `count` guest clusters from `first` on.
+    pub(super) fn lock_clusters(&self, first: u64, count: u64) -> Vec<MutexGuard<'_, ()>> {
+        let mut indexes: Vec<u64> =
+            (first..first + count.min(STRIPES)).map(|cluster| cluster % STRIPES).collect();
+        // Always in the same order, or two writers could wait for each other.
+        indexes.sort_unstable();
+        indexes.into_iter().map(|index| lock(&self.stripes[index as usize])).collect()
+    }
+
+    pub(super) fn note_change(&self) {
+        self.changes.fetch_add(1, AcqRel);
+    }
+
+    /// Whether some change of metadata is not known to be on disk.
+    pub(super) fn has_changes(&self) -> bool {
+        self.changes.load(Acquire) != self.durable_changes.load(Acquire)
+    }
+}
+
+/// Locks a mutex whose content is whole even if a thread panicked while it held it.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Qcow2 {
+    pub(super) fn writer(&self) -> Result<&Writer> {
+        self.writer.as_ref().ok_or_else(unwritable)
+    }
+
+    /// Reserves up to `count_max` clusters next to each other.
+    pub(super) fn reserve(&self, count_max: u64) -> Result<Reserved> {
+        let writer = self.writer()?;
+        self.release_quarantine(writer);
+        let reserved = lock(&writer.allocator).reserve(count_max)?;
+        writer.note_change();
+        Ok(reserved)
+    }
+
+    pub(super) fn release(&self, reserved: &[Reserved]) {
+        if let (Some(writer), false) = (&self.writer, reserved.is_empty()) {
+            let mut allocator = lock(&writer.allocator);
+            reserved.iter().for_each(|reserved| allocator.release(*reserved));
+            writer.note_change();
+        }
+    }
+}
