@@ -4,6 +4,8 @@
 //! nothing of image formats. Seven methods must be written; the others have defaults that are
 //! correct everywhere and that [`FileStorage`] replaces by what the operating system does better.
 
+#[cfg(any(test, feature = "test-util"))]
+pub mod fault;
 mod file;
 mod lock;
 mod memory;

@@ -1,0 +1,394 @@
+//! Storages for tests: one remembers what a crash could leave, the other fails and dawdles.
+//!
+//! Built only with the feature `test-util`.
+
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::{Capabilities, Durability, MemoryStorage, Storage, StorageExtent, TryRead};
+use crate::units::HostOffset;
+
+/// What a disk writes at once or not at all, in bytes.
+pub const SECTOR: u64 = 512;
+
+/// What several storages did, in one order: an image and its data file crash at the same instant.
+#[derive(Clone, Debug, Default)]
+pub struct Recording {
+    log: Arc<Mutex<Vec<(usize, Change)>>>,
+    storages: Arc<Mutex<usize>>,
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Write { offset: u64, data: Arc<[u8]>, durability: Durability },
+    Zero { offset: u64, length: u64 },
+    SetLength(u64),
+    Sync,
+}
+
+/// Which changes that were not yet synced a crash takes away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// None: the process was killed, the page cache lives on.
+    Nothing,
+    /// All of them.
+    Everything,
+    /// Each change as a whole or not at all; earlier ones may be lost and later ones kept.
+    SomeChanges,
+    /// Each sector of each change, so that changes are torn.
+    SomeSectors,
+}
+
+impl Loss {
+    /// All kinds.
+    pub const ALL: [Self; 4] =
+        [Self::Nothing, Self::Everything, Self::SomeChanges, Self::SomeSectors];
+}
+
+impl Recording {
+    /// An empty recording.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A storage that holds a copy of `bytes`, all of them durable, and records from now on.
+    pub fn storage(&self, bytes: &[u8]) -> Arc<RecordingStorage> {
+        let mut storages = lock(&self.storages);
+        let number = *storages;
+        *storages += 1;
+        Arc::new(RecordingStorage {
+            inner: MemoryStorage::from_bytes(bytes),
+            start: bytes.into(),
+            number,
+            recording: self.clone(),
+        })
+    }
+
+    /// How many changes have been recorded.
+    pub fn position(&self) -> usize {
+        lock(&self.log).len()
+    }
+}
+
+/// Records every change and can tell what a crash after any of them could leave.
+#[derive(Debug)]
+pub struct RecordingStorage {
+    inner: MemoryStorage,
+    start: Arc<[u8]>,
+    number: usize,
+    recording: Recording,
+}
+
+impl RecordingStorage {
+    /// The bytes found after a crash that came when `position` changes of the recording had been
+    /// made. `below` returns a random number below its argument.
+    ///
+    /// As with a page cache, of each sector one of the states since the last sync is found: a later
+    /// write of the same sector never gets lost in favour of an earlier one that was lost, too.
+    pub fn after_crash(
+        &self,
+        position: usize,
+        loss: Loss,
+        below: &mut dyn FnMut(u64) -> u64,
+    ) -> Vec<u8> {
+        let log = lock(&self.recording.log);
+        let own = log[..position].iter().filter(|(number, _)| *number == self.number);
+        let changes: Vec<&Change> = own.map(|(_, change)| change).collect();
+        drop_after(&self.start, &changes, loss, below)
+    }
+
+    /// The bytes as they are now.
+    pub fn content(&self) -> Vec<u8> {
+        let length = self.inner.len().unwrap_or(0);
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        let read = self.inner.read_at(HostOffset::new(0), &mut bytes);
+        bytes.truncate(read.unwrap_or(0));
+        bytes
+    }
+
+    /// Carries a change out and records it, so that no sync can come between the two.
+    fn change(&self, change: Change, apply: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let mut log = lock(&self.recording.log);
+        apply()?;
+        log.push((self.number, change));
+        Ok(())
+    }
+}
+
+fn drop_after(
+    start: &[u8],
+    changes: &[&Change],
+    loss: Loss,
+    below: &mut dyn FnMut(u64) -> u64,
+) -> Vec<u8> {
+    let synced = changes.iter().rposition(|change| matches!(change, Change::Sync)).unwrap_or(0);
+    let mut cached = start.to_vec();
+    for change in &changes[..synced] {
+        apply(&mut cached, change);
+    }
+    let mut disk = cached.clone();
+    // Now and then nearly everything survives, and now and then nearly nothing.
+    let odds = [1, 4, 7][below(3) as usize];
+    for change in &changes[synced..] {
+        let touched = apply(&mut cached, change);
+        let is_durable = matches!(change, Change::Write { durability: Durability::Fua, .. });
+        let mut survives = || match loss {
+            Loss::Nothing => true,
+            Loss::Everything => false,
+            Loss::SomeChanges | Loss::SomeSectors => below(8) < odds,
+        };
+        let whole = is_durable || survives();
+        if let (Change::SetLength(length), true) = (change, whole) {
+            disk.resize(*length as usize, 0);
+        }
+        for sector in touched {
+            if is_durable || if loss == Loss::SomeSectors { survives() } else { whole } {
+                let from = (sector * SECTOR) as usize;
+                let to = cached.len().min(from + SECTOR as usize);
+                let length = disk.len().max(to);
+                disk.resize(length, 0);
+                disk[from..to].copy_from_slice(&cached[from..to]);
+            }
+        }
+    }
+    disk
+}
+
+/// Applies a change; returns the sectors it touched.
+fn apply(bytes: &mut Vec<u8>, change: &Change) -> Range<u64> {
+    let (offset, length) = match change {
+        Change::Write { offset, data, .. } => {
+            let (from, to) = (*offset as usize, *offset as usize + data.len());
+            bytes.resize(bytes.len().max(to), 0);
+            bytes[from..to].copy_from_slice(data);
+            (*offset, data.len() as u64)
+        }
+        Change::Zero { offset, length } => {
+            let length = (bytes.len() as u64).saturating_sub(*offset).min(*length);
+            bytes[*offset as usize..(*offset + length) as usize].fill(0);
+            (*offset, length)
+        }
+        Change::SetLength(length) => {
+            bytes.resize(*length as usize, 0);
+            (0, 0)
+        }
+        Change::Sync => (0, 0),
+    };
+    match length {
+        0 => 0..0,
+        _ => offset / SECTOR..(offset + length).div_ceil(SECTOR),
+    }
+}
+
+impl Storage for RecordingStorage {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read_at(offset, buffer)
+    }
+
+    fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
+        let change = Change::Write { offset: offset.bytes(), data: data.into(), durability };
+        self.change(change, || self.inner.write_at(offset, data, durability))
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.change(Change::SetLength(length), || self.inner.set_len(length))
+    }
+
+    fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        let change = Change::Zero { offset: offset.bytes(), length };
+        self.change(change, || self.inner.punch_hole(offset, length))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.change(Change::Sync, || Ok(()))
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
+        self.inner.try_read_at(offset, buffer)
+    }
+
+    fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
+        self.inner.next_extent(offset, length)
+    }
+}
+
+/// A kind of call of a storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// `read_at` and `try_read_at`.
+    Read,
+    /// `write_at`.
+    Write,
+    /// `punch_hole`.
+    PunchHole,
+    /// `set_len`.
+    SetLength,
+    /// `sync`.
+    Sync,
+}
+
+/// Which calls fail: those whose number lies in `calls`, with an error code of the system.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Numbers of calls, as [`FailingStorage::calls`] counts them; `n..n + 1` fails once,
+    /// `n..u64::MAX` from then on.
+    pub calls: Range<u64>,
+    /// For example `EIO`.
+    pub code: i32,
+}
+
+/// Passes everything on to another storage, except for what it has been told to fail or to hold.
+///
+/// A write that fails has put half of its sectors on the disk.
+#[derive(Debug)]
+pub struct FailingStorage {
+    inner: Arc<dyn Storage>,
+    state: Mutex<FaultState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct FaultState {
+    calls: u64,
+    failed: u64,
+    fault: Option<Fault>,
+    hold: Option<(Call, Range<u64>)>,
+    held: usize,
+}
+
+impl FailingStorage {
+    /// A storage that does not fail yet.
+    pub fn new(inner: Arc<dyn Storage>) -> Arc<Self> {
+        Arc::new(Self { inner, state: Mutex::default(), changed: Condvar::new() })
+    }
+
+    /// Says which calls fail from now on; `None` ends that.
+    pub fn set_fault(&self, fault: Option<Fault>) {
+        lock(&self.state).fault = fault;
+    }
+
+    /// How many calls have been made.
+    pub fn calls(&self) -> u64 {
+        lock(&self.state).calls
+    }
+
+    /// How many calls have failed.
+    pub fn failed(&self) -> u64 {
+        lock(&self.state).failed
+    }
+
+    /// Lets calls of a kind that touch a byte range of the storage wait until
+    /// [`release`](Self::release). Syncs touch every range.
+    pub fn hold(&self, call: Call, range: Range<u64>) {
+        lock(&self.state).hold = Some((call, range));
+    }
+
+    /// How many calls are waiting.
+    pub fn held(&self) -> usize {
+        lock(&self.state).held
+    }
+
+    /// Lets all waiting calls go on, and holds no more.
+    pub fn release(&self) {
+        lock(&self.state).hold = None;
+        self.changed.notify_all();
+    }
+
+    /// Counts a call; waits if it is to be held, and fails if it is to fail.
+    fn call(&self, call: Call, offset: u64, length: u64) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let number = state.calls;
+        state.calls += 1;
+        let end = offset.saturating_add(length);
+        let is_held = |state: &FaultState| {
+            state.hold.as_ref().is_some_and(|(kind, range)| {
+                *kind == call && (call == Call::Sync || offset < range.end && range.start < end)
+            })
+        };
+        if is_held(&state) {
+            state.held += 1;
+            while is_held(&state) {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.held -= 1;
+        }
+        match &state.fault {
+            Some(fault) if fault.calls.contains(&number) => {
+                let code = fault.code;
+                state.failed += 1;
+                Err(io::Error::from_raw_os_error(code))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Storage for FailingStorage {
+    fn len(&self) -> io::Result<u64> {
+        self.inner.len()
+    }
+
+    fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        self.call(Call::Read, offset.bytes(), buffer.len() as u64)?;
+        self.inner.read_at(offset, buffer)
+    }
+
+    fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
+        let (start, length) = (offset.bytes(), data.len() as u64);
+        let result = self.call(Call::Write, start, length);
+        if result.is_err() {
+            let middle = (start + length / 2) / SECTOR * SECTOR;
+            let part = middle.saturating_sub(start) as usize;
+            if part > 0 {
+                self.inner.write_at(offset, &data[..part], Durability::Cached)?;
+            }
+            return result;
+        }
+        self.inner.write_at(offset, data, durability)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        self.call(Call::SetLength, length, 1)?;
+        self.inner.set_len(length)
+    }
+
+    fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        self.call(Call::PunchHole, offset.bytes(), length)?;
+        self.inner.punch_hole(offset, length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        self.call(Call::Sync, 0, u64::MAX)?;
+        self.inner.sync()
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.inner.capabilities()
+    }
+
+    fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
+        self.call(Call::Read, offset.bytes(), buffer.len() as u64)?;
+        self.inner.try_read_at(offset, buffer)
+    }
+
+    fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
+        self.inner.next_extent(offset, length)
+    }
+}
+
+// A thread that panicked while it held a lock has already failed the test.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;
