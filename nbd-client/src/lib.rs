@@ -17,13 +17,28 @@
 //!
 //! # Example
 //!
-//! ```no_run
-//! use nbd_client::{Bytes, Connector, Durability, MetaContextName};
+//! A disk in memory on a server of our own, written, read and looked at:
 //!
-//! # async fn example() -> nbd_client::Result<()> {
-//! let connector: Connector = "nbd+unix:///disk?socket=/run/nbd.sock".parse()?;
+//! ```
+//! use std::sync::Arc;
+//!
+//! use nbd_client::{Bytes, Connector, Durability, MetaContextName};
+//! use nbd_server::export::{ExportEntry, MemoryExport};
+//! use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
+//!
+//! # let folder = tempfile::tempdir()?;
+//! # let socket = folder.path().join("nbd.sock");
+//! # tokio::runtime::Runtime::new()?.block_on(async move {
+//! let exports = ExportRegistry::new();
+//! exports.add("disk", ExportEntry::new(Arc::new(MemoryExport::new(1 << 20))))?;
+//! let mut server = Server::new(ServerConfig::default(), exports);
+//! let address = server.listen(&ListenAddress::Unix(socket)).await?.remove(0);
+//! let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+//! let serving = tokio::spawn(server.serve(async { stopped.await.unwrap_or(()) }));
+//!
 //! let allocation = MetaContextName::base_allocation();
-//! let client = connector.meta_contexts([allocation.clone()]).connect().await?;
+//! let connector = Connector::new(address.uri("disk")).meta_contexts([allocation.clone()]);
+//! let client = connector.connect().await?;
 //!
 //! client.write(0, Bytes::from_static(b"hello"), Durability::Cached).await?;
 //! assert_eq!(client.read(0, 5).await?, "hello");
@@ -34,8 +49,12 @@
 //!     let extent = extent?;
 //!     println!("{} bytes at {}: {:?}", extent.length, extent.offset, extent.allocation());
 //! }
-//! client.disconnect().await
-//! # }
+//! client.disconnect().await?;
+//! stop.send(()).ok();
+//! serving.await??;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! # })?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
 mod client;

@@ -2,8 +2,10 @@
 
 use std::future::poll_fn;
 use std::num::NonZeroUsize;
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::Poll;
 
 use nbd_proto::wire::MetaContextId;
 use tokio::sync::mpsc;
@@ -12,11 +14,8 @@ use tokio::task::JoinHandle;
 use crate::driver::Driver;
 use crate::error::{Error, LostConnection};
 use crate::handshake::Established;
-use crate::queue::{Message, Queue};
+use crate::queue::{Message, QUEUE_LEN, Queue};
 use crate::reconnect::{Outage, Reconnect};
-
-/// Requests that wait in front of a connection before their callers have to.
-const QUEUE_LEN: usize = 128;
 
 /// What may be in flight on one connection.
 #[derive(Debug, Clone, Copy)]
@@ -141,9 +140,11 @@ impl Task {
                 return self.end(Error::Closed);
             }
             let outage = outage.get_or_insert_with(|| Outage::begin(&lost));
-            driver = match reconnect.again(outage, lost).await {
-                Ok(driver) => driver,
-                Err(lost) => return self.lost(lost),
+            let next = next_driver(&mut self.queue, reconnect.again(outage, lost)).await;
+            driver = match next {
+                Some(Ok(driver)) => driver,
+                Some(Err(lost)) => return self.lost(lost),
+                None => return self.end(Error::Closed),
             };
         }
     }
@@ -156,4 +157,14 @@ impl Task {
     fn end(self, error: Error) {
         self.queue.fail(self.ended.get_or_init(|| error));
     }
+}
+
+/// Waits for a new connection for as long as somebody needs one.
+async fn next_driver<F: Future>(queue: &mut Queue, again: F) -> Option<F::Output> {
+    let mut again = pin!(again);
+    poll_fn(|cx| match again.as_mut().poll(cx) {
+        Poll::Ready(next) => Poll::Ready(Some(next)),
+        Poll::Pending => queue.poll_abandoned(cx).map(|()| None),
+    })
+    .await
 }

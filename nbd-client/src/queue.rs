@@ -9,6 +9,9 @@ use tokio::sync::mpsc;
 use crate::error::Error;
 use crate::inflight::Submission;
 
+/// Requests that wait in front of a connection before their callers have to.
+pub(crate) const QUEUE_LEN: usize = 128;
+
 /// What a client sends to the task of a connection.
 #[derive(Debug)]
 pub(crate) enum Message {
@@ -77,6 +80,21 @@ impl Queue {
         let Some(next) = next.await else { return false };
         self.put_back(next);
         true
+    }
+
+    /// Ready once nobody waits for an answer any more and nobody can ask. Until then requests are
+    /// taken in, as far as there is room.
+    pub(crate) fn poll_abandoned(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.front.retain(|submission| !submission.is_abandoned());
+        while self.front.len() < QUEUE_LEN {
+            match self.receive(cx) {
+                Some(next) if next.is_abandoned() => {}
+                Some(next) => self.front.push_back(next),
+                None if self.is_finished() => return Poll::Ready(()),
+                None => break,
+            }
+        }
+        Poll::Pending
     }
 
     /// Refuses everything from now on.

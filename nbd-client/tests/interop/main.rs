@@ -6,5 +6,6 @@ mod common;
 
 mod nbd_server;
 mod nbdkit;
+mod our_server;
 mod qemu_nbd;
 mod reconnect;

@@ -184,3 +184,19 @@ async fn a_server_that_breaks_the_protocol_is_not_tried_again() {
     let error = read.unwrap_err();
     assert!(matches!(error, Error::Lost { reason: LostConnection::Protocol(_), .. }), "{error}");
 }
+
+#[tokio::test]
+async fn a_client_that_is_not_needed_any_more_does_not_wait_for_a_connection() {
+    let listener = Listener::new();
+    let (client, server) = listener.connect(LONG).await;
+    drop(server);
+    drop(listener);
+    let alone = client.clone();
+    {
+        let mut read = Box::pin(client.read(0, 1));
+        let little = tokio::time::timeout(Duration::from_millis(50), &mut read).await;
+        assert!(little.is_err(), "there is nobody to answer: {little:?}");
+    }
+    let ended = tokio::time::timeout(LONG / 5, alone.disconnect()).await;
+    ended.expect("nobody waits for an answer").unwrap();
+}
