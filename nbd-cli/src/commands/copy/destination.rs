@@ -10,7 +10,7 @@ use imgfmt::storage::FileStorage;
 use imgfmt::{Access, ErrorKind, HostOffset, Locking, Storage as _};
 use nbd_client::{Client, Connector, Durability, Speed, ZeroMode};
 use nbd_proto::NbdUri;
-use nbd_proto::wire::TransmissionFlags;
+use nbd_proto::wire::{Errno, TransmissionFlags};
 
 use super::CopyArgs;
 use super::location::Location;
@@ -132,10 +132,15 @@ impl Destination {
                 if !client.info().flags.contains(TransmissionFlags::SEND_WRITE_ZEROES) {
                     return self.write_zero_buffers(offset, length).await;
                 }
-                client
-                    .write_zeroes(offset, length, mode, Speed::Any, Durability::Cached)
-                    .await
-                    .map_err(|error| failed(uri, "write zeroes to", &error))
+                let zeroed =
+                    client.write_zeroes(offset, length, mode, Speed::Any, Durability::Cached).await;
+                match zeroed {
+                    // Some servers promise it and then refuse (nbdkit in oldstyle does).
+                    Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ENOTSUP)) => {
+                        self.write_zero_buffers(offset, length).await
+                    }
+                    zeroed => zeroed.map_err(|error| failed(uri, "write zeroes to", &error)),
+                }
             }
             Self::File { storage, path, kind } => {
                 let storage = storage.clone();

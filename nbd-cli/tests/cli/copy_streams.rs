@@ -1,0 +1,103 @@
+//! `copy` from and to pipes.
+
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use crate::support::{Disk, PROGRAM, Server, nbd_cli};
+
+/// Runs `nbd-cli copy` with bytes on standard input.
+fn copy(arguments: &[&str], input: &[u8]) -> Output {
+    let mut child = Command::new(PROGRAM)
+        .arg("copy")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("nbd-cli");
+    let mut stdin = child.stdin.take().expect("its input");
+    let input = input.to_vec();
+    let writer = std::thread::spawn(move || {
+        // A command that fails does not read everything.
+        let _ = stdin.write_all(&input);
+    });
+    let output = child.wait_with_output().expect("its end");
+    writer.join().expect("the writer");
+    output
+}
+
+#[test]
+fn standard_output_gets_the_disk_in_order() {
+    let disk = Disk::sparse();
+    let server = Server::ours(&["--read-only", disk.path()]);
+    for source in [server.uri(), disk.path()] {
+        let output = copy(&["--request-size", "4K", source, "-"], b"");
+        assert!(output.status.success(), "{output:?}");
+        assert!(output.stdout == disk.content(), "{source}");
+    }
+}
+
+#[test]
+fn standard_input_fills_servers_and_files() {
+    let disk = Disk::sparse();
+    let blank = disk.blank("blank.img", 8 << 20);
+    let server = Server::ours(&[&blank]);
+    let copied = disk.beside("copy.img");
+    for destination in [server.uri(), &copied] {
+        let output = copy(&["-", destination], disk.content());
+        assert!(output.status.success(), "{output:?}");
+    }
+    server.end();
+    disk.assert_equals(&blank);
+    disk.assert_equals(&copied);
+}
+
+#[test]
+fn a_file_that_ends_in_zeroes_gets_its_full_size() {
+    let disk = Disk::sparse();
+    let copied = disk.beside("copy.img");
+    let output = copy(&["-", &copied], &[0; 1_000_001]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::read(&copied).expect("the copy"), [0; 1_000_001]);
+}
+
+#[test]
+fn input_that_does_not_fit_is_an_error() {
+    let server = Server::ours(&["memory:64K"]);
+    let output = copy(&["-", server.uri()], &[1; 70_000]);
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("more than the 65536 bytes"), "{said}");
+}
+
+#[test]
+fn from_pipe_to_pipe() {
+    let disk = Disk::sparse();
+    let output = copy(&["-", "-"], disk.content());
+    assert!(output.status.success() && output.stdout == disk.content());
+}
+
+#[test]
+fn a_pipe_that_is_closed_early_is_an_incomplete_copy() {
+    let disk = Disk::sparse();
+    let mut child = Command::new(PROGRAM)
+        .args(["copy", disk.path(), "-"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("nbd-cli");
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("its end");
+    assert_eq!(output.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains("standard output"), "{said}");
+}
+
+#[test]
+fn null_is_empty_and_forgets() {
+    let disk = Disk::sparse();
+    let copied = disk.beside("copy.img");
+    nbd_cli(&["copy", disk.path(), "null:"]).success();
+    nbd_cli(&["copy", "null:", &copied]).success();
+    assert_eq!(std::fs::read(&copied).expect("the copy"), b"");
+}

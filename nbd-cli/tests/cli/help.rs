@@ -1,0 +1,35 @@
+//! Help, version, usage errors.
+
+use crate::support::nbd_cli;
+
+#[test]
+fn every_command_has_help_with_examples() {
+    for command in ["serve", "info", "list-meta", "map", "copy", "completions"] {
+        let help = nbd_cli(&[command, "--help"]).success();
+        assert!(help.contains("Examples:"), "{command}: {help}");
+        assert!(help.contains(&format!("nbd-cli {command}")), "{command}: {help}");
+    }
+}
+
+#[test]
+fn the_exit_codes_are_documented() {
+    let help = nbd_cli(&["--help"]).success();
+    for line in ["Exit codes:", "  0  success", "  1  an error", "  2  for `info"] {
+        assert!(help.contains(line), "{line}: {help}");
+    }
+}
+
+#[test]
+fn the_version_is_that_of_the_package() {
+    let version = nbd_cli(&["--version"]).success();
+    assert_eq!(version, format!("nbd-cli {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn wrong_usage_exits_with_1() {
+    for arguments in [&[][..], &["nothing"], &["serve"], &["map", "--nothing"], &["copy", "a"]] {
+        let outcome = nbd_cli(arguments);
+        assert_eq!(outcome.code, Some(1), "{arguments:?}: {outcome:?}");
+        assert!(!outcome.stderr.is_empty() && outcome.stdout.is_empty(), "{outcome:?}");
+    }
+}

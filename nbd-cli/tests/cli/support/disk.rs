@@ -1,0 +1,86 @@
+//! Disks with known content.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+/// A folder with room for disks, sockets and the like; removed at the end of the test.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    folder: TempDir,
+    path: PathBuf,
+    content: Vec<u8>,
+}
+
+impl Disk {
+    /// An 8 MiB file `disk.img`: data in the first MiB, a little at 4 MiB, the rest a hole.
+    pub(crate) fn sparse() -> Self {
+        let mut content = vec![0; 8 << 20];
+        fill(&mut content[..1 << 20], 0x1234_5678_9abc_def1);
+        fill(&mut content[4 << 20..(4 << 20) + 65536], 0xfeed_beef_1357_2468);
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("disk.img");
+        let file = File::create(&path).expect("a file");
+        file.set_len(content.len() as u64).expect("room for a hole");
+        file.write_all_at(&content[..1 << 20], 0).expect("room");
+        file.write_all_at(&content[4 << 20..(4 << 20) + 65536], 4 << 20).expect("room");
+        Self { folder, path, content }
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.path.to_str().expect("a temporary folder with a plain name")
+    }
+
+    pub(crate) fn content(&self) -> &[u8] {
+        &self.content
+    }
+
+    /// A path beside the disk.
+    pub(crate) fn beside(&self, name: &str) -> String {
+        let path = self.folder.path().join(name);
+        path.to_str().expect("a temporary folder with a plain name").to_owned()
+    }
+
+    /// Makes an empty file of that size beside the disk.
+    pub(crate) fn blank(&self, name: &str, size: u64) -> String {
+        let path = self.beside(name);
+        File::create(&path).and_then(|file| file.set_len(size)).expect("a file");
+        path
+    }
+
+    /// Checks that a file holds the same.
+    #[track_caller]
+    pub(crate) fn assert_equals(&self, path: impl AsRef<Path>) {
+        let other = std::fs::read(path).expect("the copy");
+        assert_eq!(other.len(), self.content.len(), "size of the copy");
+        let difference = self.content.iter().zip(&other).position(|(a, b)| a != b);
+        assert_eq!(difference, None, "first different byte");
+    }
+}
+
+/// Bytes allocated by a file.
+pub(crate) fn allocated(path: &str) -> u64 {
+    std::fs::metadata(path).expect("a file").blocks() * 512
+}
+
+/// Whether the temporary folder's file system has holes; without them nothing can be checked.
+pub(crate) fn is_sparse_here(disk: &Disk) -> Option<fn(&str) -> u64> {
+    if allocated(disk.path()) > 4 << 20 {
+        eprintln!("skipped: the file system of the temporary folder has no holes");
+        return None;
+    }
+    Some(allocated)
+}
+
+/// xorshift64; never zero.
+fn fill(buffer: &mut [u8], seed: u64) {
+    let mut state = seed;
+    for chunk in buffer.chunks_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        chunk.copy_from_slice(&(state | 0x0101_0101_0101_0101).to_le_bytes()[..chunk.len()]);
+    }
+}

@@ -1,0 +1,87 @@
+//! What the tests have in common: running programs, servers that end with the test, disks.
+
+mod disk;
+mod server;
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+pub(crate) use disk::{Disk, is_sparse_here};
+pub(crate) use server::Server;
+
+/// The program under test.
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_nbd-cli");
+
+/// What a program said and how it ended.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Outcome {
+    /// The standard output of a run that must have succeeded.
+    #[track_caller]
+    pub(crate) fn success(self) -> String {
+        assert_eq!(self.code, Some(0), "{self:?}");
+        self.stdout
+    }
+
+    /// The error of a run that must have failed with one sentence.
+    #[track_caller]
+    pub(crate) fn failure(self) -> String {
+        assert_eq!(self.code, Some(1), "{self:?}");
+        assert_eq!(self.stderr.lines().count(), 1, "one sentence is enough: {self:?}");
+        assert!(self.stderr.starts_with("nbd-cli: "), "{self:?}");
+        self.stderr
+    }
+}
+
+/// Runs a program to its end.
+#[track_caller]
+pub(crate) fn run(command: &mut Command) -> Outcome {
+    let output = command.stdin(Stdio::null()).output();
+    let output = output.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    Outcome {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).expect("text on standard output"),
+        stderr: String::from_utf8(output.stderr).expect("text on standard error"),
+    }
+}
+
+/// Runs `nbd-cli`.
+#[track_caller]
+pub(crate) fn nbd_cli<S: AsRef<OsStr>>(arguments: &[S]) -> Outcome {
+    run(Command::new(PROGRAM).args(arguments))
+}
+
+/// Finds a peer tool. If it is missing the test cannot judge anything: it says so and passes, but
+/// fails where everything is expected to be installed.
+pub(crate) fn tool(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file());
+    if found.is_none() {
+        assert!(std::env::var_os("CI").is_none(), "{name} is not installed");
+        eprintln!("skipped: {name} is not installed");
+    }
+    found
+}
+
+/// Runs a peer tool that must succeed and returns its standard output.
+#[track_caller]
+pub(crate) fn peer<S: AsRef<OsStr>>(tool: &Path, arguments: &[S]) -> String {
+    run(Command::new(tool).args(arguments)).success()
+}
+
+/// Finds tools or ends the test.
+#[macro_export]
+macro_rules! tools {
+    ($($variable:ident = $name:literal),+) => {
+        $(let Some($variable) = $crate::support::tool($name) else { return };)+
+    };
+}
