@@ -1,6 +1,7 @@
 //! One client, from its first byte to its last.
 
 mod dispatch;
+mod gather;
 mod handshake;
 mod pool;
 mod receive;
