@@ -17,6 +17,13 @@ pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, byte: u64) -> io::Result<()> 
     fcntl_lock(fd, libc::F_OFD_SETLK, &mut lock)
 }
 
+/// Gives back all locks of the open file description behind `fd`.
+pub(crate) fn unlock(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut lock = byte_lock(libc::F_UNLCK, 0)?;
+    lock.l_len = 0; // to the end, wherever that is
+    fcntl_lock(fd, libc::F_OFD_SETLK, &mut lock)
+}
+
 /// Whether another open file description holds any lock on this byte.
 pub(crate) fn byte_is_locked(fd: BorrowedFd<'_>, byte: u64) -> io::Result<bool> {
     let mut lock = byte_lock(libc::F_WRLCK, byte)?;
@@ -62,5 +69,19 @@ mod tests {
         drop(one);
         drop(two);
         assert!(!byte_is_locked(file.as_file().as_fd(), 100).unwrap());
+    }
+
+    #[test]
+    fn unlocking_gives_all_locks_back_although_the_description_lives_on() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let one = file.reopen().unwrap();
+        for byte in [100, 203] {
+            lock_byte_shared(one.as_fd(), byte).unwrap();
+        }
+        let _duplicate = one.try_clone().unwrap();
+        unlock(one.as_fd()).unwrap();
+        for byte in [100, 203] {
+            assert!(!byte_is_locked(file.as_file().as_fd(), byte).unwrap());
+        }
     }
 }

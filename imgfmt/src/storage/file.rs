@@ -17,6 +17,7 @@ use super::{
 use crate::error::{Error, ErrorKind, Result, is_not_supported};
 use crate::extent::ExtentKind;
 use crate::options::{Access, Locking};
+use crate::sys;
 use crate::units::HostOffset;
 
 /// A regular file or a block device.
@@ -164,6 +165,14 @@ impl FileStorage {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        // Closing is not enough: a process forked a moment ago by another thread still has the
+        // descriptor, and with it the locks, until it executes its program.
+        let _ = sys::unlock(self.file.as_fd());
     }
 }
 
