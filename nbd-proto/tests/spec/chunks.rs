@@ -2,7 +2,7 @@
 
 use bytes::BytesMut;
 use nbd_proto::ProtocolError;
-use nbd_proto::limits::MAX_UNKNOWN_CHUNK_LEN;
+use nbd_proto::limits::{MAX_CHUNKS_PER_READ, MAX_PAYLOAD, MAX_UNKNOWN_CHUNK_LEN};
 use nbd_proto::transmission::client::{Event, ServerError, Transmission};
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
 use nbd_proto::wire::{Errno, ReplyMode};
@@ -246,4 +246,20 @@ fn replies_may_come_in_any_order() {
     ];
     assert_eq!(drain(&mut client, &bytes.concat()).unwrap(), Some(Ok(())));
     assert_eq!(client.in_flight(), 0);
+}
+
+#[test]
+fn an_answer_in_endless_pieces_is_ended() {
+    let mut client = Transmission::new(&negotiated(ReplyMode::Structured));
+    let read = Command::Read(Fragmentation::Allowed);
+    client.request(0, u64::from(MAX_PAYLOAD), &read, &mut Vec::new()).unwrap();
+    let mut input = BytesMut::new();
+    for place in 0..MAX_CHUNKS_PER_READ as u64 {
+        input.extend_from_slice(&structured(OFFSET_HOLE, &hole(place, 1)));
+        let event = client.advance(&mut input).unwrap();
+        assert!(matches!(event, Event::Hole { length: 1, .. }), "{event:?}");
+    }
+    input.extend_from_slice(&structured(OFFSET_HOLE, &hole(MAX_CHUNKS_PER_READ as u64, 1)));
+    let error = client.advance(&mut input).unwrap_err();
+    assert!(matches!(error, ProtocolError::BadChunk { .. }), "{error}");
 }

@@ -95,7 +95,8 @@ fn a_server_that_is_not_fixed_newstyle_only_gets_export_name() {
 
 #[test]
 fn a_reply_to_another_option_is_refused() {
-    refuses(&[reply(opt::LIST, rep::ACK, &[])]);
+    refuses(&[reply(opt::LIST, rep::ERR_UNKNOWN, &[])]);
+    refuses(&[info_export(1, 1), reply(opt::INFO, rep::ACK, &[])]);
 }
 
 #[test]
