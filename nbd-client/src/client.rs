@@ -103,6 +103,13 @@ impl Client {
         self.shared.links.len()
     }
 
+    /// How many lost connections have been replaced so far. See [`Connector::reconnect`] for what
+    /// a change of this number means for data that was not flushed.
+    #[must_use]
+    pub fn reconnects(&self) -> u64 {
+        self.shared.links.iter().map(Link::reconnects).sum()
+    }
+
     /// The metadata contexts that were asked for and that the server has, in its order.
     #[must_use]
     pub fn meta_contexts(&self) -> &[MetaContextName] {

@@ -105,9 +105,14 @@ impl Connector {
     /// After a lost connection, requests in flight and new ones wait up to `patience` for a new
     /// connection, and those in flight are sent again.
     ///
-    /// Every NBD request may be sent twice without harm. What is *not* repaired: data that was
-    /// acknowledged but not flushed is lost if the server lost it with its process or its machine.
-    /// Flush what matters, and treat a [`LostConnection`](crate::LostConnection) as "not flushed".
+    /// Every NBD request may be sent twice without harm. Two things are *not* repaired:
+    ///
+    /// - Data that was acknowledged but not flushed is gone if the server lost it together with its
+    ///   process or its machine; a FLUSH that succeeds on the new connection does not bring it
+    ///   back. If [`Client::reconnects`] is not the same after a flush as before the writes, write
+    ///   again what has to be durable.
+    /// - A server that is still busy with the old connection may carry out an old WRITE after the
+    ///   new one. This matters only if the same range is written again at once.
     #[must_use]
     pub fn reconnect(mut self, patience: Duration) -> Self {
         self.reconnect = Some(patience);

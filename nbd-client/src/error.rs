@@ -164,7 +164,7 @@ pub enum LostConnection {
     #[error("after reconnecting, the export is not the same: {0}")]
     ExportChanged(String),
     /// The server did not answer the last requests while the client was disconnecting.
-    #[error("the server did not answer {0} requests before the disconnect had to end")]
+    #[error("the server did not answer {0} requests in time for the disconnect")]
     LingerExpired(usize),
 }
 

@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::num::NonZeroUsize;
 use std::pin::pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Poll;
 
@@ -40,6 +40,8 @@ pub(crate) struct Link {
     waiting: AtomicUsize,
     /// Why the connection is over; set before any request fails with it.
     ended: Arc<OnceLock<Error>>,
+    /// How often the connection was replaced.
+    replaced: Arc<AtomicU64>,
     task: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -55,10 +57,16 @@ impl Link {
         let (sender, receiver) = mpsc::channel(QUEUE_LEN);
         let ended = Arc::new(OnceLock::new());
         let driver = Driver::new(established, contexts, limits);
-        let task =
-            Task { queue: Queue::new(receiver), ended: Arc::clone(&ended), target, reconnect };
+        let replaced = Arc::default();
+        let task = Task {
+            queue: Queue::new(receiver),
+            ended: Arc::clone(&ended),
+            replaced: Arc::clone(&replaced),
+            target,
+            reconnect,
+        };
         let task = Mutex::new(Some(tokio::spawn(task.run(driver))));
-        Self { sender, waiting: AtomicUsize::new(0), ended, task }
+        Self { sender, waiting: AtomicUsize::new(0), ended, replaced, task }
     }
 
     /// Queues a message, waiting for room.
@@ -73,6 +81,11 @@ impl Link {
 
     pub(crate) fn is_over(&self) -> bool {
         self.sender.is_closed()
+    }
+
+    /// How often the connection was replaced by a new one.
+    pub(crate) fn reconnects(&self) -> u64 {
+        self.replaced.load(Ordering::Acquire)
     }
 
     /// Number of callers that wait for this connection.
@@ -115,6 +128,7 @@ impl Drop for Waiting<'_> {
 struct Task {
     queue: Queue,
     ended: Arc<OnceLock<Error>>,
+    replaced: Arc<AtomicU64>,
     target: Arc<str>,
     reconnect: Option<Reconnect>,
 }
@@ -142,7 +156,11 @@ impl Task {
             let outage = outage.get_or_insert_with(|| Outage::begin(&lost));
             let next = next_driver(&mut self.queue, reconnect.again(outage, lost)).await;
             driver = match next {
-                Some(Ok(driver)) => driver,
+                Some(Ok(driver)) => {
+                    // Before any answer of the new connection: whoever has one sees the number.
+                    self.replaced.fetch_add(1, Ordering::Release);
+                    driver
+                }
                 Some(Err(lost)) => return self.lost(lost),
                 None => return self.end(Error::Closed),
             };

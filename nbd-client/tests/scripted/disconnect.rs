@@ -59,3 +59,19 @@ async fn a_server_that_closes_while_nothing_is_asked_is_noticed() {
     let error = guarded(client.disconnect()).await.unwrap_err();
     assert!(error.to_string().contains("was lost"), "{error}");
 }
+
+#[tokio::test]
+async fn a_server_that_never_answers_does_not_hold_up_the_end_for_ever() {
+    let client = connected(ReplyMode::Simple, |mut server| async move {
+        server.request().await?;
+        server.closed().await;
+        Ok(())
+    })
+    .await;
+    let other = client.clone();
+    let (read, ended) =
+        guarded(async { tokio::join!(other.read(0, 1), client.disconnect()) }).await;
+    for error in [read.map(drop).unwrap_err(), ended.unwrap_err()] {
+        assert!(error.to_string().contains("did not answer 1 requests"), "{error}");
+    }
+}
