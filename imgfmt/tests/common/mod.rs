@@ -14,15 +14,20 @@ use imgfmt::{GuestOffset, GuestRange};
 pub struct Random(u64);
 
 impl Random {
-    /// A generator whose seed comes from the environment variable SEED or else from the clock.
+    /// A generator whose seed comes from the environment variable IMGFMT_SEED or else from the clock.
     pub fn new(what: &str) -> Self {
-        let seed = match std::env::var("SEED").ok().and_then(|text| text.parse().ok()) {
+        let seed = match std::env::var("IMGFMT_SEED").ok().and_then(|text| text.parse().ok()) {
             Some(seed) => seed,
             None => std::time::SystemTime::now()
                 .duration_since(std::time::UNIX_EPOCH)
                 .map_or(1, |now| now.as_nanos() as u64),
         };
-        println!("{what}: SEED={seed}");
+        println!("{what}: IMGFMT_SEED={seed}");
+        Self::seeded(seed)
+    }
+
+    /// A generator of a known seed.
+    pub fn seeded(seed: u64) -> Self {
         Self(seed | 1)
     }
 
