@@ -9,6 +9,7 @@ mod completions;
 mod copy_bad_servers;
 mod copy_block_sizes;
 mod copy_peers;
+mod copy_progress;
 mod copy_sparse;
 mod copy_streams;
 mod help;
