@@ -12,8 +12,8 @@
 //! Query parameters nobody knows are ignored, as libnbd does; the last of several with the same key
 //! counts.
 
+use core::net::Ipv6Addr;
 use std::fmt;
-use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
