@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
 use crate::options::{Access, Format, OpenOptions};
 use crate::probe::{PROBE_LENGTH, Probed, probe};
-use crate::qcow2::Qcow2;
+use crate::qcow2::{CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, FileStorage, Storage};
 use crate::units::HostOffset;
@@ -21,6 +21,25 @@ pub(crate) fn open(
 ) -> Result<(Box<dyn Driver>, Format)> {
     let mut files_above = Vec::new();
     open_layer(storage, path, options, &mut files_above)
+}
+
+/// Checks a qcow2 image by itself, without the files it names.
+pub(crate) fn check(path: &Path, options: &OpenOptions, repair: Repair) -> Result<CheckReport> {
+    let access = match repair {
+        Repair::None => Access::ReadOnly,
+        Repair::Leaks | Repair::All => Access::ReadWrite,
+    };
+    let storage = Arc::new(FileStorage::open(path, access, options.locking)?);
+    let format = match options.format {
+        Some(format) => format,
+        None => probe_storage(&*storage)?,
+    };
+    if format != Format::Qcow2 {
+        let detail = format!("a {format} image has nothing that could be checked");
+        return Err(Error::new(ErrorKind::Unsupported, "check", detail));
+    }
+    let options = OpenOptions { access, snapshot: None, ..options.clone() };
+    Qcow2::open(storage, Some(path), &options, Purpose::Check)?.check(repair)
 }
 
 fn open_layer(
@@ -50,7 +69,7 @@ fn open_layer(
         return Err(Error::new(ErrorKind::Unsupported, "open", detail));
     }
     files_above.push(identity);
-    let mut image = Qcow2::open(storage, path, options)?;
+    let mut image = Qcow2::open(storage, path, options, Purpose::Use)?;
     if let Some(name) = image.data_file_name()? {
         let (data, _) = open_named(path, name, options, options.access)?;
         image.attach_data_file(data);

@@ -5,6 +5,7 @@ use std::fmt;
 use crate::error::Result;
 use crate::extent::ExtentList;
 use crate::mapping::Lease;
+use crate::qcow2::Qcow2;
 use crate::storage::{Capabilities, Durability, Speed, TryRead, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
@@ -16,6 +17,10 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug {
     fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()>;
     fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead>;
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
+    /// Writes whole clusters, compressed where the format can.
+    fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        self.write_at(offset, data, Durability::Cached)
+    }
     fn write_zeroes(
         &self,
         range: GuestRange,
@@ -33,4 +38,14 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug {
     /// Appends extents from the start of `range` on until its end or until the list wants no more.
     fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()>;
     fn map_read(&self, range: GuestRange) -> Result<Lease>;
+    /// Changes the size of the disk; what is added reads as zero.
+    fn resize(&mut self, size: u64) -> Result<()>;
+    /// The image as a qcow2 image, for what only those have.
+    fn as_qcow2(&self) -> Option<&Qcow2> {
+        None
+    }
+    /// As [`as_qcow2`](Self::as_qcow2), to change it.
+    fn as_qcow2_mut(&mut self) -> Option<&mut Qcow2> {
+        None
+    }
 }

@@ -4,13 +4,26 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::chain;
+use crate::create::{self, CreateOptions};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
+use crate::info::ImageInfo;
 use crate::mapping::Lease;
 use crate::options::{Access, Format, OpenOptions};
+use crate::qcow2::{CheckReport, Qcow2, Repair};
 use crate::storage::{Capabilities, Durability, FileStorage, Speed, Storage, TryRead, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
+
+/// Whether a disk may become smaller, which loses what is at its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Shrink {
+    /// A smaller size is an error.
+    #[default]
+    Refuse,
+    /// The end of the disk may be lost.
+    Allow,
+}
 
 /// An open virtual disk.
 ///
@@ -44,6 +57,17 @@ impl Image {
         let storage = FileStorage::open(path, options.access, options.locking)?;
         Self::open_named(Arc::new(storage), Some(path), options)
             .map_err(|error| error.with_path(path))
+    }
+
+    /// Makes a new image in a new file. It can then be opened like any other.
+    ///
+    /// # Errors
+    ///
+    /// `AlreadyExists` if there is a file of that name, which is left alone; `InvalidInput` for
+    /// options that contradict each other or the format; the errors of opening a backing file;
+    /// `NoSpace`, `Io`. Nothing is left behind.
+    pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
+        create::create(path.as_ref(), options)
     }
 
     /// Opens the image in any storage. Locks are the storage's own matter.
@@ -134,6 +158,24 @@ impl Image {
         self.driver.write_at(offset, data, durability).map_err(|error| self.name(error))
     }
 
+    /// Writes whole clusters in compressed form where the format has one and it saves space; a raw
+    /// image takes them as [`write_at`](Self::write_at) does. Meant for filling a new image, from
+    /// as many threads as there are cores. A cluster of a qcow2 image is
+    /// [`Qcow2Info::cluster_size`](crate::Qcow2Info) bytes; only the last may be cut by the end of
+    /// the disk.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_at`](Self::write_at); and `InvalidInput` if the data does not start and end with
+    /// clusters.
+    pub fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        let range = self.check_change("write to", offset, data.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.driver.write_compressed(offset, data).map_err(|error| self.name(error))
+    }
+
     /// Sets a range to zero.
     ///
     /// # Errors
@@ -180,6 +222,93 @@ impl Image {
             Access::ReadOnly => Ok(()),
             Access::ReadWrite => self.driver.flush().map_err(|error| self.name(error)),
         }
+    }
+
+    /// Makes the disk larger or smaller. What is added reads as zero.
+    ///
+    /// # Errors
+    ///
+    /// `ReadOnly`; `InvalidInput` if it would become smaller and `shrink` does not allow that, or
+    /// for a size that the format does not have; `Unsupported` where the file or the image's
+    /// features do not allow it; `NoSpace`, `Io`.
+    pub fn resize(&mut self, size: u64, shrink: Shrink) -> Result<()> {
+        self.check_change("resize", GuestOffset::new(0), 0)?;
+        let present = self.size();
+        if size < present && shrink == Shrink::Refuse {
+            let detail = format!(
+                "it has {present} bytes and would lose all beyond {size}; say that it may shrink"
+            );
+            return Err(self.name(Error::new(ErrorKind::InvalidInput, "resize", detail)));
+        }
+        let result = self.driver.resize(size);
+        result.map_err(|error| self.name(error))
+    }
+
+    /// Facts about the image.
+    ///
+    /// # Errors
+    ///
+    /// `Corrupt`, `Io`.
+    pub fn info(&self) -> Result<ImageInfo> {
+        let qcow2 = self.driver.as_qcow2().map(Qcow2::info).transpose();
+        let qcow2 = qcow2.map_err(|error| self.name(error))?;
+        Ok(ImageInfo { format: self.format, size: self.size(), qcow2 })
+    }
+
+    /// Checks the qcow2 image in a file and, if asked to, repairs it. Nobody else may use it
+    /// meanwhile. The files it names are not looked at.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` for formats that cannot be checked; otherwise as [`open`](Self::open).
+    pub fn check_file(
+        path: impl AsRef<Path>,
+        options: &OpenOptions,
+        repair: Repair,
+    ) -> Result<CheckReport> {
+        let path = path.as_ref();
+        chain::check(path, options, repair).map_err(|error| error.with_path(path))
+    }
+
+    /// Keeps the present state of the disk as an internal snapshot of this name.
+    ///
+    /// # Errors
+    ///
+    /// `ReadOnly`; `Unsupported` for raw images and where refcounts are too narrow; `InvalidInput`
+    /// if there is one of that name; `Busy` while a [`Lease`] is held; `NoSpace`, `Corrupt`, `Io`.
+    pub fn create_snapshot(&mut self, name: &str) -> Result<()> {
+        self.change_snapshots(|image| image.create_snapshot(name))
+    }
+
+    /// Makes the disk what it was when an internal snapshot, given by id or name, was made. What
+    /// was written since is lost.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot), and `NotFound`.
+    pub fn apply_snapshot(&mut self, name: &str) -> Result<()> {
+        self.change_snapshots(|image| image.apply_snapshot(name))
+    }
+
+    /// Deletes an internal snapshot, given by id or name.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot), and `NotFound`.
+    pub fn delete_snapshot(&mut self, name: &str) -> Result<()> {
+        self.change_snapshots(|image| image.delete_snapshot(name))
+    }
+
+    fn change_snapshots(&mut self, change: impl FnOnce(&mut Qcow2) -> Result<()>) -> Result<()> {
+        self.check_change("change the snapshots of", GuestOffset::new(0), 0)?;
+        let result = match self.driver.as_qcow2_mut() {
+            Some(image) => change(image),
+            None => {
+                let detail = "a raw image cannot have snapshots; convert it to qcow2";
+                Err(Error::new(ErrorKind::Unsupported, "change the snapshots of", detail))
+            }
+        };
+        result.map_err(|error| self.name(error))
     }
 
     /// Flushes and leaves the image in the state in which others should find it. Dropping an image

@@ -31,10 +31,12 @@
 //! image contains without being allowed to.
 
 mod chain;
+mod create;
 mod driver;
 mod error;
 mod extent;
 mod image;
+mod info;
 mod mapping;
 mod open_policy;
 mod options;
@@ -45,12 +47,14 @@ pub mod storage;
 mod sys;
 mod units;
 
+pub use create::{CompressionType, CreateOptions, L2Entries, Qcow2Version};
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
-pub use image::Image;
+pub use image::{Image, Shrink};
+pub use info::{ImageInfo, Qcow2Info};
 pub use mapping::{Lease, Mapping};
 pub use open_policy::{OpenPolicy, SchemeOpener};
 pub use options::{Access, Format, Locking, OpenOptions};
-pub use qcow2::Snapshot;
+pub use qcow2::{CheckReport, Repair, Snapshot};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, ZeroMode};
 pub use units::{GuestOffset, GuestRange, HostOffset};

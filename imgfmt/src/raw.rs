@@ -175,6 +175,13 @@ impl Driver for Raw {
         let storage = Arc::clone(&self.storage);
         Ok(Lease::fixed(vec![Mapping::File { range, storage, offset: host(range.offset()) }]))
     }
+
+    fn resize(&mut self, size: u64) -> Result<()> {
+        self.storage.set_len(size).map_err(io("resize"))?;
+        self.storage.sync().map_err(io("resize"))?;
+        self.size = size;
+        Ok(())
+    }
 }
 
 fn host(offset: GuestOffset) -> HostOffset {

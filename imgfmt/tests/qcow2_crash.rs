@@ -67,6 +67,7 @@ fn a_loss_of_power_leaves_at_worst_leaked_clusters() {
             let reopened = Image::open(&path, &options()).unwrap();
             allowed.check(&reopened, &what);
             let mut model = allowed;
+            model.pin(&reopened);
             for _ in 0..10 {
                 model.step(&reopened, &mut random).unwrap();
             }

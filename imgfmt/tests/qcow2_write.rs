@@ -19,6 +19,9 @@ fn open(path: &Path) -> Image {
 fn assert_same(image: &Image, model: &[u8], what: &str) {
     let mut whole = vec![0xee; model.len()];
     image.read_at(at(0), &mut whole).unwrap();
+    if whole == model {
+        return;
+    }
     if let Some(place) = whole.iter().zip(model).position(|(a, b)| a != b) {
         panic!("{what}: differs from offset {place} on");
     }

@@ -59,6 +59,8 @@ pub(crate) struct Allocator {
     first_free: u64,
     /// Nothing was ever written from this offset on.
     virgin_from: u64,
+    /// Where the next compressed cluster may begin: behind the last one, in the same cluster.
+    pub(super) compressed_at: Option<u64>,
     /// Places that can never be free: if their refcount says so, the image is damaged.
     pub(super) protected: Vec<(u64, u64)>,
 }
@@ -72,6 +74,7 @@ impl Allocator {
             new_table_place: None,
             first_free: 0,
             virgin_from,
+            compressed_at: None,
             protected: Vec::new(),
         }
     }
@@ -124,6 +127,9 @@ impl Allocator {
         self.refcounts.set_refcount(cluster, count - 1)?;
         if count == 1 {
             self.first_free = self.first_free.min(cluster);
+            // A cluster that is free again is not the one in which the next may begin.
+            let bits = self.refcounts.geometry.cluster_bits;
+            self.compressed_at = self.compressed_at.filter(|offset| offset >> bits != cluster);
         }
         Ok(())
     }

@@ -41,6 +41,16 @@ impl Driver for Qcow2 {
         self.flush_if(durability)
     }
 
+    fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        let size = self.geometry().cluster_size();
+        let mut offset = offset;
+        for part in data.chunks(size as usize) {
+            self.write_compressed_cluster(offset, part)?;
+            offset = GuestOffset::new(offset.bytes() + part.len() as u64);
+        }
+        Ok(())
+    }
+
     fn write_zeroes(
         &self,
         range: GuestRange,
@@ -87,6 +97,18 @@ impl Driver for Qcow2 {
             Some(lease) => Lease::guarded(mappings, Box::new(lease)),
             None => Lease::fixed(mappings),
         })
+    }
+
+    fn resize(&mut self, size: u64) -> Result<()> {
+        Self::resize(self, size)
+    }
+
+    fn as_qcow2(&self) -> Option<&Self> {
+        Some(self)
+    }
+
+    fn as_qcow2_mut(&mut self) -> Option<&mut Self> {
+        Some(self)
     }
 }
 

@@ -20,7 +20,8 @@ const FEATURE_ENTRY: usize = 48;
 pub(crate) struct Extensions {
     pub(crate) backing_format: Option<String>,
     pub(crate) data_file_name: Option<String>,
-    pub(crate) has_bitmaps: bool,
+    /// The bitmaps extension as it stands in the file.
+    pub(crate) bitmaps: Option<Vec<u8>>,
     feature_names: Vec<u8>,
 }
 
@@ -55,7 +56,7 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
             BACKING_FORMAT => extensions.backing_format = Some(text(content)?),
             DATA_FILE_NAME => extensions.data_file_name = Some(text(content)?),
             FEATURE_NAMES => extensions.feature_names = content.to_vec(),
-            BITMAPS => extensions.has_bitmaps = true,
+            BITMAPS => extensions.bitmaps = Some(content.to_vec()),
             _ => {}
         }
         area = area.get(8 + length.next_multiple_of(8)..).unwrap_or_default();

@@ -110,9 +110,12 @@ impl EntryFormat {
         Ok(Cluster { compressed, ..Cluster::default() })
     }
 
-    /// Encodes an entry that is not compressed.
+    /// Encodes an entry. What does not fit into a compressed one becomes an empty one: see
+    /// [`encode_compressed`](Self::encode_compressed).
     pub(crate) fn encode(self, cluster: Cluster) -> (u64, u64) {
-        debug_assert!(cluster.compressed.is_none(), "compressed entries are only ever replaced");
+        if let Some(compressed) = cluster.compressed {
+            return (self.encode_compressed(compressed).unwrap_or(0), 0);
+        }
         let mut entry = cluster.host.unwrap_or(0);
         if cluster.copied && cluster.host.is_some() {
             entry |= COPIED;

@@ -5,11 +5,12 @@
 //! else; [`read`] and [`write`] then move the bytes with no lock held. Changes of metadata are made
 //! in memory and reach the disk in the order that [`flush`] keeps.
 
-#![allow(dead_code)]
-
 mod alloc;
+mod bitmaps;
 mod cache;
+mod check;
 mod compress;
+mod create;
 mod driver;
 mod extension;
 mod flush;
@@ -21,9 +22,12 @@ mod map;
 mod open;
 mod read;
 mod refcount;
+mod resize;
 mod snapshot;
+mod snapshot_change;
 mod tables;
 mod write;
+mod write_compressed;
 mod writer;
 mod zero;
 
@@ -32,16 +36,21 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 
+use crate::create::{CompressionType, L2Entries, Qcow2Version};
 use crate::driver::Driver;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
+use crate::info::Qcow2Info;
 use crate::storage::Storage;
 
 use cache::TableCache;
 use geometry::Geometry;
-use header::Header;
+use header::{Compression, Header, autoclear, incompatible};
 use l2::{Compressed, EntryFormat};
 use writer::Writer;
 
+pub use check::{CheckReport, Repair};
+pub(crate) use create::layout;
+pub(crate) use open::Purpose;
 pub use snapshot::Snapshot;
 
 /// An open qcow2 image.
@@ -59,6 +68,8 @@ pub(crate) struct Qcow2 {
     /// Offsets of L2 tables and their COPIED bits, as in the file.
     l1: Box<[AtomicU64]>,
     tables: TableCache,
+    /// How much memory the user allows for them.
+    cache_bytes: Option<u64>,
     backing: Option<Backing>,
     /// Everything that only an image open for writing needs.
     writer: Option<Writer>,
@@ -73,6 +84,31 @@ struct Backing {
 }
 
 impl Qcow2 {
+    /// What the header says.
+    pub(crate) fn info(&self) -> Result<Qcow2Info> {
+        let header = &self.header;
+        Ok(Qcow2Info {
+            version: if header.version < 3 { Qcow2Version::V2 } else { Qcow2Version::V3 },
+            cluster_size: header.geometry.cluster_size(),
+            refcount_bits: header.geometry.refcount_bits(),
+            compression: match header.compression {
+                Compression::Zlib => CompressionType::Zlib,
+                Compression::Zstd => CompressionType::Zstd,
+            },
+            l2_entries: match header.geometry.extended_l2 {
+                true => L2Entries::Extended,
+                false => L2Entries::Standard,
+            },
+            is_corrupt: header.incompatible & incompatible::CORRUPT != 0,
+            is_dirty: header.incompatible & incompatible::DIRTY != 0,
+            has_bitmaps: header.autoclear & autoclear::BITMAPS != 0,
+            backing_name: header.backing_name.clone(),
+            backing_format: header.extensions.backing_format.clone(),
+            data_file_name: header.extensions.data_file_name.clone(),
+            snapshots: self.snapshots()?,
+        })
+    }
+
     fn geometry(&self) -> Geometry {
         self.format.geometry
     }

@@ -7,10 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use super::alloc::{Allocator, TablePlace};
 use super::cache::TableCache;
+use super::check::{Repair, not_repaired};
+use super::geometry::Geometry;
 use super::header::{Header, autoclear, field, incompatible, read_error, unsupported};
 use super::l2::EntryFormat;
 use super::refcount::Refcounts;
-use super::snapshot::{self, Snapshot};
+use super::snapshot;
 use super::writer::Writer;
 use super::{Backing, Qcow2};
 use crate::driver::Driver;
@@ -22,32 +24,41 @@ use crate::units::HostOffset;
 /// Unless the user says otherwise, L2 tables take up no more memory than this.
 const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 
+/// What an image is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    Use,
+    /// Damaged images are welcome.
+    Check,
+}
+
 impl Qcow2 {
     /// Opens the image in `file`. Its backing file and data file must be attached afterwards.
     pub(crate) fn open(
         file: Arc<dyn Storage>,
         path: Option<&Path>,
         options: &OpenOptions,
+        purpose: Purpose,
     ) -> Result<Self> {
         let header = Header::read(&*file)?;
         let snapshots = snapshot::read_table(&*file, &header)?;
-        let writer = match options.access {
-            Access::ReadOnly => None,
-            Access::ReadWrite => Some(prepare_writer(&file, &header, options)?),
+        let writer = match (options.access, purpose) {
+            (Access::ReadOnly, _) => None,
+            (Access::ReadWrite, Purpose::Check) => Some(make_writer(&file, &header)?),
+            (Access::ReadWrite, Purpose::Use) => {
+                refuse_unwritable(&header, options)?;
+                Some(make_writer(&file, &header)?)
+            }
         };
         let (l1_offset, l1_entries, size) = match &options.snapshot {
             None => (header.l1_offset, header.l1_entries, header.size),
             Some(name) => {
-                let snapshot = find_snapshot(&snapshots, name)?;
+                let snapshot = snapshot::find(&snapshots, name)?;
                 (snapshot.l1_offset, snapshot.l1_entries, snapshot.disk_size)
             }
         };
         let l1 = read_words(&*file, l1_offset, l1_entries as usize)?;
         let geometry = header.geometry;
-        let tables_bytes = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
-        let cache_bytes =
-            options.metadata_cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT).min(tables_bytes);
-        let tables_max = (cache_bytes / geometry.cluster_size()).max(4) as usize;
         let format = EntryFormat {
             geometry,
             version: header.version,
@@ -61,7 +72,8 @@ impl Qcow2 {
             format,
             size,
             l1: l1.into_iter().map(AtomicU64::new).collect(),
-            tables: TableCache::new(tables_max),
+            tables: TableCache::new(tables_max(geometry, size, options.metadata_cache_bytes)),
+            cache_bytes: options.metadata_cache_bytes,
             backing: None,
             writer,
             decompressed: Mutex::new(VecDeque::new()),
@@ -88,9 +100,16 @@ impl Qcow2 {
     }
 
     /// Makes the last preparations for writing, once the whole chain has been opened.
-    pub(crate) fn begin_writing(&self) -> Result<()> {
+    pub(crate) fn begin_writing(&mut self) -> Result<()> {
         if self.writer.is_none() || self.header.version < 3 {
             return Ok(());
+        }
+        if self.header.incompatible & incompatible::DIRTY != 0 {
+            let report = self.check(Repair::All)?;
+            if report.corruptions > 0 {
+                return Err(not_repaired(&report));
+            }
+            self.header.incompatible &= !incompatible::DIRTY;
         }
         // What we do not know we cannot keep up to date: say so before the first write.
         let known = self.header.autoclear & autoclear::RAW_DATA_FILE;
@@ -110,12 +129,8 @@ impl Qcow2 {
     }
 }
 
-/// Checks that the image may be written, and reads what is needed for it. Nothing is changed yet.
-fn prepare_writer(
-    file: &Arc<dyn Storage>,
-    header: &Header,
-    options: &OpenOptions,
-) -> Result<Writer> {
+/// Refuses to write what this crate would damage.
+fn refuse_unwritable(header: &Header, options: &OpenOptions) -> Result<()> {
     if options.snapshot.is_some() {
         let detail = "a snapshot can only be read; open it read-only";
         return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
@@ -125,18 +140,17 @@ fn prepare_writer(
                       read-only";
         return Err(Error::new(ErrorKind::Corrupt, "open", detail));
     }
-    if header.incompatible & incompatible::DIRTY != 0 {
-        return Err(unsupported(
-            "it was not closed properly and its refcounts may be wrong; repair it with \
-             'qemu-img check -r all', or open it read-only",
-        ));
-    }
     if header.autoclear & autoclear::BITMAPS != 0 {
         return Err(unsupported(
             "it has dirty bitmaps, which this version cannot keep up to date; remove them with \
              'qemu-img bitmap --remove', or open it read-only",
         ));
     }
+    Ok(())
+}
+
+/// Reads what is needed for writing. Nothing is changed yet.
+fn make_writer(file: &Arc<dyn Storage>, header: &Header) -> Result<Writer> {
     let geometry = header.geometry;
     let table_place = TablePlace {
         offset: header.refcount_table_offset,
@@ -156,15 +170,11 @@ fn prepare_writer(
     Ok(Writer::new(allocator))
 }
 
-fn find_snapshot<'a>(snapshots: &'a [Snapshot], name: &str) -> Result<&'a Snapshot> {
-    let by_id = snapshots.iter().find(|snapshot| snapshot.id == name);
-    let found = by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == name));
-    found.ok_or_else(|| {
-        let names: Vec<_> = snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
-        let detail =
-            format!("it has no snapshot '{name}'; it has: {}", names.join(", ").escape_debug());
-        Error::new(ErrorKind::NotFound, "open", detail)
-    })
+/// How many L2 tables may be kept in memory.
+pub(super) fn tables_max(geometry: Geometry, size: u64, cache_bytes: Option<u64>) -> usize {
+    let all = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
+    let bytes = cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT).min(all);
+    (bytes / geometry.cluster_size()).max(4) as usize
 }
 
 /// Reads a table of 64-bit words.

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::header::{Header, invalid, read_error, u16_at, u32_at, u64_at};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
@@ -35,6 +35,9 @@ pub struct Snapshot {
     pub(crate) l1_offset: u64,
     pub(crate) l1_entries: u32,
     pub(crate) extra: Vec<u8>,
+    /// Id and name as they stand in the file, which need not be UTF-8.
+    pub(crate) raw_id: Vec<u8>,
+    pub(crate) raw_name: Vec<u8>,
 }
 
 impl fmt::Debug for Snapshot {
@@ -58,6 +61,44 @@ pub(crate) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<S
         }
     }
     Ok(snapshots)
+}
+
+/// The snapshot of this id or else of this name.
+pub(crate) fn find<'a>(snapshots: &'a [Snapshot], name: &str) -> Result<&'a Snapshot> {
+    let by_id = snapshots.iter().find(|snapshot| snapshot.id == name);
+    let found = by_id.or_else(|| snapshots.iter().find(|snapshot| snapshot.name == name));
+    found.ok_or_else(|| {
+        let names: Vec<_> = snapshots.iter().map(|snapshot| snapshot.name.as_str()).collect();
+        let names = if names.is_empty() { "none".into() } else { names.join(", ") };
+        let detail = format!("it has no snapshot '{name}'; it has: {}", names.escape_debug());
+        Error::new(ErrorKind::NotFound, "find a snapshot in", detail)
+    })
+}
+
+/// The table as it stands in the file.
+pub(crate) fn encode_table(snapshots: &[Snapshot]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for snapshot in snapshots {
+        bytes.extend(snapshot.l1_offset.to_be_bytes());
+        bytes.extend(snapshot.l1_entries.to_be_bytes());
+        bytes.extend((snapshot.raw_id.len() as u16).to_be_bytes());
+        bytes.extend((snapshot.raw_name.len() as u16).to_be_bytes());
+        bytes.extend(snapshot.date_s.to_be_bytes());
+        bytes.extend(snapshot.date_ns.to_be_bytes());
+        bytes.extend(snapshot.vm_clock_ns.to_be_bytes());
+        bytes.extend(u32::try_from(snapshot.vm_state_size).unwrap_or(u32::MAX).to_be_bytes());
+        bytes.extend((snapshot.extra.len() as u32).to_be_bytes());
+        bytes.extend(&snapshot.extra);
+        bytes.extend(&snapshot.raw_id);
+        bytes.extend(&snapshot.raw_name);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+    }
+    bytes
+}
+
+/// Length in bytes of the table that holds these snapshots.
+pub(crate) fn table_length(snapshots: &[Snapshot]) -> u64 {
+    encode_table(snapshots).len() as u64
 }
 
 fn read_entry(
@@ -91,6 +132,8 @@ fn read_entry(
         l1_offset: u64_at(&fixed, 0),
         l1_entries: u32_at(&fixed, 8),
         extra: extra.to_vec(),
+        raw_id: id.to_vec(),
+        raw_name: name.to_vec(),
     };
     check_entry(&snapshot, header, file_length)?;
     Ok((snapshot, (ENTRY_LENGTH + extra_length + id_length + name_length) as u64))

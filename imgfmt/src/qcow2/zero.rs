@@ -16,6 +16,8 @@ enum Erase {
     Zero(ZeroMode),
     /// Their content is of no interest.
     Discard,
+    /// They lie behind the end that the disk is about to have.
+    Drop,
 }
 
 impl Qcow2 {
@@ -61,6 +63,13 @@ impl Qcow2 {
         if start < end { self.erase(start, end, Erase::Discard) } else { Ok(()) }
     }
 
+    /// Removes all clusters that lie behind `size`.
+    pub(super) fn drop_clusters(&self, size: u64) -> Result<()> {
+        let cluster = self.geometry().cluster_size();
+        let (start, end) = (size.next_multiple_of(cluster), self.size.next_multiple_of(cluster));
+        if start < end { self.erase(start, end, Erase::Drop) } else { Ok(()) }
+    }
+
     /// Whether a cluster can be made to read as zero by its entry alone.
     fn can_map_zeroes(&self) -> bool {
         self.header.version >= 3 || self.backing.is_none()
@@ -87,7 +96,7 @@ impl Qcow2 {
             let stop = end.min((position / coverage + 1).saturating_mul(coverage));
             self.relieve_pressure()?;
             let left_over = self.erase_in_table(position, stop, what)?;
-            if what != Erase::Discard {
+            if matches!(what, Erase::Zero(_)) {
                 for (start, end) in left_over {
                     self.write_zero_data(start, end)?;
                 }
@@ -138,6 +147,9 @@ impl Qcow2 {
     /// What becomes of a cluster when some of its subclusters are erased; `None` if nothing does.
     fn erased(&self, old: Cluster, mask: u32, what: Erase) -> Option<Cluster> {
         let all = self.geometry().all_subclusters();
+        if what == Erase::Drop {
+            return (old != Cluster::default()).then(Cluster::default);
+        }
         let is_empty = old.host.is_none() && old.compressed.is_none() && old.zero == 0;
         if is_empty && self.backing.is_none() {
             return None;

@@ -1,0 +1,47 @@
+//! What an image says about itself.
+
+use crate::create::{CompressionType, L2Entries, Qcow2Version};
+use crate::options::Format;
+use crate::qcow2::Snapshot;
+
+/// Facts about an open image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ImageInfo {
+    /// The image's format.
+    pub format: Format,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// What only qcow2 images have.
+    pub qcow2: Option<Qcow2Info>,
+}
+
+/// Facts about a qcow2 image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Qcow2Info {
+    /// Version of the format.
+    pub version: Qcow2Version,
+    /// Size of a cluster in bytes.
+    pub cluster_size: u64,
+    /// Width of a refcount in bits.
+    pub refcount_bits: u32,
+    /// How compressed clusters are compressed.
+    pub compression: CompressionType,
+    /// Whether there are subclusters.
+    pub l2_entries: L2Entries,
+    /// The image is marked as damaged.
+    pub is_corrupt: bool,
+    /// The image was not closed properly, and its refcounts may be wrong.
+    pub is_dirty: bool,
+    /// The image holds dirty bitmaps.
+    pub has_bitmaps: bool,
+    /// Name of the backing file as it stands in the image.
+    pub backing_name: Option<String>,
+    /// Name of the backing file's format as it stands in the image.
+    pub backing_format: Option<String>,
+    /// Name of the file that holds the data, if it is another one.
+    pub data_file_name: Option<String>,
+    /// The internal snapshots.
+    pub snapshots: Vec<Snapshot>,
+}

@@ -1,0 +1,107 @@
+//! Changing the size of the disk.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Acquire;
+
+use super::Qcow2;
+use super::alloc::Freed;
+use super::header::field;
+use super::map::span;
+use super::writer::lock;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::{Speed, ZeroMode};
+
+const L1_BYTES_MAX: u64 = 32 << 20;
+
+impl Qcow2 {
+    /// Makes the disk larger or smaller. What is added reads as zero.
+    pub(crate) fn resize(&mut self, size: u64) -> Result<()> {
+        if size > i64::MAX as u64 || !size.is_multiple_of(512) {
+            let detail = "the size of a qcow2 disk is a multiple of 512 below 2^63";
+            return Err(Error::new(ErrorKind::InvalidInput, "resize", detail));
+        }
+        if self.header.version < 3 && self.header.snapshot_count > 0 {
+            let detail = "snapshots of a version 2 image do not know their size; delete them first";
+            return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
+        }
+        if self.format.has_data_file {
+            let detail = "images with a data file cannot be resized by this version";
+            return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
+        }
+        self.flush_all()?;
+        if size < self.size {
+            self.drop_clusters(size)?;
+        } else {
+            self.grow_l1(size)?;
+            // The rest of the last cluster holds anything, and the backing file may be longer.
+            let cluster_end = self.size.next_multiple_of(self.geometry().cluster_size()).min(size);
+            let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size).min(size);
+            let stale = span(self.size, cluster_end.max(backing_end));
+            if !stale.is_empty() {
+                self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;
+            }
+        }
+        self.flush_all()?;
+        self.write_metadata(field::SIZE, &size.to_be_bytes())?;
+        self.sync_file()?;
+        self.size = size;
+        self.header.size = size;
+        Ok(())
+    }
+
+    fn grow_l1(&mut self, size: u64) -> Result<()> {
+        let geometry = self.geometry();
+        let needed = geometry.l1_entries_for(size);
+        if needed <= self.l1.len() as u64 {
+            return Ok(());
+        }
+        if needed * 8 > L1_BYTES_MAX {
+            let detail = format!(
+                "a disk of {size} bytes is too large for clusters of {} bytes",
+                geometry.cluster_size()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
+        }
+        let mut l1: Vec<u64> = self.l1.iter().map(|entry| entry.load(Acquire)).collect();
+        l1.resize(needed as usize, 0);
+        self.replace_l1(l1)
+    }
+
+    /// Writes the L1 table to a new place and switches to it with one write of the header. The
+    /// clusters of the old one are freed.
+    pub(super) fn replace_l1(&mut self, l1: Vec<u64>) -> Result<()> {
+        let geometry = self.geometry();
+        let clusters = geometry.clusters_of(l1.len() as u64 * 8);
+        let writer = self.writer()?;
+        let reserved = lock(&writer.allocator).reserve_exact(clusters)?;
+        writer.note_change();
+        let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
+        // The refcounts and whatever the table points to must be there before the header is.
+        let prepared = self.write_metadata(reserved.offset, &bytes).and_then(|()| self.flush_all());
+        if let Err(error) = prepared {
+            self.release(&[reserved]);
+            return Err(error);
+        }
+        let mut fields = [0; 12];
+        fields[..4].copy_from_slice(&(l1.len() as u32).to_be_bytes());
+        fields[4..].copy_from_slice(&reserved.offset.to_be_bytes());
+        self.write_metadata(field::L1_SIZE, &fields)?;
+        self.sync_file()?;
+        let old_offset = std::mem::replace(&mut self.header.l1_offset, reserved.offset);
+        let old_entries = std::mem::replace(&mut self.header.l1_entries, l1.len() as u32);
+        let old_bytes = u64::from(old_entries) * 8;
+        self.l1 = l1.into_iter().map(AtomicU64::new).collect();
+        let writer = self.writer()?;
+        let mut allocator = lock(&writer.allocator);
+        allocator.protected.retain(|range| *range != (old_offset, old_offset + old_bytes));
+        let new_end = reserved.offset + u64::from(self.header.l1_entries) * 8;
+        allocator.protected.push((reserved.offset, new_end));
+        drop(allocator);
+        let first = old_offset >> geometry.cluster_bits;
+        let old_clusters = first..first + geometry.clusters_of(old_bytes);
+        lock(&writer.freed).extend(old_clusters.map(|cluster| Freed { cluster, punch: false }));
+        writer.note_change();
+        Ok(())
+    }
+}
