@@ -50,6 +50,34 @@ impl Client {
         Ok(whole.freeze())
     }
 
+    /// Like [`Client::read`], but into memory that the caller has left over, such as that of an
+    /// earlier answer ([`Bytes::try_into_mut`]): it is grown if it is too small, and what it holds
+    /// is thrown away. Saves the page faults of fresh memory when much is read.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: the answer and the memory are thrown away when it arrives.
+    pub async fn read_reusing(
+        &self,
+        offset: u64,
+        length: usize,
+        mut buffer: BytesMut,
+    ) -> Result<Bytes> {
+        let total = length as u64;
+        self.check_range(offset, total)?;
+        if total == 0 || total > self.longest_payload() {
+            return self.read(offset, length).await;
+        }
+        buffer.clear();
+        let collect = Collect::Flat(buffer);
+        let request = NewRequest { collect, ..flat_read(offset, total) };
+        Ok(data(self.submit(request).await?.outcome().await?))
+    }
+
     /// Reads into `buffer`, all of it. One copy more than [`Client::read`].
     ///
     /// # Errors
