@@ -1,6 +1,8 @@
 //! Serves a disk image on a unix socket until Enter is pressed or standard input ends:
 //! `cargo run -p nbd-server --example serve_image -- disk.img /tmp/nbd.sock`.
 
+#![allow(clippy::print_stdout)]
+
 use std::sync::Arc;
 
 use imgfmt::{Access, Format, Image, OpenOptions};

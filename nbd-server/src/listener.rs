@@ -34,7 +34,7 @@ pub enum ListenAddress {
 pub enum BoundAddress {
     /// A TCP address.
     Tcp(SocketAddr),
-    /// A unix socket; `None` if it has no name in the file system.
+    /// A unix socket, by its absolute path; `None` if it has no name in the file system.
     Unix(Option<PathBuf>),
 }
 
@@ -124,9 +124,11 @@ impl Listener {
     pub(crate) fn address(&self) -> io::Result<BoundAddress> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(BoundAddress::Tcp),
-            Self::Unix(listener, _) => {
+            Self::Unix(_, Some(file)) => Ok(BoundAddress::Unix(Some(file.path.clone()))),
+            Self::Unix(listener, None) => {
                 let address = listener.local_addr()?;
-                Ok(BoundAddress::Unix(address.as_pathname().map(Path::to_path_buf)))
+                let path = address.as_pathname().map(std::path::absolute).transpose()?;
+                Ok(BoundAddress::Unix(path))
             }
         }
     }
@@ -184,7 +186,10 @@ fn open_unix(path: &Path) -> Result<Listener, ServeError> {
         Err(error) => return Err(bind_error(error)),
     };
     let identity = identity(path).map_err(bind_error)?;
-    Ok(Listener::Unix(listener, Some(SocketFile { path: path.to_path_buf(), identity })))
+    // The folder this program works in may be another one when a client gets the URI or the file is
+    // removed. Binding takes the path as it was given: the absolute one may be too long for it.
+    let path = std::path::absolute(path).map_err(bind_error)?;
+    Ok(Listener::Unix(listener, Some(SocketFile { path, identity })))
 }
 
 /// Removes a socket file that nobody listens on, and nothing else.

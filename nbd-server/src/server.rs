@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -176,9 +177,15 @@ async fn flush_all(exports: &ExportRegistry) -> Result<(), ServeError> {
     let flushed = tokio::task::spawn_blocking(move || {
         let mut failed = None;
         for (name, entry) in exports {
-            if let Err(error) = entry.export().flush() {
-                tracing::error!(export = %name, %error, "flush at the end failed");
-                let message = error.message.into_owned();
+            // One export that fails, in whatever way, does not keep the others from their flush.
+            let flushed = catch_unwind(AssertUnwindSafe(|| entry.export().flush()));
+            let message = match flushed {
+                Ok(Ok(())) => None,
+                Ok(Err(error)) => Some(error.message.into_owned()),
+                Err(_) => Some("the export panicked".to_owned()),
+            };
+            if let Some(message) = message {
+                tracing::error!(export = %name, %message, "flush at the end failed");
                 failed.get_or_insert(ServeError::Flush { export: name, message });
             }
         }

@@ -1,5 +1,7 @@
 //! A validated request carried out, and its reply.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
 use nbd_proto::transmission::{
     Command, ExtentLimit, Fragmentation, Position, ReplyEncoder, Request,
@@ -7,7 +9,7 @@ use nbd_proto::transmission::{
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
 
 use super::pool::Work;
-use crate::export::{Export, ExportError};
+use crate::export::{Export, ExportError, TryRead};
 
 /// When a long read fails, the part in front of the failure is found in steps of this many bytes.
 const RETRY_LEN: usize = 64 * 1024;
@@ -36,6 +38,30 @@ pub(super) fn perform(work: &Work) -> Vec<u8> {
         },
     }
     out
+}
+
+/// As [`execute`], where the connection stands. A flaw of an export costs the request, as it does
+/// in the pool, and not the connection.
+pub(super) fn execute_in_place(
+    export: &dyn Export,
+    request: &Request,
+    payload: &[u8],
+) -> Result<(), ExportError> {
+    catch_unwind(AssertUnwindSafe(|| execute(export, request, payload))).unwrap_or_else(|_| {
+        let command = request.command.command_type();
+        tracing::error!(%command, "carrying out a request panicked");
+        Err(ExportError::new(Errno::EIO, "the server failed"))
+    })
+}
+
+/// Reads where the connection stands. Whatever goes wrong is left to the pool, which reads again
+/// and finds out what to say.
+pub(super) fn read_in_place(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> TryRead {
+    // The content of the buffer does not matter unless the read is complete.
+    match catch_unwind(AssertUnwindSafe(|| export.try_read_at(offset, buffer))) {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) | Err(_) => TryRead::WouldBlock,
+    }
 }
 
 /// Carries out a request whose reply has no content.

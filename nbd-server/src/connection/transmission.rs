@@ -120,11 +120,13 @@ impl Session {
         loop {
             let mut progress = self.collect(cx);
             progress |= self.execute(cx)?;
-            progress |= self.flush(cx)?;
+            let made_room = self.flush(cx)?;
             if self.is_over() {
                 return Poll::Ready(Ok(()));
             }
-            progress |= self.receive(cx)?;
+            // What was received comes first: the buffer may have no room for more, and the end of
+            // the stream must not overtake the requests in front of it.
+            progress |= made_room || self.receive(cx)?;
             if !progress {
                 return Poll::Pending;
             }
@@ -277,7 +279,7 @@ impl Session {
         let whole = header_len.saturating_add(length);
         if let Some(payload) = self.input.filled().get(header_len..whole) {
             if self.is_prompt(&request) {
-                let result = dispatch::execute(&*self.export, &request, payload);
+                let result = dispatch::execute_in_place(&*self.export, &request, payload);
                 self.input.consume(whole);
                 self.reply(&request, result);
             } else {
@@ -314,7 +316,7 @@ impl Session {
             return false;
         };
         if self.is_prompt(&request) {
-            let result = dispatch::execute(&*self.export, &request, &buffer);
+            let result = dispatch::execute_in_place(&*self.export, &request, &buffer);
             self.reply(&request, result);
             if buffer.capacity() <= KEPT_PAYLOAD_LEN {
                 self.spare_payload = buffer;
@@ -360,7 +362,7 @@ impl Session {
         encoder.data_header(tag, request.offset, length as u32, Position::Last, &mut header);
         let header_len = ReplyEncoder::MAX_READ_HEADER_LEN - header.len();
         let data = &mut space[header_len..header_len + length];
-        if let Ok(TryRead::Complete) = self.export.try_read_at(request.offset, data) {
+        if dispatch::read_in_place(&*self.export, request.offset, data) == TryRead::Complete {
             self.output.commit(header_len + length);
         } else {
             // Not in memory, or an error: the pool reads it again and finds out what to say.
@@ -387,7 +389,7 @@ impl Session {
     /// A request that is neither READ nor WRITE.
     fn command(&mut self, request: Request) {
         if self.is_prompt(&request) {
-            let result = dispatch::execute(&*self.export, &request, &[]);
+            let result = dispatch::execute_in_place(&*self.export, &request, &[]);
             self.reply(&request, result);
         } else {
             self.waiting = Some(Waiting::Pool(request, Vec::new()));

@@ -13,6 +13,8 @@ use super::{
 
 /// Pages are allocated when they are first written.
 const PAGE_SIZE: u64 = 64 * 1024;
+/// Pages looked at for one request. A disk may have 2^47 of them, and a client may ask about all.
+const MAX_WALKED_PAGES: u64 = 1 << 20;
 /// Pages are spread over this many locks, so that connections seldom wait for each other.
 const SHARDS: u64 = 64;
 
@@ -38,6 +40,21 @@ impl MemoryExport {
 
     /// Zeroes a range; whole pages are given back.
     fn clear(&self, offset: u64, length: u64) {
+        let end = offset + length;
+        let whole = offset.div_ceil(PAGE_SIZE)..end / PAGE_SIZE;
+        if whole.end.saturating_sub(whole.start) <= MAX_WALKED_PAGES {
+            return self.clear_parts(offset, length);
+        }
+        // So long a range is cleared by looking at what is there, not at what could be.
+        for shard in &self.shards {
+            let mut pages = shard.write().unwrap_or_else(PoisonError::into_inner);
+            pages.retain(|page, _| !whole.contains(page));
+        }
+        self.clear_parts(offset, whole.start * PAGE_SIZE - offset);
+        self.clear_parts(whole.end * PAGE_SIZE, end - whole.end * PAGE_SIZE);
+    }
+
+    fn clear_parts(&self, offset: u64, length: u64) {
         for part in parts(offset, length) {
             let mut pages = self.shard(part.page).write().unwrap_or_else(PoisonError::into_inner);
             if part.length == PAGE_SIZE as usize {
@@ -133,7 +150,7 @@ impl Export for MemoryExport {
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
         let hole = AllocationFlags::STATE_HOLE | AllocationFlags::STATE_ZERO;
         let mut status = Descriptors::new(max_count);
-        for part in parts(offset, length) {
+        for part in parts(offset, length.min(MAX_WALKED_PAGES * PAGE_SIZE)) {
             let pages = self.shard(part.page).read().unwrap_or_else(PoisonError::into_inner);
             let flags = if pages.contains_key(&part.page) { 0 } else { hole.bits() };
             if !status.push(part.length as u64, flags) {
@@ -178,6 +195,29 @@ mod tests {
         let mut buffer = [0xff; 10];
         disk.read_at(offset - 2, &mut buffer).unwrap();
         assert_eq!(&buffer, b"\0\0across\0\0");
+    }
+
+    #[test]
+    fn a_range_of_any_length_is_cleared_and_nothing_beside_it() {
+        let disk = MemoryExport::new(i64::MAX as u64);
+        let far = 1 << 60;
+        let places = [PAGE_SIZE - 1, PAGE_SIZE + 7, far - 1, far, far + 5 * PAGE_SIZE];
+        for place in places {
+            disk.write_at(place, &[1], Durability::Cached).unwrap();
+        }
+        disk.trim(PAGE_SIZE, far - PAGE_SIZE, Durability::Cached).unwrap();
+        let left = places.map(|place| {
+            let mut byte = [9];
+            disk.read_at(place, &mut byte).unwrap();
+            byte[0]
+        });
+        assert_eq!(left, [1, 0, 0, 1, 1]);
+        disk.trim(PAGE_SIZE - 1, far - PAGE_SIZE + 2, Durability::Cached).unwrap();
+        let mut byte = [9; 1];
+        disk.read_at(PAGE_SIZE - 1, &mut byte).unwrap();
+        assert_eq!(byte, [0], "the part of a page in front of the whole ones");
+        disk.read_at(far, &mut byte).unwrap();
+        assert_eq!(byte, [0], "the part of a page behind them");
     }
 
     #[test]

@@ -1,0 +1,114 @@
+//! Memory that clients can make the server take.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nbd_proto::transmission::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
+use nbd_proto::wire::{CommandType, MetaContextName, ReplyMode};
+use nbd_server::ServerConfig;
+use nbd_server::export::{MemoryExport, Promptness};
+
+use crate::support::{Client, MODES, Random, Script, Scripted, TestServer, header, wait_until};
+
+const LARGE: u64 = 32 << 20;
+
+/// Requests that a client sends which never takes a reply, and how many of them the server began.
+fn begun(mode: ReplyMode, prompt: Promptness, length: u64, count: usize) -> usize {
+    let disk = Scripted::new(64 << 20, Script { prompt: Some(prompt), ..Script::default() });
+    let server = TestServer::with(ServerConfig::default(), disk.clone());
+    let client = Client::connect(&server, mode);
+    let request = client.encode(&header(CommandType::READ, 0, length));
+    client.send(request.repeat(count));
+    // It has stopped when nothing new begins for a while. One that goes on gets through `count`.
+    let mut last = usize::MAX;
+    wait_until("the server has stopped to read", || {
+        std::thread::sleep(Duration::from_millis(200));
+        let now = disk.reads.load(Ordering::SeqCst);
+        now > 0 && std::mem::replace(&mut last, now) == now
+    });
+    last
+}
+
+#[test]
+fn a_client_that_never_reads_is_not_read_from_any_more() {
+    for mode in MODES {
+        for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+            // 64 MiB of the connection's budget, and one request of any size beyond it.
+            let begun = begun(mode, prompt, LARGE, 5000);
+            assert!(begun as u64 * LARGE <= (64 << 20) + LARGE, "{begun} reads of 32 MiB");
+        }
+    }
+}
+
+#[test]
+fn many_small_requests_are_bounded_as_well() {
+    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+        let begun = begun(ReplyMode::Extended, prompt, 4096, 40_000);
+        // What waits in the server, what was under way, and what the sockets hold.
+        assert!(begun * 4096 <= 16 << 20, "{begun} reads of 4 KiB");
+    }
+}
+
+#[test]
+fn large_requests_of_many_connections_take_turns_in_a_small_budget() {
+    let mut config = ServerConfig::default();
+    config.server_budget = 1 << 20;
+    config.connection_budget = 1 << 20;
+    config.workers = NonZeroUsize::new(2).unwrap();
+    let disk = Scripted::new(64 << 20, Script::default());
+    let server = TestServer::with(config, disk);
+    let mut random = Random::new();
+    std::thread::scope(|scope| {
+        for index in 0..8_u64 {
+            let mut random = random.fork();
+            let server = &server;
+            scope.spawn(move || {
+                let mut client = Client::connect(server, MODES[index as usize % 3]);
+                for _ in 0..4 {
+                    let length = (300 << 10) + random.below(3 << 20);
+                    let data = random.bytes(length as usize);
+                    assert_eq!(client.write(index * (8 << 20), &data), Ok(()));
+                    assert!(client.read(index * (8 << 20), length) == data);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn requests_already_received_are_answered_after_a_pause_of_the_client() {
+    // More requests than the receive buffer holds, which all wait because nothing can be sent; then
+    // everything is wanted at once.
+    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+        let disk = Scripted::new(1 << 20, Script { prompt: Some(prompt), ..Script::default() });
+        let server = TestServer::with(ServerConfig::default(), disk);
+        let mut client = Client::connect(&server, ReplyMode::Simple);
+        let count = 30_000;
+        for _ in 0..count {
+            client.submit(0, 4096, &Command::Read(Fragmentation::Allowed), &[]);
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        for _ in 0..count {
+            assert_eq!(client.next_finished().1.result, Ok(()));
+        }
+    }
+}
+
+#[test]
+fn requests_about_the_largest_disk_there_is_are_answered() {
+    let server =
+        TestServer::with(ServerConfig::default(), Arc::new(MemoryExport::new(i64::MAX as u64)));
+    let contexts = [MetaContextName::base_allocation()];
+    let mut client = Client::open(&server, ReplyMode::Extended, "", &contexts);
+    let size = i64::MAX as u64;
+    assert_eq!(client.read(size - 10, 10), [0; 10]);
+    let zeroes = Command::WriteZeroes(ZeroMode::MayPunch, Speed::FastOnly, Durability::Cached);
+    for command in [zeroes, Command::Trim(Durability::Cached), Command::Cache] {
+        assert_eq!(client.request(0, size, &command).result, Ok(()));
+    }
+    // The answer may be short, but it says something.
+    let status = client.request(0, size, &Command::BlockStatus(ExtentLimit::Many, None));
+    assert!(status.statuses[0].1[0].length > 0);
+}

@@ -1,0 +1,28 @@
+//! The server as its clients see it: one file per scenario, a test is named after what it guards.
+
+// Helpers of tests fail like tests; clippy.toml allows it in functions marked as tests only.
+#![allow(unreachable_pub, clippy::unwrap_used, clippy::print_stdout)]
+
+mod support;
+
+mod block_status;
+mod budgets;
+mod connection_cap;
+mod disconnects;
+mod durability;
+mod exports;
+mod handshake_deadline;
+mod image_space;
+mod interop;
+mod listening;
+mod loop_device;
+mod multi_conn;
+mod ordering;
+mod panics;
+mod payload_sizes;
+mod read_errors;
+mod refusals;
+mod send_file;
+mod shutdown;
+mod splits;
+mod stress;

@@ -1,0 +1,112 @@
+//! The server's end.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use nbd_proto::transmission::{Command, Durability, Fragmentation};
+use nbd_proto::wire::ReplyMode;
+use nbd_server::export::{Export, ExportEntry, ExportError, ExportInfo, MemoryExport};
+use nbd_server::{ExportRegistry, ServeError, ServerConfig};
+
+use crate::support::{Client, Script, Scripted, TestServer, wait_until};
+
+#[test]
+fn what_is_in_flight_is_finished_and_every_export_flushed() {
+    let gated = Script { gated: Some(0..1), ..Script::default() };
+    let (slow, idle) = (Scripted::new(1 << 20, gated), Scripted::new(1 << 20, Script::default()));
+    let exports = ExportRegistry::new();
+    exports.add("", ExportEntry::new(slow.clone())).unwrap();
+    exports.add("idle", ExportEntry::new(idle.clone()).hidden()).unwrap();
+    let mut server = TestServer::start(ServerConfig::default(), exports);
+    let path = server.path().to_path_buf();
+
+    let mut busy = Client::connect(&server, ReplyMode::Extended);
+    let mut bystander = Client::open(&server, ReplyMode::Simple, "idle", &[]);
+    let negotiating = server.connect();
+    let write = busy.submit(0, 4096, &Command::Write(Durability::Cached), &[7; 4096]);
+    wait_until("the write has begun", || slow.gate.arrived() == 1);
+
+    server.begin_stop();
+    // The socket goes when the server has stopped to accept.
+    wait_until("the socket is gone", || !path.exists());
+    bystander.expect_end();
+    drop(negotiating);
+    assert_eq!(slow.flushes.load(Ordering::SeqCst), 0, "flushing comes after the last write");
+    slow.gate.open();
+    let (finished, outcome) = busy.next_finished();
+    assert_eq!((finished, outcome.result), (write, Ok(())));
+    busy.expect_end();
+
+    assert!(server.stop().is_ok());
+    assert_eq!(slow.flushes.load(Ordering::SeqCst), 1);
+    assert_eq!(idle.flushes.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn a_client_that_does_not_take_its_replies_is_cut_after_the_drain_deadline() {
+    let mut config = ServerConfig::default();
+    config.drain_deadline = Duration::from_millis(100);
+    let disk = Scripted::new(64 << 20, Script::default());
+    let server = TestServer::with(config, disk.clone());
+    let mut client = Client::connect(&server, ReplyMode::Simple);
+    let total = 32 << 20;
+    client.submit(0, total, &Command::Read(Fragmentation::Allowed), &[]);
+    wait_until("the read has begun", || disk.reads.load(Ordering::SeqCst) == 1);
+    // Without the deadline this would wait for the client, which waits for it.
+    assert!(server.stop().is_ok());
+    assert!((client.read_to_end().len() as u64) < total);
+}
+
+#[test]
+fn an_export_that_cannot_be_flushed_is_named_and_the_others_are_flushed() {
+    /// Cannot keep what it promised.
+    struct Lossy;
+    impl Export for Lossy {
+        fn info(&self) -> ExportInfo {
+            ExportInfo::new(4096)
+        }
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), ExportError> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<(), ExportError> {
+            Err(ExportError::new(nbd_proto::wire::Errno::EIO, "the disk is gone"))
+        }
+    }
+    /// Fails worse.
+    struct Broken;
+    impl Export for Broken {
+        fn info(&self) -> ExportInfo {
+            ExportInfo::new(4096)
+        }
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), ExportError> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<(), ExportError> {
+            panic!("the script says so")
+        }
+    }
+    for (export, text) in [
+        (Arc::new(Lossy) as Arc<dyn Export>, "the disk is gone"),
+        (Arc::new(Broken) as Arc<dyn Export>, "panicked"),
+    ] {
+        let good = Scripted::new(4096, Script::default());
+        let exports = ExportRegistry::new();
+        exports.add("a", ExportEntry::new(export)).unwrap();
+        exports.add("b", ExportEntry::new(good.clone())).unwrap();
+        let server = TestServer::start(ServerConfig::default(), exports);
+        let error = server.stop().unwrap_err();
+        assert!(matches!(&error, ServeError::Flush { export, .. } if export == "a"), "{error:?}");
+        assert!(error.to_string().contains(text), "{error}");
+        assert_eq!(good.flushes.load(Ordering::SeqCst), 1);
+    }
+}
+
+#[test]
+fn a_server_that_nobody_visited_ends_as_well() {
+    let server = TestServer::of(MemoryExport::new(4096));
+    let path = server.path().to_path_buf();
+    assert!(path.exists());
+    assert!(server.stop().is_ok());
+    assert!(!path.exists());
+}

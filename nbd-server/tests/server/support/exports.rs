@@ -1,0 +1,190 @@
+//! An export that does as it is told.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
+use nbd_server::export::{
+    Durability, Export, ExportError, ExportInfo, MemoryExport, Operation, Promptness, Speed,
+    TryRead, ZeroMode,
+};
+
+/// What is wrong with a [`Scripted`] disk, and where. Ranges are in bytes.
+#[derive(Debug, Clone, Default)]
+pub struct Script {
+    /// Cannot be read or written.
+    pub bad: Option<Range<u64>>,
+    /// Takes the server down with it.
+    pub panics: Option<Range<u64>>,
+    /// Waits until the gate is opened.
+    pub gated: Option<Range<u64>>,
+    /// Flags the disk does not have.
+    pub without: Option<TransmissionFlags>,
+    /// Further contexts; their status is one extent whose flags are the context's place here plus
+    /// 100.
+    pub contexts: Vec<MetaContextName>,
+    /// Whether calls are made where the server stands. Off by default.
+    pub prompt: Option<Promptness>,
+}
+
+/// Something to wait at.
+#[derive(Debug, Default)]
+pub struct Gate {
+    open: Mutex<bool>,
+    opened: Condvar,
+    waiting: AtomicUsize,
+}
+
+impl Gate {
+    pub fn open(&self) {
+        *self.open.lock().unwrap() = true;
+        self.opened.notify_all();
+    }
+
+    /// Calls that have come to the gate so far.
+    pub fn arrived(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    fn pass(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let open = self.open.lock().unwrap();
+        drop(self.opened.wait_while(open, |open| !*open).unwrap());
+    }
+}
+
+/// A disk in memory with a [`Script`], which counts the calls.
+#[derive(Debug)]
+pub struct Scripted {
+    pub disk: MemoryExport,
+    pub script: Script,
+    pub gate: Gate,
+    pub reads: AtomicUsize,
+    pub writes: AtomicUsize,
+    pub durable_writes: AtomicUsize,
+    pub flushes: AtomicUsize,
+    pub cached: AtomicUsize,
+}
+
+impl Scripted {
+    pub fn new(size: u64, script: Script) -> Arc<Self> {
+        Arc::new(Self {
+            disk: MemoryExport::new(size),
+            script,
+            gate: Gate::default(),
+            reads: AtomicUsize::new(0),
+            writes: AtomicUsize::new(0),
+            durable_writes: AtomicUsize::new(0),
+            flushes: AtomicUsize::new(0),
+            cached: AtomicUsize::new(0),
+        })
+    }
+
+    fn act(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        let touches = |range: &Option<Range<u64>>| {
+            range.as_ref().is_some_and(|range| offset < range.end && range.start < offset + length)
+        };
+        if touches(&self.script.gated) {
+            self.gate.pass();
+        }
+        assert!(!touches(&self.script.panics), "the script says so");
+        if touches(&self.script.bad) {
+            return Err(ExportError::new(Errno::EIO, "a bad sector"));
+        }
+        Ok(())
+    }
+
+    fn is_prompt(&self) -> bool {
+        self.script.prompt == Some(Promptness::Prompt)
+    }
+}
+
+fn count(counter: &AtomicUsize) {
+    counter.fetch_add(1, Ordering::SeqCst);
+}
+
+impl Export for Scripted {
+    fn info(&self) -> ExportInfo {
+        let mut info = self.disk.info();
+        info.flags -= self.script.without.unwrap_or(TransmissionFlags::empty());
+        info.meta_contexts.extend_from_slice(&self.script.contexts);
+        info
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        count(&self.reads);
+        self.act(offset, buffer.len() as u64)?;
+        self.disk.read_at(offset, buffer)
+    }
+
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        if !self.is_prompt() {
+            return Ok(TryRead::WouldBlock);
+        }
+        self.read_at(offset, buffer).map(|()| TryRead::Complete)
+    }
+
+    fn promptness(&self, _: Operation) -> Promptness {
+        self.script.prompt.unwrap_or(Promptness::MayBlock)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8], durable: Durability) -> Result<(), ExportError> {
+        count(&self.writes);
+        self.act(offset, data.len() as u64)?;
+        if durable == Durability::Fua {
+            count(&self.durable_writes);
+        }
+        self.disk.write_at(offset, data, durable)
+    }
+
+    fn flush(&self) -> Result<(), ExportError> {
+        count(&self.flushes);
+        Ok(())
+    }
+
+    fn trim(&self, offset: u64, length: u64, durable: Durability) -> Result<(), ExportError> {
+        self.act(offset, length)?;
+        if durable == Durability::Fua {
+            count(&self.durable_writes);
+        }
+        self.disk.trim(offset, length, durable)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        durable: Durability,
+    ) -> Result<(), ExportError> {
+        self.act(offset, length)?;
+        if speed == Speed::FastOnly && mode == ZeroMode::NoHole {
+            return Err(ExportError::new(Errno::ENOTSUP, "not fast"));
+        }
+        if durable == Durability::Fua {
+            count(&self.durable_writes);
+        }
+        self.disk.write_zeroes(offset, length, mode, speed, durable)
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        count(&self.cached);
+        self.act(offset, length)
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        self.act(offset, length)?;
+        match self.script.contexts.iter().position(|known| known == context) {
+            Some(place) => Ok(vec![BlockDescriptor { length, flags: 100 + place as u64 }]),
+            None => self.disk.block_status(context, offset, length, max_count),
+        }
+    }
+}
