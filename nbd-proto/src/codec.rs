@@ -92,6 +92,22 @@ pub fn truncate_text(text: &str, limit: usize) -> &str {
     text.get(..end).unwrap_or("")
 }
 
+/// Text of the peer, safe to print on a terminal: control characters are escaped.
+#[derive(Debug, Clone, Copy)]
+pub struct PeerText<'a>(pub &'a str);
+
+impl std::fmt::Display for PeerText<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.chars().try_for_each(|character| {
+            if character.is_control() {
+                write!(f, "{}", character.escape_default())
+            } else {
+                write!(f, "{character}")
+            }
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

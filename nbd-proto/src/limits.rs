@@ -57,6 +57,10 @@ pub const MAX_ERROR_MESSAGE_LEN: usize = 512;
 /// largest payload, plus one for an error. Sector-sized chunks are the finest any server sends.
 pub const MAX_CHUNKS_PER_READ: usize = (MAX_PAYLOAD as usize) / 512 + 1;
 
+/// Most places at which the answer to one READ may have gaps at a time. Servers answer in ascending
+/// order, or from a few workers at once; more gaps than this only serve to keep a client busy.
+pub const MAX_GAPS_PER_READ: usize = 4096;
+
 /// Largest size of an export, in bytes: offsets are signed 64-bit numbers to every kernel.
 pub const MAX_EXPORT_SIZE: u64 = i64::MAX as u64;
 

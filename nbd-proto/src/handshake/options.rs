@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::codec::PeerText;
 use crate::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags};
 
 /// Everything INFO, GO and EXPORT_NAME tell about one export.
@@ -102,14 +103,7 @@ impl fmt::Display for OptionError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "server answered {}", self.reply)?;
         if !self.message.is_empty() {
-            f.write_str(": ")?;
-            for character in self.message.chars() {
-                if character.is_control() {
-                    write!(f, "{}", character.escape_default())?;
-                } else {
-                    write!(f, "{character}")?;
-                }
-            }
+            write!(f, ": {}", PeerText(&self.message))?;
         }
         Ok(())
     }

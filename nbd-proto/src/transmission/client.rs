@@ -10,6 +10,7 @@ use bytes::{Buf, BufMut, BytesMut};
 use super::coverage::Coverage;
 use super::pending::{Kind, Pending};
 use super::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
+use crate::codec::PeerText;
 use crate::handshake::Negotiated;
 use crate::wire::{
     BlockDescriptor, ChunkHeader, CommandFlags, Cookie, Errno, MetaContextId, ReplyFlags,
@@ -23,7 +24,7 @@ use crate::{ApiMisuse, ProtocolError};
 pub struct ServerError {
     /// The error, as the server sent it.
     pub errno: Errno,
-    /// What the server said about it; may be empty.
+    /// What the server said about it; may be empty. Text of the peer: `Display` escapes it.
     pub message: String,
     /// Offset in the export at which it happened, in bytes, if the server said so.
     pub offset: Option<u64>,
@@ -34,7 +35,7 @@ fn at(offset: Option<u64>) -> String {
 }
 
 fn said(message: &str) -> String {
-    if message.is_empty() { String::new() } else { format!(": {message}") }
+    if message.is_empty() { String::new() } else { format!(": {}", PeerText(message)) }
 }
 
 /// What the front of the received bytes means.

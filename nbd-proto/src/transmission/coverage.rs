@@ -47,6 +47,11 @@ impl Coverage {
         true
     }
 
+    /// In how many separate ranges the answered bytes lie.
+    pub(super) fn pieces(&self) -> usize {
+        self.ranges.len()
+    }
+
     /// How many chunks were added.
     pub(super) const fn chunks(&self) -> usize {
         self.chunks

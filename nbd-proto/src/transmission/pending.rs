@@ -5,7 +5,9 @@ use super::client::{Event, ServerError};
 use super::coverage::Coverage;
 use crate::ProtocolError;
 use crate::codec::Reader;
-use crate::limits::{MAX_CHUNKS_PER_READ, MAX_DESCRIPTORS_RECEIVED, MAX_UNKNOWN_CHUNK_LEN};
+use crate::limits::{
+    MAX_CHUNKS_PER_READ, MAX_DESCRIPTORS_RECEIVED, MAX_GAPS_PER_READ, MAX_UNKNOWN_CHUNK_LEN,
+};
 use crate::wire::{
     BlockDescriptor, ChunkHeader, Cookie, Errno, MetaContextId, ReplyMode, ReplyType,
 };
@@ -105,7 +107,8 @@ impl Pending {
             return Err(self.bad_chunk(what, "the request is no READ", offset, length));
         };
         let fresh = coverage.add(start, end);
-        let too_many = coverage.chunks() > MAX_CHUNKS_PER_READ;
+        let too_many =
+            coverage.chunks() > MAX_CHUNKS_PER_READ || coverage.pieces() > MAX_GAPS_PER_READ;
         if !fresh {
             return Err(self.bad_chunk(what, "these bytes were answered before", offset, length));
         }

@@ -2,7 +2,9 @@
 
 use bytes::BytesMut;
 use nbd_proto::ProtocolError;
-use nbd_proto::limits::{MAX_CHUNKS_PER_READ, MAX_PAYLOAD, MAX_UNKNOWN_CHUNK_LEN};
+use nbd_proto::limits::{
+    MAX_CHUNKS_PER_READ, MAX_GAPS_PER_READ, MAX_PAYLOAD, MAX_UNKNOWN_CHUNK_LEN,
+};
 use nbd_proto::transmission::client::{Event, ServerError, Transmission};
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
 use nbd_proto::wire::{Errno, ReplyMode};
@@ -262,4 +264,27 @@ fn an_answer_in_endless_pieces_is_ended() {
     input.extend_from_slice(&structured(OFFSET_HOLE, &hole(MAX_CHUNKS_PER_READ as u64, 1)));
     let error = client.advance(&mut input).unwrap_err();
     assert!(matches!(error, ProtocolError::BadChunk { .. }), "{error}");
+}
+
+#[test]
+fn an_answer_scattered_backwards_is_ended_before_it_costs_time() {
+    let mut client = Transmission::new(&negotiated(ReplyMode::Structured));
+    let read = Command::Read(Fragmentation::Allowed);
+    client.request(0, u64::from(MAX_PAYLOAD), &read, &mut Vec::new()).unwrap();
+    let mut input = BytesMut::new();
+    for gap in 0..MAX_GAPS_PER_READ as u64 {
+        let place = u64::from(MAX_PAYLOAD) - 2 * gap - 1;
+        input.extend_from_slice(&structured(OFFSET_HOLE, &hole(place, 1)));
+        assert!(matches!(client.advance(&mut input), Ok(Event::Hole { .. })));
+    }
+    input.extend_from_slice(&structured(OFFSET_HOLE, &hole(0, 1)));
+    assert!(matches!(client.advance(&mut input), Err(ProtocolError::BadChunk { .. })));
+}
+
+#[test]
+fn the_servers_text_cannot_drive_a_terminal() {
+    let error =
+        ServerError { errno: Errno::EIO, message: "\u{1b}[2Jgone".to_owned(), offset: None };
+    let text = error.to_string();
+    assert!(text.contains("gone") && !text.contains('\u{1b}'), "{text}");
 }
