@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use nbd_client::ZeroMode;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
@@ -85,11 +85,11 @@ impl Job {
     }
 
     /// Writes data, leaving out or punching the zeroes in it.
-    pub(super) async fn store(&self, offset: u64, data: Bytes) -> Result<(), CommandError> {
+    pub(super) async fn store(&self, offset: u64, data: &Bytes) -> Result<(), CommandError> {
         let Some(unit) = self.sparse else {
-            return self.destination.write(offset, data).await;
+            return self.destination.write(offset, data.clone()).await;
         };
-        for run in runs(&data, unit) {
+        for run in runs(data, unit) {
             let at = offset + run.start as u64;
             match run.content {
                 Content::Data => {
@@ -110,11 +110,14 @@ impl Job {
     }
 
     async fn copy_pieces(&self) -> Result<(), CommandError> {
+        let mut buffer = BytesMut::new();
         while let Some(piece) = self.next_piece().await? {
             match piece.content {
                 Content::Data => {
-                    let data = self.source.read(piece.offset, piece.length).await?;
-                    self.store(piece.offset, data).await?;
+                    let data = self.source.read(piece.offset, piece.length, buffer).await?;
+                    self.store(piece.offset, &data).await?;
+                    // Fresh memory would cost page faults for every piece.
+                    buffer = data.try_into_mut().unwrap_or_default();
                 }
                 Content::Zero => self.store_zeroes(piece.offset, piece.length).await?,
             }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use imgfmt::storage::{FileIdentity, FileStorage};
 use imgfmt::{Access, HostOffset, Locking, Storage as _};
 use nbd_client::{Client, Connector};
@@ -98,24 +98,29 @@ impl Source {
         }
     }
 
-    /// Reads a part of the disk.
-    pub(super) async fn read(&self, offset: u64, length: u64) -> Result<Bytes, CommandError> {
+    /// Reads a part of the disk, into memory that is left over from an earlier part.
+    pub(super) async fn read(
+        &self,
+        offset: u64,
+        length: u64,
+        mut buffer: BytesMut,
+    ) -> Result<Bytes, CommandError> {
+        // Lengths are at most the request size.
+        let length = length as usize;
         match self {
             Self::Nbd { client, uri } => {
-                // Lengths are at most the request size.
-                let read = client.read(offset, length as usize).await;
+                let read = client.read_reusing(offset, length, buffer).await;
                 read.map_err(|error| failed(uri, "read from", &error))
             }
             Self::File { storage, path, .. } => {
                 let storage = storage.clone();
-                // Lengths are at most the request size.
-                let mut buffer = vec![0; length as usize];
                 let reading = tokio::task::spawn_blocking(move || {
-                    storage.read_exact_at(HostOffset::new(offset), &mut buffer).map(|()| buffer)
+                    buffer.resize(length, 0);
+                    let read = storage.read_exact_at(HostOffset::new(offset), &mut buffer);
+                    read.map(|()| buffer.freeze())
                 });
                 match reading.await {
-                    Ok(Ok(buffer)) => Ok(buffer.into()),
-                    Ok(Err(error)) => Err(read_error(path, offset, &error)),
+                    Ok(read) => read.map_err(|error| read_error(path, offset, &error)),
                     Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
                 }
             }

@@ -6,7 +6,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -36,7 +36,7 @@ pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), CommandErr
         let permit = permits.clone().acquire_owned().await;
         let job = job.clone();
         tasks.spawn(async move {
-            let stored = job.store(offset, data).await;
+            let stored = job.store(offset, &data).await;
             job.progress.add(length);
             drop(permit);
             stored
@@ -108,7 +108,9 @@ impl Ahead {
             Content::Zero => Self::Zero(piece.length),
             Content::Data => {
                 let job = job.clone();
-                let read = async move { job.source.read(piece.offset, piece.length).await };
+                let read = async move {
+                    job.source.read(piece.offset, piece.length, BytesMut::new()).await
+                };
                 Self::Data(tokio::spawn(read))
             }
         }
