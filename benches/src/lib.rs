@@ -1,1 +1,46 @@
-//! .
+//! What the benches share. The programs that are measured beside servers stand in `src/bin`.
+
+use nbd_proto::handshake::{ExportDescription, Negotiated};
+use nbd_proto::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
+
+/// Every form of replies, with the name it has in the results.
+pub const MODES: [(&str, ReplyMode); 3] = [
+    ("simple", ReplyMode::Simple),
+    ("structured", ReplyMode::Structured),
+    ("extended", ReplyMode::Extended),
+];
+
+/// Size of the disk, in bytes.
+pub const DISK_SIZE: u64 = 1 << 30;
+
+/// An export that can do everything.
+#[must_use]
+pub fn export() -> ExportDescription {
+    let mut flags = TransmissionFlags::all();
+    flags.remove(TransmissionFlags::READ_ONLY);
+    ExportDescription {
+        name: "disk".to_owned(),
+        description: Some("a disk for benches".to_owned()),
+        size: DISK_SIZE,
+        flags,
+        block_sizes: BlockSizes::default(),
+        meta_contexts: vec![
+            MetaContextName::base_allocation(),
+            MetaContextName::qemu_allocation_depth(),
+        ],
+    }
+}
+
+/// A transmission phase on that export, with one context.
+#[must_use]
+pub fn negotiated(reply_mode: ReplyMode) -> Negotiated {
+    let ExportDescription { name, size, flags, block_sizes, .. } = export();
+    Negotiated {
+        export_name: name,
+        size,
+        flags,
+        block_sizes,
+        reply_mode,
+        meta_contexts: vec![(MetaContextId(0), MetaContextName::base_allocation())],
+    }
+}
