@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::extent::ExtentList;
 use crate::mapping::Lease;
 use crate::qcow2::Qcow2;
-use crate::storage::{Capabilities, Durability, Speed, TryRead, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
 /// An open image of one format. Every range handed in lies within [`size`](Self::size) and is not
@@ -17,6 +17,8 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug {
     fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()>;
     fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead>;
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
+    /// Writes if that needs neither waiting nor new space; says whether it did.
+    fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite>;
     /// Writes whole clusters, compressed where the format can.
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.write_at(offset, data, Durability::Cached)

@@ -12,7 +12,9 @@ use crate::info::ImageInfo;
 use crate::mapping::Lease;
 use crate::options::{Access, Format, OpenOptions};
 use crate::qcow2::{CheckReport, Qcow2, Repair};
-use crate::storage::{Capabilities, Durability, FileStorage, Speed, Storage, TryRead, ZeroMode};
+use crate::storage::{
+    Capabilities, Durability, FileStorage, Speed, Storage, TryRead, TryWrite, ZeroMode,
+};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Whether a disk may become smaller, which loses what is at its end.
@@ -156,6 +158,20 @@ impl Image {
             return Ok(());
         }
         self.driver.write_at(offset, data, durability).map_err(|error| self.name(error))
+    }
+
+    /// Writes `data` from `offset` on, into the page cache, if that needs neither metadata from the
+    /// disk nor new space. A raw image always does it.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_at`](Self::write_at).
+    pub fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
+        let range = self.check_change("write to", offset, data.len() as u64)?;
+        if range.is_empty() {
+            return Ok(TryWrite::Complete);
+        }
+        self.driver.try_write_at(offset, data).map_err(|error| self.name(error))
     }
 
     /// Writes whole clusters in compressed form where the format has one and it saves space; a raw
@@ -340,7 +356,9 @@ impl Image {
     }
 
     /// What the parts of a range hold, in order, without gaps, from its start on. At most
-    /// `max_count` extents are returned; they may then end before the range does.
+    /// `max_count` extents are returned, and no more metadata is looked at than some 1000 tables:
+    /// the list may end before the range does. It is empty only if the range is, or `max_count` is
+    /// 0. Ask again from its end on.
     ///
     /// # Errors
     ///

@@ -56,5 +56,5 @@ pub use mapping::{Lease, Mapping};
 pub use open_policy::{OpenPolicy, SchemeOpener};
 pub use options::{Access, Format, Locking, OpenOptions};
 pub use qcow2::{CheckReport, Repair, Snapshot};
-pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, ZeroMode};
+pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 pub use units::{GuestOffset, GuestRange, HostOffset};

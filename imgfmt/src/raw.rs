@@ -8,7 +8,7 @@ use crate::extent::{Extent, ExtentList};
 use crate::mapping::{Lease, Mapping};
 use crate::options::Format;
 use crate::probe::{PROBE_LENGTH, Probed, probe};
-use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// Whether the first sector is kept from looking like another format.
@@ -104,6 +104,11 @@ impl Driver for Raw {
                 .map_err(io("write to"))
                 .map_err(at(offset))
         })
+    }
+
+    fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
+        self.write_at(offset, data, Durability::Cached)?;
+        Ok(TryWrite::Complete)
     }
 
     fn write_zeroes(

@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::{Random, at, qemu, range};
-use imgfmt::{Access, Durability, Image, OpenOptions, Speed, ZeroMode};
+use imgfmt::{Access, Durability, Image, OpenOptions, Speed, TryWrite, ZeroMode};
 
 const SIZE: u64 = 6 * 1024 * 1024 + 512;
 
@@ -39,7 +39,13 @@ fn step(image: &Image, model: &mut [u8], random: &mut Random, what: &str) {
     match random.below(9) {
         0..=3 => {
             let data = vec![random.below(255) as u8 + 1; length as usize];
-            image.write_at(at(offset), &data, durability).unwrap();
+            let tried = match random.below(2) {
+                0 => image.try_write_at(at(offset), &data).unwrap(),
+                _ => TryWrite::WouldBlock,
+            };
+            if tried == TryWrite::WouldBlock {
+                image.write_at(at(offset), &data, durability).unwrap();
+            }
             model[part].copy_from_slice(&data);
         }
         4 => {

@@ -2,11 +2,12 @@
 
 use super::Qcow2;
 use super::lease::ClusterLease;
+use super::map::Lookup;
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
 use crate::mapping::Lease;
-use crate::storage::{Capabilities, Durability, Speed, TryRead, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
 impl Driver for Qcow2 {
@@ -39,6 +40,13 @@ impl Driver for Qcow2 {
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
         self.write_range(offset, data)?;
         self.flush_if(durability)
+    }
+
+    fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
+        match self.write_in_place(offset.bytes(), data, Lookup::CachedOnly)? {
+            true => Ok(TryWrite::Complete),
+            false => Ok(TryWrite::WouldBlock),
+        }
     }
 
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {

@@ -187,7 +187,11 @@ impl Qcow2 {
     /// Lets all freed clusters go, when no one can reserve clusters any more.
     pub(super) fn release_all_freed(&self, writer: &Writer) {
         let batches = std::mem::take(&mut *lock(&writer.quarantine));
-        for batch in batches {
+        for mut batch in batches {
+            if !batch.generation.has_ended() {
+                // Somebody may still be moving these bytes by a lease: they stay where they are.
+                batch.freed.iter_mut().for_each(|freed| freed.punch = false);
+            }
             self.release_freed(writer, batch.freed);
         }
     }

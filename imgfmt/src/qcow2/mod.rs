@@ -15,6 +15,7 @@ mod driver;
 mod extension;
 mod flush;
 mod geometry;
+mod guard;
 mod header;
 mod l2;
 mod lease;
@@ -68,6 +69,8 @@ pub(crate) struct Qcow2 {
     /// Offsets of L2 tables and their COPIED bits, as in the file.
     l1: Box<[AtomicU64]>,
     tables: TableCache,
+    /// Where the snapshot table and the snapshots' L1 tables lie: start and end.
+    snapshot_places: Vec<(u64, u64)>,
     /// How much memory the user allows for them.
     cache_bytes: Option<u64>,
     backing: Option<Backing>,

@@ -64,7 +64,8 @@ impl Qcow2 {
             version: header.version,
             has_data_file: header.has_data_file(),
         };
-        Ok(Self {
+        let image = Self {
+            snapshot_places: Self::places_of(header.snapshots_offset, &snapshots),
             data: Arc::clone(&file),
             file,
             path: path.map(Path::to_owned),
@@ -77,7 +78,9 @@ impl Qcow2 {
             backing: None,
             writer,
             decompressed: Mutex::new(VecDeque::new()),
-        })
+        };
+        image.note_l2_places();
+        Ok(image)
     }
 
     /// The backing file's name and format, if the image has one.

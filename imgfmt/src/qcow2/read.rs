@@ -15,6 +15,10 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 /// How many decompressed clusters are kept for the reads that follow.
 const DECOMPRESSED_MAX: usize = 8;
 
+/// How much is looked at for one list of extents: what an L2 table counts, and the limit.
+const EFFORT_OF_TABLE: u64 = 64;
+const EFFORT_MAX: u64 = 1024 * EFFORT_OF_TABLE;
+
 impl Qcow2 {
     pub(super) fn read_range(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
         let base = offset.bytes();
@@ -147,7 +151,14 @@ impl Qcow2 {
     }
 
     pub(super) fn push_extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()> {
+        let mut effort = 0;
         self.for_each_table(range, Lookup::MayRead, |pieces| {
+            // A disk may be so large, or say the same for so long, that the end is hours away.
+            let is_unmapped = matches!(pieces, [Piece { content: Content::Unallocated, .. }]);
+            effort += if is_unmapped { 1 } else { EFFORT_OF_TABLE };
+            if effort > EFFORT_MAX {
+                return Ok(false);
+            }
             for piece in pieces {
                 let kind = match piece.content {
                     Content::Stored(_) | Content::Compressed(_) => ExtentKind::Data,

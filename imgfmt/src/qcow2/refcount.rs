@@ -3,7 +3,7 @@
 //! A refcount table names refcount blocks; a block is an array of counts, 1 to 64 bits wide. Blocks
 //! are cached; changed ones stay in memory until [`flush`](super::flush) has written them.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::geometry::Geometry;
@@ -26,6 +26,8 @@ pub(crate) struct Refcounts {
     /// Entries of the table that are not yet on disk.
     pub(super) dirty_entries: BTreeSet<usize>,
     blocks: HashMap<usize, Block>,
+    /// Where the blocks lie; none ever moves.
+    places: HashSet<u64>,
 }
 
 #[derive(Debug)]
@@ -48,8 +50,10 @@ pub(crate) struct DirtyBlock {
 
 impl Refcounts {
     pub(crate) fn new(file: Arc<dyn Storage>, geometry: Geometry, table: Vec<u64>) -> Self {
-        let table = table.into_iter().map(|entry| entry & TABLE_OFFSET_MASK).collect();
-        Self { file, geometry, table, dirty_entries: BTreeSet::new(), blocks: HashMap::new() }
+        let table: Vec<u64> = table.into_iter().map(|entry| entry & TABLE_OFFSET_MASK).collect();
+        let places = table.iter().copied().filter(|offset| *offset != 0).collect();
+        let (dirty_entries, blocks) = (BTreeSet::new(), HashMap::new());
+        Self { file, geometry, table, dirty_entries, blocks, places }
     }
 
     /// Which block counts a cluster, and where in it.
@@ -61,6 +65,11 @@ impl Refcounts {
     /// Whether there is a block for this cluster.
     pub(super) fn has_block(&self, index: usize) -> bool {
         self.table.get(index).is_some_and(|offset| *offset != 0)
+    }
+
+    /// Whether a block lies at this offset.
+    pub(super) fn is_block(&self, offset: u64) -> bool {
+        self.places.contains(&offset)
     }
 
     /// How often a cluster is referenced.
@@ -124,6 +133,7 @@ impl Refcounts {
             self.table.resize(index + 1, 0);
         }
         self.table[index] = offset;
+        self.places.insert(offset);
         self.dirty_entries.insert(index);
         Ok(())
     }
@@ -133,6 +143,7 @@ impl Refcounts {
         self.blocks.remove(&index);
         self.dirty_entries.remove(&index);
         if let Some(entry) = self.table.get_mut(index) {
+            self.places.remove(entry);
             *entry = 0;
         }
     }

@@ -168,6 +168,7 @@ impl Qcow2 {
         self.sync_file()?;
         self.header.snapshots_offset = offset;
         self.header.snapshot_count = snapshots.len() as u32;
+        self.snapshot_places = Self::places_of(offset, snapshots);
         self.free_place(old.0, old.1)?;
         self.flush_all()
     }
@@ -211,6 +212,7 @@ impl Qcow2 {
     fn forget_tables(&mut self) {
         self.tables = TableCache::new(tables_max(self.geometry(), self.size, self.cache_bytes));
         lock(&self.decompressed).clear();
+        self.note_l2_places();
     }
 
     /// Sets COPIED in the active tables exactly where the refcount is 1.

@@ -55,8 +55,15 @@ impl Qcow2 {
             let guest = GuestOffset::new(l1_index * geometry.l2_coverage());
             return Err(self.io("write an L2 table of", error, guest));
         }
-        let table = Arc::new(Table::new(reserved.offset, words));
+        let bad_entries = shared.as_ref().map_or_else(Vec::new, |table| table.bad_entries.clone());
+        let table = Arc::new(Table::new(reserved.offset, words, bad_entries));
         let _gate = writer.commit_gate.read().unwrap_or_else(PoisonError::into_inner);
+        let mut places = writer.l2_places.write().unwrap_or_else(PoisonError::into_inner);
+        places.insert(reserved.offset);
+        if let Some(shared) = &shared {
+            places.remove(&shared.offset);
+        }
+        drop(places);
         self.tables.insert(Arc::clone(&table));
         self.l1[l1_index as usize].store(reserved.offset | COPIED, Release);
         lock(&writer.dirty_l1).insert(l1_index as usize);

@@ -8,6 +8,7 @@ use super::cache::Table;
 use super::l2::Cluster;
 use super::map::{Lookup, span};
 use super::tables::Change;
+use super::writer::lock;
 use crate::error::Result;
 use crate::storage::{Durability, Speed, ZeroMode};
 use crate::units::{GuestOffset, HostOffset};
@@ -18,6 +19,9 @@ const STEP_BYTES: u64 = 2 << 20;
 
 /// Old bytes around the new ones up to this size are written together with them.
 const MERGE_BYTES: u64 = 128 << 10;
+
+/// So many clusters may have been freed before a flush makes them usable again.
+const FREED_MAX: usize = 1 << 16;
 
 /// What is to be done for one cluster.
 #[derive(Debug)]
@@ -36,7 +40,7 @@ struct Plan {
 impl Qcow2 {
     pub(super) fn write_range(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.relieve_pressure()?;
-        if self.write_in_place(offset.bytes(), data)? {
+        if self.write_in_place(offset.bytes(), data, Lookup::MayRead)? {
             return Ok(());
         }
         let geometry = self.geometry();
@@ -56,15 +60,19 @@ impl Qcow2 {
 
     /// Writes metadata out before more of it than the cache should hold has changed.
     pub(super) fn relieve_pressure(&self) -> Result<()> {
-        if self.tables.is_under_pressure() { self.flush_all() } else { Ok(()) }
+        let freed = self.writer.as_ref().map_or(0, |writer| lock(&writer.freed).len());
+        match self.tables.is_under_pressure() || freed > FREED_MAX {
+            true => self.flush_all(),
+            false => Ok(()),
+        }
     }
 
     /// Writes all of `data` in place if every cluster allows it; else writes nothing.
-    fn write_in_place(&self, start: u64, data: &[u8]) -> Result<bool> {
+    pub(super) fn write_in_place(&self, start: u64, data: &[u8], lookup: Lookup) -> Result<bool> {
         // While this lives, nobody else is given the clusters found below.
         let _lease = self.writer()?.leases.take();
         let mut segments = Vec::new();
-        if !self.find_in_place(start, start + data.len() as u64, &mut segments)? {
+        if !self.find_in_place(start, start + data.len() as u64, lookup, &mut segments)? {
             return Ok(false);
         }
         for (host, from, to) in segments {
@@ -78,6 +86,7 @@ impl Qcow2 {
         &self,
         start: u64,
         end: u64,
+        lookup: Lookup,
         segments: &mut Vec<(u64, usize, usize)>,
     ) -> Result<bool> {
         let geometry = self.geometry();
@@ -87,12 +96,13 @@ impl Qcow2 {
             if !self.l1_is_copied(l1_index) {
                 return Ok(false);
             }
-            let Some(Some(table)) = self.table(l1_index, Lookup::MayRead)? else {
+            let Some(Some(table)) = self.table(l1_index, lookup)? else {
                 return Ok(false);
             };
             let table_end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
             let content = table.read();
             while position < table_end {
+                self.refuse_bad(&table, position)?;
                 let cluster = self.decode(&content.words, position)?;
                 let in_cluster = geometry.in_cluster(position);
                 let stop = table_end.min(position - in_cluster + geometry.cluster_size());
@@ -155,6 +165,7 @@ impl Qcow2 {
         while position < end {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
+            self.refuse_bad(table, position)?;
             let old = self.decode(&content.words, position)?;
             plans.push(self.plan_cluster(
                 guest_start,

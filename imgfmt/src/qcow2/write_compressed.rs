@@ -45,6 +45,7 @@ impl Qcow2 {
         let writer = self.writer()?;
         let _stripes = writer.lock_clusters(start >> geometry.cluster_bits, 1);
         let table = self.table_for_write(geometry.l1_index(start))?;
+        self.refuse_bad(&table, start)?;
         let old = self.decode(&table.read().words, start)?;
         self.release_quarantine(writer);
         let length = packed.len() as u64;

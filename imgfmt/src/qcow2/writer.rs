@@ -9,7 +9,7 @@
 //!    copy of everything. So a copy holds each mapping with the refcounts it needs.
 //! 4. the allocator, the tables, the lists below; each for a moment.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -30,6 +30,8 @@ pub(crate) struct Writer {
     pub(super) leases: Leases,
     /// L1 entries that are not yet on disk.
     pub(super) dirty_l1: Mutex<BTreeSet<usize>>,
+    /// Offsets of the L2 tables that the L1 table names.
+    pub(super) l2_places: RwLock<HashSet<u64>>,
     /// References that were dropped since the last flush began.
     pub(super) freed: Mutex<Vec<Freed>>,
     pub(super) quarantine: Mutex<Quarantine>,
@@ -51,6 +53,7 @@ impl Writer {
             allocator: Mutex::new(allocator),
             leases: Leases::new(),
             dirty_l1: Mutex::default(),
+            l2_places: RwLock::default(),
             freed: Mutex::default(),
             quarantine: Mutex::default(),
             flush: Mutex::new(()),

@@ -58,6 +58,15 @@ pub enum TryRead {
     WouldBlock,
 }
 
+/// What a write that must not wait for metadata achieved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TryWrite {
+    /// Everything is written.
+    Complete,
+    /// Nothing is written: it may need metadata from the disk or new space. Write it the usual way.
+    WouldBlock,
+}
+
 /// What tells one file from another, whatever its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileIdentity {

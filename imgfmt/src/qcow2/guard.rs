@@ -1,0 +1,102 @@
+//! Entries that must not be followed when something is changed.
+//!
+//! A damaged or hostile image may have an L2 entry that points to a table, or to a place that
+//! nothing has ever been given. Reading through it is harmless. Writing through it would hand the
+//! image's metadata to the guest, and freeing it would give a live table away. Each L2 table of an
+//! image open for writing is therefore looked through once, when it is loaded.
+
+use std::collections::HashSet;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering::Acquire;
+
+use super::Qcow2;
+use super::alloc::Allocator;
+use super::cache::Table;
+use super::l2::{Cluster, OFFSET_MASK};
+use super::snapshot::{self, Snapshot};
+use super::writer::lock;
+use crate::error::Result;
+
+impl Qcow2 {
+    /// The indexes of a table's entries that must not be followed.
+    pub(super) fn find_bad_entries(&self, l1_index: u64, words: &[u64]) -> Result<Vec<u32>> {
+        let Some(writer) = &self.writer else { return Ok(Vec::new()) };
+        let geometry = self.geometry();
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let mut allocator = lock(&writer.allocator);
+        let mut bad = Vec::new();
+        for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
+            let bitmap = entry.get(1).copied().unwrap_or(0);
+            // What cannot be decoded is refused wherever it is met.
+            let Ok(cluster) = self.format.decode(entry[0], bitmap) else { continue };
+            let guest =
+                l1_index * geometry.l2_coverage() + ((index as u64) << geometry.cluster_bits);
+            if self.is_bad(cluster, guest, &tables, &mut allocator)? {
+                bad.push(index as u32);
+            }
+        }
+        Ok(bad)
+    }
+
+    fn is_bad(
+        &self,
+        cluster: Cluster,
+        guest: u64,
+        tables: &HashSet<u64>,
+        allocator: &mut Allocator,
+    ) -> Result<bool> {
+        if self.format.has_data_file {
+            // Data has the same place in a data file as on the disk.
+            return Ok(cluster.host.is_some_and(|host| host != guest));
+        }
+        let bits = self.geometry().cluster_bits;
+        for reference in self.references(cluster, None, false) {
+            let offset = reference.cluster << bits;
+            let is_table = allocator.is_protected(offset)
+                || tables.contains(&offset)
+                || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset));
+            if is_table || allocator.refcounts.refcount(reference.cluster)? == 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Refuses a change through an entry that must not be followed.
+    pub(super) fn refuse_bad(&self, table: &Table, guest: u64) -> Result<()> {
+        match table.is_bad(self.geometry().l2_index(guest)) {
+            true => Err(self.corrupt("an L2 entry points to metadata or to nothing", guest)),
+            false => Ok(()),
+        }
+    }
+
+    /// Notes anew where the L2 tables of the active L1 table lie.
+    pub(super) fn note_l2_places(&self) {
+        if let Some(writer) = &self.writer {
+            let offsets = self.l1.iter().map(|entry| entry.load(Acquire) & OFFSET_MASK);
+            let places = offsets.filter(|offset| *offset != 0).collect();
+            *writer.l2_places.write().unwrap_or_else(PoisonError::into_inner) = places;
+        }
+    }
+
+    /// The places (start and end) of the snapshot table and of the snapshots' L1 tables.
+    pub(super) fn places_of(table_offset: u64, snapshots: &[Snapshot]) -> Vec<(u64, u64)> {
+        let table = (table_offset, table_offset + snapshot::table_length(snapshots));
+        let l1s = snapshots.iter().map(|snapshot| {
+            (snapshot.l1_offset, snapshot.l1_offset + u64::from(snapshot.l1_entries) * 8)
+        });
+        l1s.chain([table]).filter(|(start, end)| start < end).collect()
+    }
+}
+
+impl Allocator {
+    /// Whether the header, the L1 table, the refcount table or one of its blocks lies there.
+    fn is_protected(&self, offset: u64) -> bool {
+        let inside = |(start, end): &(u64, u64)| (*start..*end).contains(&offset);
+        let new_table = self.new_table_place.map(|place| {
+            let length = place.clusters << self.refcounts.geometry.cluster_bits;
+            (place.offset, place.offset.saturating_add(length))
+        });
+        self.protected.iter().chain(&new_table).any(inside) || self.refcounts.is_block(offset)
+    }
+}
