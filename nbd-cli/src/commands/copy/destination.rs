@@ -11,12 +11,16 @@ use imgfmt::{Access, ErrorKind, HostOffset, Locking, Storage as _};
 use nbd_client::{Client, Connector, Durability, Speed, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{Errno, TransmissionFlags};
+use tokio::sync::Semaphore;
 
 use super::CopyArgs;
 use super::location::Location;
 use super::source::Source;
 use crate::connect::{connect, failed};
 use crate::error::CommandError;
+
+/// Threads that write to a local file at a time.
+const WRITERS: usize = 2;
 
 /// Zeroes to write where there is no better way.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
@@ -31,6 +35,8 @@ pub(super) enum Destination {
         storage: Arc<FileStorage>,
         path: PathBuf,
         kind: FileKind,
+        /// Limits how many threads write at a time: a file lets in one, the others only wait.
+        writers: Semaphore,
     },
     /// Standard output: written once, front to back.
     Standard,
@@ -81,7 +87,7 @@ impl Destination {
     pub(super) fn room(&self) -> Result<Option<u64>, CommandError> {
         match self {
             Self::Nbd { client, .. } => Ok(Some(client.info().size)),
-            Self::File { storage, path, kind: FileKind::BlockDevice } => {
+            Self::File { storage, path, kind: FileKind::BlockDevice, .. } => {
                 storage.len().map(Some).map_err(|error| file_error("look at", path, None, &error))
             }
             _ => Ok(None),
@@ -110,7 +116,8 @@ impl Destination {
                 .write(offset, data, Durability::Cached)
                 .await
                 .map_err(|error| failed(uri, "write to", &error)),
-            Self::File { storage, path, .. } => {
+            Self::File { storage, path, writers, .. } => {
+                let _permit = writers.acquire().await;
                 let storage = storage.clone();
                 let at = HostOffset::new(offset);
                 let write = move || storage.write_at(at, &data, imgfmt::Durability::Cached);
@@ -142,7 +149,8 @@ impl Destination {
                     zeroed => zeroed.map_err(|error| failed(uri, "write zeroes to", &error)),
                 }
             }
-            Self::File { storage, path, kind } => {
+            Self::File { storage, path, kind, writers } => {
+                let _permit = writers.acquire().await;
                 let storage = storage.clone();
                 let at = HostOffset::new(offset);
                 let mode = match mode {
@@ -181,7 +189,7 @@ impl Destination {
     /// Sets the size of a regular file whose end was not written, being zero.
     pub(super) fn set_size(&self, size: u64) -> Result<(), CommandError> {
         match self {
-            Self::File { storage, path, kind: FileKind::Regular } => storage
+            Self::File { storage, path, kind: FileKind::Regular, .. } => storage
                 .set_len(size)
                 .map_err(|error| file_error("set the size of", path, None, &error)),
             _ => Ok(()),
@@ -249,7 +257,8 @@ fn open_file(path: &Path, source: &Source) -> Result<Destination, CommandError> 
         Err(error) if error.kind() == io::ErrorKind::Unsupported => FileKind::BlockDevice,
         Err(error) => return Err(file_error("empty", path, None, &error)),
     };
-    Ok(Destination::File { storage: Arc::new(storage), path: path.into(), kind })
+    let writers = Semaphore::new(WRITERS);
+    Ok(Destination::File { storage: Arc::new(storage), path: path.into(), kind, writers })
 }
 
 /// Our own lock on the source keeps us from opening it again for writing.
