@@ -120,9 +120,10 @@ pub struct FileSpan {
 /// nothing else); [`MemoryExport`] is a complete one on a page. Calls are synchronous and come
 /// from several threads at once; the server never calls a method whose flag
 /// [`ExportInfo::flags`] lacks, and never with a range outside the disk or off its minimum block
-/// size. Requests that overlap may be called in any order.
+/// size. Requests that overlap may be called in any order. A call that panics is answered with EIO,
+/// and everything else goes on.
 pub trait Export: Send + Sync + 'static {
-    /// What clients are told. Asked once per handshake; must not block.
+    /// What clients are told. Asked several times in a handshake; must not block.
     fn info(&self) -> ExportInfo;
 
     /// Fills `buffer` from `offset` (in bytes) on. May block.
@@ -137,7 +138,8 @@ pub trait Export: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// As for [`read_at`](Self::read_at).
+    /// As for [`read_at`](Self::read_at), which is then called for the same range: the client gets
+    /// what that says.
     fn try_read_at(&self, _offset: u64, _buffer: &mut [u8]) -> Result<TryRead, ExportError> {
         Ok(TryRead::WouldBlock)
     }

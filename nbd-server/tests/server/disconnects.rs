@@ -9,7 +9,7 @@ use nbd_proto::transmission::{Command, Durability, Fragmentation};
 use nbd_proto::wire::{CommandType, ReplyMode};
 use nbd_server::export::{MemoryExport, Promptness};
 
-use crate::support::{Client, MODES, Script, Scripted, TestServer, header, wait_until};
+use crate::support::{Client, MODES, Random, Script, Scripted, TestServer, header, wait_until};
 
 const READ: Command = Command::Read(Fragmentation::Allowed);
 const WRITE: Command = Command::Write(Durability::Cached);
@@ -116,6 +116,31 @@ fn the_server_survives_a_client_that_leaves_at_any_byte() {
     assert_eq!(Client::connect(&fresh, ReplyMode::Simple).read(0, 100), [0; 100]);
     leave(fresh.connect(), &bytes[..write_end]);
     assert_eq!(Client::connect(&fresh, ReplyMode::Simple).read(0, 100), [8; 100]);
+}
+
+#[test]
+fn the_server_survives_sessions_with_damaged_bytes() {
+    let server = TestServer::of(MemoryExport::new(1 << 20));
+    let mut random = Random::new();
+    let mut witness = Client::connect(&server, ReplyMode::Extended);
+    for round in 0..600 {
+        let mut bytes = session(MODES[round % 3]);
+        for _ in 0..=random.below(4) {
+            let place = random.below(bytes.len() as u64) as usize;
+            match random.below(3) {
+                0 => bytes[place] = random.next() as u8,
+                1 => bytes[place] = [0, 0xff, 0x7f, 0x80][random.below(4) as usize],
+                _ => drop(bytes.splice(place..place, random.bytes(8))),
+            }
+        }
+        let mut stream = server.connect();
+        // It may be cut off at any time, and a damaged length may make it wait for more.
+        let _ = stream.write_all(&bytes);
+        let _ = stream.shutdown(Shutdown::Write);
+        let _ = stream.read_to_end(&mut Vec::new());
+    }
+    assert_eq!(witness.read(0, 4).len(), 4);
+    assert!(server.stop().is_ok());
 }
 
 fn leave(mut stream: UnixStream, bytes: &[u8]) {

@@ -1,13 +1,16 @@
 //! Where a server listens, and what it tells about it.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 
 use nbd_proto::uri::Transport;
+use nbd_proto::wire::CommandType;
 use nbd_server::export::{ExportEntry, MemoryExport};
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, ServeError, Server, ServerConfig};
 use tokio::sync::oneshot;
+
+use crate::support::{LONG, Random, disk_file, header, image_export};
 
 fn server() -> Server {
     let exports = ExportRegistry::new();
@@ -56,6 +59,46 @@ async fn one_server_serves_on_several_addresses_and_closes_them_all() {
             assert!(TcpStream::connect(address).is_err(), "nobody listens on {address} any more");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_session_over_tcp_gives_the_same_bytes() {
+    let content = Random::new().bytes(8 << 20);
+    let file = disk_file(&content);
+    let exports = ExportRegistry::new();
+    exports.add("", ExportEntry::new(Arc::new(image_export(file.path())))).unwrap();
+    let mut server = Server::new(ServerConfig::default(), exports);
+    let bound = server.listen(&ListenAddress::Tcp("127.0.0.1:0".into())).await.unwrap();
+    let (stop, stopped) = oneshot::channel::<()>();
+    let serving = tokio::spawn(server.serve(async { stopped.await.unwrap_or(()) }));
+    let BoundAddress::Tcp(address) = bound[0] else { panic!("{bound:?}") };
+    let answer = tokio::task::spawn_blocking(move || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        // The flags, GO without a name, a copied read, one sent from the file, and a goodbye.
+        let mut bytes = b"\0\0\0\x03IHAVEOPT\0\0\0\x07\0\0\0\x06\0\0\0\0\0\0".to_vec();
+        for (command, offset, length) in [
+            (CommandType::READ, 100, 1000),
+            (CommandType::READ, 4096, 6 << 20),
+            (CommandType::DISC, 0, 0),
+        ] {
+            header(command, offset, length).encode_compact(&mut bytes).unwrap();
+        }
+        stream.write_all(&bytes).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        answer
+    });
+    let answer = answer.await.unwrap();
+    // Simple replies: 16 bytes in front of the data. They may come in either order.
+    let (short, long) = (&content[100..1100], &content[4096..4096 + (6 << 20)]);
+    let replies = &answer[answer.len() - 32 - short.len() - long.len()..];
+    let is = |first: &[u8], second: &[u8]| {
+        replies[16..16 + first.len()] == *first && replies[32 + first.len()..] == *second
+    };
+    assert!(is(short, long) || is(long, short));
+    stop.send(()).unwrap();
+    serving.await.unwrap().unwrap();
 }
 
 #[tokio::test]

@@ -1,15 +1,17 @@
 //! The server's end.
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
-use nbd_proto::wire::ReplyMode;
+use nbd_proto::wire::{CommandType, ReplyMode};
 use nbd_server::export::{Export, ExportEntry, ExportError, ExportInfo, MemoryExport};
-use nbd_server::{ExportRegistry, ServeError, ServerConfig};
+use nbd_server::{ExportRegistry, ListenAddress, ServeError, Server, ServerConfig};
 
-use crate::support::{Client, Script, Scripted, TestServer, wait_until};
+use crate::support::{Client, Script, Scripted, TestServer, header, wait_until};
 
 #[test]
 fn what_is_in_flight_is_finished_and_every_export_flushed() {
@@ -56,6 +58,51 @@ fn a_client_that_does_not_take_its_replies_is_cut_after_the_drain_deadline() {
     // Without the deadline this would wait for the client, which waits for it.
     assert!(server.stop().is_ok());
     assert!((client.read_to_end().len() as u64) < total);
+}
+
+#[test]
+fn a_request_that_has_not_arrived_whole_is_not_waited_for() {
+    let mut config = ServerConfig::default();
+    config.drain_deadline = Duration::from_secs(3600);
+    let disk = Scripted::new(64 << 20, Script::default());
+    let mut server = TestServer::with(config, disk.clone());
+    for (mode, sent) in [(ReplyMode::Simple, 20_000), (ReplyMode::Extended, 700_000)] {
+        let mut client = Client::connect(&server, mode);
+        assert_eq!(client.read(0, 1), [0]);
+        let mut bytes = client.encode(&header(CommandType::WRITE, 0, 1 << 20));
+        bytes.resize(bytes.len() + sent, 1);
+        client.send(bytes);
+        std::mem::forget(client);
+    }
+    server.begin_stop();
+    wait_until("the server has ended", || server.has_ended());
+    assert!(server.stop().is_ok());
+    assert_eq!(disk.writes.load(Ordering::SeqCst), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_server_that_is_dropped_cuts_its_clients_and_leaves_no_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let exports = ExportRegistry::new();
+    exports.add("", ExportEntry::new(Arc::new(MemoryExport::new(4096)))).unwrap();
+    let mut server = Server::new(ServerConfig::default(), exports);
+    server.listen(&ListenAddress::Unix(path.clone())).await.unwrap();
+    let serving = tokio::spawn(server.serve(std::future::pending()));
+    let address = path.clone();
+    let mut client = tokio::task::spawn_blocking(move || {
+        let mut client = UnixStream::connect(address).unwrap();
+        client.set_read_timeout(Some(crate::support::LONG)).unwrap();
+        client.read_exact(&mut [0; 18]).unwrap();
+        client
+    })
+    .await
+    .unwrap();
+    serving.abort();
+    assert!(serving.await.unwrap_err().is_cancelled());
+    let rest = tokio::task::spawn_blocking(move || client.read(&mut [0]).unwrap());
+    assert_eq!(rest.await.unwrap(), 0);
+    wait_until("the socket is gone", || !path.exists());
 }
 
 #[test]

@@ -82,6 +82,11 @@ impl TestServer {
         }
     }
 
+    /// Has the server ended?
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// Tells the server to stop and waits until it has; what `serve` returned.
     pub fn stop(mut self) -> Result<(), ServeError> {
         self.begin_stop();
