@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
+use crate::info::ImageInfo;
 use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
 use crate::options::{Access, Format, OpenOptions};
 use crate::probe::{PROBE_LENGTH, Probed, probe};
-use crate::qcow2::{CheckReport, Purpose, Qcow2, Repair};
+use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, FileStorage, Storage};
 use crate::units::HostOffset;
@@ -40,6 +41,46 @@ pub(crate) fn check(path: &Path, options: &OpenOptions, repair: Repair) -> Resul
     }
     let options = OpenOptions { access, snapshot: None, ..options.clone() };
     Qcow2::open(storage, Some(path), &options, Purpose::Check)?.check(repair)
+}
+
+/// Facts about one file; what it names is not opened.
+pub(crate) fn inspect(path: &Path, options: &OpenOptions) -> Result<ImageInfo> {
+    let storage = Arc::new(FileStorage::open(path, Access::ReadOnly, options.locking)?);
+    let format = match options.format {
+        Some(format) => format,
+        None => probe_storage(&*storage)?,
+    };
+    let options = OpenOptions { access: Access::ReadOnly, ..options.clone() };
+    Ok(match format {
+        Format::Raw => {
+            let raw = Raw::new(storage, FirstSector::Free)?;
+            ImageInfo { format, size: raw.size(), qcow2: None }
+        }
+        Format::Qcow2 => {
+            let image = Qcow2::open(storage, Some(path), &options, Purpose::Check)?;
+            ImageInfo { format, size: image.size(), qcow2: Some(image.info()?) }
+        }
+    })
+}
+
+/// Changes the name of the backing file in one file's header.
+pub(crate) fn change_backing(
+    path: &Path,
+    options: &OpenOptions,
+    backing: Option<(&str, Format)>,
+) -> Result<()> {
+    let storage = FileStorage::open(path, Access::ReadWrite, options.locking)?;
+    let format = match options.format {
+        Some(format) => format,
+        None => probe_storage(&storage)?,
+    };
+    match format {
+        Format::Qcow2 => qcow2::change_backing(&storage, backing),
+        Format::Raw => {
+            let detail = "a raw image cannot have a backing file";
+            Err(Error::new(ErrorKind::Unsupported, "change the backing file of", detail))
+        }
+    }
 }
 
 fn open_layer(

@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::open_policy::OpenPolicy;
-use crate::options::{Format, OpenOptions};
+use crate::options::{Access, Format, OpenOptions};
 use crate::qcow2;
+use crate::storage::Durability;
+use crate::units::GuestOffset;
 
 /// How the clusters of a new qcow2 image are compressed, if any ever are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -41,6 +43,27 @@ pub enum L2Entries {
     Extended,
 }
 
+/// Which clusters of a new qcow2 image have a place in the file from the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Preallocation {
+    /// None: the file grows with what is written.
+    #[default]
+    Off,
+    /// All have one, and it is a hole of the file.
+    Metadata,
+    /// All have one, and zeroes are written there.
+    Full,
+}
+
+/// How data is kept in a file of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DataFile {
+    /// Only together with the image does it mean anything.
+    Plain,
+    /// By itself it is a raw image of the disk.
+    Raw,
+}
+
 /// What a new image is to be like; made with [`CreateOptions::new`], changed field by field.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -62,6 +85,12 @@ pub struct CreateOptions {
     pub compression: CompressionType,
     /// Whether there are subclusters.
     pub l2_entries: L2Entries,
+    /// Which clusters have a place from the start. Not with a backing file.
+    pub preallocation: Preallocation,
+    /// Name of a new file that is to hold the data. A relative one starts at the image's folder;
+    /// QEMU would look for it in its own working folder, so better give an absolute one. Not with
+    /// a backing file.
+    pub data_file: Option<(String, DataFile)>,
 }
 
 impl CreateOptions {
@@ -76,6 +105,8 @@ impl CreateOptions {
             refcount_bits: 16,
             compression: CompressionType::default(),
             l2_entries: L2Entries::default(),
+            preallocation: Preallocation::default(),
+            data_file: None,
         }
     }
 
@@ -109,23 +140,95 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     if size > i64::MAX as u64 {
         return Err(named(invalid("a disk of 2^63 bytes or more is not possible")));
     }
-    let io_error = |error: io::Error| match error.kind() {
-        io::ErrorKind::AlreadyExists => Error::new(
-            ErrorKind::AlreadyExists,
-            "create",
-            "there is a file of that name; remove it first or choose another name",
-        )
-        .with_path(path),
-        _ => Error::from_io("create", error).with_path(path),
-    };
-    let file =
-        FileOptions::new().read(true).write(true).create_new(true).open(path).map_err(io_error)?;
-    let result = fill(&file, options.format, size, &content);
-    result.map_err(|error| {
-        // Half an image is of no use to anyone; the first error is the one to tell.
-        let _ = std::fs::remove_file(path);
-        io_error(error)
-    })
+    if options.format == Format::Raw && options.data_file.is_some() {
+        return Err(named(invalid("a raw image has no data file")));
+    }
+    let preallocates = options.preallocation != Preallocation::Off;
+    if options.backing.is_some() && (preallocates || options.data_file.is_some()) {
+        let detail = "an image with a backing file has neither a data file nor preallocation";
+        return Err(named(invalid(detail)));
+    }
+    let mut made = NewFiles::default();
+    if let Some((name, _)) = &options.data_file {
+        let data_path = path.parent().map_or_else(|| name.into(), |folder| folder.join(name));
+        made.create(&data_path, |file| file.set_len(size))?;
+    }
+    made.create(path, |file| fill(file, options.format, size, &content))?;
+    preallocate(path, options)?;
+    made.keep();
+    Ok(())
+}
+
+/// New files that are removed again unless everything succeeds.
+#[derive(Default)]
+struct NewFiles(Vec<PathBuf>);
+
+impl NewFiles {
+    fn create(&mut self, path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<()> {
+        let io_error = |error: io::Error| match error.kind() {
+            io::ErrorKind::AlreadyExists => Error::new(
+                ErrorKind::AlreadyExists,
+                "create",
+                "there is a file of that name; remove it first or choose another name",
+            )
+            .with_path(path),
+            _ => Error::from_io("create", error).with_path(path),
+        };
+        let mut new = FileOptions::new();
+        let file = new.read(true).write(true).create_new(true).open(path).map_err(io_error)?;
+        self.0.push(path.to_owned());
+        fill(&file).and_then(|()| file.sync_all()).map_err(io_error)
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for NewFiles {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            // Half an image is of no use to anyone; the error that led here is the one to tell.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Allocates what is to be allocated from the start.
+fn preallocate(path: &Path, options: &CreateOptions) -> Result<()> {
+    let is_raw_data = matches!(options.data_file, Some((_, DataFile::Raw)));
+    // A raw data file may be filled by others: then every cluster must be looked up there.
+    if options.format == Format::Qcow2
+        && (options.preallocation != Preallocation::Off || is_raw_data)
+    {
+        let image = Image::open(path, &writable(options))?;
+        image.preallocate()?;
+        image.close()?;
+    }
+    match options.preallocation {
+        Preallocation::Full => write_zeroes(path, options),
+        Preallocation::Off | Preallocation::Metadata => Ok(()),
+    }
+}
+
+fn writable(options: &CreateOptions) -> OpenOptions {
+    OpenOptions::new()
+        .format(options.format)
+        .access(Access::ReadWrite)
+        .policy(OpenPolicy::any_file())
+}
+
+fn write_zeroes(path: &Path, options: &CreateOptions) -> Result<()> {
+    let image = Image::open(path, &writable(options))?;
+    let zeroes = vec![0; 1 << 20];
+    let mut position = 0;
+    while position < image.size() {
+        let length = (image.size() - position).min(zeroes.len() as u64);
+        let offset = GuestOffset::new(position);
+        image.write_at(offset, &zeroes[..length as usize], Durability::Cached)?;
+        position += length;
+    }
+    image.close()
 }
 
 /// Writes parts of a new file, each at its offset.
@@ -136,7 +239,7 @@ fn fill(file: &File, format: Format, size: u64, content: &[(u64, Vec<u8>)]) -> i
     for (offset, bytes) in content {
         file.write_all_at(bytes, *offset)?;
     }
-    file.sync_all()
+    Ok(())
 }
 
 /// Opens the backing file to see that it is one, and for its size.

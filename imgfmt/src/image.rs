@@ -260,6 +260,12 @@ impl Image {
         result.map_err(|error| self.name(error))
     }
 
+    /// Allocates all clusters of a new, empty image.
+    pub(crate) fn preallocate(&self) -> Result<()> {
+        let result = self.driver.as_qcow2().map_or(Ok(()), Qcow2::preallocate);
+        result.map_err(|error| self.name(error))
+    }
+
     /// Facts about the image.
     ///
     /// # Errors

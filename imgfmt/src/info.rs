@@ -34,6 +34,8 @@ pub struct Qcow2Info {
     pub is_corrupt: bool,
     /// The image was not closed properly, and its refcounts may be wrong.
     pub is_dirty: bool,
+    /// Writers may leave refcounts wrong until the image is closed. This crate never does.
+    pub lazy_refcounts: bool,
     /// The image holds dirty bitmaps.
     pub has_bitmaps: bool,
     /// Name of the backing file as it stands in the image.
@@ -42,6 +44,8 @@ pub struct Qcow2Info {
     pub backing_format: Option<String>,
     /// Name of the file that holds the data, if it is another one.
     pub data_file_name: Option<String>,
+    /// That file is a raw image of the disk by itself.
+    pub data_file_is_raw: bool,
     /// The internal snapshots.
     pub snapshots: Vec<Snapshot>,
 }

@@ -37,6 +37,7 @@ mod error;
 mod extent;
 mod image;
 mod info;
+mod inspect;
 mod mapping;
 mod open_policy;
 mod options;
@@ -47,7 +48,9 @@ pub mod storage;
 mod sys;
 mod units;
 
-pub use create::{CompressionType, CreateOptions, L2Entries, Qcow2Version};
+pub use create::{
+    CompressionType, CreateOptions, DataFile, L2Entries, Preallocation, Qcow2Version,
+};
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
 pub use image::{Image, Shrink};

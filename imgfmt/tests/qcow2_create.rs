@@ -5,8 +5,8 @@ mod common;
 
 use common::{Random, at, qemu, range};
 use imgfmt::{
-    Access, CompressionType, CreateOptions, Durability, ErrorKind, Format, Image, L2Entries,
-    OpenOptions, Qcow2Version, Shrink,
+    Access, CompressionType, CreateOptions, DataFile, Durability, ErrorKind, Format, Image,
+    L2Entries, OpenOptions, Preallocation, Qcow2Version, Repair, Shrink,
 };
 
 const MIB: u64 = 1 << 20;
@@ -164,4 +164,51 @@ fn resized_disks_keep_what_they_had_and_gain_zeroes() {
         qemu::check(&path);
         assert!(qemu::content(&path, "qcow2") == model);
     }
+}
+
+#[test]
+fn preallocated_images_have_a_place_for_every_cluster() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2");
+    let data = folder.path().join("data.raw");
+    for preallocation in [Preallocation::Metadata, Preallocation::Full] {
+        for data_file in [None, Some(DataFile::Plain), Some(DataFile::Raw)] {
+            for l2_entries in [L2Entries::Standard, L2Entries::Extended] {
+                let _ = (std::fs::remove_file(&path), std::fs::remove_file(&data));
+                let mut options = CreateOptions::new(Format::Qcow2, 5 * MIB + 512);
+                options.preallocation = preallocation;
+                options.l2_entries = l2_entries;
+                options.data_file = data_file.map(|kind| (common::text(&data).into(), kind));
+                Image::create(&path, &options).unwrap();
+                qemu::check(&path);
+                let report = Image::check_file(&path, &OpenOptions::new(), Repair::None).unwrap();
+                assert_eq!(report.allocated_clusters, report.total_clusters, "{options:?}");
+                let image = Image::open(&path, &writable()).unwrap();
+                assert!(image.extents(range(0, image.size()), 100).unwrap().iter().all(|extent| {
+                    extent.depth == 1 && extent.kind != imgfmt::ExtentKind::Hole
+                }));
+                let size = std::fs::metadata(&path).unwrap().len();
+                image.write_at(at(MIB), &[5; 100_000], Durability::Cached).unwrap();
+                image.close().unwrap();
+                assert_eq!(std::fs::metadata(&path).unwrap().len(), size, "the file has grown");
+                let content = qemu::content(&path, "qcow2");
+                let is_ours = |i: usize| (MIB as usize..MIB as usize + 100_000).contains(&i);
+                assert!(
+                    content.iter().enumerate().all(|(i, b)| *b == if is_ours(i) { 5 } else { 0 })
+                );
+                if data_file == Some(DataFile::Raw) {
+                    assert!(std::fs::read(&data).unwrap()[..content.len()] == content);
+                }
+            }
+        }
+    }
+    let before = std::fs::read(&data).unwrap();
+    let mut options = CreateOptions::new(Format::Qcow2, MIB);
+    options.data_file = Some(("data.raw".into(), DataFile::Raw));
+    let other = folder.path().join("other.qcow2");
+    assert_eq!(Image::create(&other, &options).unwrap_err().kind(), ErrorKind::AlreadyExists);
+    assert!(!other.exists() && std::fs::read(&data).unwrap() == before);
 }

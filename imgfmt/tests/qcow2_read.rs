@@ -88,6 +88,9 @@ fn every_combination_of_features_is_read() {
         qemu::io(&path, "qcow2", &qemu::random_commands(&mut random, SIZE, 60));
         let expected = qemu::content(&path, "qcow2");
         assert_content(&open(&path), &expected, &mut random, options);
+        if common::has_tool("qemu-nbd") && common::has_tool("nbdinfo") {
+            assert_map(&path, options);
+        }
     }
 }
 

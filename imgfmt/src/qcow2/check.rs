@@ -4,7 +4,7 @@
 //! COPIED bit, or a reference to a place that cannot be is a *corruption*. Repair makes refcounts
 //! and COPIED bits what they should be; references to impossible places it leaves alone.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::Qcow2;
@@ -206,9 +206,12 @@ impl Checker<'_> {
         }
         let table_length = table.len() as u64 * 8;
         self.add(header.refcount_table_offset, table_length, "the refcount table");
+        let mut seen = HashSet::new();
         for entry in table.iter().filter(|entry| **entry != 0) {
             let before = self.report.corruptions;
-            if geometry.in_cluster(*entry) != 0 {
+            if !seen.insert(*entry) {
+                self.corruption(format!("a refcount block at {entry} is used twice"));
+            } else if geometry.in_cluster(*entry) != 0 {
                 self.corruption(format!("a refcount block at {entry} is not aligned"));
             } else {
                 self.add(*entry, geometry.cluster_size(), "a refcount block");
@@ -226,6 +229,7 @@ impl Checker<'_> {
         let geometry = image.geometry();
         self.add(l1_offset, u64::from(l1_entries) * 8, "an L1 table");
         let l1 = read_words(&*image.file, l1_offset, l1_entries as usize)?;
+        let mut seen = HashSet::new();
         for (index, entry) in l1.into_iter().enumerate().filter(|(_, entry)| *entry != 0) {
             if entry & L1_RESERVED != 0 {
                 self.corruption(format!("L1 entry {index} ({entry:#x}) has reserved bits set"));
@@ -239,6 +243,9 @@ impl Checker<'_> {
                 continue;
             }
             let before = self.report.corruptions;
+            if !seen.insert(offset) {
+                self.corruption(format!("an L2 table at {offset} is used twice"));
+            }
             self.add(offset, geometry.cluster_size(), "an L2 table");
             if is_active {
                 let place = l1_offset + index as u64 * 8;

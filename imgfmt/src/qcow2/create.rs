@@ -9,9 +9,9 @@
 
 use super::extension;
 use super::geometry::Geometry;
-use super::header::{MAGIC, incompatible};
+use super::header::{MAGIC, autoclear, incompatible};
 use super::refcount::write_entry;
-use crate::create::{CompressionType, CreateOptions, L2Entries, Qcow2Version, invalid};
+use crate::create::{CompressionType, CreateOptions, DataFile, L2Entries, Qcow2Version, invalid};
 use crate::error::Result;
 
 const HEADER_LENGTH: u32 = 112;
@@ -107,7 +107,10 @@ fn geometry(options: &CreateOptions) -> Result<Geometry> {
     if extended_l2 && size < 16384 {
         return Err(invalid("subclusters need clusters of at least 16 KiB"));
     }
-    let needs_v3 = bits != 16 || extended_l2 || options.compression != CompressionType::Zlib;
+    let needs_v3 = bits != 16
+        || extended_l2
+        || options.data_file.is_some()
+        || options.compression != CompressionType::Zlib;
     if options.version == Qcow2Version::V2 && needs_v3 {
         return Err(invalid("version 2 has neither other refcounts than 16 bits nor new features"));
     }
@@ -141,18 +144,27 @@ fn header(
     bytes.extend([0; 12]); // nb_snapshots and snapshots_offset
     if is_v3 {
         let zstd = options.compression == CompressionType::Zstd;
-        let features =
-            [(zstd, incompatible::COMPRESSION), (geometry.extended_l2, incompatible::EXTENDED_L2)];
+        let data_file = options.data_file.as_ref().map(|(_, kind)| *kind);
+        let features = [
+            (data_file.is_some(), incompatible::DATA_FILE),
+            (zstd, incompatible::COMPRESSION),
+            (geometry.extended_l2, incompatible::EXTENDED_L2),
+        ];
         let incompatible: u64 = features.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum();
         bytes.extend(incompatible.to_be_bytes());
-        bytes.extend([0; 16]); // compatible and autoclear features
+        bytes.extend([0; 8]); // compatible features
+        let is_raw = data_file == Some(DataFile::Raw);
+        bytes.extend(if is_raw { autoclear::RAW_DATA_FILE } else { 0 }.to_be_bytes());
         bytes.extend(geometry.refcount_order.to_be_bytes());
         bytes.extend(HEADER_LENGTH.to_be_bytes());
         bytes.push(u8::from(zstd));
         bytes.resize(HEADER_LENGTH as usize, 0);
     }
     if let Some((_, format)) = &options.backing {
-        push_extension(&mut bytes, extension::BACKING_FORMAT, format.name().as_bytes());
+        extension::push(&mut bytes, extension::BACKING_FORMAT, format.name().as_bytes());
+    }
+    if let Some((name, _)) = &options.data_file {
+        extension::push(&mut bytes, extension::DATA_FILE_NAME, name.as_bytes());
     }
     if is_v3 && geometry.cluster_size() > 4096 {
         let mut names = Vec::new();
@@ -162,9 +174,9 @@ fn header(
             names.extend(name.as_bytes());
             names.resize(end, 0);
         }
-        push_extension(&mut bytes, extension::FEATURE_NAMES, &names);
+        extension::push(&mut bytes, extension::FEATURE_NAMES, &names);
     }
-    bytes.extend([0; 8]); // END
+    bytes.extend([0; 8]); // the end of the extensions
     if let Some((name, _)) = &options.backing {
         let (offset, length) = (bytes.len() as u64, name.len() as u32);
         bytes[8..16].copy_from_slice(&offset.to_be_bytes());
@@ -174,14 +186,10 @@ fn header(
             return Err(invalid("the backing file's name is empty or too long for the header"));
         }
     }
+    if bytes.len() as u64 > geometry.cluster_size() {
+        return Err(invalid("the names do not fit into the header; choose larger clusters"));
+    }
     Ok(padded(bytes, geometry.cluster_size()))
-}
-
-fn push_extension(bytes: &mut Vec<u8>, kind: u32, content: &[u8]) {
-    bytes.extend(kind.to_be_bytes());
-    bytes.extend((content.len() as u32).to_be_bytes());
-    bytes.extend(content);
-    bytes.resize(bytes.len().next_multiple_of(8), 0);
 }
 
 fn padded(mut bytes: Vec<u8>, length: u64) -> Vec<u8> {

@@ -10,7 +10,7 @@ const END: u32 = 0;
 pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
 const BITMAPS: u32 = 0x2385_2875;
-const DATA_FILE_NAME: u32 = 0x4441_5441;
+pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
 
 /// Size of one entry of the feature name table: type, bit, name.
 const FEATURE_ENTRY: usize = 48;
@@ -62,6 +62,31 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
         area = area.get(8 + length.next_multiple_of(8)..).unwrap_or_default();
     }
     Ok(extensions)
+}
+
+/// Appends an extension.
+pub(crate) fn push(bytes: &mut Vec<u8>, kind: u32, content: &[u8]) {
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend((content.len() as u32).to_be_bytes());
+    bytes.extend(content);
+    bytes.resize(bytes.len().next_multiple_of(8), 0);
+}
+
+/// The extensions of an area byte for byte, except those of one kind and the end mark.
+pub(crate) fn without(mut area: &[u8], kind: u32) -> Result<Vec<u8>> {
+    // Every extension goes up to where it should.
+    decode(area)?;
+    let mut kept = Vec::new();
+    while area.len() >= 8 && u32_at(area, 0) != END {
+        let length = 8 + (u32_at(area, 4) as usize).next_multiple_of(8);
+        let (one, rest) = area.split_at(length.min(area.len()));
+        if u32_at(one, 0) != kind {
+            kept.extend(one);
+            kept.resize(kept.len().next_multiple_of(8), 0);
+        }
+        area = rest;
+    }
+    Ok(kept)
 }
 
 fn text(content: &[u8]) -> Result<String> {

@@ -61,9 +61,17 @@ impl Qcow2 {
             (self.take_changes(writer), writer.leases.close_generation(), change_count)
         };
         let result = self.write_changes(&changes);
+        let mut freed = std::mem::take(&mut changes.freed);
+        if result.is_err() {
+            lock(&writer.freed).append(&mut freed);
+        }
+        // Also with nothing freed: what is freed later must wait for the leases of all generations
+        // that came before.
+        if !freed.is_empty() || !generation.has_ended() {
+            lock(&writer.quarantine).push_back(Batch { generation, freed });
+        }
         let mut allocator = lock(&writer.allocator);
         allocator.refcounts.written(&changes.blocks, result.is_ok());
-        let freed = std::mem::take(&mut changes.freed);
         match result {
             Ok(()) => {
                 if let Some((place, _)) = &changes.moved_table {
@@ -71,9 +79,6 @@ impl Qcow2 {
                 }
                 drop(allocator);
                 writer.durable_changes.fetch_max(change_count, AcqRel);
-                if !freed.is_empty() {
-                    lock(&writer.quarantine).push_back(Batch { generation, freed });
-                }
                 Ok(())
             }
             Err(error) => {
@@ -87,7 +92,6 @@ impl Qcow2 {
                 drop(allocator);
                 self.tables.return_dirty(&changes.tables);
                 lock(&writer.dirty_l1).extend(changes.l1.iter().map(|(index, _)| *index));
-                lock(&writer.freed).extend(freed);
                 Err(error)
             }
         }

@@ -41,6 +41,11 @@ pub(crate) mod incompatible {
     pub(crate) const KNOWN: u64 = 31;
 }
 
+/// Feature bits that may be ignored.
+pub(crate) mod compatible {
+    pub(crate) const LAZY_REFCOUNTS: u64 = 1;
+}
+
 /// Feature bits that a writer must clear if it does not understand them.
 pub(crate) mod autoclear {
     pub(crate) const BITMAPS: u64 = 1;
@@ -75,6 +80,7 @@ pub(crate) struct Header {
     pub(crate) snapshots_offset: u64,
     pub(crate) snapshot_count: u32,
     pub(crate) incompatible: u64,
+    pub(crate) compatible: u64,
     pub(crate) autoclear: u64,
     pub(crate) compression: Compression,
     pub(crate) backing_name: Option<String>,
@@ -249,6 +255,7 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
         snapshots_offset: u64_at(start, 64),
         snapshot_count: u32_at(start, 60),
         incompatible,
+        compatible: v3(80),
         autoclear: v3(88),
         compression,
         backing_name: None,

@@ -6,6 +6,7 @@
 //! in memory and reach the disk in the order that [`flush`] keeps.
 
 mod alloc;
+mod backing_change;
 mod bitmaps;
 mod cache;
 mod check;
@@ -13,6 +14,7 @@ mod compress;
 mod create;
 mod driver;
 mod extension;
+mod extents;
 mod flush;
 mod geometry;
 mod guard;
@@ -21,6 +23,7 @@ mod l2;
 mod lease;
 mod map;
 mod open;
+mod preallocate;
 mod read;
 mod refcount;
 mod resize;
@@ -35,7 +38,7 @@ mod zero;
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::create::{CompressionType, L2Entries, Qcow2Version};
 use crate::driver::Driver;
@@ -45,10 +48,11 @@ use crate::storage::Storage;
 
 use cache::TableCache;
 use geometry::Geometry;
-use header::{Compression, Header, autoclear, incompatible};
+use header::{Compression, Header, autoclear, compatible, incompatible};
 use l2::{Compressed, EntryFormat};
 use writer::Writer;
 
+pub(crate) use backing_change::change_backing;
 pub use check::{CheckReport, Repair};
 pub(crate) use create::layout;
 pub(crate) use open::Purpose;
@@ -73,6 +77,8 @@ pub(crate) struct Qcow2 {
     snapshot_places: Vec<(u64, u64)>,
     /// How much memory the user allows for them.
     cache_bytes: Option<u64>,
+    /// Whether clusters were allocated before they were written; found out when it matters.
+    preallocated: OnceLock<bool>,
     backing: Option<Backing>,
     /// Everything that only an image open for writing needs.
     writer: Option<Writer>,
@@ -104,10 +110,12 @@ impl Qcow2 {
             },
             is_corrupt: header.incompatible & incompatible::CORRUPT != 0,
             is_dirty: header.incompatible & incompatible::DIRTY != 0,
+            lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
             has_bitmaps: header.autoclear & autoclear::BITMAPS != 0,
             backing_name: header.backing_name.clone(),
             backing_format: header.extensions.backing_format.clone(),
             data_file_name: header.extensions.data_file_name.clone(),
+            data_file_is_raw: header.autoclear & autoclear::RAW_DATA_FILE != 0,
             snapshots: self.snapshots()?,
         })
     }

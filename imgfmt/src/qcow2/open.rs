@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::alloc::{Allocator, TablePlace};
 use super::cache::TableCache;
@@ -75,6 +75,7 @@ impl Qcow2 {
             l1: l1.into_iter().map(AtomicU64::new).collect(),
             tables: TableCache::new(tables_max(geometry, size, options.metadata_cache_bytes)),
             cache_bytes: options.metadata_cache_bytes,
+            preallocated: OnceLock::new(),
             backing: None,
             writer,
             decompressed: Mutex::new(VecDeque::new()),

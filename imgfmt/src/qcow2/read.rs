@@ -7,17 +7,12 @@ use super::compress;
 use super::l2::{Compressed, Content};
 use super::map::{Lookup, Piece, span};
 use crate::error::{Error, Result};
-use crate::extent::{Extent, ExtentKind, ExtentList};
 use crate::mapping::Mapping;
 use crate::storage::TryRead;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// How many decompressed clusters are kept for the reads that follow.
 const DECOMPRESSED_MAX: usize = 8;
-
-/// How much is looked at for one list of extents: what an L2 table counts, and the limit.
-const EFFORT_OF_TABLE: u64 = 64;
-const EFFORT_MAX: u64 = 1024 * EFFORT_OF_TABLE;
 
 impl Qcow2 {
     pub(super) fn read_range(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
@@ -142,67 +137,17 @@ impl Qcow2 {
                     false => backing.driver.try_read_at(guest, inside),
                 }
             }
-            (Content::Stored(host), _) => self
-                .data
-                .try_read_at(HostOffset::new(host), buffer)
-                .map_err(|error| self.io("read", error, guest)),
+            (Content::Stored(host), _) => {
+                match self.data.try_read_at(HostOffset::new(host), buffer) {
+                    // The last cluster may go on behind the end of the file: see `read_piece`.
+                    Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                        Ok(TryRead::WouldBlock)
+                    }
+                    result => result.map_err(|error| self.io("read", error, guest)),
+                }
+            }
             (Content::Compressed(_), _) => Ok(TryRead::WouldBlock),
         }
-    }
-
-    pub(super) fn push_extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()> {
-        let mut effort = 0;
-        self.for_each_table(range, Lookup::MayRead, |pieces| {
-            // A disk may be so large, or say the same for so long, that the end is hours away.
-            let is_unmapped = matches!(pieces, [Piece { content: Content::Unallocated, .. }]);
-            effort += if is_unmapped { 1 } else { EFFORT_OF_TABLE };
-            if effort > EFFORT_MAX {
-                return Ok(false);
-            }
-            for piece in pieces {
-                let kind = match piece.content {
-                    Content::Stored(_) | Content::Compressed(_) => ExtentKind::Data,
-                    Content::Zero => ExtentKind::Hole,
-                    Content::Unallocated => {
-                        if !self.push_backing_extents(piece.range, list)? {
-                            return Ok(false);
-                        }
-                        continue;
-                    }
-                };
-                if !list.push(Extent { range: piece.range, kind, depth: 1 }) {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
-        })?;
-        Ok(())
-    }
-
-    /// Appends the extents of the layers below, one deeper than they are there.
-    fn push_backing_extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<bool> {
-        let Some(backing) = &self.backing else {
-            return Ok(list.push(Extent { range, kind: ExtentKind::Hole, depth: 0 }));
-        };
-        let inside = range.intersection(span(0, backing.size));
-        if !inside.is_empty() {
-            let mut below = ExtentList::new(list.room());
-            backing.driver.extents(inside, &mut below)?;
-            let mut position = inside.offset();
-            for extent in below.into_vec() {
-                position = extent.range.end();
-                let depth = if extent.depth == 0 { 0 } else { extent.depth + 1 };
-                if !list.push(Extent { depth, ..extent }) {
-                    return Ok(false);
-                }
-            }
-            if position < inside.end() {
-                return Ok(false);
-            }
-        }
-        // Behind the end of a shorter backing file its layer decides: zero.
-        let behind = span(range.offset().bytes().max(backing.size), range.end().bytes());
-        Ok(list.push(Extent { range: behind, kind: ExtentKind::Hole, depth: 2 }))
     }
 
     pub(super) fn push_mappings(

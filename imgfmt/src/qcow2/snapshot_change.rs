@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::Acquire;
 use std::time::SystemTime;
 
 use super::Qcow2;
-use super::alloc::Allocator;
+use super::alloc::{Allocator, Batch};
 use super::cache::TableCache;
 use super::header::field;
 use super::l2::{COPIED, OFFSET_MASK};
@@ -108,10 +108,14 @@ impl Qcow2 {
         // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
         let generation = writer.leases.close_generation();
         self.release_quarantine(writer);
-        if !generation.has_ended() || !lock(&writer.quarantine).is_empty() {
+        let mut quarantine = lock(&writer.quarantine);
+        if !generation.has_ended() || !quarantine.is_empty() {
+            // The image goes on being used: what is freed later still waits for these leases.
+            quarantine.push_back(Batch { generation, freed: Vec::new() });
             let detail = "something is still being read from the image; try again when it is done";
             return Err(Error::new(ErrorKind::Busy, "change the snapshots of", detail));
         }
+        drop(quarantine);
         self.flush_all()
     }
 

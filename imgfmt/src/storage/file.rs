@@ -328,6 +328,13 @@ impl Storage for FileStorage {
         Ok(rustix::fs::fadvise(&self.file, offset.bytes(), length, Advice::WillNeed)?)
     }
 
+    fn allocated_len(&self) -> io::Result<Option<u64>> {
+        match self.kind {
+            Kind::Regular => Ok(Some(self.file.metadata()?.blocks() * 512)),
+            Kind::BlockDevice { .. } => Ok(None),
+        }
+    }
+
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }

@@ -235,6 +235,15 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// How much space the bytes take up, if that is known.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the medium reports.
+    fn allocated_len(&self) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// The descriptor of the file behind this storage, if bytes may be moved from it directly.
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         None

@@ -1,0 +1,40 @@
+//! Looking at and changing the header of one file, without opening the files it names.
+
+use std::path::Path;
+
+use crate::chain;
+use crate::error::Result;
+use crate::image::Image;
+use crate::info::ImageInfo;
+use crate::options::{Format, OpenOptions};
+
+impl Image {
+    /// Facts about the image in a file. The files it names are not opened, so that an image of
+    /// unknown origin can be looked at safely. The options' access does not matter.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open), except those of other files.
+    pub fn inspect_file(path: impl AsRef<Path>, options: &OpenOptions) -> Result<ImageInfo> {
+        let path = path.as_ref();
+        chain::inspect(path, options).map_err(|error| error.with_path(path))
+    }
+
+    /// Makes a qcow2 image name another backing file (and its format), or none. Neither the old
+    /// nor the new one is opened: the disk stays the same only if both hold the same where the
+    /// image itself holds nothing. The header's cluster is written at once and synced.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` for raw images; `InvalidInput` if the name is empty or does not fit into the
+    /// header, or if the data lies in a raw data file; otherwise as [`open`](Self::open). Nothing
+    /// has been changed then, unless it is `Io`.
+    pub fn change_backing_file(
+        path: impl AsRef<Path>,
+        options: &OpenOptions,
+        backing: Option<(&str, Format)>,
+    ) -> Result<()> {
+        let path = path.as_ref();
+        chain::change_backing(path, options, backing).map_err(|error| error.with_path(path))
+    }
+}

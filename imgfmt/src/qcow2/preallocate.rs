@@ -1,0 +1,44 @@
+//! Allocating all clusters of a new image beforehand.
+
+use super::Qcow2;
+use super::alloc::Reserved;
+use super::l2::Cluster;
+use super::tables::Change;
+use crate::error::Result;
+
+impl Qcow2 {
+    /// Gives every cluster a place, in order, without writing data. Only for an empty image in a
+    /// new file, whose places all read as zero.
+    pub(crate) fn preallocate(&self) -> Result<()> {
+        let geometry = self.geometry();
+        let mut position = 0;
+        while position < self.size {
+            let end = self.size.min(position.saturating_add(geometry.l2_coverage()));
+            let table = self.table_for_write(geometry.l1_index(position))?;
+            let mut changes = Vec::new();
+            let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: true };
+            while position < end {
+                if at_hand.clusters == 0 && !self.format.has_data_file {
+                    at_hand = self.reserve(geometry.clusters_of(end - position))?;
+                }
+                let host = if self.format.has_data_file { position } else { at_hand.offset };
+                let cluster = Cluster {
+                    host: Some(host),
+                    copied: true,
+                    allocated: geometry.all_subclusters(),
+                    ..Cluster::default()
+                };
+                changes.push(Change { guest: position, cluster });
+                position += geometry.cluster_size();
+                at_hand.offset += geometry.cluster_size();
+                at_hand.clusters = at_hand.clusters.saturating_sub(1);
+                if !self.format.has_data_file {
+                    self.data_will_grow(at_hand.offset, position)?;
+                }
+            }
+            self.commit(&table, &changes, &[])?;
+            self.relieve_pressure()?;
+        }
+        self.flush_all()
+    }
+}
