@@ -89,8 +89,11 @@ impl Subject {
 
 fn make_compressed(path: &Path, options: &str, size: u64) {
     let source = path.with_extension("source");
-    let bytes: Vec<u8> =
-        (0..size).map(|i| if i % 300_000 < 9 { 0 } else { (i / 777) as u8 }).collect();
+    let mut bytes = Vec::with_capacity(size as usize + 700);
+    for i in 0..size.div_ceil(700) {
+        bytes.extend_from_slice(&[(i / 3) as u8; 700]);
+    }
+    bytes.truncate(size as usize);
     std::fs::write(&source, bytes).unwrap();
     let mut arguments = vec!["convert", "-c", "-f", "raw", "-O", "qcow2"];
     if !options.is_empty() {
