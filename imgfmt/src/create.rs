@@ -51,8 +51,21 @@ pub enum Preallocation {
     Off,
     /// All have one, and it is a hole of the file.
     Metadata,
+    /// All have one, and the file system has set the space aside.
+    Falloc,
     /// All have one, and zeroes are written there.
     Full,
+}
+
+/// Whether other programs may leave the refcounts of an image wrong while they have it open, and
+/// repair them after a crash. This crate never does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum LazyRefcounts {
+    /// They may not.
+    #[default]
+    Off,
+    /// They may.
+    On,
 }
 
 /// How data is kept in a file of its own.
@@ -85,6 +98,8 @@ pub struct CreateOptions {
     pub compression: CompressionType,
     /// Whether there are subclusters.
     pub l2_entries: L2Entries,
+    /// Whether other programs may be late with refcounts.
+    pub lazy_refcounts: LazyRefcounts,
     /// Which clusters have a place from the start. Not with a backing file.
     pub preallocation: Preallocation,
     /// Name of a new file that is to hold the data. A relative one starts at the image's folder;
@@ -105,6 +120,7 @@ impl CreateOptions {
             refcount_bits: 16,
             compression: CompressionType::default(),
             l2_entries: L2Entries::default(),
+            lazy_refcounts: LazyRefcounts::default(),
             preallocation: Preallocation::default(),
             data_file: None,
         }
@@ -207,7 +223,28 @@ fn preallocate(path: &Path, options: &CreateOptions) -> Result<()> {
     }
     match options.preallocation {
         Preallocation::Full => write_zeroes(path, options),
+        Preallocation::Falloc => {
+            let data_path = match (&options.data_file, path.parent()) {
+                (Some((name, _)), Some(folder)) => folder.join(name),
+                (Some((name, _)), None) => name.into(),
+                (None, _) => path.to_owned(),
+            };
+            set_space_aside(&data_path).map_err(|error| {
+                Error::from_io("set space aside for", error.into()).with_path(data_path)
+            })
+        }
         Preallocation::Off | Preallocation::Metadata => Ok(()),
+    }
+}
+
+/// Makes sure that the file system has space for the whole of a file.
+fn set_space_aside(path: &Path) -> rustix::io::Result<()> {
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty())?;
+    let length = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))?;
+    match length {
+        0 => Ok(()),
+        _ => rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length),
     }
 }
 

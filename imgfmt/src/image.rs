@@ -321,13 +321,23 @@ impl Image {
         self.change_snapshots(|image| image.delete_snapshot(name))
     }
 
+    /// Gives up everything that the image itself has, so that its backing file shows (or zeroes, if
+    /// it has none). Snapshots stay.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot).
+    pub fn clear(&mut self) -> Result<()> {
+        self.change_snapshots(Qcow2::clear)
+    }
+
     fn change_snapshots(&mut self, change: impl FnOnce(&mut Qcow2) -> Result<()>) -> Result<()> {
-        self.check_change("change the snapshots of", GuestOffset::new(0), 0)?;
+        self.check_change("change", GuestOffset::new(0), 0)?;
         let result = match self.driver.as_qcow2_mut() {
             Some(image) => change(image),
             None => {
-                let detail = "a raw image cannot have snapshots; convert it to qcow2";
-                Err(Error::new(ErrorKind::Unsupported, "change the snapshots of", detail))
+                let detail = "a raw image has neither snapshots nor layers; convert it to qcow2";
+                Err(Error::new(ErrorKind::Unsupported, "change", detail))
             }
         };
         result.map_err(|error| self.name(error))

@@ -49,7 +49,7 @@ mod sys;
 mod units;
 
 pub use create::{
-    CompressionType, CreateOptions, DataFile, L2Entries, Preallocation, Qcow2Version,
+    CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation, Qcow2Version,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};

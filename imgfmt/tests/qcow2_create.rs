@@ -30,6 +30,9 @@ fn variants() -> Vec<CreateOptions> {
     options.version = Qcow2Version::V2;
     variants.push(options);
     let mut options = plain();
+    options.lazy_refcounts = imgfmt::LazyRefcounts::On;
+    variants.push(options);
+    let mut options = plain();
     options.compression = CompressionType::Zstd;
     variants.push(options);
     let mut options = plain();
@@ -88,6 +91,12 @@ fn an_overlay_takes_its_size_and_content_from_its_backing_file() {
     image.close().unwrap();
     qemu::check(&top);
     let content = qemu::content(&top, "qcow2");
+    let mut image = Image::open(&top, &writable()).unwrap();
+    image.clear().unwrap();
+    let extents = image.extents(range(0, 3 << 20), 10).unwrap();
+    assert_eq!(extents.iter().map(|extent| extent.depth).collect::<Vec<_>>(), [2]);
+    image.close().unwrap();
+    qemu::check(&top);
     assert_eq!(content.len(), 3 << 20);
     assert!(
         content
@@ -174,7 +183,7 @@ fn preallocated_images_have_a_place_for_every_cluster() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.qcow2");
     let data = folder.path().join("data.raw");
-    for preallocation in [Preallocation::Metadata, Preallocation::Full] {
+    for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
         for data_file in [None, Some(DataFile::Plain), Some(DataFile::Raw)] {
             for l2_entries in [L2Entries::Standard, L2Entries::Extended] {
                 let _ = (std::fs::remove_file(&path), std::fs::remove_file(&data));

@@ -64,7 +64,7 @@ fn snapshots_come_and_go_and_the_image_stays_sound() {
         let mut image = Image::open(&path, &writable()).unwrap();
         let mut model = vec![0; SIZE as usize];
         let mut states: Vec<(String, Vec<u8>)> = Vec::new();
-        for round in 0..12 {
+        for round in 0..7 {
             change(&image, &mut model, &mut random);
             match random.below(4) {
                 0 | 1 => {
@@ -76,6 +76,10 @@ fn snapshots_come_and_go_and_the_image_stays_sound() {
                     let (name, state) = &states[random.below(states.len() as u64) as usize];
                     image.apply_snapshot(name).unwrap();
                     model.clone_from(state);
+                }
+                2 if random.below(3) == 0 => {
+                    image.clear().unwrap();
+                    model.fill(0);
                 }
                 3 if !states.is_empty() => {
                     let index = random.below(states.len() as u64) as usize;

@@ -9,9 +9,11 @@
 
 use super::extension;
 use super::geometry::Geometry;
-use super::header::{MAGIC, autoclear, incompatible};
+use super::header::{MAGIC, autoclear, compatible, incompatible};
 use super::refcount::write_entry;
-use crate::create::{CompressionType, CreateOptions, DataFile, L2Entries, Qcow2Version, invalid};
+use crate::create::{
+    CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Qcow2Version, invalid,
+};
 use crate::error::Result;
 
 const HEADER_LENGTH: u32 = 112;
@@ -110,6 +112,7 @@ fn geometry(options: &CreateOptions) -> Result<Geometry> {
     let needs_v3 = bits != 16
         || extended_l2
         || options.data_file.is_some()
+        || options.lazy_refcounts == LazyRefcounts::On
         || options.compression != CompressionType::Zlib;
     if options.version == Qcow2Version::V2 && needs_v3 {
         return Err(invalid("version 2 has neither other refcounts than 16 bits nor new features"));
@@ -152,7 +155,11 @@ fn header(
         ];
         let incompatible: u64 = features.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum();
         bytes.extend(incompatible.to_be_bytes());
-        bytes.extend([0; 8]); // compatible features
+        let compatible = match options.lazy_refcounts {
+            LazyRefcounts::Off => 0,
+            LazyRefcounts::On => compatible::LAZY_REFCOUNTS,
+        };
+        bytes.extend(compatible.to_be_bytes());
         let is_raw = data_file == Some(DataFile::Raw);
         bytes.extend(if is_raw { autoclear::RAW_DATA_FILE } else { 0 }.to_be_bytes());
         bytes.extend(geometry.refcount_order.to_be_bytes());

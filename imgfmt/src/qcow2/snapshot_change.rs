@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering::Acquire;
 use std::time::SystemTime;
 
 use super::Qcow2;
-use super::alloc::{Allocator, Batch};
+use super::alloc::{Allocator, Batch, Freed};
 use super::cache::TableCache;
 use super::header::field;
 use super::l2::{COPIED, OFFSET_MASK};
@@ -37,7 +37,7 @@ impl Qcow2 {
         let ids = snapshots.iter().filter_map(|snapshot| snapshot.id.parse::<u64>().ok());
         let id = ids.max().unwrap_or(0).saturating_add(1).to_string();
         let l1 = self.l1_words();
-        self.change_references(&l1, Direction::Add)?;
+        self.add_references(&l1)?;
         let l1: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
         let l1_offset = self.write_new(&words_to_bytes(&l1))?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -74,12 +74,12 @@ impl Qcow2 {
         }
         let mut l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         let old = self.l1_words();
-        self.change_references(&l1, Direction::Add)?;
+        self.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
         l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
         self.replace_l1(l1)?;
         self.forget_tables();
-        self.change_references(&old, Direction::Remove)?;
+        self.remove_references(&old)?;
         self.settle()
     }
 
@@ -91,8 +91,24 @@ impl Qcow2 {
         snapshots.retain(|other| *other != snapshot);
         let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         self.replace_snapshots(&snapshots)?;
-        self.change_references(&l1, Direction::Remove)?;
+        self.remove_references(&l1)?;
         self.free_place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)?;
+        self.settle()
+    }
+
+    /// Gives up everything that this layer has: its backing file shows. Snapshots stay.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        if self.format.has_data_file {
+            return Err(unfit("an image with a data file cannot be emptied"));
+        }
+        self.require_nobody()?;
+        let old = self.l1_words();
+        if old.is_empty() {
+            return Ok(());
+        }
+        self.replace_l1(vec![0; old.len()])?;
+        self.forget_tables();
+        self.remove_references(&old)?;
         self.settle()
     }
 
@@ -103,6 +119,12 @@ impl Qcow2 {
         if self.geometry().refcount_max() < 2 {
             return Err(unfit("its 1-bit refcounts cannot tell that a snapshot shares a cluster"));
         }
+        self.require_nobody()
+    }
+
+    /// Makes sure that nobody is moving bytes by a lease, and that refcounts say exactly what is
+    /// referenced.
+    fn require_nobody(&self) -> Result<()> {
         self.flush_all()?;
         let writer = self.writer()?;
         // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
@@ -113,7 +135,7 @@ impl Qcow2 {
             // The image goes on being used: what is freed later still waits for these leases.
             quarantine.push_back(Batch { generation, freed: Vec::new() });
             let detail = "something is still being read from the image; try again when it is done";
-            return Err(Error::new(ErrorKind::Busy, "change the snapshots of", detail));
+            return Err(Error::new(ErrorKind::Busy, "change", detail));
         }
         drop(quarantine);
         self.flush_all()
@@ -123,18 +145,24 @@ impl Qcow2 {
         self.l1.iter().map(|entry| entry.load(Acquire)).collect()
     }
 
-    /// Adds or removes one reference for everything below an L1 table. Adding is done wholly or
-    /// not at all.
-    fn change_references(&self, l1: &[u64], direction: Direction) -> Result<()> {
+    /// Adds one reference to everything below an L1 table, or to nothing if that fails.
+    fn add_references(&self, l1: &[u64]) -> Result<()> {
         let clusters = self.clusters_below(l1)?;
         let writer = self.writer()?;
         let mut allocator = lock(&writer.allocator);
-        let result = match direction {
-            Direction::Add => add_references(&mut allocator, &clusters),
-            Direction::Remove => clusters.iter().try_for_each(|c| allocator.dereference(*c)),
-        };
         writer.note_change();
-        result
+        add_references(&mut allocator, &clusters)
+    }
+
+    /// Removes one reference from everything below an L1 table that the header, on disk, names no
+    /// more.
+    fn remove_references(&self, l1: &[u64]) -> Result<()> {
+        let clusters = self.clusters_below(l1)?;
+        let writer = self.writer()?;
+        let freed = clusters.into_iter().map(|cluster| Freed { cluster, punch: true });
+        lock(&writer.freed).extend(freed);
+        writer.note_change();
+        Ok(())
     }
 
     /// All clusters that an L1 table refers to, each as often as it does.
@@ -260,12 +288,6 @@ impl Qcow2 {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Direction {
-    Add,
-    Remove,
-}
-
 fn add_references(allocator: &mut Allocator, clusters: &[u64]) -> Result<()> {
     for (done, cluster) in clusters.iter().enumerate() {
         if let Err(error) = allocator.reference(*cluster) {
@@ -283,5 +305,5 @@ fn words_to_bytes(words: &[u64]) -> Vec<u8> {
 }
 
 fn unfit(detail: &str) -> Error {
-    Error::new(ErrorKind::InvalidInput, "change the snapshots of", detail)
+    Error::new(ErrorKind::InvalidInput, "change", detail)
 }
