@@ -4,7 +4,7 @@
 //! COPIED bit, or a reference to a place that cannot be is a *corruption*. Repair makes refcounts
 //! and COPIED bits what they should be; references to impossible places it leaves alone.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use super::Qcow2;
@@ -75,10 +75,6 @@ impl Counts {
         self.0
             .get(&(cluster / CHUNK))
             .map_or(0, |chunk| u64::from(chunk[(cluster % CHUNK) as usize]))
-    }
-
-    fn end(&self) -> u64 {
-        self.0.keys().max().map_or(0, |chunk| (chunk + 1) * CHUNK)
     }
 }
 
@@ -314,45 +310,57 @@ impl Checker<'_> {
         if self.refcounts_unusable {
             return Ok(());
         }
-        let bits = self.image.geometry().cluster_bits;
+        for index in self.block_indexes(refcounts) {
+            self.compare_block(refcounts, index, repair)?;
+        }
+        Ok(())
+    }
+
+    /// The indexes of refcount blocks that exist or that should, because something refers to a
+    /// cluster they would count.
+    fn block_indexes(&self, refcounts: &Refcounts) -> BTreeSet<usize> {
         let entries = self.image.geometry().block_entries();
-        let end = self.counts.end().max(refcounts.table.len() as u64 * entries);
-        let mut cluster = 0;
-        while cluster < end {
-            let index = (cluster / entries) as usize;
-            let block_end = ((index as u64 + 1) * entries).min(end);
-            let has_block = refcounts.has_block(index);
-            if !has_block
-                && !(cluster / CHUNK..=(block_end - 1) / CHUNK)
-                    .any(|i| self.counts.0.contains_key(&i))
-            {
-                cluster = block_end;
+        let existing = refcounts.table.iter().enumerate().filter(|(_, offset)| **offset != 0);
+        let mut indexes: BTreeSet<usize> = existing.map(|(index, _)| index).collect();
+        for chunk in self.counts.0.keys() {
+            let blocks = chunk * CHUNK / entries..=(chunk * CHUNK + CHUNK - 1) / entries;
+            indexes.extend(blocks.map(|block| block as usize));
+        }
+        indexes
+    }
+
+    fn compare_block(
+        &mut self,
+        refcounts: &mut Refcounts,
+        index: usize,
+        repair: Repair,
+    ) -> Result<()> {
+        let geometry = self.image.geometry();
+        let has_block = refcounts.has_block(index);
+        let first = index as u64 * geometry.block_entries();
+        // Nothing lies behind the end of the file that could leak.
+        let end = (first + geometry.block_entries()).min(self.file_clusters);
+        for cluster in first..end {
+            let (is, should) = (refcounts.refcount(cluster)?, self.counts.of(cluster));
+            if is.max(should) > 0 {
+                self.report.image_end_offset = (cluster + 1) << geometry.cluster_bits;
+            }
+            if is == should {
                 continue;
             }
-            for cluster in cluster..block_end {
-                let (is, should) = (refcounts.refcount(cluster)?, self.counts.of(cluster));
-                if is.max(should) > 0 {
-                    self.report.image_end_offset = (cluster + 1) << bits;
-                }
-                // Nothing lies behind the end of the file that could leak.
-                if is == should || should == 0 && cluster >= self.file_clusters {
-                    continue;
-                }
-                let may = match repair {
-                    Repair::None => false,
-                    Repair::Leaks => is > should,
-                    Repair::All => has_block,
-                };
-                let done = may && refcounts.set_refcount(cluster, should).is_ok();
-                self.say(format!("cluster {cluster} has refcount {is}, should be {should}"));
-                match (is > should, done) {
-                    (true, true) => self.report.leaks_repaired += 1,
-                    (true, false) => self.report.leaks += 1,
-                    (false, true) => self.report.corruptions_repaired += 1,
-                    (false, false) => self.report.corruptions += 1,
-                }
+            let may = match repair {
+                Repair::None => false,
+                Repair::Leaks => is > should,
+                Repair::All => has_block,
+            };
+            let done = may && refcounts.set_refcount(cluster, should).is_ok();
+            self.say(format!("cluster {cluster} has refcount {is}, should be {should}"));
+            match (is > should, done) {
+                (true, true) => self.report.leaks_repaired += 1,
+                (true, false) => self.report.leaks += 1,
+                (false, true) => self.report.corruptions_repaired += 1,
+                (false, false) => self.report.corruptions += 1,
             }
-            cluster = block_end;
         }
         Ok(())
     }
