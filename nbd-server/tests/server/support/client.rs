@@ -68,7 +68,24 @@ impl Client {
         contexts: &[MetaContextName],
     ) -> Self {
         let mut handshake = Handshake { stream: server.connect(), input: BytesMut::new() };
-        let mut phase = handshake.greet();
+        let phase = handshake.greet();
+        Self::negotiate(handshake, phase, mode, name, contexts)
+    }
+
+    /// Opens the default export; `None` if the server has no place for another client.
+    pub fn try_connect(server: &TestServer, mode: ReplyMode) -> Option<Self> {
+        let mut handshake = Handshake { stream: server.connect(), input: BytesMut::new() };
+        let phase = handshake.try_greet()?;
+        Some(Self::negotiate(handshake, phase, mode, "", &[]))
+    }
+
+    fn negotiate(
+        mut handshake: Handshake,
+        mut phase: OptionPhase,
+        mode: ReplyMode,
+        name: &str,
+        contexts: &[MetaContextName],
+    ) -> Self {
         if mode != ReplyMode::Simple {
             phase = match mode {
                 ReplyMode::Extended => handshake.ask(|out| phase.extended_headers(out).unwrap()),
@@ -353,6 +370,10 @@ struct Handshake {
 
 impl Handshake {
     fn greet(&mut self) -> OptionPhase {
+        self.try_greet().expect("the server closed instead of a greeting")
+    }
+
+    fn try_greet(&mut self) -> Option<OptionPhase> {
         let mut handshake = ClientHandshake::new();
         loop {
             let mut out = BytesMut::new();
@@ -360,10 +381,12 @@ impl Handshake {
             self.stream.write_all(&out).unwrap();
             handshake = match step {
                 ClientStep::NeedsInput(next) => next,
-                ClientStep::Newstyle(phase) => return phase,
+                ClientStep::Newstyle(phase) => return Some(phase),
                 ClientStep::Oldstyle(_) => panic!("the server is newstyle"),
             };
-            assert!(receive(&mut self.stream, &mut self.input));
+            if !receive(&mut self.stream, &mut self.input) {
+                return None;
+            }
         }
     }
 
