@@ -28,6 +28,7 @@ mod serve_limits;
 mod serve_nbdcopy;
 mod serve_nbdinfo;
 mod serve_nbdsh;
+mod serve_qcow2;
 mod serve_qemu_img;
 mod serve_qemu_io;
 mod serve_read_only;

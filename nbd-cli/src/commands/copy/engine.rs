@@ -9,13 +9,16 @@ use tokio::task::JoinSet;
 
 use super::CopyArgs;
 use super::destination::Destination;
-use super::plan::{Piece, Plan};
+use super::plan::{Lengths, Piece, Plan};
 use super::source::Source;
 use super::stream;
 use super::zero::{Content, runs};
 use crate::error::CommandError;
 use crate::progress::Progress;
 use crate::size::exact;
+
+/// Zeroes are written in pieces of this size, so that progress shows.
+const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
 /// What all tasks of one copy share.
 pub(super) struct Job {
@@ -64,7 +67,12 @@ impl Job {
         };
         let size = source.size().unwrap_or_default();
         let extents = source.extents(args);
-        let plan = Mutex::new(Plan::new(size, alignment, request_size as u64, extents));
+        let longest_zeroes = match zeroes {
+            ZeroPolicy::Skip => u64::MAX,
+            ZeroPolicy::Write(_) => MAX_ZERO_LENGTH,
+        };
+        let longest = Lengths { data: request_size as u64, zeroes: longest_zeroes };
+        let plan = Mutex::new(Plan::new(size, alignment, longest, extents));
         let requests = args.requests.get();
         Self {
             source,

@@ -10,8 +10,14 @@ use nbd_proto::wire::AllocationFlags;
 use super::zero::Content;
 use crate::error::CommandError;
 
-/// Zeroes are handled in pieces of this size, so that progress shows.
-const MAX_ZERO_LENGTH: u64 = 256 << 20;
+/// Longest pieces.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lengths {
+    /// Of data; a multiple of the alignment.
+    pub(super) data: u64,
+    /// Of zeroes; a multiple of the alignment, or larger than the disk.
+    pub(super) zeroes: u64,
+}
 
 /// A part of the disk for one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +42,7 @@ pub(super) struct Plan {
     size: u64,
     /// Every boundary between pieces is a multiple of this power of two.
     alignment: u64,
-    request_size: u64,
+    longest: Lengths,
     extents: Extents,
     /// Where the next piece begins.
     at: u64,
@@ -45,9 +51,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// A plan for `size` bytes. `alignment` is a power of two; `request_size` a multiple of it.
-    pub(super) fn new(size: u64, alignment: u64, request_size: u64, extents: Extents) -> Self {
-        Self { size, alignment, request_size, extents, at: 0, known: (0, Content::Data) }
+    /// A plan for `size` bytes. `alignment` is a power of two.
+    pub(super) fn new(size: u64, alignment: u64, longest: Lengths, extents: Extents) -> Self {
+        Self { size, alignment, longest, extents, at: 0, known: (0, Content::Data) }
     }
 
     /// The next piece, or `None` at the end of the disk.
@@ -60,8 +66,8 @@ impl Plan {
         }
         let (end, content) = self.known;
         let longest = match content {
-            Content::Data => self.request_size - self.at % self.request_size,
-            Content::Zero => MAX_ZERO_LENGTH,
+            Content::Data => self.longest.data - self.at % self.longest.data,
+            Content::Zero => self.longest.zeroes,
         };
         let offset = self.at;
         let length = (end - offset).min(longest);
@@ -131,6 +137,8 @@ mod tests {
 
     use super::*;
 
+    const LONGEST: Lengths = Lengths { data: 65_536, zeroes: 256 << 20 };
+
     async fn pieces(mut plan: Plan) -> Vec<Piece> {
         let mut pieces = Vec::new();
         while let Some(piece) = plan.next().await.unwrap() {
@@ -141,7 +149,7 @@ mod tests {
 
     #[tokio::test]
     async fn pieces_cover_the_disk_without_gaps() {
-        let plan = Plan::new(1_000_001, 1, 65_536, Extents::Unknown);
+        let plan = Plan::new(1_000_001, 1, LONGEST, Extents::Unknown);
         let mut at = 0;
         for piece in pieces(plan).await {
             assert_eq!(piece.offset, at);
@@ -159,7 +167,7 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, b"x", 4096 * 5).unwrap();
         let storage = FileStorage::open(&path, Access::ReadOnly, Locking::Off).unwrap();
-        let plan = Plan::new(1 << 20, 65_536, 65_536, Extents::File(Arc::new(storage)));
+        let plan = Plan::new(1 << 20, 65_536, LONGEST, Extents::File(Arc::new(storage)));
         let zero = Piece { offset: 65_536, length: (1 << 20) - 65_536, content: Content::Zero };
         let data = Piece { offset: 0, length: 65_536, content: Content::Data };
         // A file system without holes reports data throughout.
@@ -169,6 +177,6 @@ mod tests {
 
     #[tokio::test]
     async fn an_empty_disk_has_no_pieces() {
-        assert!(pieces(Plan::new(0, 1, 512, Extents::Unknown)).await.is_empty());
+        assert!(pieces(Plan::new(0, 1, LONGEST, Extents::Unknown)).await.is_empty());
     }
 }
