@@ -27,6 +27,29 @@
 //! # }
 //! ```
 //!
+//! A qcow2 overlay keeps what is written to it and shows its backing file everywhere else:
+//!
+//! ```
+//! use imgfmt::{
+//!     Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, Image, OpenOptions,
+//! };
+//!
+//! # fn main() -> imgfmt::Result<()> {
+//! # let folder = tempfile::tempdir().expect("a folder for the example");
+//! # let (base, overlay) = (folder.path().join("base.img"), folder.path().join("overlay.qcow2"));
+//! Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
+//! Image::create(&overlay, &CreateOptions::overlay("base.img", Format::Raw))?;
+//! let disk = Image::open(&overlay, &OpenOptions::new().access(Access::ReadWrite))?;
+//! disk.write_at(GuestOffset::new(65536), &[7; 4096], Durability::Fua)?;
+//!
+//! let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
+//! let depths: Vec<u32> = disk.extents(whole, 10)?.iter().map(|extent| extent.depth).collect();
+//! assert_eq!(depths, [2, 1, 2]);
+//! disk.close()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! What this crate does not do: it knows no network protocol, and it never follows a name that an
 //! image contains without being allowed to.
 

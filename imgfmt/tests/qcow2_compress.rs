@@ -9,7 +9,7 @@ use imgfmt::{
     Repair,
 };
 
-const SIZE: u64 = (4 << 20) + 512;
+const SIZE: u64 = (2 << 20) + 512;
 
 #[test]
 fn compressed_images_of_every_kind_are_written_from_several_threads() {

@@ -15,7 +15,7 @@ use super::cache::Table;
 use super::l2::{Cluster, OFFSET_MASK};
 use super::snapshot::{self, Snapshot};
 use super::writer::lock;
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 
 impl Qcow2 {
     /// The indexes of a table's entries that must not be followed.
@@ -55,7 +55,13 @@ impl Qcow2 {
             let is_table = allocator.is_protected(offset)
                 || tables.contains(&offset)
                 || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset));
-            if is_table || allocator.refcounts.refcount(reference.cluster)? == 0 {
+            let is_counted = match allocator.refcounts.refcount(reference.cluster) {
+                Ok(count) => count > 0,
+                // Damaged refcounts must not keep anyone from reading.
+                Err(error) if error.kind() == ErrorKind::Corrupt => false,
+                Err(error) => return Err(error),
+            };
+            if is_table || !is_counted {
                 return Ok(true);
             }
         }

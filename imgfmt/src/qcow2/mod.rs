@@ -2,7 +2,7 @@
 //!
 //! A guest offset is looked up in two steps: the L1 table, always in memory, names L2 tables, which
 //! are [cached](cache); an L2 entry says where a cluster's data is. [`map`] does that and nothing
-//! else; [`read`] and [`write`] then move the bytes with no lock held. Changes of metadata are made
+//! else; [`read`] and [`write`](mod@write) then move the bytes with no lock held. Changes of metadata are made
 //! in memory and reach the disk in the order that [`flush`] keeps.
 
 mod alloc;

@@ -158,9 +158,16 @@ impl Refcounts {
                 return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset));
             }
             let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-            self.file
-                .read_exact_at(HostOffset::new(offset), &mut bytes)
-                .map_err(|error| Error::from_io("read a refcount block of", error))?;
+            let read = self.file.read_exact_at(HostOffset::new(offset), &mut bytes);
+            read.map_err(|error| match error.kind() {
+                std::io::ErrorKind::UnexpectedEof => Error::new(
+                    ErrorKind::Corrupt,
+                    "change",
+                    "a refcount block lies behind the end of the file; check it with 'qemu-img check'",
+                )
+                .at(offset),
+                _ => Error::from_io("read a refcount block of", error),
+            })?;
             self.blocks.insert(index, Block { bytes, dirty: None, is_being_written: false });
         }
         let missing = || Error::new(ErrorKind::Corrupt, "change", "a refcount block is missing");
