@@ -175,7 +175,7 @@ impl Model {
         let mut position = offset;
         while position < offset + length {
             let stop = (position / SECTOR * SECTOR + SECTOR).min(offset + length);
-            let byte = ((stamp ^ (position / SECTOR) * 0x85eb) % 255) as u8 + 1;
+            let byte = ((stamp ^ (position / SECTOR * 0x85eb)) % 255) as u8 + 1;
             data.resize((stop - offset) as usize, byte);
             position = stop;
         }
