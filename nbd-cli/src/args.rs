@@ -2,7 +2,7 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use crate::commands::{completions, copy, info, list_meta, map, serve};
+use crate::commands::{completions, copy, image, info, list_meta, map, serve};
 
 pub use crate::size::ByteSize;
 pub use crate::terminal::ColorChoice;
@@ -14,11 +14,13 @@ Examples:
   nbd-cli serve --read-only disk.img         a disk image, for reading only
   nbd-cli info nbd://127.0.0.1/              what a server offers
   nbd-cli copy nbd://127.0.0.1/ backup.img   a copy that keeps the holes
+  nbd-cli image info disk.qcow2              what an image file is
 
 Exit codes:
   0  success; for `info --can`, `--is` and `--has`: yes
   1  an error, wrong usage included: one sentence on standard error says what to do
   2  for `info --can`, `--is` and `--has`: no
+  `image check` and `image compare` have codes of their own: see their --help.
   `serve --run` returns the status of the command (128 + N if signal N ended it).
   A second SIGINT or SIGTERM ends `serve` at once, with 128 + the signal's number.
   A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is no error.";
@@ -49,6 +51,8 @@ pub enum Command {
     Map(map::MapArgs),
     /// Copy a disk between NBD servers, files and devices
     Copy(copy::CopyArgs),
+    /// Make, inspect, convert and change disk images
+    Image(image::ImageArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }

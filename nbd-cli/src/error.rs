@@ -10,7 +10,7 @@ pub(crate) enum Outcome {
     Success,
     /// What was asked about the server is not so.
     False,
-    /// The status of the command that was run.
+    /// A status of its own: that of the command that was run, or what was found.
     Status(u8),
 }
 

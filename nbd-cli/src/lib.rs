@@ -28,13 +28,15 @@ use crate::error::{CommandError, CommandErrorKind, Outcome};
 
 /// Runs the program with the given arguments (the first is the program's name) and returns its
 /// exit code: 0 for success, 1 for any error, 2 if what `info --can` or `--is` asks is not so.
-/// `serve --run` returns the status of its command.
+/// `serve --run` returns the status of its command; `image check` and `image compare` have codes of
+/// their own.
 ///
 /// Results go to standard output; errors, warnings and progress to standard error.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let cli = match Cli::try_parse_from(arguments) {
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
-        Err(message) => return usage(&message),
+        Err(message) => return usage(&message, commands::image::usage_code(&arguments)),
     };
     logging::start(cli.verbose);
     match dispatch(cli.command) {
@@ -50,15 +52,16 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::ListMeta(args) => commands::list_meta::run(&args),
         Command::Map(args) => commands::map::run(&args),
         Command::Copy(args) => commands::copy::run(args),
+        Command::Image(args) => commands::image::run(args),
         Command::Completions(args) => commands::completions::run(&args),
     }
 }
 
 /// Help and version are what was asked for; anything else is a usage error.
-fn usage(message: &clap::Error) -> ExitCode {
+fn usage(message: &clap::Error, code: u8) -> ExitCode {
     // Nothing can be done about a standard error that is closed.
     let _ = message.print();
-    ExitCode::from(if message.use_stderr() { 1 } else { 0 })
+    ExitCode::from(if message.use_stderr() { code } else { 0 })
 }
 
 fn report(error: &CommandError) -> ExitCode {

@@ -6,7 +6,7 @@ mod location;
 mod plan;
 mod source;
 mod stream;
-mod zero;
+pub(super) mod zero;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;

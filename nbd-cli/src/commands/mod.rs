@@ -2,6 +2,7 @@
 
 pub mod completions;
 pub mod copy;
+pub mod image;
 pub mod info;
 pub mod list_meta;
 pub mod map;

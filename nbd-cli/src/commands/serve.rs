@@ -30,6 +30,7 @@ Sources:
 Examples:
   nbd-cli serve memory:1G
   nbd-cli serve --read-only disk.img
+  nbd-cli serve --snapshot monday disk.qcow2
   nbd-cli serve --socket /run/nbd.sock root=/srv/root.img data=/dev/vg/data
   nbd-cli serve --listen '[::1]:10810' --name disk --description 'the build disk' disk.img
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
@@ -77,6 +78,10 @@ pub struct ServeArgs {
     /// refuses writes that would make it look like another format.
     #[arg(short, long, value_enum)]
     pub format: Option<ImageFormat>,
+
+    /// Export this internal snapshot of a qcow2 image, given by name or id, for reading only.
+    #[arg(long, value_name = "NAME")]
+    pub snapshot: Option<String>,
 
     /// Offer the metadata context qemu:allocation-depth for images.
     #[arg(short = 'A', long)]

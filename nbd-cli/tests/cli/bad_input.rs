@@ -6,15 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::{Disk, Outcome, PROGRAM, Server, nbd_cli, run};
-
-#[track_caller]
-fn says(outcome: Outcome, parts: &[&str]) {
-    let error = outcome.failure();
-    for part in parts {
-        assert!(error.contains(part), "'{part}' is missing in: {error}");
-    }
-}
+use crate::support::{Disk, Outcome, PROGRAM, Server, nbd_cli, run, says};
 
 /// Serves what must not work; `timeout` ends it if it works.
 fn serve(arguments: &[&str]) -> Outcome {

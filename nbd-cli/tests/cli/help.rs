@@ -4,10 +4,23 @@ use crate::support::nbd_cli;
 
 #[test]
 fn every_command_has_help_with_examples() {
-    for command in ["serve", "info", "list-meta", "map", "copy", "completions"] {
+    for command in ["serve", "info", "list-meta", "map", "copy", "image", "completions"] {
         let help = nbd_cli(&[command, "--help"]).success();
         assert!(help.contains("Examples:"), "{command}: {help}");
         assert!(help.contains(&format!("nbd-cli {command}")), "{command}: {help}");
+    }
+}
+
+#[test]
+fn every_image_command_has_help_with_examples() {
+    let commands = [
+        "create", "info", "check", "map", "convert", "resize", "rebase", "commit", "snapshot",
+        "measure", "compare",
+    ];
+    for command in commands {
+        let help = nbd_cli(&["image", command, "--help"]).success();
+        assert!(help.contains("Examples:"), "{command}: {help}");
+        assert!(help.contains(&format!("nbd-cli image {command}")), "{command}: {help}");
     }
 }
 

@@ -11,22 +11,22 @@ pub(super) fn is_zero(data: &[u8]) -> bool {
 
 /// A part of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Run {
-    pub(super) start: usize,
-    pub(super) end: usize,
-    pub(super) content: Content,
+pub(in crate::commands) struct Run {
+    pub(in crate::commands) start: usize,
+    pub(in crate::commands) end: usize,
+    pub(in crate::commands) content: Content,
 }
 
 /// What a part of a disk holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Content {
+pub(in crate::commands) enum Content {
     Data,
     Zero,
 }
 
 /// Splits a buffer into runs of data and of zeroes, in units of `unit` bytes (at least 1) counted
 /// from the buffer's start. The last unit may be shorter.
-pub(super) fn runs(data: &[u8], unit: usize) -> Vec<Run> {
+pub(in crate::commands) fn runs(data: &[u8], unit: usize) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     let mut start = 0;
     for chunk in data.chunks(unit) {

@@ -70,7 +70,9 @@ fn open(source: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError>
         return Err(CommandError::new("a source is empty; give a path or memory:SIZE"));
     }
     let mut options = OpenOptions::new();
-    if !args.read_only {
+    options.snapshot.clone_from(&args.snapshot);
+    // A snapshot never changes.
+    if !args.read_only && args.snapshot.is_none() {
         options = options.access(Access::ReadWrite);
     }
     match args.format {
@@ -99,6 +101,11 @@ fn memory(source: &str, size: &str, args: &ServeArgs) -> Result<Arc<dyn Export>,
     let size: ByteSize = size
         .parse()
         .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
+    if args.snapshot.is_some() {
+        return Err(CommandError::new(format!(
+            "cannot export '{source}': a disk in memory has no snapshots; leave out --snapshot"
+        )));
+    }
     if !args.read_only {
         return Ok(Arc::new(MemoryExport::new(size.bytes())));
     }

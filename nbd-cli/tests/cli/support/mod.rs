@@ -1,6 +1,7 @@
 //! What the tests have in common: running programs, servers that end with the test, disks.
 
 mod disk;
+pub(crate) mod image;
 mod server;
 
 use std::ffi::OsStr;
@@ -36,6 +37,15 @@ impl Outcome {
         assert_eq!(self.stderr.lines().count(), 1, "one sentence is enough: {self:?}");
         assert!(self.stderr.starts_with("nbd-cli: "), "{self:?}");
         self.stderr
+    }
+}
+
+/// Checks that a run failed with one sentence that contains all of these.
+#[track_caller]
+pub(crate) fn says(outcome: Outcome, parts: &[&str]) {
+    let error = outcome.failure();
+    for part in parts {
+        assert!(error.contains(part), "'{part}' is missing in: {error}");
     }
 }
 

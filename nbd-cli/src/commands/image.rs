@@ -1,0 +1,105 @@
+//! `nbd-cli image`: make, inspect, convert and change disk images, without a server.
+
+mod check;
+mod commit;
+mod compare;
+mod convert;
+mod create;
+mod info;
+mod map;
+mod measure;
+mod open;
+mod rebase;
+mod resize;
+mod snapshot;
+mod walk;
+
+use std::ffi::OsString;
+
+use clap::{Args, Subcommand};
+
+use crate::error::{CommandError, Outcome};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image create --format qcow2 disk.qcow2 20G
+  nbd-cli image info disk.qcow2
+  nbd-cli image convert --output-format qcow2 --compress disk.img disk.qcow2
+  nbd-cli image check --repair leaks disk.qcow2
+
+Each command has examples and exit codes of its own: nbd-cli image create --help";
+
+/// Arguments of `nbd-cli image`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ImageArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: ImageCommand,
+}
+
+/// The sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum ImageCommand {
+    /// Make a new image
+    Create(create::CreateArgs),
+    /// Describe an image
+    Info(info::InfoArgs),
+    /// Look for leaks and damages, and repair them if told
+    Check(check::CheckArgs),
+    /// Show where the parts of the disk are stored
+    Map(map::MapArgs),
+    /// Copy an image into a new one, of another format if need be
+    Convert(convert::ConvertArgs),
+    /// Change the size of the disk
+    Resize(resize::ResizeArgs),
+    /// Give an overlay another backing file
+    Rebase(rebase::RebaseArgs),
+    /// Write what an overlay holds into its backing file
+    Commit(commit::CommitArgs),
+    /// List, make, apply and delete internal snapshots
+    Snapshot(snapshot::SnapshotArgs),
+    /// Say how much space an image would need
+    Measure(measure::MeasureArgs),
+    /// Say whether two images hold the same disk
+    Compare(compare::CompareArgs),
+}
+
+pub(crate) fn run(args: ImageArgs) -> Result<Outcome, CommandError> {
+    match args.command {
+        ImageCommand::Create(args) => create::run(&args),
+        ImageCommand::Info(args) => info::run(&args),
+        ImageCommand::Check(args) => check::run(&args),
+        ImageCommand::Map(args) => map::run(&args),
+        ImageCommand::Convert(args) => convert::run(&args),
+        ImageCommand::Resize(args) => resize::run(&args),
+        ImageCommand::Rebase(args) => rebase::run(&args),
+        ImageCommand::Commit(args) => commit::run(&args),
+        ImageCommand::Snapshot(args) => snapshot::run(&args),
+        ImageCommand::Measure(args) => measure::run(&args),
+        ImageCommand::Compare(args) => compare::run(&args),
+    }
+}
+
+/// The exit code of wrong usage: 1, but 2 for `image compare`, where 1 says that images differ.
+pub(crate) fn usage_code(arguments: &[OsString]) -> u8 {
+    let mut words =
+        arguments.iter().skip(1).filter(|word| !word.to_string_lossy().starts_with('-'));
+    let is_compare = words.next().is_some_and(|word| word == "image")
+        && words.next().is_some_and(|word| word == "compare");
+    if is_compare { 2 } else { 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_usage_of_compare_does_not_look_like_a_difference() {
+        let code =
+            |words: &[&str]| usage_code(&words.iter().map(OsString::from).collect::<Vec<_>>());
+        assert_eq!(code(&["nbd-cli", "-v", "image", "compare", "a"]), 2);
+        assert_eq!(code(&["nbd-cli", "image", "check"]), 1);
+        assert_eq!(code(&["nbd-cli", "copy", "image", "compare"]), 1);
+    }
+}

@@ -1,0 +1,167 @@
+//! `nbd-cli image check`.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use imgfmt::{CheckReport, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Repair};
+use serde::Serialize;
+
+use crate::commands::serve::ImageFormat;
+use crate::error::{CommandError, Outcome};
+use crate::output::{Output, ReportFormat, printable};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image check disk.qcow2
+  nbd-cli image check --repair leaks disk.qcow2
+  nbd-cli image check --json disk.qcow2
+
+Only the image itself is checked, not its backing file, and not what the guest wrote into it. A leak
+is space that is lost; a corruption endangers data: copy the image before you repair one.
+
+Exit codes, of what remains after repair:
+  0  nothing was found
+  1  the check could not be carried out
+  2  corruptions
+  3  leaks, but no corruption
+  63 images of this format cannot be checked";
+
+const CORRUPTIONS: u8 = 2;
+const LEAKS: u8 = 3;
+const UNSUPPORTED: u8 = 63;
+
+/// Arguments of `nbd-cli image check`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct CheckArgs {
+    /// The image.
+    pub path: PathBuf,
+
+    /// Format of the image; found by looking at it unless given.
+    #[arg(short, long, value_enum)]
+    pub format: Option<ImageFormat>,
+
+    /// Repair what is found. Nobody else may use the image meanwhile.
+    #[arg(short, long, value_enum, value_name = "WHAT")]
+    pub repair: Option<RepairChoice>,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What is repaired.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RepairChoice {
+    /// Leaks only, which is always safe.
+    Leaks,
+    /// Leaks and corruptions.
+    All,
+}
+
+/// Keys and their absence at zero as qemu-img has them.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Report<'a> {
+    filename: &'a str,
+    format: &'static str,
+    check_errors: u64,
+    image_end_offset: u64,
+    total_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    allocated_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    compressed_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    fragmented_clusters: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    corruptions: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    leaks: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    corruptions_fixed: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    leaks_fixed: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // The signature that serde calls.
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
+    let mut options = OpenOptions::new().policy(OpenPolicy::deny());
+    options.format = args.format.map(Format::from);
+    let repair = match args.repair {
+        None => Repair::None,
+        Some(RepairChoice::Leaks) => Repair::Leaks,
+        Some(RepairChoice::All) => Repair::All,
+    };
+    let report = match Image::check_file(&args.path, &options, repair) {
+        Ok(report) => report,
+        Err(error) if error.kind() == ErrorKind::Unsupported => {
+            let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
+            return Ok(Outcome::Status(UNSUPPORTED));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let mut output = Output::new();
+    match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Json => output.json(&json(args, &report))?,
+        ReportFormat::Text => text(&report, &mut output)?,
+    }
+    output.finish()?;
+    Ok(match (report.corruptions, report.leaks) {
+        (0, 0) => Outcome::Success,
+        (0, _) => Outcome::Status(LEAKS),
+        _ => Outcome::Status(CORRUPTIONS),
+    })
+}
+
+fn json<'a>(args: &'a CheckArgs, report: &CheckReport) -> Report<'a> {
+    Report {
+        filename: args.path.to_str().unwrap_or_default(),
+        // No other format can be checked.
+        format: Format::Qcow2.name(),
+        check_errors: 0,
+        image_end_offset: report.image_end_offset,
+        total_clusters: report.total_clusters,
+        allocated_clusters: report.allocated_clusters,
+        compressed_clusters: report.compressed_clusters,
+        fragmented_clusters: report.fragmented_clusters,
+        corruptions: report.corruptions,
+        leaks: report.leaks,
+        corruptions_fixed: report.corruptions_repaired,
+        leaks_fixed: report.leaks_repaired,
+    }
+}
+
+fn text(report: &CheckReport, output: &mut Output) -> Result<(), CommandError> {
+    for message in &report.messages {
+        output.line(&printable(message))?;
+    }
+    let (leaks, corruptions) = (report.leaks_repaired, report.corruptions_repaired);
+    if leaks + corruptions > 0 {
+        output.line(&format!("repaired: {leaks} leaks, {corruptions} corruptions"))?;
+    }
+    match (report.leaks, report.corruptions) {
+        (0, 0) => output.line("no errors were found")?,
+        (leaks, corruptions) => {
+            output.line(&format!("found: {leaks} leaks, {corruptions} corruptions"))?;
+        }
+    }
+    let percent = |part: u64, whole: u64| match whole {
+        0 => 0.0,
+        _ => part as f64 * 100.0 / whole as f64,
+    };
+    let allocated = report.allocated_clusters;
+    output.line(&format!(
+        "{allocated} of {} clusters allocated ({:.2} %), {:.2} % fragmented, {:.2} % compressed",
+        report.total_clusters,
+        percent(allocated, report.total_clusters),
+        percent(report.fragmented_clusters, allocated),
+        percent(report.compressed_clusters, allocated),
+    ))?;
+    output.line(&format!("the image ends at offset {}", report.image_end_offset))
+}

@@ -1,0 +1,120 @@
+//! `nbd-cli image compare`.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use imgfmt::Image;
+use serde::Serialize;
+
+use super::open::{TrustArgs, explained, options};
+use super::walk::first_difference;
+use crate::commands::serve::ImageFormat;
+use crate::error::{CommandError, CommandErrorKind, Outcome};
+use crate::output::{Output, ReportFormat, warn};
+use crate::progress::{Progress, Visibility};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image compare disk.img disk.qcow2
+  nbd-cli image compare --strict --json backup.qcow2 disk.qcow2
+
+The disks are compared as a guest would see them, backing files included. If one is larger, the rest
+of it must be zero.
+
+Exit codes: 0 the same, 1 different, 2 an error, wrong usage included.";
+
+const DIFFERENT: u8 = 1;
+const ERROR: u8 = 2;
+
+/// Arguments of `nbd-cli image compare`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct CompareArgs {
+    /// An image.
+    pub first: PathBuf,
+
+    /// Another image.
+    pub second: PathBuf,
+
+    /// Format of the first image; found by looking at it unless given.
+    #[arg(short = 'f', long, value_enum, value_name = "FORMAT")]
+    pub format: Option<ImageFormat>,
+
+    /// Format of the second image; found by looking at it unless given.
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
+    pub second_format: Option<ImageFormat>,
+
+    /// Disks of different sizes are different, even if the rest is zero.
+    #[arg(short, long)]
+    pub strict: bool,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+
+    #[command(flatten)]
+    pub trust: TrustArgs,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Report {
+    identical: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mismatch_offset: Option<u64>,
+    size_mismatch: bool,
+}
+
+pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
+    compare(args).or_else(|error| match error.kind() {
+        CommandErrorKind::BrokenPipe => Err(error),
+        CommandErrorKind::Failure => {
+            // Exit code 1 would say that the images differ.
+            let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
+            Ok(Outcome::Status(ERROR))
+        }
+    })
+}
+
+fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
+    let open = |path: &PathBuf, format| {
+        Image::open(path, &options(format, &args.trust)).map_err(explained)
+    };
+    let (first, second) =
+        (open(&args.first, args.format)?, open(&args.second, args.second_format)?);
+    let size_mismatch = first.size() != second.size();
+    let end = first.size().max(second.size());
+    let mismatch_offset = if size_mismatch && args.strict {
+        None
+    } else {
+        let visibility = if args.progress { Visibility::Always } else { Visibility::IfTerminal };
+        let progress = Progress::new(visibility, Some(end));
+        let found = first_difference(&first, &second, end, |bytes| progress.add(bytes));
+        progress.clear();
+        found?
+    };
+    let identical = mismatch_offset.is_none() && !(size_mismatch && args.strict);
+    let report = Report { identical, mismatch_offset, size_mismatch };
+    let mut output = Output::new();
+    match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Json => output.json(&report)?,
+        ReportFormat::Text => {
+            let sizes = format!("{} and {} bytes", first.size(), second.size());
+            match mismatch_offset {
+                Some(offset) => output.line(&format!("the disks differ at offset {offset}"))?,
+                None if identical => output.line("the disks are the same")?,
+                None => output.line(&format!("the disks have different sizes: {sizes}"))?,
+            }
+            if size_mismatch && identical {
+                warn(&format!("the disks have {sizes}; the rest of the larger one is zero"));
+            }
+        }
+    }
+    output.finish()?;
+    Ok(if identical { Outcome::Success } else { Outcome::Status(DIFFERENT) })
+}

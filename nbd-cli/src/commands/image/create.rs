@@ -1,0 +1,197 @@
+//! `nbd-cli image create`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use imgfmt::{
+    CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, Qcow2Version,
+};
+
+use crate::commands::serve::ImageFormat;
+use crate::error::{CommandError, Outcome};
+use crate::size::ByteSize;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image create disk.img 20G
+  nbd-cli image create --format qcow2 --compression-type zstd disk.qcow2 20G
+  nbd-cli image create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
+
+A relative name of a backing file starts at the folder of the new image. A file that exists is never
+touched: remove it first.";
+
+/// Arguments of `nbd-cli image create`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct CreateArgs {
+    /// The new file.
+    pub path: PathBuf,
+
+    /// Size of the disk; may be left out with --backing.
+    pub size: Option<ByteSize>,
+
+    /// Format of the image.
+    #[arg(short, long, value_enum, default_value = "raw")]
+    pub format: ImageFormat,
+
+    /// Show the content of this file where the new image holds nothing yet.
+    #[arg(short, long, value_name = "FILE", requires = "backing_format")]
+    pub backing: Option<String>,
+
+    /// Format of the backing file.
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<ImageFormat>,
+
+    /// Whether the whole disk gets its space now.
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub preallocation: Preallocation,
+
+    /// Keep the data in this new file, and only the metadata in the qcow2 image. QEMU looks for a
+    /// relative name in its own working folder: better give an absolute one.
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "backing",
+        help_heading = "Options for qcow2"
+    )]
+    pub data_file: Option<String>,
+
+    /// Keep the data file such that it is a raw image by itself.
+    #[arg(long, requires = "data_file", help_heading = "Options for qcow2")]
+    pub data_file_raw: bool,
+
+    /// Let QEMU leave refcounts wrong while it has the image open; it repairs them after a crash.
+    #[arg(long, help_heading = "Options for qcow2")]
+    pub lazy_refcounts: bool,
+
+    #[command(flatten)]
+    pub qcow2: Qcow2Args,
+}
+
+/// What a new qcow2 image is like.
+#[derive(Clone, Debug, Args)]
+pub struct Qcow2Args {
+    /// Size of a cluster: a power of two from 512 to 2M [default: 64K].
+    #[arg(long, value_name = "SIZE", help_heading = "Options for qcow2")]
+    pub cluster_size: Option<ByteSize>,
+
+    /// Width of a refcount in bits: a power of two from 1 to 64 [default: 16].
+    #[arg(long, value_name = "BITS", help_heading = "Options for qcow2")]
+    pub refcount_bits: Option<u32>,
+
+    /// Version of the format [default: 1.1].
+    #[arg(long, value_enum, value_name = "VERSION", help_heading = "Options for qcow2")]
+    pub compat: Option<Compat>,
+
+    /// How compressed clusters are compressed [default: zlib].
+    #[arg(long, value_enum, value_name = "TYPE", help_heading = "Options for qcow2")]
+    pub compression_type: Option<Compression>,
+
+    /// Allocate parts of clusters (subclusters).
+    #[arg(long, help_heading = "Options for qcow2")]
+    pub extended_l2: bool,
+}
+
+/// When space is taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Preallocation {
+    /// Each part when something is written to it.
+    #[default]
+    Off,
+    /// A place in the file now, space when something is written; qcow2 images only.
+    Metadata,
+    /// Space now, without writing to it.
+    Falloc,
+    /// Space now, by writing zeroes.
+    Full,
+}
+
+/// Versions of the format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compat {
+    /// Version 2, which QEMU before 1.1 can read.
+    #[value(name = "0.10", alias = "v2")]
+    V2,
+    /// Version 3.
+    #[value(name = "1.1", alias = "v3")]
+    V3,
+}
+
+/// How clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compression {
+    /// Understood by every reader.
+    Zlib,
+    /// Faster; QEMU 5.1 and later.
+    Zstd,
+}
+
+impl Qcow2Args {
+    /// Sets the options of an image that is to be made, or says which one it cannot have.
+    pub(super) fn apply(&self, options: &mut CreateOptions) -> Result<(), CommandError> {
+        let given = [
+            ("--cluster-size", self.cluster_size.is_some()),
+            ("--refcount-bits", self.refcount_bits.is_some()),
+            ("--compat", self.compat.is_some()),
+            ("--compression-type", self.compression_type.is_some()),
+            ("--extended-l2", self.extended_l2),
+        ];
+        if options.format == Format::Raw
+            && let Some((option, _)) = given.iter().find(|(_, is_given)| *is_given)
+        {
+            return Err(CommandError::new(format!(
+                "a raw image has no {option}; leave it out or make a qcow2 image"
+            )));
+        }
+        if let Some(size) = self.cluster_size {
+            options.cluster_size = size.bytes();
+        }
+        if let Some(bits) = self.refcount_bits {
+            options.refcount_bits = bits;
+        }
+        if self.compat == Some(Compat::V2) {
+            options.version = Qcow2Version::V2;
+        }
+        if self.compression_type == Some(Compression::Zstd) {
+            options.compression = CompressionType::Zstd;
+        }
+        if self.extended_l2 {
+            options.l2_entries = L2Entries::Extended;
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
+    let mut options = CreateOptions::new(args.format.into(), 0);
+    options.size = args.size.map(ByteSize::bytes);
+    options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
+    args.qcow2.apply(&mut options)?;
+    if args.lazy_refcounts && options.format == Format::Raw {
+        return Err(CommandError::new(
+            "a raw image has no --lazy-refcounts; leave it out or make a qcow2 image",
+        ));
+    }
+    options.preallocation = preallocation(args, options.format)?;
+    let kind = if args.data_file_raw { DataFile::Raw } else { DataFile::Plain };
+    options.data_file = args.data_file.clone().map(|name| (name, kind));
+    if args.lazy_refcounts {
+        options.lazy_refcounts = LazyRefcounts::On;
+    }
+    Image::create(&args.path, &options)?;
+    Ok(Outcome::Success)
+}
+
+/// What the library preallocates.
+fn preallocation(args: &CreateArgs, format: Format) -> Result<imgfmt::Preallocation, CommandError> {
+    use imgfmt::Preallocation as Kind;
+    match args.preallocation {
+        Preallocation::Off => Ok(Kind::Off),
+        Preallocation::Metadata if format == Format::Raw => Err(CommandError::new(
+            "--preallocation metadata is for qcow2 images; for raw ones use off, falloc or full",
+        )),
+        Preallocation::Metadata => Ok(Kind::Metadata),
+        Preallocation::Falloc => Ok(Kind::Falloc),
+        Preallocation::Full => Ok(Kind::Full),
+    }
+}

@@ -1,0 +1,232 @@
+//! `nbd-cli image info`.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use imgfmt::{CompressionType, Image, ImageInfo, L2Entries, Qcow2Info, Qcow2Version};
+use serde::Serialize;
+
+use super::open::{OpenArgs, beside};
+use super::snapshot::{self, JsonSnapshot};
+use crate::error::{CommandError, Outcome};
+use crate::output::{Output, ReportFormat, printable};
+use crate::size::{exact, rounded};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image info disk.qcow2
+  nbd-cli image info --json disk.qcow2
+  nbd-cli image info --backing-chain overlay.qcow2
+
+Only the file itself is read: the backing file and the data file that it names are not opened, unless
+--backing-chain asks for it.";
+
+/// Arguments of `nbd-cli image info`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct InfoArgs {
+    /// The image.
+    pub path: PathBuf,
+
+    /// Describe the backing file, its backing file and so on as well.
+    #[arg(long)]
+    pub backing_chain: bool,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+/// Facts about one file, with the keys of qemu-img.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Layer<'a> {
+    filename: String,
+    format: &'static str,
+    virtual_size: u64,
+    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_size: Option<u64>,
+    dirty_flag: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full_backing_filename: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    snapshots: Vec<JsonSnapshot<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format_specific: Option<Specific<'a>>,
+}
+
+#[derive(Serialize)]
+struct Specific<'a> {
+    #[serde(rename = "type")]
+    kind: &'static str,
+    data: Qcow2Data<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Qcow2Data<'a> {
+    compat: &'static str,
+    compression_type: &'static str,
+    lazy_refcounts: bool,
+    refcount_bits: u32,
+    corrupt: bool,
+    extended_l2: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file_raw: Option<bool>,
+}
+
+pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
+    let layers = layers(args)?;
+    let mut output = Output::new();
+    match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Json if args.backing_chain => {
+            let all: Result<Vec<_>, _> =
+                layers.iter().map(|(path, info)| layer(path, info)).collect();
+            output.json(&all?)?;
+        }
+        ReportFormat::Json => {
+            for (path, info) in &layers {
+                output.json(&layer(path, info)?)?;
+            }
+        }
+        ReportFormat::Text => {
+            for (index, (path, info)) in layers.iter().enumerate() {
+                if index > 0 {
+                    output.line("")?;
+                }
+                text(path, info, &mut output)?;
+            }
+        }
+    }
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+/// The image and, if asked for, everything below it.
+fn layers(args: &InfoArgs) -> Result<Vec<(PathBuf, ImageInfo)>, CommandError> {
+    let mut options = args.open.options();
+    if args.backing_chain {
+        // Says whether every name may be followed, and that they do not lead in circles.
+        args.open.read(&args.path)?;
+    }
+    let mut layers = vec![(args.path.clone(), Image::inspect_file(&args.path, &options)?)];
+    while args.backing_chain
+        && let Some((path, info)) = layers.last()
+        && let Some(qcow2) = &info.qcow2
+        && let Some(name) = &qcow2.backing_name
+    {
+        let below = beside(path, name);
+        // What has a name that is none of ours is another name of raw images.
+        options.format = qcow2
+            .backing_format
+            .as_deref()
+            .map(|name| imgfmt::Format::from_name(name).unwrap_or(imgfmt::Format::Raw));
+        let info = Image::inspect_file(&below, &options)?;
+        layers.push((below, info));
+    }
+    Ok(layers)
+}
+
+/// Bytes of the disk that the file takes up.
+fn actual_size(path: &Path) -> Result<u64, CommandError> {
+    let metadata = std::fs::metadata(path).map_err(|error| {
+        CommandError::new(format!("cannot look at '{}': {error}", path.display()))
+    })?;
+    Ok(metadata.blocks() * 512)
+}
+
+fn layer<'a>(path: &Path, info: &'a ImageInfo) -> Result<Layer<'a>, CommandError> {
+    let qcow2 = info.qcow2.as_ref();
+    let backing_filename = qcow2.and_then(|qcow2| qcow2.backing_name.as_deref());
+    Ok(Layer {
+        filename: path.to_string_lossy().into_owned(),
+        format: info.format.name(),
+        virtual_size: info.size,
+        actual_size: actual_size(path)?,
+        cluster_size: qcow2.map(|qcow2| qcow2.cluster_size),
+        dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
+        backing_filename,
+        full_backing_filename: backing_filename
+            .map(|name| beside(path, name).to_string_lossy().into_owned()),
+        backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.as_deref()),
+        snapshots: qcow2.map(|qcow2| snapshot::json(&qcow2.snapshots)).unwrap_or_default(),
+        format_specific: qcow2.map(|qcow2| Specific { kind: "qcow2", data: data(qcow2) }),
+    })
+}
+
+fn data(qcow2: &Qcow2Info) -> Qcow2Data<'_> {
+    let data_file = qcow2.data_file_name.as_deref();
+    Qcow2Data {
+        compat: compat(qcow2),
+        compression_type: compression(qcow2),
+        lazy_refcounts: qcow2.lazy_refcounts,
+        refcount_bits: qcow2.refcount_bits,
+        corrupt: qcow2.is_corrupt,
+        extended_l2: qcow2.l2_entries == L2Entries::Extended,
+        data_file,
+        data_file_raw: data_file.map(|_| qcow2.data_file_is_raw),
+    }
+}
+
+fn compat(qcow2: &Qcow2Info) -> &'static str {
+    match qcow2.version {
+        Qcow2Version::V2 => "0.10",
+        Qcow2Version::V3 => "1.1",
+    }
+}
+
+fn compression(qcow2: &Qcow2Info) -> &'static str {
+    match qcow2.compression {
+        CompressionType::Zlib => "zlib",
+        CompressionType::Zstd => "zstd",
+    }
+}
+
+fn text(path: &Path, info: &ImageInfo, output: &mut Output) -> Result<(), CommandError> {
+    let mut line = |what: &str, value: &str| output.line(&format!("{what:<18} {value}"));
+    line("image:", &printable(&path.to_string_lossy()))?;
+    line("format:", info.format.name())?;
+    line("virtual size:", &format!("{} ({} bytes)", rounded(info.size), info.size))?;
+    line("space taken:", &rounded(actual_size(path)?))?;
+    let Some(qcow2) = &info.qcow2 else { return Ok(()) };
+    line("compat:", compat(qcow2))?;
+    line("cluster size:", &exact(qcow2.cluster_size))?;
+    line("refcount bits:", &qcow2.refcount_bits.to_string())?;
+    line("compression:", compression(qcow2))?;
+    let flags = [
+        ("extended L2", qcow2.l2_entries == L2Entries::Extended),
+        ("lazy refcounts", qcow2.lazy_refcounts),
+        ("dirty bitmaps", qcow2.has_bitmaps),
+        ("raw data file", qcow2.data_file_is_raw),
+        ("not closed properly", qcow2.is_dirty),
+        ("marked as damaged", qcow2.is_corrupt),
+    ];
+    let flags: Vec<_> = flags.iter().filter(|(_, is_set)| *is_set).map(|(name, _)| *name).collect();
+    if !flags.is_empty() {
+        line("flags:", &flags.join(", "))?;
+    }
+    if let Some(name) = &qcow2.backing_name {
+        line("backing file:", &printable(name))?;
+        let format = qcow2.backing_format.as_deref().unwrap_or("not said");
+        line("backing format:", &printable(format))?;
+    }
+    if let Some(name) = &qcow2.data_file_name {
+        line("data file:", &printable(name))?;
+    }
+    if !qcow2.snapshots.is_empty() {
+        line("snapshots:", "id, size of the disk, time, name")?;
+        snapshot::text(&qcow2.snapshots, output)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! `nbd-cli image map`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use imgfmt::{Extent, ExtentKind, Image, Mapping};
+use serde::Serialize;
+
+use super::open::OpenArgs;
+use super::walk::Extents;
+use crate::error::{CommandError, Outcome};
+use crate::output::{Output, ReportFormat};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image map disk.qcow2
+  nbd-cli image map --json overlay.qcow2
+
+Columns of the text: offset and length on the disk in bytes, the layer (0 is the image itself, 1 its
+backing file and so on, - is none), what is there, and the offset in that layer's file.";
+
+/// Arguments of `nbd-cli image map`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct MapArgs {
+    /// The image.
+    pub path: PathBuf,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+/// A part of the disk, with the keys of qemu-img.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+struct Part {
+    start: u64,
+    length: u64,
+    depth: u32,
+    present: bool,
+    zero: bool,
+    data: bool,
+    compressed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+}
+
+impl Part {
+    /// Takes in the part that follows if it is more of the same.
+    fn join(&mut self, next: &Self) -> bool {
+        let follows = match (self.offset, next.offset) {
+            (Some(offset), Some(next)) => offset.checked_add(self.length) == Some(next),
+            (None, None) => true,
+            _ => false,
+        };
+        let alike = |part: &Self| (part.depth, part.present, part.zero, part.data, part.compressed);
+        let joins = follows && alike(self) == alike(next);
+        if joins {
+            self.length += next.length;
+        }
+        joins
+    }
+
+    fn text(&self) -> String {
+        let depth = if self.present { self.depth.to_string() } else { "-".into() };
+        let what = match (self.compressed, self.data, self.present) {
+            (true, ..) => "compressed",
+            (_, true, _) => "data",
+            (.., true) => "zero",
+            _ => "hole",
+        };
+        let offset = self.offset.map(|offset| format!("{offset:>12}")).unwrap_or_default();
+        let line =
+            format!("{:>12}  {:>12}  {depth:>3}  {what:<10}  {offset}", self.start, self.length);
+        line.trim_end().to_owned()
+    }
+}
+
+/// Writes parts one behind the other, like neighbours joined.
+struct Report {
+    format: ReportFormat,
+    pending: Option<Part>,
+    separator: &'static str,
+}
+
+pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
+    let image = args.open.read(&args.path)?;
+    let format = ReportFormat::from_json_flag(args.json);
+    let mut output = Output::new();
+    let mut report = Report { format, pending: None, separator: "[" };
+    let mut extents = Extents::new(&image);
+    while let Some(extent) = extents.next()? {
+        parts(&image, extent, |part| report.add(part, &mut output))?;
+    }
+    report.end(&mut output)?;
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+/// Splits an extent by where its bytes are.
+fn parts(
+    image: &Image,
+    extent: Extent,
+    mut each: impl FnMut(Part) -> Result<(), CommandError>,
+) -> Result<(), CommandError> {
+    let part = |range: imgfmt::GuestRange, compressed, offset| Part {
+        start: range.offset().bytes(),
+        length: range.length(),
+        depth: extent.depth.saturating_sub(1),
+        present: extent.depth > 0,
+        zero: extent.kind != ExtentKind::Data,
+        data: extent.kind == ExtentKind::Data,
+        compressed,
+        offset,
+    };
+    if extent.depth == 0 {
+        return each(part(extent.range, false, None));
+    }
+    for mapping in image.map_read(extent.range)?.mappings() {
+        each(match mapping {
+            Mapping::File { range, offset, .. } => part(*range, false, Some(offset.bytes())),
+            Mapping::Encoded { range } => part(*range, true, None),
+            other => part(other.range(), false, None),
+        })?;
+    }
+    Ok(())
+}
+
+impl Report {
+    fn add(&mut self, part: Part, output: &mut Output) -> Result<(), CommandError> {
+        if self.pending.as_mut().is_some_and(|pending| pending.join(&part)) {
+            return Ok(());
+        }
+        match self.pending.replace(part) {
+            Some(complete) => self.write(&complete, output),
+            None => Ok(()),
+        }
+    }
+
+    fn write(&mut self, part: &Part, output: &mut Output) -> Result<(), CommandError> {
+        match self.format {
+            ReportFormat::Text => output.line(&part.text()),
+            ReportFormat::Json => {
+                output.text(std::mem::replace(&mut self.separator, ",\n"))?;
+                let text = serde_json::to_string(part);
+                output.text(&text.map_err(|error| CommandError::output(&error.into()))?)
+            }
+        }
+    }
+
+    fn end(mut self, output: &mut Output) -> Result<(), CommandError> {
+        if let Some(last) = self.pending.take() {
+            self.write(&last, output)?;
+        }
+        match (self.format, self.separator) {
+            (ReportFormat::Text, _) => Ok(()),
+            (ReportFormat::Json, "[") => output.line("[]"),
+            (ReportFormat::Json, _) => output.line("]"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Part;
+
+    #[test]
+    fn parts_are_joined_only_if_the_file_goes_on_too() {
+        let part = |start, offset| Part {
+            start,
+            length: 10,
+            depth: 0,
+            present: true,
+            zero: false,
+            data: true,
+            compressed: false,
+            offset,
+        };
+        let mut first = part(0, Some(100));
+        assert!(!first.join(&part(10, Some(120))));
+        assert!(!first.join(&part(10, None)));
+        assert!(first.join(&part(10, Some(110))));
+        assert_eq!(first.length, 20);
+    }
+}

@@ -1,0 +1,90 @@
+//! How the commands open images, and what they say when that fails.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use imgfmt::{Access, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
+
+use crate::commands::serve::ImageFormat;
+use crate::error::CommandError;
+
+/// How an image that exists is opened.
+#[derive(Clone, Debug, Args)]
+pub struct OpenArgs {
+    /// Format of the image; found by looking at it unless given.
+    #[arg(short, long, value_enum)]
+    pub format: Option<ImageFormat>,
+
+    #[command(flatten)]
+    pub trust: TrustArgs,
+}
+
+/// Which other files an image may make us open.
+#[derive(Clone, Debug, Args)]
+pub struct TrustArgs {
+    /// Trust the image: follow the names of backing and data files that it contains wherever they
+    /// lead, and find out the format of a backing file where the image does not say it. Without
+    /// this only files in the image's folder and below are opened.
+    #[arg(long)]
+    pub trust_image: bool,
+}
+
+impl TrustArgs {
+    pub(super) fn policy(&self) -> OpenPolicy {
+        match self.trust_image {
+            true => OpenPolicy::any_file().allow_format_probe(),
+            false => OpenPolicy::new(),
+        }
+    }
+}
+
+impl OpenArgs {
+    pub(super) fn options(&self) -> OpenOptions {
+        options(self.format, &self.trust)
+    }
+
+    /// Opens an image to read it.
+    pub(super) fn read(&self, path: &Path) -> Result<Image, CommandError> {
+        Image::open(path, &self.options()).map_err(explained)
+    }
+
+    /// Opens an image to change it.
+    pub(super) fn change(&self, path: &Path) -> Result<Image, CommandError> {
+        Image::open(path, &self.options().access(Access::ReadWrite)).map_err(explained)
+    }
+}
+
+pub(super) fn options(format: Option<ImageFormat>, trust: &TrustArgs) -> OpenOptions {
+    let options = OpenOptions::new().policy(trust.policy());
+    match format {
+        Some(format) => options.format(format.into()),
+        None => options,
+    }
+}
+
+impl From<ImageFormat> for Format {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Raw => Self::Raw,
+            ImageFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+/// The error with the option that would allow what was refused.
+pub(super) fn explained(error: Error) -> CommandError {
+    match error.kind() {
+        ErrorKind::PolicyDenied => {
+            CommandError::new(format!("{error} (with --trust-image, if you trust its maker)"))
+        }
+        _ => error.into(),
+    }
+}
+
+/// The path of a file that an image names: relative names start at the image's folder.
+pub(super) fn beside(image: &Path, name: &str) -> PathBuf {
+    match image.parent() {
+        Some(folder) => folder.join(name),
+        None => PathBuf::from(name),
+    }
+}

@@ -1,0 +1,145 @@
+//! `nbd-cli image rebase`.
+
+use std::path::PathBuf;
+
+use clap::{ArgGroup, Args};
+use imgfmt::{Access, Durability, Format, GuestOffset, Image, OpenOptions};
+
+use super::open::{OpenArgs, beside, explained};
+use super::walk::{Extents, read_padded};
+use crate::commands::serve::ImageFormat;
+use crate::error::{CommandError, Outcome};
+use crate::progress::{Progress, Visibility};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image rebase --backing new-base.qcow2 --backing-format qcow2 overlay.qcow2
+  nbd-cli image rebase --no-backing overlay.qcow2
+  nbd-cli image rebase --unsafe --backing moved/base.img --backing-format raw overlay.qcow2
+
+The disk stays the same: whatever differs between the old and the new backing file is copied into
+the overlay first. With --unsafe only the name is changed and no backing file is looked at: for a
+backing file that was moved or renamed. A relative name starts at the folder of the overlay.";
+
+/// How much is compared at a time, in bytes.
+const STEP: u64 = 1 << 20;
+
+/// Arguments of `nbd-cli image rebase`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+#[command(group(ArgGroup::new("new").required(true).args(["backing", "no_backing"])))]
+pub struct RebaseArgs {
+    /// The overlay.
+    pub path: PathBuf,
+
+    /// The new backing file.
+    #[arg(short, long, value_name = "FILE", requires = "backing_format")]
+    pub backing: Option<String>,
+
+    /// Format of the new backing file.
+    #[arg(short = 'F', long, value_enum, value_name = "FORMAT", requires = "backing")]
+    pub backing_format: Option<ImageFormat>,
+
+    /// Make the image stand alone.
+    #[arg(long)]
+    pub no_backing: bool,
+
+    /// Change the name only. The disk is spoilt if the new file holds something else.
+    #[arg(short = 'u', long = "unsafe")]
+    pub is_unsafe: bool,
+
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
+    let format = args.backing_format.map(Format::from);
+    let new = args.backing.as_deref().zip(format);
+    if !args.is_unsafe {
+        keep_content(args, new)?;
+    }
+    Image::change_backing_file(&args.path, &args.open.options(), new)?;
+    Ok(Outcome::Success)
+}
+
+/// Copies into the overlay what the new backing file would show differently.
+fn keep_content(args: &RebaseArgs, new: Option<(&str, Format)>) -> Result<(), CommandError> {
+    // Looked at first: a file that is missing must not cost anybody anything.
+    let backing = match new {
+        None => None,
+        Some((name, format)) => {
+            let options = OpenOptions::new().format(format).policy(args.open.trust.policy());
+            Some(Image::open(beside(&args.path, name), &options).map_err(explained)?)
+        }
+    };
+    let options = args.open.options().access(Access::ReadWrite);
+    let image = Image::open(&args.path, &options).map_err(explained)?;
+    let Some(cluster) = image.info()?.qcow2.map(|qcow2| qcow2.cluster_size) else {
+        return Err(CommandError::new(format!(
+            "cannot rebase '{}': a raw image cannot have a backing file",
+            args.path.display()
+        )));
+    };
+    let visibility = if args.progress { Visibility::Always } else { Visibility::IfTerminal };
+    let progress = Progress::new(visibility, Some(image.size()));
+    let copied = copy_differences(&image, backing.as_ref(), cluster, &progress);
+    progress.clear();
+    copied?;
+    Ok(image.close()?)
+}
+
+fn copy_differences(
+    image: &Image,
+    backing: Option<&Image>,
+    cluster: u64,
+    progress: &Progress,
+) -> Result<(), CommandError> {
+    let step = STEP.max(cluster);
+    let (mut old, mut new) = (vec![0; step as usize], vec![0; step as usize]);
+    let mut extents = Extents::new(image);
+    while let Some(extent) = extents.next()? {
+        let end = extent.range.end().bytes();
+        let mut position = extent.range.offset().bytes();
+        while extent.depth != 1 && position < end {
+            // Pieces end where clusters end.
+            let stop = ((position / step + 1) * step).min(end);
+            let length = (stop - position) as usize;
+            let (old, new) = (&mut old[..length], &mut new[..length]);
+            image.read_at(GuestOffset::new(position), old)?;
+            match backing {
+                Some(backing) => read_padded(backing, position, new)?,
+                None => new.fill(0),
+            }
+            write_differences(image, position, old, new, cluster)?;
+            position = stop;
+        }
+        progress.add(extent.range.length());
+    }
+    Ok(())
+}
+
+/// Writes the clusters of `old` that are not as in `new`. Zeroes are written as data: as mere
+/// zeroes an image whose old backing file ends before them would leave them to the new one.
+fn write_differences(
+    image: &Image,
+    offset: u64,
+    old: &[u8],
+    new: &[u8],
+    cluster: u64,
+) -> Result<(), CommandError> {
+    let mut start = 0;
+    while start < old.len() {
+        let in_cluster = (offset + start as u64) % cluster;
+        let end = old.len().min(start + (cluster - in_cluster) as usize);
+        if old[start..end] != new[start..end] {
+            let position = GuestOffset::new(offset + start as u64);
+            image.write_at(position, &old[start..end], Durability::Cached)?;
+        }
+        start = end;
+    }
+    Ok(())
+}

@@ -1,0 +1,116 @@
+//! `nbd-cli image resize`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Args;
+use imgfmt::Shrink;
+
+use super::open::OpenArgs;
+use crate::error::{CommandError, Outcome};
+use crate::size::ByteSize;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image resize disk.qcow2 40G
+  nbd-cli image resize disk.qcow2 +10G
+  nbd-cli image resize --shrink disk.qcow2 -- -10G
+
+What is added reads as zero. Make file systems and partitions inside the disk smaller before you
+shrink it.";
+
+/// Arguments of `nbd-cli image resize`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct ResizeArgs {
+    /// The image.
+    pub path: PathBuf,
+
+    /// The new size, or the change with a + or - before it.
+    #[arg(allow_hyphen_values = true)]
+    pub size: SizeChange,
+
+    /// Allow the disk to become smaller: what is at its end is lost.
+    #[arg(long)]
+    pub shrink: bool,
+
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+/// A size, or by how much to change it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SizeChange {
+    /// This size.
+    To(u64),
+    /// So many bytes more.
+    Grow(u64),
+    /// So many bytes less.
+    Shrink(u64),
+}
+
+impl FromStr for SizeChange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let bytes = |text: &str| text.parse().map(ByteSize::bytes);
+        match (text.strip_prefix('+'), text.strip_prefix('-')) {
+            (Some(size), _) => bytes(size).map(Self::Grow),
+            (_, Some(size)) => bytes(size).map(Self::Shrink),
+            (None, None) => bytes(text).map(Self::To),
+        }
+    }
+}
+
+impl SizeChange {
+    /// The size that comes out, if there is one.
+    fn apply(self, present: u64) -> Option<u64> {
+        match self {
+            Self::To(size) => Some(size),
+            Self::Grow(bytes) => present.checked_add(bytes).filter(|size| *size <= i64::MAX as u64),
+            Self::Shrink(bytes) => present.checked_sub(bytes),
+        }
+    }
+}
+
+pub(crate) fn run(args: &ResizeArgs) -> Result<Outcome, CommandError> {
+    let mut image = args.open.change(&args.path)?;
+    let (name, present) = (args.path.display(), image.size());
+    let Some(size) = args.size.apply(present) else {
+        return Err(CommandError::new(format!(
+            "cannot resize '{name}': it has {present} bytes, which cannot change by that much"
+        )));
+    };
+    if size < present && !args.shrink {
+        return Err(CommandError::new(format!(
+            "cannot resize '{name}': it has {present} bytes, and everything beyond {size} would be \
+             lost; add --shrink if that is what you want"
+        )));
+    }
+    let shrink = if args.shrink { Shrink::Allow } else { Shrink::Refuse };
+    image.resize(size, shrink)?;
+    image.close()?;
+    Ok(Outcome::Success)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::SizeChange::{self, Grow, Shrink, To};
+
+    #[test]
+    fn a_sign_makes_it_a_change() {
+        for (text, change) in [("1M", To(1 << 20)), ("+1K", Grow(1024)), ("-2b", Shrink(2))] {
+            assert_eq!(text.parse(), Ok(change));
+        }
+        for text in ["", "+", "-", "+-1", "1-", "++1"] {
+            assert!(text.parse::<SizeChange>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_change_never_leaves_the_range_of_sizes() {
+        assert_eq!(Grow(1).apply(i64::MAX as u64), None);
+        assert_eq!(Shrink(2).apply(1), None);
+        assert_eq!(Shrink(1).apply(1), Some(0));
+    }
+}

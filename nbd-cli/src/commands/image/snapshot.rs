@@ -1,0 +1,188 @@
+//! `nbd-cli image snapshot`.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use imgfmt::{Image, Snapshot};
+use serde::Serialize;
+
+use super::open::OpenArgs;
+use crate::error::{CommandError, Outcome};
+use crate::output::{Output, ReportFormat, printable};
+use crate::size::rounded;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli image snapshot create disk.qcow2 before-upgrade
+  nbd-cli image snapshot list disk.qcow2
+  nbd-cli image snapshot apply disk.qcow2 before-upgrade
+  nbd-cli image snapshot delete disk.qcow2 before-upgrade
+
+Snapshots are kept inside the qcow2 image. A snapshot is given by its name or its id.";
+
+/// Arguments of `nbd-cli image snapshot`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct SnapshotArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: SnapshotCommand,
+}
+
+/// The sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// List the snapshots
+    List(ListArgs),
+    /// Keep the present state under a name
+    Create(ChangeArgs),
+    /// Go back to a snapshot; what was written since is lost
+    Apply(ChangeArgs),
+    /// Forget a snapshot
+    Delete(ChangeArgs),
+}
+
+/// Arguments of `nbd-cli image snapshot list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// The image.
+    pub path: PathBuf,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+/// Arguments of the commands that change something.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    /// The image.
+    pub path: PathBuf,
+
+    /// The snapshot.
+    pub name: String,
+
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+/// Keys as qemu-img has them.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct JsonSnapshot<'a> {
+    id: &'a str,
+    name: &'a str,
+    vm_state_size: u64,
+    date_sec: u32,
+    date_nsec: u32,
+    vm_clock_sec: u64,
+    vm_clock_nsec: u64,
+}
+
+pub(crate) fn run(args: &SnapshotArgs) -> Result<Outcome, CommandError> {
+    match &args.command {
+        SnapshotCommand::List(args) => list(args),
+        SnapshotCommand::Create(args) => change(args, Image::create_snapshot),
+        SnapshotCommand::Apply(args) => change(args, Image::apply_snapshot),
+        SnapshotCommand::Delete(args) => change(args, Image::delete_snapshot),
+    }
+}
+
+fn change(
+    args: &ChangeArgs,
+    action: impl FnOnce(&mut Image, &str) -> imgfmt::Result<()>,
+) -> Result<Outcome, CommandError> {
+    let mut image = args.open.change(&args.path)?;
+    action(&mut image, &args.name)?;
+    image.close()?;
+    Ok(Outcome::Success)
+}
+
+fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
+    let snapshots = snapshots(&args.path, &args.open)?;
+    let mut output = Output::new();
+    match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Json => output.json(&json(&snapshots))?,
+        ReportFormat::Text => text(&snapshots, &mut output)?,
+    }
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+fn snapshots(path: &Path, open: &OpenArgs) -> Result<Vec<Snapshot>, CommandError> {
+    let info = Image::inspect_file(path, &open.options())?;
+    Ok(info.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default())
+}
+
+pub(super) fn json(snapshots: &[Snapshot]) -> Vec<JsonSnapshot<'_>> {
+    snapshots.iter().map(JsonSnapshot::from).collect()
+}
+
+impl<'a> From<&'a Snapshot> for JsonSnapshot<'a> {
+    fn from(snapshot: &'a Snapshot) -> Self {
+        Self {
+            id: &snapshot.id,
+            name: &snapshot.name,
+            vm_state_size: snapshot.vm_state_size,
+            date_sec: snapshot.date_s,
+            date_nsec: snapshot.date_ns,
+            vm_clock_sec: snapshot.vm_clock_ns / 1_000_000_000,
+            vm_clock_nsec: snapshot.vm_clock_ns % 1_000_000_000,
+        }
+    }
+}
+
+/// One line per snapshot: id, disk size, time, name.
+pub(super) fn text(snapshots: &[Snapshot], output: &mut Output) -> Result<(), CommandError> {
+    for snapshot in snapshots {
+        output.line(&format!(
+            "{:>4}  {:>10}  {}  {}",
+            printable(&snapshot.id),
+            rounded(snapshot.disk_size),
+            date(snapshot.date_s),
+            printable(&snapshot.name),
+        ))?;
+    }
+    Ok(())
+}
+
+/// Seconds since 1970 as date and time in UTC.
+fn date(seconds: u32) -> String {
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (mut year, mut rest) = (1970, days);
+    let is_leap = |year: u32| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
+    let length = |year| if is_leap(year) { 366 } else { 365 };
+    while rest >= length(year) {
+        rest -= length(year);
+        year += 1;
+    }
+    let february = if is_leap(year) { 29 } else { 28 };
+    let mut month = 1;
+    for days in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if rest < days {
+            break;
+        }
+        rest -= days;
+        month += 1;
+    }
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC", rest + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::date;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        assert_eq!(date(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(date(951_782_400), "2000-02-29 00:00:00 UTC");
+        assert_eq!(date(1_735_689_599), "2024-12-31 23:59:59 UTC");
+        assert_eq!(date(u32::MAX), "2106-02-07 06:28:15 UTC");
+    }
+}

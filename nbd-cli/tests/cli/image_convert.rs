@@ -1,0 +1,135 @@
+//! `image convert` both ways, judged by qemu-img.
+
+use std::path::Path;
+
+use crate::support::image::{are_equal, chain, info, is_clean, write};
+use crate::support::{Disk, nbd_cli, peer, says};
+use crate::tools;
+
+#[test]
+fn raw_becomes_every_kind_of_qcow2() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let kinds: &[&[&str]] = &[
+        &[],
+        &["--compress"],
+        &["--compress", "--compression-type", "zstd"],
+        &["--cluster-size", "512"],
+        &["--cluster-size", "2M", "--compress"],
+        &["--extended-l2", "--jobs", "1"],
+        &["--compat", "0.10", "--jobs", "8"],
+    ];
+    for (index, kind) in kinds.iter().enumerate() {
+        let (path, back) =
+            (disk.beside(&format!("{index}.qcow2")), disk.beside(&format!("{index}")));
+        let mut arguments = vec!["image", "convert", "-O", "qcow2"];
+        arguments.extend(*kind);
+        arguments.extend([disk.path(), path.as_str()]);
+        assert_eq!(nbd_cli(&arguments).success(), "", "{kind:?}");
+        is_clean(&qemu_img, &path);
+        are_equal(&qemu_img, &path, disk.path());
+        nbd_cli(&["image", "convert", &path, &back]).success();
+        disk.assert_equals(&back);
+    }
+}
+
+#[test]
+fn compression_saves_space_and_holes_take_none() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let Some(allocated) = crate::support::is_sparse_here(&disk) else { return };
+    let even = disk.beside("even.img");
+    std::fs::write(&even, vec![7; 4 << 20]).expect("a file");
+    let small = disk.beside("small.qcow2");
+    nbd_cli(&["image", "convert", "-O", "qcow2", "-c", &even, &small]).success();
+    assert!(allocated(&small) < 1 << 20, "{}", allocated(&small));
+    is_clean(&qemu_img, &small);
+    let copy = disk.beside("copy.img");
+    nbd_cli(&["image", "convert", disk.path(), &copy]).success();
+    disk.assert_equals(&copy);
+    assert!(allocated(&copy) < 2 << 20, "{}", allocated(&copy));
+}
+
+#[test]
+fn a_chain_becomes_one_image() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let overlay = chain(&disk, &qemu_img, &qemu_io);
+    for (format, name) in [("raw", "flat.img"), ("qcow2", "flat.qcow2")] {
+        let flat = disk.beside(name);
+        nbd_cli(&["image", "convert", "-O", format, &overlay, &flat]).success();
+        are_equal(&qemu_img, &overlay, &flat);
+        assert!(info(&qemu_img, &flat).get("backing-filename").is_none());
+    }
+    is_clean(&qemu_img, &disk.beside("flat.qcow2"));
+}
+
+#[test]
+fn a_snapshot_is_copied_in_place_of_the_present() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let image = disk.beside("image.qcow2");
+    peer(&qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
+    peer(&qemu_img, &["snapshot", "-c", "before", &image]);
+    write(&qemu_io, &image, "write -P 1 0 2M");
+    let copy = disk.beside("copy.img");
+    nbd_cli(&["image", "convert", "--snapshot", "before", &image, &copy]).success();
+    disk.assert_equals(&copy);
+    let missing = disk.beside("missing.img");
+    let outcome = nbd_cli(&["image", "convert", "--snapshot", "after", &image, &missing]);
+    says(outcome, &["no snapshot 'after'", "before"]);
+    assert!(!Path::new(&missing).exists());
+}
+
+#[test]
+fn sizes_need_not_be_multiples_of_anything() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let odd = disk.beside("odd.img");
+    std::fs::write(&odd, vec![9; (1 << 20) + 1536]).expect("a file");
+    for compress in [&["--compress"][..], &[]] {
+        let image = disk.beside(&format!("{}.qcow2", compress.len()));
+        let mut arguments = vec!["image", "convert", "-O", "qcow2", odd.as_str(), image.as_str()];
+        arguments.extend(compress);
+        nbd_cli(&arguments).success();
+        are_equal(&qemu_img, &odd, &image);
+        is_clean(&qemu_img, &image);
+    }
+}
+
+#[test]
+fn progress_goes_to_standard_error_and_ends_at_all() {
+    let disk = Disk::sparse();
+    let copy = disk.beside("copy.qcow2");
+    let outcome = nbd_cli(&["image", "convert", "-p", "-O", "qcow2", disk.path(), &copy]);
+    assert!(outcome.stderr.contains("100 %  8.0 MiB of 8.0 MiB"), "{outcome:?}");
+    assert_eq!(outcome.success(), "");
+}
+
+#[test]
+fn a_damaged_source_leaves_no_copy() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.beside("image.qcow2");
+    peer(&qemu_img, &["convert", "-c", "-O", "qcow2", disk.path(), &image]);
+    let mut bytes = std::fs::read(&image).expect("an image");
+    let length = bytes.len();
+    bytes[length / 2..].fill(0xff);
+    std::fs::write(&image, &bytes).expect("room");
+    for jobs in ["1", "4"] {
+        let copy = disk.beside("copy.img");
+        let outcome = nbd_cli(&["image", "convert", "--jobs", jobs, &image, &copy]);
+        says(outcome, &[&image]);
+        assert!(!Path::new(&copy).exists(), "half a copy is left");
+    }
+    assert!(std::fs::read(&image).expect("the image") == bytes, "the source is unchanged");
+}
+
+#[test]
+fn compression_needs_a_format_that_has_it() {
+    let disk = Disk::sparse();
+    let copy = disk.beside("copy");
+    let outcome = nbd_cli(&["image", "convert", "-c", disk.path(), &copy]);
+    says(outcome, &["--compress needs", "--output-format qcow2"]);
+    assert!(!Path::new(&copy).exists());
+}
