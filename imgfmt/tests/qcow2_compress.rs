@@ -24,7 +24,7 @@ fn compressed_images_of_every_kind_are_written_from_several_threads() {
         (65536, CompressionType::Zstd, 16),
         (4096, CompressionType::Zlib, 2),
         (512, CompressionType::Zlib, 1),
-        (2 << 20, CompressionType::Zstd, 64),
+        (1 << 20, CompressionType::Zstd, 64),
     ] {
         let _ = std::fs::remove_file(&path);
         let mut options = CreateOptions::new(Format::Qcow2, SIZE);

@@ -6,7 +6,9 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use crate::error::Result;
 
@@ -17,7 +19,8 @@ pub(crate) struct Table {
     pub(crate) offset: u64,
     content: RwLock<TableContent>,
     /// Entries through which nothing may be changed; see [`guard`](super::guard).
-    pub(crate) bad_entries: Vec<u32>,
+    /// Looked for before the first change.
+    pub(crate) bad_entries: OnceLock<Vec<u32>>,
     recently_used: AtomicBool,
 }
 
@@ -40,15 +43,10 @@ pub(crate) struct DirtyPart {
 const SECTOR_WORDS: usize = 64;
 
 impl Table {
-    pub(crate) fn new(offset: u64, words: Vec<u64>, bad_entries: Vec<u32>) -> Self {
+    pub(crate) fn new(offset: u64, words: Vec<u64>) -> Self {
         let content = RwLock::new(TableContent { words, dirty: None });
+        let bad_entries = OnceLock::new();
         Self { offset, content, bad_entries, recently_used: AtomicBool::new(true) }
-    }
-
-    pub(crate) fn is_bad(&self, index: usize) -> bool {
-        // Nearly always there is none.
-        !self.bad_entries.is_empty()
-            && u32::try_from(index).is_ok_and(|i| self.bad_entries.binary_search(&i).is_ok())
     }
 
     pub(crate) fn read(&self) -> RwLockReadGuard<'_, TableContent> {
@@ -113,15 +111,14 @@ impl TableCache {
     pub(crate) fn load(
         &self,
         offset: u64,
-        load: impl FnOnce() -> Result<(Vec<u64>, Vec<u32>)>,
+        load: impl FnOnce() -> Result<Vec<u64>>,
     ) -> Result<Arc<Table>> {
         let mut shard = self.lock(offset);
         if let Some(table) = shard.get(&offset) {
             table.recently_used.store(true, Relaxed);
             return Ok(Arc::clone(table));
         }
-        let (words, bad_entries) = load()?;
-        let table = Arc::new(Table::new(offset, words, bad_entries));
+        let table = Arc::new(Table::new(offset, load()?));
         self.make_room(&mut shard);
         shard.insert(offset, Arc::clone(&table));
         Ok(table)
@@ -207,13 +204,13 @@ mod tests {
     #[test]
     fn clean_tables_give_way_and_dirty_or_held_ones_stay() {
         let cache = TableCache::new(4);
-        let held = cache.load(0x10000, || Ok((vec![1; 64], Vec::new()))).unwrap();
-        let dirty = cache.load(0x20000, || Ok((vec![2; 64], Vec::new()))).unwrap();
+        let held = cache.load(0x10000, || Ok(vec![1; 64])).unwrap();
+        let dirty = cache.load(0x20000, || Ok(vec![2; 64])).unwrap();
         dirty.write().mark_dirty(3, 4);
         cache.note_dirty();
         drop(dirty);
         for i in 3..100 {
-            cache.load(i * 0x10000, || Ok((vec![0; 64], Vec::new()))).unwrap();
+            cache.load(i * 0x10000, || Ok(vec![0; 64])).unwrap();
         }
         let count: usize = cache.shards.iter().map(|shard| shard.lock().unwrap().len()).sum();
         assert!(count <= 5, "{count} tables");

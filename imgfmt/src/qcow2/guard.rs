@@ -2,8 +2,8 @@
 //!
 //! A damaged or hostile image may have an L2 entry that points to a table, or to a place that
 //! nothing has ever been given. Reading through it is harmless. Writing through it would hand the
-//! image's metadata to the guest, and freeing it would give a live table away. Each L2 table of an
-//! image open for writing is therefore looked through once, when it is loaded.
+//! image's metadata to the guest, and freeing it would give a live table away. Each L2 table is
+//! therefore looked through once, before the first change that concerns it.
 
 use std::collections::HashSet;
 use std::sync::PoisonError;
@@ -19,7 +19,7 @@ use crate::error::{ErrorKind, Result};
 
 impl Qcow2 {
     /// The indexes of a table's entries that must not be followed.
-    pub(super) fn find_bad_entries(&self, l1_index: u64, words: &[u64]) -> Result<Vec<u32>> {
+    fn find_bad_entries(&self, l1_index: u64, words: &[u64]) -> Result<Vec<u32>> {
         let Some(writer) = &self.writer else { return Ok(Vec::new()) };
         let geometry = self.geometry();
         let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
@@ -68,11 +68,24 @@ impl Qcow2 {
         Ok(false)
     }
 
-    /// Refuses a change through an entry that must not be followed.
-    pub(super) fn refuse_bad(&self, table: &Table, guest: u64) -> Result<()> {
-        match table.is_bad(self.geometry().l2_index(guest)) {
-            true => Err(self.corrupt("an L2 entry points to metadata or to nothing", guest)),
-            false => Ok(()),
+    /// Refuses a change through an entry that must not be followed. `words` are the table's, and
+    /// the caller holds its lock: nobody can have changed them unseen.
+    pub(super) fn refuse_bad(&self, table: &Table, words: &[u64], guest: u64) -> Result<()> {
+        let bad_entries = match table.bad_entries.get() {
+            Some(known) => known,
+            None => {
+                let found = self.find_bad_entries(self.geometry().l1_index(guest), words)?;
+                table.bad_entries.get_or_init(|| found)
+            }
+        };
+        // Nearly always there is none.
+        if bad_entries.is_empty() {
+            return Ok(());
+        }
+        let index = self.geometry().l2_index(guest) as u32;
+        match bad_entries.binary_search(&index) {
+            Ok(_) => Err(self.corrupt("an L2 entry points to metadata or to nothing", guest)),
+            Err(_) => Ok(()),
         }
     }
 

@@ -43,14 +43,13 @@ impl Qcow2 {
         }
         match lookup {
             Lookup::CachedOnly => Ok(self.tables.try_load(offset).map(Some)),
-            Lookup::MayRead => self
-                .tables
-                .load(offset, || self.read_table(l1_index, offset))
-                .map(|table| Some(Some(table))),
+            Lookup::MayRead => {
+                self.tables.load(offset, || self.read_table(offset)).map(|table| Some(Some(table)))
+            }
         }
     }
 
-    fn read_table(&self, l1_index: u64, offset: u64) -> Result<(Vec<u64>, Vec<u32>)> {
+    fn read_table(&self, offset: u64) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         if geometry.in_cluster(offset) != 0 {
             return Err(self.corrupt("an L1 entry points into the middle of a cluster", offset));
@@ -59,9 +58,7 @@ impl Qcow2 {
         if offset >= length {
             return Err(self.corrupt("an L2 table lies behind the end of the file", offset));
         }
-        let words = read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)?;
-        let bad_entries = self.find_bad_entries(l1_index, &words)?;
-        Ok((words, bad_entries))
+        read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)
     }
 
     /// Decodes the entry of a table that belongs to a guest offset.

@@ -55,8 +55,8 @@ impl Qcow2 {
             let guest = GuestOffset::new(l1_index * geometry.l2_coverage());
             return Err(self.io("write an L2 table of", error, guest));
         }
-        let bad_entries = shared.as_ref().map_or_else(Vec::new, |table| table.bad_entries.clone());
-        let table = Arc::new(Table::new(reserved.offset, words, bad_entries));
+        // What is bad in a table that is moved is found anew.
+        let table = Arc::new(Table::new(reserved.offset, words));
         let _gate = writer.commit_gate.read().unwrap_or_else(PoisonError::into_inner);
         let mut places = writer.l2_places.write().unwrap_or_else(PoisonError::into_inner);
         places.insert(reserved.offset);

@@ -100,9 +100,12 @@ impl Qcow2 {
                 return Ok(false);
             };
             let table_end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
+            if lookup == Lookup::CachedOnly && table.bad_entries.get().is_none() {
+                return Ok(false); // Looking for them may need refcounts from the disk.
+            }
             let content = table.read();
             while position < table_end {
-                self.refuse_bad(&table, position)?;
+                self.refuse_bad(&table, &content.words, position)?;
                 let cluster = self.decode(&content.words, position)?;
                 let in_cluster = geometry.in_cluster(position);
                 let stop = table_end.min(position - in_cluster + geometry.cluster_size());
@@ -165,7 +168,7 @@ impl Qcow2 {
         while position < end {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
-            self.refuse_bad(table, position)?;
+            self.refuse_bad(table, &content.words, position)?;
             let old = self.decode(&content.words, position)?;
             plans.push(self.plan_cluster(
                 guest_start,

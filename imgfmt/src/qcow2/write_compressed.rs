@@ -45,8 +45,11 @@ impl Qcow2 {
         let writer = self.writer()?;
         let _stripes = writer.lock_clusters(start >> geometry.cluster_bits, 1);
         let table = self.table_for_write(geometry.l1_index(start))?;
-        self.refuse_bad(&table, start)?;
-        let old = self.decode(&table.read().words, start)?;
+        let old = {
+            let content = table.read();
+            self.refuse_bad(&table, &content.words, start)?;
+            self.decode(&content.words, start)?
+        };
         self.release_quarantine(writer);
         let length = packed.len() as u64;
         let offset = lock(&writer.allocator).reserve_bytes(length)?;

@@ -125,7 +125,7 @@ impl Qcow2 {
         while position < end {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
-            self.refuse_bad(&table, position)?;
+            self.refuse_bad(&table, &content.words, position)?;
             let old = self.decode(&content.words, position)?;
             let mask = geometry.subcluster_mask(position - guest_start, stop - guest_start);
             if old.compressed.is_some() && mask != geometry.all_subclusters() {
