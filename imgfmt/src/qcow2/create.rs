@@ -146,26 +146,7 @@ fn header(
     bytes.extend((layout.refcount_table as u32).to_be_bytes());
     bytes.extend([0; 12]); // nb_snapshots and snapshots_offset
     if is_v3 {
-        let zstd = options.compression == CompressionType::Zstd;
-        let data_file = options.data_file.as_ref().map(|(_, kind)| *kind);
-        let features = [
-            (data_file.is_some(), incompatible::DATA_FILE),
-            (zstd, incompatible::COMPRESSION),
-            (geometry.extended_l2, incompatible::EXTENDED_L2),
-        ];
-        let incompatible: u64 = features.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum();
-        bytes.extend(incompatible.to_be_bytes());
-        let compatible = match options.lazy_refcounts {
-            LazyRefcounts::Off => 0,
-            LazyRefcounts::On => compatible::LAZY_REFCOUNTS,
-        };
-        bytes.extend(compatible.to_be_bytes());
-        let is_raw = data_file == Some(DataFile::Raw);
-        bytes.extend(if is_raw { autoclear::RAW_DATA_FILE } else { 0 }.to_be_bytes());
-        bytes.extend(geometry.refcount_order.to_be_bytes());
-        bytes.extend(HEADER_LENGTH.to_be_bytes());
-        bytes.push(u8::from(zstd));
-        bytes.resize(HEADER_LENGTH as usize, 0);
+        push_v3_fields(&mut bytes, geometry, options);
     }
     if let Some((_, format)) = &options.backing {
         extension::push(&mut bytes, extension::BACKING_FORMAT, format.name().as_bytes());
@@ -197,6 +178,30 @@ fn header(
         return Err(invalid("the names do not fit into the header; choose larger clusters"));
     }
     Ok(padded(bytes, geometry.cluster_size()))
+}
+
+/// Appends the fields that only version 3 has: features, refcount width, compression.
+fn push_v3_fields(bytes: &mut Vec<u8>, geometry: Geometry, options: &CreateOptions) {
+    let zstd = options.compression == CompressionType::Zstd;
+    let data_file = options.data_file.as_ref().map(|(_, kind)| *kind);
+    let features = [
+        (data_file.is_some(), incompatible::DATA_FILE),
+        (zstd, incompatible::COMPRESSION),
+        (geometry.extended_l2, incompatible::EXTENDED_L2),
+    ];
+    let incompatible: u64 = features.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum();
+    bytes.extend(incompatible.to_be_bytes());
+    let compatible = match options.lazy_refcounts {
+        LazyRefcounts::Off => 0,
+        LazyRefcounts::On => compatible::LAZY_REFCOUNTS,
+    };
+    bytes.extend(compatible.to_be_bytes());
+    let is_raw = data_file == Some(DataFile::Raw);
+    bytes.extend(if is_raw { autoclear::RAW_DATA_FILE } else { 0 }.to_be_bytes());
+    bytes.extend(geometry.refcount_order.to_be_bytes());
+    bytes.extend(HEADER_LENGTH.to_be_bytes());
+    bytes.push(u8::from(zstd));
+    bytes.resize(HEADER_LENGTH as usize, 0);
 }
 
 fn padded(mut bytes: Vec<u8>, length: u64) -> Vec<u8> {
