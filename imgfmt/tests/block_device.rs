@@ -63,3 +63,39 @@ fn a_block_device_takes_any_alignment_and_keeps_its_size() {
     assert_eq!(error.kind(), imgfmt::ErrorKind::OutOfBounds);
     assert_eq!(image.extents(range(0, 1 << 20), 10).unwrap().len(), 1);
 }
+
+#[test]
+fn a_qcow2_image_on_a_full_device_shows_no_garbage_and_stays_sound() {
+    if !has_tool("losetup") || !common::qemu::has_qemu() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), vec![0xaa; 4 << 20]).unwrap();
+    let Some(device) = LoopDevice::attach(file.path()) else { return };
+    common::qemu::create(std::path::Path::new(&device.0), "", "8M");
+    let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite);
+    let image = Image::open(&device.0, &options).unwrap();
+    let mut model = vec![0; 8 << 20];
+    let mut failure = None;
+    for cluster in 0..100 {
+        let offset = cluster * 65536 + 1000;
+        match image.write_at(at(offset), &[7; 5000], Durability::Cached) {
+            Ok(()) => model[offset as usize..offset as usize + 5000].fill(7),
+            Err(error) => {
+                failure = Some(error.kind());
+                break;
+            }
+        }
+    }
+    assert_eq!(failure, Some(imgfmt::ErrorKind::NoSpace));
+    // What is there can still be changed, and freed space used again.
+    image.discard(range(0, 65536), Durability::Fua).unwrap();
+    model[..65536].fill(0);
+    image.write_at(at(7 << 20), &[8; 100], Durability::Fua).unwrap();
+    model[7 << 20..(7 << 20) + 100].fill(8);
+    let mut content = vec![1; 8 << 20];
+    image.read_at(at(0), &mut content).unwrap();
+    assert!(content == model, "the device's old content shows");
+    image.close().unwrap();
+    common::qemu::check(std::path::Path::new(&device.0));
+}
