@@ -2,6 +2,7 @@
 
 mod address;
 mod captive;
+mod filter;
 mod source;
 
 use std::future::Future;
@@ -14,6 +15,7 @@ use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, ServeError, Server
 
 use self::address::TcpAddress;
 use self::captive::{Captive, PrivateFolder};
+pub use self::filter::{DetectZeroes, Discard};
 use crate::error::{CommandError, Outcome};
 use crate::output::warn;
 use crate::signals::EndSignals;
@@ -31,6 +33,7 @@ Examples:
   nbd-cli serve memory:1G
   nbd-cli serve --read-only disk.img
   nbd-cli serve --snapshot monday disk.qcow2
+  nbd-cli serve --temporary --run './try-something \"$uri\"' disk.qcow2
   nbd-cli serve --socket /run/nbd.sock root=/srv/root.img data=/dev/vg/data
   nbd-cli serve --listen '[::1]:10810' --name disk --description 'the build disk' disk.img
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
@@ -82,6 +85,19 @@ pub struct ServeArgs {
     /// Export this internal snapshot of a qcow2 image, given by name or id, for reading only.
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
+
+    /// Keep everything that is written in a file that is gone when the server ends; the image is
+    /// only read. That file is in TMPDIR, or else in /var/tmp.
+    #[arg(long, conflicts_with_all = ["read_only", "snapshot"])]
+    pub temporary: bool,
+
+    /// What becomes of space that clients do not need any more.
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    pub discard: Discard,
+
+    /// What becomes of written data that is all zero.
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    pub detect_zeroes: DetectZeroes,
 
     /// Offer the metadata context qemu:allocation-depth for images.
     #[arg(short = 'A', long)]

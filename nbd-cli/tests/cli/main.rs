@@ -41,3 +41,4 @@ mod serve_run;
 mod serve_signals;
 mod serve_snapshot;
 mod serve_systemd;
+mod serve_temporary;

@@ -1,7 +1,7 @@
 //! Zeroes in data.
 
 /// Whether all bytes are zero.
-pub(super) fn is_zero(data: &[u8]) -> bool {
+pub(in crate::commands) fn is_zero(data: &[u8]) -> bool {
     // The first few bytes decide most of the time; the rest is folded without branches, which the
     // compiler turns into wide instructions.
     let (head, rest) = data.split_at(data.len().min(16));

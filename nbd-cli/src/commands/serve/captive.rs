@@ -4,7 +4,7 @@ use std::fs::DirBuilder;
 use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
 use nbd_server::BoundAddress;
@@ -22,7 +22,11 @@ pub(super) struct PrivateFolder {
 
 impl PrivateFolder {
     pub(super) fn new() -> Result<Self, CommandError> {
-        let parent = std::env::temp_dir();
+        Self::inside(&std::env::temp_dir())
+    }
+
+    /// A folder in `parent`.
+    pub(super) fn inside(parent: &Path) -> Result<Self, CommandError> {
         let mut last = None;
         // Another process with our number in another namespace may have left one behind.
         for attempt in 0..100 {
@@ -38,10 +42,14 @@ impl PrivateFolder {
         }
         let why = last.map(|error| error.to_string()).unwrap_or_default();
         Err(CommandError::new(format!(
-            "cannot create a folder for the socket in '{}': {why}; set TMPDIR to a folder you may \
-             write to, or give --socket",
+            "cannot create a private folder in '{}': {why}; set TMPDIR to a folder you may write to",
             parent.display()
         )))
+    }
+
+    /// A place for the file of --temporary, which must not stay there.
+    pub(super) fn overlay(&self) -> PathBuf {
+        self.path.join("overlay.qcow2")
     }
 
     pub(super) fn socket(&self) -> PathBuf {

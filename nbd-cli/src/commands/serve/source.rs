@@ -1,14 +1,16 @@
 //! What to export: from the words of the command line to exports.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
+use imgfmt::{Access, CreateOptions, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
 use nbd_server::ExportRegistry;
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
-use super::{ImageFormat, ServeArgs};
+use super::ServeArgs;
+use super::captive::PrivateFolder;
+use super::filter::filtered;
 use crate::error::CommandError;
 use crate::size::ByteSize;
 
@@ -70,26 +72,56 @@ fn open(source: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError>
         return Err(CommandError::new("a source is empty; give a path or memory:SIZE"));
     }
     let mut options = OpenOptions::new();
+    options.format = args.format.map(Format::from);
     options.snapshot.clone_from(&args.snapshot);
-    // A snapshot never changes.
-    if !args.read_only && args.snapshot.is_none() {
-        options = options.access(Access::ReadWrite);
-    }
-    match args.format {
-        Some(ImageFormat::Raw) => options = options.format(Format::Raw),
-        Some(ImageFormat::Qcow2) => options = options.format(Format::Qcow2),
-        None => {}
-    }
-    let image = Image::open(Path::new(source), &options).map_err(|error| {
-        let may_be_readable =
-            matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly);
-        if may_be_readable && !args.read_only {
-            CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
-        } else {
-            error.into()
+    let path = Path::new(source);
+    let image = if args.temporary {
+        temporary(path, &options)?
+    } else {
+        // A snapshot never changes.
+        if !args.read_only && args.snapshot.is_none() {
+            options = options.access(Access::ReadWrite);
         }
+        Image::open(path, &options).map_err(|error| explained(error, args))?
+    };
+    Ok(filtered(export(image, args), args.discard, args.detect_zeroes))
+}
+
+fn explained(error: imgfmt::Error, args: &ServeArgs) -> CommandError {
+    let may_be_readable = matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly);
+    if may_be_readable && !args.read_only {
+        CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
+    } else {
+        error.into()
+    }
+}
+
+/// Opens a throw-away overlay of an image. Its file has no name any more when this returns.
+fn temporary(source: &Path, options: &OpenOptions) -> Result<Image, CommandError> {
+    // Says whether all files below may be opened, and keeps them as they are until the overlay,
+    // which lies elsewhere and must be allowed to name any file, has opened them again.
+    let base = Image::open(source, options)?;
+    let path = source.canonicalize();
+    let path = path.ok().and_then(|path| path.to_str().map(ToOwned::to_owned));
+    let Some(path) = path else {
+        return Err(CommandError::new(format!(
+            "cannot put an overlay over '{}': its path is not valid UTF-8",
+            source.display()
+        )));
+    };
+    let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+    let folder = PrivateFolder::inside(&parent)?;
+    let overlay = folder.overlay();
+    Image::create(&overlay, &CreateOptions::overlay(path, base.format()))?;
+    let options = OpenOptions::new()
+        .format(Format::Qcow2)
+        .access(Access::ReadWrite)
+        .policy(OpenPolicy::any_file());
+    let image = Image::open(&overlay, &options);
+    std::fs::remove_file(&overlay).map_err(|error| {
+        CommandError::new(format!("cannot remove '{}': {error}", overlay.display()))
     })?;
-    Ok(export(image, args))
+    Ok(image?)
 }
 
 fn export(image: Image, args: &ServeArgs) -> Arc<dyn Export> {
@@ -101,13 +133,15 @@ fn memory(source: &str, size: &str, args: &ServeArgs) -> Result<Arc<dyn Export>,
     let size: ByteSize = size
         .parse()
         .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
-    if args.snapshot.is_some() {
+    if args.snapshot.is_some() || args.temporary {
         return Err(CommandError::new(format!(
-            "cannot export '{source}': a disk in memory has no snapshots; leave out --snapshot"
+            "cannot export '{source}': a disk in memory has no snapshots and is temporary as it \
+             is; leave out --snapshot and --temporary"
         )));
     }
     if !args.read_only {
-        return Ok(Arc::new(MemoryExport::new(size.bytes())));
+        let export = Arc::new(MemoryExport::new(size.bytes()));
+        return Ok(filtered(export, args.discard, args.detect_zeroes));
     }
     let storage = Arc::new(MemoryStorage::new(size.bytes()));
     let options = OpenOptions::new().format(Format::Raw);

@@ -1,0 +1,143 @@
+//! Changes to requests that the user asked for: discards that do nothing, zeroes that are found.
+
+use std::sync::Arc;
+
+use clap::ValueEnum;
+use nbd_proto::wire::{BlockDescriptor, MetaContextName};
+use nbd_server::export::{
+    Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
+    ZeroMode,
+};
+
+use crate::commands::copy::zero::is_zero;
+
+/// What becomes of space that a client does not need any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Discard {
+    /// It is given back.
+    #[default]
+    Unmap,
+    /// It is kept: discards do nothing.
+    Ignore,
+}
+
+/// What becomes of written data that is all zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum DetectZeroes {
+    /// It is written.
+    #[default]
+    Off,
+    /// The quickest way to make zeroes is taken; space is kept.
+    On,
+    /// Space is given back where that makes zeroes.
+    Unmap,
+}
+
+/// An export with some of its requests changed.
+struct Filter {
+    inner: Arc<dyn Export>,
+    discard: Discard,
+    detect_zeroes: DetectZeroes,
+}
+
+/// The export itself if there is nothing to change.
+pub(super) fn filtered(
+    inner: Arc<dyn Export>,
+    discard: Discard,
+    detect_zeroes: DetectZeroes,
+) -> Arc<dyn Export> {
+    match (discard, detect_zeroes) {
+        (Discard::Unmap, DetectZeroes::Off) => inner,
+        _ => Arc::new(Filter { inner, discard, detect_zeroes }),
+    }
+}
+
+impl Filter {
+    fn mode(&self, wanted: ZeroMode) -> ZeroMode {
+        match self.discard {
+            Discard::Unmap => wanted,
+            Discard::Ignore => ZeroMode::NoHole,
+        }
+    }
+}
+
+impl Export for Filter {
+    fn info(&self) -> ExportInfo {
+        self.inner.info()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.inner.read_at(offset, buffer)
+    }
+
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        self.inner.try_read_at(offset, buffer)
+    }
+
+    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
+        self.inner.file_span(offset, length)
+    }
+
+    fn promptness(&self, operation: Operation) -> Promptness {
+        match (operation, self.detect_zeroes) {
+            (Operation::Write(..), DetectZeroes::On | DetectZeroes::Unmap) => Promptness::MayBlock,
+            (operation, _) => self.inner.promptness(operation),
+        }
+    }
+
+    fn write_at(
+        &self,
+        offset: u64,
+        data: &[u8],
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        let mode = match self.detect_zeroes {
+            DetectZeroes::Off => return self.inner.write_at(offset, data, durability),
+            DetectZeroes::On => ZeroMode::NoHole,
+            DetectZeroes::Unmap => self.mode(ZeroMode::MayPunch),
+        };
+        if is_zero(data) {
+            self.inner.write_zeroes(offset, data.len() as u64, mode, Speed::Any, durability)
+        } else {
+            self.inner.write_at(offset, data, durability)
+        }
+    }
+
+    fn flush(&self) -> Result<(), ExportError> {
+        self.inner.flush()
+    }
+
+    fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        match (self.discard, durability) {
+            (Discard::Unmap, _) => self.inner.trim(offset, length, durability),
+            (Discard::Ignore, Durability::Cached) => Ok(()),
+            // What was written to the range before must be durable all the same.
+            (Discard::Ignore, _) => self.inner.flush(),
+        }
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        self.inner.write_zeroes(offset, length, self.mode(mode), speed, durability)
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        self.inner.cache(offset, length)
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        self.inner.block_status(context, offset, length, max_count)
+    }
+}
