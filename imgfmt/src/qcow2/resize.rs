@@ -43,10 +43,10 @@ impl Qcow2 {
         }
         self.flush_all()?;
         self.write_metadata(field::SIZE, &size.to_be_bytes())?;
-        self.sync_file()?;
+        // Whether the sync succeeds or not, this is what the file says now.
         self.size = size;
         self.header.size = size;
-        Ok(())
+        self.sync_file()
     }
 
     fn grow_l1(&mut self, size: u64) -> Result<()> {
@@ -87,17 +87,18 @@ impl Qcow2 {
         fields[..4].copy_from_slice(&(l1.len() as u32).to_be_bytes());
         fields[4..].copy_from_slice(&reserved.offset.to_be_bytes());
         self.write_metadata(field::L1_SIZE, &fields)?;
-        self.sync_file()?;
+        // Whether the sync succeeds or not, the file names the new table now, so later changes must
+        // go there. The old one is freed only if the disk is known not to need it.
         let old_offset = std::mem::replace(&mut self.header.l1_offset, reserved.offset);
         let old_entries = std::mem::replace(&mut self.header.l1_entries, l1.len() as u32);
         let old_bytes = u64::from(old_entries) * 8;
         self.l1 = l1.into_iter().map(AtomicU64::new).collect();
         let writer = self.writer()?;
-        let mut allocator = lock(&writer.allocator);
-        allocator.protected.retain(|range| *range != (old_offset, old_offset + old_bytes));
         let new_end = reserved.offset + u64::from(self.header.l1_entries) * 8;
-        allocator.protected.push((reserved.offset, new_end));
-        drop(allocator);
+        lock(&writer.allocator).protected.push((reserved.offset, new_end));
+        self.sync_file()?;
+        let is_old = |range: &(u64, u64)| *range == (old_offset, old_offset + old_bytes);
+        lock(&writer.allocator).protected.retain(|range| !is_old(range));
         let first = old_offset >> geometry.cluster_bits;
         let old_clusters = first..first + geometry.clusters_of(old_bytes);
         lock(&writer.freed).extend(old_clusters.map(|cluster| Freed { cluster, punch: false }));

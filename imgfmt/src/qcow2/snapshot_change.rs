@@ -77,8 +77,9 @@ impl Qcow2 {
         self.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
         l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
-        self.replace_l1(l1)?;
+        let replaced = self.replace_l1(l1);
         self.forget_tables();
+        replaced?;
         self.remove_references(&old)?;
         self.settle()
     }
@@ -197,10 +198,11 @@ impl Qcow2 {
         fields[..4].copy_from_slice(&(snapshots.len() as u32).to_be_bytes());
         fields[4..].copy_from_slice(&offset.to_be_bytes());
         self.write_metadata(field::SNAPSHOT_COUNT, &fields)?;
-        self.sync_file()?;
+        // Whether the sync succeeds or not, this is what the file says now.
         self.header.snapshots_offset = offset;
         self.header.snapshot_count = snapshots.len() as u32;
         self.snapshot_places = Self::places_of(offset, snapshots);
+        self.sync_file()?;
         self.free_place(old.0, old.1)?;
         self.flush_all()
     }

@@ -5,7 +5,7 @@ pub mod subjects;
 
 use std::ops::Range;
 
-use imgfmt::{Durability, ErrorKind, Image, Result, Speed, ZeroMode};
+use imgfmt::{Durability, ErrorKind, Image, Result, Speed, TryWrite, ZeroMode};
 
 use crate::common::{Random, at, range};
 
@@ -137,7 +137,7 @@ impl Model {
         match operation {
             Operation::Write(durability) => {
                 let data = self.new_data(offset, length);
-                let result = image.write_at(at(offset), &data, durability);
+                let result = self.write(image, offset, &data, durability);
                 self.note(offset, &data, durability, result)
             }
             Operation::Zero(mode, speed, durability) => {
@@ -166,6 +166,17 @@ impl Model {
                 Ok(())
             }
         }
+    }
+
+    /// Every third write tries first not to block.
+    fn write(&self, image: &Image, offset: u64, data: &[u8], durability: Durability) -> Result<()> {
+        if self.operation.is_multiple_of(3)
+            && durability == Durability::Cached
+            && image.try_write_at(at(offset), data)? == TryWrite::Complete
+        {
+            return Ok(());
+        }
+        image.write_at(at(offset), data, durability)
     }
 
     /// Bytes that tell by which operation and for which place they were written, and are not zero.

@@ -219,6 +219,9 @@ fn renamed(made: &Made, bytes: &[u8], direction: Direction) -> Vec<u8> {
 pub enum Tolerance {
     Nothing,
     Leaks,
+    /// Leaks, and COPIED bits that do not fit the refcounts. There is no way to change both at once;
+    /// whoever makes a snapshot has to pass through such a state.
+    CopiedFlags,
 }
 
 /// Fails if `qemu-img check` finds more than is tolerated.
@@ -229,10 +232,14 @@ pub fn qemu_check(path: &Path, tolerance: Tolerance, what: &str) {
         + &String::from_utf8_lossy(&output.stderr);
     let is_fine = match output.status.code() {
         Some(0) => true,
-        Some(3) => tolerance == Tolerance::Leaks,
+        Some(3) => tolerance != Tolerance::Nothing,
+        Some(2) if tolerance == Tolerance::CopiedFlags => {
+            let mut errors = said.lines().filter(|line| line.starts_with("ERROR"));
+            errors.all(|line| line.starts_with("ERROR OFLAG_COPIED"))
+        }
         _ => false,
     };
-    let said: String = said.lines().take(12).collect::<Vec<_>>().join("\n");
+    let said: String = said.lines().take(20).collect::<Vec<_>>().join("\n");
     assert!(is_fine, "{what}: qemu-img check: {said}");
 }
 
