@@ -35,8 +35,7 @@ fn every_command(disk: &Disk, image: &str, reason: &str) {
     let outcome = nbd_cli(&["image", "info", image]);
     says(outcome, &[image, reason]);
     let outcome = nbd_cli(&["image", "check", image]);
-    assert!(matches!(outcome.code, Some(1 | 63)), "{outcome:?}");
-    assert!(outcome.stderr.contains(reason), "{outcome:?}");
+    says(outcome, &[image, reason]);
 }
 
 fn with_header(disk: &Disk, change: impl FnOnce(&mut Vec<u8>)) -> Option<String> {

@@ -63,8 +63,8 @@ pub enum RepairChoice {
 /// Keys and their absence at zero as qemu-img has them.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Report<'a> {
-    filename: &'a str,
+struct Report {
+    filename: String,
     format: &'static str,
     check_errors: u64,
     image_end_offset: u64,
@@ -100,7 +100,11 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
     };
     let report = match Image::check_file(&args.path, &options, repair) {
         Ok(report) => report,
-        Err(error) if error.kind() == ErrorKind::Unsupported => {
+        // An image that cannot even be described has a feature that is not known.
+        Err(error)
+            if error.kind() == ErrorKind::Unsupported
+                && Image::inspect_file(&args.path, &options).is_ok() =>
+        {
             let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
             return Ok(Outcome::Status(UNSUPPORTED));
         }
@@ -119,9 +123,9 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
     })
 }
 
-fn json<'a>(args: &'a CheckArgs, report: &CheckReport) -> Report<'a> {
+fn json(args: &CheckArgs, report: &CheckReport) -> Report {
     Report {
-        filename: args.path.to_str().unwrap_or_default(),
+        filename: args.path.to_string_lossy().into_owned(),
         // No other format can be checked.
         format: Format::Qcow2.name(),
         check_errors: 0,

@@ -23,7 +23,7 @@ use crate::progress::{Progress, Visibility};
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image convert --output-format qcow2 disk.img disk.qcow2
-  nbd-cli image convert --output-format qcow2 --compress --compression-type zstd disk.img small.qcow2
+  nbd-cli image convert -O qcow2 --compress --compression-type zstd disk.img small.qcow2
   nbd-cli image convert --snapshot monday disk.qcow2 monday.img
 
 The new image holds the whole disk and needs no backing file. Zeroes take up no space in it. A file

@@ -95,8 +95,8 @@ pub(super) fn read_padded(
     Ok(())
 }
 
-/// The first offset from `range.start` on at which two disks differ, if they do before `range.end`.
-/// A disk reads as zero behind its end.
+/// The first offset at which two disks differ, if there is one before `end`. A disk reads as zero
+/// behind its end. `done` is called with the number of bytes that were found to be the same.
 pub(super) fn first_difference(
     first: &Image,
     second: &Image,
