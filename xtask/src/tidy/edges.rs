@@ -74,7 +74,9 @@ fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
     }
     let is_for_tests = dependency["kind"].as_str() == Some("dev");
     let is_optional = dependency["optional"].as_bool() == Some(true);
+    // A crate's tests may use it with other features than its users do.
     if allowed.dependencies.contains(&name)
+        || (is_for_tests && allowed.name == name)
         || (is_for_tests && allowed.tests.contains(&name))
         || (is_optional && allowed.optional.contains(&name))
     {
