@@ -66,8 +66,8 @@ impl Server {
         Ok(bound)
     }
 
-    /// Serves until `shutdown` is ready. Then no new client is accepted, every request that has
-    /// arrived is finished and its reply sent (within [`ServerConfig::drain_deadline`]), all
+    /// Serves until `shutdown` is ready. Then no new client is accepted, every request that the
+    /// server has read is finished and its reply sent (within [`ServerConfig::drain_deadline`]), all
     /// exports are flushed, and unix sockets removed.
     ///
     /// Needs a tokio runtime with I/O and time; requests that may block are carried out by its

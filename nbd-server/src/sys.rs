@@ -52,8 +52,12 @@ pub(crate) fn is_resident(file: BorrowedFd<'_>, offset: u64, length: u64) -> boo
 pub(crate) fn take_inherited(count: u16) -> Vec<OwnedFd> {
     const FIRST: RawFd = 3;
     (FIRST..FIRST + RawFd::from(count))
-        // SAFETY: F_GETFD reads a flag and fails with EBADF on a number that is not open.
-        .filter(|fd| unsafe { libc::fcntl(*fd, libc::F_GETFD) } >= 0)
+        .filter(|fd| {
+            // SAFETY: F_GETFD reads a flag and fails with EBADF on a number that is not open.
+            let flags = unsafe { libc::fcntl(*fd, libc::F_GETFD) };
+            // What was inherited cannot close on exec; what can was opened by this process.
+            flags >= 0 && flags & libc::FD_CLOEXEC == 0
+        })
         .map(|fd| {
             // SAFETY: the descriptor is open (checked above), and by the protocol of socket
             // activation it belongs to whoever was started with LISTEN_PID set to this process.
@@ -86,7 +90,13 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_not_open_are_not_taken() {
-        assert!(take_inherited(0).is_empty());
+    fn descriptors_that_this_process_opened_itself_are_not_taken() {
+        // The standard library opens everything with FD_CLOEXEC; some of these are in the range.
+        let files: Vec<_> = (0..8).map(|_| tempfile::tempfile().unwrap()).collect();
+        let own: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let taken = take_inherited(64);
+        assert!(taken.iter().all(|fd| !own.contains(&fd.as_raw_fd())));
+        // Whoever started this test may have left some open: they are not ours to close.
+        taken.into_iter().for_each(std::mem::forget);
     }
 }

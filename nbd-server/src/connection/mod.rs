@@ -1,7 +1,6 @@
 //! One client, from its first byte to its last.
 
 mod dispatch;
-mod gather;
 mod handshake;
 mod pool;
 mod receive;

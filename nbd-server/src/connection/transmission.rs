@@ -8,17 +8,15 @@
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
 
 use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
 use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
 use nbd_proto::wire::{MetaContextId, MetaContextName};
 use std::os::fd::AsFd;
 
-use super::gather::{Gather, Verdict};
 use super::handshake::Established;
 use super::pool::{Pool, Work};
-use super::receive::{LARGE_LEN, ReceiveBuffer};
+use super::receive::ReceiveBuffer;
 use super::send::SendQueue;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
@@ -75,9 +73,6 @@ pub(super) struct Session {
     budget: BudgetQueue,
     max_requests: usize,
     max_bytes: usize,
-    gather: Gather,
-    /// Requests taken off the buffer since the last read.
-    taken: usize,
 }
 
 impl Session {
@@ -98,8 +93,6 @@ impl Session {
             budget: BudgetQueue::new(shared.budget.clone()),
             max_requests: shared.config.max_requests.max(1),
             max_bytes: shared.config.connection_budget,
-            gather: Gather::default(),
-            taken: 0,
         }
     }
 
@@ -241,13 +234,8 @@ impl Session {
 
     /// Takes one request off the buffer; false if there is no whole one.
     fn next_request(&mut self) -> Result<bool, ConnectionError> {
-        let parsed = self.transmission.parse(self.input.filled())?;
-        self.taken += 1;
-        match parsed {
-            Parsed::NeedsInput(_) => {
-                self.taken -= 1;
-                Ok(false)
-            }
+        match self.transmission.parse(self.input.filled())? {
+            Parsed::NeedsInput(_) => Ok(false),
             Parsed::Rejected { rejection, consumed, discard } => {
                 self.input.consume(consumed);
                 self.receiving = Receiving::Discarded { rejection, remaining: discard };
@@ -435,7 +423,6 @@ impl Session {
                 let read = self.socket.poll_read(cx, self.input.space());
                 if let Poll::Ready(Ok(count)) = read {
                     self.input.received(count);
-                    self.gather();
                 }
                 read
             }
@@ -449,29 +436,6 @@ impl Session {
             }
             Poll::Ready(Ok(_)) => Ok(true),
             Poll::Ready(Err(error)) => Err(error.into()),
-        }
-    }
-
-    /// Waits a moment for the rest of a burst of requests; see [`Gather`].
-    fn gather(&mut self) {
-        let taken = std::mem::take(&mut self.taken);
-        if self.gather.begin(taken) == Verdict::Enough {
-            return;
-        }
-        let start = Instant::now();
-        let mut latest = start;
-        loop {
-            let received = self.socket.read_now(self.input.space());
-            let now = Instant::now();
-            if received > 0 {
-                self.input.received(received);
-                latest = now;
-            }
-            let len = self.input.filled().len();
-            let verdict = self.gather.look(len, now - latest, now - start);
-            if verdict == Verdict::Enough || len >= LARGE_LEN {
-                return;
-            }
         }
     }
 }
