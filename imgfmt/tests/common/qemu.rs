@@ -1,5 +1,6 @@
 //! Images made and judged by QEMU's tools.
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -90,7 +91,8 @@ impl Nbd {
             "qemu-nbd",
             &["-r", "-t", "-A", "-f", format, "-k", text(&socket), text(path)],
         );
-        wait_until("the start of qemu-nbd", || socket.exists());
+        // The socket is there a moment before anyone listens to it.
+        wait_until("the start of qemu-nbd", || UnixStream::connect(&socket).is_ok());
         Self { _server: server, socket }
     }
 
