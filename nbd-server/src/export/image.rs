@@ -18,6 +18,9 @@ use super::{
 /// would keep other connections of the same thread waiting.
 const PROMPT_WRITE_LEN: usize = 2 << 20;
 
+/// How often an image is asked for extents to answer one block status request.
+const MAX_LOOKS: usize = 16;
+
 /// A disk image as an export.
 #[derive(Debug)]
 pub struct ImageExport {
@@ -161,8 +164,12 @@ impl Export for ImageExport {
         let end = offset.saturating_add(length);
         let mut at = offset;
         // Extents that differ only in what this context does not show are joined, so one look may
-        // yield fewer descriptors than may be sent.
-        while at < end {
+        // yield fewer descriptors than may be sent. The number of looks is bounded, because a look
+        // at a hostile image may cover little: a short answer is legal.
+        for _ in 0..MAX_LOOKS {
+            if at >= end {
+                break;
+            }
             let range = Self::range(at, end - at)?;
             let found = self.image.extents(range, max_count).map_err(|error| translate(&error))?;
             if found.is_empty() {

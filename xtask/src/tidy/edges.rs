@@ -127,11 +127,13 @@ mod tests {
     }
 
     #[test]
-    fn server_may_use_the_client_in_tests_only() {
-        let in_tests = check(&metadata("nbd-server", "nbd-client", "\"dev\"", false));
+    fn client_may_use_the_server_in_tests_only() {
+        let in_tests = check(&metadata("nbd-client", "nbd-server", "\"dev\"", false));
         assert!(in_tests.expect("metadata").is_empty());
-        let in_library = check(&metadata("nbd-server", "nbd-client", "null", false));
+        let in_library = check(&metadata("nbd-client", "nbd-server", "null", false));
         assert_eq!(in_library.expect("metadata").len(), 1);
+        let other_way = check(&metadata("nbd-server", "nbd-client", "\"dev\"", false));
+        assert_eq!(other_way.expect("metadata").len(), 1, "both ways would be a circle");
     }
 
     #[test]
