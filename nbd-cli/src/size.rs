@@ -40,7 +40,7 @@ impl FromStr for ByteSize {
 }
 
 impl fmt::Display for ByteSize {
-    /// The form [`exact`] gives: `64K`, `1G`, or all digits.
+    /// The form `exact` gives: `64K`, `1G`, or all digits.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&exact(self.0))
     }
