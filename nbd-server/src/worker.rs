@@ -3,7 +3,7 @@
 //! A connection stays on one thread from start to end: waking it never involves another core, and a
 //! call that takes long holds up only the connections of its own thread.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -15,6 +15,9 @@ use tracing::Instrument;
 use crate::ServeError;
 use crate::connection::{self, Shared, Socket};
 use crate::shutdown::Shutdown;
+
+/// How exactly pauses are kept, in nanoseconds.
+const TIMER_SLACK: NonZeroU64 = NonZeroU64::new(1000).unwrap();
 
 /// A client that was accepted.
 pub(crate) struct Accepted {
@@ -83,9 +86,13 @@ impl Worker {
         let (sender, receiver) = mpsc::unbounded_channel();
         let connections = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&connections);
-        let thread = std::thread::Builder::new()
-            .name(format!("nbd-worker-{index}"))
-            .spawn(move || runtime.block_on(run(receiver, count, shared, shutdown)))?;
+        let thread =
+            std::thread::Builder::new().name(format!("nbd-worker-{index}")).spawn(move || {
+                // The default of 50 microseconds is longer than the pauses in which paced clients
+                // are read. Where it cannot be set they are read a little later.
+                let _ = rustix::thread::set_current_timer_slack(Some(TIMER_SLACK));
+                runtime.block_on(run(receiver, count, shared, shutdown));
+            })?;
         Ok(Self { sender, connections, thread })
     }
 }
@@ -103,13 +110,16 @@ async fn run(
             accepted = receiver.recv() => {
                 let Some(Accepted { socket, peer, place }) = accepted else { break };
                 let count = Leaves(Arc::clone(&connections));
+                let neighbours = Arc::clone(&connections);
                 let (shared, shutdown) = (shared.clone(), shutdown.clone());
                 let span = tracing::info_span!("connection", %peer);
                 tasks.spawn(async move {
                     // Both are given back when the connection ends, also by a panic.
                     let _held = (count, place);
                     match socket.attach() {
-                        Ok(socket) => connection::serve(socket, shared, shutdown).await,
+                        Ok(socket) => {
+                            connection::serve(socket, shared, shutdown, neighbours).await;
+                        },
                         Err(error) => tracing::warn!(%error, "cannot use the socket"),
                     }
                 }.instrument(span));

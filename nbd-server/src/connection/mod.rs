@@ -2,6 +2,7 @@
 
 mod dispatch;
 mod handshake;
+mod pace;
 mod pool;
 mod receive;
 mod send;
@@ -9,6 +10,7 @@ mod socket;
 mod transmission;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use thiserror::Error;
 use tokio::runtime::Handle;
@@ -45,7 +47,14 @@ pub(crate) enum ConnectionError {
 }
 
 /// Serves one client until it leaves, misbehaves, or the server ends.
-pub(crate) async fn serve(mut socket: Socket, shared: Shared, mut shutdown: Shutdown) {
+///
+/// `neighbours` counts the connections of this thread, this one included.
+pub(crate) async fn serve(
+    mut socket: Socket,
+    shared: Shared,
+    mut shutdown: Shutdown,
+    neighbours: Arc<AtomicUsize>,
+) {
     let mut draining = shutdown.clone();
     let deadline = shared.config.handshake_deadline;
     let negotiation = tokio::time::timeout(deadline, handshake::negotiate(&mut socket, &shared));
@@ -62,7 +71,7 @@ pub(crate) async fn serve(mut socket: Socket, shared: Shared, mut shutdown: Shut
         () = draining.reached(Phase::Draining) => return,
     };
     tracing::info!(export = ?established.negotiated.export_name, "client connected");
-    let session = transmission::Session::new(socket, established, &shared);
+    let session = transmission::Session::new(socket, established, &shared, neighbours);
     tokio::select! {
         result = session.run(draining) => match result {
             Ok(()) => tracing::info!("client disconnected"),

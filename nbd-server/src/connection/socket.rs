@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use rustix::net::{SendAncillaryBuffer, SendFlags};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -72,6 +72,17 @@ impl Socket {
         };
         ready!(read)?;
         Poll::Ready(Ok(buffer.filled().len()))
+    }
+
+    /// Reads what is there at this moment; 0 if that is nothing, also at the end of the stream.
+    pub(super) fn read_now(&self, buffer: &mut [u8]) -> usize {
+        let socket = match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+            Self::StdTcp(_) | Self::StdUnix(_) => return 0,
+        };
+        // An error shows again at the next regular read, which reports it.
+        rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map_or(0, |(read, _)| read)
     }
 
     /// Writes some of `slices`.

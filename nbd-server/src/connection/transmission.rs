@@ -7,6 +7,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 
 use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
@@ -15,6 +16,7 @@ use nbd_proto::wire::{MetaContextId, MetaContextName};
 use std::os::fd::AsFd;
 
 use super::handshake::Established;
+use super::pace::Pace;
 use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
 use super::send::SendQueue;
@@ -32,6 +34,10 @@ const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
 const SEND_FILE_LEN: usize = 32 * 1024;
 /// No further request is carried out in place while this many bytes wait to be sent. In bytes.
 const SEND_HIGH_WATER: usize = 1 << 20;
+/// Clients whose requests are longer on average are not paced. In bytes.
+const PACED_LEN: usize = 16 * 1024;
+/// Turns of one connection before other tasks of its thread are looked at.
+const TURNS_BEFORE_YIELD: u32 = 8;
 /// Longest reply without content, in bytes: an error chunk with its message.
 const SHORT_REPLY_LEN: usize = 1024;
 /// Payload buffers up to this size are kept for the next payload. In bytes.
@@ -73,10 +79,23 @@ pub(super) struct Session {
     budget: BudgetQueue,
     max_requests: usize,
     max_bytes: usize,
+    pace: Pace,
+    /// Connections of this worker thread, this one included.
+    neighbours: Arc<AtomicUsize>,
+    /// Requests taken off the buffer since the last read.
+    taken: usize,
+    /// Bytes they read and write.
+    moved: usize,
+    turns: u32,
 }
 
 impl Session {
-    pub(super) fn new(socket: Socket, established: Established, shared: &Shared) -> Self {
+    pub(super) fn new(
+        socket: Socket,
+        established: Established,
+        shared: &Shared,
+        neighbours: Arc<AtomicUsize>,
+    ) -> Self {
         let negotiated = &established.negotiated;
         Self {
             socket,
@@ -93,6 +112,11 @@ impl Session {
             budget: BudgetQueue::new(shared.budget.clone()),
             max_requests: shared.config.max_requests.max(1),
             max_bytes: shared.config.connection_budget,
+            pace: Pace::default(),
+            neighbours,
+            taken: 0,
+            moved: 0,
+            turns: 0,
         }
     }
 
@@ -121,6 +145,12 @@ impl Session {
             // the stream must not overtake the requests in front of it.
             progress |= made_room || self.receive(cx)?;
             if !progress {
+                return Poll::Pending;
+            }
+            self.turns = self.turns.wrapping_add(1);
+            if self.turns.is_multiple_of(TURNS_BEFORE_YIELD) {
+                // Others of this thread, and the end of the server, get their turn.
+                cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
         }
@@ -241,24 +271,29 @@ impl Session {
                 self.receiving = Receiving::Discarded { rejection, remaining: discard };
                 Ok(true)
             }
-            Parsed::Request { request, consumed } => match request.command {
-                Command::Disconnect => {
-                    self.receiving = Receiving::Nothing;
-                    Ok(true)
-                }
-                Command::Write(_) => Ok(self.begin_write(request, consumed)),
-                Command::Read(_) => {
-                    self.input.consume(consumed);
-                    self.read(request);
-                    Ok(true)
-                }
-                _ => {
-                    self.input.consume(consumed);
-                    self.command(request);
-                    Ok(true)
-                }
-            },
+            Parsed::Request { request, consumed } => {
+                self.taken += 1;
+                self.moved = self.moved.saturating_add(Pool::weight(&request));
+                Ok(self.begin(request, consumed))
+            }
         }
+    }
+
+    /// Carries out a request or prepares to; false if its payload is waited for.
+    fn begin(&mut self, request: Request, consumed: usize) -> bool {
+        match request.command {
+            Command::Disconnect => self.receiving = Receiving::Nothing,
+            Command::Write(_) => return self.begin_write(request, consumed),
+            Command::Read(_) => {
+                self.input.consume(consumed);
+                self.read(request);
+            }
+            _ => {
+                self.input.consume(consumed);
+                self.command(request);
+            }
+        }
+        true
     }
 
     /// A WRITE of which the header is there; false if its payload is waited for.
@@ -420,6 +455,9 @@ impl Session {
                 read
             }
             _ => {
+                if self.paced_read() {
+                    return Ok(true);
+                }
                 let read = self.socket.poll_read(cx, self.input.space());
                 if let Poll::Ready(Ok(count)) = read {
                     self.input.received(count);
@@ -437,5 +475,24 @@ impl Session {
             Poll::Ready(Ok(_)) => Ok(true),
             Poll::Ready(Err(error)) => Err(error.into()),
         }
+    }
+
+    /// Pauses before a read, if the client has a deep queue of small requests and nobody else is
+    /// kept waiting; see [`Pace`]. True if something was read.
+    fn paced_read(&mut self) -> bool {
+        let taken = std::mem::take(&mut self.taken);
+        let moved = std::mem::take(&mut self.moved);
+        if moved / taken.max(1) > PACED_LEN {
+            return false;
+        }
+        let idle = self.output.is_empty() && self.pool.requests() == 0;
+        if !idle || self.neighbours.load(Ordering::Relaxed) > 1 {
+            return false;
+        }
+        let Some(pause) = self.pace.after_batch(taken) else { return false };
+        std::thread::sleep(pause);
+        let received = self.socket.read_now(self.input.space());
+        self.input.received(received);
+        received > 0
     }
 }

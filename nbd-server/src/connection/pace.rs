@@ -1,0 +1,144 @@
+//! Reading in step with a client that keeps many requests in flight.
+//!
+//! Such a client submits its requests one by one, between the replies it takes. Answering each as it
+//! comes makes both sides wake each other for almost every request, and waking costs more than a
+//! small request does. So, while a deep queue is seen, the server pauses for a moment before it
+//! reads, just long enough for a handful of requests to arrive: the client has earlier replies to work on
+//! meanwhile and does not wait, nobody is woken, and one read and one write carry them all.
+//!
+//! Whether a queue is deep is found by trying. If even the longest pause brings only one or two
+//! requests, the client ran dry in it, and a few of those end the attempt. A client with few requests in
+//! flight is hardly ever paced, one with a single request never.
+
+use std::time::Duration;
+
+/// Requests a batch should have. More save little, and would be most of what a client with a
+/// queue of moderate depth has in flight.
+const WANTED: usize = 7;
+/// A paced batch below this many requests speaks against a deep queue.
+const LEAST: usize = 3;
+/// Small batches in a row that end the pacing.
+const STRIKES: u32 = 16;
+/// Bounds of a pause.
+const SHORTEST: Duration = Duration::from_micros(2);
+const LONGEST: Duration = Duration::from_micros(60);
+/// The first pause.
+const FIRST: Duration = Duration::from_micros(16);
+/// Batches of several requests, in excess of batches of one, before pacing is tried first.
+const EVIDENCE: u32 = 16;
+/// Bound of the same after attempts that failed; each failure doubles it.
+const MOST_EVIDENCE: u32 = 16 * 1024;
+/// Good batches after which earlier failures are forgotten.
+const FORGETS_AFTER: u32 = 64;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Requests are answered as they come.
+    Off { evidence: u32 },
+    /// The client is paced.
+    On { pause: Duration, strikes: u32, good: u32 },
+}
+
+/// What is known of one client's queue.
+#[derive(Debug)]
+pub(super) struct Pace {
+    state: State,
+    needed: u32,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { state: State::Off { evidence: 0 }, needed: EVIDENCE }
+    }
+}
+
+impl Pace {
+    /// Takes note of a batch of `requests` that was answered, and gives the pause before the next
+    /// read.
+    pub(super) fn after_batch(&mut self, requests: usize) -> Option<Duration> {
+        self.state = match self.state {
+            State::Off { evidence } => {
+                let evidence = match requests {
+                    0 => evidence,
+                    1 => evidence.saturating_sub(1),
+                    _ => evidence + 1,
+                };
+                if evidence < self.needed {
+                    State::Off { evidence }
+                } else {
+                    State::On { pause: FIRST, strikes: 0, good: 0 }
+                }
+            }
+            State::On { pause, good, .. } if requests >= LEAST => {
+                if good >= FORGETS_AFTER {
+                    self.needed = EVIDENCE;
+                }
+                let pause = adjusted(pause, requests);
+                State::On { pause, strikes: 0, good: good.saturating_add(1) }
+            }
+            State::On { pause, strikes, good } if strikes < STRIKES => {
+                State::On { pause: adjusted(pause, requests), strikes: strikes + 1, good }
+            }
+            State::On { .. } => {
+                self.needed = self.needed.saturating_mul(2).min(MOST_EVIDENCE);
+                State::Off { evidence: 0 }
+            }
+        };
+        match self.state {
+            State::Off { .. } => None,
+            State::On { pause, .. } => Some(pause),
+        }
+    }
+}
+
+/// Steers towards the wanted batch by an eighth at a time.
+fn adjusted(pause: Duration, requests: usize) -> Duration {
+    let step = pause / 8;
+    let next = match requests.cmp(&WANTED) {
+        std::cmp::Ordering::Less => pause + step,
+        std::cmp::Ordering::Equal => pause,
+        std::cmp::Ordering::Greater => pause - step,
+    };
+    next.clamp(SHORTEST, LONGEST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pauses(pace: &mut Pace, batches: u32, requests: usize) -> usize {
+        (0..batches).filter(|_| pace.after_batch(requests).is_some()).count()
+    }
+
+    #[test]
+    fn a_client_with_one_request_in_flight_never_waits() {
+        assert_eq!(pauses(&mut Pace::default(), 100_000, 1), 0);
+    }
+
+    #[test]
+    fn a_shallow_queue_is_tried_ever_more_seldom() {
+        let paused = pauses(&mut Pace::default(), 100_000, 2);
+        assert!((1..500).contains(&paused), "{paused} pauses");
+    }
+
+    #[test]
+    fn a_deep_queue_is_paced_until_it_gets_shallow() {
+        let mut pace = Pace::default();
+        pauses(&mut pace, EVIDENCE, 2);
+        assert_eq!(pauses(&mut pace, 1000, 8), 1000);
+        assert_eq!(pauses(&mut pace, 1000, 1), STRIKES as usize);
+    }
+
+    #[test]
+    fn the_pause_settles_where_a_handful_arrives() {
+        let mut pace = Pace::default();
+        pauses(&mut pace, EVIDENCE, 2);
+        let mut pause = FIRST;
+        // A client that submits a request every five microseconds, and a timer that is late by ten.
+        for _ in 0..200 {
+            let arrived = ((pause.as_micros() + 10) / 5) as usize;
+            pause = pace.after_batch(arrived).expect("paced");
+        }
+        assert!((15..=25).contains(&pause.as_micros()), "{pause:?}");
+    }
+}
