@@ -1,8 +1,8 @@
 //! The progress of `copy`: a bar on a terminal, lines elsewhere.
 
 use std::io::{self, IsTerminal as _, Write as _};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -35,6 +35,9 @@ pub(crate) enum Progress {
 pub(crate) struct Lines {
     total: u64,
     done: AtomicU64,
+    /// The last step that was written. Held while its line is written: of two tasks that each
+    /// complete a step the slower one must not write an older line below a newer one.
+    written: Mutex<u64>,
 }
 
 /// A line is written each time so many percent are done, or so many bytes if the total is unknown.
@@ -48,8 +51,7 @@ impl Progress {
             (Visibility::Never, _) | (Visibility::IfTerminal, false) => Self::Hidden,
             (_, true) => Self::Bar(bar(total)),
             (Visibility::Always, false) => {
-                let lines = Lines { total: total.unwrap_or_default(), done: AtomicU64::new(0) };
-                Self::Lines(Arc::new(lines))
+                Self::Lines(Arc::new(Lines::new(total.unwrap_or_default())))
             }
         }
     }
@@ -59,12 +61,10 @@ impl Progress {
         match self {
             Self::Hidden => {}
             Self::Bar(bar) => bar.inc(bytes),
-            Self::Lines(lines) => {
-                if let Some(line) = lines.add(bytes) {
-                    // A standard error that is closed is no reason to fail.
-                    let _ = writeln!(io::stderr(), "{line}");
-                }
-            }
+            // A standard error that is closed is no reason to fail.
+            Self::Lines(lines) => lines.add(bytes, |line| {
+                let _ = writeln!(io::stderr(), "{line}");
+            }),
         }
     }
 
@@ -93,29 +93,57 @@ fn bar(total: Option<u64>) -> ProgressBar {
 }
 
 impl Lines {
-    /// Counts; returns the line to write if a step was completed.
-    fn add(&self, bytes: u64) -> Option<String> {
+    const fn new(total: u64) -> Self {
+        Self { total, done: AtomicU64::new(0), written: Mutex::new(0) }
+    }
+
+    /// Counts; writes a line if that completed a step.
+    fn add(&self, bytes: u64, write: impl FnOnce(&str)) {
         let before = self.done.fetch_add(bytes, Ordering::Relaxed);
-        let after = before.saturating_add(bytes);
-        if self.total == 0 {
-            let is_step = before / STEP_BYTES != after / STEP_BYTES;
-            return is_step.then(|| rounded(after));
+        if self.step(before) == self.step(before.saturating_add(bytes)) {
+            return;
         }
-        let percent = |done: u64| (u128::from(done) * 100 / u128::from(self.total)) as u64;
-        let step = percent(after) / STEP_PERCENT * STEP_PERCENT;
-        (percent(before) < step)
-            .then(|| format!("{step} %  {} of {}", rounded(after), rounded(self.total)))
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        // What others have counted meanwhile belongs into this line, which is then theirs as well.
+        let done = self.done.load(Ordering::Relaxed);
+        let step = self.step(done);
+        if step <= *written {
+            return;
+        }
+        *written = step;
+        if self.total == 0 {
+            write(&rounded(done));
+        } else {
+            let percent = step * STEP_PERCENT;
+            write(&format!("{percent} %  {} of {}", rounded(done), rounded(self.total)));
+        }
+    }
+
+    /// How many steps are complete when `done` bytes are.
+    fn step(&self, done: u64) -> u64 {
+        match self.total {
+            0 => done / STEP_BYTES,
+            total => (u128::from(done) * 100 / u128::from(total)) as u64 / STEP_PERCENT,
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
+
+    fn add(lines: &Lines, bytes: u64) -> Option<String> {
+        let mut written = None;
+        lines.add(bytes, |line| written = Some(line.to_owned()));
+        written
+    }
 
     #[test]
     fn each_step_is_one_line() {
-        let lines = Lines { total: 1000, done: AtomicU64::new(0) };
-        let written: Vec<_> = (0..1000).filter_map(|_| lines.add(1)).collect();
+        let lines = Lines::new(1000);
+        let written: Vec<_> = (0..1000).filter_map(|_| add(&lines, 1)).collect();
         assert_eq!(written.len(), 20);
         assert_eq!(written[0], "5 %  50 bytes of 1000 bytes");
         assert_eq!(written[19], "100 %  1000 bytes of 1000 bytes");
@@ -123,15 +151,41 @@ mod tests {
 
     #[test]
     fn large_steps_skip_lines() {
-        let lines = Lines { total: u64::MAX, done: AtomicU64::new(0) };
-        assert_eq!(lines.add(u64::MAX), Some("100 %  16.0 EiB of 16.0 EiB".to_owned()));
-        assert_eq!(lines.add(1), None);
+        let lines = Lines::new(u64::MAX);
+        assert_eq!(add(&lines, u64::MAX), Some("100 %  16.0 EiB of 16.0 EiB".to_owned()));
+        assert_eq!(add(&lines, 0), None);
     }
 
     #[test]
     fn without_a_total_bytes_are_counted() {
-        let lines = Lines { total: 0, done: AtomicU64::new(0) };
-        assert_eq!(lines.add(STEP_BYTES - 1), None);
-        assert_eq!(lines.add(1), Some("1.0 GiB".to_owned()));
+        let lines = Lines::new(0);
+        assert_eq!(add(&lines, STEP_BYTES - 1), None);
+        assert_eq!(add(&lines, 1), Some("1.0 GiB".to_owned()));
+    }
+
+    #[test]
+    fn lines_of_many_threads_come_in_order_and_the_last_one_is_the_end() {
+        for _ in 0..200 {
+            let (lines, written) = (Lines::new(8000), Mutex::new(Vec::new()));
+            thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(|| {
+                        for _ in 0..20 {
+                            lines.add(100, |line| {
+                                let percent = line.split_once(' ').map(|(percent, _)| percent);
+                                let percent = percent.and_then(|text| text.parse::<u64>().ok());
+                                written
+                                    .lock()
+                                    .unwrap_or_else(PoisonError::into_inner)
+                                    .push(percent);
+                            });
+                        }
+                    });
+                }
+            });
+            let written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
+            assert!(written.is_sorted(), "{written:?}");
+            assert_eq!(written.last(), Some(&Some(100)));
+        }
     }
 }
