@@ -4,12 +4,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
 use nbd_proto::transmission::{
-    Command, ExtentLimit, Fragmentation, Position, ReplyEncoder, Request,
+    Command, Durability, ExtentLimit, Fragmentation, Position, ReplyEncoder, Request,
 };
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
 
 use super::pool::Work;
-use crate::export::{Export, ExportError, TryRead};
+use crate::export::{Export, ExportError, TryRead, TryWrite};
 
 /// When a long read fails, the part in front of the failure is found in steps of this many bytes.
 const RETRY_LEN: usize = 64 * 1024;
@@ -62,6 +62,16 @@ pub(super) fn read_in_place(export: &dyn Export, offset: u64, buffer: &mut [u8])
         Ok(Ok(result)) => result,
         Ok(Err(_)) | Err(_) => TryRead::WouldBlock,
     }
+}
+
+/// Writes where the connection stands, if that takes no waiting; `false` leaves it to the pool,
+/// which then finds out what to say. What must be durable is always left to it.
+pub(super) fn write_in_place(export: &dyn Export, request: &Request, payload: &[u8]) -> bool {
+    if request.command != Command::Write(Durability::Cached) || payload.is_empty() {
+        return false;
+    }
+    let attempt = AssertUnwindSafe(|| export.try_write_at(request.offset, payload));
+    matches!(catch_unwind(attempt), Ok(Ok(TryWrite::Complete)))
 }
 
 /// Carries out a request whose reply has no content.

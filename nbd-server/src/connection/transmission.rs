@@ -22,7 +22,7 @@ use super::receive::ReceiveBuffer;
 use super::send::SendQueue;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
-use crate::export::{Export, Operation, Promptness, TryRead};
+use crate::export::{Export, ExportError, Operation, Promptness, TryRead};
 use crate::shutdown::{Phase, Shutdown};
 use crate::sys;
 
@@ -301,8 +301,7 @@ impl Session {
         let length = Pool::weight(&request);
         let whole = header_len.saturating_add(length);
         if let Some(payload) = self.input.filled().get(header_len..whole) {
-            if self.is_prompt(&request) {
-                let result = dispatch::execute_in_place(&*self.export, &request, payload);
+            if let Some(result) = self.write_now(&request, payload) {
                 self.input.consume(whole);
                 self.reply(&request, result);
             } else {
@@ -322,6 +321,14 @@ impl Session {
         true
     }
 
+    /// Carries out a WRITE where the connection stands; `None` if it may have to wait.
+    fn write_now(&self, request: &Request, payload: &[u8]) -> Option<Result<(), ExportError>> {
+        if self.is_prompt(request) {
+            return Some(dispatch::execute_in_place(&*self.export, request, payload));
+        }
+        dispatch::write_in_place(&*self.export, request, payload).then_some(Ok(()))
+    }
+
     /// Moves what has been received of a long payload; true if the payload is complete.
     fn fill_payload(&mut self) -> bool {
         let Receiving::Payload { buffer, filled, .. } = &mut self.receiving else { return false };
@@ -338,8 +345,7 @@ impl Session {
         else {
             return false;
         };
-        if self.is_prompt(&request) {
-            let result = dispatch::execute_in_place(&*self.export, &request, &buffer);
+        if let Some(result) = self.write_now(&request, &buffer) {
             self.reply(&request, result);
             if buffer.capacity() <= KEPT_PAYLOAD_LEN {
                 self.spare_payload = buffer;
@@ -431,7 +437,7 @@ impl Session {
         self.export.promptness(operation) == Promptness::Prompt
     }
 
-    fn reply(&mut self, request: &Request, result: Result<(), crate::export::ExportError>) {
+    fn reply(&mut self, request: &Request, result: Result<(), ExportError>) {
         let (encoder, tag) = (self.encoder, request.tag());
         self.output.encode(SHORT_REPLY_LEN, |out| match result {
             Ok(()) => encoder.success(tag, out),

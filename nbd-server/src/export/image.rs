@@ -11,7 +11,7 @@ use nbd_proto::wire::{
 
 use super::{
     Descriptors, Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness,
-    Speed, TryRead, ZeroMode,
+    Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// Longest write that is carried out where it stands: a copy into the page cache. A longer one
@@ -111,6 +111,17 @@ impl Export for ImageExport {
         self.image
             .write_at(GuestOffset::new(offset), data, durable(durability))
             .map_err(|error| translate(&error))
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        if data.len() > PROMPT_WRITE_LEN {
+            return Ok(TryWrite::WouldBlock);
+        }
+        match self.image.try_write_at(GuestOffset::new(offset), data) {
+            Ok(imgfmt::TryWrite::Complete) => Ok(TryWrite::Complete),
+            Ok(imgfmt::TryWrite::WouldBlock) => Ok(TryWrite::WouldBlock),
+            Err(error) => Err(translate(&error)),
+        }
     }
 
     fn flush(&self) -> Result<(), ExportError> {

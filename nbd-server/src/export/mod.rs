@@ -87,6 +87,15 @@ pub enum TryRead {
     WouldBlock,
 }
 
+/// What a write that must not wait achieved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum TryWrite {
+    /// All of it is written.
+    Complete,
+    /// It would have had to wait.
+    WouldBlock,
+}
+
 /// Which kind of call [`Export::promptness`] is asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -162,6 +171,18 @@ pub trait Export: Send + Sync + 'static {
     /// Whatever kept it from being written; part of it may be.
     fn write_at(&self, _offset: u64, _data: &[u8], _: Durability) -> Result<(), ExportError> {
         Err(ExportError::unsupported())
+    }
+
+    /// Writes `data` at `offset` (in bytes), not durably, if that takes no waiting. Asked for writes
+    /// that need not be durable and for which [`promptness`](Self::promptness) says that they may
+    /// block.
+    ///
+    /// # Errors
+    ///
+    /// As for [`write_at`](Self::write_at), which is then called for the same range: the client
+    /// gets what that says.
+    fn try_write_at(&self, _offset: u64, _data: &[u8]) -> Result<TryWrite, ExportError> {
+        Ok(TryWrite::WouldBlock)
     }
 
     /// Makes every write that has returned durable, on whichever connection it came. Also called

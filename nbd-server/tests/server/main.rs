@@ -26,3 +26,4 @@ mod send_file;
 mod shutdown;
 mod splits;
 mod stress;
+mod write_in_place;

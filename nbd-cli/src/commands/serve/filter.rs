@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
-    ZeroMode,
+    TryWrite, ZeroMode,
 };
 
 use crate::commands::copy::zero::is_zero;
@@ -100,6 +100,14 @@ impl Export for Filter {
             self.inner.write_zeroes(offset, data.len() as u64, mode, Speed::Any, durability)
         } else {
             self.inner.write_at(offset, data, durability)
+        }
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        match self.detect_zeroes {
+            // Zeroes become another operation, which may wait.
+            DetectZeroes::On | DetectZeroes::Unmap if is_zero(data) => Ok(TryWrite::WouldBlock),
+            _ => self.inner.try_write_at(offset, data),
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
 use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, MemoryExport, Operation, Promptness, Speed,
-    TryRead, ZeroMode,
+    TryRead, TryWrite, ZeroMode,
 };
 
 /// What is wrong with a [`Scripted`] disk, and where. Ranges are in bytes.
@@ -24,6 +24,8 @@ pub struct Script {
     /// Further contexts; their status is one extent whose flags are the context's place here plus
     /// 100.
     pub contexts: Vec<MetaContextName>,
+    /// Can be written without waiting even if calls may block in general.
+    pub quick: Option<Range<u64>>,
     /// Whether calls are made where the server stands. Off by default.
     pub prompt: Option<Promptness>,
 }
@@ -62,6 +64,7 @@ pub struct Scripted {
     pub gate: Gate,
     pub reads: AtomicUsize,
     pub writes: AtomicUsize,
+    pub quick_writes: AtomicUsize,
     pub durable_writes: AtomicUsize,
     pub flushes: AtomicUsize,
     pub cached: AtomicUsize,
@@ -75,6 +78,7 @@ impl Scripted {
             gate: Gate::default(),
             reads: AtomicUsize::new(0),
             writes: AtomicUsize::new(0),
+            quick_writes: AtomicUsize::new(0),
             durable_writes: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
             cached: AtomicUsize::new(0),
@@ -136,6 +140,17 @@ impl Export for Scripted {
             count(&self.durable_writes);
         }
         self.disk.write_at(offset, data, durable)
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        let end = offset + data.len() as u64;
+        let quick = self.script.quick.as_ref();
+        if !quick.is_some_and(|range| range.start <= offset && end <= range.end) {
+            return Ok(TryWrite::WouldBlock);
+        }
+        count(&self.quick_writes);
+        self.act(offset, data.len() as u64)?;
+        self.disk.write_at(offset, data, Durability::Cached).map(|()| TryWrite::Complete)
     }
 
     fn flush(&self) -> Result<(), ExportError> {
