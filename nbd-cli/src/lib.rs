@@ -13,6 +13,7 @@ mod logging;
 mod output;
 mod picture;
 mod progress;
+mod serving;
 mod signals;
 mod size;
 mod terminal;

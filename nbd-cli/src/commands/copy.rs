@@ -6,7 +6,7 @@ mod location;
 mod plan;
 mod source;
 mod stream;
-pub(super) mod zero;
+pub(crate) mod zero;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;

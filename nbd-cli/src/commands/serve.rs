@@ -2,22 +2,21 @@
 
 mod address;
 mod captive;
-mod filter;
 mod source;
 
-use std::future::Future;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, ServeError, Server, ServerConfig};
+use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use self::address::TcpAddress;
-use self::captive::{Captive, PrivateFolder};
-pub use self::filter::{DetectZeroes, Discard};
+use self::captive::Captive;
 use crate::error::{CommandError, Outcome};
 use crate::output::warn;
+pub use crate::serving::{DetectZeroes, Discard};
+use crate::serving::{PrivateFolder, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::EndSignals;
 use crate::size::{ByteSize, parse_duration};
 
@@ -149,11 +148,7 @@ pub enum ImageFormat {
 }
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
-    // Connections have threads of their own; this one accepts and waits for signals.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime
-        .map_err(|error| CommandError::new(format!("cannot start serving: {error}")))?
-        .block_on(serve(args))
+    runtime()?.block_on(serve(args))
 }
 
 async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
@@ -180,28 +175,14 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     match &args.run {
         None => {
             announce(&bound, &names);
-            serve_until_signal(server, signals).await
+            serve_until_signal(server, signals, std::future::pending()).await?;
+            Ok(Outcome::Success)
         }
         Some(command) => {
             let captive = Captive::start(command, &bound, &names)?;
             serve_while_running(server, captive, &mut signals).await
         }
     }
-}
-
-async fn serve_until_signal(
-    server: Server,
-    mut signals: EndSignals,
-) -> Result<Outcome, CommandError> {
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    tokio::spawn(async move {
-        signals.next().await;
-        let _ = stop.send(());
-        // Whoever sends a second signal does not want to wait for slow clients.
-        std::process::exit(signals.next().await.exit_status());
-    });
-    drain(server, async { stopped.await.unwrap_or(()) }).await?;
-    Ok(Outcome::Success)
 }
 
 async fn serve_while_running(
@@ -215,14 +196,6 @@ async fn serve_while_running(
     };
     drain(server, ended).await?;
     Ok(Outcome::Status(status?))
-}
-
-async fn drain(server: Server, stop: impl Future<Output = ()>) -> Result<(), CommandError> {
-    server.serve(stop).await.map_err(serve_error)
-}
-
-fn serve_error(error: ServeError) -> CommandError {
-    CommandError::new(error.to_string())
 }
 
 fn config(args: &ServeArgs) -> Result<ServerConfig, CommandError> {

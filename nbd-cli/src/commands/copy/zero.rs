@@ -1,7 +1,7 @@
 //! Zeroes in data.
 
 /// Whether all bytes are zero.
-pub(in crate::commands) fn is_zero(data: &[u8]) -> bool {
+pub(crate) fn is_zero(data: &[u8]) -> bool {
     // The first few bytes decide most of the time; the rest is folded without branches, which the
     // compiler turns into wide instructions.
     let (head, rest) = data.split_at(data.len().min(16));
@@ -26,7 +26,7 @@ pub(in crate::commands) enum Content {
 
 /// Splits a buffer into runs of data and of zeroes, in units of `unit` bytes (at least 1) counted
 /// from the buffer's start. The last unit may be shorter.
-pub(in crate::commands) fn runs(data: &[u8], unit: usize) -> Vec<Run> {
+pub(crate) fn runs(data: &[u8], unit: usize) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     let mut start = 0;
     for chunk in data.chunks(unit) {

@@ -1,17 +1,17 @@
 //! What to export: from the words of the command line to exports.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::{Access, CreateOptions, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{Format, Image, OpenOptions};
 use nbd_server::ExportRegistry;
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::ServeArgs;
-use super::captive::PrivateFolder;
-use super::filter::filtered;
 use crate::error::CommandError;
+use crate::serving::filtered;
+use crate::serving::image::{ImageChoices, OpenError, Writes};
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The
@@ -71,62 +71,32 @@ fn open(source: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError>
     if source.is_empty() {
         return Err(CommandError::new("a source is empty; give a path or memory:SIZE"));
     }
-    let mut options = OpenOptions::new();
-    options.format = args.format.map(Format::from);
-    options.snapshot.clone_from(&args.snapshot);
-    let path = Path::new(source);
-    let image = if args.temporary {
-        temporary(path, &options)?
-    } else {
-        // A snapshot never changes.
-        if !args.read_only && args.snapshot.is_none() {
-            options = options.access(Access::ReadWrite);
-        }
-        Image::open(path, &options).map_err(|error| explained(error, args))?
-    };
-    Ok(filtered(export(image, args), args.discard, args.detect_zeroes))
+    choices(args).open(Path::new(source)).map_err(|error| explained(error, args))
 }
 
-fn explained(error: imgfmt::Error, args: &ServeArgs) -> CommandError {
-    let may_be_readable = matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly);
-    if may_be_readable && !args.read_only {
-        CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
-    } else {
-        error.into()
+/// What the command line says about every image.
+fn choices(args: &ServeArgs) -> ImageChoices {
+    ImageChoices {
+        format: args.format.map(Format::from),
+        snapshot: args.snapshot.clone(),
+        writes: match (args.temporary, args.read_only) {
+            (true, _) => Writes::ToTemporaryFile,
+            (false, true) => Writes::Refused,
+            (false, false) => Writes::ToImage,
+        },
+        discard: args.discard,
+        detect_zeroes: args.detect_zeroes,
+        allocation_depth: args.allocation_depth,
+        ..ImageChoices::default()
     }
 }
 
-/// Opens a throw-away overlay of an image. Its file has no name any more when this returns.
-fn temporary(source: &Path, options: &OpenOptions) -> Result<Image, CommandError> {
-    // Says whether all files below may be opened, and keeps them as they are until the overlay,
-    // which lies elsewhere and must be allowed to name any file, has opened them again.
-    let base = Image::open(source, options)?;
-    let path = source.canonicalize();
-    let path = path.ok().and_then(|path| path.to_str().map(ToOwned::to_owned));
-    let Some(path) = path else {
-        return Err(CommandError::new(format!(
-            "cannot put an overlay over '{}': its path is not valid UTF-8",
-            source.display()
-        )));
-    };
-    let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-    let folder = PrivateFolder::inside(&parent)?;
-    let overlay = folder.overlay();
-    Image::create(&overlay, &CreateOptions::overlay(path, base.format()))?;
-    let options = OpenOptions::new()
-        .format(Format::Qcow2)
-        .access(Access::ReadWrite)
-        .policy(OpenPolicy::any_file());
-    let image = Image::open(&overlay, &options);
-    std::fs::remove_file(&overlay).map_err(|error| {
-        CommandError::new(format!("cannot remove '{}': {error}", overlay.display()))
-    })?;
-    Ok(image?)
-}
-
-fn export(image: Image, args: &ServeArgs) -> Arc<dyn Export> {
-    let export = ImageExport::new(image);
-    Arc::new(if args.allocation_depth { export.with_allocation_depth() } else { export })
+fn explained(error: OpenError, args: &ServeArgs) -> CommandError {
+    if error.may_be_readable() && !args.read_only {
+        CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
+    } else {
+        CommandError::new(error.to_string())
+    }
 }
 
 fn memory(source: &str, size: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError> {

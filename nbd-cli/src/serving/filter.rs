@@ -41,7 +41,7 @@ struct Filter {
 }
 
 /// The export itself if there is nothing to change.
-pub(super) fn filtered(
+pub(crate) fn filtered(
     inner: Arc<dyn Export>,
     discard: Discard,
     detect_zeroes: DetectZeroes,

@@ -1,0 +1,58 @@
+//! A folder of one's own for sockets and files that nobody else may see.
+
+use std::fs::DirBuilder;
+use std::io::ErrorKind;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use crate::error::CommandError;
+
+/// A folder that only this user can enter, with room for a socket; removed when dropped.
+#[derive(Debug)]
+pub(crate) struct PrivateFolder {
+    path: PathBuf,
+}
+
+impl PrivateFolder {
+    pub(crate) fn new() -> Result<Self, CommandError> {
+        Self::inside(&std::env::temp_dir())
+    }
+
+    /// A folder in `parent`.
+    pub(crate) fn inside(parent: &Path) -> Result<Self, CommandError> {
+        let mut last = None;
+        // Another process with our number in another namespace may have left one behind.
+        for attempt in 0..100 {
+            let path = parent.join(format!("nbd-cli-{}-{attempt}", std::process::id()));
+            match DirBuilder::new().mode(0o700).create(&path) {
+                Ok(()) => return Ok(Self { path }),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => last = Some(error),
+                Err(error) => {
+                    last = Some(error);
+                    break;
+                }
+            }
+        }
+        let why = last.map(|error| error.to_string()).unwrap_or_default();
+        Err(CommandError::new(format!(
+            "cannot create a private folder in '{}': {why}; set TMPDIR to a folder you may write to",
+            parent.display()
+        )))
+    }
+
+    /// A place for the file of --temporary, which must not stay there.
+    pub(crate) fn overlay(&self) -> PathBuf {
+        self.path.join("overlay.qcow2")
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path.join("socket")
+    }
+}
+
+impl Drop for PrivateFolder {
+    fn drop(&mut self) {
+        // The server has removed its socket before; nothing else is in there.
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}

@@ -1,0 +1,141 @@
+//! An image as an export, in the way the command line wants it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use imgfmt::{Access, CreateOptions, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
+use nbd_server::export::{Export, ImageExport};
+
+use super::{DetectZeroes, Discard, PrivateFolder, filtered};
+use crate::error::CommandError;
+
+/// Where writes of clients go.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Writes {
+    /// Nowhere.
+    #[default]
+    Refused,
+    /// Into the image.
+    ToImage,
+    /// Into a file that is gone when the server ends; the image is only read.
+    ToTemporaryFile,
+}
+
+/// How an image is opened and exported.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ImageChoices {
+    /// `None`: found by looking at it.
+    pub(crate) format: Option<Format>,
+    /// An internal snapshot in place of the present state; for reading only.
+    pub(crate) snapshot: Option<String>,
+    pub(crate) writes: Writes,
+    /// Which other files the image may name.
+    pub(crate) policy: OpenPolicy,
+    pub(crate) discard: Discard,
+    pub(crate) detect_zeroes: DetectZeroes,
+    /// Whether `qemu:allocation-depth` is offered.
+    pub(crate) allocation_depth: bool,
+}
+
+/// Why an image cannot be exported.
+#[derive(Debug)]
+pub(crate) enum OpenError {
+    Image(imgfmt::Error),
+    Other(CommandError),
+}
+
+impl OpenError {
+    /// Whether the image could be opened if nobody wanted to write to it.
+    pub(crate) fn may_be_readable(&self) -> bool {
+        match self {
+            Self::Image(error) => {
+                matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly)
+            }
+            Self::Other(_) => false,
+        }
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Image(error) => error.fmt(f),
+            Self::Other(error) => error.fmt(f),
+        }
+    }
+}
+
+impl From<imgfmt::Error> for OpenError {
+    fn from(error: imgfmt::Error) -> Self {
+        Self::Image(error)
+    }
+}
+
+impl From<CommandError> for OpenError {
+    fn from(error: CommandError) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl ImageChoices {
+    /// Opens an image and makes an export of it.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] if it cannot be opened.
+    pub(crate) fn open(&self, path: &Path) -> Result<Arc<dyn Export>, OpenError> {
+        let image = self.open_image(path)?;
+        Ok(self.export(image))
+    }
+
+    fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
+        let mut options = OpenOptions::new().policy(self.policy.clone());
+        options.format = self.format;
+        options.snapshot.clone_from(&self.snapshot);
+        match self.writes {
+            Writes::ToTemporaryFile => temporary(path, &options),
+            // A snapshot never changes.
+            Writes::ToImage if self.snapshot.is_none() => {
+                Ok(Image::open(path, &options.access(Access::ReadWrite))?)
+            }
+            Writes::ToImage | Writes::Refused => Ok(Image::open(path, &options)?),
+        }
+    }
+
+    fn export(&self, image: Image) -> Arc<dyn Export> {
+        let mut export = ImageExport::new(image);
+        if self.allocation_depth {
+            export = export.with_allocation_depth();
+        }
+        filtered(Arc::new(export), self.discard, self.detect_zeroes)
+    }
+}
+
+/// Opens a throw-away overlay of an image. Its file has no name any more when this returns.
+fn temporary(source: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+    // Says whether all files below may be opened, and keeps them as they are until the overlay,
+    // which lies elsewhere and must be allowed to name any file, has opened them again.
+    let base = Image::open(source, options)?;
+    let path = source.canonicalize();
+    let path = path.ok().and_then(|path| path.to_str().map(ToOwned::to_owned));
+    let Some(path) = path else {
+        return Err(OpenError::Other(CommandError::new(format!(
+            "cannot put an overlay over '{}': its path is not valid UTF-8",
+            source.display()
+        ))));
+    };
+    let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+    let folder = PrivateFolder::inside(&parent)?;
+    let overlay = folder.overlay();
+    Image::create(&overlay, &CreateOptions::overlay(path, base.format()))?;
+    let options = OpenOptions::new()
+        .format(Format::Qcow2)
+        .access(Access::ReadWrite)
+        .policy(OpenPolicy::any_file());
+    let image = Image::open(&overlay, &options);
+    std::fs::remove_file(&overlay).map_err(|error| {
+        CommandError::new(format!("cannot remove '{}': {error}", overlay.display()))
+    })?;
+    Ok(image?)
+}

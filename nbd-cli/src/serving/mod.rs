@@ -1,0 +1,62 @@
+//! What the front ends that serve have in common: opening an image as an export, and serving until
+//! a signal says stop.
+
+mod filter;
+mod folder;
+pub(crate) mod image;
+
+use std::future::Future;
+
+use nbd_server::{ServeError, Server};
+
+pub(crate) use self::filter::filtered;
+pub use self::filter::{DetectZeroes, Discard};
+pub(crate) use self::folder::PrivateFolder;
+use crate::error::CommandError;
+use crate::signals::EndSignals;
+
+/// Runs a server front end: one thread that accepts and waits for signals, because connections have
+/// threads of their own.
+pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| CommandError::new(format!("cannot start serving: {error}")))
+}
+
+/// Serves until the first signal, or until `ended` is ready; a second signal ends the process at
+/// once.
+pub(crate) async fn serve_until_signal(
+    server: Server,
+    mut signals: EndSignals,
+    ended: impl Future<Output = ()>,
+) -> Result<(), CommandError> {
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    tokio::spawn(async move {
+        signals.next().await;
+        let _ = stop.send(());
+        // Whoever sends a second signal does not want to wait for slow clients.
+        std::process::exit(signals.next().await.exit_status());
+    });
+    let stop = async {
+        tokio::select! {
+            _ = stopped => {}
+            () = ended => {}
+        }
+    };
+    drain(server, stop).await
+}
+
+/// Serves until `stop` is ready, then finishes what is in flight.
+pub(crate) async fn drain(
+    server: Server,
+    stop: impl Future<Output = ()>,
+) -> Result<(), CommandError> {
+    server.serve(stop).await.map_err(serve_error)
+}
+
+/// What a server says, as an error of the program.
+#[allow(clippy::needless_pass_by_value)] // For map_err.
+pub(crate) fn serve_error(error: ServeError) -> CommandError {
+    CommandError::new(error.to_string())
+}
