@@ -45,6 +45,7 @@ pub mod codec;
 pub mod error;
 pub mod handshake;
 pub mod limits;
+pub mod tls;
 pub mod transmission;
 pub mod uri;
 pub mod wire;

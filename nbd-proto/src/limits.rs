@@ -78,3 +78,18 @@ pub const DEFAULT_PORT: u16 = 10809;
 
 /// Reserved bytes after the answer to EXPORT_NAME unless NO_ZEROES was agreed.
 pub const EXPORT_NAME_PADDING_LEN: usize = 124;
+
+/// Shortest pre-shared key, in bytes: 128 bits is the least that RFC 9257 lets a key have.
+pub const MIN_PSK_LEN: usize = 16;
+
+/// Longest pre-shared key, in bytes: what every version of OpenSSL takes.
+pub const MAX_PSK_LEN: usize = 256;
+
+/// Longest name of a user with a pre-shared key, in bytes: GnuTLS and OpenSSL take no more.
+pub const MAX_PSK_USER_LEN: usize = 128;
+
+/// Most users in one file of pre-shared keys. Every lookup looks at all of them.
+pub const MAX_PSK_USERS: usize = 4096;
+
+/// Largest file of pre-shared keys that is read, in bytes: room for all users and some comments.
+pub const MAX_PSK_FILE_LEN: u64 = 4 * 1024 * 1024;

@@ -100,6 +100,21 @@ pub enum TlsKind {
     PreSharedKey,
 }
 
+impl TlsParameters {
+    /// The first parameter that names a file of this machine, if one does. A program that gets URIs
+    /// from others must not let them choose which of its files are read.
+    #[must_use]
+    pub const fn file_parameter(&self) -> Option<&'static str> {
+        if self.certificates.is_some() {
+            Some("tls-certificates")
+        } else if self.psk_file.is_some() {
+            Some("tls-psk-file")
+        } else {
+            None
+        }
+    }
+}
+
 impl TlsKind {
     const fn as_str(self) -> &'static str {
         match self {
@@ -159,6 +174,12 @@ pub enum UriError {
         "the parameter socket belongs to unix URIs, as in nbd+unix:///disk?socket=/run/nbd.sock"
     )]
     SocketWithTcp,
+    /// A parameter of TLS without a value.
+    #[error("the parameter {key} has no value: say which, or leave it out")]
+    EmptyParameter {
+        /// The parameter.
+        key: String,
+    },
     /// A parameter whose value is none of the legal ones.
     #[error("the parameter {key} cannot be {value:?}: use {legal}")]
     BadParameter {
@@ -191,6 +212,7 @@ impl FromStr for NbdUri {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
         let (user, host) = match authority.rsplit_once('@') {
+            Some(("", host)) => (None, host),
             Some((user, host)) => (Some(decode("user name", user)?), host),
             None => (None, authority),
         };
@@ -267,6 +289,11 @@ impl Parameters {
                 "socket" if value.is_empty() => return Err(UriError::NoSocket),
                 "socket" => parameters.socket = Some(decode("parameter socket", value)?),
                 "tls-type" => tls.kind = Some(tls_kind(&decode("parameter tls-type", value)?)?),
+                key @ ("tls-certificates" | "tls-psk-file" | "tls-hostname")
+                    if value.is_empty() =>
+                {
+                    return Err(UriError::EmptyParameter { key: key.to_owned() });
+                }
                 "tls-certificates" => {
                     tls.certificates = Some(decode("parameter tls-certificates", value)?.into());
                 }

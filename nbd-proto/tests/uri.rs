@@ -91,6 +91,11 @@ fn tls_parameters_are_understood() {
     assert_eq!(uri.tls.hostname.as_deref(), Some("other"));
     assert_eq!(uri.tls.verify_peer, Some(false));
     assert_eq!(parse(&uri.to_string()), uri);
+    assert_eq!(uri.user.as_deref(), Some("me@here"));
+    assert_eq!(uri.tls.file_parameter(), Some("tls-certificates"));
+    assert_eq!(parse("nbds://h/?tls-psk-file=k").tls.file_parameter(), Some("tls-psk-file"));
+    assert_eq!(parse("nbds://h/?tls-hostname=k").tls.file_parameter(), None);
+    assert_eq!(parse("nbds://@h/").user, None, "nobody is no user");
     assert_eq!(parse("nbds://h/?tls-type=x509").tls.kind, Some(TlsKind::X509));
     assert_eq!(parse("nbds://h/?tls-type=anon").tls.kind, Some(TlsKind::Anonymous));
 }
@@ -130,6 +135,7 @@ fn every_malformed_uri_gives_its_own_error() {
     assert_eq!(error("nbd+unix://host/disk?socket=/s"), UriError::HostWithSocket);
     assert_eq!(error("nbd://host/disk?socket=/s"), UriError::SocketWithTcp);
     assert!(texts(error("nbds://h/?tls-type=none")).contains("anon, x509 or psk"));
+    assert!(texts(error("nbds://h/?tls-psk-file=")).contains("tls-psk-file has no value"));
     assert!(texts(error("nbds://h/?tls-verify-peer=maybe")).contains("true or false"));
 }
 

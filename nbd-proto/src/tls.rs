@@ -1,0 +1,370 @@
+//! What both ends of a TLS connection share: the names of the files that hold credentials, and the
+//! text of a file with pre-shared keys.
+//!
+//! A folder with certificates is laid out as QEMU and libnbd have it: one folder can hold the files
+//! of a server, of a client, or of both. Pre-shared keys stand in a text file as psktool writes it.
+//! Nothing here opens a file.
+
+use core::fmt;
+use core::hint::black_box;
+
+use thiserror::Error;
+
+use crate::limits::{MAX_PSK_LEN, MAX_PSK_USER_LEN, MAX_PSK_USERS, MIN_PSK_LEN};
+
+/// Certificates of the authorities that may sign a peer's certificate, PEM.
+pub const CA_CERTIFICATE_FILE: &str = "ca-cert.pem";
+/// Certificates that the authorities have revoked, PEM; need not be there.
+pub const CA_REVOCATION_FILE: &str = "ca-crl.pem";
+/// The server's certificate, and those between it and the authority, PEM.
+pub const SERVER_CERTIFICATE_FILE: &str = "server-cert.pem";
+/// The key of the server's certificate, PEM.
+pub const SERVER_KEY_FILE: &str = "server-key.pem";
+/// The client's certificate, and those between it and the authority, PEM.
+pub const CLIENT_CERTIFICATE_FILE: &str = "client-cert.pem";
+/// The key of the client's certificate, PEM.
+pub const CLIENT_KEY_FILE: &str = "client-key.pem";
+/// Pre-shared keys, where a folder is named instead of a file.
+pub const PSK_FILE: &str = "keys.psk";
+
+/// Longest line of a key file, in bytes: a hex-encoded name, a colon, a hex-encoded key.
+const MAX_LINE_LEN: usize = 2 * MAX_PSK_USER_LEN + 2 * MAX_PSK_LEN + 16;
+
+/// A secret of 16 to 256 bytes that a client and a server share. It is overwritten when it is
+/// dropped, and does not print.
+#[derive(Clone)]
+pub struct PreSharedKey(Box<[u8]>);
+
+impl PreSharedKey {
+    /// A key of 16 to 256 bytes; `None` for any other length.
+    #[must_use]
+    pub fn new(key: &[u8]) -> Option<Self> {
+        (MIN_PSK_LEN..=MAX_PSK_LEN).contains(&key.len()).then(|| Self(key.into()))
+    }
+
+    /// The secret itself.
+    #[must_use]
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl PartialEq for PreSharedKey {
+    /// Takes the same time wherever two keys of one length differ.
+    fn eq(&self, other: &Self) -> bool {
+        equal_in_constant_time(&self.0, &other.0)
+    }
+}
+
+impl Eq for PreSharedKey {}
+
+impl Drop for PreSharedKey {
+    fn drop(&mut self) {
+        self.0.fill(0);
+        // Keeps the compiler from leaving out a store that nobody reads.
+        black_box(&self.0);
+    }
+}
+
+impl fmt::Debug for PreSharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PreSharedKey(..)")
+    }
+}
+
+/// Users and their pre-shared keys.
+///
+/// ```
+/// use nbd_proto::tls::PreSharedKeys;
+///
+/// let keys = PreSharedKeys::parse(b"alice:00112233445566778899aabbccddeeff\n")?;
+/// assert!(keys.key_of(b"alice").is_some());
+/// assert!(keys.key_of(b"bob").is_none());
+/// # Ok::<(), nbd_proto::tls::KeyFileError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreSharedKeys {
+    entries: Vec<Entry>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Entry {
+    user: Box<[u8]>,
+    key: PreSharedKey,
+    line: usize,
+}
+
+impl PreSharedKeys {
+    /// Reads the text of a key file, as psktool writes it: one `user:hexkey` per line. A name that
+    /// has to be encoded stands as `#` and its bytes in hexadecimal. Every other line that begins
+    /// with `#` is a comment (so a `#` in front of a user takes the user out), empty lines are
+    /// skipped.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyFileError`], with the number of the line: what is no `user:hexkey`, a user who stands
+    /// there twice, a key of less than 16 or more than 256 bytes, a name of more than 128 bytes or
+    /// with a NUL byte; more than 4096 users, or none.
+    pub fn parse(text: &[u8]) -> Result<Self, KeyFileError> {
+        let mut entries: Vec<Entry> = Vec::new();
+        for (index, bytes) in text.split(|byte| *byte == b'\n').enumerate() {
+            let line = index + 1;
+            let Some((user, key)) =
+                parse_line(bytes).map_err(|problem| KeyFileError::Line { line, problem })?
+            else {
+                continue;
+            };
+            if entries.len() == MAX_PSK_USERS {
+                return Err(KeyFileError::TooManyUsers);
+            }
+            entries.push(Entry { user, key, line });
+        }
+        if entries.is_empty() {
+            return Err(KeyFileError::NoUsers);
+        }
+        refuse_duplicates(&entries)?;
+        Ok(Self { entries })
+    }
+
+    /// The key of a user. How long this takes does not depend on where in the file the user stands,
+    /// nor on whether there is such a user.
+    #[must_use]
+    pub fn key_of(&self, user: &[u8]) -> Option<&PreSharedKey> {
+        let mut found = None;
+        for entry in &self.entries {
+            if black_box(equal_in_constant_time(&entry.user, user)) {
+                found = Some(&entry.key);
+            }
+        }
+        found
+    }
+
+    /// The names of the users, in the order of the file.
+    pub fn users(&self) -> impl Iterator<Item = &[u8]> {
+        self.entries.iter().map(|entry| &*entry.user)
+    }
+}
+
+/// What is wrong with a file of pre-shared keys. Never repeats a key.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum KeyFileError {
+    /// A line that cannot be read.
+    #[error("line {line} {problem}")]
+    Line {
+        /// Number of the line, from 1.
+        line: usize,
+        /// What is wrong.
+        problem: KeyLineProblem,
+    },
+    /// One user with two keys.
+    #[error("lines {first} and {second} are for the same user: remove one")]
+    DuplicateUser {
+        /// Number of the first line, from 1.
+        first: usize,
+        /// Number of the second line.
+        second: usize,
+    },
+    /// More users than are kept.
+    #[error("it has more than {MAX_PSK_USERS} users")]
+    TooManyUsers,
+    /// No user.
+    #[error("it has no user: add one with 'psktool -u NAME -p FILE'")]
+    NoUsers,
+}
+
+/// What is wrong with a line of a file of pre-shared keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum KeyLineProblem {
+    /// Longer than any legal line.
+    #[error("is longer than {MAX_LINE_LEN} bytes")]
+    TooLong,
+    /// Without a colon.
+    #[error("has no colon: it has to read USER:HEXKEY, as psktool writes it")]
+    NoColon,
+    /// No name, a name that is too long, or one with a NUL byte.
+    #[error("has a user name that is empty, longer than {MAX_PSK_USER_LEN} bytes or not text")]
+    BadUser,
+    /// The key is not hexadecimal.
+    #[error("has a key that is not an even number of hexadecimal digits")]
+    NotHexadecimal,
+    /// The key is too short or too long.
+    #[error(
+        "has a key of {0} bytes, and {MIN_PSK_LEN} to {MAX_PSK_LEN} are possible: \
+         make one with 'psktool -s 32'"
+    )]
+    BadKeyLength(usize),
+}
+
+/// True if both are the same. Takes the same time wherever they differ; the length is no secret.
+#[must_use]
+pub fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
+    if left.len() != right.len() {
+        return false;
+    }
+    let mut difference = 0;
+    for (left, right) in left.iter().zip(right) {
+        difference |= black_box(left ^ right);
+    }
+    black_box(difference) == 0
+}
+
+/// A user and its key.
+type Credential = (Box<[u8]>, PreSharedKey);
+
+/// Reads one line: a user and its key, or nothing.
+fn parse_line(line: &[u8]) -> Result<Option<Credential>, KeyLineProblem> {
+    let line = line.trim_ascii_end();
+    if line.is_empty() {
+        return Ok(None);
+    }
+    if line.len() > MAX_LINE_LEN {
+        return Err(KeyLineProblem::TooLong);
+    }
+    let colon = line.iter().position(|byte| *byte == b':');
+    let (user, key) = match (line.strip_prefix(b"#"), colon) {
+        (Some(encoded), Some(colon)) => {
+            let (encoded, key) = encoded.split_at(colon - 1);
+            match decode_hexadecimal(encoded) {
+                Some(user) if !user.is_empty() => (user, key),
+                _ => return Ok(None),
+            }
+        }
+        (Some(_), None) => return Ok(None),
+        (None, Some(colon)) => {
+            let (user, key) = line.split_at(colon);
+            (user.into(), key)
+        }
+        (None, None) => return Err(KeyLineProblem::NoColon),
+    };
+    if user.is_empty() || user.len() > MAX_PSK_USER_LEN || user.contains(&0) {
+        return Err(KeyLineProblem::BadUser);
+    }
+    let digits = key.strip_prefix(b":").unwrap_or(key);
+    let key = decode_hexadecimal(digits).ok_or(KeyLineProblem::NotHexadecimal)?;
+    let length = key.len();
+    let key = PreSharedKey(key);
+    if !(MIN_PSK_LEN..=MAX_PSK_LEN).contains(&length) {
+        return Err(KeyLineProblem::BadKeyLength(length));
+    }
+    Ok(Some((user, key)))
+}
+
+fn decode_hexadecimal(digits: &[u8]) -> Option<Box<[u8]>> {
+    let (pairs, rest) = digits.as_chunks::<2>();
+    if !rest.is_empty() {
+        return None;
+    }
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    pairs.iter().map(|[high, low]| u8::try_from(digit(*high)? * 16 + digit(*low)?).ok()).collect()
+}
+
+fn refuse_duplicates(entries: &[Entry]) -> Result<(), KeyFileError> {
+    let mut sorted: Vec<&Entry> = entries.iter().collect();
+    sorted.sort_by(|left, right| left.user.cmp(&right.user));
+    for pair in sorted.windows(2) {
+        if let [left, right] = pair
+            && left.user == right.user
+        {
+            let (first, second) = (left.line.min(right.line), left.line.max(right.line));
+            return Err(KeyFileError::DuplicateUser { first, second });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KEY: &str = "1ec2dcb47f725a98675eef59f5f8655d";
+
+    fn problem(text: &str) -> (usize, KeyLineProblem) {
+        match PreSharedKeys::parse(text.as_bytes()) {
+            Err(KeyFileError::Line { line, problem }) => (line, problem),
+            other => panic!("{text:?} gave {other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_psktool_writes_is_read() {
+        // "#613a62" is how psktool writes the user "a:b".
+        let text = format!("alice:{KEY}\n#613a62:49CF934E1A014618039efa9e47608a17\r\n");
+        let keys = PreSharedKeys::parse(text.as_bytes()).unwrap();
+        assert_eq!(keys.users().collect::<Vec<_>>(), [b"alice".as_slice(), b"a:b"]);
+        let alice = keys.key_of(b"alice").unwrap();
+        assert_eq!(alice.expose().first_chunk(), Some(&[0x1e, 0xc2, 0xdc]));
+        assert_eq!(alice.expose().len(), 16);
+        assert_ne!(keys.key_of(b"a:b"), Some(alice));
+        assert_eq!(keys.key_of(b"#613a62"), None);
+        assert_eq!(keys.key_of(b""), None);
+    }
+
+    #[test]
+    fn comments_and_users_taken_out_are_skipped() {
+        let text = format!("# keys: of the\n#\n\n  \n#bob:{KEY}\n#:{KEY}\nüber x:{KEY}");
+        let keys = PreSharedKeys::parse(text.as_bytes()).unwrap();
+        assert_eq!(keys.users().collect::<Vec<_>>(), ["über x".as_bytes()]);
+    }
+
+    #[test]
+    fn every_bad_line_is_named() {
+        let good = format!("a:{KEY}\n");
+        let long = "x".repeat(MAX_LINE_LEN + 1);
+        let name = "x".repeat(MAX_PSK_USER_LEN + 1);
+        let long_key = "0".repeat(2 * MAX_PSK_LEN + 2);
+        for (line, expected) in [
+            ("bob", KeyLineProblem::NoColon),
+            (&*format!(":{KEY}"), KeyLineProblem::BadUser),
+            (&*format!("{name}:{KEY}"), KeyLineProblem::BadUser),
+            (&*format!("#61006a:{KEY}"), KeyLineProblem::BadUser),
+            (&*format!("bob:{KEY}0"), KeyLineProblem::NotHexadecimal),
+            (&*format!("bob:{KEY}+1"), KeyLineProblem::NotHexadecimal),
+            (&*format!("bob: {KEY}"), KeyLineProblem::NotHexadecimal),
+            ("bob:", KeyLineProblem::BadKeyLength(0)),
+            ("bob:00112233445566778899aabbccddee", KeyLineProblem::BadKeyLength(15)),
+            (&*format!("b:{long_key}"), KeyLineProblem::BadKeyLength(MAX_PSK_LEN + 1)),
+            (&*long, KeyLineProblem::TooLong),
+        ] {
+            assert_eq!(problem(&format!("{good}\n{line}\n")), (3, expected), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_file_without_users_with_one_twice_or_with_too_many_is_refused() {
+        assert_eq!(PreSharedKeys::parse(b"# nobody\n"), Err(KeyFileError::NoUsers));
+        let twice = format!("a:{KEY}\nb:{KEY}\n#61:{KEY}\n");
+        assert_eq!(
+            PreSharedKeys::parse(twice.as_bytes()),
+            Err(KeyFileError::DuplicateUser { first: 1, second: 3 })
+        );
+        let many: String =
+            (0..=MAX_PSK_USERS).map(|number| format!("user{number}:{KEY}\n")).collect();
+        assert_eq!(PreSharedKeys::parse(many.as_bytes()), Err(KeyFileError::TooManyUsers));
+    }
+
+    #[test]
+    fn no_key_shows_in_debug_output_or_in_errors() {
+        let keys = PreSharedKeys::parse(format!("alice:{KEY}").as_bytes()).unwrap();
+        let shown = format!("{keys:?}");
+        assert!(shown.contains("PreSharedKey(..)"), "{shown}");
+        assert!(!shown.contains("1e") && !shown.contains("30"), "{shown}");
+        let error = PreSharedKeys::parse(format!("alice:{KEY}x").as_bytes()).unwrap_err();
+        assert!(!error.to_string().contains(KEY) && !format!("{error:?}").contains(KEY));
+    }
+
+    #[test]
+    fn comparison_finds_any_single_difference() {
+        let left = [7; 40];
+        assert!(equal_in_constant_time(&left, &left));
+        assert!(!equal_in_constant_time(&left, &left[..39]));
+        for place in 0..left.len() {
+            let mut right = left;
+            right[place] ^= 0x80;
+            assert!(!equal_in_constant_time(&left, &right), "{place}");
+        }
+        assert_eq!(PreSharedKey::new(&left), PreSharedKey::new(&left));
+        assert_eq!(PreSharedKey::new(&left[..15]), None);
+    }
+}
