@@ -11,8 +11,11 @@ use nbd_proto::wire::ReplyMode;
 pub struct ServerConfig {
     /// A client that has not finished its handshake by then is dropped. Default: 10 s.
     pub handshake_deadline: Duration,
-    /// Connections at a time; one more is closed at once. Default: 1024.
+    /// Connections at a time. Default: 1024.
     pub max_connections: usize,
+    /// How long a client over that limit may wait for another one to leave; it is closed then.
+    /// Default: zero, it is closed at once.
+    pub queue_deadline: Duration,
     /// Threads that serve connections. A connection stays on its thread; with fewer connections
     /// than threads each has one for itself. Default: twice the number of cores, at least 4.
     pub workers: NonZeroUsize,
@@ -38,6 +41,7 @@ impl Default for ServerConfig {
         Self {
             handshake_deadline: Duration::from_secs(10),
             max_connections: 1024,
+            queue_deadline: Duration::ZERO,
             workers: NonZeroUsize::new(cores.saturating_mul(2).max(4)).unwrap_or(NonZeroUsize::MIN),
             max_requests: 64,
             connection_budget: 64 << 20,

@@ -49,7 +49,9 @@
 //!
 //! * `image` (default): [`export::ImageExport`], disk images through the `imgfmt` crate.
 
+mod acceptor;
 mod budget;
+mod clients;
 mod config;
 mod connection;
 mod error;
@@ -60,6 +62,7 @@ mod shutdown;
 mod sys;
 mod worker;
 
+pub use clients::ClientCount;
 pub use config::ServerConfig;
 pub use error::{RegistryError, ServeError};
 pub use export::ExportRegistry;

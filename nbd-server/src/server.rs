@@ -1,25 +1,22 @@
 //! [`Server`]: listeners, workers, and an orderly end.
 
 use std::future::Future;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
+use crate::acceptor::Acceptor;
 use crate::budget::Budget;
-use crate::connection::{Shared, Socket};
+use crate::clients::{ClientCount, Clients};
+use crate::connection::Shared;
 use crate::export::ExportRegistry;
 use crate::listener::Listener;
-use crate::shutdown::{Phase, Shutdown, ShutdownTrigger};
-use crate::worker::{Accepted, Workers};
+use crate::shutdown::{Phase, ShutdownTrigger};
+use crate::worker::Workers;
 use crate::{BoundAddress, ListenAddress, ServeError, ServerConfig};
-
-/// How long to wait after the system had no descriptor or memory for a client.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A server that has not started to serve.
 #[derive(Debug)]
@@ -27,13 +24,21 @@ pub struct Server {
     config: ServerConfig,
     exports: ExportRegistry,
     listeners: Vec<Listener>,
+    clients: Clients,
 }
 
 impl Server {
     /// A server of `exports`, which may change while it runs.
     #[must_use]
     pub fn new(config: ServerConfig, exports: ExportRegistry) -> Self {
-        Self { config, exports, listeners: Vec::new() }
+        Self { config, exports, listeners: Vec::new(), clients: Clients::new() }
+    }
+
+    /// Who uses the exports, for callers that end a server when its work is done. Ask before
+    /// [`Server::serve`] takes the server away.
+    #[must_use]
+    pub fn client_count(&self) -> ClientCount {
+        self.clients.subscribe()
     }
 
     /// Listens on `address`; may be called for several. Clients are accepted as soon as
@@ -89,6 +94,7 @@ impl Server {
         let shared = Shared {
             budget: Budget::new(self.config.server_budget),
             exports: self.exports.clone(),
+            clients: self.clients,
             pool: Handle::current(),
             config: Arc::new(self.config),
         };
@@ -96,11 +102,14 @@ impl Server {
         let mut workers = Workers::new(config.workers, shared, trigger.subscribe());
         let (sender, mut clients) = mpsc::channel(1);
         let mut acceptors = JoinSet::new();
-        let places = Arc::new(Semaphore::new(config.max_connections));
+        let places = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
         for listener in self.listeners {
-            let accepting =
-                accept(listener, Arc::clone(&places), sender.clone(), trigger.subscribe());
-            acceptors.spawn(accepting);
+            let acceptor = Acceptor {
+                places: Arc::clone(&places),
+                queue_deadline: config.queue_deadline,
+                clients: sender.clone(),
+            };
+            acceptors.spawn(acceptor.accept(listener, trigger.subscribe()));
         }
         drop(sender);
         let mut shutdown = std::pin::pin!(shutdown);
@@ -123,53 +132,6 @@ impl Server {
         }
         flush_all(&self.exports).await
     }
-}
-
-/// Accepts clients until the server ends.
-async fn accept(
-    listener: Listener,
-    places: Arc<Semaphore>,
-    clients: mpsc::Sender<Accepted>,
-    mut shutdown: Shutdown,
-) {
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = shutdown.reached(Phase::Draining) => return,
-        };
-        match accepted {
-            Ok((socket, peer)) => {
-                let Some(accepted) = admit(socket, peer, &places) else { continue };
-                if clients.send(accepted).await.is_err() {
-                    return;
-                }
-            }
-            Err(error) if is_of_the_client(&error) => tracing::debug!(%error, "accept"),
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a client; trying again");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
-/// A client over the limit is closed at once: it learns so, and does not wait in vain.
-fn admit(socket: Socket, peer: String, places: &Arc<Semaphore>) -> Option<Accepted> {
-    let Ok(place) = Arc::clone(places).try_acquire_owned() else {
-        tracing::warn!(%peer, "closed a client: the limit of connections is reached");
-        return None;
-    };
-    Some(Accepted { socket, peer, place })
-}
-
-/// Errors of accept(2) that concern one client and not the listener.
-fn is_of_the_client(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::ConnectionAborted
-            | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::Interrupted
-    )
 }
 
 async fn flush_all(exports: &ExportRegistry) -> Result<(), ServeError> {

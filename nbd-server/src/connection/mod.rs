@@ -17,6 +17,7 @@ use tokio::runtime::Handle;
 
 use crate::ServerConfig;
 use crate::budget::Budget;
+use crate::clients::Clients;
 use crate::export::ExportRegistry;
 use crate::shutdown::{Phase, Shutdown};
 
@@ -27,6 +28,8 @@ pub(crate) use socket::Socket;
 pub(crate) struct Shared {
     pub(crate) config: Arc<ServerConfig>,
     pub(crate) exports: ExportRegistry,
+    /// Counts those that have an export in use.
+    pub(crate) clients: Clients,
     /// Large requests of all connections.
     pub(crate) budget: Budget,
     /// The runtime whose threads carry out what may block.
@@ -70,6 +73,7 @@ pub(crate) async fn serve(
         },
         () = draining.reached(Phase::Draining) => return,
     };
+    let _present = shared.clients.enter();
     tracing::info!(export = ?established.negotiated.export_name, "client connected");
     let session = transmission::Session::new(socket, established, &shared, neighbours);
     tokio::select! {

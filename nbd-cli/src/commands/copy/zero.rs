@@ -11,15 +11,15 @@ pub(crate) fn is_zero(data: &[u8]) -> bool {
 
 /// A part of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) struct Run {
-    pub(in crate::commands) start: usize,
-    pub(in crate::commands) end: usize,
-    pub(in crate::commands) content: Content,
+pub(crate) struct Run {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+    pub(crate) content: Content,
 }
 
 /// What a part of a disk holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) enum Content {
+pub(crate) enum Content {
     Data,
     Zero,
 }
