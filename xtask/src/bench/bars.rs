@@ -125,7 +125,8 @@ fn judge_one(bar: &Bar, row: &RowReport) -> BarReport {
     }
 }
 
-fn is_met(limit: Limit, ratio: f64) -> bool {
+/// Whether a ratio is what it has to be.
+pub(crate) fn is_met(limit: Limit, ratio: f64) -> bool {
     match limit {
         Limit::AtLeast(limit) => ratio >= limit,
         Limit::AtMost(limit) => ratio <= limit,

@@ -31,6 +31,11 @@ impl DataFile {
         Ok(file)
     }
 
+    /// A file that is there already.
+    pub(crate) fn existing(path: PathBuf, page_cache: PageCache) -> Self {
+        Self { path, page_cache }
+    }
+
     /// Where the file is.
     pub(crate) fn path(&self) -> &Path {
         &self.path
@@ -76,16 +81,17 @@ impl DataFile {
 }
 
 /// Marsaglia's xorshift64: fast, and no compressor finds anything in it.
-struct XorShift {
+#[derive(Debug)]
+pub(crate) struct XorShift {
     state: u64,
 }
 
 impl XorShift {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { state: 0x9E37_79B9_7F4A_7C15 }
     }
 
-    fn fill(&mut self, buffer: &mut [u8]) {
+    pub(crate) fn fill(&mut self, buffer: &mut [u8]) {
         for piece in buffer.chunks_mut(8) {
             self.state ^= self.state << 13;
             self.state ^= self.state >> 7;

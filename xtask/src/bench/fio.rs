@@ -14,29 +14,48 @@ pub(crate) struct Job {
     pub(crate) pattern: Pattern,
     /// Bytes of one request.
     pub(crate) block_size: u64,
-    /// Requests in flight.
+    /// Requests in flight on each connection.
     pub(crate) depth: u32,
+    pub(crate) connections: u32,
+    pub(crate) length: Length,
     /// What the throughput counts.
     pub(crate) unit: Unit,
 }
 
-/// Runs `job` for `seconds` over the first `size` bytes of the disk at `uri`.
+/// When a job is over.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Length {
+    Seconds(u64),
+    /// After so many requests, over all connections.
+    Requests(u64),
+}
+
+/// Runs `job` over the first `size` bytes of the disk at `uri`.
 ///
 /// # Errors
 ///
 /// fio is missing or fails, or the server answered a request with an error.
-pub(crate) fn run(job: &Job, uri: &str, size: u64, seconds: u64) -> Result<ClientResult> {
+pub(crate) fn run(job: &Job, uri: &str, size: u64) -> Result<ClientResult> {
     let mut command = Command::new("fio");
     command
-        .args(["--name=bench", "--ioengine=nbd", "--output-format=json", "--time_based"])
+        .args(["--name=bench", "--ioengine=nbd", "--output-format=json", "--group_reporting"])
         .arg(format!("--uri={uri}"))
         .arg(format!("--rw={}", pattern_name(job.pattern)))
         .arg(format!("--bs={}", job.block_size))
         .arg(format!("--iodepth={}", job.depth))
         .arg(format!("--size={size}"))
-        .arg(format!("--runtime={seconds}"))
+        .arg(format!("--numjobs={}", job.connections))
         // Without the map of blocks visited the client has less to do.
         .arg("--norandommap=1");
+    match job.length {
+        Length::Seconds(seconds) => {
+            command.args(["--time_based".to_owned(), format!("--runtime={seconds}")]);
+        }
+        Length::Requests(requests) => {
+            let share = requests / u64::from(job.connections);
+            command.arg(format!("--number_ios={share}"));
+        }
+    }
     let output = output_of(&mut command)?;
     parse(&output, job).context("fio's output")
 }
@@ -117,7 +136,8 @@ mod tests {
   "write": { "bw_bytes": 0, "iops": 0.0, "total_ios": 0, "clat_ns": { "min": 0 } } } ] }"#;
 
     fn job(pattern: Pattern, unit: Unit) -> Job {
-        Job { pattern, block_size: 4096, depth: 1, unit }
+        let length = Length::Seconds(2);
+        Job { pattern, block_size: 4096, depth: 1, connections: 1, length, unit }
     }
 
     #[test]

@@ -4,24 +4,32 @@
 //! rows, then servers, whose order turns by one in every round), so that a machine whose speed
 //! changes with time changes it for all. Every ratio comes from medians over the rounds of one run.
 //!
+//! Rows come in groups, of which `--only` chooses; see [`group`].
+//!
 //! Every block has a fresh server process: qemu-nbd locks the file it serves, so two servers
 //! cannot share it, and the peak memory then belongs to one row.
 
 mod bars;
+mod contest;
 mod data;
 mod fio;
+mod group;
+mod image_tools;
 mod machine;
 mod nbdcopy;
 mod options;
 mod process;
+mod qcow2;
 mod report;
 mod rows;
+mod running;
 mod sample;
 mod servers;
 mod statistics;
 mod table;
 
 use std::fs;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
@@ -41,20 +49,28 @@ use servers::{Launcher, Server};
 /// The build fails, nothing is left to measure, or a file cannot be written. A single block that
 /// fails is a note in the report.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    group::check_names(options)?;
     let mut notes = Vec::new();
-    let servers = available_servers(options, &mut notes)?;
-    let rows: Vec<&Row> = rows::ROWS.iter().filter(|row| options.wants_row(row.name)).collect();
-    if servers.is_empty() || rows.is_empty() {
-        bail!("nothing to measure: {} servers and {} rows", servers.len(), rows.len());
-    }
     let earlier = options.compare.as_deref().map(Report::read).transpose()?;
+    if !options.no_build {
+        let mut build = cargo();
+        build.args(["build", "--release", "-p", "nbd-cli", "-p", "benches"]);
+        run_step("build", &mut build)?;
+    }
     let folder = make_folder(options)?;
-    eprintln!("bench: filling {} bytes with random data", options.size);
-    let file = DataFile::create(folder.path().join("disk.img"), options.size, options.page_cache)?;
-    let launcher = Launcher::new(&file, folder.path(), target_folder()?)?;
-    let servers = launchable(&launcher, servers, &mut notes);
-    let measured = measure(options, &rows, &servers, &launcher, &mut notes);
-    let report = Report::new(options, &rows, measured, notes);
+    let target_folder = target_folder()?;
+    let (rows, measured) = match options.wants_group(group::RAW) {
+        true => run_raw(options, folder.path(), &target_folder, &mut notes)?,
+        false => (Vec::new(), Vec::new()),
+    };
+    let mut groups = Vec::new();
+    for group in group::GROUPS {
+        groups.extend(group::run(group, options, folder.path(), &target_folder, &mut notes)?);
+    }
+    if measured.is_empty() && groups.is_empty() {
+        bail!("nothing was measured: {}", notes.join("; "));
+    }
+    let report = Report::new(options, &rows, measured, groups, notes);
     println!("{}", table::render(&report));
     if let Some(earlier) = earlier {
         println!("{}", table::render_comparison(&report, &earlier));
@@ -66,24 +82,39 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The servers asked for whose programs are there; ours are built.
-fn available_servers(options: &Options, notes: &mut Vec<String>) -> Result<Vec<Server>> {
-    let wanted = Server::ALL.iter().copied().filter(|server| options.wants_server(server.name()));
-    let (built, peers): (Vec<Server>, Vec<Server>) = wanted.partition(|server| server.is_built());
-    if !built.is_empty() && !options.no_build {
-        let mut build = cargo();
-        build.args(["build", "--release", "-p", "nbd-cli", "-p", "benches"]);
-        run_step("build", &mut build)?;
+/// Measures the rows that serve a raw file; the file is gone afterwards.
+fn run_raw(
+    options: &Options,
+    folder: &Path,
+    target_folder: &Path,
+    notes: &mut Vec<String>,
+) -> Result<(Vec<&'static Row>, Vec<Measured>)> {
+    let servers = available_servers(options, notes);
+    let rows: Vec<&Row> = rows::ROWS.iter().filter(|row| options.wants_row(row.name)).collect();
+    if servers.is_empty() || rows.is_empty() {
+        return Ok((rows, Vec::new()));
     }
-    let mut servers = built;
-    for server in peers {
-        if crate::command::is_installed(server.program()) {
+    eprintln!("bench: filling {} bytes with random data", options.size);
+    let file = DataFile::create(folder.join("disk.img"), options.size, options.page_cache)?;
+    let launcher = Launcher::new(&file, folder, target_folder.to_owned())?;
+    let servers = launchable(&launcher, servers, notes);
+    let measured = measure(options, &rows, &servers, &launcher, notes);
+    // The groups that follow need the page cache.
+    fs::remove_file(file.path()).with_context(|| file.path().display().to_string())?;
+    Ok((rows, measured))
+}
+
+/// The servers asked for whose programs are there.
+fn available_servers(options: &Options, notes: &mut Vec<String>) -> Vec<Server> {
+    let mut servers = Vec::new();
+    for &server in Server::ALL.iter().filter(|server| options.wants_server(server.name())) {
+        if server.is_built() || crate::command::is_installed(server.program()) {
             servers.push(server);
         } else {
             note(notes, format!("{}: {} is not installed", server.name(), server.program()));
         }
     }
-    Ok(servers)
+    servers
 }
 
 /// The servers that start and accept a connection: not every kernel has io_uring, not every file
@@ -121,7 +152,8 @@ fn measure(
                 let place = format!("round {}/{} {}", round + 1, options.rounds, row.name);
                 match measure_block(options, row, server, launcher) {
                     Ok(sample) => {
-                        eprintln!("{place} {:18} {}", server.name(), sample.describe(row));
+                        let text = sample.describe(row.unit().suffix(), row.work_name());
+                        eprintln!("{place} {:18} {text}", server.name());
                         measured.push(Measured { row: row.name, server, sample });
                     }
                     Err(error) => note(notes, format!("{place} {}: {error:#}", server.name())),

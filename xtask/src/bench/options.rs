@@ -16,11 +16,14 @@ pub(crate) struct Options {
     /// Seconds that a block lasts (whole seconds, as fio takes no others; 2 at least).
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(2..=600))]
     pub(crate) seconds: u64,
+    /// Only these groups of rows: raw, qcow2, image-tools; all if not given.
+    #[arg(long, value_name = "GROUP,...")]
+    pub(crate) only: Option<String>,
     /// Only rows whose name contains one of these texts, separated by `,` or `|`.
     #[arg(long, value_name = "TEXT,...")]
     pub(crate) rows: Option<String>,
-    /// Only servers with one of these names: ours, floor, qemu-nbd, qemu-nbd-io-uring,
-    /// qemu-nbd-direct, nbdkit, nbd-server.
+    /// Only servers (and tools) with one of these names: ours, floor, qemu-nbd,
+    /// qemu-nbd-io-uring, qemu-nbd-direct, nbdkit, nbd-server, and what the groups add.
     #[arg(long, value_name = "NAME,...")]
     pub(crate) servers: Option<String>,
     /// Write the medians, all samples and the machine's description to this file.
@@ -51,6 +54,16 @@ pub(crate) enum PageCache {
 }
 
 impl Options {
+    /// Whether the group of this name was asked for.
+    pub(crate) fn wants_group(&self, name: &str) -> bool {
+        self.groups().is_none_or(|mut groups| groups.any(|group| group == name))
+    }
+
+    /// The groups that were asked for, if any were.
+    pub(crate) fn groups(&self) -> Option<impl Iterator<Item = &str>> {
+        self.only.as_ref().map(|only| only.split([',', '|']).map(str::trim))
+    }
+
     /// Whether the row of this name was asked for.
     pub(crate) fn wants_row(&self, name: &str) -> bool {
         self.rows
@@ -116,6 +129,7 @@ mod tests {
             rounds: 1,
             size: 1 << 20,
             seconds: 2,
+            only: Some("raw, tls".to_owned()),
             rows: Some("randread,nbdcopy".to_owned()),
             servers: Some("qemu-nbd".to_owned()),
             json: None,
@@ -125,6 +139,7 @@ mod tests {
             no_build: true,
         };
         assert!(options.wants_row("randread-4k-qd1") && !options.wants_row("randwrite-4k-qd1"));
+        assert!(options.wants_group("tls") && !options.wants_group("qcow2"));
         assert!(options.wants_server("qemu-nbd") && !options.wants_server("qemu-nbd-direct"));
     }
 }

@@ -1,12 +1,13 @@
 //! What a server costs: CPU time and peak memory of its process and all its descendants.
 
 use std::fs;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 
 /// The unit of CPU times in `/proc`: Linux has shown them in hundredths of a second to every
 /// program since 2.6, whatever the kernel's own clock.
@@ -50,8 +51,11 @@ impl Watch {
             let peak = Arc::clone(&peak_memory_kib);
             let is_over = Arc::clone(&is_over);
             move || {
+                // What runs for a moment only is looked at soon, too.
+                let mut interval = MEMORY_INTERVAL / 16;
                 while !is_over.load(Ordering::Relaxed) {
-                    thread::park_timeout(MEMORY_INTERVAL);
+                    thread::park_timeout(interval);
+                    interval = MEMORY_INTERVAL;
                     peak.fetch_max(tree_memory_kib(root), Ordering::Relaxed);
                 }
             }
@@ -87,6 +91,37 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// Runs `command` to its end: how long that took, and what it used. Its output goes nowhere.
+///
+/// # Errors
+///
+/// The command cannot be started or fails; its complaint is in the error.
+pub(crate) fn run_to_end(command: &mut Command) -> Result<(Duration, Usage)> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    // Children that have ended and were waited for are counted as ours.
+    let before = tree_cpu_us(std::process::id())?;
+    let start = Instant::now();
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start {name}"))?;
+    let watch = Watch::start(child.id());
+    let output = child.wait_with_output()?;
+    let elapsed = start.elapsed();
+    let peak_memory_kib = watch.map_or(0, |mut watch| {
+        watch.stop();
+        watch.peak_memory_kib.load(Ordering::Relaxed)
+    });
+    if !output.status.success() {
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        bail!("{name}: {}: {}", output.status, complaint.trim());
+    }
+    let cpu_us = tree_cpu_us(std::process::id())?.saturating_sub(before);
+    Ok((elapsed, Usage { cpu_us, peak_memory_kib }))
 }
 
 /// The part of `/proc/PID/stat` that counts here.
@@ -204,8 +239,8 @@ mod tests {
     fn own_process_has_memory_and_its_work_is_counted() {
         let watch = Watch::start(std::process::id()).expect("own process");
         let mut sum = 0_u64;
-        let deadline = std::time::Instant::now() + Duration::from_millis(200);
-        while std::time::Instant::now() < deadline {
+        let deadline = Instant::now() + Duration::from_millis(200);
+        while Instant::now() < deadline {
             sum = std::hint::black_box(sum.wrapping_add(1));
         }
         let usage = watch.finish().expect("own process");

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::bars::{self, BarReport};
+use super::contest::GroupReport;
 use super::machine::Machine;
 use super::options::{Options, PageCache};
 use super::rows::Row;
@@ -24,6 +25,9 @@ pub(crate) struct Report {
     pub(crate) page_cache: PageCache,
     pub(crate) rows: Vec<RowReport>,
     pub(crate) bars: Vec<BarReport>,
+    /// The other groups of rows.
+    #[serde(default)]
+    pub(crate) groups: Vec<GroupReport>,
     /// Servers and blocks that had to be left out, and why.
     pub(crate) notes: Vec<String>,
 }
@@ -61,6 +65,7 @@ impl Report {
         options: &Options,
         rows: &[&Row],
         measured: Vec<Measured>,
+        groups: Vec<GroupReport>,
         notes: Vec<String>,
     ) -> Self {
         let rows: Vec<RowReport> = rows.iter().map(|row| RowReport::new(row, &measured)).collect();
@@ -72,6 +77,7 @@ impl Report {
             page_cache: options.page_cache,
             bars: bars::judge(&rows),
             rows,
+            groups,
             notes,
         }
     }
@@ -193,6 +199,7 @@ pub(crate) mod tests {
             page_cache: PageCache::Pages,
             bars: bars::judge(&rows),
             rows,
+            groups: Vec::new(),
             notes: vec!["nbd-server: nbd-server is not installed".to_owned()],
         }
     }

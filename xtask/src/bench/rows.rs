@@ -120,8 +120,10 @@ pub(crate) struct ClientResult {
 pub(crate) fn run(row: &Row, uri: &str, options: &Options) -> Result<ClientResult> {
     match row.workload {
         Workload::Fio { pattern, block_size, depth } => {
-            let job = fio::Job { pattern, block_size, depth, unit: row.unit() };
-            fio::run(&job, uri, options.size, options.seconds)
+            let length = fio::Length::Seconds(options.seconds);
+            let unit = row.unit();
+            let job = fio::Job { pattern, block_size, depth, connections: 1, length, unit };
+            fio::run(&job, uri, options.size)
         }
         Workload::Copy { connections } => {
             nbdcopy::run(uri, connections, options.size, options.seconds)

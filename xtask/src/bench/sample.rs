@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::process::Usage;
-use super::rows::{ClientResult, Row};
+use super::rows::ClientResult;
 use super::servers::Server;
 
 /// The numbers of one block, or their medians.
@@ -39,14 +39,14 @@ impl Sample {
     }
 
     /// One line for the terminal.
-    pub(crate) fn describe(&self, row: &Row) -> String {
+    pub(crate) fn describe(&self, throughput_unit: &str, work_name: &str) -> String {
         let p99 = self.p99_us.map_or_else(String::new, |p99| format!(", p99 {p99:.0} us"));
         format!(
             "{:9.0} {}, {:.1} us CPU per {}{p99}, {:.1} MiB",
             self.throughput,
-            row.unit().suffix(),
+            throughput_unit,
             self.cpu_us_per_work,
-            row.work_name(),
+            work_name,
             self.peak_memory_kib / 1024.0,
         )
     }

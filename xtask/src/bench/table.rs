@@ -1,7 +1,10 @@
 //! The report as text.
 
+use super::bars::BarReport;
+use super::contest::{ContestReport, OURS};
 use super::options::PageCache;
 use super::report::{Report, RowReport};
+use super::sample::Sample;
 use super::servers::Server;
 
 /// The table of ratios, the bars, and what had to be left out.
@@ -20,24 +23,62 @@ pub(crate) fn render(report: &Report) -> String {
             PageCache::Readahead => "the folios of readahead",
         },
     );
-    let mut lines = vec![HEADINGS.map(str::to_owned).to_vec()];
-    lines.extend(report.rows.iter().map(row_cells));
-    text.push_str(&align(&lines));
-    text.push_str(
-        "\nCPU: the server's time per request, per MiB for nbdcopy. The best peer is taken\n",
-    );
-    text.push_str("for each measure on its own. Memory: peak of all processes of the server.\n\n");
-    let mut lines = vec![["row", "has to be", "is", "verdict"].map(str::to_owned).to_vec()];
-    for bar in &report.bars {
-        let measured = bar.measured.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
-        let verdict = bar.verdict.word().to_owned();
-        lines.push(vec![bar.row.clone(), bar.requirement.clone(), measured, verdict]);
+    if !report.rows.is_empty() {
+        let mut lines = vec![HEADINGS.map(str::to_owned).to_vec()];
+        lines.extend(report.rows.iter().map(row_cells));
+        text.push_str(&align(&lines));
+        text.push_str(
+            "\nCPU: the server's time per request, per MiB for nbdcopy. The best peer is taken\n",
+        );
+        text.push_str(
+            "for each measure on its own. Memory: peak of all processes of the server.\n",
+        );
+        text.push_str(&bar_lines(&report.bars));
     }
-    text.push_str(&align(&lines));
+    for group in &report.groups {
+        text.push_str(&format!("\n{}\n", group.name));
+        let mut lines = vec![GROUP_HEADINGS.map(str::to_owned).to_vec()];
+        lines.extend(group.rows.iter().flat_map(contest_lines));
+        text.push_str(&align(&lines));
+        text.push_str(&bar_lines(&group.bars));
+    }
     for note in &report.notes {
         text.push_str(&format!("note: {note}\n"));
     }
     text
+}
+
+/// The bars with an empty line in front, or nothing.
+fn bar_lines(bars: &[BarReport]) -> String {
+    if bars.is_empty() {
+        return String::new();
+    }
+    let mut lines = vec![["row", "has to be", "is", "verdict"].map(str::to_owned).to_vec()];
+    for bar in bars {
+        let measured = bar.measured.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}"));
+        let verdict = bar.verdict.word().to_owned();
+        lines.push(vec![bar.row.clone(), bar.requirement.clone(), measured, verdict]);
+    }
+    format!("\n{}", align(&lines))
+}
+
+/// One line per contender.
+fn contest_lines(row: &ContestReport) -> Vec<Vec<String>> {
+    let ours = row.median_of(OURS).copied();
+    let lines = row.contenders.iter().enumerate().map(|(index, contender)| {
+        let median = contender.median;
+        let ratio = ours.map(|ours| ours.throughput / median.throughput);
+        vec![
+            if index == 0 { row.name.clone() } else { String::new() },
+            contender.name.clone(),
+            format!("{:.0} {}", median.throughput, row.throughput_unit),
+            ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
+            format!("{:.1} us/{}", median.cpu_us_per_work, row.work_name),
+            median.p99_us.map_or_else(|| "-".to_owned(), |p99| format!("{p99:.0}")),
+            format!("{:.1}", median.peak_memory_kib / 1024.0),
+        ]
+    });
+    lines.collect()
 }
 
 /// Our medians relative to those of an earlier report.
@@ -57,8 +98,24 @@ pub(crate) fn render_comparison(report: &Report, earlier: &Report) -> String {
             format!("{:.2}", now.cpu_us_per_work / then.cpu_us_per_work),
         ]);
     }
+    let rows_of = |report: &'_ Report| -> Vec<(String, Sample)> {
+        let rows = report.groups.iter().flat_map(|group| &group.rows);
+        rows.filter_map(|row| Some((row.name.clone(), *row.median_of(OURS)?))).collect()
+    };
+    let then = rows_of(earlier);
+    for (name, now) in rows_of(report) {
+        let Some((_, then)) = then.iter().find(|(other, _)| *other == name) else { continue };
+        lines.push(vec![
+            name,
+            format!("{:.2}", now.throughput / then.throughput),
+            format!("{:.2}", now.cpu_us_per_work / then.cpu_us_per_work),
+        ]);
+    }
     align(&lines)
 }
+
+const GROUP_HEADINGS: [&str; 7] =
+    ["row", "who", "throughput", "ours/it", "CPU", "p99 us", "peak MiB"];
 
 const HEADINGS: [&str; 9] = [
     "row",

@@ -1,0 +1,237 @@
+//! Rows that a group brings along: contenders who do the same work, side by side.
+//!
+//! Blocks are interleaved as those of the raw rows are: rounds, then rows, then contenders, whose
+//! order turns by one in every round.
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+
+use super::bars::{BarReport, Limit, Verdict, is_met};
+use super::group::Lab;
+use super::note;
+use super::sample::Sample;
+use super::statistics::median_sample;
+
+/// The contender that is ours; others of ours begin with this and `-`, and are no peers.
+pub(crate) const OURS: &str = "ours";
+
+/// One row.
+pub(crate) struct Contest {
+    /// The name in the table and the report, unique among all groups.
+    pub(crate) name: String,
+    /// What throughputs count, such as `IOPS`.
+    pub(crate) throughput_unit: &'static str,
+    /// What CPU time is counted per, such as `request`.
+    pub(crate) work_name: &'static str,
+    pub(crate) contenders: Vec<Contender>,
+}
+
+/// One server or tool in a row.
+pub(crate) struct Contender {
+    pub(crate) name: &'static str,
+    pub(crate) measure: Measure,
+}
+
+/// Measures one block.
+pub(crate) type Measure = Box<dyn Fn(&Lab<'_>) -> Result<Sample>>;
+
+/// One requirement for [`OURS`].
+#[derive(Debug)]
+pub(crate) struct ContestBar {
+    /// The row's name.
+    pub(crate) row: String,
+    pub(crate) against: Against,
+    pub(crate) limit: Limit,
+}
+
+/// What our throughput in the row is divided by.
+#[derive(Debug)]
+pub(crate) enum Against {
+    /// The fastest contender that is not ours.
+    BestPeer,
+    /// The contender of this name in the same row.
+    Contender(&'static str),
+    /// Our throughput in the row of this name.
+    OursInRow(String),
+}
+
+/// What came of a group.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct GroupReport {
+    pub(crate) name: String,
+    pub(crate) rows: Vec<ContestReport>,
+    pub(crate) bars: Vec<BarReport>,
+}
+
+/// What came of one row.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ContestReport {
+    pub(crate) name: String,
+    pub(crate) throughput_unit: String,
+    pub(crate) work_name: String,
+    pub(crate) contenders: Vec<ContenderReport>,
+}
+
+/// What one contender did in one row.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct ContenderReport {
+    pub(crate) name: String,
+    pub(crate) median: Sample,
+    pub(crate) samples: Vec<Sample>,
+}
+
+/// Measures every row in every round. A block that fails is a note.
+pub(crate) fn run(
+    contests: &[Contest],
+    lab: &Lab<'_>,
+    notes: &mut Vec<String>,
+) -> Vec<ContestReport> {
+    let wanted: Vec<Vec<&Contender>> = contests
+        .iter()
+        .map(|contest| {
+            contest.contenders.iter().filter(|who| lab.options.wants_server(who.name)).collect()
+        })
+        .collect();
+    let mut samples: Vec<Vec<Vec<Sample>>> =
+        wanted.iter().map(|contenders| vec![Vec::new(); contenders.len()]).collect();
+    let rounds = lab.options.rounds;
+    for round in 0..rounds {
+        for (row, contest) in contests.iter().enumerate() {
+            for turn in 0..wanted[row].len() {
+                let index = (turn + round) % wanted[row].len();
+                let contender = wanted[row][index];
+                let place = format!("round {}/{rounds} {}", round + 1, contest.name);
+                match (contender.measure)(lab) {
+                    Ok(sample) => {
+                        let text = sample.describe(contest.throughput_unit, contest.work_name);
+                        eprintln!("{place} {:18} {text}", contender.name);
+                        samples[row][index].push(sample);
+                    }
+                    Err(error) => note(notes, format!("{place} {}: {error:#}", contender.name)),
+                }
+            }
+        }
+    }
+    let mut reports = Vec::new();
+    for ((contest, contenders), samples) in contests.iter().zip(wanted).zip(samples) {
+        let contenders = contenders.iter().zip(samples).filter_map(|(contender, samples)| {
+            let median = median_sample(&samples)?;
+            Some(ContenderReport { name: contender.name.to_owned(), median, samples })
+        });
+        reports.push(ContestReport {
+            name: contest.name.clone(),
+            throughput_unit: contest.throughput_unit.to_owned(),
+            work_name: contest.work_name.to_owned(),
+            contenders: contenders.collect(),
+        });
+    }
+    reports
+}
+
+impl ContestReport {
+    /// The medians of the contender of this name, if it was measured.
+    pub(crate) fn median_of(&self, name: &str) -> Option<&Sample> {
+        self.contenders.iter().find(|contender| contender.name == name).map(|found| &found.median)
+    }
+
+    /// The fastest contender that is not ours.
+    pub(crate) fn fastest_peer(&self) -> Option<&ContenderReport> {
+        self.peers().max_by(|a, b| a.median.throughput.total_cmp(&b.median.throughput))
+    }
+
+    fn peers(&self) -> impl Iterator<Item = &ContenderReport> {
+        self.contenders.iter().filter(|contender| !contender.name.starts_with(OURS))
+    }
+}
+
+/// Judges the bars of the rows that were run.
+pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarReport> {
+    bars.iter()
+        .filter_map(|bar| {
+            let row = rows.iter().find(|row| row.name == bar.row)?;
+            let measured = ratio(&bar.against, row, rows);
+            let what = match &bar.against {
+                Against::BestPeer => "throughput / best peer".to_owned(),
+                Against::Contender(name) => format!("throughput / {name}"),
+                Against::OursInRow(name) => format!("throughput / {name}"),
+            };
+            let (relation, limit) = match bar.limit {
+                Limit::AtLeast(limit) => ("at least", limit),
+                Limit::AtMost(limit) => ("at most", limit),
+            };
+            let verdict = match measured {
+                None => Verdict::NotMeasured,
+                Some(ratio) if is_met(bar.limit, ratio) => Verdict::Pass,
+                Some(_) => Verdict::Fail,
+            };
+            let requirement = format!("{what} {relation} {limit:.1}");
+            Some(BarReport { row: bar.row.clone(), requirement, measured, verdict })
+        })
+        .collect()
+}
+
+fn ratio(against: &Against, row: &ContestReport, rows: &[ContestReport]) -> Option<f64> {
+    let ours = row.median_of(OURS)?;
+    let other = match against {
+        Against::BestPeer => row.fastest_peer()?.median,
+        Against::Contender(name) => *row.median_of(name)?,
+        Against::OursInRow(name) => {
+            *rows.iter().find(|other| other.name == *name)?.median_of(OURS)?
+        }
+    };
+    Some(ours.throughput / other.throughput)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(name: &str, contenders: &[(&str, f64)]) -> ContestReport {
+        let contenders = contenders.iter().map(|&(name, throughput)| {
+            let median = Sample {
+                throughput,
+                p99_us: None,
+                cpu_us_per_work: 100.0 / throughput,
+                peak_memory_kib: 1.0,
+            };
+            ContenderReport { name: name.to_owned(), median, samples: vec![median] }
+        });
+        ContestReport {
+            name: name.to_owned(),
+            throughput_unit: "IOPS".to_owned(),
+            work_name: "request".to_owned(),
+            contenders: contenders.collect(),
+        }
+    }
+
+    #[test]
+    fn bars_compare_with_peers_with_other_contenders_and_with_other_rows() {
+        let rows = [
+            row("one", &[("ours", 40.0), ("ours-raw", 50.0), ("a", 10.0), ("b", 20.0)]),
+            row("four", &[("ours", 60.0)]),
+        ];
+        let bar = |row: &str, against, limit| ContestBar {
+            row: row.to_owned(),
+            against,
+            limit: Limit::AtLeast(limit),
+        };
+        let bars = [
+            bar("one", Against::BestPeer, 2.0),
+            bar("one", Against::Contender("ours-raw"), 0.9),
+            bar("four", Against::OursInRow("one".to_owned()), 1.0),
+            bar("four", Against::BestPeer, 1.0),
+            bar("absent", Against::BestPeer, 1.0),
+        ];
+        let judged = judge(&bars, &rows);
+        let outcome: Vec<_> = judged.iter().map(|bar| (bar.measured, bar.verdict)).collect();
+        assert_eq!(
+            outcome,
+            [
+                (Some(2.0), Verdict::Pass),
+                (Some(0.8), Verdict::Fail),
+                (Some(1.5), Verdict::Pass),
+                (None, Verdict::NotMeasured),
+            ]
+        );
+    }
+}
