@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use nbd_proto::wire::ReplyMode;
 
+#[cfg(feature = "tls")]
+use crate::tls::TlsMode;
+
 /// Bounds and choices of a [`Server`](crate::Server). Start from [`ServerConfig::default`].
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -33,6 +36,9 @@ pub struct ServerConfig {
     /// The best form of replies that is negotiated. Below [`ReplyMode::Extended`] the server
     /// behaves like an older one. Default: [`ReplyMode::Extended`].
     pub best_reply_mode: ReplyMode,
+    /// Whether clients may or have to use TLS. Default: [`TlsMode::Off`].
+    #[cfg(feature = "tls")]
+    pub tls: TlsMode,
 }
 
 impl Default for ServerConfig {
@@ -48,6 +54,8 @@ impl Default for ServerConfig {
             server_budget: 1 << 30,
             drain_deadline: Duration::from_secs(10),
             best_reply_mode: ReplyMode::Extended,
+            #[cfg(feature = "tls")]
+            tls: TlsMode::Off,
         }
     }
 }

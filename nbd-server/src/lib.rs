@@ -48,6 +48,7 @@
 //! # Features
 //!
 //! * `image` (default): [`export::ImageExport`], disk images through the `imgfmt` crate.
+//! * `tls` (default): the module `tls`, through OpenSSL.
 
 mod acceptor;
 mod budget;
@@ -60,6 +61,8 @@ mod listener;
 mod server;
 mod shutdown;
 mod sys;
+#[cfg(feature = "tls")]
+pub mod tls;
 mod worker;
 
 pub use clients::ClientCount;

@@ -3,16 +3,19 @@
 mod address;
 mod captive;
 mod source;
+mod tls;
 
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use self::address::TcpAddress;
 use self::captive::Captive;
+pub use self::tls::{TlsArgs, TlsChoice};
 use crate::error::{CommandError, Outcome};
 use crate::output::warn;
 pub use crate::serving::{DetectZeroes, Discard};
@@ -35,6 +38,8 @@ Examples:
   nbd-cli serve --temporary --run './try-something \"$uri\"' disk.qcow2
   nbd-cli serve --socket /run/nbd.sock root=/srv/root.img data=/dev/vg/data
   nbd-cli serve --listen '[::1]:10810' --name disk --description 'the build disk' disk.img
+  nbd-cli serve --listen 0.0.0.0 --tls-certificates /etc/pki/nbd disk.img
+  nbd-cli serve --listen 0.0.0.0 --tls-psk /etc/nbd/keys.psk disk.img
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
 
 When clients can connect, one URI per export and address is printed on standard output. With --run
@@ -111,6 +116,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "COMMAND")]
     pub run: Option<String>,
 
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub tls: TlsArgs,
+
     /// Connections at a time; one more is closed at once.
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Limits")]
     pub max_connections: usize,
@@ -155,31 +164,27 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new()?;
     let registry = ExportRegistry::new();
     let names = source::add_all(&args, &registry)?;
+    let tls = args.tls.load()?;
+    tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
         Some(_) if args.listen.is_empty() && args.socket.is_empty() => Some(PrivateFolder::new()?),
         _ => None,
     };
     // Behind the folder, so that its socket is removed before it in any case.
-    let mut server = Server::new(config(&args)?, registry);
+    let mut server = Server::new(config(&args, &tls)?, registry);
     let mut bound = Vec::new();
     for address in addresses(&args, private.as_ref()) {
         bound.extend(server.listen(&address).await.map_err(serve_error)?);
     }
-    for address in bound.iter().filter(|address| address.is_public()) {
-        warn(&format!(
-            "{address} can be reached by other machines, and whoever can reach it can read{} the \
-             disk: there is no encryption and no password; use 127.0.0.1, --socket or a firewall",
-            if args.read_only { "" } else { " and change" }
-        ));
-    }
+    warn_of_exposure(&bound, &tls, if args.read_only { "" } else { " and change" });
     match &args.run {
         None => {
-            announce(&bound, &names);
+            announce(&bound, &names, &tls);
             serve_until_signal(server, signals, std::future::pending()).await?;
             Ok(Outcome::Success)
         }
         Some(command) => {
-            let captive = Captive::start(command, &bound, &names)?;
+            let captive = Captive::start(command, &bound, &names, &tls)?;
             serve_while_running(server, captive, &mut signals).await
         }
     }
@@ -198,7 +203,18 @@ async fn serve_while_running(
     Ok(Outcome::Status(status?))
 }
 
-fn config(args: &ServeArgs) -> Result<ServerConfig, CommandError> {
+fn warn_of_exposure(bound: &[BoundAddress], tls: &TlsMode, and_change: &str) {
+    let Some(why) = tls::exposure(tls) else { return };
+    for address in bound.iter().filter(|address| address.is_public()) {
+        warn(&format!(
+            "{address} can be reached by other machines, and whoever can reach it can \
+             read{and_change} the disk: {why}; use TLS with credentials, 127.0.0.1, --socket or a \
+             firewall"
+        ));
+    }
+}
+
+fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError> {
     for (option, value) in
         [("--max-connections", args.max_connections), ("--max-requests", args.max_requests)]
     {
@@ -217,6 +233,7 @@ fn config(args: &ServeArgs) -> Result<ServerConfig, CommandError> {
     config.drain_deadline = args.drain_timeout;
     config.connection_budget = bytes("--connection-budget", args.connection_budget)?;
     config.server_budget = bytes("--memory", args.memory)?;
+    config.tls = tls.clone();
     Ok(config)
 }
 
@@ -243,11 +260,11 @@ fn service_manager_gave_sockets() -> bool {
 }
 
 /// One URI per line. That nobody reads them is no reason not to serve.
-fn announce(bound: &[BoundAddress], names: &[String]) {
+fn announce(bound: &[BoundAddress], names: &[String], tls: &TlsMode) {
     let mut stdout = std::io::stdout().lock();
     for address in bound {
         for name in names {
-            let _ = writeln!(stdout, "{}", address.uri(name));
+            let _ = writeln!(stdout, "{}", tls::uri(address, name, tls));
         }
     }
     let _ = stdout.flush();

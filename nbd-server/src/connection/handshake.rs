@@ -7,18 +7,22 @@ use bytes::{Buf, BytesMut};
 use nbd_proto::handshake::Negotiated;
 use nbd_proto::handshake::RefusalReason;
 use nbd_proto::handshake::server::{
-    GoAnswer, Handshake, HandshakeStep, ServerConfig as Negotiation, TlsPolicy,
+    GoAnswer, Handshake, HandshakeStep, PendingTls, ServerConfig as Negotiation, TlsPolicy,
 };
 
-use super::socket::{More, Socket};
+use super::socket::{Channel, More, Socket};
 use super::{ConnectionError, Shared};
+use crate::ServerConfig;
 use crate::export::{ExportEntry, ExportRegistry};
+#[cfg(feature = "tls")]
+use crate::tls::TlsMode;
 
 /// Bytes read at a time.
 const READ_LEN: usize = 16 * 1024;
 
 /// A client that has chosen its export.
 pub(super) struct Established {
+    pub(super) socket: Socket,
     pub(super) negotiated: Negotiated,
     pub(super) entry: ExportEntry,
     /// What the client sent behind its last option: the first requests.
@@ -27,13 +31,15 @@ pub(super) struct Established {
 
 /// Negotiates until the client has chosen an export; `None` if it left.
 pub(super) async fn negotiate(
-    socket: &mut Socket,
+    mut socket: Socket,
     shared: &Shared,
 ) -> Result<Option<Established>, ConnectionError> {
     let mut input = BytesMut::new();
     let mut output = BytesMut::new();
-    let negotiation =
-        Negotiation { tls: TlsPolicy::Off, best_reply_mode: shared.config.best_reply_mode };
+    let negotiation = Negotiation {
+        tls: tls_policy(&shared.config),
+        best_reply_mode: shared.config.best_reply_mode,
+    };
     let mut handshake = Handshake::start(negotiation, &mut output);
     let exports = &shared.exports;
     loop {
@@ -41,27 +47,32 @@ pub(super) async fn negotiate(
         // What the machine said before it gave up still helps the client.
         let step = match step {
             Ok(HandshakeStep::NeedsInput(next)) => {
-                send(socket, &mut output).await?;
+                send(&mut socket, &mut output).await?;
                 handshake = next;
-                if !receive(socket, &mut input).await? {
+                if !receive(&mut socket, &mut input).await? {
                     return Ok(None);
                 }
                 continue;
             }
+            Ok(HandshakeStep::StartTls(pending)) => {
+                (handshake, socket) =
+                    start_tls(pending, socket, &shared.config, (&mut input, &mut output)).await?;
+                continue;
+            }
             Ok(step) => step,
             Err(error) => {
-                let _ = send(socket, &mut output).await;
+                let _ = send(&mut socket, &mut output).await;
                 return Err(error.into());
             }
         };
-        match answer(step, exports, &mut output)? {
+        match answer(step, exports, socket.channel(), &mut output)? {
             Answered::Handshake(next) => handshake = next,
             Answered::Transmission(negotiated, entry) => {
-                send(socket, &mut output).await?;
-                return Ok(Some(Established { negotiated, entry, received: input }));
+                send(&mut socket, &mut output).await?;
+                return Ok(Some(Established { socket, negotiated, entry, received: input }));
             }
             Answered::Aborted => {
-                send(socket, &mut output).await?;
+                send(&mut socket, &mut output).await?;
                 return Ok(None);
             }
         }
@@ -75,54 +86,123 @@ enum Answered {
 }
 
 const UNKNOWN: &str = "there is no export of this name";
+const NEEDS_TLS: &str = "this export is served over TLS only";
+
+/// Finds what a client asks for, unless it may not be told without TLS.
+fn find(
+    exports: &ExportRegistry,
+    name: &str,
+    channel: Channel,
+) -> Result<(String, ExportEntry), (RefusalReason, &'static str)> {
+    match exports.find(name) {
+        Some((_, entry)) if entry.is_tls_required() && channel == Channel::Clear => {
+            Err((RefusalReason::TlsRequired, NEEDS_TLS))
+        }
+        Some(found) => Ok(found),
+        None => Err((RefusalReason::UnknownExport, UNKNOWN)),
+    }
+}
 
 /// Answers one option from the registry.
 fn answer(
     step: HandshakeStep,
     exports: &ExportRegistry,
+    channel: Channel,
     out: &mut BytesMut,
 ) -> Result<Answered, ConnectionError> {
     let next = match step {
         HandshakeStep::NeedsInput(handshake) => handshake,
-        HandshakeStep::Go(pending) => match exports.find(pending.export_name()) {
-            Some((name, entry)) => match pending.accept(&entry.describe(&name), out) {
+        HandshakeStep::Go(pending) => match find(exports, pending.export_name(), channel) {
+            Ok((name, entry)) => match pending.accept(&entry.describe(&name), out) {
                 GoAnswer::Transmission(negotiated) => {
                     return Ok(Answered::Transmission(*negotiated, entry));
                 }
                 GoAnswer::BlockSizesRequired(handshake) => handshake,
             },
-            None => pending.reject(RefusalReason::UnknownExport, UNKNOWN, out),
+            Err((reason, message)) => pending.reject(reason, message, out),
         },
-        HandshakeStep::Info(pending) => match exports.find(pending.export_name()) {
-            Some((name, entry)) => pending.accept(&entry.describe(&name), out),
-            None => pending.reject(RefusalReason::UnknownExport, UNKNOWN, out),
+        HandshakeStep::Info(pending) => match find(exports, pending.export_name(), channel) {
+            Ok((name, entry)) => pending.accept(&entry.describe(&name), out),
+            Err((reason, message)) => pending.reject(reason, message, out),
         },
-        HandshakeStep::ExportName(pending) => match exports.find(pending.export_name()) {
-            Some((name, entry)) => {
+        HandshakeStep::ExportName(pending) => match find(exports, pending.export_name(), channel) {
+            Ok((name, entry)) => {
                 let negotiated = pending.accept(&entry.describe(&name), out);
                 return Ok(Answered::Transmission(negotiated, entry));
             }
-            None => return Err(pending.reject().into()),
+            Err(_) => return Err(pending.reject().into()),
         },
         HandshakeStep::List(pending) => pending.accept(&exports.listed(), out),
-        HandshakeStep::MetaContext(pending) => match exports.find(pending.export_name()) {
-            Some((_, entry)) => pending.accept(&entry.export().info().meta_contexts, out),
-            None => pending.reject(RefusalReason::UnknownExport, UNKNOWN, out),
-        },
-        HandshakeStep::StartTls(pending) => {
-            pending.reject(RefusalReason::Policy, "this server has no TLS credentials", out)
+        HandshakeStep::MetaContext(pending) => {
+            match find(exports, pending.export_name(), channel) {
+                Ok((_, entry)) => pending.accept(&entry.export().info().meta_contexts, out),
+                // Where TLS is a choice, ERR_TLS_REQD answers INFO and GO only.
+                Err((RefusalReason::TlsRequired, message)) => {
+                    pending.reject(RefusalReason::Policy, message, out)
+                }
+                Err((reason, message)) => pending.reject(reason, message, out),
+            }
         }
+        HandshakeStep::StartTls(pending) => refuse_tls(pending, out),
         HandshakeStep::Aborted => return Ok(Answered::Aborted),
     };
     Ok(Answered::Handshake(next))
 }
 
-async fn send(socket: &Socket, output: &mut BytesMut) -> io::Result<()> {
+fn refuse_tls(pending: PendingTls, out: &mut BytesMut) -> Handshake {
+    pending.reject(RefusalReason::Policy, "this server has no TLS credentials", out)
+}
+
+#[cfg(not(feature = "tls"))]
+const fn tls_policy(_: &ServerConfig) -> TlsPolicy {
+    TlsPolicy::Off
+}
+
+#[cfg(feature = "tls")]
+const fn tls_policy(config: &ServerConfig) -> TlsPolicy {
+    match config.tls {
+        TlsMode::Off => TlsPolicy::Off,
+        TlsMode::Allow(_) => TlsPolicy::Allow,
+        TlsMode::Require(_) => TlsPolicy::Require,
+    }
+}
+
+/// Answers STARTTLS and carries it out.
+#[cfg(feature = "tls")]
+async fn start_tls(
+    pending: PendingTls,
+    mut socket: Socket,
+    config: &ServerConfig,
+    buffers: (&mut BytesMut, &mut BytesMut),
+) -> Result<(Handshake, Socket), ConnectionError> {
+    let (input, output) = buffers;
+    let Some(credentials) = config.tls.credentials() else {
+        return Ok((refuse_tls(pending, output), socket));
+    };
+    // Fails if anything came in the clear behind STARTTLS.
+    let before = pending.accept(input, output)?;
+    send(&mut socket, output).await?;
+    let (tls, identity) = super::tls::accept(socket, credentials).await?;
+    tracing::info!(client = %identity, tls = tls.describe(), "TLS established");
+    Ok((before.resume_after_tls(), Socket::Tls(Box::new(tls))))
+}
+
+#[cfg(not(feature = "tls"))]
+async fn start_tls(
+    pending: PendingTls,
+    socket: Socket,
+    _: &ServerConfig,
+    buffers: (&mut BytesMut, &mut BytesMut),
+) -> Result<(Handshake, Socket), ConnectionError> {
+    Ok((refuse_tls(pending, buffers.1), socket))
+}
+
+async fn send(socket: &mut Socket, output: &mut BytesMut) -> io::Result<()> {
     while !output.is_empty() {
         let sent = poll_fn(|cx| socket.poll_send(cx, &[IoSlice::new(output)], More::No)).await?;
         output.advance(sent);
     }
-    Ok(())
+    poll_fn(|cx| socket.poll_flush(cx)).await
 }
 
 /// Reads once; false at the end of the stream.

@@ -7,6 +7,8 @@ mod pool;
 mod receive;
 mod send;
 mod socket;
+#[cfg(feature = "tls")]
+mod tls;
 mod transmission;
 
 use std::sync::Arc;
@@ -41,6 +43,9 @@ pub(crate) struct Shared {
 pub(crate) enum ConnectionError {
     #[error(transparent)]
     Protocol(#[from] nbd_proto::ProtocolError),
+    #[cfg(feature = "tls")]
+    #[error(transparent)]
+    Tls(#[from] tls::TlsFailure),
     #[error("{0}")]
     Io(#[from] std::io::Error),
     #[error("the client did not finish its handshake in time")]
@@ -53,17 +58,22 @@ pub(crate) enum ConnectionError {
 ///
 /// `neighbours` counts the connections of this thread, this one included.
 pub(crate) async fn serve(
-    mut socket: Socket,
+    socket: Socket,
     shared: Shared,
     mut shutdown: Shutdown,
     neighbours: Arc<AtomicUsize>,
 ) {
     let mut draining = shutdown.clone();
     let deadline = shared.config.handshake_deadline;
-    let negotiation = tokio::time::timeout(deadline, handshake::negotiate(&mut socket, &shared));
+    let negotiation = tokio::time::timeout(deadline, handshake::negotiate(socket, &shared));
     let established = tokio::select! {
         result = negotiation => match result {
             Ok(Ok(Some(established))) => established,
+            #[cfg(feature = "tls")]
+            Ok(Err(ConnectionError::Tls(error))) => {
+                // Who is turned away cannot be told why; the owner of the server has to know.
+                return tracing::warn!(%error, "no TLS with a client");
+            }
             Ok(Ok(None)) => return tracing::debug!("the client left during the handshake"),
             Ok(Err(error)) => return tracing::info!(%error, "handshake failed"),
             Err(_) => {
@@ -75,7 +85,7 @@ pub(crate) async fn serve(
     };
     let _present = shared.clients.enter();
     tracing::info!(export = ?established.negotiated.export_name, "client connected");
-    let session = transmission::Session::new(socket, established, &shared, neighbours);
+    let session = transmission::Session::new(established, &shared, neighbours);
     tokio::select! {
         result = session.run(draining) => match result {
             Ok(()) => tracing::info!("client disconnected"),

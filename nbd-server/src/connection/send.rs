@@ -115,7 +115,7 @@ impl SendQueue {
     pub(super) fn poll_flush(
         &mut self,
         cx: &mut Context<'_>,
-        socket: &Socket,
+        socket: &mut Socket,
     ) -> Poll<Result<(), ConnectionError>> {
         while let Some(front) = self.segments.front() {
             let sent = match front {
@@ -135,13 +135,13 @@ impl SendQueue {
                 Poll::Pending => return Poll::Pending,
             }
         }
-        Poll::Ready(Ok(()))
+        socket.poll_flush(cx).map_err(Into::into)
     }
 
     fn poll_send_bytes(
         &self,
         cx: &mut Context<'_>,
-        socket: &Socket,
+        socket: &mut Socket,
     ) -> Poll<std::io::Result<usize>> {
         let mut slices = [IoSlice::new(&[]); MAX_SLICES];
         let mut count = 0;

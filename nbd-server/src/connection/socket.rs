@@ -1,4 +1,4 @@
-//! The stream of one client. TLS will be another variant.
+//! The stream of one client.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -8,6 +8,9 @@ use std::task::{Context, Poll, ready};
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+
+#[cfg(feature = "tls")]
+use super::tls::TlsSocket;
 
 /// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
 /// take one while the next is written. The system may grant less.
@@ -22,6 +25,19 @@ pub(crate) enum Socket {
     StdUnix(std::os::unix::net::UnixStream),
     Tcp(TcpStream),
     Unix(UnixStream),
+    /// One of the former, behind a TLS handshake.
+    #[cfg(feature = "tls")]
+    Tls(Box<TlsSocket>),
+}
+
+/// How bytes travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Channel {
+    /// As they are: pages of a file can go straight into the socket.
+    Clear,
+    /// Encrypted.
+    #[cfg(feature = "tls")]
+    Tls,
 }
 
 /// Whether more bytes follow at once.
@@ -68,6 +84,8 @@ impl Socket {
         let read = match self {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => return tls.poll_read(cx, buffer.initialize_unfilled()),
             Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
         };
         ready!(read)?;
@@ -75,23 +93,30 @@ impl Socket {
     }
 
     /// Reads what is there at this moment; 0 if that is nothing, also at the end of the stream.
-    pub(super) fn read_now(&self, buffer: &mut [u8]) -> usize {
-        let socket = match self {
-            Self::Tcp(stream) => stream.as_fd(),
-            Self::Unix(stream) => stream.as_fd(),
+    pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
+        let socket = match *self {
+            Self::Tcp(ref stream) => stream.as_fd(),
+            Self::Unix(ref stream) => stream.as_fd(),
+            #[cfg(feature = "tls")]
+            Self::Tls(ref mut tls) => return tls.read_now(buffer),
             Self::StdTcp(_) | Self::StdUnix(_) => return 0,
         };
         // An error shows again at the next regular read, which reports it.
         rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map_or(0, |(read, _)| read)
     }
 
-    /// Writes some of `slices`.
+    /// Writes some of `slices`. Under TLS they may be written to memory only: then
+    /// [`Socket::has_unsent`], and [`Socket::poll_flush`] sends them.
     pub(super) fn poll_send(
-        &self,
+        &mut self,
         cx: &mut Context<'_>,
         slices: &[IoSlice<'_>],
         more: More,
     ) -> Poll<io::Result<usize>> {
+        #[cfg(feature = "tls")]
+        if let Self::Tls(tls) = self {
+            return tls.poll_send(cx, slices);
+        }
         let mut flags = SendFlags::NOSIGNAL;
         if more == More::Follows {
             flags |= SendFlags::MORE;
@@ -100,6 +125,45 @@ impl Socket {
             let mut ancillary = SendAncillaryBuffer::default();
             Ok(rustix::net::sendmsg(socket, slices, &mut ancillary, flags)?)
         })
+    }
+
+    /// Sends what is between [`Socket::poll_send`] and the system: nothing, but for TLS.
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.poll_flush(cx),
+            _ => {
+                let _ = cx;
+                Poll::Ready(Ok(()))
+            }
+        }
+    }
+
+    /// Is there anything for [`Socket::poll_flush`] to do?
+    pub(super) fn has_unsent(&self) -> bool {
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.has_unsent(),
+            _ => false,
+        }
+    }
+
+    /// Who can read along.
+    pub(super) const fn channel(&self) -> Channel {
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(_) => Channel::Tls,
+            _ => Channel::Clear,
+        }
+    }
+
+    /// Prepares what has to be sent behind the last reply, if anything.
+    pub(super) fn begin_shutdown(&mut self) {
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.begin_shutdown(),
+            _ => {}
+        }
     }
 
     /// Moves some bytes of `file` from the page cache into the socket; 0 means that the file ends
@@ -132,6 +196,8 @@ impl Socket {
                     ready!(stream.poll_write_ready(cx))?;
                     stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
                 }
+                #[cfg(feature = "tls")]
+                Self::Tls(_) => return Poll::Ready(Err(detached())),
                 Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
             };
             match result {
@@ -144,5 +210,5 @@ impl Socket {
 }
 
 fn detached() -> io::Error {
-    io::Error::other("the socket is not attached to a runtime")
+    io::Error::other("this cannot be done with the socket, which may not be attached to a runtime")
 }

@@ -20,6 +20,7 @@ use super::pace::Pace;
 use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
 use super::send::SendQueue;
+use super::socket::Channel;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
 use crate::export::{Export, ExportError, Operation, Promptness, TryRead};
@@ -91,14 +92,13 @@ pub(super) struct Session {
 
 impl Session {
     pub(super) fn new(
-        socket: Socket,
         established: Established,
         shared: &Shared,
         neighbours: Arc<AtomicUsize>,
     ) -> Self {
         let negotiated = &established.negotiated;
         Self {
-            socket,
+            socket: established.socket,
             export: Arc::clone(established.entry.export()),
             contexts: negotiated.meta_contexts.clone().into(),
             transmission: Transmission::new(negotiated),
@@ -124,12 +124,24 @@ impl Session {
     pub(super) async fn run(mut self, mut shutdown: Shutdown) -> Result<(), ConnectionError> {
         tokio::select! {
             biased;
-            result = poll_fn(|cx| self.poll(cx)) => return result,
+            result = poll_fn(|cx| self.poll(cx)) => {
+                result?;
+                self.say_goodbye().await;
+                return Ok(());
+            }
             () = shutdown.reached(Phase::Draining) => {}
         }
         // What has arrived whole was in flight when the server was told to stop; it is finished.
         // A payload of which a part is missing is not waited for.
-        poll_fn(|cx| self.poll_drain(cx)).await
+        poll_fn(|cx| self.poll_drain(cx)).await?;
+        self.say_goodbye().await;
+        Ok(())
+    }
+
+    /// Sends what ends an encrypted stream, if the client takes it at once. It may be gone.
+    async fn say_goodbye(&mut self) {
+        self.socket.begin_shutdown();
+        poll_fn(|cx| Poll::Ready(self.socket.poll_flush(cx).is_ready())).await;
     }
 
     /// One turn after another, until nothing moves any more.
@@ -164,7 +176,7 @@ impl Session {
             progress |= self.flush(cx)?;
             if !progress {
                 let idle = self.waiting.is_none() && !self.is_busy();
-                if idle && self.pool.requests() == 0 && self.output.is_empty() {
+                if idle && self.pool.requests() == 0 && self.is_all_sent() {
                     return Poll::Ready(Ok(()));
                 }
                 return Poll::Pending;
@@ -176,7 +188,11 @@ impl Session {
         matches!(self.receiving, Receiving::Nothing)
             && self.waiting.is_none()
             && self.pool.requests() == 0
-            && self.output.is_empty()
+            && self.is_all_sent()
+    }
+
+    fn is_all_sent(&self) -> bool {
+        self.output.is_empty() && !self.socket.has_unsent()
     }
 
     /// Has this connection as much in hand as it may?
@@ -199,7 +215,7 @@ impl Session {
     /// Sends; true if that made room for further requests.
     fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let was_busy = self.is_busy();
-        if let Poll::Ready(result) = self.output.poll_flush(cx, &self.socket) {
+        if let Poll::Ready(result) = self.output.poll_flush(cx, &mut self.socket) {
             result?;
         }
         Ok(was_busy && !self.is_busy())
@@ -383,7 +399,8 @@ impl Session {
         if length == 0 {
             return self.output.encode(SHORT_REPLY_LEN, |out| encoder.success(tag, out));
         }
-        if length >= SEND_FILE_LEN && self.send_file(&request, length) {
+        let is_clear = self.socket.channel() == Channel::Clear;
+        if length >= SEND_FILE_LEN && is_clear && self.send_file(&request, length) {
             return;
         }
         let space = self.output.space(ReplyEncoder::MAX_READ_HEADER_LEN + length);
@@ -491,7 +508,7 @@ impl Session {
         if moved / taken.max(1) > PACED_LEN {
             return false;
         }
-        let idle = self.output.is_empty() && self.pool.requests() == 0;
+        let idle = self.is_all_sent() && self.pool.requests() == 0;
         if !idle || self.neighbours.load(Ordering::Relaxed) > 1 {
             return false;
         }

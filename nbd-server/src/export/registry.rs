@@ -17,6 +17,15 @@ pub struct ExportEntry {
     export: Arc<dyn Export>,
     description: Option<String>,
     visibility: Visibility,
+    security: Security,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Security {
+    /// Served with and without TLS.
+    Any,
+    /// Served over TLS only.
+    Tls,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -29,7 +38,7 @@ impl ExportEntry {
     /// An export without a description, shown in lists.
     #[must_use]
     pub fn new(export: Arc<dyn Export>) -> Self {
-        Self { export, description: None, visibility: Visibility::Listed }
+        Self { export, description: None, visibility: Visibility::Listed, security: Security::Any }
     }
 
     /// A text for people, at most 4096 bytes.
@@ -44,6 +53,20 @@ impl ExportEntry {
     pub fn hidden(mut self) -> Self {
         self.visibility = Visibility::Hidden;
         self
+    }
+
+    /// Served over TLS only, to a server whose clients have the choice (the specification's
+    /// SELECTIVETLS). Lists show it nevertheless.
+    #[must_use]
+    pub fn tls_required(mut self) -> Self {
+        self.security = Security::Tls;
+        self
+    }
+
+    /// Is this served over TLS only?
+    #[must_use]
+    pub fn is_tls_required(&self) -> bool {
+        self.security == Security::Tls
     }
 
     /// The export itself.

@@ -4,6 +4,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 
 use nbd_server::BoundAddress;
+use nbd_server::tls::TlsMode;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
@@ -22,13 +23,14 @@ impl Captive {
         command: &str,
         bound: &[BoundAddress],
         names: &[String],
+        tls: &TlsMode,
     ) -> Result<Self, CommandError> {
         let mut shell = Command::new("/bin/sh");
         shell.arg("-c").arg(command).env_remove("LISTEN_FDS").env_remove("LISTEN_PID");
         let name = names.first().map(String::as_str).unwrap_or_default();
         shell.env("exportname", name);
         if let Some(address) = bound.first() {
-            shell.env("uri", address.uri(name).to_string());
+            shell.env("uri", super::tls::uri(address, name, tls).to_string());
         }
         for address in bound {
             match address {

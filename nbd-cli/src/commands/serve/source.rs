@@ -42,6 +42,9 @@ pub(super) fn add_all(
         if let Some(text) = &args.description {
             entry = entry.description(text.clone());
         }
+        if args.tls.tls_only.iter().any(|only| only == name) {
+            entry = entry.tls_required();
+        }
         if args.hidden {
             entry = entry.hidden();
         }
@@ -49,6 +52,9 @@ pub(super) fn add_all(
             .add(name, entry)
             .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
         names.push(name.to_owned());
+    }
+    if let Some(unknown) = args.tls.tls_only.iter().find(|only| !names.contains(only)) {
+        return Err(CommandError::new(format!("--tls-only '{unknown}' is no export's name")));
     }
     if let Some(first) = names.first() {
         registry.set_default(first.clone());

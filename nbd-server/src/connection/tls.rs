@@ -1,0 +1,241 @@
+//! One client's stream under TLS: ciphertext of many records goes through the socket at a time.
+//!
+//! The TLS library never sees the socket. It takes ciphertext from one buffer in memory and puts it
+//! into another, so that neither direction ever waits for the other, and a system call carries as
+//! much as there is.
+
+use std::future::poll_fn;
+use std::io::{self, IoSlice, Read, Write};
+use std::task::{Context, Poll, ready};
+
+use openssl::ssl::{ErrorCode, ShutdownState, SslStream};
+use thiserror::Error;
+
+use super::receive::ReceiveBuffer;
+use super::socket::{More, Socket};
+use crate::tls::{Notes, PeerIdentity, TlsCredentials, TlsError, explain_handshake};
+
+/// Payload of a full record, in bytes.
+const RECORD_LEN: usize = 16 * 1024;
+/// So much ciphertext is made before it is sent, in bytes.
+const GATHERED_LEN: usize = 256 * 1024;
+/// More ciphertext than this is never waiting to be sent, in bytes: what reading makes the library
+/// write (alerts, answers to new keys) is tiny, and a peer that wants more of it is up to no good.
+const MAX_UNSENT_LEN: usize = 2 * GATHERED_LEN;
+
+/// Why there is no TLS with a client.
+#[derive(Debug, Error)]
+pub(crate) enum TlsFailure {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Credentials(#[from] TlsError),
+    #[error("the client closed the connection in the middle of the TLS handshake")]
+    Closed,
+    #[error("TLS handshake: {0}")]
+    Handshake(String),
+}
+
+/// A socket under TLS.
+#[derive(Debug)]
+pub(crate) struct TlsSocket {
+    socket: Socket,
+    session: SslStream<Wire>,
+}
+
+/// Ciphertext, between the socket and the library.
+#[derive(Debug)]
+struct Wire {
+    received: ReceiveBuffer,
+    unsent: Vec<u8>,
+    /// Bytes at the front of `unsent` that have been sent.
+    sent: usize,
+    has_ended: bool,
+}
+
+impl Wire {
+    fn unsent(&self) -> &[u8] {
+        &self.unsent[self.sent..]
+    }
+
+    fn sent(&mut self, count: usize) {
+        self.sent += count;
+        if self.sent == self.unsent.len() {
+            self.unsent.clear();
+            self.sent = 0;
+        }
+    }
+}
+
+impl Read for Wire {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let filled = self.received.filled();
+        if filled.is_empty() && !self.has_ended {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let count = filled.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&filled[..count]);
+        self.received.consume(count);
+        Ok(count)
+    }
+}
+
+impl Write for Wire {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        if self.unsent().len() + buffer.len() > MAX_UNSENT_LEN {
+            return Err(io::Error::other("the client does not take what TLS has to tell it"));
+        }
+        self.unsent.extend_from_slice(buffer);
+        Ok(buffer.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Carries out the TLS handshake on a socket on which STARTTLS was just acknowledged.
+pub(super) async fn accept(
+    socket: Socket,
+    credentials: &TlsCredentials,
+) -> Result<(TlsSocket, PeerIdentity), TlsFailure> {
+    let wire =
+        Wire { received: ReceiveBuffer::new(&[]), unsent: Vec::new(), sent: 0, has_ended: false };
+    let session = SslStream::new(credentials.new_session()?, wire).map_err(TlsError::Library)?;
+    let mut tls = TlsSocket { socket, session };
+    loop {
+        let result = tls.session.accept();
+        let flushed = poll_fn(|cx| tls.poll_flush(cx)).await;
+        match result {
+            Ok(()) => {
+                flushed?;
+                let identity =
+                    Notes::of(tls.session.ssl()).map_or(PeerIdentity::Anonymous, Notes::identity);
+                return Ok((tls, identity));
+            }
+            Err(error) if error.code() == ErrorCode::WANT_READ => {
+                flushed?;
+                poll_fn(|cx| tls.poll_receive(cx)).await?;
+            }
+            Err(_) if tls.session.get_ref().has_ended => return Err(TlsFailure::Closed),
+            // The alert is out, if the client took it.
+            Err(error) => {
+                let notes = Notes::of(tls.session.ssl());
+                return Err(TlsFailure::Handshake(explain_handshake(&error, notes)));
+            }
+        }
+    }
+}
+
+impl TlsSocket {
+    /// Version and cipher, for the log.
+    pub(super) fn describe(&self) -> String {
+        let ssl = self.session.ssl();
+        let cipher = ssl.current_cipher().map_or("no cipher", |cipher| cipher.name());
+        format!("{} {cipher}", ssl.version_str())
+    }
+
+    /// Reads plaintext; as [`Socket::poll_read`].
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let read = self.decrypt(buffer)?;
+            if read > 0 || self.session.get_ref().has_ended || self.is_shut() {
+                return Poll::Ready(Ok(read));
+            }
+            ready!(self.poll_receive(cx))?;
+        }
+    }
+
+    /// Reads what is there at this moment; as [`Socket::read_now`].
+    pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
+        let wire = self.session.get_mut();
+        let received = self.socket.read_now(wire.received.space());
+        wire.received.received(received);
+        // An error shows again at the next regular read, which reports it.
+        self.decrypt(buffer).unwrap_or(0)
+    }
+
+    /// Encrypts some of `slices`; true to [`Socket::poll_send`], what was taken counts as sent.
+    /// [`TlsSocket::poll_flush`] sees to the rest.
+    pub(super) fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.session.get_ref().unsent().len() >= GATHERED_LEN {
+            ready!(self.poll_flush(cx))?;
+        }
+        let mut taken = 0;
+        for chunk in slices.iter().flat_map(|slice| slice.chunks(RECORD_LEN)) {
+            taken += self.session.ssl_write(chunk).map_err(into_io)?;
+            if self.session.get_ref().unsent().len() >= GATHERED_LEN {
+                break;
+            }
+        }
+        if let Poll::Ready(result) = self.poll_flush(cx) {
+            result?;
+        }
+        Poll::Ready(Ok(taken))
+    }
+
+    /// Sends all ciphertext there is.
+    pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.session.get_ref().unsent().is_empty() {
+            let slices = [IoSlice::new(self.session.get_ref().unsent())];
+            let sent = ready!(self.socket.poll_send(cx, &slices, More::No))?;
+            self.session.get_mut().sent(sent);
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Is there ciphertext that was not sent?
+    pub(super) fn has_unsent(&self) -> bool {
+        !self.session.get_ref().unsent().is_empty()
+    }
+
+    /// Prepares the farewell that tells the end of the stream from a cut connection.
+    pub(super) fn begin_shutdown(&mut self) {
+        // A client that is gone does not need it.
+        let _ = self.session.shutdown();
+    }
+
+    fn is_shut(&mut self) -> bool {
+        self.session.get_shutdown().contains(ShutdownState::RECEIVED)
+    }
+
+    /// Receives ciphertext. At the end of the stream `has_ended` is set.
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let wire = self.session.get_mut();
+        let received = ready!(self.socket.poll_read(cx, wire.received.space()))?;
+        wire.received.received(received);
+        wire.has_ended |= received == 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Decrypts what has been received, as far as `buffer` has room.
+    fn decrypt(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match self.session.ssl_read(&mut buffer[filled..]) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) => match error.code() {
+                    ErrorCode::WANT_READ | ErrorCode::ZERO_RETURN => break,
+                    _ if self.session.get_ref().has_ended => break,
+                    // What came in front of it is good; the error shows again.
+                    _ if filled > 0 => break,
+                    _ => return Err(into_io(error)),
+                },
+            }
+        }
+        Ok(filled)
+    }
+}
+
+fn into_io(error: openssl::ssl::Error) -> io::Error {
+    error.into_io_error().unwrap_or_else(|error| io::Error::other(format!("TLS: {error}")))
+}

@@ -1,0 +1,138 @@
+//! Who may connect, of those whose certificate is valid.
+
+use std::path::PathBuf;
+
+use super::distinguished_name::DistinguishedName;
+use super::notes::printable;
+use super::{TlsError, file};
+
+/// Who may connect, by the distinguished name in the client's certificate.
+///
+/// A pattern is a name with `*` for any text and `?` for any single character, for example
+/// `CN=laptop-*,O=Example,C=GB`. Both orders fit: the most specific part first, as `certtool
+/// --certificate-info` prints it, and the order in the certificate, as QEMU has it. Letters must
+/// agree in case.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub enum Authorization {
+    /// Everyone with a valid certificate.
+    #[default]
+    Everyone,
+    /// Who fits one of these.
+    Patterns(Vec<String>),
+    /// Who fits one of the patterns in a file: one per line; empty lines and those that begin with
+    /// `#` do not count. The file is read for each client, so that changes apply at once. If it
+    /// cannot be read nobody may connect.
+    File(PathBuf),
+}
+
+impl Authorization {
+    /// May this client connect?
+    ///
+    /// # Errors
+    ///
+    /// The reason why not, for the log.
+    pub(super) fn check(&self, name: &DistinguishedName) -> Result<(), String> {
+        let fits = match self {
+            Self::Everyone => true,
+            Self::Patterns(patterns) => patterns.iter().any(|pattern| fits(pattern, name)),
+            Self::File(path) => {
+                let text = file::read("the list of clients", path);
+                let text = text.map_err(|error: TlsError| error.to_string())?;
+                let text = String::from_utf8_lossy(&text);
+                let mut patterns = text
+                    .lines()
+                    .map(str::trim)
+                    .filter(|line| !line.is_empty() && !line.starts_with('#'));
+                patterns.any(|pattern| fits(pattern, name))
+            }
+        };
+        if fits {
+            return Ok(());
+        }
+        let name = printable(&name.specific_first);
+        Err(format!("{name} is not on the list of those who may connect"))
+    }
+}
+
+fn fits(pattern: &str, name: &DistinguishedName) -> bool {
+    matches(pattern, &name.specific_first) || matches(pattern, &name.as_encoded)
+}
+
+/// Wildcards, in time proportional to the product of the lengths: of several `*` only the last is
+/// ever tried again.
+fn matches(pattern: &str, text: &str) -> bool {
+    let pattern: Vec<char> = pattern.chars().collect();
+    let text: Vec<char> = text.chars().collect();
+    let (mut p, mut t) = (0, 0);
+    let mut star: Option<(usize, usize)> = None;
+    while t < text.len() {
+        match pattern.get(p) {
+            Some('*') => {
+                star = Some((p, t));
+                p += 1;
+            }
+            Some(wanted) if *wanted == '?' || *wanted == text[t] => {
+                p += 1;
+                t += 1;
+            }
+            _ => {
+                let Some((at, taken)) = star else { return false };
+                star = Some((at, taken + 1));
+                p = at + 1;
+                t = taken + 1;
+            }
+        }
+    }
+    pattern[p..].iter().all(|rest| *rest == '*')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn laptop() -> DistinguishedName {
+        DistinguishedName {
+            specific_first: "CN=laptop-7,O=Example,C=GB".to_owned(),
+            as_encoded: "C=GB,O=Example,CN=laptop-7".to_owned(),
+        }
+    }
+
+    #[test]
+    fn patterns_fit_whole_names() {
+        for (pattern, expected) in [
+            ("CN=laptop-7,O=Example,C=GB", true),
+            ("C=GB,O=Example,CN=laptop-7", true),
+            ("CN=laptop-?,*", true),
+            ("*CN=laptop*", true),
+            ("*", true),
+            ("CN=laptop-7", false),
+            ("CN=laptop-??,*", false),
+            ("cn=laptop-7,*", false),
+            ("", false),
+            ("*,O=Example", false),
+            ("*a*a*a*a*a*a*a*a*a*a*a*a*b", false),
+        ] {
+            assert_eq!(fits(pattern, &laptop()), expected, "{pattern}");
+        }
+    }
+
+    #[test]
+    fn a_list_in_a_file_is_read_anew_and_denies_when_it_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("clients");
+        let authorization = Authorization::File(path.clone());
+        assert!(authorization.check(&laptop()).unwrap_err().contains("cannot read"));
+        std::fs::write(&path, "# who may\n\n  CN=laptop-*,O=Example,C=GB  \n").unwrap();
+        assert_eq!(authorization.check(&laptop()), Ok(()));
+        std::fs::write(&path, "# CN=laptop-*,O=Example,C=GB\nCN=other\n").unwrap();
+        let error = authorization.check(&laptop()).unwrap_err();
+        assert!(error.starts_with("CN=laptop-7,O=Example,C=GB is not on the list"), "{error}");
+    }
+
+    #[test]
+    fn an_empty_list_denies() {
+        assert!(Authorization::Patterns(Vec::new()).check(&laptop()).is_err());
+        assert!(Authorization::Everyone.check(&laptop()).is_ok());
+    }
+}

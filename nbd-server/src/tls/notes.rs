@@ -1,0 +1,105 @@
+//! What the callbacks of one TLS handshake leave behind for the log.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+use openssl::error::ErrorStack;
+use openssl::ex_data::Index;
+use openssl::ssl::{Ssl, SslRef};
+
+static INDEX: OnceLock<Index<Ssl, Notes>> = OnceLock::new();
+
+/// Kept with the connection's state in the TLS library. Written once each: the first refusal is the
+/// one that counts.
+#[derive(Debug, Default)]
+pub(crate) struct Notes {
+    user: OnceLock<String>,
+    name: OnceLock<String>,
+    refusal: OnceLock<String>,
+}
+
+/// Who a client has proved to be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum PeerIdentity {
+    /// Nobody: it was not asked.
+    Anonymous,
+    /// The owner of a certificate with this distinguished name.
+    Certificate(String),
+    /// A user with a pre-shared key.
+    User(String),
+}
+
+/// Text of a peer that cannot drive a terminal: control characters are escaped.
+pub(super) fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_control() {
+            out.extend(character.escape_debug());
+        } else {
+            out.push(character);
+        }
+    }
+    out
+}
+
+impl fmt::Display for PeerIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Anonymous => f.write_str("a client without a certificate"),
+            Self::Certificate(name) => f.write_str(&printable(name)),
+            Self::User(name) => write!(f, "the user \"{}\"", printable(name)),
+        }
+    }
+}
+
+impl Notes {
+    /// Gives a connection its notes.
+    pub(super) fn attach(ssl: &mut SslRef) -> Result<(), ErrorStack> {
+        let index = match INDEX.get() {
+            Some(index) => *index,
+            None => {
+                let index = Ssl::new_ex_index()?;
+                *INDEX.get_or_init(|| index)
+            }
+        };
+        ssl.set_ex_data(index, Self::default());
+        Ok(())
+    }
+
+    /// The notes of a connection.
+    pub(crate) fn of(ssl: &SslRef) -> Option<&Self> {
+        ssl.ex_data(*INDEX.get()?)
+    }
+
+    /// The client gave this name of a user who has a key.
+    pub(super) fn set_user(&self, user: String) {
+        let _ = self.user.set(user);
+    }
+
+    pub(super) fn user(&self) -> Option<&str> {
+        self.user.get().map(String::as_str)
+    }
+
+    /// The client's certificate is valid, and it may connect.
+    pub(super) fn set_name(&self, name: String) {
+        let _ = self.name.set(name);
+    }
+
+    /// The client is turned away.
+    pub(super) fn set_refusal(&self, refusal: String) {
+        let _ = self.refusal.set(refusal);
+    }
+
+    pub(super) fn refusal(&self) -> Option<String> {
+        self.refusal.get().cloned()
+    }
+
+    /// Who the client is, once the handshake is over.
+    pub(crate) fn identity(&self) -> PeerIdentity {
+        match (self.user.get(), self.name.get()) {
+            (Some(user), _) => PeerIdentity::User(user.clone()),
+            (None, Some(name)) => PeerIdentity::Certificate(name.clone()),
+            (None, None) => PeerIdentity::Anonymous,
+        }
+    }
+}

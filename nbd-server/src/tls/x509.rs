@@ -1,0 +1,240 @@
+//! Certificates.
+
+use std::path::{Path, PathBuf};
+
+use nbd_proto::tls::{
+    CA_CERTIFICATE_FILE, CA_REVOCATION_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE,
+};
+use openssl::asn1::Asn1Time;
+use openssl::pkey::{PKey, Private};
+use openssl::ssl::{SslFiletype, SslVerifyMode};
+use openssl::stack::Stack;
+use openssl::x509::store::X509Lookup;
+use openssl::x509::verify::X509VerifyFlags;
+use openssl::x509::{X509, X509Ref, X509StoreContext, X509StoreContextRef, X509VerifyResult};
+
+use super::context::{self, Builder, Loaded};
+use super::distinguished_name::DistinguishedName;
+use super::notes::{Notes, printable};
+use super::{Authorization, ClientCertificates, TlsError, file};
+
+const CERTIFICATE: &str = "the server's certificate";
+const KEY: &str = "the server's key";
+const AUTHORITY: &str = "the authority's certificate";
+const REVOCATIONS: &str = "the list of revoked certificates";
+
+/// Reads the files of a folder.
+pub(super) fn load(
+    folder: &Path,
+    client_certificates: ClientCertificates,
+    authorization: &Authorization,
+) -> Result<Loaded, TlsError> {
+    let mut builder = context::builder()?;
+    let certificate = use_certificate(&mut builder, folder)?;
+    match client_certificates {
+        ClientCertificates::Required => {
+            trust_authorities(&mut builder, folder)?;
+            verify_clients(&mut builder, authorization);
+        }
+        ClientCertificates::NotAsked => {
+            if !matches!(authorization, Authorization::Everyone) {
+                return Err(TlsError::Contradiction(
+                    "a list of clients needs their certificates: require these",
+                ));
+            }
+            builder.set_verify(SslVerifyMode::NONE);
+        }
+    }
+    let host_names = host_names(&certificate);
+    Ok(Loaded { context: builder.build(), host_names, users: Vec::new() })
+}
+
+/// Loads the server's own certificate and key.
+fn use_certificate(builder: &mut Builder, folder: &Path) -> Result<X509, TlsError> {
+    let path = folder.join(SERVER_CERTIFICATE_FILE);
+    let mut chain = certificates(CERTIFICATE, &path)?.into_iter();
+    let Some(certificate) = chain.next() else {
+        return Err(unusable(CERTIFICATE, path, "there is no certificate in it"));
+    };
+    check_validity(&certificate, &path)?;
+    let key_path = folder.join(SERVER_KEY_FILE);
+    let key = private_key(&key_path)?;
+    builder.set_certificate(&certificate)?;
+    for intermediate in chain {
+        builder.add_extra_chain_cert(intermediate)?;
+    }
+    if !certificate.public_key()?.public_eq(&key) {
+        return Err(TlsError::KeyMismatch { certificate: path, key: key_path });
+    }
+    builder.set_private_key(&key)?;
+    Ok(certificate)
+}
+
+fn private_key(path: &Path) -> Result<PKey<Private>, TlsError> {
+    let pem = file::read_secret(KEY, path)?;
+    let mut is_encrypted = false;
+    // Without the callback the library would ask on the terminal.
+    let key = PKey::private_key_from_pem_callback(&pem, |_| {
+        is_encrypted = true;
+        Ok(0)
+    });
+    key.map_err(|_| {
+        let why = if is_encrypted {
+            "it is encrypted; decrypt it with 'openssl pkey', and protect it by permissions"
+        } else {
+            "there is no private key in PEM form in it"
+        };
+        unusable(KEY, path.to_path_buf(), why)
+    })
+}
+
+/// Trusts the clients' authorities, but not what these have revoked.
+fn trust_authorities(builder: &mut Builder, folder: &Path) -> Result<(), TlsError> {
+    let path = folder.join(CA_CERTIFICATE_FILE);
+    let authorities = certificates(AUTHORITY, &path)?;
+    let Some(first) = authorities.first() else {
+        return Err(unusable(AUTHORITY, path, "there is no certificate in it"));
+    };
+    if authorities.iter().all(|authority| check_validity(authority, &path).is_err()) {
+        check_validity(first, &path)?;
+    }
+    let mut names = Stack::new()?;
+    for authority in authorities {
+        names.push(authority.subject_name().to_owned()?)?;
+        builder.cert_store_mut().add_cert(authority)?;
+    }
+    builder.set_client_ca_list(names);
+    // Whatever stands in the file is trusted, whether or not it signed itself.
+    let mut flags = X509VerifyFlags::PARTIAL_CHAIN;
+    let path = folder.join(CA_REVOCATION_FILE);
+    if path.try_exists().unwrap_or(true) {
+        // Opened here first for the sake of the message.
+        file::read(REVOCATIONS, &path)?;
+        let lookup = builder.cert_store_mut().add_lookup(X509Lookup::file())?;
+        if lookup.load_crl_file(&path, SslFiletype::PEM).unwrap_or(0) == 0 {
+            return Err(unusable(REVOCATIONS, path, "there is no list in PEM form in it"));
+        }
+        flags |= X509VerifyFlags::CRL_CHECK;
+    }
+    builder.cert_store_mut().set_flags(flags)?;
+    Ok(())
+}
+
+/// Has every client show a certificate that is valid and of one who may connect.
+fn verify_clients(builder: &mut Builder, authorization: &Authorization) {
+    let authorization = authorization.clone();
+    let mode = SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT;
+    builder.set_verify_callback(mode, move |valid, chain| {
+        match judge(valid, chain, &authorization) {
+            Ok(name) => {
+                if let (Some(name), Some(notes)) = (name, notes(chain)) {
+                    notes.set_name(name);
+                }
+                true
+            }
+            Err(refusal) => {
+                if let Some(notes) = notes(chain) {
+                    notes.set_refusal(refusal);
+                }
+                // A refusal of ours needs a reason, or the alert would say that all is well.
+                if chain.error() == X509VerifyResult::OK {
+                    chain.set_error(X509VerifyResult::APPLICATION_VERIFICATION);
+                }
+                false
+            }
+        }
+    });
+}
+
+fn notes(chain: &X509StoreContextRef) -> Option<&Notes> {
+    Notes::of(chain.ex_data(X509StoreContext::ssl_idx().ok()?)?)
+}
+
+/// Looks at one certificate of the client's chain; the client's own comes last and has its name
+/// checked.
+fn judge(
+    valid: bool,
+    chain: &X509StoreContextRef,
+    authorization: &Authorization,
+) -> Result<Option<String>, String> {
+    let name = chain.current_cert().map(|cert| DistinguishedName::new(cert.subject_name()));
+    if !valid {
+        let subject = name.map_or_else(|| "?".to_owned(), |name| name.specific_first);
+        return Err(refusal(&subject, chain));
+    }
+    if chain.error_depth() > 0 {
+        return Ok(None);
+    }
+    let name = name.ok_or("the client's certificate cannot be read")?;
+    authorization.check(&name)?;
+    Ok(Some(name.specific_first))
+}
+
+/// Which certificate, which check, and what to do.
+fn refusal(subject: &str, chain: &X509StoreContextRef) -> String {
+    let result = chain.error();
+    let subject = printable(subject);
+    let whose = if chain.error_depth() == 0 { "the client's certificate" } else { "the authority" };
+    let advice = match result.error_string() {
+        text if text.contains("expired") => "have a new one issued",
+        text if text.contains("not yet valid") => "set the clocks of both sides",
+        text if text.contains("revoked") => "the authority has taken it back",
+        text if text.contains("CRL") => "have the authority issue a current ca-crl.pem",
+        text if text.contains("issuer") || text.contains("self") => {
+            "it was not signed by an authority in the server's ca-cert.pem"
+        }
+        text if text.contains("purpose") => "have one issued that is good for TLS clients",
+        _ => "it cannot be used here",
+    };
+    format!("{whose} {subject} was refused: {}; {advice}", result.error_string())
+}
+
+fn certificates(what: &'static str, path: &Path) -> Result<Vec<X509>, TlsError> {
+    let pem = file::read(what, path)?;
+    X509::stack_from_pem(&pem).map_err(|_| {
+        unusable(what, path.to_path_buf(), "it does not consist of certificates in PEM form")
+    })
+}
+
+fn unusable(what: &'static str, path: PathBuf, why: &str) -> TlsError {
+    TlsError::Unusable { what, path, why: why.to_owned() }
+}
+
+fn check_validity(certificate: &X509Ref, path: &Path) -> Result<(), TlsError> {
+    let now = Asn1Time::days_from_now(0)?;
+    let (from, until) = (certificate.not_before(), certificate.not_after());
+    let problem = if until < now {
+        format!("has expired on {until}")
+    } else if from > now {
+        format!("is not valid before {from}")
+    } else {
+        return Ok(());
+    };
+    let subject = DistinguishedName::new(certificate.subject_name()).specific_first;
+    Err(TlsError::OutsideValidity { path: path.to_path_buf(), subject, problem })
+}
+
+/// Names and addresses under which clients may know the owner of a certificate.
+fn host_names(certificate: &X509Ref) -> Vec<String> {
+    let mut names = Vec::new();
+    for name in certificate.subject_alt_names().iter().flatten() {
+        if let Some(host) = name.dnsname() {
+            names.push(host.to_owned());
+        } else if let Some(address) = name.ipaddress().and_then(address) {
+            names.push(address);
+        }
+    }
+    if names.is_empty() {
+        let common =
+            certificate.subject_name().entries_by_nid(openssl::nid::Nid::COMMONNAME).next();
+        names.extend(common.and_then(|entry| entry.data().to_string().ok()));
+    }
+    names
+}
+
+fn address(bytes: &[u8]) -> Option<String> {
+    if let Ok(four) = <[u8; 4]>::try_from(bytes) {
+        return Some(std::net::Ipv4Addr::from(four).to_string());
+    }
+    Some(std::net::Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).to_string())
+}
