@@ -2,7 +2,7 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use crate::commands::{completions, copy, image, info, list_meta, map, serve};
+use crate::commands::{backup, completions, copy, image, info, list_meta, map, restore, serve};
 
 pub use crate::size::ByteSize;
 pub use crate::terminal::ColorChoice;
@@ -51,6 +51,10 @@ pub enum Command {
     Map(map::MapArgs),
     /// Copy a disk between NBD servers, files and devices
     Copy(copy::CopyArgs),
+    /// Back up a served disk, in full or only what has changed
+    Backup(backup::BackupArgs),
+    /// Bring a backup or any other image back to a file, a device or a server
+    Restore(restore::RestoreArgs),
     /// Make, inspect, convert and change disk images
     Image(image::ImageArgs),
     /// Print a completion script for a shell

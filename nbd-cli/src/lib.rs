@@ -53,6 +53,8 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::ListMeta(args) => commands::list_meta::run(&args),
         Command::Map(args) => commands::map::run(&args),
         Command::Copy(args) => commands::copy::run(args),
+        Command::Backup(args) => commands::backup::run(&args),
+        Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),
         Command::Completions(args) => commands::completions::run(&args),
     }

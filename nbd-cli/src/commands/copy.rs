@@ -1,11 +1,13 @@
 //! `nbd-cli copy`: copy a disk between NBD servers, local files, block devices and pipes.
 
-mod destination;
-mod engine;
-mod location;
-mod plan;
-mod source;
+pub(super) mod destination;
+pub(super) mod dirty;
+pub(super) mod engine;
+pub(super) mod location;
+pub(super) mod plan;
+pub(super) mod source;
 mod stream;
+pub(super) mod verify;
 pub(crate) mod zero;
 
 use std::num::NonZeroUsize;
@@ -14,9 +16,10 @@ use std::sync::Arc;
 use clap::Args;
 
 use self::destination::Destination;
-use self::engine::Job;
+use self::engine::{Job, Settings};
 use self::location::Location;
-use self::source::Source;
+use self::plan::Extents;
+use self::source::{Knowledge, Source};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::progress::{Progress, Visibility};
 use crate::size::ByteSize;
@@ -128,15 +131,21 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 
 async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     // The source first: what cannot be read must not cost anybody a destination.
-    let source = Source::open(&args.source, args).await?;
-    let destination = Destination::open(&args.destination, args, &source).await?;
+    let knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
+    let source = Source::open(&args.source, args.connections, knowledge).await?;
+    let destination = Destination::open(&args.destination, args.connections, &source).await?;
     let visibility = match (args.progress, args.quiet) {
         (true, _) => Visibility::Always,
         (_, true) => Visibility::Never,
         _ => Visibility::IfTerminal,
     };
     let progress = Progress::new(visibility, source.size());
-    let job = Arc::new(Job::new(args, source, destination, progress));
+    let extents = match knowledge {
+        Knowledge::Nothing => Extents::Unknown,
+        Knowledge::Holes => source.extents(0),
+    };
+    let settings = Settings::of_copy(args, &source, &destination);
+    let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
     let result = engine::run(&job).await;
     job.progress.clear();
     let result = match result {

@@ -8,7 +8,7 @@ mod create;
 mod info;
 mod map;
 mod measure;
-mod open;
+pub(super) mod open;
 mod rebase;
 mod resize;
 mod snapshot;

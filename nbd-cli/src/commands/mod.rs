@@ -1,9 +1,11 @@
 //! One file per sub-command: its arguments and what it does.
 
+pub mod backup;
 pub mod completions;
 pub mod copy;
 pub mod image;
 pub mod info;
 pub mod list_meta;
 pub mod map;
+pub mod restore;
 pub mod serve;

@@ -4,6 +4,9 @@
 
 mod support;
 
+mod backup_chain;
+mod backup_refused;
+mod backup_resume;
 mod bad_input;
 mod completions;
 mod copy_bad_servers;

@@ -2,18 +2,20 @@
 
 use std::fs::OpenOptions;
 use std::io;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, ErrorKind, HostOffset, Locking, Storage as _};
+use imgfmt::{
+    Access, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _,
+};
 use nbd_client::{Client, Connector, Durability, Speed, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{Errno, TransmissionFlags};
 use tokio::sync::Semaphore;
 
-use super::CopyArgs;
 use super::location::Location;
 use super::source::Source;
 use crate::connect::{connect, failed};
@@ -22,11 +24,14 @@ use crate::error::CommandError;
 /// Threads that write to a local file at a time.
 const WRITERS: usize = 2;
 
+/// Threads that write to an image at a time: much of what they do is no I/O.
+const IMAGE_WRITERS: usize = 4;
+
 /// Zeroes to write where there is no better way.
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// An open destination.
-pub(super) enum Destination {
+pub(in crate::commands) enum Destination {
     Nbd {
         client: Client,
         uri: NbdUri,
@@ -38,14 +43,29 @@ pub(super) enum Destination {
         /// Limits how many threads write at a time: a file lets in one, the others only wait.
         writers: Semaphore,
     },
+    /// A disk in an image format.
+    Image {
+        image: Arc<Image>,
+        surface: Surface,
+        /// Limits how many threads write at a time.
+        writers: Semaphore,
+    },
     /// Standard output: written once, front to back.
     Standard,
     Null,
 }
 
+/// What shows through an image where nothing was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::commands) enum Surface {
+    Zeroes,
+    /// Its backing file, or what was written before.
+    Something,
+}
+
 /// What kind of local file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum FileKind {
+pub(in crate::commands) enum FileKind {
     /// It was emptied, so that it reads as zero, and grows as it is written.
     Regular,
     BlockDevice,
@@ -53,14 +73,14 @@ pub(super) enum FileKind {
 
 impl Destination {
     /// Opens the destination and checks that the source fits.
-    pub(super) async fn open(
+    pub(in crate::commands) async fn open(
         location: &Location,
-        args: &CopyArgs,
+        connections: NonZeroUsize,
         source: &Source,
     ) -> Result<Self, CommandError> {
         let destination = match location {
             Location::Nbd(uri) => {
-                let connector = Connector::new(uri.clone()).connections(args.connections);
+                let connector = Connector::new(uri.clone()).connections(connections);
                 let client = connect(&connector, uri).await?;
                 if client.info().flags.contains(TransmissionFlags::READ_ONLY) {
                     return Err(CommandError::new(format!(
@@ -83,19 +103,26 @@ impl Destination {
         Ok(destination)
     }
 
+    /// An image that was just made or opened for writing.
+    pub(in crate::commands) fn image(image: Image, surface: Surface) -> Self {
+        let writers = Semaphore::new(IMAGE_WRITERS);
+        Self::Image { image: Arc::new(image), surface, writers }
+    }
+
     /// How many bytes fit, if that is limited.
-    pub(super) fn room(&self) -> Result<Option<u64>, CommandError> {
+    pub(in crate::commands) fn room(&self) -> Result<Option<u64>, CommandError> {
         match self {
             Self::Nbd { client, .. } => Ok(Some(client.info().size)),
             Self::File { storage, path, kind: FileKind::BlockDevice, .. } => {
                 storage.len().map(Some).map_err(|error| file_error("look at", path, None, &error))
             }
+            Self::Image { image, .. } => Ok(Some(image.size())),
             _ => Ok(None),
         }
     }
 
     /// Requests must be aligned to this power of two.
-    pub(super) fn alignment(&self) -> u64 {
+    pub(in crate::commands) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
                 client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
@@ -105,12 +132,21 @@ impl Destination {
     }
 
     /// Whether the destination reads as zero where nothing was written.
-    pub(super) fn is_zero(&self) -> bool {
-        matches!(self, Self::File { kind: FileKind::Regular, .. } | Self::Null)
+    pub(in crate::commands) fn is_zero(&self) -> bool {
+        matches!(
+            self,
+            Self::File { kind: FileKind::Regular, .. }
+                | Self::Image { surface: Surface::Zeroes, .. }
+                | Self::Null
+        )
     }
 
     /// Writes data.
-    pub(super) async fn write(&self, offset: u64, data: Bytes) -> Result<(), CommandError> {
+    pub(in crate::commands) async fn write(
+        &self,
+        offset: u64,
+        data: Bytes,
+    ) -> Result<(), CommandError> {
         match self {
             Self::Nbd { client, uri } => client
                 .write(offset, data, Durability::Cached)
@@ -123,12 +159,18 @@ impl Destination {
                 let write = move || storage.write_at(at, &data, imgfmt::Durability::Cached);
                 blocking("write to", path, offset, write).await
             }
+            Self::Image { image, writers, .. } => {
+                let _permit = writers.acquire().await;
+                let image = image.clone();
+                let at = GuestOffset::new(offset);
+                blocking_image(move || image.write_at(at, &data, imgfmt::Durability::Cached)).await
+            }
             Self::Standard | Self::Null => Ok(()),
         }
     }
 
     /// Makes a range zero.
-    pub(super) async fn write_zeroes(
+    pub(in crate::commands) async fn write_zeroes(
         &self,
         offset: u64,
         length: u64,
@@ -153,10 +195,7 @@ impl Destination {
                 let _permit = writers.acquire().await;
                 let storage = storage.clone();
                 let at = HostOffset::new(offset);
-                let mode = match mode {
-                    ZeroMode::MayPunch => imgfmt::ZeroMode::MayUnmap,
-                    ZeroMode::NoHole => imgfmt::ZeroMode::KeepAllocated,
-                };
+                let mode = image_mode(mode);
                 let kind = *kind;
                 let zero = move || {
                     if kind == FileKind::Regular {
@@ -168,6 +207,15 @@ impl Destination {
                     storage.write_zeroes(at, length, mode, imgfmt::Speed::Any)
                 };
                 blocking("write zeroes to", path, offset, zero).await
+            }
+            Self::Image { image, writers, .. } => {
+                let _permit = writers.acquire().await;
+                let image = image.clone();
+                let range = GuestRange::new(GuestOffset::new(offset), length)
+                    .ok_or_else(|| CommandError::new("a range goes beyond 2^63 bytes"))?;
+                let mode = image_mode(mode);
+                let (speed, durability) = (imgfmt::Speed::Any, imgfmt::Durability::Cached);
+                blocking_image(move || image.write_zeroes(range, mode, speed, durability)).await
             }
             Self::Standard | Self::Null => Ok(()),
         }
@@ -187,7 +235,7 @@ impl Destination {
     }
 
     /// Sets the size of a regular file whose end was not written, being zero.
-    pub(super) fn set_size(&self, size: u64) -> Result<(), CommandError> {
+    pub(in crate::commands) fn set_size(&self, size: u64) -> Result<(), CommandError> {
         match self {
             Self::File { storage, path, kind: FileKind::Regular, .. } => storage
                 .set_len(size)
@@ -197,7 +245,7 @@ impl Destination {
     }
 
     /// Makes everything durable if that was asked for.
-    pub(super) async fn finish(&self, flush: bool) -> Result<(), CommandError> {
+    pub(in crate::commands) async fn finish(&self, flush: bool) -> Result<(), CommandError> {
         if !flush {
             return Ok(());
         }
@@ -218,12 +266,24 @@ impl Destination {
                     .map_err(|error| CommandError::new(format!("a flush was given up: {error}")))?
                     .map_err(|error| file_error("flush", path, None, &error))
             }
+            Self::Image { image, .. } => {
+                let image = image.clone();
+                blocking_image(move || image.flush()).await
+            }
             Self::Standard | Self::Null => Ok(()),
         }
     }
 
+    /// Closes an image, which must succeed for it to be complete.
+    pub(in crate::commands) fn close_image(self) -> Result<(), CommandError> {
+        let Self::Image { image, .. } = self else { return Ok(()) };
+        let image = Arc::into_inner(image)
+            .ok_or_else(|| CommandError::new("a write to the image has not ended"))?;
+        Ok(image.close()?)
+    }
+
     /// Ends the connection.
-    pub(super) async fn close(&self) {
+    pub(in crate::commands) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
             // Every write was answered; how the connection ends does not matter.
             let _ = client.clone().disconnect().await;
@@ -272,6 +332,22 @@ fn same_file(path: &Path) -> CommandError {
         "'{}' is the source and the destination; give another destination",
         path.display()
     ))
+}
+
+fn image_mode(mode: ZeroMode) -> imgfmt::ZeroMode {
+    match mode {
+        ZeroMode::MayPunch => imgfmt::ZeroMode::MayUnmap,
+        ZeroMode::NoHole => imgfmt::ZeroMode::KeepAllocated,
+    }
+}
+
+async fn blocking_image(
+    work: impl FnOnce() -> imgfmt::Result<()> + Send + 'static,
+) -> Result<(), CommandError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(CommandError::new(format!("a write was given up: {error}"))),
+    }
 }
 
 async fn blocking(

@@ -1,6 +1,8 @@
 //! Many tasks that copy pieces of the disk at the same time.
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex as SyncMutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use nbd_client::ZeroMode;
@@ -9,10 +11,10 @@ use tokio::task::JoinSet;
 
 use super::CopyArgs;
 use super::destination::Destination;
-use super::plan::{Lengths, Piece, Plan};
+use super::plan::{Content, Extents, Lengths, Piece, Plan};
 use super::source::Source;
 use super::stream;
-use super::zero::{Content, runs};
+use super::zero::{Content as RunContent, runs};
 use crate::error::CommandError;
 use crate::progress::Progress;
 use crate::size::exact;
@@ -20,38 +22,62 @@ use crate::size::exact;
 /// Zeroes are written in pieces of this size, so that progress shows.
 const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
-/// What all tasks of one copy share.
-pub(super) struct Job {
-    pub(super) source: Source,
-    pub(super) destination: Destination,
-    pub(super) progress: Progress,
-    pub(super) requests: usize,
-    pub(super) request_size: usize,
-    alignment: u64,
-    zeroes: ZeroPolicy,
-    /// Unit in which zeroes are looked for, if they are.
-    sparse: Option<usize>,
-    plan: Mutex<Plan>,
+/// How a copy is carried out.
+pub(in crate::commands) struct Settings {
+    /// Requests in flight.
+    pub(in crate::commands) requests: usize,
+    /// Longest request, in bytes; a power of two of at most 32 MiB.
+    pub(in crate::commands) request_size: u64,
+    /// Where pieces are cut: a power of two, in bytes.
+    pub(in crate::commands) unit: u64,
+    pub(in crate::commands) zeroes: ZeroPolicy,
+    /// Unit in which zeroes are looked for in data, if they are, in bytes.
+    pub(in crate::commands) sparse: Option<u64>,
+    /// What was copied before, in bytes from the start of the disk.
+    pub(in crate::commands) start: u64,
 }
 
 /// What becomes of zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ZeroPolicy {
+pub(in crate::commands) enum ZeroPolicy {
     /// The destination is zero already.
     Skip,
     Write(ZeroMode),
 }
 
-impl Job {
-    pub(super) fn new(
-        args: &CopyArgs,
-        source: Source,
-        destination: Destination,
-        progress: Progress,
-    ) -> Self {
-        let alignment = source.alignment().max(destination.alignment());
-        // Both limits keep the sizes within 32 MiB.
-        let request_size = args.request_size.bytes().max(alignment) as usize;
+/// What all tasks of one copy share.
+pub(in crate::commands) struct Job {
+    pub(in crate::commands) source: Source,
+    pub(in crate::commands) destination: Destination,
+    pub(in crate::commands) progress: Progress,
+    pub(super) requests: usize,
+    pub(super) request_size: usize,
+    /// What both sides need of requests.
+    alignment: u64,
+    zeroes: ZeroPolicy,
+    /// Unit in which zeroes are looked for, if they are.
+    sparse: Option<usize>,
+    plan: Mutex<Plan>,
+    /// The offsets of the pieces that tasks are busy with.
+    begun: SyncMutex<BTreeSet<u64>>,
+    counts: Counts,
+}
+
+/// How much was copied and how, in bytes.
+#[derive(Debug, Default)]
+pub(in crate::commands) struct Counts {
+    /// Read and written; data that turned out to be zero included.
+    pub(in crate::commands) data: AtomicU64,
+    /// Known to be zero.
+    pub(in crate::commands) zero: AtomicU64,
+    /// In the destination already.
+    pub(in crate::commands) unchanged: AtomicU64,
+}
+
+impl Settings {
+    /// What the command line of `copy` says.
+    pub(super) fn of_copy(args: &CopyArgs, source: &Source, destination: &Destination) -> Self {
+        let unit = source.alignment().max(destination.alignment());
         let zeroes = if args.allocated {
             ZeroPolicy::Write(ZeroMode::NoHole)
         } else if args.destination_is_zero || destination.is_zero() {
@@ -59,37 +85,75 @@ impl Job {
         } else {
             ZeroPolicy::Write(ZeroMode::MayPunch)
         };
-        let sparse = match args.sparse.bytes().max(alignment) {
+        let sparse = match args.sparse.bytes().max(unit) {
             // With --allocated nothing is gained by telling zeroes from data.
             _ if args.sparse.bytes() == 0 || args.allocated => None,
             _ if matches!(destination, Destination::Null) => None,
-            unit => Some(usize::try_from(unit).unwrap_or(usize::MAX)),
+            unit => Some(unit),
         };
+        let requests = args.requests.get();
+        Self { requests, request_size: args.request_size.bytes(), unit, zeroes, sparse, start: 0 }
+    }
+}
+
+impl Job {
+    pub(in crate::commands) fn new(
+        settings: &Settings,
+        source: Source,
+        destination: Destination,
+        extents: Extents,
+        progress: Progress,
+    ) -> Self {
+        let alignment = source.alignment().max(destination.alignment());
+        // Both limits keep the sizes within 32 MiB.
+        let request_size = settings.request_size.max(settings.unit) as usize;
+        let sparse = settings.sparse.map(|unit| usize::try_from(unit).unwrap_or(usize::MAX));
         let size = source.size().unwrap_or_default();
-        let extents = source.extents(args);
-        let longest_zeroes = match zeroes {
+        let longest_zeroes = match settings.zeroes {
             ZeroPolicy::Skip => u64::MAX,
             ZeroPolicy::Write(_) => MAX_ZERO_LENGTH,
         };
         let longest = Lengths { data: request_size as u64, zeroes: longest_zeroes };
-        let plan = Mutex::new(Plan::new(size, alignment, longest, extents));
-        let requests = args.requests.get();
+        let plan = Mutex::new(Plan::new(settings.start, size, settings.unit, longest, extents));
         Self {
             source,
             destination,
             progress,
-            requests,
+            requests: settings.requests,
             request_size,
             alignment,
-            zeroes,
+            zeroes: settings.zeroes,
             sparse,
             plan,
+            begun: SyncMutex::default(),
+            counts: Counts::default(),
         }
     }
 
     /// The next piece of the disk.
     pub(super) async fn next_piece(&self) -> Result<Option<Piece>, CommandError> {
-        self.plan.lock().await.next().await
+        let mut plan = self.plan.lock().await;
+        let piece = plan.next().await?;
+        if let Some(piece) = &piece {
+            // While the plan is locked, so that `done` never sees a gap.
+            self.begun().insert(piece.offset);
+        }
+        Ok(piece)
+    }
+
+    /// Up to where everything has been handed to the destination, in bytes from the start.
+    pub(in crate::commands) async fn done(&self) -> u64 {
+        let plan = self.plan.lock().await;
+        let first = self.begun().first().copied();
+        first.unwrap_or_else(|| plan.position())
+    }
+
+    pub(in crate::commands) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
+    fn begun(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes data, leaving out or punching the zeroes in it.
@@ -100,10 +164,10 @@ impl Job {
         for run in runs(data, unit) {
             let at = offset + run.start as u64;
             match run.content {
-                Content::Data => {
+                RunContent::Data => {
                     self.destination.write(at, data.slice(run.start..run.end)).await?;
                 }
-                Content::Zero => self.store_zeroes(at, (run.end - run.start) as u64).await?,
+                RunContent::Zero => self.store_zeroes(at, (run.end - run.start) as u64).await?,
             }
         }
         Ok(())
@@ -120,15 +184,22 @@ impl Job {
     async fn copy_pieces(&self) -> Result<(), CommandError> {
         let mut buffer = BytesMut::new();
         while let Some(piece) = self.next_piece().await? {
-            match piece.content {
+            let count = match piece.content {
                 Content::Data => {
                     let data = self.source.read(piece.offset, piece.length, buffer).await?;
                     self.store(piece.offset, &data).await?;
                     // Fresh memory would cost page faults for every piece.
                     buffer = data.try_into_mut().unwrap_or_default();
+                    &self.counts.data
                 }
-                Content::Zero => self.store_zeroes(piece.offset, piece.length).await?,
-            }
+                Content::Zero => {
+                    self.store_zeroes(piece.offset, piece.length).await?;
+                    &self.counts.zero
+                }
+                Content::Unchanged => &self.counts.unchanged,
+            };
+            count.fetch_add(piece.length, Ordering::Relaxed);
+            self.begun().remove(&piece.offset);
             self.progress.add(piece.length);
         }
         Ok(())
@@ -136,7 +207,7 @@ impl Job {
 }
 
 /// Copies everything.
-pub(super) async fn run(job: &Arc<Job>) -> Result<(), CommandError> {
+pub(in crate::commands) async fn run(job: &Arc<Job>) -> Result<(), CommandError> {
     match (&job.source, &job.destination) {
         (Source::Standard, Destination::Standard) => stream::through(job).await,
         (Source::Standard, _) => stream::from_standard_input(job).await,

@@ -3,42 +3,108 @@
 use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{ExtentKind, HostOffset, Storage as _};
-use nbd_client::ExtentStream;
+use imgfmt::{ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Storage as _};
+use nbd_client::{Extent, ExtentStream};
 use nbd_proto::wire::AllocationFlags;
 
-use super::zero::Content;
+use super::dirty::DirtyExtents;
 use crate::error::CommandError;
+
+/// Extents of an image that are asked for at a time.
+const EXTENTS_AT_A_TIME: usize = 1024;
 
 /// Longest pieces.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Lengths {
+pub(in crate::commands) struct Lengths {
     /// Of data; a multiple of the alignment.
-    pub(super) data: u64,
+    pub(in crate::commands) data: u64,
     /// Of zeroes; a multiple of the alignment, or larger than the disk.
-    pub(super) zeroes: u64,
+    pub(in crate::commands) zeroes: u64,
+}
+
+/// What becomes of a part of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::commands) enum Content {
+    /// It is read and written.
+    Data,
+    /// It is zero: it need not be read.
+    Zero,
+    /// The destination has it already.
+    Unchanged,
 }
 
 /// A part of the disk for one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Piece {
-    pub(super) offset: u64,
-    pub(super) length: u64,
-    pub(super) content: Content,
+pub(in crate::commands) struct Piece {
+    pub(in crate::commands) offset: u64,
+    pub(in crate::commands) length: u64,
+    pub(in crate::commands) content: Content,
 }
 
 /// Where knowledge about holes comes from.
-pub(super) enum Extents {
+pub(in crate::commands) enum Extents {
     /// There is none: everything is read.
     Unknown,
     /// A server's block status.
     Server(ExtentStream),
     /// A file's SEEK_DATA and SEEK_HOLE.
     File(Arc<FileStorage>),
+    /// An image's own tables.
+    Image(ImageExtents),
+    /// A server's dirty bitmap, and its block status of what is dirty.
+    Dirty(Box<DirtyExtents>),
+}
+
+/// The extents of an image, front to back.
+pub(in crate::commands) struct ImageExtents {
+    image: Arc<Image>,
+    /// What was found and not used yet, the last part first.
+    found: Vec<imgfmt::Extent>,
+}
+
+impl ImageExtents {
+    pub(in crate::commands) fn new(image: Arc<Image>) -> Self {
+        Self { image, found: Vec::new() }
+    }
+
+    fn at(&mut self, at: u64) -> Result<(u64, Content), CommandError> {
+        loop {
+            while let Some(extent) = self.found.pop() {
+                let end = extent.range.end().bytes();
+                if end > at {
+                    return Ok((end, content_of(extent.kind)));
+                }
+            }
+            let range = GuestRange::new(GuestOffset::new(at), self.image.size().saturating_sub(at));
+            let range = range.filter(|range| !range.is_empty()).ok_or_else(|| {
+                CommandError::new(format!("the image has become smaller than {at} bytes"))
+            })?;
+            self.found = self.image.extents(range, EXTENTS_AT_A_TIME)?;
+            if self.found.is_empty() {
+                return Ok((range.end().bytes(), Content::Data));
+            }
+            self.found.reverse();
+        }
+    }
+}
+
+fn content_of(kind: ExtentKind) -> Content {
+    match kind {
+        ExtentKind::Data => Content::Data,
+        ExtentKind::Hole | ExtentKind::Zero => Content::Zero,
+    }
+}
+
+/// What an extent of `base:allocation` means. A hole that does not read as zero may hold anything.
+pub(super) fn allocated(extent: &Extent) -> Content {
+    match extent.flags & AllocationFlags::STATE_ZERO.bits() {
+        0 => Content::Data,
+        _ => Content::Zero,
+    }
 }
 
 /// Cuts the disk into pieces, front to back.
-pub(super) struct Plan {
+pub(in crate::commands) struct Plan {
     size: u64,
     /// Every boundary between pieces is a multiple of this power of two.
     alignment: u64,
@@ -51,13 +117,24 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// A plan for `size` bytes. `alignment` is a power of two.
-    pub(super) fn new(size: u64, alignment: u64, longest: Lengths, extents: Extents) -> Self {
-        Self { size, alignment, longest, extents, at: 0, known: (0, Content::Data) }
+    /// A plan for the bytes from `start` to `size`. `alignment` is a power of two.
+    pub(in crate::commands) fn new(
+        start: u64,
+        size: u64,
+        alignment: u64,
+        longest: Lengths,
+        extents: Extents,
+    ) -> Self {
+        Self { size, alignment, longest, extents, at: start, known: (start, Content::Data) }
+    }
+
+    /// Where the next piece begins, in bytes.
+    pub(in crate::commands) fn position(&self) -> u64 {
+        self.at
     }
 
     /// The next piece, or `None` at the end of the disk.
-    pub(super) async fn next(&mut self) -> Result<Option<Piece>, CommandError> {
+    pub(in crate::commands) async fn next(&mut self) -> Result<Option<Piece>, CommandError> {
         if self.at >= self.size {
             return Ok(None);
         }
@@ -67,7 +144,7 @@ impl Plan {
         let (end, content) = self.known;
         let longest = match content {
             Content::Data => self.longest.data - self.at % self.longest.data,
-            Content::Zero => self.longest.zeroes,
+            Content::Zero | Content::Unchanged => self.longest.zeroes,
         };
         let offset = self.at;
         let length = (end - offset).min(longest);
@@ -78,13 +155,13 @@ impl Plan {
     /// Finds out what stands at the current offset and up to where.
     async fn look(&mut self) -> Result<(u64, Content), CommandError> {
         let (end, content) = self.extents.at(self.at, self.size).await?;
-        // Only whole blocks count as zero; a block that is zero in part is data.
+        // Only whole blocks count as zero or unchanged; a block that is so in part is data.
         if end >= self.size {
             return Ok((self.size, content));
         }
         let end_of_whole_blocks = end - end % self.alignment;
-        if content == Content::Zero && end_of_whole_blocks > self.at {
-            return Ok((end_of_whole_blocks, Content::Zero));
+        if content != Content::Data && end_of_whole_blocks > self.at {
+            return Ok((end_of_whole_blocks, content));
         }
         let end = end.next_multiple_of(self.alignment);
         Ok((end.min(self.size), Content::Data))
@@ -100,13 +177,12 @@ impl Extents {
                 let found = file.next_extent(HostOffset::new(at), size - at).map_err(|error| {
                     CommandError::new(format!("cannot find holes at offset {at}: {error}"))
                 })?;
-                let content = match found.kind {
-                    ExtentKind::Data => Content::Data,
-                    ExtentKind::Hole | ExtentKind::Zero => Content::Zero,
-                };
                 // An empty answer would stop the plan.
-                Ok((at.saturating_add(found.length.max(1)).min(size), content))
+                let end = at.saturating_add(found.length.max(1)).min(size);
+                Ok((end, content_of(found.kind)))
             }
+            Self::Image(extents) => extents.at(at).map(|(end, content)| (end.min(size), content)),
+            Self::Dirty(extents) => extents.at(at, size).await,
             Self::Server(extents) => loop {
                 let extent = match extents.next().await {
                     Some(Ok(extent)) => extent,
@@ -123,9 +199,7 @@ impl Extents {
                 if end <= at {
                     continue;
                 }
-                // A hole that does not read as zero may hold anything.
-                let zero = extent.flags & AllocationFlags::STATE_ZERO.bits() != 0;
-                return Ok((end, if zero { Content::Zero } else { Content::Data }));
+                return Ok((end, allocated(&extent)));
             },
         }
     }
@@ -149,7 +223,7 @@ mod tests {
 
     #[tokio::test]
     async fn pieces_cover_the_disk_without_gaps() {
-        let plan = Plan::new(1_000_001, 1, LONGEST, Extents::Unknown);
+        let plan = Plan::new(0, 1_000_001, 1, LONGEST, Extents::Unknown);
         let mut at = 0;
         for piece in pieces(plan).await {
             assert_eq!(piece.offset, at);
@@ -167,7 +241,7 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, b"x", 4096 * 5).unwrap();
         let storage = FileStorage::open(&path, Access::ReadOnly, Locking::Off).unwrap();
-        let plan = Plan::new(1 << 20, 65_536, LONGEST, Extents::File(Arc::new(storage)));
+        let plan = Plan::new(0, 1 << 20, 65_536, LONGEST, Extents::File(Arc::new(storage)));
         let zero = Piece { offset: 65_536, length: (1 << 20) - 65_536, content: Content::Zero };
         let data = Piece { offset: 0, length: 65_536, content: Content::Data };
         // A file system without holes reports data throughout.
@@ -177,6 +251,6 @@ mod tests {
 
     #[tokio::test]
     async fn an_empty_disk_has_no_pieces() {
-        assert!(pieces(Plan::new(0, 1, LONGEST, Extents::Unknown)).await.is_empty());
+        assert!(pieces(Plan::new(0, 0, 1, LONGEST, Extents::Unknown)).await.is_empty());
     }
 }

@@ -1,23 +1,33 @@
 //! Where the bytes come from.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use imgfmt::storage::{FileIdentity, FileStorage};
-use imgfmt::{Access, HostOffset, Locking, Storage as _};
+use imgfmt::{
+    Access, ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _,
+};
 use nbd_client::{Client, Connector};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 
-use super::CopyArgs;
 use super::location::Location;
-use super::plan::Extents;
+use super::plan::{Content, Extents, ImageExtents, allocated};
 use crate::connect::{connect, failed};
 use crate::error::CommandError;
 
+/// What a server is asked about its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::commands) enum Knowledge {
+    Nothing,
+    /// Where it is zero.
+    Holes,
+}
+
 /// An open source.
-pub(super) enum Source {
+pub(in crate::commands) enum Source {
     Nbd {
         client: Client,
         uri: NbdUri,
@@ -27,17 +37,26 @@ pub(super) enum Source {
         path: PathBuf,
         size: u64,
     },
+    /// A disk in an image format.
+    Image {
+        image: Arc<Image>,
+    },
     /// Standard input: read once, front to back, of unknown size.
     Standard,
     Null,
 }
 
 impl Source {
-    pub(super) async fn open(location: &Location, args: &CopyArgs) -> Result<Self, CommandError> {
+    /// Opens a server's export or a file for reading.
+    pub(in crate::commands) async fn open(
+        location: &Location,
+        connections: NonZeroUsize,
+        knowledge: Knowledge,
+    ) -> Result<Self, CommandError> {
         match location {
             Location::Nbd(uri) => {
-                let mut connector = Connector::new(uri.clone()).connections(args.connections);
-                if !args.no_extents {
+                let mut connector = Connector::new(uri.clone()).connections(connections);
+                if knowledge == Knowledge::Holes {
                     connector = connector.meta_contexts([MetaContextName::base_allocation()]);
                 }
                 let client = connect(&connector, uri).await?;
@@ -54,17 +73,18 @@ impl Source {
     }
 
     /// The size in bytes, if it is known beforehand.
-    pub(super) fn size(&self) -> Option<u64> {
+    pub(in crate::commands) fn size(&self) -> Option<u64> {
         match self {
             Self::Nbd { client, .. } => Some(client.info().size),
             Self::File { size, .. } => Some(*size),
+            Self::Image { image } => Some(image.size()),
             Self::Standard => None,
             Self::Null => Some(0),
         }
     }
 
     /// The file behind the source, if it is one.
-    pub(super) fn identity(&self) -> Option<FileIdentity> {
+    pub(in crate::commands) fn identity(&self) -> Option<FileIdentity> {
         match self {
             Self::File { storage, .. } => storage.identity(),
             _ => None,
@@ -72,7 +92,7 @@ impl Source {
     }
 
     /// Requests must be aligned to this power of two.
-    pub(super) fn alignment(&self) -> u64 {
+    pub(in crate::commands) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
                 client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
@@ -81,25 +101,25 @@ impl Source {
         }
     }
 
-    /// What is known about holes.
-    pub(super) fn extents(&self, args: &CopyArgs) -> Extents {
+    /// What is known about holes from `start` (in bytes) on.
+    pub(in crate::commands) fn extents(&self, start: u64) -> Extents {
         match self {
-            _ if args.no_extents => Extents::Unknown,
             Self::Nbd { client, .. } => {
                 let context = MetaContextName::base_allocation();
                 if client.meta_contexts().contains(&context) {
-                    Extents::Server(client.extents(&context, 0..client.info().size))
+                    Extents::Server(client.extents(&context, start..client.info().size))
                 } else {
                     Extents::Unknown
                 }
             }
             Self::File { storage, .. } => Extents::File(storage.clone()),
+            Self::Image { image } => Extents::Image(ImageExtents::new(image.clone())),
             Self::Standard | Self::Null => Extents::Unknown,
         }
     }
 
     /// Reads a part of the disk, into memory that is left over from an earlier part.
-    pub(super) async fn read(
+    pub(in crate::commands) async fn read(
         &self,
         offset: u64,
         length: u64,
@@ -124,19 +144,76 @@ impl Source {
                     Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
                 }
             }
+            Self::Image { image } => {
+                let image = image.clone();
+                let reading = tokio::task::spawn_blocking(move || {
+                    buffer.resize(length, 0);
+                    let read = image.read_at(GuestOffset::new(offset), &mut buffer);
+                    read.map(|()| buffer.freeze())
+                });
+                match reading.await {
+                    Ok(read) => Ok(read?),
+                    Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
+                }
+            }
             Self::Standard | Self::Null => {
                 Err(CommandError::new("this source cannot be read at an offset"))
             }
         }
     }
 
+    /// Whether a range is known to be zero without reading it; false if that cannot be told.
+    pub(super) async fn is_known_zero(&self, offset: u64, length: u64) -> bool {
+        let end = offset.saturating_add(length);
+        match self {
+            Self::Image { image } => {
+                let image = image.clone();
+                let look = move || is_zero_in_image(&image, offset, end);
+                tokio::task::spawn_blocking(look).await.unwrap_or(false)
+            }
+            Self::Nbd { client, .. } => {
+                let context = MetaContextName::base_allocation();
+                if !client.meta_contexts().contains(&context) {
+                    return false;
+                }
+                let mut extents = client.extents(&context, offset..end);
+                loop {
+                    match extents.next().await {
+                        None => return true,
+                        Some(Ok(extent)) if allocated(&extent) == Content::Zero => {}
+                        Some(_) => return false,
+                    }
+                }
+            }
+            Self::File { storage, .. } => storage
+                .next_extent(HostOffset::new(offset), length)
+                .is_ok_and(|found| found.kind != ExtentKind::Data && found.length >= length),
+            Self::Standard | Self::Null => false,
+        }
+    }
+
     /// Ends the connection.
-    pub(super) async fn close(&self) {
+    pub(in crate::commands) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
             // Everything was read; how the connection ends does not matter.
             let _ = client.clone().disconnect().await;
         }
     }
+}
+
+fn is_zero_in_image(image: &Image, offset: u64, end: u64) -> bool {
+    let mut at = offset;
+    while at < end {
+        let Some(range) = GuestRange::new(GuestOffset::new(at), end - at) else { return false };
+        let Ok(found) = image.extents(range, 1) else { return false };
+        match found.first() {
+            Some(extent) if extent.kind != ExtentKind::Data && !extent.range.is_empty() => {
+                at = extent.range.end().bytes();
+            }
+            _ => return false,
+        }
+    }
+    true
 }
 
 fn read_error(path: &Path, offset: u64, error: &std::io::Error) -> CommandError {

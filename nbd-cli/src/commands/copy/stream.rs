@@ -11,8 +11,7 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::engine::Job;
-use super::plan::Piece;
-use super::zero::Content;
+use super::plan::{Content, Piece};
 use crate::error::CommandError;
 
 /// Reads standard input to its end; the writes go on in parallel.
@@ -106,7 +105,7 @@ impl Ahead {
     fn start(job: &Arc<Job>, piece: Piece) -> Self {
         match piece.content {
             Content::Zero => Self::Zero(piece.length),
-            Content::Data => {
+            Content::Data | Content::Unchanged => {
                 let job = job.clone();
                 let read = async move {
                     job.source.read(piece.offset, piece.length, BytesMut::new()).await

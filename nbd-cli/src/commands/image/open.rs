@@ -30,7 +30,7 @@ pub struct TrustArgs {
 }
 
 impl TrustArgs {
-    pub(super) fn policy(&self) -> OpenPolicy {
+    pub(in crate::commands) fn policy(&self) -> OpenPolicy {
         match self.trust_image {
             true => OpenPolicy::any_file().allow_format_probe(),
             false => OpenPolicy::new(),
@@ -39,22 +39,22 @@ impl TrustArgs {
 }
 
 impl OpenArgs {
-    pub(super) fn options(&self) -> OpenOptions {
+    pub(in crate::commands) fn options(&self) -> OpenOptions {
         options(self.format, &self.trust)
     }
 
     /// Opens an image to read it.
-    pub(super) fn read(&self, path: &Path) -> Result<Image, CommandError> {
+    pub(in crate::commands) fn read(&self, path: &Path) -> Result<Image, CommandError> {
         Image::open(path, &self.options()).map_err(explained)
     }
 
     /// Opens an image to change it.
-    pub(super) fn change(&self, path: &Path) -> Result<Image, CommandError> {
+    pub(in crate::commands) fn change(&self, path: &Path) -> Result<Image, CommandError> {
         Image::open(path, &self.options().access(Access::ReadWrite)).map_err(explained)
     }
 }
 
-pub(super) fn options(format: Option<ImageFormat>, trust: &TrustArgs) -> OpenOptions {
+pub(in crate::commands) fn options(format: Option<ImageFormat>, trust: &TrustArgs) -> OpenOptions {
     let options = OpenOptions::new().policy(trust.policy());
     match format {
         Some(format) => options.format(format.into()),
@@ -72,7 +72,7 @@ impl From<ImageFormat> for Format {
 }
 
 /// The error with the option that would allow what was refused.
-pub(super) fn explained(error: Error) -> CommandError {
+pub(in crate::commands) fn explained(error: Error) -> CommandError {
     match error.kind() {
         ErrorKind::PolicyDenied => {
             CommandError::new(format!("{error} (with --trust-image, if you trust its maker)"))
@@ -82,7 +82,7 @@ pub(super) fn explained(error: Error) -> CommandError {
 }
 
 /// The path of a file that an image names: relative names start at the image's folder.
-pub(super) fn beside(image: &Path, name: &str) -> PathBuf {
+pub(in crate::commands) fn beside(image: &Path, name: &str) -> PathBuf {
     match image.parent() {
         Some(folder) => folder.join(name),
         None => PathBuf::from(name),

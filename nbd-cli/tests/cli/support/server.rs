@@ -69,6 +69,19 @@ impl Server {
         Self::other(tool, command, name)
     }
 
+    /// As `qemu_nbd`, where another server has listened before.
+    pub(crate) fn qemu_nbd_at(tool: &Path, name: &str, socket: &Path, more: &[&str]) -> Self {
+        let text = socket.to_str().expect("a plain name");
+        let mut command = Command::new(tool);
+        command.args(["-t", "-e", "8", "-k", text, "-x", name]).args(more);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("serve");
+        let uris = vec![format!("nbd+unix:///{name}?socket={text}")];
+        let socket = socket.to_owned();
+        let mut server = Self { child, uris, socket, _folder: None, _stdout: None };
+        server.wait_until_ready();
+        server
+    }
+
     /// nbdkit with any plugin and filters.
     pub(crate) fn nbdkit(tool: &Path, arguments: &[&str]) -> Self {
         let command = |socket: &str, command: &mut Command| {

@@ -1,0 +1,338 @@
+//! `nbd-cli backup`: full and incremental backups of a served disk into a chain of qcow2 files.
+
+mod chain;
+mod partial;
+mod report;
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use clap::{Args, ValueEnum};
+use imgfmt::{Access, Format, Image, OpenOptions};
+use nbd_client::{Client, Connector, ZeroMode};
+use nbd_proto::NbdUri;
+use nbd_proto::wire::{MetaContextName, TransmissionFlags};
+
+use self::chain::Base;
+use self::partial::{Partial, State};
+use self::report::Report;
+use super::copy::destination::{Destination, Surface};
+use super::copy::dirty::DirtyExtents;
+use super::copy::engine::{self, Job, Settings, ZeroPolicy};
+use super::copy::plan::Extents;
+use super::copy::source::Source;
+use super::copy::verify::Verification;
+use super::image::open::{TrustArgs, explained};
+use crate::connect::connect;
+use crate::error::{CommandError, Outcome, runtime};
+use crate::output::{ReportFormat, printable, warn};
+use crate::progress::{Progress, Visibility};
+use crate::size::parse_duration;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli backup nbd://vmhost/disk sunday.qcow2
+  nbd-cli backup --bitmap daily --base sunday.qcow2 nbd://vmhost/disk monday.qcow2
+  nbd-cli restore monday.qcow2 disk.img
+
+A full backup is a qcow2 file that stands alone. An incremental one holds what is dirty in a bitmap
+of the server (context qemu:dirty-bitmap:NAME), and its backing file is the backup before it. Whoever
+runs the server starts the bitmap when a backup is taken and clears it when the next one is complete;
+the disk should not change while it is copied. All files of a chain may be moved together.
+
+While a backup runs it is TARGET.partial, and TARGET.partial.json says how far it is; when it is
+complete it gets its name in one step. After an interruption --resume goes on where it ended: only
+right if the disk has not changed since.";
+
+/// Size of the clusters of a backup, in bytes.
+const CLUSTER_SIZE: u64 = 64 << 10;
+/// Size of a request, in bytes.
+const REQUEST_SIZE: u64 = 512 << 10;
+/// How often the progress of a backup is made durable.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Arguments of `nbd-cli backup`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct BackupArgs {
+    /// The disk, as an NBD URI.
+    pub source: NbdUri,
+
+    /// The new qcow2 file.
+    pub target: PathBuf,
+
+    /// Copy only what is dirty in this bitmap of the server.
+    #[arg(short = 'B', long, value_name = "NAME", requires = "base")]
+    pub bitmap: Option<String>,
+
+    /// The backup before this one: what is not dirty is taken from it.
+    #[arg(short, long, value_name = "FILE", requires = "bitmap")]
+    pub base: Option<PathBuf>,
+
+    /// Go on with a backup that was interrupted. The disk must be as it was then.
+    #[arg(long)]
+    pub resume: bool,
+
+    /// Throw away what is left of a backup that was interrupted, and begin again.
+    #[arg(long, conflicts_with = "resume")]
+    pub restart: bool,
+
+    /// Read both sides again at the end and compare checksums: of what was copied, or of the whole
+    /// disk.
+    #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
+          default_missing_value = "copied")]
+    pub verify: Option<Verify>,
+
+    /// Connections to the server, if it allows several.
+    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
+    pub connections: NonZeroUsize,
+
+    /// Requests in flight.
+    #[arg(short = 'R', long, value_name = "N", default_value = "32")]
+    pub requests: NonZeroUsize,
+
+    /// How long a lost connection is tried again: seconds, or 500ms, 2m.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub reconnect: Duration,
+
+    /// Which files the images may name.
+    #[command(flatten)]
+    pub trust: TrustArgs,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+
+    /// Show no progress and no summary.
+    #[arg(short, long, conflicts_with_all = ["progress", "json"])]
+    pub quiet: bool,
+}
+
+/// What is compared at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Verify {
+    /// What this backup has copied.
+    Copied,
+    /// The whole disk, which also tells whether the base and the bitmap belong together.
+    All,
+}
+
+pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
+    if args.requests.get() > 4096 || args.connections.get() > 256 {
+        return Err(CommandError::new(
+            "--requests is limited to 4096 and --connections to 256; give smaller numbers",
+        ));
+    }
+    let report = runtime()?.block_on(backup(args))?;
+    if !args.quiet {
+        report.print(ReportFormat::from_json_flag(args.json))?;
+    }
+    Ok(Outcome::Success)
+}
+
+async fn backup(args: &BackupArgs) -> Result<Report, CommandError> {
+    let started = Instant::now();
+    if args.target.symlink_metadata().is_ok() {
+        return Err(CommandError::new(format!(
+            "'{}' exists already; every backup needs a file of its own",
+            args.target.display()
+        )));
+    }
+    let base = args.base.as_deref().map(|path| Base::open(path, args)).transpose()?;
+    let bitmap = args.bitmap.as_deref().map(context_of).transpose()?;
+    let client = connect_to_disk(args, bitmap.as_ref()).await?;
+    let size = client.info().size;
+    if let Some(base) = &base
+        && base.size != size
+    {
+        return Err(CommandError::new(format!(
+            "the disk has {size} bytes and its last backup '{}' {}: the disk was resized, so make \
+             a full backup",
+            base.path.display(),
+            base.size
+        )));
+    }
+    let state = State::new(args, size);
+    let mut partial = Partial::begin(args, state, base.as_ref())?;
+    let result = fill(args, client.clone(), bitmap.as_ref(), &mut partial).await;
+    let (counts, resumed_at) = match result {
+        Ok(filled) => filled,
+        Err(error) => {
+            return Err(CommandError::new(format!(
+                "the backup of {} failed: {error}; what there is of it is in '{}' (add --resume to \
+                 go on, if the disk does not change)",
+                args.source,
+                partial.path().display()
+            )));
+        }
+    };
+    let verified = match args.verify {
+        None => None,
+        Some(what) => Some(verify(args, &client, bitmap.as_ref(), what, &partial).await?),
+    };
+    partial.complete()?;
+    // Everything was read; how the connection ends does not matter.
+    let _ = client.disconnect().await;
+    Ok(Report::new(args, size, counts, resumed_at, verified, started.elapsed()))
+}
+
+fn context_of(bitmap: &str) -> Result<MetaContextName, CommandError> {
+    MetaContextName::qemu_dirty_bitmap(bitmap).map_err(|error| {
+        CommandError::new(format!("'{}' is no name of a bitmap: {error}", printable(bitmap)))
+    })
+}
+
+async fn connect_to_disk(
+    args: &BackupArgs,
+    bitmap: Option<&MetaContextName>,
+) -> Result<Client, CommandError> {
+    let uri = &args.source;
+    let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
+    let connector = Connector::new(uri.clone())
+        .connections(args.connections)
+        .reconnect(args.reconnect)
+        .meta_contexts(contexts);
+    let client = connect(&connector, uri).await?;
+    if let (Some(context), Some(name)) = (bitmap, &args.bitmap)
+        && !client.meta_contexts().contains(context)
+    {
+        let offered = connector.list_meta_contexts(&["qemu:dirty-bitmap:".to_owned()]).await;
+        let offered = offered.unwrap_or_default();
+        let names: Vec<_> = offered
+            .iter()
+            .filter_map(MetaContextName::dirty_bitmap)
+            .take(8)
+            .map(|name| format!("'{}'", printable(name)))
+            .collect();
+        let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        return Err(CommandError::new(format!(
+            "{uri} offers no dirty bitmap '{}' (it offers {has}); make a full backup, or have the \
+             server export the bitmap",
+            printable(name)
+        )));
+    }
+    if !client.info().flags.contains(TransmissionFlags::READ_ONLY) {
+        warn(&format!(
+            "{uri} can be written to: if that happens while it is copied, the backup is a mix of \
+             old and new"
+        ));
+    }
+    Ok(client)
+}
+
+/// Copies into the partial file; returns what was copied how, in bytes, and where it began.
+async fn fill(
+    args: &BackupArgs,
+    client: Client,
+    bitmap: Option<&MetaContextName>,
+    partial: &mut Partial,
+) -> Result<([u64; 3], u64), CommandError> {
+    let start = partial.done();
+    let source = Source::Nbd { client: client.clone(), uri: args.source.clone() };
+    let extents = extents(&client, bitmap, start);
+    let surface =
+        if args.base.is_some() || start > 0 { Surface::Something } else { Surface::Zeroes };
+    let image = partial.open(&args.trust)?;
+    let destination = Destination::image(image, surface);
+    let zeroes = match surface {
+        Surface::Zeroes => ZeroPolicy::Skip,
+        // Zero clusters: holes would show what is below.
+        Surface::Something => ZeroPolicy::Write(ZeroMode::MayPunch),
+    };
+    let settings = Settings {
+        requests: args.requests.get(),
+        request_size: REQUEST_SIZE,
+        unit: CLUSTER_SIZE.max(source.alignment()),
+        zeroes,
+        sparse: Some(CLUSTER_SIZE),
+        start,
+    };
+    let progress = Progress::new(visibility(args), source.size());
+    progress.add(start);
+    let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
+    let result = run_and_save(&job, partial).await;
+    job.progress.clear();
+    // Saves what is done in any case; the first error is the one to tell.
+    let saved = save(&job, partial).await;
+    result.and(saved)?;
+    let counts = job.counts();
+    let counts = [&counts.data, &counts.zero, &counts.unchanged].map(|n| n.load(Ordering::Relaxed));
+    let job = Arc::into_inner(job)
+        .ok_or_else(|| CommandError::new("a task of the backup has not ended"))?;
+    job.destination.close_image()?;
+    Ok((counts, start))
+}
+
+fn extents(client: &Client, bitmap: Option<&MetaContextName>, start: u64) -> Extents {
+    let allocation = MetaContextName::base_allocation();
+    match bitmap {
+        Some(bitmap) => Extents::Dirty(Box::new(DirtyExtents::new(client.clone(), bitmap, start))),
+        None if client.meta_contexts().contains(&allocation) => {
+            Extents::Server(client.extents(&allocation, start..client.info().size))
+        }
+        None => Extents::Unknown,
+    }
+}
+
+async fn run_and_save(job: &Arc<Job>, partial: &mut Partial) -> Result<(), CommandError> {
+    let mut running = std::pin::pin!(engine::run(job));
+    loop {
+        tokio::select! {
+            result = &mut running => return result,
+            () = tokio::time::sleep(SAVE_INTERVAL) => save(job, partial).await?,
+        }
+    }
+}
+
+/// Makes durable how far the backup is: first the data, then the word of it.
+async fn save(job: &Job, partial: &mut Partial) -> Result<(), CommandError> {
+    let done = job.done().await;
+    job.destination.finish(true).await?;
+    partial.save(done)
+}
+
+async fn verify(
+    args: &BackupArgs,
+    client: &Client,
+    bitmap: Option<&MetaContextName>,
+    what: Verify,
+    partial: &Partial,
+) -> Result<u64, CommandError> {
+    let options = OpenOptions::new()
+        .format(Format::Qcow2)
+        .access(Access::ReadOnly)
+        .policy(args.trust.policy());
+    let image = Image::open(partial.path(), &options).map_err(explained)?;
+    let source = Source::Nbd { client: client.clone(), uri: args.source.clone() };
+    let unit = source.alignment();
+    let extents = match what {
+        Verify::Copied => extents(client, bitmap, 0),
+        Verify::All => extents(client, None, 0),
+    };
+    let progress = Progress::new(visibility(args), source.size());
+    let copy = Source::Image { image: Arc::new(image) };
+    let verification = Arc::new(Verification::new(source, copy, unit, extents, progress));
+    let result = verification.run(args.requests.get()).await;
+    verification.progress.clear();
+    result.map_err(|error| {
+        CommandError::new(format!(
+            "the backup in '{}' is not as it should be: {error}; begin again with --restart",
+            partial.path().display()
+        ))
+    })
+}
+
+fn visibility(args: &BackupArgs) -> Visibility {
+    match (args.progress, args.quiet) {
+        (true, _) => Visibility::Always,
+        (_, true) => Visibility::Never,
+        _ => Visibility::IfTerminal,
+    }
+}

@@ -1,0 +1,233 @@
+//! A backup that is not complete: the file it grows in, and the record of how far it is.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use imgfmt::storage::FileStorage;
+use imgfmt::{Access, CreateOptions, Format, Image, Locking, OpenOptions, Repair};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use serde::{Deserialize, Serialize};
+
+use super::chain::{Base, folder_of};
+use super::{BackupArgs, CLUSTER_SIZE};
+use crate::commands::image::open::{TrustArgs, explained};
+use crate::error::CommandError;
+
+/// Largest record that is read, in bytes.
+const MAX_STATE_LEN: u64 = 64 << 10;
+
+/// The record: what the backup is of, and up to where it is complete. Unknown fields are an error:
+/// who wrote them meant something.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct State {
+    version: u32,
+    source: String,
+    size: u64,
+    bitmap: Option<String>,
+    base: Option<PathBuf>,
+    /// Every byte below is in the file, durably.
+    done: u64,
+}
+
+impl State {
+    pub(super) fn new(args: &BackupArgs, size: u64) -> Self {
+        Self {
+            version: 1,
+            source: args.source.to_string(),
+            size,
+            bitmap: args.bitmap.clone(),
+            base: args.base.clone(),
+            done: 0,
+        }
+    }
+
+    /// What differs from a former attempt, in words.
+    fn difference(&self, former: &Self) -> Option<String> {
+        let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "none".to_owned());
+        let path = |path: &Option<PathBuf>| {
+            path.as_ref().map_or_else(|| "none".to_owned(), |path| path.display().to_string())
+        };
+        let pairs = [
+            ("version", self.version.to_string(), former.version.to_string()),
+            ("source", self.source.clone(), former.source.clone()),
+            ("size", self.size.to_string(), former.size.to_string()),
+            ("bitmap", name(&self.bitmap), name(&former.bitmap)),
+            ("base", path(&self.base), path(&former.base)),
+        ];
+        let found = pairs.into_iter().find(|(_, now, then)| now != then);
+        found.map(|(what, now, then)| format!("its {what} was {then} and is now {now}"))
+    }
+}
+
+/// The file a backup grows in.
+pub(super) struct Partial {
+    path: PathBuf,
+    record: PathBuf,
+    target: PathBuf,
+    state: State,
+}
+
+impl Partial {
+    /// Makes the file, or finds what a former attempt has left.
+    pub(super) fn begin(
+        args: &BackupArgs,
+        state: State,
+        base: Option<&Base>,
+    ) -> Result<Self, CommandError> {
+        let with = |suffix: &str| {
+            let mut name = args.target.clone().into_os_string();
+            name.push(suffix);
+            PathBuf::from(name)
+        };
+        let (path, record) = (with(".partial"), with(".partial.json"));
+        let mut partial = Self { path, record, target: args.target.clone(), state };
+        if partial.path.symlink_metadata().is_ok() {
+            if args.resume {
+                partial.resume(&args.trust)?;
+                return Ok(partial);
+            }
+            if !args.restart {
+                return Err(CommandError::new(format!(
+                    "'{}' is left of a backup that was interrupted; add --resume to go on with it, \
+                     if the disk has not changed since, or --restart to begin again",
+                    partial.path.display()
+                )));
+            }
+            partial.remove()?;
+        } else if args.resume {
+            return Err(CommandError::new(format!(
+                "there is nothing to resume: '{}' does not exist",
+                partial.path.display()
+            )));
+        }
+        let mut options = CreateOptions::new(Format::Qcow2, partial.state.size);
+        options.cluster_size = CLUSTER_SIZE;
+        options.backing = base.map(|base| (base.name.clone(), base.format));
+        Image::create(&partial.path, &options)?;
+        // A base that may not be opened is found before anything is copied.
+        let begun = partial.open(&args.trust).and_then(|image| {
+            drop(image);
+            partial.save(0)
+        });
+        begun.inspect_err(|_| {
+            // Nothing is in it yet; the first error is the one to tell.
+            let _ = fs::remove_file(&partial.path);
+        })?;
+        Ok(partial)
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Up to where it is complete, in bytes.
+    pub(super) fn done(&self) -> u64 {
+        self.state.done
+    }
+
+    /// Opens it for writing.
+    pub(super) fn open(&self, trust: &TrustArgs) -> Result<Image, CommandError> {
+        let options = OpenOptions::new()
+            .format(Format::Qcow2)
+            .access(Access::ReadWrite)
+            .policy(trust.policy());
+        Image::open(&self.path, &options).map_err(explained)
+    }
+
+    /// Records up to where it is complete.
+    pub(super) fn save(&mut self, done: u64) -> Result<(), CommandError> {
+        self.state.done = done;
+        let text = serde_json::to_vec(&self.state)
+            .map_err(|error| CommandError::new(format!("cannot write the record: {error}")))?;
+        // A new file takes the place of the old one, so that there is a whole one at any time.
+        let mut new = self.record.clone().into_os_string();
+        new.push(".new");
+        let write = || -> io::Result<()> {
+            let mut file = File::create(&new)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            fs::rename(&new, &self.record)?;
+            sync_folder(&self.record)
+        };
+        write().map_err(|error| {
+            CommandError::new(format!("cannot write '{}': {error}", self.record.display()))
+        })
+    }
+
+    /// Gives the backup its name.
+    pub(super) fn complete(self) -> Result<(), CommandError> {
+        let rename = || -> io::Result<()> {
+            File::open(&self.path)?.sync_all()?;
+            renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE)?;
+            sync_folder(&self.target)
+        };
+        rename().map_err(|error| {
+            CommandError::new(format!(
+                "the backup is complete but '{}' cannot be renamed to '{}': {error}",
+                self.path.display(),
+                self.target.display()
+            ))
+        })?;
+        // The backup has its name: a record that stays behind does no harm.
+        let _ = fs::remove_file(&self.record);
+        Ok(())
+    }
+
+    /// Reads the record of a former attempt and makes sure that it was one of the same backup.
+    fn resume(&mut self, trust: &TrustArgs) -> Result<(), CommandError> {
+        let former = self.read_record().map_err(|error| {
+            CommandError::new(format!(
+                "cannot resume: '{}' {error}; begin again with --restart",
+                self.record.display()
+            ))
+        })?;
+        if let Some(difference) = self.state.difference(&former) {
+            return Err(CommandError::new(format!(
+                "cannot resume: '{}' is of another backup: {difference}; begin again with --restart",
+                self.path.display()
+            )));
+        }
+        // A process that was killed may have left clusters that nothing refers to.
+        let options = OpenOptions::new()
+            .format(Format::Qcow2)
+            .access(Access::ReadWrite)
+            .policy(trust.policy());
+        let report = Image::check_file(&self.path, &options, Repair::Leaks)?;
+        if report.corruptions > 0 {
+            return Err(CommandError::new(format!(
+                "cannot resume: '{}' is damaged; begin again with --restart",
+                self.path.display()
+            )));
+        }
+        self.state = former;
+        Ok(())
+    }
+
+    fn read_record(&self) -> Result<State, String> {
+        let text = File::open(&self.record)
+            .and_then(|file| io::read_to_string(io::Read::take(file, MAX_STATE_LEN)))
+            .map_err(|error| format!("cannot be read: {error}"))?;
+        let state: State = serde_json::from_str(&text).map_err(|_| "is damaged".to_owned())?;
+        if state.done > state.size
+            || !state.done.is_multiple_of(CLUSTER_SIZE) && state.done != state.size
+        {
+            return Err("is damaged".to_owned());
+        }
+        Ok(state)
+    }
+
+    fn remove(&self) -> Result<(), CommandError> {
+        // Whoever is at work on it holds a lock.
+        let storage = FileStorage::open(&self.path, Access::ReadWrite, Locking::On)?;
+        drop(storage);
+        fs::remove_file(&self.path).map_err(|error| {
+            CommandError::new(format!("cannot remove '{}': {error}", self.path.display()))
+        })
+    }
+}
+
+fn sync_folder(file: &Path) -> io::Result<()> {
+    File::open(folder_of(file))?.sync_all()
+}

@@ -1,0 +1,93 @@
+//! The summary of a backup.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::BackupArgs;
+use crate::error::CommandError;
+use crate::output::{Output, ReportFormat, printable};
+use crate::size::rounded;
+
+/// What a backup did. Sizes are in bytes.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Report {
+    source: String,
+    target: String,
+    base: Option<String>,
+    bitmap: Option<String>,
+    size: u64,
+    /// Where this run began; above 0 if it went on with an earlier one.
+    resumed_at: u64,
+    copied: u64,
+    zero: u64,
+    unchanged: u64,
+    /// How much was compared, if anything was.
+    verified: Option<u64>,
+    /// Size of the new file.
+    file_size: Option<u64>,
+    seconds: f64,
+}
+
+impl Report {
+    pub(super) fn new(
+        args: &BackupArgs,
+        size: u64,
+        counts: [u64; 3],
+        resumed_at: u64,
+        verified: Option<u64>,
+        took: Duration,
+    ) -> Self {
+        let [copied, zero, unchanged] = counts;
+        Self {
+            source: args.source.to_string(),
+            target: args.target.display().to_string(),
+            base: args.base.as_ref().map(|path| path.display().to_string()),
+            bitmap: args.bitmap.clone(),
+            size,
+            resumed_at,
+            copied,
+            zero,
+            unchanged,
+            verified,
+            file_size: args.target.metadata().ok().map(|metadata| metadata.len()),
+            seconds: took.as_secs_f64(),
+        }
+    }
+
+    pub(super) fn print(&self, format: ReportFormat) -> Result<(), CommandError> {
+        let mut output = Output::new();
+        match format {
+            ReportFormat::Json => output.json(self)?,
+            ReportFormat::Text => {
+                let kind = match &self.bitmap {
+                    Some(bitmap) => format!("incremental by '{}'", printable(bitmap)),
+                    None => "full".to_owned(),
+                };
+                let mut parts = vec![
+                    format!("{} copied", rounded(self.copied)),
+                    format!("{} zero", rounded(self.zero)),
+                ];
+                if self.bitmap.is_some() {
+                    parts.push(format!("{} unchanged", rounded(self.unchanged)));
+                }
+                if self.resumed_at > 0 {
+                    parts.push(format!("{} copied before", rounded(self.resumed_at)));
+                }
+                if let Some(verified) = self.verified {
+                    parts.push(format!("{} verified", rounded(verified)));
+                }
+                let line = format!(
+                    "{}: {kind}, {} in {:.1} s: {}",
+                    printable(&self.target),
+                    rounded(self.size),
+                    self.seconds,
+                    parts.join(", ")
+                );
+                output.line(&line)?;
+            }
+        }
+        output.finish()
+    }
+}

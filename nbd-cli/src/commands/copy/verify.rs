@@ -1,0 +1,113 @@
+//! Reads both sides again and compares checksums.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+
+use super::plan::{Content, Lengths, Piece, Plan};
+use super::source::Source;
+use super::zero::is_zero;
+use crate::error::CommandError;
+use crate::progress::Progress;
+
+/// Longest part that has one checksum, in bytes.
+const PIECE: u64 = 1 << 20;
+/// Longest part that is said to be zero, in bytes.
+const LONGEST_ZEROES: u64 = 1 << 30;
+
+/// A comparison of two disks of the same size.
+pub(in crate::commands) struct Verification {
+    pub(in crate::commands) source: Source,
+    pub(in crate::commands) copy: Source,
+    pub(in crate::commands) progress: Progress,
+    plan: Mutex<Plan>,
+}
+
+impl Verification {
+    /// Compares what `extents`, those of the source, do not call unchanged. `unit` is what both
+    /// sides need of requests, in bytes.
+    pub(in crate::commands) fn new(
+        source: Source,
+        copy: Source,
+        unit: u64,
+        extents: super::plan::Extents,
+        progress: Progress,
+    ) -> Self {
+        let longest = Lengths { data: PIECE.max(unit), zeroes: LONGEST_ZEROES };
+        let size = source.size().unwrap_or_default();
+        let plan = Mutex::new(Plan::new(0, size, unit, longest, extents));
+        Self { source, copy, progress, plan }
+    }
+
+    /// Compares with so many tasks; returns how many bytes were compared.
+    ///
+    /// The first difference is an error.
+    pub(in crate::commands) async fn run(
+        self: &Arc<Self>,
+        tasks: usize,
+    ) -> Result<u64, CommandError> {
+        let mut running = JoinSet::new();
+        for _ in 0..tasks {
+            let this = Arc::clone(self);
+            running.spawn(async move { this.compare_pieces().await });
+        }
+        let mut compared = 0;
+        while let Some(ended) = running.join_next().await {
+            compared += ended
+                .map_err(|error| CommandError::new(format!("a task was given up: {error}")))??;
+        }
+        Ok(compared)
+    }
+
+    async fn compare_pieces(&self) -> Result<u64, CommandError> {
+        let mut compared = 0;
+        loop {
+            let piece = self.plan.lock().await.next().await?;
+            let Some(piece) = piece else { return Ok(compared) };
+            let equal = match piece.content {
+                Content::Unchanged => {
+                    self.progress.add(piece.length);
+                    continue;
+                }
+                Content::Data => self.is_equal(&piece).await?,
+                Content::Zero => self.is_zero(&piece).await?,
+            };
+            if !equal {
+                return Err(CommandError::new(format!(
+                    "the copy differs from the source in the {} bytes at offset {}: either the \
+                     source has changed meanwhile or the copy is damaged",
+                    piece.length, piece.offset
+                )));
+            }
+            compared += piece.length;
+            self.progress.add(piece.length);
+        }
+    }
+
+    async fn is_equal(&self, piece: &Piece) -> Result<bool, CommandError> {
+        let (source, copy) = tokio::join!(
+            self.source.read(piece.offset, piece.length, BytesMut::new()),
+            self.copy.read(piece.offset, piece.length, BytesMut::new()),
+        );
+        Ok(crc32fast::hash(&source?) == crc32fast::hash(&copy?))
+    }
+
+    /// Whether the copy is zero where the source says that it is.
+    async fn is_zero(&self, piece: &Piece) -> Result<bool, CommandError> {
+        if self.copy.is_known_zero(piece.offset, piece.length).await {
+            return Ok(true);
+        }
+        let end = piece.offset + piece.length;
+        let mut at = piece.offset;
+        while at < end {
+            let length = PIECE.min(end - at);
+            if !is_zero(&self.copy.read(at, length, BytesMut::new()).await?) {
+                return Ok(false);
+            }
+            at += length;
+        }
+        Ok(true)
+    }
+}

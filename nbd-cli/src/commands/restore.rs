@@ -1,0 +1,293 @@
+//! `nbd-cli restore`: a backup, or any other image, to a file, a device or a server.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use clap::Args;
+use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions, OpenPolicy};
+use nbd_client::ZeroMode;
+use serde::Serialize;
+
+use super::copy::destination::{Destination, Surface};
+use super::copy::engine::{self, Job, Settings, ZeroPolicy};
+use super::copy::location::Location;
+use super::copy::source::{Knowledge, Source};
+use super::copy::verify::Verification;
+use super::image::open::OpenArgs;
+use super::serve::ImageFormat;
+use crate::error::{CommandError, Outcome, runtime};
+use crate::output::{Output, ReportFormat, printable};
+use crate::progress::{Progress, Visibility};
+use crate::size::rounded;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli restore monday.qcow2 disk.img
+  nbd-cli restore --output-format qcow2 monday.qcow2 disk.qcow2
+  nbd-cli restore --verify monday.qcow2 /dev/vg/disk
+  nbd-cli restore monday.qcow2 nbd://vmhost/disk
+
+The newest file of a chain stands for the whole disk. A file as the destination must not exist yet
+and is removed again if the restore fails; a device or a server's disk is overwritten and must be
+at least as large.";
+
+/// Size of a request, in bytes.
+const REQUEST_SIZE: u64 = 512 << 10;
+/// Unit in which zeroes are looked for, and a multiple of what qcow2 needs, in bytes.
+const CLUSTER_SIZE: u64 = 64 << 10;
+
+/// Arguments of `nbd-cli restore`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct RestoreArgs {
+    /// The image to restore: the newest file of a chain of backups.
+    pub image: PathBuf,
+
+    /// A new file, a block device or an NBD URI.
+    pub destination: Location,
+
+    /// Format of a new file.
+    #[arg(short = 'O', long, value_enum, value_name = "FORMAT", default_value = "raw")]
+    pub output_format: ImageFormat,
+
+    /// Read both sides again at the end and compare checksums.
+    #[arg(long)]
+    pub verify: bool,
+
+    /// Connections to the server, if it allows several.
+    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
+    pub connections: NonZeroUsize,
+
+    /// Requests in flight.
+    #[arg(short = 'R', long, value_name = "N", default_value = "32")]
+    pub requests: NonZeroUsize,
+
+    /// How the image is opened.
+    #[command(flatten)]
+    pub open: OpenArgs,
+
+    /// Print the summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+
+    /// Show no progress and no summary.
+    #[arg(short, long, conflicts_with_all = ["progress", "json"])]
+    pub quiet: bool,
+}
+
+/// What a restore did. Sizes are in bytes.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Report {
+    image: String,
+    destination: String,
+    size: u64,
+    copied: u64,
+    zero: u64,
+    /// How much was compared, if anything was.
+    verified: Option<u64>,
+    seconds: f64,
+}
+
+pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
+    if args.requests.get() > 4096 || args.connections.get() > 256 {
+        return Err(CommandError::new(
+            "--requests is limited to 4096 and --connections to 256; give smaller numbers",
+        ));
+    }
+    let report = runtime()?.block_on(restore(args))?;
+    if !args.quiet {
+        report.print(ReportFormat::from_json_flag(args.json))?;
+    }
+    Ok(Outcome::Success)
+}
+
+async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
+    let started = Instant::now();
+    let image = Arc::new(args.open.read(&args.image)?);
+    let size = image.size();
+    let new_file = match &args.destination {
+        Location::File(path) => new_file(path)?,
+        Location::Nbd(_) => None,
+        Location::Standard | Location::Null => {
+            return Err(CommandError::new(
+                "a backup is restored to a file, a device or an NBD URI",
+            ));
+        }
+    };
+    if new_file.is_none() && args.output_format == ImageFormat::Qcow2 {
+        return Err(CommandError::new(
+            "--output-format qcow2 is for new files; a device or a server gets the disk as it is",
+        ));
+    }
+    let source = Source::Image { image };
+    let destination = open(args, &source, new_file).await?;
+    let result = fill_and_verify(args, source, destination).await;
+    let ([copied, zero], verified) = result.map_err(|error| {
+        let left = match new_file {
+            Some(path) => {
+                // We have made it, and part of a disk is of no use; the first error is the one to
+                // tell.
+                let _ = std::fs::remove_file(path);
+                String::new()
+            }
+            None => format!("; {} is incomplete", args.destination),
+        };
+        CommandError::new(format!("restoring '{}' failed: {error}{left}", args.image.display()))
+    })?;
+    Ok(Report {
+        image: args.image.display().to_string(),
+        destination: match &args.destination {
+            Location::File(path) => path.display().to_string(),
+            other => other.to_string(),
+        },
+        size,
+        copied,
+        zero,
+        verified,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+/// The path, if there is nothing of that name; a device may be there.
+fn new_file(path: &Path) -> Result<Option<&Path>, CommandError> {
+    match path.metadata() {
+        Ok(metadata) if metadata.is_file() => Err(CommandError::new(format!(
+            "'{}' exists already; give the name of a new file",
+            path.display()
+        ))),
+        Ok(_) => Ok(None),
+        Err(_) => Ok(Some(path)),
+    }
+}
+
+async fn open(
+    args: &RestoreArgs,
+    source: &Source,
+    new_file: Option<&Path>,
+) -> Result<Destination, CommandError> {
+    match (new_file, args.output_format) {
+        (Some(path), ImageFormat::Qcow2) => {
+            let size = source.size().unwrap_or_default();
+            Image::create(path, &CreateOptions::new(Format::Qcow2, size))?;
+            let options = plain(Format::Qcow2).access(Access::ReadWrite);
+            Ok(Destination::image(Image::open(path, &options)?, Surface::Zeroes))
+        }
+        _ => Destination::open(&args.destination, args.connections, source).await,
+    }
+}
+
+/// An image that stands alone.
+fn plain(format: Format) -> OpenOptions {
+    OpenOptions::new().format(format).policy(OpenPolicy::deny())
+}
+
+async fn fill_and_verify(
+    args: &RestoreArgs,
+    source: Source,
+    destination: Destination,
+) -> Result<([u64; 2], Option<u64>), CommandError> {
+    let Source::Image { image } = &source else {
+        return Err(CommandError::new("only an image can be restored"));
+    };
+    let image = image.clone();
+    let zeroes = match destination.is_zero() {
+        true => ZeroPolicy::Skip,
+        false => ZeroPolicy::Write(ZeroMode::MayPunch),
+    };
+    let is_image = matches!(destination, Destination::Image { .. });
+    let unit = destination.alignment();
+    let settings = Settings {
+        requests: args.requests.get(),
+        request_size: REQUEST_SIZE,
+        unit: if is_image { CLUSTER_SIZE } else { unit },
+        zeroes,
+        sparse: Some(if is_image { CLUSTER_SIZE } else { unit.max(4096) }),
+        start: 0,
+    };
+    let progress = Progress::new(visibility(args), source.size());
+    let extents = source.extents(0);
+    let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
+    let result = engine::run(&job).await;
+    job.progress.clear();
+    result?;
+    // A server that cannot flush has nothing better to offer.
+    let flushes = match &job.destination {
+        Destination::Nbd { client, .. } => {
+            client.info().flags.contains(nbd_proto::wire::TransmissionFlags::SEND_FLUSH)
+        }
+        _ => true,
+    };
+    job.destination.finish(flushes).await?;
+    let counts = [&job.counts().data, &job.counts().zero].map(|n| n.load(Ordering::Relaxed));
+    let job = Arc::into_inner(job)
+        .ok_or_else(|| CommandError::new("a task of the restore has not ended"))?;
+    job.destination.close().await;
+    job.destination.close_image()?;
+    let verified = match args.verify {
+        true => Some(verify(args, image, is_image).await?),
+        false => None,
+    };
+    Ok((counts, verified))
+}
+
+async fn verify(
+    args: &RestoreArgs,
+    image: Arc<Image>,
+    is_image: bool,
+) -> Result<u64, CommandError> {
+    let copy = match &args.destination {
+        Location::File(path) if is_image => {
+            Source::Image { image: Arc::new(Image::open(path, &plain(Format::Qcow2))?) }
+        }
+        location => Source::open(location, args.connections, Knowledge::Holes).await?,
+    };
+    let unit = copy.alignment();
+    let source = Source::Image { image };
+    let extents = source.extents(0);
+    let progress = Progress::new(visibility(args), source.size());
+    let verification = Arc::new(Verification::new(source, copy, unit, extents, progress));
+    let result = verification.run(args.requests.get()).await;
+    verification.progress.clear();
+    verification.copy.close().await;
+    result
+}
+
+fn visibility(args: &RestoreArgs) -> Visibility {
+    match (args.progress, args.quiet) {
+        (true, _) => Visibility::Always,
+        (_, true) => Visibility::Never,
+        _ => Visibility::IfTerminal,
+    }
+}
+
+impl Report {
+    fn print(&self, format: ReportFormat) -> Result<(), CommandError> {
+        let mut output = Output::new();
+        match format {
+            ReportFormat::Json => output.json(self)?,
+            ReportFormat::Text => {
+                let verified = match self.verified {
+                    Some(bytes) => format!(", {} verified", rounded(bytes)),
+                    None => String::new(),
+                };
+                output.line(&format!(
+                    "{}: {} in {:.1} s: {} copied, {} zero{verified}",
+                    printable(&self.destination),
+                    rounded(self.size),
+                    self.seconds,
+                    rounded(self.copied),
+                    rounded(self.zero),
+                ))?;
+            }
+        }
+        output.finish()
+    }
+}
