@@ -2,9 +2,11 @@
 
 mod dispatch;
 mod handshake;
+mod lockstep;
 mod pace;
 mod pool;
 mod receive;
+mod rhythm;
 mod send;
 mod socket;
 #[cfg(feature = "tls")]

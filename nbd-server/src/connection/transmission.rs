@@ -7,7 +7,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::task::{Context, Poll};
 
 use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
@@ -16,9 +16,9 @@ use nbd_proto::wire::{MetaContextId, MetaContextName};
 use std::os::fd::AsFd;
 
 use super::handshake::Established;
-use super::pace::Pace;
 use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
+use super::rhythm::{Idle, Rhythm};
 use super::send::SendQueue;
 use super::socket::Channel;
 use super::{ConnectionError, Shared, Socket, dispatch};
@@ -35,8 +35,6 @@ const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
 const SEND_FILE_LEN: usize = 32 * 1024;
 /// No further request is carried out in place while this many bytes wait to be sent. In bytes.
 const SEND_HIGH_WATER: usize = 1 << 20;
-/// Clients whose requests are longer on average are not paced. In bytes.
-const PACED_LEN: usize = 16 * 1024;
 /// Turns of one connection before other tasks of its thread are looked at.
 const TURNS_BEFORE_YIELD: u32 = 8;
 /// Longest reply without content, in bytes: an error chunk with its message.
@@ -80,13 +78,7 @@ pub(super) struct Session {
     budget: BudgetQueue,
     max_requests: usize,
     max_bytes: usize,
-    pace: Pace,
-    /// Connections of this worker thread, this one included.
-    neighbours: Arc<AtomicUsize>,
-    /// Requests taken off the buffer since the last read.
-    taken: usize,
-    /// Bytes they read and write.
-    moved: usize,
+    rhythm: Rhythm,
     turns: u32,
 }
 
@@ -112,10 +104,7 @@ impl Session {
             budget: BudgetQueue::new(shared.budget.clone()),
             max_requests: shared.config.max_requests.max(1),
             max_bytes: shared.config.connection_budget,
-            pace: Pace::default(),
-            neighbours,
-            taken: 0,
-            moved: 0,
+            rhythm: Rhythm::new(neighbours),
             turns: 0,
         }
     }
@@ -288,8 +277,7 @@ impl Session {
                 Ok(true)
             }
             Parsed::Request { request, consumed } => {
-                self.taken += 1;
-                self.moved = self.moved.saturating_add(Pool::weight(&request));
+                self.rhythm.count(Pool::weight(&request));
                 Ok(self.begin(request, consumed))
             }
         }
@@ -471,6 +459,7 @@ impl Session {
         let read = match &mut self.receiving {
             // The buffer is empty while a payload is incomplete: its bytes skip it.
             Receiving::Payload { buffer, filled, .. } => {
+                self.rhythm.end(&self.socket);
                 let read = self.socket.poll_read(cx, &mut buffer[*filled..]);
                 if let Poll::Ready(Ok(count)) = read {
                     *filled += count;
@@ -478,7 +467,9 @@ impl Session {
                 read
             }
             _ => {
-                if self.paced_read() {
+                let is_idle = self.is_all_sent() && self.pool.requests() == 0;
+                let idle = if is_idle { Idle::Yes } else { Idle::No };
+                if self.rhythm.read(&mut self.socket, idle, &mut self.input) {
                     return Ok(true);
                 }
                 let read = self.socket.poll_read(cx, self.input.space());
@@ -498,24 +489,5 @@ impl Session {
             Poll::Ready(Ok(_)) => Ok(true),
             Poll::Ready(Err(error)) => Err(error.into()),
         }
-    }
-
-    /// Pauses before a read, if the client has a deep queue of small requests and nobody else is
-    /// kept waiting; see [`Pace`]. True if something was read.
-    fn paced_read(&mut self) -> bool {
-        let taken = std::mem::take(&mut self.taken);
-        let moved = std::mem::take(&mut self.moved);
-        if moved / taken.max(1) > PACED_LEN {
-            return false;
-        }
-        let idle = self.is_all_sent() && self.pool.requests() == 0;
-        if !idle || self.neighbours.load(Ordering::Relaxed) > 1 {
-            return false;
-        }
-        let Some(pause) = self.pace.after_batch(taken) else { return false };
-        std::thread::sleep(pause);
-        let received = self.socket.read_now(self.input.space());
-        self.input.received(received);
-        received > 0
     }
 }
