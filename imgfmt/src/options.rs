@@ -59,6 +59,23 @@ pub enum Locking {
     Off,
 }
 
+/// What the dirty bitmaps of a writable image survive.
+///
+/// Whatever is chosen, a bitmap that did not survive is never shown as if it had: it stays marked
+/// as in use, as QEMU has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Survives {
+    /// Only the orderly closing of the image, as with QEMU.
+    CleanClose,
+    /// The death of the process too: bits are kept in a file beside the image that is mapped into
+    /// memory. Writes make no additional system call.
+    ProcessDeath,
+    /// The loss of power too: a write to a part of the disk that was not written lately waits for a
+    /// sync of that file.
+    #[default]
+    PowerLoss,
+}
+
 /// How to open an image; made with [`OpenOptions::new`] and changed field by field.
 ///
 /// ```

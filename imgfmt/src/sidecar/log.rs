@@ -1,0 +1,282 @@
+//! The activity log: which extents of the disk may be written at the moment, durably.
+//!
+//! A write into a *hot* extent, one that the log on disk names, pays two atomic additions. A write
+//! into a *cold* one waits until a slot of the log that names it has been written through to the
+//! disk; all that wait at that moment share one write. An extent becomes hot in memory only after
+//! that.
+//!
+//! An extent leaves the log when no write to it is in flight and the bits it stands for are durable.
+//! It is only then that its place in a slot is given to another one; until that is written the log
+//! names it in vain, which costs nothing but a few bits too many after a crash.
+
+use std::io;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{
+    AtomicBool, AtomicU32, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
+    Ordering::Release,
+};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use super::Store;
+use super::layout::{LOG_OFFSET, LogShape, SLOT_BYTES, SLOT_EXTENTS, encode_slot};
+
+/// The log on disk names the extent.
+const HOT: u32 = 1 << 31;
+/// The extent was written since the hand of the clock went by.
+const USED: u32 = 1 << 30;
+/// The rest counts changes in flight.
+const COUNT: u32 = USED - 1;
+
+/// A change of more extents than this is not logged: its bits are made durable instead.
+const EXTENTS_AT_A_TIME: u32 = 64;
+/// Streams have up to so many extents made hot ahead of them.
+const AHEAD_MAX: u32 = 8;
+/// So many extents are retired together, for one sync.
+const RETIRED_AT_A_TIME: usize = 128;
+
+/// The extents and the slots.
+#[derive(Debug)]
+pub(super) struct ActivityLog {
+    extent_bits: u32,
+    epoch: u64,
+    states: Box<[AtomicU32]>,
+    queue: Mutex<Queue>,
+    done: Condvar,
+    slots: Mutex<Slots>,
+    /// After a sync that failed nothing is known, whatever later ones say.
+    sync_has_failed: AtomicBool,
+}
+
+/// Who waits for which commit.
+#[derive(Debug, Default)]
+struct Queue {
+    wanted: Vec<u32>,
+    /// The number of the commit that will take what is wanted.
+    next: u64,
+    /// All commits below this number are done.
+    done: u64,
+    is_committing: bool,
+}
+
+/// What the slots hold.
+#[derive(Debug)]
+struct Slots {
+    /// Which extent is at which place.
+    places: Vec<Option<u32>>,
+    free: Vec<usize>,
+    hand: usize,
+    sequence: u64,
+}
+
+impl ActivityLog {
+    /// A log with nothing in it.
+    pub(super) fn new(disk_size: u64, shape: LogShape, epoch: u64) -> Self {
+        let extents = disk_size.div_ceil(1 << shape.extent_bits);
+        let places = vec![None; shape.slots * SLOT_EXTENTS];
+        // Places are taken from the end: extents that come together share slots.
+        let free = (0..places.len()).rev().collect();
+        Self {
+            extent_bits: shape.extent_bits,
+            epoch,
+            states: (0..extents).map(|_| AtomicU32::new(0)).collect(),
+            queue: Mutex::default(),
+            done: Condvar::new(),
+            slots: Mutex::new(Slots { places, free, hand: 0, sequence: 1 }),
+            sync_has_failed: AtomicBool::new(false),
+        }
+    }
+
+    /// Counts a change in flight to the extents of a range; says which they are and whether all are
+    /// hot. `None` if there are too many, or they do not exist: nothing is counted then.
+    pub(super) fn enter(&self, start: u64, end: u64) -> Option<(u32, u32, bool)> {
+        let first = u32::try_from(start >> self.extent_bits).ok()?;
+        let last = u32::try_from((end - 1) >> self.extent_bits).ok()?;
+        if last - first >= EXTENTS_AT_A_TIME || last as usize >= self.states.len() {
+            return None;
+        }
+        let mut is_hot = true;
+        for state in &self.states[first as usize..=last as usize] {
+            // The evictor gives up when it finds the count; whoever finds no HOT waits below.
+            let old = state.fetch_add(1, AcqRel);
+            if old & USED == 0 {
+                state.fetch_or(USED, Relaxed);
+            }
+            is_hot &= old & HOT != 0;
+        }
+        Some((first, last, is_hot))
+    }
+
+    /// Ends what [`enter`](Self::enter) began.
+    pub(super) fn leave(&self, first: u32, last: u32) {
+        for state in &self.states[first as usize..=last as usize] {
+            state.fetch_sub(1, Release);
+        }
+    }
+
+    /// Counts a change in flight if all its extents are hot.
+    pub(super) fn try_enter(&self, start: u64, end: u64) -> Option<(u32, u32)> {
+        let (first, last, is_hot) = self.enter(start, end)?;
+        if !is_hot {
+            self.leave(first, last);
+            return None;
+        }
+        Some((first, last))
+    }
+
+    /// Waits until the log on disk names all extents of a range that was entered; says whether it
+    /// does.
+    pub(super) fn activate(&self, store: &dyn Store, first: u32, last: u32) -> bool {
+        let mut queue = lock(&self.queue);
+        queue.wanted.extend(first..=last);
+        let mine = queue.next;
+        while queue.done <= mine {
+            if queue.is_committing {
+                queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let wanted = std::mem::take(&mut queue.wanted);
+            queue.is_committing = true;
+            queue.next += 1;
+            drop(queue);
+            // Extents that stay cold after a failure are noticed by those who wait for them.
+            let _ = self.commit(store, wanted);
+            queue = lock(&self.queue);
+            queue.is_committing = false;
+            queue.done = queue.next;
+            self.done.notify_all();
+        }
+        drop(queue);
+        // What was counted cannot have been retired since.
+        self.extents(first..=last).all(|state| state.load(Acquire) & HOT != 0)
+    }
+
+    /// Makes all bits durable that were set before.
+    pub(super) fn sync(&self, store: &dyn Store) -> io::Result<()> {
+        if self.sync_has_failed.load(Relaxed) {
+            return Err(io::Error::other("an earlier sync has failed"));
+        }
+        store.sync().inspect_err(|_| self.sync_has_failed.store(true, Relaxed))
+    }
+
+    /// Whether an extent is hot.
+    #[cfg(test)]
+    pub(super) fn is_hot(&self, extent: u32) -> bool {
+        self.states[extent as usize].load(Acquire) & HOT != 0
+    }
+
+    fn extents(&self, range: RangeInclusive<u32>) -> impl Iterator<Item = &AtomicU32> {
+        self.states[*range.start() as usize..=*range.end() as usize].iter()
+    }
+
+    /// Makes the disk name as many of the wanted extents as there is room for.
+    fn commit(&self, store: &dyn Store, wanted: Vec<u32>) -> io::Result<()> {
+        let wanted = self.with_those_ahead(wanted);
+        let mut slots = lock(&self.slots);
+        if slots.free.len() < wanted.len() {
+            let missing = wanted.len() - slots.free.len();
+            let some = RETIRED_AT_A_TIME.min(slots.places.len() / 4);
+            self.retire(store, &mut slots, missing.max(some))?;
+        }
+        let mut taken = Vec::new();
+        for extent in wanted {
+            let Some(place) = slots.free.pop() else { break };
+            slots.places[place] = Some(extent);
+            taken.push((place, extent));
+        }
+        let Some((low, high)) = slot_range(&taken) else { return Ok(()) };
+        slots.sequence += 1;
+        let bytes: Vec<u8> = (low..=high).flat_map(|slot| slots.encode(slot, self.epoch)).collect();
+        let written = store.write_durable(LOG_OFFSET + (low * SLOT_BYTES) as u64, &bytes);
+        for (place, extent) in taken {
+            if written.is_ok() {
+                self.states[extent as usize].fetch_or(HOT, Release);
+            } else {
+                slots.places[place] = None;
+                slots.free.push(place);
+            }
+        }
+        written
+    }
+
+    /// What is wanted and not hot, each once, and behind extents that follow a hot one those that
+    /// a stream would want next.
+    fn with_those_ahead(&self, mut wanted: Vec<u32>) -> Vec<u32> {
+        let is_hot = |extent: u32| {
+            self.states.get(extent as usize).is_some_and(|state| state.load(Acquire) & HOT != 0)
+        };
+        wanted.sort_unstable();
+        wanted.dedup();
+        wanted.retain(|extent| !is_hot(*extent));
+        let mut ahead = Vec::new();
+        for extent in &wanted {
+            let behind = (1..=AHEAD_MAX).take_while(|n| extent.checked_sub(*n).is_some_and(is_hot));
+            let count = behind.count() as u32;
+            ahead.extend((1..=count).map_while(|n| {
+                let next = extent.checked_add(n)?;
+                ((next as usize) < self.states.len() && !is_hot(next)).then_some(next)
+            }));
+        }
+        for extent in &ahead {
+            self.states[*extent as usize].fetch_or(USED, Relaxed);
+        }
+        // What somebody waits for comes first.
+        ahead.sort_unstable();
+        ahead.dedup();
+        ahead.retain(|extent| wanted.binary_search(extent).is_err());
+        wanted.extend(ahead);
+        wanted
+    }
+
+    /// Makes up to `count` extents cold that have not been used lately, and their places free.
+    fn retire(&self, store: &dyn Store, slots: &mut Slots, count: usize) -> io::Result<()> {
+        let mut retired = Vec::new();
+        for _ in 0..2 * slots.places.len() {
+            if retired.len() == count {
+                break;
+            }
+            let place = slots.hand;
+            slots.hand = (place + 1) % slots.places.len();
+            let Some(extent) = slots.places[place] else { continue };
+            let state = &self.states[extent as usize];
+            if state.load(Relaxed) & USED != 0 {
+                state.fetch_and(!USED, Relaxed);
+            } else if state.compare_exchange(HOT, 0, AcqRel, Relaxed).is_ok() {
+                retired.push((place, extent));
+            }
+        }
+        if retired.is_empty() {
+            return Ok(());
+        }
+        // The bits of all changes that have ended, those of the retired extents among them.
+        let synced = self.sync(store);
+        for (place, extent) in retired {
+            if synced.is_ok() {
+                slots.places[place] = None;
+                slots.free.push(place);
+            } else {
+                self.states[extent as usize].fetch_or(HOT, Release);
+            }
+        }
+        synced
+    }
+}
+
+impl Slots {
+    fn encode(&self, slot: usize, epoch: u64) -> [u8; SLOT_BYTES] {
+        let places = &self.places[slot * SLOT_EXTENTS..][..SLOT_EXTENTS];
+        let extents: Vec<u32> = places.iter().copied().flatten().collect();
+        encode_slot(self.sequence, epoch, &extents)
+    }
+}
+
+/// The first and the last slot that the places are in.
+fn slot_range(taken: &[(usize, u32)]) -> Option<(usize, usize)> {
+    let slots = || taken.iter().map(|(place, _)| place / SLOT_EXTENTS);
+    Some((slots().min()?, slots().max()?))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const _: () = assert!(COUNT > 1 << 20, "more changes in flight than anybody can have");

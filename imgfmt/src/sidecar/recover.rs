@@ -1,0 +1,232 @@
+//! What a sidecar that was found beside an image is worth, and which bits it gives.
+//!
+//! Every byte of it is untrusted: whoever can write beside the image can make the file say
+//! anything, but he can neither crash this program nor make it use more memory than the image's
+//! own bitmaps take up.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use super::layout::{
+    self, BitmapDescriptor, DESCRIPTOR_BYTES, DESCRIPTORS_OFFSET, Description, Fingerprint,
+    HEADER_BYTES, Identity, LOG_OFFSET, Layout, SLOT_BYTES,
+};
+use crate::options::Survives;
+
+/// The image may have been changed so much later than its last change was noted.
+const SLACK_NANOSECONDS: u64 = 2_000_000_000;
+
+/// Bytes that can be read at any place.
+pub(crate) trait ReadAt {
+    fn length(&self) -> io::Result<u64>;
+    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+}
+
+impl ReadAt for File {
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.metadata()?.len())
+    }
+
+    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.read_exact_at(buffer, offset)
+    }
+}
+
+/// Why a sidecar is not believed.
+#[derive(Debug)]
+pub(crate) enum Distrust {
+    /// There is none.
+    Missing,
+    /// Another program has it open.
+    InUse,
+    /// It belongs to another session of the image.
+    OtherSession,
+    /// It contradicts itself.
+    Damaged(layout::Damage),
+    /// The machine went down, and it was not made to survive that.
+    PowerLoss,
+    /// The image has been changed by somebody else.
+    ForeignWriter(&'static str),
+    /// It cannot be read.
+    Io(io::Error),
+}
+
+impl fmt::Display for Distrust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("the file with the bits is gone"),
+            Self::InUse => f.write_str("the file with the bits is in use"),
+            Self::OtherSession => {
+                f.write_str("the file with the bits belongs to another session or another image")
+            }
+            Self::Damaged(what) => write!(f, "the file with the bits is damaged: {what}"),
+            Self::PowerLoss => f.write_str(
+                "the machine was restarted, and the bits were kept for the death of the process \
+                 only",
+            ),
+            Self::ForeignWriter(what) => {
+                write!(f, "another program has changed the image: {what}")
+            }
+            Self::Io(error) => write!(f, "the file with the bits cannot be read: {error}"),
+        }
+    }
+}
+
+impl From<io::Error> for Distrust {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => Self::InUse,
+            io::ErrorKind::UnexpectedEof => Self::Damaged("it is cut off"),
+            _ => Self::Io(error),
+        }
+    }
+}
+
+/// What the bits are based on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trust {
+    /// The machine has not been restarted: they are exact.
+    SameBoot,
+    /// It has: what did not reach the disk is made up for by whole extents.
+    OtherBoot,
+}
+
+/// A sidecar that is believed.
+#[derive(Debug)]
+pub(crate) struct Recovery<R> {
+    bytes: R,
+    description: Description,
+    layout: Layout,
+    trust: Trust,
+    /// Byte ranges of the disk that may have changed without their bits being there.
+    hot: Vec<(u64, u64)>,
+}
+
+impl<R: ReadAt> Recovery<R> {
+    /// Examines a sidecar: whether it belongs to `identity`, the image is as it was left, and enough
+    /// has survived.
+    pub(crate) fn examine(
+        bytes: R,
+        identity: Identity,
+        image: Fingerprint,
+        boot_id: &str,
+    ) -> Result<Self, Distrust> {
+        let mut header = [0; HEADER_BYTES];
+        bytes.read_exact(0, &mut header)?;
+        let (mut description, count, crc, length) =
+            layout::decode_header(&header).map_err(Distrust::Damaged)?;
+        if description.identity != identity {
+            return Err(Distrust::OtherSession);
+        }
+        // Before anything is allocated by what the header says.
+        if bytes.length()? != length || DESCRIPTORS_OFFSET + descriptors_length(count) > length {
+            return Err(Distrust::Damaged("it has not the length it should have"));
+        }
+        let mut descriptors = vec![0; descriptors_length(count) as usize];
+        bytes.read_exact(DESCRIPTORS_OFFSET, &mut descriptors)?;
+        description.bitmaps =
+            layout::decode_descriptors(&descriptors, crc).map_err(Distrust::Damaged)?;
+        let layout = Layout::of(&description).filter(|layout| layout.length == length);
+        let layout = layout.ok_or(Distrust::Damaged("its bitmaps do not fit into it"))?;
+        let is_same_boot = !boot_id.is_empty() && description.boot_id == boot_id;
+        let trust = if is_same_boot { Trust::SameBoot } else { Trust::OtherBoot };
+        if trust == Trust::OtherBoot && description.survives != Survives::PowerLoss {
+            return Err(Distrust::PowerLoss);
+        }
+        let mut alive = [0; 8];
+        bytes.read_exact(layout::LIVENESS_WORD as u64 * 8, &mut alive)?;
+        compare(description.image, image, u64::from_le_bytes(alive), trust)?;
+        let hot = match trust {
+            Trust::SameBoot => Vec::new(),
+            Trust::OtherBoot => read_log(&bytes, &description)?,
+        };
+        Ok(Self { bytes, description, layout, trust, hot })
+    }
+
+    pub(crate) fn trust(&self) -> Trust {
+        self.trust
+    }
+
+    /// Which bitmaps there are bits of.
+    #[cfg(test)]
+    pub(crate) fn bitmaps(&self) -> &[BitmapDescriptor] {
+        &self.description.bitmaps
+    }
+
+    /// The words of a bitmap, bit 0 first; `None` if the sidecar has no such bitmap.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub(crate) fn words(&self, wanted: &BitmapDescriptor) -> Result<Option<Vec<u64>>, Distrust> {
+        let found = self.description.bitmaps.iter().position(|bitmap| bitmap == wanted);
+        let Some(number) = found else { return Ok(None) };
+        let mut bytes = vec![0; (wanted.word_count() * 8) as usize];
+        self.bytes.read_exact(self.layout.word_offsets[number], &mut bytes)?;
+        let (words, _) = bytes.as_chunks::<8>();
+        let mut words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
+        for (start, end) in &self.hot {
+            let first = start >> wanted.granularity_bits;
+            let last = (end - 1) >> wanted.granularity_bits;
+            set_plain_bits(&mut words, first, last);
+        }
+        // Bits behind the end of the disk mean nothing.
+        if let (Some(word), rest @ 1..) = (words.last_mut(), wanted.bit_count % 64) {
+            *word &= (1 << rest) - 1;
+        }
+        Ok(Some(words))
+    }
+}
+
+fn descriptors_length(count: usize) -> u64 {
+    (count * DESCRIPTOR_BYTES) as u64
+}
+
+/// Whether nobody but us has changed the image.
+fn compare(then: Fingerprint, now: Fingerprint, alive: u64, trust: Trust) -> Result<(), Distrust> {
+    let found = if then.inode != now.inode {
+        "it is another file"
+    } else if now.length < then.length {
+        "the file has become shorter"
+    } else if then.header_crc != now.header_crc {
+        "its header is another one"
+    } else if trust == Trust::SameBoot
+        && then.modified != 0
+        && now.modified > alive.saturating_add(SLACK_NANOSECONDS)
+    {
+        "it was changed later than this program ended"
+    } else {
+        return Ok(());
+    };
+    Err(Distrust::ForeignWriter(found))
+}
+
+/// The byte ranges of the extents that the log names.
+fn read_log(bytes: &impl ReadAt, description: &Description) -> Result<Vec<(u64, u64)>, Distrust> {
+    let size = description.disk_size;
+    let extent_bits = description.log.extent_bits;
+    let mut slots = vec![0; description.log.slots * SLOT_BYTES];
+    bytes.read_exact(LOG_OFFSET, &mut slots)?;
+    let mut extents = Vec::new();
+    for slot in slots.chunks_exact(SLOT_BYTES) {
+        let named = layout::decode_slot(slot, description.epoch).map_err(Distrust::Damaged)?;
+        extents.extend(named);
+    }
+    extents.sort_unstable();
+    extents.dedup();
+    let ranges = extents.into_iter().map(|extent| {
+        let start = u64::from(extent) << extent_bits;
+        (start, (start + (1 << extent_bits)).min(size))
+    });
+    Ok(ranges.filter(|(start, end)| start < end).collect())
+}
+
+fn set_plain_bits(words: &mut [u64], first: u64, last: u64) {
+    for bit in first..=last {
+        if let Some(word) = words.get_mut((bit / 64) as usize) {
+            *word |= 1 << (bit % 64);
+        }
+    }
+}
