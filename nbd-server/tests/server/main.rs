@@ -27,4 +27,6 @@ mod send_file;
 mod shutdown;
 mod splits;
 mod stress;
+#[cfg(feature = "tls")]
+mod tls;
 mod write_in_place;

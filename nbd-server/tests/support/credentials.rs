@@ -97,6 +97,11 @@ impl Authority {
         authority
     }
 
+    /// The authority that was made in this folder.
+    pub fn existing(maker: Maker, folder: &Path) -> Self {
+        Self { maker, folder: folder.to_path_buf() }
+    }
+
     /// Certificate and key, for `O=Example, CN=name`, and a copy of the authority's own certificate,
     /// in a folder that is made if need be. A server's is for `name`, 127.0.0.1 and `::1`.
     pub fn issue(&self, role: Role, name: &str, validity: Validity, folder: &Path) {

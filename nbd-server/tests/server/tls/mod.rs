@@ -1,0 +1,74 @@
+//! TLS: what the handshake lets through, and what it costs a client to misbehave in it.
+
+mod client;
+#[path = "../../support/credentials.rs"]
+#[allow(dead_code)]
+mod credentials;
+
+mod handshake;
+mod hostile;
+mod reload;
+mod selective;
+mod transfers;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use nbd_server::export::{ExportEntry, MemoryExport};
+use nbd_server::tls::{
+    Authorization, ClientCertificates, CredentialSource, TlsCredentials, TlsMode,
+};
+use nbd_server::{ExportRegistry, ServerConfig};
+
+use crate::support::{TestServer, skip};
+use credentials::{Authority, Maker, Role, Validity};
+
+/// Size of the disk that is served, in bytes.
+const DISK_LEN: u64 = 32 << 20;
+
+/// A folder with everything a server and a client need; `None` if openssl is not installed.
+fn certificates() -> Option<tempfile::TempDir> {
+    if !Maker::Openssl.is_installed() {
+        skip("openssl is not installed");
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new(Maker::Openssl, folder.path(), "Test authority");
+    authority.issue(Role::Server, "localhost", Validity::Now, folder.path());
+    authority.issue(Role::Client, "alice", Validity::Now, folder.path());
+    Some(folder)
+}
+
+fn x509(folder: &Path, authorization: Authorization) -> TlsCredentials {
+    let source = CredentialSource::X509 {
+        folder: folder.to_path_buf(),
+        client_certificates: ClientCertificates::Required,
+        authorization,
+    };
+    TlsCredentials::load(source).unwrap()
+}
+
+/// Two users.
+const KEYS: &str = "alice:00112233445566778899aabbccddeeff\nbob:ffeeddccbbaa99887766554433221100\n";
+const ALICES_KEY: [u8; 16] = 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff_u128.to_be_bytes();
+
+/// Credentials with pre-shared keys, which need no tool, and the folder they are in.
+fn psk() -> (tempfile::TempDir, TlsCredentials) {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("keys.psk"), KEYS).unwrap();
+    let file = folder.path().to_path_buf();
+    (folder, TlsCredentials::load(CredentialSource::Psk { file }).unwrap())
+}
+
+/// A memory disk, served.
+fn serve(tls: TlsMode) -> TestServer {
+    let exports = ExportRegistry::new();
+    exports.add("", ExportEntry::new(Arc::new(MemoryExport::new(DISK_LEN)))).unwrap();
+    serve_all(tls, exports)
+}
+
+fn serve_all(tls: TlsMode, exports: ExportRegistry) -> TestServer {
+    let mut config = ServerConfig::default();
+    config.tls = tls;
+    TestServer::start(config, exports)
+}

@@ -1,0 +1,52 @@
+//! Exports that are served over TLS only, beside others (SELECTIVETLS).
+
+use std::io::Write;
+use std::sync::Arc;
+
+use nbd_server::ExportRegistry;
+use nbd_server::export::{ExportEntry, MemoryExport};
+use nbd_server::tls::TlsMode;
+use openssl::ssl::SslVersion;
+
+use super::client::{
+    ACK, ERR_POLICY, ERR_TLS_REQD, EXPORT_NAME, GO, LIST, SET_META_CONTEXT, STRUCTURED_REPLY, ask,
+    base_allocation, go, greet, keyed, option, rest, upgrade,
+};
+use super::{ALICES_KEY, psk, serve_all};
+use crate::support::TestServer;
+
+fn server() -> TestServer {
+    let (_folder, credentials) = psk();
+    let exports = ExportRegistry::new();
+    let disk = || ExportEntry::new(Arc::new(MemoryExport::new(1 << 20)));
+    exports.add("public", disk()).unwrap();
+    exports.add("secret", disk().tls_required()).unwrap();
+    exports.set_default("secret");
+    serve_all(TlsMode::Allow(credentials), exports)
+}
+
+#[test]
+fn an_export_for_tls_only_is_refused_in_the_clear() {
+    let server = server();
+    let mut stream = greet(&server);
+    assert_eq!(ask(&mut stream, LIST, &[]), ACK);
+    assert_eq!(ask(&mut stream, GO, &go("secret")), ERR_TLS_REQD);
+    assert_eq!(ask(&mut stream, GO, &go("")), ERR_TLS_REQD);
+    assert_eq!(ask(&mut stream, STRUCTURED_REPLY, &[]), ACK);
+    // ERR_TLS_REQD would not be allowed as an answer to this one.
+    assert_eq!(ask(&mut stream, SET_META_CONTEXT, &base_allocation("secret")), ERR_POLICY);
+    assert_eq!(ask(&mut stream, GO, &go("public")), ACK);
+    let mut stream = greet(&server);
+    stream.write_all(&option(EXPORT_NAME, b"secret")).unwrap();
+    assert!(rest(&mut stream).is_empty());
+}
+
+#[test]
+fn over_tls_every_export_is_served() {
+    let server = server();
+    for name in ["secret", "public", ""] {
+        let tls = keyed("alice", ALICES_KEY, SslVersion::TLS1_3);
+        let mut stream = upgrade(greet(&server), tls).unwrap();
+        assert_eq!(ask(&mut stream, GO, &go(name)), ACK, "{name}");
+    }
+}
