@@ -160,8 +160,9 @@ impl Image {
         self.driver.write_at(offset, data, durability).map_err(|error| self.name(error))
     }
 
-    /// Writes `data` from `offset` on, into the page cache, if that needs neither metadata from the
-    /// disk nor new space. A raw image always does it.
+    /// Writes `data` from `offset` on, into the page cache, if that needs nothing from the disk:
+    /// neither metadata nor, for a cluster that gets a new place, old content that is not in the
+    /// page cache. A raw image always does it.
     ///
     /// # Errors
     ///

@@ -85,6 +85,23 @@ impl Allocator {
         self.take(first, count)
     }
 
+    /// As [`reserve`](Self::reserve) if there are free clusters in the first refcount block that may
+    /// have some, and that is in memory.
+    pub(crate) fn reserve_in_memory(&mut self, count_max: u64) -> Result<Option<Reserved>> {
+        let entries = self.refcounts.geometry.block_entries();
+        let count_max = usize::try_from(count_max.clamp(1, entries)).unwrap_or(1);
+        let (index, entry) = self.refcounts.place(self.first_free);
+        if !self.refcounts.is_in_memory(index) {
+            return Ok(None);
+        }
+        let Some((free, count)) = self.refcounts.find_free(index, entry, count_max)? else {
+            return Ok(None);
+        };
+        let first = index as u64 * entries + free as u64;
+        self.first_free = first;
+        self.take(first, count as u64).map(Some)
+    }
+
     /// Reserves exactly `count` clusters that lie next to each other.
     pub(crate) fn reserve_exact(&mut self, count: u64) -> Result<Reserved> {
         if count <= 1 {

@@ -2,7 +2,6 @@
 
 use super::Qcow2;
 use super::lease::ClusterLease;
-use super::map::Lookup;
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
@@ -43,7 +42,7 @@ impl Driver for Qcow2 {
     }
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
-        match self.write_in_place(offset.bytes(), data, Lookup::CachedOnly)? {
+        match self.try_write_range(offset, data)? {
             true => Ok(TryWrite::Complete),
             false => Ok(TryWrite::WouldBlock),
         }

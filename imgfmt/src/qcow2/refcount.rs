@@ -67,6 +67,11 @@ impl Refcounts {
         self.table.get(index).is_some_and(|offset| *offset != 0)
     }
 
+    /// Whether there is a block of this index, and in memory.
+    pub(super) fn is_in_memory(&self, index: usize) -> bool {
+        self.has_block(index) && self.blocks.contains_key(&index)
+    }
+
     /// Whether a block lies at this offset.
     pub(super) fn is_block(&self, offset: u64) -> bool {
         self.places.contains(&offset)

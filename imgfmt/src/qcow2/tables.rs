@@ -75,6 +75,16 @@ impl Qcow2 {
         Ok(table)
     }
 
+    /// The table of an L1 entry, if it is in memory, may be changed, and nothing more needs to be
+    /// found out about it.
+    pub(super) fn own_table_in_memory(&self, l1_index: u64) -> Result<Option<Arc<Table>>> {
+        if !self.l1_is_copied(l1_index) {
+            return Ok(None);
+        }
+        let table = self.table(l1_index, Lookup::CachedOnly)?.flatten();
+        Ok(table.filter(|table| table.bad_entries.get().is_some()))
+    }
+
     fn own_table(&self, l1_index: u64) -> Result<Option<Arc<Table>>> {
         if !self.l1_is_copied(l1_index) {
             return Ok(None);

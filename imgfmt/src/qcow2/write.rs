@@ -5,36 +5,34 @@ use std::sync::Arc;
 use super::Qcow2;
 use super::alloc::Reserved;
 use super::cache::Table;
+use super::fill::{Fill, Old};
 use super::l2::Cluster;
 use super::map::{Lookup, span};
 use super::tables::Change;
 use super::writer::lock;
 use crate::error::Result;
-use crate::storage::{Durability, Speed, ZeroMode};
+use crate::storage::Durability;
 use crate::units::{GuestOffset, HostOffset};
 
 /// An allocating write is done in steps of at most so many bytes (but at least one cluster): the
 /// stripes are held for no longer than one step takes.
 const STEP_BYTES: u64 = 2 << 20;
 
-/// Old bytes around the new ones up to this size are written together with them.
-const MERGE_BYTES: u64 = 128 << 10;
-
 /// So many clusters may have been freed before a flush makes them usable again.
 const FREED_MAX: usize = 1 << 16;
 
 /// What is to be done for one cluster.
 #[derive(Debug)]
-struct Plan {
-    guest_start: u64,
+pub(super) struct Plan {
+    pub(super) guest_start: u64,
     /// The part of the cluster that is written, as offsets within it.
-    from: u64,
-    to: u64,
-    old: Cluster,
-    new: Cluster,
-    /// Parts of the cluster that must be copied from the old content, as offsets within it.
-    fill: Vec<(u64, u64)>,
-    is_virgin: bool,
+    pub(super) from: u64,
+    pub(super) to: u64,
+    pub(super) old: Cluster,
+    pub(super) new: Cluster,
+    pub(super) fill: Vec<Fill>,
+    /// The new place reads as zero: the file has never been there.
+    pub(super) is_virgin: bool,
 }
 
 impl Qcow2 {
@@ -43,28 +41,47 @@ impl Qcow2 {
         if self.write_in_place(offset.bytes(), data, Lookup::MayRead)? {
             return Ok(());
         }
-        let geometry = self.geometry();
-        let step = STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage());
+        let step = self.step_bytes();
         let mut rest = data;
         let mut position = offset.bytes();
         while !rest.is_empty() {
             // Steps end at multiples of their size, so each lies within one L2 table.
             let length = (step - position % step).min(rest.len() as u64);
             let (part, behind) = rest.split_at(length as usize);
-            self.write_step(position, part)?;
+            self.write_step(position, part, Lookup::MayRead)?;
             rest = behind;
             position += length;
         }
         Ok(())
     }
 
+    /// Writes if that needs no metadata from the file and no old data that is not in memory; returns
+    /// whether it did.
+    pub(super) fn try_write_range(&self, offset: GuestOffset, data: &[u8]) -> Result<bool> {
+        if self.write_in_place(offset.bytes(), data, Lookup::CachedOnly)? {
+            return Ok(true);
+        }
+        let (start, end) = (offset.bytes(), offset.bytes() + data.len() as u64);
+        let step = self.step_bytes();
+        if start / step != (end - 1) / step || self.is_under_pressure() {
+            return Ok(false);
+        }
+        self.write_step(start, data, Lookup::CachedOnly)
+    }
+
+    fn step_bytes(&self) -> u64 {
+        let geometry = self.geometry();
+        STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage())
+    }
+
     /// Writes metadata out before more of it than the cache should hold has changed.
     pub(super) fn relieve_pressure(&self) -> Result<()> {
+        if self.is_under_pressure() { self.flush_all() } else { Ok(()) }
+    }
+
+    fn is_under_pressure(&self) -> bool {
         let freed = self.writer.as_ref().map_or(0, |writer| lock(&writer.freed).len());
-        match self.tables.is_under_pressure() || freed > FREED_MAX {
-            true => self.flush_all(),
-            false => Ok(()),
-        }
+        self.tables.is_under_pressure() || freed > FREED_MAX
     }
 
     /// Writes all of `data` in place if every cluster allows it; else writes nothing.
@@ -129,24 +146,34 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Writes data that lies within one L2 table, whatever its clusters are now.
-    fn write_step(&self, start: u64, data: &[u8]) -> Result<()> {
+    /// Writes data that lies within one L2 table, whatever its clusters are now. Returns false, with
+    /// nothing changed, if that is not possible with what is in memory and nothing more is allowed.
+    fn write_step(&self, start: u64, data: &[u8], lookup: Lookup) -> Result<bool> {
         let writer = self.writer()?;
         let geometry = self.geometry();
         let end = start + data.len() as u64;
         let first = start >> geometry.cluster_bits;
         let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
-        let _stripes = writer.lock_clusters(first, count);
+        let Some(_stripes) = writer.lock_clusters(first, count, lookup) else { return Ok(false) };
         let _lease = writer.leases.take();
-        let table = self.table_for_write(geometry.l1_index(start))?;
+        let l1_index = geometry.l1_index(start);
+        let table = match lookup {
+            Lookup::MayRead => Some(self.table_for_write(l1_index)?),
+            Lookup::CachedOnly => self.own_table_in_memory(l1_index)?,
+        };
+        let Some(table) = table else { return Ok(false) };
         let mut plans = self.plan(&table, start, end)?;
+        if !self.gather_old(&mut plans, lookup)? {
+            return Ok(false);
+        }
         let mut reserved = Vec::new();
-        let result = self
-            .reserve_for(&mut plans, &mut reserved)
-            .and_then(|()| self.write_plans(&plans, start, data));
-        if let Err(error) = result {
+        let result = match self.reserve_for(&mut plans, &mut reserved, lookup) {
+            Ok(true) => self.write_plans(&plans, start, data).map(|()| true),
+            other => other,
+        };
+        if !matches!(result, Ok(true)) {
             self.release(&reserved);
-            return Err(error);
+            return result;
         }
         let changed = plans.iter().filter(|plan| plan.new != plan.old);
         let mut freed = Vec::new();
@@ -154,10 +181,10 @@ impl Qcow2 {
             .inspect(|plan| freed.extend(self.references(plan.old, plan.new.host, false)))
             .map(|plan| Change { guest: plan.guest_start, cluster: plan.new })
             .collect();
-        match changes.is_empty() {
-            true => Ok(()),
-            false => self.commit(&table, &changes, &freed),
+        if !changes.is_empty() {
+            self.commit(&table, &changes, &freed)?;
         }
+        Ok(true)
     }
 
     fn plan(&self, table: &Arc<Table>, start: u64, end: u64) -> Result<Vec<Plan>> {
@@ -204,7 +231,7 @@ impl Qcow2 {
             true => (self.size - guest_start).min(geometry.cluster_size()),
             false => geometry.cluster_size(),
         };
-        let mut fill: Vec<(u64, u64)> = Vec::new();
+        let mut fill: Vec<Fill> = Vec::new();
         for subcluster in 0..geometry.subclusters() {
             if (allocated & !present) >> subcluster & 1 == 0 {
                 continue;
@@ -214,16 +241,22 @@ impl Qcow2 {
             for (start, end) in [(start, end.min(from)), (start.max(to), end.min(limit))] {
                 match fill.last_mut() {
                     _ if start >= end => {}
-                    Some(last) if last.1 == start => last.1 = end,
-                    _ => fill.push((start, end)),
+                    Some(last) if last.end == start => last.end = end,
+                    _ => fill.push(Fill { start, end, old: Old::Large }),
                 }
             }
         }
         Plan { guest_start, from, to, old, new, fill, is_virgin: false }
     }
 
-    /// Gives every plan that needs one a new cluster, next to each other where possible.
-    fn reserve_for(&self, plans: &mut [Plan], reserved: &mut Vec<Reserved>) -> Result<()> {
+    /// Gives every plan that needs one a new cluster, next to each other where possible. Returns
+    /// false if that takes metadata that is not in memory and may not be read.
+    fn reserve_for(
+        &self,
+        plans: &mut [Plan],
+        reserved: &mut Vec<Reserved>,
+        lookup: Lookup,
+    ) -> Result<bool> {
         let cluster_size = self.geometry().cluster_size();
         let mut wanted = plans.iter().filter(|plan| plan.new.host.is_none()).count() as u64;
         let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: false };
@@ -234,7 +267,8 @@ impl Qcow2 {
                 continue;
             }
             if at_hand.clusters == 0 {
-                at_hand = self.reserve(wanted)?;
+                let Some(found) = self.reserve_if(wanted, lookup)? else { return Ok(false) };
+                at_hand = found;
                 reserved.push(at_hand);
             }
             plan.new.host = Some(at_hand.offset);
@@ -243,7 +277,7 @@ impl Qcow2 {
             at_hand.clusters -= 1;
             wanted -= 1;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn write_plans(&self, plans: &[Plan], start: u64, data: &[u8]) -> Result<()> {
@@ -270,62 +304,6 @@ impl Qcow2 {
             Some((host, from, to)) => self.write_data(host, part(from, to), from),
             None => Ok(()),
         }
-    }
-
-    /// Writes new bytes with the old ones around them.
-    fn write_filled(&self, plan: &Plan, host: u64, data: &[u8]) -> Result<()> {
-        let mut first = plan.from;
-        let mut merged = Vec::new();
-        let mut behind = None;
-        for (start, end) in &plan.fill {
-            let touches = *end == plan.from || *start == plan.to;
-            if !touches || end - start > MERGE_BYTES {
-                self.copy_old(plan, host, *start, *end)?;
-                continue;
-            }
-            let mut old = vec![0; (end - start) as usize];
-            self.read_range(GuestOffset::new(plan.guest_start + start), &mut old)?;
-            // Where the file has never been there are zeroes already.
-            if plan.is_virgin && old.iter().all(|byte| *byte == 0) {
-                continue;
-            }
-            if *end == plan.from {
-                first = *start;
-                merged = old;
-            } else {
-                behind = Some(old);
-            }
-        }
-        if merged.is_empty() && behind.is_none() {
-            return self.write_data(host + first, data, plan.guest_start + first);
-        }
-        merged.extend_from_slice(data);
-        merged.extend_from_slice(&behind.unwrap_or_default());
-        self.write_data(host + first, &merged, plan.guest_start + first)
-    }
-
-    /// Copies a part of the old content into the new cluster.
-    fn copy_old(&self, plan: &Plan, host: u64, start: u64, end: u64) -> Result<()> {
-        let guest = plan.guest_start + start;
-        let mut buffer = vec![0; (end - start).min(1 << 20) as usize];
-        let mut position = start;
-        while position < end {
-            let part = &mut buffer[..(end - position).min(1 << 20) as usize];
-            self.read_range(GuestOffset::new(plan.guest_start + position), part)?;
-            let is_zero = part.iter().all(|byte| *byte == 0);
-            let place = HostOffset::new(host + position);
-            let length = part.len() as u64;
-            if !is_zero {
-                self.write_data(place.bytes(), part, guest)?;
-            } else if !plan.is_virgin {
-                self.data_will_grow(place.bytes() + length, guest)?;
-                self.data
-                    .write_zeroes(place, length, ZeroMode::KeepAllocated, Speed::Any)
-                    .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))?;
-            }
-            position += length;
-        }
-        Ok(())
     }
 
     pub(super) fn write_data(&self, host: u64, data: &[u8], guest: u64) -> Result<()> {

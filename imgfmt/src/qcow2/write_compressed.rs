@@ -7,6 +7,7 @@ use super::Qcow2;
 use super::alloc::Allocator;
 use super::compress;
 use super::l2::{Cluster, Compressed};
+use super::map::Lookup;
 use super::tables::Change;
 use super::writer::lock;
 use crate::error::{Error, ErrorKind, Result};
@@ -43,7 +44,7 @@ impl Qcow2 {
         let geometry = self.geometry();
         self.relieve_pressure()?;
         let writer = self.writer()?;
-        let _stripes = writer.lock_clusters(start >> geometry.cluster_bits, 1);
+        let _stripes = writer.lock_clusters(start >> geometry.cluster_bits, 1, Lookup::MayRead);
         let table = self.table_for_write(geometry.l1_index(start))?;
         let old = {
             let content = table.read();

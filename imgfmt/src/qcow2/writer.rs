@@ -11,10 +11,11 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use super::alloc::{Allocator, Freed, Quarantine, Reserved};
 use super::lease::Leases;
+use super::map::Lookup;
 use super::{Qcow2, unwritable};
 use crate::error::Result;
 
@@ -64,13 +65,23 @@ impl Writer {
         }
     }
 
-    /// Locks the stripes of `count` guest clusters from `first` on.
-    pub(super) fn lock_clusters(&self, first: u64, count: u64) -> Vec<MutexGuard<'_, ()>> {
+    /// Locks the stripes of `count` guest clusters from `first` on; `None` if somebody has one of
+    /// them and nothing may be waited for.
+    pub(super) fn lock_clusters(
+        &self,
+        first: u64,
+        count: u64,
+        lookup: Lookup,
+    ) -> Option<Vec<MutexGuard<'_, ()>>> {
         let mut indexes: Vec<u64> =
             (first..first + count.min(STRIPES)).map(|cluster| cluster % STRIPES).collect();
         // Always in the same order, or two writers could wait for each other.
         indexes.sort_unstable();
-        indexes.into_iter().map(|index| lock(&self.stripes[index as usize])).collect()
+        let stripes = indexes.into_iter().map(|index| &self.stripes[index as usize]);
+        match lookup {
+            Lookup::MayRead => Some(stripes.map(lock).collect()),
+            Lookup::CachedOnly => stripes.map(try_lock).collect(),
+        }
     }
 
     pub(super) fn note_change(&self) {
@@ -88,6 +99,15 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// As [`lock`], if nobody has it.
+fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
 impl Qcow2 {
     pub(super) fn writer(&self) -> Result<&Writer> {
         self.writer.as_ref().ok_or_else(unwritable)
@@ -99,6 +119,20 @@ impl Qcow2 {
         self.release_quarantine(writer);
         let reserved = lock(&writer.allocator).reserve(count_max)?;
         writer.note_change();
+        Ok(reserved)
+    }
+
+    /// As [`reserve`](Self::reserve); `None` if that takes what may not be waited for.
+    pub(super) fn reserve_if(&self, count_max: u64, lookup: Lookup) -> Result<Option<Reserved>> {
+        if lookup == Lookup::MayRead {
+            return self.reserve(count_max).map(Some);
+        }
+        let writer = self.writer()?;
+        let Some(mut allocator) = try_lock(&writer.allocator) else { return Ok(None) };
+        let reserved = allocator.reserve_in_memory(count_max)?;
+        if reserved.is_some() {
+            writer.note_change();
+        }
         Ok(reserved)
     }
 

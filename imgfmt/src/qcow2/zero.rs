@@ -113,7 +113,7 @@ impl Qcow2 {
         let l1_index = geometry.l1_index(start);
         let first = start >> geometry.cluster_bits;
         let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
-        let _stripes = writer.lock_clusters(first, count);
+        let _stripes = writer.lock_clusters(first, count, Lookup::MayRead);
         if self.backing.is_none() && matches!(self.table(l1_index, Lookup::MayRead)?, Some(None)) {
             return Ok(Vec::new()); // Nothing there: it reads as zero already.
         }

@@ -20,6 +20,7 @@ use crate::units::HostOffset;
 
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
+pub(crate) use zero::is_zero;
 
 /// Whether a write must be on stable storage when it returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -63,7 +64,7 @@ pub enum TryRead {
 pub enum TryWrite {
     /// Everything is written.
     Complete,
-    /// Nothing is written: it may need metadata from the disk or new space. Write it the usual way.
+    /// Nothing is written: it may need something from the disk. Write it the usual way.
     WouldBlock,
 }
 
