@@ -1,5 +1,6 @@
 //! What a server serves: the [`Export`] trait and its implementations.
 
+mod checkpoint;
 mod descriptors;
 #[cfg(feature = "image")]
 mod image;
@@ -14,6 +15,7 @@ use nbd_proto::wire::{BlockDescriptor, BlockSizes, Errno, MetaContextName, Trans
 
 pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
 
+pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView};
 pub use descriptors::Descriptors;
 #[cfg(feature = "image")]
 pub use image::ImageExport;

@@ -1,0 +1,244 @@
+//! Checkpoints: the disk as it was at one moment, while clients go on writing.
+//!
+//! Copy before write: before a granule of the disk is changed for the first time since the
+//! checkpoint its old content is copied into a sparse file. [`PointInTimeView`] reads from there
+//! what was changed, and everything else from the disk.
+
+mod granules;
+mod preserved;
+#[cfg(test)]
+mod tests;
+mod view;
+
+use std::fmt;
+use std::fs::File;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
+
+use nbd_proto::wire::{BlockDescriptor, MetaContextName};
+
+use self::preserved::{Patience, Preserved};
+pub use self::view::PointInTimeView;
+use super::{
+    Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
+    TryWrite, ZeroMode,
+};
+
+/// Why a checkpoint cannot be begun or is lost.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError<E> {
+    /// There is one already.
+    #[error("a checkpoint of this disk is in progress; end it first")]
+    InProgress,
+    /// There is none.
+    #[error("no checkpoint of this disk is in progress")]
+    NotInProgress,
+    /// The file for what is overwritten cannot be used.
+    #[error("the file for what is overwritten cannot be as long as the disk: {0}")]
+    File(#[source] std::io::Error),
+    /// What was to be done at the moment of the checkpoint failed; there is no checkpoint.
+    #[error("{0}")]
+    AtSwitch(E),
+}
+
+/// An export of which checkpoints can be made. Without one in progress a change costs one
+/// uncontended lock more, and a read nothing.
+///
+/// All changes to the disk must come through this object.
+pub struct Checkpointed {
+    disk: Arc<dyn Export>,
+    /// Held for reading while the disk is changed, and for writing at the moment of a checkpoint:
+    /// no change is half before and half behind it.
+    preserved: RwLock<Option<Arc<Preserved>>>,
+    /// Whether changes may have to wait for copies.
+    is_slow: AtomicBool,
+}
+
+impl Checkpointed {
+    /// An export that behaves as `disk` does.
+    #[must_use]
+    pub fn new(disk: Arc<dyn Export>) -> Self {
+        Self { disk, preserved: RwLock::new(None), is_slow: AtomicBool::new(false) }
+    }
+
+    /// The export behind this one.
+    #[must_use]
+    pub fn disk(&self) -> &Arc<dyn Export> {
+        &self.disk
+    }
+
+    /// Begins a checkpoint and returns the view of it. `file` is empty, and takes what is
+    /// overwritten from now on; preferably it has no name. `at_switch` is called at the moment of
+    /// the checkpoint: every change has been made completely, or has not begun.
+    ///
+    /// Waits for changes in progress. Blocks: not to be called on a thread of the runtime.
+    ///
+    /// # Errors
+    ///
+    /// See [`CheckpointError`]; nothing has changed then.
+    pub fn begin<E>(
+        &self,
+        file: File,
+        at_switch: impl FnOnce() -> Result<(), E>,
+    ) -> Result<PointInTimeView, CheckpointError<E>> {
+        let preserved = Preserved::new(&*self.disk, file).map_err(CheckpointError::File)?;
+        let preserved = Arc::new(preserved);
+        if self.in_progress().is_some() {
+            return Err(CheckpointError::InProgress);
+        }
+        // Before the lock: no connection should wait for it.
+        self.is_slow.store(true, Ordering::Relaxed);
+        let mut current = self.preserved.write().unwrap_or_else(PoisonError::into_inner);
+        if current.is_some() {
+            return Err(CheckpointError::InProgress);
+        }
+        if let Err(error) = at_switch() {
+            self.is_slow.store(false, Ordering::Relaxed);
+            return Err(CheckpointError::AtSwitch(error));
+        }
+        *current = Some(Arc::clone(&preserved));
+        drop(current);
+        Ok(PointInTimeView::new(Arc::clone(&self.disk), preserved))
+    }
+
+    /// Why the view of the checkpoint in progress is lost, if it is. The outer option is whether
+    /// there is a checkpoint.
+    #[must_use]
+    pub fn failure(&self) -> Option<Option<String>> {
+        let preserved = self.in_progress()?;
+        Some(preserved.failure().map(ToOwned::to_owned))
+    }
+
+    /// Ends the checkpoint: its view fails from now on, and nothing is copied any more. The file's
+    /// space is free when the view is dropped.
+    ///
+    /// Blocks as [`begin`](Self::begin) does. Returns whether there was a checkpoint.
+    pub fn end(&self) -> bool {
+        let mut current = self.preserved.write().unwrap_or_else(PoisonError::into_inner);
+        let ended = current.take();
+        if let Some(preserved) = &ended {
+            // Under the lock: no change is made without a copy before the view knows.
+            preserved.end();
+        }
+        self.is_slow.store(false, Ordering::Relaxed);
+        ended.is_some()
+    }
+
+    fn in_progress(&self) -> Option<Arc<Preserved>> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> RwLockReadGuard<'_, Option<Arc<Preserved>>> {
+        self.preserved.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes a change of a range, its old content set aside if need be.
+    fn change<T>(&self, offset: u64, length: u64, change: impl FnOnce() -> T) -> T {
+        let guard = self.lock();
+        if let Some(preserved) = &*guard {
+            preserved.preserve(&*self.disk, offset, length, Patience::Waits);
+        }
+        change()
+    }
+}
+
+impl Export for Checkpointed {
+    fn info(&self) -> ExportInfo {
+        self.disk.info()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.disk.read_at(offset, buffer)
+    }
+
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        self.disk.try_read_at(offset, buffer)
+    }
+
+    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
+        self.disk.file_span(offset, length)
+    }
+
+    fn promptness(&self, operation: Operation) -> Promptness {
+        match operation {
+            Operation::Write(..) | Operation::Trim | Operation::WriteZeroes
+                if self.is_slow.load(Ordering::Relaxed) =>
+            {
+                Promptness::MayBlock
+            }
+            _ => self.disk.promptness(operation),
+        }
+    }
+
+    fn write_at(
+        &self,
+        offset: u64,
+        data: &[u8],
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        let write = || self.disk.write_at(offset, data, durability);
+        self.change(offset, data.len() as u64, write)
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        let guard = match self.preserved.try_read() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(TryWrite::WouldBlock),
+        };
+        if let Some(preserved) = &*guard {
+            let length = data.len() as u64;
+            if !preserved.preserve(&*self.disk, offset, length, Patience::Never) {
+                return Ok(TryWrite::WouldBlock);
+            }
+            // A disk whose writes are prompt has no other way to write without waiting.
+            let write = Operation::Write(data.len(), Durability::Cached);
+            if self.disk.promptness(write) == Promptness::Prompt {
+                let written = self.disk.write_at(offset, data, Durability::Cached);
+                return written.map(|()| TryWrite::Complete);
+            }
+        }
+        self.disk.try_write_at(offset, data)
+    }
+
+    fn flush(&self) -> Result<(), ExportError> {
+        self.disk.flush()
+    }
+
+    fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        self.change(offset, length, || self.disk.trim(offset, length, durability))
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        let zero = || self.disk.write_zeroes(offset, length, mode, speed, durability);
+        self.change(offset, length, zero)
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        self.disk.cache(offset, length)
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        self.disk.block_status(context, offset, length, max_count)
+    }
+}
+
+impl fmt::Debug for Checkpointed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpointed").field("info", &self.disk.info()).finish_non_exhaustive()
+    }
+}

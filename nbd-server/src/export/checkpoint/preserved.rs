@@ -1,0 +1,238 @@
+//! The old content of what was overwritten since a checkpoint.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use nbd_proto::wire::{AllocationFlags, MetaContextName};
+
+use super::granules::Granules;
+use crate::export::{Export, ExportError, TryRead};
+
+/// Longest part that is copied at a time, in bytes.
+const RUN_LEN: u64 = 1 << 20;
+/// Longest part that is copied for whoever cannot wait, in bytes.
+const PROMPT_LEN: u64 = 256 << 10;
+/// How many extents are asked for at a time.
+const EXTENTS: usize = 256;
+
+thread_local! {
+    /// Memory for what is copied.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Whether whoever writes can wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// It waits for the disk and for others.
+    Waits,
+    /// It is a connection's task.
+    Never,
+}
+
+/// Copies of old content, and where there are any.
+///
+/// Whoever changes a granule first has it copied here (or finds that it was), and sets its bit;
+/// only then does the change begin. So what is read from the disk is old as long as the bit is not
+/// set *after* the read.
+pub(super) struct Preserved {
+    pub(super) granules: Granules,
+    file: File,
+    /// Granules that are being copied.
+    claims: Mutex<Vec<Range<u64>>>,
+    released: Condvar,
+    /// Why the old content is not complete, if it is not.
+    failure: OnceLock<String>,
+    ended: AtomicBool,
+    knows_zeroes: bool,
+}
+
+impl Preserved {
+    /// Nothing copied yet. The file is sparse and as long as the disk.
+    pub(super) fn new(disk: &dyn Export, file: File) -> std::io::Result<Self> {
+        let info = disk.info();
+        file.set_len(info.size)?;
+        let unit = u64::from(info.block_sizes.minimum());
+        Ok(Self {
+            granules: Granules::new(info.size, unit),
+            file,
+            claims: Mutex::default(),
+            released: Condvar::new(),
+            failure: OnceLock::new(),
+            ended: AtomicBool::new(false),
+            knows_zeroes: info.meta_contexts.contains(&MetaContextName::base_allocation()),
+        })
+    }
+
+    /// Copies what is not copied yet of the granules that a change will touch; false if that would
+    /// take waiting, which `patience` does not allow.
+    ///
+    /// A copy that fails costs the view, not the change.
+    pub(super) fn preserve(
+        &self,
+        disk: &dyn Export,
+        offset: u64,
+        length: u64,
+        patience: Patience,
+    ) -> bool {
+        let touched = self.granules.touched(offset, length);
+        let mut at = touched.start;
+        while at < touched.end {
+            if self.failure.get().is_some() {
+                return true;
+            }
+            let (set, end) = self.granules.run(&(at..touched.end));
+            if set {
+                at = end;
+                continue;
+            }
+            if patience == Patience::Never && (end - at) * self.granules.len() > PROMPT_LEN {
+                return false;
+            }
+            let run = at..end.min(at + (RUN_LEN / self.granules.len()).max(1));
+            if end > run.end && patience == Patience::Waits && self.skip_zeroes(disk, &(at..end)) {
+                continue;
+            }
+            match self.copy(disk, run.clone(), patience) {
+                Ok(true) => at = run.end,
+                Ok(false) => return false,
+                Err(why) => self.fail(why),
+            }
+        }
+        true
+    }
+
+    /// Marks the zeroes at the start of a long run without reading them; false if there are none.
+    fn skip_zeroes(&self, disk: &dyn Export, run: &Range<u64>) -> bool {
+        if !self.knows_zeroes {
+            return false;
+        }
+        let (offset, length) = self.granules.bytes(run);
+        let context = MetaContextName::base_allocation();
+        let Ok(found) = disk.block_status(&context, offset, length, EXTENTS) else { return false };
+        let mut at = offset;
+        let mut first = true;
+        for extent in found {
+            let zero = extent.flags & AllocationFlags::STATE_ZERO.bits() != 0;
+            if first && !zero {
+                return false;
+            }
+            first = false;
+            if zero {
+                // Whoever changes one of these in between has set its bit before.
+                self.granules.set(&self.granules.inside(at, extent.length));
+            }
+            at = at.saturating_add(extent.length);
+        }
+        // The first extent may be smaller than a granule.
+        self.granules.run(run).0
+    }
+
+    /// Copies a run of granules, or waits until others have; false if that would take waiting.
+    fn copy(&self, disk: &dyn Export, run: Range<u64>, patience: Patience) -> Result<bool, String> {
+        let Some(_claim) = self.claim(&run, patience) else { return Ok(false) };
+        // Others may have copied a part before the claim.
+        let mut at = run.start;
+        while at < run.end {
+            let (set, end) = self.granules.run(&(at..run.end));
+            if !set && !self.copy_claimed(disk, at..end, patience)? {
+                return Ok(false);
+            }
+            at = end;
+        }
+        Ok(true)
+    }
+
+    fn copy_claimed(
+        &self,
+        disk: &dyn Export,
+        run: Range<u64>,
+        patience: Patience,
+    ) -> Result<bool, String> {
+        let (offset, length) = self.granules.bytes(&run);
+        BUFFER.with_borrow_mut(|buffer| {
+            // At most RUN_LEN or one granule.
+            buffer.resize(length as usize, 0);
+            let read = match patience {
+                Patience::Waits => disk.read_at(offset, buffer).map(|()| TryRead::Complete),
+                Patience::Never => disk.try_read_at(offset, buffer),
+            };
+            match read {
+                Ok(TryRead::Complete) => {}
+                Ok(TryRead::WouldBlock) => return Ok(false),
+                // Whoever can wait finds out whether it is so.
+                Err(_) if patience == Patience::Never => return Ok(false),
+                Err(error) => return Err(format!("cannot read at offset {offset}: {error}")),
+            }
+            // The file is zero where nothing was written.
+            if buffer.iter().any(|&byte| byte != 0) {
+                self.file
+                    .write_all_at(buffer, offset)
+                    .map_err(|error| format!("cannot set aside what is overwritten: {error}"))?;
+            }
+            self.granules.set(&run);
+            Ok(true)
+        })
+    }
+
+    fn claim(&self, run: &Range<u64>, patience: Patience) -> Option<Claim<'_>> {
+        let mut claims = self.claims();
+        while claims.iter().any(|other| other.start < run.end && run.start < other.end) {
+            if patience == Patience::Never {
+                return None;
+            }
+            claims = self.released.wait(claims).unwrap_or_else(PoisonError::into_inner);
+        }
+        claims.push(run.clone());
+        Some(Claim { preserved: self, start: run.start })
+    }
+
+    fn claims(&self) -> MutexGuard<'_, Vec<Range<u64>>> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fail(&self, why: String) {
+        tracing::error!(%why, "a point-in-time view is lost; the disk itself is not affected");
+        // Another failure may have come first.
+        let _ = self.failure.set(why);
+    }
+
+    /// Why the view is lost, if it is.
+    pub(super) fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+
+    /// Reads copies.
+    pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.file.read_exact_at(buffer, offset).map_err(|error| {
+            tracing::error!(%error, "cannot read what was set aside");
+            ExportError::new(nbd_proto::wire::Errno::EIO, "cannot read what was set aside")
+        })
+    }
+
+    /// The end of the view: nothing is copied any more.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+}
+
+/// Granules that one thread copies; released when dropped.
+struct Claim<'a> {
+    preserved: &'a Preserved,
+    start: u64,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        // Claims do not overlap: the start tells them apart.
+        self.preserved.claims().retain(|claim| claim.start != self.start);
+        self.preserved.released.notify_all();
+    }
+}

@@ -1,0 +1,190 @@
+//! The disk as it was at a checkpoint.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
+
+use super::preserved::Preserved;
+use crate::export::{Descriptors, Export, ExportError, ExportInfo, Operation, Promptness, TryRead};
+
+/// A disk as it was when [`Checkpointed::begin`](super::Checkpointed::begin) made this view; for
+/// reading only.
+///
+/// Reads take nothing from the speed of writes: they look at the disk itself and afterwards make
+/// sure that it had not been changed there. When the checkpoint has ended every request fails with
+/// ESHUTDOWN.
+pub struct PointInTimeView {
+    disk: Arc<dyn Export>,
+    preserved: Arc<Preserved>,
+    /// Contexts of the view, and under which name the disk has them.
+    bitmaps: Vec<(MetaContextName, MetaContextName)>,
+    info: ExportInfo,
+}
+
+impl PointInTimeView {
+    pub(super) fn new(disk: Arc<dyn Export>, preserved: Arc<Preserved>) -> Self {
+        let of_disk = disk.info();
+        let mut info = ExportInfo::new(of_disk.size);
+        info.flags |= TransmissionFlags::READ_ONLY | TransmissionFlags::CAN_MULTI_CONN;
+        info.block_sizes = of_disk.block_sizes;
+        let allocation = MetaContextName::base_allocation();
+        info.meta_contexts
+            .extend(of_disk.meta_contexts.into_iter().filter(|context| *context == allocation));
+        Self { disk, preserved, bitmaps: Vec::new(), info }
+    }
+
+    /// Offers a context of the disk whose extents do not change while the view is there, such as
+    /// that of a disabled bitmap, under the name `shown`.
+    #[must_use]
+    pub fn with_context(mut self, shown: MetaContextName, of_disk: MetaContextName) -> Self {
+        self.info.meta_contexts.push(shown.clone());
+        self.bitmaps.push((shown, of_disk));
+        self
+    }
+
+    /// Fails if what was read may not be what the disk held at the checkpoint.
+    fn check(&self) -> Result<(), ExportError> {
+        if self.preserved.has_ended() {
+            return Err(ExportError::new(Errno::ESHUTDOWN, "the checkpoint has ended"));
+        }
+        if self.preserved.failure().is_some() {
+            let why = "the view is lost: what was overwritten could not be set aside";
+            return Err(ExportError::new(Errno::EIO, why));
+        }
+        Ok(())
+    }
+
+    /// Reads copies over those parts of a buffer that were copied meanwhile.
+    fn replace_preserved(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        // What was read before this line is compared with what is known after it.
+        fence(Ordering::SeqCst);
+        let granules = &self.preserved.granules;
+        let end = offset + buffer.len() as u64;
+        let touched = granules.touched(offset, buffer.len() as u64);
+        let mut at = touched.start;
+        while at < touched.end {
+            let (set, run_end) = granules.run(&(at..touched.end));
+            if set {
+                let (start, length) = granules.bytes(&(at..run_end));
+                let (from, to) = (start.max(offset), (start + length).min(end));
+                let part = (from - offset) as usize..(to - offset) as usize;
+                self.preserved.read(from, &mut buffer[part])?;
+            }
+            at = run_end;
+        }
+        self.check()
+    }
+
+    /// The allocation of a range of granules that are all copied or all not.
+    fn allocation(
+        &self,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+        out: &mut Descriptors,
+    ) -> Result<u64, ExportError> {
+        let granules = &self.preserved.granules;
+        let touched = granules.touched(offset, length);
+        let (set, run_end) = granules.run(&touched);
+        let (start, run_length) = granules.bytes(&(touched.start..run_end));
+        let length = (start + run_length).min(offset + length) - offset;
+        if set {
+            // What was overwritten is rarely a hole; data is a true answer in any case.
+            return Ok(if out.push(length, 0) { length } else { 0 });
+        }
+        let context = MetaContextName::base_allocation();
+        let found = self.disk.block_status(&context, offset, length, max_count)?;
+        fence(Ordering::SeqCst);
+        // A part that was changed meanwhile may have become a hole.
+        let (set, end) = granules.run(&touched);
+        if set {
+            return self.allocation(offset, length, max_count, out);
+        }
+        let known = (granules.bytes(&(touched.start..end)).0
+            + granules.bytes(&(touched.start..end)).1)
+            .min(offset + length)
+            - offset;
+        let mut pushed = 0;
+        for extent in found {
+            let part = extent.length.min(known - pushed);
+            if part == 0 || !out.push(part, extent.flags) {
+                break;
+            }
+            pushed += part;
+        }
+        Ok(pushed)
+    }
+}
+
+impl Export for PointInTimeView {
+    fn info(&self) -> ExportInfo {
+        self.info.clone()
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.check()?;
+        let touched = self.preserved.granules.touched(offset, buffer.len() as u64);
+        // What was copied need not be read from the disk as well.
+        if !self.preserved.granules.all_set(&touched) {
+            self.disk.read_at(offset, buffer)?;
+        }
+        self.replace_preserved(offset, buffer)
+    }
+
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        self.check()?;
+        if self.disk.try_read_at(offset, buffer)? == TryRead::WouldBlock {
+            return Ok(TryRead::WouldBlock);
+        }
+        fence(Ordering::SeqCst);
+        let granules = &self.preserved.granules;
+        let touched = granules.touched(offset, buffer.len() as u64);
+        self.check()?;
+        match granules.run(&touched) {
+            (false, end) if end == touched.end => Ok(TryRead::Complete),
+            _ => Ok(TryRead::WouldBlock),
+        }
+    }
+
+    fn promptness(&self, _: Operation) -> Promptness {
+        Promptness::MayBlock
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        self.check()?;
+        if let Some((_, of_disk)) = self.bitmaps.iter().find(|(shown, _)| shown == context) {
+            let found = self.disk.block_status(of_disk, offset, length, max_count)?;
+            self.check()?;
+            return Ok(found);
+        }
+        if *context != MetaContextName::base_allocation() {
+            return Err(ExportError::new(Errno::EINVAL, "the view has no such context"));
+        }
+        let mut status = Descriptors::new(max_count);
+        let end = offset.saturating_add(length);
+        let mut at = offset;
+        while at < end {
+            let found = self.allocation(at, end - at, max_count, &mut status)?;
+            if found == 0 {
+                break;
+            }
+            at += found;
+        }
+        self.check()?;
+        Ok(status.into_vec())
+    }
+}
+
+impl fmt::Debug for PointInTimeView {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PointInTimeView").field("info", &self.info).finish_non_exhaustive()
+    }
+}
