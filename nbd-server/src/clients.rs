@@ -1,8 +1,12 @@
-//! How many clients have an export in use.
+//! Which clients have an export in use, and how many.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
+
+use crate::export::Export;
 
 /// Clients that have chosen an export, at this moment and in all. A clone counts the same server.
 ///
@@ -47,15 +51,44 @@ impl ClientCount {
     }
 }
 
-/// The side that counts.
+/// A client that has chosen an export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ConnectedClient {
+    /// Tells clients apart; never given twice by one server.
+    pub id: u64,
+    /// Where it comes from, for people.
+    pub peer: String,
+    /// The name under which it asked for its export; empty for the default export.
+    pub export: String,
+    /// When it had chosen.
+    pub since: SystemTime,
+}
+
+/// The side that counts, and knows who is there.
 #[derive(Debug, Clone)]
 pub(crate) struct Clients {
     count: Arc<watch::Sender<Count>>,
+    roster: Arc<Mutex<Roster>>,
+}
+
+#[derive(Debug, Default)]
+struct Roster {
+    next: u64,
+    present: BTreeMap<u64, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    client: ConnectedClient,
+    /// Address of the export, which lives as long as the client uses it.
+    used: usize,
+    cut: Arc<Notify>,
 }
 
 impl Clients {
     pub(crate) fn new() -> Self {
-        Self { count: Arc::new(watch::Sender::new(Count::default())) }
+        Self { count: Arc::new(watch::Sender::new(Count::default())), roster: Arc::default() }
     }
 
     pub(crate) fn subscribe(&self) -> ClientCount {
@@ -63,35 +96,112 @@ impl Clients {
     }
 
     /// Counts a client until the returned value is dropped.
-    pub(crate) fn enter(&self) -> PresentClient {
+    pub(crate) fn enter(&self, peer: &str, export: &str, used: &Arc<dyn Export>) -> PresentClient {
+        let cut = Arc::new(Notify::new());
+        let mut roster = self.roster();
+        let id = roster.next;
+        roster.next += 1;
+        let (peer, export) = (peer.to_owned(), export.to_owned());
+        let client = ConnectedClient { id, peer, export, since: SystemTime::now() };
+        let entry = Entry { client, used: address(used), cut: Arc::clone(&cut) };
+        roster.present.insert(id, entry);
+        drop(roster);
         self.count.send_modify(|count| {
             count.present += 1;
             count.total += 1;
         });
-        PresentClient(self.clone())
+        PresentClient { clients: self.clone(), id, cut }
     }
+
+    /// Everybody who is there, in the order in which they came.
+    pub(crate) fn list(&self) -> Vec<ConnectedClient> {
+        self.roster().present.values().map(|entry| entry.client.clone()).collect()
+    }
+
+    /// How many use an export.
+    pub(crate) fn users_of(&self, export: &Arc<dyn Export>) -> usize {
+        let used = address(export);
+        self.roster().present.values().filter(|entry| entry.used == used).count()
+    }
+
+    /// Ends the connections of those who use an export, and waits until they have ended.
+    pub(crate) async fn cut_users_of(&self, export: &Arc<dyn Export>) {
+        let used = address(export);
+        for entry in self.roster().present.values().filter(|entry| entry.used == used) {
+            entry.cut.notify_one();
+        }
+        let mut count = self.count.subscribe();
+        // This object is a sender: the channel is open.
+        let _ = count.wait_for(|_| self.users_of(export) == 0).await;
+    }
+
+    fn roster(&self) -> MutexGuard<'_, Roster> {
+        self.roster.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn address(export: &Arc<dyn Export>) -> usize {
+    Arc::as_ptr(export).cast::<()>() as usize
 }
 
 /// One client that is counted.
 #[derive(Debug)]
-pub(crate) struct PresentClient(Clients);
+pub(crate) struct PresentClient {
+    clients: Clients,
+    id: u64,
+    cut: Arc<Notify>,
+}
+
+impl PresentClient {
+    /// Waits until somebody wants this client to be gone.
+    pub(crate) async fn cut(&self) {
+        self.cut.notified().await;
+    }
+}
 
 impl Drop for PresentClient {
     fn drop(&mut self) {
-        self.0.count.send_modify(|count| count.present -= 1);
+        self.clients.roster().present.remove(&self.id);
+        self.clients.count.send_modify(|count| count.present -= 1);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::MemoryExport;
+
+    fn export() -> Arc<dyn Export> {
+        Arc::new(MemoryExport::new(1024))
+    }
+
+    #[tokio::test]
+    async fn only_the_users_of_one_export_are_cut() {
+        let clients = Clients::new();
+        let (one, other) = (export(), export());
+        let first = clients.enter("a", "one", &one);
+        let second = clients.enter("b", "other", &other);
+        let names: Vec<_> = clients.list().into_iter().map(|client| client.export).collect();
+        assert_eq!(names, ["one", "other"]);
+        let cutting = tokio::spawn({
+            let (clients, one) = (clients.clone(), Arc::clone(&one));
+            async move { clients.cut_users_of(&one).await }
+        });
+        first.cut().await;
+        assert!(!cutting.is_finished(), "it is still there");
+        drop(first);
+        cutting.await.unwrap();
+        assert_eq!((clients.users_of(&one), clients.users_of(&other)), (0, 1));
+        let waiting = tokio::time::timeout(std::time::Duration::from_millis(1), second.cut());
+        assert!(waiting.await.is_err(), "nobody wants it to be gone");
+    }
 
     #[tokio::test]
     async fn the_last_one_leaves_when_there_was_one() {
         let clients = Clients::new();
         let mut count = clients.subscribe();
-        let first = clients.enter();
-        let second = clients.enter();
+        let first = clients.enter("", "", &export());
+        let second = clients.enter("", "", &export());
         assert_eq!((count.present(), count.total()), (2, 2));
         drop(first);
         let waiting = tokio::spawn(async move {
@@ -111,7 +221,7 @@ mod tests {
         let waiting = tokio::spawn(async move { count.last_left().await });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
-        drop(clients.enter());
+        drop(clients.enter("", "", &export()));
         waiting.await.unwrap();
     }
 }

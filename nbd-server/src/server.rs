@@ -13,6 +13,7 @@ use crate::budget::Budget;
 use crate::clients::{ClientCount, Clients};
 use crate::connection::Shared;
 use crate::export::ExportRegistry;
+use crate::handle::ServerHandle;
 use crate::listener::Listener;
 use crate::shutdown::{Phase, ShutdownTrigger};
 use crate::worker::Workers;
@@ -39,6 +40,13 @@ impl Server {
     #[must_use]
     pub fn client_count(&self) -> ClientCount {
         self.clients.subscribe()
+    }
+
+    /// What can be asked of the server while it runs. Ask before [`Server::serve`] takes the server
+    /// away.
+    #[must_use]
+    pub fn handle(&self) -> ServerHandle {
+        ServerHandle::new(self.exports.clone(), self.clients.clone())
     }
 
     /// Listens on `address`; may be called for several. Clients are accepted as soon as

@@ -118,7 +118,7 @@ async fn run(
                     let _held = (count, place);
                     match socket.attach() {
                         Ok(socket) => {
-                            connection::serve(socket, shared, shutdown, neighbours).await;
+                            connection::serve(socket, &peer, shared, shutdown, neighbours).await;
                         },
                         Err(error) => tracing::warn!(%error, "cannot use the socket"),
                     }

@@ -61,6 +61,7 @@ pub(crate) enum ConnectionError {
 /// `neighbours` counts the connections of this thread, this one included.
 pub(crate) async fn serve(
     socket: Socket,
+    peer: &str,
     shared: Shared,
     mut shutdown: Shutdown,
     neighbours: Arc<AtomicUsize>,
@@ -85,7 +86,12 @@ pub(crate) async fn serve(
         },
         () = draining.reached(Phase::Draining) => return,
     };
-    let _present = shared.clients.enter();
+    let name = established.negotiated.export_name.clone();
+    let present = shared.clients.enter(peer, &name, established.entry.export());
+    if !shared.exports.offers(established.entry.export()) {
+        // Whoever took it away may not have seen this client.
+        return tracing::info!(export = ?name, "the export was removed while a client chose it");
+    }
     tracing::info!(export = ?established.negotiated.export_name, "client connected");
     let session = transmission::Session::new(established, &shared, neighbours);
     tokio::select! {
@@ -93,6 +99,7 @@ pub(crate) async fn serve(
             Ok(()) => tracing::info!("client disconnected"),
             Err(error) => tracing::warn!(%error, "connection failed"),
         },
+        () = present.cut() => tracing::info!("connection cut: the export was removed"),
         () = shutdown.reached(Phase::Aborting) => {
             tracing::warn!("connection cut: the server ended before its replies were taken");
         }

@@ -183,6 +183,11 @@ impl ExportRegistry {
         inner.exports.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect()
     }
 
+    /// Whether this export is registered, under any name.
+    pub(crate) fn offers(&self, export: &Arc<dyn Export>) -> bool {
+        self.read().exports.values().any(|entry| Arc::ptr_eq(&entry.export, export))
+    }
+
     /// What LIST answers.
     pub(crate) fn listed(&self) -> Vec<ListedExport> {
         let inner = self.read();

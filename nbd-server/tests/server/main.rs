@@ -23,6 +23,7 @@ mod panics;
 mod payload_sizes;
 mod read_errors;
 mod refusals;
+mod run_time_changes;
 mod send_file;
 mod shutdown;
 mod splits;

@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use nbd_server::export::{Export, ExportEntry};
-use nbd_server::{ExportRegistry, ListenAddress, ServeError, Server, ServerConfig};
+use nbd_server::{ExportRegistry, ListenAddress, ServeError, Server, ServerConfig, ServerHandle};
 use tokio::sync::oneshot;
 
 use super::LONG;
@@ -16,6 +16,7 @@ pub struct TestServer {
     _folder: tempfile::TempDir,
     path: PathBuf,
     uri: String,
+    handle: ServerHandle,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<Result<(), ServeError>>>,
 }
@@ -35,15 +36,15 @@ impl TestServer {
             let served = runtime.block_on(async move {
                 let mut server = Server::new(config, exports);
                 let bound = server.listen(&address).await?;
-                ready.send(bound[0].uri("").to_string()).unwrap();
+                ready.send((bound[0].uri("").to_string(), server.handle())).unwrap();
                 server.serve(async { stopped.await.unwrap_or(()) }).await
             });
             // An export that hangs must not hang the test.
             runtime.shutdown_timeout(std::time::Duration::from_secs(1));
             served
         });
-        let uri = is_ready.recv_timeout(LONG).unwrap();
-        Self { _folder: folder, path, uri, stop: Some(stop), thread: Some(thread) }
+        let (uri, handle) = is_ready.recv_timeout(LONG).unwrap();
+        Self { _folder: folder, path, uri, handle, stop: Some(stop), thread: Some(thread) }
     }
 
     /// Serves one export under the empty name, within the default bounds.
@@ -66,6 +67,11 @@ impl TestServer {
     /// The URI of the default export.
     pub fn uri(&self) -> &str {
         &self.uri
+    }
+
+    /// The server as its owner sees it.
+    pub fn handle(&self) -> &ServerHandle {
+        &self.handle
     }
 
     /// A connection on which nothing was said yet. Reads from it do not wait for ever.

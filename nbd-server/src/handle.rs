@@ -1,0 +1,100 @@
+//! [`ServerHandle`]: looking at a server and changing what it serves while it runs.
+
+use crate::ExportRegistry;
+use crate::clients::{Clients, ConnectedClient};
+use crate::export::ExportEntry;
+
+/// What becomes of clients that use an export which is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InUse {
+    /// They keep it: it is not removed.
+    Refuse,
+    /// Their connections are cut. Replies that were not sent yet are lost, as if the network had
+    /// failed.
+    Disconnect,
+}
+
+/// Why an export was not removed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RemoveError {
+    /// There is none of that name.
+    #[error("there is no export named '{0}'")]
+    NotFound(String),
+    /// Clients use it.
+    #[error("{clients} clients use the export '{name}'")]
+    InUse {
+        /// The export's name.
+        name: String,
+        /// How many.
+        clients: usize,
+    },
+}
+
+/// A running server, as its owner sees it. A clone is the same server.
+#[derive(Debug, Clone)]
+pub struct ServerHandle {
+    exports: ExportRegistry,
+    clients: Clients,
+}
+
+impl ServerHandle {
+    pub(crate) const fn new(exports: ExportRegistry, clients: Clients) -> Self {
+        Self { exports, clients }
+    }
+
+    /// What is served; may be changed.
+    #[must_use]
+    pub const fn exports(&self) -> &ExportRegistry {
+        &self.exports
+    }
+
+    /// The clients that have an export in use, in the order in which they came.
+    #[must_use]
+    pub fn clients(&self) -> Vec<ConnectedClient> {
+        self.clients.list()
+    }
+
+    /// Takes an export away and gives it back: when this returns no connection uses it any more,
+    /// and none can begin to. A request that a thread was carrying out for a connection that was
+    /// cut may still be.
+    ///
+    /// # Errors
+    ///
+    /// See [`RemoveError`]; nothing has changed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// The export is removed or not; connections that were told to end do so in any case.
+    pub async fn remove_export(
+        &self,
+        name: &str,
+        in_use: InUse,
+    ) -> Result<ExportEntry, RemoveError> {
+        let not_found = || RemoveError::NotFound(name.to_owned());
+        if in_use == InUse::Refuse {
+            let entries = self.exports.entries();
+            let found = entries.iter().find(|(found, _)| found == name);
+            let (_, entry) = found.ok_or_else(not_found)?;
+            self.refuse_if_used(name, entry)?;
+        }
+        let entry = self.exports.remove(name).ok_or_else(not_found)?;
+        if in_use == InUse::Refuse
+            && let Err(error) = self.refuse_if_used(name, &entry)
+        {
+            // A client came in between. Nobody can have taken the name but a second caller, whose
+            // export then stays.
+            let _ = self.exports.add(name, entry);
+            return Err(error);
+        }
+        self.clients.cut_users_of(entry.export()).await;
+        Ok(entry)
+    }
+
+    fn refuse_if_used(&self, name: &str, entry: &ExportEntry) -> Result<(), RemoveError> {
+        match self.clients.users_of(entry.export()) {
+            0 => Ok(()),
+            clients => Err(RemoveError::InUse { name: name.to_owned(), clients }),
+        }
+    }
+}
