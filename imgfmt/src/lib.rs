@@ -53,12 +53,14 @@
 //! What this crate does not do: it knows no network protocol, and it never follows a name that an
 //! image contains without being allowed to.
 
+mod bitmap;
 mod chain;
 mod create;
 mod driver;
 mod error;
 mod extent;
 mod image;
+mod image_bitmaps;
 mod info;
 mod inspect;
 mod mapping;
@@ -73,6 +75,10 @@ pub mod storage;
 mod sys;
 mod units;
 
+pub use bitmap::{
+    BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
+    DirtyBits, DirtyExtent, Recording,
+};
 pub use create::{
     CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation, Qcow2Version,
 };

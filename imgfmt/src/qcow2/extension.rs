@@ -6,10 +6,10 @@
 use super::header::{invalid, u32_at};
 use crate::error::Result;
 
-const END: u32 = 0;
+pub(crate) const END: u32 = 0;
 pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
-const BITMAPS: u32 = 0x2385_2875;
+pub(crate) const BITMAPS: u32 = 0x2385_2875;
 pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
 
 /// Size of one entry of the feature name table: type, bit, name.

@@ -229,6 +229,7 @@ impl Qcow2 {
     pub(super) fn close_writer(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
         self.flush_all()?;
+        self.store_bitmaps()?;
         // The first flush may have moved the refcount table and so freed the old one.
         for _ in 0..2 {
             self.release_all_freed(writer);

@@ -196,6 +196,11 @@ impl Header {
         Ok(())
     }
 
+    /// The content of the bitmaps extension, as it was when the header was read.
+    pub(crate) fn bitmaps(&self) -> Option<&[u8]> {
+        self.extensions.bitmaps.as_deref()
+    }
+
     pub(crate) fn has_data_file(&self) -> bool {
         self.incompatible & incompatible::DATA_FILE != 0
     }
