@@ -4,6 +4,7 @@ use crate::bitmap::{BitmapChange, BitmapInfo, DirtyBits, DirtyExtent, Recording}
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::qcow2::{Qcow2, no_bitmap};
+use crate::sidecar::BitmapSafety;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Image {
@@ -19,6 +20,12 @@ impl Image {
     /// [`check_file`](Self::check_file) if it repairs.
     pub fn bitmap_damage(&self) -> Option<String> {
         self.qcow2().and_then(Qcow2::bitmap_damage)
+    }
+
+    /// What the bitmaps of the image survive, and which were recovered when it was opened. The file
+    /// that keeps their bits is made by the first change; before that nobody can say that it cannot be.
+    pub fn bitmap_safety(&self) -> BitmapSafety {
+        self.qcow2().map(Qcow2::bitmap_safety).unwrap_or_default()
     }
 
     /// Adds a bitmap in which nothing is dirty. `granularity` is how many bytes a bit stands for: a

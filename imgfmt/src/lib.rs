@@ -69,7 +69,6 @@ mod options;
 mod probe;
 mod qcow2;
 mod raw;
-#[allow(dead_code, unused_imports)] // No image has one yet.
 mod sidecar;
 pub mod storage;
 mod sys;
@@ -90,5 +89,6 @@ pub use mapping::{Lease, Mapping};
 pub use open_policy::{OpenPolicy, SchemeOpener};
 pub use options::{Access, Format, Locking, OpenOptions, Survives};
 pub use qcow2::{CheckReport, Repair, Snapshot};
+pub use sidecar::{BitmapSafety, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 pub use units::{GuestOffset, GuestRange, HostOffset};

@@ -13,7 +13,8 @@ use std::sync::{
 };
 
 use super::{Bits, Recording};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::sidecar::{InFlight, Sidecar};
 use crate::units::GuestRange;
 
 /// Whether the bits of a bitmap can be relied on.
@@ -62,15 +63,36 @@ pub(crate) struct State<S> {
     live: Box<[Arc<Bits>]>,
     /// The image says of all of them that what is stored is out of date.
     is_marked: AtomicBool,
+    /// Keeps the bits of all that note changes, so that they survive a crash.
+    sidecar: OnceLock<Arc<Sidecar>>,
 }
 
 impl<S> State<S> {
     fn new(bitmaps: Vec<Bitmap<S>>, is_marked: bool) -> Self {
-        let records = |bitmap: &&Bitmap<S>| {
-            bitmap.recording == Recording::Enabled && bitmap.condition == Condition::Ready
-        };
         let live = bitmaps.iter().filter(records).filter_map(|bitmap| bitmap.bits.get().cloned());
-        Self { live: live.collect(), is_marked: AtomicBool::new(is_marked), bitmaps }
+        Self {
+            live: live.collect(),
+            is_marked: AtomicBool::new(is_marked),
+            sidecar: OnceLock::new(),
+            bitmaps,
+        }
+    }
+
+    /// The bitmaps that note changes, and their bits.
+    pub(crate) fn recording(&self) -> impl Iterator<Item = (&Bitmap<S>, &Arc<Bits>)> {
+        self.bitmaps.iter().filter(records).filter_map(|bitmap| Some((bitmap, bitmap.bits.get()?)))
+    }
+
+    /// Whether [`set_sidecar`](Self::set_sidecar) has been called.
+    pub(crate) fn has_sidecar(&self) -> bool {
+        self.sidecar.get().is_some()
+    }
+
+    /// Has the sidecar kept up to date from now on. Called from `mark` only, when no change is on its
+    /// way.
+    pub(crate) fn set_sidecar(&self, sidecar: Arc<Sidecar>) {
+        // A state is marked once.
+        let _ = self.sidecar.set(sidecar);
     }
 
     /// The bitmaps, in the order in which they are stored.
@@ -79,10 +101,15 @@ impl<S> State<S> {
     }
 }
 
+fn records<S>(bitmap: &&Bitmap<S>) -> bool {
+    bitmap.recording == Recording::Enabled && bitmap.condition == Condition::Ready
+}
+
 /// A change that has been noted. It must not be on its way any more when this is dropped.
 #[derive(Debug)]
 #[must_use = "the change must be over before this is dropped"]
 pub(crate) struct Recorded<'a, S> {
+    _in_flight: Option<InFlight>,
     _state: RwLockReadGuard<'a, State<S>>,
 }
 
@@ -122,8 +149,11 @@ impl<S> Tracker<S> {
                 state.is_marked.store(true, Release);
             }
         }
+        let (start, length) = (range.offset().bytes(), range.length());
+        let in_flight = state.sidecar.get().map(|sidecar| sidecar.before_change(start, length));
+        let in_flight = in_flight.transpose().map_err(unkept)?;
         state.live.iter().for_each(|bits| bits.set_range(range));
-        Ok(Recorded { _state: state })
+        Ok(Recorded { _in_flight: in_flight, _state: state })
     }
 
     /// As [`before_change`](Self::before_change), if that needs no waiting.
@@ -139,8 +169,13 @@ impl<S> Tracker<S> {
         if !state.is_marked.load(Acquire) {
             return Err(WouldBlock);
         }
+        let (start, length) = (range.offset().bytes(), range.length());
+        let in_flight = match state.sidecar.get() {
+            Some(sidecar) => Some(sidecar.try_before_change(start, length).ok_or(WouldBlock)?),
+            None => None,
+        };
         state.live.iter().for_each(|bits| bits.set_range(range));
-        Ok(Recorded { _state: state })
+        Ok(Recorded { _in_flight: in_flight, _state: state })
     }
 
     /// The bitmaps as they are. Changes go on meanwhile.
@@ -168,6 +203,15 @@ impl<S> Alone<'_, S> {
 
     /// Replaces all bitmaps. `is_marked` as for [`Tracker::new`].
     pub(crate) fn replace(&mut self, bitmaps: Vec<Bitmap<S>>, is_marked: bool) {
-        *self.state = State::new(bitmaps, is_marked);
+        let old = std::mem::replace(&mut *self.state, State::new(bitmaps, is_marked));
+        if is_marked {
+            // All that note changes did so before, or their bits are stored.
+            self.state.sidecar = old.sidecar;
+        }
     }
+}
+
+/// The error of a change that could not be noted where it survives a crash.
+fn unkept(error: std::io::Error) -> Error {
+    Error::from_io("keep the bits of bitmaps beside", error)
 }

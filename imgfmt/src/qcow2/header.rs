@@ -50,6 +50,8 @@ pub(crate) mod compatible {
 pub(crate) mod autoclear {
     pub(crate) const BITMAPS: u64 = 1;
     pub(crate) const RAW_DATA_FILE: u64 = 1 << 1;
+    /// Ours: nobody who does not know it has written the image since the bitmaps' sidecar was made.
+    pub(crate) const SIDECAR: u64 = 1 << 63;
 }
 
 /// Limits that QEMU enforces too; they bound the memory that opening an image takes.

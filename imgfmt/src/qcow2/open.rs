@@ -60,7 +60,7 @@ impl Qcow2 {
         };
         let l1 = read_words(&*file, l1_offset, l1_entries as usize)?;
         let bitmaps = match &options.snapshot {
-            None => Bitmaps::open(&*file, &header),
+            None => Bitmaps::open(&*file, &header, options.survives),
             // They speak of the present state.
             Some(_) => Bitmaps::none(),
         };
@@ -113,8 +113,9 @@ impl Qcow2 {
 
     /// Makes the last preparations for writing, once the whole chain has been opened.
     pub(crate) fn begin_writing(&mut self) -> Result<()> {
+        let sidecar = self.find_sidecar();
         if self.writer.is_none() || self.header.version < 3 {
-            return Ok(());
+            return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
         }
         if self.header.incompatible & incompatible::DIRTY != 0 {
             let report = self.check(Repair::All)?;
@@ -125,13 +126,15 @@ impl Qcow2 {
         }
         // What we do not know we cannot keep up to date: say so before the first write.
         let bitmaps = if self.has_no_bitmaps() { 0 } else { autoclear::BITMAPS };
+        // Ours goes when the bits it stands for are in the image.
+        let bitmaps = bitmaps | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
         let known = self.header.autoclear & (autoclear::RAW_DATA_FILE | bitmaps);
         if known != self.header.autoclear {
             self.write_metadata(field::AUTOCLEAR, &known.to_be_bytes())?;
             self.sync_file()?;
         }
         self.begin_recording();
-        Ok(())
+        sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))
     }
 
     pub(crate) fn attach_backing(&mut self, driver: Box<dyn Driver>) {

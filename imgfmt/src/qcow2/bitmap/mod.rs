@@ -7,6 +7,7 @@ mod change;
 mod close;
 mod directory;
 mod resize;
+mod session;
 mod table;
 
 use std::collections::HashSet;
@@ -25,9 +26,11 @@ use crate::bitmap::{
     Recorded, Recording, State, Tracker,
 };
 use crate::error::{Error, ErrorKind, Result};
+use crate::options::Survives;
 use crate::storage::Storage;
 use crate::units::GuestRange;
 use directory::{Entry, Place, flag};
+use session::Session;
 
 /// The bits of all bitmaps of one image take up no more memory than this.
 const MEMORY_BYTES_MAX: u64 = 1 << 30;
@@ -44,6 +47,8 @@ pub(crate) struct Bitmaps {
     memory_bytes: AtomicU64,
     /// The largest size that the disk has had since the image was opened.
     size_peak: u64,
+    /// What makes them survive a crash.
+    session: Mutex<Session>,
 }
 
 /// Where bitmaps are in the file.
@@ -67,11 +72,12 @@ impl Bitmaps {
             disk: Mutex::default(),
             memory_bytes: AtomicU64::new(0),
             size_peak: 0,
+            session: Mutex::default(),
         }
     }
 
     /// Reads what an image says about its bitmaps, but none of their bits.
-    pub(super) fn open(storage: &dyn Storage, header: &Header) -> Self {
+    pub(super) fn open(storage: &dyn Storage, header: &Header, survives: Survives) -> Self {
         let (directory, entries, damage) = match directory::read(storage, header) {
             Ok(None) => (None, Vec::new(), None),
             Ok(Some((place, entries))) => (Some(place), entries, None),
@@ -88,7 +94,13 @@ impl Bitmaps {
         });
         let tracker = Tracker::new(bitmaps.collect(), true);
         let disk = Mutex::new(Disk { directory, flags_places, damage, ..Disk::default() });
-        Self { tracker, disk, memory_bytes: AtomicU64::new(0), size_peak: header.size }
+        Self {
+            tracker,
+            disk,
+            memory_bytes: AtomicU64::new(0),
+            size_peak: header.size,
+            session: Mutex::new(Session::new(survives)),
+        }
     }
 }
 
@@ -207,6 +219,8 @@ impl Qcow2 {
         }
         self.settle_directory(&mut disk)?;
         let Some(place) = disk.directory else { return Ok(()) };
+        // First the bits get a safe place, then the image says that what it has is out of date.
+        self.begin_session(state)?;
         let bitmaps = state.bitmaps().iter().zip(&disk.flags_places);
         let marked: Vec<_> = bitmaps.filter(|(bitmap, _)| needs_mark(bitmap)).collect();
         for (bitmap, flags_place) in &marked {
