@@ -402,13 +402,8 @@ impl Image {
         self.driver.map_read(range).map_err(|error| self.name(error))
     }
 
-    /// The image, if it is a qcow2 image.
-    pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
-        self.driver.as_qcow2()
-    }
-
     /// Checks that a request lies within the disk.
-    pub(crate) fn check(
+    fn check(
         &self,
         operation: &'static str,
         offset: GuestOffset,
@@ -429,7 +424,7 @@ impl Image {
     }
 
     /// As [`check`](Self::check), and that the image may be changed.
-    pub(crate) fn check_change(
+    fn check_change(
         &self,
         operation: &'static str,
         offset: GuestOffset,
@@ -445,7 +440,7 @@ impl Image {
         }
     }
 
-    pub(crate) fn name(&self, error: Error) -> Error {
+    fn name(&self, error: Error) -> Error {
         match &self.path {
             Some(path) => error.with_path(&**path),
             None => error,

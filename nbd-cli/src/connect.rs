@@ -1,7 +1,12 @@
 //! Connections to servers, and what to say when they fail.
 
-use nbd_client::{Client, Connector, Error};
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use nbd_client::{Client, Connector, Error, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
 use nbd_proto::NbdUri;
+use nbd_proto::tls::CA_CERTIFICATE_FILE;
+use nbd_proto::uri::Security;
 use nbd_proto::wire::OptionReplyType;
 
 use crate::error::CommandError;
@@ -9,6 +14,117 @@ use crate::output::printable;
 
 /// How many names an error lists.
 const MAX_NAMES: usize = 8;
+
+/// How connections to servers use TLS: what the client commands have in common.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "TLS (for nbds URIs, or with --tls)")]
+pub struct TlsArgs {
+    /// Folder with ca-cert.pem, and client-cert.pem and client-key.pem if the server wants them.
+    ///
+    /// Without it the folders of libnbd are tried (~/.pki/libnbd, /etc/pki/libnbd), then the
+    /// authorities that this machine trusts.
+    #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
+    pub tls_certificates: Option<PathBuf>,
+
+    /// File with pre-shared keys, as psktool makes it; the URI names the user.
+    #[arg(long, value_name = "FILE")]
+    pub tls_psk: Option<PathBuf>,
+
+    /// Name that the server's certificate has to have, if it is not the host of the URI.
+    #[arg(long, value_name = "NAME")]
+    pub tls_hostname: Option<String>,
+
+    /// Whether the server's certificate is verified.
+    #[arg(long, value_name = "WHEN", value_enum)]
+    pub tls_verify_peer: Option<OnOff>,
+
+    /// Whether nbd URIs use TLS: not, if the server has it, or always. An nbds URI always does.
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub tls: Option<TlsChoice>,
+}
+
+/// When a connection uses TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TlsChoice {
+    /// Never.
+    Off,
+    /// If the server says that it has it: no protection from an attacker on the way.
+    Prefer,
+    /// Always.
+    Require,
+}
+
+/// A switch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+impl TlsArgs {
+    /// Credentials that nothing uses are a mistake that would leave a connection open to everybody.
+    pub(crate) fn check<'a>(
+        &self,
+        uris: impl IntoIterator<Item = &'a NbdUri>,
+    ) -> Result<(), CommandError> {
+        let option = match self {
+            Self { tls: Some(_), .. } => return Ok(()),
+            Self { tls_certificates: Some(_), .. } => "--tls-certificates",
+            Self { tls_psk: Some(_), .. } => "--tls-psk",
+            Self { tls_hostname: Some(_), .. } => "--tls-hostname",
+            Self { tls_verify_peer: Some(_), .. } => "--tls-verify-peer",
+            _ => return Ok(()),
+        };
+        if uris.into_iter().any(|uri| uri.security == Security::Tls) {
+            return Ok(());
+        }
+        Err(CommandError::new(format!(
+            "{option} is given and no URI asks for TLS: write nbds instead of nbd, or add --tls \
+             require"
+        )))
+    }
+
+    /// Describes a connection. Whoever runs the program wrote the URI: it may name files.
+    pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
+        let connector = Connector::new(uri.clone()).local_files(LocalFiles::Allowed);
+        let mode = match (self.tls, uri.security) {
+            (Some(TlsChoice::Off), _) => TlsMode::Off,
+            (Some(TlsChoice::Prefer), _) => TlsMode::Prefer,
+            (Some(TlsChoice::Require), _) | (None, Security::Tls) => TlsMode::Require,
+            (None, Security::Plain) => return connector,
+        };
+        let mut options = TlsOptions::new(mode);
+        if let Some(file) = &self.tls_psk {
+            options = options.pre_shared_keys(file);
+        } else if let Some(folder) = &self.tls_certificates {
+            options = options.certificates(folder);
+        } else if uri.tls.file_parameter().is_none()
+            && uri.tls.kind.is_none()
+            && let Some(folder) = usual_folder()
+        {
+            options = options.certificates(folder);
+        }
+        if let Some(name) = &self.tls_hostname {
+            options = options.hostname(name);
+        }
+        match self.tls_verify_peer {
+            Some(OnOff::On) => options = options.verify_peer(VerifyPeer::Required),
+            Some(OnOff::Off) => options = options.verify_peer(VerifyPeer::Off),
+            None => {}
+        }
+        connector.tls(options)
+    }
+}
+
+/// Where libnbd looks for certificates.
+fn usual_folder() -> Option<PathBuf> {
+    let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".pki/libnbd"));
+    home.into_iter()
+        .chain(["/etc/pki/libnbd".into()])
+        .find(|folder| folder.join(CA_CERTIFICATE_FILE).is_file())
+}
 
 /// Connects; an export that does not exist is reported together with those that do.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {
@@ -49,7 +165,7 @@ pub(crate) async fn explain_unknown_export(
 pub(crate) fn failed(uri: &NbdUri, operation: &str, error: &Error) -> CommandError {
     match error {
         // These name the server themselves.
-        Error::Connect { .. } => CommandError::new(with_advice(error)),
+        Error::Connect { .. } | Error::Tls { .. } => CommandError::new(with_advice(error)),
         Error::Request { .. } | Error::Misuse(_) | Error::Closed => CommandError::new(format!(
             "cannot {operation} {uri}: {}",
             printable(&error.to_string())
@@ -70,6 +186,9 @@ fn with_advice(error: &Error) -> String {
             }
             _ => "",
         },
+        Error::Tls { source: TlsError::RequiredByServer, .. } => {
+            " (--tls-certificates or --tls-psk)"
+        }
         _ => "",
     };
     text + advice

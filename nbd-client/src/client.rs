@@ -17,6 +17,7 @@ use crate::inspect::{ExportInfo, Protocol};
 use crate::link::{Link, Waiting};
 use crate::queue::Message;
 use crate::reconnect::{Reconnect, same_export};
+use crate::transport::Stream;
 
 /// A connected client.
 ///
@@ -35,6 +36,7 @@ pub struct Client {
 struct Shared {
     info: ExportInfo,
     protocol: Protocol,
+    is_encrypted: bool,
     negotiated: Arc<Negotiated>,
     links: Vec<Link>,
     next: AtomicUsize,
@@ -47,6 +49,11 @@ impl Client {
         let protocol = first.details.protocol;
         let info = ExportInfo::new(&negotiated, first.details.clone());
         let target = connector.target();
+        let is_encrypted = matches!(first.stream, Stream::Tls(_));
+        // Whoever can change the bytes on the way must not be able to take away what the first
+        // connection had.
+        let requiring_tls = is_encrypted.then(|| connector.requiring_tls());
+        let connector = requiring_tls.as_ref().unwrap_or(connector);
         let link = |established, contexts| {
             let reconnect = connector.reconnect.map(|patience| Reconnect {
                 connector: connector.clone(),
@@ -76,7 +83,14 @@ impl Client {
             }
         }
         let next = AtomicUsize::new(0);
-        Ok(Self { shared: Arc::new(Shared { info, protocol, negotiated, links, next }) })
+        let shared = Shared { info, protocol, is_encrypted, negotiated, links, next };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// True if every connection is protected by TLS.
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.shared.is_encrypted
     }
 
     /// What is known about the export.

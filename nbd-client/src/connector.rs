@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_proto::NbdUri;
-use nbd_proto::uri::Security;
 use nbd_proto::wire::{MetaContextName, ReplyMode};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::client::Client;
 use crate::error::{Error, Result};
-use crate::handshake::{Established, Wanted, Wire, establish, open};
+use crate::handshake::{Established, Tls, Wanted, Wire, establish, open};
 use crate::link::Limits;
+use crate::tls::{Context, LocalFiles, TlsMode, TlsOptions, setup};
 use crate::transport::Stream;
 
 /// How long a server has for connecting and the handshake, unless told otherwise.
@@ -41,6 +41,8 @@ pub struct Connector {
     pub(crate) reconnect: Option<Duration>,
     pub(crate) handshake_timeout: Duration,
     pub(crate) limits: Limits,
+    pub(crate) tls: Option<TlsOptions>,
+    pub(crate) local_files: LocalFiles,
 }
 
 impl FromStr for Connector {
@@ -68,6 +70,8 @@ impl Connector {
             reconnect: None,
             handshake_timeout: HANDSHAKE_TIMEOUT,
             limits: Limits::default(),
+            tls: None,
+            local_files: LocalFiles::Refused,
         }
     }
 
@@ -142,6 +146,22 @@ impl Connector {
         self
     }
 
+    /// Uses TLS as `options` say; they go before what the URI says. Without this call a URI with
+    /// `nbds` requires TLS, and any other does without.
+    #[must_use]
+    pub fn tls(mut self, options: TlsOptions) -> Self {
+        self.tls = Some(options);
+        self
+    }
+
+    /// Whether the URI may name files of this machine (`tls-certificates`, `tls-psk-file`). It may
+    /// not, unless allowed: a URI that came from somebody else must not choose which files are read.
+    #[must_use]
+    pub fn local_files(mut self, files: LocalFiles) -> Self {
+        self.local_files = files;
+        self
+    }
+
     /// The URI.
     #[must_use]
     pub const fn uri(&self) -> &NbdUri {
@@ -179,7 +199,8 @@ impl Connector {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let stream = Stream::Other(Box::new(stream));
-        let wire = Wire::new(stream, self.target(), self.handshake_timeout);
+        let tls = self.load_tls().await?;
+        let wire = Wire::new(stream, self.target(), self.handshake_timeout, tls);
         let first = establish(wire, &self.wanted).await?;
         let alone = Self { connections: NonZeroUsize::MIN, reconnect: None, ..self.clone() };
         Client::start(&alone, first).await
@@ -191,13 +212,28 @@ impl Connector {
 
     /// Opens a socket to the server.
     pub(crate) async fn open(&self) -> Result<Wire> {
-        if self.uri.security == Security::Tls {
-            let why = "nbds asks for TLS, which this client does not have yet; \
-                       use nbd or nbd+unix on a network you trust";
-            return Err(Error::Tls { target: self.target(), why });
-        }
+        let tls = self.load_tls().await?;
         let connecting = Stream::connect(&self.uri.transport);
-        open(connecting, self.target(), self.handshake_timeout).await
+        open(connecting, self.target(), self.handshake_timeout, tls).await
+    }
+
+    /// The same, but never without TLS: for what follows a connection that had it.
+    pub(crate) fn requiring_tls(&self) -> Self {
+        let options = TlsOptions { mode: TlsMode::Require, ..self.tls.clone().unwrap_or_default() };
+        Self { tls: Some(options), ..self.clone() }
+    }
+
+    /// Reads the credentials, on a thread where that may take its time.
+    async fn load_tls(&self) -> Result<Option<Tls>> {
+        let failed = |source| Error::Tls { target: self.target(), source };
+        let setup = setup(&self.uri, self.tls.as_ref(), self.local_files).map_err(failed)?;
+        let Some(setup) = setup else { return Ok(None) };
+        let mode = setup.mode;
+        let loading = tokio::task::spawn_blocking(move || Context::load(&setup));
+        match loading.await {
+            Ok(loaded) => Ok(Some(Tls { mode, context: loaded.map_err(failed)? })),
+            Err(_) => Err(Error::Closed),
+        }
     }
 
     /// Opens a socket to the server and carries out the handshake.

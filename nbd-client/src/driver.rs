@@ -186,6 +186,10 @@ impl Driver {
                 Poll::Pending => break,
             }
         }
+        // What TLS has taken and the socket has not.
+        if self.stream.has_unsent() && Pin::new(&mut self.stream).poll_flush(cx)?.is_ready() {
+            sent = true;
+        }
         Ok(sent)
     }
 

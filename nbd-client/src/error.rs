@@ -10,6 +10,8 @@ use nbd_proto::uri::UriError;
 use nbd_proto::wire::{CommandType, Errno, OptionReplyType};
 use nbd_proto::{ApiMisuse, ProtocolError};
 
+use crate::tls::TlsError;
+
 /// Result of a client operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -69,13 +71,13 @@ pub enum Error {
         /// The server's reason.
         source: OptionError,
     },
-    /// The server insists on TLS, or the URI does, and this client has no TLS.
-    #[error("{target}: {why}")]
+    /// TLS failed, or is wanted by one side only.
+    #[error("{target}: {source}")]
     Tls {
         /// The server's URI.
         target: Arc<str>,
-        /// Who insists, and what to do.
-        why: &'static str,
+        /// What failed, and what to do.
+        source: TlsError,
     },
     /// The server is too old for what was asked.
     #[error("{target} cannot do {what}: {why}")]

@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::error::{Error, Result};
 use crate::inspect::Protocol;
+use crate::tls::{self, HandshakeFailure, TlsError, TlsMode};
 use crate::transport::Stream;
 
 /// Bytes asked of the socket at once. Answers are small, and what the server sends behind the
@@ -33,6 +34,20 @@ pub(crate) struct Wire {
     pub(crate) target: Arc<str>,
     limit: Duration,
     deadline: Instant,
+    tls: Option<Tls>,
+}
+
+/// The TLS a connection is to have.
+#[derive(Clone)]
+pub(crate) struct Tls {
+    pub(crate) mode: TlsMode,
+    pub(crate) context: tls::Context,
+}
+
+impl std::fmt::Debug for Tls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tls({:?})", self.mode)
+    }
 }
 
 /// What the greeting led to.
@@ -48,7 +63,7 @@ pub(crate) enum Answered<A: Answer> {
 }
 
 impl Wire {
-    pub(crate) fn new(stream: Stream, target: Arc<str>, limit: Duration) -> Self {
+    pub(crate) fn new(stream: Stream, target: Arc<str>, limit: Duration, tls: Option<Tls>) -> Self {
         Self {
             stream,
             input: BytesMut::with_capacity(READ_LEN),
@@ -56,6 +71,7 @@ impl Wire {
             target,
             limit,
             deadline: Instant::now() + limit,
+            tls,
         }
     }
 
@@ -64,18 +80,76 @@ impl Wire {
         self.deadline = Instant::now() + self.limit;
     }
 
+    /// Takes the greeting, and puts TLS around the stream if it is wanted.
     pub(crate) async fn greeting(&mut self) -> Result<Greeting> {
         let mut handshake = ClientHandshake::new();
         loop {
             let step = handshake.advance(&mut self.input, &mut self.out);
             match step.map_err(|error| self.protocol(error))? {
                 ClientStep::NeedsInput(next) => handshake = next,
-                ClientStep::Oldstyle(negotiated) => return Ok(Greeting::Oldstyle(negotiated)),
+                ClientStep::Oldstyle(negotiated) => {
+                    self.check_clear(TlsError::TooOld)?;
+                    return Ok(Greeting::Oldstyle(negotiated));
+                }
                 // The client flags stay in `out` and go out together with the first option.
-                ClientStep::Newstyle(phase) => return Ok(Greeting::Newstyle(phase)),
+                ClientStep::Newstyle(phase) if !phase.is_fixed_newstyle() => {
+                    self.check_clear(TlsError::TooOld)?;
+                    return Ok(Greeting::Newstyle(phase));
+                }
+                ClientStep::Newstyle(phase) => {
+                    return self.secure(phase).await.map(Greeting::Newstyle);
+                }
             }
             self.receive("before its greeting was complete").await?;
         }
+    }
+
+    /// Asks for TLS if it is wanted (STARTTLS).
+    async fn secure(&mut self, phase: OptionPhase) -> Result<OptionPhase> {
+        let Some(Tls { context, .. }) = self.tls.clone() else { return Ok(phase) };
+        let sent = phase.start_tls(&mut self.out);
+        let before = match self.answer(sent).await? {
+            Answered::Accepted(before) => before,
+            Answered::Refused(error, phase) => {
+                let is_absent =
+                    matches!(error.reply, OptionReplyType::ERR_UNSUP | OptionReplyType::ERR_POLICY);
+                if !is_absent {
+                    return Err(self.tls_error(TlsError::Refused(error)));
+                }
+                tracing::debug!(target = &*self.target, %error, "the server has no TLS");
+                self.check_clear(TlsError::Refused(error))?;
+                return Ok(phase);
+            }
+        };
+        let connecting = context.connect(self.stream.take_out());
+        let stream = match timeout_at(self.deadline, connecting).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(HandshakeFailure::Tls(error))) => return Err(self.tls_error(error)),
+            Ok(Err(HandshakeFailure::Io(error))) => {
+                return Err(self.lost("during the TLS handshake", error));
+            }
+            Err(_) => return Err(self.timed_out()),
+        };
+        self.stream = Stream::Tls(Box::new(stream));
+        // Nothing that came in the clear may be taken for protocol.
+        self.input = BytesMut::with_capacity(READ_LEN);
+        Ok(before.resume_after_tls())
+    }
+
+    /// Fails unless the connection may go on in the clear.
+    fn check_clear(&self, why_not: TlsError) -> Result<()> {
+        match &self.tls {
+            Some(tls) if tls.mode == TlsMode::Require => Err(self.tls_error(why_not)),
+            _ => Ok(()),
+        }
+    }
+
+    fn tls_error(&self, source: TlsError) -> Error {
+        Error::Tls { target: Arc::clone(&self.target), source }
+    }
+
+    fn timed_out(&self) -> Error {
+        Error::HandshakeTimeout { target: Arc::clone(&self.target), limit: self.limit }
     }
 
     pub(crate) async fn answer<A: Answer>(
@@ -123,8 +197,7 @@ impl Wire {
 
     pub(crate) fn refused(&self, what: impl Into<String>, source: OptionError) -> Error {
         if source.reply == OptionReplyType::ERR_TLS_REQD {
-            let why = "the server requires TLS, which this client does not have yet";
-            return Error::Tls { target: Arc::clone(&self.target), why };
+            return self.tls_error(TlsError::RequiredByServer);
         }
         Error::Refused { target: Arc::clone(&self.target), what: what.into(), source }
     }
@@ -138,8 +211,20 @@ impl Wire {
     }
 
     async fn send(&mut self) -> Result<()> {
-        let written = timeout_at(self.deadline, self.stream.write_all_buf(&mut self.out)).await;
-        self.checked(written, "during the handshake")
+        let sending = async {
+            self.stream.write_all_buf(&mut self.out).await?;
+            self.stream.flush().await
+        };
+        let written = timeout_at(self.deadline, sending).await;
+        let result = self.checked(written, "during the handshake");
+        if result.is_err()
+            && matches!(self.stream, Stream::Tls(_))
+            && let Err(error @ Error::Tls { .. }) = self.receive("during the handshake").await
+        {
+            // The server has closed the connection, and has said why before.
+            return Err(error);
+        }
+        result
     }
 
     async fn receive(&mut self, during: &'static str) -> Result<()> {
@@ -161,13 +246,19 @@ impl Wire {
         match result {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(self.lost(during, error)),
-            Err(_) => {
-                Err(Error::HandshakeTimeout { target: Arc::clone(&self.target), limit: self.limit })
-            }
+            Err(_) => Err(self.timed_out()),
         }
     }
 
     fn lost(&self, during: &'static str, source: io::Error) -> Error {
+        if let Some(error) = source.get_ref().and_then(|inner| inner.downcast_ref::<TlsError>()) {
+            return self.tls_error(error.clone());
+        }
+        if let Stream::Tls(stream) = &self.stream
+            && let Some(error) = stream.why_closed()
+        {
+            return self.tls_error(error);
+        }
         let source = Arc::new(source);
         Error::HandshakeLost { target: Arc::clone(&self.target), during, source }
     }
@@ -304,13 +395,18 @@ fn next_unless_tls(wire: &Wire, error: OptionError, next: OptionPhase) -> Result
 }
 
 /// Connects the socket within the time the handshake has.
-pub(crate) async fn open<F>(connecting: F, target: Arc<str>, limit: Duration) -> Result<Wire>
+pub(crate) async fn open<F>(
+    connecting: F,
+    target: Arc<str>,
+    limit: Duration,
+    tls: Option<Tls>,
+) -> Result<Wire>
 where
     F: Future<Output = io::Result<Stream>>,
 {
     let deadline = Instant::now() + limit;
     match timeout_at(deadline, connecting).await {
-        Ok(Ok(stream)) => Ok(Wire { deadline, ..Wire::new(stream, target, limit) }),
+        Ok(Ok(stream)) => Ok(Wire { deadline, ..Wire::new(stream, target, limit, tls) }),
         Ok(Err(error)) => Err(Error::Connect { target, source: Arc::new(error) }),
         Err(_) => Err(Error::HandshakeTimeout { target, limit }),
     }

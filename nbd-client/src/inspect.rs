@@ -164,7 +164,8 @@ impl Connector {
             greeting => return self.inspect_old_server(wire, greeting).await,
         };
         let mut phase = agree_on_replies(&mut wire, phase, self.wanted.reply_mode).await?;
-        let reply_mode = phase.reply_mode();
+        let (reply_mode, tls) = (phase.reply_mode(), phase.is_tls_established());
+        let further = if tls { self.requiring_tls() } else { self.clone() };
         let names = match scope {
             Scope::ThisExport => vec![self.listed(&self.wanted.export_name)],
             Scope::AllExports => {
@@ -179,11 +180,11 @@ impl Connector {
             let mut info = match info {
                 Some(info) if info.size > 0 => info,
                 // nbd-server answers INFO before it has looked how large the export is.
-                Some(told) => match self.open_and_close(&listed.name).await {
+                Some(told) => match further.open_and_close(&listed.name).await {
                     Ok(seen) => ExportInfo { size: seen.size, ..told },
                     Err(_) => told,
                 },
-                None => self.open_and_close(&listed.name).await?,
+                None => further.open_and_close(&listed.name).await?,
             };
             if info.description.is_none() && !listed.description.is_empty() {
                 info.description = Some(listed.description);
@@ -192,7 +193,7 @@ impl Connector {
             phase = next;
         }
         wire.abort(phase).await;
-        Ok(ServerInfo { protocol: Protocol::NewstyleFixed, tls: false, reply_mode, exports })
+        Ok(ServerInfo { protocol: Protocol::NewstyleFixed, tls, reply_mode, exports })
     }
 
     fn listed(&self, name: &str) -> ListedExport {
@@ -269,7 +270,7 @@ impl Connector {
     async fn open_and_close(&self, name: &str) -> Result<ExportInfo> {
         let established = self.clone().export_name(name).establish().await?;
         let info = ExportInfo::new(&established.negotiated, established.details);
-        let wire = Wire::new(established.stream, self.target(), self.handshake_timeout);
+        let wire = Wire::new(established.stream, self.target(), self.handshake_timeout, None);
         say_goodbye(wire, &established.negotiated).await;
         Ok(info)
     }
@@ -293,5 +294,6 @@ async fn say_goodbye(mut wire: Wire, negotiated: &Negotiated) {
     if disconnect.is_ok() {
         // The connection ends either way.
         drop(wire.stream.write_all(&out).await);
+        drop(wire.stream.flush().await);
     }
 }

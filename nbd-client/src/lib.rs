@@ -7,13 +7,20 @@
 //!       |                    Link x connections: a queue and a task
 //!       v                      |  Driver: gathers requests, takes replies apart
 //!   Wire: the handshake        v
-//!   over a Stream ---------> nbd_proto::transmission::client, Stream (TCP, unix)
+//!   over a Stream ---------> nbd_proto::transmission::client, Stream (TCP, unix, TLS over them)
 //! ```
 //!
 //! [`Connector`] says where to connect and what to ask for: everything newer falls back to
 //! everything older, from extended headers to oldstyle servers. [`Client`] makes requests; many at
 //! once share one connection or several. The server is not trusted: an answer that does not fit
 //! its request ends the connection with an error that says what was wrong.
+//!
+//! # TLS
+//!
+//! A URI with `nbds` or [`Connector::tls`] protects connections by TLS 1.2 or 1.3, with certificates
+//! or with a pre-shared key; [`TlsError`] says which credential failed which check. It is the cargo
+//! feature `tls`, on by default, and uses OpenSSL: that of the system, or one built from source if
+//! the program that uses this crate turns on the feature `vendored` of the crate `openssl`.
 //!
 //! # Example
 //!
@@ -70,6 +77,7 @@ mod outbound;
 mod queue;
 mod reconnect;
 mod requests;
+mod tls;
 mod transport;
 
 pub use bytes::Bytes;
@@ -88,3 +96,4 @@ pub use nbd_proto::wire::{
     ReplyMode, TransmissionFlags,
 };
 pub use nbd_proto::{ApiMisuse, ProtocolError};
+pub use tls::{CertificateCheck, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};

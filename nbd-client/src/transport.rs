@@ -10,17 +10,19 @@ use nbd_proto::uri::Transport;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
 
+use crate::tls::TlsStream;
+
 /// Any other byte stream.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
 
-/// The stream of one connection. A TLS session will be one more variant; nothing above this file
-/// knows the difference.
+/// The stream of one connection.
 pub(crate) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
     Other(Box<dyn ByteStream>),
+    Tls(Box<TlsStream>),
 }
 
 impl std::fmt::Debug for Stream {
@@ -29,6 +31,7 @@ impl std::fmt::Debug for Stream {
             Self::Tcp(_) => "Stream::Tcp",
             Self::Unix(_) => "Stream::Unix",
             Self::Other(_) => "Stream::Other",
+            Self::Tls(_) => "Stream::Tls",
         })
     }
 }
@@ -53,6 +56,19 @@ impl Stream {
         }
     }
 
+    /// True if bytes were taken that a flush has to hand on. Only TLS does so.
+    pub(crate) fn has_unsent(&self) -> bool {
+        match self {
+            Self::Tls(stream) => stream.has_unsent(),
+            Self::Tcp(_) | Self::Unix(_) | Self::Other(_) => false,
+        }
+    }
+
+    /// Takes the stream out, for TLS to be put around it.
+    pub(crate) fn take_out(&mut self) -> Self {
+        std::mem::replace(self, Self::Other(Box::new(tokio::io::empty())))
+    }
+
     async fn connect_unix(path: &Path) -> io::Result<Self> {
         UnixStream::connect(path).await.map(Self::Unix)
     }
@@ -75,6 +91,7 @@ macro_rules! delegate {
             Stream::Tcp($stream) => $call,
             Stream::Unix($stream) => $call,
             Stream::Other($stream) => $call,
+            Stream::Tls($stream) => $call,
         }
     };
 }

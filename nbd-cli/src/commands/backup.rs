@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use imgfmt::{Access, Format, Image, OpenOptions};
-use nbd_client::{Client, Connector, ZeroMode};
+use nbd_client::{Client, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
 
@@ -26,7 +26,7 @@ use super::copy::plan::Extents;
 use super::copy::source::Source;
 use super::copy::verify::Verification;
 use super::image::open::{TrustArgs, explained};
-use crate::connect::connect;
+use crate::connect::{TlsArgs, connect};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
@@ -113,6 +113,10 @@ pub struct BackupArgs {
     /// Show no progress and no summary.
     #[arg(short, long, conflicts_with_all = ["progress", "json"])]
     pub quiet: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 /// What is compared at the end.
@@ -130,6 +134,7 @@ pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
     }
+    args.tls.check([&args.source])?;
     let report = runtime()?.block_on(backup(args))?;
     if !args.quiet {
         report.print(ReportFormat::from_json_flag(args.json))?;
@@ -195,7 +200,9 @@ async fn connect_to_disk(
 ) -> Result<Client, CommandError> {
     let uri = &args.source;
     let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
-    let connector = Connector::new(uri.clone())
+    let connector = args
+        .tls
+        .connector(uri)
         .connections(args.connections)
         .reconnect(args.reconnect)
         .meta_contexts(contexts);

@@ -20,13 +20,14 @@ use self::engine::{Job, Settings};
 use self::location::Location;
 use self::plan::Extents;
 use self::source::{Knowledge, Source};
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, Outcome, runtime};
 use crate::progress::{Progress, Visibility};
 use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Sources and destinations:
-  nbd://…, nbd+unix://…   an NBD server
+  nbd://…, nbd+unix://…   an NBD server (nbds://…, nbds+unix://… with TLS)
   disk.img, /dev/vg/lv    a local file or block device, byte for byte
   -                       standard input or standard output
   null:                   nothing: an empty source, or a destination that forgets
@@ -39,6 +40,7 @@ Examples:
   nbd-cli copy nbd://localhost/disk backup.img
   nbd-cli copy -p disk.img nbd://backup.example.org/disk
   nbd-cli copy --destination-is-zero --flush disk.img 'nbd+unix:///new?socket=/run/nbd.sock'
+  nbd-cli copy --tls-psk keys.psk nbds://alice@backup.example.org/disk disk.img
   nbd-cli copy nbd://localhost/disk - | zstd > disk.zst
 
 A copy that fails exits with 1 and says at which offset; a local destination file is then left
@@ -98,6 +100,10 @@ pub struct CopyArgs {
     /// Show no progress.
     #[arg(short, long, conflicts_with = "progress")]
     pub quiet: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
@@ -107,6 +113,7 @@ pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
 }
 
 fn check(args: &CopyArgs) -> Result<(), CommandError> {
+    args.tls.check([&args.source, &args.destination].into_iter().filter_map(Location::uri))?;
     let request = args.request_size.bytes();
     if !request.is_power_of_two() || !(512..=MAX_REQUEST_SIZE).contains(&request) {
         return Err(CommandError::new(format!(
@@ -132,8 +139,9 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     // The source first: what cannot be read must not cost anybody a destination.
     let knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
-    let source = Source::open(&args.source, args.connections, knowledge).await?;
-    let destination = Destination::open(&args.destination, args.connections, &source).await?;
+    let source = Source::open(&args.source, args.connections, &args.tls, knowledge).await?;
+    let destination =
+        Destination::open(&args.destination, args.connections, &args.tls, &source).await?;
     let visibility = match (args.progress, args.quiet) {
         (true, _) => Visibility::Always,
         (_, true) => Visibility::Never,

@@ -7,10 +7,10 @@ mod property;
 mod report;
 
 use clap::Args;
-use nbd_client::{Connector, Scope, ServerInfo};
+use nbd_client::{Scope, ServerInfo};
 use nbd_proto::NbdUri;
 
-use crate::connect::explain_unknown_export;
+use crate::connect::{TlsArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat};
 use property::Property;
@@ -20,6 +20,7 @@ const AFTER_HELP: &str = "\
 Examples:
   nbd-cli info nbd://localhost/disk
   nbd-cli info --list --json nbd://localhost
+  nbd-cli info --tls-certificates /etc/pki/nbd nbds://backup.example.org/disk
   nbd-cli info --size 'nbd+unix:///disk?socket=/run/nbd.sock'
   nbd-cli info --can trim nbd://localhost/disk && echo it trims
   nbd-cli info --is read-only nbd://localhost/disk
@@ -64,15 +65,20 @@ pub struct InfoArgs {
     /// Do not read from the export.
     #[arg(long)]
     pub no_content: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
+    args.tls.check([&args.uri])?;
     runtime()?.block_on(info(args))
 }
 
 async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
     let scope = if args.list { Scope::AllExports } else { Scope::ThisExport };
-    let connector = Connector::new(args.uri.clone());
+    let connector = args.tls.connector(&args.uri);
     let server = match connector.inspect(scope).await {
         Ok(server) => server,
         Err(error) => return Err(explain_unknown_export(&connector, &args.uri, error).await),

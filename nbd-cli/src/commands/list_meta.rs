@@ -1,11 +1,10 @@
 //! `nbd-cli list-meta`: the metadata contexts that a server offers for an export.
 
 use clap::Args;
-use nbd_client::Connector;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
-use crate::connect::failed;
+use crate::connect::{TlsArgs, failed};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat, printable};
 
@@ -28,6 +27,10 @@ pub struct ListMetaArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 #[derive(Serialize)]
@@ -38,7 +41,8 @@ struct Report<'a> {
 }
 
 pub(crate) fn run(args: &ListMetaArgs) -> Result<Outcome, CommandError> {
-    let connector = Connector::new(args.uri.clone());
+    args.tls.check([&args.uri])?;
+    let connector = args.tls.connector(&args.uri);
     let contexts = runtime()?
         .block_on(connector.list_meta_contexts(&args.queries))
         .map_err(|error| failed(&args.uri, "list the metadata contexts of", &error))?;

@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 
 use clap::Args;
-use nbd_client::Connector;
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 use serde::Serialize;
 
-use crate::connect::{connect, failed};
+use crate::connect::{TlsArgs, connect, failed};
 use crate::context::{Class, description};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat};
@@ -50,6 +49,10 @@ pub struct MapArgs {
     /// When the picture is coloured.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 #[derive(Serialize)]
@@ -91,6 +94,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
             args.context, args.uri
         ))
     })?;
+    args.tls.check([&args.uri])?;
     let mut output = Output::new();
     runtime()?.block_on(map(args, &context, &mut output))?;
     output.finish()?;
@@ -102,7 +106,7 @@ async fn map(
     context: &MetaContextName,
     output: &mut Output,
 ) -> Result<(), CommandError> {
-    let connector = Connector::new(args.uri.clone()).meta_contexts([context.clone()]);
+    let connector = args.tls.connector(&args.uri).meta_contexts([context.clone()]);
     let client = connect(&connector, &args.uri).await?;
     if !client.meta_contexts().contains(context) {
         return Err(CommandError::new(format!(

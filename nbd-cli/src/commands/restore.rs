@@ -18,6 +18,7 @@ use super::copy::source::{Knowledge, Source};
 use super::copy::verify::Verification;
 use super::image::open::OpenArgs;
 use super::serve::ImageFormat;
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
@@ -80,6 +81,10 @@ pub struct RestoreArgs {
     /// Show no progress and no summary.
     #[arg(short, long, conflicts_with_all = ["progress", "json"])]
     pub quiet: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 /// What a restore did. Sizes are in bytes.
@@ -102,6 +107,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
     }
+    args.tls.check(args.destination.uri())?;
     let report = runtime()?.block_on(restore(args))?;
     if !args.quiet {
         report.print(ReportFormat::from_json_flag(args.json))?;
@@ -180,7 +186,7 @@ async fn open(
             let options = plain(Format::Qcow2).access(Access::ReadWrite);
             Ok(Destination::image(Image::open(path, &options)?, Surface::Zeroes))
         }
-        _ => Destination::open(&args.destination, args.connections, source).await,
+        _ => Destination::open(&args.destination, args.connections, &args.tls, source).await,
     }
 }
 
@@ -247,7 +253,7 @@ async fn verify(
         Location::File(path) if is_image => {
             Source::Image { image: Arc::new(Image::open(path, &plain(Format::Qcow2))?) }
         }
-        location => Source::open(location, args.connections, Knowledge::Holes).await?,
+        location => Source::open(location, args.connections, &args.tls, Knowledge::Holes).await?,
     };
     let unit = copy.alignment();
     let source = Source::Image { image };

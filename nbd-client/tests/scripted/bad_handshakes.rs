@@ -163,9 +163,6 @@ async fn a_list_with_an_impossible_name_length_is_refused() {
 async fn a_server_that_requires_tls_is_told_apart() {
     let error = connect_to(bytes![GREETING, reply(EXTENDED, 0x8000_0005, b"")]).await.unwrap_err();
     assert!(matches!(error, Error::Tls { .. }), "{error}");
-    let uri = "nbds://localhost/disk".parse::<nbd_client::Connector>().unwrap();
-    let error = uri.connect().await.unwrap_err();
-    assert!(matches!(error, Error::Tls { .. }), "{error}");
 }
 
 #[tokio::test]

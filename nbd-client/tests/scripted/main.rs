@@ -13,3 +13,4 @@ mod limits;
 mod many_connections;
 mod reconnect;
 mod surprises;
+mod tls;

@@ -112,12 +112,17 @@ impl Script {
 
     /// A whole handshake.
     pub(crate) async fn handshake(&mut self, offer: &Offer) -> io::Result<()> {
+        self.greet().await?;
+        self.options(offer).await
+    }
+
+    /// What follows the greeting.
+    pub(crate) async fn options(&mut self, offer: &Offer) -> io::Result<()> {
         const ACK: u32 = 1;
         const INFO: u32 = 3;
         const META_CONTEXT: u32 = 4;
         const ERR_UNSUP: u32 = 0x8000_0001;
         self.mode = offer.mode;
-        self.greet().await?;
         loop {
             let (option, payload) = self.option().await?;
             match option {
@@ -197,6 +202,13 @@ impl Script {
         let mut rest = Vec::new();
         drop(self.stream.read_to_end(&mut rest).await);
         assert_eq!(rest, [], "nothing comes before the end");
+    }
+
+    /// Takes what the client still has to say, until it closes the connection.
+    pub(crate) async fn rest(&mut self) -> Vec<u8> {
+        let mut rest = Vec::new();
+        drop(self.stream.read_to_end(&mut rest).await);
+        rest
     }
 
     /// Waits for DISC and the end.

@@ -11,14 +11,14 @@ use imgfmt::storage::FileStorage;
 use imgfmt::{
     Access, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _,
 };
-use nbd_client::{Client, Connector, Durability, Speed, ZeroMode};
+use nbd_client::{Client, Durability, Speed, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{Errno, TransmissionFlags};
 use tokio::sync::Semaphore;
 
 use super::location::Location;
 use super::source::Source;
-use crate::connect::{connect, failed};
+use crate::connect::{TlsArgs, connect, failed};
 use crate::error::CommandError;
 
 /// Threads that write to a local file at a time.
@@ -76,11 +76,12 @@ impl Destination {
     pub(in crate::commands) async fn open(
         location: &Location,
         connections: NonZeroUsize,
+        tls: &TlsArgs,
         source: &Source,
     ) -> Result<Self, CommandError> {
         let destination = match location {
             Location::Nbd(uri) => {
-                let connector = Connector::new(uri.clone()).connections(connections);
+                let connector = tls.connector(uri).connections(connections);
                 let client = connect(&connector, uri).await?;
                 if client.info().flags.contains(TransmissionFlags::READ_ONLY) {
                     return Err(CommandError::new(format!(

@@ -19,6 +19,16 @@ pub enum Location {
     Null,
 }
 
+impl Location {
+    /// The URI of a server.
+    pub(in crate::commands) fn uri(&self) -> Option<&NbdUri> {
+        match self {
+            Self::Nbd(uri) => Some(uri),
+            Self::File(_) | Self::Standard | Self::Null => None,
+        }
+    }
+}
+
 impl FromStr for Location {
     type Err = String;
 

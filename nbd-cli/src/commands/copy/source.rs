@@ -9,13 +9,13 @@ use imgfmt::storage::{FileIdentity, FileStorage};
 use imgfmt::{
     Access, ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _,
 };
-use nbd_client::{Client, Connector};
+use nbd_client::Client;
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 
 use super::location::Location;
 use super::plan::{Content, Extents, ImageExtents, allocated};
-use crate::connect::{connect, failed};
+use crate::connect::{TlsArgs, connect, failed};
 use crate::error::CommandError;
 
 /// What a server is asked about its disk.
@@ -51,11 +51,12 @@ impl Source {
     pub(in crate::commands) async fn open(
         location: &Location,
         connections: NonZeroUsize,
+        tls: &TlsArgs,
         knowledge: Knowledge,
     ) -> Result<Self, CommandError> {
         match location {
             Location::Nbd(uri) => {
-                let mut connector = Connector::new(uri.clone()).connections(connections);
+                let mut connector = tls.connector(uri).connections(connections);
                 if knowledge == Knowledge::Holes {
                     connector = connector.meta_contexts([MetaContextName::base_allocation()]);
                 }

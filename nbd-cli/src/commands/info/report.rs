@@ -2,6 +2,7 @@
 
 use nbd_client::{ExportInfo, ServerInfo};
 use nbd_proto::NbdUri;
+use nbd_proto::uri::Security;
 use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 use serde::Serialize;
 
@@ -69,12 +70,14 @@ struct BlockSizesReport {
 
 impl Report {
     pub(super) fn new(server: &ServerInfo, uri: &NbdUri) -> Self {
+        let security = if server.tls { Security::Tls } else { uri.security };
+        let uri = NbdUri { security, ..uri.clone() };
         Self {
             protocol: server.protocol.as_str(),
             tls: server.tls,
             structured: server.reply_mode != ReplyMode::Simple,
             extended: server.reply_mode == ReplyMode::Extended,
-            exports: server.exports.iter().map(|export| ExportReport::new(export, uri)).collect(),
+            exports: server.exports.iter().map(|export| ExportReport::new(export, &uri)).collect(),
         }
     }
 

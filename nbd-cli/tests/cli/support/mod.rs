@@ -3,7 +3,6 @@
 mod disk;
 pub(crate) mod image;
 mod server;
-pub(crate) mod tls;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
