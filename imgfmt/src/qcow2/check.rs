@@ -4,7 +4,11 @@
 //! COPIED bit, or a reference to a place that cannot be is a *corruption*. Repair makes refcounts
 //! and COPIED bits what they should be; references to impossible places it leaves alone.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+mod counts;
+mod flags;
+
+use std::collections::{BTreeSet, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::Qcow2;
@@ -16,6 +20,9 @@ use super::refcount::Refcounts;
 use super::snapshot;
 use super::writer::lock;
 use crate::error::{Error, ErrorKind, Result};
+use crate::units::HostOffset;
+use counts::Counts;
+use flags::{ActiveTable, Flag};
 
 /// What may be repaired.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -56,44 +63,21 @@ pub struct CheckReport {
 }
 
 const MESSAGES_MAX: usize = 100;
+/// How many tables ahead of the one that is looked at reading begins.
+const READ_AHEAD: usize = 16;
 const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
-
-/// Counts by cluster. Memory is taken for parts of the file that something refers to.
-#[derive(Debug, Default)]
-struct Counts(HashMap<u64, Box<[u32]>>);
-
-const CHUNK: u64 = 4096;
-
-impl Counts {
-    fn add(&mut self, cluster: u64) {
-        let chunk = self.0.entry(cluster / CHUNK).or_insert_with(|| vec![0; CHUNK as usize].into());
-        let count = &mut chunk[(cluster % CHUNK) as usize];
-        *count = count.saturating_add(1);
-    }
-
-    fn of(&self, cluster: u64) -> u64 {
-        self.0
-            .get(&(cluster / CHUNK))
-            .map_or(0, |chunk| u64::from(chunk[(cluster % CHUNK) as usize]))
-    }
-}
 
 struct Checker<'a> {
     image: &'a Qcow2,
     counts: Counts,
     file_clusters: u64,
     report: CheckReport,
-    /// L1 entries and L2 words whose COPIED bit is to be compared: place, value, cluster.
-    flags: Vec<Flag>,
+    /// L2 tables of the present state that were counted, with the places of their L1 entries.
+    tables: Vec<ActiveTable>,
+    /// L1 entries and L2 words whose COPIED bit is wrong.
+    wrong_flags: Vec<Flag>,
     /// The refcount table itself is damaged: nothing can be repaired by it.
     refcounts_unusable: bool,
-}
-
-struct Flag {
-    /// Where the word lies in the file.
-    place: u64,
-    word: u64,
-    cluster: u64,
 }
 
 impl Qcow2 {
@@ -111,7 +95,8 @@ impl Qcow2 {
                 total_clusters: self.geometry().clusters_of(self.header.size),
                 ..CheckReport::default()
             },
-            flags: Vec::new(),
+            tables: Vec::new(),
+            wrong_flags: Vec::new(),
             refcounts_unusable: false,
         };
         let table_words =
@@ -134,7 +119,7 @@ impl Qcow2 {
                 checker.find_wrong_flags(&mut fresh)?;
             }
         }
-        let wrong_flags = checker.flags.len() as u64;
+        let wrong_flags = checker.wrong_flags.len() as u64;
         if repair == Repair::All && !checker.refcounts_unusable {
             checker.repair_flags()?;
             checker.report.corruptions_repaired += wrong_flags;
@@ -179,9 +164,7 @@ impl Checker<'_> {
         if last >> bits >= self.file_clusters {
             return self.corruption(format!("{what} at {offset} lies behind the end of the file"));
         }
-        for cluster in offset >> bits..=last >> bits {
-            self.counts.add(cluster);
-        }
+        self.counts.add(offset >> bits, last >> bits);
     }
 
     fn count_all(&mut self, table: &[u64]) -> Result<()> {
@@ -226,7 +209,7 @@ impl Checker<'_> {
         self.add(l1_offset, u64::from(l1_entries) * 8, "an L1 table");
         let l1 = read_words(&*image.file, l1_offset, l1_entries as usize)?;
         let mut seen = HashSet::new();
-        for (index, entry) in l1.into_iter().enumerate().filter(|(_, entry)| *entry != 0) {
+        for (index, &entry) in l1.iter().enumerate().filter(|(_, entry)| **entry != 0) {
             if entry & L1_RESERVED != 0 {
                 self.corruption(format!("L1 entry {index} ({entry:#x}) has reserved bits set"));
             }
@@ -238,24 +221,31 @@ impl Checker<'_> {
                 self.corruption(format!("an L2 table at {offset} is not aligned"));
                 continue;
             }
+            self.read_ahead(l1.get(index + READ_AHEAD).map_or(0, |entry| entry & OFFSET_MASK));
             let before = self.report.corruptions;
             if !seen.insert(offset) {
                 self.corruption(format!("an L2 table at {offset} is used twice"));
             }
             self.add(offset, geometry.cluster_size(), "an L2 table");
+            let is_sound = self.report.corruptions == before;
             if is_active {
-                let place = l1_offset + index as u64 * 8;
-                self.flags.push(Flag {
-                    place,
-                    word: entry,
-                    cluster: offset >> geometry.cluster_bits,
-                });
+                let l1_place = l1_offset + index as u64 * 8;
+                self.tables.push(ActiveTable { l1_place, l1_entry: entry, is_sound });
             }
-            if self.report.corruptions == before {
+            if is_sound {
                 self.count_table(offset, is_active)?;
             }
         }
         Ok(())
+    }
+
+    /// Starts to read a table or block that will be needed soon.
+    fn read_ahead(&self, offset: u64) {
+        if offset != 0 {
+            // Only to save time: what is wrong there shows when it is read.
+            let length = self.image.geometry().cluster_size();
+            let _ = self.image.file.readahead(HostOffset::new(offset), length);
+        }
     }
 
     fn count_table(&mut self, offset: u64, is_active: bool) -> Result<()> {
@@ -263,7 +253,9 @@ impl Checker<'_> {
         let geometry = image.geometry();
         let words = read_words(&*image.file, offset, (geometry.cluster_size() / 8) as usize)?;
         let mut expected_next = 0;
-        for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
+        // Clusters that follow each other are counted at once.
+        let mut run = 0..0;
+        for entry in words.chunks_exact(geometry.entry_words()) {
             let (word, bitmap) = (entry[0], entry.get(1).copied().unwrap_or(0));
             if word == 0 && bitmap == 0 {
                 continue;
@@ -295,14 +287,31 @@ impl Checker<'_> {
                 if image.format.has_data_file {
                     continue;
                 }
-                self.add(host, geometry.cluster_size(), "a data cluster");
-                if is_active {
-                    let place = offset + (index * geometry.entry_words()) as u64 * 8;
-                    self.flags.push(Flag { place, word, cluster: host >> geometry.cluster_bits });
+                if run.end != host || run.is_empty() {
+                    self.add_run(run);
+                    run = host..host;
                 }
+                run.end += geometry.cluster_size();
             }
         }
+        self.add_run(run);
         Ok(())
+    }
+
+    /// Counts data clusters that follow each other.
+    fn add_run(&mut self, run: Range<u64>) {
+        let geometry = self.image.geometry();
+        if geometry.clusters_of(run.end) <= self.file_clusters {
+            let bits = geometry.cluster_bits;
+            if !run.is_empty() {
+                self.counts.add(run.start >> bits, (run.end >> bits) - 1);
+            }
+            return;
+        }
+        // Each one that cannot be is a damage.
+        for host in run.step_by(geometry.cluster_size() as usize) {
+            self.add(host, geometry.cluster_size(), "a data cluster");
+        }
     }
 
     /// Compares all refcounts with what was counted.
@@ -310,7 +319,12 @@ impl Checker<'_> {
         if self.refcounts_unusable {
             return Ok(());
         }
-        for index in self.block_indexes(refcounts) {
+        let indexes: Vec<usize> = self.block_indexes(refcounts).into_iter().collect();
+        for (position, &index) in indexes.iter().enumerate() {
+            let later = indexes.get(position + READ_AHEAD);
+            self.read_ahead(
+                later.and_then(|index| refcounts.table.get(*index)).map_or(0, |at| *at),
+            );
             self.compare_block(refcounts, index, repair)?;
         }
         Ok(())
@@ -322,9 +336,8 @@ impl Checker<'_> {
         let entries = self.image.geometry().block_entries();
         let existing = refcounts.table.iter().enumerate().filter(|(_, offset)| **offset != 0);
         let mut indexes: BTreeSet<usize> = existing.map(|(index, _)| index).collect();
-        for chunk in self.counts.0.keys() {
-            let blocks = chunk * CHUNK / entries..=(chunk * CHUNK + CHUNK - 1) / entries;
-            indexes.extend(blocks.map(|block| block as usize));
+        for (first, last) in self.counts.parts() {
+            indexes.extend((first / entries..=last / entries).map(|block| block as usize));
         }
         indexes
     }
@@ -340,14 +353,22 @@ impl Checker<'_> {
         let first = index as u64 * geometry.block_entries();
         // Nothing lies behind the end of the file that could leak.
         let end = (first + geometry.block_entries()).min(self.file_clusters);
-        for cluster in first..end {
-            let (is, should) = (refcounts.refcount(cluster)?, self.counts.of(cluster));
+        let mut wrong = Vec::new();
+        let mut last_used = None;
+        let block = refcounts.block_view(index)?;
+        self.counts.for_each(first, end, |cluster, should| {
+            let is = block.refcount((cluster - first) as usize);
             if is.max(should) > 0 {
-                self.report.image_end_offset = (cluster + 1) << geometry.cluster_bits;
+                last_used = Some(cluster);
             }
-            if is == should {
-                continue;
+            if is != should {
+                wrong.push((cluster, is, should));
             }
+        });
+        if let Some(cluster) = last_used {
+            self.report.image_end_offset = (cluster + 1) << geometry.cluster_bits;
+        }
+        for (cluster, is, should) in wrong {
             let may = match repair {
                 Repair::None => false,
                 Repair::Leaks => is > should,
@@ -361,29 +382,6 @@ impl Checker<'_> {
                 (false, true) => self.report.corruptions_repaired += 1,
                 (false, false) => self.report.corruptions += 1,
             }
-        }
-        Ok(())
-    }
-
-    /// Finds COPIED bits that contradict the refcounts, as these are now.
-    fn find_wrong_flags(&mut self, refcounts: &mut Refcounts) -> Result<()> {
-        if self.refcounts_unusable {
-            return Ok(());
-        }
-        let mut wrong = Vec::new();
-        for flag in std::mem::take(&mut self.flags) {
-            if (refcounts.refcount(flag.cluster)? == 1) != (flag.word & COPIED != 0) {
-                self.say(format!("the entry at {} has a wrong COPIED bit", flag.place));
-                wrong.push(flag);
-            }
-        }
-        self.flags = wrong;
-        Ok(())
-    }
-
-    fn repair_flags(&self) -> Result<()> {
-        for flag in &self.flags {
-            self.image.write_metadata(flag.place, &(flag.word ^ COPIED).to_be_bytes())?;
         }
         Ok(())
     }

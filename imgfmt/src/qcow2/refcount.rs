@@ -39,6 +39,25 @@ struct Block {
     is_being_written: bool,
 }
 
+/// The refcounts of one block, to be looked at one after the other.
+#[derive(Debug, Default)]
+pub(super) struct BlockView<'a> {
+    bytes: Option<&'a [u8]>,
+    order: u32,
+}
+
+impl BlockView<'_> {
+    /// The refcount of this number within the block.
+    pub(super) fn refcount(&self, entry: usize) -> u64 {
+        match (self.bytes, self.order) {
+            (None, _) => 0,
+            // The usual width.
+            (Some(bytes), 4) => u64::from(bytes[entry * 2]) << 8 | u64::from(bytes[entry * 2 + 1]),
+            (Some(bytes), order) => read_entry(bytes, entry, order),
+        }
+    }
+}
+
 /// Changed bytes of a block that are about to be written.
 #[derive(Debug)]
 pub(crate) struct DirtyBlock {
@@ -85,6 +104,15 @@ impl Refcounts {
         }
         let order = self.geometry.refcount_order;
         Ok(read_entry(&self.block(index)?.bytes, entry, order))
+    }
+
+    /// The refcounts of one block, all zero if there is no such block.
+    pub(super) fn block_view(&mut self, index: usize) -> Result<BlockView<'_>> {
+        let order = self.geometry.refcount_order;
+        match self.has_block(index) {
+            true => Ok(BlockView { bytes: Some(&self.block(index)?.bytes), order }),
+            false => Ok(BlockView { bytes: None, order }),
+        }
     }
 
     /// Changes a refcount. There must be a block for it, and the value must fit.
