@@ -167,7 +167,8 @@ fn open_named(
     match options.policy.resolve(image, name)? {
         Resolved::Storage(storage) => Ok((storage, None)),
         Resolved::File(path) => {
-            let storage = FileStorage::open(&path, access, options.locking)?;
+            let storage =
+                FileStorage::open(&path, access, options.locking)?.with_syncing(options.syncing);
             Ok((Arc::new(storage), Some(path)))
         }
     }

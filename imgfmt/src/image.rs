@@ -56,7 +56,8 @@ impl Image {
     /// `Busy` if another program uses the file in a way that contradicts `options`; `Io`.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
-        let storage = FileStorage::open(path, options.access, options.locking)?;
+        let storage =
+            FileStorage::open(path, options.access, options.locking)?.with_syncing(options.syncing);
         Self::open_named(Arc::new(storage), Some(path), options)
             .map_err(|error| error.with_path(path))
     }

@@ -82,7 +82,7 @@ pub use image::{Image, Shrink};
 pub use info::{ImageInfo, Qcow2Info};
 pub use mapping::{Lease, Mapping};
 pub use open_policy::{OpenPolicy, SchemeOpener};
-pub use options::{Access, Format, Locking, OpenOptions, Survives};
+pub use options::{Access, Format, Locking, OpenOptions, Survives, Syncing};
 pub use qcow2::{CheckReport, Repair, Snapshot};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 pub use units::{GuestOffset, GuestRange, HostOffset};

@@ -76,6 +76,18 @@ pub enum Survives {
     PowerLoss,
 }
 
+/// Whether what is written is put on stable storage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Syncing {
+    /// Flushes and writes with FUA are durable when they return.
+    #[default]
+    On,
+    /// They return at once, and a power cut can destroy the image: for new images that nobody
+    /// relies on yet, such as the result of a conversion. What is written is safe from a crash of
+    /// the process only.
+    Off,
+}
+
 /// How to open an image; made with [`OpenOptions::new`] and changed field by field.
 ///
 /// ```
@@ -94,6 +106,8 @@ pub struct OpenOptions {
     pub access: Access,
     /// Whether it is locked while it is open.
     pub locking: Locking,
+    /// Whether what is written is put on stable storage.
+    pub syncing: Syncing,
     /// Which other files the image may name.
     pub policy: OpenPolicy,
     /// The id or name of an internal snapshot to read in place of the present state.
@@ -127,6 +141,13 @@ impl OpenOptions {
     #[must_use]
     pub fn locking(mut self, locking: Locking) -> Self {
         self.locking = locking;
+        self
+    }
+
+    /// Says whether what is written is put on stable storage.
+    #[must_use]
+    pub fn syncing(mut self, syncing: Syncing) -> Self {
+        self.syncing = syncing;
         self
     }
 

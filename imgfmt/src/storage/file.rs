@@ -16,7 +16,7 @@ use super::{
 };
 use crate::error::{Error, ErrorKind, Result, is_not_supported};
 use crate::extent::ExtentKind;
-use crate::options::{Access, Locking};
+use crate::options::{Access, Locking, Syncing};
 use crate::sys;
 use crate::units::HostOffset;
 
@@ -28,6 +28,7 @@ pub struct FileStorage {
     identity: FileIdentity,
     rotational: bool,
     preferred_size: u32,
+    syncing: Syncing,
     /// Operations that this file system has turned out to lack; they are not tried again.
     lacks: Lacks,
 }
@@ -100,8 +101,16 @@ impl FileStorage {
             identity,
             rotational: is_rotational(identity.device),
             preferred_size: block_size.clamp(4096, 1 << 20).next_power_of_two(),
+            syncing: Syncing::On,
             lacks,
         }
+    }
+
+    /// Says whether what is written is put on stable storage; it is unless this says otherwise.
+    #[must_use]
+    pub fn with_syncing(mut self, syncing: Syncing) -> Self {
+        self.syncing = syncing;
+        self
     }
 
     fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
@@ -199,9 +208,11 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
-        match durability {
-            Durability::Cached => self.file.write_all_at(data, offset.bytes()),
-            Durability::Fua => self.write_through(offset.bytes(), data),
+        match (durability, self.syncing) {
+            (Durability::Cached, _) | (_, Syncing::Off) => {
+                self.file.write_all_at(data, offset.bytes())
+            }
+            (Durability::Fua, Syncing::On) => self.write_through(offset.bytes(), data),
         }
     }
 
@@ -218,7 +229,10 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
+        match self.syncing {
+            Syncing::On => self.file.sync_data(),
+            Syncing::Off => Ok(()),
+        }
     }
 
     fn capabilities(&self) -> Capabilities {

@@ -1,7 +1,7 @@
 //! `nbd-cli image convert`.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use clap::Args;
 use imgfmt::{
     Access, CreateOptions, Durability, ExtentKind, Format, GuestOffset, GuestRange, Image,
-    OpenOptions, OpenPolicy,
+    OpenOptions, OpenPolicy, Syncing,
 };
 
 use super::create::Qcow2Args;
@@ -59,6 +59,10 @@ pub struct ConvertArgs {
     /// Threads that copy [default: as many as there are cores].
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
+
+    /// Wait at the end until the new image is on stable storage.
+    #[arg(long)]
+    pub flush: bool,
 
     /// Show progress even if standard error is no terminal.
     #[arg(short, long)]
@@ -112,6 +116,8 @@ fn fill(
     let options = OpenOptions::new()
         .format(create.format)
         .access(Access::ReadWrite)
+        // Nobody relies on an image that is not finished: one sync at the end is enough.
+        .syncing(Syncing::Off)
         .policy(OpenPolicy::deny());
     let destination = Image::open(&args.destination, &options)?;
     let unit = if create.format == Format::Raw { RAW_UNIT } else { create.cluster_size };
@@ -126,7 +132,17 @@ fn fill(
         failed: AtomicBool::new(false),
     };
     copy.run(jobs)?;
-    Ok(destination.close()?)
+    destination.close()?;
+    match args.flush {
+        true => sync(&args.destination),
+        false => Ok(()),
+    }
+}
+
+/// Puts a finished image on stable storage.
+fn sync(path: &Path) -> Result<(), CommandError> {
+    let synced = std::fs::File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(|error| CommandError::new(format!("cannot flush '{}': {error}", path.display())))
 }
 
 /// A copy into a new image, which reads as zero where nothing is written.
