@@ -13,6 +13,7 @@ mod logging;
 mod output;
 mod picture;
 mod progress;
+mod remote;
 mod serving;
 mod signals;
 mod size;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::size::rounded;
@@ -18,6 +19,28 @@ pub(crate) enum Visibility {
     Always,
     /// In no case.
     Never,
+}
+
+/// What the command line says about progress.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct ProgressArgs {
+    /// Show progress even if standard error is no terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+
+    /// Show no progress.
+    #[arg(short, long, conflicts_with = "progress")]
+    pub quiet: bool,
+}
+
+impl ProgressArgs {
+    pub(crate) fn visibility(self) -> Visibility {
+        match (self.progress, self.quiet) {
+            (true, _) => Visibility::Always,
+            (_, true) => Visibility::Never,
+            _ => Visibility::IfTerminal,
+        }
+    }
 }
 
 /// Shows how far a copy is; cheap to clone and to update from many tasks.

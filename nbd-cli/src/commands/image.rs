@@ -9,6 +9,7 @@ mod info;
 mod map;
 mod measure;
 pub(super) mod open;
+mod place;
 mod rebase;
 mod resize;
 mod snapshot;

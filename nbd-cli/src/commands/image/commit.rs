@@ -8,11 +8,12 @@ use imgfmt::{
     Access, Durability, ExtentKind, Format, Image, Locking, OpenOptions, Shrink, Speed, ZeroMode,
 };
 
+use super::info::print_json;
 use super::open::{TrustArgs, beside, explained, options};
 use super::walk::{Extents, span};
 use crate::commands::serve::ImageFormat;
 use crate::error::{CommandError, Outcome};
-use crate::progress::{Progress, Visibility};
+use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -43,9 +44,12 @@ pub struct CommitArgs {
     #[arg(long)]
     pub keep: bool,
 
-    /// Show progress even if standard error is no terminal.
-    #[arg(short, long)]
-    pub progress: bool,
+    #[command(flatten)]
+    pub progress: ProgressArgs,
+
+    /// Print what the overlay is like then, as `nbd-cli image info --json` does.
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub trust: TrustArgs,
@@ -55,7 +59,7 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let shared = options(args.format, &args.trust);
     // Held until the end. The chain itself is opened without locks, or its read lock on the
     // backing file would keep us from writing there.
-    let _overlay_lock = FileStorage::open(&args.path, Access::ReadWrite, Locking::On)?;
+    let overlay_lock = FileStorage::open(&args.path, Access::ReadWrite, Locking::On)?;
     let unlocked = shared.clone().locking(Locking::Off);
     let overlay = Image::open(&args.path, &unlocked);
     let overlay = overlay.map_err(explained)?;
@@ -66,8 +70,7 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     if backing.size() < overlay.size() {
         backing.resize(overlay.size(), Shrink::Refuse)?;
     }
-    let visibility = if args.progress { Visibility::Always } else { Visibility::IfTerminal };
-    let progress = Progress::new(visibility, Some(overlay.size()));
+    let progress = Progress::new(args.progress.visibility(), Some(overlay.size()));
     let copied = copy(&overlay, &backing, &progress);
     progress.clear();
     copied?;
@@ -78,6 +81,10 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
             let name = args.path.display();
             CommandError::new(format!("'{name}' is committed, but cannot be emptied: {error}"))
         })?;
+    }
+    drop(overlay_lock);
+    if args.json {
+        print_json(&args.path, &options(Some(ImageFormat::Qcow2), &args.trust))?;
     }
     Ok(Outcome::Success)
 }

@@ -12,7 +12,7 @@ use super::walk::first_difference;
 use crate::commands::serve::ImageFormat;
 use crate::error::{CommandError, CommandErrorKind, Outcome};
 use crate::output::{Output, ReportFormat, warn};
-use crate::progress::{Progress, Visibility};
+use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -53,9 +53,8 @@ pub struct CompareArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Show progress even if standard error is no terminal.
-    #[arg(short, long)]
-    pub progress: bool,
+    #[command(flatten)]
+    pub progress: ProgressArgs,
 
     #[command(flatten)]
     pub trust: TrustArgs,
@@ -92,8 +91,7 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
     let mismatch_offset = if size_mismatch && args.strict {
         None
     } else {
-        let visibility = if args.progress { Visibility::Always } else { Visibility::IfTerminal };
-        let progress = Progress::new(visibility, Some(end));
+        let progress = Progress::new(args.progress.visibility(), Some(end));
         let found = first_difference(&first, &second, end, |bytes| progress.add(bytes));
         progress.clear();
         found?

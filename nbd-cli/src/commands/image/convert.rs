@@ -1,52 +1,67 @@
 //! `nbd-cli image convert`.
 
+mod copier;
+
+use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
 
 use clap::Args;
-use imgfmt::{
-    Access, CreateOptions, Durability, ExtentKind, Format, GuestOffset, GuestRange, Image,
-    OpenOptions, OpenPolicy, Syncing,
-};
+use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
 
+use self::copier::{Copy, Target};
 use super::create::Qcow2Args;
-use super::open::{OpenArgs, explained};
-use super::walk::{Extents, span};
-use crate::commands::copy::zero::{Content, runs};
+use super::open::OpenArgs;
+use super::place::Place;
 use crate::commands::serve::ImageFormat;
 use crate::error::{CommandError, Outcome};
-use crate::progress::{Progress, Visibility};
+use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image convert --output-format qcow2 disk.img disk.qcow2
   nbd-cli image convert -O qcow2 --compress --compression-type zstd disk.img small.qcow2
   nbd-cli image convert --snapshot monday disk.qcow2 monday.img
+  nbd-cli image convert disk.qcow2 nbd://localhost/disk
+  nbd-cli image convert -O qcow2 nbd://localhost/disk disk.qcow2
+  nbd-cli image convert --no-create -O raw disk.qcow2 /dev/vg/disk
 
 The new image holds the whole disk and needs no backing file. Zeroes take up no space in it. A file
-that exists is never touched; if the copy fails, what there was of the new image is removed.";
+that exists is never touched, unless --no-create says that the disk in it is to be replaced; if the
+copy fails, what there was of a new image is removed, and a disk that existed is left incomplete.
 
-/// Smallest part of the disk that one thread copies at a time, in bytes.
-const PIECE: u64 = 1 << 20;
+An export of an NBD server can be the source or the destination; as the latter it has to be large
+enough, and --no-create goes without saying.
+
+The result is complete in memory when the command ends; --flush waits until it is on the disk.";
+
 /// Unit in which zeroes are looked for in a raw image, in bytes.
 const RAW_UNIT: u64 = 4096;
+/// Threads that copy to or from a server, unless told otherwise: most of them wait.
+const REMOTE_JOBS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
 
 /// Arguments of `nbd-cli image convert`.
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ConvertArgs {
-    /// The image to copy.
-    pub source: PathBuf,
+    /// The image to copy: a file, or an export as an NBD URI.
+    pub source: OsString,
 
-    /// The new file.
-    pub destination: PathBuf,
+    /// The new file, or an export as an NBD URI.
+    pub destination: OsString,
 
-    /// Format of the new image.
-    #[arg(short = 'O', long, value_enum, value_name = "FORMAT", default_value = "raw")]
-    pub output_format: ImageFormat,
+    /// Format of the new image [default: raw].
+    #[arg(short = 'O', long, value_enum, value_name = "FORMAT")]
+    pub output_format: Option<ImageFormat>,
+
+    /// Write into a disk that exists, at least as large as the source; needs --output-format if it
+    /// is a file.
+    #[arg(short, long)]
+    pub no_create: bool,
+
+    /// The disk that exists reads as zero: do not write zeroes to it.
+    #[arg(long)]
+    pub destination_is_zero: bool,
 
     /// Compress the clusters of a new qcow2 image.
     #[arg(short, long)]
@@ -56,21 +71,20 @@ pub struct ConvertArgs {
     #[arg(short = 'l', long, value_name = "NAME")]
     pub snapshot: Option<String>,
 
-    /// Threads that copy [default: as many as there are cores].
+    /// Threads that copy [default: as many as there are cores; 8 with a server].
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
 
-    /// Wait at the end until the new image is on stable storage.
+    /// Wait at the end until the result is on stable storage.
     #[arg(long)]
     pub flush: bool,
 
-    /// Show progress even if standard error is no terminal.
-    #[arg(short, long)]
-    pub progress: bool,
+    #[command(flatten)]
+    pub progress: ProgressArgs,
 
-    /// Show no progress.
-    #[arg(short, long, conflicts_with = "progress")]
-    pub quiet: bool,
+    /// Print what the new image is like, as `nbd-cli image info --json` does.
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub qcow2: Qcow2Args,
@@ -80,62 +94,138 @@ pub struct ConvertArgs {
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
-    let format = Format::from(args.output_format);
-    if args.compress && format != Format::Qcow2 {
-        return Err(CommandError::new(
-            "--compress needs a qcow2 image as the result; add --output-format qcow2",
-        ));
-    }
-    let mut options = args.open.options();
-    options.snapshot.clone_from(&args.snapshot);
-    let source = Image::open(&args.source, &options).map_err(explained)?;
-    let mut create = CreateOptions::new(format, source.size());
-    args.qcow2.apply(&mut create)?;
-    Image::create(&args.destination, &create)?;
-    let visibility = match (args.progress, args.quiet) {
-        (true, _) => Visibility::Always,
-        (_, true) => Visibility::Never,
-        _ => Visibility::IfTerminal,
+    let destination = Place::parse(&args.destination)?;
+    let exists = args.no_create || matches!(destination, Place::Export(_));
+    let format = args.output_format.map_or(Format::Raw, Format::from);
+    check_options(args, &destination, format, exists)?;
+    let from = Place::parse(&args.source)?;
+    let mut read = args.open.options();
+    read.snapshot.clone_from(&args.snapshot);
+    let source = from.open(&read)?;
+    let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export(_)));
+    let progress = Progress::new(args.progress.visibility(), Some(source.size()));
+    let copy = Conversion { args, source: &source, from: &from, format, is_remote };
+    let result = match (&destination, exists) {
+        (Place::File(path), false) => copy.make_new(path, &progress),
+        _ => copy.replace(&destination, &progress),
     };
-    let progress = Progress::new(visibility, Some(source.size()));
-    let result = fill(args, &source, &create, &progress);
     progress.clear();
-    result.inspect_err(|_| {
-        // We have made it, and part of a disk is of no use; the first error is the one to tell.
-        let _ = std::fs::remove_file(&args.destination);
-    })?;
+    result?;
+    if let (Place::File(path), true) = (&destination, args.json) {
+        super::info::print_json(path, &args.open.trust.options().format(format))?;
+    }
     Ok(Outcome::Success)
 }
 
-fn fill(
+/// Refuses options that contradict each other.
+fn check_options(
     args: &ConvertArgs,
-    source: &Image,
-    create: &CreateOptions,
-    progress: &Progress,
+    destination: &Place,
+    format: Format,
+    exists: bool,
 ) -> Result<(), CommandError> {
-    let options = OpenOptions::new()
-        .format(create.format)
-        .access(Access::ReadWrite)
-        // Nobody relies on an image that is not finished: one sync at the end is enough.
-        .syncing(Syncing::Off)
-        .policy(OpenPolicy::deny());
-    let destination = Image::open(&args.destination, &options)?;
-    let unit = if create.format == Format::Raw { RAW_UNIT } else { create.cluster_size };
-    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    let jobs = args.jobs.unwrap_or(cores).get().min(256);
-    let copy = Copy {
-        source,
-        destination: &destination,
-        unit,
-        compress: args.compress,
-        progress,
-        failed: AtomicBool::new(false),
-    };
-    copy.run(jobs)?;
-    destination.close()?;
-    match args.flush {
-        true => sync(&args.destination),
-        false => Ok(()),
+    let refuse = |message: &str| Err(CommandError::new(message));
+    if args.compress && format != Format::Qcow2 {
+        return refuse("--compress needs a qcow2 image as the result; add --output-format qcow2");
+    }
+    if args.no_create && args.output_format.is_none() && matches!(destination, Place::File(_)) {
+        return refuse(
+            "--no-create needs the format of the image that is there; add --output-format raw or \
+             --output-format qcow2",
+        );
+    }
+    if !exists && args.destination_is_zero {
+        return refuse("--destination-is-zero is for disks that exist; add --no-create");
+    }
+    if exists && let Some(option) = args.qcow2.given() {
+        return refuse(&format!(
+            "{option} is for images that are made; leave it out or leave out --no-create"
+        ));
+    }
+    if args.json && matches!(destination, Place::Export(_)) {
+        return refuse("--json describes files; for an export use 'nbd-cli info --json'");
+    }
+    Ok(())
+}
+
+/// What is to be copied, and how.
+struct Conversion<'a> {
+    args: &'a ConvertArgs,
+    source: &'a Image,
+    from: &'a Place,
+    format: Format,
+    is_remote: bool,
+}
+
+impl Conversion<'_> {
+    /// Makes the image; removes it if that fails.
+    fn make_new(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+        let mut create = CreateOptions::new(self.format, self.source.size());
+        self.args.qcow2.apply(&mut create)?;
+        Image::create(path, &create)?;
+        let fill = || {
+            let options = OpenOptions::new()
+                .format(self.format)
+                .access(Access::ReadWrite)
+                // Nobody relies on an image that is not finished: one sync at the end is enough.
+                .syncing(Syncing::Off)
+                .policy(OpenPolicy::deny());
+            let image = Image::open(path, &options)?;
+            self.copy(&image, &Place::File(PathBuf::from(path)), Target::Zero, progress)?;
+            image.close()?;
+            if self.args.flush { sync(path) } else { Ok(()) }
+        };
+        fill().inspect_err(|_| {
+            // We have made it, and part of a disk is of no use; the first error is the one to tell.
+            let _ = std::fs::remove_file(path);
+        })
+    }
+
+    /// Replaces the disk that is there.
+    fn replace(&self, to: &Place, progress: &Progress) -> Result<(), CommandError> {
+        let policy = self.args.open.trust.policy();
+        let options =
+            OpenOptions::new().format(self.format).access(Access::ReadWrite).policy(policy);
+        let image = to.open(&options)?;
+        let (room, size) = (image.size(), self.source.size());
+        if room < size {
+            return Err(CommandError::new(format!(
+                "{to} has {room} bytes and the source {size}: it does not fit"
+            )));
+        }
+        let target = if self.args.destination_is_zero { Target::Zero } else { Target::HasContent };
+        self.copy(&image, to, target, progress)?;
+        if self.args.flush {
+            return image.close().map_err(|error| to.named(error));
+        }
+        // Changes of metadata must not be lost; data is as durable as any that was written.
+        match self.format {
+            Format::Raw => Ok(()),
+            _ => image.close().map_err(|error| to.named(error)),
+        }
+    }
+
+    fn copy(
+        &self,
+        image: &Image,
+        to: &Place,
+        target: Target,
+        progress: &Progress,
+    ) -> Result<(), CommandError> {
+        let cluster_size = image.info()?.qcow2.map(|qcow2| qcow2.cluster_size);
+        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let jobs = if self.is_remote { REMOTE_JOBS } else { cores };
+        let copy = Copy {
+            source: self.source,
+            from: self.from,
+            destination: image,
+            to,
+            target,
+            unit: cluster_size.unwrap_or(RAW_UNIT),
+            compress: self.args.compress,
+            progress,
+        };
+        copy.run(self.args.jobs.unwrap_or(jobs).get().min(256))
     }
 }
 
@@ -143,111 +233,4 @@ fn fill(
 fn sync(path: &Path) -> Result<(), CommandError> {
     let synced = std::fs::File::open(path).and_then(|file| file.sync_all());
     synced.map_err(|error| CommandError::new(format!("cannot flush '{}': {error}", path.display())))
-}
-
-/// A copy into a new image, which reads as zero where nothing is written.
-struct Copy<'a> {
-    source: &'a Image,
-    destination: &'a Image,
-    /// Nothing smaller is written.
-    unit: u64,
-    compress: bool,
-    progress: &'a Progress,
-    /// One thread failed: the others need not go on.
-    failed: AtomicBool,
-}
-
-impl Copy<'_> {
-    fn run(&self, jobs: usize) -> Result<(), CommandError> {
-        let (sender, receiver) = sync_channel(jobs * 2);
-        let receiver = Arc::new(Mutex::new(receiver));
-        std::thread::scope(|scope| {
-            // Each worker has a share of the receiver: without any, handing out fails.
-            let spawn = |_| {
-                let receiver = Arc::clone(&receiver);
-                scope.spawn(move || self.work(&receiver))
-            };
-            let workers: Vec<_> = (0..jobs).map(spawn).collect();
-            drop(receiver);
-            let mut result = self.find_work(&sender);
-            drop(sender);
-            for worker in workers {
-                let ended = worker.join();
-                let ended = ended.unwrap_or_else(|_| {
-                    Err(CommandError::new("a thread that copied has ended unexpectedly"))
-                });
-                result = result.and(ended);
-            }
-            result
-        })
-    }
-
-    /// Hands out the parts of the disk that hold data, whole units each.
-    fn find_work(&self, sender: &SyncSender<GuestRange>) -> Result<(), CommandError> {
-        let size = self.source.size();
-        let piece = PIECE.max(self.unit);
-        let mut extents = Extents::new(self.source);
-        let mut done = 0;
-        while let Some(extent) = extents.next()? {
-            if extent.kind != ExtentKind::Data {
-                continue;
-            }
-            let start = extent.range.offset().bytes() / self.unit * self.unit;
-            let end = extent.range.end().bytes();
-            let end = end.checked_next_multiple_of(self.unit).unwrap_or(size).min(size);
-            let mut position = start.max(done);
-            self.progress.add(position - done);
-            while position < end {
-                let stop = ((position / piece + 1) * piece).min(end);
-                if self.failed.load(Ordering::Relaxed) || sender.send(span(position, stop)).is_err()
-                {
-                    return Ok(());
-                }
-                position = stop;
-            }
-            done = done.max(end);
-        }
-        self.progress.add(size - done);
-        Ok(())
-    }
-
-    /// Copies what is handed out. After a failure the rest is only taken, so that handing it out
-    /// never waits.
-    fn work(&self, receiver: &Mutex<Receiver<GuestRange>>) -> Result<(), CommandError> {
-        let mut buffer = vec![0; PIECE.max(self.unit) as usize];
-        let mut result = Ok(());
-        loop {
-            let next = match receiver.lock() {
-                Ok(receiver) => receiver.recv(),
-                // Another thread ended unexpectedly, which its join tells.
-                Err(_) => return result,
-            };
-            let Ok(range) = next else { return result };
-            if self.failed.load(Ordering::Relaxed) {
-                continue;
-            }
-            result = self.copy(range, &mut buffer[..range.length() as usize]);
-            if result.is_err() {
-                self.failed.store(true, Ordering::Relaxed);
-            }
-        }
-    }
-
-    fn copy(&self, range: GuestRange, buffer: &mut [u8]) -> Result<(), CommandError> {
-        self.source.read_at(range.offset(), buffer)?;
-        for run in runs(buffer, self.unit as usize) {
-            if run.content == Content::Zero {
-                continue;
-            }
-            let offset = GuestOffset::new(range.offset().bytes() + run.start as u64);
-            let data = &buffer[run.start..run.end];
-            if self.compress {
-                self.destination.write_compressed(offset, data)?;
-            } else {
-                self.destination.write_at(offset, data, Durability::Cached)?;
-            }
-        }
-        self.progress.add(range.length());
-        Ok(())
-    }
 }

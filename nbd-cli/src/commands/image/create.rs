@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use imgfmt::{
-    CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, Qcow2Version,
+    CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, OpenOptions,
+    Qcow2Version,
 };
 
+use super::info::print_json;
 use crate::commands::serve::ImageFormat;
 use crate::error::{CommandError, Outcome};
 use crate::size::ByteSize;
@@ -63,6 +65,10 @@ pub struct CreateArgs {
     /// Let QEMU leave refcounts wrong while it has the image open; it repairs them after a crash.
     #[arg(long, help_heading = "Options for qcow2")]
     pub lazy_refcounts: bool,
+
+    /// Print what the image is like then, as `nbd-cli image info --json` does.
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub qcow2: Qcow2Args,
@@ -127,18 +133,21 @@ pub enum Compression {
 }
 
 impl Qcow2Args {
-    /// Sets the options of an image that is to be made, or says which one it cannot have.
-    pub(super) fn apply(&self, options: &mut CreateOptions) -> Result<(), CommandError> {
-        let given = [
+    /// The name of an option that was given, if any was.
+    pub(super) fn given(&self) -> Option<&'static str> {
+        let options = [
             ("--cluster-size", self.cluster_size.is_some()),
             ("--refcount-bits", self.refcount_bits.is_some()),
             ("--compat", self.compat.is_some()),
             ("--compression-type", self.compression_type.is_some()),
             ("--extended-l2", self.extended_l2),
         ];
-        if options.format == Format::Raw
-            && let Some((option, _)) = given.iter().find(|(_, is_given)| *is_given)
-        {
+        options.iter().find(|(_, is_given)| *is_given).map(|(option, _)| *option)
+    }
+
+    /// Sets the options of an image that is to be made, or says which one it cannot have.
+    pub(super) fn apply(&self, options: &mut CreateOptions) -> Result<(), CommandError> {
+        if let (Format::Raw, Some(option)) = (options.format, self.given()) {
             return Err(CommandError::new(format!(
                 "a raw image has no {option}; leave it out or make a qcow2 image"
             )));
@@ -179,6 +188,9 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         options.lazy_refcounts = LazyRefcounts::On;
     }
     Image::create(&args.path, &options)?;
+    if args.json {
+        print_json(&args.path, &OpenOptions::new().format(options.format))?;
+    }
     Ok(Outcome::Success)
 }
 

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use imgfmt::{CompressionType, Image, ImageInfo, L2Entries, Qcow2Info, Qcow2Version};
+use imgfmt::{CompressionType, Image, ImageInfo, L2Entries, OpenOptions, Qcow2Info, Qcow2Version};
 use serde::Serialize;
 
 use super::open::{OpenArgs, beside};
@@ -111,6 +111,14 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
     }
     output.finish()?;
     Ok(Outcome::Success)
+}
+
+/// Prints what an image that was made or changed is like now.
+pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), CommandError> {
+    let info = Image::inspect_file(path, options)?;
+    let mut output = Output::new();
+    output.json(&layer(path, &info)?)?;
+    output.finish()
 }
 
 /// The image and, if asked for, everything below it.

@@ -7,6 +7,7 @@ use imgfmt::{Access, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
 
 use crate::commands::serve::ImageFormat;
 use crate::error::CommandError;
+use crate::remote::allow_exports;
 
 /// How an image that exists is opened.
 #[derive(Clone, Debug, Args)]
@@ -23,7 +24,7 @@ pub struct OpenArgs {
 #[derive(Clone, Debug, Args)]
 pub struct TrustArgs {
     /// Trust the image: follow the names of backing and data files that it contains wherever they
-    /// lead, and find out the format of a backing file where the image does not say it. Without
+    /// lead, to servers (nbd://…) too, and find out the format of a backing file where the image does not say it. Without
     /// this only files in the image's folder and below are opened.
     #[arg(long)]
     pub trust_image: bool,
@@ -32,9 +33,14 @@ pub struct TrustArgs {
 impl TrustArgs {
     pub(in crate::commands) fn policy(&self) -> OpenPolicy {
         match self.trust_image {
-            true => OpenPolicy::any_file().allow_format_probe(),
+            true => allow_exports(OpenPolicy::any_file().allow_format_probe()),
             false => OpenPolicy::new(),
         }
+    }
+
+    /// For an image whose format is to be looked at or set later.
+    pub(super) fn options(&self) -> OpenOptions {
+        OpenOptions::new().policy(self.policy())
     }
 }
 
@@ -55,7 +61,7 @@ impl OpenArgs {
 }
 
 pub(in crate::commands) fn options(format: Option<ImageFormat>, trust: &TrustArgs) -> OpenOptions {
-    let options = OpenOptions::new().policy(trust.policy());
+    let options = trust.options();
     match format {
         Some(format) => options.format(format.into()),
         None => options,

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args};
 use imgfmt::{Access, Durability, Format, GuestOffset, Image, OpenOptions};
 
+use super::info::print_json;
 use super::open::{OpenArgs, beside, explained};
 use super::walk::{Extents, read_padded};
 use crate::commands::serve::ImageFormat;
 use crate::error::{CommandError, Outcome};
-use crate::progress::{Progress, Visibility};
+use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -48,9 +49,12 @@ pub struct RebaseArgs {
     #[arg(short = 'u', long = "unsafe")]
     pub is_unsafe: bool,
 
-    /// Show progress even if standard error is no terminal.
-    #[arg(short, long)]
-    pub progress: bool,
+    #[command(flatten)]
+    pub progress: ProgressArgs,
+
+    /// Print what the image is like then, as `nbd-cli image info --json` does.
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub open: OpenArgs,
@@ -63,6 +67,9 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
         keep_content(args, new)?;
     }
     Image::change_backing_file(&args.path, &args.open.options(), new)?;
+    if args.json {
+        print_json(&args.path, &args.open.options().format(Format::Qcow2))?;
+    }
     Ok(Outcome::Success)
 }
 
@@ -84,8 +91,7 @@ fn keep_content(args: &RebaseArgs, new: Option<(&str, Format)>) -> Result<(), Co
             args.path.display()
         )));
     };
-    let visibility = if args.progress { Visibility::Always } else { Visibility::IfTerminal };
-    let progress = Progress::new(visibility, Some(image.size()));
+    let progress = Progress::new(args.progress.visibility(), Some(image.size()));
     let copied = copy_differences(&image, backing.as_ref(), cluster, &progress);
     progress.clear();
     copied?;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use clap::Args;
 use imgfmt::Shrink;
 
+use super::info::print_json;
 use super::open::OpenArgs;
 use crate::error::{CommandError, Outcome};
 use crate::size::ByteSize;
@@ -33,6 +34,10 @@ pub struct ResizeArgs {
     /// Allow the disk to become smaller: what is at its end is lost.
     #[arg(long)]
     pub shrink: bool,
+
+    /// Print what the image is like then, as `nbd-cli image info --json` does.
+    #[arg(long)]
+    pub json: bool,
 
     #[command(flatten)]
     pub open: OpenArgs,
@@ -89,7 +94,11 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<Outcome, CommandError> {
     }
     let shrink = if args.shrink { Shrink::Allow } else { Shrink::Refuse };
     image.resize(size, shrink)?;
+    let format = image.format();
     image.close()?;
+    if args.json {
+        print_json(&args.path, &args.open.options().format(format))?;
+    }
     Ok(Outcome::Success)
 }
 

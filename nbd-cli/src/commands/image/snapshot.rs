@@ -65,6 +65,10 @@ pub struct ChangeArgs {
     /// The snapshot.
     pub name: String,
 
+    /// Print the snapshots that there are then, as `list --json` does.
+    #[arg(long)]
+    pub json: bool,
+
     #[command(flatten)]
     pub open: OpenArgs,
 }
@@ -98,13 +102,20 @@ fn change(
     let mut image = args.open.change(&args.path)?;
     action(&mut image, &args.name)?;
     image.close()?;
-    Ok(Outcome::Success)
+    match args.json {
+        true => print(&args.path, &args.open, ReportFormat::Json),
+        false => Ok(Outcome::Success),
+    }
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let snapshots = snapshots(&args.path, &args.open)?;
+    print(&args.path, &args.open, ReportFormat::from_json_flag(args.json))
+}
+
+fn print(path: &Path, open: &OpenArgs, format: ReportFormat) -> Result<Outcome, CommandError> {
+    let snapshots = snapshots(path, open)?;
     let mut output = Output::new();
-    match ReportFormat::from_json_flag(args.json) {
+    match format {
         ReportFormat::Json => output.json(&json(&snapshots))?,
         ReportFormat::Text => text(&snapshots, &mut output)?,
     }

@@ -1,0 +1,302 @@
+//! Exports of NBD servers as storages: where an image, or a layer of one, lies on a server.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use imgfmt::storage::StorageExtent;
+use imgfmt::{
+    Capabilities, Durability, ExtentKind, HostOffset, OpenPolicy, Speed, Storage, ZeroMode,
+};
+use nbd_client::{Client, Connector, Error, ExtentLimit};
+use nbd_proto::NbdUri;
+use nbd_proto::wire::{AllocationFlags, Errno, MetaContextName, TransmissionFlags};
+use tokio::runtime::Runtime;
+
+use crate::connect::connect;
+use crate::error::{CommandError, runtime};
+use crate::output::printable;
+
+/// Connections to a server that allows several.
+const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
+
+/// Schemes of NBD URIs.
+const SCHEMES: [&str; 6] = ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
+
+/// Lets images name exports as their backing or data files.
+pub(crate) fn allow_exports(policy: OpenPolicy) -> OpenPolicy {
+    SCHEMES.iter().fold(policy, |policy, scheme| {
+        let opener = |name: &str| {
+            let uri: NbdUri = name.parse().map_err(io::Error::other)?;
+            let storage = ExportStorage::open(&uri);
+            let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
+            Ok(Arc::new(storage) as Arc<dyn Storage>)
+        };
+        policy.allow_scheme(*scheme, Arc::new(opener))
+    })
+}
+
+/// An export of a server. Its methods wait, so they must not be called by asynchronous tasks.
+pub(crate) struct ExportStorage {
+    runtime: Runtime,
+    client: Client,
+    uri: NbdUri,
+    /// Requests must be aligned to this power of two.
+    minimum_size: u64,
+    has_extents: bool,
+    /// What the server said last about a part of the disk.
+    extents: Mutex<Vec<Known>>,
+    /// Held while a part of a block is changed.
+    partial_write: Mutex<()>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    start: u64,
+    end: u64,
+    kind: ExtentKind,
+}
+
+impl ExportStorage {
+    /// Connects to the server.
+    pub(crate) fn open(uri: &NbdUri) -> Result<Self, CommandError> {
+        let runtime = runtime()?;
+        let context = MetaContextName::base_allocation();
+        let connector =
+            Connector::new(uri.clone()).connections(CONNECTIONS).meta_contexts([context.clone()]);
+        let client = runtime.block_on(connect(&connector, uri))?;
+        let sizes = client.info().block_sizes;
+        Ok(Self {
+            minimum_size: sizes.map_or(1, |sizes| u64::from(sizes.minimum())),
+            has_extents: client.meta_contexts().contains(&context),
+            runtime,
+            client,
+            uri: uri.clone(),
+            extents: Mutex::default(),
+            partial_write: Mutex::default(),
+        })
+    }
+
+    /// Whether the server lets clients write.
+    pub(crate) fn is_writable(&self) -> bool {
+        !self.flags().contains(TransmissionFlags::READ_ONLY)
+    }
+
+    /// Whether data can be made durable.
+    pub(crate) fn can_flush(&self) -> bool {
+        self.flags().contains(TransmissionFlags::SEND_FLUSH)
+    }
+
+    fn flags(&self) -> TransmissionFlags {
+        self.client.info().flags
+    }
+
+    fn size(&self) -> u64 {
+        self.client.info().size
+    }
+
+    fn wait<T>(&self, work: impl Future<Output = Result<T, Error>>) -> io::Result<T> {
+        self.runtime.block_on(work).map_err(io_error)
+    }
+
+    /// The smallest aligned range around this one.
+    fn aligned(&self, offset: u64, length: u64) -> (u64, u64) {
+        let end = offset.saturating_add(length);
+        let stop = end.checked_next_multiple_of(self.minimum_size).unwrap_or(end);
+        (offset / self.minimum_size * self.minimum_size, stop.min(self.size()).max(end))
+    }
+
+    fn write(&self, offset: u64, data: Bytes, durability: Durability) -> io::Result<()> {
+        self.forget_extents();
+        let durability = match durability {
+            Durability::Cached => nbd_client::Durability::Cached,
+            Durability::Fua => nbd_client::Durability::Fua,
+        };
+        self.wait(self.client.write(offset, data, durability))
+    }
+
+    fn forget_extents(&self) {
+        self.extents.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Asks what is at `offset` and behind it.
+    fn fetch(&self, offset: u64, length: u64) -> io::Result<Vec<Known>> {
+        let (start, stop) = self.aligned(offset, length);
+        let asked = self.client.block_status(start, stop - start, ExtentLimit::Many);
+        let mut position = start;
+        let contexts = self.wait(asked)?;
+        let descriptors = contexts.into_iter().next().map(|(_, list)| list).unwrap_or_default();
+        let known = descriptors.iter().map(|descriptor| {
+            let flags = AllocationFlags::from_bits_truncate(descriptor.flags);
+            let is_zero = flags.contains(AllocationFlags::STATE_ZERO);
+            let kind = if is_zero { ExtentKind::Hole } else { ExtentKind::Data };
+            let start = position;
+            position = position.saturating_add(descriptor.length);
+            Known { start, end: position, kind }
+        });
+        Ok(known.collect())
+    }
+
+    fn zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: nbd_client::ZeroMode,
+        speed: nbd_client::Speed,
+    ) -> io::Result<()> {
+        let flags = self.flags();
+        let is_aligned =
+            offset.is_multiple_of(self.minimum_size) && length.is_multiple_of(self.minimum_size);
+        let wants_fast = speed == nbd_client::Speed::FastOnly;
+        if !is_aligned
+            || !flags.contains(TransmissionFlags::SEND_WRITE_ZEROES)
+            || wants_fast && !flags.contains(TransmissionFlags::SEND_FAST_ZERO)
+        {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        self.forget_extents();
+        let durability = nbd_client::Durability::Cached;
+        let work = self.client.write_zeroes(offset, length, mode, speed, durability);
+        self.runtime.block_on(work).map_err(|error| match error.errno() {
+            // Some servers promise it and then refuse.
+            Some(Errno::EINVAL | Errno::ENOTSUP) => io::ErrorKind::Unsupported.into(),
+            _ => io_error(error),
+        })
+    }
+}
+
+fn io_error(error: Error) -> io::Error {
+    match error.errno() {
+        Some(Errno::ENOSPC) => io::ErrorKind::StorageFull.into(),
+        _ => io::Error::other(printable(&error.to_string())),
+    }
+}
+
+impl Storage for ExportStorage {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+
+    fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        let offset = offset.bytes();
+        let length = self.size().saturating_sub(offset).min(buffer.len() as u64);
+        if length == 0 {
+            return Ok(0);
+        }
+        let (start, stop) = self.aligned(offset, length);
+        let inside = &mut buffer[..length as usize];
+        if stop - start == length {
+            self.wait(self.client.read_into(offset, inside))?;
+        } else {
+            let data = self.wait(self.client.read(start, (stop - start) as usize))?;
+            inside.copy_from_slice(&data[(offset - start) as usize..][..length as usize]);
+        }
+        Ok(length as usize)
+    }
+
+    fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
+        let offset = offset.bytes();
+        let (start, stop) = self.aligned(offset, data.len() as u64);
+        if stop > self.size() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        if stop - start == data.len() as u64 {
+            return self.write(offset, Bytes::copy_from_slice(data), durability);
+        }
+        let _held = self.partial_write.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut whole = vec![0; (stop - start) as usize];
+        self.wait(self.client.read_into(start, &mut whole))?;
+        whole[(offset - start) as usize..][..data.len()].copy_from_slice(data);
+        self.write(start, whole.into(), durability)
+    }
+
+    fn set_len(&self, length: u64) -> io::Result<()> {
+        match length == self.size() {
+            true => Ok(()),
+            false => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        let (mode, speed) = (nbd_client::ZeroMode::MayPunch, nbd_client::Speed::Any);
+        self.zeroes(offset.bytes(), length, mode, speed)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: HostOffset,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+    ) -> io::Result<()> {
+        let mode = match mode {
+            ZeroMode::MayUnmap => nbd_client::ZeroMode::MayPunch,
+            ZeroMode::KeepAllocated => nbd_client::ZeroMode::NoHole,
+        };
+        let wanted = match speed {
+            Speed::Any => nbd_client::Speed::Any,
+            Speed::FastOnly => nbd_client::Speed::FastOnly,
+        };
+        match self.zeroes(offset.bytes(), length, mode, wanted) {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported && speed == Speed::Any => {}
+            other => return other,
+        }
+        let zeroes = [0; 64 << 10];
+        let mut position = offset.bytes();
+        let end = position.saturating_add(length);
+        while position < end {
+            let part = (end - position).min(zeroes.len() as u64);
+            self.write_at(HostOffset::new(position), &zeroes[..part as usize], Durability::Cached)?;
+            position += part;
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        // What a server without it writes is as durable as it ever gets.
+        if self.can_flush() && self.is_writable() { self.wait(self.client.flush()) } else { Ok(()) }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        let mut capabilities = Capabilities::default();
+        capabilities.fast_zero = self.flags().contains(TransmissionFlags::SEND_FAST_ZERO);
+        capabilities.discard = self.flags().contains(TransmissionFlags::SEND_WRITE_ZEROES);
+        // Block sizes are 32-bit numbers.
+        capabilities.minimum_size = self.minimum_size as u32;
+        capabilities.preferred_size = capabilities.preferred_size.max(capabilities.minimum_size);
+        capabilities
+    }
+
+    fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
+        let offset = offset.bytes();
+        let all_data = StorageExtent { length, kind: ExtentKind::Data };
+        if !self.has_extents || offset >= self.size() {
+            return Ok(all_data);
+        }
+        let mut known = self.extents.lock().unwrap_or_else(PoisonError::into_inner);
+        let covers = |known: &&Known| known.start <= offset && offset < known.end;
+        let mut found = known.iter().find(covers).copied();
+        if found.is_none() {
+            *known = self.fetch(offset, length.min(self.size() - offset))?;
+            found = known.iter().find(covers).copied();
+        }
+        Ok(found.map_or(all_data, |known| StorageExtent {
+            length: (known.end - offset).min(length),
+            kind: known.kind,
+        }))
+    }
+}
+
+impl Drop for ExportStorage {
+    fn drop(&mut self) {
+        // Every request was answered; how the connection ends does not matter.
+        let _ = self.runtime.block_on(self.client.clone().disconnect());
+    }
+}
+
+impl std::fmt::Debug for ExportStorage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ExportStorage").field("uri", &self.uri.to_string()).finish_non_exhaustive()
+    }
+}
