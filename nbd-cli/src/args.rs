@@ -2,7 +2,9 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
-use crate::commands::{backup, completions, copy, image, info, list_meta, map, restore, serve};
+use crate::commands::{
+    backup, completions, copy, image, info, list_meta, map, qemu_nbd, restore, serve,
+};
 
 pub use crate::size::ByteSize;
 pub use crate::terminal::ColorChoice;
@@ -57,6 +59,8 @@ pub enum Command {
     Restore(restore::RestoreArgs),
     /// Make, inspect, convert and change disk images
     Image(image::ImageArgs),
+    /// Serve as qemu-nbd does, with its options; also under that name
+    QemuNbd(qemu_nbd::QemuNbdArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }

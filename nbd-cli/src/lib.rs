@@ -36,6 +36,9 @@ use crate::error::{CommandError, CommandErrorKind, Outcome};
 /// Results go to standard output; errors, warnings and progress to standard error.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<_> = arguments.into_iter().collect();
+    if let Some(arguments) = commands::qemu_nbd::arguments_for_qemu_nbd(&arguments) {
+        return ExitCode::from(commands::qemu_nbd::run(arguments.to_vec()));
+    }
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(message) => return usage(&message, commands::image::usage_code(&arguments)),
@@ -57,6 +60,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Backup(args) => commands::backup::run(&args),
         Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),
+        Command::QemuNbd(args) => Ok(Outcome::Status(commands::qemu_nbd::run(args.arguments))),
         Command::Completions(args) => commands::completions::run(&args),
     }
 }

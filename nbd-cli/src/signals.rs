@@ -10,6 +10,7 @@ use crate::error::CommandError;
 pub(crate) struct EndSignals {
     interrupt: Signal,
     terminate: Signal,
+    hangup: Option<Signal>,
 }
 
 /// One of them.
@@ -35,7 +36,17 @@ impl EndSignals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
+            hangup: None,
         })
+    }
+
+    /// Begins to catch SIGHUP as well.
+    pub(crate) fn with_hangup(mut self) -> Result<Self, CommandError> {
+        self.hangup = Some(
+            signal(SignalKind::hangup())
+                .map_err(|error| CommandError::new(format!("cannot catch signals: {error}")))?,
+        );
+        Ok(self)
     }
 
     /// Waits for the next one.
@@ -47,7 +58,15 @@ impl EndSignals {
         let kind = tokio::select! {
             _ = self.interrupt.recv() => SignalKind::interrupt(),
             _ = self.terminate.recv() => SignalKind::terminate(),
+            () = received(self.hangup.as_mut()) => SignalKind::hangup(),
         };
         EndSignal(kind.as_raw_value())
+    }
+}
+
+async fn received(signal: Option<&mut Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
     }
 }

@@ -7,5 +7,6 @@ pub mod image;
 pub mod info;
 pub mod list_meta;
 pub mod map;
+pub mod qemu_nbd;
 pub mod restore;
 pub mod serve;

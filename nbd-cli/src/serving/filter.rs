@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use nbd_proto::wire::{BlockDescriptor, MetaContextName};
+use nbd_proto::wire::{BlockDescriptor, MetaContextName, TransmissionFlags};
 use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
     TryWrite, ZeroMode,
@@ -33,23 +33,51 @@ pub enum DetectZeroes {
     Unmap,
 }
 
+/// When a write counts as done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Caching {
+    /// When it is in a cache; flushes make it durable.
+    #[default]
+    Writeback,
+    /// When it is durable.
+    Writethrough,
+}
+
+/// What is told about several connections of one client.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum MultiConn {
+    /// What the export says.
+    #[default]
+    AsItIs,
+    /// That there are none.
+    Hidden,
+}
+
+/// What becomes of requests; the default changes nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Changes {
+    pub(crate) discard: Discard,
+    pub(crate) detect_zeroes: DetectZeroes,
+    pub(crate) caching: Caching,
+    pub(crate) multi_conn: MultiConn,
+}
+
 /// An export with some of its requests changed.
 struct Filter {
     inner: Arc<dyn Export>,
     discard: Discard,
     detect_zeroes: DetectZeroes,
+    caching: Caching,
+    multi_conn: MultiConn,
 }
 
 /// The export itself if there is nothing to change.
-pub(crate) fn filtered(
-    inner: Arc<dyn Export>,
-    discard: Discard,
-    detect_zeroes: DetectZeroes,
-) -> Arc<dyn Export> {
-    match (discard, detect_zeroes) {
-        (Discard::Unmap, DetectZeroes::Off) => inner,
-        _ => Arc::new(Filter { inner, discard, detect_zeroes }),
+pub(crate) fn filtered(inner: Arc<dyn Export>, changes: Changes) -> Arc<dyn Export> {
+    if changes == Changes::default() {
+        return inner;
     }
+    let Changes { discard, detect_zeroes, caching, multi_conn } = changes;
+    Arc::new(Filter { inner, discard, detect_zeroes, caching, multi_conn })
 }
 
 impl Filter {
@@ -59,11 +87,22 @@ impl Filter {
             Discard::Ignore => ZeroMode::NoHole,
         }
     }
+
+    fn durable(&self, wanted: Durability) -> Durability {
+        match self.caching {
+            Caching::Writeback => wanted,
+            Caching::Writethrough => Durability::Fua,
+        }
+    }
 }
 
 impl Export for Filter {
     fn info(&self) -> ExportInfo {
-        self.inner.info()
+        let mut info = self.inner.info();
+        if self.multi_conn == MultiConn::Hidden {
+            info.flags.remove(TransmissionFlags::CAN_MULTI_CONN);
+        }
+        info
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
@@ -81,6 +120,9 @@ impl Export for Filter {
     fn promptness(&self, operation: Operation) -> Promptness {
         match (operation, self.detect_zeroes) {
             (Operation::Write(..), DetectZeroes::On | DetectZeroes::Unmap) => Promptness::MayBlock,
+            (Operation::Write(length, durability), _) => {
+                self.inner.promptness(Operation::Write(length, self.durable(durability)))
+            }
             (operation, _) => self.inner.promptness(operation),
         }
     }
@@ -91,6 +133,7 @@ impl Export for Filter {
         data: &[u8],
         durability: Durability,
     ) -> Result<(), ExportError> {
+        let durability = self.durable(durability);
         let mode = match self.detect_zeroes {
             DetectZeroes::Off => return self.inner.write_at(offset, data, durability),
             DetectZeroes::On => ZeroMode::NoHole,
@@ -104,6 +147,9 @@ impl Export for Filter {
     }
 
     fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        if self.caching == Caching::Writethrough {
+            return Ok(TryWrite::WouldBlock);
+        }
         match self.detect_zeroes {
             // Zeroes become another operation, which may wait.
             DetectZeroes::On | DetectZeroes::Unmap if is_zero(data) => Ok(TryWrite::WouldBlock),
@@ -116,6 +162,7 @@ impl Export for Filter {
     }
 
     fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        let durability = self.durable(durability);
         match (self.discard, durability) {
             (Discard::Unmap, _) => self.inner.trim(offset, length, durability),
             (Discard::Ignore, Durability::Cached) => Ok(()),
@@ -132,7 +179,8 @@ impl Export for Filter {
         speed: Speed,
         durability: Durability,
     ) -> Result<(), ExportError> {
-        self.inner.write_zeroes(offset, length, self.mode(mode), speed, durability)
+        let (mode, durability) = (self.mode(mode), self.durable(durability));
+        self.inner.write_zeroes(offset, length, mode, speed, durability)
     }
 
     fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {

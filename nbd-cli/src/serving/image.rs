@@ -4,10 +4,10 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use imgfmt::{Access, CreateOptions, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{Access, CreateOptions, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_server::export::{Export, ImageExport};
 
-use super::{DetectZeroes, Discard, PrivateFolder, filtered};
+use super::{Changes, PrivateFolder, Window, filtered};
 use crate::error::CommandError;
 
 /// Where writes of clients go.
@@ -30,10 +30,12 @@ pub(crate) struct ImageChoices {
     /// An internal snapshot in place of the present state; for reading only.
     pub(crate) snapshot: Option<String>,
     pub(crate) writes: Writes,
+    pub(crate) locking: Locking,
     /// Which other files the image may name.
     pub(crate) policy: OpenPolicy,
-    pub(crate) discard: Discard,
-    pub(crate) detect_zeroes: DetectZeroes,
+    pub(crate) changes: Changes,
+    /// The part of the disk that is exported.
+    pub(crate) window: Window,
     /// Whether `qemu:allocation-depth` is offered.
     pub(crate) allocation_depth: bool,
 }
@@ -86,11 +88,16 @@ impl ImageChoices {
     /// [`OpenError`] if it cannot be opened.
     pub(crate) fn open(&self, path: &Path) -> Result<Arc<dyn Export>, OpenError> {
         let image = self.open_image(path)?;
-        Ok(self.export(image))
+        Ok(self.export(image)?)
     }
 
-    fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
-        let mut options = OpenOptions::new().policy(self.policy.clone());
+    /// Opens an image without making an export of it.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] if it cannot be opened.
+    pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
+        let mut options = OpenOptions::new().locking(self.locking).policy(self.policy.clone());
         options.format = self.format;
         options.snapshot.clone_from(&self.snapshot);
         match self.writes {
@@ -103,12 +110,17 @@ impl ImageChoices {
         }
     }
 
-    fn export(&self, image: Image) -> Arc<dyn Export> {
+    /// Makes an export of an image that is open.
+    ///
+    /// # Errors
+    ///
+    /// If the image does not contain the part that is wanted.
+    pub(crate) fn export(&self, image: Image) -> Result<Arc<dyn Export>, CommandError> {
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
             export = export.with_allocation_depth();
         }
-        filtered(Arc::new(export), self.discard, self.detect_zeroes)
+        Ok(filtered(self.window.of(Arc::new(export))?, self.changes))
     }
 }
 

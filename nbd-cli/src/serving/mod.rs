@@ -4,14 +4,16 @@
 mod filter;
 mod folder;
 pub(crate) mod image;
+mod window;
 
 use std::future::Future;
 
 use nbd_server::{ServeError, Server};
 
-pub(crate) use self::filter::filtered;
+pub(crate) use self::filter::{Caching, Changes, MultiConn, filtered};
 pub use self::filter::{DetectZeroes, Discard};
 pub(crate) use self::folder::PrivateFolder;
+pub(crate) use self::window::Window;
 use crate::error::CommandError;
 use crate::signals::EndSignals;
 

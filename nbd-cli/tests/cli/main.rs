@@ -33,6 +33,8 @@ mod list_meta;
 mod map_depth;
 mod map_output;
 mod map_picture;
+mod qemu_nbd_beside;
+mod qemu_nbd_daemon;
 mod serve_exports;
 mod serve_fio;
 mod serve_limits;

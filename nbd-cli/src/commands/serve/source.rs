@@ -10,8 +10,8 @@ use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::ServeArgs;
 use crate::error::CommandError;
-use crate::serving::filtered;
 use crate::serving::image::{ImageChoices, OpenError, Writes};
+use crate::serving::{Changes, filtered};
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The
@@ -90,11 +90,14 @@ fn choices(args: &ServeArgs) -> ImageChoices {
             (false, true) => Writes::Refused,
             (false, false) => Writes::ToImage,
         },
-        discard: args.discard,
-        detect_zeroes: args.detect_zeroes,
+        changes: changes(args),
         allocation_depth: args.allocation_depth,
         ..ImageChoices::default()
     }
+}
+
+fn changes(args: &ServeArgs) -> Changes {
+    Changes { discard: args.discard, detect_zeroes: args.detect_zeroes, ..Changes::default() }
 }
 
 fn explained(error: OpenError, args: &ServeArgs) -> CommandError {
@@ -117,7 +120,7 @@ fn memory(source: &str, size: &str, args: &ServeArgs) -> Result<Arc<dyn Export>,
     }
     if !args.read_only {
         let export = Arc::new(MemoryExport::new(size.bytes()));
-        return Ok(filtered(export, args.discard, args.detect_zeroes));
+        return Ok(filtered(export, changes(args)));
     }
     let storage = Arc::new(MemoryStorage::new(size.bytes()));
     let options = OpenOptions::new().format(Format::Raw);

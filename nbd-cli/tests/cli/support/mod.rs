@@ -2,6 +2,7 @@
 
 mod disk;
 pub(crate) mod image;
+pub(crate) mod qemu_nbd;
 mod server;
 
 use std::ffi::OsStr;

@@ -1,0 +1,68 @@
+//! What `--help` and `--version` print.
+
+/// The version of QEMU whose command line this is; programs that look for features read it.
+const COMPATIBLE_VERSION: &str = "10.0.2";
+
+/// One line in the form that programs take apart, then who this is.
+pub(super) fn version() -> String {
+    format!(
+        "qemu-nbd {COMPATIBLE_VERSION} (nbd-cli {})\n\
+         This is nbd-cli with the command line of qemu-nbd; it is not part of QEMU.\n\
+         Licence: MIT or Apache-2.0.\n",
+        env!("CARGO_PKG_VERSION")
+    )
+}
+
+pub(super) const HELP: &str = "\
+Usage: qemu-nbd [OPTIONS] FILE
+  or:  qemu-nbd -L [OPTIONS]
+Serve a disk image over the Network Block Device protocol (nbd-cli in place of qemu-nbd)
+
+  -h, --help                print this help
+  -V, --version             print the version
+
+Where to listen, and for whom:
+  -p, --port=PORT           TCP port (default 10809)
+  -b, --bind=IFACE          address to listen on (default 0.0.0.0)
+  -k, --socket=PATH         unix socket, by its absolute path
+  -e, --shared=NUM          clients at a time (default 1; 0: any number); one more waits as long as
+                            a handshake may take
+  -t, --persistent          do not end when the last client has left
+      --handshake-limit=N   seconds a handshake may take (default 10; 0: any time)
+  -x, --export-name=NAME    name of the export (default: the empty name)
+  -D, --description=TEXT    a text about the export, for people
+  -v, --verbose             log to standard error; twice for more
+
+What to serve:
+  -f, --format=FORMAT       raw or qcow2; found by looking at the image unless given
+      --image-opts          FILE is a list of options of the drivers raw, qcow2, file and
+                            host_device, such as driver=raw,offset=1M,file.filename=disk.img
+  -r, --read-only           refuse writes
+  -s, --snapshot            keep writes in a temporary file; the image is only read
+  -l, --load-snapshot=SNAPSHOT_PARAM
+                            serve an internal snapshot, for reading only: its id or name, or
+                            snapshot.id=ID,snapshot.name=NAME
+  -o, --offset=OFFSET       leave out that many bytes at the start
+  -A, --allocation-depth    offer the metadata context qemu:allocation-depth
+      --cache=MODE          writeback (default), writethrough, none, directsync or unsafe; with
+                            writethrough and directsync every write is durable when it is done;
+                            all of them use the page cache, and unsafe is as safe as writeback
+  -n, --nocache             the same as --cache=none
+      --aio=MODE            threads, native or io_uring: accepted, and of no effect
+      --discard=MODE        ignore (default) or unmap: give space back
+      --detect-zeroes=MODE  off (default), on, or unmap (behind --discard=unmap)
+
+The process:
+      --fork                serve in the background; returns when clients can connect
+      --pid-file=PATH       write the number of the serving process to a file, and lock it
+  -T, --trace=PATTERN       accepted with a warning: there are no trace events; see -v
+
+Others:
+  -L, --list                print what another server (-b, -p, -k) exports
+      --object=TYPE,id=ID,...
+                            define a secret, tls-creds-x509, tls-creds-psk, authz-simple,
+                            authz-list or authz-list-file
+
+Not supported, and refused: -B (--bitmap), -c (--connect), -d (--disconnect), --selinux-label,
+--tls-creds, --tls-authz and --tls-hostname.
+";

@@ -1,0 +1,214 @@
+//! QEMU's `key=value,key=value` syntax, in which a comma inside a value is doubled, and the JSON
+//! objects that may stand in its place.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+/// Options by their dotted names, such as `file.filename`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct KeyValues {
+    values: BTreeMap<String, String>,
+}
+
+impl KeyValues {
+    /// Takes a text apart. Its first part is the value of `implied` if it has no key of its own.
+    ///
+    /// # Errors
+    ///
+    /// A sentence about what is wrong.
+    pub(super) fn parse(text: &str, implied: Option<&str>) -> Result<Self, String> {
+        if text.starts_with('{') {
+            return Self::from_json(text);
+        }
+        let mut values = BTreeMap::new();
+        for (index, part) in split(text).into_iter().enumerate() {
+            let (key, value) = match (part.split_once('='), implied) {
+                (Some((key, value)), _) => (key.to_owned(), value.to_owned()),
+                (None, Some(implied)) if index == 0 => (implied.to_owned(), part),
+                // An option alone is switched on, and off with a "no" before it.
+                (None, _) if part == "help" || part == "?" => {
+                    return Err("there is no list of the options here; see --help".to_owned());
+                }
+                (None, _) => (part, "on".to_owned()),
+            };
+            if key.is_empty() {
+                return Err(format!("'{text}': a value has no key"));
+            }
+            // As QEMU has it: the last one counts.
+            values.insert(key, value);
+        }
+        Ok(Self { values })
+    }
+
+    /// Takes a JSON object apart; what is nested gets dotted names.
+    ///
+    /// # Errors
+    ///
+    /// A sentence about what is wrong.
+    pub(super) fn from_json(text: &str) -> Result<Self, String> {
+        let value: Value =
+            serde_json::from_str(text).map_err(|error| format!("this is no JSON: {error}"))?;
+        let Value::Object(_) = value else {
+            return Err("the JSON text is no object".to_owned());
+        };
+        let mut values = BTreeMap::new();
+        flatten(String::new(), value, &mut values);
+        Ok(Self { values })
+    }
+
+    /// Takes the value of a key away.
+    pub(super) fn take(&mut self, key: &str) -> Option<String> {
+        self.values.remove(key)
+    }
+
+    /// Takes everything away whose key begins with `prefix` and a dot, without that prefix.
+    pub(super) fn take_below(&mut self, prefix: &str) -> Self {
+        let dotted = format!("{prefix}.");
+        let (below, rest) = std::mem::take(&mut self.values)
+            .into_iter()
+            .partition(|(key, _)| key.starts_with(&dotted));
+        self.values = rest;
+        let below: BTreeMap<String, String> = below;
+        let strip = |(key, value): (String, String)| (key[dotted.len()..].to_owned(), value);
+        Self { values: below.into_iter().map(strip).collect() }
+    }
+
+    /// Takes `on` or `off` (or what means the same) away.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if it is neither.
+    pub(super) fn take_switch(&mut self, key: &str) -> Result<Option<bool>, String> {
+        match self.take(key).as_deref() {
+            None => Ok(None),
+            Some("on" | "yes" | "true" | "y") => Ok(Some(true)),
+            Some("off" | "no" | "false" | "n") => Ok(Some(false)),
+            Some(other) => Err(format!("Parameter '{key}' expects 'on' or 'off', not '{other}'")),
+        }
+    }
+
+    /// One of the keys that nobody has taken.
+    pub(super) fn left_over(&self) -> Option<&str> {
+        self.values.keys().next().map(String::as_str)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+}
+
+/// Splits at commas; two commas stand for one in the text.
+fn split(text: &str) -> Vec<String> {
+    let mut parts = Vec::new();
+    let mut part = String::new();
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character != ',' {
+            part.push(character);
+        } else if characters.next_if_eq(&',').is_some() {
+            part.push(',');
+        } else {
+            parts.push(std::mem::take(&mut part));
+        }
+    }
+    if !part.is_empty() {
+        parts.push(part);
+    }
+    parts
+}
+
+/// The parser of JSON bounds how deep this goes.
+fn flatten(prefix: String, value: Value, values: &mut BTreeMap<String, String>) {
+    let below = |key: &str| match prefix.as_str() {
+        "" => key.to_owned(),
+        prefix => format!("{prefix}.{key}"),
+    };
+    match value {
+        Value::Object(members) => {
+            for (key, value) in members {
+                flatten(below(&key), value, values);
+            }
+        }
+        Value::Array(members) => {
+            for (index, value) in members.into_iter().enumerate() {
+                flatten(below(&index.to_string()), value, values);
+            }
+        }
+        Value::Null => drop(values.insert(prefix, String::new())),
+        Value::Bool(true) => drop(values.insert(prefix, "on".to_owned())),
+        Value::Bool(false) => drop(values.insert(prefix, "off".to_owned())),
+        Value::Number(number) => drop(values.insert(prefix, number.to_string())),
+        Value::String(text) => drop(values.insert(prefix, text)),
+    }
+}
+
+/// A size as QEMU writes it: bytes, or with one of the suffixes B, K, M, G, T, P, E.
+pub(super) fn parse_size(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.as_bytes().last()?.to_ascii_lowercase() {
+        b'b' => (&text[..text.len() - 1], 0),
+        b'k' => (&text[..text.len() - 1], 10),
+        b'm' => (&text[..text.len() - 1], 20),
+        b'g' => (&text[..text.len() - 1], 30),
+        b't' => (&text[..text.len() - 1], 40),
+        b'p' => (&text[..text.len() - 1], 50),
+        b'e' => (&text[..text.len() - 1], 60),
+        _ => (text, 0),
+    };
+    parse_number(digits)?.checked_mul(1 << shift)
+}
+
+/// A number in decimal or, after `0x`, in hexadecimal.
+pub(super) fn parse_number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(digits) if !digits.starts_with('+') => u64::from_str_radix(digits, 16).ok(),
+        Some(_) => None,
+        None => text.parse().ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commas_inside_values_are_doubled() {
+        let text = "authz-simple,id=a,identity=CN=laptop,,O=Example Org,,C=GB,on-alone";
+        let mut parsed = KeyValues::parse(text, Some("qom-type")).unwrap();
+        assert_eq!(parsed.take("qom-type").as_deref(), Some("authz-simple"));
+        assert_eq!(parsed.take("identity").as_deref(), Some("CN=laptop,O=Example Org,C=GB"));
+        assert_eq!(parsed.take_switch("on-alone"), Ok(Some(true)));
+        assert_eq!(parsed.left_over(), Some("id"));
+    }
+
+    #[test]
+    fn json_and_text_give_the_same_options() {
+        let text = "driver=raw,file.driver=file,file.locking=on,list.0=7";
+        let json = r#"{"driver":"raw","file":{"driver":"file","locking":true},"list":[7]}"#;
+        assert_eq!(KeyValues::parse(json, None), KeyValues::parse(text, None));
+        assert!(KeyValues::parse("{bad", None).is_err());
+        let mut options = KeyValues::parse(text, None).unwrap();
+        let mut file = options.take_below("file");
+        assert_eq!(file.take("driver").as_deref(), Some("file"));
+        assert_eq!(file.take("locking").as_deref(), Some("on"));
+        assert!(file.is_empty());
+    }
+
+    #[test]
+    fn sizes_have_suffixes_of_powers_of_two() {
+        for (text, size) in [
+            ("0", Some(0)),
+            ("512", Some(512)),
+            ("1M", Some(1 << 20)),
+            ("2g", Some(2 << 30)),
+            ("0x10", Some(16)),
+            ("", None),
+            ("M", None),
+            ("1X", None),
+            ("-1", None),
+            ("16E", None),
+        ] {
+            assert_eq!(parse_size(text), size, "{text}");
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! `nbd-cli qemu-nbd`, or the program under the name `qemu-nbd`: the command line of QEMU's disk
+//! server, for scripts and programs that call it.
+//!
+//! The options are taken apart the way getopt_long does it and mean what they mean there; what this
+//! program does not have is refused by name. Errors are lines on standard error that begin with
+//! `qemu-nbd: `, and the exit code is 0 or 1.
+
+mod daemon;
+mod getopt;
+mod help;
+mod image_options;
+mod key_values;
+mod list;
+mod objects;
+mod options;
+mod pid_file;
+mod server;
+mod source;
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write as _;
+use std::path::Path;
+
+use clap::Args;
+
+use self::daemon::{Beginning, Role};
+use self::options::{Options, Wanted};
+use crate::error::CommandError;
+use crate::logging;
+
+/// The arguments of qemu-nbd, which has a parser of its own.
+#[derive(Debug, Args)]
+#[command(disable_help_flag = true)]
+pub struct QemuNbdArgs {
+    /// Options and a file, as qemu-nbd has them; see `nbd-cli qemu-nbd --help`.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
+    pub arguments: Vec<OsString>,
+}
+
+/// Why nothing is served or listed.
+#[derive(Debug)]
+struct Refusal {
+    /// `None` if it has been said already.
+    message: Option<String>,
+    advice: Option<&'static str>,
+}
+
+impl Refusal {
+    fn new(message: impl Into<String>) -> Self {
+        Self { message: Some(message.into()), advice: None }
+    }
+
+    /// The command line makes no sense.
+    fn usage(message: impl Into<String>) -> Self {
+        let advice = Some("Try 'qemu-nbd --help' for more information.");
+        Self { message: Some(message.into()), advice }
+    }
+
+    /// Something fails that another process has reported.
+    fn already_reported() -> Self {
+        Self { message: None, advice: None }
+    }
+}
+
+impl From<CommandError> for Refusal {
+    fn from(error: CommandError) -> Self {
+        Self::new(error.to_string())
+    }
+}
+
+/// The arguments for qemu-nbd, without its name, if a whole command line is one.
+pub(crate) fn arguments_for_qemu_nbd(arguments: &[OsString]) -> Option<&[OsString]> {
+    let (program, rest) = arguments.split_first()?;
+    if Path::new(program).file_name() == Some(OsStr::new("qemu-nbd")) {
+        return Some(rest);
+    }
+    match rest.split_first() {
+        Some((command, rest)) if command == "qemu-nbd" => Some(rest),
+        _ => None,
+    }
+}
+
+/// Runs qemu-nbd with its arguments (without its name) and returns its exit code.
+pub(crate) fn run(arguments: Vec<OsString>) -> u8 {
+    let (beginning, arguments) = Role::of(arguments);
+    match carry_out(beginning, arguments) {
+        Ok(()) => 0,
+        Err(refusal) => {
+            for line in refusal.message.as_deref().into_iter().chain(refusal.advice) {
+                complain(line);
+            }
+            1
+        }
+    }
+}
+
+fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refusal> {
+    let options = match options::parse(arguments.clone())? {
+        Wanted::Help => return print(help::HELP),
+        Wanted::Version => return print(&help::version()),
+        Wanted::TraceHelp => {
+            complain("there are no trace events here; -v logs what happens");
+            return Ok(());
+        }
+        Wanted::Work(options) => options,
+    };
+    let role = beginning.take_over()?;
+    check(&options)?;
+    if options.fork && role == Role::Foreground {
+        return daemon::start(&arguments);
+    }
+    logging::start(options.verbosity);
+    for traced in &options.traced {
+        complain(&format!(
+            "warning: there is no trace event '{traced}' here; -v logs what happens"
+        ));
+    }
+    match options.list {
+        true => list::run(&options),
+        false => server::run(&options, role),
+    }
+}
+
+/// What does not go together, in the order in which QEMU finds it.
+fn check(options: &Options) -> Result<(), Refusal> {
+    if options.list {
+        check_list(options)?;
+    }
+    if daemon::service_manager_gave_sockets() {
+        check_activation(options)?;
+    }
+    check_tls(options)?;
+    if options.selinux_label {
+        return Err(Refusal::new(match options.socket {
+            None => "--selinux-label is not permitted without --socket",
+            Some(_) => "--selinux-label is not supported; label the socket with chcon",
+        }));
+    }
+    if options.list {
+        return Ok(());
+    }
+    if options.connect || options.disconnect {
+        let option = if options.connect { "-c (--connect)" } else { "-d (--disconnect)" };
+        return Err(Refusal::new(format!(
+            "{option} is not supported: devices of the kernel are not managed here; serve on a \
+             socket and use nbd-client"
+        )));
+    }
+    if options.files.len() != 1 {
+        return Err(Refusal::usage("Invalid number of arguments"));
+    }
+    if options.image_options && options.format.is_some() {
+        return Err(Refusal::new("--image-opts and -f are mutually exclusive"));
+    }
+    Ok(())
+}
+
+fn check_list(options: &Options) -> Result<(), Refusal> {
+    let wrong = if !options.files.is_empty() {
+        "a file name"
+    } else if options.says_something_about_the_disk() {
+        "per-device settings"
+    } else if options.fork {
+        "forking"
+    } else {
+        return Ok(());
+    };
+    Err(Refusal::new(format!("List mode is incompatible with {wrong}")))
+}
+
+fn check_activation(options: &Options) -> Result<(), Refusal> {
+    let wrong = if options.connect {
+        "NBD device"
+    } else if options.socket.is_some() {
+        "Unix socket"
+    } else if options.bind.is_some() {
+        "The interface"
+    } else if options.port.is_some() {
+        "TCP port number"
+    } else if options.selinux_label {
+        "SELinux label"
+    } else if options.list {
+        return Err(Refusal::new("List mode is incompatible with socket activation"));
+    } else {
+        return match std::env::var("LISTEN_FDS").as_deref().map(str::trim) {
+            Ok("1") => Ok(()),
+            _ => Err(Refusal::new("socket activation is supported with LISTEN_FDS=1 only")),
+        };
+    };
+    Err(Refusal::new(format!("{wrong} can't be set when using socket activation")))
+}
+
+fn check_tls(options: &Options) -> Result<(), Refusal> {
+    let Some(id) = &options.tls_creds else {
+        return match (&options.tls_authz, &options.tls_hostname) {
+            (Some(_), _) => Err(Refusal::new("--tls-authz is not permitted without --tls-creds")),
+            (_, Some(_)) => {
+                Err(Refusal::new("--tls-hostname is not permitted without --tls-creds"))
+            }
+            _ => Ok(()),
+        };
+    };
+    if options.tls_authz.is_some() && options.list {
+        return Err(Refusal::new("TLS authorization is incompatible with export list"));
+    }
+    if options.tls_hostname.is_some() && !options.list {
+        return Err(Refusal::new("TLS hostname is only supported with export list"));
+    }
+    options.objects.credentials(id, options.list).map_err(Refusal::new)?;
+    Err(Refusal::new("--tls-creds is not supported yet"))
+}
+
+fn print(text: &str) -> Result<(), Refusal> {
+    let mut stdout = std::io::stdout().lock();
+    let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
+    match printed {
+        // Whoever looks for one line of it may close the pipe then.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Refusal::new(format!("cannot write to standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Writes a line to standard error. If that is closed nothing can be done about it.
+fn complain(line: &str) {
+    let _ = writeln!(std::io::stderr(), "qemu-nbd: {line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(words: &[&str]) -> Option<Vec<OsString>> {
+        let words: Vec<OsString> = words.iter().map(OsString::from).collect();
+        arguments_for_qemu_nbd(&words).map(<[OsString]>::to_vec)
+    }
+
+    #[test]
+    fn the_name_or_the_first_word_says_that_it_is_qemu_nbd() {
+        let expected = Some(vec![OsString::from("-t"), "disk".into()]);
+        assert_eq!(found(&["/usr/bin/qemu-nbd", "-t", "disk"]), expected);
+        assert_eq!(found(&["qemu-nbd", "-t", "disk"]), expected);
+        assert_eq!(found(&["nbd-cli", "qemu-nbd", "-t", "disk"]), expected);
+        assert_eq!(found(&["nbd-cli", "serve", "qemu-nbd"]), None);
+        assert_eq!(found(&["nbd-cli"]), None);
+    }
+}

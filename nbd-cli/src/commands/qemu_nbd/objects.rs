@@ -1,0 +1,262 @@
+//! `--object`: secrets, TLS credentials and lists of who may connect, by their ids.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use super::key_values::KeyValues;
+
+/// The objects that were defined.
+#[derive(Debug, Default)]
+pub(super) struct Objects {
+    objects: BTreeMap<String, Object>,
+}
+
+/// An object with its properties checked, but its files not read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Object {
+    Secret(Secret),
+    TlsCredentials(TlsCredentials),
+    Authorization(Authorization),
+}
+
+/// Where a password is.
+#[derive(Clone, PartialEq, Eq)]
+pub(super) struct Secret {
+    pub(super) place: SecretPlace,
+    pub(super) format: SecretFormat,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub(super) enum SecretPlace {
+    Data(String),
+    File(PathBuf),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SecretFormat {
+    Raw,
+    Base64,
+}
+
+/// Credentials for one end of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TlsCredentials {
+    pub(super) endpoint: Endpoint,
+    pub(super) folder: PathBuf,
+    pub(super) kind: CredentialsKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Endpoint {
+    Server,
+    Client,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum CredentialsKind {
+    X509 { verify_peer: bool, password: Option<String> },
+    Psk { user: Option<String> },
+}
+
+/// Who may connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Authorization {
+    /// Exactly this distinguished name.
+    Simple(String),
+    List {
+        rules: Vec<Rule>,
+        otherwise: Policy,
+    },
+    /// A list in a JSON file.
+    ListFile(PathBuf),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) names: String,
+    pub(super) policy: Policy,
+    pub(super) matching: Matching,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Policy {
+    Allow,
+    Deny,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Matching {
+    Exact,
+    /// `*` and `?` stand for other characters.
+    Glob,
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Secret").field("format", &self.format).finish_non_exhaustive()
+    }
+}
+
+impl Objects {
+    /// Defines the object that an `--object` describes.
+    ///
+    /// # Errors
+    ///
+    /// A sentence about the property that is wrong.
+    pub(super) fn add(&mut self, text: &str) -> Result<(), String> {
+        let mut properties = KeyValues::parse(text, Some("qom-type"))?;
+        let kind = properties.take("qom-type").filter(|kind| !kind.is_empty());
+        let kind = kind.ok_or_else(|| missing("qom-type"))?;
+        let id = properties.take("id").ok_or_else(|| missing("id"))?;
+        let object = match kind.as_str() {
+            "secret" => Object::Secret(Secret::new(&mut properties)?),
+            "tls-creds-x509" | "tls-creds-psk" => {
+                Object::TlsCredentials(TlsCredentials::new(&kind, &mut properties)?)
+            }
+            "authz-simple" => {
+                let identity = properties.take("identity").ok_or_else(|| missing("identity"))?;
+                Object::Authorization(Authorization::Simple(identity))
+            }
+            "authz-list" => Object::Authorization(Authorization::list(&mut properties)?),
+            "authz-list-file" => {
+                let file = properties.take("filename").ok_or_else(|| missing("filename"))?;
+                // Whether a changed file counts: it is read at the start only.
+                if properties.take_switch("refresh")? == Some(true) {
+                    return Err("refresh=on is not supported: the file is read once".to_owned());
+                }
+                Object::Authorization(Authorization::ListFile(file.into()))
+            }
+            _ => {
+                return Err(format!(
+                    "'qom-type' does not accept '{kind}'; there are secret, tls-creds-x509, \
+                     tls-creds-psk, authz-simple, authz-list and authz-list-file"
+                ));
+            }
+        };
+        if let Some(key) = properties.left_over() {
+            return Err(format!("Parameter '{key}' is unexpected for an object '{kind}'"));
+        }
+        match self.objects.insert(id.clone(), object) {
+            None => Ok(()),
+            Some(_) => Err(format!("there are two objects with the id '{id}'")),
+        }
+    }
+
+    /// The credentials of that id, which must be for the end that is wanted.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if there are none, or they are for the other end.
+    pub(super) fn credentials(&self, id: &str, as_client: bool) -> Result<&TlsCredentials, String> {
+        let failed = |why: String| Err(format!("Failed to get TLS creds: {why}"));
+        match self.objects.get(id) {
+            None => failed(format!("No TLS credentials with id '{id}'")),
+            Some(Object::TlsCredentials(credentials)) => {
+                let needed = if as_client { Endpoint::Client } else { Endpoint::Server };
+                match credentials.endpoint == needed {
+                    true => Ok(credentials),
+                    false => failed(format!("'{id}' is not for endpoint={}", needed.name())),
+                }
+            }
+            Some(_) => failed(format!("Object with id '{id}' is not TLS credentials")),
+        }
+    }
+}
+
+impl Endpoint {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Server => "server",
+            Self::Client => "client",
+        }
+    }
+}
+
+impl Secret {
+    fn new(properties: &mut KeyValues) -> Result<Self, String> {
+        for encrypted in ["keyid", "iv"] {
+            if properties.take(encrypted).is_some() {
+                return Err(format!("'{encrypted}' is not supported: secrets are not encrypted"));
+            }
+        }
+        let place = match (properties.take("data"), properties.take("file")) {
+            (Some(data), None) => SecretPlace::Data(data),
+            (None, Some(file)) => SecretPlace::File(file.into()),
+            (Some(_), Some(_)) => return Err("'file' and 'data' are mutually exclusive".to_owned()),
+            (None, None) => return Err("Either 'file' or 'data' must be provided".to_owned()),
+        };
+        let format = match properties.take("format").as_deref() {
+            None | Some("raw") => SecretFormat::Raw,
+            Some("base64") => SecretFormat::Base64,
+            Some(other) => return Err(not_accepted("format", other)),
+        };
+        Ok(Self { place, format })
+    }
+}
+
+impl TlsCredentials {
+    fn new(kind: &str, properties: &mut KeyValues) -> Result<Self, String> {
+        let endpoint = match properties.take("endpoint").as_deref() {
+            // As QEMU has it.
+            None | Some("client") => Endpoint::Client,
+            Some("server") => Endpoint::Server,
+            Some(other) => return Err(not_accepted("endpoint", other)),
+        };
+        let folder = properties.take("dir").ok_or("Missing 'dir' property value")?.into();
+        let verify_peer = properties.take_switch("verify-peer")?.unwrap_or(true);
+        if properties.take("priority").is_some() {
+            return Err("'priority' is not supported: its words are GnuTLS's".to_owned());
+        }
+        let kind = if kind == "tls-creds-psk" {
+            CredentialsKind::Psk { user: properties.take("username") }
+        } else {
+            // Certificates are always checked.
+            properties.take_switch("sanity-check")?;
+            CredentialsKind::X509 { verify_peer, password: properties.take("passwordid") }
+        };
+        Ok(Self { endpoint, folder, kind })
+    }
+}
+
+impl Authorization {
+    fn list(properties: &mut KeyValues) -> Result<Self, String> {
+        let otherwise = Policy::take(properties, "policy")?.unwrap_or(Policy::Deny);
+        let mut rules = Vec::new();
+        loop {
+            let mut rule = properties.take_below(&format!("rules.{}", rules.len()));
+            if rule.is_empty() {
+                return Ok(Self::List { rules, otherwise });
+            }
+            let names = rule.take("match").ok_or_else(|| missing("match"))?;
+            let policy = Policy::take(&mut rule, "policy")?.ok_or_else(|| missing("policy"))?;
+            let matching = match rule.take("format").as_deref() {
+                None | Some("exact") => Matching::Exact,
+                Some("glob") => Matching::Glob,
+                Some(other) => return Err(not_accepted("format", other)),
+            };
+            if let Some(key) = rule.left_over() {
+                return Err(format!("Parameter '{key}' is unexpected in a rule"));
+            }
+            rules.push(Rule { names, policy, matching });
+        }
+    }
+}
+
+impl Policy {
+    fn take(properties: &mut KeyValues, key: &str) -> Result<Option<Self>, String> {
+        match properties.take(key).as_deref() {
+            None => Ok(None),
+            Some("allow") => Ok(Some(Self::Allow)),
+            Some("deny") => Ok(Some(Self::Deny)),
+            Some(other) => Err(not_accepted(key, other)),
+        }
+    }
+}
+
+fn missing(key: &str) -> String {
+    format!("Parameter '{key}' is missing")
+}
+
+fn not_accepted(key: &str, value: &str) -> String {
+    format!("Parameter '{key}' does not accept value '{value}'")
+}

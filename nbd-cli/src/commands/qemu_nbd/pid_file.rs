@@ -1,0 +1,56 @@
+//! The file with the number of the serving process.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+use rustix::fs::FlockOperation;
+
+use super::Refusal;
+
+/// Attempts to lock a file that is replaced again and again by others.
+const MAX_ATTEMPTS: usize = 100;
+
+/// A written file, locked as long as this lives, that is until the process ends. The file stays, as
+/// qemu-nbd leaves it: a file without a lock is nobody's.
+#[derive(Debug)]
+pub(super) struct PidFile {
+    _locked: File,
+}
+
+impl PidFile {
+    /// Writes the number of this process.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be written, or another process holds its lock.
+    pub(super) fn write(path: &Path) -> Result<Self, Refusal> {
+        let failed = |what: &str, error: &std::io::Error| {
+            Refusal::new(format!("Cannot {what} pid file '{}': {error}", path.display()))
+        };
+        for _ in 0..MAX_ATTEMPTS {
+            let opened =
+                OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path);
+            let mut file = opened.map_err(|error| failed("open", &error))?;
+            rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive)
+                .map_err(|error| failed("lock", &error.into()))?;
+            if !is_still(path, &file) {
+                continue;
+            }
+            file.set_len(0)
+                .and_then(|()| writeln!(file, "{}", std::process::id()))
+                .map_err(|error| failed("write", &error))?;
+            return Ok(Self { _locked: file });
+        }
+        Err(Refusal::new(format!("Cannot lock pid file '{}': it keeps changing", path.display())))
+    }
+}
+
+/// Whether the file that was locked still has its name: another process may have removed it.
+fn is_still(path: &Path, file: &File) -> bool {
+    match (std::fs::metadata(path), file.metadata()) {
+        (Ok(named), Ok(open)) => (named.dev(), named.ino()) == (open.dev(), open.ino()),
+        _ => false,
+    }
+}

@@ -1,0 +1,83 @@
+//! Serving one image.
+
+use std::path::PathBuf;
+
+use nbd_server::export::ExportEntry;
+use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
+
+use super::daemon::{self, Role};
+use super::options::Options;
+use super::pid_file::PidFile;
+use super::{Refusal, source};
+use crate::error::CommandError;
+use crate::serving::{runtime, serve_error, serve_until_signal};
+use crate::signals::EndSignals;
+
+const DEFAULT_BIND: &str = "0.0.0.0";
+pub(super) const DEFAULT_PORT: &str = "10809";
+
+pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
+    runtime()?.block_on(serve(options, role))
+}
+
+async fn serve(options: &Options, role: Role) -> Result<(), Refusal> {
+    let signals = EndSignals::new()?.with_hangup()?;
+    let registry = ExportRegistry::new();
+    let mut server = Server::new(config(options), registry.clone());
+    // As qemu-nbd does it: clients can connect from here on, and wait for their greeting.
+    server.listen(&address(options)?).await.map_err(serve_error)?;
+    let mut entry = ExportEntry::new(source::open(options)?);
+    if let Some(text) = &options.description {
+        entry = entry.description(text.clone());
+    }
+    let name = options.export_name.clone().unwrap_or_default();
+    registry.add(name, entry).map_err(|error| Refusal::new(error.to_string()))?;
+    let _pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
+    daemon::ready(role, options.verbosity)?;
+    let mut clients = server.client_count();
+    let persistent = options.persistent;
+    let ended = async move {
+        match persistent {
+            true => std::future::pending().await,
+            false => clients.last_left().await,
+        }
+    };
+    Ok(serve_until_signal(server, signals, ended).await?)
+}
+
+fn config(options: &Options) -> ServerConfig {
+    let mut config = ServerConfig::default();
+    config.max_connections = match options.shared {
+        0 => usize::MAX,
+        shared => usize::try_from(shared).unwrap_or(usize::MAX),
+    };
+    config.handshake_deadline = options.handshake_limit;
+    // A client over the limit is not turned away at once: the one before it may just be leaving.
+    config.queue_deadline = options.handshake_limit;
+    config
+}
+
+fn address(options: &Options) -> Result<ListenAddress, CommandError> {
+    if daemon::service_manager_gave_sockets() {
+        return Ok(ListenAddress::Systemd);
+    }
+    match &options.socket {
+        Some(path) => Ok(ListenAddress::Unix(PathBuf::clone(path))),
+        None => {
+            let (host, port) = host_and_port(options)?;
+            let host = if host.contains(':') { format!("[{host}]") } else { host };
+            Ok(ListenAddress::Tcp(format!("{host}:{port}")))
+        }
+    }
+}
+
+/// The TCP address to listen on or to connect to; IPv6 addresses without brackets.
+pub(super) fn host_and_port(options: &Options) -> Result<(String, u16), CommandError> {
+    let host = options.bind.as_deref().unwrap_or(DEFAULT_BIND);
+    let port = options.port.as_deref().unwrap_or(DEFAULT_PORT);
+    let number = port.parse().map_err(|_| {
+        CommandError::new(format!("Invalid port '{port}' for {host}: not a number up to 65535"))
+    })?;
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    Ok((host.to_owned(), number))
+}

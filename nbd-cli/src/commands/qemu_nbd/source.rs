@@ -1,0 +1,157 @@
+//! The one image that is served.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use imgfmt::{Access, Format, Image, OpenOptions, OpenPolicy};
+use nbd_server::export::Export;
+
+use super::image_options::Described;
+use super::key_values::KeyValues;
+use super::options::{AioMode, CacheMode, Options, SnapshotName};
+use super::{Refusal, complain};
+use crate::serving::image::{ImageChoices, Writes};
+use crate::serving::{Caching, Changes, Discard, MultiConn};
+
+/// Opens it as the options say.
+///
+/// # Errors
+///
+/// If the options contradict each other or the image cannot be opened.
+pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
+    let Some(file) = options.files.first() else {
+        return Err(Refusal::usage("Invalid number of arguments"));
+    };
+    let shown = file.display();
+    let failed = |why: String| Refusal::new(format!("Failed to open '{shown}': {why}"));
+    if !options.bitmaps.is_empty() {
+        return Err(Refusal::new("-B (--bitmap) is not supported yet"));
+    }
+    check_aio(options).map_err(failed)?;
+    let disk = match (options.image_options, file.to_str()) {
+        (true, Some(text)) => KeyValues::parse(text, None).and_then(Described::from_options),
+        (true, None) => Err("the options are not valid UTF-8".to_owned()),
+        (false, Some(text)) => named(text),
+        (false, None) => Ok(Described { path: file.into(), ..Described::default() }),
+    };
+    let mut disk = disk.map_err(failed)?;
+    if let Some(name) = &options.format {
+        disk.format =
+            Some(Format::from_name(name).ok_or_else(|| {
+                failed(format!("Unknown driver '{name}'; there are raw and qcow2"))
+            })?);
+    }
+    let choices = choices(options, &disk).map_err(failed)?;
+    let image = choices.open_image(&disk.path).map_err(|error| failed(error.to_string()))?;
+    warn_of_guess(&choices, &image, &disk.path);
+    choices.export(image).map_err(|error| failed(error.to_string()))
+}
+
+/// What the name of a file stands for.
+fn named(text: &str) -> Result<Described, String> {
+    if let Some(json) = text.strip_prefix("json:") {
+        return KeyValues::from_json(json).and_then(Described::from_options);
+    }
+    let path = match text.split_once(':') {
+        Some(("file", path)) => path,
+        Some(("nbd" | "nbd+tcp" | "nbd+unix" | "nbds" | "nbds+unix", _)) => {
+            return Err("an NBD server is not supported as a source".to_owned());
+        }
+        // As QEMU has it, a colon in a name needs a slash before it.
+        Some((scheme, _)) if !scheme.contains('/') => {
+            return Err(format!("Unknown protocol '{scheme}'; write ./{text} for a file"));
+        }
+        _ => text,
+    };
+    Ok(Described { path: path.into(), ..Described::default() })
+}
+
+fn check_aio(options: &Options) -> Result<(), String> {
+    let direct = matches!(options.cache, Some(CacheMode::None | CacheMode::Directsync));
+    match options.aio {
+        Some(AioMode::Native) if !direct => {
+            Err("aio=native requires cache=none or cache=directsync".to_owned())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> {
+    let mut window = disk.window;
+    window.offset = window
+        .offset
+        .checked_add(options.offset)
+        .ok_or_else(|| format!("Offset {} is out of range", options.offset))?;
+    if let Some(size) = &mut window.size {
+        *size = size.checked_sub(options.offset).ok_or_else(|| {
+            format!("Offset {} is behind the end of the image ({size} bytes)", options.offset)
+        })?;
+    }
+    let writes = match (options.read_only || disk.read_only, options.temporary) {
+        (true, _) => Writes::Refused,
+        (false, true) => Writes::ToTemporaryFile,
+        (false, false) => Writes::ToImage,
+    };
+    let caching = match options.cache {
+        Some(CacheMode::Writethrough | CacheMode::Directsync) => Caching::Writethrough,
+        _ => Caching::Writeback,
+    };
+    let policy = OpenPolicy::any_file().allow_format_probe();
+    Ok(ImageChoices {
+        format: disk.format,
+        snapshot: match &options.snapshot {
+            Some(name) => Some(find_snapshot(disk, name)?),
+            None => None,
+        },
+        writes,
+        policy,
+        locking: disk.locking,
+        changes: Changes {
+            discard: options.discard.or(disk.discard).unwrap_or(Discard::Ignore),
+            detect_zeroes: disk.detect_zeroes.unwrap_or(options.detect_zeroes),
+            caching,
+            multi_conn: match options.shared {
+                1 => MultiConn::Hidden,
+                _ => MultiConn::AsItIs,
+            },
+        },
+        window,
+        allocation_depth: options.allocation_depth,
+    })
+}
+
+/// The id of the snapshot that is meant.
+fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, String> {
+    let mut options = OpenOptions::new().access(Access::ReadOnly).locking(disk.locking);
+    options.format = disk.format;
+    let info = Image::inspect_file(&disk.path, &options).map_err(|error| error.to_string())?;
+    let Some(qcow2) = info.qcow2 else {
+        return Err(format!("Failed to load snapshot: a {} image has none", info.format));
+    };
+    let all = &qcow2.snapshots;
+    let found = match wanted {
+        SnapshotName::IdOrName(wanted) => all
+            .iter()
+            .find(|snapshot| snapshot.id == *wanted)
+            .or_else(|| all.iter().find(|snapshot| snapshot.name == *wanted)),
+        SnapshotName::Parts { id, name } => all.iter().find(|snapshot| {
+            id.as_ref().is_none_or(|id| snapshot.id == *id)
+                && name.as_ref().is_none_or(|name| snapshot.name == *name)
+        }),
+    };
+    let found = found.ok_or("Failed to load snapshot: there is no such snapshot")?;
+    Ok(found.id.clone())
+}
+
+/// A guest that can write any first sector can make its raw image look like another format.
+fn warn_of_guess(choices: &ImageChoices, image: &Image, path: &Path) {
+    let is_guess = choices.format.is_none() && image.format() == Format::Raw;
+    if is_guess && choices.writes == Writes::ToImage {
+        complain(&format!(
+            "WARNING: Image format was not specified for '{}' and probing guessed raw; writes to \
+             the first sector that would make it look like another format are refused. Specify \
+             the format with -f raw to allow them.",
+            path.display()
+        ));
+    }
+}

@@ -1,0 +1,218 @@
+//! The qemu-nbd form beside QEMU's own qemu-nbd, option by option: the same command lines to both.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::qemu_nbd::{Foreground, ours, qemu_nbd};
+use crate::support::{Disk, Outcome, image, peer, run};
+use crate::tools;
+
+/// Command lines that both refuse, and what both say about them.
+const REFUSED: &[(&[&str], &str)] = &[
+    (&[], "Invalid number of arguments"),
+    (&["a", "b"], "Invalid number of arguments"),
+    (&["-z"], "invalid option -- 'z'"),
+    (&["--bogus"], "unrecognized option '--bogus'"),
+    (&["-e"], "option requires an argument -- 'e'"),
+    (&["--port"], "option '--port' requires an argument"),
+    (&["--fork=yes"], "option '--fork' doesn't allow an argument"),
+    (&["--s"], "possibilities: '--socket' '--snapshot' '--shared' '--selinux-label'"),
+    (&["-e", "-1", "DISK"], "Invalid shared device number '-1'"),
+    (&["DISK", "--shar=x"], "Invalid shared device number 'x'"),
+    (&["-o", "x", "DISK"], "Invalid offset 'x'"),
+    (&["-o1M", "DISK"], "Invalid offset '1M'"),
+    (&["-fraw", "-o", "9000000", "DISK"], "offset"),
+    (&["--handshake-limit=-1", "DISK"], "Invalid handshake limit '-1'"),
+    (&["--cache=x", "DISK"], "Invalid cache mode"),
+    (&["-n", "--cache=none", "DISK"], "-n and --cache can only be specified once"),
+    (&["--aio=x", "DISK"], "Invalid aio mode 'x'"),
+    (&["--aio=threads", "--aio=threads", "DISK"], "--aio can only be specified once"),
+    (&["--aio=native", "-fraw", "DISK"], "aio=native"),
+    (&["--discard=x", "DISK"], "Invalid discard mode"),
+    (&["--discard=on", "--discard=on", "DISK"], "--discard can only be specified once"),
+    (&["--detect-zeroes=x", "DISK"], "x"),
+    (&["--detect-zeroes=unmap", "DISK"], "unmap"),
+    (&["--detect-zeroes=unmap", "--discard=unmap", "DISK"], "unmap"),
+    (&["-f", "nosuch", "DISK"], "Unknown driver 'nosuch'"),
+    (&["nosuch.img"], "nosuch.img"),
+    (&["-k", "relative", "DISK"], "socket path must be absolute"),
+    (&["-k", "/nonexistent/folder/socket", "DISK"], "/nonexistent/folder/socket"),
+    (&["-b", "nosuch.invalid", "DISK"], "nosuch.invalid"),
+    (&["-p", "x", "DISK"], "x"),
+    (&["-x", LONG, "DISK"], "too long"),
+    (&["-D", LONG, "DISK"], "too long"),
+    (&["--selinux-label=x", "DISK"], "--selinux-label is not permitted without --socket"),
+    (&["-l", "nosuch", "QCOW2"], "Failed to load snapshot"),
+    (&["-l", "snapshot.id=9", "QCOW2"], "Failed to load snapshot"),
+    (&["-l", "snapshot.id=1,snapshot.name=nosuch", "QCOW2"], "Failed to load snapshot"),
+    (&["-l", "snapshot.x=9", "QCOW2"], "Invalid parameter 'snapshot.x'"),
+    (&["-l", "1", "-fraw", "DISK"], "Failed to load snapshot"),
+    (&["--image-opts", "-f", "raw", "DISK"], "--image-opts and -f are mutually exclusive"),
+    (&["--image-opts", "driver=nosuch,x=y"], "Unknown driver 'nosuch'"),
+    (&["--image-opts", "driver=raw,filename=DISK"], "A block device must be specified"),
+    (&["--image-opts", "driver=raw,size=1000,file.filename=DISK"], "512"),
+    (&["--image-opts", "driver=raw,size=1G,file.filename=DISK"], "1073741824"),
+    (&["--image-opts", "driver=qcow2,file.filename=QCOW2,bogus=1"], "bogus"),
+    (&["--image-opts", "driver=file,filename=DISK,bogus=1"], "bogus"),
+    (&["-L", "DISK"], "List mode is incompatible with a file name"),
+    (&["-L", "-x", "x"], "List mode is incompatible with per-device settings"),
+    (&["-L", "-o", "512"], "List mode is incompatible with per-device settings"),
+    (&["-L", "--cache=none"], "List mode is incompatible with per-device settings"),
+    (&["-L", "--fork"], "List mode is incompatible with forking"),
+    (&["-L", "-k", "/nonexistent/socket"], "/nonexistent/socket"),
+    (&["-L", "-b", "127.0.0.1", "-p", "1"], "Connection refused"),
+    (&["--tls-creds=x", "DISK"], "No TLS credentials with id 'x'"),
+    (&["--tls-authz=x", "DISK"], "--tls-authz is not permitted without --tls-creds"),
+    (&["--tls-hostname=x", "DISK"], "--tls-hostname is not permitted without --tls-creds"),
+    (&["--object", "x,id=a", "DISK"], "'qom-type'"),
+    (&["--object", "secret,data=x", "DISK"], "Parameter 'id' is missing"),
+    (&["--object", "secret,id=a", "DISK"], "Either 'file' or 'data' must be provided"),
+    (&["--object", "secret,id=a,data=x,file=y", "DISK"], "mutually exclusive"),
+    (&["--object", "secret,id=a,data=x", "--tls-creds=a", "DISK"], "is not TLS credentials"),
+    (&["--object", "tls-creds-psk,id=a,endpoint=x", "DISK"], "'endpoint'"),
+    (&["--object", "tls-creds-psk,id=a,endpoint=server", "DISK"], "'dir'"),
+    (&["--object", "authz-simple,id=a", "DISK"], "Parameter 'identity' is missing"),
+    (&["--object", "authz-list,id=a,policy=x", "DISK"], "'policy'"),
+    (&["--object", "{bad", "DISK"], "JSON"),
+    (&["--pid-file=/nonexistent/pid", "-k", "SOCKET", "-fraw", "DISK"], "/nonexistent/pid"),
+];
+
+const LONG: &str = match std::str::from_utf8(&[b'x'; 4097]) {
+    Ok(text) => text,
+    Err(_) => unreachable!(),
+};
+
+fn fill_in(arguments: &[&str], disk: &Disk) -> Vec<String> {
+    let fill = |word: &&str| {
+        word.replace("DISK", disk.path())
+            .replace("QCOW2", &disk.beside("disk.qcow2"))
+            .replace("SOCKET", &disk.beside("socket"))
+    };
+    arguments.iter().map(fill).collect()
+}
+
+/// A disk and, beside it, the same as `disk.qcow2` with the snapshot 1 "first" and changes on top.
+fn disk_and_qcow2(qemu_img: &Path, qemu_io: &Path) -> Disk {
+    let disk = Disk::sparse();
+    let qcow2 = disk.beside("disk.qcow2");
+    peer(qemu_img, &["convert", "-f", "raw", "-O", "qcow2", disk.path(), &qcow2]);
+    peer(qemu_img, &["snapshot", "-c", "first", &qcow2]);
+    image::write(qemu_io, &qcow2, "write -P 99 0 64k");
+    disk
+}
+
+#[test]
+fn both_refuse_the_same_command_lines_for_the_same_reasons() {
+    tools!(theirs = "qemu-nbd", qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = disk_and_qcow2(&qemu_img, &qemu_io);
+    for (arguments, reason) in REFUSED {
+        let arguments = fill_in(arguments, &disk);
+        for outcome in [run(Command::new(&theirs).args(&arguments)), run(ours().args(&arguments))] {
+            let Outcome { code, stdout, stderr } = outcome;
+            assert_eq!(code, Some(1), "{arguments:?}: {stderr}");
+            assert!(stdout.is_empty(), "{arguments:?}: {stdout}");
+            // The last line is the error: a warning about a guessed format may be before it.
+            assert!(stderr.contains("qemu-nbd: "), "{arguments:?}: {stderr}");
+            let (said, wanted) = (stderr.to_lowercase(), reason.to_lowercase());
+            assert!(said.contains(&wanted), "{arguments:?}: '{reason}' is missing in: {stderr}");
+        }
+    }
+}
+
+/// What is served, and the name of the export.
+const SERVED: &[(&[&str], &str)] = &[
+    (&["-f", "raw", "DISK"], ""),
+    (&["-t", "-e", "3", "-f", "raw", "DISK"], ""),
+    (&["-t", "-e0", "--format=raw", "-r", "DISK"], ""),
+    (&["-f", "raw", "-r", "DISK", "-A"], ""),
+    (&["-f", "raw", "-x", "vm disk", "-D", "of a guest", "DISK"], "vm%20disk"),
+    (&["-f", "raw", "-o", "1048576", "DISK"], ""),
+    (&["-f", "raw", "--offset=0x1000", "DISK"], ""),
+    (&["QCOW2"], ""),
+    (&["--read-only", "--allocation-depth", "QCOW2"], ""),
+    (&["-l", "first", "QCOW2"], ""),
+    (&["-l", "snapshot.id=1", "-f", "qcow2", "QCOW2"], ""),
+    (&["-l", "snapshot.name=first", "-f", "qcow2", "QCOW2"], ""),
+    (&["-s", "QCOW2"], ""),
+    (&["--snapshot", "-r", "QCOW2"], ""),
+    (&["-f", "raw", "--cache=writethrough", "DISK"], ""),
+    (&["-f", "raw", "--cache", "unsafe", "--aio=threads", "DISK"], ""),
+    (&["-f", "raw", "--discard=unmap", "--detect-zeroes=unmap", "DISK"], ""),
+    (&["--image-opts", "driver=raw,offset=1M,size=2M,file.driver=file,file.filename=DISK"], ""),
+    (&["--image-opts", "driver=qcow2,file.filename=QCOW2,file.locking=off,read-only=on", "-r"], ""),
+    (&["json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"QCOW2\"}}"], ""),
+    (&["--handshake-limit=0", "-f", "raw", "DISK"], ""),
+];
+
+/// What a program lists, without what only tells about the machine.
+#[track_caller]
+fn listed(program: Command, server: &Foreground) -> String {
+    let mut program = program;
+    let text = run(program.args(["-L", "-k", server.socket()])).success();
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        if line.starts_with("  opt block: ") {
+            // A hint: the size of a cluster is no worse than QEMU's 4096.
+            continue;
+        }
+        let Some(flags) = line.strip_prefix("  flags: 0x") else {
+            lines.push(line.to_owned());
+            continue;
+        };
+        let (number, names) = flags.split_once(' ').expect("names of flags");
+        let number = u16::from_str_radix(number, 16).expect("a number") & !(1 << 4);
+        lines.push(format!("  flags: 0x{number:x} {}", names.replace(" rotational", "")));
+    }
+    lines.join("\n")
+}
+
+#[test]
+fn both_serve_the_same_disk_for_the_same_options_and_list_it_in_the_same_words() {
+    tools!(theirs = "qemu-nbd", qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = disk_and_qcow2(&qemu_img, &qemu_io);
+    for (arguments, name) in SERVED {
+        let arguments = fill_in(arguments, &disk);
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        let copy = disk.beside("copy.img");
+        let mut seen = Vec::new();
+        for program in [Command::new(&theirs), ours()] {
+            let mut server = Foreground::start(program, &arguments);
+            let (by_them, by_us) =
+                (listed(Command::new(&theirs), &server), listed(ours(), &server));
+            assert_eq!(by_us, by_them, "the list of one server: {arguments:?}");
+            let uri = server.uri(name);
+            peer(&qemu_img, &["convert", "-f", "raw", "-O", "raw", &uri, &copy]);
+            if !arguments.contains(&"-t") {
+                assert_eq!(server.exit_code(), Some(0), "{arguments:?}");
+            }
+            seen.push((by_them, std::fs::read(&copy).expect("the copy")));
+        }
+        assert_eq!(seen[0].0, seen[1].0, "{arguments:?}");
+        assert!(seen[0].1 == seen[1].1, "different bytes: {arguments:?}");
+    }
+}
+
+#[test]
+fn every_option_of_theirs_is_offered_or_refused_by_name() {
+    tools!(theirs = "qemu-nbd");
+    let (our_help, their_help) = (qemu_nbd(&["--help"]).success(), peer(&theirs, &["--help"]));
+    assert!(our_help.starts_with("Usage: qemu-nbd [OPTIONS] FILE\n"), "{our_help}");
+    let mut count = 0;
+    for line in their_help.lines().filter(|line| line.trim_start().starts_with('-')) {
+        let (_, long) = line.split_once("--").expect("a long name");
+        let long = long.split(['=', ' ', ',']).next().expect("a word");
+        count += 1;
+        assert!(our_help.contains(&format!("--{long}")), "--{long} is missing");
+    }
+    assert!(count > 30, "the options were not found in: {their_help}");
+    // Theirs begins with its path as it was called.
+    let versions = [qemu_nbd(&["-V"]).success(), peer(&theirs, &["--version"])];
+    for version in &versions {
+        let mut words = version.split(' ');
+        assert!(words.next().expect("a name").ends_with("qemu-nbd"), "{version}");
+        let number = words.next().expect("a number").split('.');
+        assert_eq!(number.filter(|part| part.parse::<u32>().is_ok()).count(), 3, "{version}");
+        assert!(words.next().expect("who made it").starts_with('('), "{version}");
+    }
+    assert!(versions[0].contains("nbd-cli"), "it says who it is: {}", versions[0]);
+}
