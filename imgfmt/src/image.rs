@@ -403,8 +403,13 @@ impl Image {
         self.driver.map_read(range).map_err(|error| self.name(error))
     }
 
+    /// The image, if it is a qcow2 image.
+    pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
+        self.driver.as_qcow2()
+    }
+
     /// Checks that a request lies within the disk.
-    fn check(
+    pub(crate) fn check(
         &self,
         operation: &'static str,
         offset: GuestOffset,
@@ -425,7 +430,7 @@ impl Image {
     }
 
     /// As [`check`](Self::check), and that the image may be changed.
-    fn check_change(
+    pub(crate) fn check_change(
         &self,
         operation: &'static str,
         offset: GuestOffset,
@@ -441,7 +446,7 @@ impl Image {
         }
     }
 
-    fn name(&self, error: Error) -> Error {
+    pub(crate) fn name(&self, error: Error) -> Error {
         match &self.path {
             Some(path) => error.with_path(&**path),
             None => error,

@@ -53,12 +53,14 @@
 //! What this crate does not do: it knows no network protocol, and it never follows a name that an
 //! image contains without being allowed to.
 
+mod bitmap;
 mod chain;
 mod create;
 mod driver;
 mod error;
 mod extent;
 mod image;
+mod image_bitmaps;
 mod info;
 mod inspect;
 mod mapping;
@@ -67,12 +69,15 @@ mod options;
 mod probe;
 mod qcow2;
 mod raw;
-#[allow(dead_code, unused_imports)] // No image has one yet.
 mod sidecar;
 pub mod storage;
 mod sys;
 mod units;
 
+pub use bitmap::{
+    BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
+    DirtyBits, DirtyExtent, Recording,
+};
 pub use create::{
     CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation, Qcow2Version,
 };
@@ -84,5 +89,6 @@ pub use mapping::{Lease, Mapping};
 pub use open_policy::{OpenPolicy, SchemeOpener};
 pub use options::{Access, Format, Locking, OpenOptions, Survives, Syncing};
 pub use qcow2::{CheckReport, Repair, Snapshot};
+pub use sidecar::{BitmapSafety, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 pub use units::{GuestOffset, GuestRange, HostOffset};

@@ -115,6 +115,8 @@ pub struct OpenOptions {
     /// How much memory, in bytes, the tables of a qcow2 image may take up while they are not
     /// waiting to be written. `None` covers the whole disk, up to 32 MiB.
     pub metadata_cache_bytes: Option<u64>,
+    /// What the dirty bitmaps survive that note changes while the image is open.
+    pub survives: Survives,
 }
 
 impl OpenOptions {
@@ -162,6 +164,13 @@ impl OpenOptions {
     #[must_use]
     pub fn snapshot(mut self, name: impl Into<String>) -> Self {
         self.snapshot = Some(name.into());
+        self
+    }
+
+    /// Says what dirty bitmaps survive.
+    #[must_use]
+    pub fn survives(mut self, survives: Survives) -> Self {
+        self.survives = survives;
         self
     }
 

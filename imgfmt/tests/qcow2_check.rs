@@ -117,12 +117,7 @@ fn images_that_we_would_damage_are_not_opened_for_writing() {
     }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("disk.qcow2");
-    qemu::create(&path, "", "1M");
-    common::run("qemu-img", &["bitmap", "--add", common::text(&path), "bitmap"]);
-    let before = std::fs::read(&path).unwrap();
     let options = OpenOptions::new().access(Access::ReadWrite);
-    assert_eq!(Image::open(&path, &options).unwrap_err().kind(), ErrorKind::Unsupported);
-    assert!(std::fs::read(&path).unwrap() == before);
     qemu::create(&path, "", "1M");
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[79] = 2; // incompatible features: corrupt

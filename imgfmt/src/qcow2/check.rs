@@ -12,7 +12,6 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Qcow2;
-use super::bitmaps;
 use super::header::{field, incompatible};
 use super::l2::{COPIED, OFFSET_MASK};
 use super::open::read_words;
@@ -124,6 +123,7 @@ impl Qcow2 {
             checker.repair_flags()?;
             checker.report.corruptions_repaired += wrong_flags;
             self.sync_file()?;
+            self.drop_damaged_bitmaps(&mut checker.report)?;
             self.clear_marks(&checker.report)?;
         } else {
             checker.report.corruptions += wrong_flags;
@@ -180,9 +180,11 @@ impl Checker<'_> {
         for snapshot in &snapshots {
             self.count_tree(snapshot.l1_offset, snapshot.l1_entries, false)?;
         }
-        for (offset, length) in bitmaps::places(&*image.file, header)? {
+        let (places, damages) = image.bitmap_places();
+        for (offset, length) in places {
             self.add(offset, length, "a bitmap");
         }
+        damages.into_iter().for_each(|damage| self.corruption(damage));
         let table_length = table.len() as u64 * 8;
         self.add(header.refcount_table_offset, table_length, "the refcount table");
         let mut seen = HashSet::new();

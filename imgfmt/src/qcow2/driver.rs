@@ -2,6 +2,7 @@
 
 use super::Qcow2;
 use super::lease::ClusterLease;
+use super::map::span;
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
@@ -37,11 +38,17 @@ impl Driver for Qcow2 {
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
+        let recorded = self.before_change(span_at(offset, data.len()))?;
         self.write_range(offset, data)?;
+        drop(recorded);
         self.flush_if(durability)
     }
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
+        let Ok(_recorded) = self.bitmaps.tracker.try_before_change(span_at(offset, data.len()))
+        else {
+            return Ok(TryWrite::WouldBlock);
+        };
         match self.try_write_range(offset, data)? {
             true => Ok(TryWrite::Complete),
             false => Ok(TryWrite::WouldBlock),
@@ -49,6 +56,7 @@ impl Driver for Qcow2 {
     }
 
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        let _recorded = self.before_change(span_at(offset, data.len()))?;
         let size = self.geometry().cluster_size();
         let mut offset = offset;
         for part in data.chunks(size as usize) {
@@ -65,12 +73,16 @@ impl Driver for Qcow2 {
         speed: Speed,
         durability: Durability,
     ) -> Result<()> {
+        let recorded = self.before_change(range)?;
         self.zero_range(range, mode, speed)?;
+        drop(recorded);
         self.flush_if(durability)
     }
 
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+        let recorded = self.before_change(range)?;
         self.discard_range(range)?;
+        drop(recorded);
         self.flush_if(durability)
     }
 
@@ -131,4 +143,9 @@ impl Qcow2 {
             Durability::Fua => self.flush_all(),
         }
     }
+}
+
+/// The range of `length` bytes from `offset` on.
+fn span_at(offset: GuestOffset, length: usize) -> GuestRange {
+    span(offset.bytes(), offset.bytes() + length as u64)
 }

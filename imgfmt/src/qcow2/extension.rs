@@ -6,10 +6,12 @@
 use super::header::{invalid, u32_at};
 use crate::error::Result;
 
-const END: u32 = 0;
+pub(crate) const END: u32 = 0;
 pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
-const BITMAPS: u32 = 0x2385_2875;
+pub(crate) const BITMAPS: u32 = 0x2385_2875;
+/// Ours: uuid and generation of the sidecar with the bits of bitmaps that are in use.
+pub(crate) const SIDECAR: u32 = 0x6469_7274;
 pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
 
 /// Size of one entry of the feature name table: type, bit, name.
@@ -22,6 +24,8 @@ pub(crate) struct Extensions {
     pub(crate) data_file_name: Option<String>,
     /// The bitmaps extension as it stands in the file.
     pub(crate) bitmaps: Option<Vec<u8>>,
+    /// The content of our own extension.
+    pub(crate) sidecar: Option<Vec<u8>>,
     feature_names: Vec<u8>,
 }
 
@@ -57,6 +61,7 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
             DATA_FILE_NAME => extensions.data_file_name = Some(text(content)?),
             FEATURE_NAMES => extensions.feature_names = content.to_vec(),
             BITMAPS => extensions.bitmaps = Some(content.to_vec()),
+            SIDECAR => extensions.sidecar = Some(content.to_vec()),
             _ => {}
         }
         area = area.get(8 + length.next_multiple_of(8)..).unwrap_or_default();

@@ -212,6 +212,7 @@ impl Qcow2 {
         };
         // The hole must be there before anyone can reserve the cluster and write to it.
         let bits = self.geometry().cluster_bits;
+        self.note_alive();
         for run in punched.chunk_by(|a, b| a + 1 == *b) {
             let length = (run.len() as u64) << bits;
             // Giving space back is a courtesy to the file system; without it nothing is wrong.
@@ -229,6 +230,8 @@ impl Qcow2 {
     pub(super) fn close_writer(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
         self.flush_all()?;
+        self.store_bitmaps()?;
+        self.end_session()?;
         // The first flush may have moved the refcount table and so freed the old one.
         for _ in 0..2 {
             self.release_all_freed(writer);
@@ -240,6 +243,7 @@ impl Qcow2 {
     }
 
     pub(super) fn write_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.note_alive();
         self.file
             .write_at(HostOffset::new(offset), bytes, Durability::Cached)
             .map_err(|error| Error::from_io("write the metadata of", error).at(offset))

@@ -68,6 +68,18 @@ impl Qcow2 {
         Ok(false)
     }
 
+    /// Whether a place that something claims as its own is known to be another's, or nobody's.
+    pub(super) fn is_metadata(&self, offset: u64) -> Result<bool> {
+        let writer = self.writer()?;
+        let cluster = Cluster { host: Some(offset), ..Cluster::default() };
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let mut allocator = lock(&writer.allocator);
+        if self.format.has_data_file {
+            return Ok(allocator.is_protected(offset) || tables.contains(&offset));
+        }
+        self.is_bad(cluster, 0, &tables, &mut allocator)
+    }
+
     /// Refuses a change through an entry that must not be followed. `words` are the table's, and
     /// the caller holds its lock: nobody can have changed them unseen.
     pub(super) fn refuse_bad(&self, table: &Table, words: &[u64], guest: u64) -> Result<()> {

@@ -50,6 +50,8 @@ pub(crate) mod compatible {
 pub(crate) mod autoclear {
     pub(crate) const BITMAPS: u64 = 1;
     pub(crate) const RAW_DATA_FILE: u64 = 1 << 1;
+    /// Ours: nobody who does not know it has written the image since the bitmaps' sidecar was made.
+    pub(crate) const SIDECAR: u64 = 1 << 63;
 }
 
 /// Limits that QEMU enforces too; they bound the memory that opening an image takes.
@@ -194,6 +196,11 @@ impl Header {
             return Err(invalid("its compression type and its feature bits contradict each other"));
         }
         Ok(())
+    }
+
+    /// The content of the bitmaps extension, as it was when the header was read.
+    pub(crate) fn bitmaps(&self) -> Option<&[u8]> {
+        self.extensions.bitmaps.as_deref()
     }
 
     pub(crate) fn has_data_file(&self) -> bool {

@@ -7,7 +7,7 @@
 
 mod alloc;
 mod backing_change;
-mod bitmaps;
+mod bitmap;
 mod cache;
 mod check;
 mod compress;
@@ -20,6 +20,7 @@ mod flush;
 mod geometry;
 mod guard;
 mod header;
+mod header_edit;
 mod l2;
 mod lease;
 mod map;
@@ -47,6 +48,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::info::Qcow2Info;
 use crate::storage::Storage;
 
+use bitmap::Bitmaps;
 use cache::TableCache;
 use geometry::Geometry;
 use header::{Compression, Header, autoclear, compatible, incompatible};
@@ -54,6 +56,7 @@ use l2::{Compressed, EntryFormat};
 use writer::Writer;
 
 pub(crate) use backing_change::change_backing;
+pub(crate) use bitmap::no_bitmap;
 pub use check::{CheckReport, Repair};
 pub(crate) use create::layout;
 pub(crate) use open::Purpose;
@@ -83,6 +86,9 @@ pub(crate) struct Qcow2 {
     backing: Option<Backing>,
     /// Everything that only an image open for writing needs.
     writer: Option<Writer>,
+    bitmaps: Bitmaps,
+    /// Held while header extensions or autoclear bits change.
+    header_edit: Mutex<()>,
     decompressed: Mutex<VecDeque<(Compressed, Arc<[u8]>)>>,
 }
 
@@ -112,13 +118,18 @@ impl Qcow2 {
             is_corrupt: header.incompatible & incompatible::CORRUPT != 0,
             is_dirty: header.incompatible & incompatible::DIRTY != 0,
             lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
-            has_bitmaps: header.autoclear & autoclear::BITMAPS != 0,
+            has_bitmaps: !self.has_no_bitmaps(),
             backing_name: header.backing_name.clone(),
             backing_format: header.extensions.backing_format.clone(),
             data_file_name: header.extensions.data_file_name.clone(),
             data_file_is_raw: header.autoclear & autoclear::RAW_DATA_FILE != 0,
             snapshots: self.snapshots()?,
         })
+    }
+
+    /// The image below, if there is one and it is a qcow2 image.
+    pub(crate) fn backing_image(&self) -> Option<&Self> {
+        self.backing.as_ref()?.driver.as_qcow2()
     }
 
     fn geometry(&self) -> Geometry {

@@ -6,10 +6,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::alloc::{Allocator, TablePlace};
+use super::bitmap::Bitmaps;
 use super::cache::TableCache;
 use super::check::{Repair, not_repaired};
 use super::geometry::Geometry;
-use super::header::{Header, autoclear, field, incompatible, read_error, unsupported};
+use super::header::{Header, autoclear, field, incompatible, read_error};
 use super::l2::EntryFormat;
 use super::refcount::Refcounts;
 use super::snapshot;
@@ -58,6 +59,11 @@ impl Qcow2 {
             }
         };
         let l1 = read_words(&*file, l1_offset, l1_entries as usize)?;
+        let bitmaps = match &options.snapshot {
+            None => Bitmaps::open(&*file, &header, options.survives),
+            // They speak of the present state.
+            Some(_) => Bitmaps::none(),
+        };
         let geometry = header.geometry;
         let format = EntryFormat {
             geometry,
@@ -78,6 +84,8 @@ impl Qcow2 {
             preallocated: OnceLock::new(),
             backing: None,
             writer,
+            bitmaps,
+            header_edit: Mutex::new(()),
             decompressed: Mutex::new(VecDeque::new()),
         };
         image.note_l2_places();
@@ -105,8 +113,9 @@ impl Qcow2 {
 
     /// Makes the last preparations for writing, once the whole chain has been opened.
     pub(crate) fn begin_writing(&mut self) -> Result<()> {
+        let sidecar = self.find_sidecar();
         if self.writer.is_none() || self.header.version < 3 {
-            return Ok(());
+            return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
         }
         if self.header.incompatible & incompatible::DIRTY != 0 {
             let report = self.check(Repair::All)?;
@@ -116,12 +125,16 @@ impl Qcow2 {
             self.header.incompatible &= !incompatible::DIRTY;
         }
         // What we do not know we cannot keep up to date: say so before the first write.
-        let known = self.header.autoclear & autoclear::RAW_DATA_FILE;
+        let bitmaps = if self.has_no_bitmaps() { 0 } else { autoclear::BITMAPS };
+        // Ours goes when the bits it stands for are in the image.
+        let bitmaps = bitmaps | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
+        let known = self.header.autoclear & (autoclear::RAW_DATA_FILE | bitmaps);
         if known != self.header.autoclear {
             self.write_metadata(field::AUTOCLEAR, &known.to_be_bytes())?;
             self.sync_file()?;
         }
-        Ok(())
+        self.begin_recording();
+        sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))
     }
 
     pub(crate) fn attach_backing(&mut self, driver: Box<dyn Driver>) {
@@ -143,12 +156,6 @@ fn refuse_unwritable(header: &Header, options: &OpenOptions) -> Result<()> {
         let detail = "it is marked as damaged; repair it with 'qemu-img check -r all', or open it \
                       read-only";
         return Err(Error::new(ErrorKind::Corrupt, "open", detail));
-    }
-    if header.autoclear & autoclear::BITMAPS != 0 {
-        return Err(unsupported(
-            "it has dirty bitmaps, which this version cannot keep up to date; remove them with \
-             'qemu-img bitmap --remove', or open it read-only",
-        ));
     }
     Ok(())
 }

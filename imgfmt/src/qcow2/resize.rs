@@ -28,6 +28,8 @@ impl Qcow2 {
             let detail = "images with a data file cannot be resized by this version";
             return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
         }
+        let old_size = self.size;
+        drop(self.before_change(span(0, 0))?);
         self.flush_all()?;
         if size < self.size {
             self.drop_clusters(size)?;
@@ -42,11 +44,13 @@ impl Qcow2 {
             }
         }
         self.flush_all()?;
+        self.bitmaps_before_resize()?;
         self.write_metadata(field::SIZE, &size.to_be_bytes())?;
         // Whether the sync succeeds or not, this is what the file says now.
         self.size = size;
         self.header.size = size;
-        self.sync_file()
+        self.sync_file()?;
+        self.bitmaps_after_resize(old_size)
     }
 
     fn grow_l1(&mut self, size: u64) -> Result<()> {

@@ -13,6 +13,7 @@ use super::alloc::{Allocator, Batch, Freed};
 use super::cache::TableCache;
 use super::header::field;
 use super::l2::{COPIED, OFFSET_MASK};
+use super::map::span;
 use super::open::{read_words, tables_max};
 use super::snapshot::{self, Snapshot};
 use super::writer::lock;
@@ -72,6 +73,8 @@ impl Qcow2 {
                 snapshot.disk_size, self.size
             )));
         }
+        // Anything may differ from what the disk is now.
+        drop(self.before_change(span(0, self.size))?);
         let mut l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         let old = self.l1_words();
         self.add_references(&l1)?;
@@ -107,6 +110,7 @@ impl Qcow2 {
         if old.is_empty() {
             return Ok(());
         }
+        drop(self.before_change(span(0, self.size))?);
         self.replace_l1(vec![0; old.len()])?;
         self.forget_tables();
         self.remove_references(&old)?;

@@ -13,13 +13,16 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::layout::{self, DESCRIPTORS_OFFSET, Description, LOG_OFFSET, Layout, SLOT_BYTES};
 use super::map::WordMap;
-use super::{Store, now_nanoseconds};
+use super::{Store, nanoseconds, now_nanoseconds};
 use crate::error::is_not_supported;
-use crate::options::Survives;
+use crate::options::{Access, Survives};
 
 const SUFFIX: &str = ".dirty";
 /// A file under this name is not finished and may be taken away.
 const NEW_SUFFIX: &str = ".dirty.new";
+
+/// Clocks that differ by no more count as one.
+const CLOCK_NANOSECONDS: u64 = 1_000_000_000;
 
 /// Gives word `n` of the bits of bitmap `m`, bit 0 first, as they are when the file is made.
 pub(crate) type InitialWords<'a> = &'a dyn Fn(usize, u64) -> u64;
@@ -74,7 +77,13 @@ impl SidecarPlace {
         // Umask cannot be relied on to leave the mode alone, nor a default ACL.
         rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR)?;
         file.try_lock().map_err(io::Error::from)?;
-        let length = write_new(&file, description, words)?;
+        let mut description = description.clone();
+        let made = nanoseconds(file.metadata()?.modified()?);
+        if made.abs_diff(now_nanoseconds()) > CLOCK_NANOSECONDS {
+            // The times of files are not ours here, so they say nothing about who wrote when.
+            description.image.modified = 0;
+        }
+        let length = write_new(&file, &description, words)?;
         if description.survives == Survives::PowerLoss {
             file.sync_all()?;
         }
@@ -87,13 +96,17 @@ impl SidecarPlace {
         Ok(SidecarFile { place, file, inode, map })
     }
 
-    /// Opens the file that is there, for reading. It is locked while it is open.
+    /// Opens the file that is there. It is locked while it is open.
     ///
     /// # Errors
     ///
     /// `WouldBlock` if somebody uses it.
-    pub(crate) fn open(&self) -> io::Result<Option<File>> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    pub(crate) fn open(&self, access: Access) -> io::Result<Option<File>> {
+        let mode = match access {
+            Access::ReadOnly => OFlags::RDONLY,
+            Access::ReadWrite => OFlags::RDWR,
+        };
+        let flags = mode | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file: OwnedFd =
             match rustix::fs::openat(&self.folder, &*self.name, flags, Mode::empty()) {
                 Err(Errno::NOENT) => return Ok(None),
@@ -103,7 +116,11 @@ impl SidecarPlace {
         if !file.metadata()?.is_file() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        file.try_lock_shared().map_err(io::Error::from)?;
+        match access {
+            Access::ReadOnly => file.try_lock_shared(),
+            Access::ReadWrite => file.try_lock(),
+        }
+        .map_err(io::Error::from)?;
         Ok(Some(file))
     }
 

@@ -27,12 +27,37 @@ use crate::options::Survives;
 use layout::Layout;
 use log::ActivityLog;
 
-pub(crate) use file::{SidecarFile, SidecarPlace};
+pub(crate) use file::SidecarPlace;
 pub(crate) use layout::{BitmapDescriptor, Description, Fingerprint, Identity, LogShape};
 pub(crate) use recover::{Distrust, Recovery, Trust};
 
 /// The time of the last change is written down again when it is older than this.
 const LIVENESS_NANOSECONDS: u64 = 100_000_000;
+
+/// How exact recovered bitmaps are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RecoveryPrecision {
+    /// What was about to be written is marked, and nothing else.
+    #[default]
+    Exact,
+    /// The machine was restarted: parts of the disk that were being written, of 4 MiB each on
+    /// ordinary disks, are marked as a whole.
+    WholeExtents,
+}
+
+/// How well the dirty bitmaps of an image are kept.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BitmapSafety {
+    /// What they survive.
+    pub survives: Survives,
+    /// Why that is less than was asked for, as a clause.
+    pub shortfall: Option<String>,
+    /// The names of those that were recovered from a crash when the image was opened.
+    pub recovered: Vec<String>,
+    /// How much was recovered in addition to what had changed.
+    pub precision: RecoveryPrecision,
+}
 
 /// Where a sidecar's bytes live: a mapped file, or memory that remembers in tests.
 pub(crate) trait Store: Send + Sync + fmt::Debug {
@@ -92,14 +117,6 @@ impl Sidecar {
         let sidecar = Self { bitmaps, log, store, is_abandoned: AtomicBool::new(false) };
         sidecar.note_alive();
         Some(Arc::new(sidecar))
-    }
-
-    /// The bits of a bitmap; bit `n` of the bitmap is bit `n % 64` of word `n / 64`, in
-    /// little-endian order. Bits may be set here; nobody clears any.
-    #[cfg(test)]
-    pub(crate) fn words(&self, index: usize) -> &[AtomicU64] {
-        let place = self.bitmaps[index];
-        &self.store.words()[place.first_word..][..place.word_count]
     }
 
     /// Announces that a range of the disk is about to change: sets its bits in every bitmap, and at
@@ -222,9 +239,14 @@ fn set_bits(words: &[AtomicU64], first: u64, last: u64) {
     }
 }
 
-/// Nanoseconds since 1970.
+/// The time, in nanoseconds since 1970.
 fn now_nanoseconds() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    nanoseconds(SystemTime::now())
+}
+
+/// Nanoseconds since 1970.
+fn nanoseconds(time: SystemTime) -> u64 {
+    let since = time.duration_since(UNIX_EPOCH);
     since.map_or(0, |time| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
 }
 

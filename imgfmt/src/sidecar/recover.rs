@@ -13,10 +13,14 @@ use super::layout::{
     self, BitmapDescriptor, DESCRIPTOR_BYTES, DESCRIPTORS_OFFSET, Description, Fingerprint,
     HEADER_BYTES, Identity, LOG_OFFSET, Layout, SLOT_BYTES,
 };
+use super::now_nanoseconds;
 use crate::options::Survives;
 
 /// The image may have been changed so much later than its last change was noted.
 const SLACK_NANOSECONDS: u64 = 2_000_000_000;
+
+/// A recovery may change the image for so long.
+const RECOVERY_NANOSECONDS: u64 = 60_000_000_000;
 
 /// Bytes that can be read at any place.
 pub(crate) trait ReadAt {
@@ -49,6 +53,8 @@ pub(crate) enum Distrust {
     PowerLoss,
     /// The image has been changed by somebody else.
     ForeignWriter(&'static str),
+    /// The disk had another size.
+    OtherSize,
     /// It cannot be read.
     Io(io::Error),
 }
@@ -69,6 +75,7 @@ impl fmt::Display for Distrust {
             Self::ForeignWriter(what) => {
                 write!(f, "another program has changed the image: {what}")
             }
+            Self::OtherSize => f.write_str("the size of the disk has changed since"),
             Self::Io(error) => write!(f, "the file with the bits cannot be read: {error}"),
         }
     }
@@ -145,6 +152,11 @@ impl<R: ReadAt> Recovery<R> {
         Ok(Self { bytes, description, layout, trust, hot })
     }
 
+    /// The size of the disk whose changes are noted.
+    pub(crate) fn disk_size(&self) -> u64 {
+        self.description.disk_size
+    }
+
     pub(crate) fn trust(&self) -> Trust {
         self.trust
     }
@@ -177,6 +189,17 @@ impl<R: ReadAt> Recovery<R> {
             *word &= (1 << rest) - 1;
         }
         Ok(Some(words))
+    }
+}
+
+impl Recovery<File> {
+    /// Notes that we are about to change the image, so that it is still believed if the recovery
+    /// itself is interrupted.
+    pub(crate) fn extend_life(&self) {
+        let until = now_nanoseconds().saturating_add(RECOVERY_NANOSECONDS);
+        let offset = layout::LIVENESS_WORD as u64 * 8;
+        // If that fails an interrupted recovery will be taken for a foreign writer.
+        let _ = self.bytes.write_all_at(&until.to_le_bytes(), offset);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Helpers of the tests of this folder. Each test uses some of them.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::print_stdout)]
 
+pub mod bitmaps;
 pub mod qemu;
 
 use std::path::Path;

@@ -78,6 +78,13 @@ pub fn check(path: &Path) {
     run("qemu-img", &["check", "-q", "-f", "qcow2", text(path)]);
 }
 
+/// What QEMU says about a bitmap: the dirty parts, offset and length.
+pub fn dirty(path: &Path, bitmap: &str) -> Vec<(u64, u64)> {
+    let map = Nbd::serve_bitmap(path, bitmap).map(&format!("qemu:dirty-bitmap:{bitmap}"));
+    let dirty = map.into_iter().filter(|(_, _, value)| *value == 1);
+    dirty.map(|(offset, length, _)| (offset, length)).collect()
+}
+
 /// Serves an image read-only until it is dropped.
 pub struct Nbd {
     _server: Background,
@@ -86,11 +93,19 @@ pub struct Nbd {
 
 impl Nbd {
     pub fn serve(path: &Path, format: &str) -> Self {
+        Self::serve_with(path, &["-A", "-f", format])
+    }
+
+    pub fn serve_bitmap(path: &Path, bitmap: &str) -> Self {
+        Self::serve_with(path, &["-B", bitmap, "-f", "qcow2"])
+    }
+
+    fn serve_with(path: &Path, options: &[&str]) -> Self {
         let socket = path.with_extension("socket");
-        let server = Background::start(
-            "qemu-nbd",
-            &["-r", "-t", "-A", "-f", format, "-k", text(&socket), text(path)],
-        );
+        let mut arguments = vec!["-r", "-t", "-k", text(&socket)];
+        arguments.extend(options);
+        arguments.push(text(path));
+        let server = Background::start("qemu-nbd", &arguments);
         // The socket is there a moment before anyone listens to it.
         wait_until("the start of qemu-nbd", || UnixStream::connect(&socket).is_ok());
         Self { _server: server, socket }

@@ -22,9 +22,9 @@ fn the_file_is_private_has_its_length_and_starts_with_the_given_bits() {
     assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
     assert_eq!(metadata.len(), file.words().len() as u64 * 8);
     assert!(!folder.path().join("disk.qcow2.dirty.new").exists());
-    assert!(place.open().is_err(), "it is locked while it is in use");
+    assert!(place.open(Access::ReadOnly).is_err(), "it is locked while it is in use");
     drop(file);
-    let found = place.open().unwrap().unwrap();
+    let found = place.open(Access::ReadWrite).unwrap().unwrap();
     let recovery = recovery(found, &description, BOOT).unwrap();
     let words = recovery.words(&description.bitmaps[0]).unwrap().unwrap();
     assert_eq!(words, (0..32).collect::<Vec<u64>>());
@@ -40,7 +40,7 @@ fn links_are_not_followed_and_what_they_point_to_stays() {
         std::os::unix::fs::symlink(&other, folder.path().join(name)).unwrap();
     }
     let place = SidecarPlace::beside(&path).unwrap();
-    assert!(place.open().is_err());
+    assert!(place.open(Access::ReadWrite).is_err());
     let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
     let file = place.create(&description, &|_, _| 0).unwrap();
     let metadata = std::fs::symlink_metadata(folder.path().join("disk.qcow2.dirty")).unwrap();

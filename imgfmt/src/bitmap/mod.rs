@@ -1,0 +1,131 @@
+//! Dirty bitmaps: which parts of a disk have changed since somebody last looked.
+//!
+//! [`bits`] is one bitmap in memory, [`tracker`] the bitmaps of one open image and the one place that
+//! every change of the disk passes. How bitmaps are stored is a matter of the format.
+
+mod bits;
+mod tracker;
+
+use crate::units::GuestRange;
+
+pub use bits::DirtyBits;
+pub(crate) use bits::{Bits, GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN};
+pub(crate) use tracker::{Alone, Bitmap, Condition, Recorded, State, Tracker};
+
+/// The granularity of a bitmap for which none is asked for, in bytes.
+pub const BITMAP_GRANULARITY_DEFAULT: u64 = 64 << 10;
+
+/// The longest name of a bitmap, in bytes.
+pub const BITMAP_NAME_BYTES_MAX: usize = 1023;
+
+/// Whether a bitmap notes changes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Recording {
+    /// Every change of the disk sets its bits.
+    #[default]
+    Enabled,
+    /// It stays as it is.
+    Disabled,
+}
+
+/// Whether the bits of a bitmap can be relied on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BitmapState {
+    /// Yes.
+    Consistent {
+        /// How many bytes of the disk are marked as changed.
+        dirty_bytes: u64,
+    },
+    /// No: whoever wrote the image last did not close it properly. It can be removed, or repaired
+    /// into a bitmap in which everything is dirty.
+    Inconsistent {
+        /// Why, as a clause.
+        reason: String,
+    },
+    /// No: what the image says about it is damaged. It can be removed, or repaired as above.
+    Damaged {
+        /// In which way, as a clause.
+        reason: String,
+    },
+}
+
+/// What is known about a bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BitmapInfo {
+    /// Its name.
+    pub name: String,
+    /// How many bytes of the disk one bit stands for; a power of two.
+    pub granularity: u64,
+    /// Whether it notes changes.
+    pub recording: Recording,
+    /// The image says that the bitmap is in use: what is stored is out of date. Normal while the
+    /// image is open and has been written to.
+    pub is_in_use: bool,
+    /// Whether its bits can be relied on.
+    pub state: BitmapState,
+}
+
+/// One step of a change of an image's bitmaps.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum BitmapChange {
+    /// A new bitmap, in which nothing is dirty.
+    Add {
+        /// Its name, 1 to 1023 bytes.
+        name: String,
+        /// How many bytes one bit stands for: a power of two from 512 to 2 GiB.
+        granularity: u64,
+        /// Whether it notes changes from now on.
+        recording: Recording,
+    },
+    /// The bitmap is no more. This is possible in any state.
+    Remove {
+        /// Its name.
+        name: String,
+    },
+    /// Nothing is dirty any more.
+    Clear {
+        /// Its name.
+        name: String,
+    },
+    /// It notes changes from now on.
+    Enable {
+        /// Its name.
+        name: String,
+    },
+    /// It stays as it is from now on.
+    Disable {
+        /// Its name.
+        name: String,
+    },
+    /// What is dirty in one bitmap becomes dirty in the other too.
+    Merge {
+        /// The name of the one that changes.
+        into: String,
+        /// The name of the one that stays.
+        from: String,
+    },
+    /// As `Merge`, from a bitmap of any image.
+    MergeBits {
+        /// The name of the one that changes.
+        into: String,
+        /// What is to be added.
+        from: DirtyBits,
+    },
+    /// A bitmap whose bits cannot be relied on becomes one in which everything is dirty.
+    Repair {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// A part of a disk that is dirty or clean throughout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DirtyExtent {
+    /// Where it is; never empty.
+    pub range: GuestRange,
+    /// Whether it may have changed.
+    pub is_dirty: bool,
+}

@@ -1,0 +1,217 @@
+//! The bitmaps of an open image, and the place that every change of its disk passes.
+//!
+//! Whoever changes the disk calls [`Tracker::before_change`] before the first byte is submitted and
+//! keeps what it returns until the last one has been. Whoever changes the set of bitmaps has the
+//! state alone: no change is on its way then, so each lies wholly before or wholly behind that
+//! moment. Otherwise a write could be noted in the old bitmap only and reach the disk after it
+//! has been copied.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{
+    Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+};
+
+use super::{Bits, Recording};
+use crate::error::{Error, Result};
+use crate::sidecar::{InFlight, Sidecar};
+use crate::units::GuestRange;
+
+/// Whether the bits of a bitmap can be relied on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Condition {
+    Ready,
+    /// It was in use when the image was last left.
+    Inconsistent(String),
+    Damaged(String),
+}
+
+/// One bitmap. `S` is what the format knows about where it is stored.
+#[derive(Debug)]
+pub(crate) struct Bitmap<S> {
+    pub(crate) name: String,
+    pub(crate) granularity_bits: u32,
+    pub(crate) recording: Recording,
+    pub(crate) condition: Condition,
+    /// What is stored is marked as out of date. Changed only by the hook of `before_change` and by
+    /// whoever has the state alone.
+    pub(crate) in_use: AtomicBool,
+    /// The bits; loaded when they are first needed.
+    pub(crate) bits: OnceLock<Arc<Bits>>,
+    pub(crate) stored: S,
+}
+
+impl<S: Clone> Clone for Bitmap<S> {
+    fn clone(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            granularity_bits: self.granularity_bits,
+            recording: self.recording,
+            condition: self.condition.clone(),
+            in_use: AtomicBool::new(self.in_use.load(Acquire)),
+            bits: self.bits.clone(),
+            stored: self.stored.clone(),
+        }
+    }
+}
+
+/// All bitmaps at one moment.
+#[derive(Debug)]
+pub(crate) struct State<S> {
+    bitmaps: Vec<Bitmap<S>>,
+    /// Those in which changes are noted.
+    live: Box<[Arc<Bits>]>,
+    /// The image says of all of them that what is stored is out of date.
+    is_marked: AtomicBool,
+    /// Keeps the bits of all that note changes, so that they survive a crash.
+    sidecar: OnceLock<Arc<Sidecar>>,
+}
+
+impl<S> State<S> {
+    fn new(bitmaps: Vec<Bitmap<S>>, is_marked: bool) -> Self {
+        let live = bitmaps.iter().filter(records).filter_map(|bitmap| bitmap.bits.get().cloned());
+        Self {
+            live: live.collect(),
+            is_marked: AtomicBool::new(is_marked),
+            sidecar: OnceLock::new(),
+            bitmaps,
+        }
+    }
+
+    /// The bitmaps that note changes, and their bits.
+    pub(crate) fn recording(&self) -> impl Iterator<Item = (&Bitmap<S>, &Arc<Bits>)> {
+        self.bitmaps.iter().filter(records).filter_map(|bitmap| Some((bitmap, bitmap.bits.get()?)))
+    }
+
+    /// Whether [`set_sidecar`](Self::set_sidecar) has been called.
+    pub(crate) fn has_sidecar(&self) -> bool {
+        self.sidecar.get().is_some()
+    }
+
+    /// Has the sidecar kept up to date from now on. Called from `mark` only, when no change is on its
+    /// way.
+    pub(crate) fn set_sidecar(&self, sidecar: Arc<Sidecar>) {
+        // A state is marked once.
+        let _ = self.sidecar.set(sidecar);
+    }
+
+    /// The bitmaps, in the order in which they are stored.
+    pub(crate) fn bitmaps(&self) -> &[Bitmap<S>] {
+        &self.bitmaps
+    }
+}
+
+fn records<S>(bitmap: &&Bitmap<S>) -> bool {
+    bitmap.recording == Recording::Enabled && bitmap.condition == Condition::Ready
+}
+
+/// A change that has been noted. It must not be on its way any more when this is dropped.
+#[derive(Debug)]
+#[must_use = "the change must be over before this is dropped"]
+pub(crate) struct Recorded<'a, S> {
+    _in_flight: Option<InFlight>,
+    _state: RwLockReadGuard<'a, State<S>>,
+}
+
+/// A change cannot be noted without waiting.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WouldBlock;
+
+/// The bitmaps of one open image.
+#[derive(Debug)]
+pub(crate) struct Tracker<S> {
+    state: RwLock<State<S>>,
+    /// Held while the image is told that what is stored is out of date.
+    marking: Mutex<()>,
+}
+
+impl<S> Tracker<S> {
+    /// A tracker of these bitmaps. `is_marked` says whether no change needs to be announced to the
+    /// image.
+    pub(crate) fn new(bitmaps: Vec<Bitmap<S>>, is_marked: bool) -> Self {
+        Self { state: RwLock::new(State::new(bitmaps, is_marked)), marking: Mutex::new(()) }
+    }
+
+    /// Notes that a range is about to change. The first change after a bitmap was stored calls
+    /// `mark`, which tells the image, durably, that what it has is out of date.
+    ///
+    /// No system call is made otherwise. It waits while the set of bitmaps is being changed.
+    pub(crate) fn before_change(
+        &self,
+        range: GuestRange,
+        mark: impl FnOnce(&State<S>) -> Result<()>,
+    ) -> Result<Recorded<'_, S>> {
+        let state = self.read();
+        if !state.is_marked.load(Acquire) {
+            let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
+            if !state.is_marked.load(Acquire) {
+                mark(&state)?;
+                state.is_marked.store(true, Release);
+            }
+        }
+        let (start, length) = (range.offset().bytes(), range.length());
+        let in_flight = state.sidecar.get().map(|sidecar| sidecar.before_change(start, length));
+        let in_flight = in_flight.transpose().map_err(unkept)?;
+        state.live.iter().for_each(|bits| bits.set_range(range));
+        Ok(Recorded { _in_flight: in_flight, _state: state })
+    }
+
+    /// As [`before_change`](Self::before_change), if that needs no waiting.
+    pub(crate) fn try_before_change(
+        &self,
+        range: GuestRange,
+    ) -> Result<Recorded<'_, S>, WouldBlock> {
+        let state = match self.state.try_read() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(state)) => state.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(WouldBlock),
+        };
+        if !state.is_marked.load(Acquire) {
+            return Err(WouldBlock);
+        }
+        let (start, length) = (range.offset().bytes(), range.length());
+        let in_flight = match state.sidecar.get() {
+            Some(sidecar) => Some(sidecar.try_before_change(start, length).ok_or(WouldBlock)?),
+            None => None,
+        };
+        state.live.iter().for_each(|bits| bits.set_range(range));
+        Ok(Recorded { _in_flight: in_flight, _state: state })
+    }
+
+    /// The bitmaps as they are. Changes go on meanwhile.
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, State<S>> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the bitmaps alone: every change that was noted is over, and others wait.
+    pub(crate) fn alone(&self) -> Alone<'_, S> {
+        Alone { state: self.state.write().unwrap_or_else(PoisonError::into_inner) }
+    }
+}
+
+/// Access to the bitmaps while no change of the disk is on its way.
+#[derive(Debug)]
+pub(crate) struct Alone<'a, S> {
+    state: RwLockWriteGuard<'a, State<S>>,
+}
+
+impl<S> Alone<'_, S> {
+    /// The bitmaps as they are.
+    pub(crate) fn bitmaps(&self) -> &[Bitmap<S>] {
+        self.state.bitmaps()
+    }
+
+    /// Replaces all bitmaps. `is_marked` as for [`Tracker::new`].
+    pub(crate) fn replace(&mut self, bitmaps: Vec<Bitmap<S>>, is_marked: bool) {
+        let old = std::mem::replace(&mut *self.state, State::new(bitmaps, is_marked));
+        if is_marked {
+            // All that note changes did so before, or their bits are stored.
+            self.state.sidecar = old.sidecar;
+        }
+    }
+}
+
+/// The error of a change that could not be noted where it survives a crash.
+fn unkept(error: std::io::Error) -> Error {
+    Error::from_io("keep the bits of bitmaps beside", error)
+}

@@ -1,0 +1,139 @@
+//! The dirty bitmaps of an image.
+
+use crate::bitmap::{BitmapChange, BitmapInfo, DirtyBits, DirtyExtent, Recording};
+use crate::error::{Error, ErrorKind, Result};
+use crate::image::Image;
+use crate::qcow2::{Qcow2, no_bitmap};
+use crate::sidecar::BitmapSafety;
+use crate::units::{GuestOffset, GuestRange};
+
+impl Image {
+    /// The bitmaps of the image itself, not of its backing files, in the order in which they are
+    /// stored. Images that are not qcow2 have none. To know how many bytes are dirty all bits are
+    /// read.
+    pub fn bitmaps(&self) -> Vec<BitmapInfo> {
+        self.qcow2().map(Qcow2::bitmap_list).unwrap_or_default()
+    }
+
+    /// Why bitmaps that the image claims to have cannot be found, as a clause; `None` if all is
+    /// well. The disk can be used all the same. Its first change drops them for good, and so does
+    /// [`check_file`](Self::check_file) if it repairs.
+    pub fn bitmap_damage(&self) -> Option<String> {
+        self.qcow2().and_then(Qcow2::bitmap_damage)
+    }
+
+    /// What the bitmaps of the image survive, and which were recovered when it was opened. The file
+    /// that keeps their bits is made by the first change; before that nobody can say that it cannot be.
+    pub fn bitmap_safety(&self) -> BitmapSafety {
+        self.qcow2().map(Qcow2::bitmap_safety).unwrap_or_default()
+    }
+
+    /// Adds a bitmap in which nothing is dirty. `granularity` is how many bytes a bit stands for: a
+    /// power of two from 512 to 2 GiB; usual is
+    /// [`BITMAP_GRANULARITY_DEFAULT`](crate::BITMAP_GRANULARITY_DEFAULT).
+    ///
+    /// # Errors
+    ///
+    /// As [`bitmap_transaction`](Self::bitmap_transaction).
+    pub fn add_bitmap(&self, name: &str, granularity: u64, recording: Recording) -> Result<()> {
+        let name = name.to_owned();
+        self.bitmap_transaction(&[BitmapChange::Add { name, granularity, recording }])
+    }
+
+    /// Removes a bitmap, whatever its state.
+    ///
+    /// # Errors
+    ///
+    /// As [`bitmap_transaction`](Self::bitmap_transaction).
+    pub fn remove_bitmap(&self, name: &str) -> Result<()> {
+        self.bitmap_transaction(&[BitmapChange::Remove { name: name.to_owned() }])
+    }
+
+    /// Makes several changes of the image's bitmaps at one instant, or none of them: every change of
+    /// the disk lies wholly before that instant or wholly behind it. Writes that come meanwhile
+    /// wait. When it returns the changes are on disk.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` and `AlreadyExists` for names; `InvalidInput` for names, granularities and
+    /// numbers of bitmaps that are not possible; `Corrupt` for steps that need bits which cannot be
+    /// relied on; `Unsupported` for raw images and version 2 of qcow2; `ReadOnly`, `NoSpace`, `Io`.
+    pub fn bitmap_transaction(&self, changes: &[BitmapChange]) -> Result<()> {
+        self.bitmap_transaction_then(changes, || ())
+    }
+
+    /// As [`bitmap_transaction`](Self::bitmap_transaction), and calls `at_the_instant` while no
+    /// change of the disk is on its way. It must not change the disk itself, or it waits for ever.
+    ///
+    /// # Errors
+    ///
+    /// As [`bitmap_transaction`](Self::bitmap_transaction); nothing has been called then.
+    pub fn bitmap_transaction_then<T>(
+        &self,
+        changes: &[BitmapChange],
+        at_the_instant: impl FnOnce() -> T,
+    ) -> Result<T> {
+        self.check_change("change the bitmaps of", GuestOffset::new(0), 0)?;
+        let Some(image) = self.qcow2() else {
+            let detail = "a raw image cannot hold bitmaps; convert it to qcow2";
+            let error = Error::new(ErrorKind::Unsupported, "change the bitmaps of", detail);
+            return Err(self.name(error));
+        };
+        image.bitmap_transaction(changes, at_the_instant).map_err(|error| self.name(error))
+    }
+
+    /// What a bitmap says about the parts of a range, in order and without gaps, from its start on:
+    /// at most `max_count` extents. It is empty only if the range is, or `max_count` is 0. The bitmap is
+    /// looked for in the image and then in its backing files, from the top down. What lies behind the
+    /// end of a shorter backing file is clean.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`; `Corrupt` if the bitmap cannot be relied on; `OutOfBounds`.
+    pub fn dirty_extents(
+        &self,
+        name: &str,
+        range: GuestRange,
+        max_count: usize,
+    ) -> Result<Vec<DirtyExtent>> {
+        let range = self.check("look for changes in", range.offset(), range.length())?;
+        let layer = self.layer_with_bitmap(name)?;
+        layer.dirty_extents(name, range, max_count).map_err(|error| self.name(error))
+    }
+
+    /// A copy of the bits of a bitmap, to be merged into one of another image. It is looked for as
+    /// in [`dirty_extents`](Self::dirty_extents).
+    ///
+    /// # Errors
+    ///
+    /// As [`dirty_extents`](Self::dirty_extents).
+    pub fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
+        self.layer_with_bitmap(name)?.dirty_bits(name).map_err(|error| self.name(error))
+    }
+
+    /// The bitmaps of all layers that a name can mean, the image's own first, each name once.
+    pub fn bitmaps_of_chain(&self) -> Vec<BitmapInfo> {
+        let mut found: Vec<BitmapInfo> = Vec::new();
+        let mut layer = self.qcow2();
+        while let Some(image) = layer {
+            for bitmap in image.bitmap_list() {
+                if !found.iter().any(|other| other.name == bitmap.name) {
+                    found.push(bitmap);
+                }
+            }
+            layer = image.backing_image();
+        }
+        found
+    }
+
+    fn layer_with_bitmap(&self, name: &str) -> Result<&Qcow2> {
+        let mut layer = self.qcow2();
+        while let Some(image) = layer {
+            if image.has_bitmap(name) {
+                return Ok(image);
+            }
+            layer = image.backing_image();
+        }
+        Err(self.name(no_bitmap(name)))
+    }
+}

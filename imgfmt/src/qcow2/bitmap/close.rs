@@ -1,0 +1,28 @@
+//! Storing what was noted, when the image is closed.
+
+use std::sync::atomic::Ordering::Acquire;
+
+use super::change::Planned;
+use crate::bitmap::Condition;
+use crate::error::Result;
+use crate::qcow2::Qcow2;
+use crate::qcow2::writer::lock;
+
+impl Qcow2 {
+    /// Stores the bitmaps that changed and makes the image say that they are sound. Everything
+    /// they speak of must be on disk. Until this has succeeded they stay in use.
+    pub(in crate::qcow2) fn store_bitmaps(&self) -> Result<()> {
+        let mut alone = self.bitmaps.tracker.alone();
+        let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+        for planned in &mut plan {
+            let bitmap = &planned.bitmap;
+            planned.must_store =
+                bitmap.condition == Condition::Ready && bitmap.in_use.load(Acquire);
+        }
+        self.settle_directory(&mut lock(&self.bitmaps.disk))?;
+        if !plan.iter().any(|planned| planned.must_store) {
+            return Ok(());
+        }
+        self.carry_out(&mut alone, plan)
+    }
+}

@@ -1,0 +1,373 @@
+//! Persistent dirty bitmaps, as the format defines them.
+//!
+//! [`directory`] knows the list of bitmaps and [`table`] the bits of one. [`change`] replaces the list
+//! by another at one instant, [`close`] stores what was noted while the image was open.
+
+mod change;
+mod close;
+mod directory;
+mod resize;
+mod session;
+mod table;
+
+use std::collections::HashSet;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use super::Qcow2;
+use super::check::CheckReport;
+use super::header::{Header, autoclear};
+use super::header_edit::change_autoclear;
+use super::writer::lock;
+use crate::bitmap::{
+    Bitmap, BitmapChange, BitmapInfo, BitmapState, Bits, Condition, DirtyBits, DirtyExtent,
+    Recorded, Recording, State, Tracker,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::Survives;
+use crate::storage::Storage;
+use crate::units::GuestRange;
+use directory::{Entry, Place, flag};
+use session::Session;
+
+/// The bits of all bitmaps of one image take up no more memory than this.
+const MEMORY_BYTES_MAX: u64 = 1 << 30;
+
+/// No more clusters of bitmaps than this are compared with each other.
+const CLUSTERS_MAX: usize = 1 << 24;
+
+/// The bitmaps of an open image.
+#[derive(Debug)]
+pub(crate) struct Bitmaps {
+    pub(super) tracker: Tracker<Entry>,
+    disk: Mutex<Disk>,
+    /// How much memory bits take up.
+    memory_bytes: AtomicU64,
+    /// The largest size that the disk has had since the image was opened.
+    size_peak: u64,
+    /// What makes them survive a crash.
+    session: Mutex<Session>,
+}
+
+/// Where bitmaps are in the file.
+#[derive(Debug, Default)]
+struct Disk {
+    /// Where the directory is, if the image has a valid one.
+    directory: Option<Place>,
+    /// Where the flags of each bitmap are, from the start of the directory on.
+    flags_places: Vec<u64>,
+    /// Why the bitmaps that the image claims to have cannot be found.
+    damage: Option<String>,
+    /// The header may name another directory, because a change of it failed.
+    is_doubtful: bool,
+}
+
+impl Bitmaps {
+    /// No bitmaps, whatever the image says.
+    pub(super) fn none() -> Self {
+        Self {
+            tracker: Tracker::new(Vec::new(), true),
+            disk: Mutex::default(),
+            memory_bytes: AtomicU64::new(0),
+            size_peak: 0,
+            session: Mutex::default(),
+        }
+    }
+
+    /// Reads what an image says about its bitmaps, but none of their bits.
+    pub(super) fn open(storage: &dyn Storage, header: &Header, survives: Survives) -> Self {
+        let (directory, entries, damage) = match directory::read(storage, header) {
+            Ok(None) => (None, Vec::new(), None),
+            Ok(Some((place, entries))) => (Some(place), entries, None),
+            Err(detail) => (None, Vec::new(), Some(detail)),
+        };
+        let (_, flags_places) = directory::encode(&entries);
+        let mut names = HashSet::new();
+        let bitmaps = entries.into_iter().map(|mut entry| {
+            if !names.insert(entry.name.clone()) && entry.damage.is_none() {
+                let (raw, _) = directory::encode(std::slice::from_ref(&entry));
+                entry.damage = Some(("another bitmap has the same name".into(), raw));
+            }
+            bitmap_of(entry)
+        });
+        let tracker = Tracker::new(bitmaps.collect(), true);
+        let disk = Mutex::new(Disk { directory, flags_places, damage, ..Disk::default() });
+        Self {
+            tracker,
+            disk,
+            memory_bytes: AtomicU64::new(0),
+            size_peak: header.size,
+            session: Mutex::new(Session::new(survives)),
+        }
+    }
+}
+
+fn bitmap_of(entry: Entry) -> Bitmap<Entry> {
+    let in_use = entry.flags & flag::IN_USE != 0;
+    let condition = match &entry.damage {
+        Some((detail, _)) => Condition::Damaged(detail.clone()),
+        None if in_use => Condition::Inconsistent(
+            "it was in use when the image was last left, so changes may be missing in it".into(),
+        ),
+        None => Condition::Ready,
+    };
+    Bitmap {
+        name: String::from_utf8_lossy(&entry.name).into_owned(),
+        granularity_bits: entry.granularity_bits.min(63),
+        recording: match entry.flags & flag::AUTO {
+            0 => Recording::Disabled,
+            _ => Recording::Enabled,
+        },
+        condition,
+        in_use: AtomicBool::new(in_use),
+        bits: OnceLock::new(),
+        stored: entry,
+    }
+}
+
+impl Qcow2 {
+    /// Loads the bitmaps that note changes, before the first change.
+    pub(super) fn begin_recording(&mut self) {
+        let mut alone = self.bitmaps.tracker.alone();
+        let mut bitmaps = alone.bitmaps().to_vec();
+        self.find_shared_clusters(&mut bitmaps);
+        for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.recording == Recording::Enabled) {
+            if let Err(detail) = self.ready_bits(bitmap) {
+                bitmap.condition = unusable(bitmap, detail);
+            }
+        }
+        let is_marked = self.is_marked(&bitmaps);
+        alone.replace(bitmaps, is_marked);
+    }
+
+    /// Whether the image says of every bitmap in which changes will be missing, as long as it is
+    /// open, that it is in use.
+    fn is_marked(&self, bitmaps: &[Bitmap<Entry>]) -> bool {
+        let disk = lock(&self.bitmaps.disk);
+        disk.damage.is_none() && !disk.is_doubtful && !bitmaps.iter().any(needs_mark)
+    }
+
+    /// Two bitmaps must not share clusters, or one would free what the other needs.
+    fn find_shared_clusters(&self, bitmaps: &mut [Bitmap<Entry>]) {
+        let mut seen = HashSet::new();
+        for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.stored.damage.is_none()) {
+            let detail = match self.table_clusters(bitmap.stored.table) {
+                Ok(clusters) if seen.len() + clusters.len() > CLUSTERS_MAX => {
+                    "the bitmaps of the image have too many clusters".into()
+                }
+                Ok(clusters) if clusters.iter().all(|cluster| seen.insert(*cluster)) => continue,
+                Ok(_) => "it shares clusters with another bitmap, or uses one twice".into(),
+                Err(detail) => detail,
+            };
+            bitmap.condition = Condition::Damaged(detail);
+        }
+    }
+
+    /// The bits of a bitmap, loaded if they were not. An error says, as a clause, why there are none.
+    pub(super) fn ready_bits(&self, bitmap: &Bitmap<Entry>) -> Result<Arc<Bits>, String> {
+        if let Condition::Inconsistent(detail) | Condition::Damaged(detail) = &bitmap.condition {
+            return Err(detail.clone());
+        }
+        if let Some(bits) = bitmap.bits.get() {
+            return Ok(Arc::clone(bits));
+        }
+        let bytes = Bits::bytes_for(self.size, bitmap.granularity_bits);
+        self.take_memory(bytes)?;
+        let loaded = self.load_bits(bitmap.stored.table, self.size, bitmap.granularity_bits);
+        let loaded = loaded.inspect_err(|_| self.give_memory(bytes))?;
+        let mut is_ours = false;
+        let bits = bitmap.bits.get_or_init(|| {
+            is_ours = true;
+            Arc::new(loaded)
+        });
+        if !is_ours {
+            self.give_memory(bytes); // Somebody else has loaded them meanwhile.
+        }
+        Ok(Arc::clone(bits))
+    }
+
+    fn take_memory(&self, bytes: u64) -> Result<(), String> {
+        let memory = &self.bitmaps.memory_bytes;
+        if memory.fetch_add(bytes, AcqRel).saturating_add(bytes) > MEMORY_BYTES_MAX {
+            self.give_memory(bytes);
+            return Err(format!(
+                "the bitmaps of the image take up more than {} MiB of memory",
+                MEMORY_BYTES_MAX >> 20
+            ));
+        }
+        Ok(())
+    }
+
+    fn give_memory(&self, bytes: u64) {
+        self.bitmaps.memory_bytes.fetch_sub(bytes, AcqRel);
+    }
+
+    /// Notes that a range is about to change; see [`Tracker::before_change`].
+    pub(super) fn before_change(&self, range: GuestRange) -> Result<Recorded<'_, Entry>> {
+        self.bitmaps.tracker.before_change(range, |state| self.mark_in_use(state))
+    }
+
+    /// Says on disk of every bitmap that notes changes that what is stored is out of date.
+    fn mark_in_use(&self, state: &State<Entry>) -> Result<()> {
+        let mut disk = lock(&self.bitmaps.disk);
+        if disk.damage.is_some() {
+            // Nobody can find these bitmaps. Whoever can must not believe them from now on.
+            change_autoclear(&*self.file, 0, autoclear::BITMAPS).map_err(|e| self.named(e))?;
+            disk.damage = None;
+        }
+        self.settle_directory(&mut disk)?;
+        let Some(place) = disk.directory else { return Ok(()) };
+        // First the bits get a safe place, then the image says that what it has is out of date.
+        self.begin_session(state)?;
+        let bitmaps = state.bitmaps().iter().zip(&disk.flags_places);
+        let marked: Vec<_> = bitmaps.filter(|(bitmap, _)| needs_mark(bitmap)).collect();
+        for (bitmap, flags_place) in &marked {
+            let flags = bitmap.stored.flags | flag::IN_USE;
+            self.write_metadata(place.offset + **flags_place, &flags.to_be_bytes())?;
+        }
+        self.sync_file()?;
+        marked.iter().for_each(|(bitmap, _)| bitmap.in_use.store(true, Release));
+        Ok(())
+    }
+
+    /// What is known about the bitmaps of this layer.
+    pub(crate) fn bitmap_list(&self) -> Vec<BitmapInfo> {
+        let state = self.bitmaps.tracker.read();
+        let info = |bitmap: &Bitmap<Entry>| BitmapInfo {
+            name: bitmap.name.clone(),
+            granularity: 1 << bitmap.granularity_bits,
+            recording: bitmap.recording,
+            is_in_use: bitmap.in_use.load(Acquire),
+            state: match (&bitmap.condition, self.ready_bits(bitmap)) {
+                (Condition::Inconsistent(reason), _) => {
+                    BitmapState::Inconsistent { reason: reason.clone() }
+                }
+                (_, Err(reason)) => BitmapState::Damaged { reason },
+                (_, Ok(bits)) => BitmapState::Consistent { dirty_bytes: bits.dirty_bytes() },
+            },
+        };
+        state.bitmaps().iter().map(info).collect()
+    }
+
+    /// Why the bitmaps that the image claims to have cannot be found, as a clause.
+    pub(crate) fn bitmap_damage(&self) -> Option<String> {
+        lock(&self.bitmaps.disk).damage.clone()
+    }
+
+    /// Whether this layer has a bitmap of that name.
+    pub(crate) fn has_bitmap(&self, name: &str) -> bool {
+        self.bitmaps.tracker.read().bitmaps().iter().any(|bitmap| bitmap.name == name)
+    }
+
+    /// What a bitmap of this layer says about a range.
+    pub(crate) fn dirty_extents(
+        &self,
+        name: &str,
+        range: GuestRange,
+        max_count: usize,
+    ) -> Result<Vec<DirtyExtent>> {
+        self.with_bits(name, |bits| bits.extents(range, max_count))
+    }
+
+    /// The bits of a bitmap of this layer as they are now.
+    pub(crate) fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
+        self.with_bits(name, |bits| DirtyBits(Arc::new(bits.resized(bits.size()))))
+    }
+
+    fn with_bits<T>(&self, name: &str, ask: impl FnOnce(&Bits) -> T) -> Result<T> {
+        // Kept while bits are looked at: whoever clears them needs the state alone.
+        let state = self.bitmaps.tracker.read();
+        let bitmap = find(state.bitmaps(), name)?;
+        let bits = self.ready_bits(bitmap).map_err(|detail| not_reliable(name, &detail))?;
+        Ok(ask(&bits))
+    }
+
+    /// Whether the image has no bitmaps, nor claims to have any.
+    pub(super) fn has_no_bitmaps(&self) -> bool {
+        let disk = lock(&self.bitmaps.disk);
+        disk.directory.is_none() && disk.damage.is_none()
+    }
+
+    /// Where bitmaps lie in the file (offset, length), and what is damaged.
+    pub(super) fn bitmap_places(&self) -> (Vec<(u64, u64)>, Vec<String>) {
+        let bits = self.geometry().cluster_bits;
+        let disk = lock(&self.bitmaps.disk);
+        let mut damages: Vec<String> = disk.damage.iter().cloned().collect();
+        let mut places: Vec<(u64, u64)> =
+            disk.directory.iter().map(|place| (place.offset, place.length)).collect();
+        drop(disk);
+        for bitmap in self.bitmaps.tracker.read().bitmaps() {
+            let clusters = match &bitmap.stored.damage {
+                Some((detail, _)) => Err(detail.clone()),
+                None => self.table_clusters(bitmap.stored.table),
+            };
+            match clusters {
+                Ok(clusters) => places.extend(clusters.iter().map(|at| (at << bits, 1 << bits))),
+                Err(detail) => {
+                    damages.push(format!("the bitmap '{}': {detail}", bitmap.name.escape_debug()));
+                }
+            }
+        }
+        (places, damages)
+    }
+
+    /// Removes the bitmaps whose places cannot be told, as the last step of a repair.
+    pub(super) fn drop_damaged_bitmaps(&self, report: &mut CheckReport) -> Result<()> {
+        let mut disk = lock(&self.bitmaps.disk);
+        let mut dropped = 0;
+        if disk.damage.is_some() {
+            change_autoclear(&*self.file, 0, autoclear::BITMAPS).map_err(|e| self.named(e))?;
+            disk.damage = None;
+            dropped += 1;
+        }
+        drop(disk);
+        let state = self.bitmaps.tracker.read();
+        let is_damaged = |bitmap: &&Bitmap<Entry>| {
+            bitmap.stored.damage.is_some() || self.table_clusters(bitmap.stored.table).is_err()
+        };
+        let names = state.bitmaps().iter().filter(is_damaged).map(|bitmap| bitmap.name.clone());
+        let changes: Vec<_> = names.map(|name| BitmapChange::Remove { name }).collect();
+        drop(state);
+        dropped += changes.len() as u64;
+        self.bitmap_transaction(&changes, || ())?;
+        report.corruptions -= dropped.min(report.corruptions);
+        report.corruptions_repaired += dropped;
+        Ok(())
+    }
+}
+
+/// Whether changes will be missing in what is stored of a bitmap, and the image does not say so.
+fn needs_mark(bitmap: &Bitmap<Entry>) -> bool {
+    bitmap.recording == Recording::Enabled && !bitmap.in_use.load(Acquire)
+}
+
+/// The condition of a bitmap whose bits could not be loaded.
+fn unusable(bitmap: &Bitmap<Entry>, detail: String) -> Condition {
+    match &bitmap.condition {
+        Condition::Inconsistent(detail) => Condition::Inconsistent(detail.clone()),
+        _ => Condition::Damaged(detail),
+    }
+}
+
+fn find<'a>(bitmaps: &'a [Bitmap<Entry>], name: &str) -> Result<&'a Bitmap<Entry>> {
+    let found = bitmaps.iter().find(|bitmap| bitmap.name == name);
+    found.ok_or_else(|| no_bitmap(name))
+}
+
+/// The error of naming a bitmap that is not there.
+pub(crate) fn no_bitmap(name: &str) -> Error {
+    let detail = format!("there is no bitmap '{}'; list those that are", name.escape_debug());
+    Error::new(ErrorKind::NotFound, "use a bitmap of", detail)
+}
+
+/// The error of using bits that cannot be relied on.
+fn not_reliable(name: &str, detail: &str) -> Error {
+    let detail = format!(
+        "the bitmap '{}' cannot be relied on: {detail}; remove it, or repair it so that everything \
+         counts as dirty",
+        name.escape_debug()
+    );
+    Error::new(ErrorKind::Corrupt, "use a bitmap of", detail)
+}

@@ -1,0 +1,70 @@
+//! Bitmaps of a disk whose size changes.
+//!
+//! The size and the place of the directory are in different sectors of the header. So all bitmaps
+//! are marked as in use before the size changes, which lets them have tables of any size, and are
+//! stored anew behind it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Release;
+
+use super::change::Planned;
+use super::directory::{Entry, flag};
+use crate::bitmap::{Bitmap, Bits, Condition, Recording};
+use crate::error::Result;
+use crate::qcow2::Qcow2;
+use crate::qcow2::writer::lock;
+use crate::units::{GuestOffset, GuestRange};
+
+impl Qcow2 {
+    /// Loads all bitmaps and marks them as in use, before the size of the disk changes.
+    pub(in crate::qcow2) fn bitmaps_before_resize(&mut self) -> Result<()> {
+        let mut alone = self.bitmaps.tracker.alone();
+        let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
+        let mut disk = lock(&self.bitmaps.disk);
+        self.settle_directory(&mut disk)?;
+        let Some(place) = disk.directory else { return Ok(()) };
+        for (bitmap, flags_place) in bitmaps.iter_mut().zip(&disk.flags_places) {
+            if let Err(detail) = self.ready_bits(bitmap) {
+                bitmap.condition = super::unusable(bitmap, detail);
+            }
+            let flags = bitmap.stored.flags | flag::IN_USE;
+            self.write_metadata(place.offset + flags_place, &flags.to_be_bytes())?;
+        }
+        drop(disk);
+        self.sync_file()?;
+        bitmaps.iter().for_each(|bitmap| bitmap.in_use.store(true, Release));
+        let is_marked = self.is_marked(&bitmaps);
+        alone.replace(bitmaps, is_marked);
+        Ok(())
+    }
+
+    /// Stores all bitmaps for the size that the disk has now. What was added is clean, except
+    /// where it had been cut off before.
+    pub(in crate::qcow2) fn bitmaps_after_resize(&mut self, old_size: u64) -> Result<()> {
+        let size = self.size;
+        let peak = self.bitmaps.size_peak;
+        self.bitmaps.size_peak = peak.max(size);
+        let (start, end) = (GuestOffset::new(old_size), GuestOffset::new(peak.min(size)));
+        let cut_before = GuestRange::between(start, end).unwrap_or_default();
+        let mut alone = self.bitmaps.tracker.alone();
+        if alone.bitmaps().is_empty() {
+            return Ok(());
+        }
+        let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
+        for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.condition == Condition::Ready) {
+            let Some(old) = bitmap.bits.take() else { continue };
+            let resized = Bits::resized(&old, size);
+            if bitmap.recording == Recording::Enabled {
+                resized.set_range(cut_before);
+            }
+            bitmap.bits = Arc::new(resized).into();
+        }
+        // In memory they have the right size now, whether they can be stored or not.
+        alone.replace(bitmaps, true);
+        let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+        for planned in &mut plan {
+            planned.must_store = planned.bitmap.condition == Condition::Ready;
+        }
+        self.carry_out(&mut alone, plan)
+    }
+}

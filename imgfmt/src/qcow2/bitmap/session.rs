@@ -1,0 +1,368 @@
+//! The session of a writable image: what makes its bitmaps survive a crash.
+//!
+//! It begins with the first change that a bitmap notes: the [sidecar](crate::sidecar) is made, then
+//! the header gets an extension that names it and a private autoclear bit, and only then are
+//! the bitmaps marked as in use. It ends when the image is closed and nothing of that is left. Whoever
+//! else writes the image in between clears the bit, because he does not know it, and the sidecar is
+//! not believed any more.
+
+use std::fs::File;
+use std::io::Read;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+
+use super::change::Planned;
+use super::directory::{Entry, flag};
+use crate::bitmap::{Bitmap, Bits, Condition, Recording, State};
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::{Access, Survives};
+use crate::qcow2::Qcow2;
+use crate::qcow2::extension;
+use crate::qcow2::header::{autoclear, u64_at};
+use crate::qcow2::header_edit::{change_autoclear, put_extension, remove_extension};
+use crate::qcow2::writer::lock;
+use crate::sidecar::{
+    BitmapDescriptor, BitmapSafety, Description, Distrust, Fingerprint, Identity, LogShape,
+    Recovery, RecoveryPrecision, Sidecar, SidecarPlace, Trust,
+};
+use crate::units::HostOffset;
+
+/// What is known about the session.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    survives: Survives,
+    identity: Option<Identity>,
+    /// The generation of the session that was found in the header.
+    found_generation: u64,
+    epoch: u64,
+    sidecar: Option<Arc<Sidecar>>,
+    /// Why bitmaps do not survive what they should.
+    shortfall: Option<String>,
+    recovered: Vec<String>,
+    precision: RecoveryPrecision,
+}
+
+/// A sidecar that was found and is believed, or why not.
+pub(in crate::qcow2) type Found = Result<Recovery<File>, Distrust>;
+
+impl Session {
+    pub(super) fn new(survives: Survives) -> Self {
+        Self { survives, ..Self::default() }
+    }
+}
+
+impl Qcow2 {
+    /// Looks at the sidecar that the header speaks of. Nothing is changed.
+    pub(in crate::qcow2) fn find_sidecar(&self) -> Option<Found> {
+        if self.header.version < 3 || self.header.autoclear & autoclear::SIDECAR == 0 {
+            return None;
+        }
+        let found = self.examine_sidecar();
+        // The bits are stamped now: what is written by the recovery is ours.
+        if let (Ok(recovery), true) = (&found, self.writer.is_some()) {
+            recovery.extend_life();
+        }
+        Some(found)
+    }
+
+    fn examine_sidecar(&self) -> Found {
+        let content = self.header.extensions.sidecar.as_deref();
+        let identity = content.and_then(decode_identity).ok_or(Distrust::OtherSession)?;
+        lock(&self.bitmaps.session).found_generation = identity.generation;
+        let place = self.sidecar_place().map_err(|_| Distrust::Missing)?;
+        let access = if self.writer.is_some() { Access::ReadWrite } else { Access::ReadOnly };
+        let file = place.open(access)?.ok_or(Distrust::Missing)?;
+        let image = self.fingerprint().ok_or(Distrust::Missing)?;
+        let recovery = Recovery::examine(file, identity, image, &boot_id())?;
+        match recovery.disk_size() == self.size {
+            true => Ok(recovery),
+            false => Err(Distrust::OtherSize),
+        }
+    }
+
+    /// Gives bitmaps that were in use when the image was left their bits back. A writable image
+    /// stores them, and has no trace of the crash then.
+    pub(in crate::qcow2) fn recover_bitmaps(&self, found: Found) -> Result<()> {
+        let mut alone = self.bitmaps.tracker.alone();
+        let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
+        let mut recovered = Vec::new();
+        for bitmap in bitmaps.iter_mut().filter(|bitmap| was_recording(bitmap)) {
+            match found.as_ref().map_err(ToString::to_string).and_then(|r| self.recover(r, bitmap))
+            {
+                Ok(()) => recovered.push(bitmap.name.clone()),
+                Err(detail) => {
+                    let detail =
+                        format!("it was in use when the image was last left, and {detail}");
+                    bitmap.condition = Condition::Inconsistent(detail);
+                }
+            }
+        }
+        {
+            let mut session = lock(&self.bitmaps.session);
+            session.recovered.clone_from(&recovered);
+            if found.as_ref().is_ok_and(|recovery| recovery.trust() == Trust::OtherBoot) {
+                session.precision = RecoveryPrecision::WholeExtents;
+            }
+        }
+        alone.replace(bitmaps, true);
+        if self.writer.is_none() {
+            return Ok(());
+        }
+        if !recovered.is_empty() {
+            let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+            for planned in &mut plan {
+                let is_in_use = planned.bitmap.in_use.load(Acquire);
+                planned.must_store = planned.bitmap.condition == Condition::Ready && is_in_use;
+            }
+            self.carry_out(&mut alone, plan)?;
+        } else {
+            let is_marked = self.is_marked(alone.bitmaps());
+            let bitmaps = alone.bitmaps().to_vec();
+            alone.replace(bitmaps, is_marked);
+        }
+        self.unmark_header()?;
+        // A file that was not believed may be somebody else's.
+        match (found, self.sidecar_place()) {
+            (Ok(_), Ok(place)) => place.remove().map_err(|e| self.named(sidecar_error(e))),
+            _ => Ok(()),
+        }
+    }
+
+    fn recover(&self, found: &Recovery<File>, bitmap: &mut Bitmap<Entry>) -> Result<(), String> {
+        let wanted = self.descriptor(bitmap);
+        self.take_memory(wanted.word_count() * 8)?;
+        let words = match found.words(&wanted) {
+            Ok(Some(words)) => words,
+            other => {
+                self.give_memory(wanted.word_count() * 8);
+                return Err(match other {
+                    Err(distrust) => distrust.to_string(),
+                    _ => "its bits were not kept anywhere else".into(),
+                });
+            }
+        };
+        let bits = Bits::new(self.size, bitmap.granularity_bits);
+        for (index, word) in words.into_iter().enumerate() {
+            bits.load(index as u64 * 8, &word.to_le_bytes());
+        }
+        bitmap.bits = Arc::new(bits).into();
+        bitmap.condition = Condition::Ready;
+        Ok(())
+    }
+
+    /// Makes a sidecar for the bitmaps that note changes, and makes the header name it. No change is
+    /// on its way. If that cannot be done the bitmaps survive a clean close only, and any older
+    /// sidecar is not believed.
+    pub(super) fn begin_session(&self, state: &State<Entry>) -> Result<()> {
+        let mut session = lock(&self.bitmaps.session);
+        let bitmaps: Vec<_> = state.recording().collect();
+        if session.survives == Survives::CleanClose || bitmaps.is_empty() || state.has_sidecar() {
+            return Ok(());
+        }
+        let identity = match session.identity {
+            Some(identity) => Ok(identity),
+            None => new_uuid().map(|uuid| Identity {
+                uuid,
+                generation: session.found_generation.wrapping_add(1),
+            }),
+        };
+        session.epoch += 1;
+        let made = identity.map_err(sidecar_error).and_then(|identity| {
+            let sidecar = self.make_sidecar(&session, identity, &bitmaps)?;
+            if session.identity.is_none() {
+                self.mark_header(identity)?;
+            }
+            Ok((identity, sidecar))
+        });
+        match made {
+            Ok((identity, sidecar)) => {
+                state.set_sidecar(Arc::clone(&sidecar));
+                session.sidecar = Some(sidecar);
+                session.identity = Some(identity);
+                session.shortfall = None;
+            }
+            Err(error) => {
+                session.shortfall = Some(error.to_string());
+                session.sidecar = None;
+                session.identity = None;
+                self.unmark_header()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn make_sidecar(
+        &self,
+        session: &Session,
+        identity: Identity,
+        bitmaps: &[(&Bitmap<Entry>, &Arc<Bits>)],
+    ) -> Result<Arc<Sidecar>> {
+        let description = Description {
+            survives: session.survives,
+            identity,
+            epoch: session.epoch,
+            disk_size: self.size,
+            log: LogShape::for_disk(self.size),
+            boot_id: boot_id(),
+            image: self.fingerprint().ok_or_else(no_file)?,
+            bitmaps: bitmaps.iter().map(|(bitmap, _)| self.descriptor(bitmap)).collect(),
+        };
+        let words = |bitmap: usize, word: u64| {
+            bitmaps[bitmap].1.words().get(word as usize).map_or(0, |word| word.load(Relaxed))
+        };
+        let place = self.sidecar_place()?;
+        let file = place.create(&description, &words).map_err(sidecar_error)?;
+        Sidecar::new(Box::new(file), &description).ok_or_else(no_file)
+    }
+
+    /// Ends the session once every bitmap is stored: the image is as if there had been none.
+    pub(in crate::qcow2) fn end_session(&self) -> Result<()> {
+        let is_over = {
+            let state = self.bitmaps.tracker.read();
+            !state.recording().any(|(bitmap, _)| bitmap.in_use.load(Acquire))
+        };
+        let mut session = lock(&self.bitmaps.session);
+        if session.identity.is_none() || !is_over {
+            return Ok(());
+        }
+        self.unmark_header()?;
+        session.identity = None;
+        match session.sidecar.take() {
+            Some(sidecar) => sidecar.remove().map_err(|error| self.named(sidecar_error(error))),
+            None => Ok(()),
+        }
+    }
+
+    /// The bitmaps' safety as far as this image is concerned.
+    pub(crate) fn bitmap_safety(&self) -> BitmapSafety {
+        let session = lock(&self.bitmaps.session);
+        let is_gone = session.sidecar.as_ref().is_some_and(|sidecar| sidecar.is_abandoned());
+        let shortfall = match is_gone {
+            true => Some("the file with the bits could not be kept up to date".to_owned()),
+            false => session.shortfall.clone(),
+        };
+        let survives = if shortfall.is_some() { Survives::CleanClose } else { session.survives };
+        BitmapSafety {
+            survives,
+            shortfall,
+            recovered: session.recovered.clone(),
+            precision: session.precision,
+        }
+    }
+
+    /// Notes that the image's file is being changed by us: its modification time will be new.
+    pub(in crate::qcow2) fn note_alive(&self) {
+        // Whoever begins or ends a session holds the lock, and has just stamped the sidecar.
+        if let Ok(session) = self.bitmaps.session.try_lock()
+            && let Some(sidecar) = &session.sidecar
+        {
+            sidecar.note_alive();
+        }
+    }
+
+    fn mark_header(&self, identity: Identity) -> Result<()> {
+        let (file, cluster) = (&*self.file, self.geometry().cluster_size());
+        let _editing = lock(&self.header_edit);
+        let content = encode_identity(identity);
+        // Without the bit nobody looks at the extension.
+        change_autoclear(file, 0, autoclear::SIDECAR)
+            .and_then(|()| put_extension(file, cluster, extension::SIDECAR, &content))
+            .and_then(|()| change_autoclear(file, autoclear::SIDECAR, 0))
+            .map_err(|error| self.named(error))
+    }
+
+    fn unmark_header(&self) -> Result<()> {
+        let (file, cluster) = (&*self.file, self.geometry().cluster_size());
+        let _editing = lock(&self.header_edit);
+        change_autoclear(file, 0, autoclear::SIDECAR)
+            .and_then(|()| remove_extension(file, cluster, extension::SIDECAR))
+            .map_err(|error| self.named(error))
+    }
+
+    fn sidecar_place(&self) -> Result<SidecarPlace> {
+        let path = self.path.as_deref().ok_or_else(no_file)?;
+        SidecarPlace::beside(path).map_err(sidecar_error)
+    }
+
+    fn descriptor(&self, bitmap: &Bitmap<Entry>) -> BitmapDescriptor {
+        BitmapDescriptor {
+            name: bitmap.stored.name.clone(),
+            granularity_bits: bitmap.granularity_bits,
+            bit_count: self.size.div_ceil(1 << bitmap.granularity_bits.min(63)),
+        }
+    }
+
+    /// What the image's file looks like; `None` if it is not an ordinary file.
+    fn fingerprint(&self) -> Option<Fingerprint> {
+        let inode = self.file.identity()?.inode;
+        let status = rustix::fs::fstat(self.file.as_fd()?).ok()?;
+        let mut header = [0; 112];
+        self.file.read_exact_at(HostOffset::new(0), &mut header).ok()?;
+        // Magic, version; cluster_bits; crypt_method; refcount_order and header_length.
+        let fixed = [0..8, 20..24, 32..36, 96..104];
+        let fixed: Vec<u8> = fixed.into_iter().flat_map(|part| header[part].to_vec()).collect();
+        let seconds = u64::try_from(status.st_mtime).unwrap_or(0);
+        (inode != 0).then(|| Fingerprint {
+            inode,
+            length: u64::try_from(status.st_size).unwrap_or(0),
+            modified: seconds.saturating_mul(1_000_000_000) + status.st_mtime_nsec as u64,
+            header_crc: crc32fast::hash(&fixed),
+        })
+    }
+}
+
+/// Whether a bitmap noted changes when the image was left.
+fn was_recording(bitmap: &Bitmap<Entry>) -> bool {
+    bitmap.stored.flags & flag::IN_USE != 0
+        && bitmap.recording == Recording::Enabled
+        && matches!(bitmap.condition, Condition::Inconsistent(_))
+}
+
+fn encode_identity(identity: Identity) -> Vec<u8> {
+    [&identity.uuid[..], &identity.generation.to_be_bytes()].concat()
+}
+
+fn decode_identity(content: &[u8]) -> Option<Identity> {
+    let uuid = content.get(..16)?.try_into().ok()?;
+    (content.len() == 24).then(|| Identity { uuid, generation: u64_at(content, 16) })
+}
+
+/// The boot of this machine; empty if the system does not say.
+fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.map(|id| id.trim_end().to_owned()).unwrap_or_default()
+}
+
+fn new_uuid() -> std::io::Result<[u8; 16]> {
+    let mut uuid = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut uuid)?;
+    Ok(uuid)
+}
+
+fn no_file() -> Error {
+    let detail = "the image is not an ordinary file, or its bitmaps are too large for that";
+    Error::new(ErrorKind::Unsupported, KEEP, detail)
+}
+
+fn sidecar_error(error: std::io::Error) -> Error {
+    Error::from_io(KEEP, error)
+}
+
+const KEEP: &str = "keep the bits of bitmaps beside";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_extension_holds_uuid_and_generation_and_nothing_else() {
+        let identity = Identity { uuid: *b"0123456789abcdef", generation: 0x0102 };
+        let content = encode_identity(identity);
+        assert_eq!(content[16..], [0, 0, 0, 0, 0, 0, 1, 2]);
+        assert_eq!(decode_identity(&content), Some(identity));
+        for length in 0..24 {
+            assert_eq!(decode_identity(&content[..length]), None);
+        }
+        assert_eq!(decode_identity(&[0; 32]), None);
+    }
+}

@@ -1,0 +1,293 @@
+//! Bitmaps of an image whose process died: recovered, or honestly said to be lost.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+mod survival;
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use common::bitmaps::dirty;
+use common::{qemu, run, text};
+use imgfmt::{BitmapState, Image, RecoveryPrecision, Survives};
+use survival::{SIZE, die_after, make, open, options, read_only, sidecar};
+
+#[test]
+fn the_process_that_dies() {
+    survival::carry_out();
+}
+
+fn reason(image: &Image, name: &str) -> Option<String> {
+    let found = image.bitmaps().into_iter().find(|bitmap| bitmap.name == name).unwrap();
+    match found.state {
+        BitmapState::Inconsistent { reason } => Some(reason),
+        BitmapState::Consistent { .. } => None,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What QEMU says about the flags of each bitmap.
+fn flags(path: &Path) -> String {
+    let info = run("qemu-img", &["info", "-U", "--output=json", text(path)]);
+    let bitmaps = info.split_once("\"bitmaps\"").map_or("", |(_, rest)| rest);
+    bitmaps.split_once("\"refcount-bits\"").map_or(bitmaps, |(bitmaps, _)| bitmaps).to_owned()
+}
+
+fn has_no_trace(path: &Path) {
+    let header = std::fs::read(path).unwrap();
+    assert_eq!(header[88] & 0x80, 0, "the private autoclear bit is set");
+    assert!(
+        !header[104..4096].windows(8).any(|start| start == b"dirt\0\0\0\x18"),
+        "the extension is there"
+    );
+    assert!(!sidecar(path).exists(), "the sidecar is there");
+    assert!(!flags(path).contains("in-use"));
+    qemu::check_but_for_leaks(path, "no trace");
+}
+
+#[test]
+fn bits_are_recovered_exactly_and_qemu_sees_a_clean_image_then() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    for level in ["process", "power"] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = make(folder.path());
+        die_after(&path, &format!("open:{level},write:1048576:4096,flush,write:2097152:512"));
+        assert_eq!(flags(&path).matches("in-use").count(), 2, "before the recovery");
+        let mode = std::fs::metadata(sidecar(&path)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let expected = vec![(1048576, 4096), (2097152, 512)];
+        // Whoever only reads sees the bits and changes nothing.
+        assert_eq!(dirty(&read_only(&path), "fine"), expected);
+        assert_eq!(flags(&path).matches("in-use").count(), 2, "after reading");
+        let image = open(&path);
+        let safety = image.bitmap_safety();
+        assert_eq!(safety.recovered, ["fine", "coarse"]);
+        assert_eq!(safety.precision, RecoveryPrecision::Exact);
+        assert_eq!(dirty(&image, "fine"), expected);
+        drop(image);
+        has_no_trace(&path);
+        assert_eq!(qemu::dirty(&path, "fine"), expected);
+    }
+}
+
+#[test]
+fn a_recovery_that_is_interrupted_by_death_is_repeated() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:power,write:0:4096");
+    die_after(&path, "open:power");
+    die_after(&path, "open:power,write:65536:4096");
+    die_after(&path, "open:process,write:131072:4096");
+    let image = open(&path);
+    assert_eq!(dirty(&image, "fine"), [(0, 4096), (65536, 4096), (131072, 4096)]);
+    image.close().unwrap();
+    has_no_trace(&path);
+}
+
+#[test]
+fn without_a_sidecar_the_bitmaps_stay_in_use_as_qemu_has_it() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:none,write:0:4096");
+    assert!(!sidecar(&path).exists());
+    assert!(reason(&open(&path), "fine").is_some());
+    assert!(flags(&path).contains("in-use"));
+}
+
+#[test]
+fn qemu_writing_before_the_recovery_is_noticed() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:power,write:0:4096");
+    qemu::io(&path, "qcow2", &["write 1M 4k".into()]);
+    let image = open(&path);
+    assert!(reason(&image, "fine").is_some(), "a bitmap without QEMU's write must not be shown");
+    image.close().unwrap();
+    assert!(reason(&read_only(&path), "fine").is_some());
+    qemu::check_but_for_leaks(&path, "after QEMU wrote");
+}
+
+#[test]
+fn qemu_reading_before_the_recovery_does_no_harm() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:power,write:0:4096,flush");
+    run("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 0x5a 0 4k", text(&path)]);
+    run("qemu-img", &["info", text(&path)]);
+    assert_eq!(dirty(&open(&path), "fine"), [(0, 4096)]);
+}
+
+#[test]
+fn a_writer_that_ignores_the_autoclear_bit_is_noticed_by_the_time() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:power,write:0:4096,flush");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
+    drop(file);
+    let reason = reason(&open(&path), "fine").unwrap();
+    assert!(reason.contains("another program has changed the image"), "{reason}");
+}
+
+#[test]
+fn a_copy_of_the_image_does_not_believe_a_copy_of_the_sidecar() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:power,write:0:4096,flush");
+    let copy = folder.path().join("copy.qcow2");
+    std::fs::copy(&path, &copy).unwrap();
+    std::fs::copy(sidecar(&path), sidecar(&copy)).unwrap();
+    let reason = reason(&open(&copy), "fine").unwrap();
+    assert!(reason.contains("another file"), "{reason}");
+    assert_eq!(dirty(&open(&path), "fine"), [(0, 4096)], "the original is as it was");
+}
+
+#[test]
+fn a_sidecar_that_is_gone_damaged_or_of_another_session_is_not_believed() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    for case in ["gone", "damaged", "cut", "other"] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = make(folder.path());
+        die_after(&path, "open:power,write:0:4096,flush");
+        let bytes = std::fs::read(sidecar(&path)).unwrap();
+        match case {
+            "gone" => std::fs::remove_file(sidecar(&path)).unwrap(),
+            "damaged" => {
+                let mut bytes = bytes;
+                bytes[50] ^= 1;
+                std::fs::write(sidecar(&path), bytes).unwrap();
+            }
+            "cut" => std::fs::write(sidecar(&path), &bytes[..bytes.len() / 2]).unwrap(),
+            _ => {
+                drop(open(&path));
+                die_after(&path, "open:power,write:65536:4096,flush");
+                std::fs::write(sidecar(&path), bytes).unwrap();
+            }
+        }
+        let image = open(&path);
+        let reason = reason(&image, "fine");
+        assert!(reason.is_some(), "{case}");
+        // The disk is there, and can be written on.
+        let mut sector = [0; 512];
+        image.read_at(common::at(0), &mut sector).unwrap();
+        assert_eq!(sector, [0x5a; 512], "{case}");
+        image.write_at(common::at(0), &sector, imgfmt::Durability::Fua).unwrap();
+        image.close().unwrap();
+        qemu::check_but_for_leaks(&path, case);
+    }
+}
+
+#[test]
+fn changes_of_the_list_of_bitmaps_survive_with_their_bits() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let whole = format!("0:{SIZE}");
+    for (script, fine, coarse, still) in [
+        ("write:0:512,clear:fine", vec![], vec![(0, 65536)], vec![]),
+        ("write:0:512,clear:fine,write:65536:512", vec![(65536, 512)], vec![(0, 131072)], vec![]),
+        (
+            "write:0:512,merge:still:fine,write:512:512",
+            vec![(0, 1024)],
+            vec![(0, 65536)],
+            vec![(0, 65536)],
+        ),
+        (
+            "write:0:512,enable:still,write:131072:512",
+            vec![(0, 512), (131072, 512)],
+            vec![(0, 65536), (131072, 65536)],
+            vec![(131072, 65536)],
+        ),
+        (
+            &format!("write:{whole},clear:fine,clear:coarse,write:0:1"),
+            vec![(0, 512)],
+            vec![(0, 65536)],
+            vec![],
+        ),
+    ] {
+        for level in ["process", "power"] {
+            let folder = tempfile::tempdir().unwrap();
+            let path = make(folder.path());
+            die_after(&path, &format!("open:{level},{script}"));
+            let image = open(&path);
+            assert_eq!(dirty(&image, "fine"), fine, "{script}");
+            assert_eq!(dirty(&image, "coarse"), coarse, "{script}");
+            assert_eq!(dirty(&image, "still"), still, "{script}");
+            image.close().unwrap();
+            has_no_trace(&path);
+        }
+    }
+}
+
+#[test]
+fn removing_one_bitmap_keeps_the_bits_of_the_others() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:power,write:0:512,remove:coarse,write:512:512");
+    let image = open(&path);
+    assert_eq!(image.bitmap_safety().recovered, ["fine"]);
+    assert_eq!(dirty(&image, "fine"), [(0, 1024)]);
+}
+
+#[test]
+fn a_clean_close_leaves_no_trace() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    let image = open(&path);
+    assert!(!sidecar(&path).exists(), "nothing has changed yet");
+    image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
+    assert!(sidecar(&path).exists());
+    image.close().unwrap();
+    has_no_trace(&path);
+    qemu::check(&path);
+}
+
+#[test]
+fn where_no_sidecar_can_be_made_writes_go_on_and_the_shortfall_is_said() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    // A folder of that name cannot be replaced by a file.
+    std::fs::create_dir(sidecar(&path)).unwrap();
+    let image = Image::open(&path, &options().survives(Survives::ProcessDeath)).unwrap();
+    assert_eq!(image.bitmap_safety().survives, Survives::ProcessDeath);
+    image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
+    let safety = image.bitmap_safety();
+    assert_eq!(safety.survives, Survives::CleanClose);
+    assert!(safety.shortfall.is_some());
+    image.close().unwrap();
+    std::fs::remove_dir(sidecar(&path)).unwrap();
+    has_no_trace(&path);
+    assert_eq!(dirty(&read_only(&path), "fine"), [(0, 512)]);
+}
