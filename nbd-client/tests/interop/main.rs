@@ -9,3 +9,4 @@ mod nbdkit;
 mod our_server;
 mod qemu_nbd;
 mod reconnect;
+mod tls;
