@@ -163,8 +163,8 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
 async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new()?;
     let registry = ExportRegistry::new();
-    let names = source::add_all(&args, &registry)?;
     let tls = args.tls.load()?;
+    let names = source::add_all(&args, &registry)?;
     tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
         Some(_) if args.listen.is_empty() && args.socket.is_empty() => Some(PrivateFolder::new()?),

@@ -50,3 +50,5 @@ mod serve_signals;
 mod serve_snapshot;
 mod serve_systemd;
 mod serve_temporary;
+mod serve_tls_psk;
+mod serve_tls_x509;

@@ -105,15 +105,16 @@ pub(crate) fn explain_handshake(error: &ssl::Error, notes: Option<&Notes>) -> St
         _ => {}
     }
     if has("peer did not return a certificate") {
+        // Clients do not show certificates of authorities that the server does not name.
         return "the client showed no certificate; give it client-cert.pem and client-key.pem signed \
-                by an authority in ca-cert.pem"
+                by an authority in the server's ca-cert.pem"
             .to_owned();
     }
     if has("wrong version number") || has("http request") || has("unsupported record") {
         return "what the client sent behind STARTTLS is not TLS".to_owned();
     }
     if has("unsupported protocol") || has("version too low") {
-        return "the client speaks no TLS version above 1.1".to_owned();
+        return "the client offers neither TLS 1.2 nor TLS 1.3".to_owned();
     }
     if has("no shared cipher") || has("no suitable") {
         return "client and server have no cipher in common; the client may want certificates where \

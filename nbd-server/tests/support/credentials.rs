@@ -130,10 +130,10 @@ impl Authority {
         let mut text = format!("organization = \"Example\"\ncn = \"{name}\"\nsigning_key\n");
         text.push_str(&match role {
             Role::Server => format!(
-                "tls_www_server\ndns_name = \"{name}\"\nip_address = \"127.0.0.1\"\n\
+                "tls_www_server\nencryption_key\ndns_name = \"{name}\"\nip_address = \"127.0.0.1\"\n\
                  ip_address = \"::1\"\n"
             ),
-            Role::Client => "tls_www_client\n".to_owned(),
+            Role::Client => "tls_www_client\nencryption_key\n".to_owned(),
         });
         if validity == Validity::Expired {
             text.push_str("activation_date = \"2020-01-01 00:00:00\"\n");
@@ -234,11 +234,12 @@ pub fn add_psk_user(file: &Path, user: &str) {
     run(Command::new("psktool").arg("-u").arg(user).arg("-p").arg(file));
 }
 
-/// A key on a small curve, which takes no time to make, in a file for nobody else.
+/// A key in a file for nobody else. Certtool's is one for RSA: with others it cannot make
+/// certificates that QEMU is content with.
 fn make_key(maker: Maker, path: &Path) {
     match maker {
         Maker::Certtool => run(Command::new("certtool")
-            .args(["--generate-privkey", "--key-type=ecdsa", "--curve=secp256r1", "--outfile"])
+            .args(["--generate-privkey", "--key-type=rsa", "--bits=2048", "--outfile"])
             .arg(path)),
         Maker::Openssl => run(Command::new("openssl")
             .args(["genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out"])
