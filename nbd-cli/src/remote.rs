@@ -9,12 +9,12 @@ use imgfmt::storage::StorageExtent;
 use imgfmt::{
     Capabilities, Durability, ExtentKind, HostOffset, OpenPolicy, Speed, Storage, ZeroMode,
 };
-use nbd_client::{Client, Connector, Error, ExtentLimit};
+use nbd_client::{Client, Connector, Error, ExtentLimit, LocalFiles};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{AllocationFlags, Errno, MetaContextName, TransmissionFlags};
 use tokio::runtime::Runtime;
 
-use crate::connect::connect;
+use crate::connect::{TlsArgs, connect};
 use crate::error::{CommandError, runtime};
 use crate::output::printable;
 
@@ -29,7 +29,9 @@ pub(crate) fn allow_exports(policy: OpenPolicy) -> OpenPolicy {
     SCHEMES.iter().fold(policy, |policy, scheme| {
         let opener = |name: &str| {
             let uri: NbdUri = name.parse().map_err(io::Error::other)?;
-            let storage = ExportStorage::open(&uri);
+            // The image chose this URI: it may not choose which files of this machine are read.
+            let connector = TlsArgs::default().connector(&uri).local_files(LocalFiles::Refused);
+            let storage = ExportStorage::open(connector);
             let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
             Ok(Arc::new(storage) as Arc<dyn Storage>)
         };
@@ -60,11 +62,11 @@ struct Known {
 
 impl ExportStorage {
     /// Connects to the server.
-    pub(crate) fn open(uri: &NbdUri) -> Result<Self, CommandError> {
+    pub(crate) fn open(connector: Connector) -> Result<Self, CommandError> {
         let runtime = runtime()?;
         let context = MetaContextName::base_allocation();
-        let connector =
-            Connector::new(uri.clone()).connections(CONNECTIONS).meta_contexts([context.clone()]);
+        let connector = connector.connections(CONNECTIONS).meta_contexts([context.clone()]);
+        let uri = connector.uri();
         let client = runtime.block_on(connect(&connector, uri))?;
         let sizes = client.info().block_sizes;
         Ok(Self {

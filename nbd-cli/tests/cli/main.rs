@@ -8,6 +8,7 @@ mod backup_chain;
 mod backup_refused;
 mod backup_resume;
 mod bad_input;
+mod client_tls;
 mod completions;
 mod copy_bad_servers;
 mod copy_block_sizes;

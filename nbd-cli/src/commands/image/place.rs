@@ -10,6 +10,7 @@ use nbd_proto::NbdUri;
 
 use super::open::explained;
 use crate::commands::copy::location::Location;
+use crate::connect::TlsArgs;
 use crate::error::CommandError;
 use crate::remote::ExportStorage;
 
@@ -39,7 +40,7 @@ impl Place {
         match self {
             Self::File(path) => Image::open(path, options).map_err(explained),
             Self::Export(uri) => {
-                let storage = ExportStorage::open(uri)?;
+                let storage = ExportStorage::open(TlsArgs::default().connector(uri))?;
                 if options.access == Access::ReadWrite && !storage.is_writable() {
                     return Err(CommandError::new(format!(
                         "cannot write to {uri}: the server exports this disk read-only"
