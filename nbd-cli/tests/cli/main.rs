@@ -36,6 +36,8 @@ mod map_output;
 mod map_picture;
 mod qemu_nbd_beside;
 mod qemu_nbd_daemon;
+mod qemu_nbd_image;
+mod qemu_nbd_tls;
 mod serve_exports;
 mod serve_fio;
 mod serve_limits;

@@ -24,6 +24,51 @@ pub enum Authorization {
     /// `#` do not count. The file is read for each client, so that changes apply at once. If it
     /// cannot be read nobody may connect.
     File(PathBuf),
+    /// The first rule that fits decides.
+    Rules {
+        /// The rules, in their order.
+        rules: Vec<Rule>,
+        /// What applies to those whom no rule fits.
+        otherwise: Verdict,
+    },
+}
+
+/// What applies to those whose distinguished name fits.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    /// The name or pattern.
+    pub name: String,
+    /// How it is compared.
+    pub matching: Matching,
+    /// What applies to those whom it fits.
+    pub verdict: Verdict,
+}
+
+/// How a name is compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Matching {
+    /// Character by character.
+    Exact,
+    /// `*` stands for any text and `?` for any single character.
+    Pattern,
+}
+
+/// Whether somebody may connect.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// They may.
+    Allow,
+    /// They may not.
+    Deny,
+}
+
+impl Rule {
+    fn fits(&self, name: &DistinguishedName) -> bool {
+        match self.matching {
+            Matching::Exact => [&name.specific_first, &name.as_encoded].contains(&&self.name),
+            Matching::Pattern => fits(&self.name, name),
+        }
+    }
 }
 
 impl Authorization {
@@ -36,6 +81,10 @@ impl Authorization {
         let fits = match self {
             Self::Everyone => true,
             Self::Patterns(patterns) => patterns.iter().any(|pattern| fits(pattern, name)),
+            Self::Rules { rules, otherwise } => {
+                let rule = rules.iter().find(|rule| rule.fits(name));
+                rule.map_or(*otherwise, |rule| rule.verdict) == Verdict::Allow
+            }
             Self::File(path) => {
                 let text = file::read("the list of clients", path);
                 let text = text.map_err(|error: TlsError| error.to_string())?;
@@ -128,6 +177,25 @@ mod tests {
         std::fs::write(&path, "# CN=laptop-*,O=Example,C=GB\nCN=other\n").unwrap();
         let error = authorization.check(&laptop()).unwrap_err();
         assert!(error.starts_with("CN=laptop-7,O=Example,C=GB is not on the list"), "{error}");
+    }
+
+    #[test]
+    fn the_first_rule_that_fits_decides() {
+        let rule = |name: &str, matching, verdict| Rule { name: name.into(), matching, verdict };
+        let rules = vec![
+            rule("CN=laptop-*", Matching::Exact, Verdict::Deny),
+            rule("CN=laptop-7,*", Matching::Pattern, Verdict::Allow),
+            rule("CN=laptop-*", Matching::Pattern, Verdict::Deny),
+        ];
+        let check = |rules: &[Rule], otherwise| {
+            Authorization::Rules { rules: rules.to_vec(), otherwise }.check(&laptop()).is_ok()
+        };
+        assert!(check(&rules, Verdict::Deny));
+        assert!(!check(&rules[2..], Verdict::Allow));
+        assert!(check(&rules[..1], Verdict::Allow));
+        assert!(!check(&[], Verdict::Deny));
+        let exact = rule("C=GB,O=Example,CN=laptop-7", Matching::Exact, Verdict::Allow);
+        assert!(check(&[exact], Verdict::Deny));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use openssl::ssl::Ssl;
 
-pub use authorization::Authorization;
+pub use authorization::{Authorization, Matching, Rule, Verdict};
 pub use error::TlsError;
 pub(crate) use error::explain_handshake;
 pub(crate) use notes::{Notes, PeerIdentity};

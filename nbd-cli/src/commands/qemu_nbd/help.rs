@@ -57,12 +57,16 @@ The process:
       --pid-file=PATH       write the number of the serving process to a file, and lock it
   -T, --trace=PATTERN       accepted with a warning: there are no trace events; see -v
 
+TLS:
+      --object=TYPE,id=ID,...
+                            define tls-creds-x509, tls-creds-psk, authz-simple, authz-list,
+                            authz-list-file or secret
+      --tls-creds=ID        nothing without TLS, with the credentials of that --object
+      --tls-authz=ID        only clients whose certificate that --object allows
+      --tls-hostname=NAME   with -L: the name in the server's certificate
+
 Others:
   -L, --list                print what another server (-b, -p, -k) exports
-      --object=TYPE,id=ID,...
-                            define a secret, tls-creds-x509, tls-creds-psk, authz-simple,
-                            authz-list or authz-list-file
 
-Not supported, and refused: -B (--bitmap), -c (--connect), -d (--disconnect), --selinux-label,
---tls-creds, --tls-authz and --tls-hostname.
+Not supported, and refused: -B (--bitmap), -c (--connect), -d (--disconnect), --selinux-label.
 ";

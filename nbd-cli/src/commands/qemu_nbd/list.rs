@@ -8,7 +8,7 @@ use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 
 use super::options::Options;
 use super::server::host_and_port;
-use super::{Refusal, print};
+use super::{Refusal, print, tls};
 use crate::error::runtime;
 use crate::output::printable;
 
@@ -43,7 +43,10 @@ pub(super) fn run(options: &Options) -> Result<(), Refusal> {
         user: None,
         tls: TlsParameters::default(),
     };
-    let connector = Connector::new(uri);
+    let mut connector = Connector::new(uri);
+    if let Some(tls) = tls::for_client(options).map_err(Refusal::new)? {
+        connector = connector.tls(tls);
+    }
     let server = runtime()?.block_on(connector.inspect(Scope::AllExports));
     let server = server.map_err(|error| Refusal::new(printable(&error.to_string())))?;
     print(&text(&server))

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use nbd_server::tls::{Matching, Rule, Verdict};
+
 use super::key_values::KeyValues;
 
 /// The objects that were defined.
@@ -65,30 +67,10 @@ pub(super) enum Authorization {
     Simple(String),
     List {
         rules: Vec<Rule>,
-        otherwise: Policy,
+        otherwise: Verdict,
     },
     /// A list in a JSON file.
     ListFile(PathBuf),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Rule {
-    pub(super) names: String,
-    pub(super) policy: Policy,
-    pub(super) matching: Matching,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Policy {
-    Allow,
-    Deny,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Matching {
-    Exact,
-    /// `*` and `?` stand for other characters.
-    Glob,
 }
 
 impl std::fmt::Debug for Secret {
@@ -161,6 +143,24 @@ impl Objects {
             Some(_) => failed(format!("Object with id '{id}' is not TLS credentials")),
         }
     }
+
+    /// The list of that id that says who may connect.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if there is none.
+    pub(super) fn authorization(&self, id: &str) -> Result<&Authorization, String> {
+        match self.objects.get(id) {
+            Some(Object::Authorization(authorization)) => Ok(authorization),
+            Some(_) => Err(format!("Object with id '{id}' does not authorize anybody")),
+            None => Err(format!("No authorization object with id '{id}'")),
+        }
+    }
+
+    /// Whether there is a secret of that id.
+    pub(super) fn has_secret(&self, id: &str) -> bool {
+        matches!(self.objects.get(id), Some(Object::Secret(_)))
+    }
 }
 
 impl Endpoint {
@@ -219,37 +219,40 @@ impl TlsCredentials {
 }
 
 impl Authorization {
-    fn list(properties: &mut KeyValues) -> Result<Self, String> {
-        let otherwise = Policy::take(properties, "policy")?.unwrap_or(Policy::Deny);
+    /// A list of rules.
+    ///
+    /// # Errors
+    ///
+    /// A sentence about the property that is wrong.
+    pub(super) fn list(properties: &mut KeyValues) -> Result<Self, String> {
+        let otherwise = take_verdict(properties, "policy")?.unwrap_or(Verdict::Deny);
         let mut rules = Vec::new();
         loop {
             let mut rule = properties.take_below(&format!("rules.{}", rules.len()));
             if rule.is_empty() {
                 return Ok(Self::List { rules, otherwise });
             }
-            let names = rule.take("match").ok_or_else(|| missing("match"))?;
-            let policy = Policy::take(&mut rule, "policy")?.ok_or_else(|| missing("policy"))?;
+            let name = rule.take("match").ok_or_else(|| missing("match"))?;
+            let verdict = take_verdict(&mut rule, "policy")?.ok_or_else(|| missing("policy"))?;
             let matching = match rule.take("format").as_deref() {
                 None | Some("exact") => Matching::Exact,
-                Some("glob") => Matching::Glob,
+                Some("glob") => Matching::Pattern,
                 Some(other) => return Err(not_accepted("format", other)),
             };
             if let Some(key) = rule.left_over() {
                 return Err(format!("Parameter '{key}' is unexpected in a rule"));
             }
-            rules.push(Rule { names, policy, matching });
+            rules.push(Rule { name, matching, verdict });
         }
     }
 }
 
-impl Policy {
-    fn take(properties: &mut KeyValues, key: &str) -> Result<Option<Self>, String> {
-        match properties.take(key).as_deref() {
-            None => Ok(None),
-            Some("allow") => Ok(Some(Self::Allow)),
-            Some("deny") => Ok(Some(Self::Deny)),
-            Some(other) => Err(not_accepted(key, other)),
-        }
+fn take_verdict(properties: &mut KeyValues, key: &str) -> Result<Option<Verdict>, String> {
+    match properties.take(key).as_deref() {
+        None => Ok(None),
+        Some("allow") => Ok(Some(Verdict::Allow)),
+        Some("deny") => Ok(Some(Verdict::Deny)),
+        Some(other) => Err(not_accepted(key, other)),
     }
 }
 

@@ -8,7 +8,7 @@ use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 use super::daemon::{self, Role};
 use super::options::Options;
 use super::pid_file::PidFile;
-use super::{Refusal, source};
+use super::{Refusal, source, tls};
 use crate::error::CommandError;
 use crate::serving::{runtime, serve_error, serve_until_signal};
 use crate::signals::EndSignals;
@@ -23,7 +23,9 @@ pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
 async fn serve(options: &Options, role: Role) -> Result<(), Refusal> {
     let signals = EndSignals::new()?.with_hangup()?;
     let registry = ExportRegistry::new();
-    let mut server = Server::new(config(options), registry.clone());
+    let mut config = config(options);
+    config.tls = tls::for_server(options).map_err(Refusal::new)?;
+    let mut server = Server::new(config, registry.clone());
     // As qemu-nbd does it: clients can connect from here on, and wait for their greeting.
     server.listen(&address(options)?).await.map_err(serve_error)?;
     let mut entry = ExportEntry::new(source::open(options)?);
