@@ -133,7 +133,7 @@ fn random_change(image: &Image, random: &mut Random) {
     match random.below(40) {
         0 => image.flush().unwrap(),
         1 | 2 => {
-            image.write_zeroes(whole, ZeroMode::MayUnmap, Speed::Any, Durability::Cached).unwrap()
+            image.write_zeroes(whole, ZeroMode::MayUnmap, Speed::Any, Durability::Cached).unwrap();
         }
         3 => image.discard(whole, Durability::Cached).unwrap(),
         4 => image.write_at(at(offset), &random.bytes(length as usize), Durability::Fua).unwrap(),
