@@ -18,7 +18,7 @@ use self::captive::Captive;
 pub use self::tls::{TlsArgs, TlsChoice};
 use crate::error::{CommandError, Outcome};
 use crate::output::warn;
-pub use crate::serving::{DetectZeroes, Discard};
+pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
 use crate::serving::{PrivateFolder, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::EndSignals;
 use crate::size::{ByteSize, parse_duration};
@@ -106,6 +106,11 @@ pub struct ServeArgs {
     /// Offer the metadata context qemu:allocation-depth for images.
     #[arg(short = 'A', long)]
     pub allocation_depth: bool,
+
+    /// What dirty bitmaps of the images survive. For all but 'none' a file IMAGE.dirty is kept
+    /// beside an image from its first change on; it is gone when the server has ended in order.
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    pub bitmap_durability: BitmapDurability,
 
     /// Do not show the exports to clients that ask for a list.
     #[arg(long)]

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use imgfmt::{Access, CreateOptions, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_server::export::{Export, ImageExport};
 
-use super::{Changes, PrivateFolder, Window, filtered};
+use super::durability::report_recovery;
+use super::{BitmapDurability, Changes, PrivateFolder, Window, filtered};
 use crate::error::CommandError;
 
 /// Where writes of clients go.
@@ -36,6 +37,8 @@ pub(crate) struct ImageChoices {
     pub(crate) changes: Changes,
     /// The part of the disk that is exported.
     pub(crate) window: Window,
+    /// What bitmaps that note changes survive.
+    pub(crate) bitmap_durability: BitmapDurability,
     /// Whether `qemu:allocation-depth` is offered.
     pub(crate) allocation_depth: bool,
 }
@@ -104,7 +107,10 @@ impl ImageChoices {
             Writes::ToTemporaryFile => temporary(path, &options),
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
-                Ok(Image::open(path, &options.access(Access::ReadWrite))?)
+                let options = options.survives(self.bitmap_durability.into());
+                let image = Image::open(path, &options.access(Access::ReadWrite))?;
+                report_recovery(&image, path);
+                Ok(image)
             }
             Writes::ToImage | Writes::Refused => Ok(Image::open(path, &options)?),
         }

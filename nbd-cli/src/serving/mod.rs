@@ -1,6 +1,7 @@
 //! What the front ends that serve have in common: opening an image as an export, and serving until
 //! a signal says stop.
 
+mod durability;
 mod filter;
 mod folder;
 pub(crate) mod image;
@@ -10,6 +11,7 @@ use std::future::Future;
 
 use nbd_server::{ServeError, Server};
 
+pub use self::durability::BitmapDurability;
 pub(crate) use self::filter::{Caching, Changes, MultiConn, filtered};
 pub use self::filter::{DetectZeroes, Discard};
 pub(crate) use self::folder::PrivateFolder;

@@ -38,6 +38,7 @@ mod qemu_nbd_beside;
 mod qemu_nbd_daemon;
 mod qemu_nbd_image;
 mod qemu_nbd_tls;
+mod serve_bitmaps_survive;
 mod serve_exports;
 mod serve_fio;
 mod serve_limits;

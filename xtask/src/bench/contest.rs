@@ -164,7 +164,7 @@ pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarRepor
                 Some(ratio) if is_met(bar.limit, ratio) => Verdict::Pass,
                 Some(_) => Verdict::Fail,
             };
-            let requirement = format!("{what} {relation} {limit:.1}");
+            let requirement = format!("{what} {relation} {limit}");
             Some(BarReport { row: bar.row.clone(), requirement, measured, verdict })
         })
         .collect()

@@ -10,6 +10,7 @@
 //! cannot share it, and the peak memory then belongs to one row.
 
 mod bars;
+mod bitmaps;
 mod contest;
 mod data;
 mod fio;

@@ -11,7 +11,7 @@ use super::key_values::KeyValues;
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
 use super::{Refusal, complain};
 use crate::serving::image::{ImageChoices, Writes};
-use crate::serving::{Caching, Changes, Discard, MultiConn};
+use crate::serving::{BitmapDurability, Caching, Changes, Discard, MultiConn};
 
 /// Opens it as the options say.
 ///
@@ -116,6 +116,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
             },
         },
         window,
+        bitmap_durability: BitmapDurability::default(),
         allocation_depth: options.allocation_depth,
     })
 }

@@ -92,6 +92,7 @@ fn choices(args: &ServeArgs) -> ImageChoices {
         },
         changes: changes(args),
         allocation_depth: args.allocation_depth,
+        bitmap_durability: args.bitmap_durability,
         ..ImageChoices::default()
     }
 }

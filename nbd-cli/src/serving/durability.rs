@@ -1,0 +1,72 @@
+//! What dirty bitmaps survive while they are served, and what became of them in a crash.
+
+use std::path::Path;
+
+use clap::ValueEnum;
+use imgfmt::{BitmapState, Image, Recording, RecoveryPrecision, Survives};
+
+use crate::output::printable;
+use crate::output::warn;
+
+/// What dirty bitmaps that note changes survive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BitmapDurability {
+    /// The loss of power, and everything below.
+    #[default]
+    Power,
+    /// The death of the server.
+    Process,
+    /// Nothing but an orderly end, as with QEMU.
+    None,
+}
+
+impl From<BitmapDurability> for Survives {
+    fn from(durability: BitmapDurability) -> Self {
+        match durability {
+            BitmapDurability::Power => Self::PowerLoss,
+            BitmapDurability::Process => Self::ProcessDeath,
+            BitmapDurability::None => Self::CleanClose,
+        }
+    }
+}
+
+/// Says which bitmaps were recovered from a crash, and which were not.
+pub(crate) fn report_recovery(image: &Image, path: &Path) {
+    let path = printable(&path.to_string_lossy());
+    let safety = image.bitmap_safety();
+    if !safety.recovered.is_empty() {
+        let names: Vec<String> =
+            safety.recovered.iter().map(|name| format!("'{}'", printable(name))).collect();
+        let precision = match safety.precision {
+            RecoveryPrecision::Exact => "",
+            RecoveryPrecision::WholeExtents => {
+                "; the machine was restarted, so what was being written is marked generously"
+            }
+        };
+        warn(&format!(
+            "{path} was not closed; these bitmaps are recovered: {}{precision}",
+            names.join(", ")
+        ));
+    }
+    for bitmap in image.bitmaps() {
+        if let (BitmapState::Inconsistent { reason }, Recording::Enabled) =
+            (&bitmap.state, bitmap.recording)
+        {
+            warn(&format!(
+                "{path}: the bitmap '{}' cannot be used: {}",
+                printable(&bitmap.name),
+                printable(reason)
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_that_of_the_library() {
+        assert_eq!(Survives::from(BitmapDurability::default()), Survives::default());
+    }
+}

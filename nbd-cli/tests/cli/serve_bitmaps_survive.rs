@@ -1,0 +1,63 @@
+//! A server is killed while a bitmap notes changes: the next one has them all, and so has QEMU.
+
+use rustix::process::Signal;
+
+use crate::support::{Disk, Server, peer};
+use crate::tools;
+
+/// What qemu-img says of the bitmap that is in use.
+const IN_USE: &str = "in-use";
+
+#[test]
+fn changes_noted_by_a_server_that_was_killed_are_there_for_qemu() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd", nbdinfo = "nbdinfo");
+    for durability in ["process", "power"] {
+        let disk = Disk::sparse();
+        let image = disk.blank("disk.qcow2", 0);
+        let sidecar = format!("{image}.dirty");
+        peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "64M"]);
+        peer(&qemu_img, &["bitmap", "--add", &image, "backup"]);
+        let write = |uri: &str, place: &str| {
+            let command = format!("write -P 7 {place} 64k");
+            peer(&qemu_io, &["-f", "raw", "-c", &command, "-c", "flush", uri]);
+        };
+        let arguments = ["--format", "qcow2", "--bitmap-durability", durability, &image];
+
+        let mut server = Server::ours(&arguments);
+        write(server.uri(), "1M");
+        server.signal(Signal::KILL);
+        server.wait();
+        let info = peer(&qemu_img, &["info", &image]);
+        assert!(info.contains(IN_USE) && std::path::Path::new(&sidecar).exists(), "{info}");
+
+        let server = Server::ours(&arguments);
+        write(server.uri(), "5M");
+        server.end();
+        let info = peer(&qemu_img, &["info", &image]);
+        assert!(!info.contains(IN_USE) && !std::path::Path::new(&sidecar).exists(), "{info}");
+        peer(&qemu_img, &["check", "-q", &image]);
+
+        let judge = Server::qemu_nbd(&qemu_nbd, "", &["-r", "-f", "qcow2", "-B", "backup", &image]);
+        let map = peer(&nbdinfo, &["--map=qemu:dirty-bitmap:backup", judge.uri()]);
+        let dirty = map.lines().filter(|line| line.trim_end().ends_with("dirty"));
+        let places: Vec<&str> = dirty.filter_map(|line| line.split_whitespace().next()).collect();
+        assert_eq!(places, ["1048576", "5242880"], "{durability}: {map}");
+    }
+}
+
+#[test]
+fn without_durability_nothing_stands_beside_the_image_and_the_bitmap_stays_in_use() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let image = disk.blank("disk.qcow2", 0);
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "64M"]);
+    peer(&qemu_img, &["bitmap", "--add", &image, "backup"]);
+    let mut server = Server::ours(&["--format", "qcow2", "--bitmap-durability", "none", &image]);
+    peer(&qemu_io, &["-f", "raw", "-c", "write 0 64k", server.uri()]);
+    assert!(!std::path::Path::new(&format!("{image}.dirty")).exists());
+    server.signal(Signal::KILL);
+    server.wait();
+    assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE));
+    Server::ours(&["--format", "qcow2", &image]).end();
+    assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE), "nobody knows what has changed");
+}
