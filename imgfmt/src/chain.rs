@@ -101,10 +101,7 @@ fn open_layer(
         return Ok((Box::new(Raw::new(storage, first_sector)?), format));
     }
     let identity = storage.identity();
-    if identity.is_some() && files_above.contains(&identity) {
-        let detail = "its chain of backing files leads back to itself";
-        return Err(Error::new(ErrorKind::InvalidFormat, "open", detail));
-    }
+    refuse_loop(identity, files_above)?;
     if files_above.len() >= CHAIN_DEPTH_MAX {
         let detail = format!("its chain of backing files has more than {CHAIN_DEPTH_MAX} layers");
         return Err(Error::new(ErrorKind::Unsupported, "open", detail));
@@ -112,7 +109,7 @@ fn open_layer(
     files_above.push(identity);
     let mut image = Qcow2::open(storage, path, options, Purpose::Use)?;
     if let Some(name) = image.data_file_name()? {
-        let (data, _) = open_named(path, name, options, options.access)?;
+        let (data, _) = open_named(path, name, options, options.access, files_above)?;
         image.attach_data_file(data);
     }
     if let Some((name, format)) = image.backing_name() {
@@ -150,7 +147,7 @@ fn open_backing(
             return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
         }
     };
-    let (storage, path) = open_named(image, name, options, Access::ReadOnly)?;
+    let (storage, path) = open_named(image, name, options, Access::ReadOnly, files_above)?;
     let below = OpenOptions { format, access: Access::ReadOnly, snapshot: None, ..options.clone() };
     let result = open_layer(storage, path.as_deref(), &below, files_above);
     let (driver, _) =
@@ -163,15 +160,27 @@ fn open_named(
     name: &str,
     options: &OpenOptions,
     access: Access,
+    files_above: &[Option<FileIdentity>],
 ) -> Result<(Arc<dyn Storage>, Option<PathBuf>)> {
     match options.policy.resolve(image, name)? {
         Resolved::Storage(storage) => Ok((storage, None)),
         Resolved::File(path) => {
+            // Before it is locked: the lock of the image above would only say that it is busy.
+            let identity = FileStorage::identity_of(&path);
+            refuse_loop(identity, files_above).map_err(|error| error.with_path(&*path))?;
             let storage =
                 FileStorage::open(&path, access, options.locking)?.with_syncing(options.syncing);
             Ok((Arc::new(storage), Some(path)))
         }
     }
+}
+
+fn refuse_loop(identity: Option<FileIdentity>, files_above: &[Option<FileIdentity>]) -> Result<()> {
+    if identity.is_none() || !files_above.contains(&identity) {
+        return Ok(());
+    }
+    let detail = "its chain of backing files leads back to itself";
+    Err(Error::new(ErrorKind::InvalidFormat, "open", detail))
 }
 
 /// Finds the format of what a storage holds.

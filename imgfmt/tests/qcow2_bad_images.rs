@@ -6,7 +6,7 @@ mod common;
 use std::path::Path;
 
 use common::{Random, at, qemu, range};
-use imgfmt::{ErrorKind, Image, OpenOptions, OpenPolicy};
+use imgfmt::{Access, ErrorKind, Image, OpenOptions, OpenPolicy};
 
 fn made(options: &str) -> Option<(tempfile::TempDir, std::path::PathBuf)> {
     if !qemu::has_qemu() {
@@ -71,6 +71,23 @@ fn an_unknown_feature_is_named_as_the_image_names_it() {
     bytes[72..80].copy_from_slice(&(1u64 << 9).to_be_bytes());
     std::fs::write(&path, &bytes).unwrap();
     assert!(refusal(&path).to_string().contains("bit 9"));
+}
+
+#[test]
+fn an_image_that_is_its_own_backing_file_is_named_as_such_and_not_called_busy() {
+    for format in ["qcow2", "raw"] {
+        let Some((_folder, path)) = made("") else { return };
+        common::run(
+            "qemu-img",
+            &["rebase", "-u", "-f", "qcow2", "-b", "disk.qcow2", "-F", format, common::text(&path)],
+        );
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let options = OpenOptions::new().access(access).policy(OpenPolicy::any_file());
+            let error = Image::open(&path, &options).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidFormat, "{error}");
+            assert!(error.to_string().contains("back to itself"), "{error}");
+        }
+    }
 }
 
 #[test]

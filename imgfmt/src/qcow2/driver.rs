@@ -38,6 +38,7 @@ impl Driver for Qcow2 {
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
+        self.refuse_if_corrupt()?;
         let recorded = self.before_change(span_at(offset, data.len()))?;
         self.write_range(offset, data)?;
         drop(recorded);
@@ -45,6 +46,7 @@ impl Driver for Qcow2 {
     }
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
+        self.refuse_if_corrupt()?;
         let Ok(_recorded) = self.bitmaps.tracker.try_before_change(span_at(offset, data.len()))
         else {
             return Ok(TryWrite::WouldBlock);
@@ -56,6 +58,7 @@ impl Driver for Qcow2 {
     }
 
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        self.refuse_if_corrupt()?;
         let _recorded = self.before_change(span_at(offset, data.len()))?;
         let size = self.geometry().cluster_size();
         let mut offset = offset;
@@ -73,6 +76,7 @@ impl Driver for Qcow2 {
         speed: Speed,
         durability: Durability,
     ) -> Result<()> {
+        self.refuse_if_corrupt()?;
         let recorded = self.before_change(range)?;
         self.zero_range(range, mode, speed)?;
         drop(recorded);
@@ -80,6 +84,7 @@ impl Driver for Qcow2 {
     }
 
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
+        self.refuse_if_corrupt()?;
         let recorded = self.before_change(range)?;
         self.discard_range(range)?;
         drop(recorded);

@@ -114,6 +114,7 @@ impl Qcow2 {
     }
 
     fn write_changes(&self, changes: &Changes) -> Result<()> {
+        self.repeat_header_writes()?;
         for block in &changes.blocks {
             self.write_metadata(block.offset, &block.bytes)?;
         }
@@ -157,8 +158,8 @@ impl Qcow2 {
         let mut fields = [0; 12];
         fields[..8].copy_from_slice(&place.offset.to_be_bytes());
         fields[8..].copy_from_slice(&(place.clusters as u32).to_be_bytes());
-        self.write_metadata(field::REFCOUNT_TABLE_OFFSET, &fields)?;
-        self.sync_file()
+        self.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
+        self.sync_header()
     }
 
     fn note_moved_table(
@@ -248,6 +249,39 @@ impl Qcow2 {
             .write_at(HostOffset::new(offset), bytes, Durability::Cached)
             .map_err(|error| Error::from_io("write the metadata of", error).at(offset))
             .map_err(|error| self.named(error))
+    }
+
+    /// Writes fields of the header. They are valid from then on; until
+    /// [`sync_header`](Self::sync_header) succeeds it is not known whether they are on disk.
+    pub(super) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
+        self.write_metadata(place, bytes)?;
+        if let Some(writer) = &self.writer {
+            lock(&writer.header_writes).insert(place, bytes.to_vec());
+        }
+        Ok(())
+    }
+
+    /// Syncs what was written to the header. If that fails the next flush writes it again: the
+    /// kernel may have dropped it.
+    pub(super) fn sync_header(&self) -> Result<()> {
+        let writes = self.writer.as_ref().map(|writer| lock(&writer.header_writes).clone());
+        self.sync_file()?;
+        if let (Some(writer), Some(writes)) = (&self.writer, writes) {
+            lock(&writer.header_writes).retain(|place, bytes| writes.get(place) != Some(bytes));
+        }
+        Ok(())
+    }
+
+    fn repeat_header_writes(&self) -> Result<()> {
+        let writes = lock(&self.writer()?.header_writes).clone();
+        if writes.is_empty() {
+            return Ok(());
+        }
+        // What they lead to was on disk before they were written first.
+        for (place, bytes) in &writes {
+            self.write_metadata(*place, bytes)?;
+        }
+        self.sync_header()
     }
 
     /// Syncs the file that holds the data.

@@ -96,7 +96,10 @@ impl Qcow2 {
         }
         let index = self.geometry().l2_index(guest) as u32;
         match bad_entries.binary_search(&index) {
-            Ok(_) => Err(self.corrupt("an L2 entry points to metadata or to nothing", guest)),
+            Ok(_) => {
+                let error = self.corrupt("an L2 entry points to metadata or to nothing", guest);
+                Err(self.note_damage(error))
+            }
             Err(_) => Ok(()),
         }
     }

@@ -24,6 +24,7 @@ mod header_edit;
 mod l2;
 mod lease;
 mod map;
+mod marks;
 mod open;
 mod preallocate;
 mod read;

@@ -123,6 +123,11 @@ impl Qcow2 {
                 return Err(not_repaired(&report));
             }
             self.header.incompatible &= !incompatible::DIRTY;
+            // The repair has changed COPIED bits in the file.
+            let entries = self.header.l1_entries as usize;
+            let l1 = read_words(&*self.file, self.header.l1_offset, entries)?;
+            self.l1 = l1.into_iter().map(AtomicU64::new).collect();
+            self.forget_tables();
         }
         // What we do not know we cannot keep up to date: say so before the first write.
         let bitmaps = if self.has_no_bitmaps() { 0 } else { autoclear::BITMAPS };
@@ -130,8 +135,8 @@ impl Qcow2 {
         let bitmaps = bitmaps | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
         let known = self.header.autoclear & (autoclear::RAW_DATA_FILE | bitmaps);
         if known != self.header.autoclear {
-            self.write_metadata(field::AUTOCLEAR, &known.to_be_bytes())?;
-            self.sync_file()?;
+            self.write_header(field::AUTOCLEAR, &known.to_be_bytes())?;
+            self.sync_header()?;
         }
         self.begin_recording();
         sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))

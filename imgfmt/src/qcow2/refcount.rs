@@ -161,7 +161,9 @@ impl Refcounts {
             .write_at(HostOffset::new(offset), &bytes, Durability::Cached)
             .map_err(|error| Error::from_io("write a refcount block of", error))?;
         self.make_room();
-        self.blocks.insert(index, Block { bytes, dirty: None, is_being_written: false });
+        // Nor is it known to be on disk before a flush has written it again and synced.
+        let dirty = Some((0, bytes.len()));
+        self.blocks.insert(index, Block { bytes, dirty, is_being_written: false });
         if self.table.len() <= index {
             self.table.resize(index + 1, 0);
         }

@@ -10,6 +10,7 @@ use super::map::span;
 use super::writer::lock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Speed, ZeroMode};
+use crate::units::HostOffset;
 
 const L1_BYTES_MAX: u64 = 32 << 20;
 
@@ -24,10 +25,7 @@ impl Qcow2 {
             let detail = "snapshots of a version 2 image do not know their size; delete them first";
             return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
         }
-        if self.format.has_data_file {
-            let detail = "images with a data file cannot be resized by this version";
-            return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
-        }
+        self.refuse_if_corrupt()?;
         let old_size = self.size;
         drop(self.before_change(span(0, 0))?);
         self.flush_all()?;
@@ -43,14 +41,38 @@ impl Qcow2 {
                 self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;
             }
         }
+        self.resize_data_file(size)?;
         self.flush_all()?;
         self.bitmaps_before_resize()?;
-        self.write_metadata(field::SIZE, &size.to_be_bytes())?;
+        self.write_header(field::SIZE, &size.to_be_bytes())?;
         // Whether the sync succeeds or not, this is what the file says now.
         self.size = size;
         self.header.size = size;
-        self.sync_file()?;
+        self.sync_header()?;
         self.bitmaps_after_resize(old_size)
+    }
+
+    /// Gives the data file the length of the disk, as QEMU does: a raw one is to be the disk.
+    fn resize_data_file(&self, size: u64) -> Result<()> {
+        if !self.format.has_data_file {
+            return Ok(());
+        }
+        let name = |error| self.named(Error::from_io("resize the data file of", error));
+        let length = self.data.len().map_err(name)?;
+        if size > self.size && length > self.size {
+            // What lies behind the end of the disk was never part of it.
+            let stale = length.min(size) - self.size;
+            let start = HostOffset::new(self.size);
+            let zeroed = self.data.write_zeroes(start, stale, ZeroMode::MayUnmap, Speed::Any);
+            zeroed.map_err(name)?;
+        }
+        match self.data.set_len(size) {
+            // A device is as long as it is.
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported && length >= size => {
+                Ok(())
+            }
+            result => result.map_err(name),
+        }
     }
 
     fn grow_l1(&mut self, size: u64) -> Result<()> {
@@ -90,7 +112,7 @@ impl Qcow2 {
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&(l1.len() as u32).to_be_bytes());
         fields[4..].copy_from_slice(&reserved.offset.to_be_bytes());
-        self.write_metadata(field::L1_SIZE, &fields)?;
+        self.write_header(field::L1_SIZE, &fields)?;
         // Whether the sync succeeds or not, the file names the new table now, so later changes must
         // go there. The old one is freed only if the disk is known not to need it.
         let old_offset = std::mem::replace(&mut self.header.l1_offset, reserved.offset);
@@ -100,7 +122,7 @@ impl Qcow2 {
         let writer = self.writer()?;
         let new_end = reserved.offset + u64::from(self.header.l1_entries) * 8;
         lock(&writer.allocator).protected.push((reserved.offset, new_end));
-        self.sync_file()?;
+        self.sync_header()?;
         let is_old = |range: &(u64, u64)| *range == (old_offset, old_offset + old_bytes);
         lock(&writer.allocator).protected.retain(|range| !is_old(range));
         let first = old_offset >> geometry.cluster_bits;

@@ -2,8 +2,8 @@
 //!
 //! A snapshot is a copy of the L1 table; everything below it is shared, which refcounts tell. Each
 //! change becomes valid by one write of the header, before which everything it points to is on disk
-//! and after which the rest is let go. A crash in between leaves leaks, and COPIED bits that say
-//! "shared" of what is not.
+//! and after which the rest is let go. A crash in between leaves leaks, and COPIED bits that do not
+//! fit the refcounts; the image is marked meanwhile, so that the next one who opens it repairs it.
 
 use std::sync::atomic::Ordering::Acquire;
 use std::time::SystemTime;
@@ -28,7 +28,7 @@ impl Qcow2 {
     /// Keeps the present state under a name.
     pub(crate) fn create_snapshot(&mut self, name: &str) -> Result<()> {
         self.prepare_for_snapshots()?;
-        let mut snapshots = self.snapshots()?;
+        let snapshots = self.snapshots()?;
         if name.is_empty() || name.len() > 255 {
             return Err(unfit("a snapshot's name has 1 to 255 bytes"));
         }
@@ -37,6 +37,10 @@ impl Qcow2 {
         }
         let ids = snapshots.iter().filter_map(|snapshot| snapshot.id.parse::<u64>().ok());
         let id = ids.max().unwrap_or(0).saturating_add(1).to_string();
+        self.while_dirty(|image| image.add_snapshot(snapshots, id, name))
+    }
+
+    fn add_snapshot(&mut self, mut snapshots: Vec<Snapshot>, id: String, name: &str) -> Result<()> {
         let l1 = self.l1_words();
         self.add_references(&l1)?;
         let l1: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
@@ -73,9 +77,13 @@ impl Qcow2 {
                 snapshot.disk_size, self.size
             )));
         }
+        let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         // Anything may differ from what the disk is now.
         drop(self.before_change(span(0, self.size))?);
-        let mut l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
+        self.while_dirty(|image| image.apply_l1(l1))
+    }
+
+    fn apply_l1(&mut self, mut l1: Vec<u64>) -> Result<()> {
         let old = self.l1_words();
         self.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
@@ -94,10 +102,12 @@ impl Qcow2 {
         let snapshot = snapshot::find(&snapshots, name)?.clone();
         snapshots.retain(|other| *other != snapshot);
         let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
-        self.replace_snapshots(&snapshots)?;
-        self.remove_references(&l1)?;
-        self.free_place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)?;
-        self.settle()
+        self.while_dirty(|image| {
+            image.replace_snapshots(&snapshots)?;
+            image.remove_references(&l1)?;
+            image.free_place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)?;
+            image.settle()
+        })
     }
 
     /// Gives up everything that this layer has: its backing file shows. Snapshots stay.
@@ -111,10 +121,12 @@ impl Qcow2 {
             return Ok(());
         }
         drop(self.before_change(span(0, self.size))?);
-        self.replace_l1(vec![0; old.len()])?;
-        self.forget_tables();
-        self.remove_references(&old)?;
-        self.settle()
+        self.while_dirty(|image| {
+            image.replace_l1(vec![0; old.len()])?;
+            image.forget_tables();
+            image.remove_references(&old)?;
+            image.settle()
+        })
     }
 
     fn prepare_for_snapshots(&mut self) -> Result<()> {
@@ -130,6 +142,7 @@ impl Qcow2 {
     /// Makes sure that nobody is moving bytes by a lease, and that refcounts say exactly what is
     /// referenced.
     fn require_nobody(&self) -> Result<()> {
+        self.refuse_if_corrupt()?;
         self.flush_all()?;
         let writer = self.writer()?;
         // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
@@ -201,12 +214,12 @@ impl Qcow2 {
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&(snapshots.len() as u32).to_be_bytes());
         fields[4..].copy_from_slice(&offset.to_be_bytes());
-        self.write_metadata(field::SNAPSHOT_COUNT, &fields)?;
+        self.write_header(field::SNAPSHOT_COUNT, &fields)?;
         // Whether the sync succeeds or not, this is what the file says now.
         self.header.snapshots_offset = offset;
         self.header.snapshot_count = snapshots.len() as u32;
         self.snapshot_places = Self::places_of(offset, snapshots);
-        self.sync_file()?;
+        self.sync_header()?;
         self.free_place(old.0, old.1)?;
         self.flush_all()
     }
@@ -247,7 +260,7 @@ impl Qcow2 {
     }
 
     /// Forgets all tables in memory, none of which is dirty.
-    fn forget_tables(&mut self) {
+    pub(super) fn forget_tables(&mut self) {
         self.tables = TableCache::new(tables_max(self.geometry(), self.size, self.cache_bytes));
         lock(&self.decompressed).clear();
         self.note_l2_places();

@@ -57,6 +57,10 @@ impl Qcow2 {
         }
         // What is bad in a table that is moved is found anew.
         let table = Arc::new(Table::new(reserved.offset, words));
+        // Nor is it known to be on disk before a flush has written it again and synced.
+        let length = table.read().words.len();
+        table.write().mark_dirty(0, length);
+        self.tables.note_dirty();
         let _gate = writer.commit_gate.read().unwrap_or_else(PoisonError::into_inner);
         let mut places = writer.l2_places.write().unwrap_or_else(PoisonError::into_inner);
         places.insert(reserved.offset);

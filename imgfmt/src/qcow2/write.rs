@@ -123,7 +123,8 @@ impl Qcow2 {
             let content = table.read();
             while position < table_end {
                 self.refuse_bad(&table, &content.words, position)?;
-                let cluster = self.decode(&content.words, position)?;
+                let cluster = self.decode(&content.words, position);
+                let cluster = cluster.map_err(|error| self.note_damage(error))?;
                 let in_cluster = geometry.in_cluster(position);
                 let stop = table_end.min(position - in_cluster + geometry.cluster_size());
                 let touched = geometry.subcluster_mask(in_cluster, in_cluster + (stop - position));
@@ -196,7 +197,8 @@ impl Qcow2 {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
             self.refuse_bad(table, &content.words, position)?;
-            let old = self.decode(&content.words, position)?;
+            let old = self.decode(&content.words, position);
+            let old = old.map_err(|error| self.note_damage(error))?;
             plans.push(self.plan_cluster(
                 guest_start,
                 position - guest_start,

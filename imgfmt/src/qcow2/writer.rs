@@ -9,8 +9,8 @@
 //!    copy of everything. So a copy holds each mapping with the refcounts it needs.
 //! 4. the allocator, the tables, the lists below; each for a moment.
 
-use std::collections::{BTreeSet, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use super::alloc::{Allocator, Freed, Quarantine, Reserved};
@@ -37,6 +37,10 @@ pub(crate) struct Writer {
     pub(super) freed: Mutex<Vec<Freed>>,
     pub(super) quarantine: Mutex<Quarantine>,
     pub(super) flush: Mutex<()>,
+    /// What was written to the header and is not known to be on disk, by its place there.
+    pub(super) header_writes: Mutex<BTreeMap<u64, Vec<u8>>>,
+    /// The metadata is damaged: nothing may be changed any more.
+    pub(super) is_corrupt: AtomicBool,
     /// Counts calls of flush, and up to which call everything is on disk.
     pub(super) flush_calls: AtomicU64,
     pub(super) flush_covers: AtomicU64,
@@ -58,6 +62,8 @@ impl Writer {
             freed: Mutex::default(),
             quarantine: Mutex::default(),
             flush: Mutex::new(()),
+            header_writes: Mutex::default(),
+            is_corrupt: AtomicBool::new(false),
             flush_calls: AtomicU64::new(0),
             flush_covers: AtomicU64::new(0),
             changes: AtomicU64::new(0),
@@ -91,6 +97,7 @@ impl Writer {
     /// Whether some change of metadata is not known to be on disk.
     pub(super) fn has_changes(&self) -> bool {
         self.changes.load(Acquire) != self.durable_changes.load(Acquire)
+            || !lock(&self.header_writes).is_empty()
     }
 }
 
@@ -117,7 +124,8 @@ impl Qcow2 {
     pub(super) fn reserve(&self, count_max: u64) -> Result<Reserved> {
         let writer = self.writer()?;
         self.release_quarantine(writer);
-        let reserved = lock(&writer.allocator).reserve(count_max)?;
+        let reserved = lock(&writer.allocator).reserve(count_max);
+        let reserved = reserved.map_err(|error| self.note_damage(error))?;
         writer.note_change();
         Ok(reserved)
     }
@@ -129,7 +137,8 @@ impl Qcow2 {
         }
         let writer = self.writer()?;
         let Some(mut allocator) = try_lock(&writer.allocator) else { return Ok(None) };
-        let reserved = allocator.reserve_in_memory(count_max)?;
+        let reserved = allocator.reserve_in_memory(count_max);
+        let reserved = reserved.map_err(|error| self.note_damage(error))?;
         if reserved.is_some() {
             writer.note_change();
         }

@@ -126,7 +126,8 @@ impl Qcow2 {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
             self.refuse_bad(&table, &content.words, position)?;
-            let old = self.decode(&content.words, position)?;
+            let old = self.decode(&content.words, position);
+            let old = old.map_err(|error| self.note_damage(error))?;
             let mask = geometry.subcluster_mask(position - guest_start, stop - guest_start);
             if old.compressed.is_some() && mask != geometry.all_subclusters() {
                 left_over.push((position, stop));

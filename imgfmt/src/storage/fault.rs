@@ -12,6 +12,9 @@ use crate::units::HostOffset;
 /// What a disk writes at once or not at all, in bytes.
 pub const SECTOR: u64 = 512;
 
+/// The system's code for a medium that failed.
+const EIO: i32 = 5;
+
 /// What several storages did, in one order: an image and its data file crash at the same instant.
 #[derive(Clone, Debug, Default)]
 pub struct Recording {
@@ -263,6 +266,14 @@ struct FaultState {
     fault: Option<Fault>,
     hold: Option<(Call, Range<u64>)>,
     held: usize,
+    loss_at_sync: Option<LossAtSync>,
+}
+
+/// The bytes of the last sync that succeeded, and how many more will.
+#[derive(Debug)]
+struct LossAtSync {
+    durable: Vec<u8>,
+    syncs_left: u64,
 }
 
 impl FailingStorage {
@@ -274,6 +285,49 @@ impl FailingStorage {
     /// Says which calls fail from now on; `None` ends that.
     pub fn set_fault(&self, fault: Option<Fault>) {
         lock(&self.state).fault = fault;
+    }
+
+    /// From now on `syncs` syncs succeed; the one after them fails with `EIO`, and everything that
+    /// was not synced until then is gone at once, as it may be when a kernel drops dirty pages that
+    /// it could not write. The length stays. All is durable now, and afterwards nothing fails.
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the inner storage.
+    pub fn lose_at_sync(&self, syncs: u64) -> io::Result<()> {
+        let durable = self.all_bytes()?;
+        lock(&self.state).loss_at_sync = Some(LossAtSync { durable, syncs_left: syncs });
+        Ok(())
+    }
+
+    fn all_bytes(&self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from(self.inner.len()?).unwrap_or(0)];
+        self.inner.read_exact_at(HostOffset::new(0), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Whether a sync may go on; if not, what it would have made durable is gone.
+    fn lose_or_keep(&self) -> io::Result<()> {
+        let mut state = lock(&self.state);
+        let Some(loss) = &mut state.loss_at_sync else { return Ok(()) };
+        let now = self.all_bytes()?;
+        if loss.syncs_left > 0 {
+            loss.syncs_left -= 1;
+            loss.durable = now;
+            return Ok(());
+        }
+        let mut durable = std::mem::take(&mut loss.durable);
+        state.loss_at_sync = None;
+        state.failed += 1;
+        // The length is kept in another way than the pages.
+        durable.resize(now.len(), 0);
+        for (index, sector) in durable.chunks(SECTOR as usize).enumerate() {
+            let start = index * SECTOR as usize;
+            if now.get(start..start + sector.len()) != Some(sector) {
+                self.inner.write_at(HostOffset::new(start as u64), sector, Durability::Cached)?;
+            }
+        }
+        Err(io::Error::from_raw_os_error(EIO))
     }
 
     /// How many calls have been made.
@@ -368,6 +422,7 @@ impl Storage for FailingStorage {
 
     fn sync(&self) -> io::Result<()> {
         self.call(Call::Sync, 0, u64::MAX)?;
+        self.lose_or_keep()?;
         self.inner.sync()
     }
 

@@ -78,6 +78,11 @@ impl FileStorage {
         Ok(Self::from_file(file, &metadata))
     }
 
+    /// The identity of a file that is not opened; `None` if it cannot be looked at.
+    pub(crate) fn identity_of(path: &Path) -> Option<FileIdentity> {
+        std::fs::metadata(path).ok().map(|metadata| identity_from(&metadata))
+    }
+
     fn from_file(file: File, metadata: &Metadata) -> Self {
         let is_device = metadata.file_type().is_block_device();
         let kind = if is_device {
@@ -86,10 +91,7 @@ impl FileStorage {
         } else {
             Kind::Regular
         };
-        let identity = FileIdentity {
-            device: if is_device { metadata.rdev() } else { metadata.dev() },
-            inode: if is_device { 0 } else { metadata.ino() },
-        };
+        let identity = identity_from(metadata);
         let block_size = u32::try_from(metadata.blksize()).unwrap_or(4096);
         let lacks = Lacks::default();
         // What a file system lacks shows when it is tried; what a device lacks it says beforehand.
@@ -355,6 +357,14 @@ impl Storage for FileStorage {
 
     fn identity(&self) -> Option<FileIdentity> {
         Some(self.identity)
+    }
+}
+
+fn identity_from(metadata: &Metadata) -> FileIdentity {
+    let is_device = metadata.file_type().is_block_device();
+    FileIdentity {
+        device: if is_device { metadata.rdev() } else { metadata.dev() },
+        inode: if is_device { 0 } else { metadata.ino() },
     }
 }
 
