@@ -35,7 +35,7 @@ pub struct TlsArgs {
     pub tls_hostname: Option<String>,
 
     /// Whether the server's certificate is verified.
-    #[arg(long, value_name = "WHEN", value_enum)]
+    #[arg(long, value_name = "on|off", value_enum)]
     pub tls_verify_peer: Option<OnOff>,
 
     /// Whether nbd URIs use TLS: not, if the server has it, or always. An nbds URI always does.

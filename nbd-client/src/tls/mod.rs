@@ -20,6 +20,8 @@ mod session;
 mod settings;
 #[cfg(feature = "tls")]
 mod stream;
+#[cfg(all(test, feature = "tls"))]
+mod tests;
 #[cfg(not(feature = "tls"))]
 mod without;
 

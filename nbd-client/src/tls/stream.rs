@@ -17,6 +17,10 @@ use crate::transport::Stream;
 /// are still in the processor's cache.
 const BATCH_LEN: usize = 8 * RECORD_LEN;
 
+/// Most bytes that wait for the socket. Data is taken only when nothing waits, so only answers that
+/// the server makes us give get there.
+const MAX_UNSENT_LEN: usize = 4 * BATCH_LEN;
+
 /// A socket on which TLS is established.
 pub(crate) struct TlsStream {
     session: Session,
@@ -107,6 +111,10 @@ impl TlsStream {
     fn try_send(&mut self, cx: &mut TaskContext<'_>) -> io::Result<()> {
         match self.poll_send(cx) {
             Poll::Ready(result) => result,
+            Poll::Pending if self.session.output().len() > MAX_UNSENT_LEN => {
+                let why = "the server asks for new keys all the time and does not take them";
+                Err(io::Error::new(io::ErrorKind::InvalidData, why))
+            }
             Poll::Pending => Ok(()),
         }
     }
