@@ -53,6 +53,16 @@ pub(crate) enum MultiConn {
     Hidden,
 }
 
+/// Where requests are carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Waiting {
+    /// As the export says.
+    #[default]
+    AsItIs,
+    /// On threads that may wait: the disk is on the network, whatever kind of image it is.
+    Everywhere,
+}
+
 /// What becomes of requests; the default changes nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Changes {
@@ -60,6 +70,7 @@ pub(crate) struct Changes {
     pub(crate) detect_zeroes: DetectZeroes,
     pub(crate) caching: Caching,
     pub(crate) multi_conn: MultiConn,
+    pub(crate) waiting: Waiting,
 }
 
 /// An export with some of its requests changed.
@@ -69,6 +80,7 @@ struct Filter {
     detect_zeroes: DetectZeroes,
     caching: Caching,
     multi_conn: MultiConn,
+    waiting: Waiting,
 }
 
 /// The export itself if there is nothing to change.
@@ -76,8 +88,8 @@ pub(crate) fn filtered(inner: Arc<dyn Export>, changes: Changes) -> Arc<dyn Expo
     if changes == Changes::default() {
         return inner;
     }
-    let Changes { discard, detect_zeroes, caching, multi_conn } = changes;
-    Arc::new(Filter { inner, discard, detect_zeroes, caching, multi_conn })
+    let Changes { discard, detect_zeroes, caching, multi_conn, waiting } = changes;
+    Arc::new(Filter { inner, discard, detect_zeroes, caching, multi_conn, waiting })
 }
 
 impl Filter {
@@ -110,7 +122,10 @@ impl Export for Filter {
     }
 
     fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        self.inner.try_read_at(offset, buffer)
+        match self.waiting {
+            Waiting::AsItIs => self.inner.try_read_at(offset, buffer),
+            Waiting::Everywhere => Ok(TryRead::WouldBlock),
+        }
     }
 
     fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
@@ -118,6 +133,9 @@ impl Export for Filter {
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {
+        if self.waiting == Waiting::Everywhere {
+            return Promptness::MayBlock;
+        }
         match (operation, self.detect_zeroes) {
             (Operation::Write(..), DetectZeroes::On | DetectZeroes::Unmap) => Promptness::MayBlock,
             (Operation::Write(length, durability), _) => {
@@ -147,7 +165,7 @@ impl Export for Filter {
     }
 
     fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        if self.caching == Caching::Writethrough {
+        if self.caching == Caching::Writethrough || self.waiting == Waiting::Everywhere {
             return Ok(TryWrite::WouldBlock);
         }
         match self.detect_zeroes {

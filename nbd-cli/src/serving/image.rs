@@ -32,8 +32,8 @@ pub(crate) struct ImageChoices {
     pub(crate) snapshot: Option<String>,
     pub(crate) writes: Writes,
     pub(crate) locking: Locking,
-    /// Which other files the image may name.
-    pub(crate) policy: OpenPolicy,
+    /// Which other files the image may name; `None`: those in its folder.
+    pub(crate) policy: Option<OpenPolicy>,
     pub(crate) changes: Changes,
     /// The part of the disk that is exported.
     pub(crate) window: Window,
@@ -100,11 +100,15 @@ impl ImageChoices {
     ///
     /// [`OpenError`] if it cannot be opened.
     pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
-        let mut options = OpenOptions::new().locking(self.locking).policy(self.policy.clone());
+        let mut options = OpenOptions::new().locking(self.locking);
+        options.policy = self.policy.clone().unwrap_or_default();
         options.format = self.format;
         options.snapshot.clone_from(&self.snapshot);
         match self.writes {
-            Writes::ToTemporaryFile => temporary(path, &options),
+            Writes::ToTemporaryFile => {
+                let policy = self.policy.clone().unwrap_or_else(OpenPolicy::any_file);
+                temporary(path, &options, policy)
+            }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
                 let options = options.survives(self.bitmap_durability.into());
@@ -131,7 +135,8 @@ impl ImageChoices {
 }
 
 /// Opens a throw-away overlay of an image. Its file has no name any more when this returns.
-fn temporary(source: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
+/// `policy` is for the overlay and what is below it.
+fn temporary(source: &Path, options: &OpenOptions, policy: OpenPolicy) -> Result<Image, OpenError> {
     // Says whether all files below may be opened, and keeps them as they are until the overlay,
     // which lies elsewhere and must be allowed to name any file, has opened them again.
     let base = Image::open(source, options)?;
@@ -146,11 +151,11 @@ fn temporary(source: &Path, options: &OpenOptions) -> Result<Image, OpenError> {
     let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     let folder = PrivateFolder::inside(&parent)?;
     let overlay = folder.overlay();
-    Image::create(&overlay, &CreateOptions::overlay(path, base.format()))?;
-    let options = OpenOptions::new()
-        .format(Format::Qcow2)
-        .access(Access::ReadWrite)
-        .policy(OpenPolicy::any_file());
+    // In two steps, because what is below may be somewhere where only the policy finds it.
+    Image::create(&overlay, &CreateOptions::new(Format::Qcow2, base.size()))?;
+    let plain = OpenOptions::new().format(Format::Qcow2);
+    Image::change_backing_file(&overlay, &plain, Some((&path, base.format())))?;
+    let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite).policy(policy);
     let image = Image::open(&overlay, &options);
     std::fs::remove_file(&overlay).map_err(|error| {
         CommandError::new(format!("cannot remove '{}': {error}", overlay.display()))

@@ -12,7 +12,7 @@ use std::future::Future;
 use nbd_server::{ServeError, Server};
 
 pub use self::durability::BitmapDurability;
-pub(crate) use self::filter::{Caching, Changes, MultiConn, filtered};
+pub(crate) use self::filter::{Caching, Changes, MultiConn, Waiting, filtered};
 pub use self::filter::{DetectZeroes, Discard};
 pub(crate) use self::folder::PrivateFolder;
 pub(crate) use self::window::Window;

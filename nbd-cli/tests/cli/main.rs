@@ -35,6 +35,7 @@ mod map_depth;
 mod map_output;
 mod map_picture;
 mod qemu_nbd_beside;
+mod qemu_nbd_chain;
 mod qemu_nbd_daemon;
 mod qemu_nbd_image;
 mod qemu_nbd_tls;

@@ -33,10 +33,10 @@ Where to listen, and for whom:
   -D, --description=TEXT    a text about the export, for people
   -v, --verbose             log to standard error; twice for more
 
-What to serve:
+What to serve: FILE is a path, an NBD URI, or json:{...}
   -f, --format=FORMAT       raw or qcow2; found by looking at the image unless given
-      --image-opts          FILE is a list of options of the drivers raw, qcow2, file and
-                            host_device, such as driver=raw,offset=1M,file.filename=disk.img
+      --image-opts          FILE is a list of options of the drivers raw, qcow2, file, host_device
+                            and nbd, such as driver=raw,offset=1M,file.filename=disk.img
   -r, --read-only           refuse writes
   -s, --snapshot            keep writes in a temporary file; the image is only read
   -l, --load-snapshot=SNAPSHOT_PARAM

@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 
 use imgfmt::{Format, Locking};
+use nbd_proto::NbdUri;
 
 use super::key_values::{KeyValues, parse_size};
+use super::nbd_source;
 use super::options::{parse_detect_zeroes, parse_discard};
 use crate::serving::{DetectZeroes, Discard, Window};
 
 /// A disk as its options describe it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Described {
-    pub(super) path: PathBuf,
+    pub(super) place: Place,
     /// `None`: found by looking at the file.
     pub(super) format: Option<Format>,
     pub(super) window: Window,
@@ -19,6 +21,41 @@ pub(super) struct Described {
     pub(super) locking: Locking,
     pub(super) discard: Option<Discard>,
     pub(super) detect_zeroes: Option<DetectZeroes>,
+}
+
+/// Where the bytes of a disk are.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    File(PathBuf),
+    /// On another server.
+    Export(Box<NbdUri>),
+}
+
+impl Default for Place {
+    fn default() -> Self {
+        Self::File(PathBuf::new())
+    }
+}
+
+impl Place {
+    /// What the name of a file stands for.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if it has a scheme that is not known.
+    pub(super) fn named(text: &str) -> Result<Self, String> {
+        if nbd_source::is_name_of_server(text) {
+            return Ok(Self::Export(Box::new(nbd_source::from_name(text)?)));
+        }
+        match text.split_once(':') {
+            Some(("file", path)) => Ok(Self::File(path.into())),
+            // As QEMU has it, a colon in a name needs a slash before it.
+            Some((scheme, _)) if !scheme.contains('/') => {
+                Err(format!("Unknown protocol '{scheme}'; write ./{text} for a file"))
+            }
+            _ => Ok(Self::File(text.into())),
+        }
+    }
 }
 
 /// Options of the qcow2 driver that tune it or loosen what this engine keeps anyway: they are
@@ -63,8 +100,11 @@ impl Described {
                 disk.format = Some(Format::Raw);
                 return disk.file(name, options);
             }
+            Some("nbd") => {
+                disk.format = Some(Format::Raw);
+                return disk.export(options);
+            }
             None => disk.file_below(&mut options)?,
-            Some("nbd") => return Err(no_nbd()),
             Some(name) => return Err(format!("Unknown driver '{name}'; there are raw and qcow2")),
         }
         disk.common(&mut options)?;
@@ -85,14 +125,16 @@ impl Described {
         }
         let driver = file.take("driver");
         let read = match driver.as_deref() {
+            Some("nbd") => Self::default().export(file)?,
             None => Self::default().file("file", file)?,
             Some(name @ ("file" | "host_device")) => Self::default().file(name, file)?,
-            Some("nbd") => return Err(no_nbd()),
             Some(name) => {
-                return Err(format!("Unknown driver '{name}'; there are file and host_device"));
+                return Err(format!(
+                    "Unknown driver '{name}'; there are file, host_device and nbd"
+                ));
             }
         };
-        self.path = read.path;
+        self.place = read.place;
         self.locking = read.locking;
         self.read_only |= read.read_only;
         self.discard = read.discard;
@@ -105,7 +147,7 @@ impl Described {
         let path = options.take("filename");
         let path =
             path.ok_or_else(|| format!("The '{driver}' block driver requires a file name"))?;
-        self.path = path.strip_prefix("file:").unwrap_or(&path).into();
+        self.place = Place::named(&path)?;
         self.locking = match options.take("locking").as_deref() {
             None | Some("auto" | "on") => Locking::On,
             Some("off") => Locking::Off,
@@ -116,6 +158,14 @@ impl Described {
         }
         self.common(&mut options)?;
         nothing_left(&options, driver)?;
+        Ok(self)
+    }
+
+    /// The options of the driver `nbd`.
+    fn export(mut self, mut options: KeyValues) -> Result<Self, String> {
+        self.place = Place::Export(Box::new(nbd_source::from_options(&mut options)?));
+        self.common(&mut options)?;
+        nothing_left(&options, "nbd")?;
         Ok(self)
     }
 
@@ -145,10 +195,6 @@ impl Described {
         }
         Ok(())
     }
-}
-
-fn no_nbd() -> String {
-    "the driver 'nbd' is not supported as a source; use 'nbd-cli copy' to copy an export".to_owned()
 }
 
 fn window(options: &mut KeyValues) -> Result<Window, String> {
@@ -202,7 +248,7 @@ mod tests {
     fn the_drivers_options_describe_a_disk() {
         let raw = "driver=raw,offset=1M,size=2M,file.driver=file,file.filename=a,,b,discard=unmap";
         let expected = Described {
-            path: "a,b".into(),
+            place: Place::File("a,b".into()),
             format: Some(Format::Raw),
             window: Window { offset: 1 << 20, size: Some(2 << 20) },
             discard: Some(Discard::Unmap),
@@ -211,14 +257,14 @@ mod tests {
         assert_eq!(read(raw), Ok(expected));
         let qcow2 = "driver=qcow2,l2-cache-size=1M,file.filename=d,file.locking=off,read-only=on";
         let expected = Described {
-            path: "d".into(),
+            place: Place::File("d".into()),
             format: Some(Format::Qcow2),
             locking: Locking::Off,
             read_only: true,
             ..Described::default()
         };
         assert_eq!(read(qcow2), Ok(expected));
-        let probed = Described { path: "d".into(), ..Described::default() };
+        let probed = Described { place: Place::File("d".into()), ..Described::default() };
         assert_eq!(read("file.filename=d"), Ok(probed));
     }
 
@@ -226,7 +272,7 @@ mod tests {
     fn what_is_unknown_or_missing_is_named() {
         for (text, part) in [
             ("driver=vmdk,file.filename=d", "vmdk"),
-            ("driver=nbd,server.path=s", "nbd"),
+            ("driver=nbd,export=s", "server.path"),
             ("driver=raw,filename=d", "\"file\""),
             ("driver=raw,size=1000,file.filename=d", "512"),
             ("driver=raw,size=x,file.filename=d", "'size'"),

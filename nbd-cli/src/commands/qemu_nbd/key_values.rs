@@ -57,6 +57,11 @@ impl KeyValues {
         Ok(Self { values })
     }
 
+    /// Sets the value of a key.
+    pub(super) fn set(&mut self, key: &str, value: String) {
+        self.values.insert(key.to_owned(), value);
+    }
+
     /// Takes the value of a key away.
     pub(super) fn take(&mut self, key: &str) -> Option<String> {
         self.values.remove(key)

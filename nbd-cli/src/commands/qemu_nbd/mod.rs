@@ -11,6 +11,7 @@ mod help;
 mod image_options;
 mod key_values;
 mod list;
+mod nbd_source;
 mod objects;
 mod options;
 mod pid_file;

@@ -1,8 +1,9 @@
 //! Serving one image.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use nbd_server::export::ExportEntry;
+use nbd_server::export::{Export, ExportEntry};
 use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use super::daemon::{self, Role};
@@ -17,23 +18,51 @@ const DEFAULT_BIND: &str = "0.0.0.0";
 pub(super) const DEFAULT_PORT: &str = "10809";
 
 pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
-    runtime()?.block_on(serve(options, role))
+    let runtime = runtime()?;
+    let registry = ExportRegistry::new();
+    let (server, signals) = runtime.block_on(listen(options, registry.clone()))?;
+    // An image on another server waits by itself: it is opened, and at last dropped, here where no
+    // task runs.
+    let export = source::open(options)?;
+    add(options, &registry, Arc::clone(&export))?;
+    let served = runtime.block_on(serve(options, role, server, signals));
+    drop((runtime, registry));
+    drop(export);
+    served
 }
 
-async fn serve(options: &Options, role: Role) -> Result<(), Refusal> {
+async fn listen(
+    options: &Options,
+    registry: ExportRegistry,
+) -> Result<(Server, EndSignals), Refusal> {
     let signals = EndSignals::new()?.with_hangup()?;
-    let registry = ExportRegistry::new();
     let mut config = config(options);
     config.tls = tls::for_server(options).map_err(Refusal::new)?;
-    let mut server = Server::new(config, registry.clone());
+    let mut server = Server::new(config, registry);
     // As qemu-nbd does it: clients can connect from here on, and wait for their greeting.
     server.listen(&address(options)?).await.map_err(serve_error)?;
-    let mut entry = ExportEntry::new(source::open(options)?);
+    Ok((server, signals))
+}
+
+fn add(
+    options: &Options,
+    registry: &ExportRegistry,
+    export: Arc<dyn Export>,
+) -> Result<(), Refusal> {
+    let mut entry = ExportEntry::new(export);
     if let Some(text) = &options.description {
         entry = entry.description(text.clone());
     }
     let name = options.export_name.clone().unwrap_or_default();
-    registry.add(name, entry).map_err(|error| Refusal::new(error.to_string()))?;
+    registry.add(name, entry).map_err(|error| Refusal::new(error.to_string()))
+}
+
+async fn serve(
+    options: &Options,
+    role: Role,
+    server: Server,
+    signals: EndSignals,
+) -> Result<(), Refusal> {
     let _pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
     daemon::ready(role, options.verbosity)?;
     let mut clients = server.client_count();

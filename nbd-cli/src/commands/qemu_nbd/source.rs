@@ -1,17 +1,19 @@
 //! The one image that is served.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::{Access, Format, Image, OpenOptions, OpenPolicy};
+use nbd_client::Connector;
+use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 
-use super::image_options::Described;
+use super::image_options::{Described, Place};
 use super::key_values::KeyValues;
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
 use super::{Refusal, complain};
+use crate::remote::{ExportStorage, allow_exports};
 use crate::serving::image::{ImageChoices, Writes};
-use crate::serving::{BitmapDurability, Caching, Changes, Discard, MultiConn};
+use crate::serving::{BitmapDurability, Caching, Changes, Discard, MultiConn, Waiting};
 
 /// Opens it as the options say.
 ///
@@ -32,7 +34,7 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
         (true, Some(text)) => KeyValues::parse(text, None).and_then(Described::from_options),
         (true, None) => Err("the options are not valid UTF-8".to_owned()),
         (false, Some(text)) => named(text),
-        (false, None) => Ok(Described { path: file.into(), ..Described::default() }),
+        (false, None) => Ok(Described { place: Place::File(file.into()), ..Described::default() }),
     };
     let mut disk = disk.map_err(failed)?;
     if let Some(name) = &options.format {
@@ -42,8 +44,12 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
             })?);
     }
     let choices = choices(options, &disk).map_err(failed)?;
-    let image = choices.open_image(&disk.path).map_err(|error| failed(error.to_string()))?;
-    warn_of_guess(&choices, &image, &disk.path);
+    let image = match &disk.place {
+        Place::File(path) => choices.open_image(path).map_err(|error| error.to_string()),
+        Place::Export(uri) => open_export(&choices, uri),
+    };
+    let image = image.map_err(failed)?;
+    warn_of_guess(&choices, &image, &shown.to_string());
     choices.export(image).map_err(|error| failed(error.to_string()))
 }
 
@@ -52,18 +58,30 @@ fn named(text: &str) -> Result<Described, String> {
     if let Some(json) = text.strip_prefix("json:") {
         return KeyValues::from_json(json).and_then(Described::from_options);
     }
-    let path = match text.split_once(':') {
-        Some(("file", path)) => path,
-        Some(("nbd" | "nbd+tcp" | "nbd+unix" | "nbds" | "nbds+unix", _)) => {
-            return Err("an NBD server is not supported as a source".to_owned());
+    Ok(Described { place: Place::named(text)?, ..Described::default() })
+}
+
+/// Opens an image on another server. It must not be called by asynchronous tasks, and so must not
+/// be what drops the image.
+fn open_export(choices: &ImageChoices, uri: &NbdUri) -> Result<Image, String> {
+    let storage =
+        ExportStorage::open(Connector::new(uri.clone())).map_err(|error| error.to_string())?;
+    let access = match choices.writes {
+        Writes::Refused => Access::ReadOnly,
+        Writes::ToImage if storage.is_writable() => Access::ReadWrite,
+        Writes::ToImage => {
+            return Err(format!("{uri} is exported for reading only; add -r"));
         }
-        // As QEMU has it, a colon in a name needs a slash before it.
-        Some((scheme, _)) if !scheme.contains('/') => {
-            return Err(format!("Unknown protocol '{scheme}'; write ./{text} for a file"));
+        Writes::ToTemporaryFile => {
+            return Err("-s (--snapshot) is not supported for an image on a server".to_owned());
         }
-        _ => text,
     };
-    Ok(Described { path: path.into(), ..Described::default() })
+    let mut options = OpenOptions::new().access(access);
+    options.format = choices.format;
+    if let Some(policy) = &choices.policy {
+        options = options.policy(policy.clone());
+    }
+    Image::from_storage(Arc::new(storage), &options).map_err(|error| error.to_string())
 }
 
 fn check_aio(options: &Options) -> Result<(), String> {
@@ -96,7 +114,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         Some(CacheMode::Writethrough | CacheMode::Directsync) => Caching::Writethrough,
         _ => Caching::Writeback,
     };
-    let policy = OpenPolicy::any_file().allow_format_probe();
+    let policy = allow_exports(OpenPolicy::any_file().allow_format_probe());
     Ok(ImageChoices {
         format: disk.format,
         snapshot: match &options.snapshot {
@@ -104,7 +122,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
             None => None,
         },
         writes,
-        policy,
+        policy: Some(policy),
         locking: disk.locking,
         changes: Changes {
             discard: options.discard.or(disk.discard).unwrap_or(Discard::Ignore),
@@ -113,6 +131,10 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
             multi_conn: match options.shared {
                 1 => MultiConn::Hidden,
                 _ => MultiConn::AsItIs,
+            },
+            waiting: match disk.place {
+                Place::File(_) => Waiting::AsItIs,
+                Place::Export(_) => Waiting::Everywhere,
             },
         },
         window,
@@ -125,7 +147,10 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
 fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, String> {
     let mut options = OpenOptions::new().access(Access::ReadOnly).locking(disk.locking);
     options.format = disk.format;
-    let info = Image::inspect_file(&disk.path, &options).map_err(|error| error.to_string())?;
+    let Place::File(path) = &disk.place else {
+        return Err("-l (--load-snapshot) is not supported for an image on a server".to_owned());
+    };
+    let info = Image::inspect_file(path, &options).map_err(|error| error.to_string())?;
     let Some(qcow2) = info.qcow2 else {
         return Err(format!("Failed to load snapshot: a {} image has none", info.format));
     };
@@ -145,14 +170,13 @@ fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, Stri
 }
 
 /// A guest that can write any first sector can make its raw image look like another format.
-fn warn_of_guess(choices: &ImageChoices, image: &Image, path: &Path) {
+fn warn_of_guess(choices: &ImageChoices, image: &Image, name: &str) {
     let is_guess = choices.format.is_none() && image.format() == Format::Raw;
     if is_guess && choices.writes == Writes::ToImage {
         complain(&format!(
-            "WARNING: Image format was not specified for '{}' and probing guessed raw; writes to \
-             the first sector that would make it look like another format are refused. Specify \
-             the format with -f raw to allow them.",
-            path.display()
+            "WARNING: Image format was not specified for '{name}' and probing guessed raw; writes \
+             to the first sector that would make it look like another format are refused. Specify \
+             the format with -f raw to allow them."
         ));
     }
 }
