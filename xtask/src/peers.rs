@@ -23,6 +23,9 @@ const PEERS: &[Peer] = &[
     Peer { program: "nbdsh", package: "python3-libnbd" },
     Peer { program: "nbd-server", package: "nbd-server" },
     Peer { program: "fio", package: "fio" },
+    Peer { program: "certtool", package: "gnutls-bin" },
+    Peer { program: "psktool", package: "gnutls-bin" },
+    Peer { program: "openssl", package: "openssl" },
 ];
 
 /// Installs the peers that are missing where that is possible, and says which are missing still.

@@ -10,8 +10,8 @@ use super::socket::{More, Socket};
 use crate::budget::Permit;
 use crate::export::FileSpan;
 
-/// Size of a block that collects replies, in bytes.
-const BLOCK_LEN: usize = 256 * 1024;
+/// Size of a block that collects replies, in bytes: the most common large read, with its header.
+const BLOCK_LEN: usize = 256 * 1024 + 4096;
 /// Replies shorter than this are copied into a block rather than sent as a piece of their own.
 const COPIED_LEN: usize = 16 * 1024;
 /// Pieces handed to the system at a time.

@@ -35,7 +35,7 @@ pub(crate) enum Socket {
 /// How bytes travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Channel {
-    /// As they are: pages of a file can go straight into the socket.
+    /// As they are.
     Clear,
     /// Encrypted.
     #[cfg(feature = "tls")]
@@ -201,12 +201,16 @@ impl Socket {
     /// Moves some bytes of `file` from the page cache into the socket; 0 means that the file ends
     /// at `offset` (in bytes).
     pub(super) fn poll_send_file(
-        &self,
+        &mut self,
         cx: &mut Context<'_>,
         file: BorrowedFd<'_>,
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
+        #[cfg(feature = "tls")]
+        if let Self::Tls(tls) = self {
+            return tls.poll_send_file(cx, file, offset, length);
+        }
         self.poll_write_with(cx, |socket| {
             let mut at = offset;
             Ok(rustix::fs::sendfile(socket, file, Some(&mut at), length)?)

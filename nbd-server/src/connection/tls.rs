@@ -6,6 +6,7 @@
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::BorrowedFd;
 use std::task::{Context, Poll, ready};
 
 use openssl::ssl::{ErrorCode, ShutdownState, SslStream};
@@ -17,6 +18,8 @@ use crate::tls::{Notes, PeerIdentity, TlsCredentials, TlsError, explain_handshak
 
 /// Payload of a full record, in bytes.
 const RECORD_LEN: usize = 16 * 1024;
+/// Bytes of a file read at a time.
+const SCRATCH_LEN: usize = 4 * RECORD_LEN;
 /// So much ciphertext is made before it is sent, in bytes.
 const GATHERED_LEN: usize = 256 * 1024;
 /// More ciphertext than this is never waiting to be sent, in bytes: what reading makes the library
@@ -41,6 +44,8 @@ pub(crate) enum TlsFailure {
 pub(crate) struct TlsSocket {
     socket: Socket,
     session: SslStream<Wire>,
+    /// For bytes between a file and the library.
+    scratch: Vec<u8>,
 }
 
 /// Ciphertext, between the socket and the library.
@@ -102,7 +107,7 @@ pub(super) async fn accept(
     let wire =
         Wire { received: ReceiveBuffer::new(&[]), unsent: Vec::new(), sent: 0, has_ended: false };
     let session = SslStream::new(credentials.new_session()?, wire).map_err(TlsError::Library)?;
-    let mut tls = TlsSocket { socket, session };
+    let mut tls = TlsSocket { socket, session, scratch: Vec::new() };
     loop {
         let result = tls.session.accept();
         let flushed = poll_fn(|cx| tls.poll_flush(cx)).await;
@@ -176,8 +181,35 @@ impl TlsSocket {
                 break;
             }
         }
-        if let Poll::Ready(result) = self.poll_flush(cx) {
-            result?;
+        Poll::Ready(Ok(taken))
+    }
+
+    /// Encrypts some bytes of a file that are in the page cache, in pieces that stay in the
+    /// processor's; as [`Socket::poll_send_file`].
+    pub(super) fn poll_send_file(
+        &mut self,
+        cx: &mut Context<'_>,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        if self.session.get_ref().unsent().len() >= GATHERED_LEN {
+            ready!(self.poll_flush(cx))?;
+        }
+        self.scratch.resize(SCRATCH_LEN, 0);
+        let mut taken = 0;
+        while taken < length && self.session.get_ref().unsent().len() < GATHERED_LEN {
+            let space = &mut self.scratch[..SCRATCH_LEN.min(length - taken)];
+            let read = match rustix::io::pread(file, space, offset + taken as u64) {
+                Err(rustix::io::Errno::INTR) => continue,
+                result => result?,
+            };
+            if read == 0 {
+                break;
+            }
+            for chunk in self.scratch[..read].chunks(RECORD_LEN) {
+                taken += self.session.ssl_write(chunk).map_err(into_io)?;
+            }
         }
         Poll::Ready(Ok(taken))
     }

@@ -20,7 +20,6 @@ use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
 use super::rhythm::{Idle, Rhythm};
 use super::send::SendQueue;
-use super::socket::Channel;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
 use crate::export::{Export, ExportError, Operation, Promptness, TryRead};
@@ -387,8 +386,7 @@ impl Session {
         if length == 0 {
             return self.output.encode(SHORT_REPLY_LEN, |out| encoder.success(tag, out));
         }
-        let is_clear = self.socket.channel() == Channel::Clear;
-        if length >= SEND_FILE_LEN && is_clear && self.send_file(&request, length) {
+        if length >= SEND_FILE_LEN && self.send_file(&request, length) {
             return;
         }
         let space = self.output.space(ReplyEncoder::MAX_READ_HEADER_LEN + length);

@@ -49,6 +49,9 @@ pub(crate) struct ContestBar {
 pub(crate) enum Against {
     /// The fastest contender that is not ours.
     BestPeer,
+    /// The contender that is not ours and needs the least CPU time for the same work; it is CPU
+    /// time that is compared, not throughput.
+    BestPeerPerCore,
     /// The contender of this name in the same row.
     Contender(&'static str),
     /// Our throughput in the row of this name.
@@ -152,6 +155,7 @@ pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarRepor
             let measured = ratio(&bar.against, row, rows);
             let what = match &bar.against {
                 Against::BestPeer => "throughput / best peer".to_owned(),
+                Against::BestPeerPerCore => "work per CPU time / best peer".to_owned(),
                 Against::Contender(name) => format!("throughput / {name}"),
                 Against::OursInRow(name) => format!("throughput / {name}"),
             };
@@ -174,6 +178,10 @@ fn ratio(against: &Against, row: &ContestReport, rows: &[ContestReport]) -> Opti
     let ours = row.median_of(OURS)?;
     let other = match against {
         Against::BestPeer => row.fastest_peer()?.median,
+        Against::BestPeerPerCore => {
+            let costs = row.peers().map(|peer| peer.median.cpu_us_per_work);
+            return Some(costs.min_by(f64::total_cmp)? / ours.cpu_us_per_work);
+        }
         Against::Contender(name) => *row.median_of(name)?,
         Against::OursInRow(name) => {
             *rows.iter().find(|other| other.name == *name)?.median_of(OURS)?
@@ -221,6 +229,7 @@ mod tests {
             bar("four", Against::OursInRow("one".to_owned()), 1.0),
             bar("four", Against::BestPeer, 1.0),
             bar("absent", Against::BestPeer, 1.0),
+            bar("one", Against::BestPeerPerCore, 2.0),
         ];
         let judged = judge(&bars, &rows);
         let outcome: Vec<_> = judged.iter().map(|bar| (bar.measured, bar.verdict)).collect();
@@ -231,6 +240,7 @@ mod tests {
                 (Some(0.8), Verdict::Fail),
                 (Some(1.5), Verdict::Pass),
                 (None, Verdict::NotMeasured),
+                (Some(2.0), Verdict::Pass),
             ]
         );
     }

@@ -28,6 +28,7 @@ mod sample;
 mod servers;
 mod statistics;
 mod table;
+mod tls;
 
 use std::fs;
 use std::path::Path;

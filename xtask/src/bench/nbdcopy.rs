@@ -18,11 +18,27 @@ const MEBIBYTE: f64 = 1_048_576.0;
 ///
 /// nbdcopy is missing or fails.
 pub(crate) fn run(uri: &str, connections: u32, size: u64, seconds: u64) -> Result<ClientResult> {
+    run_with(uri, connections, size, seconds, |_| {})
+}
+
+/// As [`run`], with something done to each command before it starts.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn run_with(
+    uri: &str,
+    connections: u32,
+    size: u64,
+    seconds: u64,
+    prepare: impl Fn(&mut Command),
+) -> Result<ClientResult> {
     let start = Instant::now();
     let mut copies = 0_u32;
     while copies == 0 || start.elapsed() < Duration::from_secs(seconds) {
         let mut command = Command::new("nbdcopy");
         command.arg(format!("--connections={connections}")).args([uri, "null:"]);
+        prepare(&mut command);
         output_of(&mut command)?;
         copies += 1;
     }
