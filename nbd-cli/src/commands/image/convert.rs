@@ -1,5 +1,6 @@
 //! `nbd-cli image convert`.
 
+mod agenda;
 mod copier;
 
 use std::ffi::OsString;

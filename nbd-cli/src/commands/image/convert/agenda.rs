@@ -1,0 +1,114 @@
+//! What is still to be copied, piece by piece.
+
+use std::collections::VecDeque;
+
+use imgfmt::{ExtentKind, GuestRange};
+
+use super::super::walk::{Extents, span};
+use super::copier::{Copy, Target};
+use crate::commands::copy::zero::Content;
+use crate::error::CommandError;
+use crate::progress::Progress;
+
+/// Smallest part of the disk that one thread copies at a time, in bytes: what was read is still in
+/// the processor's own cache when it is written.
+pub(super) const PIECE: u64 = 256 << 10;
+/// Zeroes are written in pieces of at most this size, in bytes, so that progress shows.
+const ZEROES_MAX: u64 = 256 << 20;
+
+/// A part of the disk to be copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Work {
+    pub(super) range: GuestRange,
+    pub(super) content: Content,
+}
+
+/// All parts of a disk that have to be written, whole units each, in order.
+#[derive(Debug)]
+pub(super) struct Agenda<'a> {
+    extents: Extents<'a>,
+    size: u64,
+    unit: u64,
+    target: Target,
+    progress: &'a Progress,
+    /// What is not handed out yet of the parts that were found.
+    found: VecDeque<Work>,
+    /// Everything before this was found.
+    done: u64,
+    is_complete: bool,
+}
+
+impl<'a> Agenda<'a> {
+    pub(super) fn new(copy: &Copy<'a>) -> Self {
+        Self {
+            extents: Extents::new(copy.source),
+            size: copy.source.size(),
+            unit: copy.unit,
+            target: copy.target,
+            progress: copy.progress,
+            found: VecDeque::new(),
+            done: 0,
+            is_complete: false,
+        }
+    }
+
+    /// The next piece; `None` at the end of the disk.
+    pub(super) fn next(&mut self) -> Result<Option<Work>, CommandError> {
+        loop {
+            if let Some(piece) = self.next_piece() {
+                return Ok(Some(piece));
+            }
+            if self.is_complete {
+                return Ok(None);
+            }
+            match self.extents.next()? {
+                None => {
+                    self.zero_until(self.size);
+                    self.is_complete = true;
+                }
+                Some(extent) if extent.kind == ExtentKind::Data => self.data(extent.range),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn next_piece(&mut self) -> Option<Work> {
+        let work = self.found.front_mut()?;
+        let most = match work.content {
+            Content::Data => PIECE.max(self.unit),
+            Content::Zero => ZEROES_MAX,
+        };
+        let (start, end) = (work.range.offset().bytes(), work.range.end().bytes());
+        let stop = ((start / most + 1) * most).min(end);
+        let piece = Work { range: span(start, stop), content: work.content };
+        work.range = span(stop, end);
+        if stop == end {
+            self.found.pop_front();
+        }
+        Some(piece)
+    }
+
+    /// A unit with any data in it is copied as a whole.
+    fn data(&mut self, range: GuestRange) {
+        let start = (range.offset().bytes() / self.unit * self.unit).max(self.done);
+        let end = range.end().bytes();
+        let end = end.checked_next_multiple_of(self.unit).unwrap_or(self.size).min(self.size);
+        self.zero_until(start);
+        if start < end {
+            self.found.push_back(Work { range: span(start, end), content: Content::Data });
+            self.done = end;
+        }
+    }
+
+    fn zero_until(&mut self, end: u64) {
+        if end <= self.done {
+            return;
+        }
+        let range = span(self.done, end);
+        match self.target {
+            Target::Zero => self.progress.add(range.length()),
+            Target::HasContent => self.found.push_back(Work { range, content: Content::Zero }),
+        }
+        self.done = end;
+    }
+}
