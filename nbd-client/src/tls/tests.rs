@@ -1,4 +1,5 @@
 //! A TLS stream against OpenSSL's own blocking server, without NBD.
+#![allow(clippy::unwrap_used, reason = "tests may fail")]
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream as BlockingStream;
