@@ -3,7 +3,7 @@
 use clap::{ArgAction, Parser, Subcommand};
 
 use crate::commands::{
-    backup, completions, copy, image, info, list_meta, map, qemu_nbd, restore, serve,
+    backup, completions, control, copy, image, info, list_meta, map, qemu_nbd, restore, serve,
 };
 
 pub use crate::size::ByteSize;
@@ -57,6 +57,8 @@ pub enum Command {
     Backup(backup::BackupArgs),
     /// Bring a backup or any other image back to a file, a device or a server
     Restore(restore::RestoreArgs),
+    /// Look at a running server and change what it does
+    Control(control::ControlArgs),
     /// Make, inspect, convert and change disk images
     Image(image::ImageArgs),
     /// Serve as qemu-nbd does, with its options; also under that name

@@ -8,6 +8,7 @@ pub mod args;
 pub mod commands;
 mod connect;
 mod context;
+mod control;
 mod error;
 mod logging;
 mod output;
@@ -57,6 +58,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::ListMeta(args) => commands::list_meta::run(&args),
         Command::Map(args) => commands::map::run(&args),
         Command::Copy(args) => commands::copy::run(args),
+        Command::Control(args) => commands::control::run(&args),
         Command::Backup(args) => commands::backup::run(&args),
         Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),

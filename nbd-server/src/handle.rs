@@ -55,6 +55,12 @@ impl ServerHandle {
         self.clients.list()
     }
 
+    /// How many clients use an export.
+    #[must_use]
+    pub fn users_of(&self, entry: &ExportEntry) -> usize {
+        self.clients.users_of(entry.export())
+    }
+
     /// Takes an export away and gives it back: when this returns no connection uses it any more,
     /// and none can begin to. A request that a thread was carrying out for a connection that was
     /// cut may still be.
@@ -92,7 +98,7 @@ impl ServerHandle {
     }
 
     fn refuse_if_used(&self, name: &str, entry: &ExportEntry) -> Result<(), RemoveError> {
-        match self.clients.users_of(entry.export()) {
+        match self.users_of(entry) {
             0 => Ok(()),
             clients => Err(RemoveError::InUse { name: name.to_owned(), clients }),
         }

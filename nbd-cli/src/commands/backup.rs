@@ -1,6 +1,7 @@
 //! `nbd-cli backup`: full and incremental backups of a served disk into a chain of qcow2 files.
 
 mod chain;
+mod checkpoint;
 mod partial;
 mod report;
 
@@ -17,6 +18,7 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
 
 use self::chain::Base;
+use self::checkpoint::checkpointed;
 use self::partial::{Partial, State};
 use self::report::Report;
 use super::copy::destination::{Destination, Surface};
@@ -36,12 +38,18 @@ const AFTER_HELP: &str = "\
 Examples:
   nbd-cli backup nbd://vmhost/disk sunday.qcow2
   nbd-cli backup --bitmap daily --base sunday.qcow2 nbd://vmhost/disk monday.qcow2
+  nbd-cli backup --control /run/nbd.control --export vm --bitmap daily sunday.qcow2
+  nbd-cli backup --control /run/nbd.control --export vm --bitmap daily --base sunday.qcow2 monday.qcow2
   nbd-cli restore monday.qcow2 disk.img
 
 A full backup is a qcow2 file that stands alone. An incremental one holds what is dirty in a bitmap
 of the server (context qemu:dirty-bitmap:NAME), and its backing file is the backup before it. Whoever
 runs the server starts the bitmap when a backup is taken and clears it when the next one is complete;
 the disk should not change while it is copied. All files of a chain may be moved together.
+
+With --control all of that happens by itself: the disk is copied as it was at one moment while clients
+go on writing, the bitmap is begun anew at that moment, and if the backup fails nothing is forgotten.
+Such a backup is not resumed: what there is of it is of a moment that is gone.
 
 While a backup runs it is TARGET.partial, and TARGET.partial.json says how far it is; when it is
 complete it gets its name in one step. After an interruption --resume goes on where it ended: only
@@ -56,24 +64,35 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Arguments of `nbd-cli backup`.
 #[derive(Debug, Args)]
-#[command(after_help = AFTER_HELP)]
+#[command(after_help = AFTER_HELP, allow_missing_positional = true)]
 pub struct BackupArgs {
-    /// The disk, as an NBD URI.
-    pub source: NbdUri,
+    /// The disk, as an NBD URI. With --control it need not be given: the server says where it is.
+    #[arg(required_unless_present = "control")]
+    pub source: Option<NbdUri>,
 
     /// The new qcow2 file.
     pub target: PathBuf,
 
     /// Copy only what is dirty in this bitmap of the server.
-    #[arg(short = 'B', long, value_name = "NAME", requires = "base")]
+    /// With --control and without --base a full backup is made, and the bitmap begins there.
+    #[arg(short = 'B', long, value_name = "NAME")]
     pub bitmap: Option<String>,
 
     /// The backup before this one: what is not dirty is taken from it.
     #[arg(short, long, value_name = "FILE", requires = "bitmap")]
     pub base: Option<PathBuf>,
 
+    /// Make a checkpoint of a disk that clients go on writing to, through the control socket of its
+    /// server, and copy from there.
+    #[arg(long, value_name = "PATH", requires = "export")]
+    pub control: Option<PathBuf>,
+
+    /// Name of the disk's export, with --control.
+    #[arg(long, value_name = "NAME", requires = "control")]
+    pub export: Option<String>,
+
     /// Go on with a backup that was interrupted. The disk must be as it was then.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "control")]
     pub resume: bool,
 
     /// Throw away what is left of a backup that was interrupted, and begin again.
@@ -134,15 +153,25 @@ pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
     }
-    args.tls.check([&args.source])?;
-    let report = runtime()?.block_on(backup(args))?;
+    args.tls.check(&args.source)?;
+    if args.control.is_none() && args.bitmap.is_some() && args.base.is_none() {
+        return Err(CommandError::new(
+            "--bitmap needs --base FILE, the backup before this one; a full backup takes neither",
+        ));
+    }
+    let runtime = runtime()?;
+    let report = match (&args.control, &args.source) {
+        (Some(socket), _) => checkpointed(args, socket, |uri| runtime.block_on(backup(args, uri)))?,
+        (None, Some(uri)) => runtime.block_on(backup(args, uri))?,
+        (None, None) => return Err(CommandError::new("give the disk's URI, or --control")),
+    };
     if !args.quiet {
         report.print(ReportFormat::from_json_flag(args.json))?;
     }
     Ok(Outcome::Success)
 }
 
-async fn backup(args: &BackupArgs) -> Result<Report, CommandError> {
+async fn backup(args: &BackupArgs, uri: &NbdUri) -> Result<Report, CommandError> {
     let started = Instant::now();
     if args.target.symlink_metadata().is_ok() {
         return Err(CommandError::new(format!(
@@ -151,8 +180,9 @@ async fn backup(args: &BackupArgs) -> Result<Report, CommandError> {
         )));
     }
     let base = args.base.as_deref().map(|path| Base::open(path, args)).transpose()?;
-    let bitmap = args.bitmap.as_deref().map(context_of).transpose()?;
-    let client = connect_to_disk(args, bitmap.as_ref()).await?;
+    // Without a base everything is copied, whatever the bitmap says.
+    let bitmap = args.base.as_ref().and(args.bitmap.as_deref()).map(context_of).transpose()?;
+    let client = connect_to_disk(args, uri, bitmap.as_ref()).await?;
     let size = client.info().size;
     if let Some(base) = &base
         && base.size != size
@@ -164,28 +194,31 @@ async fn backup(args: &BackupArgs) -> Result<Report, CommandError> {
             base.size
         )));
     }
-    let state = State::new(args, size);
+    let state = State::new(args, uri, size);
     let mut partial = Partial::begin(args, state, base.as_ref())?;
-    let result = fill(args, client.clone(), bitmap.as_ref(), &mut partial).await;
+    let disk = (client.clone(), uri);
+    let result = fill(args, disk, bitmap.as_ref(), &mut partial).await;
     let (counts, resumed_at) = match result {
         Ok(filled) => filled,
         Err(error) => {
             return Err(CommandError::new(format!(
-                "the backup of {} failed: {error}; what there is of it is in '{}' (add --resume to \
-                 go on, if the disk does not change)",
-                args.source,
-                partial.path().display()
+                "the backup of {uri} failed: {error}; what there is of it is in '{}' ({})",
+                partial.path().display(),
+                match args.control {
+                    None => "add --resume to go on, if the disk does not change",
+                    Some(_) => "begin again with --restart",
+                }
             )));
         }
     };
     let verified = match args.verify {
         None => None,
-        Some(what) => Some(verify(args, &client, bitmap.as_ref(), what, &partial).await?),
+        Some(what) => Some(verify(args, (&client, uri), bitmap.as_ref(), what, &partial).await?),
     };
     partial.complete()?;
     // Everything was read; how the connection ends does not matter.
     let _ = client.disconnect().await;
-    Ok(Report::new(args, size, counts, resumed_at, verified, started.elapsed()))
+    Ok(Report::new(args, uri, size, counts, resumed_at, verified, started.elapsed()))
 }
 
 fn context_of(bitmap: &str) -> Result<MetaContextName, CommandError> {
@@ -196,9 +229,9 @@ fn context_of(bitmap: &str) -> Result<MetaContextName, CommandError> {
 
 async fn connect_to_disk(
     args: &BackupArgs,
+    uri: &NbdUri,
     bitmap: Option<&MetaContextName>,
 ) -> Result<Client, CommandError> {
-    let uri = &args.source;
     let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
     let connector = args
         .tls
@@ -237,12 +270,12 @@ async fn connect_to_disk(
 /// Copies into the partial file; returns what was copied how, in bytes, and where it began.
 async fn fill(
     args: &BackupArgs,
-    client: Client,
+    (client, uri): (Client, &NbdUri),
     bitmap: Option<&MetaContextName>,
     partial: &mut Partial,
 ) -> Result<([u64; 3], u64), CommandError> {
     let start = partial.done();
-    let source = Source::Nbd { client: client.clone(), uri: args.source.clone() };
+    let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let extents = extents(&client, bitmap, start);
     let surface =
         if args.base.is_some() || start > 0 { Surface::Something } else { Surface::Zeroes };
@@ -307,7 +340,7 @@ async fn save(job: &Job, partial: &mut Partial) -> Result<(), CommandError> {
 
 async fn verify(
     args: &BackupArgs,
-    client: &Client,
+    (client, uri): (&Client, &NbdUri),
     bitmap: Option<&MetaContextName>,
     what: Verify,
     partial: &Partial,
@@ -317,7 +350,7 @@ async fn verify(
         .access(Access::ReadOnly)
         .policy(args.trust.policy());
     let image = Image::open(partial.path(), &options).map_err(explained)?;
-    let source = Source::Nbd { client: client.clone(), uri: args.source.clone() };
+    let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let unit = source.alignment();
     let extents = match what {
         Verify::Copied => extents(client, bitmap, 0),

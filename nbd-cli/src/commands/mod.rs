@@ -2,6 +2,7 @@
 
 pub mod backup;
 pub mod completions;
+pub mod control;
 pub mod copy;
 pub mod image;
 pub mod info;

@@ -2,11 +2,13 @@
 
 mod address;
 mod captive;
+mod control;
 mod source;
 mod tls;
 
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -15,6 +17,7 @@ use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConf
 
 use self::address::TcpAddress;
 use self::captive::Captive;
+use self::control::{ControlSocket, Controller, Disks};
 pub use self::tls::{TlsArgs, TlsChoice};
 use crate::error::{CommandError, Outcome};
 use crate::output::warn;
@@ -57,7 +60,7 @@ command's status.";
 #[command(after_help = AFTER_HELP)]
 pub struct ServeArgs {
     /// What to export; see below.
-    #[arg(required = true, value_name = "SOURCE")]
+    #[arg(required_unless_present = "control", value_name = "SOURCE")]
     pub sources: Vec<String>,
 
     /// Listen on a TCP address; port 10809 unless given, any free one for 0. May be repeated.
@@ -116,6 +119,11 @@ pub struct ServeArgs {
     #[arg(long)]
     pub hidden: bool,
 
+    /// Listen on a control socket, with which exports, bitmaps and checkpoints are managed while the
+    /// server runs; only this user can use it. See `nbd-cli control --help`.
+    #[arg(long, value_name = "PATH", conflicts_with = "run")]
+    pub control: Option<PathBuf>,
+
     /// Run a shell command while serving, on a private unix socket unless an address is given, and
     /// exit with its status.
     #[arg(long, value_name = "COMMAND")]
@@ -169,7 +177,8 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new()?;
     let registry = ExportRegistry::new();
     let tls = args.tls.load()?;
-    let names = source::add_all(&args, &registry)?;
+    let mut disks = args.control.as_ref().map(|_| Disks::default());
+    let names = source::add_all(&args, &registry, disks.as_mut())?;
     tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
         Some(_) if args.listen.is_empty() && args.socket.is_empty() => Some(PrivateFolder::new()?),
@@ -182,7 +191,22 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
         bound.extend(server.listen(&address).await.map_err(serve_error)?);
     }
     warn_of_exposure(&bound, &tls, if args.read_only { "" } else { " and change" });
+    let control = match (&args.control, disks) {
+        (Some(path), Some(disks)) => {
+            let socket = ControlSocket::open(path)?;
+            let (bound, tls) = (bound.clone(), tls.clone());
+            let uris = move |name: &str| uris(&bound, name, &tls);
+            let choices = source::choices(&args);
+            let controller = Controller::new(server.handle(), disks, choices, Box::new(uris));
+            Some((socket, Arc::new(controller)))
+        }
+        _ => None,
+    };
     match &args.run {
+        None if control.is_some() => {
+            announce(&bound, &names, &tls);
+            serve_controlled(server, signals, control).await
+        }
         None => {
             announce(&bound, &names, &tls);
             serve_until_signal(server, signals, std::future::pending()).await?;
@@ -193,6 +217,22 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
             serve_while_running(server, captive, &mut signals).await
         }
     }
+}
+
+async fn serve_controlled(
+    server: Server,
+    signals: EndSignals,
+    control: Option<(ControlSocket, Arc<Controller>)>,
+) -> Result<Outcome, CommandError> {
+    let Some((socket, controller)) = control else { return Ok(Outcome::Success) };
+    let listening = tokio::spawn(socket.serve(Arc::clone(&controller)));
+    let served = serve_until_signal(server, signals, controller.stopped()).await;
+    // The socket's file is gone before the last word is said about the disks.
+    listening.abort();
+    let _ = listening.await;
+    controller.end_all().await;
+    served?;
+    Ok(Outcome::Success)
 }
 
 async fn serve_while_running(
@@ -273,4 +313,12 @@ fn announce(bound: &[BoundAddress], names: &[String], tls: &TlsMode) {
         }
     }
     let _ = stdout.flush();
+}
+
+/// Where an export can be reached; unix sockets first.
+fn uris(bound: &[BoundAddress], name: &str, tls: &TlsMode) -> Vec<String> {
+    let (unix, other): (Vec<_>, Vec<_>) =
+        bound.iter().partition(|address| matches!(address, BoundAddress::Unix(_)));
+    let uri = |address: &BoundAddress| tls::uri(address, name, tls).to_string();
+    unix.into_iter().chain(other).map(uri).collect()
 }

@@ -43,6 +43,13 @@ pub(crate) struct ImageChoices {
     pub(crate) allocation_depth: bool,
 }
 
+/// What is to be exported.
+pub(crate) struct Opened {
+    pub(crate) export: Arc<dyn Export>,
+    /// What lies behind it, if that is an image.
+    pub(crate) image: Option<Arc<ImageExport>>,
+}
+
 /// Why an image cannot be exported.
 #[derive(Debug)]
 pub(crate) enum OpenError {
@@ -89,9 +96,9 @@ impl ImageChoices {
     /// # Errors
     ///
     /// [`OpenError`] if it cannot be opened.
-    pub(crate) fn open(&self, path: &Path) -> Result<Arc<dyn Export>, OpenError> {
+    pub(crate) fn open(&self, path: &Path) -> Result<Opened, OpenError> {
         let image = self.open_image(path)?;
-        Ok(self.export(image)?)
+        Ok(self.exported(image)?)
     }
 
     /// Opens an image without making an export of it.
@@ -126,11 +133,17 @@ impl ImageChoices {
     ///
     /// If the image does not contain the part that is wanted.
     pub(crate) fn export(&self, image: Image) -> Result<Arc<dyn Export>, CommandError> {
+        Ok(self.exported(image)?.export)
+    }
+
+    fn exported(&self, image: Image) -> Result<Opened, CommandError> {
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
             export = export.with_allocation_depth();
         }
-        Ok(filtered(self.window.of(Arc::new(export))?, self.changes))
+        let image = Arc::new(export);
+        let export = filtered(self.window.of(image.clone())?, self.changes);
+        Ok(Opened { export, image: Some(image) })
     }
 }
 

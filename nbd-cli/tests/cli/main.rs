@@ -5,11 +5,13 @@
 mod support;
 
 mod backup_chain;
+mod backup_checkpoint;
 mod backup_refused;
 mod backup_resume;
 mod bad_input;
 mod client_tls;
 mod completions;
+mod control_socket;
 mod copy_bad_servers;
 mod copy_block_sizes;
 mod copy_peers;

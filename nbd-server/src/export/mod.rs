@@ -15,7 +15,7 @@ use nbd_proto::wire::{BlockDescriptor, BlockSizes, Errno, MetaContextName, Trans
 
 pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
 
-pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView};
+pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView, StatusFn};
 pub use descriptors::Descriptors;
 #[cfg(feature = "image")]
 pub use image::ImageExport;

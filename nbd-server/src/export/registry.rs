@@ -69,6 +69,12 @@ impl ExportEntry {
         self.security == Security::Tls
     }
 
+    /// Another export under the same conditions: seen and used by the same clients.
+    #[must_use]
+    pub fn with_export(&self, export: Arc<dyn Export>) -> Self {
+        Self { export, ..self.clone() }
+    }
+
     /// The export itself.
     #[must_use]
     pub fn export(&self) -> &Arc<dyn Export> {

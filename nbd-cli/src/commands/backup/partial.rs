@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{Access, CreateOptions, Format, Image, Locking, OpenOptions, Repair};
+use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
@@ -32,10 +33,10 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(args: &BackupArgs, size: u64) -> Self {
+    pub(super) fn new(args: &BackupArgs, uri: &NbdUri, size: u64) -> Self {
         Self {
             version: 1,
-            source: args.source.to_string(),
+            source: uri.to_string(),
             size,
             bitmap: args.bitmap.clone(),
             base: args.base.clone(),

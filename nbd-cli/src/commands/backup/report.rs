@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use nbd_proto::NbdUri;
 use serde::Serialize;
 
 use super::BackupArgs;
@@ -33,6 +34,7 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(
         args: &BackupArgs,
+        uri: &NbdUri,
         size: u64,
         counts: [u64; 3],
         resumed_at: u64,
@@ -41,7 +43,7 @@ impl Report {
     ) -> Self {
         let [copied, zero, unchanged] = counts;
         Self {
-            source: args.source.to_string(),
+            source: uri.to_string(),
             target: args.target.display().to_string(),
             base: args.base.as_ref().map(|path| path.display().to_string()),
             bitmap: args.bitmap.clone(),
@@ -61,15 +63,15 @@ impl Report {
         match format {
             ReportFormat::Json => output.json(self)?,
             ReportFormat::Text => {
-                let kind = match &self.bitmap {
-                    Some(bitmap) => format!("incremental by '{}'", printable(bitmap)),
-                    None => "full".to_owned(),
+                let kind = match (&self.base, &self.bitmap) {
+                    (Some(_), Some(bitmap)) => format!("incremental by '{}'", printable(bitmap)),
+                    _ => "full".to_owned(),
                 };
                 let mut parts = vec![
                     format!("{} copied", rounded(self.copied)),
                     format!("{} zero", rounded(self.zero)),
                 ];
-                if self.bitmap.is_some() {
+                if self.base.is_some() {
                     parts.push(format!("{} unchanged", rounded(self.unchanged)));
                 }
                 if self.resumed_at > 0 {

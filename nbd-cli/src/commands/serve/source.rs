@@ -9,9 +9,10 @@ use nbd_server::ExportRegistry;
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::ServeArgs;
+use super::control::{Disk, Disks};
 use crate::error::CommandError;
-use crate::serving::image::{ImageChoices, OpenError, Writes};
-use crate::serving::{Changes, filtered};
+use crate::serving::filtered;
+use crate::serving::image::{ImageChoices, OpenError, Opened, Writes};
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The
@@ -19,6 +20,7 @@ use crate::size::ByteSize;
 pub(super) fn add_all(
     args: &ServeArgs,
     registry: &ExportRegistry,
+    mut controlled: Option<&mut Disks>,
 ) -> Result<Vec<String>, CommandError> {
     let named: Vec<_> = args.sources.iter().map(|source| split_name(source)).collect();
     let unnamed = named.iter().filter(|(name, _)| name.is_none()).count();
@@ -38,7 +40,16 @@ pub(super) fn add_all(
     let mut names = Vec::with_capacity(named.len());
     for (name, source) in named {
         let name = name.or(args.name.as_deref()).unwrap_or_default();
-        let mut entry = ExportEntry::new(open(source, args)?);
+        let opened = open(source, &choices(args))?;
+        let mut entry = match &mut controlled {
+            None => ExportEntry::new(opened.export),
+            Some(disks) => {
+                let disk = Disk::new(source.to_owned(), opened);
+                let entry = disk.entry();
+                disks.insert(name.to_owned(), disk);
+                entry
+            }
+        };
         if let Some(text) = &args.description {
             entry = entry.description(text.clone());
         }
@@ -70,18 +81,19 @@ fn split_name(source: &str) -> (Option<&str>, &str) {
     }
 }
 
-fn open(source: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError> {
+/// Opens what is to be exported.
+pub(super) fn open(source: &str, choices: &ImageChoices) -> Result<Opened, CommandError> {
     if let Some(size) = source.strip_prefix("memory:") {
-        return memory(source, size, args);
+        return Ok(Opened { export: memory(source, size, choices)?, image: None });
     }
     if source.is_empty() {
         return Err(CommandError::new("a source is empty; give a path or memory:SIZE"));
     }
-    choices(args).open(Path::new(source)).map_err(|error| explained(error, args))
+    choices.open(Path::new(source)).map_err(|error| explained(error, choices))
 }
 
 /// What the command line says about every image.
-fn choices(args: &ServeArgs) -> ImageChoices {
+pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
     ImageChoices {
         format: args.format.map(Format::from),
         snapshot: args.snapshot.clone(),
@@ -101,27 +113,31 @@ fn changes(args: &ServeArgs) -> Changes {
     Changes { discard: args.discard, detect_zeroes: args.detect_zeroes, ..Changes::default() }
 }
 
-fn explained(error: OpenError, args: &ServeArgs) -> CommandError {
-    if error.may_be_readable() && !args.read_only {
+fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
+    if error.may_be_readable() && choices.writes != Writes::Refused {
         CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
     } else {
         CommandError::new(error.to_string())
     }
 }
 
-fn memory(source: &str, size: &str, args: &ServeArgs) -> Result<Arc<dyn Export>, CommandError> {
+fn memory(
+    source: &str,
+    size: &str,
+    choices: &ImageChoices,
+) -> Result<Arc<dyn Export>, CommandError> {
     let size: ByteSize = size
         .parse()
         .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
-    if args.snapshot.is_some() || args.temporary {
+    if choices.snapshot.is_some() || choices.writes == Writes::ToTemporaryFile {
         return Err(CommandError::new(format!(
             "cannot export '{source}': a disk in memory has no snapshots and is temporary as it \
              is; leave out --snapshot and --temporary"
         )));
     }
-    if !args.read_only {
+    if choices.writes != Writes::Refused {
         let export = Arc::new(MemoryExport::new(size.bytes()));
-        return Ok(filtered(export, changes(args)));
+        return Ok(filtered(export, choices.changes));
     }
     let storage = Arc::new(MemoryStorage::new(size.bytes()));
     let options = OpenOptions::new().format(Format::Raw);

@@ -18,7 +18,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
 use self::preserved::{Patience, Preserved};
-pub use self::view::PointInTimeView;
+pub use self::view::{PointInTimeView, StatusFn};
 use super::{
     Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
     TryWrite, ZeroMode,

@@ -9,6 +9,11 @@ use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags
 use super::preserved::Preserved;
 use crate::export::{Descriptors, Export, ExportError, ExportInfo, Operation, Promptness, TryRead};
 
+/// What a context of a view says: called with offset and length in bytes and the highest number of
+/// descriptors, and bound to the same rules as [`Export::block_status`].
+pub type StatusFn =
+    dyn Fn(u64, u64, usize) -> Result<Vec<BlockDescriptor>, ExportError> + Send + Sync;
+
 /// A disk as it was when [`Checkpointed::begin`](super::Checkpointed::begin) made this view; for
 /// reading only.
 ///
@@ -18,8 +23,7 @@ use crate::export::{Descriptors, Export, ExportError, ExportInfo, Operation, Pro
 pub struct PointInTimeView {
     disk: Arc<dyn Export>,
     preserved: Arc<Preserved>,
-    /// Contexts of the view, and under which name the disk has them.
-    bitmaps: Vec<(MetaContextName, MetaContextName)>,
+    contexts: Vec<(MetaContextName, Box<StatusFn>)>,
     info: ExportInfo,
 }
 
@@ -32,15 +36,14 @@ impl PointInTimeView {
         let allocation = MetaContextName::base_allocation();
         info.meta_contexts
             .extend(of_disk.meta_contexts.into_iter().filter(|context| *context == allocation));
-        Self { disk, preserved, bitmaps: Vec::new(), info }
+        Self { disk, preserved, contexts: Vec::new(), info }
     }
 
-    /// Offers a context of the disk whose extents do not change while the view is there, such as
-    /// that of a disabled bitmap, under the name `shown`.
+    /// Offers a context more, such as the bits of a bitmap that was frozen at the checkpoint.
     #[must_use]
-    pub fn with_context(mut self, shown: MetaContextName, of_disk: MetaContextName) -> Self {
-        self.info.meta_contexts.push(shown.clone());
-        self.bitmaps.push((shown, of_disk));
+    pub fn with_context(mut self, name: MetaContextName, status: Box<StatusFn>) -> Self {
+        self.info.meta_contexts.push(name.clone());
+        self.contexts.push((name, status));
         self
     }
 
@@ -160,8 +163,8 @@ impl Export for PointInTimeView {
         max_count: usize,
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
         self.check()?;
-        if let Some((_, of_disk)) = self.bitmaps.iter().find(|(shown, _)| shown == context) {
-            let found = self.disk.block_status(of_disk, offset, length, max_count)?;
+        if let Some((_, status)) = self.contexts.iter().find(|(name, _)| name == context) {
+            let found = status(offset, length, max_count)?;
             self.check()?;
             return Ok(found);
         }

@@ -1,0 +1,209 @@
+//! `serve --control`: the server's side of the control socket.
+
+mod bitmaps;
+mod checkpoint;
+mod disks;
+mod socket;
+
+use std::time::SystemTime;
+
+use nbd_proto::wire::TransmissionFlags;
+use nbd_server::{InUse, RemoveError, ServerHandle};
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, Notify};
+
+pub(super) use self::disks::{Disk, Disks};
+pub(super) use self::socket::ControlSocket;
+use super::source;
+use crate::control::{ClientState, ErrorKind, ExportState, Failure, Listing, OnUse, Request};
+use crate::serving::image::{ImageChoices, Writes};
+
+/// Where an export can be reached.
+pub(super) type UrisFn = dyn Fn(&str) -> Vec<String> + Send + Sync;
+
+/// Carries out what comes over the control socket, one request at a time.
+pub(super) struct Controller {
+    server: ServerHandle,
+    disks: Mutex<Disks>,
+    /// How images that are added are opened.
+    choices: ImageChoices,
+    uris: Box<UrisFn>,
+    stop: Notify,
+}
+
+impl Controller {
+    pub(super) fn new(
+        server: ServerHandle,
+        disks: Disks,
+        choices: ImageChoices,
+        uris: Box<UrisFn>,
+    ) -> Self {
+        Self { server, disks: Mutex::new(disks), choices, uris, stop: Notify::new() }
+    }
+
+    /// Waits until a client wants the server to end.
+    pub(super) async fn stopped(&self) {
+        self.stop.notified().await;
+    }
+
+    /// Ends every checkpoint as failed: what was not backed up stays dirty.
+    pub(super) async fn end_all(&self) {
+        let mut disks = self.disks.lock().await;
+        let names: Vec<_> = disks.names();
+        for name in names {
+            if disks.get(&name).is_ok_and(|disk| disk.checkpoint.is_some())
+                && let Err(failure) = self.abandon_checkpoint(&mut disks, &name).await
+            {
+                tracing::error!(export = %name, why = %failure.message, "checkpoint not ended");
+            }
+        }
+    }
+
+    /// Carries out a request.
+    pub(super) async fn carry_out(&self, request: Request) -> Result<Value, Failure> {
+        let mut disks = self.disks.lock().await;
+        match request {
+            Request::List {} => {
+                let listing = self.list(&disks).await?;
+                serde_json::to_value(listing)
+                    .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
+            }
+            Request::AddExport { name, source, read_only, format, description } => {
+                let choices = self.choices_for(read_only, format.as_deref())?;
+                self.add(&mut disks, name, source, choices, description).await
+            }
+            Request::RemoveExport { name, on_use } => self.remove(&mut disks, &name, on_use).await,
+            Request::CheckpointStart { export, bitmap, if_missing, view } => {
+                self.begin_checkpoint(&mut disks, &export, bitmap, if_missing, view).await
+            }
+            Request::CheckpointEnd { export, outcome } => {
+                self.end_checkpoint(&mut disks, &export, outcome).await
+            }
+            Request::Shutdown {} => {
+                self.stop.notify_one();
+                Ok(json!({}))
+            }
+            request => bitmaps::change(&disks, request).await,
+        }
+    }
+
+    fn choices_for(&self, read_only: bool, format: Option<&str>) -> Result<ImageChoices, Failure> {
+        let mut choices = self.choices.clone();
+        choices.snapshot = None;
+        choices.writes = if read_only { Writes::Refused } else { Writes::ToImage };
+        choices.format = match format {
+            None => None,
+            Some(name) => Some(imgfmt::Format::from_name(name).ok_or_else(|| {
+                let message = format!("there is no format '{name}'; use raw or qcow2");
+                Failure::new(ErrorKind::InvalidRequest, message)
+            })?),
+        };
+        Ok(choices)
+    }
+
+    async fn list(&self, disks: &Disks) -> Result<Listing, Failure> {
+        let clients = self.server.clients();
+        let mut exports = Vec::new();
+        for (name, entry) in self.server.exports().entries() {
+            let info = entry.export().info();
+            let disk = disks.get(&name).ok();
+            let bitmaps = match disk {
+                Some(disk) => bitmaps::list(disk).await?,
+                None => Vec::new(),
+            };
+            exports.push(ExportState {
+                size: info.size,
+                read_only: info.flags.contains(TransmissionFlags::READ_ONLY),
+                clients: self.server.users_of(&entry),
+                source: disk.map(|disk| disk.source.clone()),
+                bitmaps,
+                checkpoint: disk.and_then(Disk::describe_checkpoint),
+                name,
+            });
+        }
+        let clients = clients.into_iter().map(|client| ClientState {
+            id: client.id,
+            peer: client.peer,
+            export: client.export,
+            since: seconds(client.since),
+        });
+        Ok(Listing { exports, clients: clients.collect() })
+    }
+
+    async fn add(
+        &self,
+        disks: &mut Disks,
+        name: String,
+        source: String,
+        choices: ImageChoices,
+        description: Option<String>,
+    ) -> Result<Value, Failure> {
+        if self.server.exports().entries().iter().any(|(taken, _)| *taken == name) {
+            let message = format!("there is an export named '{name}' already");
+            return Err(Failure::new(ErrorKind::AlreadyExists, message));
+        }
+        let from = source.clone();
+        let opened = blocking(move || {
+            source::open(&from, &choices)
+                .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
+        })
+        .await??;
+        let disk = Disk::new(source, opened);
+        let mut entry = disk.entry();
+        if let Some(text) = description {
+            entry = entry.description(text);
+        }
+        self.server
+            .exports()
+            .add(name.clone(), entry)
+            .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
+        let uris = (self.uris)(&name);
+        disks.insert(name.clone(), disk);
+        tracing::info!(export = %name, "export added");
+        Ok(json!({ "uris": uris }))
+    }
+
+    async fn remove(&self, disks: &mut Disks, name: &str, on_use: OnUse) -> Result<Value, Failure> {
+        if disks.get(name)?.checkpoint.is_some() {
+            let message = format!("a checkpoint of '{name}' is in progress; end it first");
+            return Err(Failure::new(ErrorKind::InUse, message));
+        }
+        let in_use = match on_use {
+            OnUse::Refuse => InUse::Refuse,
+            OnUse::Disconnect => InUse::Disconnect,
+        };
+        let entry = self.server.remove_export(name, in_use).await.map_err(|error| {
+            let kind = match error {
+                RemoveError::InUse { .. } => ErrorKind::InUse,
+                _ => ErrorKind::NotFound,
+            };
+            Failure::new(kind, error.to_string())
+        })?;
+        let disk = disks.remove(name);
+        tracing::info!(export = %name, "export removed");
+        blocking(move || {
+            let flushed = entry.export().flush();
+            // Closes the image, unless a request that was cut is still at work on it.
+            drop((entry, disk));
+            flushed.map_err(|error| {
+                let message = format!("the export is removed, but flushing it failed: {error}");
+                Failure::new(ErrorKind::Failed, message)
+            })
+        })
+        .await??;
+        Ok(json!({}))
+    }
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Carries out what may block.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Failure::new(ErrorKind::Failed, format!("given up: {error}")))
+}

@@ -1,0 +1,96 @@
+//! What a server with a control socket knows about its disks.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use nbd_server::export::{Checkpointed, ExportEntry, ImageExport};
+use serde_json::{Value, json};
+
+use crate::control::{ErrorKind, Failure};
+use crate::serving::image::Opened;
+
+/// A disk that is exported.
+pub(in crate::commands::serve) struct Disk {
+    pub(super) source: String,
+    pub(super) export: Arc<Checkpointed>,
+    /// The image, if it is one.
+    pub(super) image: Option<Arc<ImageExport>>,
+    pub(super) checkpoint: Option<RunningCheckpoint>,
+}
+
+/// A checkpoint in progress.
+#[derive(Debug, Clone)]
+pub(super) struct RunningCheckpoint {
+    /// Name of the export that is the view.
+    pub(super) view: String,
+    pub(super) bitmap: Option<CheckpointBitmap>,
+}
+
+/// The bitmap of a checkpoint.
+#[derive(Debug, Clone)]
+pub(super) struct CheckpointBitmap {
+    pub(super) name: String,
+    /// The bitmap that holds its bits of before; none if it was added at the checkpoint.
+    pub(super) frozen: Option<String>,
+}
+
+impl Disk {
+    pub(in crate::commands::serve) fn new(source: String, opened: Opened) -> Self {
+        let export = Arc::new(Checkpointed::new(opened.export));
+        Self { source, export, image: opened.image, checkpoint: None }
+    }
+
+    /// The export as it is to be registered.
+    pub(in crate::commands::serve) fn entry(&self) -> ExportEntry {
+        ExportEntry::new(self.export.clone())
+    }
+
+    /// The image, or why there is none.
+    pub(super) fn image(&self) -> Result<Arc<ImageExport>, Failure> {
+        self.image.clone().ok_or_else(|| {
+            let message = format!("'{}' is no image and has no bitmaps", self.source);
+            Failure::new(ErrorKind::InvalidRequest, message)
+        })
+    }
+
+    pub(super) fn describe_checkpoint(&self) -> Option<Value> {
+        let checkpoint = self.checkpoint.as_ref()?;
+        Some(json!({
+            "view": checkpoint.view,
+            "bitmap": checkpoint.bitmap.as_ref().map(|bitmap| &bitmap.name),
+            "problem": self.export.failure().flatten(),
+        }))
+    }
+}
+
+/// The disks by the names of their exports. Views are not among them.
+#[derive(Default)]
+pub(in crate::commands::serve) struct Disks {
+    disks: BTreeMap<String, Disk>,
+}
+
+impl Disks {
+    pub(in crate::commands::serve) fn insert(&mut self, name: String, disk: Disk) {
+        self.disks.insert(name, disk);
+    }
+
+    pub(super) fn remove(&mut self, name: &str) -> Option<Disk> {
+        self.disks.remove(name)
+    }
+
+    pub(super) fn names(&self) -> Vec<String> {
+        self.disks.keys().cloned().collect()
+    }
+
+    pub(super) fn get(&self, name: &str) -> Result<&Disk, Failure> {
+        self.disks.get(name).ok_or_else(|| not_found(name))
+    }
+
+    pub(super) fn get_mut(&mut self, name: &str) -> Result<&mut Disk, Failure> {
+        self.disks.get_mut(name).ok_or_else(|| not_found(name))
+    }
+}
+
+fn not_found(name: &str) -> Failure {
+    Failure::new(ErrorKind::NotFound, format!("there is no disk exported as '{name}'"))
+}

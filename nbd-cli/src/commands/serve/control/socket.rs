@@ -1,0 +1,214 @@
+//! The socket itself, and the lines on it. Nothing that comes from it is trusted.
+
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+use super::Controller;
+use crate::control::{ErrorKind, Failure, MAX_LINE_LEN, decode, encode};
+use crate::error::CommandError;
+
+/// Clients of the control socket at a time; one more is closed at once.
+const MAX_CLIENTS: usize = 16;
+
+/// A control socket that listens. Its file is removed when this is dropped.
+pub(in crate::commands::serve) struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and number of the socket's file: another one in its place is left alone.
+    identity: (u64, u64),
+}
+
+impl ControlSocket {
+    /// Listens on a new socket that only this user can use, in place of one that nobody listens on
+    /// any more.
+    pub(in crate::commands::serve) fn open(path: &Path) -> Result<Self, CommandError> {
+        let failed = |error: io::Error| {
+            CommandError::new(format!(
+                "cannot listen on the control socket '{}': {error}",
+                path.display()
+            ))
+        };
+        remove_stale(path)?;
+        let open = || -> io::Result<Self> {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            // Before there is a file: it has these permissions from the start.
+            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            bind(&socket, &SocketAddrUnix::new(path)?)?;
+            listen(&socket, 16)?;
+            let listener = std::os::unix::net::UnixListener::from(socket);
+            let metadata = std::fs::symlink_metadata(path)?;
+            Ok(Self {
+                listener: UnixListener::from_std(listener)?,
+                path: std::path::absolute(path)?,
+                identity: (metadata.dev(), metadata.ino()),
+            })
+        };
+        open().map_err(failed)
+    }
+
+    /// Answers clients for ever.
+    pub(in crate::commands::serve) async fn serve(self, controller: Arc<Controller>) {
+        let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+        loop {
+            let stream = match self.listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a client of the control socket");
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+                tracing::warn!("too many clients of the control socket; closed one");
+                continue;
+            };
+            let controller = Arc::clone(&controller);
+            tokio::spawn(async move {
+                let _place = place;
+                if let Err(error) = converse(stream, &controller).await {
+                    tracing::info!(%error, "a client of the control socket is gone");
+                }
+            });
+        }
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        let found = std::fs::symlink_metadata(&self.path);
+        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+            // Nothing can be done about a folder that does not allow it any more.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), CommandError> {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        return Err(CommandError::new(format!(
+            "'{}' exists and is no socket; give another path for --control",
+            path.display()
+        )));
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            // If it cannot be removed, binding says why.
+            let _ = std::fs::remove_file(path);
+            Ok(())
+        }
+        _ => Err(CommandError::new(format!(
+            "another server listens on the control socket '{}'",
+            path.display()
+        ))),
+    }
+}
+
+/// Answers one client until it leaves.
+async fn converse(mut stream: UnixStream, controller: &Controller) -> io::Result<()> {
+    let mut lines = Lines::default();
+    loop {
+        let (reply, go_on) = match lines.next(&mut stream).await? {
+            Line::End => return Ok(()),
+            Line::Request(line) => match decode(&line) {
+                Ok(request) => (controller.carry_out(request).await, true),
+                Err(failure) => (Err(failure), true),
+            },
+            Line::TooLong => {
+                let message = format!("a request has at most {MAX_LINE_LEN} bytes");
+                (Err(Failure::new(ErrorKind::InvalidRequest, message)), false)
+            }
+        };
+        stream.write_all(&encode(reply)).await?;
+        if !go_on {
+            return Ok(());
+        }
+    }
+}
+
+enum Line {
+    Request(Vec<u8>),
+    /// Where the next one would begin is not known.
+    TooLong,
+    End,
+}
+
+/// The lines of a stream, of bounded length.
+#[derive(Default)]
+struct Lines {
+    received: Vec<u8>,
+}
+
+impl Lines {
+    /// The next line that is not empty. What stands behind the last end of line is no line.
+    async fn next(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Line> {
+        let mut looked_at = 0;
+        loop {
+            let end = self.received[looked_at..].iter().position(|&byte| byte == b'\n');
+            if let Some(end) = end.map(|end| end + looked_at) {
+                let mut line: Vec<u8> = self.received.drain(..=end).collect();
+                line.pop();
+                looked_at = 0;
+                if line.iter().all(u8::is_ascii_whitespace) {
+                    continue;
+                }
+                return Ok(if line.len() > MAX_LINE_LEN {
+                    Line::TooLong
+                } else {
+                    Line::Request(line)
+                });
+            }
+            if self.received.len() > MAX_LINE_LEN {
+                return Ok(Line::TooLong);
+            }
+            looked_at = self.received.len();
+            let mut part = [0; 4096];
+            let count = stream.read(&mut part).await?;
+            if count == 0 {
+                return Ok(Line::End);
+            }
+            self.received.extend_from_slice(&part[..count]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn lines(input: &[u8]) -> Vec<Vec<u8>> {
+        let mut input = input;
+        let mut found = Vec::new();
+        let mut lines = Lines::default();
+        loop {
+            match lines.next(&mut input).await.unwrap() {
+                Line::Request(line) => found.push(line),
+                Line::TooLong => found.push(b"too long".to_vec()),
+                Line::End => return found,
+            }
+            if found.last().is_some_and(|line| line == b"too long") {
+                return found;
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn lines_end_with_their_end_and_are_bounded() {
+        assert_eq!(lines(b"a\n\n  \r\nb\nc").await, [b"a", b"b"]);
+        let long = vec![b'x'; MAX_LINE_LEN];
+        assert_eq!(lines(&[&long[..], b"\n"].concat()).await, [long.clone()]);
+        assert_eq!(lines(&[&long[..], b"x\n"].concat()).await, [b"too long"]);
+        assert_eq!(lines(&vec![b'x'; 10 << 20]).await, [b"too long"]);
+    }
+}

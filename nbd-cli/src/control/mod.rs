@@ -1,0 +1,29 @@
+//! The control socket: looking at a running server, and changing what it does.
+//!
+//! `nbd-cli serve --control PATH` listens on a unix socket that only its own user can use (mode
+//! 0600). A client sends one JSON object per line and gets one JSON object per line, in the order of
+//! its requests. A line has at most 64 KiB.
+//!
+//! A request has a `command` and the command's fields; what is not known is refused. A reply has
+//! either a `result` (an object) or an `error` with a `kind` (`invalid-request`, `not-found`,
+//! `already-exists`, `in-use`, `failed`) and a `message` for people.
+//!
+//! ```text
+//! {"command":"list"}
+//! {"result":{"exports":[{"name":"disk","size":1073741824,…}],"clients":[…]}}
+//! {"command":"checkpoint-start","export":"disk","bitmap":"daily"}
+//! {"result":{"view":"disk.checkpoint","bitmap":"daily","uris":["nbd+unix:///disk.checkpoint?…"]}}
+//! {"command":"checkpoint-end","export":"disk","outcome":"success"}
+//! {"result":{}}
+//! ```
+//!
+//! The commands are the variants of [`Request`].
+
+mod client;
+mod protocol;
+
+pub(crate) use self::client::call;
+pub(crate) use self::protocol::{
+    Begun, ClientState, ErrorKind, ExportState, Failure, IfMissing, InitialState, Listing,
+    MAX_LINE_LEN, OnUse, Request, Verdict, decode, encode,
+};

@@ -1,0 +1,286 @@
+//! What goes over the control socket.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// Longest line in both directions, in bytes, without its end.
+pub(crate) const MAX_LINE_LEN: usize = 64 << 10;
+
+/// A request. Names are those of exports and of bitmaps in their images.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
+#[serde(deny_unknown_fields)]
+pub(crate) enum Request {
+    /// Everything that is exported and everybody who uses it.
+    List {},
+    /// Exports a file, a device or `memory:SIZE`, as the command line of `serve` would.
+    AddExport {
+        name: String,
+        source: String,
+        #[serde(default)]
+        read_only: bool,
+        /// `raw` or `qcow2`.
+        #[serde(default)]
+        format: Option<String>,
+        #[serde(default)]
+        description: Option<String>,
+    },
+    /// Takes an export away and closes its image.
+    RemoveExport {
+        name: String,
+        #[serde(default)]
+        on_use: OnUse,
+    },
+    /// Adds a bitmap in which nothing is dirty.
+    BitmapAdd {
+        export: String,
+        bitmap: String,
+        /// In bytes; a power of two from 512 to 2 GiB.
+        #[serde(default)]
+        granularity: Option<u64>,
+        #[serde(default)]
+        initial: InitialState,
+    },
+    BitmapRemove {
+        export: String,
+        bitmap: String,
+    },
+    BitmapClear {
+        export: String,
+        bitmap: String,
+    },
+    BitmapEnable {
+        export: String,
+        bitmap: String,
+    },
+    BitmapDisable {
+        export: String,
+        bitmap: String,
+    },
+    /// What is dirty in `from` becomes dirty in `bitmap` too.
+    BitmapMerge {
+        export: String,
+        bitmap: String,
+        from: String,
+    },
+    /// Freezes the bits of a bitmap and begins it anew, at one moment between two writes, and exports
+    /// the disk as it was at that moment, for reading only, with the frozen bits as the bitmap's.
+    CheckpointStart {
+        export: String,
+        /// Without it only the view is made.
+        #[serde(default)]
+        bitmap: Option<String>,
+        #[serde(default)]
+        if_missing: IfMissing,
+        /// Name of the view; the export's with `.checkpoint` behind it unless given.
+        #[serde(default)]
+        view: Option<String>,
+    },
+    /// Ends the view. The frozen bits are dropped after a success and merged back after a failure.
+    CheckpointEnd {
+        export: String,
+        outcome: Verdict,
+    },
+    /// Ends the server as SIGTERM does.
+    Shutdown {},
+}
+
+/// What becomes of clients of an export that is removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum OnUse {
+    /// The export stays.
+    #[default]
+    Refuse,
+    /// Their connections are cut.
+    Disconnect,
+}
+
+/// Whether a new bitmap notes changes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum InitialState {
+    #[default]
+    Enabled,
+    Disabled,
+}
+
+/// What is done about a bitmap that is not there.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum IfMissing {
+    #[default]
+    Fail,
+    /// It is added, at the moment of the checkpoint.
+    Add,
+}
+
+/// Whether a backup was taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verdict {
+    Success,
+    Failure,
+}
+
+/// What is exported, and to whom.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Listing {
+    pub(crate) exports: Vec<ExportState>,
+    pub(crate) clients: Vec<ClientState>,
+}
+
+/// An export.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct ExportState {
+    pub(crate) name: String,
+    /// In bytes.
+    pub(crate) size: u64,
+    pub(crate) read_only: bool,
+    pub(crate) clients: usize,
+    /// Where it comes from; not for views.
+    pub(crate) source: Option<String>,
+    /// Each with `name`, `granularity`, `enabled` and either `dirty-bytes` or `problem`.
+    pub(crate) bitmaps: Vec<Value>,
+    /// The checkpoint in progress: its `view`, its `bitmap`, and the `problem` if it is lost.
+    pub(crate) checkpoint: Option<Value>,
+}
+
+/// A client that has chosen an export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct ClientState {
+    pub(crate) id: u64,
+    pub(crate) peer: String,
+    pub(crate) export: String,
+    /// Seconds since 1970.
+    pub(crate) since: u64,
+}
+
+/// A checkpoint that has begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Begun {
+    /// Name of the export that is the view.
+    pub(crate) view: String,
+    /// The bitmap whose bits the view has; none if it was added just now.
+    pub(crate) bitmap: Option<String>,
+    /// Where the view can be read.
+    pub(crate) uris: Vec<String>,
+}
+
+/// What kind of failure it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ErrorKind {
+    InvalidRequest,
+    NotFound,
+    AlreadyExists,
+    InUse,
+    Failed,
+}
+
+/// Why a request failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Failure {
+    pub(crate) kind: ErrorKind,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+impl From<imgfmt::Error> for Failure {
+    fn from(error: imgfmt::Error) -> Self {
+        let kind = match error.kind() {
+            imgfmt::ErrorKind::NotFound => ErrorKind::NotFound,
+            imgfmt::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
+            imgfmt::ErrorKind::InvalidInput => ErrorKind::InvalidRequest,
+            imgfmt::ErrorKind::Busy => ErrorKind::InUse,
+            _ => ErrorKind::Failed,
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
+/// The line of a reply, with its end.
+pub(crate) fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
+    let value = match reply {
+        Ok(result) => json!({ "result": result }),
+        Err(failure) => json!({ "error": failure }),
+    };
+    let mut line = value.to_string().into_bytes();
+    line.push(b'\n');
+    line
+}
+
+/// Reads a request.
+///
+/// # Errors
+///
+/// A [`Failure`] that says what is wrong with it.
+pub(crate) fn decode(line: &[u8]) -> Result<Request, Failure> {
+    serde_json::from_slice(line)
+        .map_err(|error| Failure::new(ErrorKind::InvalidRequest, format!("not a request: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_read_as_they_are_written_in_the_documentation() {
+        let name = |text: &str| text.to_owned();
+        for (line, request) in [
+            (r#"{"command":"list"}"#, Request::List {}),
+            (
+                r#"{"command":"remove-export","name":"a","on-use":"disconnect"}"#,
+                Request::RemoveExport { name: name("a"), on_use: OnUse::Disconnect },
+            ),
+            (
+                r#"{"command":"checkpoint-start","export":"a","bitmap":"b","if-missing":"add"}"#,
+                Request::CheckpointStart {
+                    export: name("a"),
+                    bitmap: Some(name("b")),
+                    if_missing: IfMissing::Add,
+                    view: None,
+                },
+            ),
+            (
+                r#"{"command":"checkpoint-end","export":"a","outcome":"failure"}"#,
+                Request::CheckpointEnd { export: name("a"), outcome: Verdict::Failure },
+            ),
+        ] {
+            assert_eq!(decode(line.as_bytes()), Ok(request.clone()), "{line}");
+            let text = serde_json::to_vec(&request).unwrap();
+            assert_eq!(decode(&text), Ok(request));
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_is_refused() {
+        let deep = "[".repeat(10_000);
+        for line in [
+            "",
+            "list",
+            "{}",
+            "[]",
+            r#"{"command":"lists"}"#,
+            r#"{"command":"list","more":1}"#,
+            r#"{"command":"bitmap-add","export":"a"}"#,
+            r#"{"command":"bitmap-add","export":"a","bitmap":"b","granularity":-1}"#,
+            r#"{"command":"checkpoint-end","export":"a","outcome":"maybe"}"#,
+            r#"{"command":"list"} {"command":"shutdown"}"#,
+            deep.as_str(),
+        ] {
+            let failure = decode(line.as_bytes()).unwrap_err();
+            assert_eq!(failure.kind, ErrorKind::InvalidRequest, "{line}");
+        }
+        assert!(decode(b"\xff\xfe").is_err());
+    }
+}

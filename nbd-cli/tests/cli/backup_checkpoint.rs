@@ -1,0 +1,104 @@
+//! Backups of a disk that clients write to, through the control socket of its server.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::image::{are_equal, info, is_clean};
+use crate::support::{Disk, Server, nbd_cli, peer, says};
+use crate::tools;
+
+fn write(qemu_io: &Path, uri: &str, command: &str) {
+    let said = peer(qemu_io, &["-f", "raw", "-c", command, uri]);
+    assert!(!said.contains("failed"), "{said}");
+}
+
+#[test]
+fn incremental_backups_of_a_disk_in_use_restore_to_each_of_their_moments() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    let backup = |more: &[&str]| -> Value {
+        let arguments = ["backup", "--control", &control, "--export", "vm", "-B", "daily"];
+        let said = nbd_cli(&[&arguments[..], &["--verify=all", "--json"], more].concat());
+        serde_json::from_str(&said.success()).expect("JSON")
+    };
+    let copy = |name: &str| {
+        let copied = folder.beside(name);
+        nbd_cli(&["copy", server.uri(), &copied]).success();
+        copied
+    };
+    let (full, second, third) =
+        (folder.beside("full.qcow2"), folder.beside("second.qcow2"), folder.beside("third.qcow2"));
+
+    write(&qemu_io, server.uri(), "write -P 1 0 5M");
+    let first_state = copy("1.img");
+    backup(&[&full]);
+
+    write(&qemu_io, server.uri(), "write -P 2 1M 100k");
+    write(&qemu_io, server.uri(), "write -z 3M 128k");
+    // A backup that fails forgets nothing.
+    let wrong = folder.beside("wrong.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &wrong, "32M"]);
+    let arguments = ["backup", "--control", &control, "--export", "vm", "-B", "daily", "-b"];
+    let failed = nbd_cli(&[&arguments[..], &[&wrong, &second]].concat());
+    says(failed, &["33554432", "full backup"]);
+    let second_state = copy("2.img");
+    let report = backup(&["--base", &full, &second]);
+    assert_eq!(report["copied"].as_u64(), Some(128 << 10), "{report}");
+    assert_eq!(report["zero"].as_u64(), Some(128 << 10), "{report}");
+
+    write(&qemu_io, server.uri(), "write -P 3 40M 64k");
+    let third_state = copy("3.img");
+    let report = backup(&["--base", &second, &third]);
+    assert_eq!(report["copied"].as_u64(), Some(64 << 10), "{report}");
+    server.end();
+
+    for (state, taken) in [(first_state, full), (second_state, second), (third_state, third)] {
+        is_clean(&qemu_img, &taken);
+        are_equal(&qemu_img, &state, &taken);
+        let restored = folder.beside("restored.img");
+        nbd_cli(&["restore", &taken, &restored]).success();
+        are_equal(&qemu_img, &state, &restored);
+        std::fs::remove_file(restored).expect("it is there");
+    }
+    is_clean(&qemu_img, &disk);
+    let bitmaps = info(&qemu_img, &disk)["format-specific"]["data"]["bitmaps"].clone();
+    assert_eq!(bitmaps.as_array().map(Vec::len), Some(1), "only 'daily' is left: {bitmaps}");
+}
+
+#[test]
+fn the_view_stays_while_clients_write_and_the_bitmap_notes_what_they_do() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    let say = |arguments: &[&str]| nbd_cli(&[&["control", &control][..], arguments].concat());
+    say(&["bitmap-add", "vm", "b"]).success();
+    write(&qemu_io, server.uri(), "write -P 1 1M 1M");
+    let before = folder.beside("before.img");
+    nbd_cli(&["copy", server.uri(), &before]).success();
+
+    let view = say(&["checkpoint-start", "vm", "--bitmap", "b"]).success();
+    let view = view.lines().next().expect("a URI");
+    write(&qemu_io, server.uri(), "write -P 2 0 8M");
+    write(&qemu_io, server.uri(), "discard 12M 1M");
+    are_equal(&qemu_img, &before, view);
+    let map = nbd_cli(&["map", "--context", "qemu:dirty-bitmap:b", "--json", view]).success();
+    let map: Value = serde_json::from_str(&map).expect("JSON");
+    assert_eq!(map.to_string().matches("dirty\"").count(), 1, "only what was dirty then: {map}");
+    says(say(&["checkpoint-start", "vm"]), &["already"]);
+    says(say(&["bitmap-clear", "vm", "b"]), &["belongs to a checkpoint"]);
+    says(say(&["remove-export", "vm"]), &["checkpoint", "in progress"]);
+
+    say(&["checkpoint-end", "vm", "failure"]).success();
+    says(say(&["checkpoint-end", "vm", "success"]), &["no checkpoint"]);
+    let listing: Value = serde_json::from_str(&say(&["--json", "list"]).success()).expect("JSON");
+    let bitmap = &listing["exports"][0]["bitmaps"][0];
+    assert_eq!(bitmap["dirty-bytes"], 9 << 20, "both times together: {listing}");
+    server.end();
+    is_clean(&qemu_img, &disk);
+}

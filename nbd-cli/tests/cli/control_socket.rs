@@ -1,0 +1,92 @@
+//! The control socket: what it does, and what it does about nonsense.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixStream;
+
+use serde_json::{Value, json};
+
+use crate::support::{Disk, Server, nbd_cli, says};
+
+#[test]
+fn exports_come_and_go() {
+    let folder = Disk::sparse();
+    let control = folder.beside("control");
+    let server = Server::ours(&["--control", &control, "a=memory:1M"]);
+    let say = |arguments: &[&str]| nbd_cli(&[&["control", &control][..], arguments].concat());
+    let mode = std::fs::metadata(&control).expect("a socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    let uris = say(&["add-export", "disk", folder.path(), "--read-only"]).success();
+    let copied = folder.beside("copy.img");
+    nbd_cli(&["copy", uris.trim(), &copied]).success();
+    folder.assert_equals(&copied);
+    let listing = say(&["list"]).success();
+    assert!(listing.contains("'disk'") && listing.contains("read-only"), "{listing}");
+    says(say(&["add-export", "disk", "memory:1M"]), &["already"]);
+    says(say(&["add-export", "x", &folder.beside("nothing")]), &["nothing"]);
+    says(say(&["bitmap-add", "disk", "b"]), &["read-only"]);
+    says(say(&["bitmap-add", "a", "b"]), &["no image"]);
+    say(&["remove-export", "disk"]).success();
+    says(nbd_cli(&["info", &server.uri_of("disk")]), &["no export named 'disk'"]);
+    says(say(&["remove-export", "disk"]), &["no disk exported as 'disk'"]);
+
+    let mut server = server;
+    say(&["shutdown"]).success();
+    assert!(server.wait().success());
+    assert!(!std::path::Path::new(&control).exists());
+    says(say(&["list"]), &["--control"]);
+}
+
+#[test]
+fn nonsense_is_answered_or_ends_the_conversation() {
+    let folder = Disk::sparse();
+    let control = folder.beside("control");
+    let server = Server::ours(&["--control", &control, folder.path()]);
+    let mut stream = UnixStream::connect(&control).expect("it listens");
+    let mut replies = BufReader::new(stream.try_clone().expect("a descriptor"));
+    let mut ask = |line: &[u8]| -> Value {
+        stream.write_all(line).and_then(|()| stream.write_all(b"\n")).expect("it is read");
+        let mut reply = String::new();
+        replies.read_line(&mut reply).expect("a reply");
+        serde_json::from_str(&reply).expect("JSON")
+    };
+    let nested = "[".repeat(50_000);
+    for line in [
+        &b"nonsense"[..],
+        b"\0\xff\xfe",
+        b"{}",
+        b"{\"command\":\"reboot\"}",
+        b"{\"command\":\"list\",\"command\":\"list\"}",
+        br#"{"command":"add-export","name":"x","source":"memory:99999999999999999999"}"#,
+        br#"{"command":"add-export","name":"x","source":"","format":"vmdk"}"#,
+        nested.as_bytes(),
+    ] {
+        let reply = ask(line);
+        assert!(reply["error"]["message"].is_string(), "{reply}");
+    }
+    let long_name =
+        json!({"command": "add-export", "name": "n".repeat(5000), "source": "memory:1M"});
+    let reply = ask(long_name.to_string().as_bytes());
+    assert_eq!(reply["error"]["kind"], "invalid-request", "{reply}");
+    assert_eq!(ask(br#"{"command":"list"}"#)["result"]["exports"][0]["name"], "");
+
+    // A line without an end costs the server nothing.
+    let mut endless = UnixStream::connect(&control).expect("it listens");
+    let part = [b'x'; 65536];
+    let mut sent = 0;
+    while sent < 64 << 20 {
+        match endless.write(&part) {
+            Ok(count) => sent += count,
+            Err(_) => break,
+        }
+    }
+    assert!(sent < 8 << 20, "it is not read for ever");
+    let mut reply = String::new();
+    let _ = endless.read_to_string(&mut reply);
+    // Clients that say nothing keep nobody else from the socket.
+    let silent: Vec<_> = (0..40).map(|_| UnixStream::connect(&control)).collect();
+    drop(silent);
+    assert!(ask(br#"{"command":"list"}"#)["result"].is_object());
+    server.end();
+}
