@@ -39,7 +39,7 @@ fn an_incremental_backup_is_resumed_behind_what_was_copied() {
             "-R",
             "1",
             "--reconnect",
-            "0",
+            "1ms",
             "-B",
             "b0",
             "-b",

@@ -11,8 +11,8 @@ use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 use super::ServeArgs;
 use super::control::{Disk, Disks};
 use crate::error::CommandError;
-use crate::serving::filtered;
 use crate::serving::image::{ImageChoices, OpenError, Opened, Writes};
+use crate::serving::{Changes, filtered};
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The

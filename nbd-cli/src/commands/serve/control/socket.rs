@@ -70,7 +70,7 @@ impl ControlSocket {
                 }
             };
             let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                tracing::warn!("too many clients of the control socket; closed one");
+                tracing::info!("too many clients of the control socket; closed one");
                 continue;
             };
             let controller = Arc::clone(&controller);
