@@ -3,7 +3,8 @@
 use clap::{ArgAction, Parser, Subcommand};
 
 use crate::commands::{
-    backup, completions, control, copy, image, info, list_meta, map, qemu_nbd, restore, serve,
+    backup, bitmap, completions, control, copy, image, info, list_meta, map, qemu_nbd, restore,
+    serve,
 };
 
 pub use crate::size::ByteSize;
@@ -61,6 +62,8 @@ pub enum Command {
     Control(control::ControlArgs),
     /// Make, inspect, convert and change disk images
     Image(image::ImageArgs),
+    /// List, add, merge and change the dirty bitmaps of an image
+    Bitmap(bitmap::BitmapArgs),
     /// Serve as qemu-nbd does, with its options; also under that name
     QemuNbd(qemu_nbd::QemuNbdArgs),
     /// Print a completion script for a shell

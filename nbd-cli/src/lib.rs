@@ -63,6 +63,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),
         Command::QemuNbd(args) => Ok(Outcome::Status(commands::qemu_nbd::run(args.arguments))),
+        Command::Bitmap(args) => commands::bitmap::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
     }
 }

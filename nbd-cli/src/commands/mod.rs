@@ -1,6 +1,7 @@
 //! One file per sub-command: its arguments and what it does.
 
 pub mod backup;
+pub mod bitmap;
 pub mod completions;
 pub mod control;
 pub mod copy;

@@ -38,6 +38,7 @@ Examples:
   nbd-cli serve memory:1G
   nbd-cli serve --read-only disk.img
   nbd-cli serve --snapshot monday disk.qcow2
+  nbd-cli serve --bitmap monday disk.qcow2
   nbd-cli serve --temporary --run './try-something \"$uri\"' disk.qcow2
   nbd-cli serve --socket /run/nbd.sock root=/srv/root.img data=/dev/vg/data
   nbd-cli serve --listen '[::1]:10810' --name disk --description 'the build disk' disk.img
@@ -114,6 +115,12 @@ pub struct ServeArgs {
     /// beside an image from its first change on; it is gone when the server has ended in order.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
     pub bitmap_durability: BitmapDurability,
+
+    /// Offer the metadata context qemu:dirty-bitmap:NAME for this bitmap, which every image must
+    /// have, itself or in its backing files. May be repeated; 'all' for all that they have.
+    /// Enabled bitmaps go on noting changes.
+    #[arg(short = 'B', long, value_name = "NAME")]
+    pub bitmap: Vec<String>,
 
     /// Do not show the exports to clients that ask for a list.
     #[arg(long)]

@@ -4,12 +4,30 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use imgfmt::{Access, CreateOptions, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy};
+use imgfmt::{
+    Access, BitmapState, CreateOptions, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy,
+};
 use nbd_server::export::{Export, ImageExport};
 
 use super::durability::report_recovery;
 use super::{BitmapDurability, Changes, PrivateFolder, Window, filtered};
 use crate::error::CommandError;
+use crate::output::{printable, warn};
+
+/// Which dirty bitmaps of an image are offered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum OfferedBitmaps {
+    /// All that can be relied on; of the others a warning says why they are not offered.
+    All,
+    /// These, all of which the image must have.
+    Named(Vec<String>),
+}
+
+impl Default for OfferedBitmaps {
+    fn default() -> Self {
+        Self::Named(Vec::new())
+    }
+}
 
 /// Where writes of clients go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +59,8 @@ pub(crate) struct ImageChoices {
     pub(crate) bitmap_durability: BitmapDurability,
     /// Whether `qemu:allocation-depth` is offered.
     pub(crate) allocation_depth: bool,
+    /// The bitmaps that are offered.
+    pub(crate) bitmaps: OfferedBitmaps,
 }
 
 /// What is to be exported.
@@ -137,13 +157,38 @@ impl ImageChoices {
     }
 
     fn exported(&self, image: Image) -> Result<Opened, CommandError> {
+        let names = self.bitmaps.names(&image);
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
             export = export.with_allocation_depth();
         }
+        for name in names {
+            export = export.with_bitmap(&name)?;
+        }
         let image = Arc::new(export);
         let export = filtered(self.window.of(image.clone())?, self.changes);
         Ok(Opened { export, image: Some(image) })
+    }
+}
+
+impl OfferedBitmaps {
+    /// The names of the bitmaps of an image.
+    fn names(&self, image: &Image) -> Vec<String> {
+        if let Self::Named(names) = self {
+            return names.clone();
+        }
+        if let Some(damage) = image.bitmap_damage() {
+            warn(&format!("no bitmap is offered: {}", printable(&damage)));
+        }
+        let sound = image.bitmaps_of_chain().into_iter().filter(|bitmap| match &bitmap.state {
+            BitmapState::Inconsistent { reason } | BitmapState::Damaged { reason } => {
+                let (name, reason) = (printable(&bitmap.name), printable(reason));
+                warn(&format!("the bitmap '{name}' is not offered: {reason}"));
+                false
+            }
+            _ => true,
+        });
+        sound.map(|bitmap| bitmap.name).collect()
     }
 }
 

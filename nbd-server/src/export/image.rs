@@ -6,7 +6,8 @@ use std::sync::Arc;
 use imgfmt::{Access, ErrorKind, ExtentKind, Format, GuestOffset, GuestRange, Image, Mapping};
 use nbd_proto::limits::MAX_PAYLOAD;
 use nbd_proto::wire::{
-    AllocationFlags, BlockDescriptor, BlockSizes, Errno, MetaContextName, TransmissionFlags,
+    AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
+    TransmissionFlags,
 };
 
 use super::{
@@ -56,6 +57,43 @@ impl ImageExport {
             self.info.meta_contexts.push(MetaContextName::qemu_allocation_depth());
         }
         self
+    }
+
+    /// Offers the context `qemu:dirty-bitmap:NAME` of a bitmap as well. It is looked for in the image
+    /// and then in its backing files, and goes on noting changes if it does.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound`; `Corrupt`, with the reason, if the bitmap cannot be relied on; `InvalidInput` if no
+    /// context can have its name.
+    pub fn with_bitmap(mut self, name: &str) -> imgfmt::Result<Self> {
+        // Reads the bits, and so finds out now what would go wrong later.
+        self.image.dirty_extents(name, GuestRange::default(), 1)?;
+        let context = MetaContextName::qemu_dirty_bitmap(name).map_err(|error| {
+            let detail = format!("the bitmap '{}': {error}", name.escape_debug());
+            imgfmt::Error::new(ErrorKind::InvalidInput, "export a bitmap of", detail)
+        })?;
+        if !self.info.meta_contexts.contains(&context) {
+            self.info.meta_contexts.push(context);
+        }
+        Ok(self)
+    }
+
+    fn dirty_status(
+        &self,
+        bitmap: &str,
+        range: GuestRange,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        let found = self.image.dirty_extents(bitmap, range, max_count);
+        let mut status = Descriptors::new(max_count);
+        for extent in found.map_err(|error| translate(&error))? {
+            let flags = if extent.is_dirty { DirtyFlags::STATE_DIRTY } else { DirtyFlags::empty() };
+            if !status.push(extent.range.length(), flags.bits()) {
+                break;
+            }
+        }
+        Ok(status.into_vec())
     }
 
     /// The image behind the export.
@@ -166,6 +204,9 @@ impl Export for ImageExport {
         length: u64,
         max_count: usize,
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        if let Some(bitmap) = context.dirty_bitmap() {
+            return self.dirty_status(bitmap, Self::range(offset, length)?, max_count);
+        }
         let flags_of: fn(&imgfmt::Extent) -> u64 = match context.as_str() {
             MetaContextName::BASE_ALLOCATION => |extent| allocation(extent.kind).bits(),
             MetaContextName::QEMU_ALLOCATION_DEPTH => |extent| u64::from(extent.depth),

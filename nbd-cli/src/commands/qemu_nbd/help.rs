@@ -44,6 +44,7 @@ What to serve: FILE is a path, an NBD URI, or json:{...}
                             snapshot.id=ID,snapshot.name=NAME
   -o, --offset=OFFSET       leave out that many bytes at the start
   -A, --allocation-depth    offer the metadata context qemu:allocation-depth
+  -B, --bitmap=NAME         offer the metadata context qemu:dirty-bitmap:NAME
       --cache=MODE          writeback (default), writethrough, none, directsync or unsafe; with
                             writethrough and directsync every write is durable when it is done;
                             all of them use the page cache, and unsafe is as safe as writeback
@@ -68,5 +69,5 @@ TLS:
 Others:
   -L, --list                print what another server (-b, -p, -k) exports
 
-Not supported, and refused: -B (--bitmap), -c (--connect), -d (--disconnect), --selinux-label.
+Not supported, and refused: -c (--connect), -d (--disconnect), --selinux-label.
 ";

@@ -12,7 +12,7 @@ use super::key_values::KeyValues;
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
 use super::{Refusal, complain};
 use crate::remote::{ExportStorage, allow_exports};
-use crate::serving::image::{ImageChoices, Writes};
+use crate::serving::image::{ImageChoices, OfferedBitmaps, Writes};
 use crate::serving::{BitmapDurability, Caching, Changes, Discard, MultiConn, Waiting};
 
 /// Opens it as the options say.
@@ -26,9 +26,6 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
     };
     let shown = file.display();
     let failed = |why: String| Refusal::new(format!("Failed to open '{shown}': {why}"));
-    if !options.bitmaps.is_empty() {
-        return Err(Refusal::new("-B (--bitmap) is not supported yet"));
-    }
     check_aio(options).map_err(failed)?;
     let disk = match (options.image_options, file.to_str()) {
         (true, Some(text)) => KeyValues::parse(text, None).and_then(Described::from_options),
@@ -124,6 +121,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         writes,
         policy: Some(policy),
         locking: disk.locking,
+        bitmaps: OfferedBitmaps::Named(options.bitmaps.clone()),
         changes: Changes {
             discard: options.discard.or(disk.discard).unwrap_or(Discard::Ignore),
             detect_zeroes: disk.detect_zeroes.unwrap_or(options.detect_zeroes),

@@ -11,7 +11,7 @@ use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 use super::ServeArgs;
 use super::control::{Disk, Disks};
 use crate::error::CommandError;
-use crate::serving::image::{ImageChoices, OpenError, Opened, Writes};
+use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, filtered};
 use crate::size::ByteSize;
 
@@ -105,6 +105,10 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
         changes: changes(args),
         allocation_depth: args.allocation_depth,
         bitmap_durability: args.bitmap_durability,
+        bitmaps: match args.bitmap.iter().any(|name| name == "all") {
+            true => OfferedBitmaps::All,
+            false => OfferedBitmaps::Named(args.bitmap.clone()),
+        },
         ..ImageChoices::default()
     }
 }

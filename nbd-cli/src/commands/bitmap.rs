@@ -1,0 +1,207 @@
+//! `nbd-cli bitmap`: the dirty bitmaps of a qcow2 image, without a server.
+
+mod list;
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
+
+use super::image::open::OpenArgs;
+use crate::error::{CommandError, Outcome};
+use crate::output::{Output, ReportFormat};
+use crate::size::ByteSize;
+
+/// The finest granularity that is chosen when none is given, in bytes.
+const GRANULARITY_DEFAULT_MIN: u64 = 4 << 10;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli bitmap add disk.qcow2 monday
+  nbd-cli bitmap list disk.qcow2
+  nbd-cli bitmap merge disk.qcow2 week monday tuesday
+  nbd-cli bitmap merge overlay.qcow2 week week --from base.qcow2
+  nbd-cli bitmap repair disk.qcow2 monday
+
+A dirty bitmap is kept inside a qcow2 image and notes which parts of the disk change. Each command
+is carried out as a whole or not at all, whenever it is interrupted.
+
+While the image is being served these commands are refused.";
+
+/// Arguments of `nbd-cli bitmap`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct BitmapArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: BitmapCommand,
+}
+
+/// The sub-commands.
+#[derive(Debug, Subcommand)]
+pub enum BitmapCommand {
+    /// List the bitmaps of an image
+    List(ImageArgs),
+    /// Add a bitmap, in which nothing is dirty
+    Add(AddArgs),
+    /// Remove a bitmap, whatever its state
+    Remove(ChangeArgs),
+    /// Make everything clean
+    Clear(ChangeArgs),
+    /// Note changes from now on
+    Enable(ChangeArgs),
+    /// Note no changes from now on
+    Disable(ChangeArgs),
+    /// Add what is dirty in other bitmaps
+    Merge(MergeArgs),
+    /// Make a bitmap that cannot be relied on usable again: everything counts as dirty then
+    Repair(ChangeArgs),
+}
+
+/// Which image, and how it is reported on.
+#[derive(Debug, Args)]
+pub struct ImageArgs {
+    /// The image.
+    #[arg(value_name = "IMAGE")]
+    pub path: PathBuf,
+
+    /// Print the bitmaps of the image, as they are in the end, as JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub open: OpenArgs,
+}
+
+/// Arguments of the commands that change one bitmap.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub image: ImageArgs,
+
+    /// The bitmap.
+    pub name: String,
+}
+
+/// Arguments of `nbd-cli bitmap add`.
+#[derive(Debug, Args)]
+pub struct AddArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub image: ImageArgs,
+
+    /// The name of the new bitmap: 1 to 1023 bytes.
+    pub name: String,
+
+    /// How many bytes of the disk one bit stands for: a power of two from 512 to 2G. The size of
+    /// a cluster unless given, but at least 4K and at most 64K.
+    #[arg(short, long, value_name = "SIZE")]
+    pub granularity: Option<ByteSize>,
+
+    /// Note no changes until it is enabled.
+    #[arg(long)]
+    pub disabled: bool,
+}
+
+/// Arguments of `nbd-cli bitmap merge`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub image: ImageArgs,
+
+    /// The bitmap that is changed.
+    pub into: String,
+
+    /// The bitmaps that are added to it.
+    #[arg(required = true)]
+    pub sources: Vec<String>,
+
+    /// The image that has the bitmaps to be added, if it is another one.
+    #[arg(long, value_name = "IMAGE")]
+    pub from: Option<PathBuf>,
+}
+
+pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
+    let named = |change: fn(String) -> BitmapChange, args: &ChangeArgs| {
+        carry_out(&args.image, |_| Ok(vec![change(args.name.clone())]))
+    };
+    match &args.command {
+        BitmapCommand::List(args) => list(args),
+        BitmapCommand::Add(args) => add(args),
+        BitmapCommand::Remove(args) => named(|name| BitmapChange::Remove { name }, args),
+        BitmapCommand::Clear(args) => named(|name| BitmapChange::Clear { name }, args),
+        BitmapCommand::Enable(args) => named(|name| BitmapChange::Enable { name }, args),
+        BitmapCommand::Disable(args) => named(|name| BitmapChange::Disable { name }, args),
+        BitmapCommand::Merge(args) => merge(args),
+        BitmapCommand::Repair(args) => named(|name| BitmapChange::Repair { name }, args),
+    }
+}
+
+fn list(args: &ImageArgs) -> Result<Outcome, CommandError> {
+    let image = args.open.read(&args.path)?;
+    let mut output = Output::new();
+    match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Json => list::json(&image, &mut output)?,
+        ReportFormat::Text => list::text(&image, &mut output)?,
+    }
+    output.finish()?;
+    Ok(Outcome::Success)
+}
+
+fn add(args: &AddArgs) -> Result<Outcome, CommandError> {
+    carry_out(&args.image, |image| {
+        let recording = if args.disabled { Recording::Disabled } else { Recording::Enabled };
+        let granularity = match args.granularity {
+            Some(size) => size.bytes(),
+            None => granularity_default(image)?,
+        };
+        Ok(vec![BitmapChange::Add { name: args.name.clone(), granularity, recording }])
+    })
+}
+
+/// As QEMU chooses it.
+fn granularity_default(image: &Image) -> Result<u64, CommandError> {
+    let cluster_size = image.info()?.qcow2.map_or(0, |qcow2| qcow2.cluster_size);
+    Ok(cluster_size.clamp(GRANULARITY_DEFAULT_MIN, BITMAP_GRANULARITY_DEFAULT))
+}
+
+fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
+    let into = || args.into.clone();
+    let changes = match &args.from {
+        None => {
+            let merge = |from: &String| BitmapChange::Merge { into: into(), from: from.clone() };
+            args.sources.iter().map(merge).collect::<Vec<_>>()
+        }
+        Some(path) => {
+            // Closed again before the other one is opened: one may be the other's backing file.
+            let other = args.image.open.read(path)?;
+            let mut changes = Vec::new();
+            for name in &args.sources {
+                let from = other.dirty_bits(name)?;
+                changes.push(BitmapChange::MergeBits { into: into(), from });
+            }
+            changes
+        }
+    };
+    carry_out(&args.image, |_| Ok(changes))
+}
+
+/// Opens the image and makes changes as one.
+fn carry_out(
+    args: &ImageArgs,
+    changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,
+) -> Result<Outcome, CommandError> {
+    let image = args.open.change(&args.path)?;
+    let changes = changes(&image)?;
+    image.bitmap_transaction(&changes)?;
+    let mut output = Output::new();
+    if args.json {
+        list::json(&image, &mut output)?;
+    }
+    image.close()?;
+    output.finish()?;
+    Ok(Outcome::Success)
+}
