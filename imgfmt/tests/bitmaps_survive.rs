@@ -4,13 +4,13 @@
 mod common;
 mod survival;
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use common::bitmaps::dirty;
 use common::{qemu, run, text};
-use imgfmt::{BitmapState, Image, RecoveryPrecision, Survives};
+use imgfmt::{BitmapState, Image, RecoveryPrecision, Repair, Survives};
 use survival::{SIZE, die_after, make, open, options, read_only, sidecar};
 
 #[test]
@@ -88,6 +88,32 @@ fn a_recovery_that_is_interrupted_by_death_is_repeated() {
     assert_eq!(dirty(&image, "fine"), [(0, 4096), (65536, 4096), (131072, 4096)]);
     image.close().unwrap();
     has_no_trace(&path);
+}
+
+#[test]
+fn a_repair_before_the_recovery_does_no_harm() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    die_after(&path, "open:power,write:0:4096,write:1048576:4096");
+    // As if the process had died some time ago.
+    let bytes = std::fs::read(sidecar(&path)).unwrap();
+    let mut old = bytes.clone();
+    let alive = u64::from_le_bytes(old[512..520].try_into().unwrap()) - 10_000_000_000;
+    old[512..520].copy_from_slice(&alive.to_le_bytes());
+    std::fs::write(sidecar(&path), old).unwrap();
+    // A leak: the refcount of a cluster behind the end becomes 1.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    let cluster = file.metadata().unwrap().len().div_ceil(65536);
+    file.write_all_at(&[0, 1], 2 * 65536 + 2 * cluster).unwrap();
+    file.set_len((cluster + 1) * 65536).unwrap();
+    file.set_modified(SystemTime::now() - Duration::from_secs(10)).unwrap();
+    drop(file);
+    let report = Image::check_file(&path, &options(), Repair::All).unwrap();
+    assert!(report.leaks_repaired > 0, "there was something to repair: {report:?}");
+    assert_eq!(dirty(&open(&path), "fine"), [(0, 4096), (1048576, 4096)]);
 }
 
 #[test]
