@@ -4,6 +4,7 @@
 
 mod support;
 
+mod backup_after_kill;
 mod backup_chain;
 mod backup_checkpoint;
 mod backup_refused;

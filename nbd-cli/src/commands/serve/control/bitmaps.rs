@@ -58,13 +58,13 @@ pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Fai
 
 /// While a checkpoint is in progress its bitmaps are not changed by others.
 fn refuse_if_frozen(disk: &Disk, change: &BitmapChange) -> Result<(), Failure> {
-    let changed = match change {
-        BitmapChange::Merge { into: name, .. }
-        | BitmapChange::Remove { name }
-        | BitmapChange::Clear { name }
-        | BitmapChange::Enable { name }
-        | BitmapChange::Disable { name } => name,
-        _ => return Ok(()),
+    let (BitmapChange::Merge { into: changed, .. }
+    | BitmapChange::Remove { name: changed }
+    | BitmapChange::Clear { name: changed }
+    | BitmapChange::Enable { name: changed }
+    | BitmapChange::Disable { name: changed }) = change
+    else {
+        return Ok(());
     };
     let bitmap = disk.checkpoint.as_ref().and_then(|checkpoint| checkpoint.bitmap.as_ref());
     let Some(bitmap) = bitmap else { return Ok(()) };
