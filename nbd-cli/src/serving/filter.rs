@@ -215,3 +215,97 @@ impl Export for Filter {
         self.inner.block_status(context, offset, length, max_count)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use nbd_server::export::ExportInfo;
+
+    use super::*;
+
+    /// Notes how durable each change was asked to be.
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<(&'static str, Durability)>>);
+
+    impl Recorder {
+        fn note(&self, what: &'static str, durability: Durability) -> Result<(), ExportError> {
+            self.0.lock().expect("nobody panicked").push((what, durability));
+            Ok(())
+        }
+    }
+
+    impl Export for Recorder {
+        fn info(&self) -> ExportInfo {
+            let mut info = ExportInfo::new(1 << 20);
+            info.flags |= TransmissionFlags::CAN_MULTI_CONN;
+            info
+        }
+
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), ExportError> {
+            Ok(())
+        }
+
+        fn promptness(&self, _: Operation) -> Promptness {
+            Promptness::Prompt
+        }
+
+        fn write_at(&self, _: u64, _: &[u8], durability: Durability) -> Result<(), ExportError> {
+            self.note("write", durability)
+        }
+
+        fn try_write_at(&self, _: u64, _: &[u8]) -> Result<TryWrite, ExportError> {
+            self.note("write in place", Durability::Cached).map(|()| TryWrite::Complete)
+        }
+
+        fn trim(&self, _: u64, _: u64, durability: Durability) -> Result<(), ExportError> {
+            self.note("trim", durability)
+        }
+
+        fn write_zeroes(
+            &self,
+            _: u64,
+            _: u64,
+            _: ZeroMode,
+            _: Speed,
+            durability: Durability,
+        ) -> Result<(), ExportError> {
+            self.note("zeroes", durability)
+        }
+    }
+
+    #[test]
+    fn with_writethrough_every_change_is_durable_when_it_is_done() {
+        let recorder = Arc::new(Recorder::default());
+        let changes = Changes { caching: Caching::Writethrough, ..Changes::default() };
+        let export = filtered(recorder.clone(), changes);
+        export.write_at(0, &[1], Durability::Cached).expect("it is noted");
+        export.trim(0, 1, Durability::Cached).expect("it is noted");
+        let mode = ZeroMode::MayPunch;
+        export.write_zeroes(0, 1, mode, Speed::Any, Durability::Cached).expect("it is noted");
+        assert_eq!(export.try_write_at(0, &[1]), Ok(TryWrite::WouldBlock));
+        let noted = recorder.0.lock().expect("nobody panicked");
+        let fua = Durability::Fua;
+        assert_eq!(*noted, [("write", fua), ("trim", fua), ("zeroes", fua)]);
+    }
+
+    #[test]
+    fn on_the_network_nothing_is_done_where_it_stands() {
+        let changes = Changes { waiting: Waiting::Everywhere, ..Changes::default() };
+        let export = filtered(Arc::new(Recorder::default()), changes);
+        let write = Operation::Write(1, Durability::Cached);
+        assert_eq!(export.promptness(write), Promptness::MayBlock);
+        assert_eq!(export.try_read_at(0, &mut [0]), Ok(TryRead::WouldBlock));
+        assert_eq!(export.try_write_at(0, &[1]), Ok(TryWrite::WouldBlock));
+    }
+
+    #[test]
+    fn several_connections_can_be_hidden() {
+        let export = Arc::new(Recorder::default());
+        for (multi_conn, expected) in [(MultiConn::AsItIs, true), (MultiConn::Hidden, false)] {
+            let changes = Changes { multi_conn, ..Changes::default() };
+            let flags = filtered(export.clone(), changes).info().flags;
+            assert_eq!(flags.contains(TransmissionFlags::CAN_MULTI_CONN), expected);
+        }
+    }
+}

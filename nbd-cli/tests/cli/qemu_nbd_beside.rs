@@ -47,6 +47,8 @@ const REFUSED: &[(&[&str], &str)] = &[
     (&["-l", "snapshot.id=1,snapshot.name=nosuch", "QCOW2"], "Failed to load snapshot"),
     (&["-l", "snapshot.x=9", "QCOW2"], "Invalid parameter 'snapshot.x'"),
     (&["-l", "1", "-fraw", "DISK"], "Failed to load snapshot"),
+    (&["-B", "nosuch", "QCOW2"], "nosuch"),
+    (&["-B", "b0", "-fraw", "DISK"], "b0"),
     (&["--image-opts", "-f", "raw", "DISK"], "--image-opts and -f are mutually exclusive"),
     (&["--image-opts", "driver=nosuch,x=y"], "Unknown driver 'nosuch'"),
     (&["--image-opts", "driver=raw,filename=DISK"], "A block device must be specified"),
@@ -91,12 +93,15 @@ fn fill_in(arguments: &[&str], disk: &Disk) -> Vec<String> {
     arguments.iter().map(fill).collect()
 }
 
-/// A disk and, beside it, the same as `disk.qcow2` with the snapshot 1 "first" and changes on top.
+/// A disk and, beside it, the same as `disk.qcow2` with the snapshot 1 "first", bitmaps, and
+/// changes on top.
 fn disk_and_qcow2(qemu_img: &Path, qemu_io: &Path) -> Disk {
     let disk = Disk::sparse();
     let qcow2 = disk.beside("disk.qcow2");
     peer(qemu_img, &["convert", "-f", "raw", "-O", "qcow2", disk.path(), &qcow2]);
     peer(qemu_img, &["snapshot", "-c", "first", &qcow2]);
+    peer(qemu_img, &["bitmap", "--add", &qcow2, "b0"]);
+    peer(qemu_img, &["bitmap", "--add", "--disable", &qcow2, "b1"]);
     image::write(qemu_io, &qcow2, "write -P 99 0 64k");
     disk
 }
@@ -130,6 +135,8 @@ const SERVED: &[(&[&str], &str)] = &[
     (&["-f", "raw", "--offset=0x1000", "DISK"], ""),
     (&["QCOW2"], ""),
     (&["--read-only", "--allocation-depth", "QCOW2"], ""),
+    (&["-r", "-A", "-B", "b0", "QCOW2"], ""),
+    (&["--bitmap=b0", "--bitmap", "b1", "-f", "qcow2", "QCOW2"], ""),
     (&["-l", "first", "QCOW2"], ""),
     (&["-l", "snapshot.id=1", "-f", "qcow2", "QCOW2"], ""),
     (&["-l", "snapshot.name=first", "-f", "qcow2", "QCOW2"], ""),

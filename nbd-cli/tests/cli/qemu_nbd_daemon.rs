@@ -1,5 +1,6 @@
 //! The qemu-nbd form in the background, as scripts start it.
 
+use std::io::Read as _;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
@@ -91,6 +92,17 @@ fn clients_one_after_the_other_find_a_place_although_there_is_only_one() {
         let said = peer(&qemu_io, &["-f", "raw", "-c", "read 0 4k", &daemon.uri()]);
         assert!(said.contains("read 4096/4096"), "{said}");
     }
+}
+
+#[test]
+fn a_silent_client_is_cut_after_the_handshake_limit() {
+    let disk = Disk::sparse();
+    let server =
+        Foreground::start(ours(), &["-t", "--handshake-limit=1", "-f", "raw", disk.path()]);
+    let mut silent = UnixStream::connect(server.socket()).expect("a connection");
+    let mut greeting = Vec::new();
+    silent.read_to_end(&mut greeting).expect("an end");
+    assert_eq!(greeting.len(), 18, "the greeting, and nothing more");
 }
 
 #[test]

@@ -121,7 +121,8 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         writes,
         policy: Some(policy),
         locking: disk.locking,
-        bitmaps: OfferedBitmaps::Named(options.bitmaps.clone()),
+        // QEMU lists the last one first, and clients see that order.
+        bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),
         changes: Changes {
             discard: options.discard.or(disk.discard).unwrap_or(Discard::Ignore),
             detect_zeroes: disk.detect_zeroes.unwrap_or(options.detect_zeroes),
