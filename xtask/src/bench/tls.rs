@@ -1,7 +1,7 @@
 //! The group `tls`: the raw file over TLS, with certificates and with pre-shared keys.
 //!
-//! fio cannot be given credentials, so nbdcopy reads in sequence and `qemu-img bench` at places far
-//! apart. Both use GnuTLS, whose settings are replaced so that every server is offered the one
+//! fio cannot be given credentials, so nbdcopy reads in sequence and qemu-io at places far apart.
+//! Both use GnuTLS, whose settings are replaced so that every server is offered the one
 //! cipher, and what is compared is what the servers make of it.
 
 use std::fs::{self, Permissions};
@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
@@ -29,6 +29,7 @@ pub(crate) const GROUP: Group = Group { name: "tls", contests, bars, prepare };
 const DISK: &str = "disk.img";
 const KEYS: &str = "keys.psk";
 const CLIENT_SETTINGS: &str = "gnutls.conf";
+const REQUESTS: &str = "requests";
 
 /// Leaves AES-128-GCM.
 const ONE_CIPHER: &str = "[overrides]\n\
@@ -43,7 +44,6 @@ const ONE_CIPHER: &str = "[overrides]\n\
 const STRIDE: u64 = 663_609_344;
 /// Requests of one run of the random row.
 const SMALL_REQUESTS: u64 = 20_000;
-const SMALL_DEPTH: u32 = 16;
 const SMALL_BYTES: u64 = 4096;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +112,7 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
     let disk = DataFile::create(lab.file(DISK), lab.options.size, lab.options.page_cache)?;
     disk.settle_and_warm()?;
     fs::write(lab.file(CLIENT_SETTINGS), ONE_CIPHER)?;
+    fs::write(lab.file(REQUESTS), requests(lab.options.size))?;
     fs::write(lab.file(KEYS), "bench:000102030405060708090a0b0c0d0e0f\n")?;
     fs::set_permissions(lab.file(KEYS), Permissions::from_mode(0o600))?;
     make_certificates(lab.folder)
@@ -216,7 +217,7 @@ fn uri(lab: &Lab<'_>, kind: Kind) -> String {
     }
 }
 
-/// `qemu-img bench`, again and again until the time is over.
+/// qemu-io, again and again until the time is over.
 fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
     let (object, hostname) = match kind {
         Kind::X509 => ("tls-creds-x509", ",file.tls-hostname=localhost"),
@@ -229,43 +230,35 @@ fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
         lab.socket().display()
     );
     let start = Instant::now();
-    let (mut seconds, mut requests) = (0.0, 0);
+    let mut requests = 0;
     while requests == 0 || start.elapsed() < Duration::from_secs(lab.options.seconds) {
-        let mut command = Command::new("qemu-img");
+        // It takes its requests from standard input.
+        let mut command = Command::new("sh");
         command.env("GNUTLS_SYSTEM_PRIORITY_FILE", lab.file(CLIENT_SETTINGS));
-        command.args(["bench", "--object", &object, "--image-opts", "-t", "none"]);
-        command.args(["-c", &SMALL_REQUESTS.to_string(), "-d", &SMALL_DEPTH.to_string()]);
-        command.args(["-s", &SMALL_BYTES.to_string(), "-S", &STRIDE.to_string(), &image]);
-        seconds += parse_bench(&output_of(&mut command)?)?;
+        command.args(["-c", "exec qemu-io \"$@\" < \"$0\""]).arg(lab.file(REQUESTS));
+        command.args(["-r", "-n", "--object", &object, "--image-opts", &image]);
+        let output = output_of(&mut command)?;
+        if output.contains("failed") {
+            bail!("a read failed");
+        }
         requests += SMALL_REQUESTS;
     }
     let work = requests as f64;
-    Ok(ClientResult { throughput: work / seconds, p99_us: None, work })
+    Ok(ClientResult { throughput: work / start.elapsed().as_secs_f64(), p99_us: None, work })
 }
 
-/// The time that `qemu-img bench` says it took, in seconds.
-fn parse_bench(output: &str) -> Result<f64> {
-    let text = output.lines().find_map(|line| line.strip_prefix("Run completed in "));
-    let number = text.and_then(|text| text.split(' ').next()).context("qemu-img bench's output")?;
-    let seconds: f64 = number.parse().context(number.to_owned())?;
-    if seconds <= 0.0 {
-        bail!("it took {seconds} seconds");
-    }
-    Ok(seconds)
+/// Reads for qemu-io, of which its NBD client keeps 16 in flight.
+fn requests(size: u64) -> String {
+    let places = (0..SMALL_REQUESTS).map(|number| number * STRIDE % size);
+    let mut text: String =
+        places.map(|place| format!("aio_read -q {place} {SMALL_BYTES}\n")).collect();
+    text.push_str("aio_flush\n");
+    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn time_of_qemu_img_bench_is_read() {
-        let output = "Sending 100 read requests, 4096 bytes each, 16 in parallel\n\
-                      Run completed in 0.250 seconds.\n";
-        assert_eq!(parse_bench(output).ok(), Some(0.25));
-        assert!(parse_bench("Run completed in 0.000 seconds.\n").is_err());
-        assert!(parse_bench("nothing").is_err());
-    }
 
     #[test]
     fn requests_of_the_random_row_are_aligned_and_far_apart() {
@@ -275,5 +268,8 @@ mod tests {
         places.sort_unstable();
         places.dedup();
         assert_eq!(places.len(), 10_000);
+        let text = requests(size);
+        assert_eq!(text.lines().count() as u64, SMALL_REQUESTS + 1);
+        assert!(text.starts_with("aio_read -q 0 4096\naio_read -q 663609344 4096\n"), "{text}");
     }
 }
