@@ -41,7 +41,8 @@ pub(crate) fn allow_exports(policy: OpenPolicy) -> OpenPolicy {
 
 /// An export of a server. Its methods wait, so they must not be called by asynchronous tasks.
 pub(crate) struct ExportStorage {
-    runtime: Runtime,
+    /// Gone only while this is dropped.
+    runtime: Option<Runtime>,
     client: Client,
     uri: NbdUri,
     /// Requests must be aligned to this power of two.
@@ -72,7 +73,7 @@ impl ExportStorage {
         Ok(Self {
             minimum_size: sizes.map_or(1, |sizes| u64::from(sizes.minimum())),
             has_extents: client.meta_contexts().contains(&context),
-            runtime,
+            runtime: Some(runtime),
             client,
             uri: uri.clone(),
             extents: Mutex::default(),
@@ -98,8 +99,13 @@ impl ExportStorage {
         self.client.info().size
     }
 
+    fn block_on<T>(&self, work: impl Future<Output = T>) -> io::Result<T> {
+        let runtime = self.runtime.as_ref();
+        Ok(runtime.ok_or(io::ErrorKind::NotConnected)?.block_on(work))
+    }
+
     fn wait<T>(&self, work: impl Future<Output = Result<T, Error>>) -> io::Result<T> {
-        self.runtime.block_on(work).map_err(io_error)
+        self.block_on(work)?.map_err(io_error)
     }
 
     /// The smallest aligned range around this one.
@@ -160,7 +166,7 @@ impl ExportStorage {
         self.forget_extents();
         let durability = nbd_client::Durability::Cached;
         let work = self.client.write_zeroes(offset, length, mode, speed, durability);
-        self.runtime.block_on(work).map_err(|error| match error.errno() {
+        self.block_on(work)?.map_err(|error| match error.errno() {
             // Some servers promise it and then refuse.
             Some(Errno::EINVAL | Errno::ENOTSUP) => io::ErrorKind::Unsupported.into(),
             _ => io_error(error),
@@ -293,7 +299,13 @@ impl Storage for ExportStorage {
 impl Drop for ExportStorage {
     fn drop(&mut self) {
         // Every request was answered; how the connection ends does not matter.
-        let _ = self.runtime.block_on(self.client.clone().disconnect());
+        let Some(runtime) = self.runtime.take() else { return };
+        let client = self.client.clone();
+        // On a thread of its own: a server that ends drops its exports in an asynchronous task.
+        let goodbye = std::thread::spawn(move || {
+            let _ = runtime.block_on(client.disconnect());
+        });
+        let _ = goodbye.join();
     }
 }
 

@@ -19,6 +19,7 @@ use self::address::TcpAddress;
 use self::captive::Captive;
 use self::control::{ControlSocket, Controller, Disks};
 pub use self::tls::{TlsArgs, TlsChoice};
+use super::image::open::TrustArgs;
 use crate::error::{CommandError, Outcome};
 use crate::output::warn;
 pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
@@ -90,14 +91,19 @@ pub struct ServeArgs {
     #[arg(short, long, value_enum)]
     pub format: Option<ImageFormat>,
 
-    /// Export this internal snapshot of a qcow2 image, given by name or id, for reading only.
+    /// Export this internal snapshot of a qcow2 image, given by name or id, for reading only unless
+    /// --temporary is given.
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
 
     /// Keep everything that is written in a file that is gone when the server ends; the image is
     /// only read. That file is in TMPDIR, or else in /var/tmp.
-    #[arg(long, conflicts_with_all = ["read_only", "snapshot"])]
+    #[arg(long, conflicts_with = "read_only")]
     pub temporary: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub trust: TrustArgs,
 
     /// What becomes of space that clients do not need any more.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
@@ -185,7 +191,11 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let registry = ExportRegistry::new();
     let tls = args.tls.load()?;
     let mut disks = args.control.as_ref().map(|_| Disks::default());
-    let names = source::add_all(&args, &registry, disks.as_mut())?;
+    // On a thread of its own: a layer on another server is waited for.
+    let opened = std::thread::scope(|scope| {
+        scope.spawn(|| source::add_all(&args, &registry, disks.as_mut())).join()
+    });
+    let names = opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
         Some(_) if args.listen.is_empty() && args.socket.is_empty() => Some(PrivateFolder::new()?),

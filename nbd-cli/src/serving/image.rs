@@ -1,16 +1,15 @@
 //! An image as an export, in the way the command line wants it.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::{
-    Access, BitmapState, CreateOptions, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy,
-};
+use imgfmt::{Access, BitmapState, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_server::export::{Export, ImageExport};
 
 use super::durability::report_recovery;
-use super::{BitmapDurability, Changes, PrivateFolder, Window, filtered};
+use super::temporary::temporary;
+use super::{BitmapDurability, Changes, Window, filtered};
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
@@ -190,33 +189,4 @@ impl OfferedBitmaps {
         });
         sound.map(|bitmap| bitmap.name).collect()
     }
-}
-
-/// Opens a throw-away overlay of an image. Its file has no name any more when this returns.
-/// `policy` is for the overlay and what is below it.
-fn temporary(source: &Path, options: &OpenOptions, policy: OpenPolicy) -> Result<Image, OpenError> {
-    // Says whether all files below may be opened, and keeps them as they are until the overlay,
-    // which lies elsewhere and must be allowed to name any file, has opened them again.
-    let base = Image::open(source, options)?;
-    let path = source.canonicalize();
-    let path = path.ok().and_then(|path| path.to_str().map(ToOwned::to_owned));
-    let Some(path) = path else {
-        return Err(OpenError::Other(CommandError::new(format!(
-            "cannot put an overlay over '{}': its path is not valid UTF-8",
-            source.display()
-        ))));
-    };
-    let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-    let folder = PrivateFolder::inside(&parent)?;
-    let overlay = folder.overlay();
-    // In two steps, because what is below may be somewhere where only the policy finds it.
-    Image::create(&overlay, &CreateOptions::new(Format::Qcow2, base.size()))?;
-    let plain = OpenOptions::new().format(Format::Qcow2);
-    Image::change_backing_file(&overlay, &plain, Some((&path, base.format())))?;
-    let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite).policy(policy);
-    let image = Image::open(&overlay, &options);
-    std::fs::remove_file(&overlay).map_err(|error| {
-        CommandError::new(format!("cannot remove '{}': {error}", overlay.display()))
-    })?;
-    Ok(image?)
 }

@@ -5,6 +5,7 @@ mod durability;
 mod filter;
 mod folder;
 pub(crate) mod image;
+mod temporary;
 mod window;
 
 use std::future::Future;

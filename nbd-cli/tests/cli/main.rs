@@ -60,3 +60,4 @@ mod serve_systemd;
 mod serve_temporary;
 mod serve_tls_psk;
 mod serve_tls_x509;
+mod serve_trust;

@@ -1,6 +1,6 @@
 //! `serve --temporary`, `--discard` and `--detect-zeroes`, seen through qemu-io and in the files.
 
-use crate::support::image::{chain, is_clean, ours};
+use crate::support::image::{chain, is_clean, ours, write};
 use crate::support::{Disk, Server, is_sparse_here, nbd_cli, peer, says};
 use crate::tools;
 
@@ -31,6 +31,24 @@ fn a_temporary_overlay_follows_no_name_that_is_not_allowed() {
     says(outcome, &["/etc/passwd", "only files below"]);
     let outcome = nbd_cli(&["serve", "--temporary", "--run", "true", "memory:1M"]);
     says(outcome, &["memory:1M", "--temporary"]);
+}
+
+#[test]
+fn a_temporary_overlay_over_a_snapshot_shows_it_and_leaves_it_alone() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let image = disk.beside("image.qcow2");
+    peer(&qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
+    peer(&qemu_img, &["snapshot", "-c", "before", &image]);
+    write(&qemu_io, &image, "write -P 1 0 2M");
+    let before = std::fs::read(&image).expect("the image");
+    let server = Server::ours(&["--temporary", "--snapshot", "before", &image]);
+    peer(&qemu_img, &["compare", server.uri(), disk.path()]);
+    let write = ["-f", "raw", "-c", "write -P 9 1M 3M", "-c", "read -P 9 1M 3M", server.uri()];
+    let said = peer(&qemu_io, &write);
+    assert!(said.contains("read 3145728/3145728") && !said.contains("failed"), "{said}");
+    server.end();
+    assert!(std::fs::read(&image).expect("the image") == before, "the image was changed");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::ServeArgs;
 use super::control::{Disk, Disks};
+use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, filtered};
@@ -102,6 +103,7 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
             (false, true) => Writes::Refused,
             (false, false) => Writes::ToImage,
         },
+        policy: args.trust.trust_image.then(|| args.trust.policy()),
         changes: changes(args),
         allocation_depth: args.allocation_depth,
         bitmap_durability: args.bitmap_durability,
@@ -121,7 +123,10 @@ fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
     if error.may_be_readable() && choices.writes != Writes::Refused {
         CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
     } else {
-        CommandError::new(error.to_string())
+        match error {
+            OpenError::Image(error) => explained_image(error),
+            OpenError::Other(error) => error,
+        }
     }
 }
 

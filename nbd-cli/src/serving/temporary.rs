@@ -1,0 +1,139 @@
+//! Throw-away overlays: an image is read, what clients write goes to a file that is gone afterwards.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use imgfmt::storage::StorageExtent;
+use imgfmt::{
+    Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, HostOffset, Image,
+    OpenOptions, OpenPolicy, Storage, TryRead,
+};
+
+use super::PrivateFolder;
+use super::image::OpenError;
+use crate::error::CommandError;
+
+/// The backing file's name in an overlay over what has no name as a file.
+const SCHEME: &str = "served";
+
+/// Opens a throw-away overlay of an image. Its file has no name any more when this returns.
+/// `policy` is for the overlay and what is below it.
+pub(super) fn temporary(
+    source: &Path,
+    options: &OpenOptions,
+    policy: OpenPolicy,
+) -> Result<Image, OpenError> {
+    // Says whether all files below may be opened, and keeps them as they are until the overlay,
+    // which lies elsewhere and must be allowed to name any file, has opened them again.
+    let base = Image::open(source, options)?;
+    let path = source.canonicalize();
+    let path = path.ok().and_then(|path| path.to_str().map(ToOwned::to_owned));
+    let Some(path) = path else {
+        return Err(OpenError::Other(CommandError::new(format!(
+            "cannot put an overlay over '{}': its path is not valid UTF-8",
+            source.display()
+        ))));
+    };
+    let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+    let folder = PrivateFolder::inside(&parent)?;
+    let overlay = folder.overlay();
+    let image = match options.snapshot {
+        None => over_file(&overlay, &path, &base, policy),
+        Some(_) => over_image(&overlay, base),
+    };
+    let removed = match std::fs::remove_file(&overlay) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    };
+    let image = image?;
+    removed.map_err(|error| {
+        CommandError::new(format!("cannot remove '{}': {error}", overlay.display()))
+    })?;
+    Ok(image)
+}
+
+fn options() -> OpenOptions {
+    OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite)
+}
+
+/// An overlay that names the file below it, so that all layers show.
+fn over_file(
+    overlay: &Path,
+    path: &str,
+    base: &Image,
+    policy: OpenPolicy,
+) -> imgfmt::Result<Image> {
+    // In two steps, because what is below may be somewhere where only the policy finds it.
+    Image::create(overlay, &CreateOptions::new(Format::Qcow2, base.size()))?;
+    let plain = OpenOptions::new().format(Format::Qcow2);
+    Image::change_backing_file(overlay, &plain, Some((path, base.format())))?;
+    Image::open(overlay, &options().policy(policy))
+}
+
+/// An overlay over what an open image shows: a snapshot has no name that an overlay could contain.
+fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
+    Image::create(overlay, &CreateOptions::new(Format::Qcow2, base.size()))?;
+    let name = format!("{SCHEME}:image");
+    Image::change_backing_file(overlay, &options(), Some((&name, Format::Raw)))?;
+    let base: Arc<dyn Storage> = Arc::new(Shown(base));
+    let opener = move |_: &str| Ok(Arc::clone(&base));
+    Image::open(
+        overlay,
+        &options().policy(OpenPolicy::deny().allow_scheme(SCHEME, Arc::new(opener))),
+    )
+}
+
+/// What an image shows, as a storage that can be read.
+#[derive(Debug)]
+struct Shown(Image);
+
+fn read_only() -> io::Error {
+    io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "it is only read")
+}
+
+impl Storage for Shown {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.size())
+    }
+
+    fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        let available = self.0.size().saturating_sub(offset.bytes());
+        let length = usize::try_from(available).unwrap_or(usize::MAX).min(buffer.len());
+        let part = buffer.get_mut(..length).unwrap_or_default();
+        self.0.read_at(GuestOffset::new(offset.bytes()), part).map_err(io::Error::other)?;
+        Ok(length)
+    }
+
+    fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
+        self.0.try_read_at(GuestOffset::new(offset.bytes()), buffer).map_err(io::Error::other)
+    }
+
+    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
+        Err(read_only())
+    }
+
+    fn set_len(&self, _: u64) -> io::Result<()> {
+        Err(read_only())
+    }
+
+    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
+        Err(read_only())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
+        let offset = offset.bytes();
+        let length = length.min(self.0.size().saturating_sub(offset));
+        let range = GuestRange::new(GuestOffset::new(offset), length);
+        let range = range.ok_or(io::ErrorKind::InvalidInput)?;
+        let extents = self.0.extents(range, 1).map_err(io::Error::other)?;
+        match extents.first() {
+            Some(extent) => Ok(StorageExtent { length: extent.range.length(), kind: extent.kind }),
+            None => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
+}
