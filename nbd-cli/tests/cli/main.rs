@@ -2,6 +2,7 @@
 //! other NBD tools as judges. A tool that is missing is named and its tests pass, unless `CI` is
 //! set.
 
+mod bitmap;
 mod support;
 
 mod backup_after_kill;
