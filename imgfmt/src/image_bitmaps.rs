@@ -126,6 +126,12 @@ impl Image {
         found
     }
 
+    /// All bitmaps of the one layer in which a name is found, as in
+    /// [`dirty_extents`](Self::dirty_extents); none if it is not found.
+    pub fn bitmaps_beside(&self, name: &str) -> Vec<BitmapInfo> {
+        self.layer_with_bitmap(name).map(Qcow2::bitmap_list).unwrap_or_default()
+    }
+
     fn layer_with_bitmap(&self, name: &str) -> Result<&Qcow2> {
         let mut layer = self.qcow2();
         while let Some(image) = layer {

@@ -10,6 +10,7 @@ use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
 use super::image::open::OpenArgs;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
+use crate::serving::leftover;
 use crate::size::ByteSize;
 
 /// The finest granularity that is chosen when none is given, in bytes.
@@ -25,6 +26,10 @@ Examples:
 
 A dirty bitmap is kept inside a qcow2 image and notes which parts of the disk change. Each command
 is carried out as a whole or not at all, whenever it is interrupted.
+
+At a checkpoint the bits of NAME wait in NAME.checkpoint. If the server was killed meanwhile, every
+command that changes something, and every 'serve' that can write, puts them back into NAME first.
+Any disabled bitmap NAME.checkpoint of the granularity of NAME counts as that.
 
 While the image is being served these commands are refused.";
 
@@ -56,6 +61,8 @@ pub enum BitmapCommand {
     Merge(MergeArgs),
     /// Make a bitmap that cannot be relied on usable again: everything counts as dirty then
     Repair(ChangeArgs),
+    /// Put back what checkpoints set aside that were cut off by the end of their server
+    Recover(ImageArgs),
 }
 
 /// Which image, and how it is reported on.
@@ -137,6 +144,11 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
         BitmapCommand::Disable(args) => named(|name| BitmapChange::Disable { name }, args),
         BitmapCommand::Merge(args) => merge(args),
         BitmapCommand::Repair(args) => named(|name| BitmapChange::Repair { name }, args),
+        BitmapCommand::Recover(args) => carry_out(args, |image| {
+            // They were put back if that was possible.
+            image.bitmaps().iter().try_for_each(|it| leftover::check_complete(image, &it.name))?;
+            Ok(Vec::new())
+        }),
     }
 }
 
@@ -180,6 +192,7 @@ fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
             let other = args.image.open.read(path)?;
             let mut changes = Vec::new();
             for name in &args.sources {
+                leftover::check_complete(&other, name)?;
                 let from = other.dirty_bits(name)?;
                 changes.push(BitmapChange::MergeBits { into: into(), from });
             }
@@ -195,8 +208,12 @@ fn carry_out(
     changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,
 ) -> Result<Outcome, CommandError> {
     let image = args.open.change(&args.path)?;
+    leftover::put_back(&image)?;
     let changes = changes(&image)?;
+    changes.iter().try_for_each(|change| leftover::check_change(&image, change))?;
     image.bitmap_transaction(&changes)?;
+    // A repair may have made that possible.
+    leftover::put_back(&image)?;
     let mut output = Output::new();
     if args.json {
         list::json(&image, &mut output)?;

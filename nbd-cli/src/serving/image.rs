@@ -9,7 +9,7 @@ use nbd_server::export::{Export, ImageExport};
 
 use super::durability::report_recovery;
 use super::temporary::temporary;
-use super::{BitmapDurability, Changes, Window, filtered};
+use super::{BitmapDurability, Changes, Window, filtered, leftover};
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
@@ -155,8 +155,15 @@ impl ImageChoices {
         Ok(self.exported(image)?.export)
     }
 
+    /// Every image passes here before anybody can look at its bitmaps.
     fn exported(&self, image: Image) -> Result<Opened, CommandError> {
-        let names = self.bitmaps.names(&image);
+        if image.access() == Access::ReadWrite
+            && let Err(error) = leftover::put_back(&image)
+        {
+            // The disk can be served all the same, but not the bitmap that lacks them.
+            warn(&format!("bits that a checkpoint had set aside are not put back: {error}"));
+        }
+        let names = self.bitmaps.names(&image)?;
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
             export = export.with_allocation_depth();
@@ -172,9 +179,10 @@ impl ImageChoices {
 
 impl OfferedBitmaps {
     /// The names of the bitmaps of an image.
-    fn names(&self, image: &Image) -> Vec<String> {
+    fn names(&self, image: &Image) -> Result<Vec<String>, CommandError> {
         if let Self::Named(names) = self {
-            return names.clone();
+            names.iter().try_for_each(|name| leftover::check_complete(image, name))?;
+            return Ok(names.clone());
         }
         if let Some(damage) = image.bitmap_damage() {
             warn(&format!("no bitmap is offered: {}", printable(&damage)));
@@ -187,6 +195,10 @@ impl OfferedBitmaps {
             }
             _ => true,
         });
-        sound.map(|bitmap| bitmap.name).collect()
+        let complete = sound.filter(|bitmap| {
+            let complete = leftover::check_complete(image, &bitmap.name);
+            complete.inspect_err(|why| warn(&format!("not offered: {why}"))).is_ok()
+        });
+        Ok(complete.map(|bitmap| bitmap.name).collect())
     }
 }

@@ -5,6 +5,7 @@ mod durability;
 mod filter;
 mod folder;
 pub(crate) mod image;
+pub(crate) mod leftover;
 mod temporary;
 mod window;
 

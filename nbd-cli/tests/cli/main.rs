@@ -11,6 +11,7 @@ mod backup_checkpoint;
 mod backup_refused;
 mod backup_resume;
 mod bad_input;
+mod checkpoint_cut_off;
 mod client_tls;
 mod completions;
 mod control_socket;

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::{Disk, Disks, blocking};
 use crate::control::{ErrorKind, Failure, InitialState, Request};
+use crate::serving::leftover;
 
 /// The bitmaps of a disk.
 pub(super) async fn list(disk: &Disk) -> Result<Vec<Value>, Failure> {
@@ -52,25 +53,31 @@ pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Fai
     let disk = disks.get(&export)?;
     refuse_if_frozen(disk, &change)?;
     let image = disk.image()?;
-    blocking(move || image.image().bitmap_transaction(&[change])).await??;
+    blocking(move || -> Result<(), Failure> {
+        leftover::check_change(image.image(), &change)
+            .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
+        Ok(image.image().bitmap_transaction(&[change])?)
+    })
+    .await??;
     Ok(json!({}))
 }
 
-/// While a checkpoint is in progress its bitmaps are not changed by others.
+/// While a checkpoint is in progress its bitmaps are not changed by others, and what is left in the
+/// one that began anew is not taken for all that has changed.
 fn refuse_if_frozen(disk: &Disk, change: &BitmapChange) -> Result<(), Failure> {
-    let (BitmapChange::Merge { into: changed, .. }
-    | BitmapChange::Remove { name: changed }
-    | BitmapChange::Clear { name: changed }
-    | BitmapChange::Enable { name: changed }
-    | BitmapChange::Disable { name: changed }) = change
-    else {
-        return Ok(());
-    };
     let bitmap = disk.checkpoint.as_ref().and_then(|checkpoint| checkpoint.bitmap.as_ref());
     let Some(bitmap) = bitmap else { return Ok(()) };
-    if bitmap.name == *changed || bitmap.frozen.as_ref() == Some(changed) {
-        let message = format!("the bitmap '{changed}' belongs to a checkpoint; end it first");
-        return Err(Failure::new(ErrorKind::InUse, message));
-    }
-    Ok(())
+    let (changed, read) = match change {
+        BitmapChange::Merge { into, from } => (into, Some(from)),
+        BitmapChange::Remove { name }
+        | BitmapChange::Clear { name }
+        | BitmapChange::Enable { name }
+        | BitmapChange::Disable { name } => (name, None),
+        _ => return Ok(()),
+    };
+    let is_frozen = |name: &String| bitmap.name == *name || bitmap.frozen.as_ref() == Some(name);
+    let name = read.filter(|name| is_frozen(name)).or(Some(changed).filter(|name| is_frozen(name)));
+    let Some(name) = name else { return Ok(()) };
+    let message = format!("the bitmap '{name}' belongs to a checkpoint; end it first");
+    Err(Failure::new(ErrorKind::InUse, message))
 }

@@ -17,10 +17,10 @@ use serde_json::{Value, json};
 use super::disks::{CheckpointBitmap, RunningCheckpoint};
 use super::{Controller, Disks, blocking};
 use crate::control::{Begun, ErrorKind, Failure, IfMissing, Verdict};
+use crate::serving::leftover;
 
-/// What stands behind the name of a bitmap in the name of the one that holds its bits while a
-/// checkpoint is in progress, and behind the name of an export in that of its view.
-const SUFFIX: &str = ".checkpoint";
+/// What stands behind the name of an export in that of its view.
+const VIEW_SUFFIX: &str = ".checkpoint";
 
 /// Set in the status of a dirty range.
 const DIRTY: u64 = 1;
@@ -35,7 +35,7 @@ impl Controller {
         view: Option<String>,
     ) -> Result<Value, Failure> {
         let disk = disks.get_mut(export)?;
-        let view_name = view.unwrap_or_else(|| format!("{export}{SUFFIX}"));
+        let view_name = view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
         if self.server.exports().entries().iter().any(|(taken, _)| *taken == view_name) {
             let message = format!("there is an export named '{view_name}' already");
             return Err(Failure::new(ErrorKind::AlreadyExists, message));
@@ -159,8 +159,8 @@ fn begin_with_bitmap(
         );
         return Err(Failure::new(ErrorKind::InvalidRequest, message));
     }
-    let frozen = format!("{name}{SUFFIX}");
-    let changes = freeze(found, &frozen, find(&frozen).is_some());
+    let frozen = leftover::set_aside_name(&name);
+    let changes = freeze(found, &frozen, leftover::set_aside(&known, found).is_some());
     let view = begin(disk, || image.image().bitmap_transaction(&changes))?;
     let context = MetaContextName::qemu_dirty_bitmap(&name)
         .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
@@ -176,7 +176,7 @@ fn freeze(bitmap: &BitmapInfo, frozen: &str, is_left_over: bool) -> Vec<BitmapCh
     let (name, frozen) = (bitmap.name.clone(), frozen.to_owned());
     let mut changes = Vec::new();
     if is_left_over {
-        // A checkpoint was cut off by the end of the server: its bits are still to be backed up.
+        // They could not be put back when the image was opened. They are still to be backed up.
         changes.push(BitmapChange::Merge { into: name.clone(), from: frozen.clone() });
         changes.push(BitmapChange::Remove { name: frozen.clone() });
     }
