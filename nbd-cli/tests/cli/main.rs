@@ -14,6 +14,7 @@ mod bad_input;
 mod checkpoint_cut_off;
 mod client_tls;
 mod completions;
+mod control_bitmaps;
 mod control_socket;
 mod copy_bad_servers;
 mod copy_block_sizes;

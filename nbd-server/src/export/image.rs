@@ -1,7 +1,7 @@
 //! Disk images as exports: the one file in which this crate and `imgfmt` meet.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use imgfmt::{Access, ErrorKind, ExtentKind, Format, GuestOffset, GuestRange, Image, Mapping};
 use nbd_proto::limits::MAX_PAYLOAD;
@@ -30,6 +30,8 @@ pub struct ImageExport {
     /// The file whose bytes are the disk's, one to one, if the image is raw.
     file: Option<Arc<OwnedFd>>,
     info: ExportInfo,
+    /// The contexts of bitmaps, in order. Held while one is looked at.
+    bitmaps: RwLock<Vec<MetaContextName>>,
 }
 
 /// Whether `qemu:allocation-depth` is offered.
@@ -46,7 +48,7 @@ impl ImageExport {
     pub fn new(image: Image) -> Self {
         let file = raw_file(&image);
         let info = describe(&image);
-        Self { image, depth: AllocationDepth::Hidden, file, info }
+        Self { image, depth: AllocationDepth::Hidden, file, info, bitmaps: RwLock::default() }
     }
 
     /// Offers the context `qemu:allocation-depth` as well.
@@ -66,17 +68,38 @@ impl ImageExport {
     ///
     /// `NotFound`; `Corrupt`, with the reason, if the bitmap cannot be relied on; `InvalidInput` if no
     /// context can have its name.
-    pub fn with_bitmap(mut self, name: &str) -> imgfmt::Result<Self> {
+    pub fn with_bitmap(self, name: &str) -> imgfmt::Result<Self> {
+        self.offer_bitmap(name)?;
+        Ok(self)
+    }
+
+    /// As [`with_bitmap`](Self::with_bitmap), also while the export is served: to connections that
+    /// are negotiated from now on.
+    ///
+    /// # Errors
+    ///
+    /// As [`with_bitmap`](Self::with_bitmap).
+    pub fn offer_bitmap(&self, name: &str) -> imgfmt::Result<()> {
         // Reads the bits, and so finds out now what would go wrong later.
         self.image.dirty_extents(name, GuestRange::default(), 1)?;
         let context = MetaContextName::qemu_dirty_bitmap(name).map_err(|error| {
             let detail = format!("the bitmap '{}': {error}", name.escape_debug());
             imgfmt::Error::new(ErrorKind::InvalidInput, "export a bitmap of", detail)
         })?;
-        if !self.info.meta_contexts.contains(&context) {
-            self.info.meta_contexts.push(context);
+        let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
+        if !bitmaps.contains(&context) {
+            bitmaps.push(context);
         }
-        Ok(self)
+        Ok(())
+    }
+
+    /// Offers the context of a bitmap no longer, and returns whether it was offered. Connections
+    /// that have it get errors from now on; nobody is looking at the bitmap when this returns.
+    pub fn withdraw_bitmap(&self, name: &str) -> bool {
+        let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
+        let count = bitmaps.len();
+        bitmaps.retain(|context| context.dirty_bitmap() != Some(name));
+        bitmaps.len() < count
     }
 
     fn dirty_status(
@@ -85,6 +108,12 @@ impl ImageExport {
         range: GuestRange,
         max_count: usize,
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        let offered = self.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
+        if !offered.iter().any(|context| context.dirty_bitmap() == Some(bitmap)) {
+            let why =
+                "the bitmap is not offered any more, or not while a checkpoint is in progress";
+            return Err(ExportError::new(Errno::EIO, why));
+        }
         let found = self.image.dirty_extents(bitmap, range, max_count);
         let mut status = Descriptors::new(max_count);
         for extent in found.map_err(|error| translate(&error))? {
@@ -110,7 +139,10 @@ impl ImageExport {
 
 impl Export for ImageExport {
     fn info(&self) -> ExportInfo {
-        self.info.clone()
+        let mut info = self.info.clone();
+        let bitmaps = self.bitmaps.read().unwrap_or_else(PoisonError::into_inner);
+        info.meta_contexts.extend(bitmaps.iter().cloned());
+        info
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {

@@ -1,6 +1,8 @@
 //! Requests about bitmaps.
 
 use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, BitmapInfo, BitmapState, Recording};
+use nbd_proto::wire::MetaContextName;
+use nbd_server::export::ImageExport;
 use serde_json::{Value, json};
 
 use super::{Disk, Disks, blocking};
@@ -53,13 +55,41 @@ pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Fai
     let disk = disks.get(&export)?;
     refuse_if_frozen(disk, &change)?;
     let image = disk.image()?;
-    blocking(move || -> Result<(), Failure> {
+    blocking(move || -> Result<Value, Failure> {
         leftover::check_change(image.image(), &change)
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
-        Ok(image.image().bitmap_transaction(&[change])?)
+        carry_out(&image, change)
     })
-    .await??;
-    Ok(json!({}))
+    .await?
+}
+
+/// Makes the change, and the export offer the bitmaps that are there then.
+fn carry_out(image: &ImageExport, change: BitmapChange) -> Result<Value, Failure> {
+    match change {
+        BitmapChange::Add { ref name, .. } => {
+            let name = name.clone();
+            image.image().bitmap_transaction(&[change])?;
+            // A bitmap can have names that a context cannot.
+            let context = MetaContextName::qemu_dirty_bitmap(&name).ok();
+            let context = context.filter(|_| image.offer_bitmap(&name).is_ok());
+            Ok(json!({ "context": context.as_ref().map(MetaContextName::as_str) }))
+        }
+        BitmapChange::Remove { ref name } => {
+            let name = name.clone();
+            let was_offered = image.withdraw_bitmap(&name);
+            image.image().bitmap_transaction(&[change]).inspect_err(|_| {
+                if was_offered {
+                    // It may be gone from the start, or have become unreliable.
+                    let _ = image.offer_bitmap(&name);
+                }
+            })?;
+            Ok(json!({}))
+        }
+        change => {
+            image.image().bitmap_transaction(&[change])?;
+            Ok(json!({}))
+        }
+    }
 }
 
 /// While a checkpoint is in progress its bitmaps are not changed by others, and what is left in the

@@ -150,7 +150,7 @@ fn begin_with_bitmap(
         let recording = Recording::Enabled;
         let add = BitmapChange::Add { name: name.clone(), granularity, recording };
         let view = begin(disk, || image.image().bitmap_transaction(&[add]))?;
-        return Ok((view, Some(CheckpointBitmap { name, frozen: None })));
+        return Ok((view, Some(CheckpointBitmap { name, frozen: None, was_offered: false })));
     };
     if found.recording == Recording::Disabled {
         let message = format!(
@@ -161,14 +161,27 @@ fn begin_with_bitmap(
     }
     let frozen = leftover::set_aside_name(&name);
     let changes = freeze(found, &frozen, leftover::set_aside(&known, found).is_some());
-    let view = begin(disk, || image.image().bitmap_transaction(&changes))?;
     let context = MetaContextName::qemu_dirty_bitmap(&name)
         .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
-    let (image, bitmap) = (Arc::clone(image), frozen.clone());
+    // Clients of the disk itself would miss the bits that are set aside.
+    let was_offered = image.withdraw_bitmap(&name);
+    let bitmap = CheckpointBitmap { name, frozen: Some(frozen.clone()), was_offered };
+    let begun = begin(disk, || image.image().bitmap_transaction(&changes));
+    let view = begun.inspect_err(|_| offer_again(image, &bitmap))?;
+    let image = Arc::clone(image);
     let status =
-        move |offset, length, max_count| dirty_status(&image, &bitmap, offset, length, max_count);
+        move |offset, length, max_count| dirty_status(&image, &frozen, offset, length, max_count);
     let view = view.with_context(context, Box::new(status));
-    Ok((view, Some(CheckpointBitmap { name, frozen: Some(frozen) })))
+    Ok((view, Some(bitmap)))
+}
+
+/// The disk's export offers the bitmap as before the checkpoint.
+fn offer_again(image: &ImageExport, bitmap: &CheckpointBitmap) {
+    if bitmap.was_offered
+        && let Err(error) = image.offer_bitmap(&bitmap.name)
+    {
+        tracing::error!(bitmap = %bitmap.name, %error, "bitmap not offered again");
+    }
 }
 
 /// Copies the bits of a bitmap into another one, and begins it anew.
@@ -200,7 +213,9 @@ fn settle(image: &ImageExport, bitmap: &CheckpointBitmap, outcome: Verdict) -> R
             BitmapChange::Remove { name: frozen.clone() },
         ],
     };
-    Ok(image.image().bitmap_transaction(&changes)?)
+    image.image().bitmap_transaction(&changes)?;
+    offer_again(image, bitmap);
+    Ok(())
 }
 
 /// What a frozen bitmap says, as block status.

@@ -32,6 +32,8 @@ pub(super) struct CheckpointBitmap {
     pub(super) name: String,
     /// The bitmap that holds its bits of before; none if it was added at the checkpoint.
     pub(super) frozen: Option<String>,
+    /// The disk's export offered it before, and will again.
+    pub(super) was_offered: bool,
 }
 
 impl Disk {
