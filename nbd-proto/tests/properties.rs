@@ -341,9 +341,9 @@ fn any_uri() -> impl Strategy<Value = NbdUri> {
         prop_oneof![Just(TlsKind::Anonymous), Just(TlsKind::X509), Just(TlsKind::PreSharedKey)];
     let tls = (
         option::of(kind),
-        option::of(text()),
-        option::of(text()),
-        option::of(text()),
+        option::of(full_text()),
+        option::of(full_text()),
+        option::of(full_text()),
         any::<Option<bool>>(),
     )
         .prop_map(|(kind, certificates, psk_file, hostname, verify_peer)| TlsParameters {
@@ -354,7 +354,7 @@ fn any_uri() -> impl Strategy<Value = NbdUri> {
             verify_peer,
         });
     let security = prop_oneof![Just(Security::Plain), Just(Security::Tls)];
-    (prop_oneof![tcp, unix], security, text(), option::of(text()), tls).prop_map(
+    (prop_oneof![tcp, unix], security, text(), option::of(full_text()), tls).prop_map(
         |(transport, security, export_name, user, tls)| NbdUri {
             transport,
             security,

@@ -1,7 +1,7 @@
 //! Which clients have an export in use, and how many.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 
 use tokio::sync::{Notify, watch};
@@ -76,6 +76,9 @@ pub(crate) struct Clients {
 struct Roster {
     next: u64,
     present: BTreeMap<u64, Entry>,
+    /// Exports whose clients were cut. A client that had chosen one and was not counted yet belongs
+    /// to them.
+    withdrawn: Vec<Weak<dyn Export>>,
 }
 
 #[derive(Debug)]
@@ -124,12 +127,25 @@ impl Clients {
         self.roster().present.values().filter(|entry| entry.used == used).count()
     }
 
+    /// Whether the users of an export have been cut.
+    pub(crate) fn is_withdrawn(&self, export: &Arc<dyn Export>) -> bool {
+        let used = address(export);
+        // An address that is remembered here is not given to another export.
+        let is_same =
+            |withdrawn: &Weak<dyn Export>| withdrawn.as_ptr().cast::<()>() as usize == used;
+        self.roster().withdrawn.iter().any(is_same)
+    }
+
     /// Ends the connections of those who use an export, and waits until they have ended.
     pub(crate) async fn cut_users_of(&self, export: &Arc<dyn Export>) {
         let used = address(export);
-        for entry in self.roster().present.values().filter(|entry| entry.used == used) {
+        let mut roster = self.roster();
+        roster.withdrawn.retain(|withdrawn| withdrawn.strong_count() > 0);
+        roster.withdrawn.push(Arc::downgrade(export));
+        for entry in roster.present.values().filter(|entry| entry.used == used) {
             entry.cut.notify_one();
         }
+        drop(roster);
         let mut count = self.count.subscribe();
         // This object is a sender: the channel is open.
         let _ = count.wait_for(|_| self.users_of(export) == 0).await;

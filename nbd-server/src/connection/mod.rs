@@ -88,8 +88,9 @@ pub(crate) async fn serve(
     };
     let name = established.negotiated.export_name.clone();
     let present = shared.clients.enter(peer, &name, established.entry.export());
-    if !shared.exports.offers(established.entry.export()) {
-        // Whoever took it away may not have seen this client.
+    let export = established.entry.export();
+    if shared.clients.is_withdrawn(export) && !shared.exports.offers(export) {
+        // Whoever cut its clients may not have seen this one.
         return tracing::info!(export = ?name, "the export was removed while a client chose it");
     }
     tracing::info!(export = ?established.negotiated.export_name, "client connected");
