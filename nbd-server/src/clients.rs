@@ -138,6 +138,13 @@ impl Clients {
 
     /// Ends the connections of those who use an export, and waits until they have ended.
     pub(crate) async fn cut_users_of(&self, export: &Arc<dyn Export>) {
+        self.withdraw(export);
+        let mut count = self.count.subscribe();
+        // This object is a sender: the channel is open.
+        let _ = count.wait_for(|_| self.users_of(export) == 0).await;
+    }
+
+    fn withdraw(&self, export: &Arc<dyn Export>) {
         let used = address(export);
         let mut roster = self.roster();
         roster.withdrawn.retain(|withdrawn| withdrawn.strong_count() > 0);
@@ -145,10 +152,6 @@ impl Clients {
         for entry in roster.present.values().filter(|entry| entry.used == used) {
             entry.cut.notify_one();
         }
-        drop(roster);
-        let mut count = self.count.subscribe();
-        // This object is a sender: the channel is open.
-        let _ = count.wait_for(|_| self.users_of(export) == 0).await;
     }
 
     fn roster(&self) -> MutexGuard<'_, Roster> {
