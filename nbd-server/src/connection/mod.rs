@@ -2,7 +2,6 @@
 
 mod dispatch;
 mod handshake;
-mod lockstep;
 mod pace;
 mod pool;
 mod receive;

@@ -1,11 +1,10 @@
-//! How the next requests are read: as the runtime reports them, or in one of two ways that suit a
-//! client better and hold the thread up for a moment. Those are for connections that have their
-//! thread to themselves and nothing else in hand.
+//! How the next requests are read: as the runtime reports them, or after a [pause](super::pace) that
+//! suits a client with a deep queue and holds the thread up for a moment. That is for connections
+//! which have their thread to themselves and nothing else in hand.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::lockstep::Lockstep;
 use super::pace::Pace;
 use super::receive::ReceiveBuffer;
 use super::socket::Socket;
@@ -17,7 +16,6 @@ const SMALL_LEN: usize = 16 * 1024;
 #[derive(Debug)]
 pub(super) struct Rhythm {
     pace: Pace,
-    lockstep: Lockstep,
     /// Connections of this worker thread, this one included.
     neighbours: Arc<AtomicUsize>,
     /// Requests taken off the buffer since the last read.
@@ -37,13 +35,7 @@ pub(super) enum Idle {
 
 impl Rhythm {
     pub(super) fn new(neighbours: Arc<AtomicUsize>) -> Self {
-        Self {
-            pace: Pace::default(),
-            lockstep: Lockstep::default(),
-            neighbours,
-            taken: 0,
-            moved: 0,
-        }
+        Self { pace: Pace::default(), neighbours, taken: 0, moved: 0 }
     }
 
     /// A request was taken off the buffer that reads or writes `length` bytes.
@@ -64,25 +56,12 @@ impl Rhythm {
         let moved = std::mem::take(&mut self.moved);
         let is_small = moved / taken.max(1) <= SMALL_LEN;
         if idle == Idle::No || !is_small || self.neighbours.load(Ordering::Relaxed) > 1 {
-            self.end(socket);
             return false;
         }
-        let mut received = 0;
-        if self.lockstep.after_batch(taken) {
-            received = self.lockstep.read(socket, input.space());
-        } else {
-            self.end(socket);
-            if let Some(pause) = self.pace.after_batch(taken) {
-                std::thread::sleep(pause);
-                received = socket.read_now(input.space());
-            }
-        }
+        let Some(pause) = self.pace.after_batch(taken) else { return false };
+        std::thread::sleep(pause);
+        let received = socket.read_now(input.space());
         input.received(received);
         received > 0
-    }
-
-    /// The socket is to be used in another way.
-    pub(super) fn end(&mut self, socket: &Socket) {
-        self.lockstep.end(socket);
     }
 }

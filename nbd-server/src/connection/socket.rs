@@ -4,9 +4,8 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
-use rustix::net::sockopt::{self, Timeout};
+use rustix::net::sockopt;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
@@ -97,33 +96,9 @@ impl Socket {
         if let Self::Tls(tls) = self {
             return tls.read_now(buffer);
         }
-        self.read_with(buffer, RecvFlags::DONTWAIT)
-    }
-
-    /// From now on [`Socket::read_waiting`] waits, for `longest` at most.
-    pub(super) fn wait_in_reads(&self, longest: Duration) -> io::Result<()> {
-        let socket = self.plain().ok_or_else(detached)?;
-        sockopt::set_socket_timeout(socket, Timeout::Recv, Some(longest))?;
-        // `sendfile` has no flag that keeps it from waiting.
-        sockopt::set_socket_timeout(socket, Timeout::Send, Some(longest))?;
-        Ok(rustix::io::ioctl_fionbio(socket, false)?)
-    }
-
-    /// From now on nothing but the runtime waits.
-    pub(super) fn wait_in_runtime(&self) -> io::Result<()> {
-        let socket = self.plain().ok_or_else(detached)?;
-        Ok(rustix::io::ioctl_fionbio(socket, true)?)
-    }
-
-    /// Reads what comes; 0 if nothing does in time, also at the end of the stream.
-    pub(super) fn read_waiting(&self, buffer: &mut [u8]) -> usize {
-        self.read_with(buffer, RecvFlags::empty())
-    }
-
-    fn read_with(&self, buffer: &mut [u8], flags: RecvFlags) -> usize {
         let Some(socket) = self.plain() else { return 0 };
         // An error shows again at the next regular read, which reports it.
-        rustix::net::recv(socket, buffer, flags).map_or(0, |(read, _)| read)
+        rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map_or(0, |(read, _)| read)
     }
 
     /// The socket itself, if what is written to it goes out as it is.
@@ -149,7 +124,7 @@ impl Socket {
         if let Self::Tls(tls) = self {
             return tls.poll_send(cx, slices);
         }
-        let mut flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let mut flags = SendFlags::NOSIGNAL;
         if more == More::Follows {
             flags |= SendFlags::MORE;
         }

@@ -457,7 +457,6 @@ impl Session {
         let read = match &mut self.receiving {
             // The buffer is empty while a payload is incomplete: its bytes skip it.
             Receiving::Payload { buffer, filled, .. } => {
-                self.rhythm.end(&self.socket);
                 let read = self.socket.poll_read(cx, &mut buffer[*filled..]);
                 if let Poll::Ready(Ok(count)) = read {
                     *filled += count;

@@ -15,7 +15,6 @@ mod handshake_deadline;
 mod image_space;
 mod interop;
 mod listening;
-mod lockstep;
 mod loop_device;
 mod multi_conn;
 mod ordering;
