@@ -47,6 +47,8 @@ pub(crate) struct ContestBar {
 /// What our throughput in the row is divided by.
 #[derive(Debug)]
 pub(crate) enum Against {
+    /// Nothing: it is the throughput itself that counts.
+    Nothing,
     /// The fastest contender that is not ours.
     BestPeer,
     /// The contender that is not ours and needs the least CPU time for the same work; it is CPU
@@ -154,6 +156,7 @@ pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarRepor
             let row = rows.iter().find(|row| row.name == bar.row)?;
             let measured = ratio(&bar.against, row, rows);
             let what = match &bar.against {
+                Against::Nothing => format!("throughput in {}", row.throughput_unit),
                 Against::BestPeer => "throughput / best peer".to_owned(),
                 Against::BestPeerPerCore => "work per CPU time / best peer".to_owned(),
                 Against::Contender(name) => format!("throughput / {name}"),
@@ -177,6 +180,7 @@ pub(crate) fn judge(bars: &[ContestBar], rows: &[ContestReport]) -> Vec<BarRepor
 fn ratio(against: &Against, row: &ContestReport, rows: &[ContestReport]) -> Option<f64> {
     let ours = row.median_of(OURS)?;
     let other = match against {
+        Against::Nothing => return Some(ours.throughput),
         Against::BestPeer => row.fastest_peer()?.median,
         Against::BestPeerPerCore => {
             let costs = row.peers().map(|peer| peer.median.cpu_us_per_work);
@@ -230,6 +234,7 @@ mod tests {
             bar("four", Against::BestPeer, 1.0),
             bar("absent", Against::BestPeer, 1.0),
             bar("one", Against::BestPeerPerCore, 2.0),
+            bar("one", Against::Nothing, 41.0),
         ];
         let judged = judge(&bars, &rows);
         let outcome: Vec<_> = judged.iter().map(|bar| (bar.measured, bar.verdict)).collect();
@@ -241,6 +246,7 @@ mod tests {
                 (Some(1.5), Verdict::Pass),
                 (None, Verdict::NotMeasured),
                 (Some(2.0), Verdict::Pass),
+                (Some(40.0), Verdict::Fail),
             ]
         );
     }

@@ -16,13 +16,14 @@ use super::process::Watch;
 use super::rows::ClientResult;
 use super::running::RunningServer;
 use super::sample::Sample;
-use super::{bitmaps, image_tools, note, qcow2, tls};
+use super::{bitmaps, checkpoints, image_tools, note, qcow2, tls};
 
 /// The group of the rows that serve a raw file.
 pub(crate) const RAW: &str = "raw";
 
 /// Every other group, in the order of the report.
-pub(crate) const GROUPS: &[Group] = &[qcow2::GROUP, image_tools::GROUP, bitmaps::GROUP, tls::GROUP];
+pub(crate) const GROUPS: &[Group] =
+    &[qcow2::GROUP, image_tools::GROUP, bitmaps::GROUP, checkpoints::GROUP, tls::GROUP];
 
 /// Rows that belong together.
 pub(crate) struct Group {
@@ -164,7 +165,9 @@ mod tests {
                         assert!(row.contenders.iter().any(|other| other.name == name), "{name}");
                     }
                     contest::Against::OursInRow(name) => assert!(find(&name).is_some(), "{name}"),
-                    contest::Against::BestPeer | contest::Against::BestPeerPerCore => {}
+                    contest::Against::Nothing
+                    | contest::Against::BestPeer
+                    | contest::Against::BestPeerPerCore => {}
                 }
             }
         }

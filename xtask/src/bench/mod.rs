@@ -11,9 +11,11 @@
 
 mod bars;
 mod bitmaps;
+mod checkpoints;
 mod contest;
 mod data;
 mod fio;
+mod fleecing;
 mod group;
 mod image_tools;
 mod machine;

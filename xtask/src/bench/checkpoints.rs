@@ -1,0 +1,300 @@
+//! Checkpoints, and what they cost the writes beside them.
+//!
+//! The time until one has begun on a disk of 1 TiB, empty and with all its clusters mapped; and
+//! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a
+//! checkpoint, right after the begin of one, when nearly every write is the first to its place, and
+//! while its view is read. A row that reads has a row beside it in which the disk itself is read, so
+//! that what the reader takes is not put down to the checkpoint.
+//!
+//! The other way to keep a moment, an internal snapshot, is `ours-snapshot`. QEMU's is a backup job
+//! in qemu-storage-daemon that copies only what is overwritten.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::bars::Limit;
+use super::contest::{Against, Contender, Contest, ContestBar, OURS};
+use super::data::DataFile;
+use super::fio::{self, Job, Length};
+use super::fleecing::{Fleecing, Maker};
+use super::group::{Group, Lab};
+use super::options::Options;
+use super::process::{self, Usage, Watch};
+use super::rows::{ClientResult, Pattern, Unit};
+use super::sample::Sample;
+use crate::command::output_of;
+
+pub(crate) const GROUP: Group = Group { name: "checkpoints", contests, bars, prepare };
+
+const HUGE_BYTES: u64 = 1 << 40;
+const SPARSE: &str = "sparse-1t.qcow2";
+const MAPPED: &str = "mapped-1t.qcow2";
+const DISK: &str = "disk.qcow2";
+const RAW: &str = "source.img";
+const BITMAP: &str = "backup";
+const SNAPSHOT: &str = "moment";
+
+const OURS_SNAPSHOT: &str = "ours-snapshot";
+const QEMU: &str = "qemu-storage-daemon";
+
+const START_SPARSE: &str = "checkpoint-start-1t";
+const START_MAPPED: &str = "checkpoint-start-1t-mapped";
+const END_MAPPED: &str = "checkpoint-end-1t-mapped";
+const NONE: &str = "checkpoint-none-randwrite-4k-qd16";
+const FRESH: &str = "checkpoint-fresh-randwrite-4k-qd16";
+const NONE_READ: &str = "checkpoint-none-read-randwrite-4k-qd16";
+const READ: &str = "checkpoint-read-randwrite-4k-qd16";
+
+/// What of a checkpoint is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Timed {
+    Begin,
+    End,
+}
+
+/// What is there beside the writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Beside {
+    checkpoint: bool,
+    reader: bool,
+}
+
+fn contests(_: &Options) -> Vec<Contest> {
+    let write = |name, checkpoint, reader| write_contest(name, Beside { checkpoint, reader });
+    vec![
+        timed_contest(START_SPARSE, SPARSE, Timed::Begin),
+        timed_contest(START_MAPPED, MAPPED, Timed::Begin),
+        timed_contest(END_MAPPED, MAPPED, Timed::End),
+        write(NONE, false, false),
+        write(FRESH, true, false),
+        write(NONE_READ, false, true),
+        write(READ, true, true),
+    ]
+}
+
+fn bars() -> Vec<ContestBar> {
+    let bar = |row: &str, against, least| ContestBar {
+        row: row.to_owned(),
+        against,
+        limit: Limit::AtLeast(least),
+    };
+    vec![
+        // Under a second.
+        bar(START_SPARSE, Against::Nothing, 60.0),
+        bar(START_MAPPED, Against::Nothing, 60.0),
+        bar(FRESH, Against::OursInRow(NONE.to_owned()), 0.5),
+        bar(FRESH, Against::BestPeer, 1.0),
+        bar(READ, Against::OursInRow(NONE_READ.to_owned()), 0.5),
+        bar(READ, Against::BestPeer, 1.0),
+    ]
+}
+
+fn prepare(lab: &Lab<'_>) -> Result<()> {
+    let options = lab.options;
+    for (image, preallocation) in [(SPARSE, "off"), (MAPPED, "metadata")] {
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", "qcow2", "-o"]);
+        create.arg(format!("preallocation={preallocation}"));
+        output_of(create.arg(lab.file(image)).arg(HUGE_BYTES.to_string()))?;
+        output_of(
+            Command::new("qemu-img").args(["bitmap", "--add"]).arg(lab.file(image)).arg(BITMAP),
+        )?;
+        lab.settle(image)?;
+    }
+    DataFile::create(lab.file(RAW), options.size, options.page_cache)?;
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
+    output_of(convert.arg(lab.file(RAW)).arg(lab.file(DISK)))?;
+    fs::remove_file(lab.file(RAW))?;
+    lab.settle(DISK)?;
+    let file = fs::File::open(lab.file(DISK))?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    DataFile::existing(lab.file(DISK), options.page_cache).settle_and_warm()
+}
+
+/// How often a minute it could be done, and as latency how long it took.
+fn timed_contest(name: &str, image: &'static str, timed: Timed) -> Contest {
+    let contender = |name, measure: fn(&Lab<'_>, &str, Timed) -> Result<Sample>| Contender {
+        name,
+        measure: Box::new(move |lab| {
+            lab.settle(image)?;
+            measure(lab, image, timed)
+        }),
+    };
+    let mut contenders = vec![contender(OURS, time_ours), contender(OURS_SNAPSHOT, time_snapshot)];
+    if timed == Timed::Begin {
+        contenders.push(contender(QEMU, |lab, image, _| {
+            let server = Fleecing::start(Maker::Qemu, lab, image)?;
+            server.prepare(HUGE_BYTES)?;
+            time(&server, || server.begin())
+        }));
+    }
+    Contest { name: name.to_owned(), throughput_unit: "/min", work_name: "time", contenders }
+}
+
+fn time_ours(lab: &Lab<'_>, image: &str, timed: Timed) -> Result<Sample> {
+    let server = Fleecing::start(Maker::Ours, lab, image)?;
+    let begin = || server.begin_with_bitmap(BITMAP);
+    match timed {
+        Timed::Begin => {
+            let sample = time(&server, begin)?;
+            server.end()?;
+            Ok(sample)
+        }
+        Timed::End => {
+            begin()?;
+            time(&server, || server.end())
+        }
+    }
+}
+
+fn time_snapshot(lab: &Lab<'_>, image: &str, timed: Timed) -> Result<Sample> {
+    let (begun, begin) = process::run_to_end(&mut snapshot(lab, "create", image))?;
+    let (ended, end) = process::run_to_end(&mut snapshot(lab, "delete", image))?;
+    Ok(match timed {
+        Timed::Begin => once(begun, begin),
+        Timed::End => once(ended, end),
+    })
+}
+
+fn snapshot(lab: &Lab<'_>, what: &str, image: &str) -> Command {
+    let mut command = lab.nbd_cli();
+    command.args(["image", "snapshot", what]).arg(lab.file(image)).arg(SNAPSHOT);
+    command
+}
+
+fn time(server: &Fleecing, work: impl Fn() -> Result<()>) -> Result<Sample> {
+    let watch = Watch::start(server.running.root_process())?;
+    let start = Instant::now();
+    work()?;
+    let elapsed = start.elapsed();
+    Ok(once(elapsed, watch.finish()?))
+}
+
+/// The sample of what was done once.
+fn once(elapsed: Duration, usage: Usage) -> Sample {
+    let result = ClientResult {
+        throughput: 60.0 / elapsed.as_secs_f64(),
+        p99_us: Some(elapsed.as_secs_f64() * 1e6),
+        work: 1.0,
+    };
+    Sample::new(result, usage)
+}
+
+fn write_contest(name: &str, beside: Beside) -> Contest {
+    let server = |name, maker| Contender {
+        name,
+        measure: Box::new(move |lab: &Lab<'_>| {
+            lab.settle(DISK)?;
+            write(maker, lab, beside)
+        }),
+    };
+    let mut contenders = vec![server(OURS, Maker::Ours), server(QEMU, Maker::Qemu)];
+    // A server does not let anyone read a snapshot of the image that it writes.
+    if beside == (Beside { checkpoint: true, reader: false }) {
+        contenders.push(Contender { name: OURS_SNAPSHOT, measure: Box::new(write_after_snapshot) });
+    }
+    Contest {
+        name: name.to_owned(),
+        throughput_unit: Unit::Requests.suffix(),
+        work_name: "request",
+        contenders,
+    }
+}
+
+fn write(maker: Maker, lab: &Lab<'_>, beside: Beside) -> Result<Sample> {
+    let server = Fleecing::start(maker, lab, DISK)?;
+    let mut read_uri = server.running.uri().to_owned();
+    if beside.checkpoint {
+        server.prepare(lab.options.size)?;
+        server.begin()?;
+        read_uri = server.view_uri();
+    }
+    let watch = Watch::start(server.running.root_process())?;
+    let reader = beside.reader.then(|| Reader::start(read_uri));
+    let result = fio::run(&job(lab), server.running.uri(), lab.options.size)?;
+    drop(reader);
+    let sample = Sample::new(result, watch.finish()?);
+    if beside.checkpoint {
+        // A view that was lost is no backup, however fast the writes were.
+        server.end()?;
+    }
+    Ok(sample)
+}
+
+/// The writes copy the clusters that belong to the snapshot. Afterwards the image is as it was.
+fn write_after_snapshot(lab: &Lab<'_>) -> Result<Sample> {
+    lab.settle(DISK)?;
+    process::run_to_end(&mut snapshot(lab, "create", DISK))?;
+    let sample = write(Maker::Ours, lab, Beside { checkpoint: false, reader: false });
+    for what in ["apply", "delete"] {
+        process::run_to_end(&mut snapshot(lab, what, DISK))?;
+    }
+    sample
+}
+
+fn job(lab: &Lab<'_>) -> Job {
+    Job {
+        pattern: Pattern::RandomWrite,
+        block_size: 4 << 10,
+        depth: 16,
+        connections: 1,
+        length: Length::Seconds(lab.options.seconds),
+        unit: Unit::Requests,
+    }
+}
+
+/// Copies a disk to nowhere, again and again until it is dropped.
+#[derive(Debug)]
+struct Reader {
+    is_over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reader {
+    fn start(uri: String) -> Self {
+        let is_over = Arc::new(AtomicBool::new(false));
+        let thread = thread::spawn({
+            let is_over = Arc::clone(&is_over);
+            move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    let mut command = Command::new("nbdcopy");
+                    command.args([&uri, "null:"]).stdin(Stdio::null()).stdout(Stdio::null());
+                    match command.spawn() {
+                        Ok(child) => wait(child, &is_over),
+                        Err(error) => return eprintln!("bench: cannot start nbdcopy: {error}"),
+                    }
+                }
+            }
+        });
+        Self { is_over, thread: Some(thread) }
+    }
+}
+
+fn wait(mut child: Child, is_over: &AtomicBool) {
+    while matches!(child.try_wait(), Ok(None)) {
+        if is_over.load(Ordering::Relaxed) {
+            // It may have ended meanwhile.
+            drop(child.kill());
+            drop(child.wait());
+            return;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // It has nothing to say.
+            drop(thread.join());
+        }
+    }
+}
