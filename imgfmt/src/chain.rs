@@ -43,9 +43,12 @@ pub(crate) fn check(path: &Path, options: &OpenOptions, repair: Repair) -> Resul
     Qcow2::open(storage, Some(path), &options, Purpose::Check)?.check(repair)
 }
 
-/// Facts about one file; what it names is not opened.
-pub(crate) fn inspect(path: &Path, options: &OpenOptions) -> Result<ImageInfo> {
-    let storage = Arc::new(FileStorage::open(path, Access::ReadOnly, options.locking)?);
+/// Facts about one image; what it names is not opened.
+pub(crate) fn inspect(
+    storage: Arc<dyn Storage>,
+    path: Option<&Path>,
+    options: &OpenOptions,
+) -> Result<ImageInfo> {
     let format = match options.format {
         Some(format) => format,
         None => probe_storage(&*storage)?,
@@ -57,7 +60,7 @@ pub(crate) fn inspect(path: &Path, options: &OpenOptions) -> Result<ImageInfo> {
             ImageInfo { format, size: raw.size(), qcow2: None }
         }
         Format::Qcow2 => {
-            let image = Qcow2::open(storage, Some(path), &options, Purpose::Check)?;
+            let image = Qcow2::open(storage, path, &options, Purpose::Check)?;
             ImageInfo { format, size: image.size(), qcow2: Some(image.info()?) }
         }
     })
@@ -81,6 +84,15 @@ pub(crate) fn change_backing(
             Err(Error::new(ErrorKind::Unsupported, "change the backing file of", detail))
         }
     }
+}
+
+/// The size of the disk in what `name` would stand for in the image at `path`.
+pub(crate) fn named_size(path: &Path, name: &str, options: &OpenOptions) -> Result<u64> {
+    let (storage, below) = open_named(Some(path), name, options, Access::ReadOnly, &[])?;
+    let opened = open(storage, below.as_deref(), options);
+    let (driver, _) =
+        opened.map_err(|error| error.with_path(below.unwrap_or_else(|| name.into())))?;
+    Ok(driver.size())
 }
 
 fn open_layer(
@@ -128,8 +140,8 @@ fn open_backing(
     files_above: &mut Vec<Option<FileIdentity>>,
 ) -> Result<Box<dyn Driver>> {
     let format = match (format, options.policy.missing_format()) {
-        // The names of QEMU's drivers for plain files and devices mean raw images too.
-        (Some("file" | "host_device"), _) => Some(Format::Raw),
+        // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
+        (Some("file" | "host_device" | "nbd"), _) => Some(Format::Raw),
         (Some(name), _) => Some(Format::from_name(name).ok_or_else(|| {
             let detail = format!(
                 "its backing file has the format '{}', which cannot be read",

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::chain;
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
 use crate::open_policy::OpenPolicy;
@@ -88,6 +89,8 @@ pub struct CreateOptions {
     /// Name of the backing file as it is to stand in the image (a relative one starts at the
     /// image's folder), and its format.
     pub backing: Option<(String, Format)>,
+    /// What the backing file may be: it is looked at, and its size is taken. By default any file.
+    pub backing_policy: OpenPolicy,
     /// Version of the qcow2 format.
     pub version: Qcow2Version,
     /// Size of a cluster in bytes: a power of two from 512 to 2 MiB.
@@ -115,6 +118,7 @@ impl CreateOptions {
             format,
             size: Some(size),
             backing: None,
+            backing_policy: OpenPolicy::any_file(),
             version: Qcow2Version::default(),
             cluster_size: 65536,
             refcount_bits: 16,
@@ -138,13 +142,15 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let named = |error: Error| error.with_path(path);
     let size = match (options.size, &options.backing) {
         (Some(size), _) => size,
-        (None, Some((name, format))) => backing_size(path, name, *format).map_err(named)?,
+        (None, Some((name, format))) => {
+            backing_size(path, name, *format, options).map_err(named)?
+        }
         (None, None) => {
             return Err(named(invalid("a size is needed where no backing file has one")));
         }
     };
     if let (Some(_), Some((name, format))) = (options.size, &options.backing) {
-        backing_size(path, name, *format).map_err(named)?;
+        backing_size(path, name, *format, options).map_err(named)?;
     }
     let content = match options.format {
         Format::Raw if options.backing.is_some() => {
@@ -280,10 +286,9 @@ fn fill(file: &File, format: Format, size: u64, content: &[(u64, Vec<u8>)]) -> i
 }
 
 /// Opens the backing file to see that it is one, and for its size.
-fn backing_size(path: &Path, name: &str, format: Format) -> Result<u64> {
-    let folder = path.parent().map_or_else(PathBuf::new, Path::to_path_buf);
-    let options = OpenOptions::new().format(format).policy(OpenPolicy::any_file());
-    Ok(Image::open(folder.join(name), &options)?.size())
+fn backing_size(path: &Path, name: &str, format: Format, create: &CreateOptions) -> Result<u64> {
+    let options = OpenOptions::new().format(format).policy(create.backing_policy.clone());
+    chain::named_size(path, name, &options)
 }
 
 pub(crate) fn invalid(detail: impl Into<String>) -> Error {

@@ -1,12 +1,14 @@
-//! Looking at and changing the header of one file, without opening the files it names.
+//! Looking at and changing the header of one image, without opening the files it names.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::chain;
 use crate::error::Result;
 use crate::image::Image;
 use crate::info::ImageInfo;
-use crate::options::{Format, OpenOptions};
+use crate::options::{Access, Format, OpenOptions};
+use crate::storage::{FileStorage, Storage};
 
 impl Image {
     /// Facts about the image in a file. The files it names are not opened, so that an image of
@@ -17,7 +19,18 @@ impl Image {
     /// As [`open`](Self::open), except those of other files.
     pub fn inspect_file(path: impl AsRef<Path>, options: &OpenOptions) -> Result<ImageInfo> {
         let path = path.as_ref();
-        chain::inspect(path, options).map_err(|error| error.with_path(path))
+        let open = || FileStorage::open(path, Access::ReadOnly, options.locking);
+        let inspect = |file| chain::inspect(Arc::new(file), Some(path), options);
+        open().and_then(inspect).map_err(|error| error.with_path(path))
+    }
+
+    /// Facts about the image in any storage, as [`inspect_file`](Self::inspect_file) gives them.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_storage`](Self::from_storage), except those of other files.
+    pub fn inspect_storage(storage: Arc<dyn Storage>, options: &OpenOptions) -> Result<ImageInfo> {
+        chain::inspect(storage, None, options)
     }
 
     /// Makes a qcow2 image name another backing file (and its format), or none. Neither the old

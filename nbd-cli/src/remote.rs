@@ -17,26 +17,29 @@ use tokio::runtime::Runtime;
 use crate::connect::{TlsArgs, connect};
 use crate::error::{CommandError, runtime};
 use crate::output::printable;
+use crate::server_name::{JSON_SCHEME, SCHEMES, from_name_in_image};
 
 /// Connections to a server that allows several.
 const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
 
-/// Schemes of NBD URIs.
-const SCHEMES: [&str; 6] = ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
-
 /// Lets images name exports as their backing or data files.
 pub(crate) fn allow_exports(policy: OpenPolicy) -> OpenPolicy {
-    SCHEMES.iter().fold(policy, |policy, scheme| {
+    SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
         let opener = |name: &str| {
-            let uri: NbdUri = name.parse().map_err(io::Error::other)?;
-            // The image chose this URI: it may not choose which files of this machine are read.
-            let connector = TlsArgs::default().connector(&uri).local_files(LocalFiles::Refused);
-            let storage = ExportStorage::open(connector);
+            let uri = from_name_in_image(name).map_err(io::Error::other)?;
+            let storage = open_named_by_image(&uri);
             let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
             Ok(Arc::new(storage) as Arc<dyn Storage>)
         };
         policy.allow_scheme(*scheme, Arc::new(opener))
     })
+}
+
+/// Connects to an export that an image names.
+pub(crate) fn open_named_by_image(uri: &NbdUri) -> Result<ExportStorage, CommandError> {
+    // The image chose this URI: it may not choose which files of this machine are read.
+    let connector = TlsArgs::default().connector(uri).local_files(LocalFiles::Refused);
+    ExportStorage::open(connector)
 }
 
 /// An export of a server. Its methods wait, so they must not be called by asynchronous tasks.

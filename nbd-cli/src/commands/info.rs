@@ -4,7 +4,7 @@
 
 mod content;
 mod property;
-mod report;
+pub(super) mod report;
 
 use clap::Args;
 use nbd_client::{Scope, ServerInfo};

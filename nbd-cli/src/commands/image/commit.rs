@@ -9,9 +9,11 @@ use imgfmt::{
 };
 
 use super::info::print_json;
-use super::open::{TrustArgs, beside, explained, options};
+use super::open::{TrustArgs, explained, options};
+use super::place::Place;
 use super::walk::{Extents, span};
 use crate::commands::serve::ImageFormat;
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, Outcome};
 use crate::progress::{Progress, ProgressArgs};
 
@@ -63,10 +65,10 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let unlocked = shared.clone().locking(Locking::Off);
     let overlay = Image::open(&args.path, &unlocked);
     let overlay = overlay.map_err(explained)?;
-    let (path, format) = backing_of(args, &overlay)?;
+    let (place, format) = backing_of(args, &overlay)?;
     let mut backing_options: OpenOptions = shared.access(Access::ReadWrite);
     backing_options.format = format;
-    let mut backing = Image::open(&path, &backing_options).map_err(explained)?;
+    let mut backing = place.open(&backing_options, &TlsArgs::default())?;
     if backing.size() < overlay.size() {
         backing.resize(overlay.size(), Shrink::Refuse)?;
     }
@@ -95,11 +97,8 @@ fn empty(path: &Path, options: &OpenOptions) -> imgfmt::Result<()> {
     overlay.close()
 }
 
-/// The file to write into. The overlay could be opened, so the policy allows it.
-fn backing_of(
-    args: &CommitArgs,
-    overlay: &Image,
-) -> Result<(PathBuf, Option<Format>), CommandError> {
+/// The file or export to write into. The overlay could be opened, so the policy allows it.
+fn backing_of(args: &CommitArgs, overlay: &Image) -> Result<(Place, Option<Format>), CommandError> {
     let qcow2 = overlay.info()?.qcow2;
     let Some((name, format)) =
         qcow2.and_then(|info| info.backing_name.zip(Some(info.backing_format)))
@@ -111,7 +110,7 @@ fn backing_of(
     };
     // The chain could be opened: what is neither is another name of raw images.
     let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
-    Ok((beside(&args.path, &name), format))
+    Ok((Place::File(args.path.clone()).beside(&name)?, format))
 }
 
 fn copy(overlay: &Image, backing: &Image, progress: &Progress) -> Result<(), CommandError> {

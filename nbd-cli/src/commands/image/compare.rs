@@ -1,15 +1,16 @@
 //! `nbd-cli image compare`.
 
+use std::ffi::OsString;
 use std::io::Write as _;
-use std::path::PathBuf;
 
 use clap::Args;
-use imgfmt::Image;
 use serde::Serialize;
 
-use super::open::{TrustArgs, explained, options};
+use super::open::{TrustArgs, options};
+use super::place::Place;
 use super::walk::first_difference;
 use crate::commands::serve::ImageFormat;
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, CommandErrorKind, Outcome};
 use crate::output::{Output, ReportFormat, warn};
 use crate::progress::{Progress, ProgressArgs};
@@ -18,9 +19,10 @@ const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image compare disk.img disk.qcow2
   nbd-cli image compare --strict --json backup.qcow2 disk.qcow2
+  nbd-cli image compare backup.qcow2 nbd://localhost/disk
 
 The disks are compared as a guest would see them, backing files included. If one is larger, the rest
-of it must be zero.
+of it must be zero. What a server says to be zero is not read from it.
 
 Exit codes: 0 the same, 1 different, 2 an error, wrong usage included.";
 
@@ -31,11 +33,11 @@ const ERROR: u8 = 2;
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct CompareArgs {
-    /// An image.
-    pub first: PathBuf,
+    /// An image: a file, or an export as an NBD URI.
+    pub first: OsString,
 
-    /// Another image.
-    pub second: PathBuf,
+    /// Another image, or an export as an NBD URI.
+    pub second: OsString,
 
     /// Format of the first image; found by looking at it unless given.
     #[arg(short = 'f', long, value_enum, value_name = "FORMAT")]
@@ -58,6 +60,10 @@ pub struct CompareArgs {
 
     #[command(flatten)]
     pub trust: TrustArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 #[derive(Serialize)]
@@ -81,11 +87,9 @@ pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
 }
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
-    let open = |path: &PathBuf, format| {
-        Image::open(path, &options(format, &args.trust)).map_err(explained)
-    };
-    let (first, second) =
-        (open(&args.first, args.format)?, open(&args.second, args.second_format)?);
+    let [first, second] = Place::parse_two([&args.first, &args.second], &args.tls)?;
+    let open = |place: &Place, format| place.open(&options(format, &args.trust), &args.tls);
+    let (first, second) = (open(&first, args.format)?, open(&second, args.second_format)?);
     let size_mismatch = first.size() != second.size();
     let end = first.size().max(second.size());
     let mismatch_offset = if size_mismatch && args.strict {

@@ -15,6 +15,7 @@ use super::create::Qcow2Args;
 use super::open::OpenArgs;
 use super::place::Place;
 use crate::commands::serve::ImageFormat;
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, Outcome};
 use crate::progress::{Progress, ProgressArgs};
 
@@ -92,18 +93,21 @@ pub struct ConvertArgs {
 
     #[command(flatten)]
     pub open: OpenArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
-    let destination = Place::parse(&args.destination)?;
-    let exists = args.no_create || matches!(destination, Place::Export(_));
+    let [from, destination] = Place::parse_two([&args.source, &args.destination], &args.tls)?;
+    let exists = args.no_create || matches!(destination, Place::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
-    let from = Place::parse(&args.source)?;
     let mut read = args.open.options();
     read.snapshot.clone_from(&args.snapshot);
-    let source = from.open(&read)?;
-    let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export(_)));
+    let source = from.open(&read, &args.tls)?;
+    let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
     let copy = Conversion { args, source: &source, from: &from, format, is_remote };
     let result = match (&destination, exists) {
@@ -143,7 +147,7 @@ fn check_options(
             "{option} is for images that are made; leave it out or leave out --no-create"
         ));
     }
-    if args.json && matches!(destination, Place::Export(_)) {
+    if args.json && matches!(destination, Place::Export { .. }) {
         return refuse("--json describes files; for an export use 'nbd-cli info --json'");
     }
     Ok(())
@@ -187,7 +191,7 @@ impl Conversion<'_> {
         let policy = self.args.open.trust.policy();
         let options =
             OpenOptions::new().format(self.format).access(Access::ReadWrite).policy(policy);
-        let image = to.open(&options)?;
+        let image = to.open(&options, &self.args.tls)?;
         let (room, size) = (image.size(), self.source.size());
         if room < size {
             return Err(CommandError::new(format!(

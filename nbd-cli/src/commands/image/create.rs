@@ -5,18 +5,20 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use imgfmt::{
     CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, OpenOptions,
-    Qcow2Version,
+    OpenPolicy, Qcow2Version,
 };
 
 use super::info::print_json;
 use crate::commands::serve::ImageFormat;
 use crate::error::{CommandError, Outcome};
+use crate::remote::allow_exports;
 use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image create disk.img 20G
   nbd-cli image create --format qcow2 --compression-type zstd disk.qcow2 20G
+  nbd-cli image create --format qcow2 --backing nbd://localhost/base --backing-format raw o.qcow2
   nbd-cli image create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
 
 A relative name of a backing file starts at the folder of the new image. A file that exists is never
@@ -36,7 +38,7 @@ pub struct CreateArgs {
     #[arg(short, long, value_enum, default_value = "raw")]
     pub format: ImageFormat,
 
-    /// Show the content of this file where the new image holds nothing yet.
+    /// Show the content of this file, or of this export of a server (an NBD URI), where the new image holds nothing yet.
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
     pub backing: Option<String>,
 
@@ -174,6 +176,7 @@ impl Qcow2Args {
 pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     let mut options = CreateOptions::new(args.format.into(), 0);
     options.size = args.size.map(ByteSize::bytes);
+    options.backing_policy = allow_exports(OpenPolicy::any_file());
     options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
     if args.lazy_refcounts && options.format == Format::Raw {

@@ -1,15 +1,21 @@
 //! `nbd-cli image info`.
 
+use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
-use imgfmt::{CompressionType, Image, ImageInfo, L2Entries, OpenOptions, Qcow2Info, Qcow2Version};
+use imgfmt::{CompressionType, ImageInfo, L2Entries, OpenOptions, Qcow2Info, Qcow2Version};
+use nbd_client::Scope;
+use nbd_proto::NbdUri;
 use serde::Serialize;
 
-use super::open::{OpenArgs, beside};
+use super::open::OpenArgs;
+use super::place::Place;
 use super::snapshot::{self, JsonSnapshot};
-use crate::error::{CommandError, Outcome};
+use crate::commands::info::report::Report;
+use crate::connect::{TlsArgs, explain_unknown_export};
+use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
 
@@ -18,6 +24,7 @@ Examples:
   nbd-cli image info disk.qcow2
   nbd-cli image info --json disk.qcow2
   nbd-cli image info --backing-chain overlay.qcow2
+  nbd-cli image info nbd://localhost/disk
 
 Only the file itself is read: the backing file and the data file that it names are not opened, unless
 --backing-chain asks for it.";
@@ -26,8 +33,8 @@ Only the file itself is read: the backing file and the data file that it names a
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct InfoArgs {
-    /// The image.
-    pub path: PathBuf,
+    /// The image: a file, or an export as an NBD URI.
+    pub path: OsString,
 
     /// Describe the backing file, its backing file and so on as well.
     #[arg(long)]
@@ -39,6 +46,10 @@ pub struct InfoArgs {
 
     #[command(flatten)]
     pub open: OpenArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 /// Facts about one file, with the keys of qemu-img.
@@ -48,7 +59,8 @@ struct Layer<'a> {
     filename: String,
     format: &'static str,
     virtual_size: u64,
-    actual_size: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    actual_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster_size: Option<u64>,
     dirty_flag: bool,
@@ -62,6 +74,9 @@ struct Layer<'a> {
     snapshots: Vec<JsonSnapshot<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<Specific<'a>>,
+    /// What the server offers, with the keys of nbdinfo.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    server: Option<&'a Report>,
 }
 
 #[derive(Serialize)]
@@ -87,25 +102,25 @@ struct Qcow2Data<'a> {
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    let layers = layers(args)?;
+    let place = Place::parse_one(&args.path, &args.tls)?;
+    let layers = layers(args, place)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json if args.backing_chain => {
-            let all: Result<Vec<_>, _> =
-                layers.iter().map(|(path, info)| layer(path, info)).collect();
+            let all: Result<Vec<_>, _> = layers.iter().map(Found::json).collect();
             output.json(&all?)?;
         }
         ReportFormat::Json => {
-            for (path, info) in &layers {
-                output.json(&layer(path, info)?)?;
+            for found in &layers {
+                output.json(&found.json()?)?;
             }
         }
         ReportFormat::Text => {
-            for (index, (path, info)) in layers.iter().enumerate() {
+            for (index, found) in layers.iter().enumerate() {
                 if index > 0 {
                     output.line("")?;
                 }
-                text(path, info, &mut output)?;
+                text(found, &mut output)?;
             }
         }
     }
@@ -115,35 +130,57 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
 
 /// Prints what an image that was made or changed is like now.
 pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), CommandError> {
-    let info = Image::inspect_file(path, options)?;
+    let place = Place::File(path.to_owned());
+    let info = place.inspect(options, &TlsArgs::default())?;
     let mut output = Output::new();
-    output.json(&layer(path, &info)?)?;
+    output.json(&Found { place, info, server: None }.json()?)?;
     output.finish()
 }
 
+/// One layer of what was asked for.
+struct Found {
+    place: Place,
+    info: ImageInfo,
+    server: Option<Report>,
+}
+
 /// The image and, if asked for, everything below it.
-fn layers(args: &InfoArgs) -> Result<Vec<(PathBuf, ImageInfo)>, CommandError> {
+fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
     let mut options = args.open.options();
     if args.backing_chain {
         // Says whether every name may be followed, and that they do not lead in circles.
-        args.open.read(&args.path)?;
+        place.open(&options, &args.tls)?;
     }
-    let mut layers = vec![(args.path.clone(), Image::inspect_file(&args.path, &options)?)];
+    let server = match place.uri() {
+        None => None,
+        Some(uri) => Some(runtime()?.block_on(inspect(uri, &args.tls))?),
+    };
+    let info = place.inspect(&options, &args.tls)?;
+    let mut layers = vec![Found { place, info, server }];
     while args.backing_chain
-        && let Some((path, info)) = layers.last()
-        && let Some(qcow2) = &info.qcow2
+        && let Some(above) = layers.last()
+        && let Some(qcow2) = &above.info.qcow2
         && let Some(name) = &qcow2.backing_name
     {
-        let below = beside(path, name);
+        let place = above.place.beside(name)?;
         // What has a name that is none of ours is another name of raw images.
         options.format = qcow2
             .backing_format
             .as_deref()
             .map(|name| imgfmt::Format::from_name(name).unwrap_or(imgfmt::Format::Raw));
-        let info = Image::inspect_file(&below, &options)?;
-        layers.push((below, info));
+        let info = place.inspect(&options, &args.tls)?;
+        layers.push(Found { place, info, server: None });
     }
     Ok(layers)
+}
+
+/// What a server says about an export.
+async fn inspect(uri: &NbdUri, tls: &TlsArgs) -> Result<Report, CommandError> {
+    let connector = tls.connector(uri);
+    match connector.inspect(Scope::ThisExport).await {
+        Ok(server) => Ok(Report::new(&server, uri)),
+        Err(error) => Err(explain_unknown_export(&connector, uri, error).await),
+    }
 }
 
 /// Bytes of the disk that the file takes up.
@@ -154,23 +191,36 @@ fn actual_size(path: &Path) -> Result<u64, CommandError> {
     Ok(metadata.blocks() * 512)
 }
 
-fn layer<'a>(path: &Path, info: &'a ImageInfo) -> Result<Layer<'a>, CommandError> {
-    let qcow2 = info.qcow2.as_ref();
-    let backing_filename = qcow2.and_then(|qcow2| qcow2.backing_name.as_deref());
-    Ok(Layer {
-        filename: path.to_string_lossy().into_owned(),
-        format: info.format.name(),
-        virtual_size: info.size,
-        actual_size: actual_size(path)?,
-        cluster_size: qcow2.map(|qcow2| qcow2.cluster_size),
-        dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
-        backing_filename,
-        full_backing_filename: backing_filename
-            .map(|name| beside(path, name).to_string_lossy().into_owned()),
-        backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.as_deref()),
-        snapshots: qcow2.map(|qcow2| snapshot::json(&qcow2.snapshots)).unwrap_or_default(),
-        format_specific: qcow2.map(|qcow2| Specific { kind: "qcow2", data: data(qcow2) }),
-    })
+impl Found {
+    /// What the image takes up, where that can be known.
+    fn actual_size(&self) -> Result<Option<u64>, CommandError> {
+        match &self.place {
+            Place::File(path) => actual_size(path).map(Some),
+            Place::Export { .. } => Ok(None),
+        }
+    }
+
+    fn json(&self) -> Result<Layer<'_>, CommandError> {
+        let qcow2 = self.info.qcow2.as_ref();
+        let backing_filename = qcow2.and_then(|qcow2| qcow2.backing_name.as_deref());
+        Ok(Layer {
+            filename: self.place.name(),
+            format: self.info.format.name(),
+            virtual_size: self.info.size,
+            actual_size: self.actual_size()?,
+            cluster_size: qcow2.map(|qcow2| qcow2.cluster_size),
+            dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
+            backing_filename,
+            full_backing_filename: backing_filename.map(|name| match self.place.beside(name) {
+                Ok(place @ Place::File(_)) => place.name(),
+                _ => name.to_owned(),
+            }),
+            backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.as_deref()),
+            snapshots: qcow2.map(|qcow2| snapshot::json(&qcow2.snapshots)).unwrap_or_default(),
+            format_specific: qcow2.map(|qcow2| Specific { kind: "qcow2", data: data(qcow2) }),
+            server: self.server.as_ref(),
+        })
+    }
 }
 
 fn data(qcow2: &Qcow2Info) -> Qcow2Data<'_> {
@@ -201,12 +251,22 @@ fn compression(qcow2: &Qcow2Info) -> &'static str {
     }
 }
 
-fn text(path: &Path, info: &ImageInfo, output: &mut Output) -> Result<(), CommandError> {
+fn text(found: &Found, output: &mut Output) -> Result<(), CommandError> {
+    let info = &found.info;
     let mut line = |what: &str, value: &str| output.line(&format!("{what:<18} {value}"));
-    line("image:", &printable(&path.to_string_lossy()))?;
+    line("image:", &printable(&found.place.name()))?;
     line("format:", info.format.name())?;
     line("virtual size:", &format!("{} ({} bytes)", rounded(info.size), info.size))?;
-    line("space taken:", &rounded(actual_size(path)?))?;
+    if let Some(bytes) = found.actual_size()? {
+        line("space taken:", &rounded(bytes))?;
+    }
+    if let Some(server) = &found.server {
+        line("protocol:", &server.protocol())?;
+        line("server offers:", &server.abilities().join(", "))?;
+        for context in server.contexts() {
+            line("context:", &printable(context))?;
+        }
+    }
     let Some(qcow2) = &info.qcow2 else { return Ok(()) };
     line("compat:", compat(qcow2))?;
     line("cluster size:", &exact(qcow2.cluster_size))?;

@@ -1,13 +1,18 @@
 //! `nbd-cli image map`.
 
-use std::path::PathBuf;
+mod export;
+
+use std::ffi::OsString;
 
 use clap::Args;
 use imgfmt::{Extent, ExtentKind, Image, Mapping};
 use serde::Serialize;
 
 use super::open::OpenArgs;
+use super::place::Place;
 use super::walk::Extents;
+use crate::commands::serve::ImageFormat;
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
 
@@ -15,16 +20,20 @@ const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image map disk.qcow2
   nbd-cli image map --json overlay.qcow2
+  nbd-cli image map nbd://localhost/disk
 
 Columns of the text: offset and length on the disk in bytes, the layer (0 is the image itself, 1 its
-backing file and so on, - is none), what is there, and the offset in that layer's file.";
+backing file and so on, - is none), what is there, and the offset in that layer's file.
+
+Of an export the map is what its server says (base:allocation, and qemu:allocation-depth for the
+layers if it has that); the last column is then the offset in the export.";
 
 /// Arguments of `nbd-cli image map`.
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct MapArgs {
-    /// The image.
-    pub path: PathBuf,
+    /// The image: a file, or an export as an NBD URI.
+    pub path: OsString,
 
     /// Print JSON.
     #[arg(long)]
@@ -32,6 +41,10 @@ pub struct MapArgs {
 
     #[command(flatten)]
     pub open: OpenArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 /// A part of the disk, with the keys of qemu-img.
@@ -66,7 +79,7 @@ impl Part {
 
     fn text(&self) -> String {
         let depth = if self.present { self.depth.to_string() } else { "-".into() };
-        let what = match (self.compressed, self.data, self.present) {
+        let what = match (self.compressed, self.data && !self.zero, self.present && self.zero) {
             (true, ..) => "compressed",
             (_, true, _) => "data",
             (.., true) => "zero",
@@ -87,13 +100,22 @@ struct Report {
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
-    let image = args.open.read(&args.path)?;
+    let place = Place::parse_one(&args.path, &args.tls)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
     let mut report = Report { format, pending: None, separator: "[" };
-    let mut extents = Extents::new(&image);
-    while let Some(extent) = extents.next()? {
-        parts(&image, extent, |part| report.add(part, &mut output))?;
+    match &place {
+        // What is inside an image inside an export is known to us alone.
+        Place::Export { uri, .. } if args.open.format != Some(ImageFormat::Qcow2) => {
+            export::map(uri, &args.tls, |part| report.add(part, &mut output))?;
+        }
+        _ => {
+            let image = place.open(&args.open.options(), &args.tls)?;
+            let mut extents = Extents::new(&image);
+            while let Some(extent) = extents.next()? {
+                parts(&image, extent, |part| report.add(part, &mut output))?;
+            }
+        }
     }
     report.end(&mut output)?;
     output.finish()?;

@@ -1,15 +1,17 @@
 //! `nbd-cli image measure`.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
 
 use clap::Args;
 use imgfmt::{CreateOptions, ExtentKind, Format, Image, L2Entries};
 use serde::Serialize;
 
 use super::create::Qcow2Args;
-use super::open::{OpenArgs, explained};
+use super::open::OpenArgs;
+use super::place::Place;
 use super::walk::Extents;
 use crate::commands::serve::ImageFormat;
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
 use crate::size::{ByteSize, rounded};
@@ -19,6 +21,7 @@ Examples:
   nbd-cli image measure --output-format qcow2 disk.img
   nbd-cli image measure --output-format qcow2 --size 1T
   nbd-cli image measure --json --output-format raw disk.qcow2
+  nbd-cli image measure --output-format qcow2 nbd://localhost/disk
 
 Says how large the file of a new image would be, without compression: at first (\"required\"), and
 when the guest has written everywhere (\"fully allocated\").";
@@ -27,9 +30,9 @@ when the guest has written everywhere (\"fully allocated\").";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct MeasureArgs {
-    /// The image that would be converted.
+    /// The image that would be converted: a file, or an export as an NBD URI.
     #[arg(required_unless_present = "size")]
-    pub path: Option<PathBuf>,
+    pub path: Option<OsString>,
 
     /// Size of an empty disk, in place of an image.
     #[arg(short, long, conflicts_with = "path")]
@@ -52,6 +55,10 @@ pub struct MeasureArgs {
 
     #[command(flatten)]
     pub open: OpenArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
 }
 
 /// Sizes in bytes, with the keys of qemu-img.
@@ -66,11 +73,14 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
     let mut create = CreateOptions::new(args.output_format.into(), 0);
     args.qcow2.apply(&mut create)?;
     let image = match &args.path {
-        None => None,
+        None => {
+            args.tls.check([])?;
+            None
+        }
         Some(path) => {
             let mut options = args.open.options();
             options.snapshot.clone_from(&args.snapshot);
-            Some(Image::open(path, &options).map_err(explained)?)
+            Some(Place::parse_one(path, &args.tls)?.open(&options, &args.tls)?)
         }
     };
     let size = match (&image, args.size) {

@@ -5,69 +5,155 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use imgfmt::{Access, Error, Format, Image, OpenOptions};
+use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
+use nbd_client::LocalFiles;
 use nbd_proto::NbdUri;
 
-use super::open::explained;
+use super::open::{beside, explained};
 use crate::commands::copy::location::Location;
 use crate::connect::TlsArgs;
 use crate::error::CommandError;
-use crate::remote::ExportStorage;
+use crate::remote::{ExportStorage, open_named_by_image};
+use crate::server_name::{JSON_SCHEME, from_name_in_image, is_name_of_server};
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]
 pub(super) enum Place {
     File(PathBuf),
-    Export(NbdUri),
+    /// The URI may name files of this machine only if the user wrote it, not an image.
+    Export {
+        uri: NbdUri,
+        files: LocalFiles,
+    },
 }
 
 impl Place {
     /// Reads a word of the command line.
-    pub(super) fn parse(word: &OsStr) -> Result<Self, CommandError> {
+    fn parse(word: &OsStr) -> Result<Self, CommandError> {
         // Names of files need not be text; URIs are.
         let Some(text) = word.to_str() else { return Ok(Self::File(word.into())) };
         match text.parse().map_err(CommandError::new)? {
             Location::File(path) => Ok(Self::File(path)),
-            Location::Nbd(uri) => Ok(Self::Export(uri)),
+            Location::Nbd(uri) => Ok(Self::Export { uri, files: LocalFiles::Allowed }),
             Location::Standard | Location::Null => Err(CommandError::new(format!(
                 "'{text}' is no image; give a file (./{text} if that is its name) or an NBD URI"
             ))),
         }
     }
 
+    /// Reads a word of the command line; the options for TLS have to concern it.
+    pub(super) fn parse_one(word: &OsStr, tls: &TlsArgs) -> Result<Self, CommandError> {
+        let place = Self::parse(word)?;
+        tls.check(place.uri())?;
+        Ok(place)
+    }
+
+    /// Reads two words of the command line; the options for TLS have to concern one of them.
+    pub(super) fn parse_two(words: [&OsStr; 2], tls: &TlsArgs) -> Result<[Self; 2], CommandError> {
+        let places = [Self::parse(words[0])?, Self::parse(words[1])?];
+        tls.check(places.iter().filter_map(Self::uri))?;
+        Ok(places)
+    }
+
+    pub(super) fn uri(&self) -> Option<&NbdUri> {
+        match self {
+            Self::File(_) => None,
+            Self::Export { uri, .. } => Some(uri),
+        }
+    }
+
+    /// Facts about the image there; the files and exports that it names are not opened.
+    pub(super) fn inspect(
+        &self,
+        options: &OpenOptions,
+        tls: &TlsArgs,
+    ) -> Result<ImageInfo, CommandError> {
+        match self {
+            Self::File(path) => Ok(Image::inspect_file(path, options)?),
+            Self::Export { uri, files } => {
+                let storage = storage(uri, *files, tls)?;
+                Image::inspect_storage(Arc::new(storage), &raw_unless_told(options))
+                    .map_err(|error| self.named(error))
+            }
+        }
+    }
+
     /// Opens the image there. An export is a raw image unless the options say otherwise.
-    pub(super) fn open(&self, options: &OpenOptions) -> Result<Image, CommandError> {
+    pub(super) fn open(&self, options: &OpenOptions, tls: &TlsArgs) -> Result<Image, CommandError> {
         match self {
             Self::File(path) => Image::open(path, options).map_err(explained),
-            Self::Export(uri) => {
-                let storage = ExportStorage::open(TlsArgs::default().connector(uri))?;
+            Self::Export { uri, files } => {
+                let storage = storage(uri, *files, tls)?;
                 if options.access == Access::ReadWrite && !storage.is_writable() {
                     return Err(CommandError::new(format!(
                         "cannot write to {uri}: the server exports this disk read-only"
                     )));
                 }
-                let mut options = options.clone();
-                options.format = options.format.or(Some(Format::Raw));
-                Image::from_storage(Arc::new(storage), &options)
+                Image::from_storage(Arc::new(storage), &raw_unless_told(options))
                     .map_err(|error| explained(error.with_path(uri.to_string())))
             }
         }
+    }
+
+    /// As the user wrote it.
+    pub(super) fn name(&self) -> String {
+        match self {
+            Self::File(path) => path.to_string_lossy().into_owned(),
+            Self::Export { uri, .. } => uri.to_string(),
+        }
+    }
+
+    /// What a name in the image at this place stands for: relative names start at its folder.
+    ///
+    /// # Errors
+    ///
+    /// A name of a server that cannot be understood.
+    pub(super) fn beside(&self, name: &str) -> Result<Self, CommandError> {
+        if leads_to_server(name) {
+            let uri = from_name_in_image(name).map_err(CommandError::new)?;
+            return Ok(Self::Export { uri, files: LocalFiles::Refused });
+        }
+        Ok(Self::File(match self {
+            Self::File(path) => beside(path, name),
+            Self::Export { .. } => name.into(),
+        }))
     }
 
     /// The error with the name of this place, if it has none yet.
     pub(super) fn named(&self, error: Error) -> CommandError {
         match self {
             Self::File(_) => error.into(),
-            Self::Export(uri) => error.with_path(uri.to_string()).into(),
+            Self::Export { uri, .. } => error.with_path(uri.to_string()).into(),
         }
     }
+}
+
+/// Connects. The user's settings for TLS are for what the user named.
+fn storage(uri: &NbdUri, files: LocalFiles, tls: &TlsArgs) -> Result<ExportStorage, CommandError> {
+    match files {
+        LocalFiles::Allowed => ExportStorage::open(tls.connector(uri)),
+        LocalFiles::Refused => open_named_by_image(uri),
+    }
+}
+
+/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a file's.
+pub(super) fn leads_to_server(name: &str) -> bool {
+    let scheme = name.split_once(':').map(|(scheme, _)| scheme);
+    scheme == Some(JSON_SCHEME) || is_name_of_server(name)
+}
+
+/// The options for an export: its bytes are the disk's, whatever they look like.
+fn raw_unless_told(options: &OpenOptions) -> OpenOptions {
+    let mut options = options.clone();
+    options.format = options.format.or(Some(Format::Raw));
+    options
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "'{}'", path.display()),
-            Self::Export(uri) => uri.fmt(f),
+            Self::Export { uri, .. } => uri.fmt(f),
         }
     }
 }

@@ -6,21 +6,25 @@ use clap::{ArgGroup, Args};
 use imgfmt::{Access, Durability, Format, GuestOffset, Image, OpenOptions};
 
 use super::info::print_json;
-use super::open::{OpenArgs, beside, explained};
+use super::open::{OpenArgs, explained};
+use super::place::Place;
 use super::walk::{Extents, read_padded};
 use crate::commands::serve::ImageFormat;
+use crate::connect::TlsArgs;
 use crate::error::{CommandError, Outcome};
 use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image rebase --backing new-base.qcow2 --backing-format qcow2 overlay.qcow2
+  nbd-cli image rebase --backing nbd://localhost/base --backing-format raw overlay.qcow2
   nbd-cli image rebase --no-backing overlay.qcow2
   nbd-cli image rebase --unsafe --backing moved/base.img --backing-format raw overlay.qcow2
 
 The disk stays the same: whatever differs between the old and the new backing file is copied into
 the overlay first. With --unsafe only the name is changed and no backing file is looked at: for a
-backing file that was moved or renamed. A relative name starts at the folder of the overlay.";
+backing file that was moved or renamed. A relative name starts at the folder of the overlay. An
+overlay whose backing file is on a server can be opened only with --trust-image.";
 
 /// How much is compared at a time, in bytes.
 const STEP: u64 = 1 << 20;
@@ -33,7 +37,7 @@ pub struct RebaseArgs {
     /// The overlay.
     pub path: PathBuf,
 
-    /// The new backing file.
+    /// The new backing file, or an export of a server as an NBD URI.
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
     pub backing: Option<String>,
 
@@ -80,7 +84,8 @@ fn keep_content(args: &RebaseArgs, new: Option<(&str, Format)>) -> Result<(), Co
         None => None,
         Some((name, format)) => {
             let options = OpenOptions::new().format(format).policy(args.open.trust.policy());
-            Some(Image::open(beside(&args.path, name), &options).map_err(explained)?)
+            let place = Place::File(args.path.clone()).beside(name)?;
+            Some(place.open(&options, &TlsArgs::default())?)
         }
     };
     let options = args.open.options().access(Access::ReadWrite);

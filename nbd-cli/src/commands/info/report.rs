@@ -12,7 +12,7 @@ use crate::size::exact;
 
 /// A server; the order of the fields is the order of the keys.
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
+pub(in crate::commands) struct Report {
     protocol: &'static str,
     #[serde(rename = "TLS")]
     tls: bool,
@@ -69,7 +69,7 @@ struct BlockSizesReport {
 }
 
 impl Report {
-    pub(super) fn new(server: &ServerInfo, uri: &NbdUri) -> Self {
+    pub(in crate::commands) fn new(server: &ServerInfo, uri: &NbdUri) -> Self {
         let security = if server.tls { Security::Tls } else { uri.security };
         let uri = NbdUri { security, ..uri.clone() };
         Self {
@@ -81,15 +81,32 @@ impl Report {
         }
     }
 
-    /// Writes the report as nbdinfo does.
-    pub(super) fn write_text(&self, output: &mut Output) -> Result<(), CommandError> {
+    /// The protocol in a few words.
+    pub(in crate::commands) fn protocol(&self) -> String {
         let tls = if self.tls { "with TLS" } else { "without TLS" };
         let packets = match (self.extended, self.structured) {
             (true, _) => "extended",
             (false, true) => "structured",
             (false, false) => "simple",
         };
-        output.line(&format!("protocol: {} {tls}, using {packets} packets", self.protocol))?;
+        format!("{} {tls}, using {packets} packets", self.protocol)
+    }
+
+    /// What the exports can do and are, in the words of nbdinfo without `can_` and `is_`.
+    pub(in crate::commands) fn abilities(&self) -> Vec<&'static str> {
+        let named = self.exports.iter().flat_map(|export| export.abilities.named());
+        let bare = |name: &'static str| name.split_once('_').map_or(name, |(_, rest)| rest);
+        named.filter(|(_, value)| *value).map(|(name, _)| bare(name)).collect()
+    }
+
+    /// The metadata contexts that the exports have.
+    pub(in crate::commands) fn contexts(&self) -> impl Iterator<Item = &str> {
+        self.exports.iter().flat_map(|export| export.contexts.iter().map(String::as_str))
+    }
+
+    /// Writes the report as nbdinfo does.
+    pub(super) fn write_text(&self, output: &mut Output) -> Result<(), CommandError> {
+        output.line(&format!("protocol: {}", self.protocol()))?;
         self.exports.iter().try_for_each(|export| export.write_text(output))
     }
 }

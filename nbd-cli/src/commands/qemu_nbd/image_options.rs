@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use imgfmt::{Format, Locking};
 use nbd_proto::NbdUri;
 
-use super::key_values::{KeyValues, parse_size};
-use super::nbd_source;
 use super::options::{parse_detect_zeroes, parse_discard};
+use crate::key_values::{KeyValues, parse_size};
+use crate::server_name;
 use crate::serving::{DetectZeroes, Discard, Window};
 
 /// A disk as its options describe it.
@@ -44,8 +44,8 @@ impl Place {
     ///
     /// A sentence if it has a scheme that is not known.
     pub(super) fn named(text: &str) -> Result<Self, String> {
-        if nbd_source::is_name_of_server(text) {
-            return Ok(Self::Export(Box::new(nbd_source::from_name(text)?)));
+        if server_name::is_name_of_server(text) {
+            return Ok(Self::Export(Box::new(server_name::from_name(text)?)));
         }
         match text.split_once(':') {
             Some(("file", path)) => Ok(Self::File(path.into())),
@@ -163,7 +163,7 @@ impl Described {
 
     /// The options of the driver `nbd`.
     fn export(mut self, mut options: KeyValues) -> Result<Self, String> {
-        self.place = Place::Export(Box::new(nbd_source::from_options(&mut options)?));
+        self.place = Place::Export(Box::new(server_name::from_options(&mut options)?));
         self.common(&mut options)?;
         nothing_left(&options, "nbd")?;
         Ok(self)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use nbd_server::tls::{Matching, Rule, Verdict};
 
-use super::key_values::KeyValues;
+use crate::key_values::KeyValues;
 
 /// The objects that were defined.
 #[derive(Debug, Default)]

@@ -8,8 +8,8 @@ use nbd_proto::limits::MAX_STRING_LEN;
 
 use super::Refusal;
 use super::getopt::{Getopt, Known, Takes};
-use super::key_values::{KeyValues, parse_number};
 use super::objects::Objects;
+use crate::key_values::{KeyValues, parse_number};
 use crate::serving::{DetectZeroes, Discard};
 
 /// What a command line asks for.

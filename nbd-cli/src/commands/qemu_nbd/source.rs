@@ -8,9 +8,9 @@ use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 
 use super::image_options::{Described, Place};
-use super::key_values::KeyValues;
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
 use super::{Refusal, complain};
+use crate::key_values::KeyValues;
 use crate::remote::{ExportStorage, allow_exports};
 use crate::serving::image::{ImageChoices, OfferedBitmaps, Writes};
 use crate::serving::{BitmapDurability, Caching, Changes, Discard, MultiConn, Waiting};

@@ -10,9 +10,9 @@ use nbd_server::tls::{
     TlsMode, Verdict,
 };
 
-use super::key_values::KeyValues;
 use super::objects::{Authorization, CredentialsKind};
 use super::options::Options;
+use crate::key_values::KeyValues;
 
 const PSK_FILE: &str = "keys.psk";
 /// The user of a client's key, unless its credentials name another one.

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 /// Options by their dotted names, such as `file.filename`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct KeyValues {
+pub(crate) struct KeyValues {
     values: BTreeMap<String, String>,
 }
 
@@ -17,7 +17,7 @@ impl KeyValues {
     /// # Errors
     ///
     /// A sentence about what is wrong.
-    pub(super) fn parse(text: &str, implied: Option<&str>) -> Result<Self, String> {
+    pub(crate) fn parse(text: &str, implied: Option<&str>) -> Result<Self, String> {
         if text.starts_with('{') {
             return Self::from_json(text);
         }
@@ -46,7 +46,7 @@ impl KeyValues {
     /// # Errors
     ///
     /// A sentence about what is wrong.
-    pub(super) fn from_json(text: &str) -> Result<Self, String> {
+    pub(crate) fn from_json(text: &str) -> Result<Self, String> {
         let value: Value =
             serde_json::from_str(text).map_err(|error| format!("this is no JSON: {error}"))?;
         let Value::Object(_) = value else {
@@ -58,17 +58,17 @@ impl KeyValues {
     }
 
     /// Sets the value of a key.
-    pub(super) fn set(&mut self, key: &str, value: String) {
+    pub(crate) fn set(&mut self, key: &str, value: String) {
         self.values.insert(key.to_owned(), value);
     }
 
     /// Takes the value of a key away.
-    pub(super) fn take(&mut self, key: &str) -> Option<String> {
+    pub(crate) fn take(&mut self, key: &str) -> Option<String> {
         self.values.remove(key)
     }
 
     /// Takes everything away whose key begins with `prefix` and a dot, without that prefix.
-    pub(super) fn take_below(&mut self, prefix: &str) -> Self {
+    pub(crate) fn take_below(&mut self, prefix: &str) -> Self {
         let dotted = format!("{prefix}.");
         let (below, rest) = std::mem::take(&mut self.values)
             .into_iter()
@@ -84,7 +84,7 @@ impl KeyValues {
     /// # Errors
     ///
     /// A sentence if it is neither.
-    pub(super) fn take_switch(&mut self, key: &str) -> Result<Option<bool>, String> {
+    pub(crate) fn take_switch(&mut self, key: &str) -> Result<Option<bool>, String> {
         match self.take(key).as_deref() {
             None => Ok(None),
             Some("on" | "yes" | "true" | "y") => Ok(Some(true)),
@@ -94,11 +94,11 @@ impl KeyValues {
     }
 
     /// One of the keys that nobody has taken.
-    pub(super) fn left_over(&self) -> Option<&str> {
+    pub(crate) fn left_over(&self) -> Option<&str> {
         self.values.keys().next().map(String::as_str)
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.values.is_empty()
     }
 }
@@ -149,7 +149,7 @@ fn flatten(prefix: String, value: Value, values: &mut BTreeMap<String, String>) 
 }
 
 /// A size as QEMU writes it: bytes, or with one of the suffixes B, K, M, G, T, P, E.
-pub(super) fn parse_size(text: &str) -> Option<u64> {
+pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let (digits, shift) = match text.as_bytes().last()?.to_ascii_lowercase() {
         b'b' => (&text[..text.len() - 1], 0),
         b'k' => (&text[..text.len() - 1], 10),
@@ -164,7 +164,7 @@ pub(super) fn parse_size(text: &str) -> Option<u64> {
 }
 
 /// A number in decimal or, after `0x`, in hexadecimal.
-pub(super) fn parse_number(text: &str) -> Option<u64> {
+pub(crate) fn parse_number(text: &str) -> Option<u64> {
     match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         Some(digits) if !digits.starts_with('+') => u64::from_str_radix(digits, 16).ok(),
         Some(_) => None,

@@ -1,14 +1,21 @@
-//! Exports of other servers as sources: the driver `nbd` and the names that stand for it.
+//! Names of exports as QEMU writes them, on its command lines and into images, and the options of
+//! its driver `nbd`.
 
 use nbd_proto::limits::DEFAULT_PORT;
 use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 
-use super::key_values::KeyValues;
+use crate::key_values::KeyValues;
+
+/// Schemes of NBD URIs.
+pub(crate) const SCHEMES: [&str; 6] =
+    ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
+/// Scheme of names that are the options of a driver of QEMU's, as a JSON object.
+pub(crate) const JSON_SCHEME: &str = "json";
 
 /// Whether a file name is one of a server: `nbd:HOST:PORT`, `nbd:unix:PATH`, or a URI.
-pub(super) fn is_name_of_server(text: &str) -> bool {
+pub(crate) fn is_name_of_server(text: &str) -> bool {
     let scheme = text.split_once(':').map(|(scheme, _)| scheme);
-    matches!(scheme, Some("nbd" | "nbd+tcp" | "nbd+unix" | "nbds" | "nbds+tcp" | "nbds+unix"))
+    scheme.is_some_and(|scheme| SCHEMES.contains(&scheme))
 }
 
 /// The server and export that such a name stands for.
@@ -16,7 +23,7 @@ pub(super) fn is_name_of_server(text: &str) -> bool {
 /// # Errors
 ///
 /// A sentence about what is wrong with it.
-pub(super) fn from_name(text: &str) -> Result<NbdUri, String> {
+pub(crate) fn from_name(text: &str) -> Result<NbdUri, String> {
     let Some(rest) = text.strip_prefix("nbd:").filter(|rest| !rest.starts_with("//")) else {
         return text.parse().map_err(|error: nbd_proto::uri::UriError| error.to_string());
     };
@@ -32,13 +39,52 @@ pub(super) fn from_name(text: &str) -> Result<NbdUri, String> {
     Ok(uri(transport, export_name))
 }
 
+/// The server and export that the name of a backing or data file stands for: as
+/// [`from_name`] has it, or `json:` and the options of the driver `nbd`, alone or below those of an
+/// image format. Which format that is, the image itself says beside the name.
+///
+/// # Errors
+///
+/// A sentence about what is wrong with it, or which driver it wants.
+pub(crate) fn from_name_in_image(text: &str) -> Result<NbdUri, String> {
+    let Some(object) = text.strip_prefix("json:") else { return from_name(text) };
+    let mut options = KeyValues::from_json(object)?;
+    let mut driver = options.take("driver");
+    if let None | Some("raw" | "qcow2") = driver.as_deref() {
+        let below = options.take_below("file");
+        refuse_left_over(driver.as_deref().unwrap_or("raw"), &options)?;
+        options = below;
+        driver = options.take("driver");
+    }
+    match driver.as_deref() {
+        Some("nbd") => {}
+        Some(other) => {
+            return Err(format!(
+                "the image names it by the driver '{other}', and only 'nbd' can be opened here; \
+                 set a plain name with 'nbd-cli image rebase --unsafe'"
+            ));
+        }
+        None => return Err("it names no driver".to_owned()),
+    }
+    let uri = from_options(&mut options)?;
+    refuse_left_over("nbd", &options)?;
+    Ok(uri)
+}
+
+fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {
+    match options.left_over() {
+        None => Ok(()),
+        Some(key) => Err(format!("the option '{key}' of the driver '{driver}' is not supported")),
+    }
+}
+
 /// The server and export that the options of the driver describe, in the nested form or in the flat
 /// one (`host`, `port`, `path`).
 ///
 /// # Errors
 ///
 /// A sentence that names the option.
-pub(super) fn from_options(options: &mut KeyValues) -> Result<NbdUri, String> {
+pub(crate) fn from_options(options: &mut KeyValues) -> Result<NbdUri, String> {
     let mut server = options.take_below("server");
     if server.is_empty() {
         for key in ["host", "port", "path"] {
@@ -115,6 +161,34 @@ mod tests {
             let mut options = KeyValues::parse(text, None).unwrap();
             assert_eq!(from_options(&mut options).unwrap().to_string(), expected);
             assert!(options.is_empty(), "{options:?}");
+        }
+    }
+
+    #[test]
+    fn names_that_qemu_writes_into_images_are_understood() {
+        let unix = "nbd+unix:///disk?socket=/run/s";
+        for name in [
+            unix,
+            "nbd:unix:/run/s:exportname=disk",
+            r#"json:{"driver":"nbd","server":{"type":"unix","path":"/run/s"},"export":"disk"}"#,
+            r#"json:{"driver":"raw","file":{"driver":"nbd","path":"/run/s","export":"disk"}}"#,
+            r#"json:{"file.driver":"nbd","file.path":"/run/s","file.export":"disk"}"#,
+            r#"json:{"server.path":"/run/s","server.type":"unix","export":"disk","driver":"nbd"}"#,
+        ] {
+            assert_eq!(from_name_in_image(name).unwrap().to_string(), unix, "{name}");
+        }
+        for (name, part) in [
+            (r#"json:{"driver":"file","filename":"/etc/passwd"}"#, "'file'"),
+            (r#"json:{"driver":"raw","offset":512,"file":{"driver":"nbd"}}"#, "'offset'"),
+            (r#"json:{"driver":"nbd","path":"/s","tls-creds":"a"}"#, "'tls-creds'"),
+            (r#"json:{"driver":"nbd","path":"/s","more":"a"}"#, "'more'"),
+            (r#"json:{"path":"/s"}"#, "'path'"),
+            (r#"json:{"file":{"path":"/s"}}"#, "no driver"),
+            ("json:[]", "no object"),
+            ("json:{", "no JSON"),
+        ] {
+            let error = from_name_in_image(name).unwrap_err();
+            assert!(error.contains(part), "{name}: {error}");
         }
     }
 

@@ -1,0 +1,136 @@
+//! The map of an export, as its server gives it.
+
+use std::collections::VecDeque;
+
+use nbd_client::{Client, ExtentLimit};
+use nbd_proto::NbdUri;
+use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
+
+use super::Part;
+use crate::connect::{TlsArgs, connect, failed};
+use crate::error::{CommandError, runtime};
+
+/// Hands the parts of an export to `each`, in order.
+pub(super) fn map(
+    uri: &NbdUri,
+    tls: &TlsArgs,
+    each: impl FnMut(Part) -> Result<(), CommandError>,
+) -> Result<(), CommandError> {
+    runtime()?.block_on(walk(uri, tls, each))
+}
+
+async fn walk(
+    uri: &NbdUri,
+    tls: &TlsArgs,
+    mut each: impl FnMut(Part) -> Result<(), CommandError>,
+) -> Result<(), CommandError> {
+    let contexts = [MetaContextName::base_allocation(), depth_context()];
+    let client = connect(&tls.connector(uri).meta_contexts(contexts), uri).await?;
+    let size = client.info().size;
+    if client.meta_contexts().is_empty() && size > 0 {
+        // A server that says nothing has data everywhere.
+        each(part(0, size, AllocationFlags::empty(), None))?;
+    } else {
+        let mut position = 0;
+        while position < size {
+            let mut answer = Answer::ask(&client, position, size - position)
+                .await
+                .map_err(|error| failed(uri, "map", &error))?;
+            while let Some((length, allocation, depth)) = answer.next() {
+                let length = length.min(size - position);
+                each(part(position, length, allocation, depth))?;
+                position += length;
+            }
+        }
+    }
+    // The map is complete; how the connection ends does not matter.
+    let _ = client.disconnect().await;
+    Ok(())
+}
+
+fn depth_context() -> MetaContextName {
+    MetaContextName::new(MetaContextName::QEMU_ALLOCATION_DEPTH)
+        .expect("the constant is the name of a context")
+}
+
+/// What a server says about a range, in one context or in two.
+struct Answer {
+    /// Empty if the server does not have the context.
+    allocation: Option<VecDeque<BlockDescriptor>>,
+    depth: Option<VecDeque<BlockDescriptor>>,
+}
+
+impl Answer {
+    async fn ask(client: &Client, offset: u64, length: u64) -> nbd_client::Result<Self> {
+        let mut answer = Self { allocation: None, depth: None };
+        for (context, descriptors) in client.block_status(offset, length, ExtentLimit::Many).await?
+        {
+            match context.as_str() {
+                MetaContextName::BASE_ALLOCATION => answer.allocation = Some(descriptors.into()),
+                _ => answer.depth = Some(descriptors.into()),
+            }
+        }
+        Ok(answer)
+    }
+
+    /// The next piece for which every context says one thing. The contexts may reach differently
+    /// far: the answer ends where the first of them does.
+    fn next(&mut self) -> Option<(u64, AllocationFlags, Option<u64>)> {
+        let first = |list: &Option<VecDeque<BlockDescriptor>>| match list {
+            Some(list) => list.front().copied().map(Some),
+            None => Some(None),
+        };
+        let (allocation, depth) = (first(&self.allocation)?, first(&self.depth)?);
+        let length = [allocation, depth].iter().flatten().map(|piece| piece.length).min()?;
+        for list in [&mut self.allocation, &mut self.depth].into_iter().flatten() {
+            if let Some(piece) = list.front_mut() {
+                piece.length -= length;
+                if piece.length == 0 {
+                    list.pop_front();
+                }
+            }
+        }
+        let flags = allocation.map_or(0, |piece| piece.flags);
+        let depth = depth.map(|piece| piece.flags);
+        Some((length, AllocationFlags::from_bits_truncate(flags), depth))
+    }
+}
+
+/// As qemu-img shows it; a server that does not tell the layers has but one.
+fn part(start: u64, length: u64, allocation: AllocationFlags, depth: Option<u64>) -> Part {
+    let layer = depth.unwrap_or(1);
+    let present = layer > 0;
+    Part {
+        start,
+        length,
+        depth: u32::try_from(layer.saturating_sub(1)).unwrap_or(u32::MAX),
+        present,
+        zero: allocation.contains(AllocationFlags::STATE_ZERO),
+        data: !allocation.contains(AllocationFlags::STATE_HOLE),
+        compressed: false,
+        offset: present.then_some(start),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_that_reach_differently_far_are_cut_at_all_their_borders() {
+        let list = |pieces: &[(u64, u64)]| {
+            let descriptor = |&(length, flags)| BlockDescriptor { length, flags };
+            Some(pieces.iter().map(descriptor).collect())
+        };
+        let mut answer =
+            Answer { allocation: list(&[(10, 0), (20, 3)]), depth: list(&[(5, 1), (15, 0)]) };
+        let mut pieces = Vec::new();
+        while let Some((length, flags, depth)) = answer.next() {
+            pieces.push((length, flags.bits(), depth));
+        }
+        assert_eq!(pieces, [(5, 0, Some(1)), (5, 0, Some(0)), (10, 3, Some(0))]);
+        let mut alone = Answer { allocation: list(&[(10, 3)]), depth: None };
+        assert_eq!(alone.next().map(|(length, ..)| length), Some(10));
+        assert!(alone.next().is_none());
+    }
+}

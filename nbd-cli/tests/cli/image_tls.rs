@@ -1,0 +1,84 @@
+//! `nbd-cli image` with exports that need TLS.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::support::tls::credentials::add_psk_user;
+use crate::support::tls::{Certificates, TlsServer};
+use crate::support::{Disk, Server, nbd_cli, peer, run, says};
+use crate::tools;
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a plain name")
+}
+
+#[test]
+fn every_image_command_that_takes_exports_takes_certificates() {
+    tools!(nbdkit = "nbdkit");
+    let Some(certificates) = Certificates::any() else { return };
+    let disk = Disk::sparse();
+    let folder = format!("--tls-certificates={}", certificates.good().display());
+    let arguments = ["--tls=require", &folder, "--tls-verify-peer", "file", disk.path()];
+    let server = Server::nbdkit(&nbdkit, &arguments);
+    let uri = server.uri().replacen("nbd+unix", "nbds+unix", 1);
+    let options = [folder.as_str(), "--tls-hostname", "localhost"];
+    let with = |command: &[&str]| nbd_cli(&[&["image"], command, &options].concat());
+
+    assert!(with(&["info", &uri]).success().contains("with TLS"));
+    assert!(with(&["map", &uri]).success().contains("zero"));
+    with(&["measure", "-O", "qcow2", &uri]).success();
+    assert_eq!(with(&["compare", disk.path(), &uri]).success(), "the disks are the same\n");
+    let copy = disk.beside("copy.img");
+    with(&["convert", &uri, &copy]).success();
+    disk.assert_equals(copy);
+
+    says(nbd_cli(&["image", "info", server.uri()]), &["requires TLS", "--tls-certificates"]);
+    // Credentials that nothing uses are a mistake.
+    for command in [&["info", disk.path()][..], &["map", disk.path()], &["measure", "--size", "1"]]
+    {
+        says(with(command), &["--tls-certificates is given", "nbds"]);
+    }
+    assert_eq!(with(&["compare", disk.path(), disk.path()]).code, Some(2));
+}
+
+#[test]
+fn a_pre_shared_key_opens_both_ends_of_a_conversion() {
+    tools!(qemu_nbd = "qemu-nbd", _psktool = "psktool");
+    let disk = Disk::sparse();
+    let file = PathBuf::from(disk.beside("keys.psk"));
+    add_psk_user(&file, "alice");
+    let folder = Path::new(disk.path()).parent().expect("a folder").display().to_string();
+    let object = format!("tls-creds-psk,id=t,endpoint=server,dir={folder}");
+    let blank = disk.blank("blank.img", disk.content().len() as u64);
+    let serve = |path: &str| {
+        let options = ["-f", "raw", "--object", &object, "--tls-creds", "t", path];
+        let server = Server::qemu_nbd(&qemu_nbd, "disk", &options);
+        let uri = server.uri().replacen("nbd+unix:///", "nbds+unix://alice@/", 1);
+        (server, uri)
+    };
+    let ((_from, source), (_to, destination)) = (serve(disk.path()), serve(&blank));
+    let psk = format!("--tls-psk={}", file.display());
+    nbd_cli(&["image", "convert", "--flush", &psk, &source, &destination]).success();
+    nbd_cli(&["image", "compare", &psk, &source, &destination]).success();
+    disk.assert_equals(&blank);
+}
+
+#[test]
+fn a_key_with_a_pass_phrase_is_refused_in_words() {
+    tools!(openssl = "openssl");
+    let Some(certificates) = Certificates::any() else { return };
+    let good = certificates.good();
+    let server = TlsServer::start(&["--tls-certificates", text(&good)]);
+    let folder = server.disk.beside("locked");
+    std::fs::create_dir(&folder).expect("room");
+    for name in ["ca-cert.pem", "client-cert.pem"] {
+        std::fs::copy(good.join(name), Path::new(&folder).join(name)).expect("a copy");
+    }
+    let (key, locked) = (good.join("client-key.pem"), format!("{folder}/client-key.pem"));
+    let arguments = ["pkey", "-in", text(&key), "-out", &locked, "-aes256", "-passout", "pass:x"];
+    peer(&openssl, &arguments);
+    let uri = server.uri_with(Path::new(&folder));
+    // Without a terminal, nobody can be asked.
+    let said = run(Command::new(crate::support::PROGRAM).args(["image", "info", &uri]));
+    says(said, &["client-key.pem", "encrypted", "without a pass phrase"]);
+}
