@@ -281,6 +281,23 @@ fn removing_one_bitmap_keeps_the_bits_of_the_others() {
     assert_eq!(dirty(&image, "fine"), [(0, 1024)]);
 }
 
+/// The first of two changes makes the sidecar out of date, the second leaves no bitmap that would have
+/// to be marked as in use.
+#[test]
+fn what_is_written_behind_two_changes_of_the_list_is_recovered() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    for (level, second) in [("process", "remove"), ("power", "remove"), ("process", "disable")] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = make(folder.path());
+        let script = format!("write:0:512,clear:coarse,{second}:coarse,write:65536:512");
+        die_after(&path, &format!("open:{level},{script}"));
+        assert_eq!(dirty(&open(&path), "fine"), [(0, 512), (65536, 512)], "{level}, {second}");
+        has_no_trace(&path);
+    }
+}
+
 #[test]
 fn a_clean_close_leaves_no_trace() {
     if !qemu::has_qemu() {

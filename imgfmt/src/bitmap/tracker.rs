@@ -203,6 +203,9 @@ impl<S> Alone<'_, S> {
 
     /// Replaces all bitmaps. `is_marked` as for [`Tracker::new`].
     pub(crate) fn replace(&mut self, bitmaps: Vec<Bitmap<S>>, is_marked: bool) {
+        // Without a mark there is no sidecar that is up to date, even if the image says of all that
+        // are left that they are in use. The next change has to make one.
+        let is_marked = is_marked && *self.state.is_marked.get_mut();
         let old = std::mem::replace(&mut *self.state, State::new(bitmaps, is_marked));
         if is_marked {
             // All that note changes did so before, or their bits are stored.

@@ -100,6 +100,7 @@ fn one_step(path: &Path, image: Option<Image>, step: &str) -> Image {
         }
         ["clear", name] => BitmapChange::Clear { name: named(name) },
         ["enable", name] => BitmapChange::Enable { name: named(name) },
+        ["disable", name] => BitmapChange::Disable { name: named(name) },
         ["remove", name] => BitmapChange::Remove { name: named(name) },
         ["merge", into, from] => BitmapChange::Merge { into: named(into), from: named(from) },
         _ => panic!("unknown step {step}"),
