@@ -117,6 +117,8 @@ pub struct OpenOptions {
     pub metadata_cache_bytes: Option<u64>,
     /// What the dirty bitmaps survive that note changes while the image is open.
     pub survives: Survives,
+    #[cfg(any(test, feature = "test-util"))]
+    pub(crate) sidecar_folder: Option<std::sync::Arc<crate::sidecar::RecordedFolder>>,
 }
 
 impl OpenOptions {
@@ -171,6 +173,17 @@ impl OpenOptions {
     #[must_use]
     pub fn survives(mut self, survives: Survives) -> Self {
         self.survives = survives;
+        self
+    }
+
+    /// Keeps the sidecar of dirty bitmaps in a folder of a recording rather than beside the image.
+    #[cfg(any(test, feature = "test-util"))]
+    #[must_use]
+    pub fn sidecar_folder(
+        mut self,
+        folder: &std::sync::Arc<crate::storage::fault::RecordedFolder>,
+    ) -> Self {
+        self.sidecar_folder = Some(std::sync::Arc::clone(folder));
         self
     }
 

@@ -60,7 +60,7 @@ impl Qcow2 {
         };
         let l1 = read_words(&*file, l1_offset, l1_entries as usize)?;
         let bitmaps = match &options.snapshot {
-            None => Bitmaps::open(&*file, &header, options.survives),
+            None => Bitmaps::open(&*file, &header, options),
             // They speak of the present state.
             Some(_) => Bitmaps::none(),
         };

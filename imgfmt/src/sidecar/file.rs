@@ -13,7 +13,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 
 use super::layout::{self, DESCRIPTORS_OFFSET, Description, LOG_OFFSET, Layout, SLOT_BYTES};
 use super::map::WordMap;
-use super::{Store, nanoseconds, now_nanoseconds};
+use super::{FoundBytes, Home, Store, nanoseconds, now_nanoseconds};
 use crate::error::is_not_supported;
 use crate::options::{Access, Survives};
 
@@ -51,8 +51,8 @@ impl SidecarPlace {
         Ok(Self { folder: File::open(folder)?, name: with(SUFFIX), new_name: with(NEW_SUFFIX) })
     }
 
-    /// Makes a new file with these bits and puts it in the place of the one that is there, if any.
-    pub(crate) fn create(
+    /// As [`Home::create`].
+    pub(super) fn create_file(
         &self,
         description: &Description,
         words: InitialWords<'_>,
@@ -96,12 +96,8 @@ impl SidecarPlace {
         Ok(SidecarFile { place, file, inode, map })
     }
 
-    /// Opens the file that is there. It is locked while it is open.
-    ///
-    /// # Errors
-    ///
-    /// `WouldBlock` if somebody uses it.
-    pub(crate) fn open(&self, access: Access) -> io::Result<Option<File>> {
+    /// As [`Home::open`]. The file is locked while it is open.
+    pub(super) fn open_file(&self, access: Access) -> io::Result<Option<File>> {
         let mode = match access {
             Access::ReadOnly => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
@@ -124,17 +120,36 @@ impl SidecarPlace {
         Ok(Some(file))
     }
 
-    /// Takes the file away, if there is one.
-    pub(crate) fn remove(&self) -> io::Result<()> {
-        self.unlink(&self.name)?;
-        self.folder.sync_all()
-    }
-
     fn unlink(&self, name: &OsStr) -> io::Result<()> {
         match rustix::fs::unlinkat(&self.folder, name, AtFlags::empty()) {
             Err(Errno::NOENT) => Ok(()),
             other => other.map_err(io::Error::from),
         }
+    }
+}
+
+impl Home for SidecarPlace {
+    fn create(
+        &self,
+        description: &Description,
+        words: InitialWords<'_>,
+    ) -> io::Result<Box<dyn Store>> {
+        Ok(Box::new(self.create_file(description, words)?))
+    }
+
+    fn open(&self, access: Access) -> io::Result<Option<Box<dyn FoundBytes>>> {
+        let found = self.open_file(access)?;
+        Ok(found.map(|file| Box::new(file) as Box<dyn FoundBytes>))
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        self.unlink(&self.name)?;
+        self.folder.sync_all()
+    }
+
+    fn boot_id(&self) -> String {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+        id.map(|id| id.trim_end().to_owned()).unwrap_or_default()
     }
 }
 

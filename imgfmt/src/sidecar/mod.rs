@@ -15,6 +15,8 @@ mod file;
 mod layout;
 mod log;
 mod map;
+#[cfg(any(test, feature = "test-util"))]
+mod recorded;
 mod recover;
 
 use std::fmt;
@@ -23,13 +25,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::options::Survives;
+use crate::options::{Access, Survives};
+use file::InitialWords;
 use layout::Layout;
 use log::ActivityLog;
 
 pub(crate) use file::SidecarPlace;
 pub(crate) use layout::{BitmapDescriptor, Description, Fingerprint, Identity, LogShape};
-pub(crate) use recover::{Distrust, Recovery, Trust};
+#[cfg(any(test, feature = "test-util"))]
+pub use recorded::RecordedFolder;
+pub(crate) use recover::{Distrust, FoundBytes, Recovery, Trust};
 
 /// The time of the last change is written down again when it is older than this.
 const LIVENESS_NANOSECONDS: u64 = 100_000_000;
@@ -57,6 +62,35 @@ pub struct BitmapSafety {
     pub recovered: Vec<String>,
     /// How much was recovered in addition to what had changed.
     pub precision: RecoveryPrecision,
+}
+
+/// Where the sidecar of an image is: in the folder of the image, or in one that only tests have.
+pub(crate) trait Home: Send + Sync + fmt::Debug {
+    /// Makes a new sidecar with these bits and puts it in the place of the one that is there, if
+    /// any. Durable on return, at the level of power loss.
+    fn create(
+        &self,
+        description: &Description,
+        words: InitialWords<'_>,
+    ) -> io::Result<Box<dyn Store>>;
+
+    /// Opens the sidecar that is there, if any. Nobody else can as long as it is open.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if somebody uses it.
+    fn open(&self, access: Access) -> io::Result<Option<Box<dyn FoundBytes>>>;
+
+    /// Takes the sidecar away, if there is one; durable on return.
+    fn remove(&self) -> io::Result<()>;
+
+    /// The boot of this machine; empty if the system does not say.
+    fn boot_id(&self) -> String;
+
+    /// The shape of the activity log for a disk of this size in bytes.
+    fn log_shape(&self, disk_size: u64) -> LogShape {
+        LogShape::for_disk(disk_size)
+    }
 }
 
 /// Where a sidecar's bytes live: a mapped file, or memory that remembers in tests.

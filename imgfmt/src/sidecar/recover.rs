@@ -22,19 +22,38 @@ const SLACK_NANOSECONDS: u64 = 2_000_000_000;
 /// A recovery may change the image for so long.
 const RECOVERY_NANOSECONDS: u64 = 60_000_000_000;
 
-/// Bytes that can be read at any place.
-pub(crate) trait ReadAt {
+/// The bytes of a sidecar that was found.
+pub(crate) trait FoundBytes: fmt::Debug {
     fn length(&self) -> io::Result<u64>;
-    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 }
 
-impl ReadAt for File {
+impl FoundBytes for File {
     fn length(&self) -> io::Result<u64> {
         Ok(self.metadata()?.len())
     }
 
-    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.read_exact_at(buffer, offset)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+}
+
+impl FoundBytes for Box<dyn FoundBytes> {
+    fn length(&self) -> io::Result<u64> {
+        (**self).length()
+    }
+
+    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        (**self).read_bytes(offset, buffer)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        (**self).write(offset, bytes)
     }
 }
 
@@ -111,7 +130,7 @@ pub(crate) struct Recovery<R> {
     hot: Vec<(u64, u64)>,
 }
 
-impl<R: ReadAt> Recovery<R> {
+impl<R: FoundBytes> Recovery<R> {
     /// Examines a sidecar: whether it belongs to `identity`, the image is as it was left, and enough
     /// has survived.
     pub(crate) fn examine(
@@ -121,7 +140,7 @@ impl<R: ReadAt> Recovery<R> {
         boot_id: &str,
     ) -> Result<Self, Distrust> {
         let mut header = [0; HEADER_BYTES];
-        bytes.read_exact(0, &mut header)?;
+        bytes.read_bytes(0, &mut header)?;
         let (mut description, count, crc, length) =
             layout::decode_header(&header).map_err(Distrust::Damaged)?;
         if description.identity != identity {
@@ -132,7 +151,7 @@ impl<R: ReadAt> Recovery<R> {
             return Err(Distrust::Damaged("it has not the length it should have"));
         }
         let mut descriptors = vec![0; descriptors_length(count) as usize];
-        bytes.read_exact(DESCRIPTORS_OFFSET, &mut descriptors)?;
+        bytes.read_bytes(DESCRIPTORS_OFFSET, &mut descriptors)?;
         description.bitmaps =
             layout::decode_descriptors(&descriptors, crc).map_err(Distrust::Damaged)?;
         let layout = Layout::of(&description).filter(|layout| layout.length == length);
@@ -143,7 +162,7 @@ impl<R: ReadAt> Recovery<R> {
             return Err(Distrust::PowerLoss);
         }
         let mut alive = [0; 8];
-        bytes.read_exact(layout::LIVENESS_WORD as u64 * 8, &mut alive)?;
+        bytes.read_bytes(layout::LIVENESS_WORD as u64 * 8, &mut alive)?;
         compare(description.image, image, u64::from_le_bytes(alive), trust)?;
         let hot = match trust {
             Trust::SameBoot => Vec::new(),
@@ -176,7 +195,7 @@ impl<R: ReadAt> Recovery<R> {
         let found = self.description.bitmaps.iter().position(|bitmap| bitmap == wanted);
         let Some(number) = found else { return Ok(None) };
         let mut bytes = vec![0; (wanted.word_count() * 8) as usize];
-        self.bytes.read_exact(self.layout.word_offsets[number], &mut bytes)?;
+        self.bytes.read_bytes(self.layout.word_offsets[number], &mut bytes)?;
         let (words, _) = bytes.as_chunks::<8>();
         let mut words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         for (start, end) in &self.hot {
@@ -190,16 +209,14 @@ impl<R: ReadAt> Recovery<R> {
         }
         Ok(Some(words))
     }
-}
 
-impl Recovery<File> {
     /// Notes that we are about to change the image, so that it is still believed if the recovery
     /// itself is interrupted.
     pub(crate) fn extend_life(&self) {
         let until = now_nanoseconds().saturating_add(RECOVERY_NANOSECONDS);
         let offset = layout::LIVENESS_WORD as u64 * 8;
         // If that fails an interrupted recovery will be taken for a foreign writer.
-        let _ = self.bytes.write_all_at(&until.to_le_bytes(), offset);
+        let _ = self.bytes.write(offset, &until.to_le_bytes());
     }
 }
 
@@ -227,11 +244,14 @@ fn compare(then: Fingerprint, now: Fingerprint, alive: u64, trust: Trust) -> Res
 }
 
 /// The byte ranges of the extents that the log names.
-fn read_log(bytes: &impl ReadAt, description: &Description) -> Result<Vec<(u64, u64)>, Distrust> {
+fn read_log(
+    bytes: &impl FoundBytes,
+    description: &Description,
+) -> Result<Vec<(u64, u64)>, Distrust> {
     let size = description.disk_size;
     let extent_bits = description.log.extent_bits;
     let mut slots = vec![0; description.log.slots * SLOT_BYTES];
-    bytes.read_exact(LOG_OFFSET, &mut slots)?;
+    bytes.read_bytes(LOG_OFFSET, &mut slots)?;
     let mut extents = Vec::new();
     for slot in slots.chunks_exact(SLOT_BYTES) {
         let named = layout::decode_slot(slot, description.epoch).map_err(Distrust::Damaged)?;

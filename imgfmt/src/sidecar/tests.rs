@@ -6,7 +6,7 @@ mod store;
 mod threads;
 
 use super::layout::LogShape;
-use super::recover::ReadAt;
+use super::recover::FoundBytes;
 use super::*;
 
 pub(super) const BOOT: &str = "00000000-1111-2222-3333-444444444444";
@@ -36,7 +36,7 @@ pub(super) fn description(
 }
 
 /// Examines bytes that should be trusted.
-pub(super) fn recovery<R: ReadAt>(
+pub(super) fn recovery<R: FoundBytes>(
     bytes: R,
     description: &Description,
     boot_id: &str,
@@ -44,16 +44,20 @@ pub(super) fn recovery<R: ReadAt>(
     Recovery::examine(bytes, description.identity, description.image, boot_id)
 }
 
-impl ReadAt for Vec<u8> {
+impl FoundBytes for Vec<u8> {
     fn length(&self) -> io::Result<u64> {
         Ok(self.len() as u64)
     }
 
-    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         let end = (offset as usize).saturating_add(buffer.len());
         let found = self.get(offset as usize..end).ok_or(io::ErrorKind::UnexpectedEof)?;
         buffer.copy_from_slice(found);
         Ok(())
+    }
+
+    fn write(&self, _: u64, _: &[u8]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

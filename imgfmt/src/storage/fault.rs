@@ -4,10 +4,15 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::{Capabilities, Durability, MemoryStorage, Storage, StorageExtent, TryRead};
+use super::{
+    Capabilities, Durability, FileIdentity, MemoryStorage, Storage, StorageExtent, TryRead,
+};
 use crate::units::HostOffset;
+
+pub use crate::sidecar::RecordedFolder;
 
 /// What a disk writes at once or not at all, in bytes.
 pub const SECTOR: u64 = 512;
@@ -18,8 +23,49 @@ const EIO: i32 = 5;
 /// What several storages did, in one order: an image and its data file crash at the same instant.
 #[derive(Clone, Debug, Default)]
 pub struct Recording {
-    log: Arc<Mutex<Vec<(usize, Change)>>>,
+    log: Arc<Mutex<Log>>,
     storages: Arc<Mutex<usize>>,
+}
+
+#[derive(Debug, Default)]
+struct Log {
+    changes: Vec<(usize, Change)>,
+    /// What is stored there belongs to the page cache at once, as changes of a storage.
+    mapped: Vec<Weak<MappedWords>>,
+}
+
+/// A storage as it looks mapped into memory.
+#[derive(Debug)]
+pub(crate) struct MappedWords {
+    words: Vec<AtomicU64>,
+    /// What the recording knows of it.
+    recorded: Mutex<Vec<u64>>,
+    inner: Arc<MemoryStorage>,
+    number: usize,
+}
+
+impl MappedWords {
+    /// All bytes, as little-endian words.
+    pub(crate) fn words(&self) -> &[AtomicU64] {
+        &self.words
+    }
+
+    /// Records what was stored since the last time.
+    fn capture(&self, changes: &mut Vec<(usize, Change)>) -> io::Result<()> {
+        let mut recorded = lock(&self.recorded);
+        for (index, (word, old)) in self.words.iter().zip(recorded.iter_mut()).enumerate() {
+            let now = word.load(Relaxed);
+            if now != *old {
+                let (offset, data) = (index as u64 * 8, u64::from_le(now).to_le_bytes());
+                self.inner.write_at(HostOffset::new(offset), &data, Durability::Cached)?;
+                let data = data.as_slice().into();
+                let change = Change::Write { offset, data, durability: Durability::Cached };
+                changes.push((self.number, change));
+                *old = now;
+            }
+        }
+        Ok(())
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -61,7 +107,7 @@ impl Recording {
         let number = *storages;
         *storages += 1;
         Arc::new(RecordingStorage {
-            inner: MemoryStorage::from_bytes(bytes),
+            inner: Arc::new(MemoryStorage::from_bytes(bytes)),
             start: bytes.into(),
             number,
             recording: self.clone(),
@@ -70,14 +116,14 @@ impl Recording {
 
     /// How many changes have been recorded.
     pub fn position(&self) -> usize {
-        lock(&self.log).len()
+        lock(&self.log).changes.len()
     }
 }
 
 /// Records every change and can tell what a crash after any of them could leave.
 #[derive(Debug)]
 pub struct RecordingStorage {
-    inner: MemoryStorage,
+    inner: Arc<MemoryStorage>,
     start: Arc<[u8]>,
     number: usize,
     recording: Recording,
@@ -96,7 +142,7 @@ impl RecordingStorage {
         below: &mut dyn FnMut(u64) -> u64,
     ) -> Vec<u8> {
         let log = lock(&self.recording.log);
-        let own = log[..position].iter().filter(|(number, _)| *number == self.number);
+        let own = log.changes[..position].iter().filter(|(number, _)| *number == self.number);
         let changes: Vec<&Change> = own.map(|(_, change)| change).collect();
         drop_after(&self.start, &changes, loss, below)
     }
@@ -113,9 +159,33 @@ impl RecordingStorage {
     /// Carries a change out and records it, so that no sync can come between the two.
     fn change(&self, change: Change, apply: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         let mut log = lock(&self.recording.log);
+        let Log { changes, mapped } = &mut *log;
+        mapped.retain(|mapped| mapped.strong_count() > 0);
+        for mapped in mapped.iter().filter_map(Weak::upgrade) {
+            mapped.capture(changes)?;
+        }
         apply()?;
-        log.push((self.number, change));
+        changes.push((self.number, change));
         Ok(())
+    }
+
+    /// Maps the storage, which must not be written in any other way from now on to places that are
+    /// stored to. Whatever was stored before a change of any storage of the recording is in the
+    /// recording before it.
+    pub(crate) fn map(&self) -> Arc<MappedWords> {
+        let mut bytes = self.content();
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        let (words, _) = bytes.as_chunks::<8>();
+        let recorded: Vec<u64> =
+            words.iter().map(|word| u64::from_le_bytes(*word).to_le()).collect();
+        let mapped = Arc::new(MappedWords {
+            words: recorded.iter().map(|word| AtomicU64::new(*word)).collect(),
+            recorded: Mutex::new(recorded),
+            inner: Arc::clone(&self.inner),
+            number: self.number,
+        });
+        lock(&self.recording.log).mapped.push(Arc::downgrade(&mapped));
+        mapped
     }
 }
 
@@ -221,6 +291,10 @@ impl Storage for RecordingStorage {
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         self.inner.next_extent(offset, length)
+    }
+
+    fn identity(&self) -> Option<FileIdentity> {
+        Some(FileIdentity { device: 0, inode: self.number as u64 + 1 })
     }
 }
 
@@ -437,6 +511,10 @@ impl Storage for FailingStorage {
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         self.inner.next_extent(offset, length)
+    }
+
+    fn identity(&self) -> Option<FileIdentity> {
+        self.inner.identity()
     }
 }
 

@@ -1,6 +1,8 @@
 //! A disk of which every state is remembered: what reads must show, and what a crash may leave.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::print_stdout)]
 
+pub mod joint;
+pub mod promises;
 pub mod subjects;
 
 use std::ops::Range;

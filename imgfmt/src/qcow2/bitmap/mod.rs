@@ -26,7 +26,8 @@ use crate::bitmap::{
     Recorded, Recording, State, Tracker,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::options::Survives;
+use crate::options::OpenOptions;
+use crate::sidecar::Home;
 use crate::storage::Storage;
 use crate::units::GuestRange;
 use directory::{Entry, Place, flag};
@@ -49,6 +50,8 @@ pub(crate) struct Bitmaps {
     size_peak: u64,
     /// What makes them survive a crash.
     session: Mutex<Session>,
+    /// Where the sidecar is; `None` means beside the image.
+    sidecar_home: Option<Arc<dyn Home>>,
 }
 
 /// Where bitmaps are in the file.
@@ -73,11 +76,12 @@ impl Bitmaps {
             memory_bytes: AtomicU64::new(0),
             size_peak: 0,
             session: Mutex::default(),
+            sidecar_home: None,
         }
     }
 
     /// Reads what an image says about its bitmaps, but none of their bits.
-    pub(super) fn open(storage: &dyn Storage, header: &Header, survives: Survives) -> Self {
+    pub(super) fn open(storage: &dyn Storage, header: &Header, options: &OpenOptions) -> Self {
         let (directory, entries, damage) = match directory::read(storage, header) {
             Ok(None) => (None, Vec::new(), None),
             Ok(Some((place, entries))) => (Some(place), entries, None),
@@ -99,9 +103,23 @@ impl Bitmaps {
             disk,
             memory_bytes: AtomicU64::new(0),
             size_peak: header.size,
-            session: Mutex::new(Session::new(survives)),
+            session: Mutex::new(Session::new(options.survives)),
+            sidecar_home: sidecar_home(options),
         }
     }
+}
+
+/// Where the options say that the sidecar is.
+#[cfg(any(test, feature = "test-util"))]
+fn sidecar_home(options: &OpenOptions) -> Option<Arc<dyn Home>> {
+    let folder = options.sidecar_folder.as_ref()?;
+    Some(Arc::new(Arc::clone(folder)))
+}
+
+/// Where the options say that the sidecar is: nothing else than beside the image.
+#[cfg(not(any(test, feature = "test-util")))]
+fn sidecar_home(_: &OpenOptions) -> Option<Arc<dyn Home>> {
+    None
 }
 
 fn bitmap_of(entry: Entry) -> Bitmap<Entry> {

@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 
@@ -22,7 +23,7 @@ use crate::qcow2::header::{autoclear, u64_at};
 use crate::qcow2::header_edit::{change_autoclear, put_extension, remove_extension};
 use crate::qcow2::writer::lock;
 use crate::sidecar::{
-    BitmapDescriptor, BitmapSafety, Description, Distrust, Fingerprint, Identity, LogShape,
+    BitmapDescriptor, BitmapSafety, Description, Distrust, Fingerprint, FoundBytes, Home, Identity,
     Recovery, RecoveryPrecision, Sidecar, SidecarPlace, Trust,
 };
 use crate::units::HostOffset;
@@ -43,7 +44,7 @@ pub(super) struct Session {
 }
 
 /// A sidecar that was found and is believed, or why not.
-pub(in crate::qcow2) type Found = Result<Recovery<File>, Distrust>;
+pub(in crate::qcow2) type Found = Result<Recovery<Box<dyn FoundBytes>>, Distrust>;
 
 impl Session {
     pub(super) fn new(survives: Survives) -> Self {
@@ -73,7 +74,7 @@ impl Qcow2 {
         let access = if self.writer.is_some() { Access::ReadWrite } else { Access::ReadOnly };
         let file = place.open(access)?.ok_or(Distrust::Missing)?;
         let image = self.fingerprint().ok_or(Distrust::Missing)?;
-        let recovery = Recovery::examine(file, identity, image, &boot_id())?;
+        let recovery = Recovery::examine(file, identity, image, &place.boot_id())?;
         match recovery.disk_size() == self.size {
             true => Ok(recovery),
             false => Err(Distrust::OtherSize),
@@ -128,7 +129,11 @@ impl Qcow2 {
         }
     }
 
-    fn recover(&self, found: &Recovery<File>, bitmap: &mut Bitmap<Entry>) -> Result<(), String> {
+    fn recover(
+        &self,
+        found: &Recovery<Box<dyn FoundBytes>>,
+        bitmap: &mut Bitmap<Entry>,
+    ) -> Result<(), String> {
         let wanted = self.descriptor(bitmap);
         self.take_memory(wanted.word_count() * 8)?;
         let words = match found.words(&wanted) {
@@ -197,22 +202,22 @@ impl Qcow2 {
         identity: Identity,
         bitmaps: &[(&Bitmap<Entry>, &Arc<Bits>)],
     ) -> Result<Arc<Sidecar>> {
+        let place = self.sidecar_place()?;
         let description = Description {
             survives: session.survives,
             identity,
             epoch: session.epoch,
             disk_size: self.size,
-            log: LogShape::for_disk(self.size),
-            boot_id: boot_id(),
+            log: place.log_shape(self.size),
+            boot_id: place.boot_id(),
             image: self.fingerprint().ok_or_else(no_file)?,
             bitmaps: bitmaps.iter().map(|(bitmap, _)| self.descriptor(bitmap)).collect(),
         };
         let words = |bitmap: usize, word: u64| {
             bitmaps[bitmap].1.words().get(word as usize).map_or(0, |word| word.load(Relaxed))
         };
-        let place = self.sidecar_place()?;
-        let file = place.create(&description, &words).map_err(sidecar_error)?;
-        Sidecar::new(Box::new(file), &description).ok_or_else(no_file)
+        let store = place.create(&description, &words).map_err(sidecar_error)?;
+        Sidecar::new(store, &description).ok_or_else(no_file)
     }
 
     /// Ends the session once every bitmap is stored: the image is as if there had been none.
@@ -279,9 +284,13 @@ impl Qcow2 {
             .map_err(|error| self.named(error))
     }
 
-    fn sidecar_place(&self) -> Result<SidecarPlace> {
+    fn sidecar_place(&self) -> Result<Arc<dyn Home>> {
+        if let Some(home) = &self.bitmaps.sidecar_home {
+            return Ok(Arc::clone(home));
+        }
         let path = self.path.as_deref().ok_or_else(no_file)?;
-        SidecarPlace::beside(path).map_err(sidecar_error)
+        let place = SidecarPlace::beside(path).map_err(sidecar_error)?;
+        Ok(Arc::new(place))
     }
 
     fn descriptor(&self, bitmap: &Bitmap<Entry>) -> BitmapDescriptor {
@@ -295,20 +304,27 @@ impl Qcow2 {
     /// What the image's file looks like; `None` if it is not an ordinary file.
     fn fingerprint(&self) -> Option<Fingerprint> {
         let inode = self.file.identity()?.inode;
-        let status = rustix::fs::fstat(self.file.as_fd()?).ok()?;
+        let length = self.file.len().ok()?;
+        let modified = self.file.as_fd().map_or(Some(0), modification_time)?;
         let mut header = [0; 112];
         self.file.read_exact_at(HostOffset::new(0), &mut header).ok()?;
         // Magic, version; cluster_bits; crypt_method; refcount_order and header_length.
         let fixed = [0..8, 20..24, 32..36, 96..104];
         let fixed: Vec<u8> = fixed.into_iter().flat_map(|part| header[part].to_vec()).collect();
-        let seconds = u64::try_from(status.st_mtime).unwrap_or(0);
         (inode != 0).then(|| Fingerprint {
             inode,
-            length: u64::try_from(status.st_size).unwrap_or(0),
-            modified: seconds.saturating_mul(1_000_000_000) + status.st_mtime_nsec as u64,
+            length,
+            modified,
             header_crc: crc32fast::hash(&fixed),
         })
     }
+}
+
+/// Nanoseconds since 1970.
+fn modification_time(file: BorrowedFd<'_>) -> Option<u64> {
+    let status = rustix::fs::fstat(file).ok()?;
+    let seconds = u64::try_from(status.st_mtime).unwrap_or(0);
+    Some(seconds.saturating_mul(1_000_000_000).saturating_add(status.st_mtime_nsec as u64))
 }
 
 /// Whether a bitmap noted changes when the image was left.
@@ -325,12 +341,6 @@ fn encode_identity(identity: Identity) -> Vec<u8> {
 fn decode_identity(content: &[u8]) -> Option<Identity> {
     let uuid = content.get(..16)?.try_into().ok()?;
     (content.len() == 24).then(|| Identity { uuid, generation: u64_at(content, 16) })
-}
-
-/// The boot of this machine; empty if the system does not say.
-fn boot_id() -> String {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    id.map(|id| id.trim_end().to_owned()).unwrap_or_default()
 }
 
 fn new_uuid() -> std::io::Result<[u8; 16]> {

@@ -17,14 +17,15 @@ fn the_file_is_private_has_its_length_and_starts_with_the_given_bits() {
     let folder = tempfile::tempdir().unwrap();
     let place = SidecarPlace::beside(&image(&folder)).unwrap();
     let description = description(Survives::PowerLoss, 1 << 20, &[9, 16]);
-    let file = place.create(&description, &|bitmap, word| (bitmap as u64) << 32 | word).unwrap();
+    let file =
+        place.create_file(&description, &|bitmap, word| (bitmap as u64) << 32 | word).unwrap();
     let metadata = std::fs::metadata(folder.path().join("disk.qcow2.dirty")).unwrap();
     assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
     assert_eq!(metadata.len(), file.words().len() as u64 * 8);
     assert!(!folder.path().join("disk.qcow2.dirty.new").exists());
-    assert!(place.open(Access::ReadOnly).is_err(), "it is locked while it is in use");
+    assert!(place.open_file(Access::ReadOnly).is_err(), "it is locked while it is in use");
     drop(file);
-    let found = place.open(Access::ReadWrite).unwrap().unwrap();
+    let found = place.open_file(Access::ReadWrite).unwrap().unwrap();
     let recovery = recovery(found, &description, BOOT).unwrap();
     let words = recovery.words(&description.bitmaps[0]).unwrap().unwrap();
     assert_eq!(words, (0..32).collect::<Vec<u64>>());
@@ -40,9 +41,9 @@ fn links_are_not_followed_and_what_they_point_to_stays() {
         std::os::unix::fs::symlink(&other, folder.path().join(name)).unwrap();
     }
     let place = SidecarPlace::beside(&path).unwrap();
-    assert!(place.open(Access::ReadWrite).is_err());
+    assert!(place.open_file(Access::ReadWrite).is_err());
     let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
-    let file = place.create(&description, &|_, _| 0).unwrap();
+    let file = place.create_file(&description, &|_, _| 0).unwrap();
     let metadata = std::fs::symlink_metadata(folder.path().join("disk.qcow2.dirty")).unwrap();
     assert!(metadata.is_file());
     assert_eq!(std::fs::read(&other).unwrap(), b"precious");
@@ -58,7 +59,7 @@ fn an_image_has_the_same_sidecar_by_whatever_link_it_is_reached() {
     std::os::unix::fs::symlink(&path, &link).unwrap();
     let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
     let place = SidecarPlace::beside(&link).unwrap();
-    let _file = place.create(&description, &|_, _| 0).unwrap();
+    let _file = place.create_file(&description, &|_, _| 0).unwrap();
     assert!(folder.path().join("disk.qcow2.dirty").exists());
 }
 
@@ -67,9 +68,9 @@ fn a_new_epoch_takes_the_place_of_the_old_file_which_then_removes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let place = SidecarPlace::beside(&image(&folder)).unwrap();
     let mut description = description(Survives::ProcessDeath, 1 << 20, &[16]);
-    let old = place.create(&description, &|_, _| 0).unwrap();
+    let old = place.create_file(&description, &|_, _| 0).unwrap();
     description.epoch += 1;
-    let new = place.create(&description, &|_, _| 0).unwrap();
+    let new = place.create_file(&description, &|_, _| 0).unwrap();
     old.remove().unwrap();
     assert!(folder.path().join("disk.qcow2.dirty").exists());
     new.remove().unwrap();
