@@ -24,7 +24,6 @@ pub(crate) const V3_LENGTH_MIN: u64 = 104;
 /// Offsets of the fields that are changed in place.
 pub(crate) mod field {
     pub(crate) const SIZE: u64 = 24;
-    pub(crate) const L1_SIZE: u64 = 36;
     pub(crate) const REFCOUNT_TABLE_OFFSET: u64 = 48;
     pub(crate) const SNAPSHOT_COUNT: u64 = 60;
     pub(crate) const INCOMPATIBLE: u64 = 72;

@@ -30,6 +30,7 @@ mod preallocate;
 mod read;
 mod refcount;
 mod resize;
+mod shrink;
 mod snapshot;
 mod snapshot_change;
 mod tables;

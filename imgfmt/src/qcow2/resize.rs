@@ -30,40 +30,63 @@ impl Qcow2 {
         // What is cut off reads as zero before the size has changed, and if that fails it stays.
         drop(self.before_change(span(size.min(old_size), old_size))?);
         self.flush_all()?;
-        if size < self.size {
-            self.drop_clusters(size)?;
-        } else {
-            self.grow_l1(size)?;
-            // The rest of the last cluster holds anything, and the backing file may be longer.
-            let cluster_end = self.size.next_multiple_of(self.geometry().cluster_size()).min(size);
-            let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size).min(size);
-            let stale = span(self.size, cluster_end.max(backing_end));
-            if !stale.is_empty() {
-                self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;
-            }
+        if size < old_size {
+            self.bitmaps_before_resize()?;
+            let old_l1 = self.switch_to_smaller(size)?;
+            // The disk is smaller, whatever happens now.
+            self.bitmaps_after_resize(old_size)?;
+            self.free_behind(size, &old_l1)?;
+            return self.resize_data_file(old_size, size);
         }
-        self.resize_data_file(size)?;
+        self.grow_l1(size)?;
+        // The rest of the last cluster holds anything, and the backing file may be longer.
+        let cluster_end = self.size.next_multiple_of(self.geometry().cluster_size()).min(size);
+        let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size).min(size);
+        let stale = span(self.size, cluster_end.max(backing_end));
+        if !stale.is_empty() {
+            self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;
+        }
+        self.resize_data_file(old_size, size)?;
         self.flush_all()?;
         self.bitmaps_before_resize()?;
-        self.write_header(field::SIZE, &size.to_be_bytes())?;
-        // Whether the sync succeeds or not, this is what the file says now.
-        self.size = size;
-        self.header.size = size;
-        self.sync_header()?;
+        self.write_disk_fields(size, self.header.l1_entries, self.header.l1_offset)?;
         self.bitmaps_after_resize(old_size)
     }
 
+    /// Changes the size of the disk and the place of the L1 table with one write of the header,
+    /// and syncs it. They are always written together: of two writes that had to be repeated after
+    /// an error, one could undo a part of the other.
+    pub(super) fn write_disk_fields(
+        &mut self,
+        size: u64,
+        l1_entries: u32,
+        l1_offset: u64,
+    ) -> Result<()> {
+        let mut fields = [0; 24];
+        fields[..8].copy_from_slice(&size.to_be_bytes());
+        // Between them is the method of encryption: none.
+        fields[12..16].copy_from_slice(&l1_entries.to_be_bytes());
+        fields[16..].copy_from_slice(&l1_offset.to_be_bytes());
+        self.write_header(field::SIZE, &fields)?;
+        // Whether the sync succeeds or not, this is what the file says now.
+        self.size = size;
+        self.header.size = size;
+        self.header.l1_entries = l1_entries;
+        self.header.l1_offset = l1_offset;
+        self.sync_header()
+    }
+
     /// Gives the data file the length of the disk, as QEMU does: a raw one is to be the disk.
-    fn resize_data_file(&self, size: u64) -> Result<()> {
+    fn resize_data_file(&self, old_size: u64, size: u64) -> Result<()> {
         if !self.format.has_data_file {
             return Ok(());
         }
         let name = |error| self.named(Error::from_io("resize the data file of", error));
         let length = self.data.len().map_err(name)?;
-        if size > self.size && length > self.size {
+        if size > old_size && length > old_size {
             // What lies behind the end of the disk was never part of it.
-            let stale = length.min(size) - self.size;
-            let start = HostOffset::new(self.size);
+            let stale = length.min(size) - old_size;
+            let start = HostOffset::new(old_size);
             let zeroed = self.data.write_zeroes(start, stale, ZeroMode::MayUnmap, Speed::Any);
             zeroed.map_err(name)?;
         }
@@ -91,12 +114,12 @@ impl Qcow2 {
         }
         let mut l1: Vec<u64> = self.l1.iter().map(|entry| entry.load(Acquire)).collect();
         l1.resize(needed as usize, 0);
-        self.replace_l1(l1)
+        self.replace_l1(l1, self.size)
     }
 
-    /// Writes the L1 table to a new place and switches to it with one write of the header. The
-    /// clusters of the old one are freed.
-    pub(super) fn replace_l1(&mut self, l1: Vec<u64>) -> Result<()> {
+    /// Writes the L1 table to a new place and switches to it, and to a size of the disk, with one
+    /// write of the header. The clusters of the old one are freed.
+    pub(super) fn replace_l1(&mut self, l1: Vec<u64>, size: u64) -> Result<()> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(l1.len() as u64 * 8);
         let writer = self.writer()?;
@@ -110,20 +133,19 @@ impl Qcow2 {
             self.release(&[reserved]);
             return Err(error);
         }
-        let mut fields = [0; 12];
-        fields[..4].copy_from_slice(&(l1.len() as u32).to_be_bytes());
-        fields[4..].copy_from_slice(&reserved.offset.to_be_bytes());
-        self.write_header(field::L1_SIZE, &fields)?;
-        // Whether the sync succeeds or not, the file names the new table now, so later changes must
+        let (old_offset, old_entries) = (self.header.l1_offset, self.header.l1_entries);
+        let switched = self.write_disk_fields(size, l1.len() as u32, reserved.offset);
+        if self.header.l1_offset != reserved.offset {
+            return switched;
+        }
+        // Whether the sync succeeded or not, the file names the new table now, so later changes must
         // go there. The old one is freed only if the disk is known not to need it.
-        let old_offset = std::mem::replace(&mut self.header.l1_offset, reserved.offset);
-        let old_entries = std::mem::replace(&mut self.header.l1_entries, l1.len() as u32);
         let old_bytes = u64::from(old_entries) * 8;
         self.l1 = l1.into_iter().map(AtomicU64::new).collect();
         let writer = self.writer()?;
         let new_end = reserved.offset + u64::from(self.header.l1_entries) * 8;
         lock(&writer.allocator).protected.push((reserved.offset, new_end));
-        self.sync_header()?;
+        switched?;
         let is_old = |range: &(u64, u64)| *range == (old_offset, old_offset + old_bytes);
         lock(&writer.allocator).protected.retain(|range| !is_old(range));
         let first = old_offset >> geometry.cluster_bits;

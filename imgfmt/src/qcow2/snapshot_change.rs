@@ -88,7 +88,7 @@ impl Qcow2 {
         self.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
         l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
-        let replaced = self.replace_l1(l1);
+        let replaced = self.replace_l1(l1, self.size);
         self.forget_tables();
         replaced?;
         self.remove_references(&old)?;
@@ -122,7 +122,7 @@ impl Qcow2 {
         }
         drop(self.before_change(span(0, self.size))?);
         self.while_dirty(|image| {
-            image.replace_l1(vec![0; old.len()])?;
+            image.replace_l1(vec![0; old.len()], image.size)?;
             image.forget_tables();
             image.remove_references(&old)?;
             image.settle()
@@ -159,7 +159,7 @@ impl Qcow2 {
         self.flush_all()
     }
 
-    fn l1_words(&self) -> Vec<u64> {
+    pub(super) fn l1_words(&self) -> Vec<u64> {
         self.l1.iter().map(|entry| entry.load(Acquire)).collect()
     }
 
@@ -225,7 +225,7 @@ impl Qcow2 {
     }
 
     /// Writes something to clusters of its own; returns where.
-    fn write_new(&self, bytes: &[u8]) -> Result<u64> {
+    pub(super) fn write_new(&self, bytes: &[u8]) -> Result<u64> {
         let geometry = self.geometry();
         let writer = self.writer()?;
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
@@ -238,7 +238,7 @@ impl Qcow2 {
     }
 
     /// Drops the references to a place that the header, on disk, names no more.
-    fn free_place(&self, offset: u64, length: u64) -> Result<()> {
+    pub(super) fn free_place(&self, offset: u64, length: u64) -> Result<()> {
         if length == 0 {
             return Ok(());
         }
@@ -319,7 +319,7 @@ fn add_references(allocator: &mut Allocator, clusters: &[u64]) -> Result<()> {
     Ok(())
 }
 
-fn words_to_bytes(words: &[u64]) -> Vec<u8> {
+pub(super) fn words_to_bytes(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }
 

@@ -16,8 +16,6 @@ enum Erase {
     Zero(ZeroMode),
     /// Their content is of no interest.
     Discard,
-    /// They lie behind the end that the disk is about to have.
-    Drop,
 }
 
 impl Qcow2 {
@@ -61,13 +59,6 @@ impl Qcow2 {
         let end = if end == self.size { end.next_multiple_of(unit) } else { end / unit * unit };
         let start = start.next_multiple_of(unit);
         if start < end { self.erase(start, end, Erase::Discard) } else { Ok(()) }
-    }
-
-    /// Removes all clusters that lie behind `size`.
-    pub(super) fn drop_clusters(&self, size: u64) -> Result<()> {
-        let cluster = self.geometry().cluster_size();
-        let (start, end) = (size.next_multiple_of(cluster), self.size.next_multiple_of(cluster));
-        if start < end { self.erase(start, end, Erase::Drop) } else { Ok(()) }
     }
 
     /// Whether a cluster can be made to read as zero by its entry alone.
@@ -149,9 +140,6 @@ impl Qcow2 {
     /// What becomes of a cluster when some of its subclusters are erased; `None` if nothing does.
     fn erased(&self, old: Cluster, mask: u32, what: Erase) -> Option<Cluster> {
         let all = self.geometry().all_subclusters();
-        if what == Erase::Drop {
-            return (old != Cluster::default()).then(Cluster::default);
-        }
         let is_empty = old.host.is_none() && old.compressed.is_none() && old.zero == 0;
         if is_empty && self.backing.is_none() {
             return None;
