@@ -5,45 +5,18 @@ mod common;
 mod survival;
 
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use common::bitmaps::dirty;
 use common::{qemu, run, text};
-use imgfmt::{BitmapState, Image, RecoveryPrecision, Repair, Survives};
-use survival::{SIZE, die_after, make, open, options, read_only, sidecar};
+use imgfmt::{Image, RecoveryPrecision, Repair, Survives};
+use survival::{
+    SIZE, die_after, flags, has_no_trace, make, open, options, read_only, reason, sidecar,
+};
 
 #[test]
 fn the_process_that_dies() {
     survival::carry_out();
-}
-
-fn reason(image: &Image, name: &str) -> Option<String> {
-    let found = image.bitmaps().into_iter().find(|bitmap| bitmap.name == name).unwrap();
-    match found.state {
-        BitmapState::Inconsistent { reason } => Some(reason),
-        BitmapState::Consistent { .. } => None,
-        other => panic!("{other:?}"),
-    }
-}
-
-/// What QEMU says about the flags of each bitmap.
-fn flags(path: &Path) -> String {
-    let info = run("qemu-img", &["info", "-U", "--output=json", text(path)]);
-    let bitmaps = info.split_once("\"bitmaps\"").map_or("", |(_, rest)| rest);
-    bitmaps.split_once("\"refcount-bits\"").map_or(bitmaps, |(bitmaps, _)| bitmaps).to_owned()
-}
-
-fn has_no_trace(path: &Path) {
-    let header = std::fs::read(path).unwrap();
-    assert_eq!(header[88] & 0x80, 0, "the private autoclear bit is set");
-    assert!(
-        !header[104..4096].windows(8).any(|start| start == b"dirt\0\0\0\x18"),
-        "the extension is there"
-    );
-    assert!(!sidecar(path).exists(), "the sidecar is there");
-    assert!(!flags(path).contains("in-use"));
-    qemu::check_but_for_leaks(path, "no trace");
 }
 
 #[test]
@@ -134,15 +107,18 @@ fn qemu_writing_before_the_recovery_is_noticed() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
-    die_after(&path, "open:power,write:0:4096");
-    qemu::io(&path, "qcow2", &["write 1M 4k".into()]);
-    let image = open(&path);
-    assert!(reason(&image, "fine").is_some(), "a bitmap without QEMU's write must not be shown");
-    image.close().unwrap();
-    assert!(reason(&read_only(&path), "fine").is_some());
-    qemu::check_but_for_leaks(&path, "after QEMU wrote");
+    for level in ["process", "power"] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = make(folder.path());
+        die_after(&path, &format!("open:{level},write:0:4096"));
+        qemu::io(&path, "qcow2", &["write 1M 4k".into()]);
+        let image = open(&path);
+        let found = reason(&image, "fine");
+        assert!(found.is_some(), "{level}: a bitmap without QEMU's write must not be shown");
+        image.close().unwrap();
+        assert!(reason(&read_only(&path), "fine").is_some(), "{level}");
+        qemu::check_but_for_leaks(&path, "after QEMU wrote");
+    }
 }
 
 #[test]

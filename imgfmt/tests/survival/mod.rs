@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use imgfmt::{Access, BitmapChange, Durability, Image, OpenOptions, Speed, Survives, ZeroMode};
+use imgfmt::{
+    Access, BitmapChange, BitmapState, Durability, Image, OpenOptions, Speed, Survives, ZeroMode,
+};
 
 use super::common::{self, Random, at, qemu, range, run, text};
 
@@ -42,6 +44,45 @@ pub fn content(image: &Image) -> Vec<u8> {
 
 pub fn sidecar(path: &Path) -> PathBuf {
     path.with_extension("qcow2.dirty")
+}
+
+/// Makes a sidecar say that it was written before the machine was restarted.
+pub fn restart(path: &Path) {
+    let mut bytes = std::fs::read(sidecar(path)).unwrap();
+    bytes[64..100].copy_from_slice(b"11111111-aaaa-bbbb-cccc-dddddddddddd");
+    let crc = crc32fast::hash(&bytes[..508]);
+    bytes[508..512].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(sidecar(path), bytes).unwrap();
+}
+
+/// Why a bitmap is inconsistent, if it is.
+pub fn reason(image: &Image, name: &str) -> Option<String> {
+    let found = image.bitmaps().into_iter().find(|bitmap| bitmap.name == name).unwrap();
+    match found.state {
+        BitmapState::Inconsistent { reason } => Some(reason),
+        BitmapState::Consistent { .. } => None,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What QEMU says about the flags of each bitmap.
+pub fn flags(path: &Path) -> String {
+    let info = run("qemu-img", &["info", "-U", "--output=json", text(path)]);
+    let bitmaps = info.split_once("\"bitmaps\"").map_or("", |(_, rest)| rest);
+    bitmaps.split_once("\"refcount-bits\"").map_or(bitmaps, |(bitmaps, _)| bitmaps).to_owned()
+}
+
+/// Fails unless the image is as if there had been no crash.
+pub fn has_no_trace(path: &Path) {
+    let header = std::fs::read(path).unwrap();
+    assert_eq!(header[88] & 0x80, 0, "the private autoclear bit is set");
+    assert!(
+        !header[104..4096].windows(8).any(|start| start == b"dirt\0\0\0\x18"),
+        "the extension is there"
+    );
+    assert!(!sidecar(path).exists(), "the sidecar is there");
+    assert!(!flags(path).contains("in-use"));
+    qemu::check_but_for_leaks(path, "no trace");
 }
 
 /// Starts this program again to carry out a script: words, the first of which is what to do.
