@@ -8,9 +8,12 @@ mod common;
 mod judge;
 
 use common::{Random, qemu};
-use imgfmt::Image;
 use imgfmt::storage::fault::{Fault, Loss};
-use judge::promises::{Knowledge, Promises, check, promised, random_change, write};
+use imgfmt::{BitmapChange, BitmapState, Image, Shrink};
+use judge::promises::{
+    Knowledge, Promises, check, promised, promised_after_resize, promised_when_reopened,
+    random_change, write,
+};
 use judge::subjects::{OnTrial, Start, Subject, Tolerance, options, qemu_check, rounds};
 
 const SIZE: u64 = 1 << 20;
@@ -73,6 +76,29 @@ fn what_is_sound_after_a_crash_covers_what_has_changed() {
     }
 }
 
+/// A size near the one that the disk has.
+fn random_size(image: &Image, random: &mut Random) -> u64 {
+    match random.below(2) {
+        0 => image.size() + (random.below(300) + 1) * 512,
+        _ => (image.size() / 512).saturating_sub(random.below(300)).max(100) * 512,
+    }
+}
+
+/// What is promised behind a change of size that may have failed. Bitmaps that could not be loaded
+/// are lost, and can be removed.
+fn promised_after_resize_or_lost(image: &Image, promises: &Promises) -> Promises {
+    let mut promises = promises.clone();
+    for bitmap in image.bitmaps() {
+        if !matches!(bitmap.state, BitmapState::Consistent { .. }) {
+            image
+                .bitmap_transaction(&[BitmapChange::Remove { name: bitmap.name.clone() }])
+                .unwrap();
+            promises.remove(&bitmap.name);
+        }
+    }
+    promised_after_resize(image, &promises)
+}
+
 #[test]
 fn an_error_costs_no_bit() {
     if !qemu::has_qemu() {
@@ -83,25 +109,34 @@ fn an_error_costs_no_bit() {
         let folder = tempfile::tempdir().unwrap();
         let made = subject.make(folder.path(), SIZE, &mut random);
         let trial = OnTrial::new(&made);
-        let image = trial.open().unwrap();
+        let mut image = trial.open().unwrap();
         let mut promises = Promises::new();
         for round in 0..rounds("IMGFMT_ERROR_ROUNDS", 60) {
             let call = trial.file.calls() + random.below(20);
             let length = [1, 3, u64::MAX / 2][random.below(3) as usize];
             let fault = Fault { calls: call..call + length, code: EIO };
-            let change = random_change(&promises, &mut random);
             trial.file.set_fault((round % 2 == 0).then(|| fault.clone()));
-            let _ = write(&image, &mut random);
-            let result = image.bitmap_transaction(std::slice::from_ref(&change));
-            trial.file.set_fault(None);
-            if result.is_ok() {
-                promises = promised(&image, &promises, &change);
-            }
-            let what = format!("{subject:?}, round {round}: {fault:?}, {change:?}: {result:?}");
-            check(&image, &[&promises], Knowledge::MayBeLost, &what);
+            let what = if random.below(4) == 0 {
+                let size = random_size(&image, &mut random);
+                let result = image.resize(size, Shrink::Allow);
+                trial.file.set_fault(None);
+                promises = promised_after_resize_or_lost(&image, &promises);
+                format!("resize to {size}: {result:?}")
+            } else {
+                let change = random_change(&promises, &mut random);
+                let _ = write(&image, &mut random);
+                let result = image.bitmap_transaction(std::slice::from_ref(&change));
+                trial.file.set_fault(None);
+                if result.is_ok() {
+                    promises = promised(&image, &promises, &change);
+                }
+                format!("{change:?}: {result:?}")
+            };
+            let what = format!("{subject:?}, round {round}: {fault:?}, {what}");
+            check(&image, &[&promises], Knowledge::Kept, &what);
             if random.below(4) == 0 {
                 write(&image, &mut random).unwrap();
-                check(&image, &[&promises], Knowledge::MayBeLost, &what);
+                check(&image, &[&promises], Knowledge::Kept, &what);
             }
         }
         image.close().unwrap();
@@ -109,6 +144,7 @@ fn an_error_costs_no_bit() {
         qemu_check(&made.path, Tolerance::Leaks, &format!("{subject:?}, closed"));
         let image = Image::open(&made.path, &options()).unwrap();
         let what = format!("{subject:?}, closed and opened again");
-        check(&image, &[&promises], Knowledge::MayBeLost, &what);
+        let promises = promised_when_reopened(&image, &promises);
+        check(&image, &[&promises], Knowledge::Kept, &what);
     }
 }

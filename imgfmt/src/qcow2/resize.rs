@@ -27,14 +27,13 @@ impl Qcow2 {
         }
         self.refuse_if_corrupt()?;
         let old_size = self.size;
-        // What is cut off reads as zero before the size has changed, and if that fails it stays.
-        drop(self.before_change(span(size.min(old_size), old_size))?);
+        drop(self.before_change(span(0, 0))?);
         self.flush_all()?;
         if size < old_size {
             self.bitmaps_before_resize()?;
             let old_l1 = self.switch_to_smaller(size)?;
             // The disk is smaller, whatever happens now.
-            self.bitmaps_after_resize(old_size)?;
+            self.store_resized_bitmaps()?;
             self.free_behind(size, &old_l1)?;
             return self.resize_data_file(old_size, size);
         }
@@ -50,7 +49,7 @@ impl Qcow2 {
         self.flush_all()?;
         self.bitmaps_before_resize()?;
         self.write_disk_fields(size, self.header.l1_entries, self.header.l1_offset)?;
-        self.bitmaps_after_resize(old_size)
+        self.store_resized_bitmaps()
     }
 
     /// Changes the size of the disk and the place of the L1 table with one write of the header,
@@ -69,10 +68,13 @@ impl Qcow2 {
         fields[16..].copy_from_slice(&l1_offset.to_be_bytes());
         self.write_header(field::SIZE, &fields)?;
         // Whether the sync succeeds or not, this is what the file says now.
-        self.size = size;
+        let old_size = std::mem::replace(&mut self.size, size);
         self.header.size = size;
         self.header.l1_entries = l1_entries;
         self.header.l1_offset = l1_offset;
+        if size != old_size {
+            self.resize_bitmaps(old_size);
+        }
         self.sync_header()
     }
 

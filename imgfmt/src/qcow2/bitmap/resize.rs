@@ -38,18 +38,15 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Stores all bitmaps for the size that the disk has now. What was added is clean, except
-    /// where it had been cut off before.
-    pub(in crate::qcow2) fn bitmaps_after_resize(&mut self, old_size: u64) -> Result<()> {
+    /// Gives all bitmaps the size that the disk has now, in memory, whether that can be stored or not.
+    /// What was added is clean, except where it had been cut off before.
+    pub(in crate::qcow2) fn resize_bitmaps(&mut self, old_size: u64) {
         let size = self.size;
         let peak = self.bitmaps.size_peak;
         self.bitmaps.size_peak = peak.max(size);
         let (start, end) = (GuestOffset::new(old_size), GuestOffset::new(peak.min(size)));
         let cut_before = GuestRange::between(start, end).unwrap_or_default();
         let mut alone = self.bitmaps.tracker.alone();
-        if alone.bitmaps().is_empty() {
-            return Ok(());
-        }
         let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
         for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.condition == Condition::Ready) {
             let Some(old) = bitmap.bits.take() else { continue };
@@ -59,8 +56,16 @@ impl Qcow2 {
             }
             bitmap.bits = Arc::new(resized).into();
         }
-        // In memory they have the right size now, whether they can be stored or not.
-        alone.replace(bitmaps, true);
+        // The sidecar has the old size: the next change makes another one.
+        alone.replace(bitmaps, false);
+    }
+
+    /// Stores all bitmaps behind a change of the disk's size.
+    pub(in crate::qcow2) fn store_resized_bitmaps(&mut self) -> Result<()> {
+        let mut alone = self.bitmaps.tracker.alone();
+        if alone.bitmaps().is_empty() {
+            return Ok(());
+        }
         let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
         for planned in &mut plan {
             planned.must_store = planned.bitmap.condition == Condition::Ready;
