@@ -4,19 +4,17 @@
 //! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a
 //! checkpoint, right after the begin of one, when nearly every write is the first to its place, and
 //! while its view is read. A row that reads has a row beside it in which the disk itself is read, so
-//! that what the reader takes is not put down to the checkpoint.
+//! that what the reader takes is not put down to the checkpoint; and it reads at a rate that leaves a
+//! machine of two processors something for the writes.
 //!
 //! The other way to keep a moment, an internal snapshot, is `ours-snapshot`. QEMU's is a backup job
 //! in qemu-storage-daemon that copies only what is overwritten.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
@@ -39,6 +37,9 @@ const DISK: &str = "disk.qcow2";
 const RAW: &str = "source.img";
 const BITMAP: &str = "backup";
 const SNAPSHOT: &str = "moment";
+
+/// As fast as a fast network or disk takes a backup.
+const READER_RATE: &str = "--rate=200m";
 
 const OURS_SNAPSHOT: &str = "ours-snapshot";
 const QEMU: &str = "qemu-storage-daemon";
@@ -217,9 +218,9 @@ fn write(maker: Maker, lab: &Lab<'_>, beside: Beside) -> Result<Sample> {
         read_uri = server.view_uri();
     }
     let watch = Watch::start(server.running.root_process())?;
-    let reader = beside.reader.then(|| Reader::start(read_uri));
+    let reader = beside.reader.then(|| Reader::start(&read_uri, lab.options.size)).transpose()?;
     let result = fio::run(&job(lab), server.running.uri(), lab.options.size)?;
-    drop(reader);
+    reader.map_or(Ok(()), Reader::finish)?;
     let sample = Sample::new(result, watch.finish()?);
     if beside.checkpoint {
         // A view that was lost is no backup, however fast the writes were.
@@ -250,51 +251,45 @@ fn job(lab: &Lab<'_>) -> Job {
     }
 }
 
-/// Copies a disk to nowhere, again and again until it is dropped.
+/// Reads a disk from its start to its end, again and again until it is dropped.
 #[derive(Debug)]
 struct Reader {
-    is_over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    child: Child,
 }
 
 impl Reader {
-    fn start(uri: String) -> Self {
-        let is_over = Arc::new(AtomicBool::new(false));
-        let thread = thread::spawn({
-            let is_over = Arc::clone(&is_over);
-            move || {
-                while !is_over.load(Ordering::Relaxed) {
-                    let mut command = Command::new("nbdcopy");
-                    command.args([&uri, "null:"]).stdin(Stdio::null()).stdout(Stdio::null());
-                    match command.spawn() {
-                        Ok(child) => wait(child, &is_over),
-                        Err(error) => return eprintln!("bench: cannot start nbdcopy: {error}"),
-                    }
-                }
-            }
-        });
-        Self { is_over, thread: Some(thread) }
+    fn start(uri: &str, size: u64) -> Result<Self> {
+        let mut command = Command::new("fio");
+        command
+            .args([
+                "--name=backup",
+                "--thread",
+                "--ioengine=nbd",
+                "--rw=read",
+                "--bs=256k",
+                "--iodepth=8",
+            ])
+            .args(["--time_based", "--runtime=3600", READER_RATE])
+            .arg(format!("--uri={uri}"))
+            .arg(format!("--size={size}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        Ok(Self { child: command.spawn().context("cannot start fio")? })
     }
-}
 
-fn wait(mut child: Child, is_over: &AtomicBool) {
-    while matches!(child.try_wait(), Ok(None)) {
-        if is_over.load(Ordering::Relaxed) {
-            // It may have ended meanwhile.
-            drop(child.kill());
-            drop(child.wait());
-            return;
+    /// Fails if it could not read all the time.
+    fn finish(mut self) -> Result<()> {
+        match self.child.try_wait()? {
+            None => Ok(()),
+            Some(status) => bail!("the reader ended with {status}"),
         }
-        thread::sleep(Duration::from_millis(10));
     }
 }
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.thread.take() {
-            // It has nothing to say.
-            drop(thread.join());
-        }
+        // It may have ended, and then it has been waited for.
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }

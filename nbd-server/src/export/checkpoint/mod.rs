@@ -5,6 +5,7 @@
 //! what was changed, and everything else from the disk.
 
 mod granules;
+mod log;
 mod preserved;
 #[cfg(test)]
 mod tests;

@@ -10,6 +10,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use nbd_proto::wire::{AllocationFlags, MetaContextName};
 
 use super::granules::Granules;
+use super::log::{Found, Log, PART_LEN_MAX};
 use crate::export::{Export, ExportError, TryRead};
 
 /// Longest part that is copied at a time, in bytes.
@@ -40,7 +41,10 @@ pub(super) enum Patience {
 /// set *after* the read.
 pub(super) struct Preserved {
     pub(super) granules: Granules,
+    /// Long parts are in their places, and behind the disk's length there is the log.
     file: File,
+    /// Short parts.
+    log: Log,
     /// Granules that are being copied.
     claims: Mutex<Vec<Range<u64>>>,
     released: Condvar,
@@ -54,11 +58,16 @@ impl Preserved {
     /// Nothing copied yet. The file is sparse and as long as the disk.
     pub(super) fn new(disk: &dyn Export, file: File) -> std::io::Result<Self> {
         let info = disk.info();
-        file.set_len(info.size)?;
-        let unit = u64::from(info.block_sizes.minimum());
+        let granules = Granules::new(info.size, u64::from(info.block_sizes.minimum()));
+        let mut log = Log::new(info.size, granules.len());
+        if file.set_len(log.end()).is_err() {
+            log.close();
+            file.set_len(info.size)?;
+        }
         Ok(Self {
-            granules: Granules::new(info.size, unit),
+            granules,
             file,
+            log,
             claims: Mutex::default(),
             released: Condvar::new(),
             failure: OnceLock::new(),
@@ -169,13 +178,19 @@ impl Preserved {
             }
             // The file is zero where nothing was written.
             if buffer.iter().any(|&byte| byte != 0) {
-                self.file
-                    .write_all_at(buffer, offset)
+                self.keep(&run, offset, buffer)
                     .map_err(|error| format!("cannot set aside what is overwritten: {error}"))?;
             }
             self.granules.set(&run);
             Ok(true)
         })
+    }
+
+    fn keep(&self, run: &Range<u64>, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        if bytes.len() <= PART_LEN_MAX && self.log.append(&self.file, run, bytes)? {
+            return Ok(());
+        }
+        self.file.write_all_at(bytes, offset)
     }
 
     fn claim(&self, run: &Range<u64>, patience: Patience) -> Option<Claim<'_>> {
@@ -207,10 +222,35 @@ impl Preserved {
 
     /// Reads copies.
     pub(super) fn read(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-        self.file.read_exact_at(buffer, offset).map_err(|error| {
+        self.read_parts(offset, buffer).map_err(|error| {
             tracing::error!(%error, "cannot read what was set aside");
             ExportError::new(nbd_proto::wire::Errno::EIO, "cannot read what was set aside")
         })
+    }
+
+    fn read_parts(&self, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+        let mut run = self.granules.touched(offset, buffer.len() as u64);
+        let (mut at, mut rest) = (offset, buffer);
+        while !rest.is_empty() {
+            let found = self.log.find(&run);
+            let count = match &found {
+                Found::Here(slots) => slots.len() as u64,
+                Found::Elsewhere(count) => *count,
+            };
+            let (start, length) = self.granules.bytes(&(run.start..run.start + count));
+            let part_len = rest.len().min((start + length - at) as usize);
+            let (part, behind) = rest.split_at_mut(part_len);
+            match found {
+                Found::Here(slots) => {
+                    self.log.read(&self.file, slots.start, (at - start) as usize, part)?;
+                }
+                Found::Elsewhere(_) => self.file.read_exact_at(part, at)?,
+            }
+            run.start += count;
+            at += part_len as u64;
+            rest = behind;
+        }
+        Ok(())
     }
 
     /// The end of the view: nothing is copied any more.

@@ -138,17 +138,16 @@ impl Export for PointInTimeView {
 
     fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
         self.check()?;
-        if self.disk.try_read_at(offset, buffer)? == TryRead::WouldBlock {
+        let granules = &self.preserved.granules;
+        let touched = granules.touched(offset, buffer.len() as u64);
+        let is_as_it_was = || granules.run(&touched) == (false, touched.end);
+        // What is not copied yet may be copied during the read.
+        if !is_as_it_was() || self.disk.try_read_at(offset, buffer)? == TryRead::WouldBlock {
             return Ok(TryRead::WouldBlock);
         }
         fence(Ordering::SeqCst);
-        let granules = &self.preserved.granules;
-        let touched = granules.touched(offset, buffer.len() as u64);
         self.check()?;
-        match granules.run(&touched) {
-            (false, end) if end == touched.end => Ok(TryRead::Complete),
-            _ => Ok(TryRead::WouldBlock),
-        }
+        Ok(if is_as_it_was() { TryRead::Complete } else { TryRead::WouldBlock })
     }
 
     fn promptness(&self, _: Operation) -> Promptness {
