@@ -1,6 +1,8 @@
 //! Connections to servers, and what to say when they fail.
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use nbd_client::{Client, Connector, Error, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
@@ -11,6 +13,7 @@ use nbd_proto::wire::OptionReplyType;
 
 use crate::error::CommandError;
 use crate::output::printable;
+use crate::size::parse_duration;
 
 /// How many names an error lists.
 const MAX_NAMES: usize = 8;
@@ -41,6 +44,30 @@ pub struct TlsArgs {
     /// Whether nbd URIs use TLS: not, if the server has it, or always. An nbds URI always does.
     #[arg(long, value_name = "MODE", value_enum)]
     pub tls: Option<TlsChoice>,
+}
+
+/// How the commands that move disks use their connections.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct ConnectionArgs {
+    /// Connections to each server, if it allows several.
+    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
+    pub connections: NonZeroUsize,
+
+    /// Give a connection up if its server does not answer a request for so long: seconds, or 500ms,
+    /// 2m. Without it a server that hangs is waited for.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+}
+
+impl ConnectionArgs {
+    /// Describes a connection.
+    pub(crate) fn connector(&self, uri: &NbdUri, tls: &TlsArgs) -> Connector {
+        let connector = tls.connector(uri).connections(self.connections);
+        match self.timeout {
+            Some(limit) => connector.request_timeout(limit),
+            None => connector,
+        }
+    }
 }
 
 /// When a connection uses TLS.

@@ -166,6 +166,7 @@ impl Client {
             context: request.context,
             payload: request.payload,
             collect: request.collect,
+            sent: None,
             reply,
         };
         link.send(Message::Request(submission)).await?;

@@ -131,6 +131,23 @@ impl Connector {
         self
     }
 
+    /// Time a request may take from being sent until its answer is complete, data included. There
+    /// is no limit unless this sets one: some disks take very long for a flush.
+    ///
+    /// When it is over the connection is given up, because a late answer could not be told from
+    /// one to another request: all requests on it fail with
+    /// [`LostConnection::RequestTimeout`](crate::LostConnection::RequestTimeout), which names the
+    /// one that was late. Whether they were carried out is unknown. With
+    /// [`reconnect`](Self::reconnect) they are sent again on a new connection instead; a request
+    /// that is late again and again fails after the patience that was given there.
+    ///
+    /// A request that a cancelled future has left behind counts as well.
+    #[must_use]
+    pub fn request_timeout(mut self, limit: Duration) -> Self {
+        self.limits.request_timeout = Some(limit);
+        self
+    }
+
     /// Most requests in flight on one connection (128 by default); further ones wait.
     #[must_use]
     pub fn max_in_flight(mut self, requests: NonZeroUsize) -> Self {

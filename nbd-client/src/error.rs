@@ -165,6 +165,26 @@ pub enum LostConnection {
     /// After reconnecting, the server offered something else under the same name.
     #[error("after reconnecting, the export is not the same: {0}")]
     ExportChanged(String),
+    /// The server did not answer a request within the time that
+    /// [`Connector::request_timeout`](crate::Connector::request_timeout) sets; the connection was
+    /// given up.
+    #[error(
+        "the server did not answer {command} of {length} bytes at offset {offset} within {} s: it \
+         may hang or be overloaded; try again later, or with more time",
+        limit.as_secs_f64()
+    )]
+    RequestTimeout {
+        /// The command.
+        command: CommandType,
+        /// Offset of the request, in bytes.
+        offset: u64,
+        /// Length of the request, in bytes.
+        length: u64,
+        /// The time it had.
+        limit: Duration,
+        /// The time since it was sent first, on whichever connection.
+        waited: Duration,
+    },
     /// The server did not answer the last requests while the client was disconnecting.
     #[error("the server did not answer {0} requests in time for the disconnect")]
     LingerExpired(usize),
@@ -173,7 +193,7 @@ pub enum LostConnection {
 impl LostConnection {
     /// True if a new connection can help: the transport broke, not the protocol.
     pub(crate) const fn is_transient(&self) -> bool {
-        matches!(self, Self::Io(_) | Self::ClosedByServer(_))
+        matches!(self, Self::Io(_) | Self::ClosedByServer(_) | Self::RequestTimeout { .. })
     }
 }
 

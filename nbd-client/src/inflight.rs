@@ -13,6 +13,7 @@ use nbd_proto::transmission::client::ServerError;
 use nbd_proto::wire::BlockDescriptor;
 use tokio::io::AsyncReadExt;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::error::{Error, Result};
 use crate::transport::Stream;
@@ -76,6 +77,8 @@ pub(crate) struct Submission {
     /// The data of a WRITE.
     pub(crate) payload: Bytes,
     pub(crate) collect: Collect,
+    /// When it was sent first, if there is a limit to how long it may take.
+    pub(crate) sent: Option<Instant>,
     pub(crate) reply: oneshot::Sender<Result<Outcome>>,
 }
 

@@ -79,6 +79,7 @@ mod reconnect;
 mod requests;
 mod tls;
 mod transport;
+mod watch;
 
 pub use bytes::Bytes;
 pub use client::Client;

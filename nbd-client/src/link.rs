@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Poll;
+use std::time::Duration;
 
 use nbd_proto::wire::MetaContextId;
 use tokio::sync::mpsc;
@@ -22,13 +23,15 @@ use crate::reconnect::{Outage, Reconnect};
 pub(crate) struct Limits {
     pub(crate) requests: NonZeroUsize,
     pub(crate) bytes: NonZeroUsize,
+    /// How long a request may take that was sent.
+    pub(crate) request_timeout: Option<Duration>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         const REQUESTS: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
         const BYTES: NonZeroUsize = NonZeroUsize::new(64 << 20).expect("64 MiB is not zero");
-        Self { requests: REQUESTS, bytes: BYTES }
+        Self { requests: REQUESTS, bytes: BYTES, request_timeout: None }
     }
 }
 
@@ -146,7 +149,8 @@ impl Task {
             for submission in driver.into_unanswered().into_iter().rev() {
                 self.queue.put_back(submission);
             }
-            let Some(reconnect) = self.reconnect.as_ref().filter(|_| lost.is_transient()) else {
+            let may_help = |reconnect: &&Reconnect| reconnect.may_help(&lost);
+            let Some(reconnect) = self.reconnect.as_ref().filter(may_help) else {
                 return self.lost(lost);
             };
             // Nobody is hurt by a lost connection before there is a request for it.

@@ -40,6 +40,17 @@ pub(crate) struct Reconnect {
 }
 
 impl Reconnect {
+    /// Whether a new connection may do better. It may not where a request has been sent again and
+    /// again for longer than the caller has patience, while others were answered.
+    pub(crate) fn may_help(&self, lost: &LostConnection) -> bool {
+        match lost {
+            LostConnection::RequestTimeout { limit, waited, .. } => {
+                waited.saturating_sub(*limit) <= self.patience
+            }
+            lost => lost.is_transient(),
+        }
+    }
+
     /// Tries until a connection is there or the caller's patience is at its end.
     pub(crate) async fn again(
         &self,

@@ -28,7 +28,7 @@ use super::copy::plan::Extents;
 use super::copy::source::Source;
 use super::copy::verify::Verification;
 use super::image::open::{TrustArgs, explained};
-use crate::connect::{TlsArgs, connect};
+use crate::connect::{ConnectionArgs, TlsArgs, connect};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
@@ -105,9 +105,9 @@ pub struct BackupArgs {
           default_missing_value = "copied")]
     pub verify: Option<Verify>,
 
-    /// Connections to the server, if it allows several.
-    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
-    pub connections: NonZeroUsize,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub connection: ConnectionArgs,
 
     /// Requests in flight.
     #[arg(short = 'R', long, value_name = "N", default_value = "32")]
@@ -148,7 +148,7 @@ pub enum Verify {
 }
 
 pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
-    if args.requests.get() > 4096 || args.connections.get() > 256 {
+    if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
         return Err(CommandError::new(
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
@@ -233,12 +233,8 @@ async fn connect_to_disk(
     bitmap: Option<&MetaContextName>,
 ) -> Result<Client, CommandError> {
     let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
-    let connector = args
-        .tls
-        .connector(uri)
-        .connections(args.connections)
-        .reconnect(args.reconnect)
-        .meta_contexts(contexts);
+    let connector =
+        args.connection.connector(uri, &args.tls).reconnect(args.reconnect).meta_contexts(contexts);
     let client = connect(&connector, uri).await?;
     if let (Some(context), Some(name)) = (bitmap, &args.bitmap)
         && !client.meta_contexts().contains(context)

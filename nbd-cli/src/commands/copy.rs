@@ -20,7 +20,7 @@ use self::engine::{Job, Settings};
 use self::location::Location;
 use self::plan::Extents;
 use self::source::{Knowledge, Source};
-use crate::connect::TlsArgs;
+use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::progress::{Progress, Visibility};
 use crate::size::ByteSize;
@@ -61,9 +61,9 @@ pub struct CopyArgs {
     /// Where to copy it.
     pub destination: Location,
 
-    /// Connections to each server, if it allows several.
-    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
-    pub connections: NonZeroUsize,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub connection: ConnectionArgs,
 
     /// Requests in flight.
     #[arg(short = 'R', long, value_name = "N", default_value = "64")]
@@ -128,7 +128,7 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
             args.sparse
         )));
     }
-    if args.requests.get() > 4096 || args.connections.get() > 256 {
+    if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
         return Err(CommandError::new(
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
@@ -139,9 +139,9 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     // The source first: what cannot be read must not cost anybody a destination.
     let knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
-    let source = Source::open(&args.source, args.connections, &args.tls, knowledge).await?;
+    let source = Source::open(&args.source, &args.connection, &args.tls, knowledge).await?;
     let destination =
-        Destination::open(&args.destination, args.connections, &args.tls, &source).await?;
+        Destination::open(&args.destination, &args.connection, &args.tls, &source).await?;
     let visibility = match (args.progress, args.quiet) {
         (true, _) => Visibility::Always,
         (_, true) => Visibility::Never,

@@ -18,7 +18,7 @@ use super::copy::source::{Knowledge, Source};
 use super::copy::verify::Verification;
 use super::image::open::OpenArgs;
 use super::serve::ImageFormat;
-use crate::connect::TlsArgs;
+use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
@@ -58,9 +58,9 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub verify: bool,
 
-    /// Connections to the server, if it allows several.
-    #[arg(short = 'C', long, value_name = "N", default_value = "4")]
-    pub connections: NonZeroUsize,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub connection: ConnectionArgs,
 
     /// Requests in flight.
     #[arg(short = 'R', long, value_name = "N", default_value = "32")]
@@ -102,7 +102,7 @@ struct Report {
 }
 
 pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
-    if args.requests.get() > 4096 || args.connections.get() > 256 {
+    if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
         return Err(CommandError::new(
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
@@ -186,7 +186,7 @@ async fn open(
             let options = plain(Format::Qcow2).access(Access::ReadWrite);
             Ok(Destination::image(Image::open(path, &options)?, Surface::Zeroes))
         }
-        _ => Destination::open(&args.destination, args.connections, &args.tls, source).await,
+        _ => Destination::open(&args.destination, &args.connection, &args.tls, source).await,
     }
 }
 
@@ -253,7 +253,7 @@ async fn verify(
         Location::File(path) if is_image => {
             Source::Image { image: Arc::new(Image::open(path, &plain(Format::Qcow2))?) }
         }
-        location => Source::open(location, args.connections, &args.tls, Knowledge::Holes).await?,
+        location => Source::open(location, &args.connection, &args.tls, Knowledge::Holes).await?,
     };
     let unit = copy.alignment();
     let source = Source::Image { image };

@@ -67,3 +67,4 @@ mod serve_temporary;
 mod serve_tls_psk;
 mod serve_tls_x509;
 mod serve_trust;
+mod timeout;

@@ -12,5 +12,6 @@ mod fallback;
 mod limits;
 mod many_connections;
 mod reconnect;
+mod request_timeout;
 mod surprises;
 mod tls;

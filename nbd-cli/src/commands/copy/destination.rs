@@ -2,7 +2,6 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,7 +17,7 @@ use tokio::sync::Semaphore;
 
 use super::location::Location;
 use super::source::Source;
-use crate::connect::{TlsArgs, connect, failed};
+use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
 use crate::error::CommandError;
 
 /// Threads that write to a local file at a time.
@@ -75,13 +74,13 @@ impl Destination {
     /// Opens the destination and checks that the source fits.
     pub(in crate::commands) async fn open(
         location: &Location,
-        connections: NonZeroUsize,
+        connection: &ConnectionArgs,
         tls: &TlsArgs,
         source: &Source,
     ) -> Result<Self, CommandError> {
         let destination = match location {
             Location::Nbd(uri) => {
-                let connector = tls.connector(uri).connections(connections);
+                let connector = connection.connector(uri, tls);
                 let client = connect(&connector, uri).await?;
                 if client.info().flags.contains(TransmissionFlags::READ_ONLY) {
                     return Err(CommandError::new(format!(

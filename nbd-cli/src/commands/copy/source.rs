@@ -1,6 +1,5 @@
 //! Where the bytes come from.
 
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,7 +14,7 @@ use nbd_proto::wire::MetaContextName;
 
 use super::location::Location;
 use super::plan::{Content, Extents, ImageExtents, allocated};
-use crate::connect::{TlsArgs, connect, failed};
+use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
 use crate::error::CommandError;
 
 /// What a server is asked about its disk.
@@ -50,13 +49,13 @@ impl Source {
     /// Opens a server's export or a file for reading.
     pub(in crate::commands) async fn open(
         location: &Location,
-        connections: NonZeroUsize,
+        connection: &ConnectionArgs,
         tls: &TlsArgs,
         knowledge: Knowledge,
     ) -> Result<Self, CommandError> {
         match location {
             Location::Nbd(uri) => {
-                let mut connector = tls.connector(uri).connections(connections);
+                let mut connector = connection.connector(uri, tls);
                 if knowledge == Knowledge::Holes {
                     connector = connector.meta_contexts([MetaContextName::base_allocation()]);
                 }

@@ -1,0 +1,68 @@
+//! How long requests have been under way, where there is a limit to that.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use nbd_proto::wire::Cookie;
+use tokio::time::{Instant, Sleep, sleep_until};
+
+/// So many requests that were answered may stay in the list behind one that was not.
+const ANSWERED_MAX: usize = 1024;
+
+/// Requests in the order in which they were sent. All have the same time, so that the first one
+/// that is not answered is the first one to be late.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    limit: Duration,
+    sent: VecDeque<(Cookie, Instant)>,
+    timer: Pin<Box<Sleep>>,
+}
+
+impl Watch {
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self { limit, sent: VecDeque::new(), timer: Box::pin(sleep_until(Instant::now())) }
+    }
+
+    pub(crate) const fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    /// Notes a request that is sent now. `is_open` tells which requests are not answered.
+    pub(crate) fn note(&mut self, cookie: Cookie, now: Instant, is_open: impl Fn(Cookie) -> bool) {
+        if self.sent.len() >= ANSWERED_MAX && self.sent.len() == self.sent.capacity() {
+            // Instead of growing; if most are open it grows all the same.
+            self.sent.retain(|(cookie, _)| is_open(*cookie));
+        }
+        self.sent.push_back((cookie, now));
+    }
+
+    /// Ready with a request that was not answered in time; otherwise `cx` is woken when the oldest
+    /// one is late.
+    pub(crate) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        is_open: impl Fn(Cookie) -> bool,
+    ) -> Poll<Cookie> {
+        while let Some((cookie, sent)) = self.sent.front().copied() {
+            if !is_open(cookie) {
+                self.sent.pop_front();
+                continue;
+            }
+            // A limit beyond what the clock can tell is no limit.
+            let Some(late) = sent.checked_add(self.limit) else { return Poll::Pending };
+            if late <= Instant::now() {
+                return Poll::Ready(cookie);
+            }
+            if self.timer.deadline() != late {
+                self.timer.as_mut().reset(late);
+            }
+            match self.timer.as_mut().poll(cx) {
+                Poll::Ready(()) => {}
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Pending
+    }
+}
