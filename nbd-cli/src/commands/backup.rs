@@ -153,7 +153,9 @@ pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
         ));
     }
-    args.tls.check(&args.source)?;
+    if args.control.is_none() || args.source.is_some() {
+        args.tls.check(&args.source)?;
+    }
     if args.control.is_none() && args.bitmap.is_some() && args.base.is_none() {
         return Err(CommandError::new(
             "--bitmap needs --base FILE, the backup before this one; a full backup takes neither",

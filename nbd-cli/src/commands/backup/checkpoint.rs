@@ -59,7 +59,9 @@ fn uri_of_view(args: &BackupArgs, begun: serde_json::Value) -> Result<NbdUri, Co
     let uri = begun.uris.first().ok_or_else(|| {
         CommandError::new("the server does not say where it listens; give the disk's URI as well")
     })?;
-    uri.parse().map_err(|error| {
+    let uri = uri.parse().map_err(|error| {
         CommandError::new(format!("the server says that it listens on '{uri}': {error}"))
-    })
+    })?;
+    args.tls.check([&uri])?;
+    Ok(uri)
 }
