@@ -16,7 +16,7 @@ struct Random(u64);
 impl Random {
     fn new() -> Self {
         let seed = u64::from(std::process::id()) << 17 | 1;
-        println!("seed {seed}");
+        eprintln!("seed {seed}");
         Self(seed)
     }
 
