@@ -18,6 +18,7 @@ mod fio;
 mod fleecing;
 mod group;
 mod image_tools;
+mod interrupt;
 mod machine;
 mod nbdcopy;
 mod options;
@@ -53,6 +54,12 @@ use servers::{Launcher, Server};
 /// The build fails, nothing is left to measure, or a file cannot be written. A single block that
 /// fails is a note in the report.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    let result = measure_and_report(options);
+    interrupt::stop_if_ending();
+    result
+}
+
+fn measure_and_report(options: &Options) -> Result<()> {
     group::check_names(options)?;
     let mut notes = Vec::new();
     let earlier = options.compare.as_deref().map(Report::read).transpose()?;
@@ -62,6 +69,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         run_step("build", &mut build)?;
     }
     let folder = make_folder(options)?;
+    interrupt::clean_up_on_signals(folder.path())?;
     let target_folder = target_folder()?;
     let (rows, measured) = match options.wants_group(group::RAW) {
         true => run_raw(options, folder.path(), &target_folder, &mut notes)?,
@@ -183,6 +191,7 @@ fn measure_block(
 }
 
 fn note(notes: &mut Vec<String>, text: String) {
+    interrupt::stop_if_ending();
     eprintln!("bench: {text}");
     notes.push(text);
 }

@@ -181,6 +181,12 @@ fn tree(root: u32, processes: &[(u32, Stat)]) -> Vec<(u32, u64)> {
     found
 }
 
+/// The children of a process, their children and so on.
+pub(crate) fn descendants(root: u32) -> Vec<u32> {
+    let members = tree(root, &all_processes());
+    members.into_iter().map(|(id, _)| id).filter(|id| *id != root).collect()
+}
+
 fn tree_cpu_us(root: u32) -> Result<u64> {
     let members = tree(root, &all_processes());
     if members.is_empty() {

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::interrupt;
+
 /// How long a server may take until it accepts a connection.
 const START_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a server may take to end after it was asked to.
@@ -39,6 +41,7 @@ impl RunningServer {
         export: &str,
         daemon_file: Option<&Path>,
     ) -> Result<Self> {
+        interrupt::stop_if_ending();
         // A server that was killed leaves its socket behind.
         drop(fs::remove_file(socket));
         let log = socket.with_extension("log");
@@ -119,6 +122,17 @@ fn signal(process: u32, signal: &str) {
     }
 }
 
+/// Asks processes to end, and kills those that do not in time.
+pub(crate) fn end_all(processes: &[u32]) {
+    for process in processes {
+        signal(*process, "-TERM");
+    }
+    wait_for_end(|| !processes.iter().any(|process| is_alive(*process)));
+    for process in processes.iter().filter(|process| is_alive(**process)) {
+        signal(*process, "-KILL");
+    }
+}
+
 fn wait_for_end(mut has_ended: impl FnMut() -> bool) {
     let deadline = Instant::now() + END_DEADLINE;
     while Instant::now() < deadline && !has_ended() {
@@ -127,14 +141,14 @@ fn wait_for_end(mut has_ended: impl FnMut() -> bool) {
 }
 
 /// Whether the process runs still; a zombie does not.
-fn is_alive(process: u32) -> bool {
+pub(crate) fn is_alive(process: u32) -> bool {
     fs::read_to_string(format!("/proc/{process}/stat"))
         .ok()
         .and_then(|stat| stat.rsplit_once(") ").map(|(_, rest)| !rest.starts_with(['Z', 'X'])))
         .unwrap_or(false)
 }
 
-fn read_process_id(file: &Path) -> Option<u32> {
+pub(crate) fn read_process_id(file: &Path) -> Option<u32> {
     fs::read_to_string(file).ok()?.trim().parse().ok()
 }
 

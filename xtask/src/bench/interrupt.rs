@@ -1,0 +1,115 @@
+//! A benchmark that SIGINT, SIGTERM or SIGHUP ends: its servers end with it, and its folder, with
+//! gigabytes in it, goes.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread;
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::process;
+use super::running;
+
+/// Set when a signal has come.
+static IS_ENDING: AtomicBool = AtomicBool::new(false);
+
+/// Does not return when a signal has come: the other thread cleans up and ends the program. Called
+/// before anything is started or said that this would make pointless.
+pub(crate) fn stop_if_ending() {
+    while IS_ENDING.load(Ordering::Acquire) {
+        thread::park();
+    }
+}
+
+/// Cleans up and ends the program when a signal asks for that, from now on until its end.
+///
+/// # Errors
+///
+/// Signals cannot be caught.
+pub(crate) fn clean_up_on_signals(folder: &Path) -> Result<()> {
+    let folder = folder.to_owned();
+    let (ready, is_ready) = mpsc::channel();
+    thread::spawn(move || match wait_for_signal(&ready) {
+        Ok(number) => {
+            IS_ENDING.store(true, Ordering::Release);
+            eprintln!("bench: ended by signal {number}; cleaning up");
+            clean_up(&folder);
+            std::process::exit(128 + number);
+        }
+        Err(error) => drop(ready.send(Err(error))),
+    });
+    is_ready.recv().context("the thread for signals ended")?.context("cannot catch signals")
+}
+
+/// Says through `ready` when signals are caught, and returns the number of the first that comes.
+fn wait_for_signal(ready: &mpsc::Sender<io::Result<()>>) -> io::Result<i32> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        // Whoever asked waits for this.
+        drop(ready.send(Ok(())));
+        let kind = tokio::select! {
+            _ = interrupt.recv() => SignalKind::interrupt(),
+            _ = terminate.recv() => SignalKind::terminate(),
+            _ = hangup.recv() => SignalKind::hangup(),
+        };
+        Ok(kind.as_raw_value())
+    })
+}
+
+/// Ends all descendants and the daemons that left their process ids in the folder, then removes it.
+fn clean_up(folder: &Path) {
+    // The other thread may have been about to start one more.
+    let mut started = daemons(folder);
+    for _ in 0..2 {
+        started.extend(process::descendants(std::process::id()));
+        running::end_all(&started);
+        started.clear();
+        match fs::remove_dir_all(folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                eprintln!("bench: cannot remove {}: {error}", folder.display());
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The processes whose ids are in files `*.pid` of the folder.
+fn daemons(folder: &Path) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let files = paths.filter(|path: &PathBuf| path.extension() == Some(OsStr::new("pid")));
+    files.filter_map(|path| running::read_process_id(&path)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_folder_is_removed_and_the_daemon_of_its_pid_file_ended() {
+        let folder = tempfile::tempdir().expect("temporary folder");
+        let path = folder.keep();
+        // A child of a shell that has ended: no descendant of ours any more.
+        let pid_file = path.join("server.pid");
+        let script = format!("sleep 600 & echo $! > {}", pid_file.display());
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).stdout(Stdio::null());
+        assert!(shell.status().expect("sh starts").success());
+        let daemon = running::read_process_id(&pid_file).expect("its id");
+        assert!(running::is_alive(daemon));
+        assert_eq!(daemons(&path), [daemon]);
+        running::end_all(&[daemon]);
+        assert!(!running::is_alive(daemon));
+        fs::remove_dir_all(&path).expect("it is there");
+    }
+}
