@@ -36,13 +36,16 @@ fn the_corpus_of_every_target_is_survived() {
     }
 }
 
-/// Changed and cut inputs, with a printed seed; `IMGFMT_FUZZ_ROUNDS` sets how many of each.
+/// Changed and cut inputs, with a printed seed; `IMGFMT_FUZZ_ROUNDS` sets how many of each, and
+/// `IMGFMT_FUZZ_TARGET` chooses one target.
 #[test]
 fn inputs_near_the_corpus_are_survived() {
     let mut random = Random::new("fuzz");
     let rounds = std::env::var("IMGFMT_FUZZ_ROUNDS").ok().and_then(|text| text.parse().ok());
     let rounds: u32 = rounds.unwrap_or(60);
-    for (target, body) in bodies::TARGETS {
+    let chosen = std::env::var("IMGFMT_FUZZ_TARGET").ok();
+    let is_chosen = |target: &str| chosen.as_deref().is_none_or(|chosen| chosen == target);
+    for (target, body) in bodies::TARGETS.into_iter().filter(|(target, _)| is_chosen(target)) {
         for (path, original) in inputs(target) {
             for _ in 0..rounds {
                 let mut bytes = original.clone();

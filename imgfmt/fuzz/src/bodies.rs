@@ -3,6 +3,8 @@
 //!
 //! A body panics when something is wrong; it says nothing otherwise.
 
+#[path = "bitmaps.rs"]
+pub(crate) mod bitmaps;
 #[path = "handmade.rs"]
 pub(crate) mod handmade;
 
@@ -19,12 +21,14 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 5] = [
+pub(crate) const TARGETS: [Target; 7] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
     ("decompress", decompress),
     ("operations", operations),
+    ("bitmaps", bitmaps::bitmaps),
+    ("sidecar", bitmaps::sidecar),
 ];
 
 /// No more of a disk than this is looked at.

@@ -1,5 +1,6 @@
 //! The seeds of the corpus.
 
+use super::bodies::bitmaps::entry;
 use super::bodies::handmade::{COMPRESSED, COPIED, Handmade, field};
 
 type Seed = (&'static str, &'static str, Vec<u8>);
@@ -10,6 +11,8 @@ pub(super) fn seeds() -> Vec<Seed> {
     seeds.extend(counts());
     seeds.extend(streams());
     seeds.extend(operations());
+    seeds.extend(bitmaps());
+    seeds.extend(sidecars());
     seeds
 }
 
@@ -117,5 +120,70 @@ fn operations() -> Vec<Seed> {
         ("operations", "small_clusters", mixed(0)),
         ("operations", "usual_clusters", mixed(1)),
         ("operations", "subclusters", mixed(2)),
+    ]
+}
+
+/// A directory, 64 bytes of a table, and bits.
+fn bitmaps() -> Vec<Seed> {
+    let with = |directory: &[Vec<u8>], table: u64| {
+        let mut bytes = vec![directory.len() as u8, (directory.concat().len() / 8) as u8];
+        bytes.extend(directory.concat());
+        bytes.extend(table.to_be_bytes());
+        bytes.extend([0; 56]);
+        bytes.extend([0b1010_0101; 8]);
+        bytes
+    };
+    const BITS: u64 = 8 * 512;
+    let named = |name: u8, flags: u32| {
+        let mut bytes = entry(flags);
+        bytes[24] = name;
+        bytes
+    };
+    let without_table = |name: u8| {
+        let mut bytes = named(name, 2);
+        bytes[..12].fill(0);
+        bytes
+    };
+    let coarse = |bits: u8| {
+        let mut bytes = entry(2);
+        bytes[17] = bits;
+        bytes
+    };
+    vec![
+        ("bitmaps", "enabled", with(&[entry(2)], BITS)),
+        ("bitmaps", "in_use", with(&[entry(3)], BITS)),
+        ("bitmaps", "disabled", with(&[entry(0)], 1)),
+        ("bitmaps", "shared", with(&[named(b'a', 2), named(b'b', 0)], BITS)),
+        ("bitmaps", "same_name", with(&[entry(2), entry(2)], 0)),
+        ("bitmaps", "too_short", with(&[without_table(b'a'), named(b'b', 2)], BITS)),
+        ("bitmaps", "over_metadata", with(&[entry(2)], 512)),
+        ("bitmaps", "over_itself", with(&[entry(2)], 7 * 512)),
+        ("bitmaps", "coarse", with(&[coarse(31)], BITS)),
+        ("bitmaps", "too_coarse", with(&[coarse(64)], BITS)),
+    ]
+}
+
+/// Which checksums are right and so on; then what differs from a sound one.
+fn sidecars() -> Vec<Seed> {
+    let changed = |choice: u8, changes: &[(usize, u8)]| {
+        let mut bytes = vec![0; 1 + 140 + 64 + 32 + 16];
+        bytes[0] = choice;
+        changes.iter().for_each(|(place, change)| bytes[1 + place] = *change);
+        bytes
+    };
+    vec![
+        ("sidecar", "same_boot", changed(0, &[])),
+        ("sidecar", "other_boot", changed(8, &[])),
+        ("sidecar", "lower_level", changed(16, &[])),
+        ("sidecar", "lower_level_other_boot", changed(24, &[])),
+        ("sidecar", "wrong_checksums", changed(7, &[(0, 1)])),
+        ("sidecar", "cut_off", changed(32, &[(0, 200)])),
+        ("sidecar", "many_bitmaps", changed(8, &[(101, 0xff)])),
+        ("sidecar", "huge_disk", changed(8, &[(54, 0x7f)])),
+        ("sidecar", "small_extents", changed(8, &[(56, 22 ^ 9)])),
+        ("sidecar", "full_slot", changed(8, &[(140 + 4, 121)])),
+        ("sidecar", "far_extent", changed(8, &[(140 + 35, 0xff)])),
+        ("sidecar", "long_name", changed(0, &[(204 + 5, 4)])),
+        ("sidecar", "many_bits", changed(0, &[(204 + 14, 0xff)])),
     ]
 }
