@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use nbd_proto::wire::{BlockDescriptor, MetaContextName, TransmissionFlags};
+use nbd_proto::wire::TransmissionFlags;
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
+    Durability, Export, ExportError, ExportInfo, Filter, Operation, Promptness, Speed, TryRead,
     TryWrite, ZeroMode,
 };
 
@@ -74,7 +74,7 @@ pub(crate) struct Changes {
 }
 
 /// An export with some of its requests changed.
-struct Filter {
+struct Changed {
     inner: Arc<dyn Export>,
     discard: Discard,
     detect_zeroes: DetectZeroes,
@@ -89,10 +89,10 @@ pub(crate) fn filtered(inner: Arc<dyn Export>, changes: Changes) -> Arc<dyn Expo
         return inner;
     }
     let Changes { discard, detect_zeroes, caching, multi_conn, waiting } = changes;
-    Arc::new(Filter { inner, discard, detect_zeroes, caching, multi_conn, waiting })
+    Arc::new(Changed { inner, discard, detect_zeroes, caching, multi_conn, waiting })
 }
 
-impl Filter {
+impl Changed {
     fn mode(&self, wanted: ZeroMode) -> ZeroMode {
         match self.discard {
             Discard::Unmap => wanted,
@@ -108,7 +108,11 @@ impl Filter {
     }
 }
 
-impl Export for Filter {
+impl Filter for Changed {
+    fn inner(&self) -> &dyn Export {
+        &*self.inner
+    }
+
     fn info(&self) -> ExportInfo {
         let mut info = self.inner.info();
         if self.multi_conn == MultiConn::Hidden {
@@ -117,19 +121,11 @@ impl Export for Filter {
         info
     }
 
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-        self.inner.read_at(offset, buffer)
-    }
-
     fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
         match self.waiting {
             Waiting::AsItIs => self.inner.try_read_at(offset, buffer),
             Waiting::Everywhere => Ok(TryRead::WouldBlock),
         }
-    }
-
-    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
-        self.inner.file_span(offset, length)
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {
@@ -175,10 +171,6 @@ impl Export for Filter {
         }
     }
 
-    fn flush(&self) -> Result<(), ExportError> {
-        self.inner.flush()
-    }
-
     fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
         let durability = self.durable(durability);
         match (self.discard, durability) {
@@ -199,20 +191,6 @@ impl Export for Filter {
     ) -> Result<(), ExportError> {
         let (mode, durability) = (self.mode(mode), self.durable(durability));
         self.inner.write_zeroes(offset, length, mode, speed, durability)
-    }
-
-    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
-        self.inner.cache(offset, length)
-    }
-
-    fn block_status(
-        &self,
-        context: &MetaContextName,
-        offset: u64,
-        length: u64,
-        max_count: usize,
-    ) -> Result<Vec<BlockDescriptor>, ExportError> {
-        self.inner.block_status(context, offset, length, max_count)
     }
 }
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
-    TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, FileSpan, Filter, Speed, TryRead, TryWrite,
+    ZeroMode,
 };
 
 use crate::error::CommandError;
@@ -60,7 +60,11 @@ impl Part {
     }
 }
 
-impl Export for Part {
+impl Filter for Part {
+    fn inner(&self) -> &dyn Export {
+        &*self.inner
+    }
+
     fn info(&self) -> ExportInfo {
         let mut info = self.inner.info();
         info.size = self.size;
@@ -79,10 +83,6 @@ impl Export for Part {
         self.inner.file_span(self.inside(offset).ok()?, length)
     }
 
-    fn promptness(&self, operation: Operation) -> Promptness {
-        self.inner.promptness(operation)
-    }
-
     fn write_at(
         &self,
         offset: u64,
@@ -94,10 +94,6 @@ impl Export for Part {
 
     fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
         self.inner.try_write_at(self.inside(offset)?, data)
-    }
-
-    fn flush(&self) -> Result<(), ExportError> {
-        self.inner.flush()
     }
 
     fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {

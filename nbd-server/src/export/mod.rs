@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod descriptors;
+mod filter;
 #[cfg(feature = "image")]
 mod image;
 mod memory;
@@ -17,6 +18,7 @@ pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
 
 pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView, StatusFn};
 pub use descriptors::Descriptors;
+pub use filter::Filter;
 #[cfg(feature = "image")]
 pub use image::ImageExport;
 pub use memory::MemoryExport;

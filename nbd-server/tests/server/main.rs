@@ -11,6 +11,7 @@ mod connection_cap;
 mod disconnects;
 mod durability;
 mod exports;
+mod filter;
 mod handshake_deadline;
 mod image_space;
 mod interop;

@@ -16,14 +16,9 @@ use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
-use nbd_proto::wire::{BlockDescriptor, MetaContextName};
-
 use self::preserved::{Patience, Preserved};
 pub use self::view::{PointInTimeView, StatusFn};
-use super::{
-    Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
-    TryWrite, ZeroMode,
-};
+use super::{Durability, Export, ExportError, Operation, Promptness, Speed, TryWrite, ZeroMode};
 
 /// Why a checkpoint cannot be begun or is lost.
 #[derive(Debug, thiserror::Error)]
@@ -144,21 +139,9 @@ impl Checkpointed {
     }
 }
 
-impl Export for Checkpointed {
-    fn info(&self) -> ExportInfo {
-        self.disk.info()
-    }
-
-    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-        self.disk.read_at(offset, buffer)
-    }
-
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        self.disk.try_read_at(offset, buffer)
-    }
-
-    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
-        self.disk.file_span(offset, length)
+impl super::Filter for Checkpointed {
+    fn inner(&self) -> &dyn Export {
+        &*self.disk
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {
@@ -203,10 +186,6 @@ impl Export for Checkpointed {
         self.disk.try_write_at(offset, data)
     }
 
-    fn flush(&self) -> Result<(), ExportError> {
-        self.disk.flush()
-    }
-
     fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
         self.change(offset, length, || self.disk.trim(offset, length, durability))
     }
@@ -221,20 +200,6 @@ impl Export for Checkpointed {
     ) -> Result<(), ExportError> {
         let zero = || self.disk.write_zeroes(offset, length, mode, speed, durability);
         self.change(offset, length, zero)
-    }
-
-    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
-        self.disk.cache(offset, length)
-    }
-
-    fn block_status(
-        &self,
-        context: &MetaContextName,
-        offset: u64,
-        length: u64,
-        max_count: usize,
-    ) -> Result<Vec<BlockDescriptor>, ExportError> {
-        self.disk.block_status(context, offset, length, max_count)
     }
 }
 

@@ -2,11 +2,11 @@ use std::sync::atomic::AtomicU64;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use nbd_proto::wire::Errno;
+use nbd_proto::wire::{Errno, MetaContextName};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::*;
-use crate::export::MemoryExport;
+use crate::export::{ExportInfo, MemoryExport, TryRead};
 
 const SIZE: u64 = 4 << 20;
 

@@ -1,0 +1,238 @@
+//! Exports in front of others.
+
+use nbd_proto::wire::{BlockDescriptor, MetaContextName};
+
+use super::{
+    Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
+    TryWrite, ZeroMode,
+};
+
+/// An export in front of another one: every call is passed on, but for the methods that are
+/// written. They are those of [`Export`] and promise the same; every filter is an export.
+///
+/// A call that is passed on costs what a call of the inner export costs. What must stay true:
+///
+/// - Who changes [`write_at`](Self::write_at) changes [`try_write_at`](Self::try_write_at) too, or
+///   lets it say [`TryWrite::WouldBlock`]; the same goes for [`read_at`](Self::read_at),
+///   [`try_read_at`](Self::try_read_at) (or [`TryRead::WouldBlock`]) and
+///   [`file_span`](Self::file_span) (or `None`).
+/// - Who makes a call wait says so in [`promptness`](Self::promptness).
+/// - [`info`](Self::info) offers nothing that the methods do not do.
+///
+/// ```
+/// use std::sync::Arc;
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// use nbd_server::export::{Export, ExportError, Filter, MemoryExport};
+///
+/// /// Counts flushes.
+/// struct Counting {
+///     inner: Arc<dyn Export>,
+///     flushes: AtomicU64,
+/// }
+///
+/// impl Filter for Counting {
+///     fn inner(&self) -> &dyn Export {
+///         &*self.inner
+///     }
+///
+///     fn flush(&self) -> Result<(), ExportError> {
+///         self.flushes.fetch_add(1, Ordering::Relaxed);
+///         self.inner.flush()
+///     }
+/// }
+///
+/// let inner = Arc::new(MemoryExport::new(1 << 20));
+/// let counting = Arc::new(Counting { inner, flushes: AtomicU64::new(0) });
+/// let export: Arc<dyn Export> = counting.clone();
+/// export.flush()?;
+/// assert_eq!(export.info().size, 1 << 20);
+/// assert_eq!(counting.flushes.load(Ordering::Relaxed), 1);
+/// # Ok::<(), ExportError>(())
+/// ```
+pub trait Filter: Send + Sync + 'static {
+    /// The export that calls are passed on to: always the same one.
+    fn inner(&self) -> &dyn Export;
+
+    /// See [`Export::info`].
+    fn info(&self) -> ExportInfo {
+        self.inner().info()
+    }
+
+    /// See [`Export::read_at`].
+    ///
+    /// # Errors
+    ///
+    /// Those of the inner export, as for all that follow.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.inner().read_at(offset, buffer)
+    }
+
+    /// See [`Export::try_read_at`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        self.inner().try_read_at(offset, buffer)
+    }
+
+    /// See [`Export::file_span`].
+    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
+        self.inner().file_span(offset, length)
+    }
+
+    /// See [`Export::promptness`].
+    fn promptness(&self, operation: Operation) -> Promptness {
+        self.inner().promptness(operation)
+    }
+
+    /// See [`Export::write_at`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn write_at(
+        &self,
+        offset: u64,
+        data: &[u8],
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        self.inner().write_at(offset, data, durability)
+    }
+
+    /// See [`Export::try_write_at`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        self.inner().try_write_at(offset, data)
+    }
+
+    /// See [`Export::flush`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn flush(&self) -> Result<(), ExportError> {
+        self.inner().flush()
+    }
+
+    /// See [`Export::trim`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        self.inner().trim(offset, length, durability)
+    }
+
+    /// See [`Export::write_zeroes`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        self.inner().write_zeroes(offset, length, mode, speed, durability)
+    }
+
+    /// See [`Export::cache`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        self.inner().cache(offset, length)
+    }
+
+    /// See [`Export::block_status`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        self.inner().block_status(context, offset, length, max_count)
+    }
+}
+
+impl<T: Filter> Export for T {
+    fn info(&self) -> ExportInfo {
+        Filter::info(self)
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        Filter::read_at(self, offset, buffer)
+    }
+
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        Filter::try_read_at(self, offset, buffer)
+    }
+
+    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
+        Filter::file_span(self, offset, length)
+    }
+
+    fn promptness(&self, operation: Operation) -> Promptness {
+        Filter::promptness(self, operation)
+    }
+
+    fn write_at(
+        &self,
+        offset: u64,
+        data: &[u8],
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        Filter::write_at(self, offset, data, durability)
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        Filter::try_write_at(self, offset, data)
+    }
+
+    fn flush(&self) -> Result<(), ExportError> {
+        Filter::flush(self)
+    }
+
+    fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        Filter::trim(self, offset, length, durability)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        durability: Durability,
+    ) -> Result<(), ExportError> {
+        Filter::write_zeroes(self, offset, length, mode, speed, durability)
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        Filter::cache(self, offset, length)
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        Filter::block_status(self, context, offset, length, max_count)
+    }
+}

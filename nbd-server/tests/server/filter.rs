@@ -1,0 +1,175 @@
+//! Exports in front of others.
+
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
+use nbd_server::export::{
+    Durability, Export, ExportError, ExportInfo, FileSpan, Filter, Operation, Promptness, Speed,
+    TryRead, TryWrite, ZeroMode,
+};
+
+use crate::support::{Client, MODES, TestServer};
+
+const SIZE: u64 = 12_345;
+
+/// Notes what it is asked, and answers unlike any default.
+#[derive(Default)]
+struct Noting(Mutex<Vec<String>>);
+
+impl Noting {
+    fn note(&self, call: String) {
+        self.0.lock().unwrap().push(call);
+    }
+}
+
+fn failure() -> ExportError {
+    ExportError::new(Errno::EIO, "as it was told")
+}
+
+impl Export for Noting {
+    fn info(&self) -> ExportInfo {
+        self.note("info".into());
+        ExportInfo::new(SIZE)
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.note(format!("read {offset} {}", buffer.len()));
+        buffer.fill(7);
+        Ok(())
+    }
+
+    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+        self.note(format!("try read {offset} {}", buffer.len()));
+        Ok(TryRead::Complete)
+    }
+
+    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
+        self.note(format!("span {offset} {length}"));
+        let file = Arc::new(File::open("/dev/null").unwrap().into());
+        Some(FileSpan { file, offset })
+    }
+
+    fn promptness(&self, operation: Operation) -> Promptness {
+        self.note(format!("promptness {operation:?}"));
+        Promptness::Prompt
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8], how: Durability) -> Result<(), ExportError> {
+        self.note(format!("write {offset} {data:?} {how:?}"));
+        Ok(())
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        self.note(format!("try write {offset} {data:?}"));
+        Ok(TryWrite::Complete)
+    }
+
+    fn flush(&self) -> Result<(), ExportError> {
+        self.note("flush".into());
+        Err(failure())
+    }
+
+    fn trim(&self, offset: u64, length: u64, how: Durability) -> Result<(), ExportError> {
+        self.note(format!("trim {offset} {length} {how:?}"));
+        Ok(())
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        length: u64,
+        mode: ZeroMode,
+        speed: Speed,
+        how: Durability,
+    ) -> Result<(), ExportError> {
+        self.note(format!("zeroes {offset} {length} {mode:?} {speed:?} {how:?}"));
+        Ok(())
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Result<(), ExportError> {
+        self.note(format!("cache {offset} {length}"));
+        Ok(())
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        self.note(format!("status {context} {offset} {length} {max_count}"));
+        Ok(vec![BlockDescriptor { length, flags: 9 }])
+    }
+}
+
+/// Changes nothing.
+struct Nothing(Arc<Noting>);
+
+impl Filter for Nothing {
+    fn inner(&self) -> &dyn Export {
+        &*self.0
+    }
+}
+
+/// Turns every bit that is read.
+struct Inverted(Arc<Noting>);
+
+impl Filter for Inverted {
+    fn inner(&self) -> &dyn Export {
+        &*self.0
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        self.inner().read_at(offset, buffer)?;
+        buffer.iter_mut().for_each(|byte| *byte = !*byte);
+        Ok(())
+    }
+
+    fn try_read_at(&self, _: u64, _: &mut [u8]) -> Result<TryRead, ExportError> {
+        Ok(TryRead::WouldBlock)
+    }
+
+    fn file_span(&self, _: u64, _: usize) -> Option<FileSpan> {
+        None
+    }
+}
+
+/// Calls everything there is, and returns what was asked and answered.
+fn use_it(export: &dyn Export, noting: &Noting) -> Vec<String> {
+    let context = MetaContextName::base_allocation();
+    let (mut short, mut long) = ([0; 3], [0; 5]);
+    let durable = Durability::Fua;
+    let mut said = vec![
+        format!("{:?}", export.info()),
+        format!("{:?}", export.read_at(1, &mut short)),
+        format!("{:?}", export.try_read_at(2, &mut long)),
+        format!("{:?}", export.file_span(3, 4).map(|span| span.offset)),
+        format!("{:?}", export.promptness(Operation::Write(5, durable))),
+        format!("{:?}", export.write_at(6, &[7], durable)),
+        format!("{:?}", export.try_write_at(8, &[9])),
+        format!("{:?}", export.flush()),
+        format!("{:?}", export.trim(10, 11, durable)),
+        format!("{:?}", export.write_zeroes(12, 13, ZeroMode::NoHole, Speed::FastOnly, durable)),
+        format!("{:?}", export.cache(14, 15)),
+        format!("{:?}", export.block_status(&context, 16, 17, 18)),
+    ];
+    said.append(&mut noting.0.lock().unwrap());
+    said
+}
+
+#[test]
+fn a_filter_that_changes_nothing_passes_every_call_and_every_answer_on() {
+    let noting = Arc::new(Noting::default());
+    let direct = use_it(&*noting, &noting);
+    assert_eq!(direct.len(), 24, "{direct:?}");
+    assert_eq!(use_it(&Nothing(Arc::clone(&noting)), &noting), direct);
+}
+
+#[test]
+fn clients_see_what_a_filter_makes_of_the_disk() {
+    let server = TestServer::of(Inverted(Arc::new(Noting::default())));
+    let mut client = Client::connect(&server, MODES[0]);
+    assert_eq!(client.read(100, 10), [!7; 10]);
+}
