@@ -32,6 +32,7 @@ use crate::connect::{ConnectionArgs, TlsArgs, connect};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
+use crate::signals::EndSignals;
 use crate::size::parse_duration;
 
 const AFTER_HELP: &str = "\
@@ -49,7 +50,8 @@ the disk should not change while it is copied. All files of a chain may be moved
 
 With --control all of that happens by itself: the disk is copied as it was at one moment while clients
 go on writing, the bitmap is begun anew at that moment, and if the backup fails nothing is forgotten.
-Such a backup is not resumed: what there is of it is of a moment that is gone.
+Such a backup is not resumed: what there is of it is of a moment that is gone. SIGINT and SIGTERM end the
+checkpoint, too; after a SIGKILL `nbd-cli control PATH checkpoint-end NAME failure` does.
 
 While a backup runs it is TARGET.partial, and TARGET.partial.json says how far it is; when it is
 complete it gets its name in one step. After an interruption --resume goes on where it ended: only
@@ -163,7 +165,12 @@ pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
     }
     let runtime = runtime()?;
     let report = match (&args.control, &args.source) {
-        (Some(socket), _) => checkpointed(args, socket, |uri| runtime.block_on(backup(args, uri)))?,
+        (Some(socket), _) => {
+            // Before there is a checkpoint: if a signal ended this process it would stay, and go on
+            // to cost room and time.
+            let signals = runtime.block_on(async { EndSignals::new() })?;
+            checkpointed(args, socket, |uri| runtime.block_on(until_signal(args, uri, signals)))?
+        }
         (None, Some(uri)) => runtime.block_on(backup(args, uri))?,
         (None, None) => return Err(CommandError::new("give the disk's URI, or --control")),
     };
@@ -171,6 +178,26 @@ pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
         report.print(ReportFormat::from_json_flag(args.json))?;
     }
     Ok(Outcome::Success)
+}
+
+/// As [`backup`], given up when a signal comes. A second one ends the process at once.
+async fn until_signal(
+    args: &BackupArgs,
+    uri: &NbdUri,
+    mut signals: EndSignals,
+) -> Result<Report, CommandError> {
+    let signal = tokio::select! {
+        result = backup(args, uri) => return result,
+        signal = signals.next() => signal,
+    };
+    tokio::spawn(async move {
+        let second = signals.next().await;
+        std::process::exit(second.exit_status());
+    });
+    Err(CommandError::new(format!(
+        "signal {} has ended the backup of {uri}; begin again with --restart",
+        signal.number()
+    )))
 }
 
 async fn backup(args: &BackupArgs, uri: &NbdUri) -> Result<Report, CommandError> {

@@ -1,0 +1,43 @@
+//! A backup of a disk in use that the user gives up.
+
+use std::os::unix::net::UnixListener;
+use std::process::{Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::support::qemu_nbd::wait_until;
+use crate::support::{Disk, PROGRAM, Server, nbd_cli, peer};
+use crate::tools;
+
+#[test]
+fn a_backup_that_is_interrupted_ends_its_checkpoint_and_forgets_nothing() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    nbd_cli(&["control", &control, "bitmap-add", "vm", "daily"]).success();
+    peer(&qemu_io, &["-f", "raw", "-c", "write 1M 64k", server.uri()]);
+    let state = || -> Value {
+        let listing = nbd_cli(&["control", &control, "--json", "list"]).success();
+        let listing: Value = serde_json::from_str(&listing).expect("JSON");
+        listing["exports"][0].clone()
+    };
+    // Whoever listens here never says a word.
+    let (silent, target) = (folder.beside("silent"), folder.beside("full.qcow2"));
+    let _listener = UnixListener::bind(&silent).expect("a socket");
+    let mut command = Command::new(PROGRAM);
+    command.args(["backup", "--control", &control, "--export", "vm", "-B", "daily"]);
+    command.arg(format!("nbd+unix:///vm?socket={silent}")).arg(&target);
+    let mut backup = command.stderr(Stdio::piped()).spawn().expect("nbd-cli");
+    wait_until("the checkpoint has begun", || state()["checkpoint"] != Value::Null);
+    kill_process(Pid::from_child(&backup), Signal::INT).expect("it runs");
+    assert_eq!(backup.wait().expect("a child").code(), Some(1));
+    let found = state();
+    assert_eq!(found["checkpoint"], Value::Null, "{found}");
+    assert_eq!(found["bitmaps"][0]["dirty-bytes"], 64 << 10, "{found}");
+    let again = ["backup", "--control", &control, "--export", "vm", "-B", "daily", "--verify=all"];
+    nbd_cli(&[&again[..], &["--restart", &target]].concat()).success();
+    server.end();
+}
