@@ -2,13 +2,17 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Requests below this size are covered by what every connection holds anyway, in bytes.
 pub(crate) const FREE_LEN: usize = 64 * 1024;
+
+/// Longest request that a connection may have beyond the budget when that is used up, one at a
+/// time, in bytes. Clients that hold the budget and stall cannot stop those who ask for no more.
+const RESERVE_LEN: usize = 1 << 20;
 
 const UNIT: usize = 4096;
 
@@ -22,7 +26,39 @@ pub(crate) struct Budget {
 /// A part of the budget. Given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    _permit: Option<OwnedSemaphorePermit>,
+    _part: Part,
+}
+
+/// What of the budget it is. The fields are for their drops.
+#[derive(Debug)]
+enum Part {
+    /// Small requests take nothing.
+    Nothing,
+    Units {
+        _units: OwnedSemaphorePermit,
+    },
+    Reserve {
+        _reserve: Reserved,
+    },
+}
+
+/// What a connection may take when the budget is used up.
+#[derive(Debug, Default)]
+struct Reserve {
+    state: Mutex<ReserveState>,
+}
+
+#[derive(Debug, Default)]
+struct ReserveState {
+    is_taken: bool,
+    /// The connection, if it waits.
+    waker: Option<Waker>,
+}
+
+/// The reserve of a connection, taken. Given back when dropped.
+#[derive(Debug)]
+struct Reserved {
+    reserve: Arc<Reserve>,
 }
 
 type Waiting = Pin<Box<dyn Future<Output = Permit> + Send>>;
@@ -31,6 +67,7 @@ type Waiting = Pin<Box<dyn Future<Output = Permit> + Send>>;
 pub(crate) struct BudgetQueue {
     budget: Budget,
     waiting: Option<Waiting>,
+    reserve: Arc<Reserve>,
 }
 
 impl Budget {
@@ -43,53 +80,126 @@ impl Budget {
 }
 
 impl BudgetQueue {
-    pub(crate) const fn new(budget: Budget) -> Self {
-        Self { budget, waiting: None }
+    pub(crate) fn new(budget: Budget) -> Self {
+        Self { budget, waiting: None, reserve: Arc::default() }
     }
 
     /// Takes `length` bytes, or waits for them. A request larger than the whole budget gets all of
     /// it rather than never being served. Call with the same length until it is ready.
     pub(crate) fn poll_take(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<Permit> {
         if length <= FREE_LEN {
-            return Poll::Ready(Permit { _permit: None });
+            return Poll::Ready(Permit { _part: Part::Nothing });
         }
-        if self.waiting.is_none() {
-            let units = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX);
-            let units = units.min(self.budget.total);
-            let semaphore = Arc::clone(&self.budget.units);
-            if let Ok(permit) = Arc::clone(&semaphore).try_acquire_many_owned(units) {
-                return Poll::Ready(Permit { _permit: Some(permit) });
-            }
-            self.waiting = Some(Box::pin(async move {
+        let units = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX);
+        let units = units.min(self.budget.total);
+        let semaphore = &self.budget.units;
+        if self.waiting.is_none()
+            && let Ok(units) = Arc::clone(semaphore).try_acquire_many_owned(units)
+        {
+            return Poll::Ready(Permit { _part: Part::Units { _units: units } });
+        }
+        if length <= RESERVE_LEN
+            && let Some(reserve) = self.reserve.take(cx)
+        {
+            self.waiting = None;
+            return Poll::Ready(Permit { _part: Part::Reserve { _reserve: reserve } });
+        }
+        let waiting = self.waiting.get_or_insert_with(|| {
+            let semaphore = Arc::clone(semaphore);
+            Box::pin(async move {
                 // The semaphore is never closed.
-                Permit { _permit: semaphore.acquire_many_owned(units).await.ok() }
-            }));
-        }
-        let Some(waiting) = &mut self.waiting else { return Poll::Pending };
+                let units = semaphore.acquire_many_owned(units).await.ok();
+                let part = units.map_or(Part::Nothing, |units| Part::Units { _units: units });
+                Permit { _part: part }
+            })
+        });
         let permit = ready!(waiting.as_mut().poll(cx));
         self.waiting = None;
         Poll::Ready(permit)
     }
 }
 
+impl Reserve {
+    /// Takes it, or has the task of `cx` woken when it is given back.
+    fn take(self: &Arc<Self>, cx: &Context<'_>) -> Option<Reserved> {
+        let mut state = self.state();
+        if state.is_taken {
+            state.waker = Some(cx.waker().clone());
+            return None;
+        }
+        state.is_taken = true;
+        Some(Reserved { reserve: Arc::clone(self) })
+    }
+
+    fn state(&self) -> MutexGuard<'_, ReserveState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let mut state = self.reserve.state();
+        state.is_taken = false;
+        if let Some(waker) = state.waker.take() {
+            waker.wake();
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
-    use std::task::Waker;
 
     #[test]
     fn a_request_waits_until_another_gives_its_part_back() {
-        let budget = Budget::new(1 << 20);
+        let budget = Budget::new(4 << 20);
         let mut first = BudgetQueue::new(budget.clone());
         let mut second = BudgetQueue::new(budget);
         let mut cx = Context::from_waker(Waker::noop());
-        let Poll::Ready(permit) = first.poll_take(&mut cx, 1 << 20) else {
+        let Poll::Ready(permit) = first.poll_take(&mut cx, 4 << 20) else {
             panic!("the budget is free")
         };
-        assert!(second.poll_take(&mut cx, 1 << 19).is_pending());
+        assert!(second.poll_take(&mut cx, 2 << 20).is_pending());
         assert!(first.poll_take(&mut cx, 100).is_ready(), "small requests never wait");
         drop(permit);
-        assert!(second.poll_take(&mut cx, 1 << 19).is_ready());
+        assert!(second.poll_take(&mut cx, 2 << 20).is_ready());
+    }
+
+    #[test]
+    fn one_request_of_each_connection_goes_on_when_the_budget_is_used_up() {
+        let budget = Budget::new(4 << 20);
+        let mut greedy = BudgetQueue::new(budget.clone());
+        let mut cx = Context::from_waker(Waker::noop());
+        let Poll::Ready(all) = greedy.poll_take(&mut cx, 32 << 20) else {
+            panic!("the budget is free")
+        };
+        for _ in 0..10 {
+            let mut other = BudgetQueue::new(budget.clone());
+            let Poll::Ready(first) = other.poll_take(&mut cx, RESERVE_LEN) else {
+                panic!("it has a reserve")
+            };
+            let woken = Arc::new(Woken::default());
+            let waker = Waker::from(Arc::clone(&woken));
+            let mut waiting = Context::from_waker(&waker);
+            assert!(other.poll_take(&mut waiting, FREE_LEN + 1).is_pending(), "one at a time");
+            drop(first);
+            assert!(woken.0.load(Ordering::Relaxed), "whoever waits is told");
+            assert!(other.poll_take(&mut waiting, FREE_LEN + 1).is_ready());
+            assert!(other.poll_take(&mut cx, RESERVE_LEN + 1).is_pending(), "large ones wait");
+        }
+        drop(all);
+        assert!(greedy.poll_take(&mut cx, 4 << 20).is_ready(), "who has gone waits no more");
+    }
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl std::task::Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::Relaxed);
+        }
     }
 
     #[test]

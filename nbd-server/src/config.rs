@@ -28,7 +28,8 @@ pub struct ServerConfig {
     /// Bytes of payload and unsent replies one connection may hold, beyond one request of any
     /// legal size. Default: 64 MiB.
     pub connection_budget: usize,
-    /// Bytes of payload all connections together may hold in large requests. Default: 1 GiB.
+    /// Bytes of payload all connections together may hold in large requests. When they are used up
+    /// each connection may still have one request of up to 1 MiB at a time. Default: 1 GiB.
     pub server_budget: usize,
     /// How long clients may take, once the server is told to stop, to take the replies to what was
     /// in flight. Default: 10 s.

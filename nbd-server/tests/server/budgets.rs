@@ -78,6 +78,33 @@ fn large_requests_of_many_connections_take_turns_in_a_small_budget() {
 }
 
 #[test]
+fn clients_that_hold_the_whole_budget_and_stall_stop_nobody_who_asks_for_less() {
+    let mut config = ServerConfig::default();
+    config.server_budget = 64 << 20;
+    let disk = Scripted::new(64 << 20, Script::default());
+    let server = TestServer::with(config, disk);
+    let stalled: Vec<Client> = (0..4)
+        .map(|index| {
+            let client = Client::connect(&server, ReplyMode::Simple);
+            // The payload never comes, or the reply is never taken.
+            let kind = if index % 2 == 0 { CommandType::WRITE } else { CommandType::READ };
+            client.send(client.encode(&header(kind, 0, LARGE)));
+            client
+        })
+        .collect();
+    let mut random = Random::new();
+    for mode in MODES {
+        let mut client = Client::connect(&server, mode);
+        for length in [4096, 100 << 10, 1 << 20] {
+            let data = random.bytes(length);
+            assert_eq!(client.write(40 << 20, &data), Ok(()));
+            assert!(client.read(40 << 20, length as u64) == data);
+        }
+    }
+    drop(stalled);
+}
+
+#[test]
 fn requests_already_received_are_answered_after_a_pause_of_the_client() {
     // More requests than the receive buffer holds, which all wait because nothing can be sent; then
     // everything is wanted at once.
