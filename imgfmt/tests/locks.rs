@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
@@ -64,6 +66,12 @@ fn qemu_respects_our_locks() {
     assert!(qemu_io_can_open(file.path(), false));
 }
 
+fn greets(socket: &Path) -> bool {
+    let mut magic = [0; 8];
+    let greeting = UnixStream::connect(socket).and_then(|mut it| it.read_exact(&mut magic));
+    greeting.is_ok() && magic == *b"NBDMAGIC"
+}
+
 #[test]
 fn we_respect_the_locks_of_qemu() {
     if !has_tool("qemu-nbd") {
@@ -75,7 +83,8 @@ fn we_respect_the_locks_of_qemu() {
     std::fs::File::create(&path).and_then(|file| file.set_len(1 << 20)).unwrap();
     let arguments = ["-t", "-f", "raw", "-k", text(&socket), text(&path)];
     let server = Background::start("qemu-nbd", &arguments);
-    wait_until("the start of qemu-nbd", || socket.exists());
+    // It listens before it opens and locks the image, and greets only behind that.
+    wait_until("the start of qemu-nbd", || greets(&socket));
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let error = Image::open(&path, &options(access)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Busy, "{error}");

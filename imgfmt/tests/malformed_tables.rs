@@ -3,45 +3,17 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)] // A test may fail, and says what it skips.
 
 mod common;
+mod damaged;
 #[path = "../fuzz/src/handmade.rs"]
 mod handmade;
 
 use std::sync::Arc;
 
 use common::{at, range};
+use damaged::{CLUSTER, check_others, open, read, sound};
 use handmade::{COMPRESSED, COPIED, Handmade, field};
-use imgfmt::storage::fault::{Recording, RecordingStorage};
+use imgfmt::storage::fault::Recording;
 use imgfmt::{Access, Durability, ErrorKind, Format, Image, OpenOptions, Storage};
-
-const CLUSTER: u64 = 65536;
-
-/// Guest cluster 0 holds sevens, cluster 2 nines, cluster 1 is the one that is damaged.
-fn sound() -> Handmade {
-    let mut image = Handmade::new(16, 1 << 20);
-    image.add_data(0, 7);
-    image.add_data(2, 9);
-    image
-}
-
-fn open(image: &Handmade, access: Access) -> (Arc<RecordingStorage>, Image) {
-    let storage = Recording::new().storage(&image.bytes);
-    let options = OpenOptions::new().format(Format::Qcow2).access(access);
-    let disk = Image::from_storage(Arc::clone(&storage) as _, &options).unwrap();
-    (storage, disk)
-}
-
-fn read(disk: &Image, guest_cluster: u64) -> imgfmt::Result<Vec<u8>> {
-    let mut bytes = vec![0xee; CLUSTER as usize];
-    disk.read_at(at(guest_cluster * CLUSTER), &mut bytes).map(|()| bytes)
-}
-
-/// Clusters 0 and 2 must still be there.
-fn check_others(disk: &Image, what: &str) {
-    for (cluster, value) in [(0, 7), (2, 9)] {
-        let bytes = read(disk, cluster).unwrap_or_else(|error| panic!("{what}: {error}"));
-        assert!(bytes.iter().all(|byte| *byte == value), "{what}: cluster {cluster} is damaged");
-    }
-}
 
 #[test]
 fn a_damaged_entry_makes_its_cluster_unreadable_and_no_other() {
