@@ -28,6 +28,12 @@ impl Image {
         self.qcow2().map(Qcow2::bitmap_safety).unwrap_or_default()
     }
 
+    /// As [`bitmap_safety`](Self::bitmap_safety), and if nothing has changed yet, tries whether the
+    /// file that is to keep the bits can be made. Nothing stays behind.
+    pub fn probe_bitmap_safety(&self) -> BitmapSafety {
+        self.qcow2().map(Qcow2::probe_bitmap_safety).unwrap_or_default()
+    }
+
     /// Adds a bitmap in which nothing is dirty. `granularity` is how many bytes a bit stands for: a
     /// power of two from 512 to 2 GiB; usual is
     /// [`BITMAP_GRANULARITY_DEFAULT`](crate::BITMAP_GRANULARITY_DEFAULT).

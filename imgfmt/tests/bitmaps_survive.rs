@@ -291,6 +291,31 @@ fn a_clean_close_leaves_no_trace() {
 }
 
 #[test]
+fn it_can_be_told_before_the_first_write_whether_a_sidecar_can_be_made() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = make(folder.path());
+    let names = || std::fs::read_dir(folder.path()).unwrap().count();
+    let image = open(&path);
+    assert_eq!(image.probe_bitmap_safety().shortfall, None);
+    assert_eq!(names(), 1, "something stayed behind");
+    // A folder of that name is in the way.
+    let new = path.with_extension("qcow2.dirty.new");
+    std::fs::create_dir(&new).unwrap();
+    let safety = image.probe_bitmap_safety();
+    assert_eq!(safety.survives, Survives::CleanClose);
+    assert!(safety.shortfall.is_some());
+    std::fs::remove_dir(&new).unwrap();
+    assert_eq!(image.probe_bitmap_safety().survives, Survives::PowerLoss);
+    image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
+    assert_eq!(image.probe_bitmap_safety(), image.bitmap_safety());
+    image.close().unwrap();
+    has_no_trace(&path);
+}
+
+#[test]
 fn where_no_sidecar_can_be_made_writes_go_on_and_the_shortfall_is_said() {
     if !qemu::has_qemu() {
         return;
@@ -301,6 +326,8 @@ fn where_no_sidecar_can_be_made_writes_go_on_and_the_shortfall_is_said() {
     std::fs::create_dir(sidecar(&path)).unwrap();
     let image = Image::open(&path, &options().survives(Survives::ProcessDeath)).unwrap();
     assert_eq!(image.bitmap_safety().survives, Survives::ProcessDeath);
+    let safety = image.probe_bitmap_safety();
+    assert_eq!(safety.survives, Survives::ProcessDeath, "another file could be made");
     image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
     let safety = image.bitmap_safety();
     assert_eq!(safety.survives, Survives::CleanClose);

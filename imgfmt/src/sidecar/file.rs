@@ -57,11 +57,22 @@ impl SidecarPlace {
         description: &Description,
         words: InitialWords<'_>,
     ) -> io::Result<SidecarFile> {
+        self.make_new(|file| self.fill_and_rename(file, description, words))
+    }
+
+    /// Makes a new, locked file under the name for those that are not finished; it is gone again if
+    /// what is done with it fails.
+    fn make_new<T>(&self, fill: impl FnOnce(File) -> io::Result<T>) -> io::Result<T> {
         self.unlink(&self.new_name)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
         let mode = Mode::RUSR | Mode::WUSR;
         let new = rustix::fs::openat(&self.folder, &*self.new_name, flags | OFlags::CLOEXEC, mode)?;
-        let made = self.fill_and_rename(File::from(new), description, words);
+        let file = File::from(new);
+        // Umask cannot be relied on to leave the mode alone, nor a default ACL.
+        let made = rustix::fs::fchmod(&file, mode)
+            .map_err(io::Error::from)
+            .and_then(|()| file.try_lock().map_err(io::Error::from))
+            .and_then(|()| fill(file));
         if made.is_err() {
             let _ = self.unlink(&self.new_name);
         }
@@ -74,9 +85,6 @@ impl SidecarPlace {
         description: &Description,
         words: InitialWords<'_>,
     ) -> io::Result<SidecarFile> {
-        // Umask cannot be relied on to leave the mode alone, nor a default ACL.
-        rustix::fs::fchmod(&file, Mode::RUSR | Mode::WUSR)?;
-        file.try_lock().map_err(io::Error::from)?;
         let mut description = description.clone();
         let made = nanoseconds(file.metadata()?.modified()?);
         if made.abs_diff(now_nanoseconds()) > CLOCK_NANOSECONDS {
@@ -145,6 +153,15 @@ impl Home for SidecarPlace {
     fn remove(&self) -> io::Result<()> {
         self.unlink(&self.name)?;
         self.folder.sync_all()
+    }
+
+    fn probe(&self, description: &Description) -> io::Result<()> {
+        let length = Layout::of(description).ok_or(io::ErrorKind::InvalidInput)?.length;
+        self.make_new(|file| {
+            allocate(&file, length)?;
+            WordMap::new(&file, length)?;
+            self.unlink(&self.new_name)
+        })
     }
 
     fn boot_id(&self) -> String {

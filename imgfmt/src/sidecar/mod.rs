@@ -84,6 +84,9 @@ pub(crate) trait Home: Send + Sync + fmt::Debug {
     /// Takes the sidecar away, if there is one; durable on return.
     fn remove(&self) -> io::Result<()>;
 
+    /// Tries whether a sidecar could be made, and leaves nothing behind.
+    fn probe(&self, description: &Description) -> io::Result<()>;
+
     /// The boot of this machine; empty if the system does not say.
     fn boot_id(&self) -> String;
 

@@ -118,6 +118,10 @@ impl Home for Arc<RecordedFolder> {
         RecordedFolder::give_name_to(&self.folder, 0)
     }
 
+    fn probe(&self, _: &Description) -> io::Result<()> {
+        Ok(())
+    }
+
     fn boot_id(&self) -> String {
         self.boot_id.clone()
     }

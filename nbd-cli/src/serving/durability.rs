@@ -61,6 +61,17 @@ pub(crate) fn report_recovery(image: &Image, path: &Path) {
     }
 }
 
+/// Says so if bitmaps will not survive what they should, because nothing can be kept beside the image.
+pub(crate) fn report_shortfall(image: &Image, path: &Path) {
+    if let Some(shortfall) = image.probe_bitmap_safety().shortfall {
+        warn(&format!(
+            "{}: its dirty bitmaps survive an orderly end only, no crash: {}",
+            printable(&path.to_string_lossy()),
+            printable(&shortfall)
+        ));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

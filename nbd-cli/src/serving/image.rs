@@ -7,7 +7,7 @@ use std::sync::Arc;
 use imgfmt::{Access, BitmapState, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_server::export::{Export, ImageExport};
 
-use super::durability::report_recovery;
+use super::durability::{report_recovery, report_shortfall};
 use super::temporary::temporary;
 use super::{BitmapDurability, Changes, Window, filtered, leftover};
 use crate::error::CommandError;
@@ -140,6 +140,7 @@ impl ImageChoices {
                 let options = options.survives(self.bitmap_durability.into());
                 let image = Image::open(path, &options.access(Access::ReadWrite))?;
                 report_recovery(&image, path);
+                report_shortfall(&image, path);
                 Ok(image)
             }
             Writes::ToImage | Writes::Refused => Ok(Image::open(path, &options)?),

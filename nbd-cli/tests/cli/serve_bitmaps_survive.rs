@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 
-use crate::support::{Disk, Server, peer};
+use crate::support::{Disk, Server, nbd_cli, peer};
 use crate::tools;
 
 /// What qemu-img says of the bitmap that is in use.
@@ -60,4 +60,24 @@ fn without_durability_nothing_stands_beside_the_image_and_the_bitmap_stays_in_us
     assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE));
     Server::ours(&["--format", "qcow2", &image]).end();
     assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE), "nobody knows what has changed");
+}
+
+#[test]
+fn one_warning_says_that_bitmaps_cannot_be_kept_beside_the_image() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.blank("disk.qcow2", 0);
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "1M"]);
+    peer(&qemu_img, &["bitmap", "--add", &image, "backup"]);
+    // A folder of that name is in the way, also for a user who may do everything.
+    let in_the_way = format!("{image}.dirty.new");
+    std::fs::create_dir(&in_the_way).expect("a folder");
+    let warnings = |durability: &str| {
+        let arguments = ["serve", "--run", "true", "--bitmap-durability", durability];
+        let said = nbd_cli(&[&arguments[..], &["--format", "qcow2", &image]].concat());
+        said.stderr.lines().filter(|line| line.contains("survive")).count()
+    };
+    assert_eq!(["power", "process", "none"].map(warnings), [1, 1, 0]);
+    std::fs::remove_dir(&in_the_way).expect("an empty folder");
+    assert_eq!(warnings("power"), 0);
 }

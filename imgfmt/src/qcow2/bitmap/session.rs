@@ -203,7 +203,22 @@ impl Qcow2 {
         bitmaps: &[(&Bitmap<Entry>, &Arc<Bits>)],
     ) -> Result<Arc<Sidecar>> {
         let place = self.sidecar_place()?;
-        let description = Description {
+        let description = self.describe(&*place, session, identity, bitmaps)?;
+        let words = |bitmap: usize, word: u64| {
+            bitmaps[bitmap].1.words().get(word as usize).map_or(0, |word| word.load(Relaxed))
+        };
+        let store = place.create(&description, &words).map_err(sidecar_error)?;
+        Sidecar::new(store, &description).ok_or_else(no_file)
+    }
+
+    fn describe(
+        &self,
+        place: &dyn Home,
+        session: &Session,
+        identity: Identity,
+        bitmaps: &[(&Bitmap<Entry>, &Arc<Bits>)],
+    ) -> Result<Description> {
+        Ok(Description {
             survives: session.survives,
             identity,
             epoch: session.epoch,
@@ -212,12 +227,30 @@ impl Qcow2 {
             boot_id: place.boot_id(),
             image: self.fingerprint().ok_or_else(no_file)?,
             bitmaps: bitmaps.iter().map(|(bitmap, _)| self.descriptor(bitmap)).collect(),
-        };
-        let words = |bitmap: usize, word: u64| {
-            bitmaps[bitmap].1.words().get(word as usize).map_or(0, |word| word.load(Relaxed))
-        };
-        let store = place.create(&description, &words).map_err(sidecar_error)?;
-        Sidecar::new(store, &description).ok_or_else(no_file)
+        })
+    }
+
+    /// As [`bitmap_safety`](Self::bitmap_safety); if nothing has changed yet it is tried whether the
+    /// sidecar could be made.
+    pub(crate) fn probe_bitmap_safety(&self) -> BitmapSafety {
+        let mut safety = self.bitmap_safety();
+        let state = self.bitmaps.tracker.read();
+        let bitmaps: Vec<_> = state.recording().collect();
+        let session = lock(&self.bitmaps.session);
+        let is_settled = safety.survives == Survives::CleanClose || session.sidecar.is_some();
+        if is_settled || bitmaps.is_empty() || self.writer.is_none() {
+            return safety;
+        }
+        let probed = self.sidecar_place().and_then(|place| {
+            let identity = Identity { uuid: [0; 16], generation: 0 };
+            let description = self.describe(&*place, &session, identity, &bitmaps)?;
+            place.probe(&description).map_err(sidecar_error)
+        });
+        if let Err(error) = probed {
+            safety.survives = Survives::CleanClose;
+            safety.shortfall = Some(error.to_string());
+        }
+        safety
     }
 
     /// Ends the session once every bitmap is stored: the image is as if there had been none.
