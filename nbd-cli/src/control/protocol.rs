@@ -1,88 +1,143 @@
 //! What goes over the control socket.
 
+use clap::builder::{BoolishValueParser, TypedValueParser};
+use clap::{ArgAction, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+
+use crate::size::ByteSize;
 
 /// Longest line in both directions, in bytes, without its end.
 pub(crate) const MAX_LINE_LEN: usize = 64 << 10;
 
-/// A request. Names are those of exports and of bitmaps in their images.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// A request, as it goes over the socket and as `nbd-cli control` takes it. Names are those of
+/// exports and of bitmaps in their images.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Subcommand)]
 #[serde(tag = "command", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 #[serde(deny_unknown_fields)]
 pub(crate) enum Request {
-    /// Everything that is exported and everybody who uses it.
+    /// List exports with their bitmaps, and clients
     List {},
-    /// Exports a file, a device or `memory:SIZE`, as the command line of `serve` would.
+    /// Export a file, a device or memory:SIZE
     AddExport {
+        /// Name of the new export.
         name: String,
+        /// What to export.
         source: String,
+        /// Refuse all writes.
+        #[arg(short, long)]
         #[serde(default)]
         read_only: bool,
-        /// `raw` or `qcow2`.
+        /// Format of the image; found by looking at it unless given.
+        #[arg(short, long, value_parser = ["raw", "qcow2"])]
         #[serde(default)]
         format: Option<String>,
+        /// A text for people that clients can ask for.
+        #[arg(short = 'D', long, value_name = "TEXT")]
         #[serde(default)]
         description: Option<String>,
     },
-    /// Takes an export away and closes its image.
+    /// Take an export away and close its image
     RemoveExport {
+        /// Name of the export.
         name: String,
+        /// Cut the connections of clients that use it; without this it is kept then.
+        #[arg(long = "disconnect", action = ArgAction::SetTrue,
+              value_parser = flag(OnUse::Refuse, OnUse::Disconnect))]
         #[serde(default)]
         on_use: OnUse,
     },
-    /// Adds a bitmap in which nothing is dirty.
+    /// Add a bitmap in which nothing is dirty
     BitmapAdd {
+        /// Name of the export.
         export: String,
+        /// Name of the new bitmap.
         bitmap: String,
-        /// In bytes; a power of two from 512 to 2 GiB.
+        /// How much of the disk one bit stands for: a power of two from 512 to 2G.
+        #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes)]
         #[serde(default)]
         granularity: Option<u64>,
+        /// Do not note changes yet.
+        #[arg(long = "disabled", action = ArgAction::SetTrue,
+              value_parser = flag(InitialState::Enabled, InitialState::Disabled))]
         #[serde(default)]
         initial: InitialState,
     },
+    /// Remove a bitmap
     BitmapRemove {
+        /// Name of the export.
         export: String,
+        /// Name of the bitmap.
         bitmap: String,
     },
+    /// Forget what is dirty
     BitmapClear {
+        /// Name of the export.
         export: String,
+        /// Name of the bitmap.
         bitmap: String,
     },
+    /// Note changes from now on
     BitmapEnable {
+        /// Name of the export.
         export: String,
+        /// Name of the bitmap.
         bitmap: String,
     },
+    /// Note no changes from now on
     BitmapDisable {
+        /// Name of the export.
         export: String,
+        /// Name of the bitmap.
         bitmap: String,
     },
-    /// What is dirty in `from` becomes dirty in `bitmap` too.
+    /// Make dirty in one bitmap what is dirty in another
     BitmapMerge {
+        /// Name of the export.
         export: String,
+        /// Name of the bitmap that changes.
         bitmap: String,
+        /// Name of the bitmap that stays.
         from: String,
     },
-    /// Freezes the bits of a bitmap and begins it anew, at one moment between two writes, and exports
-    /// the disk as it was at that moment, for reading only, with the frozen bits as the bitmap's.
+    /// Freeze a bitmap, begin it anew, and export the disk as it is at that moment
+    // For reading only, with the frozen bits as the bitmap's. The moment lies between two writes.
     CheckpointStart {
+        /// Name of the export.
         export: String,
-        /// Without it only the view is made.
+        /// The bitmap; without one only the view is made.
+        #[arg(short = 'B', long, value_name = "NAME")]
         #[serde(default)]
         bitmap: Option<String>,
+        /// Add the bitmap if there is none.
+        #[arg(long = "add-bitmap", action = ArgAction::SetTrue, requires = "bitmap",
+              value_parser = flag(IfMissing::Fail, IfMissing::Add))]
         #[serde(default)]
         if_missing: IfMissing,
-        /// Name of the view; the export's with `.checkpoint` behind it unless given.
+        /// Name of the export that is the view [default: the export's with .checkpoint behind it].
+        #[arg(long, value_name = "NAME")]
         #[serde(default)]
         view: Option<String>,
     },
-    /// Ends the view. The frozen bits are dropped after a success and merged back after a failure.
+    /// End a checkpoint: drop the frozen bits after a success, merge them back after a failure
     CheckpointEnd {
+        /// Name of the export.
         export: String,
+        /// Whether a backup was taken.
         outcome: Verdict,
     },
-    /// Ends the server as SIGTERM does.
+    /// End the server as SIGTERM does
     Shutdown {},
+}
+
+/// What an option without a value means: the one if it is not given, the other if it is.
+fn flag<T: Copy + Send + Sync + 'static>(off: T, on: T) -> impl TypedValueParser<Value = T> {
+    BoolishValueParser::new().map(move |is_given| if is_given { on } else { off })
+}
+
+/// A size in bytes with the suffixes of the command line.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    text.parse().map(ByteSize::bytes)
 }
 
 /// What becomes of clients of an export that is removed.
@@ -116,10 +171,12 @@ pub(crate) enum IfMissing {
 }
 
 /// Whether a backup was taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Verdict {
+    /// It is complete.
     Success,
+    /// It is not.
     Failure,
 }
 

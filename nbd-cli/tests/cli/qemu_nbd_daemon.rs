@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use rustix::process::{Signal, kill_process};
 
 use crate::support::qemu_nbd::{Daemon, Foreground, Killed, ours, qemu_nbd, wait_until};
+use crate::support::service_manager::started_by_service_manager;
 use crate::support::{Disk, nbd_cli, peer, run};
 use crate::tools;
 
@@ -132,28 +133,14 @@ fn signals_end_it_in_order() {
     }
 }
 
-/// Listens, then becomes the program as systemd would start it.
-const LAUNCHER: &str = r"
-import os, socket, sys
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(sys.argv[1])
-listener.listen(8)
-os.dup2(listener.fileno(), 3)
-os.set_inheritable(3, True)
-os.environ['LISTEN_FDS'] = '1'
-os.environ['LISTEN_PID'] = str(os.getpid())
-os.execv(sys.argv[2], sys.argv[2:])
-";
-
 #[test]
 fn a_socket_of_a_service_manager_is_used_in_the_foreground_and_by_a_daemon() {
     tools!(python = "python3");
     let disk = Disk::sparse();
     for (index, fork) in [&["-e", "4"][..], &["-e", "4", "--fork"]].into_iter().enumerate() {
         let socket = disk.beside(&format!("socket{index}"));
-        let mut launcher = Command::new(&python);
-        launcher.args(["-c", LAUNCHER, &socket, crate::support::PROGRAM, "qemu-nbd", "-f", "raw"]);
-        launcher.args(fork).arg(disk.path());
+        let mut launcher = started_by_service_manager(&python, &socket, "qemu-nbd");
+        launcher.args(["-f", "raw"]).args(fork).arg(disk.path());
         launcher.stdout(Stdio::null()).stderr(Stdio::null());
         let mut child = Killed(launcher.spawn().expect("a program"));
         // It ends with its only client.
@@ -182,8 +169,7 @@ fn a_socket_of_a_service_manager_leaves_no_choice_of_address() {
     .enumerate()
     {
         let socket = disk.beside(&format!("socket{index}"));
-        let mut launcher = Command::new(&python);
-        launcher.args(["-c", LAUNCHER, &socket, crate::support::PROGRAM, "qemu-nbd"]);
+        let mut launcher = started_by_service_manager(&python, &socket, "qemu-nbd");
         let refused = run(launcher.args([option, value, disk.path()]));
         assert_eq!(refused.code, Some(1));
         assert!(refused.stderr.contains(part), "{refused:?}");

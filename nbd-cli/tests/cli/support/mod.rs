@@ -4,6 +4,7 @@ mod disk;
 pub(crate) mod image;
 pub(crate) mod qemu_nbd;
 mod server;
+pub(crate) mod service_manager;
 pub(crate) mod tls;
 
 use std::ffi::OsStr;
