@@ -80,6 +80,30 @@ impl Qcow2 {
         self.is_bad(cluster, 0, &tables, &mut allocator)
     }
 
+    /// Refuses to give L2 tables away, from this L1 entry on, that are other metadata, or nobody's,
+    /// or the tables of other L1 entries as well.
+    pub(super) fn refuse_bad_tables(&self, first: u64) -> Result<()> {
+        let bits = self.geometry().cluster_bits;
+        let mut allocator = lock(&self.writer()?.allocator);
+        let mut known = HashSet::new();
+        for (index, entry) in (0..).zip(self.l1.iter()) {
+            let offset = entry.load(Acquire) & OFFSET_MASK;
+            if offset == 0 {
+                continue;
+            }
+            let is_first = known.insert(offset);
+            let is_other = allocator.is_protected(offset)
+                || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset))
+                || allocator.refcounts.refcount(offset >> bits)? == 0;
+            if index >= first && (is_other || !is_first) {
+                drop(allocator);
+                let detail = "an L1 entry points to a place that is not its own";
+                return Err(self.note_damage(self.corrupt(detail, offset)));
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses a change through an entry that must not be followed. `words` are the table's, and
     /// the caller holds its lock: nobody can have changed them unseen.
     pub(super) fn refuse_bad(&self, table: &Table, words: &[u64], guest: u64) -> Result<()> {

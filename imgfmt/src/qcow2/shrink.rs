@@ -101,6 +101,7 @@ impl Qcow2 {
     fn refuse_bad_behind(&self, end: u64) -> Result<()> {
         let geometry = self.geometry();
         let words_per_entry = geometry.entry_words();
+        self.refuse_bad_tables(geometry.l1_index(end))?;
         for l1_index in geometry.l1_index(end)..self.l1.len() as u64 {
             let Some(table) = self.table(l1_index, Lookup::MayRead)?.flatten() else { continue };
             let content = table.read();
