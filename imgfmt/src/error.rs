@@ -79,6 +79,13 @@ impl Error {
         error
     }
 
+    /// Says more than the operating system's words do, in front of them.
+    #[must_use]
+    pub(crate) fn explained(mut self, explanation: &str) -> Self {
+        self.0.detail = format!("{explanation}: {}", self.0.detail);
+        self
+    }
+
     /// Names the file concerned.
     #[must_use]
     pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {

@@ -69,6 +69,8 @@ fn fail(made: &Made, seed: u64, fault: &Fault, random: &mut Random, what: &str) 
         }
     }
     set_fault(&trial, None);
+    // The first may report a sync that failed in another operation.
+    let _ = image.flush();
     model.settle(&image, what);
     model.check(&image, what);
     for _ in 0..10 {

@@ -92,7 +92,7 @@ impl Driver for Qcow2 {
     }
 
     fn flush(&self) -> Result<()> {
-        self.flush_all()
+        self.flush_for_caller()
     }
 
     fn close(&self) -> Result<()> {
@@ -145,7 +145,7 @@ impl Qcow2 {
     fn flush_if(&self, durability: Durability) -> Result<()> {
         match durability {
             Durability::Cached => Ok(()),
-            Durability::Fua => self.flush_all(),
+            Durability::Fua => self.flush_for_caller(),
         }
     }
 }

@@ -60,7 +60,9 @@ impl Qcow2 {
             let change_count = writer.changes.load(Acquire);
             (self.take_changes(writer), writer.leases.close_generation(), change_count)
         };
-        let result = self.write_changes(&changes);
+        let since = self.failed_syncs();
+        let written = self.write_changes(&changes);
+        let result = written.and_then(|()| self.refuse_lost_since(since));
         let mut freed = std::mem::take(&mut changes.freed);
         if result.is_err() {
             lock(&writer.freed).append(&mut freed);
@@ -286,12 +288,14 @@ impl Qcow2 {
 
     /// Syncs the file that holds the data.
     fn sync_data(&self) -> Result<()> {
-        self.data.sync().map_err(|error| self.named(Error::from_io("flush", error)))
+        let synced = self.data.sync().map_err(|error| self.named(Error::from_io("flush", error)));
+        self.count_failed(synced)
     }
 
     /// Syncs the file that holds the metadata.
     pub(super) fn sync_file(&self) -> Result<()> {
-        self.file.sync().map_err(|error| self.named(Error::from_io("flush", error)))
+        let synced = self.file.sync().map_err(|error| self.named(Error::from_io("flush", error)));
+        self.count_failed(synced)
     }
 }
 

@@ -32,18 +32,28 @@ struct Area<'a> {
 
 /// Sets and clears bits of the autoclear features, durably.
 pub(super) fn change_autoclear(storage: &dyn Storage, set: u64, clear: u64) -> Result<()> {
+    let old = read_autoclear(storage)?;
+    if old & !clear | set == old {
+        return Ok(());
+    }
+    rewrite_autoclear(storage, set, clear)
+}
+
+/// As [`change_autoclear`], also if it finds the bits as they should be: after a sync that failed
+/// the file looks as it should, but not the disk.
+pub(super) fn rewrite_autoclear(storage: &dyn Storage, set: u64, clear: u64) -> Result<()> {
+    let new = read_autoclear(storage)? & !clear | set;
+    storage
+        .write_at(HostOffset::new(field::AUTOCLEAR), &new.to_be_bytes(), Durability::Cached)
+        .and_then(|()| storage.sync())
+        .map_err(write_error)
+}
+
+fn read_autoclear(storage: &dyn Storage) -> Result<u64> {
     let mut bytes = [0; 8];
     let offset = HostOffset::new(field::AUTOCLEAR);
     storage.read_exact_at(offset, &mut bytes).map_err(super::header::read_error)?;
-    let old = u64::from_be_bytes(bytes);
-    let new = old & !clear | set;
-    if new == old {
-        return Ok(());
-    }
-    storage
-        .write_at(offset, &new.to_be_bytes(), Durability::Cached)
-        .and_then(|()| storage.sync())
-        .map_err(write_error)
+    Ok(u64::from_be_bytes(bytes))
 }
 
 /// Whether [`put_extension`] would replace the content of an extension as a whole or not at all,

@@ -15,6 +15,7 @@ mod create;
 mod driver;
 mod extension;
 mod extents;
+mod failed_sync;
 mod fill;
 mod flush;
 mod geometry;

@@ -10,7 +10,7 @@
 //! 4. the allocator, the tables, the lists below; each for a moment.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::AcqRel, Ordering::Acquire};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 
 use super::alloc::{Allocator, Freed, Quarantine, Reserved};
@@ -44,6 +44,11 @@ pub(crate) struct Writer {
     /// Counts calls of flush, and up to which call everything is on disk.
     pub(super) flush_calls: AtomicU64,
     pub(super) flush_covers: AtomicU64,
+    /// Counts syncs that failed, and how many of them a flush has reported.
+    pub(super) failed_syncs: AtomicU64,
+    pub(super) reported_syncs: AtomicU64,
+    /// The operating system's code of the last one.
+    pub(super) failed_sync_code: AtomicI32,
     /// Counts changes of metadata, and up to which change everything is on disk.
     pub(super) changes: AtomicU64,
     pub(super) durable_changes: AtomicU64,
@@ -66,6 +71,9 @@ impl Writer {
             is_corrupt: AtomicBool::new(false),
             flush_calls: AtomicU64::new(0),
             flush_covers: AtomicU64::new(0),
+            failed_syncs: AtomicU64::new(0),
+            reported_syncs: AtomicU64::new(0),
+            failed_sync_code: AtomicI32::new(0),
             changes: AtomicU64::new(0),
             durable_changes: AtomicU64::new(0),
         }

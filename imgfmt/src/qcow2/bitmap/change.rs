@@ -20,7 +20,7 @@ use crate::qcow2::alloc::{Freed, Reserved};
 use crate::qcow2::extension;
 use crate::qcow2::header::autoclear;
 use crate::qcow2::header_edit::{
-    change_autoclear, put_extension, remove_extension, replaces_at_once,
+    change_autoclear, put_extension, remove_extension, replaces_at_once, rewrite_autoclear,
 };
 use crate::qcow2::writer::lock;
 
@@ -229,7 +229,9 @@ impl Qcow2 {
     fn store_plan(&self, old: &[Bitmap<Entry>], plan: Vec<Planned>) -> Result<Vec<Bitmap<Entry>>> {
         self.settle_directory(&mut lock(&self.bitmaps.disk))?;
         let mut reserved = Vec::new();
+        let since = self.failed_syncs();
         let prepared = self.write_plan(&plan, &mut reserved);
+        let prepared = prepared.and_then(|it| self.refuse_lost_since(since).map(|()| it));
         let (entries, place) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -309,13 +311,20 @@ impl Qcow2 {
             put_extension(file, cluster, extension::BITMAPS, &content)?;
             change_autoclear(file, autoclear::BITMAPS, 0)
         };
-        switch().map_err(|error| self.named(error))
+        let since = self.failed_syncs();
+        self.count_failed(switch().map_err(|error| self.named(error)))?;
+        self.refuse_lost_since(since)
     }
 
     /// Makes sure that the header names the directory which it should, after a change that failed
     /// has left that in doubt.
     pub(super) fn settle_directory(&self, disk: &mut Disk) -> Result<()> {
         if disk.is_doubtful {
+            {
+                let _editing = lock(&self.header_edit);
+                let cleared = rewrite_autoclear(&*self.file, 0, autoclear::BITMAPS);
+                self.count_failed(cleared.map_err(|error| self.named(error)))?;
+            }
             self.switch_directory(disk.directory, disk.flags_places.len())?;
             disk.is_doubtful = false;
         }

@@ -239,6 +239,7 @@ impl Qcow2 {
         let Some(place) = disk.directory else { return Ok(()) };
         // First the bits get a safe place, then the image says that what it has is out of date.
         self.begin_session(state)?;
+        let since = self.failed_syncs();
         let bitmaps = state.bitmaps().iter().zip(&disk.flags_places);
         let marked: Vec<_> = bitmaps.filter(|(bitmap, _)| needs_mark(bitmap)).collect();
         for (bitmap, flags_place) in &marked {
@@ -246,6 +247,7 @@ impl Qcow2 {
             self.write_metadata(place.offset + **flags_place, &flags.to_be_bytes())?;
         }
         self.sync_file()?;
+        self.refuse_lost_since(since)?;
         marked.iter().for_each(|(bitmap, _)| bitmap.in_use.store(true, Release));
         Ok(())
     }

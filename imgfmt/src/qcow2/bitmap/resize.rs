@@ -23,6 +23,7 @@ impl Qcow2 {
         let mut disk = lock(&self.bitmaps.disk);
         self.settle_directory(&mut disk)?;
         let Some(place) = disk.directory else { return Ok(()) };
+        let since = self.failed_syncs();
         for (bitmap, flags_place) in bitmaps.iter_mut().zip(&disk.flags_places) {
             if let Err(detail) = self.ready_bits(bitmap) {
                 bitmap.condition = super::unusable(bitmap, detail);
@@ -32,6 +33,7 @@ impl Qcow2 {
         }
         drop(disk);
         self.sync_file()?;
+        self.refuse_lost_since(since)?;
         bitmaps.iter().for_each(|bitmap| bitmap.in_use.store(true, Release));
         let is_marked = self.is_marked(&bitmaps);
         alone.replace(bitmaps, is_marked);

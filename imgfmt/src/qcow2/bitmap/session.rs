@@ -20,7 +20,9 @@ use crate::options::{Access, Survives};
 use crate::qcow2::Qcow2;
 use crate::qcow2::extension;
 use crate::qcow2::header::{autoclear, u64_at};
-use crate::qcow2::header_edit::{change_autoclear, put_extension, remove_extension};
+use crate::qcow2::header_edit::{
+    change_autoclear, put_extension, remove_extension, rewrite_autoclear,
+};
 use crate::qcow2::writer::lock;
 use crate::sidecar::{
     BitmapDescriptor, BitmapSafety, Description, Distrust, Fingerprint, FoundBytes, Home, Identity,
@@ -303,18 +305,22 @@ impl Qcow2 {
         let _editing = lock(&self.header_edit);
         let content = encode_identity(identity);
         // Without the bit nobody looks at the extension.
-        change_autoclear(file, 0, autoclear::SIDECAR)
+        let marked = change_autoclear(file, 0, autoclear::SIDECAR)
             .and_then(|()| put_extension(file, cluster, extension::SIDECAR, &content))
             .and_then(|()| change_autoclear(file, autoclear::SIDECAR, 0))
-            .map_err(|error| self.named(error))
+            .map_err(|error| self.named(error));
+        self.count_failed(marked)
     }
 
     fn unmark_header(&self) -> Result<()> {
         let (file, cluster) = (&*self.file, self.geometry().cluster_size());
         let _editing = lock(&self.header_edit);
-        change_autoclear(file, 0, autoclear::SIDECAR)
+        let since = self.failed_syncs();
+        let unmarked = rewrite_autoclear(file, 0, autoclear::SIDECAR)
             .and_then(|()| remove_extension(file, cluster, extension::SIDECAR))
-            .map_err(|error| self.named(error))
+            .map_err(|error| self.named(error));
+        self.count_failed(unmarked)?;
+        self.refuse_lost_since(since)
     }
 
     fn sidecar_place(&self) -> Result<Arc<dyn Home>> {
