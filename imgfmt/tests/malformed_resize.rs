@@ -25,7 +25,7 @@ fn two_tables() -> Handmade {
     image.bytes.resize(7 * CLUSTER, 0);
     image.add_data(1, 9);
     // The entry that this made belongs to the second table.
-    let entry = 7 * CLUSTER as u64 | COPIED;
+    let entry = (7 * CLUSTER as u64) | COPIED;
     image.set_entry(1, 0);
     image.put64(6 * CLUSTER + 8, entry);
     set_second_table(&mut image, 6);

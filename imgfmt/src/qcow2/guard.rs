@@ -15,7 +15,7 @@ use super::cache::Table;
 use super::l2::{Cluster, OFFSET_MASK};
 use super::snapshot::{self, Snapshot};
 use super::writer::lock;
-use crate::error::{ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 impl Qcow2 {
     /// The indexes of a table's entries that must not be followed.
@@ -83,25 +83,50 @@ impl Qcow2 {
     /// Refuses to give L2 tables away, from this L1 entry on, that are other metadata, or nobody's,
     /// or the tables of other L1 entries as well.
     pub(super) fn refuse_bad_tables(&self, first: u64) -> Result<()> {
-        let bits = self.geometry().cluster_bits;
-        let mut allocator = lock(&self.writer()?.allocator);
         let mut known = HashSet::new();
         for (index, entry) in (0..).zip(self.l1.iter()) {
             let offset = entry.load(Acquire) & OFFSET_MASK;
             if offset == 0 {
                 continue;
             }
-            let is_first = known.insert(offset);
-            let is_other = allocator.is_protected(offset)
-                || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset))
-                || allocator.refcounts.refcount(offset >> bits)? == 0;
-            if index >= first && (is_other || !is_first) {
-                drop(allocator);
-                let detail = "an L1 entry points to a place that is not its own";
-                return Err(self.note_damage(self.corrupt(detail, offset)));
+            if !known.insert(offset) && index >= first {
+                return Err(self.not_its_own(offset));
+            }
+            if index >= first {
+                self.refuse_bad_table(offset)?;
             }
         }
         Ok(())
+    }
+
+    /// Refuses to count or to give away an L2 table that is other metadata, or nobody's.
+    pub(super) fn refuse_bad_table(&self, offset: u64) -> Result<()> {
+        let mut allocator = lock(&self.writer()?.allocator);
+        let is_other = allocator.is_protected(offset)
+            || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset))
+            || allocator.refcounts.refcount(offset >> self.geometry().cluster_bits)? == 0;
+        drop(allocator);
+        if is_other { Err(self.not_its_own(offset)) } else { Ok(()) }
+    }
+
+    /// Refuses to count or to give away what an entry of the L2 table at `table` refers to, if it
+    /// is metadata, or nobody's.
+    pub(super) fn refuse_bad_cluster(&self, cluster: Cluster, table: u64) -> Result<()> {
+        let writer = self.writer()?;
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let mut allocator = lock(&writer.allocator);
+        let is_bad = self.is_bad(cluster, 0, &tables, &mut allocator)?;
+        drop((tables, allocator));
+        match is_bad {
+            true => Err(self
+                .note_damage(self.corrupt("an L2 entry points to metadata or to nothing", table))),
+            false => Ok(()),
+        }
+    }
+
+    fn not_its_own(&self, offset: u64) -> Error {
+        let detail = "an L1 entry points to a place that is not its own";
+        self.note_damage(self.corrupt(detail, offset))
     }
 
     /// Refuses a change through an entry that must not be followed. `words` are the table's, and

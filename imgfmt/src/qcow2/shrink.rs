@@ -98,7 +98,7 @@ impl Qcow2 {
     }
 
     /// Refuses, before anything is changed, what would give a place away that is somebody else's.
-    fn refuse_bad_behind(&self, end: u64) -> Result<()> {
+    pub(super) fn refuse_bad_behind(&self, end: u64) -> Result<()> {
         let geometry = self.geometry();
         let words_per_entry = geometry.entry_words();
         self.refuse_bad_tables(geometry.l1_index(end))?;

@@ -85,6 +85,7 @@ impl Qcow2 {
 
     fn apply_l1(&mut self, mut l1: Vec<u64>) -> Result<()> {
         let old = self.l1_words();
+        self.refuse_bad_behind(0)?;
         self.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
         l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
@@ -102,9 +103,11 @@ impl Qcow2 {
         let snapshot = snapshot::find(&snapshots, name)?.clone();
         snapshots.retain(|other| *other != snapshot);
         let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
+        // Before anything changes: a place that is not the snapshot's to give away is met here.
+        let clusters = self.clusters_below(&l1)?;
         self.while_dirty(|image| {
             image.replace_snapshots(&snapshots)?;
-            image.remove_references(&l1)?;
+            image.let_go(clusters)?;
             image.free_place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)?;
             image.settle()
         })
@@ -120,6 +123,7 @@ impl Qcow2 {
         if old.is_empty() {
             return Ok(());
         }
+        self.refuse_bad_behind(0)?;
         drop(self.before_change(span(0, self.size))?);
         self.while_dirty(|image| {
             image.replace_l1(vec![0; old.len()], image.size)?;
@@ -175,7 +179,11 @@ impl Qcow2 {
     /// Removes one reference from everything below an L1 table that the header, on disk, names no
     /// more.
     fn remove_references(&self, l1: &[u64]) -> Result<()> {
-        let clusters = self.clusters_below(l1)?;
+        self.let_go(self.clusters_below(l1)?)
+    }
+
+    /// Frees clusters, once for each time they are listed.
+    fn let_go(&self, clusters: Vec<u64>) -> Result<()> {
         let writer = self.writer()?;
         let freed = clusters.into_iter().map(|cluster| Freed { cluster, punch: true });
         lock(&writer.freed).extend(freed);
@@ -183,7 +191,8 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// All clusters that an L1 table refers to, each as often as it does.
+    /// All clusters that an L1 table refers to, each as often as it does; an error if one of them is
+    /// known to be something else.
     fn clusters_below(&self, l1: &[u64]) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         let mut clusters = Vec::new();
@@ -192,12 +201,14 @@ impl Qcow2 {
             if offset == 0 {
                 continue;
             }
+            self.refuse_bad_table(offset)?;
             clusters.push(offset >> geometry.cluster_bits);
             let words = read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)?;
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
                 let cluster = self.format.decode(entry[0], bitmap);
                 let cluster = cluster.map_err(|detail| self.corrupt(detail, offset))?;
+                self.refuse_bad_cluster(cluster, offset)?;
                 let references = self.references(cluster, None, false);
                 clusters.extend(references.iter().map(|freed| freed.cluster));
             }
