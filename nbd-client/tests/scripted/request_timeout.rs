@@ -9,7 +9,7 @@ use crate::script::{NONE, Offer, Script, chunk, connector, data_at, guarded};
 
 const MODE: ReplyMode = ReplyMode::Structured;
 /// Long enough for a scripted server that does answer, even on a busy machine.
-const LIMIT: Duration = Duration::from_millis(400);
+const LIMIT: Duration = Duration::from_secs(1);
 
 /// A client with a limit, and its server after the handshake.
 async fn pair() -> (Client, Script) {
