@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use common::{Random, qemu};
 use imgfmt::BitmapChange;
-use survival::{compare, content, make, open, sidecar, start};
+use survival::{begun, compare, content, make, open, start};
 
 #[test]
 fn the_process_that_dies() {
@@ -32,12 +32,13 @@ fn kill_again_and_again(level: &str) {
     let mut reference = vec![0; survival::SIZE as usize];
     let (mut dirty, mut changed, mut with_bits) = (0, 0, 0);
     for round in 0..rounds() {
+        let _ = std::fs::remove_file(begun(&path));
         let mut process = start(&path, &format!("load {level}"));
-        let begun = std::time::Instant::now();
+        let started = std::time::Instant::now();
         // Most are killed while they write, some while they begin.
         let waits = random.below(6) > 0;
-        while waits && !sidecar(&path).exists() {
-            assert!(begun.elapsed() < Duration::from_secs(60), "the load does not begin");
+        while waits && !begun(&path).exists() {
+            assert!(started.elapsed() < Duration::from_secs(60), "the load does not begin");
             std::thread::sleep(Duration::from_millis(1));
         }
         std::thread::sleep(Duration::from_micros(random.below(40_000)));

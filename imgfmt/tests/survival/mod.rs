@@ -150,6 +150,11 @@ fn one_step(path: &Path, image: Option<Image>, step: &str) -> Image {
     image
 }
 
+/// A file that is there when the load has changed something.
+pub fn begun(path: &Path) -> PathBuf {
+    path.with_extension("begun")
+}
+
 /// Changes the disk with four threads until somebody ends it.
 fn load(path: &Path, level: &str) -> Option<Image> {
     let image = Image::open(path, &options().survives(survives(level))).unwrap();
@@ -159,6 +164,8 @@ fn load(path: &Path, level: &str) -> Option<Image> {
             scope.spawn(move || {
                 let seed = std::process::id() as u64 * 4 + thread;
                 let mut random = Random::seeded(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                random_change(image, &mut random);
+                std::fs::write(begun(path), "").unwrap();
                 loop {
                     random_change(image, &mut random);
                 }
