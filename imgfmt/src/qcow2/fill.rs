@@ -10,6 +10,9 @@ use crate::units::{GuestOffset, HostOffset};
 /// Old bytes around the new ones up to this size are written together with them.
 const MERGE_BYTES: u64 = 128 << 10;
 
+/// New bytes up to this many are read over, rather than what lies on both sides read in two calls.
+const READ_OVER_BYTES: usize = 16 << 10;
+
 /// Old bytes that are not written with new ones are copied in pieces of this size.
 const COPY_BYTES: u64 = 1 << 20;
 
@@ -23,14 +26,28 @@ pub(super) struct Fill {
 }
 
 /// What a [`Fill`] holds.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Old {
     /// Zeroes.
     Zero,
-    /// These bytes.
-    Bytes(Vec<u8>),
+    /// Bytes that are in the plan's [`Merged`].
+    Merged,
     /// Too much to keep in memory, or not looked at yet.
     Large,
+}
+
+/// New bytes with old ones around them, to be written at once.
+#[derive(Debug)]
+pub(super) struct Merged {
+    /// Where `bytes` begins, as an offset within the cluster.
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Merged {
+    fn part(&mut self, from: u64, to: u64) -> &mut [u8] {
+        &mut self.bytes[(from - self.start) as usize..(to - self.start) as usize]
+    }
 }
 
 impl Fill {
@@ -45,24 +62,24 @@ impl Fill {
 }
 
 impl Qcow2 {
-    /// Finds out what the old content is. Returns false if that takes reading from a disk and only
-    /// what is in memory may be used. The caller holds the stripes of the plans' clusters.
-    pub(super) fn gather_old(&self, plans: &mut [Plan], lookup: Lookup) -> Result<bool> {
-        for plan in plans {
-            let mut fills = std::mem::take(&mut plan.fill);
-            for fill in &mut fills {
-                if self.is_mapped_zero(plan, fill) {
-                    fill.old = Old::Zero;
-                } else if fill.is_merged(plan) {
-                    let Some(old) = self.read_old(plan, fill, lookup)? else { return Ok(false) };
-                    fill.old = old;
-                } else if lookup == Lookup::CachedOnly {
-                    return Ok(false);
-                }
+    /// Finds out what the old content around `new` is, the part of the data that `plan` is about.
+    /// Returns false if that takes reading from a disk and only what is in memory may be used. The
+    /// caller holds the stripe of the plan's cluster.
+    pub(super) fn gather_old(&self, plan: &mut Plan, new: &[u8], lookup: Lookup) -> Result<bool> {
+        let mut fills = std::mem::take(&mut plan.fill);
+        for fill in &mut fills {
+            if self.is_mapped_zero(plan, fill) {
+                fill.old = Old::Zero;
+            } else if fill.is_merged(plan) {
+                fill.old = Old::Merged;
+            } else if lookup == Lookup::CachedOnly {
+                return Ok(false);
             }
-            plan.fill = fills;
         }
-        Ok(true)
+        let is_complete = !fills.iter().any(|fill| fill.old == Old::Merged)
+            || self.merge(plan, &mut fills, new, lookup)?;
+        plan.fill = fills;
+        Ok(is_complete)
     }
 
     /// Whether the mapping alone says that the old content is zero.
@@ -75,52 +92,86 @@ impl Qcow2 {
         plan.old.zero & mask == mask || plan.guest_start + fill.start >= backing_size
     }
 
-    fn read_old(&self, plan: &Plan, fill: &Fill, lookup: Lookup) -> Result<Option<Old>> {
-        let mut bytes = vec![0; fill.length() as usize];
-        let offset = GuestOffset::new(plan.guest_start + fill.start);
-        match lookup {
-            Lookup::MayRead => self.read_range(offset, &mut bytes)?,
-            Lookup::CachedOnly => {
-                if self.try_read_range(offset, &mut bytes)? == TryRead::WouldBlock {
-                    return Ok(None);
+    /// Reads the old bytes that are written along with new ones.
+    fn merge(
+        &self,
+        plan: &mut Plan,
+        fills: &mut [Fill],
+        new: &[u8],
+        lookup: Lookup,
+    ) -> Result<bool> {
+        let (start, end) = span_with(plan, fills.iter().filter(|fill| fill.is_merged(plan)));
+        let mut merged = Merged { start, bytes: vec![0; (end - start) as usize] };
+        let old = |fill: &&Fill| fill.old == Old::Merged;
+        if fills.iter().filter(old).count() > 1 && new.len() <= READ_OVER_BYTES {
+            // What lies between is read as well: one call is cheaper than two.
+            if !self.read_old(plan, &mut merged, start, end, lookup)? {
+                return Ok(false);
+            }
+        } else {
+            for fill in fills.iter().filter(old) {
+                if !self.read_old(plan, &mut merged, fill.start, fill.end, lookup)? {
+                    return Ok(false);
                 }
             }
         }
-        Ok(Some(if is_zero(&bytes) { Old::Zero } else { Old::Bytes(bytes) }))
+        merged.part(plan.from, plan.to).copy_from_slice(new);
+        for fill in fills.iter_mut().filter(|fill| fill.old == Old::Merged) {
+            if is_zero(merged.part(fill.start, fill.end)) {
+                fill.old = Old::Zero;
+            }
+        }
+        plan.merged = Some(merged);
+        Ok(true)
+    }
+
+    fn read_old(
+        &self,
+        plan: &Plan,
+        merged: &mut Merged,
+        from: u64,
+        to: u64,
+        lookup: Lookup,
+    ) -> Result<bool> {
+        let offset = GuestOffset::new(plan.guest_start + from);
+        let bytes = merged.part(from, to);
+        match lookup {
+            Lookup::MayRead => self.read_range(offset, bytes).map(|()| true),
+            Lookup::CachedOnly => Ok(self.try_read_range(offset, bytes)? == TryRead::Complete),
+        }
     }
 
     /// Writes new bytes with the old ones around them.
     pub(super) fn write_filled(&self, plan: &Plan, host: u64, data: &[u8]) -> Result<()> {
-        let (mut before, mut behind) = (None, None);
-        for fill in &plan.fill {
-            match &fill.old {
-                // Where the file has never been there are zeroes already.
-                Old::Zero if plan.is_virgin => {}
-                _ if !fill.is_merged(plan) => self.copy_old(plan, host, fill)?,
-                _ if fill.end == plan.from => before = Some(fill),
-                _ => behind = Some(fill),
+        // Where the file has never been there are zeroes already.
+        let is_there = |fill: &Fill| fill.old == Old::Zero && plan.is_virgin;
+        let (along, apart): (Vec<_>, Vec<_>) =
+            plan.fill.iter().filter(|fill| !is_there(fill)).partition(|fill| fill.is_merged(plan));
+        for fill in apart {
+            self.copy_old(plan, host, fill)?;
+        }
+        let (start, end) = span_with(plan, along.iter().copied());
+        if (start, end) == (plan.from, plan.to) {
+            return self.write_data(host + start, data, plan.guest_start + start);
+        }
+        let zeroes_around;
+        let (bytes, first) = match &plan.merged {
+            Some(merged) => (&merged.bytes, merged.start),
+            None => {
+                let mut bytes = vec![0; (end - start) as usize];
+                bytes[(plan.from - start) as usize..][..data.len()].copy_from_slice(data);
+                zeroes_around = bytes;
+                (&zeroes_around, start)
             }
-        }
-        if before.is_none() && behind.is_none() {
-            return self.write_data(host + plan.from, data, plan.guest_start + plan.from);
-        }
-        let mut merged = Vec::with_capacity(self.geometry().cluster_size() as usize);
-        let append = |fill: Option<&Fill>, merged: &mut Vec<u8>| match fill {
-            Some(Fill { old: Old::Bytes(bytes), .. }) => merged.extend_from_slice(bytes),
-            Some(fill) => merged.resize(merged.len() + fill.length() as usize, 0),
-            None => {}
         };
-        append(before, &mut merged);
-        merged.extend_from_slice(data);
-        append(behind, &mut merged);
-        let first = before.map_or(plan.from, |fill| fill.start);
-        self.write_data(host + first, &merged, plan.guest_start + first)
+        let bytes = &bytes[(start - first) as usize..(end - first) as usize];
+        self.write_data(host + start, bytes, plan.guest_start + start)
     }
 
     /// Copies a part of the old content into the new cluster.
     fn copy_old(&self, plan: &Plan, host: u64, fill: &Fill) -> Result<()> {
         let guest = plan.guest_start + fill.start;
-        if matches!(fill.old, Old::Zero) {
+        if fill.old == Old::Zero {
             return self.write_zeroes_as_data(host + fill.start, fill.length(), guest);
         }
         let mut buffer = vec![0; fill.length().min(COPY_BYTES) as usize];
@@ -145,4 +196,11 @@ impl Qcow2 {
             .write_zeroes(HostOffset::new(host), length, ZeroMode::KeepAllocated, Speed::Any)
             .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
     }
+}
+
+/// From where to where a plan's new bytes reach together with `fills`, which touch them; offsets
+/// within the cluster.
+fn span_with<'a>(plan: &Plan, fills: impl Iterator<Item = &'a Fill>) -> (u64, u64) {
+    fills
+        .fold((plan.from, plan.to), |(start, end), fill| (start.min(fill.start), end.max(fill.end)))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Qcow2;
 use super::alloc::Reserved;
 use super::cache::Table;
-use super::fill::{Fill, Old};
+use super::fill::{Fill, Merged, Old};
 use super::l2::Cluster;
 use super::map::{Lookup, span};
 use super::tables::Change;
@@ -31,6 +31,8 @@ pub(super) struct Plan {
     pub(super) old: Cluster,
     pub(super) new: Cluster,
     pub(super) fill: Vec<Fill>,
+    /// The new bytes and old ones on both sides, if there are any to write along.
+    pub(super) merged: Option<Merged>,
     /// The new place reads as zero: the file has never been there.
     pub(super) is_virgin: bool,
 }
@@ -164,8 +166,12 @@ impl Qcow2 {
         };
         let Some(table) = table else { return Ok(false) };
         let mut plans = self.plan(&table, start, end)?;
-        if !self.gather_old(&mut plans, lookup)? {
-            return Ok(false);
+        for plan in &mut plans {
+            let (from, to) = (plan.guest_start + plan.from, plan.guest_start + plan.to);
+            let new = &data[(from - start) as usize..(to - start) as usize];
+            if !self.gather_old(plan, new, lookup)? {
+                return Ok(false);
+            }
         }
         let mut reserved = Vec::new();
         let result = match self.reserve_for(&mut plans, &mut reserved, lookup) {
@@ -248,7 +254,7 @@ impl Qcow2 {
                 }
             }
         }
-        Plan { guest_start, from, to, old, new, fill, is_virgin: false }
+        Plan { guest_start, from, to, old, new, fill, merged: None, is_virgin: false }
     }
 
     /// Gives every plan that needs one a new cluster, next to each other where possible. Returns
