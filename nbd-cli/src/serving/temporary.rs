@@ -7,7 +7,7 @@ use std::sync::Arc;
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
     Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, HostOffset, Image,
-    OpenOptions, OpenPolicy, Storage, TryRead,
+    L2Entries, OpenOptions, OpenPolicy, Storage, TryRead,
 };
 
 use super::PrivateFolder;
@@ -57,6 +57,14 @@ fn options() -> OpenOptions {
     OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite)
 }
 
+/// No other program ever sees the overlay, so it has subclusters, whatever their age: small writes
+/// then copy nothing from below.
+fn create(overlay: &Path, size: u64) -> imgfmt::Result<()> {
+    let mut create = CreateOptions::new(Format::Qcow2, size);
+    create.l2_entries = L2Entries::Extended;
+    Image::create(overlay, &create)
+}
+
 /// An overlay that names the file below it, so that all layers show.
 fn over_file(
     overlay: &Path,
@@ -65,7 +73,7 @@ fn over_file(
     policy: OpenPolicy,
 ) -> imgfmt::Result<Image> {
     // In two steps, because what is below may be somewhere where only the policy finds it.
-    Image::create(overlay, &CreateOptions::new(Format::Qcow2, base.size()))?;
+    create(overlay, base.size())?;
     let plain = OpenOptions::new().format(Format::Qcow2);
     Image::change_backing_file(overlay, &plain, Some((path, base.format())))?;
     Image::open(overlay, &options().policy(policy))
@@ -73,7 +81,7 @@ fn over_file(
 
 /// An overlay over what an open image shows: a snapshot has no name that an overlay could contain.
 fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
-    Image::create(overlay, &CreateOptions::new(Format::Qcow2, base.size()))?;
+    create(overlay, base.size())?;
     let name = format!("{SCHEME}:image");
     Image::change_backing_file(overlay, &options(), Some((&name, Format::Raw)))?;
     let base: Arc<dyn Storage> = Arc::new(Shown(base));
