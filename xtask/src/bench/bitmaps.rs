@@ -2,11 +2,12 @@
 //!
 //! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a bitmap,
 //! with one that notes changes at each level, and qemu-nbd with an enabled persistent bitmap,
-//! which a crash makes unusable. The disk fits into the hot extents of the activity log (1200 of
+//! which a crash makes unusable. All write the same file: how the kernel keeps two would differ by
+//! more than what is measured. The disk fits into the hot extents of the activity log (1200 of
 //! 4 MiB), and every block begins with all of them cold.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::Result;
@@ -23,13 +24,20 @@ use crate::command::output_of;
 
 pub(crate) const GROUP: Group = Group { name: "bitmaps", contests, bars, prepare };
 
-const PLAIN: &str = "plain.qcow2";
-const TRACKED: &str = "tracked.qcow2";
+const DISK: &str = "disk.qcow2";
+const BITMAP: &str = "backup";
 const RAW: &str = "source.img";
 /// Ours without a bitmap.
 const OURS_PLAIN: &str = "ours-no-bitmap";
 const PROCESS: &str = "bitmap-process-randwrite-4k-qd16";
 const POWER: &str = "bitmap-power-randwrite-4k-qd16";
+
+/// What the image has when the server starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Bitmap {
+    None,
+    Enabled,
+}
 
 fn contests(_: &Options) -> Vec<Contest> {
     [(PROCESS, "process"), (POWER, "power")]
@@ -39,10 +47,10 @@ fn contests(_: &Options) -> Vec<Contest> {
             throughput_unit: Unit::Requests.suffix(),
             work_name: "request",
             contenders: vec![
-                contender(OURS, TRACKED, move |lab, disk| ours(lab, level, disk)),
-                contender(OURS_PLAIN, PLAIN, move |lab, disk| ours(lab, level, disk)),
-                contender("qemu-nbd", TRACKED, |lab, disk| qemu_nbd(lab, &[], disk)),
-                contender("qemu-nbd-io-uring", TRACKED, |lab, disk| {
+                contender(OURS, Bitmap::Enabled, move |lab, disk| ours(lab, level, disk)),
+                contender(OURS_PLAIN, Bitmap::None, move |lab, disk| ours(lab, level, disk)),
+                contender("qemu-nbd", Bitmap::Enabled, |lab, disk| qemu_nbd(lab, &[], disk)),
+                contender("qemu-nbd-io-uring", Bitmap::Enabled, |lab, disk| {
                     qemu_nbd(lab, &["--cache=writeback", "--aio=io_uring"], disk)
                 }),
             ],
@@ -67,34 +75,27 @@ fn bars() -> Vec<ContestBar> {
 fn prepare(lab: &Lab<'_>) -> Result<()> {
     let options = lab.options;
     DataFile::create(lab.file(RAW), options.size, options.page_cache)?;
-    for image in [PLAIN, TRACKED] {
-        let mut convert = Command::new("qemu-img");
-        convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
-        convert.arg(lab.file(RAW)).arg(lab.file(image));
-        process::run_to_end(&mut convert).map(drop)?;
-    }
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
+    convert.arg(lab.file(RAW)).arg(lab.file(DISK));
+    process::run_to_end(&mut convert).map(drop)?;
     fs::remove_file(lab.file(RAW))?;
-    let mut add = Command::new("qemu-img");
-    add.args(["bitmap", "--add"]).arg(lab.file(TRACKED)).arg("backup");
-    output_of(&mut add)?;
-    for image in [PLAIN, TRACKED] {
-        lab.settle(image)?;
-        let file = fs::File::open(lab.file(image))?;
-        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-        DataFile::existing(lab.file(image), options.page_cache).settle_and_warm()?;
-    }
-    Ok(())
+    provide(&lab.file(DISK), Bitmap::Enabled)?;
+    lab.settle(DISK)?;
+    let file = fs::File::open(lab.file(DISK))?;
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    DataFile::existing(lab.file(DISK), options.page_cache).settle_and_warm()
 }
 
 fn contender(
     name: &'static str,
-    image: &'static str,
+    bitmap: Bitmap,
     server: impl Fn(&Lab<'_>, &Path) -> Command + 'static,
 ) -> Contender {
     let measure = move |lab: &Lab<'_>| {
-        let disk = lab.file(image);
-        clear(&disk, image)?;
-        lab.settle(image)?;
+        let disk = lab.file(DISK);
+        provide(&disk, bitmap)?;
+        lab.settle(DISK)?;
         let job = Job {
             pattern: Pattern::RandomWrite,
             block_size: 4 << 10,
@@ -108,13 +109,17 @@ fn contender(
     Contender { name, measure: Box::new(measure) }
 }
 
-/// Makes a new bitmap, whatever the last server has left of the old one: servers are killed.
-fn clear(disk: &PathBuf, image: &str) -> Result<()> {
-    if image != TRACKED {
-        return Ok(());
+/// Takes the bitmap away, whatever the last server has left of it: servers are killed. Then makes a
+/// new one, if there is to be one.
+fn provide(disk: &Path, bitmap: Bitmap) -> Result<()> {
+    let change =
+        |what| output_of(Command::new("qemu-img").args(["bitmap", what]).arg(disk).arg(BITMAP));
+    let description = output_of(Command::new("qemu-img").arg("info").arg(disk))?;
+    if description.contains(&format!("name: {BITMAP}\n")) {
+        change("--remove")?;
     }
-    for what in ["--remove", "--add"] {
-        output_of(Command::new("qemu-img").args(["bitmap", what]).arg(disk).arg("backup"))?;
+    if bitmap == Bitmap::Enabled {
+        change("--add")?;
     }
     Ok(())
 }

@@ -27,6 +27,9 @@ const OURS_RAW: &str = "ours-raw";
 const FULL: &str = "full.qcow2";
 const RAW: &str = "full.img";
 const FRESH: &str = "fresh.qcow2";
+/// What is allocated at a time in an overlay.
+const WHOLE_CLUSTERS: &str = "extended_l2=off";
+const SUBCLUSTERS: &str = "extended_l2=on";
 const SMALL_BYTES: u64 = 4 << 10;
 const LARGE_BYTES: u64 = 256 << 10;
 /// Disk size of the empty image: most of the writes meet a cluster that is not there yet.
@@ -43,8 +46,8 @@ enum Disk {
     Full,
     /// Nothing.
     Empty,
-    /// Nothing, over a full base of this format.
-    Overlay { base: &'static str },
+    /// Nothing, over a full base of this format; `options` as qemu-img wants them.
+    Overlay { base: &'static str, options: &'static str },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -71,9 +74,11 @@ const WORKS: &[Work] = &[
     allocating("qcow2-allocate-4k-qd16", Disk::Empty, 16),
     allocating("qcow2-allocate-4k-qd64", Disk::Empty, 64),
     four(allocating("qcow2-allocate-4k-qd16-c4", Disk::Empty, 16)),
-    allocating("qcow2-over-raw-4k-qd16", Disk::Overlay { base: "raw" }, 16),
-    allocating("qcow2-over-raw-4k-qd64", Disk::Overlay { base: "raw" }, 64),
-    allocating("qcow2-over-qcow2-4k-qd16", Disk::Overlay { base: "qcow2" }, 16),
+    allocating("qcow2-over-raw-4k-qd16", over("raw", WHOLE_CLUSTERS), 16),
+    allocating("qcow2-over-raw-4k-qd64", over("raw", WHOLE_CLUSTERS), 64),
+    allocating("qcow2-over-qcow2-4k-qd16", over("qcow2", WHOLE_CLUSTERS), 16),
+    allocating("qcow2-subclusters-over-raw-4k-qd16", over("raw", SUBCLUSTERS), 16),
+    allocating("qcow2-subclusters-over-raw-4k-qd64", over("raw", SUBCLUSTERS), 64),
 ];
 
 const fn in_place(name: &'static str, pattern: Pattern, depth: u32) -> Work {
@@ -83,6 +88,10 @@ const fn in_place(name: &'static str, pattern: Pattern, depth: u32) -> Work {
 const fn allocating(name: &'static str, disk: Disk, depth: u32) -> Work {
     let pattern = Pattern::RandomWrite;
     Work { name, disk, pattern, block_size: SMALL_BYTES, depth, connections: 1 }
+}
+
+const fn over(base: &'static str, options: &'static str) -> Disk {
+    Disk::Overlay { base, options }
 }
 
 const fn large(work: Work) -> Work {
@@ -192,9 +201,9 @@ impl Work {
                 return Ok(lab.file(FULL));
             }
             Disk::Empty => create.arg(&fresh).arg(EMPTY_BYTES.to_string()),
-            Disk::Overlay { base } => {
+            Disk::Overlay { base, options } => {
                 let name = if base == "raw" { RAW } else { FULL };
-                create.args(["-b", name, "-F", base]).arg(&fresh)
+                create.args(["-o", options, "-b", name, "-F", base]).arg(&fresh)
             }
         };
         output_of(&mut create)?;
