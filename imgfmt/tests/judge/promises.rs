@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use imgfmt::{BitmapChange, BitmapState, Durability, Image, Recording, Speed, ZeroMode};
+use imgfmt::{BitmapChange, BitmapState, Durability, Image, Recording, Speed, TryWrite, ZeroMode};
 
 use crate::common::bitmaps::dirty;
 use crate::common::{Random, at, range};
@@ -132,9 +132,16 @@ pub fn write(image: &Image, random: &mut Random) -> imgfmt::Result<()> {
     let offset = random.below(size.div_ceil(512)) * 512;
     let length = ((random.below(40) + 1) * 512).min(size - offset);
     let durability = [Durability::Cached, Durability::Fua][random.below(2) as usize];
-    match random.below(4) {
+    match random.below(5) {
         0 => image.write_zeroes(range(offset, length), ZeroMode::MayUnmap, Speed::Any, durability),
         1 => image.discard(range(offset, length), durability),
+        2 => {
+            let data = random.bytes(length as usize);
+            match image.try_write_at(at(offset), &data)? {
+                TryWrite::Complete => Ok(()),
+                TryWrite::WouldBlock => image.write_at(at(offset), &data, durability),
+            }
+        }
         _ => image.write_at(at(offset), &random.bytes(length as usize), durability),
     }
 }
