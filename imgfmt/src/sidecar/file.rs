@@ -105,7 +105,7 @@ impl SidecarPlace {
     }
 
     /// As [`Home::open`]. The file is locked while it is open.
-    pub(super) fn open_file(&self, access: Access) -> io::Result<Option<File>> {
+    pub(super) fn open_file(&self, access: Access) -> io::Result<Option<FoundFile>> {
         let mode = match access {
             Access::ReadOnly => OFlags::RDONLY,
             Access::ReadWrite => OFlags::RDWR,
@@ -125,7 +125,7 @@ impl SidecarPlace {
             Access::ReadWrite => file.try_lock(),
         }
         .map_err(io::Error::from)?;
-        Ok(Some(file))
+        Ok(Some(FoundFile(file)))
     }
 
     fn unlink(&self, name: &OsStr) -> io::Result<()> {
@@ -167,6 +167,39 @@ impl Home for SidecarPlace {
     fn boot_id(&self) -> String {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
         id.map(|id| id.trim_end().to_owned()).unwrap_or_default()
+    }
+}
+
+/// A sidecar's file that was found. It is locked.
+#[derive(Debug)]
+pub(super) struct FoundFile(pub(super) File);
+
+impl FoundBytes for FoundFile {
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.0.metadata()?.len())
+    }
+
+    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.0.read_exact_at(buffer, offset)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.0.write_all_at(bytes, offset)
+    }
+}
+
+impl Drop for FoundFile {
+    fn drop(&mut self) {
+        // Closing is not enough: a process forked a moment ago by another thread still has the
+        // descriptor, and with it the lock, until it executes its program.
+        let _ = self.0.unlock();
+    }
+}
+
+impl Drop for SidecarFile {
+    fn drop(&mut self) {
+        // As above.
+        let _ = self.file.unlock();
     }
 }
 

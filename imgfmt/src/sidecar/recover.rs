@@ -5,9 +5,7 @@
 //! own bitmaps take up.
 
 use std::fmt;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use super::layout::{
     self, BitmapDescriptor, DESCRIPTOR_BYTES, DESCRIPTORS_OFFSET, Description, Fingerprint,
@@ -27,20 +25,6 @@ pub(crate) trait FoundBytes: fmt::Debug {
     fn length(&self) -> io::Result<u64>;
     fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
-}
-
-impl FoundBytes for File {
-    fn length(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
-    }
-
-    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.read_exact_at(buffer, offset)
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.write_all_at(bytes, offset)
-    }
 }
 
 impl FoundBytes for Box<dyn FoundBytes> {

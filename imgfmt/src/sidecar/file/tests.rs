@@ -77,3 +77,22 @@ fn a_new_epoch_takes_the_place_of_the_old_file_which_then_removes_nothing() {
     assert!(!folder.path().join("disk.qcow2.dirty").exists());
     new.remove().unwrap();
 }
+
+/// As a process that another thread forks has a copy of every descriptor until it executes its
+/// program.
+#[test]
+fn a_lock_ends_with_its_owner_whoever_has_a_copy_of_the_descriptor() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = SidecarPlace::beside(&image(&folder)).unwrap();
+    let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
+    let made = place.create_file(&description, &|_, _| 0).unwrap();
+    let _copy = made.file.try_clone().unwrap();
+    drop(made);
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let found = place.open_file(access).unwrap().unwrap();
+        let copy = found.0.try_clone().unwrap();
+        drop(found);
+        place.open_file(Access::ReadWrite).unwrap().unwrap();
+        drop(copy);
+    }
+}
