@@ -9,6 +9,7 @@ use nbd_proto::transmission::{
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
 
 use super::pool::Work;
+use super::witness::Witness;
 use crate::export::{Export, ExportError, TryRead, TryWrite};
 
 /// When a long read fails, the part in front of the failure is found in steps of this many bytes.
@@ -32,7 +33,7 @@ pub(super) fn perform(work: &Work) -> Vec<u8> {
                 .collect();
             block_status(&*work.export, work.encoder, request, *limit, &wanted, &mut out);
         }
-        _ => match execute(&*work.export, request, &work.payload) {
+        _ => match execute(&*work.export, &work.witness, request, &work.payload) {
             Ok(()) => work.encoder.success(request.tag(), &mut out),
             Err(error) => work.encoder.error(request.tag(), error.errno, &error.message, &mut out),
         },
@@ -44,14 +45,17 @@ pub(super) fn perform(work: &Work) -> Vec<u8> {
 /// in the pool, and not the connection.
 pub(super) fn execute_in_place(
     export: &dyn Export,
+    witness: &Witness,
     request: &Request,
     payload: &[u8],
 ) -> Result<(), ExportError> {
-    catch_unwind(AssertUnwindSafe(|| execute(export, request, payload))).unwrap_or_else(|_| {
-        let command = request.command.command_type();
-        tracing::error!(%command, "carrying out a request panicked");
-        Err(ExportError::new(Errno::EIO, "the server failed"))
-    })
+    catch_unwind(AssertUnwindSafe(|| execute(export, witness, request, payload))).unwrap_or_else(
+        |_| {
+            let command = request.command.command_type();
+            tracing::error!(%command, "carrying out a request panicked");
+            Err(ExportError::new(Errno::EIO, "the server failed"))
+        },
+    )
 }
 
 /// Reads where the connection stands. Whatever goes wrong is left to the pool, which reads again
@@ -75,11 +79,16 @@ pub(super) fn write_in_place(export: &dyn Export, request: &Request, payload: &[
 }
 
 /// Carries out a request whose reply has no content.
-pub(super) fn execute(
+fn execute(
     export: &dyn Export,
+    witness: &Witness,
     request: &Request,
     payload: &[u8],
 ) -> Result<(), ExportError> {
+    witness.judge(request, call(export, request, payload))
+}
+
+fn call(export: &dyn Export, request: &Request, payload: &[u8]) -> Result<(), ExportError> {
     let (offset, length) = (request.offset, request.length);
     if length == 0 && request.command != Command::Flush {
         // The protocol leaves it open; like the other servers, nothing is done and all is well.

@@ -11,6 +11,7 @@ mod socket;
 #[cfg(feature = "tls")]
 mod tls;
 mod transmission;
+mod witness;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;

@@ -9,6 +9,7 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::dispatch;
+use super::witness::Witness;
 use crate::budget::Permit;
 use crate::export::Export;
 
@@ -18,6 +19,7 @@ pub(super) struct Work {
     pub(super) contexts: Arc<[(MetaContextId, MetaContextName)]>,
     pub(super) encoder: ReplyEncoder,
     pub(super) request: Request,
+    pub(super) witness: Arc<Witness>,
     /// The payload of a WRITE, otherwise empty.
     pub(super) payload: Vec<u8>,
 }

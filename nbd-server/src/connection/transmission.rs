@@ -20,6 +20,7 @@ use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
 use super::rhythm::{Idle, Rhythm};
 use super::send::SendQueue;
+use super::witness::Witness;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
 use crate::export::{Export, ExportError, Operation, Promptness, TryRead};
@@ -65,6 +66,7 @@ enum Waiting {
 pub(super) struct Session {
     socket: Socket,
     export: Arc<dyn Export>,
+    witness: Arc<Witness>,
     contexts: Arc<[(MetaContextId, MetaContextName)]>,
     transmission: Transmission,
     encoder: ReplyEncoder,
@@ -91,6 +93,7 @@ impl Session {
         Self {
             socket: established.socket,
             export: Arc::clone(established.entry.export()),
+            witness: Arc::new(Witness::new(established.entry.failures().clone())),
             contexts: negotiated.meta_contexts.clone().into(),
             transmission: Transmission::new(negotiated),
             encoder: ReplyEncoder::new(negotiated.reply_mode),
@@ -261,6 +264,7 @@ impl Session {
             contexts: Arc::clone(&self.contexts),
             encoder: self.encoder,
             request,
+            witness: Arc::clone(&self.witness),
             payload,
         };
         self.pool.submit(work, permit);
@@ -327,7 +331,12 @@ impl Session {
     /// Carries out a WRITE where the connection stands; `None` if it may have to wait.
     fn write_now(&self, request: &Request, payload: &[u8]) -> Option<Result<(), ExportError>> {
         if self.is_prompt(request) {
-            return Some(dispatch::execute_in_place(&*self.export, request, payload));
+            return Some(dispatch::execute_in_place(
+                &*self.export,
+                &self.witness,
+                request,
+                payload,
+            ));
         }
         dispatch::write_in_place(&*self.export, request, payload).then_some(Ok(()))
     }
@@ -421,7 +430,7 @@ impl Session {
     /// A request that is neither READ nor WRITE.
     fn command(&mut self, request: Request) {
         if self.is_prompt(&request) {
-            let result = dispatch::execute_in_place(&*self.export, &request, &[]);
+            let result = dispatch::execute_in_place(&*self.export, &self.witness, &request, &[]);
             self.reply(&request, result);
         } else {
             self.waiting = Some(Waiting::Pool(request, Vec::new()));

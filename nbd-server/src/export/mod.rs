@@ -22,6 +22,7 @@ pub use filter::Filter;
 #[cfg(feature = "image")]
 pub use image::ImageExport;
 pub use memory::MemoryExport;
+pub(crate) use registry::DurabilityFailures;
 pub use registry::{ExportEntry, ExportRegistry};
 
 /// What a client is told about an export. All sizes are in bytes.

@@ -1,6 +1,7 @@
 //! Names and what they stand for.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use nbd_proto::codec::protocol_string;
@@ -18,6 +19,7 @@ pub struct ExportEntry {
     description: Option<String>,
     visibility: Visibility,
     security: Security,
+    failures: DurabilityFailures,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,11 +36,32 @@ enum Visibility {
     Hidden,
 }
 
+/// How often an export has failed to make writes durable.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct DurabilityFailures(Arc<AtomicU64>);
+
+impl DurabilityFailures {
+    pub(crate) fn count(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Counts one, and gives the count.
+    pub(crate) fn add(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::AcqRel) + 1
+    }
+}
+
 impl ExportEntry {
     /// An export without a description, shown in lists.
     #[must_use]
     pub fn new(export: Arc<dyn Export>) -> Self {
-        Self { export, description: None, visibility: Visibility::Listed, security: Security::Any }
+        Self {
+            export,
+            description: None,
+            visibility: Visibility::Listed,
+            security: Security::Any,
+            failures: DurabilityFailures::default(),
+        }
     }
 
     /// A text for people, at most 4096 bytes.
@@ -72,13 +95,18 @@ impl ExportEntry {
     /// Another export under the same conditions: seen and used by the same clients.
     #[must_use]
     pub fn with_export(&self, export: Arc<dyn Export>) -> Self {
-        Self { export, ..self.clone() }
+        Self { export, failures: DurabilityFailures::default(), ..self.clone() }
     }
 
     /// The export itself.
     #[must_use]
     pub fn export(&self) -> &Arc<dyn Export> {
         &self.export
+    }
+
+    /// What connections tell each other about the export.
+    pub(crate) fn failures(&self) -> &DurabilityFailures {
+        &self.failures
     }
 
     /// What the handshake tells about this export under the name `name`.

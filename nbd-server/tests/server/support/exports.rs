@@ -67,6 +67,8 @@ pub struct Scripted {
     pub quick_writes: AtomicUsize,
     pub durable_writes: AtomicUsize,
     pub flushes: AtomicUsize,
+    /// How many of the next flushes fail.
+    pub bad_flushes: AtomicUsize,
     pub cached: AtomicUsize,
 }
 
@@ -81,6 +83,7 @@ impl Scripted {
             quick_writes: AtomicUsize::new(0),
             durable_writes: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
+            bad_flushes: AtomicUsize::new(0),
             cached: AtomicUsize::new(0),
         })
     }
@@ -155,7 +158,11 @@ impl Export for Scripted {
 
     fn flush(&self) -> Result<(), ExportError> {
         count(&self.flushes);
-        Ok(())
+        let left = |bad: usize| bad.checked_sub(1);
+        match self.bad_flushes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, left) {
+            Ok(_) => Err(ExportError::new(Errno::ENOSPC, "no room for what was written")),
+            Err(_) => Ok(()),
+        }
     }
 
     fn trim(&self, offset: u64, length: u64, durable: Durability) -> Result<(), ExportError> {

@@ -1,0 +1,66 @@
+//! What one client has been told about writes that did not become durable.
+//!
+//! An operating system reports only once for an open file that it could not write, and may drop what
+//! it could not. A FLUSH that fails so takes the error, and the bytes, of every other client of the
+//! same disk, whose own FLUSH succeeds a moment later. Each connection therefore hears of it: with its
+//! next FLUSH or FUA, if not before.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::AcqRel;
+
+use nbd_proto::transmission::{Command, Durability, Request};
+use nbd_proto::wire::Errno;
+
+use crate::export::{DurabilityFailures, ExportError};
+
+/// One connection's knowledge of them.
+#[derive(Debug)]
+pub(super) struct Witness {
+    failures: DurabilityFailures,
+    known: AtomicU64,
+}
+
+impl Witness {
+    /// Nothing was written yet, so what happened before does not matter.
+    pub(super) fn new(failures: DurabilityFailures) -> Self {
+        let known = AtomicU64::new(failures.count());
+        Self { failures, known }
+    }
+
+    /// What the client is told of a request's result. Nothing changes for requests that promise
+    /// nothing.
+    pub(super) fn judge(
+        &self,
+        request: &Request,
+        result: Result<(), ExportError>,
+    ) -> Result<(), ExportError> {
+        if !promises_durability(&request.command) {
+            return result;
+        }
+        match &result {
+            Err(error) if request.command == Command::Flush || error.errno == Errno::EIO => {
+                self.known.fetch_max(self.failures.add(), AcqRel);
+                result
+            }
+            Err(_) => result,
+            Ok(()) => {
+                let count = self.failures.count();
+                if self.known.fetch_max(count, AcqRel) == count {
+                    return result;
+                }
+                let why = "a FLUSH of another client failed; what was written before may be lost";
+                Err(ExportError::new(Errno::EIO, why))
+            }
+        }
+    }
+}
+
+fn promises_durability(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Flush
+            | Command::Write(Durability::Fua)
+            | Command::Trim(Durability::Fua)
+            | Command::WriteZeroes(_, _, Durability::Fua)
+    )
+}
