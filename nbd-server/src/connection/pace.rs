@@ -8,7 +8,8 @@
 //!
 //! Whether a queue is deep is found by trying. If even the longest pause brings only one or two
 //! requests, the client ran dry in it, and a few of those end the attempt. A client with few requests in
-//! flight is hardly ever paced, one with a single request never.
+//! flight is hardly ever paced. Requests that come one by one can be a deep queue too, when both
+//! sides are equally fast: a single pause now and then tells, ever more seldom if it finds nothing.
 
 use std::time::Duration;
 
@@ -28,13 +29,22 @@ const FIRST: Duration = Duration::from_micros(16);
 const EVIDENCE: u32 = 16;
 /// Bound of the same after attempts that failed; each failure doubles it.
 const MOST_EVIDENCE: u32 = 16 * 1024;
+/// Batches of one request, at least, before a single pause looks whether there is more behind them.
+const PROBE_AFTER: u32 = 4096;
+/// Bound of the same; each pause in vain doubles it. A client with one request in flight waits once
+/// in so many.
+const MOST_PROBE_AFTER: u32 = 64 * 1024;
 /// Good batches after which earlier failures are forgotten.
 const FORGETS_AFTER: u32 = 64;
+
+const OFF: State = State::Off { evidence: 0, batches: 0 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// Requests are answered as they come.
-    Off { evidence: u32 },
+    Off { evidence: u32, batches: u32 },
+    /// The same, behind a single pause.
+    Probing,
     /// The client is paced.
     On { pause: Duration, strikes: u32, good: u32 },
 }
@@ -44,11 +54,12 @@ enum State {
 pub(super) struct Pace {
     state: State,
     needed: u32,
+    probe_after: u32,
 }
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { state: State::Off { evidence: 0 }, needed: EVIDENCE }
+        Self { state: OFF, needed: EVIDENCE, probe_after: PROBE_AFTER }
     }
 }
 
@@ -57,17 +68,26 @@ impl Pace {
     /// read.
     pub(super) fn after_batch(&mut self, requests: usize) -> Option<Duration> {
         self.state = match self.state {
-            State::Off { evidence } => {
-                let evidence = match requests {
-                    0 => evidence,
-                    1 => evidence.saturating_sub(1),
-                    _ => evidence + 1,
-                };
-                if evidence < self.needed {
-                    State::Off { evidence }
-                } else {
+            State::Off { .. } | State::Probing if requests == 0 => return None,
+            State::Off { evidence, batches } => {
+                let evidence =
+                    if requests == 1 { evidence.saturating_sub(1) } else { evidence + 1 };
+                if evidence >= self.needed {
                     State::On { pause: FIRST, strikes: 0, good: 0 }
+                } else if batches >= self.probe_after {
+                    self.state = State::Probing;
+                    return Some(FIRST);
+                } else {
+                    State::Off { evidence, batches: batches + 1 }
                 }
+            }
+            State::Probing if requests >= LEAST => {
+                self.probe_after = PROBE_AFTER;
+                State::On { pause: FIRST, strikes: 0, good: 0 }
+            }
+            State::Probing => {
+                self.probe_after = self.probe_after.saturating_mul(2).min(MOST_PROBE_AFTER);
+                OFF
             }
             State::On { pause, good, .. } if requests >= LEAST => {
                 if good >= FORGETS_AFTER {
@@ -81,11 +101,12 @@ impl Pace {
             }
             State::On { .. } => {
                 self.needed = self.needed.saturating_mul(2).min(MOST_EVIDENCE);
-                State::Off { evidence: 0 }
+                self.probe_after = self.probe_after.saturating_mul(2).min(MOST_PROBE_AFTER);
+                OFF
             }
         };
         match self.state {
-            State::Off { .. } => None,
+            State::Off { .. } | State::Probing => None,
             State::On { pause, .. } => Some(pause),
         }
     }
@@ -111,8 +132,20 @@ mod tests {
     }
 
     #[test]
-    fn a_client_with_one_request_in_flight_never_waits() {
-        assert_eq!(pauses(&mut Pace::default(), 100_000, 1), 0);
+    fn a_client_with_one_request_in_flight_hardly_ever_waits() {
+        let mut pace = Pace::default();
+        assert_eq!(pauses(&mut pace, PROBE_AFTER, 1), 0);
+        let paused = pauses(&mut pace, 1_000_000, 1);
+        assert!((1..25).contains(&paused), "{paused} pauses");
+    }
+
+    #[test]
+    fn a_deep_queue_that_comes_one_by_one_is_found_by_a_pause() {
+        let mut pace = Pace::default();
+        assert_eq!(pauses(&mut pace, PROBE_AFTER, 1), 0);
+        assert!(pace.after_batch(1).is_some(), "the probe");
+        assert_eq!(pace.after_batch(0), None, "nothing says anything yet");
+        assert_eq!(pauses(&mut pace, 1000, 8), 1000);
     }
 
     #[test]
