@@ -32,8 +32,18 @@ pub(super) enum LockOutcome {
     NotShared,
 }
 
-/// Takes the locks for `access`. When they are not taken, close the file to drop those that are.
+/// Takes the locks for `access`, or none.
 pub(super) fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome> {
+    let outcome = try_to_take(fd, access);
+    if !matches!(outcome, Ok(LockOutcome::Taken)) {
+        // Closing the file is not enough: a process forked a moment ago by another thread still has
+        // the descriptor.
+        let _ = sys::unlock(fd);
+    }
+    outcome
+}
+
+fn try_to_take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome> {
     let held: &[u64] = match access {
         Access::ReadOnly => &[CONSISTENT_READ],
         Access::ReadWrite => &[CONSISTENT_READ, WRITE, RESIZE],
@@ -56,4 +66,28 @@ pub(super) fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome
         }
     }
     Ok(LockOutcome::Taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// As a process that was forked meanwhile has them until it executes its program.
+    #[test]
+    fn an_attempt_in_vain_leaves_no_lock_to_copies_of_its_descriptor() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(file.path()).unwrap();
+        let writer = open();
+        assert_eq!(take(writer.as_fd(), Access::ReadWrite).unwrap(), LockOutcome::Taken);
+        let second = open();
+        let copy = second.try_clone().unwrap();
+        assert_ne!(take(second.as_fd(), Access::ReadWrite).unwrap(), LockOutcome::Taken);
+        drop((writer, second));
+        let third = open();
+        assert_eq!(take(third.as_fd(), Access::ReadWrite).unwrap(), LockOutcome::Taken);
+        drop(copy);
+    }
 }
