@@ -45,7 +45,18 @@ pub(super) struct Merged {
 }
 
 impl Merged {
-    fn part(&mut self, from: u64, to: u64) -> &mut [u8] {
+    /// New bytes with zeroes around them.
+    fn new(plan: &Plan, (start, end): (u64, u64), new: &[u8]) -> Self {
+        let mut merged = Self { start, bytes: vec![0; (end - start) as usize] };
+        merged.part_mut(plan.from, plan.to).copy_from_slice(new);
+        merged
+    }
+
+    fn part(&self, from: u64, to: u64) -> &[u8] {
+        &self.bytes[(from - self.start) as usize..(to - self.start) as usize]
+    }
+
+    fn part_mut(&mut self, from: u64, to: u64) -> &mut [u8] {
         &mut self.bytes[(from - self.start) as usize..(to - self.start) as usize]
     }
 }
@@ -115,7 +126,7 @@ impl Qcow2 {
                 }
             }
         }
-        merged.part(plan.from, plan.to).copy_from_slice(new);
+        merged.part_mut(plan.from, plan.to).copy_from_slice(new);
         for fill in fills.iter_mut().filter(|fill| fill.old == Old::Merged) {
             if is_zero(merged.part(fill.start, fill.end)) {
                 fill.old = Old::Zero;
@@ -134,7 +145,7 @@ impl Qcow2 {
         lookup: Lookup,
     ) -> Result<bool> {
         let offset = GuestOffset::new(plan.guest_start + from);
-        let bytes = merged.part(from, to);
+        let bytes = merged.part_mut(from, to);
         match lookup {
             Lookup::MayRead => self.read_range(offset, bytes).map(|()| true),
             Lookup::CachedOnly => Ok(self.try_read_range(offset, bytes)? == TryRead::Complete),
@@ -144,28 +155,23 @@ impl Qcow2 {
     /// Writes new bytes with the old ones around them.
     pub(super) fn write_filled(&self, plan: &Plan, host: u64, data: &[u8]) -> Result<()> {
         // Where the file has never been there are zeroes already.
-        let is_there = |fill: &Fill| fill.old == Old::Zero && plan.is_virgin;
-        let (along, apart): (Vec<_>, Vec<_>) =
-            plan.fill.iter().filter(|fill| !is_there(fill)).partition(|fill| fill.is_merged(plan));
-        for fill in apart {
+        let missing = || plan.fill.iter().filter(|it| it.old != Old::Zero || !plan.is_virgin);
+        for fill in missing().filter(|fill| !fill.is_merged(plan)) {
             self.copy_old(plan, host, fill)?;
         }
-        let (start, end) = span_with(plan, along.iter().copied());
+        let (start, end) = span_with(plan, missing().filter(|fill| fill.is_merged(plan)));
         if (start, end) == (plan.from, plan.to) {
             return self.write_data(host + start, data, plan.guest_start + start);
         }
-        let zeroes_around;
-        let (bytes, first) = match &plan.merged {
-            Some(merged) => (&merged.bytes, merged.start),
+        let zeroes;
+        let merged = match &plan.merged {
+            Some(merged) => merged,
             None => {
-                let mut bytes = vec![0; (end - start) as usize];
-                bytes[(plan.from - start) as usize..][..data.len()].copy_from_slice(data);
-                zeroes_around = bytes;
-                (&zeroes_around, start)
+                zeroes = Merged::new(plan, (start, end), data);
+                &zeroes
             }
         };
-        let bytes = &bytes[(start - first) as usize..(end - first) as usize];
-        self.write_data(host + start, bytes, plan.guest_start + start)
+        self.write_data(host + start, merged.part(start, end), plan.guest_start + start)
     }
 
     /// Copies a part of the old content into the new cluster.
