@@ -10,6 +10,7 @@ mod death;
 mod disconnect;
 mod fallback;
 mod limits;
+mod listener;
 mod many_connections;
 mod reconnect;
 mod request_timeout;

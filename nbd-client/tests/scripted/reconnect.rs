@@ -3,51 +3,19 @@
 use std::time::Duration;
 
 use nbd_client::{
-    Bytes, Client, Connector, Durability, Error, ExtentLimit, LostConnection, MetaContextName,
-    ReplyMode, TransmissionFlags,
+    Bytes, Client, Durability, Error, ExtentLimit, LostConnection, ReplyMode, TransmissionFlags,
 };
-use tokio::net::{UnixListener, UnixStream};
 
+use crate::listener::Listener;
 use crate::script::{CONTEXT, DATA, Offer, SIZE, STATUS, Script, bytes, data_at, guarded, simple};
 
 const MODE: ReplyMode = ReplyMode::Structured;
 
-struct Listener {
-    listener: UnixListener,
-    folder: tempfile::TempDir,
-}
-
-impl Listener {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        Self { listener, folder }
-    }
-
-    fn connector(&self, patience: Duration) -> Connector {
-        let uri = format!("nbd+unix:///?socket={}/s", self.folder.path().display());
-        uri.parse::<Connector>()
-            .unwrap()
-            .meta_contexts([MetaContextName::base_allocation()])
-            .reconnect(patience)
-    }
-
-    async fn stream(&self) -> UnixStream {
-        guarded(self.listener.accept()).await.unwrap().0
-    }
-
-    async fn serve(&self, offer: &Offer) -> Script {
-        let mut server = Script::over(self.stream().await);
-        server.handshake(offer).await.unwrap();
-        server
-    }
-
-    async fn connect(&self, patience: Duration) -> (Client, Script) {
-        let connector = self.connector(patience);
-        let offer = Offer::new(MODE);
-        let (client, server) = tokio::join!(connector.connect(), self.serve(&offer));
-        (client.unwrap(), server)
-    }
+async fn connect(listener: &Listener, patience: Duration) -> (Client, Script) {
+    let connector = listener.connector().reconnect(patience);
+    let offer = Offer::new(MODE);
+    let (client, server) = tokio::join!(connector.connect(), listener.serve(&offer));
+    (client.unwrap(), server)
 }
 
 const LONG: Duration = Duration::from_secs(50);
@@ -55,7 +23,7 @@ const LONG: Duration = Duration::from_secs(50);
 #[tokio::test]
 async fn requests_in_flight_are_sent_again_and_half_answers_forgotten() {
     let listener = Listener::new();
-    let (client, mut server) = listener.connect(LONG).await;
+    let (client, mut server) = connect(&listener, LONG).await;
     let script = async {
         let read = server.request().await.unwrap();
         let status = server.request().await.unwrap();
@@ -100,7 +68,7 @@ async fn requests_in_flight_are_sent_again_and_half_answers_forgotten() {
 #[tokio::test]
 async fn requests_made_during_the_outage_wait() {
     let listener = Listener::new();
-    let (client, server) = listener.connect(LONG).await;
+    let (client, server) = connect(&listener, LONG).await;
     drop(server);
     let script = async {
         let mut server = listener.serve(&Offer::new(MODE)).await;
@@ -122,7 +90,7 @@ async fn an_export_that_changed_is_refused() {
     ];
     for (word, other) in cases {
         let listener = Listener::new();
-        let (client, server) = listener.connect(LONG).await;
+        let (client, server) = connect(&listener, LONG).await;
         drop(server);
         let script = async {
             let mut server = listener.serve(&other).await;
@@ -138,7 +106,7 @@ async fn an_export_that_changed_is_refused() {
 #[tokio::test]
 async fn patience_ends() {
     let listener = Listener::new();
-    let (client, server) = listener.connect(Duration::from_millis(200)).await;
+    let (client, server) = connect(&listener, Duration::from_millis(200)).await;
     // Nobody listens any more.
     drop(server);
     drop(listener);
@@ -152,7 +120,7 @@ async fn patience_ends() {
 #[tokio::test]
 async fn a_server_that_dies_of_every_request_does_not_go_on_for_ever() {
     let listener = Listener::new();
-    let (client, server) = listener.connect(Duration::from_millis(500)).await;
+    let (client, server) = connect(&listener, Duration::from_millis(500)).await;
     drop(server);
     let script = async {
         loop {
@@ -175,7 +143,7 @@ async fn a_server_that_dies_of_every_request_does_not_go_on_for_ever() {
 #[tokio::test]
 async fn a_server_that_breaks_the_protocol_is_not_tried_again() {
     let listener = Listener::new();
-    let (client, mut server) = listener.connect(LONG).await;
+    let (client, mut server) = connect(&listener, LONG).await;
     let script = async {
         server.request().await.unwrap();
         server.send(&simple(0, 99)).await.unwrap();
@@ -189,7 +157,7 @@ async fn a_server_that_breaks_the_protocol_is_not_tried_again() {
 #[tokio::test]
 async fn a_client_that_is_not_needed_any_more_does_not_wait_for_a_connection() {
     let listener = Listener::new();
-    let (client, server) = listener.connect(LONG).await;
+    let (client, server) = connect(&listener, LONG).await;
     drop(server);
     drop(listener);
     let alone = client.clone();

@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use nbd_client::{Client, Connector, Durability, Error, LostConnection, ReplyMode, Result};
-use tokio::net::{UnixListener, UnixStream};
+use nbd_client::{Client, Durability, Error, LostConnection, ReplyMode, Result};
+use tokio::net::UnixStream;
 
+use crate::listener::Listener;
 use crate::script::{NONE, Offer, Script, chunk, connector, data_at, guarded};
 
 const MODE: ReplyMode = ReplyMode::Structured;
@@ -94,40 +95,15 @@ async fn a_connection_without_requests_has_all_the_time_it_wants() {
     guarded(async { tokio::join!(work, script) }).await;
 }
 
-struct Listener {
-    listener: UnixListener,
-    folder: tempfile::TempDir,
-}
-
-impl Listener {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        Self { listener, folder }
-    }
-
-    fn connector(&self, patience: Duration) -> Connector {
-        let uri = format!("nbd+unix:///?socket={}/s", self.folder.path().display());
-        uri.parse::<Connector>().unwrap().reconnect(patience).request_timeout(LIMIT)
-    }
-
-    async fn serve(&self) -> Script {
-        let (stream, _) = self.listener.accept().await.unwrap();
-        let mut server = Script::over(stream);
-        server.handshake(&Offer::new(MODE)).await.unwrap();
-        server
-    }
-}
-
 #[tokio::test]
 async fn with_reconnect_the_request_is_sent_again_on_a_new_connection() {
     let listener = Listener::new();
-    let connector = listener.connector(Duration::from_secs(50));
+    let connector = listener.connector().reconnect(Duration::from_secs(50)).request_timeout(LIMIT);
     guarded(async {
         let script = async {
-            let mut silent = listener.serve().await;
+            let mut silent = listener.serve(&Offer::new(MODE)).await;
             let write = silent.request().await.unwrap();
-            let mut server = listener.serve().await;
+            let mut server = listener.serve(&Offer::new(MODE)).await;
             let again = server.request().await.unwrap();
             assert_eq!((write.command, write.offset), (again.command, again.offset));
             server.answer_done(&again).await.unwrap();
@@ -148,12 +124,12 @@ async fn with_reconnect_the_request_is_sent_again_on_a_new_connection() {
 #[tokio::test]
 async fn a_request_that_is_late_on_every_connection_fails_in_the_end() {
     let listener = Listener::new();
-    let connector = listener.connector(LIMIT / 2);
+    let connector = listener.connector().reconnect(LIMIT / 2).request_timeout(LIMIT);
     let result = guarded(async {
         // Everything else is answered, so that no outage lasts long.
         let script = async {
             loop {
-                let mut server = listener.serve().await;
+                let mut server = listener.serve(&Offer::new(MODE)).await;
                 while let Ok(request) = server.request().await {
                     if request.offset != 100 && server.answer_read(&request).await.is_err() {
                         break;

@@ -1,0 +1,36 @@
+//! Scripted servers that clients can connect to again and again.
+
+use nbd_client::{Connector, MetaContextName};
+use tokio::net::{UnixListener, UnixStream};
+
+use crate::script::{Offer, Script, guarded};
+
+pub(crate) struct Listener {
+    listener: UnixListener,
+    folder: tempfile::TempDir,
+}
+
+impl Listener {
+    pub(crate) fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
+        Self { listener, folder }
+    }
+
+    /// A connector that comes here and asks for `base:allocation`.
+    pub(crate) fn connector(&self) -> Connector {
+        let uri = format!("nbd+unix:///?socket={}/s", self.folder.path().display());
+        uri.parse::<Connector>().unwrap().meta_contexts([MetaContextName::base_allocation()])
+    }
+
+    pub(crate) async fn stream(&self) -> UnixStream {
+        guarded(self.listener.accept()).await.unwrap().0
+    }
+
+    /// The next client, after its handshake.
+    pub(crate) async fn serve(&self, offer: &Offer) -> Script {
+        let mut server = Script::over(self.stream().await);
+        server.handshake(offer).await.unwrap();
+        server
+    }
+}
