@@ -11,7 +11,7 @@ use common::bitmaps::dirty;
 use common::{qemu, run, text};
 use imgfmt::{Image, RecoveryPrecision, Repair, Survives};
 use survival::{
-    SIZE, die_after, flags, has_no_trace, make, open, options, read_only, reason, sidecar,
+    SIZE, die_after, disk, flags, has_no_trace, make, open, options, read_only, reason, sidecar,
 };
 
 #[test]
@@ -48,11 +48,7 @@ fn bits_are_recovered_exactly_and_qemu_sees_a_clean_image_then() {
 
 #[test]
 fn a_recovery_that_is_interrupted_by_death_is_repeated() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096");
     die_after(&path, "open:power");
     die_after(&path, "open:power,write:65536:4096");
@@ -65,11 +61,7 @@ fn a_recovery_that_is_interrupted_by_death_is_repeated() {
 
 #[test]
 fn a_repair_before_the_recovery_does_no_harm() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,write:1048576:4096");
     // As if the process had died some time ago.
     let bytes = std::fs::read(sidecar(&path)).unwrap();
@@ -91,11 +83,7 @@ fn a_repair_before_the_recovery_does_no_harm() {
 
 #[test]
 fn without_a_sidecar_the_bitmaps_stay_in_use_as_qemu_has_it() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:none,write:0:4096");
     assert!(!sidecar(&path).exists());
     assert!(reason(&open(&path), "fine").is_some());
@@ -123,11 +111,7 @@ fn qemu_writing_before_the_recovery_is_noticed() {
 
 #[test]
 fn qemu_reading_before_the_recovery_does_no_harm() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,flush");
     run("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 0x5a 0 4k", text(&path)]);
     run("qemu-img", &["info", text(&path)]);
@@ -136,11 +120,7 @@ fn qemu_reading_before_the_recovery_does_no_harm() {
 
 #[test]
 fn a_writer_that_ignores_the_autoclear_bit_is_noticed_by_the_time() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,flush");
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
@@ -246,11 +226,7 @@ fn changes_of_the_list_of_bitmaps_survive_with_their_bits() {
 
 #[test]
 fn removing_one_bitmap_keeps_the_bits_of_the_others() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:512,remove:coarse,write:512:512");
     let image = open(&path);
     assert_eq!(image.bitmap_safety().recovered, ["fine"]);
@@ -276,11 +252,7 @@ fn what_is_written_behind_two_changes_of_the_list_is_recovered() {
 
 #[test]
 fn a_clean_close_leaves_no_trace() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     let image = open(&path);
     assert!(!sidecar(&path).exists(), "nothing has changed yet");
     image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();

@@ -9,7 +9,7 @@ use common::bitmaps::dirty;
 use common::{at, qemu};
 use imgfmt::{BitmapChange, Durability, Image, RecoveryPrecision};
 use survival::{
-    SIZE, die_after, flags, has_no_trace, make, open, read_only, reason, restart, sidecar,
+    SIZE, die_after, disk, flags, has_no_trace, make, open, read_only, reason, restart, sidecar,
 };
 
 /// An extent of the activity log.
@@ -30,11 +30,7 @@ fn is_usable(image: &Image) {
 
 #[test]
 fn extents_that_were_being_written_are_marked_as_a_whole_and_nothing_else() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:1048576:4096,write:20971520:512");
     restart(&path);
     let expected = [(0, EXTENT), (5 * EXTENT, EXTENT)];
@@ -55,11 +51,7 @@ fn extents_that_were_being_written_are_marked_as_a_whole_and_nothing_else() {
 
 #[test]
 fn a_write_behind_a_clear_is_all_that_is_recovered() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     let script = format!("open:power,write:0:{SIZE},clear:fine,write:{}:512", SIZE - 512);
     die_after(&path, &script);
     restart(&path);
@@ -70,11 +62,7 @@ fn a_write_behind_a_clear_is_all_that_is_recovered() {
 
 #[test]
 fn the_level_of_process_death_gives_nothing_back_and_the_disk_is_there() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:process,write:0:4096,flush");
     restart(&path);
     let said = reason(&read_only(&path), "fine").unwrap();
@@ -145,11 +133,7 @@ fn a_writer_that_ignores_the_autoclear_bit_is_noticed_by_what_it_did_to_the_file
 
 #[test]
 fn a_restart_in_the_middle_of_the_recovery_costs_nothing() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096");
     let (image, found) = (std::fs::read(&path).unwrap(), std::fs::read(sidecar(&path)).unwrap());
     drop(open(&path));
@@ -163,11 +147,7 @@ fn a_restart_in_the_middle_of_the_recovery_costs_nothing() {
 
 #[test]
 fn without_the_sidecar_the_bitmaps_stay_in_use() {
-    if !qemu::has_qemu() {
-        return;
-    }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let Some((_folder, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,flush");
     std::fs::remove_file(sidecar(&path)).unwrap();
     let image = open(&path);

@@ -24,6 +24,15 @@ pub fn make(folder: &Path) -> PathBuf {
     path
 }
 
+/// The same in a folder of its own; nothing if QEMU is missing.
+pub fn disk() -> Option<(tempfile::TempDir, PathBuf)> {
+    qemu::has_qemu().then(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = make(folder.path());
+        (folder, path)
+    })
+}
+
 pub fn options() -> OpenOptions {
     OpenOptions::new().access(Access::ReadWrite)
 }
