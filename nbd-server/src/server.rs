@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use crate::acceptor::Acceptor;
 use crate::budget::Budget;
 use crate::clients::{ClientCount, Clients};
-use crate::connection::Shared;
+use crate::connection::{Seats, Shared};
 use crate::export::ExportRegistry;
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
@@ -101,6 +101,7 @@ impl Server {
         let trigger = ShutdownTrigger::new();
         let shared = Shared {
             budget: Budget::new(self.config.server_budget),
+            seats: Seats::new(),
             exports: self.exports.clone(),
             clients: self.clients,
             pool: Handle::current(),

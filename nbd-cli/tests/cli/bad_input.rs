@@ -136,9 +136,9 @@ fn numbers_out_of_range_are_refused() {
         let outcome = nbd_cli(&["copy", option, value, "null:", "null:"]);
         assert_eq!(outcome.code, Some(1), "{option} {value}: {outcome:?}");
     }
-    for text in ["0", "1h", "-1"] {
-        let option = format!("--handshake-timeout={text}");
-        let outcome = serve(&[&option, "memory:1M"]);
-        assert_eq!(outcome.code, Some(1), "{text}: {outcome:?}");
+    let timeouts = ["0", "1h", "-1"].map(|text| format!("--handshake-timeout={text}"));
+    for option in timeouts.iter().map(String::as_str).chain(["--poll-max-ns=1000001"]) {
+        let outcome = serve(&[option, "memory:1M"]);
+        assert_eq!(outcome.code, Some(1), "{option}: {outcome:?}");
     }
 }

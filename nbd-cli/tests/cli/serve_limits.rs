@@ -27,6 +27,16 @@ fn a_client_that_says_nothing_is_dropped() {
 }
 
 #[test]
+fn requests_are_served_with_and_without_polling() {
+    for poll_max in ["0", "1000000"] {
+        let server = Server::ours(&["--poll-max-ns", poll_max, "memory:8M"]);
+        let one_by_one = ["copy", "--connections", "1", "--requests", "1", "--request-size", "4K"];
+        nbd_cli(&[&one_by_one[..], &[server.uri(), "null:"]].concat()).success();
+        server.end();
+    }
+}
+
+#[test]
 fn a_small_budget_still_serves_large_requests() {
     let arguments = ["--connection-budget", "64K", "--memory", "64K", "--max-requests", "1"];
     let server = Server::ours(&[&arguments[..], &["memory:64M"]].concat());

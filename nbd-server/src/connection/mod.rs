@@ -3,6 +3,7 @@
 mod dispatch;
 mod handshake;
 mod pace;
+mod polling;
 mod pool;
 mod receive;
 mod rhythm;
@@ -25,6 +26,7 @@ use crate::clients::Clients;
 use crate::export::ExportRegistry;
 use crate::shutdown::{Phase, Shutdown};
 
+pub(crate) use polling::Seats;
 pub(crate) use socket::Socket;
 
 /// What all connections of a server share.
@@ -36,6 +38,8 @@ pub(crate) struct Shared {
     pub(crate) clients: Clients,
     /// Large requests of all connections.
     pub(crate) budget: Budget,
+    /// Threads that may poll.
+    pub(crate) seats: Seats,
     /// The runtime whose threads carry out what may block.
     pub(crate) pool: Handle,
 }

@@ -1,11 +1,13 @@
-//! How the next requests are read: as the runtime reports them, or after a [pause](super::pace) that
-//! suits a client with a deep queue and holds the thread up for a moment. That is for connections
-//! which have their thread to themselves and nothing else in hand.
+//! How the next requests are read: as the runtime reports them, after a [pause](super::pace) that
+//! suits a client with a deep queue, or by [asking](super::polling) for them, which suits a client
+//! with a single request in flight. The latter two hold the thread up for a moment; they are for
+//! connections which have their thread to themselves and nothing else in hand.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::pace::Pace;
+use super::polling::Polling;
 use super::receive::ReceiveBuffer;
 use super::socket::Socket;
 
@@ -16,6 +18,7 @@ const SMALL_LEN: usize = 16 * 1024;
 #[derive(Debug)]
 pub(super) struct Rhythm {
     pace: Pace,
+    polling: Polling,
     /// Connections of this worker thread, this one included.
     neighbours: Arc<AtomicUsize>,
     /// Requests taken off the buffer since the last read.
@@ -34,8 +37,8 @@ pub(super) enum Idle {
 }
 
 impl Rhythm {
-    pub(super) fn new(neighbours: Arc<AtomicUsize>) -> Self {
-        Self { pace: Pace::default(), neighbours, taken: 0, moved: 0 }
+    pub(super) fn new(polling: Polling, neighbours: Arc<AtomicUsize>) -> Self {
+        Self { pace: Pace::default(), polling, neighbours, taken: 0, moved: 0 }
     }
 
     /// A request was taken off the buffer that reads or writes `length` bytes.
@@ -58,10 +61,17 @@ impl Rhythm {
         if idle == Idle::No || !is_small || self.neighbours.load(Ordering::Relaxed) > 1 {
             return false;
         }
-        let Some(pause) = self.pace.after_batch(taken) else { return false };
-        std::thread::sleep(pause);
-        let received = socket.read_now(input.space());
-        input.received(received);
-        received > 0
+        let mut look = || {
+            let received = socket.read_now(input.space());
+            input.received(received);
+            received > 0
+        };
+        match self.pace.after_batch(taken) {
+            Some(pause) => {
+                std::thread::sleep(pause);
+                look()
+            }
+            None => taken > 0 && self.polling.after_batch(look),
+        }
     }
 }

@@ -16,6 +16,7 @@ use nbd_proto::wire::{MetaContextId, MetaContextName};
 use std::os::fd::AsFd;
 
 use super::handshake::Established;
+use super::polling::Polling;
 use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
 use super::rhythm::{Idle, Rhythm};
@@ -90,6 +91,7 @@ impl Session {
         neighbours: Arc<AtomicUsize>,
     ) -> Self {
         let negotiated = &established.negotiated;
+        let polling = Polling::new(shared.seats.clone(), shared.config.poll_max);
         Self {
             socket: established.socket,
             export: Arc::clone(established.entry.export()),
@@ -106,7 +108,7 @@ impl Session {
             budget: BudgetQueue::new(shared.budget.clone()),
             max_requests: shared.config.max_requests.max(1),
             max_bytes: shared.config.connection_budget,
-            rhythm: Rhythm::new(neighbours),
+            rhythm: Rhythm::new(polling, neighbours),
             turns: 0,
         }
     }

@@ -1,0 +1,204 @@
+//! Asking the socket again and again, for a moment, before the thread goes to sleep.
+//!
+//! A client with one request in flight sends the next one soon after it has the reply. To sleep for
+//! so short a time and to be woken by another core takes longer, and costs almost as much, as to
+//! look until the request is there. It is done in the manner of QEMU's `poll-max-ns`: for a bounded
+//! time, only while it mostly succeeds, and the core is left to whoever else can use it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Batches before polling is tried first.
+const TRIED_AFTER: u32 = 64;
+/// Bound of the same after attempts that failed; each failure doubles it. A client that always
+/// thinks for longer is then polled in vain for a few times in so many requests.
+const MOST_TRIED_AFTER: u32 = 64 * 1024;
+/// Credit of an attempt. It is over when nothing is left.
+const CREDIT: u32 = 8;
+/// Bound of the credit that successes earn, one each.
+const MOST_CREDIT: u32 = 16;
+/// What it costs to poll in vain: polling goes on if more than three in four find a request.
+const PRICE: u32 = 3;
+/// Successes after which earlier failures are forgotten.
+const FORGETS_AFTER: u32 = 256;
+
+/// How often the socket is asked before others get the core, if there are any.
+const LOOKS_BEFORE_YIELD: u32 = 8;
+
+/// How many threads of a server may poll at the same time: half of the cores, so that clients find
+/// the others free.
+#[derive(Debug, Clone)]
+pub(crate) struct Seats(Arc<AtomicUsize>);
+
+impl Seats {
+    pub(crate) fn new() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        Self(Arc::new(AtomicUsize::new(cores / 2)))
+    }
+
+    fn take(&self) -> Option<Seat<'_>> {
+        let less = |free: usize| free.checked_sub(1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok().map(|_| Seat(&self.0))
+    }
+}
+
+/// Given back when it is dropped.
+struct Seat<'a>(&'a AtomicUsize);
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The thread sleeps between batches.
+    Off { batches: u32 },
+    /// It polls first.
+    On { credit: u32, found: u32 },
+}
+
+/// Whether one client is worth it.
+#[derive(Debug)]
+struct Habit {
+    state: State,
+    tried_after: u32,
+}
+
+impl Habit {
+    const fn new() -> Self {
+        Self { state: State::Off { batches: 0 }, tried_after: TRIED_AFTER }
+    }
+
+    /// A batch was answered: is the next one polled for?
+    fn wants(&mut self) -> bool {
+        match self.state {
+            State::On { .. } => true,
+            State::Off { batches } if batches < self.tried_after => {
+                self.state = State::Off { batches: batches + 1 };
+                false
+            }
+            State::Off { .. } => {
+                self.state = State::On { credit: CREDIT, found: 0 };
+                true
+            }
+        }
+    }
+
+    /// What polling brought.
+    fn learn(&mut self, success: bool) {
+        let State::On { credit, found } = self.state else { return };
+        if success {
+            if found >= FORGETS_AFTER {
+                self.tried_after = TRIED_AFTER;
+            }
+            let credit = (credit + 1).min(MOST_CREDIT);
+            self.state = State::On { credit, found: found.saturating_add(1) };
+        } else if credit > PRICE {
+            self.state = State::On { credit: credit - PRICE, found };
+        } else {
+            self.tried_after = self.tried_after.saturating_mul(2).min(MOST_TRIED_AFTER);
+            self.state = State::Off { batches: 0 };
+        }
+    }
+}
+
+/// Polling of one connection.
+#[derive(Debug)]
+pub(super) struct Polling {
+    habit: Habit,
+    seats: Seats,
+    longest: Duration,
+}
+
+impl Polling {
+    /// Polls for `longest` at a time, never if that is zero.
+    pub(super) const fn new(seats: Seats, longest: Duration) -> Self {
+        Self { habit: Habit::new(), seats, longest }
+    }
+
+    /// Behind a batch that was answered: calls `look` until it finds something, if that is worth
+    /// it. False if nothing was found.
+    pub(super) fn after_batch(&mut self, mut look: impl FnMut() -> bool) -> bool {
+        if self.longest.is_zero() || !self.habit.wants() {
+            return false;
+        }
+        let Some(_seat) = self.seats.take() else { return false };
+        let start = Instant::now();
+        let success = loop {
+            if (0..LOOKS_BEFORE_YIELD).any(|_| look()) {
+                break true;
+            }
+            if start.elapsed() >= self.longest {
+                break false;
+            }
+            // The client may be waiting for this very core.
+            std::thread::yield_now();
+        };
+        self.habit.learn(success);
+        success
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many of `batches` are polled for, if the first `in` of every `of` are found.
+    fn polled(habit: &mut Habit, batches: u32, (found, of): (u32, u32)) -> u32 {
+        let mut count = 0;
+        for batch in 0..batches {
+            if habit.wants() {
+                count += 1;
+                habit.learn(batch % of < found);
+            }
+        }
+        count
+    }
+
+    #[test]
+    fn a_client_that_asks_at_once_is_polled() {
+        let mut habit = Habit::new();
+        assert_eq!(polled(&mut habit, TRIED_AFTER, (1, 1)), 0);
+        assert_eq!(polled(&mut habit, 10_000, (1, 1)), 10_000);
+        assert_eq!(polled(&mut habit, 10_000, (9, 10)), 10_000, "also if it thinks now and then");
+    }
+
+    #[test]
+    fn a_client_that_thinks_is_polled_ever_more_seldom() {
+        let count = polled(&mut Habit::new(), 1_000_000, (0, 1));
+        assert!((1..100).contains(&count), "{count}");
+        let count = polled(&mut Habit::new(), 1_000_000, (1, 2));
+        assert!((1..500).contains(&count), "{count}");
+    }
+
+    #[test]
+    fn a_client_that_was_slow_once_is_polled_again() {
+        let mut habit = Habit::new();
+        polled(&mut habit, 1_000_000, (0, 1));
+        polled(&mut habit, MOST_TRIED_AFTER + FORGETS_AFTER + 2, (1, 1));
+        polled(&mut habit, 10, (0, 1));
+        assert!(polled(&mut habit, 3 * TRIED_AFTER, (1, 1)) > 0);
+    }
+
+    #[test]
+    fn zero_means_never() {
+        let seats = Seats(Arc::new(AtomicUsize::new(1)));
+        let mut polling = Polling::new(seats, Duration::ZERO);
+        assert!((0..1000).all(|_| !polling.after_batch(|| panic!("looked"))));
+    }
+
+    #[test]
+    fn no_more_threads_poll_than_have_seats() {
+        let seats = Seats(Arc::new(AtomicUsize::new(1)));
+        let mut one = Polling::new(seats.clone(), Duration::from_micros(1));
+        let mut other = Polling::new(seats.clone(), Duration::from_micros(1));
+        for polling in [&mut one, &mut other] {
+            assert!((0..TRIED_AFTER).all(|_| !polling.after_batch(|| true)));
+        }
+        assert!(one.after_batch(|| !other.after_batch(|| panic!("no seat is left"))));
+        assert!(other.after_batch(|| true), "the seat was given back");
+    }
+}
