@@ -107,6 +107,14 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// As [`parse_duration`], or `0` (with or without a unit) for no limit, which is returned as zero.
+pub(crate) fn parse_limit(text: &str) -> Result<Duration, String> {
+    match text {
+        "0" | "0s" | "0m" | "0ms" => Ok(Duration::ZERO),
+        _ => parse_duration(text),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +166,13 @@ mod tests {
         assert_eq!(rounded(17), "17 bytes");
         assert_eq!(rounded(1536), "1.5 KiB");
         assert_eq!(rounded(u64::MAX), "16.0 EiB");
+    }
+
+    #[test]
+    fn no_limit_is_zero() {
+        assert_eq!(parse_limit("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_limit("5m"), Ok(Duration::from_secs(300)));
+        assert!(parse_limit("never").is_err());
     }
 
     #[test]

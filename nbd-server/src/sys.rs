@@ -45,6 +45,17 @@ pub(crate) fn is_resident(file: BorrowedFd<'_>, offset: u64, length: u64) -> boo
     result == 0 && stat.cached == last / page - offset / page + 1
 }
 
+/// Bytes written to a socket that its peer has not taken: not acknowledged (TCP), or not read, in
+/// the pieces of some 32 KiB in which the system keeps them, with what it adds (unix). `None` where the system cannot tell.
+pub(crate) fn untaken_len(socket: BorrowedFd<'_>) -> Option<u64> {
+    let mut length: libc::c_int = 0;
+    // SAFETY: for sockets TIOCOUTQ is SIOCOUTQ; the kernel writes one int, which lives across the
+    // call, and keeps nothing. On other files it fails or writes an int as well.
+    let result =
+        unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, std::ptr::from_mut(&mut length)) };
+    u64::try_from(length).ok().filter(|_| result == 0)
+}
+
 /// Takes over descriptors that the service manager opened for this process: `count` of them from
 /// 3 on.
 ///
@@ -71,7 +82,7 @@ pub(crate) fn take_inherited(count: u16) -> Vec<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::os::fd::AsFd;
 
     #[test]
@@ -87,6 +98,18 @@ mod tests {
         assert!(!is_resident(file.as_fd(), 8192, 1));
         assert!(!is_resident(file.as_fd(), 0, 0));
         assert!(!is_resident(file.as_fd(), u64::MAX, 2));
+    }
+
+    #[test]
+    fn what_the_peer_has_not_read_is_untaken() {
+        let (mut ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let empty = untaken_len(ours.as_fd()).unwrap();
+        ours.write_all(&[1; 10_000]).unwrap();
+        let full = untaken_len(ours.as_fd()).unwrap();
+        assert!(full >= empty + 10_000, "{empty} {full}");
+        theirs.read_exact(&mut [0; 10_000]).unwrap();
+        assert_eq!(untaken_len(ours.as_fd()), Some(empty));
+        assert_eq!(untaken_len(tempfile::tempfile().unwrap().as_fd()), None);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::output::warn;
 pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
 use crate::serving::{PrivateFolder, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::EndSignals;
-use crate::size::{ByteSize, parse_duration};
+use crate::size::{ByteSize, parse_duration, parse_limit};
 
 const AFTER_HELP: &str = "\
 Sources:
@@ -154,6 +154,12 @@ pub struct ServeArgs {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration,
           help_heading = "Limits")]
     pub handshake_timeout: Duration,
+
+    /// How long a client may stop in the middle of a request or leave its replies untaken before
+    /// it is closed; 0 for ever. Clients that are idle or slow are never closed.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_limit,
+          help_heading = "Limits")]
+    pub stall_timeout: Duration,
 
     /// How long clients may take to fetch the last replies when the server ends.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration,
@@ -298,6 +304,7 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
     config.max_connections = args.max_connections;
     config.max_requests = args.max_requests;
     config.handshake_deadline = args.handshake_timeout;
+    config.stall_deadline = (!args.stall_timeout.is_zero()).then_some(args.stall_timeout);
     config.drain_deadline = args.drain_timeout;
     config.poll_max = Duration::from_nanos(args.poll_max_ns.into());
     config.connection_budget = bytes("--connection-budget", args.connection_budget)?;

@@ -1,6 +1,6 @@
-//! Limits: connections, time for the handshake.
+//! Limits: connections, time for the handshake, time without movement.
 
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
 use crate::support::{Server, nbd_cli};
@@ -42,4 +42,23 @@ fn a_small_budget_still_serves_large_requests() {
     let server = Server::ours(&[&arguments[..], &["memory:64M"]].concat());
     nbd_cli(&["copy", "--request-size", "32M", server.uri(), "null:"]).success();
     server.end();
+}
+
+#[test]
+fn a_client_that_stops_in_the_middle_of_a_write_is_dropped() {
+    let server = Server::ours(&["--stall-timeout", "400ms", "memory:64M"]);
+    let mut stalled = UnixStream::connect(server.socket()).expect("a connection");
+    // Client flags, EXPORT_NAME with the empty name, and a WRITE of 32 MiB without its payload.
+    stalled.write_all(b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0").expect("the handshake");
+    stalled.write_all(b"\x25\x60\x95\x13\0\0\0\x01cookies!").expect("a request");
+    stalled.write_all(b"\0\0\0\0\0\0\0\0\x02\0\0\0").expect("a request");
+    let mut received = Vec::new();
+    stalled.read_to_end(&mut received).expect("its end");
+    assert_eq!(received.len(), 18 + 10, "a greeting and a description, no reply");
+    nbd_cli(&["info", server.uri()]).success();
+}
+
+#[test]
+fn there_need_be_no_such_limit() {
+    Server::ours(&["--stall-timeout", "0", "memory:1M"]).end();
 }

@@ -9,6 +9,7 @@ mod receive;
 mod rhythm;
 mod send;
 mod socket;
+mod stall;
 #[cfg(feature = "tls")]
 mod tls;
 mod transmission;
@@ -56,6 +57,8 @@ pub(crate) enum ConnectionError {
     Io(#[from] std::io::Error),
     #[error("the client did not finish its handshake in time")]
     HandshakeDeadline,
+    #[error("the client {debt}, and nothing has moved for {} s", .limit.as_secs_f32())]
+    Stalled { debt: stall::Debt, limit: std::time::Duration },
     #[error("a file ended while it was being sent; its size changed behind our back")]
     FileTruncated,
 }

@@ -15,6 +15,7 @@ pub(super) struct ReceiveBuffer {
     start: usize,
     end: usize,
     read_len: usize,
+    total: u64,
 }
 
 impl ReceiveBuffer {
@@ -22,7 +23,7 @@ impl ReceiveBuffer {
     pub(super) fn new(received: &[u8]) -> Self {
         let mut data = vec![0; SMALL_LEN.max(received.len())];
         data[..received.len()].copy_from_slice(received);
-        Self { data, start: 0, end: received.len(), read_len: LARGE_LEN }
+        Self { data, start: 0, end: received.len(), read_len: LARGE_LEN, total: 0 }
     }
 
     /// What was received and not consumed.
@@ -55,10 +56,16 @@ impl ReceiveBuffer {
     /// it grow.
     pub(super) fn received(&mut self, count: usize) {
         self.end += count;
+        self.total = self.total.wrapping_add(count as u64);
         debug_assert!(self.end <= self.data.len(), "reads end in the buffer");
         if self.end == self.data.len() && self.data.len() < LARGE_LEN {
             self.data.resize(LARGE_LEN, 0);
         }
+    }
+
+    /// All bytes that were ever read into this, modulo 2^64.
+    pub(super) const fn total(&self) -> u64 {
+        self.total
     }
 
     /// Tells how long the last payload was, in bytes, so that reads can be cut to suit the next.

@@ -39,6 +39,7 @@ struct Block {
 pub(super) struct SendQueue {
     segments: VecDeque<Segment>,
     queued: usize,
+    total_sent: u64,
     spare: Vec<Box<[u8]>>,
 }
 
@@ -46,6 +47,11 @@ impl SendQueue {
     /// Bytes that have not been sent yet.
     pub(super) const fn queued(&self) -> usize {
         self.queued
+    }
+
+    /// All bytes that were ever sent, modulo 2^64.
+    pub(super) const fn total_sent(&self) -> u64 {
+        self.total_sent
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -168,6 +174,7 @@ impl SendQueue {
     /// Takes `count` sent bytes off the front.
     fn sent(&mut self, mut count: usize) {
         self.queued -= count;
+        self.total_sent = self.total_sent.wrapping_add(count as u64);
         while let Some(front) = self.segments.front_mut() {
             let left = match front {
                 Segment::Block(block) => block.end - block.start,

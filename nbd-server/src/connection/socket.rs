@@ -12,6 +12,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 #[cfg(feature = "tls")]
 use super::tls::TlsSocket;
+use crate::sys;
 
 /// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
 /// take one while the next is written. The system may grant less.
@@ -46,6 +47,18 @@ pub(super) enum Channel {
 pub(super) enum More {
     Follows,
     No,
+}
+
+/// What is under way below the plaintext. Differs from one moment to another if, and not only if,
+/// bytes have moved there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Traffic {
+    /// Bytes that the client has not taken from the system.
+    pub(super) untaken: Option<u64>,
+    /// Ciphertext that was received, in bytes modulo 2^64.
+    pub(super) received: u64,
+    /// Ciphertext that the system has not taken, in bytes.
+    pub(super) unsent: usize,
 }
 
 impl Socket {
@@ -153,6 +166,15 @@ impl Socket {
             Self::Tls(tls) => tls.has_unsent(),
             _ => false,
         }
+    }
+
+    /// What is under way. Costs a system call.
+    pub(super) fn traffic(&self) -> Traffic {
+        #[cfg(feature = "tls")]
+        if let Self::Tls(tls) = self {
+            return tls.traffic();
+        }
+        Traffic { untaken: self.plain().and_then(sys::untaken_len), ..Traffic::default() }
     }
 
     /// Who can read along.

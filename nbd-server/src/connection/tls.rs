@@ -13,7 +13,7 @@ use openssl::ssl::{ErrorCode, ShutdownState, SslStream};
 use thiserror::Error;
 
 use super::receive::ReceiveBuffer;
-use super::socket::{More, Socket};
+use super::socket::{More, Socket, Traffic};
 use crate::tls::{Notes, PeerIdentity, TlsCredentials, TlsError, explain_handshake};
 
 /// Payload of a full record, in bytes.
@@ -227,6 +227,13 @@ impl TlsSocket {
     /// Is there ciphertext that was not sent?
     pub(super) fn has_unsent(&self) -> bool {
         !self.session.get_ref().unsent().is_empty()
+    }
+
+    /// What is under way below the plaintext; as [`Socket::traffic`].
+    pub(super) fn traffic(&self) -> Traffic {
+        let wire = self.session.get_ref();
+        let (received, unsent) = (wire.received.total(), wire.unsent().len());
+        Traffic { received, unsent, ..self.socket.traffic() }
     }
 
     /// Prepares the farewell that tells the end of the stream from a cut connection.

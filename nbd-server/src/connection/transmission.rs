@@ -21,6 +21,7 @@ use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
 use super::rhythm::{Idle, Rhythm};
 use super::send::SendQueue;
+use super::stall::{Debt, Movement, Stall};
 use super::witness::Witness;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
@@ -81,6 +82,7 @@ pub(super) struct Session {
     max_requests: usize,
     max_bytes: usize,
     rhythm: Rhythm,
+    stall: Stall,
     turns: u32,
 }
 
@@ -109,6 +111,7 @@ impl Session {
             max_requests: shared.config.max_requests.max(1),
             max_bytes: shared.config.connection_budget,
             rhythm: Rhythm::new(polling, neighbours),
+            stall: Stall::new(shared.config.stall_deadline),
             turns: 0,
         }
     }
@@ -150,7 +153,7 @@ impl Session {
             // the stream must not overtake the requests in front of it.
             progress |= made_room || self.receive(cx)?;
             if !progress {
-                return Poll::Pending;
+                return self.poll_stall(cx);
             }
             self.turns = self.turns.wrapping_add(1);
             if self.turns.is_multiple_of(TURNS_BEFORE_YIELD) {
@@ -175,6 +178,38 @@ impl Session {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Nothing moves. An error if the client is to blame, and that for too long.
+    fn poll_stall(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        let Some(debt) = self.debt() else {
+            self.stall.settled();
+            return Poll::Pending;
+        };
+        let movement = || Movement {
+            received: self.input.total(),
+            payload: match &self.receiving {
+                Receiving::Payload { filled, .. } => *filled,
+                _ => 0,
+            },
+            sent: self.output.total_sent(),
+            traffic: self.socket.traffic(),
+        };
+        self.stall.poll(cx, debt, movement).map(Err)
+    }
+
+    /// What the client has to do next, if this connection holds something until it does.
+    fn debt(&self) -> Option<Debt> {
+        if !self.is_all_sent() {
+            return Some(Debt::TakeReplies);
+        }
+        let is_waited_for = self.waiting.is_none() && !self.is_busy();
+        let is_partial = match self.receiving {
+            Receiving::Header => !self.input.filled().is_empty(),
+            Receiving::Payload { .. } | Receiving::Discarded { .. } => true,
+            Receiving::Nothing => false,
+        };
+        (is_waited_for && is_partial).then_some(Debt::SendRest)
     }
 
     fn is_over(&self) -> bool {

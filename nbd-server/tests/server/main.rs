@@ -27,6 +27,7 @@ mod run_time_changes;
 mod send_file;
 mod shutdown;
 mod splits;
+mod stall;
 mod stress;
 #[cfg(feature = "tls")]
 mod tls;

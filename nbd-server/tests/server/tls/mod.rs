@@ -9,6 +9,7 @@ mod handshake;
 mod hostile;
 mod reload;
 mod selective;
+mod stall;
 mod transfers;
 
 use std::path::Path;
