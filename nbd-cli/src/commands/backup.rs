@@ -50,8 +50,8 @@ the disk should not change while it is copied. All files of a chain may be moved
 
 With --control all of that happens by itself: the disk is copied as it was at one moment while clients
 go on writing, the bitmap is begun anew at that moment, and if the backup fails nothing is forgotten.
-Such a backup is not resumed: what there is of it is of a moment that is gone. SIGINT and SIGTERM end the
-checkpoint, too; after a SIGKILL `nbd-cli control PATH checkpoint-end NAME failure` does.
+Such a backup is not resumed: what there is of it is of a moment that is gone. However it ends,
+SIGKILL included, its checkpoint ends with it.
 
 While a backup runs it is TARGET.partial, and TARGET.partial.json says how far it is; when it is
 complete it gets its name in one step. After an interruption --resume goes on where it ended: only

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -21,46 +21,74 @@ enum Reply {
     Error(Failure),
 }
 
-/// Makes a request and waits for its result. Blocks.
+/// Makes a single request and waits for its result. Blocks.
 ///
 /// # Errors
 ///
 /// If nobody listens, or what the server says about the request.
 pub(crate) fn call(socket: &Path, request: &Request) -> Result<Value, CommandError> {
-    let stream = UnixStream::connect(socket).map_err(|error| {
-        let advice = match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                "; is a server running with --control?"
-            }
-            io::ErrorKind::PermissionDenied => "; only the server's own user may use it",
-            _ => "",
-        };
-        CommandError::new(format!(
-            "cannot reach the control socket '{}': {error}{advice}",
-            socket.display()
-        ))
-    })?;
-    let line = exchange(stream, request).map_err(|error| {
-        CommandError::new(format!("the control socket '{}' failed: {error}", socket.display()))
-    })?;
-    match serde_json::from_slice(&line) {
-        Ok(Reply::Result(result)) => Ok(result),
-        Ok(Reply::Error(failure)) => Err(CommandError::new(printable(&failure.message))),
-        Err(error) => Err(CommandError::new(format!(
-            "'{}' is no control socket of a server: its reply cannot be understood ({error})",
-            socket.display()
-        ))),
-    }
+    Conversation::begin(socket)?.call(request)
 }
 
-fn exchange(mut stream: UnixStream, request: &Request) -> io::Result<Vec<u8>> {
-    let mut line = serde_json::to_vec(request)?;
-    line.push(b'\n');
-    stream.write_all(&line)?;
-    let mut reply = Vec::new();
-    BufReader::new(stream.take(MAX_REPLY_LEN)).read_until(b'\n', &mut reply)?;
-    if reply.last() != Some(&b'\n') {
-        return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed it"));
+/// A connection to a control socket.
+#[derive(Debug)]
+pub(crate) struct Conversation {
+    path: PathBuf,
+    stream: BufReader<UnixStream>,
+}
+
+impl Conversation {
+    /// Connects. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// If nobody listens.
+    pub(crate) fn begin(socket: &Path) -> Result<Self, CommandError> {
+        let stream = UnixStream::connect(socket).map_err(|error| {
+            let advice = match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    "; is a server running with --control?"
+                }
+                io::ErrorKind::PermissionDenied => "; only the server's own user may use it",
+                _ => "",
+            };
+            CommandError::new(format!(
+                "cannot reach the control socket '{}': {error}{advice}",
+                socket.display()
+            ))
+        })?;
+        Ok(Self { path: socket.to_path_buf(), stream: BufReader::new(stream) })
     }
-    Ok(reply)
+
+    /// Makes a request and waits for its result. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// If the server is gone, or what it says about the request.
+    pub(crate) fn call(&mut self, request: &Request) -> Result<Value, CommandError> {
+        let line = self.exchange(request).map_err(|error| {
+            let path = self.path.display();
+            CommandError::new(format!("the control socket '{path}' failed: {error}"))
+        })?;
+        match serde_json::from_slice(&line) {
+            Ok(Reply::Result(result)) => Ok(result),
+            Ok(Reply::Error(failure)) => Err(CommandError::new(printable(&failure.message))),
+            Err(error) => Err(CommandError::new(format!(
+                "'{}' is no control socket of a server: its reply cannot be understood ({error})",
+                self.path.display()
+            ))),
+        }
+    }
+
+    fn exchange(&mut self, request: &Request) -> io::Result<Vec<u8>> {
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        self.stream.get_mut().write_all(&line)?;
+        let mut reply = Vec::new();
+        self.stream.by_ref().take(MAX_REPLY_LEN).read_until(b'\n', &mut reply)?;
+        if reply.last() != Some(&b'\n') {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed it"));
+        }
+        Ok(reply)
+    }
 }

@@ -17,13 +17,16 @@
 //! {"result":{}}
 //! ```
 //!
+//! A checkpoint begun with `"lifetime":"connection"` is ended with failure when that connection ends
+//! before it does.
+//!
 //! The commands are the variants of [`Request`].
 
 mod client;
 mod protocol;
 
-pub(crate) use self::client::call;
+pub(crate) use self::client::{Conversation, call};
 pub(crate) use self::protocol::{
-    Begun, ClientState, ErrorKind, ExportState, Failure, IfMissing, InitialState, Listing,
-    MAX_LINE_LEN, OnUse, Request, Verdict, decode, encode,
+    Begun, ClientState, ErrorKind, ExportState, Failure, IfMissing, InitialState, Lifetime,
+    Listing, MAX_LINE_LEN, OnUse, Request, Verdict, decode, encode,
 };

@@ -118,6 +118,10 @@ pub(crate) enum Request {
         #[arg(long, value_name = "NAME")]
         #[serde(default)]
         view: Option<String>,
+        // This command's connection ends at once.
+        #[arg(skip)]
+        #[serde(default)]
+        lifetime: Lifetime,
     },
     /// End a checkpoint: drop the frozen bits after a success, merge them back after a failure
     CheckpointEnd {
@@ -168,6 +172,17 @@ pub(crate) enum IfMissing {
     Fail,
     /// It is added, at the moment of the checkpoint.
     Add,
+}
+
+/// When a checkpoint ends that nobody ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Lifetime {
+    /// With the server.
+    #[default]
+    Server,
+    /// With the connection on which it was begun: whoever made it may be killed.
+    Connection,
 }
 
 /// Whether a backup was taken.
@@ -306,6 +321,17 @@ mod tests {
                     bitmap: Some(name("b")),
                     if_missing: IfMissing::Add,
                     view: None,
+                    lifetime: Lifetime::Server,
+                },
+            ),
+            (
+                r#"{"command":"checkpoint-start","export":"a","lifetime":"connection"}"#,
+                Request::CheckpointStart {
+                    export: name("a"),
+                    bitmap: None,
+                    if_missing: IfMissing::Fail,
+                    view: None,
+                    lifetime: Lifetime::Connection,
                 },
             ),
             (

@@ -9,6 +9,7 @@ mod backup_after_kill;
 mod backup_chain;
 mod backup_checkpoint;
 mod backup_interrupted;
+mod backup_killed;
 mod backup_refused;
 mod backup_resume;
 mod backup_tls;

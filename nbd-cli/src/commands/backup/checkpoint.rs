@@ -5,7 +5,7 @@ use std::path::Path;
 use nbd_proto::NbdUri;
 
 use super::{BackupArgs, Report};
-use crate::control::{Begun, IfMissing, Request, Verdict, call};
+use crate::control::{Begun, Conversation, IfMissing, Lifetime, Request, Verdict};
 use crate::error::CommandError;
 use crate::output::warn;
 
@@ -21,9 +21,13 @@ pub(super) fn checkpointed(
         bitmap: args.bitmap.clone(),
         if_missing: if args.base.is_none() { IfMissing::Add } else { IfMissing::Fail },
         view: None,
+        // If this process is killed nobody else ends it.
+        lifetime: Lifetime::Connection,
     };
-    let begun = call(socket, &begin)?;
-    let end = |outcome| call(socket, &Request::CheckpointEnd { export: export.clone(), outcome });
+    let mut conversation = Conversation::begin(socket)?;
+    let begun = conversation.call(&begin)?;
+    let mut end =
+        |outcome| conversation.call(&Request::CheckpointEnd { export: export.clone(), outcome });
     let result = uri_of_view(args, begun).and_then(|uri| backup(&uri));
     match result {
         Ok(report) => {

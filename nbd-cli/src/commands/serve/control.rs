@@ -5,6 +5,7 @@ mod checkpoint;
 mod disks;
 mod socket;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use nbd_proto::wire::TransmissionFlags;
@@ -12,10 +13,14 @@ use nbd_server::{InUse, RemoveError, ServerHandle};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, Notify};
 
+use self::checkpoint::CheckpointWish;
+use self::disks::RunningCheckpoint;
 pub(super) use self::disks::{Disk, Disks};
 pub(super) use self::socket::ControlSocket;
 use super::source;
-use crate::control::{ClientState, ErrorKind, ExportState, Failure, Listing, OnUse, Request};
+use crate::control::{
+    ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request,
+};
 use crate::serving::image::{ImageChoices, Writes};
 
 /// Where an export can be reached.
@@ -29,7 +34,12 @@ pub(super) struct Controller {
     choices: ImageChoices,
     uris: Box<UrisFn>,
     stop: Notify,
+    conversations: AtomicU64,
 }
+
+/// One connection to the control socket; no other ever has the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ConversationId(u64);
 
 impl Controller {
     pub(super) fn new(
@@ -38,7 +48,18 @@ impl Controller {
         choices: ImageChoices,
         uris: Box<UrisFn>,
     ) -> Self {
-        Self { server, disks: Mutex::new(disks), choices, uris, stop: Notify::new() }
+        let (disks, stop) = (Mutex::new(disks), Notify::new());
+        Self { server, disks, choices, uris, stop, conversations: AtomicU64::new(0) }
+    }
+
+    /// A client of the control socket has come.
+    fn new_conversation(&self) -> ConversationId {
+        ConversationId(self.conversations.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// It has gone: the checkpoints that were to last no longer are ended as failed.
+    async fn end_conversation(&self, id: ConversationId) {
+        self.abandon_checkpoints(|checkpoint| checkpoint.conversation == Some(id)).await;
     }
 
     /// Waits until a client wants the server to end.
@@ -48,10 +69,14 @@ impl Controller {
 
     /// Ends every checkpoint as failed: what was not backed up stays dirty.
     pub(super) async fn end_all(&self) {
+        self.abandon_checkpoints(|_| true).await;
+    }
+
+    async fn abandon_checkpoints(&self, which: impl Fn(&RunningCheckpoint) -> bool) {
         let mut disks = self.disks.lock().await;
         let names: Vec<_> = disks.names();
         for name in names {
-            if disks.get(&name).is_ok_and(|disk| disk.checkpoint.is_some())
+            if disks.get(&name).is_ok_and(|disk| disk.checkpoint.as_ref().is_some_and(&which))
                 && let Err(failure) = self.abandon_checkpoint(&mut disks, &name).await
             {
                 tracing::error!(export = %name, why = %failure.message, "checkpoint not ended");
@@ -60,7 +85,11 @@ impl Controller {
     }
 
     /// Carries out a request.
-    pub(super) async fn carry_out(&self, request: Request) -> Result<Value, Failure> {
+    async fn carry_out(
+        &self,
+        request: Request,
+        conversation: ConversationId,
+    ) -> Result<Value, Failure> {
         let mut disks = self.disks.lock().await;
         match request {
             Request::List {} => {
@@ -73,8 +102,13 @@ impl Controller {
                 self.add(&mut disks, name, source, choices, description).await
             }
             Request::RemoveExport { name, on_use } => self.remove(&mut disks, &name, on_use).await,
-            Request::CheckpointStart { export, bitmap, if_missing, view } => {
-                self.begin_checkpoint(&mut disks, &export, bitmap, if_missing, view).await
+            Request::CheckpointStart { export, bitmap, if_missing, view, lifetime } => {
+                let conversation = match lifetime {
+                    Lifetime::Server => None,
+                    Lifetime::Connection => Some(conversation),
+                };
+                let wish = CheckpointWish { bitmap, if_missing, view, conversation };
+                self.begin_checkpoint(&mut disks, &export, wish).await
             }
             Request::CheckpointEnd { export, outcome } => {
                 self.end_checkpoint(&mut disks, &export, outcome).await

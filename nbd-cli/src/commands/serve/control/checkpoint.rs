@@ -15,7 +15,7 @@ use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde_json::{Value, json};
 
 use super::disks::{CheckpointBitmap, RunningCheckpoint};
-use super::{Controller, Disks, blocking};
+use super::{Controller, ConversationId, Disks, blocking};
 use crate::control::{Begun, ErrorKind, Failure, IfMissing, Verdict};
 use crate::serving::leftover;
 
@@ -25,14 +25,22 @@ const VIEW_SUFFIX: &str = ".checkpoint";
 /// Set in the status of a dirty range.
 const DIRTY: u64 = 1;
 
+/// The checkpoint that somebody wants.
+pub(super) struct CheckpointWish {
+    pub(super) bitmap: Option<String>,
+    pub(super) if_missing: IfMissing,
+    /// Name of the view's export.
+    pub(super) view: Option<String>,
+    /// The conversation it is to end with.
+    pub(super) conversation: Option<ConversationId>,
+}
+
 impl Controller {
     pub(super) async fn begin_checkpoint(
         &self,
         disks: &mut Disks,
         export: &str,
-        bitmap: Option<String>,
-        if_missing: IfMissing,
-        view: Option<String>,
+        CheckpointWish { bitmap, if_missing, view, conversation }: CheckpointWish,
     ) -> Result<Value, Failure> {
         let disk = disks.get_mut(export)?;
         let view_name = view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
@@ -56,7 +64,7 @@ impl Controller {
             bitmap: frozen.map(|bitmap| bitmap.name.clone()),
             uris: (self.uris)(&view_name),
         };
-        disk.checkpoint = Some(RunningCheckpoint { view: view_name.clone(), bitmap });
+        disk.checkpoint = Some(RunningCheckpoint { view: view_name.clone(), bitmap, conversation });
         // Who may not use the disk may not use its view either.
         let entry = self.server.exports().find(export).map(|(_, entry)| entry);
         let entry = entry.unwrap_or_else(|| disk.entry()).with_export(Arc::new(view));

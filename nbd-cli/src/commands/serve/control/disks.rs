@@ -6,6 +6,7 @@ use std::sync::Arc;
 use nbd_server::export::{Checkpointed, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
+use super::ConversationId;
 use crate::control::{ErrorKind, Failure};
 use crate::serving::image::Opened;
 
@@ -24,6 +25,8 @@ pub(super) struct RunningCheckpoint {
     /// Name of the export that is the view.
     pub(super) view: String,
     pub(super) bitmap: Option<CheckpointBitmap>,
+    /// The conversation it ends with, if with one.
+    pub(super) conversation: Option<ConversationId>,
 }
 
 /// The bitmap of a checkpoint.

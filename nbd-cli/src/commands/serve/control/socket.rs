@@ -13,12 +13,13 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 
-use super::Controller;
+use super::{Controller, ConversationId};
 use crate::control::{ErrorKind, Failure, MAX_LINE_LEN, decode, encode};
 use crate::error::CommandError;
 
-/// Clients of the control socket at a time; one more is closed at once.
-const MAX_CLIENTS: usize = 16;
+/// Clients of the control socket at a time; one more is closed at once. A backup is one as long as
+/// it runs.
+const MAX_CLIENTS: usize = 64;
 
 /// A control socket that listens. Its file is removed when this is dropped.
 pub(in crate::commands::serve) struct ControlSocket {
@@ -115,14 +116,25 @@ fn remove_stale(path: &Path) -> Result<(), CommandError> {
     }
 }
 
-/// Answers one client until it leaves.
-async fn converse(mut stream: UnixStream, controller: &Controller) -> io::Result<()> {
+/// Answers one client until it leaves, and ends what was to last no longer.
+async fn converse(stream: UnixStream, controller: &Controller) -> io::Result<()> {
+    let id = controller.new_conversation();
+    let result = answer(stream, controller, id).await;
+    controller.end_conversation(id).await;
+    result
+}
+
+async fn answer(
+    mut stream: UnixStream,
+    controller: &Controller,
+    id: ConversationId,
+) -> io::Result<()> {
     let mut lines = Lines::default();
     loop {
         let (reply, go_on) = match lines.next(&mut stream).await? {
             Line::End => return Ok(()),
             Line::Request(line) => match decode(&line) {
-                Ok(request) => (controller.carry_out(request).await, true),
+                Ok(request) => (controller.carry_out(request, id).await, true),
                 Err(failure) => (Err(failure), true),
             },
             Line::TooLong => {
