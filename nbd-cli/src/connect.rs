@@ -46,6 +46,44 @@ pub struct TlsArgs {
     pub tls: Option<TlsChoice>,
 }
 
+/// How the commands that look at servers use their connections.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ServerArgs {
+    /// Give a server up that takes so long to be connected to, or to answer a request: seconds, or
+    /// 500ms, 2m. Without it a server that hangs in a request is waited for.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
+}
+
+impl ServerArgs {
+    /// Describes a connection.
+    pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
+        let connector = self.tls.connector(uri);
+        match self.timeout {
+            Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
+            None => connector,
+        }
+    }
+
+    /// Options that nothing uses are a mistake.
+    pub(crate) fn check<'a>(
+        &self,
+        uris: impl IntoIterator<Item = &'a NbdUri, IntoIter: Clone>,
+    ) -> Result<(), CommandError> {
+        let uris = uris.into_iter();
+        if self.timeout.is_some() && uris.clone().next().is_none() {
+            return Err(CommandError::new(
+                "--timeout is given and no NBD URI: files are not waited for",
+            ));
+        }
+        self.tls.check(uris)
+    }
+}
+
 /// How the commands that move disks use their connections.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct ConnectionArgs {

@@ -10,7 +10,7 @@ use clap::Args;
 use nbd_client::{Scope, ServerInfo};
 use nbd_proto::NbdUri;
 
-use crate::connect::{TlsArgs, explain_unknown_export};
+use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat};
 use property::Property;
@@ -68,17 +68,17 @@ pub struct InfoArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    args.tls.check([&args.uri])?;
+    args.server.check([&args.uri])?;
     runtime()?.block_on(info(args))
 }
 
 async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
     let scope = if args.list { Scope::AllExports } else { Scope::ThisExport };
-    let connector = args.tls.connector(&args.uri);
+    let connector = args.server.connector(&args.uri);
     let server = match connector.inspect(scope).await {
         Ok(server) => server,
         Err(error) => return Err(explain_unknown_export(&connector, &args.uri, error).await),

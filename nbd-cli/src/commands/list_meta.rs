@@ -4,7 +4,7 @@ use clap::Args;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
-use crate::connect::{TlsArgs, failed};
+use crate::connect::{ServerArgs, failed};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat, printable};
 
@@ -30,7 +30,7 @@ pub struct ListMetaArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 #[derive(Serialize)]
@@ -41,8 +41,8 @@ struct Report<'a> {
 }
 
 pub(crate) fn run(args: &ListMetaArgs) -> Result<Outcome, CommandError> {
-    args.tls.check([&args.uri])?;
-    let connector = args.tls.connector(&args.uri);
+    args.server.check([&args.uri])?;
+    let connector = args.server.connector(&args.uri);
     let contexts = runtime()?
         .block_on(connector.list_meta_contexts(&args.queries))
         .map_err(|error| failed(&args.uri, "list the metadata contexts of", &error))?;

@@ -7,7 +7,7 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 use serde::Serialize;
 
-use crate::connect::{TlsArgs, connect, failed};
+use crate::connect::{ServerArgs, connect, failed};
 use crate::context::{Class, description};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat};
@@ -52,7 +52,7 @@ pub struct MapArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 #[derive(Serialize)]
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
             args.context, args.uri
         ))
     })?;
-    args.tls.check([&args.uri])?;
+    args.server.check([&args.uri])?;
     let mut output = Output::new();
     runtime()?.block_on(map(args, &context, &mut output))?;
     output.finish()?;
@@ -106,7 +106,7 @@ async fn map(
     context: &MetaContextName,
     output: &mut Output,
 ) -> Result<(), CommandError> {
-    let connector = args.tls.connector(&args.uri).meta_contexts([context.clone()]);
+    let connector = args.server.connector(&args.uri).meta_contexts([context.clone()]);
     let client = connect(&connector, &args.uri).await?;
     if !client.meta_contexts().contains(context) {
         return Err(CommandError::new(format!(

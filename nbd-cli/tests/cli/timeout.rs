@@ -1,5 +1,7 @@
 //! `--timeout`: servers that hang are not waited for.
 
+use std::os::unix::net::UnixListener;
+
 use crate::support::{Disk, Server, nbd_cli, says};
 use crate::tools;
 
@@ -28,4 +30,52 @@ fn a_server_that_answers_in_time_is_not_given_up() {
     let copy = disk.beside("copy.img");
     nbd_cli(&["copy", "--timeout", "20s", server.uri(), &copy]).success();
     disk.assert_equals(copy);
+}
+
+#[test]
+fn a_server_that_says_nothing_ends_every_command() {
+    let folder = Disk::sparse();
+    let silent = folder.beside("silent");
+    let _listener = UnixListener::bind(&silent).expect("a socket");
+    let uri = format!("nbd+unix:///?socket={silent}");
+    for command in [
+        &["info"][..],
+        &["list-meta"],
+        &["map"],
+        &["image", "info"],
+        &["image", "map"],
+        &["image", "measure"],
+    ] {
+        let said = nbd_cli(&[command, &["--timeout", "200ms", &uri]].concat());
+        says(said, &[&silent, "within 0.2 s"]);
+    }
+    let compared = nbd_cli(&["image", "compare", "--timeout", "200ms", folder.path(), &uri]);
+    assert_eq!(compared.code, Some(2), "an error, no difference: {compared:?}");
+}
+
+#[test]
+fn a_server_that_hangs_later_ends_them_as_well() {
+    tools!(nbdkit = "nbdkit");
+    let slow = ["--filter=delay", "memory", "8M", "rdelay=3600", "delay-extents=3600"];
+    let disk = Disk::sparse();
+    let late = ["did not answer", "within 0.2 s"];
+    for command in [&["map"][..], &["image", "map"]] {
+        // nbdkit may abort when a client leaves it in the middle of a request.
+        let server = Server::nbdkit(&nbdkit, &slow);
+        says(nbd_cli(&[command, &["--timeout", "200ms", server.uri()]].concat()), &late);
+    }
+    let server = Server::nbdkit(&nbdkit, &slow);
+    let compared =
+        nbd_cli(&["image", "compare", "--timeout", "200ms", server.uri(), disk.path()]);
+    assert_eq!(compared.code, Some(2), "{compared:?}");
+    assert!(late.iter().all(|words| compared.stderr.contains(words)), "{compared:?}");
+    let server = Server::nbdkit(&nbdkit, &slow);
+    let info = nbd_cli(&["info", "--timeout", "200ms", server.uri()]).success();
+    assert!(info.contains("8388608"), "what is known is said: {info}");
+}
+
+#[test]
+fn a_limit_that_concerns_nothing_is_refused() {
+    let disk = Disk::sparse();
+    says(nbd_cli(&["image", "map", "--timeout", "1s", disk.path()]), &["--timeout", "URI"]);
 }

@@ -13,7 +13,7 @@ use super::open::{TrustArgs, explained, options};
 use super::place::Place;
 use super::walk::{Extents, span};
 use crate::commands::serve::ImageFormat;
-use crate::connect::TlsArgs;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::progress::{Progress, ProgressArgs};
 
@@ -68,7 +68,7 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let (place, format) = backing_of(args, &overlay)?;
     let mut backing_options: OpenOptions = shared.access(Access::ReadWrite);
     backing_options.format = format;
-    let mut backing = place.open(&backing_options, &TlsArgs::default())?;
+    let mut backing = place.open(&backing_options, &ServerArgs::default())?;
     if backing.size() < overlay.size() {
         backing.resize(overlay.size(), Shrink::Refuse)?;
     }

@@ -10,7 +10,7 @@ use super::open::{TrustArgs, options};
 use super::place::Place;
 use super::walk::first_difference;
 use crate::commands::serve::ImageFormat;
-use crate::connect::TlsArgs;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, CommandErrorKind, Outcome};
 use crate::output::{Output, ReportFormat, warn};
 use crate::progress::{Progress, ProgressArgs};
@@ -63,7 +63,7 @@ pub struct CompareArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 #[derive(Serialize)]
@@ -87,8 +87,8 @@ pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
 }
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
-    let [first, second] = Place::parse_two([&args.first, &args.second], &args.tls)?;
-    let open = |place: &Place, format| place.open(&options(format, &args.trust), &args.tls);
+    let [first, second] = Place::parse_two([&args.first, &args.second], &args.server)?;
+    let open = |place: &Place, format| place.open(&options(format, &args.trust), &args.server);
     let (first, second) = (open(&first, args.format)?, open(&second, args.second_format)?);
     let size_mismatch = first.size() != second.size();
     let end = first.size().max(second.size());

@@ -15,7 +15,7 @@ use super::create::Qcow2Args;
 use super::open::OpenArgs;
 use super::place::Place;
 use crate::commands::serve::ImageFormat;
-use crate::connect::TlsArgs;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::progress::{Progress, ProgressArgs};
 
@@ -96,17 +96,17 @@ pub struct ConvertArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
-    let [from, destination] = Place::parse_two([&args.source, &args.destination], &args.tls)?;
+    let [from, destination] = Place::parse_two([&args.source, &args.destination], &args.server)?;
     let exists = args.no_create || matches!(destination, Place::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
     let mut read = args.open.options();
     read.snapshot.clone_from(&args.snapshot);
-    let source = from.open(&read, &args.tls)?;
+    let source = from.open(&read, &args.server)?;
     let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
     let copy = Conversion { args, source: &source, from: &from, format, is_remote };
@@ -191,7 +191,7 @@ impl Conversion<'_> {
         let policy = self.args.open.trust.policy();
         let options =
             OpenOptions::new().format(self.format).access(Access::ReadWrite).policy(policy);
-        let image = to.open(&options, &self.args.tls)?;
+        let image = to.open(&options, &self.args.server)?;
         let (room, size) = (image.size(), self.source.size());
         if room < size {
             return Err(CommandError::new(format!(

@@ -14,7 +14,7 @@ use super::open::OpenArgs;
 use super::place::Place;
 use super::snapshot::{self, JsonSnapshot};
 use crate::commands::info::report::Report;
-use crate::connect::{TlsArgs, explain_unknown_export};
+use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
@@ -49,7 +49,7 @@ pub struct InfoArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 /// Facts about one file, with the keys of qemu-img.
@@ -102,7 +102,7 @@ struct Qcow2Data<'a> {
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    let place = Place::parse_one(&args.path, &args.tls)?;
+    let place = Place::parse_one(&args.path, &args.server)?;
     let layers = layers(args, place)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
@@ -131,7 +131,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
 /// Prints what an image that was made or changed is like now.
 pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), CommandError> {
     let place = Place::File(path.to_owned());
-    let info = place.inspect(options, &TlsArgs::default())?;
+    let info = place.inspect(options, &ServerArgs::default())?;
     let mut output = Output::new();
     output.json(&Found { place, info, server: None }.json()?)?;
     output.finish()
@@ -149,13 +149,13 @@ fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
     let mut options = args.open.options();
     if args.backing_chain {
         // Says whether every name may be followed, and that they do not lead in circles.
-        place.open(&options, &args.tls)?;
+        place.open(&options, &args.server)?;
     }
     let server = match place.uri() {
         None => None,
-        Some(uri) => Some(runtime()?.block_on(inspect(uri, &args.tls))?),
+        Some(uri) => Some(runtime()?.block_on(inspect(uri, &args.server))?),
     };
-    let info = place.inspect(&options, &args.tls)?;
+    let info = place.inspect(&options, &args.server)?;
     let mut layers = vec![Found { place, info, server }];
     while args.backing_chain
         && let Some(above) = layers.last()
@@ -168,15 +168,15 @@ fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
             .backing_format
             .as_deref()
             .map(|name| imgfmt::Format::from_name(name).unwrap_or(imgfmt::Format::Raw));
-        let info = place.inspect(&options, &args.tls)?;
+        let info = place.inspect(&options, &args.server)?;
         layers.push(Found { place, info, server: None });
     }
     Ok(layers)
 }
 
 /// What a server says about an export.
-async fn inspect(uri: &NbdUri, tls: &TlsArgs) -> Result<Report, CommandError> {
-    let connector = tls.connector(uri);
+async fn inspect(uri: &NbdUri, server: &ServerArgs) -> Result<Report, CommandError> {
+    let connector = server.connector(uri);
     match connector.inspect(Scope::ThisExport).await {
         Ok(server) => Ok(Report::new(&server, uri)),
         Err(error) => Err(explain_unknown_export(&connector, uri, error).await),

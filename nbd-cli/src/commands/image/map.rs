@@ -12,7 +12,7 @@ use super::open::OpenArgs;
 use super::place::Place;
 use super::walk::Extents;
 use crate::commands::serve::ImageFormat;
-use crate::connect::TlsArgs;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
 
@@ -44,7 +44,7 @@ pub struct MapArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 /// A part of the disk, with the keys of qemu-img.
@@ -100,17 +100,17 @@ struct Report {
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
-    let place = Place::parse_one(&args.path, &args.tls)?;
+    let place = Place::parse_one(&args.path, &args.server)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
     let mut report = Report { format, pending: None, separator: "[" };
     match &place {
         // What is inside an image inside an export is known to us alone.
         Place::Export { uri, .. } if args.open.format != Some(ImageFormat::Qcow2) => {
-            export::map(uri, &args.tls, |part| report.add(part, &mut output))?;
+            export::map(uri, &args.server, |part| report.add(part, &mut output))?;
         }
         _ => {
-            let image = place.open(&args.open.options(), &args.tls)?;
+            let image = place.open(&args.open.options(), &args.server)?;
             let mut extents = Extents::new(&image);
             while let Some(extent) = extents.next()? {
                 parts(&image, extent, |part| report.add(part, &mut output))?;

@@ -11,7 +11,7 @@ use super::open::OpenArgs;
 use super::place::Place;
 use super::walk::Extents;
 use crate::commands::serve::ImageFormat;
-use crate::connect::TlsArgs;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
 use crate::size::{ByteSize, rounded};
@@ -58,7 +58,7 @@ pub struct MeasureArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
+    pub server: ServerArgs,
 }
 
 /// Sizes in bytes, with the keys of qemu-img.
@@ -74,13 +74,13 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
     args.qcow2.apply(&mut create)?;
     let image = match &args.path {
         None => {
-            args.tls.check([])?;
+            args.server.check([])?;
             None
         }
         Some(path) => {
             let mut options = args.open.options();
             options.snapshot.clone_from(&args.snapshot);
-            Some(Place::parse_one(path, &args.tls)?.open(&options, &args.tls)?)
+            Some(Place::parse_one(path, &args.server)?.open(&options, &args.server)?)
         }
     };
     let size = match (&image, args.size) {

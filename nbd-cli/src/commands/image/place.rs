@@ -11,7 +11,7 @@ use nbd_proto::NbdUri;
 
 use super::open::{beside, explained};
 use crate::commands::copy::location::Location;
-use crate::connect::TlsArgs;
+use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::remote::{ExportStorage, open_named_by_image};
 use crate::server_name::{JSON_SCHEME, from_name_in_image, is_name_of_server};
@@ -42,16 +42,19 @@ impl Place {
     }
 
     /// Reads a word of the command line; the options for TLS have to concern it.
-    pub(super) fn parse_one(word: &OsStr, tls: &TlsArgs) -> Result<Self, CommandError> {
+    pub(super) fn parse_one(word: &OsStr, server: &ServerArgs) -> Result<Self, CommandError> {
         let place = Self::parse(word)?;
-        tls.check(place.uri())?;
+        server.check(place.uri())?;
         Ok(place)
     }
 
     /// Reads two words of the command line; the options for TLS have to concern one of them.
-    pub(super) fn parse_two(words: [&OsStr; 2], tls: &TlsArgs) -> Result<[Self; 2], CommandError> {
+    pub(super) fn parse_two(
+        words: [&OsStr; 2],
+        server: &ServerArgs,
+    ) -> Result<[Self; 2], CommandError> {
         let places = [Self::parse(words[0])?, Self::parse(words[1])?];
-        tls.check(places.iter().filter_map(Self::uri))?;
+        server.check(places.iter().filter_map(Self::uri))?;
         Ok(places)
     }
 
@@ -66,12 +69,12 @@ impl Place {
     pub(super) fn inspect(
         &self,
         options: &OpenOptions,
-        tls: &TlsArgs,
+        server: &ServerArgs,
     ) -> Result<ImageInfo, CommandError> {
         match self {
             Self::File(path) => Ok(Image::inspect_file(path, options)?),
             Self::Export { uri, files } => {
-                let storage = storage(uri, *files, tls)?;
+                let storage = storage(uri, *files, server)?;
                 Image::inspect_storage(Arc::new(storage), &raw_unless_told(options))
                     .map_err(|error| self.named(error))
             }
@@ -79,11 +82,15 @@ impl Place {
     }
 
     /// Opens the image there. An export is a raw image unless the options say otherwise.
-    pub(super) fn open(&self, options: &OpenOptions, tls: &TlsArgs) -> Result<Image, CommandError> {
+    pub(super) fn open(
+        &self,
+        options: &OpenOptions,
+        server: &ServerArgs,
+    ) -> Result<Image, CommandError> {
         match self {
             Self::File(path) => Image::open(path, options).map_err(explained),
             Self::Export { uri, files } => {
-                let storage = storage(uri, *files, tls)?;
+                let storage = storage(uri, *files, server)?;
                 if options.access == Access::ReadWrite && !storage.is_writable() {
                     return Err(CommandError::new(format!(
                         "cannot write to {uri}: the server exports this disk read-only"
@@ -129,9 +136,13 @@ impl Place {
 }
 
 /// Connects. The user's settings for TLS are for what the user named.
-fn storage(uri: &NbdUri, files: LocalFiles, tls: &TlsArgs) -> Result<ExportStorage, CommandError> {
+fn storage(
+    uri: &NbdUri,
+    files: LocalFiles,
+    server: &ServerArgs,
+) -> Result<ExportStorage, CommandError> {
     match files {
-        LocalFiles::Allowed => ExportStorage::open(tls.connector(uri)),
+        LocalFiles::Allowed => ExportStorage::open(server.connector(uri)),
         LocalFiles::Refused => open_named_by_image(uri),
     }
 }

@@ -10,7 +10,7 @@ use super::open::{OpenArgs, explained};
 use super::place::Place;
 use super::walk::{Extents, read_padded};
 use crate::commands::serve::ImageFormat;
-use crate::connect::TlsArgs;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::progress::{Progress, ProgressArgs};
 
@@ -85,7 +85,7 @@ fn keep_content(args: &RebaseArgs, new: Option<(&str, Format)>) -> Result<(), Co
         Some((name, format)) => {
             let options = OpenOptions::new().format(format).policy(args.open.trust.policy());
             let place = Place::File(args.path.clone()).beside(name)?;
-            Some(place.open(&options, &TlsArgs::default())?)
+            Some(place.open(&options, &ServerArgs::default())?)
         }
     };
     let options = args.open.options().access(Access::ReadWrite);

@@ -7,25 +7,25 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
 
 use super::Part;
-use crate::connect::{TlsArgs, connect, failed};
+use crate::connect::{ServerArgs, connect, failed};
 use crate::error::{CommandError, runtime};
 
 /// Hands the parts of an export to `each`, in order.
 pub(super) fn map(
     uri: &NbdUri,
-    tls: &TlsArgs,
+    server: &ServerArgs,
     each: impl FnMut(Part) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
-    runtime()?.block_on(walk(uri, tls, each))
+    runtime()?.block_on(walk(uri, server, each))
 }
 
 async fn walk(
     uri: &NbdUri,
-    tls: &TlsArgs,
+    server: &ServerArgs,
     mut each: impl FnMut(Part) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
     let contexts = [MetaContextName::base_allocation(), depth_context()];
-    let client = connect(&tls.connector(uri).meta_contexts(contexts), uri).await?;
+    let client = connect(&server.connector(uri).meta_contexts(contexts), uri).await?;
     let size = client.info().size;
     if client.meta_contexts().is_empty() && size > 0 {
         // A server that says nothing has data everywhere.
