@@ -65,8 +65,7 @@ fn a_server_that_hangs_later_ends_them_as_well() {
         says(nbd_cli(&[command, &["--timeout", "200ms", server.uri()]].concat()), &late);
     }
     let server = Server::nbdkit(&nbdkit, &slow);
-    let compared =
-        nbd_cli(&["image", "compare", "--timeout", "200ms", server.uri(), disk.path()]);
+    let compared = nbd_cli(&["image", "compare", "--timeout", "200ms", server.uri(), disk.path()]);
     assert_eq!(compared.code, Some(2), "{compared:?}");
     assert!(late.iter().all(|words| compared.stderr.contains(words)), "{compared:?}");
     let server = Server::nbdkit(&nbdkit, &slow);
