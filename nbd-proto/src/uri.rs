@@ -242,7 +242,7 @@ fn tcp(authority: &str) -> Result<Transport, UriError> {
         let (address, behind) = rest.split_once(']').ok_or_else(bad_address)?;
         let address = decode("host", address)?;
         let (number, zone) = address.split_once('%').unwrap_or((&address, "zone"));
-        if number.parse::<Ipv6Addr>().is_err() || zone.is_empty() {
+        if number.parse::<Ipv6Addr>().is_err() || zone.is_empty() || zone.contains(is_no_host) {
             return Err(bad_address());
         }
         match behind.strip_prefix(':') {
@@ -257,7 +257,7 @@ fn tcp(authority: &str) -> Result<Transport, UriError> {
         }
         let host = if host.is_empty() { "localhost" } else { host };
         let host = decode("host", host)?;
-        if host.contains(|c: char| c.is_control() || c.is_whitespace() || "/[]:@".contains(c)) {
+        if host.contains(is_no_host) {
             return Err(bad_address());
         }
         (host, port)
@@ -271,6 +271,11 @@ fn tcp(authority: &str) -> Result<Transport, UriError> {
         other => return Err(UriError::BadPort(other.to_owned())),
     };
     Ok(Transport::Tcp { host, port })
+}
+
+/// Whether a character can stand neither in a host's name nor in an IPv6 address's zone.
+fn is_no_host(character: char) -> bool {
+    character.is_control() || character.is_whitespace() || "/[]:@".contains(character)
 }
 
 #[derive(Default)]
@@ -373,7 +378,7 @@ impl fmt::Display for NbdUri {
         }
         if let Transport::Tcp { host, port } = &self.transport {
             if host.contains(':') {
-                write!(f, "[{}]", host.replace('%', "%25"))?;
+                write!(f, "[{}]", utf8_percent_encode(host, ENCODED_IN_PATH))?;
             } else {
                 write!(f, "{}", utf8_percent_encode(host, ENCODED))?;
             }

@@ -34,6 +34,7 @@ fn tcp_uris_name_host_port_and_export() {
         ("nbd://[::1]/disk", "::1", DEFAULT_PORT, "disk"),
         ("nbd://[2001:db8::1]:77", "2001:db8::1", 77, ""),
         ("nbd://[fe80::1%25eth0]:77/x", "fe80::1%eth0", 77, "x"),
+        ("nbd://[fe80::1%25a%3fb%23%25]/", "fe80::1%a?b#%", DEFAULT_PORT, ""),
     ] {
         let uri = parse(text);
         assert_eq!(uri.transport, tcp(host, port), "{text}");
@@ -127,7 +128,7 @@ fn every_malformed_uri_gives_its_own_error() {
     for bad in ["0", "65536", "http", "-1", "+1", "99999999999"] {
         assert!(matches!(error(&format!("nbd://host:{bad}/")), UriError::BadPort(_)), "{bad}");
     }
-    for bad in ["::1", "[::1", "[::1]x", "[host]", "[]", "a b", "[::1%25]"] {
+    for bad in ["::1", "[::1", "[::1]x", "[host]", "[]", "a b", "[::1%25]", "[::1%25a%20b]", "[::1%25a%2fb]"] {
         assert!(matches!(error(&format!("nbd://{bad}/")), UriError::BadAddress(_)), "{bad}");
     }
     assert_eq!(error("nbd+unix:///disk"), UriError::NoSocket);
