@@ -5,6 +5,8 @@
 
 #[path = "bitmaps.rs"]
 pub(crate) mod bitmaps;
+#[path = "damaged.rs"]
+pub(crate) mod damaged;
 #[path = "handmade.rs"]
 pub(crate) mod handmade;
 
@@ -21,7 +23,7 @@ use imgfmt::{
 type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub(crate) const TARGETS: [Target; 7] = [
+pub(crate) const TARGETS: [Target; 8] = [
     ("header", header),
     ("l2_walk", l2_walk),
     ("refcounts", refcounts),
@@ -29,6 +31,7 @@ pub(crate) const TARGETS: [Target; 7] = [
     ("operations", operations),
     ("bitmaps", bitmaps::bitmaps),
     ("sidecar", bitmaps::sidecar),
+    ("damaged", damaged::damaged),
 ];
 
 /// No more of a disk than this is looked at.

@@ -13,6 +13,7 @@ pub(super) fn seeds() -> Vec<Seed> {
     seeds.extend(operations());
     seeds.extend(bitmaps());
     seeds.extend(sidecars());
+    seeds.extend(damaged());
     seeds
 }
 
@@ -185,5 +186,28 @@ fn sidecars() -> Vec<Seed> {
         ("sidecar", "far_extent", changed(8, &[(140 + 35, 0xff)])),
         ("sidecar", "long_name", changed(0, &[(204 + 5, 4)])),
         ("sidecar", "many_bits", changed(0, &[(204 + 14, 0xff)])),
+    ]
+}
+
+/// Images of every kind, not damaged, with operations; and some with a few words changed.
+fn damaged() -> Vec<Seed> {
+    let input = |choice: u8, changes: &[[u8; 4]]| {
+        let mut bytes = vec![choice, changes.len() as u8];
+        bytes.extend(changes.as_flattened());
+        for operation in [0, 5, 8, 10, 11, 1, 13, 12, 14, 2, 15, 0] {
+            bytes.extend([operation, operation, 3, 40, operation]);
+        }
+        bytes
+    };
+    vec![
+        ("damaged", "plain", input(0, &[])),
+        ("damaged", "version_2", input(1, &[])),
+        ("damaged", "subclusters", input(2, &[])),
+        ("damaged", "narrow_refcounts", input(3, &[])),
+        ("damaged", "wide_refcounts", input(4, &[])),
+        ("damaged", "repaired_plain", input(0x80, &[])),
+        ("damaged", "repaired_subclusters", input(0x80 + 2, &[])),
+        ("damaged", "repaired_shared", input(0x80, &[[0, 60, 5, 61], [0, 70, 5, 71]])),
+        ("damaged", "repaired_narrow", input(0x80 + 3, &[[0, 40, 6, 1]])),
     ]
 }
