@@ -82,12 +82,17 @@ struct Checker<'a> {
 impl Qcow2 {
     /// Checks and, if asked to, repairs. Nobody else may use the image meanwhile.
     pub(crate) fn check(&self, repair: Repair) -> Result<CheckReport> {
+        if self.writer.is_some() && repair != Repair::None {
+            // Whoever repairs after a crash, before bitmaps are recovered, must not be taken for a
+            // foreign writer.
+            drop(self.find_sidecar()?);
+        }
+        self.check_with_sidecar(repair)
+    }
+
+    /// The same for who has looked at the sidecar already, and holds it.
+    pub(super) fn check_with_sidecar(&self, repair: Repair) -> Result<CheckReport> {
         if self.writer.is_some() {
-            if repair != Repair::None {
-                // Whoever repairs after a crash, before bitmaps are recovered, must not be taken for
-                // a foreign writer.
-                drop(self.find_sidecar());
-            }
             self.flush_all()?;
         }
         let length = self.file.len().map_err(super::header::read_error)?;

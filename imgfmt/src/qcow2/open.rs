@@ -113,12 +113,12 @@ impl Qcow2 {
 
     /// Makes the last preparations for writing, once the whole chain has been opened.
     pub(crate) fn begin_writing(&mut self) -> Result<()> {
-        let sidecar = self.find_sidecar();
+        let sidecar = self.find_sidecar()?;
         if self.writer.is_none() || self.header.version < 3 {
             return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
         }
         if self.header.incompatible & incompatible::DIRTY != 0 {
-            let report = self.check(Repair::All)?;
+            let report = self.check_with_sidecar(Repair::All)?;
             if report.corruptions > 0 {
                 return Err(not_repaired(&report));
             }

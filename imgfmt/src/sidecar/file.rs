@@ -5,13 +5,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::layout::{self, DESCRIPTORS_OFFSET, Description, LOG_OFFSET, Layout, SLOT_BYTES};
+use super::lock::lock;
 use super::map::WordMap;
 use super::{FoundBytes, Home, Store, nanoseconds, now_nanoseconds};
 use crate::error::is_not_supported;
@@ -31,6 +32,8 @@ pub(crate) type InitialWords<'a> = &'a dyn Fn(usize, u64) -> u64;
 #[derive(Debug)]
 pub(crate) struct SidecarPlace {
     folder: File,
+    /// For messages only.
+    path: PathBuf,
     name: OsString,
     new_name: OsString,
 }
@@ -48,7 +51,8 @@ impl SidecarPlace {
             whole.push(OsStr::new(suffix));
             whole
         };
-        Ok(Self { folder: File::open(folder)?, name: with(SUFFIX), new_name: with(NEW_SUFFIX) })
+        let (name, new_name) = (with(SUFFIX), with(NEW_SUFFIX));
+        Ok(Self { folder: File::open(folder)?, path: folder.join(&name), name, new_name })
     }
 
     /// As [`Home::create`].
@@ -99,8 +103,12 @@ impl SidecarPlace {
         rustix::fs::renameat(&self.folder, &*self.new_name, &self.folder, &*self.name)?;
         self.folder.sync_all()?;
         let inode = file.metadata()?.ino();
-        let folder = self.folder.try_clone()?;
-        let place = Self { folder, name: self.name.clone(), new_name: self.new_name.clone() };
+        let place = Self {
+            folder: self.folder.try_clone()?,
+            path: self.path.clone(),
+            name: self.name.clone(),
+            new_name: self.new_name.clone(),
+        };
         Ok(SidecarFile { place, file, inode, map })
     }
 
@@ -120,11 +128,7 @@ impl SidecarPlace {
         if !file.metadata()?.is_file() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        match access {
-            Access::ReadOnly => file.try_lock_shared(),
-            Access::ReadWrite => file.try_lock(),
-        }
-        .map_err(io::Error::from)?;
+        lock(&file, access)?;
         Ok(Some(FoundFile(file)))
     }
 
@@ -153,6 +157,10 @@ impl Home for SidecarPlace {
     fn remove(&self) -> io::Result<()> {
         self.unlink(&self.name)?;
         self.folder.sync_all()
+    }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
     }
 
     fn probe(&self, description: &Description) -> io::Result<()> {

@@ -13,6 +13,7 @@
 
 mod file;
 mod layout;
+mod lock;
 mod log;
 mod map;
 #[cfg(any(test, feature = "test-util"))]
@@ -78,11 +79,14 @@ pub(crate) trait Home: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     ///
-    /// `WouldBlock` if somebody uses it.
+    /// `WouldBlock` if somebody uses it, and goes on to do so; the error says who.
     fn open(&self, access: Access) -> io::Result<Option<Box<dyn FoundBytes>>>;
 
     /// Takes the sidecar away, if there is one; durable on return.
     fn remove(&self) -> io::Result<()>;
+
+    /// Its name for messages.
+    fn name(&self) -> String;
 
     /// Tries whether a sidecar could be made, and leaves nothing behind.
     fn probe(&self, description: &Description) -> io::Result<()>;

@@ -118,6 +118,10 @@ impl Home for Arc<RecordedFolder> {
         RecordedFolder::give_name_to(&self.folder, 0)
     }
 
+    fn name(&self) -> String {
+        "the recorded sidecar".into()
+    }
+
     fn probe(&self, _: &Description) -> io::Result<()> {
         Ok(())
     }

@@ -47,7 +47,7 @@ pub(crate) enum Distrust {
     /// There is none.
     Missing,
     /// Another program has it open.
-    InUse,
+    InUse(io::Error),
     /// It belongs to another session of the image.
     OtherSession,
     /// It contradicts itself.
@@ -66,7 +66,7 @@ impl fmt::Display for Distrust {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing => f.write_str("the file with the bits is gone"),
-            Self::InUse => f.write_str("the file with the bits is in use"),
+            Self::InUse(error) => write!(f, "the file with the bits is in use: {error}"),
             Self::OtherSession => {
                 f.write_str("the file with the bits belongs to another session or another image")
             }
@@ -87,7 +87,7 @@ impl fmt::Display for Distrust {
 impl From<io::Error> for Distrust {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::WouldBlock => Self::InUse,
+            io::ErrorKind::WouldBlock => Self::InUse(error),
             io::ErrorKind::UnexpectedEof => Self::Damaged("it is cut off"),
             _ => Self::Io(error),
         }

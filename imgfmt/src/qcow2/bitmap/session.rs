@@ -56,16 +56,34 @@ impl Session {
 
 impl Qcow2 {
     /// Looks at the sidecar that the header speaks of. Nothing is changed.
-    pub(in crate::qcow2) fn find_sidecar(&self) -> Option<Found> {
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if somebody has locked it and the image is going to be changed: after that the bits
+    /// would not be believed any more, and who holds the lock is either about to be done, or
+    /// writes the image himself.
+    pub(in crate::qcow2) fn find_sidecar(&self) -> Result<Option<Found>> {
         if self.header.version < 3 || self.header.autoclear & autoclear::SIDECAR == 0 {
-            return None;
+            return Ok(None);
         }
         let found = self.examine_sidecar();
+        if let (Err(Distrust::InUse(error)), true) = (&found, self.writer.is_some()) {
+            return Err(self.sidecar_is_busy(error));
+        }
         // The bits are stamped now: what is written by the recovery is ours.
         if let (Ok(recovery), true) = (&found, self.writer.is_some()) {
             recovery.extend_life();
         }
-        Some(found)
+        Ok(Some(found))
+    }
+
+    fn sidecar_is_busy(&self, error: &std::io::Error) -> Error {
+        let name = self.sidecar_place().map(|place| place.name()).unwrap_or_default();
+        let detail = format!(
+            "its dirty bitmaps are to be recovered from '{name}', but {error}; try again when that \
+             is done (or move the file away, if the bitmaps may be lost)"
+        );
+        self.named(Error::new(ErrorKind::Busy, "open", detail))
     }
 
     fn examine_sidecar(&self) -> Found {
