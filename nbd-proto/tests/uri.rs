@@ -128,7 +128,17 @@ fn every_malformed_uri_gives_its_own_error() {
     for bad in ["0", "65536", "http", "-1", "+1", "99999999999"] {
         assert!(matches!(error(&format!("nbd://host:{bad}/")), UriError::BadPort(_)), "{bad}");
     }
-    for bad in ["::1", "[::1", "[::1]x", "[host]", "[]", "a b", "[::1%25]", "[::1%25a%20b]", "[::1%25a%2fb]"] {
+    for bad in [
+        "::1",
+        "[::1",
+        "[::1]x",
+        "[host]",
+        "[]",
+        "a b",
+        "[::1%25]",
+        "[::1%25a%20b]",
+        "[::1%25a%2fb]",
+    ] {
         assert!(matches!(error(&format!("nbd://{bad}/")), UriError::BadAddress(_)), "{bad}");
     }
     assert_eq!(error("nbd+unix:///disk"), UriError::NoSocket);
