@@ -183,6 +183,7 @@ fn once(elapsed: Duration, usage: Usage) -> Sample {
     let result = ClientResult {
         throughput: 60.0 / elapsed.as_secs_f64(),
         p99_us: Some(elapsed.as_secs_f64() * 1e6),
+        busy: None,
         work: 1.0,
     };
     Sample::new(result, usage)

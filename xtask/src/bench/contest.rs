@@ -203,6 +203,7 @@ mod tests {
             let median = Sample {
                 throughput,
                 p99_us: None,
+                client_busy: None,
                 cpu_us_per_work: 100.0 / throughput,
                 peak_memory_kib: 1.0,
             };

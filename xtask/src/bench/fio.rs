@@ -77,6 +77,9 @@ struct Output {
 #[derive(Debug, Deserialize)]
 struct JobOutput {
     error: i64,
+    /// Percent of the run time, of all processes on average.
+    usr_cpu: f64,
+    sys_cpu: f64,
     read: Direction,
     write: Direction,
 }
@@ -121,6 +124,7 @@ fn parse(output: &str, job: &Job) -> Result<ClientResult> {
     Ok(ClientResult {
         throughput,
         p99_us: p99_ns.map(|nanoseconds| nanoseconds / 1000.0),
+        busy: Some((done.usr_cpu + done.sys_cpu) / 100.0),
         work: direction.total_ios as f64,
     })
 }
@@ -130,7 +134,7 @@ mod tests {
     use super::*;
 
     const OUTPUT: &str = r#"fio: a warning
-{ "fio version": "fio-3.33", "jobs": [ { "jobname": "bench", "error": 0,
+{ "fio version": "fio-3.33", "jobs": [ { "jobname": "bench", "error": 0, "usr_cpu": 40.5, "sys_cpu": 34.5,
   "read": { "io_bytes": 8192, "bw_bytes": 2097152, "iops": 512.5, "total_ios": 1025,
             "clat_ns": { "min": 1, "percentile": { "50.000000": 1000, "99.000000": 2500 } } },
   "write": { "bw_bytes": 0, "iops": 0.0, "total_ios": 0, "clat_ns": { "min": 0 } } } ] }"#;
@@ -143,7 +147,8 @@ mod tests {
     #[test]
     fn throughput_latency_and_requests_are_read() {
         let result = parse(OUTPUT, &job(Pattern::RandomRead, Unit::Requests)).expect("valid");
-        let expected = ClientResult { throughput: 512.5, p99_us: Some(2.5), work: 1025.0 };
+        let busy = Some(0.75);
+        let expected = ClientResult { throughput: 512.5, p99_us: Some(2.5), busy, work: 1025.0 };
         assert_eq!(result, expected);
         let result = parse(OUTPUT, &job(Pattern::SequentialRead, Unit::Mebibytes)).expect("valid");
         assert!((result.throughput - 2.0).abs() < f64::EPSILON);

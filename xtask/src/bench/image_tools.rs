@@ -153,7 +153,8 @@ fn check(command: &mut Command, lab: &Lab<'_>) -> Result<Sample> {
 fn timed(command: &mut Command, size: u64) -> Result<Sample> {
     let (elapsed, usage) = process::run_to_end(command)?;
     let work = size as f64 / MEBIBYTE;
-    let result = ClientResult { throughput: work / elapsed.as_secs_f64(), p99_us: None, work };
+    let result =
+        ClientResult { throughput: work / elapsed.as_secs_f64(), p99_us: None, busy: None, work };
     Ok(Sample::new(result, usage))
 }
 

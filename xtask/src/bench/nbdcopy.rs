@@ -50,6 +50,7 @@ fn result(size: u64, copies: u32, elapsed: Duration) -> ClientResult {
     ClientResult {
         throughput: bytes / MEBIBYTE / elapsed.as_secs_f64(),
         p99_us: None,
+        busy: None,
         work: bytes / MEBIBYTE,
     }
 }
@@ -61,6 +62,9 @@ mod tests {
     #[test]
     fn throughput_and_work_are_in_mebibytes() {
         let result = result(1 << 30, 3, Duration::from_secs(2));
-        assert_eq!(result, ClientResult { throughput: 1536.0, p99_us: None, work: 3072.0 });
+        assert_eq!(
+            result,
+            ClientResult { throughput: 1536.0, p99_us: None, busy: None, work: 3072.0 }
+        );
     }
 }

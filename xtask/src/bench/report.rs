@@ -175,8 +175,13 @@ pub(crate) mod tests {
     use crate::bench::rows::ROWS;
 
     fn block(server: Server, throughput: f64, cpu_us_per_work: f64) -> Measured {
-        let sample =
-            Sample { throughput, p99_us: Some(100.0), cpu_us_per_work, peak_memory_kib: 2048.0 };
+        let sample = Sample {
+            throughput,
+            p99_us: Some(100.0),
+            client_busy: Some(0.9),
+            cpu_us_per_work,
+            peak_memory_kib: 2048.0,
+        };
         Measured { row: ROWS[0].name, server, sample }
     }
 

@@ -108,6 +108,8 @@ pub(crate) struct ClientResult {
     pub(crate) throughput: f64,
     /// 99th percentile of the latency in microseconds, if the client measures it.
     pub(crate) p99_us: Option<f64>,
+    /// Share of a core that each of its processes used, if the client measures it.
+    pub(crate) busy: Option<f64>,
     /// How much was done, in what [`Row::work_name`] names.
     pub(crate) work: f64,
 }

@@ -13,6 +13,9 @@ pub(crate) struct Sample {
     pub(crate) throughput: f64,
     /// 99th percentile of the latency in microseconds.
     pub(crate) p99_us: Option<f64>,
+    /// Share of a core that each process of the client used.
+    #[serde(default)]
+    pub(crate) client_busy: Option<f64>,
     /// The server's CPU time in microseconds per request, or per MiB for nbdcopy.
     pub(crate) cpu_us_per_work: f64,
     /// Peak memory of the server's processes in KiB.
@@ -33,6 +36,7 @@ impl Sample {
         Self {
             throughput: result.throughput,
             p99_us: result.p99_us,
+            client_busy: result.busy,
             cpu_us_per_work: usage.cpu_us as f64 / result.work,
             peak_memory_kib: usage.peak_memory_kib as f64,
         }

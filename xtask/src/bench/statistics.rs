@@ -19,6 +19,7 @@ pub(crate) fn median_sample(samples: &[Sample]) -> Option<Sample> {
     Some(Sample {
         throughput: median(samples.iter().map(|sample| sample.throughput))?,
         p99_us: median(samples.iter().filter_map(|sample| sample.p99_us)),
+        client_busy: median(samples.iter().filter_map(|sample| sample.client_busy)),
         cpu_us_per_work: median(samples.iter().map(|sample| sample.cpu_us_per_work))?,
         peak_memory_kib: median(samples.iter().map(|sample| sample.peak_memory_kib))?,
     })
@@ -41,6 +42,7 @@ mod tests {
         let sample = |throughput, p99_us| Sample {
             throughput,
             p99_us,
+            client_busy: None,
             cpu_us_per_work: 1.0,
             peak_memory_kib: 2.0,
         };

@@ -31,7 +31,10 @@ pub(crate) fn render(report: &Report) -> String {
             "\nCPU: the server's time per request, per MiB for nbdcopy. The best peer is taken\n",
         );
         text.push_str(
-            "for each measure on its own. Memory: peak of all processes of the server.\n",
+            "for each measure on its own. Memory: peak of all processes of the server. Client: the\n",
+        );
+        text.push_str(
+            "share of a core that fio uses; near 100 % a faster server can add little or nothing.\n",
         );
         text.push_str(&bar_lines(&report.bars));
     }
@@ -74,6 +77,7 @@ fn contest_lines(row: &ContestReport) -> Vec<Vec<String>> {
             format!("{:.0} {}", median.throughput, row.throughput_unit),
             ratio.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
             format!("{:.1} us/{}", median.cpu_us_per_work, row.work_name),
+            percent(median.client_busy),
             median.p99_us.map_or_else(|| "-".to_owned(), |p99| format!("{p99:.0}")),
             format!("{:.1}", median.peak_memory_kib / 1024.0),
         ]
@@ -114,10 +118,10 @@ pub(crate) fn render_comparison(report: &Report, earlier: &Report) -> String {
     align(&lines)
 }
 
-const GROUP_HEADINGS: [&str; 7] =
-    ["row", "who", "throughput", "ours/it", "CPU", "p99 us", "peak MiB"];
+const GROUP_HEADINGS: [&str; 8] =
+    ["row", "who", "throughput", "ours/it", "CPU", "client", "p99 us", "peak MiB"];
 
-const HEADINGS: [&str; 9] = [
+const HEADINGS: [&str; 10] = [
     "row",
     "ours",
     "best peer",
@@ -125,6 +129,7 @@ const HEADINGS: [&str; 9] = [
     "ours/floor",
     "CPU us ours",
     "best peer",
+    "client ours : best peer",
     "p99 us ours : best peer",
     "MiB ours",
 ];
@@ -154,9 +159,19 @@ fn row_cells(row: &RowReport) -> Vec<String> {
         number(row.throughput_to_floor, 2),
         number(ours.map(|ours| ours.cpu_us_per_work), 1),
         cheapest,
+        format!(
+            "{} : {}",
+            percent(ours.and_then(|ours| ours.client_busy)),
+            percent(row.fastest_peer().and_then(|peer| peer.median.client_busy)),
+        ),
         format!("{p99} : {}", number(row.lowest_peer_p99_us(), 0)),
         number(ours.map(|ours| ours.peak_memory_kib / 1024.0), 1),
     ]
+}
+
+/// A share in percent.
+fn percent(share: Option<f64>) -> String {
+    share.map_or_else(|| "-".to_owned(), |share| format!("{:.0} %", share * 100.0))
 }
 
 /// Lines of cells with every column as wide as its widest cell.
@@ -184,9 +199,16 @@ mod tests {
     #[test]
     fn table_shows_ratios_bars_and_notes() {
         let text = render(&example());
-        for part in
-            ["200 qemu-nbd", "1.50", "0.50", "8.0 nbdkit (0.38)", "100 : 100", "PASS", "FAIL"]
-        {
+        for part in [
+            "200 qemu-nbd",
+            "1.50",
+            "0.50",
+            "8.0 nbdkit (0.38)",
+            "100 : 100",
+            "90 % : 90 %",
+            "PASS",
+            "FAIL",
+        ] {
             assert!(text.contains(part), "{part} is missing in\n{text}");
         }
         assert!(text.contains("note: nbd-server"), "{text}");
