@@ -10,6 +10,7 @@ pub(crate) mod damaged;
 #[path = "handmade.rs"]
 pub(crate) mod handmade;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use handmade::Handmade;
@@ -227,6 +228,16 @@ fn check(disk: &Image, model: &[u8]) {
 }
 
 fn operate(disk: &Image, model: &mut [u8], operation: &[u8]) {
+    let (_, done) = try_to_operate(disk, model, operation);
+    done.expect("memory does not fail");
+}
+
+/// Says also which part of the disk is concerned.
+fn try_to_operate(
+    disk: &Image,
+    model: &mut [u8],
+    operation: &[u8],
+) -> (Range<usize>, imgfmt::Result<()>) {
     let size = model.len() as u64;
     let word = |at: usize| u64::from(u16::from_be_bytes([operation[at], operation[at + 1]]));
     // Odd places are as likely as aligned ones.
@@ -236,28 +247,32 @@ fn operate(disk: &Image, model: &mut [u8], operation: &[u8]) {
     let place = range(offset, length);
     let part = offset as usize..(offset + length) as usize;
     let cached = Durability::Cached;
-    match operation[0] % 16 {
+    let done = match operation[0] % 16 {
         0..=5 => {
             let data = vec![operation[4] | 1; length as usize];
-            disk.write_at(place.offset(), &data, cached).expect("memory does not fail");
-            model[part].fill(operation[4] | 1);
+            model[part.clone()].fill(operation[4] | 1);
+            disk.write_at(place.offset(), &data, cached)
         }
         6..=8 => {
             let keep = [ZeroMode::MayUnmap, ZeroMode::KeepAllocated];
             let mode = keep[usize::from(operation[0] & 0x80 != 0)];
-            disk.write_zeroes(place, mode, Speed::Any, cached).expect("memory does not fail");
-            model[part].fill(0);
+            model[part.clone()].fill(0);
+            disk.write_zeroes(place, mode, Speed::Any, cached)
         }
-        9..=11 => {
-            disk.discard(place, cached).expect("memory does not fail");
+        9..=11 => disk.discard(place, cached).and_then(|()| {
             let mut found = vec![0; length as usize];
-            disk.read_at(place.offset(), &mut found).expect("memory does not fail");
-            for (new, old) in found.iter().zip(&mut model[part]) {
+            disk.read_at(place.offset(), &mut found)?;
+            for (new, old) in found.iter().zip(&mut model[part.clone()]) {
                 assert!(*new == 0 || new == old, "a discard shows foreign data");
                 *old = *new;
             }
+            Ok(())
+        }),
+        12 => disk.flush(),
+        _ => {
+            check(disk, model);
+            Ok(())
         }
-        12 => disk.flush().expect("memory does not fail"),
-        _ => check(disk, model),
-    }
+    };
+    (part, done)
 }
