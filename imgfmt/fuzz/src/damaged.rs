@@ -171,7 +171,13 @@ fn change(disk: &mut Image, operation: &[u8; 5]) -> imgfmt::Result<()> {
     let place = range(offset, (u64::from(length) * 64).min(size - offset));
     let cached = Durability::Cached;
     match what % 16 {
-        0..=4 => disk.write_at(place.offset(), &vec![fill; place.length() as usize], cached),
+        0..=2 => disk.write_at(place.offset(), &vec![fill; place.length() as usize], cached),
+        3 => disk.try_write_at(place.offset(), &vec![fill; place.length() as usize]).map(drop),
+        4 => {
+            // In most of these images that is a cluster.
+            let cluster = vec![fill; 512];
+            disk.write_compressed(GuestOffset::new(offset / 512 * 512), &cluster)
+        }
         5 | 6 => disk.write_zeroes(place, ZeroMode::MayUnmap, Speed::Any, cached),
         7 => disk.write_zeroes(place, ZeroMode::KeepAllocated, Speed::Any, cached),
         8 | 9 => disk.discard(place, cached),
