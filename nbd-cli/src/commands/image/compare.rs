@@ -1,14 +1,17 @@
 //! `nbd-cli image compare`.
 
+mod difference;
+
 use std::ffi::OsString;
 use std::io::Write as _;
+use std::num::NonZeroUsize;
 
 use clap::Args;
 use serde::Serialize;
 
+use self::difference::Comparison;
 use super::open::{TrustArgs, options};
 use super::place::Place;
-use super::walk::first_difference;
 use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, CommandErrorKind, Outcome};
@@ -28,6 +31,13 @@ Exit codes: 0 the same, 1 different, 2 an error, wrong usage included.";
 
 const DIFFERENT: u8 = 1;
 const ERROR: u8 = 2;
+
+/// How much of each disk a thread compares at a time, in bytes: both stay in the processor's cache.
+const PIECE: u64 = 256 << 10;
+/// The same with a server, whose answers take longer.
+const REMOTE_PIECE: u64 = 1 << 20;
+/// Threads with a server: most of them wait.
+const REMOTE_THREADS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
 
 /// Arguments of `nbd-cli image compare`.
 #[derive(Debug, Args)]
@@ -87,7 +97,9 @@ pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
 }
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
-    let [first, second] = Place::parse_two([&args.first, &args.second], &args.server)?;
+    let places = Place::parse_two([&args.first, &args.second], &args.server)?;
+    let is_remote = places.iter().any(|place| place.uri().is_some());
+    let [first, second] = places;
     let open = |place: &Place, format| place.open(&options(format, &args.trust), &args.server);
     let (first, second) = (open(&first, args.format)?, open(&second, args.second_format)?);
     let size_mismatch = first.size() != second.size();
@@ -96,7 +108,11 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
         None
     } else {
         let progress = Progress::new(args.progress.visibility(), Some(end));
-        let found = first_difference(&first, &second, end, |bytes| progress.add(bytes));
+        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        let (piece, threads) =
+            if is_remote { (REMOTE_PIECE, REMOTE_THREADS) } else { (PIECE, cores) };
+        let comparison = Comparison { first: &first, second: &second, piece, threads };
+        let found = comparison.first_difference(&|bytes| progress.add(bytes));
         progress.clear();
         found?
     };
