@@ -14,7 +14,7 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::{AllocationFlags, Errno, MetaContextName, TransmissionFlags};
 use tokio::runtime::Runtime;
 
-use crate::connect::{TlsArgs, connect};
+use crate::connect::{ServerArgs, connect};
 use crate::error::{CommandError, runtime};
 use crate::output::printable;
 use crate::server_name::{JSON_SCHEME, SCHEMES, from_name_in_image};
@@ -23,11 +23,12 @@ use crate::server_name::{JSON_SCHEME, SCHEMES, from_name_in_image};
 const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
 
 /// Lets images name exports as their backing or data files.
-pub(crate) fn allow_exports(policy: OpenPolicy) -> OpenPolicy {
+pub(crate) fn allow_exports(policy: OpenPolicy, server: &ServerArgs) -> OpenPolicy {
     SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
-        let opener = |name: &str| {
+        let server = server.clone();
+        let opener = move |name: &str| {
             let uri = from_name_in_image(name).map_err(io::Error::other)?;
-            let storage = open_named_by_image(&uri);
+            let storage = open_named_by_image(&uri, &server);
             let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
             Ok(Arc::new(storage) as Arc<dyn Storage>)
         };
@@ -36,9 +37,12 @@ pub(crate) fn allow_exports(policy: OpenPolicy) -> OpenPolicy {
 }
 
 /// Connects to an export that an image names.
-pub(crate) fn open_named_by_image(uri: &NbdUri) -> Result<ExportStorage, CommandError> {
+pub(crate) fn open_named_by_image(
+    uri: &NbdUri,
+    server: &ServerArgs,
+) -> Result<ExportStorage, CommandError> {
     // The image chose this URI: it may not choose which files of this machine are read.
-    let connector = TlsArgs::default().connector(uri).local_files(LocalFiles::Refused);
+    let connector = server.connector(uri).local_files(LocalFiles::Refused);
     ExportStorage::open(connector)
 }
 

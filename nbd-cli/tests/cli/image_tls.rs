@@ -42,6 +42,33 @@ fn every_image_command_that_takes_exports_takes_certificates() {
 }
 
 #[test]
+fn servers_that_a_trusted_image_names_get_the_same_options() {
+    tools!(nbdkit = "nbdkit", qemu_img = "qemu-img");
+    let Some(certificates) = Certificates::any() else { return };
+    let disk = Disk::sparse();
+    let folder = format!("--tls-certificates={}", certificates.good().display());
+    let arguments = ["--tls=require", &folder, "--tls-verify-peer", "file", disk.path()];
+    let server = Server::nbdkit(&nbdkit, &arguments);
+    let uri = server.uri().replacen("nbd+unix", "nbds+unix", 1);
+    let overlay = disk.beside("overlay.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-u", "-b", &uri, "-F", "raw", &overlay, "8M"];
+    peer(&qemu_img, &create);
+    let options = ["--trust-image", &folder, "--tls-hostname", "localhost", "--timeout", "60s"];
+    let with = |command: &[&str]| nbd_cli(&[&["image"], command, &options].concat());
+
+    assert_eq!(with(&["compare", disk.path(), &overlay]).success(), "the disks are the same\n");
+    assert!(with(&["info", "--backing-chain", &overlay]).success().contains(&uri));
+    assert!(with(&["map", &overlay]).success().contains("zero"));
+    with(&["measure", "-O", "qcow2", &overlay]).success();
+    let copy = disk.beside("copy.img");
+    with(&["convert", &overlay, &copy]).success();
+    disk.assert_equals(copy);
+    // The certificate is held against the name here, too.
+    let wrong = ["--trust-image", &folder, "--tls-hostname", "elsewhere.example"];
+    says(nbd_cli(&[&["image", "map"][..], &wrong, &[&overlay]].concat()), &["certificate"]);
+}
+
+#[test]
 fn a_pre_shared_key_opens_both_ends_of_a_conversion() {
     tools!(qemu_nbd = "qemu-nbd", _psktool = "psktool");
     let disk = Disk::sparse();

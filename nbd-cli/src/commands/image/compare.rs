@@ -97,10 +97,13 @@ pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
 }
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
-    let places = Place::parse_two([&args.first, &args.second], &args.server)?;
+    let places = Place::parse_two([&args.first, &args.second], &args.server, &args.trust)?;
     let is_remote = places.iter().any(|place| place.uri().is_some());
     let [first, second] = places;
-    let open = |place: &Place, format| place.open(&options(format, &args.trust), &args.server);
+    let open = |place: &Place, format| {
+        let options = options(format, &args.trust).policy(args.trust.policy_with(&args.server));
+        place.open(&options, &args.server)
+    };
     let (first, second) = (open(&first, args.format)?, open(&second, args.second_format)?);
     let size_mismatch = first.size() != second.size();
     let end = first.size().max(second.size());

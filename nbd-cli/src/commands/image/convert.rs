@@ -100,11 +100,12 @@ pub struct ConvertArgs {
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
-    let [from, destination] = Place::parse_two([&args.source, &args.destination], &args.server)?;
+    let [from, destination] =
+        Place::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
     let exists = args.no_create || matches!(destination, Place::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
-    let mut read = args.open.options();
+    let mut read = args.open.options_with(&args.server);
     read.snapshot.clone_from(&args.snapshot);
     let source = from.open(&read, &args.server)?;
     let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
@@ -188,7 +189,7 @@ impl Conversion<'_> {
 
     /// Replaces the disk that is there.
     fn replace(&self, to: &Place, progress: &Progress) -> Result<(), CommandError> {
-        let policy = self.args.open.trust.policy();
+        let policy = self.args.open.trust.policy_with(&self.args.server);
         let options =
             OpenOptions::new().format(self.format).access(Access::ReadWrite).policy(policy);
         let image = to.open(&options, &self.args.server)?;

@@ -10,6 +10,7 @@ use imgfmt::{
 
 use super::info::print_json;
 use crate::commands::serve::ImageFormat;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::remote::allow_exports;
 use crate::size::ByteSize;
@@ -176,7 +177,7 @@ impl Qcow2Args {
 pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     let mut options = CreateOptions::new(args.format.into(), 0);
     options.size = args.size.map(ByteSize::bytes);
-    options.backing_policy = allow_exports(OpenPolicy::any_file());
+    options.backing_policy = allow_exports(OpenPolicy::any_file(), &ServerArgs::default());
     options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
     if args.lazy_refcounts && options.format == Format::Raw {

@@ -102,7 +102,7 @@ struct Qcow2Data<'a> {
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    let place = Place::parse_one(&args.path, &args.server)?;
+    let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
     let layers = layers(args, place)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
@@ -146,7 +146,7 @@ struct Found {
 
 /// The image and, if asked for, everything below it.
 fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
-    let mut options = args.open.options();
+    let mut options = args.open.options_with(&args.server);
     if args.backing_chain {
         // Says whether every name may be followed, and that they do not lead in circles.
         place.open(&options, &args.server)?;

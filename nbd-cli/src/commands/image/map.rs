@@ -100,7 +100,7 @@ struct Report {
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
-    let place = Place::parse_one(&args.path, &args.server)?;
+    let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
     let mut report = Report { format, pending: None, separator: "[" };
@@ -110,7 +110,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
             export::map(uri, &args.server, |part| report.add(part, &mut output))?;
         }
         _ => {
-            let image = place.open(&args.open.options(), &args.server)?;
+            let image = place.open(&args.open.options_with(&args.server), &args.server)?;
             let mut extents = Extents::new(&image);
             while let Some(extent) = extents.next()? {
                 parts(&image, extent, |part| report.add(part, &mut output))?;

@@ -78,9 +78,12 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
             None
         }
         Some(path) => {
-            let mut options = args.open.options();
+            let mut options = args.open.options_with(&args.server);
             options.snapshot.clone_from(&args.snapshot);
-            Some(Place::parse_one(path, &args.server)?.open(&options, &args.server)?)
+            Some(
+                Place::parse_one(path, &args.server, &args.open.trust)?
+                    .open(&options, &args.server)?,
+            )
         }
     };
     let size = match (&image, args.size) {

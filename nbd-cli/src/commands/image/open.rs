@@ -6,6 +6,7 @@ use clap::Args;
 use imgfmt::{Access, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
 
 use crate::commands::serve::ImageFormat;
+use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::remote::allow_exports;
 
@@ -32,8 +33,13 @@ pub struct TrustArgs {
 
 impl TrustArgs {
     pub(in crate::commands) fn policy(&self) -> OpenPolicy {
+        self.policy_with(&ServerArgs::default())
+    }
+
+    /// `server` is for the servers that the image names.
+    pub(in crate::commands) fn policy_with(&self, server: &ServerArgs) -> OpenPolicy {
         match self.trust_image {
-            true => allow_exports(OpenPolicy::any_file().allow_format_probe()),
+            true => allow_exports(OpenPolicy::any_file().allow_format_probe(), server),
             false => OpenPolicy::new(),
         }
     }
@@ -47,6 +53,11 @@ impl TrustArgs {
 impl OpenArgs {
     pub(in crate::commands) fn options(&self) -> OpenOptions {
         options(self.format, &self.trust)
+    }
+
+    /// `server` is for the servers that the image names.
+    pub(super) fn options_with(&self, server: &ServerArgs) -> OpenOptions {
+        self.options().policy(self.trust.policy_with(server))
     }
 
     /// Opens an image to read it.

@@ -9,7 +9,7 @@ use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
 use nbd_client::LocalFiles;
 use nbd_proto::NbdUri;
 
-use super::open::{beside, explained};
+use super::open::{TrustArgs, beside, explained};
 use crate::commands::copy::location::Location;
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
@@ -41,20 +41,31 @@ impl Place {
         }
     }
 
-    /// Reads a word of the command line; the options for TLS have to concern it.
-    pub(super) fn parse_one(word: &OsStr, server: &ServerArgs) -> Result<Self, CommandError> {
+    /// Reads a word of the command line; the options for servers have to concern it, or what it
+    /// may lead to.
+    pub(super) fn parse_one(
+        word: &OsStr,
+        server: &ServerArgs,
+        trust: &TrustArgs,
+    ) -> Result<Self, CommandError> {
         let place = Self::parse(word)?;
-        server.check(place.uri())?;
+        if !trust.trust_image {
+            server.check(place.uri())?;
+        }
         Ok(place)
     }
 
-    /// Reads two words of the command line; the options for TLS have to concern one of them.
+    /// Reads two words of the command line; the options for servers have to concern one of them, or
+    /// what it may lead to.
     pub(super) fn parse_two(
         words: [&OsStr; 2],
         server: &ServerArgs,
+        trust: &TrustArgs,
     ) -> Result<[Self; 2], CommandError> {
         let places = [Self::parse(words[0])?, Self::parse(words[1])?];
-        server.check(places.iter().filter_map(Self::uri))?;
+        if !trust.trust_image {
+            server.check(places.iter().filter_map(Self::uri))?;
+        }
         Ok(places)
     }
 
@@ -135,7 +146,7 @@ impl Place {
     }
 }
 
-/// Connects. The user's settings for TLS are for what the user named.
+/// Connects.
 fn storage(
     uri: &NbdUri,
     files: LocalFiles,
@@ -143,7 +154,7 @@ fn storage(
 ) -> Result<ExportStorage, CommandError> {
     match files {
         LocalFiles::Allowed => ExportStorage::open(server.connector(uri)),
-        LocalFiles::Refused => open_named_by_image(uri),
+        LocalFiles::Refused => open_named_by_image(uri, server),
     }
 }
 

@@ -10,6 +10,7 @@ use nbd_server::export::Export;
 use super::image_options::{Described, Place};
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
 use super::{Refusal, complain};
+use crate::connect::ServerArgs;
 use crate::key_values::KeyValues;
 use crate::remote::{ExportStorage, allow_exports};
 use crate::serving::image::{ImageChoices, OfferedBitmaps, Writes};
@@ -111,7 +112,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         Some(CacheMode::Writethrough | CacheMode::Directsync) => Caching::Writethrough,
         _ => Caching::Writeback,
     };
-    let policy = allow_exports(OpenPolicy::any_file().allow_format_probe());
+    let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), &ServerArgs::default());
     Ok(ImageChoices {
         format: disk.format,
         snapshot: match &options.snapshot {
