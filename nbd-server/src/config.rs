@@ -39,9 +39,9 @@ pub struct ServerConfig {
     /// A client that has sent a part of a request, or for which there are replies it has not taken,
     /// is closed when no byte has moved for this long (up to a quarter longer); its part of the
     /// budgets is free then. A client that owes nothing may be silent for ever, and one that is
-    /// slow as long as it likes. `None`: never. Default: 5 minutes, which outlasts the restart of
-    /// a switch; TCP itself gives up a peer that is gone after a quarter of an hour, and one that is
-    /// there and does nothing never.
+    /// slow as long as it likes. Default: `None`, never, as the peers: a client that is stopped for
+    /// a while (a debugger, a frozen container) must not lose its disk. For servers that strangers
+    /// reach, 5 minutes outlast the restart of a switch.
     pub stall_deadline: Option<Duration>,
     /// How long clients may take, once the server is told to stop, to take the replies to what was
     /// in flight. Default: 10 s.
@@ -66,7 +66,7 @@ impl Default for ServerConfig {
             connection_budget: 64 << 20,
             server_budget: 1 << 30,
             poll_max: Duration::from_nanos(32_768),
-            stall_deadline: Some(Duration::from_secs(300)),
+            stall_deadline: None,
             drain_deadline: Duration::from_secs(10),
             best_reply_mode: ReplyMode::Extended,
             #[cfg(feature = "tls")]

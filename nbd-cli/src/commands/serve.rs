@@ -157,7 +157,7 @@ pub struct ServeArgs {
 
     /// How long a client may stop in the middle of a request or leave its replies untaken before
     /// it is closed; 0 for ever. Clients that are idle or slow are never closed.
-    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_limit,
+    #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_limit,
           help_heading = "Limits")]
     pub stall_timeout: Duration,
 

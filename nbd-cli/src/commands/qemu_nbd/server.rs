@@ -85,8 +85,6 @@ fn config(options: &Options) -> ServerConfig {
     config.handshake_deadline = options.handshake_limit;
     // A client over the limit is not turned away at once: the one before it may just be leaving.
     config.queue_deadline = options.handshake_limit;
-    // qemu-nbd waits for ever.
-    config.stall_deadline = None;
     config
 }
 
