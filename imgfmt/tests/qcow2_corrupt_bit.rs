@@ -82,3 +82,30 @@ fn damage_that_a_write_meets_is_marked_and_ends_all_writing_until_it_is_repaired
         }
     }
 }
+
+#[test]
+fn a_cluster_that_is_freed_twice_marks_the_image() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2");
+    qemu::create(&path, "", "1M");
+    qemu::io(&path, "qcow2", &["write -P 7 0 192k".to_owned()]);
+    // The entry of guest cluster 0: both name the same cluster now.
+    let bytes = std::fs::read(&path).unwrap();
+    let number = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+    let l2 = (number(number(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    set_entry(&path, number(l2));
+    let image = Image::open(&path, &options(Access::ReadWrite)).unwrap();
+    image.discard(range(0, CLUSTER), Durability::Cached).unwrap();
+    image.flush().unwrap();
+    assert!(!is_marked(&path), "so far nothing is known");
+    image.discard(range(CLUSTER, CLUSTER), Durability::Cached).unwrap();
+    // What it gave up is let go of later; the mark comes no later than with the end.
+    drop(image.flush());
+    drop(image.close());
+    assert!(is_marked(&path));
+    let error = Image::open(&path, &options(Access::ReadWrite)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+}

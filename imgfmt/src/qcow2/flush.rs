@@ -18,7 +18,7 @@ use super::cache::{DirtyPart, Table};
 use super::header::field;
 use super::refcount::DirtyBlock;
 use super::writer::{Writer, lock};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Durability;
 use crate::units::HostOffset;
 
@@ -222,9 +222,13 @@ impl Qcow2 {
             let _ = self.file.punch_hole(HostOffset::new(run[0] << bits), length);
         }
         let mut allocator = lock(&writer.allocator);
-        for freed in freed {
-            // A refcount that cannot be changed leaves a leaked cluster, which harms nobody.
-            let _ = allocator.dereference(freed.cluster);
+        // A refcount that cannot be changed leaves a leaked cluster, which harms nobody. But one
+        // that was free already belonged to two, and may be a third one's by now.
+        let errors = freed.iter().filter_map(|freed| allocator.dereference(freed.cluster).err());
+        let damage = errors.filter(|error| error.kind() == ErrorKind::Corrupt).last();
+        drop(allocator);
+        if let Some(damage) = damage {
+            drop(self.note_damage(damage));
         }
         writer.note_change();
     }
