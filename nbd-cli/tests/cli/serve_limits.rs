@@ -3,7 +3,7 @@
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 
-use crate::support::{Server, nbd_cli};
+use crate::support::{Disk, Server, nbd_cli};
 
 #[test]
 fn a_connection_too_many_is_closed_at_once() {
@@ -28,11 +28,15 @@ fn a_client_that_says_nothing_is_dropped() {
 
 #[test]
 fn requests_are_served_with_and_without_polling() {
+    let disk = Disk::sparse();
     for poll_max in ["0", "1000000"] {
-        let server = Server::ours(&["--poll-max-ns", poll_max, "memory:8M"]);
-        let one_by_one = ["copy", "--connections", "1", "--requests", "1", "--request-size", "4K"];
-        nbd_cli(&[&one_by_one[..], &[server.uri(), "null:"]].concat()).success();
+        let server = Server::ours(&["--poll-max-ns", poll_max, disk.path()]);
+        let copy = disk.beside(poll_max);
+        // Holes are read as well, so that there are many requests in a row.
+        let one_by_one = ["copy", "--no-extents", "-C", "1", "-R", "1", "--request-size", "4K"];
+        nbd_cli(&[&one_by_one[..], &[server.uri(), &copy]].concat()).success();
         server.end();
+        disk.assert_equals(copy);
     }
 }
 
