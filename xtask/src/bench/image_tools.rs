@@ -152,10 +152,7 @@ fn check(command: &mut Command, lab: &Lab<'_>) -> Result<Sample> {
 /// Runs a tool over a disk of `size` bytes.
 fn timed(command: &mut Command, size: u64) -> Result<Sample> {
     let (elapsed, usage) = process::run_to_end(command)?;
-    let work = size as f64 / MEBIBYTE;
-    let result =
-        ClientResult { throughput: work / elapsed.as_secs_f64(), p99_us: None, busy: None, work };
-    Ok(Sample::new(result, usage))
+    Ok(Sample::new(ClientResult::timed(size as f64 / MEBIBYTE, elapsed), usage))
 }
 
 impl Conversion {

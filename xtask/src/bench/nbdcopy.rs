@@ -46,13 +46,7 @@ pub(crate) fn run_with(
 }
 
 fn result(size: u64, copies: u32, elapsed: Duration) -> ClientResult {
-    let bytes = size as f64 * f64::from(copies);
-    ClientResult {
-        throughput: bytes / MEBIBYTE / elapsed.as_secs_f64(),
-        p99_us: None,
-        busy: None,
-        work: bytes / MEBIBYTE,
-    }
+    ClientResult::timed(size as f64 * f64::from(copies) / MEBIBYTE, elapsed)
 }
 
 #[cfg(test)]

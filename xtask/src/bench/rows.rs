@@ -1,5 +1,7 @@
 //! The workloads: one row of the table each.
 
+use std::time::Duration;
+
 use anyhow::Result;
 
 use super::options::Options;
@@ -112,6 +114,13 @@ pub(crate) struct ClientResult {
     pub(crate) busy: Option<f64>,
     /// How much was done, in what [`Row::work_name`] names.
     pub(crate) work: f64,
+}
+
+impl ClientResult {
+    /// Of a client that measures nothing itself.
+    pub(crate) fn timed(work: f64, elapsed: Duration) -> Self {
+        Self { throughput: work / elapsed.as_secs_f64(), p99_us: None, busy: None, work }
+    }
 }
 
 /// Runs the client of `row` against the server at `uri`.

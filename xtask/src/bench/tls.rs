@@ -243,13 +243,7 @@ fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
         }
         requests += SMALL_REQUESTS;
     }
-    let work = requests as f64;
-    Ok(ClientResult {
-        throughput: work / start.elapsed().as_secs_f64(),
-        p99_us: None,
-        busy: None,
-        work,
-    })
+    Ok(ClientResult::timed(requests as f64, start.elapsed()))
 }
 
 /// Reads for qemu-io, of which its NBD client keeps 16 in flight.
