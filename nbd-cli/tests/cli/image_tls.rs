@@ -12,15 +12,21 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("a plain name")
 }
 
+/// The disk on a server that wants a certificate, and its URI.
+fn serve_with_certificates(nbdkit: &Path, disk: &Disk, folder: &str) -> (Server, String) {
+    let arguments = ["--tls=require", folder, "--tls-verify-peer", "file", disk.path()];
+    let server = Server::nbdkit(nbdkit, &arguments);
+    let uri = server.uri().replacen("nbd+unix", "nbds+unix", 1);
+    (server, uri)
+}
+
 #[test]
 fn every_image_command_that_takes_exports_takes_certificates() {
     tools!(nbdkit = "nbdkit");
     let Some(certificates) = Certificates::any() else { return };
     let disk = Disk::sparse();
     let folder = format!("--tls-certificates={}", certificates.good().display());
-    let arguments = ["--tls=require", &folder, "--tls-verify-peer", "file", disk.path()];
-    let server = Server::nbdkit(&nbdkit, &arguments);
-    let uri = server.uri().replacen("nbd+unix", "nbds+unix", 1);
+    let (server, uri) = serve_with_certificates(&nbdkit, &disk, &folder);
     let options = [folder.as_str(), "--tls-hostname", "localhost"];
     let with = |command: &[&str]| nbd_cli(&[&["image"], command, &options].concat());
 
@@ -47,9 +53,7 @@ fn servers_that_a_trusted_image_names_get_the_same_options() {
     let Some(certificates) = Certificates::any() else { return };
     let disk = Disk::sparse();
     let folder = format!("--tls-certificates={}", certificates.good().display());
-    let arguments = ["--tls=require", &folder, "--tls-verify-peer", "file", disk.path()];
-    let server = Server::nbdkit(&nbdkit, &arguments);
-    let uri = server.uri().replacen("nbd+unix", "nbds+unix", 1);
+    let (_server, uri) = serve_with_certificates(&nbdkit, &disk, &folder);
     let overlay = disk.beside("overlay.qcow2");
     let create = ["create", "-q", "-f", "qcow2", "-u", "-b", &uri, "-F", "raw", &overlay, "8M"];
     peer(&qemu_img, &create);
