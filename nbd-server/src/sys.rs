@@ -46,7 +46,8 @@ pub(crate) fn is_resident(file: BorrowedFd<'_>, offset: u64, length: u64) -> boo
 }
 
 /// Bytes written to a socket that its peer has not taken: not acknowledged (TCP), or not read, in
-/// the pieces of some 32 KiB in which the system keeps them, with what it adds (unix). `None` where the system cannot tell.
+/// the pieces of some 32 KiB in which the system keeps them, with what it adds (unix). `None` where
+/// the system cannot tell.
 pub(crate) fn untaken_len(socket: BorrowedFd<'_>) -> Option<u64> {
     let mut length: libc::c_int = 0;
     // SAFETY: for sockets TIOCOUTQ is SIOCOUTQ; the kernel writes one int, which lives across the
