@@ -252,3 +252,29 @@ fn readers_never_see_another_place_while_writers_move_everything() {
         check_tags(0, &bytes, "at the end");
     }
 }
+
+#[test]
+fn a_file_that_grows_for_one_write_does_not_lose_what_another_wrote_behind() {
+    const LARGE: u64 = 1 << 20;
+    let image = Handmade::new(20, 16 * LARGE);
+    let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(&image.bytes)));
+    let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite);
+    let disk = Image::from_storage(Arc::clone(&storage) as _, &options).unwrap();
+    disk.write_at(at(3 * LARGE), &[3; 4096], CACHED).unwrap();
+    // A write that fails leaves a free place behind the end of the file: what is written there
+    // later must be zeroed around, and the file grow for that.
+    storage.set_fault(Some(Fault { calls: 0..u64::MAX, code: 28 }));
+    disk.write_at(at(0), &[1; 4096], CACHED).unwrap_err();
+    storage.set_fault(None);
+    storage.hold(Call::SetLength, 0..u64::MAX);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| disk.write_at(at(8192), &[1; 4096], CACHED));
+        wait_until("the first write", || first.is_finished() || storage.held() == 1);
+        disk.write_at(at(5 * LARGE), &[5; LARGE as usize], CACHED).unwrap();
+        storage.release();
+        first.join().unwrap().unwrap();
+    });
+    let mut bytes = vec![0; LARGE as usize];
+    disk.read_at(at(5 * LARGE), &mut bytes).unwrap();
+    assert!(bytes == [5; LARGE as usize]);
+}

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::{Random, at, qemu};
 use imgfmt::{
     Access, CompressionType, CreateOptions, Durability, ErrorKind, Format, Image, OpenOptions,
@@ -66,4 +68,45 @@ fn compressed_images_of_every_kind_are_written_from_several_threads() {
         assert_eq!(report.compressed_clusters > 0, cluster_size > 512);
         assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
     }
+}
+
+fn length_of(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().len()
+}
+
+#[test]
+fn a_file_ends_with_a_whole_sector_after_every_compressed_cluster() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2");
+    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
+    let image = Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
+    let mut random = Random::new("whole sectors");
+    for cluster in 0..SIZE / 65536 {
+        // Something that is compressed to another number of bytes each time.
+        let mut data = vec![cluster as u8 + 1; 65536];
+        let length = 1 + random.below(1000) as usize;
+        let noise = random.bytes(length);
+        data[..noise.len()].copy_from_slice(&noise);
+        image.write_compressed(at(cluster * 65536), &data).unwrap();
+        // Also while the image is in use: a crash must not leave anything else.
+        assert_eq!(length_of(&path) % 512, 0, "cluster {cluster}");
+    }
+    image.close().unwrap();
+    assert_eq!(length_of(&path) % 512, 0);
+}
+
+#[test]
+fn a_closed_file_ends_with_the_whole_cluster_that_was_written_in_part() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2");
+    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
+    let image = Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
+    image.write_at(at(70_000), &[1; 100], Durability::Cached).unwrap();
+    image.close().unwrap();
+    assert_eq!(length_of(&path) % 65536, 0);
+    // An image that nobody changes stays as it is.
+    let odd = length_of(&path) - 1000;
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(odd).unwrap();
+    Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap().close().unwrap();
+    assert_eq!(length_of(&path), odd);
 }

@@ -236,6 +236,7 @@ impl Qcow2 {
     /// Writes everything and lets go of what was freed, before the image is closed.
     pub(super) fn close_writer(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        self.end_with_cluster(writer);
         self.flush_all()?;
         self.store_bitmaps()?;
         self.end_session()?;
@@ -247,6 +248,20 @@ impl Qcow2 {
             }
         }
         Ok(())
+    }
+
+    /// Makes the file end where a cluster does, or the last sector of compressed ones: the last
+    /// cluster may have been written in part, and other readers read it as a whole. Nobody else
+    /// writes any more, and what is missing reads as zero here: failures do not matter.
+    fn end_with_cluster(&self, writer: &Writer) {
+        let cluster_size = self.geometry().cluster_size();
+        let Ok(length) = self.file.len() else { return };
+        let compressed_end = lock(&writer.allocator).compressed_at.unwrap_or(0);
+        let is_whole =
+            length.is_multiple_of(cluster_size) || length == compressed_end.next_multiple_of(512);
+        if writer.changes.load(Acquire) > 0 && !is_whole {
+            let _ = self.file.set_len(length.next_multiple_of(cluster_size));
+        }
     }
 
     pub(super) fn write_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -5,12 +5,14 @@ use super::alloc::Reserved;
 use super::l2::Cluster;
 use super::tables::Change;
 use crate::error::Result;
+use crate::units::GuestOffset;
 
 impl Qcow2 {
     /// Gives every cluster a place, in order, without writing data. Only for an empty image in a
     /// new file, whose places all read as zero.
     pub(crate) fn preallocate(&self) -> Result<()> {
         let geometry = self.geometry();
+        let io = |error| self.io("write to", error, GuestOffset::new(0));
         let mut position = 0;
         while position < self.size {
             let end = self.size.min(position.saturating_add(geometry.l2_coverage()));
@@ -33,7 +35,9 @@ impl Qcow2 {
                 at_hand.offset += geometry.cluster_size();
                 at_hand.clusters = at_hand.clusters.saturating_sub(1);
                 if !self.format.has_data_file {
-                    self.data_will_grow(at_hand.offset, position)?;
+                    // Nobody else writes, and a length takes up no space.
+                    let grown = self.data.set_len(at_hand.offset.max(self.data.len().map_err(io)?));
+                    grown.map_err(io)?;
                 }
             }
             self.commit(&table, &changes, &[])?;

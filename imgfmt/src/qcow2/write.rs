@@ -320,11 +320,14 @@ impl Qcow2 {
             .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
     }
 
-    /// Makes the data file at least `end` bytes long: zeroes can be written only within it.
+    /// Makes the data file at least `end` bytes long: zeroes can be written only within it. The byte
+    /// before `end` is the caller's alone and zero. The length is not set: others may have written
+    /// behind `end` since it was looked at, and would be cut off.
     pub(super) fn data_will_grow(&self, end: u64, guest: u64) -> Result<()> {
-        let length = self.data.len();
-        let grown =
-            length.and_then(|length| if length < end { self.data.set_len(end) } else { Ok(()) });
+        let grown = self.data.len().and_then(|length| match length < end {
+            true => self.data.write_at(HostOffset::new(end - 1), &[0], Durability::Cached),
+            false => Ok(()),
+        });
         grown.map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
     }
 

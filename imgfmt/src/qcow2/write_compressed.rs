@@ -53,8 +53,17 @@ impl Qcow2 {
         };
         self.release_quarantine(writer);
         let length = packed.len() as u64;
-        let offset = lock(&writer.allocator).reserve_bytes(length)?;
-        writer.note_change();
+        let offset = {
+            let mut allocator = lock(&writer.allocator);
+            let offset = allocator.reserve_bytes(length)?;
+            writer.note_change();
+            // Still locked: the bytes behind these are nobody's yet.
+            if let Err(error) = self.end_with_sector(offset + length) {
+                allocator.release_bytes(offset, length);
+                return Err(self.io("write to", error, GuestOffset::new(start)));
+            }
+            offset
+        };
         let compressed = Compressed { offset, length };
         let fits = self.format.encode_compressed(compressed).is_some();
         let written = match fits {
@@ -68,6 +77,16 @@ impl Qcow2 {
         let new = Cluster { compressed: Some(compressed), ..Cluster::default() };
         let freed = self.references(old, None, false);
         self.commit(&table, &[Change { guest: start, cluster: new }], &freed)
+    }
+
+    /// Makes the file cover the whole sector in which compressed bytes end: an entry counts sectors,
+    /// and other readers read all of them.
+    fn end_with_sector(&self, end: u64) -> std::io::Result<()> {
+        let sector_end = end.next_multiple_of(512);
+        if sector_end == end || self.file.len()? >= sector_end {
+            return Ok(());
+        }
+        self.file.write_at(HostOffset::new(sector_end - 1), &[0], Durability::Cached)
     }
 }
 

@@ -34,6 +34,35 @@ fn raw_becomes_every_kind_of_qcow2() {
 }
 
 #[test]
+fn disks_that_end_anywhere_are_compressed_and_end_with_a_sector() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (odd, path) = (disk.beside("odd.img"), disk.beside("odd.qcow2"));
+    let content: Vec<u8> = (0..200_000_u32).map(|i| (i / 7 * 31 % 251) as u8 + 1).collect();
+    for size in [1, 511, 513, 4097, 65_535, 65_537, 131_071, 196_607, 199_936, 199_999] {
+        std::fs::write(&odd, &content[..size]).expect("a file");
+        for (cluster_size, jobs) in [("512", "1"), ("4k", "3"), ("64k", "2"), ("2M", "1")] {
+            let convert = ["image", "convert", "-f", "raw", "-O", "qcow2", "-c"];
+            let kind = ["--cluster-size", cluster_size, "--jobs", jobs, &odd, &path];
+            nbd_cli(&[&convert[..], &kind[..]].concat()).success();
+            is_clean(&qemu_img, &path);
+            are_equal(&qemu_img, &path, &odd);
+            let length = std::fs::metadata(&path).expect("an image").len();
+            assert_eq!(length % 512, 0, "{size} bytes, clusters of {cluster_size}");
+            std::fs::remove_file(&path).expect("an image");
+        }
+    }
+    // An image that is there may be larger: what it has behind the end of the source stays.
+    std::fs::write(&odd, &content[..70_001]).expect("a file");
+    let larger = disk.beside("larger.img");
+    std::fs::write(&larger, &content).expect("a file");
+    nbd_cli(&["image", "convert", "-f", "raw", "-O", "qcow2", &larger, &path]).success();
+    nbd_cli(&["image", "convert", "-f", "raw", "-O", "qcow2", "-c", "-n", &odd, &path]).success();
+    is_clean(&qemu_img, &path);
+    are_equal(&qemu_img, &path, &larger);
+}
+
+#[test]
 fn compression_saves_space_and_holes_take_none() {
     tools!(qemu_img = "qemu-img");
     let disk = Disk::sparse();

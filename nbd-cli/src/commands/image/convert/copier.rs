@@ -95,12 +95,35 @@ impl Copy<'_> {
                     self.zero(span(start, start + data.len() as u64))?;
                     continue;
                 }
-                Content::Data if self.compress => self.destination.write_compressed(offset, data),
+                Content::Data if self.compress => self.write_compressed(offset, data),
                 Content::Data => self.destination.write_at(offset, data, Durability::Cached),
             };
             written.map_err(|error| self.to.named(error))?;
         }
         Ok(())
+    }
+
+    /// Only whole clusters can be compressed. The source may end within one, while the destination
+    /// goes on: its size is rounded up to sectors, or was chosen by somebody else.
+    fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> imgfmt::Result<()> {
+        let whole = data.len() / self.unit as usize * self.unit as usize;
+        let (whole, tail) = data.split_at(whole);
+        self.destination.write_compressed(offset, whole)?;
+        let offset = GuestOffset::new(offset.bytes() + whole.len() as u64);
+        let room = self.unit.min(self.destination.size() - offset.bytes()) as usize;
+        match self.target {
+            _ if tail.is_empty() => Ok(()),
+            Target::Zero => {
+                let mut padded = tail.to_vec();
+                padded.resize(room, 0);
+                self.destination.write_compressed(offset, &padded)
+            }
+            // What the destination has behind the end of the source stays.
+            Target::HasContent if tail.len() < room => {
+                self.destination.write_at(offset, tail, Durability::Cached)
+            }
+            Target::HasContent => self.destination.write_compressed(offset, tail),
+        }
     }
 
     fn zero(&self, range: GuestRange) -> Result<(), CommandError> {
