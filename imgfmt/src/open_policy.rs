@@ -28,6 +28,8 @@ pub struct OpenPolicy {
     files: FileRule,
     missing_format: MissingFormat,
     schemes: Vec<(String, Arc<SchemeOpener>)>,
+    /// Files that are allowed wherever they lie.
+    named: Vec<PathBuf>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -88,6 +90,13 @@ impl OpenPolicy {
         self
     }
 
+    /// Allows this one file as well, wherever it lies: one that the user has named himself.
+    #[must_use]
+    pub fn allow_file(mut self, file: impl Into<PathBuf>) -> Self {
+        self.named.push(file.into());
+        self
+    }
+
     pub(crate) fn missing_format(&self) -> MissingFormat {
         self.missing_format
     }
@@ -113,6 +122,9 @@ impl OpenPolicy {
                 return Err(denied("the image is no file, so the name leads nowhere".into(), name));
             }
         };
+        if self.is_named(&path) {
+            return Ok(Resolved::File(path));
+        }
         let root = match &self.files {
             FileRule::Any => return Ok(Resolved::File(path)),
             FileRule::None => return Err(denied("no other file may be opened".into(), name)),
@@ -135,6 +147,15 @@ impl OpenPolicy {
             Err(denied(why, name))
         }
     }
+
+    /// Whether a path leads to a file that is allowed by its name.
+    fn is_named(&self, path: &Path) -> bool {
+        let leads_to = |named: &PathBuf| match (named.canonicalize(), path.canonicalize()) {
+            (Ok(named), Ok(path)) => named == path,
+            _ => false,
+        };
+        self.named.iter().any(leads_to)
+    }
 }
 
 impl fmt::Debug for OpenPolicy {
@@ -144,6 +165,7 @@ impl fmt::Debug for OpenPolicy {
             .field("files", &self.files)
             .field("missing_format", &self.missing_format)
             .field("schemes", &schemes)
+            .field("named", &self.named)
             .finish()
     }
 }
@@ -191,5 +213,9 @@ mod tests {
         assert!(!is_denied(&OpenPolicy::any_file(), &image, "/etc/passwd"));
         assert!(is_denied(&OpenPolicy::any_file(), &image, "json:{}"));
         assert!(!is_denied(&OpenPolicy::beneath(folder.path()), &image, "link"));
+        let named = OpenPolicy::new().allow_file(inner.join("../outer"));
+        assert!(!is_denied(&named, &image, "../outer"));
+        assert!(!is_denied(&named, &image, "link"), "it leads to the file that was named");
+        assert!(is_denied(&named, &image, "/etc/passwd"));
     }
 }

@@ -61,7 +61,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Map(args) => commands::map::run(&args),
         Command::Copy(args) => commands::copy::run(args),
         Command::Control(args) => commands::control::run(&args),
-        Command::Backup(args) => commands::backup::run(&args),
+        Command::Backup(args) => commands::backup::run(args),
         Command::Restore(args) => commands::restore::run(&args),
         Command::Image(args) => commands::image::run(args),
         Command::QemuNbd(args) => Ok(Outcome::Status(commands::qemu_nbd::run(args.arguments))),

@@ -3,8 +3,10 @@
 mod chain;
 mod checkpoint;
 mod partial;
+mod places;
 mod report;
 
+use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -66,14 +68,25 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Arguments of `nbd-cli backup`.
 #[derive(Debug, Args)]
-#[command(after_help = AFTER_HELP, allow_missing_positional = true)]
+#[command(after_help = AFTER_HELP)]
+#[command(override_usage = "nbd-cli backup [OPTIONS] <SOURCE> <TARGET>\n       \
+                            nbd-cli backup [OPTIONS] --control <PATH> --export <NAME> [SOURCE] <TARGET>")]
 pub struct BackupArgs {
     /// The disk, as an NBD URI. With --control it need not be given: the server says where it is.
-    #[arg(required_unless_present = "control")]
-    pub source: Option<NbdUri>,
+    // Clap does not take options between an optional argument and a required one behind it: if only
+    // one is given it is the target.
+    #[arg(value_name = "SOURCE")]
+    pub first_place: OsString,
 
     /// The new qcow2 file.
-    pub target: PathBuf,
+    #[arg(value_name = "TARGET")]
+    pub second_place: Option<OsString>,
+
+    #[arg(skip)]
+    source: Option<NbdUri>,
+
+    #[arg(skip)]
+    target: PathBuf,
 
     /// Copy only what is dirty in this bitmap of the server.
     /// With --control and without --base a full backup is made, and the bitmap begins there.
@@ -149,7 +162,9 @@ pub enum Verify {
     All,
 }
 
-pub(crate) fn run(args: &BackupArgs) -> Result<Outcome, CommandError> {
+pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
+    args.tell_places()?;
+    let args = &args;
     if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
         return Err(CommandError::new(
             "--requests is limited to 4096 and --connections to 256; give smaller numbers",
@@ -373,7 +388,7 @@ async fn verify(
     let options = OpenOptions::new()
         .format(Format::Qcow2)
         .access(Access::ReadOnly)
-        .policy(args.trust.policy());
+        .policy(partial.policy(&args.trust));
     let image = Image::open(partial.path(), &options).map_err(explained)?;
     let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let unit = source.alignment();

@@ -47,7 +47,7 @@ fn files_that_exist_are_left_alone() {
 }
 
 #[test]
-fn a_base_outside_the_folder_needs_trust() {
+fn a_base_in_another_folder_that_the_user_names_needs_no_trust() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
     let (folder, elsewhere) = (Disk::sparse(), Disk::sparse());
     let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
@@ -55,9 +55,41 @@ fn a_base_outside_the_folder_needs_trust() {
     let full = elsewhere.beside("full.qcow2");
     nbd_cli(&["backup", "--quiet", server.uri(), &full]).success();
     let target = folder.beside("second.qcow2");
-    let arguments = ["backup", "--quiet", "-B", "b0", "-b", &full, server.uri(), &target];
-    says(nbd_cli(&arguments), &["--trust-image"]);
-    assert!(!Path::new(&folder.beside("second.qcow2.partial")).exists());
-    nbd_cli(&[&arguments[..], &["--trust-image"]].concat()).success();
+    let arguments = ["backup", "--quiet", "--verify=all", "-B", "b0", "-b", &full];
+    nbd_cli(&[&arguments[..], &[server.uri(), &target]].concat()).success();
     crate::support::image::are_equal(&qemu_img, &disk, &target);
+    // To restore it the user names one file only, which leads to another folder.
+    let restored = folder.beside("restored.img");
+    says(nbd_cli(&["restore", &target, &restored]), &["--trust-image"]);
+    nbd_cli(&["restore", "--trust-image", &target, &restored]).success();
+    crate::support::image::are_equal(&qemu_img, &disk, &restored);
+}
+
+#[test]
+fn what_such_a_base_names_outside_its_own_folder_still_does() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let (folder, elsewhere) = (Disk::sparse(), Disk::sparse());
+    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let secret = folder.blank("secret.img", 64 << 20);
+    let base = elsewhere.beside("base.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-b", &secret, "-F", "raw", &base]);
+    let server = serve(&qemu_nbd, &disk);
+    let target = folder.beside("target.qcow2");
+    let arguments = ["backup", "-B", "b0", "-b", &base, server.uri(), &target];
+    says(nbd_cli(&arguments), &["--trust-image"]);
+    assert!(!Path::new(&folder.beside("target.qcow2.partial")).exists());
+}
+
+#[test]
+fn options_may_stand_between_the_disk_and_the_new_file() {
+    let folder = Disk::sparse();
+    let server = Server::ours(&["--read-only", folder.path()]);
+    let full = folder.beside("full.qcow2");
+    nbd_cli(&["backup", server.uri(), "--quiet", "-C", "1", &full]).success();
+    let second = folder.beside("second.qcow2");
+    nbd_cli(&["backup", "--quiet", server.uri(), "--verify", &second]).success();
+    says(nbd_cli(&["backup", server.uri()]), &["the new file is missing"]);
+    says(nbd_cli(&["backup", &second]), &["the disk is missing"]);
+    says(nbd_cli(&["backup", &second, "--quiet", &full]), &["not an NBD URI"]);
+    assert_eq!(nbd_cli(&["backup", server.uri(), "-q", &second, &full]).code, Some(1));
 }

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, CreateOptions, Format, Image, Locking, OpenOptions, Repair};
+use imgfmt::{Access, CreateOptions, Format, Image, Locking, OpenOptions, OpenPolicy, Repair};
 use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,8 @@ pub(super) struct Partial {
     path: PathBuf,
     record: PathBuf,
     target: PathBuf,
+    /// The backup it builds on.
+    base: Option<PathBuf>,
     state: State,
 }
 
@@ -83,7 +85,8 @@ impl Partial {
             PathBuf::from(name)
         };
         let (path, record) = (with(".partial"), with(".partial.json"));
-        let mut partial = Self { path, record, target: args.target.clone(), state };
+        let (target, base_path) = (args.target.clone(), base.map(|base| base.path.clone()));
+        let mut partial = Self { path, record, target, base: base_path, state };
         if partial.path.symlink_metadata().is_ok() {
             if args.resume {
                 partial.resume(&args.trust)?;
@@ -128,12 +131,20 @@ impl Partial {
         self.state.done
     }
 
+    /// Which files it may name: the base that the user has named too, wherever it lies.
+    pub(super) fn policy(&self, trust: &TrustArgs) -> OpenPolicy {
+        match &self.base {
+            Some(base) => trust.policy().allow_file(base),
+            None => trust.policy(),
+        }
+    }
+
     /// Opens it for writing.
     pub(super) fn open(&self, trust: &TrustArgs) -> Result<Image, CommandError> {
         let options = OpenOptions::new()
             .format(Format::Qcow2)
             .access(Access::ReadWrite)
-            .policy(trust.policy());
+            .policy(self.policy(trust));
         Image::open(&self.path, &options).map_err(explained)
     }
 
@@ -194,7 +205,7 @@ impl Partial {
         let options = OpenOptions::new()
             .format(Format::Qcow2)
             .access(Access::ReadWrite)
-            .policy(trust.policy());
+            .policy(self.policy(trust));
         let report = Image::check_file(&self.path, &options, Repair::Leaks)?;
         if report.corruptions > 0 {
             return Err(CommandError::new(format!(

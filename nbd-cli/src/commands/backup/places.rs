@@ -1,0 +1,41 @@
+//! What a backup is of and where it goes: the arguments without an option's name.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use nbd_proto::NbdUri;
+
+use super::BackupArgs;
+use crate::error::CommandError;
+
+impl BackupArgs {
+    /// Tells the disk from the new file.
+    pub(super) fn tell_places(&mut self) -> Result<(), CommandError> {
+        let first = std::mem::take(&mut self.first_place);
+        match self.second_place.take() {
+            Some(target) => {
+                self.source = Some(uri(&first)?);
+                self.target = PathBuf::from(target);
+            }
+            None if self.control.is_some() => self.target = PathBuf::from(first),
+            None if uri(&first).is_ok() => {
+                return Err(CommandError::new(
+                    "the new file is missing: give its name behind the disk's URI",
+                ));
+            }
+            None => {
+                return Err(CommandError::new(
+                    "the disk is missing: give its NBD URI in front of the new file, or --control",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn uri(text: &OsString) -> Result<NbdUri, CommandError> {
+    let text = text.to_string_lossy();
+    text.parse().map_err(|error| {
+        CommandError::new(format!("'{text}' is not an NBD URI of a disk: {error}"))
+    })
+}
