@@ -5,14 +5,13 @@ use std::sync::Arc;
 
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
-use crate::options::{Access, Format, OpenOptions};
-use crate::probe::{PROBE_LENGTH, Probed, probe};
+use crate::options::{Access, OpenOptions};
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, FileStorage, Storage};
-use crate::units::HostOffset;
 
 /// Opens the image in `storage` and, as far as the policy allows, the files it names.
 pub(crate) fn open(
@@ -31,12 +30,9 @@ pub(crate) fn check(path: &Path, options: &OpenOptions, repair: Repair) -> Resul
         Repair::Leaks | Repair::All => Access::ReadWrite,
     };
     let storage = Arc::new(FileStorage::open(path, access, options.locking)?);
-    let format = match options.format {
-        Some(format) => format,
-        None => probe_storage(&*storage)?,
-    };
+    let format = format_of(&*storage, options)?;
     if format != Format::Qcow2 {
-        let detail = format!("a {format} image has nothing that could be checked");
+        let detail = "a raw image has nothing that could be checked";
         return Err(Error::new(ErrorKind::Unsupported, "check", detail));
     }
     let options = OpenOptions { access, snapshot: None, ..options.clone() };
@@ -49,17 +45,15 @@ pub(crate) fn inspect(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<ImageInfo> {
-    let format = match options.format {
-        Some(format) => format,
-        None => probe_storage(&*storage)?,
-    };
+    let format = format_of(&*storage, options)?;
     let options = OpenOptions { access: Access::ReadOnly, ..options.clone() };
     Ok(match format {
         Format::Raw => {
             let raw = Raw::new(storage, FirstSector::Free)?;
             ImageInfo { format, size: raw.size(), qcow2: None }
         }
-        Format::Qcow2 => {
+        // `format_of` yields no other.
+        _ => {
             let image = Qcow2::open(storage, path, &options, Purpose::Check)?;
             ImageInfo { format, size: image.size(), qcow2: Some(image.info()?) }
         }
@@ -73,13 +67,9 @@ pub(crate) fn change_backing(
     backing: Option<(&str, Format)>,
 ) -> Result<()> {
     let storage = FileStorage::open(path, Access::ReadWrite, options.locking)?;
-    let format = match options.format {
-        Some(format) => format,
-        None => probe_storage(&storage)?,
-    };
-    match format {
+    match format_of(&storage, options)? {
         Format::Qcow2 => qcow2::change_backing(&storage, backing),
-        Format::Raw => {
+        _ => {
             let detail = "a raw image cannot have a backing file";
             Err(Error::new(ErrorKind::Unsupported, "change the backing file of", detail))
         }
@@ -101,15 +91,16 @@ fn open_layer(
     options: &OpenOptions,
     files_above: &mut Vec<Option<FileIdentity>>,
 ) -> Result<(Box<dyn Driver>, Format)> {
-    let (format, first_sector) = match options.format {
-        Some(format) => (format, FirstSector::Free),
-        None => (probe_storage(&*storage)?, FirstSector::Guarded),
-    };
+    let format = format_of(&*storage, options)?;
     if format == Format::Raw {
         if options.snapshot.is_some() {
             let detail = "a raw image has no snapshots";
             return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
         }
+        let first_sector = match options.format {
+            Some(_) => FirstSector::Free,
+            None => FirstSector::Guarded,
+        };
         return Ok((Box::new(Raw::new(storage, first_sector)?), format));
     }
     let identity = storage.identity();
@@ -142,18 +133,12 @@ fn open_backing(
     let format = match (format, options.policy.missing_format()) {
         // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
         (Some("file" | "host_device" | "nbd"), _) => Some(Format::Raw),
-        (Some(name), _) => Some(Format::from_name(name).ok_or_else(|| {
-            let detail = format!(
-                "its backing file has the format '{}', which cannot be read",
-                name.escape_debug()
-            );
-            Error::new(ErrorKind::Unsupported, "open", detail)
-        })?),
+        (Some(name), _) => Some(backing_format(name)?),
         (None, MissingFormat::Probe) => None,
         (None, MissingFormat::Refuse) => {
             let detail = format!(
                 "it does not say which format its backing file '{}' has; set it with \
-                 'qemu-img rebase -u -b FILE -F FORMAT', or allow probing",
+                 'nbd-cli image rebase --unsafe -b FILE -F FORMAT', or allow probing",
                 name.escape_debug()
             );
             return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
@@ -162,9 +147,28 @@ fn open_backing(
     let (storage, path) = open_named(image, name, options, Access::ReadOnly, files_above)?;
     let below = OpenOptions { format, access: Access::ReadOnly, snapshot: None, ..options.clone() };
     let result = open_layer(storage, path.as_deref(), &below, files_above);
-    let (driver, _) =
-        result.map_err(|error| error.with_path(path.unwrap_or_else(|| name.into())))?;
+    let (driver, _) = result.map_err(|error| match error.found_format() {
+        Some(format) => unreadable_backing(format.description()),
+        None => error.with_path(path.unwrap_or_else(|| name.into())),
+    })?;
     Ok(driver)
+}
+
+/// What the name of a backing file's format stands for, if that can be read.
+fn backing_format(name: &str) -> Result<Format> {
+    match Format::from_name(name) {
+        Some(format) if format.is_supported() => Ok(format),
+        Some(format) => Err(unreadable_backing(format.description())),
+        None => Err(unreadable_backing(&format!("'{}'", name.escape_debug()))),
+    }
+}
+
+fn unreadable_backing(format: &str) -> Error {
+    let detail = format!(
+        "its backing file is a {format} image, which cannot be read; convert the backing file to \
+         qcow2 and set its new name with 'nbd-cli image rebase --unsafe'"
+    );
+    Error::new(ErrorKind::Unsupported, "open", detail)
 }
 
 fn open_named(
@@ -195,21 +199,17 @@ fn refuse_loop(identity: Option<FileIdentity>, files_above: &[Option<FileIdentit
     Err(Error::new(ErrorKind::InvalidFormat, "open", detail))
 }
 
-/// Finds the format of what a storage holds.
-fn probe_storage(storage: &dyn Storage) -> Result<Format> {
-    let mut start = [0; PROBE_LENGTH];
-    let length = storage
-        .read_at(HostOffset::new(0), &mut start)
-        .map_err(|error| Error::from_io("read the start of", error))?;
-    match probe(&start[..length]) {
-        Probed::Known(format) => Ok(format),
-        Probed::Foreign(name) => Err(Error::new(
-            ErrorKind::Unsupported,
-            "open",
-            format!(
-                "it looks like a {name} image, which cannot be read; convert it, or give the \
-                 format 'raw' to use its bytes as they are"
-            ),
-        )),
+/// The format of what a storage holds, as the options say or as it looks: one that can be opened.
+fn format_of(storage: &dyn Storage, options: &OpenOptions) -> Result<Format> {
+    let (format, is_guess) = match options.format {
+        Some(format) => (format, false),
+        None => {
+            let probed = Format::probe(storage);
+            (probed.map_err(|error| Error::from_io("read the format of", error))?, true)
+        }
+    };
+    match format.is_supported() {
+        true => Ok(format),
+        false => Err(Error::unsupported_format(format, is_guess)),
     }
 }

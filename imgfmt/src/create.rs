@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use crate::chain;
 use crate::error::{Error, ErrorKind, Result};
+use crate::format::Format;
 use crate::image::Image;
 use crate::open_policy::OpenPolicy;
-use crate::options::{Access, Format, OpenOptions};
+use crate::options::{Access, OpenOptions};
 use crate::qcow2;
 use crate::storage::Durability;
 use crate::units::GuestOffset;
@@ -158,6 +159,11 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
         }
         Format::Raw => Vec::new(),
         Format::Qcow2 => qcow2::layout(size, options).map_err(named)?,
+        other => {
+            let detail =
+                format!("{} images cannot be made; make a qcow2 image", other.description());
+            return Err(named(Error::new(ErrorKind::Unsupported, "create", detail)));
+        }
     };
     if size > i64::MAX as u64 {
         return Err(named(invalid("a disk of 2^63 bytes or more is not possible")));

@@ -8,6 +8,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::format::Format;
+
 /// What class of failure an [`Error`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -53,6 +55,7 @@ struct Inner {
     offset: Option<u64>,
     detail: String,
     source: Option<io::Error>,
+    format: Option<Format>,
 }
 
 /// The usual result of this crate.
@@ -69,6 +72,7 @@ impl Error {
             offset: None,
             detail: detail.into(),
             source: None,
+            format: None,
         }))
     }
 
@@ -77,6 +81,30 @@ impl Error {
         let mut error = Self::new(kind_of(&source), operation, detail_of(&source));
         error.0.source = Some(source);
         error
+    }
+
+    /// That an image has a format that is only recognised. `is_guess` says that its bytes were
+    /// looked at: somebody may want them as they are.
+    pub(crate) fn unsupported_format(format: Format, is_guess: bool) -> Self {
+        let what = format.description();
+        let advice = match format {
+            Format::Luks => "decrypt it with its key first, with cryptsetup or 'qemu-img convert'",
+            _ => "convert it first with 'qemu-img convert'",
+        };
+        let mut detail =
+            format!("it is a {what} image, which can be recognised but not read yet; {advice}");
+        if is_guess {
+            detail.push_str(", or give the format 'raw' to use its bytes as they are");
+        }
+        let mut error = Self::new(ErrorKind::Unsupported, "open", detail);
+        error.0.format = Some(format).filter(|_| is_guess);
+        error
+    }
+
+    /// The format that the file turned out to have, if that is why it could not be opened: to give
+    /// the format `raw` opens it all the same.
+    pub fn found_format(&self) -> Option<Format> {
+        self.0.format
     }
 
     /// Says more than the operating system's words do, in front of them.

@@ -8,9 +8,10 @@ use crate::create::{self, CreateOptions};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
+use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::mapping::Lease;
-use crate::options::{Access, Format, OpenOptions};
+use crate::options::{Access, OpenOptions};
 use crate::qcow2::{CheckReport, Qcow2, Repair};
 use crate::storage::{
     Capabilities, Durability, FileStorage, Speed, Storage, TryRead, TryWrite, ZeroMode,

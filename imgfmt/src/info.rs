@@ -1,7 +1,7 @@
 //! What an image says about itself.
 
 use crate::create::{CompressionType, L2Entries, Qcow2Version};
-use crate::options::Format;
+use crate::format::Format;
 use crate::qcow2::Snapshot;
 
 /// Facts about an open image.

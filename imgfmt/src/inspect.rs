@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use crate::chain;
 use crate::error::Result;
+use crate::format::Format;
 use crate::image::Image;
 use crate::info::ImageInfo;
-use crate::options::{Access, Format, OpenOptions};
+use crate::options::{Access, OpenOptions};
 use crate::storage::{FileStorage, Storage};
 
 impl Image {

@@ -1,43 +1,7 @@
 //! How an image is opened.
 
-use std::fmt;
-
+use crate::format::Format;
 use crate::open_policy::OpenPolicy;
-
-/// How the bytes of a file make up a virtual disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Format {
-    /// The file is the disk, byte for byte.
-    Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3.
-    Qcow2,
-}
-
-impl Format {
-    /// The name QEMU's tools use for it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Qcow2 => "qcow2",
-        }
-    }
-
-    /// The format of that name, if there is one.
-    pub fn from_name(name: &str) -> Option<Self> {
-        match name {
-            "raw" => Some(Self::Raw),
-            "qcow2" => Some(Self::Qcow2),
-            _ => None,
-        }
-    }
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 /// Whether an image may be changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

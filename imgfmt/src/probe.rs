@@ -1,61 +1,158 @@
-//! Finding an image's format by its first bytes.
+//! Finding an image's format by its first bytes, and by its last ones for formats that end with
+//! their header.
 //!
 //! The first bytes of a raw disk belong to the guest. A guest that writes a qcow2 header there turns
 //! its disk, at the next open by probing, into an image that names any file of the host as its
 //! backing file (CVE-2008-2004). Therefore [`Image`](crate::Image) refuses writes to the first
 //! sector of a raw image *found by probing* that would make it look like anything else.
+//!
+//! Headers at the end of a file are believed only if their checksum or their place are right: data
+//! of a guest does not look like that by accident. A guest that writes such a header on purpose
+//! gains nothing, because those formats are only refused.
 
-use crate::options::Format;
+use std::io;
+
+use crate::format::Format;
+use crate::storage::Storage;
+use crate::units::HostOffset;
 
 /// How many bytes from the start decide on the format.
 pub(crate) const PROBE_LENGTH: usize = 512;
 
 const QCOW_MAGIC: &[u8] = b"QFI\xfb";
 
-/// Formats we do not read but must not mistake for raw: they can name other files too.
-const FOREIGN: [(&[u8], &str); 6] = [
-    (b"QED\0", "QED"),
-    (b"KDMV", "VMDK"),
-    (b"COWD", "VMDK"),
-    (b"# Disk DescriptorFile", "VMDK"),
-    (b"vhdxfile", "VHDX"),
-    (b"conectix", "VHD"),
+/// Formats whose first bytes never differ.
+const MAGICS: [(&[u8], Format); 11] = [
+    (b"QED\0", Format::Qed),
+    (b"KDMV", Format::Vmdk),
+    (b"COWD", Format::Vmdk),
+    // Space-efficient sparse extents: the magic number and the version 2.1.
+    (b"\xbe\xba\xfe\xca\0\0\0\0\x01\0\0\0\x02\0\0\0", Format::Vmdk),
+    (b"vhdxfile", Format::Vhdx),
+    (b"conectix", Format::Vpc),
+    (b"WithoutFreeSpace", Format::Parallels),
+    (b"WithouFreSpacExt", Format::Parallels),
+    (b"LUKS\xba\xbe\0\x01", Format::Luks),
+    (b"LUKS\xba\xbe\0\x02", Format::Luks),
+    (b"Bochs Virtual HD Image", Format::Bochs),
 ];
 
-/// What the first bytes of a file look like.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Probed {
-    /// A format of this crate.
-    Known(Format),
-    /// Another image format, of this name.
-    Foreign(&'static str),
-}
+const VDI_SIGNATURE: [u8; 4] = 0xbeda_107f_u32.to_le_bytes();
+const VDI_SIGNATURE_OFFSET: usize = 64;
 
 /// Looks at the first bytes of a file, which may be fewer than [`PROBE_LENGTH`].
-pub(crate) fn probe(start: &[u8]) -> Probed {
+pub(crate) fn probe(start: &[u8]) -> Format {
     if start.starts_with(QCOW_MAGIC) {
         return match start.get(4..8) {
-            Some([0, 0, 0, 1]) => Probed::Foreign("QCOW version 1"),
-            _ => Probed::Known(Format::Qcow2),
+            Some([0, 0, 0, 1]) => Format::Qcow,
+            _ => Format::Qcow2,
         };
     }
-    match FOREIGN.iter().find(|(magic, _)| start.starts_with(magic)) {
-        Some((_, name)) => Probed::Foreign(name),
-        None => Probed::Known(Format::Raw),
+    if let Some((_, format)) = MAGICS.iter().find(|(magic, _)| start.starts_with(magic)) {
+        return *format;
     }
+    if start.get(VDI_SIGNATURE_OFFSET..).is_some_and(|rest| rest.starts_with(&VDI_SIGNATURE)) {
+        Format::Vdi
+    } else if is_vmdk_descriptor(start) {
+        Format::Vmdk
+    } else if is_cloop(start) {
+        Format::Cloop
+    } else {
+        Format::Raw
+    }
+}
+
+impl Format {
+    /// Finds the format of what is stored by looking at its bytes, as opening without a format does.
+    /// What looks like no image is a raw disk. On a raw disk those bytes belong to the guest.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the medium reports.
+    pub fn probe(storage: &dyn Storage) -> io::Result<Self> {
+        probe_storage(storage)
+    }
+}
+
+/// Looks at both ends of what is stored.
+fn probe_storage(storage: &dyn Storage) -> io::Result<Format> {
+    let mut start = [0; PROBE_LENGTH];
+    let read = storage.read_at(HostOffset::new(0), &mut start)?;
+    match probe(&start[..read]) {
+        Format::Raw => probe_end(storage),
+        format => Ok(format),
+    }
+}
+
+/// Looks at the last bytes of a file that does not begin as an image.
+fn probe_end(storage: &dyn Storage) -> io::Result<Format> {
+    let length = storage.len()?;
+    let Some(offset) = length.checked_sub(TRAILER_LENGTH as u64) else { return Ok(Format::Raw) };
+    let mut end = [0; TRAILER_LENGTH];
+    let read = storage.read_at(HostOffset::new(offset), &mut end)?;
+    Ok(if read < end.len() {
+        Format::Raw
+    } else if is_vhd_footer(&end) || is_vhd_footer(&end[1..]) {
+        Format::Vpc
+    } else if is_dmg_trailer(&end, offset) {
+        Format::Dmg
+    } else {
+        Format::Raw
+    })
+}
+
+/// The length of the footer of a VHD and of the trailer of a DMG, in bytes.
+const TRAILER_LENGTH: usize = 512;
+
+/// Whether this is the footer of a VHD, of which old versions of Virtual PC wrote 511 bytes.
+fn is_vhd_footer(footer: &[u8]) -> bool {
+    const CHECKSUM: std::ops::Range<usize> = 64..68;
+    if !footer.starts_with(b"conectix") {
+        return false;
+    }
+    // The one's complement of the sum of all other bytes.
+    let other = footer.iter().enumerate().filter(|(place, _)| !CHECKSUM.contains(place));
+    let sum: u32 = other.map(|(_, byte)| u32::from(*byte)).sum();
+    footer.get(CHECKSUM) == Some(&(!sum).to_be_bytes())
+}
+
+/// Whether this is the trailer of a DMG at that offset: its data and its list of properties then
+/// lie in front of it.
+fn is_dmg_trailer(trailer: &[u8], offset: u64) -> bool {
+    const FORKS: [usize; 3] = [24, 40, 216];
+    let fits = |place: usize| {
+        let number = |at: usize| {
+            let bytes = trailer.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
+            bytes.map(u64::from_be_bytes)
+        };
+        let end = number(place)
+            .zip(number(place + 8))
+            .and_then(|(from, length)| from.checked_add(length));
+        end.is_some_and(|end| end <= offset)
+    };
+    // Magic, version 4, and the length of the trailer itself.
+    trailer.starts_with(b"koly\0\0\0\x04\0\0\x02\0") && FORKS.into_iter().all(fits)
+}
+
+/// Whether this is a VMDK's descriptor: a text whose first line that is neither empty nor a comment
+/// gives the version.
+fn is_vmdk_descriptor(start: &[u8]) -> bool {
+    const COMMENT: &[u8] = b"# Disk DescriptorFile";
+    if start.get(..COMMENT.len()).is_some_and(|line| line.eq_ignore_ascii_case(COMMENT)) {
+        return true;
+    }
+    let mut lines = start.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+    let first = lines.find(|line| !line.is_empty() && line.first() != Some(&b'#'));
+    first.is_some_and(|line| matches!(line, b"version=1" | b"version=2" | b"version=3"))
+}
+
+/// Whether this is a compressed loop device: a shell script that says its version.
+fn is_cloop(start: &[u8]) -> bool {
+    let version = start.strip_prefix(b"#!/bin/sh\n#V");
+    let line = version.and_then(|rest| rest.split(|byte| *byte == b'\n').next());
+    line.and_then(|line| line.strip_suffix(b" Format"))
+        .is_some_and(|number| number.iter().all(|byte| byte.is_ascii_digit() || *byte == b'.'))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn formats_are_told_by_their_magic() {
-        assert_eq!(probe(b"QFI\xfb\0\0\0\x03"), Probed::Known(Format::Qcow2));
-        assert_eq!(probe(b"QFI\xfb\0\0\0\x01"), Probed::Foreign("QCOW version 1"));
-        assert_eq!(probe(b"QFI\xfb"), Probed::Known(Format::Qcow2));
-        assert_eq!(probe(b"QFI"), Probed::Known(Format::Raw));
-        assert_eq!(probe(b"KDMV...."), Probed::Foreign("VMDK"));
-        assert_eq!(probe(b""), Probed::Known(Format::Raw));
-    }
-}
+mod tests;

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
+use crate::format::Format;
 use crate::mapping::{Lease, Mapping};
-use crate::options::Format;
-use crate::probe::{PROBE_LENGTH, Probed, probe};
+use crate::probe::{PROBE_LENGTH, probe};
 use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -57,7 +57,7 @@ impl Raw {
         apply(&mut sector[offset.bytes() as usize..]);
         // A write behind the present end of the file still belongs to the sector.
         match probe(&sector[..length.max(self.size.min(PROBE_LENGTH as u64) as usize)]) {
-            Probed::Known(Format::Raw) => change(),
+            Format::Raw => change(),
             _ => Err(Error::new(
                 ErrorKind::PolicyDenied,
                 "write to",

@@ -10,6 +10,7 @@ mod connect;
 mod context;
 mod control;
 mod error;
+pub mod image_format;
 mod key_values;
 mod logging;
 mod output;

@@ -3,7 +3,7 @@
 use super::extension;
 use super::header::{Header, MAGIC, V2_LENGTH, autoclear, field, incompatible, read_error, u32_at};
 use crate::error::{Error, ErrorKind, Result};
-use crate::options::Format;
+use crate::format::Format;
 use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
 
@@ -21,6 +21,12 @@ pub(crate) fn change_backing(storage: &dyn Storage, backing: Option<(&str, Forma
     }
     if backing.is_some() && header.autoclear & autoclear::RAW_DATA_FILE != 0 {
         return Err(invalid("an image with a raw data file cannot have a backing file"));
+    }
+    if let Some((_, format)) = backing
+        && !format.is_supported()
+    {
+        let detail = format!("a {} image cannot be a backing file", format.description());
+        return Err(Error::new(ErrorKind::Unsupported, "change the backing file of", detail));
     }
     let mut first = vec![0; header.geometry.cluster_size() as usize];
     let read = storage.read_at(HostOffset::new(0), &mut first).map_err(read_error)?;

@@ -14,6 +14,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use clap::Args;
+use imgfmt::Format;
 
 use self::destination::Destination;
 use self::engine::{Job, Settings};
@@ -22,13 +23,15 @@ use self::plan::Extents;
 use self::source::{Knowledge, Source};
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, runtime};
+use crate::output::warn;
 use crate::progress::{Progress, Visibility};
 use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Sources and destinations:
   nbd://…, nbd+unix://…   an NBD server (nbds://…, nbds+unix://… with TLS)
-  disk.img, /dev/vg/lv    a local file or block device, byte for byte
+  disk.img, /dev/vg/lv    a local file or block device, byte for byte, even if it is an image: to
+                          copy the disk inside an image use 'nbd-cli image convert'
   -                       standard input or standard output
   null:                   nothing: an empty source, or a destination that forgets
 
@@ -140,6 +143,7 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     // The source first: what cannot be read must not cost anybody a destination.
     let knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
     let source = Source::open(&args.source, &args.connection, &args.tls, knowledge).await?;
+    warn_of_container(&source);
     let destination =
         Destination::open(&args.destination, &args.connection, &args.tls, &source).await?;
     let visibility = match (args.progress, args.quiet) {
@@ -164,6 +168,24 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     job.source.close().await;
     job.destination.close().await;
     Ok(())
+}
+
+/// Says that a file which is an image is copied with its container: that is rarely what is meant.
+fn warn_of_container(source: &Source) {
+    let Source::File { storage, path, .. } = source else { return };
+    // What cannot be read now is said when it is copied.
+    let format = Format::probe(&**storage).unwrap_or(Format::Raw);
+    if format != Format::Raw {
+        let advice = match format.is_supported() {
+            true => "; to copy the disk inside it, use 'nbd-cli image convert'",
+            false => "",
+        };
+        warn(&format!(
+            "'{}' is a {} image, and its file is copied as it is, byte for byte{advice}",
+            path.display(),
+            format.description()
+        ));
+    }
 }
 
 fn incomplete(args: &CopyArgs, error: &CommandError) -> CommandError {

@@ -17,9 +17,9 @@ use super::copy::location::Location;
 use super::copy::source::{Knowledge, Source};
 use super::copy::verify::Verification;
 use super::image::open::OpenArgs;
-use super::serve::ImageFormat;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, runtime};
+use crate::image_format::ImageFormat;
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
 use crate::size::rounded;
@@ -51,7 +51,7 @@ pub struct RestoreArgs {
     pub destination: Location,
 
     /// Format of a new file.
-    #[arg(short = 'O', long, value_enum, value_name = "FORMAT", default_value = "raw")]
+    #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
     pub output_format: ImageFormat,
 
     /// Read both sides again at the end and compare checksums.

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 
@@ -21,6 +21,7 @@ use self::control::{ControlSocket, Controller, Disks};
 pub use self::tls::{TlsArgs, TlsChoice};
 use super::image::open::TrustArgs;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::output::warn;
 pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
 use crate::serving::{PrivateFolder, drain, runtime, serve_error, serve_until_signal};
@@ -88,7 +89,7 @@ pub struct ServeArgs {
 
     /// Format of the images; found by looking at them unless given. A raw image that was found so
     /// refuses writes that would make it look like another format.
-    #[arg(short, long, value_enum)]
+    #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
     /// Export this internal snapshot of a qcow2 image, given by name or id, for reading only unless
@@ -183,15 +184,6 @@ pub struct ServeArgs {
     /// Memory for the large requests of all connections.
     #[arg(long, value_name = "SIZE", default_value = "1G", help_heading = "Limits")]
     pub memory: ByteSize,
-}
-
-/// Image formats that can be asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ImageFormat {
-    /// The file is the disk, byte for byte.
-    Raw,
-    /// QEMU's copy-on-write format.
-    Qcow2,
 }
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {

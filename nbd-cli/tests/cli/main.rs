@@ -34,6 +34,7 @@ mod image_convert;
 mod image_convert_existing;
 mod image_convert_nbd;
 mod image_create;
+mod image_foreign_formats;
 mod image_json;
 mod image_look;
 mod image_on_server;

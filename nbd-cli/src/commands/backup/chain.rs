@@ -20,7 +20,15 @@ pub(super) struct Base {
 impl Base {
     pub(super) fn open(path: &Path, args: &BackupArgs) -> Result<Self, CommandError> {
         let options = OpenOptions::new().policy(args.trust.policy());
-        let image = Image::open(path, &options).map_err(explained)?;
+        let image = Image::open(path, &options).map_err(|error| match error.found_format() {
+            Some(format) => CommandError::new(format!(
+                "'{}' is a {} image and no backup that an incremental one could build on; make a \
+                 full backup",
+                path.display(),
+                format.description()
+            )),
+            None => explained(error),
+        })?;
         let name = relative(path, folder_of(&args.target))?;
         Ok(Self { path: path.to_owned(), size: image.size(), format: image.format(), name })
     }

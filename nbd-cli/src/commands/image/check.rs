@@ -7,8 +7,9 @@ use clap::{Args, ValueEnum};
 use imgfmt::{CheckReport, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Repair};
 use serde::Serialize;
 
-use crate::commands::serve::ImageFormat;
+use super::open::explained;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::output::{Output, ReportFormat, printable};
 
 const AFTER_HELP: &str = "\
@@ -39,7 +40,7 @@ pub struct CheckArgs {
     pub path: PathBuf,
 
     /// Format of the image; found by looking at it unless given.
-    #[arg(short, long, value_enum)]
+    #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
     /// Repair what is found. Nobody else may use the image meanwhile.
@@ -103,12 +104,13 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
         // An image that cannot even be described has a feature that is not known.
         Err(error)
             if error.kind() == ErrorKind::Unsupported
-                && Image::inspect_file(&args.path, &options).is_ok() =>
+                && (error.found_format().is_some()
+                    || Image::inspect_file(&args.path, &options).is_ok()) =>
         {
             let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
             return Ok(Outcome::Status(UNSUPPORTED));
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(explained(error)),
     };
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {

@@ -12,9 +12,9 @@ use super::info::print_json;
 use super::open::{TrustArgs, explained, options};
 use super::place::Place;
 use super::walk::{Extents, span};
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
@@ -39,7 +39,7 @@ pub struct CommitArgs {
     pub path: PathBuf,
 
     /// Format of the overlay; found by looking at it unless given.
-    #[arg(short, long, value_enum)]
+    #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
     /// Do not empty the overlay: for one that is deleted afterwards.

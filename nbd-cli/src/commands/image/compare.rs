@@ -12,9 +12,9 @@ use serde::Serialize;
 use self::difference::Comparison;
 use super::open::{TrustArgs, options};
 use super::place::Place;
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, CommandErrorKind, Outcome};
+use crate::image_format::ImageFormat;
 use crate::output::{Output, ReportFormat, warn};
 use crate::progress::{Progress, ProgressArgs};
 
@@ -50,11 +50,11 @@ pub struct CompareArgs {
     pub second: OsString,
 
     /// Format of the first image; found by looking at it unless given.
-    #[arg(short = 'f', long, value_enum, value_name = "FORMAT")]
+    #[arg(short = 'f', long, value_name = "FORMAT")]
     pub format: Option<ImageFormat>,
 
     /// Format of the second image; found by looking at it unless given.
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT")]
+    #[arg(short = 'F', long, value_name = "FORMAT")]
     pub second_format: Option<ImageFormat>,
 
     /// Disks of different sizes are different, even if the rest is zero.
@@ -100,11 +100,12 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
     let places = Place::parse_two([&args.first, &args.second], &args.server, &args.trust)?;
     let is_remote = places.iter().any(|place| place.uri().is_some());
     let [first, second] = places;
-    let open = |place: &Place, format| {
+    let open = |place: &Place, format, raw_option| {
         let options = options(format, &args.trust).policy(args.trust.policy_with(&args.server));
-        place.open(&options, &args.server)
+        place.open_or_name(&options, &args.server, raw_option)
     };
-    let (first, second) = (open(&first, args.format)?, open(&second, args.second_format)?);
+    let first = open(&first, args.format, "--format raw")?;
+    let second = open(&second, args.second_format, "--second-format raw")?;
     let size_mismatch = first.size() != second.size();
     let end = first.size().max(second.size());
     let mismatch_offset = if size_mismatch && args.strict {

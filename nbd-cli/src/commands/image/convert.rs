@@ -14,9 +14,9 @@ use self::copier::{Copy, Target};
 use super::create::Qcow2Args;
 use super::open::OpenArgs;
 use super::place::Place;
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
@@ -53,7 +53,7 @@ pub struct ConvertArgs {
     pub destination: OsString,
 
     /// Format of the new image [default: raw].
-    #[arg(short = 'O', long, value_enum, value_name = "FORMAT")]
+    #[arg(short = 'O', long, value_name = "FORMAT")]
     pub output_format: Option<ImageFormat>,
 
     /// Write into a disk that exists, at least as large as the source; needs --output-format if it

@@ -9,9 +9,9 @@ use imgfmt::{
 };
 
 use super::info::print_json;
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::remote::allow_exports;
 use crate::size::ByteSize;
 
@@ -36,7 +36,7 @@ pub struct CreateArgs {
     pub size: Option<ByteSize>,
 
     /// Format of the image.
-    #[arg(short, long, value_enum, default_value = "raw")]
+    #[arg(short, long, default_value = "raw")]
     pub format: ImageFormat,
 
     /// Show the content of this file, or of this export of a server (an NBD URI), where the new image holds nothing yet.
@@ -44,7 +44,7 @@ pub struct CreateArgs {
     pub backing: Option<String>,
 
     /// Format of the backing file.
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT", requires = "backing")]
+    #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
     pub backing_format: Option<ImageFormat>,
 
     /// Whether the whole disk gets its space now.

@@ -11,9 +11,9 @@ use serde::Serialize;
 use super::open::OpenArgs;
 use super::place::Place;
 use super::walk::Extents;
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::output::{Output, ReportFormat};
 
 const AFTER_HELP: &str = "\

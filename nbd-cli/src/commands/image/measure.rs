@@ -10,9 +10,9 @@ use super::create::Qcow2Args;
 use super::open::OpenArgs;
 use super::place::Place;
 use super::walk::Extents;
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::output::{Output, ReportFormat};
 use crate::size::{ByteSize, rounded};
 
@@ -39,7 +39,7 @@ pub struct MeasureArgs {
     pub size: Option<ByteSize>,
 
     /// Format of the new image.
-    #[arg(short = 'O', long, value_enum, value_name = "FORMAT", default_value = "raw")]
+    #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
     pub output_format: ImageFormat,
 
     /// Measure this internal snapshot, given by name or id, in place of the present state.

@@ -3,18 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use imgfmt::{Access, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{Access, Error, ErrorKind, Image, OpenOptions, OpenPolicy};
 
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
+use crate::image_format::ImageFormat;
 use crate::remote::allow_exports;
 
 /// How an image that exists is opened.
 #[derive(Clone, Debug, Args)]
 pub struct OpenArgs {
     /// Format of the image; found by looking at it unless given.
-    #[arg(short, long, value_enum)]
+    #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
     #[command(flatten)]
@@ -79,21 +79,19 @@ pub(in crate::commands) fn options(format: Option<ImageFormat>, trust: &TrustArg
     }
 }
 
-impl From<ImageFormat> for Format {
-    fn from(format: ImageFormat) -> Self {
-        match format {
-            ImageFormat::Raw => Self::Raw,
-            ImageFormat::Qcow2 => Self::Qcow2,
-        }
-    }
-}
-
 /// The error with the option that would allow what was refused.
 pub(in crate::commands) fn explained(error: Error) -> CommandError {
-    match error.kind() {
-        ErrorKind::PolicyDenied => {
+    explained_with(error, "--format raw")
+}
+
+/// As [`explained`], where another option gives the format.
+#[allow(clippy::needless_pass_by_value)] // For map_err.
+pub(in crate::commands) fn explained_with(error: Error, raw_option: &str) -> CommandError {
+    match (error.kind(), error.found_format()) {
+        (ErrorKind::PolicyDenied, _) => {
             CommandError::new(format!("{error} (with --trust-image, if you trust its maker)"))
         }
+        (_, Some(_)) => CommandError::new(format!("{error} ({raw_option})")),
         _ => error.into(),
     }
 }

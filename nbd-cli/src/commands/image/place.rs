@@ -9,7 +9,7 @@ use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
 use nbd_client::LocalFiles;
 use nbd_proto::NbdUri;
 
-use super::open::{TrustArgs, beside, explained};
+use super::open::{TrustArgs, beside, explained, explained_with};
 use crate::commands::copy::location::Location;
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
@@ -83,7 +83,7 @@ impl Place {
         server: &ServerArgs,
     ) -> Result<ImageInfo, CommandError> {
         match self {
-            Self::File(path) => Ok(Image::inspect_file(path, options)?),
+            Self::File(path) => Image::inspect_file(path, options).map_err(explained),
             Self::Export { uri, files } => {
                 let storage = storage(uri, *files, server)?;
                 Image::inspect_storage(Arc::new(storage), &raw_unless_told(options))
@@ -98,8 +98,20 @@ impl Place {
         options: &OpenOptions,
         server: &ServerArgs,
     ) -> Result<Image, CommandError> {
+        self.open_or_name(options, server, "--format raw")
+    }
+
+    /// As [`open`](Self::open), for a command with another option for the format of this image.
+    pub(super) fn open_or_name(
+        &self,
+        options: &OpenOptions,
+        server: &ServerArgs,
+        raw_option: &str,
+    ) -> Result<Image, CommandError> {
         match self {
-            Self::File(path) => Image::open(path, options).map_err(explained),
+            Self::File(path) => {
+                Image::open(path, options).map_err(|error| explained_with(error, raw_option))
+            }
             Self::Export { uri, files } => {
                 let storage = storage(uri, *files, server)?;
                 if options.access == Access::ReadWrite && !storage.is_writable() {

@@ -9,9 +9,9 @@ use super::info::print_json;
 use super::open::{OpenArgs, explained};
 use super::place::Place;
 use super::walk::{Extents, read_padded};
-use crate::commands::serve::ImageFormat;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
 
 const AFTER_HELP: &str = "\
@@ -42,7 +42,7 @@ pub struct RebaseArgs {
     pub backing: Option<String>,
 
     /// Format of the new backing file.
-    #[arg(short = 'F', long, value_enum, value_name = "FORMAT", requires = "backing")]
+    #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
     pub backing_format: Option<ImageFormat>,
 
     /// Make the image stand alone.
@@ -70,7 +70,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
     if !args.is_unsafe {
         keep_content(args, new)?;
     }
-    Image::change_backing_file(&args.path, &args.open.options(), new)?;
+    Image::change_backing_file(&args.path, &args.open.options(), new).map_err(explained)?;
     if args.json {
         print_json(&args.path, &args.open.options().format(Format::Qcow2))?;
     }

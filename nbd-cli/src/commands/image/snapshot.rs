@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use imgfmt::{Image, Snapshot};
 use serde::Serialize;
 
-use super::open::OpenArgs;
+use super::open::{OpenArgs, explained};
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::rounded;
@@ -124,7 +124,7 @@ fn print(path: &Path, open: &OpenArgs, format: ReportFormat) -> Result<Outcome, 
 }
 
 fn snapshots(path: &Path, open: &OpenArgs) -> Result<Vec<Snapshot>, CommandError> {
-    let info = Image::inspect_file(path, &open.options())?;
+    let info = Image::inspect_file(path, &open.options()).map_err(explained)?;
     Ok(info.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default())
 }
 

@@ -76,6 +76,17 @@ const QCOW2_TUNING: [&str; 9] = [
 const FILE_TUNING: [&str; 5] =
     ["aio", "aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
 
+/// That there is no such driver for images.
+pub(super) fn unknown_driver(name: &str) -> String {
+    match Format::from_name(name) {
+        Some(format) => format!(
+            "the format {} is recognised but cannot be read yet; there are raw and qcow2",
+            format.description()
+        ),
+        None => format!("Unknown driver '{name}'; there are raw and qcow2"),
+    }
+}
+
 impl Described {
     /// Reads the options of a whole disk.
     ///
@@ -105,7 +116,7 @@ impl Described {
                 return disk.export(options);
             }
             None => disk.file_below(&mut options)?,
-            Some(name) => return Err(format!("Unknown driver '{name}'; there are raw and qcow2")),
+            Some(name) => return Err(unknown_driver(name)),
         }
         disk.common(&mut options)?;
         nothing_left(&options, driver.as_deref().unwrap_or("any"))?;

@@ -7,13 +7,13 @@ use nbd_client::Connector;
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 
-use super::image_options::{Described, Place};
+use super::image_options::{Described, Place, unknown_driver};
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
 use super::{Refusal, complain};
 use crate::connect::ServerArgs;
 use crate::key_values::KeyValues;
 use crate::remote::{ExportStorage, allow_exports};
-use crate::serving::image::{ImageChoices, OfferedBitmaps, Writes};
+use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
 use crate::serving::{BitmapDurability, Caching, Changes, Discard, MultiConn, Waiting};
 
 /// Opens it as the options say.
@@ -36,14 +36,17 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
     };
     let mut disk = disk.map_err(failed)?;
     if let Some(name) = &options.format {
-        disk.format =
-            Some(Format::from_name(name).ok_or_else(|| {
-                failed(format!("Unknown driver '{name}'; there are raw and qcow2"))
-            })?);
+        let format = Format::from_name(name).filter(|format| format.is_supported());
+        disk.format = Some(format.ok_or_else(|| failed(unknown_driver(name)))?);
     }
     let choices = choices(options, &disk).map_err(failed)?;
     let image = match &disk.place {
-        Place::File(path) => choices.open_image(path).map_err(|error| error.to_string()),
+        Place::File(path) => choices.open_image(path).map_err(|error| match &error {
+            OpenError::Image(image) if image.found_format().is_some() => {
+                format!("{error} (-f raw)")
+            }
+            _ => error.to_string(),
+        }),
         Place::Export(uri) => open_export(&choices, uri),
     };
     let image = image.map_err(failed)?;

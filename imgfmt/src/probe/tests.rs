@@ -1,0 +1,99 @@
+use super::*;
+use crate::storage::{Durability, MemoryStorage};
+
+fn probe_bytes(bytes: &[u8]) -> Format {
+    let storage = MemoryStorage::new(bytes.len() as u64);
+    storage.write_at(HostOffset::new(0), bytes, Durability::Cached).unwrap();
+    probe_storage(&storage).unwrap()
+}
+
+/// A file of 4 KiB that ends with this.
+fn ending_with(end: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; 4096 - end.len()];
+    bytes.extend_from_slice(end);
+    bytes
+}
+
+fn vhd_footer(length: usize) -> Vec<u8> {
+    let mut footer = vec![0; length];
+    footer[..8].copy_from_slice(b"conectix");
+    footer[8..16].copy_from_slice(&[0, 0, 0, 2, 0, 1, 0, 0]);
+    footer[16..24].fill(0xff);
+    footer[60..64].copy_from_slice(&2_u32.to_be_bytes());
+    let sum: u32 = footer.iter().map(|byte| u32::from(*byte)).sum();
+    footer[64..68].copy_from_slice(&(!sum).to_be_bytes());
+    footer
+}
+
+fn dmg_trailer() -> Vec<u8> {
+    let mut trailer = vec![0; 512];
+    trailer[..12].copy_from_slice(b"koly\0\0\0\x04\0\0\x02\0");
+    trailer[32..40].copy_from_slice(&1024_u64.to_be_bytes());
+    trailer[216..224].copy_from_slice(&1024_u64.to_be_bytes());
+    trailer[224..232].copy_from_slice(&2048_u64.to_be_bytes());
+    trailer
+}
+
+#[test]
+fn formats_are_told_by_their_first_bytes() {
+    for (start, format) in [
+        (&b"QFI\xfb\0\0\0\x03"[..], Format::Qcow2),
+        (b"QFI\xfb\0\0\0\x01", Format::Qcow),
+        (b"QFI\xfb", Format::Qcow2),
+        (b"QFI", Format::Raw),
+        (b"QED\0", Format::Qed),
+        (b"KDMV....", Format::Vmdk),
+        (b"COWD\x01\0\0\0", Format::Vmdk),
+        (b"\xbe\xba\xfe\xca\0\0\0\0\x01\0\0\0\x02\0\0\0", Format::Vmdk),
+        (b"\xbe\xba\xfe\xca\0\0\0\0", Format::Raw),
+        (b"# disk descriptorfile\r\nversion=1\r\n", Format::Vmdk),
+        (b"\n# made by hand\n\nversion=3\nCID=1\n", Format::Vmdk),
+        (b"# made by hand\nversion=4\n", Format::Raw),
+        (b"vhdxfile", Format::Vhdx),
+        (b"conectix", Format::Vpc),
+        (b"WithoutFreeSpace\x02\0\0\0", Format::Parallels),
+        (b"WithouFreSpacExt\x02\0\0\0", Format::Parallels),
+        (b"LUKS\xba\xbe\0\x01aes", Format::Luks),
+        (b"LUKS\xba\xbe\0\x02\0\0", Format::Luks),
+        (b"LUKS\xba\xbe\0\x03", Format::Raw),
+        (b"Bochs Virtual HD Image\0", Format::Bochs),
+        (b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop file=$0 && mount", Format::Cloop),
+        (b"#!/bin/sh\n#Version 2 of the Format\n", Format::Raw),
+        (b"", Format::Raw),
+    ] {
+        assert_eq!(probe_bytes(start), format, "{}", start.escape_ascii());
+        assert_eq!(probe(start), format, "{}", start.escape_ascii());
+    }
+    let mut vdi = vec![0; 512];
+    vdi[64..68].copy_from_slice(&[0x7f, 0x10, 0xda, 0xbe]);
+    assert_eq!(probe_bytes(&vdi), Format::Vdi);
+    assert_eq!(probe_bytes(&vdi[..66]), Format::Raw);
+}
+
+#[test]
+fn formats_are_told_by_their_last_bytes() {
+    for length in [511, 512] {
+        assert_eq!(probe_bytes(&ending_with(&vhd_footer(length))), Format::Vpc);
+    }
+    assert_eq!(probe_bytes(&ending_with(&dmg_trailer())), Format::Dmg);
+}
+
+#[test]
+fn a_disk_is_not_taken_for_an_image_because_its_last_sector_begins_like_one() {
+    assert_eq!(probe_bytes(&ending_with(&[&b"conectix"[..], &[7; 504]].concat())), Format::Raw);
+    assert_eq!(probe_bytes(&ending_with(&[&b"koly"[..], &[0; 508]].concat())), Format::Raw);
+    let mut outside = dmg_trailer();
+    outside[32..40].copy_from_slice(&4096_u64.to_be_bytes());
+    assert_eq!(probe_bytes(&ending_with(&outside)), Format::Raw);
+    // The footer in the middle of a disk is the guest's.
+    let mut middle = ending_with(&vhd_footer(512));
+    middle.extend_from_slice(&[0; 512]);
+    assert_eq!(probe_bytes(&middle), Format::Raw);
+}
+
+#[test]
+fn a_cd_image_is_a_raw_disk() {
+    let mut iso = vec![0; 40960];
+    iso[32768..32774].copy_from_slice(b"\x01CD001");
+    assert_eq!(probe_bytes(&iso), Format::Raw);
+}

@@ -1,0 +1,176 @@
+//! Images of formats that cannot be read are recognised and refused, by every command that would
+//! otherwise take them for raw disks; to say that they are raw opens them all the same.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::{Disk, Outcome, PROGRAM, nbd_cli, peer, run, says, tool};
+use crate::tools;
+
+/// Images with the names by which they are to be recognised: those that qemu-img can make here, and
+/// headers as the formats' specifications have them.
+fn images(disk: &Disk, qemu_img: &Path) -> Vec<(String, &'static str)> {
+    let mut images = Vec::new();
+    for (format, options, name) in [
+        ("qcow", "", "qcow"),
+        ("qed", "", "QED"),
+        ("vmdk", "", "VMDK"),
+        ("vmdk", "subformat=monolithicFlat", "VMDK"),
+        ("vmdk", "subformat=streamOptimized", "VMDK"),
+        ("vdi", "", "VDI"),
+        ("vpc", "", "VHD"),
+        ("vpc", "subformat=fixed,force_size=on", "VHD"),
+        ("vhdx", "", "VHDX"),
+        ("parallels", "", "Parallels"),
+    ] {
+        let path = disk.beside(&format!("{}.{format}", images.len()));
+        let options = if options.is_empty() { vec![] } else { vec!["-o", options] };
+        let arguments = [&["create", "-q", "-f", format][..], &options, &[&path, "4M"]].concat();
+        peer(qemu_img, &arguments);
+        images.push((path, name));
+    }
+    let luks = disk.beside("a.luks");
+    let options = ["-o", "key-secret=s,iter-time=10", &luks, "4M"];
+    let secret = ["create", "-q", "--object", "secret,id=s,data=abc", "-f", "luks"];
+    peer(qemu_img, &[&secret[..], &options].concat());
+    images.push((luks, "LUKS"));
+    let mut dmg = vec![0; 8192];
+    dmg[7680..7692].copy_from_slice(b"koly\0\0\0\x04\0\0\x02\0");
+    for (file, bytes, name) in [
+        ("a.bochs", b"Bochs Virtual HD Image\0".to_vec(), "Bochs"),
+        ("a.cloop", b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop\n".to_vec(), "cloop"),
+        ("a.cowd", b"COWD\x01\0\0\0".to_vec(), "VMDK"),
+        ("b.luks", b"LUKS\xba\xbe\0\x02".to_vec(), "LUKS"),
+        ("b.hds", b"WithoutFreeSpace\x02\0\0\0".to_vec(), "Parallels"),
+        ("a.dmg", dmg, "DMG"),
+    ] {
+        let path = disk.beside(file);
+        let mut bytes = bytes;
+        bytes.resize(8192, 0);
+        std::fs::write(&path, bytes).expect("room");
+        images.push((path, name));
+    }
+    images
+}
+
+/// Arguments of the commands that open an image whose format they look for.
+fn openers<'a>(image: &'a str, new: &'a str, other: &'a str) -> Vec<Vec<&'a str>> {
+    vec![
+        vec!["image", "map", image],
+        vec!["image", "convert", "-O", "qcow2", image, new],
+        vec!["image", "resize", image, "+1M"],
+        vec!["image", "rebase", "--no-backing", image],
+        vec!["image", "rebase", "--unsafe", "--no-backing", image],
+        vec!["image", "commit", image],
+        vec!["image", "snapshot", "list", image],
+        vec!["image", "snapshot", "create", image, "name"],
+        vec!["image", "measure", image],
+        vec!["bitmap", "list", image],
+        vec!["bitmap", "add", image, "name"],
+        vec!["restore", image, new],
+        vec!["serve", "--read-only", "--run", "true", image],
+        vec!["serve", "--run", "true", image],
+        vec!["serve", "--temporary", "--run", "true", image],
+        vec!["backup", "--bitmap", "b", "--base", image, "nbd+unix:///?socket=/nowhere", new],
+        vec!["image", "compare", image, other],
+        vec!["image", "compare", other, image],
+    ]
+}
+
+#[test]
+fn no_command_takes_an_image_of_another_format_for_a_raw_disk() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let new = disk.beside("new");
+    for (image, name) in images(&disk, &qemu_img) {
+        let before = std::fs::read(&image).expect("the image");
+        for command in openers(&image, &new, disk.path()) {
+            let outcome = nbd_cli(&command);
+            let code = match command[1] {
+                "compare" => 2,
+                _ => 1,
+            };
+            assert_eq!(outcome.code, Some(code), "{command:?}: {outcome:?}");
+            assert_eq!(outcome.stderr.lines().count(), 1, "{command:?}: {outcome:?}");
+            let helps = outcome.stderr.contains(name)
+                && (command[0] == "backup" || outcome.stderr.contains("ormat raw)"));
+            assert!(helps, "{command:?}: {outcome:?}");
+            assert!(!Path::new(&new).exists(), "{command:?}");
+        }
+        // Its exit code says that images of the format cannot be checked.
+        let outcome = nbd_cli(&["image", "check", &image]);
+        assert_eq!(outcome.code, Some(63), "{outcome:?}");
+        assert!(outcome.stderr.contains(name), "{outcome:?}");
+        assert!(std::fs::read(&image).expect("the image") == before, "{image} was changed");
+        let outcome = qemu_nbd(&[&image]);
+        assert!(
+            outcome.stderr.contains(name) && outcome.stderr.contains("(-f raw)"),
+            "{outcome:?}"
+        );
+    }
+}
+
+fn qemu_nbd(arguments: &[&str]) -> Outcome {
+    run(Command::new(PROGRAM).args(["qemu-nbd", "-p", "0"]).args(arguments))
+}
+
+#[test]
+fn bytes_of_any_format_are_a_raw_disk_if_the_user_says_so() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let new = disk.beside("new");
+    for (image, _) in images(&disk, &qemu_img) {
+        nbd_cli(&["image", "convert", "--format", "raw", &image, &new]).success();
+        assert!(std::fs::read(&image).unwrap() == std::fs::read(&new).unwrap(), "{image}");
+        std::fs::remove_file(&new).expect("the copy");
+        nbd_cli(&["serve", "--format", "raw", "--run", "true", &image]).success();
+        nbd_cli(&["image", "compare", "-f", "raw", "-F", "raw", &image, &image]).success();
+    }
+}
+
+#[test]
+fn a_format_that_cannot_be_read_yet_is_told_from_one_that_does_not_exist() {
+    let disk = Disk::sparse();
+    for format in ["vdi", "vmdk", "vpc", "vhd", "vhdx", "qed", "luks", "dmg"] {
+        let outcome = nbd_cli(&["image", "info", "--format", format, disk.path()]);
+        assert_eq!(outcome.code, Some(1), "{outcome:?}");
+        assert!(outcome.stderr.contains("cannot be read or written yet"), "{outcome:?}");
+        let outcome = qemu_nbd(&["-f", if format == "vhd" { "vpc" } else { format }, disk.path()]);
+        assert!(outcome.stderr.contains("cannot be read yet"), "{outcome:?}");
+    }
+    let outcome = nbd_cli(&["image", "info", "--format", "nonsense", disk.path()]);
+    assert!(outcome.stderr.contains("[possible values: raw, qcow2]"), "{outcome:?}");
+}
+
+#[test]
+fn a_backing_file_of_another_format_is_named_and_refused() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (base, overlay) = (disk.beside("base.vdi"), disk.beside("overlay.qcow2"));
+    peer(&qemu_img, &["create", "-q", "-f", "vdi", &base, "4M"]);
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "vdi", &overlay]);
+    says(nbd_cli(&["image", "map", &overlay]), &["VDI", "image rebase --unsafe"]);
+    // With probing allowed, and a header that does not say the format.
+    let bytes = std::fs::read(&overlay).expect("the overlay");
+    let place = bytes.windows(8).position(|word| word == b"\xe2\x79\x2a\xca\0\0\0\x03");
+    let mut bytes = bytes;
+    bytes[place.expect("the format's extension")] = 0x77;
+    std::fs::write(&overlay, bytes).expect("room");
+    says(nbd_cli(&["image", "map", "--trust-image", &overlay]), &["VDI", "image rebase --unsafe"]);
+}
+
+#[test]
+fn copying_an_image_file_says_that_its_container_is_copied() {
+    let Some(qemu_img) = tool("qemu-img") else { return };
+    let disk = Disk::sparse();
+    for (format, advice) in [("qcow2", "nbd-cli image convert"), ("vdi", "byte for byte")] {
+        let (image, new) = (disk.beside(format), disk.beside("new"));
+        peer(&qemu_img, &["convert", "-O", format, disk.path(), &image]);
+        let outcome = nbd_cli(&["copy", &image, &new]);
+        assert!(outcome.stderr.contains(advice), "{outcome:?}");
+        outcome.success();
+        assert!(std::fs::read(&image).unwrap() == std::fs::read(&new).unwrap(), "{format}");
+    }
+    let outcome = nbd_cli(&["copy", disk.path(), &disk.beside("new")]);
+    assert_eq!(outcome.stderr, "");
+}
