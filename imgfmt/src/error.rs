@@ -209,6 +209,11 @@ fn detail_of(error: &io::Error) -> String {
             "the file ends before this point; has it been truncated while it was open?".into()
         }
         io::ErrorKind::StorageFull => "no space is left on the device; free some".into(),
+        io::ErrorKind::FileTooLarge => {
+            "the file would become larger than the limit of this process (ulimit -f) or of the file \
+             system allows"
+                .into()
+        }
         _ => error.to_string(),
     }
 }
@@ -228,6 +233,13 @@ mod tests {
             error.to_string(),
             "cannot write to '/disk.img' at offset 4096: no space is left on the device; free some"
         );
+    }
+
+    #[test]
+    fn a_limit_on_the_size_of_files_is_a_lack_of_space() {
+        let error = Error::from_io("write to", io::Error::from_raw_os_error(libc::EFBIG));
+        assert_eq!(error.kind(), ErrorKind::NoSpace);
+        assert!(error.to_string().contains("ulimit -f"), "{error}");
     }
 
     #[test]

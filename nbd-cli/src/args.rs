@@ -25,7 +25,8 @@ Exit codes:
   2  for `info --can`, `--is` and `--has`: no
   `image check` and `image compare` have codes of their own: see their --help.
   `serve --run` returns the status of the command (128 + N if signal N ended it).
-  A second SIGINT or SIGTERM ends `serve` at once, with 128 + the signal's number.
+  128 + N if signal N interrupted a command that writes; what it left is said on standard error.
+  A second SIGINT or SIGTERM ends a server at once, with 128 + the signal's number.
   A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is no error.";
 
 /// Serve, inspect, map and copy disks over the Network Block Device (NBD) protocol.
@@ -68,6 +69,19 @@ pub enum Command {
     QemuNbd(qemu_nbd::QemuNbdArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
+}
+
+impl Command {
+    /// Whether it makes or changes a disk, so that it may not simply be killed by a signal. `backup` looks after
+    /// signals itself, because of its checkpoint.
+    pub(crate) fn writes(&self) -> bool {
+        match self {
+            Self::Copy(_) | Self::Restore(_) => true,
+            Self::Image(args) => args.command.writes(),
+            Self::Bitmap(args) => args.command.writes(),
+            _ => false,
+        }
+    }
 }
 
 #[cfg(test)]

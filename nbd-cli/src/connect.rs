@@ -13,6 +13,7 @@ use nbd_proto::wire::OptionReplyType;
 
 use crate::error::CommandError;
 use crate::output::printable;
+use crate::signals;
 use crate::size::parse_duration;
 
 /// How many names an error lists.
@@ -191,12 +192,16 @@ fn usual_folder() -> Option<PathBuf> {
         .find(|folder| folder.join(CA_CERTIFICATE_FILE).is_file())
 }
 
-/// Connects; an export that does not exist is reported together with those that do.
+/// Connects, unless a signal interrupts that; an export that does not exist is reported together with
+/// those that do.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {
-    match connector.connect().await {
-        Ok(client) => Ok(client),
-        Err(error) => Err(explain_unknown_export(connector, uri, error).await),
-    }
+    signals::unless_interrupted(async {
+        match connector.connect().await {
+            Ok(client) => Ok(client),
+            Err(error) => Err(explain_unknown_export(connector, uri, error).await),
+        }
+    })
+    .await
 }
 
 /// Turns an error of the handshake into one of the program.

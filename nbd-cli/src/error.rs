@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::signals;
+
 /// How a command ended that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -71,6 +73,19 @@ impl From<imgfmt::Error> for CommandError {
     fn from(error: imgfmt::Error) -> Self {
         Self::new(error.to_string())
     }
+}
+
+/// Carries out the work of a command that writes.
+pub(crate) fn block_on<T>(
+    work: impl Future<Output = Result<T, CommandError>>,
+) -> Result<T, CommandError> {
+    let runtime = runtime()?;
+    let result = runtime.block_on(work);
+    if signals::caught().is_some() {
+        // A read or write that hangs must not keep an interrupted command from ending.
+        runtime.shutdown_background();
+    }
+    result
 }
 
 /// The runtime of the commands that talk over the network.

@@ -31,15 +31,20 @@ use clap::Parser as _;
 
 use crate::args::{Cli, Command};
 use crate::error::{CommandError, CommandErrorKind, Outcome};
+use crate::signals::EndSignal;
 
 /// Runs the program with the given arguments (the first is the program's name) and returns its
-/// exit code: 0 for success, 1 for any error, 2 if what `info --can` or `--is` asks is not so.
+/// exit code: 0 for success, 1 for any error, 2 if what `info --can` or `--is` asks is not so, 128 + N if
+/// signal N interrupted a command that writes.
 /// `serve --run` returns the status of its command; `image check` and `image compare` have codes of
 /// their own.
 ///
 /// Results go to standard output; errors, warnings and progress to standard error.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<_> = arguments.into_iter().collect();
+    if let Err(error) = signals::prepare() {
+        return report(&error);
+    }
     if let Some(arguments) = commands::qemu_nbd::arguments_for_qemu_nbd(&arguments) {
         return ExitCode::from(commands::qemu_nbd::run(arguments.to_vec()));
     }
@@ -55,6 +60,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 }
 
 fn dispatch(command: Command) -> Result<Outcome, CommandError> {
+    if command.writes() {
+        signals::watch()?;
+    }
     match command {
         Command::Serve(args) => commands::serve::run(args),
         Command::Info(args) => commands::info::run(&args),
@@ -84,5 +92,6 @@ fn report(error: &CommandError) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
-    ExitCode::FAILURE
+    let interrupted = signals::caught().map(EndSignal::exit_status);
+    interrupted.map_or(ExitCode::FAILURE, ExitCode::from)
 }

@@ -18,6 +18,7 @@ use crate::connect::{ServerArgs, connect};
 use crate::error::{CommandError, runtime};
 use crate::output::printable;
 use crate::server_name::{JSON_SCHEME, SCHEMES, from_name_in_image};
+use crate::signals;
 
 /// Connections to a server that allows several.
 const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
@@ -106,9 +107,12 @@ impl ExportStorage {
         self.client.info().size
     }
 
+    /// Waits for an answer, unless a signal interrupts that.
     fn block_on<T>(&self, work: impl Future<Output = T>) -> io::Result<T> {
         let runtime = self.runtime.as_ref();
-        Ok(runtime.ok_or(io::ErrorKind::NotConnected)?.block_on(work))
+        let work = signals::unless_interrupted(async { Ok(work.await) });
+        let done = runtime.ok_or(io::ErrorKind::NotConnected)?.block_on(work);
+        done.map_err(|interrupted| io::Error::other(interrupted.to_string()))
     }
 
     fn wait<T>(&self, work: impl Future<Output = Result<T, Error>>) -> io::Result<T> {

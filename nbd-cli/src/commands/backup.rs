@@ -31,10 +31,10 @@ use super::copy::source::Source;
 use super::copy::verify::Verification;
 use super::image::open::{TrustArgs, explained};
 use crate::connect::{ConnectionArgs, TlsArgs, connect};
-use crate::error::{CommandError, Outcome, runtime};
+use crate::error::{CommandError, Outcome, block_on, runtime};
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
-use crate::signals::EndSignals;
+use crate::signals::{self, EndSignals, Hangup};
 use crate::size::parse_duration;
 
 const AFTER_HELP: &str = "\
@@ -178,15 +178,18 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
             "--bitmap needs --base FILE, the backup before this one; a full backup takes neither",
         ));
     }
-    let runtime = runtime()?;
     let report = match (&args.control, &args.source) {
         (Some(socket), _) => {
+            let runtime = runtime()?;
             // Before there is a checkpoint: if a signal ended this process it would stay, and go on
             // to cost room and time.
-            let signals = runtime.block_on(async { EndSignals::new() })?;
+            let signals = runtime.block_on(async { EndSignals::new(Hangup::Ends) })?;
             checkpointed(args, socket, |uri| runtime.block_on(until_signal(args, uri, signals)))?
         }
-        (None, Some(uri)) => runtime.block_on(backup(args, uri))?,
+        (None, Some(uri)) => {
+            signals::watch()?;
+            block_on(backup(args, uri))?
+        }
         (None, None) => return Err(CommandError::new("give the disk's URI, or --control")),
     };
     if !args.quiet {
@@ -206,8 +209,8 @@ async fn until_signal(
         signal = signals.next() => signal,
     };
     tokio::spawn(async move {
-        let second = signals.next().await;
-        std::process::exit(second.exit_status());
+        let second = signals.insisted().await;
+        std::process::exit(second.exit_status().into());
     });
     Err(CommandError::new(format!(
         "signal {} has ended the backup of {uri}; begin again with --restart",

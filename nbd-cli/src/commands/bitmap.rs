@@ -65,6 +65,13 @@ pub enum BitmapCommand {
     Recover(ImageArgs),
 }
 
+impl BitmapCommand {
+    /// Whether it changes the image.
+    pub(crate) fn writes(&self) -> bool {
+        !matches!(self, Self::List(_))
+    }
+}
+
 /// Which image, and how it is reported on.
 #[derive(Debug, Args)]
 pub struct ImageArgs {

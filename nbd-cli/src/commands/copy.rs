@@ -22,9 +22,10 @@ use self::location::Location;
 use self::plan::Extents;
 use self::source::{Knowledge, Source};
 use crate::connect::{ConnectionArgs, TlsArgs};
-use crate::error::{CommandError, Outcome, runtime};
+use crate::error::{CommandError, Outcome, block_on};
 use crate::output::warn;
 use crate::progress::{Progress, Visibility};
+use crate::signals;
 use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
@@ -111,7 +112,7 @@ pub struct CopyArgs {
 
 pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
     check(&args)?;
-    runtime()?.block_on(copy(&args))?;
+    block_on(copy(&args))?;
     Ok(Outcome::Success)
 }
 
@@ -161,7 +162,7 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     let result = engine::run(&job).await;
     job.progress.clear();
     let result = match result {
-        Ok(()) => job.destination.finish(args.flush).await,
+        Ok(()) => signals::unless_interrupted(job.destination.finish(args.flush)).await,
         Err(error) => Err(error),
     };
     result.map_err(|error| incomplete(args, &error))?;

@@ -66,6 +66,17 @@ pub enum ImageCommand {
     Compare(compare::CompareArgs),
 }
 
+impl ImageCommand {
+    /// Whether it makes or changes an image between its steps. A repair that was cut off is begun again.
+    pub(crate) fn writes(&self) -> bool {
+        match self {
+            Self::Convert(_) | Self::Resize(_) | Self::Rebase(_) | Self::Commit(_) => true,
+            Self::Snapshot(args) => args.command.writes(),
+            _ => false,
+        }
+    }
+}
+
 pub(crate) fn run(args: ImageArgs) -> Result<Outcome, CommandError> {
     match args.command {
         ImageCommand::Create(args) => create::run(&args),

@@ -18,10 +18,11 @@ use super::copy::source::{Knowledge, Source};
 use super::copy::verify::Verification;
 use super::image::open::OpenArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
-use crate::error::{CommandError, Outcome, runtime};
+use crate::error::{CommandError, Outcome, block_on};
 use crate::image_format::ImageFormat;
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
+use crate::signals;
 use crate::size::rounded;
 
 const AFTER_HELP: &str = "\
@@ -108,7 +109,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
         ));
     }
     args.tls.check(args.destination.uri())?;
-    let report = runtime()?.block_on(restore(args))?;
+    let report = block_on(restore(args))?;
     if !args.quiet {
         report.print(ReportFormat::from_json_flag(args.json))?;
     }
@@ -231,7 +232,7 @@ async fn fill_and_verify(
         }
         _ => true,
     };
-    job.destination.finish(flushes).await?;
+    signals::unless_interrupted(job.destination.finish(flushes)).await?;
     let counts = [&job.counts().data, &job.counts().zero].map(|n| n.load(Ordering::Relaxed));
     let job = Arc::into_inner(job)
         .ok_or_else(|| CommandError::new("a task of the restore has not ended"))?;

@@ -25,7 +25,7 @@ use crate::image_format::ImageFormat;
 use crate::output::warn;
 pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
 use crate::serving::{PrivateFolder, drain, runtime, serve_error, serve_until_signal};
-use crate::signals::EndSignals;
+use crate::signals::{EndSignals, Hangup};
 use crate::size::{ByteSize, parse_duration, parse_limit};
 
 const AFTER_HELP: &str = "\
@@ -52,7 +52,8 @@ When clients can connect, one URI per export and address is printed on standard 
 nothing is printed, and the command finds in its environment: uri, exportname, and unixsocket or
 port. Sockets that a service manager hands over (LISTEN_FDS) are used by themselves.
 
-SIGINT and SIGTERM finish what is in flight, flush, and end with 0; a second one ends at once. A
+SIGINT, SIGTERM and SIGQUIT finish what is in flight, flush, and end with 0; a second one ends at
+once. SIGHUP reads TLS credentials again and never ends the server, unless its terminal is gone. A
 socket file that nobody listens on any more is replaced.
 
 Exit codes: 0 ended by a signal, 1 error, 128 + N ended by a second signal N; with --run the
@@ -191,15 +192,11 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
 }
 
 async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
-    let mut signals = EndSignals::new()?;
+    let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
     let registry = ExportRegistry::new();
     let tls = args.tls.load()?;
-    let mut disks = args.control.as_ref().map(|_| Disks::default());
-    // On a thread of its own: a layer on another server is waited for.
-    let opened = std::thread::scope(|scope| {
-        scope.spawn(|| source::add_all(&args, &registry, disks.as_mut())).join()
-    });
-    let names = opened.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let args = Arc::new(args);
+    let (names, disks) = signals.meanwhile(open_sources(&args, &registry)).await?;
     tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
         Some(_) if args.listen.is_empty() && args.socket.is_empty() => Some(PrivateFolder::new()?),
@@ -238,6 +235,22 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
             serve_while_running(server, captive, &mut signals).await
         }
     }
+}
+
+/// Opens all sources, on a thread of its own: a layer on another server is waited for.
+async fn open_sources(
+    args: &Arc<ServeArgs>,
+    registry: &ExportRegistry,
+) -> Result<(Vec<String>, Option<Disks>), CommandError> {
+    let (args, registry) = (Arc::clone(args), registry.clone());
+    let opening = tokio::task::spawn_blocking(move || {
+        let mut disks = args.control.as_ref().map(|_| Disks::default());
+        source::add_all(&args, &registry, disks.as_mut()).map(|names| (names, disks))
+    });
+    opening.await.unwrap_or_else(|error| match error.try_into_panic() {
+        Ok(panic) => std::panic::resume_unwind(panic),
+        Err(error) => Err(CommandError::new(format!("opening the images was given up: {error}"))),
+    })
 }
 
 async fn serve_controlled(

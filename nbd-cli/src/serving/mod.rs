@@ -42,7 +42,7 @@ pub(crate) async fn serve_until_signal(
         signals.next().await;
         let _ = stop.send(());
         // Whoever sends a second signal does not want to wait for slow clients.
-        std::process::exit(signals.next().await.exit_status());
+        std::process::exit(signals.insisted().await.exit_status().into());
     });
     let stop = async {
         tokio::select! {

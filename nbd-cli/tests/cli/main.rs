@@ -72,4 +72,5 @@ mod serve_temporary;
 mod serve_tls_psk;
 mod serve_tls_x509;
 mod serve_trust;
+mod signals;
 mod timeout;

@@ -371,6 +371,13 @@ fn file_error(
     let place = offset.map(|offset| format!(" at offset {offset}")).unwrap_or_default();
     let advice = match error.kind() {
         io::ErrorKind::StorageFull => "; free some space or choose another destination",
+        io::ErrorKind::FileTooLarge => {
+            return CommandError::new(format!(
+                "cannot {operation} '{}'{place}: the file would become larger than the limit of this \
+                 process (ulimit -f) or of the file system allows",
+                path.display()
+            ));
+        }
         _ => "",
     };
     CommandError::new(format!("cannot {operation} '{}'{place}: {error}{advice}", path.display()))

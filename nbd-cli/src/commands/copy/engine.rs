@@ -17,6 +17,7 @@ use super::stream;
 use super::zero::{Content as RunContent, runs};
 use crate::error::CommandError;
 use crate::progress::Progress;
+use crate::signals;
 use crate::size::exact;
 
 /// Zeroes are written in pieces of this size, so that progress shows.
@@ -206,8 +207,12 @@ impl Job {
     }
 }
 
-/// Copies everything.
+/// Copies everything, unless a signal interrupts it.
 pub(in crate::commands) async fn run(job: &Arc<Job>) -> Result<(), CommandError> {
+    signals::unless_interrupted(copy(job)).await
+}
+
+async fn copy(job: &Arc<Job>) -> Result<(), CommandError> {
     match (&job.source, &job.destination) {
         (Source::Standard, Destination::Standard) => stream::through(job).await,
         (Source::Standard, _) => stream::from_standard_input(job).await,

@@ -11,6 +11,7 @@ use super::source::Source;
 use super::zero::is_zero;
 use crate::error::CommandError;
 use crate::progress::Progress;
+use crate::signals;
 
 /// Longest part that has one checksum, in bytes.
 const PIECE: u64 = 1 << 20;
@@ -43,11 +44,15 @@ impl Verification {
 
     /// Compares with so many tasks; returns how many bytes were compared.
     ///
-    /// The first difference is an error.
+    /// The first difference is an error, and so is a signal that interrupts it.
     pub(in crate::commands) async fn run(
         self: &Arc<Self>,
         tasks: usize,
     ) -> Result<u64, CommandError> {
+        signals::unless_interrupted(self.compare(tasks)).await
+    }
+
+    async fn compare(self: &Arc<Self>, tasks: usize) -> Result<u64, CommandError> {
         let mut running = JoinSet::new();
         for _ in 0..tasks {
             let this = Arc::clone(self);

@@ -16,6 +16,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
+use crate::signals;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -26,7 +27,7 @@ What the overlay holds is written into its backing file, which then holds the sa
 overlay is emptied. Other overlays of the same backing file see its content change and are spoilt:
 commit only into a file that no other image relies on.
 
-If a commit fails, the overlay still shows the whole disk; commit it again.";
+If a commit fails or is interrupted, the overlay still shows the whole disk; commit it again.";
 
 /// How much is copied at a time, in bytes.
 const STEP: u64 = 1 << 20;
@@ -75,7 +76,11 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let progress = Progress::new(args.progress.visibility(), Some(overlay.size()));
     let copied = copy(&overlay, &backing, &progress);
     progress.clear();
-    copied?;
+    copied.map_err(|error| {
+        CommandError::new(format!(
+            "{error}; the overlay still shows the whole disk: commit it again"
+        ))
+    })?;
     backing.close()?;
     drop(overlay);
     if !args.keep {
@@ -121,6 +126,7 @@ fn copy(overlay: &Image, backing: &Image, progress: &Progress) -> Result<(), Com
         if extent.depth == 1 && extent.kind == ExtentKind::Data {
             let mut position = extent.range.offset();
             while position < extent.range.end() {
+                signals::stop_if_interrupted()?;
                 let rest = span(position.bytes(), extent.range.end().bytes());
                 let data = &mut buffer[..rest.length().min(STEP) as usize];
                 overlay.read_at(position, data)?;

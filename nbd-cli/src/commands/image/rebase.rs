@@ -13,6 +13,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
+use crate::signals;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -99,7 +100,11 @@ fn keep_content(args: &RebaseArgs, new: Option<(&str, Format)>) -> Result<(), Co
     let progress = Progress::new(args.progress.visibility(), Some(image.size()));
     let copied = copy_differences(&image, backing.as_ref(), cluster, &progress);
     progress.clear();
-    copied?;
+    copied.map_err(|error| {
+        CommandError::new(format!(
+            "{error}; the disk and its backing file are as before: rebase it again"
+        ))
+    })?;
     Ok(image.close()?)
 }
 
@@ -116,6 +121,7 @@ fn copy_differences(
         let end = extent.range.end().bytes();
         let mut position = extent.range.offset().bytes();
         while extent.depth != 1 && position < end {
+            signals::stop_if_interrupted()?;
             // Pieces end where clusters end.
             let stop = ((position / step + 1) * step).min(end);
             let length = (stop - position) as usize;

@@ -42,6 +42,13 @@ pub enum SnapshotCommand {
     Delete(ChangeArgs),
 }
 
+impl SnapshotCommand {
+    /// Whether it changes the image.
+    pub(super) fn writes(&self) -> bool {
+        !matches!(self, Self::List(_))
+    }
+}
+
 /// Arguments of `nbd-cli image snapshot list`.
 #[derive(Debug, Args)]
 pub struct ListArgs {

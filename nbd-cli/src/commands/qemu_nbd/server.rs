@@ -12,7 +12,7 @@ use super::pid_file::PidFile;
 use super::{Refusal, source, tls};
 use crate::error::CommandError;
 use crate::serving::{runtime, serve_error, serve_until_signal};
-use crate::signals::EndSignals;
+use crate::signals::{EndSignals, Hangup};
 
 const DEFAULT_BIND: &str = "0.0.0.0";
 pub(super) const DEFAULT_PORT: &str = "10809";
@@ -20,10 +20,15 @@ pub(super) const DEFAULT_PORT: &str = "10809";
 pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
     let runtime = runtime()?;
     let registry = ExportRegistry::new();
-    let (server, signals) = runtime.block_on(listen(options, registry.clone()))?;
+    let (server, mut signals) = runtime.block_on(listen(options, registry.clone()))?;
     // An image on another server waits by itself: it is opened, and at last dropped, here where no
     // task runs.
-    let export = source::open(options)?;
+    let export = std::thread::scope(|scope| {
+        let (done, opened) = tokio::sync::oneshot::channel();
+        scope.spawn(move || done.send(source::open(options)));
+        runtime.block_on(signals.meanwhile(opened))
+    });
+    let export = export.map_err(|_| Refusal::new("opening the image has ended unexpectedly"))??;
     add(options, &registry, Arc::clone(&export))?;
     let served = runtime.block_on(serve(options, role, server, signals));
     drop((runtime, registry));
@@ -35,7 +40,7 @@ async fn listen(
     options: &Options,
     registry: ExportRegistry,
 ) -> Result<(Server, EndSignals), Refusal> {
-    let signals = EndSignals::new()?.with_hangup()?;
+    let signals = EndSignals::new(Hangup::Ends)?;
     let mut config = config(options);
     config.tls = tls::for_server(options).map_err(Refusal::new)?;
     let mut server = Server::new(config, registry);

@@ -148,7 +148,7 @@ impl TlsArgs {
     }
 }
 
-/// Loads the credentials again whenever SIGHUP comes.
+/// Loads the credentials again whenever SIGHUP comes. Without credentials there is nothing to do.
 pub(super) fn reload_on_hangup(tls: &TlsMode) -> Result<(), CommandError> {
     let Some(credentials) = tls.credentials().cloned() else { return Ok(()) };
     let mut hangups = signal(SignalKind::hangup())

@@ -11,6 +11,7 @@ use super::agenda::{Agenda, PIECE, Work};
 use crate::commands::copy::zero::{Content, runs};
 use crate::error::CommandError;
 use crate::progress::Progress;
+use crate::signals;
 
 /// What the destination reads as where nothing is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +59,7 @@ impl Copy<'_> {
     fn work(&self, agenda: &Mutex<Agenda<'_>>, failed: &AtomicBool) -> Result<(), CommandError> {
         let mut buffer = vec![0; PIECE.max(self.unit) as usize];
         while !failed.load(Ordering::Relaxed) {
+            signals::stop_if_interrupted()?;
             let next = match agenda.lock() {
                 Ok(mut agenda) => agenda.next(),
                 // Another thread ended unexpectedly, which its join tells.

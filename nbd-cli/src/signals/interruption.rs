@@ -1,0 +1,95 @@
+//! The signals of commands that write: remembered, and looked at between two steps.
+
+use std::sync::OnceLock;
+use std::thread;
+
+use rustix::process::Signal as Number;
+use tokio::sync::watch::{Receiver, Sender, channel};
+
+use super::{Caught, EndSignal, NOTICES, REQUESTS, was_ignored};
+use crate::error::CommandError;
+
+/// The first signal, once there is one; set while signals are watched for.
+static FIRST: OnceLock<Receiver<Option<EndSignal>>> = OnceLock::new();
+
+/// Begins to watch: from here on the first signal only says that the command should end, and a second one
+/// ends the process at once.
+///
+/// # Errors
+///
+/// If the system refuses to have them caught.
+pub(crate) fn watch() -> Result<(), CommandError> {
+    let failed = |error| CommandError::new(format!("cannot watch for signals: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+    let runtime = runtime.map_err(failed)?;
+    let ends = REQUESTS.into_iter().chain(NOTICES).chain([Number::HUP]);
+    let caught = runtime.block_on(async { Caught::new(ends.filter(|it| !was_ignored(*it))) })?;
+    let (sender, receiver) = channel(None);
+    if FIRST.set(receiver).is_err() {
+        return Ok(());
+    }
+    let watching = thread::Builder::new().name("signals".to_owned());
+    let watching = watching.spawn(move || runtime.block_on(remember(caught, &sender)));
+    watching.map(drop).map_err(failed)
+}
+
+async fn remember(mut caught: Caught, first: &Sender<Option<EndSignal>>) {
+    loop {
+        let signal = EndSignal(caught.next().await);
+        if first.send_if_modified(|first| first.replace(signal).is_none()) || !signal.is_request() {
+            continue;
+        }
+        std::process::exit(signal.exit_status().into());
+    }
+}
+
+/// The signal that has asked this command to end, if one has.
+pub(crate) fn caught() -> Option<EndSignal> {
+    FIRST.get().and_then(|first| *first.borrow())
+}
+
+/// What a step does that is not begun any more after a signal.
+///
+/// # Errors
+///
+/// If a signal has asked this command to end.
+pub(crate) fn stop_if_interrupted() -> Result<(), CommandError> {
+    caught().map_or(Ok(()), |signal| Err(explained(signal)))
+}
+
+/// Waits until a signal asks this command to end.
+///
+/// # Cancel safety
+///
+/// Safe: a signal is not forgotten.
+pub(super) async fn interrupted() -> CommandError {
+    let Some(first) = FIRST.get() else { return std::future::pending().await };
+    match first.clone().wait_for(Option::is_some).await.map(|first| *first) {
+        Ok(Some(signal)) => explained(signal),
+        // The thread that watches ends with the process only.
+        _ => std::future::pending().await,
+    }
+}
+
+/// Carries out what may be given up at any time, such as waiting for a server, unless a signal asks this
+/// command to end.
+///
+/// # Errors
+///
+/// Those of the work, or that it was interrupted.
+///
+/// # Cancel safety
+///
+/// That of the work.
+pub(crate) async fn unless_interrupted<T>(
+    work: impl Future<Output = Result<T, CommandError>>,
+) -> Result<T, CommandError> {
+    tokio::select! {
+        result = work => result,
+        interrupted = interrupted() => Err(interrupted),
+    }
+}
+
+fn explained(signal: EndSignal) -> CommandError {
+    CommandError::new(format!("interrupted by {}", signal.name()))
+}

@@ -1,0 +1,102 @@
+//! The signals of servers.
+
+use std::fs::File;
+
+use rustix::process::Signal as Number;
+
+use super::{Caught, EndSignal, NOTICES, was_ignored};
+use crate::error::CommandError;
+
+/// What SIGHUP does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hangup {
+    /// It ends the server.
+    Ends,
+    /// It ends the server if its terminal is gone. Otherwise somebody wants it to read its files again.
+    EndsWithTerminal,
+}
+
+/// The signals that ask a server to end.
+pub(crate) struct EndSignals {
+    caught: Caught,
+    /// One that came while [`meanwhile`](Self::meanwhile) waited for something else.
+    pending: Option<EndSignal>,
+    hangup: Hangup,
+    had_terminal: bool,
+}
+
+impl EndSignals {
+    /// Begins to catch them; from here on they no longer end the process by themselves.
+    ///
+    /// # Errors
+    ///
+    /// If the system refuses.
+    pub(crate) fn new(hangup: Hangup) -> Result<Self, CommandError> {
+        let polite = [Number::QUIT, Number::HUP].into_iter().chain(NOTICES);
+        let polite = polite.filter(|number| !was_ignored(*number));
+        // To be caught is enough: the handlers stay.
+        drop(Caught::new([Number::USR1, Number::USR2, Number::IO])?);
+        Ok(Self {
+            caught: Caught::new([Number::INT, Number::TERM].into_iter().chain(polite))?,
+            pending: None,
+            hangup,
+            had_terminal: has_terminal(),
+        })
+    }
+
+    /// Waits for the next one.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: a signal that arrives while nobody waits is reported by the next call.
+    pub(crate) async fn next(&mut self) -> EndSignal {
+        if let Some(signal) = self.pending.take() {
+            return signal;
+        }
+        loop {
+            let number = self.caught.next().await;
+            let goes_on = number == Number::HUP
+                && self.hangup == Hangup::EndsWithTerminal
+                && (!self.had_terminal || has_terminal());
+            if !goes_on {
+                return EndSignal(number);
+            }
+        }
+    }
+
+    /// Waits for the next one that somebody insists on the end with: further signals of a timer, a limit
+    /// or a terminal that is gone only repeat what is known.
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`next`](Self::next).
+    pub(crate) async fn insisted(&mut self) -> EndSignal {
+        loop {
+            let signal = self.next().await;
+            if signal.is_request() {
+                return signal;
+            }
+        }
+    }
+
+    /// Waits for work that cannot be given up in the middle, such as opening an image. A first signal is
+    /// reported by the next call of [`next`](Self::next), a second one ends the process at once.
+    pub(crate) async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        let first = tokio::select! {
+            done = &mut work => return done,
+            first = self.next() => first,
+        };
+        let done = tokio::select! {
+            done = work => done,
+            second = self.insisted() => std::process::exit(second.exit_status().into()),
+        };
+        self.pending = Some(first);
+        done
+    }
+}
+
+/// Whether the process has a controlling terminal.
+fn has_terminal() -> bool {
+    File::open("/dev/tty").is_ok()
+}
