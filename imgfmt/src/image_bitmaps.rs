@@ -88,6 +88,20 @@ impl Image {
         image.bitmap_transaction(changes, at_the_instant).map_err(|error| self.name(error))
     }
 
+    /// Puts bits back that checkpoints have [frozen](BitmapChange::Freeze), where they and the bits of
+    /// the bitmap can be relied on; returns the names of the bitmaps that have them back. Opening the
+    /// image for writing has done so already: to be called after a repair. No checkpoint may be in
+    /// progress.
+    ///
+    /// # Errors
+    ///
+    /// As [`bitmap_transaction`](Self::bitmap_transaction); nothing has changed then.
+    pub fn thaw_bitmaps(&self) -> Result<Vec<String>> {
+        self.check_change("change the bitmaps of", GuestOffset::new(0), 0)?;
+        let thawed = self.qcow2().map_or(Ok(Vec::new()), Qcow2::thaw_bitmaps);
+        thawed.map_err(|error| self.name(error))
+    }
+
     /// What a bitmap says about the parts of a range, in order and without gaps, from its start on:
     /// at most `max_count` extents. It is empty only if the range is, or `max_count` is 0. The bitmap is
     /// looked for in the image and then in its backing files, from the top down. What lies behind the

@@ -48,6 +48,32 @@ pub enum BitmapState {
         /// In which way, as a clause.
         reason: String,
     },
+    /// No: a checkpoint has moved bits of it to another bitmap ([`BitmapChange::Freeze`]), and they are
+    /// not back. Opening the image for writing puts them back, unless they cannot be relied on.
+    Incomplete {
+        /// The name of the bitmap that holds them.
+        frozen: String,
+        /// Why they cannot be relied on, as a clause, if they cannot. When that bitmap is repaired,
+        /// everything is dirty in it.
+        problem: Option<String>,
+    },
+}
+
+impl BitmapState {
+    /// Why the bits cannot be relied on, as a clause; `None` if they can.
+    pub fn problem(&self) -> Option<String> {
+        match self {
+            Self::Consistent { .. } => None,
+            Self::Inconsistent { reason } | Self::Damaged { reason } => Some(reason.clone()),
+            Self::Incomplete { frozen, problem: None } => {
+                Some(format!("a checkpoint has moved bits of it to '{frozen}'"))
+            }
+            Self::Incomplete { frozen, problem: Some(problem) } => Some(format!(
+                "a checkpoint has moved bits of it to '{frozen}', and those cannot be relied on: \
+                 {problem}"
+            )),
+        }
+    }
 }
 
 /// What is known about a bitmap.
@@ -113,6 +139,30 @@ pub enum BitmapChange {
         into: String,
         /// What is to be added.
         from: DirtyBits,
+    },
+    /// Everything is dirty.
+    MarkAll {
+        /// Its name.
+        name: String,
+    },
+    /// The beginning of a checkpoint: the bits of a bitmap move to another one, called
+    /// [`frozen_bitmap_name`](crate::frozen_bitmap_name), and it begins anew. Until they are
+    /// dropped or thawed it is [incomplete](BitmapState::Incomplete). Bits that are frozen already
+    /// go with them.
+    Freeze {
+        /// Its name.
+        name: String,
+    },
+    /// A checkpoint has failed: frozen bits are merged back. Opening an image for writing does the
+    /// same for all its bitmaps.
+    Thaw {
+        /// The name of the bitmap whose bits they were.
+        name: String,
+    },
+    /// A checkpoint has succeeded: what frozen bits stand for is backed up, and they are given up.
+    DropFrozen {
+        /// The name of the bitmap whose bits they were.
+        name: String,
     },
     /// A bitmap whose bits cannot be relied on becomes one in which everything is dirty.
     Repair {

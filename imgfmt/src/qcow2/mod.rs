@@ -59,6 +59,7 @@ use l2::{Compressed, EntryFormat};
 use writer::Writer;
 
 pub(crate) use backing_change::change_backing;
+pub use bitmap::frozen_bitmap_name;
 pub(crate) use bitmap::no_bitmap;
 pub use check::{CheckReport, Repair};
 pub(crate) use create::layout;

@@ -139,7 +139,9 @@ impl Qcow2 {
             self.sync_header()?;
         }
         self.begin_recording();
-        sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))
+        sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))?;
+        self.thaw_at_open();
+        Ok(())
     }
 
     pub(crate) fn attach_backing(&mut self, driver: Box<dyn Driver>) {

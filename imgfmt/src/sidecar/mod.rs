@@ -61,6 +61,11 @@ pub struct BitmapSafety {
     pub shortfall: Option<String>,
     /// The names of those that were recovered from a crash when the image was opened.
     pub recovered: Vec<String>,
+    /// The names of those that got bits back which a checkpoint had [frozen](crate::BitmapChange::Freeze), when
+    /// the image was opened: the checkpoint was cut off.
+    pub thawed: Vec<String>,
+    /// Why bits could not be put back, as a clause: the bitmaps that lack them say so.
+    pub thaw_failure: Option<String>,
     /// How much was recovered in addition to what had changed.
     pub precision: RecoveryPrecision,
 }

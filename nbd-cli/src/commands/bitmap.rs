@@ -10,7 +10,7 @@ use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
 use super::image::open::OpenArgs;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
-use crate::serving::leftover;
+use crate::serving::frozen;
 use crate::size::ByteSize;
 
 /// The finest granularity that is chosen when none is given, in bytes.
@@ -153,7 +153,7 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
         BitmapCommand::Repair(args) => named(|name| BitmapChange::Repair { name }, args),
         BitmapCommand::Recover(args) => carry_out(args, |image| {
             // They were put back if that was possible.
-            image.bitmaps().iter().try_for_each(|it| leftover::check_complete(image, &it.name))?;
+            image.bitmaps().iter().try_for_each(|it| frozen::check_complete(image, &it.name))?;
             Ok(Vec::new())
         }),
     }
@@ -199,7 +199,7 @@ fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
             let other = args.image.open.read(path)?;
             let mut changes = Vec::new();
             for name in &args.sources {
-                leftover::check_complete(&other, name)?;
+                frozen::check_complete(&other, name)?;
                 let from = other.dirty_bits(name)?;
                 changes.push(BitmapChange::MergeBits { into: into(), from });
             }
@@ -215,12 +215,13 @@ fn carry_out(
     changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,
 ) -> Result<Outcome, CommandError> {
     let image = args.open.change(&args.path)?;
-    leftover::put_back(&image)?;
+    frozen::report_thaw(&image);
     let changes = changes(&image)?;
-    changes.iter().try_for_each(|change| leftover::check_change(&image, change))?;
-    image.bitmap_transaction(&changes)?;
+    image
+        .bitmap_transaction(&changes)
+        .map_err(|error| frozen::explained(&image, &changes, error))?;
     // A repair may have made that possible.
-    leftover::put_back(&image)?;
+    frozen::report_thawed(&image.thaw_bitmaps()?);
     let mut output = Output::new();
     if args.json {
         list::json(&image, &mut output)?;

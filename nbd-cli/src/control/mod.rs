@@ -27,6 +27,6 @@ mod protocol;
 
 pub(crate) use self::client::{Conversation, call};
 pub(crate) use self::protocol::{
-    Begun, ClientState, ErrorKind, ExportState, Failure, IfMissing, InitialState, Lifetime,
-    Listing, MAX_LINE_LEN, OnUse, Request, Verdict, decode, encode,
+    Begun, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable, InitialState,
+    Lifetime, Listing, MAX_LINE_LEN, OnUse, Request, Verdict, decode, encode,
 };

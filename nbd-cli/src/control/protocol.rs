@@ -118,6 +118,12 @@ pub(crate) enum Request {
         #[arg(long, value_name = "NAME")]
         #[serde(default)]
         view: Option<String>,
+        /// Begin a bitmap anew that cannot be relied on: for a full backup, which does not need
+        /// what it has noted.
+        #[arg(long = "begin-anew", action = ArgAction::SetTrue, requires = "bitmap",
+              value_parser = flag(IfUnusable::Fail, IfUnusable::BeginAnew))]
+        #[serde(default)]
+        if_unusable: IfUnusable,
         // This command's connection ends at once.
         #[arg(skip)]
         #[serde(default)]
@@ -172,6 +178,16 @@ pub(crate) enum IfMissing {
     Fail,
     /// It is added, at the moment of the checkpoint.
     Add,
+}
+
+/// What is done about a bitmap that cannot be relied on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum IfUnusable {
+    #[default]
+    Fail,
+    /// Everything counts as dirty before the checkpoint, and it begins anew there.
+    BeginAnew,
 }
 
 /// When a checkpoint ends that nobody ends.
@@ -239,6 +255,9 @@ pub(crate) struct Begun {
     pub(crate) view: String,
     /// The bitmap whose bits the view has; none if it was added just now.
     pub(crate) bitmap: Option<String>,
+    /// Why the bitmap could not be relied on, if it begins anew for that reason.
+    #[serde(default)]
+    pub(crate) begun_anew: Option<String>,
     /// Where the view can be read.
     pub(crate) uris: Vec<String>,
 }
@@ -269,6 +288,12 @@ impl Failure {
 
 impl From<imgfmt::Error> for Failure {
     fn from(error: imgfmt::Error) -> Self {
+        Self::from(&error)
+    }
+}
+
+impl From<&imgfmt::Error> for Failure {
+    fn from(error: &imgfmt::Error) -> Self {
         let kind = match error.kind() {
             imgfmt::ErrorKind::NotFound => ErrorKind::NotFound,
             imgfmt::ErrorKind::AlreadyExists => ErrorKind::AlreadyExists,
@@ -321,6 +346,7 @@ mod tests {
                     bitmap: Some(name("b")),
                     if_missing: IfMissing::Add,
                     view: None,
+                    if_unusable: IfUnusable::Fail,
                     lifetime: Lifetime::Server,
                 },
             ),
@@ -331,6 +357,7 @@ mod tests {
                     bitmap: None,
                     if_missing: IfMissing::Fail,
                     view: None,
+                    if_unusable: IfUnusable::Fail,
                     lifetime: Lifetime::Connection,
                 },
             ),

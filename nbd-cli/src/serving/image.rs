@@ -9,7 +9,7 @@ use nbd_server::export::{Export, ImageExport};
 
 use super::durability::{report_recovery, report_shortfall};
 use super::temporary::temporary;
-use super::{BitmapDurability, Changes, Window, filtered, leftover};
+use super::{BitmapDurability, Changes, Window, filtered, frozen};
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
@@ -140,6 +140,7 @@ impl ImageChoices {
                 let options = options.survives(self.bitmap_durability.into());
                 let image = Image::open(path, &options.access(Access::ReadWrite))?;
                 report_recovery(&image, path);
+                frozen::report_thaw(&image);
                 report_shortfall(&image, path);
                 Ok(image)
             }
@@ -156,14 +157,7 @@ impl ImageChoices {
         Ok(self.exported(image)?.export)
     }
 
-    /// Every image passes here before anybody can look at its bitmaps.
     fn exported(&self, image: Image) -> Result<Opened, CommandError> {
-        if image.access() == Access::ReadWrite
-            && let Err(error) = leftover::put_back(&image)
-        {
-            // The disk can be served all the same, but not the bitmap that lacks them.
-            warn(&format!("bits that a checkpoint had set aside are not put back: {error}"));
-        }
         let names = self.bitmaps.names(&image)?;
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
@@ -182,7 +176,7 @@ impl OfferedBitmaps {
     /// The names of the bitmaps of an image.
     fn names(&self, image: &Image) -> Result<Vec<String>, CommandError> {
         if let Self::Named(names) = self {
-            names.iter().try_for_each(|name| leftover::check_complete(image, name))?;
+            names.iter().try_for_each(|name| frozen::check_complete(image, name))?;
             return Ok(names.clone());
         }
         if let Some(damage) = image.bitmap_damage() {
@@ -197,7 +191,7 @@ impl OfferedBitmaps {
             _ => true,
         });
         let complete = sound.filter(|bitmap| {
-            let complete = leftover::check_complete(image, &bitmap.name);
+            let complete = frozen::check_complete(image, &bitmap.name);
             complete.inspect_err(|why| warn(&format!("not offered: {why}"))).is_ok()
         });
         Ok(complete.map(|bitmap| bitmap.name).collect())

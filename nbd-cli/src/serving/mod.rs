@@ -4,8 +4,8 @@
 mod durability;
 mod filter;
 mod folder;
+pub(crate) mod frozen;
 pub(crate) mod image;
-pub(crate) mod leftover;
 mod temporary;
 mod window;
 

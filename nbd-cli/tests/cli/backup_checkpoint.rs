@@ -102,3 +102,82 @@ fn the_view_stays_while_clients_write_and_the_bitmap_notes_what_they_do() {
     server.end();
     is_clean(&qemu_img, &disk);
 }
+
+/// Marks the only bitmap of an image as in use, as a killed QEMU leaves it.
+fn leave_in_use(image: &str, name: &str) {
+    let mut bytes = std::fs::read(image).expect("the image");
+    let found = bytes.windows(name.len()).rposition(|window| window == name.as_bytes());
+    bytes[found.expect("its entry") - 9] |= 1;
+    std::fs::write(image, bytes).expect("the image");
+}
+
+#[test]
+fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
+    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
+    leave_in_use(&disk, "daily");
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    let backup = |more: &[&str]| {
+        let arguments =
+            ["backup", "--control", &control, "--export", "vm", "-B", "daily", "--json"];
+        nbd_cli(&[&arguments[..], more].concat())
+    };
+    let (full, second) = (folder.beside("full.qcow2"), folder.beside("second.qcow2"));
+    // An attempt that fails leaves nothing that looks as if little had changed.
+    std::fs::write(folder.beside("taken.qcow2"), "").expect("room");
+    assert_eq!(backup(&[&folder.beside("taken.qcow2")]).code, Some(1));
+    let listing = nbd_cli(&["control", &control, "--json", "list"]).success();
+    let listing: Value = serde_json::from_str(&listing).expect("JSON");
+    let bitmap = &listing["exports"][0]["bitmaps"][0];
+    assert!(bitmap["dirty-bytes"] == 16 << 20 || bitmap["problem"].is_string(), "{listing}");
+    server.end();
+    leave_in_use(&disk, "daily");
+
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    // An incremental one needs the bits.
+    let refused = backup(&["--base", &disk, &second]);
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    let said = backup(&[&full]);
+    assert!(said.stderr.contains("'daily' could not be relied on"), "{said:?}");
+    assert!(said.stderr.contains("begins anew"), "{said:?}");
+    said.success();
+    write(&qemu_io, server.uri(), "write -P 3 1M 64k");
+    let report = backup(&["--base", &full, &second]).success();
+    let report: Value = serde_json::from_str(&report).expect("JSON");
+    assert_eq!(report["copied"].as_u64(), Some(64 << 10), "{report}");
+    let state = folder.beside("state.img");
+    nbd_cli(&["copy", server.uri(), &state]).success();
+    server.end();
+    are_equal(&qemu_img, &state, &second);
+    is_clean(&qemu_img, &disk);
+}
+
+#[test]
+fn a_bitmap_that_a_checkpoint_made_is_offered_when_it_has_ended() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    let contexts = || nbd_cli(&["list-meta", server.uri()]).success();
+    let arguments = ["backup", "-q", "--control", &control, "--export", "vm", "-B", "daily"];
+    assert!(!contexts().contains("daily"));
+    nbd_cli(&[&arguments[..], &[&folder.beside("full.qcow2")]].concat()).success();
+    assert!(contexts().contains("qemu:dirty-bitmap:daily"), "{}", contexts());
+    write(&qemu_io, server.uri(), "write -P 3 1M 64k");
+    let context = ["map", "--context", "qemu:dirty-bitmap:daily", "--json", server.uri()];
+    let map: Value = serde_json::from_str(&nbd_cli(&context).success()).expect("JSON");
+    assert_eq!(map.to_string().matches("dirty\"").count(), 1, "{map}");
+
+    // What a failed one made is gone.
+    let start = ["control", &control, "checkpoint-start", "vm", "-B", "weekly", "--add-bitmap"];
+    nbd_cli(&start).success();
+    assert!(!contexts().contains("weekly"));
+    nbd_cli(&["control", &control, "checkpoint-end", "vm", "failure"]).success();
+    assert!(!contexts().contains("weekly"));
+    server.end();
+    is_clean(&qemu_img, &disk);
+}

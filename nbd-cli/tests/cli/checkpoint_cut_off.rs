@@ -81,6 +81,66 @@ fn the_bits_of_a_checkpoint_that_was_cut_off_are_served_again() {
 }
 
 #[test]
+fn every_reader_of_bitmaps_knows_that_a_killed_checkpoint_left_them_incomplete() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
+    peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
+    let mut server = Server::ours(&["--control", &control, &disk]);
+    let write = |server: &Server, place: &str| {
+        peer(&qemu_io, &["-f", "raw", "-c", &format!("write -P 7 {place} 64k"), server.uri()]);
+    };
+    write(&server, "1M");
+    nbd_cli(&["control", &control, "checkpoint-start", "", "-B", "daily"]).success();
+    write(&server, "5M");
+    server.signal(Signal::KILL);
+    server.wait();
+
+    let list = nbd_cli(&["bitmap", "list", &disk]).success();
+    assert!(list.contains("daily  incomplete: a checkpoint has moved bits of it"), "{list}");
+    let list = nbd_cli(&["bitmap", "list", "--json", &disk]).success();
+    let list: Value = serde_json::from_str(&list).expect("JSON");
+    let daily = list["bitmaps"].as_array().expect("a list").iter().find(|it| it["name"] == "daily");
+    let daily = daily.expect("the bitmap");
+    assert_eq!(daily["state"], "incomplete", "{list}");
+    assert_eq!(daily["dirty-bytes"], Value::Null, "{list}");
+    let other = folder.beside("other.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "64M"]);
+    nbd_cli(&["bitmap", "add", &other, "weekly"]).success();
+    let merge = ["bitmap", "merge", "--from", &disk, &other, "weekly", "daily"];
+    says(nbd_cli(&merge), &["'daily'", "bitmap recover"]);
+    let serve = ["serve", "--read-only", "--run", "true", "--bitmap", "daily", &disk];
+    says(nbd_cli(&serve), &["'daily'", "bitmap recover"]);
+    let arguments = ["-r", "-f", "qcow2", "-B", "daily", "-k", &folder.beside("socket"), &disk];
+    let said = nbd_cli(&[&["qemu-nbd"][..], &arguments].concat());
+    assert_eq!(said.code, Some(1), "{said:?}");
+
+    // Whatever opens it for writing puts the bits back.
+    nbd_cli(&["image", "resize", &disk, "+1M"]).success();
+    let all = change(&["recover", &disk]);
+    assert_eq!(all, [("daily".to_owned(), Some(128 << 10))]);
+    is_clean(&qemu_img, &disk);
+}
+
+#[test]
+fn a_full_backup_that_is_cut_off_leaves_no_bitmap_that_looks_as_if_little_had_changed() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
+    let mut server = Server::ours(&["--control", &control, &disk]);
+    let start = ["control", &control, "checkpoint-start", "", "-B", "daily", "--add-bitmap"];
+    nbd_cli(&start).success();
+    peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", server.uri()]);
+    server.signal(Signal::KILL);
+    server.wait();
+    // It notes changes since a backup that nobody has.
+    assert_eq!(change(&["recover", &disk]), [("daily".to_owned(), Some(64 << 20))]);
+    is_clean(&qemu_img, &disk);
+}
+
+#[test]
 fn the_form_of_qemu_nbd_serves_them_too() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", nbdinfo = "nbdinfo");
     let disk = Disk::sparse();

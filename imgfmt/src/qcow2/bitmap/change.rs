@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Acquire;
 
 use super::directory::{self, Entry, OFFSET_MASK, Place, Table, flag};
+use super::frozen::{plan_drop_frozen, refuse_to_lose};
 use super::{Disk, no_bitmap, not_reliable};
 use crate::bitmap::{
     Alone, BITMAP_NAME_BYTES_MAX, Bitmap, BitmapChange, Bits, Condition, GRANULARITY_BITS_MAX,
@@ -94,17 +95,20 @@ impl Qcow2 {
                 plan.push(added);
             }
             BitmapChange::Remove { name } => {
+                refuse_to_lose(plan, name)?;
                 let index = position(plan, name)?;
                 plan.remove(index);
             }
             BitmapChange::Clear { name } => {
-                let planned = at(plan, name)?;
-                let old = self.planned_bits(planned)?;
-                let empty = Bits::new(old.size(), old.granularity_bits());
-                planned.content = Some(Arc::new(empty));
-                planned.must_store = true;
+                refuse_to_lose(plan, name)?;
+                self.plan_content(at(plan, name)?, |_| ())?;
             }
+            BitmapChange::MarkAll { name } => self.plan_content(at(plan, name)?, Bits::set_all)?,
+            BitmapChange::Freeze { name } => self.plan_freeze(plan, name)?,
+            BitmapChange::Thaw { name } => self.plan_thaw(plan, name)?,
+            BitmapChange::DropFrozen { name } => plan_drop_frozen(plan, name)?,
             BitmapChange::Enable { name } => {
+                refuse_to_lose(plan, name)?;
                 let planned = at(plan, name)?;
                 self.planned_bits(planned)?;
                 planned.bitmap.recording = Recording::Enabled;
@@ -116,6 +120,7 @@ impl Qcow2 {
                 planned.must_store |= planned.bitmap.in_use.load(Acquire);
             }
             BitmapChange::Merge { into, from } => {
+                self.refuse_planned_incomplete(plan, from)?;
                 let from = self.planned_bits(at(plan, from)?)?;
                 self.plan_merge(plan, into, &from)?;
             }
@@ -125,7 +130,21 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn plan_new(
+    /// The bitmap gets new bits: `fill` of empty ones.
+    pub(super) fn plan_content(
+        &self,
+        planned: &mut Planned,
+        fill: impl FnOnce(&Bits),
+    ) -> Result<()> {
+        let old = self.planned_bits(planned)?;
+        let content = Bits::new(old.size(), old.granularity_bits());
+        fill(&content);
+        planned.content = Some(Arc::new(content));
+        planned.must_store = true;
+        Ok(())
+    }
+
+    pub(super) fn plan_new(
         &self,
         plan: &[Planned],
         name: &str,
@@ -180,7 +199,7 @@ impl Qcow2 {
         Ok(Planned { bitmap, content: Some(bits), must_store: true })
     }
 
-    fn plan_merge(&self, plan: &mut [Planned], into: &str, from: &Bits) -> Result<()> {
+    pub(super) fn plan_merge(&self, plan: &mut [Planned], into: &str, from: &Bits) -> Result<()> {
         let planned = at(plan, into)?;
         let old = self.planned_bits(planned)?;
         let merged = old.resized(old.size());
@@ -216,7 +235,7 @@ impl Qcow2 {
     }
 
     /// The bits that a planned bitmap will have.
-    fn planned_bits(&self, planned: &Planned) -> Result<Arc<Bits>> {
+    pub(super) fn planned_bits(&self, planned: &Planned) -> Result<Arc<Bits>> {
         match &planned.content {
             Some(bits) => Ok(Arc::clone(bits)),
             None => self
@@ -251,7 +270,8 @@ impl Qcow2 {
             }
             return Err(error);
         }
-        *disk = Disk { directory: place, flags_places, ..Disk::default() };
+        let (thawed, thaw_failure) = (std::mem::take(&mut disk.thawed), disk.thaw_failure.take());
+        *disk = Disk { directory: place, flags_places, thawed, thaw_failure, ..Disk::default() };
         drop(disk);
         self.free_clusters(freed, old_place)?;
         Ok(plan.into_iter().zip(entries).map(|(planned, entry)| finish(planned, entry)).collect())
@@ -360,7 +380,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn count_memory(&self, bitmaps: &[Bitmap<Entry>]) {
+    pub(super) fn count_memory(&self, bitmaps: &[Bitmap<Entry>]) {
         let bytes = bitmaps.iter().filter_map(|bitmap| bitmap.bits.get());
         let bytes = bytes.map(|bits| bits.words().len() as u64 * 8).sum();
         self.bitmaps.memory_bytes.store(bytes, std::sync::atomic::Ordering::Release);
@@ -397,11 +417,11 @@ fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
-fn position(plan: &[Planned], name: &str) -> Result<usize> {
+pub(super) fn position(plan: &[Planned], name: &str) -> Result<usize> {
     plan.iter().position(|planned| planned.bitmap.name == name).ok_or_else(|| no_bitmap(name))
 }
 
-fn at<'a>(plan: &'a mut [Planned], name: &str) -> Result<&'a mut Planned> {
+pub(super) fn at<'a>(plan: &'a mut [Planned], name: &str) -> Result<&'a mut Planned> {
     let index = position(plan, name)?;
     Ok(&mut plan[index])
 }

@@ -6,6 +6,7 @@
 mod change;
 mod close;
 mod directory;
+mod frozen;
 mod resize;
 mod session;
 mod table;
@@ -31,6 +32,7 @@ use crate::sidecar::Home;
 use crate::storage::Storage;
 use crate::units::GuestRange;
 use directory::{Entry, Place, flag};
+pub use frozen::frozen_bitmap_name;
 use session::Session;
 
 /// The bits of all bitmaps of one image take up no more memory than this.
@@ -65,6 +67,10 @@ struct Disk {
     damage: Option<String>,
     /// The header may name another directory, because a change of it failed.
     is_doubtful: bool,
+    /// The bitmaps whose frozen bits were put back when the image was opened.
+    thawed: Vec<String>,
+    /// Why that failed.
+    thaw_failure: Option<String>,
 }
 
 impl Bitmaps {
@@ -255,6 +261,11 @@ impl Qcow2 {
     /// What is known about the bitmaps of this layer.
     pub(crate) fn bitmap_list(&self) -> Vec<BitmapInfo> {
         let state = self.bitmaps.tracker.read();
+        let all = frozen::by_name(state.bitmaps().iter());
+        let incomplete = |bitmap: &Bitmap<Entry>| {
+            let (frozen, problem) = self.frozen_part(&all, bitmap)?;
+            Some(BitmapState::Incomplete { frozen, problem })
+        };
         let info = |bitmap: &Bitmap<Entry>| BitmapInfo {
             name: bitmap.name.clone(),
             granularity: 1 << bitmap.granularity_bits,
@@ -265,7 +276,8 @@ impl Qcow2 {
                     BitmapState::Inconsistent { reason: reason.clone() }
                 }
                 (_, Err(reason)) => BitmapState::Damaged { reason },
-                (_, Ok(bits)) => BitmapState::Consistent { dirty_bytes: bits.dirty_bytes() },
+                (_, Ok(bits)) => incomplete(bitmap)
+                    .unwrap_or(BitmapState::Consistent { dirty_bytes: bits.dirty_bytes() }),
             },
         };
         state.bitmaps().iter().map(info).collect()
@@ -300,6 +312,7 @@ impl Qcow2 {
         // Kept while bits are looked at: whoever clears them needs the state alone.
         let state = self.bitmaps.tracker.read();
         let bitmap = find(state.bitmaps(), name)?;
+        self.refuse_incomplete(state.bitmaps(), bitmap)?;
         let bits = self.ready_bits(bitmap).map_err(|detail| not_reliable(name, &detail))?;
         Ok(ask(&bits))
     }
@@ -347,8 +360,16 @@ impl Qcow2 {
         let is_damaged = |bitmap: &&Bitmap<Entry>| {
             bitmap.stored.damage.is_some() || self.table_clusters(bitmap.stored.table).is_err()
         };
-        let names = state.bitmaps().iter().filter(is_damaged).map(|bitmap| bitmap.name.clone());
-        let changes: Vec<_> = names.map(|name| BitmapChange::Remove { name }).collect();
+        let all = frozen::by_name(state.bitmaps().iter());
+        let without = |bitmap: &Bitmap<Entry>| {
+            let name = bitmap.name.clone();
+            match frozen::owner(&all, &name) {
+                // Without it the other one would look complete: then everything is dirty.
+                Some(_) => BitmapChange::Repair { name },
+                None => BitmapChange::Remove { name },
+            }
+        };
+        let changes: Vec<_> = state.bitmaps().iter().filter(is_damaged).map(without).collect();
         drop(state);
         dropped += changes.len() as u64;
         self.bitmap_transaction(&changes, || ())?;
@@ -368,6 +389,14 @@ fn unusable(bitmap: &Bitmap<Entry>, detail: String) -> Condition {
     match &bitmap.condition {
         Condition::Inconsistent(detail) => Condition::Inconsistent(detail.clone()),
         _ => Condition::Damaged(detail),
+    }
+}
+
+/// Why the bits of a bitmap cannot be relied on, if that is known.
+fn unusable_detail(bitmap: &Bitmap<Entry>) -> Option<String> {
+    match &bitmap.condition {
+        Condition::Ready => None,
+        Condition::Inconsistent(detail) | Condition::Damaged(detail) => Some(detail.clone()),
     }
 }
 

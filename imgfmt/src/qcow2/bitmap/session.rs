@@ -293,6 +293,10 @@ impl Qcow2 {
 
     /// The bitmaps' safety as far as this image is concerned.
     pub(crate) fn bitmap_safety(&self) -> BitmapSafety {
+        let (thawed, thaw_failure) = {
+            let disk = lock(&self.bitmaps.disk);
+            (disk.thawed.clone(), disk.thaw_failure.clone())
+        };
         let session = lock(&self.bitmaps.session);
         let is_gone = session.sidecar.as_ref().is_some_and(|sidecar| sidecar.is_abandoned());
         let shortfall = match is_gone {
@@ -304,6 +308,8 @@ impl Qcow2 {
             survives,
             shortfall,
             recovered: session.recovered.clone(),
+            thawed,
+            thaw_failure,
             precision: session.precision,
         }
     }

@@ -5,9 +5,9 @@ use std::path::Path;
 use nbd_proto::NbdUri;
 
 use super::{BackupArgs, Report};
-use crate::control::{Begun, Conversation, IfMissing, Lifetime, Request, Verdict};
+use crate::control::{Begun, Conversation, IfMissing, IfUnusable, Lifetime, Request, Verdict};
 use crate::error::CommandError;
-use crate::output::warn;
+use crate::output::{printable, warn};
 
 /// Begins a checkpoint, has `backup` copy it, and ends it with what came of that.
 pub(super) fn checkpointed(
@@ -20,6 +20,11 @@ pub(super) fn checkpointed(
         export: export.clone(),
         bitmap: args.bitmap.clone(),
         if_missing: if args.base.is_none() { IfMissing::Add } else { IfMissing::Fail },
+        // A full backup does not need what the bitmap has noted.
+        if_unusable: match args.base {
+            None => IfUnusable::BeginAnew,
+            Some(_) => IfUnusable::Fail,
+        },
         view: None,
         // If this process is killed nobody else ends it.
         lifetime: Lifetime::Connection,
@@ -55,6 +60,13 @@ fn uri_of_view(args: &BackupArgs, begun: serde_json::Value) -> Result<NbdUri, Co
     let begun: Begun = serde_json::from_value(begun).map_err(|error| {
         CommandError::new(format!("the server's reply cannot be understood: {error}"))
     })?;
+    if let Some(reason) = &begun.begun_anew {
+        let bitmap = printable(args.bitmap.as_deref().unwrap_or_default());
+        warn(&format!(
+            "the bitmap '{bitmap}' could not be relied on ({}); it begins anew with this backup",
+            printable(reason)
+        ));
+    }
     if let Some(uri) = &args.source {
         let mut uri = uri.clone();
         uri.export_name = begun.view;

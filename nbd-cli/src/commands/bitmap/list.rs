@@ -28,7 +28,7 @@ struct JsonBitmap<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     dirty_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    reason: Option<&'a str>,
+    reason: Option<String>,
 }
 
 /// Prints one JSON object.
@@ -53,6 +53,10 @@ pub(super) fn text(image: &Image, output: &mut Output) -> Result<(), CommandErro
             BitmapState::Consistent { dirty_bytes } => format!("{} dirty", rounded(*dirty_bytes)),
             BitmapState::Inconsistent { reason } => format!("inconsistent: {}", printable(reason)),
             BitmapState::Damaged { reason } => format!("damaged: {}", printable(reason)),
+            BitmapState::Incomplete { .. } => match bitmap.state.problem() {
+                Some(problem) => format!("incomplete: {}", printable(&problem)),
+                None => "incomplete".into(),
+            },
             _ => "unknown".into(),
         };
         output.line(&format!(
@@ -68,11 +72,12 @@ impl<'a> From<&'a BitmapInfo> for JsonBitmap<'a> {
     fn from(bitmap: &'a BitmapInfo) -> Self {
         let flags =
             [(bitmap.is_in_use, "in-use"), (bitmap.recording == Recording::Enabled, "auto")];
-        let (state, dirty_bytes, reason) = match &bitmap.state {
-            BitmapState::Consistent { dirty_bytes } => ("consistent", Some(*dirty_bytes), None),
-            BitmapState::Inconsistent { reason } => ("inconsistent", None, Some(reason.as_str())),
-            BitmapState::Damaged { reason } => ("damaged", None, Some(reason.as_str())),
-            _ => ("unknown", None, None),
+        let (state, dirty_bytes) = match &bitmap.state {
+            BitmapState::Consistent { dirty_bytes } => ("consistent", Some(*dirty_bytes)),
+            BitmapState::Inconsistent { .. } => ("inconsistent", None),
+            BitmapState::Damaged { .. } => ("damaged", None),
+            BitmapState::Incomplete { .. } => ("incomplete", None),
+            _ => ("unknown", None),
         };
         Self {
             name: &bitmap.name,
@@ -80,7 +85,7 @@ impl<'a> From<&'a BitmapInfo> for JsonBitmap<'a> {
             flags: flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect(),
             state,
             dirty_bytes,
-            reason,
+            reason: bitmap.state.problem(),
         }
     }
 }

@@ -102,12 +102,19 @@ impl Controller {
                 self.add(&mut disks, name, source, choices, description).await
             }
             Request::RemoveExport { name, on_use } => self.remove(&mut disks, &name, on_use).await,
-            Request::CheckpointStart { export, bitmap, if_missing, view, lifetime } => {
+            Request::CheckpointStart {
+                export,
+                bitmap,
+                if_missing,
+                if_unusable,
+                view,
+                lifetime,
+            } => {
                 let conversation = match lifetime {
                     Lifetime::Server => None,
                     Lifetime::Connection => Some(conversation),
                 };
-                let wish = CheckpointWish { bitmap, if_missing, view, conversation };
+                let wish = CheckpointWish { bitmap, if_missing, if_unusable, view, conversation };
                 self.begin_checkpoint(&mut disks, &export, wish).await
             }
             Request::CheckpointEnd { export, outcome } => {

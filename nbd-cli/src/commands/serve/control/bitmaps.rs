@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Disk, Disks, blocking};
 use crate::control::{ErrorKind, Failure, InitialState, Request};
-use crate::serving::leftover;
+use crate::serving::frozen;
 
 /// The bitmaps of a disk.
 pub(super) async fn list(disk: &Disk) -> Result<Vec<Value>, Failure> {
@@ -24,10 +24,7 @@ fn describe(bitmap: &BitmapInfo) -> Value {
     });
     match &bitmap.state {
         BitmapState::Consistent { dirty_bytes } => described["dirty-bytes"] = json!(dirty_bytes),
-        BitmapState::Inconsistent { reason } | BitmapState::Damaged { reason } => {
-            described["problem"] = json!(reason);
-        }
-        _ => described["problem"] = json!("its bits cannot be relied on"),
+        state => described["problem"] = json!(state.problem()),
     }
     described
 }
@@ -56,15 +53,17 @@ pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Fai
     refuse_if_frozen(disk, &change)?;
     let image = disk.image()?;
     blocking(move || -> Result<Value, Failure> {
-        leftover::check_change(image.image(), &change)
-            .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
-        carry_out(&image, change)
+        let changes = [change.clone()];
+        carry_out(&image, change).map_err(|error| {
+            let kind = Failure::from(&error).kind;
+            Failure::new(kind, frozen::explained(image.image(), &changes, error).to_string())
+        })
     })
     .await?
 }
 
 /// Makes the change, and the export offer the bitmaps that are there then.
-fn carry_out(image: &ImageExport, change: BitmapChange) -> Result<Value, Failure> {
+fn carry_out(image: &ImageExport, change: BitmapChange) -> imgfmt::Result<Value> {
     match change {
         BitmapChange::Add { ref name, .. } => {
             let name = name.clone();
@@ -105,7 +104,7 @@ fn refuse_if_frozen(disk: &Disk, change: &BitmapChange) -> Result<(), Failure> {
         | BitmapChange::Disable { name } => (name, None),
         _ => return Ok(()),
     };
-    let is_frozen = |name: &String| bitmap.name == *name || bitmap.frozen.as_ref() == Some(name);
+    let is_frozen = |name: &String| bitmap.name == *name || bitmap.frozen() == *name;
     let name = read.filter(|name| is_frozen(name)).or(Some(changed).filter(|name| is_frozen(name)));
     let Some(name) = name else { return Ok(()) };
     let message = format!("the bitmap '{name}' belongs to a checkpoint; end it first");

@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use imgfmt::{BitmapChange, BitmapInfo, GuestOffset, GuestRange, Recording};
+use imgfmt::{BitmapChange, BitmapInfo, BitmapState, GuestOffset, GuestRange, Recording};
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 use nbd_server::InUse;
 use nbd_server::export::{
@@ -14,10 +14,9 @@ use nbd_server::export::{
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde_json::{Value, json};
 
-use super::disks::{CheckpointBitmap, RunningCheckpoint};
+use super::disks::{BitmapOrigin, CheckpointBitmap, RunningCheckpoint};
 use super::{Controller, ConversationId, Disks, blocking};
-use crate::control::{Begun, ErrorKind, Failure, IfMissing, Verdict};
-use crate::serving::leftover;
+use crate::control::{Begun, ErrorKind, Failure, IfMissing, IfUnusable, Verdict};
 
 /// What stands behind the name of an export in that of its view.
 const VIEW_SUFFIX: &str = ".checkpoint";
@@ -29,6 +28,7 @@ const DIRTY: u64 = 1;
 pub(super) struct CheckpointWish {
     pub(super) bitmap: Option<String>,
     pub(super) if_missing: IfMissing,
+    pub(super) if_unusable: IfUnusable,
     /// Name of the view's export.
     pub(super) view: Option<String>,
     /// The conversation it is to end with.
@@ -40,10 +40,11 @@ impl Controller {
         &self,
         disks: &mut Disks,
         export: &str,
-        CheckpointWish { bitmap, if_missing, view, conversation }: CheckpointWish,
+        wish: CheckpointWish,
     ) -> Result<Value, Failure> {
         let disk = disks.get_mut(export)?;
-        let view_name = view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
+        let (conversation, bitmap) = (wish.conversation, wish.bitmap);
+        let view_name = wish.view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
         if self.server.exports().entries().iter().any(|(taken, _)| *taken == view_name) {
             let message = format!("there is an export named '{view_name}' already");
             return Err(Failure::new(ErrorKind::AlreadyExists, message));
@@ -51,17 +52,17 @@ impl Controller {
         let image = bitmap.as_ref().map(|_| disk.image()).transpose()?;
         let checkpointed = disk.export.clone();
         let begun = blocking(move || match (image, bitmap) {
-            (Some(image), Some(name)) => begin_with_bitmap(&checkpointed, &image, name, if_missing),
-            _ => {
-                let view = begin(&checkpointed, || Ok(()))?;
-                Ok((view, None))
+            (Some(image), Some(name)) => {
+                begin_with_bitmap(&checkpointed, &image, name, wish.if_missing, wish.if_unusable)
             }
+            _ => Ok(BegunCheckpoint::without_bitmap(begin(&checkpointed, || Ok(()))?)),
         });
-        let (view, bitmap) = begun.await??;
-        let frozen = bitmap.as_ref().filter(|bitmap| bitmap.frozen.is_some());
+        let BegunCheckpoint { view, bitmap, begun_anew } = begun.await??;
+        let had_bits = bitmap.as_ref().filter(|bitmap| bitmap.origin != BitmapOrigin::Added);
         let reply = Begun {
             view: view_name.clone(),
-            bitmap: frozen.map(|bitmap| bitmap.name.clone()),
+            bitmap: had_bits.map(|bitmap| bitmap.name.clone()),
+            begun_anew,
             uris: (self.uris)(&view_name),
         };
         disk.checkpoint = Some(RunningCheckpoint { view: view_name.clone(), bitmap, conversation });
@@ -141,24 +142,37 @@ fn begin(
     })
 }
 
+/// A checkpoint that has begun.
+struct BegunCheckpoint {
+    view: PointInTimeView,
+    bitmap: Option<CheckpointBitmap>,
+    /// Why the bitmap could not be relied on, if it begins anew for that reason.
+    begun_anew: Option<String>,
+}
+
+impl BegunCheckpoint {
+    fn without_bitmap(view: PointInTimeView) -> Self {
+        Self { view, bitmap: None, begun_anew: None }
+    }
+}
+
 fn begin_with_bitmap(
     disk: &Checkpointed,
     image: &Arc<ImageExport>,
     name: String,
     if_missing: IfMissing,
-) -> Result<(PointInTimeView, Option<CheckpointBitmap>), Failure> {
+    if_unusable: IfUnusable,
+) -> Result<BegunCheckpoint, Failure> {
     let known = image.image().bitmaps();
-    let find = |name: &str| known.iter().find(|bitmap| bitmap.name == name);
-    let Some(found) = find(&name) else {
+    let Some(found) = known.iter().find(|bitmap| bitmap.name == name) else {
         if if_missing == IfMissing::Fail {
             let message = format!("the image has no bitmap '{name}'");
             return Err(Failure::new(ErrorKind::NotFound, message));
         }
-        let granularity = imgfmt::BITMAP_GRANULARITY_DEFAULT;
-        let recording = Recording::Enabled;
-        let add = BitmapChange::Add { name: name.clone(), granularity, recording };
-        let view = begin(disk, || image.image().bitmap_transaction(&[add]))?;
-        return Ok((view, Some(CheckpointBitmap { name, frozen: None, was_offered: false })));
+        let changes = added_anew(&name, imgfmt::BITMAP_GRANULARITY_DEFAULT);
+        let view = begin(disk, || image.image().bitmap_transaction(&changes))?;
+        let bitmap = Some(CheckpointBitmap { name, origin: BitmapOrigin::Added });
+        return Ok(BegunCheckpoint { view, bitmap, begun_anew: None });
     };
     if found.recording == Recording::Disabled {
         let message = format!(
@@ -167,62 +181,79 @@ fn begin_with_bitmap(
         );
         return Err(Failure::new(ErrorKind::InvalidRequest, message));
     }
-    let frozen = leftover::set_aside_name(&name);
-    let changes = freeze(found, &frozen, leftover::set_aside(&known, found).is_some());
     let context = MetaContextName::qemu_dirty_bitmap(&name)
         .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
-    // Clients of the disk itself would miss the bits that are set aside.
-    let was_offered = image.withdraw_bitmap(&name);
-    let bitmap = CheckpointBitmap { name, frozen: Some(frozen.clone()), was_offered };
+    let problem = found.state.problem();
+    let mut changes = match (&problem, if_unusable) {
+        (Some(_), IfUnusable::BeginAnew) => made_usable(&known, found),
+        _ => Vec::new(),
+    };
+    changes.push(BitmapChange::Freeze { name: name.clone() });
+    // Clients of the disk itself would miss the bits that are frozen.
+    let origin = match image.withdraw_bitmap(&name) {
+        true => BitmapOrigin::Offered,
+        false => BitmapOrigin::NotOffered,
+    };
+    let bitmap = CheckpointBitmap { name, origin };
     let begun = begin(disk, || image.image().bitmap_transaction(&changes));
     let view = begun.inspect_err(|_| offer_again(image, &bitmap))?;
-    let image = Arc::clone(image);
+    let (image, frozen) = (Arc::clone(image), bitmap.frozen());
     let status =
         move |offset, length, max_count| dirty_status(&image, &frozen, offset, length, max_count);
     let view = view.with_context(context, Box::new(status));
-    Ok((view, Some(bitmap)))
+    let begun_anew = problem.filter(|_| if_unusable == IfUnusable::BeginAnew);
+    Ok(BegunCheckpoint { view, bitmap: Some(bitmap), begun_anew })
 }
 
-/// The disk's export offers the bitmap as before the checkpoint.
+/// Adds a bitmap that begins at the checkpoint. If that is cut off, what was before counts as dirty:
+/// nobody knows what has changed then.
+fn added_anew(name: &str, granularity: u64) -> Vec<BitmapChange> {
+    let (name, recording) = (name.to_owned(), Recording::Enabled);
+    vec![
+        BitmapChange::Add { name: name.clone(), granularity, recording },
+        BitmapChange::MarkAll { name: name.clone() },
+        BitmapChange::Freeze { name },
+    ]
+}
+
+/// Makes a bitmap that cannot be relied on one in which everything is dirty.
+fn made_usable(all: &[BitmapInfo], bitmap: &BitmapInfo) -> Vec<BitmapChange> {
+    let is_unsound = |bitmap: &BitmapInfo| {
+        matches!(bitmap.state, BitmapState::Inconsistent { .. } | BitmapState::Damaged { .. })
+    };
+    let frozen = imgfmt::frozen_bitmap_name(&bitmap.name);
+    let concerned = all.iter().filter(|it| it.name == bitmap.name || it.name == frozen);
+    let unsound = concerned.filter(|it| is_unsound(it));
+    unsound.map(|it| BitmapChange::Repair { name: it.name.clone() }).collect()
+}
+
+/// The disk's export offers the bitmap as before the checkpoint, or from now on if it is new.
 fn offer_again(image: &ImageExport, bitmap: &CheckpointBitmap) {
-    if bitmap.was_offered
+    let is_possible = MetaContextName::qemu_dirty_bitmap(&bitmap.name).is_ok();
+    if bitmap.origin != BitmapOrigin::NotOffered
+        && is_possible
         && let Err(error) = image.offer_bitmap(&bitmap.name)
     {
-        tracing::error!(bitmap = %bitmap.name, %error, "bitmap not offered again");
+        tracing::error!(bitmap = %bitmap.name, %error, "bitmap not offered");
     }
-}
-
-/// Copies the bits of a bitmap into another one, and begins it anew.
-fn freeze(bitmap: &BitmapInfo, frozen: &str, is_left_over: bool) -> Vec<BitmapChange> {
-    let (name, frozen) = (bitmap.name.clone(), frozen.to_owned());
-    let mut changes = Vec::new();
-    if is_left_over {
-        // They could not be put back when the image was opened. They are still to be backed up.
-        changes.push(BitmapChange::Merge { into: name.clone(), from: frozen.clone() });
-        changes.push(BitmapChange::Remove { name: frozen.clone() });
-    }
-    let (granularity, recording) = (bitmap.granularity, Recording::Disabled);
-    changes.push(BitmapChange::Add { name: frozen.clone(), granularity, recording });
-    changes.push(BitmapChange::Merge { into: frozen, from: name.clone() });
-    changes.push(BitmapChange::Clear { name });
-    changes
 }
 
 /// Drops frozen bits, or puts them back.
 fn settle(image: &ImageExport, bitmap: &CheckpointBitmap, outcome: Verdict) -> Result<(), Failure> {
     let name = bitmap.name.clone();
-    let changes = match (&bitmap.frozen, outcome) {
-        (None, Verdict::Success) => return Ok(()),
+    let changes = match (bitmap.origin, outcome) {
+        (_, Verdict::Success) => vec![BitmapChange::DropFrozen { name }],
         // Nothing was noted before the checkpoint: nothing can be built on what was noted since.
-        (None, Verdict::Failure) => vec![BitmapChange::Remove { name }],
-        (Some(frozen), Verdict::Success) => vec![BitmapChange::Remove { name: frozen.clone() }],
-        (Some(frozen), Verdict::Failure) => vec![
-            BitmapChange::Merge { into: name, from: frozen.clone() },
-            BitmapChange::Remove { name: frozen.clone() },
-        ],
+        (BitmapOrigin::Added, Verdict::Failure) => {
+            let names = [name, bitmap.frozen()];
+            names.into_iter().map(|name| BitmapChange::Remove { name }).collect()
+        }
+        (_, Verdict::Failure) => vec![BitmapChange::Thaw { name }],
     };
     image.image().bitmap_transaction(&changes)?;
-    offer_again(image, bitmap);
+    if outcome == Verdict::Success || bitmap.origin != BitmapOrigin::Added {
+        offer_again(image, bitmap);
+    }
     Ok(())
 }
 

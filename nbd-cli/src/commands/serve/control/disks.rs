@@ -33,10 +33,25 @@ pub(super) struct RunningCheckpoint {
 #[derive(Debug, Clone)]
 pub(super) struct CheckpointBitmap {
     pub(super) name: String,
-    /// The bitmap that holds its bits of before; none if it was added at the checkpoint.
-    pub(super) frozen: Option<String>,
-    /// The disk's export offered it before, and will again.
-    pub(super) was_offered: bool,
+    pub(super) origin: BitmapOrigin,
+}
+
+/// Whether the bitmap was there before its checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum BitmapOrigin {
+    /// It was added at the checkpoint.
+    Added,
+    /// The disk's export offered it, and will again.
+    Offered,
+    /// The disk's export did not offer it.
+    NotOffered,
+}
+
+impl CheckpointBitmap {
+    /// The name of the bitmap that holds its bits of before.
+    pub(super) fn frozen(&self) -> String {
+        imgfmt::frozen_bitmap_name(&self.name)
+    }
 }
 
 impl Disk {

@@ -1,0 +1,74 @@
+//! Bitmaps that lack bits which a checkpoint has frozen: what is said about them, and what to do. The rule itself is
+//! the image engine's ([`imgfmt::BitmapChange::Freeze`]).
+
+use imgfmt::{BitmapChange, BitmapState, Image};
+
+use crate::error::CommandError;
+use crate::output::{printable, warn};
+
+/// Says which bitmaps got frozen bits back when an image was opened for writing, and if that failed.
+pub(crate) fn report_thaw(image: &Image) {
+    let safety = image.bitmap_safety();
+    report_thawed(&safety.thawed);
+    if let Some(failure) = safety.thaw_failure {
+        // The disk can be used all the same, but not the bitmaps that lack them.
+        warn(&format!("bits that a checkpoint had set aside are not put back: {failure}"));
+    }
+}
+
+/// Says which bitmaps got frozen bits back.
+pub(crate) fn report_thawed(names: &[String]) {
+    if !names.is_empty() {
+        let names: Vec<_> = names.iter().map(|name| format!("'{}'", printable(name))).collect();
+        warn(&format!(
+            "a checkpoint was cut off; the bits it had set aside are back in {}",
+            names.join(", ")
+        ));
+    }
+}
+
+/// Whether the bits of a bitmap are all there are, in the image or backing file that has it. A
+/// bitmap that does not exist is complete.
+///
+/// # Errors
+///
+/// With the reason and the remedy if a checkpoint has set bits aside and they are not back.
+pub(crate) fn check_complete(image: &Image, name: &str) -> Result<(), CommandError> {
+    let layer = image.bitmaps_beside(name);
+    let state = layer.into_iter().find(|bitmap| bitmap.name == name).map(|bitmap| bitmap.state);
+    let Some(BitmapState::Incomplete { frozen, problem }) = state else { return Ok(()) };
+    let (name, frozen) = (printable(name), printable(&frozen));
+    let lack = format!("the bitmap '{name}' lacks changes that a checkpoint has set aside");
+    Err(CommandError::new(match problem {
+        Some(reason) => format!(
+            "{lack}, and '{frozen}' cannot be relied on: {}; use 'nbd-cli bitmap repair IMAGE \
+             {frozen}', which makes everything dirty in '{name}', and make a full backup",
+            printable(&reason)
+        ),
+        None => format!(
+            "{lack} in '{frozen}'; put them back with 'nbd-cli bitmap recover IMAGE', on the image \
+             or backing file that has it"
+        ),
+    }))
+}
+
+/// The error of a change of bitmaps, with the remedy if frozen bits are what it is about.
+pub(crate) fn explained(
+    image: &Image,
+    changes: &[BitmapChange],
+    error: imgfmt::Error,
+) -> CommandError {
+    let all = image.bitmaps();
+    let concerns = |name: &str| match changes {
+        [BitmapChange::Merge { from, .. }, ..] if name == from => true,
+        [
+            BitmapChange::Remove { name: changed }
+            | BitmapChange::Clear { name: changed }
+            | BitmapChange::Enable { name: changed },
+        ] => *changed == imgfmt::frozen_bitmap_name(name),
+        _ => false,
+    };
+    let about = all.iter().filter(|bitmap| concerns(&bitmap.name));
+    let explained = about.filter_map(|bitmap| check_complete(image, &bitmap.name).err()).next();
+    explained.unwrap_or_else(|| error.into())
+}
