@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
-use crate::options::{Access, OpenOptions};
+use crate::options::{Access, Locking, OpenOptions};
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, FileStorage, Storage};
@@ -19,8 +19,9 @@ pub(crate) fn open(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<(Box<dyn Driver>, Format)> {
-    let mut files_above = Vec::new();
-    open_layer(storage, path, options, &mut files_above)
+    let path = path.map(Path::to_owned);
+    let top = Layer { storage, shown: path.clone(), path, options: options.clone() };
+    open_layers(top, &mut Vec::new())
 }
 
 /// Checks a qcow2 image by itself, without the files it names.
@@ -66,6 +67,9 @@ pub(crate) fn change_backing(
     options: &OpenOptions,
     backing: Option<(&str, Format)>,
 ) -> Result<()> {
+    if let Some((name, format)) = backing {
+        check_depth(path, options, name, format)?;
+    }
     let storage = FileStorage::open(path, Access::ReadWrite, options.locking)?;
     match format_of(&storage, options)? {
         Format::Qcow2 => qcow2::change_backing(&storage, backing),
@@ -76,23 +80,111 @@ pub(crate) fn change_backing(
     }
 }
 
-/// The size of the disk in what `name` would stand for in the image at `path`.
+/// The size of the disk in what `name` would stand for in a new image at `path`, if the new image
+/// could be opened above it.
 pub(crate) fn named_size(path: &Path, name: &str, options: &OpenOptions) -> Result<u64> {
     let (storage, below) = open_named(Some(path), name, options, Access::ReadOnly, &[])?;
-    let opened = open(storage, below.as_deref(), options);
-    let (driver, _) =
-        opened.map_err(|error| error.with_path(below.unwrap_or_else(|| name.into())))?;
+    let shown = Some(below.clone().unwrap_or_else(|| name.into()));
+    let layer = Layer { storage, path: below, shown: shown.clone(), options: options.clone() };
+    // The new image is a layer too.
+    let opened = open_layers(layer, &mut vec![None]);
+    let (driver, _) = opened.map_err(|error| named(error, shown.as_deref()))?;
     Ok(driver.size())
 }
 
-fn open_layer(
+/// What is to be opened as one layer of a chain.
+struct Layer {
     storage: Arc<dyn Storage>,
-    path: Option<&Path>,
-    options: &OpenOptions,
-    files_above: &mut Vec<Option<FileIdentity>>,
+    path: Option<PathBuf>,
+    /// The path, or the name that leads to something else, for errors.
+    shown: Option<PathBuf>,
+    options: OpenOptions,
+}
+
+/// A layer that is open.
+enum Opened {
+    /// The last one.
+    Bottom(Box<dyn Driver>),
+    /// One that is not joined to the next one yet.
+    Overlay(Box<Qcow2>, Layer),
+}
+
+/// Opens a layer and everything below it. `files` are those above, one for each layer. Not
+/// recursive: what images name must not decide how much stack is needed.
+fn open_layers(
+    mut layer: Layer,
+    files: &mut Vec<Option<FileIdentity>>,
 ) -> Result<(Box<dyn Driver>, Format)> {
-    let format = format_of(&*storage, options)?;
-    if format == Format::Raw {
+    let mut above: Vec<(Box<Qcow2>, Option<PathBuf>)> = Vec::new();
+    let mut driver = loop {
+        let shown = layer.shown.clone();
+        let opened = open_layer(layer, files);
+        match opened.map_err(|error| match (error.found_format(), above.last()) {
+            // No option of the user is about its format.
+            (Some(format), Some((_, overlay))) => {
+                named(unreadable_backing(format.description()), overlay.as_deref())
+            }
+            _ => named(error, shown.as_deref()),
+        })? {
+            Opened::Bottom(driver) => break driver,
+            Opened::Overlay(image, below) => {
+                above.push((image, shown));
+                if files.len() >= CHAIN_DEPTH_MAX {
+                    return Err(too_long());
+                }
+                layer = below;
+            }
+        }
+    };
+    while let Some((mut image, shown)) = above.pop() {
+        image.attach_backing(driver);
+        image.begin_writing().map_err(|error| named(error, shown.as_deref()))?;
+        driver = image;
+    }
+    let format = if driver.as_qcow2().is_some() { Format::Qcow2 } else { Format::Raw };
+    Ok((driver, format))
+}
+
+/// Refuses a backing file whose chain would be too long with the image at `path` above it. Whether it can
+/// be opened otherwise does not matter.
+pub(crate) fn check_depth(
+    path: &Path,
+    options: &OpenOptions,
+    name: &str,
+    format: Format,
+) -> Result<()> {
+    let options = OpenOptions {
+        format: Some(format),
+        access: Access::ReadOnly,
+        locking: Locking::Off,
+        snapshot: None,
+        ..options.clone()
+    };
+    match named_size(path, name, &options) {
+        Err(error) if error.is_chain_too_long() => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// That a chain has too many layers; the caller names its top.
+fn too_long() -> Error {
+    let detail = format!(
+        "its chain of backing files would have more than {CHAIN_DEPTH_MAX} layers; make it shorter \
+         with 'nbd-cli image commit' or 'image rebase', or convert it to an image that stands alone"
+    );
+    Error::new(ErrorKind::Unsupported, "open", detail).chain_too_long()
+}
+
+fn named(error: Error, shown: Option<&Path>) -> Error {
+    match shown {
+        Some(path) => error.with_path(path),
+        None => error,
+    }
+}
+
+fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Opened> {
+    let Layer { storage, path, options, .. } = layer;
+    if format_of(&*storage, &options)? == Format::Raw {
         if options.snapshot.is_some() {
             let detail = "a raw image has no snapshots";
             return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
@@ -101,35 +193,33 @@ fn open_layer(
             Some(_) => FirstSector::Free,
             None => FirstSector::Guarded,
         };
-        return Ok((Box::new(Raw::new(storage, first_sector)?), format));
+        return Ok(Opened::Bottom(Box::new(Raw::new(storage, first_sector)?)));
     }
     let identity = storage.identity();
-    refuse_loop(identity, files_above)?;
-    if files_above.len() >= CHAIN_DEPTH_MAX {
-        let detail = format!("its chain of backing files has more than {CHAIN_DEPTH_MAX} layers");
-        return Err(Error::new(ErrorKind::Unsupported, "open", detail));
-    }
-    files_above.push(identity);
-    let mut image = Qcow2::open(storage, path, options, Purpose::Use)?;
+    refuse_loop(identity, files)?;
+    files.push(identity);
+    let path = path.as_deref();
+    let mut image = Box::new(Qcow2::open(storage, path, &options, Purpose::Use)?);
     if let Some(name) = image.data_file_name()? {
-        let (data, _) = open_named(path, name, options, options.access, files_above)?;
+        let (data, _) = open_named(path, name, &options, options.access, files)?;
         image.attach_data_file(data);
     }
     if let Some((name, format)) = image.backing_name() {
-        let backing = open_backing(path, name, format, options, files_above)?;
-        image.attach_backing(backing);
+        let below = layer_below(path, name, format, &options, files)?;
+        return Ok(Opened::Overlay(image, below));
     }
     image.begin_writing()?;
-    Ok((Box::new(image), format))
+    Ok(Opened::Bottom(image))
 }
 
-fn open_backing(
+/// What the name of a backing file leads to.
+fn layer_below(
     image: Option<&Path>,
     name: &str,
     format: Option<&str>,
     options: &OpenOptions,
-    files_above: &mut Vec<Option<FileIdentity>>,
-) -> Result<Box<dyn Driver>> {
+    files_above: &[Option<FileIdentity>],
+) -> Result<Layer> {
     let format = match (format, options.policy.missing_format()) {
         // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
         (Some("file" | "host_device" | "nbd"), _) => Some(Format::Raw),
@@ -145,13 +235,10 @@ fn open_backing(
         }
     };
     let (storage, path) = open_named(image, name, options, Access::ReadOnly, files_above)?;
-    let below = OpenOptions { format, access: Access::ReadOnly, snapshot: None, ..options.clone() };
-    let result = open_layer(storage, path.as_deref(), &below, files_above);
-    let (driver, _) = result.map_err(|error| match error.found_format() {
-        Some(format) => unreadable_backing(format.description()),
-        None => error.with_path(path.unwrap_or_else(|| name.into())),
-    })?;
-    Ok(driver)
+    let shown = Some(path.clone().unwrap_or_else(|| name.into()));
+    let options =
+        OpenOptions { format, access: Access::ReadOnly, snapshot: None, ..options.clone() };
+    Ok(Layer { storage, path, shown, options })
 }
 
 /// What the name of a backing file's format stands for, if that can be read.

@@ -56,6 +56,7 @@ struct Inner {
     detail: String,
     source: Option<io::Error>,
     format: Option<Format>,
+    is_chain_too_long: bool,
 }
 
 /// The usual result of this crate.
@@ -73,6 +74,7 @@ impl Error {
             detail: detail.into(),
             source: None,
             format: None,
+            is_chain_too_long: false,
         }))
     }
 
@@ -99,6 +101,17 @@ impl Error {
         let mut error = Self::new(ErrorKind::Unsupported, "open", detail);
         error.0.format = Some(format).filter(|_| is_guess);
         error
+    }
+
+    /// Marks the error of a chain that is too long.
+    #[must_use]
+    pub(crate) fn chain_too_long(mut self) -> Self {
+        self.0.is_chain_too_long = true;
+        self
+    }
+
+    pub(crate) fn is_chain_too_long(&self) -> bool {
+        self.0.is_chain_too_long
     }
 
     /// The format that the file turned out to have, if that is why it could not be opened: to give
@@ -207,6 +220,9 @@ fn detail_of(error: &io::Error) -> String {
         }
         io::ErrorKind::UnexpectedEof => {
             "the file ends before this point; has it been truncated while it was open?".into()
+        }
+        _ if matches!(error.raw_os_error(), Some(libc::EMFILE)) => {
+            "this process has too many files open; raise its limit ('ulimit -n')".into()
         }
         io::ErrorKind::StorageFull => "no space is left on the device; free some".into(),
         io::ErrorKind::FileTooLarge => {

@@ -34,6 +34,21 @@ impl Image {
         chain::inspect(storage, None, options)
     }
 
+    /// Refuses a name for the backing file of the image at `path`, which need not exist yet, if the
+    /// chain of backing files would have too many layers (500) to be opened. Nothing else is checked:
+    /// what the name leads to need not exist either.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported`.
+    pub fn check_chain_length(
+        path: impl AsRef<Path>,
+        options: &OpenOptions,
+        (name, format): (&str, Format),
+    ) -> Result<()> {
+        chain::check_depth(path.as_ref(), options, name, format)
+    }
+
     /// Makes a qcow2 image name another backing file (and its format), or none. Neither the old
     /// nor the new one is opened: the disk stays the same only if both hold the same where the
     /// image itself holds nothing. The header's cluster is written at once and synced.
@@ -41,7 +56,8 @@ impl Image {
     /// # Errors
     ///
     /// `Unsupported` for raw images; `InvalidInput` if the name is empty or does not fit into the
-    /// header, or if the data lies in a raw data file; otherwise as [`open`](Self::open). Nothing
+    /// header, or if the data lies in a raw data file; those of
+    /// [`check_chain_length`](Self::check_chain_length); otherwise as [`open`](Self::open). Nothing
     /// has been changed then, unless it is `Io`.
     pub fn change_backing_file(
         path: impl AsRef<Path>,

@@ -12,8 +12,9 @@ use std::sync::Arc;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
-/// How many layers a chain of backing files may have.
-pub(crate) const CHAIN_DEPTH_MAX: usize = 64;
+/// How many layers a chain of backing files may have, the image itself included. Each holds a file
+/// open, and reading through all of them has to fit on the stack of a thread (2 MiB).
+pub(crate) const CHAIN_DEPTH_MAX: usize = 500;
 
 /// Opens what a name such as `nbd://host/export` stands for.
 pub type SchemeOpener = dyn Fn(&str) -> io::Result<Arc<dyn Storage>> + Send + Sync;

@@ -36,6 +36,7 @@ mod image_convert_nbd;
 mod image_create;
 mod image_foreign_formats;
 mod image_json;
+mod image_long_chains;
 mod image_look;
 mod image_on_server;
 mod image_tls;

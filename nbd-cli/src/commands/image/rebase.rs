@@ -68,6 +68,10 @@ pub struct RebaseArgs {
 pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
     let format = args.backing_format.map(Format::from);
     let new = args.backing.as_deref().zip(format);
+    if let Some(new) = new {
+        // Before anything is copied.
+        Image::check_chain_length(&args.path, &args.open.options(), new)?;
+    }
     if !args.is_unsafe {
         keep_content(args, new)?;
     }
