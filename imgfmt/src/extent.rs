@@ -30,11 +30,43 @@ pub struct Extent {
 pub(crate) struct ExtentList {
     extents: Vec<Extent>,
     max_count: usize,
+    /// What may still be looked at, in this layer and those below it together.
+    effort: u64,
 }
+
+/// How much is looked at for one list: some 65,000 entries, or tables that do not exist.
+const EFFORT_MAX: u64 = 64 * EFFORT_OF_PART;
+
+/// What looking at a part of a table takes, of [`MAPPED_AT_ONCE`] entries or less, compared with
+/// looking at a table that does not exist.
+pub(crate) const EFFORT_OF_PART: u64 = 1024;
+
+/// Entries of a table that are looked at together.
+pub(crate) const MAPPED_AT_ONCE: u64 = 1024;
 
 impl ExtentList {
     pub(crate) fn new(max_count: usize) -> Self {
-        Self { extents: Vec::new(), max_count }
+        Self { extents: Vec::new(), max_count, effort: EFFORT_MAX }
+    }
+
+    /// A list for a part of the range in the layer below. Take its [effort](Self::tired_by) over.
+    pub(crate) fn below(&self) -> Self {
+        Self { extents: Vec::new(), max_count: self.room(), effort: self.effort }
+    }
+
+    /// What a list of the layer below has looked at counts for this one.
+    pub(crate) fn tired_by(&mut self, below: &Self) {
+        self.effort = below.effort;
+    }
+
+    /// Takes note that something was looked at.
+    pub(crate) fn tire(&mut self, effort: u64) {
+        self.effort = self.effort.saturating_sub(effort);
+    }
+
+    /// Whether enough was looked at for one list. Something was found then.
+    pub(crate) fn is_tired(&self) -> bool {
+        self.effort == 0 && !self.extents.is_empty()
     }
 
     /// Appends the extent that follows. Returns whether more are wanted; if not, it was dropped.

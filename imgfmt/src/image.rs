@@ -375,9 +375,9 @@ impl Image {
     }
 
     /// What the parts of a range hold, in order, without gaps, from its start on. At most
-    /// `max_count` extents are returned, and no more metadata is looked at than some 1000 tables:
-    /// the list may end before the range does. It is empty only if the range is, or `max_count` is
-    /// 0. Ask again from its end on.
+    /// `max_count` extents are returned, and only as much metadata is looked at as takes about a
+    /// millisecond from memory: the list may end before the range does. It is empty only if the range
+    /// is, or `max_count` is 0. Ask again from its end on.
     ///
     /// # Errors
     ///

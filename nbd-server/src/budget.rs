@@ -26,7 +26,7 @@ pub(crate) struct Budget {
 /// A part of the budget. Given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    _part: Part,
+    part: Part,
 }
 
 /// What of the budget it is. The fields are for their drops.
@@ -35,7 +35,7 @@ enum Part {
     /// Small requests take nothing.
     Nothing,
     Units {
-        _units: OwnedSemaphorePermit,
+        units: OwnedSemaphorePermit,
     },
     Reserve {
         _reserve: Reserved,
@@ -77,6 +77,28 @@ impl Budget {
         let total = total.min(u32::try_from(Semaphore::MAX_PERMITS).unwrap_or(u32::MAX));
         Self { units: Arc::new(Semaphore::new(total as usize)), total }
     }
+
+    /// Takes `length` bytes if they are free now.
+    pub(crate) fn try_take(&self, length: usize) -> Option<Permit> {
+        let units = u32::try_from(length.div_ceil(UNIT)).ok()?;
+        let units = Arc::clone(&self.units).try_acquire_many_owned(units).ok()?;
+        Some(Permit { part: Part::Units { units } })
+    }
+}
+
+impl Permit {
+    /// A permit for what is covered by what every connection holds anyway.
+    pub(crate) const fn nothing() -> Self {
+        Self { part: Part::Nothing }
+    }
+
+    /// Gives back what is beyond `length` bytes.
+    pub(crate) fn shrink(&mut self, length: usize) {
+        if let Part::Units { units } = &mut self.part {
+            let excess = units.num_permits().saturating_sub(length.div_ceil(UNIT));
+            drop(units.split(excess));
+        }
+    }
 }
 
 impl BudgetQueue {
@@ -88,7 +110,7 @@ impl BudgetQueue {
     /// it rather than never being served. Call with the same length until it is ready.
     pub(crate) fn poll_take(&mut self, cx: &mut Context<'_>, length: usize) -> Poll<Permit> {
         if length <= FREE_LEN {
-            return Poll::Ready(Permit { _part: Part::Nothing });
+            return Poll::Ready(Permit::nothing());
         }
         let units = u32::try_from(length.div_ceil(UNIT)).unwrap_or(u32::MAX);
         let units = units.min(self.budget.total);
@@ -96,21 +118,21 @@ impl BudgetQueue {
         if self.waiting.is_none()
             && let Ok(units) = Arc::clone(semaphore).try_acquire_many_owned(units)
         {
-            return Poll::Ready(Permit { _part: Part::Units { _units: units } });
+            return Poll::Ready(Permit { part: Part::Units { units } });
         }
         if length <= RESERVE_LEN
             && let Some(reserve) = self.reserve.take(cx)
         {
             self.waiting = None;
-            return Poll::Ready(Permit { _part: Part::Reserve { _reserve: reserve } });
+            return Poll::Ready(Permit { part: Part::Reserve { _reserve: reserve } });
         }
         let waiting = self.waiting.get_or_insert_with(|| {
             let semaphore = Arc::clone(semaphore);
             Box::pin(async move {
                 // The semaphore is never closed.
                 let units = semaphore.acquire_many_owned(units).await.ok();
-                let part = units.map_or(Part::Nothing, |units| Part::Units { _units: units });
-                Permit { _part: part }
+                let part = units.map_or(Part::Nothing, |units| Part::Units { units });
+                Permit { part }
             })
         });
         let permit = ready!(waiting.as_mut().poll(cx));

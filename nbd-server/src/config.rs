@@ -22,8 +22,9 @@ pub struct ServerConfig {
     /// Threads that serve connections. A connection stays on its thread; with fewer connections
     /// than threads each has one for itself. Default: twice the number of cores, at least 4.
     pub workers: NonZeroUsize,
-    /// Requests of one connection that may be in the hands of the thread pool at a time.
-    /// Default: 64.
+    /// Requests of one connection that may wait for a thread of the pool or be in its hands. Those
+    /// that walk over a range (BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE) count as an eighth of this each.
+    /// Which of the connections is served next is decided by how much each has had. Default: 64.
     pub max_requests: usize,
     /// Bytes of payload and unsent replies one connection may hold, beyond one request of any
     /// legal size. Default: 64 MiB.

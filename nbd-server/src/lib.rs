@@ -9,7 +9,7 @@
 //!                 ExportRegistry         one connection = one task:
 //!                  name -> Export          handshake, then  receive -> execute -> send
 //!                                                                |
-//!                                                  what may block goes to a pool of threads
+//!                                          what may block goes to a few threads, behind a fair queue
 //! ```
 //!
 //! What it does not do: it never reads the environment (but see [`ListenAddress::Systemd`]), never
@@ -57,8 +57,11 @@ mod config;
 mod connection;
 mod error;
 pub mod export;
+mod flushes;
 mod handle;
 mod listener;
+mod queue;
+mod scheduler;
 mod server;
 mod shutdown;
 mod sys;

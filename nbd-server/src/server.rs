@@ -15,9 +15,13 @@ use crate::connection::{Seats, Shared};
 use crate::export::ExportRegistry;
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
+use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, ShutdownTrigger};
 use crate::worker::Workers;
 use crate::{BoundAddress, ListenAddress, ServeError, ServerConfig};
+
+/// Memory for long answers to BLOCK_STATUS, of all connections. Where it is used up answers are short.
+const ANSWERS_LEN: usize = 64 << 20;
 
 /// A server that has not started to serve.
 #[derive(Debug)]
@@ -84,7 +88,7 @@ impl Server {
     /// exports are flushed, and unix sockets removed.
     ///
     /// Needs a tokio runtime with I/O and time; requests that may block are carried out by its
-    /// blocking threads.
+    /// blocking threads: four for each core, at least 32 and at most 128.
     ///
     /// # Errors
     ///
@@ -104,7 +108,8 @@ impl Server {
             seats: Seats::new(),
             exports: self.exports.clone(),
             clients: self.clients,
-            pool: Handle::current(),
+            answers: Budget::new(ANSWERS_LEN),
+            scheduler: Scheduler::new(Handle::current(), cores()),
             config: Arc::new(self.config),
         };
         let config = Arc::clone(&shared.config);
@@ -141,6 +146,10 @@ impl Server {
         }
         flush_all(&self.exports).await
     }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
 
 async fn flush_all(exports: &ExportRegistry) -> Result<(), ServeError> {

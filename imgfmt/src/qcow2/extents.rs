@@ -8,23 +8,13 @@ use super::map::{Lookup, Piece, span};
 use super::open::read_words;
 use super::refcount::Refcounts;
 use crate::error::Result;
-use crate::extent::{Extent, ExtentKind, ExtentList};
+use crate::extent::{EFFORT_OF_PART, Extent, ExtentKind, ExtentList, MAPPED_AT_ONCE};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
-
-/// How much is looked at for one list of extents: what an L2 table counts, and the limit.
-const EFFORT_OF_TABLE: u64 = 64;
-const EFFORT_MAX: u64 = 1024 * EFFORT_OF_TABLE;
 
 impl Qcow2 {
     pub(super) fn push_extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()> {
-        let mut effort = 0;
-        self.for_each_table(range, Lookup::MayRead, |pieces| {
-            // A disk may be so large, or say the same for so long, that the end is hours away.
-            let is_unmapped = matches!(pieces, [Piece { content: Content::Unallocated, .. }]);
-            effort += if is_unmapped { 1 } else { EFFORT_OF_TABLE };
-            if effort > EFFORT_MAX {
-                return Ok(false);
-            }
+        self.for_each_part(range, Lookup::MayRead, MAPPED_AT_ONCE, |pieces| {
+            list.tire(self.effort_of(pieces));
             for piece in pieces {
                 let kind = match piece.content {
                     Content::Stored(host) if self.is_preallocated() => {
@@ -36,7 +26,7 @@ impl Qcow2 {
                     Content::Stored(_) | Content::Compressed(_) => ExtentKind::Data,
                     Content::Zero => ExtentKind::Hole,
                     Content::Unallocated => {
-                        if !self.push_backing_extents(piece.range, list)? {
+                        if !self.push_backing_extents(piece.range, list)? || list.is_tired() {
                             return Ok(false);
                         }
                         continue;
@@ -46,9 +36,24 @@ impl Qcow2 {
                     return Ok(false);
                 }
             }
-            Ok(true)
+            // A disk may be so large, or say the same for so long, that the end is hours away.
+            Ok(!list.is_tired())
         })?;
         Ok(())
+    }
+
+    /// What it has taken to find the pieces of a part of a table.
+    fn effort_of(&self, pieces: &[Piece]) -> u64 {
+        match pieces {
+            [Piece { content: Content::Unallocated, range }] => {
+                match range.length() >> self.geometry().cluster_bits {
+                    // There is no such table.
+                    entries if entries > MAPPED_AT_ONCE => 1,
+                    entries => entries.max(1),
+                }
+            }
+            _ => EFFORT_OF_PART,
+        }
     }
 
     /// Appends the extents of the layers below, one deeper than they are there.
@@ -58,8 +63,9 @@ impl Qcow2 {
         };
         let inside = range.intersection(span(0, backing.size));
         if !inside.is_empty() {
-            let mut below = ExtentList::new(list.room());
+            let mut below = list.below();
             backing.driver.extents(inside, &mut below)?;
+            list.tired_by(&below);
             let mut position = inside.offset();
             for extent in below.into_vec() {
                 position = extent.range.end();

@@ -70,12 +70,13 @@ impl Qcow2 {
         self.format.decode(entry, bitmap).map_err(|detail| self.corrupt(detail, guest))
     }
 
-    /// Appends the pieces of a range that lies within one L2 table. Returns false if the table is
-    /// not in memory and may not be read; nothing is appended then.
+    /// Appends the pieces of a range that lies within one L2 table, of at most `max_entries` entries.
+    /// Returns false if the table is not in memory and may not be read; nothing is appended then.
     fn map_in_table(
         &self,
         range: GuestRange,
         lookup: Lookup,
+        max_entries: u64,
         pieces: &mut Vec<Piece>,
     ) -> Result<bool> {
         let geometry = self.geometry();
@@ -86,8 +87,9 @@ impl Qcow2 {
             return Ok(true);
         };
         let content = table.read();
-        let end = range.end().bytes();
         let mut position = range.offset().bytes();
+        let length = max_entries.saturating_mul(geometry.cluster_size());
+        let end = range.end().bytes().min(geometry.cluster_start(position).saturating_add(length));
         while position < end {
             let cluster = self.decode(&content.words, position)?;
             let cluster_start = geometry.cluster_start(position);
@@ -115,6 +117,18 @@ impl Qcow2 {
         &self,
         range: GuestRange,
         lookup: Lookup,
+        each: impl FnMut(&[Piece]) -> Result<bool>,
+    ) -> Result<bool> {
+        self.for_each_part(range, lookup, u64::MAX, each)
+    }
+
+    /// As [`for_each_table`](Self::for_each_table), with at most `max_entries` entries of a table at
+    /// a time.
+    pub(super) fn for_each_part(
+        &self,
+        range: GuestRange,
+        lookup: Lookup,
+        max_entries: u64,
         mut each: impl FnMut(&[Piece]) -> Result<bool>,
     ) -> Result<bool> {
         let coverage = self.geometry().l2_coverage();
@@ -124,9 +138,10 @@ impl Qcow2 {
         while position < end {
             let stop = end.min((position / coverage + 1).saturating_mul(coverage));
             pieces.clear();
-            if !self.map_in_table(span(position, stop), lookup, &mut pieces)? {
+            if !self.map_in_table(span(position, stop), lookup, max_entries, &mut pieces)? {
                 return Ok(false);
             }
+            let stop = pieces.last().map_or(stop, |last| last.range.end().bytes());
             if !each(&pieces)? {
                 break;
             }

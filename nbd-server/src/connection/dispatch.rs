@@ -2,11 +2,10 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
 use nbd_proto::transmission::{
-    Command, Durability, ExtentLimit, Fragmentation, Position, ReplyEncoder, Request,
+    Command, Durability, Fragmentation, Position, ReplyEncoder, Request, RequestTag,
 };
-use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, ReplyMode};
 
 use super::pool::Work;
 use super::witness::Witness;
@@ -17,26 +16,22 @@ const RETRY_LEN: usize = 64 * 1024;
 /// ... and then of this many: the smallest unit in which disks fail today.
 const SECTOR_LEN: usize = 4096;
 
-/// Carries a request out, blocking as long as it takes, and gives the whole reply.
+/// Carries out a request that has no [steps](super::steps), blocking as long as it takes, and gives
+/// the whole reply.
 pub(super) fn perform(work: &Work) -> Vec<u8> {
     let request = &work.request;
-    let mut out = Vec::new();
-    match &request.command {
-        Command::Read(fragmentation) => {
-            return read(&*work.export, work.encoder, request, *fragmentation);
-        }
-        Command::BlockStatus(limit, wanted) => {
-            let wanted: Vec<_> = work
-                .contexts
-                .iter()
-                .filter(|(id, _)| wanted.as_ref().is_none_or(|wanted| wanted.contains(id)))
-                .collect();
-            block_status(&*work.export, work.encoder, request, *limit, &wanted, &mut out);
-        }
-        _ => match execute(&*work.export, &work.witness, request, &work.payload) {
-            Ok(()) => work.encoder.success(request.tag(), &mut out),
-            Err(error) => work.encoder.error(request.tag(), error.errno, &error.message, &mut out),
-        },
+    if let Command::Read(fragmentation) = &request.command {
+        return read(&*work.export, work.encoder, request, *fragmentation);
+    }
+    short_reply(work, execute(&*work.export, &work.witness, request, &work.payload))
+}
+
+/// A reply without content.
+pub(super) fn short_reply(work: &Work, result: Result<(), ExportError>) -> Vec<u8> {
+    let (tag, mut out) = (work.request.tag(), Vec::new());
+    match result {
+        Ok(()) => work.encoder.success(tag, &mut out),
+        Err(error) => work.encoder.error(tag, error.errno, &error.message, &mut out),
     }
     out
 }
@@ -88,7 +83,12 @@ fn execute(
     witness.judge(request, call(export, request, payload))
 }
 
-fn call(export: &dyn Export, request: &Request, payload: &[u8]) -> Result<(), ExportError> {
+/// One call of the export, for a request whose reply has no content.
+pub(super) fn call(
+    export: &dyn Export,
+    request: &Request,
+    payload: &[u8],
+) -> Result<(), ExportError> {
     let (offset, length) = (request.offset, request.length);
     if length == 0 && request.command != Command::Flush {
         // The protocol leaves it open; like the other servers, nothing is done and all is well.
@@ -169,34 +169,20 @@ fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
     if good == buffer.len() { 0 } else { good }
 }
 
-/// Every context is asked before the first chunk is written: an error cannot follow a chunk that
-/// ended the reply.
-fn block_status(
-    export: &dyn Export,
+/// The reply to a BLOCK_STATUS: a chunk for each context.
+pub(super) fn status_reply(
     encoder: ReplyEncoder,
-    request: &Request,
-    limit: ExtentLimit,
-    wanted: &[&(MetaContextId, MetaContextName)],
-    out: &mut Vec<u8>,
-) {
-    let tag = request.tag();
-    let max_count = match limit {
-        ExtentLimit::One => 1,
-        ExtentLimit::Many => MAX_DESCRIPTORS_SENT,
+    tag: RequestTag,
+    answers: &[(MetaContextId, Vec<BlockDescriptor>)],
+) -> Vec<u8> {
+    let mut out = Vec::new();
+    let Some(last) = answers.len().checked_sub(1) else {
+        encoder.success(tag, &mut out);
+        return out;
     };
-    let mut answers: Vec<(MetaContextId, Vec<BlockDescriptor>)> = Vec::new();
-    for (id, name) in wanted {
-        match export.block_status(name, request.offset, request.length, max_count) {
-            Ok(descriptors) if !descriptors.is_empty() => answers.push((*id, descriptors)),
-            Ok(_) => {
-                return encoder.error(tag, Errno::EIO, "the export gave no status", out);
-            }
-            Err(error) => return encoder.error(tag, error.errno, &error.message, out),
-        }
-    }
-    let Some(last) = answers.len().checked_sub(1) else { return encoder.success(tag, out) };
     for (index, (id, descriptors)) in answers.iter().enumerate() {
         let position = if index == last { Position::Last } else { Position::More };
-        encoder.block_status(tag, *id, descriptors, position, out);
+        encoder.block_status(tag, *id, descriptors, position, &mut out);
     }
+    out
 }

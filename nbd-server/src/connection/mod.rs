@@ -2,6 +2,7 @@
 
 mod dispatch;
 mod handshake;
+mod hangup;
 mod pace;
 mod polling;
 mod pool;
@@ -10,6 +11,7 @@ mod rhythm;
 mod send;
 mod socket;
 mod stall;
+mod steps;
 #[cfg(feature = "tls")]
 mod tls;
 mod transmission;
@@ -19,12 +21,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use thiserror::Error;
-use tokio::runtime::Handle;
 
 use crate::ServerConfig;
 use crate::budget::Budget;
 use crate::clients::Clients;
 use crate::export::ExportRegistry;
+use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, Shutdown};
 
 pub(crate) use polling::Seats;
@@ -41,8 +43,10 @@ pub(crate) struct Shared {
     pub(crate) budget: Budget,
     /// Threads that may poll.
     pub(crate) seats: Seats,
-    /// The runtime whose threads carry out what may block.
-    pub(crate) pool: Handle,
+    /// Memory for long answers to BLOCK_STATUS.
+    pub(crate) answers: Budget,
+    /// Carries out what may block.
+    pub(crate) scheduler: Scheduler,
 }
 
 /// Why a connection ended that should not have.
@@ -59,6 +63,8 @@ pub(crate) enum ConnectionError {
     HandshakeDeadline,
     #[error("the client {debt}, and nothing has moved for {} s", .limit.as_secs_f32())]
     Stalled { debt: stall::Debt, limit: std::time::Duration },
+    #[error("the client closed the connection without waiting for its replies")]
+    HungUp,
     #[error("a file ended while it was being sent; its size changed behind our back")]
     FileTruncated,
 }

@@ -1,17 +1,31 @@
-//! Requests that may block, on their way through the thread pool.
+//! Requests that may block, on their way through the [scheduler](crate::scheduler).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
-use nbd_proto::transmission::{Command, ReplyEncoder, Request, RequestTag};
+use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
+use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request, RequestTag};
 use nbd_proto::wire::{CommandType, Errno, MetaContextId, MetaContextName};
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::dispatch;
+use super::steps::{self, Progress, Step};
 use super::witness::Witness;
-use crate::budget::Permit;
-use crate::export::Export;
+use crate::budget::{Budget, Permit};
+use crate::export::{Export, ExportEntry, ExportError};
+use crate::flushes::Waiter;
+use crate::queue::{Class, Cost, GroupId};
+use crate::scheduler::{Job, Lane, Scheduler};
+
+/// Requests that walk over a range count as much as this part of all that a connection may have in
+/// hand: a client gains nothing by more of them at a time.
+const HEAVY_PART: usize = 8;
+
+/// Descriptors of an answer for which no memory is taken.
+const FREE_DESCRIPTORS: usize = 1024;
+
+/// Memory for a descriptor, in bytes: once as it is found, once as it is sent.
+const DESCRIPTOR_LEN: usize = 32;
 
 /// A request that is complete but for its execution.
 pub(super) struct Work {
@@ -22,6 +36,8 @@ pub(super) struct Work {
     pub(super) witness: Arc<Witness>,
     /// The payload of a WRITE, otherwise empty.
     pub(super) payload: Vec<u8>,
+    /// Descriptors of each context that a BLOCK_STATUS may be answered with.
+    pub(super) max_descriptors: usize,
 }
 
 /// A reply that came back.
@@ -30,27 +46,79 @@ pub(super) struct Reply {
     pub(super) bytes: Vec<u8>,
     /// The part of the budget it holds.
     pub(super) permit: Permit,
-    weight: usize,
+    held: Held,
 }
 
-/// One connection's use of the pool.
+/// What a request is counted as while it is in the pool.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    /// Bytes of its payload or reply.
+    bytes: usize,
+    /// Its part of the requests that a connection may have here.
+    slots: usize,
+}
+
+/// One connection's use of the pool. What waits there goes when this is dropped; but if the client has
+/// said goodbye its changes are still carried out, as the protocol demands.
 pub(super) struct Pool {
-    handle: Handle,
+    lane: Lane,
+    group: GroupId,
+    entry: ExportEntry,
+    answers: Budget,
+    max_requests: usize,
     sender: mpsc::UnboundedSender<Reply>,
     replies: mpsc::UnboundedReceiver<Reply>,
     requests: usize,
+    slots: usize,
     bytes: usize,
+    farewell: Farewell,
 }
 
 impl Pool {
-    pub(super) fn new(handle: Handle) -> Self {
+    /// `max_requests` are allowed at a time; `answers` is memory for long answers.
+    pub(super) fn new(
+        scheduler: &Scheduler,
+        entry: ExportEntry,
+        answers: Budget,
+        max_requests: usize,
+    ) -> Self {
         let (sender, replies) = mpsc::unbounded_channel();
-        Self { handle, sender, replies, requests: 0, bytes: 0 }
+        let group = Arc::as_ptr(entry.export()).cast::<()>() as GroupId;
+        let lane = scheduler.lane(group);
+        let max_requests = max_requests.max(1);
+        Self {
+            lane,
+            group,
+            entry,
+            answers,
+            max_requests,
+            sender,
+            replies,
+            requests: 0,
+            slots: 0,
+            bytes: 0,
+            farewell: Farewell::default(),
+        }
+    }
+
+    /// The client has said that it leaves.
+    pub(super) fn say_farewell(&self) {
+        self.farewell.0.store(true, Ordering::Release);
+    }
+
+    /// Has it?
+    pub(super) fn has_farewell(&self) -> bool {
+        self.farewell.0.load(Ordering::Acquire)
     }
 
     /// Requests that have not come back.
     pub(super) const fn requests(&self) -> usize {
         self.requests
+    }
+
+    /// Are there as many as this connection may have?
+    pub(super) const fn is_full(&self) -> bool {
+        self.slots >= self.max_requests
     }
 
     /// Bytes of their payloads and replies.
@@ -69,22 +137,33 @@ impl Pool {
     }
 
     /// Has `work` carried out on another thread.
-    pub(super) fn submit(&mut self, work: Work, permit: Permit) {
-        let weight = Self::weight(&work.request);
+    pub(super) fn submit(&mut self, mut work: Work, mut permit: Permit) {
+        let slots =
+            if is_heavy(&work.request) { self.max_requests.div_ceil(HEAVY_PART) } else { 1 };
+        let held = Held { bytes: Self::weight(&work.request), slots };
         self.requests += 1;
-        self.bytes = self.bytes.saturating_add(weight);
+        self.slots += held.slots;
+        self.bytes = self.bytes.saturating_add(held.bytes);
+        if let Command::BlockStatus(limit, wanted) = &work.request.command {
+            let contexts = wanted.as_ref().map_or(work.contexts.len(), |wanted| wanted.len());
+            (work.max_descriptors, permit) =
+                answer_len(&self.answers, *limit, work.request.length, contexts.max(1));
+        }
         let answer = Answer {
             sender: self.sender.clone(),
             tag: work.request.tag(),
             encoder: work.encoder,
-            parts: Some((permit, weight)),
+            parts: Some((permit, held)),
+            farewell: is_change(&work.request).then(|| self.farewell.clone()),
         };
-        self.handle.spawn_blocking(move || {
-            let bytes = dispatch::perform(&work);
-            // Memory of a WRITE is free before the reply says so.
-            drop(work);
-            answer.send(bytes);
-        });
+        if work.request.command == Command::Flush {
+            let waiter = FlushWaiter { answer, witness: work.witness, request: work.request };
+            let (scheduler, entry) = (self.lane.scheduler(), &self.entry);
+            let (export, failures) = (entry.export(), entry.failures());
+            entry.flushes().join(scheduler, self.group, export, failures, Box::new(waiter));
+        } else {
+            self.lane.submit(Box::new(RequestJob { work, progress: Progress::default(), answer }));
+        }
     }
 
     /// The next reply that is ready.
@@ -95,35 +174,166 @@ impl Pool {
         // The channel is never closed: this connection holds a sender.
         let Poll::Ready(Some(reply)) = self.replies.poll_recv(cx) else { return Poll::Pending };
         self.requests -= 1;
-        self.bytes = self.bytes.saturating_sub(reply.weight);
+        self.slots = self.slots.saturating_sub(reply.held.slots);
+        self.bytes = self.bytes.saturating_sub(reply.held.bytes);
         Poll::Ready(reply)
     }
 }
+
+/// Does a request change the disk, or make changes durable?
+const fn is_change(request: &Request) -> bool {
+    matches!(
+        request.command,
+        Command::Write(_) | Command::Trim(_) | Command::WriteZeroes(..) | Command::Flush
+    )
+}
+
+/// Does a request walk over a range that may be the whole disk?
+const fn is_heavy(request: &Request) -> bool {
+    matches!(
+        request.command,
+        Command::BlockStatus(..) | Command::Trim(_) | Command::WriteZeroes(..) | Command::Cache
+    )
+}
+
+/// How many descriptors of each of `contexts` an answer may have, and memory for them. Where there
+/// is none the answer is short: the client asks for the rest.
+fn answer_len(
+    answers: &Budget,
+    limit: ExtentLimit,
+    length: u64,
+    contexts: usize,
+) -> (usize, Permit) {
+    if limit == ExtentLimit::One {
+        return (1, Permit::nothing());
+    }
+    // No disk has units smaller than a sector.
+    let most = usize::try_from(length / 512).unwrap_or(usize::MAX).saturating_add(2);
+    let most = most.min(MAX_DESCRIPTORS_SENT);
+    let free = (FREE_DESCRIPTORS / contexts).max(2);
+    let needed = most.saturating_mul(contexts).saturating_mul(DESCRIPTOR_LEN);
+    match if most <= free { None } else { answers.try_take(needed) } {
+        Some(permit) => (most, permit),
+        None => (most.min(free), Permit::nothing()),
+    }
+}
+
+/// A request in the queue of the scheduler.
+struct RequestJob {
+    work: Work,
+    progress: Progress,
+    answer: Answer,
+}
+
+impl Job for RequestJob {
+    fn cost(&self) -> Cost {
+        const MICROSECOND: u64 = 1000;
+        let request = &self.work.request;
+        let (class, estimate) = match request.command {
+            Command::BlockStatus(..) => (Class::Compute, 1000 * MICROSECOND),
+            _ if is_heavy(request) => (Class::Wait, 1000 * MICROSECOND),
+            // A disk that is fast, plus the copy.
+            _ => (Class::Wait, 100 * MICROSECOND + request.length.min(u64::from(u32::MAX)) / 2),
+        };
+        Cost { class, estimate }
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.answer.is_abandoned()
+    }
+
+    fn step(mut self: Box<Self>) -> Option<Box<dyn Job>> {
+        if self.is_abandoned() {
+            return None;
+        }
+        match steps::advance(&self.work, &mut self.progress) {
+            Step::More => Some(self),
+            Step::Done(bytes) => {
+                let Self { work, progress, answer } = *self;
+                // Memory of a WRITE is free before the reply says so.
+                drop((work, progress));
+                answer.send(bytes);
+                None
+            }
+        }
+    }
+}
+
+/// A FLUSH, which waits for a flush that it may share.
+struct FlushWaiter {
+    answer: Answer,
+    witness: Arc<Witness>,
+    request: Request,
+}
+
+impl Waiter for FlushWaiter {
+    fn is_abandoned(&self) -> bool {
+        self.answer.is_abandoned()
+    }
+
+    fn answer(self: Box<Self>, result: Result<(), (u64, &ExportError)>) {
+        let Self { answer, witness, request } = *self;
+        let result = match result {
+            Ok(()) => witness.judge(&request, Ok(())),
+            Err((count, error)) => {
+                witness.is_told(count);
+                Err(error.clone())
+            }
+        };
+        let mut bytes = Vec::new();
+        match result {
+            Ok(()) => answer.encoder.success(answer.tag, &mut bytes),
+            Err(error) => {
+                answer.encoder.error(answer.tag, error.errno, &error.message, &mut bytes);
+            }
+        }
+        answer.send(bytes);
+    }
+}
+
+/// Whether the client of a connection has said that it leaves.
+#[derive(Debug, Clone, Default)]
+struct Farewell(Arc<AtomicBool>);
 
 /// Makes sure that every request is answered, even if carrying it out panicked.
 struct Answer {
     sender: mpsc::UnboundedSender<Reply>,
     tag: RequestTag,
     encoder: ReplyEncoder,
-    parts: Option<(Permit, usize)>,
+    parts: Option<(Permit, Held)>,
+    /// For changes, which outlive a connection that ended in order.
+    farewell: Option<Farewell>,
 }
 
 impl Answer {
+    /// The connection has ended.
+    fn is_gone(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    /// The request need not be carried out any more.
+    fn is_abandoned(&self) -> bool {
+        let outlives =
+            self.farewell.as_ref().is_some_and(|farewell| farewell.0.load(Ordering::Acquire));
+        self.is_gone() && !outlives
+    }
+
     fn send(mut self, bytes: Vec<u8>) {
         self.deliver(bytes);
     }
 
     fn deliver(&mut self, bytes: Vec<u8>) {
-        if let Some((permit, weight)) = self.parts.take() {
+        if let Some((mut permit, held)) = self.parts.take() {
+            permit.shrink(bytes.len());
             // The connection may be gone.
-            let _ = self.sender.send(Reply { bytes, permit, weight });
+            let _ = self.sender.send(Reply { bytes, permit, held });
         }
     }
 }
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        if self.parts.is_none() {
+        if self.parts.is_none() || self.is_gone() {
             return;
         }
         let command: CommandType = self.tag.command;

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
@@ -115,7 +116,7 @@ impl Socket {
     }
 
     /// The socket itself, if what is written to it goes out as it is.
-    fn plain(&self) -> Option<BorrowedFd<'_>> {
+    pub(super) fn plain(&self) -> Option<BorrowedFd<'_>> {
         match self {
             Self::Tcp(stream) => Some(stream.as_fd()),
             Self::Unix(stream) => Some(stream.as_fd()),
@@ -166,6 +167,21 @@ impl Socket {
             Self::Tls(tls) => tls.has_unsent(),
             _ => false,
         }
+    }
+
+    /// Has the client gone altogether, so that nothing can be sent to it? One that has only finished
+    /// sending has not. Costs a system call.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let socket = match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.as_fd(),
+            _ => self.plain(),
+        };
+        let Some(socket) = socket else { return false };
+        let mut asked = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut asked, Some(&now)).is_ok()
+            && asked[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
     }
 
     /// What is under way. Costs a system call.

@@ -229,6 +229,11 @@ impl TlsSocket {
         !self.session.get_ref().unsent().is_empty()
     }
 
+    /// The socket below.
+    pub(super) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.plain()
+    }
+
     /// What is under way below the plaintext; as [`Socket::traffic`].
     pub(super) fn traffic(&self) -> Traffic {
         let wire = self.session.get_ref();

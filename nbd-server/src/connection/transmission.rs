@@ -16,6 +16,7 @@ use nbd_proto::wire::{MetaContextId, MetaContextName};
 use std::os::fd::AsFd;
 
 use super::handshake::Established;
+use super::hangup::Hangup;
 use super::polling::Polling;
 use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
@@ -79,10 +80,10 @@ pub(super) struct Session {
     output: SendQueue,
     pool: Pool,
     budget: BudgetQueue,
-    max_requests: usize,
     max_bytes: usize,
     rhythm: Rhythm,
     stall: Stall,
+    hangup: Hangup,
     turns: u32,
 }
 
@@ -94,6 +95,8 @@ impl Session {
     ) -> Self {
         let negotiated = &established.negotiated;
         let polling = Polling::new(shared.seats.clone(), shared.config.poll_max);
+        let (answers, max_requests) = (shared.answers.clone(), shared.config.max_requests);
+        let pool = Pool::new(&shared.scheduler, established.entry.clone(), answers, max_requests);
         Self {
             socket: established.socket,
             export: Arc::clone(established.entry.export()),
@@ -106,12 +109,12 @@ impl Session {
             waiting: None,
             spare_payload: Vec::new(),
             output: SendQueue::default(),
-            pool: Pool::new(shared.pool.clone()),
+            pool,
             budget: BudgetQueue::new(shared.budget.clone()),
-            max_requests: shared.config.max_requests.max(1),
             max_bytes: shared.config.connection_budget,
             rhythm: Rhythm::new(polling, neighbours),
             stall: Stall::new(shared.config.stall_deadline),
+            hangup: Hangup::default(),
             turns: 0,
         }
     }
@@ -153,6 +156,9 @@ impl Session {
             // the stream must not overtake the requests in front of it.
             progress |= made_room || self.receive(cx)?;
             if !progress {
+                if self.poll_hangup(cx).is_ready() {
+                    return Poll::Ready(self.hung_up());
+                }
                 return self.poll_stall(cx);
             }
             self.turns = self.turns.wrapping_add(1);
@@ -178,6 +184,20 @@ impl Session {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Nothing moves. Ready if the client has gone and requests are still carried out for it.
+    fn poll_hangup(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match self.pool.requests() {
+            0 => Poll::Pending,
+            _ => self.hangup.poll(cx, || self.socket.has_hung_up()),
+        }
+    }
+
+    /// How a connection ends whose client has gone.
+    fn hung_up(&self) -> Result<(), ConnectionError> {
+        // Who says goodbye may go at once. What it has written is still carried out.
+        if self.pool.has_farewell() { Ok(()) } else { Err(ConnectionError::HungUp) }
     }
 
     /// Nothing moves. An error if the client is to blame, and that for too long.
@@ -226,7 +246,7 @@ impl Session {
     /// Has this connection as much in hand as it may?
     fn is_busy(&self) -> bool {
         self.output.queued() >= SEND_HIGH_WATER
-            || self.pool.requests() >= self.max_requests
+            || self.pool.is_full()
             || (self.pool.requests() > 0 && self.pool.bytes() >= self.max_bytes)
     }
 
@@ -303,6 +323,7 @@ impl Session {
             request,
             witness: Arc::clone(&self.witness),
             payload,
+            max_descriptors: 1,
         };
         self.pool.submit(work, permit);
     }
@@ -326,7 +347,10 @@ impl Session {
     /// Carries out a request or prepares to; false if its payload is waited for.
     fn begin(&mut self, request: Request, consumed: usize) -> bool {
         match request.command {
-            Command::Disconnect => self.receiving = Receiving::Nothing,
+            Command::Disconnect => {
+                self.receiving = Receiving::Nothing;
+                self.pool.say_farewell();
+            }
             Command::Write(_) => return self.begin_write(request, consumed),
             Command::Read(_) => {
                 self.input.consume(consumed);

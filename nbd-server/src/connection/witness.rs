@@ -27,6 +27,11 @@ impl Witness {
         Self { failures, known }
     }
 
+    /// The client is being told of a failure, the `count`th, and of all before it.
+    pub(super) fn is_told(&self, count: u64) {
+        self.known.fetch_max(count, AcqRel);
+    }
+
     /// What the client is told of a request's result. Nothing changes for requests that promise
     /// nothing.
     pub(super) fn judge(
@@ -39,7 +44,7 @@ impl Witness {
         }
         match &result {
             Err(error) if request.command == Command::Flush || error.errno == Errno::EIO => {
-                self.known.fetch_max(self.failures.add(), AcqRel);
+                self.is_told(self.failures.add());
                 result
             }
             Err(_) => result,

@@ -33,6 +33,16 @@ impl Descriptors {
         true
     }
 
+    /// How many were collected.
+    pub(crate) const fn len(&self) -> usize {
+        self.descriptors.len()
+    }
+
+    /// Are there as many as there may be?
+    pub(crate) const fn is_full(&self) -> bool {
+        self.descriptors.len() >= self.max_count
+    }
+
     /// What was collected, in order.
     #[must_use]
     pub fn into_vec(self) -> Vec<BlockDescriptor> {

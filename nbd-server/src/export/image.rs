@@ -20,7 +20,7 @@ use super::{
 const PROMPT_WRITE_LEN: usize = 2 << 20;
 
 /// How often an image is asked for extents to answer one block status request.
-const MAX_LOOKS: usize = 16;
+const MAX_LOOKS: usize = 4;
 
 /// A disk image as an export.
 #[derive(Debug)]

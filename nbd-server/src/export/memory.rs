@@ -13,8 +13,8 @@ use super::{
 
 /// Pages are allocated when they are first written.
 const PAGE_SIZE: u64 = 64 * 1024;
-/// Pages looked at for one request. A disk may have 2^47 of them, and a client may ask about all.
-const MAX_WALKED_PAGES: u64 = 1 << 20;
+/// Pages looked at in one call. A disk may have 2^47 of them, and a client may ask about all.
+const MAX_WALKED_PAGES: u64 = 1 << 14;
 /// Pages are spread over this many locks, so that connections seldom wait for each other.
 const SHARDS: u64 = 64;
 

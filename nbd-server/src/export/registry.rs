@@ -11,6 +11,7 @@ use nbd_proto::wire::TransmissionFlags;
 
 use super::Export;
 use crate::RegistryError;
+use crate::flushes::Flushes;
 
 /// An export and what is told about it.
 #[derive(Clone)]
@@ -20,6 +21,7 @@ pub struct ExportEntry {
     visibility: Visibility,
     security: Security,
     failures: DurabilityFailures,
+    flushes: Flushes,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -61,6 +63,7 @@ impl ExportEntry {
             visibility: Visibility::Listed,
             security: Security::Any,
             failures: DurabilityFailures::default(),
+            flushes: Flushes::default(),
         }
     }
 
@@ -95,7 +98,8 @@ impl ExportEntry {
     /// Another export under the same conditions: seen and used by the same clients.
     #[must_use]
     pub fn with_export(&self, export: Arc<dyn Export>) -> Self {
-        Self { export, failures: DurabilityFailures::default(), ..self.clone() }
+        let (failures, flushes) = (DurabilityFailures::default(), Flushes::default());
+        Self { export, failures, flushes, ..self.clone() }
     }
 
     /// The export itself.
@@ -107,6 +111,11 @@ impl ExportEntry {
     /// What connections tell each other about the export.
     pub(crate) fn failures(&self) -> &DurabilityFailures {
         &self.failures
+    }
+
+    /// The flushes that connections share.
+    pub(crate) fn flushes(&self) -> &Flushes {
+        &self.flushes
     }
 
     /// What the handshake tells about this export under the name `name`.

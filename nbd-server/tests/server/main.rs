@@ -11,6 +11,7 @@ mod connection_cap;
 mod disconnects;
 mod durability;
 mod exports;
+mod fairness;
 mod filter;
 mod handshake_deadline;
 mod image_space;

@@ -40,7 +40,7 @@ fn a_slow_connection_does_not_hold_up_the_others() {
     for _ in 0..64 {
         slow.submit(0, 4096, &Command::Read(Fragmentation::Allowed), &[]);
     }
-    wait_until("they are on their way", || disk.gate.arrived() == 64);
+    wait_until("they hold what threads they can get", || disk.gate.arrived() >= 16);
     let mut fast = Client::connect(&server, MODES[2]);
     for _ in 0..100 {
         assert_eq!(fast.read(8192, 100), [0; 100]);

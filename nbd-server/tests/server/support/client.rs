@@ -321,6 +321,14 @@ impl Client {
         assert!(rest.is_empty(), "the server sent {} more bytes", rest.len());
     }
 
+    /// Waits until something was sent, and reads no more than a byte of it.
+    pub fn peek_some(&mut self) -> usize {
+        let mut byte = [0];
+        let count = self.stream.read(&mut byte).unwrap();
+        self.input.extend_from_slice(&byte[..count]);
+        count
+    }
+
     fn peek(&mut self, length: usize) -> Vec<u8> {
         while self.input.len() < length {
             assert!(self.receive(), "the server closed the connection");

@@ -26,6 +26,12 @@ pub struct Script {
     pub contexts: Vec<MetaContextName>,
     /// Can be written without waiting even if calls may block in general.
     pub quick: Option<Range<u64>>,
+    /// Cannot be zeroed fast.
+    pub slow_zeroes: Option<Range<u64>>,
+    /// Flushes wait until the gate is opened.
+    pub flushes_at_gate: bool,
+    /// Flushes take the server down.
+    pub flushes_panic: bool,
     /// Whether calls are made where the server stands. Off by default.
     pub prompt: Option<Promptness>,
 }
@@ -33,15 +39,28 @@ pub struct Script {
 /// Something to wait at.
 #[derive(Debug, Default)]
 pub struct Gate {
-    open: Mutex<bool>,
-    opened: Condvar,
+    state: Mutex<GateState>,
+    changed: Condvar,
     waiting: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    is_open: bool,
+    /// Calls that may pass although it is not.
+    admitted: usize,
 }
 
 impl Gate {
     pub fn open(&self) {
-        *self.open.lock().unwrap() = true;
-        self.opened.notify_all();
+        self.state.lock().unwrap().is_open = true;
+        self.changed.notify_all();
+    }
+
+    /// Lets one call through.
+    pub fn pass_one(&self) {
+        self.state.lock().unwrap().admitted += 1;
+        self.changed.notify_all();
     }
 
     /// Calls that have come to the gate so far.
@@ -51,8 +70,10 @@ impl Gate {
 
     fn pass(&self) {
         self.waiting.fetch_add(1, Ordering::SeqCst);
-        let open = self.open.lock().unwrap();
-        drop(self.opened.wait_while(open, |open| !*open).unwrap());
+        let state = self.state.lock().unwrap();
+        let closed = |state: &mut GateState| !state.is_open && state.admitted == 0;
+        let mut state = self.changed.wait_while(state, closed).unwrap();
+        state.admitted = state.admitted.saturating_sub(1);
     }
 }
 
@@ -69,6 +90,8 @@ pub struct Scripted {
     pub flushes: AtomicUsize,
     /// How many of the next flushes fail.
     pub bad_flushes: AtomicUsize,
+    /// How many succeed before those.
+    pub good_flushes_first: AtomicUsize,
     pub cached: AtomicUsize,
 }
 
@@ -84,6 +107,7 @@ impl Scripted {
             durable_writes: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
             bad_flushes: AtomicUsize::new(0),
+            good_flushes_first: AtomicUsize::new(0),
             cached: AtomicUsize::new(0),
         })
     }
@@ -158,7 +182,15 @@ impl Export for Scripted {
 
     fn flush(&self) -> Result<(), ExportError> {
         count(&self.flushes);
-        let left = |bad: usize| bad.checked_sub(1);
+        assert!(!self.script.flushes_panic, "the script says so");
+        if self.script.flushes_at_gate {
+            self.gate.pass();
+        }
+        let left = |count: usize| count.checked_sub(1);
+        let good = &self.good_flushes_first;
+        if good.fetch_update(Ordering::SeqCst, Ordering::SeqCst, left).is_ok() {
+            return Ok(());
+        }
         match self.bad_flushes.fetch_update(Ordering::SeqCst, Ordering::SeqCst, left) {
             Ok(_) => Err(ExportError::new(Errno::ENOSPC, "no room for what was written")),
             Err(_) => Ok(()),
@@ -182,7 +214,9 @@ impl Export for Scripted {
         durable: Durability,
     ) -> Result<(), ExportError> {
         self.act(offset, length)?;
-        if speed == Speed::FastOnly && mode == ZeroMode::NoHole {
+        let slow = self.script.slow_zeroes.as_ref();
+        let is_slow = slow.is_some_and(|slow| offset < slow.end && slow.start < offset + length);
+        if speed == Speed::FastOnly && (is_slow || mode == ZeroMode::NoHole) {
             return Err(ExportError::new(Errno::ENOTSUP, "not fast"));
         }
         if durable == Durability::Fua {

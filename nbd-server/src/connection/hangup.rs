@@ -1,0 +1,45 @@
+//! Clients that leave while their requests are being carried out.
+//!
+//! A connection that has as much in hand as it may reads nothing, and so would not see that its
+//! client has gone before it has a reply to send. It looks for that now and then instead, while
+//! requests are in the pool: what was to be done for a client that has gone need not be done.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::time::{Sleep, sleep};
+
+/// Time between looks.
+const PERIOD: Duration = Duration::from_millis(100);
+
+/// Looks after one connection.
+#[derive(Debug, Default)]
+pub(super) struct Hangup {
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl Hangup {
+    /// Nothing moves at this moment, and requests are in the pool. Ready when `has_hung_up` was true;
+    /// otherwise `cx` is woken to look again.
+    pub(super) fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        has_hung_up: impl FnOnce() -> bool,
+    ) -> Poll<()> {
+        // As with stalls, a timer is left alone while requests come and go.
+        if let Some(timer) = &mut self.timer {
+            if timer.as_mut().poll(cx).is_pending() {
+                return Poll::Pending;
+            }
+            if has_hung_up() {
+                return Poll::Ready(());
+            }
+        }
+        let mut timer = Box::pin(sleep(PERIOD));
+        // Has the task woken. A new timer is never over yet.
+        let _ = timer.as_mut().poll(cx);
+        self.timer = Some(timer);
+        Poll::Pending
+    }
+}

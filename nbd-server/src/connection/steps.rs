@@ -1,0 +1,227 @@
+//! Long requests in steps: BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE.
+//!
+//! A request may cover the whole disk. It is carried out in steps of about a millisecond, between
+//! which other connections get their turn and a client that has left takes its request with it.
+
+use std::time::{Duration, Instant};
+
+use nbd_proto::transmission::{Command, Durability, Request};
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, TransmissionFlags};
+
+use super::dispatch;
+use super::pool::Work;
+use crate::export::{Descriptors, ExportError};
+
+/// Calls of an export are made in one step until this time has passed.
+const STEP_TIME: Duration = Duration::from_millis(1);
+/// Descriptors an export is asked for in one call.
+const DESCRIPTORS_OF_CALL: usize = 1024;
+/// Calls for one context. A disk of which each tells little gets a short answer, which is legal.
+const MAX_STATUS_CALLS: u32 = 256;
+/// Length of a range that an export is to change in one call, in bytes: this, and more if the request
+/// would take too many calls.
+const CHANGE_LEN: u64 = 64 << 20;
+const MAX_CHANGE_CALLS: u64 = 4096;
+
+/// How far a request is.
+#[derive(Debug, Default)]
+pub(super) enum Progress {
+    #[default]
+    Begin,
+    Status(StatusWalk),
+    Change(ChangeWalk),
+}
+
+/// What a step achieved.
+pub(super) enum Step {
+    /// The request is carried out; this is the whole reply.
+    Done(Vec<u8>),
+    More,
+}
+
+/// Carries a request out as far as one step goes, blocking as long as that takes.
+pub(super) fn advance(work: &Work, progress: &mut Progress) -> Step {
+    let started = Instant::now();
+    loop {
+        let step = match progress {
+            Progress::Begin => match begin(work) {
+                Some(begun) => {
+                    *progress = begun;
+                    continue;
+                }
+                None => return Step::Done(dispatch::perform(work)),
+            },
+            Progress::Status(walk) => walk.call(work),
+            Progress::Change(walk) => walk.call(work),
+        };
+        match step {
+            Step::More if started.elapsed() < STEP_TIME => {}
+            step => return step,
+        }
+    }
+}
+
+/// The first state of a request that has steps.
+fn begin(work: &Work) -> Option<Progress> {
+    let request = &work.request;
+    match &request.command {
+        Command::BlockStatus(_, wanted) => {
+            let is_wanted =
+                |id: &MetaContextId| wanted.as_ref().is_none_or(|wanted| wanted.contains(id));
+            let contexts = work.contexts.iter().enumerate();
+            let wanted = contexts.filter(|(_, (id, _))| is_wanted(id)).map(|(index, _)| index);
+            Some(Progress::Status(StatusWalk::new(work, wanted.collect())))
+        }
+        Command::Trim(_) | Command::WriteZeroes(..) | Command::Cache if request.length > 0 => {
+            Some(Progress::Change(ChangeWalk::new(request)))
+        }
+        _ => None,
+    }
+}
+
+/// A BLOCK_STATUS: one context after the other, from the start of the range on.
+#[derive(Debug)]
+pub(super) struct StatusWalk {
+    /// Places of the contexts that are still to be asked for, the next one last.
+    wanted: Vec<usize>,
+    answers: Vec<(MetaContextId, Vec<BlockDescriptor>)>,
+    found: Descriptors,
+    /// Where the next call begins, in bytes.
+    at: u64,
+    calls: u32,
+}
+
+impl StatusWalk {
+    fn new(work: &Work, mut wanted: Vec<usize>) -> Self {
+        wanted.reverse();
+        let found = Descriptors::new(work.max_descriptors);
+        Self { wanted, answers: Vec::new(), found, at: work.request.offset, calls: 0 }
+    }
+
+    /// One call of the export. Every context is asked before the first chunk is written: an error
+    /// cannot follow a chunk that ended the reply.
+    fn call(&mut self, work: &Work) -> Step {
+        let request = &work.request;
+        let Some((id, name)) = self.wanted.last().and_then(|index| work.contexts.get(*index))
+        else {
+            return Step::Done(dispatch::status_reply(work.encoder, request.tag(), &self.answers));
+        };
+        let end = request.offset.saturating_add(request.length);
+        // The first of them may continue the last that was found, but asking for that alone is not
+        // worth a call.
+        let room = work.max_descriptors.saturating_sub(self.found.len());
+        let asked = room.clamp(1, DESCRIPTORS_OF_CALL);
+        let called = work.export.block_status(name, self.at, end - self.at, asked);
+        let error = match called {
+            Ok(found) => {
+                let is_over = self.take(found, end);
+                if !is_over {
+                    return Step::More;
+                }
+                let fresh = Descriptors::new(work.max_descriptors);
+                let found = std::mem::replace(&mut self.found, fresh).into_vec();
+                if !found.is_empty() {
+                    self.answers.push((*id, found));
+                    self.wanted.pop();
+                    (self.at, self.calls) = (request.offset, 0);
+                    return Step::More;
+                }
+                ExportError::new(Errno::EIO, "the export gave no status")
+            }
+            Err(error) => error,
+        };
+        let mut out = Vec::new();
+        work.encoder.error(request.tag(), error.errno, &error.message, &mut out);
+        Step::Done(out)
+    }
+
+    /// Notes what a call gave; true if the context needs no other.
+    fn take(&mut self, found: Vec<BlockDescriptor>, end: u64) -> bool {
+        self.calls += 1;
+        let mut is_full = found.is_empty();
+        for BlockDescriptor { length, flags } in found {
+            is_full = !self.found.push(length, flags);
+            if is_full {
+                break;
+            }
+            self.at = self.at.saturating_add(length);
+        }
+        is_full || self.found.is_full() || self.at >= end || self.calls >= MAX_STATUS_CALLS
+    }
+}
+
+/// A TRIM, WRITE_ZEROES or CACHE: one part of the range after the other.
+#[derive(Debug)]
+pub(super) struct ChangeWalk {
+    at: u64,
+    end: u64,
+    length: u64,
+}
+
+impl ChangeWalk {
+    fn new(request: &Request) -> Self {
+        let end = request.offset.saturating_add(request.length);
+        let least = (request.length / MAX_CHANGE_CALLS).max(CHANGE_LEN);
+        let mut length = least.checked_next_power_of_two().unwrap_or(u64::MAX);
+        if is_all_or_nothing(request) {
+            length = u64::MAX;
+        }
+        Self { at: request.offset, end, length }
+    }
+
+    fn call(&mut self, work: &Work) -> Step {
+        let request = &work.request;
+        // Parts end where clusters do, and where those of any other unit of a disk do.
+        let part_end = match self.length {
+            u64::MAX => self.end,
+            length => (self.at / length + 1).saturating_mul(length).min(self.end),
+        };
+        let is_whole = self.at == request.offset && part_end == self.end;
+        let mut part = request.clone();
+        (part.offset, part.length) = (self.at, part_end - self.at);
+        let flush_at_end = !is_whole && is_durable(&request.command) && can_flush(work);
+        if flush_at_end {
+            part.command = not_durable(&request.command);
+        }
+        let mut result = dispatch::call(&*work.export, &part, &[]);
+        self.at = part_end;
+        if result.is_ok() && self.at < self.end {
+            return Step::More;
+        }
+        if result.is_ok() && flush_at_end {
+            // One flush for all parts. It speaks for the writes of others as well: EIO tells them.
+            result =
+                work.export.flush().map_err(|error| ExportError { errno: Errno::EIO, ..error });
+        }
+        Step::Done(dispatch::short_reply(work, work.witness.judge(request, result)))
+    }
+}
+
+/// WRITE_ZEROES that has to be fast fails with nothing changed, which parts could not do. Unless all
+/// parts are alike: then the first one tells for all.
+fn is_all_or_nothing(request: &Request) -> bool {
+    use nbd_proto::transmission::Speed;
+    /// No cluster of an image is larger.
+    const LARGEST_CLUSTER: u64 = 2 << 20;
+    let is_aligned = request.offset.is_multiple_of(LARGEST_CLUSTER)
+        && request.length.is_multiple_of(LARGEST_CLUSTER);
+    matches!(request.command, Command::WriteZeroes(_, Speed::FastOnly, _)) && !is_aligned
+}
+
+const fn is_durable(command: &Command) -> bool {
+    matches!(command, Command::Trim(Durability::Fua) | Command::WriteZeroes(_, _, Durability::Fua))
+}
+
+fn not_durable(command: &Command) -> Command {
+    match command {
+        Command::Trim(_) => Command::Trim(Durability::Cached),
+        Command::WriteZeroes(mode, speed, _) => {
+            Command::WriteZeroes(*mode, *speed, Durability::Cached)
+        }
+        other => other.clone(),
+    }
+}
+
+fn can_flush(work: &Work) -> bool {
+    work.export.info().flags.contains(TransmissionFlags::SEND_FLUSH)
+}

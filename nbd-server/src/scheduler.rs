@@ -1,0 +1,149 @@
+//! The threads that carry out what may block, and the one queue in front of them.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::runtime::Handle;
+
+use crate::queue::{Cost, FairQueue, FlowId, GroupId, Limits, Popped, Started};
+
+/// Threads for each core, and in all. A disk with a deep queue wants more than there are cores;
+/// beyond some dozens they only wait for each other.
+const THREADS_PER_CORE: usize = 4;
+const LEAST_THREADS: usize = 32;
+const MOST_THREADS: usize = 128;
+
+/// Something to be carried out, in steps of some milliseconds where that is possible.
+pub(crate) trait Job: Send {
+    /// What the next step is expected to take.
+    fn cost(&self) -> Cost;
+
+    /// Nobody wants it to be carried out any more.
+    fn is_abandoned(&self) -> bool {
+        false
+    }
+
+    /// Carries out a step; what remains comes back.
+    fn step(self: Box<Self>) -> Option<Box<dyn Job>>;
+}
+
+impl std::fmt::Debug for dyn Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Job")
+    }
+}
+
+/// The jobs of one server. A clone is the same.
+#[derive(Debug, Clone)]
+pub(crate) struct Scheduler {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// The runtime whose blocking threads do the work.
+    handle: Handle,
+    queue: Mutex<FairQueue<Box<dyn Job>>>,
+}
+
+/// One connection's place in the queue. What waits there and is [abandoned](Job::is_abandoned) goes
+/// when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    scheduler: Scheduler,
+    flow: FlowId,
+}
+
+impl Scheduler {
+    /// A scheduler that uses blocking threads of `handle`.
+    pub(crate) fn new(handle: Handle, cores: usize) -> Self {
+        let limits = Limits {
+            running: cores.saturating_mul(THREADS_PER_CORE).clamp(LEAST_THREADS, MOST_THREADS),
+            computing: (cores / 2).max(1),
+        };
+        let queue = Mutex::new(FairQueue::new(limits));
+        Self { inner: Arc::new(Inner { handle, queue }) }
+    }
+
+    /// A place in the queue for a connection to the export `group`.
+    pub(crate) fn lane(&self, group: GroupId) -> Lane {
+        Lane { scheduler: self.clone(), flow: self.queue().open(group) }
+    }
+
+    /// Queues a job of an export itself.
+    pub(crate) fn submit_own(&self, group: GroupId, job: Box<dyn Job>) {
+        let mut queue = self.queue();
+        queue.push_own(group, job.cost(), job);
+        self.start_ready(queue);
+    }
+
+    /// Starts a thread for each job that may be started.
+    fn start_ready(&self, mut queue: MutexGuard<'_, FairQueue<Box<dyn Job>>>) {
+        let ready: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+        drop(queue);
+        for popped in ready {
+            let scheduler = self.clone();
+            self.inner.handle.spawn_blocking(move || scheduler.run(popped));
+        }
+    }
+
+    /// Carries out a job, and then others for as long as there are any.
+    fn run(&self, first: Popped<Box<dyn Job>>) {
+        let mut next = Some(first);
+        while let Some(Popped { job, started }) = next.take() {
+            let start = Instant::now();
+            // Whoever waits for a job that panics is told by what it leaves behind.
+            let rest = catch_unwind(AssertUnwindSafe(|| job.step())).unwrap_or_default();
+            let elapsed = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+            next = self.finish(started, elapsed, rest);
+        }
+    }
+
+    fn finish(
+        &self,
+        started: Started,
+        elapsed: u64,
+        rest: Option<Box<dyn Job>>,
+    ) -> Option<Popped<Box<dyn Job>>> {
+        let mut queue = self.queue();
+        let (abandoned, rest) = match rest {
+            Some(job) if job.is_abandoned() => (Some(job), None),
+            rest => (None, rest),
+        };
+        queue.finish(started, elapsed, rest.map(|job| (job.cost(), job)));
+        let next = queue.pop();
+        // Threads that are free may have made room for more than one.
+        self.start_ready(queue);
+        drop(abandoned);
+        next
+    }
+
+    fn queue(&self) -> MutexGuard<'_, FairQueue<Box<dyn Job>>> {
+        self.inner.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lane {
+    /// Queues a job of this connection.
+    pub(crate) fn submit(&self, job: Box<dyn Job>) {
+        let mut queue = self.scheduler.queue();
+        // The flow is closed by this object alone.
+        let refused = queue.push(self.flow, job.cost(), job);
+        self.scheduler.start_ready(queue);
+        drop(refused);
+    }
+
+    /// The queue this is a place in.
+    pub(crate) fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // What they leave behind when they are dropped may look at the queue.
+        let abandoned = self.scheduler.queue().close(self.flow, |job| job.is_abandoned());
+        drop(abandoned);
+    }
+}
