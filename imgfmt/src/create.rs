@@ -110,6 +110,9 @@ pub struct CreateOptions {
     /// QEMU would look for it in its own working folder, so better give an absolute one. Not with
     /// a backing file.
     pub data_file: Option<(String, DataFile)>,
+    /// Asked again and again while zeroes are written for [`Preallocation::Full`], which may take long: `true`
+    /// gives the creation up, and nothing of it stays.
+    pub give_up: fn() -> bool,
 }
 
 impl CreateOptions {
@@ -128,6 +131,7 @@ impl CreateOptions {
             lazy_refcounts: LazyRefcounts::default(),
             preallocation: Preallocation::default(),
             data_file: None,
+            give_up: || false,
         }
     }
 
@@ -272,6 +276,9 @@ fn write_zeroes(path: &Path, options: &CreateOptions) -> Result<()> {
     let zeroes = vec![0; 1 << 20];
     let mut position = 0;
     while position < image.size() {
+        if (options.give_up)() {
+            return Err(Error::new(ErrorKind::Io, "create", "it was given up").with_path(path));
+        }
         let length = (image.size() - position).min(zeroes.len() as u64);
         let offset = GuestOffset::new(position);
         image.write_at(offset, &zeroes[..length as usize], Durability::Cached)?;

@@ -21,6 +21,7 @@ mod server_name;
 mod serving;
 mod signals;
 mod size;
+mod target;
 mod terminal;
 
 use std::ffi::OsString;

@@ -76,7 +76,7 @@ impl ExportStorage {
         let context = MetaContextName::base_allocation();
         let connector = connector.connections(CONNECTIONS).meta_contexts([context.clone()]);
         let uri = connector.uri();
-        let client = runtime.block_on(connect(&connector, uri))?;
+        let client = waiting(&runtime, connect(&connector, uri))?;
         let sizes = client.info().block_sizes;
         Ok(Self {
             minimum_size: sizes.map_or(1, |sizes| u64::from(sizes.minimum())),
@@ -111,7 +111,7 @@ impl ExportStorage {
     fn block_on<T>(&self, work: impl Future<Output = T>) -> io::Result<T> {
         let runtime = self.runtime.as_ref();
         let work = signals::unless_interrupted(async { Ok(work.await) });
-        let done = runtime.ok_or(io::ErrorKind::NotConnected)?.block_on(work);
+        let done = waiting(runtime.ok_or(io::ErrorKind::NotConnected)?, work);
         done.map_err(|interrupted| io::Error::other(interrupted.to_string()))
     }
 
@@ -183,6 +183,11 @@ impl ExportStorage {
             _ => io_error(error),
         })
     }
+}
+
+/// Waits for work, also where the thread itself drives another runtime's tasks, as in `restore`.
+fn waiting<T>(runtime: &Runtime, work: impl Future<Output = T>) -> T {
+    tokio::task::block_in_place(|| runtime.block_on(work))
 }
 
 fn io_error(error: Error) -> io::Error {

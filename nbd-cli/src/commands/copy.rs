@@ -27,6 +27,7 @@ use crate::output::warn;
 use crate::progress::{Progress, Visibility};
 use crate::signals;
 use crate::size::ByteSize;
+use crate::target::Durable;
 
 const AFTER_HELP: &str = "\
 Sources and destinations:
@@ -36,8 +37,10 @@ Sources and destinations:
   -                       standard input or standard output
   null:                   nothing: an empty source, or a destination that forgets
 
-A local destination file is created, or emptied and set to the size of the source. A server or
-device as the destination must be at least as large as the source; what lies behind stays as it is.
+A local destination file grows as NAME.partial and gets its name when it is complete; a file that
+was there is replaced then and stays as it was until then. Only where that is not possible (it has
+other names, or its folder may not be written to) is it emptied first. A server or device as the
+destination must be at least as large as the source; what lies behind stays as it is.
 Holes and zeroes stay holes where the destination can have them.
 
 Examples:
@@ -47,8 +50,9 @@ Examples:
   nbd-cli copy --tls-psk keys.psk nbds://alice@backup.example.org/disk disk.img
   nbd-cli copy nbd://localhost/disk - | zstd > disk.zst
 
-A copy that fails exits with 1 and says at which offset; a local destination file is then left
-incomplete.";
+A copy that fails exits with 1 and says at which offset, and one that is interrupted with 128 + the
+signal's number; what there was of a new file is then removed. After kill -9 NAME.partial is left,
+which may be removed.";
 
 /// Largest request; more would only need more memory.
 const MAX_REQUEST_SIZE: u64 = 32 << 20;
@@ -165,7 +169,8 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
         Ok(()) => signals::unless_interrupted(job.destination.finish(args.flush)).await,
         Err(error) => Err(error),
     };
-    result.map_err(|error| incomplete(args, &error))?;
+    result.map_err(|error| incomplete(args, &job.destination, &error))?;
+    job.destination.complete(if args.flush { Durable::Now } else { Durable::Later })?;
     job.source.close().await;
     job.destination.close().await;
     Ok(())
@@ -189,8 +194,9 @@ fn warn_of_container(source: &Source) {
     }
 }
 
-fn incomplete(args: &CopyArgs, error: &CommandError) -> CommandError {
+fn incomplete(args: &CopyArgs, destination: &Destination, error: &CommandError) -> CommandError {
     let left = match &args.destination {
+        Location::File(_) if let Some(left) = destination.abandon() => format!("; {left}"),
         Location::File(path) => format!("; '{}' is incomplete", path.display()),
         Location::Nbd(uri) => format!("; the disk at {uri} is incomplete"),
         Location::Standard | Location::Null => String::new(),

@@ -70,7 +70,11 @@ impl ImageCommand {
     /// Whether it makes or changes an image between its steps. A repair that was cut off is begun again.
     pub(crate) fn writes(&self) -> bool {
         match self {
-            Self::Convert(_) | Self::Resize(_) | Self::Rebase(_) | Self::Commit(_) => true,
+            Self::Create(_)
+            | Self::Convert(_)
+            | Self::Resize(_)
+            | Self::Rebase(_)
+            | Self::Commit(_) => true,
             Self::Snapshot(args) => args.command.writes(),
             _ => false,
         }

@@ -11,7 +11,7 @@ use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions, OpenPolicy};
 use nbd_client::ZeroMode;
 use serde::Serialize;
 
-use super::copy::destination::{Destination, Surface};
+use super::copy::destination::{Destination, Surface, create_empty};
 use super::copy::engine::{self, Job, Settings, ZeroPolicy};
 use super::copy::location::Location;
 use super::copy::source::{Knowledge, Source};
@@ -24,6 +24,7 @@ use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
 use crate::signals;
 use crate::size::rounded;
+use crate::target::{self, Durable, Existing, NewFile};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -32,9 +33,10 @@ Examples:
   nbd-cli restore --verify monday.qcow2 /dev/vg/disk
   nbd-cli restore monday.qcow2 nbd://vmhost/disk
 
-The newest file of a chain stands for the whole disk. A file as the destination must not exist yet
-and is removed again if the restore fails; a device or a server's disk is overwritten and must be
-at least as large.";
+The newest file of a chain stands for the whole disk. A file as the destination must not exist yet:
+it grows as NAME.partial, gets its name when it is complete, and is removed if the restore fails or
+is interrupted (after kill -9 NAME.partial is left). A device or a server's disk is overwritten and
+must be at least as large.";
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;
@@ -120,35 +122,41 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     let started = Instant::now();
     let image = Arc::new(args.open.read(&args.image)?);
     let size = image.size();
-    let new_file = match &args.destination {
-        Location::File(path) => new_file(path)?,
-        Location::Nbd(_) => None,
+    let is_new = match &args.destination {
+        Location::File(path) => is_new(path)?,
+        Location::Nbd(_) => false,
         Location::Standard | Location::Null => {
             return Err(CommandError::new(
                 "a backup is restored to a file, a device or an NBD URI",
             ));
         }
     };
-    if new_file.is_none() && args.output_format == ImageFormat::Qcow2 {
+    if !is_new && args.output_format == ImageFormat::Qcow2 {
         return Err(CommandError::new(
             "--output-format qcow2 is for new files; a device or a server gets the disk as it is",
         ));
     }
     let source = Source::Image { image };
-    let destination = open(args, &source, new_file).await?;
-    let result = fill_and_verify(args, source, destination).await;
+    let new = match &args.destination {
+        Location::File(path) if is_new => {
+            Some(NewFile::begin(path, |path| make(args, size, path))?)
+        }
+        _ => None,
+    };
+    let place = new.as_ref().map(|new| Location::File(new.path().to_owned()));
+    let place = place.as_ref().unwrap_or(&args.destination);
+    let result = match open(args, &source, new.as_ref()).await {
+        Ok(destination) => fill_and_verify(args, source, destination, place).await,
+        Err(error) => Err(error),
+    };
     let ([copied, zero], verified) = result.map_err(|error| {
-        let left = match new_file {
-            Some(path) => {
-                // We have made it, and part of a disk is of no use; the first error is the one to
-                // tell.
-                let _ = std::fs::remove_file(path);
-                String::new()
-            }
-            None => format!("; {} is incomplete", args.destination),
+        let left = match &new {
+            Some(new) => new.left_behind(),
+            None => format!("{} is incomplete", args.destination),
         };
-        CommandError::new(format!("restoring '{}' failed: {error}{left}", args.image.display()))
+        CommandError::new(format!("restoring '{}' failed: {error}; {left}", args.image.display()))
     })?;
+    new.map_or(Ok(()), |new| new.complete(Durable::Now))?;
     Ok(Report {
         image: args.image.display().to_string(),
         destination: match &args.destination {
@@ -163,30 +171,37 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     })
 }
 
-/// The path, if there is nothing of that name; a device may be there.
-fn new_file(path: &Path) -> Result<Option<&Path>, CommandError> {
-    match path.metadata() {
-        Ok(metadata) if metadata.is_file() => Err(CommandError::new(format!(
+/// Whether there is nothing of that name; a device may be there.
+fn is_new(path: &Path) -> Result<bool, CommandError> {
+    match target::look(path)? {
+        Existing::Nothing => Ok(true),
+        Existing::BlockDevice => Ok(false),
+        Existing::File => Err(CommandError::new(format!(
             "'{}' exists already; give the name of a new file",
             path.display()
         ))),
-        Ok(_) => Ok(None),
-        Err(_) => Ok(Some(path)),
+    }
+}
+
+/// Makes the new file, with nothing in it yet.
+fn make(args: &RestoreArgs, size: u64, path: &Path) -> Result<(), CommandError> {
+    match args.output_format {
+        ImageFormat::Qcow2 => Ok(Image::create(path, &CreateOptions::new(Format::Qcow2, size))?),
+        _ => create_empty(path),
     }
 }
 
 async fn open(
     args: &RestoreArgs,
     source: &Source,
-    new_file: Option<&Path>,
+    new: Option<&NewFile>,
 ) -> Result<Destination, CommandError> {
-    match (new_file, args.output_format) {
-        (Some(path), ImageFormat::Qcow2) => {
-            let size = source.size().unwrap_or_default();
-            Image::create(path, &CreateOptions::new(Format::Qcow2, size))?;
+    match (new, args.output_format) {
+        (Some(new), ImageFormat::Qcow2) => {
             let options = plain(Format::Qcow2).access(Access::ReadWrite);
-            Ok(Destination::image(Image::open(path, &options)?, Surface::Zeroes))
+            Ok(Destination::image(Image::open(new.path(), &options)?, Surface::Zeroes))
         }
+        (Some(new), _) => Destination::new_file(new),
         _ => Destination::open(&args.destination, &args.connection, &args.tls, source).await,
     }
 }
@@ -200,6 +215,7 @@ async fn fill_and_verify(
     args: &RestoreArgs,
     source: Source,
     destination: Destination,
+    place: &Location,
 ) -> Result<([u64; 2], Option<u64>), CommandError> {
     let Source::Image { image } = &source else {
         return Err(CommandError::new("only an image can be restored"));
@@ -239,7 +255,7 @@ async fn fill_and_verify(
     job.destination.close().await;
     job.destination.close_image()?;
     let verified = match args.verify {
-        true => Some(verify(args, image, is_image).await?),
+        true => Some(verify(args, place, image, is_image).await?),
         false => None,
     };
     Ok((counts, verified))
@@ -247,10 +263,11 @@ async fn fill_and_verify(
 
 async fn verify(
     args: &RestoreArgs,
+    place: &Location,
     image: Arc<Image>,
     is_image: bool,
 ) -> Result<u64, CommandError> {
-    let copy = match &args.destination {
+    let copy = match place {
         Location::File(path) if is_image => {
             Source::Image { image: Arc::new(Image::open(path, &plain(Format::Qcow2))?) }
         }

@@ -1,6 +1,7 @@
 //! The signals of commands that write: remembered, and looked at between two steps.
 
-use std::sync::OnceLock;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use rustix::process::Signal as Number;
@@ -39,8 +40,25 @@ async fn remember(mut caught: Caught, first: &Sender<Option<EndSignal>>) {
         if first.send_if_modified(|first| first.replace(signal).is_none()) || !signal.is_request() {
             continue;
         }
+        for path in DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            // There is nobody to tell it to.
+            let _ = std::fs::remove_file(path);
+        }
         std::process::exit(signal.exit_status().into());
     }
+}
+
+/// Files that are of no use without the rest of the command.
+static DISPOSABLE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// A file that a second signal removes before it ends the process.
+pub(crate) fn remove_if_killed(path: &Path) {
+    DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
+}
+
+/// The opposite: the file is gone, or complete.
+pub(crate) fn keep(path: &Path) {
+    DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| other != path);
 }
 
 /// The signal that has asked this command to end, if one has.

@@ -33,7 +33,9 @@ use std::task::{Context, Poll};
 use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-pub(crate) use self::interruption::{caught, stop_if_interrupted, unless_interrupted, watch};
+pub(crate) use self::interruption::{
+    caught, keep, remove_if_killed, stop_if_interrupted, unless_interrupted, watch,
+};
 pub(crate) use self::server::{EndSignals, Hangup};
 use crate::error::CommandError;
 

@@ -49,6 +49,7 @@ mod list_meta;
 mod map_depth;
 mod map_output;
 mod map_picture;
+mod new_files;
 mod qemu_nbd_beside;
 mod qemu_nbd_chain;
 mod qemu_nbd_daemon;

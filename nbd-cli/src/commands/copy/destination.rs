@@ -3,7 +3,7 @@
 use std::fs::OpenOptions;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use imgfmt::storage::FileStorage;
@@ -19,6 +19,7 @@ use super::location::Location;
 use super::source::Source;
 use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
 use crate::error::CommandError;
+use crate::target::{self, Durable, Existing, NewFile};
 
 /// Threads that write to a local file at a time.
 const WRITERS: usize = 2;
@@ -39,6 +40,8 @@ pub(in crate::commands) enum Destination {
         storage: Arc<FileStorage>,
         path: PathBuf,
         kind: FileKind,
+        /// The file, if it has no name of its own yet.
+        new: Mutex<Option<NewFile>>,
         /// Limits how many threads write at a time: a file lets in one, the others only wait.
         writers: Semaphore,
     },
@@ -191,7 +194,7 @@ impl Destination {
                     zeroed => zeroed.map_err(|error| failed(uri, "write zeroes to", &error)),
                 }
             }
-            Self::File { storage, path, kind, writers } => {
+            Self::File { storage, path, kind, writers, .. } => {
                 let _permit = writers.acquire().await;
                 let storage = storage.clone();
                 let at = HostOffset::new(offset);
@@ -274,6 +277,34 @@ impl Destination {
         }
     }
 
+    /// Gives a new file its name, now that it is complete.
+    pub(in crate::commands) fn complete(&self, durable: Durable) -> Result<(), CommandError> {
+        let Self::File { new, .. } = self else { return Ok(()) };
+        match new.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(new) => new.complete(durable),
+            None => Ok(()),
+        }
+    }
+
+    /// Throws away a new file that is not complete; says what there is then.
+    pub(in crate::commands) fn abandon(&self) -> Option<String> {
+        let Self::File { new, .. } = self else { return None };
+        let new = new.lock().unwrap_or_else(PoisonError::into_inner).take();
+        new.map(|new| new.left_behind())
+    }
+
+    /// A new file at a temporary name, that somebody else will name.
+    pub(in crate::commands) fn new_file(new: &NewFile) -> Result<Self, CommandError> {
+        let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::On)?;
+        Ok(Self::file(storage, new.path(), FileKind::Regular, None))
+    }
+
+    fn file(storage: FileStorage, path: &Path, kind: FileKind, new: Option<NewFile>) -> Self {
+        let (storage, path) = (Arc::new(storage), path.to_owned());
+        let writers = Semaphore::new(WRITERS);
+        Self::File { storage, path, kind, new: Mutex::new(new), writers }
+    }
+
     /// Closes an image, which must succeed for it to be complete.
     pub(in crate::commands) fn close_image(self) -> Result<(), CommandError> {
         let Self::Image { image, .. } = self else { return Ok(()) };
@@ -294,14 +325,9 @@ impl Destination {
 fn open_file(path: &Path, source: &Source) -> Result<Destination, CommandError> {
     let storage = match FileStorage::open(path, Access::ReadWrite, Locking::On) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| {
-                let advice = match error.kind() {
-                    io::ErrorKind::NotFound => "; does its folder exist?",
-                    _ => "",
-                };
-                CommandError::new(format!("cannot create '{}': {error}{advice}", path.display()))
-            })?;
-            FileStorage::open(path, Access::ReadWrite, Locking::On)?
+            let new = NewFile::begin(path, create_empty)?;
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::On)?;
+            return Ok(Destination::file(storage, path, FileKind::Regular, Some(new)));
         }
         Err(error) if error.kind() == ErrorKind::Busy && is_same_file(path, source) => {
             return Err(same_file(path));
@@ -311,14 +337,30 @@ fn open_file(path: &Path, source: &Source) -> Result<Destination, CommandError> 
     if storage.identity().is_some() && storage.identity() == source.identity() {
         return Err(same_file(path));
     }
-    // Only a regular file can change its length.
-    let kind = match storage.set_len(0) {
-        Ok(()) => FileKind::Regular,
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => FileKind::BlockDevice,
-        Err(error) => return Err(file_error("empty", path, None, &error)),
+    if target::look(path)? == Existing::BlockDevice {
+        return Ok(Destination::file(storage, path, FileKind::BlockDevice, None));
+    }
+    let storage = match NewFile::instead_of(path, storage)? {
+        Ok(new) => {
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::On)?;
+            return Ok(Destination::file(storage, path, FileKind::Regular, Some(new)));
+        }
+        Err(storage) => storage,
     };
-    let writers = Semaphore::new(WRITERS);
-    Ok(Destination::File { storage: Arc::new(storage), path: path.into(), kind, writers })
+    storage.set_len(0).map_err(|error| file_error("empty", path, None, &error))?;
+    Ok(Destination::file(storage, path, FileKind::Regular, None))
+}
+
+/// Makes an empty file.
+pub(in crate::commands) fn create_empty(path: &Path) -> Result<(), CommandError> {
+    let made = OpenOptions::new().write(true).create_new(true).open(path);
+    made.map(drop).map_err(|error| {
+        let advice = match error.kind() {
+            io::ErrorKind::NotFound => "; does its folder exist?",
+            _ => "",
+        };
+        CommandError::new(format!("cannot create '{}': {error}{advice}", path.display()))
+    })
 }
 
 /// Our own lock on the source keeps us from opening it again for writing.

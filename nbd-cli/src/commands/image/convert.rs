@@ -18,6 +18,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
+use crate::target::{Durable, NewFile};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -29,8 +30,10 @@ Examples:
   nbd-cli image convert --no-create -O raw disk.qcow2 /dev/vg/disk
 
 The new image holds the whole disk and needs no backing file. Zeroes take up no space in it. A file
-that exists is never touched, unless --no-create says that the disk in it is to be replaced; if the
-copy fails, what there was of a new image is removed, and a disk that existed is left incomplete.
+that exists is never touched, unless --no-create says that the disk in it is to be replaced. A new
+image grows as NAME.partial and gets its name when it is complete; if the copy fails or is
+interrupted it is removed (after kill -9 NAME.partial is left), and a disk that existed is left
+incomplete.
 
 An export of an NBD server can be the source or the destination; as the latter it has to be large
 enough, and --no-create goes without saying.
@@ -164,27 +167,26 @@ struct Conversion<'a> {
 }
 
 impl Conversion<'_> {
-    /// Makes the image; removes it if that fails.
+    /// Makes the image; nothing of it stays if that fails.
     fn make_new(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
-        Image::create(path, &create)?;
-        let fill = || {
-            let options = OpenOptions::new()
-                .format(self.format)
-                .access(Access::ReadWrite)
-                // Nobody relies on an image that is not finished: one sync at the end is enough.
-                .syncing(Syncing::Off)
-                .policy(OpenPolicy::deny());
-            let image = Image::open(path, &options)?;
-            self.copy(&image, &Place::File(PathBuf::from(path)), Target::Zero, progress)?;
-            image.close()?;
-            if self.args.flush { sync(path) } else { Ok(()) }
-        };
-        fill().inspect_err(|_| {
-            // We have made it, and part of a disk is of no use; the first error is the one to tell.
-            let _ = std::fs::remove_file(path);
-        })
+        let new = NewFile::begin(path, |path| Ok(Image::create(path, &create)?))?;
+        self.fill(new.path(), progress)
+            .map_err(|error| CommandError::new(format!("{error}; {}", new.left_behind())))?;
+        new.complete(if self.args.flush { Durable::Now } else { Durable::Later })
+    }
+
+    fn fill(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+        let options = OpenOptions::new()
+            .format(self.format)
+            .access(Access::ReadWrite)
+            // Nobody relies on an image that is not finished: one sync at the end is enough.
+            .syncing(Syncing::Off)
+            .policy(OpenPolicy::deny());
+        let image = Image::open(path, &options)?;
+        self.copy(&image, &Place::File(PathBuf::from(path)), Target::Zero, progress)?;
+        Ok(image.close()?)
     }
 
     /// Replaces the disk that is there.
@@ -200,7 +202,11 @@ impl Conversion<'_> {
             )));
         }
         let target = if self.args.destination_is_zero { Target::Zero } else { Target::HasContent };
-        self.copy(&image, to, target, progress)?;
+        self.copy(&image, to, target, progress).map_err(|error| {
+            CommandError::new(format!(
+                "{error}; the disk in {to} is incomplete: run the command again"
+            ))
+        })?;
         if self.args.flush {
             return image.close().map_err(|error| to.named(error));
         }
@@ -233,10 +239,4 @@ impl Conversion<'_> {
         };
         copy.run(self.args.jobs.unwrap_or(jobs).get().min(256))
     }
-}
-
-/// Puts a finished image on stable storage.
-fn sync(path: &Path) -> Result<(), CommandError> {
-    let synced = std::fs::File::open(path).and_then(|file| file.sync_all());
-    synced.map_err(|error| CommandError::new(format!("cannot flush '{}': {error}", path.display())))
 }

@@ -13,7 +13,9 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::remote::allow_exports;
+use crate::signals;
 use crate::size::ByteSize;
+use crate::target::{Durable, NewFile};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -23,7 +25,7 @@ Examples:
   nbd-cli image create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
 
 A relative name of a backing file starts at the folder of the new image. A file that exists is never
-touched: remove it first.";
+touched: remove it first. The new image is NAME.partial until it is complete.";
 
 /// Arguments of `nbd-cli image create`.
 #[derive(Debug, Args)]
@@ -191,7 +193,17 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     if args.lazy_refcounts {
         options.lazy_refcounts = LazyRefcounts::On;
     }
-    Image::create(&args.path, &options)?;
+    options.give_up = || signals::caught().is_some();
+    let new = NewFile::begin(&args.path, |path| {
+        Image::create(path, &options).map_err(|error| match signals::stop_if_interrupted() {
+            Err(interrupted) => CommandError::new(format!(
+                "cannot create '{}': {interrupted}; nothing of it is left",
+                args.path.display()
+            )),
+            Ok(()) => error.into(),
+        })
+    })?;
+    new.complete(Durable::Now)?;
     if args.json {
         print_json(&args.path, &OpenOptions::new().format(options.format))?;
     }

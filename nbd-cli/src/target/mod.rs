@@ -1,0 +1,284 @@
+//! Files that get their name when they are complete.
+//!
+//! A command that makes a file writes it as `NAME.partial` beside the final name and renames it at the end. An
+//! interruption, `kill -9` and a loss of power included, never leaves a file under the final name that looks
+//! whole and is not, and what was there before stays as it was until then.
+
+mod attributes;
+mod publish;
+
+use std::ffi::OsStr;
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use imgfmt::storage::FileStorage;
+use imgfmt::{Access, ErrorKind, Locking};
+
+use crate::error::CommandError;
+use crate::signals;
+
+const SUFFIX: &str = ".partial";
+
+/// Longest name of a file in bytes, on every file system of Linux that matters.
+const NAME_MAX: usize = 255;
+
+/// What is at a path that a command is to write to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Existing {
+    Nothing,
+    File,
+    BlockDevice,
+}
+
+/// Looks at what is there; links are followed.
+///
+/// # Errors
+///
+/// If it is a folder, a link that leads nowhere, or something that holds no bytes: those are never replaced.
+pub(crate) fn look(path: &Path) -> Result<Existing, CommandError> {
+    let name = path.display();
+    let refuse = |what: &str| Err(CommandError::new(format!("cannot write to '{name}': {what}")));
+    let metadata = match path.metadata() {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return match path.symlink_metadata() {
+                Ok(_) => refuse(
+                    "it is a symbolic link to a file that does not exist; give that file's name",
+                ),
+                Err(_) => Ok(Existing::Nothing),
+            };
+        }
+        Err(error) => return refuse(&error.to_string()),
+    };
+    let kind = metadata.file_type();
+    match kind {
+        _ if kind.is_file() => Ok(Existing::File),
+        _ if kind.is_block_device() => Ok(Existing::BlockDevice),
+        _ if kind.is_dir() => refuse("it is a folder; give the name of a file in it"),
+        _ if kind.is_char_device() => {
+            refuse("it is a character device; give a file or a block device")
+        }
+        _ => refuse("it is a pipe or a socket; give a file or a block device"),
+    }
+}
+
+/// How sure it is that a complete file survives a loss of power.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Durable {
+    /// The system writes it when it likes.
+    Later,
+    /// It is on stable storage, name included.
+    Now,
+}
+
+/// A file that is being made; removed when dropped before it is complete.
+#[derive(Debug)]
+pub(crate) struct NewFile {
+    name: PathBuf,
+    partial: PathBuf,
+    replaces: Option<Replaced>,
+    is_kept: bool,
+}
+
+/// The file that has the name until then.
+#[derive(Debug)]
+struct Replaced {
+    metadata: Metadata,
+    /// Held for its lock: nobody else may write to it meanwhile, or what was written would be lost.
+    _lock: FileStorage,
+}
+
+impl NewFile {
+    /// Begins a file of that name, which must not exist. `make` makes it under its temporary name, and fails
+    /// if there is one already.
+    ///
+    /// # Errors
+    ///
+    /// If it exists, if another command is making it, and those of `make`.
+    pub(crate) fn begin(
+        name: &Path,
+        make: impl FnOnce(&Path) -> Result<(), CommandError>,
+    ) -> Result<Self, CommandError> {
+        match look(name)? {
+            Existing::Nothing => Self::make(name.to_owned(), make),
+            Existing::File => Err(CommandError::new(format!(
+                "cannot create '{}': there is a file of that name; remove it first or choose another \
+                 name",
+                name.display()
+            ))),
+            Existing::BlockDevice => Err(CommandError::new(format!(
+                "cannot create '{}': it is a block device",
+                name.display()
+            ))),
+        }
+    }
+
+    /// Begins an empty file in the place of one that exists and is open in `storage`, with the same owner and
+    /// permissions. Gives the file back where it can only be changed in place: it has other names, its folder
+    /// may not be written to, it is a mount point, or the new file could not be given all of its attributes.
+    ///
+    /// # Errors
+    ///
+    /// If another command is replacing it.
+    pub(crate) fn instead_of(
+        name: &Path,
+        storage: FileStorage,
+    ) -> Result<Result<Self, FileStorage>, CommandError> {
+        let Some((real, metadata)) = replaceable(name) else { return Ok(Err(storage)) };
+        let partial = partial_name(&real);
+        let made = Self::make(real, |partial| {
+            let file = File::options().write(true).create_new(true).open(partial);
+            file.map(drop).map_err(|error| CommandError::new(error.to_string()))
+        });
+        let mut new = match made {
+            Ok(new) => new,
+            Err(error) if partial.is_some_and(|partial| partial.symlink_metadata().is_ok()) => {
+                return Err(error);
+            }
+            Err(_) => return Ok(Err(storage)),
+        };
+        let file = File::options().write(true).open(&new.partial);
+        let is_alike = file.is_ok_and(|file| attributes::copy(&new.name, &metadata, &file).is_ok());
+        if !is_alike {
+            return Ok(Err(storage));
+        }
+        new.replaces = Some(Replaced { metadata, _lock: storage });
+        Ok(Ok(new))
+    }
+
+    fn make(
+        name: PathBuf,
+        make: impl FnOnce(&Path) -> Result<(), CommandError>,
+    ) -> Result<Self, CommandError> {
+        let partial = partial_name(&name).ok_or_else(|| {
+            CommandError::new(format!("'{}' is not the name of a file", name.display()))
+        })?;
+        if partial.symlink_metadata().is_ok() {
+            return Err(in_the_way(&name, &partial));
+        }
+        make(&partial)?;
+        signals::remove_if_killed(&partial);
+        Ok(Self { name, partial, replaces: None, is_kept: false })
+    }
+
+    /// Where the file grows.
+    pub(crate) fn path(&self) -> &Path {
+        &self.partial
+    }
+
+    /// What there is when the command fails, in words that follow a semicolon.
+    pub(crate) fn left_behind(&self) -> String {
+        let name = self.name.display();
+        match &self.replaces {
+            Some(_) => format!("'{name}' is as it was before"),
+            None => format!("'{name}' is incomplete and was removed: run the command again"),
+        }
+    }
+
+    /// Gives the complete file its name.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be made durable or renamed, or if another file has got the name meanwhile: the complete
+    /// file is kept then under its temporary name, which the error tells.
+    pub(crate) fn complete(mut self, durable: Durable) -> Result<(), CommandError> {
+        let now = durable == Durable::Now || self.replaces.is_some();
+        let result = self.publish(now);
+        // What is complete is not thrown away, whatever its name.
+        self.is_kept = true;
+        result.map_err(|error| {
+            let why = match error.kind() {
+                io::ErrorKind::AlreadyExists => "another file has got that name meanwhile".to_owned(),
+                _ => error.to_string(),
+            };
+            CommandError::new(format!(
+                "the new file is complete, but it cannot be named '{}': {why}; it is '{}', rename it",
+                self.name.display(),
+                self.partial.display()
+            ))
+        })
+    }
+
+    fn publish(&self, now: bool) -> io::Result<()> {
+        if now {
+            File::open(&self.partial)?.sync_all()?;
+        }
+        match &self.replaces {
+            None => publish::as_new(&self.partial, &self.name)?,
+            Some(old) => publish::instead_of(&self.partial, &self.name, &old.metadata)?,
+        }
+        if now { File::open(folder_of(&self.name))?.sync_all() } else { Ok(()) }
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if !self.is_kept {
+            // Part of a disk is of no use; the error that led here is the one to tell.
+            let _ = fs::remove_file(&self.partial);
+        }
+        signals::keep(&self.partial);
+    }
+}
+
+/// The real name of a file that another one can take the place of, and what the file is like.
+fn replaceable(name: &Path) -> Option<(PathBuf, Metadata)> {
+    // Names such as /dev/stdout stand for what is open already, not for a place in a folder.
+    if ["/dev", "/proc"].iter().any(|folder| name.starts_with(folder)) {
+        return None;
+    }
+    let metadata = name.metadata().ok()?;
+    let real = name.canonicalize().ok()?;
+    let found = real.symlink_metadata().ok()?;
+    let is_same = (found.dev(), found.ino()) == (metadata.dev(), metadata.ino());
+    let folder = folder_of(&real).metadata().ok()?;
+    let is_plain = metadata.is_file() && metadata.nlink() == 1 && folder.dev() == metadata.dev();
+    (is_same && is_plain).then_some((real, metadata))
+}
+
+/// The temporary name, cut short where it would be too long.
+fn partial_name(name: &Path) -> Option<PathBuf> {
+    let file = name.file_name()?.as_bytes();
+    let kept = file.get(..NAME_MAX - SUFFIX.len()).unwrap_or(file);
+    let mut partial = kept.to_vec();
+    partial.extend_from_slice(SUFFIX.as_bytes());
+    Some(name.with_file_name(OsStr::from_bytes(&partial)))
+}
+
+fn in_the_way(name: &Path, partial: &Path) -> CommandError {
+    let is_busy = FileStorage::open(partial, Access::ReadWrite, Locking::On)
+        .is_err_and(|error| error.kind() == ErrorKind::Busy);
+    let (name, partial) = (name.display(), partial.display());
+    CommandError::new(match is_busy {
+        true => format!("another command is making '{name}' at this moment, in '{partial}'"),
+        false => format!(
+            "cannot make '{name}': '{partial}' is left of a command that was killed, or of a backup; \
+             remove it if it is not needed, and run the command again"
+        ),
+    })
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_is_cut_for_the_temporary_one() {
+        let name = |length: usize| Path::new("/folder").join("x".repeat(length));
+        let partial = partial_name(&name(20)).unwrap();
+        assert!(partial.to_str().unwrap().ends_with("xxxx.partial"));
+        let partial = partial_name(&name(255)).unwrap();
+        assert_eq!(partial.file_name().unwrap().len(), 255);
+        assert_eq!(partial_name(Path::new("/")), None);
+    }
+}
