@@ -32,6 +32,7 @@ use clap::Parser as _;
 
 use crate::args::{Cli, Command};
 use crate::error::{CommandError, CommandErrorKind, Outcome};
+use crate::serving::background::{self, Role};
 use crate::signals::EndSignal;
 
 /// Runs the program with the given arguments (the first is the program's name) and returns its
@@ -42,19 +43,30 @@ use crate::signals::EndSignal;
 ///
 /// Results go to standard output; errors, warnings and progress to standard error.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let arguments: Vec<_> = arguments.into_iter().collect();
+    let mut arguments: Vec<_> = arguments.into_iter().collect();
+    let role = background::role(&mut arguments);
     if let Err(error) = signals::prepare() {
         return report(&error);
     }
     if let Some(arguments) = commands::qemu_nbd::arguments_for_qemu_nbd(&arguments) {
         return ExitCode::from(commands::qemu_nbd::run(arguments.to_vec()));
     }
-    let cli = match Cli::try_parse_from(&arguments) {
+    let mut cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(message) => return usage(&message, commands::image::usage_code(&arguments)),
     };
     logging::start(cli.verbose);
-    match dispatch(cli.command) {
+    if let Command::Serve(args) = &mut cli.command {
+        args.role = role;
+        args.keeps_log = cli.verbose > 0;
+    }
+    let outcome = match &cli.command {
+        Command::Serve(args) if args.fork && role == Role::Foreground => {
+            background::start(&arguments[1..])
+        }
+        _ => dispatch(cli.command),
+    };
+    match outcome {
         Ok(outcome) => ExitCode::from(outcome.exit_code()),
         Err(error) => report(&error),
     }

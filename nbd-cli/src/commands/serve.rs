@@ -23,8 +23,9 @@ use super::image::open::TrustArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::output::warn;
+use crate::serving::background::{self, Role};
 pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
-use crate::serving::{PrivateFolder, drain, runtime, serve_error, serve_until_signal};
+use crate::serving::{PidFile, PrivateFolder, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
 use crate::size::{ByteSize, parse_duration, parse_limit};
 
@@ -42,6 +43,7 @@ Examples:
   nbd-cli serve --snapshot monday disk.qcow2
   nbd-cli serve --bitmap monday disk.qcow2
   nbd-cli serve --temporary --run './try-something \"$uri\"' disk.qcow2
+  nbd-cli serve --fork --pid-file /run/disk.pid --socket /run/disk.sock disk.img
   nbd-cli serve --socket /run/nbd.sock root=/srv/root.img data=/dev/vg/data
   nbd-cli serve --listen '[::1]:10810' --name disk --description 'the build disk' disk.img
   nbd-cli serve --listen 0.0.0.0 --tls-certificates /etc/pki/nbd disk.img
@@ -139,6 +141,24 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PATH", conflicts_with = "run")]
     pub control: Option<PathBuf>,
 
+    /// Serve in the background: return when clients can connect, after the URIs are printed. The
+    /// log goes nowhere unless -v is given.
+    #[arg(long, conflicts_with = "run")]
+    pub fork: bool,
+
+    /// Write the process id of the server to this file, and hold a lock on it while serving. The
+    /// file stays.
+    #[arg(long, value_name = "PATH", conflicts_with = "run")]
+    pub pid_file: Option<PathBuf>,
+
+    /// Which process this is with --fork.
+    #[arg(skip)]
+    pub role: Role,
+
+    /// Whether the log was asked for.
+    #[arg(skip)]
+    pub keeps_log: bool,
+
     /// Run a shell command while serving, on a private unix socket unless an address is given, and
     /// exit with its status.
     #[arg(long, value_name = "COMMAND")]
@@ -188,6 +208,14 @@ pub struct ServeArgs {
 }
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
+    if args.role == Role::Background {
+        background::leave_session();
+    }
+    if args.fork && service_manager_gave_sockets() {
+        return Err(CommandError::new(
+            "--fork is not possible with sockets of a service manager; leave it out",
+        ));
+    }
     runtime()?.block_on(serve(args))
 }
 
@@ -222,11 +250,11 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     };
     match &args.run {
         None if control.is_some() => {
-            announce(&bound, &names, &tls);
+            let _pid_file = started(&args, || announce(&bound, &names, &tls))?;
             serve_controlled(server, signals, control).await
         }
         None => {
-            announce(&bound, &names, &tls);
+            let _pid_file = started(&args, || announce(&bound, &names, &tls))?;
             serve_until_signal(server, signals, std::future::pending()).await?;
             Ok(Outcome::Success)
         }
@@ -338,6 +366,17 @@ fn service_manager_gave_sockets() -> bool {
     let own = std::process::id().to_string();
     std::env::var("LISTEN_PID").is_ok_and(|pid| pid.trim() == own)
         && std::env::var_os("LISTEN_FDS").is_some()
+}
+
+/// Says that clients can connect: by the file with the process id, by the addresses, and to a
+/// parent that waits.
+fn started(args: &ServeArgs, announce: impl FnOnce()) -> Result<Option<PidFile>, CommandError> {
+    let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    announce();
+    if args.role == Role::Background {
+        background::ready(args.keeps_log)?;
+    }
+    Ok(pid_file)
 }
 
 /// One URI per line. That nobody reads them is no reason not to serve.

@@ -1,11 +1,13 @@
 //! What the front ends that serve have in common: opening an image as an export, and serving until
 //! a signal says stop.
 
+pub(crate) mod background;
 mod durability;
 mod filter;
 mod folder;
 pub(crate) mod frozen;
 pub(crate) mod image;
+mod pid_file;
 mod temporary;
 mod window;
 
@@ -17,6 +19,7 @@ pub use self::durability::BitmapDurability;
 pub(crate) use self::filter::{Caching, Changes, MultiConn, Waiting, filtered};
 pub use self::filter::{DetectZeroes, Discard};
 pub(crate) use self::folder::PrivateFolder;
+pub(crate) use self::pid_file::PidFile;
 pub(crate) use self::window::Window;
 use crate::error::CommandError;
 use crate::signals::EndSignals;

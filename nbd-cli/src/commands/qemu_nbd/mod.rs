@@ -12,7 +12,6 @@ mod image_options;
 mod list;
 mod objects;
 mod options;
-mod pid_file;
 mod server;
 mod source;
 mod tls;

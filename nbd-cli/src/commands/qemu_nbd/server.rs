@@ -8,10 +8,9 @@ use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use super::daemon::{self, Role};
 use super::options::Options;
-use super::pid_file::PidFile;
 use super::{Refusal, source, tls};
 use crate::error::CommandError;
-use crate::serving::{runtime, serve_error, serve_until_signal};
+use crate::serving::{PidFile, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
 
 const DEFAULT_BIND: &str = "0.0.0.0";

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::FlockOperation;
 
-use super::Refusal;
+use crate::error::CommandError;
 
 /// Attempts to lock a file that is replaced again and again by others.
 const MAX_ATTEMPTS: usize = 100;
@@ -15,7 +15,7 @@ const MAX_ATTEMPTS: usize = 100;
 /// A written file, locked as long as this lives, that is until the process ends. The file stays, as
 /// qemu-nbd leaves it: a file without a lock is nobody's.
 #[derive(Debug)]
-pub(super) struct PidFile {
+pub(crate) struct PidFile {
     _locked: File,
 }
 
@@ -25,9 +25,9 @@ impl PidFile {
     /// # Errors
     ///
     /// If the file cannot be written, or another process holds its lock.
-    pub(super) fn write(path: &Path) -> Result<Self, Refusal> {
+    pub(crate) fn write(path: &Path) -> Result<Self, CommandError> {
         let failed = |what: &str, error: &std::io::Error| {
-            Refusal::new(format!("Cannot {what} pid file '{}': {error}", path.display()))
+            CommandError::new(format!("Cannot {what} pid file '{}': {error}", path.display()))
         };
         for _ in 0..MAX_ATTEMPTS {
             let opened =
@@ -43,7 +43,10 @@ impl PidFile {
                 .map_err(|error| failed("write", &error))?;
             return Ok(Self { _locked: file });
         }
-        Err(Refusal::new(format!("Cannot lock pid file '{}': it keeps changing", path.display())))
+        Err(CommandError::new(format!(
+            "Cannot lock pid file '{}': it keeps changing",
+            path.display()
+        )))
     }
 }
 

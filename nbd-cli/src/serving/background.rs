@@ -1,0 +1,112 @@
+//! `serve --fork`: the server in a process of its own, which tells its parent when it is ready.
+//!
+//! The parent starts this program again and prints what the server prints, up to a mark that says
+//! that clients can connect. Until then the server's complaints go to the standard error that it
+//! inherited.
+
+use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::io::{Read as _, Write as _};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::process::{Command, Stdio};
+
+use crate::error::{CommandError, Outcome};
+
+/// The first argument of the process that serves in the background. Users do not give it: without
+/// this meaning it is an unknown option.
+const MARK: &str = "--serve-in-background";
+const THIS_PROGRAM: &str = "/proc/self/exe";
+const READY: u8 = 0;
+
+/// Which process this is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// The one the user has started.
+    #[default]
+    Foreground,
+    /// The one that serves with `--fork`.
+    Background,
+}
+
+/// Finds the role in the arguments, the program's name being the first, and takes the mark away.
+pub(crate) fn role(arguments: &mut Vec<OsString>) -> Role {
+    if arguments.get(1).is_none_or(|first| first != MARK) {
+        return Role::Foreground;
+    }
+    arguments.remove(1);
+    Role::Background
+}
+
+/// Starts the server in the background and prints its addresses when clients can connect.
+///
+/// # Errors
+///
+/// If the server cannot be started. If it does not get ready it has said why, and the status is 1.
+pub(crate) fn start(arguments: &[OsString]) -> Result<Outcome, CommandError> {
+    let failed =
+        |error| CommandError::new(format!("cannot start the server from {THIS_PROGRAM}: {error}"));
+    let mut server = Command::new(THIS_PROGRAM)
+        .arg0("nbd-cli")
+        .arg(MARK)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    let mut said = Vec::new();
+    if let Some(mut stdout) = server.stdout.take() {
+        stdout.read_to_end(&mut said).map_err(failed)?;
+    }
+    if said.pop() == Some(READY) {
+        // A closed standard output is not an error: the server runs.
+        let mut stdout = std::io::stdout().lock();
+        let _ = stdout.write_all(&said).and_then(|()| stdout.flush());
+        return Ok(Outcome::Success);
+    }
+    let status = server.wait().map_err(failed)?;
+    match status.signal() {
+        Some(_) => Err(CommandError::new(format!("the server did not start: {status}"))),
+        None => Ok(Outcome::Status(1)),
+    }
+}
+
+/// Leaves the parent's session, before anything else is done.
+pub(crate) fn leave_session() {
+    // Fails only for the leader of a group; then there is nothing to leave.
+    let _ = rustix::process::setsid();
+}
+
+/// Says that clients can connect and lets go of what belongs to the parent: standard output, and
+/// standard error unless the log was asked for.
+///
+/// # Errors
+///
+/// If `/dev/null` cannot be used.
+pub(crate) fn ready(keeps_log: bool) -> Result<(), CommandError> {
+    let failed = |error| CommandError::new(format!("cannot use /dev/null: {error}"));
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(failed)?;
+    let mut stdout = std::io::stdout().lock();
+    // A parent that was killed does not wait any more.
+    let _ = stdout.write_all(&[READY]).and_then(|()| stdout.flush());
+    rustix::stdio::dup2_stdout(&null).map_err(|error| failed(error.into()))?;
+    if !keeps_log {
+        rustix::stdio::dup2_stderr(&null).map_err(|error| failed(error.into()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_first_argument_makes_a_background_process() {
+        let arguments = |list: &[&str]| list.iter().map(OsString::from).collect::<Vec<_>>();
+        let mut marked = arguments(&["nbd-cli", MARK, "serve"]);
+        assert_eq!(role(&mut marked), Role::Background);
+        assert_eq!(marked, arguments(&["nbd-cli", "serve"]));
+        let mut other = arguments(&["nbd-cli", "serve", MARK]);
+        assert_eq!(role(&mut other), Role::Foreground);
+        assert_eq!(other.len(), 3);
+    }
+}
