@@ -7,7 +7,7 @@ use super::alloc::Reserved;
 use super::cache::Table;
 use super::fill::{Fill, Merged, Old};
 use super::l2::Cluster;
-use super::map::{Lookup, span};
+use super::map::Lookup;
 use super::tables::Change;
 use super::writer::lock;
 use crate::error::Result;
@@ -329,15 +329,5 @@ impl Qcow2 {
             false => Ok(()),
         });
         grown.map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
-    }
-
-    /// Reads whether a range reads as zero without looking at data.
-    pub(super) fn is_known_zero(&self, start: u64, end: u64) -> Result<bool> {
-        let mut list = crate::extent::ExtentList::new(1);
-        self.push_extents(span(start, end), &mut list)?;
-        let extents = list.into_vec();
-        Ok(extents.first().is_some_and(|extent| {
-            extent.kind != crate::extent::ExtentKind::Data && extent.range.end().bytes() >= end
-        }))
     }
 }
