@@ -38,6 +38,13 @@ pub const MAX_INFO_ITEMS: usize = 256;
 /// up to 2^25 bytes is never to be taken for an attack, and every peer handles it.
 pub const MAX_PAYLOAD: u32 = 32 * 1024 * 1024;
 
+/// Most error chunks in the answer to one request: more than there are bad sectors in a READ that
+/// any server tells one by one. Without a bound an answer need never end.
+pub const MAX_ERROR_CHUNKS: u32 = 1024;
+
+/// Most bytes of error chunks in the answer to one request (1 MiB).
+pub const MAX_ERROR_CHUNKS_LEN: u64 = 1024 * 1024;
+
 /// Largest payload of a refused request that is read and thrown away to stay in sync (64 MiB).
 /// Beyond it the server disconnects.
 pub const MAX_DISCARDED_PAYLOAD: u64 = 64 * 1024 * 1024;

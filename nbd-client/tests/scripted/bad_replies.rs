@@ -117,6 +117,33 @@ async fn a_bad_answer_to_a_read_is_refused() {
 }
 
 #[tokio::test]
+async fn error_chunks_without_end_are_refused() {
+    for mode in [ReplyMode::Structured, ReplyMode::Extended] {
+        for message in [vec![], vec![b'x'; 4000]] {
+            let length = u16::try_from(message.len()).unwrap();
+            let one = chunk(mode, false, ERROR, COOKIE, OFFSET, &error(5, length, &message));
+            let end = chunk(mode, true, NONE, COOKIE, OFFSET, &[]);
+            // Many are legal: a READ may meet many bad sectors.
+            let many = [one.repeat(200), end].concat();
+            let client = connected(mode, move |mut server| async move {
+                server.request().await?;
+                server.send(&many).await?;
+                server.closed().await;
+                Ok(())
+            })
+            .await;
+            let told = guarded(client.read(OFFSET, LENGTH as usize)).await.unwrap_err();
+            assert!(matches!(told, Error::Request { .. }), "{told}");
+            drop(client);
+            for status in [false, true] {
+                let why = because(&ask(mode, status, one.repeat(2000)).await);
+                assert!(why.contains("too many"), "{why}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_bad_answer_to_a_block_status_is_refused() {
     let mode = ReplyMode::Structured;
     let id = CONTEXT.to_be_bytes();

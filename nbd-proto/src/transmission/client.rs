@@ -151,7 +151,7 @@ impl Transmission {
                 }
                 _ => Kind::Other,
             };
-            self.pending.insert(cookie, Pending { offset, length, kind, error: None });
+            self.pending.insert(cookie, Pending::new(offset, length, kind));
         }
         Ok(cookie)
     }
@@ -379,8 +379,7 @@ impl Transmission {
                 Some(pending.status(&header, payload)?)
             }
             reply => {
-                let error = pending.error_chunk(reply, payload)?;
-                pending.error.get_or_insert(error);
+                pending.error_chunk(reply, payload)?;
                 None
             }
         };

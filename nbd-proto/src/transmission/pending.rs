@@ -6,7 +6,8 @@ use super::coverage::Coverage;
 use crate::ProtocolError;
 use crate::codec::Reader;
 use crate::limits::{
-    MAX_CHUNKS_PER_READ, MAX_DESCRIPTORS_RECEIVED, MAX_GAPS_PER_READ, MAX_UNKNOWN_CHUNK_LEN,
+    MAX_CHUNKS_PER_READ, MAX_DESCRIPTORS_RECEIVED, MAX_ERROR_CHUNKS, MAX_ERROR_CHUNKS_LEN,
+    MAX_GAPS_PER_READ, MAX_UNKNOWN_CHUNK_LEN,
 };
 use crate::wire::{
     BlockDescriptor, ChunkHeader, Cookie, Errno, MetaContextId, ReplyMode, ReplyType,
@@ -18,6 +19,8 @@ pub(super) struct Pending {
     pub(super) length: u64,
     pub(super) kind: Kind,
     pub(super) error: Option<ServerError>,
+    /// Error chunks that have come, and their bytes.
+    error_chunks: (u32, u64),
 }
 
 #[derive(Debug)]
@@ -29,6 +32,10 @@ pub(super) enum Kind {
 }
 
 impl Pending {
+    pub(super) const fn new(offset: u64, length: u64, kind: Kind) -> Self {
+        Self { offset, length, kind, error: None, error_chunks: (0, 0) }
+    }
+
     pub(super) fn bad_chunk(
         &self,
         what: &'static str,
@@ -191,11 +198,25 @@ impl Pending {
         Ok(descriptors)
     }
 
+    /// Checks an error chunk. The first one counts; those behind it have to end some time.
     pub(super) fn error_chunk(
-        &self,
+        &mut self,
         reply: ReplyType,
         payload: &[u8],
-    ) -> Result<ServerError, ProtocolError> {
+    ) -> Result<(), ProtocolError> {
+        let (count, length) = &mut self.error_chunks;
+        *count += 1;
+        *length += payload.len() as u64;
+        if *count > MAX_ERROR_CHUNKS || *length > MAX_ERROR_CHUNKS_LEN {
+            let why = "too many others came before it for the same request";
+            return Err(self.bad_chunk("an error chunk", why, self.offset, 0));
+        }
+        let error = self.read_error(reply, payload)?;
+        self.error.get_or_insert(error);
+        Ok(())
+    }
+
+    fn read_error(&self, reply: ReplyType, payload: &[u8]) -> Result<ServerError, ProtocolError> {
         let bad = |why| Err(self.bad_chunk("an error chunk", why, self.offset, 0));
         let mut reader = Reader::new(payload);
         let (Some(errno), Some(message_len)) = (reader.u32(), reader.u16()) else {
