@@ -132,7 +132,9 @@ fn answer(
             }
             Err(_) => return Err(pending.reject().into()),
         },
-        HandshakeStep::List(pending) => pending.accept(&exports.listed(), out),
+        HandshakeStep::List(pending) => {
+            pending.accept(&exports.listed(channel == Channel::Clear), out)
+        }
         HandshakeStep::MetaContext(pending) => {
             match find(exports, pending.export_name(), channel) {
                 Ok((_, entry)) => pending.accept(&entry.export().info().meta_contexts, out),

@@ -82,7 +82,7 @@ impl ExportEntry {
     }
 
     /// Served over TLS only, to a server whose clients have the choice (the specification's
-    /// SELECTIVETLS). Lists show it nevertheless.
+    /// SELECTIVETLS). Lists show it over TLS only, too.
     #[must_use]
     pub fn tls_required(mut self) -> Self {
         self.security = Security::Tls;
@@ -231,10 +231,12 @@ impl ExportRegistry {
         self.read().exports.values().any(|entry| Arc::ptr_eq(&entry.export, export))
     }
 
-    /// What LIST answers.
-    pub(crate) fn listed(&self) -> Vec<ListedExport> {
+    /// What LIST answers: in the clear nobody learns the names of exports that are for TLS only.
+    pub(crate) fn listed(&self, is_clear: bool) -> Vec<ListedExport> {
         let inner = self.read();
-        let listed = inner.exports.iter().filter(|(_, e)| e.visibility == Visibility::Listed);
+        let listed = inner.exports.iter().filter(|(_, entry)| {
+            entry.visibility == Visibility::Listed && !(is_clear && entry.is_tls_required())
+        });
         listed
             .map(|(name, entry)| ListedExport {
                 name: name.clone(),
@@ -273,7 +275,7 @@ mod tests {
         registry.add("shown", entry()).unwrap();
         registry.add("secret", entry().hidden()).unwrap();
         assert!(registry.find("secret").is_some());
-        let names: Vec<_> = registry.listed().into_iter().map(|export| export.name).collect();
+        let names: Vec<_> = registry.listed(true).into_iter().map(|export| export.name).collect();
         assert_eq!(names, ["shown"]);
     }
 

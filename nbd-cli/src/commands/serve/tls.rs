@@ -42,7 +42,7 @@ pub struct TlsArgs {
     #[arg(long, value_name = "FILE|PATTERN")]
     pub tls_authz: Vec<String>,
 
-    /// With --tls=allow: serve this export over TLS only. May be repeated.
+    /// With --tls=allow: serve this export over TLS only, and list it over TLS only. May be repeated.
     #[arg(long, value_name = "NAME")]
     pub tls_only: Vec<String>,
 }

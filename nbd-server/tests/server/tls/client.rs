@@ -53,7 +53,24 @@ pub fn base_allocation(name: &str) -> Vec<u8> {
 
 /// Sends an option and gives the type of the last answer to it.
 pub fn ask(stream: &mut (impl Read + Write), number: u32, payload: &[u8]) -> u32 {
+    answers(stream, number, payload).0
+}
+
+/// The names a server lists.
+pub fn list(stream: &mut (impl Read + Write)) -> Vec<String> {
+    let (last, entries) = answers(stream, LIST, &[]);
+    assert_eq!(last, ACK);
+    let name = |entry: &Vec<u8>| {
+        let length = u32::from_be_bytes(entry[..4].try_into().unwrap()) as usize;
+        String::from_utf8(entry[4..4 + length].to_vec()).unwrap()
+    };
+    entries.iter().map(name).collect()
+}
+
+/// Sends an option; the type of the last answer to it, and the content of those before.
+fn answers(stream: &mut (impl Read + Write), number: u32, payload: &[u8]) -> (u32, Vec<Vec<u8>>) {
     stream.write_all(&option(number, payload)).unwrap();
+    let mut contents = Vec::new();
     loop {
         let mut header = [0; 20];
         stream.read_exact(&mut header).unwrap();
@@ -62,8 +79,9 @@ pub fn ask(stream: &mut (impl Read + Write), number: u32, payload: &[u8]) -> u32
         stream.read_exact(&mut rest).unwrap();
         let is_information = word(12) != ACK && word(12) < 1 << 31;
         if !is_information {
-            return word(12);
+            return (word(12), contents);
         }
+        contents.push(rest);
     }
 }
 

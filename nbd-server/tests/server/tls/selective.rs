@@ -9,8 +9,8 @@ use nbd_server::tls::TlsMode;
 use openssl::ssl::SslVersion;
 
 use super::client::{
-    ACK, ERR_POLICY, ERR_TLS_REQD, EXPORT_NAME, GO, LIST, SET_META_CONTEXT, STRUCTURED_REPLY, ask,
-    base_allocation, go, greet, keyed, option, rest, upgrade,
+    ACK, ERR_POLICY, ERR_TLS_REQD, EXPORT_NAME, GO, SET_META_CONTEXT, STRUCTURED_REPLY, ask,
+    base_allocation, go, greet, keyed, list, option, rest, upgrade,
 };
 use super::{ALICES_KEY, psk, serve_all};
 use crate::support::TestServer;
@@ -29,7 +29,6 @@ fn server() -> TestServer {
 fn an_export_for_tls_only_is_refused_in_the_clear() {
     let server = server();
     let mut stream = greet(&server);
-    assert_eq!(ask(&mut stream, LIST, &[]), ACK);
     assert_eq!(ask(&mut stream, GO, &go("secret")), ERR_TLS_REQD);
     assert_eq!(ask(&mut stream, GO, &go("")), ERR_TLS_REQD);
     assert_eq!(ask(&mut stream, STRUCTURED_REPLY, &[]), ACK);
@@ -39,6 +38,15 @@ fn an_export_for_tls_only_is_refused_in_the_clear() {
     let mut stream = greet(&server);
     stream.write_all(&option(EXPORT_NAME, b"secret")).unwrap();
     assert!(rest(&mut stream).is_empty());
+}
+
+#[test]
+fn the_names_of_exports_for_tls_only_are_listed_over_tls_only() {
+    let server = server();
+    assert_eq!(list(&mut greet(&server)), ["public"]);
+    let tls = keyed("alice", ALICES_KEY, SslVersion::TLS1_3);
+    let mut stream = upgrade(greet(&server), tls).unwrap();
+    assert_eq!(list(&mut stream), ["public", "secret"]);
 }
 
 #[test]
