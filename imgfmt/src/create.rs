@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::chain;
+use crate::create_on_device::{create_on_device, is_block_device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::image::Image;
@@ -142,7 +143,7 @@ impl CreateOptions {
     }
 }
 
-/// Makes a new file of the image's kind. An existing one is never touched.
+/// Makes a new file of the image's kind, or an image on a block device. An existing file is never touched.
 pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let named = |error: Error| error.with_path(path);
     let size = match (options.size, &options.backing) {
@@ -179,6 +180,9 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     if options.backing.is_some() && (preallocates || options.data_file.is_some()) {
         let detail = "an image with a backing file has neither a data file nor preallocation";
         return Err(named(invalid(detail)));
+    }
+    if is_block_device(path) {
+        return create_on_device(path, options, size, &content);
     }
     let mut made = NewFiles::default();
     if let Some((name, _)) = &options.data_file {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::chain;
 use crate::create::{self, CreateOptions};
+use crate::create_on_device;
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
@@ -63,15 +64,30 @@ impl Image {
             .map_err(|error| error.with_path(path))
     }
 
-    /// Makes a new image in a new file. It can then be opened like any other.
+    /// Makes a new image in a new file, or on a block device, whose content is lost: nothing of it shows in
+    /// the image. It can then be opened like any other.
     ///
     /// # Errors
     ///
-    /// `AlreadyExists` if there is a file of that name, which is left alone; `InvalidInput` for
+    /// `Busy` if the device is in use; `AlreadyExists` if there is a file of that name, which is left alone; `InvalidInput` for
     /// options that contradict each other or the format; the errors of opening a backing file;
     /// `NoSpace`, `Io`. Nothing is left behind.
     pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
         create::create(path.as_ref(), options)
+    }
+
+    /// Clears the first 4096 bytes of a block device, so that nobody takes it for the image that is on it:
+    /// for an image that was not completed.
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` if it is not a block device; `Busy` if another program uses it; `Io`.
+    pub fn erase_signature(path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        match create_on_device::is_block_device(path) {
+            true => create_on_device::erase_signature(path),
+            false => Err(create::invalid("it is not a block device").with_path(path)),
+        }
     }
 
     /// Opens the image in any storage. Locks are the storage's own matter.

@@ -56,6 +56,7 @@
 mod bitmap;
 mod chain;
 mod create;
+mod create_on_device;
 mod driver;
 mod error;
 mod extent;

@@ -1,5 +1,7 @@
 //! Allocating all clusters of a new image beforehand.
 
+use std::io;
+
 use super::Qcow2;
 use super::alloc::Reserved;
 use super::l2::Cluster;
@@ -9,7 +11,7 @@ use crate::units::GuestOffset;
 
 impl Qcow2 {
     /// Gives every cluster a place, in order, without writing data. Only for an empty image in a
-    /// new file, whose places all read as zero.
+    /// new file or on a device that was zeroed, whose places all read as zero.
     pub(crate) fn preallocate(&self) -> Result<()> {
         let geometry = self.geometry();
         let io = |error| self.io("write to", error, GuestOffset::new(0));
@@ -35,14 +37,24 @@ impl Qcow2 {
                 at_hand.offset += geometry.cluster_size();
                 at_hand.clusters = at_hand.clusters.saturating_sub(1);
                 if !self.format.has_data_file {
-                    // Nobody else writes, and a length takes up no space.
-                    let grown = self.data.set_len(at_hand.offset.max(self.data.len().map_err(io)?));
-                    grown.map_err(io)?;
+                    self.grow_to(at_hand.offset).map_err(io)?;
                 }
             }
             self.commit(&table, &changes, &[])?;
             self.relieve_pressure()?;
         }
         self.flush_all()
+    }
+
+    /// Makes the file at least so long. Nobody else writes, and a length takes up no space.
+    fn grow_to(&self, end: u64) -> io::Result<()> {
+        if self.data.len()? >= end {
+            return Ok(());
+        }
+        self.data.set_len(end).map_err(|error| match error.kind() {
+            // A device is as large as it is.
+            io::ErrorKind::Unsupported => io::ErrorKind::StorageFull.into(),
+            _ => error,
+        })
     }
 }

@@ -53,7 +53,7 @@ pub struct RestoreArgs {
     /// A new file, a block device or an NBD URI.
     pub destination: Location,
 
-    /// Format of a new file.
+    /// Format of a new file, or on a device.
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
     pub output_format: ImageFormat,
 
@@ -131,15 +131,19 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
             ));
         }
     };
-    if !is_new && args.output_format == ImageFormat::Qcow2 {
+    if is_image(args) && matches!(args.destination, Location::Nbd(_)) {
         return Err(CommandError::new(
-            "--output-format qcow2 is for new files; a device or a server gets the disk as it is",
+            "--output-format qcow2 is for files and devices; a server gets the disk as it is",
         ));
     }
     let source = Source::Image { image };
     let new = match &args.destination {
         Location::File(path) if is_new => {
             Some(NewFile::begin(path, |path| make(args, size, path))?)
+        }
+        Location::File(device) if is_image(args) => {
+            make(args, size, device)?;
+            None
         }
         _ => None,
     };
@@ -149,13 +153,8 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
         Ok(destination) => fill_and_verify(args, source, destination, place).await,
         Err(error) => Err(error),
     };
-    let ([copied, zero], verified) = result.map_err(|error| {
-        let left = match &new {
-            Some(new) => new.left_behind(),
-            None => format!("{} is incomplete", args.destination),
-        };
-        CommandError::new(format!("restoring '{}' failed: {error}; {left}", args.image.display()))
-    })?;
+    let result = result.map_err(|error| failure(args, new.as_ref(), &error));
+    let ([copied, zero], verified) = result?;
     new.map_or(Ok(()), |new| new.complete(Durable::Now))?;
     Ok(Report {
         image: args.image.display().to_string(),
@@ -169,6 +168,23 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
         verified,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Whether the result is an image rather than the disk itself.
+fn is_image(args: &RestoreArgs) -> bool {
+    args.output_format == ImageFormat::Qcow2
+}
+
+/// The error with what it leaves.
+fn failure(args: &RestoreArgs, new: Option<&NewFile>, error: &CommandError) -> CommandError {
+    let failed = format!("restoring '{}' failed: {error}", args.image.display());
+    match (new, &args.destination) {
+        (Some(new), _) => CommandError::new(format!("{failed}; {}", new.left_behind())),
+        (None, Location::File(device)) if is_image(args) => {
+            target::erase_from_device(device, &CommandError::new(failed))
+        }
+        _ => CommandError::new(format!("{failed}; {} is incomplete", args.destination)),
+    }
 }
 
 /// Whether there is nothing of that name; a device may be there.
@@ -196,10 +212,11 @@ async fn open(
     source: &Source,
     new: Option<&NewFile>,
 ) -> Result<Destination, CommandError> {
-    match (new, args.output_format) {
-        (Some(new), ImageFormat::Qcow2) => {
+    match (new, &args.destination) {
+        (_, Location::File(device)) if is_image(args) => {
             let options = plain(Format::Qcow2).access(Access::ReadWrite);
-            Ok(Destination::image(Image::open(new.path(), &options)?, Surface::Zeroes))
+            let path = new.map_or(&**device, NewFile::path);
+            Ok(Destination::image(Image::open(path, &options)?, Surface::Zeroes))
         }
         (Some(new), _) => Destination::new_file(new),
         _ => Destination::open(&args.destination, &args.connection, &args.tls, source).await,

@@ -13,9 +13,11 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, ErrorKind, Locking};
+use imgfmt::{Access, ErrorKind, Image, Locking};
 
 use crate::error::CommandError;
 use crate::signals;
@@ -259,6 +261,41 @@ fn in_the_way(name: &Path, partial: &Path) -> CommandError {
              remove it if it is not needed, and run the command again"
         ),
     })
+}
+
+/// Puts a file or device on stable storage.
+///
+/// # Errors
+///
+/// If that fails.
+pub(crate) fn sync(path: &Path) -> Result<(), CommandError> {
+    let synced = File::open(path).and_then(|file| file.sync_all());
+    synced.map_err(|error| CommandError::new(format!("cannot flush '{}': {error}", path.display())))
+}
+
+/// Takes the mark of an image off a device that could not be filled, and says so after the error that led to
+/// that.
+pub(crate) fn erase_from_device(device: &Path, error: &CommandError) -> CommandError {
+    let name = device.display();
+    // The writes that were under way when the error came still hold the image for a moment.
+    let mut erased = Image::erase_signature(device);
+    for _ in 0..100 {
+        match &erased {
+            Err(error) if error.kind() == ErrorKind::Busy => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            _ => break,
+        }
+        erased = Image::erase_signature(device);
+    }
+    match erased {
+        Ok(()) => CommandError::new(format!(
+            "{error}; there is no image on '{name}' now: run the command again"
+        )),
+        Err(why) => {
+            CommandError::new(format!("{error}; the image on '{name}' is incomplete ({why})"))
+        }
+    }
 }
 
 fn folder_of(path: &Path) -> &Path {

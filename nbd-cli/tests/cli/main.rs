@@ -15,6 +15,7 @@ mod backup_resume;
 mod backup_tls;
 mod bad_input;
 mod bitmaps_beside_qemu;
+mod block_devices;
 mod checkpoint_cut_off;
 mod client_tls;
 mod completions;

@@ -18,7 +18,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
-use crate::target::{Durable, NewFile};
+use crate::target::{self, Durable, Existing, NewFile};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -33,7 +33,7 @@ The new image holds the whole disk and needs no backing file. Zeroes take up no 
 that exists is never touched, unless --no-create says that the disk in it is to be replaced. A new
 image grows as NAME.partial and gets its name when it is complete; if the copy fails or is
 interrupted it is removed (after kill -9 NAME.partial is left), and a disk that existed is left
-incomplete.
+incomplete. On a block device what was there is lost; it needs no --no-create.
 
 An export of an NBD server can be the source or the destination; as the latter it has to be large
 enough, and --no-create goes without saying.
@@ -115,7 +115,12 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
     let copy = Conversion { args, source: &source, from: &from, format, is_remote };
     let result = match (&destination, exists) {
-        (Place::File(path), false) => copy.make_new(path, &progress),
+        (Place::File(path), false) => match (target::look(path)?, format) {
+            // The device is the disk.
+            (Existing::BlockDevice, Format::Raw) => copy.replace(&destination, &progress),
+            (Existing::BlockDevice, _) => copy.make_on_device(path, &progress),
+            _ => copy.make_new(path, &progress),
+        },
         _ => copy.replace(&destination, &progress),
     };
     progress.clear();
@@ -175,6 +180,18 @@ impl Conversion<'_> {
         self.fill(new.path(), progress)
             .map_err(|error| CommandError::new(format!("{error}; {}", new.left_behind())))?;
         new.complete(if self.args.flush { Durable::Now } else { Durable::Later })
+    }
+
+    /// Makes the image on a device, whose content is lost.
+    fn make_on_device(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+        let mut create = CreateOptions::new(self.format, self.source.size());
+        self.args.qcow2.apply(&mut create)?;
+        Image::create(path, &create)?;
+        let filled = self.fill(path, progress).and_then(|()| match self.args.flush {
+            true => target::sync(path),
+            false => Ok(()),
+        });
+        filled.map_err(|error| target::erase_from_device(path, &error))
     }
 
     fn fill(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {

@@ -1,6 +1,6 @@
 //! `nbd-cli image create`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use imgfmt::{
@@ -15,7 +15,7 @@ use crate::image_format::ImageFormat;
 use crate::remote::allow_exports;
 use crate::signals;
 use crate::size::ByteSize;
-use crate::target::{Durable, NewFile};
+use crate::target::{self, Durable, Existing, NewFile};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -25,7 +25,8 @@ Examples:
   nbd-cli image create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
 
 A relative name of a backing file starts at the folder of the new image. A file that exists is never
-touched: remove it first. The new image is NAME.partial until it is complete.";
+touched: remove it first. The new image is NAME.partial until it is complete. On a block device what
+was there is lost.";
 
 /// Arguments of `nbd-cli image create`.
 #[derive(Debug, Args)]
@@ -194,7 +195,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         options.lazy_refcounts = LazyRefcounts::On;
     }
     options.give_up = || signals::caught().is_some();
-    let new = NewFile::begin(&args.path, |path| {
+    let create = |path: &Path| {
         Image::create(path, &options).map_err(|error| match signals::stop_if_interrupted() {
             Err(interrupted) => CommandError::new(format!(
                 "cannot create '{}': {interrupted}; nothing of it is left",
@@ -202,8 +203,11 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
             )),
             Ok(()) => error.into(),
         })
-    })?;
-    new.complete(Durable::Now)?;
+    };
+    match target::look(&args.path)? {
+        Existing::BlockDevice => create(&args.path)?,
+        _ => NewFile::begin(&args.path, create)?.complete(Durable::Now)?,
+    }
     if args.json {
         print_json(&args.path, &OpenOptions::new().format(options.format))?;
     }
