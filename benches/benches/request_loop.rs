@@ -7,7 +7,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use nbd_proto::transmission::server::{Parsed, Transmission};
 use nbd_proto::transmission::{Command, Durability, Fragmentation, Position, ReplyEncoder, client};
 use nbd_proto::wire::ReplyMode;
-use nbd_server::export::{Export, MemoryExport};
+use nbd_server::export::{Export, Holes, MemoryExport};
 
 const LENGTH: usize = 4096;
 
@@ -31,7 +31,8 @@ fn serve(
                 let length = request.length as u32;
                 encoder.data_header(tag, request.offset, length, Position::Last, &mut rest);
                 let (data, behind) = rest.split_at_mut(length as usize);
-                disk.try_read_at(request.offset, data).expect("a disk in memory has no errors");
+                disk.try_read_at(request.offset, data, Holes::Told)
+                    .expect("a disk in memory has no errors");
                 rest = behind;
             }
             Command::Write(durability) => {

@@ -4,9 +4,9 @@ use std::fmt;
 
 use crate::error::Result;
 use crate::extent::ExtentList;
-use crate::mapping::Lease;
+use crate::mapping::{Holes, Lease, Lookup};
 use crate::qcow2::Qcow2;
-use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
 /// An open image of one format. Every range handed in lies within [`size`](Self::size) and is not
@@ -15,7 +15,8 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug {
     fn size(&self) -> u64;
     fn capabilities(&self) -> Capabilities;
     fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()>;
-    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead>;
+    /// Reads if that needs no waiting. With [`Holes::Told`] it gives up as soon as it meets one.
+    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead>;
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
     /// Writes if that needs neither waiting nor new space; says whether it did.
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite>;
@@ -39,7 +40,12 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug {
     fn cache(&self, range: GuestRange) -> Result<()>;
     /// Appends extents from the start of `range` on until its end or until the list wants no more.
     fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()>;
-    fn map_read(&self, range: GuestRange) -> Result<Lease>;
+    /// `None` if the lookup may not read what it would have to.
+    fn map_read(&self, range: GuestRange, holes: Holes, lookup: Lookup) -> Result<Option<Lease>>;
+    /// The storage whose bytes are the disk's, one to one and for ever, if there is one.
+    fn raw_storage(&self) -> Option<&dyn Storage> {
+        None
+    }
     /// Changes the size of the disk; what is added reads as zero.
     fn resize(&mut self, size: u64) -> Result<()>;
     /// The image as a qcow2 image, for what only those have.

@@ -1,5 +1,6 @@
 //! [`Image`]: a virtual disk, whatever its format.
 
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
 use crate::format::Format;
 use crate::info::ImageInfo;
-use crate::mapping::Lease;
+use crate::mapping::{Holes, Lease, Lookup};
 use crate::options::{Access, OpenOptions};
 use crate::qcow2::{CheckReport, Qcow2, Repair};
 use crate::storage::{
@@ -160,7 +161,24 @@ impl Image {
         if range.is_empty() {
             return Ok(TryRead::Complete);
         }
-        self.driver.try_read_at(offset, buffer).map_err(|error| self.name(error))
+        let read = self.driver.try_read_at(offset, buffer, Holes::AsData);
+        read.map_err(|error| self.name(error))
+    }
+
+    /// As [`try_read_at`](Self::try_read_at), for data only: where metadata says that a part of the
+    /// range reads as zero, the answer is [`TryRead::Sparse`], and [`look_up`](Self::look_up) tells
+    /// which part. One look at the metadata serves both.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at).
+    pub fn try_read_data_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+        let range = self.check("read", offset, buffer.len() as u64)?;
+        if range.is_empty() {
+            return Ok(TryRead::Complete);
+        }
+        let read = self.driver.try_read_at(offset, buffer, Holes::Told);
+        read.map_err(|error| self.name(error))
     }
 
     /// Writes `data` from `offset` on.
@@ -413,11 +431,32 @@ impl Image {
     ///
     /// `OutOfBounds`, `Corrupt`, `Io`.
     pub fn map_read(&self, range: GuestRange) -> Result<Lease> {
+        let found = self.look_up(range, Holes::AsData, Lookup::MayRead)?;
+        Ok(found.unwrap_or_else(|| Lease::fixed(Vec::new())))
+    }
+
+    /// As [`map_read`](Self::map_read), with a say in what is told and how it is found out. `None`,
+    /// which [`Lookup::MayRead`] never gives, means that metadata would have to be read first.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Corrupt`, `Io`.
+    pub fn look_up(
+        &self,
+        range: GuestRange,
+        holes: Holes,
+        lookup: Lookup,
+    ) -> Result<Option<Lease>> {
         let range = self.check("map", range.offset(), range.length())?;
         if range.is_empty() {
-            return Ok(Lease::fixed(Vec::new()));
+            return Ok(Some(Lease::fixed(Vec::new())));
         }
-        self.driver.map_read(range).map_err(|error| self.name(error))
+        self.driver.map_read(range, holes, lookup).map_err(|error| self.name(error))
+    }
+
+    /// The file whose bytes are the disk's, one to one, if the image is raw and lies in a file.
+    pub fn raw_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.driver.raw_storage()?.as_fd()
     }
 
     /// The image, if it is a qcow2 image.

@@ -88,7 +88,7 @@ pub use extent::{Extent, ExtentKind};
 pub use format::Format;
 pub use image::{Image, Shrink};
 pub use info::{ImageInfo, Qcow2Info};
-pub use mapping::{Lease, Mapping};
+pub use mapping::{Holes, Lease, Lookup, Mapping};
 pub use open_policy::{OpenPolicy, SchemeOpener};
 pub use options::{Access, Locking, OpenOptions, Survives, Syncing};
 pub use qcow2::{CheckReport, Repair, Snapshot, frozen_bitmap_name};

@@ -5,6 +5,25 @@ use std::sync::Arc;
 use crate::storage::Storage;
 use crate::units::{GuestRange, HostOffset};
 
+/// What a map or a read makes of parts of which metadata knows that they read as zero: those that
+/// no layer has, zero clusters, and holes of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holes {
+    /// They are told apart from data.
+    Told,
+    /// They need not be: holes of files are bytes like any other.
+    AsData,
+}
+
+/// Whether a map may read metadata from a file, or ask the system for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup {
+    /// It may, and so may have to wait.
+    MayRead,
+    /// It uses what is in memory.
+    CachedOnly,
+}
+
 /// Where a part of a disk is stored.
 #[derive(Clone, Debug)]
 #[non_exhaustive]

@@ -225,6 +225,20 @@ mod tests {
     }
 
     #[test]
+    fn what_a_reply_does_not_need_is_given_back() {
+        let budget = Budget::new(4 << 20);
+        let (mut first, mut second) = (BudgetQueue::new(budget.clone()), BudgetQueue::new(budget));
+        let mut cx = Context::from_waker(Waker::noop());
+        let Poll::Ready(mut permit) = first.poll_take(&mut cx, 4 << 20) else {
+            panic!("the budget is free")
+        };
+        permit.shrink(8 << 20);
+        assert!(second.poll_take(&mut cx, 2 << 20).is_pending(), "nothing is left");
+        permit.shrink(2 << 20);
+        assert!(second.poll_take(&mut cx, 2 << 20).is_ready());
+    }
+
+    #[test]
     fn a_request_larger_than_the_budget_is_served_alone() {
         let mut queue = BudgetQueue::new(Budget::new(1 << 20));
         let mut cx = Context::from_waker(Waker::noop());

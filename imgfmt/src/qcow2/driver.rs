@@ -6,7 +6,7 @@ use super::map::span;
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
-use crate::mapping::Lease;
+use crate::mapping::{Holes, Lease, Lookup};
 use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
@@ -32,9 +32,9 @@ impl Driver for Qcow2 {
         self.read_range(offset, buffer)
     }
 
-    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead> {
         let _lease = self.lease();
-        self.try_read_range(offset, buffer)
+        self.try_read_range(offset, buffer, holes)
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
@@ -100,7 +100,8 @@ impl Driver for Qcow2 {
     }
 
     fn cache(&self, range: GuestRange) -> Result<()> {
-        for mapping in self.map_read(range)?.mappings() {
+        let lease = self.map_read(range, Holes::AsData, Lookup::MayRead)?;
+        for mapping in lease.iter().flat_map(Lease::mappings) {
             if let crate::Mapping::File { range, storage, offset } = mapping {
                 let ahead = storage.readahead(*offset, range.length());
                 ahead.map_err(|error| self.io("read ahead in", error, range.offset()))?;
@@ -113,14 +114,16 @@ impl Driver for Qcow2 {
         self.push_extents(range, list)
     }
 
-    fn map_read(&self, range: GuestRange) -> Result<Lease> {
+    fn map_read(&self, range: GuestRange, holes: Holes, lookup: Lookup) -> Result<Option<Lease>> {
         let lease = self.lease();
         let mut mappings = Vec::new();
-        self.push_mappings(range, &mut mappings)?;
-        Ok(match lease {
+        if !self.push_mappings(range, holes, lookup, &mut mappings)? {
+            return Ok(None);
+        }
+        Ok(Some(match lease {
             Some(lease) => Lease::guarded(mappings, Box::new(lease)),
             None => Lease::fixed(mappings),
-        })
+        }))
     }
 
     fn resize(&mut self, size: u64) -> Result<()> {

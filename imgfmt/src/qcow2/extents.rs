@@ -116,7 +116,7 @@ impl Qcow2 {
     /// Whether the image has clusters that were allocated but never written: then, and only then,
     /// it is worth asking the file system about them. Found out once, as QEMU does, by comparing
     /// the clusters in use with the space that the file takes up.
-    fn is_preallocated(&self) -> bool {
+    pub(super) fn is_preallocated(&self) -> bool {
         if let Some(known) = self.preallocated.get() {
             return *known;
         }

@@ -4,6 +4,7 @@ use super::Qcow2;
 use super::map::Lookup;
 use super::write::Plan;
 use crate::error::Result;
+use crate::mapping::Holes;
 use crate::storage::{Speed, TryRead, ZeroMode, is_zero};
 use crate::units::{GuestOffset, HostOffset};
 
@@ -148,7 +149,9 @@ impl Qcow2 {
         let bytes = merged.part_mut(from, to);
         match lookup {
             Lookup::MayRead => self.read_range(offset, bytes).map(|()| true),
-            Lookup::CachedOnly => Ok(self.try_read_range(offset, bytes)? == TryRead::Complete),
+            Lookup::CachedOnly => {
+                Ok(self.try_read_range(offset, bytes, Holes::AsData)? == TryRead::Complete)
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use super::cache::Table;
 use super::l2::{Cluster, Content, OFFSET_MASK};
 use super::open::read_words;
 use crate::error::{Error, ErrorKind, Result};
+pub(super) use crate::mapping::Lookup;
 use crate::units::{GuestOffset, GuestRange};
 
 /// A part of the disk whose bytes are in one place.
@@ -16,13 +17,6 @@ pub(super) struct Piece {
     pub(super) range: GuestRange,
     /// For stored data: where the piece starts, not where its cluster does.
     pub(super) content: Content,
-}
-
-/// Whether a lookup may read metadata from the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Lookup {
-    MayRead,
-    CachedOnly,
 }
 
 impl Qcow2 {

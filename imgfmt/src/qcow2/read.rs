@@ -7,7 +7,8 @@ use super::compress;
 use super::l2::{Compressed, Content};
 use super::map::{Lookup, Piece, span};
 use crate::error::{Error, Result};
-use crate::mapping::Mapping;
+use crate::extent::ExtentKind;
+use crate::mapping::{Holes, Mapping};
 use crate::storage::TryRead;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -103,7 +104,12 @@ impl Qcow2 {
         Ok(cluster)
     }
 
-    pub(super) fn try_read_range(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+    pub(super) fn try_read_range(
+        &self,
+        offset: GuestOffset,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead> {
         let base = offset.bytes();
         let range = span(base, base + buffer.len() as u64);
         let mut outcome = TryRead::Complete;
@@ -111,8 +117,8 @@ impl Qcow2 {
             for piece in pieces {
                 let start = (piece.range.offset().bytes() - base) as usize;
                 let part = &mut buffer[start..start + piece.range.length() as usize];
-                outcome = self.try_read_piece(piece, part)?;
-                if outcome == TryRead::WouldBlock {
+                outcome = self.try_read_piece(piece, part, holes)?;
+                if outcome != TryRead::Complete {
                     return Ok(false);
                 }
             }
@@ -121,21 +127,20 @@ impl Qcow2 {
         Ok(if mapped { outcome } else { TryRead::WouldBlock })
     }
 
-    fn try_read_piece(&self, piece: &Piece, buffer: &mut [u8]) -> Result<TryRead> {
+    fn try_read_piece(&self, piece: &Piece, buffer: &mut [u8], holes: Holes) -> Result<TryRead> {
         let guest = piece.range.offset();
         match (piece.content, &self.backing) {
-            (Content::Zero, _) | (Content::Unallocated, None) => {
-                buffer.fill(0);
-                Ok(TryRead::Complete)
-            }
+            (Content::Zero, _) | (Content::Unallocated, None) => Ok(zeroes(buffer, holes)),
             (Content::Unallocated, Some(backing)) => {
                 let available = backing.size.saturating_sub(guest.bytes()).min(buffer.len() as u64);
                 let (inside, behind) = buffer.split_at_mut(available as usize);
-                behind.fill(0);
-                match inside.is_empty() {
-                    true => Ok(TryRead::Complete),
-                    false => backing.driver.try_read_at(guest, inside),
+                match (inside.is_empty(), zeroes(behind, holes)) {
+                    (true, outcome) | (_, outcome @ TryRead::Sparse) => Ok(outcome),
+                    _ => backing.driver.try_read_at(guest, inside, holes),
                 }
+            }
+            (Content::Stored(host), _) if !self.is_told(host, buffer.len() as u64, holes) => {
+                Ok(TryRead::WouldBlock)
             }
             (Content::Stored(host), _) => {
                 match self.data.try_read_at(HostOffset::new(host), buffer) {
@@ -150,30 +155,62 @@ impl Qcow2 {
         }
     }
 
+    /// Whether holes of the file have no say in what is told of stored bytes, as far as that is
+    /// known without waiting. They have one only where clusters were allocated before they were
+    /// written.
+    fn is_told(&self, host: u64, length: u64, holes: Holes) -> bool {
+        holes == Holes::AsData
+            || self.preallocated.get() == Some(&false)
+            || self.data.is_known_data(HostOffset::new(host), length)
+    }
+
+    /// Appends what a range consists of; false if that cannot be told without waiting.
     pub(super) fn push_mappings(
         &self,
         range: GuestRange,
+        holes: Holes,
+        lookup: Lookup,
         mappings: &mut Vec<Mapping>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let length = self.data.len().map_err(|error| self.io("map", error, range.offset()))?;
-        self.for_each_table(range, Lookup::MayRead, |pieces| {
+        let mut complete = true;
+        let mapped = self.for_each_table(range, lookup, |pieces| {
             for piece in pieces {
                 match piece.content {
-                    Content::Stored(host) => self.push_stored(piece.range, host, length, mappings),
+                    Content::Stored(host) if self.is_told(host, piece.range.length(), holes) => {
+                        self.push_stored(piece.range, host, length, holes, mappings);
+                    }
+                    Content::Stored(_) if lookup == Lookup::CachedOnly => complete = false,
+                    Content::Stored(host) => {
+                        self.push_stored_with_holes(piece.range, host, length, mappings)?;
+                    }
                     Content::Zero => mappings.push(Mapping::Zero { range: piece.range }),
                     Content::Compressed(_) => {
                         mappings.push(Mapping::Encoded { range: piece.range });
                     }
-                    Content::Unallocated => self.push_backing_mappings(piece.range, mappings)?,
+                    Content::Unallocated => {
+                        complete =
+                            self.push_backing_mappings(piece.range, holes, lookup, mappings)?;
+                    }
+                }
+                if !complete {
+                    return Ok(false);
                 }
             }
             Ok(true)
         })?;
-        Ok(())
+        Ok(mapped && complete)
     }
 
-    /// Appends stored data; the part behind the end of the file reads as zero.
-    fn push_stored(&self, range: GuestRange, host: u64, length: u64, mappings: &mut Vec<Mapping>) {
+    /// Appends stored data; the part behind the end of the file reads as zero, but is no hole.
+    fn push_stored(
+        &self,
+        range: GuestRange,
+        host: u64,
+        length: u64,
+        holes: Holes,
+        mappings: &mut Vec<Mapping>,
+    ) {
         let start = range.offset().bytes();
         let stop = start + length.saturating_sub(host).min(range.length());
         if stop > start {
@@ -185,24 +222,71 @@ impl Qcow2 {
         }
         let behind = span(stop, range.end().bytes());
         if !behind.is_empty() {
-            mappings.push(Mapping::Zero { range: behind });
+            mappings.push(match holes {
+                Holes::AsData => Mapping::Zero { range: behind },
+                Holes::Told => Mapping::Encoded { range: behind },
+            });
         }
     }
 
-    fn push_backing_mappings(&self, range: GuestRange, mappings: &mut Vec<Mapping>) -> Result<()> {
+    /// As `push_stored`, of clusters that may never have been written.
+    fn push_stored_with_holes(
+        &self,
+        range: GuestRange,
+        host: u64,
+        length: u64,
+        mappings: &mut Vec<Mapping>,
+    ) -> Result<()> {
+        if !self.is_preallocated() {
+            self.push_stored(range, host, length, Holes::Told, mappings);
+            return Ok(());
+        }
+        let end = range.end().bytes();
+        let mut start = range.offset().bytes();
+        while start < end {
+            let host = host + (start - range.offset().bytes());
+            let Some(inside) = length.checked_sub(host).filter(|inside| *inside > 0) else { break };
+            let most = inside.min(end - start);
+            let found = self.data.next_extent(HostOffset::new(host), most);
+            let found = found.map_err(|error| self.io("look for holes in", error, range.offset()));
+            let found = found?;
+            let part = span(start, start + found.length.clamp(1, most));
+            match found.kind {
+                ExtentKind::Data => self.push_stored(part, host, length, Holes::Told, mappings),
+                _ => mappings.push(Mapping::Zero { range: part }),
+            }
+            start = part.end().bytes();
+        }
+        let behind = span(start, end);
+        if !behind.is_empty() {
+            mappings.push(Mapping::Zero { range: behind });
+        }
+        Ok(())
+    }
+
+    fn push_backing_mappings(
+        &self,
+        range: GuestRange,
+        holes: Holes,
+        lookup: Lookup,
+        mappings: &mut Vec<Mapping>,
+    ) -> Result<bool> {
         let backing_size = self.backing.as_ref().map_or(0, |backing| backing.size);
         let inside = range.intersection(span(0, backing_size));
         if let Some(backing) = &self.backing
             && !inside.is_empty()
         {
             // Backing files are open read-only: their places never move and need no lease.
-            mappings.extend_from_slice(backing.driver.map_read(inside)?.mappings());
+            let Some(lease) = backing.driver.map_read(inside, holes, lookup)? else {
+                return Ok(false);
+            };
+            mappings.extend_from_slice(lease.mappings());
         }
         let behind = span(range.offset().bytes().max(backing_size), range.end().bytes());
         if !behind.is_empty() {
             mappings.push(Mapping::Zero { range: behind });
         }
-        Ok(())
+        Ok(true)
     }
 
     pub(super) fn io(
@@ -218,6 +302,17 @@ impl Qcow2 {
         match &self.path {
             Some(path) => error.with_path(path),
             None => error,
+        }
+    }
+}
+
+/// What a read that does not wait makes of a part that reads as zero.
+fn zeroes(buffer: &mut [u8], holes: Holes) -> TryRead {
+    match holes {
+        Holes::Told if !buffer.is_empty() => TryRead::Sparse,
+        _ => {
+            buffer.fill(0);
+            TryRead::Complete
         }
     }
 }

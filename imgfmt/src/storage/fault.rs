@@ -293,6 +293,10 @@ impl Storage for RecordingStorage {
         self.inner.next_extent(offset, length)
     }
 
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        self.inner.is_known_data(offset, length)
+    }
+
     fn identity(&self) -> Option<FileIdentity> {
         Some(FileIdentity { device: 0, inode: self.number as u64 + 1 })
     }
@@ -511,6 +515,10 @@ impl Storage for FailingStorage {
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         self.inner.next_extent(offset, length)
+    }
+
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        self.inner.is_known_data(offset, length)
     }
 
     fn identity(&self) -> Option<FileIdentity> {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::known_data::KnownData;
 use super::lock::{self, LockOutcome};
 use super::{
     Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode, zero,
@@ -31,6 +32,7 @@ pub struct FileStorage {
     syncing: Syncing,
     /// Operations that this file system has turned out to lack; they are not tried again.
     lacks: Lacks,
+    known_data: Box<KnownData>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +107,7 @@ impl FileStorage {
             preferred_size: block_size.clamp(4096, 1 << 20).next_power_of_two(),
             syncing: Syncing::On,
             lacks,
+            known_data: Box::default(),
         }
     }
 
@@ -147,7 +150,10 @@ impl FileStorage {
         if start_inner >= end_inner {
             return zero::write_zero_buffers(self, HostOffset::new(offset), length);
         }
-        match self.fallocate(mode, start_inner, end_inner - start_inner) {
+        let zeroed = self.fallocate(mode, start_inner, end_inner - start_inner);
+        // Also what failed may have been done in part.
+        self.known_data.remove(start_inner, end_inner - start_inner);
+        match zeroed {
             Err(error) if is_not_supported(&error) => {
                 lacking.store(true, Relaxed);
                 return Err(io::ErrorKind::Unsupported.into());
@@ -156,6 +162,22 @@ impl FileStorage {
         }
         zero::write_zero_buffers(self, HostOffset::new(offset), start_inner - offset)?;
         zero::write_zero_buffers(self, HostOffset::new(end_inner), end - end_inner)
+    }
+
+    /// Whether this is a kind of file of which the system tells the holes.
+    fn may_have_holes(&self) -> bool {
+        self.kind == Kind::Regular && !self.lacks.seek_hole.load(Relaxed)
+    }
+
+    /// The length of the file, and up to where it has no hole. Looked for only if the file takes up
+    /// as much space as it is long: otherwise there is one.
+    fn look_for_holes(&self) -> (u64, u64) {
+        let Ok(metadata) = self.file.metadata() else { return (0, 0) };
+        let length = metadata.len();
+        if metadata.blocks().saturating_mul(512) < length {
+            return (length, 0);
+        }
+        (length, rustix::fs::seek(&self.file, SeekFrom::Hole(0)).unwrap_or(0))
     }
 
     fn write_through(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
@@ -212,15 +234,22 @@ impl Storage for FileStorage {
     fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
         match (durability, self.syncing) {
             (Durability::Cached, _) | (_, Syncing::Off) => {
-                self.file.write_all_at(data, offset.bytes())
+                self.file.write_all_at(data, offset.bytes())?;
             }
-            (Durability::Fua, Syncing::On) => self.write_through(offset.bytes(), data),
+            (Durability::Fua, Syncing::On) => self.write_through(offset.bytes(), data)?,
         }
+        self.known_data.insert(offset.bytes(), data.len() as u64);
+        Ok(())
     }
 
     fn set_len(&self, length: u64) -> io::Result<()> {
         match self.kind {
-            Kind::Regular => self.file.set_len(length),
+            Kind::Regular => {
+                let resized = self.file.set_len(length);
+                // What is cut off comes back as a hole if the file grows again.
+                self.known_data.remove(length, u64::MAX - length);
+                resized
+            }
             Kind::BlockDevice { .. } => Err(io::ErrorKind::Unsupported.into()),
         }
     }
@@ -303,9 +332,10 @@ impl Storage for FileStorage {
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         let all_data = StorageExtent { length, kind: ExtentKind::Data };
-        if self.kind != Kind::Regular || self.lacks.seek_hole.load(Relaxed) {
+        if !self.may_have_holes() {
             return Ok(all_data);
         }
+        self.known_data.first_look(|| self.look_for_holes());
         let offset = offset.bytes();
         let data = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
             Ok(data) => data,
@@ -331,12 +361,17 @@ impl Storage for FileStorage {
         }
         match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
             Ok(hole) if hole > offset => {
+                self.known_data.insert(offset, hole - offset);
                 Ok(StorageExtent { length: length.min(hole - offset), kind: ExtentKind::Data })
             }
             // The file changed between the two calls; "data" is true of anything.
             Ok(_) | Err(Errno::NXIO) => Ok(all_data),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        !self.may_have_holes() || self.known_data.contains(offset.bytes(), length)
     }
 
     fn readahead(&self, offset: HostOffset, length: u64) -> io::Result<()> {

@@ -154,6 +154,11 @@ impl Storage for MemoryStorage {
         let kind = if is_data { ExtentKind::Data } else { ExtentKind::Hole };
         Ok(StorageExtent { length: found.min(length), kind })
     }
+
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        let data = StorageExtent { length, kind: ExtentKind::Data };
+        self.next_extent(offset, length).is_ok_and(|found| found == data)
+    }
 }
 
 #[cfg(test)]

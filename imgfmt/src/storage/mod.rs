@@ -7,6 +7,7 @@
 #[cfg(any(test, feature = "test-util"))]
 pub mod fault;
 mod file;
+mod known_data;
 mod lock;
 mod memory;
 mod zero;
@@ -57,6 +58,9 @@ pub enum TryRead {
     Complete,
     /// The data is not in memory; the buffer's content is undefined. Read it the blocking way.
     WouldBlock,
+    /// A part of the range, or all of it, is known to read as zero, and the caller wants to know; the
+    /// buffer's content is undefined. Storages never say it.
+    Sparse,
 }
 
 /// What a write that must not wait for metadata achieved.
@@ -225,6 +229,13 @@ pub trait Storage: Send + Sync + fmt::Debug {
     /// Whatever the medium reports.
     fn next_extent(&self, _offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         Ok(StorageExtent { length, kind: ExtentKind::Data })
+    }
+
+    /// Whether a range is known to have no holes, found out without waiting. Where it is not,
+    /// [`next_extent`](Self::next_extent) tells. True where that never tells of holes; a storage that
+    /// overrides one should override the other.
+    fn is_known_data(&self, _offset: HostOffset, _length: u64) -> bool {
+        true
     }
 
     /// Starts to bring a range into memory, without waiting for it.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use nbd_proto::wire::TransmissionFlags;
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, Filter, Operation, Promptness, Speed, TryRead,
-    TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, Operation,
+    Promptness, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 use crate::commands::copy::zero::is_zero;
@@ -121,10 +121,29 @@ impl Filter for Changed {
         info
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
         match self.waiting {
-            Waiting::AsItIs => self.inner.try_read_at(offset, buffer),
+            Waiting::AsItIs => self.inner.try_read_at(offset, buffer, holes),
             Waiting::Everywhere => Ok(TryRead::WouldBlock),
+        }
+    }
+
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        match (self.waiting, lookup) {
+            (Waiting::Everywhere, Lookup::Prompt) => Ok(Mapped::WouldBlock),
+            _ => self.inner.map_read(offset, length, holes, lookup, map),
         }
     }
 
@@ -273,7 +292,10 @@ mod tests {
         let export = filtered(Arc::new(Recorder::default()), changes);
         let write = Operation::Write(1, Durability::Cached);
         assert_eq!(export.promptness(write), Promptness::MayBlock);
-        assert_eq!(export.try_read_at(0, &mut [0]), Ok(TryRead::WouldBlock));
+        assert_eq!(export.try_read_at(0, &mut [0], Holes::Told), Ok(TryRead::WouldBlock));
+        let mut map = ReadMap::new();
+        let mapped = export.map_read(0, 1, Holes::Told, Lookup::Prompt, &mut map);
+        assert_eq!(mapped, Ok(Mapped::WouldBlock));
         assert_eq!(export.try_write_at(0, &[1]), Ok(TryWrite::WouldBlock));
     }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
-    Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, HostOffset, Image,
-    L2Entries, OpenOptions, OpenPolicy, Storage, TryRead,
+    Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, Holes, HostOffset, Image,
+    L2Entries, Lookup, Mapping, OpenOptions, OpenPolicy, Storage, TryRead,
 };
 
 use super::PrivateFolder;
@@ -143,5 +143,14 @@ impl Storage for Shown {
             Some(extent) => Ok(StorageExtent { length: extent.range.length(), kind: extent.kind }),
             None => Err(io::ErrorKind::UnexpectedEof.into()),
         }
+    }
+
+    fn is_known_data(&self, offset: HostOffset, length: u64) -> bool {
+        let Some(range) = GuestRange::new(GuestOffset::new(offset.bytes()), length) else {
+            return false;
+        };
+        let found = self.0.look_up(range, Holes::Told, Lookup::CachedOnly);
+        let is_data = |mapping: &Mapping| !matches!(mapping, Mapping::Zero { .. });
+        found.is_ok_and(|lease| lease.is_some_and(|lease| lease.mappings().iter().all(is_data)))
     }
 }

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, FileSpan, Filter, Speed, TryRead, TryWrite,
-    ZeroMode,
+    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, ReadMap, Speed,
+    TryRead, TryWrite, ZeroMode,
 };
 
 use crate::error::CommandError;
@@ -75,12 +75,24 @@ impl Filter for Part {
         self.inner.read_at(self.inside(offset)?, buffer)
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        self.inner.try_read_at(self.inside(offset)?, buffer)
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        self.inner.try_read_at(self.inside(offset)?, buffer, holes)
     }
 
-    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
-        self.inner.file_span(self.inside(offset).ok()?, length)
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        self.inner.map_read(self.inside(offset)?, length, holes, lookup, map)
     }
 
     fn write_at(

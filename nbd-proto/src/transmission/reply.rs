@@ -35,8 +35,8 @@ pub struct ReplyEncoder {
 }
 
 impl ReplyEncoder {
-    /// Longest header this encoder writes in front of read data, in bytes.
-    pub const MAX_READ_HEADER_LEN: usize = ChunkHeader::EXTENDED_LEN + 8;
+    /// Longest header this encoder writes in front of read data, and longest hole, in bytes.
+    pub const MAX_READ_HEADER_LEN: usize = ChunkHeader::EXTENDED_LEN + 12;
 
     /// Writes replies in the form `mode`.
     #[must_use]

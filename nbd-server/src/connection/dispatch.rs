@@ -9,7 +9,9 @@ use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, ReplyMode};
 
 use super::pool::Work;
 use super::witness::Witness;
-use crate::export::{Export, ExportError, TryRead, TryWrite};
+use crate::export::{
+    Content, Export, ExportError, Holes, Lookup, Mapped, ReadMap, TryRead, TryWrite,
+};
 
 /// When a long read fails, the part in front of the failure is found in steps of this many bytes.
 const RETRY_LEN: usize = 64 * 1024;
@@ -20,8 +22,8 @@ const SECTOR_LEN: usize = 4096;
 /// the whole reply.
 pub(super) fn perform(work: &Work) -> Vec<u8> {
     let request = &work.request;
-    if let Command::Read(fragmentation) = &request.command {
-        return read(&*work.export, work.encoder, request, *fragmentation);
+    if let Command::Read(_) = &request.command {
+        return read(&*work.export, work.encoder, request, work.done);
     }
     short_reply(work, execute(&*work.export, &work.witness, request, &work.payload))
 }
@@ -55,11 +57,36 @@ pub(super) fn execute_in_place(
 
 /// Reads where the connection stands. Whatever goes wrong is left to the pool, which reads again
 /// and finds out what to say.
-pub(super) fn read_in_place(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> TryRead {
+pub(super) fn read_in_place(
+    export: &dyn Export,
+    offset: u64,
+    buffer: &mut [u8],
+    holes: Holes,
+) -> TryRead {
     // The content of the buffer does not matter unless the read is complete.
-    match catch_unwind(AssertUnwindSafe(|| export.try_read_at(offset, buffer))) {
+    match catch_unwind(AssertUnwindSafe(|| export.try_read_at(offset, buffer, holes))) {
         Ok(Ok(result)) => result,
         Ok(Err(_)) | Err(_) => TryRead::WouldBlock,
+    }
+}
+
+/// Finds out what a range consists of, if that takes no waiting; `false` leaves it to the pool.
+pub(super) fn map_in_place(
+    export: &dyn Export,
+    offset: u64,
+    length: usize,
+    holes: Holes,
+    map: &mut ReadMap,
+) -> bool {
+    let attempt = AssertUnwindSafe(|| export.map_read(offset, length, holes, Lookup::Prompt, map));
+    matches!(catch_unwind(attempt), Ok(Ok(Mapped::Complete))) && map.len() == length
+}
+
+/// Whether holes can be sent as such.
+pub(super) fn holes_of(encoder: ReplyEncoder, request: &Request) -> Holes {
+    match request.command {
+        Command::Read(Fragmentation::Allowed) if encoder.mode() != ReplyMode::Simple => Holes::Told,
+        _ => Holes::AsData,
     }
 }
 
@@ -108,43 +135,98 @@ pub(super) fn call(
     }
 }
 
-fn read(
-    export: &dyn Export,
-    encoder: ReplyEncoder,
-    request: &Request,
-    fragmentation: Fragmentation,
-) -> Vec<u8> {
+/// Reads what follows the first `done` bytes of a READ, which were answered before.
+fn read(export: &dyn Export, encoder: ReplyEncoder, request: &Request, done: usize) -> Vec<u8> {
     let tag = request.tag();
     let mut out = Vec::new();
     // Validation has bounded the length to the maximum payload.
-    let Ok(length) = u32::try_from(request.length) else { return out };
+    let Some(length) = usize::try_from(request.length).ok().and_then(|all| all.checked_sub(done))
+    else {
+        return out;
+    };
     if length == 0 {
         encoder.success(tag, &mut out);
         return out;
     }
-    out.reserve_exact(ReplyEncoder::MAX_READ_HEADER_LEN + length as usize);
-    encoder.data_header(tag, request.offset, length, Position::Last, &mut out);
-    let header_len = out.len();
-    out.resize(header_len + length as usize, 0);
-    let buffer = out.get_mut(header_len..).unwrap_or_default();
-    let Err(error) = export.read_at(request.offset, buffer) else { return out };
-    let whole_or_nothing =
-        encoder.mode() == ReplyMode::Simple || fragmentation == Fragmentation::Forbidden;
-    let good = if whole_or_nothing { 0 } else { readable(export, request.offset, buffer) };
-    let mut reply = Vec::new();
-    if good == 0 && whole_or_nothing {
-        encoder.error(tag, error.errno, &error.message, &mut reply);
-        return reply;
+    let mut at = request.offset + done as u64;
+    let map = match holes_of(encoder, request) {
+        Holes::Told => map_waiting(export, at, length),
+        Holes::AsData => ReadMap::of_export(length),
+    };
+    let headers = map.segments().len() * ReplyEncoder::MAX_READ_HEADER_LEN;
+    out.reserve_exact(map.data_len() + headers);
+    for (index, part) in map.segments().iter().enumerate() {
+        let is_last = index + 1 == map.segments().len();
+        let position = if is_last { Position::Last } else { Position::More };
+        if let Content::Zero = part.content {
+            encoder.hole(tag, at, part.length as u32, position, &mut out);
+        } else if let Err(error) =
+            read_part(export, encoder, request, (at, part.length), position, &mut out)
+        {
+            end_with(error, encoder, request, &mut out);
+            return out;
+        }
+        at += part.length as u64;
     }
-    // A bad sector costs the client the bytes from there on, not those in front of it.
+    out
+}
+
+/// What a range consists of. What cannot be told shows when it is read.
+fn map_waiting(export: &dyn Export, offset: u64, length: usize) -> ReadMap {
+    let mut map = ReadMap::new();
+    let mapped = export.map_read(offset, length, Holes::Told, Lookup::MayWait, &mut map);
+    match mapped {
+        Ok(Mapped::Complete) if map.len() == length => map,
+        _ => ReadMap::of_export(length),
+    }
+}
+
+/// Appends a chunk of data. If that fails, of as much as can be read, and the error with its place.
+fn read_part(
+    export: &dyn Export,
+    encoder: ReplyEncoder,
+    request: &Request,
+    (offset, length): (u64, usize),
+    position: Position,
+    out: &mut Vec<u8>,
+) -> Result<(), (ExportError, u64)> {
+    let start = out.len();
+    encoder.data_header(request.tag(), offset, length as u32, position, out);
+    let data_start = out.len();
+    out.resize(data_start + length, 0);
+    let buffer = out.get_mut(data_start..).unwrap_or_default();
+    let Err(error) = export.read_at(offset, buffer) else { return Ok(()) };
+    let good = match holes_of(encoder, request) {
+        Holes::Told => readable(export, offset, buffer),
+        // The whole or nothing.
+        Holes::AsData => 0,
+    };
+    out.truncate(data_start + good);
     if good > 0 {
-        reply.reserve_exact(ReplyEncoder::MAX_READ_HEADER_LEN + good + 1024);
-        encoder.data_header(tag, request.offset, good as u32, Position::More, &mut reply);
-        reply.extend_from_slice(buffer.get(..good).unwrap_or_default());
+        // A bad sector costs the client the bytes from there on, not those in front of it. The
+        // header has the same length as the first one.
+        let mut header = out.get_mut(start..data_start).unwrap_or_default();
+        let tag = request.tag();
+        encoder.data_header(tag, offset, good as u32, Position::More, &mut header);
+    } else {
+        out.truncate(start);
     }
-    let at = request.offset + good as u64;
-    encoder.error_at(tag, error.errno, at, &error.message, Position::Last, &mut reply);
-    reply
+    Err((error, offset + good as u64))
+}
+
+fn end_with(
+    (error, at): (ExportError, u64),
+    encoder: ReplyEncoder,
+    request: &Request,
+    out: &mut Vec<u8>,
+) {
+    match holes_of(encoder, request) {
+        Holes::AsData => encoder.error(request.tag(), error.errno, &error.message, out),
+        Holes::Told => {
+            let position = Position::Last;
+            encoder.error_at(request.tag(), error.errno, at, &error.message, position, out);
+        }
+    }
 }
 
 /// Reads again in small steps; the number of bytes in front of the first failure. At least one

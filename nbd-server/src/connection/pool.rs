@@ -38,6 +38,8 @@ pub(super) struct Work {
     pub(super) payload: Vec<u8>,
     /// Descriptors of each context that a BLOCK_STATUS may be answered with.
     pub(super) max_descriptors: usize,
+    /// How many bytes of a READ were answered before.
+    pub(super) done: usize,
 }
 
 /// A reply that came back.
@@ -140,7 +142,7 @@ impl Pool {
     pub(super) fn submit(&mut self, mut work: Work, mut permit: Permit) {
         let slots =
             if is_heavy(&work.request) { self.max_requests.div_ceil(HEAVY_PART) } else { 1 };
-        let held = Held { bytes: Self::weight(&work.request), slots };
+        let held = Held { bytes: Self::weight(&work.request) - work.done, slots };
         self.requests += 1;
         self.slots += held.slots;
         self.bytes = self.bytes.saturating_add(held.bytes);

@@ -5,15 +5,16 @@
 //! pool, and sends the replies gathered together. Replies leave in the order in which they are
 //! ready.
 
+mod read;
+
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::task::{Context, Poll};
 
 use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
-use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
+use nbd_proto::transmission::{Command, ReplyEncoder, Request};
 use nbd_proto::wire::{MetaContextId, MetaContextName};
-use std::os::fd::AsFd;
 
 use super::handshake::Established;
 use super::hangup::Hangup;
@@ -26,16 +27,12 @@ use super::stall::{Debt, Movement, Stall};
 use super::witness::Witness;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
-use crate::export::{Export, ExportError, Operation, Promptness, TryRead};
+use crate::export::{Export, ExportError, Operation, Promptness, ReadMap};
 use crate::shutdown::{Phase, Shutdown};
-use crate::sys;
 
 /// A payload up to this size is waited for in the receive buffer; a longer one is read straight
 /// into a buffer of its own. In bytes.
 const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
-/// Reads from this size on are moved from the page cache to the socket without a copy. In bytes.
-/// Below it the copy is cheaper than the extra system calls.
-const SEND_FILE_LEN: usize = 32 * 1024;
 /// No further request is carried out in place while this many bytes wait to be sent. In bytes.
 const SEND_HIGH_WATER: usize = 1 << 20;
 /// Turns of one connection before other tasks of its thread are looked at.
@@ -59,8 +56,8 @@ enum Receiving {
 
 /// A request that has been taken off the buffer and waits for its part of the budget.
 enum Waiting {
-    /// A READ or command, to be handed to the pool.
-    Pool(Request, Vec<u8>),
+    /// A command with its payload, to be handed to the pool; of a READ so many bytes are answered.
+    Pool(Request, Vec<u8>, usize),
     /// A WRITE whose payload is to be received.
     Payload(Request),
 }
@@ -77,6 +74,8 @@ pub(super) struct Session {
     receiving: Receiving,
     waiting: Option<Waiting>,
     spare_payload: Vec<u8>,
+    /// Memory for the map of the READ that is being answered.
+    map: ReadMap,
     output: SendQueue,
     pool: Pool,
     budget: BudgetQueue,
@@ -108,6 +107,7 @@ impl Session {
             receiving: Receiving::Header,
             waiting: None,
             spare_payload: Vec::new(),
+            map: ReadMap::new(),
             output: SendQueue::default(),
             pool,
             budget: BudgetQueue::new(shared.budget.clone()),
@@ -298,12 +298,17 @@ impl Session {
     /// Gives the waiting request its part of the budget, if there is one.
     fn admit(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(waiting) = &self.waiting else { return true };
-        let (Waiting::Pool(request, _) | Waiting::Payload(request)) = waiting;
-        let Poll::Ready(permit) = self.budget.poll_take(cx, Pool::weight(request)) else {
+        let weight = match waiting {
+            Waiting::Pool(request, _, done) => Pool::weight(request) - done,
+            Waiting::Payload(request) => Pool::weight(request),
+        };
+        let Poll::Ready(permit) = self.budget.poll_take(cx, weight) else {
             return false;
         };
         match self.waiting.take() {
-            Some(Waiting::Pool(request, payload)) => self.submit(request, payload, permit),
+            Some(Waiting::Pool(request, payload, done)) => {
+                self.submit(request, payload, done, permit);
+            }
             Some(Waiting::Payload(request)) => {
                 let length = Pool::weight(&request);
                 let mut buffer = std::mem::take(&mut self.spare_payload);
@@ -315,7 +320,7 @@ impl Session {
         true
     }
 
-    fn submit(&mut self, request: Request, payload: Vec<u8>, permit: Permit) {
+    fn submit(&mut self, request: Request, payload: Vec<u8>, done: usize, permit: Permit) {
         let work = Work {
             export: Arc::clone(&self.export),
             contexts: Arc::clone(&self.contexts),
@@ -324,6 +329,7 @@ impl Session {
             witness: Arc::clone(&self.witness),
             payload,
             max_descriptors: 1,
+            done,
         };
         self.pool.submit(work, permit);
     }
@@ -375,7 +381,7 @@ impl Session {
             } else {
                 let payload = payload.to_vec();
                 self.input.consume(whole);
-                self.waiting = Some(Waiting::Pool(request, payload));
+                self.waiting = Some(Waiting::Pool(request, payload, 0));
             }
             self.input.expect_payloads_like(length);
             return true;
@@ -424,7 +430,7 @@ impl Session {
                 self.spare_payload = buffer;
             }
         } else {
-            self.submit(request, buffer, permit);
+            self.submit(request, buffer, 0, permit);
         }
         true
     }
@@ -448,53 +454,13 @@ impl Session {
         true
     }
 
-    /// Answers a READ from the page cache, or has the pool read it.
-    fn read(&mut self, request: Request) {
-        let tag = request.tag();
-        let encoder = self.encoder;
-        let length = Pool::weight(&request);
-        if length == 0 {
-            return self.output.encode(SHORT_REPLY_LEN, |out| encoder.success(tag, out));
-        }
-        if length >= SEND_FILE_LEN && self.send_file(&request, length) {
-            return;
-        }
-        let space = self.output.space(ReplyEncoder::MAX_READ_HEADER_LEN + length);
-        let mut header = &mut space[..ReplyEncoder::MAX_READ_HEADER_LEN];
-        encoder.data_header(tag, request.offset, length as u32, Position::Last, &mut header);
-        let header_len = ReplyEncoder::MAX_READ_HEADER_LEN - header.len();
-        let data = &mut space[header_len..header_len + length];
-        if dispatch::read_in_place(&*self.export, request.offset, data) == TryRead::Complete {
-            self.output.commit(header_len + length);
-        } else {
-            // Not in memory, or an error: the pool reads it again and finds out what to say.
-            self.output.commit(0);
-            self.waiting = Some(Waiting::Pool(request, Vec::new()));
-        }
-    }
-
-    /// Queues the data of a READ without copying it, if all of it is in the page cache. Once the
-    /// header is out an error could only close the connection.
-    fn send_file(&mut self, request: &Request, length: usize) -> bool {
-        let Some(span) = self.export.file_span(request.offset, length) else { return false };
-        if !sys::is_resident(span.file.as_fd(), span.offset, length as u64) {
-            return false;
-        }
-        let (encoder, tag) = (self.encoder, request.tag());
-        self.output.encode(ReplyEncoder::MAX_READ_HEADER_LEN, |out| {
-            encoder.data_header(tag, request.offset, length as u32, Position::Last, out);
-        });
-        self.output.push_file(span, length);
-        true
-    }
-
     /// A request that is neither READ nor WRITE.
     fn command(&mut self, request: Request) {
         if self.is_prompt(&request) {
             let result = dispatch::execute_in_place(&*self.export, &self.witness, &request, &[]);
             self.reply(&request, result);
         } else {
-            self.waiting = Some(Waiting::Pool(request, Vec::new()));
+            self.waiting = Some(Waiting::Pool(request, Vec::new(), 0));
         }
     }
 

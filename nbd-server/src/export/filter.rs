@@ -3,8 +3,8 @@
 use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
 use super::{
-    Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness, Speed, TryRead,
-    TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, Operation, Promptness,
+    ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// An export in front of another one: every call is passed on, but for the methods that are
@@ -15,7 +15,7 @@ use super::{
 /// - Who changes [`write_at`](Self::write_at) changes [`try_write_at`](Self::try_write_at) too, or
 ///   lets it say [`TryWrite::WouldBlock`]; the same goes for [`read_at`](Self::read_at),
 ///   [`try_read_at`](Self::try_read_at) (or [`TryRead::WouldBlock`]) and
-///   [`file_span`](Self::file_span) (or `None`).
+///   [`map_read`](Self::map_read) (or [`ReadMap::push_export`] of the whole range).
 /// - Who makes a call wait says so in [`promptness`](Self::promptness).
 /// - [`info`](Self::info) offers nothing that the methods do not do.
 ///
@@ -73,13 +73,29 @@ pub trait Filter: Send + Sync + 'static {
     /// # Errors
     ///
     /// As for [`read_at`](Self::read_at).
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        self.inner().try_read_at(offset, buffer)
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        self.inner().try_read_at(offset, buffer, holes)
     }
 
-    /// See [`Export::file_span`].
-    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
-        self.inner().file_span(offset, length)
+    /// See [`Export::map_read`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at).
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        self.inner().map_read(offset, length, holes, lookup, map)
     }
 
     /// See [`Export::promptness`].
@@ -178,12 +194,24 @@ impl<T: Filter> Export for T {
         Filter::read_at(self, offset, buffer)
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        Filter::try_read_at(self, offset, buffer)
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        Filter::try_read_at(self, offset, buffer, holes)
     }
 
-    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
-        Filter::file_span(self, offset, length)
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        Filter::map_read(self, offset, length, holes, lookup, map)
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {

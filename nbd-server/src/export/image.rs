@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use imgfmt::{Access, ErrorKind, ExtentKind, Format, GuestOffset, GuestRange, Image, Mapping};
+use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image, Lease, Mapping};
 use nbd_proto::limits::MAX_PAYLOAD;
 use nbd_proto::wire::{
     AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
@@ -11,8 +11,8 @@ use nbd_proto::wire::{
 };
 
 use super::{
-    Descriptors, Durability, Export, ExportError, ExportInfo, FileSpan, Operation, Promptness,
-    Speed, TryRead, TryWrite, ZeroMode,
+    Descriptors, Durability, Export, ExportError, ExportInfo, FileSpan, Holes, Lookup, Mapped,
+    Operation, Promptness, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// Longest write that is carried out where it stands: a copy into the page cache. A longer one
@@ -131,6 +131,22 @@ impl ImageExport {
         &self.image
     }
 
+    /// Only bytes of a raw file stay where they are for ever: others are read through the image.
+    fn push_mappings(&self, lease: &Lease, map: &mut ReadMap) {
+        for mapping in lease.mappings() {
+            // It lies in a request, whose length is bounded.
+            let length = mapping.range().length() as usize;
+            match (mapping, &self.file) {
+                (Mapping::Zero { .. }, _) => map.push_zero(length),
+                (Mapping::File { offset, .. }, Some(file)) => {
+                    let span = FileSpan { file: Arc::clone(file), offset: offset.bytes() };
+                    map.push_file(length, span);
+                }
+                _ => map.push_export(length),
+            }
+        }
+    }
+
     fn range(offset: u64, length: u64) -> Result<GuestRange, ExportError> {
         GuestRange::new(GuestOffset::new(offset), length)
             .ok_or_else(|| ExportError::new(Errno::EINVAL, "offset and length overflow"))
@@ -149,16 +165,50 @@ impl Export for ImageExport {
         self.image.read_at(GuestOffset::new(offset), buffer).map_err(|error| translate(&error))
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        match self.image.try_read_at(GuestOffset::new(offset), buffer) {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        let offset = GuestOffset::new(offset);
+        let read = match holes {
+            Holes::Told => self.image.try_read_data_at(offset, buffer),
+            Holes::AsData => self.image.try_read_at(offset, buffer),
+        };
+        match read {
             Ok(imgfmt::TryRead::Complete) => Ok(TryRead::Complete),
             Ok(imgfmt::TryRead::WouldBlock) => Ok(TryRead::WouldBlock),
+            Ok(imgfmt::TryRead::Sparse) => Ok(TryRead::Sparse),
             Err(error) => Err(translate(&error)),
         }
     }
 
-    fn file_span(&self, offset: u64, _length: usize) -> Option<FileSpan> {
-        Some(FileSpan { file: self.file.clone()?, offset })
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        let range = Self::range(offset, length as u64)?;
+        let lookup = match lookup {
+            Lookup::MayWait => imgfmt::Lookup::MayRead,
+            Lookup::Prompt => imgfmt::Lookup::CachedOnly,
+        };
+        let holes = match holes {
+            Holes::Told => imgfmt::Holes::Told,
+            Holes::AsData => imgfmt::Holes::AsData,
+        };
+        match self.image.look_up(range, holes, lookup) {
+            Ok(Some(lease)) => {
+                self.push_mappings(&lease, map);
+                Ok(Mapped::Complete)
+            }
+            Ok(None) => Ok(Mapped::WouldBlock),
+            Err(error) => Err(translate(&error)),
+        }
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {
@@ -298,18 +348,7 @@ fn describe(image: &Image) -> ExportInfo {
 /// The file of a raw image, if its bytes are the disk's one to one. Only such a file may be sent
 /// from without a copy: the clusters of other formats move while the socket still refers to them.
 fn raw_file(image: &Image) -> Option<Arc<OwnedFd>> {
-    if image.format() != Format::Raw || image.size() == 0 {
-        return None;
-    }
-    let range = GuestRange::new(GuestOffset::new(0), image.size())?;
-    let lease = image.map_read(range).ok()?;
-    let [Mapping::File { range: mapped, storage, offset }] = lease.mappings() else {
-        return None;
-    };
-    if *mapped != range || offset.bytes() != 0 {
-        return None;
-    }
-    storage.as_fd()?.try_clone_to_owned().ok().map(Arc::new)
+    image.raw_fd()?.try_clone_to_owned().ok().map(Arc::new)
 }
 
 fn allocation(kind: ExtentKind) -> AllocationFlags {

@@ -7,8 +7,8 @@ use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName, Transmi
 use std::sync::{PoisonError, RwLock};
 
 use super::{
-    Descriptors, Durability, Export, ExportError, ExportInfo, Operation, Promptness, Speed,
-    TryRead, ZeroMode,
+    Descriptors, Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, Operation,
+    Promptness, ReadMap, Speed, TryRead, ZeroMode,
 };
 
 /// Pages are allocated when they are first written.
@@ -36,6 +36,24 @@ impl MemoryExport {
 
     fn shard(&self, page: u64) -> &RwLock<HashMap<u64, Page>> {
         &self.shards[(page % SHARDS) as usize]
+    }
+
+    /// Fills `buffer`, or with [`Holes::Told`] gives up at the first page that is not there.
+    fn read(&self, offset: u64, buffer: &mut [u8], holes: Holes) -> TryRead {
+        let mut rest = buffer;
+        for part in parts(offset, rest.len() as u64) {
+            let (head, tail) = rest.split_at_mut(part.length);
+            let pages = self.shard(part.page).read().unwrap_or_else(PoisonError::into_inner);
+            match (pages.get(&part.page), holes) {
+                (Some(page), _) => {
+                    head.copy_from_slice(&page[part.start..part.start + part.length]);
+                }
+                (None, Holes::AsData) => head.fill(0),
+                (None, Holes::Told) => return TryRead::Sparse,
+            }
+            rest = tail;
+        }
+        TryRead::Complete
     }
 
     /// Zeroes a range; whole pages are given back.
@@ -81,21 +99,35 @@ impl Export for MemoryExport {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-        let mut rest = buffer;
-        for part in parts(offset, rest.len() as u64) {
-            let (head, tail) = rest.split_at_mut(part.length);
-            let pages = self.shard(part.page).read().unwrap_or_else(PoisonError::into_inner);
-            match pages.get(&part.page) {
-                Some(page) => head.copy_from_slice(&page[part.start..part.start + part.length]),
-                None => head.fill(0),
-            }
-            rest = tail;
-        }
+        self.read(offset, buffer, Holes::AsData);
         Ok(())
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        self.read_at(offset, buffer).map(|()| TryRead::Complete)
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        Ok(self.read(offset, buffer, holes))
+    }
+
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        _: Holes,
+        _: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        for part in parts(offset, length as u64) {
+            let pages = self.shard(part.page).read().unwrap_or_else(PoisonError::into_inner);
+            match pages.contains_key(&part.page) {
+                true => map.push_export(part.length),
+                false => map.push_zero(part.length),
+            }
+        }
+        Ok(Mapped::Complete)
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {

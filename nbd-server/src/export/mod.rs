@@ -6,6 +6,7 @@ mod filter;
 #[cfg(feature = "image")]
 mod image;
 mod memory;
+mod read_map;
 mod registry;
 
 use std::borrow::Cow;
@@ -22,6 +23,7 @@ pub use filter::Filter;
 #[cfg(feature = "image")]
 pub use image::ImageExport;
 pub use memory::MemoryExport;
+pub use read_map::{Content, Holes, Lookup, Mapped, ReadMap, Segment};
 pub(crate) use registry::DurabilityFailures;
 pub use registry::{ExportEntry, ExportRegistry};
 
@@ -90,6 +92,9 @@ pub enum TryRead {
     Complete,
     /// It would have had to wait; the buffer's content is undefined.
     WouldBlock,
+    /// With [`Holes::Told`] only: a part of the range, or all of it, reads as zero, as
+    /// [`Export::map_read`] tells; the buffer's content is undefined.
+    Sparse,
 }
 
 /// What a write that must not wait achieved.
@@ -148,20 +153,43 @@ pub trait Export: Send + Sync + 'static {
     /// larger range can be read.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError>;
 
-    /// Fills `buffer` if that takes no waiting.
+    /// Fills `buffer` if that takes no waiting. With [`Holes::Told`] it may say
+    /// [`TryRead::Sparse`] instead, from the same look at the metadata that finds the data.
     ///
     /// # Errors
     ///
     /// As for [`read_at`](Self::read_at), which is then called for the same range: the client gets
     /// what that says.
-    fn try_read_at(&self, _offset: u64, _buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+    fn try_read_at(
+        &self,
+        _offset: u64,
+        _buffer: &mut [u8],
+        _holes: Holes,
+    ) -> Result<TryRead, ExportError> {
         Ok(TryRead::WouldBlock)
     }
 
-    /// Where the bytes of a range are, if they lie in one piece in a file that does not move them:
-    /// the server can then hand them from the page cache to the socket without a copy.
-    fn file_span(&self, _offset: u64, _length: usize) -> Option<FileSpan> {
-        None
+    /// Tells what a range that is about to be read consists of: appends parts to `map`, which is
+    /// empty, until they have `length` bytes. Zeroes are told where metadata knows of them; content
+    /// is not looked at. Bytes of a file may be told only if they stay in that place for ever: the
+    /// server hands them from the page cache to the socket without a copy.
+    ///
+    /// What is told must have been true at some moment of the call.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept it from being found out; the range is then read, and the client gets what that
+    /// says.
+    fn map_read(
+        &self,
+        _offset: u64,
+        length: usize,
+        _holes: Holes,
+        _lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        map.push_export(length);
+        Ok(Mapped::Complete)
     }
 
     /// Whether an operation may make its thread wait.

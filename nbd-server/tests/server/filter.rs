@@ -1,12 +1,11 @@
 //! Exports in front of others.
 
-use std::fs::File;
 use std::sync::{Arc, Mutex};
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, FileSpan, Filter, Operation, Promptness, Speed,
-    TryRead, TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, Operation,
+    Promptness, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 use crate::support::{Client, MODES, TestServer};
@@ -39,15 +38,27 @@ impl Export for Noting {
         Ok(())
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        self.note(format!("try read {offset} {}", buffer.len()));
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        self.note(format!("try read {offset} {} {holes:?}", buffer.len()));
         Ok(TryRead::Complete)
     }
 
-    fn file_span(&self, offset: u64, length: usize) -> Option<FileSpan> {
-        self.note(format!("span {offset} {length}"));
-        let file = Arc::new(File::open("/dev/null").unwrap().into());
-        Some(FileSpan { file, offset })
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        self.note(format!("map {offset} {length} {holes:?} {lookup:?}"));
+        map.push_zero(length);
+        Ok(Mapped::Complete)
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {
@@ -127,12 +138,20 @@ impl Filter for Inverted {
         Ok(())
     }
 
-    fn try_read_at(&self, _: u64, _: &mut [u8]) -> Result<TryRead, ExportError> {
+    fn try_read_at(&self, _: u64, _: &mut [u8], _: Holes) -> Result<TryRead, ExportError> {
         Ok(TryRead::WouldBlock)
     }
 
-    fn file_span(&self, _: u64, _: usize) -> Option<FileSpan> {
-        None
+    fn map_read(
+        &self,
+        _: u64,
+        length: usize,
+        _: Holes,
+        _: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        map.push_export(length);
+        Ok(Mapped::Complete)
     }
 }
 
@@ -140,12 +159,14 @@ impl Filter for Inverted {
 fn use_it(export: &dyn Export, noting: &Noting) -> Vec<String> {
     let context = MetaContextName::base_allocation();
     let (mut short, mut long) = ([0; 3], [0; 5]);
+    let mut map = ReadMap::new();
     let durable = Durability::Fua;
     let mut said = vec![
         format!("{:?}", export.info()),
         format!("{:?}", export.read_at(1, &mut short)),
-        format!("{:?}", export.try_read_at(2, &mut long)),
-        format!("{:?}", export.file_span(3, 4).map(|span| span.offset)),
+        format!("{:?}", export.try_read_at(2, &mut long, Holes::Told)),
+        format!("{:?}", export.map_read(3, 4, Holes::Told, Lookup::MayWait, &mut map)),
+        format!("{map:?}"),
         format!("{:?}", export.promptness(Operation::Write(5, durable))),
         format!("{:?}", export.write_at(6, &[7], durable)),
         format!("{:?}", export.try_write_at(8, &[9])),
@@ -163,7 +184,7 @@ fn use_it(export: &dyn Export, noting: &Noting) -> Vec<String> {
 fn a_filter_that_changes_nothing_passes_every_call_and_every_answer_on() {
     let noting = Arc::new(Noting::default());
     let direct = use_it(&*noting, &noting);
-    assert_eq!(direct.len(), 24, "{direct:?}");
+    assert_eq!(direct.len(), 25, "{direct:?}");
     assert_eq!(use_it(&Nothing(Arc::clone(&noting)), &noting), direct);
 }
 

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_proto::transmission::{Command, Fragmentation};
-use nbd_server::export::{Export, ExportError, ExportInfo, FileSpan, TryRead};
+use nbd_server::export::{
+    Export, ExportError, ExportInfo, FileSpan, Holes, Lookup, Mapped, ReadMap, TryRead,
+};
 
 use crate::support::{
     Client, MODES, Random, TestServer, disk_file, image_export, skip, wait_until,
@@ -55,12 +57,20 @@ impl Export for TwoFaced {
         Ok(())
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
-        self.read_at(offset, buffer).map(|()| TryRead::Complete)
+    fn try_read_at(&self, at: u64, buffer: &mut [u8], _: Holes) -> Result<TryRead, ExportError> {
+        self.read_at(at, buffer).map(|()| TryRead::Complete)
     }
 
-    fn file_span(&self, offset: u64, _: usize) -> Option<FileSpan> {
-        Some(FileSpan { file: Arc::clone(&self.0), offset })
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        _: Holes,
+        _: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        map.push_file(length, FileSpan { file: Arc::clone(&self.0), offset });
+        Ok(Mapped::Complete)
     }
 }
 

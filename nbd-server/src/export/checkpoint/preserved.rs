@@ -11,7 +11,7 @@ use nbd_proto::wire::{AllocationFlags, MetaContextName};
 
 use super::granules::Granules;
 use super::log::{Found, Log, PART_LEN_MAX};
-use crate::export::{Export, ExportError, TryRead};
+use crate::export::{Export, ExportError, Holes, TryRead};
 
 /// Longest part that is copied at a time, in bytes.
 const RUN_LEN: u64 = 1 << 20;
@@ -167,11 +167,11 @@ impl Preserved {
             buffer.resize(length as usize, 0);
             let read = match patience {
                 Patience::Waits => disk.read_at(offset, buffer).map(|()| TryRead::Complete),
-                Patience::Never => disk.try_read_at(offset, buffer),
+                Patience::Never => disk.try_read_at(offset, buffer, Holes::AsData),
             };
             match read {
                 Ok(TryRead::Complete) => {}
-                Ok(TryRead::WouldBlock) => return Ok(false),
+                Ok(TryRead::WouldBlock | TryRead::Sparse) => return Ok(false),
                 // Whoever can wait finds out whether it is so.
                 Err(_) if patience == Patience::Never => return Ok(false),
                 Err(error) => return Err(format!("cannot read at offset {offset}: {error}")),

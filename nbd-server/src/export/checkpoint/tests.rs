@@ -6,7 +6,7 @@ use nbd_proto::wire::{Errno, MetaContextName};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::*;
-use crate::export::{ExportInfo, MemoryExport, TryRead};
+use crate::export::{Content, ExportInfo, Holes, Lookup, Mapped, MemoryExport, ReadMap, TryRead};
 
 const SIZE: u64 = 4 << 20;
 
@@ -59,7 +59,7 @@ fn a_view_that_has_ended_fails_and_changes_cost_nothing_more() {
     assert!(!disk.end(), "it has ended already");
     disk.write_at(0, &[9; 4096], Durability::Cached).unwrap();
     assert_eq!(view.read_at(0, &mut [0; 10]).unwrap_err().errno, Errno::ESHUTDOWN);
-    assert_eq!(view.try_read_at(0, &mut [0; 10]).unwrap_err().errno, Errno::ESHUTDOWN);
+    assert_eq!(view.try_read_at(0, &mut [0; 10], Holes::Told).unwrap_err().errno, Errno::ESHUTDOWN);
     let write = Operation::Write(4096, Durability::Cached);
     assert_eq!(disk.promptness(write), disk.disk().promptness(write));
     let again = begin(&disk);
@@ -162,6 +162,19 @@ fn the_moment_is_never_in_the_middle_of_a_write() {
     });
 }
 
+/// What the map of a view calls zero was zero at the checkpoint.
+fn check_map(view: &PointInTimeView, before: &[u8], offset: usize, length: usize) {
+    let mut map = ReadMap::new();
+    let mapped = view.map_read(offset as u64, length, Holes::Told, Lookup::Prompt, &mut map);
+    assert_eq!((mapped.unwrap(), map.len()), (Mapped::Complete, length));
+    let mut at = offset;
+    for part in map.segments() {
+        let was_zero = before[at..at + part.length].iter().all(|byte| *byte == 0);
+        assert!(was_zero || !matches!(part.content, Content::Zero), "{at} {}", part.length);
+        at += part.length;
+    }
+}
+
 #[test]
 fn readers_of_the_view_see_no_write_of_many_threads() {
     let (disk, content) = disk();
@@ -203,12 +216,14 @@ fn readers_of_the_view_see_no_write_of_many_threads() {
                     let offset = random(SIZE - length);
                     let mut found = vec![0; length as usize];
                     if random(2) == 0
-                        || view.try_read_at(offset, &mut found).unwrap() == TryRead::WouldBlock
+                        || view.try_read_at(offset, &mut found, Holes::AsData).unwrap()
+                            == TryRead::WouldBlock
                     {
                         view.read_at(offset, &mut found).unwrap();
                     }
                     let at = offset as usize;
                     assert!(found == before[at..at + found.len()], "{length} at {offset}");
+                    check_map(&view, &before, at, found.len());
                 }
             });
         });

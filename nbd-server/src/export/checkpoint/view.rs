@@ -7,7 +7,10 @@ use std::sync::atomic::{Ordering, fence};
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
 
 use super::preserved::Preserved;
-use crate::export::{Descriptors, Export, ExportError, ExportInfo, Operation, Promptness, TryRead};
+use crate::export::{
+    Content, Descriptors, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, Operation,
+    Promptness, ReadMap, TryRead,
+};
 
 /// What a context of a view says: called with offset and length in bytes and the highest number of
 /// descriptors, and bound to the same rules as [`Export::block_status`].
@@ -136,18 +139,61 @@ impl Export for PointInTimeView {
         self.replace_preserved(offset, buffer)
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
         self.check()?;
         let granules = &self.preserved.granules;
         let touched = granules.touched(offset, buffer.len() as u64);
         let is_as_it_was = || granules.run(&touched) == (false, touched.end);
-        // What is not copied yet may be copied during the read.
-        if !is_as_it_was() || self.disk.try_read_at(offset, buffer)? == TryRead::WouldBlock {
+        if !is_as_it_was() {
             return Ok(TryRead::WouldBlock);
+        }
+        let read = self.disk.try_read_at(offset, buffer, holes)?;
+        // What was not copied yet may have been copied during the read.
+        fence(Ordering::SeqCst);
+        self.check()?;
+        Ok(if is_as_it_was() { read } else { TryRead::WouldBlock })
+    }
+
+    /// What was overwritten is rarely a hole: where anything was, or is meanwhile, all is data. Bytes
+    /// of a file are not told: they do not stay as they were.
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        self.check()?;
+        let granules = &self.preserved.granules;
+        let touched = granules.touched(offset, length as u64);
+        let is_as_it_was = || granules.run(&touched) == (false, touched.end);
+        if !is_as_it_was() {
+            map.push_export(length);
+            return Ok(Mapped::Complete);
+        }
+        let mut of_disk = ReadMap::new();
+        if self.disk.map_read(offset, length, holes, lookup, &mut of_disk)? == Mapped::WouldBlock {
+            return Ok(Mapped::WouldBlock);
         }
         fence(Ordering::SeqCst);
         self.check()?;
-        Ok(if is_as_it_was() { TryRead::Complete } else { TryRead::WouldBlock })
+        if !is_as_it_was() {
+            map.push_export(length);
+            return Ok(Mapped::Complete);
+        }
+        for part in of_disk.segments() {
+            match part.content {
+                Content::Zero => map.push_zero(part.length),
+                Content::File(_) | Content::Export => map.push_export(part.length),
+            }
+        }
+        Ok(Mapped::Complete)
     }
 
     fn promptness(&self, _: Operation) -> Promptness {

@@ -32,6 +32,8 @@ pub struct Outcome {
     pub data: Vec<u8>,
     /// The parts of it that came, as distance from the start and length, in bytes.
     pub parts: Vec<(u64, usize)>,
+    /// Those of them that came as holes.
+    pub holes: Vec<(u64, usize)>,
     /// Answers of a BLOCK_STATUS.
     pub statuses: Vec<(MetaContextId, Vec<BlockDescriptor>)>,
     pub result: Result<(), ServerError>,
@@ -190,7 +192,8 @@ impl Client {
         self.send(out.to_vec());
         let data =
             if let Command::Read(_) = command { vec![0xee; length as usize] } else { vec![] };
-        let outcome = Outcome { data, parts: Vec::new(), statuses: Vec::new(), result: Ok(()) };
+        let (parts, holes, statuses) = (Vec::new(), Vec::new(), Vec::new());
+        let outcome = Outcome { data, parts, holes, statuses, result: Ok(()) };
         self.pending.insert(cookie, outcome);
         cookie
     }
@@ -210,6 +213,7 @@ impl Client {
                     let outcome = self.pending.get_mut(&cookie).unwrap();
                     outcome.data[position as usize..][..length].fill(0);
                     outcome.parts.push((position, length));
+                    outcome.holes.push((position, length));
                 }
                 Event::BlockStatus { cookie, context, descriptors } => {
                     let outcome = self.pending.get_mut(&cookie).unwrap();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, MemoryExport, Operation, Promptness, Speed,
+    Durability, Export, ExportError, ExportInfo, Holes, MemoryExport, Operation, Promptness, Speed,
     TryRead, TryWrite, ZeroMode,
 };
 
@@ -149,7 +149,12 @@ impl Export for Scripted {
         self.disk.read_at(offset, buffer)
     }
 
-    fn try_read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<TryRead, ExportError> {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        _: Holes,
+    ) -> Result<TryRead, ExportError> {
         if !self.is_prompt() {
             return Ok(TryRead::WouldBlock);
         }

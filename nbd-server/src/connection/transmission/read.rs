@@ -1,0 +1,134 @@
+//! READs that are answered where the connection stands, as far as that takes no waiting.
+
+use std::os::fd::AsFd;
+
+use nbd_proto::transmission::{Position, ReplyEncoder, Request};
+
+use super::super::dispatch;
+use super::super::pool::Pool;
+use super::{SHORT_REPLY_LEN, Session, Waiting};
+use crate::export::{Content, FileSpan, Holes, ReadMap, TryRead};
+use crate::sys;
+
+/// Reads from this size on are mapped first, and moved from the page cache to the socket without a
+/// copy if they can be. In bytes. Below it the copy is cheaper than the extra system calls.
+const SEND_FILE_LEN: usize = 32 * 1024;
+
+impl Session {
+    /// Answers a READ from the page cache, or has the pool read it.
+    pub(super) fn read(&mut self, request: Request) {
+        let length = Pool::weight(&request);
+        if length == 0 {
+            let (encoder, tag) = (self.encoder, request.tag());
+            return self.output.encode(SHORT_REPLY_LEN, |out| encoder.success(tag, out));
+        }
+        let holes = dispatch::holes_of(self.encoder, &request);
+        // The map of a small read would cost more than the copy: what the read itself has found
+        // decides.
+        if length < SEND_FILE_LEN {
+            let whole = (request.offset, length);
+            match self.read_chunk(&request, whole, Position::Last, holes) {
+                TryRead::Complete => return,
+                TryRead::WouldBlock => return self.leave_to_pool(request, 0),
+                TryRead::Sparse => {}
+            }
+        }
+        let mut map = std::mem::take(&mut self.map);
+        map.clear();
+        let done = if dispatch::map_in_place(&*self.export, request.offset, length, holes, &mut map)
+        {
+            self.read_mapped(&request, holes, &map)
+        } else {
+            0
+        };
+        self.map = map;
+        if done < length {
+            self.leave_to_pool(request, done);
+        }
+    }
+
+    /// The pool finds out what to say of what follows the first `done` bytes.
+    fn leave_to_pool(&mut self, request: Request, done: usize) {
+        self.waiting = Some(Waiting::Pool(request, Vec::new(), done));
+    }
+
+    /// Answers a READ part by part, up to one that may have to wait; the number of bytes answered.
+    fn read_mapped(&mut self, request: &Request, holes: Holes, map: &ReadMap) -> usize {
+        if holes == Holes::AsData && map.segments().len() > 1 {
+            let whole = (request.offset, map.len());
+            let read = self.read_chunk(request, whole, Position::Last, holes);
+            return if read == TryRead::Complete { map.len() } else { 0 };
+        }
+        let mut done = 0;
+        for part in map.segments() {
+            let chunk = (request.offset + done as u64, part.length);
+            let is_last = done + part.length == map.len();
+            let position = if is_last { Position::Last } else { Position::More };
+            let is_answered = match &part.content {
+                Content::Zero if holes == Holes::Told => {
+                    self.hole(request, chunk, position);
+                    true
+                }
+                Content::File(span) if self.send_file(request, chunk, position, span) => true,
+                _ => {
+                    let read = self.read_chunk(request, chunk, position, Holes::AsData);
+                    read == TryRead::Complete
+                }
+            };
+            if !is_answered {
+                break;
+            }
+            done += part.length;
+        }
+        done
+    }
+
+    /// Reads a part of a READ, given by its offset and length, into the send queue, if that takes
+    /// no waiting.
+    fn read_chunk(
+        &mut self,
+        request: &Request,
+        (offset, length): (u64, usize),
+        position: Position,
+        holes: Holes,
+    ) -> TryRead {
+        let space = self.output.space(ReplyEncoder::MAX_READ_HEADER_LEN + length);
+        let mut header = &mut space[..ReplyEncoder::MAX_READ_HEADER_LEN];
+        self.encoder.data_header(request.tag(), offset, length as u32, position, &mut header);
+        let header_len = ReplyEncoder::MAX_READ_HEADER_LEN - header.len();
+        let data = &mut space[header_len..header_len + length];
+        let read = dispatch::read_in_place(&*self.export, offset, data, holes);
+        // Otherwise it is not in memory, or an error, or no data: nothing is queued.
+        self.output.commit(if read == TryRead::Complete { header_len + length } else { 0 });
+        read
+    }
+
+    fn hole(&mut self, request: &Request, (offset, length): (u64, usize), position: Position) {
+        let (encoder, tag) = (self.encoder, request.tag());
+        self.output.encode(ReplyEncoder::MAX_READ_HEADER_LEN, |out| {
+            encoder.hole(tag, offset, length as u32, position, out);
+        });
+    }
+
+    /// Queues a long part of a READ without copying it, if all of it is in the page cache. Once the
+    /// header is out an error could only close the connection.
+    fn send_file(
+        &mut self,
+        request: &Request,
+        (offset, length): (u64, usize),
+        position: Position,
+        span: &FileSpan,
+    ) -> bool {
+        if length < SEND_FILE_LEN
+            || !sys::is_resident(span.file.as_fd(), span.offset, length as u64)
+        {
+            return false;
+        }
+        let (encoder, tag) = (self.encoder, request.tag());
+        self.output.encode(ReplyEncoder::MAX_READ_HEADER_LEN, |out| {
+            encoder.data_header(tag, offset, length as u32, position, out);
+        });
+        self.output.push_file(span.clone(), length);
+        true
+    }
+}
