@@ -55,7 +55,7 @@ pub(crate) fn inspect(
         }
         // `format_of` yields no other.
         _ => {
-            let image = Qcow2::open(storage, path, &options, Purpose::Check)?;
+            let image = Qcow2::open(storage, path, &options, Purpose::Use)?;
             ImageInfo { format, size: image.size(), qcow2: Some(image.info()?) }
         }
     })

@@ -57,7 +57,7 @@ fn damage_that_a_write_meets_is_marked_and_ends_all_writing_until_it_is_repaired
         ] {
             let error = result.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Corrupt);
-            assert!(error.to_string().contains("qemu-img check -r all"), "{error}");
+            assert!(error.to_string().contains("nbd-cli image check --repair all"), "{error}");
         }
         // What was written before is still there, and is kept.
         let mut found = [0; 1024];

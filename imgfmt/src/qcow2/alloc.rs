@@ -107,7 +107,12 @@ impl Allocator {
         if count <= 1 {
             return self.reserve(1);
         }
-        // Behind everything, because a table may be longer than what one block counts.
+        if count >= self.refcounts.geometry.block_entries() {
+            // A refcount block lies in the first cluster that it counts, so no run is longer.
+            let detail = "its clusters are too small for a table of that size";
+            return Err(Error::new(ErrorKind::Unsupported, "grow", detail));
+        }
+        // Behind everything, so that the first clusters that fit are found at once.
         let cluster_size = self.refcounts.geometry.cluster_size();
         let mut first = self.virgin_from / cluster_size;
         loop {
@@ -259,6 +264,6 @@ impl Allocator {
 }
 
 pub(super) fn damaged(what: &str) -> Error {
-    let detail = format!("its metadata is damaged: {what}; check it with 'qemu-img check'");
+    let detail = format!("its metadata is damaged: {what}; check it with 'nbd-cli image check'");
     Error::new(ErrorKind::Corrupt, "change", detail)
 }

@@ -2,6 +2,7 @@
 
 use super::extension;
 use super::header::{Header, MAGIC, V2_LENGTH, autoclear, field, incompatible, read_error, u32_at};
+use super::open::Purpose;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::storage::{Durability, Storage};
@@ -14,7 +15,7 @@ const BACKING_FILE_SIZE: usize = 16;
 /// Rewrites the header with another backing file's name and format, or without any. All other
 /// extensions, known or not, stay as they are.
 pub(crate) fn change_backing(storage: &dyn Storage, backing: Option<(&str, Format)>) -> Result<()> {
-    let header = Header::read(storage)?;
+    let header = Header::read(storage, Purpose::Use)?;
     if header.incompatible & incompatible::CORRUPT != 0 {
         let detail = "it is marked as damaged; check and repair it first";
         return Err(Error::new(ErrorKind::Corrupt, "change", detail));

@@ -164,10 +164,11 @@ impl Qcow2 {
 
     /// The places (start and end) of the snapshot table and of the snapshots' L1 tables.
     pub(super) fn places_of(table_offset: u64, snapshots: &[Snapshot]) -> Vec<(u64, u64)> {
-        let table = (table_offset, table_offset + snapshot::table_length(snapshots));
-        let l1s = snapshots.iter().map(|snapshot| {
-            (snapshot.l1_offset, snapshot.l1_offset + u64::from(snapshot.l1_entries) * 8)
-        });
+        let place = |offset: u64, length: u64| (offset, offset.saturating_add(length));
+        let table = place(table_offset, snapshot::table_length(snapshots));
+        let l1s = snapshots
+            .iter()
+            .map(|snapshot| place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8));
         l1s.chain([table]).filter(|(start, end)| start < end).collect()
     }
 }

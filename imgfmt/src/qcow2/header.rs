@@ -13,6 +13,7 @@
 
 use super::extension::{self, Extensions};
 use super::geometry::Geometry;
+use super::open::Purpose;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 use crate::units::HostOffset;
@@ -56,7 +57,7 @@ pub(crate) mod autoclear {
 /// Limits that QEMU enforces too; they bound the memory that opening an image takes.
 const L1_BYTES_MAX: u64 = 32 << 20;
 const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
-const SNAPSHOTS_MAX: u32 = 65536;
+pub(crate) const SNAPSHOTS_MAX: u32 = 65536;
 const BACKING_NAME_MAX: u32 = 1023;
 const OFFSET_LIMIT: u64 = 1 << 56;
 
@@ -89,22 +90,26 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Reads and checks the header.
-    pub(crate) fn read(storage: &dyn Storage) -> Result<Self> {
+    /// Reads and checks the header. For a check, tables may lie where nothing can be read, and the
+    /// refcount table may be impossible: then its size is 0.
+    pub(crate) fn read(storage: &dyn Storage, purpose: Purpose) -> Result<Self> {
         let file_length = storage.len().map_err(read_error)?;
         let mut start = vec![0; 4096];
         let length = storage.read_at(HostOffset::new(0), &mut start).map_err(read_error)?;
         start.truncate(length);
         let mut header = decode_fields(&start)?;
-        header.check_tables(file_length)?;
+        header.check_tables(file_length, purpose)?;
         header.read_names(storage, &start)?;
         header.check_features()?;
         Ok(header)
     }
 
-    fn check_tables(&self, file_length: u64) -> Result<()> {
+    fn check_tables(&mut self, file_length: u64, purpose: Purpose) -> Result<()> {
         let cluster = self.geometry.cluster_size();
-        let file_end = file_length.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
+        let file_end = match purpose {
+            Purpose::Use => file_length.checked_next_multiple_of(cluster).unwrap_or(u64::MAX),
+            Purpose::Check => u64::MAX,
+        };
         let table = |what: &str, offset: u64, bytes: u64, limit: u64| {
             let end = offset.checked_add(bytes);
             let fits = bytes <= limit
@@ -121,16 +126,17 @@ impl Header {
         };
         table("L1 table", self.l1_offset, u64::from(self.l1_entries) * 8, L1_BYTES_MAX)?;
         let refcount_bytes = u64::from(self.refcount_table_clusters).saturating_mul(cluster);
-        if refcount_bytes == 0 {
-            return Err(invalid("it has no refcount table"));
+        let (offset, limit) = (self.refcount_table_offset, REFCOUNT_TABLE_BYTES_MAX);
+        let refcount_table = match refcount_bytes {
+            0 => Err(invalid("it has no refcount table")),
+            bytes => table("refcount table", offset, bytes, limit),
+        };
+        if purpose == Purpose::Use {
+            refcount_table?;
+        } else if refcount_table.is_err() {
+            self.refcount_table_clusters = 0;
         }
-        table(
-            "refcount table",
-            self.refcount_table_offset,
-            refcount_bytes,
-            REFCOUNT_TABLE_BYTES_MAX,
-        )?;
-        if self.snapshot_count > SNAPSHOTS_MAX {
+        if self.snapshot_count > SNAPSHOTS_MAX && purpose == Purpose::Use {
             return Err(invalid(format!("it claims to have {} snapshots", self.snapshot_count)));
         }
         table(

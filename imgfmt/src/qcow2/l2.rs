@@ -15,8 +15,8 @@ use super::geometry::Geometry;
 
 pub(crate) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 pub(crate) const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
+pub(crate) const ZERO: u64 = 1;
 
 /// What decides how entries of an image are understood.
 #[derive(Clone, Copy, Debug)]
@@ -98,16 +98,20 @@ impl EntryFormat {
         if self.has_data_file {
             return Err("an L2 entry is compressed although there is a data file");
         }
+        let compressed = self.compressed_place(entry);
+        if compressed.offset >> 56 != 0 || compressed.offset == 0 {
+            return Err("an L2 entry points to an impossible place");
+        }
+        Ok(Cluster { compressed: Some(compressed), ..Cluster::default() })
+    }
+
+    /// Where the entry of a compressed cluster points to, possible or not.
+    pub(crate) fn compressed_place(self, entry: u64) -> Compressed {
         let length_bits = self.geometry.cluster_bits - 8;
         let offset_bits = 62 - length_bits;
         let offset = entry & ((1 << offset_bits) - 1);
-        if offset >> 56 != 0 || offset == 0 {
-            return Err("an L2 entry points to an impossible place");
-        }
         let sectors = ((entry >> offset_bits) & ((1 << length_bits) - 1)) + 1;
-        let length = sectors * 512 - offset % 512;
-        let compressed = Some(Compressed { offset, length });
-        Ok(Cluster { compressed, ..Cluster::default() })
+        Compressed { offset, length: sectors * 512 - offset % 512 }
     }
 
     /// Encodes an entry. What does not fit into a compressed one becomes an empty one: see

@@ -145,7 +145,8 @@ impl Qcow2 {
     }
 
     pub(super) fn corrupt(&self, detail: &str, offset: u64) -> Error {
-        let detail = format!("its metadata is damaged: {detail}; check it with 'qemu-img check'");
+        let detail =
+            format!("its metadata is damaged: {detail}; check it with 'nbd-cli image check'");
         let error = Error::new(ErrorKind::Corrupt, "use", detail).at(offset);
         match &self.path {
             Some(path) => error.with_path(path),

@@ -58,7 +58,7 @@ impl Qcow2 {
             return Ok(());
         }
         let detail = "its metadata was found damaged, so nothing is written to it any more; repair \
-                      it with 'qemu-img check -r all'";
+                      it with 'nbd-cli image check --repair all'";
         Err(self.named(Error::new(ErrorKind::Corrupt, "change", detail)))
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use super::alloc::{Allocator, TablePlace};
 use super::bitmap::Bitmaps;
 use super::cache::TableCache;
-use super::check::{Repair, not_repaired};
+use super::check::{Mode, not_repaired};
 use super::geometry::Geometry;
 use super::header::{Header, autoclear, field, incompatible, read_error};
 use super::l2::EntryFormat;
@@ -41,8 +41,11 @@ impl Qcow2 {
         options: &OpenOptions,
         purpose: Purpose,
     ) -> Result<Self> {
-        let header = Header::read(&*file)?;
-        let snapshots = snapshot::read_table(&*file, &header)?;
+        let header = Header::read(&*file, purpose)?;
+        let snapshots = match purpose {
+            Purpose::Use => snapshot::read_table(&*file, &header)?,
+            Purpose::Check => snapshot::read_damaged_table(&*file, &header)?.snapshots,
+        };
         let writer = match (options.access, purpose) {
             (Access::ReadOnly, _) => None,
             (Access::ReadWrite, Purpose::Check) => Some(make_writer(&file, &header)?),
@@ -118,11 +121,10 @@ impl Qcow2 {
             return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
         }
         if self.header.incompatible & incompatible::DIRTY != 0 {
-            let report = self.check_with_sidecar(Repair::All)?;
+            let report = self.check_with_sidecar(Mode::Automatic)?;
             if report.corruptions > 0 {
                 return Err(not_repaired(&report));
             }
-            self.header.incompatible &= !incompatible::DIRTY;
             // The repair has changed COPIED bits in the file.
             let entries = self.header.l1_entries as usize;
             let l1 = read_words(&*self.file, self.header.l1_offset, entries)?;
@@ -160,8 +162,8 @@ fn refuse_unwritable(header: &Header, options: &OpenOptions) -> Result<()> {
         return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
     }
     if header.incompatible & incompatible::CORRUPT != 0 {
-        let detail = "it is marked as damaged; repair it with 'qemu-img check -r all', or open it \
-                      read-only";
+        let detail = "it is marked as damaged; repair it with 'nbd-cli image check --repair all', or \
+                      open it read-only";
         return Err(Error::new(ErrorKind::Corrupt, "open", detail));
     }
     Ok(())
@@ -169,6 +171,11 @@ fn refuse_unwritable(header: &Header, options: &OpenOptions) -> Result<()> {
 
 /// Reads what is needed for writing. Nothing is changed yet.
 fn make_writer(file: &Arc<dyn Storage>, header: &Header) -> Result<Writer> {
+    Ok(Writer::new(make_allocator(file, header)?))
+}
+
+/// The allocator that works by the refcounts to which the header points.
+pub(super) fn make_allocator(file: &Arc<dyn Storage>, header: &Header) -> Result<Allocator> {
     let geometry = header.geometry;
     let table_place = TablePlace {
         offset: header.refcount_table_offset,
@@ -185,7 +192,7 @@ fn make_writer(file: &Arc<dyn Storage>, header: &Header) -> Result<Writer> {
         (header.l1_offset, l1_end),
         (table_place.offset, table_place.offset + table_bytes),
     ];
-    Ok(Writer::new(allocator))
+    Ok(allocator)
 }
 
 /// How many L2 tables may be kept in memory.

@@ -189,7 +189,7 @@ impl Refcounts {
             let offset = self.table.get(index).copied().unwrap_or(0);
             if offset == 0 || self.geometry.in_cluster(offset) != 0 {
                 let detail = "a refcount block is missing or not aligned; check it with \
-                              'qemu-img check'";
+                              'nbd-cli image check'";
                 return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset));
             }
             let mut bytes = vec![0; self.geometry.cluster_size() as usize];
@@ -198,7 +198,7 @@ impl Refcounts {
                 std::io::ErrorKind::UnexpectedEof => Error::new(
                     ErrorKind::Corrupt,
                     "change",
-                    "a refcount block lies behind the end of the file; check it with 'qemu-img check'",
+                    "a refcount block lies behind the end of the file; check it with 'nbd-cli image check'",
                 )
                 .at(offset),
                 _ => Error::from_io("read a refcount block of", error),

@@ -2,13 +2,16 @@
 
 use std::fmt;
 
-use super::header::{Header, invalid, read_error, u16_at, u32_at, u64_at};
+use super::geometry::Geometry;
+use super::header::{Header, SNAPSHOTS_MAX, invalid, read_error, u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 use crate::units::HostOffset;
 
 const ENTRY_LENGTH: usize = 40;
 const EXTRA_LENGTH_MAX: usize = 1024;
+/// Version 3 demands two sizes.
+const EXTRA_LENGTH_MIN: usize = 16;
 /// The whole table may not be larger than this.
 const TABLE_BYTES_MAX: u64 = 64 << 20;
 /// Largest L1 table of a snapshot.
@@ -63,6 +66,54 @@ pub(crate) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<S
     Ok(snapshots)
 }
 
+/// A table of snapshots that may be damaged.
+pub(crate) struct DamagedTable {
+    pub(crate) snapshots: Vec<Snapshot>,
+    /// What is wrong with the table, and is right once `snapshots` have been written anew.
+    pub(crate) damages: Vec<String>,
+    /// How many bytes the table takes up.
+    pub(crate) length: u64,
+}
+
+/// Reads what can be understood of the table of snapshots. Where their L1 tables lie is not looked
+/// at.
+pub(crate) fn read_damaged_table(storage: &dyn Storage, header: &Header) -> Result<DamagedTable> {
+    let (mut snapshots, mut damages) = (Vec::new(), Vec::new());
+    let file_length = storage.len().map_err(read_error)?;
+    let mut length = 0;
+    for number in 0..header.snapshot_count {
+        let offset = header.snapshots_offset + length;
+        let (mut snapshot, extra_length) = read_damaged_entry(storage, header, offset)?;
+        let name_lengths = snapshot.raw_id.len() + snapshot.raw_name.len();
+        // Behind the last snapshot the cluster is empty, and no entry without a name has an end
+        // from which the next one could be found.
+        let is_empty = name_lengths == 0 && snapshot.l1_offset == 0 && snapshot.l1_entries == 0;
+        let reason = match () {
+            () if number >= SNAPSHOTS_MAX => "are more than there may be",
+            () if offset >= file_length => "lie behind the end of the file",
+            () if length > TABLE_BYTES_MAX => "make the table too large",
+            () if is_empty => "are empty",
+            () => "",
+        };
+        if !reason.is_empty() {
+            let count = header.snapshot_count - number;
+            damages.push(format!("the last {count} snapshots of the table {reason}"));
+            break;
+        }
+        length += (ENTRY_LENGTH as u64 + extra_length + name_lengths as u64).next_multiple_of(8);
+        let name = snapshot.name.escape_debug();
+        if extra_length > EXTRA_LENGTH_MAX as u64 {
+            damages.push(format!("the snapshot '{name}' has {extra_length} bytes of extra data"));
+        } else if snapshot.extra.len() < EXTRA_LENGTH_MIN && header.version >= 3 {
+            damages.push(format!("the entry of the snapshot '{name}' is incomplete"));
+            snapshot.extra = snapshot.vm_state_size.to_be_bytes().to_vec();
+            snapshot.extra.extend(snapshot.disk_size.to_be_bytes());
+        }
+        snapshots.push(snapshot);
+    }
+    Ok(DamagedTable { snapshots, damages, length })
+}
+
 /// The snapshot of this id or else of this name.
 pub(crate) fn find<'a>(snapshots: &'a [Snapshot], name: &str) -> Result<&'a Snapshot> {
     let by_id = snapshots.iter().find(|snapshot| snapshot.id == name);
@@ -109,34 +160,69 @@ fn read_entry(
 ) -> Result<(Snapshot, u64)> {
     let mut fixed = [0; ENTRY_LENGTH];
     storage.read_exact_at(HostOffset::new(offset), &mut fixed).map_err(read_error)?;
-    let (id_length, name_length) =
-        (usize::from(u16_at(&fixed, 12)), usize::from(u16_at(&fixed, 14)));
+    let name_lengths = usize::from(u16_at(&fixed, 12)) + usize::from(u16_at(&fixed, 14));
     let extra_length = u32_at(&fixed, 36) as usize;
     if extra_length > EXTRA_LENGTH_MAX {
         return Err(invalid(format!("a snapshot has {extra_length} bytes of extra data")));
     }
-    let mut rest = vec![0; extra_length + id_length + name_length];
+    let mut rest = vec![0; extra_length + name_lengths];
     let rest_offset = HostOffset::new(offset + ENTRY_LENGTH as u64);
     storage.read_exact_at(rest_offset, &mut rest).map_err(read_error)?;
     let (extra, names) = rest.split_at(extra_length);
-    let (id, name) = names.split_at(id_length);
+    let snapshot = decode_entry(&fixed, extra, names, header);
+    check_entry(&snapshot, header, file_length)?;
+    Ok((snapshot, (ENTRY_LENGTH + rest.len()) as u64))
+}
+
+/// Reads an entry that may be damaged: what lies behind the end of the file is zero, and only as
+/// much extra data is kept as there may be. Also returns how much the entry says there is.
+fn read_damaged_entry(
+    storage: &dyn Storage,
+    header: &Header,
+    offset: u64,
+) -> Result<(Snapshot, u64)> {
+    let read = |offset: u64, length: usize| {
+        let mut bytes = vec![0; length];
+        let done = storage.read_at(HostOffset::new(offset), &mut bytes).map_err(read_error)?;
+        bytes[done..].fill(0);
+        Ok::<_, Error>(bytes)
+    };
+    let fixed = read(offset, ENTRY_LENGTH)?;
+    let name_lengths = usize::from(u16_at(&fixed, 12)) + usize::from(u16_at(&fixed, 14));
+    let extra_length = u64::from(u32_at(&fixed, 36));
+    let extra_offset = offset + ENTRY_LENGTH as u64;
+    let extra = read(extra_offset, extra_length.min(EXTRA_LENGTH_MAX as u64) as usize)?;
+    let names = read(extra_offset + extra_length, name_lengths)?;
+    Ok((decode_entry(&fixed, &extra, &names, header), extra_length))
+}
+
+fn decode_entry(fixed: &[u8], extra: &[u8], names: &[u8], header: &Header) -> Snapshot {
+    let (id, name) = names.split_at(usize::from(u16_at(fixed, 12)).min(names.len()));
     let large = |at: usize| (extra.len() >= at + 8).then(|| u64_at(extra, at));
-    let snapshot = Snapshot {
+    Snapshot {
         id: String::from_utf8_lossy(id).into_owned(),
         name: String::from_utf8_lossy(name).into_owned(),
-        date_s: u32_at(&fixed, 16),
-        date_ns: u32_at(&fixed, 20),
-        vm_clock_ns: u64_at(&fixed, 24),
-        vm_state_size: large(0).unwrap_or_else(|| u64::from(u32_at(&fixed, 32))),
+        date_s: u32_at(fixed, 16),
+        date_ns: u32_at(fixed, 20),
+        vm_clock_ns: u64_at(fixed, 24),
+        vm_state_size: large(0).unwrap_or_else(|| u64::from(u32_at(fixed, 32))),
         disk_size: large(8).unwrap_or(header.size) & !511,
-        l1_offset: u64_at(&fixed, 0),
-        l1_entries: u32_at(&fixed, 8),
+        l1_offset: u64_at(fixed, 0),
+        l1_entries: u32_at(fixed, 8),
         extra: extra.to_vec(),
         raw_id: id.to_vec(),
         raw_name: name.to_vec(),
-    };
-    check_entry(&snapshot, header, file_length)?;
-    Ok((snapshot, (ENTRY_LENGTH + extra_length + id_length + name_length) as u64))
+    }
+}
+
+/// What keeps the L1 table of a snapshot from being read, if anything.
+pub(crate) fn l1_damage(snapshot: &Snapshot, geometry: Geometry) -> Option<String> {
+    let is_possible = geometry.in_cluster(snapshot.l1_offset) == 0
+        && u64::from(snapshot.l1_entries) * 8 <= L1_BYTES_MAX;
+    (!is_possible).then(|| {
+        let name = snapshot.name.escape_debug();
+        format!("the L1 table of the snapshot '{name}' is not aligned or too large")
+    })
 }
 
 fn check_entry(snapshot: &Snapshot, header: &Header, file_length: u64) -> Result<()> {

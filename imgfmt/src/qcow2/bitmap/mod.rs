@@ -18,7 +18,6 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::Qcow2;
-use super::check::CheckReport;
 use super::header::{Header, autoclear};
 use super::header_edit::change_autoclear;
 use super::writer::lock;
@@ -347,13 +346,11 @@ impl Qcow2 {
     }
 
     /// Removes the bitmaps whose places cannot be told, as the last step of a repair.
-    pub(super) fn drop_damaged_bitmaps(&self, report: &mut CheckReport) -> Result<()> {
+    pub(super) fn drop_damaged_bitmaps(&self) -> Result<()> {
         let mut disk = lock(&self.bitmaps.disk);
-        let mut dropped = 0;
         if disk.damage.is_some() {
             change_autoclear(&*self.file, 0, autoclear::BITMAPS).map_err(|e| self.named(e))?;
             disk.damage = None;
-            dropped += 1;
         }
         drop(disk);
         let state = self.bitmaps.tracker.read();
@@ -371,11 +368,10 @@ impl Qcow2 {
         };
         let changes: Vec<_> = state.bitmaps().iter().filter(is_damaged).map(without).collect();
         drop(state);
-        dropped += changes.len() as u64;
-        self.bitmap_transaction(&changes, || ())?;
-        report.corruptions -= dropped.min(report.corruptions);
-        report.corruptions_repaired += dropped;
-        Ok(())
+        match changes.is_empty() {
+            true => Ok(()),
+            false => self.bitmap_transaction(&changes, || ()),
+        }
     }
 }
 

@@ -20,6 +20,8 @@ Examples:
 
 Only the image itself is checked, not its backing file, and not what the guest wrote into it. A leak
 is space that is lost; a corruption endangers data: copy the image before you repair one.
+A repair changes nothing that can be read. Refcounts that cannot be trusted are built anew, in clusters
+that nothing uses.
 
 Exit codes, of what remains after repair:
   0  nothing was found
@@ -55,7 +57,7 @@ pub struct CheckArgs {
 /// What is repaired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RepairChoice {
-    /// Leaks only, which is always safe.
+    /// Leaks only; nothing is written if anything else is wrong.
     Leaks,
     /// Leaks and corruptions.
     All,

@@ -1,0 +1,80 @@
+//! Comparing: what was counted with what the refcounts say.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::super::refcount::Refcounts;
+use super::{Checker, READ_AHEAD};
+use crate::error::Result;
+
+impl Checker<'_> {
+    /// Compares all refcounts with what was counted, and COPIED bits with the refcounts.
+    pub(super) fn compare(&mut self, table: Vec<u64>) -> Result<()> {
+        let image = self.image;
+        let mut refcounts = Refcounts::new(Arc::clone(&image.file), image.geometry(), table);
+        let indexes: Vec<usize> = self.block_indexes(&refcounts).into_iter().collect();
+        for (position, &index) in indexes.iter().enumerate() {
+            let later = indexes.get(position + READ_AHEAD);
+            self.read_ahead(
+                later.and_then(|index| refcounts.table.get(*index)).map_or(0, |at| *at),
+            );
+            self.compare_block(&mut refcounts, index)?;
+        }
+        self.find_wrong_flags(&mut refcounts)
+    }
+
+    /// The indexes of refcount blocks that exist or that should, because something refers to a
+    /// cluster they would count.
+    fn block_indexes(&self, refcounts: &Refcounts) -> BTreeSet<usize> {
+        let entries = self.image.geometry().block_entries();
+        let existing = refcounts.table.iter().enumerate().filter(|(_, offset)| **offset != 0);
+        let mut indexes: BTreeSet<usize> = existing.map(|(index, _)| index).collect();
+        for (first, last) in self.counts.parts() {
+            indexes.extend((first / entries..=last / entries).map(|block| block as usize));
+        }
+        indexes
+    }
+
+    fn compare_block(&mut self, refcounts: &mut Refcounts, index: usize) -> Result<()> {
+        let geometry = self.image.geometry();
+        let has_block = refcounts.has_block(index);
+        let first = index as u64 * geometry.block_entries();
+        // Nothing lies behind the end of the file that could leak; but a structure may end there.
+        let end = (first + geometry.block_entries()).min(self.file_clusters + 1);
+        let mut wrong = Vec::new();
+        let mut last_used = None;
+        let block = refcounts.block_view(index)?;
+        let (file_clusters, max) = (self.file_clusters, geometry.refcount_max());
+        self.counts.for_each(first, end, |cluster, should| {
+            if cluster >= file_clusters && should == 0 {
+                return;
+            }
+            let is = block.refcount((cluster - first) as usize);
+            if is.max(should) > 0 {
+                last_used = Some(cluster);
+            }
+            if is != should {
+                wrong.push((cluster, is, should));
+            }
+        });
+        if let Some(cluster) = last_used {
+            self.report.image_end_offset = (cluster + 1) << geometry.cluster_bits;
+        }
+        for (cluster, is, should) in wrong {
+            let message = format!("cluster {cluster} has refcount {is}, should be {should}");
+            if should > max {
+                self.damage(format!("{message}, which is more than its refcounts can tell"));
+                continue;
+            }
+            self.say(message);
+            if is > should {
+                self.report.leaks += 1;
+            } else {
+                self.report.corruptions += 1;
+                self.too_low += 1;
+                self.lacks_block |= !has_block;
+            }
+        }
+        Ok(())
+    }
+}

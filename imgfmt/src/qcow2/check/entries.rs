@@ -1,0 +1,149 @@
+//! L2 entries: what is wrong with one, and what it refers to.
+
+use std::mem;
+use std::ops::Range;
+
+use super::super::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use super::{Checker, Fix};
+
+/// Bits of an entry that is not compressed and that mean nothing.
+const RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+/// An L2 entry and where it stands.
+struct Word {
+    word: u64,
+    bitmap: u64,
+    place: u64,
+    weight: u64,
+}
+
+/// What is gathered while the entries of one table are looked at.
+struct Progress {
+    is_active: bool,
+    /// Where the next data cluster lies if there is no fragmentation.
+    expected_next: u64,
+    /// Data clusters that follow each other, which are counted at once.
+    run: Range<u64>,
+}
+
+impl Checker<'_> {
+    /// Counts what the entries of the L2 table at `table` refer to, `weight` times.
+    pub(super) fn count_table(&mut self, words: &[u64], table: u64, weight: u64, is_active: bool) {
+        let entry_words = self.image.geometry().entry_words();
+        let mut progress = Progress { is_active, expected_next: 0, run: 0..0 };
+        for (index, entry) in words.chunks_exact(entry_words).enumerate() {
+            let (word, bitmap) = (entry[0], entry.get(1).copied().unwrap_or(0));
+            if word == 0 && bitmap == 0 {
+                continue;
+            }
+            let place = table + (index * entry_words) as u64 * 8;
+            let word = Word { word, bitmap, place, weight };
+            match word.word & COMPRESSED {
+                0 => self.count_standard(&word, &mut progress),
+                _ => self.count_compressed(&word, is_active),
+            }
+        }
+        self.add_run(progress.run, weight);
+    }
+
+    fn count_compressed(&mut self, entry: &Word, is_active: bool) {
+        let word = entry.word;
+        if word & COPIED != 0 {
+            self.damage(format!("a compressed cluster has the COPIED bit ({word:#x})"));
+        }
+        if self.image.format.has_data_file {
+            return self.damage(format!(
+                "an L2 entry is compressed although there is a data file ({word:#x})"
+            ));
+        }
+        if entry.bitmap != 0 {
+            self.damage(format!("a compressed cluster has a bitmap of subclusters ({word:#x})"));
+        }
+        let place = self.image.format.compressed_place(word);
+        if place.offset >> 56 != 0 {
+            return self.damage(format!("a compressed cluster lies beyond all bounds ({word:#x})"));
+        }
+        self.add(place.offset, place.length, entry.weight, "a compressed cluster");
+        self.report.allocated_clusters += u64::from(is_active);
+        self.report.compressed_clusters += u64::from(is_active);
+    }
+
+    fn count_standard(&mut self, entry: &Word, progress: &mut Progress) {
+        let image = self.image;
+        let geometry = image.geometry();
+        let (word, bitmap) = (entry.word, entry.bitmap);
+        if word & RESERVED != 0 {
+            self.damage(format!("an L2 entry has reserved bits set ({word:#x})"));
+        }
+        let (data, zero) = (bitmap as u32, (bitmap >> 32) as u32);
+        let is_zero = !geometry.extended_l2 && word & ZERO != 0;
+        if is_zero && image.header.version < 3 {
+            self.damage(format!(
+                "an L2 entry has the zero flag, which version 2 lacks ({word:#x})"
+            ));
+        }
+        let host = word & OFFSET_MASK;
+        let has_host = host != 0 || (image.format.has_data_file && word & COPIED != 0 && !is_zero);
+        if !has_host {
+            if data != 0 {
+                self.damage(format!(
+                    "an L2 entry has data in subclusters but no cluster ({bitmap:#x})"
+                ));
+            }
+            return;
+        }
+        if data & zero != 0 {
+            self.damage(format!(
+                "an L2 entry has a subcluster that is both data and zero ({bitmap:#x})"
+            ));
+        }
+        if geometry.in_cluster(host) != 0 {
+            let message = format!("an L2 entry points into the middle of a cluster ({word:#x})");
+            let holds_data = if geometry.extended_l2 { data != 0 } else { !is_zero };
+            match holds_data {
+                true => self.damage(message),
+                // Nothing lies there yet: the cluster reads as zero without it.
+                false => {
+                    let new = word & !(OFFSET_MASK | COPIED);
+                    return self.fix(Fix { place: entry.place, new, sets_copied: false }, message);
+                }
+            }
+        }
+        if progress.is_active {
+            self.report.allocated_clusters += 1;
+            let is_fragmented = progress.expected_next != 0 && progress.expected_next != host;
+            self.report.fragmented_clusters += u64::from(is_fragmented);
+            progress.expected_next = host + geometry.cluster_size();
+        }
+        if image.format.has_data_file {
+            return;
+        }
+        if geometry.in_cluster(host) != 0 {
+            self.add(host, geometry.cluster_size(), entry.weight, "a data cluster");
+            return;
+        }
+        let run = &mut progress.run;
+        if run.end != host || run.is_empty() {
+            let full = mem::replace(run, host..host);
+            run.end += geometry.cluster_size();
+            return self.add_run(full, entry.weight);
+        }
+        run.end += geometry.cluster_size();
+    }
+
+    /// Counts data clusters that follow each other.
+    fn add_run(&mut self, run: Range<u64>, weight: u64) {
+        let geometry = self.image.geometry();
+        let bits = geometry.cluster_bits;
+        if geometry.clusters_of(run.end) <= self.file_clusters {
+            if !run.is_empty() {
+                self.counts.add(run.start >> bits, (run.end - 1) >> bits, weight);
+            }
+            return;
+        }
+        // Each one that cannot be is a damage.
+        for host in run.step_by(geometry.cluster_size() as usize) {
+            self.add(host, geometry.cluster_size(), weight, "a data cluster");
+        }
+    }
+}

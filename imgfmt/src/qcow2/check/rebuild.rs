@@ -1,0 +1,228 @@
+//! Rebuilding: a new refcount table with new blocks, where nothing else is.
+//!
+//! Everything new is written to clusters to which nothing refers, not even from an entry that points
+//! behind the end of the file, and is synced; then one write of the header switches over. Whenever
+//! that is interrupted the old refcounts are there or the new ones, and nothing else has changed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::super::Qcow2;
+use super::super::header::field;
+use super::super::open::make_allocator;
+use super::super::refcount::write_entry;
+use super::super::writer::lock;
+use super::apply::Plan;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Durability;
+use crate::units::HostOffset;
+
+const TABLE_BYTES_MAX: u64 = 8 << 20;
+
+/// Where the new structure goes, in clusters.
+struct Layout {
+    table: u64,
+    table_clusters: u64,
+    /// The blocks by the number of their table entry.
+    blocks: BTreeMap<u64, u64>,
+}
+
+/// Which clusters may be taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    /// Behind the end of the file.
+    Behind,
+    /// Within the file: where it cannot grow.
+    Within,
+}
+
+impl Qcow2 {
+    /// Replaces the refcounts by new ones.
+    pub(super) fn rebuild_refcounts(&mut self, mut plan: Plan) -> Result<()> {
+        for (first, last) in std::mem::take(&mut plan.structure) {
+            plan.counts.subtract(first, last);
+            plan.structure.push((first, last));
+        }
+        plan.beyond = merged(plan.beyond);
+        plan.structure = merged(plan.structure);
+        let behind = self.lay_out(&plan, Room::Behind);
+        let written =
+            behind.and_then(|layout| self.write_structure(&plan, &layout).map(|()| layout));
+        let layout = match written {
+            Ok(layout) => layout,
+            Err(error) => {
+                self.cut_back(plan.file_length);
+                // A device does not grow, nor does a file on a full disk. What was not counted may
+                // be anywhere within.
+                if error.kind() != ErrorKind::NoSpace || plan.is_incomplete {
+                    return Err(error);
+                }
+                let Ok(layout) = self.lay_out(&plan, Room::Within) else { return Err(error) };
+                self.write_structure(&plan, &layout)?;
+                layout
+            }
+        };
+        self.switch_to(&layout)
+    }
+
+    /// Takes back what a file grew by, so that the image is as it was.
+    fn cut_back(&self, length: u64) {
+        if self.file.len().is_ok_and(|now| now > length) {
+            // What stays behind the end is room that nothing refers to.
+            let _ = self.file.set_len(length);
+        }
+    }
+
+    fn lay_out(&self, plan: &Plan, room: Room) -> Result<Layout> {
+        let geometry = self.geometry();
+        let entries = geometry.block_entries();
+        let mut needed: BTreeSet<u64> = plan.counts.used().map(|at| at / entries).collect();
+        if plan.is_incomplete {
+            let blocks = plan.file_clusters.div_ceil(entries);
+            if blocks > TABLE_BYTES_MAX / 8 {
+                return Err(too_large());
+            }
+            needed.extend(0..blocks);
+        }
+        loop {
+            let table_bytes = needed.last().map_or(1, |last| last + 1).saturating_mul(8);
+            if table_bytes > TABLE_BYTES_MAX {
+                return Err(too_large());
+            }
+            let mut free = Free { plan, room, next: 0 };
+            if room == Room::Behind {
+                free.next = plan.file_clusters;
+            }
+            let table_clusters = geometry.clusters_of(table_bytes);
+            let table = free.take_run(table_clusters)?;
+            let mut blocks = BTreeMap::new();
+            for index in &needed {
+                blocks.insert(*index, free.take_run(1)?);
+            }
+            let taken = blocks.values().copied().chain(table..table + table_clusters);
+            let counted_by: Vec<u64> = taken.map(|cluster| cluster / entries).collect();
+            let before = needed.len();
+            needed.extend(counted_by);
+            if needed.len() == before {
+                return Ok(Layout { table, table_clusters, blocks });
+            }
+        }
+    }
+
+    fn write_structure(&self, plan: &Plan, layout: &Layout) -> Result<()> {
+        let geometry = self.geometry();
+        let (entries, bits) = (geometry.block_entries(), geometry.cluster_bits);
+        let new_table = layout.table..layout.table + layout.table_clusters;
+        let new_blocks: BTreeSet<u64> = layout.blocks.values().copied().collect();
+        let mut table = vec![0; (layout.table_clusters << bits) as usize];
+        for (index, cluster) in &layout.blocks {
+            let mut bytes = vec![0; geometry.cluster_size() as usize];
+            let first = index * entries;
+            plan.counts.for_each(first, first + entries, |at, count| {
+                let is_new = new_table.contains(&at) || new_blocks.contains(&at);
+                let is_kept = plan.is_incomplete && at < plan.file_clusters;
+                let count = count.max(u64::from(is_new || is_kept)).min(geometry.refcount_max());
+                if count > 0 {
+                    let entry = (at - first) as usize;
+                    write_entry(&mut bytes, entry, geometry.refcount_order, count);
+                }
+            });
+            self.write_new_cluster(cluster << bits, &bytes)?;
+            let place = (cluster << bits).to_be_bytes();
+            table[*index as usize * 8..][..8].copy_from_slice(&place);
+        }
+        self.write_new_cluster(layout.table << bits, &table)?;
+        self.sync_file()
+    }
+
+    fn write_new_cluster(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_at(HostOffset::new(offset), bytes, Durability::Cached).map_err(|error| {
+            let error = Error::from_io("rebuild the refcounts of", error).at(offset);
+            self.named(error.explained("nothing else of the image was changed"))
+        })
+    }
+
+    /// Makes the header name the new table, and everything in memory too.
+    fn switch_to(&mut self, layout: &Layout) -> Result<()> {
+        let offset = layout.table << self.geometry().cluster_bits;
+        let clusters = layout.table_clusters as u32;
+        let mut fields = [0; 12];
+        fields[..8].copy_from_slice(&offset.to_be_bytes());
+        fields[8..].copy_from_slice(&clusters.to_be_bytes());
+        self.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
+        self.sync_header()?;
+        self.header.refcount_table_offset = offset;
+        self.header.refcount_table_clusters = clusters;
+        let allocator = make_allocator(&self.file, &self.header)?;
+        *lock(&self.writer()?.allocator) = allocator;
+        Ok(())
+    }
+
+    pub(super) fn grow_error(&self, error: std::io::Error) -> Error {
+        self.named(Error::from_io("grow", error))
+    }
+}
+
+/// Clusters to which nothing refers, in order.
+struct Free<'a> {
+    plan: &'a Plan,
+    room: Room,
+    next: u64,
+}
+
+impl Free<'_> {
+    /// The first of `count` clusters next to each other.
+    fn take_run(&mut self, count: u64) -> Result<u64> {
+        let mut first = self.next;
+        let mut cluster = first;
+        while cluster < first + count {
+            if self.room == Room::Within && cluster >= self.plan.file_clusters {
+                return Err(no_room());
+            }
+            if let Some(after) = self.occupied_up_to(cluster) {
+                first =
+                    after.checked_add(1).filter(|first| *first < 1 << 55).ok_or_else(no_room)?;
+                cluster = first;
+            } else {
+                cluster += 1;
+            }
+        }
+        self.next = cluster;
+        Ok(first)
+    }
+
+    /// If something refers to this cluster, up to which one at least the same is so.
+    fn occupied_up_to(&self, cluster: u64) -> Option<u64> {
+        let within = |ranges: &[(u64, u64)]| {
+            let number = ranges.partition_point(|(first, _)| *first <= cluster);
+            let (_, last) = ranges.get(number.checked_sub(1)?)?;
+            (*last >= cluster).then_some(*last)
+        };
+        if self.plan.counts.get(cluster) > 0 {
+            return Some(cluster);
+        }
+        within(&self.plan.beyond).or_else(|| within(&self.plan.structure))
+    }
+}
+
+/// Ranges in order, none of which touches another.
+fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.sort_unstable();
+    let mut merged: Vec<(u64, u64)> = Vec::new();
+    for (first, last) in ranges {
+        match merged.last_mut() {
+            Some((_, end)) if first <= *end => *end = last.max(*end),
+            _ => merged.push((first, last)),
+        }
+    }
+    merged
+}
+
+fn no_room() -> Error {
+    let detail = "the file has no room for new refcounts, and cannot grow";
+    Error::new(ErrorKind::NoSpace, "rebuild the refcounts of", detail)
+}
+
+fn too_large() -> Error {
+    let detail = "the file is larger than its refcounts can tell";
+    Error::new(ErrorKind::NoSpace, "rebuild the refcounts of", detail)
+}

@@ -1,0 +1,198 @@
+//! Counting: from the header to every structure that it leads to.
+
+use std::collections::HashSet;
+
+use super::super::l2::{COPIED, OFFSET_MASK};
+use super::super::open::read_words;
+use super::super::snapshot;
+use super::{ActiveEntry, Checker, Fix, READ_AHEAD, TableUse};
+use crate::error::Result;
+use crate::units::HostOffset;
+
+const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
+const REFCOUNT_TABLE_RESERVED: u64 = 511;
+/// More references to places behind the end of the file than this are not remembered one by one.
+const BEYOND_MAX: usize = 1 << 20;
+
+impl Checker<'_> {
+    /// Counts the clusters that `length` bytes at `offset` touch, `weight` times. Whether they lie
+    /// in the file; the last cluster of a file may be cut short.
+    pub(super) fn add(&mut self, offset: u64, length: u64, weight: u64, what: &str) -> bool {
+        if length == 0 {
+            return true;
+        }
+        let geometry = self.image.geometry();
+        let Some(last) = offset.checked_add(length - 1) else {
+            self.damage(format!("{what} at {offset} goes beyond all bounds"));
+            return false;
+        };
+        let bits = geometry.cluster_bits;
+        if (last + 1).saturating_sub(self.file_length) >= geometry.cluster_size() {
+            self.damage(format!("{what} at {offset} lies behind the end of the file"));
+            self.note_beyond(offset >> bits, last >> bits);
+            return false;
+        }
+        self.counts.add(offset >> bits, last >> bits, weight);
+        true
+    }
+
+    /// Remembers what must not be given to anything else although it is not in the file.
+    fn note_beyond(&mut self, first: u64, last: u64) {
+        if last < self.file_clusters {
+            return;
+        }
+        // The last place stands for all that follow.
+        match self.beyond.len() < BEYOND_MAX {
+            true => self.beyond.push((first, last)),
+            false => {
+                if let Some((lowest, highest)) = self.beyond.last_mut() {
+                    *lowest = first.min(*lowest);
+                    *highest = u64::MAX;
+                }
+            }
+        }
+    }
+
+    /// Counts every reference. Returns the refcount table.
+    pub(super) fn count_all(&mut self) -> Result<Vec<u64>> {
+        let image = self.image;
+        let (header, geometry) = (&image.header, image.geometry());
+        self.add(0, geometry.cluster_size(), 1, "the header");
+        self.note_tables(header.l1_offset, header.l1_entries, true)?;
+        let found = snapshot::read_damaged_table(&*image.file, header)?;
+        self.snapshot_damages = found.damages.len() as u64;
+        found.damages.into_iter().for_each(|damage| self.damage(damage));
+        let length = found.length.min(self.file_length.saturating_sub(header.snapshots_offset));
+        self.add(header.snapshots_offset, length, 1, "the snapshot table");
+        for snapshot in &found.snapshots {
+            if let Some(detail) = snapshot::l1_damage(snapshot, geometry) {
+                self.damage(detail);
+                self.is_incomplete = true;
+                continue;
+            }
+            self.note_tables(snapshot.l1_offset, snapshot.l1_entries, false)?;
+        }
+        self.count_tables()?;
+        let (places, damages) = image.bitmap_places();
+        for (offset, length) in places {
+            self.is_incomplete |= !self.add(offset, length, 1, "a bitmap");
+        }
+        self.is_incomplete |= !damages.is_empty();
+        damages.into_iter().for_each(|damage| self.damage(damage));
+        self.count_refcount_structure()
+    }
+
+    /// Notes which L2 tables an L1 table names.
+    fn note_tables(&mut self, l1_offset: u64, l1_entries: u32, is_active: bool) -> Result<()> {
+        let image = self.image;
+        if !self.add(l1_offset, u64::from(l1_entries) * 8, 1, "an L1 table") {
+            self.is_incomplete = true;
+            return Ok(());
+        }
+        let l1 = read_words(&*image.file, l1_offset, l1_entries as usize)?;
+        for (index, &word) in l1.iter().enumerate().filter(|(_, word)| **word != 0) {
+            let place = l1_offset + index as u64 * 8;
+            let offset = word & OFFSET_MASK;
+            if word & L1_RESERVED != 0 {
+                self.damage(format!("L1 entry {index} ({word:#x}) has reserved bits set"));
+            } else if offset == 0 {
+                self.fix(
+                    Fix { place, new: 0, sets_copied: false },
+                    format!("L1 entry {index} ({word:#x}) has the COPIED bit but no L2 table"),
+                );
+            }
+            if offset == 0 {
+                continue;
+            }
+            if is_active {
+                self.active.push(ActiveEntry { place, word });
+            }
+            let next = self.tables.len();
+            let number = *self.table_numbers.entry(offset).or_insert(next);
+            match self.tables.get_mut(number) {
+                Some(table) => table.weight += 1,
+                None => self.tables.push(TableUse { offset, weight: 1, is_active }),
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the L2 tables, and what they refer to as often as they are referred to.
+    fn count_tables(&mut self) -> Result<()> {
+        let image = self.image;
+        let geometry = image.geometry();
+        for number in 0..self.tables.len() {
+            self.read_ahead(self.tables.get(number + READ_AHEAD).map_or(0, |table| table.offset));
+            let TableUse { offset, weight, is_active } = self.tables[number];
+            let is_in_file = self.add(offset, geometry.cluster_size(), weight, "an L2 table");
+            if geometry.in_cluster(offset) != 0 {
+                self.damage(format!("an L2 table at {offset} is not aligned"));
+            } else if is_in_file {
+                let words = (geometry.cluster_size() / 8) as usize;
+                let words = read_words(&*image.file, offset, words)?;
+                self.count_table(&words, offset, weight, is_active);
+                continue;
+            }
+            self.is_incomplete = true;
+        }
+        Ok(())
+    }
+
+    /// Starts to read a table or block that will be needed soon.
+    pub(super) fn read_ahead(&self, offset: u64) {
+        if offset != 0 {
+            // Only to save time: what is wrong there shows when it is read.
+            let length = self.image.geometry().cluster_size();
+            let _ = self.image.file.readahead(HostOffset::new(offset), length);
+        }
+    }
+
+    /// Counts the refcount table and its blocks, after everything else. If anything else refers to
+    /// one of their clusters, or they cannot be where they are said to be, refcounts are unusable.
+    fn count_refcount_structure(&mut self) -> Result<Vec<u64>> {
+        let image = self.image;
+        let (header, geometry) = (&image.header, image.geometry());
+        let table_length = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
+        if table_length == 0 {
+            self.damage("the header names no refcount table that could be used".into());
+            self.is_unusable = true;
+            return Ok(Vec::new());
+        }
+        let offset = header.refcount_table_offset;
+        self.count_structure(offset, table_length, "the refcount table");
+        let table = read_words(&*image.file, offset, (table_length / 8) as usize)?;
+        let mut seen = HashSet::new();
+        for (index, &entry) in table.iter().enumerate().filter(|(_, entry)| **entry != 0) {
+            if entry & REFCOUNT_TABLE_RESERVED != 0 {
+                self.damage(format!(
+                    "refcount table entry {index} ({entry:#x}) has reserved bits set"
+                ));
+                self.is_unusable = true;
+            } else if geometry.in_cluster(entry) != 0 {
+                self.damage(format!("a refcount block at {entry} is not aligned"));
+                self.is_unusable = true;
+            } else if !seen.insert(entry) {
+                self.damage(format!("a refcount block at {entry} is used twice"));
+                self.is_unusable = true;
+            } else {
+                self.count_structure(entry, geometry.cluster_size(), "a refcount block");
+            }
+        }
+        Ok(table)
+    }
+
+    fn count_structure(&mut self, offset: u64, length: u64, what: &str) {
+        let bits = self.image.geometry().cluster_bits;
+        if !self.add(offset, length, 1, what) {
+            self.is_unusable = true;
+            return;
+        }
+        let clusters = (offset >> bits, (offset + length - 1) >> bits);
+        self.structure.push(clusters);
+        if let Some(cluster) = (clusters.0..=clusters.1).find(|at| self.counts.get(*at) > 1) {
+            let place = cluster << bits;
+            self.damage(format!("{what} at {offset} overlaps something else at {place}"));
+            self.is_unusable = true;
+        }
+    }
+}
