@@ -339,12 +339,13 @@ impl Image {
         self.change_snapshots(|image| image.create_snapshot(name))
     }
 
-    /// Makes the disk what it was when an internal snapshot, given by id or name, was made. What
-    /// was written since is lost.
+    /// Makes the disk what it was when an internal snapshot, given by id or name, was made, and as
+    /// large. What was written since is lost. Bitmaps that record have every bit set then.
     ///
     /// # Errors
     ///
-    /// As [`create_snapshot`](Self::create_snapshot), and `NotFound`.
+    /// As [`create_snapshot`](Self::create_snapshot); `NotFound`; and `Unsupported` if the size
+    /// differs and there are snapshots that do not say theirs, as in images of version 2.
     pub fn apply_snapshot(&mut self, name: &str) -> Result<()> {
         self.change_snapshots(|image| image.apply_snapshot(name))
     }

@@ -65,6 +65,19 @@ fn resize(image: &mut Image, subjects: &mut [Subject], peak: &mut u64, random: &
     *peak = size.max(*peak);
 }
 
+/// Goes back to a snapshot of any size: everything may be different then.
+fn apply(image: &mut Image, subjects: &mut [Subject], peak: &mut u64, name: &str) {
+    image.apply_snapshot(name).unwrap();
+    let size = image.size();
+    for subject in subjects {
+        subject.model.resize(size);
+        if subject.is_enabled {
+            subject.model.set(0, size);
+        }
+    }
+    *peak = size.max(*peak);
+}
+
 fn compare(image: &Image, subjects: &[Subject], what: &str) {
     for subject in subjects {
         assert_eq!(dirty(image, subject.name), subject.model.dirty(), "{what}: {}", subject.name);
@@ -97,9 +110,12 @@ fn bits_are_kept_through_any_row_of_sizes() {
         for round in 0..3 {
             let mut image = open(&path);
             let mut peak = image.size();
+            let name = format!("round {round}");
+            image.create_snapshot(&name).unwrap();
             for step in 0..15 {
-                match random.below(3) {
-                    0 => resize(&mut image, &mut subjects, &mut peak, &mut random),
+                match random.below(12) {
+                    0 => apply(&mut image, &mut subjects, &mut peak, &name),
+                    1..=4 => resize(&mut image, &mut subjects, &mut peak, &mut random),
                     _ => write(&image, &mut subjects, &mut random),
                 }
                 compare(&image, &subjects, &format!("{options}, round {round}, step {step}"));

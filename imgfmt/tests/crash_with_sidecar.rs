@@ -59,17 +59,21 @@ fn one_step(
             (promises::promised_after_resize(image, promises), "resize".into())
         }
         6 => {
-            let fitting = snapshots.iter().filter(|(_, of)| *of == size).map(|(name, _)| name);
-            let fitting: Vec<String> = fitting.cloned().collect();
-            match (fitting.first(), random.below(3)) {
-                (Some(name), 0) => {
-                    image.delete_snapshot(name).unwrap();
-                    snapshots.retain(|(other, _)| other != name);
+            let one = random.below(snapshots.len().max(1) as u64) as usize;
+            match (snapshots.get(one).cloned(), random.below(3)) {
+                (Some((name, _)), 0) => {
+                    image.delete_snapshot(&name).unwrap();
+                    snapshots.retain(|(other, _)| *other != name);
                     (promises.clone(), "delete".into())
                 }
-                (Some(name), 1) => {
-                    image.apply_snapshot(name).unwrap();
-                    (promises.clone(), "apply".into())
+                (Some((name, of)), 1) => {
+                    image.apply_snapshot(&name).unwrap();
+                    match of == size {
+                        true => (promises.clone(), "apply".into()),
+                        false => {
+                            (promises::promised_after_resize(image, promises), "resize".into())
+                        }
+                    }
                 }
                 _ => {
                     let name = format!("made {}", random.next());

@@ -7,6 +7,7 @@ use super::Qcow2;
 use super::alloc::Freed;
 use super::header::field;
 use super::map::span;
+use super::snapshot::Snapshot;
 use super::writer::lock;
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Speed, ZeroMode};
@@ -21,10 +22,7 @@ impl Qcow2 {
             let detail = "the size of a qcow2 disk is a multiple of 512 below 2^63";
             return Err(Error::new(ErrorKind::InvalidInput, "resize", detail));
         }
-        if self.header.version < 3 && self.header.snapshot_count > 0 {
-            let detail = "snapshots of a version 2 image do not know their size; delete them first";
-            return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
-        }
+        self.refuse_unknown_sizes(&self.snapshots()?)?;
         self.refuse_if_corrupt()?;
         let old_size = self.size;
         drop(self.before_change(span(0, 0))?);
@@ -50,6 +48,21 @@ impl Qcow2 {
         self.bitmaps_before_resize()?;
         self.write_disk_fields(size, self.header.l1_entries, self.header.l1_offset)?;
         self.store_resized_bitmaps()
+    }
+
+    /// Refuses a change of the size where a snapshot does not say its own: it would be taken for the
+    /// disk's. As in QEMU, version 2 is not trusted to say it.
+    pub(super) fn refuse_unknown_sizes(&self, snapshots: &[Snapshot]) -> Result<()> {
+        let is_known = |snapshot: &Snapshot| self.header.version >= 3 && snapshot.extra.len() >= 16;
+        let Some(unknown) = snapshots.iter().find(|snapshot| !is_known(snapshot)) else {
+            return Ok(());
+        };
+        let detail = format!(
+            "its size cannot change as long as it has snapshots that do not know their own, such \
+             as '{}': those of a version 2 image, or of an old program; delete them first",
+            unknown.name.escape_debug()
+        );
+        Err(Error::new(ErrorKind::Unsupported, "resize", detail))
     }
 
     /// Changes the size of the disk and the place of the L1 table with one write of the header,

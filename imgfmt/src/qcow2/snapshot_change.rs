@@ -71,25 +71,26 @@ impl Qcow2 {
         self.prepare_for_snapshots()?;
         let snapshots = self.snapshots()?;
         let snapshot = snapshot::find(&snapshots, name)?.clone();
-        if snapshot.disk_size != self.size {
-            return Err(unfit(&format!(
-                "the disk had {} bytes then and has {} now; resize it first",
-                snapshot.disk_size, self.size
-            )));
-        }
         let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         // Anything may differ from what the disk is now.
         drop(self.before_change(span(0, self.size))?);
-        self.while_dirty(|image| image.apply_l1(l1))
+        let is_resized = snapshot.disk_size != self.size;
+        if is_resized {
+            self.refuse_unknown_sizes(&snapshots)?;
+            self.bitmaps_before_other_disk(snapshot.disk_size)?;
+        }
+        self.while_dirty(|image| image.apply_l1(l1, snapshot.disk_size))?;
+        if is_resized { self.store_resized_bitmaps() } else { Ok(()) }
     }
 
-    fn apply_l1(&mut self, mut l1: Vec<u64>) -> Result<()> {
+    /// Makes the disk what an L1 table says, and `size` bytes long, with one write of the header.
+    fn apply_l1(&mut self, mut l1: Vec<u64>, size: u64) -> Result<()> {
         let old = self.l1_words();
         self.refuse_bad_behind(0)?;
         self.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
         l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
-        let replaced = self.replace_l1(l1, self.size);
+        let replaced = self.replace_l1(l1, size);
         self.forget_tables();
         replaced?;
         self.remove_references(&old)?;

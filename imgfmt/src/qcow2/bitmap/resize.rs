@@ -40,6 +40,14 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// As [`bitmaps_before_resize`](Self::bitmaps_before_resize), before the disk becomes another one of
+    /// this size: what is added is no more known to be clean than the rest.
+    pub(in crate::qcow2) fn bitmaps_before_other_disk(&mut self, size: u64) -> Result<()> {
+        // As if it had been part of the disk: its bits are set when the size changes.
+        self.bitmaps.size_peak = self.bitmaps.size_peak.max(size);
+        self.bitmaps_before_resize()
+    }
+
     /// Gives all bitmaps the size that the disk has now, in memory, whether that can be stored or not.
     /// What was added is clean, except where it had been cut off before.
     pub(in crate::qcow2) fn resize_bitmaps(&mut self, old_size: u64) {

@@ -18,7 +18,8 @@ Examples:
   nbd-cli image snapshot apply disk.qcow2 before-upgrade
   nbd-cli image snapshot delete disk.qcow2 before-upgrade
 
-Snapshots are kept inside the qcow2 image. A snapshot is given by its name or its id.";
+Snapshots are kept inside the qcow2 image. A snapshot is given by its name or its id. To apply one
+gives the disk the size that it had then.";
 
 /// Arguments of `nbd-cli image snapshot`.
 #[derive(Debug, Args)]
