@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use crate::ServeError;
-use crate::connection::{self, Shared, Socket};
+use crate::connection::{self, Shared, Socket, Thread};
 use crate::shutdown::Shutdown;
 
 /// How exactly pauses are kept, in nanoseconds.
@@ -105,12 +105,13 @@ async fn run(
     shutdown: Shutdown,
 ) {
     let mut tasks = JoinSet::new();
+    let thread = Thread::new(Arc::clone(&connections));
     loop {
         tokio::select! {
             accepted = receiver.recv() => {
                 let Some(Accepted { socket, peer, place }) = accepted else { break };
                 let count = Leaves(Arc::clone(&connections));
-                let neighbours = Arc::clone(&connections);
+                let thread = thread.clone();
                 let (shared, shutdown) = (shared.clone(), shutdown.clone());
                 let span = tracing::info_span!("connection", %peer);
                 tasks.spawn(async move {
@@ -118,7 +119,7 @@ async fn run(
                     let _held = (count, place);
                     match socket.attach() {
                         Ok(socket) => {
-                            connection::serve(socket, &peer, shared, shutdown, neighbours).await;
+                            connection::serve(socket, &peer, shared, shutdown, thread).await;
                         },
                         Err(error) => tracing::warn!(%error, "cannot use the socket"),
                     }

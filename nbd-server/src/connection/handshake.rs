@@ -11,6 +11,7 @@ use nbd_proto::handshake::server::{
 };
 
 use super::socket::{Channel, More, Socket};
+use super::turn::{REQUEST_COST, Thread, Turn};
 use super::{ConnectionError, Shared};
 use crate::ServerConfig;
 use crate::export::{ExportEntry, ExportRegistry};
@@ -19,6 +20,11 @@ use crate::tls::TlsMode;
 
 /// Bytes read at a time.
 const READ_LEN: usize = 16 * 1024;
+
+/// Answers are sent when there are this many bytes of them.
+const SEND_LEN: usize = 64 * 1024;
+/// What an answer to an option takes, in bytes moved, for each of its bytes: they come from the registry.
+const ANSWER_COST: usize = 8;
 
 /// A client that has chosen its export.
 pub(super) struct Established {
@@ -33,7 +39,9 @@ pub(super) struct Established {
 pub(super) async fn negotiate(
     mut socket: Socket,
     shared: &Shared,
+    thread: &Thread,
 ) -> Result<Option<Established>, ConnectionError> {
+    let mut turn = Turn::new(thread.clone());
     let mut input = BytesMut::new();
     let mut output = BytesMut::new();
     let negotiation = Negotiation {
@@ -47,6 +55,8 @@ pub(super) async fn negotiate(
         // What the machine said before it gave up still helps the client.
         let step = match step {
             Ok(HandshakeStep::NeedsInput(next)) => {
+                // A turn is not kept while the client is waited for.
+                turn.rest();
                 send(&mut socket, &mut output).await?;
                 handshake = next;
                 if !receive(&mut socket, &mut input).await? {
@@ -65,8 +75,18 @@ pub(super) async fn negotiate(
                 return Err(error.into());
             }
         };
+        let before = output.len();
         match answer(step, exports, socket.channel(), &mut output)? {
-            Answered::Handshake(next) => handshake = next,
+            Answered::Handshake(next) => {
+                handshake = next;
+                let length = output.len() - before;
+                turn.spend(REQUEST_COST.saturating_add(length.saturating_mul(ANSWER_COST)));
+                if turn.is_over() || output.len() >= SEND_LEN {
+                    turn.rest();
+                    send(&mut socket, &mut output).await?;
+                    turn.pass().await;
+                }
+            }
             Answered::Transmission(negotiated, entry) => {
                 send(&mut socket, &mut output).await?;
                 return Ok(Some(Established { socket, negotiated, entry, received: input }));

@@ -15,10 +15,10 @@ mod steps;
 #[cfg(feature = "tls")]
 mod tls;
 mod transmission;
+mod turn;
 mod witness;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 
 use thiserror::Error;
 
@@ -31,6 +31,7 @@ use crate::shutdown::{Phase, Shutdown};
 
 pub(crate) use polling::Seats;
 pub(crate) use socket::Socket;
+pub(crate) use turn::Thread;
 
 /// What all connections of a server share.
 #[derive(Debug, Clone)]
@@ -71,17 +72,18 @@ pub(crate) enum ConnectionError {
 
 /// Serves one client until it leaves, misbehaves, or the server ends.
 ///
-/// `neighbours` counts the connections of this thread, this one included.
+/// `thread` counts the connections of this thread, this one included.
 pub(crate) async fn serve(
     socket: Socket,
     peer: &str,
     shared: Shared,
     mut shutdown: Shutdown,
-    neighbours: Arc<AtomicUsize>,
+    thread: Thread,
 ) {
     let mut draining = shutdown.clone();
     let deadline = shared.config.handshake_deadline;
-    let negotiation = tokio::time::timeout(deadline, handshake::negotiate(socket, &shared));
+    let negotiation =
+        tokio::time::timeout(deadline, handshake::negotiate(socket, &shared, &thread));
     let established = tokio::select! {
         result = negotiation => match result {
             Ok(Ok(Some(established))) => established,
@@ -107,7 +109,7 @@ pub(crate) async fn serve(
         return tracing::info!(export = ?name, "the export was removed while a client chose it");
     }
     tracing::info!(export = ?established.negotiated.export_name, "client connected");
-    let session = transmission::Session::new(established, &shared, neighbours);
+    let session = transmission::Session::new(established, &shared, thread);
     tokio::select! {
         result = session.run(draining) => match result {
             Ok(()) => tracing::info!("client disconnected"),

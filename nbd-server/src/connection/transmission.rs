@@ -9,8 +9,7 @@ mod read;
 
 use std::future::poll_fn;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
 use nbd_proto::transmission::{Command, ReplyEncoder, Request};
@@ -24,6 +23,7 @@ use super::receive::ReceiveBuffer;
 use super::rhythm::{Idle, Rhythm};
 use super::send::SendQueue;
 use super::stall::{Debt, Movement, Stall};
+use super::turn::{REQUEST_COST, Thread, Turn};
 use super::witness::Witness;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
@@ -35,8 +35,8 @@ use crate::shutdown::{Phase, Shutdown};
 const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
 /// No further request is carried out in place while this many bytes wait to be sent. In bytes.
 const SEND_HIGH_WATER: usize = 1 << 20;
-/// Turns of one connection before other tasks of its thread are looked at.
-const TURNS_BEFORE_YIELD: u32 = 8;
+/// Rounds of one connection before other tasks of its thread are looked at, in any case.
+const ROUNDS_BEFORE_YIELD: u32 = 8;
 /// Longest reply without content, in bytes: an error chunk with its message.
 const SHORT_REPLY_LEN: usize = 1024;
 /// Payload buffers up to this size are kept for the next payload. In bytes.
@@ -83,15 +83,12 @@ pub(super) struct Session {
     rhythm: Rhythm,
     stall: Stall,
     hangup: Hangup,
-    turns: u32,
+    turn: Turn,
+    rounds: u32,
 }
 
 impl Session {
-    pub(super) fn new(
-        established: Established,
-        shared: &Shared,
-        neighbours: Arc<AtomicUsize>,
-    ) -> Self {
+    pub(super) fn new(established: Established, shared: &Shared, thread: Thread) -> Self {
         let negotiated = &established.negotiated;
         let polling = Polling::new(shared.seats.clone(), shared.config.poll_max);
         let (answers, max_requests) = (shared.answers.clone(), shared.config.max_requests);
@@ -112,10 +109,11 @@ impl Session {
             pool,
             budget: BudgetQueue::new(shared.budget.clone()),
             max_bytes: shared.config.connection_budget,
-            rhythm: Rhythm::new(polling, neighbours),
+            rhythm: Rhythm::new(polling, Arc::clone(&thread.connections)),
             stall: Stall::new(shared.config.stall_deadline),
             hangup: Hangup::default(),
-            turns: 0,
+            turn: Turn::new(thread),
+            rounds: 0,
         }
     }
 
@@ -143,8 +141,9 @@ impl Session {
         poll_fn(|cx| Poll::Ready(self.socket.poll_flush(cx).is_ready())).await;
     }
 
-    /// One turn after another, until nothing moves any more.
+    /// One round after another, until nothing moves any more or others are to have their turn.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        ready!(self.turn.poll(cx));
         loop {
             let mut progress = self.collect(cx);
             progress |= self.execute(cx)?;
@@ -154,17 +153,18 @@ impl Session {
             }
             // What was received comes first: the buffer may have no room for more, and the end of
             // the stream must not overtake the requests in front of it.
-            progress |= made_room || self.receive(cx)?;
+            progress |= made_room || self.turn.is_over() || self.receive(cx)?;
             if !progress {
+                self.turn.rest();
                 if self.poll_hangup(cx).is_ready() {
                     return Poll::Ready(self.hung_up());
                 }
                 return self.poll_stall(cx);
             }
-            self.turns = self.turns.wrapping_add(1);
-            if self.turns.is_multiple_of(TURNS_BEFORE_YIELD) {
+            self.rounds = self.rounds.wrapping_add(1);
+            if self.turn.is_over() || self.rounds.is_multiple_of(ROUNDS_BEFORE_YIELD) {
                 // Others of this thread, and the end of the server, get their turn.
-                cx.waker().wake_by_ref();
+                self.turn.pass_on(cx);
                 return Poll::Pending;
             }
         }
@@ -173,6 +173,7 @@ impl Session {
     /// As `poll`, without receiving.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         loop {
+            self.turn.rest();
             let mut progress = self.collect(cx);
             progress |= self.execute(cx)?;
             progress |= self.flush(cx)?;
@@ -254,6 +255,7 @@ impl Session {
     fn collect(&mut self, cx: &mut Context<'_>) -> bool {
         let mut progress = false;
         while let Poll::Ready(reply) = self.pool.poll_reply(cx) {
+            self.turn.spend(reply.bytes.len());
             self.output.push(reply.bytes, Some(reply.permit));
             progress = true;
         }
@@ -281,6 +283,9 @@ impl Session {
             }
             if self.is_busy() {
                 return Ok(progress);
+            }
+            if self.turn.is_over() {
+                return Ok(true);
             }
             let moved = match &mut self.receiving {
                 Receiving::Header => self.next_request()?,
@@ -340,11 +345,14 @@ impl Session {
             Parsed::NeedsInput(_) => Ok(false),
             Parsed::Rejected { rejection, consumed, discard } => {
                 self.input.consume(consumed);
+                self.turn.spend(REQUEST_COST);
                 self.receiving = Receiving::Discarded { rejection, remaining: discard };
                 Ok(true)
             }
             Parsed::Request { request, consumed } => {
-                self.rhythm.count(Pool::weight(&request));
+                let length = Pool::weight(&request);
+                self.rhythm.count(length);
+                self.turn.spend(REQUEST_COST.saturating_add(length));
                 Ok(self.begin(request, consumed))
             }
         }

@@ -20,40 +20,48 @@ fn gated() -> Arc<Scripted> {
     Scripted::new(SIZE, Script { gated: Some(GATED..SIZE), ..Script::default() })
 }
 
-fn attack(server: &TestServer, command: CommandType, requests: usize) -> Client {
-    let contexts = [MetaContextName::base_allocation()];
-    let client = Client::open(server, ReplyMode::Extended, "", &contexts);
-    client.send(client.encode(&header(command, GATED, 1 << 30)).repeat(requests));
-    client
+/// Sends a request that is answered where the server stands: it has taken all before it.
+fn is_taken(client: &mut Client) {
+    let write = client.submit(0, 1, &Command::Write(Durability::Cached), &[0]);
+    assert_eq!(client.next_finished().0, write);
 }
 
 #[test]
 fn a_flood_holds_few_threads_and_the_request_of_another_client_is_next() {
-    let disk = gated();
+    const ATTACKERS: usize = 16;
+    let script = Script { gated: Some(GATED..SIZE), quick: Some(0..512), ..Script::default() };
+    let disk = Scripted::new(SIZE, script);
     let server = TestServer::with(ServerConfig::default(), disk.clone());
-    let attackers: Vec<_> =
-        (0..16).map(|_| attack(&server, CommandType::BLOCK_STATUS, 100)).collect();
+    let contexts = [MetaContextName::base_allocation()];
+    let mut attackers: Vec<_> =
+        (0..ATTACKERS).map(|_| Client::open(&server, ReplyMode::Extended, "", &contexts)).collect();
+    for attacker in &mut attackers {
+        for _ in 0..7 {
+            attacker.submit(GATED, 1 << 30, &STATUS, &[]);
+        }
+        is_taken(attacker);
+    }
     let cores = std::thread::available_parallelism().unwrap().get();
     let computing = (cores / 2).max(1);
     wait_until("the threads are busy", || disk.gate.arrived() == computing);
     // Reads wait for a disk: there are threads for them.
-    let contexts = [MetaContextName::base_allocation()];
-    let mut good = Client::open(&server, ReplyMode::Extended, "", &contexts);
+    let mut reader = Client::connect(&server, ReplyMode::Extended);
     for _ in 0..100 {
-        assert_eq!(good.read(4096, 512), [0; 512]);
+        assert_eq!(reader.read(4096, 512), [0; 512]);
     }
     // Each attacker has had its turn.
-    for turn in 1..=16 {
+    for turn in 1..=ATTACKERS {
         disk.gate.pass_one();
         wait_until("the next one runs", || disk.gate.arrived() == computing + turn);
     }
     // A BLOCK_STATUS of another is not behind all of theirs: the next thread that is free takes it.
+    let mut good = Client::open(&server, ReplyMode::Extended, "", &contexts);
     good.submit(0, 4096, &STATUS, &[]);
-    good.submit(0, 512, &READ, &[]);
-    assert_eq!(good.next_finished().1.data, [0; 512], "the server has both");
+    is_taken(&mut good);
     disk.gate.pass_one();
     assert_eq!(good.next_finished().1.statuses.len(), 1);
-    assert!(disk.gate.arrived() <= computing + 17, "{} of 1600", disk.gate.arrived());
+    let arrived = disk.gate.arrived();
+    assert!(arrived <= computing + ATTACKERS + 1, "{arrived} of {}", 7 * ATTACKERS);
     disk.gate.open();
     drop(attackers);
 }
