@@ -84,9 +84,31 @@ fn nonsense_is_answered_or_ends_the_conversation() {
     assert!(sent < 8 << 20, "it is not read for ever");
     let mut reply = String::new();
     let _ = endless.read_to_string(&mut reply);
-    // Clients that say nothing keep nobody else from the socket.
-    let silent: Vec<_> = (0..40).map(|_| UnixStream::connect(&control)).collect();
-    drop(silent);
     assert!(ask(br#"{"command":"list"}"#)["result"].is_object());
+    server.end();
+}
+
+#[test]
+fn clients_that_say_nothing_keep_nobody_from_the_control_socket() {
+    let folder = Disk::sparse();
+    let control = folder.beside("control");
+    let server = Server::ours(&["--control", &control, "a=memory:1M"]);
+    // Half of them have asked for more than they take.
+    let silent: Vec<_> = (0..200)
+        .map(|index| {
+            let mut stream = UnixStream::connect(&control).expect("it listens");
+            if index % 2 == 0 {
+                stream.set_nonblocking(true).expect("a socket");
+                let flood = b"{\"command\":\"list\"}\n".repeat(1000);
+                while stream.write(&flood).is_ok() {}
+            }
+            stream
+        })
+        .collect();
+    for _ in 0..3 {
+        let listing = nbd_cli(&["control", &control, "list"]).success();
+        assert!(listing.contains("'a'"), "{listing}");
+    }
+    drop(silent);
     server.end();
 }

@@ -3,6 +3,7 @@
 mod bitmaps;
 mod checkpoint;
 mod disks;
+mod places;
 mod socket;
 
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -4,6 +4,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{Mode, fchmod};
 use rustix::net::{
@@ -11,15 +12,18 @@ use rustix::net::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
 
+use super::places::{Keeps, Place, Places};
 use super::{Controller, ConversationId};
-use crate::control::{ErrorKind, Failure, MAX_LINE_LEN, decode, encode};
+use crate::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
 use crate::error::CommandError;
 
-/// Clients of the control socket at a time; one more is closed at once. A backup is one as long as
-/// it runs.
-const MAX_CLIENTS: usize = 64;
+/// Clients that have connected and were not accepted yet: a burst of them is not refused.
+const BACKLOG: i32 = 1024;
+
+/// How often, and for how long at a time, a client waits for one of those who are busy.
+const WAITS_FOR_PLACE: u32 = 200;
+const WAIT_FOR_PLACE: Duration = Duration::from_millis(10);
 
 /// A control socket that listens. Its file is removed when this is dropped.
 pub(in crate::commands::serve) struct ControlSocket {
@@ -46,7 +50,7 @@ impl ControlSocket {
             // Before there is a file: it has these permissions from the start.
             fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
             bind(&socket, &SocketAddrUnix::new(path)?)?;
-            listen(&socket, 16)?;
+            listen(&socket, BACKLOG)?;
             let listener = std::os::unix::net::UnixListener::from(socket);
             let metadata = std::fs::symlink_metadata(path)?;
             Ok(Self {
@@ -60,29 +64,39 @@ impl ControlSocket {
 
     /// Answers clients for ever.
     pub(in crate::commands::serve) async fn serve(self, controller: Arc<Controller>) {
-        let places = Arc::new(Semaphore::new(MAX_CLIENTS));
+        let places = Places::default();
         loop {
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a client of the control socket");
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
             };
-            let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-                tracing::info!("too many clients of the control socket; closed one");
+            let Some(place) = place_among(&places).await else {
+                tracing::warn!("too many busy clients of the control socket; closed a new one");
                 continue;
             };
             let controller = Arc::clone(&controller);
             tokio::spawn(async move {
-                let _place = place;
-                if let Err(error) = converse(stream, &controller).await {
+                if let Err(error) = converse(stream, &controller, &place).await {
                     tracing::info!(%error, "a client of the control socket is gone");
                 }
             });
         }
     }
+}
+
+/// A place for a new client, for which it waits a moment if all are busy.
+async fn place_among(places: &Places) -> Option<Place> {
+    for _ in 0..WAITS_FOR_PLACE {
+        match places.take() {
+            None => tokio::time::sleep(WAIT_FOR_PLACE).await,
+            place => return place,
+        }
+    }
+    places.take()
 }
 
 impl Drop for ControlSocket {
@@ -117,9 +131,15 @@ fn remove_stale(path: &Path) -> Result<(), CommandError> {
 }
 
 /// Answers one client until it leaves, and ends what was to last no longer.
-async fn converse(stream: UnixStream, controller: &Controller) -> io::Result<()> {
+async fn converse(stream: UnixStream, controller: &Controller, place: &Place) -> io::Result<()> {
     let id = controller.new_conversation();
-    let result = answer(stream, controller, id).await;
+    // Nobody has to leave while a request is carried out: that is never cut.
+    let result = tokio::select! {
+        result = answer(stream, controller, id, place) => result,
+        () = place.left() => {
+            Err(io::Error::other("it was idle for longest and made room for another"))
+        }
+    };
     controller.end_conversation(id).await;
     result
 }
@@ -128,13 +148,25 @@ async fn answer(
     mut stream: UnixStream,
     controller: &Controller,
     id: ConversationId,
+    place: &Place,
 ) -> io::Result<()> {
     let mut lines = Lines::default();
+    let mut keeps = Keeps::Nothing;
     loop {
         let (reply, go_on) = match lines.next(&mut stream).await? {
             Line::End => return Ok(()),
             Line::Request(line) => match decode(&line) {
-                Ok(request) => (controller.carry_out(request, id).await, true),
+                Ok(request) => {
+                    if !place.set(Keeps::Place) {
+                        return Ok(());
+                    }
+                    if lasts_as_long_as_its_client(&request) {
+                        keeps = Keeps::Place;
+                    }
+                    let reply = controller.carry_out(request, id).await;
+                    place.set(keeps);
+                    (reply, true)
+                }
                 Err(failure) => (Err(failure), true),
             },
             Line::TooLong => {
@@ -147,6 +179,11 @@ async fn answer(
             return Ok(());
         }
     }
+}
+
+/// A checkpoint may end with the connection on which it was begun.
+fn lasts_as_long_as_its_client(request: &Request) -> bool {
+    matches!(request, Request::CheckpointStart { lifetime: Lifetime::Connection, .. })
 }
 
 enum Line {
