@@ -59,6 +59,7 @@ mod error;
 pub mod export;
 mod flushes;
 mod handle;
+mod handover;
 mod listener;
 mod queue;
 mod scheduler;

@@ -11,6 +11,7 @@ use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::connection::Socket;
+use crate::handover::take_over;
 use crate::{ServeError, sys};
 
 /// Where to listen.
@@ -18,10 +19,11 @@ use crate::{ServeError, sys};
 #[non_exhaustive]
 pub enum ListenAddress {
     /// A TCP address: `host:port`, with IPv6 addresses in brackets. Port 0 takes any free port. A
-    /// name with several addresses is listened on at each of them.
+    /// name with several addresses is listened on at each of them. A port that another server still
+    /// has is waited for, about a second.
     Tcp(String),
-    /// A unix socket. A socket file that nobody listens on any more is replaced; the file is
-    /// removed when the server ends.
+    /// A unix socket. A socket file that nobody listens on any more is replaced, and one that another
+    /// server still has is waited for, about a second; the file is removed when the server ends.
     Unix(PathBuf),
     /// The sockets that a service manager handed over (`LISTEN_PID`, `LISTEN_FDS`: sd_listen_fds).
     /// The only choice that reads the environment. Use it once in a process.
@@ -83,7 +85,9 @@ impl fmt::Display for BoundAddress {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(TcpListener),
-    Unix(UnixListener, Option<SocketFile>),
+    /// The file goes before the socket is closed: nobody finds a file without a listener, and no other
+    /// socket can have the same identity meanwhile.
+    Unix(Option<SocketFile>, UnixListener),
 }
 
 /// The file of a unix socket this server made. Removed when dropped, if it is still the same.
@@ -115,7 +119,9 @@ impl Listener {
     pub(crate) async fn open(address: &ListenAddress) -> Result<Vec<Self>, ServeError> {
         match address {
             ListenAddress::Tcp(address) => open_tcp(address).await,
-            ListenAddress::Unix(path) => Ok(vec![open_unix(path)?]),
+            ListenAddress::Unix(path) => {
+                Ok(vec![take_over(|| std::future::ready(open_unix(path))).await?])
+            }
             ListenAddress::Systemd => open_inherited(),
         }
     }
@@ -124,8 +130,8 @@ impl Listener {
     pub(crate) fn address(&self) -> io::Result<BoundAddress> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(BoundAddress::Tcp),
-            Self::Unix(_, Some(file)) => Ok(BoundAddress::Unix(Some(file.path.clone()))),
-            Self::Unix(listener, None) => {
+            Self::Unix(Some(file), _) => Ok(BoundAddress::Unix(Some(file.path.clone()))),
+            Self::Unix(None, listener) => {
                 let address = listener.local_addr()?;
                 let path = address.as_pathname().map(std::path::absolute).transpose()?;
                 Ok(BoundAddress::Unix(path))
@@ -141,7 +147,7 @@ impl Listener {
                 stream.set_nodelay(true)?;
                 Ok((Socket::from_std_tcp(stream.into_std()?), peer.to_string()))
             }
-            Self::Unix(listener, file) => {
+            Self::Unix(file, listener) => {
                 let (stream, _) = listener.accept().await?;
                 let name = file
                     .as_ref()
@@ -164,9 +170,11 @@ async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
     addresses.dedup();
     let mut listeners = Vec::with_capacity(addresses.len());
     for address in addresses {
-        let listener = TcpListener::bind(address)
-            .await
-            .map_err(|source| ServeError::Bind { address: address.to_string(), source })?;
+        let bind = || async move {
+            let bound = TcpListener::bind(address).await;
+            bound.map_err(|source| ServeError::Bind { address: address.to_string(), source })
+        };
+        let listener = take_over(bind).await?;
         listeners.push(Listener::Tcp(listener));
     }
     if listeners.is_empty() {
@@ -189,21 +197,30 @@ fn open_unix(path: &Path) -> Result<Listener, ServeError> {
     // The folder this program works in may be another one when a client gets the URI or the file is
     // removed. Binding takes the path as it was given: the absolute one may be too long for it.
     let path = std::path::absolute(path).map_err(bind_error)?;
-    Ok(Listener::Unix(listener, Some(SocketFile { path, identity })))
+    Ok(Listener::Unix(Some(SocketFile { path, identity }), listener))
 }
 
 /// Removes a socket file that nobody listens on, and nothing else.
 fn remove_stale(path: &Path) -> Result<(), ServeError> {
     let bind_error = |source| ServeError::Bind { address: path.display().to_string(), source };
-    let metadata = std::fs::symlink_metadata(path).map_err(bind_error)?;
+    // A server that ends may have removed it in the meantime.
+    let is_gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    let metadata = match std::fs::symlink_metadata(path) {
+        Err(error) if is_gone(&error) => return Ok(()),
+        found => found.map_err(bind_error)?,
+    };
     if !metadata.file_type().is_socket() {
         return Err(ServeError::NotASocket { path: path.to_path_buf() });
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             tracing::info!(path = %path.display(), "replacing a socket that nobody listens on");
-            std::fs::remove_file(path).map_err(bind_error)
+            match std::fs::remove_file(path) {
+                Err(error) if is_gone(&error) => Ok(()),
+                removed => removed.map_err(bind_error),
+            }
         }
+        Err(error) if is_gone(&error) => Ok(()),
         Ok(_) => Err(ServeError::SocketInUse { path: path.to_path_buf() }),
         Err(error) => Err(bind_error(error)),
     }
@@ -248,7 +265,7 @@ fn adopt(fd: OwnedFd) -> Result<Listener, ServeError> {
         let listener = std::os::unix::net::UnixListener::from(fd);
         listener.set_nonblocking(true).map_err(refuse)?;
         // The service manager owns the file.
-        Ok(Listener::Unix(UnixListener::from_std(listener).map_err(refuse)?, None))
+        Ok(Listener::Unix(None, UnixListener::from_std(listener).map_err(refuse)?))
     } else {
         let listener = std::net::TcpListener::from(fd);
         listener.set_nonblocking(true).map_err(refuse)?;
@@ -271,6 +288,45 @@ mod tests {
         assert!(matches!(Listener::open(&address).await, Err(ServeError::SocketInUse { .. })));
         drop(listeners);
         assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn an_address_that_another_server_is_about_to_leave_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let old = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let address = ListenAddress::Unix(path.clone());
+        let next = tokio::spawn(async move { Listener::open(&address).await });
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        assert!(!next.is_finished(), "it is neither taken away nor refused at once");
+        drop(old);
+        let next = next.await.unwrap().unwrap();
+        assert!(path.exists());
+        drop(next);
+
+        let old = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = ListenAddress::Tcp(old.local_addr().unwrap().to_string());
+        let next = tokio::spawn(async move { Listener::open(&address).await });
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        assert!(!next.is_finished());
+        drop(old);
+        next.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_file_of_a_socket_is_gone_before_the_next_server_can_take_its_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("s");
+        let address = ListenAddress::Unix(path.clone());
+        for _ in 0..100 {
+            let old = Listener::open(&address).await.unwrap();
+            // The next one comes while this one goes.
+            let going = std::thread::spawn(move || drop(old));
+            let next = Listener::open(&address).await.unwrap();
+            going.join().unwrap();
+            assert!(std::os::unix::net::UnixStream::connect(&path).is_ok(), "its file is there");
+            drop(next);
+        }
     }
 
     #[tokio::test]

@@ -239,7 +239,7 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     warn_of_exposure(&bound, &tls, if args.read_only { "" } else { " and change" });
     let control = match (&args.control, disks) {
         (Some(path), Some(disks)) => {
-            let socket = ControlSocket::open(path)?;
+            let socket = ControlSocket::open(path).await?;
             let (bound, tls) = (bound.clone(), tls.clone());
             let uris = move |name: &str| uris(&bound, name, &tls);
             let choices = source::choices(&args);

@@ -84,6 +84,37 @@ fn it_ends_with_the_last_client_that_used_the_disk_and_not_with_a_port_scan() {
 }
 
 #[test]
+fn the_next_server_starts_on_a_socket_whose_last_client_has_just_left() {
+    let disk = Disk::sparse();
+    let socket = disk.beside("socket");
+    let uri = format!("nbd+unix:///?socket={socket}");
+    let mut servers = Vec::new();
+    for round in 0..30 {
+        let mut server = ours();
+        server.args(["-r", "-f", "raw", "-k", &socket, disk.path()]);
+        let child = server.stdout(Stdio::null()).stderr(Stdio::piped()).spawn();
+        servers.push(Killed(child.expect("a program")));
+        let child = &mut servers.last_mut().expect("it was pushed").0;
+        // Until the server listens, and while the one before it goes, clients meet nobody.
+        wait_until("a client is served", || {
+            let has_ended = child.try_wait().expect("a child").is_some();
+            let is_served = nbd_cli(&["info", &uri]).code == Some(0);
+            if has_ended && !is_served {
+                let mut said = String::new();
+                let _ = child.stderr.take().map(|mut error| error.read_to_string(&mut said));
+                panic!("round {round}: {said}");
+            }
+            is_served
+        });
+    }
+    for server in &mut servers {
+        wait_until("it ends with its client", || {
+            server.0.try_wait().expect("a child").is_some_and(|status| status.success())
+        });
+    }
+}
+
+#[test]
 fn clients_one_after_the_other_find_a_place_although_there_is_only_one() {
     tools!(qemu_io = "qemu-io");
     let disk = Disk::sparse();

@@ -21,6 +21,10 @@ use crate::error::CommandError;
 /// Clients that have connected and were not accepted yet: a burst of them is not refused.
 const BACKLOG: i32 = 1024;
 
+/// How often, and for how long at a time, another server is waited for that listens on the socket.
+const WAITS_FOR_SOCKET: u32 = 20;
+const WAIT_FOR_SOCKET: Duration = Duration::from_millis(50);
+
 /// How often, and for how long at a time, a client waits for one of those who are busy.
 const WAITS_FOR_PLACE: u32 = 200;
 const WAIT_FOR_PLACE: Duration = Duration::from_millis(10);
@@ -35,14 +39,25 @@ pub(in crate::commands::serve) struct ControlSocket {
 
 impl ControlSocket {
     /// Listens on a new socket that only this user can use, in place of one that nobody listens on
-    /// any more.
-    pub(in crate::commands::serve) fn open(path: &Path) -> Result<Self, CommandError> {
+    /// any more. One that another server still has, as one does that ends, is waited for.
+    pub(in crate::commands::serve) async fn open(path: &Path) -> Result<Self, CommandError> {
         let failed = |error: io::Error| {
             CommandError::new(format!(
                 "cannot listen on the control socket '{}': {error}",
                 path.display()
             ))
         };
+        for _ in 0..WAITS_FOR_SOCKET {
+            match remove_stale(path) {
+                Err(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+                    tokio::time::sleep(WAIT_FOR_SOCKET).await;
+                }
+                result => {
+                    result?;
+                    break;
+                }
+            }
+        }
         remove_stale(path)?;
         let open = || -> io::Result<Self> {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -123,6 +138,8 @@ fn remove_stale(path: &Path) -> Result<(), CommandError> {
             let _ = std::fs::remove_file(path);
             Ok(())
         }
+        // It has just ended.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         _ => Err(CommandError::new(format!(
             "another server listens on the control socket '{}'",
             path.display()

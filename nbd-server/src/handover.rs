@@ -1,0 +1,38 @@
+//! An address that another server is about to leave.
+//!
+//! A server that ends with its last client still listens for a moment after the client has seen its end,
+//! and so does one that was told to stop. The next one on the same address is started in just that moment.
+//! So an address that is taken is tried again, and refused when it remains so.
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use crate::ServeError;
+
+/// The first pause between attempts; each is twice the one before. About a second in all.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const ATTEMPTS: u32 = 7;
+
+/// Binds, as often as the address is taken and may become free.
+pub(crate) async fn take_over<T, F: Future<Output = Result<T, ServeError>>>(
+    mut bind: impl FnMut() -> F,
+) -> Result<T, ServeError> {
+    let mut pause = FIRST_PAUSE;
+    for _ in 0..ATTEMPTS {
+        match bind().await {
+            Err(error) if is_taken(&error) => tokio::time::sleep(pause).await,
+            result => return result,
+        }
+        pause *= 2;
+    }
+    bind().await
+}
+
+fn is_taken(error: &ServeError) -> bool {
+    match error {
+        ServeError::SocketInUse { .. } => true,
+        ServeError::Bind { source, .. } => source.kind() == io::ErrorKind::AddrInUse,
+        _ => false,
+    }
+}
