@@ -30,7 +30,7 @@ pub(crate) fn check(path: &Path, options: &OpenOptions, repair: Repair) -> Resul
         Repair::None => Access::ReadOnly,
         Repair::Leaks | Repair::All => Access::ReadWrite,
     };
-    let storage = Arc::new(FileStorage::open(path, access, options.locking)?);
+    let storage = Arc::new(options.open_file(path, access)?);
     let format = format_of(&*storage, options)?;
     if format != Format::Qcow2 {
         let detail = "a raw image has nothing that could be checked";
@@ -70,7 +70,7 @@ pub(crate) fn change_backing(
     if let Some((name, format)) = backing {
         check_depth(path, options, name, format)?;
     }
-    let storage = FileStorage::open(path, Access::ReadWrite, options.locking)?;
+    let storage = options.open_file(path, Access::ReadWrite)?;
     match format_of(&storage, options)? {
         Format::Qcow2 => qcow2::change_backing(&storage, backing),
         _ => {
@@ -106,7 +106,7 @@ enum Opened {
     /// The last one.
     Bottom(Box<dyn Driver>),
     /// One that is not joined to the next one yet.
-    Overlay(Box<Qcow2>, Layer),
+    Overlay(Box<Qcow2>, Box<Layer>),
 }
 
 /// Opens a layer and everything below it. `files` are those above, one for each layer. Not
@@ -132,7 +132,7 @@ fn open_layers(
                 if files.len() >= CHAIN_DEPTH_MAX {
                     return Err(too_long());
                 }
-                layer = below;
+                layer = *below;
             }
         }
     };
@@ -206,7 +206,7 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
     }
     if let Some((name, format)) = image.backing_name() {
         let below = layer_below(path, name, format, &options, files)?;
-        return Ok(Opened::Overlay(image, below));
+        return Ok(Opened::Overlay(image, Box::new(below)));
     }
     image.begin_writing()?;
     Ok(Opened::Bottom(image))
@@ -271,9 +271,7 @@ fn open_named(
             // Before it is locked: the lock of the image above would only say that it is busy.
             let identity = FileStorage::identity_of(&path);
             refuse_loop(identity, files_above).map_err(|error| error.with_path(&*path))?;
-            let storage =
-                FileStorage::open(&path, access, options.locking)?.with_syncing(options.syncing);
-            Ok((Arc::new(storage), Some(path)))
+            Ok((Arc::new(options.open_file(&path, access)?), Some(path)))
         }
     }
 }

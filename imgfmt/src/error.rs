@@ -55,8 +55,15 @@ struct Inner {
     offset: Option<u64>,
     detail: String,
     source: Option<io::Error>,
-    format: Option<Format>,
-    is_chain_too_long: bool,
+    hint: Option<Hint>,
+}
+
+/// What a caller may want to know beyond the class.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Hint {
+    FoundFormat(Format),
+    ChainTooLong,
+    CouldBeShared,
 }
 
 /// The usual result of this crate.
@@ -73,8 +80,7 @@ impl Error {
             offset: None,
             detail: detail.into(),
             source: None,
-            format: None,
-            is_chain_too_long: false,
+            hint: None,
         }))
     }
 
@@ -99,25 +105,40 @@ impl Error {
             detail.push_str(", or give the format 'raw' to use its bytes as they are");
         }
         let mut error = Self::new(ErrorKind::Unsupported, "open", detail);
-        error.0.format = Some(format).filter(|_| is_guess);
+        error.0.hint = Some(Hint::FoundFormat(format)).filter(|_| is_guess);
         error
     }
 
     /// Marks the error of a chain that is too long.
     #[must_use]
     pub(crate) fn chain_too_long(mut self) -> Self {
-        self.0.is_chain_too_long = true;
+        self.0.hint = Some(Hint::ChainTooLong);
         self
     }
 
     pub(crate) fn is_chain_too_long(&self) -> bool {
-        self.0.is_chain_too_long
+        self.0.hint == Some(Hint::ChainTooLong)
     }
 
     /// The format that the file turned out to have, if that is why it could not be opened: to give
     /// the format `raw` opens it all the same.
     pub fn found_format(&self) -> Option<Format> {
-        self.0.format
+        match self.0.hint {
+            Some(Hint::FoundFormat(format)) => Some(format),
+            _ => None,
+        }
+    }
+
+    /// Marks the error of opening what another program writes.
+    #[must_use]
+    pub(crate) fn but_could_be_shared(mut self) -> Self {
+        self.0.hint = Some(Hint::CouldBeShared);
+        self
+    }
+
+    /// Whether it could have been opened with [`Locking::Shared`](crate::Locking::Shared).
+    pub fn could_be_shared(&self) -> bool {
+        self.0.hint == Some(Hint::CouldBeShared)
     }
 
     /// Says more than the operating system's words do, in front of them.

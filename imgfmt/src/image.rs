@@ -15,9 +15,7 @@ use crate::info::ImageInfo;
 use crate::mapping::{Holes, Lease, Lookup};
 use crate::options::{Access, OpenOptions};
 use crate::qcow2::{CheckReport, Qcow2, Repair};
-use crate::storage::{
-    Capabilities, Durability, FileStorage, Speed, Storage, TryRead, TryWrite, ZeroMode,
-};
+use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Whether a disk may become smaller, which loses what is at its end.
@@ -59,8 +57,7 @@ impl Image {
     /// `Busy` if another program uses the file in a way that contradicts `options`; `Io`.
     pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
-        let storage =
-            FileStorage::open(path, options.access, options.locking)?.with_syncing(options.syncing);
+        let storage = options.open_file(path, options.access)?;
         Self::open_named(Arc::new(storage), Some(path), options)
             .map_err(|error| error.with_path(path))
     }

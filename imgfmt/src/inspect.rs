@@ -9,7 +9,7 @@ use crate::format::Format;
 use crate::image::Image;
 use crate::info::ImageInfo;
 use crate::options::{Access, OpenOptions};
-use crate::storage::{FileStorage, Storage};
+use crate::storage::Storage;
 
 impl Image {
     /// Facts about the image in a file. The files it names are not opened, so that an image of
@@ -20,7 +20,7 @@ impl Image {
     /// As [`open`](Self::open), except those of other files.
     pub fn inspect_file(path: impl AsRef<Path>, options: &OpenOptions) -> Result<ImageInfo> {
         let path = path.as_ref();
-        let open = || FileStorage::open(path, Access::ReadOnly, options.locking);
+        let open = || options.open_file(path, Access::ReadOnly);
         let inspect = |file| chain::inspect(Arc::new(file), Some(path), options);
         open().and_then(inspect).map_err(|error| error.with_path(path))
     }

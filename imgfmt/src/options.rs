@@ -1,7 +1,13 @@
 //! How an image is opened.
 
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::error::Result;
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
+use crate::storage::FileStorage;
 
 /// Whether an image may be changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -16,11 +22,31 @@ pub enum Access {
 /// Whether a file is locked against other programs while it is open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Locking {
-    /// Locks that QEMU's tools and this crate respect are held while the image is open.
+    /// Locks that QEMU's tools and this crate respect are held while the image is open, if its file
+    /// system has any (some network file systems have none: see [`OpenOptions::on_unlocked`]).
     #[default]
+    Auto,
+    /// The same, and a file that cannot be locked is not opened.
     On,
     /// No locks. Two writers of one image destroy it: only for files nobody else can open.
     Off,
+    /// The image is only read, and others may write to it at the same time, as a virtual machine does.
+    /// What is read can then be a mix of old and new, in the image's own tables too: what seems to be
+    /// damage need not be any.
+    Shared,
+}
+
+/// Called with the path of a file that is opened without locks because it cannot be locked.
+pub type UnlockedHook = dyn Fn(&Path) + Send + Sync;
+
+/// A hook that can be shared and shown.
+#[derive(Clone, Default)]
+pub(crate) struct OnUnlocked(Option<Arc<UnlockedHook>>);
+
+impl fmt::Debug for OnUnlocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Some(..)" } else { "None" })
+    }
 }
 
 /// What the dirty bitmaps of a writable image survive.
@@ -81,8 +107,9 @@ pub struct OpenOptions {
     pub metadata_cache_bytes: Option<u64>,
     /// What the dirty bitmaps survive that note changes while the image is open.
     pub survives: Survives,
+    pub(crate) on_unlocked: OnUnlocked,
     #[cfg(any(test, feature = "test-util"))]
-    pub(crate) sidecar_folder: Option<std::sync::Arc<crate::sidecar::RecordedFolder>>,
+    pub(crate) sidecar_folder: Option<Arc<crate::sidecar::RecordedFolder>>,
 }
 
 impl OpenOptions {
@@ -110,6 +137,23 @@ impl OpenOptions {
     pub fn locking(mut self, locking: Locking) -> Self {
         self.locking = locking;
         self
+    }
+
+    /// Has `hook` called for every file that is opened without locks, with [`Locking::Auto`], because
+    /// its file system has none.
+    #[must_use]
+    pub fn on_unlocked(mut self, hook: Arc<UnlockedHook>) -> Self {
+        self.on_unlocked = OnUnlocked(Some(hook));
+        self
+    }
+
+    /// Opens a file as these options say.
+    pub(crate) fn open_file(&self, path: &Path, access: Access) -> Result<FileStorage> {
+        let storage = FileStorage::open(path, access, self.locking)?.with_syncing(self.syncing);
+        if let (true, Some(hook)) = (storage.lacks_locks(), &self.on_unlocked.0) {
+            hook(path);
+        }
+        Ok(storage)
     }
 
     /// Says whether what is written is put on stable storage.
@@ -143,11 +187,8 @@ impl OpenOptions {
     /// Keeps the sidecar of dirty bitmaps in a folder of a recording rather than beside the image.
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
-    pub fn sidecar_folder(
-        mut self,
-        folder: &std::sync::Arc<crate::storage::fault::RecordedFolder>,
-    ) -> Self {
-        self.sidecar_folder = Some(std::sync::Arc::clone(folder));
+    pub fn sidecar_folder(mut self, folder: &Arc<crate::storage::fault::RecordedFolder>) -> Self {
+        self.sidecar_folder = Some(Arc::clone(folder));
         self
     }
 

@@ -92,3 +92,23 @@ fn we_respect_the_locks_of_qemu() {
     drop(server);
     Image::open(&path, &options(Access::ReadWrite)).unwrap();
 }
+
+#[test]
+fn who_shares_an_image_reads_beside_a_writer_and_keeps_nobody_from_writing() {
+    let file = disk();
+    let shared = options(Access::ReadOnly).locking(Locking::Shared);
+    let reader = Image::open(file.path(), &shared).unwrap();
+    let writer = Image::open(file.path(), &options(Access::ReadWrite)).unwrap();
+    Image::open(file.path(), &shared).unwrap();
+    let error = Image::open(file.path(), &options(Access::ReadOnly)).unwrap_err();
+    assert!(error.could_be_shared());
+    let error = Image::open(file.path(), &options(Access::ReadWrite)).unwrap_err();
+    assert!(!error.could_be_shared());
+    drop(writer);
+    if has_tool("qemu-io") {
+        assert!(qemu_io_can_open(file.path(), false));
+    }
+    let both = options(Access::ReadWrite).locking(Locking::Shared);
+    assert_eq!(Image::open(file.path(), &both).unwrap_err().kind(), ErrorKind::InvalidInput);
+    drop(reader);
+}

@@ -41,12 +41,14 @@ pub(crate) enum CommandErrorKind {
 pub(crate) struct CommandError {
     kind: CommandErrorKind,
     message: String,
+    could_be_shared: bool,
 }
 
 impl CommandError {
     /// A failure; `message` is the whole sentence.
     pub(crate) fn new(message: impl Into<String>) -> Self {
-        Self { kind: CommandErrorKind::Failure, message: message.into() }
+        let message = message.into();
+        Self { kind: CommandErrorKind::Failure, message, could_be_shared: false }
     }
 
     /// A failure while a report was written to standard output.
@@ -55,7 +57,14 @@ impl CommandError {
             io::ErrorKind::BrokenPipe => CommandErrorKind::BrokenPipe,
             _ => CommandErrorKind::Failure,
         };
-        Self { kind, message: format!("cannot write to standard output: {error}") }
+        let message = format!("cannot write to standard output: {error}");
+        Self { kind, message, could_be_shared: false }
+    }
+
+    /// Whether a file could not be read because another program writes to it, and could be read at
+    /// the same time.
+    pub(crate) fn could_be_shared(&self) -> bool {
+        self.could_be_shared
     }
 
     pub(crate) fn kind(&self) -> CommandErrorKind {
@@ -71,7 +80,7 @@ impl fmt::Display for CommandError {
 
 impl From<imgfmt::Error> for CommandError {
     fn from(error: imgfmt::Error) -> Self {
-        Self::new(error.to_string())
+        Self { could_be_shared: error.could_be_shared(), ..Self::new(error.to_string()) }
     }
 }
 

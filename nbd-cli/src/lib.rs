@@ -12,6 +12,7 @@ mod control;
 mod error;
 pub mod image_format;
 mod key_values;
+pub mod locking;
 mod logging;
 mod output;
 mod picture;

@@ -30,6 +30,7 @@ pub struct FileStorage {
     rotational: bool,
     preferred_size: u32,
     syncing: Syncing,
+    lacks_locks: bool,
     /// Operations that this file system has turned out to lack; they are not tried again.
     lacks: Lacks,
     known_data: Box<KnownData>,
@@ -59,7 +60,8 @@ impl FileStorage {
     ///
     /// `NotFound`, `PermissionDenied`, `ReadOnly` (file system), `InvalidFormat` for a directory,
     /// pipe, socket or character device, `Busy` if the locks of another program forbid it,
-    /// `Unsupported` if locks were asked for and the file system has none.
+    /// `Unsupported` if locks must be held and the file system has none, `InvalidInput` for a file that is
+    /// to be written and shared with other writers.
     pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
         // A pipe or a socket is refused before it is opened, because opening may hang or disturb
         // whoever is at the other end; what was opened is looked at again below.
@@ -74,10 +76,15 @@ impl FileStorage {
         let metadata = file.metadata().map_err(open_error(path))?;
         refuse_what_is_no_image(path, metadata.file_type())?;
         clear_non_blocking(&file).map_err(open_error(path))?;
-        if locking == Locking::On {
-            lock_file(&file, path, access)?;
-        }
-        Ok(Self::from_file(file, &metadata))
+        let lacks_locks = !lock_file(&file, path, access, locking)?;
+        let mut storage = Self::from_file(file, &metadata);
+        storage.lacks_locks = lacks_locks;
+        Ok(storage)
+    }
+
+    /// Whether locks were wanted, and the file system has none.
+    pub fn lacks_locks(&self) -> bool {
+        self.lacks_locks
     }
 
     /// The identity of a file that is not opened; `None` if it cannot be looked at.
@@ -106,6 +113,7 @@ impl FileStorage {
             rotational: is_rotational(identity.device),
             preferred_size: block_size.clamp(4096, 1 << 20).next_power_of_two(),
             syncing: Syncing::On,
+            lacks_locks: false,
             lacks,
             known_data: Box::default(),
         }
@@ -429,28 +437,51 @@ fn clear_non_blocking(file: &File) -> io::Result<()> {
     Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)?)
 }
 
-fn lock_file(file: &File, path: &Path, access: Access) -> Result<()> {
+/// Locks the file; false if it has no locks and need not have any.
+fn lock_file(file: &File, path: &Path, access: Access, locking: Locking) -> Result<bool> {
     let busy = |detail: &str| Err(Error::new(ErrorKind::Busy, "open", detail).with_path(path));
-    match lock::take(file.as_fd(), access) {
-        Ok(LockOutcome::Taken) => Ok(()),
-        Ok(LockOutcome::HeldByWriter) => busy(
-            "another program (a virtual machine, qemu-nbd, another export?) has it open for \
-             writing; end that first",
-        ),
+    let outcome = match (locking, access) {
+        (Locking::Off, _) => return Ok(true),
+        (Locking::Auto | Locking::On, _) => lock::take(file.as_fd(), access),
+        (Locking::Shared, Access::ReadOnly) => lock::take_shared(file.as_fd()),
+        (Locking::Shared, Access::ReadWrite) => {
+            let detail = "what others may write to at the same time can only be read";
+            return Err(Error::new(ErrorKind::InvalidInput, "open", detail).with_path(path));
+        }
+    };
+    match outcome {
+        Ok(LockOutcome::Taken) => Ok(true),
+        Ok(LockOutcome::HeldByWriter) => {
+            let error = busy(
+                "another program (a virtual machine, qemu-nbd, another export?) has it open for \
+                 writing; stop it first",
+            );
+            match access {
+                Access::ReadOnly => error.map_err(Error::but_could_be_shared),
+                Access::ReadWrite => error,
+            }
+        }
         Ok(LockOutcome::NotShared) => busy(
             "another program (a virtual machine, qemu-nbd, another export?) is using it and does \
-             not share it with writers; end that first, or open it read-only",
+             not share it with writers; stop it first, or open it read-only",
         ),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            busy("another program has locked it; end that first")
+            busy("another program has locked it; stop it first")
         }
         Err(error)
             if matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::EINVAL))
                 || is_not_supported(&error) =>
         {
-            let detail = "its file system has no locks; open it without locking if you are sure \
-                          that nobody else uses it";
-            Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
+            match locking {
+                Locking::On => {
+                    let detail = "its file system has no locks; open it with locking off if you \
+                                  are sure that nobody else uses it";
+                    Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
+                }
+                // Who shares it has asked for no protection.
+                Locking::Shared => Ok(true),
+                Locking::Auto | Locking::Off => Ok(false),
+            }
         }
         Err(error) => Err(Error::from_io("lock", error).with_path(path)),
     }

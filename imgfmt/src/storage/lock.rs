@@ -43,6 +43,18 @@ pub(super) fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome
     outcome
 }
 
+/// Says that the image is read, and lets others write to it at the same time.
+pub(super) fn take_shared(fd: BorrowedFd<'_>) -> io::Result<LockOutcome> {
+    sys::lock_byte_shared(fd, HELD_BASE + CONSISTENT_READ)?;
+    match sys::byte_is_locked(fd, NOT_SHARED_BASE + CONSISTENT_READ)? {
+        false => Ok(LockOutcome::Taken),
+        true => {
+            sys::unlock(fd)?;
+            Ok(LockOutcome::NotShared)
+        }
+    }
+}
+
 fn try_to_take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome> {
     let held: &[u64] = match access {
         Access::ReadOnly => &[CONSISTENT_READ],

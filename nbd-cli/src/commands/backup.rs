@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use imgfmt::{Access, Format, Image, OpenOptions};
+use imgfmt::{Access, Format, Image};
 use nbd_client::{Client, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
@@ -388,10 +388,9 @@ async fn verify(
     what: Verify,
     partial: &Partial,
 ) -> Result<u64, CommandError> {
-    let options = OpenOptions::new()
-        .format(Format::Qcow2)
-        .access(Access::ReadOnly)
-        .policy(partial.policy(&args.trust));
+    let locks = args.trust.locks.options();
+    let options =
+        locks.format(Format::Qcow2).access(Access::ReadOnly).policy(partial.policy(&args.trust));
     let image = Image::open(partial.path(), &options).map_err(explained)?;
     let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let unit = source.alignment();

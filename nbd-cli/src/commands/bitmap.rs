@@ -9,6 +9,7 @@ use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
 
 use super::image::open::OpenArgs;
 use crate::error::{CommandError, Outcome};
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
 use crate::serving::frozen;
 use crate::size::ByteSize;
@@ -46,7 +47,7 @@ pub struct BitmapArgs {
 #[derive(Debug, Subcommand)]
 pub enum BitmapCommand {
     /// List the bitmaps of an image
-    List(ImageArgs),
+    List(ListArgs),
     /// Add a bitmap, in which nothing is dirty
     Add(AddArgs),
     /// Remove a bitmap, whatever its state
@@ -86,6 +87,18 @@ pub struct ImageArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub open: OpenArgs,
+}
+
+/// Arguments of `nbd-cli bitmap list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub image: ImageArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub share: ShareArgs,
 }
 
 /// Arguments of the commands that change one bitmap.
@@ -159,8 +172,9 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
     }
 }
 
-fn list(args: &ImageArgs) -> Result<Outcome, CommandError> {
-    let image = args.open.read(&args.path)?;
+fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
+    let ListArgs { image: args, share } = args;
+    let image = args.open.read(&args.path, *share).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => list::json(&image, &mut output)?,
@@ -196,7 +210,7 @@ fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
         }
         Some(path) => {
             // Closed again before the other one is opened: one may be the other's backing file.
-            let other = args.image.open.read(path)?;
+            let other = args.image.open.read(path, ShareArgs::default())?;
             let mut changes = Vec::new();
             for name in &args.sources {
                 frozen::check_complete(&other, name)?;

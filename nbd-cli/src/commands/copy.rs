@@ -23,6 +23,7 @@ use self::plan::Extents;
 use self::source::{Knowledge, Source};
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
+use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, Visibility};
 use crate::signals;
@@ -101,6 +102,14 @@ pub struct CopyArgs {
     #[arg(short = 'S', long, value_name = "SIZE", default_value = "4K")]
     pub sparse: ByteSize,
 
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub locks: LockArgs,
+
     /// Show progress even if standard error is no terminal.
     #[arg(short, long)]
     pub progress: bool,
@@ -147,10 +156,13 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     // The source first: what cannot be read must not cost anybody a destination.
     let knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
-    let source = Source::open(&args.source, &args.connection, &args.tls, knowledge).await?;
+    let locking = args.share.locking(args.locks);
+    let source = Source::open(&args.source, &args.connection, &args.tls, locking, knowledge).await;
+    let source = source.map_err(advise_sharing)?;
     warn_of_container(&source);
     let destination =
-        Destination::open(&args.destination, &args.connection, &args.tls, &source).await?;
+        Destination::open(&args.destination, &args.connection, &args.tls, args.locks, &source)
+            .await?;
     let visibility = match (args.progress, args.quiet) {
         (true, _) => Visibility::Always,
         (_, true) => Visibility::Never,

@@ -20,6 +20,7 @@ use super::image::open::OpenArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
 use crate::image_format::ImageFormat;
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
 use crate::signals;
@@ -68,6 +69,10 @@ pub struct RestoreArgs {
     /// Requests in flight.
     #[arg(short = 'R', long, value_name = "N", default_value = "32")]
     pub requests: NonZeroUsize,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
 
     /// How the image is opened.
     #[command(flatten)]
@@ -120,7 +125,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
 
 async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     let started = Instant::now();
-    let image = Arc::new(args.open.read(&args.image)?);
+    let image = Arc::new(args.open.read(&args.image, args.share).map_err(advise_sharing)?);
     let size = image.size();
     let is_new = match &args.destination {
         Location::File(path) => is_new(path)?,
@@ -219,7 +224,10 @@ async fn open(
             Ok(Destination::image(Image::open(path, &options)?, Surface::Zeroes))
         }
         (Some(new), _) => Destination::new_file(new),
-        _ => Destination::open(&args.destination, &args.connection, &args.tls, source).await,
+        _ => {
+            let locks = args.open.trust.locks;
+            Destination::open(&args.destination, &args.connection, &args.tls, locks, source).await
+        }
     }
 }
 
@@ -288,7 +296,10 @@ async fn verify(
         Location::File(path) if is_image => {
             Source::Image { image: Arc::new(Image::open(path, &plain(Format::Qcow2))?) }
         }
-        location => Source::open(location, &args.connection, &args.tls, Knowledge::Holes).await?,
+        location => {
+            let locking = args.open.trust.locks.locking();
+            Source::open(location, &args.connection, &args.tls, locking, Knowledge::Holes).await?
+        }
     };
     let unit = copy.alignment();
     let source = Source::Image { image };

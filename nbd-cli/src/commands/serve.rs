@@ -105,6 +105,11 @@ pub struct ServeArgs {
     #[arg(long, conflicts_with = "read_only")]
     pub temporary: bool,
 
+    /// Serve images while other programs write to them. What clients read can then be a mix of old
+    /// and new.
+    #[arg(long, requires = "read_only")]
+    pub force_share: bool,
+
     #[command(flatten)]
     #[allow(missing_docs)]
     pub trust: TrustArgs,

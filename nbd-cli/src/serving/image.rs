@@ -11,6 +11,7 @@ use super::durability::{report_recovery, report_shortfall};
 use super::temporary::temporary;
 use super::{BitmapDurability, Changes, Window, filtered, frozen};
 use crate::error::CommandError;
+use crate::locking::warning;
 use crate::output::{printable, warn};
 
 /// Which dirty bitmaps of an image are offered.
@@ -126,7 +127,7 @@ impl ImageChoices {
     ///
     /// [`OpenError`] if it cannot be opened.
     pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
-        let mut options = OpenOptions::new().locking(self.locking);
+        let mut options = warning(OpenOptions::new().locking(self.locking));
         options.policy = self.policy.clone().unwrap_or_default();
         options.format = self.format;
         options.snapshot.clone_from(&self.snapshot);

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
     Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, Holes, HostOffset, Image,
-    L2Entries, Lookup, Mapping, OpenOptions, OpenPolicy, Storage, TryRead,
+    L2Entries, Locking, Lookup, Mapping, OpenOptions, OpenPolicy, Storage, TryRead,
 };
 
 use super::PrivateFolder;
@@ -39,7 +39,7 @@ pub(super) fn temporary(
     let folder = PrivateFolder::inside(&parent)?;
     let overlay = folder.overlay();
     let image = match options.snapshot {
-        None => over_file(&overlay, &path, &base, policy),
+        None => over_file(&overlay, &path, &base, policy, options.locking),
         Some(_) => over_image(&overlay, base),
     };
     let removed = match std::fs::remove_file(&overlay) {
@@ -71,12 +71,13 @@ fn over_file(
     path: &str,
     base: &Image,
     policy: OpenPolicy,
+    locking: Locking,
 ) -> imgfmt::Result<Image> {
     // In two steps, because what is below may be somewhere where only the policy finds it.
     create(overlay, base.size())?;
     let plain = OpenOptions::new().format(Format::Qcow2);
     Image::change_backing_file(overlay, &plain, Some((path, base.format())))?;
-    Image::open(overlay, &options().policy(policy))
+    Image::open(overlay, &options().policy(policy).locking(locking))
 }
 
 /// An overlay over what an open image shows: a snapshot has no name that an overlay could contain.

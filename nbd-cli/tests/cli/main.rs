@@ -36,6 +36,7 @@ mod image_convert_existing;
 mod image_convert_nbd;
 mod image_create;
 mod image_foreign_formats;
+mod image_in_use;
 mod image_json;
 mod image_long_chains;
 mod image_look;

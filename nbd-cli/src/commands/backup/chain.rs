@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use imgfmt::{Format, Image, OpenOptions};
+use imgfmt::{Format, Image};
 
 use super::BackupArgs;
 use crate::commands::image::open::explained;
@@ -19,7 +19,7 @@ pub(super) struct Base {
 
 impl Base {
     pub(super) fn open(path: &Path, args: &BackupArgs) -> Result<Self, CommandError> {
-        let options = OpenOptions::new().policy(args.trust.policy());
+        let options = args.trust.options();
         let image = Image::open(path, &options).map_err(|error| match error.found_format() {
             Some(format) => CommandError::new(format!(
                 "'{}' is a {} image and no backup that an incremental one could build on; make a \

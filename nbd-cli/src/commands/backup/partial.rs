@@ -141,7 +141,9 @@ impl Partial {
 
     /// Opens it for writing.
     pub(super) fn open(&self, trust: &TrustArgs) -> Result<Image, CommandError> {
-        let options = OpenOptions::new()
+        let options = trust
+            .locks
+            .options()
             .format(Format::Qcow2)
             .access(Access::ReadWrite)
             .policy(self.policy(trust));
@@ -232,7 +234,7 @@ impl Partial {
 
     fn remove(&self) -> Result<(), CommandError> {
         // Whoever is at work on it holds a lock.
-        let storage = FileStorage::open(&self.path, Access::ReadWrite, Locking::On)?;
+        let storage = FileStorage::open(&self.path, Access::ReadWrite, Locking::Auto)?;
         drop(storage);
         fs::remove_file(&self.path).map_err(|error| {
             CommandError::new(format!("cannot remove '{}': {error}", self.path.display()))

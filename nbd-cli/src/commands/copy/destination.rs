@@ -19,6 +19,7 @@ use super::location::Location;
 use super::source::Source;
 use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
 use crate::error::CommandError;
+use crate::locking::LockArgs;
 use crate::target::{self, Durable, Existing, NewFile};
 
 /// Threads that write to a local file at a time.
@@ -79,6 +80,7 @@ impl Destination {
         location: &Location,
         connection: &ConnectionArgs,
         tls: &TlsArgs,
+        locks: LockArgs,
         source: &Source,
     ) -> Result<Self, CommandError> {
         let destination = match location {
@@ -92,7 +94,7 @@ impl Destination {
                 }
                 Self::Nbd { client, uri: uri.clone() }
             }
-            Location::File(path) => open_file(path, source)?,
+            Location::File(path) => open_file(path, locks, source)?,
             Location::Standard => Self::Standard,
             Location::Null => Self::Null,
         };
@@ -295,7 +297,7 @@ impl Destination {
 
     /// A new file at a temporary name, that somebody else will name.
     pub(in crate::commands) fn new_file(new: &NewFile) -> Result<Self, CommandError> {
-        let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::On)?;
+        let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
         Ok(Self::file(storage, new.path(), FileKind::Regular, None))
     }
 
@@ -322,11 +324,11 @@ impl Destination {
     }
 }
 
-fn open_file(path: &Path, source: &Source) -> Result<Destination, CommandError> {
-    let storage = match FileStorage::open(path, Access::ReadWrite, Locking::On) {
+fn open_file(path: &Path, locks: LockArgs, source: &Source) -> Result<Destination, CommandError> {
+    let storage = match locks.open_file(path, Access::ReadWrite) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let new = NewFile::begin(path, create_empty)?;
-            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::On)?;
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
             return Ok(Destination::file(storage, path, FileKind::Regular, Some(new)));
         }
         Err(error) if error.kind() == ErrorKind::Busy && is_same_file(path, source) => {
@@ -342,7 +344,7 @@ fn open_file(path: &Path, source: &Source) -> Result<Destination, CommandError> 
     }
     let storage = match NewFile::instead_of(path, storage)? {
         Ok(new) => {
-            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::On)?;
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
             return Ok(Destination::file(storage, path, FileKind::Regular, Some(new)));
         }
         Err(storage) => storage,

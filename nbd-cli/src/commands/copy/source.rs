@@ -16,6 +16,7 @@ use super::location::Location;
 use super::plan::{Content, Extents, ImageExtents, allocated};
 use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
 use crate::error::CommandError;
+use crate::locking::open_file;
 
 /// What a server is asked about its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +52,7 @@ impl Source {
         location: &Location,
         connection: &ConnectionArgs,
         tls: &TlsArgs,
+        locking: Locking,
         knowledge: Knowledge,
     ) -> Result<Self, CommandError> {
         match location {
@@ -63,7 +65,7 @@ impl Source {
                 Ok(Self::Nbd { client, uri: uri.clone() })
             }
             Location::File(path) => {
-                let storage = FileStorage::open(path, Access::ReadOnly, Locking::On)?;
+                let storage = open_file(path, Access::ReadOnly, locking)?;
                 let size = storage.len().map_err(|error| read_error(path, 0, &error))?;
                 Ok(Self::File { storage: Arc::new(storage), path: path.clone(), size })
             }

@@ -4,12 +4,13 @@ use std::io::Write as _;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use imgfmt::{CheckReport, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Repair};
+use imgfmt::{CheckReport, ErrorKind, Format, Image, OpenPolicy, Repair};
 use serde::Serialize;
 
 use super::open::explained;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
+use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 
 const AFTER_HELP: &str = "\
@@ -52,6 +53,14 @@ pub struct CheckArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+
+    /// Check an image while another program writes to it. What is found need not be damage then.
+    #[arg(short = 'U', long, conflicts_with = "repair")]
+    pub force_share: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub locks: LockArgs,
 }
 
 /// What is repaired.
@@ -94,7 +103,8 @@ fn is_zero(number: &u64) -> bool {
 }
 
 pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
-    let mut options = OpenOptions::new().policy(OpenPolicy::deny());
+    let share = ShareArgs { force_share: args.force_share };
+    let mut options = share.apply(args.locks.options()).policy(OpenPolicy::deny());
     options.format = args.format.map(Format::from);
     let repair = match args.repair {
         None => Repair::None,
@@ -112,7 +122,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
             let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
             return Ok(Outcome::Status(UNSUPPORTED));
         }
-        Err(error) => return Err(explained(error)),
+        Err(error) => return Err(advise_sharing(explained(error))),
     };
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {

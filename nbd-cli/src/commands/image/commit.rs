@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use imgfmt::storage::FileStorage;
 use imgfmt::{
     Access, Durability, ExtentKind, Format, Image, Locking, OpenOptions, Shrink, Speed, ZeroMode,
 };
@@ -62,7 +61,7 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let shared = options(args.format, &args.trust);
     // Held until the end. The chain itself is opened without locks, or its read lock on the
     // backing file would keep us from writing there.
-    let overlay_lock = FileStorage::open(&args.path, Access::ReadWrite, Locking::On)?;
+    let overlay_lock = args.trust.locks.open_file(&args.path, Access::ReadWrite)?;
     let unlocked = shared.clone().locking(Locking::Off);
     let overlay = Image::open(&args.path, &unlocked);
     let overlay = overlay.map_err(explained)?;

@@ -15,6 +15,7 @@ use super::place::Place;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, CommandErrorKind, Outcome};
 use crate::image_format::ImageFormat;
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, warn};
 use crate::progress::{Progress, ProgressArgs};
 
@@ -69,6 +70,10 @@ pub struct CompareArgs {
     pub progress: ProgressArgs,
 
     #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
+
+    #[command(flatten)]
     pub trust: TrustArgs,
 
     #[command(flatten)]
@@ -101,8 +106,9 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
     let is_remote = places.iter().any(|place| place.uri().is_some());
     let [first, second] = places;
     let open = |place: &Place, format, raw_option| {
-        let options = options(format, &args.trust).policy(args.trust.policy_with(&args.server));
-        place.open_or_name(&options, &args.server, raw_option)
+        let options = args.share.apply(options(format, &args.trust));
+        let options = options.policy(args.trust.policy_with(&args.server));
+        place.open_or_name(&options, &args.server, raw_option).map_err(advise_sharing)
     };
     let first = open(&first, args.format, "--format raw")?;
     let second = open(&second, args.second_format, "--second-format raw")?;

@@ -17,6 +17,7 @@ use super::place::Place;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::progress::{Progress, ProgressArgs};
 use crate::target::{self, Durable, Existing, NewFile};
 
@@ -95,6 +96,10 @@ pub struct ConvertArgs {
     pub qcow2: Qcow2Args,
 
     #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
+
+    #[command(flatten)]
     pub open: OpenArgs,
 
     #[command(flatten)]
@@ -108,9 +113,9 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let exists = args.no_create || matches!(destination, Place::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
-    let mut read = args.open.options_with(&args.server);
+    let mut read = args.share.apply(args.open.options_with(&args.server));
     read.snapshot.clone_from(&args.snapshot);
-    let source = from.open(&read, &args.server)?;
+    let source = from.open(&read, &args.server).map_err(advise_sharing)?;
     let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
     let copy = Conversion { args, source: &source, from: &from, format, is_remote };
@@ -209,8 +214,8 @@ impl Conversion<'_> {
     /// Replaces the disk that is there.
     fn replace(&self, to: &Place, progress: &Progress) -> Result<(), CommandError> {
         let policy = self.args.open.trust.policy_with(&self.args.server);
-        let options =
-            OpenOptions::new().format(self.format).access(Access::ReadWrite).policy(policy);
+        let options = self.args.open.trust.locks.options();
+        let options = options.format(self.format).access(Access::ReadWrite).policy(policy);
         let image = to.open(&options, &self.args.server)?;
         let (room, size) = (image.size(), self.source.size());
         if room < size {

@@ -16,6 +16,7 @@ use super::snapshot::{self, JsonSnapshot};
 use crate::commands::info::report::Report;
 use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome, runtime};
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
 
@@ -43,6 +44,10 @@ pub struct InfoArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
 
     #[command(flatten)]
     pub open: OpenArgs,
@@ -103,7 +108,7 @@ struct Qcow2Data<'a> {
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
     let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
-    let layers = layers(args, place)?;
+    let layers = layers(args, place).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json if args.backing_chain => {
@@ -146,7 +151,7 @@ struct Found {
 
 /// The image and, if asked for, everything below it.
 fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
-    let mut options = args.open.options_with(&args.server);
+    let mut options = args.share.apply(args.open.options_with(&args.server));
     if args.backing_chain {
         // Says whether every name may be followed, and that they do not lead in circles.
         place.open(&options, &args.server)?;

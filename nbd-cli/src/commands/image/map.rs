@@ -14,6 +14,7 @@ use super::walk::Extents;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
 
 const AFTER_HELP: &str = "\
@@ -38,6 +39,10 @@ pub struct MapArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
 
     #[command(flatten)]
     pub open: OpenArgs,
@@ -110,7 +115,8 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
             export::map(uri, &args.server, |part| report.add(part, &mut output))?;
         }
         _ => {
-            let image = place.open(&args.open.options_with(&args.server), &args.server)?;
+            let options = args.share.apply(args.open.options_with(&args.server));
+            let image = place.open(&options, &args.server).map_err(advise_sharing)?;
             let mut extents = Extents::new(&image);
             while let Some(extent) = extents.next()? {
                 parts(&image, extent, |part| report.add(part, &mut output))?;

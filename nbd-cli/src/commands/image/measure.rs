@@ -13,6 +13,7 @@ use super::walk::Extents;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
 use crate::size::{ByteSize, rounded};
 
@@ -54,6 +55,10 @@ pub struct MeasureArgs {
     pub qcow2: Qcow2Args,
 
     #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
+
+    #[command(flatten)]
     pub open: OpenArgs,
 
     #[command(flatten)]
@@ -78,11 +83,12 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
             None
         }
         Some(path) => {
-            let mut options = args.open.options_with(&args.server);
+            let mut options = args.share.apply(args.open.options_with(&args.server));
             options.snapshot.clone_from(&args.snapshot);
             Some(
                 Place::parse_one(path, &args.server, &args.open.trust)?
-                    .open(&options, &args.server)?,
+                    .open(&options, &args.server)
+                    .map_err(advise_sharing)?,
             )
         }
     };

@@ -8,6 +8,7 @@ use imgfmt::{Access, Error, ErrorKind, Image, OpenOptions, OpenPolicy};
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::image_format::ImageFormat;
+use crate::locking::{LockArgs, ShareArgs};
 use crate::remote::allow_exports;
 
 /// How an image that exists is opened.
@@ -29,6 +30,10 @@ pub struct TrustArgs {
     /// this only files in the image's folder and below are opened.
     #[arg(long)]
     pub trust_image: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub locks: LockArgs,
 }
 
 impl TrustArgs {
@@ -45,8 +50,8 @@ impl TrustArgs {
     }
 
     /// For an image whose format is to be looked at or set later.
-    pub(super) fn options(&self) -> OpenOptions {
-        OpenOptions::new().policy(self.policy())
+    pub(in crate::commands) fn options(&self) -> OpenOptions {
+        self.locks.options().policy(self.policy())
     }
 }
 
@@ -61,8 +66,12 @@ impl OpenArgs {
     }
 
     /// Opens an image to read it.
-    pub(in crate::commands) fn read(&self, path: &Path) -> Result<Image, CommandError> {
-        Image::open(path, &self.options()).map_err(explained)
+    pub(in crate::commands) fn read(
+        &self,
+        path: &Path,
+        share: ShareArgs,
+    ) -> Result<Image, CommandError> {
+        Image::open(path, &share.apply(self.options())).map_err(explained)
     }
 
     /// Opens an image to change it.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use imgfmt::{Access, Durability, Format, GuestOffset, Image, OpenOptions};
+use imgfmt::{Access, Durability, Format, GuestOffset, Image};
 
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
@@ -88,7 +88,7 @@ fn keep_content(args: &RebaseArgs, new: Option<(&str, Format)>) -> Result<(), Co
     let backing = match new {
         None => None,
         Some((name, format)) => {
-            let options = OpenOptions::new().format(format).policy(args.open.trust.policy());
+            let options = args.open.trust.options().format(format);
             let place = Place::File(args.path.clone()).beside(name)?;
             Some(place.open(&options, &ServerArgs::default())?)
         }

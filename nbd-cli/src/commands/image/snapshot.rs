@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use imgfmt::{Image, Snapshot};
+use imgfmt::{Image, OpenOptions, Snapshot};
 use serde::Serialize;
 
 use super::open::{OpenArgs, explained};
 use crate::error::{CommandError, Outcome};
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::rounded;
 
@@ -61,6 +62,10 @@ pub struct ListArgs {
     pub json: bool,
 
     #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
+
+    #[command(flatten)]
     pub open: OpenArgs,
 }
 
@@ -111,17 +116,22 @@ fn change(
     action(&mut image, &args.name)?;
     image.close()?;
     match args.json {
-        true => print(&args.path, &args.open, ReportFormat::Json),
+        true => print(&args.path, &args.open.options(), ReportFormat::Json),
         false => Ok(Outcome::Success),
     }
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    print(&args.path, &args.open, ReportFormat::from_json_flag(args.json))
+    let options = args.share.apply(args.open.options());
+    print(&args.path, &options, ReportFormat::from_json_flag(args.json)).map_err(advise_sharing)
 }
 
-fn print(path: &Path, open: &OpenArgs, format: ReportFormat) -> Result<Outcome, CommandError> {
-    let snapshots = snapshots(path, open)?;
+fn print(
+    path: &Path,
+    options: &OpenOptions,
+    format: ReportFormat,
+) -> Result<Outcome, CommandError> {
+    let snapshots = snapshots(path, options)?;
     let mut output = Output::new();
     match format {
         ReportFormat::Json => output.json(&json(&snapshots))?,
@@ -131,8 +141,8 @@ fn print(path: &Path, open: &OpenArgs, format: ReportFormat) -> Result<Outcome, 
     Ok(Outcome::Success)
 }
 
-fn snapshots(path: &Path, open: &OpenArgs) -> Result<Vec<Snapshot>, CommandError> {
-    let info = Image::inspect_file(path, &open.options()).map_err(explained)?;
+fn snapshots(path: &Path, options: &OpenOptions) -> Result<Vec<Snapshot>, CommandError> {
+    let info = Image::inspect_file(path, options).map_err(explained)?;
     Ok(info.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default())
 }
 

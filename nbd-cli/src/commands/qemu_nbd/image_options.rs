@@ -160,7 +160,8 @@ impl Described {
             path.ok_or_else(|| format!("The '{driver}' block driver requires a file name"))?;
         self.place = Place::named(&path)?;
         self.locking = match options.take("locking").as_deref() {
-            None | Some("auto" | "on") => Locking::On,
+            None | Some("auto") => Locking::Auto,
+            Some("on") => Locking::On,
             Some("off") => Locking::Off,
             Some(other) => return Err(format!("Invalid value '{other}' for 'locking'")),
         };
@@ -193,7 +194,7 @@ impl Described {
             if !self.read_only {
                 return Err("force-share=on can only be used with read-only images".to_owned());
             }
-            self.locking = Locking::Off;
+            self.locking = Locking::Shared;
         }
         if let Some(text) = options.take("discard") {
             let discard = parse_discard(&text);

@@ -9,6 +9,7 @@ mod socket;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
+use imgfmt::Locking;
 use nbd_proto::wire::TransmissionFlags;
 use nbd_server::{InUse, RemoveError, ServerHandle};
 use serde_json::{Value, json};
@@ -133,6 +134,9 @@ impl Controller {
         let mut choices = self.choices.clone();
         choices.snapshot = None;
         choices.writes = if read_only { Writes::Refused } else { Writes::ToImage };
+        if !read_only && choices.locking == Locking::Shared {
+            choices.locking = Locking::Auto;
+        }
         choices.format = match format {
             None => None,
             Some(name) => Some(imgfmt::Format::from_name(name).ok_or_else(|| {

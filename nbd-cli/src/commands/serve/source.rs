@@ -12,6 +12,7 @@ use super::ServeArgs;
 use super::control::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
+use crate::locking::ShareArgs;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, filtered};
 use crate::size::ByteSize;
@@ -103,6 +104,7 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
             (false, true) => Writes::Refused,
             (false, false) => Writes::ToImage,
         },
+        locking: ShareArgs { force_share: args.force_share }.locking(args.trust.locks),
         policy: args.trust.trust_image.then(|| args.trust.policy()),
         changes: changes(args),
         allocation_depth: args.allocation_depth,
@@ -124,6 +126,9 @@ fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
         CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
     } else {
         match error {
+            OpenError::Image(error) if error.could_be_shared() => {
+                CommandError::new(format!("{error}, or add --force-share to serve it all the same"))
+            }
             OpenError::Image(error) => explained_image(error),
             OpenError::Other(error) => error,
         }

@@ -1,0 +1,118 @@
+//! Whether files are locked against other programs, as the command line says.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use clap::{Args, ValueEnum};
+use imgfmt::storage::FileStorage;
+use imgfmt::{Access, Locking, OpenOptions};
+
+use crate::error::CommandError;
+use crate::output::{printable, warn};
+
+/// How the files of images are locked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
+pub struct LockArgs {
+    /// Lock image files against other programs, as QEMU does.
+    #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
+    pub locking: LockingChoice,
+}
+
+/// When image files are locked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LockingChoice {
+    /// Where the file system has locks; elsewhere with a warning.
+    #[default]
+    Auto,
+    /// Always: files that cannot be locked are refused.
+    On,
+    /// Never: two writers of one image destroy it.
+    Off,
+}
+
+/// For commands that only read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
+pub struct ShareArgs {
+    /// Read an image while another program writes to it. What is shown can then be a mix of old and
+    /// new, and seem damaged though it is not.
+    #[arg(short = 'U', long)]
+    pub force_share: bool,
+}
+
+impl LockArgs {
+    pub(crate) fn locking(self) -> Locking {
+        match self.locking {
+            LockingChoice::Auto => Locking::Auto,
+            LockingChoice::On => Locking::On,
+            LockingChoice::Off => Locking::Off,
+        }
+    }
+
+    /// Options for images that exist.
+    pub(crate) fn options(self) -> OpenOptions {
+        warning(OpenOptions::new().locking(self.locking()))
+    }
+
+    /// Opens a file itself.
+    pub(crate) fn open_file(self, path: &Path, access: Access) -> imgfmt::Result<FileStorage> {
+        open_file(path, access, self.locking())
+    }
+}
+
+impl ShareArgs {
+    /// The options for an image that is only read.
+    pub(crate) fn apply(self, options: OpenOptions) -> OpenOptions {
+        match self.force_share {
+            true => options.locking(Locking::Shared),
+            false => options,
+        }
+    }
+
+    /// How a file that is only read is locked.
+    pub(crate) fn locking(self, otherwise: LockArgs) -> Locking {
+        if self.force_share { Locking::Shared } else { otherwise.locking() }
+    }
+}
+
+/// The options, with a warning where there are no locks.
+pub(crate) fn warning(options: OpenOptions) -> OpenOptions {
+    options.on_unlocked(Arc::new(warn_of_no_locks))
+}
+
+/// Opens a file, with a warning if it has no locks.
+pub(crate) fn open_file(
+    path: &Path,
+    access: Access,
+    locking: Locking,
+) -> imgfmt::Result<FileStorage> {
+    let storage = FileStorage::open(path, access, locking)?;
+    if storage.lacks_locks() {
+        warn_of_no_locks(path);
+    }
+    Ok(storage)
+}
+
+/// Once for each file: commands open some of them more than once.
+fn warn_of_no_locks(path: &Path) {
+    static WARNED_OF: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+    let mut known = WARNED_OF.lock().unwrap_or_else(PoisonError::into_inner);
+    if known.iter().any(|known| known == path) {
+        return;
+    }
+    known.push(path.to_owned());
+    warn(&format!(
+        "the file system of '{}' has no locks, so nothing keeps other programs from writing to it \
+         at the same time; add --locking off if none does",
+        printable(&path.to_string_lossy())
+    ));
+}
+
+/// The error of a command that only reads, with what helps if others write.
+pub(crate) fn advise_sharing(error: CommandError) -> CommandError {
+    match error.could_be_shared() {
+        true => {
+            CommandError::new(format!("{error}, or add -U (--force-share) to read it all the same"))
+        }
+        false => error,
+    }
+}
