@@ -50,10 +50,14 @@ pub struct TlsArgs {
 /// How the commands that look at servers use their connections.
 #[derive(Clone, Debug, Default, Args)]
 pub struct ServerArgs {
-    /// Give a server up that takes so long to be connected to, or to answer a request: seconds, or
-    /// 500ms, 2m. Without it a server that hangs in a request is waited for.
+    /// Time limit for connecting and for each request: seconds, or 500ms, 2m [default: 30s for
+    /// connecting, none for requests].
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
+
+    /// How long a lost connection is tried again, where that does no harm.
+    #[arg(skip)]
+    pub reconnect: Option<Duration>,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -63,9 +67,9 @@ pub struct ServerArgs {
 impl ServerArgs {
     /// Describes a connection.
     pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
-        let connector = self.tls.connector(uri);
-        match self.timeout {
-            Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
+        let connector = limited(self.tls.connector(uri), self.timeout);
+        match self.reconnect {
+            Some(patience) => connector.reconnect(patience),
             None => connector,
         }
     }
@@ -92,20 +96,29 @@ pub struct ConnectionArgs {
     #[arg(short = 'C', long, value_name = "N", default_value = "4")]
     pub connections: NonZeroUsize,
 
-    /// Give a connection up if its server does not answer a request for so long: seconds, or 500ms,
-    /// 2m. Without it a server that hangs is waited for.
+    /// Time limit for connecting and for each request: seconds, or 500ms, 2m [default: 30s for
+    /// connecting, none for requests].
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
+
+    /// How long a lost connection is tried again: seconds, or 500ms, 2m.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub reconnect: Duration,
 }
 
 impl ConnectionArgs {
     /// Describes a connection.
     pub(crate) fn connector(&self, uri: &NbdUri, tls: &TlsArgs) -> Connector {
         let connector = tls.connector(uri).connections(self.connections);
-        match self.timeout {
-            Some(limit) => connector.request_timeout(limit),
-            None => connector,
-        }
+        limited(connector, self.timeout).reconnect(self.reconnect)
+    }
+}
+
+/// What `--timeout` means everywhere.
+fn limited(connector: Connector, limit: Option<Duration>) -> Connector {
+    match limit {
+        Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
+        None => connector,
     }
 }
 

@@ -91,6 +91,17 @@ impl Progress {
         }
     }
 
+    /// Takes bytes back that have to be done again.
+    pub(crate) fn set_back(&self, bytes: u64) {
+        match self {
+            Self::Hidden => {}
+            Self::Bar(bar) => bar.dec(bytes),
+            Self::Lines(lines) => {
+                lines.done.fetch_sub(bytes, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Removes the bar.
     pub(crate) fn clear(&self) {
         if let Self::Bar(bar) = self {

@@ -89,6 +89,11 @@ impl ExportStorage {
         })
     }
 
+    /// Its client, which tells how often a connection was replaced.
+    pub(crate) fn client(&self) -> Client {
+        self.client.clone()
+    }
+
     /// Whether the server lets clients write.
     pub(crate) fn is_writable(&self) -> bool {
         !self.flags().contains(TransmissionFlags::READ_ONLY)
@@ -316,6 +321,10 @@ impl Drop for ExportStorage {
     fn drop(&mut self) {
         // Every request was answered; how the connection ends does not matter.
         let Some(runtime) = self.runtime.take() else { return };
+        if signals::caught().is_some() {
+            // A goodbye would wait for requests that were given up.
+            return runtime.shutdown_background();
+        }
         let client = self.client.clone();
         // On a thread of its own: a server that ends drops its exports in an asynchronous task.
         let goodbye = std::thread::spawn(move || {

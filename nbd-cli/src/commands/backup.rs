@@ -35,7 +35,6 @@ use crate::error::{CommandError, Outcome, block_on, runtime};
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
 use crate::signals::{self, EndSignals, Hangup};
-use crate::size::parse_duration;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -127,10 +126,6 @@ pub struct BackupArgs {
     /// Requests in flight.
     #[arg(short = 'R', long, value_name = "N", default_value = "32")]
     pub requests: NonZeroUsize,
-
-    /// How long a lost connection is tried again: seconds, or 500ms, 2m.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
-    pub reconnect: Duration,
 
     /// Which files the images may name.
     #[command(flatten)]
@@ -280,8 +275,7 @@ async fn connect_to_disk(
     bitmap: Option<&MetaContextName>,
 ) -> Result<Client, CommandError> {
     let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
-    let connector =
-        args.connection.connector(uri, &args.tls).reconnect(args.reconnect).meta_contexts(contexts);
+    let connector = args.connection.connector(uri, &args.tls).meta_contexts(contexts);
     let client = connect(&connector, uri).await?;
     if let (Some(context), Some(name)) = (bitmap, &args.bitmap)
         && !client.meta_contexts().contains(context)

@@ -1,5 +1,6 @@
 //! `nbd-cli copy`: copy a disk between NBD servers, local files, block devices and pipes.
 
+pub(super) mod again;
 pub(super) mod destination;
 pub(super) mod dirty;
 pub(super) mod engine;
@@ -26,7 +27,6 @@ use crate::error::{CommandError, Outcome, block_on};
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, Visibility};
-use crate::signals;
 use crate::size::ByteSize;
 use crate::target::Durable;
 
@@ -50,6 +50,9 @@ Examples:
   nbd-cli copy --destination-is-zero --flush disk.img 'nbd+unix:///new?socket=/run/nbd.sock'
   nbd-cli copy --tls-psk keys.psk nbds://alice@backup.example.org/disk disk.img
   nbd-cli copy nbd://localhost/disk - | zstd > disk.zst
+
+A connection that is lost is made again (--reconnect). If that was one to the destination, everything
+since the last flush is written again: a server that was restarted may have lost it.
 
 A copy that fails exits with 1 and says at which offset, and one that is interrupted with 128 + the
 signal's number; what there was of a new file is then removed. After kill -9 NAME.partial is left,
@@ -175,12 +178,8 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     };
     let settings = Settings::of_copy(args, &source, &destination);
     let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
-    let result = engine::run(&job).await;
+    let result = again::run(&job, args.flush).await;
     job.progress.clear();
-    let result = match result {
-        Ok(()) => signals::unless_interrupted(job.destination.finish(args.flush)).await,
-        Err(error) => Err(error),
-    };
     result.map_err(|error| incomplete(args, &job.destination, &error))?;
     job.destination.complete(if args.flush { Durable::Now } else { Durable::Later })?;
     job.source.close().await;

@@ -11,8 +11,9 @@ use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions, OpenPolicy};
 use nbd_client::ZeroMode;
 use serde::Serialize;
 
+use super::copy::again;
 use super::copy::destination::{Destination, Surface, create_empty};
-use super::copy::engine::{self, Job, Settings, ZeroPolicy};
+use super::copy::engine::{Job, Settings, ZeroPolicy};
 use super::copy::location::Location;
 use super::copy::source::{Knowledge, Source};
 use super::copy::verify::Verification;
@@ -23,7 +24,6 @@ use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
-use crate::signals;
 use crate::size::rounded;
 use crate::target::{self, Durable, Existing, NewFile};
 
@@ -263,9 +263,6 @@ async fn fill_and_verify(
     let progress = Progress::new(visibility(args), source.size());
     let extents = source.extents(0);
     let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
-    let result = engine::run(&job).await;
-    job.progress.clear();
-    result?;
     // A server that cannot flush has nothing better to offer.
     let flushes = match &job.destination {
         Destination::Nbd { client, .. } => {
@@ -273,7 +270,9 @@ async fn fill_and_verify(
         }
         _ => true,
     };
-    signals::unless_interrupted(job.destination.finish(flushes)).await?;
+    let result = again::run(&job, flushes).await;
+    job.progress.clear();
+    result?;
     let counts = [&job.counts().data, &job.counts().zero].map(|n| n.load(Ordering::Relaxed));
     let job = Arc::into_inner(job)
         .ok_or_else(|| CommandError::new("a task of the restore has not ended"))?;

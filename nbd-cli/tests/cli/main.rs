@@ -58,6 +58,7 @@ mod qemu_nbd_daemon;
 mod qemu_nbd_image;
 mod qemu_nbd_tls;
 mod readme;
+mod reconnect;
 mod serve_bitmaps_survive;
 mod serve_exports;
 mod serve_fio;

@@ -45,30 +45,37 @@ fn names(folder: &Disk) -> Vec<String> {
 #[test]
 fn an_interrupted_command_leaves_nothing_of_a_new_file() {
     tools!(nbdkit = "nbdkit");
-    for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
+    let commands: [(&[&str], &str); 6] = [
+        (&["copy", "URI", "TARGET"], "new.img"),
+        (&["image", "convert", "-O", "raw", "URI", "TARGET"], "new.img"),
+        (&["image", "convert", "-O", "qcow2", "URI", "TARGET"], "new.qcow2"),
+        (&["restore", "--trust-image", "OVERLAY", "TARGET"], "new.img"),
+        (&["restore", "--trust-image", "-O", "qcow2", "OVERLAY", "TARGET"], "new.qcow2"),
+        (&["image", "create", "--preallocation", "full", "TARGET", "4G"], "new.img"),
+    ];
+    let cases = [Signal::INT, Signal::TERM, Signal::HUP].into_iter();
+    for (signal, (command, target)) in
+        cases.flat_map(|signal| commands.iter().map(move |command| (signal, *command)))
+    {
         let folder = Disk::sparse();
+        // nbdkit may abort when a client leaves it in the middle of a request.
         let server = slow_server(&nbdkit);
-        let (raw, qcow2) = (folder.beside("new.img"), folder.beside("new.qcow2"));
-        let overlay = folder.beside("overlay.qcow2");
+        let (target, overlay) = (folder.beside(target), folder.beside("overlay.qcow2"));
         let create = ["image", "create", "-f", "qcow2", "-F", "raw", "-b", server.uri(), &overlay];
         nbd_cli(&create).success();
-        let uri = server.uri();
-        let commands: [(&[&str], &str); 6] = [
-            (&["copy", uri, &raw], &raw),
-            (&["image", "convert", "-O", "raw", uri, &raw], &raw),
-            (&["image", "convert", "-O", "qcow2", uri, &qcow2], &qcow2),
-            (&["restore", "--trust-image", &overlay, &raw], &raw),
-            (&["restore", "--trust-image", "-O", "qcow2", &overlay, &qcow2], &qcow2),
-            (&["image", "create", "--preallocation", "full", &raw, "4G"], &raw),
-        ];
-        for (command, target) in commands {
-            let partial = format!("{target}.partial");
-            let (code, said) = interrupted(start(command), &partial, signal);
-            assert_eq!(code, Some(128 + signal.as_raw()), "{command:?}: {said}");
-            assert_eq!(names(&folder), ["disk.img", "overlay.qcow2"], "{command:?}");
-            for part in [target, "interrupted by SIG"] {
-                assert!(said.contains(part), "{command:?}: {said}");
-            }
+        let word = |word: &&str| match *word {
+            "URI" => server.uri().to_owned(),
+            "TARGET" => target.clone(),
+            "OVERLAY" => overlay.clone(),
+            other => other.to_owned(),
+        };
+        let words: Vec<String> = command.iter().map(word).collect();
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let (code, said) = interrupted(start(&words), &format!("{target}.partial"), signal);
+        assert_eq!(code, Some(128 + signal.as_raw()), "{command:?}: {said}");
+        assert_eq!(names(&folder), ["disk.img", "overlay.qcow2"], "{command:?}");
+        for part in [&target, "interrupted by SIG"] {
+            assert!(said.contains(part), "{command:?}: {said}");
         }
     }
 }
@@ -76,9 +83,9 @@ fn an_interrupted_command_leaves_nothing_of_a_new_file() {
 #[test]
 fn a_killed_command_leaves_only_the_temporary_name() {
     tools!(nbdkit = "nbdkit");
-    let server = slow_server(&nbdkit);
     for command in [&["copy"][..], &["image", "convert", "-O", "qcow2"]] {
         let folder = Disk::sparse();
+        let server = slow_server(&nbdkit);
         let (new, partial) = (folder.beside("new"), folder.beside("new.partial"));
         let child = start(&[command, &[server.uri(), &new]].concat());
         interrupted(child, &partial, Signal::KILL);

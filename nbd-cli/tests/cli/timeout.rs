@@ -12,7 +12,8 @@ fn a_server_that_hangs_ends_the_copy_in_words() {
     let slow = ["--filter=delay", "pattern", "8M", "rdelay=3600"];
     let server = Server::nbdkit(&nbdkit, &slow);
     let copy = disk.beside("copy.img");
-    let said = nbd_cli(&["copy", "--timeout", "300ms", server.uri(), &copy]);
+    let limits = ["--timeout", "300ms", "--reconnect", "100ms"];
+    let said = nbd_cli(&[&["copy"], &limits[..], &[server.uri(), &copy]].concat());
     says(said, &["did not answer", "within 0.3 s", "is incomplete"]);
     // nbdkit may abort when a client leaves it in the middle of a request.
     let server = Server::nbdkit(&nbdkit, &slow);
@@ -45,8 +46,18 @@ fn a_server_that_says_nothing_ends_every_command() {
         &["image", "info"],
         &["image", "map"],
         &["image", "measure"],
+        &["copy", "--reconnect", "10ms"],
+        &["backup"],
+        &["image", "convert"],
     ] {
-        let said = nbd_cli(&[command, &["--timeout", "200ms", &uri]].concat());
+        let is_copy = ["copy", "backup", "convert"].iter().any(|word| command.contains(word));
+        let target = folder.beside("target");
+        let target: &[&str] = if is_copy { &[&target] } else { &[] };
+        let said = nbd_cli(&[command, &["--timeout", "200ms", &uri], target].concat());
+        says(said, &[&silent, "within 0.2 s"]);
+    }
+    for command in [&["copy"][..], &["restore", "-f", "raw"], &["image", "convert"]] {
+        let said = nbd_cli(&[command, &["--timeout", "200ms", folder.path(), &uri]].concat());
         says(said, &[&silent, "within 0.2 s"]);
     }
     let compared = nbd_cli(&["image", "compare", "--timeout", "200ms", folder.path(), &uri]);

@@ -56,6 +56,8 @@ pub(in crate::commands) struct Job {
     /// What both sides need of requests.
     alignment: u64,
     zeroes: ZeroPolicy,
+    /// Where pieces are cut, and how long they may be.
+    cut: (u64, Lengths),
     /// Unit in which zeroes are looked for, if they are.
     sparse: Option<usize>,
     plan: Mutex<Plan>,
@@ -124,6 +126,7 @@ impl Job {
             request_size,
             alignment,
             zeroes: settings.zeroes,
+            cut: (settings.unit, longest),
             sparse,
             plan,
             begun: SyncMutex::default(),
@@ -147,6 +150,16 @@ impl Job {
         let plan = self.plan.lock().await;
         let first = self.begun().first().copied();
         first.unwrap_or_else(|| plan.position())
+    }
+
+    /// Begins the copy anew at `position` (in bytes), after everything was copied once.
+    pub(super) async fn begin_again(&self, position: u64) {
+        let size = self.source.size().unwrap_or_default();
+        let (unit, longest) = self.cut;
+        let extents = self.source.extents(position);
+        *self.plan.lock().await = Plan::new(position, size, unit, longest, extents);
+        self.begun().clear();
+        self.progress.set_back(size.saturating_sub(position));
     }
 
     pub(in crate::commands) fn counts(&self) -> &Counts {

@@ -6,9 +6,11 @@ mod copier;
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
+use nbd_proto::NbdUri;
 
 use self::copier::{Copy, Target};
 use super::create::Qcow2Args;
@@ -18,7 +20,9 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
+use crate::output::warn;
 use crate::progress::{Progress, ProgressArgs};
+use crate::size::parse_duration;
 use crate::target::{self, Durable, Existing, NewFile};
 
 const AFTER_HELP: &str = "\
@@ -41,6 +45,8 @@ enough, and --no-create goes without saying.
 
 The result is complete in memory when the command ends; --flush waits until it is on the disk.";
 
+/// So many rounds may end with a new connection before a copy to a server is given up.
+const MOST_ROUNDS: usize = 8;
 /// Unit in which zeroes are looked for in a raw image, in bytes.
 const RAW_UNIT: u64 = 4096;
 /// Threads that copy to or from a server, unless told otherwise: most of them wait.
@@ -81,6 +87,11 @@ pub struct ConvertArgs {
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
 
+    /// How long a lost connection to the source, or to a raw disk as the destination, is tried again:
+    /// seconds, or 500ms, 2m.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
+    pub reconnect: Duration,
+
     /// Wait at the end until the result is on stable storage.
     #[arg(long)]
     pub flush: bool,
@@ -113,12 +124,14 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let exists = args.no_create || matches!(destination, Place::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
-    let mut read = args.share.apply(args.open.options_with(&args.server));
+    let patient = ServerArgs { reconnect: Some(args.reconnect), ..args.server.clone() };
+    let mut read = args.share.apply(args.open.options_with(&patient));
     read.snapshot.clone_from(&args.snapshot);
-    let source = from.open(&read, &args.server).map_err(advise_sharing)?;
+    let source = from.open(&read, &patient).map_err(advise_sharing)?;
     let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
-    let copy = Conversion { args, source: &source, from: &from, format, is_remote };
+    let copy =
+        Conversion { args, patient: &patient, source: &source, from: &from, format, is_remote };
     let result = match (&destination, exists) {
         (Place::File(path), false) => match (target::look(path)?, format) {
             // The device is the disk.
@@ -126,6 +139,9 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
             (Existing::BlockDevice, _) => copy.make_on_device(path, &progress),
             _ => copy.make_new(path, &progress),
         },
+        (Place::Export { uri, .. }, _) if format == Format::Raw => {
+            copy.to_server(&destination, uri, &progress)
+        }
         _ => copy.replace(&destination, &progress),
     };
     progress.clear();
@@ -167,9 +183,15 @@ fn check_options(
     Ok(())
 }
 
+fn incomplete(to: &Place, error: &CommandError) -> CommandError {
+    CommandError::new(format!("{error}; the disk in {to} is incomplete: run the command again"))
+}
+
 /// What is to be copied, and how.
 struct Conversion<'a> {
     args: &'a ConvertArgs,
+    /// For connections that may be replaced when they are lost.
+    patient: &'a ServerArgs,
     source: &'a Image,
     from: &'a Place,
     format: Format,
@@ -217,18 +239,8 @@ impl Conversion<'_> {
         let options = self.args.open.trust.locks.options();
         let options = options.format(self.format).access(Access::ReadWrite).policy(policy);
         let image = to.open(&options, &self.args.server)?;
-        let (room, size) = (image.size(), self.source.size());
-        if room < size {
-            return Err(CommandError::new(format!(
-                "{to} has {room} bytes and the source {size}: it does not fit"
-            )));
-        }
-        let target = if self.args.destination_is_zero { Target::Zero } else { Target::HasContent };
-        self.copy(&image, to, target, progress).map_err(|error| {
-            CommandError::new(format!(
-                "{error}; the disk in {to} is incomplete: run the command again"
-            ))
-        })?;
+        self.check_room(to, &image)?;
+        self.copy(&image, to, self.target(), progress).map_err(|error| incomplete(to, &error))?;
         if self.args.flush {
             return image.close().map_err(|error| to.named(error));
         }
@@ -237,6 +249,47 @@ impl Conversion<'_> {
             Format::Raw => Ok(()),
             _ => image.close().map_err(|error| to.named(error)),
         }
+    }
+
+    /// Replaces the disk of a server. It may be restarted meanwhile and have lost what it did not make durable:
+    /// then everything is written again.
+    fn to_server(&self, to: &Place, uri: &NbdUri, progress: &Progress) -> Result<(), CommandError> {
+        let (image, client) = to.open_disk(self.patient)?;
+        self.check_room(to, &image)?;
+        for _ in 0..MOST_ROUNDS {
+            let before = client.reconnects();
+            self.copy(&image, to, self.target(), progress)
+                .map_err(|error| incomplete(to, &error))?;
+            if self.args.flush {
+                image.flush().map_err(|error| incomplete(to, &to.named(error)))?;
+            }
+            if client.reconnects() == before {
+                return Ok(());
+            }
+            warn(&format!(
+                "the connection to {uri} was lost, and its server may have lost what was not flushed: \
+                 everything is written again"
+            ));
+            progress.set_back(self.source.size());
+        }
+        Err(incomplete(
+            to,
+            &CommandError::new(format!("the connection to {uri} is lost again and again")),
+        ))
+    }
+
+    fn check_room(&self, to: &Place, image: &Image) -> Result<(), CommandError> {
+        let (room, size) = (image.size(), self.source.size());
+        if room < size {
+            return Err(CommandError::new(format!(
+                "{to} has {room} bytes and the source {size}: it does not fit"
+            )));
+        }
+        Ok(())
+    }
+
+    fn target(&self) -> Target {
+        if self.args.destination_is_zero { Target::Zero } else { Target::HasContent }
     }
 
     fn copy(

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
-use nbd_client::LocalFiles;
+use nbd_client::{Client, LocalFiles};
 use nbd_proto::NbdUri;
 
 use super::open::{TrustArgs, beside, explained, explained_with};
@@ -123,6 +123,27 @@ impl Place {
                     .map_err(|error| explained(error.with_path(uri.to_string())))
             }
         }
+    }
+
+    /// Opens an export as a disk to be overwritten, together with its client.
+    ///
+    /// # Errors
+    ///
+    /// If it is a file, or as [`open`](Self::open).
+    pub(super) fn open_disk(&self, server: &ServerArgs) -> Result<(Image, Client), CommandError> {
+        let Self::Export { uri, files } = self else {
+            return Err(CommandError::new(format!("{self} is not a server's disk")));
+        };
+        let storage = storage(uri, *files, server)?;
+        if !storage.is_writable() {
+            return Err(CommandError::new(format!(
+                "cannot write to {uri}: the server exports this disk read-only"
+            )));
+        }
+        let client = storage.client();
+        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+        let image = Image::from_storage(Arc::new(storage), &options);
+        Ok((image.map_err(|error| explained(error.with_path(uri.to_string())))?, client))
     }
 
     /// As the user wrote it.

@@ -1,0 +1,94 @@
+//! Copies to servers that may be restarted in the middle.
+//!
+//! A connection that is lost and replaced may lead to a server that was restarted meanwhile, and what was
+//! written before and not flushed may be gone with the former one. What was written since the last flush is
+//! therefore written again, from the source, until a whole round came about without a new connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd_client::Client;
+use nbd_proto::NbdUri;
+use nbd_proto::wire::TransmissionFlags;
+
+use super::destination::Destination;
+use super::engine::{self, Job};
+use super::source::Source;
+use crate::connect::failed;
+use crate::error::CommandError;
+use crate::output::warn;
+use crate::signals;
+
+/// How often what was written is made durable, so that there is less to write again.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(30);
+
+/// So many rounds may end with a new connection before the copy is given up.
+const MOST_ROUNDS: usize = 8;
+
+/// Up to where the copy is durable, and how many connections had been replaced then.
+struct Safe {
+    position: u64,
+    reconnects: u64,
+}
+
+/// Copies everything, flushes if that is asked for, and repeats what a restarted server may have lost.
+///
+/// # Errors
+///
+/// Those of the copy, and of a server that is restarted again and again or while standard input, which cannot be
+/// read twice, is copied to it.
+pub(in crate::commands) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), CommandError> {
+    let Destination::Nbd { client, uri } = &job.destination else {
+        engine::run(job).await?;
+        return signals::unless_interrupted(job.destination.finish(flush)).await;
+    };
+    let mut safe = Safe { position: job.done().await, reconnects: client.reconnects() };
+    for _ in 0..MOST_ROUNDS {
+        round(job, (client, uri), &mut safe).await?;
+        signals::unless_interrupted(job.destination.finish(flush)).await?;
+        if client.reconnects() == safe.reconnects {
+            return Ok(());
+        }
+        let position = safe.position;
+        if matches!(job.source, Source::Standard) {
+            return Err(CommandError::new(format!(
+                "the connection to {uri} was lost, its server may have lost what was not flushed, and \
+                 standard input cannot be read again; begin again"
+            )));
+        }
+        warn(&format!(
+            "the connection to {uri} was lost, and its server may have lost what was not flushed: \
+             everything from offset {position} on is written again"
+        ));
+        safe.reconnects = client.reconnects();
+        job.begin_again(position).await;
+    }
+    Err(CommandError::new(format!(
+        "the connection to {uri} is lost again and again, so that nothing is known to have arrived; \
+         see what ends its server"
+    )))
+}
+
+/// Copies once, and makes what was written durable from time to time.
+async fn round(
+    job: &Arc<Job>,
+    (client, uri): (&Client, &NbdUri),
+    safe: &mut Safe,
+) -> Result<(), CommandError> {
+    let can_flush = client.info().flags.contains(TransmissionFlags::SEND_FLUSH);
+    let mut running = std::pin::pin!(engine::run(job));
+    loop {
+        tokio::select! {
+            result = &mut running => return result,
+            () = tokio::time::sleep(FLUSH_INTERVAL), if can_flush => {
+                // First where everything has been answered, then the flush that covers it.
+                let done = job.done().await;
+                let flushing = async { client.flush().await.map_err(|error| failed(uri, "flush", &error)) };
+                signals::unless_interrupted(flushing).await?;
+                if client.reconnects() == safe.reconnects {
+                    safe.position = done;
+                }
+            }
+        }
+    }
+}
