@@ -47,6 +47,8 @@ fn inputs_near_the_corpus_are_survived() {
     let is_chosen = |target: &str| chosen.as_deref().is_none_or(|chosen| chosen == target);
     for (target, body) in bodies::TARGETS.into_iter().filter(|(target, _)| is_chosen(target)) {
         let seeds = recipe::seeds();
+        let count = seeds.iter().filter(|(of, ..)| *of == target).count();
+        println!("judged: {}", count as u64 * u64::from(rounds));
         for (_, name, original) in seeds.iter().filter(|(of, ..)| *of == target) {
             for _ in 0..rounds {
                 let mut bytes = original.clone();

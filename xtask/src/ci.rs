@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::command::{cargo, run_step, workspace_root};
-use crate::{peers, tidy};
+use crate::{peers, soak, tidy};
 
 /// Runs every check and prints how long each took.
 ///
-/// The cheap checks come first. The tests come last and write to the terminal as cargo has them.
+/// The cheap checks come first. The tests come last and write to the terminal as cargo has them, and
+/// after them two minutes of the judges of `cargo xtask soak`.
 ///
 /// # Errors
 ///
@@ -32,6 +33,7 @@ pub(crate) fn run() -> Result<()> {
     timed(&mut timings, "test", || {
         run_step("test", cargo().args(["test", "--workspace", "--locked"])).map(drop)
     })?;
+    timed(&mut timings, "soak", || soak::run(&soak::Options::continuous_integration()))?;
     println!("ci: every check passed in {:.0} s", start.elapsed().as_secs_f64());
     for (name, elapsed) in &timings {
         println!("ci: {:8.1} s  {name}", elapsed.as_secs_f64());

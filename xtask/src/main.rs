@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod command;
 mod peers;
+mod soak;
 mod tidy;
 
 use std::process::ExitCode;
@@ -30,6 +31,8 @@ enum DeveloperCommand {
     Tidy,
     /// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
     Bench(bench::Options),
+    /// Run every random judge for as long as wanted and keep what fails.
+    Soak(soak::Options),
 }
 
 fn main() -> ExitCode {
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
         DeveloperCommand::Ci => ci::run(),
         DeveloperCommand::Tidy => tidy::run(),
         DeveloperCommand::Bench(options) => bench::run(&options),
+        DeveloperCommand::Soak(options) => soak::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

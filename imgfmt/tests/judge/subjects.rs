@@ -254,7 +254,11 @@ pub fn check_snapshots(made: &Made, what: &str) {
     }
 }
 
-/// A number from the environment.
+/// How many rounds a loop has, from the environment. The number is printed for `cargo xtask soak`,
+/// which adds up what was judged.
+#[allow(clippy::print_stdout)]
 pub fn rounds(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+    let rounds = std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default);
+    println!("judged: {rounds}");
+    rounds
 }

@@ -1,0 +1,185 @@
+//! Judges that are integration tests: run one test function at a time, each with a seed of its own.
+//!
+//! The tests read their seed and their number of rounds from the environment, and print
+//! `judged: N` for what they looked at.
+
+use std::fs::File;
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::judge::{Judge, Round};
+use super::random::Random;
+use super::served;
+use crate::command::{output_of, workspace_root};
+
+/// A test that runs longer hangs.
+const LONGEST: Duration = Duration::from_secs(900);
+
+/// A kind of tests.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct FromTests {
+    name: &'static str,
+    description: &'static str,
+    unit: &'static str,
+    pub(super) package: &'static str,
+    pub(super) test: &'static str,
+    /// Sets how much one run does, in the environment.
+    rounds: (&'static str, &'static str),
+    /// Takes the seed, in the environment.
+    seed: &'static str,
+}
+
+impl FromTests {
+    /// Every integration test that is random enough to be worth running for long.
+    pub(super) const ALL: &'static [Self] = &[
+        Self {
+            name: "crashes",
+            description: "images after a loss of power at any instant, judged by qemu-img",
+            unit: "states",
+            rounds: ("IMGFMT_CRASH_ROUNDS", "12"),
+            ..Self::imgfmt("crash_at_any_instant")
+        },
+        Self {
+            name: "structure",
+            description: "crashes while snapshots, sizes and backing files change",
+            unit: "states",
+            rounds: ("IMGFMT_CRASH_ROUNDS", "4"),
+            ..Self::imgfmt("crash_in_changes_of_structure")
+        },
+        Self {
+            name: "sidecar",
+            description: "crashes of an image and of the file of its dirty bitmaps together",
+            unit: "states",
+            rounds: ("IMGFMT_CRASH_ROUNDS", "24"),
+            ..Self::imgfmt("crash_with_sidecar")
+        },
+        Self {
+            name: "bitmaps",
+            description: "crashes and errors while the list of bitmaps changes",
+            unit: "states",
+            rounds: ("IMGFMT_CRASH_ROUNDS", "25"),
+            ..Self::imgfmt("crash_of_bitmaps")
+        },
+        Self {
+            name: "errors",
+            description: "reads, writes and syncs that fail, or find the disk full, at any call",
+            unit: "states",
+            rounds: ("IMGFMT_ERROR_ROUNDS", "12"),
+            ..Self::imgfmt("errors_at_every_call")
+        },
+        Self {
+            name: "chains",
+            description: "random backing chains read and mapped beside QEMU",
+            unit: "chains",
+            rounds: ("IMGFMT_CHAIN_ROUNDS", "8"),
+            ..Self::imgfmt("chains_vs_qemu")
+        },
+        Self {
+            name: "models",
+            description: "random operations on images of every kind against a plain vector",
+            unit: "images",
+            rounds: ("IMGFMT_MODEL_ROUNDS", "26"),
+            ..Self::imgfmt("model_of_every_kind")
+        },
+        Self {
+            name: "bytes",
+            description: "headers, tables and sidecars with changed bytes",
+            unit: "inputs",
+            rounds: ("IMGFMT_FUZZ_ROUNDS", "30"),
+            ..Self::imgfmt("fuzz_corpus")
+        },
+    ];
+
+    const fn imgfmt(test: &'static str) -> Self {
+        Self {
+            name: "",
+            description: "",
+            unit: "",
+            package: "imgfmt",
+            test,
+            rounds: ("", ""),
+            seed: "IMGFMT_SEED",
+        }
+    }
+}
+
+impl Judge for FromTests {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn description(&self) -> &'static str {
+        self.description
+    }
+
+    fn unit(&self) -> &'static str {
+        self.unit
+    }
+
+    fn round(&self, round: &Round<'_>) -> Result<u64> {
+        let program = round.programs.test(self.package, self.test)?;
+        let listed = output_of(Command::new(program).args(["--list", "--format", "terse"]))?;
+        let names: Vec<&str> =
+            listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+        if names.is_empty() {
+            bail!("{} has no tests", self.test);
+        }
+        let mut random = Random::new(round.seed);
+        let name = random.choose(&names);
+        let said = round.folder.join("output.txt");
+        let output = File::create(&said)?;
+        let mut child = Command::new(program)
+            .args([name, "--exact", "--nocapture", "--test-threads", "1"])
+            .env(self.seed, random.next().to_string())
+            .env(self.rounds.0, self.rounds.1)
+            .env("TMPDIR", round.folder)
+            .current_dir(workspace_root().join(self.package))
+            .stdin(Stdio::null())
+            .stderr(output.try_clone()?)
+            .stdout(output)
+            .spawn()
+            .with_context(|| format!("cannot start {}", program.display()))?;
+        let status = served::wait(&mut child, LONGEST)?;
+        let mut text = String::new();
+        File::open(&said)?.read_to_string(&mut text)?;
+        match status {
+            Some(status) if status.success() => Ok(judged(&text)),
+            Some(status) => bail!("{} {name}: {status}\n{}", self.test, last_lines(&text, 40)),
+            None => bail!("{} {name} hangs\n{}", self.test, last_lines(&text, 40)),
+        }
+    }
+}
+
+/// What a test says it judged; one for a test that says nothing.
+fn judged(text: &str) -> u64 {
+    let counts = text.lines().filter_map(|line| line.strip_prefix("judged: "));
+    let sum: u64 = counts.filter_map(|count| count.trim().parse::<u64>().ok()).sum();
+    sum.max(1)
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_tests_judged_is_added_up() {
+        assert_eq!(judged("running 1 test\njudged: 12\nseed 4\njudged: 3\n"), 15);
+        assert_eq!(judged("nothing to count"), 1);
+    }
+
+    #[test]
+    fn every_kind_has_a_name_a_unit_and_a_number_of_rounds() {
+        for tests in FromTests::ALL {
+            assert!(!tests.name.is_empty() && !tests.unit.is_empty(), "{}", tests.test);
+            assert!(tests.rounds.1.parse::<u64>().is_ok(), "{}", tests.test);
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Rounds that failed, kept so that they can be repeated.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result};
+
+/// Larger folders are not kept: the seed makes them again.
+const LARGEST: u64 = 32 << 20;
+
+/// A round that failed.
+#[derive(Debug)]
+pub(super) struct Case<'a> {
+    pub(super) judge: &'a str,
+    pub(super) seed: u64,
+    pub(super) profile: &'a str,
+}
+
+impl Case<'_> {
+    /// Writes what went wrong and how to repeat it, and the files of the round where they are few.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be written.
+    pub(super) fn keep(&self, keep: &Path, folder: &Path, what: &str) -> Result<()> {
+        let name = format!("{}-{}", self.judge, self.seed);
+        let text = format!(
+            "cargo xtask soak --profile {} --repeat {}:{}\n\n{what}\n",
+            self.profile, self.judge, self.seed
+        );
+        let path = keep.join(format!("{name}.txt"));
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        if allocated(folder)? <= LARGEST {
+            let archive = keep.join(format!("{name}.tar.gz"));
+            let status = Command::new("tar")
+                .args(["--ignore-failed-read", "-czSf"])
+                .arg(&archive)
+                .arg("-C")
+                .arg(folder)
+                .arg(".")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .status()
+                .context("cannot start tar")?;
+            // Sockets are not archived, and tar says so with a status of its own.
+            if !status.success() && !archive.is_file() {
+                anyhow::bail!("tar: {status}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The space that the files of a folder take up, in bytes.
+fn allocated(folder: &Path) -> Result<u64> {
+    let mut sum = 0_u64;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        if metadata.is_dir() {
+            sum = sum.saturating_add(allocated(&entry.path())?);
+        } else {
+            sum = sum.saturating_add(metadata.blocks().saturating_mul(512));
+        }
+    }
+    Ok(sum)
+}
+
+/// The beginning of a text, for the terminal.
+pub(super) fn first_lines(text: &str, count: usize) -> String {
+    text.lines().take(count).collect::<Vec<_>>().join("\n      ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kept_case_says_how_to_repeat_it_and_holds_its_files() {
+        let keep = tempfile::tempdir().expect("folder");
+        let folder = tempfile::tempdir().expect("folder");
+        fs::write(folder.path().join("image"), "bytes").expect("file");
+        let case = Case { judge: "kills", seed: 7, profile: "dev" };
+        case.keep(keep.path(), folder.path(), "two words differ").expect("kept");
+        let text = fs::read_to_string(keep.path().join("kills-7.txt")).expect("text");
+        assert!(text.starts_with("cargo xtask soak --profile dev --repeat kills:7\n"), "{text}");
+        assert!(text.contains("two words differ"), "{text}");
+        assert!(keep.path().join("kills-7.tar.gz").is_file());
+    }
+}

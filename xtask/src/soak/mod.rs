@@ -1,0 +1,216 @@
+//! `cargo xtask soak`: everything that is random, for as long as wanted, on all cores.
+//!
+//! A *judge* knows how to make one round of trouble from a seed and to say whether what came of it
+//! is right. The rounds of all judges are interleaved so that each gets the same time. A round
+//! that fails is kept as a small file that says how to repeat it.
+
+mod blocks;
+mod commands;
+mod flood;
+mod from_tests;
+mod full_disk;
+mod judge;
+mod keep;
+mod kills;
+mod liar;
+mod lies;
+mod programs;
+mod random;
+mod report;
+mod served;
+mod wire;
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::command::workspace_root;
+use judge::{Judge, Round};
+use programs::Programs;
+use random::Random;
+use report::Report;
+
+/// What `cargo xtask soak` is asked to do.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// How long new rounds are begun, in minutes; those under way then are finished.
+    #[arg(long, value_name = "N", default_value_t = 10)]
+    minutes: u64,
+    /// The seed from which all rounds derive theirs [default: from the clock]
+    #[arg(long, value_name = "S")]
+    seed: Option<u64>,
+    /// Run only these judges, separated by commas.
+    #[arg(long, value_name = "JUDGE,…", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Repeat one round of one judge.
+    #[arg(long, value_name = "JUDGE:SEED", conflicts_with_all = ["only", "seed", "minutes"])]
+    repeat: Option<String>,
+    /// How many rounds run at the same time [default: one for each core]
+    #[arg(long, value_name = "N")]
+    jobs: Option<usize>,
+    /// Where failing rounds are kept [default: target/soak]
+    #[arg(long, value_name = "DIRECTORY")]
+    keep: Option<PathBuf>,
+    /// Print the judges and what each does.
+    #[arg(long)]
+    list: bool,
+    /// The profile with which programs and tests are built.
+    #[arg(long, value_name = "PROFILE", default_value = "release")]
+    profile: String,
+}
+
+impl Options {
+    /// What continuous integration runs: two minutes, of what the tests were built with.
+    pub(crate) fn continuous_integration() -> Self {
+        Self {
+            minutes: 2,
+            seed: None,
+            only: Vec::new(),
+            repeat: None,
+            jobs: None,
+            keep: None,
+            list: false,
+            profile: "dev".to_owned(),
+        }
+    }
+}
+
+/// Runs the judges and prints figures every minute.
+///
+/// # Errors
+///
+/// A round failed, or something that the judges need cannot be built.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.list {
+        for judge in judge::all() {
+            println!("{:12} {}", judge.name(), judge.description());
+        }
+        return Ok(());
+    }
+    let judges = chosen(options)?;
+    let keep = options.keep.clone().unwrap_or_else(|| workspace_root().join("target/soak"));
+    std::fs::create_dir_all(&keep).with_context(|| format!("cannot create {}", keep.display()))?;
+    let soak = Soak {
+        programs: programs::build(&options.profile)?,
+        report: Mutex::new(Report::new(&judges)),
+        judges,
+        keep,
+        profile: options.profile.clone(),
+    };
+    match &options.repeat {
+        Some(round) => soak.repeat(round)?,
+        None => soak.run(options),
+    }
+    let report = soak.report.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    report.print_summary();
+    match report.violations() {
+        0 => Ok(()),
+        count => bail!("{count} rounds failed; they are kept in {}", soak.keep.display()),
+    }
+}
+
+fn chosen(options: &Options) -> Result<Vec<Box<dyn Judge>>> {
+    let all = judge::all();
+    let repeated = options.repeat.as_deref().and_then(|round| round.split(':').next());
+    let wanted: Vec<&str> = match repeated {
+        Some(name) => vec![name],
+        None => options.only.iter().map(String::as_str).collect(),
+    };
+    for name in &wanted {
+        if !all.iter().any(|judge| judge.name() == *name) {
+            let names: Vec<&str> = all.iter().map(|judge| judge.name()).collect();
+            bail!("there is no judge '{name}'; the judges are {}", names.join(", "));
+        }
+    }
+    let is_wanted = |name| wanted.is_empty() || wanted.contains(&name);
+    Ok(all.into_iter().filter(|judge| is_wanted(judge.name())).collect())
+}
+
+/// One run of the judges.
+struct Soak {
+    programs: Programs,
+    judges: Vec<Box<dyn Judge>>,
+    report: Mutex<Report>,
+    keep: PathBuf,
+    profile: String,
+}
+
+impl Soak {
+    fn run(&self, options: &Options) {
+        let seed = options.seed.unwrap_or_else(|| {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            now.map_or(1, |now| now.as_nanos() as u64)
+        });
+        println!("soak: seed {seed}, {} minutes", options.minutes);
+        let jobs = options
+            .jobs
+            .unwrap_or_else(|| thread::available_parallelism().map_or(2, std::num::NonZero::get));
+        let seeds = Mutex::new(Random::new(seed));
+        let end = Instant::now() + Duration::from_secs(options.minutes.saturating_mul(60));
+        thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs.max(1))
+                .map(|_| {
+                    scope.spawn(|| {
+                        while Instant::now() < end {
+                            self.next_round(&seeds);
+                        }
+                    })
+                })
+                .collect();
+            let mut next = Instant::now() + Duration::from_secs(60);
+            while !workers.iter().all(thread::ScopedJoinHandle::is_finished) {
+                thread::sleep(Duration::from_millis(100));
+                if Instant::now() >= next {
+                    self.report().print_minute();
+                    next += Duration::from_secs(60);
+                }
+            }
+        });
+    }
+
+    fn report(&self) -> std::sync::MutexGuard<'_, Report> {
+        self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Runs a round of the judge that had the least time so far.
+    fn next_round(&self, seeds: &Mutex<Random>) {
+        let seed = seeds.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+        let index = self.report().begin_round();
+        self.round(index, seed);
+    }
+
+    fn repeat(&self, round: &str) -> Result<()> {
+        let seed = round.split(':').nth(1).and_then(|seed| seed.parse().ok());
+        let seed = seed.context("--repeat takes JUDGE:SEED")?;
+        self.report().begin_round();
+        self.round(0, seed);
+        Ok(())
+    }
+
+    fn round(&self, index: usize, seed: u64) {
+        let judge = &self.judges[index];
+        let start = Instant::now();
+        let outcome = tempfile::Builder::new()
+            .prefix("soak-")
+            .tempdir()
+            .map_err(anyhow::Error::from)
+            .and_then(|folder| {
+                let round = Round { programs: &self.programs, folder: folder.path(), seed };
+                let outcome = judge.round(&round);
+                if let Err(error) = &outcome {
+                    let case = keep::Case { judge: judge.name(), seed, profile: &self.profile };
+                    let text = format!("{error:#}");
+                    println!("soak: {} seed {seed}: {}", case.judge, keep::first_lines(&text, 5));
+                    if let Err(error) = case.keep(&self.keep, folder.path(), &text) {
+                        println!("soak: the round cannot be kept: {error:#}");
+                    }
+                }
+                outcome
+            });
+        self.report().end_round(index, start.elapsed(), outcome.ok());
+    }
+}

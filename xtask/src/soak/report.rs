@@ -1,0 +1,96 @@
+//! The figures of a run.
+
+use std::time::{Duration, Instant};
+
+use super::judge::Judge;
+
+/// What one judge did so far.
+#[derive(Debug)]
+struct Row {
+    name: &'static str,
+    unit: &'static str,
+    /// Rounds begun and not yet ended, so that workers choose different judges.
+    running: u32,
+    rounds: u64,
+    judged: u64,
+    violations: u64,
+    time: Duration,
+}
+
+/// The figures of all judges.
+#[derive(Debug)]
+pub(super) struct Report {
+    rows: Vec<Row>,
+    start: Instant,
+}
+
+impl Report {
+    pub(super) fn new(judges: &[Box<dyn Judge>]) -> Self {
+        let row = |judge: &dyn Judge| Row {
+            name: judge.name(),
+            unit: judge.unit(),
+            running: 0,
+            rounds: 0,
+            judged: 0,
+            violations: 0,
+            time: Duration::ZERO,
+        };
+        Self { rows: judges.iter().map(|judge| row(&**judge)).collect(), start: Instant::now() }
+    }
+
+    /// The judge that had the least time so far.
+    pub(super) fn begin_round(&mut self) -> usize {
+        let next = self.rows.iter().enumerate().min_by_key(|(_, row)| (row.running, row.time));
+        let index = next.map_or(0, |(index, _)| index);
+        self.rows[index].running += 1;
+        index
+    }
+
+    /// Books a round; `judged` is nothing where it failed.
+    pub(super) fn end_round(&mut self, index: usize, time: Duration, judged: Option<u64>) {
+        let row = &mut self.rows[index];
+        row.running -= 1;
+        row.rounds += 1;
+        row.time += time;
+        match judged {
+            Some(count) => row.judged += count,
+            None => row.violations += 1,
+        }
+    }
+
+    pub(super) fn violations(&self) -> u64 {
+        self.rows.iter().map(|row| row.violations).sum()
+    }
+
+    pub(super) fn print_minute(&self) {
+        let figures: Vec<String> = self
+            .rows
+            .iter()
+            .map(|row| format!("{} {} {}", row.name, row.judged, row.unit))
+            .collect();
+        let minutes = self.start.elapsed().as_secs() / 60;
+        println!("soak: {minutes} min: {}; {} violations", figures.join(", "), self.violations());
+    }
+
+    pub(super) fn print_summary(&self) {
+        println!("| judge | rounds | judged | violations | seconds |");
+        println!("|---|---:|---:|---:|---:|");
+        for row in &self.rows {
+            println!(
+                "| {} | {} | {} {} | {} | {:.0} |",
+                row.name,
+                row.rounds,
+                row.judged,
+                row.unit,
+                row.violations,
+                row.time.as_secs_f64()
+            );
+        }
+        let total: u64 = self.rows.iter().map(|row| row.rounds).sum();
+        println!(
+            "soak: {total} rounds in {:.0} s, {} violations",
+            self.start.elapsed().as_secs_f64(),
+            self.violations()
+        );
+    }
+}
