@@ -37,7 +37,12 @@ pub(crate) fn check(path: &Path, options: &OpenOptions, repair: Repair) -> Resul
         return Err(Error::new(ErrorKind::Unsupported, "check", detail));
     }
     let options = OpenOptions { access, snapshot: None, ..options.clone() };
-    Qcow2::open(storage, Some(path), &options, Purpose::Check)?.check(repair)
+    let mut image = Qcow2::open(storage, Some(path), &options, Purpose::Check)?;
+    let report = image.check(repair)?;
+    if report.corruptions_repaired > 0 {
+        image.break_seal()?;
+    }
+    Ok(report)
 }
 
 /// Facts about one image; what it names is not opened.

@@ -1,5 +1,8 @@
 //! The dirty bitmaps of an image.
 
+use std::path::{Path, PathBuf};
+
+use crate::backup::{Backup, Uuid};
 use crate::bitmap::{BitmapChange, BitmapInfo, DirtyBits, DirtyExtent, Recording};
 use crate::error::{Error, ErrorKind, Result};
 use crate::image::Image;
@@ -129,6 +132,27 @@ impl Image {
     /// As [`dirty_extents`](Self::dirty_extents).
     pub fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
         self.layer_with_bitmap(name)?.dirty_bits(name).map_err(|error| self.name(error))
+    }
+
+    /// Which disk this is: known since a bitmap was [frozen](BitmapChange::Freeze) for a backup for the
+    /// first time.
+    pub fn disk_id(&self) -> Option<Uuid> {
+        self.qcow2().and_then(Qcow2::disk_id)
+    }
+
+    /// What each layer of the image says about the backup that it is, the image itself first, with
+    /// its file where that is known.
+    pub fn backups_of_chain(&self) -> Vec<(Option<PathBuf>, Option<Backup>)> {
+        let mut found = Vec::new();
+        let mut layer = self.qcow2();
+        while let Some(image) = layer {
+            found.push((image.path().map(Path::to_owned), image.backup()));
+            layer = image.backing_image();
+            if layer.is_none() && image.has_backing() {
+                found.push((None, None)); // It is in no format that could say.
+            }
+        }
+        found
     }
 
     /// The bitmaps of all layers that a name can mean, the image's own first, each name once.

@@ -1,5 +1,6 @@
 //! What an image says about itself.
 
+use crate::backup::Backup;
 use crate::create::{CompressionType, L2Entries, Qcow2Version};
 use crate::format::Format;
 use crate::qcow2::Snapshot;
@@ -48,4 +49,6 @@ pub struct Qcow2Info {
     pub data_file_is_raw: bool,
     /// The internal snapshots.
     pub snapshots: Vec<Snapshot>,
+    /// The backup that the image is, if it says that it is one.
+    pub backup: Option<Backup>,
 }

@@ -3,12 +3,14 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::backup::BackupIdentity;
 use crate::chain;
 use crate::error::Result;
 use crate::format::Format;
 use crate::image::Image;
 use crate::info::ImageInfo;
 use crate::options::{Access, OpenOptions};
+use crate::qcow2;
 use crate::storage::Storage;
 
 impl Image {
@@ -47,6 +49,25 @@ impl Image {
         (name, format): (&str, Format),
     ) -> Result<()> {
         chain::check_depth(path.as_ref(), options, name, format)
+    }
+
+    /// Writes into the file of a qcow2 image which backup it is, durably. Nobody may have it open.
+    /// Whoever changes the disk afterwards makes [`Backup::is_unchanged`](crate::Backup) false.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` if it has version 2 or its header has no room; `InvalidInput` for names that are
+    /// too long; otherwise as [`open`](Self::open).
+    pub fn seal_backup(
+        path: impl AsRef<Path>,
+        options: &OpenOptions,
+        identity: &BackupIdentity,
+    ) -> Result<()> {
+        let path = path.as_ref();
+        options
+            .open_file(path, Access::ReadWrite)
+            .and_then(|file| qcow2::seal(&file, identity))
+            .map_err(|error| error.with_path(path))
     }
 
     /// Makes a qcow2 image name another backing file (and its format), or none. Neither the old

@@ -53,6 +53,7 @@
 //! What this crate does not do: it knows no network protocol, and it never follows a name that an
 //! image contains without being allowed to.
 
+mod backup;
 mod bitmap;
 mod chain;
 mod create;
@@ -76,6 +77,7 @@ pub mod storage;
 mod sys;
 mod units;
 
+pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, NotAUuid, Uuid};
 pub use bitmap::{
     BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
     DirtyBits, DirtyExtent, Recording,

@@ -46,7 +46,9 @@ fn change(name: &str, change: fn(String) -> BitmapChange) -> BitmapChange {
 }
 
 fn freeze(image: &Image, name: &str) {
-    image.bitmap_transaction(&[change(name, |name| BitmapChange::Freeze { name })]).unwrap();
+    image
+        .bitmap_transaction(&[change(name, |name| BitmapChange::Freeze { name, backup: None })])
+        .unwrap();
 }
 
 fn state(image: &Image, name: &str) -> BitmapState {
@@ -106,7 +108,7 @@ fn a_frozen_bitmap_is_incomplete_until_its_bits_are_dropped_or_thawed() {
     for wrong in [
         change("daily", |name| BitmapChange::Thaw { name }),
         change("daily", |name| BitmapChange::DropFrozen { name }),
-        change("nobody", |name| BitmapChange::Freeze { name }),
+        change("nobody", |name| BitmapChange::Freeze { name, backup: None }),
     ] {
         let error = image.bitmap_transaction(&[wrong]).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");

@@ -6,6 +6,7 @@
 mod bits;
 mod tracker;
 
+use crate::backup::{BeganAfter, Uuid};
 use crate::units::GuestRange;
 
 pub use bits::DirtyBits;
@@ -91,6 +92,8 @@ pub struct BitmapInfo {
     pub is_in_use: bool,
     /// Whether its bits can be relied on.
     pub state: BitmapState,
+    /// The backup after which it began: what is dirty in it has changed since.
+    pub began_after: BeganAfter,
 }
 
 /// One step of a change of an image's bitmaps.
@@ -152,6 +155,9 @@ pub enum BitmapChange {
     Freeze {
         /// Its name.
         name: String,
+        /// The backup that is to be made of what it was: when the frozen bits are dropped the bitmap
+        /// [began after](BitmapInfo::began_after) it.
+        backup: Option<Uuid>,
     },
     /// A checkpoint has failed: frozen bits are merged back. Opening an image for writing does the
     /// same for all its bitmaps.

@@ -12,6 +12,10 @@ pub(crate) const FEATURE_NAMES: u32 = 0x6803_f857;
 pub(crate) const BITMAPS: u32 = 0x2385_2875;
 /// Ours: uuid and generation of the sidecar with the bits of bitmaps that are in use.
 pub(crate) const SIDECAR: u32 = 0x6469_7274;
+/// Ours: after which backup each bitmap began.
+pub(crate) const LINEAGE: u32 = 0x6c69_6e65;
+/// Ours: which backup the image is.
+pub(crate) const BACKUP: u32 = 0x6263_6b70;
 pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
 
 /// Size of one entry of the feature name table: type, bit, name.
@@ -26,6 +30,10 @@ pub(crate) struct Extensions {
     pub(crate) bitmaps: Option<Vec<u8>>,
     /// The content of our own extension.
     pub(crate) sidecar: Option<Vec<u8>>,
+    /// What is known about backups of the bitmaps; there are two while it is replaced.
+    pub(crate) lineages: Vec<Vec<u8>>,
+    /// Which backup the image is.
+    pub(crate) backup: Option<Vec<u8>>,
     feature_names: Vec<u8>,
 }
 
@@ -62,6 +70,8 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
             FEATURE_NAMES => extensions.feature_names = content.to_vec(),
             BITMAPS => extensions.bitmaps = Some(content.to_vec()),
             SIDECAR => extensions.sidecar = Some(content.to_vec()),
+            LINEAGE => extensions.lineages.push(content.to_vec()),
+            BACKUP => extensions.backup = Some(content.to_vec()),
             _ => {}
         }
         area = area.get(8 + length.next_multiple_of(8)..).unwrap_or_default();

@@ -52,6 +52,10 @@ pub(crate) mod autoclear {
     pub(crate) const RAW_DATA_FILE: u64 = 1 << 1;
     /// Ours: nobody who does not know it has written the image since the bitmaps' sidecar was made.
     pub(crate) const SIDECAR: u64 = 1 << 63;
+    /// Ours: what the extension about bitmaps and backups says is true.
+    pub(crate) const LINEAGE: u64 = 1 << 62;
+    /// Ours: the image is as the backup left it that it is.
+    pub(crate) const SEAL: u64 = 1 << 61;
 }
 
 /// Limits that QEMU enforces too; they bound the memory that opening an image takes.

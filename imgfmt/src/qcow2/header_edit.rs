@@ -79,16 +79,38 @@ pub(super) fn put_extension(
     kind: u32,
     content: &[u8],
 ) -> Result<()> {
-    let mut area = Area::read(storage, cluster_size)?;
-    let length = content.len() as u64;
-    let same_length = |wanted: u32, (_, kind, old): &(u64, u32, u64)| {
-        *kind == wanted && old.next_multiple_of(8) == length.next_multiple_of(8)
-    };
-    if let Some((place, ..)) = area.extensions.iter().find(|one| same_length(kind, one)) {
+    let area = Area::read(storage, cluster_size)?;
+    if let Some(place) = area.find(kind, content.len()) {
         area.write(place + 8, content)?;
         return area.sync();
     }
-    if let Some((place, ..)) = area.extensions.iter().find(|one| same_length(UNUSED, one)) {
+    add_extension(area, kind, content)
+}
+
+/// Adds an extension and then removes those that are there of its kind, durably: whenever it is interrupted
+/// the old one or the new one is there, as a whole, or both.
+pub(super) fn replace_extension(
+    storage: &dyn Storage,
+    cluster_size: u64,
+    kind: u32,
+    content: &[u8],
+) -> Result<()> {
+    let area = Area::read(storage, cluster_size)?;
+    let old = area.extensions.iter().filter(|(_, other, _)| *other == kind);
+    let old: Vec<u64> = old.map(|(place, ..)| *place).collect();
+    add_extension(area, kind, content)?;
+    if old.is_empty() {
+        return Ok(());
+    }
+    let area = Area::read(storage, cluster_size)?;
+    old.iter().try_for_each(|place| area.write(*place, &UNUSED.to_be_bytes()))?;
+    area.sync()
+}
+
+fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Result<()> {
+    let length = content.len() as u64;
+    if let Some(place) = area.find(UNUSED, content.len()) {
+        let place = &place;
         area.write(place + 8, content)?;
         area.sync()?;
         area.write(*place, &start(kind, content))?;
@@ -143,6 +165,14 @@ impl<'a> Area<'a> {
             area.end += 8 + length.next_multiple_of(8);
         }
         Ok(area)
+    }
+
+    /// Where there is an extension of that kind whose content takes up as much room.
+    fn find(&self, kind: u32, length: usize) -> Option<u64> {
+        let room = (length as u64).next_multiple_of(8);
+        let fits =
+            |(_, other, old): &&(u64, u32, u64)| *other == kind && old.next_multiple_of(8) == room;
+        self.extensions.iter().find(fits).map(|(place, ..)| *place)
     }
 
     /// Makes sure that an extension of `length` bytes and the mark behind it fit in.

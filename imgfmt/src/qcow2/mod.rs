@@ -31,6 +31,7 @@ mod preallocate;
 mod read;
 mod refcount;
 mod resize;
+mod seal;
 mod shrink;
 mod snapshot;
 mod snapshot_change;
@@ -64,6 +65,7 @@ pub(crate) use bitmap::no_bitmap;
 pub use check::{CheckReport, Repair};
 pub(crate) use create::layout;
 pub(crate) use open::Purpose;
+pub(crate) use seal::seal;
 pub use snapshot::Snapshot;
 
 /// An open qcow2 image.
@@ -128,12 +130,21 @@ impl Qcow2 {
             data_file_name: header.extensions.data_file_name.clone(),
             data_file_is_raw: header.autoclear & autoclear::RAW_DATA_FILE != 0,
             snapshots: self.snapshots()?,
+            backup: self.backup(),
         })
     }
 
     /// The image below, if there is one and it is a qcow2 image.
     pub(crate) fn backing_image(&self) -> Option<&Self> {
         self.backing.as_ref()?.driver.as_qcow2()
+    }
+
+    pub(crate) fn has_backing(&self) -> bool {
+        self.backing.is_some()
+    }
+
+    pub(crate) fn path(&self) -> Option<&std::path::Path> {
+        self.path.as_deref()
     }
 
     fn geometry(&self) -> Geometry {

@@ -135,7 +135,8 @@ impl Qcow2 {
         let bitmaps = if self.has_no_bitmaps() { 0 } else { autoclear::BITMAPS };
         // Ours goes when the bits it stands for are in the image.
         let bitmaps = bitmaps | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
-        let known = self.header.autoclear & (autoclear::RAW_DATA_FILE | bitmaps);
+        let ours = autoclear::LINEAGE | autoclear::SEAL;
+        let known = self.header.autoclear & (autoclear::RAW_DATA_FILE | bitmaps | ours);
         if known != self.header.autoclear {
             self.write_header(field::AUTOCLEAR, &known.to_be_bytes())?;
             self.sync_header()?;

@@ -26,6 +26,8 @@ impl Qcow2 {
         self.refuse_if_corrupt()?;
         let old_size = self.size;
         drop(self.before_change(span(0, 0))?);
+        // What is cut off and added again is clean, and not what it was.
+        self.forget_lineage()?;
         self.flush_all()?;
         if size < old_size {
             self.bitmaps_before_resize()?;

@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use imgfmt::{Access, Format, Image};
+use imgfmt::{Access, BackupIdentity, Format, Image, Uuid};
 use nbd_client::{Client, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
@@ -48,6 +48,10 @@ A full backup is a qcow2 file that stands alone. An incremental one holds what i
 of the server (context qemu:dirty-bitmap:NAME), and its backing file is the backup before it. Whoever
 runs the server starts the bitmap when a backup is taken and clears it when the next one is complete;
 the disk should not change while it is copied. All files of a chain may be moved together.
+
+Every backup says in its file which one it is. A base is refused that is known to be, or may be, another one than that after
+which the bitmap began: one that was changed, cut off or converted, is of another disk, or has a later
+backup upon it. With --control the image of the disk knows; without, only the files do.
 
 With --control all of that happens by itself: the disk is copied as it was at one moment while clients
 go on writing, the bitmap is begun anew at that moment, and if the backup fails nothing is forgotten.
@@ -95,6 +99,12 @@ pub struct BackupArgs {
     /// The backup before this one: what is not dirty is taken from it.
     #[arg(short, long, value_name = "FILE", requires = "bitmap")]
     pub base: Option<PathBuf>,
+
+    /// Take the base as right where that cannot be known: it carries no identity (an older version
+    /// made it, or it was converted), was changed since, or the server does not say after which backup the
+    /// bitmap began. A base that is known to be wrong is refused all the same.
+    #[arg(long, requires = "base")]
+    pub trust_base: bool,
 
     /// Make a checkpoint of a disk that clients go on writing to, through the control socket of its
     /// server, and copy from there.
@@ -173,17 +183,22 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
             "--bitmap needs --base FILE, the backup before this one; a full backup takes neither",
         ));
     }
+    refuse_existing(args)?;
+    let base = args.base.as_deref().map(|path| Base::open(path, args)).transpose()?;
+    let base = base.as_ref();
     let report = match (&args.control, &args.source) {
         (Some(socket), _) => {
             let runtime = runtime()?;
             // Before there is a checkpoint: if a signal ended this process it would stay, and go on
             // to cost room and time.
             let signals = runtime.block_on(async { EndSignals::new(Hangup::Ends) })?;
-            checkpointed(args, socket, |uri| runtime.block_on(until_signal(args, uri, signals)))?
+            checkpointed(args, socket, base, |uri, issued| {
+                runtime.block_on(until_signal(args, uri, base, issued, signals))
+            })?
         }
         (None, Some(uri)) => {
             signals::watch()?;
-            block_on(backup(args, uri))?
+            block_on(backup(args, uri, base, Issued::ours()?))?
         }
         (None, None) => return Err(CommandError::new("give the disk's URI, or --control")),
     };
@@ -197,10 +212,12 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
 async fn until_signal(
     args: &BackupArgs,
     uri: &NbdUri,
+    base: Option<&Base>,
+    issued: Issued,
     mut signals: EndSignals,
 ) -> Result<Report, CommandError> {
     let signal = tokio::select! {
-        result = backup(args, uri) => return result,
+        result = backup(args, uri, base, issued) => return result,
         signal = signals.next() => signal,
     };
     tokio::spawn(async move {
@@ -213,31 +230,47 @@ async fn until_signal(
     )))
 }
 
-async fn backup(args: &BackupArgs, uri: &NbdUri) -> Result<Report, CommandError> {
-    let started = Instant::now();
-    if args.target.symlink_metadata().is_ok() {
-        return Err(CommandError::new(format!(
+/// Who the backup and its disk are.
+#[derive(Clone, Copy, Debug)]
+struct Issued {
+    backup: Uuid,
+    disk: Option<Uuid>,
+}
+
+impl Issued {
+    /// Where nobody else says it.
+    fn ours() -> Result<Self, CommandError> {
+        let backup = Uuid::random().map_err(|error| {
+            CommandError::new(format!("the system gives no random numbers: {error}"))
+        })?;
+        Ok(Self { backup, disk: None })
+    }
+}
+
+fn refuse_existing(args: &BackupArgs) -> Result<(), CommandError> {
+    match args.target.symlink_metadata() {
+        Ok(_) => Err(CommandError::new(format!(
             "'{}' exists already; every backup needs a file of its own",
             args.target.display()
-        )));
+        ))),
+        Err(_) => Ok(()),
     }
-    let base = args.base.as_deref().map(|path| Base::open(path, args)).transpose()?;
+}
+
+async fn backup(
+    args: &BackupArgs,
+    uri: &NbdUri,
+    base: Option<&Base>,
+    issued: Issued,
+) -> Result<Report, CommandError> {
+    let started = Instant::now();
     // Without a base everything is copied, whatever the bitmap says.
     let bitmap = args.base.as_ref().and(args.bitmap.as_deref()).map(context_of).transpose()?;
     let client = connect_to_disk(args, uri, bitmap.as_ref()).await?;
     let size = client.info().size;
-    if let Some(base) = &base
-        && base.size != size
-    {
-        return Err(CommandError::new(format!(
-            "the disk has {size} bytes and its last backup '{}' {}: the disk was resized, so make \
-             a full backup",
-            base.path.display(),
-            base.size
-        )));
-    }
-    let state = State::new(args, uri, size);
-    let mut partial = Partial::begin(args, state, base.as_ref())?;
+    base.map_or(Ok(()), |base| base.check(size, args))?;
+    let state = State::new(args, uri, size, base);
+    let mut partial = Partial::begin(args, state, base)?;
     let disk = (client.clone(), uri);
     let result = fill(args, disk, bitmap.as_ref(), &mut partial).await;
     let (counts, resumed_at) = match result {
@@ -257,7 +290,12 @@ async fn backup(args: &BackupArgs, uri: &NbdUri) -> Result<Report, CommandError>
         None => None,
         Some(what) => Some(verify(args, (&client, uri), bitmap.as_ref(), what, &partial).await?),
     };
-    partial.complete()?;
+    let mut identity = BackupIdentity::new(issued.backup, size);
+    identity.base = base.map(Base::identity).unwrap_or_default();
+    identity.disk = issued.disk;
+    identity.bitmap.clone_from(&args.bitmap);
+    identity.export = args.export.clone().unwrap_or_else(|| uri.export_name.clone());
+    partial.complete(&identity, &args.trust)?;
     // Everything was read; how the connection ends does not matter.
     let _ = client.disconnect().await;
     Ok(Report::new(args, uri, size, counts, resumed_at, verified, started.elapsed()))
@@ -393,7 +431,7 @@ async fn verify(
         Verify::All => extents(client, None, 0),
     };
     let progress = Progress::new(visibility(args), source.size());
-    let copy = Source::Image { image: Arc::new(image) };
+    let copy = Source::image(Arc::new(image));
     let verification = Arc::new(Verification::new(source, copy, unit, extents, progress));
     let result = verification.run(args.requests.get()).await;
     verification.progress.clear();

@@ -126,7 +126,6 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
 async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     let started = Instant::now();
     let image = Arc::new(args.open.read(&args.image, args.share).map_err(advise_sharing)?);
-    let size = image.size();
     let is_new = match &args.destination {
         Location::File(path) => is_new(path)?,
         Location::Nbd(_) => false,
@@ -141,7 +140,8 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
             "--output-format qcow2 is for files and devices; a server gets the disk as it is",
         ));
     }
-    let source = Source::Image { image };
+    let source = Source::image(image);
+    let size = source.size().unwrap_or_default();
     let new = match &args.destination {
         Location::File(path) if is_new => {
             Some(NewFile::begin(path, |path| make(args, size, path))?)
@@ -242,7 +242,7 @@ async fn fill_and_verify(
     destination: Destination,
     place: &Location,
 ) -> Result<([u64; 2], Option<u64>), CommandError> {
-    let Source::Image { image } = &source else {
+    let Source::Image { image, .. } = &source else {
         return Err(CommandError::new("only an image can be restored"));
     };
     let image = image.clone();
@@ -293,7 +293,7 @@ async fn verify(
 ) -> Result<u64, CommandError> {
     let copy = match place {
         Location::File(path) if is_image => {
-            Source::Image { image: Arc::new(Image::open(path, &plain(Format::Qcow2))?) }
+            Source::image(Arc::new(Image::open(path, &plain(Format::Qcow2))?))
         }
         location => {
             let locking = args.open.trust.locks.locking();
@@ -301,7 +301,7 @@ async fn verify(
         }
     };
     let unit = copy.alignment();
-    let source = Source::Image { image };
+    let source = Source::image(image);
     let extents = source.extents(0);
     let progress = Progress::new(visibility(args), source.size());
     let verification = Arc::new(Verification::new(source, copy, unit, extents, progress));

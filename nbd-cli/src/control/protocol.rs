@@ -124,6 +124,15 @@ pub(crate) enum Request {
               value_parser = flag(IfUnusable::Fail, IfUnusable::BeginAnew))]
         #[serde(default)]
         if_unusable: IfUnusable,
+        /// The backup (its UUID) upon which the one of this checkpoint is made: refused unless the
+        /// bitmap began after it.
+        #[arg(long, value_name = "UUID", requires = "bitmap")]
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        base: Option<String>,
+        /// Go on where it is not known after which backup the bitmap began.
+        #[arg(long, requires = "base")]
+        #[serde(default)]
+        trust_base: bool,
         // This command's connection ends at once.
         #[arg(skip)]
         #[serde(default)]
@@ -230,8 +239,12 @@ pub(crate) struct ExportState {
     pub(crate) clients: usize,
     /// Where it comes from; not for views.
     pub(crate) source: Option<String>,
-    /// Each with `name`, `granularity`, `enabled` and either `dirty-bytes` or `problem`.
+    /// Each with `name`, `granularity`, `enabled`, either `dirty-bytes` or `problem`, and the UUID of the
+    /// backup that it `began-after`, or `perhaps-began-after` if another program has had the image.
     pub(crate) bitmaps: Vec<Value>,
+    /// The UUID of the disk; known since its first backup.
+    #[serde(default)]
+    pub(crate) disk: Option<String>,
     /// The checkpoint in progress: its `view`, its `bitmap`, and the `problem` if it is lost.
     pub(crate) checkpoint: Option<Value>,
 }
@@ -258,6 +271,13 @@ pub(crate) struct Begun {
     /// Why the bitmap could not be relied on, if it begins anew for that reason.
     #[serde(default)]
     pub(crate) begun_anew: Option<String>,
+    /// The UUID of the backup that is to be made: if the checkpoint ends with success the bitmap began after
+    /// it.
+    #[serde(default)]
+    pub(crate) backup: Option<String>,
+    /// The UUID of the disk, if it has one.
+    #[serde(default)]
+    pub(crate) disk: Option<String>,
     /// Where the view can be read.
     pub(crate) uris: Vec<String>,
 }
@@ -347,6 +367,8 @@ mod tests {
                     if_missing: IfMissing::Add,
                     view: None,
                     if_unusable: IfUnusable::Fail,
+                    base: None,
+                    trust_base: false,
                     lifetime: Lifetime::Server,
                 },
             ),
@@ -358,6 +380,8 @@ mod tests {
                     if_missing: IfMissing::Fail,
                     view: None,
                     if_unusable: IfUnusable::Fail,
+                    base: None,
+                    trust_base: false,
                     lifetime: Lifetime::Connection,
                 },
             ),

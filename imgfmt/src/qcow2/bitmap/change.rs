@@ -77,7 +77,7 @@ impl Qcow2 {
         for change in changes {
             self.plan_change(&mut plan, change)?;
         }
-        self.carry_out(alone, plan)
+        self.carry_out_changes(alone, plan, changes)
     }
 
     /// Makes the plan true on disk and then in memory.
@@ -104,7 +104,7 @@ impl Qcow2 {
                 self.plan_content(at(plan, name)?, |_| ())?;
             }
             BitmapChange::MarkAll { name } => self.plan_content(at(plan, name)?, Bits::set_all)?,
-            BitmapChange::Freeze { name } => self.plan_freeze(plan, name)?,
+            BitmapChange::Freeze { name, .. } => self.plan_freeze(plan, name)?,
             BitmapChange::Thaw { name } => self.plan_thaw(plan, name)?,
             BitmapChange::DropFrozen { name } => plan_drop_frozen(plan, name)?,
             BitmapChange::Enable { name } => {

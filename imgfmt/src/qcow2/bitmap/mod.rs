@@ -7,6 +7,7 @@ mod change;
 mod close;
 mod directory;
 mod frozen;
+mod lineage;
 mod resize;
 mod session;
 mod table;
@@ -32,6 +33,7 @@ use crate::storage::Storage;
 use crate::units::GuestRange;
 use directory::{Entry, Place, flag};
 pub use frozen::frozen_bitmap_name;
+use lineage::Lineage;
 use session::Session;
 
 /// The bits of all bitmaps of one image take up no more memory than this.
@@ -49,6 +51,10 @@ pub(crate) struct Bitmaps {
     memory_bytes: AtomicU64,
     /// The largest size that the disk has had since the image was opened.
     size_peak: u64,
+    /// After which backup each of them began. Locked before the header is edited.
+    lineage: Mutex<Lineage>,
+    /// The header says that the image is as the backup left it that it is.
+    pub(super) is_sealed: AtomicBool,
     /// What makes them survive a crash.
     session: Mutex<Session>,
     /// Where the sidecar is; `None` means beside the image.
@@ -80,6 +86,8 @@ impl Bitmaps {
             disk: Mutex::default(),
             memory_bytes: AtomicU64::new(0),
             size_peak: 0,
+            lineage: Mutex::default(),
+            is_sealed: AtomicBool::new(false),
             session: Mutex::default(),
             sidecar_home: None,
         }
@@ -108,6 +116,8 @@ impl Bitmaps {
             disk,
             memory_bytes: AtomicU64::new(0),
             size_peak: header.size,
+            lineage: Mutex::new(Lineage::of(header)),
+            is_sealed: AtomicBool::new(header.autoclear & autoclear::SEAL != 0),
             session: Mutex::new(Session::new(options.survives)),
             sidecar_home: sidecar_home(options),
         }
@@ -169,7 +179,10 @@ impl Qcow2 {
     /// open, that it is in use.
     fn is_marked(&self, bitmaps: &[Bitmap<Entry>]) -> bool {
         let disk = lock(&self.bitmaps.disk);
-        disk.damage.is_none() && !disk.is_doubtful && !bitmaps.iter().any(needs_mark)
+        disk.damage.is_none()
+            && !disk.is_doubtful
+            && !self.is_sealed()
+            && !bitmaps.iter().any(needs_mark)
     }
 
     /// Two bitmaps must not share clusters, or one would free what the other needs.
@@ -234,6 +247,7 @@ impl Qcow2 {
 
     /// Says on disk of every bitmap that notes changes that what is stored is out of date.
     fn mark_in_use(&self, state: &State<Entry>) -> Result<()> {
+        self.break_seal()?;
         let mut disk = lock(&self.bitmaps.disk);
         if disk.damage.is_some() {
             // Nobody can find these bitmaps. Whoever can must not believe them from now on.
@@ -270,6 +284,7 @@ impl Qcow2 {
             granularity: 1 << bitmap.granularity_bits,
             recording: bitmap.recording,
             is_in_use: bitmap.in_use.load(Acquire),
+            began_after: self.began_after(&bitmap.name),
             state: match (&bitmap.condition, self.ready_bits(bitmap)) {
                 (Condition::Inconsistent(reason), _) => {
                     BitmapState::Inconsistent { reason: reason.clone() }

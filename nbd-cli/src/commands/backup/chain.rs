@@ -1,23 +1,34 @@
 //! The backup that a new one builds on.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
 
-use imgfmt::{Format, Image};
+use imgfmt::{Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, Uuid};
 
 use super::BackupArgs;
 use crate::commands::image::open::explained;
 use crate::error::CommandError;
+use crate::output::printable;
+
+/// How many files of a folder are looked at, to find other backups.
+const FILES_MAX: usize = 65536;
 
 /// The backup before this one.
 pub(super) struct Base {
     pub(super) path: PathBuf,
-    pub(super) size: u64,
+    /// Size of the image in bytes.
+    size: u64,
     pub(super) format: Format,
     /// Its name as it is to stand in the new file.
     pub(super) name: String,
+    identity: Option<BackupIdentity>,
+    /// Why it may be the wrong one, as far as the files tell.
+    problem: Option<String>,
 }
 
 impl Base {
+    /// Opens it, and looks whether the new backup can be built on it.
     pub(super) fn open(path: &Path, args: &BackupArgs) -> Result<Self, CommandError> {
         let options = args.trust.options();
         let image = Image::open(path, &options).map_err(|error| match error.found_format() {
@@ -30,8 +41,182 @@ impl Base {
             None => explained(error),
         })?;
         let name = relative(path, folder_of(&args.target))?;
-        Ok(Self { path: path.to_owned(), size: image.size(), format: image.format(), name })
+        let chain = image.backups_of_chain();
+        let identity = chain.first().and_then(|(_, backup)| Some(backup.clone()?.identity));
+        let mut base = Self {
+            path: path.to_owned(),
+            size: image.size(),
+            format: image.format(),
+            name,
+            identity,
+            problem: chain_problem(&chain),
+        };
+        // With a control socket the server knows better.
+        if base.problem.is_none() && args.control.is_none() {
+            base.problem = base.problem_without_control(args);
+        }
+        Ok(base)
     }
+
+    /// Refuses it for a disk of another size, and if it may be the wrong one unless the user vouches
+    /// for it.
+    pub(super) fn check(&self, size: u64, args: &BackupArgs) -> Result<(), CommandError> {
+        self.check_size(size)?;
+        match &self.problem {
+            Some(problem) if !args.trust_base => Err(CommandError::new(format!(
+                "'{}' cannot be the base of this backup: {problem}; give the backup after which the \
+                 bitmap began, or make a full backup (or add --trust-base, if you know that it is \
+                 that one)",
+                self.path.display()
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// What stands about it in the new file.
+    pub(super) fn identity(&self) -> BackupBase {
+        match (self.id(), &self.problem) {
+            (Some(id), None) => BackupBase::Backup(id),
+            (id, _) => BackupBase::Trusted(id),
+        }
+    }
+
+    pub(super) fn id(&self) -> Option<Uuid> {
+        self.identity.as_ref().map(|identity| identity.id)
+    }
+
+    /// The disk it is of, if that is known.
+    pub(super) fn disk(&self) -> Option<Uuid> {
+        self.identity.as_ref()?.disk
+    }
+
+    fn check_size(&self, size: u64) -> Result<(), CommandError> {
+        let (own, fits) = match &self.identity {
+            Some(identity) => (identity.disk_size, identity.disk_size == size),
+            // Images are larger than disks whose size is no multiple of 512.
+            None => (self.size, self.size == size || self.size == size.next_multiple_of(512)),
+        };
+        if fits {
+            return Ok(());
+        }
+        Err(CommandError::new(format!(
+            "the disk has {size} bytes and its last backup '{}' {own}: the disk was resized, so \
+             make a full backup",
+            self.path.display(),
+        )))
+    }
+
+    /// The error of a base that is of another disk.
+    pub(super) fn of_another_disk(&self) -> CommandError {
+        CommandError::new(format!(
+            "'{}' is a backup of another disk; give the last backup of this one as --base, or make a \
+             full backup",
+            self.path.display()
+        ))
+    }
+
+    /// The error of a base after which the bitmap did not begin: it began after `right`.
+    pub(super) fn wrong(&self, bitmap: &str, right: Uuid, target: &Path) -> CommandError {
+        let found = find_backup(&[&self.path, target], |found| {
+            found.identity.id == right && found.is_unchanged
+        });
+        let right = match found {
+            Some(path) => format!("'{}'", path.display()),
+            None => format!("the backup {right}"),
+        };
+        CommandError::new(format!(
+            "'{}' cannot be the base of this backup: the bitmap '{}' began after {right}; give that as \
+             --base, or make a full backup",
+            self.path.display(),
+            printable(bitmap)
+        ))
+    }
+
+    /// What speaks against it, as far as that can be known without the server's help.
+    fn problem_without_control(&self, args: &BackupArgs) -> Option<String> {
+        let identity = self.identity.as_ref()?;
+        let export = args.source.as_ref().map(|uri| uri.export_name.as_str()).unwrap_or_default();
+        if identity.export != export {
+            return Some(format!(
+                "it is a backup of the export '{}', not of '{}'",
+                printable(&identity.export),
+                printable(export)
+            ));
+        }
+        if let (Some(own), Some(bitmap)) = (&identity.bitmap, &args.bitmap)
+            && own != bitmap
+        {
+            return Some(format!(
+                "it was made for the bitmap '{}', not for '{}'",
+                printable(own),
+                printable(bitmap)
+            ));
+        }
+        let is_child = |other: &Backup| other.identity.base.id() == Some(identity.id);
+        let child = find_backup(&[&self.path, &args.target], is_child)?;
+        Some(format!("'{}' was made upon it since", child.display()))
+    }
+}
+
+/// Why a chain of backups, the newest first, cannot be built on.
+fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> {
+    let mut layers = chain.iter();
+    let mut expected = None;
+    let mut is_first = true;
+    loop {
+        let Some((path, backup)) = layers.next() else {
+            return expected.map(|_| "the backup it was made upon is missing".to_owned());
+        };
+        let whose = match path {
+            Some(path) if !is_first => format!("'{}' below it", path.display()),
+            _ => "it".to_owned(),
+        };
+        let Some(backup) = backup else {
+            return Some(format!(
+                "{whose} carries no identity of a backup (an older version made it, or it was \
+                 converted, or is none)"
+            ));
+        };
+        if expected.is_some_and(|expected| expected != backup.identity.id) {
+            return Some(format!("{whose} is not the backup that the one above was made upon"));
+        }
+        if !backup.is_unchanged {
+            return Some(format!("{whose} was opened for writing or cut off after it was made"));
+        }
+        is_first = false;
+        match backup.identity.base {
+            BackupBase::None if layers.next().is_some() => {
+                return Some(format!("{whose} is a full backup and has a backing file"));
+            }
+            // What is below was vouched for.
+            BackupBase::None | BackupBase::Trusted(_) => return None,
+            BackupBase::Backup(id) => expected = Some(id),
+        }
+    }
+}
+
+/// A backup in the folders of these files, the first by name.
+fn find_backup(files: &[&Path], is_wanted: impl Fn(&Backup) -> bool) -> Option<PathBuf> {
+    let mut folders: Vec<&Path> = files.iter().map(|file| folder_of(file)).collect();
+    folders.dedup();
+    let entries = folders.iter().filter_map(|folder| folder.read_dir().ok());
+    let entries = entries.flat_map(|entries| entries.take(FILES_MAX)).flatten();
+    let files = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
+    // What is not complete is of no account.
+    let files = files
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_none_or(|extension| extension != "partial"));
+    files.filter(|path| backup_in(path).is_some_and(|found| is_wanted(&found))).min()
+}
+
+fn backup_in(path: &Path) -> Option<Backup> {
+    let mut magic = [0; 4];
+    File::open(path).ok()?.read_exact(&mut magic).ok()?;
+    if magic != *b"QFI\xfb" {
+        return None;
+    }
+    let options = OpenOptions::new().format(Format::Qcow2).locking(Locking::Off);
+    Image::inspect_file(path, &options).ok()?.qcow2?.backup
 }
 
 /// The folder a file is in.

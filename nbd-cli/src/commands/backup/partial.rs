@@ -5,7 +5,9 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, CreateOptions, Format, Image, Locking, OpenOptions, OpenPolicy, Repair};
+use imgfmt::{
+    Access, BackupIdentity, CreateOptions, Format, Image, Locking, OpenOptions, OpenPolicy, Repair,
+};
 use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
@@ -28,18 +30,22 @@ pub(super) struct State {
     size: u64,
     bitmap: Option<String>,
     base: Option<PathBuf>,
+    /// The UUID of the base, if it has one.
+    #[serde(default)]
+    base_identity: Option<String>,
     /// Every byte below is in the file, durably.
     done: u64,
 }
 
 impl State {
-    pub(super) fn new(args: &BackupArgs, uri: &NbdUri, size: u64) -> Self {
+    pub(super) fn new(args: &BackupArgs, uri: &NbdUri, size: u64, base: Option<&Base>) -> Self {
         Self {
             version: 1,
             source: uri.to_string(),
             size,
             bitmap: args.bitmap.clone(),
             base: args.base.clone(),
+            base_identity: base.and_then(Base::id).map(|id| id.to_string()),
             done: 0,
         }
     }
@@ -56,6 +62,7 @@ impl State {
             ("size", self.size.to_string(), former.size.to_string()),
             ("bitmap", name(&self.bitmap), name(&former.bitmap)),
             ("base", path(&self.base), path(&former.base)),
+            ("base's identity", name(&self.base_identity), name(&former.base_identity)),
         ];
         let found = pairs.into_iter().find(|(_, now, then)| now != then);
         found.map(|(what, now, then)| format!("its {what} was {then} and is now {now}"))
@@ -170,8 +177,13 @@ impl Partial {
         })
     }
 
-    /// Gives the backup its name.
-    pub(super) fn complete(self) -> Result<(), CommandError> {
+    /// Says in the file which backup it is, and gives it its name.
+    pub(super) fn complete(
+        self,
+        identity: &BackupIdentity,
+        trust: &TrustArgs,
+    ) -> Result<(), CommandError> {
+        Image::seal_backup(&self.path, &trust.options(), identity)?;
         let rename = || -> io::Result<()> {
             File::open(&self.path)?.sync_all()?;
             renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE)?;

@@ -40,6 +40,8 @@ pub(in crate::commands) enum Source {
     /// A disk in an image format.
     Image {
         image: Arc<Image>,
+        /// Size of the disk in bytes: that of the image, or less.
+        size: u64,
     },
     /// Standard input: read once, front to back, of unknown size.
     Standard,
@@ -47,6 +49,16 @@ pub(in crate::commands) enum Source {
 }
 
 impl Source {
+    /// The disk in an image. A backup knows its size better than the image, whose size is a
+    /// multiple of 512.
+    pub(in crate::commands) fn image(image: Arc<Image>) -> Self {
+        let backup = image.backups_of_chain().into_iter().next().and_then(|(_, backup)| backup);
+        let disk_size = backup.map(|backup| backup.identity.disk_size);
+        let is_own = |size: &u64| size.next_multiple_of(512) == image.size();
+        let size = disk_size.filter(is_own).unwrap_or_else(|| image.size());
+        Self::Image { image, size }
+    }
+
     /// Opens a server's export or a file for reading.
     pub(in crate::commands) async fn open(
         location: &Location,
@@ -79,7 +91,7 @@ impl Source {
         match self {
             Self::Nbd { client, .. } => Some(client.info().size),
             Self::File { size, .. } => Some(*size),
-            Self::Image { image } => Some(image.size()),
+            Self::Image { size, .. } => Some(*size),
             Self::Standard => None,
             Self::Null => Some(0),
         }
@@ -115,7 +127,7 @@ impl Source {
                 }
             }
             Self::File { storage, .. } => Extents::File(storage.clone()),
-            Self::Image { image } => Extents::Image(ImageExtents::new(image.clone())),
+            Self::Image { image, .. } => Extents::Image(ImageExtents::new(image.clone())),
             Self::Standard | Self::Null => Extents::Unknown,
         }
     }
@@ -146,7 +158,7 @@ impl Source {
                     Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
                 }
             }
-            Self::Image { image } => {
+            Self::Image { image, .. } => {
                 let image = image.clone();
                 let reading = tokio::task::spawn_blocking(move || {
                     buffer.resize(length, 0);
@@ -168,7 +180,7 @@ impl Source {
     pub(super) async fn is_known_zero(&self, offset: u64, length: u64) -> bool {
         let end = offset.saturating_add(length);
         match self {
-            Self::Image { image } => {
+            Self::Image { image, .. } => {
                 let image = image.clone();
                 let look = move || is_zero_in_image(&image, offset, end);
                 tokio::task::spawn_blocking(look).await.unwrap_or(false)

@@ -15,7 +15,7 @@ use nbd_server::{InUse, RemoveError, ServerHandle};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, Notify};
 
-use self::checkpoint::CheckpointWish;
+use self::checkpoint::{CheckpointWish, WishedBase};
 use self::disks::RunningCheckpoint;
 pub(super) use self::disks::{Disk, Disks};
 pub(super) use self::socket::ControlSocket;
@@ -110,13 +110,17 @@ impl Controller {
                 if_missing,
                 if_unusable,
                 view,
+                base,
+                trust_base,
                 lifetime,
             } => {
                 let conversation = match lifetime {
                     Lifetime::Server => None,
                     Lifetime::Connection => Some(conversation),
                 };
-                let wish = CheckpointWish { bitmap, if_missing, if_unusable, view, conversation };
+                let base = WishedBase::new(base.as_deref(), trust_base)?;
+                let wish =
+                    CheckpointWish { bitmap, if_missing, if_unusable, view, base, conversation };
                 self.begin_checkpoint(&mut disks, &export, wish).await
             }
             Request::CheckpointEnd { export, outcome } => {
@@ -163,6 +167,7 @@ impl Controller {
                 clients: self.server.users_of(&entry),
                 source: disk.map(|disk| disk.source.clone()),
                 bitmaps,
+                disk: disk.and_then(Disk::id),
                 checkpoint: disk.and_then(Disk::describe_checkpoint),
                 name,
             });

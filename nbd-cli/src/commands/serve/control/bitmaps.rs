@@ -1,6 +1,8 @@
 //! Requests about bitmaps.
 
-use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, BitmapInfo, BitmapState, Recording};
+use imgfmt::{
+    BITMAP_GRANULARITY_DEFAULT, BeganAfter, BitmapChange, BitmapInfo, BitmapState, Recording,
+};
 use nbd_proto::wire::MetaContextName;
 use nbd_server::export::ImageExport;
 use serde_json::{Value, json};
@@ -22,6 +24,11 @@ fn describe(bitmap: &BitmapInfo) -> Value {
         "granularity": bitmap.granularity,
         "enabled": bitmap.recording == Recording::Enabled,
     });
+    match bitmap.began_after {
+        BeganAfter::Backup(id) => described["began-after"] = json!(id.to_string()),
+        BeganAfter::PerhapsBackup(id) => described["perhaps-began-after"] = json!(id.to_string()),
+        _ => {}
+    }
     match &bitmap.state {
         BitmapState::Consistent { dirty_bytes } => described["dirty-bytes"] = json!(dirty_bytes),
         state => described["problem"] = json!(state.problem()),

@@ -5,7 +5,9 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use imgfmt::{BitmapChange, BitmapInfo, BitmapState, GuestOffset, GuestRange, Recording};
+use imgfmt::{
+    BeganAfter, BitmapChange, BitmapInfo, BitmapState, GuestOffset, GuestRange, Recording, Uuid,
+};
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 use nbd_server::InUse;
 use nbd_server::export::{
@@ -29,10 +31,53 @@ pub(super) struct CheckpointWish {
     pub(super) bitmap: Option<String>,
     pub(super) if_missing: IfMissing,
     pub(super) if_unusable: IfUnusable,
+    pub(super) base: WishedBase,
     /// Name of the view's export.
     pub(super) view: Option<String>,
     /// The conversation it is to end with.
     pub(super) conversation: Option<ConversationId>,
+}
+
+/// The backup upon which that of a checkpoint is to be made.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct WishedBase {
+    /// None: a full backup, or a base that nobody knows.
+    id: Option<Uuid>,
+    /// Somebody vouches for what the image does not say.
+    is_trusted: bool,
+}
+
+impl WishedBase {
+    pub(super) fn new(id: Option<&str>, is_trusted: bool) -> Result<Self, Failure> {
+        let id = id.map(str::parse).transpose().map_err(|error| {
+            Failure::new(ErrorKind::InvalidRequest, format!("'base' is not a UUID: {error}"))
+        })?;
+        Ok(Self { id, is_trusted })
+    }
+
+    /// Refuses it unless the bitmap began after it.
+    fn check(self, bitmap: &BitmapInfo) -> Result<(), Failure> {
+        let Some(base) = self.id else { return Ok(()) };
+        let name = &bitmap.name;
+        let message = match bitmap.began_after {
+            BeganAfter::Backup(id) | BeganAfter::PerhapsBackup(id) if id != base => format!(
+                "the bitmap '{name}' began after the backup {id}, not after {base}; use that as the \
+                 base, or make a full backup"
+            ),
+            BeganAfter::Backup(_) => return Ok(()),
+            _ if self.is_trusted => return Ok(()),
+            BeganAfter::PerhapsBackup(_) => format!(
+                "another program has had the image open for writing since the last backup, and may \
+                 have cleared the bitmap '{name}'; make a full backup (or add --trust-base, if you know \
+                 that it has not)"
+            ),
+            _ => format!(
+                "the image does not say after which backup the bitmap '{name}' began; make a full \
+                 backup (or add --trust-base, if you know that it began after this base)"
+            ),
+        };
+        Err(Failure::new(ErrorKind::InvalidRequest, message))
+    }
 }
 
 impl Controller {
@@ -44,6 +89,10 @@ impl Controller {
     ) -> Result<Value, Failure> {
         let disk = disks.get_mut(export)?;
         let (conversation, bitmap) = (wish.conversation, wish.bitmap);
+        let backup = Uuid::random().map_err(|error| {
+            let message = format!("the system gives no random numbers: {error}");
+            Failure::new(ErrorKind::Failed, message)
+        })?;
         let view_name = wish.view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
         if self.server.exports().entries().iter().any(|(taken, _)| *taken == view_name) {
             let message = format!("there is an export named '{view_name}' already");
@@ -51,10 +100,14 @@ impl Controller {
         }
         let image = bitmap.as_ref().map(|_| disk.image()).transpose()?;
         let checkpointed = disk.export.clone();
+        let terms = Terms {
+            if_missing: wish.if_missing,
+            if_unusable: wish.if_unusable,
+            base: wish.base,
+            backup,
+        };
         let begun = blocking(move || match (image, bitmap) {
-            (Some(image), Some(name)) => {
-                begin_with_bitmap(&checkpointed, &image, name, wish.if_missing, wish.if_unusable)
-            }
+            (Some(image), Some(name)) => begin_with_bitmap(&checkpointed, &image, name, &terms),
             _ => Ok(BegunCheckpoint::without_bitmap(begin(&checkpointed, || Ok(()))?)),
         });
         let BegunCheckpoint { view, bitmap, begun_anew } = begun.await??;
@@ -63,6 +116,8 @@ impl Controller {
             view: view_name.clone(),
             bitmap: had_bits.map(|bitmap| bitmap.name.clone()),
             begun_anew,
+            backup: Some(backup.to_string()),
+            disk: disk.id(),
             uris: (self.uris)(&view_name),
         };
         disk.checkpoint = Some(RunningCheckpoint { view: view_name.clone(), bitmap, conversation });
@@ -142,6 +197,15 @@ fn begin(
     })
 }
 
+/// What is asked of a bitmap at its checkpoint.
+struct Terms {
+    if_missing: IfMissing,
+    if_unusable: IfUnusable,
+    base: WishedBase,
+    /// The backup that is to be made.
+    backup: Uuid,
+}
+
 /// A checkpoint that has begun.
 struct BegunCheckpoint {
     view: PointInTimeView,
@@ -160,16 +224,15 @@ fn begin_with_bitmap(
     disk: &Checkpointed,
     image: &Arc<ImageExport>,
     name: String,
-    if_missing: IfMissing,
-    if_unusable: IfUnusable,
+    terms: &Terms,
 ) -> Result<BegunCheckpoint, Failure> {
     let known = image.image().bitmaps();
     let Some(found) = known.iter().find(|bitmap| bitmap.name == name) else {
-        if if_missing == IfMissing::Fail {
+        if terms.if_missing == IfMissing::Fail {
             let message = format!("the image has no bitmap '{name}'");
             return Err(Failure::new(ErrorKind::NotFound, message));
         }
-        let changes = added_anew(&name, imgfmt::BITMAP_GRANULARITY_DEFAULT);
+        let changes = added_anew(&name, terms.backup);
         let view = begin(disk, || image.image().bitmap_transaction(&changes))?;
         let bitmap = Some(CheckpointBitmap { name, origin: BitmapOrigin::Added });
         return Ok(BegunCheckpoint { view, bitmap, begun_anew: None });
@@ -181,14 +244,15 @@ fn begin_with_bitmap(
         );
         return Err(Failure::new(ErrorKind::InvalidRequest, message));
     }
+    terms.base.check(found)?;
     let context = MetaContextName::qemu_dirty_bitmap(&name)
         .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
     let problem = found.state.problem();
-    let mut changes = match (&problem, if_unusable) {
+    let mut changes = match (&problem, terms.if_unusable) {
         (Some(_), IfUnusable::BeginAnew) => made_usable(&known, found),
         _ => Vec::new(),
     };
-    changes.push(BitmapChange::Freeze { name: name.clone() });
+    changes.push(BitmapChange::Freeze { name: name.clone(), backup: Some(terms.backup) });
     // Clients of the disk itself would miss the bits that are frozen.
     let origin = match image.withdraw_bitmap(&name) {
         true => BitmapOrigin::Offered,
@@ -201,18 +265,19 @@ fn begin_with_bitmap(
     let status =
         move |offset, length, max_count| dirty_status(&image, &frozen, offset, length, max_count);
     let view = view.with_context(context, Box::new(status));
-    let begun_anew = problem.filter(|_| if_unusable == IfUnusable::BeginAnew);
+    let begun_anew = problem.filter(|_| terms.if_unusable == IfUnusable::BeginAnew);
     Ok(BegunCheckpoint { view, bitmap: Some(bitmap), begun_anew })
 }
 
 /// Adds a bitmap that begins at the checkpoint. If that is cut off, what was before counts as dirty:
 /// nobody knows what has changed then.
-fn added_anew(name: &str, granularity: u64) -> Vec<BitmapChange> {
+fn added_anew(name: &str, backup: Uuid) -> Vec<BitmapChange> {
     let (name, recording) = (name.to_owned(), Recording::Enabled);
+    let granularity = imgfmt::BITMAP_GRANULARITY_DEFAULT;
     vec![
         BitmapChange::Add { name: name.clone(), granularity, recording },
         BitmapChange::MarkAll { name: name.clone() },
-        BitmapChange::Freeze { name },
+        BitmapChange::Freeze { name, backup: Some(backup) },
     ]
 }
 

@@ -73,6 +73,11 @@ impl Disk {
         })
     }
 
+    /// The UUID of the disk, if it has one.
+    pub(super) fn id(&self) -> Option<String> {
+        self.image.as_ref()?.image().disk_id().map(|id| id.to_string())
+    }
+
     pub(super) fn describe_checkpoint(&self) -> Option<Value> {
         let checkpoint = self.checkpoint.as_ref()?;
         Some(json!({

@@ -1,0 +1,182 @@
+//! Which backup a file is, and after which backup a bitmap began.
+//!
+//! A backup file says who it is, and a disk says of each of its bitmaps after which backup it began: an
+//! incremental backup is right only on that one.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::str::FromStr;
+
+/// A universally unique identifier: of a disk, or of one backup.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Uuid([u8; 16]);
+
+impl Uuid {
+    /// A new random one (version 4 of RFC 9562).
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the system's random numbers.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0; 16];
+        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        bytes[6] = bytes[6] & 0x0f | 0x40;
+        bytes[8] = bytes[8] & 0x3f | 0x80;
+        Ok(Self(bytes))
+    }
+
+    pub(crate) const fn bytes(self) -> [u8; 16] {
+        self.0
+    }
+
+    /// All zeroes stand for none.
+    pub(crate) fn from_bytes(bytes: [u8; 16]) -> Option<Self> {
+        (bytes != [0; 16]).then_some(Self(bytes))
+    }
+}
+
+impl fmt::Display for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, byte) in self.0.iter().enumerate() {
+            let dash = if matches!(index, 4 | 6 | 8 | 10) { "-" } else { "" };
+            write!(f, "{dash}{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Uuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// A text that is not a UUID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotAUuid;
+
+impl fmt::Display for NotAUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a UUID has 32 hexadecimal digits in groups of 8, 4, 4, 4 and 12, not all zero")
+    }
+}
+
+impl std::error::Error for NotAUuid {}
+
+impl FromStr for Uuid {
+    type Err = NotAUuid;
+
+    fn from_str(text: &str) -> Result<Self, NotAUuid> {
+        let is_well_formed = text.len() == 36
+            && text.bytes().enumerate().all(|(index, byte)| match index {
+                8 | 13 | 18 | 23 => byte == b'-',
+                _ => byte.is_ascii_hexdigit(),
+            });
+        if !is_well_formed {
+            return Err(NotAUuid);
+        }
+        let digits = text.replace('-', "");
+        let number = u128::from_str_radix(&digits, 16).map_err(|_| NotAUuid)?;
+        Self::from_bytes(number.to_be_bytes()).ok_or(NotAUuid)
+    }
+}
+
+/// Which backup a file is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BackupIdentity {
+    /// The backup itself.
+    pub id: Uuid,
+    /// What it was made upon.
+    pub base: BackupBase,
+    /// The disk it is of, if that has an identity.
+    pub disk: Option<Uuid>,
+    /// Size of the disk in bytes. That of the image is rounded up to 512.
+    pub disk_size: u64,
+    /// The bitmap that says what has changed since, if one does: at most 1023 bytes.
+    pub bitmap: Option<String>,
+    /// The name of the export it was read from; at most 4096 bytes.
+    pub export: String,
+}
+
+/// What a backup was made upon.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackupBase {
+    /// Nothing: a full backup.
+    #[default]
+    None,
+    /// The backup of that identity.
+    Backup(Uuid),
+    /// A file that the user has vouched for; its own identity, if it has one.
+    Trusted(Option<Uuid>),
+}
+
+impl BackupBase {
+    /// The identity of the base, if it has one.
+    pub fn id(self) -> Option<Uuid> {
+        match self {
+            Self::None => None,
+            Self::Backup(id) => Some(id),
+            Self::Trusted(id) => id,
+        }
+    }
+}
+
+impl BackupIdentity {
+    /// A full backup of a disk of that size in bytes.
+    pub fn new(id: Uuid, disk_size: u64) -> Self {
+        let base = BackupBase::None;
+        Self { id, base, disk: None, disk_size, bitmap: None, export: String::new() }
+    }
+}
+
+/// What a file says about the backup that it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Backup {
+    /// Which one.
+    pub identity: BackupIdentity,
+    /// The file has its length, nobody who keeps to the format has opened it for writing since (this
+    /// crate lets it be opened, and looks whether it is changed), and if it is still the same file, it
+    /// was not modified. That a copy was changed by others than those cannot be told.
+    pub is_unchanged: bool,
+}
+
+/// After which backup a bitmap began.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BeganAfter {
+    /// The image does not say.
+    #[default]
+    Unknown,
+    /// After this one.
+    Backup(Uuid),
+    /// After this one, unless the bitmap has been cleared since: another program has had the image
+    /// open for writing.
+    PerhapsBackup(Uuid),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_are_written_as_they_are_read() {
+        let text = "00112233-4455-6677-8899-aabbccddeeff";
+        assert_eq!(text.parse::<Uuid>().unwrap().to_string(), text);
+        let random = Uuid::random().unwrap();
+        assert_eq!(random.to_string().parse(), Ok(random));
+        assert_eq!(&random.to_string()[14..15], "4");
+        for wrong in [
+            "",
+            "00112233445566778899aabbccddeeff",
+            "00112233-4455-6677-8899-aabbccddeef",
+            "00112233-4455-6677-8899-aabbccddeefg",
+            "+0112233-4455-6677-8899-aabbccddeeff",
+            "00000000-0000-0000-0000-000000000000",
+        ] {
+            assert_eq!(wrong.parse::<Uuid>(), Err(NotAUuid), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! After which backup each bitmap began.
+//!
+//! Kept in the header extension `0x6c696e65`, which other programs keep; autoclear bit 62, which they
+//! clear when they open the image for writing, says that nobody can have cleared a bitmap without noting it
+//! here. A change of the list of bitmaps writes the extension *before* the list, in a form that is
+//! right with the old list and with the new one:
+//!
+//! | change | written | with the old list | with the new one |
+//! | --- | --- | --- | --- |
+//! | freeze for backup Y | began after X, Y pending | after X | frozen bits: back after X |
+//! | drop frozen bits | began after Y | all bits since X: more than since Y | after Y |
+//! | thaw | nothing | after X | after X |
+//! | clear, remove, disable, add | nothing is known | refused | refused |
+
+use super::change::Planned;
+use super::directory::Entry;
+use crate::backup::{BeganAfter, Uuid};
+use crate::bitmap::{Alone, BitmapChange};
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Qcow2;
+use crate::qcow2::extension;
+use crate::qcow2::header::{Header, autoclear, u16_at, u32_at, u64_at};
+use crate::qcow2::header_edit::{change_autoclear, remove_extension, replace_extension};
+use crate::qcow2::writer::lock;
+
+const VERSION: u32 = 1;
+const FIXED_LENGTH: usize = 40;
+const RECORD_LENGTH: usize = 36;
+/// Lengths are multiples of this, so that places of former ones can be used again.
+const STEP: usize = 64;
+
+/// What is known about one bitmap.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Record {
+    name: String,
+    began_after: Option<Uuid>,
+    /// The backup after which it will have begun, once its frozen bits are dropped.
+    pending: Option<Uuid>,
+}
+
+/// What is known about all bitmaps of an image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Lineage {
+    /// Which disk it is.
+    disk: Option<Uuid>,
+    /// Counts what was written; the highest one counts.
+    sequence: u64,
+    records: Vec<Record>,
+    /// Another program has had the image open for writing since this was written.
+    is_doubtful: bool,
+}
+
+impl Lineage {
+    /// What the header says.
+    pub(super) fn of(header: &Header) -> Self {
+        let found = header.extensions.lineages.iter().filter_map(|content| decode(content));
+        let mut newest = found.max_by_key(|found| found.sequence).unwrap_or_default();
+        newest.is_doubtful = header.autoclear & autoclear::LINEAGE == 0;
+        newest
+    }
+
+    pub(super) fn began_after(&self, name: &str) -> BeganAfter {
+        let record = self.records.iter().find(|record| record.name == name);
+        match (record.and_then(|record| record.began_after), self.is_doubtful) {
+            (None, _) => BeganAfter::Unknown,
+            (Some(id), false) => BeganAfter::Backup(id),
+            (Some(id), true) => BeganAfter::PerhapsBackup(id),
+        }
+    }
+
+    fn forget(&mut self, name: &str) {
+        self.records.retain(|record| record.name != name);
+    }
+
+    /// What is to be known before a change of the list is made.
+    fn change(&mut self, change: &BitmapChange) {
+        match change {
+            BitmapChange::Add { name, .. }
+            | BitmapChange::Remove { name }
+            | BitmapChange::Clear { name }
+            | BitmapChange::Disable { name } => self.forget(name),
+            BitmapChange::Freeze { name, backup } => {
+                let found = self.records.iter_mut().find(|record| record.name == *name);
+                match (found, backup) {
+                    (Some(record), backup) => record.pending = *backup,
+                    (None, None) => {}
+                    (None, pending @ Some(_)) => self.records.push(Record {
+                        name: name.clone(),
+                        began_after: None,
+                        pending: *pending,
+                    }),
+                }
+            }
+            BitmapChange::DropFrozen { name } => {
+                for record in self.records.iter_mut().filter(|record| record.name == *name) {
+                    record.began_after = record.pending.take();
+                }
+                self.records
+                    .retain(|record| record.began_after.is_some() || record.pending.is_some());
+            }
+            // What makes more dirty leaves it true; bits that come back belong to what is known.
+            _ => {}
+        }
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let uuid = |uuid: Option<Uuid>| uuid.map_or([0; 16], Uuid::bytes);
+        let mut content = Vec::new();
+        content.extend(VERSION.to_be_bytes());
+        content.extend([0; 4]); // the checksum
+        content.extend(self.sequence.to_be_bytes());
+        content.extend(uuid(self.disk));
+        content.extend((self.records.len() as u32).to_be_bytes());
+        content.extend([0; 4]);
+        for record in &self.records {
+            content.extend(uuid(record.began_after));
+            content.extend(uuid(record.pending));
+            content.extend([0; 2]);
+            content.extend((record.name.len() as u16).to_be_bytes());
+            content.extend(record.name.as_bytes());
+        }
+        content.resize(content.len().next_multiple_of(STEP), 0);
+        let checksum = crc32fast::hash(&content[8..]);
+        content[4..8].copy_from_slice(&checksum.to_be_bytes());
+        content
+    }
+}
+
+fn decode(content: &[u8]) -> Option<Lineage> {
+    if content.len() < FIXED_LENGTH
+        || u32_at(content, 0) != VERSION
+        || u32_at(content, 4) != crc32fast::hash(&content[8..])
+    {
+        return None;
+    }
+    let uuid = |bytes: &[u8]| Uuid::from_bytes(bytes.try_into().ok()?);
+    let mut rest = &content[FIXED_LENGTH..];
+    let mut records = Vec::new();
+    for _ in 0..u32_at(content, 32) {
+        let (fixed, behind) = rest.split_at_checked(RECORD_LENGTH)?;
+        let (name, behind) = behind.split_at_checked(usize::from(u16_at(fixed, 34)))?;
+        records.push(Record {
+            name: std::str::from_utf8(name).ok()?.to_owned(),
+            began_after: uuid(&fixed[..16]),
+            pending: uuid(&fixed[16..32]),
+        });
+        rest = behind;
+    }
+    let (disk, sequence) = (uuid(&content[16..32]), u64_at(content, 8));
+    Some(Lineage { disk, sequence, records, is_doubtful: false })
+}
+
+impl Qcow2 {
+    /// After which backup a bitmap of this layer began.
+    pub(crate) fn began_after(&self, name: &str) -> BeganAfter {
+        lock(&self.bitmaps.lineage).began_after(name)
+    }
+
+    /// Which disk it is, if that is known: since its first backup.
+    pub(crate) fn disk_id(&self) -> Option<Uuid> {
+        lock(&self.bitmaps.lineage).disk
+    }
+
+    /// Nothing is known any more about when bitmaps began.
+    pub(in crate::qcow2) fn forget_lineage(&self) -> Result<()> {
+        let mut lineage = lock(&self.bitmaps.lineage).clone();
+        if lineage.records.is_empty() {
+            return Ok(());
+        }
+        lineage.records.clear();
+        lineage.is_doubtful = false;
+        self.write_lineage(lineage)
+    }
+
+    /// Carries a plan out. What is known about the bitmaps' backups is right whatever happens.
+    pub(super) fn carry_out_changes(
+        &self,
+        alone: &mut Alone<'_, Entry>,
+        plan: Vec<Planned>,
+        changes: &[BitmapChange],
+    ) -> Result<()> {
+        let before = lock(&self.bitmaps.lineage).clone();
+        let mut after = before.clone();
+        if after.is_doubtful {
+            // What is written now is written by somebody who knows.
+            after.records.clear();
+            after.is_doubtful = false;
+        }
+        changes.iter().for_each(|change| after.change(change));
+        let has_name = |name: &str| plan.iter().any(|planned| planned.bitmap.name == name);
+        after.records.retain(|record| has_name(&record.name));
+        let is_known = |lineage: &Lineage| !lineage.records.is_empty();
+        // An image of which nothing is known stays as it is.
+        let must_write = after.records != before.records && (is_known(&before) || is_known(&after));
+        if must_write {
+            self.write_lineage(after)?;
+        }
+        self.carry_out(alone, plan).inspect_err(|_| {
+            // While nobody knows which list the disk names, what is right with both of them stays.
+            let is_settled = !lock(&self.bitmaps.disk).is_doubtful;
+            if must_write && is_settled && !before.is_doubtful {
+                // What was known still holds; if it cannot be written the next backup is refused.
+                let _ = self.write_lineage(before);
+            }
+        })
+    }
+
+    fn write_lineage(&self, mut lineage: Lineage) -> Result<()> {
+        let mut current = lock(&self.bitmaps.lineage);
+        lineage.sequence = current.sequence.wrapping_add(1);
+        if lineage.disk.is_none() {
+            let disk = Uuid::random();
+            lineage.disk = Some(disk.map_err(|error| Error::from_io(CHANGE, error))?);
+        }
+        let (file, cluster) = (&*self.file, self.geometry().cluster_size());
+        let _editing = lock(&self.header_edit);
+        let since = self.failed_syncs();
+        let written = replace_extension(file, cluster, extension::LINEAGE, &lineage.encode())
+            .and_then(|()| change_autoclear(file, autoclear::LINEAGE, 0));
+        match written {
+            // Without room nothing is known about any bitmap.
+            Err(error) if error.kind() == ErrorKind::Unsupported => {
+                let removed = change_autoclear(file, 0, autoclear::LINEAGE)
+                    .and_then(|()| remove_extension(file, cluster, extension::LINEAGE));
+                self.count_failed(removed.map_err(|error| self.named(error)))?;
+                lineage.records.clear();
+            }
+            written => self.count_failed(written.map_err(|error| self.named(error)))?,
+        }
+        self.refuse_lost_since(since)?;
+        *current = lineage;
+        Ok(())
+    }
+}
+
+const CHANGE: &str = "change the bitmaps of";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lineage() -> Lineage {
+        let uuid = || Some(Uuid::random().unwrap());
+        let record = |name: &str, began_after, pending| Record {
+            name: name.to_owned(),
+            began_after,
+            pending,
+        };
+        Lineage {
+            disk: uuid(),
+            sequence: 7,
+            records: vec![record("daily", uuid(), None), record("weekly", None, uuid())],
+            is_doubtful: false,
+        }
+    }
+
+    #[test]
+    fn what_is_known_is_read_as_it_is_written_and_damage_makes_it_unknown() {
+        let lineage = lineage();
+        let content = lineage.encode();
+        assert_eq!(content.len() % STEP, 0);
+        assert_eq!(decode(&content), Some(lineage));
+        assert_eq!(decode(&Lineage::default().encode()), Some(Lineage::default()));
+        for length in 0..content.len() {
+            assert_eq!(decode(&content[..length]), None);
+        }
+        for index in 0..content.len() {
+            let mut damaged = content.clone();
+            damaged[index] ^= 64;
+            assert_eq!(decode(&damaged), None, "byte {index}");
+        }
+    }
+
+    #[test]
+    fn numbers_that_lie_are_refused_without_work() {
+        let mut content = lineage().encode();
+        content[32..36].copy_from_slice(&u32::MAX.to_be_bytes());
+        let checksum = crc32fast::hash(&content[8..]);
+        content[4..8].copy_from_slice(&checksum.to_be_bytes());
+        assert_eq!(decode(&content), None);
+    }
+}
