@@ -221,6 +221,24 @@ fn a_repair_of_the_image_does_not_make_a_bitmap_look_complete() {
 }
 
 #[test]
+fn a_repair_that_drops_a_damaged_bitmap_leaves_an_image_that_can_be_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = disk(folder.path());
+    let bytes = std::fs::read(&path).unwrap();
+    let entry = bytes.windows(5).rposition(|window| window == b"daily").unwrap() - 24;
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&(1u64 << 40).to_be_bytes(), entry as u64).unwrap();
+    let report = Image::check_file(&path, &OpenOptions::new(), Repair::All).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    let image = writable(&path);
+    assert_eq!(image.bitmaps(), []);
+    write(&image, 3);
+    image.close().unwrap();
+    let report = Image::check_file(&path, &OpenOptions::new(), Repair::None).unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+}
+
+#[test]
 fn a_bitmap_waits_for_the_frozen_bits_of_its_frozen_bits() {
     let folder = tempfile::tempdir().unwrap();
     let path = disk(folder.path());

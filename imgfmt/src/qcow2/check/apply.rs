@@ -96,7 +96,13 @@ impl Qcow2 {
                 self.sync_file()
             }
             Step::RewriteSnapshots => self.rewrite_snapshots(),
-            Step::DropBitmaps => self.drop_damaged_bitmaps(),
+            Step::DropBitmaps => {
+                self.drop_damaged_bitmaps()?;
+                // What that frees must be free before it is counted again, or it would be freed twice.
+                self.flush_all()?;
+                self.release_all_freed(self.writer()?);
+                self.flush_all()
+            }
         }
     }
 
