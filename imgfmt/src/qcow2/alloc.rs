@@ -5,7 +5,7 @@
 //! waits until that is on disk and until every lease taken before has ended; only then its refcount
 //! falls and it can be reserved again.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use super::lease::ClosedGeneration;
 use super::refcount::Refcounts;
@@ -61,6 +61,12 @@ pub(crate) struct Allocator {
     virgin_from: u64,
     /// Where the next compressed cluster may begin: behind the last one, in the same cluster.
     pub(super) compressed_at: Option<u64>,
+    /// Where the file ended when it was opened: before that a missing refcount block may hide data.
+    file_end: u64,
+    /// Numbers of the refcount blocks that count clusters in use, once that is known.
+    used_blocks: Option<HashSet<u64>>,
+    /// A change has failed because it is not known.
+    pub(super) wants_used_blocks: bool,
     /// Places that can never be free: if their refcount says so, the image is damaged.
     pub(super) protected: Vec<(u64, u64)>,
 }
@@ -75,8 +81,16 @@ impl Allocator {
             first_free: 0,
             virgin_from,
             compressed_at: None,
+            file_end: virgin_from,
+            used_blocks: None,
+            wants_used_blocks: false,
             protected: Vec::new(),
         }
+    }
+
+    /// Notes which refcount blocks count clusters in use.
+    pub(super) fn note_used_blocks(&mut self, used: HashSet<u64>) {
+        self.used_blocks = Some(used);
     }
 
     /// Reserves between 1 and `count_max` clusters that lie next to each other.
@@ -227,6 +241,18 @@ impl Allocator {
         }
         if self.protected.iter().any(|(start, stop)| offset < *stop && *start <= offset) {
             return Err(damaged("the place of a table has no references"));
+        }
+        if offset < self.file_end {
+            match &self.used_blocks {
+                Some(used) if used.contains(&(index as u64)) => {
+                    return Err(damaged("a refcount block is missing, though data needs it"));
+                }
+                Some(_) => {}
+                None => {
+                    self.wants_used_blocks = true;
+                    return Err(damaged("a refcount block is missing"));
+                }
+            }
         }
         self.refcounts.add_block(index, offset)?;
         self.refcounts.set_refcount(cluster, 1)?;

@@ -22,7 +22,7 @@ mod flags;
 mod rebuild;
 mod walk;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::Qcow2;
 use super::header::{field, incompatible};
@@ -185,11 +185,32 @@ impl Qcow2 {
     }
 }
 
+impl Qcow2 {
+    /// Whether nothing else refers to the refcount table and its blocks.
+    pub(super) fn refcounts_overlap_nothing(&self) -> Result<bool> {
+        let mut checker = Checker::new(self)?;
+        checker.count_all()?;
+        Ok(!checker.is_unusable)
+    }
+
+    /// The numbers of the refcount blocks that count something to which the image on disk refers.
+    pub(super) fn used_refcount_blocks(&self) -> Result<HashSet<u64>> {
+        let mut checker = Checker::new(self)?;
+        checker.count_all()?;
+        if checker.is_incomplete {
+            let detail = "a refcount block is missing, and not all tables can be read; copy the \
+                          file, then run 'nbd-cli image check --repair all'";
+            return Err(Error::new(ErrorKind::Corrupt, "change", detail));
+        }
+        let entries = self.geometry().block_entries();
+        Ok(checker.counts.used().map(|cluster| cluster / entries).collect())
+    }
+}
+
 impl<'a> Checker<'a> {
-    /// Looks at everything and changes nothing.
-    fn run(image: &'a Qcow2) -> Result<Self> {
+    fn new(image: &'a Qcow2) -> Result<Self> {
         let file_length = image.file.len().map_err(super::header::read_error)?;
-        let mut checker = Self {
+        Ok(Self {
             image,
             counts: Counts::default(),
             structure: Vec::new(),
@@ -210,7 +231,12 @@ impl<'a> Checker<'a> {
             is_unusable: false,
             lacks_block: false,
             is_incomplete: false,
-        };
+        })
+    }
+
+    /// Looks at everything and changes nothing.
+    fn run(image: &'a Qcow2) -> Result<Self> {
+        let mut checker = Self::new(image)?;
         let table = checker.count_all()?;
         if !checker.is_unusable {
             checker.compare(table)?;

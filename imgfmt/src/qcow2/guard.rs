@@ -162,6 +162,40 @@ impl Qcow2 {
         }
     }
 
+    /// Tells the refcounts where everything else is, so that none of their blocks is written that
+    /// is something else. What the guest's data occupies would take a look at all L2 tables.
+    pub(super) fn note_metadata(&self) {
+        let Some(writer) = &self.writer else { return };
+        let geometry = self.geometry();
+        let mut allocator = lock(&writer.allocator);
+        let places = allocator.protected.iter().chain(&self.snapshot_places);
+        let places = places.filter(|(start, end)| start < end);
+        let mut clusters: Vec<u64> = places
+            .flat_map(|(start, end)| {
+                start >> geometry.cluster_bits..=(end - 1) >> geometry.cluster_bits
+            })
+            .collect();
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        clusters.extend(tables.iter().map(|offset| offset >> geometry.cluster_bits));
+        allocator.refcounts.note_others(clusters);
+    }
+
+    /// Where refcount blocks lie far from what they count, as after a repair, their own counts do not
+    /// tell whether they are something else as well: all references are counted, once.
+    pub(super) fn prove_refcount_blocks(&self) {
+        let Some(writer) = &self.writer else { return };
+        if !lock(&writer.allocator).refcounts.has_strangers() {
+            return;
+        }
+        // What cannot be read is met again by whoever needs it.
+        let is_sound = self.refcounts_overlap_nothing().unwrap_or(false);
+        let refcounts = &mut lock(&writer.allocator).refcounts;
+        match is_sound {
+            true => refcounts.trust_all(),
+            false => refcounts.trust_none(),
+        }
+    }
+
     /// The places (start and end) of the snapshot table and of the snapshots' L1 tables.
     pub(super) fn places_of(table_offset: u64, snapshots: &[Snapshot]) -> Vec<(u64, u64)> {
         let place = |offset: u64, length: u64| (offset, offset.saturating_add(length));

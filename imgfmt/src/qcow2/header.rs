@@ -117,9 +117,11 @@ impl Header {
         let table = |what: &str, offset: u64, bytes: u64, limit: u64| {
             let end = offset.checked_add(bytes);
             let fits = bytes <= limit
-                && offset < OFFSET_LIMIT
+                && (offset < OFFSET_LIMIT || purpose == Purpose::Check)
                 && offset.is_multiple_of(cluster)
-                && (bytes == 0 || (offset != 0 && end.is_some_and(|end| end <= file_end)));
+                && (bytes == 0
+                    || (offset != 0 && end.is_some_and(|end| end <= file_end))
+                    || purpose == Purpose::Check);
             match fits {
                 true => Ok(()),
                 false => Err(invalid(format!(
@@ -133,6 +135,7 @@ impl Header {
         let (offset, limit) = (self.refcount_table_offset, REFCOUNT_TABLE_BYTES_MAX);
         let refcount_table = match refcount_bytes {
             0 => Err(invalid("it has no refcount table")),
+            _ if offset == 0 => Err(invalid("its refcount table is the header")),
             bytes => table("refcount table", offset, bytes, limit),
         };
         if purpose == Purpose::Use {

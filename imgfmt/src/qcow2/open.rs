@@ -61,7 +61,11 @@ impl Qcow2 {
                 (snapshot.l1_offset, snapshot.l1_entries, snapshot.disk_size)
             }
         };
-        let l1 = read_words(&*file, l1_offset, l1_entries as usize)?;
+        let l1 = match l1_offset < file.len().map_err(read_error)? {
+            true => read_words(&*file, l1_offset, l1_entries as usize)?,
+            // It is being checked.
+            false => vec![0; l1_entries as usize],
+        };
         let bitmaps = match &options.snapshot {
             None => Bitmaps::open(&*file, &header, options),
             // They speak of the present state.
@@ -92,6 +96,9 @@ impl Qcow2 {
             decompressed: Mutex::new(VecDeque::new()),
         };
         image.note_l2_places();
+        if purpose == Purpose::Use {
+            image.note_metadata();
+        }
         Ok(image)
     }
 
@@ -118,6 +125,7 @@ impl Qcow2 {
     pub(crate) fn begin_writing(&mut self) -> Result<()> {
         let sidecar = self.find_sidecar()?;
         if self.writer.is_none() || self.header.version < 3 {
+            self.prove_refcount_blocks();
             return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
         }
         if self.header.incompatible & incompatible::DIRTY != 0 {
@@ -131,6 +139,7 @@ impl Qcow2 {
             self.l1 = l1.into_iter().map(AtomicU64::new).collect();
             self.forget_tables();
         }
+        self.prove_refcount_blocks();
         // What we do not know we cannot keep up to date: say so before the first write.
         let bitmaps = if self.has_no_bitmaps() { 0 } else { autoclear::BITMAPS };
         // Ours goes when the bits it stands for are in the image.
@@ -187,7 +196,7 @@ pub(super) fn make_allocator(file: &Arc<dyn Storage>, header: &Header) -> Result
     let length = file.len().map_err(read_error)?;
     let refcounts = Refcounts::new(Arc::clone(file), geometry, table);
     let mut allocator = Allocator::new(refcounts, table_place, length);
-    let l1_end = header.l1_offset + u64::from(header.l1_entries) * 8;
+    let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_entries) * 8);
     allocator.protected = vec![
         (0, geometry.cluster_size()),
         (header.l1_offset, l1_end),

@@ -28,6 +28,11 @@ pub(crate) struct Refcounts {
     blocks: HashMap<usize, Block>,
     /// Where the blocks lie; none ever moves.
     places: HashSet<u64>,
+    /// Entries of the table that cannot be right.
+    lies: HashSet<usize>,
+    /// Clusters, in order, that other metadata was known to lie in when the image was opened.
+    others: Vec<u64>,
+    trusts_all: bool,
 }
 
 #[derive(Debug)]
@@ -37,6 +42,8 @@ struct Block {
     dirty: Option<(usize, usize)>,
     /// A copy is on its way to the disk: what is there now is old.
     is_being_written: bool,
+    /// It is known to be a refcount block and nothing else.
+    is_trusted: bool,
 }
 
 /// The refcounts of one block, to be looked at one after the other.
@@ -69,10 +76,33 @@ pub(crate) struct DirtyBlock {
 
 impl Refcounts {
     pub(crate) fn new(file: Arc<dyn Storage>, geometry: Geometry, table: Vec<u64>) -> Self {
+        let has_reserved = |(_, entry): &(usize, &u64)| **entry & !TABLE_OFFSET_MASK != 0;
+        let reserved: Vec<usize> =
+            table.iter().enumerate().filter(has_reserved).map(|(index, _)| index).collect();
         let table: Vec<u64> = table.into_iter().map(|entry| entry & TABLE_OFFSET_MASK).collect();
-        let places = table.iter().copied().filter(|offset| *offset != 0).collect();
-        let (dirty_entries, blocks) = (BTreeSet::new(), HashMap::new());
-        Self { file, geometry, table, dirty_entries, blocks, places }
+        let (mut places, mut twice) = (HashSet::new(), HashSet::new());
+        for offset in table.iter().filter(|offset| **offset != 0) {
+            if !places.insert(*offset) {
+                twice.insert(*offset);
+            }
+        }
+        let is_lie = |(_, offset): &(usize, &u64)| {
+            twice.contains(*offset) || geometry.in_cluster(**offset) != 0
+        };
+        let mut lies: HashSet<usize> =
+            table.iter().enumerate().filter(is_lie).map(|(index, _)| index).collect();
+        lies.extend(reserved);
+        Self {
+            file,
+            geometry,
+            table,
+            dirty_entries: BTreeSet::new(),
+            blocks: HashMap::new(),
+            places,
+            lies,
+            others: Vec::new(),
+            trusts_all: false,
+        }
     }
 
     /// Which block counts a cluster, and where in it.
@@ -125,12 +155,80 @@ impl Refcounts {
             );
             return Err(Error::new(ErrorKind::Unsupported, "change", detail));
         }
+        if !self.block(index)?.is_trusted {
+            self.refuse_lie(index)?;
+            self.block(index)?.is_trusted = true;
+        }
         let order = self.geometry.refcount_order;
         let block = self.block(index)?;
         let (start, end) = write_entry(&mut block.bytes, entry, order, value);
         let (old_start, old_end) = block.dirty.unwrap_or((start, end));
         block.dirty = Some((old_start.min(start), old_end.max(end)));
         Ok(())
+    }
+
+    /// Notes in which clusters other metadata lies.
+    pub(super) fn note_others(&mut self, mut clusters: Vec<u64>) {
+        clusters.sort_unstable();
+        clusters.dedup();
+        self.others = clusters;
+    }
+
+    /// All blocks are known to be nothing else.
+    pub(super) fn trust_all(&mut self) {
+        self.lies.clear();
+        self.others.clear();
+        self.trusts_all = true;
+    }
+
+    /// Whether a block does not count the cluster that it lies in itself, as those do that were made
+    /// in the usual course: then its own count says nothing about it.
+    pub(super) fn has_strangers(&self) -> bool {
+        let entries = self.geometry.block_entries();
+        let bits = self.geometry.cluster_bits;
+        let mut blocks = self.table.iter().enumerate().filter(|(_, offset)| **offset != 0);
+        !self.trusts_all && blocks.any(|(index, offset)| (offset >> bits) / entries != index as u64)
+    }
+
+    /// No block is to be written.
+    pub(super) fn trust_none(&mut self) {
+        self.lies.extend(0..self.table.len());
+    }
+
+    /// Refuses to write a refcount block for the first time if it is known to be something else as
+    /// well, or if it says that a cluster that is known to be in use is free. A damaged or hostile
+    /// table may name a block in the middle of the guest's data.
+    fn refuse_lie(&mut self, index: usize) -> Result<()> {
+        if self.trusts_all {
+            return Ok(());
+        }
+        let bits = self.geometry.cluster_bits;
+        let offset = self.table.get(index).copied().unwrap_or(0);
+        let own = offset >> bits;
+        let is_other = self.others.binary_search(&own).is_ok();
+        let mut is_lie = self.lies.contains(&index) || is_other || self.refcount(own)? != 1;
+        let first = index as u64 * self.geometry.block_entries();
+        let start = self.others.partition_point(|cluster| *cluster < first);
+        let order = self.geometry.refcount_order;
+        let last = first + self.geometry.block_entries();
+        let others = std::mem::take(&mut self.others);
+        let block = self.block(index).map(|block| {
+            let inside = others[start..].iter().take_while(|cluster| **cluster < last);
+            let mut counts =
+                inside.map(|cluster| read_entry(&block.bytes, (cluster - first) as usize, order));
+            counts.any(|count| count == 0)
+        });
+        self.others = others;
+        is_lie |= block?;
+        match is_lie {
+            false => Ok(()),
+            true => {
+                let detail = "its metadata is damaged: a refcount block is something else as well, \
+                              or counts a table as free; repair it with 'nbd-cli image check \
+                              --repair all'";
+                Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset))
+            }
+        }
     }
 
     /// The first entry from `entry` on of a block that is zero, and how many follow it, up to
@@ -163,7 +261,8 @@ impl Refcounts {
         self.make_room();
         // Nor is it known to be on disk before a flush has written it again and synced.
         let dirty = Some((0, bytes.len()));
-        self.blocks.insert(index, Block { bytes, dirty, is_being_written: false });
+        self.blocks
+            .insert(index, Block { bytes, dirty, is_being_written: false, is_trusted: true });
         if self.table.len() <= index {
             self.table.resize(index + 1, 0);
         }
@@ -187,7 +286,7 @@ impl Refcounts {
         if !self.blocks.contains_key(&index) {
             self.make_room();
             let offset = self.table.get(index).copied().unwrap_or(0);
-            if offset == 0 || self.geometry.in_cluster(offset) != 0 {
+            if offset == 0 || offset >> 56 != 0 || self.geometry.in_cluster(offset) != 0 {
                 let detail = "a refcount block is missing or not aligned; check it with \
                               'nbd-cli image check'";
                 return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset));
@@ -203,7 +302,10 @@ impl Refcounts {
                 .at(offset),
                 _ => Error::from_io("read a refcount block of", error),
             })?;
-            self.blocks.insert(index, Block { bytes, dirty: None, is_being_written: false });
+            self.blocks.insert(
+                index,
+                Block { bytes, dirty: None, is_being_written: false, is_trusted: false },
+            );
         }
         let missing = || Error::new(ErrorKind::Corrupt, "change", "a refcount block is missing");
         self.blocks.get_mut(&index).ok_or_else(missing)

@@ -139,9 +139,7 @@ impl Qcow2 {
     pub(super) fn replace_l1(&mut self, l1: Vec<u64>, size: u64) -> Result<()> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(l1.len() as u64 * 8);
-        let writer = self.writer()?;
-        let reserved = lock(&writer.allocator).reserve_exact(clusters)?;
-        writer.note_change();
+        let reserved = self.reserve_exact(clusters)?;
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
         // The refcounts and whatever the table points to must be there before the header is.

@@ -239,10 +239,8 @@ impl Qcow2 {
     /// Writes something to clusters of its own; returns where.
     pub(super) fn write_new(&self, bytes: &[u8]) -> Result<u64> {
         let geometry = self.geometry();
-        let writer = self.writer()?;
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
-        let reserved = lock(&writer.allocator).reserve_exact(clusters)?;
-        writer.note_change();
+        let reserved = self.reserve_exact(clusters)?;
         let mut padded = bytes.to_vec();
         padded.resize((clusters << geometry.cluster_bits) as usize, 0);
         let written = self.write_metadata(reserved.offset, &padded);

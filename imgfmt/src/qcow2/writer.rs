@@ -132,10 +132,37 @@ impl Qcow2 {
     pub(super) fn reserve(&self, count_max: u64) -> Result<Reserved> {
         let writer = self.writer()?;
         self.release_quarantine(writer);
-        let reserved = lock(&writer.allocator).reserve(count_max);
-        let reserved = reserved.map_err(|error| self.note_damage(error))?;
+        let reserved = self.allocate(|allocator| allocator.reserve(count_max))?;
         writer.note_change();
         Ok(reserved)
+    }
+
+    /// As [`reserve`](Self::reserve), but exactly `count` clusters.
+    pub(super) fn reserve_exact(&self, count: u64) -> Result<Reserved> {
+        let reserved = self.allocate(|allocator| allocator.reserve_exact(count))?;
+        self.writer()?.note_change();
+        Ok(reserved)
+    }
+
+    /// Where a refcount block is missing within the file, its clusters may be in use all the same:
+    /// all references are counted then, once.
+    fn allocate(
+        &self,
+        mut reserve: impl FnMut(&mut Allocator) -> Result<Reserved>,
+    ) -> Result<Reserved> {
+        let writer = self.writer()?;
+        let mut allocator = lock(&writer.allocator);
+        let mut reserved = reserve(&mut allocator);
+        if reserved.is_err() && std::mem::take(&mut allocator.wants_used_blocks) {
+            drop(allocator);
+            let used = self.used_refcount_blocks()?;
+            let mut allocator = lock(&writer.allocator);
+            allocator.note_used_blocks(used);
+            reserved = reserve(&mut allocator);
+        } else {
+            drop(allocator);
+        }
+        reserved.map_err(|error| self.note_damage(error))
     }
 
     /// As [`reserve`](Self::reserve); `None` if that takes what may not be waited for.

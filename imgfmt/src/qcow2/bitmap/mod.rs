@@ -19,8 +19,9 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::Qcow2;
+use super::extension;
 use super::header::{Header, autoclear};
-use super::header_edit::change_autoclear;
+use super::header_edit::{change_autoclear, remove_extension};
 use super::writer::lock;
 use crate::bitmap::{
     Bitmap, BitmapChange, BitmapInfo, BitmapState, Bits, Condition, DirtyBits, DirtyExtent,
@@ -346,11 +347,7 @@ impl Qcow2 {
             disk.directory.iter().map(|place| (place.offset, place.length)).collect();
         drop(disk);
         for bitmap in self.bitmaps.tracker.read().bitmaps() {
-            let clusters = match &bitmap.stored.damage {
-                Some((detail, _)) => Err(detail.clone()),
-                None => self.table_clusters(bitmap.stored.table),
-            };
-            match clusters {
+            match self.bitmap_clusters(bitmap) {
                 Ok(clusters) => places.extend(clusters.iter().map(|at| (at << bits, 1 << bits))),
                 Err(detail) => {
                     damages.push(format!("the bitmap '{}': {detail}", bitmap.name.escape_debug()));
@@ -360,18 +357,37 @@ impl Qcow2 {
         (places, damages)
     }
 
+    /// The clusters of a bitmap. An error says, as a clause, why it cannot be used, and QEMU would not
+    /// open the image.
+    fn bitmap_clusters(&self, bitmap: &Bitmap<Entry>) -> Result<Vec<u64>, String> {
+        if let Some((detail, _)) = &bitmap.stored.damage {
+            return Err(detail.clone());
+        }
+        let table = bitmap.stored.table;
+        let bytes = Bits::bytes_for(self.size, bitmap.granularity_bits);
+        let needed = bytes.div_ceil(self.geometry().cluster_size());
+        if !bitmap.in_use.load(Acquire) && u64::from(table.entries) != needed {
+            return Err(format!("its table has {} entries, not {needed}", table.entries));
+        }
+        self.table_clusters(table)
+    }
+
     /// Removes the bitmaps whose places cannot be told, as the last step of a repair.
     pub(super) fn drop_damaged_bitmaps(&self) -> Result<()> {
         let mut disk = lock(&self.bitmaps.disk);
         if disk.damage.is_some() {
-            change_autoclear(&*self.file, 0, autoclear::BITMAPS).map_err(|e| self.named(e))?;
+            change_autoclear(&*self.file, 0, autoclear::BITMAPS)
+                .and_then(|()| {
+                    // QEMU refuses an extension that it cannot read, whatever the bit says.
+                    let cluster_size = self.geometry().cluster_size();
+                    remove_extension(&*self.file, cluster_size, extension::BITMAPS)
+                })
+                .map_err(|error| self.named(error))?;
             disk.damage = None;
         }
         drop(disk);
         let state = self.bitmaps.tracker.read();
-        let is_damaged = |bitmap: &&Bitmap<Entry>| {
-            bitmap.stored.damage.is_some() || self.table_clusters(bitmap.stored.table).is_err()
-        };
+        let is_damaged = |bitmap: &&Bitmap<Entry>| self.bitmap_clusters(bitmap).is_err();
         let all = frozen::by_name(state.bitmaps().iter());
         let without = |bitmap: &Bitmap<Entry>| {
             let name = bitmap.name.clone();

@@ -9,7 +9,6 @@ use crate::error::Result;
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::Reserved;
 use crate::qcow2::open::read_words;
-use crate::qcow2::writer::lock;
 use crate::units::HostOffset;
 
 const ALL_ONES: u64 = 1;
@@ -142,11 +141,9 @@ impl Qcow2 {
     /// Writes something to new clusters that lie next to each other; returns where.
     pub(super) fn store_whole(&self, bytes: &[u8], reserved: &mut Vec<Reserved>) -> Result<u64> {
         let geometry = self.geometry();
-        let writer = self.writer()?;
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
-        let place = lock(&writer.allocator).reserve_exact(clusters)?;
+        let place = self.reserve_exact(clusters)?;
         reserved.push(place);
-        writer.note_change();
         let mut padded = bytes.to_vec();
         padded.resize((clusters << geometry.cluster_bits) as usize, 0);
         self.write_metadata(place.offset, &padded)?;

@@ -133,6 +133,8 @@ impl Qcow2 {
         let writer = self.writer()?;
         let mut allocator = lock(&writer.allocator);
         let refcounts = &mut allocator.refcounts;
+        // Nothing else refers to them.
+        refcounts.trust_all();
         let entries = geometry.block_entries();
         for index in 0..refcounts.table.len() {
             if !refcounts.has_block(index) {

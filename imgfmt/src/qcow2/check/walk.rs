@@ -27,7 +27,7 @@ impl Checker<'_> {
             return false;
         };
         let bits = geometry.cluster_bits;
-        if (last + 1).saturating_sub(self.file_length) >= geometry.cluster_size() {
+        if last.saturating_add(1).saturating_sub(self.file_length) >= geometry.cluster_size() {
             self.damage(format!("{what} at {offset} lies behind the end of the file"));
             self.note_beyond(offset >> bits, last >> bits);
             return false;
@@ -85,6 +85,11 @@ impl Checker<'_> {
     /// Notes which L2 tables an L1 table names.
     fn note_tables(&mut self, l1_offset: u64, l1_entries: u32, is_active: bool) -> Result<()> {
         let image = self.image;
+        if l1_entries > 0 && l1_offset == 0 {
+            self.damage("an L1 table is the header".into());
+            self.is_incomplete = true;
+            return Ok(());
+        }
         if !self.add(l1_offset, u64::from(l1_entries) * 8, 1, "an L1 table") {
             self.is_incomplete = true;
             return Ok(());

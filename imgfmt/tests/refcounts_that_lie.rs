@@ -1,0 +1,125 @@
+//! Refcounts that lie, in an image that is opened for writing and written to: no ordinary write puts
+//! refcounts, or new clusters, over what could be read before.
+#![allow(clippy::unwrap_used, clippy::print_stdout)] // A test may fail, and says what it skips.
+
+mod common;
+mod structure;
+
+use std::path::Path;
+
+use common::at;
+use imgfmt::{Access, CreateOptions, Durability, ErrorKind, Format, Image, OpenOptions};
+use structure::{Structure, aim, u64_at};
+
+const CLUSTER: u64 = 512;
+const SIZE: u64 = 1 << 20;
+/// The first part of the disk holds data, the rest nothing.
+const USED: u64 = 600 << 10;
+
+fn options(access: Access) -> OpenOptions {
+    OpenOptions::new().format(Format::Qcow2).access(access)
+}
+
+/// An image with several refcount blocks and L2 tables, and a snapshot.
+fn make(path: &Path, refcount_bits: u32) -> Vec<u8> {
+    let mut create = CreateOptions::new(Format::Qcow2, SIZE);
+    create.cluster_size = CLUSTER;
+    create.refcount_bits = refcount_bits;
+    Image::create(path, &create).unwrap();
+    let mut disk = Image::open(path, &options(Access::ReadWrite)).unwrap();
+    for offset in (0..USED).step_by(CLUSTER as usize) {
+        let data = [(offset / CLUSTER % 250 + 1) as u8; CLUSTER as usize];
+        disk.write_at(at(offset), &data, Durability::Cached).unwrap();
+    }
+    disk.create_snapshot("s").unwrap();
+    disk.write_at(at(0), &[0xaa; 2048], Durability::Cached).unwrap();
+    disk.close().unwrap();
+    std::fs::read(path).unwrap()
+}
+
+fn content(path: &Path, snapshot: Option<&str>) -> Option<Vec<u8>> {
+    let mut options = options(Access::ReadOnly);
+    if let Some(name) = snapshot {
+        options = options.snapshot(name);
+    }
+    let disk = Image::open(path, &options).ok()?;
+    let mut bytes = vec![0; USED as usize];
+    disk.read_at(at(0), &mut bytes).ok().map(|()| bytes)
+}
+
+/// Writes where nothing was, and on top of what a snapshot shares. Whether everything succeeded.
+fn write(path: &Path) -> imgfmt::Result<()> {
+    let disk = Image::open(path, &options(Access::ReadWrite))?;
+    for offset in (USED..USED + (64 << 10)).step_by(CLUSTER as usize) {
+        disk.write_at(at(offset), &[0x77; CLUSTER as usize], Durability::Cached)?;
+    }
+    disk.close()
+}
+
+#[test]
+fn a_write_never_puts_refcounts_or_data_over_what_is_there() {
+    for refcount_bits in [16, 8] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.qcow2");
+        let sound = make(&path, refcount_bits);
+        let structure = Structure::of(&sound);
+        let is_refcount = |name: &str| name.contains("refcount");
+        let pointers = structure.pointers.iter().filter(|pointer| is_refcount(&pointer.name));
+        let (mut count, mut refused) = (0, 0);
+        for pointer in pointers {
+            for (target, offset) in &structure.clusters {
+                let damaged = aim(&sound, pointer, *offset);
+                if damaged == sound {
+                    continue;
+                }
+                std::fs::write(&path, &damaged).unwrap();
+                let before = (content(&path, None), content(&path, Some("s")));
+                if let Err(error) = write(&path) {
+                    refused += 1;
+                    let kinds = [ErrorKind::Corrupt, ErrorKind::InvalidFormat];
+                    assert!(kinds.contains(&error.kind()), "{error}");
+                }
+                let what = format!("{} -> {target} ({offset:#x})", pointer.name);
+                let after = (content(&path, None), content(&path, Some("s")));
+                // A header that leads nowhere cannot be opened, before and after.
+                assert!(before == after, "{refcount_bits} bits: {what}: data was overwritten");
+                count += 1;
+            }
+        }
+        assert!(count > 50 && refused > 20, "{refused} of {count} refused");
+    }
+}
+
+#[test]
+fn a_missing_refcount_block_hides_no_data_from_the_allocator() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2");
+    let mut bytes = make(&path, 16);
+    let before = content(&path, None).unwrap();
+    let table = u64_at(&bytes, 48) as usize;
+    assert!(u64_at(&bytes, table + 16) != 0, "there are several blocks");
+    bytes[table + 8..table + 16].fill(0);
+    std::fs::write(&path, &bytes).unwrap();
+    // The clusters that the missing block counts look free; the blocks before are full.
+    let written = write(&path);
+    assert_eq!(content(&path, None).unwrap(), before);
+    assert_eq!(written.unwrap_err().kind(), ErrorKind::Corrupt);
+    let report = Image::check_file(&path, &options(Access::ReadOnly), imgfmt::Repair::All).unwrap();
+    assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
+    assert_eq!(content(&path, None).unwrap(), before);
+    write(&path).unwrap();
+}
+
+#[test]
+fn a_missing_refcount_block_of_clusters_that_nothing_uses_is_made() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2");
+    let bytes = make(&path, 16);
+    // As on a device: there is room behind the image for which there is no block yet.
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(bytes.len() as u64 + (1 << 20)).unwrap();
+    write(&path).unwrap();
+    let report =
+        Image::check_file(&path, &options(Access::ReadOnly), imgfmt::Repair::None).unwrap();
+    assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
+}
