@@ -1,14 +1,15 @@
 //! The sidecar as a file beside the image: `IMAGE.dirty`.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
+use std::fmt;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 
-use rustix::fs::{AtFlags, FallocateFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 
 use super::layout::{self, DESCRIPTORS_OFFSET, Description, LOG_OFFSET, Layout, SLOT_BYTES};
@@ -19,14 +20,32 @@ use crate::error::is_not_supported;
 use crate::options::{Access, Survives};
 
 const SUFFIX: &str = ".dirty";
-/// A file under this name is not finished and may be taken away.
+/// A file under this name, or this name and a number, is not finished and may be taken away.
 const NEW_SUFFIX: &str = ".dirty.new";
+/// So many names are tried for a file that is not finished: others may have things of that name that
+/// cannot be taken away, a folder for instance.
+const NEW_NAMES: u32 = 16;
 
 /// Clocks that differ by no more count as one.
 const CLOCK_NANOSECONDS: u64 = 1_000_000_000;
 
 /// Gives word `n` of the bits of bitmap `m`, bit 0 first, as they are when the file is made.
 pub(crate) type InitialWords<'a> = &'a dyn Fn(usize, u64) -> u64;
+
+/// Only its owner may read and write a sidecar.
+const NEW_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+
+/// Why a sidecar is not trusted, as a clause.
+#[derive(Debug)]
+pub(super) struct Untrusted(String);
+
+impl fmt::Display for Untrusted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Untrusted {}
 
 /// Where the sidecar of an image is, whether it exists or not.
 #[derive(Debug)]
@@ -36,6 +55,8 @@ pub(crate) struct SidecarPlace {
     path: PathBuf,
     name: OsString,
     new_name: OsString,
+    /// Who may have made a sidecar of this image, besides us and root.
+    image_owner: u32,
 }
 
 impl SidecarPlace {
@@ -43,6 +64,7 @@ impl SidecarPlace {
     /// path to an image leads to the same sidecar.
     pub(crate) fn beside(image: &Path) -> io::Result<Self> {
         let image = std::fs::canonicalize(image)?;
+        let image_owner = std::fs::metadata(&image)?.uid();
         let (Some(folder), Some(name)) = (image.parent(), image.file_name()) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
@@ -52,7 +74,8 @@ impl SidecarPlace {
             whole
         };
         let (name, new_name) = (with(SUFFIX), with(NEW_SUFFIX));
-        Ok(Self { folder: File::open(folder)?, path: folder.join(&name), name, new_name })
+        let path = folder.join(&name);
+        Ok(Self { folder: File::open(folder)?, path, name, new_name, image_owner })
     }
 
     /// As [`Home::create`].
@@ -61,31 +84,83 @@ impl SidecarPlace {
         description: &Description,
         words: InitialWords<'_>,
     ) -> io::Result<SidecarFile> {
-        self.make_new(|file| self.fill_and_rename(file, description, words))
+        self.make_new(|file, new_name| self.fill_and_rename(file, new_name, description, words))
     }
 
-    /// Makes a new, locked file under the name for those that are not finished; it is gone again if
+    /// Makes a new, locked file under a name for those that are not finished; it is gone again if
     /// what is done with it fails.
-    fn make_new<T>(&self, fill: impl FnOnce(File) -> io::Result<T>) -> io::Result<T> {
-        self.unlink(&self.new_name)?;
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let mode = Mode::RUSR | Mode::WUSR;
-        let new = rustix::fs::openat(&self.folder, &*self.new_name, flags | OFlags::CLOEXEC, mode)?;
-        let file = File::from(new);
+    fn make_new<T>(&self, fill: impl FnOnce(File, &OsStr) -> io::Result<T>) -> io::Result<T> {
+        let (file, new_name) = self.open_new()?;
         // Umask cannot be relied on to leave the mode alone, nor a default ACL.
-        let made = rustix::fs::fchmod(&file, mode)
+        let made = rustix::fs::fchmod(&file, NEW_MODE)
             .map_err(io::Error::from)
             .and_then(|()| file.try_lock().map_err(io::Error::from))
-            .and_then(|()| fill(file));
+            .and_then(|()| fill(file, &new_name));
         if made.is_err() {
-            let _ = self.unlink(&self.new_name);
+            let _ = self.unlink(&new_name);
         }
         made
+    }
+
+    /// Makes an empty file. What a crash of ours left under its name is taken away.
+    fn open_new(&self) -> io::Result<(File, OsString)> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+        let mut number = 0;
+        loop {
+            let mut name = self.new_name.clone();
+            if number > 0 {
+                name.push(format!(".{number}"));
+            }
+            let made = self.unlink(&name).and_then(|()| {
+                let new =
+                    rustix::fs::openat(&self.folder, &*name, flags | OFlags::CLOEXEC, NEW_MODE);
+                new.map_err(io::Error::from)
+            });
+            match made {
+                Ok(file) => return Ok((File::from(file), name)),
+                // Something of somebody else, or a folder: another name will do.
+                Err(_) if number < NEW_NAMES && self.is_there(&name) => number += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn is_there(&self, name: &OsStr) -> bool {
+        rustix::fs::statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
+    /// Refuses to go on if the sidecar's own name is taken by what a file cannot replace.
+    fn refuse_what_is_in_the_way(&self) -> io::Result<()> {
+        let status = match rustix::fs::statat(&self.folder, &*self.name, AtFlags::SYMLINK_NOFOLLOW)
+        {
+            Err(Errno::NOENT) => return Ok(()),
+            other => other?,
+        };
+        let path = self.path.display();
+        if FileType::from_raw_mode(status.st_mode) == FileType::Directory {
+            let detail = format!(
+                "'{path}' is a directory, where the file with the bits has to stand; \
+                                  move it away"
+            );
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, detail));
+        }
+        let (folder, user) = (self.folder.metadata()?, rustix::process::geteuid().as_raw());
+        let is_sticky = folder.mode() & 0o1000 != 0;
+        if is_sticky && user != 0 && ![status.st_uid, folder.uid()].contains(&user) {
+            let detail = format!(
+                "'{path}' belongs to user {}, and this folder lets only him replace it; have it \
+                 moved away",
+                status.st_uid
+            );
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, detail));
+        }
+        Ok(())
     }
 
     fn fill_and_rename(
         &self,
         file: File,
+        new_name: &OsStr,
         description: &Description,
         words: InitialWords<'_>,
     ) -> io::Result<SidecarFile> {
@@ -100,7 +175,8 @@ impl SidecarPlace {
             file.sync_all()?;
         }
         let map = WordMap::new(&file, length)?;
-        rustix::fs::renameat(&self.folder, &*self.new_name, &self.folder, &*self.name)?;
+        rustix::fs::renameat(&self.folder, new_name, &self.folder, &*self.name)
+            .map_err(|error| self.refuse_what_is_in_the_way().err().unwrap_or(error.into()))?;
         self.folder.sync_all()?;
         let inode = file.metadata()?.ino();
         let place = Self {
@@ -108,6 +184,7 @@ impl SidecarPlace {
             path: self.path.clone(),
             name: self.name.clone(),
             new_name: self.new_name.clone(),
+            image_owner: self.image_owner,
         };
         Ok(SidecarFile { place, file, inode, map })
     }
@@ -125,11 +202,36 @@ impl SidecarPlace {
                 other => other?,
             };
         let file = File::from(file);
-        if !file.metadata()?.is_file() {
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
+        self.refuse_untrusted(&metadata)?;
         lock(&file, access)?;
         Ok(Some(FoundFile(file)))
+    }
+
+    /// Refuses a file whose bits somebody else may have set or cleared.
+    fn refuse_untrusted(&self, metadata: &Metadata) -> io::Result<()> {
+        let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
+        let user = rustix::process::geteuid().as_raw();
+        let path = self.path.display();
+        let detail = if ![user, 0, self.image_owner].contains(&owner) {
+            format!(
+                "the file with the bits, '{path}', belongs to user {owner}, who is neither the \
+                 image's owner nor the one who opens it, so it is not trusted; if it is genuine, \
+                 give it to the image's owner with 'chown {}' before the image is opened for writing",
+                self.image_owner
+            )
+        } else if mode & 0o022 != 0 {
+            format!(
+                "others may write the file with the bits, '{path}' (mode {mode:o}), so it is not \
+                 trusted; if nobody has, use 'chmod 600' before the image is opened for writing"
+            )
+        } else {
+            return Ok(());
+        };
+        Err(io::Error::new(io::ErrorKind::PermissionDenied, Untrusted(detail)))
     }
 
     fn unlink(&self, name: &OsStr) -> io::Result<()> {
@@ -165,10 +267,11 @@ impl Home for SidecarPlace {
 
     fn probe(&self, description: &Description) -> io::Result<()> {
         let length = Layout::of(description).ok_or(io::ErrorKind::InvalidInput)?.length;
-        self.make_new(|file| {
+        self.refuse_what_is_in_the_way()?;
+        self.make_new(|file, new_name| {
             allocate(&file, length)?;
             WordMap::new(&file, length)?;
-            self.unlink(&self.new_name)
+            self.unlink(new_name)
         })
     }
 

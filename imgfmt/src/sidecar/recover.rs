@@ -7,6 +7,7 @@
 use std::fmt;
 use std::io;
 
+use super::file::Untrusted;
 use super::layout::{
     self, BitmapDescriptor, DESCRIPTOR_BYTES, DESCRIPTORS_OFFSET, Description, Fingerprint,
     HEADER_BYTES, Identity, LOG_OFFSET, Layout, SLOT_BYTES,
@@ -58,6 +59,8 @@ pub(crate) enum Distrust {
     ForeignWriter(&'static str),
     /// The disk had another size.
     OtherSize,
+    /// Somebody else may have written it; the error says who.
+    Untrusted(io::Error),
     /// It cannot be read.
     Io(io::Error),
 }
@@ -79,6 +82,7 @@ impl fmt::Display for Distrust {
                 write!(f, "another program has changed the image: {what}")
             }
             Self::OtherSize => f.write_str("the size of the disk has changed since"),
+            Self::Untrusted(error) => write!(f, "{error}"),
             Self::Io(error) => write!(f, "the file with the bits cannot be read: {error}"),
         }
     }
@@ -89,6 +93,9 @@ impl From<io::Error> for Distrust {
         match error.kind() {
             io::ErrorKind::WouldBlock => Self::InUse(error),
             io::ErrorKind::UnexpectedEof => Self::Damaged("it is cut off"),
+            _ if error.get_ref().is_some_and(|inner| inner.is::<Untrusted>()) => {
+                Self::Untrusted(error)
+            }
             _ => Self::Io(error),
         }
     }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::storage::fault::{Loss, RecordedFolder, Recording, RecordingStorage};
-use imgfmt::{Image, Survives};
+use imgfmt::{Image, Storage, Survives};
 
 use super::subjects::options;
 use crate::common::Random;
@@ -45,8 +45,16 @@ impl Joint {
     }
 
     pub fn open(&self) -> imgfmt::Result<Image> {
+        self.open_through(|image| image)
+    }
+
+    /// Opens the image through another storage above it.
+    pub fn open_through(
+        &self,
+        above: impl FnOnce(Arc<dyn Storage>) -> Arc<dyn Storage>,
+    ) -> imgfmt::Result<Image> {
         let options = options().survives(self.survives).sidecar_folder(&self.folder);
-        Image::from_storage(Arc::clone(&self.image) as _, &options)
+        Image::from_storage(above(Arc::clone(&self.image) as _), &options)
     }
 
     /// What a crash leaves; every file reorders what was not synced by itself.

@@ -127,9 +127,11 @@ pub struct ServeArgs {
     pub allocation_depth: bool,
 
     /// What dirty bitmaps of the images survive. For all but 'none' a file IMAGE.dirty is kept
-    /// beside an image from its first change on; it is gone when the server has ended in order.
-    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
-    pub bitmap_durability: BitmapDurability,
+    /// beside an image from its first change on; it is gone when the server has ended in order. If
+    /// that file cannot be made an image is refused; without this option there is a warning
+    /// [default: power].
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub bitmap_durability: Option<BitmapDurability>,
 
     /// Offer the metadata context qemu:dirty-bitmap:NAME for this bitmap, which every image must
     /// have, itself or in its backing files. May be repeated; 'all' for all that they have.

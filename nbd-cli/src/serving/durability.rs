@@ -5,6 +5,7 @@ use std::path::Path;
 use clap::ValueEnum;
 use imgfmt::{BitmapState, Image, Recording, RecoveryPrecision, Survives};
 
+use crate::error::CommandError;
 use crate::output::printable;
 use crate::output::warn;
 
@@ -70,6 +71,17 @@ pub(crate) fn report_shortfall(image: &Image, path: &Path) {
             printable(&shortfall)
         ));
     }
+}
+
+/// Refuses an image whose bitmaps will not survive what was asked for.
+pub(crate) fn refuse_shortfall(image: &Image, path: &Path) -> Result<(), CommandError> {
+    let Some(shortfall) = image.probe_bitmap_safety().shortfall else { return Ok(()) };
+    Err(CommandError::new(format!(
+        "'{}' is not served: its dirty bitmaps would not survive a crash, as --bitmap-durability \
+         demands: {}; remove the cause, or use --bitmap-durability none",
+        path.display(),
+        shortfall
+    )))
 }
 
 #[cfg(test)]

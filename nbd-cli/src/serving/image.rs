@@ -7,7 +7,7 @@ use std::sync::Arc;
 use imgfmt::{Access, BitmapState, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy};
 use nbd_server::export::{Export, ImageExport};
 
-use super::durability::{report_recovery, report_shortfall};
+use super::durability::{refuse_shortfall, report_recovery, report_shortfall};
 use super::temporary::temporary;
 use super::{BitmapDurability, Changes, Window, filtered, frozen};
 use crate::error::CommandError;
@@ -55,8 +55,9 @@ pub(crate) struct ImageChoices {
     pub(crate) changes: Changes,
     /// The part of the disk that is exported.
     pub(crate) window: Window,
-    /// What bitmaps that note changes survive.
-    pub(crate) bitmap_durability: BitmapDurability,
+    /// What bitmaps that note changes must survive. If that is not said it is the default, and
+    /// whether they can is only told.
+    pub(crate) bitmap_durability: Option<BitmapDurability>,
     /// Whether `qemu:allocation-depth` is offered.
     pub(crate) allocation_depth: bool,
     /// The bitmaps that are offered.
@@ -138,11 +139,14 @@ impl ImageChoices {
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
-                let options = options.survives(self.bitmap_durability.into());
+                let options = options.survives(self.bitmap_durability.unwrap_or_default().into());
                 let image = Image::open(path, &options.access(Access::ReadWrite))?;
                 report_recovery(&image, path);
                 frozen::report_thaw(&image);
-                report_shortfall(&image, path);
+                match self.bitmap_durability {
+                    Some(_) => refuse_shortfall(&image, path)?,
+                    None => report_shortfall(&image, path),
+                }
                 Ok(image)
             }
             Writes::ToImage | Writes::Refused => Ok(Image::open(path, &options)?),

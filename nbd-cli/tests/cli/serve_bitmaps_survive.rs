@@ -2,7 +2,7 @@
 
 use rustix::process::Signal;
 
-use crate::support::{Disk, Server, nbd_cli, peer};
+use crate::support::{Disk, Server, nbd_cli, peer, says};
 use crate::tools;
 
 /// What qemu-img says of the bitmap that is in use.
@@ -69,15 +69,58 @@ fn one_warning_says_that_bitmaps_cannot_be_kept_beside_the_image() {
     let image = disk.blank("disk.qcow2", 0);
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "1M"]);
     peer(&qemu_img, &["bitmap", "--add", &image, "backup"]);
-    // A folder of that name is in the way, also for a user who may do everything.
-    let in_the_way = format!("{image}.dirty.new");
-    std::fs::create_dir(&in_the_way).expect("a folder");
-    let warnings = |durability: &str| {
-        let arguments = ["serve", "--run", "true", "--bitmap-durability", durability];
-        let said = nbd_cli(&[&arguments[..], &["--format", "qcow2", &image]].concat());
+    let serve = |more: &[&str]| {
+        nbd_cli(&[&["serve", "--run", "true", "--format", "qcow2", &image], more].concat())
+    };
+    let warnings = |more: &[&str]| {
+        let said = serve(more);
+        assert_eq!(said.code, Some(0), "{said:?}");
         said.stderr.lines().filter(|line| line.contains("survive")).count()
     };
-    assert_eq!(["power", "process", "none"].map(warnings), [1, 1, 0]);
+    // A folder with the name of an unfinished file does not matter.
+    std::fs::create_dir(format!("{image}.dirty.new")).expect("a folder");
+    assert_eq!(warnings(&[]), 0);
+    assert_eq!(warnings(&["--bitmap-durability", "process"]), 0);
+    // One in the place of the file does, also for a user who may do everything: what was asked for
+    // is not given up with a mere warning.
+    let in_the_way = format!("{image}.dirty");
+    std::fs::create_dir(&in_the_way).expect("a folder");
+    assert_eq!(warnings(&[]), 1);
+    assert_eq!(warnings(&["--bitmap-durability", "none"]), 0);
+    for durability in ["power", "process"] {
+        says(serve(&["--bitmap-durability", durability]), &["is a directory", "would not survive"]);
+    }
     std::fs::remove_dir(&in_the_way).expect("an empty folder");
-    assert_eq!(warnings("power"), 0);
+    assert_eq!(warnings(&["--bitmap-durability", "power"]), 0);
+}
+
+/// After a crash a bitmap is recovered only from a file that nobody else can have written.
+#[test]
+fn bits_that_others_may_have_written_are_not_recovered() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let image = disk.blank("disk.qcow2", 0);
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "1M"]);
+    peer(&qemu_img, &["bitmap", "--add", &image, "backup"]);
+    let mut server = Server::ours(&["--format", "qcow2", &image]);
+    peer(&qemu_io, &["-f", "raw", "-c", "write 0 64k", server.uri()]);
+    server.signal(Signal::KILL);
+    server.wait();
+    let sidecar = format!("{image}.dirty");
+    let list = || nbd_cli(&["bitmap", "list", "--json", &image]).success();
+    let mode = |mode| {
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(&sidecar, permissions).expect("a mode");
+    };
+    mode(0o666);
+    assert!(list().contains("chmod 600"), "{}", list());
+    mode(0o600);
+    assert!(!list().contains("chmod"), "{}", list());
+    if std::os::unix::fs::chown(&sidecar, Some(12_345), None).is_ok() {
+        assert!(list().contains("belongs to user 12345"), "{}", list());
+        let server = Server::ours(&["--format", "qcow2", &image]);
+        server.end();
+        assert!(peer(&qemu_img, &["info", &image]).contains(IN_USE), "nobody knows what changed");
+        assert!(std::path::Path::new(&sidecar).exists(), "it is somebody else's");
+    }
 }

@@ -43,6 +43,8 @@ pub(super) struct Session {
     shortfall: Option<String>,
     recovered: Vec<String>,
     precision: RecoveryPrecision,
+    /// What was recovered is in memory only: the header and the sidecar are as they were found.
+    is_recovery_unfinished: bool,
 }
 
 /// A sidecar that was found and is believed, or why not.
@@ -135,7 +137,18 @@ impl Qcow2 {
                 let is_in_use = planned.bitmap.in_use.load(Acquire);
                 planned.must_store = planned.bitmap.condition == Condition::Ready && is_in_use;
             }
-            self.carry_out(&mut alone, plan)?;
+            match self.carry_out(&mut alone, plan) {
+                Err(error) if error.kind() == ErrorKind::NoSpace => {
+                    // The image can be used all the same, to free space for instance. The sidecar
+                    // that was found counts until the first change makes another one, or says
+                    // that there is none; a clean close stores the bits.
+                    let bitmaps = alone.bitmaps().to_vec();
+                    alone.replace(bitmaps, false);
+                    lock(&self.bitmaps.session).is_recovery_unfinished = true;
+                    return Ok(());
+                }
+                stored => stored?,
+            }
         } else {
             let is_marked = self.is_marked(alone.bitmaps());
             let bitmaps = alone.bitmaps().to_vec();
@@ -182,7 +195,7 @@ impl Qcow2 {
         let mut session = lock(&self.bitmaps.session);
         let bitmaps: Vec<_> = state.recording().collect();
         if session.survives == Survives::CleanClose || bitmaps.is_empty() || state.has_sidecar() {
-            return Ok(());
+            return self.give_up_found_sidecar(&mut session);
         }
         let identity = match session.identity {
             Some(identity) => Ok(identity),
@@ -201,6 +214,7 @@ impl Qcow2 {
         });
         match made {
             Ok((identity, sidecar)) => {
+                session.is_recovery_unfinished = false;
                 state.set_sidecar(Arc::clone(&sidecar));
                 session.sidecar = Some(sidecar);
                 session.identity = Some(identity);
@@ -211,7 +225,18 @@ impl Qcow2 {
                 session.sidecar = None;
                 session.identity = None;
                 self.unmark_header()?;
+                self.give_up_found_sidecar(&mut session)?;
             }
+        }
+        Ok(())
+    }
+
+    /// Gives up a sidecar whose bits are in memory only, because it does not say everything from now
+    /// on. A file that cannot be taken away harms nobody then.
+    fn give_up_found_sidecar(&self, session: &mut Session) -> Result<()> {
+        if std::mem::take(&mut session.is_recovery_unfinished) {
+            self.unmark_header()?;
+            let _ = self.sidecar_place().map(|place| place.remove());
         }
         Ok(())
     }
@@ -280,10 +305,11 @@ impl Qcow2 {
             !state.recording().any(|(bitmap, _)| bitmap.in_use.load(Acquire))
         };
         let mut session = lock(&self.bitmaps.session);
-        if session.identity.is_none() || !is_over {
+        if session.identity.is_none() && !session.is_recovery_unfinished || !is_over {
             return Ok(());
         }
         self.unmark_header()?;
+        self.give_up_found_sidecar(&mut session)?;
         session.identity = None;
         match session.sidecar.take() {
             Some(sidecar) => sidecar.remove().map_err(|error| self.named(sidecar_error(error))),

@@ -14,7 +14,7 @@ use crate::connect::ServerArgs;
 use crate::key_values::KeyValues;
 use crate::remote::{ExportStorage, allow_exports};
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
-use crate::serving::{BitmapDurability, Caching, Changes, Discard, MultiConn, Waiting};
+use crate::serving::{Caching, Changes, Discard, MultiConn, Waiting};
 
 /// Opens it as the options say.
 ///
@@ -141,7 +141,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
             },
         },
         window,
-        bitmap_durability: BitmapDurability::default(),
+        bitmap_durability: None,
         allocation_depth: options.allocation_depth,
     })
 }
