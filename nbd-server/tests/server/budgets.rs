@@ -43,6 +43,35 @@ fn a_client_that_never_reads_is_not_read_from_any_more() {
 }
 
 #[test]
+fn large_reads_that_are_in_memory_take_their_part_of_the_budget_too() {
+    let mut config = ServerConfig::default();
+    config.server_budget = 2 * LARGE as usize;
+    let prompt = Some(Promptness::Prompt);
+    let disk = Scripted::new(64 << 20, Script { prompt, ..Script::default() });
+    let server = TestServer::with(config, disk.clone());
+    let mut clients: Vec<_> = (0..8)
+        .map(|_| {
+            let client = Client::connect(&server, ReplyMode::Simple);
+            client.send(client.encode(&header(CommandType::READ, 0, LARGE)));
+            client
+        })
+        .collect();
+    wait_until("two are read", || disk.reads.load(Ordering::SeqCst) == 2);
+    // As long as nobody takes its reply there is no memory for another one.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(disk.reads.load(Ordering::SeqCst), 2);
+    for client in &mut clients {
+        client.finish_sending();
+    }
+    std::thread::scope(|scope| {
+        for mut client in clients {
+            scope.spawn(move || assert_eq!(client.read_to_end().len(), 16 + LARGE as usize));
+        }
+    });
+    assert_eq!(disk.reads.load(Ordering::SeqCst), 8);
+}
+
+#[test]
 fn many_small_requests_are_bounded_as_well() {
     for prompt in [Promptness::MayBlock, Promptness::Prompt] {
         let begun = begun(ReplyMode::Extended, prompt, 4096, 40_000);

@@ -14,6 +14,10 @@ use crate::sys;
 /// copy if they can be. In bytes. Below it the copy is cheaper than the extra system calls.
 const SEND_FILE_LEN: usize = 32 * 1024;
 
+/// Longest part that is copied where the connection stands, in bytes. A longer one would keep the others of
+/// its thread waiting, and its memory has to come from the budget: the pool sees to both.
+const PROMPT_READ_LEN: usize = 1 << 20;
+
 impl Session {
     /// Answers a READ from the page cache, or has the pool read it.
     pub(super) fn read(&mut self, request: Request) {
@@ -92,6 +96,9 @@ impl Session {
         position: Position,
         holes: Holes,
     ) -> TryRead {
+        if length > PROMPT_READ_LEN {
+            return TryRead::WouldBlock;
+        }
         let space = self.output.space(ReplyEncoder::MAX_READ_HEADER_LEN + length);
         let mut header = &mut space[..ReplyEncoder::MAX_READ_HEADER_LEN];
         self.encoder.data_header(request.tag(), offset, length as u32, position, &mut header);
