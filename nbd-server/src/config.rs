@@ -30,7 +30,7 @@ pub struct ServerConfig {
     /// legal size. Default: 64 MiB.
     pub connection_budget: usize,
     /// Bytes of payload all connections together may hold in large requests. When they are used up
-    /// each connection may still have one request of up to 1 MiB at a time. Default: 1 GiB.
+    /// each connection may still have one request of up to 1 MiB at a time. Default: 256 MiB.
     pub server_budget: usize,
     /// How long a worker thread that has a single, busy connection asks for its next request before it
     /// goes to sleep, as QEMU's `poll-max-ns`. A client with one request in flight is served faster
@@ -65,7 +65,7 @@ impl Default for ServerConfig {
             workers: NonZeroUsize::new(cores.saturating_mul(2).max(4)).unwrap_or(NonZeroUsize::MIN),
             max_requests: 64,
             connection_budget: 64 << 20,
-            server_budget: 1 << 30,
+            server_budget: 256 << 20,
             poll_max: Duration::from_nanos(32_768),
             stall_deadline: None,
             drain_deadline: Duration::from_secs(10),

@@ -210,7 +210,7 @@ pub struct ServeArgs {
     pub connection_budget: ByteSize,
 
     /// Memory for the large requests of all connections.
-    #[arg(long, value_name = "SIZE", default_value = "1G", help_heading = "Limits")]
+    #[arg(long, value_name = "SIZE", default_value = "256M", help_heading = "Limits")]
     pub memory: ByteSize,
 }
 
