@@ -1,7 +1,7 @@
 //! Fair queuing: which of the waiting jobs is carried out next.
 //!
-//! Start-time fair queuing. Each connection is a *flow* with a virtual time: how much service it has
-//! had, in nanoseconds of a thread. The job of the flow that has had least is next. A job is charged
+//! Start-time fair queuing. Each connection is a *flow* with a virtual time for each class of jobs: how
+//! much service it has had, in nanoseconds of a thread. The job of the flow that has had least is next. A job is charged
 //! with an estimate when it starts, so that a flow cannot start many at once for nothing, and with what
 //! it has really taken when it ends. A flow that was idle is not paid for that: it continues a
 //! little before where the service is now, so that a client who asks for little is served before those
@@ -17,8 +17,6 @@ pub(crate) enum Class {
     /// Computing: more at a time than there are cores only take them away from the connections.
     Compute,
 }
-
-const CLASSES: [Class; 2] = [Class::Wait, Class::Compute];
 
 /// How far behind the others a flow that was idle may be, in nanoseconds.
 const HEAD_START: u64 = 2_000_000;
@@ -56,16 +54,38 @@ pub(crate) struct Cost {
 #[derive(Debug)]
 struct Flow<J> {
     group: GroupId,
-    virtual_time: u64,
-    waiting: [VecDeque<(Cost, J)>; 2],
-    running: usize,
+    classes: [ClassOfFlow<J>; 2],
     /// Gone as soon as it is idle.
     is_passing: bool,
 }
 
+/// A flow's jobs of one class.
+#[derive(Debug)]
+struct ClassOfFlow<J> {
+    virtual_time: u64,
+    waiting: VecDeque<(Cost, J)>,
+    running: usize,
+}
+
+impl<J> Default for ClassOfFlow<J> {
+    fn default() -> Self {
+        Self { virtual_time: 0, waiting: VecDeque::new(), running: 0 }
+    }
+}
+
+impl<J> ClassOfFlow<J> {
+    fn is_idle(&self) -> bool {
+        self.running == 0 && self.waiting.is_empty()
+    }
+}
+
 impl<J> Flow<J> {
     fn is_idle(&self) -> bool {
-        self.running == 0 && self.waiting.iter().all(VecDeque::is_empty)
+        self.classes.iter().all(ClassOfFlow::is_idle)
+    }
+
+    fn running(&self) -> usize {
+        self.classes.iter().map(|class| class.running).sum()
     }
 }
 
@@ -99,8 +119,8 @@ pub(crate) struct FairQueue<J> {
     limits: Limits,
     flows: HashMap<FlowId, Flow<J>>,
     groups: BTreeMap<GroupId, Group>,
-    /// The virtual time of the job that was started last.
-    clock: u64,
+    /// For each class, how far the service is: the latest virtual time at which a job was started.
+    clocks: [u64; 2],
     next: u64,
     running: usize,
     computing: usize,
@@ -112,7 +132,7 @@ impl<J> FairQueue<J> {
             limits,
             flows: HashMap::new(),
             groups: BTreeMap::new(),
-            clock: HEAD_START,
+            clocks: [HEAD_START; 2],
             next: 0,
             running: 0,
             computing: 0,
@@ -127,8 +147,7 @@ impl<J> FairQueue<J> {
     fn insert(&mut self, group: GroupId, is_passing: bool) -> FlowId {
         let id = FlowId(self.next);
         self.next += 1;
-        let flow =
-            Flow { group, virtual_time: 0, waiting: Default::default(), running: 0, is_passing };
+        let flow = Flow { group, classes: Default::default(), is_passing };
         self.flows.insert(id, flow);
         id
     }
@@ -141,12 +160,12 @@ impl<J> FairQueue<J> {
         closed.is_passing = true;
         let group = closed.group;
         let mut abandoned = Vec::new();
-        for waiting in &mut closed.waiting {
-            for (cost, job) in std::mem::take(waiting) {
+        for class in &mut closed.classes {
+            for (cost, job) in std::mem::take(&mut class.waiting) {
                 if is_abandoned(&job) {
                     abandoned.push(job);
                 } else {
-                    waiting.push_back((cost, job));
+                    class.waiting.push_back((cost, job));
                 }
             }
         }
@@ -170,12 +189,14 @@ impl<J> FairQueue<J> {
 
     /// Queues a job behind the others of its flow and class. The job comes back if the flow was closed.
     pub(crate) fn push(&mut self, flow: FlowId, cost: Cost, job: J) -> Result<(), J> {
-        let now = self.clock.saturating_sub(HEAD_START);
+        self.unready(flow);
+        let now = self.clocks[cost.class as usize].saturating_sub(HEAD_START);
         let Some(entry) = self.flows.get_mut(&flow) else { return Err(job) };
-        if entry.is_idle() {
-            entry.virtual_time = entry.virtual_time.max(now);
+        let class = &mut entry.classes[cost.class as usize];
+        if class.is_idle() {
+            class.virtual_time = class.virtual_time.max(now);
         }
-        entry.waiting[cost.class as usize].push_back((cost, job));
+        class.waiting.push_back((cost, job));
         self.ready(flow);
         Ok(())
     }
@@ -196,35 +217,40 @@ impl<J> FairQueue<J> {
             return None;
         }
         let may_compute = self.computing < self.limits.computing;
-        let may_start = |flow: &FlowId| {
-            self.flows.get(flow).is_some_and(|flow| flow.running < FLOW_SHARE_OF_FREE * free)
+        // Few compute at a time, so they never keep those who wait from the threads.
+        let compute = if may_compute { self.first(Class::Compute, free) } else { None };
+        let (class, flow) = match compute {
+            Some(flow) => (Class::Compute, flow),
+            None => (Class::Wait, self.first(Class::Wait, free)?),
         };
-        let classes = |class: &&Class| **class == Class::Wait || may_compute;
-        let (_, flow, class) = self
-            .groups
-            .values()
-            .filter(|group| group.running < GROUP_SHARE_OF_FREE * free)
-            .flat_map(|group| {
-                CLASSES.iter().filter(classes).filter_map(|class| {
-                    // Few have so many running that they are passed over.
-                    let mut ready = group.ready[*class as usize].iter();
-                    let (time, flow) = ready.find(|(_, flow)| may_start(flow))?;
-                    Some((*time, *flow, *class))
-                })
-            })
-            .min_by_key(|(time, flow, _)| (*time, *flow))?;
         self.unready(flow);
         let entry = self.flows.get_mut(&flow)?;
-        let (cost, job) = entry.waiting[class as usize].pop_front()?;
-        self.clock = self.clock.max(entry.virtual_time);
-        entry.virtual_time = entry.virtual_time.saturating_add(cost.estimate);
-        entry.running += 1;
+        let of_class = &mut entry.classes[class as usize];
+        let (cost, job) = of_class.waiting.pop_front()?;
+        let clock = &mut self.clocks[class as usize];
+        *clock = (*clock).max(of_class.virtual_time);
+        of_class.virtual_time = of_class.virtual_time.saturating_add(cost.estimate);
+        of_class.running += 1;
         let group = entry.group;
         self.ready(flow);
         self.running += 1;
-        self.computing += usize::from(cost.class == Class::Compute);
+        self.computing += usize::from(class == Class::Compute);
         self.groups.entry(group).or_default().running += 1;
         Some(Popped { job, started: Started { flow, group, cost } })
+    }
+
+    /// The flow with the least service of those that may start a job of a class.
+    fn first(&self, class: Class, free: usize) -> Option<FlowId> {
+        let may_start = |flow: &FlowId| {
+            self.flows.get(flow).is_some_and(|flow| flow.running() < FLOW_SHARE_OF_FREE * free)
+        };
+        let groups = self.groups.values();
+        let groups = groups.filter(|group| group.running < GROUP_SHARE_OF_FREE * free);
+        // Few have so many running that they are passed over.
+        let firsts = groups.filter_map(|group| {
+            group.ready[class as usize].iter().find(|(_, flow)| may_start(flow))
+        });
+        firsts.min().map(|(_, flow)| *flow)
     }
 
     /// A job has ended, or a step of it, after `elapsed` nanoseconds. `rest` is what remains to be
@@ -239,11 +265,12 @@ impl<J> FairQueue<J> {
         self.unready(flow);
         // A flow is there as long as any of its jobs.
         let Some(entry) = self.flows.get_mut(&flow) else { return };
-        entry.running -= 1;
-        entry.virtual_time =
-            entry.virtual_time.saturating_add(elapsed).saturating_sub(cost.estimate);
+        let class = &mut entry.classes[cost.class as usize];
+        class.running -= 1;
+        class.virtual_time =
+            class.virtual_time.saturating_add(elapsed).saturating_sub(cost.estimate);
         if let Some((cost, job)) = rest {
-            entry.waiting[cost.class as usize].push_front((cost, job));
+            entry.classes[cost.class as usize].waiting.push_front((cost, job));
         }
         self.ready(flow);
         self.pass(flow);
@@ -253,10 +280,10 @@ impl<J> FairQueue<J> {
     /// Enters a flow where it is looked for.
     fn ready(&mut self, id: FlowId) {
         let Some(flow) = self.flows.get(&id) else { return };
-        for class in CLASSES {
-            if !flow.waiting[class as usize].is_empty() {
-                let group = self.groups.entry(flow.group).or_default();
-                group.ready[class as usize].insert((flow.virtual_time, id));
+        let group = self.groups.entry(flow.group).or_default();
+        for (class, ready) in flow.classes.iter().zip(&mut group.ready) {
+            if !class.waiting.is_empty() {
+                ready.insert((class.virtual_time, id));
             }
         }
     }
@@ -265,8 +292,8 @@ impl<J> FairQueue<J> {
     fn unready(&mut self, id: FlowId) {
         let Some(flow) = self.flows.get(&id) else { return };
         let Some(group) = self.groups.get_mut(&flow.group) else { return };
-        for ready in &mut group.ready {
-            ready.remove(&(flow.virtual_time, id));
+        for (class, ready) in flow.classes.iter().zip(&mut group.ready) {
+            ready.remove(&(class.virtual_time, id));
         }
     }
 
@@ -392,6 +419,25 @@ mod tests {
         started.sort_by_key(|popped| popped.job);
         let jobs: Vec<_> = started.iter().map(|popped| popped.job).collect();
         assert_eq!(jobs, ["its read", "read", "walk"]);
+    }
+
+    #[test]
+    fn service_of_one_class_is_not_held_against_a_client_in_the_other() {
+        let mut queue = queue(8, 1);
+        let (walker, reader) = (queue.open(1), queue.open(1));
+        for _ in 0..10 {
+            queue.push(walker, COMPUTE, "walk").unwrap();
+        }
+        let Popped { started: walking, .. } = queue.pop().unwrap();
+        for _ in 0..10 {
+            queue.push(reader, WAIT, "read").unwrap();
+            let Popped { job, started } = queue.pop().unwrap();
+            assert_eq!(job, "read");
+            queue.finish(started, 10 * HEAD_START, None);
+        }
+        queue.push(reader, COMPUTE, "its walk").unwrap();
+        queue.finish(walking, 2 * HEAD_START, None);
+        assert_eq!(queue.pop().unwrap().job, "its walk");
     }
 
     #[test]
