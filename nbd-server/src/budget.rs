@@ -84,6 +84,11 @@ impl Budget {
         let units = Arc::clone(&self.units).try_acquire_many_owned(units).ok()?;
         Some(Permit { part: Part::Units { units } })
     }
+
+    /// Is most of it taken?
+    pub(crate) fn is_scarce(&self) -> bool {
+        self.units.available_permits() < self.total as usize / 4
+    }
 }
 
 impl Permit {

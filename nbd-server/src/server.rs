@@ -20,6 +20,9 @@ use crate::shutdown::{Phase, ShutdownTrigger};
 use crate::worker::Workers;
 use crate::{BoundAddress, ListenAddress, ServeError, ServerConfig};
 
+/// Memory for the buffers of busy connections. Those for which there is none do with small ones.
+const ROOM_LEN: usize = 256 << 20;
+
 /// Memory for long answers to BLOCK_STATUS, of all connections. Where it is used up answers are short.
 const ANSWERS_LEN: usize = 64 << 20;
 
@@ -108,6 +111,7 @@ impl Server {
             seats: Seats::new(),
             exports: self.exports.clone(),
             clients: self.clients,
+            room: Budget::new(ROOM_LEN),
             answers: Budget::new(ANSWERS_LEN),
             scheduler: Scheduler::new(Handle::current(), cores()),
             config: Arc::new(self.config),

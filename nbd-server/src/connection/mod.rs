@@ -8,6 +8,7 @@ mod polling;
 mod pool;
 mod receive;
 mod rhythm;
+mod room;
 mod send;
 mod socket;
 mod stall;
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub(crate) budget: Budget,
     /// Threads that may poll.
     pub(crate) seats: Seats,
+    /// Memory for the buffers of busy connections.
+    pub(crate) room: Budget,
     /// Memory for long answers to BLOCK_STATUS.
     pub(crate) answers: Budget,
     /// Carries out what may block.

@@ -2,7 +2,9 @@
 
 /// Size to begin with, in bytes. Idle clients keep it.
 const SMALL_LEN: usize = 16 * 1024;
-/// Size of the buffer of a busy client, in bytes: a deep queue of small writes in one read.
+/// Size of the buffer of a busy client, in bytes: a request with the longest payload that is waited for here.
+const MEDIUM_LEN: usize = 80 * 1024;
+/// Size of the same where there is [room](super::room): a deep queue of small writes in one read.
 pub(super) const LARGE_LEN: usize = 256 * 1024;
 /// How much is read at a time while large payloads arrive, in bytes. Enough for the headers
 /// between them; most of the payload then goes straight into its own buffer.
@@ -16,6 +18,8 @@ pub(super) struct ReceiveBuffer {
     end: usize,
     read_len: usize,
     total: u64,
+    /// The last read has filled all there was.
+    is_tight: bool,
 }
 
 impl ReceiveBuffer {
@@ -23,7 +27,7 @@ impl ReceiveBuffer {
     pub(super) fn new(received: &[u8]) -> Self {
         let mut data = vec![0; SMALL_LEN.max(received.len())];
         data[..received.len()].copy_from_slice(received);
-        Self { data, start: 0, end: received.len(), read_len: LARGE_LEN, total: 0 }
+        Self { data, start: 0, end: received.len(), read_len: LARGE_LEN, total: 0, is_tight: false }
     }
 
     /// What was received and not consumed.
@@ -41,7 +45,7 @@ impl ReceiveBuffer {
         }
     }
 
-    /// Room to read into. Never empty as long as less than [`LARGE_LEN`] bytes are waiting.
+    /// Room to read into. Never empty as long as less than [`MEDIUM_LEN`] bytes are waiting.
     pub(super) fn space(&mut self) -> &mut [u8] {
         if self.start > 0 && self.data.len() - self.end < self.data.len() / 2 {
             self.data.copy_within(self.start..self.end, 0);
@@ -58,8 +62,29 @@ impl ReceiveBuffer {
         self.end += count;
         self.total = self.total.wrapping_add(count as u64);
         debug_assert!(self.end <= self.data.len(), "reads end in the buffer");
-        if self.end == self.data.len() && self.data.len() < LARGE_LEN {
+        self.is_tight = self.end == self.data.len();
+        if self.is_tight && self.data.len() < MEDIUM_LEN {
+            self.data.resize(MEDIUM_LEN, 0);
+        }
+    }
+
+    /// Has the last read filled all there was, so that a larger buffer would be of use?
+    pub(super) fn wants_room(&self) -> bool {
+        self.is_tight && self.data.len() < LARGE_LEN
+    }
+
+    /// Makes the buffer as large as it gets.
+    pub(super) fn grow(&mut self) {
+        if self.data.len() < LARGE_LEN {
             self.data.resize(LARGE_LEN, 0);
+        }
+    }
+
+    /// Makes it small again, if it is empty.
+    pub(super) fn shrink(&mut self) {
+        if self.start == self.end && self.data.len() > MEDIUM_LEN {
+            self.data = vec![0; SMALL_LEN];
+            (self.start, self.end) = (0, 0);
         }
     }
 
@@ -106,6 +131,17 @@ mod tests {
         let mut buffer = ReceiveBuffer::new(&[]);
         assert_eq!(buffer.space().len(), SMALL_LEN);
         buffer.received(SMALL_LEN);
-        assert_eq!(buffer.space().len(), LARGE_LEN - SMALL_LEN);
+        assert_eq!(buffer.space().len(), MEDIUM_LEN - SMALL_LEN);
+        buffer.consume(SMALL_LEN);
+        assert!(buffer.wants_room());
+        buffer.grow();
+        assert_eq!(buffer.space().len(), LARGE_LEN);
+        buffer.received(10);
+        buffer.shrink();
+        assert_eq!(buffer.filled().len(), 10, "what is in use stays");
+        buffer.consume(10);
+        buffer.shrink();
+        assert_eq!(buffer.space().len(), SMALL_LEN);
+        assert!(!buffer.wants_room());
     }
 }

@@ -199,6 +199,11 @@ impl SendQueue {
         }
     }
 
+    /// Gives the memory back that is kept for the next replies.
+    pub(super) fn shrink(&mut self) {
+        self.spare.clear();
+    }
+
     fn keep(&mut self, data: Box<[u8]>) {
         // Blocks made for one long reply are given back to the system.
         if data.len() == BLOCK_LEN && self.spare.len() < MAX_SPARE_BLOCKS {

@@ -21,6 +21,7 @@ use super::polling::Polling;
 use super::pool::{Pool, Work};
 use super::receive::ReceiveBuffer;
 use super::rhythm::{Idle, Rhythm};
+use super::room::Room;
 use super::send::SendQueue;
 use super::stall::{Debt, Movement, Stall};
 use super::turn::{REQUEST_COST, Thread, Turn};
@@ -35,6 +36,8 @@ use crate::shutdown::{Phase, Shutdown};
 const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
 /// No further request is carried out in place while this many bytes wait to be sent. In bytes.
 const SEND_HIGH_WATER: usize = 1 << 20;
+/// The same where there is no [room](super::room) for so much.
+const SMALL_SEND_HIGH_WATER: usize = 64 * 1024;
 /// Rounds of one connection before other tasks of its thread are looked at, in any case.
 const ROUNDS_BEFORE_YIELD: u32 = 8;
 /// Longest reply without content, in bytes: an error chunk with its message.
@@ -80,6 +83,7 @@ pub(super) struct Session {
     pool: Pool,
     budget: BudgetQueue,
     max_bytes: usize,
+    room: Room,
     rhythm: Rhythm,
     stall: Stall,
     hangup: Hangup,
@@ -109,6 +113,7 @@ impl Session {
             pool,
             budget: BudgetQueue::new(shared.budget.clone()),
             max_bytes: shared.config.connection_budget,
+            room: Room::new(shared.room.clone()),
             rhythm: Rhythm::new(polling, Arc::clone(&thread.connections)),
             stall: Stall::new(shared.config.stall_deadline),
             hangup: Hangup::default(),
@@ -156,6 +161,7 @@ impl Session {
             progress |= made_room || self.turn.is_over() || self.receive(cx)?;
             if !progress {
                 self.turn.rest();
+                self.give_room_back();
                 if self.poll_hangup(cx).is_ready() {
                     return Poll::Ready(self.hung_up());
                 }
@@ -184,6 +190,14 @@ impl Session {
                 }
                 return Poll::Pending;
             }
+        }
+    }
+
+    /// Nothing moves. A connection in which nothing is under way needs no large buffers.
+    fn give_room_back(&mut self) {
+        if self.is_all_sent() && self.pool.requests() == 0 && self.room.offer() {
+            self.output.shrink();
+            self.input.shrink();
         }
     }
 
@@ -246,7 +260,9 @@ impl Session {
 
     /// Has this connection as much in hand as it may?
     fn is_busy(&self) -> bool {
-        self.output.queued() >= SEND_HIGH_WATER
+        let is_lent = self.room.is_lent();
+        let high_water = if is_lent { SEND_HIGH_WATER } else { SMALL_SEND_HIGH_WATER };
+        self.output.queued() >= high_water
             || self.pool.is_full()
             || (self.pool.requests() > 0 && self.pool.bytes() >= self.max_bytes)
     }
@@ -280,6 +296,9 @@ impl Session {
                     return Ok(progress);
                 }
                 progress = true;
+            }
+            if self.output.queued() >= SMALL_SEND_HIGH_WATER {
+                self.room.ask();
             }
             if self.is_busy() {
                 return Ok(progress);
@@ -508,6 +527,9 @@ impl Session {
                 read
             }
             _ => {
+                if self.input.wants_room() && self.room.ask() {
+                    self.input.grow();
+                }
                 let is_idle = self.is_all_sent() && self.pool.requests() == 0;
                 let idle = if is_idle { Idle::Yes } else { Idle::No };
                 if self.rhythm.read(&mut self.socket, idle, &mut self.input) {

@@ -43,6 +43,45 @@ fn a_client_that_never_reads_is_not_read_from_any_more() {
 }
 
 #[test]
+fn beside_very_many_clients_that_take_no_replies_fewer_are_made_in_advance() {
+    const CLIENTS: usize = 200;
+    let prompt = Some(Promptness::Prompt);
+    let disk = Scripted::new(1 << 20, Script { prompt, ..Script::default() });
+    let server = TestServer::with(ServerConfig::default(), disk.clone());
+    let read = |clients: &mut Vec<Client>, count: usize| {
+        let begun = disk.reads.load(Ordering::SeqCst);
+        for _ in 0..count {
+            let client = Client::connect(&server, ReplyMode::Simple);
+            client.send(client.encode(&header(CommandType::READ, 0, 32 << 10)).repeat(1000));
+            clients.push(client);
+        }
+        // They have all they can get when it is no more after a while.
+        let mut last = 0;
+        wait_until("the server has stopped to read", || {
+            std::thread::sleep(Duration::from_millis(300));
+            let now = disk.reads.load(Ordering::SeqCst);
+            now >= begun + count && std::mem::replace(&mut last, now) == now
+        });
+        last - begun
+    };
+    let mut clients = Vec::new();
+    let alone = read(&mut clients, 1);
+    read(&mut clients, CLIENTS);
+    let beside_all = read(&mut clients, 1);
+    // What the system's buffers take is the same for both.
+    let in_server = (1 << 20) / (32 << 10);
+    assert!(beside_all + in_server / 2 <= alone, "{alone} alone, {beside_all} beside all");
+    // Whoever comes now is served nevertheless.
+    let mut good = Client::connect(&server, ReplyMode::Extended);
+    for _ in 0..100 {
+        good.submit(0, 32 << 10, &Command::Read(Fragmentation::Allowed), &[]);
+    }
+    for _ in 0..100 {
+        assert_eq!(good.next_finished().1.result, Ok(()));
+    }
+}
+
+#[test]
 fn large_reads_that_are_in_memory_take_their_part_of_the_budget_too() {
     let mut config = ServerConfig::default();
     config.server_budget = 2 * LARGE as usize;
