@@ -121,6 +121,17 @@ fn a_backup_upon_sundays_when_mondays_exists_is_refused() {
     lab.accepts(&server, &monday, &[]);
     server.end();
     is_clean(&qemu_img, &lab.disk);
+
+    let about = |path: &str| -> Value {
+        let said = nbd_cli(&["image", "info", "--json", path]).success();
+        serde_json::from_str::<Value>(&said).expect("JSON")["backup"].clone()
+    };
+    assert_eq!(about(&monday)["base"], about(&sunday)["id"]);
+    assert_eq!(about(&monday)["disk"], about(&sunday)["disk"]);
+    assert_eq!(about(&monday)["unchanged"], true);
+    write_offline(&qemu_io, &sunday, "write -P 9 1M 64k");
+    let said = nbd_cli(&["image", "info", &sunday]).success();
+    assert!(said.contains("of 'vm'") && said.contains("changed since"), "{said}");
 }
 
 #[test]

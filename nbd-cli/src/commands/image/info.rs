@@ -1,5 +1,7 @@
 //! `nbd-cli image info`.
 
+mod backup;
+
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -10,6 +12,7 @@ use nbd_client::Scope;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
+use self::backup::JsonBackup;
 use super::open::OpenArgs;
 use super::place::Place;
 use super::snapshot::{self, JsonSnapshot};
@@ -77,6 +80,9 @@ struct Layer<'a> {
     backing_filename_format: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<JsonSnapshot<'a>>,
+    /// Which backup it is; no key of qemu-img.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backup: Option<JsonBackup<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<Specific<'a>>,
     /// What the server offers, with the keys of nbdinfo.
@@ -222,6 +228,7 @@ impl Found {
             }),
             backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.as_deref()),
             snapshots: qcow2.map(|qcow2| snapshot::json(&qcow2.snapshots)).unwrap_or_default(),
+            backup: qcow2.and_then(|qcow2| qcow2.backup.as_ref()).map(JsonBackup::from),
             format_specific: qcow2.map(|qcow2| Specific { kind: "qcow2", data: data(qcow2) }),
             server: self.server.as_ref(),
         })
@@ -296,6 +303,9 @@ fn text(found: &Found, output: &mut Output) -> Result<(), CommandError> {
     }
     if let Some(name) = &qcow2.data_file_name {
         line("data file:", &printable(name))?;
+    }
+    if let Some(found) = &qcow2.backup {
+        line("backup:", &backup::text(found))?;
     }
     if !qcow2.snapshots.is_empty() {
         line("snapshots:", "id, size of the disk, time, name")?;
