@@ -10,7 +10,8 @@ mod connect;
 mod context;
 mod control;
 mod error;
-pub mod image_format;
+pub mod help;
+mod image_format;
 mod key_values;
 pub mod locking;
 mod logging;
@@ -29,7 +30,7 @@ use std::ffi::OsString;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, FromArgMatches as _};
 
 use crate::args::{Cli, Command};
 use crate::error::{CommandError, CommandErrorKind, Outcome};
@@ -52,7 +53,9 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Some(arguments) = commands::qemu_nbd::arguments_for_qemu_nbd(&arguments) {
         return ExitCode::from(commands::qemu_nbd::run(arguments.to_vec()));
     }
-    let mut cli = match Cli::try_parse_from(&arguments) {
+    let command = help::wrapped_once(Cli::command());
+    let matches = command.try_get_matches_from(&arguments);
+    let mut cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(message) => return usage(&message, commands::image::usage_code(&arguments)),
     };

@@ -3,12 +3,13 @@
 use std::io::{self, IsTerminal as _, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::size::rounded;
+use crate::terminal::{CharacterSet, character_set};
 
 /// Whether progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,12 +46,26 @@ impl ProgressArgs {
 
 /// Shows how far a copy is; cheap to clone and to update from many tasks.
 #[derive(Clone, Debug)]
-pub(crate) enum Progress {
-    Hidden,
+pub(crate) struct Progress {
+    shown: Shown,
+    tally: Arc<Tally>,
+}
+
+#[derive(Clone, Debug)]
+enum Shown {
+    Nothing,
     /// Redrawn in place, with rate and time left.
     Bar(ProgressBar),
     /// One line per step, for logs.
     Lines(Arc<Lines>),
+}
+
+/// What the summary tells.
+#[derive(Debug)]
+struct Tally {
+    began: Instant,
+    done: AtomicU64,
+    holes: AtomicU64,
 }
 
 /// Counts up to `total`.
@@ -66,61 +81,111 @@ pub(crate) struct Lines {
 /// A line is written each time so many percent are done, or so many bytes if the total is unknown.
 const STEP_PERCENT: u64 = 5;
 const STEP_BYTES: u64 = 1 << 30;
+/// The last step, whose line is written when everything has been said.
+const END: u64 = 100 / STEP_PERCENT;
 
 impl Progress {
     /// Progress towards `total` bytes, or a mere count if that is not known.
     pub(crate) fn new(visibility: Visibility, total: Option<u64>) -> Self {
-        match (visibility, io::stderr().is_terminal()) {
-            (Visibility::Never, _) | (Visibility::IfTerminal, false) => Self::Hidden,
-            (_, true) => Self::Bar(bar(total)),
+        let shown = match (visibility, io::stderr().is_terminal()) {
+            (Visibility::Never, _) | (Visibility::IfTerminal, false) => Shown::Nothing,
+            (_, true) => Shown::Bar(bar(total)),
             (Visibility::Always, false) => {
-                Self::Lines(Arc::new(Lines::new(total.unwrap_or_default())))
+                Shown::Lines(Arc::new(Lines::new(total.unwrap_or_default())))
             }
-        }
+        };
+        let (done, holes) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { shown, tally: Arc::new(Tally { began: Instant::now(), done, holes }) }
     }
 
     /// Counts bytes that are done.
     pub(crate) fn add(&self, bytes: u64) {
-        match self {
-            Self::Hidden => {}
-            Self::Bar(bar) => bar.inc(bytes),
-            // A standard error that is closed is no reason to fail.
-            Self::Lines(lines) => lines.add(bytes, |line| {
-                let _ = writeln!(io::stderr(), "{line}");
-            }),
+        self.tally.done.fetch_add(bytes, Ordering::Relaxed);
+        match &self.shown {
+            Shown::Nothing => {}
+            Shown::Bar(bar) => bar.inc(bytes),
+            Shown::Lines(lines) => lines.add(bytes, say),
         }
+    }
+
+    /// Counts bytes that are done and were known to be zero.
+    pub(crate) fn add_hole(&self, bytes: u64) {
+        self.tally.holes.fetch_add(bytes, Ordering::Relaxed);
+        self.add(bytes);
     }
 
     /// Takes bytes back that have to be done again.
     pub(crate) fn set_back(&self, bytes: u64) {
-        match self {
-            Self::Hidden => {}
-            Self::Bar(bar) => bar.dec(bytes),
-            Self::Lines(lines) => {
+        let done = self.tally.done.fetch_sub(bytes, Ordering::Relaxed).saturating_sub(bytes);
+        self.tally.holes.fetch_min(done, Ordering::Relaxed);
+        match &self.shown {
+            Shown::Nothing => {}
+            Shown::Bar(bar) => bar.dec(bytes),
+            Shown::Lines(lines) => {
                 lines.done.fetch_sub(bytes, Ordering::Relaxed);
             }
         }
     }
 
-    /// Removes the bar.
+    /// Removes the bar: the command says itself what came of it.
     pub(crate) fn clear(&self) {
-        if let Self::Bar(bar) = self {
-            bar.finish_and_clear();
+        match &self.shown {
+            Shown::Nothing => {}
+            Shown::Bar(bar) => bar.finish_and_clear(),
+            Shown::Lines(lines) => lines.write_end_if_there(say),
         }
     }
+
+    /// Ends with everything done, and with a summary.
+    pub(crate) fn finish(&self) {
+        let summary = || {
+            let [done, holes] =
+                [&self.tally.done, &self.tally.holes].map(|count| count.load(Ordering::Relaxed));
+            summary(done, holes, self.tally.began.elapsed())
+        };
+        match &self.shown {
+            Shown::Nothing => {}
+            Shown::Bar(bar) => {
+                bar.finish();
+                // It leaves the cursor at its end.
+                say(&format!("\n{}", summary()));
+            }
+            Shown::Lines(lines) => {
+                say(&summary());
+                lines.write_end(say);
+            }
+        }
+    }
+}
+
+/// Writes a line to standard error. That it is closed is no reason to fail.
+fn say(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+fn summary(done: u64, holes: u64, took: Duration) -> String {
+    // A rate over less than that says nothing.
+    let seconds = took.as_secs_f64().max(0.001);
+    let rate = rounded((done as f64 / seconds) as u64);
+    let (data, holes) = (rounded(done.saturating_sub(holes)), rounded(holes));
+    format!("{} in {seconds:.1} s, {rate}/s: {data} data, {holes} holes", rounded(done))
 }
 
 fn bar(total: Option<u64>) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(10));
     let template = match total {
+        // As wide as the terminal.
         Some(_) => {
-            "{bar:30} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  \
+            "{wide_bar} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  \
              {binary_bytes_per_sec}  {eta} left"
         }
         None => "{spinner} {binary_bytes}  {binary_bytes_per_sec}",
     };
     if let Ok(style) = ProgressStyle::with_template(template) {
-        bar.set_style(style);
+        bar.set_style(match character_set() {
+            CharacterSet::Unicode => style,
+            CharacterSet::Ascii => style.progress_chars("#> ").tick_chars("|/-\\ "),
+        });
     }
     bar.enable_steady_tick(Duration::from_millis(500));
     bar
@@ -147,9 +212,23 @@ impl Lines {
         *written = step;
         if self.total == 0 {
             write(&rounded(done));
-        } else {
+        } else if step < END {
             let percent = step * STEP_PERCENT;
             write(&format!("{percent} %  {} of {}", rounded(done), rounded(self.total)));
+        }
+    }
+
+    /// Writes the last line if everything is done.
+    fn write_end_if_there(&self, write: impl FnOnce(&str)) {
+        if self.done.load(Ordering::Relaxed) >= self.total {
+            self.write_end(write);
+        }
+    }
+
+    /// Writes the last line, if it is known where the end is.
+    fn write_end(&self, write: impl FnOnce(&str)) {
+        if self.total > 0 {
+            write(&format!("100 %  {0} of {0}", rounded(self.total)));
         }
     }
 
@@ -178,16 +257,25 @@ mod tests {
     fn each_step_is_one_line() {
         let lines = Lines::new(1000);
         let written: Vec<_> = (0..1000).filter_map(|_| add(&lines, 1)).collect();
-        assert_eq!(written.len(), 20);
+        assert_eq!(written.len(), 19);
         assert_eq!(written[0], "5 %  50 bytes of 1000 bytes");
-        assert_eq!(written[19], "100 %  1000 bytes of 1000 bytes");
+        assert_eq!(written[18], "95 %  950 bytes of 1000 bytes");
+        lines.write_end(|line| assert_eq!(line, "100 %  1000 bytes of 1000 bytes"));
     }
 
     #[test]
     fn large_steps_skip_lines() {
         let lines = Lines::new(u64::MAX);
-        assert_eq!(add(&lines, u64::MAX), Some("100 %  16.0 EiB of 16.0 EiB".to_owned()));
+        assert_eq!(add(&lines, u64::MAX / 2), Some("45 %  8.0 EiB of 16.0 EiB".to_owned()));
+        assert_eq!(add(&lines, u64::MAX / 2), Some("95 %  16.0 EiB of 16.0 EiB".to_owned()));
         assert_eq!(add(&lines, 0), None);
+    }
+
+    #[test]
+    fn the_summary_tells_bytes_time_rate_data_and_holes() {
+        let text = summary(8 << 20, 6 << 20, Duration::from_secs(2));
+        assert_eq!(text, "8.0 MiB in 2.0 s, 4.0 MiB/s: 2.0 MiB data, 6.0 MiB holes");
+        assert!(summary(0, 0, Duration::ZERO).starts_with("0 bytes in 0.0 s"));
     }
 
     #[test]
@@ -219,7 +307,7 @@ mod tests {
             });
             let written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
             assert!(written.is_sorted(), "{written:?}");
-            assert_eq!(written.last(), Some(&Some(100)));
+            assert_eq!(written.last(), Some(&Some(95)));
         }
     }
 }

@@ -179,7 +179,10 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     let settings = Settings::of_copy(args, &source, &destination);
     let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
     let result = again::run(&job, args.flush).await;
-    job.progress.clear();
+    match &result {
+        Ok(()) => job.progress.finish(),
+        Err(_) => job.progress.clear(),
+    }
     result.map_err(|error| incomplete(args, &job.destination, &error))?;
     job.destination.complete(if args.flush { Durable::Now } else { Durable::Later })?;
     job.source.close().await;

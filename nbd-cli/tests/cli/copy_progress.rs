@@ -1,6 +1,8 @@
 //! The progress of `copy`.
 
-use crate::support::{Disk, PROGRAM, nbd_cli, peer};
+use std::process::Command;
+
+use crate::support::{Disk, PROGRAM, nbd_cli, peer, run};
 use crate::tools;
 
 #[test]
@@ -14,12 +16,72 @@ fn a_bar_is_drawn_on_a_terminal() {
     assert_eq!(peer(&script, &["-qec", &copy, "/dev/null"]), "");
 }
 
+/// What `copy` draws on a terminal of so many columns, line by line.
+fn drawn(script: &std::path::Path, columns: usize, locale: &str, arguments: &str) -> Vec<String> {
+    let inside = format!("stty rows 24 cols {columns}; exec {PROGRAM} {arguments}");
+    let mut command = Command::new(script);
+    command.args(["-qec", &inside, "/dev/null"]).env("LC_ALL", locale).env("TERM", "xterm");
+    let text = run(&mut command).success();
+    let pieces = text.split(['\r', '\n']).map(|piece| {
+        // Only what moves the cursor is not shown.
+        let mut shown = String::new();
+        let mut rest = piece;
+        while let Some((before, after)) = rest.split_once('\x1b') {
+            shown.push_str(before);
+            let end = after.find(|byte: char| byte.is_ascii_alphabetic()).map_or(0, |at| at + 1);
+            rest = &after[end..];
+        }
+        shown.push_str(rest);
+        shown
+    });
+    pieces.filter(|line| !line.trim().is_empty()).collect()
+}
+
+#[test]
+fn the_bar_fits_the_terminal_and_ends_with_a_summary() {
+    tools!(script = "script", _stty = "stty");
+    let disk = Disk::sparse();
+    let converted = disk.beside("converted.qcow2");
+    let commands = [
+        format!("copy {} null:", disk.path()),
+        format!("image convert -O qcow2 {} {converted}", disk.path()),
+    ];
+    for (command, columns) in commands.iter().flat_map(|command| [(command, 80), (command, 200)]) {
+        let _ = std::fs::remove_file(&converted);
+        let lines = drawn(&script, columns, "C.UTF-8", command);
+        let bars: Vec<_> = lines.iter().filter(|line| line.contains(" % ")).collect();
+        let widths = bars.iter().map(|line| line.chars().count());
+        assert!(widths.clone().all(|width| width <= columns), "{columns}: {lines:#?}");
+        assert!(widths.clone().any(|width| width + 2 >= columns), "{columns}: {lines:#?}");
+        let last = bars.last().expect("a bar");
+        assert!(last.contains("100 %") && last.contains("8.00 MiB of 8.00 MiB"), "{last}");
+        let summary = lines.last().expect("a summary");
+        for part in ["8.0 MiB in ", " s, ", "/s: ", " data, ", " holes"] {
+            assert!(summary.contains(part), "{part} is missing: {summary}");
+        }
+    }
+}
+
+#[test]
+fn the_bar_is_plain_where_the_locale_is() {
+    tools!(script = "script", _stty = "stty");
+    let disk = Disk::sparse();
+    let copy = format!("copy {} null:", disk.path());
+    let lines = drawn(&script, 80, "C", &copy);
+    assert!(lines.iter().all(|line| line.is_ascii()), "{lines:#?}");
+    assert!(lines.iter().any(|line| line.contains("###")), "{lines:#?}");
+}
+
 #[test]
 fn lines_are_written_elsewhere_if_asked_for() {
     let disk = Disk::sparse();
     let outcome = nbd_cli(&["copy", "--progress", disk.path(), "null:"]);
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     assert!(outcome.stderr.ends_with("100 %  8.0 MiB of 8.0 MiB\n"), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains(" data, ") && outcome.stderr.contains(" holes\n"),
+        "{outcome:?}"
+    );
     let outcome = nbd_cli(&["copy", disk.path(), "null:"]);
     assert_eq!(outcome.stderr, "", "{outcome:?}");
 }

@@ -1,6 +1,9 @@
 //! Help, version, usage errors.
 
-use crate::support::nbd_cli;
+use std::process::Command;
+
+use crate::support::{PROGRAM, nbd_cli, run};
+use crate::tools;
 
 #[test]
 fn every_command_has_help_with_examples() {
@@ -21,6 +24,28 @@ fn every_image_command_has_help_with_examples() {
         let help = nbd_cli(&["image", command, "--help"]).success();
         assert!(help.contains("Examples:"), "{command}: {help}");
         assert!(help.contains(&format!("nbd-cli image {command}")), "{command}: {help}");
+    }
+}
+
+#[test]
+fn help_is_wrapped_once_for_its_terminal() {
+    tools!(script = "script", _stty = "stty");
+    for (command, columns) in
+        [("copy", 60), ("copy", 80), ("image convert", 80), ("serve", 80), ("backup", 100)]
+    {
+        let inside = format!("stty rows 24 cols {columns}; exec {PROGRAM} {command} --help");
+        let help = run(Command::new(&script).args(["-qec", &inside, "/dev/null"])).success();
+        let lines: Vec<_> = help.lines().map(str::trim_end).collect();
+        for (line, next) in lines.iter().zip(&lines[1..]) {
+            let is_text = |line: &str| !line.is_empty() && !line.starts_with(' ');
+            if !is_text(line) || !is_text(next) || line.ends_with(':') {
+                continue;
+            }
+            // The next word would not have fitted.
+            let word = next.split(' ').next().unwrap_or_default().chars().count();
+            let width = line.chars().count();
+            assert!(width <= columns && width + 1 + word > columns, "{command}: {line:?} {next:?}");
+        }
     }
 }
 

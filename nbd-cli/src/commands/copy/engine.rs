@@ -214,7 +214,10 @@ impl Job {
             };
             count.fetch_add(piece.length, Ordering::Relaxed);
             self.begun().remove(&piece.offset);
-            self.progress.add(piece.length);
+            match piece.content {
+                Content::Zero => self.progress.add_hole(piece.length),
+                _ => self.progress.add(piece.length),
+            }
         }
         Ok(())
     }

@@ -69,7 +69,7 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), CommandErro
                 while length > 0 {
                     let part = length.min(zeroes.len() as u64);
                     write_standard_output(zeroes.slice(..part as usize)).await?;
-                    job.progress.add(part);
+                    job.progress.add_hole(part);
                     length -= part;
                 }
             }

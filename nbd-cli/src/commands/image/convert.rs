@@ -144,7 +144,10 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
         }
         _ => copy.replace(&destination, &progress),
     };
-    progress.clear();
+    match &result {
+        Ok(()) => progress.finish(),
+        Err(_) => progress.clear(),
+    }
     result?;
     if let (Place::File(path), true) = (&destination, args.json) {
         super::info::print_json(path, &args.open.trust.options().format(format))?;

@@ -106,7 +106,7 @@ impl<'a> Agenda<'a> {
         }
         let range = span(self.done, end);
         match self.target {
-            Target::Zero => self.progress.add(range.length()),
+            Target::Zero => self.progress.add_hole(range.length()),
             Target::HasContent => self.found.push_back(Work { range, content: Content::Zero }),
         }
         self.done = end;

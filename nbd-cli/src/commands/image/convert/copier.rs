@@ -80,7 +80,10 @@ impl Copy<'_> {
             Content::Data => self.copy(work.range, &mut buffer[..work.range.length() as usize])?,
             Content::Zero => self.zero(work.range)?,
         }
-        self.progress.add(work.range.length());
+        match work.content {
+            Content::Data => self.progress.add(work.range.length()),
+            Content::Zero => self.progress.add_hole(work.range.length()),
+        }
         Ok(())
     }
 
