@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
-use crate::options::{Access, Locking, OpenOptions};
+use crate::options::{Access, BackingFile, Locking, OpenOptions};
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
 use crate::storage::{FileIdentity, FileStorage, Storage};
@@ -209,7 +209,9 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
         let (data, _) = open_named(path, name, &options, options.access, files)?;
         image.attach_data_file(data);
     }
-    if let Some((name, format)) = image.backing_name() {
+    if options.backing == BackingFile::AsNamed
+        && let Some((name, format)) = image.backing_name()
+    {
         let below = layer_below(path, name, format, &options, files)?;
         return Ok(Opened::Overlay(image, Box::new(below)));
     }

@@ -49,6 +49,17 @@ impl fmt::Debug for OnUnlocked {
     }
 }
 
+/// What becomes of the backing file that an image names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum BackingFile {
+    /// It is opened, and shows where the image itself holds nothing.
+    #[default]
+    AsNamed,
+    /// It is not opened: what the image itself does not hold reads as zero. The image goes on naming it, so
+    /// that zeroes written now hide it later.
+    Ignored,
+}
+
 /// What the dirty bitmaps of a writable image survive.
 ///
 /// Whatever is chosen, a bitmap that did not survive is never shown as if it had: it stays marked
@@ -100,6 +111,8 @@ pub struct OpenOptions {
     pub syncing: Syncing,
     /// Which other files the image may name.
     pub policy: OpenPolicy,
+    /// What becomes of the backing file that the image names.
+    pub backing: BackingFile,
     /// The id or name of an internal snapshot to read in place of the present state.
     pub snapshot: Option<String>,
     /// How much memory, in bytes, the tables of a qcow2 image may take up while they are not
@@ -167,6 +180,13 @@ impl OpenOptions {
     #[must_use]
     pub fn policy(mut self, policy: OpenPolicy) -> Self {
         self.policy = policy;
+        self
+    }
+
+    /// Says what becomes of the backing file that the image names.
+    #[must_use]
+    pub fn backing(mut self, backing: BackingFile) -> Self {
+        self.backing = backing;
         self
     }
 

@@ -156,6 +156,12 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Whether clusters that are not allocated show a backing file: now, or, if it is ignored now,
+    /// when the image is opened the next time.
+    pub(super) fn names_backing(&self) -> bool {
+        self.backing.is_some() || self.header.backing_name.is_some()
+    }
+
     pub(crate) fn attach_backing(&mut self, driver: Box<dyn Driver>) {
         self.backing = Some(Backing { size: driver.size(), driver });
     }

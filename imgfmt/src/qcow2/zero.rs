@@ -81,7 +81,7 @@ impl Qcow2 {
 
     /// Whether a cluster can be made to read as zero by its entry alone.
     fn can_map_zeroes(&self) -> bool {
-        self.header.version >= 3 || self.backing.is_none()
+        self.header.version >= 3 || !self.names_backing()
     }
 
     /// Whether zeroes that are written have to be seen as written by whoever looks at this layer
@@ -180,7 +180,7 @@ impl Qcow2 {
         self.push_extents(span(start, end), &mut list)?;
         let extents = list.into_vec();
         // See `marks_zeroes` about the second.
-        let is_here = |extent: &Extent| extent.depth == 1 || self.backing.is_none();
+        let is_here = |extent: &Extent| extent.depth == 1 || !self.names_backing();
         Ok(is_zero_until(&extents, end) && extents.iter().all(is_here))
     }
 
@@ -247,7 +247,7 @@ impl Qcow2 {
 
     /// Whether nothing needs to be noted where this layer has nothing: it reads as zero already.
     fn may_stay_empty(&self, what: Erase) -> bool {
-        self.backing.is_none() && (what == Erase::Discard || !self.marks_zeroes())
+        !self.names_backing() && (what == Erase::Discard || !self.marks_zeroes())
     }
 
     /// What becomes of a cluster when some of its subclusters are erased; `None` if nothing does.
