@@ -92,9 +92,7 @@ pub use image::{Image, Shrink};
 pub use info::{ImageInfo, Qcow2Info};
 pub use mapping::{Holes, Lease, Lookup, Mapping};
 pub use open_policy::{OpenPolicy, SchemeOpener};
-pub use options::{
-    Access, BackingFile, Locking, OpenOptions, Survives, Syncing, UnlockedHook,
-};
+pub use options::{Access, BackingFile, Locking, OpenOptions, Survives, Syncing, UnlockedHook};
 pub use qcow2::{CheckReport, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapSafety, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};

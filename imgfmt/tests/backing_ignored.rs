@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use common::{at, range};
 use imgfmt::{
-    Access, BackingFile, CreateOptions, Durability, Format, Image, OpenOptions, Qcow2Version, Speed,
-    ZeroMode,
+    Access, BackingFile, CreateOptions, Durability, Format, Image, OpenOptions, Qcow2Version,
+    Speed, ZeroMode,
 };
 
 const CLUSTER: u64 = 64 << 10;

@@ -18,6 +18,7 @@ mod logging;
 mod output;
 mod picture;
 mod progress;
+mod qemu_numbers;
 mod remote;
 mod server_name;
 mod serving;

@@ -27,7 +27,6 @@ pub struct FileStorage {
     file: File,
     kind: Kind,
     identity: FileIdentity,
-    rotational: bool,
     preferred_size: u32,
     syncing: Syncing,
     lacks_locks: bool,
@@ -110,7 +109,6 @@ impl FileStorage {
             file,
             kind,
             identity,
-            rotational: is_rotational(identity.device),
             preferred_size: block_size.clamp(4096, 1 << 20).next_power_of_two(),
             syncing: Syncing::On,
             lacks_locks: false,
@@ -285,7 +283,6 @@ impl Storage for FileStorage {
         Capabilities {
             fast_zero: can_punch,
             discard: can_punch,
-            rotational: self.rotational,
             minimum_size,
             preferred_size: self.preferred_size,
         }
@@ -494,10 +491,6 @@ fn queue_attribute(device: u64, name: &str) -> Option<u64> {
         let path = format!("/sys/dev/block/{major}:{minor}/{up}queue/{name}");
         std::fs::read_to_string(path).ok()?.trim().parse().ok()
     })
-}
-
-fn is_rotational(device: u64) -> bool {
-    queue_attribute(device, "rotational") == Some(1)
 }
 
 fn device_can_discard(device: u64) -> bool {

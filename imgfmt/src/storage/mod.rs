@@ -89,8 +89,6 @@ pub struct Capabilities {
     pub fast_zero: bool,
     /// Whether space can be given back.
     pub discard: bool,
-    /// Whether the medium is a spinning disk.
-    pub rotational: bool,
     /// Smallest unit that is not read, changed and written back as a whole.
     pub minimum_size: u32,
     /// Unit in which requests are handled without extra cost.
@@ -99,13 +97,7 @@ pub struct Capabilities {
 
 impl Default for Capabilities {
     fn default() -> Self {
-        Self {
-            fast_zero: false,
-            discard: false,
-            rotational: false,
-            minimum_size: 1,
-            preferred_size: 4096,
-        }
+        Self { fast_zero: false, discard: false, minimum_size: 1, preferred_size: 4096 }
     }
 }
 

@@ -122,6 +122,11 @@ pub struct ServeArgs {
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
     pub detect_zeroes: DetectZeroes,
 
+    /// Tell clients that the disk is a spinning one (NBD_FLAG_ROTATIONAL), for which they may
+    /// schedule requests differently. By default nothing is said about the medium.
+    #[arg(long)]
+    pub rotational: bool,
+
     /// Offer the metadata context qemu:allocation-depth for images.
     #[arg(short = 'A', long)]
     pub allocation_depth: bool,

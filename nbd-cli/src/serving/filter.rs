@@ -3,13 +3,16 @@
 use std::sync::Arc;
 
 use clap::ValueEnum;
-use nbd_proto::wire::TransmissionFlags;
+use nbd_proto::wire::{BlockSizes, TransmissionFlags};
 use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, Operation,
     Promptness, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 use crate::commands::copy::zero::is_zero;
+
+/// In bytes; what direct I/O is aligned to, and the least unit that clients are told to prefer.
+const PAGE: u64 = 4096;
 
 /// What becomes of space that a client does not need any more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -63,6 +66,36 @@ pub(crate) enum Waiting {
     Everywhere,
 }
 
+/// What clients are told about the medium.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Medium {
+    /// Nothing.
+    #[default]
+    Unsaid,
+    /// It is a spinning disk.
+    Rotational,
+}
+
+/// Which parts of a request are examined for zeroes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum ZeroUnit {
+    /// All bytes.
+    #[default]
+    Byte,
+    /// Whole pages, as where the page cache is bypassed; the edges are written as data.
+    Page,
+}
+
+/// The unit that is recommended to clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum PreferredSize {
+    /// What costs least.
+    #[default]
+    AsItIs,
+    /// A page, whatever the image.
+    Page,
+}
+
 /// What becomes of requests; the default changes nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Changes {
@@ -71,16 +104,15 @@ pub(crate) struct Changes {
     pub(crate) caching: Caching,
     pub(crate) multi_conn: MultiConn,
     pub(crate) waiting: Waiting,
+    pub(crate) medium: Medium,
+    pub(crate) zero_unit: ZeroUnit,
+    pub(crate) preferred_size: PreferredSize,
 }
 
 /// An export with some of its requests changed.
 struct Changed {
     inner: Arc<dyn Export>,
-    discard: Discard,
-    detect_zeroes: DetectZeroes,
-    caching: Caching,
-    multi_conn: MultiConn,
-    waiting: Waiting,
+    changes: Changes,
 }
 
 /// The export itself if there is nothing to change.
@@ -88,20 +120,31 @@ pub(crate) fn filtered(inner: Arc<dyn Export>, changes: Changes) -> Arc<dyn Expo
     if changes == Changes::default() {
         return inner;
     }
-    let Changes { discard, detect_zeroes, caching, multi_conn, waiting } = changes;
-    Arc::new(Changed { inner, discard, detect_zeroes, caching, multi_conn, waiting })
+    Arc::new(Changed { inner, changes })
 }
 
 impl Changed {
     fn mode(&self, wanted: ZeroMode) -> ZeroMode {
-        match self.discard {
+        match self.changes.discard {
             Discard::Unmap => wanted,
             Discard::Ignore => ZeroMode::NoHole,
         }
     }
 
+    /// The part of a request of zeroes that becomes a request to write zeroes.
+    fn zero_part(&self, offset: u64, length: usize) -> (usize, usize) {
+        match self.changes.zero_unit {
+            ZeroUnit::Byte => (0, length),
+            ZeroUnit::Page => {
+                let start = (offset.wrapping_neg() % PAGE) as usize;
+                let beyond = (offset.saturating_add(length as u64) % PAGE) as usize;
+                (start, length.saturating_sub(beyond))
+            }
+        }
+    }
+
     fn durable(&self, wanted: Durability) -> Durability {
-        match self.caching {
+        match self.changes.caching {
             Caching::Writeback => wanted,
             Caching::Writethrough => Durability::Fua,
         }
@@ -115,8 +158,18 @@ impl Filter for Changed {
 
     fn info(&self) -> ExportInfo {
         let mut info = self.inner.info();
-        if self.multi_conn == MultiConn::Hidden {
+        if self.changes.multi_conn == MultiConn::Hidden {
             info.flags.remove(TransmissionFlags::CAN_MULTI_CONN);
+        }
+        if self.changes.medium == Medium::Rotational {
+            info.flags |= TransmissionFlags::ROTATIONAL;
+        }
+        if self.changes.preferred_size == PreferredSize::Page {
+            let (minimum, maximum) =
+                (info.block_sizes.minimum(), info.block_sizes.maximum_payload());
+            let preferred = minimum.max(PAGE as u32);
+            info.block_sizes =
+                BlockSizes::new(minimum, preferred, maximum).unwrap_or(info.block_sizes);
         }
         info
     }
@@ -127,7 +180,7 @@ impl Filter for Changed {
         buffer: &mut [u8],
         holes: Holes,
     ) -> Result<TryRead, ExportError> {
-        match self.waiting {
+        match self.changes.waiting {
             Waiting::AsItIs => self.inner.try_read_at(offset, buffer, holes),
             Waiting::Everywhere => Ok(TryRead::WouldBlock),
         }
@@ -141,17 +194,17 @@ impl Filter for Changed {
         lookup: Lookup,
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
-        match (self.waiting, lookup) {
+        match (self.changes.waiting, lookup) {
             (Waiting::Everywhere, Lookup::Prompt) => Ok(Mapped::WouldBlock),
             _ => self.inner.map_read(offset, length, holes, lookup, map),
         }
     }
 
     fn promptness(&self, operation: Operation) -> Promptness {
-        if self.waiting == Waiting::Everywhere {
+        if self.changes.waiting == Waiting::Everywhere {
             return Promptness::MayBlock;
         }
-        match (operation, self.detect_zeroes) {
+        match (operation, self.changes.detect_zeroes) {
             (Operation::Write(..), DetectZeroes::On | DetectZeroes::Unmap) => Promptness::MayBlock,
             (Operation::Write(length, durability), _) => {
                 self.inner.promptness(Operation::Write(length, self.durable(durability)))
@@ -167,23 +220,36 @@ impl Filter for Changed {
         durability: Durability,
     ) -> Result<(), ExportError> {
         let durability = self.durable(durability);
-        let mode = match self.detect_zeroes {
+        let mode = match self.changes.detect_zeroes {
             DetectZeroes::Off => return self.inner.write_at(offset, data, durability),
             DetectZeroes::On => ZeroMode::NoHole,
             DetectZeroes::Unmap => self.mode(ZeroMode::MayPunch),
         };
-        if is_zero(data) {
-            self.inner.write_zeroes(offset, data.len() as u64, mode, Speed::Any, durability)
-        } else {
-            self.inner.write_at(offset, data, durability)
+        if !is_zero(data) {
+            return self.inner.write_at(offset, data, durability);
         }
+        let (start, end) = self.zero_part(offset, data.len());
+        if start >= end {
+            return self.inner.write_at(offset, data, durability);
+        }
+        let place = |position: usize| offset.saturating_add(position as u64);
+        let (length, speed) = ((end - start) as u64, Speed::Any);
+        self.inner.write_zeroes(place(start), length, mode, speed, durability)?;
+        for (position, edge) in [(0, &data[..start]), (end, &data[end..])] {
+            if !edge.is_empty() {
+                self.inner.write_at(place(position), edge, durability)?;
+            }
+        }
+        Ok(())
     }
 
     fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        if self.caching == Caching::Writethrough || self.waiting == Waiting::Everywhere {
+        if self.changes.caching == Caching::Writethrough
+            || self.changes.waiting == Waiting::Everywhere
+        {
             return Ok(TryWrite::WouldBlock);
         }
-        match self.detect_zeroes {
+        match self.changes.detect_zeroes {
             // Zeroes become another operation, which may wait.
             DetectZeroes::On | DetectZeroes::Unmap if is_zero(data) => Ok(TryWrite::WouldBlock),
             _ => self.inner.try_write_at(offset, data),
@@ -192,7 +258,7 @@ impl Filter for Changed {
 
     fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
         let durability = self.durable(durability);
-        match (self.discard, durability) {
+        match (self.changes.discard, durability) {
             (Discard::Unmap, _) => self.inner.trim(offset, length, durability),
             (Discard::Ignore, Durability::Cached) => Ok(()),
             // What was written to the range before must be durable all the same.
@@ -284,6 +350,37 @@ mod tests {
         let noted = recorder.0.lock().expect("nobody panicked");
         let fua = Durability::Fua;
         assert_eq!(*noted, [("write", fua), ("trim", fua), ("zeroes", fua)]);
+    }
+
+    #[test]
+    fn zeroes_are_looked_for_in_whole_pages_where_the_page_cache_is_bypassed() {
+        let recorder = Arc::new(Recorder::default());
+        let (detect_zeroes, zero_unit) = (DetectZeroes::Unmap, ZeroUnit::Page);
+        let changes = Changes { detect_zeroes, zero_unit, ..Changes::default() };
+        let export = filtered(recorder.clone(), changes);
+        let cached = Durability::Cached;
+        for (offset, length, expected) in [
+            (0, 1, &["write"][..]),
+            (4096, 8192, &["zeroes"]),
+            (4095, 4097, &["zeroes", "write"]),
+            (4095, 4100, &["zeroes", "write", "write"]),
+            (1, 8000, &["write"]),
+        ] {
+            export.write_at(offset, &vec![0; length], cached).expect("it is noted");
+            let noted = std::mem::take(&mut *recorder.0.lock().expect("nobody panicked"));
+            let noted: Vec<_> = noted.into_iter().map(|(what, _)| what).collect();
+            assert_eq!(noted, expected, "{offset} {length}");
+        }
+    }
+
+    #[test]
+    fn only_who_is_asked_says_that_a_disk_is_rotational_or_prefers_pages() {
+        let export = Arc::new(Recorder::default());
+        let (medium, preferred_size) = (Medium::Rotational, PreferredSize::Page);
+        let changes = Changes { medium, preferred_size, ..Changes::default() };
+        let info = filtered(export, changes).info();
+        assert!(info.flags.contains(TransmissionFlags::ROTATIONAL));
+        assert_eq!(info.block_sizes.preferred(), 4096);
     }
 
     #[test]

@@ -4,14 +4,19 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::{Access, BitmapState, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy};
+use imgfmt::storage::FileStorage;
+use imgfmt::{
+    Access, BackingFile, BitmapState, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy,
+    Storage,
+};
 use nbd_server::export::{Export, ImageExport};
 
 use super::durability::{refuse_shortfall, report_recovery, report_shortfall};
-use super::temporary::temporary;
+use super::patience::when_free;
+use super::temporary::{temporary, temporary_over};
 use super::{BitmapDurability, Changes, Window, filtered, frozen};
 use crate::error::CommandError;
-use crate::locking::warning;
+use crate::locking::{open_file, warning};
 use crate::output::{printable, warn};
 
 /// Which dirty bitmaps of an image are offered.
@@ -50,6 +55,8 @@ pub(crate) struct ImageChoices {
     pub(crate) snapshot: Option<String>,
     pub(crate) writes: Writes,
     pub(crate) locking: Locking,
+    /// What becomes of the backing file that it names.
+    pub(crate) backing: BackingFile,
     /// Which other files the image may name; `None`: those in its folder.
     pub(crate) policy: Option<OpenPolicy>,
     pub(crate) changes: Changes,
@@ -79,6 +86,11 @@ pub(crate) enum OpenError {
 }
 
 impl OpenError {
+    /// Whether another process has the image.
+    pub(super) fn is_busy(&self) -> bool {
+        matches!(self, Self::Image(error) if error.kind() == ErrorKind::Busy)
+    }
+
     /// Whether the image could be opened if nobody wanted to write to it.
     pub(crate) fn may_be_readable(&self) -> bool {
         match self {
@@ -128,19 +140,17 @@ impl ImageChoices {
     ///
     /// [`OpenError`] if it cannot be opened.
     pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
-        let mut options = warning(OpenOptions::new().locking(self.locking));
-        options.policy = self.policy.clone().unwrap_or_default();
-        options.format = self.format;
-        options.snapshot.clone_from(&self.snapshot);
+        let options = self.options();
         match self.writes {
             Writes::ToTemporaryFile => {
                 let policy = self.policy.clone().unwrap_or_else(OpenPolicy::any_file);
-                temporary(path, &options, policy)
+                when_free(|| temporary(path, &options, policy.clone()))
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
                 let options = options.survives(self.bitmap_durability.unwrap_or_default().into());
-                let image = Image::open(path, &options.access(Access::ReadWrite))?;
+                let options = options.access(Access::ReadWrite);
+                let image = when_free(|| Ok(Image::open(path, &options)?))?;
                 report_recovery(&image, path);
                 frozen::report_thaw(&image);
                 match self.bitmap_durability {
@@ -149,8 +159,46 @@ impl ImageChoices {
                 }
                 Ok(image)
             }
-            Writes::ToImage | Writes::Refused => Ok(Image::open(path, &options)?),
+            Writes::ToImage | Writes::Refused => when_free(|| Ok(Image::open(path, &options)?)),
         }
+    }
+
+    /// Opens the image in a storage. A snapshot of it cannot be chosen.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] if it cannot be opened.
+    pub(crate) fn open_storage(&self, storage: Arc<dyn Storage>) -> Result<Image, OpenError> {
+        let options = self.options();
+        match self.writes {
+            Writes::Refused => Ok(Image::from_storage(storage, &options)?),
+            Writes::ToImage => {
+                Ok(Image::from_storage(storage, &options.access(Access::ReadWrite))?)
+            }
+            Writes::ToTemporaryFile => temporary_over(Image::from_storage(storage, &options)?),
+        }
+    }
+
+    /// Opens a file as it is, for [`open_storage`](Self::open_storage).
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] if it cannot be opened.
+    pub(crate) fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
+        let access = match self.writes {
+            Writes::ToImage => Access::ReadWrite,
+            Writes::Refused | Writes::ToTemporaryFile => Access::ReadOnly,
+        };
+        when_free(|| Ok(open_file(path, access, self.locking)?))
+    }
+
+    fn options(&self) -> OpenOptions {
+        let mut options = OpenOptions::new().locking(self.locking).backing(self.backing);
+        options = warning(options);
+        options.policy = self.policy.clone().unwrap_or_default();
+        options.format = self.format;
+        options.snapshot.clone_from(&self.snapshot);
+        options
     }
 
     /// Makes an export of an image that is open.

@@ -7,6 +7,7 @@ mod filter;
 mod folder;
 pub(crate) mod frozen;
 pub(crate) mod image;
+mod patience;
 mod pid_file;
 mod temporary;
 mod window;
@@ -16,7 +17,9 @@ use std::future::Future;
 use nbd_server::{ServeError, Server};
 
 pub use self::durability::BitmapDurability;
-pub(crate) use self::filter::{Caching, Changes, MultiConn, Waiting, filtered};
+pub(crate) use self::filter::{
+    Caching, Changes, Medium, MultiConn, PreferredSize, Waiting, ZeroUnit, filtered,
+};
 pub use self::filter::{DetectZeroes, Discard};
 pub(crate) use self::folder::PrivateFolder;
 pub(crate) use self::pid_file::PidFile;

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
-    Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, Holes, HostOffset, Image,
-    L2Entries, Locking, Lookup, Mapping, OpenOptions, OpenPolicy, Storage, TryRead,
+    Access, BackingFile, CreateOptions, Durability, Format, GuestOffset, GuestRange, Holes,
+    HostOffset, Image, L2Entries, Locking, Lookup, Mapping, OpenOptions, OpenPolicy, Storage,
+    TryRead,
 };
 
 use super::PrivateFolder;
@@ -35,13 +36,25 @@ pub(super) fn temporary(
             source.display()
         ))));
     };
+    if options.snapshot.is_some() || options.backing == BackingFile::Ignored {
+        return temporary_over(base);
+    }
+    in_private_folder(|overlay| over_file(overlay, &path, &base, policy, options.locking))
+}
+
+/// Opens a throw-away overlay of an image that is open, which shows as one layer.
+pub(super) fn temporary_over(base: Image) -> Result<Image, OpenError> {
+    in_private_folder(|overlay| over_image(overlay, base))
+}
+
+/// Makes an overlay in a file whose name is gone when this returns.
+fn in_private_folder(
+    make: impl FnOnce(&Path) -> imgfmt::Result<Image>,
+) -> Result<Image, OpenError> {
     let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     let folder = PrivateFolder::inside(&parent)?;
     let overlay = folder.overlay();
-    let image = match options.snapshot {
-        None => over_file(&overlay, &path, &base, policy, options.locking),
-        Some(_) => over_image(&overlay, base),
-    };
+    let image = make(&overlay);
     let removed = match std::fs::remove_file(&overlay) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,

@@ -19,6 +19,45 @@ pub(crate) struct Window {
 }
 
 impl Window {
+    /// Whether the part lies within a disk of `whole` bytes.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if it does not.
+    pub(crate) fn check(self, whole: u64) -> Result<(), String> {
+        let Some(rest) = whole.checked_sub(self.offset) else {
+            return Err(format!(
+                "Offset {} is behind the end of the image ({whole} bytes)",
+                self.offset
+            ));
+        };
+        match self.size {
+            Some(size) if size > rest => Err(format!(
+                "Offset {} and size {size} reach behind the end of the image ({whole} bytes)",
+                self.offset
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The part `of_this` of this part.
+    ///
+    /// # Errors
+    ///
+    /// A sentence if it does not lie within this one.
+    pub(crate) fn narrowed(self, of_this: Self) -> Result<Self, String> {
+        let size = match self.size {
+            None => of_this.size,
+            Some(whole) => {
+                of_this.check(whole)?;
+                Some(of_this.size.unwrap_or(whole.saturating_sub(of_this.offset)))
+            }
+        };
+        let offset = self.offset.checked_add(of_this.offset);
+        let offset = offset.ok_or_else(|| format!("Offset {} is out of range", of_this.offset))?;
+        Ok(Self { offset, size })
+    }
+
     /// The part of `inner`, or `inner` itself for all of it.
     ///
     /// # Errors
@@ -29,19 +68,8 @@ impl Window {
         if self == Self::default() {
             return Ok(inner);
         }
-        let Some(rest) = whole.checked_sub(self.offset) else {
-            return Err(CommandError::new(format!(
-                "Offset {} is behind the end of the image ({whole} bytes)",
-                self.offset
-            )));
-        };
-        let size = self.size.unwrap_or(rest);
-        if size > rest {
-            return Err(CommandError::new(format!(
-                "Offset {} and size {size} reach behind the end of the image ({whole} bytes)",
-                self.offset
-            )));
-        }
+        self.check(whole).map_err(CommandError::new)?;
+        let size = self.size.unwrap_or(whole.saturating_sub(self.offset));
         Ok(Arc::new(Part { inner, offset: self.offset, size }))
     }
 }

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use rustix::process::Signal;
+
 use crate::support::qemu_nbd::{Foreground, ours};
-use crate::support::{Disk, image, is_sparse_here, peer};
+use crate::support::{Disk, Server, image, is_sparse_here, peer};
 use crate::tools;
 
 /// Runs a command of qemu-io on a server's only export; returns what it says.
@@ -133,11 +135,87 @@ fn backing_files_anywhere_are_followed_as_qemu_nbd_does() {
     disk.assert_equals(disk.path());
 }
 
+/// As QEMU has it, in this form only: `serve` shows the exact size.
 #[test]
-fn a_raw_image_keeps_its_exact_size() {
+fn a_raw_disk_that_ends_within_a_sector_is_exported_in_whole_sectors() {
+    tools!(tool = "qemu-io");
     let disk = Disk::sparse();
-    let odd = disk.blank("odd.img", 1000);
-    let server = Foreground::start(ours(), &["-t", "-f", "raw", &odd]);
-    let size = crate::support::nbd_cli(&["info", "--size", &server.uri("")]).success();
+    let odd = disk.beside("odd.img");
+    for (arguments, command, length) in [
+        (&["-t"][..], "read -P 0 1000 24", 1000),
+        (&["-t"], "write -z 990 34", 1000),
+        (&["-t"], "discard 512 512", 1000),
+        (&["-t"], "write -P 5 512 512", 1024),
+        (&["-t", "-o", "999"], "write -P 5 0 512", 1511),
+        (&["-t", "-s"], "write -P 5 512 512", 1000),
+    ] {
+        std::fs::write(&odd, [7; 1000]).expect("the disk");
+        let server = Foreground::start(ours(), &[arguments, &["-f", "raw", &odd]].concat());
+        let said = qemu_io(&tool, &server, command);
+        assert!(!said.contains("failed"), "{command}: {said}");
+        drop(server);
+        assert_eq!(std::fs::metadata(&odd).expect("the disk").len(), length, "{command}");
+    }
+    let server = Server::ours(&["--format", "raw", &odd]);
+    let size = crate::support::nbd_cli(&["info", "--size", server.uri()]).success();
     assert_eq!(size, "1000\n");
+}
+
+/// As a known backup tool passes them.
+#[test]
+fn numbers_are_read_as_the_c_library_reads_them() {
+    let disk = Disk::sparse();
+    for argument in ["-e 2", "-o 512", "--handshake-limit= 5", "-o01000", "-o0x200", "-e+2"] {
+        let arguments = ["-t", "-r", "-f", "raw", argument, disk.path()];
+        let server = Foreground::start(ours(), &arguments);
+        let size = crate::support::nbd_cli(&["info", "--size", &server.uri("")]).success();
+        let rest = if argument.starts_with("-o") { 512 } else { 0 };
+        assert_eq!(size, format!("{}\n", disk.content().len() - rest), "{argument}");
+    }
+}
+
+#[test]
+fn nothing_is_printed_with_verbose_and_a_log_with_trace() {
+    let disk = Disk::sparse();
+    for (option, prints) in [("-v", false), ("-vvv", false), ("-Tnbd_*", true)] {
+        let mut server = Foreground::start(ours(), &["-t", option, "-f", "raw", disk.path()]);
+        crate::support::nbd_cli(&["info", "--size", &server.uri("")]).success();
+        server.signal(Signal::TERM);
+        assert_eq!(server.exit_code(), Some(0));
+        assert_eq!(!server.complaints().is_empty(), prints, "{option}: {}", server.complaints());
+    }
+}
+
+/// A new server for a disk is started as soon as the old one was told to end.
+#[test]
+fn a_writable_server_starts_although_a_reading_one_is_still_ending() {
+    let disk = Disk::sparse();
+    for _ in 0..5 {
+        let mut first = Foreground::start(ours(), &["-t", "-r", "-f", "raw", disk.path()]);
+        first.signal(Signal::TERM);
+        let second = Foreground::start(ours(), &["-t", "-f", "raw", disk.path()]);
+        assert_eq!(first.exit_code(), Some(0));
+        crate::support::nbd_cli(&["info", "--size", &second.uri("")]).success();
+        assert_eq!(second.complaints(), "");
+    }
+}
+
+/// With the page cache bypassed QEMU finds zeroes only where whole blocks are written.
+#[test]
+fn few_zeroes_are_data_where_the_page_cache_is_bypassed() {
+    tools!(tool = "qemu-io");
+    let disk = Disk::sparse();
+    let Some(allocated) = is_sparse_here(&disk) else { return };
+    for (cache, is_data) in [("none", true), ("writeback", false)] {
+        let blank = disk.blank(&format!("{cache}.img"), 1 << 20);
+        let cache = format!("--cache={cache}");
+        let zeroes = ["--discard=unmap", "--detect-zeroes=unmap", "-t", "-f", "raw"];
+        let server =
+            Foreground::start(ours(), &[&[cache.as_str()], &zeroes[..], &[&blank]].concat());
+        qemu_io(&tool, &server, "write -P 0 512k 1");
+        qemu_io(&tool, &server, "write -P 0 0 64k");
+        drop(server);
+        assert_eq!(allocated(&blank) > 0, is_data, "{cache}: {}", allocated(&blank));
+        assert!(allocated(&blank) < 64 << 10, "{cache}: {}", allocated(&blank));
+    }
 }

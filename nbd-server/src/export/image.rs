@@ -337,7 +337,6 @@ fn describe(image: &Image) -> ExportInfo {
             info.flags |= TransmissionFlags::SEND_FAST_ZERO;
         }
     }
-    info.flags.set(TransmissionFlags::ROTATIONAL, capabilities.rotational);
     let preferred = capabilities.preferred_size.max(4096).next_power_of_two();
     // Any alignment is accepted; `preferred` only tells what costs least.
     info.block_sizes = BlockSizes::new(1, preferred, MAX_PAYLOAD).unwrap_or_default();

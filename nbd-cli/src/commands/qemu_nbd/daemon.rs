@@ -10,6 +10,7 @@ use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, Stdio};
 
 use super::Refusal;
+use super::options::Options;
 
 /// The first argument of the process that serves in the background. No user gives it: without this
 /// meaning it is an unknown option.
@@ -117,7 +118,7 @@ pub(super) fn service_manager_gave_sockets() -> bool {
 /// # Errors
 ///
 /// If `/` or `/dev/null` cannot be used.
-pub(super) fn ready(role: Role, verbosity: u8) -> Result<(), Refusal> {
+pub(super) fn ready(role: Role, options: &Options) -> Result<(), Refusal> {
     let failed = |what: &str, error: std::io::Error| Refusal::new(format!("{what}: {error}"));
     // A file system can be unmounted while we serve, if no image is on it.
     std::env::set_current_dir("/").map_err(|error| failed("cannot change to /", error))?;
@@ -130,7 +131,7 @@ pub(super) fn ready(role: Role, verbosity: u8) -> Result<(), Refusal> {
     // A parent that was killed does not wait any more.
     let _ = stdout.write_all(READY).and_then(|()| stdout.flush());
     rustix::stdio::dup2_stdout(&null).map_err(|error| failed("standard output", error.into()))?;
-    if verbosity == 0 {
+    if !options.verbose && !options.traces {
         rustix::stdio::dup2_stderr(&null)
             .map_err(|error| failed("standard error", error.into()))?;
     }

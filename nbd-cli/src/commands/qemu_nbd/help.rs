@@ -31,12 +31,13 @@ Where to listen, and for whom:
       --handshake-limit=N   seconds a handshake may take (default 10; 0: any time)
   -x, --export-name=NAME    name of the export (default: the empty name)
   -D, --description=TEXT    a text about the export, for people
-  -v, --verbose             log to standard error; twice for more
+  -v, --verbose             with --fork: keep standard error open
 
-What to serve: FILE is a path, an NBD URI, or json:{...}
+What to serve: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or json:{...}
   -f, --format=FORMAT       raw or qcow2; found by looking at the image unless given
-      --image-opts          FILE is a list of options of the drivers raw, qcow2, file, host_device
-                            and nbd, such as driver=raw,offset=1M,file.filename=disk.img
+      --image-opts          FILE is a list of options of the drivers raw, qcow2, file, host_device,
+                            nbd and null-co, such as driver=raw,offset=1M,file.filename=disk.img;
+                            with the driver qcow2 an empty backing= leaves the backing file out
   -r, --read-only           refuse writes
   -s, --snapshot            keep writes in a temporary file; the image is only read
   -l, --load-snapshot=SNAPSHOT_PARAM
@@ -56,7 +57,7 @@ What to serve: FILE is a path, an NBD URI, or json:{...}
 The process:
       --fork                serve in the background; returns when clients can connect
       --pid-file=PATH       write the number of the serving process to a file, and lock it
-  -T, --trace=PATTERN       accepted with a warning: there are no trace events; see -v
+  -T, --trace=PATTERN       log to standard error; there are no single events to choose from
 
 TLS:
       --object=TYPE,id=ID,...

@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 
-use imgfmt::{Format, Locking};
+use imgfmt::{BackingFile, Format, Locking};
 use nbd_proto::NbdUri;
 
 use super::options::{parse_detect_zeroes, parse_discard};
-use crate::key_values::{KeyValues, parse_size};
+use crate::key_values::KeyValues;
+use crate::qemu_numbers::parse_size;
 use crate::server_name;
 use crate::serving::{DetectZeroes, Discard, Window};
 
@@ -14,8 +15,12 @@ use crate::serving::{DetectZeroes, Discard, Window};
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Described {
     pub(super) place: Place,
-    /// `None`: found by looking at the file.
+    /// The part of the place in which the image is, by drivers `raw` below its format.
+    pub(super) part: Window,
+    /// `None`: found by looking at it.
     pub(super) format: Option<Format>,
+    pub(super) backing: BackingFile,
+    /// The part of the disk that is exported, by drivers `raw` above its format.
     pub(super) window: Window,
     pub(super) read_only: bool,
     pub(super) locking: Locking,
@@ -29,7 +34,12 @@ pub(super) enum Place {
     File(PathBuf),
     /// On another server.
     Export(Box<NbdUri>),
+    /// Nowhere: a disk of that many bytes that forgets what is written.
+    Null(u64),
 }
+
+/// Size of a disk of the drivers `null-co` and `null-aio`, in bytes.
+const NULL_SIZE: u64 = 1 << 30;
 
 impl Default for Place {
     fn default() -> Self {
@@ -49,6 +59,10 @@ impl Place {
         }
         match text.split_once(':') {
             Some(("file", path)) => Ok(Self::File(path.into())),
+            Some(("null-co" | "null-aio", "//")) => Ok(Self::Null(NULL_SIZE)),
+            Some((driver @ ("null-co" | "null-aio"), _)) => {
+                Err(format!("The only allowed filename for this driver is '{driver}://'"))
+            }
             // As QEMU has it, a colon in a name needs a slash before it.
             Some((scheme, _)) if !scheme.contains('/') => {
                 Err(format!("Unknown protocol '{scheme}'; write ./{text} for a file"))
@@ -83,8 +97,20 @@ pub(super) fn unknown_driver(name: &str) -> String {
             "the format {} is recognised but cannot be read yet; there are raw and qcow2",
             format.description()
         ),
-        None => format!("Unknown driver '{name}'; there are raw and qcow2"),
+        None => format!(
+            "Unknown driver '{name}'; there are raw and qcow2, and file, host_device, nbd, null-co and \
+             null-aio below them"
+        ),
     }
+}
+
+/// Which drivers were met on the way down to the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Met {
+    /// None that interprets an image.
+    NoFormat,
+    /// qcow2, or one that is found by looking.
+    Format,
 }
 
 impl Described {
@@ -94,95 +120,125 @@ impl Described {
     ///
     /// A sentence that names the option that is wrong or not supported.
     pub(super) fn from_options(mut options: KeyValues) -> Result<Self, String> {
-        let mut disk = Self::default();
-        let driver = options.take("driver");
-        match driver.as_deref() {
-            Some("raw") => {
-                disk.format = Some(Format::Raw);
-                disk.window = window(&mut options)?;
-                disk.file_below(&mut options)?;
-            }
-            Some("qcow2") => {
-                disk.format = Some(Format::Qcow2);
-                options = qcow2(options)?;
-                disk.file_below(&mut options)?;
-            }
-            Some(name @ ("file" | "host_device")) => {
-                disk.format = Some(Format::Raw);
-                return disk.file(name, options);
-            }
-            Some("nbd") => {
-                disk.format = Some(Format::Raw);
-                return disk.export(options);
-            }
-            None => disk.file_below(&mut options)?,
-            Some(name) => return Err(unknown_driver(name)),
+        let mut disk = Self { format: Some(Format::Raw), ..Self::default() };
+        let mut met = Met::NoFormat;
+        let mut driver = options.take("driver");
+        if driver.is_none() {
+            (disk.format, met) = (None, Met::Format);
+            options = disk.format_driver("any", options)?;
+            driver = options.take("driver");
         }
-        disk.common(&mut options)?;
-        nothing_left(&options, driver.as_deref().unwrap_or("any"))?;
-        Ok(disk)
+        loop {
+            match driver.as_deref().unwrap_or("file") {
+                "raw" => {
+                    let window = take_window(&mut options)?;
+                    let above = match met {
+                        Met::NoFormat => &mut disk.window,
+                        Met::Format => &mut disk.part,
+                    };
+                    *above = window.narrowed(*above)?;
+                    options = disk.format_driver("raw", options)?;
+                }
+                "qcow2" if met == Met::NoFormat => {
+                    (disk.format, met) = (Some(Format::Qcow2), Met::Format);
+                    options = disk.qcow2(options)?;
+                    options = disk.format_driver("qcow2", options)?;
+                }
+                name @ ("file" | "host_device") => {
+                    disk.file(name, options)?;
+                    return Ok(disk);
+                }
+                "nbd" => {
+                    let uri = server_name::from_options(&mut options)?;
+                    disk.place = Place::Export(Box::new(uri));
+                    disk.last_driver("nbd", options)?;
+                    return Ok(disk);
+                }
+                name @ ("null-co" | "null-aio") => {
+                    disk.null(name, options)?;
+                    return Ok(disk);
+                }
+                name => return Err(unknown_driver(name)),
+            }
+            driver = options.take("driver");
+        }
     }
 
-    /// The `file` of a format.
-    fn file_below(&mut self, options: &mut KeyValues) -> Result<(), String> {
+    /// Reads what every driver above others has, and returns the options of its `file`.
+    fn format_driver(&mut self, name: &str, mut options: KeyValues) -> Result<KeyValues, String> {
         if options.take("file").is_some() {
             return Err("a file that is named as a node is not supported; use file.driver and \
                         file.filename"
                 .to_owned());
         }
-        let mut file = options.take_below("file");
+        let file = options.take_below("file");
         if file.is_empty() {
             return Err("A block device must be specified for \"file\"".to_owned());
         }
-        let driver = file.take("driver");
-        let read = match driver.as_deref() {
-            Some("nbd") => Self::default().export(file)?,
-            None => Self::default().file("file", file)?,
-            Some(name @ ("file" | "host_device")) => Self::default().file(name, file)?,
-            Some(name) => {
-                return Err(format!(
-                    "Unknown driver '{name}'; there are file, host_device and nbd"
-                ));
-            }
-        };
-        self.place = read.place;
-        self.locking = read.locking;
-        self.read_only |= read.read_only;
-        self.discard = read.discard;
-        self.detect_zeroes = read.detect_zeroes;
-        Ok(())
+        self.last_driver(name, options)?;
+        Ok(file)
     }
 
-    /// The options of the drivers `file` and `host_device`.
-    fn file(mut self, driver: &str, mut options: KeyValues) -> Result<Self, String> {
+    /// The options of the drivers `file` and `host_device`. Unlike the name on the command line
+    /// their file name is taken literally.
+    fn file(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
         let path = options.take("filename");
         let path =
             path.ok_or_else(|| format!("The '{driver}' block driver requires a file name"))?;
-        self.place = Place::named(&path)?;
-        self.locking = match options.take("locking").as_deref() {
+        self.place = Place::File(path.into());
+        let locking = match options.take("locking").as_deref() {
             None | Some("auto") => Locking::Auto,
             Some("on") => Locking::On,
             Some("off") => Locking::Off,
             Some(other) => return Err(format!("Invalid value '{other}' for 'locking'")),
         };
+        // What is shared by a driver further up is shared here.
+        if self.locking != Locking::Shared {
+            self.locking = locking;
+        }
         for key in FILE_TUNING {
             options.take(key);
         }
-        self.common(&mut options)?;
-        nothing_left(&options, driver)?;
-        Ok(self)
+        self.last_driver(driver, options)
     }
 
-    /// The options of the driver `nbd`.
-    fn export(mut self, mut options: KeyValues) -> Result<Self, String> {
-        self.place = Place::Export(Box::new(server_name::from_options(&mut options)?));
-        self.common(&mut options)?;
-        nothing_left(&options, "nbd")?;
-        Ok(self)
+    /// The options of the drivers `null-co` and `null-aio`.
+    fn null(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
+        let size = take_size(&mut options, "size")?.unwrap_or(NULL_SIZE);
+        // Zeroes are what is read in any case.
+        options.take_switch("read-zeroes")?;
+        if options.take("latency-ns").is_some_and(|latency| latency != "0") {
+            return Err(format!("the option 'latency-ns' of '{driver}' is not supported"));
+        }
+        self.place = Place::Null(size);
+        self.last_driver(driver, options)
     }
 
-    /// Options that every driver has.
-    fn common(&mut self, options: &mut KeyValues) -> Result<(), String> {
+    /// Takes away what only tunes the driver, and refuses what would change the disk.
+    fn qcow2(&mut self, mut options: KeyValues) -> Result<KeyValues, String> {
+        for key in QCOW2_TUNING {
+            options.take(key);
+        }
+        options.take("overlap-check");
+        options.take_below("overlap-check");
+        if options.take_switch("discard-no-unref")? == Some(true) {
+            return Err("discard-no-unref=on is not supported".to_owned());
+        }
+        // An empty name is what was written for null before there was one.
+        if options.take_null("backing") || options.has("backing", "") {
+            options.take("backing");
+            self.backing = BackingFile::Ignored;
+        }
+        for group in ["encrypt", "backing", "data-file"] {
+            if options.take(group).is_some() || !options.take_below(group).is_empty() {
+                return Err(format!("the option '{group}' of the driver 'qcow2' is not supported"));
+            }
+        }
+        Ok(options)
+    }
+
+    /// Options that every driver has; none may be left then. What a driver further up says counts.
+    fn last_driver(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
         options.take("node-name");
         // An export that is written to needs a file that can be written to.
         options.take_switch("auto-read-only")?;
@@ -198,54 +254,39 @@ impl Described {
         }
         if let Some(text) = options.take("discard") {
             let discard = parse_discard(&text);
-            self.discard = Some(discard.ok_or_else(|| format!("Invalid discard option '{text}'"))?);
+            let discard = discard.ok_or_else(|| format!("Invalid discard option '{text}'"))?;
+            self.discard.get_or_insert(discard);
         }
         if let Some(text) = options.take("detect-zeroes") {
             let detect = parse_detect_zeroes(&text);
-            self.detect_zeroes =
-                Some(detect.ok_or_else(|| format!("Invalid detect-zeroes option '{text}'"))?);
+            let detect = detect.ok_or_else(|| format!("Invalid detect-zeroes option '{text}'"))?;
+            self.detect_zeroes.get_or_insert(detect);
         }
-        Ok(())
+        match options.left_over() {
+            None => Ok(()),
+            Some(key) => {
+                Err(format!("Block driver '{driver}' does not support the option '{key}'"))
+            }
+        }
     }
 }
 
-fn window(options: &mut KeyValues) -> Result<Window, String> {
-    let mut size = |key: &str| match options.take(key) {
+fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, String> {
+    match options.take(key) {
         None => Ok(None),
         Some(text) => parse_size(&text)
             .map(Some)
             .ok_or_else(|| format!("Parameter '{key}' expects a size, not '{text}'")),
-    };
-    let (offset, size) = (size("offset")?.unwrap_or(0), size("size")?);
+    }
+}
+
+fn take_window(options: &mut KeyValues) -> Result<Window, String> {
+    let offset = take_size(options, "offset")?.unwrap_or(0);
+    let size = take_size(options, "size")?;
     if size.is_some_and(|size| size % 512 != 0) {
         return Err("Specified size is not a multiple of 512".to_owned());
     }
     Ok(Window { offset, size })
-}
-
-/// Takes away what only tunes the driver, and refuses what would change the disk.
-fn qcow2(mut options: KeyValues) -> Result<KeyValues, String> {
-    for key in QCOW2_TUNING {
-        options.take(key);
-    }
-    options.take("overlap-check");
-    options.take_below("overlap-check");
-    if options.take_switch("discard-no-unref")? == Some(true) {
-        return Err("discard-no-unref=on is not supported".to_owned());
-    }
-    for group in ["encrypt", "backing", "data-file"] {
-        if options.take(group).is_some() || !options.take_below(group).is_empty() {
-            return Err(format!("the option '{group}' of the driver 'qcow2' is not supported"));
-        }
-    }
-    Ok(options)
-}
-
-fn nothing_left(options: &KeyValues, driver: &str) -> Result<(), String> {
-    match options.left_over() {
-        None => Ok(()),
-        Some(key) => Err(format!("Block driver '{driver}' does not support the option '{key}'")),
-    }
 }
 
 #[cfg(test)]
@@ -281,9 +322,46 @@ mod tests {
     }
 
     #[test]
+    fn parts_below_a_format_are_told_from_parts_above_it() {
+        let raw = "driver=raw,offset=4k,size=1M,file.driver=raw,file.offset=512,\
+                   file.file.filename=a:b";
+        let expected = Described {
+            place: Place::File("a:b".into()),
+            format: Some(Format::Raw),
+            window: Window { offset: 4608, size: Some(1 << 20) },
+            ..Described::default()
+        };
+        assert_eq!(read(raw), Ok(expected));
+        let qcow2 = "driver=raw,offset=64k,file.driver=qcow2,file.backing=,file.file.driver=raw,\
+                     file.file.offset=512,file.file.size=1M,file.file.file.filename=ova";
+        let expected = Described {
+            place: Place::File("ova".into()),
+            part: Window { offset: 512, size: Some(1 << 20) },
+            format: Some(Format::Qcow2),
+            backing: BackingFile::Ignored,
+            window: Window { offset: 64 << 10, size: None },
+            ..Described::default()
+        };
+        assert_eq!(read(qcow2), Ok(expected));
+        let json = r#"{"driver":"qcow2","file":{"filename":"d","driver":"file"},"backing":null}"#;
+        let json = Described::from_options(KeyValues::from_json(json).unwrap()).unwrap();
+        assert_eq!(json.backing, BackingFile::Ignored);
+        let null = Described {
+            place: Place::Null(1 << 20),
+            format: Some(Format::Raw),
+            ..Described::default()
+        };
+        assert_eq!(
+            read("driver=raw,file.driver=null-co,file.size=1M,file.read-zeroes=on"),
+            Ok(null)
+        );
+        assert_eq!(Place::named("null-co://"), Ok(Place::Null(NULL_SIZE)));
+    }
+
+    #[test]
     fn what_is_unknown_or_missing_is_named() {
         for (text, part) in [
-            ("driver=vmdk,file.filename=d", "vmdk"),
+            ("driver=vmdk,file.filename=d", "VMDK"),
             ("driver=nbd,export=s", "server.path"),
             ("driver=raw,filename=d", "\"file\""),
             ("driver=raw,size=1000,file.filename=d", "512"),
@@ -295,6 +373,12 @@ mod tests {
             ("driver=raw,file.filename=d,read-only=maybe", "maybe"),
             ("driver=raw,file.filename=d,force-share=on", "force-share"),
             ("driver=raw,file=node", "node"),
+            ("driver=raw,offset=4k,file.driver=raw,file.size=2k,file.file.filename=d", "behind"),
+            ("driver=raw,size=4k,file.driver=raw,file.size=2k,file.file.filename=d", "behind"),
+            ("driver=qcow2,file.driver=qcow2,file.file.filename=d", "qcow2"),
+            ("driver=null-co,latency-ns=5", "latency-ns"),
+            ("driver=null-co,bogus=5", "bogus"),
+            ("offset=512,file.filename=d", "offset"),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(part), "{text}: {error}");

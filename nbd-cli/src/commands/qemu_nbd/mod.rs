@@ -14,6 +14,7 @@ mod objects;
 mod options;
 mod server;
 mod source;
+mod storage;
 mod tls;
 
 use std::ffi::{OsStr, OsString};
@@ -98,7 +99,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
         Wanted::Help => return print(help::HELP),
         Wanted::Version => return print(&help::version()),
         Wanted::TraceHelp => {
-            complain("there are no trace events here; -v logs what happens");
+            complain("there are no single trace events here; any pattern logs what happens");
             return Ok(());
         }
         Wanted::Work(options) => options,
@@ -108,12 +109,8 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     if options.fork && role == Role::Foreground {
         return daemon::start(&arguments);
     }
-    logging::start(options.verbosity);
-    for traced in &options.traced {
-        complain(&format!(
-            "warning: there is no trace event '{traced}' here; -v logs what happens"
-        ));
-    }
+    // What -v prints of QEMU's is about devices of the kernel. Scripts compare what is printed.
+    logging::start(if options.traces { 2 } else { 0 });
     match options.list {
         true => list::run(&options),
         false => server::run(&options, role),

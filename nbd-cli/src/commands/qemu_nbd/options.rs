@@ -9,7 +9,8 @@ use nbd_proto::limits::MAX_STRING_LEN;
 use super::Refusal;
 use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
-use crate::key_values::{KeyValues, parse_number};
+use crate::key_values::KeyValues;
+use crate::qemu_numbers::parse_integer;
 use crate::serving::{DetectZeroes, Discard};
 
 /// What a command line asks for.
@@ -31,7 +32,7 @@ pub(super) struct Options {
     /// Clients at a time; 0 for any number.
     pub(super) shared: u32,
     pub(super) persistent: bool,
-    pub(super) verbosity: u8,
+    pub(super) verbose: bool,
     pub(super) export_name: Option<String>,
     pub(super) description: Option<String>,
     pub(super) offset: u64,
@@ -58,7 +59,8 @@ pub(super) struct Options {
     pub(super) image_options: bool,
     /// How long a handshake may take; `Duration::MAX` for any time.
     pub(super) handshake_limit: Duration,
-    pub(super) traced: Vec<String>,
+    /// Whether what happens is logged.
+    pub(super) traces: bool,
     /// The words that are no options.
     pub(super) files: Vec<OsString>,
 }
@@ -179,7 +181,7 @@ impl Default for Options {
             socket: None,
             shared: 1,
             persistent: false,
-            verbosity: 0,
+            verbose: false,
             export_name: None,
             description: None,
             offset: 0,
@@ -205,7 +207,7 @@ impl Default for Options {
             detect_zeroes: DetectZeroes::Off,
             image_options: false,
             handshake_limit: Duration::from_secs(10),
-            traced: Vec::new(),
+            traces: false,
             files: Vec::new(),
         }
     }
@@ -261,13 +263,13 @@ impl Options {
             Id::Snapshot => self.temporary = true,
             Id::Format => self.format = Some(text),
             Id::Persistent => self.persistent = true,
-            Id::Verbose => self.verbosity = self.verbosity.saturating_add(1),
+            Id::Verbose => self.verbose = true,
             Id::Object => self.objects.add(&text).map_err(Refusal::new)?,
             Id::TlsCreds => self.tls_creds = Some(text),
             Id::TlsHostname => self.tls_hostname = Some(text),
             Id::TlsAuthz => self.tls_authz = Some(text),
             Id::ImageOptions => self.image_options = true,
-            Id::Trace => self.traced.push(text),
+            Id::Trace => self.traces = true,
             Id::Fork => self.fork = true,
             Id::SelinuxLabel => self.selinux_label = true,
             _ => self.set_checked(id, text)?,
@@ -279,19 +281,19 @@ impl Options {
     fn set_checked(&mut self, id: Id, text: String) -> Result<(), Refusal> {
         match id {
             Id::Offset => {
-                self.offset = parse_number(&text)
+                self.offset = parse_integer(&text)
                     .ok_or_else(|| Refusal::new(format!("Invalid offset '{text}'")))?;
             }
             Id::Shared => {
-                self.shared =
-                    text.parse().ok().filter(|n| i32::try_from(*n).is_ok()).ok_or_else(|| {
-                        Refusal::new(format!("Invalid shared device number '{text}'"))
-                    })?;
+                let shared = parse_integer(&text).and_then(|number| i32::try_from(number).ok());
+                self.shared = shared.map(i32::cast_unsigned).ok_or_else(|| {
+                    Refusal::new(format!("Invalid shared device number '{text}'"))
+                })?;
             }
             Id::HandshakeLimit => {
-                let seconds = text.parse::<u32>();
+                let seconds = parse_integer(&text).and_then(|number| u32::try_from(number).ok());
                 let seconds = seconds
-                    .map_err(|_| Refusal::new(format!("Invalid handshake limit '{text}'")))?;
+                    .ok_or_else(|| Refusal::new(format!("Invalid handshake limit '{text}'")))?;
                 self.handshake_limit = match seconds {
                     0 => Duration::MAX,
                     seconds => Duration::from_secs(seconds.into()),

@@ -30,8 +30,10 @@ pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
     let export = export.map_err(|_| Refusal::new("opening the image has ended unexpectedly"))??;
     add(options, &registry, Arc::clone(&export))?;
     let served = runtime.block_on(serve(options, role, server, signals));
-    drop((runtime, registry));
+    // The image first: whoever waits for its locks does not wait for threads to end.
+    drop(registry);
     drop(export);
+    drop(runtime);
     served
 }
 
@@ -68,7 +70,7 @@ async fn serve(
     signals: EndSignals,
 ) -> Result<(), Refusal> {
     let _pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
-    daemon::ready(role, options.verbosity)?;
+    daemon::ready(role, options)?;
     let mut clients = server.client_count();
     let persistent = options.persistent;
     let ended = async move {
@@ -110,7 +112,9 @@ fn address(options: &Options) -> Result<ListenAddress, CommandError> {
 pub(super) fn host_and_port(options: &Options) -> Result<(String, u16), CommandError> {
     let host = options.bind.as_deref().unwrap_or(DEFAULT_BIND);
     let port = options.port.as_deref().unwrap_or(DEFAULT_PORT);
-    let number = port.parse().map_err(|_| {
+    // A number as the C library's resolver reads it: decimal, with blanks before it.
+    let digits = port.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
+    let number = digits.parse().map_err(|_| {
         CommandError::new(format!("Invalid port '{port}' for {host}: not a number up to 65535"))
     })?;
     let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);

@@ -1,20 +1,24 @@
 //! The one image that is served.
 
+use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::{Access, Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{Access, Format, Image, Locking, OpenOptions, OpenPolicy, Storage};
 use nbd_client::Connector;
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 
 use super::image_options::{Described, Place, unknown_driver};
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
+use super::storage::{Null, Part, SECTOR, in_whole_sectors};
 use super::{Refusal, complain};
 use crate::connect::ServerArgs;
 use crate::key_values::KeyValues;
 use crate::remote::{ExportStorage, allow_exports};
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
-use crate::serving::{Caching, Changes, Discard, MultiConn, Waiting};
+use crate::serving::{
+    Caching, Changes, Discard, Medium, MultiConn, PreferredSize, Waiting, Window, ZeroUnit,
+};
 
 /// Opens it as the options say.
 ///
@@ -39,17 +43,8 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
         let format = Format::from_name(name).filter(|format| format.is_supported());
         disk.format = Some(format.ok_or_else(|| failed(unknown_driver(name)))?);
     }
-    let choices = choices(options, &disk).map_err(failed)?;
-    let image = match &disk.place {
-        Place::File(path) => choices.open_image(path).map_err(|error| match &error {
-            OpenError::Image(image) if image.found_format().is_some() => {
-                format!("{error} (-f raw)")
-            }
-            _ => error.to_string(),
-        }),
-        Place::Export(uri) => open_export(&choices, uri),
-    };
-    let image = image.map_err(failed)?;
+    let mut choices = choices(options, &disk).map_err(failed)?;
+    let image = open_image(&mut choices, &disk).map_err(failed)?;
     warn_of_guess(&choices, &image, &shown.to_string());
     choices.export(image).map_err(|error| failed(error.to_string()))
 }
@@ -62,27 +57,69 @@ fn named(text: &str) -> Result<Described, String> {
     Ok(Described { place: Place::named(text)?, ..Described::default() })
 }
 
-/// Opens an image on another server. It must not be called by asynchronous tasks, and so must not
-/// be what drops the image.
-fn open_export(choices: &ImageChoices, uri: &NbdUri) -> Result<Image, String> {
-    let storage =
-        ExportStorage::open(Connector::new(uri.clone())).map_err(|error| error.to_string())?;
-    let access = match choices.writes {
-        Writes::Refused => Access::ReadOnly,
-        Writes::ToImage if storage.is_writable() => Access::ReadWrite,
-        Writes::ToImage => {
-            return Err(format!("{uri} is exported for reading only; add -r"));
+/// Opens what is described. It must not be called by asynchronous tasks, and so must not be what
+/// drops the image: it may be on another server.
+fn open_image(choices: &mut ImageChoices, disk: &Described) -> Result<Image, String> {
+    if let Place::File(path) = &disk.place
+        && disk.part == Window::default()
+    {
+        let image = choices.open_image(path).map_err(|error| explained(&error))?;
+        let is_whole =
+            image.size().is_multiple_of(SECTOR) && choices.window.offset.is_multiple_of(SECTOR);
+        if is_whole || !is_raw(path, disk).map_err(|error| error.to_string())? {
+            return Ok(image);
         }
-        Writes::ToTemporaryFile => {
-            return Err("-s (--snapshot) is not supported for an image on a server".to_owned());
-        }
-    };
-    let mut options = OpenOptions::new().access(access);
-    options.format = choices.format;
-    if let Some(policy) = &choices.policy {
-        options = options.policy(policy.clone());
+        // Its locks would keep us out.
+        drop(image);
     }
-    Image::from_storage(Arc::new(storage), &options).map_err(|error| error.to_string())
+    let storage = in_whole_sectors(open_place(choices, &disk.place)?);
+    let mut storage = part_of(storage.map_err(|error| error.to_string())?, disk.part)?;
+    if choices.format == Some(Format::Raw) {
+        // Here, and not as a part of the disk: that could not end in the middle of a sector.
+        storage = part_of(storage, std::mem::take(&mut choices.window))?;
+    }
+    choices.open_storage(storage).map_err(|error| explained(&error))
+}
+
+/// With the option that helps.
+fn explained(error: &OpenError) -> String {
+    match error {
+        OpenError::Image(image) if image.found_format().is_some() => format!("{error} (-f raw)"),
+        _ => error.to_string(),
+    }
+}
+
+/// Whether a file is a raw image, whatever overlay is over it now.
+fn is_raw(path: &Path, disk: &Described) -> imgfmt::Result<bool> {
+    // This process holds the locks.
+    let mut options = OpenOptions::new().locking(Locking::Off);
+    options.format = disk.format;
+    Ok(Image::inspect_file(path, &options)?.format == Format::Raw)
+}
+
+fn part_of(storage: Arc<dyn Storage>, window: Window) -> Result<Arc<dyn Storage>, String> {
+    if window == Window::default() {
+        return Ok(storage);
+    }
+    let part = Arc::new(Part::new(storage, window)?);
+    in_whole_sectors(part).map_err(|error| error.to_string())
+}
+
+fn open_place(choices: &ImageChoices, place: &Place) -> Result<Arc<dyn Storage>, String> {
+    Ok(match place {
+        Place::File(path) => {
+            choices.open_file(path).map_err(|error| error.to_string()).map(Arc::new)?
+        }
+        Place::Null(size) => Arc::new(Null::new(*size)),
+        Place::Export(uri) => {
+            let storage = ExportStorage::open(Connector::new(NbdUri::clone(uri)));
+            let storage = storage.map_err(|error| error.to_string())?;
+            if choices.writes == Writes::ToImage && !storage.is_writable() {
+                return Err(format!("{uri} is exported for reading only; add -r"));
+            }
+            Arc::new(storage)
+        }
+    })
 }
 
 fn check_aio(options: &Options) -> Result<(), String> {
@@ -96,16 +133,7 @@ fn check_aio(options: &Options) -> Result<(), String> {
 }
 
 fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> {
-    let mut window = disk.window;
-    window.offset = window
-        .offset
-        .checked_add(options.offset)
-        .ok_or_else(|| format!("Offset {} is out of range", options.offset))?;
-    if let Some(size) = &mut window.size {
-        *size = size.checked_sub(options.offset).ok_or_else(|| {
-            format!("Offset {} is behind the end of the image ({size} bytes)", options.offset)
-        })?;
-    }
+    let window = disk.window.narrowed(Window { offset: options.offset, size: None })?;
     let writes = match (options.read_only || disk.read_only, options.temporary) {
         (true, _) => Writes::Refused,
         (false, true) => Writes::ToTemporaryFile,
@@ -125,6 +153,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         writes,
         policy: Some(policy),
         locking: disk.locking,
+        backing: disk.backing,
         // QEMU lists the last one first, and clients see that order.
         bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),
         changes: Changes {
@@ -136,9 +165,15 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
                 _ => MultiConn::AsItIs,
             },
             waiting: match disk.place {
-                Place::File(_) => Waiting::AsItIs,
+                Place::File(_) | Place::Null(_) => Waiting::AsItIs,
                 Place::Export(_) => Waiting::Everywhere,
             },
+            medium: Medium::Unsaid,
+            zero_unit: match options.cache {
+                Some(CacheMode::None | CacheMode::Directsync) => ZeroUnit::Page,
+                _ => ZeroUnit::Byte,
+            },
+            preferred_size: PreferredSize::Page,
         },
         window,
         bitmap_durability: None,
@@ -150,8 +185,8 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
 fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, String> {
     let mut options = OpenOptions::new().access(Access::ReadOnly).locking(disk.locking);
     options.format = disk.format;
-    let Place::File(path) = &disk.place else {
-        return Err("-l (--load-snapshot) is not supported for an image on a server".to_owned());
+    let (Place::File(path), true) = (&disk.place, disk.part == Window::default()) else {
+        return Err("-l (--load-snapshot) is supported for images in files of their own".to_owned());
     };
     let info = Image::inspect_file(path, &options).map_err(|error| error.to_string())?;
     let Some(qcow2) = info.qcow2 else {

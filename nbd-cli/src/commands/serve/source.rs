@@ -14,7 +14,7 @@ use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
-use crate::serving::{Changes, filtered};
+use crate::serving::{Changes, Medium, filtered};
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The
@@ -118,7 +118,12 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
 }
 
 fn changes(args: &ServeArgs) -> Changes {
-    Changes { discard: args.discard, detect_zeroes: args.detect_zeroes, ..Changes::default() }
+    Changes {
+        discard: args.discard,
+        detect_zeroes: args.detect_zeroes,
+        medium: if args.rotational { Medium::Rotational } else { Medium::Unsaid },
+        ..Changes::default()
+    }
 }
 
 fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
@@ -155,7 +160,8 @@ fn memory(
     }
     let storage = Arc::new(MemoryStorage::new(size.bytes()));
     let options = OpenOptions::new().format(Format::Raw);
-    Ok(Arc::new(ImageExport::new(Image::from_storage(storage, &options)?)))
+    let export = Arc::new(ImageExport::new(Image::from_storage(storage, &options)?));
+    Ok(filtered(export, choices.changes))
 }
 
 #[cfg(test)]
