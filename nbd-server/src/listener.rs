@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -18,9 +18,10 @@ use crate::{ServeError, sys};
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ListenAddress {
-    /// A TCP address: `host:port`, with IPv6 addresses in brackets. Port 0 takes any free port. A
-    /// name with several addresses is listened on at each of them. A port that another server still
-    /// has is waited for, about a second.
+    /// A TCP address: `host:port`, with IPv6 addresses in brackets; one of a link has its zone behind
+    /// it, the name or number of an interface, as in `[fe80::1%eth0]:10809`. Port 0 takes any free
+    /// port. A name with several addresses is listened on at each of them. A port that another server
+    /// still has is waited for, about a second.
     Tcp(String),
     /// A unix socket. A socket file that nobody listens on any more is replaced, and one that another
     /// server still has is waited for, about a second; the file is removed when the server ends.
@@ -46,11 +47,7 @@ impl BoundAddress {
     pub fn uri(&self, name: &str) -> NbdUri {
         let transport = match self {
             Self::Tcp(address) => Transport::Tcp {
-                host: match address.ip() {
-                    ip if !ip.is_unspecified() => ip.to_string(),
-                    IpAddr::V4(_) => "127.0.0.1".to_owned(),
-                    IpAddr::V6(_) => "::1".to_owned(),
-                },
+                host: host_of(address),
                 port: address.port(),
             },
             Self::Unix(path) => Transport::Unix { path: path.clone().unwrap_or_default() },
@@ -69,6 +66,29 @@ impl BoundAddress {
     pub fn is_public(&self) -> bool {
         matches!(self, Self::Tcp(address) if !address.ip().is_loopback())
     }
+}
+
+/// The host under which a client on this machine reaches a socket.
+fn host_of(address: &SocketAddr) -> String {
+    match address {
+        SocketAddr::V4(address) if address.ip().is_unspecified() => "127.0.0.1".to_owned(),
+        SocketAddr::V6(address) if address.ip().is_unspecified() => "::1".to_owned(),
+        SocketAddr::V6(address) if address.scope_id() != 0 => {
+            let number = address.scope_id();
+            // Numbers change with every restart of the machine.
+            let zone = interface_name(number).unwrap_or_else(|| number.to_string());
+            format!("{}%{zone}", address.ip())
+        }
+        address => address.ip().to_string(),
+    }
+}
+
+fn interface_name(number: u32) -> Option<String> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
+    // Any socket can be asked.
+    let (family, kind, flags) = (AddressFamily::INET6, SocketType::DGRAM, SocketFlags::CLOEXEC);
+    let socket = socket_with(family, kind, flags, None).ok()?;
+    netdevice::index_to_name(socket, number).ok()
 }
 
 impl fmt::Display for BoundAddress {
@@ -161,9 +181,7 @@ impl Listener {
 async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
     let bind_error = |source| ServeError::Bind { address: address.to_owned(), source };
     let name = address.to_owned();
-    let found = tokio::task::spawn_blocking(move || {
-        name.to_socket_addrs().map(Iterator::collect::<Vec<_>>)
-    });
+    let found = tokio::task::spawn_blocking(move || resolve(&name));
     let mut addresses =
         found.await.map_err(|error| bind_error(io::Error::other(error)))?.map_err(bind_error)?;
     addresses.sort_unstable();
@@ -181,6 +199,17 @@ async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
         return Err(ServeError::NoAddress { address: address.to_owned() });
     }
     Ok(listeners)
+}
+
+/// Every address that `host:port` stands for. Unlike the standard library it knows zones in brackets.
+fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
+    if let Some((bracketed, port)) = address.rsplit_once(':')
+        && let Some(host) = bracketed.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'))
+        && let Ok(port) = port.parse::<u16>()
+    {
+        return (host, port).to_socket_addrs().map(Iterator::collect);
+    }
+    address.to_socket_addrs().map(Iterator::collect)
 }
 
 fn open_unix(path: &Path) -> Result<Listener, ServeError> {
@@ -288,6 +317,20 @@ mod tests {
         assert!(matches!(Listener::open(&address).await, Err(ServeError::SocketInUse { .. })));
         drop(listeners);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn zones_are_read_by_name_and_number_and_written_by_name() {
+        for text in ["[fe80::1%lo]:7", "[fe80::1%1]:7"] {
+            let found = resolve(text).unwrap();
+            let [SocketAddr::V6(address)] = found[..] else { panic!("{text}: {found:?}") };
+            assert_eq!((address.scope_id(), address.port()), (1, 7), "{text}");
+            let uri = BoundAddress::Tcp(address.into()).uri("disk").to_string();
+            assert_eq!(uri, "nbd://[fe80::1%25lo]:7/disk");
+        }
+        assert!(resolve("[fe80::1%no-such-interface]:7").is_err());
+        assert_eq!(resolve("[::1]:7").unwrap(), ["[::1]:7".parse().unwrap()]);
+        assert_eq!(resolve("127.0.0.1:7").unwrap(), ["127.0.0.1:7".parse().unwrap()]);
     }
 
     #[tokio::test]

@@ -69,9 +69,9 @@ pub struct ServeArgs {
     #[arg(required_unless_present = "control", value_name = "SOURCE")]
     pub sources: Vec<String>,
 
-    /// Listen on a TCP address; port 10809 unless given, any free one for 0. May be repeated.
-    /// Without --listen, --socket or --run: 127.0.0.1.
-    #[arg(short, long, value_name = "ADDR[:PORT]")]
+    /// Listen on a TCP address; port 10809 unless given, any free one for 0. A port alone is one of
+    /// 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.
+    #[arg(short, long, value_name = "[ADDR][:PORT]")]
     pub listen: Vec<TcpAddress>,
 
     /// Listen on a unix socket. May be repeated.

@@ -65,6 +65,7 @@ mod serve_exports;
 mod serve_fio;
 mod serve_fork;
 mod serve_limits;
+mod serve_listen;
 mod serve_nbdcopy;
 mod serve_nbdinfo;
 mod serve_nbdsh;

@@ -6,6 +6,9 @@ use std::str::FromStr;
 
 use nbd_proto::limits::DEFAULT_PORT;
 
+/// Where a port alone is listened on: this machine only.
+const DEFAULT_HOST: &str = "127.0.0.1";
+
 /// A host name or address and a port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TcpAddress {
@@ -17,7 +20,7 @@ pub struct TcpAddress {
 impl Default for TcpAddress {
     /// The loopback interface and the port of NBD.
     fn default() -> Self {
-        Self { host: "127.0.0.1".to_owned(), port: DEFAULT_PORT }
+        Self { host: DEFAULT_HOST.to_owned(), port: DEFAULT_PORT }
     }
 }
 
@@ -34,35 +37,38 @@ impl fmt::Display for TcpAddress {
 impl FromStr for TcpAddress {
     type Err = String;
 
+    /// Reads `ADDR`, `ADDR:PORT`, `:PORT` or `PORT`. The value itself is not repeated in errors: who
+    /// reports them names it.
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = |why: &str| {
-            Err(format!(
-                "'{text}' is not an address to listen on: {why}; give one such as 127.0.0.1, \
-                 [::1]:10809 or 0.0.0.0:10809"
-            ))
+            Err(format!("{why}; give an address such as 127.0.0.1, [::1]:10809 or 0.0.0.0:10809"))
         };
+        let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         let (host, port) = if let Some(bracketed) = text.strip_prefix('[') {
             let Some((host, rest)) = bracketed.split_once(']') else {
                 return wrong("the closing bracket is missing");
             };
-            if host.parse::<Ipv6Addr>().is_err() {
-                return wrong("between the brackets is no IPv6 address");
+            if !is_ipv6(host) {
+                return wrong("there is no IPv6 address between the brackets");
             }
             match rest.strip_prefix(':') {
                 Some(port) => (host, Some(port)),
                 None if rest.is_empty() => (host, None),
-                None => return wrong("behind the bracket may only stand a port"),
+                None => return wrong("only a port can follow the bracket"),
             }
-        } else if text.parse::<Ipv6Addr>().is_ok() {
+        } else if is_ipv6(text) {
             (text, None)
+        } else if is_number(text) {
+            (DEFAULT_HOST, Some(text))
         } else {
             match text.split_once(':') {
+                Some(("", port)) => (DEFAULT_HOST, Some(port)),
                 Some((host, port)) => (host, Some(port)),
                 None => (text, None),
             }
         };
         if host.is_empty() || host.contains(['/', ' ']) {
-            return wrong("the host is missing or no host name");
+            return wrong("the host is missing or is not a host name");
         }
         let port = match port.map(str::parse::<u16>) {
             None => DEFAULT_PORT,
@@ -71,6 +77,12 @@ impl FromStr for TcpAddress {
         };
         Ok(Self { host: host.to_owned(), port })
     }
+}
+
+/// Whether a text is an IPv6 address, with or without the zone of a link.
+fn is_ipv6(text: &str) -> bool {
+    let (address, zone) = text.split_once('%').unwrap_or((text, "zone"));
+    address.parse::<Ipv6Addr>().is_ok() && !zone.is_empty() && !zone.contains(['/', ' ', ':', '[', ']'])
 }
 
 #[cfg(test)]
@@ -86,6 +98,10 @@ mod tests {
             ("::1", "[::1]:10809"),
             ("[::]", "[::]:10809"),
             ("[::1]:10810", "[::1]:10810"),
+            ("[fe80::1%eth0]:0", "[fe80::1%eth0]:0"),
+            ("fe80::1%2", "[fe80::1%2]:10809"),
+            (":10901", "127.0.0.1:10901"),
+            ("10901", "127.0.0.1:10901"),
         ] {
             assert_eq!(text.parse::<TcpAddress>().map(|a| a.to_string()), Ok(full.to_owned()));
         }
@@ -95,16 +111,21 @@ mod tests {
     fn what_is_no_address_is_refused_with_the_reason() {
         for (text, why) in [
             ("", "host is missing"),
-            (":10809", "host is missing"),
+            (":", "not a number"),
+            ("70000", "not a number"),
+            ("localhost:99999", "not a number"),
             ("host:65536", "not a number"),
             ("host:", "not a number"),
             ("[::1", "closing bracket"),
             ("[host]:1", "no IPv6 address"),
-            ("[::1]10809", "only stand a port"),
+            ("[::1]10809", "only a port"),
+            ("[fe80::1%]:1", "no IPv6 address"),
+            ("/run/socket", "not a host name"),
             ("nbd://host", "not a number"),
         ] {
             let error = text.parse::<TcpAddress>().unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
+            assert!(!error.contains("99999"), "clap names the value: {error}");
         }
     }
 }
