@@ -11,7 +11,9 @@ use imgfmt::{
 };
 use nbd_client::{Client, Connector, Error, ExtentLimit, LocalFiles};
 use nbd_proto::NbdUri;
-use nbd_proto::wire::{AllocationFlags, Errno, MetaContextName, TransmissionFlags};
+use nbd_proto::wire::{
+    AllocationFlags, BlockDescriptor, Errno, MetaContextName, TransmissionFlags,
+};
 use tokio::runtime::Runtime;
 
 use crate::connect::{ServerArgs, connect};
@@ -72,9 +74,18 @@ struct Known {
 impl ExportStorage {
     /// Connects to the server.
     pub(crate) fn open(connector: Connector) -> Result<Self, CommandError> {
+        Self::with_contexts(connector, Vec::new())
+    }
+
+    /// Connects to the server and selects those of `more` metadata contexts that it offers.
+    pub(crate) fn with_contexts(
+        connector: Connector,
+        more: Vec<MetaContextName>,
+    ) -> Result<Self, CommandError> {
         let runtime = runtime()?;
         let context = MetaContextName::base_allocation();
-        let connector = connector.connections(CONNECTIONS).meta_contexts([context.clone()]);
+        let contexts = std::iter::once(context.clone()).chain(more);
+        let connector = connector.connections(CONNECTIONS).meta_contexts(contexts);
         let uri = connector.uri();
         let client = waiting(&runtime, connect(&connector, uri))?;
         let sizes = client.info().block_sizes;
@@ -102,6 +113,79 @@ impl ExportStorage {
     /// Whether data can be made durable.
     pub(crate) fn can_flush(&self) -> bool {
         self.flags().contains(TransmissionFlags::SEND_FLUSH)
+    }
+
+    /// Whether space can be given back by a request of its own.
+    pub(crate) fn can_trim(&self) -> bool {
+        self.flags().contains(TransmissionFlags::SEND_TRIM)
+    }
+
+    /// The metadata contexts that were selected.
+    pub(crate) fn meta_contexts(&self) -> &[MetaContextName] {
+        self.client.meta_contexts()
+    }
+
+    /// What the server says about the start of a range in a context that was selected.
+    ///
+    /// # Errors
+    ///
+    /// If it says nothing, or the connection fails.
+    pub(crate) fn status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<Vec<BlockDescriptor>> {
+        let (start, stop) = self.aligned(offset, length);
+        let asked = self.client.block_status(start, stop - start, ExtentLimit::Many);
+        let found = self.wait(asked)?.into_iter().find(|(name, _)| name == context);
+        let end = offset.saturating_add(length);
+        let mut position = start;
+        let mut inside = Vec::new();
+        for descriptor in found.map(|(_, descriptors)| descriptors).unwrap_or_default() {
+            let begin = position.max(offset);
+            position = position.saturating_add(descriptor.length);
+            if let Some(length @ 1..) = position.min(end).checked_sub(begin) {
+                inside.push(BlockDescriptor { length, ..descriptor });
+            }
+        }
+        match inside.is_empty() {
+            true => Err(io::Error::other("the server gave no status")),
+            false => Ok(inside),
+        }
+    }
+
+    /// Gives the space of a range back, as far as the server's blocks lie within it.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the server reports.
+    pub(crate) fn trim(&self, offset: u64, length: u64, durability: Durability) -> io::Result<()> {
+        let end = offset.saturating_add(length).min(self.size());
+        let start = offset.checked_next_multiple_of(self.minimum_size).unwrap_or(end);
+        let stop =
+            if end == self.size() { end } else { end / self.minimum_size * self.minimum_size };
+        if start < stop {
+            self.forget_extents();
+            let wanted = self.durability(durability);
+            self.wait(self.client.trim(start, stop - start, wanted))?;
+        }
+        self.sync_instead(durability)
+    }
+
+    /// How durable a request is asked to be: a server without FUA gets a flush behind it.
+    fn durability(&self, wanted: Durability) -> nbd_client::Durability {
+        match wanted {
+            Durability::Fua if self.flags().contains(TransmissionFlags::SEND_FUA) => {
+                nbd_client::Durability::Fua
+            }
+            _ => nbd_client::Durability::Cached,
+        }
+    }
+
+    fn sync_instead(&self, wanted: Durability) -> io::Result<()> {
+        let has_fua = self.flags().contains(TransmissionFlags::SEND_FUA);
+        if wanted == Durability::Fua && !has_fua { self.sync() } else { Ok(()) }
     }
 
     fn flags(&self) -> TransmissionFlags {
@@ -133,11 +217,8 @@ impl ExportStorage {
 
     fn write(&self, offset: u64, data: Bytes, durability: Durability) -> io::Result<()> {
         self.forget_extents();
-        let durability = match durability {
-            Durability::Cached => nbd_client::Durability::Cached,
-            Durability::Fua => nbd_client::Durability::Fua,
-        };
-        self.wait(self.client.write(offset, data, durability))
+        self.wait(self.client.write(offset, data, self.durability(durability)))?;
+        self.sync_instead(durability)
     }
 
     fn forget_extents(&self) {
@@ -150,11 +231,17 @@ impl ExportStorage {
         let asked = self.client.block_status(start, stop - start, ExtentLimit::Many);
         let mut position = start;
         let contexts = self.wait(asked)?;
-        let descriptors = contexts.into_iter().next().map(|(_, list)| list).unwrap_or_default();
+        let base =
+            contexts.into_iter().find(|(name, _)| *name == MetaContextName::base_allocation());
+        let descriptors = base.map(|(_, list)| list).unwrap_or_default();
         let known = descriptors.iter().map(|descriptor| {
             let flags = AllocationFlags::from_bits_truncate(descriptor.flags);
-            let is_zero = flags.contains(AllocationFlags::STATE_ZERO);
-            let kind = if is_zero { ExtentKind::Hole } else { ExtentKind::Data };
+            let is_hole = flags.contains(AllocationFlags::STATE_HOLE);
+            let kind = match flags.contains(AllocationFlags::STATE_ZERO) {
+                true if is_hole => ExtentKind::Hole,
+                true => ExtentKind::Zero,
+                false => ExtentKind::Data,
+            };
             let start = position;
             position = position.saturating_add(descriptor.length);
             Known { start, end: position, kind }

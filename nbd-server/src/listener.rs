@@ -46,10 +46,7 @@ impl BoundAddress {
     #[must_use]
     pub fn uri(&self, name: &str) -> NbdUri {
         let transport = match self {
-            Self::Tcp(address) => Transport::Tcp {
-                host: host_of(address),
-                port: address.port(),
-            },
+            Self::Tcp(address) => Transport::Tcp { host: host_of(address), port: address.port() },
             Self::Unix(path) => Transport::Unix { path: path.clone().unwrap_or_default() },
         };
         NbdUri {

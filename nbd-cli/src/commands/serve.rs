@@ -5,6 +5,7 @@ mod captive;
 mod control;
 mod source;
 mod tls;
+mod upstream;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -19,6 +20,7 @@ use self::address::TcpAddress;
 use self::captive::Captive;
 use self::control::{ControlSocket, Controller, Disks};
 pub use self::tls::{TlsArgs, TlsChoice};
+pub use self::upstream::UpstreamArgs;
 use super::image::open::TrustArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -34,6 +36,8 @@ Sources:
   disk.img         a raw image file
   /dev/vg/lv       a block device
   memory:1G        a disk in memory that is gone when the server ends
+  nbd://host/name  an export of another server (any NBD URI, nbd:HOST:PORT, nbd:unix:PATH); of a raw
+                   one --allocation-depth and --bitmap offer what that server knows
   NAME=SOURCE      any of these under an export name (write ./a=b for a file whose name has a '=')
   The first source is the default export: clients that give no name get it.
 
@@ -179,6 +183,10 @@ pub struct ServeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub tls: TlsArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub upstream: UpstreamArgs,
 
     /// Connections at a time; one more is closed at once.
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Limits")]

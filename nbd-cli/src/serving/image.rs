@@ -15,6 +15,7 @@ use super::durability::{refuse_shortfall, report_recovery, report_shortfall};
 use super::patience::when_free;
 use super::temporary::{temporary, temporary_over};
 use super::{BitmapDurability, Changes, Window, filtered, frozen};
+use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::locking::{open_file, warning};
 use crate::output::{printable, warn};
@@ -57,6 +58,8 @@ pub(crate) struct ImageChoices {
     pub(crate) locking: Locking,
     /// What becomes of the backing file that it names.
     pub(crate) backing: BackingFile,
+    /// How servers are used whose exports are served again.
+    pub(crate) upstream: ServerArgs,
     /// Which other files the image may name; `None`: those in its folder.
     pub(crate) policy: Option<OpenPolicy>,
     pub(crate) changes: Changes,
@@ -163,7 +166,7 @@ impl ImageChoices {
         }
     }
 
-    /// Opens the image in a storage. A snapshot of it cannot be chosen.
+    /// Opens the image in a storage.
     ///
     /// # Errors
     ///
@@ -171,10 +174,11 @@ impl ImageChoices {
     pub(crate) fn open_storage(&self, storage: Arc<dyn Storage>) -> Result<Image, OpenError> {
         let options = self.options();
         match self.writes {
-            Writes::Refused => Ok(Image::from_storage(storage, &options)?),
-            Writes::ToImage => {
+            // A snapshot never changes.
+            Writes::ToImage if self.snapshot.is_none() => {
                 Ok(Image::from_storage(storage, &options.access(Access::ReadWrite))?)
             }
+            Writes::ToImage | Writes::Refused => Ok(Image::from_storage(storage, &options)?),
             Writes::ToTemporaryFile => temporary_over(Image::from_storage(storage, &options)?),
         }
     }
@@ -210,7 +214,16 @@ impl ImageChoices {
         Ok(self.exported(image)?.export)
     }
 
-    fn exported(&self, image: Image) -> Result<Opened, CommandError> {
+    pub(super) fn exported(&self, image: Image) -> Result<Opened, CommandError> {
+        self.exported_through(image, |export| export)
+    }
+
+    /// As [`exported`](Self::exported), with something between the image and what was asked for.
+    pub(super) fn exported_through(
+        &self,
+        image: Image,
+        through: impl FnOnce(Arc<dyn Export>) -> Arc<dyn Export>,
+    ) -> Result<Opened, CommandError> {
         let names = self.bitmaps.names(&image)?;
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
@@ -220,7 +233,7 @@ impl ImageChoices {
             export = export.with_bitmap(&name)?;
         }
         let image = Arc::new(export);
-        let export = filtered(self.window.of(image.clone())?, self.changes);
+        let export = filtered(self.window.of(through(image.clone()))?, self.changes);
         Ok(Opened { export, image: Some(image) })
     }
 }

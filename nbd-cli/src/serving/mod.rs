@@ -10,6 +10,7 @@ pub(crate) mod image;
 mod patience;
 mod pid_file;
 mod temporary;
+mod upstream;
 mod window;
 
 use std::future::Future;

@@ -81,5 +81,6 @@ mod serve_temporary;
 mod serve_tls_psk;
 mod serve_tls_x509;
 mod serve_trust;
+mod serve_upstream;
 mod signals;
 mod timeout;

@@ -51,9 +51,7 @@ fn the_qemu_nbd_form_binds_to_a_link_local_address() {
     command.args(["qemu-nbd", "-t", "-r", "-f", "raw", "-b", &bind, "-p", &port, disk.path()]);
     let _server = Killed(command.spawn().expect("a program"));
     let uri = format!("nbd://[{address}%25{interface}]:{port}");
-    wait_until("it listens", || {
-        nbd_cli(&["info", "--size", &uri]).code == Some(0)
-    });
+    wait_until("it listens", || nbd_cli(&["info", "--size", &uri]).code == Some(0));
 }
 
 fn free_port() -> String {

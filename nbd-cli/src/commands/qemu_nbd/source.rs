@@ -154,6 +154,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         policy: Some(policy),
         locking: disk.locking,
         backing: disk.backing,
+        upstream: ServerArgs::default(),
         // QEMU lists the last one first, and clients see that order.
         bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),
         changes: Changes {

@@ -82,7 +82,9 @@ impl FromStr for TcpAddress {
 /// Whether a text is an IPv6 address, with or without the zone of a link.
 fn is_ipv6(text: &str) -> bool {
     let (address, zone) = text.split_once('%').unwrap_or((text, "zone"));
-    address.parse::<Ipv6Addr>().is_ok() && !zone.is_empty() && !zone.contains(['/', ' ', ':', '[', ']'])
+    address.parse::<Ipv6Addr>().is_ok()
+        && !zone.is_empty()
+        && !zone.contains(['/', ' ', ':', '[', ']'])
 }
 
 #[cfg(test)]

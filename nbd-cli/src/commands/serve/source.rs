@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{Format, Image, OpenOptions};
+use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
@@ -13,6 +14,7 @@ use super::control::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
+use crate::server_name;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, Medium, filtered};
 use crate::size::ByteSize;
@@ -25,6 +27,8 @@ pub(super) fn add_all(
     mut controlled: Option<&mut Disks>,
 ) -> Result<Vec<String>, CommandError> {
     let named: Vec<_> = args.sources.iter().map(|source| split_name(source)).collect();
+    let uris = named.iter().filter_map(|(_, source)| uri(source)).collect::<Result<Vec<_>, _>>()?;
+    args.upstream.check(&uris, args.control.is_some())?;
     let unnamed = named.iter().filter(|(name, _)| name.is_none()).count();
     if args.name.is_some() && unnamed != 1 {
         return Err(CommandError::new(
@@ -75,8 +79,19 @@ pub(super) fn add_all(
     Ok(names)
 }
 
-/// Splits `NAME=SOURCE`. What stands before the `=` is no name if it is a path.
+/// The export of another server that a source is, if it is one.
+fn uri(source: &str) -> Option<Result<NbdUri, CommandError>> {
+    server_name::is_name_of_server(source).then(|| {
+        let uri = server_name::from_name(source);
+        uri.map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))
+    })
+}
+
+/// Splits `NAME=SOURCE`. What stands before the `=` is no name if it is a path or a server.
 fn split_name(source: &str) -> (Option<&str>, &str) {
+    if server_name::is_name_of_server(source) {
+        return (None, source);
+    }
     match source.split_once('=') {
         Some((name, source)) if !name.is_empty() && !name.contains('/') => (Some(name), source),
         _ => (None, source),
@@ -89,7 +104,10 @@ pub(super) fn open(source: &str, choices: &ImageChoices) -> Result<Opened, Comma
         return Ok(Opened { export: memory(source, size, choices)?, image: None });
     }
     if source.is_empty() {
-        return Err(CommandError::new("a source is empty; give a path or memory:SIZE"));
+        return Err(CommandError::new("a source is empty; give a path, a URI or memory:SIZE"));
+    }
+    if let Some(uri) = uri(source) {
+        return choices.open_export(&uri?).map_err(|error| explained(error, choices));
     }
     choices.open(Path::new(source)).map_err(|error| explained(error, choices))
 }
@@ -113,6 +131,7 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
             true => OfferedBitmaps::All,
             false => OfferedBitmaps::Named(args.bitmap.clone()),
         },
+        upstream: args.upstream.choices(),
         ..ImageChoices::default()
     }
 }
@@ -174,6 +193,7 @@ mod tests {
         assert_eq!(split_name("vm=disk.img"), (Some("vm"), "disk.img"));
         assert_eq!(split_name("vm=a=b.img"), (Some("vm"), "a=b.img"));
         assert_eq!(split_name("scratch=memory:1G"), (Some("scratch"), "memory:1G"));
+        assert_eq!(split_name("vm=nbd://host/a=b"), (Some("vm"), "nbd://host/a=b"));
     }
 
     #[test]
@@ -181,5 +201,8 @@ mod tests {
         assert_eq!(split_name("./a=b.img"), (None, "./a=b.img"));
         assert_eq!(split_name("/srv/a=b.img"), (None, "/srv/a=b.img"));
         assert_eq!(split_name("=x"), (None, "=x"));
+        for server in ["nbd+unix:///?socket=/run/s", "nbd:host:10809:exportname=disk"] {
+            assert_eq!(split_name(server), (None, server));
+        }
     }
 }

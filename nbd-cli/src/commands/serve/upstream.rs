@@ -1,0 +1,103 @@
+//! Options for the servers whose exports are served again.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use nbd_proto::NbdUri;
+use nbd_proto::uri::Security;
+
+use crate::connect::{OnOff, ServerArgs, TlsArgs, TlsChoice};
+use crate::error::CommandError;
+use crate::size::{parse_duration, parse_limit};
+
+/// How the servers of sources are used that are NBD URIs.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Sources on servers")]
+pub struct UpstreamArgs {
+    /// Connect again for this long when a source's server is gone, while requests wait: seconds, or
+    /// 500ms, 2m; 0 for not at all.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_limit)]
+    pub source_reconnect: Duration,
+
+    /// Give up on a source's server that takes longer than this to connect or answer. By default one
+    /// that hangs in a request is waited for.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub source_timeout: Option<Duration>,
+
+    /// TLS for nbd:// sources. An nbds:// source always uses it.
+    #[arg(long, value_name = "MODE", value_enum)]
+    pub source_tls: Option<TlsChoice>,
+
+    /// Folder with ca-cert.pem, and client-cert.pem and client-key.pem if the source's server wants
+    /// them.
+    #[arg(long, value_name = "DIR", conflicts_with = "source_tls_psk")]
+    pub source_tls_certificates: Option<PathBuf>,
+
+    /// File with pre-shared keys for the source's server; the URI names the user.
+    #[arg(long, value_name = "FILE")]
+    pub source_tls_psk: Option<PathBuf>,
+
+    /// Name in the certificate of the source's server, if it is not the host of the URI.
+    #[arg(long, value_name = "NAME")]
+    pub source_tls_hostname: Option<String>,
+
+    /// Whether the certificate of the source's server is verified.
+    #[arg(long, value_name = "on|off", value_enum)]
+    pub source_tls_verify_peer: Option<OnOff>,
+}
+
+impl UpstreamArgs {
+    /// What the options say.
+    pub(super) fn choices(&self) -> ServerArgs {
+        let tls = TlsArgs {
+            tls_certificates: self.source_tls_certificates.clone(),
+            tls_psk: self.source_tls_psk.clone(),
+            tls_hostname: self.source_tls_hostname.clone(),
+            tls_verify_peer: self.source_tls_verify_peer,
+            tls: self.source_tls,
+        };
+        let reconnect = (!self.source_reconnect.is_zero()).then_some(self.source_reconnect);
+        ServerArgs { timeout: self.source_timeout, reconnect, tls }
+    }
+
+    /// Options that nothing uses are a mistake. With a control socket sources can still come.
+    ///
+    /// # Errors
+    ///
+    /// Names the option.
+    pub(super) fn check(
+        &self,
+        sources: &[NbdUri],
+        more_may_come: bool,
+    ) -> Result<(), CommandError> {
+        let credentials = match self {
+            Self { source_tls_certificates: Some(_), .. } => Some("--source-tls-certificates"),
+            Self { source_tls_psk: Some(_), .. } => Some("--source-tls-psk"),
+            Self { source_tls_hostname: Some(_), .. } => Some("--source-tls-hostname"),
+            Self { source_tls_verify_peer: Some(_), .. } => Some("--source-tls-verify-peer"),
+            _ => None,
+        };
+        let any = match self {
+            Self { source_tls: Some(_), .. } => Some("--source-tls"),
+            Self { source_timeout: Some(_), .. } => Some("--source-timeout"),
+            _ => credentials,
+        };
+        match (any, credentials) {
+            _ if more_may_come => Ok(()),
+            (Some(option), _) if sources.is_empty() => {
+                Err(CommandError::new(format!("{option} is given and no source is an NBD URI")))
+            }
+            (_, Some(option))
+                if self.source_tls.is_none()
+                    && sources.iter().all(|uri| uri.security == Security::Plain) =>
+            {
+                Err(CommandError::new(format!(
+                    "{option} is given and no source asks for TLS: write nbds instead of nbd, or \
+                     add --source-tls require"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Exports of other servers that are served again.
+
+use std::sync::Arc;
+
+use imgfmt::Format;
+use nbd_client::Connector;
+use nbd_proto::NbdUri;
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
+use nbd_server::export::{Durability, Export, ExportError, ExportInfo, Filter};
+
+use super::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
+use super::{Changes, Waiting};
+use crate::error::{CommandError, runtime};
+use crate::output::printable;
+use crate::remote::ExportStorage;
+
+impl ImageChoices {
+    /// Makes an export of the image on another server. Waits, so it must not be called by
+    /// asynchronous tasks.
+    ///
+    /// The metadata contexts that `allocation_depth` and `bitmaps` ask for are those of the other server if
+    /// its export is a raw disk, and those of the image on it otherwise.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] if the server cannot be used as wanted or has no such bitmap.
+    pub(crate) fn open_export(&self, uri: &NbdUri) -> Result<Opened, OpenError> {
+        let connector = self.upstream.connector(uri);
+        let storage = ExportStorage::with_contexts(connector.clone(), self.contexts(&connector)?)?;
+        let storage = Arc::new(storage);
+        if self.writes == Writes::ToImage && self.snapshot.is_none() && !storage.is_writable() {
+            let why = format!("{uri} is exported for reading only; add --read-only or --temporary");
+            return Err(CommandError::new(why).into());
+        }
+        let image = self.open_storage(storage.clone())?;
+        let changes = Changes { waiting: Waiting::Everywhere, ..self.changes };
+        let mut choices = Self { changes, ..self.clone() };
+        if image.format() != Format::Raw {
+            return Ok(choices.exported(image)?);
+        }
+        let base = MetaContextName::base_allocation();
+        let offered = storage.meta_contexts().iter().filter(|context| **context != base);
+        let contexts: Vec<_> = offered.cloned().collect();
+        if let OfferedBitmaps::Named(names) = &self.bitmaps {
+            let is_offered = |name: &str| contexts.iter().any(|it| it.dirty_bitmap() == Some(name));
+            if let Some(missing) = names.iter().find(|name| !is_offered(name)) {
+                let missing = printable(missing);
+                let why = format!("{uri}: the server does not offer the bitmap '{missing}'");
+                return Err(CommandError::new(why).into());
+            }
+        }
+        choices.allocation_depth = false;
+        choices.bitmaps = OfferedBitmaps::default();
+        let upstream = |inner| Arc::new(Upstream { inner, storage, contexts }) as Arc<dyn Export>;
+        Ok(choices.exported_through(image, upstream)?)
+    }
+
+    /// The contexts to ask the other server for.
+    fn contexts(&self, connector: &Connector) -> Result<Vec<MetaContextName>, CommandError> {
+        let mut contexts = Vec::new();
+        if self.allocation_depth {
+            contexts.push(MetaContextName::qemu_allocation_depth());
+        }
+        match &self.bitmaps {
+            OfferedBitmaps::Named(names) => {
+                for name in names {
+                    let context = MetaContextName::qemu_dirty_bitmap(name);
+                    contexts.push(context.map_err(|error| CommandError::new(error.to_string()))?);
+                }
+            }
+            OfferedBitmaps::All => {
+                let queries = ["qemu:".to_owned()];
+                let listed = runtime()?.block_on(connector.list_meta_contexts(&queries));
+                // What the server does not list it is not asked for; that it is there shows later.
+                let listed = listed.unwrap_or_default();
+                contexts.extend(listed.into_iter().filter(|it| it.dirty_bitmap().is_some()));
+            }
+        }
+        Ok(contexts)
+    }
+}
+
+/// A raw disk on another server, with what only that server knows about it.
+struct Upstream {
+    inner: Arc<dyn Export>,
+    storage: Arc<ExportStorage>,
+    contexts: Vec<MetaContextName>,
+}
+
+impl Filter for Upstream {
+    fn inner(&self) -> &dyn Export {
+        &*self.inner
+    }
+
+    fn info(&self) -> ExportInfo {
+        let mut info = self.inner.info();
+        info.meta_contexts.extend(self.contexts.iter().cloned());
+        let is_writable = !info.flags.contains(TransmissionFlags::READ_ONLY);
+        info.flags.set(TransmissionFlags::SEND_TRIM, is_writable && self.storage.can_trim());
+        info
+    }
+
+    fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        let durability = match durability {
+            Durability::Cached => imgfmt::Durability::Cached,
+            Durability::Fua => imgfmt::Durability::Fua,
+        };
+        self.storage.trim(offset, length, durability).map_err(|error| failed(&error))
+    }
+
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        if !self.contexts.contains(context) {
+            return self.inner.block_status(context, offset, length, max_count);
+        }
+        let status = self.storage.status(context, offset, length);
+        let mut status = status.map_err(|error| failed(&error))?;
+        status.truncate(max_count);
+        Ok(status)
+    }
+}
+
+fn failed(error: &std::io::Error) -> ExportError {
+    tracing::warn!(%error, "the other server refuses a request");
+    ExportError::new(Errno::EIO, "the server behind this one cannot do this")
+}
