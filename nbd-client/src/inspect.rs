@@ -9,7 +9,7 @@ use nbd_proto::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode, T
 use tokio::io::AsyncWriteExt;
 
 use crate::connector::Connector;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::handshake::{Answered, Details, Greeting, Wire, agree_on_replies, export_in_words};
 
 /// The handshake a server speaks.
@@ -62,6 +62,17 @@ pub struct ServerInfo {
     pub reply_mode: ReplyMode,
     /// The exports asked about, in the server's order.
     pub exports: Vec<ExportInfo>,
+    /// With [`Scope::AllExports`] those that the server lists and does not describe.
+    pub refused: Vec<RefusedExport>,
+}
+
+/// An export that is listed, and refused when it is asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RefusedExport {
+    /// Name, as it was listed.
+    pub name: String,
+    /// Why it is refused: a sentence for people.
+    pub reason: String,
 }
 
 /// What is known about one export.
@@ -175,25 +186,37 @@ impl Connector {
             }
         };
         let mut exports = Vec::with_capacity(names.len());
+        let mut refused = Vec::new();
         for listed in names {
-            let (info, next) = self.describe(&mut wire, phase, &listed.name).await?;
-            let mut info = match info {
-                Some(info) if info.size > 0 => info,
-                // nbd-server answers INFO before it has looked how large the export is.
-                Some(told) => match further.open_and_close(&listed.name).await {
-                    Ok(seen) => ExportInfo { size: seen.size, ..told },
-                    Err(_) => told,
-                },
-                None => further.open_and_close(&listed.name).await?,
-            };
-            if info.description.is_none() && !listed.description.is_empty() {
-                info.description = Some(listed.description);
-            }
-            exports.push(info);
+            let (told, next) = self.describe(&mut wire, phase, &listed.name).await?;
             phase = next;
+            let info = match told {
+                Told::Info(info) if info.size > 0 => Ok(info),
+                // nbd-server answers INFO before it has looked how large the export is.
+                Told::Info(told) => match further.open_and_close(&listed.name).await {
+                    Ok(seen) => Ok(ExportInfo { size: seen.size, ..told }),
+                    Err(_) => Ok(told),
+                },
+                Told::Nothing => further.open_and_close(&listed.name).await,
+                Told::Refused(error) => Err(error),
+            };
+            match info {
+                Ok(mut info) => {
+                    if info.description.is_none() && !listed.description.is_empty() {
+                        info.description = Some(listed.description);
+                    }
+                    exports.push(info);
+                }
+                Err(error) if scope == Scope::ThisExport => return Err(error),
+                // One export that is refused does not hide the others.
+                Err(error) => {
+                    let reason = error.to_string();
+                    refused.push(RefusedExport { name: listed.name, reason });
+                }
+            }
         }
         wire.abort(phase).await;
-        Ok(ServerInfo { protocol: Protocol::NewstyleFixed, tls, reply_mode, exports })
+        Ok(ServerInfo { protocol: Protocol::NewstyleFixed, tls, reply_mode, exports, refused })
     }
 
     fn listed(&self, name: &str) -> ListedExport {
@@ -220,16 +243,17 @@ impl Connector {
         let info = ExportInfo::new(&negotiated, Details::unknown(protocol));
         say_goodbye(wire, &negotiated).await;
         let exports = vec![info];
-        Ok(ServerInfo { protocol, tls: false, reply_mode: ReplyMode::Simple, exports })
+        let (reply_mode, refused) = (ReplyMode::Simple, Vec::new());
+        Ok(ServerInfo { protocol, tls: false, reply_mode, exports, refused })
     }
 
-    /// Asks about one export; `None` if the server has no INFO.
+    /// Asks about one export.
     async fn describe(
         &self,
         wire: &mut Wire,
         mut phase: OptionPhase,
         name: &str,
-    ) -> Result<(Option<ExportInfo>, OptionPhase)> {
+    ) -> Result<(Told, OptionPhase)> {
         wire.renew_deadline();
         let sent = phase.info(name, InfoRequest::ALL, &mut wire.out);
         let told = match wire.answer(sent).await? {
@@ -238,9 +262,12 @@ impl Connector {
                 told
             }
             Answered::Refused(error, next) if error.reply == OptionReplyType::ERR_UNSUP => {
-                return Ok((None, next));
+                return Ok((Told::Nothing, next));
             }
-            Answered::Refused(error, _) => return Err(wire.refused(export_in_words(name), error)),
+            Answered::Refused(error, next) => {
+                let error = wire.refused(export_in_words(name), error);
+                return Ok((Told::Refused(error), next));
+            }
         };
         let mut meta_contexts = Vec::new();
         if phase.reply_mode() != ReplyMode::Simple {
@@ -263,7 +290,7 @@ impl Connector {
             block_sizes: told.block_sizes,
             meta_contexts,
         };
-        Ok((Some(info), phase))
+        Ok((Told::Info(info), phase))
     }
 
     /// Looks at an export of a server without INFO by opening it on a connection of its own.
@@ -274,6 +301,14 @@ impl Connector {
         say_goodbye(wire, &established.negotiated).await;
         Ok(info)
     }
+}
+
+/// What a server says about an export when it is asked with INFO.
+enum Told {
+    Info(ExportInfo),
+    /// It has no INFO.
+    Nothing,
+    Refused(Error),
 }
 
 async fn list(wire: &mut Wire, phase: OptionPhase) -> Result<(Vec<ListedExport>, OptionPhase)> {

@@ -87,7 +87,7 @@ pub use connector::Connector;
 pub use error::{Error, LostConnection, Result};
 pub use extents::{Extent, ExtentStream};
 pub use inflight::Piece;
-pub use inspect::{ExportInfo, Protocol, Scope, ServerInfo};
+pub use inspect::{ExportInfo, Protocol, RefusedExport, Scope, ServerInfo};
 pub use nbd_proto::handshake::{ListedExport, OptionError};
 pub use nbd_proto::transmission::client::ServerError;
 pub use nbd_proto::transmission::{Durability, ExtentLimit, Speed, ZeroMode};

@@ -6,13 +6,15 @@ mod content;
 mod property;
 pub(super) mod report;
 
+use std::io::Write as _;
+
 use clap::Args;
 use nbd_client::{Scope, ServerInfo};
 use nbd_proto::NbdUri;
 
 use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome, runtime};
-use crate::output::{Output, ReportFormat};
+use crate::output::{Output, ReportFormat, printable};
 use property::Property;
 use report::Report;
 
@@ -25,7 +27,8 @@ Examples:
   nbd-cli info --can trim nbd://localhost/disk && echo it trims
   nbd-cli info --is read-only nbd://localhost/disk
 
-Exit codes: 0 yes or success, 2 no (--can, --is, --has), 1 error.";
+Exit codes: 0 yes or success, 2 no (--can, --is, --has), 1 error; with --list also if the server
+refuses one of the exports, while the others are shown.";
 
 /// Arguments of `nbd-cli info`.
 #[derive(Debug, Args)]
@@ -104,7 +107,12 @@ async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
         }
     }
     output.finish()?;
-    Ok(Outcome::Success)
+    // As nbdinfo has it: the others are shown, and the outcome says that there is more.
+    for refused in &server.refused {
+        let (name, reason) = (printable(&refused.name), printable(&refused.reason));
+        let _ = writeln!(std::io::stderr(), "nbd-cli: the export '{name}' is refused: {reason}");
+    }
+    Ok(if server.refused.is_empty() { Outcome::Success } else { Outcome::Status(1) })
 }
 
 fn only_export<'a>(

@@ -49,6 +49,9 @@ pub(super) fn run(options: &Options) -> Result<(), Refusal> {
     }
     let server = runtime()?.block_on(connector.inspect(Scope::AllExports));
     let server = server.map_err(|error| Refusal::new(printable(&error.to_string())))?;
+    if let Some(refused) = server.refused.first() {
+        return Err(Refusal::new(printable(&refused.reason)));
+    }
     print(&text(&server))
 }
 
