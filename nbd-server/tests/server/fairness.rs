@@ -79,6 +79,7 @@ fn clients_that_leave_take_their_requests_with_them() {
                 client
             })
             .collect();
+        wait_until("all are there", || server.handle().clients().len() == attackers.len());
         wait_until("some of them run", || disk.gate.arrived() > 0);
         drop(attackers);
         wait_until("they are gone", || server.handle().clients().is_empty());
