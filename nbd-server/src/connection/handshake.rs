@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
+use std::time::Duration;
 
 use bytes::{Buf, BytesMut};
 use nbd_proto::handshake::Negotiated;
@@ -26,6 +27,14 @@ const SEND_LEN: usize = 64 * 1024;
 /// What an answer to an option takes, in bytes moved, for each of its bytes: they come from the registry.
 const ANSWER_COST: usize = 8;
 
+/// Options, as their cost, that are answered as fast as they come: more than any client needs but one that
+/// asks about very many exports. Behind each such burst there is a pause, so that a flood of options takes
+/// a small part of the thread only.
+const BURST_COST: usize = 64 * REQUEST_COST;
+const PAUSE: Duration = Duration::from_millis(1);
+/// What a byte of an option costs to read and to refuse, in bytes moved.
+const RECEIVED_COST: usize = 16;
+
 /// A client that has chosen its export.
 pub(super) struct Established {
     pub(super) socket: Socket,
@@ -42,6 +51,7 @@ pub(super) async fn negotiate(
     thread: &Thread,
 ) -> Result<Option<Established>, ConnectionError> {
     let mut turn = Turn::new(thread.clone());
+    let mut burst = 0;
     let mut input = BytesMut::new();
     let mut output = BytesMut::new();
     let negotiation = Negotiation {
@@ -59,9 +69,12 @@ pub(super) async fn negotiate(
                 turn.rest();
                 send(&mut socket, &mut output).await?;
                 handshake = next;
+                let before = input.len();
                 if !receive(&mut socket, &mut input).await? {
                     return Ok(None);
                 }
+                burst += (input.len() - before) * RECEIVED_COST;
+                pause_after(&mut burst).await;
                 continue;
             }
             Ok(HandshakeStep::StartTls(pending)) => {
@@ -80,10 +93,13 @@ pub(super) async fn negotiate(
             Answered::Handshake(next) => {
                 handshake = next;
                 let length = output.len() - before;
-                turn.spend(REQUEST_COST.saturating_add(length.saturating_mul(ANSWER_COST)));
-                if turn.is_over() || output.len() >= SEND_LEN {
+                let cost = REQUEST_COST.saturating_add(length.saturating_mul(ANSWER_COST));
+                turn.spend(cost);
+                burst += cost;
+                if turn.is_over() || burst >= BURST_COST || output.len() >= SEND_LEN {
                     turn.rest();
                     send(&mut socket, &mut output).await?;
+                    pause_after(&mut burst).await;
                     turn.pass().await;
                 }
             }
@@ -96,6 +112,14 @@ pub(super) async fn negotiate(
                 return Ok(None);
             }
         }
+    }
+}
+
+/// Pauses if a burst of options is over.
+async fn pause_after(burst: &mut usize) {
+    if *burst >= BURST_COST {
+        *burst = 0;
+        tokio::time::sleep(PAUSE).await;
     }
 }
 

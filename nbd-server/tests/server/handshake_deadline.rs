@@ -51,3 +51,21 @@ fn the_deadline_ends_with_the_handshake() {
     std::thread::sleep(deadline + Duration::from_millis(300));
     assert_eq!(client.read(0, 10), [0; 10]);
 }
+
+#[test]
+fn thousands_of_options_are_answered_in_bursts_and_all_of_them() {
+    let server = server(Duration::from_secs(10));
+    let mut stream = server.connect();
+    stream.read_exact(&mut [0; 18]).unwrap();
+    // Two thousand LISTs at once, and an ABORT.
+    let mut bytes = 3_u32.to_be_bytes().to_vec();
+    bytes.extend(b"IHAVEOPT\0\0\0\x03\0\0\0\0".repeat(2000));
+    bytes.extend(b"IHAVEOPT\0\0\0\x02\0\0\0\0");
+    let mut writer = stream.try_clone().unwrap();
+    let writing = std::thread::spawn(move || writer.write_all(&bytes).unwrap());
+    let mut replies = Vec::new();
+    stream.read_to_end(&mut replies).unwrap();
+    writing.join().unwrap();
+    // A reply with the one name, which is empty, and an acknowledgement; one more for the ABORT.
+    assert_eq!(replies.len(), 2000 * (24 + 20) + 20);
+}
