@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::create::Amendment;
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -81,6 +82,18 @@ pub(crate) fn change_backing(
         _ => {
             let detail = "a raw image cannot have a backing file";
             Err(Error::new(ErrorKind::Unsupported, "change the backing file of", detail))
+        }
+    }
+}
+
+/// Changes the header of one file's qcow2 image.
+pub(crate) fn amend(path: &Path, options: &OpenOptions, amendment: &Amendment) -> Result<()> {
+    let storage = options.open_file(path, Access::ReadWrite)?;
+    match format_of(&storage, options)? {
+        Format::Qcow2 => qcow2::amend(&storage, amendment),
+        _ => {
+            let detail = "only qcow2 images have a header that can be amended";
+            Err(Error::new(ErrorKind::Unsupported, "amend", detail))
         }
     }
 }

@@ -71,6 +71,17 @@ pub enum LazyRefcounts {
     On,
 }
 
+/// What is to change in the header of a qcow2 image that exists, see
+/// [`Image::amend`](crate::Image::amend); `None` leaves it as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Amendment {
+    /// Its version; an older one is not possible.
+    pub version: Option<Qcow2Version>,
+    /// Whether other programs may be late with refcounts.
+    pub lazy_refcounts: Option<LazyRefcounts>,
+}
+
 /// How data is kept in a file of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DataFile {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::backup::BackupIdentity;
 use crate::chain;
+use crate::create::Amendment;
 use crate::error::Result;
 use crate::format::Format;
 use crate::image::Image;
@@ -87,5 +88,24 @@ impl Image {
     ) -> Result<()> {
         let path = path.as_ref();
         chain::change_backing(path, options, backing).map_err(|error| error.with_path(path))
+    }
+
+    /// Changes the header of a qcow2 image, and nothing else; the image is opened for writing before,
+    /// so that what a crash left is put in order. Each change is one write that a crash leaves done
+    /// or not done.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` for other formats, for an older version, where the header has no room, and where a
+    /// snapshot does not say its size; `InvalidInput` for lazy refcounts in version 2; otherwise as
+    /// [`open`](Self::open).
+    pub fn amend(
+        path: impl AsRef<Path>,
+        options: &OpenOptions,
+        amendment: &Amendment,
+    ) -> Result<()> {
+        let path = path.as_ref();
+        Self::open(path, &options.clone().access(Access::ReadWrite))?.close()?;
+        chain::amend(path, options, amendment).map_err(|error| error.with_path(path))
     }
 }

@@ -83,7 +83,8 @@ pub use bitmap::{
     DirtyBits, DirtyExtent, Recording,
 };
 pub use create::{
-    CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation, Qcow2Version,
+    Amendment, CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation,
+    Qcow2Version,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};

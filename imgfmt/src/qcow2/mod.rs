@@ -6,6 +6,7 @@
 //! in memory and reach the disk in the order that [`flush`] keeps.
 
 mod alloc;
+mod amend;
 mod backing_change;
 mod bitmap;
 mod cache;
@@ -59,6 +60,7 @@ use header::{Compression, Header, autoclear, compatible, incompatible};
 use l2::{Compressed, EntryFormat};
 use writer::Writer;
 
+pub(crate) use amend::amend;
 pub(crate) use backing_change::change_backing;
 pub use bitmap::frozen_bitmap_name;
 pub(crate) use bitmap::no_bitmap;

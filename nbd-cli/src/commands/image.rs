@@ -1,5 +1,6 @@
 //! `nbd-cli image`: make, inspect, convert and change disk images, without a server.
 
+mod amend;
 mod check;
 mod commit;
 mod compare;
@@ -54,6 +55,8 @@ pub enum ImageCommand {
     Convert(convert::ConvertArgs),
     /// Change the size of the disk
     Resize(resize::ResizeArgs),
+    /// Change the version or a feature of a qcow2 image in place
+    Amend(amend::AmendArgs),
     /// Give an overlay another backing file
     Rebase(rebase::RebaseArgs),
     /// Write what an overlay holds into its backing file
@@ -89,6 +92,7 @@ pub(crate) fn run(args: ImageArgs) -> Result<Outcome, CommandError> {
         ImageCommand::Map(args) => map::run(&args),
         ImageCommand::Convert(args) => convert::run(&args),
         ImageCommand::Resize(args) => resize::run(&args),
+        ImageCommand::Amend(args) => amend::run(&args),
         ImageCommand::Rebase(args) => rebase::run(&args),
         ImageCommand::Commit(args) => commit::run(&args),
         ImageCommand::Snapshot(args) => snapshot::run(&args),

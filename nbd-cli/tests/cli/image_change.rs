@@ -1,8 +1,24 @@
-//! `image resize`, `rebase`, `commit` and `snapshot`, judged by qemu-img.
+//! `image resize`, `amend`, `rebase`, `commit` and `snapshot`, judged by qemu-img.
 
 use crate::support::image::{are_equal, chain, info, is_clean, json, ours, write};
 use crate::support::{Disk, nbd_cli, peer, says};
 use crate::tools;
+
+#[test]
+fn an_old_image_is_amended_in_place() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.beside("old.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-o", "compat=0.10", &image, "1M"]);
+    nbd_cli(&["image", "amend", "--compat", "1.1", "--lazy-refcounts", "on", &image]).success();
+    is_clean(&qemu_img, &image);
+    let data = &info(&qemu_img, &image)["format-specific"]["data"];
+    assert_eq!(
+        (data["compat"].as_str(), data["lazy-refcounts"].as_bool()),
+        (Some("1.1"), Some(true))
+    );
+    says(nbd_cli(&["image", "amend", "--compat", "0.10", &image]), &["version 2", "convert"]);
+}
 
 #[test]
 fn a_disk_grows_and_shrinks() {
