@@ -123,8 +123,9 @@ pub(crate) enum Collect {
     Nothing,
     /// One buffer, zeroes where the server reported holes.
     Flat(BytesMut),
-    /// Data and holes apart, in the order of arrival, by their distance from the request's offset.
-    Pieces(Vec<(u64, Part)>),
+    /// Data and holes apart, in the order of arrival, by their distance from the request's offset;
+    /// and memory for the first piece of data.
+    Pieces(Vec<(u64, Part)>, BytesMut),
     /// Descriptors by context.
     Status(Vec<(usize, Vec<BlockDescriptor>)>),
 }
@@ -142,7 +143,7 @@ impl Collect {
         match self {
             Self::Nothing => {}
             Self::Flat(buffer) => buffer.clear(),
-            Self::Pieces(pieces) => pieces.clear(),
+            Self::Pieces(pieces, _) => pieces.clear(),
             Self::Status(contexts) => contexts.clear(),
         }
     }
@@ -158,8 +159,11 @@ impl Collect {
                     buffer.resize(position, 0);
                 }
             }
-            Self::Pieces(pieces) => {
-                pieces.push((position, Part::Data(BytesMut::with_capacity(length))));
+            Self::Pieces(pieces, spare) => {
+                let mut buffer = std::mem::take(spare);
+                buffer.clear();
+                buffer.reserve(length);
+                pieces.push((position, Part::Data(buffer)));
             }
             Self::Nothing | Self::Status(_) => {}
         }
@@ -174,7 +178,7 @@ impl Collect {
                     buffer.resize(end, 0);
                 }
             }
-            Self::Pieces(pieces) => pieces.push((position, Part::Hole(length as u64))),
+            Self::Pieces(pieces, _) => pieces.push((position, Part::Hole(length as u64))),
             Self::Nothing | Self::Status(_) => {}
         }
     }
@@ -217,7 +221,7 @@ impl Collect {
         let buffer = match self {
             Self::Flat(buffer) => buffer,
             // Chunks arrive whole, one behind the other: the last piece is the one that grows.
-            Self::Pieces(pieces) => match pieces.last_mut() {
+            Self::Pieces(pieces, _) => match pieces.last_mut() {
                 Some((_, Part::Data(buffer))) => return Place::Append(buffer),
                 _ => return Place::Nowhere,
             },
@@ -241,7 +245,7 @@ impl Collect {
                 debug_assert_eq!(buffer.len() as u64, length, "the machine checked the coverage");
                 Outcome::Data(buffer.freeze())
             }
-            Self::Pieces(pieces) => Outcome::Pieces(in_order(offset, pieces)),
+            Self::Pieces(pieces, _) => Outcome::Pieces(in_order(offset, pieces)),
             Self::Status(mut contexts) => {
                 contexts.sort_by_key(|(context, _)| *context);
                 Outcome::Status(contexts)
@@ -295,7 +299,7 @@ mod tests {
 
     #[test]
     fn pieces_are_sorted_and_neighbouring_holes_joined() {
-        let mut collect = Collect::Pieces(Vec::new());
+        let mut collect = Collect::Pieces(Vec::new(), BytesMut::new());
         collect.hole(4, 2);
         collect.begin_data(8, 6, 2);
         collect.push(6, b"gh");
@@ -306,6 +310,26 @@ mod tests {
             pieces,
             [Piece::Hole { offset: 100, length: 6 }, Piece::Data { offset: 106, data }]
         );
+    }
+
+    #[test]
+    fn memory_that_is_left_over_holds_the_first_piece_of_data() {
+        let mut spare = BytesMut::with_capacity(64);
+        spare.extend_from_slice(b"what was read before");
+        let place = spare.as_ptr();
+        let mut collect = Collect::Pieces(Vec::new(), spare);
+        collect.hole(0, 4);
+        collect.begin_data(8, 4, 2);
+        collect.push(4, b"ef");
+        collect.begin_data(8, 6, 2);
+        collect.push(6, b"gh");
+        let Outcome::Pieces(pieces) = collect.finish(0, 8) else { panic!("pieces") };
+        let [Piece::Hole { length: 4, .. }, Piece::Data { data: first, .. }, Piece::Data { .. }] =
+            pieces.as_slice()
+        else {
+            panic!("{pieces:?}")
+        };
+        assert_eq!((&first[..], first.as_ptr()), (&b"ef"[..], place));
     }
 
     #[test]

@@ -116,7 +116,7 @@ impl Client {
         let mut tickets = Vec::new();
         for (offset, length) in split(offset, total, self.longest_payload()) {
             let command = Command::Read(Fragmentation::Allowed);
-            let collect = Collect::Pieces(Vec::new());
+            let collect = Collect::Pieces(Vec::new(), BytesMut::new());
             let request = NewRequest { collect, ..NewRequest::plain(offset, length, command) };
             tickets.push(self.submit(request).await?);
         }
@@ -127,6 +127,35 @@ impl Client {
             }
         }
         Ok(pieces)
+    }
+
+    /// Like [`Client::read_pieces`], with memory that the caller has left over for the first piece of
+    /// data: see [`Client::read_reusing`].
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`Client::read_reusing`].
+    pub async fn read_pieces_reusing(
+        &self,
+        offset: u64,
+        length: usize,
+        buffer: BytesMut,
+    ) -> Result<Vec<Piece>> {
+        let total = length as u64;
+        self.check_range(offset, total)?;
+        if total == 0 || total > self.longest_payload() {
+            return self.read_pieces(offset, length).await;
+        }
+        let collect = Collect::Pieces(Vec::new(), buffer);
+        let request = NewRequest { collect, ..flat_read(offset, total) };
+        match self.submit(request).await?.outcome().await? {
+            Outcome::Pieces(pieces) => Ok(pieces),
+            _ => Ok(Vec::new()),
+        }
     }
 
     async fn read_once(&self, offset: u64, length: u64) -> Result<Bytes> {

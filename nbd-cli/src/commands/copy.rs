@@ -4,6 +4,7 @@ pub(super) mod again;
 pub(super) mod destination;
 pub(super) mod dirty;
 pub(super) mod engine;
+mod holes;
 pub(super) mod location;
 pub(super) mod plan;
 pub(super) mod source;

@@ -144,6 +144,34 @@ async fn error_chunks_without_end_are_refused() {
 }
 
 #[tokio::test]
+async fn holes_that_lie_outside_overlap_or_are_empty_are_refused_as_pieces_too() {
+    for mode in [ReplyMode::Structured, ReplyMode::Extended] {
+        let one = |done, body: Vec<u8>| chunk(mode, done, HOLE, COOKIE, OFFSET, &body);
+        let cases = [
+            (one(true, hole(OFFSET, 0)), "empty"),
+            (one(true, hole(OFFSET - 1, 4096)), "before the request"),
+            (one(true, hole(OFFSET, 4097)), "behind the request"),
+            (one(true, hole(u64::MAX, u32::MAX)), "behind the request"),
+            (bytes![one(false, hole(OFFSET, 10)), one(true, hole(OFFSET + 9, 4087))], "before"),
+            (one(true, hole(OFFSET, 4095)), "never sent"),
+        ];
+        for (reply, expected) in cases {
+            let client = connected(mode, move |mut server| async move {
+                server.request().await?;
+                server.send(&reply).await?;
+                server.closed().await;
+                Ok(())
+            })
+            .await;
+            let spare = bytes::BytesMut::from(&b"what is left over"[..]);
+            let read = guarded(client.read_pieces_reusing(OFFSET, LENGTH as usize, spare)).await;
+            let why = because(&read.expect_err("a bad reply"));
+            assert!(why.contains(expected), "{mode:?}: {why:?} does not say {expected:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_bad_answer_to_a_block_status_is_refused() {
     let mode = ReplyMode::Structured;
     let id = CONTEXT.to_be_bytes();

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 
 use super::CopyArgs;
 use super::destination::Destination;
+use super::holes::{Part, parts};
 use super::plan::{Content, Extents, Lengths, Piece, Plan};
 use super::source::Source;
 use super::stream;
@@ -60,6 +61,8 @@ pub(in crate::commands) struct Job {
     cut: (u64, Lengths),
     /// Unit in which zeroes are looked for, if they are.
     sparse: Option<usize>,
+    /// Unit in which holes that the source tells of are written, in bytes.
+    hole_unit: u64,
     plan: Mutex<Plan>,
     /// The offsets of the pieces that tasks are busy with.
     begun: SyncMutex<BTreeSet<u64>>,
@@ -128,6 +131,8 @@ impl Job {
             zeroes: settings.zeroes,
             cut: (settings.unit, longest),
             sparse,
+            // Smaller ones are not worth a request of their own.
+            hole_unit: settings.sparse.unwrap_or(settings.unit),
             plan,
             begun: SyncMutex::default(),
             counts: Counts::default(),
@@ -195,29 +200,49 @@ impl Job {
         }
     }
 
+    /// Reads and writes a piece; the number of bytes that turned out to be a hole. Takes memory that is
+    /// left over from an earlier one, and leaves some: fresh memory would cost page faults for
+    /// every piece.
+    async fn copy_data(&self, piece: &Piece, buffer: &mut BytesMut) -> Result<u64, CommandError> {
+        let memory = std::mem::take(buffer);
+        let read = self.source.read_pieces(piece.offset, piece.length, memory).await?;
+        let mut holes = 0;
+        for part in parts(read, self.hole_unit) {
+            match part {
+                Part::Data { offset, data } => {
+                    self.store(offset, &data).await?;
+                    self.counts.data.fetch_add(data.len() as u64, Ordering::Relaxed);
+                    *buffer = data.try_into_mut().unwrap_or_default();
+                }
+                // The server has said so while it was asked for data.
+                Part::Zero { offset, length } => {
+                    self.store_zeroes(offset, length).await?;
+                    self.counts.zero.fetch_add(length, Ordering::Relaxed);
+                    holes += length;
+                }
+            }
+        }
+        Ok(holes)
+    }
+
     async fn copy_pieces(&self) -> Result<(), CommandError> {
         let mut buffer = BytesMut::new();
         while let Some(piece) = self.next_piece().await? {
-            let count = match piece.content {
-                Content::Data => {
-                    let data = self.source.read(piece.offset, piece.length, buffer).await?;
-                    self.store(piece.offset, &data).await?;
-                    // Fresh memory would cost page faults for every piece.
-                    buffer = data.try_into_mut().unwrap_or_default();
-                    &self.counts.data
-                }
+            let holes = match piece.content {
+                Content::Data => self.copy_data(&piece, &mut buffer).await?,
                 Content::Zero => {
                     self.store_zeroes(piece.offset, piece.length).await?;
-                    &self.counts.zero
+                    self.counts.zero.fetch_add(piece.length, Ordering::Relaxed);
+                    piece.length
                 }
-                Content::Unchanged => &self.counts.unchanged,
+                Content::Unchanged => {
+                    self.counts.unchanged.fetch_add(piece.length, Ordering::Relaxed);
+                    0
+                }
             };
-            count.fetch_add(piece.length, Ordering::Relaxed);
             self.begun().remove(&piece.offset);
-            match piece.content {
-                Content::Zero => self.progress.add_hole(piece.length),
-                _ => self.progress.add(piece.length),
-            }
+            self.progress.add_hole(holes);
+            self.progress.add(piece.length - holes);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use nbd_client::Piece as ReadPiece;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -65,22 +66,33 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), CommandErro
         }
         match ahead.pop_front() {
             None => return Ok(()),
-            Some(Ahead::Zero(mut length)) => {
-                while length > 0 {
-                    let part = length.min(zeroes.len() as u64);
-                    write_standard_output(zeroes.slice(..part as usize)).await?;
-                    job.progress.add_hole(part);
-                    length -= part;
-                }
-            }
+            Some(Ahead::Zero(length)) => write_zeroes(job, &zeroes, length).await?,
             Some(Ahead::Data(reading)) => {
-                let data = flatten(reading.await)?;
-                let length = data.len() as u64;
-                write_standard_output(data).await?;
-                job.progress.add(length);
+                for piece in flatten(reading.await)? {
+                    match piece {
+                        ReadPiece::Hole { length, .. } => {
+                            write_zeroes(job, &zeroes, length).await?;
+                        }
+                        ReadPiece::Data { data, .. } => {
+                            let length = data.len() as u64;
+                            write_standard_output(data).await?;
+                            job.progress.add(length);
+                        }
+                    }
+                }
             }
         }
     }
+}
+
+async fn write_zeroes(job: &Job, zeroes: &Bytes, mut length: u64) -> Result<(), CommandError> {
+    while length > 0 {
+        let part = length.min(zeroes.len() as u64);
+        write_standard_output(zeroes.slice(..part as usize)).await?;
+        job.progress.add_hole(part);
+        length -= part;
+    }
+    Ok(())
 }
 
 /// From standard input to standard output.
@@ -98,7 +110,7 @@ pub(super) async fn through(job: &Arc<Job>) -> Result<(), CommandError> {
 /// A piece that comes later.
 enum Ahead {
     Zero(u64),
-    Data(JoinHandle<Result<Bytes, CommandError>>),
+    Data(JoinHandle<Result<Vec<ReadPiece>, CommandError>>),
 }
 
 impl Ahead {
@@ -108,7 +120,7 @@ impl Ahead {
             Content::Data | Content::Unchanged => {
                 let job = job.clone();
                 let read = async move {
-                    job.source.read(piece.offset, piece.length, BytesMut::new()).await
+                    job.source.read_pieces(piece.offset, piece.length, BytesMut::new()).await
                 };
                 Self::Data(tokio::spawn(read))
             }

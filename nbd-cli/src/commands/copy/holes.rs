@@ -1,0 +1,124 @@
+//! The answer to a read, in which the server has told holes apart from data.
+
+use bytes::{Bytes, BytesMut};
+use nbd_client::Piece;
+
+/// A part of a range that is written in one way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Data { offset: u64, data: Bytes },
+    Zero { offset: u64, length: u64 },
+}
+
+/// Cuts what was read so that zeroes begin and end at multiples of `unit` (in bytes), or where the
+/// range does: a unit with any data in it is data. `pieces` are those of one read, in order and
+/// without gaps.
+pub(super) fn parts(pieces: Vec<Piece>, unit: u64) -> Vec<Part> {
+    let Some(start) = pieces.first().map(Piece::offset) else { return Vec::new() };
+    let end = pieces.last().map_or(start, end_of);
+    let mut parts = Vec::new();
+    // What is to become the next part with data.
+    let mut open: Vec<Piece> = Vec::new();
+    for piece in pieces {
+        let Piece::Hole { offset, length } = piece else {
+            open.push(piece);
+            continue;
+        };
+        let hole_end = offset + length;
+        let from = if offset == start { offset } else { offset.next_multiple_of(unit) };
+        let to = if hole_end == end { hole_end } else { hole_end / unit * unit };
+        if from >= to {
+            open.push(piece);
+            continue;
+        }
+        if from > offset {
+            open.push(Piece::Hole { offset, length: from - offset });
+        }
+        parts.extend(joined(std::mem::take(&mut open)));
+        parts.push(Part::Zero { offset: from, length: to - from });
+        if to < hole_end {
+            open.push(Piece::Hole { offset: to, length: hole_end - to });
+        }
+    }
+    parts.extend(joined(open));
+    parts
+}
+
+/// Neighbouring pieces as one part with data. The usual single one is not copied.
+fn joined(mut pieces: Vec<Piece>) -> Option<Part> {
+    if let [Piece::Data { .. }] = pieces.as_slice()
+        && let Some(Piece::Data { offset, data }) = pieces.pop()
+    {
+        return Some(Part::Data { offset, data });
+    }
+    let offset = pieces.first()?.offset();
+    let length: u64 = pieces.iter().map(Piece::length).sum();
+    // A part of one request.
+    let mut data = BytesMut::with_capacity(length as usize);
+    for piece in &pieces {
+        match piece {
+            Piece::Data { data: more, .. } => data.extend_from_slice(more),
+            Piece::Hole { length, .. } => data.resize(data.len() + *length as usize, 0),
+        }
+    }
+    Some(Part::Data { offset, data: data.freeze() })
+}
+
+fn end_of(piece: &Piece) -> u64 {
+    piece.offset() + piece.length()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(offset: u64, length: usize) -> Piece {
+        Piece::Data { offset, data: vec![7; length].into() }
+    }
+
+    fn hole(offset: u64, length: u64) -> Piece {
+        Piece::Hole { offset, length }
+    }
+
+    fn kinds(parts: &[Part]) -> Vec<(u64, u64, char)> {
+        let kind = |part: &Part| match part {
+            Part::Data { offset, data } => (*offset, data.len() as u64, 'd'),
+            Part::Zero { offset, length } => (*offset, *length, 'z'),
+        };
+        parts.iter().map(kind).collect()
+    }
+
+    #[test]
+    fn one_piece_is_handed_on_without_a_copy() {
+        let bytes = Bytes::from(vec![7; 4096]);
+        let parts = parts(vec![Piece::Data { offset: 0, data: bytes.clone() }], 512);
+        let [Part::Data { offset: 0, data }] = parts.as_slice() else { panic!("{parts:?}") };
+        assert_eq!(data.as_ptr(), bytes.as_ptr());
+    }
+
+    #[test]
+    fn holes_shrink_to_whole_units_and_the_rest_is_data() {
+        let pieces = vec![data(4096, 1000), hole(5096, 9000), data(14_096, 2288)];
+        let found = parts(pieces, 4096);
+        assert_eq!(kinds(&found), [(4096, 4096, 'd'), (8192, 4096, 'z'), (12_288, 4096, 'd')]);
+        let Part::Data { data, .. } = &found[0] else { panic!("data") };
+        assert!(data[..1000].iter().all(|b| *b == 7) && data[1000..].iter().all(|b| *b == 0));
+        let Part::Data { data, .. } = &found[2] else { panic!("data") };
+        assert!(data[..1808].iter().all(|b| *b == 0) && data[1808..].iter().all(|b| *b == 7));
+    }
+
+    #[test]
+    fn a_hole_that_fills_no_unit_is_data() {
+        let pieces = vec![data(0, 4000), hole(4000, 4000), data(8000, 192)];
+        assert_eq!(kinds(&parts(pieces, 4096)), [(0, 8192, 'd')]);
+    }
+
+    #[test]
+    fn the_ends_of_the_range_need_no_rounding() {
+        assert_eq!(kinds(&parts(vec![hole(65_536, 1001)], 4096)), [(65_536, 1001, 'z')]);
+        let pieces = vec![hole(0, 8192), data(8192, 1), hole(8193, 9000)];
+        let expected = [(0, 8192, 'z'), (8192, 4096, 'd'), (12_288, 4905, 'z')];
+        assert_eq!(kinds(&parts(pieces, 4096)), expected);
+        assert_eq!(parts(Vec::new(), 4096), []);
+    }
+}

@@ -1,0 +1,141 @@
+//! What a sparse disk costs on the wire, counted by a relay between client and server.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::unix::fs::FileExt as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tempfile::TempDir;
+
+use crate::support::{Disk, Server, is_sparse_here, nbd_cli, peer};
+use crate::tools;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 10 << 30;
+/// Where the disk has a MiB of data, in MiB.
+const DATA: [u64; 4] = [0, 1000, 5003, 10_239];
+
+/// Passes bytes on and counts those that come from the server.
+struct Relay {
+    _folder: TempDir,
+    socket: PathBuf,
+    received: Arc<AtomicU64>,
+}
+
+impl Relay {
+    fn before(server: &Path) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let socket = folder.path().join("relay");
+        let listener = UnixListener::bind(&socket).expect("a socket");
+        let received = Arc::new(AtomicU64::new(0));
+        let (server, count) = (server.to_owned(), Arc::clone(&received));
+        // It goes with the process.
+        std::thread::spawn(move || {
+            while let Ok((client, _)) = listener.accept() {
+                let upstream = UnixStream::connect(&server).expect("the server listens");
+                let clone = |stream: &UnixStream| stream.try_clone().expect("a descriptor");
+                let (from, to) = (clone(&client), clone(&upstream));
+                std::thread::spawn(move || pass(from, to, &AtomicU64::new(0)));
+                let count = Arc::clone(&count);
+                std::thread::spawn(move || pass(upstream, client, &count));
+            }
+        });
+        Self { _folder: folder, socket, received }
+    }
+
+    fn uri(&self) -> String {
+        format!("nbd+unix:///?socket={}", self.socket.display())
+    }
+
+    /// Bytes from the server since this was asked last.
+    fn take(&self) -> u64 {
+        self.received.swap(0, Ordering::SeqCst)
+    }
+}
+
+fn pass(mut from: UnixStream, mut to: UnixStream, count: &AtomicU64) {
+    let mut buffer = vec![0; 256 << 10];
+    while let Ok(length @ 1..) = from.read(&mut buffer) {
+        // Before they are passed on: who has them all finds them counted.
+        count.fetch_add(length as u64, Ordering::SeqCst);
+        if to.write_all(&buffer[..length]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+fn make_raw(path: &str) {
+    let file = File::create(path).expect("a file");
+    file.set_len(SIZE).expect("a size");
+    for place in DATA {
+        file.write_all_at(&[place as u8 | 1; 1 << 20], place * MIB).expect("room");
+    }
+}
+
+#[track_caller]
+fn assert_is_copy(path: &str) {
+    let copy = File::open(path).expect("the copy");
+    assert_eq!(copy.metadata().expect("a file").len(), SIZE);
+    let mut content = vec![0; 3 << 20];
+    for place in DATA {
+        let start = place.saturating_sub(1) * MIB;
+        let read = copy.read_at(&mut content, start).expect("it can be read");
+        for (at, byte) in (start..).zip(&content[..read]) {
+            let expected = if at / MIB == place { place as u8 | 1 } else { 0 };
+            assert_eq!(*byte, expected, "at {at}");
+        }
+    }
+}
+
+#[test]
+fn ten_gib_with_four_mib_of_data_cost_four_mib_and_some_headers() {
+    let disk = Disk::sparse();
+    let Some(allocated) = is_sparse_here(&disk) else { return };
+    let raw = disk.beside("large.raw");
+    make_raw(&raw);
+    let mut images = vec![raw.clone()];
+    if let Some(qemu_img) = crate::support::tool("qemu-img") {
+        let qcow2 = disk.beside("large.qcow2");
+        peer(&qemu_img, &["convert", "-f", "raw", "-O", "qcow2", &raw, &qcow2]);
+        images.push(qcow2);
+    }
+    for image in images {
+        let server = Server::ours(&[&image]);
+        let relay = Relay::before(server.socket());
+        for options in [&["--no-extents", "--request-size=1M"][..], &[]] {
+            let copied = disk.beside("copy.img");
+            nbd_cli(&[&["copy"], options, &[&relay.uri(), &copied]].concat()).success();
+            let received = relay.take();
+            let data = DATA.len() as u64 * MIB;
+            // A hole is 32 bytes in place of a MiB.
+            let most = data + (SIZE / MIB) * 100 + (64 << 10);
+            assert!((data..most).contains(&received), "{image} {options:?}: {received} bytes");
+            assert!(allocated(&copied) < 2 * data, "{image} {options:?}");
+            assert_is_copy(&copied);
+            std::fs::remove_file(&copied).expect("it is there");
+        }
+    }
+}
+
+#[test]
+fn holes_that_are_told_only_in_answers_to_reads_stay_holes() {
+    tools!(qemu_nbd = "qemu-nbd");
+    let disk = Disk::sparse();
+    let Some(allocated) = is_sparse_here(&disk) else { return };
+    let server = Server::qemu_nbd(&qemu_nbd, "disk", &["-r", "-f", "raw", disk.path()]);
+    let copied = disk.beside("copy.img");
+    // Neither asked for nor looked for.
+    let quiet = ["copy", "--no-extents", "--sparse=0"];
+    nbd_cli(&[&quiet[..], &[server.uri(), &copied]].concat()).success();
+    disk.assert_equals(&copied);
+    assert!(allocated(&copied) < 2 << 20, "{} bytes", allocated(&copied));
+    let whole = nbd_cli(&[&quiet[..], &["--allocated", server.uri(), &copied]].concat());
+    whole.success();
+    disk.assert_equals(&copied);
+    assert!(allocated(&copied) >= 8 << 20, "{} bytes", allocated(&copied));
+}
