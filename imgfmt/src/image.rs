@@ -326,6 +326,19 @@ impl Image {
         chain::check(path, options, repair).map_err(|error| error.with_path(path))
     }
 
+    /// Checks the qcow2 image in any storage, as [`check_file`](Self::check_file) does.
+    ///
+    /// # Errors
+    ///
+    /// As [`check_file`](Self::check_file).
+    pub fn check_storage(
+        storage: Arc<dyn Storage>,
+        options: &OpenOptions,
+        repair: Repair,
+    ) -> Result<CheckReport> {
+        chain::check_storage(storage, None, options, repair)
+    }
+
     /// Keeps the present state of the disk as an internal snapshot of this name.
     ///
     /// # Errors
