@@ -220,6 +220,23 @@ fn an_incomplete_entry_of_the_snapshot_table_is_found_and_completed() {
 }
 
 #[test]
+fn an_end_mark_of_header_extensions_with_a_length_is_found_and_repaired() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let mut random = Random::new("end mark");
+    let path = made(folder.path(), "cluster_size=4096", &mut random);
+    let expected = qemu::content(&path, "qcow2");
+    patch(&path, &[(112, 8, 0x2000)]);
+    let found = Image::check_file(&path, &OpenOptions::new(), Repair::None).unwrap();
+    assert_eq!(found.corruptions, 1, "{:?}", found.messages);
+    repair_all(&path, "end mark");
+    qemu::check(&path);
+    assert!(qemu::content(&path, "qcow2") == expected);
+}
+
+#[test]
 fn a_table_behind_the_end_of_the_file_gives_nothing_away() {
     if !qemu::has_qemu() {
         return;

@@ -35,6 +35,9 @@ pub(crate) struct Extensions {
     /// Which backup the image is.
     pub(crate) backup: Option<Vec<u8>>,
     feature_names: Vec<u8>,
+    /// Where, from the start of the area on, a mark ends the list that says to be longer than the
+    /// area is. It means nothing here; QEMU refuses such an image.
+    pub(crate) overlong_end: Option<usize>,
 }
 
 impl Extensions {
@@ -55,10 +58,13 @@ impl Extensions {
 /// Decodes the area between the header and the backing file's name.
 pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
     let mut extensions = Extensions::default();
+    let area_length = area.len();
     while area.len() >= 8 {
         let kind = u32_at(area, 0);
         let length = u32_at(area, 4) as usize;
         if kind == END {
+            let is_overlong = length > area.len() - 8;
+            extensions.overlong_end = is_overlong.then_some(area_length - area.len());
             break;
         }
         let Some(content) = area[8..].get(..length) else {

@@ -91,6 +91,8 @@ pub(crate) struct Header {
     pub(crate) compression: Compression,
     pub(crate) backing_name: Option<String>,
     pub(crate) extensions: Extensions,
+    /// Where a mark ends the extensions that QEMU would refuse.
+    pub(crate) overlong_end: Option<u64>,
 }
 
 impl Header {
@@ -187,6 +189,8 @@ impl Header {
         }
         let area = first.get(header_length as usize..extensions_end as usize).unwrap_or_default();
         self.extensions = extension::decode(area)?;
+        let end = self.extensions.overlong_end;
+        self.overlong_end = end.map(|end| header_length + end as u64);
         Ok(())
     }
 
@@ -279,6 +283,7 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
         compression,
         backing_name: None,
         extensions: Extensions::default(),
+        overlong_end: None,
     })
 }
 

@@ -104,8 +104,9 @@ impl Base {
         let mut place = *start;
         for _ in 0..20 {
             place = start + random.below(((end - start) as u64).div_ceil(8)) as usize * 8;
-            // Which file it names is not what a check looks at.
-            let names_backing = self.has_backing && (8..24).contains(&place);
+            // Which file it names, and whether the name lies within the header, is not what a check
+            // looks at.
+            let names_backing = self.has_backing && ((8..24).contains(&place) || place == 96);
             if u64_at(&self.bytes, place) != 0 && !names_backing {
                 break;
             }

@@ -91,6 +91,9 @@ impl Qcow2 {
             Step::SetRefcounts(plan) => self.set_refcounts(&plan),
             Step::Fix(fixes) => {
                 for fix in fixes {
+                    if self.header.overlong_end == Some(fix.place) {
+                        self.header.overlong_end = None;
+                    }
                     self.write_metadata(fix.place, &fix.new.to_be_bytes())?;
                 }
                 self.sync_file()

@@ -58,6 +58,10 @@ impl Checker<'_> {
         let image = self.image;
         let (header, geometry) = (&image.header, image.geometry());
         self.add(0, geometry.cluster_size(), 1, "the header");
+        if let Some(place) = header.overlong_end {
+            let message = "the mark that ends the header extensions has a length";
+            self.fix(Fix { place, new: 0, sets_copied: false }, message.into());
+        }
         self.note_tables(header.l1_offset, header.l1_entries, true)?;
         let found = snapshot::read_damaged_table(&*image.file, header)?;
         self.snapshot_damages = found.damages.len() as u64;
