@@ -8,6 +8,7 @@ use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
+use crate::luks::{self, Encryption};
 use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
 use crate::options::{Access, BackingFile, Locking, OpenOptions};
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
@@ -66,19 +67,35 @@ pub(crate) fn inspect(
     path: Option<&Path>,
     options: &OpenOptions,
 ) -> Result<ImageInfo> {
-    let format = format_of(&*storage, options)?;
+    let format = match (options.format, format_of(&*storage, options)) {
+        (None, Err(error)) if error.found_format() == Some(Format::Luks) => {
+            return inspect_luks(&*storage);
+        }
+        (_, format) => format?,
+    };
     let options = OpenOptions { access: Access::ReadOnly, ..options.clone() };
     Ok(match format {
         Format::Raw => {
             let raw = Raw::new(storage, FirstSector::Free)?;
-            ImageInfo { format, size: raw.size(), qcow2: None }
+            ImageInfo { format, size: raw.size(), encryption: None, qcow2: None }
         }
         // `format_of` yields no other.
         _ => {
-            let image = Qcow2::open(storage, path, &options, Purpose::Use)?;
-            ImageInfo { format, size: image.size(), qcow2: Some(image.info()?) }
+            let image = Qcow2::open(storage, path, &options, Purpose::Describe)?;
+            let (size, encryption) = (image.size(), image.encryption()?);
+            ImageInfo { format, size, encryption, qcow2: Some(image.info()?) }
         }
     })
+}
+
+/// Facts about a LUKS container, which can be described though it cannot be opened.
+fn inspect_luks(storage: &dyn Storage) -> Result<ImageInfo> {
+    let error = |error| Error::from_io("read the header of", error);
+    let luks = luks::read(storage, 0).map_err(error)?;
+    let payload = luks.as_ref().and_then(|luks| luks.payload_offset).unwrap_or(0);
+    let size = storage.len().map_err(error)?.saturating_sub(payload);
+    let encryption = Some(Encryption::Luks(luks));
+    Ok(ImageInfo { format: Format::Luks, size, encryption, qcow2: None })
 }
 
 /// Changes the name of the backing file in one file's header.

@@ -308,7 +308,7 @@ impl Image {
     pub fn info(&self) -> Result<ImageInfo> {
         let qcow2 = self.driver.as_qcow2().map(Qcow2::info).transpose();
         let qcow2 = qcow2.map_err(|error| self.name(error))?;
-        Ok(ImageInfo { format: self.format, size: self.size(), qcow2 })
+        Ok(ImageInfo { format: self.format, size: self.size(), encryption: None, qcow2 })
     }
 
     /// Checks the qcow2 image in a file and, if asked to, repairs it. Nobody else may use it

@@ -1,8 +1,10 @@
 //! What an image says about itself.
 
 use crate::backup::Backup;
+use crate::bitmap::Recording;
 use crate::create::{CompressionType, L2Entries, Qcow2Version};
 use crate::format::Format;
+use crate::luks::Encryption;
 use crate::qcow2::Snapshot;
 
 /// Facts about an open image.
@@ -13,8 +15,24 @@ pub struct ImageInfo {
     pub format: Format,
     /// Size of the disk in bytes.
     pub size: u64,
+    /// How the content is encrypted, if it is: then it can be described, but neither read nor written.
+    pub encryption: Option<Encryption>,
     /// What only qcow2 images have.
     pub qcow2: Option<Qcow2Info>,
+}
+
+/// What the image says about a dirty bitmap, without a look at its bits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BitmapEntry {
+    /// Its name.
+    pub name: String,
+    /// How many bytes of the disk one bit stands for; a power of two.
+    pub granularity: u64,
+    /// Whether it notes changes.
+    pub recording: Recording,
+    /// It is being written to, or was not stored when it last was: it is out of date.
+    pub is_in_use: bool,
 }
 
 /// Facts about a qcow2 image.
@@ -39,6 +57,8 @@ pub struct Qcow2Info {
     pub lazy_refcounts: bool,
     /// The image holds dirty bitmaps.
     pub has_bitmaps: bool,
+    /// Those of its dirty bitmaps that are listed where they should be.
+    pub bitmaps: Vec<BitmapEntry>,
     /// Name of the backing file as it stands in the image.
     pub backing_name: Option<String>,
     /// Name of the backing file's format as it stands in the image.

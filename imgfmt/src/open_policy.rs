@@ -16,8 +16,26 @@ use crate::storage::Storage;
 /// open, and reading through all of them has to fit on the stack of a thread (2 MiB).
 pub(crate) const CHAIN_DEPTH_MAX: usize = 500;
 
+/// The scheme of names of files.
+const FILE_SCHEME: &str = "file";
+
 /// Opens what a name such as `nbd://host/export` stands for.
 pub type SchemeOpener = dyn Fn(&str) -> io::Result<Arc<dyn Storage>> + Send + Sync;
+
+/// What a name with a scheme stands for.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum NameTarget {
+    /// A file, which may be opened if the policy allows it. A relative path starts at the working folder.
+    File(PathBuf),
+    /// Something else, which is open already.
+    Storage(Arc<dyn Storage>),
+    /// Nothing that is allowed.
+    Denied,
+}
+
+/// Finds what a name such as `json:{"driver":"file",…}` stands for.
+pub type NameReader = dyn Fn(&str) -> io::Result<NameTarget> + Send + Sync;
 
 /// Which files an image may name as its backing file or data file.
 ///
@@ -28,7 +46,7 @@ pub type SchemeOpener = dyn Fn(&str) -> io::Result<Arc<dyn Storage>> + Send + Sy
 pub struct OpenPolicy {
     files: FileRule,
     missing_format: MissingFormat,
-    schemes: Vec<(String, Arc<SchemeOpener>)>,
+    schemes: Vec<(String, Arc<NameReader>)>,
     /// Files that are allowed wherever they lie.
     named: Vec<PathBuf>,
 }
@@ -86,8 +104,15 @@ impl OpenPolicy {
 
     /// Allows names of a scheme, such as `nbd`, and says who opens them.
     #[must_use]
-    pub fn allow_scheme(mut self, scheme: impl Into<String>, opener: Arc<SchemeOpener>) -> Self {
-        self.schemes.push((scheme.into(), opener));
+    pub fn allow_scheme(self, scheme: impl Into<String>, opener: Arc<SchemeOpener>) -> Self {
+        self.read_scheme(scheme, Arc::new(move |name| opener(name).map(NameTarget::Storage)))
+    }
+
+    /// Says who reads names of a scheme, such as `json`. If one turns out to be a file's, the rules for
+    /// files hold.
+    #[must_use]
+    pub fn read_scheme(mut self, scheme: impl Into<String>, reader: Arc<NameReader>) -> Self {
+        self.schemes.push((scheme.into(), reader));
         self
     }
 
@@ -104,24 +129,31 @@ impl OpenPolicy {
 
     /// Finds what `name`, found in the image at `image`, stands for, if it may be opened.
     pub(crate) fn resolve(&self, image: Option<&Path>, name: &str) -> Result<Resolved> {
-        if let Some(scheme) = scheme_of(name) {
-            return match self.schemes.iter().find(|(allowed, _)| allowed == scheme) {
-                Some((_, opener)) => Ok(Resolved::Storage(opener(name).map_err(|error| {
-                    Error::from_io("open the backing file", error).with_path(name)
-                })?)),
-                None => Err(denied(format!("names of the kind '{scheme}:' are not allowed"), name)),
-            };
-        }
         let folder = image.and_then(Path::parent).map(|folder| match folder.as_os_str().len() {
             0 => Path::new("."),
             _ => folder,
         });
-        let path = match (Path::new(name).is_absolute(), folder) {
-            (false, Some(folder)) => folder.join(name),
-            (true, _) => PathBuf::from(name),
-            (false, None) => {
-                return Err(denied("the image is no file, so the name leads nowhere".into(), name));
-            }
+        let path = match scheme_of(name) {
+            // As QEMU has it, this starts at the working folder.
+            Some(FILE_SCHEME) => PathBuf::from(&name[FILE_SCHEME.len() + 1..]),
+            Some(scheme) => match self.read_name(scheme, name)? {
+                NameTarget::File(path) => path,
+                NameTarget::Storage(storage) => return Ok(Resolved::Storage(storage)),
+                NameTarget::Denied => {
+                    return Err(denied(
+                        format!("names of the kind '{scheme}:' are not allowed"),
+                        name,
+                    ));
+                }
+            },
+            None => match (Path::new(name).is_absolute(), folder) {
+                (false, Some(folder)) => folder.join(name),
+                (true, _) => PathBuf::from(name),
+                (false, None) => {
+                    let why = "the image is no file, so the name leads nowhere";
+                    return Err(denied(why.into(), name));
+                }
+            },
         };
         if self.is_named(&path) {
             return Ok(Resolved::File(path));
@@ -156,6 +188,14 @@ impl OpenPolicy {
             _ => false,
         };
         self.named.iter().any(leads_to)
+    }
+
+    fn read_name(&self, scheme: &str, name: &str) -> Result<NameTarget> {
+        match self.schemes.iter().find(|(allowed, _)| allowed == scheme) {
+            Some((_, reader)) => reader(name)
+                .map_err(|error| Error::from_io("open the backing file", error).with_path(name)),
+            None => Ok(NameTarget::Denied),
+        }
     }
 }
 
@@ -211,6 +251,15 @@ mod tests {
         assert!(is_denied(&policy, &image, "json:{}"));
         assert!(is_denied(&policy, &image, "nbd://host"));
         assert!(is_denied(&OpenPolicy::deny(), &image, "base"));
+        let named = |path: &Path| format!("file:{}", path.display());
+        assert!(!is_denied(&policy, &image, &named(&inner.join("base"))));
+        assert!(is_denied(&policy, &image, &named(&inner.join("link"))));
+        assert!(is_denied(&policy, &image, "file:/etc/passwd"));
+        assert!(is_denied(&OpenPolicy::deny(), &image, &named(&inner.join("base"))));
+        let read = |name: &str| Ok(NameTarget::File(name["json:".len()..].into()));
+        let policy = policy.read_scheme("json", Arc::new(read));
+        assert!(!is_denied(&policy, &image, &format!("json:{}", inner.join("base").display())));
+        assert!(is_denied(&policy, &image, "json:/etc/passwd"));
         assert!(!is_denied(&OpenPolicy::any_file(), &image, "/etc/passwd"));
         assert!(is_denied(&OpenPolicy::any_file(), &image, "json:{}"));
         assert!(!is_denied(&OpenPolicy::beneath(folder.path()), &image, "link"));

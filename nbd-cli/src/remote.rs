@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
-    Capabilities, Durability, ExtentKind, HostOffset, OpenPolicy, Speed, Storage, ZeroMode,
+    Capabilities, Durability, ExtentKind, HostOffset, NameTarget, OpenPolicy, Speed, Storage,
+    ZeroMode,
 };
 use nbd_client::{Client, Connector, Error, ExtentLimit, LocalFiles};
 use nbd_proto::NbdUri;
@@ -19,7 +20,7 @@ use tokio::runtime::Runtime;
 use crate::connect::{ServerArgs, connect};
 use crate::error::{CommandError, runtime};
 use crate::output::printable;
-use crate::server_name::{JSON_SCHEME, SCHEMES, from_name_in_image};
+use crate::server_name::{JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
 use crate::signals;
 
 /// Connections to a server that allows several.
@@ -29,14 +30,26 @@ const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
 pub(crate) fn allow_exports(policy: OpenPolicy, server: &ServerArgs) -> OpenPolicy {
     SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
         let server = server.clone();
-        let opener = move |name: &str| {
-            let uri = from_name_in_image(name).map_err(io::Error::other)?;
+        let reader = move |name: &str| {
+            let uri = match from_name_in_image(name).map_err(io::Error::other)? {
+                NameInImage::File(path) => return Ok(NameTarget::File(path)),
+                NameInImage::Export(uri) => uri,
+            };
             let storage = open_named_by_image(&uri, &server);
             let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
-            Ok(Arc::new(storage) as Arc<dyn Storage>)
+            Ok(NameTarget::Storage(Arc::new(storage)))
         };
-        policy.allow_scheme(*scheme, Arc::new(opener))
+        policy.read_scheme(*scheme, Arc::new(reader))
     })
+}
+
+/// Lets images name files by the options of QEMU's driver `file` where the policy allows the file.
+pub(crate) fn allow_json_files(policy: OpenPolicy) -> OpenPolicy {
+    let reader = |name: &str| match from_name_in_image(name).map_err(io::Error::other)? {
+        NameInImage::File(path) => Ok(NameTarget::File(path)),
+        NameInImage::Export(_) => Ok(NameTarget::Denied),
+    };
+    policy.read_scheme(JSON_SCHEME, Arc::new(reader))
 }
 
 /// Connects to an export that an image names.

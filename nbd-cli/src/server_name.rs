@@ -1,6 +1,8 @@
 //! Names of exports as QEMU writes them, on its command lines and into images, and the options of
 //! its driver `nbd`.
 
+use std::path::PathBuf;
+
 use nbd_proto::limits::DEFAULT_PORT;
 use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 
@@ -11,6 +13,9 @@ pub(crate) const SCHEMES: [&str; 6] =
     ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
 /// Scheme of names that are the options of a driver of QEMU's, as a JSON object.
 pub(crate) const JSON_SCHEME: &str = "json";
+
+/// What stands before the path in the name of a file.
+pub(crate) const FILE_PREFIX: &str = "file:";
 
 /// Whether a file name is one of a server: `nbd:HOST:PORT`, `nbd:unix:PATH`, or a URI.
 pub(crate) fn is_name_of_server(text: &str) -> bool {
@@ -39,15 +44,28 @@ pub(crate) fn from_name(text: &str) -> Result<NbdUri, String> {
     Ok(uri(transport, export_name))
 }
 
-/// The server and export that the name of a backing or data file stands for: as
-/// [`from_name`] has it, or `json:` and the options of the driver `nbd`, alone or below those of an
-/// image format. Which format that is, the image itself says beside the name.
+/// What the name of a backing or data file stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NameInImage {
+    Export(Box<NbdUri>),
+    /// A relative path starts at the working folder, as QEMU has it.
+    File(PathBuf),
+}
+
+/// What the name of a backing or data file stands for that has a scheme: as [`from_name`] has
+/// it, `file:` and a path, or `json:` and the options of the drivers `nbd` or `file`, alone or below those of
+/// an image format. Which format that is, the image itself says beside the name.
 ///
 /// # Errors
 ///
 /// A sentence about what is wrong with it, or which driver it wants.
-pub(crate) fn from_name_in_image(text: &str) -> Result<NbdUri, String> {
-    let Some(object) = text.strip_prefix("json:") else { return from_name(text) };
+pub(crate) fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
+    if let Some(path) = text.strip_prefix(FILE_PREFIX) {
+        return Ok(NameInImage::File(path.into()));
+    }
+    let Some(object) = text.strip_prefix("json:") else {
+        return from_name(text).map(Box::new).map(NameInImage::Export);
+    };
     let mut options = KeyValues::from_json(object)?;
     let mut driver = options.take("driver");
     if let None | Some("raw" | "qcow2") = driver.as_deref() {
@@ -56,19 +74,22 @@ pub(crate) fn from_name_in_image(text: &str) -> Result<NbdUri, String> {
         options = below;
         driver = options.take("driver");
     }
-    match driver.as_deref() {
-        Some("nbd") => {}
+    let name = match driver.as_deref() {
+        Some("nbd") => NameInImage::Export(Box::new(from_options(&mut options)?)),
+        Some("file" | "host_device") => {
+            let path = options.take("filename").ok_or("the driver 'file' needs a filename")?;
+            NameInImage::File(path.into())
+        }
         Some(other) => {
             return Err(format!(
-                "the image names it by the driver '{other}', and only 'nbd' can be opened here; \
-                 set a plain name with 'nbd-cli image rebase --unsafe'"
+                "the image names it by the driver '{other}', and only 'file' and 'nbd' can be opened \
+                 here; set a plain name with 'nbd-cli image rebase --unsafe'"
             ));
         }
         None => return Err("it names no driver".to_owned()),
-    }
-    let uri = from_options(&mut options)?;
-    refuse_left_over("nbd", &options)?;
-    Ok(uri)
+    };
+    refuse_left_over(driver.as_deref().unwrap_or_default(), &options)?;
+    Ok(name)
 }
 
 fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {
@@ -175,10 +196,24 @@ mod tests {
             r#"json:{"file.driver":"nbd","file.path":"/run/s","file.export":"disk"}"#,
             r#"json:{"server.path":"/run/s","server.type":"unix","export":"disk","driver":"nbd"}"#,
         ] {
-            assert_eq!(from_name_in_image(name).unwrap().to_string(), unix, "{name}");
+            let NameInImage::Export(uri) = from_name_in_image(name).unwrap() else {
+                panic!("{name} is one of a server");
+            };
+            assert_eq!(uri.to_string(), unix, "{name}");
+        }
+        for name in [
+            "file:a/b",
+            r#"json:{"driver":"file","filename":"a/b"}"#,
+            r#"json:{"driver":"qcow2","file":{"driver":"file","filename":"a/b"}}"#,
+            r#"json:{"driver":"raw","file.driver":"host_device","file.filename":"a/b"}"#,
+        ] {
+            let file = NameInImage::File("a/b".into());
+            assert_eq!(from_name_in_image(name), Ok(file), "{name}");
         }
         for (name, part) in [
-            (r#"json:{"driver":"file","filename":"/etc/passwd"}"#, "'file'"),
+            (r#"json:{"driver":"file","path":"/etc/passwd"}"#, "filename"),
+            (r#"json:{"driver":"file","filename":"a","more":"b"}"#, "'more'"),
+            (r#"json:{"driver":"ssh","path":"/etc/passwd"}"#, "'ssh'"),
             (r#"json:{"driver":"raw","offset":512,"file":{"driver":"nbd"}}"#, "'offset'"),
             (r#"json:{"driver":"nbd","path":"/s","tls-creds":"a"}"#, "'tls-creds'"),
             (r#"json:{"driver":"nbd","path":"/s","more":"a"}"#, "'more'"),

@@ -16,6 +16,7 @@ const BACKING_FILE_SIZE: usize = 16;
 /// extensions, known or not, stay as they are.
 pub(crate) fn change_backing(storage: &dyn Storage, backing: Option<(&str, Format)>) -> Result<()> {
     let header = Header::read(storage, Purpose::Use)?;
+    header.refuse_encryption()?;
     if header.incompatible & incompatible::CORRUPT != 0 {
         let detail = "it is marked as damaged; check and repair it first";
         return Err(Error::new(ErrorKind::Corrupt, "change", detail));

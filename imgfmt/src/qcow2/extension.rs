@@ -3,7 +3,7 @@
 //! Each has a type (4 bytes), a length (4 bytes) and that many bytes, padded to a multiple of 8.
 //! Type 0 ends the list. Version 2 images have them too, from offset 72 on.
 
-use super::header::{invalid, u32_at};
+use super::header::{invalid, u32_at, u64_at};
 use crate::error::Result;
 
 pub(crate) const END: u32 = 0;
@@ -17,6 +17,8 @@ pub(crate) const LINEAGE: u32 = 0x6c69_6e65;
 /// Ours: which backup the image is.
 pub(crate) const BACKUP: u32 = 0x6263_6b70;
 pub(crate) const DATA_FILE_NAME: u32 = 0x4441_5441;
+/// Offset and length of the header of the encryption.
+pub(crate) const ENCRYPTION_HEADER: u32 = 0x0537_be77;
 
 /// Size of one entry of the feature name table: type, bit, name.
 const FEATURE_ENTRY: usize = 48;
@@ -34,6 +36,8 @@ pub(crate) struct Extensions {
     pub(crate) lineages: Vec<Vec<u8>>,
     /// Which backup the image is.
     pub(crate) backup: Option<Vec<u8>>,
+    /// Where the header of the encryption lies, in bytes; it can be anywhere.
+    pub(crate) encryption_header: Option<u64>,
     feature_names: Vec<u8>,
     /// Where, from the start of the area on, a mark ends the list that says to be longer than the
     /// area is. It means nothing here; QEMU refuses such an image.
@@ -75,6 +79,7 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
             DATA_FILE_NAME => extensions.data_file_name = Some(text(content)?),
             FEATURE_NAMES => extensions.feature_names = content.to_vec(),
             BITMAPS => extensions.bitmaps = Some(content.to_vec()),
+            ENCRYPTION_HEADER => extensions.encryption_header = Some(u64_at(content, 0)),
             SIDECAR => extensions.sidecar = Some(content.to_vec()),
             LINEAGE => extensions.lineages.push(content.to_vec()),
             BACKUP => extensions.backup = Some(content.to_vec()),

@@ -65,6 +65,10 @@ pub(crate) const SNAPSHOTS_MAX: u32 = 65536;
 const BACKING_NAME_MAX: u32 = 1023;
 const OFFSET_LIMIT: u64 = 1 << 56;
 
+/// Methods of encryption.
+pub(crate) const ENCRYPTION_AES: u32 = 1;
+const ENCRYPTION_LUKS: u32 = 2;
+
 /// How compressed clusters are compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Compression {
@@ -89,6 +93,8 @@ pub(crate) struct Header {
     pub(crate) compatible: u64,
     pub(crate) autoclear: u64,
     pub(crate) compression: Compression,
+    /// 0 if it is not encrypted.
+    pub(crate) encryption_method: u32,
     pub(crate) backing_name: Option<String>,
     pub(crate) extensions: Extensions,
     /// Where a mark ends the extensions that QEMU would refuse.
@@ -113,7 +119,9 @@ impl Header {
     fn check_tables(&mut self, file_length: u64, purpose: Purpose) -> Result<()> {
         let cluster = self.geometry.cluster_size();
         let file_end = match purpose {
-            Purpose::Use => file_length.checked_next_multiple_of(cluster).unwrap_or(u64::MAX),
+            Purpose::Use | Purpose::Describe => {
+                file_length.checked_next_multiple_of(cluster).unwrap_or(u64::MAX)
+            }
             Purpose::Check => u64::MAX,
         };
         let table = |what: &str, offset: u64, bytes: u64, limit: u64| {
@@ -140,12 +148,12 @@ impl Header {
             _ if offset == 0 => Err(invalid("its refcount table is the header")),
             bytes => table("refcount table", offset, bytes, limit),
         };
-        if purpose == Purpose::Use {
+        if purpose != Purpose::Check {
             refcount_table?;
         } else if refcount_table.is_err() {
             self.refcount_table_clusters = 0;
         }
-        if self.snapshot_count > SNAPSHOTS_MAX && purpose == Purpose::Use {
+        if self.snapshot_count > SNAPSHOTS_MAX && purpose != Purpose::Check {
             return Err(invalid(format!("it claims to have {} snapshots", self.snapshot_count)));
         }
         table(
@@ -219,6 +227,14 @@ impl Header {
         self.extensions.bitmaps.as_deref()
     }
 
+    /// Refuses what nobody here has a key for.
+    pub(crate) fn refuse_encryption(&self) -> Result<()> {
+        match self.encryption_method {
+            0 => Ok(()),
+            _ => Err(unsupported("it is encrypted; decrypt it with 'qemu-img convert' first")),
+        }
+    }
+
     pub(crate) fn has_data_file(&self) -> bool {
         self.incompatible & incompatible::DATA_FILE != 0
     }
@@ -243,12 +259,9 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
     {
         return Err(invalid(format!("a header of {header_length} bytes is not possible")));
     }
-    match u32_at(start, 32) {
-        0 => {}
-        1 | 2 => {
-            return Err(unsupported("it is encrypted; decrypt it with 'qemu-img convert' first"));
-        }
-        method => return Err(invalid(format!("encryption method {method} does not exist"))),
+    let encryption_method = u32_at(start, 32);
+    if encryption_method > ENCRYPTION_LUKS {
+        return Err(invalid(format!("encryption method {encryption_method} does not exist")));
     }
     let v3 = |offset: usize| if is_v3 { u64_at(start, offset) } else { 0 };
     let refcount_order = if is_v3 { u32_at(start, 96) } else { 4 };
@@ -281,6 +294,7 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
         compatible: v3(80),
         autoclear: v3(88),
         compression,
+        encryption_method,
         backing_name: None,
         extensions: Extensions::default(),
         overlong_end: None,

@@ -51,6 +51,7 @@ use crate::create::{CompressionType, L2Entries, Qcow2Version};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::info::Qcow2Info;
+use crate::luks::{self, Encryption};
 use crate::storage::Storage;
 
 use bitmap::Bitmaps;
@@ -66,6 +67,7 @@ pub use bitmap::frozen_bitmap_name;
 pub(crate) use bitmap::no_bitmap;
 pub use check::{CheckReport, Repair};
 pub(crate) use create::layout;
+pub(crate) use header::{u16_at, u32_at, u64_at};
 pub(crate) use open::Purpose;
 pub(crate) use seal::seal;
 pub use snapshot::Snapshot;
@@ -127,6 +129,7 @@ impl Qcow2 {
             is_dirty: header.incompatible & incompatible::DIRTY != 0,
             lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
             has_bitmaps: !self.has_no_bitmaps(),
+            bitmaps: self.bitmap_entries(),
             backing_name: header.backing_name.clone(),
             backing_format: header.extensions.backing_format.clone(),
             data_file_name: header.extensions.data_file_name.clone(),
@@ -134,6 +137,19 @@ impl Qcow2 {
             snapshots: self.snapshots()?,
             backup: self.backup(),
         })
+    }
+
+    /// How the image is encrypted; an open one is not, unless it was opened to be described.
+    pub(crate) fn encryption(&self) -> Result<Option<Encryption>> {
+        match self.header.encryption_method {
+            0 => Ok(None),
+            header::ENCRYPTION_AES => Ok(Some(Encryption::Aes)),
+            _ => {
+                let place = self.header.extensions.encryption_header;
+                let luks = place.map(|offset| luks::read(&*self.file, offset)).transpose();
+                Ok(Some(Encryption::Luks(luks.map_err(header::read_error)?.flatten())))
+            }
+        }
     }
 
     /// The image below, if there is one and it is a qcow2 image.

@@ -31,6 +31,8 @@ pub(crate) enum Purpose {
     Use,
     /// Damaged images are welcome.
     Check,
+    /// Only to be described: encrypted images are welcome too.
+    Describe,
 }
 
 impl Qcow2 {
@@ -42,14 +44,17 @@ impl Qcow2 {
         purpose: Purpose,
     ) -> Result<Self> {
         let header = Header::read(&*file, purpose)?;
+        if purpose != Purpose::Describe {
+            header.refuse_encryption()?;
+        }
         let snapshots = match purpose {
-            Purpose::Use => snapshot::read_table(&*file, &header)?,
+            Purpose::Use | Purpose::Describe => snapshot::read_table(&*file, &header)?,
             Purpose::Check => snapshot::read_damaged_table(&*file, &header)?.snapshots,
         };
         let writer = match (options.access, purpose) {
             (Access::ReadOnly, _) => None,
             (Access::ReadWrite, Purpose::Check) => Some(make_writer(&file, &header)?),
-            (Access::ReadWrite, Purpose::Use) => {
+            (Access::ReadWrite, Purpose::Use | Purpose::Describe) => {
                 refuse_unwritable(&header, options)?;
                 Some(make_writer(&file, &header)?)
             }

@@ -19,6 +19,7 @@ use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::locking::{open_file, warning};
 use crate::output::{printable, warn};
+use crate::remote::allow_json_files;
 
 /// Which dirty bitmaps of an image are offered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -143,11 +144,23 @@ impl ImageChoices {
     ///
     /// [`OpenError`] if it cannot be opened.
     pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
+<<<<<<< HEAD
         let options = self.options();
         match self.writes {
             Writes::ToTemporaryFile => {
                 let policy = self.policy.clone().unwrap_or_else(OpenPolicy::any_file);
                 when_free(|| temporary(path, &options, policy.clone()))
+=======
+        let mut options = warning(OpenOptions::new().locking(self.locking));
+        options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));
+        options.format = self.format;
+        options.snapshot.clone_from(&self.snapshot);
+        match self.writes {
+            Writes::ToTemporaryFile => {
+                let policy =
+                    self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::any_file()));
+                temporary(path, &options, policy)
+>>>>>>> e183077 (imgfmt, nbd-cli: Read the names of files that QEMU writes)
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {

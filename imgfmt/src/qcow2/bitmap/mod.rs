@@ -28,6 +28,7 @@ use crate::bitmap::{
     Recorded, Recording, State, Tracker,
 };
 use crate::error::{Error, ErrorKind, Result};
+use crate::info::BitmapEntry;
 use crate::options::OpenOptions;
 use crate::sidecar::Home;
 use crate::storage::Storage;
@@ -296,6 +297,18 @@ impl Qcow2 {
             },
         };
         state.bitmaps().iter().map(info).collect()
+    }
+
+    /// What the image says about its bitmaps.
+    pub(crate) fn bitmap_entries(&self) -> Vec<BitmapEntry> {
+        let state = self.bitmaps.tracker.read();
+        let entry = |bitmap: &Bitmap<Entry>| BitmapEntry {
+            name: bitmap.name.clone(),
+            granularity: 1 << bitmap.granularity_bits,
+            recording: bitmap.recording,
+            is_in_use: bitmap.in_use.load(Acquire),
+        };
+        state.bitmaps().iter().map(entry).collect()
     }
 
     /// Why the bitmaps that the image claims to have cannot be found, as a clause.

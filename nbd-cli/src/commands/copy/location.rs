@@ -1,10 +1,15 @@
 //! Sources and destinations as they are written on the command line.
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use clap::builder::{TypedValueParser, ValueParserFactory};
+use clap::error::ErrorKind;
 use nbd_proto::NbdUri;
+
+use crate::server_name::{FILE_PREFIX, JSON_SCHEME, NameInImage, from_name, from_name_in_image};
 
 /// Where to copy from or to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,14 +45,24 @@ impl FromStr for Location {
             _ => {}
         }
         let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme);
+        if let Some(path) = text.strip_prefix(FILE_PREFIX) {
+            return Ok(Self::File(path.into()));
+        }
         let is_nbd = ["nbd", "nbds"].contains(&scheme)
             || scheme.starts_with("nbd+")
             || scheme.starts_with("nbds+");
         if is_nbd {
-            return text
-                .parse()
-                .map(Self::Nbd)
-                .map_err(|error: nbd_proto::uri::UriError| error.to_string());
+            return from_name(text).map(Self::Nbd);
+        }
+        if scheme == JSON_SCHEME {
+            return match from_name_in_image(text)? {
+                NameInImage::Export(uri) => Ok(Self::Nbd(*uri)),
+                // Which format is meant the options for formats say.
+                NameInImage::File(path) => Err(format!(
+                    "a file is given by its name: write '{}' and add the option for its format",
+                    path.display()
+                )),
+            };
         }
         if text.contains("://") && !scheme.contains('/') {
             return Err(format!(
@@ -56,6 +71,36 @@ impl FromStr for Location {
             ));
         }
         Ok(Self::File(text.into()))
+    }
+}
+
+/// Reads a location; names of files need not be text.
+#[derive(Clone, Copy, Debug)]
+pub struct LocationParser;
+
+impl ValueParserFactory for Location {
+    type Parser = LocationParser;
+
+    fn value_parser() -> Self::Parser {
+        LocationParser
+    }
+}
+
+impl TypedValueParser for LocationParser {
+    type Value = Location;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<Self::Value, clap::Error> {
+        let Some(text) = value.to_str() else { return Ok(Location::File(value.into())) };
+        text.parse().map_err(|why| {
+            let name = argument.map(ToString::to_string).unwrap_or_default();
+            let message = format!("invalid value '{text}' for '{name}': {why}\n");
+            clap::Error::raw(ErrorKind::ValueValidation, message).with_cmd(command)
+        })
     }
 }
 
@@ -81,7 +126,15 @@ mod tests {
         assert_eq!("disk.img".parse(), Ok(Location::File("disk.img".into())));
         assert_eq!("./nbd:x".parse(), Ok(Location::File("./nbd:x".into())));
         assert_eq!("/a/b://c".parse(), Ok(Location::File("/a/b://c".into())));
-        assert!(matches!("nbd://localhost".parse(), Ok(Location::Nbd(_))));
+        assert_eq!("file:a/b".parse(), Ok(Location::File("a/b".into())));
+        for text in [
+            "nbd://localhost",
+            "nbd:localhost:10809:exportname=a",
+            "nbd:unix:/run/s:exportname=a",
+            r#"json:{"driver":"nbd","path":"/run/s"}"#,
+        ] {
+            assert!(matches!(text.parse(), Ok(Location::Nbd(_))), "{text}");
+        }
     }
 
     #[test]

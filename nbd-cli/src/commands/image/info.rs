@@ -1,20 +1,25 @@
 //! `nbd-cli image info`.
 
 mod backup;
+mod encryption;
 
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use clap::Args;
-use imgfmt::{CompressionType, ImageInfo, L2Entries, OpenOptions, Qcow2Info, Qcow2Version};
+use imgfmt::{
+    BitmapEntry, CompressionType, Encryption, ImageInfo, L2Entries, OpenOptions, Qcow2Info,
+    Qcow2Version, Recording,
+};
 use nbd_client::Scope;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
 use self::backup::JsonBackup;
+use self::encryption::{JsonEncryption, Naming};
 use super::open::OpenArgs;
-use super::place::Place;
+use super::place::{Place, has_scheme};
 use super::snapshot::{self, JsonSnapshot};
 use crate::commands::info::report::Report;
 use crate::connect::{ServerArgs, explain_unknown_export};
@@ -71,6 +76,8 @@ struct Layer<'a> {
     actual_size: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster_size: Option<u64>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    encrypted: bool,
     dirty_flag: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     backing_filename: Option<&'a str>,
@@ -94,7 +101,14 @@ struct Layer<'a> {
 struct Specific<'a> {
     #[serde(rename = "type")]
     kind: &'static str,
-    data: Qcow2Data<'a>,
+    data: SpecificData<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum SpecificData<'a> {
+    Qcow2(Box<Qcow2Data<'a>>),
+    Luks(JsonEncryption<'a>),
 }
 
 #[derive(Serialize)]
@@ -110,6 +124,17 @@ struct Qcow2Data<'a> {
     data_file: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     data_file_raw: Option<bool>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    bitmaps: Vec<JsonBitmap<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encrypt: Option<JsonEncryption<'a>>,
+}
+
+#[derive(Serialize)]
+struct JsonBitmap<'a> {
+    name: &'a str,
+    granularity: u64,
+    flags: Vec<&'static str>,
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
@@ -211,6 +236,22 @@ impl Found {
         }
     }
 
+    /// What only images of this format have.
+    fn specific(&self) -> Option<Specific<'_>> {
+        let encryption = self.info.encryption.as_ref();
+        match (&self.info.qcow2, encryption) {
+            (Some(qcow2), encryption) => {
+                let data = SpecificData::Qcow2(Box::new(data(qcow2, encryption)));
+                Some(Specific { kind: "qcow2", data })
+            }
+            (None, Some(encryption)) => {
+                let data = SpecificData::Luks(encryption::json(encryption, Naming::Alone));
+                Some(Specific { kind: self.info.format.name(), data })
+            }
+            (None, None) => None,
+        }
+    }
+
     fn json(&self) -> Result<Layer<'_>, CommandError> {
         let qcow2 = self.info.qcow2.as_ref();
         let backing_filename = qcow2.and_then(|qcow2| qcow2.backing_name.as_deref());
@@ -220,22 +261,30 @@ impl Found {
             virtual_size: self.info.size,
             actual_size: self.actual_size()?,
             cluster_size: qcow2.map(|qcow2| qcow2.cluster_size),
+            encrypted: self.info.encryption.is_some(),
             dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
             backing_filename,
             full_backing_filename: backing_filename.map(|name| match self.place.beside(name) {
-                Ok(place @ Place::File(_)) => place.name(),
+                Ok(place @ Place::File(_)) if !has_scheme(name) => place.name(),
                 _ => name.to_owned(),
             }),
             backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.as_deref()),
             snapshots: qcow2.map(|qcow2| snapshot::json(&qcow2.snapshots)).unwrap_or_default(),
             backup: qcow2.and_then(|qcow2| qcow2.backup.as_ref()).map(JsonBackup::from),
-            format_specific: qcow2.map(|qcow2| Specific { kind: "qcow2", data: data(qcow2) }),
+            format_specific: self.specific(),
             server: self.server.as_ref(),
         })
     }
 }
 
-fn data(qcow2: &Qcow2Info) -> Qcow2Data<'_> {
+/// What a bitmap is, as qemu-img calls it.
+fn bitmap_flags(bitmap: &BitmapEntry) -> Vec<&'static str> {
+    let auto = bitmap.recording == Recording::Enabled;
+    let flags = [(bitmap.is_in_use, "in-use"), (auto, "auto")];
+    flags.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect()
+}
+
+fn data<'a>(qcow2: &'a Qcow2Info, encryption: Option<&'a Encryption>) -> Qcow2Data<'a> {
     let data_file = qcow2.data_file_name.as_deref();
     Qcow2Data {
         compat: compat(qcow2),
@@ -246,6 +295,14 @@ fn data(qcow2: &Qcow2Info) -> Qcow2Data<'_> {
         extended_l2: qcow2.l2_entries == L2Entries::Extended,
         data_file,
         data_file_raw: data_file.map(|_| qcow2.data_file_is_raw),
+        bitmaps: qcow2.bitmaps.iter().map(JsonBitmap::from).collect(),
+        encrypt: encryption.map(|encryption| encryption::json(encryption, Naming::InImage)),
+    }
+}
+
+impl<'a> From<&'a BitmapEntry> for JsonBitmap<'a> {
+    fn from(bitmap: &'a BitmapEntry) -> Self {
+        Self { name: &bitmap.name, granularity: bitmap.granularity, flags: bitmap_flags(bitmap) }
     }
 }
 
@@ -279,7 +336,18 @@ fn text(found: &Found, output: &mut Output) -> Result<(), CommandError> {
             line("context:", &printable(context))?;
         }
     }
-    let Some(qcow2) = &info.qcow2 else { return Ok(()) };
+    if let Some(encryption) = &info.encryption {
+        line("encryption:", &printable(&encryption::text(encryption)))?;
+    }
+    match &info.qcow2 {
+        Some(qcow2) => qcow2_text(qcow2, output),
+        None => Ok(()),
+    }
+}
+
+/// What only qcow2 images have.
+fn qcow2_text(qcow2: &Qcow2Info, output: &mut Output) -> Result<(), CommandError> {
+    let mut line = |what: &str, value: &str| output.line(&format!("{what:<18} {value}"));
     line("compat:", compat(qcow2))?;
     line("cluster size:", &exact(qcow2.cluster_size))?;
     line("refcount bits:", &qcow2.refcount_bits.to_string())?;
@@ -306,6 +374,12 @@ fn text(found: &Found, output: &mut Output) -> Result<(), CommandError> {
     }
     if let Some(found) = &qcow2.backup {
         line("backup:", &backup::text(found))?;
+    }
+    for bitmap in &qcow2.bitmaps {
+        let flags = bitmap_flags(bitmap).join(", ");
+        let flags = if flags.is_empty() { flags } else { format!(" ({flags})") };
+        let granularity = exact(bitmap.granularity);
+        line("bitmap:", &format!("{}, granularity {granularity}{flags}", printable(&bitmap.name)))?;
     }
     if !qcow2.snapshots.is_empty() {
         line("snapshots:", "id, size of the disk, time, name")?;

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 
 use clap::Args;
-use imgfmt::{CreateOptions, ExtentKind, Format, Image, L2Entries};
+use imgfmt::{BitmapState, CreateOptions, ExtentKind, Format, Image, L2Entries, Qcow2Version};
 use serde::Serialize;
 
 use super::create::Qcow2Args;
@@ -72,6 +72,9 @@ pub struct MeasureArgs {
 struct Report {
     required: u64,
     fully_allocated: u64,
+    /// What copies of the dirty bitmaps would take up in addition, where both images can have some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bitmaps: Option<u64>,
 }
 
 pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
@@ -103,11 +106,12 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
                 Some(image) => data_clusters(image, create.cluster_size)?,
                 None => 0,
             };
-            qcow2(size, data, &create).ok_or_else(|| {
+            let report = qcow2(size, data, &create).ok_or_else(|| {
                 CommandError::new(format!("a disk of {size} bytes is too large for qcow2"))
-            })?
+            })?;
+            Report { bitmaps: bitmaps(image.as_ref(), &create)?, ..report }
         }
-        _ => Report { required: size, fully_allocated: size },
+        _ => Report { required: size, fully_allocated: size, bitmaps: None },
     };
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
@@ -116,6 +120,9 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
             let line = |bytes| format!("{bytes} bytes ({})", rounded(bytes));
             output.line(&format!("required:        {}", line(report.required)))?;
             output.line(&format!("fully allocated: {}", line(report.fully_allocated)))?;
+            if let Some(bytes) = report.bitmaps {
+                output.line(&format!("bitmaps:         {}", line(bytes)))?;
+            }
         }
     }
     output.finish()?;
@@ -152,6 +159,29 @@ fn data_clusters(image: &Image, cluster: u64) -> Result<u64, CommandError> {
     Ok(count)
 }
 
+/// What the image's dirty bitmaps would take up in a new image, all their clusters allocated; `None` if
+/// one of the two cannot have any. Those that cannot be relied on are not copied.
+fn bitmaps(image: Option<&Image>, create: &CreateOptions) -> Result<Option<u64>, CommandError> {
+    let Some(image) = image else { return Ok(None) };
+    let has_version_3 = |version| version == Qcow2Version::V3;
+    let source = image.info()?.qcow2;
+    if !has_version_3(create.version) || !source.is_some_and(|it| has_version_3(it.version)) {
+        return Ok(None);
+    }
+    let cluster = create.cluster_size;
+    let (mut total, mut directory) = (0_u64, 0_u64);
+    for bitmap in image.bitmaps() {
+        if matches!(bitmap.state, BitmapState::Consistent { .. }) {
+            let bytes = image.size().div_ceil(bitmap.granularity).div_ceil(8);
+            let clusters = bytes.div_ceil(cluster);
+            // The bits, and the table that lists their clusters.
+            total += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
+            directory += (24 + bitmap.name.len() as u64).next_multiple_of(8);
+        }
+    }
+    Ok(Some(total + directory.next_multiple_of(cluster)))
+}
+
 /// The sizes of a qcow2 file with room for all tables, `data` of whose clusters hold data.
 fn qcow2(size: u64, data: u64, create: &CreateOptions) -> Option<Report> {
     let cluster = create.cluster_size;
@@ -174,6 +204,7 @@ fn qcow2(size: u64, data: u64, create: &CreateOptions) -> Option<Report> {
     }
     let tables = (l2_tables + l1 + 1 + blocks + table).checked_mul(cluster)?;
     Some(Report {
+        bitmaps: None,
         required: tables.checked_add(data.checked_mul(cluster)?)?,
         fully_allocated: tables.checked_add(clusters.checked_mul(cluster)?)?,
     })

@@ -9,7 +9,7 @@ use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::image_format::ImageFormat;
 use crate::locking::{LockArgs, ShareArgs};
-use crate::remote::allow_exports;
+use crate::remote::{allow_exports, allow_json_files};
 
 /// How an image that exists is opened.
 #[derive(Clone, Debug, Args)]
@@ -45,7 +45,7 @@ impl TrustArgs {
     pub(in crate::commands) fn policy_with(&self, server: &ServerArgs) -> OpenPolicy {
         match self.trust_image {
             true => allow_exports(OpenPolicy::any_file().allow_format_probe(), server),
-            false => OpenPolicy::new(),
+            false => allow_json_files(OpenPolicy::new()),
         }
     }
 

@@ -14,7 +14,9 @@ use crate::commands::copy::location::Location;
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::remote::{ExportStorage, open_named_by_image};
-use crate::server_name::{JSON_SCHEME, from_name_in_image, is_name_of_server};
+use crate::server_name::{
+    FILE_PREFIX, JSON_SCHEME, NameInImage, from_name_in_image, is_name_of_server,
+};
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]
@@ -160,9 +162,11 @@ impl Place {
     ///
     /// A name of a server that cannot be understood.
     pub(super) fn beside(&self, name: &str) -> Result<Self, CommandError> {
-        if leads_to_server(name) {
-            let uri = from_name_in_image(name).map_err(CommandError::new)?;
-            return Ok(Self::Export { uri, files: LocalFiles::Refused });
+        if has_scheme(name) {
+            return Ok(match from_name_in_image(name).map_err(CommandError::new)? {
+                NameInImage::File(path) => Self::File(path),
+                NameInImage::Export(uri) => Self::Export { uri: *uri, files: LocalFiles::Refused },
+            });
         }
         Ok(Self::File(match self {
             Self::File(path) => beside(path, name),
@@ -191,10 +195,10 @@ fn storage(
     }
 }
 
-/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a file's.
-pub(super) fn leads_to_server(name: &str) -> bool {
+/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain path.
+pub(super) fn has_scheme(name: &str) -> bool {
     let scheme = name.split_once(':').map(|(scheme, _)| scheme);
-    scheme == Some(JSON_SCHEME) || is_name_of_server(name)
+    scheme == Some(JSON_SCHEME) || name.starts_with(FILE_PREFIX) || is_name_of_server(name)
 }
 
 /// The options for an export: its bytes are the disk's, whatever they look like.

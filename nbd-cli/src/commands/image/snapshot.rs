@@ -143,6 +143,14 @@ fn print(
 
 fn snapshots(path: &Path, options: &OpenOptions) -> Result<Vec<Snapshot>, CommandError> {
     let info = Image::inspect_file(path, options).map_err(explained)?;
+    if !info.format.is_supported() {
+        return Err(CommandError::new(format!(
+            "cannot list the snapshots of '{}': it is a {} image, which cannot be read; give the \
+             format 'raw' to use its bytes as they are (--format raw)",
+            path.display(),
+            info.format.description()
+        )));
+    }
     Ok(info.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default())
 }
 

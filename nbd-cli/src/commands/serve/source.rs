@@ -14,7 +14,11 @@ use super::control::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
+<<<<<<< HEAD
 use crate::server_name;
+=======
+use crate::server_name::FILE_PREFIX;
+>>>>>>> e183077 (imgfmt, nbd-cli: Read the names of files that QEMU writes)
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, Medium, filtered};
 use crate::size::ByteSize;
@@ -109,7 +113,8 @@ pub(super) fn open(source: &str, choices: &ImageChoices) -> Result<Opened, Comma
     if let Some(uri) = uri(source) {
         return choices.open_export(&uri?).map_err(|error| explained(error, choices));
     }
-    choices.open(Path::new(source)).map_err(|error| explained(error, choices))
+    let path = source.strip_prefix(FILE_PREFIX).unwrap_or(source);
+    choices.open(Path::new(path)).map_err(|error| explained(error, choices))
 }
 
 /// What the command line says about every image.

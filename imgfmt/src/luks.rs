@@ -1,0 +1,176 @@
+//! What the header of a LUKS container says without its key. Nothing is decrypted here.
+//!
+//! The layout is that of the LUKS on-disk format specifications, versions 1 and 2. All numbers are
+//! big-endian, sectors have 512 bytes.
+
+use std::io;
+
+use crate::qcow2::{u16_at, u32_at, u64_at};
+use crate::storage::Storage;
+use crate::units::HostOffset;
+
+const MAGIC: &[u8] = b"LUKS\xba\xbe";
+const HEADER_LENGTH: usize = 592;
+const SECTOR: u64 = 512;
+const SLOTS: usize = 8;
+const SLOT_LENGTH: usize = 48;
+const SLOT_ACTIVE: u32 = 0x00ac_71f3;
+/// The text of version 2 lies between its binary header and this, at most.
+const JSON_END_MAX: u64 = 4 << 20;
+const JSON_START: u64 = 4096;
+
+/// How an image is encrypted, as far as that is known without its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Encryption {
+    /// The old encryption of qcow2 images, by AES in CBC mode.
+    Aes,
+    /// LUKS. What its header says, if that could be read.
+    Luks(Option<LuksInfo>),
+}
+
+/// What the header of a LUKS container says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LuksInfo {
+    /// Version of the format: 1 or 2.
+    pub version: u16,
+    /// The container's name for itself.
+    pub uuid: String,
+    /// Where the encrypted data begins in the container, in bytes, if that is known.
+    pub payload_offset: Option<u64>,
+    /// What only version 1 says in its binary header.
+    pub details: Option<LuksDetails>,
+}
+
+/// How a LUKS container of version 1 is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LuksDetails {
+    /// The cipher with the length of its key in bits, such as `aes-256`.
+    pub cipher: String,
+    /// The mode of the cipher, such as `xts`.
+    pub cipher_mode: String,
+    /// How initialisation vectors are made, such as `plain64`.
+    pub iv_generator: String,
+    /// The hash of that, if it has one.
+    pub iv_generator_hash: Option<String>,
+    /// The hash by which keys are derived.
+    pub hash: String,
+    /// Rounds by which the digest of the master key was made.
+    pub master_key_iterations: u32,
+    /// The slots for passphrases.
+    pub slots: Vec<LuksSlot>,
+}
+
+/// A slot for a passphrase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LuksSlot {
+    /// Whether it holds the master key.
+    pub is_active: bool,
+    /// Rounds by which its key is derived from the passphrase.
+    pub iterations: u32,
+    /// Into how many pieces the master key is split.
+    pub stripes: u32,
+    /// Where they are in the container, in bytes.
+    pub key_offset: u64,
+}
+
+/// Reads the header of a LUKS container that begins at `offset`; `None` if there is none.
+pub(crate) fn read(storage: &dyn Storage, offset: u64) -> io::Result<Option<LuksInfo>> {
+    // Only to be described: an offset that leads nowhere is no reason to refuse that.
+    if offset >= storage.len()? {
+        return Ok(None);
+    }
+    let mut header = [0; HEADER_LENGTH];
+    let read = storage.read_at(HostOffset::new(offset), &mut header)?;
+    if read < header.len() || !header.starts_with(MAGIC) {
+        return Ok(None);
+    }
+    let version = u16_at(&header, 6);
+    let (payload_offset, details) = match version {
+        1 => (Some(u64::from(u32_at(&header, 104)) * SECTOR), Some(details(&header))),
+        2 => (find_segment(storage, offset, u64_at(&header, 8))?, None),
+        _ => return Ok(None),
+    };
+    Ok(Some(LuksInfo { version, uuid: text(&header, 168, 40), payload_offset, details }))
+}
+
+fn details(header: &[u8]) -> LuksDetails {
+    let (name, mode) = (text(header, 8, 32), text(header, 40, 32));
+    let (mode, generator) = mode.split_once('-').unwrap_or((&mode, ""));
+    let (generator, hash) = match generator.split_once(':') {
+        Some((generator, hash)) => (generator, Some(hash.to_owned())),
+        None => (generator, None),
+    };
+    // XTS has two keys of the same length.
+    let keys = if mode == "xts" { 2 } else { 1 };
+    let bits = u64::from(u32_at(header, 108)) * 8 / keys;
+    let slots = (0..SLOTS).map(|index| {
+        let at = 208 + index * SLOT_LENGTH;
+        LuksSlot {
+            is_active: u32_at(header, at) == SLOT_ACTIVE,
+            iterations: u32_at(header, at + 4),
+            key_offset: u64::from(u32_at(header, at + 40)) * SECTOR,
+            stripes: u32_at(header, at + 44),
+        }
+    });
+    LuksDetails {
+        cipher: format!("{name}-{bits}"),
+        cipher_mode: mode.to_owned(),
+        iv_generator: generator.to_owned(),
+        iv_generator_hash: hash,
+        hash: text(header, 72, 32),
+        master_key_iterations: u32_at(header, 164),
+        slots: slots.collect(),
+    }
+}
+
+/// Where the first segment of data begins, as the text in a header of version 2 has it: its only member
+/// `"offset"` within `"segments"` that is looked for, by name.
+fn find_segment(storage: &dyn Storage, offset: u64, length: u64) -> io::Result<Option<u64>> {
+    let Some(length) = length.min(JSON_END_MAX).checked_sub(JSON_START) else { return Ok(None) };
+    let Some(start) = offset.checked_add(JSON_START) else { return Ok(None) };
+    let mut json = vec![0; length as usize];
+    let read = storage.read_at(HostOffset::new(start), &mut json)?;
+    let json = String::from_utf8_lossy(&json[..read]);
+    let segments = json.split_once("\"segments\"").map(|(_, rest)| rest);
+    let number = segments.and_then(|rest| rest.split_once("\"offset\""));
+    let digits = number.map(|(_, rest)| rest.trim_start_matches([':', ' ', '"']));
+    let end = digits.and_then(|digits| digits.find(|character: char| !character.is_ascii_digit()));
+    Ok(digits.zip(end).and_then(|(digits, end)| digits[..end].parse().ok()))
+}
+
+/// A text that ends at its first zero byte, or where its field does.
+fn text(header: &[u8], offset: usize, length: usize) -> String {
+    let field = header.get(offset..offset + length).unwrap_or_default();
+    let field = field.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(field).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::{Durability, MemoryStorage};
+
+    #[test]
+    fn the_place_of_the_data_is_found_in_the_text_of_version_2() {
+        let storage = MemoryStorage::new(16384);
+        let write = |offset, bytes: &[u8]| {
+            storage.write_at(HostOffset::new(offset), bytes, Durability::Cached).unwrap();
+        };
+        write(0, b"LUKS\xba\xbe\0\x02\0\0\0\0\0\0\x40\0");
+        write(168, b"7f3a");
+        assert_eq!(read(&storage, 0).unwrap().unwrap().payload_offset, None);
+        write(4096, br#"{"keyslots":{},"segments":{"0":{"type":"crypt","offset":"16777216","#);
+        let info = read(&storage, 0).unwrap().unwrap();
+        assert_eq!((info.version, &*info.uuid), (2, "7f3a"));
+        assert_eq!(info.payload_offset, Some(16_777_216));
+        // The length in the header may be anything.
+        write(8, &[0xff; 8]);
+        assert_eq!(read(&storage, 0).unwrap().unwrap().payload_offset, Some(16_777_216));
+        assert_eq!(read(&storage, 16000).unwrap(), None);
+        assert_eq!(read(&storage, u64::MAX).unwrap(), None);
+    }
+}

@@ -1,0 +1,131 @@
+//! What `image info` and `measure` say about bitmaps and encryption, beside qemu-img.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::image::{info, json, ours};
+use crate::support::{Disk, nbd_cli, peer, says};
+use crate::tools;
+
+#[test]
+fn dirty_bitmaps_are_listed_and_measured_as_qemu_img_does() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.beside("image.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "1G"]);
+    let bitmaps = |path: &str| info(&qemu_img, path)["format-specific"]["data"]["bitmaps"].clone();
+    let look = || ours(&["info", "--json", &image])["format-specific"]["data"]["bitmaps"].clone();
+    // Without any there is no such key.
+    assert_eq!((look(), bitmaps(&image)), (Value::Null, Value::Null));
+    let measure = |tool: Option<&Path>, more: &[&str]| -> Value {
+        match tool {
+            Some(tool) => {
+                let all = [&["measure", "--output=json", "-O", "qcow2"], more, &[&image]].concat();
+                json(tool, &all)
+            }
+            None => ours(&[&["measure", "--json", "-O", "qcow2"], more, &[&image]].concat()),
+        }
+    };
+    assert_eq!(measure(None, &[])["bitmaps"], measure(Some(&qemu_img), &[])["bitmaps"]);
+    for (name, more) in [
+        ("virtnbdbackup.0", &[][..]),
+        ("fine", &["-g", "512"]),
+        ("asleep", &["--disable", "-g", "1M"]),
+    ] {
+        peer(&qemu_img, &[&["bitmap", "--add"], more, &[&image, name]].concat());
+    }
+    assert_eq!(look(), bitmaps(&image));
+    assert_eq!(measure(None, &[])["bitmaps"], measure(Some(&qemu_img), &[])["bitmaps"]);
+    let small = measure(None, &["--cluster-size", "4K"]);
+    let expected = measure(Some(&qemu_img), &["-o", "cluster_size=4k"]);
+    assert_eq!(small["bitmaps"], expected["bitmaps"]);
+    // Neither a raw image nor one of version 2 has any.
+    assert_eq!(measure(None, &["--compat", "0.10"])["bitmaps"], Value::Null);
+    let raw = ours(&["measure", "--json", "-O", "raw", &image]);
+    assert_eq!(raw["bitmaps"], Value::Null);
+    let text = nbd_cli(&["image", "info", &image]).success();
+    for part in ["virtnbdbackup.0, granularity 64K (auto)", "asleep, granularity 1M\n"] {
+        assert!(text.contains(part), "{text}");
+    }
+    let text = nbd_cli(&["image", "measure", "-O", "qcow2", &image]).success();
+    assert!(text.contains("bitmaps: "), "{text}");
+}
+
+#[test]
+fn an_encrypted_image_is_described_as_qemu_img_describes_it_and_nothing_else() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    for (name, format, options) in [
+        ("a.qcow2", "qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"),
+        ("b.qcow2", "qcow2", "encrypt.format=aes,encrypt.key-secret=s"),
+        ("c.luks", "luks", "key-secret=s,iter-time=10"),
+        (
+            "d.luks",
+            "luks",
+            "key-secret=s,iter-time=10,cipher-mode=cbc,ivgen-alg=essiv,ivgen-hash-alg=sha256",
+        ),
+    ] {
+        let image = disk.beside(name);
+        let secret = ["create", "-q", "--object", "secret,id=s,data=abc"];
+        let made = ["-f", format, "-o", options, &image, "4M"];
+        peer(&qemu_img, &[&secret[..], &made].concat());
+        let mut said = ours(&["info", "--json", &image]);
+        let expected = info(&qemu_img, &image);
+        let data = said["format-specific"]["data"].as_object_mut().expect("an object");
+        // Ours alone: qemu-img knows the first version only.
+        data.remove("version");
+        if let Some(Value::Object(encrypt)) = data.get_mut("encrypt") {
+            encrypt.remove("version");
+        }
+        for key in ["format", "virtual-size", "encrypted", "cluster-size", "format-specific"] {
+            assert_eq!(said[key], expected[key], "{name}: {key}");
+        }
+        let text = nbd_cli(&["image", "info", &image]).success();
+        let method = if name == "b.qcow2" { "aes" } else { "luks version 1" };
+        assert!(text.contains("encryption:") && text.contains(method), "{text}");
+        for command in [&["map", &image][..], &["convert", &image, &disk.beside("new")]] {
+            says(nbd_cli(&[&["image"], command].concat()), &["ncrypted"]);
+        }
+        let outcome = nbd_cli(&["image", "rebase", "--unsafe", "--no-backing", &image]);
+        assert!(outcome.stderr.contains("ncrypted"), "{outcome:?}");
+        let serve = nbd_cli(&["serve", "--read-only", "--run", "true", &image]);
+        assert!(serve.stderr.contains("ncrypted"), "{serve:?}");
+    }
+}
+
+#[test]
+fn a_luks_container_of_version_2_is_described() {
+    let disk = Disk::sparse();
+    let mut bytes = vec![0; 1 << 20];
+    bytes[..16].copy_from_slice(b"LUKS\xba\xbe\0\x02\0\0\0\0\0\0\x40\0");
+    bytes[168..172].copy_from_slice(b"7f3a");
+    let text = br#"{"segments":{"0":{"type":"crypt","offset":"65536","size":"dynamic"}}}"#;
+    bytes[4096..4096 + text.len()].copy_from_slice(text);
+    let image = disk.beside("image.luks");
+    std::fs::write(&image, bytes).expect("room");
+    let said = ours(&["info", "--json", &image]);
+    assert_eq!((&said["format"], &said["encrypted"]), (&"luks".into(), &true.into()));
+    assert_eq!(said["virtual-size"], (1 << 20) - 65536);
+    assert_eq!(said["format-specific"]["data"]["uuid"], "7f3a");
+}
+
+#[test]
+fn an_encryption_header_that_leads_nowhere_does_not_keep_an_image_from_being_described() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.beside("image.qcow2");
+    let options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let secret = ["create", "-q", "--object", "secret,id=s,data=abc", "-f", "qcow2"];
+    peer(&qemu_img, &[&secret[..], &["-o", options, &image, "4M"]].concat());
+    let mut bytes = std::fs::read(&image).expect("the image");
+    let magic = bytes.windows(4).position(|word| word == [0x05, 0x37, 0xbe, 0x77]);
+    let place = magic.expect("the extension") + 8;
+    for offset in [u64::MAX, 1 << 40, 64] {
+        bytes[place..place + 8].copy_from_slice(&offset.to_be_bytes());
+        std::fs::write(&image, &bytes).expect("room");
+        let said = ours(&["info", "--json", &image]);
+        assert_eq!(said["encrypted"], true);
+        assert_eq!(said["format-specific"]["data"]["encrypt"]["format"], "luks");
+    }
+}

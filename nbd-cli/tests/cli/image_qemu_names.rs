@@ -1,0 +1,109 @@
+//! Names of files and exports as QEMU writes them, on command lines and into images.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::image::are_equal;
+use crate::support::{Disk, PROGRAM, Server, nbd_cli, peer, run, says};
+use crate::tools;
+
+#[test]
+fn names_of_qemu_are_understood_on_the_command_line() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let socket = disk.beside("socket");
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--format", "raw", "--read-only", "--socket", &socket]);
+    command.arg(format!("vm=file:{}", disk.path()));
+    let server = Server::start(&mut command, (&socket).into());
+    let new = disk.beside("new");
+    for source in [
+        format!("file:{}", disk.path()),
+        format!("nbd:unix:{socket}:exportname=vm"),
+        format!(r#"json:{{"driver":"nbd","path":"{socket}","export":"vm"}}"#),
+    ] {
+        for copy in [&["image", "convert", "-O", "raw"][..], &["copy"]] {
+            nbd_cli(&[copy, &[&source, &format!("file:{new}")]].concat()).success();
+            disk.assert_equals(&new);
+            std::fs::remove_file(&new).expect("the copy");
+        }
+        nbd_cli(&["image", "compare", &source, disk.path()]).success();
+        nbd_cli(&["image", "info", "--json", &source]).success();
+    }
+    server.end();
+    peer(&qemu_img, &["convert", "-O", "qcow2", &format!("file:{}", disk.path()), &new]);
+    nbd_cli(&["serve", "--run", "true", &format!("file:{new}")]).success();
+}
+
+/// Runs `nbd-cli` in a folder.
+fn in_folder(folder: &Path, arguments: &[&str]) -> crate::support::Outcome {
+    run(Command::new(PROGRAM).args(arguments).current_dir(folder))
+}
+
+#[test]
+fn backing_files_that_an_image_names_as_qemu_does_are_opened_where_the_policy_allows_it() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let folder = Path::new(disk.path()).parent().expect("a folder");
+    let base = disk.path();
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    for name in [
+        format!("file:{base}"),
+        format!(r#"json:{{"driver":"file","filename":"{base}"}}"#),
+        format!(r#"json:{{"driver":"raw","file":{{"driver":"file","filename":"{base}"}}}}"#),
+        // As in QEMU these start at the working folder.
+        "file:disk.img".to_owned(),
+        r#"json:{"driver":"raw","file":{"driver":"file","filename":"disk.img"}}"#.to_owned(),
+    ] {
+        let overlay = disk.beside("overlay.qcow2");
+        let create =
+            ["create", "-q", "-f", "qcow2", "-u", "-b", &name, "-F", "raw", &overlay, "8M"];
+        peer(&qemu_img, &create);
+        in_folder(folder, &["image", "compare", "overlay.qcow2", "disk.img"]).success();
+        in_folder(folder, &["serve", "--run", "true", "overlay.qcow2"]).success();
+        in_folder(folder, &["serve", "--temporary", "--run", "true", "overlay.qcow2"]).success();
+        let info = ["image", "info", "--backing-chain", "--json", "overlay.qcow2"];
+        let said = in_folder(folder, &info).success();
+        assert_eq!(said.matches("\"virtual-size\"").count(), 2, "{said}");
+        // The same image elsewhere may not name that file.
+        let copy = elsewhere.path().join("copy.qcow2");
+        let copy = copy.to_str().expect("a plain name");
+        std::fs::copy(&overlay, copy).expect("room");
+        says(in_folder(folder, &["image", "map", copy]), &["--trust-image"]);
+        in_folder(folder, &["image", "map", "--trust-image", copy]).success();
+        in_folder(folder, &["image", "commit", "--keep", "overlay.qcow2"]).success();
+        std::fs::remove_file(&overlay).expect("the overlay");
+    }
+    let overlay = disk.beside("overlay.qcow2");
+    let base = format!("file:{base}");
+    nbd_cli(&["image", "create", "-f", "qcow2", "-b", &base, "-F", "raw", &overlay]).success();
+    are_equal(&qemu_img, &overlay, disk.path());
+}
+
+#[test]
+fn names_of_files_need_not_be_text() {
+    let disk = Disk::sparse();
+    let folder = Path::new(disk.path()).parent().expect("a folder");
+    let path = |name: &[u8]| -> OsString { folder.join(OsStr::from_bytes(name)).into() };
+    let (odd, copy, image) = (path(b"odd\xff.img"), path(b"copy\xfe"), path(b"image\xfe.qcow2"));
+    std::fs::copy(disk.path(), &odd).expect("room");
+    let word = |text: &str| OsString::from(text);
+    for command in [
+        vec![word("copy"), odd.clone(), copy.clone()],
+        vec![word("image"), word("convert"), word("-O"), word("qcow2"), odd.clone(), image.clone()],
+        vec![word("image"), word("info"), odd.clone()],
+        vec![word("image"), word("info"), word("--json"), image.clone()],
+        vec![word("image"), word("check"), image.clone()],
+        vec![word("image"), word("map"), image.clone()],
+        vec![word("image"), word("compare"), image.clone(), odd.clone()],
+        vec![word("bitmap"), word("add"), image.clone(), word("daily")],
+        vec![word("image"), word("resize"), image.clone(), word("+1M")],
+        vec![word("restore"), image.clone(), path(b"restored\xff")],
+    ] {
+        let outcome = nbd_cli(&command);
+        assert_eq!(outcome.code, Some(0), "{command:?}: {outcome:?}");
+    }
+    disk.assert_equals(&copy);
+}
