@@ -94,13 +94,8 @@ pub use image::{Image, Shrink};
 pub use info::{BitmapEntry, ImageInfo, Qcow2Info};
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Holes, Lease, Lookup, Mapping};
-<<<<<<< HEAD
-pub use open_policy::{OpenPolicy, SchemeOpener};
-pub use options::{Access, BackingFile, Locking, OpenOptions, Survives, Syncing, UnlockedHook};
-=======
 pub use open_policy::{NameReader, NameTarget, OpenPolicy, SchemeOpener};
-pub use options::{Access, Locking, OpenOptions, Survives, Syncing, UnlockedHook};
->>>>>>> e183077 (imgfmt, nbd-cli: Read the names of files that QEMU writes)
+pub use options::{Access, BackingFile, Locking, OpenOptions, Survives, Syncing, UnlockedHook};
 pub use qcow2::{CheckReport, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapSafety, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};

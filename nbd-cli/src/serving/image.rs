@@ -144,23 +144,12 @@ impl ImageChoices {
     ///
     /// [`OpenError`] if it cannot be opened.
     pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
-<<<<<<< HEAD
         let options = self.options();
-        match self.writes {
-            Writes::ToTemporaryFile => {
-                let policy = self.policy.clone().unwrap_or_else(OpenPolicy::any_file);
-                when_free(|| temporary(path, &options, policy.clone()))
-=======
-        let mut options = warning(OpenOptions::new().locking(self.locking));
-        options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));
-        options.format = self.format;
-        options.snapshot.clone_from(&self.snapshot);
         match self.writes {
             Writes::ToTemporaryFile => {
                 let policy =
                     self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::any_file()));
-                temporary(path, &options, policy)
->>>>>>> e183077 (imgfmt, nbd-cli: Read the names of files that QEMU writes)
+                when_free(|| temporary(path, &options, policy.clone()))
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
@@ -212,7 +201,7 @@ impl ImageChoices {
     fn options(&self) -> OpenOptions {
         let mut options = OpenOptions::new().locking(self.locking).backing(self.backing);
         options = warning(options);
-        options.policy = self.policy.clone().unwrap_or_default();
+        options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));
         options.format = self.format;
         options.snapshot.clone_from(&self.snapshot);
         options

@@ -14,11 +14,7 @@ use super::control::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
-<<<<<<< HEAD
-use crate::server_name;
-=======
-use crate::server_name::FILE_PREFIX;
->>>>>>> e183077 (imgfmt, nbd-cli: Read the names of files that QEMU writes)
+use crate::server_name::{self, FILE_PREFIX};
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, Medium, filtered};
 use crate::size::ByteSize;
