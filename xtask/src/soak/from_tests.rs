@@ -71,6 +71,13 @@ impl FromTests {
             ..Self::imgfmt("errors_at_every_call")
         },
         Self {
+            name: "damage",
+            description: "damaged images checked, repaired and read beside qemu-img",
+            unit: "images",
+            rounds: ("IMGFMT_ROUNDS", "25"),
+            ..Self::imgfmt("check_vs_qemu")
+        },
+        Self {
             name: "chains",
             description: "random backing chains read and mapped beside QEMU",
             unit: "chains",
@@ -136,6 +143,7 @@ impl Judge for FromTests {
             .env(self.seed, random.next().to_string())
             .env(self.rounds.0, self.rounds.1)
             .env("TMPDIR", round.folder)
+            .env("IMGFMT_KEEP", round.folder.join("kept"))
             .current_dir(workspace_root().join(self.package))
             .stdin(Stdio::null())
             .stderr(output.try_clone()?)

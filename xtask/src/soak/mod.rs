@@ -64,11 +64,12 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// What continuous integration runs: two minutes, of what the tests were built with.
+    /// What continuous integration runs: two minutes, of what the tests were built with. The seed is
+    /// always the same: what only luck finds is for longer runs.
     pub(crate) fn continuous_integration() -> Self {
         Self {
             minutes: 2,
-            seed: None,
+            seed: Some(1),
             only: Vec::new(),
             repeat: None,
             jobs: None,
