@@ -13,8 +13,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// What a connection may do before others get their turn, in bytes moved: some 100 to 200 microseconds.
-const QUANTUM: usize = 512 * 1024;
+/// What a connection may do before others get their turn, in bytes moved: some 200 to 400 microseconds.
+const QUANTUM: usize = 1024 * 1024;
 /// What a request or an option takes beside the bytes it moves.
 pub(super) const REQUEST_COST: usize = 4096;
 
