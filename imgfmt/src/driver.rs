@@ -48,6 +48,10 @@ pub(crate) trait Driver: Send + Sync + fmt::Debug {
     }
     /// Changes the size of the disk; what is added reads as zero.
     fn resize(&mut self, size: u64) -> Result<()>;
+    /// The image below this one.
+    fn backing(&self) -> Option<&dyn Driver> {
+        None
+    }
     /// The image as a qcow2 image, for what only those have.
     fn as_qcow2(&self) -> Option<&Qcow2> {
         None

@@ -111,6 +111,14 @@ impl Image {
         self.driver.size()
     }
 
+    /// The sizes of the disks of all layers in bytes, from the image itself to the last backing file. A
+    /// layer may be shorter than those above it.
+    pub fn layer_sizes(&self) -> Vec<u64> {
+        std::iter::successors(Some(&*self.driver), |layer| layer.backing())
+            .map(|layer| layer.size())
+            .collect()
+    }
+
     /// The image's format.
     pub fn format(&self) -> Format {
         self.format

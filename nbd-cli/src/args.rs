@@ -33,7 +33,7 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "nbd-cli", version, after_help = AFTER_HELP, max_term_width = 100)]
 pub struct Cli {
-    /// Log to standard error; twice for more.
+    /// Log to standard error; twice for what is negotiated and each request that is served.
     #[arg(short, long, action = ArgAction::Count, global = true)]
     pub verbose: u8,
 

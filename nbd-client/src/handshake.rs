@@ -318,6 +318,9 @@ pub(crate) async fn establish(mut wire: Wire, wanted: &Wanted) -> Result<Establi
         }
         Greeting::Newstyle(phase) => newstyle(&mut wire, phase, wanted).await?,
     };
+    let Negotiated { size, flags, reply_mode, meta_contexts, .. } = &negotiated;
+    let contexts: Vec<_> = meta_contexts.iter().map(|(_, name)| name.as_str()).collect();
+    tracing::debug!(target = &*wire.target, size, ?flags, ?reply_mode, ?contexts, "negotiated");
     Ok(Established { stream: wire.stream, input: wire.input, negotiated, details })
 }
 

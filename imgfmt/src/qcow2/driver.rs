@@ -130,6 +130,10 @@ impl Driver for Qcow2 {
         Self::resize(self, size)
     }
 
+    fn backing(&self) -> Option<&dyn Driver> {
+        self.backing.as_ref().map(|backing| &*backing.driver)
+    }
+
     fn as_qcow2(&self) -> Option<&Self> {
         Some(self)
     }

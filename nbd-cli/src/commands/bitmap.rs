@@ -2,12 +2,15 @@
 
 mod list;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
 
 use super::image::open::OpenArgs;
+use super::image::place::Place;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
@@ -73,6 +76,30 @@ impl BitmapCommand {
     }
 }
 
+/// Arguments of `nbd-cli bitmap list`.
+#[derive(Debug, Args)]
+pub struct ListArgs {
+    /// The image: a file, or an export as an NBD URI (with --format qcow2 for an image in it).
+    #[arg(value_name = "IMAGE")]
+    pub path: OsString,
+
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub share: ShareArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub open: OpenArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub server: ServerArgs,
+}
+
 /// Which image, and how it is reported on.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
@@ -87,18 +114,6 @@ pub struct ImageArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub open: OpenArgs,
-}
-
-/// Arguments of `nbd-cli bitmap list`.
-#[derive(Debug, Args)]
-pub struct ListArgs {
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub image: ImageArgs,
-
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub share: ShareArgs,
 }
 
 /// Arguments of the commands that change one bitmap.
@@ -173,8 +188,9 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let ListArgs { image: args, share } = args;
-    let image = args.open.read(&args.path, *share).map_err(advise_sharing)?;
+    let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let options = args.share.apply(args.open.options_with(&args.server));
+    let image = place.open(&options, &args.server).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => list::json(&image, &mut output)?,

@@ -10,7 +10,7 @@ mod info;
 mod map;
 mod measure;
 pub(super) mod open;
-mod place;
+pub(super) mod place;
 mod rebase;
 mod resize;
 mod snapshot;

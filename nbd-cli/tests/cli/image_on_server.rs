@@ -150,3 +150,35 @@ fn the_measures_of_an_export_are_those_of_qemu_img() {
         }
     }
 }
+
+#[test]
+fn an_image_in_an_export_is_checked_and_looked_into() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let path = disk.beside("disk.qcow2");
+    peer(&qemu_img, &["convert", "-f", "raw", "-O", "qcow2", disk.path(), &path]);
+    peer(&qemu_img, &["snapshot", "-c", "first", &path]);
+    peer(&qemu_img, &["bitmap", "--add", &path, "daily"]);
+    write(&qemu_io, &path, "write -P 99 0 64k");
+    let server = Server::ours(&["--read-only", "--format", "raw", &path]);
+    let uri = server.uri();
+    let on_file = nbd_cli(&["image", "check", &path]);
+    for options in [&[][..], &["--format", "qcow2"]] {
+        let checked = nbd_cli(&[&["image", "check"], options, &[uri]].concat());
+        assert_eq!((checked.code, &checked.stdout), (Some(0), &on_file.stdout), "{checked:?}");
+    }
+    let theirs = crate::support::run(
+        std::process::Command::new(&qemu_img).args(["check", "-f", "qcow2", uri]),
+    );
+    assert_eq!(theirs.code, Some(0), "{theirs:?}");
+    let refused = nbd_cli(&["image", "check", "--repair", "all", uri]);
+    says(refused, &["an export is only checked"]);
+    let raw = Server::ours(&["--read-only", "--format", "raw", disk.path()]);
+    assert_eq!(nbd_cli(&["image", "check", raw.uri()]).code, Some(63));
+    for command in [&["image", "snapshot", "list"][..], &["bitmap", "list"]] {
+        let of_file = nbd_cli(&[command, &[&path]].concat()).success();
+        let of_export = nbd_cli(&[command, &["--format", "qcow2", uri]].concat()).success();
+        assert_eq!(of_export, of_file, "{command:?}");
+        assert!(of_file.contains("first") || of_file.contains("daily"), "{of_file}");
+    }
+}

@@ -112,6 +112,9 @@ pub(crate) async fn serve(
         return tracing::info!(export = ?name, "the export was removed while a client chose it");
     }
     tracing::info!(export = ?established.negotiated.export_name, "client connected");
+    let agreed = &established.negotiated;
+    let contexts: Vec<_> = agreed.meta_contexts.iter().map(|(_, name)| name.as_str()).collect();
+    tracing::debug!(size = agreed.size, mode = ?agreed.reply_mode, ?contexts, "negotiated");
     let session = transmission::Session::new(established, &shared, thread);
     tokio::select! {
         result = session.run(draining) => match result {

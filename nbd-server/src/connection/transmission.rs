@@ -369,6 +369,8 @@ impl Session {
                 Ok(true)
             }
             Parsed::Request { request, consumed } => {
+                let Request { offset, length, .. } = request;
+                tracing::debug!(command = ?request.command, offset, length, "request");
                 let length = Pool::weight(&request);
                 self.rhythm.count(length);
                 self.turn.spend(REQUEST_COST.saturating_add(length));

@@ -1,13 +1,16 @@
 //! `nbd-cli image check`.
 
+use std::ffi::OsString;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use imgfmt::{CheckReport, ErrorKind, Format, Image, OpenPolicy, Repair};
+use imgfmt::{CheckReport, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Repair};
 use serde::Serialize;
 
 use super::open::explained;
+use super::place::{Place, storage};
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
@@ -18,6 +21,7 @@ Examples:
   nbd-cli image check disk.qcow2
   nbd-cli image check --repair leaks disk.qcow2
   nbd-cli image check --json disk.qcow2
+  nbd-cli image check nbd://localhost/disk     an image in an export, as bytes
 
 Only the image itself is checked, not its backing file, and not what the guest wrote into it. A leak
 is space that is lost; a corruption endangers data: copy the image before you repair one.
@@ -39,8 +43,8 @@ const UNSUPPORTED: u8 = 63;
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct CheckArgs {
-    /// The image.
-    pub path: PathBuf,
+    /// The image: a file, or an export as an NBD URI, which is only read.
+    pub path: OsString,
 
     /// Format of the image; found by looking at it unless given.
     #[arg(short, long)]
@@ -61,6 +65,10 @@ pub struct CheckArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub locks: LockArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub server: ServerArgs,
 }
 
 /// What is repaired.
@@ -111,18 +119,13 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
         Some(RepairChoice::Leaks) => Repair::Leaks,
         Some(RepairChoice::All) => Repair::All,
     };
-    let report = match Image::check_file(&args.path, &options, repair) {
+    let place = Place::parse_alone(&args.path, &args.server)?;
+    let report = match check(&place, &options, repair, &args.server)? {
         Ok(report) => report,
-        // An image that cannot even be described has a feature that is not known.
-        Err(error)
-            if error.kind() == ErrorKind::Unsupported
-                && (error.found_format().is_some()
-                    || Image::inspect_file(&args.path, &options).is_ok()) =>
-        {
-            let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
+        Err(why) => {
+            let _ = writeln!(std::io::stderr(), "nbd-cli: {why}");
             return Ok(Outcome::Status(UNSUPPORTED));
         }
-        Err(error) => return Err(advise_sharing(explained(error))),
     };
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
@@ -135,6 +138,44 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
         (0, _) => Outcome::Status(LEAKS),
         _ => Outcome::Status(CORRUPTIONS),
     })
+}
+
+/// The inner error is that there is nothing to check in such an image.
+fn check(
+    place: &Place,
+    options: &OpenOptions,
+    repair: Repair,
+    server: &ServerArgs,
+) -> Result<Result<CheckReport, Error>, CommandError> {
+    let (checked, can_be_described) = match place {
+        Place::File(path) => {
+            let checked = Image::check_file(path, options, repair);
+            (checked, Image::inspect_file(path, options).is_ok())
+        }
+        Place::Export { .. } if repair != Repair::None => {
+            return Err(CommandError::new(format!(
+                "cannot repair {place}: an export is only checked, because nothing keeps others \
+                 from using it meanwhile; repair the image where its file is"
+            )));
+        }
+        Place::Export { uri, files } => {
+            let storage = Arc::new(storage(uri, *files, server)?);
+            let checked = Image::check_storage(storage.clone(), options, Repair::None)
+                .map_err(|error| error.with_path(uri.to_string()));
+            (checked, Image::inspect_storage(storage, options).is_ok())
+        }
+    };
+    match checked {
+        Ok(report) => Ok(Ok(report)),
+        // An image that cannot even be described has a feature that is not known.
+        Err(error)
+            if error.kind() == ErrorKind::Unsupported
+                && (error.found_format().is_some() || can_be_described) =>
+        {
+            Ok(Err(error))
+        }
+        Err(error) => Err(advise_sharing(explained(error))),
+    }
 }
 
 fn json(args: &CheckArgs, report: &CheckReport) -> Report {

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::open::OpenArgs;
 use super::place::Place;
-use super::walk::Extents;
+use super::walk::{Extents, span};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -24,7 +24,8 @@ Examples:
   nbd-cli image map nbd://localhost/disk
 
 Columns of the text: offset and length on the disk in bytes, the layer (0 is the image itself, 1 its
-backing file and so on, - is none), what is there, and the offset in that layer's file.
+backing file and so on, - is none), what is there, and the offset in that layer's file. In JSON a
+part that no layer has is not present, and its depth is the last layer that was asked.
 
 Of an export the map is what its server says (base:allocation, and qemu:allocation-depth for the
 layers if it has that); the last column is then the offset in the export.";
@@ -117,9 +118,12 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
         _ => {
             let options = args.share.apply(args.open.options_with(&args.server));
             let image = place.open(&options, &args.server).map_err(advise_sharing)?;
+            let layers = image.layer_sizes();
             let mut extents = Extents::new(&image);
             while let Some(extent) = extents.next()? {
-                parts(&image, extent, |part| report.add(part, &mut output))?;
+                for extent in split_at_end_of_layer(extent, &layers).into_iter().flatten() {
+                    parts(&image, extent, &layers, |part| report.add(part, &mut output))?;
+                }
             }
         }
     }
@@ -128,23 +132,46 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
+/// An extent in two if its layer ends within: behind that there is nothing in the layer, but the end
+/// of it hides what is below.
+fn split_at_end_of_layer(extent: Extent, layers: &[u64]) -> [Option<Extent>; 2] {
+    let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
+    match (extent.depth as usize).checked_sub(1).and_then(|index| layers.get(index)) {
+        Some(&size) if start < size && size < end => {
+            [span(start, size), span(size, end)].map(|range| Some(Extent { range, ..extent }))
+        }
+        _ => [Some(extent), None],
+    }
+}
+
+/// The number, from 0, of the last layer that was asked about an extent in which none has anything.
+fn last_layer_asked(extent: Extent, layers: &[u64]) -> Option<u32> {
+    let last = u32::try_from(layers.len()).unwrap_or(u32::MAX).saturating_sub(1);
+    let Some(index) = extent.depth.checked_sub(1) else { return Some(last) };
+    let size = layers.get(index as usize)?;
+    // The layer ends before: the one above has been told so.
+    (extent.range.offset().bytes() >= *size).then(|| index.saturating_sub(1))
+}
+
 /// Splits an extent by where its bytes are.
 fn parts(
     image: &Image,
     extent: Extent,
+    layers: &[u64],
     mut each: impl FnMut(Part) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
+    let absent = last_layer_asked(extent, layers);
     let part = |range: imgfmt::GuestRange, compressed, offset| Part {
         start: range.offset().bytes(),
         length: range.length(),
-        depth: extent.depth.saturating_sub(1),
-        present: extent.depth > 0,
+        depth: absent.unwrap_or(extent.depth.saturating_sub(1)),
+        present: absent.is_none(),
         zero: extent.kind != ExtentKind::Data,
         data: extent.kind == ExtentKind::Data,
         compressed,
         offset,
     };
-    if extent.depth == 0 {
+    if absent.is_some() {
         return each(part(extent.range, false, None));
     }
     for mapping in image.map_read(extent.range)?.mappings() {

@@ -61,7 +61,7 @@ impl OpenArgs {
     }
 
     /// `server` is for the servers that the image names.
-    pub(super) fn options_with(&self, server: &ServerArgs) -> OpenOptions {
+    pub(in crate::commands) fn options_with(&self, server: &ServerArgs) -> OpenOptions {
         self.options().policy(self.trust.policy_with(server))
     }
 

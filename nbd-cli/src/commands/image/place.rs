@@ -20,7 +20,7 @@ use crate::server_name::{
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]
-pub(super) enum Place {
+pub(in crate::commands) enum Place {
     File(PathBuf),
     /// The URI may name files of this machine only if the user wrote it, not an image.
     Export {
@@ -45,7 +45,7 @@ impl Place {
 
     /// Reads a word of the command line; the options for servers have to concern it, or what it
     /// may lead to.
-    pub(super) fn parse_one(
+    pub(in crate::commands) fn parse_one(
         word: &OsStr,
         server: &ServerArgs,
         trust: &TrustArgs,
@@ -54,6 +54,13 @@ impl Place {
         if !trust.trust_image {
             server.check(place.uri())?;
         }
+        Ok(place)
+    }
+
+    /// Reads a word of the command line, for a command that opens nothing that an image names.
+    pub(super) fn parse_alone(word: &OsStr, server: &ServerArgs) -> Result<Self, CommandError> {
+        let place = Self::parse(word)?;
+        server.check(place.uri())?;
         Ok(place)
     }
 
@@ -79,7 +86,7 @@ impl Place {
     }
 
     /// Facts about the image there; the files and exports that it names are not opened.
-    pub(super) fn inspect(
+    pub(in crate::commands) fn inspect(
         &self,
         options: &OpenOptions,
         server: &ServerArgs,
@@ -95,7 +102,7 @@ impl Place {
     }
 
     /// Opens the image there. An export is a raw image unless the options say otherwise.
-    pub(super) fn open(
+    pub(in crate::commands) fn open(
         &self,
         options: &OpenOptions,
         server: &ServerArgs,
@@ -184,7 +191,7 @@ impl Place {
 }
 
 /// Connects.
-fn storage(
+pub(super) fn storage(
     uri: &NbdUri,
     files: LocalFiles,
     server: &ServerArgs,

@@ -1,12 +1,15 @@
 //! `nbd-cli image snapshot`.
 
-use std::path::{Path, PathBuf};
+use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use imgfmt::{Image, OpenOptions, Snapshot};
 use serde::Serialize;
 
-use super::open::{OpenArgs, explained};
+use super::open::OpenArgs;
+use super::place::Place;
+use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
@@ -54,8 +57,8 @@ impl SnapshotCommand {
 /// Arguments of `nbd-cli image snapshot list`.
 #[derive(Debug, Args)]
 pub struct ListArgs {
-    /// The image.
-    pub path: PathBuf,
+    /// The image: a file, or an export as an NBD URI (with --format qcow2 for an image in it).
+    pub path: OsString,
 
     /// Print JSON.
     #[arg(long)]
@@ -67,6 +70,10 @@ pub struct ListArgs {
 
     #[command(flatten)]
     pub open: OpenArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub server: ServerArgs,
 }
 
 /// Arguments of the commands that change something.
@@ -116,22 +123,36 @@ fn change(
     action(&mut image, &args.name)?;
     image.close()?;
     match args.json {
-        true => print(&args.path, &args.open.options(), ReportFormat::Json),
+        true => {
+            let place = Place::File(args.path.clone());
+            print(&place, &args.open.options(), &ServerArgs::default(), ReportFormat::Json)
+        }
         false => Ok(Outcome::Success),
     }
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let options = args.share.apply(args.open.options());
-    print(&args.path, &options, ReportFormat::from_json_flag(args.json)).map_err(advise_sharing)
+    let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let options = args.share.apply(args.open.options_with(&args.server));
+    let format = ReportFormat::from_json_flag(args.json);
+    print(&place, &options, &args.server, format).map_err(advise_sharing)
 }
 
 fn print(
-    path: &Path,
+    place: &Place,
     options: &OpenOptions,
+    server: &ServerArgs,
     format: ReportFormat,
 ) -> Result<Outcome, CommandError> {
-    let snapshots = snapshots(path, options)?;
+    let info = place.inspect(options, server)?;
+    if !info.format.is_supported() {
+        return Err(CommandError::new(format!(
+            "cannot list the snapshots of {place}: it is a {} image, which cannot be read; give the \
+             format 'raw' to use its bytes as they are (--format raw)",
+            info.format.description()
+        )));
+    }
+    let snapshots = info.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default();
     let mut output = Output::new();
     match format {
         ReportFormat::Json => output.json(&json(&snapshots))?,
@@ -139,19 +160,6 @@ fn print(
     }
     output.finish()?;
     Ok(Outcome::Success)
-}
-
-fn snapshots(path: &Path, options: &OpenOptions) -> Result<Vec<Snapshot>, CommandError> {
-    let info = Image::inspect_file(path, options).map_err(explained)?;
-    if !info.format.is_supported() {
-        return Err(CommandError::new(format!(
-            "cannot list the snapshots of '{}': it is a {} image, which cannot be read; give the \
-             format 'raw' to use its bytes as they are (--format raw)",
-            path.display(),
-            info.format.description()
-        )));
-    }
-    Ok(info.qcow2.map(|qcow2| qcow2.snapshots).unwrap_or_default())
 }
 
 pub(super) fn json(snapshots: &[Snapshot]) -> Vec<JsonSnapshot<'_>> {
