@@ -66,8 +66,12 @@ fn a_disk_written_in_200_layers_reads_as_one() {
     top.read_at(at(0), &mut content).unwrap();
     assert!(content == expected);
     let whole = GuestRange::new(at(0), SIZE).unwrap();
-    let extents = top.extents(whole, 10_000).unwrap();
-    assert_eq!(extents.last().unwrap().range.end().bytes(), SIZE);
+    // One answer need not reach the end.
+    let (mut extents, mut rest) = (Vec::new(), whole);
+    while !rest.is_empty() {
+        extents.extend(top.extents(rest, 10_000).unwrap());
+        rest = GuestRange::between(extents.last().unwrap().range.end(), whole.end()).unwrap();
+    }
     // What the lowest layers hold others may have covered.
     assert!(extents.iter().any(|extent| extent.depth > 150));
     assert!(!top.map_read(whole).unwrap().mappings().is_empty());
