@@ -23,7 +23,8 @@ pub(crate) fn is_block_device(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
-/// Makes an image with a disk of `size` bytes; `parts` are the metadata, each at its offset, the header first.
+/// Makes an image with a disk of `size` bytes; `parts` are the metadata, each at its offset, the
+/// header first.
 pub(crate) fn create_on_device(
     path: &Path,
     options: &CreateOptions,
@@ -47,7 +48,7 @@ pub(crate) fn create_on_device(
         .open(path);
     let _excluded = excluded.map_err(|error| match error.raw_os_error() {
         Some(libc::EBUSY) => {
-            let detail = "the device is mounted or in use by the kernel; end that first";
+            let detail = "the device is mounted or in use by the kernel; stop it first";
             Error::new(ErrorKind::Busy, "create an image on", detail).with_path(path)
         }
         _ => Error::from_io("open", error).with_path(path),

@@ -26,7 +26,8 @@ pub type SchemeOpener = dyn Fn(&str) -> io::Result<Arc<dyn Storage>> + Send + Sy
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum NameTarget {
-    /// A file, which may be opened if the policy allows it. A relative path starts at the working folder.
+    /// A file, which may be opened if the policy allows it. A relative path starts at the working
+    /// folder.
     File(PathBuf),
     /// Something else, which is open already.
     Storage(Arc<dyn Storage>),
@@ -108,8 +109,8 @@ impl OpenPolicy {
         self.read_scheme(scheme, Arc::new(move |name| opener(name).map(NameTarget::Storage)))
     }
 
-    /// Says who reads names of a scheme, such as `json`. If one turns out to be a file's, the rules for
-    /// files hold.
+    /// Says who reads names of a scheme, such as `json`. If one turns out to be a file's, the rules
+    /// for files hold.
     #[must_use]
     pub fn read_scheme(mut self, scheme: impl Into<String>, reader: Arc<NameReader>) -> Self {
         self.schemes.push((scheme.into(), reader));
@@ -150,7 +151,7 @@ impl OpenPolicy {
                 (false, Some(folder)) => folder.join(name),
                 (true, _) => PathBuf::from(name),
                 (false, None) => {
-                    let why = "the image is no file, so the name leads nowhere";
+                    let why = "the image is not a file, so the name cannot be resolved";
                     return Err(denied(why.into(), name));
                 }
             },

@@ -27,7 +27,7 @@ Exit codes:
   `serve --run` returns the status of the command (128 + N if signal N ended it).
   128 + N if signal N interrupted a command that writes; what it left is said on standard error.
   A second SIGINT or SIGTERM ends a server at once, with 128 + the signal's number.
-  A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is no error.";
+  A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is not an error.";
 
 /// Serve, inspect, map and copy disks over the Network Block Device (NBD) protocol.
 #[derive(Debug, Parser)]
@@ -57,7 +57,7 @@ pub enum Command {
     Copy(copy::CopyArgs),
     /// Back up a served disk, in full or only what has changed
     Backup(backup::BackupArgs),
-    /// Bring a backup or any other image back to a file, a device or a server
+    /// Restore a backup or any other image to a file, a device or a server
     Restore(restore::RestoreArgs),
     /// Look at a running server and change what it does
     Control(control::ControlArgs),
@@ -72,8 +72,8 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether it makes or changes a disk, so that it may not simply be killed by a signal. `backup` looks after
-    /// signals itself, because of its checkpoint.
+    /// Whether it makes or changes a disk, so that it may not simply be killed by a signal.
+    /// `backup` looks after signals itself, because of its checkpoint.
     pub(crate) fn writes(&self) -> bool {
         match self {
             Self::Copy(_) | Self::Restore(_) => true,

@@ -42,7 +42,7 @@ pub struct TlsArgs {
     #[arg(long, value_name = "on|off", value_enum)]
     pub tls_verify_peer: Option<OnOff>,
 
-    /// Whether nbd URIs use TLS: not, if the server has it, or always. An nbds URI always does.
+    /// TLS for nbd:// URIs; nbds:// URIs always use it.
     #[arg(long, value_name = "MODE", value_enum)]
     pub tls: Option<TlsChoice>,
 }
@@ -55,7 +55,7 @@ pub struct ServerArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// How long a lost connection is tried again, where that does no harm.
+    /// How long to try to restore a lost connection, where that does no harm.
     #[arg(skip)]
     pub reconnect: Option<Duration>,
 
@@ -101,7 +101,7 @@ pub struct ConnectionArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// How long a lost connection is tried again: seconds, or 500ms, 2m.
+    /// How long to try to restore a lost connection: seconds, or 500ms, 2m.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub reconnect: Duration,
 }
@@ -127,7 +127,7 @@ fn limited(connector: Connector, limit: Option<Duration>) -> Connector {
 pub enum TlsChoice {
     /// Never.
     Off,
-    /// If the server says that it has it: no protection from an attacker on the way.
+    /// If the server offers it: no protection from an active attacker.
     Prefer,
     /// Always.
     Require,
@@ -205,8 +205,8 @@ fn usual_folder() -> Option<PathBuf> {
         .find(|folder| folder.join(CA_CERTIFICATE_FILE).is_file())
 }
 
-/// Connects, unless a signal interrupts that; an export that does not exist is reported together with
-/// those that do.
+/// Connects, unless a signal interrupts that; an export that does not exist is reported together
+/// with those that do.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {
     signals::unless_interrupted(async {
         match connector.connect().await {
@@ -239,7 +239,7 @@ pub(crate) async fn explain_unknown_export(
             let more = if exports.len() > MAX_NAMES { " and more" } else { "" };
             format!("it has {}{more}", names.join(", "))
         }
-        Err(_) => "it does not list what it has; ask whoever runs it".to_owned(),
+        Err(_) => "it does not list what it has; ask its operator".to_owned(),
     };
     CommandError::new(format!("{uri}: the server has {wanted} ({offered})"))
 }

@@ -51,7 +51,7 @@ impl KeyValues {
         let value: Value =
             serde_json::from_str(text).map_err(|error| format!("this is no JSON: {error}"))?;
         let Value::Object(_) = value else {
-            return Err("the JSON text is no object".to_owned());
+            return Err("the JSON text is not an object".to_owned());
         };
         let mut values = BTreeMap::new();
         flatten(String::new(), value, &mut values);

@@ -25,7 +25,7 @@ pub(crate) enum Visibility {
 /// What the command line says about progress.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct ProgressArgs {
-    /// Show progress even if standard error is no terminal.
+    /// Show progress even if standard error is not a terminal.
     #[arg(short, long)]
     pub progress: bool,
 

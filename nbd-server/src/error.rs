@@ -24,7 +24,7 @@ pub enum ServeError {
         path: PathBuf,
     },
     /// Something that is not a socket stands where the unix socket should be.
-    #[error("cannot listen on {}: there is a file of that name and it is no socket", path.display())]
+    #[error("cannot listen on {}: a file of that name exists and is not a socket", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,

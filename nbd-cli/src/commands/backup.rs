@@ -101,8 +101,8 @@ pub struct BackupArgs {
     pub base: Option<PathBuf>,
 
     /// Take the base as right where that cannot be known: it carries no identity (an older version
-    /// made it, or it was converted), was changed since, or the server does not say after which backup the
-    /// bitmap began. A base that is known to be wrong is refused all the same.
+    /// made it, or it was converted), was changed since, or the server does not say after which
+    /// backup the bitmap began. A base that is known to be wrong is refused all the same.
     #[arg(long, requires = "base")]
     pub trust_base: bool,
 
@@ -115,11 +115,11 @@ pub struct BackupArgs {
     #[arg(long, value_name = "NAME", requires = "control")]
     pub export: Option<String>,
 
-    /// Go on with a backup that was interrupted. The disk must be as it was then.
+    /// Continue an interrupted backup. The disk must be as it was then.
     #[arg(long, conflicts_with = "control")]
     pub resume: bool,
 
-    /// Throw away what is left of a backup that was interrupted, and begin again.
+    /// Discard an interrupted backup and begin again.
     #[arg(long, conflicts_with = "resume")]
     pub restart: bool,
 
@@ -145,7 +145,7 @@ pub struct BackupArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Show progress even if standard error is no terminal.
+    /// Show progress even if standard error is not a terminal.
     #[arg(short, long)]
     pub progress: bool,
 
@@ -303,7 +303,10 @@ async fn backup(
 
 fn context_of(bitmap: &str) -> Result<MetaContextName, CommandError> {
     MetaContextName::qemu_dirty_bitmap(bitmap).map_err(|error| {
-        CommandError::new(format!("'{}' is no name of a bitmap: {error}", printable(bitmap)))
+        CommandError::new(format!(
+            "'{}' is not a valid name of a bitmap: {error}",
+            printable(bitmap)
+        ))
     })
 }
 

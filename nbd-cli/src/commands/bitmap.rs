@@ -57,9 +57,9 @@ pub enum BitmapCommand {
     Remove(ChangeArgs),
     /// Make everything clean
     Clear(ChangeArgs),
-    /// Note changes from now on
+    /// Start recording changes
     Enable(ChangeArgs),
-    /// Note no changes from now on
+    /// Stop recording changes
     Disable(ChangeArgs),
     /// Add what is dirty in other bitmaps
     Merge(MergeArgs),
@@ -142,7 +142,7 @@ pub struct AddArgs {
     #[arg(short, long, value_name = "SIZE")]
     pub granularity: Option<ByteSize>,
 
-    /// Note no changes until it is enabled.
+    /// Do not record changes until it is enabled.
     #[arg(long)]
     pub disabled: bool,
 }

@@ -42,7 +42,7 @@ Sources and destinations:
 A local destination file grows as NAME.partial and gets its name when it is complete; a file that
 was there is replaced then and stays as it was until then. Only where that is not possible (it has
 other names, or its folder may not be written to) is it emptied first. A server or device as the
-destination must be at least as large as the source; what lies behind stays as it is.
+destination must be at least as large as the source; anything beyond that is left unchanged.
 Holes and zeroes stay holes where the destination can have them.
 
 Examples:
@@ -114,7 +114,7 @@ pub struct CopyArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub locks: LockArgs,
 
-    /// Show progress even if standard error is no terminal.
+    /// Show progress even if standard error is not a terminal.
     #[arg(short, long)]
     pub progress: bool,
 

@@ -82,7 +82,7 @@ pub struct RestoreArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Show progress even if standard error is no terminal.
+    /// Show progress even if standard error is not a terminal.
     #[arg(short, long)]
     pub progress: bool,
 

@@ -86,7 +86,7 @@ pub struct ServeArgs {
     #[arg(short, long)]
     pub name: Option<String>,
 
-    /// A text for people that clients can ask for, if there is only one source.
+    /// Description shown to clients, if there is only one source.
     #[arg(short = 'D', long, value_name = "TEXT")]
     pub description: Option<String>,
 
@@ -94,8 +94,8 @@ pub struct ServeArgs {
     #[arg(short, long)]
     pub read_only: bool,
 
-    /// Format of the images; found by looking at them unless given. A raw image that was found so
-    /// refuses writes that would make it look like another format.
+    /// Format of the images; detected unless given. A raw image that was detected refuses writes
+    /// that would make it look like another format.
     #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
@@ -104,8 +104,8 @@ pub struct ServeArgs {
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
 
-    /// Keep everything that is written in a file that is gone when the server ends; the image is
-    /// only read. That file is in TMPDIR, or else in /var/tmp.
+    /// Keep everything that is written in a temporary file, removed when the server ends; the image
+    /// is only read. That file is in TMPDIR, or else in /var/tmp.
     #[arg(long, conflicts_with = "read_only")]
     pub temporary: bool,
 
@@ -118,11 +118,11 @@ pub struct ServeArgs {
     #[allow(missing_docs)]
     pub trust: TrustArgs,
 
-    /// What becomes of space that clients do not need any more.
+    /// What to do with space that clients discard.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
     pub discard: Discard,
 
-    /// What becomes of written data that is all zero.
+    /// What to do with written data that is all zero.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
     pub detect_zeroes: DetectZeroes,
 
@@ -136,7 +136,7 @@ pub struct ServeArgs {
     pub allocation_depth: bool,
 
     /// What dirty bitmaps of the images survive. For all but 'none' a file IMAGE.dirty is kept
-    /// beside an image from its first change on; it is gone when the server has ended in order. If
+    /// beside an image from its first change on; it is removed when the server ends in order. If
     /// that file cannot be made an image is refused; without this option there is a warning
     /// [default: power].
     #[arg(long, value_enum, value_name = "WHAT")]
@@ -144,7 +144,7 @@ pub struct ServeArgs {
 
     /// Offer the metadata context qemu:dirty-bitmap:NAME for this bitmap, which every image must
     /// have, itself or in its backing files. May be repeated; 'all' for all that they have.
-    /// Enabled bitmaps go on noting changes.
+    /// Enabled bitmaps continue to record changes.
     #[arg(short = 'B', long, value_name = "NAME")]
     pub bitmap: Vec<String>,
 
@@ -152,8 +152,8 @@ pub struct ServeArgs {
     #[arg(long)]
     pub hidden: bool,
 
-    /// Listen on a control socket, with which exports, bitmaps and checkpoints are managed while the
-    /// server runs; only this user can use it. See `nbd-cli control --help`.
+    /// Listen on a control socket, with which exports, bitmaps and checkpoints are managed while
+    /// the server runs; only this user can use it. See `nbd-cli control --help`.
     #[arg(long, value_name = "PATH", conflicts_with = "run")]
     pub control: Option<PathBuf>,
 
@@ -188,7 +188,7 @@ pub struct ServeArgs {
     #[allow(missing_docs)]
     pub upstream: UpstreamArgs,
 
-    /// Connections at a time; one more is closed at once.
+    /// Connections at a time; further ones are refused.
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Limits")]
     pub max_connections: usize,
 
@@ -197,7 +197,7 @@ pub struct ServeArgs {
           help_heading = "Limits")]
     pub handshake_timeout: Duration,
 
-    /// How long a client may stop in the middle of a request or leave its replies untaken before
+    /// How long a client may stop in the middle of a request or leave its replies unread before
     /// it is closed; 0 for ever. Clients that are idle or slow are never closed.
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_limit,
           help_heading = "Limits")]
@@ -334,7 +334,7 @@ fn warn_of_exposure(bound: &[BoundAddress], tls: &TlsMode, and_change: &str) {
     let Some(why) = tls::exposure(tls) else { return };
     for address in bound.iter().filter(|address| address.is_public()) {
         warn(&format!(
-            "{address} can be reached by other machines, and whoever can reach it can \
+            "{address} can be reached by other machines, and anyone who can reach it can \
              read{and_change} the disk: {why}; use TLS with credentials, 127.0.0.1, --socket or a \
              firewall"
         ));

@@ -74,7 +74,8 @@ impl Conversation {
             Ok(Reply::Result(result)) => Ok(result),
             Ok(Reply::Error(failure)) => Err(CommandError::new(printable(&failure.message))),
             Err(error) => Err(CommandError::new(format!(
-                "'{}' is no control socket of a server: its reply cannot be understood ({error})",
+                "'{}' is not the control socket of a server: its reply cannot be understood \
+                 ({error})",
                 self.path.display()
             ))),
         }

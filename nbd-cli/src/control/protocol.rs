@@ -28,7 +28,7 @@ pub(crate) enum Request {
         #[arg(short, long)]
         #[serde(default)]
         read_only: bool,
-        /// Format of the image; found by looking at it unless given.
+        /// Format of the image; detected unless given.
         #[arg(short, long, value_parser = ["raw", "qcow2"])]
         #[serde(default)]
         format: Option<String>,
@@ -77,14 +77,14 @@ pub(crate) enum Request {
         /// Name of the bitmap.
         bitmap: String,
     },
-    /// Note changes from now on
+    /// Start recording changes
     BitmapEnable {
         /// Name of the export.
         export: String,
         /// Name of the bitmap.
         bitmap: String,
     },
-    /// Note no changes from now on
+    /// Stop recording changes
     BitmapDisable {
         /// Name of the export.
         export: String,
@@ -239,8 +239,9 @@ pub(crate) struct ExportState {
     pub(crate) clients: usize,
     /// Where it comes from; not for views.
     pub(crate) source: Option<String>,
-    /// Each with `name`, `granularity`, `enabled`, either `dirty-bytes` or `problem`, and the UUID of the
-    /// backup that it `began-after`, or `perhaps-began-after` if another program has had the image.
+    /// Each with `name`, `granularity`, `enabled`, either `dirty-bytes` or `problem`, and the UUID
+    /// of the backup that it `began-after`, or `perhaps-began-after` if another program has had the
+    /// image.
     pub(crate) bitmaps: Vec<Value>,
     /// The UUID of the disk; known since its first backup.
     #[serde(default)]
@@ -271,8 +272,8 @@ pub(crate) struct Begun {
     /// Why the bitmap could not be relied on, if it begins anew for that reason.
     #[serde(default)]
     pub(crate) begun_anew: Option<String>,
-    /// The UUID of the backup that is to be made: if the checkpoint ends with success the bitmap began after
-    /// it.
+    /// The UUID of the backup that is to be made: if the checkpoint ends with success the bitmap
+    /// began after it.
     #[serde(default)]
     pub(crate) backup: Option<String>,
     /// The UUID of the disk, if it has one.

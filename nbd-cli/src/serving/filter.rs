@@ -24,7 +24,7 @@ pub enum Discard {
     Ignore,
 }
 
-/// What becomes of written data that is all zero.
+/// What to do with written data that is all zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum DetectZeroes {
     /// It is written.

@@ -145,7 +145,7 @@ pub enum TlsError {
 #[non_exhaustive]
 pub enum CertificateCheck {
     /// Its time is over.
-    #[error("expired on {0}: whoever runs the server has to renew it")]
+    #[error("expired on {0}: the operator of the server has to renew it")]
     Expired(String),
     /// Its time has not begun.
     #[error("is valid only from {0}: check the clocks of both machines")]

@@ -62,7 +62,7 @@ impl BlockSizes {
             return Err(malformed("the maximum payload is below the preferred size"));
         }
         if maximum_payload != u32::MAX && maximum_payload & (minimum - 1) != 0 {
-            return Err(malformed("the maximum payload is no multiple of the minimum"));
+            return Err(malformed("the maximum payload is not a multiple of the minimum"));
         }
         Ok(Self { minimum, preferred, maximum_payload })
     }

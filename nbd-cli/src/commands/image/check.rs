@@ -46,7 +46,7 @@ pub struct CheckArgs {
     /// The image: a file, or an export as an NBD URI, which is only read.
     pub path: OsString,
 
-    /// Format of the image; found by looking at it unless given.
+    /// Format of the image; detected unless given.
     #[arg(short, long)]
     pub format: Option<ImageFormat>,
 

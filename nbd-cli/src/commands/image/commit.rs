@@ -38,7 +38,7 @@ pub struct CommitArgs {
     /// The overlay.
     pub path: PathBuf,
 
-    /// Format of the overlay; found by looking at it unless given.
+    /// Format of the overlay; detected unless given.
     #[arg(short, long)]
     pub format: Option<ImageFormat>,
 

@@ -50,11 +50,11 @@ pub struct CompareArgs {
     /// Another image, or an export as an NBD URI.
     pub second: OsString,
 
-    /// Format of the first image; found by looking at it unless given.
+    /// Format of the first image; detected unless given.
     #[arg(short = 'f', long, value_name = "FORMAT")]
     pub format: Option<ImageFormat>,
 
-    /// Format of the second image; found by looking at it unless given.
+    /// Format of the second image; detected unless given.
     #[arg(short = 'F', long, value_name = "FORMAT")]
     pub second_format: Option<ImageFormat>,
 

@@ -14,7 +14,7 @@ use crate::remote::{allow_exports, allow_json_files};
 /// How an image that exists is opened.
 #[derive(Clone, Debug, Args)]
 pub struct OpenArgs {
-    /// Format of the image; found by looking at it unless given.
+    /// Format of the image; detected unless given.
     #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
@@ -26,8 +26,8 @@ pub struct OpenArgs {
 #[derive(Clone, Debug, Args)]
 pub struct TrustArgs {
     /// Trust the image: follow the names of backing and data files that it contains wherever they
-    /// lead, to servers (nbd://…) too, and find out the format of a backing file where the image does not say it. Without
-    /// this only files in the image's folder and below are opened.
+    /// lead, to servers (nbd://…) too, and find out the format of a backing file where the image
+    /// does not say it. Without this only files in the image's folder and below are opened.
     #[arg(long)]
     pub trust_image: bool,
 

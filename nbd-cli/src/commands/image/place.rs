@@ -38,7 +38,7 @@ impl Place {
             Location::File(path) => Ok(Self::File(path)),
             Location::Nbd(uri) => Ok(Self::Export { uri, files: LocalFiles::Allowed }),
             Location::Standard | Location::Null => Err(CommandError::new(format!(
-                "'{text}' is no image; give a file (./{text} if that is its name) or an NBD URI"
+                "'{text}' is not an image; give a file (./{text} if that is its name) or an NBD URI"
             ))),
         }
     }
@@ -202,7 +202,8 @@ pub(super) fn storage(
     }
 }
 
-/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain path.
+/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain
+/// path.
 pub(super) fn has_scheme(name: &str) -> bool {
     let scheme = name.split_once(':').map(|(scheme, _)| scheme);
     scheme == Some(JSON_SCHEME) || name.starts_with(FILE_PREFIX) || is_name_of_server(name)

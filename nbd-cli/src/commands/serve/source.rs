@@ -71,7 +71,9 @@ pub(super) fn add_all(
         names.push(name.to_owned());
     }
     if let Some(unknown) = args.tls.tls_only.iter().find(|only| !names.contains(only)) {
-        return Err(CommandError::new(format!("--tls-only '{unknown}' is no export's name")));
+        return Err(CommandError::new(format!(
+            "--tls-only '{unknown}' is not the name of an export"
+        )));
     }
     if let Some(first) = names.first() {
         registry.set_default(first.clone());

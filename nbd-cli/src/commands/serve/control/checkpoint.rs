@@ -149,8 +149,8 @@ impl Controller {
             && let Some(why) = disk.export.failure().flatten()
         {
             let message = format!(
-                "the view of '{export}' was lost ({why}), so what was read from it is no backup; \
-                 end the checkpoint with failure"
+                "the view of '{export}' was lost ({why}), so what was read from it is not a \
+                 backup; end the checkpoint with failure"
             );
             return Err(Failure::new(ErrorKind::Failed, message));
         }
@@ -269,8 +269,8 @@ fn begin_with_bitmap(
     Ok(BegunCheckpoint { view, bitmap: Some(bitmap), begun_anew })
 }
 
-/// Adds a bitmap that begins at the checkpoint. If that is cut off, what was before counts as dirty:
-/// nobody knows what has changed then.
+/// Adds a bitmap that begins at the checkpoint. If that is cut off, what was before counts as
+/// dirty: nobody knows what has changed then.
 fn added_anew(name: &str, backup: Uuid) -> Vec<BitmapChange> {
     let (name, recording) = (name.to_owned(), Recording::Enabled);
     let granularity = imgfmt::BITMAP_GRANULARITY_DEFAULT;

@@ -68,7 +68,7 @@ impl Disk {
     /// The image, or why there is none.
     pub(super) fn image(&self) -> Result<Arc<ImageExport>, Failure> {
         self.image.clone().ok_or_else(|| {
-            let message = format!("'{}' is no image and has no bitmaps", self.source);
+            let message = format!("'{}' is not an image and has no bitmaps", self.source);
             Failure::new(ErrorKind::InvalidRequest, message)
         })
     }

@@ -128,7 +128,7 @@ fn remove_stale(path: &Path) -> Result<(), CommandError> {
     let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
     if !metadata.file_type().is_socket() {
         return Err(CommandError::new(format!(
-            "'{}' exists and is no socket; give another path for --control",
+            "'{}' exists and is not a socket; give another path for --control",
             path.display()
         )));
     }
