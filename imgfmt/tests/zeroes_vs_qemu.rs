@@ -206,7 +206,7 @@ fn a_disk_of_which_nothing_was_written_is_zeroed_within_the_memory_for_tables() 
     let image = Image::open(&path, &options).unwrap();
     let all = range(0, DISK);
     image.write_zeroes(all, ZeroMode::MayUnmap, Speed::FastOnly, CACHED).unwrap();
-    let extents = image.extents(all, 10).unwrap();
+    let extents = common::all_extents(&image, all);
     assert!(extents.iter().all(|extent| extent.depth == 1), "{extents:?}");
     assert_eq!(extents.last().unwrap().range.end().bytes(), DISK);
     // What is discarded is given up, and nothing more is noted for it.

@@ -219,7 +219,7 @@ mod tests {
             (r#"json:{"driver":"nbd","path":"/s","more":"a"}"#, "'more'"),
             (r#"json:{"path":"/s"}"#, "'path'"),
             (r#"json:{"file":{"path":"/s"}}"#, "no driver"),
-            ("json:[]", "no object"),
+            ("json:[]", "not an object"),
             ("json:{", "no JSON"),
         ] {
             let error = from_name_in_image(name).unwrap_err();

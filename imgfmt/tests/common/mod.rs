@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use imgfmt::{GuestOffset, GuestRange};
+use imgfmt::{Extent, GuestOffset, GuestRange, Image};
 
 /// A small generator of random numbers (xorshift64*) whose seed is printed.
 pub struct Random(u64);
@@ -53,6 +53,20 @@ pub fn at(offset: u64) -> GuestOffset {
 
 pub fn range(offset: u64, length: u64) -> GuestRange {
     GuestRange::new(at(offset), length).unwrap()
+}
+
+/// The extents of a range, however many times it takes to ask for them.
+pub fn all_extents(image: &Image, asked: GuestRange) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut position = asked.offset().bytes();
+    while position < asked.end().bytes() {
+        let rest = range(position, asked.end().bytes() - position);
+        extents.extend(image.extents(rest, 10_000).unwrap());
+        let end = extents.last().unwrap().range.end().bytes();
+        assert!(end > position, "no extent at {position}");
+        position = end;
+    }
+    extents
 }
 
 /// Whether a tool is installed. If not, says so, and fails where all tools must be there.

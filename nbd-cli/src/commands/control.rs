@@ -169,7 +169,7 @@ mod tests {
             (
                 "checkpoint-start a --bitmap b --add-bitmap",
                 r#"{"command":"checkpoint-start","export":"a","bitmap":"b","if-missing":"add",
-                    "view":null,"lifetime":"server"}"#,
+                    "if-unusable":"fail","trust-base":false,"view":null,"lifetime":"server"}"#,
             ),
             (
                 "checkpoint-end a failure",

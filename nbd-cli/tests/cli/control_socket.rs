@@ -26,7 +26,7 @@ fn exports_come_and_go() {
     says(say(&["add-export", "disk", "memory:1M"]), &["already"]);
     says(say(&["add-export", "x", &folder.beside("nothing")]), &["nothing"]);
     says(say(&["bitmap-add", "disk", "b"]), &["read-only"]);
-    says(say(&["bitmap-add", "a", "b"]), &["no image"]);
+    says(say(&["bitmap-add", "a", "b"]), &["not an image"]);
     say(&["remove-export", "disk"]).success();
     says(nbd_cli(&["info", &server.uri_of("disk")]), &["no export named 'disk'"]);
     says(say(&["remove-export", "disk"]), &["no disk exported as 'disk'"]);

@@ -66,7 +66,11 @@ fn an_unknown_feature() {
 fn a_table_outside_the_file() {
     let disk = Disk::sparse();
     let Some(image) = with_header(&disk, |bytes| bytes[42] = 0x40) else { return };
-    every_command(&disk, &image, "outside the file");
+    all_commands(&disk, &image, "outside the file");
+    says(nbd_cli(&["image", "info", &image]), &[&image, "outside the file"]);
+    let checked = nbd_cli(&["image", "check", &image]);
+    assert_eq!(checked.code, Some(2), "{checked:?}");
+    assert!(checked.stdout.contains("an L1 table at"), "{checked:?}");
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn what_a_server_cannot_take_is_said_beforehand() {
     server.end();
     let server = Server::ours(&["--read-only", disk.path()]);
     says(nbd_cli(&["image", "convert", &small, server.uri()]), &["read-only", "nbd+unix"]);
-    says(nbd_cli(&["image", "convert", "-", &small]), &["'-' is no image", "NBD URI"]);
+    says(nbd_cli(&["image", "convert", "-", &small]), &["'-' is not an image", "NBD URI"]);
     let gone = server.uri().to_owned();
     server.end();
     says(nbd_cli(&["image", "convert", &gone, &disk.beside("copy.img")]), &["nbd+unix"]);
