@@ -184,7 +184,7 @@ fn change(image: &Image, random: &mut Random) {
 }
 
 #[test]
-fn over_random_chains_exactly_those_bytes_are_holes_that_block_status_calls_zero() {
+fn over_random_chains_those_pages_are_holes_that_block_status_calls_zero() {
     let mut random = Random::new();
     for round in 0..8 {
         let folder = tempfile::tempdir().unwrap();
@@ -206,8 +206,13 @@ fn over_random_chains_exactly_those_bytes_are_holes_that_block_status_calls_zero
             for (start, length) in &outcome.holes {
                 holes[*start as usize..][..*length].fill(true);
             }
-            let difference = holes.iter().zip(&zeroes).position(|(hole, zero)| hole != zero);
-            assert_eq!(difference, None, "{length} at {offset}, round {round}");
+            let wrong = holes.iter().zip(&zeroes).position(|(hole, zero)| *hole && !zero);
+            assert_eq!(wrong, None, "{length} at {offset}, round {round}");
+            // A part of a page may come as data.
+            let missed = holes.iter().zip(&zeroes).map(|(hole, zero)| *zero && !hole);
+            let missed: Vec<bool> = missed.collect();
+            let longest = missed.split(|missed| !missed).map(<[bool]>::len).max();
+            assert!(longest < Some(4096), "{longest:?} of {length} at {offset}, round {round}");
             assert_eq!(client.request(offset, length, &WHOLE).parts, [(0, length as usize)]);
         }
     }
