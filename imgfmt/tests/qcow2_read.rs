@@ -50,7 +50,7 @@ fn assert_content(image: &Image, expected: &[u8], random: &mut Random, what: &st
         assert!(bytes == expected, "{what}: {part} differ when read by their mapping");
     }
     assert_eq!(position, image.size());
-    for extent in common::all_extents(&image, range(0, image.size())) {
+    for extent in common::all_extents(image, range(0, image.size())) {
         let part = extent.range.offset().bytes() as usize..extent.range.end().bytes() as usize;
         if extent.kind != ExtentKind::Data {
             assert!(expected[part].iter().all(|byte| *byte == 0), "{what}: {extent:?} is not zero");
