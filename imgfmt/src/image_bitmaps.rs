@@ -178,6 +178,15 @@ impl Image {
 
     fn layer_with_bitmap(&self, name: &str) -> Result<&Qcow2> {
         let mut layer = self.qcow2();
+        if layer.is_none() {
+            let detail =
+                format!("a raw image has no bitmaps, so there is no '{}'", name.escape_debug());
+            return Err(self.name(Error::new(
+                ErrorKind::Unsupported,
+                "look for a bitmap of",
+                detail,
+            )));
+        }
         while let Some(image) = layer {
             if image.has_bitmap(name) {
                 return Ok(image);

@@ -47,7 +47,7 @@ pub(crate) struct CommandError {
 impl CommandError {
     /// A failure; `message` is the whole sentence.
     pub(crate) fn new(message: impl Into<String>) -> Self {
-        let message = message.into();
+        let message = without_error_numbers(message.into());
         Self { kind: CommandErrorKind::Failure, message, could_be_shared: false }
     }
 
@@ -58,6 +58,7 @@ impl CommandError {
             _ => CommandErrorKind::Failure,
         };
         let message = format!("cannot write to standard output: {error}");
+        let message = without_error_numbers(message);
         Self { kind, message, could_be_shared: false }
     }
 
@@ -70,6 +71,20 @@ impl CommandError {
     pub(crate) fn kind(&self) -> CommandErrorKind {
         self.kind
     }
+}
+
+/// Takes away the numbers that the standard library puts behind the words for a system's error.
+pub(crate) fn without_error_numbers(mut message: String) -> String {
+    const BEFORE: &str = " (os error ";
+    while let Some(start) = message.find(BEFORE) {
+        let rest = &message[start + BEFORE.len()..];
+        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+        if digits == 0 || rest.as_bytes().get(digits) != Some(&b')') {
+            break;
+        }
+        message.replace_range(start..start + BEFORE.len() + digits + 1, "");
+    }
+    message
 }
 
 impl fmt::Display for CommandError {
@@ -109,6 +124,17 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_of_system_errors_are_not_for_people() {
+        for (message, plain) in [
+            ("no: File exists (os error 17)", "no: File exists"),
+            ("a (os error 2), b (os error 111)!", "a, b!"),
+            ("(os error of mine) (os error x)", "(os error of mine) (os error x)"),
+        ] {
+            assert_eq!(CommandError::new(message).to_string(), plain);
+        }
+    }
 
     #[test]
     fn a_closed_pipe_is_not_reported_and_a_full_disk_is() {

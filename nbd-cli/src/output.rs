@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, StdoutLock, Write};
 
 use serde::Serialize;
 
-use crate::error::CommandError;
+use crate::error::{CommandError, without_error_numbers};
 
 /// Whether a report is for people or for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,7 @@ impl Output {
 
 /// Writes a warning to standard error. A standard error that is closed is no reason to fail.
 pub(crate) fn warn(message: &str) {
+    let message = without_error_numbers(message.to_owned());
     let _ = writeln!(io::stderr(), "nbd-cli: warning: {message}");
 }
 

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+/// What `sun_path` of a unix socket's address holds besides the zero at its end, in bytes.
+pub(crate) const SOCKET_PATH_MAX: usize = 107;
+
 /// The server cannot listen or serve.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -26,6 +29,23 @@ pub enum ServeError {
     /// Something that is not a socket stands where the unix socket should be.
     #[error("cannot listen on {}: a file of that name exists and is not a socket", path.display())]
     NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path of the unix socket is too long for the system.
+    #[error(
+        "cannot listen on {}: the path is {length} bytes long, and {SOCKET_PATH_MAX} is the limit; \
+         choose a shorter one", path.display()
+    )]
+    LongSocketPath {
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        length: usize,
+    },
+    /// The directory of the unix socket does not exist.
+    #[error("cannot listen on {}: its directory does not exist; create it first", path.display())]
+    NoDirectory {
         /// The path.
         path: PathBuf,
     },

@@ -11,6 +11,7 @@ use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::connection::Socket;
+use crate::error::SOCKET_PATH_MAX;
 use crate::handover::take_over;
 use crate::{ServeError, sys};
 
@@ -211,11 +212,18 @@ fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
 
 fn open_unix(path: &Path) -> Result<Listener, ServeError> {
     let bind_error = |source| ServeError::Bind { address: path.display().to_string(), source };
+    let length = path.as_os_str().len();
+    if length > SOCKET_PATH_MAX {
+        return Err(ServeError::LongSocketPath { path: path.to_path_buf(), length });
+    }
     let listener = match UnixListener::bind(path) {
         Ok(listener) => listener,
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
             UnixListener::bind(path).map_err(bind_error)?
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(ServeError::NoDirectory { path: path.to_path_buf() });
         }
         Err(error) => return Err(bind_error(error)),
     };
@@ -377,6 +385,18 @@ mod tests {
         let result = Listener::open(&ListenAddress::Unix(path.clone())).await;
         assert!(matches!(result, Err(ServeError::NotASocket { .. })));
         assert_eq!(std::fs::read(&path).unwrap(), b"data");
+    }
+
+    #[tokio::test]
+    async fn a_path_that_cannot_be_a_socket_is_refused_in_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let said = |path: PathBuf| async move {
+            Listener::open(&ListenAddress::Unix(path)).await.unwrap_err().to_string()
+        };
+        let long = said(folder.path().join("x".repeat(150))).await;
+        assert!(long.contains("107 is the limit"), "{long}");
+        let nowhere = said(folder.path().join("missing/socket")).await;
+        assert!(nowhere.contains("its directory does not exist"), "{nowhere}");
     }
 
     #[tokio::test]

@@ -83,4 +83,6 @@ fn a_served_bitmap_shows_what_is_written_while_it_is_served() {
     assert_eq!(dirty(&nbdinfo, server.uri(), "day"), expected);
     server.end();
     says(nbd_cli(&["serve", "--bitmap", "night", &image]), &["no bitmap 'night'"]);
+    let raw = Disk::sparse();
+    says(nbd_cli(&["serve", "--bitmap", "night", raw.path()]), &["a raw image has no bitmaps"]);
 }

@@ -447,7 +447,7 @@ fn find<'a>(bitmaps: &'a [Bitmap<Entry>], name: &str) -> Result<&'a Bitmap<Entry
 
 /// The error of naming a bitmap that is not there.
 pub(crate) fn no_bitmap(name: &str) -> Error {
-    let detail = format!("there is no bitmap '{}'; list those that are", name.escape_debug());
+    let detail = format!("the image has no bitmap '{}'", name.escape_debug());
     Error::new(ErrorKind::NotFound, "use a bitmap of", detail)
 }
 
