@@ -64,13 +64,18 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// What continuous integration runs: two minutes, of what the tests were built with. The seed is
-    /// always the same: what only luck finds is for longer runs.
+    /// What continuous integration runs: two minutes, of what the tests were built with, from a seed
+    /// that is always the same. Damaged images are left out: the same images are a test already, and a
+    /// difference from QEMU in others must not stop a change that has nothing to do with it.
     pub(crate) fn continuous_integration() -> Self {
         Self {
             minutes: 2,
             seed: Some(1),
-            only: Vec::new(),
+            only: judge::all()
+                .iter()
+                .map(|judge| judge.name().to_owned())
+                .filter(|name| name != "damage")
+                .collect(),
             repeat: None,
             jobs: None,
             keep: None,
