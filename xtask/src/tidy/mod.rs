@@ -8,6 +8,7 @@ mod edges;
 mod functions;
 mod lexer;
 mod manifest;
+mod markdown;
 mod protocol;
 mod source;
 
@@ -63,6 +64,9 @@ fn check_file(path: &str, text: &str) -> Vec<String> {
     let mut findings = source::check_text(path, text);
     if path.ends_with("Cargo.toml") && path != "Cargo.toml" {
         findings.extend(manifest::check(path, text));
+    }
+    if path.ends_with(".md") {
+        findings.extend(markdown::check(path, text));
     }
     if path.ends_with(".rs") {
         let source = lexer::Source::new(text);
