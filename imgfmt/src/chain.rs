@@ -249,7 +249,7 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
     files.push(identity);
     let path = path.as_deref();
     let mut image = Box::new(Qcow2::open(storage, path, &options, Purpose::Use)?);
-    if let Some(name) = image.data_file_name()? {
+    if let Some(name) = image.data_file_name() {
         let (data, _) = open_named(path, name, &options, options.access, files)?;
         image.attach_data_file(data);
     }

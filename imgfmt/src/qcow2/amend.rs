@@ -1,9 +1,7 @@
 //! Changing what kind of qcow2 image one is, without touching its data.
 
 use super::extension;
-use super::header::{
-    Header, V2_LENGTH, autoclear, compatible, field, incompatible, read_error, u64_at,
-};
+use super::header::{Header, V2_LENGTH, compatible, field, incompatible, read_error, u64_at};
 use super::open::Purpose;
 use super::snapshot;
 use crate::create::{Amendment, LazyRefcounts, Qcow2Version};
@@ -58,8 +56,7 @@ fn set_lazy_refcounts(storage: &dyn Storage, lazy: LazyRefcounts) -> Result<()> 
         return Ok(());
     }
     // What is not known here may be about this: a writer clears it.
-    let known = header.autoclear & (autoclear::BITMAPS | autoclear::RAW_DATA_FILE);
-    let bytes = [features.to_be_bytes(), known.to_be_bytes()].concat();
+    let bytes = [features.to_be_bytes(), header.kept_autoclear().to_be_bytes()].concat();
     write(storage, field::AUTOCLEAR - 8, &bytes)
 }
 

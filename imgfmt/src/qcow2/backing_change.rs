@@ -47,9 +47,8 @@ fn rewritten(header: &Header, first: &[u8], backing: Option<(&str, Format)>) -> 
     let mut content = first[..header_length].to_vec();
     if is_v3 {
         // We write, and do not keep up to date what we do not know.
-        let known = header.autoclear & (autoclear::BITMAPS | autoclear::RAW_DATA_FILE);
         let at = field::AUTOCLEAR as usize;
-        content[at..at + 8].copy_from_slice(&known.to_be_bytes());
+        content[at..at + 8].copy_from_slice(&header.kept_autoclear().to_be_bytes());
     }
     let old_name = super::header::u64_at(first, BACKING_FILE_OFFSET) as usize;
     let area_end = if old_name == 0 { first.len() } else { old_name.min(first.len()) };

@@ -25,7 +25,7 @@ mod walk;
 use std::collections::{HashMap, HashSet};
 
 use super::Qcow2;
-use super::header::{field, incompatible};
+use super::header::{autoclear, field, incompatible};
 use crate::error::{Error, ErrorKind, Result};
 use counts::Counts;
 use flags::Fix;
@@ -121,6 +121,10 @@ struct Checker<'a> {
     too_low: u64,
     /// Damages of the table of snapshots that writing it anew repairs.
     snapshot_damages: u64,
+    /// Autoclear bits that the rest of the header contradicts.
+    false_autoclear: u64,
+    /// The header does not say clearly where the disk's data lies.
+    is_contradictory: bool,
     /// The refcounts cannot be changed where they are.
     is_unusable: bool,
     /// Some cluster that is referred to has no refcount block.
@@ -155,6 +159,8 @@ impl Qcow2 {
         let mut left = found.clone();
         for _ in 0..ROUNDS_MAX {
             let Some(step) = checker.next_step(mode) else { break };
+            // A writer clears what it does not know, before anything else.
+            self.clear_autoclear(!autoclear::KNOWN)?;
             self.take_step(step)?;
             checker = Checker::run(self)?;
             left = checker.report.clone();
@@ -177,6 +183,7 @@ impl Qcow2 {
         if report.corruptions > 0 || self.header.incompatible & marks == 0 {
             return Ok(());
         }
+        self.clear_autoclear(!autoclear::KNOWN)?;
         let features = self.header.incompatible & !marks;
         self.write_header(field::INCOMPATIBLE, &features.to_be_bytes())?;
         self.sync_header()?;
@@ -228,6 +235,8 @@ impl<'a> Checker<'a> {
             damages: 0,
             too_low: 0,
             snapshot_damages: 0,
+            false_autoclear: 0,
+            is_contradictory: false,
             is_unusable: false,
             lacks_block: false,
             is_incomplete: false,

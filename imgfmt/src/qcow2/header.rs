@@ -56,6 +56,7 @@ pub(crate) mod autoclear {
     pub(crate) const LINEAGE: u64 = 1 << 62;
     /// Ours: the image is as the backup left it that it is.
     pub(crate) const SEAL: u64 = 1 << 61;
+    pub(crate) const KNOWN: u64 = BITMAPS | RAW_DATA_FILE | SIDECAR | LINEAGE | SEAL;
 }
 
 /// Limits that QEMU enforces too; they bound the memory that opening an image takes.
@@ -113,6 +114,9 @@ impl Header {
         header.check_tables(file_length, purpose)?;
         header.read_names(storage, &start)?;
         header.check_features()?;
+        if purpose == Purpose::Use {
+            header.refuse_contradictions()?;
+        }
         Ok(header)
     }
 

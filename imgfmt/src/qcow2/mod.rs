@@ -12,6 +12,7 @@ mod bitmap;
 mod cache;
 mod check;
 mod compress;
+mod contradiction;
 mod create;
 mod driver;
 mod extension;

@@ -114,16 +114,9 @@ impl Qcow2 {
     }
 
     /// The data file's name, if the image keeps its data in another file.
-    pub(crate) fn data_file_name(&self) -> Result<Option<&str>> {
-        if !self.header.has_data_file() {
-            return Ok(None);
-        }
-        match self.header.extensions.data_file_name.as_deref() {
-            Some(name) => Ok(Some(name)),
-            None => {
-                Err(super::header::invalid("it keeps its data in a file that it does not name"))
-            }
-        }
+    pub(crate) fn data_file_name(&self) -> Option<&str> {
+        let name = self.header.extensions.data_file_name.as_deref();
+        name.filter(|_| self.header.has_data_file())
     }
 
     /// Makes the last preparations for writing, once the whole chain has been opened.
@@ -146,11 +139,10 @@ impl Qcow2 {
         }
         self.prove_refcount_blocks();
         // What we do not know we cannot keep up to date: say so before the first write.
-        let bitmaps = if self.has_no_bitmaps() { 0 } else { autoclear::BITMAPS };
-        // Ours goes when the bits it stands for are in the image.
-        let bitmaps = bitmaps | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
         let ours = autoclear::LINEAGE | autoclear::SEAL;
-        let known = self.header.autoclear & (autoclear::RAW_DATA_FILE | bitmaps | ours);
+        // This one goes when the bits it stands for are in the image.
+        let ours = ours | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
+        let known = self.header.kept_autoclear() | self.header.autoclear & ours;
         if known != self.header.autoclear {
             self.write_header(field::AUTOCLEAR, &known.to_be_bytes())?;
             self.sync_header()?;

@@ -2,6 +2,7 @@
 
 use super::super::Qcow2;
 use super::super::header::field;
+use super::super::header_edit::change_autoclear;
 use super::super::snapshot;
 use super::super::writer::lock;
 use super::counts::Counts;
@@ -19,6 +20,8 @@ pub(super) enum Step {
     Fix(Vec<Fix>),
     /// Write the table of snapshots anew.
     RewriteSnapshots,
+    /// Clear autoclear bits that mean nothing.
+    ClearAutoclear(u64),
     /// Remove bitmaps whose places cannot be told.
     DropBitmaps,
 }
@@ -40,7 +43,10 @@ impl Checker<'_> {
         let is_trusted = !self.is_unusable && !self.is_incomplete && self.damages == 0;
         match mode {
             Mode::Look => return None,
-            Mode::Leaks if !is_trusted || self.too_low > 0 => return None,
+            _ if self.is_contradictory => return None,
+            Mode::Leaks if !is_trusted || self.too_low > 0 || self.false_autoclear != 0 => {
+                return None;
+            }
             Mode::Automatic if !is_trusted => return None,
             _ => {}
         }
@@ -56,6 +62,9 @@ impl Checker<'_> {
         }
         if self.snapshot_damages > 0 {
             return Some(Step::RewriteSnapshots);
+        }
+        if self.false_autoclear != 0 {
+            return Some(Step::ClearAutoclear(self.false_autoclear));
         }
         let has_bad_bitmaps = self.is_incomplete && !self.image.bitmap_places().1.is_empty();
         has_bad_bitmaps.then_some(Step::DropBitmaps)
@@ -99,6 +108,7 @@ impl Qcow2 {
                 self.sync_file()
             }
             Step::RewriteSnapshots => self.rewrite_snapshots(),
+            Step::ClearAutoclear(bits) => self.clear_autoclear(bits),
             Step::DropBitmaps => {
                 self.drop_damaged_bitmaps()?;
                 // What that frees must be free before it is counted again, or it would be freed twice.
@@ -107,6 +117,17 @@ impl Qcow2 {
                 self.flush_all()
             }
         }
+    }
+
+    /// Clears autoclear bits that say what nobody keeps true.
+    pub(super) fn clear_autoclear(&mut self, bits: u64) -> Result<()> {
+        if self.header.autoclear & bits != 0 {
+            let _editing = lock(&self.header_edit);
+            let cleared = change_autoclear(&*self.file, 0, bits);
+            self.count_failed(cleared.map_err(|error| self.named(error)))?;
+        }
+        self.header.autoclear &= !bits;
+        Ok(())
     }
 
     /// Writes the table of snapshots anew, with what could be understood of it. The clusters of the

@@ -58,6 +58,7 @@ impl Checker<'_> {
         let image = self.image;
         let (header, geometry) = (&image.header, image.geometry());
         self.add(0, geometry.cluster_size(), 1, "the header");
+        self.find_contradictions();
         if let Some(place) = header.overlong_end {
             let message = "the mark that ends the header extensions has a length";
             self.fix(Fix { place, new: 0, sets_copied: false }, message.into());
@@ -84,6 +85,18 @@ impl Checker<'_> {
         self.is_incomplete |= !damages.is_empty();
         damages.into_iter().for_each(|damage| self.damage(damage));
         self.count_refcount_structure()
+    }
+
+    /// Notes what the feature bits say that the rest of the header contradicts.
+    fn find_contradictions(&mut self) {
+        for found in self.image.header.contradictions() {
+            self.report.corruptions += 1;
+            self.say(found.message().to_owned());
+            match found.repaired_by_clearing() {
+                Some(bits) => self.false_autoclear |= bits,
+                None => self.is_contradictory = true,
+            }
+        }
     }
 
     /// Notes which L2 tables an L1 table names.
