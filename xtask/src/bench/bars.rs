@@ -2,8 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::report::RowReport;
-
 /// One requirement: a ratio of medians over the rounds of one run.
 #[derive(Debug)]
 pub(crate) struct Bar {
@@ -89,39 +87,6 @@ impl Verdict {
             Self::Fail => "FAIL",
             Self::NotMeasured => "not measured",
         }
-    }
-}
-
-/// Judges the bars of the rows that were run.
-pub(crate) fn judge(rows: &[RowReport]) -> Vec<BarReport> {
-    BARS.iter()
-        .filter_map(|bar| {
-            let row = rows.iter().find(|row| row.name == bar.row)?;
-            Some(judge_one(bar, row))
-        })
-        .collect()
-}
-
-fn judge_one(bar: &Bar, row: &RowReport) -> BarReport {
-    let (what, measured) = match bar.ratio {
-        Ratio::ThroughputToPeer => ("throughput / best peer", row.throughput_to_peer),
-        Ratio::ThroughputToFloor => ("throughput / floor", row.throughput_to_floor),
-        Ratio::CpuToPeer => ("server CPU / cheapest peer", row.cpu_to_peer),
-    };
-    let (relation, limit) = match bar.limit {
-        Limit::AtLeast(limit) => ("at least", limit),
-        Limit::AtMost(limit) => ("at most", limit),
-    };
-    let verdict = match measured {
-        None => Verdict::NotMeasured,
-        Some(ratio) if is_met(bar.limit, ratio) => Verdict::Pass,
-        Some(_) => Verdict::Fail,
-    };
-    BarReport {
-        row: bar.row.to_owned(),
-        requirement: format!("{what} {relation} {limit:.1}"),
-        measured,
-        verdict,
     }
 }
 

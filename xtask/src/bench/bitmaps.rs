@@ -16,9 +16,10 @@ use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::DataFile;
 use super::fio::{Job, Length};
-use super::group::{Group, Lab};
+use super::group::Group;
+use super::lab::Lab;
 use super::options::Options;
-use super::rows::{Pattern, Unit};
+use super::workload::{Pattern, Unit};
 use super::{fio, process};
 use crate::command::output_of;
 

@@ -21,11 +21,12 @@ use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::DataFile;
 use super::fio::{self, Job, Length};
 use super::fleecing::{Fleecing, Maker};
-use super::group::{Group, Lab};
+use super::group::Group;
+use super::lab::Lab;
 use super::options::Options;
 use super::process::{self, Usage, Watch};
-use super::rows::{ClientResult, Pattern, Unit};
 use super::sample::Sample;
+use super::workload::{ClientResult, Pattern, Unit};
 use crate::command::output_of;
 
 pub(crate) const GROUP: Group = Group { name: "checkpoints", contests, bars, prepare };

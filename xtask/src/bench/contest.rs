@@ -7,8 +7,8 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::bars::{BarReport, Limit, Verdict, is_met};
-use super::group::Lab;
-use super::note;
+use super::lab::Lab;
+use super::notes::note;
 use super::sample::Sample;
 use super::statistics::median_sample;
 

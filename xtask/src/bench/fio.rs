@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::rows::{ClientResult, Pattern, Unit};
+use super::workload::{ClientResult, Pattern, Unit};
 use crate::command::output_of;
 
 /// One fio job.

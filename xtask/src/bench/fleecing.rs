@@ -9,7 +9,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::group::Lab;
+use super::lab::Lab;
 use super::process::run_to_end;
 use super::running::RunningServer;
 use crate::command::output_of;

@@ -13,11 +13,12 @@ use anyhow::{Context, Result};
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::XorShift;
-use super::group::{Group, Lab};
+use super::group::Group;
+use super::lab::Lab;
 use super::options::Options;
 use super::process;
-use super::rows::ClientResult;
 use super::sample::Sample;
+use super::workload::ClientResult;
 
 pub(crate) const GROUP: Group = Group { name: "image-tools", contests, bars, prepare };
 

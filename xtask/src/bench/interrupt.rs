@@ -5,26 +5,13 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::process;
-use super::running;
-
-/// Set when a signal has come.
-static IS_ENDING: AtomicBool = AtomicBool::new(false);
-
-/// Does not return when a signal has come: the other thread cleans up and ends the program. Called
-/// before anything is started or said that this would make pointless.
-pub(crate) fn stop_if_ending() {
-    while IS_ENDING.load(Ordering::Acquire) {
-        thread::park();
-    }
-}
+use super::{ending, process, running};
 
 /// Cleans up and ends the program when a signal asks for that, from now on until its end.
 ///
@@ -36,7 +23,7 @@ pub(crate) fn clean_up_on_signals(folder: &Path) -> Result<()> {
     let (ready, is_ready) = mpsc::channel();
     thread::spawn(move || match wait_for_signal(&ready) {
         Ok(number) => {
-            IS_ENDING.store(true, Ordering::Release);
+            ending::begin();
             eprintln!("bench: ended by signal {number}; cleaning up");
             clean_up(&folder);
             std::process::exit(128 + number);

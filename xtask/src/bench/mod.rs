@@ -4,7 +4,7 @@
 //! rows, then servers, whose order turns by one in every round), so that a machine whose speed
 //! changes with time changes it for all. Every ratio comes from medians over the rounds of one run.
 //!
-//! Rows come in groups, of which `--only` chooses; see [`group`].
+//! Rows come in groups, of which `--only` chooses; see [`groups`].
 //!
 //! Every block has a fresh server process: qemu-nbd locks the file it serves, so two servers
 //! cannot share it, and the peak memory then belongs to one row.
@@ -14,13 +14,17 @@ mod bitmaps;
 mod checkpoints;
 mod contest;
 mod data;
+mod ending;
 mod fio;
 mod fleecing;
 mod group;
+mod groups;
 mod image_tools;
 mod interrupt;
+mod lab;
 mod machine;
 mod nbdcopy;
+mod notes;
 mod options;
 mod process;
 mod qcow2;
@@ -32,6 +36,7 @@ mod servers;
 mod statistics;
 mod table;
 mod tls;
+mod workload;
 
 use std::fs;
 use std::path::Path;
@@ -42,6 +47,7 @@ pub(crate) use options::Options;
 
 use crate::command::{cargo, output_of, run_step, workspace_root};
 use data::DataFile;
+use notes::note;
 use report::Report;
 use rows::Row;
 use sample::{Measured, Sample};
@@ -55,12 +61,12 @@ use servers::{Launcher, Server};
 /// fails is a note in the report.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let result = measure_and_report(options);
-    interrupt::stop_if_ending();
+    ending::stop_if_ending();
     result
 }
 
 fn measure_and_report(options: &Options) -> Result<()> {
-    group::check_names(options)?;
+    groups::check_names(options)?;
     let mut notes = Vec::new();
     let earlier = options.compare.as_deref().map(Report::read).transpose()?;
     if !options.no_build {
@@ -71,12 +77,12 @@ fn measure_and_report(options: &Options) -> Result<()> {
     let folder = make_folder(options)?;
     interrupt::clean_up_on_signals(folder.path())?;
     let target_folder = target_folder()?;
-    let (rows, measured) = match options.wants_group(group::RAW) {
+    let (rows, measured) = match options.wants_group(groups::RAW) {
         true => run_raw(options, folder.path(), &target_folder, &mut notes)?,
         false => (Vec::new(), Vec::new()),
     };
     let mut groups = Vec::new();
-    for group in group::GROUPS {
+    for group in groups::GROUPS {
         groups.extend(group::run(group, options, folder.path(), &target_folder, &mut notes)?);
     }
     if measured.is_empty() && groups.is_empty() {
@@ -188,12 +194,6 @@ fn measure_block(
     let result = rows::run(row, running.uri(), options)?;
     let usage = watch.finish()?;
     Ok(Sample::new(result, usage))
-}
-
-fn note(notes: &mut Vec<String>, text: String) {
-    interrupt::stop_if_ending();
-    eprintln!("bench: {text}");
-    notes.push(text);
 }
 
 fn make_folder(options: &Options) -> Result<tempfile::TempDir> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::rows::ClientResult;
+use super::workload::ClientResult;
 use crate::command::output_of;
 
 const MEBIBYTE: f64 = 1_048_576.0;

@@ -14,9 +14,10 @@ use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::DataFile;
 use super::fio::{Job, Length};
-use super::group::{Group, Lab};
+use super::group::Group;
+use super::lab::Lab;
 use super::options::Options;
-use super::rows::{Pattern, Unit};
+use super::workload::{Pattern, Unit};
 use super::{fio, process};
 use crate::command::output_of;
 
@@ -210,7 +211,7 @@ impl Work {
         Ok(fresh)
     }
 
-    fn run(&self, options: &Options, uri: &str) -> Result<super::rows::ClientResult> {
+    fn run(&self, options: &Options, uri: &str) -> Result<super::workload::ClientResult> {
         let (size, length) = match self.disk {
             Disk::Full => (options.size, Length::Seconds(options.seconds)),
             Disk::Empty => (EMPTY_BYTES, Length::Requests(EMPTY_WRITES)),

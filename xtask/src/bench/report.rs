@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::bars::{self, BarReport};
+use super::bars::{BARS, Bar, BarReport, Limit, Ratio, Verdict, is_met};
 use super::contest::GroupReport;
 use super::machine::Machine;
 use super::options::{Options, PageCache};
@@ -75,7 +75,7 @@ impl Report {
             seconds_per_block: options.seconds,
             size_bytes: options.size,
             page_cache: options.page_cache,
-            bars: bars::judge(&rows),
+            bars: judge(&rows),
             rows,
             groups,
             notes,
@@ -168,10 +168,42 @@ impl RowReport {
     }
 }
 
+/// Judges the bars of the rows that were run.
+fn judge(rows: &[RowReport]) -> Vec<BarReport> {
+    BARS.iter()
+        .filter_map(|bar| {
+            let row = rows.iter().find(|row| row.name == bar.row)?;
+            Some(judge_one(bar, row))
+        })
+        .collect()
+}
+
+fn judge_one(bar: &Bar, row: &RowReport) -> BarReport {
+    let (what, measured) = match bar.ratio {
+        Ratio::ThroughputToPeer => ("throughput / best peer", row.throughput_to_peer),
+        Ratio::ThroughputToFloor => ("throughput / floor", row.throughput_to_floor),
+        Ratio::CpuToPeer => ("server CPU / cheapest peer", row.cpu_to_peer),
+    };
+    let (relation, limit) = match bar.limit {
+        Limit::AtLeast(limit) => ("at least", limit),
+        Limit::AtMost(limit) => ("at most", limit),
+    };
+    let verdict = match measured {
+        None => Verdict::NotMeasured,
+        Some(ratio) if is_met(bar.limit, ratio) => Verdict::Pass,
+        Some(_) => Verdict::Fail,
+    };
+    BarReport {
+        row: bar.row.to_owned(),
+        requirement: format!("{what} {relation} {limit:.1}"),
+        measured,
+        verdict,
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::bench::bars::Verdict;
     use crate::bench::rows::ROWS;
 
     fn block(server: Server, throughput: f64, cpu_us_per_work: f64) -> Measured {
@@ -202,7 +234,7 @@ pub(crate) mod tests {
             seconds_per_block: 2,
             size_bytes: 1 << 20,
             page_cache: PageCache::Pages,
-            bars: bars::judge(&rows),
+            bars: judge(&rows),
             rows,
             groups: Vec::new(),
             notes: vec!["nbd-server: nbd-server is not installed".to_owned()],
@@ -225,7 +257,7 @@ pub(crate) mod tests {
         let verdicts: Vec<Verdict> = example().bars.iter().map(|bar| bar.verdict).collect();
         assert_eq!(verdicts, [Verdict::Pass, Verdict::Pass, Verdict::Fail]);
         let alone = RowReport::new(&ROWS[0], &[block(Server::Ours, 1.0, 1.0)]);
-        let verdicts = bars::judge(&[alone]);
+        let verdicts = judge(&[alone]);
         assert!(verdicts.iter().all(|bar| bar.verdict == Verdict::NotMeasured));
     }
 

@@ -1,10 +1,9 @@
 //! The workloads: one row of the table each.
 
-use std::time::Duration;
-
 use anyhow::Result;
 
 use super::options::Options;
+use super::workload::{ClientResult, Pattern, Unit};
 use super::{fio, nbdcopy};
 
 /// One workload.
@@ -21,21 +20,6 @@ pub(crate) enum Workload {
     Fio { pattern: Pattern, block_size: u64, depth: u32 },
     /// nbdcopy of the whole disk to nowhere.
     Copy { connections: u32 },
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Pattern {
-    RandomRead,
-    RandomWrite,
-    SequentialRead,
-    SequentialWrite,
-}
-
-/// What a throughput counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Unit {
-    Requests,
-    Mebibytes,
 }
 
 const SMALL_BYTES: u64 = 4 << 10;
@@ -90,36 +74,6 @@ impl Row {
             Workload::Fio { .. } => "request",
             Workload::Copy { .. } => "MiB",
         }
-    }
-}
-
-impl Unit {
-    /// The unit's name behind a number.
-    pub(crate) fn suffix(self) -> &'static str {
-        match self {
-            Self::Requests => "IOPS",
-            Self::Mebibytes => "MiB/s",
-        }
-    }
-}
-
-/// What a client saw.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct ClientResult {
-    /// IOPS or MiB/s, see [`Row::unit`].
-    pub(crate) throughput: f64,
-    /// 99th percentile of the latency in microseconds, if the client measures it.
-    pub(crate) p99_us: Option<f64>,
-    /// Share of a core that each of its processes used, if the client measures it.
-    pub(crate) busy: Option<f64>,
-    /// How much was done, in what [`Row::work_name`] names.
-    pub(crate) work: f64,
-}
-
-impl ClientResult {
-    /// Of a client that measures nothing itself.
-    pub(crate) fn timed(work: f64, elapsed: Duration) -> Self {
-        Self { throughput: work / elapsed.as_secs_f64(), p99_us: None, busy: None, work }
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::interrupt;
+use super::ending;
 
 /// How long a server may take until it accepts a connection.
 const START_DEADLINE: Duration = Duration::from_secs(10);
@@ -41,7 +41,7 @@ impl RunningServer {
         export: &str,
         daemon_file: Option<&Path>,
     ) -> Result<Self> {
-        interrupt::stop_if_ending();
+        ending::stop_if_ending();
         // A server that was killed leaves its socket behind.
         drop(fs::remove_file(socket));
         let log = socket.with_extension("log");

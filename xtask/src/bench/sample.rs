@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::process::Usage;
-use super::rows::ClientResult;
 use super::servers::Server;
+use super::workload::ClientResult;
 
 /// The numbers of one block, or their medians.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

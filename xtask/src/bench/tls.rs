@@ -15,11 +15,12 @@ use anyhow::{Result, bail};
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::DataFile;
-use super::group::{Group, Lab};
+use super::group::Group;
+use super::lab::Lab;
 use super::nbdcopy;
 use super::options::Options;
 use super::process::run_to_end;
-use super::rows::ClientResult;
+use super::workload::ClientResult;
 use crate::command::output_of;
 
 /// This group.

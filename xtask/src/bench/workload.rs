@@ -1,0 +1,48 @@
+//! What a client does and what it sees, in the terms of every row.
+
+use std::time::Duration;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pattern {
+    RandomRead,
+    RandomWrite,
+    SequentialRead,
+    SequentialWrite,
+}
+
+/// What a throughput counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Unit {
+    Requests,
+    Mebibytes,
+}
+
+impl Unit {
+    /// The unit's name behind a number.
+    pub(crate) fn suffix(self) -> &'static str {
+        match self {
+            Self::Requests => "IOPS",
+            Self::Mebibytes => "MiB/s",
+        }
+    }
+}
+
+/// What a client saw.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct ClientResult {
+    /// IOPS or MiB/s, as [`Unit`] says.
+    pub(crate) throughput: f64,
+    /// 99th percentile of the latency in microseconds, if the client measures it.
+    pub(crate) p99_us: Option<f64>,
+    /// Share of a core that each of its processes used, if the client measures it.
+    pub(crate) busy: Option<f64>,
+    /// How much was done, in requests, or in MiB where the client chooses the requests.
+    pub(crate) work: f64,
+}
+
+impl ClientResult {
+    /// Of a client that measures nothing itself.
+    pub(crate) fn timed(work: f64, elapsed: Duration) -> Self {
+        Self { throughput: work / elapsed.as_secs_f64(), p99_us: None, busy: None, work }
+    }
+}
