@@ -1,8 +1,9 @@
 //! Headers and chunks to bytes and back, in every form of replies.
 
+mod shared;
+
 use std::hint::black_box;
 
-use benches::{MODES, negotiated};
 use bytes::BytesMut;
 use criterion::measurement::WallTime;
 use criterion::{
@@ -14,6 +15,8 @@ use nbd_proto::transmission::{
     Command, ExtentLimit, Fragmentation, Position, ReplyEncoder, RequestTag,
 };
 use nbd_proto::wire::{BlockDescriptor, CommandType, Cookie, MetaContextId, ReplyMode};
+
+use shared::{MODES, negotiated};
 
 /// Requests handled in one go, as after one read from a socket.
 const REQUESTS: usize = 64;

@@ -1,6 +1,7 @@
 //! Both handshake machines joined in memory: from the greeting to the transmission phase.
 
-use benches::{MODES, export};
+mod shared;
+
 use bytes::BytesMut;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use nbd_proto::handshake::client::{
@@ -9,6 +10,8 @@ use nbd_proto::handshake::client::{
 use nbd_proto::handshake::server::{GoAnswer, Handshake, HandshakeStep, ServerConfig, TlsPolicy};
 use nbd_proto::handshake::{ExportDescription, Negotiated};
 use nbd_proto::wire::{MetaContextName, ReplyMode};
+
+use shared::{MODES, export};
 
 const CONFIG: ServerConfig =
     ServerConfig { tls: TlsPolicy::Off, best_reply_mode: ReplyMode::Extended };

@@ -1,13 +1,16 @@
 //! The loop of a connection without its sockets: requests are taken off a buffer, carried out on a
 //! disk in memory, and their replies gathered in one buffer.
 
-use benches::{DISK_SIZE, MODES, negotiated};
+mod shared;
+
 use bytes::BytesMut;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use nbd_proto::transmission::server::{Parsed, Transmission};
 use nbd_proto::transmission::{Command, Durability, Fragmentation, Position, ReplyEncoder, client};
 use nbd_proto::wire::ReplyMode;
 use nbd_server::export::{Export, Holes, MemoryExport};
+
+use shared::{DISK_SIZE, MODES, negotiated};
 
 const LENGTH: usize = 4096;
 

@@ -182,7 +182,7 @@ fn nbd_server_settings(socket: &Path, disk: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::rows::ROWS;
+    use crate::rows::ROWS;
 
     #[test]
     fn floor_takes_part_in_rows_that_read_only() {

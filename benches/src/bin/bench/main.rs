@@ -8,10 +8,14 @@
 //!
 //! Every block has a fresh server process: qemu-nbd locks the file it serves, so two servers
 //! cannot share it, and the peak memory then belongs to one row.
+#![expect(clippy::print_stdout, reason = "the table goes to standard output")]
 
 mod bars;
 mod bitmaps;
 mod checkpoints;
+// Programs are started, and cargo is called, as the other developer commands do it.
+#[path = "../../../../xtask/src/command.rs"]
+mod command;
 mod contest;
 mod data;
 mod ending;
@@ -39,19 +43,40 @@ mod tls;
 mod workload;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use clap::Parser;
 
-pub(crate) use options::Options;
-
-use crate::command::{cargo, output_of, run_step, workspace_root};
+use command::{cargo, output_of, run_step, workspace_root};
 use data::DataFile;
 use notes::note;
+use options::Options;
 use report::Report;
 use rows::Row;
 use sample::{Measured, Sample};
 use servers::{Launcher, Server};
+
+/// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask bench", bin_name = "cargo xtask bench")]
+struct Arguments {
+    #[command(flatten)]
+    options: Options,
+}
+
+fn main() -> ExitCode {
+    let result = measure_and_report(&Arguments::parse().options);
+    ending::stop_if_ending();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
 
 /// Runs the benchmark, prints its table and its bars, and writes the report where asked.
 ///
@@ -59,12 +84,6 @@ use servers::{Launcher, Server};
 ///
 /// The build fails, nothing is left to measure, or a file cannot be written. A single block that
 /// fails is a note in the report.
-pub(crate) fn run(options: &Options) -> Result<()> {
-    let result = measure_and_report(options);
-    ending::stop_if_ending();
-    result
-}
-
 fn measure_and_report(options: &Options) -> Result<()> {
     groups::check_names(options)?;
     let mut notes = Vec::new();
@@ -126,7 +145,7 @@ fn run_raw(
 fn available_servers(options: &Options, notes: &mut Vec<String>) -> Vec<Server> {
     let mut servers = Vec::new();
     for &server in Server::ALL.iter().filter(|server| options.wants_server(server.name())) {
-        if server.is_built() || crate::command::is_installed(server.program()) {
+        if server.is_built() || command::is_installed(server.program()) {
             servers.push(server);
         } else {
             note(notes, format!("{}: {} is not installed", server.name(), server.program()));
@@ -211,7 +230,7 @@ fn make_folder(options: &Options) -> Result<tempfile::TempDir> {
 }
 
 /// Where cargo puts what it builds.
-fn target_folder() -> Result<std::path::PathBuf> {
+fn target_folder() -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["metadata", "--no-deps", "--format-version", "1"]);
     let metadata: serde_json::Value =

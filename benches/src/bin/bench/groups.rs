@@ -36,7 +36,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
-    use crate::bench::contest::Against;
+    use crate::contest::Against;
 
     #[derive(Parser)]
     struct Line {

@@ -101,7 +101,7 @@ pub(crate) fn is_met(limit: Limit, ratio: f64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::rows::ROWS;
+    use crate::rows::ROWS;
 
     #[test]
     fn every_bar_names_a_row() {

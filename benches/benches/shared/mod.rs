@@ -1,21 +1,21 @@
-//! What the benches share. The programs that are measured beside servers stand in `src/bin`.
+//! What the benches share.
+#![allow(dead_code, reason = "no bench uses all of it")]
 
 use nbd_proto::handshake::{ExportDescription, Negotiated};
 use nbd_proto::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 
 /// Every form of replies, with the name it has in the results.
-pub const MODES: [(&str, ReplyMode); 3] = [
+pub(crate) const MODES: [(&str, ReplyMode); 3] = [
     ("simple", ReplyMode::Simple),
     ("structured", ReplyMode::Structured),
     ("extended", ReplyMode::Extended),
 ];
 
 /// Size of the disk, in bytes.
-pub const DISK_SIZE: u64 = 1 << 30;
+pub(crate) const DISK_SIZE: u64 = 1 << 30;
 
 /// An export that can do everything.
-#[must_use]
-pub fn export() -> ExportDescription {
+pub(crate) fn export() -> ExportDescription {
     let mut flags = TransmissionFlags::all();
     flags.remove(TransmissionFlags::READ_ONLY);
     ExportDescription {
@@ -32,8 +32,7 @@ pub fn export() -> ExportDescription {
 }
 
 /// A transmission phase on that export, with one context.
-#[must_use]
-pub fn negotiated(reply_mode: ReplyMode) -> Negotiated {
+pub(crate) fn negotiated(reply_mode: ReplyMode) -> Negotiated {
     let ExportDescription { name, size, flags, block_sizes, .. } = export();
     Negotiated {
         export_name: name,

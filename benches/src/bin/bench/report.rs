@@ -204,7 +204,7 @@ fn judge_one(bar: &Bar, row: &RowReport) -> BarReport {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::bench::rows::ROWS;
+    use crate::rows::ROWS;
 
     fn block(server: Server, throughput: f64, cpu_us_per_work: f64) -> Measured {
         let sample = Sample {

@@ -1,0 +1,32 @@
+//! `cargo xtask bench`: builds the benchmark of the package `benches` and becomes it.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+
+use anyhow::{Context, Result};
+
+use crate::command::{cargo, workspace_root};
+
+/// What the benchmark is asked to do, in its own words: see `cargo xtask bench --help`.
+#[derive(Debug, clap::Args)]
+#[command(disable_help_flag = true)]
+pub(crate) struct Options {
+    #[arg(value_name = "OPTION", trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+/// Puts the benchmark in the place of this process, so that signals reach it and nothing else.
+///
+/// # Errors
+///
+/// Cargo cannot be started.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let mut command = cargo();
+    command.args(["run", "--quiet", "-p", "benches", "--bin", "bench", "--manifest-path"]);
+    command.arg(workspace_root().join("Cargo.toml")).arg("--");
+    // Paths among the arguments are relative to where the user stands, not to the workspace.
+    if let Ok(folder) = std::env::current_dir() {
+        command.current_dir(folder);
+    }
+    Err(command.args(&options.arguments).exec()).context("cannot start cargo")
+}
