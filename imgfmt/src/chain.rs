@@ -1,6 +1,5 @@
 //! Opening an image and everything below it.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -103,7 +102,7 @@ fn inspect_luks(storage: &dyn Storage) -> Result<ImageInfo> {
 pub(crate) fn change_backing(
     path: &Path,
     options: &OpenOptions,
-    backing: Option<(&OsStr, Format)>,
+    backing: Option<(&str, Format)>,
 ) -> Result<()> {
     if let Some((name, format)) = backing {
         check_depth(path, options, name, format)?;
@@ -132,7 +131,7 @@ pub(crate) fn amend(path: &Path, options: &OpenOptions, amendment: &Amendment) -
 
 /// The size of the disk in what `name` would stand for in a new image at `path`, if the new image
 /// could be opened above it.
-pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<u64> {
+pub(crate) fn named_size(path: &Path, name: &str, options: &OpenOptions) -> Result<u64> {
     let (storage, below) = open_named(Some(path), name, options, Access::ReadOnly, &[])?;
     let shown = Some(below.clone().unwrap_or_else(|| name.into()));
     let layer = Layer { storage, path: below, shown: shown.clone(), options: options.clone() };
@@ -200,7 +199,7 @@ fn open_layers(
 pub(crate) fn check_depth(
     path: &Path,
     options: &OpenOptions,
-    name: &OsStr,
+    name: &str,
     format: Format,
 ) -> Result<()> {
     let options = OpenOptions {
@@ -267,7 +266,7 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
 /// What the name of a backing file leads to.
 fn layer_below(
     image: Option<&Path>,
-    name: &OsStr,
+    name: &str,
     format: Option<&str>,
     options: &OpenOptions,
     files_above: &[Option<FileIdentity>],
@@ -281,7 +280,7 @@ fn layer_below(
             let detail = format!(
                 "it does not say which format its backing file '{}' has; set it with \
                  'nbd-cli image rebase --unsafe -b FILE -F FORMAT', or allow probing",
-                name.to_string_lossy().escape_debug()
+                name.escape_debug()
             );
             return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
         }
@@ -312,7 +311,7 @@ fn unreadable_backing(format: &str) -> Error {
 
 fn open_named(
     image: Option<&Path>,
-    name: &OsStr,
+    name: &str,
     options: &OpenOptions,
     access: Access,
     files_above: &[Option<FileIdentity>],

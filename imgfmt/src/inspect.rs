@@ -1,6 +1,5 @@
 //! Looking at and changing the header of one image, without opening the files it names.
 
-use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -48,7 +47,7 @@ impl Image {
     pub fn check_chain_length(
         path: impl AsRef<Path>,
         options: &OpenOptions,
-        (name, format): (&OsStr, Format),
+        (name, format): (&str, Format),
     ) -> Result<()> {
         chain::check_depth(path.as_ref(), options, name, format)
     }
@@ -85,7 +84,7 @@ impl Image {
     pub fn change_backing_file(
         path: impl AsRef<Path>,
         options: &OpenOptions,
-        backing: Option<(&OsStr, Format)>,
+        backing: Option<(&str, Format)>,
     ) -> Result<()> {
         let path = path.as_ref();
         chain::change_backing(path, options, backing).map_err(|error| error.with_path(path))

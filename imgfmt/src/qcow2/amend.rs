@@ -1,7 +1,5 @@
 //! Changing what kind of qcow2 image one is, without touching its data.
 
-use std::os::unix::ffi::OsStrExt as _;
-
 use super::extension;
 use super::header::{Header, V2_LENGTH, compatible, field, incompatible, read_error, u64_at};
 use super::open::Purpose;

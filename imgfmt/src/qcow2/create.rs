@@ -7,8 +7,6 @@
 //! then           L1 table
 //! ```
 
-use std::os::unix::ffi::OsStrExt as _;
-
 use super::extension;
 use super::geometry::Geometry;
 use super::header::{MAGIC, autoclear, compatible, incompatible};

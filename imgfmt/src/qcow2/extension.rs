@@ -3,9 +3,6 @@
 //! Each has a type (4 bytes), a length (4 bytes) and that many bytes, padded to a multiple of 8.
 //! Type 0 ends the list. Version 2 images have them too, from offset 72 on.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt as _;
-
 use super::header::{invalid, u32_at, u64_at};
 use crate::error::Result;
 
@@ -30,7 +27,7 @@ const FEATURE_ENTRY: usize = 48;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Extensions {
     pub(crate) backing_format: Option<String>,
-    pub(crate) data_file_name: Option<OsString>,
+    pub(crate) data_file_name: Option<String>,
     /// The bitmaps extension as it stands in the file.
     pub(crate) bitmaps: Option<Vec<u8>>,
     /// The content of our own extension.
@@ -79,9 +76,7 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
         };
         match kind {
             BACKING_FORMAT => extensions.backing_format = Some(text(content)?),
-            DATA_FILE_NAME => {
-                extensions.data_file_name = Some(OsStr::from_bytes(content).to_owned());
-            }
+            DATA_FILE_NAME => extensions.data_file_name = Some(text(content)?),
             FEATURE_NAMES => extensions.feature_names = content.to_vec(),
             BITMAPS => extensions.bitmaps = Some(content.to_vec()),
             ENCRYPTION_HEADER => extensions.encryption_header = Some(u64_at(content, 0)),
@@ -145,7 +140,7 @@ mod tests {
         area.extend(b"data.raw");
         let extensions = decode(&area).unwrap();
         assert_eq!(extensions.backing_format.as_deref(), Some("raw"));
-        assert_eq!(extensions.data_file_name.as_deref(), Some(OsStr::new("data.raw")));
+        assert_eq!(extensions.data_file_name.as_deref(), Some("data.raw"));
         assert!(decode(&area[..area.len() - 1]).is_err());
     }
 }

@@ -11,9 +11,6 @@
 //!           100 header_length 104 compression_type
 //! ```
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt as _;
-
 use super::extension::{self, Extensions};
 use super::geometry::Geometry;
 use super::open::Purpose;
@@ -99,7 +96,7 @@ pub(crate) struct Header {
     pub(crate) compression: Compression,
     /// 0 if it is not encrypted.
     pub(crate) encryption_method: u32,
-    pub(crate) backing_name: Option<OsString>,
+    pub(crate) backing_name: Option<String>,
     pub(crate) extensions: Extensions,
     /// Where a mark ends the extensions that QEMU would refuse.
     pub(crate) overlong_end: Option<u64>,
@@ -195,7 +192,9 @@ impl Header {
                 return Err(invalid("the backing file's name is too long or outside the header"));
             }
             let name = &first[backing_offset as usize..][..backing_length as usize];
-            self.backing_name = Some(OsStr::from_bytes(name).to_owned());
+            let name = std::str::from_utf8(name)
+                .map_err(|_| invalid("the backing file's name is not valid UTF-8"))?;
+            self.backing_name = Some(name.to_owned());
         }
         if backing_offset != 0 {
             extensions_end = extensions_end.min(backing_offset);

@@ -1,6 +1,5 @@
 //! `nbd-cli backup`: full and incremental backups of a served disk into a chain of qcow2 files.
 
-mod below;
 mod chain;
 mod checkpoint;
 mod partial;
@@ -15,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use imgfmt::{Access, BackupIdentity, Image, Uuid};
+use imgfmt::{Access, BackupIdentity, Format, Image, Uuid};
 use nbd_client::{Client, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
@@ -33,7 +32,6 @@ use super::copy::verify::Verification;
 use super::image::open::{TrustArgs, explained};
 use crate::connect::{ConnectionArgs, TlsArgs, connect};
 use crate::error::{CommandError, Outcome, block_on, runtime};
-use crate::locking::ShareArgs;
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
 use crate::signals::{self, EndSignals, Hangup};
@@ -138,10 +136,6 @@ pub struct BackupArgs {
     /// Requests in flight.
     #[arg(short = 'R', long, value_name = "N", default_value = "32")]
     pub requests: NonZeroUsize,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub share: ShareArgs,
 
     /// Which files the images may name.
     #[command(flatten)]
@@ -429,7 +423,9 @@ async fn verify(
     what: Verify,
     partial: &Partial,
 ) -> Result<u64, CommandError> {
-    let options = partial.options(&args.trust).access(Access::ReadOnly);
+    let locks = args.trust.locks.options();
+    let options =
+        locks.format(Format::Qcow2).access(Access::ReadOnly).policy(partial.policy(&args.trust));
     let image = Image::open(partial.path(), &options).map_err(explained)?;
     let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let unit = source.alignment();

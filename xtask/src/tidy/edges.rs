@@ -3,8 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::lexer::{Source, word_offsets};
-use super::line_at;
+use super::lexer::{Source, line_at, word_offsets};
 
 /// What one crate may name in its manifest among the crates of this workspace.
 struct Allowed {

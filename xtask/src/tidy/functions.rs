@@ -1,7 +1,6 @@
 //! How long functions are.
 
-use super::lexer::{Source, is_name_byte, matching_close, word_offsets};
-use super::line_at;
+use super::lexer::{Source, is_name_byte, line_at, matching_close, word_offsets};
 
 /// The most lines a function has, from its `fn` to its closing brace.
 const MAXIMUM_LINES: usize = 70;

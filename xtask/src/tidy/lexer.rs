@@ -75,6 +75,11 @@ pub(crate) fn matching_close(code: &[u8], open: usize) -> Option<usize> {
     None
 }
 
+/// The number, counted from 1, of the line that has the byte at `offset`.
+pub(crate) fn line_at(text: &str, offset: usize) -> usize {
+    text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count() + 1
+}
+
 /// Whether `byte` can be part of a name.
 pub(crate) fn is_name_byte(byte: u8) -> bool {
     byte == b'_' || byte.is_ascii_alphanumeric()
@@ -264,5 +269,11 @@ mod tests {
     #[test]
     fn words_inside_longer_names_do_not_count() {
         assert_eq!(word_offsets("todo to_do todo_list todo", "todo"), [0, 21]);
+    }
+
+    #[test]
+    fn lines_are_counted_from_one() {
+        assert_eq!(line_at("a\nb\n", 0), 1);
+        assert_eq!(line_at("a\nb\n", 2), 2);
     }
 }

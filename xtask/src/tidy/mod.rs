@@ -5,10 +5,12 @@
 
 mod architecture;
 mod edges;
+mod engines;
 mod functions;
 mod lexer;
 mod manifest;
 mod markdown;
+mod order;
 mod protocol;
 mod source;
 
@@ -51,6 +53,8 @@ fn check(root: &Path) -> Result<Vec<String>> {
         let path = file.strip_prefix(root).unwrap_or(&file).to_string_lossy().into_owned();
         findings.extend(check_file(&path, &text));
     }
+    findings.extend(engines::check_lists(|path| root.join(path).exists()));
+    findings.extend(order::check(root, order::CRATES, order::LIST)?);
     let architecture_file = root.join("ARCHITECTURE.md");
     match fs::read_to_string(&architecture_file) {
         Ok(text) => findings.extend(architecture::check(&text, |path| exists(root, path))),
@@ -74,6 +78,7 @@ fn check_file(path: &str, text: &str) -> Vec<String> {
         findings.extend(functions::check(path, &source));
         findings.extend(protocol::check(path, &source));
         findings.extend(edges::check_image_adapter(path, &source));
+        findings.extend(engines::check(path, &source));
     }
     findings
 }
@@ -109,11 +114,6 @@ fn exists(root: &Path, path: &str) -> bool {
     })
 }
 
-/// The number, counted from 1, of the line that has the byte at `offset`.
-fn line_at(text: &str, offset: usize) -> usize {
-    text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count() + 1
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,11 +133,5 @@ mod tests {
         assert!(findings.contains("lib.rs:4: tab"), "{findings}");
         let findings = check_file("nbd-server/src/export/memory.rs", code).join("\n");
         assert!(findings.contains("memory.rs:2: names imgfmt"), "{findings}");
-    }
-
-    #[test]
-    fn lines_are_counted_from_one() {
-        assert_eq!(line_at("a\nb\n", 0), 1);
-        assert_eq!(line_at("a\nb\n", 2), 2);
     }
 }

@@ -1,7 +1,6 @@
 //! The protocol crate does no I/O: no sockets, files, clocks, threads or runtime.
 
-use super::lexer::{Source, is_name_byte, word_offsets};
-use super::line_at;
+use super::lexer::{Source, is_name_byte, line_at, word_offsets};
 
 /// Paths of the standard library that the crate may not name, with all below them.
 const FORBIDDEN_PATHS: &[&str] = &[

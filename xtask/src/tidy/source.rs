@@ -1,7 +1,6 @@
 //! Rules about single lines and files.
 
-use super::lexer::{Source, matching_close, word_offsets};
-use super::line_at;
+use super::lexer::{Source, line_at, matching_close, word_offsets};
 
 /// The most lines a source file has, unless one of its first lines says why it has more.
 const MAXIMUM_LINES: usize = 600;

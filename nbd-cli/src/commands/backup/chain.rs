@@ -1,20 +1,14 @@
 //! The backup that a new one builds on.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use imgfmt::{
-    Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, OpenPolicy, Uuid,
-};
+use imgfmt::{Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, Uuid};
 
 use super::BackupArgs;
-use super::below::backups_below;
 use crate::commands::image::open::explained;
 use crate::error::CommandError;
-use crate::locking::advise_sharing;
 use crate::output::printable;
 
 /// How many files of a folder are looked at, to find other backups.
@@ -23,13 +17,11 @@ const FILES_MAX: usize = 65536;
 /// The backup before this one.
 pub(super) struct Base {
     pub(super) path: PathBuf,
-    /// It, and the backups it was made on: they may be opened wherever they lie.
-    pub(super) files: Vec<PathBuf>,
     /// Size of the image in bytes.
     size: u64,
     pub(super) format: Format,
     /// Its name as it is to stand in the new file.
-    pub(super) name: OsString,
+    pub(super) name: String,
     identity: Option<BackupIdentity>,
     /// Why it may be the wrong one, as far as the files tell.
     problem: Option<String>,
@@ -38,9 +30,7 @@ pub(super) struct Base {
 impl Base {
     /// Opens it, and looks whether the new backup can be built on it.
     pub(super) fn open(path: &Path, args: &BackupArgs) -> Result<Self, CommandError> {
-        let files = [vec![path.to_owned()], backups_below(path)].concat();
-        let policy = files.iter().fold(args.trust.policy(), OpenPolicy::allow_file);
-        let options = args.share.apply(args.trust.options().policy(policy));
+        let options = args.trust.options();
         let image = Image::open(path, &options).map_err(|error| match error.found_format() {
             Some(format) => CommandError::new(format!(
                 "'{}' is a {} image and no backup that an incremental one could build on; make a \
@@ -48,14 +38,13 @@ impl Base {
                 path.display(),
                 format.description()
             )),
-            None => advise_sharing(explained(error)),
+            None => explained(error),
         })?;
         let name = relative(path, folder_of(&args.target))?;
         let chain = image.backups_of_chain();
         let identity = chain.first().and_then(|(_, backup)| Some(backup.clone()?.identity));
         let mut base = Self {
             path: path.to_owned(),
-            files,
             size: image.size(),
             format: image.format(),
             name,
@@ -239,7 +228,7 @@ pub(super) fn folder_of(path: &Path) -> &Path {
 }
 
 /// The path of a file as seen from a folder. Relative, so that a chain can be moved as a whole.
-fn relative(file: &Path, folder: &Path) -> Result<OsString, CommandError> {
+fn relative(file: &Path, folder: &Path) -> Result<String, CommandError> {
     let real = |path: &Path| {
         path.canonicalize().map_err(|error| {
             CommandError::new(format!("cannot find '{}': {error}", path.display()))
@@ -254,10 +243,15 @@ fn relative(file: &Path, folder: &Path) -> Result<OsString, CommandError> {
     }
     let steps = up.map(|_| Component::ParentDir).chain(down);
     let path: PathBuf = steps.collect();
+    let name = path.to_str().ok_or_else(|| {
+        CommandError::new(format!(
+            "'{}' cannot be named in a qcow2 file: its path is not valid UTF-8",
+            file.display()
+        ))
+    })?;
     // What looks like a scheme would not be taken for a file.
-    let first = path.components().next().map(|first| first.as_os_str().as_bytes());
-    let has_scheme = first.is_some_and(|first| first.contains(&b':'));
-    Ok(if has_scheme { Path::new(".").join(path) } else { path }.into())
+    let has_scheme = name.split('/').next().is_some_and(|first| first.contains(':'));
+    Ok(if has_scheme { format!("./{name}") } else { name.to_owned() })
 }
 
 #[cfg(test)]

@@ -16,7 +16,6 @@ use super::chain::{Base, folder_of};
 use super::{BackupArgs, CLUSTER_SIZE};
 use crate::commands::image::open::{TrustArgs, explained};
 use crate::error::CommandError;
-use crate::locking::{ShareArgs, advise_sharing};
 
 /// Largest record that is read, in bytes.
 const MAX_STATE_LEN: u64 = 64 << 10;
@@ -30,8 +29,7 @@ pub(super) struct State {
     source: String,
     size: u64,
     bitmap: Option<String>,
-    /// The base as the user named it; escaped as Rust's `Debug` does if that is not text.
-    base: Option<String>,
+    base: Option<PathBuf>,
     /// The UUID of the base, if it has one.
     #[serde(default)]
     base_identity: Option<String>,
@@ -46,7 +44,7 @@ impl State {
             source: uri.to_string(),
             size,
             bitmap: args.bitmap.clone(),
-            base: args.base.as_deref().map(written),
+            base: args.base.clone(),
             base_identity: base.and_then(Base::id).map(|id| id.to_string()),
             done: 0,
         }
@@ -55,12 +53,15 @@ impl State {
     /// What differs from a former attempt, in words.
     fn difference(&self, former: &Self) -> Option<String> {
         let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "none".to_owned());
+        let path = |path: &Option<PathBuf>| {
+            path.as_ref().map_or_else(|| "none".to_owned(), |path| path.display().to_string())
+        };
         let pairs = [
             ("version", self.version.to_string(), former.version.to_string()),
             ("source", self.source.clone(), former.source.clone()),
             ("size", self.size.to_string(), former.size.to_string()),
             ("bitmap", name(&self.bitmap), name(&former.bitmap)),
-            ("base", name(&self.base), name(&former.base)),
+            ("base", path(&self.base), path(&former.base)),
             ("base's identity", name(&self.base_identity), name(&former.base_identity)),
         ];
         let found = pairs.into_iter().find(|(_, now, then)| now != then);
@@ -73,11 +74,8 @@ pub(super) struct Partial {
     path: PathBuf,
     record: PathBuf,
     target: PathBuf,
-    /// The backup it builds on, and those below that.
-    base: Vec<PathBuf>,
-    share: ShareArgs,
-    /// Held from when there is a file until it has its name.
-    lock: Option<FileStorage>,
+    /// The backup it builds on.
+    base: Option<PathBuf>,
     state: State,
 }
 
@@ -94,12 +92,10 @@ impl Partial {
             PathBuf::from(name)
         };
         let (path, record) = (with(".partial"), with(".partial.json"));
-        let (target, share) = (args.target.clone(), args.share);
-        let files = base.map(|base| base.files.clone()).unwrap_or_default();
-        let mut partial = Self { path, record, target, base: files, share, lock: None, state };
+        let (target, base_path) = (args.target.clone(), base.map(|base| base.path.clone()));
+        let mut partial = Self { path, record, target, base: base_path, state };
         if partial.path.symlink_metadata().is_ok() {
             if args.resume {
-                partial.lock = partial.lock(&args.trust)?;
                 partial.resume(&args.trust)?;
                 return Ok(partial);
             }
@@ -110,7 +106,7 @@ impl Partial {
                     partial.path.display()
                 )));
             }
-            partial.remove(&args.trust)?;
+            partial.remove()?;
         } else if args.resume {
             return Err(CommandError::new(format!(
                 "there is nothing to resume: '{}' does not exist",
@@ -120,9 +116,7 @@ impl Partial {
         let mut options = CreateOptions::new(Format::Qcow2, partial.state.size);
         options.cluster_size = CLUSTER_SIZE;
         options.backing = base.map(|base| (base.name.clone(), base.format));
-        options.locking = args.share.locking(args.trust.locks);
         Image::create(&partial.path, &options)?;
-        partial.lock = partial.lock(&args.trust)?;
         // A base that may not be opened is found before anything is copied.
         let begun = partial.open(&args.trust).and_then(|image| {
             drop(image);
@@ -144,32 +138,23 @@ impl Partial {
         self.state.done
     }
 
-    /// Which files it may name: the base that the user has named, and the backups below it, wherever
-    /// they lie.
+    /// Which files it may name: the base that the user has named too, wherever it lies.
     pub(super) fn policy(&self, trust: &TrustArgs) -> OpenPolicy {
-        self.base.iter().fold(trust.policy(), OpenPolicy::allow_file)
+        match &self.base {
+            Some(base) => trust.policy().allow_file(base),
+            None => trust.policy(),
+        }
     }
 
     /// Opens it for writing.
     pub(super) fn open(&self, trust: &TrustArgs) -> Result<Image, CommandError> {
-        let options = self.options(trust).access(Access::ReadWrite);
-        let image = Image::open(&self.path, &options);
-        image.map_err(|error| advise_sharing(explained(error)))
-    }
-
-    /// The options for the file. Files below it that others may write to are not locked, and then it
-    /// is not either: [`lock`](Self::lock) does that.
-    pub(super) fn options(&self, trust: &TrustArgs) -> OpenOptions {
-        let options = trust.locks.options().format(Format::Qcow2).policy(self.policy(trust));
-        if self.share.force_share { options.locking(Locking::Off) } else { options }
-    }
-
-    /// The lock of the file, where it is not locked with those below it.
-    fn lock(&self, trust: &TrustArgs) -> Result<Option<FileStorage>, CommandError> {
-        match self.share.force_share {
-            true => Ok(Some(trust.locks.open_file(&self.path, Access::ReadWrite)?)),
-            false => Ok(None),
-        }
+        let options = trust
+            .locks
+            .options()
+            .format(Format::Qcow2)
+            .access(Access::ReadWrite)
+            .policy(self.policy(trust));
+        Image::open(&self.path, &options).map_err(explained)
     }
 
     /// Records up to where it is complete.
@@ -198,7 +183,7 @@ impl Partial {
         identity: &BackupIdentity,
         trust: &TrustArgs,
     ) -> Result<(), CommandError> {
-        Image::seal_backup(&self.path, &self.options(trust), identity)?;
+        Image::seal_backup(&self.path, &trust.options(), identity)?;
         let rename = || -> io::Result<()> {
             File::open(&self.path)?.sync_all()?;
             renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE)?;
@@ -231,7 +216,10 @@ impl Partial {
             )));
         }
         // A process that was killed may have left clusters that nothing refers to.
-        let options = self.options(trust).access(Access::ReadWrite);
+        let options = OpenOptions::new()
+            .format(Format::Qcow2)
+            .access(Access::ReadWrite)
+            .policy(self.policy(trust));
         let report = Image::check_file(&self.path, &options, Repair::Leaks)?;
         if report.corruptions > 0 {
             return Err(CommandError::new(format!(
@@ -256,19 +244,14 @@ impl Partial {
         Ok(state)
     }
 
-    fn remove(&self, trust: &TrustArgs) -> Result<(), CommandError> {
+    fn remove(&self) -> Result<(), CommandError> {
         // Whoever is at work on it holds a lock.
-        let storage = trust.locks.open_file(&self.path, Access::ReadWrite)?;
+        let storage = FileStorage::open(&self.path, Access::ReadWrite, Locking::Auto)?;
         drop(storage);
         fs::remove_file(&self.path).map_err(|error| {
             CommandError::new(format!("cannot remove '{}': {error}", self.path.display()))
         })
     }
-}
-
-/// A path as a text that stands for no other path.
-fn written(path: &Path) -> String {
-    path.to_str().map_or_else(|| format!("{path:?}"), str::to_owned)
 }
 
 fn sync_folder(file: &Path) -> io::Result<()> {

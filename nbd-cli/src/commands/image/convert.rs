@@ -206,7 +206,6 @@ impl Conversion<'_> {
     fn make_new(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
-        create.locking = self.args.open.trust.locks.locking();
         let new = NewFile::begin(path, |path| Ok(Image::create(path, &create)?))?;
         self.fill(new.path(), progress)
             .map_err(|error| CommandError::new(format!("{error}; {}", new.left_behind())))?;
@@ -226,9 +225,7 @@ impl Conversion<'_> {
     }
 
     fn fill(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
-        let locks = self.args.open.trust.locks;
         let options = OpenOptions::new()
-            .locking(locks.locking())
             .format(self.format)
             .access(Access::ReadWrite)
             // Nobody relies on an image that is not finished: one sync at the end is enough.

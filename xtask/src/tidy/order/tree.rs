@@ -1,0 +1,149 @@
+//! The modules of a crate, tests apart, and which of them uses which.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::paths::Paths;
+use crate::tidy::lexer::{Source, line_at};
+
+/// A module by its names from the root of the crate, which itself is empty.
+pub(super) type Module = Vec<String>;
+
+/// Re-exports that are followed one after the other before a name counts as found.
+const MAXIMUM_REEXPORTS: usize = 16;
+
+/// The modules of one crate.
+#[derive(Debug)]
+pub(super) struct Tree {
+    modules: BTreeMap<Module, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    file: PathBuf,
+    code: String,
+    paths: Paths,
+}
+
+/// One module uses another.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Use {
+    pub(super) from: Module,
+    pub(super) to: Module,
+    /// Where that stands.
+    pub(super) file: PathBuf,
+    pub(super) line: usize,
+    /// The path as it is written.
+    pub(super) path: String,
+}
+
+impl Tree {
+    /// Reads the crate whose root file is `lib.rs` or else `main.rs` in `folder`.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read.
+    pub(super) fn read(folder: &Path) -> Result<Self> {
+        let mut tree = Self { modules: BTreeMap::new() };
+        let library = folder.join("lib.rs");
+        let root = if library.is_file() { library } else { folder.join("main.rs") };
+        tree.read_module(Vec::new(), root, folder)?;
+        Ok(tree)
+    }
+
+    /// Reads `file`, whose modules are in `folder`.
+    fn read_module(&mut self, module: Module, file: PathBuf, folder: &Path) -> Result<()> {
+        let text = fs::read_to_string(&file)
+            .with_context(|| format!("cannot read {} as text", file.display()))?;
+        let code = Source::new(&text).code_without_tests();
+        let paths = Paths::new(&code);
+        for name in paths.modules.clone() {
+            let mut child = module.clone();
+            child.push(name.clone());
+            let below = folder.join(&name);
+            let files = [folder.join(format!("{name}.rs")), below.join("mod.rs")];
+            if let Some(file) = files.into_iter().find(|file| file.is_file()) {
+                self.read_module(child, file, &below)?;
+            } else {
+                // Declared with a path of its own: known by name only.
+                let entry = Entry { file: below, code: String::new(), paths: Paths::default() };
+                self.modules.insert(child, entry);
+            }
+        }
+        self.modules.insert(module, Entry { file, code, paths });
+        Ok(())
+    }
+
+    /// Whether there is a module of this name below `module`.
+    pub(super) fn has_child(&self, module: &[String], name: &str) -> bool {
+        let child = [module, &[name.to_owned()]].concat();
+        self.modules.contains_key(&child)
+    }
+
+    /// Whether this is a module.
+    pub(super) fn contains(&self, module: &Module) -> bool {
+        self.modules.contains_key(module)
+    }
+
+    /// The names of the modules right below `module`.
+    pub(super) fn children(&self, module: &[String]) -> Vec<&String> {
+        let is_child =
+            |other: &&Module| other.len() == module.len() + 1 && other.starts_with(module);
+        self.modules.keys().filter(is_child).filter_map(|child| child.last()).collect()
+    }
+
+    /// Every use of one module by another. What a module with modules below it re-exports of them is
+    /// none: it is their face.
+    pub(super) fn uses(&self) -> Vec<Use> {
+        let mut uses = Vec::new();
+        for (module, entry) in &self.modules {
+            let is_face = !entry.paths.modules.is_empty();
+            let reexported = entry.paths.reexported.iter().filter(|_| !is_face);
+            for named in entry.paths.named.iter().chain(reexported) {
+                let Some(to) = self.resolve(module, &named.segments, 0) else { continue };
+                if to != *module {
+                    uses.push(Use {
+                        from: module.clone(),
+                        to,
+                        file: entry.file.clone(),
+                        line: line_at(&entry.code, named.offset),
+                        path: named.segments.join("::"),
+                    });
+                }
+            }
+        }
+        uses.sort();
+        uses
+    }
+
+    /// The module that defines what `segments` name in `module`, if it is in this crate.
+    fn resolve(&self, module: &[String], segments: &[String], depth: usize) -> Option<Module> {
+        let mut current = module.to_vec();
+        for (index, segment) in segments.iter().enumerate() {
+            match segment.as_str() {
+                "crate" => current.clear(),
+                "self" => {}
+                "super" => drop(current.pop()?),
+                name if self.has_child(&current, name) => current.push(name.to_owned()),
+                name => {
+                    let entry = self.modules.get(&current)?;
+                    let Some(path) = entry.paths.imports.get(name) else {
+                        // The first name is another crate's, or one of the file's own.
+                        return (index > 0).then_some(current);
+                    };
+                    // In its own file an imported name is found where the import stands.
+                    if index == 0 || depth == MAXIMUM_REEXPORTS || path == segments {
+                        return None;
+                    }
+                    let rest = segments[index + 1..].iter().cloned();
+                    let path: Vec<String> = path.iter().cloned().chain(rest).collect();
+                    return self.resolve(&current, &path, depth + 1);
+                }
+            }
+        }
+        Some(current)
+    }
+}
