@@ -8,7 +8,9 @@ mod structure;
 use std::path::Path;
 
 use common::at;
-use imgfmt::{Access, CreateOptions, Durability, ErrorKind, Format, Image, OpenOptions};
+use imgfmt::{
+    Access, CreateOptions, Durability, ErrorKind, Format, Image, OpenOptions, Recording, Repair,
+};
 use structure::{Structure, aim, u64_at};
 
 const CLUSTER: u64 = 512;
@@ -104,7 +106,7 @@ fn a_missing_refcount_block_hides_no_data_from_the_allocator() {
     let written = write(&path);
     assert_eq!(content(&path, None).unwrap(), before);
     assert_eq!(written.unwrap_err().kind(), ErrorKind::Corrupt);
-    let report = Image::check_file(&path, &options(Access::ReadOnly), imgfmt::Repair::All).unwrap();
+    let report = Image::check_file(&path, &options(Access::ReadOnly), Repair::All).unwrap();
     assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
     assert_eq!(content(&path, None).unwrap(), before);
     write(&path).unwrap();
@@ -119,7 +121,58 @@ fn a_missing_refcount_block_of_clusters_that_nothing_uses_is_made() {
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_len(bytes.len() as u64 + (1 << 20)).unwrap();
     write(&path).unwrap();
-    let report =
-        Image::check_file(&path, &options(Access::ReadOnly), imgfmt::Repair::None).unwrap();
+    let report = Image::check_file(&path, &options(Access::ReadOnly), Repair::None).unwrap();
     assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
+}
+
+/// Runs something that must end. A deadlock fails the test instead of stopping all of them.
+fn within_a_minute<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(work()));
+    receiver.recv_timeout(std::time::Duration::from_secs(60)).expect("it ends")
+}
+
+/// What a crash can leave: a file that is longer than its refcount blocks reach.
+#[test]
+fn bitmaps_are_stored_and_recorded_where_refcount_blocks_are_missing() {
+    for used_clusters in 200..260 {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.qcow2");
+        let mut create = CreateOptions::new(Format::Qcow2, SIZE);
+        create.cluster_size = CLUSTER;
+        Image::create(&path, &create).unwrap();
+        let disk = Image::open(&path, &options(Access::ReadWrite)).unwrap();
+        let data = vec![0x5a; (used_clusters * CLUSTER) as usize];
+        disk.write_at(at(0), &data, Durability::Cached).unwrap();
+        disk.add_bitmap("first", 512, Recording::Enabled).unwrap();
+        disk.close().unwrap();
+        let length = std::fs::metadata(&path).unwrap().len();
+        std::fs::File::options()
+            .write(true)
+            .open(&path)
+            .unwrap()
+            .set_len(length + (300 << 10))
+            .unwrap();
+        let image = path.clone();
+        within_a_minute(move || {
+            let disk = Image::open(&image, &options(Access::ReadWrite)).unwrap();
+            disk.add_bitmap("second", 512, Recording::Enabled).unwrap();
+            let others = std::thread::scope(|scope| {
+                let adding = scope.spawn(|| disk.add_bitmap("third", 512, Recording::Enabled));
+                for offset in (USED..SIZE).step_by(8192) {
+                    disk.write_at(at(offset), &[0x77; 4096], Durability::Cached).unwrap();
+                }
+                adding.join().unwrap()
+            });
+            others.unwrap();
+            disk.close().unwrap();
+        });
+        let disk = Image::open(&path, &options(Access::ReadOnly)).unwrap();
+        assert_eq!(disk.bitmaps().len(), 3, "{used_clusters}");
+        let mut bytes = vec![0; data.len()];
+        disk.read_at(at(0), &mut bytes).unwrap();
+        assert!(bytes == data, "{used_clusters}");
+        let report = Image::check_file(&path, &options(Access::ReadOnly), Repair::None).unwrap();
+        assert_eq!(report.corruptions, 0, "{used_clusters}: {report:?}");
+    }
 }

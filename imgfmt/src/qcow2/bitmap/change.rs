@@ -271,7 +271,16 @@ impl Qcow2 {
             return Err(error);
         }
         let (thawed, thaw_failure) = (std::mem::take(&mut disk.thawed), disk.thaw_failure.take());
-        *disk = Disk { directory: place, flags_places, thawed, thaw_failure, ..Disk::default() };
+        let directory = place;
+        let listed = entries.clone();
+        *disk = Disk {
+            directory,
+            entries: listed,
+            flags_places,
+            thawed,
+            thaw_failure,
+            ..Disk::default()
+        };
         drop(disk);
         self.free_clusters(freed, old_place)?;
         Ok(plan.into_iter().zip(entries).map(|(planned, entry)| finish(planned, entry)).collect())

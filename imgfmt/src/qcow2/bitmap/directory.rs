@@ -10,6 +10,8 @@
 //! QEMU refuses the whole image because of one bad entry. Here a bad entry is one bad bitmap, and
 //! only what makes the list itself unreadable costs all of them.
 
+use std::collections::HashSet;
+
 use crate::bitmap::{BITMAP_NAME_BYTES_MAX, GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN};
 use crate::qcow2::geometry::Geometry;
 use crate::qcow2::header::{Header, autoclear, u16_at, u32_at, u64_at};
@@ -140,6 +142,17 @@ pub(super) fn decode(bytes: &[u8], count: usize, header: &Header) -> Result<Vec<
     match rest.is_empty() {
         true => Ok(entries),
         false => Err("its bitmap directory is longer than its entries".into()),
+    }
+}
+
+/// Calls all but the first of several bitmaps of one name damaged.
+pub(super) fn refuse_equal_names(entries: &mut [Entry]) {
+    let mut names = HashSet::new();
+    for entry in entries {
+        if !names.insert(entry.name.clone()) && entry.damage.is_none() {
+            let (raw, _) = encode(std::slice::from_ref(entry));
+            entry.damage = Some(("another bitmap has the same name".into(), raw));
+        }
     }
 }
 

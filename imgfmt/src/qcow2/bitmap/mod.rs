@@ -68,6 +68,8 @@ pub(crate) struct Bitmaps {
 struct Disk {
     /// Where the directory is, if the image has a valid one.
     directory: Option<Place>,
+    /// The bitmaps that the directory lists, in its order.
+    entries: Vec<Entry>,
     /// Where the flags of each bitmap are, from the start of the directory on.
     flags_places: Vec<u64>,
     /// Why the bitmaps that the image claims to have cannot be found.
@@ -78,6 +80,17 @@ struct Disk {
     thawed: Vec<String>,
     /// Why that failed.
     thaw_failure: Option<String>,
+}
+
+impl Disk {
+    /// Notes which bitmaps the file says are in use.
+    fn note_in_use(&mut self, bitmaps: &[Bitmap<Entry>]) {
+        for (entry, bitmap) in self.entries.iter_mut().zip(bitmaps) {
+            if bitmap.in_use.load(Acquire) {
+                entry.flags |= flag::IN_USE;
+            }
+        }
+    }
 }
 
 impl Bitmaps {
@@ -97,22 +110,16 @@ impl Bitmaps {
 
     /// Reads what an image says about its bitmaps, but none of their bits.
     pub(super) fn open(storage: &dyn Storage, header: &Header, options: &OpenOptions) -> Self {
-        let (directory, entries, damage) = match directory::read(storage, header) {
+        let (directory, mut entries, damage) = match directory::read(storage, header) {
             Ok(None) => (None, Vec::new(), None),
             Ok(Some((place, entries))) => (Some(place), entries, None),
             Err(detail) => (None, Vec::new(), Some(detail)),
         };
+        directory::refuse_equal_names(&mut entries);
         let (_, flags_places) = directory::encode(&entries);
-        let mut names = HashSet::new();
-        let bitmaps = entries.into_iter().map(|mut entry| {
-            if !names.insert(entry.name.clone()) && entry.damage.is_none() {
-                let (raw, _) = directory::encode(std::slice::from_ref(&entry));
-                entry.damage = Some(("another bitmap has the same name".into(), raw));
-            }
-            bitmap_of(entry)
-        });
-        let tracker = Tracker::new(bitmaps.collect(), true);
-        let disk = Mutex::new(Disk { directory, flags_places, damage, ..Disk::default() });
+        let tracker = Tracker::new(entries.iter().cloned().map(bitmap_of).collect(), true);
+        let disk = Disk { directory, entries, flags_places, damage, ..Disk::default() };
+        let disk = Mutex::new(disk);
         Self {
             tracker,
             disk,
@@ -270,6 +277,7 @@ impl Qcow2 {
         self.sync_file()?;
         self.refuse_lost_since(since)?;
         marked.iter().for_each(|(bitmap, _)| bitmap.in_use.store(true, Release));
+        disk.note_in_use(state.bitmaps());
         Ok(())
     }
 
@@ -352,34 +360,39 @@ impl Qcow2 {
     }
 
     /// Where bitmaps lie in the file (offset, length), and what is damaged.
+    ///
+    /// Does not ask the tracker: clusters are allocated, and so all references counted, also while
+    /// the bitmaps are changed or a write has noted what it changes.
     pub(super) fn bitmap_places(&self) -> (Vec<(u64, u64)>, Vec<String>) {
         let bits = self.geometry().cluster_bits;
         let disk = lock(&self.bitmaps.disk);
         let mut damages: Vec<String> = disk.damage.iter().cloned().collect();
         let mut places: Vec<(u64, u64)> =
             disk.directory.iter().map(|place| (place.offset, place.length)).collect();
+        let entries = disk.entries.clone();
         drop(disk);
-        for bitmap in self.bitmaps.tracker.read().bitmaps() {
-            match self.bitmap_clusters(bitmap) {
+        for entry in &entries {
+            match self.entry_clusters(entry) {
                 Ok(clusters) => places.extend(clusters.iter().map(|at| (at << bits, 1 << bits))),
                 Err(detail) => {
-                    damages.push(format!("the bitmap '{}': {detail}", bitmap.name.escape_debug()));
+                    let name = String::from_utf8_lossy(&entry.name);
+                    damages.push(format!("the bitmap '{}': {detail}", name.escape_debug()));
                 }
             }
         }
         (places, damages)
     }
 
-    /// The clusters of a bitmap. An error says, as a clause, why it cannot be used, and QEMU would not
-    /// open the image.
-    fn bitmap_clusters(&self, bitmap: &Bitmap<Entry>) -> Result<Vec<u64>, String> {
-        if let Some((detail, _)) = &bitmap.stored.damage {
+    /// The clusters of a bitmap that the directory lists. An error says, as a clause, why it cannot be
+    /// used, and QEMU would not open the image.
+    fn entry_clusters(&self, entry: &Entry) -> Result<Vec<u64>, String> {
+        if let Some((detail, _)) = &entry.damage {
             return Err(detail.clone());
         }
-        let table = bitmap.stored.table;
-        let bytes = Bits::bytes_for(self.size, bitmap.granularity_bits);
+        let table = entry.table;
+        let bytes = Bits::bytes_for(self.size, entry.granularity_bits);
         let needed = bytes.div_ceil(self.geometry().cluster_size());
-        if !bitmap.in_use.load(Acquire) && u64::from(table.entries) != needed {
+        if entry.flags & flag::IN_USE == 0 && u64::from(table.entries) != needed {
             return Err(format!("its table has {} entries, not {needed}", table.entries));
         }
         self.table_clusters(table)
@@ -398,9 +411,9 @@ impl Qcow2 {
                 .map_err(|error| self.named(error))?;
             disk.damage = None;
         }
+        let entries = disk.entries.clone();
         drop(disk);
         let state = self.bitmaps.tracker.read();
-        let is_damaged = |bitmap: &&Bitmap<Entry>| self.bitmap_clusters(bitmap).is_err();
         let all = frozen::by_name(state.bitmaps().iter());
         let without = |bitmap: &Bitmap<Entry>| {
             let name = bitmap.name.clone();
@@ -410,7 +423,9 @@ impl Qcow2 {
                 None => BitmapChange::Remove { name },
             }
         };
-        let changes: Vec<_> = state.bitmaps().iter().filter(is_damaged).map(without).collect();
+        let damaged = state.bitmaps().iter().zip(&entries);
+        let damaged = damaged.filter(|(_, entry)| self.entry_clusters(entry).is_err());
+        let changes: Vec<_> = damaged.map(|(bitmap, _)| without(bitmap)).collect();
         drop(state);
         match changes.is_empty() {
             true => Ok(()),

@@ -31,10 +31,11 @@ impl Qcow2 {
             let flags = bitmap.stored.flags | flag::IN_USE;
             self.write_metadata(place.offset + flags_place, &flags.to_be_bytes())?;
         }
-        drop(disk);
         self.sync_file()?;
         self.refuse_lost_since(since)?;
         bitmaps.iter().for_each(|bitmap| bitmap.in_use.store(true, Release));
+        disk.note_in_use(&bitmaps);
+        drop(disk);
         let is_marked = self.is_marked(&bitmaps);
         alone.replace(bitmaps, is_marked);
         Ok(())
