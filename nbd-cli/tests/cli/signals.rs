@@ -200,6 +200,24 @@ fn a_limit_on_the_size_of_files_is_enospc_for_clients() {
     }
 }
 
+/// The log often lies on the disk that is full.
+#[test]
+fn a_server_that_cannot_write_its_log_goes_on() {
+    tools!(qemu_io = "qemu-io", qemu_img = "qemu-img");
+    let folder = Disk::sparse();
+    let image = folder.beside("qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "64M"]);
+    let preparation = "ulimit -f 4096; exec 2>/dev/full";
+    let server = serve_after(preparation, &folder, &["--format", "qcow2", &image]);
+    let mut client = Command::new(&qemu_io);
+    client.args(["-f", "raw", "-c", "write -P 1 0 64k"]);
+    client.args(["-c", "write -P 7 32M 6M", "-c", "write -P 7 40M 6M", "-c", "read -P 1 0 64k"]);
+    let said = run(client.arg(server.uri())).stdout;
+    assert_eq!(said.matches("No space left").count(), 2, "{said}");
+    assert!(said.contains("read 65536/65536 bytes"), "{said}");
+    server.end();
+}
+
 #[test]
 fn commands_that_meet_a_limit_on_the_size_of_files_say_so() {
     let disk = Disk::sparse();
