@@ -10,13 +10,12 @@ use anyhow::{Context, Result, bail};
 
 use super::judge::{Judge, Round};
 use super::random::Random;
-use super::served::Served;
+use super::served::{Served, output_of};
 use super::wire::{
     CMD_BLOCK_STATUS, CMD_CACHE, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES,
     OPT_EXPORT_NAME, OPT_GO, OPT_INFO, OPT_LIST, OPT_LIST_META_CONTEXT, OPT_SET_META_CONTEXT,
     OPT_STRUCTURED_REPLY, Wire, go, meta_context, option, request,
 };
-use crate::command::output_of;
 
 /// The size of the disk that is attacked, in bytes.
 const SIZE: u64 = 64 << 20;

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use super::judge::{Judge, Round};
 use super::random::Random;
 use super::served;
-use crate::command::{output_of, workspace_root};
+use crate::command::workspace_root;
 
 /// A test that runs longer hangs.
 const LONGEST: Duration = Duration::from_secs(900);
@@ -128,7 +128,8 @@ impl Judge for FromTests {
 
     fn round(&self, round: &Round<'_>) -> Result<u64> {
         let program = round.programs.test(self.package, self.test)?;
-        let listed = output_of(Command::new(program).args(["--list", "--format", "terse"]))?;
+        let listed =
+            served::output_of(Command::new(program).args(["--list", "--format", "terse"]))?;
         let names: Vec<&str> =
             listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
         if names.is_empty() {

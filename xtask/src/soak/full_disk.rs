@@ -8,9 +8,8 @@ use anyhow::{Context, Result, bail};
 use super::blocks::{BLOCK, Blocks, Step};
 use super::judge::{Judge, Round};
 use super::random::Random;
-use super::served::Served;
+use super::served::{Served, check_image, output_of};
 use super::wire::Wire;
-use crate::command::output_of;
 
 const SIZE: u64 = 16 << 20;
 const STEPS: u64 = 400;
@@ -102,13 +101,5 @@ fn end(server: Served, is_flushed: bool) -> Result<()> {
     match server.end() {
         Err(error) if is_flushed || format!("{error:#}").contains("signal") => Err(error),
         _ => Ok(()),
-    }
-}
-
-fn check_image(image: &Path) -> Result<()> {
-    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(image).output()?;
-    match output.status.code() {
-        Some(0 | 3) => Ok(()),
-        _ => bail!("qemu-img check: {}", String::from_utf8_lossy(&output.stderr)),
     }
 }

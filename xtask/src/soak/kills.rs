@@ -12,9 +12,8 @@ use serde_json::Value;
 use super::blocks::{BLOCK, Blocks, Step};
 use super::judge::{Judge, Round};
 use super::random::Random;
-use super::served::Served;
+use super::served::{Served, check_image, output_of};
 use super::wire::Wire;
-use crate::command::output_of;
 
 const SIZE: u64 = 24 << 20;
 const KILLS: u64 = 4;
@@ -51,7 +50,7 @@ impl Judge for Kills {
             }
             check_bits(&disk, &parts)?;
             kill_while_written(server, &disk, &mut parts, &mut random)?;
-            check_image(&disk)?;
+            check_image(&disk.image)?;
         }
         let server = disk.serve()?;
         for part in &mut parts {
@@ -59,7 +58,7 @@ impl Judge for Kills {
         }
         check_bits(&disk, &parts)?;
         server.end()?;
-        check_image(&disk)?;
+        check_image(&disk.image)?;
         Ok(KILLS)
     }
 }
@@ -156,16 +155,6 @@ fn write(
         });
     }
     outcome
-}
-
-/// At worst there are leaks.
-fn check_image(disk: &Disk<'_>) -> Result<()> {
-    let mut check = Command::new("qemu-img");
-    let output = check.args(["check", "-f", "qcow2"]).arg(&disk.image).output()?;
-    match output.status.code() {
-        Some(0 | 3) => Ok(()),
-        _ => bail!("qemu-img check: {}", String::from_utf8_lossy(&output.stderr)),
-    }
 }
 
 /// Every block that was written is dirty.

@@ -34,6 +34,9 @@ use programs::Programs;
 use random::Random;
 use report::Report;
 
+/// Rounds that are under way this long after the last was begun never end.
+const LONGEST_ROUND: Duration = Duration::from_secs(1800);
+
 /// What `cargo xtask soak` is asked to do.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -170,6 +173,12 @@ impl Soak {
             let mut next = Instant::now() + Duration::from_secs(60);
             while !workers.iter().all(thread::ScopedJoinHandle::is_finished) {
                 thread::sleep(Duration::from_millis(100));
+                if Instant::now() >= end + LONGEST_ROUND {
+                    let stuck = self.report().running();
+                    println!("soak: a round of each of these does not end: {stuck}");
+                    // The threads that wait for them cannot be ended otherwise.
+                    std::process::exit(1);
+                }
                 if Instant::now() >= next {
                     self.report().print_minute();
                     next += Duration::from_secs(60);

@@ -58,6 +58,12 @@ impl Report {
         }
     }
 
+    /// The judges of which a round is under way.
+    pub(super) fn running(&self) -> String {
+        let rows = self.rows.iter().filter(|row| row.running > 0);
+        rows.map(|row| row.name).collect::<Vec<_>>().join(", ")
+    }
+
     pub(super) fn violations(&self) -> u64 {
         self.rows.iter().map(|row| row.violations).sum()
     }

@@ -1,16 +1,22 @@
 //! Servers and commands that judges start.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use crate::command::command_line;
+
 /// The longest time that a server may take to start or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A command that runs longer hangs.
+const LONGEST_COMMAND: Duration = Duration::from_secs(300);
 
 /// A server under judgement. It is killed when this is dropped.
 #[derive(Debug)]
@@ -36,13 +42,14 @@ impl Served {
             .context("cannot start the server")?;
         let mut server = Self { child, complaints };
         let output = server.child.stdout.take().context("the server has no output")?;
-        let mut line = String::new();
-        BufReader::new(output).read_line(&mut line)?;
-        if line.is_empty() || !socket.exists() {
-            let status = wait(&mut server.child, PATIENCE)?;
-            bail!("the server did not start: {status:?}: {}", server.complaints());
+        match first_line(output) {
+            Some(line) if !line.is_empty() && socket.exists() => Ok(server),
+            Some(_) => {
+                let status = wait(&mut server.child, PATIENCE)?;
+                bail!("the server did not start: {status:?}: {}", server.complaints());
+            }
+            None => bail!("the server neither starts nor ends: {}", server.complaints()),
         }
-        Ok(server)
     }
 
     /// Ends the server as the kernel does when memory runs out.
@@ -92,6 +99,18 @@ impl Drop for Served {
         self.child.kill().ok();
         self.child.wait().ok();
     }
+}
+
+/// The first line of what a server says; nothing if it says none for a long time.
+fn first_line(output: ChildStdout) -> Option<String> {
+    let (sender, receiver) = mpsc::channel();
+    // Ends with the server, which is killed at the latest when it is given up.
+    thread::spawn(move || {
+        let mut line = String::new();
+        let read = BufReader::new(output).read_line(&mut line);
+        sender.send(read.map(|_| line).unwrap_or_default()).ok();
+    });
+    receiver.recv_timeout(PATIENCE).ok()
 }
 
 /// Waits for the end of a process; nothing if it had to be killed.
@@ -146,4 +165,76 @@ pub(super) fn run(command: &mut Command, said: &Path, patience: Duration) -> Res
         .with_context(|| format!("cannot start {:?}", command.get_program()))?;
     let status = wait(&mut child, patience)?;
     Ok(Ended { status, said: String::from_utf8_lossy(&fs::read(said)?).into_owned() })
+}
+
+/// Runs a command that must succeed, and returns what it wrote to standard output.
+///
+/// # Errors
+///
+/// It cannot be started, ends with another status than 0, or does not end.
+pub(super) fn output_of(command: &mut Command) -> Result<String> {
+    output_if(command, &[0])
+}
+
+/// As [`output_of`], for a command that may end with one of these statuses.
+///
+/// # Errors
+///
+/// It cannot be started, ends with another status, or does not end.
+pub(super) fn output_if(command: &mut Command, statuses: &[i32]) -> Result<String> {
+    let line = command_line(command);
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot start `{line}`"))?;
+    let output = child.stdout.take().map(|mut pipe| thread::spawn(move || read_all(&mut pipe)));
+    let complaint = child.stderr.take().map(|mut pipe| thread::spawn(move || read_all(&mut pipe)));
+    let status = wait(&mut child, LONGEST_COMMAND)?;
+    let [output, complaint] =
+        [output, complaint].map(|it| it.and_then(|it| it.join().ok()).unwrap_or_default());
+    let Some(status) = status else { bail!("`{line}` hangs: {}", complaint.trim()) };
+    match status.code() {
+        Some(code) if statuses.contains(&code) => Ok(output),
+        _ => bail!("`{line}`: {status}: {}", complaint.trim()),
+    }
+}
+
+/// Has qemu-img look at an image that a server used until its end: at worst there are leaks.
+///
+/// # Errors
+///
+/// It finds more.
+pub(super) fn check_image(image: &Path) -> Result<()> {
+    let mut check = Command::new("qemu-img");
+    output_if(check.args(["check", "-q", "-f", "qcow2"]).arg(image), &[0, 3]).map(drop)
+}
+
+fn read_all(pipe: &mut dyn Read) -> String {
+    let mut bytes = Vec::new();
+    pipe.read_to_end(&mut bytes).ok();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_says_what_it_wrote_and_why_it_failed() {
+        let said = output_of(Command::new("sh").args(["-c", "echo right"])).expect("status 0");
+        assert_eq!(said, "right\n");
+        let error = output_of(Command::new("sh").args(["-c", "echo broken >&2; exit 3"]));
+        let error = format!("{:#}", error.expect_err("status 3"));
+        assert!(error.contains("exit status: 3: broken"), "{error}");
+    }
+
+    #[test]
+    fn a_process_that_does_not_end_is_killed() {
+        let mut child = Command::new("sleep").arg("1000").spawn().expect("sleep");
+        let ended = wait(&mut child, Duration::from_millis(20)).expect("waited");
+        assert_eq!(ended, None);
+        assert!(child.try_wait().expect("waited").is_some(), "it is gone");
+    }
 }
