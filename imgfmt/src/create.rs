@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::chain;
-use crate::create_on_device::{create_on_device, is_block_device};
+use crate::create_on_device::{NewOnDevice, is_block_device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::image::Image;
@@ -156,6 +156,37 @@ impl CreateOptions {
 
 /// Makes a new file of the image's kind, or an image on a block device. An existing file is never touched.
 pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
+    if is_block_device(path) {
+        let new = create_on_device(path, options)?;
+        new.preallocate()?;
+        return new.complete();
+    }
+    let (size, content) = plan(path, options)?;
+    let mut made = NewFiles::default();
+    if let Some((name, _)) = &options.data_file {
+        let data_path = path.parent().map_or_else(|| name.into(), |folder| folder.join(name));
+        made.create(&data_path, |file| file.set_len(size))?;
+    }
+    made.create(path, |file| fill(file, options.format, size, &content))?;
+    preallocate(path, options)?;
+    made.keep();
+    Ok(())
+}
+
+/// Begins an image on a block device.
+pub(crate) fn create_on_device(path: &Path, options: &CreateOptions) -> Result<NewOnDevice> {
+    if !is_block_device(path) {
+        return Err(invalid("it is not a block device").with_path(path));
+    }
+    let (size, content) = plan(path, options)?;
+    NewOnDevice::begin(path, options, size, &content)
+}
+
+/// The metadata of a new image, each part with its offset.
+type Parts = Vec<(u64, Vec<u8>)>;
+
+/// The size of the disk and the metadata of a new image, if the options fit together.
+fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
     let named = |error: Error| error.with_path(path);
     let size = match (options.size, &options.backing) {
         (Some(size), _) => size,
@@ -192,18 +223,7 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
         let detail = "an image with a backing file has neither a data file nor preallocation";
         return Err(named(invalid(detail)));
     }
-    if is_block_device(path) {
-        return create_on_device(path, options, size, &content);
-    }
-    let mut made = NewFiles::default();
-    if let Some((name, _)) = &options.data_file {
-        let data_path = path.parent().map_or_else(|| name.into(), |folder| folder.join(name));
-        made.create(&data_path, |file| file.set_len(size))?;
-    }
-    made.create(path, |file| fill(file, options.format, size, &content))?;
-    preallocate(path, options)?;
-    made.keep();
-    Ok(())
+    Ok((size, content))
 }
 
 /// New files that are removed again unless everything succeeds.

@@ -1,18 +1,20 @@
-//! A new image on a block device: nothing that was there before is believed or shown.
+//! A new image on a block device: nothing that was there before is believed or shown, and nothing new before
+//! it is complete.
 
-use std::fs::OpenOptions as FileOptions;
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use rustix::fs::OFlags;
-
+use crate::backup::BackupIdentity;
 use crate::create::{CreateOptions, Preallocation, invalid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::image::Image;
 use crate::open_policy::OpenPolicy;
 use crate::options::{Access, Locking, OpenOptions};
+use crate::qcow2;
 use crate::storage::{Durability, FileStorage, Speed, Storage, ZeroMode};
+use crate::unfinished::Unfinished;
 use crate::units::HostOffset;
 
 /// So much at the start of a device tells what is on it, in bytes.
@@ -23,111 +25,136 @@ pub(crate) fn is_block_device(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
-/// Makes an image with a disk of `size` bytes; `parts` are the metadata, each at its offset, the
-/// header first.
-pub(crate) fn create_on_device(
-    path: &Path,
-    options: &CreateOptions,
-    size: u64,
-    parts: &[(u64, Vec<u8>)],
-) -> Result<()> {
+/// A new image on a block device, made with [`Image::create_on_device`]. Until it is
+/// [complete](Self::complete) the device says that what is on it is incomplete, so that nobody takes a part of a
+/// disk for the whole, whatever ends this process. What was on the device before is lost.
+#[derive(Debug)]
+pub struct NewOnDevice {
+    storage: Arc<Unfinished>,
+    path: PathBuf,
+    format: Format,
+    /// What is behind the metadata: offset and length in bytes.
+    unused: (u64, u64),
+    preallocation: Preallocation,
+}
+
+impl NewOnDevice {
+    /// Makes an image with a disk of `size` bytes; `parts` are the metadata, each at its offset, the
+    /// header first.
+    pub(crate) fn begin(
+        path: &Path,
+        options: &CreateOptions,
+        size: u64,
+        parts: &[(u64, Vec<u8>)],
+    ) -> Result<Self> {
+        let named = |error: Error| error.with_path(path);
+        refuse_what_devices_lack(options).map_err(named)?;
+        let device = FileStorage::open_device(path, Locking::On)?;
+        let storage = Unfinished::new(Arc::new(device));
+        let storage = storage.map_err(|error| named(Error::from_io("read", error)))?;
+        let unused = lay_out(&storage, options, size, parts).map_err(named)?;
+        Ok(Self {
+            storage: Arc::new(storage),
+            path: path.to_owned(),
+            format: options.format,
+            unused,
+            preallocation: options.preallocation,
+        })
+    }
+
+    /// Writes the zeroes that [`Preallocation::Full`] asks for, and nothing where something else was asked for. It
+    /// may take long, and comes before the image is filled.
+    ///
+    /// # Errors
+    ///
+    /// `Io`.
+    pub fn preallocate(&self) -> Result<()> {
+        if self.preallocation != Preallocation::Full {
+            return Ok(());
+        }
+        // Clusters that have a place from the start show what is there.
+        let (start, length) = self.unused;
+        let start = HostOffset::new(start);
+        let zeroed = self.storage.write_zeroes(start, length, ZeroMode::KeepAllocated, Speed::Any);
+        zeroed.map_err(|error| Error::from_io("write zeroes to", error).with_path(&self.path))?;
+        if self.format == Format::Raw {
+            return Ok(());
+        }
+        let options = OpenOptions::new().access(Access::ReadWrite).policy(OpenPolicy::deny());
+        let image = self.open(&options)?;
+        image.preallocate()?;
+        image.close()
+    }
+
+    /// Opens the image, to fill it or to look at what was written. Whatever the options say, the format is
+    /// the one it was made in.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::open`].
+    pub fn open(&self, options: &OpenOptions) -> Result<Image> {
+        let options = options.clone().format(self.format);
+        Image::open_named(Arc::clone(&self.storage) as Arc<dyn Storage>, Some(&self.path), &options)
+            .map_err(|error| error.with_path(&self.path))
+    }
+
+    /// Writes into the image which backup it is, as [`Image::seal_backup`] does.
+    ///
+    /// # Errors
+    ///
+    /// As [`Image::seal_backup`].
+    pub fn seal_backup(&self, identity: &BackupIdentity) -> Result<()> {
+        qcow2::seal(&*self.storage, identity).map_err(|error| error.with_path(&self.path))
+    }
+
+    /// Puts everything on stable storage, and then lets the device be an image. It must have been closed.
+    ///
+    /// # Errors
+    ///
+    /// `Io`; the device then says that it is incomplete, or is the whole image.
+    pub fn complete(self) -> Result<()> {
+        let completed = self.storage.complete();
+        completed.map_err(|error| Error::from_io("flush", error).with_path(&self.path))
+    }
+}
+
+fn refuse_what_devices_lack(options: &CreateOptions) -> Result<()> {
     if matches!(options.preallocation, Preallocation::Metadata | Preallocation::Falloc) {
         let detail =
             "a block device has its space already; leave preallocation out, or choose full";
-        return Err(invalid(detail).with_path(path));
+        return Err(invalid(detail));
     }
     if options.data_file.is_some() {
-        let detail = "an image on a block device cannot have a data file beside it";
-        return Err(invalid(detail).with_path(path));
+        return Err(invalid("an image on a block device cannot have a data file beside it"));
     }
-    // The kernel refuses this while the device is mounted or a part of another one.
-    let excluded = FileOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::EXCL.bits() as i32)
-        .open(path);
-    let _excluded = excluded.map_err(|error| match error.raw_os_error() {
-        Some(libc::EBUSY) => {
-            let detail = "the device is mounted or in use by the kernel; stop it first";
-            Error::new(ErrorKind::Busy, "create an image on", detail).with_path(path)
-        }
-        _ => Error::from_io("open", error).with_path(path),
-    })?;
-    let storage = FileStorage::open(path, Access::ReadWrite, Locking::On)?;
-    let made = lay_out(&storage, options, size, parts).map_err(|error| error.with_path(path));
-    drop(storage);
-    let made = made.and_then(|()| preallocate(path, options));
-    made.inspect_err(|_| {
-        // Half an image must not look like one; the first error is the one to tell.
-        let _ = erase_signature(path);
-    })
+    Ok(())
 }
 
-/// Clears the start of a block device, so that nobody takes it for an image.
-pub(crate) fn erase_signature(path: &Path) -> Result<()> {
-    let storage = FileStorage::open(path, Access::ReadWrite, Locking::On)?;
-    clear_signature(&storage)
-}
-
-fn clear_signature(storage: &dyn Storage) -> Result<()> {
-    let io = |operation| move |error| Error::from_io(operation, error);
-    let length = storage.len().map_err(io("look at"))?.min(SIGNATURE_LENGTH as u64);
-    let zeroes = [0; SIGNATURE_LENGTH];
-    storage
-        .write_at(HostOffset::new(0), &zeroes[..length as usize], Durability::Cached)
-        .map_err(io("write to"))?;
-    storage.sync().map_err(io("flush"))
-}
-
-/// Writes the metadata, the header last: a crash before leaves nothing that looks like an image.
+/// Writes the metadata, if there is room; returns the offset and the length of what is behind it.
 fn lay_out(
     storage: &dyn Storage,
     options: &CreateOptions,
     size: u64,
     parts: &[(u64, Vec<u8>)],
-) -> Result<()> {
+) -> Result<(u64, u64)> {
     let io = |operation| move |error| Error::from_io(operation, error);
     let room = storage.len().map_err(io("look at"))?;
-    let needed = match options.format {
-        Format::Raw => size,
-        _ => parts.iter().map(|(offset, bytes)| offset + bytes.len() as u64).max().unwrap_or(0),
-    };
+    let metadata_end =
+        parts.iter().map(|(offset, bytes)| offset + bytes.len() as u64).max().unwrap_or(0);
+    let needed = if options.format == Format::Raw { size } else { metadata_end };
     if needed.max(SIGNATURE_LENGTH as u64) > room {
         let what = if options.format == Format::Raw { "the disk" } else { "an empty image of it" };
         let detail = format!("{what} takes up {needed} bytes, and the device has {room}");
         return Err(Error::new(ErrorKind::NoSpace, "create an image on", detail));
     }
-    clear_signature(storage)?;
-    if options.preallocation == Preallocation::Full {
-        // Clusters that have a place from the start show what is there.
-        let (mode, start) = (ZeroMode::KeepAllocated, HostOffset::new(0));
-        storage.write_zeroes(start, room, mode, Speed::Any).map_err(io("write zeroes to"))?;
-    }
-    let Some(((_, header), tables)) = parts.split_first() else { return Ok(()) };
-    for (offset, bytes) in tables {
-        let offset = HostOffset::new(*offset);
-        storage.write_at(offset, bytes, Durability::Cached).map_err(io("write to"))?;
-    }
-    storage.sync().map_err(io("flush"))?;
-    // Up to the end of its cluster: old bytes behind it could be taken for extensions.
-    let cluster = tables.first().map_or(header.len(), |(offset, _)| *offset as usize);
-    let mut first = header.clone();
-    first.resize(cluster.max(header.len()), 0);
-    storage.write_at(HostOffset::new(0), &first, Durability::Cached).map_err(io("write to"))?;
-    storage.sync().map_err(io("flush"))
-}
-
-fn preallocate(path: &Path, options: &CreateOptions) -> Result<()> {
-    if options.format == Format::Raw || options.preallocation != Preallocation::Full {
-        return Ok(());
-    }
-    let open = OpenOptions::new()
-        .format(options.format)
-        .access(Access::ReadWrite)
-        .policy(OpenPolicy::deny());
-    let image = Image::open(path, &open)?;
-    image.preallocate()?;
-    image.close()
+    let write = |offset: u64, bytes: &[u8]| {
+        storage.write_at(HostOffset::new(offset), bytes, Durability::Cached).map_err(io("write to"))
+    };
+    // Nothing that was there is to be found.
+    write(0, &[0; SIGNATURE_LENGTH])?;
+    // Each part fills its clusters, so that old bytes behind it are not taken for a part of it.
+    parts.iter().try_for_each(|(offset, bytes)| write(*offset, bytes))?;
+    Ok((metadata_end, room - metadata_end))
 }
 
 #[cfg(test)]
@@ -141,10 +168,10 @@ mod tests {
             let storage = MemoryStorage::from_bytes(&vec![0xaa; 4 << 20]);
             let mut options = CreateOptions::new(Format::Qcow2, 64 << 20);
             options.version = version;
-            let parts = crate::qcow2::layout(64 << 20, &options).unwrap();
+            let parts = qcow2::layout(64 << 20, &options).unwrap();
             lay_out(&storage, &options, 64 << 20, &parts).unwrap();
             let open = OpenOptions::new().format(Format::Qcow2);
-            let image = Image::from_storage(std::sync::Arc::new(storage), &open).unwrap();
+            let image = Image::from_storage(Arc::new(storage), &open).unwrap();
             let mut content = vec![1; 1 << 20];
             image.read_at(0.into(), &mut content).unwrap();
             assert!(content.iter().all(|byte| *byte == 0), "{version:?}");
@@ -158,7 +185,7 @@ mod tests {
             let options = CreateOptions::new(format, 8 << 20);
             let parts = match format {
                 Format::Raw => Vec::new(),
-                _ => crate::qcow2::layout(8 << 20, &options).unwrap(),
+                _ => qcow2::layout(8 << 20, &options).unwrap(),
             };
             let error = lay_out(&storage, &options, 8 << 20, &parts).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::NoSpace);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::chain;
 use crate::create::{self, CreateOptions};
-use crate::create_on_device;
+use crate::create_on_device::NewOnDevice;
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
@@ -69,23 +69,23 @@ impl Image {
     ///
     /// `Busy` if the device is in use; `AlreadyExists` if there is a file of that name, which is left alone; `InvalidInput` for
     /// options that contradict each other or the format; the errors of opening a backing file;
-    /// `NoSpace`, `Io`. Nothing is left behind.
+    /// `NoSpace`, `Io`. No file is left behind; a device says that it is incomplete.
     pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
         create::create(path.as_ref(), options)
     }
 
-    /// Clears the first 4096 bytes of a block device, so that nobody takes it for the image that is on it:
-    /// for an image that was not completed.
+    /// Begins a new image on a block device: it can be [preallocated](NewOnDevice::preallocate) and filled, and
+    /// becomes valid when it is complete.
     ///
     /// # Errors
     ///
-    /// `InvalidInput` if it is not a block device; `Busy` if another program uses it; `Io`.
-    pub fn erase_signature(path: impl AsRef<Path>) -> Result<()> {
-        let path = path.as_ref();
-        match create_on_device::is_block_device(path) {
-            true => create_on_device::erase_signature(path),
-            false => Err(create::invalid("it is not a block device").with_path(path)),
-        }
+    /// As [`create`](Self::create), and `InvalidInput` if it is not a block device. Where the device is too
+    /// small or in use nothing has changed.
+    pub fn create_on_device(
+        path: impl AsRef<Path>,
+        options: &CreateOptions,
+    ) -> Result<NewOnDevice> {
+        create::create_on_device(path.as_ref(), options)
     }
 
     /// Opens the image in any storage. Locks are the storage's own matter.
@@ -97,7 +97,7 @@ impl Image {
         Self::open_named(storage, None, options)
     }
 
-    fn open_named(
+    pub(crate) fn open_named(
         storage: Arc<dyn Storage>,
         path: Option<&Path>,
         options: &OpenOptions,

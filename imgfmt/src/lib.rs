@@ -76,6 +76,7 @@ mod raw;
 mod sidecar;
 pub mod storage;
 mod sys;
+mod unfinished;
 mod units;
 
 pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, NotAUuid, Uuid};
@@ -87,6 +88,7 @@ pub use create::{
     Amendment, CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation,
     Qcow2Version,
 };
+pub use create_on_device::NewOnDevice;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
 pub use format::Format;
@@ -99,4 +101,5 @@ pub use options::{Access, BackingFile, Locking, OpenOptions, Survives, Syncing, 
 pub use qcow2::{CheckReport, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapSafety, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
+pub use unfinished::Unfinished;
 pub use units::{GuestOffset, GuestRange, HostOffset};

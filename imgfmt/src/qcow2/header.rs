@@ -39,6 +39,8 @@ pub(crate) mod incompatible {
     pub(crate) const COMPRESSION: u64 = 1 << 3;
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
     pub(crate) const KNOWN: u64 = 31;
+    /// Ours: this is no image yet, see [`incomplete_header`](super::super::incomplete_header).
+    pub(crate) const INCOMPLETE: u64 = 1 << 63;
 }
 
 /// Feature bits that may be ignored.
@@ -279,6 +281,12 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
         kind => return Err(unsupported(format!("compression type {kind} is not known here"))),
     };
     let incompatible = v3(72);
+    if incompatible & incompatible::INCOMPLETE != 0 {
+        return Err(invalid(
+            "it is incomplete: the command that wrote it is still at work or was interrupted; run that \
+             command again",
+        ));
+    }
     let extended_l2 = incompatible & incompatible::EXTENDED_L2 != 0;
     let size = u64_at(start, 24);
     if size > i64::MAX as u64 {

@@ -62,6 +62,21 @@ impl FileStorage {
     /// `Unsupported` if locks must be held and the file system has none, `InvalidInput` for a file that is
     /// to be written and shared with other writers.
     pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
+        Self::open_with(path, access, locking, OFlags::empty())
+    }
+
+    /// Opens a block device for writing that is neither mounted nor a part of another one, and will not be as
+    /// long as it is open.
+    ///
+    /// # Errors
+    ///
+    /// `Busy` if it is, otherwise as [`open`](Self::open).
+    pub fn open_device(path: &Path, locking: Locking) -> Result<Self> {
+        // By the descriptor that writes: the kernel refuses some requests of others meanwhile.
+        Self::open_with(path, Access::ReadWrite, locking, OFlags::EXCL)
+    }
+
+    fn open_with(path: &Path, access: Access, locking: Locking, flags: OFlags) -> Result<Self> {
         // A pipe or a socket is refused before it is opened, because opening may hang or disturb
         // whoever is at the other end; what was opened is looked at again below.
         let metadata = std::fs::metadata(path).map_err(open_error(path))?;
@@ -69,7 +84,7 @@ impl FileStorage {
         let file = OpenOptions::new()
             .read(true)
             .write(access == Access::ReadWrite)
-            .custom_flags(OFlags::NONBLOCK.bits() as i32)
+            .custom_flags((OFlags::NONBLOCK | flags).bits() as i32)
             .open(path)
             .map_err(open_error(path))?;
         let metadata = file.metadata().map_err(open_error(path))?;
@@ -409,7 +424,13 @@ fn identity_from(metadata: &Metadata) -> FileIdentity {
 }
 
 fn open_error(path: &Path) -> impl Fn(io::Error) -> Error {
-    move |error| Error::from_io("open", error).with_path(path)
+    move |error| match error.raw_os_error().map(Errno::from_raw_os_error) {
+        Some(Errno::BUSY) => {
+            let detail = "the device is mounted or in use by the kernel; stop it first";
+            Error::new(ErrorKind::Busy, "write to", detail).with_path(path)
+        }
+        _ => Error::from_io("open", error).with_path(path),
+    }
 }
 
 fn refuse_what_is_no_image(path: &Path, kind: FileType) -> Result<()> {

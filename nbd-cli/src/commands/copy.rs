@@ -29,7 +29,7 @@ use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, Visibility};
 use crate::size::ByteSize;
-use crate::target::Durable;
+use crate::target::{Durable, device};
 
 const AFTER_HELP: &str = "\
 Sources and destinations:
@@ -42,7 +42,9 @@ Sources and destinations:
 A local destination file grows as NAME.partial and gets its name when it is complete; a file that
 was there is replaced then and stays as it was until then. Only where that is not possible (it has
 other names, or its folder may not be written to) is it emptied first. A server or device as the
-destination must be at least as large as the source; anything beyond that is left unchanged.
+destination must be at least as large as the source; anything beyond that is left unchanged. What
+was on a device is lost at once, and until everything is on stable storage the device is marked as
+incomplete, so that a part of a disk is never taken for the whole.
 Holes and zeroes stay holes where the destination can have them.
 
 Examples:
@@ -210,6 +212,10 @@ fn warn_of_container(source: &Source) {
 }
 
 fn incomplete(args: &CopyArgs, destination: &Destination, error: &CommandError) -> CommandError {
+    if let (Location::File(path), Some(disk)) = (&args.destination, destination.device()) {
+        let error = CommandError::new(format!("copying {} failed: {error}", args.source));
+        return device::lost_disk(path, &disk, &error);
+    }
     let left = match &args.destination {
         Location::File(_) if let Some(left) = destination.abandon() => format!("; {left}"),
         Location::File(path) => format!("; '{}' is incomplete", path.display()),

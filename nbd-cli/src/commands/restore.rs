@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use clap::Args;
-use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions, OpenPolicy};
+use imgfmt::{
+    Access, CreateOptions, Format, Image, NewOnDevice, OpenOptions, OpenPolicy, Unfinished,
+};
 use nbd_client::ZeroMode;
 use serde::Serialize;
 
@@ -25,7 +27,7 @@ use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::{Progress, Visibility};
 use crate::size::rounded;
-use crate::target::{self, Durable, Existing, NewFile};
+use crate::target::{self, Durable, Existing, NewFile, device};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -37,7 +39,7 @@ Examples:
 The newest file of a chain stands for the whole disk. A file as the destination must not exist yet:
 it grows as NAME.partial, gets its name when it is complete, and is removed if the restore fails or
 is interrupted (after kill -9 NAME.partial is left). A device or a server's disk is overwritten and
-must be at least as large.";
+must be at least as large; a device is marked as incomplete until everything is on it.";
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;
@@ -142,25 +144,13 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     }
     let source = Source::image(image);
     let size = source.size().unwrap_or_default();
-    let new = match &args.destination {
-        Location::File(path) if is_new => {
-            Some(NewFile::begin(path, |path| make(args, size, path))?)
-        }
-        Location::File(device) if is_image(args) => {
-            make(args, size, device)?;
-            None
-        }
-        _ => None,
-    };
-    let place = new.as_ref().map(|new| Location::File(new.path().to_owned()));
-    let place = place.as_ref().unwrap_or(&args.destination);
-    let result = match open(args, &source, new.as_ref()).await {
-        Ok(destination) => fill_and_verify(args, source, destination, place).await,
+    let mut new = New::begin(args, size, is_new)?;
+    let result = match open(args, &source, &mut new).await {
+        Ok(destination) => fill_and_verify(args, source, destination, &new).await,
         Err(error) => Err(error),
     };
-    let result = result.map_err(|error| failure(args, new.as_ref(), &error));
-    let ([copied, zero], verified) = result?;
-    new.map_or(Ok(()), |new| new.complete(Durable::Now))?;
+    let ([copied, zero], verified) = result.map_err(|error| failure(args, &new, &error))?;
+    new.complete(args)?;
     Ok(Report {
         image: args.image.display().to_string(),
         destination: match &args.destination {
@@ -180,14 +170,51 @@ fn is_image(args: &RestoreArgs) -> bool {
     args.output_format == ImageFormat::Qcow2
 }
 
-/// The error with what it leaves.
-fn failure(args: &RestoreArgs, new: Option<&NewFile>, error: &CommandError) -> CommandError {
-    let failed = format!("restoring '{}' failed: {error}", args.image.display());
-    match (new, &args.destination) {
-        (Some(new), _) => CommandError::new(format!("{failed}; {}", new.left_behind())),
-        (None, Location::File(device)) if is_image(args) => {
-            target::erase_from_device(device, &CommandError::new(failed))
+/// What becomes valid when the restore is complete.
+enum New {
+    File(NewFile),
+    /// An image on a device.
+    Image(NewOnDevice),
+    /// A raw disk on a device.
+    Disk(Arc<Unfinished>),
+    /// A server's disk shows what is written to it.
+    Nothing,
+}
+
+impl New {
+    fn begin(args: &RestoreArgs, size: u64, is_new: bool) -> Result<Self, CommandError> {
+        match &args.destination {
+            Location::File(path) if is_new => {
+                Ok(Self::File(NewFile::begin(path, |path| make(args, size, path))?))
+            }
+            Location::File(device) if is_image(args) => {
+                let options = CreateOptions::new(Format::Qcow2, size);
+                Ok(Self::Image(device::begin_image(device, &options)?))
+            }
+            // A raw device is found to be one when it is opened.
+            _ => Ok(Self::Nothing),
         }
+    }
+
+    fn complete(self, args: &RestoreArgs) -> Result<(), CommandError> {
+        match (self, &args.destination) {
+            (Self::File(new), _) => new.complete(Durable::Now),
+            (Self::Image(new), Location::File(path)) => {
+                new.complete().map_err(|error| device::lost(path, &error.into()))
+            }
+            (Self::Disk(disk), Location::File(path)) => device::complete_disk(path, &disk),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The error with what it leaves.
+fn failure(args: &RestoreArgs, new: &New, error: &CommandError) -> CommandError {
+    let failed = CommandError::new(format!("restoring '{}' failed: {error}", args.image.display()));
+    match (new, &args.destination) {
+        (New::File(new), _) => CommandError::new(format!("{failed}; {}", new.left_behind())),
+        (New::Image(_), Location::File(device)) => device::lost(device, &failed),
+        (New::Disk(disk), Location::File(device)) => device::lost_disk(device, disk, &failed),
         _ => CommandError::new(format!("{failed}; {} is incomplete", args.destination)),
     }
 }
@@ -215,18 +242,22 @@ fn make(args: &RestoreArgs, size: u64, path: &Path) -> Result<(), CommandError> 
 async fn open(
     args: &RestoreArgs,
     source: &Source,
-    new: Option<&NewFile>,
+    new: &mut New,
 ) -> Result<Destination, CommandError> {
-    match (new, &args.destination) {
-        (_, Location::File(device)) if is_image(args) => {
-            let options = plain(Format::Qcow2).access(Access::ReadWrite);
-            let path = new.map_or(&**device, NewFile::path);
-            Ok(Destination::image(Image::open(path, &options)?, Surface::Zeroes))
+    let options = plain(Format::Qcow2).access(Access::ReadWrite);
+    match new {
+        New::File(new) if is_image(args) => {
+            Ok(Destination::image(Image::open(new.path(), &options)?, Surface::Zeroes))
         }
-        (Some(new), _) => Destination::new_file(new),
-        _ => {
-            let locks = args.open.trust.locks;
-            Destination::open(&args.destination, &args.connection, &args.tls, locks, source).await
+        New::File(new) => Destination::new_file(new),
+        New::Image(new) => Ok(Destination::image(new.open(&options)?, Surface::Zeroes)),
+        New::Disk(_) | New::Nothing => {
+            let (locks, to) = (args.open.trust.locks, &args.destination);
+            let opened = Destination::open(to, &args.connection, &args.tls, locks, source).await?;
+            if let Some(disk) = opened.device() {
+                *new = New::Disk(disk);
+            }
+            Ok(opened)
         }
     }
 }
@@ -240,7 +271,7 @@ async fn fill_and_verify(
     args: &RestoreArgs,
     source: Source,
     destination: Destination,
-    place: &Location,
+    new: &New,
 ) -> Result<([u64; 2], Option<u64>), CommandError> {
     let Source::Image { image, .. } = &source else {
         return Err(CommandError::new("only an image can be restored"));
@@ -279,26 +310,27 @@ async fn fill_and_verify(
     job.destination.close().await;
     job.destination.close_image()?;
     let verified = match args.verify {
-        true => Some(verify(args, place, image, is_image).await?),
+        true => Some(verify(args, new, image).await?),
         false => None,
     };
     Ok((counts, verified))
 }
 
-async fn verify(
-    args: &RestoreArgs,
-    place: &Location,
-    image: Arc<Image>,
-    is_image: bool,
-) -> Result<u64, CommandError> {
-    let copy = match place {
-        Location::File(path) if is_image => {
-            Source::image(Arc::new(Image::open(path, &plain(Format::Qcow2))?))
+async fn verify(args: &RestoreArgs, new: &New, image: Arc<Image>) -> Result<u64, CommandError> {
+    let locking = args.open.trust.locks.locking();
+    let written = async |place| {
+        Source::open(place, &args.connection, &args.tls, locking, Knowledge::Holes).await
+    };
+    let copy = match new {
+        New::File(new) if is_image(args) => {
+            Source::image(Arc::new(Image::open(new.path(), &plain(Format::Qcow2))?))
         }
-        location => {
-            let locking = args.open.trust.locks.locking();
-            Source::open(location, &args.connection, &args.tls, locking, Knowledge::Holes).await?
+        New::File(new) => written(&Location::File(new.path().to_owned())).await?,
+        New::Image(new) => Source::image(Arc::new(new.open(&plain(Format::Qcow2))?)),
+        New::Disk(disk) => {
+            Source::image(Arc::new(Image::from_storage(disk.clone(), &plain(Format::Raw))?))
         }
+        New::Nothing => written(&args.destination).await?,
     };
     let unit = copy.alignment();
     let source = Source::image(image);

@@ -2,9 +2,10 @@
 //!
 //! A command that makes a file writes it as `NAME.partial` beside the final name and renames it at the end. An
 //! interruption, `kill -9` and a loss of power included, never leaves a file under the final name that looks
-//! whole and is not, and what was there before stays as it was until then.
+//! whole and is not, and what was there before stays as it was until then. For block devices see [`device`].
 
 mod attributes;
+pub(crate) mod device;
 mod publish;
 
 use std::ffi::OsStr;
@@ -13,11 +14,9 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Duration;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, ErrorKind, Image, Locking};
+use imgfmt::{Access, ErrorKind, Locking};
 
 use crate::error::CommandError;
 use crate::signals;
@@ -81,7 +80,7 @@ pub(crate) enum Durable {
 pub(crate) struct NewFile {
     name: PathBuf,
     partial: PathBuf,
-    replaces: Option<Replaced>,
+    replaces: Option<Box<Replaced>>,
     is_kept: bool,
 }
 
@@ -147,7 +146,7 @@ impl NewFile {
         if !is_alike {
             return Ok(Err(storage));
         }
-        new.replaces = Some(Replaced { metadata, _lock: storage });
+        new.replaces = Some(Box::new(Replaced { metadata, _lock: storage }));
         Ok(Ok(new))
     }
 
@@ -261,41 +260,6 @@ fn in_the_way(name: &Path, partial: &Path) -> CommandError {
              remove it if it is not needed, and run the command again"
         ),
     })
-}
-
-/// Puts a file or device on stable storage.
-///
-/// # Errors
-///
-/// If that fails.
-pub(crate) fn sync(path: &Path) -> Result<(), CommandError> {
-    let synced = File::open(path).and_then(|file| file.sync_all());
-    synced.map_err(|error| CommandError::new(format!("cannot flush '{}': {error}", path.display())))
-}
-
-/// Takes the mark of an image off a device that could not be filled, and says so after the error that led to
-/// that.
-pub(crate) fn erase_from_device(device: &Path, error: &CommandError) -> CommandError {
-    let name = device.display();
-    // The writes that were under way when the error came still hold the image for a moment.
-    let mut erased = Image::erase_signature(device);
-    for _ in 0..100 {
-        match &erased {
-            Err(error) if error.kind() == ErrorKind::Busy => {
-                thread::sleep(Duration::from_millis(50));
-            }
-            _ => break,
-        }
-        erased = Image::erase_signature(device);
-    }
-    match erased {
-        Ok(()) => CommandError::new(format!(
-            "{error}; there is no image on '{name}' now: run the command again"
-        )),
-        Err(why) => {
-            CommandError::new(format!("{error}; the image on '{name}' is incomplete ({why})"))
-        }
-    }
 }
 
 fn folder_of(path: &Path) -> &Path {

@@ -1,8 +1,11 @@
 //! Images on block devices.
 
-use std::process::Command;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
-use crate::support::{Disk, Outcome, Server, nbd_cli, peer, run};
+use crate::support::{Disk, Outcome, PROGRAM, Server, nbd_cli, peer, run};
 use crate::tools;
 
 /// A loop device that is detached when the test ends.
@@ -35,7 +38,8 @@ impl Drop for LoopDevice {
 /// The error of a run; none advises to remove a device.
 #[track_caller]
 fn refused(outcome: Outcome, parts: &[&str]) {
-    let said = outcome.failure();
+    assert_eq!(outcome.code, Some(1), "{outcome:?}");
+    let said = outcome.stderr.lines().last().unwrap_or_default();
     assert!(parts.iter().all(|part| said.contains(part)) && !said.contains("remove"), "{said}");
 }
 
@@ -110,9 +114,12 @@ fn a_device_that_is_too_small_is_said_to_be_so() {
         &["image", "convert", "-O", "qcow2", &full, device][..],
         &["restore", "-f", "raw", "-O", "qcow2", &full, device],
     ] {
-        refused(nbd_cli(command), &[device, "no space", "there is no image on"]);
-        let info = nbd_cli(&["image", "info", "--json", device]).success();
-        assert!(info.contains("\"raw\""), "what is there does not look whole: {info}");
+        let outcome = nbd_cli(command);
+        assert!(outcome.stderr.contains("is overwritten, and lost even if"), "{outcome:?}");
+        refused(outcome, &[device, "no space", "before is lost", "marked as incomplete"]);
+        refused(nbd_cli(&["image", "info", device]), &[device, "incomplete"]);
+        let said = run(Command::new(&qemu_img).args(["info", device]));
+        assert!(said.stderr.contains("incomplete: its writer was interrupted"), "{said:?}");
     }
     for command in [
         &["image", "convert", "-O", "raw", &full, device][..],
@@ -127,13 +134,114 @@ fn a_device_that_is_too_small_is_said_to_be_so() {
     tools!(mkfs = "mkfs.ext4");
     run(Command::new(mkfs).args(["-q", "-F", device])).success();
     let mounted = folder.beside("mounted");
+    let small = folder.blank("small.img", 1 << 20);
     std::fs::create_dir(&mounted).expect("a folder");
     if Command::new("mount").args([device, &mounted]).status().is_ok_and(|status| status.success())
     {
-        let create = nbd_cli(&["image", "create", "-f", "qcow2", device, "1M"]);
+        let commands: [&[&str]; 5] = [
+            &["image", "create", "-f", "qcow2", device, "1M"],
+            &["image", "convert", "-O", "qcow2", &small, device],
+            &["image", "convert", "-O", "raw", &small, device],
+            &["restore", "-f", "raw", &small, device],
+            &["copy", &small, device],
+        ];
+        let outcomes = commands.map(nbd_cli);
         let ended = Command::new("umount").arg(&mounted).status();
-        refused(create, &[device, "mounted"]);
+        outcomes.into_iter().for_each(|outcome| refused(outcome, &[device, "mounted"]));
         assert!(ended.is_ok_and(|status| status.success()));
     }
-    let _ = qemu_img;
+}
+
+/// What is on a device before it is overwritten: an image that can be told from what comes then.
+fn with_old_image(
+    folder: &Disk,
+    device: &str,
+    [qemu_img, qemu_io]: [&Path; 2],
+) -> (Vec<u8>, String) {
+    let old = folder.beside("old.img");
+    std::fs::write(&old, vec![0x55; 1 << 20]).expect("room");
+    peer(qemu_img, &["create", "-q", "-f", "qcow2", device, "1M"]);
+    peer(qemu_io, &["-f", "qcow2", "-c", "write -P 0x55 0 1M", device]);
+    (std::fs::read(device).expect("root"), old)
+}
+
+/// Checks that a device holds the old image, all of the new disk, or neither and says so.
+#[track_caller]
+fn judge(qemu_img: &Path, device: &str, format: &str, [old, new]: [&str; 2]) -> &'static str {
+    let ours = nbd_cli(&["image", "info", "--json", device]);
+    let theirs = run(Command::new(qemu_img).args(["info", device]));
+    if ours.code == Some(1) {
+        assert!(ours.stderr.contains("incomplete"), "{ours:?}");
+        assert!(theirs.stderr.contains("incomplete"), "{theirs:?}");
+        return "incomplete";
+    }
+    let is = |disk: &str, format: &str| {
+        let mut compare = Command::new(qemu_img);
+        compare.args(["compare", "-f", "raw", "-F", format, disk, device]);
+        run(&mut compare).code == Some(0)
+    };
+    if is(old, "qcow2") {
+        return "old";
+    }
+    // A raw device is larger than the disk; what is beyond is not zero.
+    let content = std::fs::read(device).expect("root");
+    let new_content = std::fs::read(new).expect("the disk");
+    let is_new = match format {
+        "raw" => content.starts_with(&new_content),
+        _ => is(new, format),
+    };
+    assert!(is_new, "{format}: {ours:?}");
+    "new"
+}
+
+#[test]
+fn a_command_that_is_killed_never_leaves_part_of_a_disk_that_looks_whole() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&folder, 17) else { return };
+    let device = device.0.as_str();
+    let zero = folder.blank("zero.img", 8 << 20);
+    let (before, old) = with_old_image(&folder, device, [&qemu_img, &qemu_io]);
+    let full = ["image", "create", "-f", "qcow2", "--preallocation", "full"];
+    let size = ["8M"];
+    let commands: [(&str, &[&str], &[&str]); 6] = [
+        ("qcow2", &["image", "convert", "-O", "qcow2", folder.path()], &[]),
+        ("raw", &["image", "convert", "-O", "raw", folder.path()], &[]),
+        ("qcow2", &["restore", "-f", "raw", "-O", "qcow2", "--verify", folder.path()], &[]),
+        ("raw", &["restore", "-f", "raw", "--verify", folder.path()], &[]),
+        ("raw", &["copy", folder.path()], &[]),
+        ("qcow2", &full, &size),
+    ];
+    let mut seen = BTreeMap::new();
+    for (format, command, behind) in commands {
+        let new = if behind.is_empty() { folder.path() } else { &zero };
+        let arguments = [command, &[device], behind].concat();
+        let mut takes = None;
+        for moment in 0..16 {
+            std::fs::write(device, &before).expect("root");
+            let began = Instant::now();
+            let mut child = Command::new(PROGRAM)
+                .args(&arguments)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("the program");
+            match takes {
+                // The first run is to the end.
+                None => assert!(child.wait().expect("its end").success(), "{arguments:?}"),
+                Some(takes) => {
+                    std::thread::sleep(takes * moment / 16);
+                    child.kill().expect("it is ours");
+                    child.wait().expect("its end");
+                }
+            }
+            let found = judge(&qemu_img, device, format, [&old, new]);
+            *seen.entry(found).or_insert(0) += 1;
+            if takes.is_none() {
+                assert_eq!(found, "new", "{arguments:?}");
+                takes = Some(began.elapsed());
+            }
+        }
+    }
+    eprintln!("{seen:?}");
 }

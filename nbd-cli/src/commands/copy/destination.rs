@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _,
+    Access, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage, Unfinished,
 };
 use nbd_client::{Client, Durability, Speed, ZeroMode};
 use nbd_proto::NbdUri;
@@ -20,7 +20,7 @@ use super::source::Source;
 use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
 use crate::error::CommandError;
 use crate::locking::LockArgs;
-use crate::target::{self, Durable, Existing, NewFile};
+use crate::target::{self, Durable, Existing, NewFile, device};
 
 /// Threads that write to a local file at a time.
 const WRITERS: usize = 2;
@@ -38,9 +38,11 @@ pub(in crate::commands) enum Destination {
         uri: NbdUri,
     },
     File {
-        storage: Arc<FileStorage>,
+        storage: Arc<dyn Storage>,
         path: PathBuf,
         kind: FileKind,
+        /// The same storage, if it is a device, which shows what was written when it is complete.
+        device: Option<Arc<Unfinished>>,
         /// The file, if it has no name of its own yet.
         new: Mutex<Option<NewFile>>,
         /// Limits how many threads write at a time: a file lets in one, the others only wait.
@@ -104,6 +106,9 @@ impl Destination {
             return Err(CommandError::new(format!(
                 "{location} has {room} bytes and the source {size}: it does not fit"
             )));
+        }
+        if let Self::File { device: Some(_), path, .. } = &destination {
+            device::warn_of_loss(path);
         }
         Ok(destination)
     }
@@ -279,12 +284,23 @@ impl Destination {
         }
     }
 
-    /// Gives a new file its name, now that it is complete.
+    /// Gives a new file its name, now that it is complete, and lets a device show what it holds.
     pub(in crate::commands) fn complete(&self, durable: Durable) -> Result<(), CommandError> {
-        let Self::File { new, .. } = self else { return Ok(()) };
+        let Self::File { new, path, device, .. } = self else { return Ok(()) };
+        if let Some(disk) = device {
+            return device::complete_disk(path, disk);
+        }
         match new.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(new) => new.complete(durable),
             None => Ok(()),
+        }
+    }
+
+    /// The device that is written to, if it is one.
+    pub(in crate::commands) fn device(&self) -> Option<Arc<Unfinished>> {
+        match self {
+            Self::File { device, .. } => device.clone(),
+            _ => None,
         }
     }
 
@@ -298,13 +314,30 @@ impl Destination {
     /// A new file at a temporary name, that somebody else will name.
     pub(in crate::commands) fn new_file(new: &NewFile) -> Result<Self, CommandError> {
         let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
-        Ok(Self::file(storage, new.path(), FileKind::Regular, None))
+        Ok(Self::regular(storage, new.path(), None))
     }
 
-    fn file(storage: FileStorage, path: &Path, kind: FileKind, new: Option<NewFile>) -> Self {
-        let (storage, path) = (Arc::new(storage), path.to_owned());
-        let writers = Semaphore::new(WRITERS);
-        Self::File { storage, path, kind, new: Mutex::new(new), writers }
+    fn regular(storage: FileStorage, path: &Path, new: Option<NewFile>) -> Self {
+        Self::File {
+            storage: Arc::new(storage),
+            path: path.to_owned(),
+            kind: FileKind::Regular,
+            device: None,
+            new: Mutex::new(new),
+            writers: Semaphore::new(WRITERS),
+        }
+    }
+
+    fn block_device(path: &Path, locks: LockArgs) -> Result<Self, CommandError> {
+        let disk = device::begin_disk(path, locks.locking())?;
+        Ok(Self::File {
+            storage: disk.clone(),
+            path: path.to_owned(),
+            kind: FileKind::BlockDevice,
+            device: Some(disk),
+            new: Mutex::new(None),
+            writers: Semaphore::new(WRITERS),
+        })
     }
 
     /// Closes an image, which must succeed for it to be complete.
@@ -329,7 +362,7 @@ fn open_file(path: &Path, locks: LockArgs, source: &Source) -> Result<Destinatio
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let new = NewFile::begin(path, create_empty)?;
             let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
-            return Ok(Destination::file(storage, path, FileKind::Regular, Some(new)));
+            return Ok(Destination::regular(storage, path, Some(new)));
         }
         Err(error) if error.kind() == ErrorKind::Busy && is_same_file(path, source) => {
             return Err(same_file(path));
@@ -340,17 +373,18 @@ fn open_file(path: &Path, locks: LockArgs, source: &Source) -> Result<Destinatio
         return Err(same_file(path));
     }
     if target::look(path)? == Existing::BlockDevice {
-        return Ok(Destination::file(storage, path, FileKind::BlockDevice, None));
+        drop(storage);
+        return Destination::block_device(path, locks);
     }
     let storage = match NewFile::instead_of(path, storage)? {
         Ok(new) => {
             let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
-            return Ok(Destination::file(storage, path, FileKind::Regular, Some(new)));
+            return Ok(Destination::regular(storage, path, Some(new)));
         }
         Err(storage) => storage,
     };
     storage.set_len(0).map_err(|error| file_error("empty", path, None, &error))?;
-    Ok(Destination::file(storage, path, FileKind::Regular, None))
+    Ok(Destination::regular(storage, path, None))
 }
 
 /// Makes an empty file.

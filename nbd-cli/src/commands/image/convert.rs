@@ -5,7 +5,7 @@ mod copier;
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
@@ -23,7 +23,7 @@ use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, ProgressArgs};
 use crate::size::parse_duration;
-use crate::target::{self, Durable, Existing, NewFile};
+use crate::target::{self, Durable, Existing, NewFile, device};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -38,7 +38,9 @@ The new image holds the whole disk and needs no backing file. Zeroes take up no 
 that exists is never touched, unless --no-create says that the disk in it is to be replaced. A new
 image grows as NAME.partial and gets its name when it is complete; if the copy fails or is
 interrupted it is removed (after kill -9 NAME.partial is left), and a disk that existed is left
-incomplete. On a block device what was there is lost; it needs no --no-create.
+incomplete. On a block device, which needs no --no-create, what was there is lost at once; the device is
+marked as incomplete until everything is on stable storage, so that a part of a disk is never taken for
+the whole.
 
 An export of an NBD server can be the source or the destination; as the latter it has to be large
 enough, and --no-create goes without saying.
@@ -133,9 +135,10 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let copy =
         Conversion { args, patient: &patient, source: &source, from: &from, format, is_remote };
     let result = match (&destination, exists) {
-        (Place::File(path), false) => match (target::look(path)?, format) {
+        (Place::File(path), _) => match (target::look(path)?, format) {
             // The device is the disk.
-            (Existing::BlockDevice, Format::Raw) => copy.replace(&destination, &progress),
+            (Existing::BlockDevice, Format::Raw) => copy.overwrite_device(path, &progress),
+            _ if exists => copy.replace(&destination, &progress),
             (Existing::BlockDevice, _) => copy.make_on_device(path, &progress),
             _ => copy.make_new(path, &progress),
         },
@@ -207,8 +210,10 @@ impl Conversion<'_> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
         let new = NewFile::begin(path, |path| Ok(Image::create(path, &create)?))?;
-        self.fill(new.path(), progress)
-            .map_err(|error| CommandError::new(format!("{error}; {}", new.left_behind())))?;
+        let filled = Image::open(new.path(), &self.for_filling())
+            .map_err(CommandError::from)
+            .and_then(|image| self.fill(image, new.path(), progress));
+        filled.map_err(|error| CommandError::new(format!("{error}; {}", new.left_behind())))?;
         new.complete(if self.args.flush { Durable::Now } else { Durable::Later })
     }
 
@@ -216,24 +221,43 @@ impl Conversion<'_> {
     fn make_on_device(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
-        Image::create(path, &create)?;
-        let filled = self.fill(path, progress).and_then(|()| match self.args.flush {
-            true => target::sync(path),
-            false => Ok(()),
-        });
-        filled.map_err(|error| target::erase_from_device(path, &error))
+        let new = device::begin_image(path, &create)?;
+        let filled = new
+            .open(&self.for_filling())
+            .map_err(CommandError::from)
+            .and_then(|image| self.fill(image, path, progress))
+            .and_then(|()| Ok(new.complete()?));
+        filled.map_err(|error| device::lost(path, &error))
     }
 
-    fn fill(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
-        let options = OpenOptions::new()
+    /// How a new image is opened.
+    fn for_filling(&self) -> OpenOptions {
+        OpenOptions::new()
             .format(self.format)
             .access(Access::ReadWrite)
             // Nobody relies on an image that is not finished: one sync at the end is enough.
             .syncing(Syncing::Off)
-            .policy(OpenPolicy::deny());
-        let image = Image::open(path, &options)?;
-        self.copy(&image, &Place::File(PathBuf::from(path)), Target::Zero, progress)?;
+            .policy(OpenPolicy::deny())
+    }
+
+    fn fill(&self, image: Image, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+        self.copy(&image, &Place::File(path.to_owned()), Target::Zero, progress)?;
         Ok(image.close()?)
+    }
+
+    /// Makes a device the disk, raw.
+    fn overwrite_device(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+        self.args.qcow2.apply(&mut CreateOptions::new(self.format, self.source.size()))?;
+        let disk = device::begin_disk(path, self.args.open.trust.locks.locking())?;
+        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+        let image = Image::from_storage(disk.clone(), &options)?;
+        let to = Place::File(path.to_owned());
+        self.check_room(&to, &image)?;
+        device::warn_of_loss(path);
+        let copied =
+            self.copy(&image, &to, self.target(), progress).and_then(|()| Ok(image.close()?));
+        copied.map_err(|error| device::lost_disk(path, &disk, &error))?;
+        device::complete_disk(path, &disk)
     }
 
     /// Replaces the disk that is there.

@@ -15,7 +15,7 @@ use crate::image_format::ImageFormat;
 use crate::remote::allow_exports;
 use crate::signals;
 use crate::size::ByteSize;
-use crate::target::{self, Durable, Existing, NewFile};
+use crate::target::{self, Durable, Existing, NewFile, device};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -26,7 +26,7 @@ Examples:
 
 A relative name of a backing file starts at the folder of the new image. A file that exists is never
 touched: remove it first. The new image is NAME.partial until it is complete. On a block device what
-was there is lost.";
+was there is lost at once, and the device is marked as incomplete until the image on it is whole.";
 
 /// Arguments of `nbd-cli image create`.
 #[derive(Debug, Args)]
@@ -205,7 +205,10 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         })
     };
     match target::look(&args.path)? {
-        Existing::BlockDevice => create(&args.path)?,
+        Existing::BlockDevice => {
+            let new = device::begin_image(&args.path, &options)?;
+            new.complete().map_err(|error| device::lost(&args.path, &error.into()))?;
+        }
         _ => NewFile::begin(&args.path, create)?.complete(Durable::Now)?,
     }
     if args.json {
