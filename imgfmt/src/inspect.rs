@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::format::Format;
 use crate::image::Image;
 use crate::info::ImageInfo;
-use crate::options::{Access, OpenOptions};
+use crate::options::{Access, BackingFile, OpenOptions};
 use crate::qcow2;
 use crate::storage::Storage;
 
@@ -87,7 +87,20 @@ impl Image {
         backing: Option<(&str, Format)>,
     ) -> Result<()> {
         let path = path.as_ref();
+        Self::recover_bitmaps(path, options)?;
         chain::change_backing(path, options, backing).map_err(|error| error.with_path(path))
+    }
+
+    /// Has bits that a crash left beside the image put back: they are found by what the header says, which is
+    /// about to change.
+    fn recover_bitmaps(path: &Path, options: &OpenOptions) -> Result<()> {
+        let has_bitmaps = |info: ImageInfo| info.qcow2.is_some_and(|it| !it.bitmaps.is_empty());
+        // What cannot be looked at is an error of the change itself.
+        if Self::inspect_file(path, options).is_ok_and(has_bitmaps) {
+            let writable = options.clone().access(Access::ReadWrite);
+            Self::open(path, &writable.backing(BackingFile::Ignored))?.close()?;
+        }
+        Ok(())
     }
 
     /// Changes the header of a qcow2 image, and nothing else; the image is opened for writing before,

@@ -1,6 +1,7 @@
 //! `nbd-cli image convert`.
 
 mod agenda;
+mod bitmaps;
 mod copier;
 
 use std::ffi::OsString;
@@ -9,11 +10,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
-use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
+use imgfmt::{Access, BitmapInfo, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
 use nbd_proto::NbdUri;
 
 use self::copier::{Copy, Target};
-use super::create::Qcow2Args;
+use super::create::{Compat, Qcow2Args};
 use super::open::OpenArgs;
 use super::place::Place;
 use crate::connect::ServerArgs;
@@ -30,6 +31,7 @@ Examples:
   nbd-cli image convert --output-format qcow2 disk.img disk.qcow2
   nbd-cli image convert -O qcow2 --compress --compression-type zstd disk.img small.qcow2
   nbd-cli image convert --snapshot monday disk.qcow2 monday.img
+  nbd-cli image convert -O qcow2 --bitmaps disk.qcow2 copy.qcow2
   nbd-cli image convert disk.qcow2 nbd://localhost/disk
   nbd-cli image convert -O qcow2 nbd://localhost/disk disk.qcow2
   nbd-cli image convert --no-create -O raw disk.qcow2 /dev/vg/disk
@@ -44,6 +46,10 @@ the whole.
 
 An export of an NBD server can be the source or the destination; as the latter it has to be large
 enough, and --no-create goes without saying.
+
+With --bitmaps the dirty bitmaps of the source go along, with their granularity and enabled as they
+were. The new image does not say after which backup they began: an incremental backup of it needs
+--trust-base. Without --bitmaps, and those of backing files always, they are left out.
 
 The result is complete in memory when the command ends; --flush waits until it is on the disk.";
 
@@ -84,6 +90,14 @@ pub struct ConvertArgs {
     /// Copy this internal snapshot, given by name or id, in place of the present state.
     #[arg(short = 'l', long, value_name = "NAME")]
     pub snapshot: Option<String>,
+
+    /// Copy the dirty bitmaps of the source itself, not of its backing files, into a qcow2 image.
+    #[arg(long, conflicts_with = "snapshot")]
+    pub bitmaps: bool,
+
+    /// Leave out bitmaps whose bits cannot be relied on; without this they are an error.
+    #[arg(long, requires = "bitmaps")]
+    pub skip_broken_bitmaps: bool,
 
     /// Threads that copy [default: as many as there are cores; 8 with a server].
     #[arg(short, long, value_name = "N")]
@@ -132,8 +146,12 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let source = from.open(&read, &patient).map_err(advise_sharing)?;
     let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
-    let copy =
-        Conversion { args, patient: &patient, source: &source, from: &from, format, is_remote };
+    let bitmaps = match args.bitmaps {
+        true => bitmaps::of_source(&source, &from, args.skip_broken_bitmaps)?,
+        false => Vec::new(),
+    };
+    let (source, from, patient) = (&source, &from, &patient);
+    let copy = Conversion { args, patient, source, from, bitmaps, format, is_remote };
     let result = match (&destination, exists) {
         (Place::File(path), _) => match (target::look(path)?, format) {
             // The device is the disk.
@@ -169,6 +187,12 @@ fn check_options(
     if args.compress && format != Format::Qcow2 {
         return refuse("--compress needs a qcow2 image as the result; add --output-format qcow2");
     }
+    if args.bitmaps && format != Format::Qcow2 {
+        return refuse("--bitmaps needs a qcow2 image as the result; add --output-format qcow2");
+    }
+    if args.bitmaps && args.qcow2.compat == Some(Compat::V2) {
+        return refuse("--bitmaps needs version 3 of qcow2; leave out --compat 0.10");
+    }
     if args.no_create && args.output_format.is_none() && matches!(destination, Place::File(_)) {
         return refuse(
             "--no-create needs the format of the image that is there; add --output-format raw or \
@@ -200,6 +224,8 @@ struct Conversion<'a> {
     patient: &'a ServerArgs,
     source: &'a Image,
     from: &'a Place,
+    /// Those of the source that are copied.
+    bitmaps: Vec<BitmapInfo>,
     format: Format,
     is_remote: bool,
 }
@@ -242,6 +268,7 @@ impl Conversion<'_> {
 
     fn fill(&self, image: Image, path: &Path, progress: &Progress) -> Result<(), CommandError> {
         self.copy(&image, &Place::File(path.to_owned()), Target::Zero, progress)?;
+        bitmaps::copy(&self.bitmaps, self.source, &image)?;
         Ok(image.close()?)
     }
 
@@ -267,7 +294,9 @@ impl Conversion<'_> {
         let options = options.format(self.format).access(Access::ReadWrite).policy(policy);
         let image = to.open(&options, &self.args.server)?;
         self.check_room(to, &image)?;
+        bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;
         self.copy(&image, to, self.target(), progress).map_err(|error| incomplete(to, &error))?;
+        bitmaps::copy(&self.bitmaps, self.source, &image).map_err(|error| to.named(error))?;
         if self.args.flush {
             return image.close().map_err(|error| to.named(error));
         }

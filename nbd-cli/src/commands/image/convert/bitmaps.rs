@@ -1,0 +1,104 @@
+//! The dirty bitmaps of the source, for the new image.
+
+use imgfmt::{BitmapChange, BitmapInfo, Image};
+
+use super::super::place::Place;
+use crate::error::CommandError;
+use crate::output::{printable, warn};
+
+/// The bitmaps of the source itself, not of its backing files. One whose bits cannot be relied on is left out
+/// with a warning if `skip_broken` says so.
+///
+/// # Errors
+///
+/// If the source cannot have bitmaps, or has one that cannot be relied on.
+pub(super) fn of_source(
+    source: &Image,
+    from: &Place,
+    skip_broken: bool,
+) -> Result<Vec<BitmapInfo>, CommandError> {
+    if source.format() != imgfmt::Format::Qcow2 {
+        return Err(CommandError::new(format!(
+            "--bitmaps needs a qcow2 image as the source, and {from} is a {} image; leave it out",
+            source.format().description()
+        )));
+    }
+    let broken = |what: String| match skip_broken {
+        true => {
+            warn(&format!("{what}: left out"));
+            Ok(())
+        }
+        false => Err(CommandError::new(format!(
+            "{what}; repair the bitmap or remove it, or add --skip-broken-bitmaps to leave it out"
+        ))),
+    };
+    if let Some(damage) = source.bitmap_damage() {
+        broken(format!("the bitmaps of {from} cannot be found: {damage}"))?;
+    }
+    let mut found = Vec::new();
+    for bitmap in source.bitmaps() {
+        let name = printable(&bitmap.name);
+        match bitmap.state.problem() {
+            None => found.push(bitmap),
+            Some(why) => {
+                broken(format!("the bitmap '{name}' of {from} cannot be relied on: {why}"))?;
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Refuses bitmaps that an image which exists cannot take.
+///
+/// # Errors
+///
+/// If its disk has another size, or if it has a bitmap of the same name.
+pub(super) fn check_existing(
+    bitmaps: &[BitmapInfo],
+    source: &Image,
+    image: &Image,
+    to: &Place,
+) -> Result<(), CommandError> {
+    if bitmaps.is_empty() {
+        return Ok(());
+    }
+    if image.size() != source.size() {
+        return Err(CommandError::new(format!(
+            "the disk in {to} has {} bytes and the source {}: bitmaps can be copied only between \
+             disks of one size",
+            image.size(),
+            source.size()
+        )));
+    }
+    let there = image.bitmaps();
+    match bitmaps.iter().find(|bitmap| there.iter().any(|other| other.name == bitmap.name)) {
+        None => Ok(()),
+        Some(bitmap) => Err(CommandError::new(format!(
+            "{to} has a bitmap '{}' already; remove it first",
+            printable(&bitmap.name)
+        ))),
+    }
+}
+
+/// Copies them, as the last step: what is written before is no change of the disk.
+///
+/// # Errors
+///
+/// As [`Image::bitmap_transaction`].
+pub(super) fn copy(
+    bitmaps: &[BitmapInfo],
+    source: &Image,
+    destination: &Image,
+) -> imgfmt::Result<()> {
+    let mut changes = Vec::new();
+    for BitmapInfo { name, granularity, recording, .. } in bitmaps {
+        let (name, from) = (name.clone(), source.dirty_bits(name)?);
+        let (granularity, recording) = (*granularity, *recording);
+        changes.push(BitmapChange::Add { name: name.clone(), granularity, recording });
+        changes.push(BitmapChange::MergeBits { into: name, from });
+    }
+    match changes.is_empty() {
+        true => Ok(()),
+        false => destination.bitmap_transaction(&changes),
+    }
+}

@@ -1,0 +1,72 @@
+//! Commands that change an image keep its dirty bitmaps, or what has changed since is known no more.
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::support::image::{info, is_clean, write};
+use crate::support::{Disk, Server, nbd_cli, peer};
+use crate::tools;
+
+/// What is dirty in each bitmap, by name, and what qemu-img says of them.
+fn bitmaps(qemu_img: &std::path::Path, image: &str) -> (Value, Value) {
+    let ours = nbd_cli(&["bitmap", "list", "--json", image]).success();
+    let ours: Value = serde_json::from_str(&ours).expect("JSON");
+    (ours, info(qemu_img, image)["format-specific"]["data"]["bitmaps"].clone())
+}
+
+#[test]
+fn rebase_commit_and_amend_keep_bitmaps() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (base, other) = (folder.beside("base.qcow2"), folder.beside("other.qcow2"));
+    let image = folder.beside("disk.qcow2");
+    for path in [&base, &other] {
+        peer(&qemu_img, &["create", "-q", "-f", "qcow2", path, "8M"]);
+        write(&qemu_io, path, "write -P 1 0 1M");
+        peer(&qemu_img, &["bitmap", "--add", path, "of-base"]);
+    }
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &image]);
+    for (name, granularity) in [("daily", "64k"), ("weekly", "512")] {
+        peer(&qemu_img, &["bitmap", "--add", "-g", granularity, &image, name]);
+    }
+    write(&qemu_io, &image, "write -P 2 3M 64k");
+    peer(&qemu_img, &["bitmap", "--disable", &image, "weekly"]);
+    let before = bitmaps(&qemu_img, &image);
+    let commands: [&[&str]; 6] = [
+        &["rebase", "-b", &other, "-F", "qcow2"],
+        &["rebase", "-u", "-b", &other, "-F", "qcow2"],
+        &["rebase", "-u", "-b", &base, "-F", "qcow2"],
+        &["amend", "--lazy-refcounts", "on"],
+        &["amend", "--lazy-refcounts", "off", "--compat", "1.1"],
+        &["commit", "--keep"],
+    ];
+    for command in commands {
+        nbd_cli(&[&["image"], command, &["--trust-image", &image]].concat()).success();
+        assert_eq!(bitmaps(&qemu_img, &image), before, "{command:?}");
+        is_clean(&qemu_img, &image);
+    }
+    // What was committed has changed the backing file, and its bitmap says so.
+    let (ours, _) = bitmaps(&qemu_img, &base);
+    assert!(ours.to_string().contains("65536"), "{ours}");
+}
+
+#[test]
+fn a_backing_file_that_is_renamed_after_a_crash_costs_no_dirty_bits() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let folder = Disk::sparse();
+    let (base, moved) = (folder.beside("base.qcow2"), folder.beside("moved.qcow2"));
+    let image = folder.beside("disk.qcow2");
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", &base, "8M"]);
+    peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &image]);
+    peer(&qemu_img, &["bitmap", "--add", &image, "daily"]);
+    let mut server = Server::ours(&["--format", "qcow2", "--trust-image", &image]);
+    peer(&qemu_io, &["-f", "raw", "-c", "write -P 7 1M 64k", "-c", "flush", server.uri()]);
+    server.signal(Signal::KILL);
+    server.wait();
+    std::fs::rename(&base, &moved).expect("a new name");
+    nbd_cli(&["image", "rebase", "-u", "-b", "moved.qcow2", "-F", "qcow2", &image]).success();
+    let (ours, theirs) = bitmaps(&qemu_img, &image);
+    assert!(!theirs.to_string().contains("in-use"), "{theirs}");
+    assert!(ours.to_string().contains("65536"), "{ours}");
+    is_clean(&qemu_img, &image);
+}
