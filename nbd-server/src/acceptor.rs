@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -18,9 +18,21 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Clients of one listener that may wait for a place at a time.
 const MAX_WAITING: usize = 64;
 
+/// Clients that are let in as fast as they come, and how many more in each [`REFILL`]. Who connects
+/// and leaves again and again costs the server more than himself.
+const MOST_AT_ONCE: u32 = 64;
+const MORE: u32 = 8;
+const REFILL: Duration = Duration::from_millis(1);
+
+/// Connections of a server that were accepted and have not had their greeting. Beyond that clients
+/// wait outside: those that have left again would take the places of others.
+pub(crate) const MOST_UNGREETED: usize = 64;
+
 /// Lets clients in at one listener.
 pub(crate) struct Acceptor {
     pub(crate) places: Arc<Semaphore>,
+    /// For connections that have not had their greeting.
+    pub(crate) ungreeted: Arc<Semaphore>,
     /// How long a client may wait for a place.
     pub(crate) queue_deadline: Duration,
     pub(crate) clients: mpsc::Sender<Accepted>,
@@ -30,9 +42,18 @@ impl Acceptor {
     /// Accepts clients until the server ends. Those that wait then are closed.
     pub(crate) async fn accept(self, listener: Listener, mut shutdown: Shutdown) {
         let mut waiting = JoinSet::new();
+        let mut pace = Pace::new(Instant::now());
         loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+            let next = async {
+                // The semaphore is never closed.
+                let ungreeted = Arc::clone(&self.ungreeted).acquire_owned().await.ok();
+                while !pace.has_room(Instant::now()) {
+                    tokio::time::sleep(REFILL).await;
+                }
+                (listener.accept().await, ungreeted)
+            };
+            let (accepted, ungreeted) = tokio::select! {
+                accepted = next => accepted,
                 Some(admitted) = waiting.join_next() => {
                     if let Ok(Some(client)) = admitted
                         && self.clients.send(client).await.is_err()
@@ -45,7 +66,9 @@ impl Acceptor {
             };
             match accepted {
                 Ok((socket, peer)) => {
-                    let Some(client) = self.admit(socket, peer, &mut waiting) else { continue };
+                    pace.take();
+                    let newcomer = Newcomer { socket, peer, ungreeted };
+                    let Some(client) = self.admit(newcomer, &mut waiting) else { continue };
                     if self.clients.send(client).await.is_err() {
                         return;
                     }
@@ -62,13 +85,13 @@ impl Acceptor {
     /// A client over the limit waits or is closed: it learns so, and does not wait in vain.
     fn admit(
         &self,
-        socket: Socket,
-        peer: String,
+        newcomer: Newcomer,
         waiting: &mut JoinSet<Option<Accepted>>,
     ) -> Option<Accepted> {
+        let Newcomer { socket, peer, ungreeted } = newcomer;
         let places = Arc::clone(&self.places);
         if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
-            return Some(Accepted { socket, peer, place });
+            return Some(Accepted { socket, peer, place, ungreeted });
         }
         let deadline = self.queue_deadline;
         if deadline.is_zero() || waiting.len() >= MAX_WAITING {
@@ -81,9 +104,43 @@ impl Acceptor {
             if place.is_none() {
                 tracing::warn!(%peer, "closed a client that waited for another one to leave");
             }
-            Some(Accepted { socket, peer, place: place? })
+            Some(Accepted { socket, peer, place: place?, ungreeted: None })
         });
         None
+    }
+}
+
+/// A client that was accepted and has no place yet.
+struct Newcomer {
+    socket: Socket,
+    peer: String,
+    ungreeted: Option<OwnedSemaphorePermit>,
+}
+
+/// How many clients may be let in at the moment.
+#[derive(Debug)]
+struct Pace {
+    room: u32,
+    since: Instant,
+}
+
+impl Pace {
+    const fn new(now: Instant) -> Self {
+        Self { room: MOST_AT_ONCE, since: now }
+    }
+
+    fn has_room(&mut self, now: Instant) -> bool {
+        let refills = now.saturating_duration_since(self.since).as_nanos() / REFILL.as_nanos();
+        if refills > 0 {
+            let more = u32::try_from(refills).unwrap_or(u32::MAX).saturating_mul(MORE);
+            self.room = self.room.saturating_add(more).min(MOST_AT_ONCE);
+            self.since = now;
+        }
+        self.room > 0
+    }
+
+    const fn take(&mut self) {
+        self.room = self.room.saturating_sub(1);
     }
 }
 
@@ -102,4 +159,27 @@ fn is_of_the_client(error: &io::Error) -> bool {
             | io::ErrorKind::ConnectionReset
             | io::ErrorKind::Interrupted
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fleet_is_let_in_at_once_and_a_flood_at_a_pace() {
+        let start = Instant::now();
+        let mut pace = Pace::new(start);
+        let mut let_in = |now| {
+            let mut count = 0;
+            while pace.has_room(now) {
+                pace.take();
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(let_in(start), MOST_AT_ONCE);
+        assert_eq!(let_in(start + REFILL / 2), 0);
+        assert_eq!(let_in(start + REFILL), MORE);
+        assert_eq!(let_in(start + 1000 * REFILL), MOST_AT_ONCE, "no more than that is saved up");
+    }
 }

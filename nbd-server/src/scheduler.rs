@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 
-use crate::queue::{Cost, FairQueue, FlowId, GroupId, Limits, Popped, Started};
+use crate::queue::{Class, Cost, FairQueue, FlowId, GroupId, Limits, Popped, Started};
 
 /// Threads for each core, and in all. A disk with a deep queue wants more than there are cores;
 /// beyond some dozens they only wait for each other.
@@ -78,6 +79,23 @@ impl Scheduler {
         self.start_ready(queue);
     }
 
+    /// Carries out `work`, which computes for about `estimate` nanoseconds, behind all other such
+    /// work of `group`. `None` if it panicked.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped, it has the work left undone unless that has begun.
+    pub(crate) async fn compute<T: Send + 'static>(
+        &self,
+        group: GroupId,
+        estimate: u64,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let (sender, receiver) = oneshot::channel();
+        self.submit_own(group, Box::new(Computation { work, sender, estimate }));
+        receiver.await.ok()
+    }
+
     /// Starts a thread for each job that may be started.
     fn start_ready(&self, mut queue: MutexGuard<'_, FairQueue<Box<dyn Job>>>) {
         let ready: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
@@ -121,6 +139,32 @@ impl Scheduler {
 
     fn queue(&self) -> MutexGuard<'_, FairQueue<Box<dyn Job>>> {
         self.inner.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A job of one step, for whoever waits for what it gives.
+struct Computation<W, T> {
+    work: W,
+    sender: oneshot::Sender<T>,
+    estimate: u64,
+}
+
+impl<T: Send, W: FnOnce() -> T + Send> Job for Computation<W, T> {
+    fn cost(&self) -> Cost {
+        Cost { class: Class::Compute, estimate: self.estimate }
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    fn step(self: Box<Self>) -> Option<Box<dyn Job>> {
+        if !self.is_abandoned() {
+            let Self { work, sender, .. } = *self;
+            // Whoever waits may have gone in the meantime.
+            let _ = sender.send(work());
+        }
+        None
     }
 }
 

@@ -8,10 +8,10 @@ use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 
-use crate::acceptor::Acceptor;
+use crate::acceptor::{Acceptor, MOST_UNGREETED};
 use crate::budget::Budget;
 use crate::clients::{ClientCount, Clients};
-use crate::connection::{Seats, Shared};
+use crate::connection::{Pauses, Seats, Shared};
 use crate::export::ExportRegistry;
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
@@ -23,8 +23,13 @@ use crate::{BoundAddress, ListenAddress, ServeError, ServerConfig};
 /// Memory for the buffers of busy connections. Those for which there is none do with small ones.
 const ROOM_LEN: usize = 256 << 20;
 
-/// Memory for long answers to BLOCK_STATUS, of all connections. Where it is used up answers are short.
+/// Memory for long answers to BLOCK_STATUS, of all connections. Where it is used up answers are
+/// short.
 const ANSWERS_LEN: usize = 64 << 20;
+
+/// Memory for options of more than 64 KiB, of all connections. Clients that send one when it is
+/// used up are closed.
+const OPTIONS_LEN: usize = 64 << 20;
 
 /// A server that has not started to serve.
 #[derive(Debug)]
@@ -87,8 +92,8 @@ impl Server {
     }
 
     /// Serves until `shutdown` is ready. Then no new client is accepted, every request that the
-    /// server has read is finished and its reply sent (within [`ServerConfig::drain_deadline`]), all
-    /// exports are flushed, and unix sockets removed.
+    /// server has read is finished and its reply sent (within [`ServerConfig::drain_deadline`]),
+    /// all exports are flushed, and unix sockets removed.
     ///
     /// Needs a tokio runtime with I/O and time; requests that may block are carried out by its
     /// blocking threads: four for each core, at least 32 and at most 128.
@@ -113,6 +118,8 @@ impl Server {
             clients: self.clients,
             room: Budget::new(ROOM_LEN),
             answers: Budget::new(ANSWERS_LEN),
+            options: Budget::new(OPTIONS_LEN),
+            pauses: Pauses::new(cores()),
             scheduler: Scheduler::new(Handle::current(), cores()),
             config: Arc::new(self.config),
         };
@@ -121,9 +128,11 @@ impl Server {
         let (sender, mut clients) = mpsc::channel(1);
         let mut acceptors = JoinSet::new();
         let places = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
+        let ungreeted = Arc::new(Semaphore::new(MOST_UNGREETED));
         for listener in self.listeners {
             let acceptor = Acceptor {
                 places: Arc::clone(&places),
+                ungreeted: Arc::clone(&ungreeted),
                 queue_deadline: config.queue_deadline,
                 clients: sender.clone(),
             };

@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use crate::ServeError;
-use crate::connection::{self, Shared, Socket, Thread};
+use crate::connection::{self, Newcomer, Shared, Socket, Thread};
 use crate::shutdown::Shutdown;
 
 /// How exactly pauses are kept, in nanoseconds.
@@ -25,6 +25,8 @@ pub(crate) struct Accepted {
     pub(crate) peer: String,
     /// Its place among the connections allowed.
     pub(crate) place: OwnedSemaphorePermit,
+    /// Its place among those that wait for the greeting; `None` if it has waited long enough.
+    pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
 }
 
 /// The threads of a server. They are started when they are needed.
@@ -109,7 +111,7 @@ async fn run(
     loop {
         tokio::select! {
             accepted = receiver.recv() => {
-                let Some(Accepted { socket, peer, place }) = accepted else { break };
+                let Some(Accepted { socket, peer, place, ungreeted }) = accepted else { break };
                 let count = Leaves(Arc::clone(&connections));
                 let thread = thread.clone();
                 let (shared, shutdown) = (shared.clone(), shutdown.clone());
@@ -119,7 +121,8 @@ async fn run(
                     let _held = (count, place);
                     match socket.attach() {
                         Ok(socket) => {
-                            connection::serve(socket, &peer, shared, shutdown, thread).await;
+                            let newcomer = Newcomer { socket, peer: &peer, ungreeted };
+                            connection::serve(newcomer, shared, shutdown, thread).await;
                         },
                         Err(error) => tracing::warn!(%error, "cannot use the socket"),
                     }

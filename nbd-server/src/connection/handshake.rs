@@ -2,7 +2,7 @@
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
-use std::time::Duration;
+use std::task::Poll;
 
 use bytes::{Buf, BytesMut};
 use nbd_proto::handshake::Negotiated;
@@ -10,12 +10,17 @@ use nbd_proto::handshake::RefusalReason;
 use nbd_proto::handshake::server::{
     GoAnswer, Handshake, HandshakeStep, PendingTls, ServerConfig as Negotiation, TlsPolicy,
 };
+use nbd_proto::limits::MAX_OPTION_KEPT_LEN;
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::effort::Effort;
 use super::socket::{Channel, More, Socket};
-use super::turn::{REQUEST_COST, Thread, Turn};
+use super::turn::{BARREN_COST, REQUEST_COST, Thread};
 use super::{ConnectionError, Shared};
 use crate::ServerConfig;
+use crate::budget::Permit;
 use crate::export::{ExportEntry, ExportRegistry};
+use crate::queue::GroupId;
 #[cfg(feature = "tls")]
 use crate::tls::TlsMode;
 
@@ -24,16 +29,19 @@ const READ_LEN: usize = 16 * 1024;
 
 /// Answers are sent when there are this many bytes of them.
 const SEND_LEN: usize = 64 * 1024;
-/// What an answer to an option takes, in bytes moved, for each of its bytes: they come from the registry.
+/// What an answer to an option takes, in bytes moved, for each of its bytes: they come from the
+/// registry.
 const ANSWER_COST: usize = 8;
-
-/// Options, as their cost, that are answered as fast as they come: more than any client needs but one that
-/// asks about very many exports. Behind each such burst there is a pause, so that a flood of options takes
-/// a small part of the thread only.
-const BURST_COST: usize = 64 * REQUEST_COST;
-const PAUSE: Duration = Duration::from_millis(1);
 /// What a byte of an option costs to read and to refuse, in bytes moved.
 const RECEIVED_COST: usize = 16;
+
+/// Options that are longer are answered by the scheduler, and their memory comes from a budget. In
+/// bytes.
+const SHORT_OPTION_LEN: usize = 64 * 1024;
+/// Long options of all clients share one place in the scheduler's queue. No export has this name.
+const LONG_OPTIONS: GroupId = 1;
+/// What a long option is expected to take, in nanoseconds.
+const LONG_OPTION_TIME: u64 = 1_000_000;
 
 /// A client that has chosen its export.
 pub(super) struct Established {
@@ -44,89 +52,139 @@ pub(super) struct Established {
     pub(super) received: BytesMut,
 }
 
-/// Negotiates until the client has chosen an export; `None` if it left.
+/// What was received and is to be sent.
+#[derive(Default)]
+struct Buffers {
+    input: BytesMut,
+    output: BytesMut,
+    /// For the memory of a long option.
+    long: Option<Permit>,
+}
+
+/// Negotiates until the client has chosen an export; `None` if it left. `ungreeted` is given back
+/// with the greeting.
 pub(super) async fn negotiate(
     mut socket: Socket,
+    mut ungreeted: Option<OwnedSemaphorePermit>,
     shared: &Shared,
     thread: &Thread,
 ) -> Result<Option<Established>, ConnectionError> {
-    let mut turn = Turn::new(thread.clone());
-    let mut burst = 0;
-    let mut input = BytesMut::new();
-    let mut output = BytesMut::new();
+    let mut effort = Effort::new(thread.clone(), shared.pauses.clone());
+    let mut buffers = Buffers::default();
     let negotiation = Negotiation {
         tls: tls_policy(&shared.config),
         best_reply_mode: shared.config.best_reply_mode,
     };
-    let mut handshake = Handshake::start(negotiation, &mut output);
-    let exports = &shared.exports;
+    let mut handshake = Handshake::start(negotiation, &mut buffers.output);
     loop {
-        let step = handshake.advance(&mut input, &mut output);
+        let before = buffers.output.len();
+        let step = advance_fairly(handshake, &mut buffers, shared, socket.channel()).await;
         // What the machine said before it gave up still helps the client.
         let step = match step {
-            Ok(HandshakeStep::NeedsInput(next)) => {
-                // A turn is not kept while the client is waited for.
-                turn.rest();
-                send(&mut socket, &mut output).await?;
-                handshake = next;
-                let before = input.len();
-                if !receive(&mut socket, &mut input).await? {
-                    return Ok(None);
-                }
-                burst += (input.len() - before) * RECEIVED_COST;
-                pause_after(&mut burst).await;
-                continue;
-            }
-            Ok(HandshakeStep::StartTls(pending)) => {
-                (handshake, socket) =
-                    start_tls(pending, socket, &shared.config, (&mut input, &mut output)).await?;
-                continue;
-            }
             Ok(step) => step,
             Err(error) => {
-                let _ = send(&mut socket, &mut output).await;
-                return Err(error.into());
+                effort.rest();
+                let _ = send(&mut socket, &mut buffers.output).await;
+                return Err(error);
             }
         };
-        let before = output.len();
-        match answer(step, exports, socket.channel(), &mut output)? {
-            Answered::Handshake(next) => {
+        match step {
+            Step::NeedsInput(next) => {
                 handshake = next;
-                let length = output.len() - before;
-                let cost = REQUEST_COST.saturating_add(length.saturating_mul(ANSWER_COST));
-                turn.spend(cost);
-                burst += cost;
-                if turn.is_over() || burst >= BURST_COST || output.len() >= SEND_LEN {
-                    turn.rest();
-                    send(&mut socket, &mut output).await?;
-                    pause_after(&mut burst).await;
-                    turn.pass().await;
+                effort.rest();
+                send(&mut socket, &mut buffers.output).await?;
+                drop(ungreeted.take());
+                buffers.make_room(shared)?;
+                if !receive(&mut socket, &mut buffers.input, &mut effort).await? {
+                    return Ok(None);
+                }
+                effort.next().await;
+            }
+            Step::StartTls(pending) => {
+                effort.rest();
+                (handshake, socket) = start_tls(pending, socket, shared, &mut buffers).await?;
+            }
+            Step::Answered(next) => {
+                handshake = next;
+                let length = buffers.output.len() - before;
+                effort.spend(REQUEST_COST.saturating_add(length.saturating_mul(ANSWER_COST)));
+                if effort.is_over() || buffers.output.len() >= SEND_LEN {
+                    effort.rest();
+                    send(&mut socket, &mut buffers.output).await?;
+                    effort.next().await;
                 }
             }
-            Answered::Transmission(negotiated, entry) => {
+            Step::Transmission(negotiated, entry) => {
+                effort.rest();
+                let Buffers { input: received, mut output, .. } = buffers;
                 send(&mut socket, &mut output).await?;
-                return Ok(Some(Established { socket, negotiated, entry, received: input }));
+                let negotiated = *negotiated;
+                return Ok(Some(Established { socket, negotiated, entry, received }));
             }
-            Answered::Aborted => {
-                send(&mut socket, &mut output).await?;
+            Step::Aborted => {
+                effort.rest();
+                send(&mut socket, &mut buffers.output).await?;
                 return Ok(None);
             }
         }
     }
 }
 
-/// Pauses if a burst of options is over.
-async fn pause_after(burst: &mut usize) {
-    if *burst >= BURST_COST {
-        *burst = 0;
-        tokio::time::sleep(PAUSE).await;
+impl Buffers {
+    /// Before more is received: takes memory for an option that gets long, or gives it back.
+    fn make_room(&mut self, shared: &Shared) -> Result<(), ConnectionError> {
+        if self.input.len() <= SHORT_OPTION_LEN {
+            if self.long.is_some() {
+                self.input = BytesMut::from(&*self.input);
+                self.long = None;
+            }
+        } else if self.long.is_none() {
+            let permit = shared.options.try_take(MAX_OPTION_KEPT_LEN);
+            self.long = Some(permit.ok_or(ConnectionError::LongOptions)?);
+        }
+        Ok(())
     }
 }
 
-enum Answered {
-    Handshake(Handshake),
-    Transmission(Negotiated, ExportEntry),
+/// What the next bytes of a client led to.
+enum Step {
+    NeedsInput(Handshake),
+    StartTls(PendingTls),
+    Answered(Handshake),
+    Transmission(Box<Negotiated>, ExportEntry),
     Aborted,
+}
+
+/// Goes on with what was received, where the connection stands if that is quickly done.
+async fn advance_fairly(
+    handshake: Handshake,
+    buffers: &mut Buffers,
+    shared: &Shared,
+    channel: Channel,
+) -> Result<Step, ConnectionError> {
+    if buffers.input.len() <= SHORT_OPTION_LEN {
+        return advance(handshake, buffers, &shared.exports, channel);
+    }
+    let mut taken = std::mem::take(buffers);
+    let exports = shared.exports.clone();
+    let work = move || {
+        let step = advance(handshake, &mut taken, &exports, channel);
+        (taken, step)
+    };
+    let done = shared.scheduler.compute(LONG_OPTIONS, LONG_OPTION_TIME, work).await;
+    let (taken, step) = done.ok_or(ConnectionError::Panicked)?;
+    *buffers = taken;
+    step
+}
+
+fn advance(
+    handshake: Handshake,
+    buffers: &mut Buffers,
+    exports: &ExportRegistry,
+    channel: Channel,
+) -> Result<Step, ConnectionError> {
+    let step = handshake.advance(&mut buffers.input, &mut buffers.output)?;
+    answer(step, exports, channel, &mut buffers.output)
 }
 
 const UNKNOWN: &str = "there is no export of this name";
@@ -147,19 +205,19 @@ fn find(
     }
 }
 
-/// Answers one option from the registry.
+/// Answers one option from the registry, if that can.
 fn answer(
     step: HandshakeStep,
     exports: &ExportRegistry,
     channel: Channel,
     out: &mut BytesMut,
-) -> Result<Answered, ConnectionError> {
+) -> Result<Step, ConnectionError> {
     let next = match step {
-        HandshakeStep::NeedsInput(handshake) => handshake,
+        HandshakeStep::NeedsInput(handshake) => return Ok(Step::NeedsInput(handshake)),
         HandshakeStep::Go(pending) => match find(exports, pending.export_name(), channel) {
             Ok((name, entry)) => match pending.accept(&entry.describe(&name), out) {
                 GoAnswer::Transmission(negotiated) => {
-                    return Ok(Answered::Transmission(*negotiated, entry));
+                    return Ok(Step::Transmission(negotiated, entry));
                 }
                 GoAnswer::BlockSizesRequired(handshake) => handshake,
             },
@@ -172,7 +230,7 @@ fn answer(
         HandshakeStep::ExportName(pending) => match find(exports, pending.export_name(), channel) {
             Ok((name, entry)) => {
                 let negotiated = pending.accept(&entry.describe(&name), out);
-                return Ok(Answered::Transmission(negotiated, entry));
+                return Ok(Step::Transmission(Box::new(negotiated), entry));
             }
             Err(_) => return Err(pending.reject().into()),
         },
@@ -189,10 +247,10 @@ fn answer(
                 Err((reason, message)) => pending.reject(reason, message, out),
             }
         }
-        HandshakeStep::StartTls(pending) => refuse_tls(pending, out),
-        HandshakeStep::Aborted => return Ok(Answered::Aborted),
+        HandshakeStep::StartTls(pending) => return Ok(Step::StartTls(pending)),
+        HandshakeStep::Aborted => return Ok(Step::Aborted),
     };
-    Ok(Answered::Handshake(next))
+    Ok(Step::Answered(next))
 }
 
 fn refuse_tls(pending: PendingTls, out: &mut BytesMut) -> Handshake {
@@ -218,17 +276,17 @@ const fn tls_policy(config: &ServerConfig) -> TlsPolicy {
 async fn start_tls(
     pending: PendingTls,
     mut socket: Socket,
-    config: &ServerConfig,
-    buffers: (&mut BytesMut, &mut BytesMut),
+    shared: &Shared,
+    buffers: &mut Buffers,
 ) -> Result<(Handshake, Socket), ConnectionError> {
-    let (input, output) = buffers;
-    let Some(credentials) = config.tls.credentials() else {
+    let Buffers { input, output, .. } = buffers;
+    let Some(credentials) = shared.config.tls.credentials() else {
         return Ok((refuse_tls(pending, output), socket));
     };
     // Fails if anything came in the clear behind STARTTLS.
     let before = pending.accept(input, output)?;
     send(&mut socket, output).await?;
-    let (tls, identity) = super::tls::accept(socket, credentials).await?;
+    let (tls, identity) = super::tls::accept(socket, credentials, &shared.scheduler).await?;
     tracing::info!(client = %identity, tls = tls.describe(), "TLS established");
     Ok((before.resume_after_tls(), Socket::Tls(Box::new(tls))))
 }
@@ -237,10 +295,10 @@ async fn start_tls(
 async fn start_tls(
     pending: PendingTls,
     socket: Socket,
-    _: &ServerConfig,
-    buffers: (&mut BytesMut, &mut BytesMut),
+    _: &Shared,
+    buffers: &mut Buffers,
 ) -> Result<(Handshake, Socket), ConnectionError> {
-    Ok((refuse_tls(pending, buffers.1), socket))
+    Ok((refuse_tls(pending, &mut buffers.output), socket))
 }
 
 async fn send(socket: &mut Socket, output: &mut BytesMut) -> io::Result<()> {
@@ -252,10 +310,32 @@ async fn send(socket: &mut Socket, output: &mut BytesMut) -> io::Result<()> {
 }
 
 /// Reads once; false at the end of the stream.
-async fn receive(socket: &mut Socket, input: &mut BytesMut) -> io::Result<bool> {
+async fn receive(
+    socket: &mut Socket,
+    input: &mut BytesMut,
+    effort: &mut Effort,
+) -> io::Result<bool> {
     let before = input.len();
-    input.resize(before + READ_LEN, 0);
-    let read = poll_fn(|cx| socket.poll_read(cx, &mut input[before..])).await;
-    input.truncate(before + *read.as_ref().unwrap_or(&0));
-    Ok(read? > 0)
+    loop {
+        input.resize(before + READ_LEN, 0);
+        let mut barren = 0;
+        let read = poll_fn(|cx| {
+            let read = socket.poll_read(cx, &mut input[before..]);
+            barren = socket.take_barren();
+            match read {
+                Poll::Pending if barren > 0 => Poll::Ready(None),
+                read => read.map(Some),
+            }
+        });
+        let read = read.await.transpose();
+        let length = read.as_ref().map_or(0, |read| read.unwrap_or(0));
+        input.truncate(before + length);
+        effort.spend(length * RECEIVED_COST + barren * BARREN_COST);
+        if let Some(length) = read? {
+            return Ok(length > 0);
+        }
+        effort.next().await;
+        // The client is waited for again.
+        effort.rest();
+    }
 }

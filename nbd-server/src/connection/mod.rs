@@ -1,6 +1,7 @@
 //! One client, from its first byte to its last.
 
 mod dispatch;
+mod effort;
 mod handshake;
 mod hangup;
 mod pace;
@@ -22,6 +23,7 @@ mod witness;
 use std::sync::Arc;
 
 use thiserror::Error;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::ServerConfig;
 use crate::budget::Budget;
@@ -30,6 +32,7 @@ use crate::export::ExportRegistry;
 use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, Shutdown};
 
+pub(crate) use effort::Pauses;
 pub(crate) use polling::Seats;
 pub(crate) use socket::Socket;
 pub(crate) use turn::Thread;
@@ -49,6 +52,10 @@ pub(crate) struct Shared {
     pub(crate) room: Budget,
     /// Memory for long answers to BLOCK_STATUS.
     pub(crate) answers: Budget,
+    /// Memory for long options.
+    pub(crate) options: Budget,
+    /// Pauses of handshakes.
+    pub(crate) pauses: Pauses,
     /// Carries out what may block.
     pub(crate) scheduler: Scheduler,
 }
@@ -63,6 +70,10 @@ pub(crate) enum ConnectionError {
     Tls(#[from] tls::TlsFailure),
     #[error("{0}")]
     Io(#[from] std::io::Error),
+    #[error("long options of other clients hold all the memory there is for them")]
+    LongOptions,
+    #[error("answering an option panicked")]
+    Panicked,
     #[error("the client did not finish its handshake in time")]
     HandshakeDeadline,
     #[error("the client {debt}, and nothing has moved for {} s", .limit.as_secs_f32())]
@@ -73,12 +84,19 @@ pub(crate) enum ConnectionError {
     FileTruncated,
 }
 
+/// A client that was let in.
+pub(crate) struct Newcomer<'a> {
+    pub(crate) socket: Socket,
+    pub(crate) peer: &'a str,
+    /// Given back with the greeting.
+    pub(crate) ungreeted: Option<OwnedSemaphorePermit>,
+}
+
 /// Serves one client until it leaves, misbehaves, or the server ends.
 ///
 /// `thread` counts the connections of this thread, this one included.
 pub(crate) async fn serve(
-    socket: Socket,
-    peer: &str,
+    Newcomer { socket, peer, ungreeted }: Newcomer<'_>,
     shared: Shared,
     mut shutdown: Shutdown,
     thread: Thread,
@@ -86,7 +104,7 @@ pub(crate) async fn serve(
     let mut draining = shutdown.clone();
     let deadline = shared.config.handshake_deadline;
     let negotiation =
-        tokio::time::timeout(deadline, handshake::negotiate(socket, &shared, &thread));
+        tokio::time::timeout(deadline, handshake::negotiate(socket, ungreeted, &shared, &thread));
     let established = tokio::select! {
         result = negotiation => match result {
             Ok(Ok(Some(established))) => established,

@@ -104,6 +104,15 @@ impl Socket {
         Poll::Ready(Ok(buffer.filled().len()))
     }
 
+    /// Bytes that were received since this was asked last and are of no use to NBD: messages of TLS.
+    pub(super) fn take_barren(&mut self) -> usize {
+        match self {
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.take_barren(),
+            _ => 0,
+        }
+    }
+
     /// Reads what is there at this moment; 0 if that is nothing, also at the end of the stream.
     pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
         #[cfg(feature = "tls")]

@@ -14,10 +14,15 @@ use thiserror::Error;
 
 use super::receive::ReceiveBuffer;
 use super::socket::{More, Socket, Traffic};
+use crate::queue::GroupId;
+use crate::scheduler::Scheduler;
 use crate::tls::{Notes, PeerIdentity, TlsCredentials, TlsError, explain_handshake};
 
 /// Payload of a full record, in bytes.
 const RECORD_LEN: usize = 16 * 1024;
+/// Ciphertext that is read in search of plaintext before others get their turn, in bytes: any
+/// record fits.
+const QUOTA: usize = RECORD_LEN + 1024;
 /// Bytes of a file read at a time.
 const SCRATCH_LEN: usize = 4 * RECORD_LEN;
 /// So much ciphertext is made before it is sent, in bytes.
@@ -25,6 +30,10 @@ const GATHERED_LEN: usize = 256 * 1024;
 /// More ciphertext than this is never waiting to be sent, in bytes: what reading makes the library
 /// write (alerts, answers to new keys) is tiny, and a peer that wants more of it is up to no good.
 const MAX_UNSENT_LEN: usize = 2 * GATHERED_LEN;
+/// The handshakes of all clients share one place in the scheduler's queue. No export has this name.
+const HANDSHAKES: GroupId = 0;
+/// What a step of a handshake is expected to take, in nanoseconds.
+const HANDSHAKE_TIME: u64 = 1_000_000;
 
 /// Why there is no TLS with a client.
 #[derive(Debug, Error)]
@@ -46,6 +55,9 @@ pub(crate) struct TlsSocket {
     session: SslStream<Wire>,
     /// For bytes between a file and the library.
     scratch: Vec<u8>,
+    /// Bytes that were received and brought no plaintext: messages of TLS itself, which cost the
+    /// client little.
+    barren: usize,
 }
 
 /// Ciphertext, between the socket and the library.
@@ -56,6 +68,8 @@ struct Wire {
     /// Bytes at the front of `unsent` that have been sent.
     sent: usize,
     has_ended: bool,
+    /// What the library may read before others get their turn, in bytes.
+    quota: usize,
 }
 
 impl Wire {
@@ -70,15 +84,34 @@ impl Wire {
             self.sent = 0;
         }
     }
+
+    /// Receives ciphertext. At the end of the stream `has_ended` is set.
+    fn poll_receive(&mut self, cx: &mut Context<'_>, socket: &mut Socket) -> Poll<io::Result<()>> {
+        let received = ready!(socket.poll_read(cx, self.received.space()))?;
+        self.received.received(received);
+        self.has_ended |= received == 0;
+        Poll::Ready(Ok(()))
+    }
+
+    /// Sends all ciphertext there is.
+    fn poll_flush(&mut self, cx: &mut Context<'_>, socket: &mut Socket) -> Poll<io::Result<()>> {
+        while !self.unsent().is_empty() {
+            let slices = [IoSlice::new(self.unsent())];
+            let sent = ready!(socket.poll_send(cx, &slices, More::No))?;
+            self.sent(sent);
+        }
+        Poll::Ready(Ok(()))
+    }
 }
 
 impl Read for Wire {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let filled = self.received.filled();
-        if filled.is_empty() && !self.has_ended {
+        if self.quota == 0 || filled.is_empty() && !self.has_ended {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let count = filled.len().min(buffer.len());
+        let count = filled.len().min(buffer.len()).min(self.quota);
+        self.quota -= count;
         buffer[..count].copy_from_slice(&filled[..count]);
         self.received.consume(count);
         Ok(count)
@@ -99,33 +132,45 @@ impl Write for Wire {
     }
 }
 
-/// Carries out the TLS handshake on a socket on which STARTTLS was just acknowledged.
+/// Carries out the TLS handshake on a socket on which STARTTLS was just acknowledged. What it
+/// computes takes a millisecond and more, so that it is done by the scheduler, for one client after
+/// the other.
 pub(super) async fn accept(
-    socket: Socket,
+    mut socket: Socket,
     credentials: &TlsCredentials,
+    scheduler: &Scheduler,
 ) -> Result<(TlsSocket, PeerIdentity), TlsFailure> {
-    let wire =
-        Wire { received: ReceiveBuffer::new(&[]), unsent: Vec::new(), sent: 0, has_ended: false };
-    let session = SslStream::new(credentials.new_session()?, wire).map_err(TlsError::Library)?;
-    let mut tls = TlsSocket { socket, session, scratch: Vec::new() };
+    let received = ReceiveBuffer::new(&[]);
+    let wire = Wire { received, unsent: Vec::new(), sent: 0, has_ended: false, quota: usize::MAX };
+    let mut session =
+        SslStream::new(credentials.new_session()?, wire).map_err(TlsError::Library)?;
     loop {
-        let result = tls.session.accept();
-        let flushed = poll_fn(|cx| tls.poll_flush(cx)).await;
+        poll_fn(|cx| session.get_mut().poll_receive(cx, &mut socket)).await?;
+        let step = move || {
+            let result = session.accept();
+            (session, result)
+        };
+        let done = scheduler.compute(HANDSHAKES, HANDSHAKE_TIME, step).await;
+        let Some((back, result)) = done else {
+            return Err(TlsFailure::Handshake("the server failed".to_owned()));
+        };
+        session = back;
+        let flushed = poll_fn(|cx| session.get_mut().poll_flush(cx, &mut socket)).await;
         match result {
             Ok(()) => {
                 flushed?;
                 let identity =
-                    Notes::of(tls.session.ssl()).map_or(PeerIdentity::Anonymous, Notes::identity);
-                return Ok((tls, identity));
+                    Notes::of(session.ssl()).map_or(PeerIdentity::Anonymous, Notes::identity);
+                return Ok((
+                    TlsSocket { socket, session, scratch: Vec::new(), barren: 0 },
+                    identity,
+                ));
             }
-            Err(error) if error.code() == ErrorCode::WANT_READ => {
-                flushed?;
-                poll_fn(|cx| tls.poll_receive(cx)).await?;
-            }
-            Err(_) if tls.session.get_ref().has_ended => return Err(TlsFailure::Closed),
+            Err(error) if error.code() == ErrorCode::WANT_READ => flushed?,
+            Err(_) if session.get_ref().has_ended => return Err(TlsFailure::Closed),
             // The alert is out, if the client took it.
             Err(error) => {
-                let notes = Notes::of(tls.session.ssl());
+                let notes = Notes::of(session.ssl());
                 return Err(TlsFailure::Handshake(explain_handshake(&error, notes)));
             }
         }
@@ -140,19 +185,31 @@ impl TlsSocket {
         format!("{} {cipher}", ssl.version_str())
     }
 
-    /// Reads plaintext; as [`Socket::poll_read`].
+    /// Reads plaintext; as [`Socket::poll_read`]. It is pending also when much was read that
+    /// brought none: the task is woken to go on, and can see [how much it was](Self::take_barren).
     pub(super) fn poll_read(
         &mut self,
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
+        self.session.get_mut().quota = QUOTA;
         loop {
             let read = self.decrypt(buffer)?;
+            if read == 0 && self.session.get_ref().quota == 0 {
+                self.barren += QUOTA;
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if read > 0 || self.session.get_ref().has_ended || self.is_shut() {
                 return Poll::Ready(Ok(read));
             }
-            ready!(self.poll_receive(cx))?;
+            ready!(self.session.get_mut().poll_receive(cx, &mut self.socket))?;
         }
+    }
+
+    /// Bytes that were received since this was asked last and brought no plaintext.
+    pub(super) const fn take_barren(&mut self) -> usize {
+        std::mem::replace(&mut self.barren, 0)
     }
 
     /// Reads what is there at this moment; as [`Socket::read_now`].
@@ -160,6 +217,7 @@ impl TlsSocket {
         let wire = self.session.get_mut();
         let received = self.socket.read_now(wire.received.space());
         wire.received.received(received);
+        wire.quota = QUOTA;
         // An error shows again at the next regular read, which reports it.
         self.decrypt(buffer).unwrap_or(0)
     }
@@ -216,12 +274,7 @@ impl TlsSocket {
 
     /// Sends all ciphertext there is.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while !self.session.get_ref().unsent().is_empty() {
-            let slices = [IoSlice::new(self.session.get_ref().unsent())];
-            let sent = ready!(self.socket.poll_send(cx, &slices, More::No))?;
-            self.session.get_mut().sent(sent);
-        }
-        Poll::Ready(Ok(()))
+        self.session.get_mut().poll_flush(cx, &mut self.socket)
     }
 
     /// Is there ciphertext that was not sent?
@@ -251,22 +304,16 @@ impl TlsSocket {
         self.session.get_shutdown().contains(ShutdownState::RECEIVED)
     }
 
-    /// Receives ciphertext. At the end of the stream `has_ended` is set.
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let wire = self.session.get_mut();
-        let received = ready!(self.socket.poll_read(cx, wire.received.space()))?;
-        wire.received.received(received);
-        wire.has_ended |= received == 0;
-        Poll::Ready(Ok(()))
-    }
-
     /// Decrypts what has been received, as far as `buffer` has room.
     fn decrypt(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
             match self.session.ssl_read(&mut buffer[filled..]) {
                 Ok(0) => break,
-                Ok(count) => filled += count,
+                Ok(count) => {
+                    filled += count;
+                    self.session.get_mut().quota = QUOTA;
+                }
                 Err(error) => match error.code() {
                     ErrorCode::WANT_READ | ErrorCode::ZERO_RETURN => break,
                     _ if self.session.get_ref().has_ended => break,
@@ -282,4 +329,23 @@ impl TlsSocket {
 
 fn into_io(error: openssl::ssl::Error) -> io::Error {
     error.into_io_error().unwrap_or_else(|error| io::Error::other(format!("TLS: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_library_gets_no_more_than_its_quota_at_a_time() {
+        let received = ReceiveBuffer::new(&[7; 100]);
+        let mut wire = Wire { received, unsent: Vec::new(), sent: 0, has_ended: true, quota: 60 };
+        let mut buffer = [0; 50];
+        assert_eq!(wire.read(&mut buffer).unwrap(), 50);
+        assert_eq!(wire.read(&mut buffer).unwrap(), 10);
+        let error = wire.read(&mut buffer).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        wire.quota = 60;
+        assert_eq!(wire.read(&mut buffer).unwrap(), 40);
+        assert_eq!(wire.read(&mut buffer).unwrap(), 0, "the end");
+    }
 }

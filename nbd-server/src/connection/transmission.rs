@@ -24,7 +24,7 @@ use super::rhythm::{Idle, Rhythm};
 use super::room::Room;
 use super::send::SendQueue;
 use super::stall::{Debt, Movement, Stall};
-use super::turn::{REQUEST_COST, Thread, Turn};
+use super::turn::{BARREN_COST, REQUEST_COST, Thread, Turn};
 use super::witness::Witness;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
@@ -545,7 +545,12 @@ impl Session {
             }
         };
         match read {
-            Poll::Pending => Ok(false),
+            Poll::Pending => {
+                // Messages of TLS cost time as well.
+                let barren = self.socket.take_barren();
+                self.turn.spend(barren.saturating_mul(BARREN_COST));
+                Ok(barren > 0)
+            }
             Poll::Ready(Ok(0)) => {
                 // The client is gone, or has said all it wants to say: replies may still be taken.
                 self.receiving = Receiving::Nothing;

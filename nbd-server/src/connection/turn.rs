@@ -17,6 +17,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 const QUANTUM: usize = 1024 * 1024;
 /// What a request or an option takes beside the bytes it moves.
 pub(super) const REQUEST_COST: usize = 4096;
+/// What a byte costs that was received under TLS and brings nothing, in bytes moved.
+pub(super) const BARREN_COST: usize = 64;
 
 /// What the connections of one worker thread share.
 #[derive(Debug, Clone)]

@@ -14,6 +14,7 @@ mod exports;
 mod fairness;
 mod filter;
 mod handshake_deadline;
+mod handshake_floods;
 mod holes;
 mod image_space;
 mod interop;

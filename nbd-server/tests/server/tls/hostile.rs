@@ -5,6 +5,8 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nbd_proto::transmission::{Command, ExtentLimit};
+use nbd_proto::wire::{MetaContextName, ReplyMode};
 use nbd_server::export::MemoryExport;
 use nbd_server::tls::TlsMode;
 use nbd_server::{ExportRegistry, ServerConfig, export::ExportEntry};
@@ -15,7 +17,7 @@ use super::client::{
     request, rest, upgrade,
 };
 use super::{ALICES_KEY, psk, serve};
-use crate::support::TestServer;
+use crate::support::{Client, Script, Scripted, TestServer, wait_until};
 
 #[test]
 fn options_in_the_clear_behind_starttls_are_never_answered() {
@@ -138,4 +140,43 @@ fn what_is_changed_on_the_way_ends_the_connection() {
     stream.get_mut().write_all(&option(EXPORT_NAME, &[])).unwrap();
     let answer = rest(stream.get_mut());
     assert!(answer.len() < 64, "no more than an alert: {} bytes", answer.len());
+}
+
+#[test]
+fn handshakes_compute_where_they_hold_up_nobody_else() {
+    const SIZE: u64 = 1 << 20;
+    let (_folder, credentials) = psk();
+    let mut config = ServerConfig::default();
+    config.tls = TlsMode::Allow(credentials);
+    let disk = Scripted::new(SIZE, Script { gated: Some(4096..SIZE), ..Script::default() });
+    let server = TestServer::with(config, disk.clone());
+    // Those who compute are busy.
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let computing = (cores / 2).max(1);
+    let status = Command::BlockStatus(ExtentLimit::Many, None);
+    let contexts = [MetaContextName::base_allocation()];
+    let mut busy: Vec<_> =
+        (0..computing).map(|_| Client::open(&server, ReplyMode::Extended, "", &contexts)).collect();
+    for client in &mut busy {
+        client.submit(4096, 4096, &status, &[]);
+    }
+    wait_until("they are", || disk.gate.arrived() == computing);
+    std::thread::scope(|scope| {
+        let newcomers: Vec<_> = (0..32)
+            .map(|_| {
+                scope.spawn(|| is_let_in(&server, keyed("alice", ALICES_KEY, SslVersion::TLS1_3)))
+            })
+            .collect();
+        let mut client = Client::connect(&server, ReplyMode::Extended);
+        for _ in 0..100 {
+            assert_eq!(client.read(0, 512), [0; 512]);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(
+            newcomers.iter().all(|newcomer| !newcomer.is_finished()),
+            "nobody was there for it"
+        );
+        disk.gate.open();
+        assert!(newcomers.into_iter().all(|newcomer| newcomer.join().unwrap()));
+    });
 }
