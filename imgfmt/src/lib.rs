@@ -55,6 +55,7 @@
 
 mod backup;
 mod bitmap;
+mod bytes;
 mod chain;
 mod create;
 mod create_on_device;

@@ -5,7 +5,7 @@
 
 use std::io;
 
-use crate::qcow2::{u16_at, u32_at, u64_at};
+use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::storage::Storage;
 use crate::units::HostOffset;
 

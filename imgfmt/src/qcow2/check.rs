@@ -25,8 +25,8 @@ mod walk;
 use std::collections::{HashMap, HashSet};
 
 use super::Qcow2;
-use super::header::{autoclear, field, incompatible};
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::on_disk::header::{autoclear, field, incompatible};
 use counts::Counts;
 use flags::Fix;
 
@@ -216,7 +216,7 @@ impl Qcow2 {
 
 impl<'a> Checker<'a> {
     fn new(image: &'a Qcow2) -> Result<Self> {
-        let file_length = image.file.len().map_err(super::header::read_error)?;
+        let file_length = image.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
         Ok(Self {
             image,
             counts: Counts::default(),

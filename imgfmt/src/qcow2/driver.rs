@@ -1,12 +1,12 @@
 //! The qcow2 image as a [`Driver`].
 
 use super::Qcow2;
-use super::lease::ClusterLease;
-use super::map::span;
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
 use crate::mapping::{Holes, Lease, Lookup};
+use crate::qcow2::alloc::lease::ClusterLease;
+use crate::qcow2::map::lookup::span;
 use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 

@@ -1,48 +1,21 @@
 //! qcow2 images, versions 2 and 3.
 //!
 //! A guest offset is looked up in two steps: the L1 table, always in memory, names L2 tables, which
-//! are [cached](cache); an L2 entry says where a cluster's data is. [`map`] does that and nothing
-//! else; [`read`] and [`write`](mod@write) then move the bytes with no lock held. Changes of metadata are made
-//! in memory and reach the disk in the order that [`flush`] keeps.
+//! are cached; an L2 entry says where a cluster's data is. [`map`] does that and nothing else; [`io`]
+//! then moves the bytes with no lock held. Changes of metadata are made in memory and reach the disk
+//! in the order that [`metadata`] keeps.
 
 mod alloc;
-mod amend;
-mod backing_change;
 mod bitmap;
-mod cache;
 mod check;
-mod compress;
-mod contradiction;
-mod create;
 mod driver;
-mod extension;
-mod extents;
-mod failed_sync;
-mod fill;
-mod flush;
-mod geometry;
-mod guard;
-mod header;
-mod header_edit;
-mod incomplete;
-mod l2;
-mod lease;
+mod io;
 mod map;
-mod marks;
+mod metadata;
+mod on_disk;
 mod open;
-mod preallocate;
-mod read;
-mod refcount;
-mod resize;
-mod seal;
-mod shrink;
-mod snapshot;
-mod snapshot_change;
-mod tables;
-mod write;
-mod write_compressed;
-mod writer;
-mod zero;
+mod purpose;
+mod structure;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -56,24 +29,24 @@ use crate::info::Qcow2Info;
 use crate::luks::{self, Encryption};
 use crate::storage::Storage;
 
+use alloc::reserve::Writer;
 use bitmap::Bitmaps;
-use cache::TableCache;
-use geometry::Geometry;
-use header::{Compression, Header, autoclear, compatible, incompatible};
-use l2::{Compressed, EntryFormat};
-use writer::Writer;
+use map::cache::TableCache;
+use on_disk::geometry::Geometry;
+use on_disk::header::{Compression, ENCRYPTION_AES, Header, autoclear, compatible, incompatible};
+use on_disk::l2::{Compressed, EntryFormat};
+use on_disk::words::read_error;
 
-pub(crate) use amend::amend;
-pub(crate) use backing_change::change_backing;
 pub use bitmap::frozen_bitmap_name;
 pub(crate) use bitmap::no_bitmap;
 pub use check::{CheckReport, Repair};
-pub(crate) use create::layout;
-pub(crate) use header::{u16_at, u32_at, u64_at};
-pub(crate) use incomplete::incomplete_header;
-pub(crate) use open::Purpose;
-pub(crate) use seal::seal;
-pub use snapshot::Snapshot;
+pub(crate) use metadata::backing_change::change_backing;
+pub(crate) use metadata::seal::seal;
+pub(crate) use on_disk::incomplete::incomplete_header;
+pub use on_disk::snapshot::Snapshot;
+pub(crate) use purpose::Purpose;
+pub(crate) use structure::amend::amend;
+pub(crate) use structure::create::layout;
 
 /// An open qcow2 image.
 #[derive(Debug)]
@@ -146,11 +119,11 @@ impl Qcow2 {
     pub(crate) fn encryption(&self) -> Result<Option<Encryption>> {
         match self.header.encryption_method {
             0 => Ok(None),
-            header::ENCRYPTION_AES => Ok(Some(Encryption::Aes)),
+            ENCRYPTION_AES => Ok(Some(Encryption::Aes)),
             _ => {
                 let place = self.header.extensions.encryption_header;
                 let luks = place.map(|offset| luks::read(&*self.file, offset)).transpose();
-                Ok(Some(Encryption::Luks(luks.map_err(header::read_error)?.flatten())))
+                Ok(Some(Encryption::Luks(luks.map_err(read_error)?.flatten())))
             }
         }
     }

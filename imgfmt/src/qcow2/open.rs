@@ -5,35 +5,25 @@ use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
 
-use super::alloc::{Allocator, TablePlace};
 use super::bitmap::Bitmaps;
-use super::cache::TableCache;
 use super::check::{Mode, not_repaired};
-use super::geometry::Geometry;
-use super::header::{Header, autoclear, field, incompatible, read_error};
-use super::l2::EntryFormat;
-use super::refcount::Refcounts;
-use super::snapshot;
-use super::writer::Writer;
 use super::{Backing, Qcow2};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, OpenOptions};
+use crate::qcow2::alloc::allocator::make_allocator;
+use crate::qcow2::alloc::reserve::Writer;
+use crate::qcow2::map::cache::TableCache;
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::qcow2::on_disk::header::{Header, autoclear, field, incompatible};
+use crate::qcow2::on_disk::l2::EntryFormat;
+use crate::qcow2::on_disk::snapshot;
+use crate::qcow2::on_disk::words::{read_error, read_words};
+use crate::qcow2::purpose::Purpose;
 use crate::storage::Storage;
-use crate::units::HostOffset;
 
 /// Unless the user says otherwise, L2 tables take up no more memory than this.
 const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
-
-/// What an image is opened for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Purpose {
-    Use,
-    /// Damaged images are welcome.
-    Check,
-    /// Only to be described: encrypted images are welcome too.
-    Describe,
-}
 
 impl Qcow2 {
     /// Opens the image in `file`. Its backing file and data file must be attached afterwards.
@@ -187,39 +177,9 @@ fn make_writer(file: &Arc<dyn Storage>, header: &Header) -> Result<Writer> {
     Ok(Writer::new(make_allocator(file, header)?))
 }
 
-/// The allocator that works by the refcounts to which the header points.
-pub(super) fn make_allocator(file: &Arc<dyn Storage>, header: &Header) -> Result<Allocator> {
-    let geometry = header.geometry;
-    let table_place = TablePlace {
-        offset: header.refcount_table_offset,
-        clusters: u64::from(header.refcount_table_clusters),
-    };
-    let table_bytes = table_place.clusters * geometry.cluster_size();
-    let table = read_words(&**file, table_place.offset, (table_bytes / 8) as usize)?;
-    let length = file.len().map_err(read_error)?;
-    let refcounts = Refcounts::new(Arc::clone(file), geometry, table);
-    let mut allocator = Allocator::new(refcounts, table_place, length);
-    let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_entries) * 8);
-    allocator.protected = vec![
-        (0, geometry.cluster_size()),
-        (header.l1_offset, l1_end),
-        (table_place.offset, table_place.offset + table_bytes),
-    ];
-    Ok(allocator)
-}
-
 /// How many L2 tables may be kept in memory.
 pub(super) fn tables_max(geometry: Geometry, size: u64, cache_bytes: Option<u64>) -> usize {
     let all = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
     let bytes = cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT).min(all);
     (bytes / geometry.cluster_size()).max(4) as usize
-}
-
-/// Reads a table of 64-bit words.
-pub(super) fn read_words(storage: &dyn Storage, offset: u64, count: usize) -> Result<Vec<u64>> {
-    let mut bytes = vec![0; count * 8];
-    let read = storage.read_at(HostOffset::new(offset), &mut bytes).map_err(read_error)?;
-    // A table may end in the middle of the file's last cluster: the rest is zero.
-    bytes[read..].fill(0);
-    Ok(bytes.chunks_exact(8).map(|word| super::header::u64_at(word, 0)).collect())
 }

@@ -17,13 +17,13 @@ use crate::bitmap::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::{Freed, Reserved};
-use crate::qcow2::extension;
-use crate::qcow2::header::autoclear;
-use crate::qcow2::header_edit::{
+use crate::qcow2::alloc::allocator::{Freed, Reserved};
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, replaces_at_once, rewrite_autoclear,
 };
-use crate::qcow2::writer::lock;
+use crate::qcow2::on_disk::extension;
+use crate::qcow2::on_disk::header::autoclear;
 
 /// A new bitmap has at most this many bits, as in QEMU.
 const BITS_MAX: u64 = 1 << 29;

@@ -13,8 +13,9 @@
 use std::collections::HashSet;
 
 use crate::bitmap::{BITMAP_NAME_BYTES_MAX, GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN};
-use crate::qcow2::geometry::Geometry;
-use crate::qcow2::header::{Header, autoclear, u16_at, u32_at, u64_at};
+use crate::bytes::{u16_at, u32_at, u64_at};
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::qcow2::on_disk::header::{Header, autoclear};
 use crate::storage::Storage;
 use crate::units::HostOffset;
 

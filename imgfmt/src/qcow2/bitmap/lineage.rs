@@ -16,12 +16,13 @@ use super::change::Planned;
 use super::directory::Entry;
 use crate::backup::{BeganAfter, Uuid};
 use crate::bitmap::{Alone, BitmapChange};
+use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::extension;
-use crate::qcow2::header::{Header, autoclear, u16_at, u32_at, u64_at};
-use crate::qcow2::header_edit::{change_autoclear, remove_extension, replace_extension};
-use crate::qcow2::writer::lock;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension, replace_extension};
+use crate::qcow2::on_disk::extension;
+use crate::qcow2::on_disk::header::{Header, autoclear};
 
 const VERSION: u32 = 1;
 const FIXED_LENGTH: usize = 40;

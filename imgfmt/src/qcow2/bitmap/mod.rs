@@ -19,10 +19,6 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::Qcow2;
-use super::extension;
-use super::header::{Header, autoclear};
-use super::header_edit::{change_autoclear, remove_extension};
-use super::writer::lock;
 use crate::bitmap::{
     Bitmap, BitmapChange, BitmapInfo, BitmapState, Bits, Condition, DirtyBits, DirtyExtent,
     Recorded, Recording, State, Tracker,
@@ -30,6 +26,10 @@ use crate::bitmap::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::info::BitmapEntry;
 use crate::options::OpenOptions;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension};
+use crate::qcow2::on_disk::extension;
+use crate::qcow2::on_disk::header::{Header, autoclear};
 use crate::sidecar::Home;
 use crate::storage::Storage;
 use crate::units::GuestRange;

@@ -12,7 +12,7 @@ use super::directory::{Entry, flag};
 use crate::bitmap::{Bitmap, Bits, Condition, Recording};
 use crate::error::Result;
 use crate::qcow2::Qcow2;
-use crate::qcow2::writer::lock;
+use crate::qcow2::alloc::reserve::lock;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Qcow2 {

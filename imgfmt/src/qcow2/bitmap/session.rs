@@ -15,15 +15,16 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use super::change::Planned;
 use super::directory::{Entry, flag};
 use crate::bitmap::{Bitmap, Bits, Condition, Recording, State};
+use crate::bytes::u64_at;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, Survives};
 use crate::qcow2::Qcow2;
-use crate::qcow2::extension;
-use crate::qcow2::header::{autoclear, u64_at};
-use crate::qcow2::header_edit::{
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, rewrite_autoclear,
 };
-use crate::qcow2::writer::lock;
+use crate::qcow2::on_disk::extension;
+use crate::qcow2::on_disk::header::autoclear;
 use crate::sidecar::{
     BitmapDescriptor, BitmapSafety, Description, Distrust, Fingerprint, FoundBytes, Home, Identity,
     Recovery, RecoveryPrecision, Sidecar, SidecarPlace, Trust,

@@ -7,8 +7,8 @@ use super::directory::{OFFSET_MASK, Table};
 use crate::bitmap::Bits;
 use crate::error::Result;
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::Reserved;
-use crate::qcow2::open::read_words;
+use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::on_disk::words::read_words;
 use crate::units::HostOffset;
 
 const ALL_ONES: u64 = 1;

@@ -1,14 +1,14 @@
 //! Repairing: one step at a time, after each of which everything is looked at again.
 
 use super::super::Qcow2;
-use super::super::header::field;
-use super::super::header_edit::change_autoclear;
-use super::super::snapshot;
-use super::super::writer::lock;
 use super::counts::Counts;
 use super::flags::Fix;
 use super::{Checker, Mode};
 use crate::error::Result;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::metadata::header_edit::change_autoclear;
+use crate::qcow2::on_disk::header::field;
+use crate::qcow2::on_disk::snapshot;
 
 /// What is to be done next.
 pub(super) enum Step {

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::super::refcount::Refcounts;
 use super::{Checker, READ_AHEAD};
 use crate::error::Result;
+use crate::qcow2::on_disk::refcount::Refcounts;
 
 impl Checker<'_> {
     /// Compares all refcounts with what was counted, and COPIED bits with the refcounts.

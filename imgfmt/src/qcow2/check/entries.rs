@@ -3,8 +3,8 @@
 use std::mem;
 use std::ops::Range;
 
-use super::super::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use super::{Checker, Fix};
+use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 
 /// Bits of an entry that is not compressed and that mean nothing.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;

@@ -1,10 +1,10 @@
 //! COPIED bits: each says whether the cluster behind it has exactly one reference.
 
-use super::super::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
-use super::super::open::read_words;
-use super::super::refcount::{BlockView, Refcounts};
 use super::{Checker, READ_AHEAD};
 use crate::error::Result;
+use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use crate::qcow2::on_disk::refcount::{BlockView, Refcounts};
+use crate::qcow2::on_disk::words::read_words;
 
 /// A word of a table that should be another.
 #[derive(Clone, Copy)]

@@ -7,12 +7,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::Qcow2;
-use super::super::header::field;
-use super::super::open::make_allocator;
-use super::super::refcount::write_entry;
-use super::super::writer::lock;
 use super::apply::Plan;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::alloc::allocator::make_allocator;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::on_disk::header::field;
+use crate::qcow2::on_disk::refcount::write_entry;
 use crate::storage::Durability;
 use crate::units::HostOffset;
 

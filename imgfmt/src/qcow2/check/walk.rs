@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 
-use super::super::l2::{COPIED, OFFSET_MASK};
-use super::super::open::read_words;
-use super::super::snapshot;
 use super::{ActiveEntry, Checker, Fix, READ_AHEAD, TableUse};
 use crate::error::Result;
+use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
+use crate::qcow2::on_disk::snapshot;
+use crate::qcow2::on_disk::words::read_words;
 use crate::units::HostOffset;
 
 const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);

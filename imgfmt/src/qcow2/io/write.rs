@@ -1,0 +1,326 @@
+//! Writing: in place where the cluster is ours alone, otherwise reserve, write, commit.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::qcow2::Qcow2;
+use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::io::plan::{Fill, Old, Plan};
+use crate::qcow2::map::cache::Table;
+use crate::qcow2::map::lookup::Lookup;
+use crate::qcow2::map::tables::Change;
+use crate::qcow2::on_disk::l2::Cluster;
+use crate::storage::Durability;
+use crate::units::{GuestOffset, HostOffset};
+
+/// An allocating write is done in steps of at most so many bytes (but at least one cluster): the
+/// stripes are held for no longer than one step takes.
+const STEP_BYTES: u64 = 2 << 20;
+
+/// So many clusters may have been freed before a flush makes them usable again.
+const FREED_MAX: usize = 1 << 16;
+
+impl Qcow2 {
+    pub(in crate::qcow2) fn write_range(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
+        self.relieve_pressure()?;
+        if self.write_in_place(offset.bytes(), data, Lookup::MayRead)? {
+            return Ok(());
+        }
+        let step = self.step_bytes();
+        let mut rest = data;
+        let mut position = offset.bytes();
+        while !rest.is_empty() {
+            // Steps end at multiples of their size, so each lies within one L2 table.
+            let length = (step - position % step).min(rest.len() as u64);
+            let (part, behind) = rest.split_at(length as usize);
+            self.write_step(position, part, Lookup::MayRead)?;
+            rest = behind;
+            position += length;
+        }
+        Ok(())
+    }
+
+    /// Writes if that needs no metadata from the file and no old data that is not in memory; returns
+    /// whether it did.
+    pub(in crate::qcow2) fn try_write_range(
+        &self,
+        offset: GuestOffset,
+        data: &[u8],
+    ) -> Result<bool> {
+        if self.write_in_place(offset.bytes(), data, Lookup::CachedOnly)? {
+            return Ok(true);
+        }
+        let (start, end) = (offset.bytes(), offset.bytes() + data.len() as u64);
+        let step = self.step_bytes();
+        if start / step != (end - 1) / step || self.is_under_pressure() {
+            return Ok(false);
+        }
+        self.write_step(start, data, Lookup::CachedOnly)
+    }
+
+    fn step_bytes(&self) -> u64 {
+        let geometry = self.geometry();
+        STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage())
+    }
+
+    /// Writes metadata out before more of it than the cache should hold has changed.
+    pub(in crate::qcow2) fn relieve_pressure(&self) -> Result<()> {
+        if self.is_under_pressure() { self.flush_all() } else { Ok(()) }
+    }
+
+    fn is_under_pressure(&self) -> bool {
+        let freed = self.writer.as_ref().map_or(0, |writer| lock(&writer.freed).len());
+        self.tables.is_under_pressure() || freed > FREED_MAX
+    }
+
+    /// Writes all of `data` in place if every cluster allows it; else writes nothing.
+    pub(in crate::qcow2) fn write_in_place(
+        &self,
+        start: u64,
+        data: &[u8],
+        lookup: Lookup,
+    ) -> Result<bool> {
+        // While this lives, nobody else is given the clusters found below.
+        let _lease = self.writer()?.leases.take();
+        let mut segments = Vec::new();
+        if !self.find_in_place(start, start + data.len() as u64, lookup, &mut segments)? {
+            return Ok(false);
+        }
+        for (host, from, to) in segments {
+            self.write_data(host, &data[from..to], start + from as u64)?;
+        }
+        Ok(true)
+    }
+
+    /// Finds where a range can be written in place: host offset, and which bytes of the data.
+    fn find_in_place(
+        &self,
+        start: u64,
+        end: u64,
+        lookup: Lookup,
+        segments: &mut Vec<(u64, usize, usize)>,
+    ) -> Result<bool> {
+        let geometry = self.geometry();
+        let mut position = start;
+        while position < end {
+            let l1_index = geometry.l1_index(position);
+            if !self.l1_is_copied(l1_index) {
+                return Ok(false);
+            }
+            let Some(Some(table)) = self.table(l1_index, lookup)? else {
+                return Ok(false);
+            };
+            let table_end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
+            if lookup == Lookup::CachedOnly && table.bad_entries.get().is_none() {
+                return Ok(false); // Looking for them may need refcounts from the disk.
+            }
+            let content = table.read();
+            while position < table_end {
+                self.refuse_bad(&table, &content.words, position)?;
+                let cluster = self.decode(&content.words, position);
+                let cluster = cluster.map_err(|error| self.note_damage(error))?;
+                let in_cluster = geometry.in_cluster(position);
+                let stop = table_end.min(position - in_cluster + geometry.cluster_size());
+                let touched = geometry.subcluster_mask(in_cluster, in_cluster + (stop - position));
+                let (Some(host), true) = (cluster.host, cluster.copied) else { return Ok(false) };
+                if touched & !cluster.allocated != 0 {
+                    return Ok(false);
+                }
+                let (from, to) = ((position - start) as usize, (stop - start) as usize);
+                match segments.last_mut() {
+                    Some((first, begun, until))
+                        if *first + (from - *begun) as u64 == host + in_cluster =>
+                    {
+                        *until = to;
+                    }
+                    _ => segments.push((host + in_cluster, from, to)),
+                }
+                position = stop;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Writes data that lies within one L2 table, whatever its clusters are now. Returns false, with
+    /// nothing changed, if that is not possible with what is in memory and nothing more is allowed.
+    fn write_step(&self, start: u64, data: &[u8], lookup: Lookup) -> Result<bool> {
+        let writer = self.writer()?;
+        let geometry = self.geometry();
+        let end = start + data.len() as u64;
+        let first = start >> geometry.cluster_bits;
+        let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
+        let Some(_stripes) = writer.lock_clusters(first, count, lookup) else { return Ok(false) };
+        let _lease = writer.leases.take();
+        let l1_index = geometry.l1_index(start);
+        let table = match lookup {
+            Lookup::MayRead => Some(self.table_for_write(l1_index)?),
+            Lookup::CachedOnly => self.own_table_in_memory(l1_index)?,
+        };
+        let Some(table) = table else { return Ok(false) };
+        let mut plans = self.plan(&table, start, end)?;
+        for plan in &mut plans {
+            let (from, to) = (plan.guest_start + plan.from, plan.guest_start + plan.to);
+            let new = &data[(from - start) as usize..(to - start) as usize];
+            if !self.gather_old(plan, new, lookup)? {
+                return Ok(false);
+            }
+        }
+        let mut reserved = Vec::new();
+        let result = match self.reserve_for(&mut plans, &mut reserved, lookup) {
+            Ok(true) => self.write_plans(&plans, start, data).map(|()| true),
+            other => other,
+        };
+        if !matches!(result, Ok(true)) {
+            self.release(&reserved);
+            return result;
+        }
+        let changed = plans.iter().filter(|plan| plan.new != plan.old);
+        let mut freed = Vec::new();
+        let changes: Vec<Change> = changed
+            .inspect(|plan| freed.extend(self.references(plan.old, plan.new.host, false)))
+            .map(|plan| Change { guest: plan.guest_start, cluster: plan.new })
+            .collect();
+        if !changes.is_empty() {
+            self.commit(&table, &changes, &freed)?;
+        }
+        Ok(true)
+    }
+
+    fn plan(&self, table: &Arc<Table>, start: u64, end: u64) -> Result<Vec<Plan>> {
+        let geometry = self.geometry();
+        let content = table.read();
+        let mut plans = Vec::new();
+        let mut position = start;
+        while position < end {
+            let guest_start = geometry.cluster_start(position);
+            let stop = end.min(guest_start + geometry.cluster_size());
+            self.refuse_bad(table, &content.words, position)?;
+            let old = self.decode(&content.words, position);
+            let old = old.map_err(|error| self.note_damage(error))?;
+            plans.push(self.plan_cluster(
+                guest_start,
+                position - guest_start,
+                stop - guest_start,
+                old,
+            ));
+            position = stop;
+        }
+        Ok(plans)
+    }
+
+    /// Decides for one cluster where the bytes from `from` to `to` go and what must come along. A
+    /// new place is reserved later: `host` is `None` until then.
+    fn plan_cluster(&self, guest_start: u64, from: u64, to: u64, old: Cluster) -> Plan {
+        let geometry = self.geometry();
+        let touched = geometry.subcluster_mask(from, to);
+        let stays = old.copied && old.host.is_some() && old.compressed.is_none();
+        let mut allocated = old.allocated | touched;
+        if old.compressed.is_some() {
+            allocated = geometry.all_subclusters();
+        }
+        let present = if stays { old.allocated } else { 0 };
+        let new = Cluster {
+            host: if stays { old.host } else { None },
+            copied: true,
+            compressed: None,
+            allocated,
+            zero: old.zero & !allocated,
+        };
+        // A raw data file must not become longer than the disk.
+        let limit = match self.format.has_data_file {
+            true => (self.size - guest_start).min(geometry.cluster_size()),
+            false => geometry.cluster_size(),
+        };
+        let mut fill: Vec<Fill> = Vec::new();
+        for subcluster in 0..geometry.subclusters() {
+            if (allocated & !present) >> subcluster & 1 == 0 {
+                continue;
+            }
+            let start = u64::from(subcluster) * geometry.subcluster_size();
+            let end = start + geometry.subcluster_size();
+            for (start, end) in [(start, end.min(from)), (start.max(to), end.min(limit))] {
+                match fill.last_mut() {
+                    _ if start >= end => {}
+                    Some(last) if last.end == start => last.end = end,
+                    _ => fill.push(Fill { start, end, old: Old::Large }),
+                }
+            }
+        }
+        Plan { guest_start, from, to, old, new, fill, merged: None, is_virgin: false }
+    }
+
+    /// Gives every plan that needs one a new cluster, next to each other where possible. Returns
+    /// false if that takes metadata that is not in memory and may not be read.
+    fn reserve_for(
+        &self,
+        plans: &mut [Plan],
+        reserved: &mut Vec<Reserved>,
+        lookup: Lookup,
+    ) -> Result<bool> {
+        let cluster_size = self.geometry().cluster_size();
+        let mut wanted = plans.iter().filter(|plan| plan.new.host.is_none()).count() as u64;
+        let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: false };
+        for plan in plans.iter_mut().filter(|plan| plan.new.host.is_none()) {
+            if self.format.has_data_file {
+                // Data has the same place in a data file as on the disk.
+                plan.new.host = Some(plan.guest_start);
+                continue;
+            }
+            if at_hand.clusters == 0 {
+                let Some(found) = self.reserve_if(wanted, lookup)? else { return Ok(false) };
+                at_hand = found;
+                reserved.push(at_hand);
+            }
+            plan.new.host = Some(at_hand.offset);
+            plan.is_virgin = at_hand.is_virgin;
+            at_hand.offset += cluster_size;
+            at_hand.clusters -= 1;
+            wanted -= 1;
+        }
+        Ok(true)
+    }
+
+    fn write_plans(&self, plans: &[Plan], start: u64, data: &[u8]) -> Result<()> {
+        let part = |from: u64, to: u64| &data[(from - start) as usize..(to - start) as usize];
+        let mut waiting: Option<(u64, u64, u64)> = None; // host, guest from, guest to
+        for plan in plans {
+            let host = plan.new.host.unwrap_or(0);
+            let (from, to) = (plan.guest_start + plan.from, plan.guest_start + plan.to);
+            if let Some((first, begun, until)) = &mut waiting {
+                if plan.fill.is_empty() && *first + (from - *begun) == host + plan.from {
+                    *until = to;
+                    continue;
+                }
+                self.write_data(*first, part(*begun, *until), *begun)?;
+                waiting = None;
+            }
+            if plan.fill.is_empty() {
+                waiting = Some((host + plan.from, from, to));
+            } else {
+                self.write_filled(plan, host, part(from, to))?;
+            }
+        }
+        match waiting {
+            Some((host, from, to)) => self.write_data(host, part(from, to), from),
+            None => Ok(()),
+        }
+    }
+
+    pub(in crate::qcow2) fn write_data(&self, host: u64, data: &[u8], guest: u64) -> Result<()> {
+        self.data
+            .write_at(HostOffset::new(host), data, Durability::Cached)
+            .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
+    }
+
+    /// Makes the data file at least `end` bytes long: zeroes can be written only within it. The byte
+    /// before `end` is the caller's alone and zero. The length is not set: others may have written
+    /// behind `end` since it was looked at, and would be cut off.
+    pub(in crate::qcow2) fn data_will_grow(&self, end: u64, guest: u64) -> Result<()> {
+        let grown = self.data.len().and_then(|length| match length < end {
+            true => self.data.write_at(HostOffset::new(end - 1), &[0], Durability::Cached),
+            false => Ok(()),
+        });
+        grown.map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
+    }
+}

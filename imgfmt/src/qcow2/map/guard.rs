@@ -1,0 +1,228 @@
+//! Entries that must not be followed when something is changed.
+//!
+//! A damaged or hostile image may have an L2 entry that points to a table, or to a place that
+//! nothing has ever been given. Reading through it is harmless. Writing through it would hand the
+//! image's metadata to the guest, and freeing it would give a live table away. Each L2 table is
+//! therefore looked through once, before the first change that concerns it.
+
+use std::collections::HashSet;
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering::Acquire;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Qcow2;
+use crate::qcow2::alloc::allocator::Allocator;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::map::cache::Table;
+use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK};
+use crate::qcow2::on_disk::snapshot::{self, Snapshot};
+
+impl Qcow2 {
+    /// The indexes of a table's entries that must not be followed.
+    fn find_bad_entries(&self, l1_index: u64, words: &[u64]) -> Result<Vec<u32>> {
+        let Some(writer) = &self.writer else { return Ok(Vec::new()) };
+        let geometry = self.geometry();
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let mut allocator = lock(&writer.allocator);
+        let mut bad = Vec::new();
+        for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
+            let bitmap = entry.get(1).copied().unwrap_or(0);
+            // What cannot be decoded is refused wherever it is met.
+            let Ok(cluster) = self.format.decode(entry[0], bitmap) else { continue };
+            let guest =
+                l1_index * geometry.l2_coverage() + ((index as u64) << geometry.cluster_bits);
+            if self.is_bad(cluster, guest, &tables, &mut allocator)? {
+                bad.push(index as u32);
+            }
+        }
+        Ok(bad)
+    }
+
+    fn is_bad(
+        &self,
+        cluster: Cluster,
+        guest: u64,
+        tables: &HashSet<u64>,
+        allocator: &mut Allocator,
+    ) -> Result<bool> {
+        if self.format.has_data_file {
+            // Data has the same place in a data file as on the disk.
+            return Ok(cluster.host.is_some_and(|host| host != guest));
+        }
+        let bits = self.geometry().cluster_bits;
+        for reference in self.references(cluster, None, false) {
+            let offset = reference.cluster << bits;
+            let is_table = allocator.is_protected(offset)
+                || tables.contains(&offset)
+                || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset));
+            let is_counted = match allocator.refcounts.refcount(reference.cluster) {
+                Ok(count) => count > 0,
+                // Damaged refcounts must not keep anyone from reading.
+                Err(error) if error.kind() == ErrorKind::Corrupt => false,
+                Err(error) => return Err(error),
+            };
+            if is_table || !is_counted {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether a place that something claims as its own is known to be another's, or nobody's.
+    pub(in crate::qcow2) fn is_metadata(&self, offset: u64) -> Result<bool> {
+        let writer = self.writer()?;
+        let cluster = Cluster { host: Some(offset), ..Cluster::default() };
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let mut allocator = lock(&writer.allocator);
+        if self.format.has_data_file {
+            return Ok(allocator.is_protected(offset) || tables.contains(&offset));
+        }
+        self.is_bad(cluster, 0, &tables, &mut allocator)
+    }
+
+    /// Refuses to give L2 tables away, from this L1 entry on, that are other metadata, or nobody's,
+    /// or the tables of other L1 entries as well.
+    pub(in crate::qcow2) fn refuse_bad_tables(&self, first: u64) -> Result<()> {
+        let mut known = HashSet::new();
+        for (index, entry) in (0..).zip(self.l1.iter()) {
+            let offset = entry.load(Acquire) & OFFSET_MASK;
+            if offset == 0 {
+                continue;
+            }
+            if !known.insert(offset) && index >= first {
+                return Err(self.not_its_own(offset));
+            }
+            if index >= first {
+                self.refuse_bad_table(offset)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses to count or to give away an L2 table that is other metadata, or nobody's.
+    pub(in crate::qcow2) fn refuse_bad_table(&self, offset: u64) -> Result<()> {
+        let mut allocator = lock(&self.writer()?.allocator);
+        let is_other = allocator.is_protected(offset)
+            || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset))
+            || allocator.refcounts.refcount(offset >> self.geometry().cluster_bits)? == 0;
+        drop(allocator);
+        if is_other { Err(self.not_its_own(offset)) } else { Ok(()) }
+    }
+
+    /// Refuses to count or to give away what an entry of the L2 table at `table` refers to, if it
+    /// is metadata, or nobody's.
+    pub(in crate::qcow2) fn refuse_bad_cluster(&self, cluster: Cluster, table: u64) -> Result<()> {
+        let writer = self.writer()?;
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let mut allocator = lock(&writer.allocator);
+        let is_bad = self.is_bad(cluster, 0, &tables, &mut allocator)?;
+        drop((tables, allocator));
+        match is_bad {
+            true => Err(self
+                .note_damage(self.corrupt("an L2 entry points to metadata or to nothing", table))),
+            false => Ok(()),
+        }
+    }
+
+    fn not_its_own(&self, offset: u64) -> Error {
+        let detail = "an L1 entry points to a place that is not its own";
+        self.note_damage(self.corrupt(detail, offset))
+    }
+
+    /// Refuses a change through an entry that must not be followed. `words` are the table's, and
+    /// the caller holds its lock: nobody can have changed them unseen.
+    pub(in crate::qcow2) fn refuse_bad(
+        &self,
+        table: &Table,
+        words: &[u64],
+        guest: u64,
+    ) -> Result<()> {
+        let bad_entries = match table.bad_entries.get() {
+            Some(known) => known,
+            None => {
+                let found = self.find_bad_entries(self.geometry().l1_index(guest), words)?;
+                table.bad_entries.get_or_init(|| found)
+            }
+        };
+        // Nearly always there is none.
+        if bad_entries.is_empty() {
+            return Ok(());
+        }
+        let index = self.geometry().l2_index(guest) as u32;
+        match bad_entries.binary_search(&index) {
+            Ok(_) => {
+                let error = self.corrupt("an L2 entry points to metadata or to nothing", guest);
+                Err(self.note_damage(error))
+            }
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Notes anew where the L2 tables of the active L1 table lie.
+    pub(in crate::qcow2) fn note_l2_places(&self) {
+        if let Some(writer) = &self.writer {
+            let offsets = self.l1.iter().map(|entry| entry.load(Acquire) & OFFSET_MASK);
+            let places = offsets.filter(|offset| *offset != 0).collect();
+            *writer.l2_places.write().unwrap_or_else(PoisonError::into_inner) = places;
+        }
+    }
+
+    /// Tells the refcounts where everything else is, so that none of their blocks is written that
+    /// is something else. What the guest's data occupies would take a look at all L2 tables.
+    pub(in crate::qcow2) fn note_metadata(&self) {
+        let Some(writer) = &self.writer else { return };
+        let geometry = self.geometry();
+        let mut allocator = lock(&writer.allocator);
+        let places = allocator.protected.iter().chain(&self.snapshot_places);
+        let places = places.filter(|(start, end)| start < end);
+        let mut clusters: Vec<u64> = places
+            .flat_map(|(start, end)| {
+                start >> geometry.cluster_bits..=(end - 1) >> geometry.cluster_bits
+            })
+            .collect();
+        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        clusters.extend(tables.iter().map(|offset| offset >> geometry.cluster_bits));
+        allocator.refcounts.note_others(clusters);
+    }
+
+    /// Where refcount blocks lie far from what they count, as after a repair, their own counts do not
+    /// tell whether they are something else as well: all references are counted, once.
+    pub(in crate::qcow2) fn prove_refcount_blocks(&self) {
+        let Some(writer) = &self.writer else { return };
+        if !lock(&writer.allocator).refcounts.has_strangers() {
+            return;
+        }
+        // What cannot be read is met again by whoever needs it.
+        let is_sound = self.refcounts_overlap_nothing().unwrap_or(false);
+        let refcounts = &mut lock(&writer.allocator).refcounts;
+        match is_sound {
+            true => refcounts.trust_all(),
+            false => refcounts.trust_none(),
+        }
+    }
+
+    /// The places (start and end) of the snapshot table and of the snapshots' L1 tables.
+    pub(in crate::qcow2) fn places_of(
+        table_offset: u64,
+        snapshots: &[Snapshot],
+    ) -> Vec<(u64, u64)> {
+        let place = |offset: u64, length: u64| (offset, offset.saturating_add(length));
+        let table = place(table_offset, snapshot::table_length(snapshots));
+        let l1s = snapshots
+            .iter()
+            .map(|snapshot| place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8));
+        l1s.chain([table]).filter(|(start, end)| start < end).collect()
+    }
+}
+
+impl Allocator {
+    /// Whether the header, the L1 table, the refcount table or one of its blocks lies there.
+    fn is_protected(&self, offset: u64) -> bool {
+        let inside = |(start, end): &(u64, u64)| (*start..*end).contains(&offset);
+        let new_table = self.new_table_place.map(|place| {
+            let length = place.clusters << self.refcounts.geometry.cluster_bits;
+            (place.offset, place.offset.saturating_add(length))
+        });
+        self.protected.iter().chain(&new_table).any(inside) || self.refcounts.is_block(offset)
+    }
+}

@@ -1,0 +1,151 @@
+//! L2 tables that may be changed: made where there is none, moved where a snapshot shares them.
+
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{Arc, PoisonError};
+
+use crate::error::Result;
+use crate::qcow2::Qcow2;
+use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::map::cache::Table;
+use crate::qcow2::map::lookup::Lookup;
+use crate::qcow2::on_disk::l2::{COPIED, Cluster};
+use crate::storage::Durability;
+use crate::units::{GuestOffset, HostOffset};
+
+/// A change of one L2 entry.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::qcow2) struct Change {
+    /// Any guest offset within the cluster.
+    pub(in crate::qcow2) guest: u64,
+    pub(in crate::qcow2) cluster: Cluster,
+}
+
+impl Qcow2 {
+    /// Whether an L1 entry's table belongs to it alone.
+    pub(in crate::qcow2) fn l1_is_copied(&self, l1_index: u64) -> bool {
+        self.l1.get(l1_index as usize).is_some_and(|entry| entry.load(Acquire) & COPIED != 0)
+    }
+
+    /// The table of an L1 entry, made or moved so that it may be changed.
+    pub(in crate::qcow2) fn table_for_write(&self, l1_index: u64) -> Result<Arc<Table>> {
+        let writer = self.writer()?;
+        if let Some(table) = self.own_table(l1_index)? {
+            return Ok(table);
+        }
+        let _changing = lock(&writer.l1_change);
+        if let Some(table) = self.own_table(l1_index)? {
+            return Ok(table);
+        }
+        let geometry = self.geometry();
+        let shared = match self.table(l1_index, Lookup::MayRead)? {
+            Some(Some(table)) => Some(table),
+            _ => None,
+        };
+        let words = match &shared {
+            Some(table) => table.read().words.clone(),
+            None => vec![0; (geometry.cluster_size() / 8) as usize],
+        };
+        let reserved = self.reserve(1)?;
+        // Written whole now, so that a full disk is noticed now and not by a flush.
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        let offset = HostOffset::new(reserved.offset);
+        if let Err(error) = self.file.write_at(offset, &bytes, Durability::Cached) {
+            self.release(&[reserved]);
+            let guest = GuestOffset::new(l1_index * geometry.l2_coverage());
+            return Err(self.io("write an L2 table of", error, guest));
+        }
+        // What is bad in a table that is moved is found anew.
+        let table = Arc::new(Table::new(reserved.offset, words));
+        // Nor is it known to be on disk before a flush has written it again and synced.
+        let length = table.read().words.len();
+        table.write().mark_dirty(0, length);
+        self.tables.note_dirty();
+        let _gate = writer.commit_gate.read().unwrap_or_else(PoisonError::into_inner);
+        let mut places = writer.l2_places.write().unwrap_or_else(PoisonError::into_inner);
+        places.insert(reserved.offset);
+        if let Some(shared) = &shared {
+            places.remove(&shared.offset);
+        }
+        drop(places);
+        self.tables.insert(Arc::clone(&table));
+        self.l1[l1_index as usize].store(reserved.offset | COPIED, Release);
+        lock(&writer.dirty_l1).insert(l1_index as usize);
+        if let Some(shared) = shared {
+            let cluster = shared.offset >> geometry.cluster_bits;
+            lock(&writer.freed).push(Freed { cluster, punch: false });
+        }
+        writer.note_change();
+        Ok(table)
+    }
+
+    /// The table of an L1 entry, if it is in memory, may be changed, and nothing more needs to be
+    /// found out about it.
+    pub(in crate::qcow2) fn own_table_in_memory(
+        &self,
+        l1_index: u64,
+    ) -> Result<Option<Arc<Table>>> {
+        if !self.l1_is_copied(l1_index) {
+            return Ok(None);
+        }
+        let table = self.table(l1_index, Lookup::CachedOnly)?.flatten();
+        Ok(table.filter(|table| table.bad_entries.get().is_some()))
+    }
+
+    fn own_table(&self, l1_index: u64) -> Result<Option<Arc<Table>>> {
+        if !self.l1_is_copied(l1_index) {
+            return Ok(None);
+        }
+        Ok(self.table(l1_index, Lookup::MayRead)?.flatten())
+    }
+
+    /// Makes changes of mappings visible, and what they replaced free. The caller holds the stripes
+    /// of all clusters concerned, and the data they point to has been written.
+    pub(in crate::qcow2) fn commit(
+        &self,
+        table: &Table,
+        changes: &[Change],
+        freed: &[Freed],
+    ) -> Result<()> {
+        let writer = self.writer()?;
+        let words_per_entry = self.geometry().entry_words();
+        let _gate = writer.commit_gate.read().unwrap_or_else(PoisonError::into_inner);
+        let mut content = table.write();
+        for change in changes {
+            let index = self.geometry().l2_index(change.guest) * words_per_entry;
+            let (entry, bitmap) = self.format.encode(change.cluster);
+            content.words[index] = entry;
+            if words_per_entry == 2 {
+                content.words[index + 1] = bitmap;
+            }
+            if content.mark_dirty(index, index + words_per_entry) {
+                self.tables.note_dirty();
+            }
+        }
+        drop(content);
+        lock(&writer.freed).extend_from_slice(freed);
+        writer.note_change();
+        Ok(())
+    }
+
+    /// The references that go away when a cluster's entry is replaced by one that keeps `kept`.
+    pub(in crate::qcow2) fn references(
+        &self,
+        old: Cluster,
+        kept: Option<u64>,
+        punch: bool,
+    ) -> Vec<Freed> {
+        let bits = self.geometry().cluster_bits;
+        match (old.compressed, old.host) {
+            (Some(compressed), _) => {
+                let last = (compressed.offset + compressed.length - 1) >> bits;
+                let clusters = compressed.offset >> bits..=last;
+                clusters.map(|cluster| Freed { cluster, punch: false }).collect()
+            }
+            (None, Some(host)) if Some(host) != kept && !self.format.has_data_file => {
+                vec![Freed { cluster: host >> bits, punch }]
+            }
+            _ => Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! Syncs that failed, and who has to know.
+//!
+//! A kernel says only once for each file that it could not write, and may drop what it could not. The
+//! sync of one thread so takes the error, and the bytes, of another whose own sync succeeds a moment
+//! later. Therefore failures are counted: whoever writes and syncs compares the count before with the
+//! count behind, and the next flush of a caller reports those that no flush has reported.
+
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+
+use crate::error::{Error, Result};
+use crate::qcow2::Qcow2;
+
+const EIO: i32 = libc::EIO;
+
+impl Qcow2 {
+    /// How many syncs have failed so far.
+    pub(in crate::qcow2) fn failed_syncs(&self) -> u64 {
+        self.writer.as_ref().map_or(0, |writer| writer.failed_syncs.load(Acquire))
+    }
+
+    /// Counts a sync, or a change of the header that ends with one, if it failed.
+    pub(in crate::qcow2) fn count_failed<T>(&self, synced: Result<T>) -> Result<T> {
+        if let (Err(error), Some(writer)) = (&synced, &self.writer) {
+            writer.failed_sync_code.store(error.raw_os_error().unwrap_or(EIO), Release);
+            writer.failed_syncs.fetch_add(1, AcqRel);
+        }
+        synced
+    }
+
+    /// Fails if a sync has failed since there were `since` of them: what was written meanwhile may be
+    /// lost, although the last sync succeeded.
+    pub(in crate::qcow2) fn refuse_lost_since(&self, since: u64) -> Result<()> {
+        if self.failed_syncs() == since {
+            return Ok(());
+        }
+        Err(self.lost("what was written just now may be lost; try again"))
+    }
+
+    /// Flushes for somebody who relies on it for everything that was written since the last flush that
+    /// succeeded.
+    pub(in crate::qcow2) fn flush_for_caller(&self) -> Result<()> {
+        let flushed = self.flush_all();
+        let failed = self.failed_syncs();
+        let reported = self.writer()?.reported_syncs.fetch_max(failed, AcqRel);
+        if flushed.is_ok() && reported < failed {
+            let detail = "what was written since the last flush that succeeded may be lost";
+            return Err(self.lost(detail));
+        }
+        flushed
+    }
+
+    fn lost(&self, consequence: &str) -> Error {
+        let code = self.writer.as_ref().map_or(EIO, |it| it.failed_sync_code.load(Acquire));
+        let error = Error::from_io("flush", std::io::Error::from_raw_os_error(code));
+        let explanation = format!("a sync of another operation has failed, so {consequence}");
+        self.named(error.explained(&explanation))
+    }
+}

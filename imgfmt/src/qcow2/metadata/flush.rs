@@ -1,0 +1,331 @@
+//! Flushing: everything that was committed goes to disk in an order that no crash can hurt.
+//!
+//! 1. refcount blocks; data is there already: barrier
+//! 2. the refcount table's entries, or a whole larger table and then the header: barrier
+//! 3. L2 tables: barrier
+//! 4. L1 entries: barrier
+//!
+//! What was freed stays referenced in the refcounts until all of that is done, so whatever the disk
+//! holds after a crash, no cluster that something points to is counted as free. Only then do freed
+//! clusters leave the [quarantine](crate::qcow2::alloc::allocator).
+
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
+use std::sync::{Arc, PoisonError};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Qcow2;
+use crate::qcow2::alloc::allocator::{Batch, Freed, TablePlace};
+use crate::qcow2::alloc::reserve::{Writer, lock};
+use crate::qcow2::map::cache::{DirtyPart, Table};
+use crate::qcow2::on_disk::header::field;
+use crate::qcow2::on_disk::refcount::DirtyBlock;
+use crate::storage::Durability;
+use crate::units::HostOffset;
+
+/// A copy of all metadata that is not on disk, taken at one instant.
+#[derive(Debug, Default)]
+struct Changes {
+    blocks: Vec<DirtyBlock>,
+    table_entries: Vec<(usize, u64)>,
+    /// The whole refcount table and the place it moves to.
+    moved_table: Option<(TablePlace, Vec<u64>)>,
+    tables: Vec<(Arc<Table>, DirtyPart)>,
+    l1: Vec<(usize, u64)>,
+    freed: Vec<Freed>,
+}
+
+impl Qcow2 {
+    /// Makes everything durable that was written before this call.
+    pub(in crate::qcow2) fn flush_all(&self) -> Result<()> {
+        let writer = self.writer()?;
+        let call = writer.flush_calls.fetch_add(1, AcqRel) + 1;
+        let _flushing = lock(&writer.flush);
+        if writer.flush_covers.load(Acquire) >= call {
+            return Ok(()); // Somebody's flush began after this call and has succeeded.
+        }
+        let covers = writer.flush_calls.load(Acquire);
+        if !writer.has_changes() {
+            self.sync_data()?;
+        } else {
+            self.flush_changes(writer)?;
+        }
+        writer.flush_covers.store(covers, Release);
+        self.release_quarantine(writer);
+        Ok(())
+    }
+
+    fn flush_changes(&self, writer: &Writer) -> Result<()> {
+        let (mut changes, generation, change_count) = {
+            let _gate = writer.commit_gate.write().unwrap_or_else(PoisonError::into_inner);
+            let change_count = writer.changes.load(Acquire);
+            (self.take_changes(writer), writer.leases.close_generation(), change_count)
+        };
+        let since = self.failed_syncs();
+        let written = self.write_changes(&changes);
+        let result = written.and_then(|()| self.refuse_lost_since(since));
+        let mut freed = std::mem::take(&mut changes.freed);
+        if result.is_err() {
+            lock(&writer.freed).append(&mut freed);
+        }
+        // Also with nothing freed: what is freed later must wait for the leases of all generations
+        // that came before.
+        if !freed.is_empty() || !generation.has_ended() {
+            lock(&writer.quarantine).push_back(Batch { generation, freed });
+        }
+        let mut allocator = lock(&writer.allocator);
+        allocator.refcounts.written(&changes.blocks, result.is_ok());
+        match result {
+            Ok(()) => {
+                if let Some((place, _)) = &changes.moved_table {
+                    self.note_moved_table(writer, &mut allocator, *place);
+                }
+                drop(allocator);
+                writer.durable_changes.fetch_max(change_count, AcqRel);
+                Ok(())
+            }
+            Err(error) => {
+                let entries = changes.table_entries.iter().map(|(index, _)| *index);
+                allocator.refcounts.dirty_entries.extend(entries);
+                if let Some((place, table)) = &changes.moved_table {
+                    // A newer place may have been found meanwhile; it will do as well.
+                    allocator.new_table_place.get_or_insert(*place);
+                    allocator.refcounts.dirty_entries.extend(0..table.len());
+                }
+                drop(allocator);
+                self.tables.return_dirty(&changes.tables);
+                lock(&writer.dirty_l1).extend(changes.l1.iter().map(|(index, _)| *index));
+                Err(error)
+            }
+        }
+    }
+
+    fn take_changes(&self, writer: &Writer) -> Changes {
+        let mut allocator = lock(&writer.allocator);
+        let blocks = allocator.refcounts.take_dirty();
+        let dirty_entries = std::mem::take(&mut allocator.refcounts.dirty_entries);
+        let table = &allocator.refcounts.table;
+        let table_entries = dirty_entries.into_iter().map(|index| (index, table[index])).collect();
+        let whole_table = table.clone();
+        let moved_table = allocator.new_table_place.take().map(|place| (place, whole_table));
+        drop(allocator);
+        let tables = self.tables.take_dirty();
+        let l1 = std::mem::take(&mut *lock(&writer.dirty_l1));
+        let l1 = l1.into_iter().map(|index| (index, self.l1[index].load(Acquire))).collect();
+        let freed = std::mem::take(&mut *lock(&writer.freed));
+        Changes { blocks, table_entries, moved_table, tables, l1, freed }
+    }
+
+    fn write_changes(&self, changes: &Changes) -> Result<()> {
+        self.repeat_header_writes()?;
+        for block in &changes.blocks {
+            self.write_metadata(block.offset, &block.bytes)?;
+        }
+        self.sync_data()?;
+        let mut file_is_synced = !self.format.has_data_file;
+        if self.format.has_data_file && !changes.blocks.is_empty() {
+            self.sync_file()?;
+            file_is_synced = true;
+        }
+        if let Some((place, table)) = &changes.moved_table {
+            self.switch_refcount_table(*place, table)?;
+        } else if !changes.table_entries.is_empty() {
+            let offset = lock(&self.writer()?.allocator).table_place.offset;
+            for (index, entry) in &changes.table_entries {
+                self.write_metadata(offset + *index as u64 * 8, &entry.to_be_bytes())?;
+            }
+            self.sync_file()?;
+        }
+        for (table, part) in &changes.tables {
+            self.write_metadata(table.offset + part.first_word as u64 * 8, &part.bytes)?;
+            file_is_synced = false;
+        }
+        if !changes.l1.is_empty() {
+            // New L2 tables must be there before anything points to them.
+            self.sync_file()?;
+            for (index, entry) in &changes.l1 {
+                let offset = self.header.l1_offset + *index as u64 * 8;
+                self.write_metadata(offset, &entry.to_be_bytes())?;
+            }
+            file_is_synced = false;
+        }
+        if file_is_synced { Ok(()) } else { self.sync_file() }
+    }
+
+    /// Writes a larger refcount table to its new place and makes the header point to it.
+    fn switch_refcount_table(&self, place: TablePlace, table: &[u64]) -> Result<()> {
+        let mut bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        bytes.resize((place.clusters * self.geometry().cluster_size()) as usize, 0);
+        self.write_metadata(place.offset, &bytes)?;
+        self.sync_file()?;
+        let mut fields = [0; 12];
+        fields[..8].copy_from_slice(&place.offset.to_be_bytes());
+        fields[8..].copy_from_slice(&(place.clusters as u32).to_be_bytes());
+        self.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
+        self.sync_header()
+    }
+
+    fn note_moved_table(
+        &self,
+        writer: &Writer,
+        allocator: &mut crate::qcow2::alloc::allocator::Allocator,
+        place: TablePlace,
+    ) {
+        let bits = self.geometry().cluster_bits;
+        let old = std::mem::replace(&mut allocator.table_place, place);
+        let range = |place: TablePlace| (place.offset, place.offset + (place.clusters << bits));
+        allocator.protected.retain(|protected| *protected != range(old));
+        allocator.protected.push(range(place));
+        let first = old.offset >> bits;
+        let clusters = first..first + old.clusters;
+        lock(&writer.freed).extend(clusters.map(|cluster| Freed { cluster, punch: false }));
+        writer.note_change();
+    }
+
+    /// Lets freed clusters go whose leases have ended.
+    pub(in crate::qcow2) fn release_quarantine(&self, writer: &Writer) {
+        let Ok(mut quarantine) = writer.quarantine.try_lock() else { return };
+        while quarantine.front().is_some_and(|batch| batch.generation.has_ended()) {
+            if let Some(batch) = quarantine.pop_front() {
+                self.release_freed(writer, batch.freed);
+            }
+        }
+    }
+
+    /// Lets all freed clusters go, when no one can reserve clusters any more.
+    pub(in crate::qcow2) fn release_all_freed(&self, writer: &Writer) {
+        let batches = std::mem::take(&mut *lock(&writer.quarantine));
+        for mut batch in batches {
+            if !batch.generation.has_ended() {
+                // Somebody may still be moving these bytes by a lease: they stay where they are.
+                batch.freed.iter_mut().for_each(|freed| freed.punch = false);
+            }
+            self.release_freed(writer, batch.freed);
+        }
+    }
+
+    fn release_freed(&self, writer: &Writer, mut freed: Vec<Freed>) {
+        lock(&self.decompressed).clear();
+        freed.sort_unstable();
+        let punched: Vec<u64> = {
+            let mut allocator = lock(&writer.allocator);
+            let only = |freed: &&Freed| {
+                freed.punch && matches!(allocator.refcounts.refcount(freed.cluster), Ok(1))
+            };
+            freed.iter().filter(only).map(|freed| freed.cluster).collect()
+        };
+        // The hole must be there before anyone can reserve the cluster and write to it.
+        let bits = self.geometry().cluster_bits;
+        self.note_alive();
+        for run in punched.chunk_by(|a, b| a + 1 == *b) {
+            let length = (run.len() as u64) << bits;
+            // Giving space back is a courtesy to the file system; without it nothing is wrong.
+            let _ = self.file.punch_hole(HostOffset::new(run[0] << bits), length);
+        }
+        let mut allocator = lock(&writer.allocator);
+        // A refcount that cannot be changed leaves a leaked cluster, which harms nobody. But one
+        // that was free already belonged to two, and may be a third one's by now.
+        let errors = freed.iter().filter_map(|freed| allocator.dereference(freed.cluster).err());
+        let damage = errors.filter(|error| error.kind() == ErrorKind::Corrupt).last();
+        drop(allocator);
+        if let Some(damage) = damage {
+            drop(self.note_damage(damage));
+        }
+        writer.note_change();
+    }
+
+    /// Writes everything and lets go of what was freed, before the image is closed.
+    pub(in crate::qcow2) fn close_writer(&self) -> Result<()> {
+        let Some(writer) = &self.writer else { return Ok(()) };
+        self.end_with_cluster(writer);
+        self.flush_all()?;
+        self.store_bitmaps()?;
+        self.end_session()?;
+        // The first flush may have moved the refcount table and so freed the old one.
+        for _ in 0..2 {
+            self.release_all_freed(writer);
+            if writer.has_changes() {
+                self.flush_all()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the file end where a cluster does, or the last sector of compressed ones: the last
+    /// cluster may have been written in part, and other readers read it as a whole. Nobody else
+    /// writes any more, and what is missing reads as zero here: failures do not matter.
+    fn end_with_cluster(&self, writer: &Writer) {
+        let cluster_size = self.geometry().cluster_size();
+        let Ok(length) = self.file.len() else { return };
+        let compressed_end = lock(&writer.allocator).compressed_at.unwrap_or(0);
+        let is_whole =
+            length.is_multiple_of(cluster_size) || length == compressed_end.next_multiple_of(512);
+        if writer.changes.load(Acquire) > 0 && !is_whole {
+            let _ = self.file.set_len(length.next_multiple_of(cluster_size));
+        }
+    }
+
+    pub(in crate::qcow2) fn write_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.note_alive();
+        self.file
+            .write_at(HostOffset::new(offset), bytes, Durability::Cached)
+            .map_err(|error| Error::from_io("write the metadata of", error).at(offset))
+            .map_err(|error| self.named(error))
+    }
+
+    /// Writes fields of the header. They are valid from then on; until
+    /// [`sync_header`](Self::sync_header) succeeds it is not known whether they are on disk.
+    pub(in crate::qcow2) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
+        self.write_metadata(place, bytes)?;
+        if let Some(writer) = &self.writer {
+            lock(&writer.header_writes).insert(place, bytes.to_vec());
+        }
+        Ok(())
+    }
+
+    /// Syncs what was written to the header. If that fails the next flush writes it again: the
+    /// kernel may have dropped it.
+    pub(in crate::qcow2) fn sync_header(&self) -> Result<()> {
+        let writes = self.writer.as_ref().map(|writer| lock(&writer.header_writes).clone());
+        self.sync_file()?;
+        if let (Some(writer), Some(writes)) = (&self.writer, writes) {
+            lock(&writer.header_writes).retain(|place, bytes| writes.get(place) != Some(bytes));
+        }
+        Ok(())
+    }
+
+    fn repeat_header_writes(&self) -> Result<()> {
+        let writes = lock(&self.writer()?.header_writes).clone();
+        if writes.is_empty() {
+            return Ok(());
+        }
+        // What they lead to was on disk before they were written first.
+        for (place, bytes) in &writes {
+            self.write_metadata(*place, bytes)?;
+        }
+        self.sync_header()
+    }
+
+    /// Syncs the file that holds the data.
+    fn sync_data(&self) -> Result<()> {
+        let synced = self.data.sync().map_err(|error| self.named(Error::from_io("flush", error)));
+        self.count_failed(synced)
+    }
+
+    /// Syncs the file that holds the metadata.
+    pub(in crate::qcow2) fn sync_file(&self) -> Result<()> {
+        let synced = self.file.sync().map_err(|error| self.named(Error::from_io("flush", error)));
+        self.count_failed(synced)
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        // Whoever wants to know whether this works calls `Image::close`.
+        let _ = self.close_writer();
+        // One layer after the other: a long chain must not decide how much stack this takes.
+        let mut below = self.backing.take();
+        while let Some(mut backing) = below {
+            below = backing.driver.as_qcow2_mut().and_then(|image| image.backing.take());
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Feature bits that the rest of the header contradicts.
+//!
+//! No sound program writes them: a bit was damaged, or somebody has changed the header without knowing
+//! what belongs together. Some are harmless, and a repair clears them. Of others nobody knows which
+//! half is wrong; then neither the clusters of this file nor those of a data file can be trusted to be
+//! the disk, and nothing is read or written.
+
+use crate::error::Result;
+use crate::qcow2::on_disk::header::{Header, autoclear};
+use crate::qcow2::on_disk::words::invalid;
+
+/// A feature bit that something else in the header contradicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::qcow2) enum Contradiction {
+    /// A raw data file, and no data file at all.
+    RawWithoutDataFile,
+    /// As before, but a data file has a name: the bit that says that data lies there may be what got
+    /// lost.
+    DataFileNotUsed,
+    /// A data file that has no name.
+    DataFileWithoutName,
+    /// A data file that can be read without this image, and a backing file.
+    RawWithBacking,
+    /// Bitmaps, and nothing that says where they are.
+    BitmapsWithoutDirectory,
+}
+
+impl Contradiction {
+    /// What is wrong, as a sentence without an end.
+    pub(in crate::qcow2) fn message(self) -> &'static str {
+        match self {
+            Self::RawWithoutDataFile => {
+                "the header says that its data file is raw (autoclear bit 1), but there is no data file"
+            }
+            Self::DataFileNotUsed => {
+                "the header names a data file but does not say that data lies there (incompatible \
+                 bit 2), and which of both is wrong is not known"
+            }
+            Self::DataFileWithoutName => "it keeps its data in a file that it does not name",
+            Self::RawWithBacking => {
+                "the header says that its data file is raw (autoclear bit 1), but there is a \
+                 backing file"
+            }
+            Self::BitmapsWithoutDirectory => {
+                "the header says that there are bitmaps (autoclear bit 0), but not where"
+            }
+        }
+    }
+
+    /// The autoclear bit without which the contradiction is gone and nothing is lost.
+    pub(in crate::qcow2) fn repaired_by_clearing(self) -> Option<u64> {
+        match self {
+            Self::RawWithoutDataFile | Self::RawWithBacking => Some(autoclear::RAW_DATA_FILE),
+            Self::BitmapsWithoutDirectory => Some(autoclear::BITMAPS),
+            Self::DataFileNotUsed | Self::DataFileWithoutName => None,
+        }
+    }
+
+    /// Whether the image can be used as it is. Where it cannot, QEMU refuses it too, except for a named
+    /// data file that is not used.
+    fn is_harmless(self) -> bool {
+        match self {
+            Self::RawWithBacking | Self::BitmapsWithoutDirectory => true,
+            Self::RawWithoutDataFile | Self::DataFileNotUsed | Self::DataFileWithoutName => false,
+        }
+    }
+}
+
+impl Header {
+    /// What its feature bits say that the rest of it contradicts.
+    pub(in crate::qcow2) fn contradictions(&self) -> Vec<Contradiction> {
+        let mut found = Vec::new();
+        let is_raw = self.autoclear & autoclear::RAW_DATA_FILE != 0;
+        let names_data_file = self.extensions.data_file_name.is_some();
+        match (self.has_data_file(), names_data_file) {
+            (true, false) => found.push(Contradiction::DataFileWithoutName),
+            (false, true) => found.push(Contradiction::DataFileNotUsed),
+            (false, false) if is_raw => found.push(Contradiction::RawWithoutDataFile),
+            (true, true) if is_raw && self.backing_name.is_some() => {
+                found.push(Contradiction::RawWithBacking);
+            }
+            _ => {}
+        }
+        if self.autoclear & autoclear::BITMAPS != 0 && self.bitmaps().is_none() {
+            found.push(Contradiction::BitmapsWithoutDirectory);
+        }
+        found
+    }
+
+    /// Refuses to use an image of which it is not known where its data lies.
+    pub(in crate::qcow2) fn refuse_contradictions(&self) -> Result<()> {
+        let Some(found) = self.contradictions().into_iter().find(|found| !found.is_harmless())
+        else {
+            return Ok(());
+        };
+        let advice = match found.repaired_by_clearing() {
+            Some(_) => {
+                "; check it with 'nbd-cli image check', and if the rest is sound, clear the bit \
+                        with 'nbd-cli image check --repair all'"
+            }
+            None => "",
+        };
+        Err(invalid(format!("{}{advice}", found.message())))
+    }
+
+    /// The autoclear bits of the format that a writer keeps: those that are known and true.
+    pub(in crate::qcow2) fn kept_autoclear(&self) -> u64 {
+        let contradicted = self
+            .contradictions()
+            .into_iter()
+            .filter_map(Contradiction::repaired_by_clearing)
+            .fold(0, |bits, bit| bits | bit);
+        self.autoclear & (autoclear::BITMAPS | autoclear::RAW_DATA_FILE) & !contradicted
+    }
+}

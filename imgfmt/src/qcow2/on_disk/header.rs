@@ -1,0 +1,316 @@
+//! The header of a qcow2 image: read, checked against every limit, and only then believed.
+//!
+//! All numbers in the file are big-endian. Section "Header" of the format's specification:
+//!
+//! ```text
+//!  0 magic            4 version         8 backing_file_offset   16 backing_file_size
+//! 20 cluster_bits    24 size           32 crypt_method          36 l1_size
+//! 40 l1_table_offset 48 refcount_table_offset  56 refcount_table_clusters
+//! 60 nb_snapshots    64 snapshots_offset
+//! version 3: 72 incompatible  80 compatible  88 autoclear  96 refcount_order
+//!           100 header_length 104 compression_type
+//! ```
+
+use crate::bytes::{u32_at, u64_at};
+use crate::error::Result;
+use crate::qcow2::on_disk::extension::{self, Extensions};
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::qcow2::on_disk::words::{invalid, read_error, unsupported};
+use crate::qcow2::purpose::Purpose;
+use crate::storage::Storage;
+use crate::units::HostOffset;
+
+pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
+pub(crate) const V2_LENGTH: u64 = 72;
+pub(crate) const V3_LENGTH_MIN: u64 = 104;
+
+/// Offsets of the fields that are changed in place.
+pub(crate) mod field {
+    pub(crate) const SIZE: u64 = 24;
+    pub(crate) const REFCOUNT_TABLE_OFFSET: u64 = 48;
+    pub(crate) const SNAPSHOT_COUNT: u64 = 60;
+    pub(crate) const INCOMPATIBLE: u64 = 72;
+    pub(crate) const AUTOCLEAR: u64 = 88;
+}
+
+/// Feature bits that a reader must understand.
+pub(crate) mod incompatible {
+    pub(crate) const DIRTY: u64 = 1;
+    pub(crate) const CORRUPT: u64 = 1 << 1;
+    pub(crate) const DATA_FILE: u64 = 1 << 2;
+    pub(crate) const COMPRESSION: u64 = 1 << 3;
+    pub(crate) const EXTENDED_L2: u64 = 1 << 4;
+    pub(crate) const KNOWN: u64 = 31;
+    /// Ours: this is no image yet, see [`incomplete_header`](super::super::incomplete_header).
+    pub(crate) const INCOMPLETE: u64 = 1 << 63;
+}
+
+/// Feature bits that may be ignored.
+pub(crate) mod compatible {
+    pub(crate) const LAZY_REFCOUNTS: u64 = 1;
+}
+
+/// Feature bits that a writer must clear if it does not understand them.
+pub(crate) mod autoclear {
+    pub(crate) const BITMAPS: u64 = 1;
+    pub(crate) const RAW_DATA_FILE: u64 = 1 << 1;
+    /// Ours: nobody who does not know it has written the image since the bitmaps' sidecar was made.
+    pub(crate) const SIDECAR: u64 = 1 << 63;
+    /// Ours: what the extension about bitmaps and backups says is true.
+    pub(crate) const LINEAGE: u64 = 1 << 62;
+    /// Ours: the image is as the backup left it that it is.
+    pub(crate) const SEAL: u64 = 1 << 61;
+    pub(crate) const KNOWN: u64 = BITMAPS | RAW_DATA_FILE | SIDECAR | LINEAGE | SEAL;
+}
+
+/// Limits that QEMU enforces too; they bound the memory that opening an image takes.
+const L1_BYTES_MAX: u64 = 32 << 20;
+const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
+pub(crate) const SNAPSHOTS_MAX: u32 = 65536;
+const BACKING_NAME_MAX: u32 = 1023;
+const OFFSET_LIMIT: u64 = 1 << 56;
+
+/// Methods of encryption.
+pub(crate) const ENCRYPTION_AES: u32 = 1;
+const ENCRYPTION_LUKS: u32 = 2;
+
+/// How compressed clusters are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Compression {
+    Zlib,
+    Zstd,
+}
+
+/// A header that has passed every check.
+#[derive(Clone, Debug)]
+pub(crate) struct Header {
+    pub(crate) version: u32,
+    pub(crate) geometry: Geometry,
+    /// Size of the virtual disk in bytes, a multiple of 512.
+    pub(crate) size: u64,
+    pub(crate) l1_offset: u64,
+    pub(crate) l1_entries: u32,
+    pub(crate) refcount_table_offset: u64,
+    pub(crate) refcount_table_clusters: u32,
+    pub(crate) snapshots_offset: u64,
+    pub(crate) snapshot_count: u32,
+    pub(crate) incompatible: u64,
+    pub(crate) compatible: u64,
+    pub(crate) autoclear: u64,
+    pub(crate) compression: Compression,
+    /// 0 if it is not encrypted.
+    pub(crate) encryption_method: u32,
+    pub(crate) backing_name: Option<String>,
+    pub(crate) extensions: Extensions,
+    /// Where a mark ends the extensions that QEMU would refuse.
+    pub(crate) overlong_end: Option<u64>,
+}
+
+impl Header {
+    /// Reads and checks the header. For a check, tables may lie where nothing can be read, and the
+    /// refcount table may be impossible: then its size is 0.
+    pub(crate) fn read(storage: &dyn Storage, purpose: Purpose) -> Result<Self> {
+        let file_length = storage.len().map_err(read_error)?;
+        let mut start = vec![0; 4096];
+        let length = storage.read_at(HostOffset::new(0), &mut start).map_err(read_error)?;
+        start.truncate(length);
+        let mut header = decode_fields(&start)?;
+        header.check_tables(file_length, purpose)?;
+        header.read_names(storage, &start)?;
+        header.check_features()?;
+        if purpose == Purpose::Use {
+            header.refuse_contradictions()?;
+        }
+        Ok(header)
+    }
+
+    fn check_tables(&mut self, file_length: u64, purpose: Purpose) -> Result<()> {
+        let cluster = self.geometry.cluster_size();
+        let file_end = match purpose {
+            Purpose::Use | Purpose::Describe => {
+                file_length.checked_next_multiple_of(cluster).unwrap_or(u64::MAX)
+            }
+            Purpose::Check => u64::MAX,
+        };
+        let table = |what: &str, offset: u64, bytes: u64, limit: u64| {
+            let end = offset.checked_add(bytes);
+            let fits = bytes <= limit
+                && (offset < OFFSET_LIMIT || purpose == Purpose::Check)
+                && offset.is_multiple_of(cluster)
+                && (bytes == 0
+                    || (offset != 0 && end.is_some_and(|end| end <= file_end))
+                    || purpose == Purpose::Check);
+            match fits {
+                true => Ok(()),
+                false => Err(invalid(format!(
+                    "the {what} ({bytes} bytes at offset {offset}) is too large, not aligned or \
+                     outside the file"
+                ))),
+            }
+        };
+        table("L1 table", self.l1_offset, u64::from(self.l1_entries) * 8, L1_BYTES_MAX)?;
+        let refcount_bytes = u64::from(self.refcount_table_clusters).saturating_mul(cluster);
+        let (offset, limit) = (self.refcount_table_offset, REFCOUNT_TABLE_BYTES_MAX);
+        let refcount_table = match refcount_bytes {
+            0 => Err(invalid("it has no refcount table")),
+            _ if offset == 0 => Err(invalid("its refcount table is the header")),
+            bytes => table("refcount table", offset, bytes, limit),
+        };
+        if purpose != Purpose::Check {
+            refcount_table?;
+        } else if refcount_table.is_err() {
+            self.refcount_table_clusters = 0;
+        }
+        if self.snapshot_count > SNAPSHOTS_MAX && purpose != Purpose::Check {
+            return Err(invalid(format!("it claims to have {} snapshots", self.snapshot_count)));
+        }
+        table(
+            "snapshot table",
+            self.snapshots_offset,
+            u64::from(self.snapshot_count) * 40,
+            u64::MAX,
+        )?;
+        if self.geometry.l1_entries_for(self.size) > u64::from(self.l1_entries) {
+            return Err(invalid(format!(
+                "its L1 table of {} entries is too small for a disk of {} bytes",
+                self.l1_entries, self.size
+            )));
+        }
+        Ok(())
+    }
+
+    /// Reads the extensions and the backing file's name, which lie in the first cluster.
+    fn read_names(&mut self, storage: &dyn Storage, start: &[u8]) -> Result<()> {
+        let header_length =
+            if self.version == 2 { V2_LENGTH } else { u64::from(u32_at(start, 100)) };
+        let backing_offset = u64_at(start, 8);
+        let backing_length = u32_at(start, 16);
+        let cluster = self.geometry.cluster_size();
+        let mut first = vec![0; cluster as usize];
+        storage.read_at(HostOffset::new(0), &mut first).map_err(read_error)?;
+        let mut extensions_end = cluster;
+        if backing_offset != 0 && backing_length != 0 {
+            let end = backing_offset.checked_add(u64::from(backing_length));
+            let fits = backing_offset >= header_length && end.is_some_and(|end| end <= cluster);
+            if backing_length > BACKING_NAME_MAX || !fits {
+                return Err(invalid("the backing file's name is too long or outside the header"));
+            }
+            let name = &first[backing_offset as usize..][..backing_length as usize];
+            let name = std::str::from_utf8(name)
+                .map_err(|_| invalid("the backing file's name is not valid UTF-8"))?;
+            self.backing_name = Some(name.to_owned());
+        }
+        if backing_offset != 0 {
+            extensions_end = extensions_end.min(backing_offset);
+        }
+        let area = first.get(header_length as usize..extensions_end as usize).unwrap_or_default();
+        self.extensions = extension::decode(area)?;
+        let end = self.extensions.overlong_end;
+        self.overlong_end = end.map(|end| header_length + end as u64);
+        Ok(())
+    }
+
+    fn check_features(&self) -> Result<()> {
+        let unknown = self.incompatible & !incompatible::KNOWN;
+        if unknown != 0 {
+            let names = (0..64)
+                .filter(|bit| unknown >> bit & 1 == 1)
+                .map(|bit| self.extensions.feature_name(0, bit))
+                .collect::<Vec<_>>()
+                .join(", ");
+            return Err(unsupported(format!("it needs features that are not known here: {names}")));
+        }
+        if self.geometry.extended_l2 && self.geometry.cluster_bits < 14 {
+            return Err(invalid("its clusters are too small to have subclusters"));
+        }
+        let compressed_otherwise = self.incompatible & incompatible::COMPRESSION != 0;
+        if compressed_otherwise != (self.compression != Compression::Zlib) {
+            return Err(invalid("its compression type and its feature bits contradict each other"));
+        }
+        Ok(())
+    }
+
+    /// The content of the bitmaps extension, as it was when the header was read.
+    pub(crate) fn bitmaps(&self) -> Option<&[u8]> {
+        self.extensions.bitmaps.as_deref()
+    }
+
+    /// Refuses what nobody here has a key for.
+    pub(crate) fn refuse_encryption(&self) -> Result<()> {
+        match self.encryption_method {
+            0 => Ok(()),
+            _ => Err(unsupported("it is encrypted; decrypt it with 'qemu-img convert' first")),
+        }
+    }
+
+    pub(crate) fn has_data_file(&self) -> bool {
+        self.incompatible & incompatible::DATA_FILE != 0
+    }
+}
+
+fn decode_fields(start: &[u8]) -> Result<Header> {
+    if start.len() < V2_LENGTH as usize || start[..4] != MAGIC {
+        return Err(invalid("it has no qcow2 header, or one that is cut off"));
+    }
+    let version = u32_at(start, 4);
+    if version != 2 && version != 3 {
+        return Err(unsupported(format!("qcow2 version {version} is not known here")));
+    }
+    let is_v3 = version == 3;
+    let header_length = if is_v3 { u64::from(u32_at(start, 100)) } else { V2_LENGTH };
+    let cluster_bits = u32_at(start, 20);
+    if !(9..=21).contains(&cluster_bits) {
+        return Err(invalid(format!("clusters of 2^{cluster_bits} bytes are not possible")));
+    }
+    let too_short = start.len() < V3_LENGTH_MIN as usize || header_length < V3_LENGTH_MIN;
+    if is_v3 && (too_short || header_length > 1 << cluster_bits || !header_length.is_multiple_of(8))
+    {
+        return Err(invalid(format!("a header of {header_length} bytes is not possible")));
+    }
+    let encryption_method = u32_at(start, 32);
+    if encryption_method > ENCRYPTION_LUKS {
+        return Err(invalid(format!("encryption method {encryption_method} does not exist")));
+    }
+    let v3 = |offset: usize| if is_v3 { u64_at(start, offset) } else { 0 };
+    let refcount_order = if is_v3 { u32_at(start, 96) } else { 4 };
+    if refcount_order > 6 {
+        return Err(invalid(format!("refcounts of 2^{refcount_order} bits are not possible")));
+    }
+    let compression_byte = if header_length > 104 { start.get(104).copied() } else { None };
+    let compression = match compression_byte.unwrap_or(0) {
+        0 => Compression::Zlib,
+        1 => Compression::Zstd,
+        kind => return Err(unsupported(format!("compression type {kind} is not known here"))),
+    };
+    let incompatible = v3(72);
+    if incompatible & incompatible::INCOMPLETE != 0 {
+        return Err(invalid(
+            "it is incomplete: the command that wrote it is still at work or was interrupted; run that \
+             command again",
+        ));
+    }
+    let extended_l2 = incompatible & incompatible::EXTENDED_L2 != 0;
+    let size = u64_at(start, 24);
+    if size > i64::MAX as u64 {
+        return Err(invalid(format!("a disk of {size} bytes is not possible")));
+    }
+    Ok(Header {
+        version,
+        geometry: Geometry { cluster_bits, extended_l2, refcount_order },
+        size: size & !511,
+        l1_offset: u64_at(start, 40),
+        l1_entries: u32_at(start, 36),
+        refcount_table_offset: u64_at(start, 48),
+        refcount_table_clusters: u32_at(start, 56),
+        snapshots_offset: u64_at(start, 64),
+        snapshot_count: u32_at(start, 60),
+        incompatible,
+        compatible: v3(80),
+        autoclear: v3(88),
+        compression,
+        encryption_method,
+        backing_name: None,
+        extensions: Extensions::default(),
+        overlong_end: None,
+    })
+}

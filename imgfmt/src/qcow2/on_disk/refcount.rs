@@ -1,0 +1,422 @@
+//! Refcounts: how many references each cluster of the file has.
+//!
+//! A refcount table names refcount blocks; a block is an array of counts, 1 to 64 bits wide. Blocks
+//! are cached; changed ones stay in memory until [`flush`](crate::qcow2::metadata::flush) has written them.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::storage::{Durability, Storage};
+use crate::units::HostOffset;
+
+/// Memory for refcount blocks that are not waiting to be written.
+const CACHE_BYTES: u64 = 16 << 20;
+
+const TABLE_OFFSET_MASK: u64 = !511;
+
+/// The refcounts of one file.
+#[derive(Debug)]
+pub(crate) struct Refcounts {
+    pub(in crate::qcow2) file: Arc<dyn Storage>,
+    pub(in crate::qcow2) geometry: Geometry,
+    /// Offsets of the blocks; 0 where there is none.
+    pub(in crate::qcow2) table: Vec<u64>,
+    /// Entries of the table that are not yet on disk.
+    pub(in crate::qcow2) dirty_entries: BTreeSet<usize>,
+    blocks: HashMap<usize, Block>,
+    /// Where the blocks lie; none ever moves.
+    places: HashSet<u64>,
+    /// Entries of the table that cannot be right.
+    lies: HashSet<usize>,
+    /// Clusters, in order, that other metadata was known to lie in when the image was opened.
+    others: Vec<u64>,
+    trusts_all: bool,
+}
+
+#[derive(Debug)]
+struct Block {
+    bytes: Vec<u8>,
+    /// First and last (excluded) changed byte.
+    dirty: Option<(usize, usize)>,
+    /// A copy is on its way to the disk: what is there now is old.
+    is_being_written: bool,
+    /// It is known to be a refcount block and nothing else.
+    is_trusted: bool,
+}
+
+/// The refcounts of one block, to be looked at one after the other.
+#[derive(Debug, Default)]
+pub(in crate::qcow2) struct BlockView<'a> {
+    bytes: Option<&'a [u8]>,
+    order: u32,
+}
+
+impl BlockView<'_> {
+    /// The refcount of this number within the block.
+    pub(in crate::qcow2) fn refcount(&self, entry: usize) -> u64 {
+        match (self.bytes, self.order) {
+            (None, _) => 0,
+            // The usual width.
+            (Some(bytes), 4) => u64::from(bytes[entry * 2]) << 8 | u64::from(bytes[entry * 2 + 1]),
+            (Some(bytes), order) => read_entry(bytes, entry, order),
+        }
+    }
+}
+
+/// Changed bytes of a block that are about to be written.
+#[derive(Debug)]
+pub(crate) struct DirtyBlock {
+    pub(crate) index: usize,
+    start: usize,
+    pub(crate) offset: u64,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Refcounts {
+    pub(crate) fn new(file: Arc<dyn Storage>, geometry: Geometry, table: Vec<u64>) -> Self {
+        let has_reserved = |(_, entry): &(usize, &u64)| **entry & !TABLE_OFFSET_MASK != 0;
+        let reserved: Vec<usize> =
+            table.iter().enumerate().filter(has_reserved).map(|(index, _)| index).collect();
+        let table: Vec<u64> = table.into_iter().map(|entry| entry & TABLE_OFFSET_MASK).collect();
+        let (mut places, mut twice) = (HashSet::new(), HashSet::new());
+        for offset in table.iter().filter(|offset| **offset != 0) {
+            if !places.insert(*offset) {
+                twice.insert(*offset);
+            }
+        }
+        let is_lie = |(_, offset): &(usize, &u64)| {
+            twice.contains(*offset) || geometry.in_cluster(**offset) != 0
+        };
+        let mut lies: HashSet<usize> =
+            table.iter().enumerate().filter(is_lie).map(|(index, _)| index).collect();
+        lies.extend(reserved);
+        Self {
+            file,
+            geometry,
+            table,
+            dirty_entries: BTreeSet::new(),
+            blocks: HashMap::new(),
+            places,
+            lies,
+            others: Vec::new(),
+            trusts_all: false,
+        }
+    }
+
+    /// Which block counts a cluster, and where in it.
+    pub(in crate::qcow2) fn place(&self, cluster: u64) -> (usize, usize) {
+        let entries = self.geometry.block_entries();
+        ((cluster / entries) as usize, (cluster % entries) as usize)
+    }
+
+    /// Whether there is a block for this cluster.
+    pub(in crate::qcow2) fn has_block(&self, index: usize) -> bool {
+        self.table.get(index).is_some_and(|offset| *offset != 0)
+    }
+
+    /// Whether there is a block of this index, and in memory.
+    pub(in crate::qcow2) fn is_in_memory(&self, index: usize) -> bool {
+        self.has_block(index) && self.blocks.contains_key(&index)
+    }
+
+    /// Whether a block lies at this offset.
+    pub(in crate::qcow2) fn is_block(&self, offset: u64) -> bool {
+        self.places.contains(&offset)
+    }
+
+    /// How often a cluster is referenced.
+    pub(crate) fn refcount(&mut self, cluster: u64) -> Result<u64> {
+        let (index, entry) = self.place(cluster);
+        if !self.has_block(index) {
+            return Ok(0);
+        }
+        let order = self.geometry.refcount_order;
+        Ok(read_entry(&self.block(index)?.bytes, entry, order))
+    }
+
+    /// The refcounts of one block, all zero if there is no such block.
+    pub(in crate::qcow2) fn block_view(&mut self, index: usize) -> Result<BlockView<'_>> {
+        let order = self.geometry.refcount_order;
+        match self.has_block(index) {
+            true => Ok(BlockView { bytes: Some(&self.block(index)?.bytes), order }),
+            false => Ok(BlockView { bytes: None, order }),
+        }
+    }
+
+    /// Changes a refcount. There must be a block for it, and the value must fit.
+    pub(crate) fn set_refcount(&mut self, cluster: u64, value: u64) -> Result<()> {
+        let (index, entry) = self.place(cluster);
+        if value > self.geometry.refcount_max() {
+            let detail = format!(
+                "a cluster would have {value} references, more than its {}-bit refcounts can tell",
+                self.geometry.refcount_bits()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, "change", detail));
+        }
+        if !self.block(index)?.is_trusted {
+            self.refuse_lie(index)?;
+            self.block(index)?.is_trusted = true;
+        }
+        let order = self.geometry.refcount_order;
+        let block = self.block(index)?;
+        let (start, end) = write_entry(&mut block.bytes, entry, order, value);
+        let (old_start, old_end) = block.dirty.unwrap_or((start, end));
+        block.dirty = Some((old_start.min(start), old_end.max(end)));
+        Ok(())
+    }
+
+    /// Notes in which clusters other metadata lies.
+    pub(in crate::qcow2) fn note_others(&mut self, mut clusters: Vec<u64>) {
+        clusters.sort_unstable();
+        clusters.dedup();
+        self.others = clusters;
+    }
+
+    /// All blocks are known to be nothing else.
+    pub(in crate::qcow2) fn trust_all(&mut self) {
+        self.lies.clear();
+        self.others.clear();
+        self.trusts_all = true;
+    }
+
+    /// Whether a block does not count the cluster that it lies in itself, as those do that were made
+    /// in the usual course: then its own count says nothing about it.
+    pub(in crate::qcow2) fn has_strangers(&self) -> bool {
+        let entries = self.geometry.block_entries();
+        let bits = self.geometry.cluster_bits;
+        let mut blocks = self.table.iter().enumerate().filter(|(_, offset)| **offset != 0);
+        !self.trusts_all && blocks.any(|(index, offset)| (offset >> bits) / entries != index as u64)
+    }
+
+    /// No block is to be written.
+    pub(in crate::qcow2) fn trust_none(&mut self) {
+        self.lies.extend(0..self.table.len());
+    }
+
+    /// Refuses to write a refcount block for the first time if it is known to be something else as
+    /// well, or if it says that a cluster that is known to be in use is free. A damaged or hostile
+    /// table may name a block in the middle of the guest's data.
+    fn refuse_lie(&mut self, index: usize) -> Result<()> {
+        if self.trusts_all {
+            return Ok(());
+        }
+        let bits = self.geometry.cluster_bits;
+        let offset = self.table.get(index).copied().unwrap_or(0);
+        let own = offset >> bits;
+        let is_other = self.others.binary_search(&own).is_ok();
+        let mut is_lie = self.lies.contains(&index) || is_other || self.refcount(own)? != 1;
+        let first = index as u64 * self.geometry.block_entries();
+        let start = self.others.partition_point(|cluster| *cluster < first);
+        let order = self.geometry.refcount_order;
+        let last = first + self.geometry.block_entries();
+        let others = std::mem::take(&mut self.others);
+        let block = self.block(index).map(|block| {
+            let inside = others[start..].iter().take_while(|cluster| **cluster < last);
+            let mut counts =
+                inside.map(|cluster| read_entry(&block.bytes, (cluster - first) as usize, order));
+            counts.any(|count| count == 0)
+        });
+        self.others = others;
+        is_lie |= block?;
+        match is_lie {
+            false => Ok(()),
+            true => {
+                let detail = "its metadata is damaged: a refcount block is something else as well, \
+                              or counts a table as free; repair it with 'nbd-cli image check \
+                              --repair all'";
+                Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset))
+            }
+        }
+    }
+
+    /// The first entry from `entry` on of a block that is zero, and how many follow it, up to
+    /// `count_max`.
+    pub(in crate::qcow2) fn find_free(
+        &mut self,
+        index: usize,
+        entry: usize,
+        count_max: usize,
+    ) -> Result<Option<(usize, usize)>> {
+        let (order, entries) =
+            (self.geometry.refcount_order, self.geometry.block_entries() as usize);
+        let bytes = &self.block(index)?.bytes;
+        let Some(first) = (entry..entries).find(|entry| read_entry(bytes, *entry, order) == 0)
+        else {
+            return Ok(None);
+        };
+        let free = (first..entries).take(count_max);
+        let count = free.take_while(|entry| read_entry(bytes, *entry, order) == 0).count();
+        Ok(Some((first, count)))
+    }
+
+    /// Adds a new block, all zero but present on disk, at `offset`.
+    pub(in crate::qcow2) fn add_block(&mut self, index: usize, offset: u64) -> Result<()> {
+        let bytes = vec![0; self.geometry.cluster_size() as usize];
+        // Written now, so that a full disk is noticed now and not by a flush.
+        self.file
+            .write_at(HostOffset::new(offset), &bytes, Durability::Cached)
+            .map_err(|error| Error::from_io("write a refcount block of", error))?;
+        self.make_room();
+        // Nor is it known to be on disk before a flush has written it again and synced.
+        let dirty = Some((0, bytes.len()));
+        self.blocks
+            .insert(index, Block { bytes, dirty, is_being_written: false, is_trusted: true });
+        if self.table.len() <= index {
+            self.table.resize(index + 1, 0);
+        }
+        self.table[index] = offset;
+        self.places.insert(offset);
+        self.dirty_entries.insert(index);
+        Ok(())
+    }
+
+    /// Takes a block back that was just added and counts nothing but itself.
+    pub(in crate::qcow2) fn remove_block(&mut self, index: usize) {
+        self.blocks.remove(&index);
+        self.dirty_entries.remove(&index);
+        if let Some(entry) = self.table.get_mut(index) {
+            self.places.remove(entry);
+            *entry = 0;
+        }
+    }
+
+    fn block(&mut self, index: usize) -> Result<&mut Block> {
+        if !self.blocks.contains_key(&index) {
+            self.make_room();
+            let offset = self.table.get(index).copied().unwrap_or(0);
+            if offset == 0 || offset >> 56 != 0 || self.geometry.in_cluster(offset) != 0 {
+                let detail = "a refcount block is missing or not aligned; check it with \
+                              'nbd-cli image check'";
+                return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset));
+            }
+            let mut bytes = vec![0; self.geometry.cluster_size() as usize];
+            let read = self.file.read_exact_at(HostOffset::new(offset), &mut bytes);
+            read.map_err(|error| match error.kind() {
+                std::io::ErrorKind::UnexpectedEof => Error::new(
+                    ErrorKind::Corrupt,
+                    "change",
+                    "a refcount block lies behind the end of the file; check it with 'nbd-cli image check'",
+                )
+                .at(offset),
+                _ => Error::from_io("read a refcount block of", error),
+            })?;
+            self.blocks.insert(
+                index,
+                Block { bytes, dirty: None, is_being_written: false, is_trusted: false },
+            );
+        }
+        let missing = || Error::new(ErrorKind::Corrupt, "change", "a refcount block is missing");
+        self.blocks.get_mut(&index).ok_or_else(missing)
+    }
+
+    fn make_room(&mut self) {
+        let blocks_max = (CACHE_BYTES / self.geometry.cluster_size()).max(8) as usize;
+        if self.blocks.len() >= blocks_max {
+            let clean = |block: &Block| block.dirty.is_none() && !block.is_being_written;
+            let victim =
+                self.blocks.iter().find(|(_, block)| clean(block)).map(|(index, _)| *index);
+            victim.and_then(|index| self.blocks.remove(&index));
+        }
+    }
+
+    /// Takes copies of everything that changed.
+    pub(in crate::qcow2) fn take_dirty(&mut self) -> Vec<DirtyBlock> {
+        let mut parts = Vec::new();
+        for (index, block) in &mut self.blocks {
+            if let Some((start, end)) = block.dirty.take() {
+                let start = start / 512 * 512;
+                let end = end.next_multiple_of(512);
+                let bytes = block.bytes[start..end].to_vec();
+                block.is_being_written = true;
+                let offset = self.table[*index] + start as u64;
+                parts.push(DirtyBlock { index: *index, start, offset, bytes });
+            }
+        }
+        parts
+    }
+
+    /// Notes what came of writing what [`take_dirty`](Self::take_dirty) returned.
+    pub(in crate::qcow2) fn written(&mut self, parts: &[DirtyBlock], success: bool) {
+        for part in parts {
+            let Some(block) = self.blocks.get_mut(&part.index) else { continue };
+            block.is_being_written = false;
+            if !success {
+                let (start, end) = (part.start, part.start + part.bytes.len());
+                let (old_start, old_end) = block.dirty.unwrap_or((start, end));
+                block.dirty = Some((old_start.min(start), old_end.max(end)));
+            }
+        }
+    }
+}
+
+/// Reads one count of a block. Counts narrower than a byte start at the lowest bit.
+pub(in crate::qcow2) fn read_entry(bytes: &[u8], entry: usize, order: u32) -> u64 {
+    if order < 3 {
+        let bit = entry << order;
+        let mask = (1u16 << (1 << order)) - 1;
+        return u64::from(u16::from(bytes[bit / 8]) >> (bit % 8) & mask);
+    }
+    let width = 1 << (order - 3);
+    let field = &bytes[entry * width..][..width];
+    field.iter().fold(0, |value, byte| value << 8 | u64::from(*byte))
+}
+
+/// Writes one count of a block; returns the bytes that changed.
+pub(in crate::qcow2) fn write_entry(
+    bytes: &mut [u8],
+    entry: usize,
+    order: u32,
+    value: u64,
+) -> (usize, usize) {
+    if order < 3 {
+        let bit = entry << order;
+        let mask = ((1u16 << (1 << order)) - 1) << (bit % 8);
+        let byte = &mut bytes[bit / 8];
+        *byte = *byte & !(mask as u8) | (value << (bit % 8)) as u8 & mask as u8;
+        return (bit / 8, bit / 8 + 1);
+    }
+    let width = 1 << (order - 3);
+    let field = &mut bytes[entry * width..][..width];
+    field.copy_from_slice(&value.to_be_bytes()[8 - width..]);
+    (entry * width, (entry + 1) * width)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_of_every_width_are_independent_of_their_neighbours() {
+        for order in 0..=6 {
+            let mut bytes = vec![0; 512];
+            let entries = (512 * 8) >> order;
+            let max = if order == 6 { u64::MAX } else { (1 << (1 << order)) - 1 };
+            write_entry(&mut bytes, 5, order, max);
+            write_entry(&mut bytes, 7, order, 1);
+            write_entry(&mut bytes, entries - 1, order, max);
+            for entry in 0..entries {
+                let expected = match entry {
+                    5 => max,
+                    7 => 1,
+                    last if last == entries - 1 => max,
+                    _ => 0,
+                };
+                assert_eq!(read_entry(&bytes, entry, order), expected, "order {order}");
+            }
+            write_entry(&mut bytes, 5, order, 0);
+            assert_eq!(read_entry(&bytes, 5, order), 0);
+            assert_eq!(read_entry(&bytes, 7, order), 1);
+        }
+    }
+
+    #[test]
+    fn narrow_counts_start_at_the_lowest_bit_and_wide_ones_are_big_endian() {
+        let mut bytes = vec![0; 8];
+        write_entry(&mut bytes, 1, 0, 1);
+        assert_eq!(bytes[0], 0b10);
+        write_entry(&mut bytes, 1, 4, 0x1234);
+        assert_eq!(bytes[2..4], [0x12, 0x34]);
+    }
+}

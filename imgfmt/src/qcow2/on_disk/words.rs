@@ -1,0 +1,38 @@
+//! Tables of big-endian words, and the errors of what cannot be read or understood.
+
+use crate::bytes::u64_at;
+use crate::error::{Error, ErrorKind, Result};
+use crate::storage::Storage;
+use crate::units::HostOffset;
+
+/// Reads a table of 64-bit words.
+pub(in crate::qcow2) fn read_words(
+    storage: &dyn Storage,
+    offset: u64,
+    count: usize,
+) -> Result<Vec<u64>> {
+    let mut bytes = vec![0; count * 8];
+    let read = storage.read_at(HostOffset::new(offset), &mut bytes).map_err(read_error)?;
+    // A table may end in the middle of the file's last cluster: the rest is zero.
+    bytes[read..].fill(0);
+    Ok(bytes.chunks_exact(8).map(|word| u64_at(word, 0)).collect())
+}
+
+pub(in crate::qcow2) fn words_to_bytes(words: &[u64]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_be_bytes()).collect()
+}
+
+/// What the file says makes no sense.
+pub(crate) fn invalid(detail: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidFormat, "open", detail)
+}
+
+/// What the file asks for is not known here.
+pub(crate) fn unsupported(detail: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Unsupported, "open", detail)
+}
+
+/// The file could not be read.
+pub(crate) fn read_error(error: std::io::Error) -> Error {
+    Error::from_io("read the metadata of", error)
+}

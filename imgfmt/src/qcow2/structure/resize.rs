@@ -1,0 +1,172 @@
+//! Changing the size of the disk.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Acquire;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Qcow2;
+use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::map::lookup::span;
+use crate::qcow2::on_disk::header::field;
+use crate::qcow2::on_disk::snapshot::Snapshot;
+use crate::storage::{Speed, ZeroMode};
+use crate::units::HostOffset;
+
+const L1_BYTES_MAX: u64 = 32 << 20;
+
+impl Qcow2 {
+    /// Makes the disk larger or smaller. What is added reads as zero.
+    pub(crate) fn resize(&mut self, size: u64) -> Result<()> {
+        if size > i64::MAX as u64 || !size.is_multiple_of(512) {
+            let detail = "the size of a qcow2 disk is a multiple of 512 below 2^63";
+            return Err(Error::new(ErrorKind::InvalidInput, "resize", detail));
+        }
+        self.refuse_unknown_sizes(&self.snapshots()?)?;
+        self.refuse_if_corrupt()?;
+        let old_size = self.size;
+        drop(self.before_change(span(0, 0))?);
+        // What is cut off and added again is clean, and not what it was.
+        self.forget_lineage()?;
+        self.flush_all()?;
+        if size < old_size {
+            self.bitmaps_before_resize()?;
+            let old_l1 = self.switch_to_smaller(size)?;
+            // The disk is smaller, whatever happens now.
+            self.store_resized_bitmaps()?;
+            self.free_behind(size, &old_l1)?;
+            return self.resize_data_file(old_size, size);
+        }
+        self.grow_l1(size)?;
+        // The rest of the last cluster holds anything, and the backing file may be longer.
+        let cluster_end = self.size.next_multiple_of(self.geometry().cluster_size()).min(size);
+        let backing_end = self.backing.as_ref().map_or(0, |backing| backing.size).min(size);
+        let stale = span(self.size, cluster_end.max(backing_end));
+        if !stale.is_empty() {
+            self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;
+        }
+        self.resize_data_file(old_size, size)?;
+        self.flush_all()?;
+        self.bitmaps_before_resize()?;
+        self.write_disk_fields(size, self.header.l1_entries, self.header.l1_offset)?;
+        self.store_resized_bitmaps()
+    }
+
+    /// Refuses a change of the size where a snapshot does not say its own: it would be taken for the
+    /// disk's. As in QEMU, version 2 is not trusted to say it.
+    pub(in crate::qcow2) fn refuse_unknown_sizes(&self, snapshots: &[Snapshot]) -> Result<()> {
+        let is_known = |snapshot: &Snapshot| self.header.version >= 3 && snapshot.extra.len() >= 16;
+        let Some(unknown) = snapshots.iter().find(|snapshot| !is_known(snapshot)) else {
+            return Ok(());
+        };
+        let detail = format!(
+            "its size cannot change as long as it has snapshots that do not know their own, such \
+             as '{}': those of a version 2 image, or of an old program; delete them first",
+            unknown.name.escape_debug()
+        );
+        Err(Error::new(ErrorKind::Unsupported, "resize", detail))
+    }
+
+    /// Changes the size of the disk and the place of the L1 table with one write of the header,
+    /// and syncs it. They are always written together: of two writes that had to be repeated after
+    /// an error, one could undo a part of the other.
+    pub(in crate::qcow2) fn write_disk_fields(
+        &mut self,
+        size: u64,
+        l1_entries: u32,
+        l1_offset: u64,
+    ) -> Result<()> {
+        let mut fields = [0; 24];
+        fields[..8].copy_from_slice(&size.to_be_bytes());
+        // Between them is the method of encryption: none.
+        fields[12..16].copy_from_slice(&l1_entries.to_be_bytes());
+        fields[16..].copy_from_slice(&l1_offset.to_be_bytes());
+        self.write_header(field::SIZE, &fields)?;
+        // Whether the sync succeeds or not, this is what the file says now.
+        let old_size = std::mem::replace(&mut self.size, size);
+        self.header.size = size;
+        self.header.l1_entries = l1_entries;
+        self.header.l1_offset = l1_offset;
+        if size != old_size {
+            self.resize_bitmaps(old_size);
+        }
+        self.sync_header()
+    }
+
+    /// Gives the data file the length of the disk, as QEMU does: a raw one is to be the disk.
+    fn resize_data_file(&self, old_size: u64, size: u64) -> Result<()> {
+        if !self.format.has_data_file {
+            return Ok(());
+        }
+        let name = |error| self.named(Error::from_io("resize the data file of", error));
+        let length = self.data.len().map_err(name)?;
+        if size > old_size && length > old_size {
+            // What lies behind the end of the disk was never part of it.
+            let stale = length.min(size) - old_size;
+            let start = HostOffset::new(old_size);
+            let zeroed = self.data.write_zeroes(start, stale, ZeroMode::MayUnmap, Speed::Any);
+            zeroed.map_err(name)?;
+        }
+        match self.data.set_len(size) {
+            // A device is as long as it is.
+            Err(error) if error.kind() == std::io::ErrorKind::Unsupported && length >= size => {
+                Ok(())
+            }
+            result => result.map_err(name),
+        }
+    }
+
+    fn grow_l1(&mut self, size: u64) -> Result<()> {
+        let geometry = self.geometry();
+        let needed = geometry.l1_entries_for(size);
+        if needed <= self.l1.len() as u64 {
+            return Ok(());
+        }
+        if needed * 8 > L1_BYTES_MAX {
+            let detail = format!(
+                "a disk of {size} bytes is too large for clusters of {} bytes",
+                geometry.cluster_size()
+            );
+            return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
+        }
+        let mut l1: Vec<u64> = self.l1.iter().map(|entry| entry.load(Acquire)).collect();
+        l1.resize(needed as usize, 0);
+        self.replace_l1(l1, self.size)
+    }
+
+    /// Writes the L1 table to a new place and switches to it, and to a size of the disk, with one
+    /// write of the header. The clusters of the old one are freed.
+    pub(in crate::qcow2) fn replace_l1(&mut self, l1: Vec<u64>, size: u64) -> Result<()> {
+        let geometry = self.geometry();
+        let clusters = geometry.clusters_of(l1.len() as u64 * 8);
+        let reserved = self.reserve_exact(clusters)?;
+        let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
+        // The refcounts and whatever the table points to must be there before the header is.
+        let prepared = self.write_metadata(reserved.offset, &bytes).and_then(|()| self.flush_all());
+        if let Err(error) = prepared {
+            self.release(&[reserved]);
+            return Err(error);
+        }
+        let (old_offset, old_entries) = (self.header.l1_offset, self.header.l1_entries);
+        let switched = self.write_disk_fields(size, l1.len() as u32, reserved.offset);
+        if self.header.l1_offset != reserved.offset {
+            return switched;
+        }
+        // Whether the sync succeeded or not, the file names the new table now, so later changes must
+        // go there. The old one is freed only if the disk is known not to need it.
+        let old_bytes = u64::from(old_entries) * 8;
+        self.l1 = l1.into_iter().map(AtomicU64::new).collect();
+        let writer = self.writer()?;
+        let new_end = reserved.offset + u64::from(self.header.l1_entries) * 8;
+        lock(&writer.allocator).protected.push((reserved.offset, new_end));
+        switched?;
+        let is_old = |range: &(u64, u64)| *range == (old_offset, old_offset + old_bytes);
+        lock(&writer.allocator).protected.retain(|range| !is_old(range));
+        let first = old_offset >> geometry.cluster_bits;
+        let old_clusters = first..first + geometry.clusters_of(old_bytes);
+        lock(&writer.freed).extend(old_clusters.map(|cluster| Freed { cluster, punch: false }));
+        writer.note_change();
+        Ok(())
+    }
+}

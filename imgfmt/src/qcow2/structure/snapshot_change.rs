@@ -1,0 +1,336 @@
+//! Making, applying and deleting internal snapshots.
+//!
+//! A snapshot is a copy of the L1 table; everything below it is shared, which refcounts tell. Each
+//! change becomes valid by one write of the header, before which everything it points to is on disk
+//! and after which the rest is let go. A crash in between leaves leaks, and COPIED bits that do not
+//! fit the refcounts; the image is marked meanwhile, so that the next one who opens it repairs it.
+
+use std::sync::atomic::Ordering::Acquire;
+use std::time::SystemTime;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::Qcow2;
+use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed};
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::map::cache::TableCache;
+use crate::qcow2::map::lookup::span;
+use crate::qcow2::on_disk::header::field;
+use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
+use crate::qcow2::on_disk::snapshot::{self, Snapshot};
+use crate::qcow2::on_disk::words::read_words;
+use crate::qcow2::on_disk::words::words_to_bytes;
+use crate::qcow2::open::tables_max;
+
+impl Qcow2 {
+    /// The snapshots in the order in which they were made.
+    pub(crate) fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        snapshot::read_table(&*self.file, &self.header)
+    }
+
+    /// Keeps the present state under a name.
+    pub(crate) fn create_snapshot(&mut self, name: &str) -> Result<()> {
+        self.prepare_for_snapshots()?;
+        let snapshots = self.snapshots()?;
+        if name.is_empty() || name.len() > 255 {
+            return Err(unfit("a snapshot's name has 1 to 255 bytes"));
+        }
+        if snapshots.iter().any(|snapshot| snapshot.name == name) {
+            return Err(unfit(&format!("there is a snapshot '{name}' already")));
+        }
+        let ids = snapshots.iter().filter_map(|snapshot| snapshot.id.parse::<u64>().ok());
+        let id = ids.max().unwrap_or(0).saturating_add(1).to_string();
+        self.while_dirty(|image| image.add_snapshot(snapshots, id, name))
+    }
+
+    fn add_snapshot(&mut self, mut snapshots: Vec<Snapshot>, id: String, name: &str) -> Result<()> {
+        let l1 = self.l1_words();
+        self.add_references(&l1)?;
+        let l1: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
+        let l1_offset = self.write_new(&words_to_bytes(&l1))?;
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let mut extra = vec![0; 8];
+        extra.extend(self.size.to_be_bytes());
+        snapshots.push(Snapshot {
+            raw_id: id.clone().into_bytes(),
+            raw_name: name.as_bytes().to_vec(),
+            id,
+            name: name.to_owned(),
+            date_s: u32::try_from(now.as_secs()).unwrap_or(u32::MAX),
+            date_ns: now.subsec_nanos(),
+            vm_clock_ns: 0,
+            vm_state_size: 0,
+            disk_size: self.size,
+            l1_offset,
+            l1_entries: l1.len() as u32,
+            extra,
+        });
+        self.update_flags()?;
+        self.replace_snapshots(&snapshots)
+    }
+
+    /// Makes the disk what it was when the snapshot was made. The present state is lost.
+    pub(crate) fn apply_snapshot(&mut self, name: &str) -> Result<()> {
+        self.prepare_for_snapshots()?;
+        let snapshots = self.snapshots()?;
+        let snapshot = snapshot::find(&snapshots, name)?.clone();
+        let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
+        // Anything may differ from what the disk is now.
+        drop(self.before_change(span(0, self.size))?);
+        let is_resized = snapshot.disk_size != self.size;
+        if is_resized {
+            self.refuse_unknown_sizes(&snapshots)?;
+            self.bitmaps_before_other_disk(snapshot.disk_size)?;
+        }
+        self.while_dirty(|image| image.apply_l1(l1, snapshot.disk_size))?;
+        if is_resized { self.store_resized_bitmaps() } else { Ok(()) }
+    }
+
+    /// Makes the disk what an L1 table says, and `size` bytes long, with one write of the header.
+    fn apply_l1(&mut self, mut l1: Vec<u64>, size: u64) -> Result<()> {
+        let old = self.l1_words();
+        self.refuse_bad_behind(0)?;
+        self.add_references(&l1)?;
+        l1.resize(l1.len().max(old.len()), 0);
+        l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
+        let replaced = self.replace_l1(l1, size);
+        self.forget_tables();
+        replaced?;
+        self.remove_references(&old)?;
+        self.settle()
+    }
+
+    /// Forgets a snapshot.
+    pub(crate) fn delete_snapshot(&mut self, name: &str) -> Result<()> {
+        self.prepare_for_snapshots()?;
+        let mut snapshots = self.snapshots()?;
+        let snapshot = snapshot::find(&snapshots, name)?.clone();
+        snapshots.retain(|other| *other != snapshot);
+        let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
+        // Before anything changes: a place that is not the snapshot's to give away is met here.
+        let clusters = self.clusters_below(&l1)?;
+        self.while_dirty(|image| {
+            image.replace_snapshots(&snapshots)?;
+            image.let_go(clusters)?;
+            image.free_place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)?;
+            image.settle()
+        })
+    }
+
+    /// Gives up everything that this layer has: its backing file shows. Snapshots stay.
+    pub(crate) fn clear(&mut self) -> Result<()> {
+        if self.format.has_data_file {
+            return Err(unfit("an image with a data file cannot be emptied"));
+        }
+        self.require_nobody()?;
+        let old = self.l1_words();
+        if old.is_empty() {
+            return Ok(());
+        }
+        self.refuse_bad_behind(0)?;
+        drop(self.before_change(span(0, self.size))?);
+        self.while_dirty(|image| {
+            image.replace_l1(vec![0; old.len()], image.size)?;
+            image.forget_tables();
+            image.remove_references(&old)?;
+            image.settle()
+        })
+    }
+
+    fn prepare_for_snapshots(&mut self) -> Result<()> {
+        if self.format.has_data_file {
+            return Err(unfit("an image with a data file cannot have snapshots"));
+        }
+        if self.geometry().refcount_max() < 2 {
+            return Err(unfit("its 1-bit refcounts cannot tell that a snapshot shares a cluster"));
+        }
+        self.require_nobody()
+    }
+
+    /// Makes sure that nobody is moving bytes by a lease, and that refcounts say exactly what is
+    /// referenced.
+    fn require_nobody(&self) -> Result<()> {
+        self.refuse_if_corrupt()?;
+        self.flush_all()?;
+        let writer = self.writer()?;
+        // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
+        let generation = writer.leases.close_generation();
+        self.release_quarantine(writer);
+        let mut quarantine = lock(&writer.quarantine);
+        if !generation.has_ended() || !quarantine.is_empty() {
+            // The image goes on being used: what is freed later still waits for these leases.
+            quarantine.push_back(Batch { generation, freed: Vec::new() });
+            let detail = "something is still being read from the image; try again when it is done";
+            return Err(Error::new(ErrorKind::Busy, "change", detail));
+        }
+        drop(quarantine);
+        self.flush_all()
+    }
+
+    pub(in crate::qcow2) fn l1_words(&self) -> Vec<u64> {
+        self.l1.iter().map(|entry| entry.load(Acquire)).collect()
+    }
+
+    /// Adds one reference to everything below an L1 table, or to nothing if that fails.
+    fn add_references(&self, l1: &[u64]) -> Result<()> {
+        let clusters = self.clusters_below(l1)?;
+        let writer = self.writer()?;
+        let mut allocator = lock(&writer.allocator);
+        writer.note_change();
+        add_references(&mut allocator, &clusters)
+    }
+
+    /// Removes one reference from everything below an L1 table that the header, on disk, names no
+    /// more.
+    fn remove_references(&self, l1: &[u64]) -> Result<()> {
+        self.let_go(self.clusters_below(l1)?)
+    }
+
+    /// Frees clusters, once for each time they are listed.
+    fn let_go(&self, clusters: Vec<u64>) -> Result<()> {
+        let writer = self.writer()?;
+        let freed = clusters.into_iter().map(|cluster| Freed { cluster, punch: true });
+        lock(&writer.freed).extend(freed);
+        writer.note_change();
+        Ok(())
+    }
+
+    /// All clusters that an L1 table refers to, each as often as it does; an error if one of them is
+    /// known to be something else.
+    fn clusters_below(&self, l1: &[u64]) -> Result<Vec<u64>> {
+        let geometry = self.geometry();
+        let mut clusters = Vec::new();
+        for entry in l1 {
+            let offset = entry & OFFSET_MASK;
+            if offset == 0 {
+                continue;
+            }
+            self.refuse_bad_table(offset)?;
+            clusters.push(offset >> geometry.cluster_bits);
+            let words = read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)?;
+            for entry in words.chunks_exact(geometry.entry_words()) {
+                let bitmap = entry.get(1).copied().unwrap_or(0);
+                let cluster = self.format.decode(entry[0], bitmap);
+                let cluster = cluster.map_err(|detail| self.corrupt(detail, offset))?;
+                self.refuse_bad_cluster(cluster, offset)?;
+                let references = self.references(cluster, None, false);
+                clusters.extend(references.iter().map(|freed| freed.cluster));
+            }
+        }
+        Ok(clusters)
+    }
+
+    /// Writes a new snapshot table and switches to it.
+    fn replace_snapshots(&mut self, snapshots: &[Snapshot]) -> Result<()> {
+        let bytes = snapshot::encode_table(snapshots);
+        let offset = if bytes.is_empty() { 0 } else { self.write_new(&bytes)? };
+        self.flush_all()?;
+        let old = (self.header.snapshots_offset, snapshot::table_length(&self.snapshots()?));
+        let mut fields = [0; 12];
+        fields[..4].copy_from_slice(&(snapshots.len() as u32).to_be_bytes());
+        fields[4..].copy_from_slice(&offset.to_be_bytes());
+        self.write_header(field::SNAPSHOT_COUNT, &fields)?;
+        // Whether the sync succeeds or not, this is what the file says now.
+        self.header.snapshots_offset = offset;
+        self.header.snapshot_count = snapshots.len() as u32;
+        self.snapshot_places = Self::places_of(offset, snapshots);
+        self.sync_header()?;
+        self.free_place(old.0, old.1)?;
+        self.flush_all()
+    }
+
+    /// Writes something to clusters of its own; returns where.
+    pub(in crate::qcow2) fn write_new(&self, bytes: &[u8]) -> Result<u64> {
+        let geometry = self.geometry();
+        let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
+        let reserved = self.reserve_exact(clusters)?;
+        let mut padded = bytes.to_vec();
+        padded.resize((clusters << geometry.cluster_bits) as usize, 0);
+        let written = self.write_metadata(reserved.offset, &padded);
+        written.inspect_err(|_| self.release(&[reserved])).map(|()| reserved.offset)
+    }
+
+    /// Drops the references to a place that the header, on disk, names no more.
+    pub(in crate::qcow2) fn free_place(&self, offset: u64, length: u64) -> Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        let bits = self.geometry().cluster_bits;
+        let writer = self.writer()?;
+        let mut allocator = lock(&writer.allocator);
+        for cluster in offset >> bits..=(offset + length - 1) >> bits {
+            allocator.dereference(cluster)?;
+        }
+        writer.note_change();
+        Ok(())
+    }
+
+    /// Writes everything out, lets go of what was freed and makes the COPIED bits true again.
+    fn settle(&mut self) -> Result<()> {
+        self.flush_all()?;
+        self.update_flags()?;
+        self.flush_all()
+    }
+
+    /// Forgets all tables in memory, none of which is dirty.
+    pub(in crate::qcow2) fn forget_tables(&mut self) {
+        self.tables = TableCache::new(tables_max(self.geometry(), self.size, self.cache_bytes));
+        lock(&self.decompressed).clear();
+        self.note_l2_places();
+    }
+
+    /// Sets COPIED in the active tables exactly where the refcount is 1.
+    fn update_flags(&mut self) -> Result<()> {
+        self.flush_all()?;
+        let geometry = self.geometry();
+        let writer = self.writer()?;
+        for (l1_index, slot) in self.l1.iter().enumerate() {
+            let entry = slot.load(Acquire);
+            let offset = entry & OFFSET_MASK;
+            if offset == 0 {
+                continue;
+            }
+            let mut words =
+                read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)?;
+            let mut allocator = lock(&writer.allocator);
+            let mut is_changed = false;
+            for entry in words.chunks_exact_mut(geometry.entry_words()) {
+                let bitmap = entry.get(1).copied().unwrap_or(0);
+                let cluster = self.format.decode(entry[0], bitmap);
+                let cluster = cluster.map_err(|detail| self.corrupt(detail, offset))?;
+                let Some(host) = cluster.host else { continue };
+                let is_ours = allocator.refcounts.refcount(host >> geometry.cluster_bits)? == 1;
+                is_changed |= cluster.copied != is_ours;
+                entry[0] = if is_ours { entry[0] | COPIED } else { entry[0] & !COPIED };
+            }
+            let is_ours = allocator.refcounts.refcount(offset >> geometry.cluster_bits)? == 1;
+            drop(allocator);
+            if is_changed {
+                self.write_metadata(offset, &words_to_bytes(&words))?;
+            }
+            let wanted = if is_ours { offset | COPIED } else { offset };
+            if wanted != entry {
+                slot.store(wanted, std::sync::atomic::Ordering::Release);
+                lock(&writer.dirty_l1).insert(l1_index);
+                writer.note_change();
+            }
+        }
+        self.forget_tables();
+        Ok(())
+    }
+}
+
+fn add_references(allocator: &mut Allocator, clusters: &[u64]) -> Result<()> {
+    for (done, cluster) in clusters.iter().enumerate() {
+        if let Err(error) = allocator.reference(*cluster) {
+            for cluster in &clusters[..done] {
+                allocator.dereference(*cluster)?;
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+fn unfit(detail: &str) -> Error {
+    Error::new(ErrorKind::InvalidInput, "change", detail)
+}
