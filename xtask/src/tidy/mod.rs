@@ -13,9 +13,11 @@ mod markdown;
 mod order;
 mod protocol;
 mod source;
+mod supply;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
@@ -44,6 +46,7 @@ fn check(root: &Path) -> Result<Vec<String>> {
     let mut metadata = cargo();
     metadata.args(["metadata", "--no-deps", "--format-version", "1"]);
     let mut findings = edges::check(&output_of(&mut metadata)?)?;
+    findings.extend(check_supply(root)?);
     let mut files = Vec::new();
     collect_text_files(root, &mut files)?;
     files.sort();
@@ -61,6 +64,29 @@ fn check(root: &Path) -> Result<Vec<String>> {
         Err(error) => findings.push(format!("ARCHITECTURE.md: cannot be read: {error}")),
     }
     Ok(findings)
+}
+
+/// What comes in from others, as far as it is compiled on this machine.
+fn check_supply(root: &Path) -> Result<Vec<String>> {
+    let read = |name: &str| {
+        fs::read_to_string(root.join(name)).with_context(|| format!("cannot read {name}"))
+    };
+    let mut metadata = cargo();
+    metadata.args(["metadata", "--locked", "--format-version", "1"]);
+    // Without a platform cargo would fetch the crates of all.
+    metadata.args(["--filter-platform", &host_platform()?]);
+    let mut findings = supply::check_licences(&output_of(&mut metadata)?, &read("deny.toml")?)?;
+    findings.extend(supply::check_sources(&read("Cargo.lock")?));
+    Ok(findings)
+}
+
+/// The platform that the compiler of this workspace runs on, as rustc calls it.
+fn host_platform() -> Result<String> {
+    let mut rustc = Command::new("rustc");
+    rustc.arg("-vV").current_dir(workspace_root());
+    let version = output_of(&mut rustc)?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc -vV names no host")?.to_owned())
 }
 
 /// Every check that looks at one file. `path` is relative to the workspace and chooses the checks.
