@@ -7,6 +7,7 @@
 mod bench;
 mod ci;
 mod command;
+mod compatibility;
 mod peers;
 mod soak;
 mod tidy;
