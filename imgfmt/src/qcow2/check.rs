@@ -200,6 +200,18 @@ impl Qcow2 {
         Ok(!checker.is_unusable)
     }
 
+    /// How often the image on disk refers to each of these clusters, except from refcounts and bitmaps;
+    /// nothing if some table's references are not known.
+    pub(super) fn references_to(
+        &self,
+        clusters: impl Iterator<Item = u64>,
+    ) -> Result<Option<HashMap<u64, u64>>> {
+        let mut checker = Checker::new(self)?;
+        checker.count_disk()?;
+        let count = |cluster| (cluster, checker.counts.get(cluster));
+        Ok((!checker.is_incomplete).then(|| clusters.map(count).collect()))
+    }
+
     /// The numbers of the refcount blocks that count something to which the image on disk refers.
     pub(super) fn used_refcount_blocks(&self) -> Result<HashSet<u64>> {
         let mut checker = Checker::new(self)?;

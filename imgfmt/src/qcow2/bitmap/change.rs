@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Acquire;
 
-use super::directory::{self, Entry, OFFSET_MASK, Place, Table, flag};
+use super::directory::{self, Entry, Place, Table, flag};
 use super::frozen::{plan_drop_frozen, refuse_to_lose};
 use super::{Disk, no_bitmap, not_reliable};
 use crate::bitmap::{
@@ -262,6 +262,7 @@ impl Qcow2 {
         let (_, flags_places) = directory::encode(&entries);
         let mut disk = lock(&self.bitmaps.disk);
         let old_place = disk.directory;
+        self.find_ownership(old, old_place);
         if let Err(error) = self.switch_directory(place, entries.len()) {
             // Nobody knows which of the two the disk names now. It must be the old one.
             disk.is_doubtful = true;
@@ -282,7 +283,7 @@ impl Qcow2 {
             ..Disk::default()
         };
         drop(disk);
-        self.free_clusters(freed, old_place)?;
+        self.free_clusters(freed, old_place, &reserved)?;
         Ok(plan.into_iter().zip(entries).map(|(planned, entry)| finish(planned, entry)).collect())
     }
 
@@ -372,18 +373,17 @@ impl Qcow2 {
         gone.filter_map(|table| self.table_clusters(table).ok()).flatten().collect()
     }
 
-    /// Frees clusters and the place of a directory which the header, on disk, names no more.
-    fn free_clusters(&self, mut clusters: Vec<u64>, directory: Option<Place>) -> Result<()> {
-        let geometry = self.geometry();
+    /// Frees clusters and the place of a directory which the header, on disk, names no more. What
+    /// may be something else as well leaks.
+    fn free_clusters(
+        &self,
+        mut clusters: Vec<u64>,
+        directory: Option<Place>,
+        reserved: &[Reserved],
+    ) -> Result<()> {
         let writer = self.writer()?;
-        if let Some(place) = directory {
-            let first = place.offset >> geometry.cluster_bits;
-            clusters.extend(first..first + geometry.clusters_of(place.length));
-        }
-        let freed = clusters.into_iter().filter(|cluster| {
-            let offset = cluster << geometry.cluster_bits;
-            offset & !OFFSET_MASK == 0 && matches!(self.is_metadata(offset), Ok(false))
-        });
+        clusters.extend(self.place_clusters(directory));
+        let freed = self.give_away(clusters, reserved).into_iter();
         lock(&writer.freed).extend(freed.map(|cluster| Freed { cluster, punch: true }));
         writer.note_change();
         Ok(())

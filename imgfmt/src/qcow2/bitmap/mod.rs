@@ -8,6 +8,7 @@ mod close;
 mod directory;
 mod frozen;
 mod lineage;
+mod ownership;
 mod resize;
 mod session;
 mod table;
@@ -36,6 +37,7 @@ use crate::units::GuestRange;
 use directory::{Entry, Place, flag};
 pub use frozen::frozen_bitmap_name;
 use lineage::Lineage;
+use ownership::Ownership;
 use session::Session;
 
 /// The bits of all bitmaps of one image take up no more memory than this.
@@ -49,6 +51,8 @@ const CLUSTERS_MAX: usize = 1 << 24;
 pub(crate) struct Bitmaps {
     pub(super) tracker: Tracker<Entry>,
     disk: Mutex<Disk>,
+    /// Which clusters belong to them alone. Locked after the disk.
+    ownership: Mutex<Ownership>,
     /// How much memory bits take up.
     memory_bytes: AtomicU64,
     /// The largest size that the disk has had since the image was opened.
@@ -99,6 +103,7 @@ impl Bitmaps {
         Self {
             tracker: Tracker::new(Vec::new(), true),
             disk: Mutex::default(),
+            ownership: Mutex::default(),
             memory_bytes: AtomicU64::new(0),
             size_peak: 0,
             lineage: Mutex::default(),
@@ -123,6 +128,7 @@ impl Bitmaps {
         Self {
             tracker,
             disk,
+            ownership: Mutex::default(),
             memory_bytes: AtomicU64::new(0),
             size_peak: header.size,
             lineage: Mutex::new(Lineage::of(header)),
@@ -264,12 +270,21 @@ impl Qcow2 {
             disk.damage = None;
         }
         self.settle_directory(&mut disk)?;
-        let Some(place) = disk.directory else { return Ok(()) };
+        if disk.directory.is_none() {
+            return Ok(());
+        }
+        self.give_up_foreign_directory(&mut disk.directory, state.bitmaps())?;
+        let bitmaps = state.bitmaps().iter().zip(&disk.flags_places);
+        let marked: Vec<_> = bitmaps.filter(|(bitmap, _)| needs_mark(bitmap)).collect();
+        let Some(place) = disk.directory else {
+            // Nothing on disk speaks of them now; the clean close stores them.
+            self.go_without_session(ownership::FOREIGN_DIRECTORY)?;
+            marked.iter().for_each(|(bitmap, _)| bitmap.in_use.store(true, Release));
+            return Ok(());
+        };
         // First the bits get a safe place, then the image says that what it has is out of date.
         self.begin_session(state)?;
         let since = self.failed_syncs();
-        let bitmaps = state.bitmaps().iter().zip(&disk.flags_places);
-        let marked: Vec<_> = bitmaps.filter(|(bitmap, _)| needs_mark(bitmap)).collect();
         for (bitmap, flags_place) in &marked {
             let flags = bitmap.stored.flags | flag::IN_USE;
             self.write_metadata(place.offset + **flags_place, &flags.to_be_bytes())?;

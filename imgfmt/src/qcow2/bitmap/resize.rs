@@ -22,14 +22,19 @@ impl Qcow2 {
         let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
         let mut disk = lock(&self.bitmaps.disk);
         self.settle_directory(&mut disk)?;
-        let Some(place) = disk.directory else { return Ok(()) };
+        if disk.directory.is_none() {
+            return Ok(());
+        }
+        self.give_up_foreign_directory(&mut disk.directory, &bitmaps)?;
         let since = self.failed_syncs();
         for (bitmap, flags_place) in bitmaps.iter_mut().zip(&disk.flags_places) {
             if let Err(detail) = self.ready_bits(bitmap) {
                 bitmap.condition = super::unusable(bitmap, detail);
             }
-            let flags = bitmap.stored.flags | flag::IN_USE;
-            self.write_metadata(place.offset + flags_place, &flags.to_be_bytes())?;
+            if let Some(place) = disk.directory {
+                let flags = bitmap.stored.flags | flag::IN_USE;
+                self.write_metadata(place.offset + flags_place, &flags.to_be_bytes())?;
+            }
         }
         self.sync_file()?;
         self.refuse_lost_since(since)?;

@@ -232,6 +232,13 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Notes why the bitmaps survive a clean close only.
+    pub(super) fn go_without_session(&self, why: &str) -> Result<()> {
+        let mut session = lock(&self.bitmaps.session);
+        session.shortfall = Some(why.to_owned());
+        self.give_up_found_sidecar(&mut session)
+    }
+
     /// Gives up a sidecar whose bits are in memory only, because it does not say everything from now
     /// on. A file that cannot be taken away harms nobody then.
     fn give_up_found_sidecar(&self, session: &mut Session) -> Result<()> {

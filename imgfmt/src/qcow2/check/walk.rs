@@ -55,10 +55,22 @@ impl Checker<'_> {
 
     /// Counts every reference. Returns the refcount table.
     pub(super) fn count_all(&mut self) -> Result<Vec<u64>> {
+        self.find_contradictions();
+        self.count_disk()?;
+        let (places, damages) = self.image.bitmap_places();
+        for (offset, length) in places {
+            self.is_incomplete |= !self.add(offset, length, 1, "a bitmap");
+        }
+        self.is_incomplete |= !damages.is_empty();
+        damages.into_iter().for_each(|damage| self.damage(damage));
+        self.count_refcount_structure()
+    }
+
+    /// Counts what the present state of the disk and its snapshots refer to, and the header.
+    pub(super) fn count_disk(&mut self) -> Result<()> {
         let image = self.image;
         let (header, geometry) = (&image.header, image.geometry());
         self.add(0, geometry.cluster_size(), 1, "the header");
-        self.find_contradictions();
         if let Some(place) = header.overlong_end {
             let message = "the mark that ends the header extensions has a length";
             self.fix(Fix { place, new: 0, sets_copied: false }, message.into());
@@ -77,14 +89,7 @@ impl Checker<'_> {
             }
             self.note_tables(snapshot.l1_offset, snapshot.l1_entries, false)?;
         }
-        self.count_tables()?;
-        let (places, damages) = image.bitmap_places();
-        for (offset, length) in places {
-            self.is_incomplete |= !self.add(offset, length, 1, "a bitmap");
-        }
-        self.is_incomplete |= !damages.is_empty();
-        damages.into_iter().for_each(|damage| self.damage(damage));
-        self.count_refcount_structure()
+        self.count_tables()
     }
 
     /// Notes what the feature bits say that the rest of the header contradicts.

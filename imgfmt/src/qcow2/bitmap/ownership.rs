@@ -1,0 +1,134 @@
+//! Which clusters belong to bitmaps and to nothing else.
+//!
+//! A damaged or hostile image may have a bitmap whose table or bits, or a directory that, lie in the
+//! guest's data or in other metadata. Storing such a bitmap anew would free what the guest needs, and
+//! marking it as in use would write into it. That each cluster has the refcount 1 proves nothing: the
+//! one reference that was counted may be the other one. So before the first such change all
+//! references of the image are counted, once. What cannot be proved leaks.
+//!
+//! The count must see every reference. It is made before the first change of the disk that a bitmap
+//! notes, or where there is none on its way and everything has been flushed.
+
+use std::collections::{HashMap, HashSet};
+
+use super::directory::{Entry, Place};
+use crate::bitmap::Bitmap;
+use crate::error::Result;
+use crate::qcow2::Qcow2;
+use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::metadata::header_edit::change_autoclear;
+use crate::qcow2::on_disk::header::autoclear;
+
+/// Why bitmaps are not kept up to date in the image until it is closed.
+pub(super) const FOREIGN_DIRECTORY: &str =
+    "the list of the bitmaps lies where the image has something else";
+
+/// What is known about the clusters of bitmaps and of their directory.
+#[derive(Debug, Default)]
+pub(super) struct Ownership {
+    is_known: bool,
+    /// May be freed: there is a refcount for every reference.
+    counted: HashSet<u64>,
+    /// May be written in place too: there is no other reference.
+    alone: HashSet<u64>,
+}
+
+impl Qcow2 {
+    /// Makes sure that it is known what the bitmaps own.
+    pub(super) fn find_ownership(&self, bitmaps: &[Bitmap<Entry>], directory: Option<Place>) {
+        let mut ownership = lock(&self.bitmaps.ownership);
+        if !ownership.is_known {
+            // Nobody needs to know what cannot be read: it is left alone.
+            *ownership = self.prove_ownership(bitmaps, directory).unwrap_or_default();
+            ownership.is_known = true;
+        }
+    }
+
+    fn prove_ownership(
+        &self,
+        bitmaps: &[Bitmap<Entry>],
+        directory: Option<Place>,
+    ) -> Result<Ownership> {
+        let mut found = Ownership::default();
+        let mut uses: HashMap<u64, u64> = HashMap::new();
+        let tables = bitmaps.iter().filter(|bitmap| bitmap.stored.damage.is_none());
+        let of_bitmaps =
+            tables.filter_map(|bitmap| self.table_clusters(bitmap.stored.table).ok()).flatten();
+        for cluster in of_bitmaps.chain(self.place_clusters(directory)) {
+            *uses.entry(cluster).or_default() += 1;
+        }
+        if uses.is_empty() {
+            return Ok(found);
+        }
+        let Some(others) = self.references_to(uses.keys().copied())? else { return Ok(found) };
+        let bits = self.geometry().cluster_bits;
+        for (cluster, uses) in uses {
+            let references = uses.saturating_add(others.get(&cluster).copied().unwrap_or(0));
+            // Refcounts and their table are not among those that were counted.
+            if self.is_metadata(cluster << bits)? {
+                continue;
+            }
+            let refcount = lock(&self.writer()?.allocator).refcounts.refcount(cluster)?;
+            if refcount >= references {
+                found.counted.insert(cluster);
+            }
+            if refcount > 0 && references == 1 {
+                found.alone.insert(cluster);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The clusters that a directory takes up.
+    pub(super) fn place_clusters(&self, directory: Option<Place>) -> impl Iterator<Item = u64> {
+        let geometry = self.geometry();
+        directory.into_iter().flat_map(move |place| {
+            let first = place.offset >> geometry.cluster_bits;
+            first..first + geometry.clusters_of(place.length)
+        })
+    }
+
+    /// Makes the image, durably, name no directory if the one that it names must not be written in
+    /// place. The next change of the list makes a new one; after a crash before that there are no bitmaps.
+    pub(super) fn give_up_foreign_directory(
+        &self,
+        directory: &mut Option<Place>,
+        bitmaps: &[Bitmap<Entry>],
+    ) -> Result<()> {
+        if directory.is_none() {
+            return Ok(());
+        }
+        self.find_ownership(bitmaps, *directory);
+        let is_ours = {
+            let ownership = lock(&self.bitmaps.ownership);
+            self.place_clusters(*directory).all(|cluster| ownership.alone.contains(&cluster))
+        };
+        if !is_ours {
+            let _editing = lock(&self.header_edit);
+            let cleared = change_autoclear(&*self.file, 0, autoclear::BITMAPS);
+            self.count_failed(cleared.map_err(|error| self.named(error)))?;
+            *directory = None;
+        }
+        Ok(())
+    }
+
+    /// Those of `clusters` that may be freed, because for each of their references there is a refcount. After
+    /// that they are not the bitmaps' any more, and what was `reserved` is.
+    pub(super) fn give_away(&self, clusters: Vec<u64>, reserved: &[Reserved]) -> Vec<u64> {
+        let bits = self.geometry().cluster_bits;
+        let mut ownership = lock(&self.bitmaps.ownership);
+        let freed: Vec<u64> =
+            clusters.into_iter().filter(|cluster| ownership.counted.contains(cluster)).collect();
+        for cluster in &freed {
+            ownership.counted.remove(cluster);
+            ownership.alone.remove(cluster);
+        }
+        for place in reserved {
+            let first = place.offset >> bits;
+            ownership.counted.extend(first..first + place.clusters);
+            ownership.alone.extend(first..first + place.clusters);
+        }
+        freed
+    }
+}
