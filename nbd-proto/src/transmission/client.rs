@@ -8,78 +8,15 @@ use std::collections::HashMap;
 use bytes::{Buf, BufMut, BytesMut};
 
 use super::coverage::Coverage;
+pub use super::event::{Event, ServerError};
 use super::pending::{Kind, Pending};
 use super::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
-use crate::codec::PeerText;
 use crate::handshake::Negotiated;
 use crate::wire::{
-    BlockDescriptor, ChunkHeader, CommandFlags, Cookie, Errno, MetaContextId, ReplyFlags,
-    ReplyMode, ReplyType, RequestHeader, SimpleReplyHeader, TransmissionFlags, magic,
+    ChunkHeader, CommandFlags, Cookie, Errno, MetaContextId, ReplyFlags, ReplyMode, ReplyType,
+    RequestHeader, SimpleReplyHeader, TransmissionFlags, magic,
 };
 use crate::{ApiMisuse, ProtocolError};
-
-/// The server refused a request or failed at it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("server answered {errno} ({}){}{}", errno.description(), at(*offset), said(message))]
-pub struct ServerError {
-    /// The error, as the server sent it.
-    pub errno: Errno,
-    /// What the server said about it; may be empty. Text of the peer: `Display` escapes it.
-    pub message: String,
-    /// Offset in the export at which it happened, in bytes, if the server said so.
-    pub offset: Option<u64>,
-}
-
-fn at(offset: Option<u64>) -> String {
-    offset.map_or_else(String::new, |offset| format!(" at offset {offset}"))
-}
-
-fn said(message: &str) -> String {
-    if message.is_empty() { String::new() } else { format!(": {}", PeerText(message)) }
-}
-
-/// What the front of the received bytes means.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// More bytes are needed.
-    NeedsInput,
-    /// The next `length` bytes of the stream are the data of a READ, `position` bytes after the
-    /// start of its range. The driver takes exactly these bytes before it asks for the next event.
-    Data {
-        /// The request.
-        cookie: Cookie,
-        /// Distance from the request's offset, in bytes.
-        position: u64,
-        /// Number of bytes that follow.
-        length: usize,
-    },
-    /// `length` bytes of a READ, `position` bytes after the start of its range, are zero.
-    Hole {
-        /// The request.
-        cookie: Cookie,
-        /// Distance from the request's offset, in bytes.
-        position: u64,
-        /// Number of zero bytes.
-        length: usize,
-    },
-    /// The status of the start of the requested range in one context. The descriptors do not reach
-    /// beyond the request; they may cover less of it than was asked for.
-    BlockStatus {
-        /// The request.
-        cookie: Cookie,
-        /// The context.
-        context: MetaContextId,
-        /// At least one descriptor.
-        descriptors: Vec<BlockDescriptor>,
-    },
-    /// The request is over. No further event names its cookie.
-    Finished {
-        /// The request.
-        cookie: Cookie,
-        /// Success, or what the server reported.
-        result: Result<(), ServerError>,
-    },
-}
 
 /// One connection's requests in flight and what was heard of them.
 #[derive(Debug)]

@@ -1,8 +1,8 @@
 //! One request in flight: every chunk that names it is held against it here.
 
 use super::ExtentLimit;
-use super::client::{Event, ServerError};
 use super::coverage::Coverage;
+use super::event::{Event, ServerError};
 use crate::ProtocolError;
 use crate::codec::Reader;
 use crate::limits::{

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 
 use bytes::BytesMut;
 
-use super::{OptionPhase, checked_size, known_flags};
+use super::phase::OptionPhase;
+use super::{checked_size, known_flags};
 use crate::ProtocolError;
 use crate::codec::{Reader, protocol_string};
 use crate::handshake::meta_context::{Selection, contexts_for};

@@ -3,7 +3,8 @@
 use bytes::{Buf, BytesMut};
 
 use super::answer::Answer;
-use super::{OptionPhase, checked_size, known_flags};
+use super::phase::OptionPhase;
+use super::{checked_size, known_flags};
 use crate::ProtocolError;
 use crate::codec::{Reader, truncate_text};
 use crate::handshake::meta_context::contexts_for;

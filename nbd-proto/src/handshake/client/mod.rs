@@ -21,6 +21,7 @@
 
 mod answer;
 mod awaiting;
+mod options;
 mod phase;
 
 use bytes::{Buf, BufMut, BytesMut};
@@ -30,7 +31,8 @@ pub use answer::{
     SetMetaContext, StartTls, StructuredReply,
 };
 pub use awaiting::{AwaitStep, Awaiting, AwaitingExport, ExportStep};
-pub use phase::{InfoRequest, OptionPhase};
+pub use options::InfoRequest;
+pub use phase::OptionPhase;
 
 use super::Negotiated;
 use crate::ProtocolError;

@@ -13,114 +13,30 @@
 //! # Ok::<(), nbd_proto::ProtocolError>(())
 //! ```
 
+mod config;
+mod machine;
+mod options;
 mod pending;
 mod reply;
 mod session;
+mod step;
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BytesMut};
 
+pub use config::{ServerConfig, TlsPolicy};
+pub use machine::Handshake;
 pub use pending::{
     BeforeTls, GoAnswer, MetaContextAction, PendingExportName, PendingGo, PendingInfo, PendingList,
     PendingMetaContext, PendingTls,
 };
+pub use step::HandshakeStep;
 
 use crate::ProtocolError;
-use crate::wire::{
-    ClientFlags, HandshakeFlags, OptionHeader, OptionReplyType, OptionType, ReplyMode, magic,
-};
-use session::{Handled, Session};
-
-/// Whether clients may or have to use TLS (section "TLS versions" names the three modes NOTLS,
-/// SELECTIVETLS and FORCEDTLS).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum TlsPolicy {
-    /// STARTTLS is refused.
-    #[default]
-    Off,
-    /// STARTTLS is accepted; the owner of the exports decides what is served without it.
-    Allow,
-    /// Nothing but STARTTLS and ABORT is accepted in the clear.
-    Require,
-}
-
-/// How a server negotiates.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ServerConfig {
-    /// Whether clients may or have to use TLS.
-    pub tls: TlsPolicy,
-    /// The best form of replies that is granted; what is above it is answered ERR_UNSUP.
-    /// [`ReplyMode::Extended`] unless the behaviour of an older server is wanted.
-    pub best_reply_mode: ReplyMode,
-}
-
-impl Default for ServerConfig {
-    /// No TLS, every form of replies.
-    fn default() -> Self {
-        Self { tls: TlsPolicy::Off, best_reply_mode: ReplyMode::Extended }
-    }
-}
-
-#[derive(Debug)]
-enum Phase {
-    /// The greeting is out, the client's flags are not in.
-    AwaitsClientFlags,
-    /// Between two options.
-    AwaitsOption,
-    /// The rest of a payload that nobody looks at, and the answer to give behind it.
-    Discards { option: OptionType, remaining: usize, reply: OptionReplyType },
-}
-
-/// A handshake that waits for bytes of the client.
-#[derive(Debug)]
-pub struct Handshake {
-    session: Session,
-    phase: Phase,
-}
-
-/// What a handshake needs next.
-#[derive(Debug)]
-#[must_use]
-pub enum HandshakeStep {
-    /// More bytes of the client. Send what is in the output buffer first.
-    NeedsInput(Handshake),
-    /// An answer to GO.
-    Go(PendingGo),
-    /// An answer to INFO.
-    Info(PendingInfo),
-    /// An answer to EXPORT_NAME.
-    ExportName(PendingExportName),
-    /// An answer to LIST.
-    List(PendingList),
-    /// An answer to LIST_META_CONTEXT or SET_META_CONTEXT.
-    MetaContext(PendingMetaContext),
-    /// An answer to STARTTLS, given in time and without reading more of the socket.
-    StartTls(PendingTls),
-    /// The client ended the handshake and was told that this was seen: send what is in the output
-    /// buffer and close.
-    Aborted,
-}
+use crate::wire::{ClientFlags, OptionHeader, OptionType};
+use machine::Phase;
+use options::Handled;
 
 impl Handshake {
-    /// Begins: writes the greeting (section "Newstyle negotiation").
-    #[must_use]
-    pub fn start(config: ServerConfig, out: &mut BytesMut) -> Self {
-        out.put_u64(magic::INIT);
-        out.put_u64(magic::OPTION);
-        out.put_u16((HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES).bits());
-        let session = Session::new(config);
-        Self { session, phase: Phase::AwaitsClientFlags }
-    }
-
-    const fn go_on(session: Session) -> Self {
-        Self { session, phase: Phase::AwaitsOption }
-    }
-
-    /// True once TLS is established.
-    #[must_use]
-    pub const fn is_tls_established(&self) -> bool {
-        self.session.tls_established
-    }
-
     /// Goes on as far as the bytes in `input` allow. Whole messages are consumed from its front;
     /// it never has to hold more than [`crate::limits::MAX_OPTION_KEPT_LEN`] bytes and a header. Answers are
     /// appended to `out`.

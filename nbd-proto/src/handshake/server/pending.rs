@@ -3,8 +3,9 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use super::machine::Handshake;
 use super::reply::{self, WantedInfo};
-use super::{Handshake, Session};
+use super::session::Session;
 use crate::ProtocolError;
 use crate::codec::Reader;
 use crate::handshake::meta_context::{self, MetaContextQuestion, Selection, contexts_for};
@@ -133,7 +134,7 @@ impl PendingGo {
     /// Refuses; the handshake goes on.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
-        self.session.refuse(OptionType::GO, reason, message, out)
+        Handshake::refuse(self.session, OptionType::GO, reason, message, out)
     }
 }
 
@@ -161,7 +162,7 @@ impl PendingInfo {
     /// Refuses.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
-        self.session.refuse(OptionType::INFO, reason, message, out)
+        Handshake::refuse(self.session, OptionType::INFO, reason, message, out)
     }
 }
 
@@ -230,7 +231,7 @@ impl PendingList {
     /// Refuses.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
-        self.session.refuse(OptionType::LIST, reason, message, out)
+        Handshake::refuse(self.session, OptionType::LIST, reason, message, out)
     }
 }
 
@@ -304,7 +305,7 @@ impl PendingMetaContext {
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
         let option = self.option();
-        self.session.refuse(option, reason, message, out)
+        Handshake::refuse(self.session, option, reason, message, out)
     }
 }
 
@@ -336,7 +337,7 @@ impl PendingTls {
     /// Refuses; the handshake goes on in the clear.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
-        self.session.refuse(OptionType::STARTTLS, reason, message, out)
+        Handshake::refuse(self.session, OptionType::STARTTLS, reason, message, out)
     }
 }
 
