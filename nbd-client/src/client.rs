@@ -9,15 +9,15 @@ use nbd_proto::transmission::Command;
 use nbd_proto::wire::{MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 use tokio::sync::oneshot;
 
-use crate::connector::Connector;
+use crate::dial::{Established, establish_at};
 use crate::error::{Error, LostConnection, Result};
-use crate::handshake::Established;
 use crate::inflight::{Collect, Outcome, Submission};
-use crate::inspect::{ExportInfo, Protocol};
+use crate::info::{ExportInfo, Protocol};
 use crate::link::{Link, Waiting};
 use crate::queue::Message;
 use crate::reconnect::{Reconnect, same_export};
-use crate::transport::Stream;
+use crate::settings::Settings;
+use crate::stream::Stream;
 
 /// A connected client.
 ///
@@ -44,30 +44,30 @@ struct Shared {
 
 impl Client {
     /// Starts the first connection and, if the server allows them, the others.
-    pub(crate) async fn start(connector: &Connector, first: Established) -> Result<Self> {
+    pub(crate) async fn start(settings: &Settings, first: Established) -> Result<Self> {
         let negotiated = Arc::new(first.negotiated.clone());
         let protocol = first.details.protocol;
         let info = ExportInfo::new(&negotiated, first.details.clone());
-        let target = connector.target();
+        let target = settings.target();
         let is_encrypted = matches!(first.stream, Stream::Tls(_));
         // Whoever can change the bytes on the way must not be able to take away what the first
         // connection had.
-        let requiring_tls = is_encrypted.then(|| connector.requiring_tls());
-        let connector = requiring_tls.as_ref().unwrap_or(connector);
+        let requiring_tls = is_encrypted.then(|| settings.requiring_tls());
+        let settings = requiring_tls.as_ref().unwrap_or(settings);
         let link = |established, contexts| {
-            let reconnect = connector.reconnect.map(|patience| Reconnect {
-                connector: connector.clone(),
+            let reconnect = settings.reconnect.map(|patience| Reconnect {
+                settings: settings.clone(),
                 patience,
                 export: Arc::clone(&negotiated),
             });
-            Link::start(established, contexts, connector.limits, Arc::clone(&target), reconnect)
+            Link::start(established, contexts, settings.limits, Arc::clone(&target), reconnect)
         };
         let ids: Vec<MetaContextId> = negotiated.meta_contexts.iter().map(|(id, _)| *id).collect();
         let mut links = vec![link(first, ids)];
         let multi = TransmissionFlags::CAN_MULTI_CONN;
         if negotiated.flags.contains(multi) {
-            while links.len() < connector.connections.get() {
-                let further = match connector.establish().await {
+            while links.len() < settings.connections.get() {
+                let further = match establish_at(settings).await {
                     Ok(further) => further,
                     Err(error) => {
                         let opened = links.len();
@@ -117,7 +117,7 @@ impl Client {
         self.shared.links.len()
     }
 
-    /// How many lost connections have been replaced so far. See [`Connector::reconnect`] for what
+    /// How many lost connections have been replaced so far. See [`Connector::reconnect`](crate::Connector::reconnect) for what
     /// a change of this number means for data that was not flushed.
     #[must_use]
     pub fn reconnects(&self) -> u64 {

@@ -2,7 +2,6 @@
 
 use std::num::NonZeroUsize;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_proto::NbdUri;
@@ -10,14 +9,13 @@ use nbd_proto::wire::{MetaContextName, ReplyMode};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::client::Client;
+use crate::dial::{establish, establish_at, load_tls};
 use crate::error::{Error, Result};
-use crate::handshake::{Established, Tls, Wanted, Wire, establish, open};
-use crate::link::Limits;
-use crate::tls::{Context, LocalFiles, TlsMode, TlsOptions, setup};
-use crate::transport::Stream;
-
-/// How long a server has for connecting and the handshake, unless told otherwise.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+use crate::handshake::Wire;
+use crate::settings::Settings;
+use crate::stream::Stream;
+use crate::tls::{LocalFiles, TlsOptions};
+use crate::transport::Socket;
 
 /// Describes a connection to be made; one description makes any number of them.
 ///
@@ -35,14 +33,7 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// ```
 #[derive(Debug, Clone)]
 pub struct Connector {
-    pub(crate) uri: NbdUri,
-    pub(crate) wanted: Wanted,
-    pub(crate) connections: NonZeroUsize,
-    pub(crate) reconnect: Option<Duration>,
-    pub(crate) handshake_timeout: Duration,
-    pub(crate) limits: Limits,
-    pub(crate) tls: Option<TlsOptions>,
-    pub(crate) local_files: LocalFiles,
+    pub(crate) settings: Settings,
 }
 
 impl FromStr for Connector {
@@ -58,28 +49,13 @@ impl Connector {
     /// the server has them, no metadata contexts, no reconnect, 30 s for the handshake.
     #[must_use]
     pub fn new(uri: NbdUri) -> Self {
-        let wanted = Wanted {
-            export_name: uri.export_name.clone(),
-            reply_mode: ReplyMode::Extended,
-            meta_contexts: Vec::new(),
-        };
-        Self {
-            uri,
-            wanted,
-            connections: NonZeroUsize::MIN,
-            reconnect: None,
-            handshake_timeout: HANDSHAKE_TIMEOUT,
-            limits: Limits::default(),
-            tls: None,
-            local_files: LocalFiles::Refused,
-        }
+        Self { settings: Settings::new(uri) }
     }
 
     /// Uses another export than the URI names; empty for the server's default export.
     #[must_use]
     pub fn export_name(mut self, name: impl Into<String>) -> Self {
-        self.wanted.export_name = name.into();
-        self.uri.export_name.clone_from(&self.wanted.export_name);
+        self.settings = self.settings.with_export(&name.into());
         self
     }
 
@@ -87,14 +63,14 @@ impl Connector {
     /// [`Client::meta_contexts`] tells which it has.
     #[must_use]
     pub fn meta_contexts(mut self, contexts: impl IntoIterator<Item = MetaContextName>) -> Self {
-        self.wanted.meta_contexts = contexts.into_iter().collect();
+        self.settings.wanted.meta_contexts = contexts.into_iter().collect();
         self
     }
 
     /// The best form of replies to ask for; servers that cannot do it get the next one down.
     #[must_use]
     pub fn reply_mode(mut self, highest: ReplyMode) -> Self {
-        self.wanted.reply_mode = highest;
+        self.settings.wanted.reply_mode = highest;
         self
     }
 
@@ -102,7 +78,7 @@ impl Connector {
     /// is opened. A server that admits fewer is used with what it admits.
     #[must_use]
     pub fn connections(mut self, connections: NonZeroUsize) -> Self {
-        self.connections = connections;
+        self.settings.connections = connections;
         self
     }
 
@@ -119,7 +95,7 @@ impl Connector {
     ///   new one. This matters only if the same range is written again at once.
     #[must_use]
     pub fn reconnect(mut self, patience: Duration) -> Self {
-        self.reconnect = Some(patience);
+        self.settings.reconnect = Some(patience);
         self
     }
 
@@ -127,7 +103,7 @@ impl Connector {
     /// lists give it that time for each question.
     #[must_use]
     pub fn handshake_timeout(mut self, limit: Duration) -> Self {
-        self.handshake_timeout = limit;
+        self.settings.handshake_timeout = limit;
         self
     }
 
@@ -144,14 +120,14 @@ impl Connector {
     /// A request that a cancelled future has left behind counts as well.
     #[must_use]
     pub fn request_timeout(mut self, limit: Duration) -> Self {
-        self.limits.request_timeout = Some(limit);
+        self.settings.limits.request_timeout = Some(limit);
         self
     }
 
     /// Most requests in flight on one connection (128 by default); further ones wait.
     #[must_use]
     pub fn max_in_flight(mut self, requests: NonZeroUsize) -> Self {
-        self.limits.requests = requests;
+        self.settings.limits.requests = requests;
         self
     }
 
@@ -159,7 +135,7 @@ impl Connector {
     /// more than that is sent alone.
     #[must_use]
     pub fn max_bytes_in_flight(mut self, bytes: NonZeroUsize) -> Self {
-        self.limits.bytes = bytes;
+        self.settings.limits.bytes = bytes;
         self
     }
 
@@ -167,7 +143,7 @@ impl Connector {
     /// `nbds` requires TLS, and any other does without.
     #[must_use]
     pub fn tls(mut self, options: TlsOptions) -> Self {
-        self.tls = Some(options);
+        self.settings.tls = Some(options);
         self
     }
 
@@ -175,14 +151,14 @@ impl Connector {
     /// not, unless allowed: a URI that came from somebody else must not choose which files are read.
     #[must_use]
     pub fn local_files(mut self, files: LocalFiles) -> Self {
-        self.local_files = files;
+        self.settings.local_files = files;
         self
     }
 
     /// The URI.
     #[must_use]
     pub const fn uri(&self) -> &NbdUri {
-        &self.uri
+        &self.settings.uri
     }
 
     /// Connects. The connections are driven by tasks on the current tokio runtime, which needs I/O
@@ -197,8 +173,8 @@ impl Connector {
     ///
     /// Dropping the future closes what was opened.
     pub async fn connect(&self) -> Result<Client> {
-        let first = self.establish().await?;
-        Client::start(self, first).await
+        let first = establish_at(&self.settings).await?;
+        Client::start(&self.settings, first).await
     }
 
     /// Connects over a stream the caller brings: a socket pair, a tunnel, a virtual socket. The
@@ -215,46 +191,13 @@ impl Connector {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let stream = Stream::Other(Box::new(stream));
-        let tls = self.load_tls().await?;
-        let wire = Wire::new(stream, self.target(), self.handshake_timeout, tls);
-        let first = establish(wire, &self.wanted).await?;
-        let alone = Self { connections: NonZeroUsize::MIN, reconnect: None, ..self.clone() };
+        let stream = Stream::Plain(Socket::Other(Box::new(stream)));
+        let settings = &self.settings;
+        let tls = load_tls(settings).await?;
+        let wire = Wire::new(stream, settings.target(), settings.handshake_timeout, tls);
+        let first = establish(wire, &settings.wanted).await?;
+        let alone =
+            Settings { connections: NonZeroUsize::MIN, reconnect: None, ..settings.clone() };
         Client::start(&alone, first).await
-    }
-
-    pub(crate) fn target(&self) -> Arc<str> {
-        self.uri.to_string().into()
-    }
-
-    /// Opens a socket to the server.
-    pub(crate) async fn open(&self) -> Result<Wire> {
-        let tls = self.load_tls().await?;
-        let connecting = Stream::connect(&self.uri.transport);
-        open(connecting, self.target(), self.handshake_timeout, tls).await
-    }
-
-    /// The same, but never without TLS: for what follows a connection that had it.
-    pub(crate) fn requiring_tls(&self) -> Self {
-        let options = TlsOptions { mode: TlsMode::Require, ..self.tls.clone().unwrap_or_default() };
-        Self { tls: Some(options), ..self.clone() }
-    }
-
-    /// Reads the credentials, on a thread where that may take its time.
-    async fn load_tls(&self) -> Result<Option<Tls>> {
-        let failed = |source| Error::Tls { target: self.target(), source };
-        let setup = setup(&self.uri, self.tls.as_ref(), self.local_files).map_err(failed)?;
-        let Some(setup) = setup else { return Ok(None) };
-        let mode = setup.mode;
-        let loading = tokio::task::spawn_blocking(move || Context::load(&setup));
-        match loading.await {
-            Ok(loaded) => Ok(Some(Tls { mode, context: loaded.map_err(failed)? })),
-            Err(_) => Err(Error::Closed),
-        }
-    }
-
-    /// Opens a socket to the server and carries out the handshake.
-    pub(crate) async fn establish(&self) -> Result<Established> {
-        establish(self.open().await?, &self.wanted).await
     }
 }

@@ -17,13 +17,13 @@ use nbd_proto::wire::{Cookie, MetaContextId};
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use crate::dial::Established;
 use crate::error::LostConnection;
-use crate::handshake::Established;
 use crate::inflight::Submission;
-use crate::link::Limits;
 use crate::outbound::Outbound;
 use crate::queue::Queue;
-use crate::transport::Stream;
+use crate::settings::Limits;
+use crate::stream::Stream;
 use crate::watch::Watch;
 
 /// Room for replies that are read at once.

@@ -1,6 +1,5 @@
 //! The handshake over a socket: bytes in and out of the machine of `nbd-proto`, with a deadline.
 
-use std::future::Future;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,18 +7,17 @@ use std::time::Duration;
 use bytes::BytesMut;
 use nbd_proto::handshake::client::{
     Answer, AwaitStep, Awaiting, AwaitingExport, ClientHandshake, ClientStep, ExportStep,
-    InfoRequest, OptionPhase,
+    OptionPhase,
 };
-use nbd_proto::handshake::{Negotiated, OptionError, client};
-use nbd_proto::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode};
+use nbd_proto::handshake::{Negotiated, OptionError};
+use nbd_proto::wire::OptionReplyType;
 use nbd_proto::{ApiMisuse, ProtocolError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{Error, Result};
-use crate::inspect::Protocol;
+use crate::stream::Stream;
 use crate::tls::{self, HandshakeFailure, TlsError, TlsMode};
-use crate::transport::Stream;
 
 /// Bytes asked of the socket at once. Answers are small, and what the server sends behind the
 /// handshake has to wait for requests of ours.
@@ -73,6 +71,12 @@ impl Wire {
             deadline: Instant::now() + limit,
             tls,
         }
+    }
+
+    /// Ends the server's time earlier: connecting has taken a part of it.
+    pub(crate) fn until(mut self, deadline: Instant) -> Self {
+        self.deadline = deadline;
+        self
     }
 
     /// Gives the server the whole time again, for a handshake that asks about many exports.
@@ -261,156 +265,5 @@ impl Wire {
         }
         let source = Arc::new(source);
         Error::HandshakeLost { target: Arc::clone(&self.target), during, source }
-    }
-}
-
-/// What a handshake is to lead to.
-#[derive(Debug, Clone)]
-pub(crate) struct Wanted {
-    pub(crate) export_name: String,
-    pub(crate) reply_mode: ReplyMode,
-    pub(crate) meta_contexts: Vec<MetaContextName>,
-}
-
-/// A connection that is ready for transmission.
-#[derive(Debug)]
-pub(crate) struct Established {
-    pub(crate) stream: Stream,
-    pub(crate) input: BytesMut,
-    pub(crate) negotiated: Negotiated,
-    pub(crate) details: Details,
-}
-
-/// What is known about an export beyond [`Negotiated`].
-#[derive(Debug, Clone)]
-pub(crate) struct Details {
-    pub(crate) protocol: Protocol,
-    pub(crate) block_sizes: Option<BlockSizes>,
-    pub(crate) canonical_name: Option<String>,
-    pub(crate) description: Option<String>,
-}
-
-impl Details {
-    pub(crate) const fn unknown(protocol: Protocol) -> Self {
-        Self { protocol, block_sizes: None, canonical_name: None, description: None }
-    }
-
-    pub(crate) fn told(info: client::ExportInfo) -> Self {
-        Self {
-            protocol: Protocol::NewstyleFixed,
-            block_sizes: info.block_sizes,
-            canonical_name: info.canonical_name,
-            description: info.description,
-        }
-    }
-}
-
-/// Goes from the greeting to the transmission phase, with everything the server can do: GO falls
-/// back to EXPORT_NAME, extended headers to structured to simple replies.
-pub(crate) async fn establish(mut wire: Wire, wanted: &Wanted) -> Result<Established> {
-    let (negotiated, details) = match wire.greeting().await? {
-        Greeting::Oldstyle(negotiated) => {
-            if !wanted.export_name.is_empty() {
-                let why = "it is an oldstyle server with one nameless export; leave the name out";
-                return Err(wire.unsupported("exports with names", why));
-            }
-            (*negotiated, Details::unknown(Protocol::Oldstyle))
-        }
-        Greeting::Newstyle(phase) => newstyle(&mut wire, phase, wanted).await?,
-    };
-    let Negotiated { size, flags, reply_mode, meta_contexts, .. } = &negotiated;
-    let contexts: Vec<_> = meta_contexts.iter().map(|(_, name)| name.as_str()).collect();
-    tracing::debug!(target = &*wire.target, size, ?flags, ?reply_mode, ?contexts, "negotiated");
-    Ok(Established { stream: wire.stream, input: wire.input, negotiated, details })
-}
-
-async fn newstyle(
-    wire: &mut Wire,
-    phase: OptionPhase,
-    wanted: &Wanted,
-) -> Result<(Negotiated, Details)> {
-    let name = wanted.export_name.as_str();
-    if !phase.is_fixed_newstyle() {
-        let sent = phase.export_name(name, &mut wire.out);
-        return Ok((wire.export(sent).await?, Details::unknown(Protocol::Newstyle)));
-    }
-    let mut phase = agree_on_replies(wire, phase, wanted.reply_mode).await?;
-    if !wanted.meta_contexts.is_empty() && phase.reply_mode() != ReplyMode::Simple {
-        let sent = phase.set_meta_context(name, &wanted.meta_contexts, &mut wire.out);
-        phase = match wire.answer(sent).await? {
-            Answered::Accepted((_, next)) => next,
-            Answered::Refused(error, next) => {
-                tracing::debug!(target = &*wire.target, %error, "no metadata contexts");
-                next
-            }
-        };
-    }
-    let sent = phase.go(name, InfoRequest::ALL, &mut wire.out);
-    match wire.answer(sent).await? {
-        Answered::Accepted(accepted) => {
-            let (negotiated, info) = *accepted;
-            Ok((negotiated, Details::told(info)))
-        }
-        Answered::Refused(error, next)
-            if error.reply == OptionReplyType::ERR_UNSUP
-                && next.reply_mode() != ReplyMode::Extended =>
-        {
-            let sent = next.export_name(name, &mut wire.out);
-            Ok((wire.export(sent).await?, Details::unknown(Protocol::NewstyleFixed)))
-        }
-        Answered::Refused(error, _) => Err(wire.refused(export_in_words(name), error)),
-    }
-}
-
-/// The export, for an error message.
-pub(crate) fn export_in_words(name: &str) -> String {
-    if name.is_empty() { "the default export".to_owned() } else { format!("the export {name:?}") }
-}
-
-/// Agrees on the best form of replies up to `highest`.
-pub(crate) async fn agree_on_replies(
-    wire: &mut Wire,
-    mut phase: OptionPhase,
-    highest: ReplyMode,
-) -> Result<OptionPhase> {
-    if highest == ReplyMode::Extended {
-        let sent = phase.extended_headers(&mut wire.out);
-        phase = match wire.answer(sent).await? {
-            Answered::Accepted(next) => return Ok(next),
-            Answered::Refused(error, next) => next_unless_tls(wire, error, next)?,
-        };
-    }
-    if highest >= ReplyMode::Structured {
-        let sent = phase.structured_reply(&mut wire.out);
-        phase = match wire.answer(sent).await? {
-            Answered::Accepted(next) => next,
-            Answered::Refused(error, next) => next_unless_tls(wire, error, next)?,
-        };
-    }
-    Ok(phase)
-}
-
-fn next_unless_tls(wire: &Wire, error: OptionError, next: OptionPhase) -> Result<OptionPhase> {
-    if error.reply == OptionReplyType::ERR_TLS_REQD {
-        return Err(wire.refused("structured replies", error));
-    }
-    Ok(next)
-}
-
-/// Connects the socket within the time the handshake has.
-pub(crate) async fn open<F>(
-    connecting: F,
-    target: Arc<str>,
-    limit: Duration,
-    tls: Option<Tls>,
-) -> Result<Wire>
-where
-    F: Future<Output = io::Result<Stream>>,
-{
-    let deadline = Instant::now() + limit;
-    match timeout_at(deadline, connecting).await {
-        Ok(Ok(stream)) => Ok(Wire { deadline, ..Wire::new(stream, target, limit, tls) }),
-        Ok(Err(error)) => Err(Error::Connect { target, source: Arc::new(error) }),
-        Err(_) => Err(Error::HandshakeTimeout { target, limit }),
     }
 }

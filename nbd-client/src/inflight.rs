@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::error::{Error, Result};
-use crate::transport::Stream;
+use crate::stream::Stream;
 
 /// A part of what was read.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,109 +5,15 @@ use nbd_proto::handshake::client::{InfoRequest, OptionPhase};
 use nbd_proto::handshake::{ListedExport, Negotiated};
 use nbd_proto::transmission::Command;
 use nbd_proto::transmission::client::Transmission;
-use nbd_proto::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags};
+use nbd_proto::wire::{MetaContextName, OptionReplyType, ReplyMode};
 use tokio::io::AsyncWriteExt;
 
 use crate::connector::Connector;
+use crate::dial::{agree_on_replies, dial, establish_at, export_in_words};
 use crate::error::{Error, Result};
-use crate::handshake::{Answered, Details, Greeting, Wire, agree_on_replies, export_in_words};
-
-/// The handshake a server speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Protocol {
-    /// One nameless export, no options.
-    Oldstyle,
-    /// Exports with names, but no way to refuse an option.
-    Newstyle,
-    /// Fixed newstyle: everything of today's protocol.
-    NewstyleFixed,
-}
-
-impl Protocol {
-    /// The name as the tools print it: `oldstyle`, `newstyle` or `newstyle-fixed`.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Oldstyle => "oldstyle",
-            Self::Newstyle => "newstyle",
-            Self::NewstyleFixed => "newstyle-fixed",
-        }
-    }
-}
-
-impl std::fmt::Display for Protocol {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// Which exports a question is about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Scope {
-    /// The export that the connector names.
-    #[default]
-    ThisExport,
-    /// Every export that the server lists.
-    AllExports,
-}
-
-/// A server and its exports.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServerInfo {
-    /// The handshake it speaks.
-    pub protocol: Protocol,
-    /// True if the connection is encrypted.
-    pub tls: bool,
-    /// The best form of replies it agreed to.
-    pub reply_mode: ReplyMode,
-    /// The exports asked about, in the server's order.
-    pub exports: Vec<ExportInfo>,
-    /// With [`Scope::AllExports`] those that the server lists and does not describe.
-    pub refused: Vec<RefusedExport>,
-}
-
-/// An export that is listed, and refused when it is asked about.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RefusedExport {
-    /// Name, as it was listed.
-    pub name: String,
-    /// Why it is refused: a sentence for people.
-    pub reason: String,
-}
-
-/// What is known about one export.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExportInfo {
-    /// Name, as it was asked for or listed.
-    pub name: String,
-    /// The canonical name, if the server told it.
-    pub canonical_name: Option<String>,
-    /// A text for people, if the server told one.
-    pub description: Option<String>,
-    /// Size, in bytes; at most 2^63-1.
-    pub size: u64,
-    /// What the export can do in the agreed reply mode.
-    pub flags: TransmissionFlags,
-    /// Block size constraints; `None` if the server told none.
-    pub block_sizes: Option<BlockSizes>,
-    /// From [`Connector::inspect`] the contexts the export has; from
-    /// [`Client::info`](crate::Client::info) those that were selected.
-    pub meta_contexts: Vec<MetaContextName>,
-}
-
-impl ExportInfo {
-    pub(crate) fn new(negotiated: &Negotiated, details: Details) -> Self {
-        Self {
-            name: negotiated.export_name.clone(),
-            canonical_name: details.canonical_name,
-            description: details.description,
-            size: negotiated.size,
-            flags: negotiated.flags,
-            block_sizes: details.block_sizes,
-            meta_contexts: negotiated.meta_contexts.iter().map(|(_, name)| name.clone()).collect(),
-        }
-    }
-}
+use crate::handshake::{Answered, Greeting, Wire};
+use crate::info::{Details, ExportInfo, Protocol, RefusedExport, Scope, ServerInfo};
+use crate::settings::Settings;
 
 impl Connector {
     /// Asks for the names of all exports.
@@ -140,9 +46,9 @@ impl Connector {
     pub async fn list_meta_contexts(&self, queries: &[String]) -> Result<Vec<MetaContextName>> {
         const WHAT: &str = "a list of metadata contexts";
         let (mut wire, phase) = self.options(WHAT).await?;
-        let phase = agree_on_replies(&mut wire, phase, self.wanted.reply_mode).await?;
+        let phase = agree_on_replies(&mut wire, phase, self.settings.wanted.reply_mode).await?;
         let queries: Vec<&str> = queries.iter().map(String::as_str).collect();
-        let name = self.wanted.export_name.as_str();
+        let name = self.settings.wanted.export_name.as_str();
         let sent = phase.list_meta_context(name, &queries, &mut wire.out);
         match wire.answer(sent).await? {
             Answered::Accepted((names, phase)) => {
@@ -169,16 +75,16 @@ impl Connector {
     ///
     /// As for [`Connector::list`].
     pub async fn inspect(&self, scope: Scope) -> Result<ServerInfo> {
-        let mut wire = self.open().await?;
+        let mut wire = dial(&self.settings).await?;
         let phase = match wire.greeting().await? {
             Greeting::Newstyle(phase) if phase.is_fixed_newstyle() => phase,
             greeting => return self.inspect_old_server(wire, greeting).await,
         };
-        let mut phase = agree_on_replies(&mut wire, phase, self.wanted.reply_mode).await?;
+        let mut phase = agree_on_replies(&mut wire, phase, self.settings.wanted.reply_mode).await?;
         let (reply_mode, tls) = (phase.reply_mode(), phase.is_tls_established());
-        let further = if tls { self.requiring_tls() } else { self.clone() };
+        let further = if tls { self.settings.requiring_tls() } else { self.settings.clone() };
         let names = match scope {
-            Scope::ThisExport => vec![self.listed(&self.wanted.export_name)],
+            Scope::ThisExport => vec![self.listed(&self.settings.wanted.export_name)],
             Scope::AllExports => {
                 let (names, next) = list(&mut wire, phase).await?;
                 phase = next;
@@ -193,11 +99,11 @@ impl Connector {
             let info = match told {
                 Told::Info(info) if info.size > 0 => Ok(info),
                 // nbd-server answers INFO before it has looked how large the export is.
-                Told::Info(told) => match further.open_and_close(&listed.name).await {
+                Told::Info(told) => match open_and_close(&further, &listed.name).await {
                     Ok(seen) => Ok(ExportInfo { size: seen.size, ..told }),
                     Err(_) => Ok(told),
                 },
-                Told::Nothing => further.open_and_close(&listed.name).await,
+                Told::Nothing => open_and_close(&further, &listed.name).await,
                 Told::Refused(error) => Err(error),
             };
             match info {
@@ -225,7 +131,7 @@ impl Connector {
 
     /// Begins a handshake in which options can be sent.
     async fn options(&self, what: &'static str) -> Result<(Wire, OptionPhase)> {
-        let mut wire = self.open().await?;
+        let mut wire = dial(&self.settings).await?;
         match wire.greeting().await? {
             Greeting::Newstyle(phase) if phase.is_fixed_newstyle() => Ok((wire, phase)),
             _ => Err(wire.unsupported(what, "its protocol is too old to answer options")),
@@ -236,7 +142,7 @@ impl Connector {
         let (negotiated, protocol) = match greeting {
             Greeting::Oldstyle(negotiated) => (*negotiated, Protocol::Oldstyle),
             Greeting::Newstyle(phase) => {
-                let sent = phase.export_name(&self.wanted.export_name, &mut wire.out);
+                let sent = phase.export_name(&self.settings.wanted.export_name, &mut wire.out);
                 (wire.export(sent).await?, Protocol::Newstyle)
             }
         };
@@ -292,15 +198,16 @@ impl Connector {
         };
         Ok((Told::Info(info), phase))
     }
+}
 
-    /// Looks at an export of a server without INFO by opening it on a connection of its own.
-    async fn open_and_close(&self, name: &str) -> Result<ExportInfo> {
-        let established = self.clone().export_name(name).establish().await?;
-        let info = ExportInfo::new(&established.negotiated, established.details);
-        let wire = Wire::new(established.stream, self.target(), self.handshake_timeout, None);
-        say_goodbye(wire, &established.negotiated).await;
-        Ok(info)
-    }
+/// Looks at an export of a server without INFO by opening it on a connection of its own.
+async fn open_and_close(settings: &Settings, name: &str) -> Result<ExportInfo> {
+    let established = establish_at(&settings.with_export(name)).await?;
+    let info = ExportInfo::new(&established.negotiated, established.details);
+    let limit = settings.handshake_timeout;
+    let wire = Wire::new(established.stream, settings.target(), limit, None);
+    say_goodbye(wire, &established.negotiated).await;
+    Ok(info)
 }
 
 /// What a server says about an export when it is asked with INFO.

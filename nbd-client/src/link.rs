@@ -1,39 +1,21 @@
 //! One connection of a client: its task, and what the client knows of it.
 
 use std::future::poll_fn;
-use std::num::NonZeroUsize;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Poll;
-use std::time::Duration;
 
 use nbd_proto::wire::MetaContextId;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
+use crate::dial::Established;
 use crate::driver::Driver;
 use crate::error::{Error, LostConnection};
-use crate::handshake::Established;
 use crate::queue::{Message, QUEUE_LEN, Queue};
 use crate::reconnect::{Outage, Reconnect};
-
-/// What may be in flight on one connection.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    pub(crate) requests: NonZeroUsize,
-    pub(crate) bytes: NonZeroUsize,
-    /// How long a request may take that was sent.
-    pub(crate) request_timeout: Option<Duration>,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        const REQUESTS: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
-        const BYTES: NonZeroUsize = NonZeroUsize::new(64 << 20).expect("64 MiB is not zero");
-        Self { requests: REQUESTS, bytes: BYTES, request_timeout: None }
-    }
-}
+use crate::settings::Limits;
 
 /// The client's end of a connection.
 #[derive(Debug)]

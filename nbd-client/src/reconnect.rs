@@ -7,9 +7,10 @@ use nbd_proto::handshake::Negotiated;
 use nbd_proto::wire::{MetaContextId, MetaContextName, TransmissionFlags};
 use tokio::time::{Instant, sleep};
 
-use crate::connector::Connector;
+use crate::dial::establish_at;
 use crate::driver::Driver;
 use crate::error::LostConnection;
+use crate::settings::Settings;
 
 /// Time before the second attempt; doubled for each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -34,7 +35,7 @@ impl Outage {
 /// How a lost connection is replaced.
 #[derive(Debug)]
 pub(crate) struct Reconnect {
-    pub(crate) connector: Connector,
+    pub(crate) settings: Settings,
     pub(crate) patience: Duration,
     pub(crate) export: Arc<Negotiated>,
 }
@@ -73,13 +74,13 @@ impl Reconnect {
                 });
             }
             outage.pause = (outage.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-            let timeout = self.connector.handshake_timeout.min(left);
-            let connector = self.connector.clone().handshake_timeout(timeout);
-            match connector.establish().await {
+            let handshake_timeout = self.settings.handshake_timeout.min(left);
+            let settings = Settings { handshake_timeout, ..self.settings.clone() };
+            match establish_at(&settings).await {
                 Ok(established) => {
                     let contexts = same_export(&self.export, &established.negotiated)
                         .map_err(LostConnection::ExportChanged)?;
-                    return Ok(Driver::new(established, contexts, connector.limits));
+                    return Ok(Driver::new(established, contexts, settings.limits));
                 }
                 Err(error) => {
                     tracing::debug!(%error, "reconnect failed");

@@ -10,33 +10,29 @@ use nbd_proto::uri::Transport;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
 
-use crate::tls::TlsStream;
-
 /// Any other byte stream.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
 
-/// The stream of one connection.
-pub(crate) enum Stream {
+/// A byte stream as it comes from the system or the caller.
+pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
     Other(Box<dyn ByteStream>),
-    Tls(Box<TlsStream>),
 }
 
-impl std::fmt::Debug for Stream {
+impl std::fmt::Debug for Socket {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            Self::Tcp(_) => "Stream::Tcp",
-            Self::Unix(_) => "Stream::Unix",
-            Self::Other(_) => "Stream::Other",
-            Self::Tls(_) => "Stream::Tls",
+            Self::Tcp(_) => "Socket::Tcp",
+            Self::Unix(_) => "Socket::Unix",
+            Self::Other(_) => "Socket::Other",
         })
     }
 }
 
-impl Stream {
+impl Socket {
     /// Connects to a server. Of several addresses of a host the first that answers is taken.
     pub(crate) async fn connect(transport: &Transport) -> io::Result<Self> {
         match transport {
@@ -56,19 +52,6 @@ impl Stream {
         }
     }
 
-    /// True if bytes were taken that a flush has to hand on. Only TLS does so.
-    pub(crate) fn has_unsent(&self) -> bool {
-        match self {
-            Self::Tls(stream) => stream.has_unsent(),
-            Self::Tcp(_) | Self::Unix(_) | Self::Other(_) => false,
-        }
-    }
-
-    /// Takes the stream out, for TLS to be put around it.
-    pub(crate) fn take_out(&mut self) -> Self {
-        std::mem::replace(self, Self::Other(Box::new(tokio::io::empty())))
-    }
-
     async fn connect_unix(path: &Path) -> io::Result<Self> {
         UnixStream::connect(path).await.map(Self::Unix)
     }
@@ -84,19 +67,18 @@ async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// Carries out one call on whichever stream it is.
+/// Makes one call of the socket, of whichever kind it is.
 macro_rules! delegate {
     ($self:ident, $stream:ident => $call:expr) => {
         match $self.get_mut() {
-            Stream::Tcp($stream) => $call,
-            Stream::Unix($stream) => $call,
-            Stream::Other($stream) => $call,
-            Stream::Tls($stream) => $call,
+            Socket::Tcp($stream) => $call,
+            Socket::Unix($stream) => $call,
+            Socket::Other($stream) => $call,
         }
     };
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for Socket {
     fn poll_read(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -106,7 +88,7 @@ impl AsyncRead for Stream {
     }
 }
 
-impl AsyncWrite for Stream {
+impl AsyncWrite for Socket {
     fn poll_write(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,

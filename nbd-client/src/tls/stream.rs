@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Re
 
 use super::session::{RECORD_LEN, Session, Step};
 use super::{Context, TlsError};
-use crate::transport::Stream;
+use crate::transport::Socket;
 
 /// Data that is encrypted before the socket is asked to take it: few system calls, and the records
 /// are still in the processor's cache.
@@ -24,7 +24,7 @@ const MAX_UNSENT_LEN: usize = 4 * BATCH_LEN;
 /// A socket on which TLS is established.
 pub(crate) struct TlsStream {
     session: Session,
-    socket: Stream,
+    socket: Socket,
     /// Where small parts gather into a whole record.
     record: Box<[u8]>,
     /// An error that came after data.
@@ -35,7 +35,7 @@ pub(crate) struct TlsStream {
 
 impl Context {
     /// Carries out the TLS handshake. The caller sets the deadline.
-    pub(crate) async fn connect(&self, mut socket: Stream) -> Result<TlsStream, HandshakeFailure> {
+    pub(crate) async fn connect(&self, mut socket: Socket) -> Result<TlsStream, HandshakeFailure> {
         let mut session = self.session().map_err(HandshakeFailure::Tls)?;
         loop {
             let step = session.handshake();

@@ -11,7 +11,7 @@ use tokio::net::UnixStream;
 
 use super::settings::{Credentials, Setup};
 use super::{Context, TlsMode, TlsStream};
-use crate::transport::Stream;
+use crate::transport::Socket;
 
 const KEY: [u8; 32] = *b"a key that everybody knows, here";
 const LENGTH: usize = 4 << 20;
@@ -51,7 +51,7 @@ async fn connected(
     let credentials = Credentials::PreSharedKey { file, user: None };
     let context = Context::load(&Setup { mode: TlsMode::Require, credentials }).unwrap();
     ours.set_nonblocking(true).unwrap();
-    let socket = Stream::Unix(UnixStream::from_std(ours).unwrap());
+    let socket = Socket::Unix(UnixStream::from_std(ours).unwrap());
     let Ok(stream) = context.connect(socket).await else { panic!("the keys are the same") };
     (stream, server)
 }

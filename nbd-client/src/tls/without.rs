@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::TlsError;
 use super::settings::Setup;
-use crate::transport::Stream;
+use crate::transport::Socket;
 
 #[derive(Clone)]
 pub(crate) enum Context {}
@@ -26,7 +26,7 @@ impl Context {
         Err(TlsError::NotBuiltIn)
     }
 
-    pub(crate) async fn connect(&self, _: Stream) -> Result<TlsStream, HandshakeFailure> {
+    pub(crate) async fn connect(&self, _: Socket) -> Result<TlsStream, HandshakeFailure> {
         match *self {}
     }
 }

@@ -1,0 +1,90 @@
+//! What is to be connected to, and how: what a [`Connector`](crate::Connector) was told.
+
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd_proto::NbdUri;
+use nbd_proto::wire::{MetaContextName, ReplyMode};
+
+use crate::tls::{LocalFiles, TlsMode, TlsOptions};
+
+/// How long a server has for connecting and the handshake, unless told otherwise.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Everything that leads to a connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    pub(crate) uri: NbdUri,
+    pub(crate) wanted: Wanted,
+    pub(crate) connections: NonZeroUsize,
+    pub(crate) reconnect: Option<Duration>,
+    pub(crate) handshake_timeout: Duration,
+    pub(crate) limits: Limits,
+    pub(crate) tls: Option<TlsOptions>,
+    pub(crate) local_files: LocalFiles,
+}
+
+impl Settings {
+    pub(crate) fn new(uri: NbdUri) -> Self {
+        let wanted = Wanted {
+            export_name: uri.export_name.clone(),
+            reply_mode: ReplyMode::Extended,
+            meta_contexts: Vec::new(),
+        };
+        Self {
+            uri,
+            wanted,
+            connections: NonZeroUsize::MIN,
+            reconnect: None,
+            handshake_timeout: HANDSHAKE_TIMEOUT,
+            limits: Limits::default(),
+            tls: None,
+            local_files: LocalFiles::Refused,
+        }
+    }
+
+    /// The server, for messages.
+    pub(crate) fn target(&self) -> Arc<str> {
+        self.uri.to_string().into()
+    }
+
+    /// The same for another export.
+    pub(crate) fn with_export(&self, name: &str) -> Self {
+        let mut settings = self.clone();
+        name.clone_into(&mut settings.wanted.export_name);
+        name.clone_into(&mut settings.uri.export_name);
+        settings
+    }
+
+    /// The same, but never without TLS: for what follows a connection that had it.
+    pub(crate) fn requiring_tls(&self) -> Self {
+        let options = TlsOptions { mode: TlsMode::Require, ..self.tls.clone().unwrap_or_default() };
+        Self { tls: Some(options), ..self.clone() }
+    }
+}
+
+/// What a handshake is to lead to.
+#[derive(Debug, Clone)]
+pub(crate) struct Wanted {
+    pub(crate) export_name: String,
+    pub(crate) reply_mode: ReplyMode,
+    pub(crate) meta_contexts: Vec<MetaContextName>,
+}
+
+/// What may be in flight on one connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) requests: NonZeroUsize,
+    pub(crate) bytes: NonZeroUsize,
+    /// How long a request may take that was sent.
+    pub(crate) request_timeout: Option<Duration>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        const REQUESTS: NonZeroUsize = NonZeroUsize::new(128).expect("128 is not zero");
+        const BYTES: NonZeroUsize = NonZeroUsize::new(64 << 20).expect("64 MiB is not zero");
+        Self { requests: REQUESTS, bytes: BYTES, request_timeout: None }
+    }
+}
