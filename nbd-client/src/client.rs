@@ -9,11 +9,11 @@ use nbd_proto::transmission::Command;
 use nbd_proto::wire::{MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 use tokio::sync::oneshot;
 
+use crate::connection::{Caller, Connection};
 use crate::dial::{Established, establish_at};
 use crate::error::{Error, LostConnection, Result};
 use crate::inflight::{Collect, Outcome, Submission};
 use crate::info::{ExportInfo, Protocol};
-use crate::link::{Link, Waiting};
 use crate::queue::Message;
 use crate::reconnect::{Reconnect, same_export};
 use crate::settings::Settings;
@@ -38,7 +38,7 @@ struct Shared {
     protocol: Protocol,
     is_encrypted: bool,
     negotiated: Arc<Negotiated>,
-    links: Vec<Link>,
+    connections: Vec<Connection>,
     next: AtomicUsize,
 }
 
@@ -54,23 +54,29 @@ impl Client {
         // connection had.
         let requiring_tls = is_encrypted.then(|| settings.requiring_tls());
         let settings = requiring_tls.as_ref().unwrap_or(settings);
-        let link = |established, contexts| {
+        let connection = |established, contexts| {
             let reconnect = settings.reconnect.map(|patience| Reconnect {
                 settings: settings.clone(),
                 patience,
                 export: Arc::clone(&negotiated),
             });
-            Link::start(established, contexts, settings.limits, Arc::clone(&target), reconnect)
+            Connection::start(
+                established,
+                contexts,
+                settings.limits,
+                Arc::clone(&target),
+                reconnect,
+            )
         };
         let ids: Vec<MetaContextId> = negotiated.meta_contexts.iter().map(|(id, _)| *id).collect();
-        let mut links = vec![link(first, ids)];
+        let mut connections = vec![connection(first, ids)];
         let multi = TransmissionFlags::CAN_MULTI_CONN;
         if negotiated.flags.contains(multi) {
-            while links.len() < settings.connections.get() {
+            while connections.len() < settings.connections.get() {
                 let further = match establish_at(settings).await {
                     Ok(further) => further,
                     Err(error) => {
-                        let opened = links.len();
+                        let opened = connections.len();
                         tracing::warn!(target = &*target, %error, opened, "fewer connections");
                         break;
                     }
@@ -79,11 +85,11 @@ impl Client {
                     let reason = LostConnection::ExportChanged(why);
                     Error::Lost { target: Arc::clone(&target), reason }
                 })?;
-                links.push(link(further, contexts));
+                connections.push(connection(further, contexts));
             }
         }
         let next = AtomicUsize::new(0);
-        let shared = Shared { info, protocol, is_encrypted, negotiated, links, next };
+        let shared = Shared { info, protocol, is_encrypted, negotiated, connections, next };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -114,14 +120,14 @@ impl Client {
     /// Number of connections that were opened.
     #[must_use]
     pub fn connections(&self) -> usize {
-        self.shared.links.len()
+        self.shared.connections.len()
     }
 
     /// How many lost connections have been replaced so far. See [`Connector::reconnect`](crate::Connector::reconnect) for what
     /// a change of this number means for data that was not flushed.
     #[must_use]
     pub fn reconnects(&self) -> u64 {
-        self.shared.links.iter().map(Link::reconnects).sum()
+        self.shared.connections.iter().map(Connection::reconnects).sum()
     }
 
     /// The metadata contexts that were asked for and that the server has, in its order.
@@ -144,8 +150,8 @@ impl Client {
     /// Dropping the future leaves the end of the connections to their tasks.
     pub async fn disconnect(self) -> Result<()> {
         let mut result = Ok(());
-        for link in &self.shared.links {
-            result = result.and(link.disconnect().await);
+        for connection in &self.shared.connections {
+            result = result.and(connection.disconnect().await);
         }
         result
     }
@@ -155,9 +161,9 @@ impl Client {
     }
 
     /// Hands a request to the connection with the fewest callers waiting.
-    pub(crate) async fn submit(&self, request: NewRequest) -> Result<Ticket<'_>> {
-        let link = self.pick();
-        let waiting = link.enter();
+    pub(crate) async fn submit(&self, request: NewRequest) -> Result<PendingReply<'_>> {
+        let connection = self.pick();
+        let caller = connection.enter();
         let (reply, receiver) = oneshot::channel();
         let submission = Submission {
             offset: request.offset,
@@ -169,18 +175,19 @@ impl Client {
             sent: None,
             reply,
         };
-        link.send(Message::Request(submission)).await?;
-        Ok(Ticket { link, _waiting: waiting, receiver })
+        connection.send(Message::Request(submission)).await?;
+        Ok(PendingReply { connection, _caller: caller, receiver })
     }
 
-    fn pick(&self) -> &Link {
-        let links = &self.shared.links;
-        let [only] = links.as_slice() else {
-            let start = self.shared.next.fetch_add(1, Ordering::Relaxed) % links.len();
-            let (before, from) = links.split_at(start);
+    fn pick(&self) -> &Connection {
+        let connections = &self.shared.connections;
+        let [only] = connections.as_slice() else {
+            let start = self.shared.next.fetch_add(1, Ordering::Relaxed) % connections.len();
+            let (before, from) = connections.split_at(start);
             let candidates = from.iter().chain(before);
             // A lost connection is chosen only if all are lost, for its error.
-            let best = candidates.min_by_key(|link| (link.is_over(), link.load()));
+            let best =
+                candidates.min_by_key(|connection| (connection.is_over(), connection.load()));
             return best.expect("a client has at least one connection");
         };
         only
@@ -206,15 +213,15 @@ impl NewRequest {
 }
 
 /// A request that was handed over. Dropping it abandons the answer, not the connection.
-pub(crate) struct Ticket<'a> {
-    link: &'a Link,
-    _waiting: Waiting<'a>,
+pub(crate) struct PendingReply<'a> {
+    connection: &'a Connection,
+    _caller: Caller<'a>,
     receiver: oneshot::Receiver<Result<Outcome>>,
 }
 
-impl Ticket<'_> {
+impl PendingReply<'_> {
     pub(crate) async fn outcome(self) -> Result<Outcome> {
         // A request is dropped without an answer only together with its connection.
-        self.receiver.await.unwrap_or_else(|_| Err(self.link.end()))
+        self.receiver.await.unwrap_or_else(|_| Err(self.connection.end()))
     }
 }

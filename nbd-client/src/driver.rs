@@ -22,9 +22,9 @@ use crate::error::LostConnection;
 use crate::inflight::Submission;
 use crate::outbound::Outbound;
 use crate::queue::Queue;
+use crate::request_timer::RequestTimer;
 use crate::settings::Limits;
 use crate::stream::Stream;
-use crate::watch::Watch;
 
 /// Room for replies that are read at once.
 const INPUT_LEN: usize = 256 * 1024;
@@ -64,7 +64,7 @@ pub(crate) struct Driver {
     data_in_flight: usize,
     large_reads: usize,
     limits: Limits,
-    watch: Option<Watch>,
+    timer: Option<RequestTimer>,
     answered: bool,
     linger: Option<Pin<Box<Sleep>>>,
     said_goodbye: bool,
@@ -91,7 +91,7 @@ impl Driver {
             data_in_flight: 0,
             large_reads: 0,
             limits,
-            watch: limits.request_timeout.map(Watch::new),
+            timer: limits.request_timeout.map(RequestTimer::new),
             answered: false,
             linger: None,
             said_goodbye: false,
@@ -178,10 +178,10 @@ impl Driver {
                 self.outbound.payload(&submission.payload);
                 self.data_in_flight = self.data_in_flight.saturating_add(submission.data_len());
                 self.large_reads += usize::from(is_large_read(&submission));
-                if let Some(watch) = &mut self.watch {
+                if let Some(timer) = &mut self.timer {
                     let now = Instant::now();
                     submission.sent.get_or_insert(now);
-                    watch.note(cookie, now, |cookie| self.in_flight.contains_key(&cookie));
+                    timer.note(cookie, now, |cookie| self.in_flight.contains_key(&cookie));
                 }
                 self.in_flight.insert(cookie, submission);
             }
@@ -190,15 +190,15 @@ impl Driver {
 
     /// The end of the connection if a request was not answered in time; wakes `cx` when one is not.
     fn late_request(&mut self, cx: &mut Context<'_>) -> Option<LostConnection> {
-        let watch = self.watch.as_mut()?;
+        let timer = self.timer.as_mut()?;
         let is_open = |cookie| self.in_flight.contains_key(&cookie);
-        let Poll::Ready(cookie) = watch.poll(cx, is_open) else { return None };
+        let Poll::Ready(cookie) = timer.poll(cx, is_open) else { return None };
         let late = self.in_flight.get(&cookie)?;
         Some(LostConnection::RequestTimeout {
             command: late.command.command_type(),
             offset: late.offset,
             length: late.length,
-            limit: watch.limit(),
+            limit: timer.limit(),
             waited: late.sent.map(|sent| sent.elapsed()).unwrap_or_default(),
         })
     }

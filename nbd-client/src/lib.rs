@@ -4,7 +4,7 @@
 //!   Connector --connect()--> Client (clones, used from many tasks)
 //!       |                      | requests, answers
 //!       | list(), inspect()    v
-//!       |                    Link x connections: a queue and a task
+//!       |                    Connection, one or several: a queue and a task
 //!       v                      |  Driver: gathers requests, takes replies apart
 //!   Wire: the handshake        v
 //!   over a Stream ---------> nbd_proto::transmission::client, Stream (TCP, unix, TLS over them)
@@ -65,6 +65,7 @@
 //! ```
 
 mod client;
+mod connection;
 mod connector;
 mod dial;
 mod driver;
@@ -74,16 +75,15 @@ mod handshake;
 mod inflight;
 mod info;
 mod inspect;
-mod link;
 mod outbound;
 mod queue;
 mod reconnect;
+mod request_timer;
 mod requests;
 mod settings;
 mod stream;
 mod tls;
 mod transport;
-mod watch;
 
 pub use bytes::Bytes;
 pub use client::Client;

@@ -39,13 +39,13 @@ impl Client {
         if total <= most {
             return if total == 0 { Ok(Bytes::new()) } else { self.read_once(offset, total).await };
         }
-        let mut tickets = Vec::new();
+        let mut replies = Vec::new();
         for (offset, length) in split(offset, total, most) {
-            tickets.push(self.submit(flat_read(offset, length)).await?);
+            replies.push(self.submit(flat_read(offset, length)).await?);
         }
         let mut whole = BytesMut::with_capacity(length);
-        for ticket in tickets {
-            whole.extend_from_slice(&data(ticket.outcome().await?));
+        for reply in replies {
+            whole.extend_from_slice(&data(reply.outcome().await?));
         }
         Ok(whole.freeze())
     }
@@ -113,16 +113,16 @@ impl Client {
     pub async fn read_pieces(&self, offset: u64, length: usize) -> Result<Vec<Piece>> {
         let total = length as u64;
         self.check_range(offset, total)?;
-        let mut tickets = Vec::new();
+        let mut replies = Vec::new();
         for (offset, length) in split(offset, total, self.longest_payload()) {
             let command = Command::Read(Fragmentation::Allowed);
             let collect = Collect::Pieces(Vec::new(), BytesMut::new());
             let request = NewRequest { collect, ..NewRequest::plain(offset, length, command) };
-            tickets.push(self.submit(request).await?);
+            replies.push(self.submit(request).await?);
         }
         let mut pieces = Vec::new();
-        for ticket in tickets {
-            if let Outcome::Pieces(more) = ticket.outcome().await? {
+        for reply in replies {
+            if let Outcome::Pieces(more) = reply.outcome().await? {
                 pieces.extend(more);
             }
         }
@@ -159,8 +159,8 @@ impl Client {
     }
 
     async fn read_once(&self, offset: u64, length: u64) -> Result<Bytes> {
-        let ticket = self.submit(flat_read(offset, length)).await?;
-        Ok(data(ticket.outcome().await?))
+        let reply = self.submit(flat_read(offset, length)).await?;
+        Ok(data(reply.outcome().await?))
     }
 
     /// Writes `data` at `offset`. Writes longer than the server's maximum are split; if one part
@@ -180,15 +180,15 @@ impl Client {
         self.check_range(offset, total)?;
         let most = self.longest_payload();
         let mut data = data;
-        let mut tickets = Vec::new();
+        let mut replies = Vec::new();
         for (offset, length) in split(offset, total, most) {
             let payload = data.split_to(length as usize);
             let request = NewRequest::plain(offset, length, Command::Write(durability));
-            let ticket = self.submit(NewRequest { payload, ..request }).await?;
-            tickets.push(ticket);
+            let reply = self.submit(NewRequest { payload, ..request }).await?;
+            replies.push(reply);
         }
-        for ticket in tickets {
-            ticket.outcome().await?;
+        for reply in replies {
+            reply.outcome().await?;
         }
         Ok(())
     }
@@ -299,8 +299,8 @@ impl Client {
         let length = length.min(self.longest_range());
         let collect = Collect::Status(Vec::new());
         let request = NewRequest::plain(offset, length, Command::BlockStatus(limit, None));
-        let ticket = self.submit(NewRequest { context, collect, ..request }).await?;
-        match ticket.outcome().await? {
+        let reply = self.submit(NewRequest { context, collect, ..request }).await?;
+        match reply.outcome().await? {
             Outcome::Status(statuses) => Ok(statuses),
             _ => Ok(Vec::new()),
         }

@@ -19,7 +19,7 @@ use crate::settings::Limits;
 
 /// The client's end of a connection.
 #[derive(Debug)]
-pub(crate) struct Link {
+pub(crate) struct Connection {
     sender: mpsc::Sender<Message>,
     /// Requests of callers that are waiting.
     waiting: AtomicUsize,
@@ -30,7 +30,7 @@ pub(crate) struct Link {
     task: Mutex<Option<JoinHandle<()>>>,
 }
 
-impl Link {
+impl Connection {
     /// Starts the task of an established connection.
     pub(crate) fn start(
         established: Established,
@@ -79,14 +79,14 @@ impl Link {
     }
 
     /// Counts a caller as long as the value lives.
-    pub(crate) fn enter(&self) -> Waiting<'_> {
+    pub(crate) fn enter(&self) -> Caller<'_> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        Waiting(&self.waiting)
+        Caller(&self.waiting)
     }
 
     /// Ends the connection after the requests that are queued, and waits for the end.
     pub(crate) async fn disconnect(&self) -> Result<(), Error> {
-        // A link that is over already has nothing to be told.
+        // A connection that is over already has nothing to be told.
         drop(self.sender.send(Message::Disconnect).await);
         let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task {
@@ -101,9 +101,9 @@ impl Link {
 }
 
 /// One caller that waits.
-pub(crate) struct Waiting<'a>(&'a AtomicUsize);
+pub(crate) struct Caller<'a>(&'a AtomicUsize);
 
-impl Drop for Waiting<'_> {
+impl Drop for Caller<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

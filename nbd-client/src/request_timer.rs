@@ -14,13 +14,13 @@ const ANSWERED_MAX: usize = 1024;
 /// Requests in the order in which they were sent. All have the same time, so that the first one
 /// that is not answered is the first one to be late.
 #[derive(Debug)]
-pub(crate) struct Watch {
+pub(crate) struct RequestTimer {
     limit: Duration,
     sent: VecDeque<(Cookie, Instant)>,
     timer: Pin<Box<Sleep>>,
 }
 
-impl Watch {
+impl RequestTimer {
     pub(crate) fn new(limit: Duration) -> Self {
         Self { limit, sent: VecDeque::new(), timer: Box::pin(sleep_until(Instant::now())) }
     }
