@@ -20,7 +20,7 @@ use crate::stream::Stream;
 
 /// A part of what was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Piece {
+pub enum ReadChunk {
     /// Data.
     Data {
         /// Offset in the export, in bytes.
@@ -37,7 +37,7 @@ pub enum Piece {
     },
 }
 
-impl Piece {
+impl ReadChunk {
     /// Offset in the export, in bytes.
     #[must_use]
     pub const fn offset(&self) -> u64 {
@@ -61,7 +61,7 @@ impl Piece {
 pub(crate) enum Outcome {
     Done,
     Data(Bytes),
-    Pieces(Vec<Piece>),
+    Chunks(Vec<ReadChunk>),
     /// The descriptors of each context, by its place in the client's list.
     Status(Vec<(usize, Vec<BlockDescriptor>)>),
 }
@@ -124,15 +124,15 @@ pub(crate) enum Collect {
     /// One buffer, zeroes where the server reported holes.
     Flat(BytesMut),
     /// Data and holes apart, in the order of arrival, by their distance from the request's offset;
-    /// and memory for the first piece of data.
-    Pieces(Vec<(u64, Part)>, BytesMut),
+    /// and memory for the first chunk of data.
+    Chunks(Vec<(u64, PartialChunk)>, BytesMut),
     /// Descriptors by context.
     Status(Vec<(usize, Vec<BlockDescriptor>)>),
 }
 
-/// A piece that is being collected.
+/// A chunk that is being collected.
 #[derive(Debug)]
-pub(crate) enum Part {
+pub(crate) enum PartialChunk {
     Data(BytesMut),
     Hole(u64),
 }
@@ -143,7 +143,7 @@ impl Collect {
         match self {
             Self::Nothing => {}
             Self::Flat(buffer) => buffer.clear(),
-            Self::Pieces(pieces, _) => pieces.clear(),
+            Self::Chunks(chunks, _) => chunks.clear(),
             Self::Status(contexts) => contexts.clear(),
         }
     }
@@ -159,11 +159,11 @@ impl Collect {
                     buffer.resize(position, 0);
                 }
             }
-            Self::Pieces(pieces, spare) => {
+            Self::Chunks(chunks, spare) => {
                 let mut buffer = std::mem::take(spare);
                 buffer.clear();
                 buffer.reserve(length);
-                pieces.push((position, Part::Data(buffer)));
+                chunks.push((position, PartialChunk::Data(buffer)));
             }
             Self::Nothing | Self::Status(_) => {}
         }
@@ -178,7 +178,7 @@ impl Collect {
                     buffer.resize(end, 0);
                 }
             }
-            Self::Pieces(pieces, _) => pieces.push((position, Part::Hole(length as u64))),
+            Self::Chunks(chunks, _) => chunks.push((position, PartialChunk::Hole(length as u64))),
             Self::Nothing | Self::Status(_) => {}
         }
     }
@@ -192,9 +192,9 @@ impl Collect {
     /// Takes data that has arrived for `position`.
     pub(crate) fn push(&mut self, position: u64, data: &[u8]) {
         match self.place(position, data.len()) {
-            Place::Append(buffer) => buffer.extend_from_slice(data),
-            Place::Overwrite(slice) => slice.copy_from_slice(data),
-            Place::Nowhere => {}
+            Destination::Append(buffer) => buffer.extend_from_slice(data),
+            Destination::Overwrite(slice) => slice.copy_from_slice(data),
+            Destination::Nowhere => {}
         }
     }
 
@@ -207,35 +207,37 @@ impl Collect {
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<usize>> {
         match self.place(position, length) {
-            Place::Append(buffer) => {
+            Destination::Append(buffer) => {
                 let mut buffer = buffer.limit(length);
                 pin!(stream.read_buf(&mut buffer)).poll(cx)
             }
-            Place::Overwrite(slice) => pin!(stream.read(slice)).poll(cx),
+            Destination::Overwrite(slice) => pin!(stream.read(slice)).poll(cx),
             // Data is announced for READs only, and those have a place for it.
-            Place::Nowhere => Poll::Ready(Err(io::Error::other("data for a request without any"))),
+            Destination::Nowhere => {
+                Poll::Ready(Err(io::Error::other("data for a request without any")))
+            }
         }
     }
 
-    fn place(&mut self, position: u64, length: usize) -> Place<'_> {
+    fn place(&mut self, position: u64, length: usize) -> Destination<'_> {
         let buffer = match self {
             Self::Flat(buffer) => buffer,
-            // Chunks arrive whole, one behind the other: the last piece is the one that grows.
-            Self::Pieces(pieces, _) => match pieces.last_mut() {
-                Some((_, Part::Data(buffer))) => return Place::Append(buffer),
-                _ => return Place::Nowhere,
+            // Chunks arrive whole, one behind the other: the last chunk is the one that grows.
+            Self::Chunks(chunks, _) => match chunks.last_mut() {
+                Some((_, PartialChunk::Data(buffer))) => return Destination::Append(buffer),
+                _ => return Destination::Nowhere,
             },
-            Self::Nothing | Self::Status(_) => return Place::Nowhere,
+            Self::Nothing | Self::Status(_) => return Destination::Nowhere,
         };
         let start = position as usize;
         if start >= buffer.len() {
-            return Place::Append(buffer);
+            return Destination::Append(buffer);
         }
         let end = start.saturating_add(length);
         if end > buffer.len() {
             buffer.resize(end, 0);
         }
-        buffer.get_mut(start..end).map_or(Place::Nowhere, Place::Overwrite)
+        buffer.get_mut(start..end).map_or(Destination::Nowhere, Destination::Overwrite)
     }
 
     fn finish(self, offset: u64, length: u64) -> Outcome {
@@ -245,7 +247,7 @@ impl Collect {
                 debug_assert_eq!(buffer.len() as u64, length, "the machine checked the coverage");
                 Outcome::Data(buffer.freeze())
             }
-            Self::Pieces(pieces, _) => Outcome::Pieces(in_order(offset, pieces)),
+            Self::Chunks(chunks, _) => Outcome::Chunks(in_order(offset, chunks)),
             Self::Status(mut contexts) => {
                 contexts.sort_by_key(|(context, _)| *context);
                 Outcome::Status(contexts)
@@ -255,27 +257,29 @@ impl Collect {
 }
 
 /// Where data goes.
-enum Place<'a> {
+enum Destination<'a> {
     Append(&'a mut BytesMut),
     Overwrite(&'a mut [u8]),
     Nowhere,
 }
 
-/// Sorts pieces by offset and joins neighbouring holes.
-fn in_order(offset: u64, mut parts: Vec<(u64, Part)>) -> Vec<Piece> {
-    parts.sort_by_key(|(position, _)| *position);
-    let mut pieces: Vec<Piece> = Vec::with_capacity(parts.len());
-    for (position, part) in parts {
+/// Sorts chunks by offset and joins neighbouring holes.
+fn in_order(offset: u64, mut partial: Vec<(u64, PartialChunk)>) -> Vec<ReadChunk> {
+    partial.sort_by_key(|(position, _)| *position);
+    let mut chunks: Vec<ReadChunk> = Vec::with_capacity(partial.len());
+    for (position, chunk) in partial {
         let offset = offset.saturating_add(position);
-        match (part, pieces.last_mut()) {
-            (Part::Hole(more), Some(Piece::Hole { length, .. })) => {
+        match (chunk, chunks.last_mut()) {
+            (PartialChunk::Hole(more), Some(ReadChunk::Hole { length, .. })) => {
                 *length = length.saturating_add(more);
             }
-            (Part::Hole(length), _) => pieces.push(Piece::Hole { offset, length }),
-            (Part::Data(data), _) => pieces.push(Piece::Data { offset, data: data.freeze() }),
+            (PartialChunk::Hole(length), _) => chunks.push(ReadChunk::Hole { offset, length }),
+            (PartialChunk::Data(data), _) => {
+                chunks.push(ReadChunk::Data { offset, data: data.freeze() });
+            }
         }
     }
-    pieces
+    chunks
 }
 
 #[cfg(test)]
@@ -299,16 +303,16 @@ mod tests {
 
     #[test]
     fn pieces_are_sorted_and_neighbouring_holes_joined() {
-        let mut collect = Collect::Pieces(Vec::new(), BytesMut::new());
+        let mut collect = Collect::Chunks(Vec::new(), BytesMut::new());
         collect.hole(4, 2);
         collect.begin_data(8, 6, 2);
         collect.push(6, b"gh");
         collect.hole(0, 4);
-        let Outcome::Pieces(pieces) = collect.finish(100, 8) else { panic!("pieces") };
+        let Outcome::Chunks(chunks) = collect.finish(100, 8) else { panic!("chunks") };
         let data = Bytes::from_static(b"gh");
         assert_eq!(
-            pieces,
-            [Piece::Hole { offset: 100, length: 6 }, Piece::Data { offset: 106, data }]
+            chunks,
+            [ReadChunk::Hole { offset: 100, length: 6 }, ReadChunk::Data { offset: 106, data }]
         );
     }
 
@@ -317,17 +321,20 @@ mod tests {
         let mut spare = BytesMut::with_capacity(64);
         spare.extend_from_slice(b"what was read before");
         let place = spare.as_ptr();
-        let mut collect = Collect::Pieces(Vec::new(), spare);
+        let mut collect = Collect::Chunks(Vec::new(), spare);
         collect.hole(0, 4);
         collect.begin_data(8, 4, 2);
         collect.push(4, b"ef");
         collect.begin_data(8, 6, 2);
         collect.push(6, b"gh");
-        let Outcome::Pieces(pieces) = collect.finish(0, 8) else { panic!("pieces") };
-        let [Piece::Hole { length: 4, .. }, Piece::Data { data: first, .. }, Piece::Data { .. }] =
-            pieces.as_slice()
+        let Outcome::Chunks(chunks) = collect.finish(0, 8) else { panic!("chunks") };
+        let [
+            ReadChunk::Hole { length: 4, .. },
+            ReadChunk::Data { data: first, .. },
+            ReadChunk::Data { .. },
+        ] = chunks.as_slice()
         else {
-            panic!("{pieces:?}")
+            panic!("{chunks:?}")
         };
         assert_eq!((&first[..], first.as_ptr()), (&b"ef"[..], place));
     }

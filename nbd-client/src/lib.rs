@@ -90,7 +90,7 @@ pub use client::Client;
 pub use connector::Connector;
 pub use error::{Error, LostConnection, Result};
 pub use extents::{Extent, ExtentStream};
-pub use inflight::Piece;
+pub use inflight::ReadChunk;
 pub use info::{ExportInfo, Protocol, RefusedExport, Scope, ServerInfo};
 pub use nbd_proto::handshake::{ListedExport, OptionError};
 pub use nbd_proto::transmission::client::ServerError;

@@ -8,7 +8,7 @@ use nbd_proto::wire::{BlockDescriptor, MetaContextName, ReplyMode, TransmissionF
 
 use crate::client::{Client, NewRequest};
 use crate::error::Result;
-use crate::inflight::{Collect, Outcome, Piece};
+use crate::inflight::{Collect, Outcome, ReadChunk};
 
 /// Longest range of a request without data in compact mode, in bytes: the largest multiple of
 /// every possible minimum block size below 2^32.
@@ -110,26 +110,26 @@ impl Client {
     /// # Cancel safety
     ///
     /// As for [`Client::read`].
-    pub async fn read_pieces(&self, offset: u64, length: usize) -> Result<Vec<Piece>> {
+    pub async fn read_chunks(&self, offset: u64, length: usize) -> Result<Vec<ReadChunk>> {
         let total = length as u64;
         self.check_range(offset, total)?;
         let mut replies = Vec::new();
         for (offset, length) in split(offset, total, self.longest_payload()) {
             let command = Command::Read(Fragmentation::Allowed);
-            let collect = Collect::Pieces(Vec::new(), BytesMut::new());
+            let collect = Collect::Chunks(Vec::new(), BytesMut::new());
             let request = NewRequest { collect, ..NewRequest::plain(offset, length, command) };
             replies.push(self.submit(request).await?);
         }
-        let mut pieces = Vec::new();
+        let mut chunks = Vec::new();
         for reply in replies {
-            if let Outcome::Pieces(more) = reply.outcome().await? {
-                pieces.extend(more);
+            if let Outcome::Chunks(more) = reply.outcome().await? {
+                chunks.extend(more);
             }
         }
-        Ok(pieces)
+        Ok(chunks)
     }
 
-    /// Like [`Client::read_pieces`], with memory that the caller has left over for the first piece of
+    /// Like [`Client::read_chunks`], with memory that the caller has left over for the first chunk of
     /// data: see [`Client::read_reusing`].
     ///
     /// # Errors
@@ -139,21 +139,21 @@ impl Client {
     /// # Cancel safety
     ///
     /// As for [`Client::read_reusing`].
-    pub async fn read_pieces_reusing(
+    pub async fn read_chunks_reusing(
         &self,
         offset: u64,
         length: usize,
         buffer: BytesMut,
-    ) -> Result<Vec<Piece>> {
+    ) -> Result<Vec<ReadChunk>> {
         let total = length as u64;
         self.check_range(offset, total)?;
         if total == 0 || total > self.longest_payload() {
-            return self.read_pieces(offset, length).await;
+            return self.read_chunks(offset, length).await;
         }
-        let collect = Collect::Pieces(Vec::new(), buffer);
+        let collect = Collect::Chunks(Vec::new(), buffer);
         let request = NewRequest { collect, ..flat_read(offset, total) };
         match self.submit(request).await?.outcome().await? {
-            Outcome::Pieces(pieces) => Ok(pieces),
+            Outcome::Chunks(chunks) => Ok(chunks),
             _ => Ok(Vec::new()),
         }
     }

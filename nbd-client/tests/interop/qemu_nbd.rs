@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 
 use nbd_client::{
     AllocationFlags, ApiMisuse, Bytes, Durability, Errno, Error, ExtentLimit, MetaContextName,
-    OptionReplyType, Piece, Protocol, ReplyMode, Scope, Speed, TransmissionFlags, ZeroMode,
+    OptionReplyType, Protocol, ReadChunk, ReplyMode, Scope, Speed, TransmissionFlags, ZeroMode,
 };
 
 use crate::common::{have, pattern, qemu_nbd};
@@ -97,14 +97,14 @@ async fn holes_are_seen_by_block_status_and_by_reads() {
         assert_eq!(one[0].1.len(), 1);
         assert_eq!(one[0].1[0].length, 65_536);
 
-        let pieces = client.read_pieces((5 << 30) - 65_536, 3 * 65_536).await.unwrap();
+        let chunks = client.read_chunks((5 << 30) - 65_536, 3 * 65_536).await.unwrap();
         let data = Bytes::from(vec![1; 65_536]);
         let expected = [
-            Piece::Hole { offset: (5 << 30) - 65_536, length: 65_536 },
-            Piece::Data { offset: 5 << 30, data },
-            Piece::Hole { offset: (5 << 30) + 65_536, length: 65_536 },
+            ReadChunk::Hole { offset: (5 << 30) - 65_536, length: 65_536 },
+            ReadChunk::Data { offset: 5 << 30, data },
+            ReadChunk::Hole { offset: (5 << 30) + 65_536, length: 65_536 },
         ];
-        assert_eq!(pieces, expected, "{mode:?}");
+        assert_eq!(chunks, expected, "{mode:?}");
         let flat = client.read((5 << 30) - 1, 65_538).await.unwrap();
         assert_eq!((flat[0], flat[1], flat[65_536], flat[65_537]), (0, 1, 1, 0));
     }
@@ -151,10 +151,10 @@ async fn reads_and_writes_over_the_maximum_payload_are_split() {
     let mut buffer = vec![0; length];
     client.read_into(512, &mut buffer).await.unwrap();
     assert!(buffer == data);
-    let pieces = client.read_pieces(512, length).await.unwrap();
+    let chunks = client.read_chunks(512, length).await.unwrap();
     let mut expected = 512;
-    for piece in &pieces {
-        assert_eq!(piece.offset(), expected, "pieces have no gaps");
+    for piece in &chunks {
+        assert_eq!(piece.offset(), expected, "chunks have no gaps");
         expected += piece.length();
     }
     assert_eq!(expected, 512 + length as u64);

@@ -164,7 +164,7 @@ async fn holes_that_lie_outside_overlap_or_are_empty_are_refused_as_pieces_too()
             })
             .await;
             let spare = bytes::BytesMut::from(&b"what is left over"[..]);
-            let read = guarded(client.read_pieces_reusing(OFFSET, LENGTH as usize, spare)).await;
+            let read = guarded(client.read_chunks_reusing(OFFSET, LENGTH as usize, spare)).await;
             let why = because(&read.expect_err("a bad reply"));
             assert!(why.contains(expected), "{mode:?}: {why:?} does not say {expected:?}");
         }

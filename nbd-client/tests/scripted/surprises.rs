@@ -126,9 +126,9 @@ async fn data_in_many_small_chunks_out_of_order_is_put_together() {
         hole.fill(0);
     }
     assert_eq!(guarded(client.read(0, 131_072)).await.unwrap(), expected);
-    let pieces = guarded(client.read_pieces(0, 131_072)).await.unwrap();
+    let chunks = guarded(client.read_chunks(0, 131_072)).await.unwrap();
     let mut offset = 0;
-    for piece in &pieces {
+    for piece in &chunks {
         assert_eq!(piece.offset(), offset, "in order, without gaps");
         offset += piece.length();
     }

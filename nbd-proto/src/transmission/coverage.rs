@@ -48,7 +48,7 @@ impl Coverage {
     }
 
     /// In how many separate ranges the answered bytes lie.
-    pub(super) fn pieces(&self) -> usize {
+    pub(super) fn ranges(&self) -> usize {
         self.ranges.len()
     }
 

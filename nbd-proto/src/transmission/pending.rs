@@ -115,7 +115,7 @@ impl Pending {
         };
         let fresh = coverage.add(start, end);
         let too_many =
-            coverage.chunks() > MAX_CHUNKS_PER_READ || coverage.pieces() > MAX_GAPS_PER_READ;
+            coverage.chunks() > MAX_CHUNKS_PER_READ || coverage.ranges() > MAX_GAPS_PER_READ;
         if !fresh {
             return Err(self.bad_chunk(what, "these bytes were answered before", offset, length));
         }

@@ -205,7 +205,7 @@ impl Job {
     /// every piece.
     async fn copy_data(&self, piece: &Piece, buffer: &mut BytesMut) -> Result<u64, CommandError> {
         let memory = std::mem::take(buffer);
-        let read = self.source.read_pieces(piece.offset, piece.length, memory).await?;
+        let read = self.source.read_chunks(piece.offset, piece.length, memory).await?;
         let mut holes = 0;
         for part in parts(read, self.hole_unit) {
             match part {

@@ -1,7 +1,7 @@
 //! The answer to a read, in which the server has told holes apart from data.
 
 use bytes::{Bytes, BytesMut};
-use nbd_client::Piece;
+use nbd_client::ReadChunk;
 
 /// A part of a range that is written in one way.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,14 +13,14 @@ pub(super) enum Part {
 /// Cuts what was read so that zeroes begin and end at multiples of `unit` (in bytes), or where the
 /// range does: a unit with any data in it is data. `pieces` are those of one read, in order and
 /// without gaps.
-pub(super) fn parts(pieces: Vec<Piece>, unit: u64) -> Vec<Part> {
-    let Some(start) = pieces.first().map(Piece::offset) else { return Vec::new() };
+pub(super) fn parts(pieces: Vec<ReadChunk>, unit: u64) -> Vec<Part> {
+    let Some(start) = pieces.first().map(ReadChunk::offset) else { return Vec::new() };
     let end = pieces.last().map_or(start, end_of);
     let mut parts = Vec::new();
     // What is to become the next part with data.
-    let mut open: Vec<Piece> = Vec::new();
+    let mut open: Vec<ReadChunk> = Vec::new();
     for piece in pieces {
-        let Piece::Hole { offset, length } = piece else {
+        let ReadChunk::Hole { offset, length } = piece else {
             open.push(piece);
             continue;
         };
@@ -32,12 +32,12 @@ pub(super) fn parts(pieces: Vec<Piece>, unit: u64) -> Vec<Part> {
             continue;
         }
         if from > offset {
-            open.push(Piece::Hole { offset, length: from - offset });
+            open.push(ReadChunk::Hole { offset, length: from - offset });
         }
         parts.extend(joined(std::mem::take(&mut open)));
         parts.push(Part::Zero { offset: from, length: to - from });
         if to < hole_end {
-            open.push(Piece::Hole { offset: to, length: hole_end - to });
+            open.push(ReadChunk::Hole { offset: to, length: hole_end - to });
         }
     }
     parts.extend(joined(open));
@@ -45,26 +45,26 @@ pub(super) fn parts(pieces: Vec<Piece>, unit: u64) -> Vec<Part> {
 }
 
 /// Neighbouring pieces as one part with data. The usual single one is not copied.
-fn joined(mut pieces: Vec<Piece>) -> Option<Part> {
-    if let [Piece::Data { .. }] = pieces.as_slice()
-        && let Some(Piece::Data { offset, data }) = pieces.pop()
+fn joined(mut pieces: Vec<ReadChunk>) -> Option<Part> {
+    if let [ReadChunk::Data { .. }] = pieces.as_slice()
+        && let Some(ReadChunk::Data { offset, data }) = pieces.pop()
     {
         return Some(Part::Data { offset, data });
     }
     let offset = pieces.first()?.offset();
-    let length: u64 = pieces.iter().map(Piece::length).sum();
+    let length: u64 = pieces.iter().map(ReadChunk::length).sum();
     // A part of one request.
     let mut data = BytesMut::with_capacity(length as usize);
     for piece in &pieces {
         match piece {
-            Piece::Data { data: more, .. } => data.extend_from_slice(more),
-            Piece::Hole { length, .. } => data.resize(data.len() + *length as usize, 0),
+            ReadChunk::Data { data: more, .. } => data.extend_from_slice(more),
+            ReadChunk::Hole { length, .. } => data.resize(data.len() + *length as usize, 0),
         }
     }
     Some(Part::Data { offset, data: data.freeze() })
 }
 
-fn end_of(piece: &Piece) -> u64 {
+fn end_of(piece: &ReadChunk) -> u64 {
     piece.offset() + piece.length()
 }
 
@@ -72,12 +72,12 @@ fn end_of(piece: &Piece) -> u64 {
 mod tests {
     use super::*;
 
-    fn data(offset: u64, length: usize) -> Piece {
-        Piece::Data { offset, data: vec![7; length].into() }
+    fn data(offset: u64, length: usize) -> ReadChunk {
+        ReadChunk::Data { offset, data: vec![7; length].into() }
     }
 
-    fn hole(offset: u64, length: u64) -> Piece {
-        Piece::Hole { offset, length }
+    fn hole(offset: u64, length: u64) -> ReadChunk {
+        ReadChunk::Hole { offset, length }
     }
 
     fn kinds(parts: &[Part]) -> Vec<(u64, u64, char)> {
@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn one_piece_is_handed_on_without_a_copy() {
         let bytes = Bytes::from(vec![7; 4096]);
-        let parts = parts(vec![Piece::Data { offset: 0, data: bytes.clone() }], 512);
+        let parts = parts(vec![ReadChunk::Data { offset: 0, data: bytes.clone() }], 512);
         let [Part::Data { offset: 0, data }] = parts.as_slice() else { panic!("{parts:?}") };
         assert_eq!(data.as_ptr(), bytes.as_ptr());
     }

@@ -8,7 +8,7 @@ use imgfmt::storage::{FileIdentity, FileStorage};
 use imgfmt::{
     Access, ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _,
 };
-use nbd_client::{Client, Piece};
+use nbd_client::{Client, ReadChunk};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 
@@ -177,17 +177,17 @@ impl Source {
     }
 
     /// As [`read`](Self::read), with the holes told apart of which a server speaks in its answer.
-    pub(super) async fn read_pieces(
+    pub(super) async fn read_chunks(
         &self,
         offset: u64,
         length: u64,
         buffer: BytesMut,
-    ) -> Result<Vec<Piece>, CommandError> {
+    ) -> Result<Vec<ReadChunk>, CommandError> {
         let Self::Nbd { client, uri } = self else {
             let data = self.read(offset, length, buffer).await?;
-            return Ok(vec![Piece::Data { offset, data }]);
+            return Ok(vec![ReadChunk::Data { offset, data }]);
         };
-        let read = client.read_pieces_reusing(offset, length as usize, buffer).await;
+        let read = client.read_chunks_reusing(offset, length as usize, buffer).await;
         read.map_err(|error| failed(uri, "read from", &error))
     }
 

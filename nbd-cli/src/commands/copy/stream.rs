@@ -7,7 +7,7 @@ use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use nbd_client::Piece as ReadPiece;
+use nbd_client::ReadChunk;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -70,10 +70,10 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), CommandErro
             Some(Ahead::Data(reading)) => {
                 for piece in flatten(reading.await)? {
                     match piece {
-                        ReadPiece::Hole { length, .. } => {
+                        ReadChunk::Hole { length, .. } => {
                             write_zeroes(job, &zeroes, length).await?;
                         }
-                        ReadPiece::Data { data, .. } => {
+                        ReadChunk::Data { data, .. } => {
                             let length = data.len() as u64;
                             write_standard_output(data).await?;
                             job.progress.add(length);
@@ -110,7 +110,7 @@ pub(super) async fn through(job: &Arc<Job>) -> Result<(), CommandError> {
 /// A piece that comes later.
 enum Ahead {
     Zero(u64),
-    Data(JoinHandle<Result<Vec<ReadPiece>, CommandError>>),
+    Data(JoinHandle<Result<Vec<ReadChunk>, CommandError>>),
 }
 
 impl Ahead {
@@ -120,7 +120,7 @@ impl Ahead {
             Content::Data | Content::Unchanged => {
                 let job = job.clone();
                 let read = async move {
-                    job.source.read_pieces(piece.offset, piece.length, BytesMut::new()).await
+                    job.source.read_chunks(piece.offset, piece.length, BytesMut::new()).await
                 };
                 Self::Data(tokio::spawn(read))
             }
