@@ -8,7 +8,7 @@ use imgfmt::{
     Access, BitmapChange, BitmapState, Durability, Image, OpenOptions, Speed, Survives, ZeroMode,
 };
 
-use super::common::{self, Random, at, qemu, range, run, text};
+use crate::common::{self, Random, at, qemu, range, run, text};
 
 pub const SIZE: u64 = 32 << 20;
 const SCRIPT: &str = "IMGFMT_TEST_SCRIPT";
@@ -97,7 +97,7 @@ pub fn has_no_trace(path: &Path) {
 /// Starts this program again to carry out a script: words, the first of which is what to do.
 pub fn start(path: &Path, script: &str) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "the_process_that_dies", "--nocapture"])
+        .args(["--exact", "survival::the_process_that_dies", "--nocapture"])
         .env(SCRIPT, format!("{script} {}", text(path)))
         .stdout(Stdio::null())
         .stderr(Stdio::inherit())
@@ -112,7 +112,8 @@ pub fn die_after(path: &Path, script: &str) {
 }
 
 /// The other side of [`start`]: does nothing in an ordinary run of the tests.
-pub fn carry_out() {
+#[test]
+fn the_process_that_dies() {
     let Ok(script) = std::env::var(SCRIPT) else { return };
     let words: Vec<&str> = script.split(' ').collect();
     let path = Path::new(words[words.len() - 1]);

@@ -25,7 +25,10 @@ pub(super) struct FromTests {
     description: &'static str,
     unit: &'static str,
     pub(super) package: &'static str,
+    /// The test program.
     pub(super) test: &'static str,
+    /// Which of its modules has the tests.
+    module: &'static str,
     /// Sets how much one run does, in the environment.
     rounds: (&'static str, &'static str),
     /// Takes the seed, in the environment.
@@ -100,13 +103,14 @@ impl FromTests {
         },
     ];
 
-    const fn imgfmt(test: &'static str) -> Self {
+    const fn imgfmt(module: &'static str) -> Self {
         Self {
             name: "",
             description: "",
             unit: "",
             package: "imgfmt",
-            test,
+            test: "it",
+            module,
             rounds: ("", ""),
             seed: "IMGFMT_SEED",
         }
@@ -130,10 +134,9 @@ impl Judge for FromTests {
         let program = round.programs.test(self.package, self.test)?;
         let listed =
             served::output_of(Command::new(program).args(["--list", "--format", "terse"]))?;
-        let names: Vec<&str> =
-            listed.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+        let names = tests_of(&listed, self.module);
         if names.is_empty() {
-            bail!("{} has no tests", self.test);
+            bail!("{} has no tests in {}", self.test, self.module);
         }
         let mut random = Random::new(round.seed);
         let name = random.choose(&names);
@@ -156,10 +159,17 @@ impl Judge for FromTests {
         File::open(&said)?.read_to_string(&mut text)?;
         match status {
             Some(status) if status.success() => Ok(judged(&text)),
-            Some(status) => bail!("{} {name}: {status}\n{}", self.test, last_lines(&text, 40)),
-            None => bail!("{} {name} hangs\n{}", self.test, last_lines(&text, 40)),
+            Some(status) => bail!("{name}: {status}\n{}", last_lines(&text, 40)),
+            None => bail!("{name} hangs\n{}", last_lines(&text, 40)),
         }
     }
+}
+
+/// The tests of one module, by their whole names, in what a test program lists.
+fn tests_of<'a>(listed: &'a str, module: &str) -> Vec<&'a str> {
+    let names = listed.lines().filter_map(|line| line.strip_suffix(": test"));
+    let is_of = |name: &&str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with("::"));
+    names.filter(is_of).collect()
 }
 
 /// What a test says it judged; one for a test that says nothing.
@@ -185,10 +195,17 @@ mod tests {
     }
 
     #[test]
+    fn tests_of_one_module_are_chosen() {
+        let listed = "crash::a: test\ncrash_of_bitmaps::b: test\ncrash::c: test\nd: test\n";
+        assert_eq!(tests_of(listed, "crash"), ["crash::a", "crash::c"]);
+        assert!(tests_of(listed, "d").is_empty());
+    }
+
+    #[test]
     fn every_kind_has_a_name_a_unit_and_a_number_of_rounds() {
         for tests in FromTests::ALL {
-            assert!(!tests.name.is_empty() && !tests.unit.is_empty(), "{}", tests.test);
-            assert!(tests.rounds.1.parse::<u64>().is_ok(), "{}", tests.test);
+            assert!(!tests.name.is_empty() && !tests.unit.is_empty(), "{}", tests.module);
+            assert!(tests.rounds.1.parse::<u64>().is_ok(), "{}", tests.module);
         }
     }
 }

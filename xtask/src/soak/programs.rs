@@ -1,6 +1,6 @@
 //! The programs under judgement, built once.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -44,8 +44,9 @@ pub(super) fn build(profile: &str) -> Result<Programs> {
     let (_, _, cli) = cli.context("cargo built no nbd-cli")?;
     let mut command = cargo();
     command.args(["test", "--no-run", "--workspace", "--locked", "--profile", profile]);
-    for tests in FromTests::ALL {
-        command.args(["--test", tests.test]);
+    let programs: BTreeSet<_> = FromTests::ALL.iter().map(|tests| tests.test).collect();
+    for program in programs {
+        command.args(["--test", program]);
     }
     let tests = executables(&mut command)?;
     let tests = tests.into_iter().map(|(package, name, path)| ((package, name), path)).collect();

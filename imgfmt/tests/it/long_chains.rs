@@ -1,0 +1,130 @@
+//! Chains of hundreds of layers are read; a layer that could not be read is not made.
+
+use std::path::{Path, PathBuf};
+
+use imgfmt::{
+    Access, CreateOptions, Durability, ErrorKind, Format, GuestRange, Image, OpenOptions, Syncing,
+};
+use tempfile::TempDir;
+
+use crate::common::at;
+
+const SIZE: u64 = 16 << 20;
+const CLUSTER: u64 = 64 << 10;
+/// As the documentation of `Image::check_chain_length` has it.
+const LAYERS_MAX: usize = 500;
+
+fn layer(folder: &Path, number: usize) -> PathBuf {
+    folder.join(name(number))
+}
+
+fn name(number: usize) -> String {
+    format!("l{number:04}.qcow2")
+}
+
+/// A chain of empty layers above the first one, which holds something.
+fn chain(layers: usize) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    Image::create(layer(folder.path(), 0), &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
+    let first = layer(folder.path(), 0);
+    let image = Image::open(&first, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
+    image.write_at(at(CLUSTER), &[7; 4096], Durability::Cached).unwrap();
+    image.close().unwrap();
+    let overlay = CreateOptions::overlay(name(0), Format::Qcow2);
+    Image::create(layer(folder.path(), 1), &overlay).unwrap();
+    let template = std::fs::read(layer(folder.path(), 1)).unwrap();
+    let place = template.windows(11).position(|part| part == name(0).as_bytes()).unwrap();
+    for number in 2..layers {
+        let mut bytes = template.clone();
+        bytes[place..place + 11].copy_from_slice(name(number - 1).as_bytes());
+        std::fs::write(layer(folder.path(), number), bytes).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn a_disk_written_in_200_layers_reads_as_one() {
+    const LAYERS: usize = 200;
+    let folder = chain(LAYERS);
+    let mut expected = vec![0; SIZE as usize];
+    expected[CLUSTER as usize..][..4096].fill(7);
+    for number in (0..LAYERS).step_by(8) {
+        let path = layer(folder.path(), number);
+        let options = OpenOptions::new().access(Access::ReadWrite).syncing(Syncing::Off);
+        let image = Image::open(&path, &options).unwrap();
+        // Each splits what the ones above have not got.
+        let start = (number as u64 * 37 * CLUSTER / 2) % (SIZE - CLUSTER);
+        let data = vec![number as u8; 5000];
+        image.write_at(at(start), &data, Durability::Cached).unwrap();
+        expected[start as usize..][..5000].copy_from_slice(&data);
+        image.close().unwrap();
+    }
+    let top = Image::open(layer(folder.path(), LAYERS - 1), &OpenOptions::new()).unwrap();
+    let mut content = vec![1; SIZE as usize];
+    top.read_at(at(0), &mut content).unwrap();
+    assert!(content == expected);
+    let whole = GuestRange::new(at(0), SIZE).unwrap();
+    // One answer need not reach the end.
+    let (mut extents, mut rest) = (Vec::new(), whole);
+    while !rest.is_empty() {
+        extents.extend(top.extents(rest, 10_000).unwrap());
+        rest = GuestRange::between(extents.last().unwrap().range.end(), whole.end()).unwrap();
+    }
+    // What the lowest layers hold others may have covered.
+    assert!(extents.iter().any(|extent| extent.depth > 150));
+    assert!(!top.map_read(whole).unwrap().mappings().is_empty());
+}
+
+#[test]
+fn the_longest_chain_is_read_and_no_layer_is_made_above_it() {
+    let folder = chain(LAYERS_MAX);
+    let (top, above) = (layer(folder.path(), LAYERS_MAX - 1), folder.path().join("above.qcow2"));
+    let options = OpenOptions::new().access(Access::ReadWrite);
+    let image = Image::open(&top, &options).unwrap();
+    let mut content = [0; 8192];
+    image.read_at(at(CLUSTER), &mut content).unwrap();
+    assert_eq!((content[0], content[4095], content[4096]), (7, 7, 0));
+    // Copies what is around it from the lowest layer.
+    image.write_at(at(CLUSTER + 1), &[9], Durability::Cached).unwrap();
+    image.read_at(at(CLUSTER), &mut content).unwrap();
+    assert_eq!(content[..3], [7, 9, 7]);
+    image.close().unwrap();
+
+    let overlay = CreateOptions::overlay(name(LAYERS_MAX - 1), Format::Qcow2);
+    let error = Image::create(&above, &overlay).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("more than 500 layers"), "{error}");
+    assert!(!above.exists());
+    // By the way of an overlay of something else.
+    Image::create(&above, &CreateOptions::overlay(name(0), Format::Qcow2)).unwrap();
+    let before = std::fs::read(&above).unwrap();
+    let last = name(LAYERS_MAX - 1);
+    let backing = Some((&*last, Format::Qcow2));
+    let error = Image::change_backing_file(&above, &OpenOptions::new(), backing).unwrap_err();
+    assert!(error.to_string().contains("more than 500 layers"), "{error}");
+    assert!(std::fs::read(&above).unwrap() == before);
+    let last = name(LAYERS_MAX - 2);
+    let backing = Some((&*last, Format::Qcow2));
+    Image::change_backing_file(&above, &OpenOptions::new(), backing).unwrap();
+    Image::open(&above, &OpenOptions::new()).unwrap();
+}
+
+#[test]
+fn a_chain_that_is_too_long_already_is_refused_with_its_name() {
+    let folder = chain(LAYERS_MAX + 1);
+    let top = layer(folder.path(), LAYERS_MAX);
+    let error = Image::open(&top, &OpenOptions::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert_eq!(error.path(), Some(&*top));
+}
+
+#[test]
+fn a_loop_is_found_far_down() {
+    let folder = chain(200);
+    let backing = name(150);
+    let (first, backing) = (layer(folder.path(), 0), Some((&*backing, Format::Qcow2)));
+    Image::change_backing_file(&first, &OpenOptions::new(), backing).unwrap();
+    let error = Image::open(layer(folder.path(), 199), &OpenOptions::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidFormat);
+    assert!(error.to_string().contains("leads back to itself"), "{error}");
+}
