@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::create::Amendment;
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -117,11 +116,10 @@ pub(crate) fn change_backing(
     }
 }
 
-/// Changes the header of one file's qcow2 image.
-pub(crate) fn amend(path: &Path, options: &OpenOptions, amendment: &Amendment) -> Result<()> {
-    let storage = options.open_file(path, Access::ReadWrite)?;
-    match format_of(&storage, options)? {
-        Format::Qcow2 => qcow2::amend(&storage, amendment),
+/// Refuses to amend what is no qcow2 image.
+pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> Result<()> {
+    match format_of(storage, options)? {
+        Format::Qcow2 => Ok(()),
         _ => {
             let detail = "only qcow2 images have a header that can be amended";
             Err(Error::new(ErrorKind::Unsupported, "amend", detail))

@@ -13,7 +13,7 @@ use crate::image::Image;
 use crate::open_policy::OpenPolicy;
 use crate::options::{Access, OpenOptions};
 use crate::qcow2;
-use crate::storage::Durability;
+use crate::storage::{Durability, FileStorage};
 use crate::units::GuestOffset;
 
 /// How the clusters of a new qcow2 image are compressed, if any ever are.
@@ -71,15 +71,20 @@ pub enum LazyRefcounts {
     On,
 }
 
-/// What is to change in the header of a qcow2 image that exists, see
-/// [`Image::amend`](crate::Image::amend); `None` leaves it as it is.
+/// What is to change in a qcow2 image that exists, see [`Image::amend`](crate::Image::amend); `None` leaves it
+/// as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Amendment {
-    /// Its version; an older one is not possible.
+    /// Its version. Version 2 is possible without bitmaps, snapshots and features that it does not have;
+    /// clusters that are noted as zero get other forms then, zeroes as data where a backing file would show.
     pub version: Option<Qcow2Version>,
     /// Whether other programs may be late with refcounts.
     pub lazy_refcounts: Option<LazyRefcounts>,
+    /// Width of a refcount in bits: a power of two from 1 to 64.
+    pub refcount_bits: Option<u32>,
+    /// Size of the disk in bytes; not smaller than it is.
+    pub size: Option<u64>,
 }
 
 /// How data is kept in a file of its own.
@@ -177,6 +182,14 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
 pub(crate) fn create_on_device(path: &Path, options: &CreateOptions) -> Result<NewOnDevice> {
     if !is_block_device(path) {
         return Err(invalid("it is not a block device").with_path(path));
+    }
+    if let Some((name, _)) = &options.backing {
+        let backing = path.parent().map_or_else(|| name.into(), |folder| folder.join(name));
+        let identity = FileStorage::identity_of(&backing);
+        if identity.is_some() && identity == FileStorage::identity_of(path) {
+            let detail = "the device cannot be the backing file of the image on it";
+            return Err(invalid(detail).with_path(path));
+        }
     }
     let (size, content) = plan(path, options)?;
     NewOnDevice::begin(path, options, size, &content)

@@ -308,6 +308,12 @@ impl Image {
         result.map_err(|error| self.name(error))
     }
 
+    /// Changes the width of refcounts, 2 to this power bits. Only closing the image is possible afterwards.
+    pub(crate) fn change_refcount_width(&mut self, order: u32) -> Result<()> {
+        let image = self.driver.as_qcow2_mut();
+        image.map_or(Ok(()), |image| image.change_refcount_width(order))
+    }
+
     /// Facts about the image.
     ///
     /// # Errors

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use crate::backup::BackupIdentity;
 use crate::chain;
-use crate::create::Amendment;
+use crate::create::{Amendment, Qcow2Version};
 use crate::error::Result;
 use crate::format::Format;
-use crate::image::Image;
+use crate::image::{Image, Shrink};
 use crate::info::ImageInfo;
 use crate::options::{Access, BackingFile, OpenOptions};
 use crate::qcow2;
@@ -103,22 +103,74 @@ impl Image {
         Ok(())
     }
 
-    /// Changes the header of a qcow2 image, and nothing else; the image is opened for writing before,
-    /// so that what a crash left is put in order. Each change is one write that a crash leaves done
-    /// or not done.
+    /// Changes what kind of qcow2 image one is. The disk stays the same, and so do its snapshots and bitmaps;
+    /// the image is opened for writing before, so that what a crash left is put in order. Nobody else can use
+    /// it meanwhile. Whenever that is interrupted the image is as before or as asked for, or has a part of what
+    /// was asked for, and leaks at worst.
     ///
     /// # Errors
     ///
-    /// `Unsupported` for other formats, for an older version, where the header has no room, and where a
-    /// snapshot does not say its size; `InvalidInput` for lazy refcounts in version 2; otherwise as
-    /// [`open`](Self::open).
+    /// `Unsupported` for other formats, for a version that lacks what the image has, where the header has no
+    /// room, where a snapshot does not say its size, and for refcounts that are too narrow; `InvalidInput` for
+    /// what the version does not have, and for a size that is smaller; otherwise as [`open`](Self::open).
     pub fn amend(
         path: impl AsRef<Path>,
         options: &OpenOptions,
         amendment: &Amendment,
     ) -> Result<()> {
         let path = path.as_ref();
-        Self::open(path, &options.clone().access(Access::ReadWrite))?.close()?;
-        chain::amend(path, options, amendment).map_err(|error| error.with_path(path))
+        let open = || options.open_file(path, Access::ReadWrite);
+        open()
+            .and_then(|file| {
+                Self::amend_named(&(Arc::new(file) as _), Some(path), options, amendment)
+            })
+            .map_err(|error| error.with_path(path))
+    }
+
+    /// Changes what kind of image one in any storage is, as [`amend`](Self::amend) does.
+    ///
+    /// # Errors
+    ///
+    /// As [`amend`](Self::amend).
+    pub fn amend_storage(
+        storage: &Arc<dyn Storage>,
+        options: &OpenOptions,
+        amendment: &Amendment,
+    ) -> Result<()> {
+        Self::amend_named(storage, None, options, amendment)
+    }
+
+    fn amend_named(
+        storage: &Arc<dyn Storage>,
+        path: Option<&Path>,
+        options: &OpenOptions,
+        amendment: &Amendment,
+    ) -> Result<()> {
+        chain::refuse_to_amend(&**storage, options)?;
+        let options = options.clone().access(Access::ReadWrite);
+        let open = || Self::open_named(Arc::clone(storage), path, &options);
+        open()?.close()?;
+        qcow2::refuse_amendment(&**storage, amendment)?;
+        if amendment.version == Some(Qcow2Version::V3) {
+            // Wider refcounts need it.
+            let version = Amendment { version: amendment.version, ..Amendment::default() };
+            qcow2::amend(&**storage, &version)?;
+        }
+        if let Some(size) = amendment.size {
+            let mut image = open()?;
+            image.resize(size, Shrink::Refuse)?;
+            image.close()?;
+        }
+        if amendment.version == Some(Qcow2Version::V2) {
+            let image = open()?;
+            image.qcow2().map_or(Ok(()), qcow2::Qcow2::expand_zeroes)?;
+            image.close()?;
+        }
+        if let Some(bits) = amendment.refcount_bits {
+            let mut image = open()?;
+            image.change_refcount_width(bits.trailing_zeros())?;
+            image.close()?;
+        }
+        qcow2::amend(&**storage, amendment)
     }
 }

@@ -193,6 +193,24 @@ impl Qcow2 {
 }
 
 impl Qcow2 {
+    /// Makes refcounts as wide as that, 2 to this power bits. Afterwards the image must be closed.
+    pub(crate) fn change_refcount_width(&mut self, order: u32) -> Result<()> {
+        if order == self.geometry().refcount_order {
+            return Ok(());
+        }
+        // What is about to be free must be free before it is counted.
+        self.flush_all()?;
+        self.release_all_freed(self.writer()?);
+        self.flush_all()?;
+        let checker = Checker::run(self)?;
+        if checker.report.corruptions > 0 || checker.is_incomplete || checker.is_unusable {
+            let detail = "it is damaged; check and repair it first";
+            return Err(Error::new(ErrorKind::Corrupt, "amend", detail));
+        }
+        let plan = checker.plan();
+        self.rebuild_with_width(order, plan)
+    }
+
     /// Whether nothing else refers to the refcount table and its blocks.
     pub(super) fn refcounts_overlap_nothing(&self) -> Result<bool> {
         let mut checker = Checker::new(self)?;

@@ -45,7 +45,7 @@ pub(crate) use metadata::seal::seal;
 pub(crate) use on_disk::incomplete::incomplete_header;
 pub use on_disk::snapshot::Snapshot;
 pub(crate) use purpose::Purpose;
-pub(crate) use structure::amend::amend;
+pub(crate) use structure::amend::{amend, refuse_amendment};
 pub(crate) use structure::create::layout;
 
 /// An open qcow2 image.

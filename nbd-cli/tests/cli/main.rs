@@ -33,6 +33,7 @@ mod copy_sparse;
 mod copy_streams;
 mod help;
 mod help_snapshot;
+mod image_amend;
 mod image_backing_on_server;
 mod image_bad_input;
 mod image_change;

@@ -80,7 +80,7 @@ impl Checker<'_> {
         self.counts.get(cluster) == expected && !(fix.sets_copied && self.is_incomplete)
     }
 
-    fn plan(self) -> Plan {
+    pub(super) fn plan(self) -> Plan {
         Plan {
             counts: self.counts,
             structure: self.structure,

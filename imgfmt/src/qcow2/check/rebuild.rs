@@ -13,6 +13,7 @@ use crate::qcow2::alloc::allocator::make_allocator;
 use crate::qcow2::alloc::reserve::lock;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::write_entry;
+use crate::qcow2::on_disk::words::read_error;
 use crate::storage::Durability;
 use crate::units::HostOffset;
 
@@ -36,6 +37,28 @@ enum Room {
 }
 
 impl Qcow2 {
+    /// Replaces the refcounts by new ones of another width, in which they must fit. Nothing may be wrong with
+    /// the old ones. Afterwards the image must be closed.
+    pub(super) fn rebuild_with_width(&mut self, order: u32, mut plan: Plan) -> Result<()> {
+        for (first, last) in &plan.structure {
+            plan.counts.subtract(*first, *last);
+        }
+        plan.structure = merged(plan.structure);
+        plan.beyond = merged(plan.beyond);
+        self.format.geometry.refcount_order = order;
+        let max = self.geometry().refcount_max();
+        if plan.counts.used().any(|cluster| plan.counts.get(cluster) > max) {
+            let detail = format!(
+                "a cluster has more references than refcounts of {} bits can tell; delete snapshots \
+                 first, or choose more bits",
+                1 << order
+            );
+            return Err(Error::new(ErrorKind::Unsupported, "amend", detail));
+        }
+        let layout = self.new_structure(&plan)?;
+        self.switch_to(&layout)
+    }
+
     /// Replaces the refcounts by new ones.
     pub(super) fn rebuild_refcounts(&mut self, mut plan: Plan) -> Result<()> {
         for (first, last) in std::mem::take(&mut plan.structure) {
@@ -44,11 +67,17 @@ impl Qcow2 {
         }
         plan.beyond = merged(plan.beyond);
         plan.structure = merged(plan.structure);
-        let behind = self.lay_out(&plan, Room::Behind);
+        let layout = self.new_structure(&plan)?;
+        self.switch_to(&layout)
+    }
+
+    /// Writes new refcounts, to which nothing refers yet.
+    fn new_structure(&self, plan: &Plan) -> Result<Layout> {
+        let behind = self.lay_out(plan, Room::Behind);
         let written =
-            behind.and_then(|layout| self.write_structure(&plan, &layout).map(|()| layout));
-        let layout = match written {
-            Ok(layout) => layout,
+            behind.and_then(|layout| self.write_structure(plan, &layout).map(|()| layout));
+        match written {
+            Ok(layout) => Ok(layout),
             Err(error) => {
                 self.cut_back(plan.file_length);
                 // A device does not grow, nor does a file on a full disk. What was not counted may
@@ -56,12 +85,11 @@ impl Qcow2 {
                 if error.kind() != ErrorKind::NoSpace || plan.is_incomplete {
                     return Err(error);
                 }
-                let Ok(layout) = self.lay_out(&plan, Room::Within) else { return Err(error) };
-                self.write_structure(&plan, &layout)?;
-                layout
+                let Ok(layout) = self.lay_out(plan, Room::Within) else { return Err(error) };
+                self.write_structure(plan, &layout)?;
+                Ok(layout)
             }
-        };
-        self.switch_to(&layout)
+        }
     }
 
     /// Takes back what a file grew by, so that the image is as it was.
@@ -141,14 +169,28 @@ impl Qcow2 {
         })
     }
 
-    /// Makes the header name the new table, and everything in memory too.
+    /// Makes the header name the new table and its width, and everything in memory too.
     fn switch_to(&mut self, layout: &Layout) -> Result<()> {
         let offset = layout.table << self.geometry().cluster_bits;
         let clusters = layout.table_clusters as u32;
+        let order = self.geometry().refcount_order;
         let mut fields = [0; 12];
         fields[..8].copy_from_slice(&offset.to_be_bytes());
         fields[8..].copy_from_slice(&clusters.to_be_bytes());
-        self.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
+        if order == self.header.geometry.refcount_order {
+            self.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
+        } else {
+            // Both at once: up to the width everything lies in one sector.
+            let _editing = lock(&self.header_edit);
+            let length = field::REFCOUNT_ORDER - field::REFCOUNT_TABLE_OFFSET;
+            let mut between = vec![0; length as usize];
+            let start = HostOffset::new(field::REFCOUNT_TABLE_OFFSET);
+            self.file.read_exact_at(start, &mut between).map_err(read_error)?;
+            between[..12].copy_from_slice(&fields);
+            between.extend(order.to_be_bytes());
+            self.write_header(field::REFCOUNT_TABLE_OFFSET, &between)?;
+            self.header.geometry.refcount_order = order;
+        }
         self.sync_header()?;
         self.header.refcount_table_offset = offset;
         self.header.refcount_table_clusters = clusters;

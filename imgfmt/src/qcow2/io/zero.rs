@@ -21,6 +21,8 @@ enum Erase {
     Zero(ZeroMode),
     /// Their content is of no interest.
     Discard,
+    /// Those that say "zero" hold nothing any more, which reads the same: there is no backing file.
+    Forget,
 }
 
 /// What a part of a subcluster is before it is zeroed.
@@ -82,6 +84,35 @@ impl Qcow2 {
         let end = if end == self.size { end.next_multiple_of(unit) } else { end / unit * unit };
         let start = start.next_multiple_of(unit);
         if start < end { self.erase(start, end, Erase::Discard) } else { Ok(()) }
+    }
+
+    /// Makes every cluster that says "zero" one that version 2 can have: one with nothing, or one with zeroes
+    /// as data where a backing file would show. There must be neither subclusters nor a data file.
+    pub(crate) fn expand_zeroes(&self) -> Result<()> {
+        if !self.names_backing() {
+            let end = self.size.next_multiple_of(self.geometry().cluster_size());
+            return self.erase(0, end, Erase::Forget);
+        }
+        let zeroes = vec![0; self.geometry().cluster_size() as usize];
+        let mut position = 0;
+        while position < self.size {
+            let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
+            self.push_extents(span(position, self.size), &mut list)?;
+            for extent in list.into_vec() {
+                let end = extent.range.end().bytes();
+                let is_marked = extent.depth == 1 && extent.kind != ExtentKind::Data;
+                while is_marked && position < end {
+                    self.relieve_pressure()?;
+                    let stop =
+                        end.min(self.geometry().cluster_start(position) + zeroes.len() as u64);
+                    let length = (stop - position) as usize;
+                    self.write_range(GuestOffset::new(position), &zeroes[..length])?;
+                    position = stop;
+                }
+                position = end;
+            }
+        }
+        Ok(())
     }
 
     /// Whether a cluster can be made to read as zero by its entry alone.
@@ -252,12 +283,15 @@ impl Qcow2 {
 
     /// Whether nothing needs to be noted where this layer has nothing: it reads as zero already.
     fn may_stay_empty(&self, what: Erase) -> bool {
-        !self.names_backing() && (what == Erase::Discard || !self.marks_zeroes())
+        !self.names_backing() && (!matches!(what, Erase::Zero(_)) || !self.marks_zeroes())
     }
 
     /// What becomes of a cluster when some of its subclusters are erased; `None` if nothing does.
     fn erased(&self, old: Cluster, mask: u32, what: Erase) -> Option<Cluster> {
         let all = self.geometry().all_subclusters();
+        if what == Erase::Forget {
+            return (old.zero != 0).then(Cluster::default);
+        }
         let is_empty = old.host.is_none() && old.compressed.is_none() && old.zero == 0;
         let has_space = old.host.is_some() || old.compressed.is_some();
         if !has_space && (is_empty || what == Erase::Discard) && self.may_stay_empty(what) {

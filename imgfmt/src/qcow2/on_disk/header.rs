@@ -31,6 +31,7 @@ pub(crate) mod field {
     pub(crate) const SNAPSHOT_COUNT: u64 = 60;
     pub(crate) const INCOMPATIBLE: u64 = 72;
     pub(crate) const AUTOCLEAR: u64 = 88;
+    pub(crate) const REFCOUNT_ORDER: u64 = 96;
 }
 
 /// Feature bits that a reader must understand.

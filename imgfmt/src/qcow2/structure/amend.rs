@@ -1,10 +1,12 @@
 //! Changing what kind of qcow2 image one is, without touching its data.
 
-use crate::bytes::u64_at;
+use crate::bytes::{u32_at, u64_at};
 use crate::create::{Amendment, LazyRefcounts, Qcow2Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::on_disk::extension;
-use crate::qcow2::on_disk::header::{Header, V2_LENGTH, compatible, field, incompatible};
+use crate::qcow2::on_disk::header::{
+    Header, V2_LENGTH, autoclear, compatible, field, incompatible,
+};
 use crate::qcow2::on_disk::snapshot;
 use crate::qcow2::on_disk::words::read_error;
 use crate::qcow2::purpose::Purpose;
@@ -25,10 +27,7 @@ pub(crate) fn amend(storage: &dyn Storage, amendment: &Amendment) -> Result<()> 
         return Err(Error::new(ErrorKind::Corrupt, "amend", detail));
     }
     match (header.version, amendment.version) {
-        (3, Some(Qcow2Version::V2)) => {
-            let detail = "version 3 cannot become version 2; convert it into a new image";
-            return Err(Error::new(ErrorKind::Unsupported, "amend", detail));
-        }
+        (3, Some(Qcow2Version::V2)) => downgrade(storage, &header)?,
         (2, Some(Qcow2Version::V3)) => upgrade(storage, &header)?,
         _ => {}
     }
@@ -43,10 +42,7 @@ fn set_lazy_refcounts(storage: &dyn Storage, lazy: LazyRefcounts) -> Result<()> 
     if header.version < 3 {
         return match lazy {
             LazyRefcounts::Off => Ok(()),
-            LazyRefcounts::On => {
-                let detail = "version 2 has no lazy refcounts; make it version 3 as well";
-                Err(Error::new(ErrorKind::InvalidInput, "amend", detail))
-            }
+            LazyRefcounts::On => Err(no_lazy_refcounts()),
         };
     }
     let others = header.compatible & !compatible::LAZY_REFCOUNTS;
@@ -62,49 +58,140 @@ fn set_lazy_refcounts(storage: &dyn Storage, lazy: LazyRefcounts) -> Result<()> 
     write(storage, field::AUTOCLEAR - 8, &bytes)
 }
 
+/// Refuses what is not possible, before anything is changed.
+pub(crate) fn refuse_amendment(storage: &dyn Storage, amendment: &Amendment) -> Result<()> {
+    let header = Header::read(storage, Purpose::Use)?;
+    let version = amendment.version.unwrap_or(match header.version {
+        2 => Qcow2Version::V2,
+        _ => Qcow2Version::V3,
+    });
+    let bits = amendment.refcount_bits.unwrap_or(1 << header.geometry.refcount_order);
+    if !bits.is_power_of_two() || bits > 64 {
+        let detail = format!(
+            "refcounts of {bits} bits are not possible; choose a power of two from 1 to 64"
+        );
+        return Err(Error::new(ErrorKind::InvalidInput, "amend", detail));
+    }
+    if version == Qcow2Version::V3 {
+        return Ok(());
+    }
+    if bits != 16 {
+        let detail = "version 2 has refcounts of 16 bits only; have their width changed as well";
+        return Err(Error::new(ErrorKind::InvalidInput, "amend", detail));
+    }
+    if amendment.lazy_refcounts == Some(LazyRefcounts::On) {
+        return Err(no_lazy_refcounts());
+    }
+    if header.version == 2 { Ok(()) } else { refuse_downgrade(&header) }
+}
+
+/// Refuses to make an image version 2 that has what version 2 has not.
+fn refuse_downgrade(header: &Header) -> Result<()> {
+    let has = |bit: u64| header.incompatible & bit != 0;
+    let what = if has(incompatible::DATA_FILE) {
+        "its data is in a file of its own"
+    } else if has(incompatible::EXTENDED_L2) {
+        "its clusters have subclusters"
+    } else if has(incompatible::COMPRESSION) {
+        "its clusters are compressed in another way than with zlib"
+    } else if header.autoclear & autoclear::BITMAPS != 0 || header.bitmaps().is_some() {
+        "it has dirty bitmaps: remove them first"
+    } else if header.snapshot_count > 0 {
+        "it has snapshots, which may hold more than version 2 can: delete them first"
+    } else {
+        return Ok(());
+    };
+    let detail = format!("it cannot become version 2, for {what}; or convert it into a new image");
+    Err(Error::new(ErrorKind::Unsupported, "amend", detail))
+}
+
+/// Makes a version 3 image version 2. No cluster says "zero" any more.
+fn downgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
+    refuse_downgrade(header)?;
+    let first = FirstCluster::read(storage, header)?;
+    let mut content = first.bytes[..V2_LENGTH as usize].to_vec();
+    content[4..8].copy_from_slice(&2_u32.to_be_bytes());
+    let length = u32_at(&first.bytes, 100) as usize;
+    // There are no features any more that could have names.
+    let extensions = extension::without(first.area(length), extension::FEATURE_NAMES)?;
+    first.replace_start(storage, content, &extensions)
+}
+
 /// Makes a version 2 image version 3: the header becomes longer, and what comes behind it moves.
 fn upgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     refuse_snapshots_without_size(storage, header)?;
-    let cluster = header.geometry.cluster_size() as usize;
-    let mut first = vec![0; cluster];
-    storage.read_at(HostOffset::new(0), &mut first).map_err(read_error)?;
-    let name = header.backing_name.as_deref().unwrap_or_default().as_bytes();
-    let old_name = u64_at(&first, 8) as usize;
-    let area_end = if old_name == 0 { cluster } else { old_name.min(cluster) };
-    let area = first.get(V2_LENGTH as usize..area_end).unwrap_or_default();
-    let mut content = first[..V2_LENGTH as usize].to_vec();
+    let first = FirstCluster::read(storage, header)?;
+    let mut content = first.bytes[..V2_LENGTH as usize].to_vec();
     content[4..8].copy_from_slice(&3_u32.to_be_bytes());
     // No features of any kind.
     content.extend([0; 24]);
     content.extend(REFCOUNT_ORDER_OF_V2.to_be_bytes());
     content.extend((V3_LENGTH as u32).to_be_bytes());
     content.resize(V3_LENGTH, 0);
-    content.extend(extension::without(area, UNUSED_KIND)?);
-    content.extend([0; 8]);
-    let extensions_end = content.len();
-    if extensions_end > SECTOR {
-        return Err(no_room());
+    let extensions = extension::without(first.area(V2_LENGTH as usize), UNUSED_KIND)?;
+    first.replace_start(storage, content, &extensions)
+}
+
+/// The cluster of the header, as it is.
+struct FirstCluster {
+    bytes: Vec<u8>,
+    /// The backing file's name, and where it lies; 0 if there is none.
+    name: Vec<u8>,
+    name_place: usize,
+}
+
+impl FirstCluster {
+    fn read(storage: &dyn Storage, header: &Header) -> Result<Self> {
+        let mut bytes = vec![0; header.geometry.cluster_size() as usize];
+        storage.read_at(HostOffset::new(0), &mut bytes).map_err(read_error)?;
+        let name = header.backing_name.as_deref().unwrap_or_default().as_bytes().to_vec();
+        let name_place = u64_at(&bytes, 8) as usize;
+        Ok(Self { bytes, name, name_place })
     }
-    let new_name = match name.len() {
-        0 => 0,
-        length if extensions_end + length <= SECTOR => {
-            content.extend(name);
-            extensions_end
+
+    /// What lies between the end of the header and the backing file's name.
+    fn area(&self, header_length: usize) -> &[u8] {
+        let end = match self.name_place {
+            0 => self.bytes.len(),
+            place => place.min(self.bytes.len()),
+        };
+        self.bytes.get(header_length..end).unwrap_or_default()
+    }
+
+    /// Writes other fields and extensions, and the backing file's name behind them, in one write of a sector.
+    fn replace_start(
+        &self,
+        storage: &dyn Storage,
+        mut content: Vec<u8>,
+        extensions: &[u8],
+    ) -> Result<()> {
+        content.extend(extensions);
+        content.extend([0; 8]);
+        let extensions_end = content.len();
+        if extensions_end > SECTOR {
+            return Err(no_room());
         }
-        _ if old_name >= SECTOR => old_name,
-        // Where nothing points to yet.
-        length => {
-            let place = (old_name + length).next_multiple_of(SECTOR);
-            if place + length > cluster {
-                return Err(no_room());
+        let place = match self.name.len() {
+            0 => 0,
+            length if extensions_end + length <= SECTOR => {
+                content.extend(&self.name);
+                extensions_end
             }
-            write(storage, place as u64, name)?;
-            place
-        }
-    };
-    content[8..16].copy_from_slice(&(new_name as u64).to_be_bytes());
-    content.resize(SECTOR, 0);
-    write(storage, 0, &content)
+            _ if self.name_place >= SECTOR => self.name_place,
+            // Where nothing points to yet.
+            length => {
+                let place = (self.name_place + length).next_multiple_of(SECTOR);
+                if place + length > self.bytes.len() {
+                    return Err(no_room());
+                }
+                write(storage, place as u64, &self.name)?;
+                place
+            }
+        };
+        content[8..16].copy_from_slice(&(place as u64).to_be_bytes());
+        content.resize(SECTOR, 0);
+        write(storage, 0, &content)
+    }
 }
 
 /// In version 3 each snapshot says how large its disk was.
@@ -133,7 +220,13 @@ fn write(storage: &dyn Storage, offset: u64, bytes: &[u8]) -> Result<()> {
         .map_err(|error| Error::from_io("write the header of", error))
 }
 
+fn no_lazy_refcounts() -> Error {
+    let detail = "version 2 has no lazy refcounts; make it version 3 as well";
+    Error::new(ErrorKind::InvalidInput, "amend", detail)
+}
+
 fn no_room() -> Error {
-    let detail = "its header has no room for the fields of version 3; convert it into a new image";
+    let detail =
+        "its header has no room for the fields of that version; convert it into a new image";
     Error::new(ErrorKind::Unsupported, "amend", detail)
 }

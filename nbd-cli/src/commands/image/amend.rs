@@ -9,31 +9,54 @@ use super::create::Compat;
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
 use crate::error::{CommandError, Outcome};
+use crate::key_values::KeyValues;
+use crate::output::printable;
+use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image amend --compat 1.1 old.qcow2
+  nbd-cli image amend --compat 0.10 --refcount-bits 16 disk.qcow2
   nbd-cli image amend --lazy-refcounts off disk.qcow2
+  nbd-cli image amend -o compat=v3,size=20G disk.qcow2
 
-Only the header changes; the disk, its snapshots and its bitmaps stay as they are. Nobody else may
-use the image meanwhile. For the size see 'image resize', for the backing file 'image rebase'; for
-anything else make a new image with 'image convert'.";
+The disk, its snapshots and its bitmaps stay as they are. Nobody else may use the image meanwhile. If
+the command is interrupted the disk can be read as before; run it again. Version 0.10 has neither
+bitmaps nor zlib's alternatives, subclusters, a data file, or a mark for zeroes: what cannot be
+changed into something else is refused, and zeroes above a backing file take up space then.
+
+For the backing file see 'image rebase', for a smaller disk 'image resize --shrink'; for anything else
+make a new image with 'image convert'.";
 
 /// Arguments of `nbd-cli image amend`.
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
-#[command(group(ArgGroup::new("change").required(true).multiple(true).args(["compat", "lazy_refcounts"])))]
+#[command(group(ArgGroup::new("change").required(true).multiple(true)
+    .args(["compat", "lazy_refcounts", "refcount_bits", "size", "options"])))]
 pub struct AmendArgs {
     /// The image.
     pub path: PathBuf,
 
-    /// Version of the format: version 2 can become version 3.
+    /// Version of the format.
     #[arg(long, value_enum, value_name = "VERSION")]
     pub compat: Option<Compat>,
 
     /// Whether QEMU may leave refcounts wrong while it has the image open.
     #[arg(long, value_enum, value_name = "WHETHER")]
     pub lazy_refcounts: Option<OnOff>,
+
+    /// Width of a refcount in bits, a power of two from 1 to 64.
+    #[arg(long, value_name = "BITS")]
+    pub refcount_bits: Option<u32>,
+
+    /// Size of the disk; it can only grow.
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<ByteSize>,
+
+    /// The same as key=value,key=value, with the keys of qemu-img amend: compat, lazy_refcounts,
+    /// refcount_bits, size.
+    #[arg(short, long, value_name = "OPTIONS")]
+    pub options: Vec<String>,
 
     /// Print what the image is like then, as `nbd-cli image info --json` does.
     #[arg(long)]
@@ -54,17 +77,94 @@ pub enum OnOff {
 
 pub(crate) fn run(args: &AmendArgs) -> Result<Outcome, CommandError> {
     let mut amendment = Amendment::default();
-    amendment.version = args.compat.map(|compat| match compat {
-        Compat::V2 => Qcow2Version::V2,
-        Compat::V3 => Qcow2Version::V3,
-    });
-    amendment.lazy_refcounts = args.lazy_refcounts.map(|lazy| match lazy {
-        OnOff::On => LazyRefcounts::On,
-        OnOff::Off => LazyRefcounts::Off,
-    });
+    for options in &args.options {
+        read_options(options, &mut amendment)?;
+    }
+    if let Some(compat) = args.compat {
+        amendment.version = Some(version(compat));
+    }
+    if let Some(lazy) = args.lazy_refcounts {
+        amendment.lazy_refcounts = Some(lazy_refcounts(lazy));
+    }
+    amendment.refcount_bits = args.refcount_bits.or(amendment.refcount_bits);
+    amendment.size = args.size.map(ByteSize::bytes).or(amendment.size);
+    if let Some(size) = amendment.size {
+        let present =
+            Image::inspect_file(&args.path, &args.open.options()).map_err(explained)?.size;
+        if size < present {
+            return Err(CommandError::new(format!(
+                "'{}' has {present} bytes and would lose all beyond {size}: use 'nbd-cli image resize \
+                 --shrink' if that is meant",
+                args.path.display()
+            )));
+        }
+    }
     Image::amend(&args.path, &args.open.options(), &amendment).map_err(explained)?;
     if args.json {
         print_json(&args.path, &args.open.options())?;
     }
     Ok(Outcome::Success)
+}
+
+fn version(compat: Compat) -> Qcow2Version {
+    match compat {
+        Compat::V2 => Qcow2Version::V2,
+        Compat::V3 => Qcow2Version::V3,
+    }
+}
+
+fn lazy_refcounts(lazy: OnOff) -> LazyRefcounts {
+    match lazy {
+        OnOff::On => LazyRefcounts::On,
+        OnOff::Off => LazyRefcounts::Off,
+    }
+}
+
+/// Reads options as qemu-img takes them.
+fn read_options(text: &str, amendment: &mut Amendment) -> Result<(), CommandError> {
+    let mut options = KeyValues::parse(text, None).map_err(CommandError::new)?;
+    let bad = |key: &str, value: &str| {
+        CommandError::new(format!("'{}' is not a value of {key}", printable(value)))
+    };
+    if let Some(value) = options.take("compat") {
+        let compat = Compat::from_str(&value, true).map_err(|_| bad("compat", &value))?;
+        amendment.version = Some(version(compat));
+    }
+    if let Some(value) = options.take("lazy_refcounts") {
+        let lazy = OnOff::from_str(&value, true).map_err(|_| bad("lazy_refcounts", &value))?;
+        amendment.lazy_refcounts = Some(lazy_refcounts(lazy));
+    }
+    if let Some(value) = options.take("refcount_bits") {
+        let bits = value.parse().map_err(|_| bad("refcount_bits", &value))?;
+        amendment.refcount_bits = Some(bits);
+    }
+    if let Some(value) = options.take("size") {
+        let size: ByteSize = value.parse().map_err(|_| bad("size", &value))?;
+        amendment.size = Some(size.bytes());
+    }
+    match options.left_over() {
+        None => Ok(()),
+        Some(key) => Err(CommandError::new(format!(
+            "'{}' cannot be amended: {}",
+            printable(key),
+            advice(key)
+        ))),
+    }
+}
+
+/// What to do instead about an option of QEMU's that an image has from its beginning.
+fn advice(key: &str) -> &'static str {
+    match key {
+        "backing_file" | "backing_fmt" => "use 'nbd-cli image rebase'",
+        "data_file" => "give the data file the name that the image has for it",
+        "data_file_raw" => {
+            "whether the data file is a raw image is decided when the image is made, with 'nbd-cli image \
+             create --data-file-raw'"
+        }
+        "preallocation" | "cluster_size" | "compression_type" | "extended_l2" => {
+            "make a new image with 'nbd-cli image convert'"
+        }
+        key if key.starts_with("encrypt") => "encrypted images cannot be changed here",
+        _ => "there is no such option; use compat, lazy_refcounts, refcount_bits or size",
+    }
 }
