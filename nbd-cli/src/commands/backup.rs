@@ -14,7 +14,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use imgfmt::{Access, BackupIdentity, Format, Image, Uuid};
+use imgfmt::{Access, BackupIdentity, Uuid};
 use nbd_client::{Client, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
@@ -29,12 +29,13 @@ use super::copy::engine::{self, Job, Settings, ZeroPolicy};
 use super::copy::plan::Extents;
 use super::copy::source::Source;
 use super::copy::verify::Verification;
-use super::image::open::{TrustArgs, explained};
+use super::image::open::TrustArgs;
 use crate::connect::{ConnectionArgs, TlsArgs, connect};
 use crate::error::{CommandError, Outcome, block_on, runtime};
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
 use crate::signals::{self, EndSignals, Hangup};
+use crate::target::device;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -60,7 +61,9 @@ SIGKILL included, its checkpoint ends with it.
 
 While a backup runs it is TARGET.partial, and TARGET.partial.json says how far it is; when it is
 complete it gets its name in one step. After an interruption --resume goes on where it ended: only
-right if the disk has not changed since.";
+right if the disk has not changed since. On a block device what was there is lost at once; the device
+is marked as incomplete until the backup is, and a backup there cannot be resumed. Other programs can
+change a device without a trace: as the base of another backup it needs --trust-base.";
 
 /// Size of the clusters of a backup, in bytes.
 const CLUSTER_SIZE: u64 = 64 << 10;
@@ -81,7 +84,7 @@ pub struct BackupArgs {
     #[arg(value_name = "SOURCE")]
     pub first_place: OsString,
 
-    /// The new qcow2 file.
+    /// The new qcow2 file, or a block device to overwrite.
     #[arg(value_name = "TARGET")]
     pub second_place: Option<OsString>,
 
@@ -224,10 +227,11 @@ async fn until_signal(
         let second = signals.insisted().await;
         std::process::exit(second.exit_status().into());
     });
-    Err(CommandError::new(format!(
-        "signal {} has ended the backup of {uri}; begin again with --restart",
-        signal.number()
-    )))
+    let ended = format!("signal {} has ended the backup of {uri}", signal.number());
+    Err(match args.is_on_device() {
+        true => device::lost(&args.target, &CommandError::new(ended)),
+        false => CommandError::new(format!("{ended}; begin again with --restart")),
+    })
 }
 
 /// Who the backup and its disk are.
@@ -248,6 +252,16 @@ impl Issued {
 }
 
 fn refuse_existing(args: &BackupArgs) -> Result<(), CommandError> {
+    if args.is_on_device() {
+        return match args.resume {
+            true => Err(CommandError::new(format!(
+                "cannot resume: what is on the block device '{}' does not say how far it is; leave out \
+                 --resume",
+                args.target.display()
+            ))),
+            false => Ok(()),
+        };
+    }
     match args.target.symlink_metadata() {
         Ok(_) => Err(CommandError::new(format!(
             "'{}' exists already; every backup needs a file of its own",
@@ -273,19 +287,16 @@ async fn backup(
     let mut partial = Partial::begin(args, state, base)?;
     let disk = (client.clone(), uri);
     let result = fill(args, disk, bitmap.as_ref(), &mut partial).await;
-    let (counts, resumed_at) = match result {
-        Ok(filled) => filled,
-        Err(error) => {
-            return Err(CommandError::new(format!(
-                "the backup of {uri} failed: {error}; what there is of it is in '{}' ({})",
-                partial.path().display(),
-                match args.control {
-                    None => "add --resume to go on, if the disk does not change",
-                    Some(_) => "begin again with --restart",
-                }
-            )));
-        }
-    };
+    let (counts, resumed_at) = result.map_err(|error| {
+        let error = CommandError::new(format!("the backup of {uri} failed: {error}"));
+        partial.failed(
+            &error,
+            match args.control {
+                None => "add --resume to go on, if the disk does not change",
+                Some(_) => "begin again with --restart",
+            },
+        )
+    })?;
     let verified = match args.verify {
         None => None,
         Some(what) => Some(verify(args, (&client, uri), bitmap.as_ref(), what, &partial).await?),
@@ -357,7 +368,7 @@ async fn fill(
     let extents = extents(&client, bitmap, start);
     let surface =
         if args.base.is_some() || start > 0 { Surface::Something } else { Surface::Zeroes };
-    let image = partial.open(&args.trust)?;
+    let image = partial.open(&args.trust, Access::ReadWrite)?;
     let destination = Destination::image(image, surface);
     let zeroes = match surface {
         Surface::Zeroes => ZeroPolicy::Skip,
@@ -423,10 +434,7 @@ async fn verify(
     what: Verify,
     partial: &Partial,
 ) -> Result<u64, CommandError> {
-    let locks = args.trust.locks.options();
-    let options =
-        locks.format(Format::Qcow2).access(Access::ReadOnly).policy(partial.policy(&args.trust));
-    let image = Image::open(partial.path(), &options).map_err(explained)?;
+    let image = partial.open(&args.trust, Access::ReadOnly)?;
     let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let unit = source.alignment();
     let extents = match what {
@@ -439,10 +447,8 @@ async fn verify(
     let result = verification.run(args.requests.get()).await;
     verification.progress.clear();
     result.map_err(|error| {
-        CommandError::new(format!(
-            "the backup in '{}' is not as it should be: {error}; begin again with --restart",
-            partial.path().display()
-        ))
+        let error = CommandError::new(format!("the backup is not as it should be: {error}"));
+        partial.failed(&error, "begin again with --restart")
     })
 }
 

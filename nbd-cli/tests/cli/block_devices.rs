@@ -5,6 +5,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use crate::backup_chain;
+use crate::support::image::info;
 use crate::support::{Disk, Outcome, PROGRAM, Server, nbd_cli, peer, run};
 use crate::tools;
 
@@ -244,4 +246,84 @@ fn a_command_that_is_killed_never_leaves_part_of_a_disk_that_looks_whole() {
         }
     }
     eprintln!("{seen:?}");
+}
+
+#[test]
+fn backups_are_made_on_devices_and_restored_from_them() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let folder = Disk::sparse();
+    let Some(full) = LoopDevice::with_old_content(&folder, 17) else { return };
+    let Some(second) = LoopDevice::with_old_content(&folder, 18) else { return };
+    let (full, second) = (full.0.as_str(), second.0.as_str());
+    let disk = backup_chain::disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let server = backup_chain::serve(&qemu_nbd, &disk);
+    refused(nbd_cli(&["backup", "--resume", server.uri(), full]), &[full, "--resume"]);
+    let said = nbd_cli(&["backup", "--verify", server.uri(), full]);
+    assert!(said.stderr.contains("is overwritten, and lost even if"), "{said:?}");
+    said.success();
+    server.end();
+    peer(&qemu_img, &["check", "-q", full]);
+    peer(&qemu_img, &["compare", &disk, full]);
+
+    backup_chain::change(&qemu_io, &disk);
+    let server = backup_chain::serve(&qemu_nbd, &disk);
+    let increment = ["backup", "--verify=all", "--bitmap", "b0", "--base", full, server.uri()];
+    // Nothing has happened to it, but nobody could tell.
+    refused(
+        nbd_cli(&[&increment[..], &[second]].concat()),
+        &[full, "block device", "--trust-base"],
+    );
+    // Never over the base itself.
+    let before = std::fs::read(full).expect("root");
+    refused(
+        nbd_cli(&[&increment[..], &["--trust-base", full]].concat()),
+        &[full, "another target"],
+    );
+    let upon_itself = ["image", "create", "-f", "qcow2", "-b", full, "-F", "qcow2", full];
+    refused(nbd_cli(&upon_itself), &[full, "backing file"]);
+    assert!(std::fs::read(full).expect("root") == before, "nothing was written");
+    let unchanged = std::fs::read(second).expect("root");
+    assert!(unchanged.iter().all(|byte| *byte == 0xaa), "nothing was written");
+    nbd_cli(&[&increment[..], &["--trust-base", second]].concat()).success();
+    let file = folder.beside("second.qcow2");
+    nbd_cli(&[&increment[..], &["--trust-base", &file]].concat()).success();
+    // Upon a file, on a device.
+    let base = folder.beside("base.qcow2");
+    nbd_cli(&["backup", server.uri(), &base]).success();
+    server.end();
+    for newest in [second, &file] {
+        peer(&qemu_img, &["check", "-q", newest]);
+        peer(&qemu_img, &["compare", &disk, newest]);
+        let restored = folder.beside("restored.img");
+        if newest == file {
+            // Its base is not in its folder.
+            refused(nbd_cli(&["restore", newest, &restored]), &["--trust-image"]);
+        }
+        nbd_cli(&["restore", "--trust-image", "--verify", newest, &restored]).success();
+        peer(&qemu_img, &["compare", &disk, &restored]);
+        std::fs::remove_file(&restored).expect("it is there");
+    }
+    // The bitmap says too much for this base, which does no harm.
+    let server = backup_chain::serve(&qemu_nbd, &disk);
+    let upon_file = ["backup", "--bitmap", "b0", "--base", &base, server.uri(), second];
+    nbd_cli(&upon_file).success();
+    server.end();
+    let about = info(&qemu_img, second);
+    assert_eq!(about["backing-filename"], base.as_str(), "{about}");
+    peer(&qemu_img, &["compare", &disk, second]);
+}
+
+#[test]
+fn a_backup_that_does_not_fit_on_a_device_leaves_no_image() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let folder = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&folder, 3) else { return };
+    let device = device.0.as_str();
+    let disk = backup_chain::disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let server = backup_chain::serve(&qemu_nbd, &disk);
+    let outcome = nbd_cli(&["backup", server.uri(), device]);
+    server.end();
+    refused(outcome, &[device, "no space", "before is lost", "marked as incomplete"]);
+    refused(nbd_cli(&["image", "info", device]), &[device, "incomplete"]);
+    refused(nbd_cli(&["restore", device, &folder.beside("x.img")]), &[device, "incomplete"]);
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
 use imgfmt::{Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, Uuid};
@@ -10,6 +11,7 @@ use super::BackupArgs;
 use crate::commands::image::open::explained;
 use crate::error::CommandError;
 use crate::output::printable;
+use crate::target::{self, Existing};
 
 /// How many files of a folder are looked at, to find other backups.
 const FILES_MAX: usize = 65536;
@@ -40,8 +42,23 @@ impl Base {
             )),
             None => explained(error),
         })?;
-        let name = relative(path, folder_of(&args.target))?;
+        let name = match args.is_on_device() || is_device(path) {
+            // Devices are not moved together, and their names lead to others that change.
+            true => text(&absolute(path)?)?,
+            false => relative(path, folder_of(&args.target))?,
+        };
         let chain = image.backups_of_chain();
+        let overwritten = |layer: &Option<PathBuf>| {
+            layer.as_deref().is_some_and(|layer| is_same_device(layer, &args.target))
+        };
+        if chain.iter().any(|(layer, _)| overwritten(layer)) {
+            return Err(CommandError::new(format!(
+                "the backup cannot be made on '{}': that holds its base '{}', or what the base is made \
+                 upon; give another target",
+                args.target.display(),
+                path.display()
+            )));
+        }
         let identity = chain.first().and_then(|(_, backup)| Some(backup.clone()?.identity));
         let mut base = Self {
             path: path.to_owned(),
@@ -171,6 +188,11 @@ fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> 
             Some(path) if !is_first => format!("'{}' below it", path.display()),
             _ => "it".to_owned(),
         };
+        if path.as_deref().is_some_and(is_device) {
+            return Some(format!(
+                "{whose} is on a block device, which other programs can change without a trace"
+            ));
+        }
         let Some(backup) = backup else {
             return Some(format!(
                 "{whose} carries no identity of a backup (an older version made it, or it was \
@@ -243,15 +265,35 @@ fn relative(file: &Path, folder: &Path) -> Result<String, CommandError> {
     }
     let steps = up.map(|_| Component::ParentDir).chain(down);
     let path: PathBuf = steps.collect();
-    let name = path.to_str().ok_or_else(|| {
-        CommandError::new(format!(
-            "'{}' cannot be named in a qcow2 file: its path is not valid UTF-8",
-            file.display()
-        ))
-    })?;
+    let name = text(&path)?;
     // What looks like a scheme would not be taken for a file.
     let has_scheme = name.split('/').next().is_some_and(|first| first.contains(':'));
-    Ok(if has_scheme { format!("./{name}") } else { name.to_owned() })
+    Ok(if has_scheme { format!("./{name}") } else { name })
+}
+
+fn absolute(file: &Path) -> Result<PathBuf, CommandError> {
+    std::path::absolute(file)
+        .map_err(|error| CommandError::new(format!("cannot find '{}': {error}", file.display())))
+}
+
+/// A path as it can stand in an image.
+fn text(path: &Path) -> Result<String, CommandError> {
+    path.to_str().map(ToOwned::to_owned).ok_or_else(|| {
+        CommandError::new(format!(
+            "'{}' cannot be named in a qcow2 file: its path is not valid UTF-8",
+            path.display()
+        ))
+    })
+}
+
+/// Whether both are one block device, by whatever names.
+fn is_same_device(one: &Path, other: &Path) -> bool {
+    let number = |path: &Path| path.metadata().ok().map(|metadata| metadata.rdev());
+    is_device(one) && is_device(other) && number(one) == number(other)
+}
+
+fn is_device(path: &Path) -> bool {
+    matches!(target::look(path), Ok(Existing::BlockDevice))
 }
 
 #[cfg(test)]

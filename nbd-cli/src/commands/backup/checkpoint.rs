@@ -49,7 +49,7 @@ pub(super) fn checkpointed(
         Ok(report) => {
             end(Verdict::Success).map_err(|error| {
                 CommandError::new(format!(
-                    "'{}' may not be used: {error}; remove it",
+                    "'{}' may not be used: {error}; make another backup",
                     args.target.display()
                 ))
             })?;

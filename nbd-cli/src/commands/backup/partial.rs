@@ -1,4 +1,4 @@
-//! A backup that is not complete: the file it grows in, and the record of how far it is.
+//! A backup that is not complete: the file it grows in, and the record of how far it is; or the block device.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, BackupIdentity, CreateOptions, Format, Image, Locking, OpenOptions, OpenPolicy, Repair,
+    Access, BackupIdentity, CreateOptions, Format, Image, Locking, NewOnDevice, OpenOptions,
+    OpenPolicy, Repair,
 };
 use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -16,6 +17,7 @@ use super::chain::{Base, folder_of};
 use super::{BackupArgs, CLUSTER_SIZE};
 use crate::commands::image::open::{TrustArgs, explained};
 use crate::error::CommandError;
+use crate::target::device;
 
 /// Largest record that is read, in bytes.
 const MAX_STATE_LEN: u64 = 64 << 10;
@@ -69,10 +71,18 @@ impl State {
     }
 }
 
-/// The file a backup grows in.
+/// Where a backup grows.
+enum Place {
+    /// In `TARGET.partial`, beside which a record says how far it is.
+    File { record: PathBuf },
+    /// On a block device, which says that it is incomplete; that cannot be resumed.
+    Device(NewOnDevice),
+}
+
+/// What a backup grows in.
 pub(super) struct Partial {
     path: PathBuf,
-    record: PathBuf,
+    place: Place,
     target: PathBuf,
     /// The backup it builds on.
     base: Option<PathBuf>,
@@ -86,6 +96,9 @@ impl Partial {
         state: State,
         base: Option<&Base>,
     ) -> Result<Self, CommandError> {
+        if args.is_on_device() {
+            return Self::begin_on_device(args, state, base);
+        }
         let with = |suffix: &str| {
             let mut name = args.target.clone().into_os_string();
             name.push(suffix);
@@ -93,7 +106,8 @@ impl Partial {
         };
         let (path, record) = (with(".partial"), with(".partial.json"));
         let (target, base_path) = (args.target.clone(), base.map(|base| base.path.clone()));
-        let mut partial = Self { path, record, target, base: base_path, state };
+        let place = Place::File { record };
+        let mut partial = Self { path, place, target, base: base_path, state };
         if partial.path.symlink_metadata().is_ok() {
             if args.resume {
                 partial.resume(&args.trust)?;
@@ -113,12 +127,9 @@ impl Partial {
                 partial.path.display()
             )));
         }
-        let mut options = CreateOptions::new(Format::Qcow2, partial.state.size);
-        options.cluster_size = CLUSTER_SIZE;
-        options.backing = base.map(|base| (base.name.clone(), base.format));
-        Image::create(&partial.path, &options)?;
+        Image::create(&partial.path, &options_of(partial.state.size, base))?;
         // A base that may not be opened is found before anything is copied.
-        let begun = partial.open(&args.trust).and_then(|image| {
+        let begun = partial.open(&args.trust, Access::ReadWrite).and_then(|image| {
             drop(image);
             partial.save(0)
         });
@@ -129,8 +140,33 @@ impl Partial {
         Ok(partial)
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
+    fn begin_on_device(
+        args: &BackupArgs,
+        state: State,
+        base: Option<&Base>,
+    ) -> Result<Self, CommandError> {
+        let device = device::begin_image(&args.target, &options_of(state.size, base))?;
+        let partial = Self {
+            path: args.target.clone(),
+            place: Place::Device(device),
+            target: args.target.clone(),
+            base: base.map(|base| base.path.clone()),
+            state,
+        };
+        let opened = partial.open(&args.trust, Access::ReadWrite);
+        opened.map_err(|error| device::lost(&partial.path, &error))?;
+        Ok(partial)
+    }
+
+    /// The error of a backup that was not completed, with what it leaves; `advice` is how to go on with a file.
+    pub(super) fn failed(&self, error: &CommandError, advice: &str) -> CommandError {
+        match self.place {
+            Place::Device(_) => device::lost(&self.path, error),
+            Place::File { .. } => CommandError::new(format!(
+                "{error}; what there is of it is in '{}' ({advice})",
+                self.path.display()
+            )),
+        }
     }
 
     /// Up to where it is complete, in bytes.
@@ -146,34 +182,34 @@ impl Partial {
         }
     }
 
-    /// Opens it for writing.
-    pub(super) fn open(&self, trust: &TrustArgs) -> Result<Image, CommandError> {
-        let options = trust
-            .locks
-            .options()
-            .format(Format::Qcow2)
-            .access(Access::ReadWrite)
-            .policy(self.policy(trust));
-        Image::open(&self.path, &options).map_err(explained)
+    /// Opens it.
+    pub(super) fn open(&self, trust: &TrustArgs, access: Access) -> Result<Image, CommandError> {
+        let options = trust.locks.options().access(access).policy(self.policy(trust));
+        match &self.place {
+            Place::File { .. } => Image::open(&self.path, &options.format(Format::Qcow2)),
+            Place::Device(new) => new.open(&options),
+        }
+        .map_err(explained)
     }
 
     /// Records up to where it is complete.
     pub(super) fn save(&mut self, done: u64) -> Result<(), CommandError> {
         self.state.done = done;
+        let Place::File { record } = &self.place else { return Ok(()) };
         let text = serde_json::to_vec(&self.state)
             .map_err(|error| CommandError::new(format!("cannot write the record: {error}")))?;
         // A new file takes the place of the old one, so that there is a whole one at any time.
-        let mut new = self.record.clone().into_os_string();
+        let mut new = record.clone().into_os_string();
         new.push(".new");
         let write = || -> io::Result<()> {
             let mut file = File::create(&new)?;
             file.write_all(&text)?;
             file.sync_all()?;
-            fs::rename(&new, &self.record)?;
-            sync_folder(&self.record)
+            fs::rename(&new, record)?;
+            sync_folder(record)
         };
         write().map_err(|error| {
-            CommandError::new(format!("cannot write '{}': {error}", self.record.display()))
+            CommandError::new(format!("cannot write '{}': {error}", record.display()))
         })
     }
 
@@ -183,6 +219,13 @@ impl Partial {
         identity: &BackupIdentity,
         trust: &TrustArgs,
     ) -> Result<(), CommandError> {
+        let record = match self.place {
+            Place::File { record } => record,
+            Place::Device(new) => {
+                let completed = new.seal_backup(identity).and_then(|()| new.complete());
+                return completed.map_err(|error| device::lost(&self.path, &error.into()));
+            }
+        };
         Image::seal_backup(&self.path, &trust.options(), identity)?;
         let rename = || -> io::Result<()> {
             File::open(&self.path)?.sync_all()?;
@@ -197,16 +240,17 @@ impl Partial {
             ))
         })?;
         // The backup has its name: a record that stays behind does no harm.
-        let _ = fs::remove_file(&self.record);
+        let _ = fs::remove_file(&record);
         Ok(())
     }
 
     /// Reads the record of a former attempt and makes sure that it was one of the same backup.
     fn resume(&mut self, trust: &TrustArgs) -> Result<(), CommandError> {
-        let former = self.read_record().map_err(|error| {
+        let Place::File { record } = &self.place else { return Ok(()) };
+        let former = read_record(record).map_err(|error| {
             CommandError::new(format!(
                 "cannot resume: '{}' {error}; begin again with --restart",
-                self.record.display()
+                record.display()
             ))
         })?;
         if let Some(difference) = self.state.difference(&former) {
@@ -231,19 +275,6 @@ impl Partial {
         Ok(())
     }
 
-    fn read_record(&self) -> Result<State, String> {
-        let text = File::open(&self.record)
-            .and_then(|file| io::read_to_string(io::Read::take(file, MAX_STATE_LEN)))
-            .map_err(|error| format!("cannot be read: {error}"))?;
-        let state: State = serde_json::from_str(&text).map_err(|_| "is damaged".to_owned())?;
-        if state.done > state.size
-            || !state.done.is_multiple_of(CLUSTER_SIZE) && state.done != state.size
-        {
-            return Err("is damaged".to_owned());
-        }
-        Ok(state)
-    }
-
     fn remove(&self) -> Result<(), CommandError> {
         // Whoever is at work on it holds a lock.
         let storage = FileStorage::open(&self.path, Access::ReadWrite, Locking::Auto)?;
@@ -252,6 +283,27 @@ impl Partial {
             CommandError::new(format!("cannot remove '{}': {error}", self.path.display()))
         })
     }
+}
+
+fn read_record(record: &Path) -> Result<State, String> {
+    let text = File::open(record)
+        .and_then(|file| io::read_to_string(io::Read::take(file, MAX_STATE_LEN)))
+        .map_err(|error| format!("cannot be read: {error}"))?;
+    let state: State = serde_json::from_str(&text).map_err(|_| "is damaged".to_owned())?;
+    if state.done > state.size
+        || !state.done.is_multiple_of(CLUSTER_SIZE) && state.done != state.size
+    {
+        return Err("is damaged".to_owned());
+    }
+    Ok(state)
+}
+
+/// What the new image is like.
+fn options_of(size: u64, base: Option<&Base>) -> CreateOptions {
+    let mut options = CreateOptions::new(Format::Qcow2, size);
+    options.cluster_size = CLUSTER_SIZE;
+    options.backing = base.map(|base| (base.name.clone(), base.format));
+    options
 }
 
 fn sync_folder(file: &Path) -> io::Result<()> {

@@ -7,8 +7,14 @@ use nbd_proto::NbdUri;
 
 use super::BackupArgs;
 use crate::error::CommandError;
+use crate::target::{self, Existing};
 
 impl BackupArgs {
+    /// Whether the target is a block device, which is overwritten.
+    pub(super) fn is_on_device(&self) -> bool {
+        matches!(target::look(&self.target), Ok(Existing::BlockDevice))
+    }
+
     /// Tells the disk from the new file.
     pub(super) fn tell_places(&mut self) -> Result<(), CommandError> {
         let first = std::mem::take(&mut self.first_place);

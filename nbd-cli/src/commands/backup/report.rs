@@ -1,5 +1,6 @@
 //! The summary of a backup.
 
+use std::fs::Metadata;
 use std::time::Duration;
 
 use nbd_proto::NbdUri;
@@ -26,7 +27,7 @@ pub(super) struct Report {
     unchanged: u64,
     /// How much was compared, if anything was.
     verified: Option<u64>,
-    /// Size of the new file.
+    /// Size of the new file; none on a device.
     file_size: Option<u64>,
     seconds: f64,
 }
@@ -53,7 +54,7 @@ impl Report {
             zero,
             unchanged,
             verified,
-            file_size: args.target.metadata().ok().map(|metadata| metadata.len()),
+            file_size: args.target.metadata().ok().filter(Metadata::is_file).map(|it| it.len()),
             seconds: took.as_secs_f64(),
         }
     }
