@@ -173,3 +173,25 @@ fn bitmaps_are_stored_and_recorded_where_refcount_blocks_are_missing() {
         assert_eq!(report.corruptions, 0, "{used_clusters}: {report:?}");
     }
 }
+
+#[test]
+fn a_refcount_block_that_the_end_of_the_file_cuts_off_is_rebuilt() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk.qcow2");
+    let mut bytes = make(&path, 16);
+    let before = [content(&path, None), content(&path, Some("s"))];
+    let end = (bytes.len() as u64).next_multiple_of(CLUSTER);
+    bytes.resize(end as usize + 100, 0);
+    let table = u64_at(&bytes, 48) as usize;
+    let unused = (table..table + CLUSTER as usize).step_by(8).find(|at| u64_at(&bytes, *at) == 0);
+    let unused = unused.unwrap();
+    bytes[unused..unused + 8].copy_from_slice(&end.to_be_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+    let found = Image::check_file(&path, &options(Access::ReadOnly), Repair::None).unwrap();
+    assert!(found.corruptions > 0, "{found:?}");
+    Image::check_file(&path, &options(Access::ReadOnly), Repair::Leaks).unwrap();
+    assert!(std::fs::read(&path).unwrap() == bytes, "-r leaks has written");
+    let left = Image::check_file(&path, &options(Access::ReadOnly), Repair::All).unwrap();
+    assert_eq!((left.corruptions, left.leaks), (0, 0), "{left:?}");
+    assert!([content(&path, None), content(&path, Some("s"))] == before);
+}

@@ -201,6 +201,13 @@ impl Checker<'_> {
             } else if !seen.insert(entry) {
                 self.damage(format!("a refcount block at {entry} is used twice"));
                 self.is_unusable = true;
+            } else if entry < self.file_length && self.file_length - entry < geometry.cluster_size()
+            {
+                // What is missing is not zero: it would say that clusters in use are free.
+                self.damage(format!(
+                    "a refcount block at {entry} is cut off by the end of the file"
+                ));
+                self.is_unusable = true;
             } else {
                 self.count_structure(entry, geometry.cluster_size(), "a refcount block");
             }
