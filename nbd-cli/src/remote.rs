@@ -150,7 +150,7 @@ impl ExportStorage {
         length: u64,
     ) -> io::Result<Vec<BlockDescriptor>> {
         let (start, stop) = self.aligned(offset, length);
-        let asked = self.client.block_status(start, stop - start, ExtentLimit::Many);
+        let asked = self.client.block_status(start..stop, ExtentLimit::Many);
         let found = self.wait(asked)?.into_iter().find(|(name, _)| name == context);
         let end = offset.saturating_add(length);
         let mut position = start;
@@ -181,7 +181,7 @@ impl ExportStorage {
         if start < stop {
             self.forget_extents();
             let wanted = self.durability(durability);
-            self.wait(self.client.trim(start, stop - start, wanted))?;
+            self.wait(self.client.trim(start..stop, wanted))?;
         }
         self.sync_instead(durability)
     }
@@ -241,7 +241,7 @@ impl ExportStorage {
     /// Asks what is at `offset` and behind it.
     fn fetch(&self, offset: u64, length: u64) -> io::Result<Vec<Known>> {
         let (start, stop) = self.aligned(offset, length);
-        let asked = self.client.block_status(start, stop - start, ExtentLimit::Many);
+        let asked = self.client.block_status(start..stop, ExtentLimit::Many);
         let mut position = start;
         let contexts = self.wait(asked)?;
         let base =
@@ -281,7 +281,12 @@ impl ExportStorage {
         }
         self.forget_extents();
         let durability = nbd_client::Durability::Cached;
-        let work = self.client.write_zeroes(offset, length, mode, speed, durability);
+        let work = self.client.write_zeroes(
+            offset..offset.saturating_add(length),
+            mode,
+            speed,
+            durability,
+        );
         self.block_on(work)?.map_err(|error| match error.errno() {
             // Some servers promise it and then refuse.
             Some(Errno::EINVAL | Errno::ENOTSUP) => io::ErrorKind::Unsupported.into(),
@@ -318,7 +323,7 @@ impl Storage for ExportStorage {
         if stop - start == length {
             self.wait(self.client.read_into(offset, inside))?;
         } else {
-            let data = self.wait(self.client.read(start, (stop - start) as usize))?;
+            let data = self.wait(self.client.read(start..stop))?;
             inside.copy_from_slice(&data[(offset - start) as usize..][..length as usize]);
         }
         Ok(length as usize)

@@ -37,8 +37,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
                 if offset >= size {
                     return Ok(());
                 }
-                let length = usize::try_from(size - offset).unwrap_or(length).min(length);
-                client.read(offset, length).await?;
+                let end = size.min(offset.saturating_add(length as u64));
+                client.read(offset..end).await?;
             }
         });
     }

@@ -65,7 +65,7 @@ impl Client {
             known,
             start: range.start,
             position: range.start,
-            end: range.end.max(range.start),
+            end: range.end,
             received: VecDeque::new(),
             current: None,
         }
@@ -125,9 +125,8 @@ impl ExtentStream {
         let Some(context) = self.context else {
             return Err(ApiMisuse::NotNegotiated { what }.into());
         };
-        let left = self.end - self.position;
-        let statuses =
-            self.client.status(self.position, left, ExtentLimit::Many, Some(context)).await?;
+        let left = self.position..self.end;
+        let statuses = self.client.status(left, ExtentLimit::Many, Some(context)).await?;
         let found = statuses.into_iter().find(|(other, _)| *other == context);
         // The machine made sure that every context was answered.
         let Some((_, descriptors)) = found else {

@@ -48,7 +48,7 @@
 //! let client = connector.connect().await?;
 //!
 //! client.write(0, Bytes::from_static(b"hello"), Durability::Cached).await?;
-//! assert_eq!(client.read(0, 5).await?, "hello");
+//! assert_eq!(client.read(0..5).await?, "hello");
 //! client.flush().await?;
 //!
 //! let mut extents = client.extents(&allocation, 0..client.info().size);

@@ -1,5 +1,7 @@
 //! The commands, one method each; what is too long for one request is split here.
 
+use std::ops::Range;
+
 use bytes::{Bytes, BytesMut};
 use nbd_proto::ApiMisuse;
 use nbd_proto::limits::MAX_PAYLOAD;
@@ -14,16 +16,16 @@ use crate::inflight::{Collect, Outcome, ReadChunk};
 /// every possible minimum block size below 2^32.
 const LONGEST_COMPACT: u64 = 0xffff_0000;
 
-/// Ranges have to lie in the export and be multiples of its minimum block size
-/// ([`ExportInfo::block_sizes`](crate::ExportInfo)); neither is rounded. A range of zero bytes is
-/// answered at once, without a request.
+/// Ranges are in bytes. They have to lie in the export, and both ends have to be multiples of its
+/// minimum block size ([`ExportInfo::block_sizes`](crate::ExportInfo)); nothing is rounded. An empty
+/// range is answered at once, without a request.
 ///
 /// Every method fails with [`Error::Misuse`](crate::Error::Misuse) if the range is wrong or the
 /// server does not offer the command, with [`Error::Request`](crate::Error::Request) if the server
 /// refuses it, and with [`Error::Lost`](crate::Error::Lost) or
 /// [`Error::Closed`](crate::Error::Closed) if the connection is gone.
 impl Client {
-    /// Reads `length` bytes at `offset`. Reads longer than the server's maximum are split.
+    /// Reads a range. Ranges longer than the server's maximum are split.
     ///
     /// # Errors
     ///
@@ -32,18 +34,18 @@ impl Client {
     /// # Cancel safety
     ///
     /// Safe: the answer is thrown away when it arrives.
-    pub async fn read(&self, offset: u64, length: usize) -> Result<Bytes> {
-        let total = length as u64;
-        self.check_range(offset, total)?;
+    pub async fn read(&self, range: Range<u64>) -> Result<Bytes> {
+        let total = self.check_range(&range)?;
         let most = self.longest_payload();
         if total <= most {
+            let offset = range.start;
             return if total == 0 { Ok(Bytes::new()) } else { self.read_once(offset, total).await };
         }
         let mut replies = Vec::new();
-        for (offset, length) in split(offset, total, most) {
+        for (offset, length) in split(range.start, total, most) {
             replies.push(self.submit(flat_read(offset, length)).await?);
         }
-        let mut whole = BytesMut::with_capacity(length);
+        let mut whole = BytesMut::with_capacity(total as usize);
         for reply in replies {
             whole.extend_from_slice(&data(reply.outcome().await?));
         }
@@ -61,20 +63,14 @@ impl Client {
     /// # Cancel safety
     ///
     /// Safe: the answer and the memory are thrown away when it arrives.
-    pub async fn read_reusing(
-        &self,
-        offset: u64,
-        length: usize,
-        mut buffer: BytesMut,
-    ) -> Result<Bytes> {
-        let total = length as u64;
-        self.check_range(offset, total)?;
+    pub async fn read_reusing(&self, range: Range<u64>, mut buffer: BytesMut) -> Result<Bytes> {
+        let total = self.check_range(&range)?;
         if total == 0 || total > self.longest_payload() {
-            return self.read(offset, length).await;
+            return self.read(range).await;
         }
         buffer.clear();
         let collect = Collect::Flat(buffer);
-        let request = NewRequest { collect, ..flat_read(offset, total) };
+        let request = NewRequest { collect, ..flat_read(range.start, total) };
         Ok(data(self.submit(request).await?.outcome().await?))
     }
 
@@ -88,7 +84,7 @@ impl Client {
     ///
     /// Safe: nothing touches `buffer` after the future is dropped.
     pub async fn read_into(&self, offset: u64, buffer: &mut [u8]) -> Result<()> {
-        self.check_range(offset, buffer.len() as u64)?;
+        self.check(offset, buffer.len() as u64)?;
         // The limit is at most 32 MiB.
         let most = self.longest_payload() as usize;
         let mut offset = offset;
@@ -100,7 +96,7 @@ impl Client {
         Ok(())
     }
 
-    /// Reads `length` bytes at `offset` as data and holes, in ascending order and without gaps.
+    /// Reads a range as data and holes, in ascending order and without gaps.
     /// Servers report holes only with structured or extended replies, and only if they like.
     ///
     /// # Errors
@@ -110,11 +106,10 @@ impl Client {
     /// # Cancel safety
     ///
     /// As for [`Client::read`].
-    pub async fn read_chunks(&self, offset: u64, length: usize) -> Result<Vec<ReadChunk>> {
-        let total = length as u64;
-        self.check_range(offset, total)?;
+    pub async fn read_chunks(&self, range: Range<u64>) -> Result<Vec<ReadChunk>> {
+        let total = self.check_range(&range)?;
         let mut replies = Vec::new();
-        for (offset, length) in split(offset, total, self.longest_payload()) {
+        for (offset, length) in split(range.start, total, self.longest_payload()) {
             let command = Command::Read(Fragmentation::Allowed);
             let collect = Collect::Chunks(Vec::new(), BytesMut::new());
             let request = NewRequest { collect, ..NewRequest::plain(offset, length, command) };
@@ -141,17 +136,15 @@ impl Client {
     /// As for [`Client::read_reusing`].
     pub async fn read_chunks_reusing(
         &self,
-        offset: u64,
-        length: usize,
+        range: Range<u64>,
         buffer: BytesMut,
     ) -> Result<Vec<ReadChunk>> {
-        let total = length as u64;
-        self.check_range(offset, total)?;
+        let total = self.check_range(&range)?;
         if total == 0 || total > self.longest_payload() {
-            return self.read_chunks(offset, length).await;
+            return self.read_chunks(range).await;
         }
         let collect = Collect::Chunks(Vec::new(), buffer);
-        let request = NewRequest { collect, ..flat_read(offset, total) };
+        let request = NewRequest { collect, ..flat_read(range.start, total) };
         match self.submit(request).await?.outcome().await? {
             Outcome::Chunks(chunks) => Ok(chunks),
             _ => Ok(Vec::new()),
@@ -177,7 +170,7 @@ impl Client {
     /// method that changes the export.
     pub async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<()> {
         let total = data.len() as u64;
-        self.check_range(offset, total)?;
+        self.check(offset, total)?;
         let most = self.longest_payload();
         let mut data = data;
         let mut replies = Vec::new();
@@ -217,8 +210,8 @@ impl Client {
     /// # Cancel safety
     ///
     /// As for [`Client::write`].
-    pub async fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<()> {
-        self.plain(offset, length, self.longest_range(), &Command::Trim(durability)).await
+    pub async fn trim(&self, range: Range<u64>, durability: Durability) -> Result<()> {
+        self.plain(range, self.longest_range(), &Command::Trim(durability)).await
     }
 
     /// Tells the server that the range will be read soon. Needs
@@ -231,9 +224,9 @@ impl Client {
     /// # Cancel safety
     ///
     /// Safe.
-    pub async fn cache(&self, offset: u64, length: u64) -> Result<()> {
+    pub async fn cache(&self, range: Range<u64>) -> Result<()> {
         // Servers hold CACHE to the limit of READ although nothing is sent.
-        self.plain(offset, length, self.longest_payload(), &Command::Cache).await
+        self.plain(range, self.longest_payload(), &Command::Cache).await
     }
 
     /// Makes the range read as zeroes. Needs
@@ -250,14 +243,13 @@ impl Client {
     /// As for [`Client::write`].
     pub async fn write_zeroes(
         &self,
-        offset: u64,
-        length: u64,
+        range: Range<u64>,
         mode: ZeroMode,
         speed: Speed,
         durability: Durability,
     ) -> Result<()> {
         let command = Command::WriteZeroes(mode, speed, durability);
-        self.plain(offset, length, self.longest_range(), &command).await
+        self.plain(range, self.longest_range(), &command).await
     }
 
     /// Asks for the status of the start of the range in every selected metadata context. The
@@ -274,11 +266,10 @@ impl Client {
     /// Safe.
     pub async fn block_status(
         &self,
-        offset: u64,
-        length: u64,
+        range: Range<u64>,
         limit: ExtentLimit,
     ) -> Result<Vec<(MetaContextName, Vec<BlockDescriptor>)>> {
-        let statuses = self.status(offset, length, limit, None).await?;
+        let statuses = self.status(range, limit, None).await?;
         let name = |context: usize| self.meta_contexts().get(context).cloned();
         let named = |(context, descriptors)| Some((name(context)?, descriptors));
         Ok(statuses.into_iter().filter_map(named).collect())
@@ -287,18 +278,17 @@ impl Client {
     /// Asks for the status in one context (by its place in the list) or all.
     pub(crate) async fn status(
         &self,
-        offset: u64,
-        length: u64,
+        range: Range<u64>,
         limit: ExtentLimit,
         context: Option<usize>,
     ) -> Result<Vec<(usize, Vec<BlockDescriptor>)>> {
-        self.check_range(offset, length)?;
+        let length = self.check_range(&range)?;
         let selects = self.negotiated().flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
         // Of a single context, the choice would only cost bytes.
         let context = context.filter(|_| selects && self.meta_contexts().len() > 1);
         let length = length.min(self.longest_range());
         let collect = Collect::Status(Vec::new());
-        let request = NewRequest::plain(offset, length, Command::BlockStatus(limit, None));
+        let request = NewRequest::plain(range.start, length, Command::BlockStatus(limit, None));
         let reply = self.submit(NewRequest { context, collect, ..request }).await?;
         match reply.outcome().await? {
             Outcome::Status(statuses) => Ok(statuses),
@@ -307,17 +297,25 @@ impl Client {
     }
 
     /// Carries out a command without data, in parts of at most `most` bytes.
-    async fn plain(&self, offset: u64, length: u64, most: u64, command: &Command) -> Result<()> {
-        self.check_range(offset, length)?;
-        for (offset, length) in split(offset, length, most) {
+    async fn plain(&self, range: Range<u64>, most: u64, command: &Command) -> Result<()> {
+        let length = self.check_range(&range)?;
+        for (offset, length) in split(range.start, length, most) {
             let request = NewRequest::plain(offset, length, command.clone());
             self.submit(request).await?.outcome().await?;
         }
         Ok(())
     }
 
-    /// Checked before anything is sent, so that a request that is split fails whole.
-    fn check_range(&self, offset: u64, length: u64) -> Result<(), ApiMisuse> {
+    /// Checked before anything is sent, so that a request that is split fails whole. Gives the length,
+    /// in bytes.
+    fn check_range(&self, range: &Range<u64>) -> Result<u64, ApiMisuse> {
+        let Range { start, end } = *range;
+        let length = end.checked_sub(start).ok_or(ApiMisuse::ReversedRange { start, end })?;
+        self.check(start, length)?;
+        Ok(length)
+    }
+
+    fn check(&self, offset: u64, length: u64) -> Result<(), ApiMisuse> {
         let size = self.negotiated().size;
         if offset.checked_add(length).is_none_or(|end| end > size) {
             return Err(ApiMisuse::OutOfBounds { offset, length, size });

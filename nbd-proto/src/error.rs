@@ -112,6 +112,14 @@ pub enum ApiMisuse {
         /// Size of the export, in bytes.
         size: u64,
     },
+    /// The range ends before it begins.
+    #[error("the range {start}..{end} ends before it begins")]
+    ReversedRange {
+        /// Start of the range, in bytes.
+        start: u64,
+        /// End of the range, in bytes.
+        end: u64,
+    },
     /// The request is not a multiple of the export's minimum block size.
     #[error("{length} bytes at {offset} are not aligned to the minimum block size {minimum}")]
     Unaligned {

@@ -153,3 +153,9 @@ fn write_disk(folder: &Path, contents: &[u8]) {
 pub(crate) fn pattern(length: usize) -> Vec<u8> {
     (0..length as u64 / 8).flat_map(|index| (index * 8).to_be_bytes()).collect()
 }
+
+/// `length` bytes at `offset`.
+pub(crate) fn span(offset: u64, length: impl TryInto<u64>) -> std::ops::Range<u64> {
+    let Ok(length) = length.try_into() else { panic!("a length") };
+    offset..offset + length
+}

@@ -2,7 +2,7 @@
 
 use nbd_client::{Bytes, Durability, Protocol, ReplyMode, Scope};
 
-use crate::common::{Peer, have, pattern};
+use crate::common::{Peer, have, pattern, span};
 
 const MIB: usize = 1 << 20;
 
@@ -38,7 +38,7 @@ async fn a_server_with_simple_replies_only_is_used_and_inspected() {
     model[1000..][..data.len()].copy_from_slice(&data);
     client.write(1000, Bytes::from(data), Durability::Fua).await.unwrap();
     client.flush().await.unwrap();
-    assert!(client.read(0, MIB).await.unwrap() == model);
+    assert!(client.read(span(0, MIB)).await.unwrap() == model);
     client.disconnect().await.unwrap();
 
     let server = connector.inspect(Scope::AllExports).await.unwrap();

@@ -4,14 +4,14 @@ use nbd_client::{
     ApiMisuse, BlockSizes, Bytes, Durability, Errno, Error, Protocol, ReplyMode, Scope,
 };
 
-use crate::common::{Peer, have, nbdkit, pattern};
+use crate::common::{Peer, have, nbdkit, pattern, span};
 
 const MIB: usize = 1 << 20;
 
 async fn pattern_is_read(peer: &Peer) {
     let client = peer.connector().connect().await.unwrap();
     assert_eq!(client.info().size, MIB as u64);
-    assert_eq!(client.read(0, MIB).await.unwrap(), pattern(MIB));
+    assert_eq!(client.read(span(0, MIB)).await.unwrap(), pattern(MIB));
     client.disconnect().await.unwrap();
 }
 
@@ -74,7 +74,7 @@ async fn errors_of_the_export_fail_requests_and_leave_the_connection_alone() {
             let text = error.to_string();
             assert!(text.starts_with("WRITE of 512 bytes at offset"), "{text}");
         }
-        assert_eq!(client.read(0, 512).await.unwrap(), vec![0; 512]);
+        assert_eq!(client.read(0..512).await.unwrap(), vec![0; 512]);
         client.disconnect().await.unwrap();
     }
 }
@@ -93,7 +93,7 @@ async fn replies_in_any_order_find_their_requests() {
         let client = client.clone();
         tasks.spawn(async move {
             let offset = index * 4096;
-            let data = client.read(offset, 4096).await.unwrap();
+            let data = client.read(span(offset, 4096)).await.unwrap();
             assert_eq!(data, pattern(MIB)[offset as usize..][..4096]);
         });
     }
@@ -120,7 +120,7 @@ async fn a_minimum_block_size_is_told_and_obeyed() {
     let client = peer.connector().connect().await.unwrap();
     let sizes = BlockSizes::new(4096, 65_536, 131_072).unwrap();
     assert_eq!(client.info().block_sizes, Some(sizes));
-    let unaligned = client.read(512, 4096).await;
+    let unaligned = client.read(512..4608).await;
     assert!(
         matches!(unaligned, Err(Error::Misuse(ApiMisuse::Unaligned { minimum: 4096, .. }))),
         "{unaligned:?}"
@@ -128,7 +128,7 @@ async fn a_minimum_block_size_is_told_and_obeyed() {
     // The server would refuse a single request of this length.
     let data = Bytes::from(pattern(512 * 1024));
     client.write(4096, data.clone(), Durability::Cached).await.unwrap();
-    assert_eq!(client.read(4096, data.len()).await.unwrap(), data);
+    assert_eq!(client.read(span(4096, data.len())).await.unwrap(), data);
 }
 
 #[tokio::test]
@@ -139,11 +139,11 @@ async fn a_server_that_goes_away_fails_the_requests_in_flight() {
     let mut peer = nbdkit(&["--filter=delay", "pattern", "1M", "rdelay=60"], &[]).await;
     let client = peer.connector().connect().await.unwrap();
     let other = client.clone();
-    let read = tokio::spawn(async move { other.read(0, 4096).await });
+    let read = tokio::spawn(async move { other.read(0..4096).await });
     tokio::task::yield_now().await;
     peer.stop().await;
     let error = read.await.unwrap().unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error}");
-    let error = client.read(0, 1).await.unwrap_err();
+    let error = client.read(0..1).await.unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "the next request says it as well: {error}");
 }

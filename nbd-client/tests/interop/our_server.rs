@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nbd_client::{
-    Bytes, Client, Connector, Durability, ExtentLimit, MetaContextName, ReplyMode, Scope, Speed,
-    TransmissionFlags, ZeroMode,
+    ApiMisuse, Bytes, Client, Connector, Durability, Error, ExtentLimit, MetaContextName,
+    ReplyMode, Scope, Speed, TransmissionFlags, ZeroMode,
 };
 use nbd_server::export::{ExportEntry, MemoryExport};
 use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+
+use crate::common::span;
 
 const MIB: usize = 1 << 20;
 
@@ -67,15 +69,18 @@ async fn compare_with_model(client: &Client, seed: u64) {
                 model[place].fill(0);
                 let (mode, speed) = (ZeroMode::MayPunch, Speed::Any);
                 let length = length as u64;
-                client.write_zeroes(at, length, mode, speed, Durability::Cached).await.unwrap();
+                client
+                    .write_zeroes(span(at, length), mode, speed, Durability::Cached)
+                    .await
+                    .unwrap();
             }
             _ => {
-                let data = client.read(at, length).await.unwrap();
+                let data = client.read(span(at, length)).await.unwrap();
                 assert!(data == model[place], "seed {seed}, step {step}: {length} at {offset}");
             }
         }
     }
-    assert!(client.read(0, size).await.unwrap() == model, "seed {seed}");
+    assert!(client.read(span(0, size)).await.unwrap() == model, "seed {seed}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -108,7 +113,7 @@ async fn block_status_of_what_was_written() {
     }
     let mib = MIB as u64;
     assert_eq!(extents, [(0, mib, 3), (mib, mib, 0), (2 * mib, 2 * mib, 3)]);
-    let one = client.block_status(0, 4 * mib, ExtentLimit::One).await.unwrap();
+    let one = client.block_status(span(0, 4 * mib), ExtentLimit::One).await.unwrap();
     assert_eq!((one[0].1.len(), one[0].1[0].length), (1, mib));
     client.disconnect().await.unwrap();
     serving.end().await;
@@ -134,7 +139,7 @@ async fn several_connections_write_one_disk() {
         writer.unwrap();
     }
     client.flush().await.unwrap();
-    let all = client.read(0, 4 * MIB).await.unwrap();
+    let all = client.read(span(0, 4 * MIB)).await.unwrap();
     for (block, data) in all.chunks(4096).enumerate() {
         assert!(data.iter().all(|byte| *byte == block as u8), "block {block}");
     }
@@ -157,5 +162,31 @@ async fn the_server_is_listed_and_inspected() {
     assert_eq!(disk.size, 4 << 20);
     assert!(disk.meta_contexts.contains(&MetaContextName::base_allocation()));
     assert!(disk.block_sizes.is_some());
+    serving.end().await;
+}
+
+#[tokio::test]
+#[allow(clippy::reversed_empty_ranges, reason = "what is refused")]
+async fn a_range_that_ends_before_it_begins_is_refused_before_anything_is_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let serving = serve(&ListenAddress::Unix(folder.path().join("s"))).await;
+    let allocation = MetaContextName::base_allocation();
+    let connector = serving.connector.clone().meta_contexts([allocation.clone()]);
+    let client = connector.connect().await.unwrap();
+    let mut extents = client.extents(&allocation, 8..0);
+    let refused = [
+        client.read(8..0).await.map(drop),
+        client.read_chunks(8..0).await.map(drop),
+        client.trim(8..0, Durability::Cached).await,
+        client.cache(8..0).await,
+        client.block_status(8..0, ExtentLimit::Many).await.map(drop),
+        extents.next().await.unwrap().map(drop),
+    ];
+    for result in refused {
+        let reversed = ApiMisuse::ReversedRange { start: 8, end: 0 };
+        assert!(matches!(&result, Err(Error::Misuse(why)) if *why == reversed), "{result:?}");
+    }
+    assert!(extents.next().await.is_none());
+    client.disconnect().await.unwrap();
     serving.end().await;
 }

@@ -7,7 +7,7 @@ use nbd_client::{
     OptionReplyType, Protocol, ReadChunk, ReplyMode, Scope, Speed, TransmissionFlags, ZeroMode,
 };
 
-use crate::common::{have, pattern, qemu_nbd};
+use crate::common::{have, pattern, qemu_nbd, span};
 
 const MIB: usize = 1 << 20;
 
@@ -27,8 +27,8 @@ async fn every_command_does_what_it_says_in_every_reply_mode() {
         assert_eq!(client.info().block_sizes.unwrap().maximum_payload(), 32 << 20);
 
         let mut model = pattern(2 * MIB);
-        assert_eq!(client.read(0, 2 * MIB).await.unwrap(), model, "{mode:?}");
-        assert_eq!(client.read(12345, 678).await.unwrap(), model[12345..][..678]);
+        assert_eq!(client.read(span(0, 2 * MIB)).await.unwrap(), model, "{mode:?}");
+        assert_eq!(client.read(12345..13023).await.unwrap(), model[12345..][..678]);
 
         for (offset, length) in [(0, 1), (511, 4097), (70_000, 300_000)] {
             let data = vec![offset as u8 ^ 0xaa; length];
@@ -37,14 +37,20 @@ async fn every_command_does_what_it_says_in_every_reply_mode() {
         }
         let zeroes = (65_536, 131_072);
         client
-            .write_zeroes(zeroes.0, zeroes.1, ZeroMode::MayPunch, Speed::Any, Durability::Cached)
+            .write_zeroes(
+                span(zeroes.0, zeroes.1),
+                ZeroMode::MayPunch,
+                Speed::Any,
+                Durability::Cached,
+            )
             .await
             .unwrap();
         model[zeroes.0 as usize..][..zeroes.1 as usize].fill(0);
-        client.trim(MIB as u64, 65_536, Durability::Cached).await.unwrap();
-        client.cache(0, MIB as u64).await.unwrap();
+        client.trim(span(MIB as u64, 65_536), Durability::Cached).await.unwrap();
+        client.cache(span(0, MIB as u64)).await.unwrap();
         client.flush().await.unwrap();
-        let (front, back) = (client.read(0, MIB), client.read(MIB as u64 + 65_536, MIB - 65_536));
+        let (front, back) =
+            (client.read(span(0, MIB)), client.read(span(MIB as u64 + 65_536, MIB - 65_536)));
         assert_eq!(front.await.unwrap(), model[..MIB], "{mode:?}");
         assert_eq!(back.await.unwrap(), model[MIB + 65_536..], "{mode:?}");
         client.disconnect().await.unwrap();
@@ -92,12 +98,12 @@ async fn holes_are_seen_by_block_status_and_by_reads() {
         let error = client.extents(&unknown, 0..512).next().await.unwrap().unwrap_err();
         assert!(matches!(error, Error::Misuse(ApiMisuse::NotNegotiated { .. })), "{error}");
 
-        let one = client.block_status(5 << 30, 1 << 20, ExtentLimit::One).await.unwrap();
+        let one = client.block_status(span(5 << 30, 1 << 20), ExtentLimit::One).await.unwrap();
         assert_eq!(one.len(), 1);
         assert_eq!(one[0].1.len(), 1);
         assert_eq!(one[0].1[0].length, 65_536);
 
-        let chunks = client.read_chunks((5 << 30) - 65_536, 3 * 65_536).await.unwrap();
+        let chunks = client.read_chunks(span((5 << 30) - 65_536, 3 * 65_536)).await.unwrap();
         let data = Bytes::from(vec![1; 65_536]);
         let expected = [
             ReadChunk::Hole { offset: (5 << 30) - 65_536, length: 65_536 },
@@ -105,7 +111,7 @@ async fn holes_are_seen_by_block_status_and_by_reads() {
             ReadChunk::Hole { offset: (5 << 30) + 65_536, length: 65_536 },
         ];
         assert_eq!(chunks, expected, "{mode:?}");
-        let flat = client.read((5 << 30) - 1, 65_538).await.unwrap();
+        let flat = client.read(span((5 << 30) - 1, 65_538)).await.unwrap();
         assert_eq!((flat[0], flat[1], flat[65_536], flat[65_537]), (0, 1, 1, 0));
     }
 }
@@ -125,11 +131,11 @@ async fn a_range_longer_than_32_bits_is_zeroed_and_trimmed() {
         let last = size - 512;
         client.write(last, vec![9; 512].into(), Durability::Cached).await.unwrap();
         client
-            .write_zeroes(0, size, ZeroMode::MayPunch, Speed::Any, Durability::Cached)
+            .write_zeroes(span(0, size), ZeroMode::MayPunch, Speed::Any, Durability::Cached)
             .await
             .unwrap();
-        assert_eq!(client.read(last, 512).await.unwrap(), vec![0; 512]);
-        client.trim(0, size, Durability::Fua).await.unwrap();
+        assert_eq!(client.read(span(last, 512)).await.unwrap(), vec![0; 512]);
+        client.trim(span(0, size), Durability::Fua).await.unwrap();
     }
 }
 
@@ -147,11 +153,11 @@ async fn reads_and_writes_over_the_maximum_payload_are_split() {
     let client = peer.connector().connect().await.unwrap();
     let data = Bytes::from(pattern(length));
     client.write(512, data.clone(), Durability::Cached).await.unwrap();
-    assert!(client.read(512, length).await.unwrap() == data);
+    assert!(client.read(span(512, length)).await.unwrap() == data);
     let mut buffer = vec![0; length];
     client.read_into(512, &mut buffer).await.unwrap();
     assert!(buffer == data);
-    let chunks = client.read_chunks(512, length).await.unwrap();
+    let chunks = client.read_chunks(span(512, length)).await.unwrap();
     let mut expected = 512;
     for piece in &chunks {
         assert_eq!(piece.offset(), expected, "chunks have no gaps");
@@ -170,10 +176,10 @@ async fn a_read_only_export_refuses_writes_before_they_are_sent() {
     assert!(client.info().flags.contains(TransmissionFlags::READ_ONLY));
     let write = client.write(0, Bytes::from_static(b"x"), Durability::Cached).await;
     assert!(matches!(write, Err(Error::Misuse(ApiMisuse::NotNegotiated { .. }))), "{write:?}");
-    let outside = client.read(MIB as u64 - 1, 2).await;
+    let outside = client.read(span(MIB as u64 - 1, 2)).await;
     assert!(matches!(outside, Err(Error::Misuse(ApiMisuse::OutOfBounds { .. }))), "{outside:?}");
     assert_eq!(outside.unwrap_err().errno(), None::<Errno>);
-    assert_eq!(client.read(MIB as u64, 0).await.unwrap(), Bytes::new());
+    assert_eq!(client.read(span(MIB as u64, 0)).await.unwrap(), Bytes::new());
 }
 
 #[tokio::test]
@@ -239,7 +245,7 @@ async fn many_tasks_share_several_connections() {
             for round in 0..50 {
                 let offset = (task * 7919 + round * 104_729) % (3 * MIB);
                 let length = if round % 5 == 0 { 200_000 } else { 4096 };
-                let data = client.read(offset as u64, length).await.unwrap();
+                let data = client.read(span(offset as u64, length)).await.unwrap();
                 assert!(data == contents[offset..][..length], "{length} bytes at {offset}");
             }
         });

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nbd_client::{Bytes, Durability, TransmissionFlags};
 use tokio::task::JoinSet;
 
-use crate::common::{have, nbdkit, pattern, qemu_nbd};
+use crate::common::{have, nbdkit, pattern, qemu_nbd, span};
 
 const MIB: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,7 +41,7 @@ async fn writes_survive_a_server_that_is_killed_and_started_again() {
         writer.unwrap();
     }
     client.flush().await.unwrap();
-    assert!(client.read(0, 4 * MIB).await.unwrap() == expected);
+    assert!(client.read(span(0, 4 * MIB)).await.unwrap() == expected);
     // Killed processes do not take the page cache with them: nothing acknowledged is missing.
     assert!(std::fs::read(peer.folder().join("disk")).unwrap() == expected);
 }
@@ -66,7 +66,7 @@ async fn every_connection_comes_back() {
             readers.spawn(async move {
                 for block in 0..64 {
                     let offset = (reader * MIB + block * 16_384) as u64;
-                    let data = client.read(offset, 16_384).await.unwrap();
+                    let data = client.read(span(offset, 16_384)).await.unwrap();
                     assert!(data == part[block * 16_384..][..16_384]);
                 }
             });

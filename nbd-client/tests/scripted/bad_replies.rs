@@ -4,7 +4,7 @@ use nbd_client::{Error, ExtentLimit, LostConnection, ProtocolError, ReplyMode};
 
 use crate::script::{
     CONTEXT, DATA, ERROR, ERROR_OFFSET, HOLE, NONE, STATUS, STATUS_EXT, bytes, chunk, connected,
-    guarded, simple,
+    guarded, simple, span,
 };
 
 const OFFSET: u64 = 8192;
@@ -45,9 +45,9 @@ async fn ask(mode: ReplyMode, status: bool, reply: Vec<u8>) -> Error {
     let asked = client.clone();
     let first = async move {
         if status {
-            asked.block_status(OFFSET, LENGTH, ExtentLimit::One).await.map(drop)
+            asked.block_status(span(OFFSET, LENGTH), ExtentLimit::One).await.map(drop)
         } else {
-            asked.read(OFFSET, LENGTH as usize).await.map(drop)
+            asked.read(span(OFFSET, LENGTH as usize)).await.map(drop)
         }
     };
     let (first, second) = guarded(async { tokio::join!(first, bystander.flush()) }).await;
@@ -132,7 +132,7 @@ async fn error_chunks_without_end_are_refused() {
                 Ok(())
             })
             .await;
-            let told = guarded(client.read(OFFSET, LENGTH as usize)).await.unwrap_err();
+            let told = guarded(client.read(span(OFFSET, LENGTH as usize))).await.unwrap_err();
             assert!(matches!(told, Error::Request { .. }), "{told}");
             drop(client);
             for status in [false, true] {
@@ -164,7 +164,8 @@ async fn holes_that_lie_outside_overlap_or_are_empty_are_refused_as_pieces_too()
             })
             .await;
             let spare = bytes::BytesMut::from(&b"what is left over"[..]);
-            let read = guarded(client.read_chunks_reusing(OFFSET, LENGTH as usize, spare)).await;
+            let read =
+                guarded(client.read_chunks_reusing(span(OFFSET, LENGTH as usize), spare)).await;
             let why = because(&read.expect_err("a bad reply"));
             assert!(why.contains(expected), "{mode:?}: {why:?} does not say {expected:?}");
         }
@@ -271,7 +272,7 @@ async fn random_bytes_are_never_a_panic_or_a_hang() {
                 server.send(&reply).await
             })
             .await;
-            let read = guarded(client.read(OFFSET, 64)).await;
+            let read = guarded(client.read(span(OFFSET, 64))).await;
             // A task that panicked leaves its callers with `Closed`.
             assert!(!matches!(read, Err(Error::Closed)), "seed {seed}, {mode:?}");
             assert!(read.is_err() || from >= 4, "seed {seed}, {mode:?}: the magic was wrong");

@@ -5,7 +5,7 @@ use std::task::Poll;
 use nbd_client::{Bytes, Durability, ReplyMode};
 use tokio::sync::oneshot;
 
-use crate::script::{DATA, bytes, connected, data_at, guarded};
+use crate::script::{DATA, bytes, connected, data_at, guarded, span};
 
 /// Polls a future once and drops it.
 async fn poll_once<F: Future>(future: F) {
@@ -47,14 +47,14 @@ async fn a_read_dropped_in_the_middle_of_its_reply_keeps_the_stream_in_step() {
         })
         .await;
         {
-            let mut read = Box::pin(client.read(100, LENGTH));
+            let mut read = Box::pin(client.read(span(100, LENGTH)));
             tokio::select! {
                 _ = &mut read => panic!("half of the reply is missing"),
                 sent = half => sent.unwrap(),
             }
         }
         dropped.send(()).unwrap();
-        let data = guarded(client.read(5000, 1000)).await.unwrap();
+        let data = guarded(client.read(5000..6000)).await.unwrap();
         assert_eq!(data, data_at(5000, 1000), "{mode:?}");
         guarded(client.disconnect()).await.unwrap();
     }
@@ -72,7 +72,7 @@ async fn a_request_dropped_before_it_is_sent_is_never_sent() {
     .await;
     // On this single-threaded runtime the connection's task runs only after the drop.
     poll_once(client.write(0, Bytes::from_static(b"never"), Durability::Cached)).await;
-    assert_eq!(guarded(client.read(42, 3)).await.unwrap(), data_at(42, 3));
+    assert_eq!(guarded(client.read(42..45)).await.unwrap(), data_at(42, 3));
     guarded(client.disconnect()).await.unwrap();
 }
 
@@ -89,11 +89,11 @@ async fn callers_that_come_and_go_do_not_use_up_the_connection() {
     })
     .await;
     for round in 0..2000_u64 {
-        poll_once(client.read(round, 64)).await;
+        poll_once(client.read(span(round, 64))).await;
         if round % 3 == 0 {
             tokio::task::yield_now().await;
         }
     }
-    assert_eq!(guarded(client.read(7, 64)).await.unwrap(), data_at(7, 64));
+    assert_eq!(guarded(client.read(7..71)).await.unwrap(), data_at(7, 64));
     guarded(client.disconnect()).await.unwrap();
 }

@@ -5,7 +5,7 @@ use tokio::net::UnixStream;
 
 use crate::script::{
     CONTEXT, DATA, HOLE, NONE, Offer, STATUS, STATUS_EXT, Script, bytes, connector, data_at,
-    guarded,
+    guarded, span,
 };
 
 const LENGTH: u64 = 64;
@@ -45,11 +45,11 @@ async fn serve(mut server: Script, mode: ReplyMode) -> std::io::Result<usize> {
 
 async fn use_it(client: &Client, mode: ReplyMode) -> Result<()> {
     let offset = 4096;
-    let data = client.read(offset, LENGTH as usize).await?;
+    let data = client.read(span(offset, LENGTH as usize)).await?;
     let mut expected = data_at(offset, LENGTH as usize);
     if mode != ReplyMode::Simple {
         expected[32..40].fill(0);
-        let status = client.block_status(0, LENGTH, ExtentLimit::Many).await?;
+        let status = client.block_status(span(0, LENGTH), ExtentLimit::Many).await?;
         assert_eq!(status[0].1[0].length, LENGTH);
     }
     assert_eq!(data, expected, "no wrong data");
@@ -63,7 +63,7 @@ async fn session(mode: ReplyMode, budget: usize) -> (Result<()>, std::io::Result
         Ok(client) => {
             let result = guarded(use_it(&client, mode)).await;
             if result.is_err() {
-                let again = guarded(client.read(0, 1)).await;
+                let again = guarded(client.read(0..1)).await;
                 assert!(matches!(again, Err(Error::Lost { .. })), "still lost: {again:?}");
             }
             drop(client);

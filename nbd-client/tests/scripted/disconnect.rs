@@ -19,7 +19,7 @@ async fn requests_made_before_are_answered_and_disc_comes_last() {
     let (reader, other) = (client.clone(), client.clone());
     let (reads, ended) = guarded(async {
         tokio::join!(
-            async { tokio::join!(reader.read(0, 10), reader.read(10, 10)) },
+            async { tokio::join!(reader.read(0..10), reader.read(10..20)) },
             client.disconnect(),
         )
     })
@@ -27,7 +27,7 @@ async fn requests_made_before_are_answered_and_disc_comes_last() {
     assert_eq!(reads.0.unwrap(), data_at(0, 10));
     assert_eq!(reads.1.unwrap(), data_at(10, 10));
     ended.unwrap();
-    let late = other.read(0, 1).await;
+    let late = other.read(0..1).await;
     assert!(matches!(late, Err(Error::Closed)), "{late:?}");
     other.disconnect().await.unwrap();
 }
@@ -54,7 +54,7 @@ async fn a_server_that_closes_while_nothing_is_asked_is_noticed() {
         Ok(())
     })
     .await;
-    let error = guarded(client.read(0, 1)).await.unwrap_err();
+    let error = guarded(client.read(0..1)).await.unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error}");
     let error = guarded(client.disconnect()).await.unwrap_err();
     assert!(error.to_string().contains("was lost"), "{error}");
@@ -70,7 +70,7 @@ async fn a_server_that_never_answers_does_not_hold_up_the_end_for_ever() {
     .await;
     let other = client.clone();
     let (read, ended) =
-        guarded(async { tokio::join!(other.read(0, 1), client.disconnect()) }).await;
+        guarded(async { tokio::join!(other.read(0..1), client.disconnect()) }).await;
     for error in [read.map(drop).unwrap_err(), ended.unwrap_err()] {
         assert!(error.to_string().contains("did not answer 1 requests"), "{error}");
     }

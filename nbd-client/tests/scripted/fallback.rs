@@ -35,7 +35,7 @@ async fn every_option_is_tried_and_export_name_comes_last() {
     assert_eq!(client.reply_mode(), ReplyMode::Simple);
     assert_eq!((client.info().size, client.info().block_sizes), (4096, None));
     assert!(client.meta_contexts().is_empty());
-    guarded(client.read(0, 10)).await.unwrap();
+    guarded(client.read(0..10)).await.unwrap();
     guarded(client.disconnect()).await.unwrap();
     // Extended headers, structured replies, GO, EXPORT_NAME; no contexts without structured replies.
     assert_eq!(server.await.unwrap(), [11, 8, 7, 1]);
@@ -57,7 +57,7 @@ async fn a_newstyle_server_that_is_not_fixed_gets_export_name_only() {
     });
     let client = guarded(connector().connect_over(ours)).await.unwrap();
     assert_eq!(client.protocol(), Protocol::Newstyle);
-    guarded(client.read(0, 10)).await.unwrap();
+    guarded(client.read(0..10)).await.unwrap();
     guarded(client.disconnect()).await.unwrap();
 }
 

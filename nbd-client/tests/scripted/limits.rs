@@ -6,7 +6,7 @@ use nbd_client::{Client, Connector, ReplyMode};
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 
-use crate::script::{Offer, Script, connector, data_at, guarded};
+use crate::script::{Offer, Script, connector, data_at, guarded, span};
 
 /// Connects to a server that holds back its answers until no further request comes, and gives the
 /// largest number of requests it ever held.
@@ -36,7 +36,7 @@ async fn most_held(connector: Connector, length: usize) -> usize {
         let client: Client = client.clone();
         reads.spawn(async move {
             let offset = index * 1000;
-            assert_eq!(client.read(offset, length).await.unwrap(), data_at(offset, length));
+            assert_eq!(client.read(span(offset, length)).await.unwrap(), data_at(offset, length));
         });
     }
     guarded(async {

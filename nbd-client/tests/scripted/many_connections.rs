@@ -48,10 +48,10 @@ async fn requests_made_together_use_all_connections() {
     assert_eq!(client.connections(), 4);
     let reads = async {
         tokio::try_join!(
-            client.read(0, 10),
-            client.read(10, 10),
-            client.read(20, 10),
-            client.read(30, 10)
+            client.read(0..10),
+            client.read(10..20),
+            client.read(20..30),
+            client.read(30..40)
         )
     };
     guarded(reads).await.unwrap();
@@ -74,7 +74,7 @@ async fn a_server_that_admits_fewer_is_used_with_what_it_admits() {
         listen(|number| (number < 2).then(|| Offer::new(ReplyMode::Structured)));
     let client = guarded(connector.connect()).await.unwrap();
     assert_eq!(client.connections(), 2);
-    guarded(client.read(0, 10)).await.unwrap();
+    guarded(client.read(0..10)).await.unwrap();
 }
 
 #[tokio::test]

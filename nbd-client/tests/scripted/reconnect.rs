@@ -50,8 +50,8 @@ async fn requests_in_flight_are_sent_again_and_half_answers_forgotten() {
     };
     let (data, status, written, mut server) = guarded(async {
         tokio::join!(
-            client.read(300, 100),
-            client.block_status(0, 512, ExtentLimit::Many),
+            client.read(300..400),
+            client.block_status(0..512, ExtentLimit::Many),
             client.write(4096, Bytes::from_static(b"again"), Durability::Fua),
             script
         )
@@ -75,7 +75,7 @@ async fn requests_made_during_the_outage_wait() {
         let read = server.request().await.unwrap();
         server.answer_read(&read).await.unwrap();
     };
-    let (data, ()) = guarded(async { tokio::join!(client.read(1, 9), script) }).await;
+    let (data, ()) = guarded(async { tokio::join!(client.read(1..10), script) }).await;
     assert_eq!(data.unwrap(), data_at(1, 9));
 }
 
@@ -96,7 +96,7 @@ async fn an_export_that_changed_is_refused() {
             let mut server = listener.serve(&other).await;
             server.closed().await;
         };
-        let (read, ()) = guarded(async { tokio::join!(client.read(0, 1), script) }).await;
+        let (read, ()) = guarded(async { tokio::join!(client.read(0..1), script) }).await;
         let error = read.expect_err(word);
         let changed = matches!(error, Error::Lost { reason: LostConnection::ExportChanged(_), .. });
         assert!(changed && error.to_string().contains(word), "{word}: {error}");
@@ -110,7 +110,7 @@ async fn patience_ends() {
     // Nobody listens any more.
     drop(server);
     drop(listener);
-    let error = guarded(client.read(0, 1)).await.unwrap_err();
+    let error = guarded(client.read(0..1)).await.unwrap_err();
     let failed =
         matches!(error, Error::Lost { reason: LostConnection::ReconnectFailed { .. }, .. });
     assert!(failed, "{error}");
@@ -130,7 +130,7 @@ async fn a_server_that_dies_of_every_request_does_not_go_on_for_ever() {
     };
     let error = guarded(async {
         tokio::select! {
-            read = client.read(0, 1) => read.unwrap_err(),
+            read = client.read(0..1) => read.unwrap_err(),
             () = script => panic!("the script has no end"),
         }
     })
@@ -149,7 +149,7 @@ async fn a_server_that_breaks_the_protocol_is_not_tried_again() {
         server.send(&simple(0, 99)).await.unwrap();
         server.closed().await;
     };
-    let (read, ()) = guarded(async { tokio::join!(client.read(0, 1), script) }).await;
+    let (read, ()) = guarded(async { tokio::join!(client.read(0..1), script) }).await;
     let error = read.unwrap_err();
     assert!(matches!(error, Error::Lost { reason: LostConnection::Protocol(_), .. }), "{error}");
 }
@@ -162,7 +162,7 @@ async fn a_client_that_is_not_needed_any_more_does_not_wait_for_a_connection() {
     drop(listener);
     let alone = client.clone();
     {
-        let mut read = Box::pin(client.read(0, 1));
+        let mut read = Box::pin(client.read(0..1));
         let little = tokio::time::timeout(Duration::from_millis(50), &mut read).await;
         assert!(little.is_err(), "there is nobody to answer: {little:?}");
     }

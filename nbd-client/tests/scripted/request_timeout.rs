@@ -44,7 +44,7 @@ async fn a_request_that_is_not_answered_ends_the_connection_for_all() {
             let whole = chunk(MODE, true, NONE, second.cookie, second.offset, &[]);
             server.send(&whole[..10]).await.unwrap();
         };
-        let both = async { tokio::join!(client.read(100, 10), client.read(200, 10)) };
+        let both = async { tokio::join!(client.read(100..110), client.read(200..210)) };
         tokio::join!(both, script).0
     })
     .await;
@@ -52,7 +52,7 @@ async fn a_request_that_is_not_answered_ends_the_connection_for_all() {
     assert!(said.contains("did not answer READ of 10 bytes at offset 100"), "{said}");
     assert_late(first, 100);
     assert_late(second, 100);
-    assert_late(client.read(300, 10).await, 100);
+    assert_late(client.read(300..310).await, 100);
     drop(server);
 }
 
@@ -69,8 +69,8 @@ async fn others_that_are_answered_do_not_save_the_one_that_is_not() {
                 }
             }
         };
-        let busy = async { while client.read(200, 10).await.is_ok() {} };
-        tokio::join!(client.read(100, 10), busy, script).0
+        let busy = async { while client.read(200..210).await.is_ok() {} };
+        tokio::join!(client.read(100..110), busy, script).0
     })
     .await;
     assert_late(never, 100);
@@ -87,9 +87,9 @@ async fn a_connection_without_requests_has_all_the_time_it_wants() {
         server.goodbye().await;
     };
     let work = async {
-        client.read(0, 10).await.unwrap();
+        client.read(0..10).await.unwrap();
         tokio::time::sleep(LIMIT * 2).await;
-        assert_eq!(client.read(5, 10).await.unwrap(), data_at(5, 10));
+        assert_eq!(client.read(5..15).await.unwrap(), data_at(5, 10));
         client.disconnect().await.unwrap();
     };
     guarded(async { tokio::join!(work, script) }).await;
@@ -139,8 +139,8 @@ async fn a_request_that_is_late_on_every_connection_fails_in_the_end() {
         };
         let work = async {
             let client = connector.connect().await.unwrap();
-            let busy = async { while client.read(200, 10).await.is_ok() {} };
-            tokio::join!(client.read(100, 10), busy).0
+            let busy = async { while client.read(200..210).await.is_ok() {} };
+            tokio::join!(client.read(100..110), busy).0
         };
         tokio::select! {
             result = work => result,

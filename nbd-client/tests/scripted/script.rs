@@ -293,3 +293,9 @@ where
 pub(crate) async fn guarded<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(60), future).await.expect("this does not hang")
 }
+
+/// `length` bytes at `offset`.
+pub(crate) fn span(offset: u64, length: impl TryInto<u64>) -> std::ops::Range<u64> {
+    let Ok(length) = length.try_into() else { panic!("a length") };
+    offset..offset + length
+}

@@ -25,11 +25,11 @@ async fn an_error_in_the_middle_of_a_read_fails_it_and_nothing_else() {
             server.answer_read(&read).await
         })
         .await;
-        let error = guarded(client.read(4096, 2048)).await.unwrap_err();
+        let error = guarded(client.read(4096..6144)).await.unwrap_err();
         assert_eq!(error.errno(), Some(Errno::EIO));
         let Error::Request { source, .. } = &error else { panic!("{error}") };
         assert_eq!((source.offset, &*source.message), (Some(4608), "bad sector"));
-        assert_eq!(guarded(client.read(0, 10)).await.unwrap(), data_at(0, 10), "{mode:?}");
+        assert_eq!(guarded(client.read(0..10)).await.unwrap(), data_at(0, 10), "{mode:?}");
     }
 }
 
@@ -49,7 +49,7 @@ async fn other_commands_than_reads_may_be_answered_simply() {
     .await;
     guarded(client.flush()).await.unwrap();
     assert_eq!(guarded(client.flush()).await.unwrap_err().errno(), Some(Errno::ENOSPC));
-    let status = guarded(client.block_status(0, 512, ExtentLimit::Many)).await;
+    let status = guarded(client.block_status(0..512, ExtentLimit::Many)).await;
     assert_eq!(status.unwrap_err().errno(), Some(Errno::EINVAL));
     assert_eq!(guarded(client.flush()).await.unwrap_err().errno(), Some(Errno(200)));
 }
@@ -125,8 +125,8 @@ async fn data_in_many_small_chunks_out_of_order_is_put_together() {
     for hole in expected.chunks_mut(64).step_by(3) {
         hole.fill(0);
     }
-    assert_eq!(guarded(client.read(0, 131_072)).await.unwrap(), expected);
-    let chunks = guarded(client.read_chunks(0, 131_072)).await.unwrap();
+    assert_eq!(guarded(client.read(0..131_072)).await.unwrap(), expected);
+    let chunks = guarded(client.read_chunks(0..131_072)).await.unwrap();
     let mut offset = 0;
     for piece in &chunks {
         assert_eq!(piece.offset(), offset, "in order, without gaps");

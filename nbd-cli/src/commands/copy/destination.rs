@@ -191,8 +191,8 @@ impl Destination {
                 if !client.info().flags.contains(TransmissionFlags::SEND_WRITE_ZEROES) {
                     return self.write_zero_buffers(offset, length).await;
                 }
-                let zeroed =
-                    client.write_zeroes(offset, length, mode, Speed::Any, Durability::Cached).await;
+                let range = offset..offset + length;
+                let zeroed = client.write_zeroes(range, mode, Speed::Any, Durability::Cached).await;
                 match zeroed {
                     // Some servers promise it and then refuse (nbdkit in oldstyle does).
                     Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ENOTSUP)) => {

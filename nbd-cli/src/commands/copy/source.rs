@@ -143,7 +143,7 @@ impl Source {
         let length = length as usize;
         match self {
             Self::Nbd { client, uri } => {
-                let read = client.read_reusing(offset, length, buffer).await;
+                let read = client.read_reusing(offset..offset + length as u64, buffer).await;
                 read.map_err(|error| failed(uri, "read from", &error))
             }
             Self::File { storage, path, .. } => {
@@ -187,7 +187,7 @@ impl Source {
             let data = self.read(offset, length, buffer).await?;
             return Ok(vec![ReadChunk::Data { offset, data }]);
         };
-        let read = client.read_chunks_reusing(offset, length as usize, buffer).await;
+        let read = client.read_chunks_reusing(offset..offset + length, buffer).await;
         read.map_err(|error| failed(uri, "read from", &error))
     }
 

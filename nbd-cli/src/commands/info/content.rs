@@ -13,8 +13,7 @@ pub(super) async fn of(connector: &Connector, export_name: &str) -> Option<&'sta
     let client = connector.clone().export_name(export_name).connect().await.ok()?;
     let block = u64::from(client.info().block_sizes.map_or(1, |sizes| sizes.minimum()));
     let length = HEAD_LENGTH.next_multiple_of(block.max(1)).min(client.info().size);
-    // At most HEAD_LENGTH and one block.
-    let head = client.read(0, length as usize).await.ok();
+    let head = client.read(0..length).await.ok();
     // Whatever the end of the connection brings, the bytes are here.
     let _ = client.disconnect().await;
     head.map(|head| guess(&head))

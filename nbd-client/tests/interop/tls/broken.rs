@@ -10,7 +10,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::credentials::Maker;
 use super::{Kind, Program, Site, Version, plain};
-use crate::common::{have, pattern};
+use crate::common::{have, pattern, span};
 
 const MIB: usize = 1 << 20;
 
@@ -69,7 +69,7 @@ async fn a_connection_cut_at_any_place_ends_with_an_error_and_in_time() {
             let connector: nbd_client::Connector = relay.uri().parse().unwrap();
             let connector =
                 connector.tls(site.options(kind)).handshake_timeout(Duration::from_secs(30));
-            let attempt = async { connector.connect().await?.read(0, MIB).await };
+            let attempt = async { connector.connect().await?.read(span(0, MIB)).await };
             let outcome = tokio::time::timeout(Duration::from_secs(60), attempt).await.unwrap();
             match outcome {
                 Err(Error::HandshakeLost { .. } | Error::Tls { .. } | Error::Lost { .. }) => {}
@@ -104,7 +104,7 @@ async fn a_new_connection_has_tls_again_and_is_never_taken_back_to_the_clear() {
     assert!(client.is_encrypted());
     let mut reads = 0;
     let error = loop {
-        match client.read(0, 100_000).await {
+        match client.read(0..100_000).await {
             Ok(data) => {
                 assert!(data == contents[..100_000]);
                 reads += 1;
@@ -147,6 +147,6 @@ async fn writes_survive_a_server_that_is_killed_and_started_again() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     peer.restart().await;
     writer.await.unwrap();
-    assert!(client.read(0, size).await.unwrap() == expected);
+    assert!(client.read(span(0, size)).await.unwrap() == expected);
     assert!(client.reconnects() > 0);
 }

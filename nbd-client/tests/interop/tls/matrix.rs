@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::credentials::Maker;
 use super::{Kind, NAME, Program, Site, Version};
-use crate::common::{Peer, have, pattern};
+use crate::common::{Peer, have, pattern, span};
 
 const MIB: usize = 1 << 20;
 
@@ -30,7 +30,7 @@ async fn exchange(client: &Client, peer: &Peer, size: usize) {
         tasks.spawn(async move { writer.write(at, data, Durability::Cached).await.unwrap() });
         let (reader, wanted) = (client.clone(), expected[range.clone()].to_vec());
         tasks.spawn(async move {
-            let got = reader.read(range.start as u64, wanted.len()).await.unwrap();
+            let got = reader.read(span(range.start as u64, wanted.len())).await.unwrap();
             assert!(got == wanted, "the data at {range:?}");
         });
     }
@@ -38,7 +38,7 @@ async fn exchange(client: &Client, peer: &Peer, size: usize) {
         done.unwrap();
     }
     client.flush().await.unwrap();
-    assert!(client.read(0, size).await.unwrap() == expected, "one large READ");
+    assert!(client.read(span(0, size)).await.unwrap() == expected, "one large READ");
     assert!(std::fs::read(peer.folder().join("disk")).unwrap() == expected, "the server's file");
 }
 
@@ -112,6 +112,6 @@ async fn a_uri_says_it_all_if_it_may_name_files() {
         let connector: nbd_client::Connector = uri.parse().unwrap();
         let client = connector.local_files(LocalFiles::Allowed).connect().await.unwrap();
         assert!(client.is_encrypted());
-        assert!(client.read(0, MIB).await.unwrap() == contents);
+        assert!(client.read(span(0, MIB)).await.unwrap() == contents);
     }
 }

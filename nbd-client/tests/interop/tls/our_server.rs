@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use super::credentials::{Maker, Role, Validity, add_psk_user};
 use super::{Kind, Site};
-use crate::common::pattern;
+use crate::common::{pattern, span};
 
 /// Serves 4 MiB of memory on a free port of this machine, until the sender goes.
 async fn serve(tls: TlsMode) -> (u16, oneshot::Sender<()>) {
@@ -53,7 +53,7 @@ async fn is_useful(connector: &Connector) {
         client.write(2 << 20, second, Durability::Cached)
     );
     first.and(second).unwrap();
-    assert!(client.read(0, 4 << 20).await.unwrap() == data);
+    assert!(client.read(span(0, 4 << 20)).await.unwrap() == data);
     client.disconnect().await.unwrap();
 }
 

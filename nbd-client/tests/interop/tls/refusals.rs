@@ -171,7 +171,7 @@ async fn require_prefer_and_off_meet_servers_with_and_without_tls() {
         assert!(matches!(error, TlsError::Refused(_)), "{error:?}");
         let client = peer.connector().tls(with(TlsMode::Prefer)).connect().await.unwrap();
         assert!(!client.is_encrypted());
-        assert!(client.read(0, 4096).await.unwrap() == pattern(4096));
+        assert!(client.read(0..4096).await.unwrap() == pattern(4096));
     }
     for program in Program::ALL {
         let peer =

@@ -63,7 +63,8 @@ struct Answer {
 impl Answer {
     async fn ask(client: &Client, offset: u64, length: u64) -> nbd_client::Result<Self> {
         let mut answer = Self { allocation: None, depth: None };
-        for (context, descriptors) in client.block_status(offset, length, ExtentLimit::Many).await?
+        for (context, descriptors) in
+            client.block_status(offset..offset + length, ExtentLimit::Many).await?
         {
             match context.as_str() {
                 MetaContextName::BASE_ALLOCATION => answer.allocation = Some(descriptors.into()),
