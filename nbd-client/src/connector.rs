@@ -162,7 +162,8 @@ impl Connector {
     }
 
     /// Connects. The connections are driven by tasks on the current tokio runtime, which needs I/O
-    /// and time enabled, until the last clone of the [`Client`] is dropped.
+    /// and time enabled, until the last clone of the [`Client`] is dropped. Without a runtime:
+    /// [`blocking::Client::connect`](crate::blocking::Client::connect).
     ///
     /// # Errors
     ///

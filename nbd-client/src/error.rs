@@ -113,6 +113,16 @@ pub enum Error {
         /// How it was lost.
         reason: LostConnection,
     },
+    /// An [`Interrupter`](crate::blocking::Interrupter) has ended the waiting; whether the request was
+    /// carried out is unknown.
+    #[error("{reason}")]
+    Interrupted {
+        /// What the interrupter was given.
+        reason: Arc<str>,
+    },
+    /// The system gave no thread to a client of [`blocking`](crate::blocking).
+    #[error("cannot start the thread that drives the connections: {0}")]
+    NoThread(Arc<io::Error>),
     /// The client was disconnected, or the runtime that drives its connections has ended.
     #[error("the client is disconnected: connect again")]
     Closed,

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod blocking;
 mod nbd_server;
 mod nbdkit;
 mod our_server;

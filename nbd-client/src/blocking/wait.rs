@@ -1,0 +1,181 @@
+//! Waiting on a thread for what another one does.
+
+use std::future::poll_fn;
+use std::num::NonZeroUsize;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{oneshot, watch};
+use tokio::task::unconstrained;
+
+use crate::Client;
+use crate::connector::Connector;
+use crate::error::{Error, Result};
+
+/// Ends the waiting of clients early, for a handler of Ctrl-C or another thread.
+///
+/// Clones belong together. Once one is used, every call that waits with it fails with
+/// [`Error::Interrupted`], and so does every later one; whether requests that were in flight are
+/// carried out is unknown.
+#[derive(Debug, Clone)]
+pub struct Interrupter {
+    reason: Arc<watch::Sender<Option<Arc<str>>>>,
+}
+
+impl Default for Interrupter {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Interrupter {
+    /// Nothing is interrupted yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { reason: Arc::new(watch::Sender::new(None)) }
+    }
+
+    /// Ends all waiting. `reason` is the text of the errors; the first one counts.
+    pub fn interrupt(&self, reason: &str) {
+        self.reason.send_if_modified(|first| {
+            let is_first = first.is_none();
+            first.get_or_insert_with(|| reason.into());
+            is_first
+        });
+    }
+
+    /// True once [`Interrupter::interrupt`] was called.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        self.reason.borrow().is_some()
+    }
+
+    async fn interrupted(&self) -> Error {
+        let mut reason = self.reason.subscribe();
+        match reason.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone()) {
+            Some(reason) => Error::Interrupted { reason },
+            // The sender is ours.
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Carries out what another thread drives, blocking this one.
+pub(super) fn wait<T>(
+    interrupter: &Interrupter,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut cx = Context::from_waker(&waker);
+    // A task of a tokio runtime has a budget, which nothing renews as long as it stays in here.
+    let mut work = pin!(unconstrained(work));
+    let mut interrupted = pin!(unconstrained(interrupter.interrupted()));
+    loop {
+        if let Poll::Ready(result) = work.as_mut().poll(&mut cx) {
+            return result;
+        }
+        if let Poll::Ready(error) = interrupted.as_mut().poll(&mut cx) {
+            return Err(error);
+        }
+        thread::park();
+    }
+}
+
+/// Wakes a thread that is parked.
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// The thread that drives a client's connections. It ends them, and itself, when this is dropped.
+#[derive(Debug)]
+pub(super) struct Driver {
+    _stop: oneshot::Sender<()>,
+}
+
+impl Driver {
+    /// Connects on a new thread.
+    pub(super) fn start(
+        connector: &Connector,
+        interrupter: &Interrupter,
+    ) -> Result<(Client, Self)> {
+        let (sender, connected) = oneshot::channel();
+        let (stop, stopped) = oneshot::channel();
+        let connector = connector.clone();
+        // The runtime is made and dropped there: an asynchronous task must not drop one.
+        let driving = move || match runtime(connector.settings.connections) {
+            Ok(runtime) => runtime.block_on(drive(connector, sender, stopped)),
+            Err(error) => drop(sender.send(Err(error))),
+        };
+        let thread = thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(driving);
+        thread.map_err(|error| Error::NoThread(Arc::new(error)))?;
+        // Without an answer the thread is gone, as after a panic.
+        let client = wait(interrupter, async { connected.await.unwrap_or(Err(Error::Closed)) })?;
+        Ok((client, Self { _stop: stop }))
+    }
+}
+
+const THREAD_NAME: &str = "nbd-client";
+
+async fn drive(
+    connector: Connector,
+    mut sender: oneshot::Sender<Result<Client>>,
+    stopped: oneshot::Receiver<()>,
+) {
+    let mut connecting = pin!(connector.connect());
+    let connected = poll_fn(|cx| match connecting.as_mut().poll(cx) {
+        Poll::Ready(result) => Poll::Ready(Some(result)),
+        // The caller was interrupted.
+        Poll::Pending => sender.poll_closed(cx).map(|()| None),
+    });
+    match connected.await {
+        Some(Ok(client)) => {
+            if sender.send(Ok(client.clone())).is_ok() {
+                // The sender sends nothing: it is dropped.
+                drop(stopped.await);
+            }
+            // Nobody is left to be told how it ended.
+            drop(client.disconnect().await);
+        }
+        Some(Err(error)) => drop(sender.send(Err(error))),
+        None => {}
+    }
+}
+
+/// Carries out `work` on a thread of its own, also where this thread is one of a runtime.
+pub(super) fn run<T: Send>(
+    connections: NonZeroUsize,
+    work: impl Future<Output = Result<T>> + Send,
+) -> Result<T> {
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name(THREAD_NAME.to_owned());
+        let thread = thread.spawn_scoped(scope, || runtime(connections)?.block_on(work));
+        let thread = thread.map_err(|error| Error::NoThread(Arc::new(error)))?;
+        thread.join().unwrap_or(Err(Error::Closed))
+    })
+}
+
+/// As many threads as can work at once.
+fn runtime(connections: NonZeroUsize) -> Result<Runtime> {
+    let processors = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let mut builder = match connections.min(processors).get() {
+        1 => Builder::new_current_thread(),
+        threads => {
+            let mut builder = Builder::new_multi_thread();
+            builder.worker_threads(threads);
+            builder
+        }
+    };
+    builder.thread_name(THREAD_NAME).enable_io().enable_time();
+    builder.build().map_err(|error| Error::NoThread(Arc::new(error)))
+}
