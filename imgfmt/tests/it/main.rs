@@ -20,6 +20,7 @@ mod survival;
 #[allow(clippy::expect_used)]
 mod bodies;
 
+mod amend_kinds;
 mod backing_ignored;
 mod backup_identity;
 mod bad_paths;
@@ -29,6 +30,7 @@ mod bitmaps_resized;
 mod bitmaps_survive;
 mod bitmaps_survive_restart;
 mod bitmaps_survive_sigkill;
+mod bitmaps_that_alias;
 mod bitmaps_vs_qemu;
 mod block_device;
 mod chains_vs_qemu;

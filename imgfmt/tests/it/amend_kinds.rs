@@ -1,12 +1,9 @@
 //! Images get another version, other refcounts or another size in place, beside QEMU and with crashes.
-#![allow(clippy::unwrap_used, clippy::print_stdout)] // A test may fail, and says what it skips.
-
-mod common;
 
 use std::path::Path;
 use std::sync::Arc;
 
-use common::{Random, qemu, run, text};
+use crate::common::{Random, qemu, run, text};
 use imgfmt::storage::MemoryStorage;
 use imgfmt::storage::fault::{Loss, Recording};
 use imgfmt::{

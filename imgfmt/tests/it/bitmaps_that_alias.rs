@@ -1,19 +1,15 @@
 //! Bitmaps whose directory, table or bits lie in clusters that are something else as well: whatever is
 //! done with them, no byte of the disk or of a snapshot changes that was readable before and was not written.
-#![allow(clippy::unwrap_used, clippy::print_stdout)] // A test may fail, and says what it skips.
-
-mod common;
-mod structure;
 
 use std::path::Path;
 use std::process::Command;
 
-use common::{Random, at, qemu};
+use crate::common::{Random, at, qemu};
+use crate::structure::{Pointer, Structure, aim};
 use imgfmt::{
     Access, BitmapChange, CreateOptions, Durability, Format, Image, L2Entries, OpenOptions,
     Recording, Repair, Shrink, Syncing,
 };
-use structure::{Pointer, Structure, aim};
 
 /// Guest clusters that are written while bitmaps are in the way: new ones, and one that has data.
 const WRITTEN: [u64; 9] = [6, 20, 21, 22, 23, 24, 25, 26, 27];
