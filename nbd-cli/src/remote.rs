@@ -10,7 +10,7 @@ use imgfmt::{
     Capabilities, Durability, ExtentKind, HostOffset, NameTarget, OpenPolicy, Speed, Storage,
     ZeroMode,
 };
-use nbd_client::{Client, Connector, Error, ExtentLimit, LocalFiles};
+use nbd_client::{Client, Connector, Error, ExtentLimit, LocalFiles, ReadChunk};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{
     AllocationFlags, BlockDescriptor, Errno, MetaContextName, TransmissionFlags,
@@ -133,6 +133,11 @@ impl ExportStorage {
         self.flags().contains(TransmissionFlags::SEND_TRIM)
     }
 
+    /// Whether the server tells where the disk is zero.
+    pub(crate) const fn has_extents(&self) -> bool {
+        self.has_extents
+    }
+
     /// The metadata contexts that were selected.
     pub(crate) fn meta_contexts(&self) -> &[MetaContextName] {
         self.client.meta_contexts()
@@ -165,6 +170,33 @@ impl ExportStorage {
         match inside.is_empty() {
             true => Err(io::Error::other("the server gave no status")),
             false => Ok(inside),
+        }
+    }
+
+    /// Reads a range as what the server sends of it: data and holes, in order and without gaps. What it
+    /// calls a hole is one at that moment.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the server reports.
+    pub(crate) fn read_pieces(&self, offset: u64, length: usize) -> io::Result<Vec<ReadChunk>> {
+        let (start, stop) = self.aligned(offset, length as u64);
+        let end = offset.saturating_add(length as u64);
+        let read = self.wait(self.client.read_chunks(start..stop))?;
+        let mut position = offset;
+        let mut inside = Vec::with_capacity(read.len());
+        for piece in read.into_iter().filter_map(|piece| clipped(piece, offset, end)) {
+            let (at, length) = place(&piece);
+            // A gap would be taken for zeroes.
+            if at != position {
+                break;
+            }
+            position += length;
+            inside.push(piece);
+        }
+        match position == end {
+            true => Ok(inside),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
         }
     }
 
@@ -293,6 +325,32 @@ impl ExportStorage {
             _ => io_error(error),
         })
     }
+}
+
+/// Offset and length of a piece, in bytes.
+fn place(piece: &ReadChunk) -> (u64, u64) {
+    match piece {
+        ReadChunk::Data { offset, data } => (*offset, data.len() as u64),
+        ReadChunk::Hole { offset, length } => (*offset, *length),
+    }
+}
+
+/// The part of a piece that lies in a range.
+fn clipped(piece: ReadChunk, start: u64, end: u64) -> Option<ReadChunk> {
+    let (at, length) = place(&piece);
+    let offset = at.max(start);
+    let stop = at.saturating_add(length).min(end);
+    let length = stop.checked_sub(offset).filter(|length| *length > 0)?;
+    Some(match piece {
+        ReadChunk::Data { data, .. } => {
+            // Both lie within the data.
+            ReadChunk::Data {
+                offset,
+                data: data.slice((offset - at) as usize..(stop - at) as usize),
+            }
+        }
+        ReadChunk::Hole { .. } => ReadChunk::Hole { offset, length },
+    })
 }
 
 /// Waits for work, also where the thread itself drives another runtime's tasks, as in `restore`.

@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use imgfmt::Format;
-use nbd_client::Connector;
+use imgfmt::{Format, Image};
+use nbd_client::{Connector, ReadChunk};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
-use nbd_server::export::{Durability, Export, ExportError, ExportInfo, Filter};
+use nbd_server::export::{
+    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, ReadMap,
+};
 
 use super::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use super::{Changes, Waiting};
@@ -51,8 +53,33 @@ impl ImageChoices {
         }
         choices.allocation_depth = false;
         choices.bitmaps = OfferedBitmaps::default();
-        let upstream = |inner| Arc::new(Upstream { inner, storage, contexts }) as Arc<dyn Export>;
+        let upstream = |inner| {
+            let trim = storage.can_trim();
+            Arc::new(Upstream { inner, storage, contexts, trim }) as Arc<dyn Export>
+        };
         Ok(choices.exported_through(image, upstream)?)
+    }
+
+    /// Makes an export of an image; of one that is all of another server's export and raw, with what that
+    /// server says about zeroes.
+    ///
+    /// # Errors
+    ///
+    /// If the image does not contain the part that is wanted.
+    pub(crate) fn export_of(
+        &self,
+        image: Image,
+        storage: Option<Arc<ExportStorage>>,
+    ) -> Result<Arc<dyn Export>, CommandError> {
+        let Some(storage) = storage.filter(|_| image.format() == Format::Raw) else {
+            return self.export(image);
+        };
+        let upstream = |inner| {
+            // As QEMU has it, a discard that nobody can carry out is offered all the same.
+            let upstream = Upstream { inner, storage, contexts: Vec::new(), trim: true };
+            Arc::new(upstream) as Arc<dyn Export>
+        };
+        Ok(self.exported_through(image, upstream)?.export)
     }
 
     /// The contexts to ask the other server for.
@@ -85,6 +112,17 @@ struct Upstream {
     inner: Arc<dyn Export>,
     storage: Arc<ExportStorage>,
     contexts: Vec<MetaContextName>,
+    /// Whether discards are offered.
+    trim: bool,
+}
+
+impl Upstream {
+    /// Whether a context is answered by the other server. What it said before is no answer: others may
+    /// have written to its disk meanwhile.
+    fn hands_on(&self, context: &MetaContextName) -> bool {
+        self.contexts.contains(context)
+            || self.storage.has_extents() && *context == MetaContextName::base_allocation()
+    }
 }
 
 impl Filter for Upstream {
@@ -96,11 +134,39 @@ impl Filter for Upstream {
         let mut info = self.inner.info();
         info.meta_contexts.extend(self.contexts.iter().cloned());
         let is_writable = !info.flags.contains(TransmissionFlags::READ_ONLY);
-        info.flags.set(TransmissionFlags::SEND_TRIM, is_writable && self.storage.can_trim());
+        info.flags.set(TransmissionFlags::SEND_TRIM, is_writable && self.trim);
         info
     }
 
+    /// One request of the other server's answers both what is zero and what is not.
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        match (holes, lookup) {
+            (_, Lookup::Prompt) => return Ok(Mapped::WouldBlock),
+            (Holes::AsData, _) => map.push_export(length),
+            (Holes::Told, _) => {
+                let pieces = self.storage.read_pieces(offset, length);
+                for piece in pieces.map_err(|error| failed(&error))? {
+                    match piece {
+                        ReadChunk::Data { data, .. } => map.push_bytes(data),
+                        ReadChunk::Hole { length, .. } => map.push_zero(length as usize),
+                    }
+                }
+            }
+        }
+        Ok(Mapped::Complete)
+    }
+
     fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
+        if !self.storage.can_trim() {
+            return Ok(());
+        }
         let durability = match durability {
             Durability::Cached => imgfmt::Durability::Cached,
             Durability::Fua => imgfmt::Durability::Fua,
@@ -115,7 +181,7 @@ impl Filter for Upstream {
         length: u64,
         max_count: usize,
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
-        if !self.contexts.contains(context) {
+        if !self.hands_on(context) {
             return self.inner.block_status(context, offset, length, max_count);
         }
         let status = self.storage.status(context, offset, length);

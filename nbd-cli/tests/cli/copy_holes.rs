@@ -123,6 +123,95 @@ fn ten_gib_with_four_mib_of_data_cost_four_mib_and_some_headers() {
 }
 
 #[test]
+fn backups_and_conversions_of_a_sparse_disk_cost_what_its_data_does() {
+    let disk = Disk::sparse();
+    let Some(allocated) = is_sparse_here(&disk) else { return };
+    let raw = disk.beside("large.raw");
+    make_raw(&raw);
+    let server = Server::ours(&["--read-only", "--format", "raw", &raw]);
+    let relay = Relay::before(server.socket());
+    let (copied, restored) = (disk.beside("copied"), disk.beside("restored.raw"));
+    let data = DATA.len() as u64 * MIB;
+    for command in [
+        &["backup", "--quiet"][..],
+        &["backup", "--quiet", "--verify=all"],
+        &["image", "convert", "-O", "qcow2"],
+        &["image", "convert", "-O", "raw"],
+    ] {
+        nbd_cli(&[command, &[&relay.uri(), &copied]].concat()).success();
+        let received = relay.take();
+        // Verification reads the data once more.
+        let times = if command.contains(&"--verify=all") { 2 } else { 1 };
+        let most = times * data + (256 << 10);
+        assert!((times * data..most).contains(&received), "{command:?}: {received} bytes");
+        assert!(allocated(&copied) < 2 * data, "{command:?}");
+        if command[0] == "backup" {
+            nbd_cli(&["restore", "--quiet", &copied, &restored]).success();
+            assert_is_copy(&restored);
+            std::fs::remove_file(&restored).expect("it is there");
+        }
+        std::fs::remove_file(&copied).expect("it is there");
+    }
+}
+
+#[test]
+fn an_export_that_is_served_again_hands_its_holes_on() {
+    tools!(qemu_nbd = "qemu-nbd");
+    let disk = Disk::sparse();
+    if is_sparse_here(&disk).is_none() {
+        return;
+    }
+    let raw = disk.beside("large.raw");
+    make_raw(&raw);
+    let program = disk.beside("qemu-nbd");
+    std::os::unix::fs::symlink(crate::support::PROGRAM, &program).expect("a link");
+    let data = DATA.len() as u64 * MIB;
+    for theirs in [true, false] {
+        let upstream = match theirs {
+            true => Server::qemu_nbd(&qemu_nbd, "", &["-r", "-f", "raw", &raw]),
+            false => Server::ours(&["--read-only", "--format", "raw", &raw]),
+        };
+        let below = Relay::before(upstream.socket());
+        let ours = Server::ours(&["--read-only", "--format", "raw", &below.uri()]);
+        let as_qemu_nbd =
+            Server::qemu_nbd(Path::new(&program), "", &["-r", "-f", "raw", &below.uri()]);
+        for server in [ours, as_qemu_nbd] {
+            let above = Relay::before(server.socket());
+            let copied = disk.beside("copy.img");
+            // Holes that are told in answers to reads only.
+            let copy = ["copy", "--no-extents", "--request-size=1M", &above.uri(), &copied];
+            below.take();
+            nbd_cli(&copy).success();
+            let most = data + (SIZE / MIB) * 100 + (64 << 10);
+            for received in [above.take(), below.take()] {
+                assert!((data..most).contains(&received), "{theirs}: {received} bytes");
+            }
+            assert_is_copy(&copied);
+            std::fs::remove_file(&copied).expect("it is there");
+        }
+    }
+}
+
+#[test]
+fn what_others_write_to_an_export_that_is_served_again_is_seen() {
+    tools!(qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    if is_sparse_here(&disk).is_none() {
+        return;
+    }
+    let file = disk.blank("disk.img", 8 << 20);
+    let upstream = Server::ours(&["--format", "raw", &file]);
+    let server = Server::ours(&["--read-only", "--format", "raw", upstream.uri()]);
+    let map = |uri: &str| nbd_cli(&["map", "--json", uri]).success();
+    for command in ["write -P 1 1M 1M", "write -P 2 4M 64k", "write -z -u 1M 512k"] {
+        assert_eq!(map(server.uri()), map(upstream.uri()), "before {command}");
+        peer(&qemu_io, &["-f", "raw", "-c", command, upstream.uri()]);
+        assert_eq!(map(server.uri()), map(upstream.uri()), "after {command}");
+        nbd_cli(&["image", "compare", server.uri(), upstream.uri()]).success();
+    }
+}
+
+#[test]
 fn holes_that_are_told_only_in_answers_to_reads_stay_holes() {
     tools!(qemu_nbd = "qemu-nbd");
     let disk = Disk::sparse();

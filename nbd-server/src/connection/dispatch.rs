@@ -160,6 +160,9 @@ fn read(export: &dyn Export, encoder: ReplyEncoder, request: &Request, done: usi
         let position = if is_last { Position::Last } else { Position::More };
         if let Content::Zero = part.content {
             encoder.hole(tag, at, part.length as u32, position, &mut out);
+        } else if let Content::Bytes(bytes) = &part.content {
+            encoder.data_header(tag, at, part.length as u32, position, &mut out);
+            out.extend_from_slice(bytes);
         } else if let Err(error) =
             read_part(export, encoder, request, (at, part.length), position, &mut out)
         {

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
+
 use super::FileSpan;
 
 /// Most parts of one map, and so most chunks of one reply.
@@ -55,6 +57,9 @@ pub enum Content {
     Zero,
     /// They are bytes of a file.
     File(FileSpan),
+    /// They are these, read when the map was made: where one request finds out both what is zero
+    /// and what is not. As many as the part is long.
+    Bytes(Bytes),
     /// They are read with [`Export::read_at`](super::Export::read_at).
     Export,
 }
@@ -121,6 +126,17 @@ impl ReadMap {
         self.length += length;
     }
 
+    /// Appends bytes that have been read.
+    pub fn push_bytes(&mut self, bytes: Bytes) {
+        if self.is_full() {
+            return self.push_export(bytes.len());
+        }
+        self.length += bytes.len();
+        if !bytes.is_empty() {
+            self.segments.push(Segment { length: bytes.len(), content: Content::Bytes(bytes) });
+        }
+    }
+
     /// Appends `length` bytes that are read from the export.
     pub fn push_export(&mut self, length: usize) {
         if let Some(Segment { length: before, content: Content::Export }) = self.segments.last_mut()
@@ -174,6 +190,7 @@ mod tests {
         let kind = |content: &Content| match content {
             Content::Zero => 'z',
             Content::File(_) => 'f',
+            Content::Bytes(_) => 'b',
             Content::Export => 'e',
         };
         map.segments().iter().map(|part| (part.length, kind(&part.content))).collect()
@@ -208,6 +225,20 @@ mod tests {
         assert_eq!(map.len(), 10_000 * 1024);
         assert_eq!(map.segments().len(), SEGMENTS_MANY);
         assert_eq!(kinds(&map)[..4], [(512, 'z'), (512, 'e'), (512, 'z'), (512, 'e')]);
+    }
+
+    #[test]
+    fn bytes_stand_for_themselves_until_there_are_too_many_parts() {
+        let mut map = ReadMap::new();
+        for number in 0..2 * SEGMENTS_MAX {
+            map.push_bytes(Bytes::from(vec![number as u8; 3]));
+            map.push_bytes(Bytes::new());
+        }
+        assert_eq!(map.len(), 6 * SEGMENTS_MAX);
+        assert_eq!(map.segments().len(), SEGMENTS_MAX);
+        let kinds = kinds(&map);
+        assert_eq!(kinds[..2], [(3, 'b'), (3, 'b')]);
+        assert!(matches!(kinds.last(), Some((_, 'e'))));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod copier;
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -23,6 +24,7 @@ use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, ProgressArgs};
+use crate::remote::ExportStorage;
 use crate::size::parse_duration;
 use crate::target::{self, Durable, Existing, NewFile, device};
 
@@ -143,7 +145,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let patient = ServerArgs { reconnect: Some(args.reconnect), ..args.server.clone() };
     let mut read = args.share.apply(args.open.options_with(&patient));
     read.snapshot.clone_from(&args.snapshot);
-    let source = from.open(&read, &patient).map_err(advise_sharing)?;
+    let (source, export) = from.open_disk_or_image(&read, &patient).map_err(advise_sharing)?;
     let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
     let bitmaps = match args.bitmaps {
@@ -151,7 +153,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
         false => Vec::new(),
     };
     let (source, from, patient) = (&source, &from, &patient);
-    let copy = Conversion { args, patient, source, from, bitmaps, format, is_remote };
+    let copy = Conversion { args, patient, source, export, from, bitmaps, format, is_remote };
     let result = match (&destination, exists) {
         (Place::File(path), _) => match (target::look(path)?, format) {
             // The device is the disk.
@@ -223,6 +225,8 @@ struct Conversion<'a> {
     /// For connections that may be replaced when they are lost.
     patient: &'a ServerArgs,
     source: &'a Image,
+    /// The source, if it is all of another server's export.
+    export: Option<Arc<ExportStorage>>,
     from: &'a Place,
     /// Those of the source that are copied.
     bitmaps: Vec<BitmapInfo>,
@@ -360,6 +364,7 @@ impl Conversion<'_> {
         let jobs = if self.is_remote { REMOTE_JOBS } else { cores };
         let copy = Copy {
             source: self.source,
+            export: self.export.as_deref(),
             from: self.from,
             destination: image,
             to,

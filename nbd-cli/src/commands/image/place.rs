@@ -110,6 +110,22 @@ impl Place {
         self.open_or_name(options, server, "--format raw")
     }
 
+    /// As [`open`](Self::open), and the export beside it if that is the disk, byte for byte.
+    pub(super) fn open_disk_or_image(
+        &self,
+        options: &OpenOptions,
+        server: &ServerArgs,
+    ) -> Result<(Image, Option<Arc<ExportStorage>>), CommandError> {
+        let Self::Export { uri, files } = self else {
+            return Ok((self.open(options, server)?, None));
+        };
+        let storage = Arc::new(storage(uri, *files, server)?);
+        let image = Image::from_storage(storage.clone(), &raw_unless_told(options));
+        let image = image.map_err(|error| explained(error.with_path(uri.to_string())))?;
+        let is_raw = image.format() == Format::Raw;
+        Ok((image, is_raw.then_some(storage)))
+    }
+
     /// As [`open`](Self::open), for a command with another option for the format of this image.
     pub(super) fn open_or_name(
         &self,

@@ -44,9 +44,9 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
         disk.format = Some(format.ok_or_else(|| failed(unknown_driver(name)))?);
     }
     let mut choices = choices(options, &disk).map_err(failed)?;
-    let image = open_image(&mut choices, &disk).map_err(failed)?;
+    let (image, remote) = open_image(&mut choices, &disk).map_err(failed)?;
     warn_of_guess(&choices, &image, &shown.to_string());
-    choices.export(image).map_err(|error| failed(error.to_string()))
+    choices.export_of(image, remote).map_err(|error| failed(error.to_string()))
 }
 
 /// What the name of a file stands for.
@@ -57,9 +57,12 @@ fn named(text: &str) -> Result<Described, String> {
     Ok(Described { place: Place::named(text)?, ..Described::default() })
 }
 
-/// Opens what is described. It must not be called by asynchronous tasks, and so must not be what
+/// Opens what is described; beside it the other server's export, if that is all of it. It must not be called by asynchronous tasks, and so must not be what
 /// drops the image: it may be on another server.
-fn open_image(choices: &mut ImageChoices, disk: &Described) -> Result<Image, String> {
+fn open_image(
+    choices: &mut ImageChoices,
+    disk: &Described,
+) -> Result<(Image, Option<Arc<ExportStorage>>), String> {
     if let Place::File(path) = &disk.place
         && disk.part == Window::default()
     {
@@ -67,18 +70,24 @@ fn open_image(choices: &mut ImageChoices, disk: &Described) -> Result<Image, Str
         let is_whole =
             image.size().is_multiple_of(SECTOR) && choices.window.offset.is_multiple_of(SECTOR);
         if is_whole || !is_raw(path, disk).map_err(|error| error.to_string())? {
-            return Ok(image);
+            return Ok((image, None));
         }
         // Its locks would keep us out.
         drop(image);
     }
-    let storage = in_whole_sectors(open_place(choices, &disk.place)?);
+    let (place, remote) = open_place(choices, &disk.place)?;
+    let length = place.len().map_err(|error| error.to_string())?;
+    let is_whole = disk.part == Window::default()
+        && choices.window == Window::default()
+        && length.is_multiple_of(SECTOR);
+    let storage = in_whole_sectors(place);
     let mut storage = part_of(storage.map_err(|error| error.to_string())?, disk.part)?;
     if choices.format == Some(Format::Raw) {
         // Here, and not as a part of the disk: that could not end in the middle of a sector.
         storage = part_of(storage, std::mem::take(&mut choices.window))?;
     }
-    choices.open_storage(storage).map_err(|error| explained(&error))
+    let image = choices.open_storage(storage).map_err(|error| explained(&error))?;
+    Ok((image, remote.filter(|_| is_whole)))
 }
 
 /// With the option that helps.
@@ -105,19 +114,23 @@ fn part_of(storage: Arc<dyn Storage>, window: Window) -> Result<Arc<dyn Storage>
     in_whole_sectors(part).map_err(|error| error.to_string())
 }
 
-fn open_place(choices: &ImageChoices, place: &Place) -> Result<Arc<dyn Storage>, String> {
+type OpenPlace = (Arc<dyn Storage>, Option<Arc<ExportStorage>>);
+
+fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String> {
     Ok(match place {
         Place::File(path) => {
-            choices.open_file(path).map_err(|error| error.to_string()).map(Arc::new)?
+            let file = choices.open_file(path).map_err(|error| error.to_string())?;
+            (Arc::new(file), None)
         }
-        Place::Null(size) => Arc::new(Null::new(*size)),
+        Place::Null(size) => (Arc::new(Null::new(*size)), None),
         Place::Export(uri) => {
             let storage = ExportStorage::open(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
             if choices.writes == Writes::ToImage && !storage.is_writable() {
                 return Err(format!("{uri} is exported for reading only; add -r"));
             }
-            Arc::new(storage)
+            let storage = Arc::new(storage);
+            (storage.clone(), Some(storage))
         }
     })
 }

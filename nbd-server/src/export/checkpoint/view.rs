@@ -188,8 +188,9 @@ impl Export for PointInTimeView {
             return Ok(Mapped::Complete);
         }
         for part in of_disk.segments() {
-            match part.content {
+            match &part.content {
                 Content::Zero => map.push_zero(part.length),
+                Content::Bytes(bytes) => map.push_bytes(bytes.clone()),
                 Content::File(_) | Content::Export => map.push_export(part.length),
             }
         }

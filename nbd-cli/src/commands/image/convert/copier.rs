@@ -4,6 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use imgfmt::{Durability, GuestOffset, GuestRange, Image, Speed, ZeroMode};
+use nbd_client::ReadChunk;
 
 use super::super::place::Place;
 use super::super::walk::span;
@@ -11,6 +12,7 @@ use super::agenda::{Agenda, PIECE, Work};
 use crate::commands::copy::zero::{Content, runs};
 use crate::error::CommandError;
 use crate::progress::Progress;
+use crate::remote::ExportStorage;
 use crate::signals;
 
 /// What the destination reads as where nothing is written.
@@ -24,6 +26,8 @@ pub(super) enum Target {
 /// A copy of a whole disk.
 pub(super) struct Copy<'a> {
     pub(super) source: &'a Image,
+    /// The source, if it is all of another server's export: what is read there tells of holes.
+    pub(super) export: Option<&'a ExportStorage>,
     pub(super) from: &'a Place,
     pub(super) destination: &'a Image,
     pub(super) to: &'a Place,
@@ -88,8 +92,12 @@ impl Copy<'_> {
     }
 
     fn copy(&self, range: GuestRange, buffer: &mut [u8]) -> Result<(), CommandError> {
-        let read = self.source.read_at(range.offset(), buffer);
-        read.map_err(|error| self.from.named(error))?;
+        if self.read(range, buffer)? == Content::Zero {
+            return match self.target {
+                Target::Zero => Ok(()),
+                Target::HasContent => self.zero(range),
+            };
+        }
         for run in runs(buffer, self.unit as usize) {
             let start = range.offset().bytes() + run.start as u64;
             let data = &buffer[run.start..run.end];
@@ -106,6 +114,34 @@ impl Copy<'_> {
             written.map_err(|error| self.to.named(error))?;
         }
         Ok(())
+    }
+
+    /// Reads a part of the source. If all of it is a hole the buffer stays as it is.
+    fn read(&self, range: GuestRange, buffer: &mut [u8]) -> Result<Content, CommandError> {
+        let Some(export) = self.export else {
+            let read = self.source.read_at(range.offset(), buffer);
+            return read.map(|()| Content::Data).map_err(|error| self.from.named(error));
+        };
+        let start = range.offset().bytes();
+        let pieces = export.read_pieces(start, buffer.len()).map_err(|error| {
+            let from = self.from;
+            CommandError::new(format!("cannot read from {from} at offset {start}: {error}"))
+        })?;
+        if pieces.iter().all(|piece| matches!(piece, ReadChunk::Hole { .. })) {
+            return Ok(Content::Zero);
+        }
+        for piece in pieces {
+            // Pieces lie within what was asked for.
+            match piece {
+                ReadChunk::Data { offset, data } => {
+                    buffer[(offset - start) as usize..][..data.len()].copy_from_slice(&data);
+                }
+                ReadChunk::Hole { offset, length } => {
+                    buffer[(offset - start) as usize..][..length as usize].fill(0);
+                }
+            }
+        }
+        Ok(Content::Data)
     }
 
     /// Only whole clusters can be compressed. The source may end within one, while the destination
