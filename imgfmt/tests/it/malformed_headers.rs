@@ -72,6 +72,9 @@ const CASES: &[Case] = &[
     case("AES", UNKNOWN, |i| i.put32(field::CRYPT_METHOD, 1)),
     case("LUKS", UNKNOWN, |i| i.put32(field::CRYPT_METHOD, 2)),
     case("an encryption that does not exist", BAD, |i| i.put32(field::CRYPT_METHOD, 3)),
+    case("a size that ends 5 bytes behind what the L1 table covers", BAD, |i| {
+        i.put64(field::SIZE, (512 << 20) + 5);
+    }),
     case("no L1 table", BAD, |i| i.put32(field::L1_SIZE, 0)),
     case("an L1 table of 32 GiB", BAD, |i| i.put32(field::L1_SIZE, u32::MAX)),
     case("an L1 table of more than 32 MiB", BAD, |i| i.put32(field::L1_SIZE, (4 << 20) + 1)),

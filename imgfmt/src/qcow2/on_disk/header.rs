@@ -89,6 +89,8 @@ pub(crate) struct Header {
     pub(crate) geometry: Geometry,
     /// Size of the virtual disk in bytes, a multiple of 512.
     pub(crate) size: u64,
+    /// The same as the file has it, whatever it is a multiple of.
+    stated_size: u64,
     pub(crate) l1_offset: u64,
     pub(crate) l1_entries: u32,
     pub(crate) refcount_table_offset: u64,
@@ -171,10 +173,11 @@ impl Header {
             u64::from(self.snapshot_count) * 40,
             u64::MAX,
         )?;
-        if self.geometry.l1_entries_for(self.size) > u64::from(self.l1_entries) {
+        // Of the size that is stated, as in QEMU, which opens no image whose L1 table is smaller.
+        if self.geometry.l1_entries_for(self.stated_size) > u64::from(self.l1_entries) {
             return Err(invalid(format!(
                 "its L1 table of {} entries is too small for a disk of {} bytes",
-                self.l1_entries, self.size
+                self.l1_entries, self.stated_size
             )));
         }
         Ok(())
@@ -299,6 +302,7 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
         version,
         geometry: Geometry { cluster_bits, extended_l2, refcount_order },
         size: size & !511,
+        stated_size: size,
         l1_offset: u64_at(start, 40),
         l1_entries: u32_at(start, 36),
         refcount_table_offset: u64_at(start, 48),
