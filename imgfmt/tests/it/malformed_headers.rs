@@ -94,7 +94,10 @@ const CASES: &[Case] = &[
     case("a header longer than a cluster", BAD, |i| i.put32(field::HEADER_LENGTH, 65544)),
     case("a header of 4 GiB", BAD, |i| i.put32(field::HEADER_LENGTH, u32::MAX)),
     case("unknown incompatible bit 5", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 5)),
-    case("unknown incompatible bit 63", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 63)),
+    case("unknown incompatible bit 62", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 62)),
+    case("the mark of an interrupted writer, incompatible bit 63", BAD, |i| {
+        i.put64(field::INCOMPATIBLE, 1 << 63)
+    }),
     case("unknown compatible bits", None, |i| i.put64(field::COMPATIBLE, !1)),
     case("subclusters in small clusters", BAD, |i| {
         *i = Handmade::new(13, 1 << 16).extended();
