@@ -1,5 +1,6 @@
 //! Opening an image and everything below it.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -101,7 +102,7 @@ fn inspect_luks(storage: &dyn Storage) -> Result<ImageInfo> {
 pub(crate) fn change_backing(
     path: &Path,
     options: &OpenOptions,
-    backing: Option<(&str, Format)>,
+    backing: Option<(&OsStr, Format)>,
 ) -> Result<()> {
     if let Some((name, format)) = backing {
         check_depth(path, options, name, format)?;
@@ -129,7 +130,7 @@ pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> R
 
 /// The size of the disk in what `name` would stand for in a new image at `path`, if the new image
 /// could be opened above it.
-pub(crate) fn named_size(path: &Path, name: &str, options: &OpenOptions) -> Result<u64> {
+pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<u64> {
     let (storage, below) = open_named(Some(path), name, options, Access::ReadOnly, &[])?;
     let shown = Some(below.clone().unwrap_or_else(|| name.into()));
     let layer = Layer { storage, path: below, shown: shown.clone(), options: options.clone() };
@@ -197,7 +198,7 @@ fn open_layers(
 pub(crate) fn check_depth(
     path: &Path,
     options: &OpenOptions,
-    name: &str,
+    name: &OsStr,
     format: Format,
 ) -> Result<()> {
     let options = OpenOptions {
@@ -264,7 +265,7 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
 /// What the name of a backing file leads to.
 fn layer_below(
     image: Option<&Path>,
-    name: &str,
+    name: &OsStr,
     format: Option<&str>,
     options: &OpenOptions,
     files_above: &[Option<FileIdentity>],
@@ -278,7 +279,7 @@ fn layer_below(
             let detail = format!(
                 "it does not say which format its backing file '{}' has; set it with \
                  'nbd-cli image rebase --unsafe -b FILE -F FORMAT', or allow probing",
-                name.escape_debug()
+                name.to_string_lossy().escape_debug()
             );
             return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
         }
@@ -309,7 +310,7 @@ fn unreadable_backing(format: &str) -> Error {
 
 fn open_named(
     image: Option<&Path>,
-    name: &str,
+    name: &OsStr,
     options: &OpenOptions,
     access: Access,
     files_above: &[Option<FileIdentity>],

@@ -1,5 +1,6 @@
 //! Making new images.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions as FileOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -11,7 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::image::Image;
 use crate::open_policy::OpenPolicy;
-use crate::options::{Access, OpenOptions};
+use crate::options::{Access, Locking, OpenOptions};
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage};
 use crate::units::GuestOffset;
@@ -106,9 +107,11 @@ pub struct CreateOptions {
     pub size: Option<u64>,
     /// Name of the backing file as it is to stand in the image (a relative one starts at the
     /// image's folder), and its format.
-    pub backing: Option<(String, Format)>,
+    pub backing: Option<(OsString, Format)>,
     /// What the backing file may be: it is looked at, and its size is taken. By default any file.
     pub backing_policy: OpenPolicy,
+    /// How the backing file, and a new file that is filled, are locked meanwhile. Devices always are.
+    pub locking: Locking,
     /// Version of the qcow2 format.
     pub version: Qcow2Version,
     /// Size of a cluster in bytes: a power of two from 512 to 2 MiB.
@@ -126,7 +129,7 @@ pub struct CreateOptions {
     /// Name of a new file that is to hold the data. A relative one starts at the image's folder;
     /// QEMU would look for it in its own working folder, so better give an absolute one. Not with
     /// a backing file.
-    pub data_file: Option<(String, DataFile)>,
+    pub data_file: Option<(OsString, DataFile)>,
     /// Asked again and again while zeroes are written for [`Preallocation::Full`], which may take long: `true`
     /// gives the creation up, and nothing of it stays.
     pub give_up: fn() -> bool,
@@ -140,6 +143,7 @@ impl CreateOptions {
             size: Some(size),
             backing: None,
             backing_policy: OpenPolicy::any_file(),
+            locking: Locking::default(),
             version: Qcow2Version::default(),
             cluster_size: 65536,
             refcount_bits: 16,
@@ -153,7 +157,7 @@ impl CreateOptions {
     }
 
     /// A qcow2 image over a backing file, of the same size.
-    pub fn overlay(backing: impl Into<String>, format: Format) -> Self {
+    pub fn overlay(backing: impl Into<OsString>, format: Format) -> Self {
         let backing = Some((backing.into(), format));
         Self { size: None, backing, ..Self::new(Format::Qcow2, 0) }
     }
@@ -316,6 +320,7 @@ fn writable(options: &CreateOptions) -> OpenOptions {
     OpenOptions::new()
         .format(options.format)
         .access(Access::ReadWrite)
+        .locking(options.locking)
         .policy(OpenPolicy::any_file())
 }
 
@@ -347,8 +352,11 @@ fn fill(file: &File, format: Format, size: u64, content: &[(u64, Vec<u8>)]) -> i
 }
 
 /// Opens the backing file to see that it is one, and for its size.
-fn backing_size(path: &Path, name: &str, format: Format, create: &CreateOptions) -> Result<u64> {
-    let options = OpenOptions::new().format(format).policy(create.backing_policy.clone());
+fn backing_size(path: &Path, name: &OsStr, format: Format, create: &CreateOptions) -> Result<u64> {
+    let options = OpenOptions::new()
+        .format(format)
+        .locking(create.locking)
+        .policy(create.backing_policy.clone());
     chain::named_size(path, name, &options)
 }
 

@@ -1,5 +1,7 @@
 //! What an image says about itself.
 
+use std::ffi::OsString;
+
 use crate::backup::Backup;
 use crate::bitmap::Recording;
 use crate::create::{CompressionType, L2Entries, Qcow2Version};
@@ -60,11 +62,11 @@ pub struct Qcow2Info {
     /// Those of its dirty bitmaps that are listed where they should be.
     pub bitmaps: Vec<BitmapEntry>,
     /// Name of the backing file as it stands in the image.
-    pub backing_name: Option<String>,
+    pub backing_name: Option<OsString>,
     /// Name of the backing file's format as it stands in the image.
     pub backing_format: Option<String>,
     /// Name of the file that holds the data, if it is another one.
-    pub data_file_name: Option<String>,
+    pub data_file_name: Option<OsString>,
     /// That file is a raw image of the disk by itself.
     pub data_file_is_raw: bool,
     /// The internal snapshots.

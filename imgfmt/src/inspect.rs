@@ -1,5 +1,6 @@
 //! Looking at and changing the header of one image, without opening the files it names.
 
+use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -47,7 +48,7 @@ impl Image {
     pub fn check_chain_length(
         path: impl AsRef<Path>,
         options: &OpenOptions,
-        (name, format): (&str, Format),
+        (name, format): (&OsStr, Format),
     ) -> Result<()> {
         chain::check_depth(path.as_ref(), options, name, format)
     }
@@ -84,7 +85,7 @@ impl Image {
     pub fn change_backing_file(
         path: impl AsRef<Path>,
         options: &OpenOptions,
-        backing: Option<(&str, Format)>,
+        backing: Option<(&OsStr, Format)>,
     ) -> Result<()> {
         let path = path.as_ref();
         Self::recover_bitmaps(path, options)?;

@@ -4,8 +4,10 @@
 //! so following them blindly lets a hostile image read, and with a data file write, any file of the
 //! host. Every such name goes through an [`OpenPolicy`].
 
+use std::ffi::OsStr;
 use std::fmt;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -129,20 +131,25 @@ impl OpenPolicy {
     }
 
     /// Finds what `name`, found in the image at `image`, stands for, if it may be opened.
-    pub(crate) fn resolve(&self, image: Option<&Path>, name: &str) -> Result<Resolved> {
+    pub(crate) fn resolve(&self, image: Option<&Path>, name: &OsStr) -> Result<Resolved> {
         let folder = image.and_then(Path::parent).map(|folder| match folder.as_os_str().len() {
             0 => Path::new("."),
             _ => folder,
         });
         let path = match scheme_of(name) {
             // As QEMU has it, this starts at the working folder.
-            Some(FILE_SCHEME) => PathBuf::from(&name[FILE_SCHEME.len() + 1..]),
+            Some(scheme) if scheme == FILE_SCHEME.as_bytes() => {
+                OsStr::from_bytes(&name.as_bytes()[scheme.len() + 1..]).into()
+            }
             Some(scheme) => match self.read_name(scheme, name)? {
                 NameTarget::File(path) => path,
                 NameTarget::Storage(storage) => return Ok(Resolved::Storage(storage)),
                 NameTarget::Denied => {
                     return Err(denied(
-                        format!("names of the kind '{scheme}:' are not allowed"),
+                        format!(
+                            "names of the kind '{}:' are not allowed",
+                            String::from_utf8_lossy(scheme)
+                        ),
                         name,
                     ));
                 }
@@ -191,9 +198,12 @@ impl OpenPolicy {
         self.named.iter().any(leads_to)
     }
 
-    fn read_name(&self, scheme: &str, name: &str) -> Result<NameTarget> {
-        match self.schemes.iter().find(|(allowed, _)| allowed == scheme) {
-            Some((_, reader)) => reader(name)
+    fn read_name(&self, scheme: &[u8], name: &OsStr) -> Result<NameTarget> {
+        match self.schemes.iter().find(|(allowed, _)| allowed.as_bytes() == scheme) {
+            Some((_, reader)) => name
+                .to_str()
+                .ok_or_else(|| io::Error::other("only names of files need not be valid UTF-8"))
+                .and_then(|name| reader(name))
                 .map_err(|error| Error::from_io("open the backing file", error).with_path(name)),
             None => Ok(NameTarget::Denied),
         }
@@ -214,12 +224,14 @@ impl fmt::Debug for OpenPolicy {
 
 /// The scheme of a name, which QEMU would take for a protocol: letters before a colon, unless a
 /// slash comes first.
-fn scheme_of(name: &str) -> Option<&str> {
-    let (scheme, _) = name.split_once(':')?;
-    (!scheme.contains('/')).then_some(scheme)
+fn scheme_of(name: &OsStr) -> Option<&[u8]> {
+    let end = name.as_bytes().iter().position(|byte| matches!(byte, b':' | b'/'))?;
+    let (scheme, rest) = name.as_bytes().split_at(end);
+    (rest[0] == b':').then_some(scheme)
 }
 
-fn denied(why: String, name: &str) -> Error {
+fn denied(why: String, name: &OsStr) -> Error {
+    let name = name.to_string_lossy();
     let detail = format!("the image refers to '{name}', but {why}; change the policy to allow it");
     Error::new(ErrorKind::PolicyDenied, "open", detail)
 }
@@ -229,7 +241,7 @@ mod tests {
     use super::*;
 
     fn is_denied(policy: &OpenPolicy, image: &Path, name: &str) -> bool {
-        match policy.resolve(Some(image), name) {
+        match policy.resolve(Some(image), name.as_ref()) {
             Ok(_) => false,
             Err(error) => error.kind() == ErrorKind::PolicyDenied,
         }

@@ -1,7 +1,9 @@
 //! Names of exports as QEMU writes them, on its command lines and into images, and the options of
 //! its driver `nbd`.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 
 use nbd_proto::limits::DEFAULT_PORT;
 use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
@@ -16,6 +18,12 @@ pub(crate) const JSON_SCHEME: &str = "json";
 
 /// What stands before the path in the name of a file.
 pub(crate) const FILE_PREFIX: &str = "file:";
+
+/// The path of a file whose name may begin with `file:`.
+pub(crate) fn path_in(name: &OsStr) -> &Path {
+    let path = name.as_bytes().strip_prefix(FILE_PREFIX.as_bytes());
+    Path::new(path.map_or(name, OsStr::from_bytes))
+}
 
 /// Whether a file name is one of a server: `nbd:HOST:PORT`, `nbd:unix:PATH`, or a URI.
 pub(crate) fn is_name_of_server(text: &str) -> bool {

@@ -1,6 +1,7 @@
 //! Opening: everything is read and checked before anything is believed, and nothing is changed.
 
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -98,13 +99,13 @@ impl Qcow2 {
     }
 
     /// The backing file's name and format, if the image has one.
-    pub(crate) fn backing_name(&self) -> Option<(&str, Option<&str>)> {
+    pub(crate) fn backing_name(&self) -> Option<(&OsStr, Option<&str>)> {
         let name = self.header.backing_name.as_deref()?;
         Some((name, self.header.extensions.backing_format.as_deref()))
     }
 
     /// The data file's name, if the image keeps its data in another file.
-    pub(crate) fn data_file_name(&self) -> Option<&str> {
+    pub(crate) fn data_file_name(&self) -> Option<&OsStr> {
         let name = self.header.extensions.data_file_name.as_deref();
         name.filter(|_| self.header.has_data_file())
     }

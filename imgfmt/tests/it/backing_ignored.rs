@@ -32,7 +32,7 @@ fn overlay(folder: &Path, version: Qcow2Version) -> PathBuf {
     image.close().unwrap();
     let mut options = CreateOptions::new(Format::Qcow2, SIZE);
     options.version = version;
-    options.backing = Some(("base.qcow2".to_owned(), Format::Qcow2));
+    options.backing = Some(("base.qcow2".into(), Format::Qcow2));
     Image::create(&top, &options).unwrap();
     let image = Image::open(&top, &writable).unwrap();
     fill(&image, 0, CLUSTER, 1);

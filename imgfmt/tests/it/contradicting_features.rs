@@ -257,7 +257,7 @@ fn who_writes_the_header_keeps_no_bit_that_is_unknown_or_false() {
         Image::change_backing_file(
             &path,
             &options(Access::ReadOnly),
-            Some((text(&below), Format::Raw)),
+            Some((text(&below).as_ref(), Format::Raw)),
         )
         .unwrap();
     });

@@ -99,12 +99,12 @@ fn the_longest_chain_is_read_and_no_layer_is_made_above_it() {
     Image::create(&above, &CreateOptions::overlay(name(0), Format::Qcow2)).unwrap();
     let before = std::fs::read(&above).unwrap();
     let last = name(LAYERS_MAX - 1);
-    let backing = Some((&*last, Format::Qcow2));
+    let backing = Some((last.as_ref(), Format::Qcow2));
     let error = Image::change_backing_file(&above, &OpenOptions::new(), backing).unwrap_err();
     assert!(error.to_string().contains("more than 500 layers"), "{error}");
     assert!(std::fs::read(&above).unwrap() == before);
     let last = name(LAYERS_MAX - 2);
-    let backing = Some((&*last, Format::Qcow2));
+    let backing = Some((last.as_ref(), Format::Qcow2));
     Image::change_backing_file(&above, &OpenOptions::new(), backing).unwrap();
     Image::open(&above, &OpenOptions::new()).unwrap();
 }
@@ -122,7 +122,7 @@ fn a_chain_that_is_too_long_already_is_refused_with_its_name() {
 fn a_loop_is_found_far_down() {
     let folder = chain(200);
     let backing = name(150);
-    let (first, backing) = (layer(folder.path(), 0), Some((&*backing, Format::Qcow2)));
+    let (first, backing) = (layer(folder.path(), 0), Some((backing.as_ref(), Format::Qcow2)));
     Image::change_backing_file(&first, &OpenOptions::new(), backing).unwrap();
     let error = Image::open(layer(folder.path(), 199), &OpenOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidFormat);

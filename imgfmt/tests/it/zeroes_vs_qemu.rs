@@ -154,7 +154,7 @@ fn zeroes_stay_when_a_backing_file_is_put_under_them() {
             }
             image.close().unwrap();
             let options = OpenOptions::new().policy(OpenPolicy::any_file());
-            let backing = Some(("base.qcow2", Format::Qcow2));
+            let backing = Some(("base.qcow2".as_ref(), Format::Qcow2));
             Image::change_backing_file(&disk, &options, backing).unwrap();
             qemu::check(&disk);
             let content = qemu::content(&disk, "qcow2");

@@ -1,5 +1,6 @@
 //! `nbd-cli backup`: full and incremental backups of a served disk into a chain of qcow2 files.
 
+mod below;
 mod chain;
 mod checkpoint;
 mod partial;
@@ -32,6 +33,7 @@ use super::copy::verify::Verification;
 use super::image::open::TrustArgs;
 use crate::connect::{ConnectionArgs, TlsArgs, connect};
 use crate::error::{CommandError, Outcome, block_on, runtime};
+use crate::locking::ShareArgs;
 use crate::output::{ReportFormat, printable, warn};
 use crate::progress::{Progress, Visibility};
 use crate::signals::{self, EndSignals, Hangup};
@@ -139,6 +141,10 @@ pub struct BackupArgs {
     /// Requests in flight.
     #[arg(short = 'R', long, value_name = "N", default_value = "32")]
     pub requests: NonZeroUsize,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub share: ShareArgs,
 
     /// Which files the images may name.
     #[command(flatten)]

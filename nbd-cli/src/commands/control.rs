@@ -1,5 +1,6 @@
 //! `nbd-cli control`: look at a running server and change what it does.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -8,6 +9,7 @@ use serde_json::Value;
 use crate::control::{self, Begun, Listing, Request};
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
+use crate::server_name::{is_name_of_server, path_in};
 use crate::size::{exact, rounded};
 
 const AFTER_HELP: &str = "\
@@ -62,10 +64,10 @@ fn prepared(mut request: Request) -> Result<Request, CommandError> {
 
 /// The server may work in another folder.
 fn absolute(source: &str) -> Result<String, CommandError> {
-    if source.starts_with("memory:") {
+    if source.starts_with("memory:") || is_name_of_server(source) {
         return Ok(source.to_owned());
     }
-    let path = std::path::absolute(source)
+    let path = std::path::absolute(path_in(OsStr::new(source)))
         .map_err(|error| CommandError::new(format!("cannot find '{source}': {error}")))?;
     path.to_str()
         .map(ToOwned::to_owned)

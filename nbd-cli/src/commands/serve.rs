@@ -7,6 +7,7 @@ mod source;
 mod tls;
 mod upstream;
 
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -71,7 +72,7 @@ command's status.";
 pub struct ServeArgs {
     /// What to export; see below.
     #[arg(required_unless_present = "control", value_name = "SOURCE")]
-    pub sources: Vec<String>,
+    pub sources: Vec<OsString>,
 
     /// Listen on a TCP address; port 10809 unless given, any free one for 0. A port alone is one of
     /// 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.

@@ -28,14 +28,9 @@ pub(super) fn temporary(
     // Says whether all files below may be opened, and keeps them as they are until the overlay,
     // which lies elsewhere and must be allowed to name any file, has opened them again.
     let base = Image::open(source, options)?;
-    let path = source.canonicalize();
-    let path = path.ok().and_then(|path| path.to_str().map(ToOwned::to_owned));
-    let Some(path) = path else {
-        return Err(OpenError::Other(CommandError::new(format!(
-            "cannot put an overlay over '{}': its path is not valid UTF-8",
-            source.display()
-        ))));
-    };
+    let path = source.canonicalize().map_err(|error| {
+        CommandError::new(format!("cannot put an overlay over '{}': {error}", source.display()))
+    })?;
     if options.snapshot.is_some() || options.backing == BackingFile::Ignored {
         return temporary_over(base);
     }
@@ -81,7 +76,7 @@ fn create(overlay: &Path, size: u64) -> imgfmt::Result<()> {
 /// An overlay that names the file below it, so that all layers show.
 fn over_file(
     overlay: &Path,
-    path: &str,
+    path: &Path,
     base: &Image,
     policy: OpenPolicy,
     locking: Locking,
@@ -89,7 +84,7 @@ fn over_file(
     // In two steps, because what is below may be somewhere where only the policy finds it.
     create(overlay, base.size())?;
     let plain = OpenOptions::new().format(Format::Qcow2);
-    Image::change_backing_file(overlay, &plain, Some((path, base.format())))?;
+    Image::change_backing_file(overlay, &plain, Some((path.as_os_str(), base.format())))?;
     Image::open(overlay, &options().policy(policy).locking(locking))
 }
 
@@ -97,7 +92,7 @@ fn over_file(
 fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
     create(overlay, base.size())?;
     let name = format!("{SCHEME}:image");
-    Image::change_backing_file(overlay, &options(), Some((&name, Format::Raw)))?;
+    Image::change_backing_file(overlay, &options(), Some((name.as_ref(), Format::Raw)))?;
     let base: Arc<dyn Storage> = Arc::new(Shown(base));
     let opener = move |_: &str| Ok(Arc::clone(&base));
     Image::open(

@@ -1,5 +1,7 @@
 //! Backups and restores that cannot be right are refused, and nothing is left behind.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use crate::backup_chain::{disk_with_bitmap, serve};
@@ -63,6 +65,68 @@ fn a_base_in_another_folder_that_the_user_names_needs_no_trust() {
     says(nbd_cli(&["restore", &target, &restored]), &["--trust-image"]);
     nbd_cli(&["restore", "--trust-image", &target, &restored]).success();
     crate::support::image::are_equal(&qemu_img, &disk, &restored);
+}
+
+#[test]
+fn a_chain_of_backups_in_two_folders_grows_without_trust() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let (folder, elsewhere, third) = (Disk::sparse(), Disk::sparse(), Disk::sparse());
+    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let server = serve(&qemu_nbd, &disk);
+    let mut before = elsewhere.beside("0.qcow2");
+    nbd_cli(&["backup", "--quiet", server.uri(), &before]).success();
+    for (number, place) in [&folder, &third, &elsewhere, &folder].into_iter().enumerate() {
+        let next = place.beside(&format!("{}.qcow2", number + 1));
+        let arguments = ["backup", "--quiet", "--verify=all", "-B", "b0", "-b", &before];
+        nbd_cli(&[&arguments[..], &[server.uri(), &next]].concat()).success();
+        crate::support::image::are_equal(&qemu_img, &disk, &next);
+        before = next;
+    }
+    // A file that is not the backup it is named as needs trust as ever.
+    let foreign = elsewhere.blank("foreign.img", 64 << 20);
+    let base = third.beside("2.qcow2");
+    nbd_cli(&["image", "rebase", "--unsafe", "-b", &foreign, "-F", "raw", &base]).success();
+    let next = folder.beside("next.qcow2");
+    let arguments = ["backup", "-B", "b0", "--trust-base", "-b", &base, server.uri(), &next];
+    says(nbd_cli(&arguments), &["foreign.img", "--trust-image"]);
+    let other = elsewhere.beside("other.qcow2");
+    nbd_cli(&["backup", "--quiet", server.uri(), &other]).success();
+    nbd_cli(&["image", "rebase", "--unsafe", "-b", &other, "-F", "qcow2", &base]).success();
+    says(nbd_cli(&arguments), &["other.qcow2", "--trust-image"]);
+}
+
+#[test]
+fn names_of_backups_need_not_be_text() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let folder = Disk::sparse();
+    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let server = serve(&qemu_nbd, &disk);
+    let place =
+        |name: &[u8]| Path::new(&folder.beside("x")).with_file_name(OsStr::from_bytes(name));
+    let (full, second) = (place(b"full\xff.qcow2"), place(b"second\xfe.qcow2"));
+    let run = |words: &[&OsStr]| nbd_cli(&[&["backup", "-q"].map(OsStr::new)[..], words].concat());
+    let uri = OsStr::new(server.uri());
+    run(&[uri, full.as_os_str()]).success();
+    let upon = ["--verify=all", "-B", "b0", "-b"].map(OsStr::new);
+    run(&[&upon[..], &[full.as_os_str(), uri, second.as_os_str()]].concat()).success();
+    let images = [disk.as_ref(), second.as_os_str()];
+    peer(&qemu_img, &[&["compare".as_ref()][..], &images].concat());
+}
+
+#[test]
+fn a_base_that_another_program_writes_to_is_read_all_the_same_if_the_user_says_so() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
+    let folder = Disk::sparse();
+    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let server = serve(&qemu_nbd, &disk);
+    let (full, next) = (folder.beside("full.qcow2"), folder.beside("next.qcow2"));
+    nbd_cli(&["backup", "--quiet", server.uri(), &full]).success();
+    let writer = Server::ours(&[&full]);
+    let arguments = ["backup", "-q", "-B", "b0", "--trust-base", "-b", &full, server.uri(), &next];
+    says(nbd_cli(&arguments), &["full.qcow2", "for writing", "--force-share"]);
+    nbd_cli(&[&arguments[..], &["-U", "--verify=all"]].concat()).success();
+    writer.end();
+    crate::support::image::are_equal(&qemu_img, &disk, &next);
 }
 
 #[test]

@@ -30,6 +30,12 @@ fn exports_come_and_go() {
     say(&["remove-export", "disk"]).success();
     says(nbd_cli(&["info", &server.uri_of("disk")]), &["no export named 'disk'"]);
     says(say(&["remove-export", "disk"]), &["no disk exported as 'disk'"]);
+    let elsewhere = Server::ours(&["--read-only", folder.path()]);
+    for source in [&format!("file:{}", folder.path()), elsewhere.uri()] {
+        say(&["add-export", "again", source, "--read-only"]).success();
+        nbd_cli(&["image", "compare", &server.uri_of("again"), folder.path()]).success();
+        say(&["remove-export", "again"]).success();
+    }
 
     let mut server = server;
     say(&["shutdown"]).success();

@@ -144,4 +144,21 @@ fn a_file_system_without_locks_is_warned_of_and_used() {
         assert_ne!(on.code, Some(0), "{command:?}: {on:?}");
         assert!(on.stderr.contains("no locks") && on.stderr.contains("off"), "{command:?}: {on:?}");
     }
+    // What makes new files.
+    let raw = ["image", "convert", "--force-share", "-O", "raw", &image, &new];
+    for command in [
+        &["image", "create", "-f", "qcow2", "-b", &image, "-F", "qcow2", &new][..],
+        &["image", "create", "-f", "qcow2", "--preallocation", "metadata", &new, "1M"],
+        &["copy", "--force-share", &image, &new],
+        &raw,
+    ] {
+        for (option, code) in [("auto", 0), ("off", 0), ("on", 1)] {
+            let outcome = unlocked(&[command, &["--locking", option]].concat());
+            assert_eq!(outcome.code, Some(code), "{command:?} {option}: {outcome:?}");
+            match code {
+                0 => std::fs::remove_file(&new).expect("the new file"),
+                _ => assert!(outcome.stderr.contains("no locks"), "{command:?}: {outcome:?}"),
+            }
+        }
+    }
 }

@@ -83,6 +83,93 @@ fn backing_files_that_an_image_names_as_qemu_does_are_opened_where_the_policy_al
 }
 
 #[test]
+fn names_in_images_need_not_be_text() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let folder = Path::new(disk.path()).parent().expect("a folder");
+    let name = |bytes: &'static [u8]| OsStr::from_bytes(bytes);
+    let (odd, data) = (name(b"odd\xff.img"), name(b"data\xfe.raw"));
+    std::fs::copy(disk.path(), folder.join(odd)).expect("room");
+    let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(OsStr::new);
+    for (program, option, overlay) in [
+        (Some(&qemu_img), None, "theirs.qcow2"),
+        (None, None, "ours.qcow2"),
+        (None, Some("file:"), "prefixed.qcow2"),
+    ] {
+        let mut command = match program {
+            Some(tool) => Command::new(tool),
+            None => Command::new(PROGRAM),
+        };
+        match program {
+            Some(_) => command.args(create),
+            None => command.args(["image", "create", "-f", "qcow2", "-F", "raw", "-b"]),
+        };
+        let mut base = OsString::from(option.unwrap_or_default());
+        base.push(odd);
+        run(command.args([&base, OsStr::new(overlay)]).current_dir(folder)).success();
+        for words in [
+            &["image", "compare", overlay, "disk.img"][..],
+            &["image", "check", overlay],
+            &["image", "info", "--backing-chain", overlay],
+            &["serve", "--run", "true", overlay],
+            &["serve", "--temporary", "--run", "true", overlay],
+            &["image", "rebase", "-b", "disk.img", "-F", "raw", overlay],
+        ] {
+            in_folder(folder, words).success();
+        }
+        let mut rebase = Command::new(PROGRAM);
+        rebase.args(["image", "rebase", "-F", "raw", "-b"]).arg(&base).arg(overlay);
+        run(rebase.current_dir(folder)).success();
+        in_folder(folder, &["image", "amend", "--lazy-refcounts", "on", overlay]).success();
+        run(Command::new(&qemu_img).args(["compare", overlay, "disk.img"]).current_dir(folder))
+            .success();
+        let said = in_folder(folder, &["image", "info", "--json", "--backing-chain", overlay]);
+        assert_eq!(said.success().matches("odd\u{fffd}.img").count(), 3);
+        in_folder(folder, &["image", "commit", overlay]).success();
+    }
+    // A data file.
+    let mut create = Command::new(PROGRAM);
+    create.args(["image", "create", "-f", "qcow2", "--data-file"]).arg(data);
+    run(create.args(["split.qcow2", "1M"]).current_dir(folder)).success();
+    assert!(folder.join(data).is_file());
+    in_folder(folder, &["image", "info", "--json", "split.qcow2"]).success();
+    run(Command::new(&qemu_img).args(["check", "-q", "split.qcow2"]).current_dir(folder)).success();
+    // The policy holds for such names too.
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let copy = elsewhere.path().join("copy.qcow2");
+    let mut create = Command::new(PROGRAM);
+    create.args(["image", "create", "-f", "qcow2", "-F", "raw", "-b"]).arg(folder.join(odd));
+    run(create.arg(&copy)).success();
+    says(nbd_cli(&[OsStr::new("image"), OsStr::new("map"), copy.as_os_str()]), &["--trust-image"]);
+}
+
+#[test]
+fn names_of_what_is_served_need_not_be_text() {
+    let disk = Disk::sparse();
+    let folder = Path::new(disk.path()).parent().expect("a folder");
+    let (odd, image) = (OsStr::from_bytes(b"odd\xff.img"), OsStr::from_bytes(b"image\xfe.qcow2"));
+    std::fs::copy(disk.path(), folder.join(odd)).expect("room");
+    let words = |words: &[&str], last: &OsStr, prefix: &str| {
+        let mut name = OsString::from(prefix);
+        name.push(last);
+        run(Command::new(PROGRAM).args(words).arg(name).current_dir(folder)).success();
+    };
+    let mut convert = Command::new(PROGRAM);
+    convert.args(["image", "convert", "-O", "qcow2"]).args([odd, image]).current_dir(folder);
+    run(&mut convert).success();
+    for serve in [
+        &["serve", "--run", "true"][..],
+        &["serve", "--read-only", "--run", "true"],
+        &["serve", "--temporary", "--run", "true"],
+    ] {
+        for prefix in ["", "vm=", "file:", "vm=file:"] {
+            words(&[serve, &["--format", "raw"]].concat(), odd, prefix);
+            words(serve, image, prefix);
+        }
+    }
+}
+
+#[test]
 fn names_of_files_need_not_be_text() {
     let disk = Disk::sparse();
     let folder = Path::new(disk.path()).parent().expect("a folder");

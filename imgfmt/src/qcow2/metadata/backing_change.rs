@@ -1,5 +1,8 @@
 //! Changing the name of the backing file in the header.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+
 use crate::bytes::u32_at;
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
@@ -16,7 +19,10 @@ const BACKING_FILE_SIZE: usize = 16;
 
 /// Rewrites the header with another backing file's name and format, or without any. All other
 /// extensions, known or not, stay as they are.
-pub(crate) fn change_backing(storage: &dyn Storage, backing: Option<(&str, Format)>) -> Result<()> {
+pub(crate) fn change_backing(
+    storage: &dyn Storage,
+    backing: Option<(&OsStr, Format)>,
+) -> Result<()> {
     let header = Header::read(storage, Purpose::Use)?;
     header.refuse_encryption()?;
     if header.incompatible & incompatible::CORRUPT != 0 {
@@ -43,7 +49,7 @@ pub(crate) fn change_backing(storage: &dyn Storage, backing: Option<(&str, Forma
 }
 
 /// The first cluster as it is to be.
-fn rewritten(header: &Header, first: &[u8], backing: Option<(&str, Format)>) -> Result<Vec<u8>> {
+fn rewritten(header: &Header, first: &[u8], backing: Option<(&OsStr, Format)>) -> Result<Vec<u8>> {
     let is_v3 = header.version >= 3;
     let header_length = if is_v3 { u32_at(first, 100) as usize } else { V2_LENGTH as usize };
     let mut content = first[..header_length].to_vec();

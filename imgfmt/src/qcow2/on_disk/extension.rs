@@ -3,6 +3,9 @@
 //! Each has a type (4 bytes), a length (4 bytes) and that many bytes, padded to a multiple of 8.
 //! Type 0 ends the list. Version 2 images have them too, from offset 72 on.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
+
 use crate::bytes::{u32_at, u64_at};
 use crate::error::Result;
 use crate::qcow2::on_disk::words::invalid;
@@ -28,7 +31,7 @@ const FEATURE_ENTRY: usize = 48;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Extensions {
     pub(crate) backing_format: Option<String>,
-    pub(crate) data_file_name: Option<String>,
+    pub(crate) data_file_name: Option<OsString>,
     /// The bitmaps extension as it stands in the file.
     pub(crate) bitmaps: Option<Vec<u8>>,
     /// The content of our own extension.
@@ -77,7 +80,9 @@ pub(crate) fn decode(mut area: &[u8]) -> Result<Extensions> {
         };
         match kind {
             BACKING_FORMAT => extensions.backing_format = Some(text(content)?),
-            DATA_FILE_NAME => extensions.data_file_name = Some(text(content)?),
+            DATA_FILE_NAME => {
+                extensions.data_file_name = Some(OsStr::from_bytes(content).to_owned());
+            }
             FEATURE_NAMES => extensions.feature_names = content.to_vec(),
             BITMAPS => extensions.bitmaps = Some(content.to_vec()),
             ENCRYPTION_HEADER => extensions.encryption_header = Some(u64_at(content, 0)),
@@ -141,7 +146,7 @@ mod tests {
         area.extend(b"data.raw");
         let extensions = decode(&area).unwrap();
         assert_eq!(extensions.backing_format.as_deref(), Some("raw"));
-        assert_eq!(extensions.data_file_name.as_deref(), Some("data.raw"));
+        assert_eq!(extensions.data_file_name.as_deref(), Some(OsStr::new("data.raw")));
         assert!(decode(&area[..area.len() - 1]).is_err());
     }
 }

@@ -11,6 +11,9 @@
 //!           100 header_length 104 compression_type
 //! ```
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt as _;
+
 use crate::bytes::{u32_at, u64_at};
 use crate::error::Result;
 use crate::qcow2::on_disk::extension::{self, Extensions};
@@ -103,7 +106,7 @@ pub(crate) struct Header {
     pub(crate) compression: Compression,
     /// 0 if it is not encrypted.
     pub(crate) encryption_method: u32,
-    pub(crate) backing_name: Option<String>,
+    pub(crate) backing_name: Option<OsString>,
     pub(crate) extensions: Extensions,
     /// Where a mark ends the extensions that QEMU would refuse.
     pub(crate) overlong_end: Option<u64>,
@@ -200,9 +203,7 @@ impl Header {
                 return Err(invalid("the backing file's name is too long or outside the header"));
             }
             let name = &first[backing_offset as usize..][..backing_length as usize];
-            let name = std::str::from_utf8(name)
-                .map_err(|_| invalid("the backing file's name is not valid UTF-8"))?;
-            self.backing_name = Some(name.to_owned());
+            self.backing_name = Some(OsStr::from_bytes(name).to_owned());
         }
         if backing_offset != 0 {
             extensions_end = extensions_end.min(backing_offset);

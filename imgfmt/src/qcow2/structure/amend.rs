@@ -1,5 +1,7 @@
 //! Changing what kind of qcow2 image one is, without touching its data.
 
+use std::os::unix::ffi::OsStrExt as _;
+
 use crate::bytes::{u32_at, u64_at};
 use crate::create::{Amendment, LazyRefcounts, Qcow2Version};
 use crate::error::{Error, ErrorKind, Result};

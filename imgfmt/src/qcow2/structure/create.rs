@@ -7,6 +7,8 @@
 //! then           L1 table
 //! ```
 
+use std::os::unix::ffi::OsStrExt as _;
+
 use crate::create::{
     CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Qcow2Version, invalid,
 };

@@ -1,15 +1,21 @@
 //! The backup that a new one builds on.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use imgfmt::{Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, Uuid};
+use imgfmt::{
+    Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, OpenPolicy, Uuid,
+};
 
 use super::BackupArgs;
+use super::below::backups_below;
 use crate::commands::image::open::explained;
 use crate::error::CommandError;
+use crate::locking::advise_sharing;
 use crate::output::printable;
 use crate::target::{self, Existing};
 
@@ -19,11 +25,13 @@ const FILES_MAX: usize = 65536;
 /// The backup before this one.
 pub(super) struct Base {
     pub(super) path: PathBuf,
+    /// It, and the backups it was made on: they may be opened wherever they lie.
+    pub(super) files: Vec<PathBuf>,
     /// Size of the image in bytes.
     size: u64,
     pub(super) format: Format,
     /// Its name as it is to stand in the new file.
-    pub(super) name: String,
+    pub(super) name: OsString,
     identity: Option<BackupIdentity>,
     /// Why it may be the wrong one, as far as the files tell.
     problem: Option<String>,
@@ -32,7 +40,9 @@ pub(super) struct Base {
 impl Base {
     /// Opens it, and looks whether the new backup can be built on it.
     pub(super) fn open(path: &Path, args: &BackupArgs) -> Result<Self, CommandError> {
-        let options = args.trust.options();
+        let files = [vec![path.to_owned()], backups_below(path)].concat();
+        let policy = files.iter().fold(args.trust.policy(), OpenPolicy::allow_file);
+        let options = args.share.apply(args.trust.options().policy(policy));
         let image = Image::open(path, &options).map_err(|error| match error.found_format() {
             Some(format) => CommandError::new(format!(
                 "'{}' is a {} image and no backup that an incremental one could build on; make a \
@@ -40,11 +50,11 @@ impl Base {
                 path.display(),
                 format.description()
             )),
-            None => explained(error),
+            None => advise_sharing(explained(error)),
         })?;
         let name = match args.is_on_device() || is_device(path) {
             // Devices are not moved together, and their names lead to others that change.
-            true => text(&absolute(path)?)?,
+            true => absolute(path)?,
             false => relative(path, folder_of(&args.target))?,
         };
         let chain = image.backups_of_chain();
@@ -62,6 +72,7 @@ impl Base {
         let identity = chain.first().and_then(|(_, backup)| Some(backup.clone()?.identity));
         let mut base = Self {
             path: path.to_owned(),
+            files,
             size: image.size(),
             format: image.format(),
             name,
@@ -250,7 +261,7 @@ pub(super) fn folder_of(path: &Path) -> &Path {
 }
 
 /// The path of a file as seen from a folder. Relative, so that a chain can be moved as a whole.
-fn relative(file: &Path, folder: &Path) -> Result<String, CommandError> {
+fn relative(file: &Path, folder: &Path) -> Result<OsString, CommandError> {
     let real = |path: &Path| {
         path.canonicalize().map_err(|error| {
             CommandError::new(format!("cannot find '{}': {error}", path.display()))
@@ -265,25 +276,16 @@ fn relative(file: &Path, folder: &Path) -> Result<String, CommandError> {
     }
     let steps = up.map(|_| Component::ParentDir).chain(down);
     let path: PathBuf = steps.collect();
-    let name = text(&path)?;
     // What looks like a scheme would not be taken for a file.
-    let has_scheme = name.split('/').next().is_some_and(|first| first.contains(':'));
-    Ok(if has_scheme { format!("./{name}") } else { name })
+    let first = path.components().next().map(|first| first.as_os_str().as_bytes());
+    let has_scheme = first.is_some_and(|first| first.contains(&b':'));
+    Ok(if has_scheme { Path::new(".").join(path) } else { path }.into())
 }
 
-fn absolute(file: &Path) -> Result<PathBuf, CommandError> {
+fn absolute(file: &Path) -> Result<OsString, CommandError> {
     std::path::absolute(file)
+        .map(Into::into)
         .map_err(|error| CommandError::new(format!("cannot find '{}': {error}", file.display())))
-}
-
-/// A path as it can stand in an image.
-fn text(path: &Path) -> Result<String, CommandError> {
-    path.to_str().map(ToOwned::to_owned).ok_or_else(|| {
-        CommandError::new(format!(
-            "'{}' cannot be named in a qcow2 file: its path is not valid UTF-8",
-            path.display()
-        ))
-    })
 }
 
 /// Whether both are one block device, by whatever names.

@@ -17,6 +17,7 @@ use super::chain::{Base, folder_of};
 use super::{BackupArgs, CLUSTER_SIZE};
 use crate::commands::image::open::{TrustArgs, explained};
 use crate::error::CommandError;
+use crate::locking::{ShareArgs, advise_sharing};
 use crate::target::device;
 
 /// Largest record that is read, in bytes.
@@ -31,7 +32,8 @@ pub(super) struct State {
     source: String,
     size: u64,
     bitmap: Option<String>,
-    base: Option<PathBuf>,
+    /// The base as the user named it; escaped as Rust's `Debug` does if that is not text.
+    base: Option<String>,
     /// The UUID of the base, if it has one.
     #[serde(default)]
     base_identity: Option<String>,
@@ -46,7 +48,7 @@ impl State {
             source: uri.to_string(),
             size,
             bitmap: args.bitmap.clone(),
-            base: args.base.clone(),
+            base: args.base.as_deref().map(written),
             base_identity: base.and_then(Base::id).map(|id| id.to_string()),
             done: 0,
         }
@@ -55,15 +57,12 @@ impl State {
     /// What differs from a former attempt, in words.
     fn difference(&self, former: &Self) -> Option<String> {
         let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "none".to_owned());
-        let path = |path: &Option<PathBuf>| {
-            path.as_ref().map_or_else(|| "none".to_owned(), |path| path.display().to_string())
-        };
         let pairs = [
             ("version", self.version.to_string(), former.version.to_string()),
             ("source", self.source.clone(), former.source.clone()),
             ("size", self.size.to_string(), former.size.to_string()),
             ("bitmap", name(&self.bitmap), name(&former.bitmap)),
-            ("base", path(&self.base), path(&former.base)),
+            ("base", name(&self.base), name(&former.base)),
             ("base's identity", name(&self.base_identity), name(&former.base_identity)),
         ];
         let found = pairs.into_iter().find(|(_, now, then)| now != then);
@@ -84,8 +83,11 @@ pub(super) struct Partial {
     path: PathBuf,
     place: Place,
     target: PathBuf,
-    /// The backup it builds on.
-    base: Option<PathBuf>,
+    /// The backup it builds on, and those below that.
+    base: Vec<PathBuf>,
+    share: ShareArgs,
+    /// Held from when there is a file until it has its name.
+    lock: Option<FileStorage>,
     state: State,
 }
 
@@ -105,11 +107,13 @@ impl Partial {
             PathBuf::from(name)
         };
         let (path, record) = (with(".partial"), with(".partial.json"));
-        let (target, base_path) = (args.target.clone(), base.map(|base| base.path.clone()));
+        let (target, share) = (args.target.clone(), args.share);
+        let files = base.map(|base| base.files.clone()).unwrap_or_default();
         let place = Place::File { record };
-        let mut partial = Self { path, place, target, base: base_path, state };
+        let mut partial = Self { path, place, target, base: files, share, lock: None, state };
         if partial.path.symlink_metadata().is_ok() {
             if args.resume {
+                partial.lock = partial.lock(&args.trust)?;
                 partial.resume(&args.trust)?;
                 return Ok(partial);
             }
@@ -120,14 +124,15 @@ impl Partial {
                     partial.path.display()
                 )));
             }
-            partial.remove()?;
+            partial.remove(&args.trust)?;
         } else if args.resume {
             return Err(CommandError::new(format!(
                 "there is nothing to resume: '{}' does not exist",
                 partial.path.display()
             )));
         }
-        Image::create(&partial.path, &options_of(partial.state.size, base))?;
+        Image::create(&partial.path, &options_of(partial.state.size, base, args))?;
+        partial.lock = partial.lock(&args.trust)?;
         // A base that may not be opened is found before anything is copied.
         let begun = partial.open(&args.trust, Access::ReadWrite).and_then(|image| {
             drop(image);
@@ -145,12 +150,14 @@ impl Partial {
         state: State,
         base: Option<&Base>,
     ) -> Result<Self, CommandError> {
-        let device = device::begin_image(&args.target, &options_of(state.size, base))?;
+        let device = device::begin_image(&args.target, &options_of(state.size, base, args))?;
         let partial = Self {
             path: args.target.clone(),
             place: Place::Device(device),
             target: args.target.clone(),
-            base: base.map(|base| base.path.clone()),
+            base: base.map(|base| base.files.clone()).unwrap_or_default(),
+            share: args.share,
+            lock: None,
             state,
         };
         let opened = partial.open(&args.trust, Access::ReadWrite);
@@ -174,22 +181,35 @@ impl Partial {
         self.state.done
     }
 
-    /// Which files it may name: the base that the user has named too, wherever it lies.
+    /// Which files it may name: the base that the user has named, and the backups below it, wherever
+    /// they lie.
     pub(super) fn policy(&self, trust: &TrustArgs) -> OpenPolicy {
-        match &self.base {
-            Some(base) => trust.policy().allow_file(base),
-            None => trust.policy(),
-        }
+        self.base.iter().fold(trust.policy(), OpenPolicy::allow_file)
     }
 
     /// Opens it.
     pub(super) fn open(&self, trust: &TrustArgs, access: Access) -> Result<Image, CommandError> {
-        let options = trust.locks.options().access(access).policy(self.policy(trust));
+        let options = self.options(trust).access(access);
         match &self.place {
-            Place::File { .. } => Image::open(&self.path, &options.format(Format::Qcow2)),
+            Place::File { .. } => Image::open(&self.path, &options),
             Place::Device(new) => new.open(&options),
         }
-        .map_err(explained)
+        .map_err(|error| advise_sharing(explained(error)))
+    }
+
+    /// The options for it. Files below it that others may write to are not locked, and then it is not
+    /// either: [`lock`](Self::lock) does that for a file, and a device is locked all the time.
+    fn options(&self, trust: &TrustArgs) -> OpenOptions {
+        let options = trust.locks.options().format(Format::Qcow2).policy(self.policy(trust));
+        if self.share.force_share { options.locking(Locking::Off) } else { options }
+    }
+
+    /// The lock of the file, where it is not locked with those below it.
+    fn lock(&self, trust: &TrustArgs) -> Result<Option<FileStorage>, CommandError> {
+        match self.share.force_share {
+            true => Ok(Some(trust.locks.open_file(&self.path, Access::ReadWrite)?)),
+            false => Ok(None),
+        }
     }
 
     /// Records up to where it is complete.
@@ -219,6 +239,7 @@ impl Partial {
         identity: &BackupIdentity,
         trust: &TrustArgs,
     ) -> Result<(), CommandError> {
+        let options = self.options(trust);
         let record = match self.place {
             Place::File { record } => record,
             Place::Device(new) => {
@@ -226,7 +247,7 @@ impl Partial {
                 return completed.map_err(|error| device::lost(&self.path, &error.into()));
             }
         };
-        Image::seal_backup(&self.path, &trust.options(), identity)?;
+        Image::seal_backup(&self.path, &options, identity)?;
         let rename = || -> io::Result<()> {
             File::open(&self.path)?.sync_all()?;
             renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE)?;
@@ -260,10 +281,7 @@ impl Partial {
             )));
         }
         // A process that was killed may have left clusters that nothing refers to.
-        let options = OpenOptions::new()
-            .format(Format::Qcow2)
-            .access(Access::ReadWrite)
-            .policy(self.policy(trust));
+        let options = self.options(trust).access(Access::ReadWrite);
         let report = Image::check_file(&self.path, &options, Repair::Leaks)?;
         if report.corruptions > 0 {
             return Err(CommandError::new(format!(
@@ -275,9 +293,9 @@ impl Partial {
         Ok(())
     }
 
-    fn remove(&self) -> Result<(), CommandError> {
+    fn remove(&self, trust: &TrustArgs) -> Result<(), CommandError> {
         // Whoever is at work on it holds a lock.
-        let storage = FileStorage::open(&self.path, Access::ReadWrite, Locking::Auto)?;
+        let storage = trust.locks.open_file(&self.path, Access::ReadWrite)?;
         drop(storage);
         fs::remove_file(&self.path).map_err(|error| {
             CommandError::new(format!("cannot remove '{}': {error}", self.path.display()))
@@ -299,11 +317,17 @@ fn read_record(record: &Path) -> Result<State, String> {
 }
 
 /// What the new image is like.
-fn options_of(size: u64, base: Option<&Base>) -> CreateOptions {
+fn options_of(size: u64, base: Option<&Base>, args: &BackupArgs) -> CreateOptions {
     let mut options = CreateOptions::new(Format::Qcow2, size);
     options.cluster_size = CLUSTER_SIZE;
     options.backing = base.map(|base| (base.name.clone(), base.format));
+    options.locking = args.share.locking(args.trust.locks);
     options
+}
+
+/// A path as a text that stands for no other path.
+fn written(path: &Path) -> String {
+    path.to_str().map_or_else(|| format!("{path:?}"), str::to_owned)
 }
 
 fn sync_folder(file: &Path) -> io::Result<()> {

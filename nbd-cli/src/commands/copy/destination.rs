@@ -361,7 +361,7 @@ fn open_file(path: &Path, locks: LockArgs, source: &Source) -> Result<Destinatio
     let storage = match locks.open_file(path, Access::ReadWrite) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
             let new = NewFile::begin(path, create_empty)?;
-            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, locks.locking())?;
             return Ok(Destination::regular(storage, path, Some(new)));
         }
         Err(error) if error.kind() == ErrorKind::Busy && is_same_file(path, source) => {
@@ -378,7 +378,7 @@ fn open_file(path: &Path, locks: LockArgs, source: &Source) -> Result<Destinatio
     }
     let storage = match NewFile::instead_of(path, storage)? {
         Ok(new) => {
-            let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, locks.locking())?;
             return Ok(Destination::regular(storage, path, Some(new)));
         }
         Err(storage) => storage,

@@ -239,6 +239,7 @@ impl Conversion<'_> {
     fn make_new(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
+        create.locking = self.args.open.trust.locks.locking();
         let new = NewFile::begin(path, |path| Ok(Image::create(path, &create)?))?;
         let filled = Image::open(new.path(), &self.for_filling())
             .map_err(CommandError::from)
@@ -263,6 +264,7 @@ impl Conversion<'_> {
     /// How a new image is opened.
     fn for_filling(&self) -> OpenOptions {
         OpenOptions::new()
+            .locking(self.args.open.trust.locks.locking())
             .format(self.format)
             .access(Access::ReadWrite)
             // Nobody relies on an image that is not finished: one sync at the end is enough.

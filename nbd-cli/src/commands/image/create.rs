@@ -1,17 +1,19 @@
 //! `nbd-cli image create`.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use imgfmt::{
-    CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, OpenOptions,
-    OpenPolicy, Qcow2Version,
+    CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, OpenPolicy,
+    Qcow2Version,
 };
 
 use super::info::print_json;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
+use crate::locking::LockArgs;
 use crate::remote::allow_exports;
 use crate::signals;
 use crate::size::ByteSize;
@@ -44,7 +46,7 @@ pub struct CreateArgs {
 
     /// Show the content of this file, or of this export of a server (an NBD URI), where the new image holds nothing yet.
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
-    pub backing: Option<String>,
+    pub backing: Option<OsString>,
 
     /// Format of the backing file.
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
@@ -62,7 +64,7 @@ pub struct CreateArgs {
         conflicts_with = "backing",
         help_heading = "Options for qcow2"
     )]
-    pub data_file: Option<String>,
+    pub data_file: Option<OsString>,
 
     /// Keep the data file such that it is a raw image by itself.
     #[arg(long, requires = "data_file", help_heading = "Options for qcow2")]
@@ -78,6 +80,10 @@ pub struct CreateArgs {
 
     #[command(flatten)]
     pub qcow2: Qcow2Args,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub locks: LockArgs,
 }
 
 /// What a new qcow2 image is like.
@@ -180,6 +186,7 @@ impl Qcow2Args {
 pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     let mut options = CreateOptions::new(args.format.into(), 0);
     options.size = args.size.map(ByteSize::bytes);
+    options.locking = args.locks.locking();
     options.backing_policy = allow_exports(OpenPolicy::any_file(), &ServerArgs::default());
     options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
@@ -212,7 +219,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         _ => NewFile::begin(&args.path, create)?.complete(Durable::Now)?,
     }
     if args.json {
-        print_json(&args.path, &OpenOptions::new().format(options.format))?;
+        print_json(&args.path, &args.locks.options().format(options.format))?;
     }
     Ok(Outcome::Success)
 }

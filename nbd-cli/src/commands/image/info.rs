@@ -3,7 +3,8 @@
 mod backup;
 mod encryption;
 
-use std::ffi::OsString;
+use std::borrow::Cow;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
@@ -80,7 +81,7 @@ struct Layer<'a> {
     encrypted: bool,
     dirty_flag: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
-    backing_filename: Option<&'a str>,
+    backing_filename: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     full_backing_filename: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -121,7 +122,7 @@ struct Qcow2Data<'a> {
     corrupt: bool,
     extended_l2: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
-    data_file: Option<&'a str>,
+    data_file: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     data_file_raw: Option<bool>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -263,10 +264,12 @@ impl Found {
             cluster_size: qcow2.map(|qcow2| qcow2.cluster_size),
             encrypted: self.info.encryption.is_some(),
             dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
-            backing_filename,
+            backing_filename: backing_filename.map(OsStr::to_string_lossy),
             full_backing_filename: backing_filename.map(|name| match self.place.beside(name) {
-                Ok(place @ Place::File(_)) if !has_scheme(name) => place.name(),
-                _ => name.to_owned(),
+                Ok(place @ Place::File(_)) if !name.to_str().is_some_and(has_scheme) => {
+                    place.name()
+                }
+                _ => name.to_string_lossy().into_owned(),
             }),
             backing_filename_format: qcow2.and_then(|qcow2| qcow2.backing_format.as_deref()),
             snapshots: qcow2.map(|qcow2| snapshot::json(&qcow2.snapshots)).unwrap_or_default(),
@@ -285,7 +288,7 @@ fn bitmap_flags(bitmap: &BitmapEntry) -> Vec<&'static str> {
 }
 
 fn data<'a>(qcow2: &'a Qcow2Info, encryption: Option<&'a Encryption>) -> Qcow2Data<'a> {
-    let data_file = qcow2.data_file_name.as_deref();
+    let data_file = qcow2.data_file_name.as_deref().map(OsStr::to_string_lossy);
     Qcow2Data {
         compat: compat(qcow2),
         compression_type: compression(qcow2),
@@ -294,7 +297,7 @@ fn data<'a>(qcow2: &'a Qcow2Info, encryption: Option<&'a Encryption>) -> Qcow2Da
         corrupt: qcow2.is_corrupt,
         extended_l2: qcow2.l2_entries == L2Entries::Extended,
         data_file,
-        data_file_raw: data_file.map(|_| qcow2.data_file_is_raw),
+        data_file_raw: qcow2.data_file_name.is_some().then_some(qcow2.data_file_is_raw),
         bitmaps: qcow2.bitmaps.iter().map(JsonBitmap::from).collect(),
         encrypt: encryption.map(|encryption| encryption::json(encryption, Naming::InImage)),
     }
@@ -365,12 +368,12 @@ fn qcow2_text(qcow2: &Qcow2Info, output: &mut Output) -> Result<(), CommandError
         line("flags:", &flags.join(", "))?;
     }
     if let Some(name) = &qcow2.backing_name {
-        line("backing file:", &printable(name))?;
+        line("backing file:", &printable(&name.to_string_lossy()))?;
         let format = qcow2.backing_format.as_deref().unwrap_or("not said");
         line("backing format:", &printable(format))?;
     }
     if let Some(name) = &qcow2.data_file_name {
-        line("data file:", &printable(name))?;
+        line("data file:", &printable(&name.to_string_lossy()))?;
     }
     if let Some(found) = &qcow2.backup {
         line("backup:", &backup::text(found))?;

@@ -1,5 +1,6 @@
 //! How the commands open images, and what they say when that fails.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -106,7 +107,7 @@ pub(in crate::commands) fn explained_with(error: Error, raw_option: &str) -> Com
 }
 
 /// The path of a file that an image names: relative names start at the image's folder.
-pub(in crate::commands) fn beside(image: &Path, name: &str) -> PathBuf {
+pub(in crate::commands) fn beside(image: &Path, name: &OsStr) -> PathBuf {
     match image.parent() {
         Some(folder) => folder.join(name),
         None => PathBuf::from(name),

@@ -15,7 +15,7 @@ use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::remote::{ExportStorage, open_named_by_image};
 use crate::server_name::{
-    FILE_PREFIX, JSON_SCHEME, NameInImage, from_name_in_image, is_name_of_server,
+    FILE_PREFIX, JSON_SCHEME, NameInImage, from_name_in_image, is_name_of_server, path_in,
 };
 
 /// A file, or an export of a server.
@@ -184,16 +184,18 @@ impl Place {
     /// # Errors
     ///
     /// A name of a server that cannot be understood.
-    pub(super) fn beside(&self, name: &str) -> Result<Self, CommandError> {
-        if has_scheme(name) {
+    pub(in crate::commands) fn beside(&self, name: &OsStr) -> Result<Self, CommandError> {
+        if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
             return Ok(match from_name_in_image(name).map_err(CommandError::new)? {
                 NameInImage::File(path) => Self::File(path),
                 NameInImage::Export(uri) => Self::Export { uri: *uri, files: LocalFiles::Refused },
             });
         }
-        Ok(Self::File(match self {
-            Self::File(path) => beside(path, name),
-            Self::Export { .. } => name.into(),
+        Ok(Self::File(match (self, path_in(name)) {
+            // As in QEMU such a name starts at the working folder.
+            (_, path) if path.as_os_str() != name => path.to_owned(),
+            (Self::File(image), _) => beside(image, name),
+            (Self::Export { .. }, path) => path.to_owned(),
         }))
     }
 

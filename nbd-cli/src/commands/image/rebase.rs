@@ -1,5 +1,6 @@
 //! `nbd-cli image rebase`.
 
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
@@ -40,7 +41,7 @@ pub struct RebaseArgs {
 
     /// The new backing file, or an export of a server as an NBD URI.
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
-    pub backing: Option<String>,
+    pub backing: Option<OsString>,
 
     /// Format of the new backing file.
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
@@ -83,7 +84,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
 }
 
 /// Copies into the overlay what the new backing file would show differently.
-fn keep_content(args: &RebaseArgs, new: Option<(&str, Format)>) -> Result<(), CommandError> {
+fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), CommandError> {
     // Looked at first: a file that is missing must not cost anybody anything.
     let backing = match new {
         None => None,

@@ -15,6 +15,7 @@ use super::{Refusal, complain};
 use crate::connect::ServerArgs;
 use crate::key_values::KeyValues;
 use crate::remote::{ExportStorage, allow_exports};
+use crate::server_name::path_in;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
 use crate::serving::{
     Caching, Changes, Discard, Medium, MultiConn, PreferredSize, Waiting, Window, ZeroUnit,
@@ -36,7 +37,9 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
         (true, Some(text)) => KeyValues::parse(text, None).and_then(Described::from_options),
         (true, None) => Err("the options are not valid UTF-8".to_owned()),
         (false, Some(text)) => named(text),
-        (false, None) => Ok(Described { place: Place::File(file.into()), ..Described::default() }),
+        (false, None) => {
+            Ok(Described { place: Place::File(path_in(file).into()), ..Described::default() })
+        }
     };
     let mut disk = disk.map_err(failed)?;
     if let Some(name) = &options.format {

@@ -195,7 +195,7 @@ impl Controller {
         }
         let from = source.clone();
         let opened = blocking(move || {
-            source::open(&from, &choices)
+            source::open(from.as_ref(), &choices)
                 .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
         })
         .await??;

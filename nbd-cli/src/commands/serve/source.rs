@@ -1,6 +1,7 @@
 //! What to export: from the words of the command line to exports.
 
-use std::path::Path;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
@@ -14,7 +15,7 @@ use super::control::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
-use crate::server_name::{self, FILE_PREFIX};
+use crate::server_name;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, Medium, filtered};
 use crate::size::ByteSize;
@@ -50,7 +51,7 @@ pub(super) fn add_all(
         let mut entry = match &mut controlled {
             None => ExportEntry::new(opened.export),
             Some(disks) => {
-                let disk = Disk::new(source.to_owned(), opened);
+                let disk = Disk::new(source.to_string_lossy().into_owned(), opened);
                 let entry = disk.entry();
                 disks.insert(name.to_owned(), disk);
                 entry
@@ -65,9 +66,7 @@ pub(super) fn add_all(
         if args.hidden {
             entry = entry.hidden();
         }
-        registry
-            .add(name, entry)
-            .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
+        registry.add(name, entry).map_err(|error| cannot_export(source, error))?;
         names.push(name.to_owned());
     }
     if let Some(unknown) = args.tls.tls_only.iter().find(|only| !names.contains(only)) {
@@ -82,27 +81,33 @@ pub(super) fn add_all(
 }
 
 /// The export of another server that a source is, if it is one.
-fn uri(source: &str) -> Option<Result<NbdUri, CommandError>> {
-    server_name::is_name_of_server(source).then(|| {
-        let uri = server_name::from_name(source);
-        uri.map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))
-    })
+fn uri(source: &OsStr) -> Option<Result<NbdUri, CommandError>> {
+    let text = source.to_str().filter(|text| server_name::is_name_of_server(text))?;
+    Some(server_name::from_name(text).map_err(|error| cannot_export(source, error)))
+}
+
+fn cannot_export(source: &OsStr, why: impl std::fmt::Display) -> CommandError {
+    CommandError::new(format!("cannot export '{}': {why}", source.display()))
 }
 
 /// Splits `NAME=SOURCE`. What stands before the `=` is no name if it is a path or a server.
-fn split_name(source: &str) -> (Option<&str>, &str) {
-    if server_name::is_name_of_server(source) {
+fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
+    if source.to_str().is_some_and(server_name::is_name_of_server) {
         return (None, source);
     }
-    match source.split_once('=') {
-        Some((name, source)) if !name.is_empty() && !name.contains('/') => (Some(name), source),
+    let bytes = source.as_bytes();
+    let found = bytes.iter().position(|byte| *byte == b'=').map(|at| bytes.split_at(at));
+    match found.map(|(name, rest)| (std::str::from_utf8(name), &rest[1..])) {
+        Some((Ok(name), rest)) if !name.is_empty() && !name.contains('/') => {
+            (Some(name), OsStr::from_bytes(rest))
+        }
         _ => (None, source),
     }
 }
 
 /// Opens what is to be exported.
-pub(super) fn open(source: &str, choices: &ImageChoices) -> Result<Opened, CommandError> {
-    if let Some(size) = source.strip_prefix("memory:") {
+pub(super) fn open(source: &OsStr, choices: &ImageChoices) -> Result<Opened, CommandError> {
+    if let Some(size) = source.to_str().and_then(|source| source.strip_prefix("memory:")) {
         return Ok(Opened { export: memory(source, size, choices)?, image: None });
     }
     if source.is_empty() {
@@ -111,8 +116,7 @@ pub(super) fn open(source: &str, choices: &ImageChoices) -> Result<Opened, Comma
     if let Some(uri) = uri(source) {
         return choices.open_export(&uri?).map_err(|error| explained(error, choices));
     }
-    let path = source.strip_prefix(FILE_PREFIX).unwrap_or(source);
-    choices.open(Path::new(path)).map_err(|error| explained(error, choices))
+    choices.open(server_name::path_in(source)).map_err(|error| explained(error, choices))
 }
 
 /// What the command line says about every image.
@@ -163,18 +167,15 @@ fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
 }
 
 fn memory(
-    source: &str,
+    source: &OsStr,
     size: &str,
     choices: &ImageChoices,
 ) -> Result<Arc<dyn Export>, CommandError> {
-    let size: ByteSize = size
-        .parse()
-        .map_err(|error| CommandError::new(format!("cannot export '{source}': {error}")))?;
+    let size: ByteSize = size.parse().map_err(|error| cannot_export(source, error))?;
     if choices.snapshot.is_some() || choices.writes == Writes::ToTemporaryFile {
-        return Err(CommandError::new(format!(
-            "cannot export '{source}': a disk in memory has no snapshots and is temporary as it \
-             is; leave out --snapshot and --temporary"
-        )));
+        let why = "a disk in memory has no snapshots and is temporary as it is; leave out \
+                   --snapshot and --temporary";
+        return Err(cannot_export(source, why));
     }
     if choices.writes != Writes::Refused {
         let export = Arc::new(MemoryExport::new(size.bytes()));
@@ -188,7 +189,13 @@ fn memory(
 
 #[cfg(test)]
 mod tests {
-    use super::split_name;
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt as _;
+
+    fn split_name(source: &str) -> (Option<&str>, &str) {
+        let (name, rest) = super::split_name(source.as_ref());
+        (name, rest.to_str().unwrap())
+    }
 
     #[test]
     fn a_name_stands_before_the_first_equals_sign() {
@@ -207,5 +214,12 @@ mod tests {
         for server in ["nbd+unix:///?socket=/run/s", "nbd:host:10809:exportname=disk"] {
             assert_eq!(split_name(server), (None, server));
         }
+    }
+
+    #[test]
+    fn paths_need_not_be_text() {
+        let path = |bytes: &'static [u8]| OsStr::from_bytes(bytes);
+        assert_eq!(super::split_name(path(b"vm=\xff=")), (Some("vm"), path(b"\xff=")));
+        assert_eq!(super::split_name(path(b"\xff=a")), (None, path(b"\xff=a")));
     }
 }
