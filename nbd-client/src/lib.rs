@@ -103,3 +103,8 @@ pub use nbd_proto::wire::{
 };
 pub use nbd_proto::{ApiMisuse, ProtocolError};
 pub use tls::{CertificateCheck, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
+
+/// The Rust code of README.md, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

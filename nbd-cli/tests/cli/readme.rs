@@ -1,4 +1,7 @@
-//! The command blocks of the README, pasted as a whole into a shell.
+//! The command blocks of README.md and of the documents in `docs/`, pasted into a shell.
+//!
+//! The `sh` blocks of a document run one after the other, as one script. A block marked `sh manual`
+//! needs a network, a machine or an installation of its own and is not run.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -7,65 +10,120 @@ use std::process::Command;
 use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
-const README: &str = include_str!("../../../README.md");
+/// Every document whose commands a test below runs.
+const DOCUMENTS: [(&str, &str); 7] = [
+    ("README.md", include_str!("../../../README.md")),
+    ("docs/backup.md", include_str!("../../../docs/backup.md")),
+    ("docs/control.md", include_str!("../../../docs/control.md")),
+    ("docs/images.md", include_str!("../../../docs/images.md")),
+    ("docs/qemu-nbd.md", include_str!("../../../docs/qemu-nbd.md")),
+    ("docs/serve.md", include_str!("../../../docs/serve.md")),
+    ("docs/tls.md", include_str!("../../../docs/tls.md")),
+];
 
-/// The `sh` blocks below a heading, one behind the other.
-fn blocks(heading: &str) -> String {
-    let (_, section) = README.split_once(&format!("\n## {heading}\n")).expect("the heading");
-    let section = section.split("\n## ").next().unwrap_or_default();
-    let blocks = section.split("```sh\n").skip(1);
+/// The `sh` blocks of a text, one after the other.
+fn commands(text: &str) -> String {
+    let blocks = text.split("\n```sh\n").skip(1);
     blocks.filter_map(|block| block.split("```").next()).collect()
 }
 
-/// Runs a script in a folder of its own. What it keeps in shared folders is kept there too.
+/// Runs the commands of a document in a directory of its own; its `/tmp` is that directory too.
 #[track_caller]
-fn paste(script: &str) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path = folder.path().to_str().expect("a plain name");
+fn paste(document: &str) {
+    let (_, text) = DOCUMENTS.iter().find(|(name, _)| *name == document).expect("in the list");
+    let script = commands(text);
+    assert!(!script.is_empty(), "{document} has no commands");
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().to_str().expect("a plain name");
     let script = script.replace("/tmp/", &format!("{path}/"));
-    std::os::unix::fs::symlink(PROGRAM, folder.path().join("nbd-cli")).expect("a link");
+    std::os::unix::fs::symlink(PROGRAM, directory.path().join("nbd-cli")).expect("a link");
     let paths = std::env::var("PATH").unwrap_or_default();
     // Every command counts, not only the last.
     let mut shell = Command::new("bash");
-    shell.args(["-euc", &script]).current_dir(folder.path()).env("PATH", format!("{path}:{paths}"));
+    shell.args(["-euc", &script]).current_dir(&directory).env("PATH", format!("{path}:{paths}"));
     let outcome = run(&mut shell);
-    end_servers(folder.path());
-    assert_eq!(outcome.code, Some(0), "{script}\n{outcome:?}");
+    end_servers(directory.path());
+    assert_eq!(outcome.code, Some(0), "{document}: {script}\n{outcome:?}");
 }
 
-/// Ends what a script that failed in the middle has left.
-fn end_servers(folder: &Path) {
-    for file in ["disk.pid", "vm.pid"] {
-        let pid = std::fs::read_to_string(folder.join(file)).unwrap_or_default();
+/// Ends the servers that a script left running when it failed.
+fn end_servers(directory: &Path) {
+    for entry in directory.read_dir().expect("the directory").flatten() {
+        let file = entry.path();
+        if file.extension() == Some(OsStr::new("control")) {
+            nbd_cli(&[OsStr::new("control"), file.as_os_str(), OsStr::new("shutdown")]);
+        }
+        if file.extension() != Some(OsStr::new("pid")) || is_unlocked(&file) {
+            continue;
+        }
+        let pid = std::fs::read_to_string(&file).unwrap_or_default();
         let pid = pid.trim().parse().ok().and_then(rustix::process::Pid::from_raw);
         if let Some(pid) = pid {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
     }
-    let control = folder.join("nbd.control");
-    if control.exists() {
-        nbd_cli(&[OsStr::new("control"), control.as_os_str(), OsStr::new("shutdown")]);
+}
+
+/// Whether no server runs that holds the lock on its process id file: the id may be another
+/// program's by now.
+fn is_unlocked(file: &Path) -> bool {
+    let file = std::fs::File::open(file).expect("the process id file");
+    rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockShared).is_ok()
+}
+
+#[test]
+fn readme_commands_run() {
+    paste("README.md");
+}
+
+#[test]
+fn readme_commands_of_serving_run() {
+    tools!(_img = "qemu-img", _io = "qemu-io", _nbdinfo = "nbdinfo", _nbdcopy = "nbdcopy");
+    paste("docs/serve.md");
+}
+
+#[test]
+fn readme_commands_of_tls_run() {
+    tools!(_certtool = "certtool", _psktool = "psktool");
+    paste("docs/tls.md");
+}
+
+#[test]
+fn readme_commands_of_images_run() {
+    paste("docs/images.md");
+}
+
+#[test]
+fn readme_commands_of_backups_run() {
+    paste("docs/backup.md");
+}
+
+#[test]
+fn readme_commands_of_the_control_socket_run() {
+    paste("docs/control.md");
+}
+
+#[test]
+fn readme_commands_of_qemu_nbd_run() {
+    paste("docs/qemu-nbd.md");
+}
+
+#[test]
+fn readme_documents_with_commands_are_all_run() {
+    let documents = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    for entry in documents.read_dir().expect("docs/") {
+        let name = entry.expect("an entry").file_name().into_string().expect("a plain name");
+        let text = std::fs::read_to_string(documents.join(&name)).expect("a document");
+        let is_run = DOCUMENTS.iter().any(|(document, _)| *document == format!("docs/{name}"));
+        assert!(is_run || commands(&text).is_empty(), "no test runs the commands of docs/{name}");
     }
 }
 
 #[test]
-fn a_real_disk_is_served_inspected_and_copied() {
-    tools!(_qemu_img = "qemu-img", _nbdinfo = "nbdinfo", _nbdcopy = "nbdcopy");
-    let script = blocks("A real disk");
-    // A virtual machine does not end by itself.
-    let lines = script.lines().filter(|line| !line.starts_with("qemu-system"));
-    paste(&lines.collect::<Vec<_>>().join("\n"));
-}
-
-#[test]
-fn a_qcow2_image_is_made_served_and_compared() {
-    tools!(_qemu_io = "qemu-io");
-    let script = blocks("A qcow2 image");
-    let (script, _) = script.split_once("nbd-cli serve --run").expect("the command for a disk");
-    paste(script);
-}
-
-#[test]
-fn a_disk_in_use_is_backed_up_and_restored() {
-    paste(&blocks("Incremental backups"));
+fn readme_is_short_and_opens_with_code() {
+    let (_, text) = DOCUMENTS[0];
+    let lines = text.lines().count();
+    assert!(lines <= 120, "{lines} lines, more than 120: move details to docs/");
+    let code = text.lines().position(|line| line == "```rust").expect("Rust code");
+    assert!(code < lines / 2, "the Rust code begins at line {code}");
 }
