@@ -96,7 +96,7 @@ const CASES: &[Case] = &[
     case("unknown incompatible bit 5", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 5)),
     case("unknown incompatible bit 62", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 62)),
     case("the mark of an interrupted writer, incompatible bit 63", BAD, |i| {
-        i.put64(field::INCOMPATIBLE, 1 << 63)
+        i.put64(field::INCOMPATIBLE, 1 << 63);
     }),
     case("unknown compatible bits", None, |i| i.put64(field::COMPATIBLE, !1)),
     case("subclusters in small clusters", BAD, |i| {
