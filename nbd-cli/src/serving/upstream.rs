@@ -107,6 +107,9 @@ impl ImageChoices {
     }
 }
 
+/// Longest range that is mapped at a time, in bytes: its data is in memory then.
+const MAP_LEN: usize = 4 << 20;
+
 /// A raw disk on another server, with what only that server knows about it.
 struct Upstream {
     inner: Arc<dyn Export>,
@@ -151,12 +154,15 @@ impl Filter for Upstream {
             (_, Lookup::Prompt) => return Ok(Mapped::WouldBlock),
             (Holes::AsData, _) => map.push_export(length),
             (Holes::Told, _) => {
-                let pieces = self.storage.read_pieces(offset, length);
+                let pieces = self.storage.read_pieces(offset, length.min(MAP_LEN));
                 for piece in pieces.map_err(|error| failed(&error))? {
                     match piece {
                         ReadChunk::Data { data, .. } => map.push_bytes(data),
                         ReadChunk::Hole { length, .. } => map.push_zero(length as usize),
                     }
+                }
+                if length > MAP_LEN {
+                    return Ok(Mapped::Partial);
                 }
             }
         }

@@ -1,31 +1,48 @@
 //! A validated request carried out, and its reply.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 
 use nbd_proto::transmission::{
     Command, Durability, Fragmentation, Position, ReplyEncoder, Request, RequestTag,
 };
-use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, ReplyMode};
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
 
-use super::pool::Work;
 use super::witness::Witness;
-use crate::export::{
-    Content, Export, ExportError, Holes, Lookup, Mapped, ReadMap, TryRead, TryWrite,
-};
+use crate::export::{Export, ExportError, Holes, Lookup, Mapped, ReadMap, TryRead, TryWrite};
 
-/// When a long read fails, the part in front of the failure is found in steps of this many bytes.
-const RETRY_LEN: usize = 64 * 1024;
-/// ... and then of this many: the smallest unit in which disks fail today.
-const SECTOR_LEN: usize = 4096;
+/// A request that is complete but for its execution.
+pub(super) struct Work {
+    pub(super) export: Arc<dyn Export>,
+    pub(super) contexts: Arc<[(MetaContextId, MetaContextName)]>,
+    pub(super) encoder: ReplyEncoder,
+    pub(super) request: Request,
+    pub(super) witness: Arc<Witness>,
+    /// The payload of a WRITE, otherwise empty.
+    pub(super) payload: Vec<u8>,
+    /// Descriptors of each context that a BLOCK_STATUS may be answered with.
+    pub(super) max_descriptors: usize,
+    /// How many bytes of a READ were answered before.
+    pub(super) done: usize,
+}
 
-/// Carries out a request that has no [steps](super::steps), blocking as long as it takes, and gives
-/// the whole reply.
+/// What a step achieved.
+pub(super) enum Step {
+    /// The request is carried out; this is the reply, or what was missing of it.
+    Done(Vec<u8>),
+    /// A part of a READ's reply. The connection asks for what follows the first `done` bytes of the
+    /// range when it has room for it.
+    Part { bytes: Vec<u8>, done: usize },
+    /// There is more to do, at once if it is still early.
+    More,
+    /// There is more to do, of another class for the queue.
+    Queue,
+}
+
+/// Carries out a request that has neither [steps](super::steps) nor content, blocking as long as it
+/// takes, and gives the whole reply.
 pub(super) fn perform(work: &Work) -> Vec<u8> {
-    let request = &work.request;
-    if let Command::Read(_) = &request.command {
-        return read(&*work.export, work.encoder, request, work.done);
-    }
-    short_reply(work, execute(&*work.export, &work.witness, request, &work.payload))
+    short_reply(work, execute(&*work.export, &work.witness, &work.request, &work.payload))
 }
 
 /// A reply without content.
@@ -133,125 +150,6 @@ pub(super) fn call(
             Err(ExportError::new(Errno::EINVAL, "this request has content or no reply"))
         }
     }
-}
-
-/// Reads what follows the first `done` bytes of a READ, which were answered before.
-fn read(export: &dyn Export, encoder: ReplyEncoder, request: &Request, done: usize) -> Vec<u8> {
-    let tag = request.tag();
-    let mut out = Vec::new();
-    // Validation has bounded the length to the maximum payload.
-    let Some(length) = usize::try_from(request.length).ok().and_then(|all| all.checked_sub(done))
-    else {
-        return out;
-    };
-    if length == 0 {
-        encoder.success(tag, &mut out);
-        return out;
-    }
-    let mut at = request.offset + done as u64;
-    let map = match holes_of(encoder, request) {
-        Holes::Told => map_waiting(export, at, length),
-        Holes::AsData => ReadMap::of_export(length),
-    };
-    let headers = map.segments().len() * ReplyEncoder::MAX_READ_HEADER_LEN;
-    out.reserve_exact(map.data_len() + headers);
-    for (index, part) in map.segments().iter().enumerate() {
-        let is_last = index + 1 == map.segments().len();
-        let position = if is_last { Position::Last } else { Position::More };
-        if let Content::Zero = part.content {
-            encoder.hole(tag, at, part.length as u32, position, &mut out);
-        } else if let Content::Bytes(bytes) = &part.content {
-            encoder.data_header(tag, at, part.length as u32, position, &mut out);
-            out.extend_from_slice(bytes);
-        } else if let Err(error) =
-            read_part(export, encoder, request, (at, part.length), position, &mut out)
-        {
-            end_with(error, encoder, request, &mut out);
-            return out;
-        }
-        at += part.length as u64;
-    }
-    out
-}
-
-/// What a range consists of. What cannot be told shows when it is read.
-fn map_waiting(export: &dyn Export, offset: u64, length: usize) -> ReadMap {
-    let mut map = ReadMap::new();
-    let mapped = export.map_read(offset, length, Holes::Told, Lookup::MayWait, &mut map);
-    match mapped {
-        Ok(Mapped::Complete) if map.len() == length => map,
-        _ => ReadMap::of_export(length),
-    }
-}
-
-/// Appends a chunk of data. If that fails, of as much as can be read, and the error with its place.
-fn read_part(
-    export: &dyn Export,
-    encoder: ReplyEncoder,
-    request: &Request,
-    (offset, length): (u64, usize),
-    position: Position,
-    out: &mut Vec<u8>,
-) -> Result<(), (ExportError, u64)> {
-    let start = out.len();
-    encoder.data_header(request.tag(), offset, length as u32, position, out);
-    let data_start = out.len();
-    out.resize(data_start + length, 0);
-    let buffer = out.get_mut(data_start..).unwrap_or_default();
-    let Err(error) = export.read_at(offset, buffer) else { return Ok(()) };
-    let good = match holes_of(encoder, request) {
-        Holes::Told => readable(export, offset, buffer),
-        // The whole or nothing.
-        Holes::AsData => 0,
-    };
-    out.truncate(data_start + good);
-    if good > 0 {
-        // A bad sector costs the client the bytes from there on, not those in front of it. The
-        // header has the same length as the first one.
-        let mut header = out.get_mut(start..data_start).unwrap_or_default();
-        let tag = request.tag();
-        encoder.data_header(tag, offset, good as u32, Position::More, &mut header);
-    } else {
-        out.truncate(start);
-    }
-    Err((error, offset + good as u64))
-}
-
-fn end_with(
-    (error, at): (ExportError, u64),
-    encoder: ReplyEncoder,
-    request: &Request,
-    out: &mut Vec<u8>,
-) {
-    match holes_of(encoder, request) {
-        Holes::AsData => encoder.error(request.tag(), error.errno, &error.message, out),
-        Holes::Told => {
-            let position = Position::Last;
-            encoder.error_at(request.tag(), error.errno, at, &error.message, position, out);
-        }
-    }
-}
-
-/// Reads again in small steps; the number of bytes in front of the first failure. At least one
-/// sector at the end counts as failed, because the whole read did.
-fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
-    let mut good = 0;
-    for step in [RETRY_LEN, SECTOR_LEN] {
-        // Steps end where sectors of the disk end, not where those of the request would.
-        while good < buffer.len() {
-            let at = offset + good as u64;
-            let length = step - (at % step as u64) as usize;
-            let end = buffer.len().min(good + length);
-            let Some(part) = buffer.get_mut(good..end) else { break };
-            if export.read_at(at, part).is_err() {
-                break;
-            }
-            good = end;
-        }
-    }
-    // It was readable after all: a passing fault. The reply still has to carry an error, and it is
-    // for the client to try again.
-    if good == buffer.len() { 0 } else { good }
 }
 
 /// The reply to a BLOCK_STATUS: a chunk for each context.

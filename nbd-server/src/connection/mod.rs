@@ -7,6 +7,7 @@ mod hangup;
 mod pace;
 mod polling;
 mod pool;
+mod read_steps;
 mod receive;
 mod rhythm;
 mod room;

@@ -6,15 +6,17 @@ use std::task::{Context, Poll};
 
 use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
 use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request, RequestTag};
-use nbd_proto::wire::{CommandType, Errno, MetaContextId, MetaContextName};
+use nbd_proto::wire::{CommandType, Errno};
 use tokio::sync::mpsc;
 
-use super::steps::{self, Progress, Step};
+use super::dispatch::{Step, Work};
+use super::read_steps;
+use super::steps::{self, Progress};
 use super::witness::Witness;
 use crate::budget::{Budget, Permit};
-use crate::export::{Export, ExportEntry, ExportError};
+use crate::export::{ExportEntry, ExportError};
 use crate::flushes::Waiter;
-use crate::queue::{Class, Cost, GroupId};
+use crate::queue::{Cost, GroupId};
 use crate::scheduler::{Job, Lane, Scheduler};
 
 /// Requests that walk over a range count as much as this part of all that a connection may have in
@@ -27,27 +29,22 @@ const FREE_DESCRIPTORS: usize = 1024;
 /// Memory for a descriptor, in bytes: once as it is found, once as it is sent.
 const DESCRIPTOR_LEN: usize = 32;
 
-/// A request that is complete but for its execution.
-pub(super) struct Work {
-    pub(super) export: Arc<dyn Export>,
-    pub(super) contexts: Arc<[(MetaContextId, MetaContextName)]>,
-    pub(super) encoder: ReplyEncoder,
+/// A READ of which a part is answered.
+#[derive(Debug)]
+pub(super) struct Unfinished {
     pub(super) request: Request,
-    pub(super) witness: Arc<Witness>,
-    /// The payload of a WRITE, otherwise empty.
-    pub(super) payload: Vec<u8>,
-    /// Descriptors of each context that a BLOCK_STATUS may be answered with.
-    pub(super) max_descriptors: usize,
-    /// How many bytes of a READ were answered before.
+    /// How many bytes were answered.
     pub(super) done: usize,
 }
 
 /// A reply that came back.
 pub(super) struct Reply {
-    /// The whole reply.
+    /// The whole reply, or a part of it.
     pub(super) bytes: Vec<u8>,
     /// The part of the budget it holds.
     pub(super) permit: Permit,
+    /// What is still to be asked for, if it is a part.
+    pub(super) rest: Option<Unfinished>,
     held: Held,
 }
 
@@ -128,7 +125,7 @@ impl Pool {
         self.bytes
     }
 
-    /// Bytes of memory a request needs while it is in the pool.
+    /// Bytes that a request reads or writes.
     pub(super) fn weight(request: &Request) -> usize {
         match request.command {
             Command::Read(_) | Command::Write(_) => {
@@ -138,11 +135,20 @@ impl Pool {
         }
     }
 
+    /// Bytes of memory that a request takes in the pool, of which the first `done` were answered.
+    pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) -> usize {
+        match request.command {
+            Command::Read(_) => read_steps::memory_len(encoder, request, done),
+            _ => Self::weight(request),
+        }
+    }
+
     /// Has `work` carried out on another thread.
     pub(super) fn submit(&mut self, mut work: Work, mut permit: Permit) {
         let slots =
             if is_heavy(&work.request) { self.max_requests.div_ceil(HEAVY_PART) } else { 1 };
-        let held = Held { bytes: Self::weight(&work.request) - work.done, slots };
+        let bytes = Self::memory_len(work.encoder, &work.request, work.done);
+        let held = Held { bytes, slots };
         self.requests += 1;
         self.slots += held.slots;
         self.bytes = self.bytes.saturating_add(held.bytes);
@@ -164,7 +170,8 @@ impl Pool {
             let (export, failures) = (entry.export(), entry.failures());
             entry.flushes().join(scheduler, self.group, export, failures, Box::new(waiter));
         } else {
-            self.lane.submit(Box::new(RequestJob { work, progress: Progress::default(), answer }));
+            let progress = steps::begin(&work);
+            self.lane.submit(Box::new(RequestJob { work, progress, answer }));
         }
     }
 
@@ -223,7 +230,8 @@ fn answer_len(
 /// A request in the queue of the scheduler.
 struct RequestJob {
     work: Work,
-    progress: Progress,
+    /// `None` for one without steps.
+    progress: Option<Progress>,
     answer: Answer,
 }
 
@@ -231,13 +239,17 @@ impl Job for RequestJob {
     fn cost(&self) -> Cost {
         const MICROSECOND: u64 = 1000;
         let request = &self.work.request;
-        let (class, estimate) = match request.command {
-            Command::BlockStatus(..) => (Class::Compute, 1000 * MICROSECOND),
-            _ if is_heavy(request) => (Class::Wait, 1000 * MICROSECOND),
+        let estimate = if is_heavy(request) {
+            1000 * MICROSECOND
+        } else {
             // A disk that is fast, plus the copy.
-            _ => (Class::Wait, 100 * MICROSECOND + request.length.min(u64::from(u32::MAX)) / 2),
+            let longest = match request.command {
+                Command::Read(_) => read_steps::STEP_LEN as u64,
+                _ => u64::from(u32::MAX),
+            };
+            100 * MICROSECOND + request.length.min(longest) / 2
         };
-        Cost { class, estimate }
+        Cost { class: steps::class(&self.work, self.progress.as_ref()), estimate }
     }
 
     fn is_abandoned(&self) -> bool {
@@ -248,13 +260,18 @@ impl Job for RequestJob {
         if self.is_abandoned() {
             return None;
         }
-        match steps::advance(&self.work, &mut self.progress) {
-            Step::More => Some(self),
+        match steps::advance(&self.work, self.progress.as_mut()) {
+            Step::More | Step::Queue => Some(self),
             Step::Done(bytes) => {
                 let Self { work, progress, answer } = *self;
                 // Memory of a WRITE is free before the reply says so.
                 drop((work, progress));
-                answer.send(bytes);
+                answer.send(bytes, None);
+                None
+            }
+            Step::Part { bytes, done } => {
+                let Self { work, answer, .. } = *self;
+                answer.send(bytes, Some(Unfinished { request: work.request, done }));
                 None
             }
         }
@@ -289,7 +306,7 @@ impl Waiter for FlushWaiter {
                 answer.encoder.error(answer.tag, error.errno, &error.message, &mut bytes);
             }
         }
-        answer.send(bytes);
+        answer.send(bytes, None);
     }
 }
 
@@ -320,15 +337,15 @@ impl Answer {
         self.is_gone() && !outlives
     }
 
-    fn send(mut self, bytes: Vec<u8>) {
-        self.deliver(bytes);
+    fn send(mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
+        self.deliver(bytes, rest);
     }
 
-    fn deliver(&mut self, bytes: Vec<u8>) {
+    fn deliver(&mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
         if let Some((mut permit, held)) = self.parts.take() {
             permit.shrink(bytes.len());
             // The connection may be gone.
-            let _ = self.sender.send(Reply { bytes, permit, held });
+            let _ = self.sender.send(Reply { bytes, permit, rest, held });
         }
     }
 }
@@ -342,6 +359,6 @@ impl Drop for Answer {
         tracing::error!(%command, "carrying out a request panicked");
         let mut bytes = Vec::new();
         self.encoder.error(self.tag, Errno::EIO, "the server failed", &mut bytes);
-        self.deliver(bytes);
+        self.deliver(bytes, None);
     }
 }

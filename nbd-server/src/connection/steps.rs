@@ -1,6 +1,6 @@
-//! Long requests in steps: BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE.
+//! Long requests in steps: BLOCK_STATUS, TRIM, WRITE_ZEROES, CACHE, and [READ](super::read_steps).
 //!
-//! A request may cover the whole disk. It is carried out in steps of about a millisecond, between
+//! A request may cover the whole disk, or move 32 MiB. It is carried out in steps of about a millisecond, between
 //! which other connections get their turn and a client that has left takes its request with it.
 
 use std::time::{Duration, Instant};
@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use nbd_proto::transmission::{Command, Durability, Request};
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, TransmissionFlags};
 
-use super::dispatch;
-use super::pool::Work;
+use super::dispatch::{self, Step, Work};
+use super::read_steps::{self, PartRead, WholeRead};
 use crate::export::{Descriptors, ExportError};
+use crate::queue::Class;
 
 /// Calls of an export are made in one step until this time has passed.
 const STEP_TIME: Duration = Duration::from_millis(1);
@@ -24,35 +25,39 @@ const CHANGE_LEN: u64 = 64 << 20;
 const MAX_CHANGE_CALLS: u64 = 4096;
 
 /// How far a request is.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) enum Progress {
-    #[default]
-    Begin,
     Status(StatusWalk),
     Change(ChangeWalk),
+    Part(PartRead),
+    Whole(WholeRead),
 }
 
-/// What a step achieved.
-pub(super) enum Step {
-    /// The request is carried out; this is the whole reply.
-    Done(Vec<u8>),
-    More,
+/// What the next step of a request spends its time on.
+pub(super) fn class(work: &Work, progress: Option<&Progress>) -> Class {
+    match (&work.request.command, progress) {
+        (Command::BlockStatus(..), _) => Class::Compute,
+        (_, Some(Progress::Part(read))) => read.class(),
+        (_, Some(Progress::Whole(read))) => read.class(),
+        _ => Class::Wait,
+    }
 }
 
 /// Carries a request out as far as one step goes, blocking as long as that takes.
-pub(super) fn advance(work: &Work, progress: &mut Progress) -> Step {
+pub(super) fn advance(work: &Work, progress: Option<&mut Progress>) -> Step {
+    let Some(progress) = progress else {
+        return match work.request.command {
+            Command::Read(_) => read_steps::read(work),
+            _ => Step::Done(dispatch::perform(work)),
+        };
+    };
     let started = Instant::now();
     loop {
         let step = match progress {
-            Progress::Begin => match begin(work) {
-                Some(begun) => {
-                    *progress = begun;
-                    continue;
-                }
-                None => return Step::Done(dispatch::perform(work)),
-            },
             Progress::Status(walk) => walk.call(work),
             Progress::Change(walk) => walk.call(work),
+            Progress::Part(read) => read.call(work),
+            Progress::Whole(read) => read.call(work),
         };
         match step {
             Step::More if started.elapsed() < STEP_TIME => {}
@@ -61,8 +66,8 @@ pub(super) fn advance(work: &Work, progress: &mut Progress) -> Step {
     }
 }
 
-/// The first state of a request that has steps.
-fn begin(work: &Work) -> Option<Progress> {
+/// The first state of a request that has steps in the pool.
+pub(super) fn begin(work: &Work) -> Option<Progress> {
     let request = &work.request;
     match &request.command {
         Command::BlockStatus(_, wanted) => {
@@ -74,6 +79,10 @@ fn begin(work: &Work) -> Option<Progress> {
         }
         Command::Trim(_) | Command::WriteZeroes(..) | Command::Cache if request.length > 0 => {
             Some(Progress::Change(ChangeWalk::new(request)))
+        }
+        Command::Read(_) => {
+            let part = PartRead::new(work).map(Progress::Part);
+            part.or_else(|| WholeRead::new(work).map(Progress::Whole))
         }
         _ => None,
     }

@@ -7,6 +7,7 @@
 
 mod read;
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -15,10 +16,12 @@ use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
 use nbd_proto::transmission::{Command, ReplyEncoder, Request};
 use nbd_proto::wire::{MetaContextId, MetaContextName};
 
+use super::dispatch::Work;
 use super::handshake::Established;
 use super::hangup::Hangup;
 use super::polling::Polling;
-use super::pool::{Pool, Work};
+use super::pool::{Pool, Unfinished};
+use super::read_steps;
 use super::receive::ReceiveBuffer;
 use super::rhythm::{Idle, Rhythm};
 use super::room::Room;
@@ -40,6 +43,8 @@ const SEND_HIGH_WATER: usize = 1 << 20;
 const SMALL_SEND_HIGH_WATER: usize = 64 * 1024;
 /// Rounds of one connection before other tasks of its thread are looked at, in any case.
 const ROUNDS_BEFORE_YIELD: u32 = 8;
+/// No further long READ is handed to the pool while it works on so much for this connection. In bytes.
+const LONG_READS_LEN: usize = 4 * read_steps::STEP_LEN;
 /// Longest reply without content, in bytes: an error chunk with its message.
 const SHORT_REPLY_LEN: usize = 1024;
 /// Payload buffers up to this size are kept for the next payload. In bytes.
@@ -76,6 +81,8 @@ pub(super) struct Session {
     input: ReceiveBuffer,
     receiving: Receiving,
     waiting: Option<Waiting>,
+    /// READs of which a part is answered, and which go on as soon as there is room for replies.
+    unfinished: VecDeque<Unfinished>,
     spare_payload: Vec<u8>,
     /// Memory for the map of the READ that is being answered.
     map: ReadMap,
@@ -107,6 +114,7 @@ impl Session {
             input: ReceiveBuffer::new(&established.received),
             receiving: Receiving::Header,
             waiting: None,
+            unfinished: VecDeque::new(),
             spare_payload: Vec::new(),
             map: ReadMap::new(),
             output: SendQueue::default(),
@@ -184,7 +192,7 @@ impl Session {
             progress |= self.execute(cx)?;
             progress |= self.flush(cx)?;
             if !progress {
-                let idle = self.waiting.is_none() && !self.is_busy();
+                let idle = self.waiting.is_none() && self.unfinished.is_empty() && !self.is_busy();
                 if idle && self.pool.requests() == 0 && self.is_all_sent() {
                     return Poll::Ready(Ok(()));
                 }
@@ -250,6 +258,7 @@ impl Session {
     fn is_over(&self) -> bool {
         matches!(self.receiving, Receiving::Nothing)
             && self.waiting.is_none()
+            && self.unfinished.is_empty()
             && self.pool.requests() == 0
             && self.is_all_sent()
     }
@@ -260,11 +269,16 @@ impl Session {
 
     /// Has this connection as much in hand as it may?
     fn is_busy(&self) -> bool {
+        self.has_much_to_send()
+            || self.pool.is_full()
+            || (self.pool.requests() > 0 && self.pool.bytes() >= self.max_bytes)
+    }
+
+    /// Are there as many replies as may wait to be sent?
+    fn has_much_to_send(&self) -> bool {
         let is_lent = self.room.is_lent();
         let high_water = if is_lent { SEND_HIGH_WATER } else { SMALL_SEND_HIGH_WATER };
         self.output.queued() >= high_water
-            || self.pool.is_full()
-            || (self.pool.requests() > 0 && self.pool.bytes() >= self.max_bytes)
     }
 
     /// Takes replies from the pool.
@@ -273,6 +287,7 @@ impl Session {
         while let Poll::Ready(reply) = self.pool.poll_reply(cx) {
             self.turn.spend(reply.bytes.len());
             self.output.push(reply.bytes, Some(reply.permit));
+            self.unfinished.extend(reply.rest);
             progress = true;
         }
         progress
@@ -300,6 +315,14 @@ impl Session {
             if self.output.queued() >= SMALL_SEND_HIGH_WATER {
                 self.room.ask();
             }
+            if !self.has_much_to_send()
+                && !self.turn.is_over()
+                && let Some(Unfinished { request, done }) = self.unfinished.pop_front()
+            {
+                self.read_on(request, done);
+                progress = true;
+                continue;
+            }
             if self.is_busy() {
                 return Ok(progress);
             }
@@ -323,7 +346,13 @@ impl Session {
     fn admit(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(waiting) = &self.waiting else { return true };
         let weight = match waiting {
-            Waiting::Pool(request, _, done) => Pool::weight(request) - done,
+            Waiting::Pool(request, _, done) => {
+                let is_long = Self::is_long_read(request);
+                if is_long && self.pool.requests() > 0 && self.pool.bytes() >= LONG_READS_LEN {
+                    return false;
+                }
+                Pool::memory_len(self.encoder, request, *done)
+            }
             Waiting::Payload(request) => Pool::weight(request),
         };
         let Poll::Ready(permit) = self.budget.poll_take(cx, weight) else {
@@ -373,7 +402,9 @@ impl Session {
                 tracing::debug!(command = ?request.command, offset, length, "request");
                 let length = Pool::weight(&request);
                 self.rhythm.count(length);
-                self.turn.spend(REQUEST_COST.saturating_add(length));
+                // A long READ is paid for as it goes on.
+                let at_once = if Self::is_long_read(&request) { 0 } else { length };
+                self.turn.spend(REQUEST_COST.saturating_add(at_once));
                 Ok(self.begin(request, consumed))
             }
         }

@@ -36,6 +36,8 @@ pub enum Lookup {
 pub enum Mapped {
     /// The map holds the whole range.
     Complete,
+    /// The map holds the first part of the range, and not nothing. With [`Lookup::MayWait`] only.
+    Partial,
     /// Metadata would have to be read first; the map is of no use.
     WouldBlock,
 }

@@ -1,5 +1,6 @@
 //! Memory that clients can make the server take.
 
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -8,13 +9,13 @@ use std::time::Duration;
 use nbd_proto::transmission::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
 use nbd_proto::wire::{CommandType, MetaContextName, ReplyMode};
 use nbd_server::ServerConfig;
-use nbd_server::export::{MemoryExport, Promptness};
+use nbd_server::export::{Export as _, MemoryExport, Promptness};
 
 use crate::support::{Client, MODES, Random, Script, Scripted, TestServer, header, wait_until};
 
 const LARGE: u64 = 32 << 20;
 
-/// Requests that a client sends which never takes a reply, and how many of them the server began.
+/// Bytes that the server reads for a client that sends `count` requests and never takes a reply.
 fn begun(mode: ReplyMode, prompt: Promptness, length: u64, count: usize) -> usize {
     let disk = Scripted::new(64 << 20, Script { prompt: Some(prompt), ..Script::default() });
     let server = TestServer::with(ServerConfig::default(), disk.clone());
@@ -25,7 +26,7 @@ fn begun(mode: ReplyMode, prompt: Promptness, length: u64, count: usize) -> usiz
     let mut last = usize::MAX;
     wait_until("the server has stopped to read", || {
         std::thread::sleep(Duration::from_millis(200));
-        let now = disk.reads.load(Ordering::SeqCst);
+        let now = disk.bytes_read.load(Ordering::SeqCst);
         now > 0 && std::mem::replace(&mut last, now) == now
     });
     last
@@ -36,8 +37,54 @@ fn a_client_that_never_reads_is_not_read_from_any_more() {
     for mode in MODES {
         for prompt in [Promptness::MayBlock, Promptness::Prompt] {
             // 64 MiB of the connection's budget, and one request of any size beyond it.
+            let begun = begun(mode, prompt, LARGE, 5000) as u64;
+            assert!(begun <= (64 << 20) + LARGE, "{begun} bytes read");
+        }
+    }
+}
+
+#[test]
+fn long_reads_hold_a_few_steps_of_memory_where_replies_may_be_split() {
+    for mode in [ReplyMode::Structured, ReplyMode::Extended] {
+        for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+            // Steps in the pool, replies that wait, and what the sockets hold.
             let begun = begun(mode, prompt, LARGE, 5000);
-            assert!(begun as u64 * LARGE <= (64 << 20) + LARGE, "{begun} reads of 32 MiB");
+            assert!(begun <= 12 << 20, "{begun} bytes read");
+        }
+    }
+}
+
+#[test]
+fn long_reads_in_steps_give_what_the_disk_holds() {
+    const SIZE: u64 = 40 << 20;
+    let mut random = Random::new();
+    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+        let disk = Scripted::new(SIZE, Script { prompt: Some(prompt), ..Script::default() });
+        let content = random.bytes(SIZE as usize);
+        disk.disk.write_at(0, &content, Durability::Cached).unwrap();
+        let server = TestServer::with(ServerConfig::default(), disk.clone());
+        for mode in MODES {
+            let mut client = Client::connect(&server, mode);
+            let mut expected = HashMap::new();
+            for fragmentation in [Fragmentation::Allowed, Fragmentation::Forbidden] {
+                if mode == ReplyMode::Simple && fragmentation == Fragmentation::Forbidden {
+                    continue;
+                }
+                for _ in 0..4 {
+                    let length = (1 << 20) + random.below(LARGE - (1 << 20));
+                    let offset = random.below(SIZE - length);
+                    let cookie = client.submit(offset, length, &Command::Read(fragmentation), &[]);
+                    expected.insert(cookie, offset as usize..(offset + length) as usize);
+                    let cookie = client.submit(offset, 10, &Command::Read(fragmentation), &[]);
+                    expected.insert(cookie, offset as usize..offset as usize + 10);
+                }
+            }
+            while !expected.is_empty() {
+                let (cookie, outcome) = client.next_finished();
+                let range = expected.remove(&cookie).unwrap();
+                assert_eq!(outcome.result, Ok(()), "{mode:?}");
+                assert!(outcome.data == content[range], "{mode:?} {prompt:?}");
+            }
         }
     }
 }
@@ -95,10 +142,11 @@ fn large_reads_that_are_in_memory_take_their_part_of_the_budget_too() {
             client
         })
         .collect();
-    wait_until("two are read", || disk.reads.load(Ordering::SeqCst) == 2);
+    let read = || disk.bytes_read.load(Ordering::SeqCst) as u64;
+    wait_until("two are read", || read() == 2 * LARGE);
     // As long as nobody takes its reply there is no memory for another one.
     std::thread::sleep(Duration::from_millis(300));
-    assert_eq!(disk.reads.load(Ordering::SeqCst), 2);
+    assert_eq!(read(), 2 * LARGE);
     for client in &mut clients {
         client.finish_sending();
     }
@@ -107,7 +155,7 @@ fn large_reads_that_are_in_memory_take_their_part_of_the_budget_too() {
             scope.spawn(move || assert_eq!(client.read_to_end().len(), 16 + LARGE as usize));
         }
     });
-    assert_eq!(disk.reads.load(Ordering::SeqCst), 8);
+    assert_eq!(read(), 8 * LARGE);
 }
 
 #[test]
@@ -115,7 +163,7 @@ fn many_small_requests_are_bounded_as_well() {
     for prompt in [Promptness::MayBlock, Promptness::Prompt] {
         let begun = begun(ReplyMode::Extended, prompt, 4096, 40_000);
         // What waits in the server, what was under way, and what the sockets hold.
-        assert!(begun * 4096 <= 16 << 20, "{begun} reads of 4 KiB");
+        assert!(begun <= 16 << 20, "{begun} bytes read");
     }
 }
 

@@ -54,7 +54,7 @@ fn a_client_that_does_not_take_its_replies_is_cut_after_the_drain_deadline() {
     let mut client = Client::connect(&server, ReplyMode::Simple);
     let total = 32 << 20;
     client.submit(0, total, &Command::Read(Fragmentation::Allowed), &[]);
-    wait_until("the read has begun", || disk.reads.load(Ordering::SeqCst) == 1);
+    wait_until("the read has begun", || disk.reads.load(Ordering::SeqCst) > 0);
     // Without the deadline this would wait for the client, which waits for it.
     assert!(server.stop().is_ok());
     assert!((client.read_to_end().len() as u64) < total);

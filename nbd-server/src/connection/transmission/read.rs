@@ -2,21 +2,25 @@
 
 use std::os::fd::AsFd;
 
-use nbd_proto::transmission::{Position, ReplyEncoder, Request};
+use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
 
 use super::super::dispatch;
 use super::super::pool::Pool;
 use super::{SHORT_REPLY_LEN, Session, Waiting};
-use crate::export::{Content, FileSpan, Holes, ReadMap, TryRead};
+use crate::export::{Content, FileSpan, Holes, ReadMap, Segment, TryRead};
 use crate::sys;
 
 /// Reads from this size on are mapped first, and moved from the page cache to the socket without a
 /// copy if they can be. In bytes. Below it the copy is cheaper than the extra system calls.
 const SEND_FILE_LEN: usize = 32 * 1024;
 
-/// Longest part that is copied where the connection stands, in bytes. A longer one would keep the others of
-/// its thread waiting, and its memory has to come from the budget: the pool sees to both.
+/// Longest READ that is copied where the connection stands, in bytes. A longer one would keep the
+/// others of its thread waiting, and its memory has to come from the budget: the pool sees to both,
+/// step by step.
 const PROMPT_READ_LEN: usize = 1 << 20;
+
+/// The next part of a READ may have to wait, or is a long one: it is for the pool.
+struct ForPool;
 
 impl Session {
     /// Answers a READ from the page cache, or has the pool read it.
@@ -37,16 +41,30 @@ impl Session {
                 TryRead::Sparse => {}
             }
         }
+        self.read_on(request, 0);
+    }
+
+    /// Whether a READ is answered in several steps, if its reply may be split.
+    pub(super) fn is_long_read(request: &Request) -> bool {
+        matches!(request.command, Command::Read(_)) && Pool::weight(request) > PROMPT_READ_LEN
+    }
+
+    /// Goes on with a READ of which `done` bytes are answered.
+    pub(super) fn read_on(&mut self, request: Request, done: usize) {
+        let length = Pool::weight(&request);
+        let holes = dispatch::holes_of(self.encoder, &request);
+        let start = request.offset + done as u64;
         let mut map = std::mem::take(&mut self.map);
         map.clear();
-        let done = if dispatch::map_in_place(&*self.export, request.offset, length, holes, &mut map)
-        {
-            self.read_mapped(&request, holes, &map)
-        } else {
-            0
+        let is_mapped =
+            dispatch::map_in_place(&*self.export, start, length - done, holes, &mut map);
+        let mut done = done;
+        let read = match is_mapped {
+            true => self.read_mapped(&request, &mut done, holes, &map),
+            false => Err(ForPool),
         };
         self.map = map;
-        if done < length {
+        if let Err(ForPool) = read {
             self.leave_to_pool(request, done);
         }
     }
@@ -56,35 +74,57 @@ impl Session {
         self.waiting = Some(Waiting::Pool(request, Vec::new(), done));
     }
 
-    /// Answers a READ part by part, up to one that may have to wait; the number of bytes answered.
-    fn read_mapped(&mut self, request: &Request, holes: Holes, map: &ReadMap) -> usize {
+    /// Answers a READ part by part, from the first `done` bytes on, up to one for the pool; `done`
+    /// says how far that is.
+    fn read_mapped(
+        &mut self,
+        request: &Request,
+        done: &mut usize,
+        holes: Holes,
+        map: &ReadMap,
+    ) -> Result<(), ForPool> {
         if holes == Holes::AsData && map.segments().len() > 1 {
             let whole = (request.offset, map.len());
             let read = self.read_chunk(request, whole, Position::Last, holes);
-            return if read == TryRead::Complete { map.len() } else { 0 };
+            return if read == TryRead::Complete { Ok(()) } else { Err(ForPool) };
         }
-        let mut done = 0;
         for part in map.segments() {
-            let chunk = (request.offset + done as u64, part.length);
-            let is_last = done + part.length == map.len();
-            let position = if is_last { Position::Last } else { Position::More };
-            let is_answered = match &part.content {
-                Content::Zero if holes == Holes::Told => {
-                    self.hole(request, chunk, position);
-                    true
-                }
-                Content::File(span) if self.send_file(request, chunk, position, span) => true,
-                _ => {
-                    let read = self.read_chunk(request, chunk, position, Holes::AsData);
-                    read == TryRead::Complete
-                }
-            };
-            if !is_answered {
-                break;
-            }
-            done += part.length;
+            self.read_segment(request, done, holes, part)?;
         }
-        done
+        Ok(())
+    }
+
+    fn read_segment(
+        &mut self,
+        request: &Request,
+        done: &mut usize,
+        holes: Holes,
+        part: &Segment,
+    ) -> Result<(), ForPool> {
+        let length = Pool::weight(request);
+        let end = *done + part.length;
+        let position = |end: usize| if end == length { Position::Last } else { Position::More };
+        let chunk = (request.offset + *done as u64, part.length);
+        let is_answered = match &part.content {
+            Content::Zero if holes == Holes::Told => {
+                self.hole(request, chunk, position(end));
+                true
+            }
+            Content::File(span) => self.send_file(request, chunk, position(end), span),
+            _ => false,
+        };
+        if !is_answered {
+            let is_copied = !Self::is_long_read(request) || holes == Holes::AsData;
+            let read = match is_copied {
+                true => self.read_chunk(request, chunk, position(end), Holes::AsData),
+                false => TryRead::WouldBlock,
+            };
+            if read != TryRead::Complete {
+                return Err(ForPool);
+            }
+        }
+        *done = end;
+        Ok(())
     }
 
     /// Reads a part of a READ, given by its offset and length, into the send queue, if that takes
@@ -130,6 +170,9 @@ impl Session {
             || !sys::is_resident(span.file.as_fd(), span.offset, length as u64)
         {
             return false;
+        }
+        if Self::is_long_read(request) {
+            self.turn.spend(length);
         }
         let (encoder, tag) = (self.encoder, request.tag());
         self.output.encode(ReplyEncoder::MAX_READ_HEADER_LEN, |out| {

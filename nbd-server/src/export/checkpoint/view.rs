@@ -178,8 +178,9 @@ impl Export for PointInTimeView {
             return Ok(Mapped::Complete);
         }
         let mut of_disk = ReadMap::new();
-        if self.disk.map_read(offset, length, holes, lookup, &mut of_disk)? == Mapped::WouldBlock {
-            return Ok(Mapped::WouldBlock);
+        let mapped = self.disk.map_read(offset, length, holes, lookup, &mut of_disk)?;
+        if mapped == Mapped::WouldBlock {
+            return Ok(mapped);
         }
         fence(Ordering::SeqCst);
         self.check()?;
@@ -194,7 +195,7 @@ impl Export for PointInTimeView {
                 Content::File(_) | Content::Export => map.push_export(part.length),
             }
         }
-        Ok(Mapped::Complete)
+        Ok(mapped)
     }
 
     fn promptness(&self, _: Operation) -> Promptness {

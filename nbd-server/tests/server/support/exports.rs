@@ -84,6 +84,8 @@ pub struct Scripted {
     pub script: Script,
     pub gate: Gate,
     pub reads: AtomicUsize,
+    /// Bytes that calls of `read_at` were to read.
+    pub bytes_read: AtomicUsize,
     pub writes: AtomicUsize,
     pub quick_writes: AtomicUsize,
     pub durable_writes: AtomicUsize,
@@ -102,6 +104,7 @@ impl Scripted {
             script,
             gate: Gate::default(),
             reads: AtomicUsize::new(0),
+            bytes_read: AtomicUsize::new(0),
             writes: AtomicUsize::new(0),
             quick_writes: AtomicUsize::new(0),
             durable_writes: AtomicUsize::new(0),
@@ -145,6 +148,7 @@ impl Export for Scripted {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
         count(&self.reads);
+        self.bytes_read.fetch_add(buffer.len(), Ordering::SeqCst);
         self.act(offset, buffer.len() as u64)?;
         self.disk.read_at(offset, buffer)
     }

@@ -1,0 +1,358 @@
+//! READs in the pool, in steps.
+//!
+//! A reply that may be split goes out in parts: a step reads as much as memory is lent for, and the
+//! connection goes on with the rest once there is room for it. One that may not (simple replies, DF) is
+//! gathered in one buffer, so that a bad sector is still answered with an error: behind the header
+//! of such a reply nothing could be said but by closing the connection.
+
+use nbd_proto::transmission::{Position, ReplyEncoder, Request};
+
+use super::dispatch::{self, Step, Work};
+use crate::export::{
+    Content, Export, ExportError, Holes, Lookup, Mapped, ReadMap, Segment, TryRead,
+};
+use crate::queue::Class;
+
+/// Data that is read in one step, in bytes.
+pub(super) const STEP_LEN: usize = 1 << 20;
+
+/// When a long read fails, the part in front of the failure is found in steps of this many bytes.
+const RETRY_LEN: usize = 64 * 1024;
+/// ... and then of this many: the smallest unit in which disks fail today.
+const SECTOR_LEN: usize = 4096;
+
+/// Memory that the next step of a READ takes of which `done` bytes are answered, in bytes.
+pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) -> usize {
+    let rest = usize::try_from(request.length).unwrap_or(usize::MAX).saturating_sub(done);
+    match dispatch::holes_of(encoder, request) {
+        Holes::Told => rest.min(STEP_LEN),
+        Holes::AsData => rest,
+    }
+}
+
+/// Reads a short reply, or all that is left of one, blocking as long as it takes.
+pub(super) fn read(work: &Work) -> Step {
+    let mut reader = Reader::new(work, Class::Wait);
+    let read = reader.read();
+    reader.finish(read)
+}
+
+/// The next part of a long READ whose reply may be split.
+///
+/// It is tried without waiting first, which is work that computes; what has to wait is of the other
+/// class for the queue.
+#[derive(Debug)]
+pub(super) struct PartRead {
+    class: Class,
+}
+
+impl PartRead {
+    /// For a request that is longer than a step.
+    pub(super) fn new(work: &Work) -> Option<Self> {
+        let is_split = dispatch::holes_of(work.encoder, &work.request) == Holes::Told;
+        let is_long = work.request.length > STEP_LEN as u64;
+        (is_split && is_long).then_some(Self { class: Class::Compute })
+    }
+
+    /// What the step does.
+    pub(super) const fn class(&self) -> Class {
+        self.class
+    }
+
+    /// Reads the part, or as much of it as takes no waiting.
+    pub(super) fn call(&mut self, work: &Work) -> Step {
+        let mut reader = Reader::new(work, self.class);
+        let read = reader.read();
+        if matches!(read, Err(Stop::WouldBlock)) && reader.answered == 0 {
+            self.class = Class::Wait;
+            return Step::Queue;
+        }
+        reader.finish(read)
+    }
+}
+
+/// Why no more is read.
+enum Stop {
+    /// The memory of this step is used up.
+    Full,
+    /// It would have to be waited for.
+    WouldBlock,
+    /// It cannot be read, from this offset (in bytes) on.
+    Failed(ExportError, u64),
+}
+
+/// One step of a READ, which makes a part of its reply.
+struct Reader<'a> {
+    work: &'a Work,
+    class: Class,
+    /// Bytes that were to be read when the step began.
+    length: usize,
+    out: Vec<u8>,
+    /// How many of them are in `out`, or are holes.
+    answered: usize,
+    /// Bytes that may still be read.
+    room: usize,
+}
+
+impl<'a> Reader<'a> {
+    fn new(work: &'a Work, class: Class) -> Self {
+        // Validation has bounded the length to the maximum payload.
+        let length = usize::try_from(work.request.length).unwrap_or(0).saturating_sub(work.done);
+        let room = memory_len(work.encoder, &work.request, work.done);
+        Self { work, class, length, out: Vec::new(), answered: 0, room }
+    }
+
+    fn read(&mut self) -> Result<(), Stop> {
+        if self.length == 0 {
+            self.work.encoder.success(self.work.request.tag(), &mut self.out);
+            return Ok(());
+        }
+        let map = self.map().ok_or(Stop::WouldBlock)?;
+        let headers = map.segments().len() * ReplyEncoder::MAX_READ_HEADER_LEN;
+        self.out.reserve_exact(map.data_len().min(self.room) + headers);
+        for part in map.segments() {
+            self.push(part)?;
+        }
+        if self.answered < self.length { Err(Stop::Full) } else { Ok(()) }
+    }
+
+    /// What follows consists of, or its first part; `None` if that has to be waited for.
+    fn map(&self) -> Option<ReadMap> {
+        let Work { export, encoder, request, done, .. } = self.work;
+        let start = request.offset + *done as u64;
+        match (dispatch::holes_of(*encoder, request), self.class) {
+            (Holes::AsData, _) => Some(ReadMap::of_export(self.length)),
+            (Holes::Told, Class::Wait) => Some(map_waiting(&**export, start, self.length)),
+            (Holes::Told, Class::Compute) => {
+                let mut map = ReadMap::new();
+                let holes = Holes::Told;
+                dispatch::map_in_place(&**export, start, self.length, holes, &mut map)
+                    .then_some(map)
+            }
+        }
+    }
+
+    fn push(&mut self, part: &Segment) -> Result<(), Stop> {
+        let Work { encoder, request, done, .. } = self.work;
+        let at = request.offset + (*done + self.answered) as u64;
+        let position = position(self.answered + part.length, self.length);
+        match &part.content {
+            Content::Zero => {
+                encoder.hole(request.tag(), at, part.length as u32, position, &mut self.out);
+            }
+            // They are in memory already.
+            Content::Bytes(bytes) => {
+                encoder.data_header(request.tag(), at, part.length as u32, position, &mut self.out);
+                self.out.extend_from_slice(bytes);
+                self.room = self.room.saturating_sub(bytes.len());
+            }
+            _ => return self.read_data((at, part.length)),
+        }
+        self.answered += part.length;
+        Ok(())
+    }
+
+    /// Reads a chunk of data, as far as there is room for it.
+    fn read_data(&mut self, (at, wanted): (u64, usize)) -> Result<(), Stop> {
+        let Work { export, encoder, request, .. } = self.work;
+        let length = wanted.min(self.room);
+        if length == 0 {
+            return Err(Stop::Full);
+        }
+        let position = position(self.answered + length, self.length);
+        match self.class {
+            Class::Wait => {
+                let chunk = (at, length);
+                read_part(&**export, *encoder, request, chunk, position, &mut self.out)
+                    .map_err(|(error, at)| Stop::Failed(error, at))?;
+            }
+            Class::Compute => {
+                let start = self.out.len();
+                encoder.data_header(request.tag(), at, length as u32, position, &mut self.out);
+                let data_start = self.out.len();
+                self.out.resize(data_start + length, 0);
+                let buffer = &mut self.out[data_start..];
+                let read = dispatch::read_in_place(&**export, at, buffer, Holes::AsData);
+                if read != TryRead::Complete {
+                    self.out.truncate(start);
+                    return Err(Stop::WouldBlock);
+                }
+            }
+        }
+        self.answered += length;
+        self.room -= length;
+        if length < wanted { Err(Stop::Full) } else { Ok(()) }
+    }
+
+    fn finish(mut self, read: Result<(), Stop>) -> Step {
+        match read {
+            Ok(()) => Step::Done(self.out),
+            Err(Stop::Full | Stop::WouldBlock) => {
+                Step::Part { bytes: self.out, done: self.work.done + self.answered }
+            }
+            Err(Stop::Failed(error, at)) => {
+                let Work { encoder, request, .. } = self.work;
+                end_with((error, at), *encoder, request, &mut self.out);
+                Step::Done(self.out)
+            }
+        }
+    }
+}
+
+const fn position(answered: usize, length: usize) -> Position {
+    if answered == length { Position::Last } else { Position::More }
+}
+
+/// A long READ whose reply is one piece, and is gathered before it is sent.
+///
+/// Each step is tried without waiting first. That computes, and a step that waits does not: the two
+/// are of different classes for the queue.
+#[derive(Debug)]
+pub(super) struct WholeRead {
+    reply: Vec<u8>,
+    header_len: usize,
+    /// Bytes of data that were read.
+    filled: usize,
+    class: Class,
+}
+
+impl WholeRead {
+    /// For a request whose reply cannot be sent in parts and is longer than a step.
+    pub(super) fn new(work: &Work) -> Option<Self> {
+        let length = usize::try_from(work.request.length).ok()?;
+        let is_whole = dispatch::holes_of(work.encoder, &work.request) == Holes::AsData;
+        if !is_whole || length <= STEP_LEN {
+            return None;
+        }
+        let mut reply = Vec::with_capacity(ReplyEncoder::MAX_READ_HEADER_LEN + length);
+        let (tag, offset) = (work.request.tag(), work.request.offset);
+        work.encoder.data_header(tag, offset, length as u32, Position::Last, &mut reply);
+        let header_len = reply.len();
+        Some(Self { reply, header_len, filled: 0, class: Class::Compute })
+    }
+
+    /// What the next step does.
+    pub(super) const fn class(&self) -> Class {
+        self.class
+    }
+
+    /// Reads a step, if that takes no waiting; otherwise the one after this reads it.
+    pub(super) fn call(&mut self, work: &Work) -> Step {
+        let length = usize::try_from(work.request.length).unwrap_or(0);
+        let offset = work.request.offset + self.filled as u64;
+        let start = self.reply.len();
+        let count = STEP_LEN.min(length - self.filled);
+        self.reply.resize(start + count, 0);
+        let buffer = &mut self.reply[start..];
+        let result = match self.class {
+            Class::Compute => {
+                if dispatch::read_in_place(&*work.export, offset, buffer, Holes::AsData)
+                    != TryRead::Complete
+                {
+                    self.reply.truncate(start);
+                    self.class = Class::Wait;
+                    return Step::Queue;
+                }
+                Ok(())
+            }
+            Class::Wait => work.export.read_at(offset, buffer),
+        };
+        if let Err(error) = result {
+            // The whole or nothing.
+            let mut out = Vec::new();
+            let at = (error, work.request.offset + self.filled as u64);
+            end_with(at, work.encoder, &work.request, &mut out);
+            return Step::Done(out);
+        }
+        self.filled += count;
+        if self.filled == length {
+            debug_assert_eq!(self.reply.len(), self.header_len + length, "a whole reply");
+            return Step::Done(std::mem::take(&mut self.reply));
+        }
+        match std::mem::replace(&mut self.class, Class::Compute) {
+            Class::Compute => Step::More,
+            Class::Wait => Step::Queue,
+        }
+    }
+}
+
+/// What a range consists of, or its first part. What cannot be told shows when it is read.
+fn map_waiting(export: &dyn Export, offset: u64, length: usize) -> ReadMap {
+    let mut map = ReadMap::new();
+    let mapped = export.map_read(offset, length, Holes::Told, Lookup::MayWait, &mut map);
+    match mapped {
+        Ok(Mapped::Complete) if map.len() == length => map,
+        Ok(Mapped::Partial) if !map.is_empty() && map.len() < length => map,
+        _ => ReadMap::of_export(length),
+    }
+}
+
+/// Appends a chunk of data. If that fails, of as much as can be read, and the error with its place.
+fn read_part(
+    export: &dyn Export,
+    encoder: ReplyEncoder,
+    request: &Request,
+    (offset, length): (u64, usize),
+    position: Position,
+    out: &mut Vec<u8>,
+) -> Result<(), (ExportError, u64)> {
+    let start = out.len();
+    encoder.data_header(request.tag(), offset, length as u32, position, out);
+    let data_start = out.len();
+    out.resize(data_start + length, 0);
+    let buffer = out.get_mut(data_start..).unwrap_or_default();
+    let Err(error) = export.read_at(offset, buffer) else { return Ok(()) };
+    let good = match dispatch::holes_of(encoder, request) {
+        Holes::Told => readable(export, offset, buffer),
+        // The whole or nothing.
+        Holes::AsData => 0,
+    };
+    out.truncate(data_start + good);
+    if good > 0 {
+        // A bad sector costs the client the bytes from there on, not those in front of it. The
+        // header has the same length as the first one.
+        let mut header = out.get_mut(start..data_start).unwrap_or_default();
+        let tag = request.tag();
+        encoder.data_header(tag, offset, good as u32, Position::More, &mut header);
+    } else {
+        out.truncate(start);
+    }
+    Err((error, offset + good as u64))
+}
+
+fn end_with(
+    (error, at): (ExportError, u64),
+    encoder: ReplyEncoder,
+    request: &Request,
+    out: &mut Vec<u8>,
+) {
+    match dispatch::holes_of(encoder, request) {
+        Holes::AsData => encoder.error(request.tag(), error.errno, &error.message, out),
+        Holes::Told => {
+            let position = Position::Last;
+            encoder.error_at(request.tag(), error.errno, at, &error.message, position, out);
+        }
+    }
+}
+
+/// Reads again in small steps; the number of bytes in front of the first failure. At least one
+/// sector at the end counts as failed, because the whole read did.
+fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
+    let mut good = 0;
+    for step in [RETRY_LEN, SECTOR_LEN] {
+        // Steps end where sectors of the disk end, not where those of the request would.
+        while good < buffer.len() {
+            let at = offset + good as u64;
+            let length = step - (at % step as u64) as usize;
+            let end = buffer.len().min(good + length);
+            let Some(part) = buffer.get_mut(good..end) else { break };
+            if export.read_at(at, part).is_err() {
+                break;
+            }
+            good = end;
+        }
+    }
+    // It was readable after all: a passing fault. The reply still has to carry an error, and it is
+    // for the client to try again.
+    if good == buffer.len() { 0 } else { good }
+}
