@@ -249,13 +249,13 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
     let path = path.as_deref();
     let mut image = Box::new(Qcow2::open(storage, path, &options, Purpose::Use)?);
     if let Some(name) = image.data_file_name() {
-        let (data, _) = open_named(path, name, &options, options.access, files)?;
+        let (data, _) = open_named(path, &name, &options, options.access, files)?;
         image.attach_data_file(data);
     }
     if options.backing == BackingFile::AsNamed
         && let Some((name, format)) = image.backing_name()
     {
-        let below = layer_below(path, name, format, &options, files)?;
+        let below = layer_below(path, &name, format.as_deref(), &options, files)?;
         return Ok(Opened::Overlay(image, Box::new(below)));
     }
     image.begin_writing()?;

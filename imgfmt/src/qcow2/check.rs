@@ -180,14 +180,14 @@ impl Qcow2 {
     /// Removes the marks of an image that is damaged or was not closed, now that it is sound.
     fn clear_marks(&mut self, report: &CheckReport) -> Result<()> {
         let marks = incompatible::DIRTY | incompatible::CORRUPT;
-        if report.corruptions > 0 || self.header.incompatible & marks == 0 {
+        if report.corruptions > 0 || self.metadata.header().incompatible & marks == 0 {
             return Ok(());
         }
         self.clear_autoclear(!autoclear::KNOWN)?;
-        let features = self.header.incompatible & !marks;
-        self.write_header(field::INCOMPATIBLE, &features.to_be_bytes())?;
-        self.sync_header()?;
-        self.header.incompatible = features;
+        let features = self.metadata.header().incompatible & !marks;
+        self.metadata.write_header(field::INCOMPATIBLE, &features.to_be_bytes())?;
+        self.metadata.sync_header()?;
+        self.metadata.update_header(|header| header.incompatible = features);
         Ok(())
     }
 }
@@ -246,7 +246,8 @@ impl Qcow2 {
 
 impl<'a> Checker<'a> {
     fn new(image: &'a Qcow2) -> Result<Self> {
-        let file_length = image.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
+        let file_length =
+            image.metadata.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
         Ok(Self {
             image,
             counts: Counts::default(),
@@ -255,7 +256,7 @@ impl<'a> Checker<'a> {
             file_length,
             file_clusters: image.geometry().clusters_of(file_length),
             report: CheckReport {
-                total_clusters: image.geometry().clusters_of(image.header.size),
+                total_clusters: image.geometry().clusters_of(image.metadata.header().size),
                 ..CheckReport::default()
             },
             tables: Vec::new(),

@@ -17,7 +17,7 @@ impl Driver for Qcow2 {
 
     fn capabilities(&self) -> Capabilities {
         let cluster_size = self.geometry().subcluster_size() as u32;
-        let can_map = self.header.version >= 3 || !self.names_backing();
+        let can_map = self.format.version >= 3 || !self.names_backing();
         Capabilities {
             preferred_size: cluster_size.max(4096),
             minimum_size: 1,
@@ -38,7 +38,7 @@ impl Driver for Qcow2 {
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
-        self.refuse_if_corrupt()?;
+        self.metadata.refuse_if_corrupt()?;
         let recorded = self.before_change(span_at(offset, data.len()))?;
         self.write_range(offset, data)?;
         drop(recorded);
@@ -46,7 +46,7 @@ impl Driver for Qcow2 {
     }
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
-        self.refuse_if_corrupt()?;
+        self.metadata.refuse_if_corrupt()?;
         let Ok(_recorded) = self.bitmaps.tracker.try_before_change(span_at(offset, data.len()))
         else {
             return Ok(TryWrite::WouldBlock);
@@ -58,7 +58,7 @@ impl Driver for Qcow2 {
     }
 
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
-        self.refuse_if_corrupt()?;
+        self.metadata.refuse_if_corrupt()?;
         let _recorded = self.before_change(span_at(offset, data.len()))?;
         let size = self.geometry().cluster_size();
         let mut offset = offset;
@@ -76,7 +76,7 @@ impl Driver for Qcow2 {
         speed: Speed,
         durability: Durability,
     ) -> Result<()> {
-        self.refuse_if_corrupt()?;
+        self.metadata.refuse_if_corrupt()?;
         let recorded = self.before_change(range)?;
         self.zero_range(range, mode, speed)?;
         drop(recorded);
@@ -84,7 +84,7 @@ impl Driver for Qcow2 {
     }
 
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
-        self.refuse_if_corrupt()?;
+        self.metadata.refuse_if_corrupt()?;
         let recorded = self.before_change(range)?;
         self.discard_range(range)?;
         drop(recorded);
@@ -104,7 +104,7 @@ impl Driver for Qcow2 {
         for mapping in lease.iter().flat_map(Lease::mappings) {
             if let crate::Mapping::File { range, storage, offset } = mapping {
                 let ahead = storage.readahead(*offset, range.length());
-                ahead.map_err(|error| self.io("read ahead in", error, range.offset()))?;
+                ahead.map_err(|error| self.metadata.io("read ahead in", error, range.offset()))?;
             }
         }
         Ok(())

@@ -9,7 +9,9 @@ mod alloc;
 mod bitmap;
 mod check;
 mod driver;
+mod flush;
 mod io;
+mod lock;
 mod map;
 mod metadata;
 mod on_disk;
@@ -18,10 +20,10 @@ mod purpose;
 mod structure;
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
 
+use crate::backup::Backup;
 use crate::create::{CompressionType, L2Entries, Qcow2Version};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
@@ -32,8 +34,9 @@ use crate::storage::Storage;
 use alloc::reserve::Writer;
 use bitmap::Bitmaps;
 use map::cache::TableCache;
+use metadata::metadata_file::MetadataFile;
 use on_disk::geometry::Geometry;
-use on_disk::header::{Compression, ENCRYPTION_AES, Header, autoclear, compatible, incompatible};
+use on_disk::header::{Compression, ENCRYPTION_AES, autoclear, compatible, incompatible};
 use on_disk::l2::{Compressed, EntryFormat};
 use on_disk::words::read_error;
 
@@ -51,12 +54,9 @@ pub(crate) use structure::create::layout;
 /// An open qcow2 image.
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
-    /// Holds the metadata, and the data too unless there is a data file.
-    file: Arc<dyn Storage>,
+    metadata: Arc<MetadataFile>,
     /// Holds the data.
     data: Arc<dyn Storage>,
-    path: Option<PathBuf>,
-    header: Header,
     format: EntryFormat,
     /// Size of the disk that is shown: the image's or that of a snapshot.
     size: u64,
@@ -73,8 +73,6 @@ pub(crate) struct Qcow2 {
     /// Everything that only an image open for writing needs.
     writer: Option<Writer>,
     bitmaps: Bitmaps,
-    /// Held while header extensions or autoclear bits change.
-    header_edit: Mutex<()>,
     decompressed: Mutex<VecDeque<(Compressed, Arc<[u8]>)>>,
 }
 
@@ -88,7 +86,7 @@ struct Backing {
 impl Qcow2 {
     /// What the header says.
     pub(crate) fn info(&self) -> Result<Qcow2Info> {
-        let header = &self.header;
+        let header = self.metadata.header();
         Ok(Qcow2Info {
             version: if header.version < 3 { Qcow2Version::V2 } else { Qcow2Version::V3 },
             cluster_size: header.geometry.cluster_size(),
@@ -111,18 +109,19 @@ impl Qcow2 {
             data_file_name: header.extensions.data_file_name.clone(),
             data_file_is_raw: header.autoclear & autoclear::RAW_DATA_FILE != 0,
             snapshots: self.snapshots()?,
-            backup: self.backup(),
+            backup: self.metadata.backup(),
         })
     }
 
     /// How the image is encrypted; an open one is not, unless it was opened to be described.
     pub(crate) fn encryption(&self) -> Result<Option<Encryption>> {
-        match self.header.encryption_method {
+        let header = self.metadata.header();
+        match header.encryption_method {
             0 => Ok(None),
             ENCRYPTION_AES => Ok(Some(Encryption::Aes)),
             _ => {
-                let place = self.header.extensions.encryption_header;
-                let luks = place.map(|offset| luks::read(&*self.file, offset)).transpose();
+                let place = header.extensions.encryption_header;
+                let luks = place.map(|offset| luks::read(&*self.metadata.file, offset)).transpose();
                 Ok(Some(Encryption::Luks(luks.map_err(read_error)?.flatten())))
             }
         }
@@ -137,8 +136,18 @@ impl Qcow2 {
         self.backing.is_some()
     }
 
+    /// What the file says about the backup that it is.
+    pub(crate) fn backup(&self) -> Option<Backup> {
+        self.metadata.backup()
+    }
+
+    /// Has the header say no longer that the file is as the backup left it.
+    pub(crate) fn break_seal(&self) -> Result<()> {
+        self.metadata.break_seal()
+    }
+
     pub(crate) fn path(&self) -> Option<&std::path::Path> {
-        self.path.as_deref()
+        self.metadata.path()
     }
 
     fn geometry(&self) -> Geometry {

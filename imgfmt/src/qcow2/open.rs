@@ -1,7 +1,7 @@
 //! Opening: everything is read and checked before anything is believed, and nothing is changed.
 
 use std::collections::VecDeque;
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -15,6 +15,7 @@ use crate::options::{Access, OpenOptions};
 use crate::qcow2::alloc::allocator::make_allocator;
 use crate::qcow2::alloc::reserve::Writer;
 use crate::qcow2::map::cache::TableCache;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::{Header, autoclear, field, incompatible};
 use crate::qcow2::on_disk::l2::EntryFormat;
@@ -76,9 +77,7 @@ impl Qcow2 {
         let image = Self {
             snapshot_places: Self::places_of(header.snapshots_offset, &snapshots),
             data: Arc::clone(&file),
-            file,
-            path: path.map(Path::to_owned),
-            header,
+            metadata: Arc::new(MetadataFile::new(file, path, header, writer.is_some())),
             format,
             size,
             l1: l1.into_iter().map(AtomicU64::new).collect(),
@@ -88,7 +87,6 @@ impl Qcow2 {
             backing: None,
             writer,
             bitmaps,
-            header_edit: Mutex::new(()),
             decompressed: Mutex::new(VecDeque::new()),
         };
         image.note_l2_places();
@@ -99,32 +97,33 @@ impl Qcow2 {
     }
 
     /// The backing file's name and format, if the image has one.
-    pub(crate) fn backing_name(&self) -> Option<(&OsStr, Option<&str>)> {
-        let name = self.header.backing_name.as_deref()?;
-        Some((name, self.header.extensions.backing_format.as_deref()))
+    pub(crate) fn backing_name(&self) -> Option<(OsString, Option<String>)> {
+        let header = self.metadata.header();
+        Some((header.backing_name.clone()?, header.extensions.backing_format.clone()))
     }
 
     /// The data file's name, if the image keeps its data in another file.
-    pub(crate) fn data_file_name(&self) -> Option<&OsStr> {
-        let name = self.header.extensions.data_file_name.as_deref();
-        name.filter(|_| self.header.has_data_file())
+    pub(crate) fn data_file_name(&self) -> Option<OsString> {
+        let header = self.metadata.header();
+        header.extensions.data_file_name.clone().filter(|_| header.has_data_file())
     }
 
     /// Makes the last preparations for writing, once the whole chain has been opened.
     pub(crate) fn begin_writing(&mut self) -> Result<()> {
         let sidecar = self.find_sidecar()?;
-        if self.writer.is_none() || self.header.version < 3 {
+        if self.writer.is_none() || self.format.version < 3 {
             self.prove_refcount_blocks();
             return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
         }
-        if self.header.incompatible & incompatible::DIRTY != 0 {
+        if self.metadata.header().incompatible & incompatible::DIRTY != 0 {
             let report = self.check_with_sidecar(Mode::Automatic)?;
             if report.corruptions > 0 {
                 return Err(not_repaired(&report));
             }
+            let header = self.metadata.header();
             // The repair has changed COPIED bits in the file.
-            let entries = self.header.l1_entries as usize;
-            let l1 = read_words(&*self.file, self.header.l1_offset, entries)?;
+            let (offset, entries) = (header.l1_offset, header.l1_entries as usize);
+            let l1 = read_words(&*self.metadata.file, offset, entries)?;
             self.l1 = l1.into_iter().map(AtomicU64::new).collect();
             self.forget_tables();
         }
@@ -133,10 +132,11 @@ impl Qcow2 {
         let ours = autoclear::LINEAGE | autoclear::SEAL;
         // This one goes when the bits it stands for are in the image.
         let ours = ours | if let Some(Ok(_)) = sidecar { autoclear::SIDECAR } else { 0 };
-        let known = self.header.kept_autoclear() | self.header.autoclear & ours;
-        if known != self.header.autoclear {
-            self.write_header(field::AUTOCLEAR, &known.to_be_bytes())?;
-            self.sync_header()?;
+        let header = self.metadata.header();
+        let known = header.kept_autoclear() | header.autoclear & ours;
+        if known != header.autoclear {
+            self.metadata.write_header(field::AUTOCLEAR, &known.to_be_bytes())?;
+            self.metadata.sync_header()?;
         }
         self.begin_recording();
         sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))?;
@@ -147,7 +147,7 @@ impl Qcow2 {
     /// Whether clusters that are not allocated show a backing file: now, or, if it is ignored now,
     /// when the image is opened the next time.
     pub(super) fn names_backing(&self) -> bool {
-        self.backing.is_some() || self.header.backing_name.is_some()
+        self.backing.is_some() || self.metadata.header().backing_name.is_some()
     }
 
     pub(crate) fn attach_backing(&mut self, driver: Box<dyn Driver>) {

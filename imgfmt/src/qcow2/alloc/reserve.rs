@@ -9,13 +9,14 @@
 //!    copy of everything. So a copy holds each mapping with the refcounts it needs.
 //! 4. the allocator, the tables, the lists below; each for a moment.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::AcqRel, Ordering::Acquire};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
+use std::collections::{BTreeSet, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering::AcqRel, Ordering::Acquire};
+use std::sync::{Mutex, MutexGuard, RwLock};
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::{Allocator, Freed, Quarantine, Reserved};
 use crate::qcow2::alloc::lease::Leases;
+use crate::qcow2::lock::{lock, try_lock};
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::{Qcow2, unwritable};
 
@@ -37,18 +38,9 @@ pub(crate) struct Writer {
     pub(in crate::qcow2) freed: Mutex<Vec<Freed>>,
     pub(in crate::qcow2) quarantine: Mutex<Quarantine>,
     pub(in crate::qcow2) flush: Mutex<()>,
-    /// What was written to the header and is not known to be on disk, by its place there.
-    pub(in crate::qcow2) header_writes: Mutex<BTreeMap<u64, Vec<u8>>>,
-    /// The metadata is damaged: nothing may be changed any more.
-    pub(in crate::qcow2) is_corrupt: AtomicBool,
     /// Counts calls of flush, and up to which call everything is on disk.
     pub(in crate::qcow2) flush_calls: AtomicU64,
     pub(in crate::qcow2) flush_covers: AtomicU64,
-    /// Counts syncs that failed, and how many of them a flush has reported.
-    pub(in crate::qcow2) failed_syncs: AtomicU64,
-    pub(in crate::qcow2) reported_syncs: AtomicU64,
-    /// The operating system's code of the last one.
-    pub(in crate::qcow2) failed_sync_code: AtomicI32,
     /// Counts changes of metadata, and up to which change everything is on disk.
     pub(in crate::qcow2) changes: AtomicU64,
     pub(in crate::qcow2) durable_changes: AtomicU64,
@@ -67,13 +59,8 @@ impl Writer {
             freed: Mutex::default(),
             quarantine: Mutex::default(),
             flush: Mutex::new(()),
-            header_writes: Mutex::default(),
-            is_corrupt: AtomicBool::new(false),
             flush_calls: AtomicU64::new(0),
             flush_covers: AtomicU64::new(0),
-            failed_syncs: AtomicU64::new(0),
-            reported_syncs: AtomicU64::new(0),
-            failed_sync_code: AtomicI32::new(0),
             changes: AtomicU64::new(0),
             durable_changes: AtomicU64::new(0),
         }
@@ -105,21 +92,6 @@ impl Writer {
     /// Whether some change of metadata is not known to be on disk.
     pub(in crate::qcow2) fn has_changes(&self) -> bool {
         self.changes.load(Acquire) != self.durable_changes.load(Acquire)
-            || !lock(&self.header_writes).is_empty()
-    }
-}
-
-/// Locks a mutex whose content is whole even if a thread panicked while it held it.
-pub(in crate::qcow2) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// As [`lock`], if nobody has it.
-fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
-    match mutex.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
     }
 }
 
@@ -162,7 +134,7 @@ impl Qcow2 {
         } else {
             drop(allocator);
         }
-        reserved.map_err(|error| self.note_damage(error))
+        reserved.map_err(|error| self.metadata.note_damage(error))
     }
 
     /// As [`reserve`](Self::reserve); `None` if that takes what may not be waited for.
@@ -177,7 +149,7 @@ impl Qcow2 {
         let writer = self.writer()?;
         let Some(mut allocator) = try_lock(&writer.allocator) else { return Ok(None) };
         let reserved = allocator.reserve_in_memory(count_max);
-        let reserved = reserved.map_err(|error| self.note_damage(error))?;
+        let reserved = reserved.map_err(|error| self.metadata.note_damage(error))?;
         if reserved.is_some() {
             writer.note_change();
         }

@@ -18,7 +18,7 @@ use crate::bitmap::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Freed, Reserved};
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, replaces_at_once, rewrite_autoclear,
 };
@@ -53,7 +53,7 @@ impl Qcow2 {
         at_the_instant: impl FnOnce() -> T,
     ) -> Result<T> {
         self.writer()?;
-        if self.header.version < 3 {
+        if self.format.version < 3 {
             let detail = "images of version 2 cannot have bitmaps; convert it to version 3";
             return Err(Error::new(ErrorKind::Unsupported, CHANGE, detail));
         }
@@ -248,9 +248,9 @@ impl Qcow2 {
     fn store_plan(&self, old: &[Bitmap<Entry>], plan: Vec<Planned>) -> Result<Vec<Bitmap<Entry>>> {
         self.settle_directory(&mut lock(&self.bitmaps.disk))?;
         let mut reserved = Vec::new();
-        let since = self.failed_syncs();
+        let since = self.metadata.failed_syncs();
         let prepared = self.write_plan(&plan, &mut reserved);
-        let prepared = prepared.and_then(|it| self.refuse_lost_since(since).map(|()| it));
+        let prepared = prepared.and_then(|it| self.metadata.refuse_lost_since(since).map(|()| it));
         let (entries, place) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -326,9 +326,8 @@ impl Qcow2 {
 
     /// Makes the header name a directory of `count` bitmaps, or none.
     fn switch_directory(&self, place: Option<Place>, count: usize) -> Result<()> {
-        let (file, cluster) = (&*self.file, self.geometry().cluster_size());
-        let _editing = lock(&self.header_edit);
-        let switch = || {
+        let since = self.metadata.failed_syncs();
+        self.metadata.edit_header(|file, cluster| {
             let Some(place) = place else {
                 change_autoclear(file, 0, autoclear::BITMAPS)?;
                 return remove_extension(file, cluster, extension::BITMAPS);
@@ -340,21 +339,15 @@ impl Qcow2 {
             }
             put_extension(file, cluster, extension::BITMAPS, &content)?;
             change_autoclear(file, autoclear::BITMAPS, 0)
-        };
-        let since = self.failed_syncs();
-        self.count_failed(switch().map_err(|error| self.named(error)))?;
-        self.refuse_lost_since(since)
+        })?;
+        self.metadata.refuse_lost_since(since)
     }
 
     /// Makes sure that the header names the directory which it should, after a change that failed
     /// has left that in doubt.
     pub(super) fn settle_directory(&self, disk: &mut Disk) -> Result<()> {
         if disk.is_doubtful {
-            {
-                let _editing = lock(&self.header_edit);
-                let cleared = rewrite_autoclear(&*self.file, 0, autoclear::BITMAPS);
-                self.count_failed(cleared.map_err(|error| self.named(error)))?;
-            }
+            self.metadata.edit_header(|file, _| rewrite_autoclear(file, 0, autoclear::BITMAPS))?;
             self.switch_directory(disk.directory, disk.flags_places.len())?;
             disk.is_doubtful = false;
         }

@@ -6,7 +6,7 @@ use super::change::Planned;
 use crate::bitmap::Condition;
 use crate::error::Result;
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 
 impl Qcow2 {
     /// Stores the bitmaps that changed and makes the image say that they are sound. Everything

@@ -20,7 +20,7 @@ use super::unusable_detail;
 use crate::bitmap::{Bitmap, Recording};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 
 /// What stands behind the name of a bitmap in the name of the one that holds its frozen bits.
 const SUFFIX: &str = ".checkpoint";
@@ -190,7 +190,7 @@ impl Qcow2 {
         }
         if names.len() > FROZEN_MAX {
             let detail = format!("more than {FROZEN_MAX} of its bitmaps wait for frozen bits");
-            return Err(self.named(Error::new(ErrorKind::Unsupported, CHANGE, detail)));
+            return Err(self.metadata.named(Error::new(ErrorKind::Unsupported, CHANGE, detail)));
         }
         // What waits for bits of its own must have them before it is merged.
         names.sort_by_key(|name| (Reverse(name.len()), name.clone()));

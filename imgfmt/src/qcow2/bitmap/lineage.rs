@@ -19,7 +19,7 @@ use crate::bitmap::{Alone, BitmapChange};
 use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension, replace_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};
@@ -213,22 +213,21 @@ impl Qcow2 {
             let disk = Uuid::random();
             lineage.disk = Some(disk.map_err(|error| Error::from_io(CHANGE, error))?);
         }
-        let (file, cluster) = (&*self.file, self.geometry().cluster_size());
-        let _editing = lock(&self.header_edit);
-        let since = self.failed_syncs();
-        let written = replace_extension(file, cluster, extension::LINEAGE, &lineage.encode())
-            .and_then(|()| change_autoclear(file, autoclear::LINEAGE, 0));
-        match written {
-            // Without room nothing is known about any bitmap.
-            Err(error) if error.kind() == ErrorKind::Unsupported => {
-                let removed = change_autoclear(file, 0, autoclear::LINEAGE)
-                    .and_then(|()| remove_extension(file, cluster, extension::LINEAGE));
-                self.count_failed(removed.map_err(|error| self.named(error)))?;
-                lineage.records.clear();
+        let since = self.metadata.failed_syncs();
+        self.metadata.edit_header(|file, cluster| {
+            let written = replace_extension(file, cluster, extension::LINEAGE, &lineage.encode())
+                .and_then(|()| change_autoclear(file, autoclear::LINEAGE, 0));
+            match written {
+                // Without room nothing is known about any bitmap.
+                Err(error) if error.kind() == ErrorKind::Unsupported => {
+                    lineage.records.clear();
+                    change_autoclear(file, 0, autoclear::LINEAGE)?;
+                    remove_extension(file, cluster, extension::LINEAGE)
+                }
+                written => written,
             }
-            written => self.count_failed(written.map_err(|error| self.named(error)))?,
-        }
-        self.refuse_lost_since(since)?;
+        })?;
+        self.metadata.refuse_lost_since(since)?;
         *current = lineage;
         Ok(())
     }

@@ -27,7 +27,7 @@ use crate::bitmap::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::info::BitmapEntry;
 use crate::options::OpenOptions;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};
@@ -59,8 +59,6 @@ pub(crate) struct Bitmaps {
     size_peak: u64,
     /// After which backup each of them began. Locked before the header is edited.
     lineage: Mutex<Lineage>,
-    /// The header says that the image is as the backup left it that it is.
-    pub(super) is_sealed: AtomicBool,
     /// What makes them survive a crash.
     session: Mutex<Session>,
     /// Where the sidecar is; `None` means beside the image.
@@ -107,7 +105,6 @@ impl Bitmaps {
             memory_bytes: AtomicU64::new(0),
             size_peak: 0,
             lineage: Mutex::default(),
-            is_sealed: AtomicBool::new(false),
             session: Mutex::default(),
             sidecar_home: None,
         }
@@ -132,7 +129,6 @@ impl Bitmaps {
             memory_bytes: AtomicU64::new(0),
             size_peak: header.size,
             lineage: Mutex::new(Lineage::of(header)),
-            is_sealed: AtomicBool::new(header.autoclear & autoclear::SEAL != 0),
             session: Mutex::new(Session::new(options.survives)),
             sidecar_home: sidecar_home(options),
         }
@@ -196,7 +192,7 @@ impl Qcow2 {
         let disk = lock(&self.bitmaps.disk);
         disk.damage.is_none()
             && !disk.is_doubtful
-            && !self.is_sealed()
+            && !self.metadata.is_sealed()
             && !bitmaps.iter().any(needs_mark)
     }
 
@@ -262,11 +258,11 @@ impl Qcow2 {
 
     /// Says on disk of every bitmap that notes changes that what is stored is out of date.
     fn mark_in_use(&self, state: &State<Entry>) -> Result<()> {
-        self.break_seal()?;
+        self.metadata.break_seal()?;
         let mut disk = lock(&self.bitmaps.disk);
         if disk.damage.is_some() {
             // Nobody can find these bitmaps. Whoever can must not believe them from now on.
-            change_autoclear(&*self.file, 0, autoclear::BITMAPS).map_err(|e| self.named(e))?;
+            self.metadata.edit_header(|file, _| change_autoclear(file, 0, autoclear::BITMAPS))?;
             disk.damage = None;
         }
         self.settle_directory(&mut disk)?;
@@ -284,13 +280,13 @@ impl Qcow2 {
         };
         // First the bits get a safe place, then the image says that what it has is out of date.
         self.begin_session(state)?;
-        let since = self.failed_syncs();
+        let since = self.metadata.failed_syncs();
         for (bitmap, flags_place) in &marked {
             let flags = bitmap.stored.flags | flag::IN_USE;
-            self.write_metadata(place.offset + **flags_place, &flags.to_be_bytes())?;
+            self.metadata.write(place.offset + **flags_place, &flags.to_be_bytes())?;
         }
-        self.sync_file()?;
-        self.refuse_lost_since(since)?;
+        self.metadata.sync()?;
+        self.metadata.refuse_lost_since(since)?;
         marked.iter().for_each(|(bitmap, _)| bitmap.in_use.store(true, Release));
         disk.note_in_use(state.bitmaps());
         Ok(())
@@ -417,13 +413,11 @@ impl Qcow2 {
     pub(super) fn drop_damaged_bitmaps(&self) -> Result<()> {
         let mut disk = lock(&self.bitmaps.disk);
         if disk.damage.is_some() {
-            change_autoclear(&*self.file, 0, autoclear::BITMAPS)
-                .and_then(|()| {
-                    // QEMU refuses an extension that it cannot read, whatever the bit says.
-                    let cluster_size = self.geometry().cluster_size();
-                    remove_extension(&*self.file, cluster_size, extension::BITMAPS)
-                })
-                .map_err(|error| self.named(error))?;
+            self.metadata.edit_header(|file, cluster_size| {
+                change_autoclear(file, 0, autoclear::BITMAPS)?;
+                // QEMU refuses an extension that it cannot read, whatever the bit says.
+                remove_extension(file, cluster_size, extension::BITMAPS)
+            })?;
             disk.damage = None;
         }
         let entries = disk.entries.clone();

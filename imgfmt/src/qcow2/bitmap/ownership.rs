@@ -16,7 +16,7 @@ use crate::bitmap::Bitmap;
 use crate::error::Result;
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::autoclear;
 
@@ -105,9 +105,7 @@ impl Qcow2 {
             self.place_clusters(*directory).all(|cluster| ownership.alone.contains(&cluster))
         };
         if !is_ours {
-            let _editing = lock(&self.header_edit);
-            let cleared = change_autoclear(&*self.file, 0, autoclear::BITMAPS);
-            self.count_failed(cleared.map_err(|error| self.named(error)))?;
+            self.metadata.edit_header(|file, _| change_autoclear(file, 0, autoclear::BITMAPS))?;
             *directory = None;
         }
         Ok(())

@@ -12,7 +12,7 @@ use super::directory::{Entry, flag};
 use crate::bitmap::{Bitmap, Bits, Condition, Recording};
 use crate::error::Result;
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Qcow2 {
@@ -26,18 +26,18 @@ impl Qcow2 {
             return Ok(());
         }
         self.give_up_foreign_directory(&mut disk.directory, &bitmaps)?;
-        let since = self.failed_syncs();
+        let since = self.metadata.failed_syncs();
         for (bitmap, flags_place) in bitmaps.iter_mut().zip(&disk.flags_places) {
             if let Err(detail) = self.ready_bits(bitmap) {
                 bitmap.condition = super::unusable(bitmap, detail);
             }
             if let Some(place) = disk.directory {
                 let flags = bitmap.stored.flags | flag::IN_USE;
-                self.write_metadata(place.offset + flags_place, &flags.to_be_bytes())?;
+                self.metadata.write(place.offset + flags_place, &flags.to_be_bytes())?;
             }
         }
-        self.sync_file()?;
-        self.refuse_lost_since(since)?;
+        self.metadata.sync()?;
+        self.metadata.refuse_lost_since(since)?;
         bitmaps.iter().for_each(|bitmap| bitmap.in_use.store(true, Release));
         disk.note_in_use(&bitmaps);
         drop(disk);

@@ -19,7 +19,7 @@ use crate::bytes::u64_at;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, Survives};
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, rewrite_autoclear,
 };
@@ -66,7 +66,7 @@ impl Qcow2 {
     /// would not be believed any more, and who holds the lock is either about to be done, or
     /// writes the image himself.
     pub(in crate::qcow2) fn find_sidecar(&self) -> Result<Option<Found>> {
-        if self.header.version < 3 || self.header.autoclear & autoclear::SIDECAR == 0 {
+        if self.format.version < 3 || self.metadata.header().autoclear & autoclear::SIDECAR == 0 {
             return Ok(None);
         }
         let found = self.examine_sidecar();
@@ -86,11 +86,12 @@ impl Qcow2 {
             "its dirty bitmaps are to be recovered from '{name}', but {error}; try again when that \
              is done (or move the file away, if the bitmaps may be lost)"
         );
-        self.named(Error::new(ErrorKind::Busy, "open", detail))
+        self.metadata.named(Error::new(ErrorKind::Busy, "open", detail))
     }
 
     fn examine_sidecar(&self) -> Found {
-        let content = self.header.extensions.sidecar.as_deref();
+        let header = self.metadata.header();
+        let content = header.extensions.sidecar.as_deref();
         let identity = content.and_then(decode_identity).ok_or(Distrust::OtherSession)?;
         lock(&self.bitmaps.session).found_generation = identity.generation;
         let place = self.sidecar_place().map_err(|_| Distrust::Missing)?;
@@ -158,7 +159,7 @@ impl Qcow2 {
         self.unmark_header()?;
         // A file that was not believed may be somebody else's.
         match (found, self.sidecar_place()) {
-            (Ok(_), Ok(place)) => place.remove().map_err(|e| self.named(sidecar_error(e))),
+            (Ok(_), Ok(place)) => place.remove().map_err(|e| self.metadata.named(sidecar_error(e))),
             _ => Ok(()),
         }
     }
@@ -217,12 +218,14 @@ impl Qcow2 {
             Ok((identity, sidecar)) => {
                 session.is_recovery_unfinished = false;
                 state.set_sidecar(Arc::clone(&sidecar));
+                self.metadata.stamp_sidecar(Some(Arc::clone(&sidecar)));
                 session.sidecar = Some(sidecar);
                 session.identity = Some(identity);
                 session.shortfall = None;
             }
             Err(error) => {
                 session.shortfall = Some(error.to_string());
+                self.metadata.stamp_sidecar(None);
                 session.sidecar = None;
                 session.identity = None;
                 self.unmark_header()?;
@@ -319,8 +322,11 @@ impl Qcow2 {
         self.unmark_header()?;
         self.give_up_found_sidecar(&mut session)?;
         session.identity = None;
+        self.metadata.stamp_sidecar(None);
         match session.sidecar.take() {
-            Some(sidecar) => sidecar.remove().map_err(|error| self.named(sidecar_error(error))),
+            Some(sidecar) => {
+                sidecar.remove().map_err(|error| self.metadata.named(sidecar_error(error)))
+            }
             None => Ok(()),
         }
     }
@@ -348,44 +354,30 @@ impl Qcow2 {
         }
     }
 
-    /// Notes that the image's file is being changed by us: its modification time will be new.
-    pub(in crate::qcow2) fn note_alive(&self) {
-        // Whoever begins or ends a session holds the lock, and has just stamped the sidecar.
-        if let Ok(session) = self.bitmaps.session.try_lock()
-            && let Some(sidecar) = &session.sidecar
-        {
-            sidecar.note_alive();
-        }
-    }
-
     fn mark_header(&self, identity: Identity) -> Result<()> {
-        let (file, cluster) = (&*self.file, self.geometry().cluster_size());
-        let _editing = lock(&self.header_edit);
         let content = encode_identity(identity);
-        // Without the bit nobody looks at the extension.
-        let marked = change_autoclear(file, 0, autoclear::SIDECAR)
-            .and_then(|()| put_extension(file, cluster, extension::SIDECAR, &content))
-            .and_then(|()| change_autoclear(file, autoclear::SIDECAR, 0))
-            .map_err(|error| self.named(error));
-        self.count_failed(marked)
+        self.metadata.edit_header(|file, cluster| {
+            // Without the bit nobody looks at the extension.
+            change_autoclear(file, 0, autoclear::SIDECAR)?;
+            put_extension(file, cluster, extension::SIDECAR, &content)?;
+            change_autoclear(file, autoclear::SIDECAR, 0)
+        })
     }
 
     fn unmark_header(&self) -> Result<()> {
-        let (file, cluster) = (&*self.file, self.geometry().cluster_size());
-        let _editing = lock(&self.header_edit);
-        let since = self.failed_syncs();
-        let unmarked = rewrite_autoclear(file, 0, autoclear::SIDECAR)
-            .and_then(|()| remove_extension(file, cluster, extension::SIDECAR))
-            .map_err(|error| self.named(error));
-        self.count_failed(unmarked)?;
-        self.refuse_lost_since(since)
+        let since = self.metadata.failed_syncs();
+        self.metadata.edit_header(|file, cluster| {
+            rewrite_autoclear(file, 0, autoclear::SIDECAR)?;
+            remove_extension(file, cluster, extension::SIDECAR)
+        })?;
+        self.metadata.refuse_lost_since(since)
     }
 
     fn sidecar_place(&self) -> Result<Arc<dyn Home>> {
         if let Some(home) = &self.bitmaps.sidecar_home {
             return Ok(Arc::clone(home));
         }
-        let path = self.path.as_deref().ok_or_else(no_file)?;
+        let path = self.metadata.path().ok_or_else(no_file)?;
         let place = SidecarPlace::beside(path).map_err(sidecar_error)?;
         Ok(Arc::new(place))
     }
@@ -400,11 +392,11 @@ impl Qcow2 {
 
     /// What the image's file looks like; `None` if it is not an ordinary file.
     fn fingerprint(&self) -> Option<Fingerprint> {
-        let inode = self.file.identity()?.inode;
-        let length = self.file.len().ok()?;
-        let modified = self.file.as_fd().map_or(Some(0), modification_time)?;
+        let inode = self.metadata.file.identity()?.inode;
+        let length = self.metadata.file.len().ok()?;
+        let modified = self.metadata.file.as_fd().map_or(Some(0), modification_time)?;
         let mut header = [0; 112];
-        self.file.read_exact_at(HostOffset::new(0), &mut header).ok()?;
+        self.metadata.file.read_exact_at(HostOffset::new(0), &mut header).ok()?;
         // Magic, version; cluster_bits; crypt_method; refcount_order and header_length.
         let fixed = [0..8, 20..24, 32..36, 96..104];
         let fixed: Vec<u8> = fixed.into_iter().flat_map(|part| header[part].to_vec()).collect();

@@ -34,7 +34,7 @@ impl Qcow2 {
             ));
         }
         let words = self.table_words(table)?;
-        let file_length = self.file.len().map_err(|error| error.to_string())?;
+        let file_length = self.metadata.file.len().map_err(|error| error.to_string())?;
         let bits = Bits::new(size, granularity_bits);
         let mut buffer = vec![0; cluster as usize];
         for (index, entry) in words.into_iter().enumerate() {
@@ -43,7 +43,7 @@ impl Qcow2 {
                 0 => {}
                 ALL_ONES => bits.load_ones(start, cluster),
                 offset if is_cluster(offset, cluster) && offset < file_length => {
-                    let read = self.file.read_at(HostOffset::new(offset), &mut buffer);
+                    let read = self.metadata.file.read_at(HostOffset::new(offset), &mut buffer);
                     let read = read.map_err(|error| format!("it cannot be read: {error}"))?;
                     buffer[read..].fill(0);
                     bits.load(start, &buffer[..(bytes - start).min(cluster) as usize]);
@@ -56,12 +56,12 @@ impl Qcow2 {
 
     /// The entries of a table that lies within the file.
     pub(super) fn table_words(&self, table: Table) -> Result<Vec<u64>, String> {
-        let length = self.file.len().map_err(|error| error.to_string())?;
+        let length = self.metadata.file.len().map_err(|error| error.to_string())?;
         let end = table.offset.checked_add(u64::from(table.entries) * 8);
         if end.is_none_or(|end| end > length) {
             return Err("its table lies behind the end of the file".into());
         }
-        read_words(&*self.file, table.offset, table.entries as usize)
+        read_words(&*self.metadata.file, table.offset, table.entries as usize)
             .map_err(|error| error.to_string())
     }
 
@@ -131,7 +131,7 @@ impl Qcow2 {
                 words[*index] = place.offset + count as u64 * cluster;
                 bytes.extend_from_slice(content);
             }
-            self.write_metadata(place.offset, &bytes)?;
+            self.metadata.write(place.offset, &bytes)?;
             rest = later;
         }
         waiting.clear();
@@ -146,7 +146,7 @@ impl Qcow2 {
         reserved.push(place);
         let mut padded = bytes.to_vec();
         padded.resize((clusters << geometry.cluster_bits) as usize, 0);
-        self.write_metadata(place.offset, &padded)?;
+        self.metadata.write(place.offset, &padded)?;
         Ok(place.offset)
     }
 }

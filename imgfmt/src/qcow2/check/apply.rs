@@ -5,7 +5,7 @@ use super::counts::Counts;
 use super::flags::Fix;
 use super::{Checker, Mode};
 use crate::error::Result;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot;
@@ -100,12 +100,12 @@ impl Qcow2 {
             Step::SetRefcounts(plan) => self.set_refcounts(&plan),
             Step::Fix(fixes) => {
                 for fix in fixes {
-                    if self.header.overlong_end == Some(fix.place) {
-                        self.header.overlong_end = None;
-                    }
-                    self.write_metadata(fix.place, &fix.new.to_be_bytes())?;
+                    self.metadata.update_header(|header| {
+                        header.overlong_end.take_if(|place| *place == fix.place);
+                    });
+                    self.metadata.write(fix.place, &fix.new.to_be_bytes())?;
                 }
-                self.sync_file()
+                self.metadata.sync()
             }
             Step::RewriteSnapshots => self.rewrite_snapshots(),
             Step::ClearAutoclear(bits) => self.clear_autoclear(bits),
@@ -121,19 +121,17 @@ impl Qcow2 {
 
     /// Clears autoclear bits that say what nobody keeps true.
     pub(super) fn clear_autoclear(&mut self, bits: u64) -> Result<()> {
-        if self.header.autoclear & bits != 0 {
-            let _editing = lock(&self.header_edit);
-            let cleared = change_autoclear(&*self.file, 0, bits);
-            self.count_failed(cleared.map_err(|error| self.named(error)))?;
+        if self.metadata.header().autoclear & bits != 0 {
+            self.metadata.edit_header(|file, _| change_autoclear(file, 0, bits))?;
         }
-        self.header.autoclear &= !bits;
+        self.metadata.update_header(|header| header.autoclear &= !bits);
         Ok(())
     }
 
     /// Writes the table of snapshots anew, with what could be understood of it. The clusters of the
     /// old one leak then.
     fn rewrite_snapshots(&mut self) -> Result<()> {
-        let found = snapshot::read_damaged_table(&*self.file, &self.header)?;
+        let found = snapshot::read_damaged_table(&*self.metadata.file, &self.metadata.header())?;
         let bytes = snapshot::encode_table(&found.snapshots);
         let offset = if bytes.is_empty() { 0 } else { self.write_new(&bytes)? };
         self.flush_all()?;
@@ -141,10 +139,12 @@ impl Qcow2 {
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&count.to_be_bytes());
         fields[4..].copy_from_slice(&offset.to_be_bytes());
-        self.write_header(field::SNAPSHOT_COUNT, &fields)?;
-        self.header.snapshots_offset = offset;
-        self.header.snapshot_count = count;
-        self.sync_header()
+        self.metadata.write_header(field::SNAPSHOT_COUNT, &fields)?;
+        self.metadata.update_header(|header| {
+            header.snapshots_offset = offset;
+            header.snapshot_count = count;
+        });
+        self.metadata.sync_header()
     }
 
     fn set_refcounts(&self, plan: &Plan) -> Result<()> {
@@ -152,7 +152,7 @@ impl Qcow2 {
         // A structure may be cut short by the end of the file, but not be shorter than that.
         if let Some(last) = plan.counts.last().filter(|last| *last >= plan.file_clusters) {
             let length = (last + 1) << geometry.cluster_bits;
-            self.file.set_len(length).map_err(|error| self.grow_error(error))?;
+            self.metadata.file.set_len(length).map_err(|error| self.grow_error(error))?;
         }
         let writer = self.writer()?;
         let mut allocator = lock(&writer.allocator);

@@ -11,7 +11,8 @@ impl Checker<'_> {
     /// Compares all refcounts with what was counted, and COPIED bits with the refcounts.
     pub(super) fn compare(&mut self, table: Vec<u64>) -> Result<()> {
         let image = self.image;
-        let mut refcounts = Refcounts::new(Arc::clone(&image.file), image.geometry(), table);
+        let mut refcounts =
+            Refcounts::new(Arc::clone(&image.metadata.file), image.geometry(), table);
         let indexes: Vec<usize> = self.block_indexes(&refcounts).into_iter().collect();
         for (position, &index) in indexes.iter().enumerate() {
             let later = indexes.get(position + READ_AHEAD);

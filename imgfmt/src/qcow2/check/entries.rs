@@ -77,7 +77,7 @@ impl Checker<'_> {
         }
         let (data, zero) = (bitmap as u32, (bitmap >> 32) as u32);
         let is_zero = !geometry.extended_l2 && word & ZERO != 0;
-        if is_zero && image.header.version < 3 {
+        if is_zero && image.format.version < 3 {
             self.damage(format!(
                 "an L2 entry has the zero flag, which version 2 lacks ({word:#x})"
             ));

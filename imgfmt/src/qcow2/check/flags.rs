@@ -41,7 +41,8 @@ impl Checker<'_> {
             if let Some(later) = self.tables.get(number + READ_AHEAD) {
                 self.read_ahead(later.offset);
             }
-            let words = read_words(&*image.file, offset, (geometry.cluster_size() / 8) as usize)?;
+            let words =
+                read_words(&*image.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
             self.check_flags(refcounts, offset, &words)?;
         }
         Ok(())

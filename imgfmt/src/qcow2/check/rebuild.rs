@@ -10,7 +10,7 @@ use super::super::Qcow2;
 use super::apply::Plan;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::make_allocator;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::write_entry;
 use crate::qcow2::on_disk::words::read_error;
@@ -94,9 +94,9 @@ impl Qcow2 {
 
     /// Takes back what a file grew by, so that the image is as it was.
     fn cut_back(&self, length: u64) {
-        if self.file.len().is_ok_and(|now| now > length) {
+        if self.metadata.file.len().is_ok_and(|now| now > length) {
             // What stays behind the end is room that nothing refers to.
-            let _ = self.file.set_len(length);
+            let _ = self.metadata.file.set_len(length);
         }
     }
 
@@ -159,14 +159,16 @@ impl Qcow2 {
             table[*index as usize * 8..][..8].copy_from_slice(&place);
         }
         self.write_new_cluster(layout.table << bits, &table)?;
-        self.sync_file()
+        self.metadata.sync()
     }
 
     fn write_new_cluster(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.file.write_at(HostOffset::new(offset), bytes, Durability::Cached).map_err(|error| {
-            let error = Error::from_io("rebuild the refcounts of", error).at(offset);
-            self.named(error.explained("nothing else of the image was changed"))
-        })
+        self.metadata.file.write_at(HostOffset::new(offset), bytes, Durability::Cached).map_err(
+            |error| {
+                let error = Error::from_io("rebuild the refcounts of", error).at(offset);
+                self.metadata.named(error.explained("nothing else of the image was changed"))
+            },
+        )
     }
 
     /// Makes the header name the new table and its width, and everything in memory too.
@@ -177,30 +179,33 @@ impl Qcow2 {
         let mut fields = [0; 12];
         fields[..8].copy_from_slice(&offset.to_be_bytes());
         fields[8..].copy_from_slice(&clusters.to_be_bytes());
-        if order == self.header.geometry.refcount_order {
-            self.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
+        if order == self.metadata.header().geometry.refcount_order {
+            self.metadata.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
         } else {
             // Both at once: up to the width everything lies in one sector.
-            let _editing = lock(&self.header_edit);
-            let length = field::REFCOUNT_ORDER - field::REFCOUNT_TABLE_OFFSET;
-            let mut between = vec![0; length as usize];
-            let start = HostOffset::new(field::REFCOUNT_TABLE_OFFSET);
-            self.file.read_exact_at(start, &mut between).map_err(read_error)?;
-            between[..12].copy_from_slice(&fields);
-            between.extend(order.to_be_bytes());
-            self.write_header(field::REFCOUNT_TABLE_OFFSET, &between)?;
-            self.header.geometry.refcount_order = order;
+            self.metadata.edit_header(|file, _| {
+                let length = field::REFCOUNT_ORDER - field::REFCOUNT_TABLE_OFFSET;
+                let mut between = vec![0; length as usize];
+                let start = HostOffset::new(field::REFCOUNT_TABLE_OFFSET);
+                file.read_exact_at(start, &mut between).map_err(read_error)?;
+                between[..12].copy_from_slice(&fields);
+                between.extend(order.to_be_bytes());
+                self.metadata.write_header(field::REFCOUNT_TABLE_OFFSET, &between)
+            })?;
+            self.metadata.update_header(|header| header.geometry.refcount_order = order);
         }
-        self.sync_header()?;
-        self.header.refcount_table_offset = offset;
-        self.header.refcount_table_clusters = clusters;
-        let allocator = make_allocator(&self.file, &self.header)?;
+        self.metadata.sync_header()?;
+        self.metadata.update_header(|header| {
+            header.refcount_table_offset = offset;
+            header.refcount_table_clusters = clusters;
+        });
+        let allocator = make_allocator(&self.metadata.file, &self.metadata.header())?;
         *lock(&self.writer()?.allocator) = allocator;
         Ok(())
     }
 
     pub(super) fn grow_error(&self, error: std::io::Error) -> Error {
-        self.named(Error::from_io("grow", error))
+        self.metadata.named(Error::from_io("grow", error))
     }
 }
 

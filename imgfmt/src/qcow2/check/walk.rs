@@ -69,14 +69,14 @@ impl Checker<'_> {
     /// Counts what the present state of the disk and its snapshots refer to, and the header.
     pub(super) fn count_disk(&mut self) -> Result<()> {
         let image = self.image;
-        let (header, geometry) = (&image.header, image.geometry());
+        let (header, geometry) = (image.metadata.header(), image.geometry());
         self.add(0, geometry.cluster_size(), 1, "the header");
         if let Some(place) = header.overlong_end {
             let message = "the mark that ends the header extensions has a length";
             self.fix(Fix { place, new: 0, sets_copied: false }, message.into());
         }
         self.note_tables(header.l1_offset, header.l1_entries, true)?;
-        let found = snapshot::read_damaged_table(&*image.file, header)?;
+        let found = snapshot::read_damaged_table(&*image.metadata.file, &header)?;
         self.snapshot_damages = found.damages.len() as u64;
         found.damages.into_iter().for_each(|damage| self.damage(damage));
         let length = found.length.min(self.file_length.saturating_sub(header.snapshots_offset));
@@ -94,7 +94,7 @@ impl Checker<'_> {
 
     /// Notes what the feature bits say that the rest of the header contradicts.
     fn find_contradictions(&mut self) {
-        for found in self.image.header.contradictions() {
+        for found in self.image.metadata.header().contradictions() {
             self.report.corruptions += 1;
             self.say(found.message().to_owned());
             match found.repaired_by_clearing() {
@@ -116,7 +116,7 @@ impl Checker<'_> {
             self.is_incomplete = true;
             return Ok(());
         }
-        let l1 = read_words(&*image.file, l1_offset, l1_entries as usize)?;
+        let l1 = read_words(&*image.metadata.file, l1_offset, l1_entries as usize)?;
         for (index, &word) in l1.iter().enumerate().filter(|(_, word)| **word != 0) {
             let place = l1_offset + index as u64 * 8;
             let offset = word & OFFSET_MASK;
@@ -156,7 +156,7 @@ impl Checker<'_> {
                 self.damage(format!("an L2 table at {offset} is not aligned"));
             } else if is_in_file {
                 let words = (geometry.cluster_size() / 8) as usize;
-                let words = read_words(&*image.file, offset, words)?;
+                let words = read_words(&*image.metadata.file, offset, words)?;
                 self.count_table(&words, offset, weight, is_active);
                 continue;
             }
@@ -170,7 +170,7 @@ impl Checker<'_> {
         if offset != 0 {
             // Only to save time: what is wrong there shows when it is read.
             let length = self.image.geometry().cluster_size();
-            let _ = self.image.file.readahead(HostOffset::new(offset), length);
+            let _ = self.image.metadata.file.readahead(HostOffset::new(offset), length);
         }
     }
 
@@ -178,7 +178,7 @@ impl Checker<'_> {
     /// one of their clusters, or they cannot be where they are said to be, refcounts are unusable.
     fn count_refcount_structure(&mut self) -> Result<Vec<u64>> {
         let image = self.image;
-        let (header, geometry) = (&image.header, image.geometry());
+        let (header, geometry) = (image.metadata.header(), image.geometry());
         let table_length = u64::from(header.refcount_table_clusters) << geometry.cluster_bits;
         if table_length == 0 {
             self.damage("the header names no refcount table that could be used".into());
@@ -187,7 +187,7 @@ impl Checker<'_> {
         }
         let offset = header.refcount_table_offset;
         self.count_structure(offset, table_length, "the refcount table");
-        let table = read_words(&*image.file, offset, (table_length / 8) as usize)?;
+        let table = read_words(&*image.metadata.file, offset, (table_length / 8) as usize)?;
         let mut seen = HashSet::new();
         for (index, &entry) in table.iter().enumerate().filter(|(_, entry)| **entry != 0) {
             if entry & REFCOUNT_TABLE_RESERVED != 0 {

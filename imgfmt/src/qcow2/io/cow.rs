@@ -149,7 +149,7 @@ impl Qcow2 {
         self.data_will_grow(host + length, guest)?;
         self.data
             .write_zeroes(HostOffset::new(host), length, ZeroMode::KeepAllocated, Speed::Any)
-            .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
+            .map_err(|error| self.metadata.io("write to", error, GuestOffset::new(guest)))
     }
 }
 

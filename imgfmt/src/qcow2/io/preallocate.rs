@@ -14,7 +14,7 @@ impl Qcow2 {
     /// new file or on a device that was zeroed, whose places all read as zero.
     pub(crate) fn preallocate(&self) -> Result<()> {
         let geometry = self.geometry();
-        let io = |error| self.io("write to", error, GuestOffset::new(0));
+        let io = |error| self.metadata.io("write to", error, GuestOffset::new(0));
         let mut position = 0;
         while position < self.size {
             let end = self.size.min(position.saturating_add(geometry.l2_coverage()));

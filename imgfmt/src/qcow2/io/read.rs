@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::extent::ExtentKind;
 use crate::mapping::{Holes, Mapping};
 use crate::qcow2::Qcow2;
@@ -44,7 +44,7 @@ impl Qcow2 {
                 let read = self
                     .data
                     .read_at(host, buffer)
-                    .map_err(|error| self.io("read", error, guest))?;
+                    .map_err(|error| self.metadata.io("read", error, guest))?;
                 // What lies behind the end of the file was never written.
                 buffer[read..].fill(0);
             }
@@ -98,11 +98,14 @@ impl Qcow2 {
         }
         let mut input = vec![0; compressed.length as usize];
         let offset = HostOffset::new(compressed.offset);
-        let read =
-            self.file.read_at(offset, &mut input).map_err(|error| self.io("read", error, guest))?;
+        let read = self
+            .metadata
+            .file
+            .read_at(offset, &mut input)
+            .map_err(|error| self.metadata.io("read", error, guest))?;
         let mut cluster = vec![0; self.geometry().cluster_size() as usize];
-        compress::decompress(self.header.compression, &input[..read], &mut cluster)
-            .map_err(|detail| self.corrupt(detail, guest.bytes()))?;
+        compress::decompress(self.metadata.header().compression, &input[..read], &mut cluster)
+            .map_err(|detail| self.metadata.corrupt(detail, guest.bytes()))?;
         let cluster: Arc<[u8]> = cluster.into();
         let mut kept = self.decompressed.lock().unwrap_or_else(PoisonError::into_inner);
         if kept.len() >= DECOMPRESSED_MAX {
@@ -156,7 +159,7 @@ impl Qcow2 {
                     Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
                         Ok(TryRead::WouldBlock)
                     }
-                    result => result.map_err(|error| self.io("read", error, guest)),
+                    result => result.map_err(|error| self.metadata.io("read", error, guest)),
                 }
             }
             (Content::Compressed(_), _) => Ok(TryRead::WouldBlock),
@@ -180,7 +183,8 @@ impl Qcow2 {
         lookup: Lookup,
         mappings: &mut Vec<Mapping>,
     ) -> Result<bool> {
-        let length = self.data.len().map_err(|error| self.io("map", error, range.offset()))?;
+        let length =
+            self.data.len().map_err(|error| self.metadata.io("map", error, range.offset()))?;
         let mut complete = true;
         let mapped = self.for_each_table(range, lookup, |pieces| {
             for piece in pieces {
@@ -256,7 +260,8 @@ impl Qcow2 {
             let Some(inside) = length.checked_sub(host).filter(|inside| *inside > 0) else { break };
             let most = inside.min(end - start);
             let found = self.data.next_extent(HostOffset::new(host), most);
-            let found = found.map_err(|error| self.io("look for holes in", error, range.offset()));
+            let found =
+                found.map_err(|error| self.metadata.io("look for holes in", error, range.offset()));
             let found = found?;
             let part = span(start, start + found.length.clamp(1, most));
             match found.kind {
@@ -295,22 +300,6 @@ impl Qcow2 {
             mappings.push(Mapping::Zero { range: behind });
         }
         Ok(true)
-    }
-
-    pub(in crate::qcow2) fn io(
-        &self,
-        operation: &'static str,
-        error: std::io::Error,
-        guest: GuestOffset,
-    ) -> Error {
-        self.named(Error::from_io(operation, error).at(guest.bytes()))
-    }
-
-    pub(in crate::qcow2) fn named(&self, error: Error) -> Error {
-        match &self.path {
-            Some(path) => error.with_path(path),
-            None => error,
-        }
     }
 }
 

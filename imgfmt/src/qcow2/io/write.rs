@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
-use crate::qcow2::alloc::reserve::lock;
 use crate::qcow2::io::plan::{Fill, Old, Plan};
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::tables::Change;
@@ -119,7 +119,7 @@ impl Qcow2 {
             while position < table_end {
                 self.refuse_bad(&table, &content.words, position)?;
                 let cluster = self.decode(&content.words, position);
-                let cluster = cluster.map_err(|error| self.note_damage(error))?;
+                let cluster = cluster.map_err(|error| self.metadata.note_damage(error))?;
                 let in_cluster = geometry.in_cluster(position);
                 let stop = table_end.min(position - in_cluster + geometry.cluster_size());
                 let touched = geometry.subcluster_mask(in_cluster, in_cluster + (stop - position));
@@ -197,7 +197,7 @@ impl Qcow2 {
             let stop = end.min(guest_start + geometry.cluster_size());
             self.refuse_bad(table, &content.words, position)?;
             let old = self.decode(&content.words, position);
-            let old = old.map_err(|error| self.note_damage(error))?;
+            let old = old.map_err(|error| self.metadata.note_damage(error))?;
             plans.push(self.plan_cluster(
                 guest_start,
                 position - guest_start,
@@ -310,7 +310,7 @@ impl Qcow2 {
     pub(in crate::qcow2) fn write_data(&self, host: u64, data: &[u8], guest: u64) -> Result<()> {
         self.data
             .write_at(HostOffset::new(host), data, Durability::Cached)
-            .map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
+            .map_err(|error| self.metadata.io("write to", error, GuestOffset::new(guest)))
     }
 
     /// Makes the data file at least `end` bytes long: zeroes can be written only within it. The byte
@@ -321,6 +321,6 @@ impl Qcow2 {
             true => self.data.write_at(HostOffset::new(end - 1), &[0], Durability::Cached),
             false => Ok(()),
         });
-        grown.map_err(|error| self.io("write to", error, GuestOffset::new(guest)))
+        grown.map_err(|error| self.metadata.io("write to", error, GuestOffset::new(guest)))
     }
 }

@@ -6,8 +6,8 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Allocator;
-use crate::qcow2::alloc::reserve::lock;
 use crate::qcow2::io::compress;
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::{Cluster, Compressed};
@@ -36,7 +36,7 @@ impl Qcow2 {
         cluster.resize(geometry.cluster_size() as usize, 0);
         let packed = match self.format.has_data_file {
             true => None,
-            false => compress::compress(self.header.compression, &cluster),
+            false => compress::compress(self.metadata.header().compression, &cluster),
         };
         match packed {
             Some(packed) => self.write_packed(start, &packed),
@@ -64,19 +64,21 @@ impl Qcow2 {
             // Still locked: the bytes behind these are nobody's yet.
             if let Err(error) = self.end_with_sector(offset + length) {
                 allocator.release_bytes(offset, length);
-                return Err(self.io("write to", error, GuestOffset::new(start)));
+                return Err(self.metadata.io("write to", error, GuestOffset::new(start)));
             }
             offset
         };
         let compressed = Compressed { offset, length };
         let fits = self.format.encode_compressed(compressed).is_some();
         let written = match fits {
-            true => self.file.write_at(HostOffset::new(offset), packed, Durability::Cached),
+            true => {
+                self.metadata.file.write_at(HostOffset::new(offset), packed, Durability::Cached)
+            }
             false => Err(std::io::ErrorKind::FileTooLarge.into()),
         };
         if let Err(error) = written {
             lock(&writer.allocator).release_bytes(offset, length);
-            return Err(self.io("write to", error, GuestOffset::new(start)));
+            return Err(self.metadata.io("write to", error, GuestOffset::new(start)));
         }
         let new = Cluster { compressed: Some(compressed), ..Cluster::default() };
         let freed = self.references(old, None, false);
@@ -87,10 +89,10 @@ impl Qcow2 {
     /// and other readers read all of them.
     fn end_with_sector(&self, end: u64) -> std::io::Result<()> {
         let sector_end = end.next_multiple_of(512);
-        if sector_end == end || self.file.len()? >= sector_end {
+        if sector_end == end || self.metadata.file.len()? >= sector_end {
             return Ok(());
         }
-        self.file.write_at(HostOffset::new(sector_end - 1), &[0], Durability::Cached)
+        self.metadata.file.write_at(HostOffset::new(sector_end - 1), &[0], Durability::Cached)
     }
 }
 

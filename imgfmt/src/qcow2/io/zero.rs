@@ -117,14 +117,14 @@ impl Qcow2 {
 
     /// Whether a cluster can be made to read as zero by its entry alone.
     fn can_map_zeroes(&self) -> bool {
-        self.header.version >= 3 || !self.names_backing()
+        self.format.version >= 3 || !self.names_backing()
     }
 
     /// Whether zeroes that are written have to be seen as written by whoever looks at this layer
     /// alone: another backing file may be put under it later, and must not show. As in QEMU, version
     /// 2 has no entry for that.
     fn marks_zeroes(&self) -> bool {
-        self.header.version >= 3
+        self.format.version >= 3
     }
 
     /// Zeroes a range in which no subcluster lies wholly, or any range if no entry can say "zero".
@@ -182,7 +182,7 @@ impl Qcow2 {
             Some(Some(table)) => self.decode(&table.read().words, start),
             _ => Ok(Cluster::default()),
         };
-        let old = old.map_err(|error| self.note_damage(error))?;
+        let old = old.map_err(|error| self.metadata.note_damage(error))?;
         let subcluster = geometry.in_cluster(start) / unit;
         match old.content(geometry, subcluster as u32) {
             Content::Zero => Ok(Edge::Zero),
@@ -262,7 +262,7 @@ impl Qcow2 {
             let stop = end.min(guest_start + geometry.cluster_size());
             self.refuse_bad(&table, &content.words, position)?;
             let old = self.decode(&content.words, position);
-            let old = old.map_err(|error| self.note_damage(error))?;
+            let old = old.map_err(|error| self.metadata.note_damage(error))?;
             let mask = geometry.subcluster_mask(position - guest_start, stop - guest_start);
             if old.compressed.is_some() && mask != geometry.all_subclusters() {
                 left_over.push((position, stop));
@@ -301,7 +301,7 @@ impl Qcow2 {
         if old.zero & mask == mask && (old.host.is_none() || mask != all || keeps_space) {
             return None;
         }
-        if self.header.version < 3 {
+        if self.format.version < 3 {
             // No zero flag, and no backing file: an entry of nothing reads as zero.
             return (!is_empty).then(Cluster::default);
         }
@@ -322,8 +322,10 @@ impl Qcow2 {
         if !self.format.has_data_file {
             return Ok(());
         }
-        let length =
-            self.data.len().map_err(|e| self.io("write to", e, GuestOffset::new(start)))?;
+        let length = self
+            .data
+            .len()
+            .map_err(|e| self.metadata.io("write to", e, GuestOffset::new(start)))?;
         let range = span(start.min(length), end.min(length));
         let offset = HostOffset::new(range.offset().bytes());
         match range.is_empty() {
@@ -331,7 +333,7 @@ impl Qcow2 {
             false => self
                 .data
                 .write_zeroes(offset, range.length(), ZeroMode::MayUnmap, Speed::Any)
-                .map_err(|error| self.io("write to", error, range.offset())),
+                .map_err(|error| self.metadata.io("write to", error, range.offset())),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The cache of L2 tables.
 //!
 //! Bounded: a clean table that nobody holds gives way to a new one. A changed ("dirty") table stays
-//! until [`flush`](crate::qcow2::metadata::flush) has written it. A table is loaded under the lock of its shard, so
+//! until [`flush`](crate::qcow2::flush) has written it. A table is loaded under the lock of its shard, so
 //! that an old content can never replace a newer one.
 
 use std::collections::HashMap;

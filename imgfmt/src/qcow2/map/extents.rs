@@ -94,7 +94,7 @@ impl Qcow2 {
         host: u64,
         list: &mut ExtentList,
     ) -> Result<bool> {
-        let io = |error| self.io("look for holes in", error, range.offset());
+        let io = |error| self.metadata.io("look for holes in", error, range.offset());
         let file_length = self.data.len().map_err(io)?;
         let end = range.end().bytes();
         let mut position = range.offset().bytes();
@@ -130,18 +130,25 @@ impl Qcow2 {
     }
 
     fn look_for_preallocation(&self) -> Result<bool> {
-        let io = |error| self.io("find the size of", error, GuestOffset::new(0));
-        let Some(allocated) = self.file.allocated_len().map_err(io)? else { return Ok(false) };
+        let io = |error| self.metadata.io("find the size of", error, GuestOffset::new(0));
+        let Some(allocated) = self.metadata.file.allocated_len().map_err(io)? else {
+            return Ok(false);
+        };
         let geometry = self.geometry();
         let real = allocated >> geometry.cluster_bits;
         let threshold = (real.saturating_mul(10) / 9).max(real.saturating_add(2));
-        let file_clusters = geometry.clusters_of(self.file.len().map_err(io)?);
+        let file_clusters = geometry.clusters_of(self.metadata.file.len().map_err(io)?);
         if file_clusters < threshold {
             return Ok(false);
         }
-        let words = u64::from(self.header.refcount_table_clusters) << (geometry.cluster_bits - 3);
-        let table = read_words(&*self.file, self.header.refcount_table_offset, words as usize)?;
-        let mut refcounts = Refcounts::new(Arc::clone(&self.file), geometry, table);
+        let words = u64::from(self.metadata.header().refcount_table_clusters)
+            << (geometry.cluster_bits - 3);
+        let table = read_words(
+            &*self.metadata.file,
+            self.metadata.header().refcount_table_offset,
+            words as usize,
+        )?;
+        let mut refcounts = Refcounts::new(Arc::clone(&self.metadata.file), geometry, table);
         let (mut used, mut cluster) = (0, 0);
         // Every block takes up space: an image with more of them than space is damaged.
         for _ in 0..=real {

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering::Acquire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Allocator;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
@@ -118,15 +118,16 @@ impl Qcow2 {
         let is_bad = self.is_bad(cluster, 0, &tables, &mut allocator)?;
         drop((tables, allocator));
         match is_bad {
-            true => Err(self
-                .note_damage(self.corrupt("an L2 entry points to metadata or to nothing", table))),
+            true => Err(self.metadata.note_damage(
+                self.metadata.corrupt("an L2 entry points to metadata or to nothing", table),
+            )),
             false => Ok(()),
         }
     }
 
     fn not_its_own(&self, offset: u64) -> Error {
         let detail = "an L1 entry points to a place that is not its own";
-        self.note_damage(self.corrupt(detail, offset))
+        self.metadata.note_damage(self.metadata.corrupt(detail, offset))
     }
 
     /// Refuses a change through an entry that must not be followed. `words` are the table's, and
@@ -151,8 +152,9 @@ impl Qcow2 {
         let index = self.geometry().l2_index(guest) as u32;
         match bad_entries.binary_search(&index) {
             Ok(_) => {
-                let error = self.corrupt("an L2 entry points to metadata or to nothing", guest);
-                Err(self.note_damage(error))
+                let error =
+                    self.metadata.corrupt("an L2 entry points to metadata or to nothing", guest);
+                Err(self.metadata.note_damage(error))
             }
             Err(_) => Ok(()),
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 pub(in crate::qcow2) use crate::mapping::Lookup;
 use crate::qcow2::Qcow2;
 use crate::qcow2::map::cache::Table;
@@ -29,7 +29,7 @@ impl Qcow2 {
     ) -> Result<Option<Option<Arc<Table>>>> {
         let entry = match self.l1.get(l1_index as usize) {
             Some(entry) => entry.load(Acquire),
-            None => return Err(self.corrupt("the L1 table is too short", 0)),
+            None => return Err(self.metadata.corrupt("the L1 table is too short", 0)),
         };
         let offset = entry & OFFSET_MASK;
         if offset == 0 {
@@ -46,13 +46,17 @@ impl Qcow2 {
     fn read_table(&self, offset: u64) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         if geometry.in_cluster(offset) != 0 {
-            return Err(self.corrupt("an L1 entry points into the middle of a cluster", offset));
+            return Err(self
+                .metadata
+                .corrupt("an L1 entry points into the middle of a cluster", offset));
         }
-        let length = self.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
+        let length = self.metadata.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
         if offset >= length {
-            return Err(self.corrupt("an L2 table lies behind the end of the file", offset));
+            return Err(self
+                .metadata
+                .corrupt("an L2 table lies behind the end of the file", offset));
         }
-        read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)
+        read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)
     }
 
     /// Decodes the entry of a table that belongs to a guest offset.
@@ -61,7 +65,7 @@ impl Qcow2 {
         let index = geometry.l2_index(guest) * geometry.entry_words();
         let entry = words[index];
         let bitmap = if geometry.extended_l2 { words[index + 1] } else { 0 };
-        self.format.decode(entry, bitmap).map_err(|detail| self.corrupt(detail, guest))
+        self.format.decode(entry, bitmap).map_err(|detail| self.metadata.corrupt(detail, guest))
     }
 
     /// Appends the pieces of a range that lies within one L2 table, of at most `max_entries` entries.
@@ -142,16 +146,6 @@ impl Qcow2 {
             position = stop;
         }
         Ok(true)
-    }
-
-    pub(in crate::qcow2) fn corrupt(&self, detail: &str, offset: u64) -> Error {
-        let detail =
-            format!("its metadata is damaged: {detail}; check it with 'nbd-cli image check'");
-        let error = Error::new(ErrorKind::Corrupt, "use", detail).at(offset);
-        match &self.path {
-            Some(path) => error.with_path(path),
-            None => error,
-        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError};
 use crate::error::Result;
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::on_disk::l2::{COPIED, Cluster};
@@ -50,10 +50,10 @@ impl Qcow2 {
         // Written whole now, so that a full disk is noticed now and not by a flush.
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
         let offset = HostOffset::new(reserved.offset);
-        if let Err(error) = self.file.write_at(offset, &bytes, Durability::Cached) {
+        if let Err(error) = self.metadata.file.write_at(offset, &bytes, Durability::Cached) {
             self.release(&[reserved]);
             let guest = GuestOffset::new(l1_index * geometry.l2_coverage());
-            return Err(self.io("write an L2 table of", error, guest));
+            return Err(self.metadata.io("write an L2 table of", error, guest));
         }
         // What is bad in a table that is moved is found anew.
         let table = Arc::new(Table::new(reserved.offset, words));

@@ -8,21 +8,21 @@
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
 use crate::error::{Error, Result};
-use crate::qcow2::Qcow2;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
 
 const EIO: i32 = libc::EIO;
 
-impl Qcow2 {
+impl MetadataFile {
     /// How many syncs have failed so far.
     pub(in crate::qcow2) fn failed_syncs(&self) -> u64 {
-        self.writer.as_ref().map_or(0, |writer| writer.failed_syncs.load(Acquire))
+        self.failed_syncs.load(Acquire)
     }
 
     /// Counts a sync, or a change of the header that ends with one, if it failed.
     pub(in crate::qcow2) fn count_failed<T>(&self, synced: Result<T>) -> Result<T> {
-        if let (Err(error), Some(writer)) = (&synced, &self.writer) {
-            writer.failed_sync_code.store(error.raw_os_error().unwrap_or(EIO), Release);
-            writer.failed_syncs.fetch_add(1, AcqRel);
+        if let Err(error) = &synced {
+            self.failed_sync_code.store(error.raw_os_error().unwrap_or(EIO), Release);
+            self.failed_syncs.fetch_add(1, AcqRel);
         }
         synced
     }
@@ -36,12 +36,11 @@ impl Qcow2 {
         Err(self.lost("what was written just now may be lost; try again"))
     }
 
-    /// Flushes for somebody who relies on it for everything that was written since the last flush that
-    /// succeeded.
-    pub(in crate::qcow2) fn flush_for_caller(&self) -> Result<()> {
-        let flushed = self.flush_all();
+    /// What a caller is told who relies on a flush for everything that was written since the last one
+    /// that succeeded.
+    pub(in crate::qcow2) fn report_failed(&self, flushed: Result<()>) -> Result<()> {
         let failed = self.failed_syncs();
-        let reported = self.writer()?.reported_syncs.fetch_max(failed, AcqRel);
+        let reported = self.reported_syncs.fetch_max(failed, AcqRel);
         if flushed.is_ok() && reported < failed {
             let detail = "what was written since the last flush that succeeded may be lost";
             return Err(self.lost(detail));
@@ -50,7 +49,7 @@ impl Qcow2 {
     }
 
     fn lost(&self, consequence: &str) -> Error {
-        let code = self.writer.as_ref().map_or(EIO, |it| it.failed_sync_code.load(Acquire));
+        let code = self.failed_sync_code.load(Acquire);
         let error = Error::from_io("flush", std::io::Error::from_raw_os_error(code));
         let explanation = format!("a sync of another operation has failed, so {consequence}");
         self.named(error.explained(&explanation))

@@ -8,43 +8,36 @@
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::header::{field, incompatible};
 
-impl Qcow2 {
-    /// Makes a change that leaves refcounts and COPIED bits wrong if it ends half way.
-    pub(in crate::qcow2) fn while_dirty(
-        &mut self,
-        change: impl FnOnce(&mut Self) -> Result<()>,
-    ) -> Result<()> {
-        if self.header.version < 3 {
-            return change(self);
+impl MetadataFile {
+    /// Says in the header, durably, whether refcounts and COPIED bits may be wrong.
+    pub(in crate::qcow2) fn mark_dirty(&self, is_dirty: bool) -> Result<()> {
+        if self.header().version < 3 {
+            return Ok(());
         }
-        self.header.incompatible |= incompatible::DIRTY;
-        self.write_marks()?;
-        // After an error the mark stays: the next one who opens the image repairs it.
-        change(self)?;
-        self.header.incompatible &= !incompatible::DIRTY;
+        self.update_header(|header| match is_dirty {
+            true => header.incompatible |= incompatible::DIRTY,
+            false => header.incompatible &= !incompatible::DIRTY,
+        });
         self.write_marks()
     }
 
     fn write_marks(&self) -> Result<()> {
-        let corrupt = if self.is_corrupt() { incompatible::CORRUPT } else { 0 };
-        let features = self.header.incompatible | corrupt;
+        let corrupt = if self.is_corrupt.load(Acquire) { incompatible::CORRUPT } else { 0 };
+        let features = self.header().incompatible | corrupt;
         self.write_header(field::INCOMPATIBLE, &features.to_be_bytes())?;
         self.sync_header()
-    }
-
-    fn is_corrupt(&self) -> bool {
-        self.writer.as_ref().is_some_and(|writer| writer.is_corrupt.load(Acquire))
     }
 
     /// If an error that a change met says that the metadata is damaged, marks the image and keeps
     /// everybody from writing on.
     pub(in crate::qcow2) fn note_damage(&self, error: Error) -> Error {
-        if let (Some(writer), ErrorKind::Corrupt) = (&self.writer, error.kind())
-            && !writer.is_corrupt.swap(true, Release)
-            && self.header.version >= 3
+        if self.is_writable()
+            && error.kind() == ErrorKind::Corrupt
+            && !self.is_corrupt.swap(true, Release)
+            && self.header().version >= 3
         {
             // If the mark cannot be written, this process refuses to go on all the same.
             let _ = self.write_marks();
@@ -54,7 +47,7 @@ impl Qcow2 {
 
     /// Refuses to change an image in which damage was found.
     pub(in crate::qcow2) fn refuse_if_corrupt(&self) -> Result<()> {
-        if !self.is_corrupt() {
+        if !self.is_corrupt.load(Acquire) {
             return Ok(());
         }
         let detail = "its metadata was found damaged, so nothing is written to it any more; repair \

@@ -1,8 +1,8 @@
-//! The header while the image is open, marks in it, and the order of flushes.
+//! The header while the image is open, marks in it, and what is known about syncs.
 
 pub(super) mod backing_change;
 pub(super) mod failed_sync;
-pub(super) mod flush;
 pub(super) mod header_edit;
 pub(super) mod marks;
+pub(super) mod metadata_file;
 pub(super) mod seal;

@@ -15,9 +15,8 @@ use rustix::fs::{AtFlags, StatxFlags, Timespec, Timestamps, futimens, statx};
 use crate::backup::{Backup, BackupBase, BackupIdentity, Uuid};
 use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::reserve::lock;
 use crate::qcow2::metadata::header_edit::{change_autoclear, replace_extension, rewrite_autoclear};
+use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};
 use crate::qcow2::purpose::Purpose;
@@ -103,14 +102,12 @@ impl FileTimes {
     }
 }
 
-impl Qcow2 {
+impl MetadataFile {
     /// What the file says about the backup that it is.
     pub(crate) fn backup(&self) -> Option<Backup> {
-        let Sealed { identity, length, times } = decode(self.header.extensions.backup.as_deref()?)?;
-        let is_sealed = match &self.writer {
-            None => self.header.autoclear & autoclear::SEAL != 0,
-            Some(_) => self.is_sealed(),
-        };
+        let Sealed { identity, length, times } =
+            decode(self.header().extensions.backup.as_deref()?)?;
+        let is_sealed = self.is_sealed();
         let now = self.file.as_fd().and_then(FileTimes::of);
         let was_modified = times.zip(now).is_some_and(|(then, now)| then.was_modified(now));
         let is_unchanged = is_sealed && !was_modified && self.file.len().ok() == Some(length);
@@ -120,7 +117,7 @@ impl Qcow2 {
     /// Whether the header says that the file is as the backup left it. Before the first change it
     /// must not.
     pub(in crate::qcow2) fn is_sealed(&self) -> bool {
-        self.bitmaps.is_sealed.load(Acquire)
+        self.is_sealed.load(Acquire)
     }
 
     /// Has the header say no longer that the file is as the backup left it.
@@ -128,10 +125,8 @@ impl Qcow2 {
         if !self.is_sealed() {
             return Ok(());
         }
-        let _editing = lock(&self.header_edit);
-        let broken = rewrite_autoclear(&*self.file, 0, autoclear::SEAL);
-        self.count_failed(broken.map_err(|error| self.named(error)))?;
-        self.bitmaps.is_sealed.store(false, Release);
+        self.edit_header(|file, _| rewrite_autoclear(file, 0, autoclear::SEAL))?;
+        self.is_sealed.store(false, Release);
         Ok(())
     }
 }

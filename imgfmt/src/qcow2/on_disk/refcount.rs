@@ -1,7 +1,7 @@
 //! Refcounts: how many references each cluster of the file has.
 //!
 //! A refcount table names refcount blocks; a block is an array of counts, 1 to 64 bits wide. Blocks
-//! are cached; changed ones stay in memory until [`flush`](crate::qcow2::metadata::flush) has written them.
+//! are cached; changed ones stay in memory until [`flush`](crate::qcow2::flush) has written them.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering::Acquire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot::Snapshot;
@@ -23,7 +23,7 @@ impl Qcow2 {
             return Err(Error::new(ErrorKind::InvalidInput, "resize", detail));
         }
         self.refuse_unknown_sizes(&self.snapshots()?)?;
-        self.refuse_if_corrupt()?;
+        self.metadata.refuse_if_corrupt()?;
         let old_size = self.size;
         drop(self.before_change(span(0, 0))?);
         // What is cut off and added again is clean, and not what it was.
@@ -48,14 +48,15 @@ impl Qcow2 {
         self.resize_data_file(old_size, size)?;
         self.flush_all()?;
         self.bitmaps_before_resize()?;
-        self.write_disk_fields(size, self.header.l1_entries, self.header.l1_offset)?;
+        let header = self.metadata.header();
+        self.write_disk_fields(size, header.l1_entries, header.l1_offset)?;
         self.store_resized_bitmaps()
     }
 
     /// Refuses a change of the size where a snapshot does not say its own: it would be taken for the
     /// disk's. As in QEMU, version 2 is not trusted to say it.
     pub(in crate::qcow2) fn refuse_unknown_sizes(&self, snapshots: &[Snapshot]) -> Result<()> {
-        let is_known = |snapshot: &Snapshot| self.header.version >= 3 && snapshot.extra.len() >= 16;
+        let is_known = |snapshot: &Snapshot| self.format.version >= 3 && snapshot.extra.len() >= 16;
         let Some(unknown) = snapshots.iter().find(|snapshot| !is_known(snapshot)) else {
             return Ok(());
         };
@@ -81,16 +82,18 @@ impl Qcow2 {
         // Between them is the method of encryption: none.
         fields[12..16].copy_from_slice(&l1_entries.to_be_bytes());
         fields[16..].copy_from_slice(&l1_offset.to_be_bytes());
-        self.write_header(field::SIZE, &fields)?;
+        self.metadata.write_header(field::SIZE, &fields)?;
         // Whether the sync succeeds or not, this is what the file says now.
         let old_size = std::mem::replace(&mut self.size, size);
-        self.header.size = size;
-        self.header.l1_entries = l1_entries;
-        self.header.l1_offset = l1_offset;
+        self.metadata.update_header(|header| {
+            header.size = size;
+            header.l1_entries = l1_entries;
+            header.l1_offset = l1_offset;
+        });
         if size != old_size {
             self.resize_bitmaps(old_size);
         }
-        self.sync_header()
+        self.metadata.sync_header()
     }
 
     /// Gives the data file the length of the disk, as QEMU does: a raw one is to be the disk.
@@ -98,7 +101,7 @@ impl Qcow2 {
         if !self.format.has_data_file {
             return Ok(());
         }
-        let name = |error| self.named(Error::from_io("resize the data file of", error));
+        let name = |error| self.metadata.named(Error::from_io("resize the data file of", error));
         let length = self.data.len().map_err(name)?;
         if size > old_size && length > old_size {
             // What lies behind the end of the disk was never part of it.
@@ -143,14 +146,15 @@ impl Qcow2 {
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
         // The refcounts and whatever the table points to must be there before the header is.
-        let prepared = self.write_metadata(reserved.offset, &bytes).and_then(|()| self.flush_all());
+        let prepared = self.metadata.write(reserved.offset, &bytes).and_then(|()| self.flush_all());
         if let Err(error) = prepared {
             self.release(&[reserved]);
             return Err(error);
         }
-        let (old_offset, old_entries) = (self.header.l1_offset, self.header.l1_entries);
+        let old = self.metadata.header();
+        let (old_offset, old_entries) = (old.l1_offset, old.l1_entries);
         let switched = self.write_disk_fields(size, l1.len() as u32, reserved.offset);
-        if self.header.l1_offset != reserved.offset {
+        if self.metadata.header().l1_offset != reserved.offset {
             return switched;
         }
         // Whether the sync succeeded or not, the file names the new table now, so later changes must
@@ -158,7 +162,7 @@ impl Qcow2 {
         let old_bytes = u64::from(old_entries) * 8;
         self.l1 = l1.into_iter().map(AtomicU64::new).collect();
         let writer = self.writer()?;
-        let new_end = reserved.offset + u64::from(self.header.l1_entries) * 8;
+        let new_end = reserved.offset + u64::from(self.metadata.header().l1_entries) * 8;
         lock(&writer.allocator).protected.push((reserved.offset, new_end));
         switched?;
         let is_old = |range: &(u64, u64)| *range == (old_offset, old_offset + old_bytes);

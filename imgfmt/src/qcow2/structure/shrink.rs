@@ -8,7 +8,7 @@
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
 use crate::qcow2::on_disk::words::read_words;
@@ -29,7 +29,7 @@ impl Qcow2 {
             *entry = offset | COPIED;
         }
         let switched = if l1 == old {
-            self.write_disk_fields(size, old.len() as u32, self.header.l1_offset)
+            self.write_disk_fields(size, old.len() as u32, self.metadata.header().l1_offset)
         } else {
             self.replace_l1(l1, size)
         };
@@ -58,7 +58,7 @@ impl Qcow2 {
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
                 let cluster = self.format.decode(entry[0], bitmap);
-                let cluster = cluster.map_err(|detail| self.corrupt(detail, offset))?;
+                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
                 freed.extend(self.references(cluster, None, true));
             }
             let writer = self.writer()?;
@@ -73,7 +73,7 @@ impl Qcow2 {
     fn words_behind(&self, end: u64, l1_index: u64, offset: u64) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         let length = (geometry.cluster_size() / 8) as usize;
-        let words = read_words(&*self.file, offset, length)?;
+        let words = read_words(&*self.metadata.file, offset, length)?;
         let is_cut = geometry.l1_index(end) == l1_index;
         let first = if is_cut { geometry.l2_index(end) * geometry.entry_words() } else { 0 };
         Ok(words[first..].to_vec())
@@ -112,7 +112,7 @@ impl Qcow2 {
                 if guest >= end && entry.iter().any(|word| *word != 0) {
                     self.refuse_bad(&table, &content.words, guest)?;
                     let decoded = self.decode(&content.words, guest);
-                    decoded.map_err(|error: Error| self.note_damage(error))?;
+                    decoded.map_err(|error: Error| self.metadata.note_damage(error))?;
                 }
             }
         }

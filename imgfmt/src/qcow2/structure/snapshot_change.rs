@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed};
-use crate::qcow2::alloc::reserve::lock;
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::TableCache;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
@@ -24,7 +24,7 @@ use crate::qcow2::open::tables_max;
 impl Qcow2 {
     /// The snapshots in the order in which they were made.
     pub(crate) fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        snapshot::read_table(&*self.file, &self.header)
+        snapshot::read_table(&*self.metadata.file, &self.metadata.header())
     }
 
     /// Keeps the present state under a name.
@@ -73,7 +73,8 @@ impl Qcow2 {
         self.prepare_for_snapshots()?;
         let snapshots = self.snapshots()?;
         let snapshot = snapshot::find(&snapshots, name)?.clone();
-        let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
+        let l1 =
+            read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         // Anything may differ from what the disk is now.
         drop(self.before_change(span(0, self.size))?);
         let is_resized = snapshot.disk_size != self.size;
@@ -105,7 +106,8 @@ impl Qcow2 {
         let mut snapshots = self.snapshots()?;
         let snapshot = snapshot::find(&snapshots, name)?.clone();
         snapshots.retain(|other| *other != snapshot);
-        let l1 = read_words(&*self.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
+        let l1 =
+            read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         // Before anything changes: a place that is not the snapshot's to give away is met here.
         let clusters = self.clusters_below(&l1)?;
         self.while_dirty(|image| {
@@ -136,6 +138,14 @@ impl Qcow2 {
         })
     }
 
+    /// Makes a change that leaves refcounts and COPIED bits wrong if it ends half way.
+    fn while_dirty(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
+        self.metadata.mark_dirty(true)?;
+        // After an error the mark stays: the next one who opens the image repairs it.
+        change(self)?;
+        self.metadata.mark_dirty(false)
+    }
+
     fn prepare_for_snapshots(&mut self) -> Result<()> {
         if self.format.has_data_file {
             return Err(unfit("an image with a data file cannot have snapshots"));
@@ -149,7 +159,7 @@ impl Qcow2 {
     /// Makes sure that nobody is moving bytes by a lease, and that refcounts say exactly what is
     /// referenced.
     fn require_nobody(&self) -> Result<()> {
-        self.refuse_if_corrupt()?;
+        self.metadata.refuse_if_corrupt()?;
         self.flush_all()?;
         let writer = self.writer()?;
         // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
@@ -206,11 +216,12 @@ impl Qcow2 {
             }
             self.refuse_bad_table(offset)?;
             clusters.push(offset >> geometry.cluster_bits);
-            let words = read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)?;
+            let words =
+                read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
                 let cluster = self.format.decode(entry[0], bitmap);
-                let cluster = cluster.map_err(|detail| self.corrupt(detail, offset))?;
+                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
                 self.refuse_bad_cluster(cluster, offset)?;
                 let references = self.references(cluster, None, false);
                 clusters.extend(references.iter().map(|freed| freed.cluster));
@@ -224,16 +235,19 @@ impl Qcow2 {
         let bytes = snapshot::encode_table(snapshots);
         let offset = if bytes.is_empty() { 0 } else { self.write_new(&bytes)? };
         self.flush_all()?;
-        let old = (self.header.snapshots_offset, snapshot::table_length(&self.snapshots()?));
+        let old =
+            (self.metadata.header().snapshots_offset, snapshot::table_length(&self.snapshots()?));
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&(snapshots.len() as u32).to_be_bytes());
         fields[4..].copy_from_slice(&offset.to_be_bytes());
-        self.write_header(field::SNAPSHOT_COUNT, &fields)?;
+        self.metadata.write_header(field::SNAPSHOT_COUNT, &fields)?;
         // Whether the sync succeeds or not, this is what the file says now.
-        self.header.snapshots_offset = offset;
-        self.header.snapshot_count = snapshots.len() as u32;
+        self.metadata.update_header(|header| {
+            header.snapshots_offset = offset;
+            header.snapshot_count = snapshots.len() as u32;
+        });
         self.snapshot_places = Self::places_of(offset, snapshots);
-        self.sync_header()?;
+        self.metadata.sync_header()?;
         self.free_place(old.0, old.1)?;
         self.flush_all()
     }
@@ -245,7 +259,7 @@ impl Qcow2 {
         let reserved = self.reserve_exact(clusters)?;
         let mut padded = bytes.to_vec();
         padded.resize((clusters << geometry.cluster_bits) as usize, 0);
-        let written = self.write_metadata(reserved.offset, &padded);
+        let written = self.metadata.write(reserved.offset, &padded);
         written.inspect_err(|_| self.release(&[reserved])).map(|()| reserved.offset)
     }
 
@@ -290,13 +304,13 @@ impl Qcow2 {
                 continue;
             }
             let mut words =
-                read_words(&*self.file, offset, (geometry.cluster_size() / 8) as usize)?;
+                read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
             let mut allocator = lock(&writer.allocator);
             let mut is_changed = false;
             for entry in words.chunks_exact_mut(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
                 let cluster = self.format.decode(entry[0], bitmap);
-                let cluster = cluster.map_err(|detail| self.corrupt(detail, offset))?;
+                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
                 let Some(host) = cluster.host else { continue };
                 let is_ours = allocator.refcounts.refcount(host >> geometry.cluster_bits)? == 1;
                 is_changed |= cluster.copied != is_ours;
@@ -305,7 +319,7 @@ impl Qcow2 {
             let is_ours = allocator.refcounts.refcount(offset >> geometry.cluster_bits)? == 1;
             drop(allocator);
             if is_changed {
-                self.write_metadata(offset, &words_to_bytes(&words))?;
+                self.metadata.write(offset, &words_to_bytes(&words))?;
             }
             let wanted = if is_ours { offset | COPIED } else { offset };
             if wanted != entry {

@@ -12,14 +12,14 @@
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, PoisonError};
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Batch, Freed, TablePlace};
-use crate::qcow2::alloc::reserve::{Writer, lock};
+use crate::qcow2::alloc::reserve::Writer;
+use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::{DirtyPart, Table};
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;
-use crate::storage::Durability;
 use crate::units::HostOffset;
 
 /// A copy of all metadata that is not on disk, taken at one instant.
@@ -44,7 +44,7 @@ impl Qcow2 {
             return Ok(()); // Somebody's flush began after this call and has succeeded.
         }
         let covers = writer.flush_calls.load(Acquire);
-        if !writer.has_changes() {
+        if !self.has_changes(writer) {
             self.sync_data()?;
         } else {
             self.flush_changes(writer)?;
@@ -54,15 +54,20 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Whether some change of metadata is not known to be on disk.
+    fn has_changes(&self, writer: &Writer) -> bool {
+        writer.has_changes() || self.metadata.has_header_writes()
+    }
+
     fn flush_changes(&self, writer: &Writer) -> Result<()> {
         let (mut changes, generation, change_count) = {
             let _gate = writer.commit_gate.write().unwrap_or_else(PoisonError::into_inner);
             let change_count = writer.changes.load(Acquire);
             (self.take_changes(writer), writer.leases.close_generation(), change_count)
         };
-        let since = self.failed_syncs();
+        let since = self.metadata.failed_syncs();
         let written = self.write_changes(&changes);
-        let result = written.and_then(|()| self.refuse_lost_since(since));
+        let result = written.and_then(|()| self.metadata.refuse_lost_since(since));
         let mut freed = std::mem::take(&mut changes.freed);
         if result.is_err() {
             lock(&writer.freed).append(&mut freed);
@@ -116,14 +121,14 @@ impl Qcow2 {
     }
 
     fn write_changes(&self, changes: &Changes) -> Result<()> {
-        self.repeat_header_writes()?;
+        self.metadata.repeat_header_writes()?;
         for block in &changes.blocks {
-            self.write_metadata(block.offset, &block.bytes)?;
+            self.metadata.write(block.offset, &block.bytes)?;
         }
         self.sync_data()?;
         let mut file_is_synced = !self.format.has_data_file;
         if self.format.has_data_file && !changes.blocks.is_empty() {
-            self.sync_file()?;
+            self.metadata.sync()?;
             file_is_synced = true;
         }
         if let Some((place, table)) = &changes.moved_table {
@@ -131,37 +136,37 @@ impl Qcow2 {
         } else if !changes.table_entries.is_empty() {
             let offset = lock(&self.writer()?.allocator).table_place.offset;
             for (index, entry) in &changes.table_entries {
-                self.write_metadata(offset + *index as u64 * 8, &entry.to_be_bytes())?;
+                self.metadata.write(offset + *index as u64 * 8, &entry.to_be_bytes())?;
             }
-            self.sync_file()?;
+            self.metadata.sync()?;
         }
         for (table, part) in &changes.tables {
-            self.write_metadata(table.offset + part.first_word as u64 * 8, &part.bytes)?;
+            self.metadata.write(table.offset + part.first_word as u64 * 8, &part.bytes)?;
             file_is_synced = false;
         }
         if !changes.l1.is_empty() {
             // New L2 tables must be there before anything points to them.
-            self.sync_file()?;
+            self.metadata.sync()?;
             for (index, entry) in &changes.l1 {
-                let offset = self.header.l1_offset + *index as u64 * 8;
-                self.write_metadata(offset, &entry.to_be_bytes())?;
+                let offset = self.metadata.header().l1_offset + *index as u64 * 8;
+                self.metadata.write(offset, &entry.to_be_bytes())?;
             }
             file_is_synced = false;
         }
-        if file_is_synced { Ok(()) } else { self.sync_file() }
+        if file_is_synced { Ok(()) } else { self.metadata.sync() }
     }
 
     /// Writes a larger refcount table to its new place and makes the header point to it.
     fn switch_refcount_table(&self, place: TablePlace, table: &[u64]) -> Result<()> {
         let mut bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize((place.clusters * self.geometry().cluster_size()) as usize, 0);
-        self.write_metadata(place.offset, &bytes)?;
-        self.sync_file()?;
+        self.metadata.write(place.offset, &bytes)?;
+        self.metadata.sync()?;
         let mut fields = [0; 12];
         fields[..8].copy_from_slice(&place.offset.to_be_bytes());
         fields[8..].copy_from_slice(&(place.clusters as u32).to_be_bytes());
-        self.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
-        self.sync_header()
+        self.metadata.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
+        self.metadata.sync_header()
     }
 
     fn note_moved_table(
@@ -215,11 +220,11 @@ impl Qcow2 {
         };
         // The hole must be there before anyone can reserve the cluster and write to it.
         let bits = self.geometry().cluster_bits;
-        self.note_alive();
+        self.metadata.note_alive();
         for run in punched.chunk_by(|a, b| a + 1 == *b) {
             let length = (run.len() as u64) << bits;
             // Giving space back is a courtesy to the file system; without it nothing is wrong.
-            let _ = self.file.punch_hole(HostOffset::new(run[0] << bits), length);
+            let _ = self.metadata.file.punch_hole(HostOffset::new(run[0] << bits), length);
         }
         let mut allocator = lock(&writer.allocator);
         // A refcount that cannot be changed leaves a leaked cluster, which harms nobody. But one
@@ -228,7 +233,7 @@ impl Qcow2 {
         let damage = errors.filter(|error| error.kind() == ErrorKind::Corrupt).last();
         drop(allocator);
         if let Some(damage) = damage {
-            drop(self.note_damage(damage));
+            drop(self.metadata.note_damage(damage));
         }
         writer.note_change();
     }
@@ -243,7 +248,7 @@ impl Qcow2 {
         // The first flush may have moved the refcount table and so freed the old one.
         for _ in 0..2 {
             self.release_all_freed(writer);
-            if writer.has_changes() {
+            if self.has_changes(writer) {
                 self.flush_all()?;
             }
         }
@@ -255,66 +260,24 @@ impl Qcow2 {
     /// writes any more, and what is missing reads as zero here: failures do not matter.
     fn end_with_cluster(&self, writer: &Writer) {
         let cluster_size = self.geometry().cluster_size();
-        let Ok(length) = self.file.len() else { return };
+        let Ok(length) = self.metadata.file.len() else { return };
         let compressed_end = lock(&writer.allocator).compressed_at.unwrap_or(0);
         let is_whole =
             length.is_multiple_of(cluster_size) || length == compressed_end.next_multiple_of(512);
         if writer.changes.load(Acquire) > 0 && !is_whole {
-            let _ = self.file.set_len(length.next_multiple_of(cluster_size));
+            let _ = self.metadata.file.set_len(length.next_multiple_of(cluster_size));
         }
     }
 
-    pub(in crate::qcow2) fn write_metadata(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.note_alive();
-        self.file
-            .write_at(HostOffset::new(offset), bytes, Durability::Cached)
-            .map_err(|error| Error::from_io("write the metadata of", error).at(offset))
-            .map_err(|error| self.named(error))
-    }
-
-    /// Writes fields of the header. They are valid from then on; until
-    /// [`sync_header`](Self::sync_header) succeeds it is not known whether they are on disk.
-    pub(in crate::qcow2) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
-        self.write_metadata(place, bytes)?;
-        if let Some(writer) = &self.writer {
-            lock(&writer.header_writes).insert(place, bytes.to_vec());
-        }
-        Ok(())
-    }
-
-    /// Syncs what was written to the header. If that fails the next flush writes it again: the
-    /// kernel may have dropped it.
-    pub(in crate::qcow2) fn sync_header(&self) -> Result<()> {
-        let writes = self.writer.as_ref().map(|writer| lock(&writer.header_writes).clone());
-        self.sync_file()?;
-        if let (Some(writer), Some(writes)) = (&self.writer, writes) {
-            lock(&writer.header_writes).retain(|place, bytes| writes.get(place) != Some(bytes));
-        }
-        Ok(())
-    }
-
-    fn repeat_header_writes(&self) -> Result<()> {
-        let writes = lock(&self.writer()?.header_writes).clone();
-        if writes.is_empty() {
-            return Ok(());
-        }
-        // What they lead to was on disk before they were written first.
-        for (place, bytes) in &writes {
-            self.write_metadata(*place, bytes)?;
-        }
-        self.sync_header()
+    /// Flushes for somebody who relies on it for everything that was written since the last flush that
+    /// succeeded.
+    pub(in crate::qcow2) fn flush_for_caller(&self) -> Result<()> {
+        self.metadata.report_failed(self.flush_all())
     }
 
     /// Syncs the file that holds the data.
     fn sync_data(&self) -> Result<()> {
-        let synced = self.data.sync().map_err(|error| self.named(Error::from_io("flush", error)));
-        self.count_failed(synced)
-    }
-
-    /// Syncs the file that holds the metadata.
-    pub(in crate::qcow2) fn sync_file(&self) -> Result<()> {
-        let synced = self.file.sync().map_err(|error| self.named(Error::from_io("flush", error)));
-        self.count_failed(synced)
+        self.metadata.sync_storage(&*self.data)
     }
 }
 

@@ -1,0 +1,264 @@
+//! The file that holds an image's metadata, and its header.
+//!
+//! Everything that is written to it but tables and clusters of guest data passes here: whatever
+//! marks the image, edits its header, or has to know of a sync that failed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::lock::lock;
+use crate::qcow2::on_disk::header::{Header, autoclear};
+use crate::sidecar::Sidecar;
+use crate::storage::{Durability, Storage};
+use crate::units::{GuestOffset, HostOffset};
+
+/// The file that holds the metadata of one open image. The data is in it too unless there is a data
+/// file.
+#[derive(Debug)]
+pub(in crate::qcow2) struct MetadataFile {
+    pub(in crate::qcow2) file: Arc<dyn Storage>,
+    path: Option<PathBuf>,
+    is_writable: bool,
+    /// What the header says, or will when it has been written.
+    header: RwLock<Arc<Header>>,
+    /// Held while header extensions or autoclear bits change.
+    header_edit: Mutex<()>,
+    /// What was written to the header and is not known to be on disk, by its place there.
+    header_writes: Mutex<BTreeMap<u64, Vec<u8>>>,
+    /// The header says that the image is as the backup left it that it is.
+    pub(super) is_sealed: AtomicBool,
+    /// The metadata is damaged: nothing may be changed any more.
+    pub(super) is_corrupt: AtomicBool,
+    /// Counts syncs that failed, and how many of them a flush has reported.
+    pub(super) failed_syncs: AtomicU64,
+    pub(super) reported_syncs: AtomicU64,
+    /// The operating system's code of the last one.
+    pub(super) failed_sync_code: AtomicI32,
+    /// The sidecar to which the modification time of the file matters.
+    sidecar: Mutex<Option<Arc<Sidecar>>>,
+}
+
+impl MetadataFile {
+    pub(in crate::qcow2) fn new(
+        file: Arc<dyn Storage>,
+        path: Option<&Path>,
+        header: Header,
+        is_writable: bool,
+    ) -> Self {
+        Self {
+            file,
+            path: path.map(Path::to_owned),
+            is_writable,
+            is_sealed: AtomicBool::new(header.autoclear & autoclear::SEAL != 0),
+            header: RwLock::new(Arc::new(header)),
+            header_edit: Mutex::new(()),
+            header_writes: Mutex::default(),
+            is_corrupt: AtomicBool::new(false),
+            failed_syncs: AtomicU64::new(0),
+            reported_syncs: AtomicU64::new(0),
+            failed_sync_code: AtomicI32::new(0),
+            sidecar: Mutex::default(),
+        }
+    }
+
+    pub(in crate::qcow2) fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
+    }
+
+    /// Whether the image was opened for writing.
+    pub(in crate::qcow2) fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
+    /// The header as it is now.
+    pub(in crate::qcow2) fn header(&self) -> Arc<Header> {
+        Arc::clone(&self.header.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Changes what is known about the header. Writing it is the caller's.
+    pub(in crate::qcow2) fn update_header(&self, update: impl FnOnce(&mut Header)) {
+        let mut header = self.header.write().unwrap_or_else(PoisonError::into_inner);
+        update(Arc::make_mut(&mut header));
+    }
+
+    /// Writes to the file. Nothing is known to be on disk before a sync.
+    pub(in crate::qcow2) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.note_alive();
+        self.file
+            .write_at(HostOffset::new(offset), bytes, Durability::Cached)
+            .map_err(|error| Error::from_io("write the metadata of", error).at(offset))
+            .map_err(|error| self.named(error))
+    }
+
+    /// Syncs the file.
+    pub(in crate::qcow2) fn sync(&self) -> Result<()> {
+        self.sync_storage(&*self.file)
+    }
+
+    /// Syncs the file or the data file.
+    pub(in crate::qcow2) fn sync_storage(&self, storage: &dyn Storage) -> Result<()> {
+        let synced = storage.sync().map_err(|error| self.named(Error::from_io("flush", error)));
+        self.count_failed(synced)
+    }
+
+    /// Writes fields of the header. They are valid from then on; until
+    /// [`sync_header`](Self::sync_header) succeeds it is not known whether they are on disk.
+    pub(in crate::qcow2) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
+        self.write(place, bytes)?;
+        lock(&self.header_writes).insert(place, bytes.to_vec());
+        Ok(())
+    }
+
+    /// Syncs what was written to the header. If that fails the next flush writes it again: the
+    /// kernel may have dropped it.
+    pub(in crate::qcow2) fn sync_header(&self) -> Result<()> {
+        let writes = lock(&self.header_writes).clone();
+        self.sync()?;
+        lock(&self.header_writes).retain(|place, bytes| writes.get(place) != Some(bytes));
+        Ok(())
+    }
+
+    /// Whether fields of the header were written that are not known to be on disk.
+    pub(in crate::qcow2) fn has_header_writes(&self) -> bool {
+        !lock(&self.header_writes).is_empty()
+    }
+
+    /// Writes them again, and syncs.
+    pub(in crate::qcow2) fn repeat_header_writes(&self) -> Result<()> {
+        let writes = lock(&self.header_writes).clone();
+        if writes.is_empty() {
+            return Ok(());
+        }
+        // What they lead to was on disk before they were written first.
+        for (place, bytes) in &writes {
+            self.write(*place, bytes)?;
+        }
+        self.sync_header()
+    }
+
+    /// Edits header extensions or autoclear bits in the file, one edit at a time. `edit` is given the
+    /// file and the size of its first cluster in bytes, and syncs; see
+    /// [`header_edit`](crate::qcow2::metadata::header_edit).
+    pub(in crate::qcow2) fn edit_header<T>(
+        &self,
+        edit: impl FnOnce(&dyn Storage, u64) -> Result<T>,
+    ) -> Result<T> {
+        let cluster_size = self.header().geometry.cluster_size();
+        let _editing = lock(&self.header_edit);
+        self.count_failed(edit(&*self.file, cluster_size).map_err(|error| self.named(error)))
+    }
+
+    /// Has a sidecar stamped, from now on, whenever the file changes; or none any more.
+    pub(in crate::qcow2) fn stamp_sidecar(&self, sidecar: Option<Arc<Sidecar>>) {
+        *lock(&self.sidecar) = sidecar;
+    }
+
+    /// Notes that the file is being changed by us: its modification time will be new.
+    pub(in crate::qcow2) fn note_alive(&self) {
+        if let Some(sidecar) = &*lock(&self.sidecar) {
+            sidecar.note_alive();
+        }
+    }
+
+    /// The error with the image's path in it.
+    pub(in crate::qcow2) fn named(&self, error: Error) -> Error {
+        match &self.path {
+            Some(path) => error.with_path(path),
+            None => error,
+        }
+    }
+
+    /// The error of an operation on the file or the data file, for bytes of the disk.
+    pub(in crate::qcow2) fn io(
+        &self,
+        operation: &'static str,
+        error: std::io::Error,
+        guest: GuestOffset,
+    ) -> Error {
+        self.named(Error::from_io(operation, error).at(guest.bytes()))
+    }
+
+    /// The error of metadata that cannot be right.
+    pub(in crate::qcow2) fn corrupt(&self, detail: &str, offset: u64) -> Error {
+        let detail =
+            format!("its metadata is damaged: {detail}; check it with 'nbd-cli image check'");
+        self.named(Error::new(ErrorKind::Corrupt, "use", detail).at(offset))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::on_disk::header::{MAGIC, field};
+    use crate::qcow2::purpose::Purpose;
+    use crate::storage::MemoryStorage;
+    use crate::storage::fault::FailingStorage;
+
+    /// An empty image of version 3 with clusters of 64 KiB.
+    fn opened(is_writable: bool) -> (Arc<FailingStorage>, MetadataFile) {
+        let mut bytes = vec![0; 4 << 16];
+        bytes[..4].copy_from_slice(&MAGIC);
+        for (at, value) in [(4, 3u32), (20, 16), (36, 1), (56, 1), (96, 4), (100, 104)] {
+            bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+        }
+        for (at, value) in [(24, 1u64 << 20), (40, 3 << 16), (48, 1 << 16)] {
+            bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        }
+        let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(&bytes)));
+        let header = Header::read(&*storage, Purpose::Use).unwrap();
+        let path = Some(Path::new("disk.qcow2"));
+        let file = MetadataFile::new(Arc::clone(&storage) as _, path, header, is_writable);
+        (storage, file)
+    }
+
+    fn field_of(storage: &FailingStorage, place: u64) -> u64 {
+        let mut bytes = [0; 8];
+        storage.read_exact_at(HostOffset::new(place), &mut bytes).unwrap();
+        u64::from_be_bytes(bytes)
+    }
+
+    #[test]
+    fn fields_of_the_header_that_a_failed_sync_lost_are_written_again() {
+        let (storage, file) = opened(true);
+        storage.lose_at_sync(0).unwrap();
+        file.write_header(field::SIZE, &(2u64 << 20).to_be_bytes()).unwrap();
+        let since = file.failed_syncs();
+        assert!(file.sync_header().is_err());
+        assert_eq!(field_of(&storage, field::SIZE), 1 << 20);
+        assert!(file.has_header_writes() && file.refuse_lost_since(since).is_err());
+        file.repeat_header_writes().unwrap();
+        assert_eq!(field_of(&storage, field::SIZE), 2 << 20);
+        assert!(!file.has_header_writes());
+    }
+
+    #[test]
+    fn a_failed_edit_of_the_header_names_the_image_and_is_reported_by_one_flush() {
+        let (storage, file) = opened(true);
+        storage.lose_at_sync(0).unwrap();
+        let edited = file.edit_header(|file, _| {
+            assert_eq!(file.len().unwrap(), 4 << 16);
+            crate::qcow2::metadata::header_edit::change_autoclear(file, 1, 0)
+        });
+        assert!(edited.unwrap_err().to_string().contains("disk.qcow2"));
+        assert!(file.report_failed(Ok(())).is_err());
+        assert!(file.report_failed(Ok(())).is_ok());
+    }
+
+    #[test]
+    fn damage_marks_an_image_that_is_open_for_writing_and_no_other() {
+        let damage = |file: &MetadataFile| file.note_damage(file.corrupt("it is wrong", 5));
+        let (storage, file) = opened(true);
+        file.mark_dirty(true).unwrap();
+        file.refuse_if_corrupt().unwrap();
+        damage(&file);
+        assert!(file.refuse_if_corrupt().is_err());
+        assert_eq!(field_of(&storage, field::INCOMPATIBLE), 0b11);
+        let (storage, file) = opened(false);
+        damage(&file);
+        file.refuse_if_corrupt().unwrap();
+        assert_eq!(field_of(&storage, field::INCOMPATIBLE), 0);
+    }
+}
