@@ -26,6 +26,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::Qcow2;
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::alloc::clusters::CountReferences;
 use crate::qcow2::on_disk::header::{autoclear, field, incompatible};
 use counts::Counts;
 use flags::Fix;
@@ -200,7 +201,7 @@ impl Qcow2 {
         }
         // What is about to be free must be free before it is counted.
         self.flush_all()?;
-        self.release_all_freed(self.writer()?);
+        self.clusters.release_all_freed();
         self.flush_all()?;
         let checker = Checker::run(self)?;
         if checker.report.corruptions > 0 || checker.is_incomplete || checker.is_unusable {
@@ -229,9 +230,10 @@ impl Qcow2 {
         let count = |cluster| (cluster, checker.counts.get(cluster));
         Ok((!checker.is_incomplete).then(|| clusters.map(count).collect()))
     }
+}
 
-    /// The numbers of the refcount blocks that count something to which the image on disk refers.
-    pub(super) fn used_refcount_blocks(&self) -> Result<HashSet<u64>> {
+impl CountReferences for Qcow2 {
+    fn used_refcount_blocks(&self) -> Result<HashSet<u64>> {
         let mut checker = Checker::new(self)?;
         checker.count_all()?;
         if checker.is_incomplete {

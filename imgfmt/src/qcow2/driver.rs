@@ -5,7 +5,6 @@ use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
 use crate::mapping::{Holes, Lease, Lookup};
-use crate::qcow2::alloc::lease::ClusterLease;
 use crate::qcow2::map::lookup::span;
 use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
@@ -28,12 +27,12 @@ impl Driver for Qcow2 {
     }
 
     fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
-        let _lease = self.lease();
+        let _lease = self.clusters.lease();
         self.read_range(offset, buffer)
     }
 
     fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead> {
-        let _lease = self.lease();
+        let _lease = self.clusters.lease();
         self.try_read_range(offset, buffer, holes)
     }
 
@@ -115,7 +114,7 @@ impl Driver for Qcow2 {
     }
 
     fn map_read(&self, range: GuestRange, holes: Holes, lookup: Lookup) -> Result<Option<Lease>> {
-        let lease = self.lease();
+        let lease = self.clusters.lease();
         let mut mappings = Vec::new();
         if !self.push_mappings(range, holes, lookup, &mut mappings)? {
             return Ok(None);
@@ -144,11 +143,6 @@ impl Driver for Qcow2 {
 }
 
 impl Qcow2 {
-    /// Keeps what is mapped from now on from being reused; needed only if anything can change.
-    fn lease(&self) -> Option<ClusterLease> {
-        self.writer.as_ref().map(|writer| writer.leases.take())
-    }
-
     fn flush_if(&self, durability: Durability) -> Result<()> {
         match durability {
             Durability::Cached => Ok(()),

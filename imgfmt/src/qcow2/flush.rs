@@ -12,26 +12,24 @@
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, PoisonError};
 
-use crate::error::{ErrorKind, Result};
+use crate::error::Result;
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::allocator::{Batch, Freed, TablePlace};
+use crate::qcow2::alloc::allocator::{Allocator, Freed, TablePlace};
 use crate::qcow2::alloc::reserve::Writer;
 use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::{DirtyPart, Table};
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;
-use crate::units::HostOffset;
 
 /// A copy of all metadata that is not on disk, taken at one instant.
 #[derive(Debug, Default)]
-struct Changes {
+struct Copied {
     blocks: Vec<DirtyBlock>,
     table_entries: Vec<(usize, u64)>,
     /// The whole refcount table and the place it moves to.
     moved_table: Option<(TablePlace, Vec<u64>)>,
     tables: Vec<(Arc<Table>, DirtyPart)>,
     l1: Vec<(usize, u64)>,
-    freed: Vec<Freed>,
 }
 
 impl Qcow2 {
@@ -44,48 +42,43 @@ impl Qcow2 {
             return Ok(()); // Somebody's flush began after this call and has succeeded.
         }
         let covers = writer.flush_calls.load(Acquire);
-        if !self.has_changes(writer) {
+        if !self.has_changes() {
             self.sync_data()?;
         } else {
             self.flush_changes(writer)?;
         }
         writer.flush_covers.store(covers, Release);
-        self.release_quarantine(writer);
+        self.clusters.release_quarantine();
         Ok(())
     }
 
     /// Whether some change of metadata is not known to be on disk.
-    fn has_changes(&self, writer: &Writer) -> bool {
-        writer.has_changes() || self.metadata.has_header_writes()
+    fn has_changes(&self) -> bool {
+        self.changes.are_pending() || self.metadata.has_header_writes()
     }
 
     fn flush_changes(&self, writer: &Writer) -> Result<()> {
-        let (mut changes, generation, change_count) = {
+        let (changes, (mut freed, generation), change_count) = {
             let _gate = writer.commit_gate.write().unwrap_or_else(PoisonError::into_inner);
-            let change_count = writer.changes.load(Acquire);
-            (self.take_changes(writer), writer.leases.close_generation(), change_count)
+            let change_count = self.changes.made();
+            (self.take_changes(writer)?, self.clusters.take_freed(), change_count)
         };
         let since = self.metadata.failed_syncs();
         let written = self.write_changes(&changes);
         let result = written.and_then(|()| self.metadata.refuse_lost_since(since));
-        let mut freed = std::mem::take(&mut changes.freed);
         if result.is_err() {
-            lock(&writer.freed).append(&mut freed);
+            self.clusters.return_freed(std::mem::take(&mut freed));
         }
-        // Also with nothing freed: what is freed later must wait for the leases of all generations
-        // that came before.
-        if !freed.is_empty() || !generation.has_ended() {
-            lock(&writer.quarantine).push_back(Batch { generation, freed });
-        }
-        let mut allocator = lock(&writer.allocator);
+        self.clusters.quarantine(generation, freed);
+        let mut allocator = self.clusters.allocator()?;
         allocator.refcounts.written(&changes.blocks, result.is_ok());
         match result {
             Ok(()) => {
                 if let Some((place, _)) = &changes.moved_table {
-                    self.note_moved_table(writer, &mut allocator, *place);
+                    self.note_moved_table(&mut allocator, *place);
                 }
                 drop(allocator);
-                writer.durable_changes.fetch_max(change_count, AcqRel);
+                self.changes.are_durable(change_count);
                 Ok(())
             }
             Err(error) => {
@@ -104,8 +97,8 @@ impl Qcow2 {
         }
     }
 
-    fn take_changes(&self, writer: &Writer) -> Changes {
-        let mut allocator = lock(&writer.allocator);
+    fn take_changes(&self, writer: &Writer) -> Result<Copied> {
+        let mut allocator = self.clusters.allocator()?;
         let blocks = allocator.refcounts.take_dirty();
         let dirty_entries = std::mem::take(&mut allocator.refcounts.dirty_entries);
         let table = &allocator.refcounts.table;
@@ -116,11 +109,10 @@ impl Qcow2 {
         let tables = self.tables.take_dirty();
         let l1 = std::mem::take(&mut *lock(&writer.dirty_l1));
         let l1 = l1.into_iter().map(|index| (index, self.l1[index].load(Acquire))).collect();
-        let freed = std::mem::take(&mut *lock(&writer.freed));
-        Changes { blocks, table_entries, moved_table, tables, l1, freed }
+        Ok(Copied { blocks, table_entries, moved_table, tables, l1 })
     }
 
-    fn write_changes(&self, changes: &Changes) -> Result<()> {
+    fn write_changes(&self, changes: &Copied) -> Result<()> {
         self.metadata.repeat_header_writes()?;
         for block in &changes.blocks {
             self.metadata.write(block.offset, &block.bytes)?;
@@ -134,7 +126,7 @@ impl Qcow2 {
         if let Some((place, table)) = &changes.moved_table {
             self.switch_refcount_table(*place, table)?;
         } else if !changes.table_entries.is_empty() {
-            let offset = lock(&self.writer()?.allocator).table_place.offset;
+            let offset = self.clusters.allocator()?.table_place.offset;
             for (index, entry) in &changes.table_entries {
                 self.metadata.write(offset + *index as u64 * 8, &entry.to_be_bytes())?;
             }
@@ -169,12 +161,7 @@ impl Qcow2 {
         self.metadata.sync_header()
     }
 
-    fn note_moved_table(
-        &self,
-        writer: &Writer,
-        allocator: &mut crate::qcow2::alloc::allocator::Allocator,
-        place: TablePlace,
-    ) {
+    fn note_moved_table(&self, allocator: &mut Allocator, place: TablePlace) {
         let bits = self.geometry().cluster_bits;
         let old = std::mem::replace(&mut allocator.table_place, place);
         let range = |place: TablePlace| (place.offset, place.offset + (place.clusters << bits));
@@ -182,73 +169,22 @@ impl Qcow2 {
         allocator.protected.push(range(place));
         let first = old.offset >> bits;
         let clusters = first..first + old.clusters;
-        lock(&writer.freed).extend(clusters.map(|cluster| Freed { cluster, punch: false }));
-        writer.note_change();
-    }
-
-    /// Lets freed clusters go whose leases have ended.
-    pub(in crate::qcow2) fn release_quarantine(&self, writer: &Writer) {
-        let Ok(mut quarantine) = writer.quarantine.try_lock() else { return };
-        while quarantine.front().is_some_and(|batch| batch.generation.has_ended()) {
-            if let Some(batch) = quarantine.pop_front() {
-                self.release_freed(writer, batch.freed);
-            }
-        }
-    }
-
-    /// Lets all freed clusters go, when no one can reserve clusters any more.
-    pub(in crate::qcow2) fn release_all_freed(&self, writer: &Writer) {
-        let batches = std::mem::take(&mut *lock(&writer.quarantine));
-        for mut batch in batches {
-            if !batch.generation.has_ended() {
-                // Somebody may still be moving these bytes by a lease: they stay where they are.
-                batch.freed.iter_mut().for_each(|freed| freed.punch = false);
-            }
-            self.release_freed(writer, batch.freed);
-        }
-    }
-
-    fn release_freed(&self, writer: &Writer, mut freed: Vec<Freed>) {
-        lock(&self.decompressed).clear();
-        freed.sort_unstable();
-        let punched: Vec<u64> = {
-            let mut allocator = lock(&writer.allocator);
-            let only = |freed: &&Freed| {
-                freed.punch && matches!(allocator.refcounts.refcount(freed.cluster), Ok(1))
-            };
-            freed.iter().filter(only).map(|freed| freed.cluster).collect()
-        };
-        // The hole must be there before anyone can reserve the cluster and write to it.
-        let bits = self.geometry().cluster_bits;
-        self.metadata.note_alive();
-        for run in punched.chunk_by(|a, b| a + 1 == *b) {
-            let length = (run.len() as u64) << bits;
-            // Giving space back is a courtesy to the file system; without it nothing is wrong.
-            let _ = self.metadata.file.punch_hole(HostOffset::new(run[0] << bits), length);
-        }
-        let mut allocator = lock(&writer.allocator);
-        // A refcount that cannot be changed leaves a leaked cluster, which harms nobody. But one
-        // that was free already belonged to two, and may be a third one's by now.
-        let errors = freed.iter().filter_map(|freed| allocator.dereference(freed.cluster).err());
-        let damage = errors.filter(|error| error.kind() == ErrorKind::Corrupt).last();
-        drop(allocator);
-        if let Some(damage) = damage {
-            drop(self.metadata.note_damage(damage));
-        }
-        writer.note_change();
+        self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: false }));
     }
 
     /// Writes everything and lets go of what was freed, before the image is closed.
     pub(in crate::qcow2) fn close_writer(&self) -> Result<()> {
-        let Some(writer) = &self.writer else { return Ok(()) };
-        self.end_with_cluster(writer);
+        if !self.metadata.is_writable() {
+            return Ok(());
+        }
+        self.end_with_cluster()?;
         self.flush_all()?;
         self.store_bitmaps()?;
         self.end_session()?;
         // The first flush may have moved the refcount table and so freed the old one.
         for _ in 0..2 {
-            self.release_all_freed(writer);
-            if self.has_changes(writer) {
+            self.clusters.release_all_freed();
+            if self.has_changes() {
                 self.flush_all()?;
             }
         }
@@ -258,15 +194,16 @@ impl Qcow2 {
     /// Makes the file end where a cluster does, or the last sector of compressed ones: the last
     /// cluster may have been written in part, and other readers read it as a whole. Nobody else
     /// writes any more, and what is missing reads as zero here: failures do not matter.
-    fn end_with_cluster(&self, writer: &Writer) {
+    fn end_with_cluster(&self) -> Result<()> {
         let cluster_size = self.geometry().cluster_size();
-        let Ok(length) = self.metadata.file.len() else { return };
-        let compressed_end = lock(&writer.allocator).compressed_at.unwrap_or(0);
+        let Ok(length) = self.metadata.file.len() else { return Ok(()) };
+        let compressed_end = self.clusters.allocator()?.compressed_at.unwrap_or(0);
         let is_whole =
             length.is_multiple_of(cluster_size) || length == compressed_end.next_multiple_of(512);
-        if writer.changes.load(Acquire) > 0 && !is_whole {
+        if self.changes.made() > 0 && !is_whole {
             let _ = self.metadata.file.set_len(length.next_multiple_of(cluster_size));
         }
+        Ok(())
     }
 
     /// Flushes for somebody who relies on it for everything that was written since the last flush that

@@ -19,25 +19,26 @@ mod open;
 mod purpose;
 mod structure;
 
-use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use crate::backup::Backup;
 use crate::create::{CompressionType, L2Entries, Qcow2Version};
 use crate::driver::Driver;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::info::Qcow2Info;
 use crate::luks::{self, Encryption};
 use crate::storage::Storage;
 
+use alloc::clusters::Clusters;
 use alloc::reserve::Writer;
 use bitmap::Bitmaps;
 use map::cache::TableCache;
-use metadata::metadata_file::MetadataFile;
+use metadata::changes::Changes;
+use metadata::metadata_file::{MetadataFile, unwritable};
 use on_disk::geometry::Geometry;
 use on_disk::header::{Compression, ENCRYPTION_AES, autoclear, compatible, incompatible};
-use on_disk::l2::{Compressed, EntryFormat};
+use on_disk::l2::EntryFormat;
 use on_disk::words::read_error;
 
 pub use bitmap::frozen_bitmap_name;
@@ -70,10 +71,11 @@ pub(crate) struct Qcow2 {
     /// Whether clusters were allocated before they were written; found out when it matters.
     preallocated: OnceLock<bool>,
     backing: Option<Backing>,
+    clusters: Clusters,
+    changes: Arc<Changes>,
     /// Everything that only an image open for writing needs.
     writer: Option<Writer>,
     bitmaps: Bitmaps,
-    decompressed: Mutex<VecDeque<(Compressed, Arc<[u8]>)>>,
 }
 
 /// The image below, which has what this one has not.
@@ -132,6 +134,10 @@ impl Qcow2 {
         self.backing.as_ref()?.driver.as_qcow2()
     }
 
+    fn writer(&self) -> Result<&Writer> {
+        self.writer.as_ref().ok_or_else(unwritable)
+    }
+
     pub(crate) fn has_backing(&self) -> bool {
         self.backing.is_some()
     }
@@ -153,9 +159,4 @@ impl Qcow2 {
     fn geometry(&self) -> Geometry {
         self.format.geometry
     }
-}
-
-/// The error of a change to an image that was opened read-only.
-fn unwritable() -> Error {
-    Error::new(ErrorKind::ReadOnly, "change", "the image was opened read-only")
 }

@@ -1,10 +1,9 @@
 //! Opening: everything is read and checked before anything is believed, and nothing is changed.
 
-use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::path::Path;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
@@ -12,9 +11,11 @@ use super::{Backing, Qcow2};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, OpenOptions};
-use crate::qcow2::alloc::allocator::make_allocator;
+use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
+use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::alloc::reserve::Writer;
 use crate::qcow2::map::cache::TableCache;
+use crate::qcow2::metadata::changes::Changes;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::{Header, autoclear, field, incompatible};
@@ -43,14 +44,8 @@ impl Qcow2 {
             Purpose::Use | Purpose::Describe => snapshot::read_table(&*file, &header)?,
             Purpose::Check => snapshot::read_damaged_table(&*file, &header)?.snapshots,
         };
-        let writer = match (options.access, purpose) {
-            (Access::ReadOnly, _) => None,
-            (Access::ReadWrite, Purpose::Check) => Some(make_writer(&file, &header)?),
-            (Access::ReadWrite, Purpose::Use | Purpose::Describe) => {
-                refuse_unwritable(&header, options)?;
-                Some(make_writer(&file, &header)?)
-            }
-        };
+        let allocator = allocator_for(&file, &header, options, purpose)?;
+        let is_writable = allocator.is_some();
         let (l1_offset, l1_entries, size) = match &options.snapshot {
             None => (header.l1_offset, header.l1_entries, header.size),
             Some(name) => {
@@ -74,10 +69,16 @@ impl Qcow2 {
             version: header.version,
             has_data_file: header.has_data_file(),
         };
+        let data = Arc::clone(&file);
+        let snapshot_places = Self::places_of(header.snapshots_offset, &snapshots);
+        let metadata = Arc::new(MetadataFile::new(file, path, header, is_writable));
+        let changes = Arc::new(Changes::default());
         let image = Self {
-            snapshot_places: Self::places_of(header.snapshots_offset, &snapshots),
-            data: Arc::clone(&file),
-            metadata: Arc::new(MetadataFile::new(file, path, header, writer.is_some())),
+            snapshot_places,
+            data,
+            clusters: Clusters::new(Arc::clone(&metadata), Arc::clone(&changes), allocator),
+            metadata,
+            changes,
             format,
             size,
             l1: l1.into_iter().map(AtomicU64::new).collect(),
@@ -85,9 +86,8 @@ impl Qcow2 {
             cache_bytes: options.metadata_cache_bytes,
             preallocated: OnceLock::new(),
             backing: None,
-            writer,
+            writer: is_writable.then(Writer::new),
             bitmaps,
-            decompressed: Mutex::new(VecDeque::new()),
         };
         image.note_l2_places();
         if purpose == Purpose::Use {
@@ -173,9 +173,21 @@ fn refuse_unwritable(header: &Header, options: &OpenOptions) -> Result<()> {
     Ok(())
 }
 
-/// Reads what is needed for writing. Nothing is changed yet.
-fn make_writer(file: &Arc<dyn Storage>, header: &Header) -> Result<Writer> {
-    Ok(Writer::new(make_allocator(file, header)?))
+/// Reads what is needed for writing, if the image is to be written. Nothing is changed yet.
+fn allocator_for(
+    file: &Arc<dyn Storage>,
+    header: &Header,
+    options: &OpenOptions,
+    purpose: Purpose,
+) -> Result<Option<Allocator>> {
+    match (options.access, purpose) {
+        (Access::ReadOnly, _) => return Ok(None),
+        (Access::ReadWrite, Purpose::Check) => {}
+        (Access::ReadWrite, Purpose::Use | Purpose::Describe) => {
+            refuse_unwritable(header, options)?;
+        }
+    }
+    make_allocator(file, header).map(Some)
 }
 
 /// How many L2 tables may be kept in memory.

@@ -254,7 +254,7 @@ impl Qcow2 {
         let (entries, place) = match prepared {
             Ok(prepared) => prepared,
             Err(error) => {
-                self.release(&reserved);
+                self.clusters.release(&reserved);
                 return Err(error);
             }
         };
@@ -267,7 +267,7 @@ impl Qcow2 {
             // Nobody knows which of the two the disk names now. It must be the old one.
             disk.is_doubtful = true;
             if self.settle_directory(&mut disk).is_ok() {
-                self.release(&reserved);
+                self.clusters.release(&reserved);
             }
             return Err(error);
         }
@@ -374,11 +374,9 @@ impl Qcow2 {
         directory: Option<Place>,
         reserved: &[Reserved],
     ) -> Result<()> {
-        let writer = self.writer()?;
         clusters.extend(self.place_clusters(directory));
         let freed = self.give_away(clusters, reserved).into_iter();
-        lock(&writer.freed).extend(freed.map(|cluster| Freed { cluster, punch: true }));
-        writer.note_change();
+        self.clusters.free(freed.map(|cluster| Freed { cluster, punch: true }));
         Ok(())
     }
 

@@ -69,7 +69,7 @@ impl Qcow2 {
             if self.is_metadata(cluster << bits)? {
                 continue;
             }
-            let refcount = lock(&self.writer()?.allocator).refcounts.refcount(cluster)?;
+            let refcount = self.clusters.allocator()?.refcounts.refcount(cluster)?;
             if refcount >= references {
                 found.counted.insert(cluster);
             }

@@ -123,7 +123,7 @@ impl Qcow2 {
         let cluster = self.geometry().cluster_size();
         let mut rest = &waiting[..];
         while !rest.is_empty() {
-            let place = self.reserve(rest.len() as u64)?;
+            let place = self.clusters.reserve(rest.len() as u64, self)?;
             reserved.push(place);
             let (now, later) = rest.split_at(place.clusters as usize);
             let mut bytes = Vec::with_capacity(now.len() * cluster as usize);
@@ -142,7 +142,7 @@ impl Qcow2 {
     pub(super) fn store_whole(&self, bytes: &[u8], reserved: &mut Vec<Reserved>) -> Result<u64> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
-        let place = self.reserve_exact(clusters)?;
+        let place = self.clusters.reserve_exact(clusters, self)?;
         reserved.push(place);
         let mut padded = bytes.to_vec();
         padded.resize((clusters << geometry.cluster_bits) as usize, 0);

@@ -5,7 +5,6 @@ use super::counts::Counts;
 use super::flags::Fix;
 use super::{Checker, Mode};
 use crate::error::Result;
-use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot;
@@ -113,7 +112,7 @@ impl Qcow2 {
                 self.drop_damaged_bitmaps()?;
                 // What that frees must be free before it is counted again, or it would be freed twice.
                 self.flush_all()?;
-                self.release_all_freed(self.writer()?);
+                self.clusters.release_all_freed();
                 self.flush_all()
             }
         }
@@ -154,8 +153,7 @@ impl Qcow2 {
             let length = (last + 1) << geometry.cluster_bits;
             self.metadata.file.set_len(length).map_err(|error| self.grow_error(error))?;
         }
-        let writer = self.writer()?;
-        let mut allocator = lock(&writer.allocator);
+        let mut allocator = self.clusters.allocator()?;
         let refcounts = &mut allocator.refcounts;
         // Nothing else refers to them.
         refcounts.trust_all();
@@ -182,7 +180,7 @@ impl Qcow2 {
             }
         }
         drop(allocator);
-        writer.note_change();
+        self.changes.note();
         self.flush_all()
     }
 }

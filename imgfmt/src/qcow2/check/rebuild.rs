@@ -10,7 +10,6 @@ use super::super::Qcow2;
 use super::apply::Plan;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::make_allocator;
-use crate::qcow2::lock::lock;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::write_entry;
 use crate::qcow2::on_disk::words::read_error;
@@ -200,7 +199,7 @@ impl Qcow2 {
             header.refcount_table_clusters = clusters;
         });
         let allocator = make_allocator(&self.metadata.file, &self.metadata.header())?;
-        *lock(&self.writer()?.allocator) = allocator;
+        *self.clusters.allocator()? = allocator;
         Ok(())
     }
 

@@ -23,7 +23,7 @@ impl Qcow2 {
             let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: true };
             while position < end {
                 if at_hand.clusters == 0 && !self.format.has_data_file {
-                    at_hand = self.reserve(geometry.clusters_of(end - position))?;
+                    at_hand = self.clusters.reserve(geometry.clusters_of(end - position), self)?;
                 }
                 let host = if self.format.has_data_file { position } else { at_hand.offset };
                 let cluster = Cluster {

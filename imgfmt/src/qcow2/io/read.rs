@@ -1,6 +1,6 @@
 //! Reading: the pieces that [`map`](crate::qcow2::map::lookup) found, moved with no lock held.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use crate::error::Result;
 use crate::extent::ExtentKind;
@@ -11,9 +11,6 @@ use crate::qcow2::map::lookup::{Lookup, Piece, span};
 use crate::qcow2::on_disk::l2::{Compressed, Content};
 use crate::storage::TryRead;
 use crate::units::{GuestOffset, GuestRange, HostOffset};
-
-/// How many decompressed clusters are kept for the reads that follow.
-const DECOMPRESSED_MAX: usize = 8;
 
 impl Qcow2 {
     pub(in crate::qcow2) fn read_range(
@@ -90,11 +87,8 @@ impl Qcow2 {
     }
 
     fn decompressed(&self, compressed: Compressed, guest: GuestOffset) -> Result<Arc<[u8]>> {
-        {
-            let kept = self.decompressed.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some((_, cluster)) = kept.iter().find(|(key, _)| *key == compressed) {
-                return Ok(Arc::clone(cluster));
-            }
+        if let Some(cluster) = self.clusters.decompressed.get(compressed) {
+            return Ok(cluster);
         }
         let mut input = vec![0; compressed.length as usize];
         let offset = HostOffset::new(compressed.offset);
@@ -107,11 +101,7 @@ impl Qcow2 {
         compress::decompress(self.metadata.header().compression, &input[..read], &mut cluster)
             .map_err(|detail| self.metadata.corrupt(detail, guest.bytes()))?;
         let cluster: Arc<[u8]> = cluster.into();
-        let mut kept = self.decompressed.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() >= DECOMPRESSED_MAX {
-            kept.pop_front();
-        }
-        kept.push_back((compressed, Arc::clone(&cluster)));
+        self.clusters.decompressed.keep(compressed, &cluster);
         Ok(cluster)
     }
 

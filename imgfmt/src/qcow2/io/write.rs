@@ -6,7 +6,6 @@ use crate::error::Result;
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::io::plan::{Fill, Old, Plan};
-use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::tables::Change;
@@ -70,8 +69,7 @@ impl Qcow2 {
     }
 
     fn is_under_pressure(&self) -> bool {
-        let freed = self.writer.as_ref().map_or(0, |writer| lock(&writer.freed).len());
-        self.tables.is_under_pressure() || freed > FREED_MAX
+        self.tables.is_under_pressure() || self.clusters.freed_count() > FREED_MAX
     }
 
     /// Writes all of `data` in place if every cluster allows it; else writes nothing.
@@ -82,7 +80,7 @@ impl Qcow2 {
         lookup: Lookup,
     ) -> Result<bool> {
         // While this lives, nobody else is given the clusters found below.
-        let _lease = self.writer()?.leases.take();
+        let _lease = self.clusters.lease_to_write()?;
         let mut segments = Vec::new();
         if !self.find_in_place(start, start + data.len() as u64, lookup, &mut segments)? {
             return Ok(false);
@@ -145,13 +143,12 @@ impl Qcow2 {
     /// Writes data that lies within one L2 table, whatever its clusters are now. Returns false, with
     /// nothing changed, if that is not possible with what is in memory and nothing more is allowed.
     fn write_step(&self, start: u64, data: &[u8], lookup: Lookup) -> Result<bool> {
-        let writer = self.writer()?;
         let geometry = self.geometry();
         let end = start + data.len() as u64;
         let first = start >> geometry.cluster_bits;
         let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
-        let Some(_stripes) = writer.lock_clusters(first, count, lookup) else { return Ok(false) };
-        let _lease = writer.leases.take();
+        let Some(_stripes) = self.clusters.lock(first, count, lookup) else { return Ok(false) };
+        let _lease = self.clusters.lease_to_write()?;
         let l1_index = geometry.l1_index(start);
         let table = match lookup {
             Lookup::MayRead => Some(self.table_for_write(l1_index)?),
@@ -172,7 +169,7 @@ impl Qcow2 {
             other => other,
         };
         if !matches!(result, Ok(true)) {
-            self.release(&reserved);
+            self.clusters.release(&reserved);
             return result;
         }
         let changed = plans.iter().filter(|plan| plan.new != plan.old);
@@ -268,7 +265,9 @@ impl Qcow2 {
                 continue;
             }
             if at_hand.clusters == 0 {
-                let Some(found) = self.reserve_if(wanted, lookup)? else { return Ok(false) };
+                let Some(found) = self.clusters.reserve_if(wanted, lookup, self)? else {
+                    return Ok(false);
+                };
                 at_hand = found;
                 reserved.push(at_hand);
             }

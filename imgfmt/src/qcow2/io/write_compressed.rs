@@ -7,7 +7,6 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Allocator;
 use crate::qcow2::io::compress;
-use crate::qcow2::lock::lock;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::{Cluster, Compressed};
@@ -47,20 +46,19 @@ impl Qcow2 {
     fn write_packed(&self, start: u64, packed: &[u8]) -> Result<()> {
         let geometry = self.geometry();
         self.relieve_pressure()?;
-        let writer = self.writer()?;
-        let _stripes = writer.lock_clusters(start >> geometry.cluster_bits, 1, Lookup::MayRead);
+        let _stripes = self.clusters.lock(start >> geometry.cluster_bits, 1, Lookup::MayRead);
         let table = self.table_for_write(geometry.l1_index(start))?;
         let old = {
             let content = table.read();
             self.refuse_bad(&table, &content.words, start)?;
             self.decode(&content.words, start)?
         };
-        self.release_quarantine(writer);
+        self.clusters.release_quarantine();
         let length = packed.len() as u64;
         let offset = {
-            let mut allocator = lock(&writer.allocator);
+            let mut allocator = self.clusters.allocator()?;
             let offset = allocator.reserve_bytes(length)?;
-            writer.note_change();
+            self.changes.note();
             // Still locked: the bytes behind these are nobody's yet.
             if let Err(error) = self.end_with_sector(offset + length) {
                 allocator.release_bytes(offset, length);
@@ -77,7 +75,7 @@ impl Qcow2 {
             false => Err(std::io::ErrorKind::FileTooLarge.into()),
         };
         if let Err(error) = written {
-            lock(&writer.allocator).release_bytes(offset, length);
+            self.clusters.allocator()?.release_bytes(offset, length);
             return Err(self.metadata.io("write to", error, GuestOffset::new(start)));
         }
         let new = Cluster { compressed: Some(compressed), ..Cluster::default() };

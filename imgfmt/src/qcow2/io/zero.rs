@@ -154,7 +154,7 @@ impl Qcow2 {
         let geometry = self.geometry();
         // Nobody writes to another part of the subcluster from the look to the mark.
         let first = start >> geometry.cluster_bits;
-        let _stripes = self.writer()?.lock_clusters(first, 1, Lookup::MayRead);
+        let _stripes = self.clusters.lock(first, 1, Lookup::MayRead);
         match self.look_at_edge(start, end)? {
             Edge::Zero => Ok(true),
             Edge::Data => Ok(false),
@@ -242,12 +242,11 @@ impl Qcow2 {
 
     /// Returns the parts that the mapping alone cannot erase: a part of a compressed cluster.
     fn erase_in_table(&self, start: u64, end: u64, what: Erase) -> Result<Vec<(u64, u64)>> {
-        let writer = self.writer()?;
         let geometry = self.geometry();
         let l1_index = geometry.l1_index(start);
         let first = start >> geometry.cluster_bits;
         let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
-        let _stripes = writer.lock_clusters(first, count, Lookup::MayRead);
+        let _stripes = self.clusters.lock(first, count, Lookup::MayRead);
         let may_stay_empty = self.may_stay_empty(what);
         if may_stay_empty && matches!(self.table(l1_index, Lookup::MayRead)?, Some(None)) {
             return Ok(Vec::new());

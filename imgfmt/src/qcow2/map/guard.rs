@@ -6,13 +6,12 @@
 //! therefore looked through once, before the first change that concerns it.
 
 use std::collections::HashSet;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering::Acquire;
+use std::sync::{MutexGuard, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Allocator;
-use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
@@ -23,7 +22,7 @@ impl Qcow2 {
         let Some(writer) = &self.writer else { return Ok(Vec::new()) };
         let geometry = self.geometry();
         let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
-        let mut allocator = lock(&writer.allocator);
+        let mut allocator = self.clusters.allocator()?;
         let mut bad = Vec::new();
         for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
             let bitmap = entry.get(1).copied().unwrap_or(0);
@@ -73,7 +72,7 @@ impl Qcow2 {
         let writer = self.writer()?;
         let cluster = Cluster { host: Some(offset), ..Cluster::default() };
         let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
-        let mut allocator = lock(&writer.allocator);
+        let mut allocator = self.clusters.allocator()?;
         if self.format.has_data_file {
             return Ok(allocator.is_protected(offset) || tables.contains(&offset));
         }
@@ -101,7 +100,7 @@ impl Qcow2 {
 
     /// Refuses to count or to give away an L2 table that is other metadata, or nobody's.
     pub(in crate::qcow2) fn refuse_bad_table(&self, offset: u64) -> Result<()> {
-        let mut allocator = lock(&self.writer()?.allocator);
+        let mut allocator = self.clusters.allocator()?;
         let is_other = allocator.is_protected(offset)
             || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset))
             || allocator.refcounts.refcount(offset >> self.geometry().cluster_bits)? == 0;
@@ -114,7 +113,7 @@ impl Qcow2 {
     pub(in crate::qcow2) fn refuse_bad_cluster(&self, cluster: Cluster, table: u64) -> Result<()> {
         let writer = self.writer()?;
         let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
-        let mut allocator = lock(&writer.allocator);
+        let mut allocator = self.clusters.allocator()?;
         let is_bad = self.is_bad(cluster, 0, &tables, &mut allocator)?;
         drop((tables, allocator));
         match is_bad {
@@ -174,7 +173,7 @@ impl Qcow2 {
     pub(in crate::qcow2) fn note_metadata(&self) {
         let Some(writer) = &self.writer else { return };
         let geometry = self.geometry();
-        let mut allocator = lock(&writer.allocator);
+        let Ok(mut allocator) = self.clusters.allocator() else { return };
         let places = allocator.protected.iter().chain(&self.snapshot_places);
         let places = places.filter(|(start, end)| start < end);
         let mut clusters: Vec<u64> = places
@@ -190,16 +189,17 @@ impl Qcow2 {
     /// Where refcount blocks lie far from what they count, as after a repair, their own counts do not
     /// tell whether they are something else as well: all references are counted, once.
     pub(in crate::qcow2) fn prove_refcount_blocks(&self) {
-        let Some(writer) = &self.writer else { return };
-        if !lock(&writer.allocator).refcounts.has_strangers() {
+        let has_strangers =
+            |allocator: MutexGuard<'_, Allocator>| allocator.refcounts.has_strangers();
+        if !self.clusters.allocator().is_ok_and(has_strangers) {
             return;
         }
         // What cannot be read is met again by whoever needs it.
         let is_sound = self.refcounts_overlap_nothing().unwrap_or(false);
-        let refcounts = &mut lock(&writer.allocator).refcounts;
+        let Ok(mut allocator) = self.clusters.allocator() else { return };
         match is_sound {
-            true => refcounts.trust_all(),
-            false => refcounts.trust_none(),
+            true => allocator.refcounts.trust_all(),
+            false => allocator.refcounts.trust_none(),
         }
     }
 

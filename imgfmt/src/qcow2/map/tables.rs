@@ -46,12 +46,12 @@ impl Qcow2 {
             Some(table) => table.read().words.clone(),
             None => vec![0; (geometry.cluster_size() / 8) as usize],
         };
-        let reserved = self.reserve(1)?;
+        let reserved = self.clusters.reserve(1, self)?;
         // Written whole now, so that a full disk is noticed now and not by a flush.
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
         let offset = HostOffset::new(reserved.offset);
         if let Err(error) = self.metadata.file.write_at(offset, &bytes, Durability::Cached) {
-            self.release(&[reserved]);
+            self.clusters.release(&[reserved]);
             let guest = GuestOffset::new(l1_index * geometry.l2_coverage());
             return Err(self.metadata.io("write an L2 table of", error, guest));
         }
@@ -71,11 +71,8 @@ impl Qcow2 {
         self.tables.insert(Arc::clone(&table));
         self.l1[l1_index as usize].store(reserved.offset | COPIED, Release);
         lock(&writer.dirty_l1).insert(l1_index as usize);
-        if let Some(shared) = shared {
-            let cluster = shared.offset >> geometry.cluster_bits;
-            lock(&writer.freed).push(Freed { cluster, punch: false });
-        }
-        writer.note_change();
+        let replaced = shared.map(|shared| shared.offset >> geometry.cluster_bits);
+        self.clusters.free(replaced.map(|cluster| Freed { cluster, punch: false }));
         Ok(table)
     }
 
@@ -123,8 +120,7 @@ impl Qcow2 {
             }
         }
         drop(content);
-        lock(&writer.freed).extend_from_slice(freed);
-        writer.note_change();
+        self.clusters.free(freed.iter().copied());
         Ok(())
     }
 

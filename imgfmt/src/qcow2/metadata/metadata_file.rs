@@ -189,16 +189,22 @@ impl MetadataFile {
     }
 }
 
+/// The error of a change to an image that was opened read-only.
+pub(in crate::qcow2) fn unwritable() -> Error {
+    Error::new(ErrorKind::ReadOnly, "change", "the image was opened read-only")
+}
+
 #[cfg(test)]
-mod tests {
+pub(in crate::qcow2) mod tests {
     use super::*;
     use crate::qcow2::on_disk::header::{MAGIC, field};
     use crate::qcow2::purpose::Purpose;
     use crate::storage::MemoryStorage;
     use crate::storage::fault::FailingStorage;
 
-    /// An empty image of version 3 with clusters of 64 KiB.
-    fn opened(is_writable: bool) -> (Arc<FailingStorage>, MetadataFile) {
+    /// An empty image of version 3 with clusters of 64 KiB: header, refcount table, refcount block and
+    /// L1 table.
+    pub(in crate::qcow2) fn opened(is_writable: bool) -> (Arc<FailingStorage>, MetadataFile) {
         let mut bytes = vec![0; 4 << 16];
         bytes[..4].copy_from_slice(&MAGIC);
         for (at, value) in [(4, 3u32), (20, 16), (36, 1), (56, 1), (96, 4), (100, 104)] {
@@ -207,6 +213,8 @@ mod tests {
         for (at, value) in [(24, 1u64 << 20), (40, 3 << 16), (48, 1 << 16)] {
             bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
         }
+        bytes[1 << 16..][..8].copy_from_slice(&(2u64 << 16).to_be_bytes());
+        bytes[2 << 16..][..8].copy_from_slice(&[0, 1].repeat(4));
         let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(&bytes)));
         let header = Header::read(&*storage, Purpose::Use).unwrap();
         let path = Some(Path::new("disk.qcow2"));

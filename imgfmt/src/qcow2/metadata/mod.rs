@@ -1,6 +1,7 @@
 //! The header while the image is open, marks in it, and what is known about syncs.
 
 pub(super) mod backing_change;
+pub(super) mod changes;
 pub(super) mod failed_sync;
 pub(super) mod header_edit;
 pub(super) mod marks;

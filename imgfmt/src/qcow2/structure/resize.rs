@@ -6,7 +6,6 @@ use std::sync::atomic::Ordering::Acquire;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
-use crate::qcow2::lock::lock;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot::Snapshot;
@@ -142,13 +141,13 @@ impl Qcow2 {
     pub(in crate::qcow2) fn replace_l1(&mut self, l1: Vec<u64>, size: u64) -> Result<()> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(l1.len() as u64 * 8);
-        let reserved = self.reserve_exact(clusters)?;
+        let reserved = self.clusters.reserve_exact(clusters, self)?;
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
         // The refcounts and whatever the table points to must be there before the header is.
         let prepared = self.metadata.write(reserved.offset, &bytes).and_then(|()| self.flush_all());
         if let Err(error) = prepared {
-            self.release(&[reserved]);
+            self.clusters.release(&[reserved]);
             return Err(error);
         }
         let old = self.metadata.header();
@@ -161,16 +160,14 @@ impl Qcow2 {
         // go there. The old one is freed only if the disk is known not to need it.
         let old_bytes = u64::from(old_entries) * 8;
         self.l1 = l1.into_iter().map(AtomicU64::new).collect();
-        let writer = self.writer()?;
         let new_end = reserved.offset + u64::from(self.metadata.header().l1_entries) * 8;
-        lock(&writer.allocator).protected.push((reserved.offset, new_end));
+        self.clusters.allocator()?.protected.push((reserved.offset, new_end));
         switched?;
         let is_old = |range: &(u64, u64)| *range == (old_offset, old_offset + old_bytes);
-        lock(&writer.allocator).protected.retain(|range| !is_old(range));
+        self.clusters.allocator()?.protected.retain(|range| !is_old(range));
         let first = old_offset >> geometry.cluster_bits;
         let old_clusters = first..first + geometry.clusters_of(old_bytes);
-        lock(&writer.freed).extend(old_clusters.map(|cluster| Freed { cluster, punch: false }));
-        writer.note_change();
+        self.clusters.free(old_clusters.map(|cluster| Freed { cluster, punch: false }));
         Ok(())
     }
 }

@@ -8,7 +8,6 @@
 use crate::error::{Error, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
-use crate::qcow2::lock::lock;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
 use crate::qcow2::on_disk::words::read_words;
@@ -61,9 +60,7 @@ impl Qcow2 {
                 let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
                 freed.extend(self.references(cluster, None, true));
             }
-            let writer = self.writer()?;
-            lock(&writer.freed).extend(freed);
-            writer.note_change();
+            self.clusters.free(freed);
             self.relieve_pressure()?;
         }
         self.flush_all()

@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed};
+use crate::qcow2::alloc::allocator::{Allocator, Freed};
 use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::TableCache;
 use crate::qcow2::map::lookup::span;
@@ -161,18 +161,8 @@ impl Qcow2 {
     fn require_nobody(&self) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
         self.flush_all()?;
-        let writer = self.writer()?;
         // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
-        let generation = writer.leases.close_generation();
-        self.release_quarantine(writer);
-        let mut quarantine = lock(&writer.quarantine);
-        if !generation.has_ended() || !quarantine.is_empty() {
-            // The image goes on being used: what is freed later still waits for these leases.
-            quarantine.push_back(Batch { generation, freed: Vec::new() });
-            let detail = "something is still being read from the image; try again when it is done";
-            return Err(Error::new(ErrorKind::Busy, "change", detail));
-        }
-        drop(quarantine);
+        self.clusters.refuse_leases()?;
         self.flush_all()
     }
 
@@ -183,9 +173,8 @@ impl Qcow2 {
     /// Adds one reference to everything below an L1 table, or to nothing if that fails.
     fn add_references(&self, l1: &[u64]) -> Result<()> {
         let clusters = self.clusters_below(l1)?;
-        let writer = self.writer()?;
-        let mut allocator = lock(&writer.allocator);
-        writer.note_change();
+        let mut allocator = self.clusters.allocator()?;
+        self.changes.note();
         add_references(&mut allocator, &clusters)
     }
 
@@ -197,10 +186,7 @@ impl Qcow2 {
 
     /// Frees clusters, once for each time they are listed.
     fn let_go(&self, clusters: Vec<u64>) -> Result<()> {
-        let writer = self.writer()?;
-        let freed = clusters.into_iter().map(|cluster| Freed { cluster, punch: true });
-        lock(&writer.freed).extend(freed);
-        writer.note_change();
+        self.clusters.free(clusters.into_iter().map(|cluster| Freed { cluster, punch: true }));
         Ok(())
     }
 
@@ -256,11 +242,11 @@ impl Qcow2 {
     pub(in crate::qcow2) fn write_new(&self, bytes: &[u8]) -> Result<u64> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
-        let reserved = self.reserve_exact(clusters)?;
+        let reserved = self.clusters.reserve_exact(clusters, self)?;
         let mut padded = bytes.to_vec();
         padded.resize((clusters << geometry.cluster_bits) as usize, 0);
         let written = self.metadata.write(reserved.offset, &padded);
-        written.inspect_err(|_| self.release(&[reserved])).map(|()| reserved.offset)
+        written.inspect_err(|_| self.clusters.release(&[reserved])).map(|()| reserved.offset)
     }
 
     /// Drops the references to a place that the header, on disk, names no more.
@@ -269,12 +255,11 @@ impl Qcow2 {
             return Ok(());
         }
         let bits = self.geometry().cluster_bits;
-        let writer = self.writer()?;
-        let mut allocator = lock(&writer.allocator);
+        let mut allocator = self.clusters.allocator()?;
         for cluster in offset >> bits..=(offset + length - 1) >> bits {
             allocator.dereference(cluster)?;
         }
-        writer.note_change();
+        self.changes.note();
         Ok(())
     }
 
@@ -288,7 +273,7 @@ impl Qcow2 {
     /// Forgets all tables in memory, none of which is dirty.
     pub(in crate::qcow2) fn forget_tables(&mut self) {
         self.tables = TableCache::new(tables_max(self.geometry(), self.size, self.cache_bytes));
-        lock(&self.decompressed).clear();
+        self.clusters.decompressed.forget_all();
         self.note_l2_places();
     }
 
@@ -305,7 +290,7 @@ impl Qcow2 {
             }
             let mut words =
                 read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
-            let mut allocator = lock(&writer.allocator);
+            let mut allocator = self.clusters.allocator()?;
             let mut is_changed = false;
             for entry in words.chunks_exact_mut(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
@@ -325,7 +310,7 @@ impl Qcow2 {
             if wanted != entry {
                 slot.store(wanted, std::sync::atomic::Ordering::Release);
                 lock(&writer.dirty_l1).insert(l1_index);
-                writer.note_change();
+                self.changes.note();
             }
         }
         self.forget_tables();

@@ -1,0 +1,356 @@
+//! The clusters of the file: reserved, freed, and kept from whoever would reuse them too early.
+//!
+//! See [`allocator`](crate::qcow2::alloc::allocator) for the life of a cluster.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::mapping::Lookup;
+use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed, Quarantine, Reserved};
+use crate::qcow2::alloc::decompressed::Decompressed;
+use crate::qcow2::alloc::lease::{ClosedGeneration, ClusterLease, Leases};
+use crate::qcow2::lock::{lock, try_lock};
+use crate::qcow2::metadata::changes::Changes;
+use crate::qcow2::metadata::metadata_file::{MetadataFile, unwritable};
+use crate::units::HostOffset;
+
+const STRIPES: u64 = 256;
+
+/// Whoever can count all references of an image.
+pub(in crate::qcow2) trait CountReferences {
+    /// The numbers of the refcount blocks that count something to which the image on disk refers.
+    fn used_refcount_blocks(&self) -> Result<HashSet<u64>>;
+}
+
+/// The clusters of one image's file. Of an image that is only read none can be reserved or freed.
+#[derive(Debug)]
+pub(in crate::qcow2) struct Clusters {
+    metadata: Arc<MetadataFile>,
+    changes: Arc<Changes>,
+    /// One per guest cluster; several clusters share one.
+    stripes: Vec<Mutex<()>>,
+    allocator: Option<Mutex<Allocator>>,
+    leases: Leases,
+    /// References that were dropped since the last flush began.
+    freed: Mutex<Vec<Freed>>,
+    quarantine: Mutex<Quarantine>,
+    pub(in crate::qcow2) decompressed: Decompressed,
+}
+
+impl Clusters {
+    pub(in crate::qcow2) fn new(
+        metadata: Arc<MetadataFile>,
+        changes: Arc<Changes>,
+        allocator: Option<Allocator>,
+    ) -> Self {
+        Self {
+            metadata,
+            changes,
+            stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
+            allocator: allocator.map(Mutex::new),
+            leases: Leases::new(),
+            freed: Mutex::default(),
+            quarantine: Mutex::default(),
+            decompressed: Decompressed::default(),
+        }
+    }
+
+    /// Locks the stripes of `count` guest clusters from `first` on; `None` if somebody has one of
+    /// them and nothing may be waited for.
+    pub(in crate::qcow2) fn lock(
+        &self,
+        first: u64,
+        count: u64,
+        lookup: Lookup,
+    ) -> Option<Vec<MutexGuard<'_, ()>>> {
+        let mut indexes: Vec<u64> =
+            (first..first + count.min(STRIPES)).map(|cluster| cluster % STRIPES).collect();
+        // Always in the same order, or two writers could wait for each other.
+        indexes.sort_unstable();
+        let stripes = indexes.into_iter().map(|index| &self.stripes[index as usize]);
+        match lookup {
+            Lookup::MayRead => Some(stripes.map(lock).collect()),
+            Lookup::CachedOnly => stripes.map(try_lock).collect(),
+        }
+    }
+
+    /// Keeps what is mapped from now on from being reused; `None` if nothing ever is, because the
+    /// image is only read.
+    #[inline]
+    pub(in crate::qcow2) fn lease(&self) -> Option<ClusterLease> {
+        self.allocator.as_ref().map(|_| self.leases.take())
+    }
+
+    /// As [`lease`](Self::lease), for whoever writes.
+    pub(in crate::qcow2) fn lease_to_write(&self) -> Result<ClusterLease> {
+        self.lease().ok_or_else(unwritable)
+    }
+
+    /// The refcounts, and what is known about free clusters.
+    pub(in crate::qcow2) fn allocator(&self) -> Result<MutexGuard<'_, Allocator>> {
+        self.allocator.as_ref().map(lock).ok_or_else(unwritable)
+    }
+
+    /// Reserves up to `count_max` clusters next to each other.
+    pub(in crate::qcow2) fn reserve(
+        &self,
+        count_max: u64,
+        references: &impl CountReferences,
+    ) -> Result<Reserved> {
+        self.release_quarantine();
+        self.allocate(references, |allocator| allocator.reserve(count_max))
+    }
+
+    /// As [`reserve`](Self::reserve), but exactly `count` clusters.
+    pub(in crate::qcow2) fn reserve_exact(
+        &self,
+        count: u64,
+        references: &impl CountReferences,
+    ) -> Result<Reserved> {
+        self.allocate(references, |allocator| allocator.reserve_exact(count))
+    }
+
+    /// Where a refcount block is missing within the file, its clusters may be in use all the same:
+    /// all references are counted then, once.
+    fn allocate(
+        &self,
+        references: &impl CountReferences,
+        mut reserve: impl FnMut(&mut Allocator) -> Result<Reserved>,
+    ) -> Result<Reserved> {
+        let mut allocator = self.allocator()?;
+        let mut reserved = reserve(&mut allocator);
+        if reserved.is_err() && std::mem::take(&mut allocator.wants_used_blocks) {
+            drop(allocator);
+            let used = references.used_refcount_blocks()?;
+            let mut allocator = self.allocator()?;
+            allocator.note_used_blocks(used);
+            reserved = reserve(&mut allocator);
+        } else {
+            drop(allocator);
+        }
+        let reserved = reserved.map_err(|error| self.metadata.note_damage(error))?;
+        self.changes.note();
+        Ok(reserved)
+    }
+
+    /// As [`reserve`](Self::reserve); `None` if that takes what may not be waited for.
+    pub(in crate::qcow2) fn reserve_if(
+        &self,
+        count_max: u64,
+        lookup: Lookup,
+        references: &impl CountReferences,
+    ) -> Result<Option<Reserved>> {
+        if lookup == Lookup::MayRead {
+            return self.reserve(count_max, references).map(Some);
+        }
+        let Some(mut allocator) = try_lock(self.allocator.as_ref().ok_or_else(unwritable)?) else {
+            return Ok(None);
+        };
+        let reserved = allocator.reserve_in_memory(count_max);
+        let reserved = reserved.map_err(|error| self.metadata.note_damage(error))?;
+        if reserved.is_some() {
+            self.changes.note();
+        }
+        Ok(reserved)
+    }
+
+    /// Gives back what was reserved and never used.
+    pub(in crate::qcow2) fn release(&self, reserved: &[Reserved]) {
+        if reserved.is_empty() {
+            return;
+        }
+        // What only reads has reserved nothing.
+        if let Ok(mut allocator) = self.allocator() {
+            reserved.iter().for_each(|reserved| allocator.release(*reserved));
+            self.changes.note();
+        }
+    }
+
+    /// Lets go of references that were dropped, once a flush has put that on disk and nobody moves
+    /// bytes by them.
+    pub(in crate::qcow2) fn free(&self, freed: impl IntoIterator<Item = Freed>) {
+        lock(&self.freed).extend(freed);
+        self.changes.note();
+    }
+
+    /// How many references were dropped since the last flush began.
+    pub(in crate::qcow2) fn freed_count(&self) -> usize {
+        lock(&self.freed).len()
+    }
+
+    /// What was freed so far, for a flush that puts that on disk, and the generation of leases that
+    /// may know of it. No mapping changes meanwhile.
+    pub(in crate::qcow2) fn take_freed(&self) -> (Vec<Freed>, ClosedGeneration) {
+        let freed = std::mem::take(&mut *lock(&self.freed));
+        (freed, self.leases.close_generation())
+    }
+
+    /// Takes back what a flush that failed has [taken](Self::take_freed).
+    pub(in crate::qcow2) fn return_freed(&self, mut freed: Vec<Freed>) {
+        lock(&self.freed).append(&mut freed);
+    }
+
+    /// Keeps what was freed until leases have ended.
+    pub(in crate::qcow2) fn quarantine(&self, generation: ClosedGeneration, freed: Vec<Freed>) {
+        // Also with nothing freed: what is freed later must wait for the leases of all generations
+        // that came before.
+        if !freed.is_empty() || !generation.has_ended() {
+            lock(&self.quarantine).push_back(Batch { generation, freed });
+        }
+    }
+
+    /// Makes sure that nobody is moving bytes by a lease, and that nothing waits for that. Everything
+    /// is flushed.
+    pub(in crate::qcow2) fn refuse_leases(&self) -> Result<()> {
+        let generation = self.leases.close_generation();
+        self.release_quarantine();
+        let mut quarantine = lock(&self.quarantine);
+        if !generation.has_ended() || !quarantine.is_empty() {
+            // The image goes on being used: what is freed later still waits for these leases.
+            quarantine.push_back(Batch { generation, freed: Vec::new() });
+            let detail = "something is still being read from the image; try again when it is done";
+            return Err(Error::new(ErrorKind::Busy, "change", detail));
+        }
+        Ok(())
+    }
+
+    /// Lets freed clusters go whose leases have ended.
+    pub(in crate::qcow2) fn release_quarantine(&self) {
+        let Some(mut quarantine) = try_lock(&self.quarantine) else { return };
+        while quarantine.front().is_some_and(|batch| batch.generation.has_ended()) {
+            if let Some(batch) = quarantine.pop_front() {
+                self.release_freed(batch.freed);
+            }
+        }
+    }
+
+    /// Lets all freed clusters go, when no one can reserve clusters any more.
+    pub(in crate::qcow2) fn release_all_freed(&self) {
+        let batches = std::mem::take(&mut *lock(&self.quarantine));
+        for mut batch in batches {
+            if !batch.generation.has_ended() {
+                // Somebody may still be moving these bytes by a lease: they stay where they are.
+                batch.freed.iter_mut().for_each(|freed| freed.punch = false);
+            }
+            self.release_freed(batch.freed);
+        }
+    }
+
+    fn release_freed(&self, mut freed: Vec<Freed>) {
+        self.decompressed.forget_all();
+        freed.sort_unstable();
+        let Ok(mut allocator) = self.allocator() else { return };
+        let bits = allocator.refcounts.geometry.cluster_bits;
+        let only = |freed: &&Freed| {
+            freed.punch && matches!(allocator.refcounts.refcount(freed.cluster), Ok(1))
+        };
+        let punched: Vec<u64> = freed.iter().filter(only).map(|freed| freed.cluster).collect();
+        drop(allocator);
+        // The hole must be there before anyone can reserve the cluster and write to it.
+        self.metadata.note_alive();
+        for run in punched.chunk_by(|a, b| a + 1 == *b) {
+            let length = (run.len() as u64) << bits;
+            // Giving space back is a courtesy to the file system; without it nothing is wrong.
+            let _ = self.metadata.file.punch_hole(HostOffset::new(run[0] << bits), length);
+        }
+        let Ok(mut allocator) = self.allocator() else { return };
+        // A refcount that cannot be changed leaves a leaked cluster, which harms nobody. But one
+        // that was free already belonged to two, and may be a third one's by now.
+        let errors = freed.iter().filter_map(|freed| allocator.dereference(freed.cluster).err());
+        let damage = errors.filter(|error| error.kind() == ErrorKind::Corrupt).last();
+        drop(allocator);
+        if let Some(damage) = damage {
+            drop(self.metadata.note_damage(damage));
+        }
+        self.changes.note();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::alloc::allocator::make_allocator;
+    use crate::qcow2::metadata::metadata_file::tests::opened;
+
+    struct Nothing;
+
+    impl CountReferences for Nothing {
+        fn used_refcount_blocks(&self) -> Result<HashSet<u64>> {
+            Ok(HashSet::new())
+        }
+    }
+
+    fn clusters(is_writable: bool) -> Clusters {
+        let (_, metadata) = opened(is_writable);
+        let allocator = make_allocator(&metadata.file, &metadata.header()).unwrap();
+        Clusters::new(Arc::new(metadata), Arc::default(), is_writable.then_some(allocator))
+    }
+
+    #[test]
+    fn a_freed_cluster_is_reserved_again_after_a_flush_and_the_last_lease() {
+        let clusters = clusters(true);
+        let first = clusters.reserve(1, &Nothing).unwrap();
+        assert_eq!((first.offset, first.clusters), (4 << 16, 1));
+        let lease = clusters.lease().unwrap();
+        clusters.free([Freed { cluster: 4, punch: true }]);
+        assert_eq!(clusters.freed_count(), 1);
+        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, 5 << 16);
+        let (freed, generation) = clusters.take_freed();
+        clusters.quarantine(generation, freed);
+        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, 6 << 16);
+        assert_eq!(clusters.refuse_leases().unwrap_err().kind(), ErrorKind::Busy);
+        drop(lease);
+        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, 4 << 16);
+        clusters.refuse_leases().unwrap();
+    }
+
+    #[test]
+    fn what_a_failed_flush_gives_back_is_freed_by_the_next_one() {
+        let clusters = clusters(true);
+        clusters.reserve(1, &Nothing).unwrap();
+        clusters.free([Freed { cluster: 4, punch: false }]);
+        let (freed, generation) = clusters.take_freed();
+        clusters.return_freed(freed);
+        clusters.quarantine(generation, Vec::new());
+        clusters.release_quarantine();
+        assert_eq!(clusters.allocator().unwrap().refcounts.refcount(4).unwrap(), 1);
+        let (freed, generation) = clusters.take_freed();
+        clusters.quarantine(generation, freed);
+        clusters.release_quarantine();
+        assert_eq!(clusters.allocator().unwrap().refcounts.refcount(4).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_cluster_freed_twice_marks_the_image_as_damaged() {
+        let clusters = clusters(true);
+        clusters.reserve(1, &Nothing).unwrap();
+        clusters.free([Freed { cluster: 4, punch: false }; 2]);
+        let (freed, generation) = clusters.take_freed();
+        clusters.quarantine(generation, freed);
+        clusters.release_quarantine();
+        assert!(clusters.metadata.refuse_if_corrupt().is_err());
+    }
+
+    #[test]
+    fn what_only_reads_needs_no_leases_and_reserves_nothing() {
+        let clusters = clusters(false);
+        assert!(clusters.lease().is_none());
+        let refused = [
+            clusters.lease_to_write().unwrap_err(),
+            clusters.reserve(1, &Nothing).unwrap_err(),
+            clusters.reserve_exact(2, &Nothing).unwrap_err(),
+        ];
+        assert!(refused.iter().all(|error| error.kind() == ErrorKind::ReadOnly));
+    }
+
+    #[test]
+    fn a_stripe_that_somebody_has_is_not_waited_for() {
+        let clusters = clusters(true);
+        let held = clusters.lock(3, 2, Lookup::MayRead);
+        assert!(clusters.lock(4, 1, Lookup::CachedOnly).is_none());
+        assert!(clusters.lock(5, STRIPES - 2, Lookup::CachedOnly).is_some());
+        drop(held);
+        assert!(clusters.lock(0, 2 * STRIPES, Lookup::CachedOnly).is_some());
+    }
+}

@@ -1,0 +1,52 @@
+//! How much of what was changed in memory is on disk.
+
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
+
+/// Counts changes of metadata, and up to which change everything is on disk.
+#[derive(Debug, Default)]
+pub(in crate::qcow2) struct Changes {
+    made: AtomicU64,
+    durable: AtomicU64,
+}
+
+impl Changes {
+    /// Notes a change, after it has been made in memory.
+    pub(in crate::qcow2) fn note(&self) {
+        self.made.fetch_add(1, AcqRel);
+    }
+
+    /// How many changes have been made since the image was opened.
+    pub(in crate::qcow2) fn made(&self) -> u64 {
+        self.made.load(Acquire)
+    }
+
+    /// Notes that the first `count` changes are on disk.
+    pub(in crate::qcow2) fn are_durable(&self, count: u64) {
+        self.durable.fetch_max(count, AcqRel);
+    }
+
+    /// Whether some change is not known to be on disk.
+    pub(in crate::qcow2) fn are_pending(&self) -> bool {
+        self.made.load(Acquire) != self.durable.load(Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_made_while_an_older_one_is_written_stays_pending() {
+        let changes = Changes::default();
+        assert!(!changes.are_pending());
+        changes.note();
+        let written = changes.made();
+        changes.note();
+        changes.are_durable(written);
+        assert!(changes.are_pending());
+        changes.are_durable(changes.made());
+        changes.are_durable(written);
+        assert!(!changes.are_pending());
+    }
+}
