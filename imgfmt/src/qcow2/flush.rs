@@ -9,8 +9,8 @@
 //! holds after a crash, no cluster that something points to is counted as free. Only then do freed
 //! clusters leave the [quarantine](crate::qcow2::alloc::allocator).
 
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Acquire;
 
 use crate::error::Result;
 use crate::qcow2::Qcow2;
@@ -36,31 +36,26 @@ impl Qcow2 {
     /// Makes everything durable that was written before this call.
     pub(in crate::qcow2) fn flush_all(&self) -> Result<()> {
         let writer = self.writer()?;
-        let call = writer.flush_calls.fetch_add(1, AcqRel) + 1;
-        let _flushing = lock(&writer.flush);
-        if writer.flush_covers.load(Acquire) >= call {
-            return Ok(()); // Somebody's flush began after this call and has succeeded.
-        }
-        let covers = writer.flush_calls.load(Acquire);
+        let Some(turn) = self.commits.take_turn() else { return Ok(()) };
         if !self.has_changes() {
             self.sync_data()?;
         } else {
             self.flush_changes(writer)?;
         }
-        writer.flush_covers.store(covers, Release);
+        turn.has_succeeded();
         self.clusters.release_quarantine();
         Ok(())
     }
 
     /// Whether some change of metadata is not known to be on disk.
     fn has_changes(&self) -> bool {
-        self.changes.are_pending() || self.metadata.has_header_writes()
+        self.commits.changes.are_pending() || self.metadata.has_header_writes()
     }
 
     fn flush_changes(&self, writer: &Writer) -> Result<()> {
         let (changes, (mut freed, generation), change_count) = {
-            let _gate = writer.commit_gate.write().unwrap_or_else(PoisonError::into_inner);
-            let change_count = self.changes.made();
+            let _gate = self.commits.close_gate();
+            let change_count = self.commits.changes.made();
             (self.take_changes(writer)?, self.clusters.take_freed(), change_count)
         };
         let since = self.metadata.failed_syncs();
@@ -78,7 +73,7 @@ impl Qcow2 {
                     self.note_moved_table(&mut allocator, *place);
                 }
                 drop(allocator);
-                self.changes.are_durable(change_count);
+                self.commits.changes.are_durable(change_count);
                 Ok(())
             }
             Err(error) => {
@@ -200,7 +195,7 @@ impl Qcow2 {
         let compressed_end = self.clusters.allocator()?.compressed_at.unwrap_or(0);
         let is_whole =
             length.is_multiple_of(cluster_size) || length == compressed_end.next_multiple_of(512);
-        if self.changes.made() > 0 && !is_whole {
+        if self.commits.changes.made() > 0 && !is_whole {
             let _ = self.metadata.file.set_len(length.next_multiple_of(cluster_size));
         }
         Ok(())

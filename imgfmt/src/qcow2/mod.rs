@@ -34,7 +34,7 @@ use alloc::clusters::Clusters;
 use alloc::reserve::Writer;
 use bitmap::Bitmaps;
 use map::cache::TableCache;
-use metadata::changes::Changes;
+use metadata::commits::Commits;
 use metadata::metadata_file::{MetadataFile, unwritable};
 use on_disk::geometry::Geometry;
 use on_disk::header::{Compression, ENCRYPTION_AES, autoclear, compatible, incompatible};
@@ -72,7 +72,7 @@ pub(crate) struct Qcow2 {
     preallocated: OnceLock<bool>,
     backing: Option<Backing>,
     clusters: Clusters,
-    changes: Arc<Changes>,
+    commits: Arc<Commits>,
     /// Everything that only an image open for writing needs.
     writer: Option<Writer>,
     bitmaps: Bitmaps,

@@ -15,7 +15,7 @@ use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::alloc::reserve::Writer;
 use crate::qcow2::map::cache::TableCache;
-use crate::qcow2::metadata::changes::Changes;
+use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::{Header, autoclear, field, incompatible};
@@ -72,13 +72,13 @@ impl Qcow2 {
         let data = Arc::clone(&file);
         let snapshot_places = Self::places_of(header.snapshots_offset, &snapshots);
         let metadata = Arc::new(MetadataFile::new(file, path, header, is_writable));
-        let changes = Arc::new(Changes::default());
+        let commits = Arc::new(Commits::default());
         let image = Self {
             snapshot_places,
             data,
-            clusters: Clusters::new(Arc::clone(&metadata), Arc::clone(&changes), allocator),
+            clusters: Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator),
             metadata,
-            changes,
+            commits,
             format,
             size,
             l1: l1.into_iter().map(AtomicU64::new).collect(),

@@ -11,7 +11,7 @@ use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed, Quarantine, Reserv
 use crate::qcow2::alloc::decompressed::Decompressed;
 use crate::qcow2::alloc::lease::{ClosedGeneration, ClusterLease, Leases};
 use crate::qcow2::lock::{lock, try_lock};
-use crate::qcow2::metadata::changes::Changes;
+use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::{MetadataFile, unwritable};
 use crate::units::HostOffset;
 
@@ -27,7 +27,7 @@ pub(in crate::qcow2) trait CountReferences {
 #[derive(Debug)]
 pub(in crate::qcow2) struct Clusters {
     metadata: Arc<MetadataFile>,
-    changes: Arc<Changes>,
+    commits: Arc<Commits>,
     /// One per guest cluster; several clusters share one.
     stripes: Vec<Mutex<()>>,
     allocator: Option<Mutex<Allocator>>,
@@ -41,12 +41,12 @@ pub(in crate::qcow2) struct Clusters {
 impl Clusters {
     pub(in crate::qcow2) fn new(
         metadata: Arc<MetadataFile>,
-        changes: Arc<Changes>,
+        commits: Arc<Commits>,
         allocator: Option<Allocator>,
     ) -> Self {
         Self {
             metadata,
-            changes,
+            commits,
             stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
             allocator: allocator.map(Mutex::new),
             leases: Leases::new(),
@@ -130,7 +130,7 @@ impl Clusters {
             drop(allocator);
         }
         let reserved = reserved.map_err(|error| self.metadata.note_damage(error))?;
-        self.changes.note();
+        self.commits.changes.note();
         Ok(reserved)
     }
 
@@ -150,7 +150,7 @@ impl Clusters {
         let reserved = allocator.reserve_in_memory(count_max);
         let reserved = reserved.map_err(|error| self.metadata.note_damage(error))?;
         if reserved.is_some() {
-            self.changes.note();
+            self.commits.changes.note();
         }
         Ok(reserved)
     }
@@ -163,7 +163,7 @@ impl Clusters {
         // What only reads has reserved nothing.
         if let Ok(mut allocator) = self.allocator() {
             reserved.iter().for_each(|reserved| allocator.release(*reserved));
-            self.changes.note();
+            self.commits.changes.note();
         }
     }
 
@@ -171,7 +171,7 @@ impl Clusters {
     /// bytes by them.
     pub(in crate::qcow2) fn free(&self, freed: impl IntoIterator<Item = Freed>) {
         lock(&self.freed).extend(freed);
-        self.changes.note();
+        self.commits.changes.note();
     }
 
     /// How many references were dropped since the last flush began.
@@ -263,7 +263,7 @@ impl Clusters {
         if let Some(damage) = damage {
             drop(self.metadata.note_damage(damage));
         }
-        self.changes.note();
+        self.commits.changes.note();
     }
 }
 

@@ -180,7 +180,7 @@ impl Qcow2 {
             }
         }
         drop(allocator);
-        self.changes.note();
+        self.commits.changes.note();
         self.flush_all()
     }
 }

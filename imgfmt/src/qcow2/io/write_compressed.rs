@@ -58,7 +58,7 @@ impl Qcow2 {
         let offset = {
             let mut allocator = self.clusters.allocator()?;
             let offset = allocator.reserve_bytes(length)?;
-            self.changes.note();
+            self.commits.changes.note();
             // Still locked: the bytes behind these are nobody's yet.
             if let Err(error) = self.end_with_sector(offset + length) {
                 allocator.release_bytes(offset, length);

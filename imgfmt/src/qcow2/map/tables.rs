@@ -61,7 +61,7 @@ impl Qcow2 {
         let length = table.read().words.len();
         table.write().mark_dirty(0, length);
         self.tables.note_dirty();
-        let _gate = writer.commit_gate.read().unwrap_or_else(PoisonError::into_inner);
+        let _gate = self.commits.enter_gate();
         let mut places = writer.l2_places.write().unwrap_or_else(PoisonError::into_inner);
         places.insert(reserved.offset);
         if let Some(shared) = &shared {
@@ -104,9 +104,8 @@ impl Qcow2 {
         changes: &[Change],
         freed: &[Freed],
     ) -> Result<()> {
-        let writer = self.writer()?;
         let words_per_entry = self.geometry().entry_words();
-        let _gate = writer.commit_gate.read().unwrap_or_else(PoisonError::into_inner);
+        let _gate = self.commits.enter_gate();
         let mut content = table.write();
         for change in changes {
             let index = self.geometry().l2_index(change.guest) * words_per_entry;

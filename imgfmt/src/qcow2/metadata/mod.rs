@@ -2,6 +2,7 @@
 
 pub(super) mod backing_change;
 pub(super) mod changes;
+pub(super) mod commits;
 pub(super) mod failed_sync;
 pub(super) mod header_edit;
 pub(super) mod marks;

@@ -174,7 +174,7 @@ impl Qcow2 {
     fn add_references(&self, l1: &[u64]) -> Result<()> {
         let clusters = self.clusters_below(l1)?;
         let mut allocator = self.clusters.allocator()?;
-        self.changes.note();
+        self.commits.changes.note();
         add_references(&mut allocator, &clusters)
     }
 
@@ -259,7 +259,7 @@ impl Qcow2 {
         for cluster in offset >> bits..=(offset + length - 1) >> bits {
             allocator.dereference(cluster)?;
         }
-        self.changes.note();
+        self.commits.changes.note();
         Ok(())
     }
 
@@ -310,7 +310,7 @@ impl Qcow2 {
             if wanted != entry {
                 slot.store(wanted, std::sync::atomic::Ordering::Release);
                 lock(&writer.dirty_l1).insert(l1_index);
-                self.changes.note();
+                self.commits.changes.note();
             }
         }
         self.forget_tables();
