@@ -137,13 +137,13 @@ struct Checker<'a> {
 impl Qcow2 {
     /// Checks and, if asked to, repairs. Nobody else may use the image meanwhile.
     pub(crate) fn check(&mut self, repair: Repair) -> Result<CheckReport> {
-        if self.writer.is_some() && repair != Repair::None {
+        if self.metadata.is_writable() && repair != Repair::None {
             // Whoever repairs after a crash, before bitmaps are recovered, must not be taken for a
             // foreign writer.
             drop(self.find_sidecar()?);
         }
-        let mode = match (&self.writer, repair) {
-            (None, _) | (_, Repair::None) => Mode::Look,
+        let mode = match (self.metadata.is_writable(), repair) {
+            (false, _) | (_, Repair::None) => Mode::Look,
             (_, Repair::Leaks) => Mode::Leaks,
             (_, Repair::All) => Mode::All,
         };
@@ -152,7 +152,7 @@ impl Qcow2 {
 
     /// The same for who has looked at the sidecar already, and holds it.
     pub(super) fn check_with_sidecar(&mut self, mode: Mode) -> Result<CheckReport> {
-        if self.writer.is_some() {
+        if self.metadata.is_writable() {
             self.flush_all()?;
         }
         let mut checker = Checker::run(self)?;

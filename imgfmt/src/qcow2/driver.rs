@@ -16,7 +16,7 @@ impl Driver for Qcow2 {
 
     fn capabilities(&self) -> Capabilities {
         let cluster_size = self.geometry().subcluster_size() as u32;
-        let can_map = self.format.version >= 3 || !self.names_backing();
+        let can_map = self.mapping.format.version >= 3 || !self.names_backing();
         Capabilities {
             preferred_size: cluster_size.max(4096),
             minimum_size: 1,

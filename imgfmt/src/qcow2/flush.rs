@@ -9,15 +9,10 @@
 //! holds after a crash, no cluster that something points to is counted as free. Only then do freed
 //! clusters leave the [quarantine](crate::qcow2::alloc::allocator).
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering::Acquire;
-
 use crate::error::Result;
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Allocator, Freed, TablePlace};
-use crate::qcow2::alloc::reserve::Writer;
-use crate::qcow2::lock::lock;
-use crate::qcow2::map::cache::{DirtyPart, Table};
+use crate::qcow2::map::mapping_tables::DirtyTables;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;
 
@@ -28,19 +23,18 @@ struct Copied {
     table_entries: Vec<(usize, u64)>,
     /// The whole refcount table and the place it moves to.
     moved_table: Option<(TablePlace, Vec<u64>)>,
-    tables: Vec<(Arc<Table>, DirtyPart)>,
-    l1: Vec<(usize, u64)>,
+    mapping: DirtyTables,
 }
 
 impl Qcow2 {
     /// Makes everything durable that was written before this call.
     pub(in crate::qcow2) fn flush_all(&self) -> Result<()> {
-        let writer = self.writer()?;
+        self.metadata.refuse_unwritable()?;
         let Some(turn) = self.commits.take_turn() else { return Ok(()) };
         if !self.has_changes() {
             self.sync_data()?;
         } else {
-            self.flush_changes(writer)?;
+            self.flush_changes()?;
         }
         turn.has_succeeded();
         self.clusters.release_quarantine();
@@ -52,11 +46,11 @@ impl Qcow2 {
         self.commits.changes.are_pending() || self.metadata.has_header_writes()
     }
 
-    fn flush_changes(&self, writer: &Writer) -> Result<()> {
+    fn flush_changes(&self) -> Result<()> {
         let (changes, (mut freed, generation), change_count) = {
             let _gate = self.commits.close_gate();
             let change_count = self.commits.changes.made();
-            (self.take_changes(writer)?, self.clusters.take_freed(), change_count)
+            (self.take_changes()?, self.clusters.take_freed(), change_count)
         };
         let since = self.metadata.failed_syncs();
         let written = self.write_changes(&changes);
@@ -85,14 +79,13 @@ impl Qcow2 {
                     allocator.refcounts.dirty_entries.extend(0..table.len());
                 }
                 drop(allocator);
-                self.tables.return_dirty(&changes.tables);
-                lock(&writer.dirty_l1).extend(changes.l1.iter().map(|(index, _)| *index));
+                self.mapping.return_dirty(&changes.mapping);
                 Err(error)
             }
         }
     }
 
-    fn take_changes(&self, writer: &Writer) -> Result<Copied> {
+    fn take_changes(&self) -> Result<Copied> {
         let mut allocator = self.clusters.allocator()?;
         let blocks = allocator.refcounts.take_dirty();
         let dirty_entries = std::mem::take(&mut allocator.refcounts.dirty_entries);
@@ -101,10 +94,7 @@ impl Qcow2 {
         let whole_table = table.clone();
         let moved_table = allocator.new_table_place.take().map(|place| (place, whole_table));
         drop(allocator);
-        let tables = self.tables.take_dirty();
-        let l1 = std::mem::take(&mut *lock(&writer.dirty_l1));
-        let l1 = l1.into_iter().map(|index| (index, self.l1[index].load(Acquire))).collect();
-        Ok(Copied { blocks, table_entries, moved_table, tables, l1 })
+        Ok(Copied { blocks, table_entries, moved_table, mapping: self.mapping.take_dirty() })
     }
 
     fn write_changes(&self, changes: &Copied) -> Result<()> {
@@ -113,8 +103,8 @@ impl Qcow2 {
             self.metadata.write(block.offset, &block.bytes)?;
         }
         self.sync_data()?;
-        let mut file_is_synced = !self.format.has_data_file;
-        if self.format.has_data_file && !changes.blocks.is_empty() {
+        let mut file_is_synced = !self.mapping.format.has_data_file;
+        if self.mapping.format.has_data_file && !changes.blocks.is_empty() {
             self.metadata.sync()?;
             file_is_synced = true;
         }
@@ -127,14 +117,14 @@ impl Qcow2 {
             }
             self.metadata.sync()?;
         }
-        for (table, part) in &changes.tables {
+        for (table, part) in &changes.mapping.tables {
             self.metadata.write(table.offset + part.first_word as u64 * 8, &part.bytes)?;
             file_is_synced = false;
         }
-        if !changes.l1.is_empty() {
+        if !changes.mapping.l1.is_empty() {
             // New L2 tables must be there before anything points to them.
             self.metadata.sync()?;
-            for (index, entry) in &changes.l1 {
+            for (index, entry) in &changes.mapping.l1 {
                 let offset = self.metadata.header().l1_offset + *index as u64 * 8;
                 self.metadata.write(offset, &entry.to_be_bytes())?;
             }

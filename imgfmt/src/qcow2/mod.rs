@@ -19,7 +19,6 @@ mod open;
 mod purpose;
 mod structure;
 
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
 
 use crate::backup::Backup;
@@ -31,14 +30,12 @@ use crate::luks::{self, Encryption};
 use crate::storage::Storage;
 
 use alloc::clusters::Clusters;
-use alloc::reserve::Writer;
 use bitmap::Bitmaps;
-use map::cache::TableCache;
+use map::mapping_tables::MappingTables;
 use metadata::commits::Commits;
-use metadata::metadata_file::{MetadataFile, unwritable};
+use metadata::metadata_file::MetadataFile;
 use on_disk::geometry::Geometry;
 use on_disk::header::{Compression, ENCRYPTION_AES, autoclear, compatible, incompatible};
-use on_disk::l2::EntryFormat;
 use on_disk::words::read_error;
 
 pub use bitmap::frozen_bitmap_name;
@@ -58,23 +55,14 @@ pub(crate) struct Qcow2 {
     metadata: Arc<MetadataFile>,
     /// Holds the data.
     data: Arc<dyn Storage>,
-    format: EntryFormat,
     /// Size of the disk that is shown: the image's or that of a snapshot.
     size: u64,
-    /// Offsets of L2 tables and their COPIED bits, as in the file.
-    l1: Box<[AtomicU64]>,
-    tables: TableCache,
-    /// Where the snapshot table and the snapshots' L1 tables lie: start and end.
-    snapshot_places: Vec<(u64, u64)>,
-    /// How much memory the user allows for them.
-    cache_bytes: Option<u64>,
     /// Whether clusters were allocated before they were written; found out when it matters.
     preallocated: OnceLock<bool>,
     backing: Option<Backing>,
-    clusters: Clusters,
+    clusters: Arc<Clusters>,
+    mapping: MappingTables,
     commits: Arc<Commits>,
-    /// Everything that only an image open for writing needs.
-    writer: Option<Writer>,
     bitmaps: Bitmaps,
 }
 
@@ -134,10 +122,6 @@ impl Qcow2 {
         self.backing.as_ref()?.driver.as_qcow2()
     }
 
-    fn writer(&self) -> Result<&Writer> {
-        self.writer.as_ref().ok_or_else(unwritable)
-    }
-
     pub(crate) fn has_backing(&self) -> bool {
         self.backing.is_some()
     }
@@ -157,6 +141,6 @@ impl Qcow2 {
     }
 
     fn geometry(&self) -> Geometry {
-        self.format.geometry
+        self.mapping.geometry()
     }
 }

@@ -2,8 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, MutexGuard, OnceLock};
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
@@ -13,20 +12,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, OpenOptions};
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
-use crate::qcow2::alloc::reserve::Writer;
-use crate::qcow2::map::cache::TableCache;
+use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
-use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::{Header, autoclear, field, incompatible};
 use crate::qcow2::on_disk::l2::EntryFormat;
 use crate::qcow2::on_disk::snapshot;
 use crate::qcow2::on_disk::words::{read_error, read_words};
 use crate::qcow2::purpose::Purpose;
 use crate::storage::Storage;
-
-/// Unless the user says otherwise, L2 tables take up no more memory than this.
-const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 
 impl Qcow2 {
     /// Opens the image in `file`. Its backing file and data file must be attached afterwards.
@@ -63,37 +57,34 @@ impl Qcow2 {
             // They speak of the present state.
             Some(_) => Bitmaps::none(),
         };
-        let geometry = header.geometry;
         let format = EntryFormat {
-            geometry,
+            geometry: header.geometry,
             version: header.version,
             has_data_file: header.has_data_file(),
         };
         let data = Arc::clone(&file);
-        let snapshot_places = Self::places_of(header.snapshots_offset, &snapshots);
+        let snapshots_offset = header.snapshots_offset;
         let metadata = Arc::new(MetadataFile::new(file, path, header, is_writable));
         let commits = Arc::new(Commits::default());
-        let image = Self {
-            snapshot_places,
+        let clusters = Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator);
+        let clusters = Arc::new(clusters);
+        let parts = (Arc::clone(&metadata), Arc::clone(&clusters), Arc::clone(&commits));
+        let mut mapping = MappingTables::new(parts, format, l1, size, options.metadata_cache_bytes);
+        mapping.note_snapshots(snapshots_offset, &snapshots);
+        if purpose == Purpose::Use {
+            mapping.note_metadata();
+        }
+        Ok(Self {
             data,
-            clusters: Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator),
             metadata,
+            clusters,
+            mapping,
             commits,
-            format,
             size,
-            l1: l1.into_iter().map(AtomicU64::new).collect(),
-            tables: TableCache::new(tables_max(geometry, size, options.metadata_cache_bytes)),
-            cache_bytes: options.metadata_cache_bytes,
             preallocated: OnceLock::new(),
             backing: None,
-            writer: is_writable.then(Writer::new),
             bitmaps,
-        };
-        image.note_l2_places();
-        if purpose == Purpose::Use {
-            image.note_metadata();
-        }
-        Ok(image)
+        })
     }
 
     /// The backing file's name and format, if the image has one.
@@ -111,7 +102,7 @@ impl Qcow2 {
     /// Makes the last preparations for writing, once the whole chain has been opened.
     pub(crate) fn begin_writing(&mut self) -> Result<()> {
         let sidecar = self.find_sidecar()?;
-        if self.writer.is_none() || self.format.version < 3 {
+        if !self.metadata.is_writable() || self.mapping.format.version < 3 {
             self.prove_refcount_blocks();
             return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
         }
@@ -124,7 +115,7 @@ impl Qcow2 {
             // The repair has changed COPIED bits in the file.
             let (offset, entries) = (header.l1_offset, header.l1_entries as usize);
             let l1 = read_words(&*self.metadata.file, offset, entries)?;
-            self.l1 = l1.into_iter().map(AtomicU64::new).collect();
+            self.mapping.replace_l1(l1);
             self.forget_tables();
         }
         self.prove_refcount_blocks();
@@ -142,6 +133,23 @@ impl Qcow2 {
         sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))?;
         self.thaw_at_open();
         Ok(())
+    }
+
+    /// Where refcount blocks lie far from what they count, as after a repair, their own counts do not
+    /// tell whether they are something else as well: all references are counted, once.
+    fn prove_refcount_blocks(&self) {
+        let has_strangers =
+            |allocator: MutexGuard<'_, Allocator>| allocator.refcounts.has_strangers();
+        if !self.clusters.allocator().is_ok_and(has_strangers) {
+            return;
+        }
+        // What cannot be read is met again by whoever needs it.
+        let is_sound = self.refcounts_overlap_nothing().unwrap_or(false);
+        let Ok(mut allocator) = self.clusters.allocator() else { return };
+        match is_sound {
+            true => allocator.refcounts.trust_all(),
+            false => allocator.refcounts.trust_none(),
+        }
     }
 
     /// Whether clusters that are not allocated show a backing file: now, or, if it is ignored now,
@@ -188,11 +196,4 @@ fn allocator_for(
         }
     }
     make_allocator(file, header).map(Some)
-}
-
-/// How many L2 tables may be kept in memory.
-pub(super) fn tables_max(geometry: Geometry, size: u64, cache_bytes: Option<u64>) -> usize {
-    let all = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
-    let bytes = cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT).min(all);
-    (bytes / geometry.cluster_size()).max(4) as usize
 }

@@ -268,12 +268,13 @@ impl Clusters {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::qcow2) mod tests {
     use super::*;
     use crate::qcow2::alloc::allocator::make_allocator;
     use crate::qcow2::metadata::metadata_file::tests::opened;
 
-    struct Nothing;
+    /// Of an image in which nothing is referred to.
+    pub(in crate::qcow2) struct Nothing;
 
     impl CountReferences for Nothing {
         fn used_refcount_blocks(&self) -> Result<HashSet<u64>> {

@@ -52,8 +52,8 @@ impl Qcow2 {
         changes: &[BitmapChange],
         at_the_instant: impl FnOnce() -> T,
     ) -> Result<T> {
-        self.writer()?;
-        if self.format.version < 3 {
+        self.metadata.refuse_unwritable()?;
+        if self.mapping.format.version < 3 {
             let detail = "images of version 2 cannot have bitmaps; convert it to version 3";
             return Err(Error::new(ErrorKind::Unsupported, CHANGE, detail));
         }

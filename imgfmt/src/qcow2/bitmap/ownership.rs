@@ -66,7 +66,7 @@ impl Qcow2 {
         for (cluster, uses) in uses {
             let references = uses.saturating_add(others.get(&cluster).copied().unwrap_or(0));
             // Refcounts and their table are not among those that were counted.
-            if self.is_metadata(cluster << bits)? {
+            if self.mapping.is_metadata(cluster << bits)? {
                 continue;
             }
             let refcount = self.clusters.allocator()?.refcounts.refcount(cluster)?;

@@ -66,15 +66,17 @@ impl Qcow2 {
     /// would not be believed any more, and who holds the lock is either about to be done, or
     /// writes the image himself.
     pub(in crate::qcow2) fn find_sidecar(&self) -> Result<Option<Found>> {
-        if self.format.version < 3 || self.metadata.header().autoclear & autoclear::SIDECAR == 0 {
+        if self.mapping.format.version < 3
+            || self.metadata.header().autoclear & autoclear::SIDECAR == 0
+        {
             return Ok(None);
         }
         let found = self.examine_sidecar();
-        if let (Err(Distrust::InUse(error)), true) = (&found, self.writer.is_some()) {
+        if let (Err(Distrust::InUse(error)), true) = (&found, self.metadata.is_writable()) {
             return Err(self.sidecar_is_busy(error));
         }
         // The bits are stamped now: what is written by the recovery is ours.
-        if let (Ok(recovery), true) = (&found, self.writer.is_some()) {
+        if let (Ok(recovery), true) = (&found, self.metadata.is_writable()) {
             recovery.extend_life();
         }
         Ok(Some(found))
@@ -95,7 +97,7 @@ impl Qcow2 {
         let identity = content.and_then(decode_identity).ok_or(Distrust::OtherSession)?;
         lock(&self.bitmaps.session).found_generation = identity.generation;
         let place = self.sidecar_place().map_err(|_| Distrust::Missing)?;
-        let access = if self.writer.is_some() { Access::ReadWrite } else { Access::ReadOnly };
+        let access = if self.metadata.is_writable() { Access::ReadWrite } else { Access::ReadOnly };
         let file = place.open(access)?.ok_or(Distrust::Missing)?;
         let image = self.fingerprint().ok_or(Distrust::Missing)?;
         let recovery = Recovery::examine(file, identity, image, &place.boot_id())?;
@@ -130,7 +132,7 @@ impl Qcow2 {
             }
         }
         alone.replace(bitmaps, true);
-        if self.writer.is_none() {
+        if !self.metadata.is_writable() {
             return Ok(());
         }
         if !recovered.is_empty() {
@@ -294,7 +296,7 @@ impl Qcow2 {
         let bitmaps: Vec<_> = state.recording().collect();
         let session = lock(&self.bitmaps.session);
         let is_settled = safety.survives == Survives::CleanClose || session.sidecar.is_some();
-        if is_settled || bitmaps.is_empty() || self.writer.is_none() {
+        if is_settled || bitmaps.is_empty() || !self.metadata.is_writable() {
             return safety;
         }
         let probed = self.sidecar_place().and_then(|place| {

@@ -51,7 +51,7 @@ impl Checker<'_> {
         if word & COPIED != 0 {
             self.damage(format!("a compressed cluster has the COPIED bit ({word:#x})"));
         }
-        if self.image.format.has_data_file {
+        if self.image.mapping.format.has_data_file {
             return self.damage(format!(
                 "an L2 entry is compressed although there is a data file ({word:#x})"
             ));
@@ -59,7 +59,7 @@ impl Checker<'_> {
         if entry.bitmap != 0 {
             self.damage(format!("a compressed cluster has a bitmap of subclusters ({word:#x})"));
         }
-        let place = self.image.format.compressed_place(word);
+        let place = self.image.mapping.format.compressed_place(word);
         if place.offset >> 56 != 0 {
             return self.damage(format!("a compressed cluster lies beyond all bounds ({word:#x})"));
         }
@@ -77,13 +77,14 @@ impl Checker<'_> {
         }
         let (data, zero) = (bitmap as u32, (bitmap >> 32) as u32);
         let is_zero = !geometry.extended_l2 && word & ZERO != 0;
-        if is_zero && image.format.version < 3 {
+        if is_zero && image.mapping.format.version < 3 {
             self.damage(format!(
                 "an L2 entry has the zero flag, which version 2 lacks ({word:#x})"
             ));
         }
         let host = word & OFFSET_MASK;
-        let has_host = host != 0 || (image.format.has_data_file && word & COPIED != 0 && !is_zero);
+        let has_host =
+            host != 0 || (image.mapping.format.has_data_file && word & COPIED != 0 && !is_zero);
         if !has_host {
             if data != 0 {
                 self.damage(format!(
@@ -115,7 +116,7 @@ impl Checker<'_> {
             self.report.fragmented_clusters += u64::from(is_fragmented);
             progress.expected_next = host + geometry.cluster_size();
         }
-        if image.format.has_data_file {
+        if image.mapping.format.has_data_file {
             return;
         }
         if geometry.in_cluster(host) != 0 {

@@ -66,7 +66,7 @@ impl Checker<'_> {
             let host = word & OFFSET_MASK;
             let is_standard = word & COMPRESSED == 0 && geometry.in_cluster(host) == 0;
             let place = offset + (index * geometry.entry_words()) as u64 * 8;
-            if image.format.has_data_file {
+            if image.mapping.format.has_data_file {
                 let is_zero = !geometry.extended_l2 && word & ZERO != 0;
                 if is_standard && host != 0 || word & COPIED != 0 && !is_zero {
                     // There all clusters have one reference.

@@ -44,7 +44,7 @@ impl Qcow2 {
         }
         plan.structure = merged(plan.structure);
         plan.beyond = merged(plan.beyond);
-        self.format.geometry.refcount_order = order;
+        self.mapping.format.geometry.refcount_order = order;
         let max = self.geometry().refcount_max();
         if plan.counts.used().any(|cluster| plan.counts.get(cluster) > max) {
             let detail = format!(

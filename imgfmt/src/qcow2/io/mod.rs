@@ -2,6 +2,7 @@
 
 pub(super) mod compress;
 pub(super) mod cow;
+pub(super) mod extents;
 pub(super) mod plan;
 pub(super) mod preallocate;
 pub(super) mod read;

@@ -18,14 +18,15 @@ impl Qcow2 {
         let mut position = 0;
         while position < self.size {
             let end = self.size.min(position.saturating_add(geometry.l2_coverage()));
-            let table = self.table_for_write(geometry.l1_index(position))?;
+            let table = self.mapping.table_for_write(geometry.l1_index(position), self)?;
             let mut changes = Vec::new();
             let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: true };
             while position < end {
-                if at_hand.clusters == 0 && !self.format.has_data_file {
+                if at_hand.clusters == 0 && !self.mapping.format.has_data_file {
                     at_hand = self.clusters.reserve(geometry.clusters_of(end - position), self)?;
                 }
-                let host = if self.format.has_data_file { position } else { at_hand.offset };
+                let host =
+                    if self.mapping.format.has_data_file { position } else { at_hand.offset };
                 let cluster = Cluster {
                     host: Some(host),
                     copied: true,
@@ -36,11 +37,11 @@ impl Qcow2 {
                 position += geometry.cluster_size();
                 at_hand.offset += geometry.cluster_size();
                 at_hand.clusters = at_hand.clusters.saturating_sub(1);
-                if !self.format.has_data_file {
+                if !self.mapping.format.has_data_file {
                     self.grow_to(at_hand.offset).map_err(io)?;
                 }
             }
-            self.commit(&table, &changes, &[])?;
+            self.mapping.commit(&table, &changes, &[])?;
             self.relieve_pressure()?;
         }
         self.flush_all()

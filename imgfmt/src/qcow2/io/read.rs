@@ -20,7 +20,7 @@ impl Qcow2 {
     ) -> Result<()> {
         let base = offset.bytes();
         let range = span(base, base + buffer.len() as u64);
-        self.for_each_table(range, Lookup::MayRead, |pieces| {
+        self.mapping.for_each_table(range, Lookup::MayRead, |pieces| {
             for piece in pieces {
                 let start = (piece.range.offset().bytes() - base) as usize;
                 let part = &mut buffer[start..start + piece.range.length() as usize];
@@ -114,7 +114,7 @@ impl Qcow2 {
         let base = offset.bytes();
         let range = span(base, base + buffer.len() as u64);
         let mut outcome = TryRead::Complete;
-        let mapped = self.for_each_table(range, Lookup::CachedOnly, |pieces| {
+        let mapped = self.mapping.for_each_table(range, Lookup::CachedOnly, |pieces| {
             for piece in pieces {
                 let start = (piece.range.offset().bytes() - base) as usize;
                 let part = &mut buffer[start..start + piece.range.length() as usize];
@@ -176,7 +176,7 @@ impl Qcow2 {
         let length =
             self.data.len().map_err(|error| self.metadata.io("map", error, range.offset()))?;
         let mut complete = true;
-        let mapped = self.for_each_table(range, lookup, |pieces| {
+        let mapped = self.mapping.for_each_table(range, lookup, |pieces| {
             for piece in pieces {
                 match piece.content {
                     Content::Stored(host) if self.is_told(host, piece.range.length(), holes) => {

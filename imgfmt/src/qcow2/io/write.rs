@@ -69,7 +69,7 @@ impl Qcow2 {
     }
 
     fn is_under_pressure(&self) -> bool {
-        self.tables.is_under_pressure() || self.clusters.freed_count() > FREED_MAX
+        self.mapping.is_under_pressure() || self.clusters.freed_count() > FREED_MAX
     }
 
     /// Writes all of `data` in place if every cluster allows it; else writes nothing.
@@ -103,10 +103,10 @@ impl Qcow2 {
         let mut position = start;
         while position < end {
             let l1_index = geometry.l1_index(position);
-            if !self.l1_is_copied(l1_index) {
+            if !self.mapping.l1_is_copied(l1_index) {
                 return Ok(false);
             }
-            let Some(Some(table)) = self.table(l1_index, lookup)? else {
+            let Some(Some(table)) = self.mapping.table(l1_index, lookup)? else {
                 return Ok(false);
             };
             let table_end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
@@ -115,8 +115,8 @@ impl Qcow2 {
             }
             let content = table.read();
             while position < table_end {
-                self.refuse_bad(&table, &content.words, position)?;
-                let cluster = self.decode(&content.words, position);
+                self.mapping.refuse_bad(&table, &content.words, position)?;
+                let cluster = self.mapping.decode(&content.words, position);
                 let cluster = cluster.map_err(|error| self.metadata.note_damage(error))?;
                 let in_cluster = geometry.in_cluster(position);
                 let stop = table_end.min(position - in_cluster + geometry.cluster_size());
@@ -151,8 +151,8 @@ impl Qcow2 {
         let _lease = self.clusters.lease_to_write()?;
         let l1_index = geometry.l1_index(start);
         let table = match lookup {
-            Lookup::MayRead => Some(self.table_for_write(l1_index)?),
-            Lookup::CachedOnly => self.own_table_in_memory(l1_index)?,
+            Lookup::MayRead => Some(self.mapping.table_for_write(l1_index, self)?),
+            Lookup::CachedOnly => self.mapping.own_table_in_memory(l1_index)?,
         };
         let Some(table) = table else { return Ok(false) };
         let mut plans = self.plan(&table, start, end)?;
@@ -175,11 +175,11 @@ impl Qcow2 {
         let changed = plans.iter().filter(|plan| plan.new != plan.old);
         let mut freed = Vec::new();
         let changes: Vec<Change> = changed
-            .inspect(|plan| freed.extend(self.references(plan.old, plan.new.host, false)))
+            .inspect(|plan| freed.extend(self.mapping.references(plan.old, plan.new.host, false)))
             .map(|plan| Change { guest: plan.guest_start, cluster: plan.new })
             .collect();
         if !changes.is_empty() {
-            self.commit(&table, &changes, &freed)?;
+            self.mapping.commit(&table, &changes, &freed)?;
         }
         Ok(true)
     }
@@ -192,8 +192,8 @@ impl Qcow2 {
         while position < end {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
-            self.refuse_bad(table, &content.words, position)?;
-            let old = self.decode(&content.words, position);
+            self.mapping.refuse_bad(table, &content.words, position)?;
+            let old = self.mapping.decode(&content.words, position);
             let old = old.map_err(|error| self.metadata.note_damage(error))?;
             plans.push(self.plan_cluster(
                 guest_start,
@@ -225,7 +225,7 @@ impl Qcow2 {
             zero: old.zero & !allocated,
         };
         // A raw data file must not become longer than the disk.
-        let limit = match self.format.has_data_file {
+        let limit = match self.mapping.format.has_data_file {
             true => (self.size - guest_start).min(geometry.cluster_size()),
             false => geometry.cluster_size(),
         };
@@ -259,7 +259,7 @@ impl Qcow2 {
         let mut wanted = plans.iter().filter(|plan| plan.new.host.is_none()).count() as u64;
         let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: false };
         for plan in plans.iter_mut().filter(|plan| plan.new.host.is_none()) {
-            if self.format.has_data_file {
+            if self.mapping.format.has_data_file {
                 // Data has the same place in a data file as on the disk.
                 plan.new.host = Some(plan.guest_start);
                 continue;

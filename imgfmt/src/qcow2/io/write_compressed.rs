@@ -33,7 +33,7 @@ impl Qcow2 {
         }
         let mut cluster = data.to_vec();
         cluster.resize(geometry.cluster_size() as usize, 0);
-        let packed = match self.format.has_data_file {
+        let packed = match self.mapping.format.has_data_file {
             true => None,
             false => compress::compress(self.metadata.header().compression, &cluster),
         };
@@ -47,11 +47,11 @@ impl Qcow2 {
         let geometry = self.geometry();
         self.relieve_pressure()?;
         let _stripes = self.clusters.lock(start >> geometry.cluster_bits, 1, Lookup::MayRead);
-        let table = self.table_for_write(geometry.l1_index(start))?;
+        let table = self.mapping.table_for_write(geometry.l1_index(start), self)?;
         let old = {
             let content = table.read();
-            self.refuse_bad(&table, &content.words, start)?;
-            self.decode(&content.words, start)?
+            self.mapping.refuse_bad(&table, &content.words, start)?;
+            self.mapping.decode(&content.words, start)?
         };
         self.clusters.release_quarantine();
         let length = packed.len() as u64;
@@ -67,7 +67,7 @@ impl Qcow2 {
             offset
         };
         let compressed = Compressed { offset, length };
-        let fits = self.format.encode_compressed(compressed).is_some();
+        let fits = self.mapping.format.encode_compressed(compressed).is_some();
         let written = match fits {
             true => {
                 self.metadata.file.write_at(HostOffset::new(offset), packed, Durability::Cached)
@@ -79,8 +79,8 @@ impl Qcow2 {
             return Err(self.metadata.io("write to", error, GuestOffset::new(start)));
         }
         let new = Cluster { compressed: Some(compressed), ..Cluster::default() };
-        let freed = self.references(old, None, false);
-        self.commit(&table, &[Change { guest: start, cluster: new }], &freed)
+        let freed = self.mapping.references(old, None, false);
+        self.mapping.commit(&table, &[Change { guest: start, cluster: new }], &freed)
     }
 
     /// Makes the file cover the whole sector in which compressed bytes end: an entry counts sectors,

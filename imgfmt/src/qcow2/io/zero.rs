@@ -117,14 +117,14 @@ impl Qcow2 {
 
     /// Whether a cluster can be made to read as zero by its entry alone.
     fn can_map_zeroes(&self) -> bool {
-        self.format.version >= 3 || !self.names_backing()
+        self.mapping.format.version >= 3 || !self.names_backing()
     }
 
     /// Whether zeroes that are written have to be seen as written by whoever looks at this layer
     /// alone: another backing file may be put under it later, and must not show. As in QEMU, version
     /// 2 has no entry for that.
     fn marks_zeroes(&self) -> bool {
-        self.format.version >= 3
+        self.mapping.format.version >= 3
     }
 
     /// Zeroes a range in which no subcluster lies wholly, or any range if no entry can say "zero".
@@ -161,10 +161,10 @@ impl Qcow2 {
             Edge::Nothing(old) => {
                 let guest = geometry.cluster_start(start);
                 let mask = geometry.subcluster_mask(start - guest, end - guest);
-                let table = self.table_for_write(geometry.l1_index(guest))?;
-                self.refuse_bad(&table, &table.read().words, guest)?;
+                let table = self.mapping.table_for_write(geometry.l1_index(guest), self)?;
+                self.mapping.refuse_bad(&table, &table.read().words, guest)?;
                 let cluster = Cluster { zero: old.zero | mask, ..old };
-                self.commit(&table, &[Change { guest, cluster }], &[])?;
+                self.mapping.commit(&table, &[Change { guest, cluster }], &[])?;
                 Ok(true)
             }
         }
@@ -178,8 +178,8 @@ impl Qcow2 {
         }
         let geometry = self.geometry();
         let unit = geometry.subcluster_size();
-        let old = match self.table(geometry.l1_index(start), Lookup::MayRead)? {
-            Some(Some(table)) => self.decode(&table.read().words, start),
+        let old = match self.mapping.table(geometry.l1_index(start), Lookup::MayRead)? {
+            Some(Some(table)) => self.mapping.decode(&table.read().words, start),
             _ => Ok(Cluster::default()),
         };
         let old = old.map_err(|error| self.metadata.note_damage(error))?;
@@ -248,10 +248,10 @@ impl Qcow2 {
         let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
         let _stripes = self.clusters.lock(first, count, Lookup::MayRead);
         let may_stay_empty = self.may_stay_empty(what);
-        if may_stay_empty && matches!(self.table(l1_index, Lookup::MayRead)?, Some(None)) {
+        if may_stay_empty && matches!(self.mapping.table(l1_index, Lookup::MayRead)?, Some(None)) {
             return Ok(Vec::new());
         }
-        let table = self.table_for_write(l1_index)?;
+        let table = self.mapping.table_for_write(l1_index, self)?;
         let (mut changes, mut freed): (Vec<Change>, Vec<Freed>) = (Vec::new(), Vec::new());
         let mut left_over = Vec::new();
         let content = table.read();
@@ -259,22 +259,22 @@ impl Qcow2 {
         while position < end {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
-            self.refuse_bad(&table, &content.words, position)?;
-            let old = self.decode(&content.words, position);
+            self.mapping.refuse_bad(&table, &content.words, position)?;
+            let old = self.mapping.decode(&content.words, position);
             let old = old.map_err(|error| self.metadata.note_damage(error))?;
             let mask = geometry.subcluster_mask(position - guest_start, stop - guest_start);
             if old.compressed.is_some() && mask != geometry.all_subclusters() {
                 left_over.push((position, stop));
             } else if let Some(new) = self.erased(old, mask, what) {
                 let punch = what != Erase::Zero(ZeroMode::KeepAllocated);
-                freed.extend(self.references(old, new.host, punch));
+                freed.extend(self.mapping.references(old, new.host, punch));
                 changes.push(Change { guest: guest_start, cluster: new });
             }
             position = stop;
         }
         drop(content);
         if !changes.is_empty() {
-            self.commit(&table, &changes, &freed)?;
+            self.mapping.commit(&table, &changes, &freed)?;
             self.erase_data_file(start, end)?;
         }
         Ok(left_over)
@@ -300,7 +300,7 @@ impl Qcow2 {
         if old.zero & mask == mask && (old.host.is_none() || mask != all || keeps_space) {
             return None;
         }
-        if self.format.version < 3 {
+        if self.mapping.format.version < 3 {
             // No zero flag, and no backing file: an entry of nothing reads as zero.
             return (!is_empty).then(Cluster::default);
         }
@@ -309,7 +309,8 @@ impl Qcow2 {
             return Some(Cluster { zero: all, ..Cluster::default() });
         }
         let allocated = old.allocated & !mask;
-        let keeps_host = self.format.has_data_file || allocated != 0 || keeps_space && old.copied;
+        let keeps_host =
+            self.mapping.format.has_data_file || allocated != 0 || keeps_space && old.copied;
         let host = if keeps_host { old.host } else { None };
         let copied = old.copied && host.is_some();
         let new = Cluster { host, copied, compressed: None, allocated, zero };
@@ -318,7 +319,7 @@ impl Qcow2 {
 
     /// A raw data file must read as the disk does.
     fn erase_data_file(&self, start: u64, end: u64) -> Result<()> {
-        if !self.format.has_data_file {
+        if !self.mapping.format.has_data_file {
             return Ok(());
         }
         let length = self

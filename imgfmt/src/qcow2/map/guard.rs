@@ -7,21 +7,21 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering::Acquire;
-use std::sync::{MutexGuard, PoisonError};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Allocator;
 use crate::qcow2::map::cache::Table;
+use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK};
-use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 
-impl Qcow2 {
+impl MappingTables {
     /// The indexes of a table's entries that must not be followed.
     fn find_bad_entries(&self, l1_index: u64, words: &[u64]) -> Result<Vec<u32>> {
-        let Some(writer) = &self.writer else { return Ok(Vec::new()) };
+        if !self.metadata.is_writable() {
+            return Ok(Vec::new());
+        }
         let geometry = self.geometry();
-        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
         let mut bad = Vec::new();
         for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
@@ -69,9 +69,8 @@ impl Qcow2 {
 
     /// Whether a place that something claims as its own is known to be another's, or nobody's.
     pub(in crate::qcow2) fn is_metadata(&self, offset: u64) -> Result<bool> {
-        let writer = self.writer()?;
         let cluster = Cluster { host: Some(offset), ..Cluster::default() };
-        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
         if self.format.has_data_file {
             return Ok(allocator.is_protected(offset) || tables.contains(&offset));
@@ -111,8 +110,7 @@ impl Qcow2 {
     /// Refuses to count or to give away what an entry of the L2 table at `table` refers to, if it
     /// is metadata, or nobody's.
     pub(in crate::qcow2) fn refuse_bad_cluster(&self, cluster: Cluster, table: u64) -> Result<()> {
-        let writer = self.writer()?;
-        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
+        let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
         let is_bad = self.is_bad(cluster, 0, &tables, &mut allocator)?;
         drop((tables, allocator));
@@ -159,20 +157,11 @@ impl Qcow2 {
         }
     }
 
-    /// Notes anew where the L2 tables of the active L1 table lie.
-    pub(in crate::qcow2) fn note_l2_places(&self) {
-        if let Some(writer) = &self.writer {
-            let offsets = self.l1.iter().map(|entry| entry.load(Acquire) & OFFSET_MASK);
-            let places = offsets.filter(|offset| *offset != 0).collect();
-            *writer.l2_places.write().unwrap_or_else(PoisonError::into_inner) = places;
-        }
-    }
-
     /// Tells the refcounts where everything else is, so that none of their blocks is written that
     /// is something else. What the guest's data occupies would take a look at all L2 tables.
     pub(in crate::qcow2) fn note_metadata(&self) {
-        let Some(writer) = &self.writer else { return };
         let geometry = self.geometry();
+        let tables = self.l2_places();
         let Ok(mut allocator) = self.clusters.allocator() else { return };
         let places = allocator.protected.iter().chain(&self.snapshot_places);
         let places = places.filter(|(start, end)| start < end);
@@ -181,39 +170,8 @@ impl Qcow2 {
                 start >> geometry.cluster_bits..=(end - 1) >> geometry.cluster_bits
             })
             .collect();
-        let tables = writer.l2_places.read().unwrap_or_else(PoisonError::into_inner);
         clusters.extend(tables.iter().map(|offset| offset >> geometry.cluster_bits));
         allocator.refcounts.note_others(clusters);
-    }
-
-    /// Where refcount blocks lie far from what they count, as after a repair, their own counts do not
-    /// tell whether they are something else as well: all references are counted, once.
-    pub(in crate::qcow2) fn prove_refcount_blocks(&self) {
-        let has_strangers =
-            |allocator: MutexGuard<'_, Allocator>| allocator.refcounts.has_strangers();
-        if !self.clusters.allocator().is_ok_and(has_strangers) {
-            return;
-        }
-        // What cannot be read is met again by whoever needs it.
-        let is_sound = self.refcounts_overlap_nothing().unwrap_or(false);
-        let Ok(mut allocator) = self.clusters.allocator() else { return };
-        match is_sound {
-            true => allocator.refcounts.trust_all(),
-            false => allocator.refcounts.trust_none(),
-        }
-    }
-
-    /// The places (start and end) of the snapshot table and of the snapshots' L1 tables.
-    pub(in crate::qcow2) fn places_of(
-        table_offset: u64,
-        snapshots: &[Snapshot],
-    ) -> Vec<(u64, u64)> {
-        let place = |offset: u64, length: u64| (offset, offset.saturating_add(length));
-        let table = place(table_offset, snapshot::table_length(snapshots));
-        let l1s = snapshots
-            .iter()
-            .map(|snapshot| place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8));
-        l1s.chain([table]).filter(|(start, end)| start < end).collect()
     }
 }
 

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering::Acquire;
 
 use crate::error::Result;
 pub(in crate::qcow2) use crate::mapping::Lookup;
-use crate::qcow2::Qcow2;
 use crate::qcow2::map::cache::Table;
+use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::on_disk::l2::{Cluster, Content, OFFSET_MASK};
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::{GuestOffset, GuestRange};
@@ -19,7 +19,7 @@ pub(in crate::qcow2) struct Piece {
     pub(in crate::qcow2) content: Content,
 }
 
-impl Qcow2 {
+impl MappingTables {
     /// The L2 table of an L1 entry, `None` if there is none. The outer `None` means that it is not
     /// in memory and may not be read.
     pub(in crate::qcow2) fn table(

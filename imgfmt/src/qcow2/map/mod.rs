@@ -1,7 +1,7 @@
-//! From guest offsets to clusters: the L1 table, cached L2 tables, extents.
+//! From guest offsets to clusters: the L1 table, cached L2 tables.
 
 pub(super) mod cache;
-pub(super) mod extents;
 pub(super) mod guard;
 pub(super) mod lookup;
+pub(super) mod mapping_tables;
 pub(super) mod tables;

@@ -1,14 +1,15 @@
 //! L2 tables that may be changed: made where there is none, moved where a snapshot shares them.
 
-use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::atomic::Ordering::Acquire;
 use std::sync::{Arc, PoisonError};
 
 use crate::error::Result;
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::alloc::clusters::CountReferences;
 use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;
+use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::on_disk::l2::{COPIED, Cluster};
 use crate::storage::Durability;
 use crate::units::{GuestOffset, HostOffset};
@@ -21,19 +22,23 @@ pub(in crate::qcow2) struct Change {
     pub(in crate::qcow2) cluster: Cluster,
 }
 
-impl Qcow2 {
+impl MappingTables {
     /// Whether an L1 entry's table belongs to it alone.
     pub(in crate::qcow2) fn l1_is_copied(&self, l1_index: u64) -> bool {
         self.l1.get(l1_index as usize).is_some_and(|entry| entry.load(Acquire) & COPIED != 0)
     }
 
     /// The table of an L1 entry, made or moved so that it may be changed.
-    pub(in crate::qcow2) fn table_for_write(&self, l1_index: u64) -> Result<Arc<Table>> {
-        let writer = self.writer()?;
+    pub(in crate::qcow2) fn table_for_write(
+        &self,
+        l1_index: u64,
+        references: &impl CountReferences,
+    ) -> Result<Arc<Table>> {
+        self.metadata.refuse_unwritable()?;
         if let Some(table) = self.own_table(l1_index)? {
             return Ok(table);
         }
-        let _changing = lock(&writer.l1_change);
+        let _changing = lock(&self.l1_change);
         if let Some(table) = self.own_table(l1_index)? {
             return Ok(table);
         }
@@ -46,7 +51,7 @@ impl Qcow2 {
             Some(table) => table.read().words.clone(),
             None => vec![0; (geometry.cluster_size() / 8) as usize],
         };
-        let reserved = self.clusters.reserve(1, self)?;
+        let reserved = self.clusters.reserve(1, references)?;
         // Written whole now, so that a full disk is noticed now and not by a flush.
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
         let offset = HostOffset::new(reserved.offset);
@@ -62,15 +67,14 @@ impl Qcow2 {
         table.write().mark_dirty(0, length);
         self.tables.note_dirty();
         let _gate = self.commits.enter_gate();
-        let mut places = writer.l2_places.write().unwrap_or_else(PoisonError::into_inner);
+        let mut places = self.l2_places.write().unwrap_or_else(PoisonError::into_inner);
         places.insert(reserved.offset);
         if let Some(shared) = &shared {
             places.remove(&shared.offset);
         }
         drop(places);
         self.tables.insert(Arc::clone(&table));
-        self.l1[l1_index as usize].store(reserved.offset | COPIED, Release);
-        lock(&writer.dirty_l1).insert(l1_index as usize);
+        self.set_l1(l1_index as usize, reserved.offset | COPIED);
         let replaced = shared.map(|shared| shared.offset >> geometry.cluster_bits);
         self.clusters.free(replaced.map(|cluster| Freed { cluster, punch: false }));
         Ok(table)
@@ -104,6 +108,7 @@ impl Qcow2 {
         changes: &[Change],
         freed: &[Freed],
     ) -> Result<()> {
+        self.metadata.refuse_unwritable()?;
         let words_per_entry = self.geometry().entry_words();
         let _gate = self.commits.enter_gate();
         let mut content = table.write();

@@ -73,6 +73,11 @@ impl MetadataFile {
         self.is_writable
     }
 
+    /// Refuses to change an image that was opened read-only.
+    pub(in crate::qcow2) fn refuse_unwritable(&self) -> Result<()> {
+        if self.is_writable { Ok(()) } else { Err(unwritable()) }
+    }
+
     /// The header as it is now.
     pub(in crate::qcow2) fn header(&self) -> Arc<Header> {
         Arc::clone(&self.header.read().unwrap_or_else(PoisonError::into_inner))

@@ -1,8 +1,5 @@
 //! Changing the size of the disk.
 
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering::Acquire;
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
@@ -55,7 +52,8 @@ impl Qcow2 {
     /// Refuses a change of the size where a snapshot does not say its own: it would be taken for the
     /// disk's. As in QEMU, version 2 is not trusted to say it.
     pub(in crate::qcow2) fn refuse_unknown_sizes(&self, snapshots: &[Snapshot]) -> Result<()> {
-        let is_known = |snapshot: &Snapshot| self.format.version >= 3 && snapshot.extra.len() >= 16;
+        let is_known =
+            |snapshot: &Snapshot| self.mapping.format.version >= 3 && snapshot.extra.len() >= 16;
         let Some(unknown) = snapshots.iter().find(|snapshot| !is_known(snapshot)) else {
             return Ok(());
         };
@@ -97,7 +95,7 @@ impl Qcow2 {
 
     /// Gives the data file the length of the disk, as QEMU does: a raw one is to be the disk.
     fn resize_data_file(&self, old_size: u64, size: u64) -> Result<()> {
-        if !self.format.has_data_file {
+        if !self.mapping.format.has_data_file {
             return Ok(());
         }
         let name = |error| self.metadata.named(Error::from_io("resize the data file of", error));
@@ -121,7 +119,7 @@ impl Qcow2 {
     fn grow_l1(&mut self, size: u64) -> Result<()> {
         let geometry = self.geometry();
         let needed = geometry.l1_entries_for(size);
-        if needed <= self.l1.len() as u64 {
+        if needed <= self.mapping.l1_len() as u64 {
             return Ok(());
         }
         if needed * 8 > L1_BYTES_MAX {
@@ -131,7 +129,7 @@ impl Qcow2 {
             );
             return Err(Error::new(ErrorKind::Unsupported, "resize", detail));
         }
-        let mut l1: Vec<u64> = self.l1.iter().map(|entry| entry.load(Acquire)).collect();
+        let mut l1 = self.mapping.l1_words();
         l1.resize(needed as usize, 0);
         self.replace_l1(l1, self.size)
     }
@@ -159,7 +157,7 @@ impl Qcow2 {
         // Whether the sync succeeded or not, the file names the new table now, so later changes must
         // go there. The old one is freed only if the disk is known not to need it.
         let old_bytes = u64::from(old_entries) * 8;
-        self.l1 = l1.into_iter().map(AtomicU64::new).collect();
+        self.mapping.replace_l1(l1);
         let new_end = reserved.offset + u64::from(self.metadata.header().l1_entries) * 8;
         self.clusters.allocator()?.protected.push((reserved.offset, new_end));
         switched?;

@@ -17,7 +17,7 @@ impl Qcow2 {
     /// Makes the disk end at `size`, and returns the L1 table that it had. Everything is flushed.
     pub(in crate::qcow2) fn switch_to_smaller(&mut self, size: u64) -> Result<Vec<u64>> {
         let geometry = self.geometry();
-        let old = self.l1_words();
+        let old = self.mapping.l1_words();
         let end = size.next_multiple_of(geometry.cluster_size());
         self.refuse_bad_behind(end)?;
         let mut l1 = old.clone();
@@ -45,7 +45,7 @@ impl Qcow2 {
     pub(in crate::qcow2) fn free_behind(&self, size: u64, old: &[u64]) -> Result<()> {
         let geometry = self.geometry();
         let end = size.next_multiple_of(geometry.cluster_size());
-        let now = self.l1_words();
+        let now = self.mapping.l1_words();
         for (index, entry) in old.iter().enumerate().skip(geometry.l1_index(end) as usize) {
             let offset = entry & OFFSET_MASK;
             let is_kept = now.get(index).is_some_and(|now| now & OFFSET_MASK == offset);
@@ -56,9 +56,9 @@ impl Qcow2 {
             let mut freed = vec![Freed { cluster: offset >> geometry.cluster_bits, punch: false }];
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
-                let cluster = self.format.decode(entry[0], bitmap);
+                let cluster = self.mapping.format.decode(entry[0], bitmap);
                 let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
-                freed.extend(self.references(cluster, None, true));
+                freed.extend(self.mapping.references(cluster, None, true));
             }
             self.clusters.free(freed);
             self.relieve_pressure()?;
@@ -82,10 +82,12 @@ impl Qcow2 {
         let geometry = self.geometry();
         let first = geometry.l2_index(end) * geometry.entry_words();
         let index = geometry.l1_index(end);
-        if first == 0 || index as usize >= self.l1.len() {
+        if first == 0 || index as usize >= self.mapping.l1_len() {
             return Ok(None);
         }
-        let Some(table) = self.table(index, Lookup::MayRead)?.flatten() else { return Ok(None) };
+        let Some(table) = self.mapping.table(index, Lookup::MayRead)?.flatten() else {
+            return Ok(None);
+        };
         let mut words = table.read().words.clone();
         if words[first..].iter().all(|word| *word == 0) {
             return Ok(None);
@@ -98,17 +100,19 @@ impl Qcow2 {
     pub(in crate::qcow2) fn refuse_bad_behind(&self, end: u64) -> Result<()> {
         let geometry = self.geometry();
         let words_per_entry = geometry.entry_words();
-        self.refuse_bad_tables(geometry.l1_index(end))?;
-        for l1_index in geometry.l1_index(end)..self.l1.len() as u64 {
-            let Some(table) = self.table(l1_index, Lookup::MayRead)?.flatten() else { continue };
+        self.mapping.refuse_bad_tables(geometry.l1_index(end))?;
+        for l1_index in geometry.l1_index(end)..self.mapping.l1_len() as u64 {
+            let Some(table) = self.mapping.table(l1_index, Lookup::MayRead)?.flatten() else {
+                continue;
+            };
             let content = table.read();
             let start = l1_index * geometry.l2_coverage();
             for index in 0..content.words.len() / words_per_entry {
                 let guest = start + ((index as u64) << geometry.cluster_bits);
                 let entry = &content.words[index * words_per_entry..][..words_per_entry];
                 if guest >= end && entry.iter().any(|word| *word != 0) {
-                    self.refuse_bad(&table, &content.words, guest)?;
-                    let decoded = self.decode(&content.words, guest);
+                    self.mapping.refuse_bad(&table, &content.words, guest)?;
+                    let decoded = self.mapping.decode(&content.words, guest);
                     decoded.map_err(|error: Error| self.metadata.note_damage(error))?;
                 }
             }

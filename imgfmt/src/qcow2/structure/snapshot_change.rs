@@ -5,21 +5,17 @@
 //! and after which the rest is let go. A crash in between leaves leaks, and COPIED bits that do not
 //! fit the refcounts; the image is marked meanwhile, so that the next one who opens it repairs it.
 
-use std::sync::atomic::Ordering::Acquire;
 use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Allocator, Freed};
-use crate::qcow2::lock::lock;
-use crate::qcow2::map::cache::TableCache;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::qcow2::on_disk::words::read_words;
 use crate::qcow2::on_disk::words::words_to_bytes;
-use crate::qcow2::open::tables_max;
 
 impl Qcow2 {
     /// The snapshots in the order in which they were made.
@@ -43,7 +39,7 @@ impl Qcow2 {
     }
 
     fn add_snapshot(&mut self, mut snapshots: Vec<Snapshot>, id: String, name: &str) -> Result<()> {
-        let l1 = self.l1_words();
+        let l1 = self.mapping.l1_words();
         self.add_references(&l1)?;
         let l1: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
         let l1_offset = self.write_new(&words_to_bytes(&l1))?;
@@ -88,7 +84,7 @@ impl Qcow2 {
 
     /// Makes the disk what an L1 table says, and `size` bytes long, with one write of the header.
     fn apply_l1(&mut self, mut l1: Vec<u64>, size: u64) -> Result<()> {
-        let old = self.l1_words();
+        let old = self.mapping.l1_words();
         self.refuse_bad_behind(0)?;
         self.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
@@ -120,11 +116,11 @@ impl Qcow2 {
 
     /// Gives up everything that this layer has: its backing file shows. Snapshots stay.
     pub(crate) fn clear(&mut self) -> Result<()> {
-        if self.format.has_data_file {
+        if self.mapping.format.has_data_file {
             return Err(unfit("an image with a data file cannot be emptied"));
         }
         self.require_nobody()?;
-        let old = self.l1_words();
+        let old = self.mapping.l1_words();
         if old.is_empty() {
             return Ok(());
         }
@@ -147,7 +143,7 @@ impl Qcow2 {
     }
 
     fn prepare_for_snapshots(&mut self) -> Result<()> {
-        if self.format.has_data_file {
+        if self.mapping.format.has_data_file {
             return Err(unfit("an image with a data file cannot have snapshots"));
         }
         if self.geometry().refcount_max() < 2 {
@@ -164,10 +160,6 @@ impl Qcow2 {
         // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
         self.clusters.refuse_leases()?;
         self.flush_all()
-    }
-
-    pub(in crate::qcow2) fn l1_words(&self) -> Vec<u64> {
-        self.l1.iter().map(|entry| entry.load(Acquire)).collect()
     }
 
     /// Adds one reference to everything below an L1 table, or to nothing if that fails.
@@ -200,16 +192,16 @@ impl Qcow2 {
             if offset == 0 {
                 continue;
             }
-            self.refuse_bad_table(offset)?;
+            self.mapping.refuse_bad_table(offset)?;
             clusters.push(offset >> geometry.cluster_bits);
             let words =
                 read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
-                let cluster = self.format.decode(entry[0], bitmap);
+                let cluster = self.mapping.format.decode(entry[0], bitmap);
                 let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
-                self.refuse_bad_cluster(cluster, offset)?;
-                let references = self.references(cluster, None, false);
+                self.mapping.refuse_bad_cluster(cluster, offset)?;
+                let references = self.mapping.references(cluster, None, false);
                 clusters.extend(references.iter().map(|freed| freed.cluster));
             }
         }
@@ -232,7 +224,7 @@ impl Qcow2 {
             header.snapshots_offset = offset;
             header.snapshot_count = snapshots.len() as u32;
         });
-        self.snapshot_places = Self::places_of(offset, snapshots);
+        self.mapping.note_snapshots(offset, snapshots);
         self.metadata.sync_header()?;
         self.free_place(old.0, old.1)?;
         self.flush_all()
@@ -272,18 +264,15 @@ impl Qcow2 {
 
     /// Forgets all tables in memory, none of which is dirty.
     pub(in crate::qcow2) fn forget_tables(&mut self) {
-        self.tables = TableCache::new(tables_max(self.geometry(), self.size, self.cache_bytes));
+        self.mapping.forget_tables(self.size);
         self.clusters.decompressed.forget_all();
-        self.note_l2_places();
     }
 
     /// Sets COPIED in the active tables exactly where the refcount is 1.
     fn update_flags(&mut self) -> Result<()> {
         self.flush_all()?;
         let geometry = self.geometry();
-        let writer = self.writer()?;
-        for (l1_index, slot) in self.l1.iter().enumerate() {
-            let entry = slot.load(Acquire);
+        for (l1_index, entry) in self.mapping.l1_words().into_iter().enumerate() {
             let offset = entry & OFFSET_MASK;
             if offset == 0 {
                 continue;
@@ -294,7 +283,7 @@ impl Qcow2 {
             let mut is_changed = false;
             for entry in words.chunks_exact_mut(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
-                let cluster = self.format.decode(entry[0], bitmap);
+                let cluster = self.mapping.format.decode(entry[0], bitmap);
                 let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
                 let Some(host) = cluster.host else { continue };
                 let is_ours = allocator.refcounts.refcount(host >> geometry.cluster_bits)? == 1;
@@ -308,9 +297,7 @@ impl Qcow2 {
             }
             let wanted = if is_ours { offset | COPIED } else { offset };
             if wanted != entry {
-                slot.store(wanted, std::sync::atomic::Ordering::Release);
-                lock(&writer.dirty_l1).insert(l1_index);
-                self.commits.changes.note();
+                self.mapping.set_l1(l1_index, wanted);
             }
         }
         self.forget_tables();

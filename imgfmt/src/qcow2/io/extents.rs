@@ -17,7 +17,7 @@ impl Qcow2 {
         range: GuestRange,
         list: &mut ExtentList,
     ) -> Result<()> {
-        self.for_each_part(range, Lookup::MayRead, MAPPED_AT_ONCE, |pieces| {
+        self.mapping.for_each_part(range, Lookup::MayRead, MAPPED_AT_ONCE, |pieces| {
             list.tire(self.effort_of(pieces));
             for piece in pieces {
                 let kind = match piece.content {

@@ -1,0 +1,232 @@
+//! The mapping tables of one image: the L1 table, the L2 tables in memory, and what of both is not
+//! on disk.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+
+use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::lock::lock;
+use crate::qcow2::map::cache::{DirtyPart, Table, TableCache};
+use crate::qcow2::metadata::commits::Commits;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::qcow2::on_disk::l2::{EntryFormat, OFFSET_MASK};
+use crate::qcow2::on_disk::snapshot::{self, Snapshot};
+
+/// Unless the user says otherwise, L2 tables take up no more memory than this.
+const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
+
+/// Where the disk's clusters are.
+#[derive(Debug)]
+pub(in crate::qcow2) struct MappingTables {
+    pub(super) metadata: Arc<MetadataFile>,
+    pub(super) clusters: Arc<Clusters>,
+    pub(super) commits: Arc<Commits>,
+    pub(in crate::qcow2) format: EntryFormat,
+    /// Offsets of L2 tables and their COPIED bits, as in the file.
+    pub(super) l1: Box<[AtomicU64]>,
+    /// L1 entries that are not yet on disk.
+    pub(super) dirty_l1: Mutex<BTreeSet<usize>>,
+    /// Held while an L2 table is made or moved.
+    pub(super) l1_change: Mutex<()>,
+    pub(super) tables: TableCache,
+    /// How much memory, in bytes, the user allows for them.
+    cache_bytes: Option<u64>,
+    /// Offsets of the L2 tables that the L1 table names, if the image is to be written.
+    pub(super) l2_places: RwLock<HashSet<u64>>,
+    /// Where the snapshot table and the snapshots' L1 tables lie: start and end.
+    pub(super) snapshot_places: Vec<(u64, u64)>,
+}
+
+/// What of the tables is not on disk.
+#[derive(Debug, Default)]
+pub(in crate::qcow2) struct DirtyTables {
+    pub(in crate::qcow2) tables: Vec<(Arc<Table>, DirtyPart)>,
+    /// Indexes and values of L1 entries.
+    pub(in crate::qcow2) l1: Vec<(usize, u64)>,
+}
+
+impl MappingTables {
+    /// The tables of a disk of `size` bytes. `cache_bytes` is how much memory L2 tables may take up.
+    pub(in crate::qcow2) fn new(
+        (metadata, clusters, commits): (Arc<MetadataFile>, Arc<Clusters>, Arc<Commits>),
+        format: EntryFormat,
+        l1: Vec<u64>,
+        size: u64,
+        cache_bytes: Option<u64>,
+    ) -> Self {
+        let mut mapping = Self {
+            metadata,
+            clusters,
+            commits,
+            format,
+            l1: Box::default(),
+            dirty_l1: Mutex::default(),
+            l1_change: Mutex::new(()),
+            tables: TableCache::new(tables_max(format.geometry, size, cache_bytes)),
+            cache_bytes,
+            l2_places: RwLock::default(),
+            snapshot_places: Vec::new(),
+        };
+        mapping.replace_l1(l1);
+        mapping.note_l2_places();
+        mapping
+    }
+
+    #[inline]
+    pub(in crate::qcow2) fn geometry(&self) -> Geometry {
+        self.format.geometry
+    }
+
+    /// How many entries the L1 table has.
+    pub(in crate::qcow2) fn l1_len(&self) -> usize {
+        self.l1.len()
+    }
+
+    /// The L1 table as it is in memory.
+    pub(in crate::qcow2) fn l1_words(&self) -> Vec<u64> {
+        self.l1.iter().map(|entry| entry.load(Acquire)).collect()
+    }
+
+    /// Has another L1 table from now on, which is in the file already.
+    pub(in crate::qcow2) fn replace_l1(&mut self, l1: Vec<u64>) {
+        self.l1 = l1.into_iter().map(AtomicU64::new).collect();
+    }
+
+    /// Changes an entry of the L1 table; the next flush writes it.
+    pub(in crate::qcow2) fn set_l1(&self, index: usize, entry: u64) {
+        self.l1[index].store(entry, Release);
+        lock(&self.dirty_l1).insert(index);
+        self.commits.changes.note();
+    }
+
+    /// Forgets all L2 tables in memory, none of which is dirty, and makes room for those of a disk of
+    /// `size` bytes.
+    pub(in crate::qcow2) fn forget_tables(&mut self, size: u64) {
+        self.tables = TableCache::new(tables_max(self.geometry(), size, self.cache_bytes));
+        self.note_l2_places();
+    }
+
+    /// Whether so many tables are dirty that they should be written before more become so.
+    pub(in crate::qcow2) fn is_under_pressure(&self) -> bool {
+        self.tables.is_under_pressure()
+    }
+
+    /// Takes a copy of all that is not on disk, and calls it clean. No mapping changes meanwhile.
+    pub(in crate::qcow2) fn take_dirty(&self) -> DirtyTables {
+        let tables = self.tables.take_dirty();
+        let l1 = std::mem::take(&mut *lock(&self.dirty_l1));
+        let l1 = l1.into_iter().map(|index| (index, self.l1[index].load(Acquire))).collect();
+        DirtyTables { tables, l1 }
+    }
+
+    /// Takes back what could not be written.
+    pub(in crate::qcow2) fn return_dirty(&self, dirty: &DirtyTables) {
+        self.tables.return_dirty(&dirty.tables);
+        lock(&self.dirty_l1).extend(dirty.l1.iter().map(|(index, _)| *index));
+    }
+
+    /// Notes where the snapshot table, at `table_offset`, and the snapshots' L1 tables lie.
+    pub(in crate::qcow2) fn note_snapshots(&mut self, table_offset: u64, snapshots: &[Snapshot]) {
+        let place = |offset: u64, length: u64| (offset, offset.saturating_add(length));
+        let table = place(table_offset, snapshot::table_length(snapshots));
+        let l1s = snapshots
+            .iter()
+            .map(|snapshot| place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8));
+        self.snapshot_places = l1s.chain([table]).filter(|(start, end)| start < end).collect();
+    }
+
+    /// Notes anew where the L2 tables of the active L1 table lie.
+    fn note_l2_places(&mut self) {
+        if self.metadata.is_writable() {
+            let offsets = self.l1.iter().map(|entry| entry.load(Acquire) & OFFSET_MASK);
+            let places = offsets.filter(|offset| *offset != 0).collect();
+            *self.l2_places.get_mut().unwrap_or_else(PoisonError::into_inner) = places;
+        }
+    }
+
+    pub(super) fn l2_places(&self) -> RwLockReadGuard<'_, HashSet<u64>> {
+        self.l2_places.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How many L2 tables may be kept in memory.
+fn tables_max(geometry: Geometry, size: u64, cache_bytes: Option<u64>) -> usize {
+    let all = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
+    let bytes = cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT).min(all);
+    (bytes / geometry.cluster_size()).max(4) as usize
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+    use crate::qcow2::alloc::allocator::make_allocator;
+    use crate::qcow2::alloc::clusters::tests::Nothing;
+    use crate::qcow2::metadata::metadata_file::tests::opened;
+    use crate::qcow2::on_disk::l2::COPIED;
+
+    fn mapping(is_writable: bool) -> MappingTables {
+        let (_, metadata) = opened(is_writable);
+        let header = metadata.header();
+        let allocator = make_allocator(&metadata.file, &header).unwrap();
+        let (metadata, commits) = (Arc::new(metadata), Arc::new(Commits::default()));
+        let allocator = is_writable.then_some(allocator);
+        let clusters = Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator);
+        let geometry = header.geometry;
+        let format = EntryFormat { geometry, version: 3, has_data_file: false };
+        let parts = (metadata, Arc::new(clusters), commits);
+        MappingTables::new(parts, format, vec![0], header.size, None)
+    }
+
+    #[test]
+    fn a_new_table_is_dirty_until_a_flush_has_written_it() {
+        let mapping = mapping(true);
+        let table = mapping.table_for_write(0, &Nothing).unwrap();
+        assert_eq!(mapping.l1_words(), [table.offset | COPIED]);
+        assert!(Arc::ptr_eq(&table, &mapping.table_for_write(0, &Nothing).unwrap()));
+        let dirty = mapping.take_dirty();
+        assert_eq!((dirty.tables.len(), &dirty.l1[..]), (1, &[(0, table.offset | COPIED)][..]));
+        assert!(mapping.take_dirty().tables.is_empty());
+        mapping.return_dirty(&dirty);
+        let again = mapping.take_dirty();
+        assert_eq!((again.tables.len(), again.l1), (1, dirty.l1));
+    }
+
+    #[test]
+    fn a_shared_table_is_moved_before_it_is_changed_and_the_old_one_freed() {
+        let mapping = mapping(true);
+        let shared = mapping.table_for_write(0, &Nothing).unwrap();
+        mapping.set_l1(0, shared.offset);
+        assert!(mapping.own_table_in_memory(0).unwrap().is_none());
+        let own = mapping.table_for_write(0, &Nothing).unwrap();
+        assert_ne!(own.offset, shared.offset);
+        assert_eq!(mapping.clusters.freed_count(), 1);
+        assert_eq!(*mapping.l2_places(), HashSet::from([own.offset]));
+    }
+
+    #[test]
+    fn an_entry_that_points_to_metadata_is_not_followed_by_a_change() {
+        let mapping = mapping(true);
+        // The L2 table itself, the refcount block, a cluster that nobody was given.
+        let own = mapping.table_for_write(0, &Nothing).unwrap().offset;
+        for host in [own, 2 << 16, 9 << 16] {
+            let words = vec![0, host | COPIED];
+            let table = Table::new(own, words.clone());
+            mapping.refuse_bad(&table, &words, 0).unwrap();
+            let refused = mapping.refuse_bad(&table, &words, 1 << 16).unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::Corrupt, "{host:#x}");
+        }
+        assert!(mapping.metadata.refuse_if_corrupt().is_err());
+    }
+
+    #[test]
+    fn a_table_is_not_made_in_an_image_that_is_only_read() {
+        let mapping = mapping(false);
+        let refused = mapping.table_for_write(0, &Nothing).unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::ReadOnly);
+        assert_eq!(mapping.l1_words(), [0]);
+    }
+}
