@@ -28,8 +28,10 @@ const CORRUPT: u8 = 2;
 /// Offsets in tables, without the flags of their entries.
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// A file of this thread: tests of one process run side by side.
 fn file(what: &str) -> PathBuf {
-    std::env::temp_dir().join(format!("imgfmt-fuzz-{}-{what}.qcow2", std::process::id()))
+    let (process, thread) = (std::process::id(), std::thread::current().id());
+    std::env::temp_dir().join(format!("imgfmt-fuzz-{process}-{thread:?}-{what}.qcow2"))
 }
 
 fn base(kind: usize) -> &'static Base {
