@@ -71,6 +71,7 @@ mod luks;
 mod mapping;
 mod open_policy;
 mod options;
+mod ordered_lock;
 mod probe;
 mod qcow2;
 mod raw;

@@ -8,12 +8,11 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::{
-    Arc, Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
-};
+use std::sync::{Arc, OnceLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Bits, Recording};
 use crate::error::{Error, Result};
+use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 use crate::sidecar::{InFlight, Sidecar};
 use crate::units::GuestRange;
 
@@ -110,7 +109,7 @@ fn records<S>(bitmap: &&Bitmap<S>) -> bool {
 #[must_use = "the change must be over before this is dropped"]
 pub(crate) struct Recorded<'a, S> {
     _in_flight: Option<InFlight>,
-    _state: RwLockReadGuard<'a, State<S>>,
+    _state: Ordered<RwLockReadGuard<'a, State<S>>>,
 }
 
 /// A change cannot be noted without waiting.
@@ -120,16 +119,19 @@ pub(crate) struct WouldBlock;
 /// The bitmaps of one open image.
 #[derive(Debug)]
 pub(crate) struct Tracker<S> {
-    state: RwLock<State<S>>,
+    state: OrderedRwLock<{ rank::BITMAPS }, State<S>>,
     /// Held while the image is told that what is stored is out of date.
-    marking: Mutex<()>,
+    marking: OrderedMutex<{ rank::MARKING }, ()>,
 }
 
 impl<S> Tracker<S> {
     /// A tracker of these bitmaps. `is_marked` says whether no change needs to be announced to the
     /// image.
     pub(crate) fn new(bitmaps: Vec<Bitmap<S>>, is_marked: bool) -> Self {
-        Self { state: RwLock::new(State::new(bitmaps, is_marked)), marking: Mutex::new(()) }
+        Self {
+            state: OrderedRwLock::new(State::new(bitmaps, is_marked)),
+            marking: OrderedMutex::default(),
+        }
     }
 
     /// Notes that a range is about to change. The first change after a bitmap was stored calls
@@ -143,7 +145,7 @@ impl<S> Tracker<S> {
     ) -> Result<Recorded<'_, S>> {
         let state = self.read();
         if !state.is_marked.load(Acquire) {
-            let _marking = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
+            let _marking = self.marking.lock();
             if !state.is_marked.load(Acquire) {
                 mark(&state)?;
                 state.is_marked.store(true, Release);
@@ -161,11 +163,7 @@ impl<S> Tracker<S> {
         &self,
         range: GuestRange,
     ) -> Result<Recorded<'_, S>, WouldBlock> {
-        let state = match self.state.try_read() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(state)) => state.into_inner(),
-            Err(TryLockError::WouldBlock) => return Err(WouldBlock),
-        };
+        let state = self.state.try_read().ok_or(WouldBlock)?;
         if !state.is_marked.load(Acquire) {
             return Err(WouldBlock);
         }
@@ -179,20 +177,20 @@ impl<S> Tracker<S> {
     }
 
     /// The bitmaps as they are. Changes go on meanwhile.
-    pub(crate) fn read(&self) -> RwLockReadGuard<'_, State<S>> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn read(&self) -> Ordered<RwLockReadGuard<'_, State<S>>> {
+        self.state.read()
     }
 
     /// Has the bitmaps alone: every change that was noted is over, and others wait.
     pub(crate) fn alone(&self) -> Alone<'_, S> {
-        Alone { state: self.state.write().unwrap_or_else(PoisonError::into_inner) }
+        Alone { state: self.state.write() }
     }
 }
 
 /// Access to the bitmaps while no change of the disk is on its way.
 #[derive(Debug)]
 pub(crate) struct Alone<'a, S> {
-    state: RwLockWriteGuard<'a, State<S>>,
+    state: Ordered<RwLockWriteGuard<'a, State<S>>>,
 }
 
 impl<S> Alone<'_, S> {

@@ -11,7 +11,6 @@ mod check;
 mod driver;
 mod flush;
 mod io;
-mod lock;
 mod map;
 mod metadata;
 mod on_disk;

@@ -10,6 +10,7 @@ use super::{Backing, Qcow2};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, OpenOptions};
+use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::map::mapping_tables::MappingTables;
@@ -139,7 +140,7 @@ impl Qcow2 {
     /// tell whether they are something else as well: all references are counted, once.
     fn prove_refcount_blocks(&self) {
         let has_strangers =
-            |allocator: MutexGuard<'_, Allocator>| allocator.refcounts.has_strangers();
+            |allocator: Ordered<MutexGuard<'_, Allocator>>| allocator.refcounts.has_strangers();
         if !self.clusters.allocator().is_ok_and(has_strangers) {
             return;
         }

@@ -3,14 +3,14 @@
 //! See [`allocator`](crate::qcow2::alloc::allocator) for the life of a cluster.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapping::Lookup;
+use crate::ordered_lock::{Ordered, OrderedMutex, rank};
 use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed, Quarantine, Reserved};
 use crate::qcow2::alloc::decompressed::Decompressed;
 use crate::qcow2::alloc::lease::{ClosedGeneration, ClusterLease, Leases};
-use crate::qcow2::lock::{lock, try_lock};
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::{MetadataFile, unwritable};
 use crate::units::HostOffset;
@@ -29,12 +29,12 @@ pub(in crate::qcow2) struct Clusters {
     metadata: Arc<MetadataFile>,
     commits: Arc<Commits>,
     /// One per guest cluster; several clusters share one.
-    stripes: Vec<Mutex<()>>,
-    allocator: Option<Mutex<Allocator>>,
+    stripes: Vec<OrderedMutex<{ rank::STRIPE }, ()>>,
+    allocator: Option<OrderedMutex<{ rank::ALLOCATOR }, Allocator>>,
     leases: Leases,
     /// References that were dropped since the last flush began.
-    freed: Mutex<Vec<Freed>>,
-    quarantine: Mutex<Quarantine>,
+    freed: OrderedMutex<{ rank::FREED }, Vec<Freed>>,
+    quarantine: OrderedMutex<{ rank::QUARANTINE }, Quarantine>,
     pub(in crate::qcow2) decompressed: Decompressed,
 }
 
@@ -47,11 +47,11 @@ impl Clusters {
         Self {
             metadata,
             commits,
-            stripes: (0..STRIPES).map(|_| Mutex::new(())).collect(),
-            allocator: allocator.map(Mutex::new),
+            stripes: (0..STRIPES).map(|_| OrderedMutex::new(())).collect(),
+            allocator: allocator.map(OrderedMutex::new),
             leases: Leases::new(),
-            freed: Mutex::default(),
-            quarantine: Mutex::default(),
+            freed: OrderedMutex::default(),
+            quarantine: OrderedMutex::default(),
             decompressed: Decompressed::default(),
         }
     }
@@ -63,15 +63,15 @@ impl Clusters {
         first: u64,
         count: u64,
         lookup: Lookup,
-    ) -> Option<Vec<MutexGuard<'_, ()>>> {
+    ) -> Option<Vec<Ordered<MutexGuard<'_, ()>>>> {
         let mut indexes: Vec<u64> =
             (first..first + count.min(STRIPES)).map(|cluster| cluster % STRIPES).collect();
         // Always in the same order, or two writers could wait for each other.
         indexes.sort_unstable();
         let stripes = indexes.into_iter().map(|index| &self.stripes[index as usize]);
         match lookup {
-            Lookup::MayRead => Some(stripes.map(lock).collect()),
-            Lookup::CachedOnly => stripes.map(try_lock).collect(),
+            Lookup::MayRead => Some(stripes.map(OrderedMutex::lock).collect()),
+            Lookup::CachedOnly => stripes.map(OrderedMutex::try_lock).collect(),
         }
     }
 
@@ -88,8 +88,8 @@ impl Clusters {
     }
 
     /// The refcounts, and what is known about free clusters.
-    pub(in crate::qcow2) fn allocator(&self) -> Result<MutexGuard<'_, Allocator>> {
-        self.allocator.as_ref().map(lock).ok_or_else(unwritable)
+    pub(in crate::qcow2) fn allocator(&self) -> Result<Ordered<MutexGuard<'_, Allocator>>> {
+        self.allocator.as_ref().map(OrderedMutex::lock).ok_or_else(unwritable)
     }
 
     /// Reserves up to `count_max` clusters next to each other.
@@ -144,7 +144,7 @@ impl Clusters {
         if lookup == Lookup::MayRead {
             return self.reserve(count_max, references).map(Some);
         }
-        let Some(mut allocator) = try_lock(self.allocator.as_ref().ok_or_else(unwritable)?) else {
+        let Some(mut allocator) = self.allocator.as_ref().ok_or_else(unwritable)?.try_lock() else {
             return Ok(None);
         };
         let reserved = allocator.reserve_in_memory(count_max);
@@ -170,25 +170,25 @@ impl Clusters {
     /// Lets go of references that were dropped, once a flush has put that on disk and nobody moves
     /// bytes by them.
     pub(in crate::qcow2) fn free(&self, freed: impl IntoIterator<Item = Freed>) {
-        lock(&self.freed).extend(freed);
+        self.freed.lock().extend(freed);
         self.commits.changes.note();
     }
 
     /// How many references were dropped since the last flush began.
     pub(in crate::qcow2) fn freed_count(&self) -> usize {
-        lock(&self.freed).len()
+        self.freed.lock().len()
     }
 
     /// What was freed so far, for a flush that puts that on disk, and the generation of leases that
     /// may know of it. No mapping changes meanwhile.
     pub(in crate::qcow2) fn take_freed(&self) -> (Vec<Freed>, ClosedGeneration) {
-        let freed = std::mem::take(&mut *lock(&self.freed));
+        let freed = std::mem::take(&mut *self.freed.lock());
         (freed, self.leases.close_generation())
     }
 
     /// Takes back what a flush that failed has [taken](Self::take_freed).
     pub(in crate::qcow2) fn return_freed(&self, mut freed: Vec<Freed>) {
-        lock(&self.freed).append(&mut freed);
+        self.freed.lock().append(&mut freed);
     }
 
     /// Keeps what was freed until leases have ended.
@@ -196,7 +196,7 @@ impl Clusters {
         // Also with nothing freed: what is freed later must wait for the leases of all generations
         // that came before.
         if !freed.is_empty() || !generation.has_ended() {
-            lock(&self.quarantine).push_back(Batch { generation, freed });
+            self.quarantine.lock().push_back(Batch { generation, freed });
         }
     }
 
@@ -205,7 +205,7 @@ impl Clusters {
     pub(in crate::qcow2) fn refuse_leases(&self) -> Result<()> {
         let generation = self.leases.close_generation();
         self.release_quarantine();
-        let mut quarantine = lock(&self.quarantine);
+        let mut quarantine = self.quarantine.lock();
         if !generation.has_ended() || !quarantine.is_empty() {
             // The image goes on being used: what is freed later still waits for these leases.
             quarantine.push_back(Batch { generation, freed: Vec::new() });
@@ -217,7 +217,7 @@ impl Clusters {
 
     /// Lets freed clusters go whose leases have ended.
     pub(in crate::qcow2) fn release_quarantine(&self) {
-        let Some(mut quarantine) = try_lock(&self.quarantine) else { return };
+        let Some(mut quarantine) = self.quarantine.try_lock() else { return };
         while quarantine.front().is_some_and(|batch| batch.generation.has_ended()) {
             if let Some(batch) = quarantine.pop_front() {
                 self.release_freed(batch.freed);
@@ -227,7 +227,7 @@ impl Clusters {
 
     /// Lets all freed clusters go, when no one can reserve clusters any more.
     pub(in crate::qcow2) fn release_all_freed(&self) {
-        let batches = std::mem::take(&mut *lock(&self.quarantine));
+        let batches = std::mem::take(&mut *self.quarantine.lock());
         for mut batch in batches {
             if !batch.generation.has_ended() {
                 // Somebody may still be moving these bytes by a lease: they stay where they are.

@@ -4,9 +4,10 @@
 //! until then is closed; once all leases of it and of older ones have ended, nobody can still be
 //! moving bytes by a mapping that named those clusters.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 use crate::mapping::LeaseGuard;
+use crate::ordered_lock::{OrderedRwLock, rank};
 
 /// Proof that no cluster that was mapped while it lived is reused. Dropping it ends the lease.
 #[derive(Debug)]
@@ -24,23 +25,23 @@ pub(crate) struct ClosedGeneration(Arc<Generation>);
 /// Hands out leases.
 #[derive(Debug)]
 pub(crate) struct Leases {
-    current: RwLock<Arc<Generation>>,
+    current: OrderedRwLock<{ rank::LEASES }, Arc<Generation>>,
 }
 
 impl Leases {
     pub(crate) fn new() -> Self {
-        Self { current: RwLock::new(Arc::new(Generation)) }
+        Self { current: OrderedRwLock::new(Arc::new(Generation)) }
     }
 
     /// Takes a lease. Only what is mapped afterwards is protected.
     pub(crate) fn take(&self) -> ClusterLease {
-        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        let current = self.current.read();
         ClusterLease { _generation: Arc::clone(&current) }
     }
 
     /// Closes the current generation, after the mappings to what is freed have been removed.
     pub(crate) fn close_generation(&self) -> ClosedGeneration {
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.current.write();
         ClosedGeneration(std::mem::replace(&mut current, Arc::new(Generation)))
     }
 }

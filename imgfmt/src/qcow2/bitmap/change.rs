@@ -18,7 +18,6 @@ use crate::bitmap::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Freed, Reserved};
-use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, replaces_at_once, rewrite_autoclear,
 };
@@ -246,7 +245,7 @@ impl Qcow2 {
 
     /// Makes the list on disk what the plan says, or leaves it as it was.
     fn store_plan(&self, old: &[Bitmap<Entry>], plan: Vec<Planned>) -> Result<Vec<Bitmap<Entry>>> {
-        self.settle_directory(&mut lock(&self.bitmaps.disk))?;
+        self.settle_directory(&mut self.bitmaps.disk.lock())?;
         let mut reserved = Vec::new();
         let since = self.metadata.failed_syncs();
         let prepared = self.write_plan(&plan, &mut reserved);
@@ -260,7 +259,7 @@ impl Qcow2 {
         };
         let freed = self.replaced_clusters(old, &plan);
         let (_, flags_places) = directory::encode(&entries);
-        let mut disk = lock(&self.bitmaps.disk);
+        let mut disk = self.bitmaps.disk.lock();
         let old_place = disk.directory;
         self.find_ownership(old, old_place);
         if let Err(error) = self.switch_directory(place, entries.len()) {

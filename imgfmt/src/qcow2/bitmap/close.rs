@@ -6,7 +6,6 @@ use super::change::Planned;
 use crate::bitmap::Condition;
 use crate::error::Result;
 use crate::qcow2::Qcow2;
-use crate::qcow2::lock::lock;
 
 impl Qcow2 {
     /// Stores the bitmaps that changed and makes the image say that they are sound. Everything
@@ -19,7 +18,7 @@ impl Qcow2 {
             planned.must_store =
                 bitmap.condition == Condition::Ready && bitmap.in_use.load(Acquire);
         }
-        self.settle_directory(&mut lock(&self.bitmaps.disk))?;
+        self.settle_directory(&mut self.bitmaps.disk.lock())?;
         if !plan.iter().any(|planned| planned.must_store) {
             return Ok(());
         }

@@ -20,7 +20,6 @@ use super::unusable_detail;
 use crate::bitmap::{Bitmap, Recording};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::lock::lock;
 
 /// What stands behind the name of a bitmap in the name of the one that holds its frozen bits.
 const SUFFIX: &str = ".checkpoint";
@@ -209,7 +208,7 @@ impl Qcow2 {
     /// disk can be used all the same, but not the bitmaps that lack bits.
     pub(in crate::qcow2) fn thaw_at_open(&self) {
         let thawed = self.thaw_bitmaps();
-        let mut disk = lock(&self.bitmaps.disk);
+        let mut disk = self.bitmaps.disk.lock();
         match thawed {
             Ok(names) => disk.thawed = names,
             Err(error) => disk.thaw_failure = Some(error.to_string()),

@@ -19,7 +19,6 @@ use crate::bitmap::{Alone, BitmapChange};
 use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::Qcow2;
-use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension, replace_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};
@@ -154,17 +153,17 @@ fn decode(content: &[u8]) -> Option<Lineage> {
 impl Qcow2 {
     /// After which backup a bitmap of this layer began.
     pub(crate) fn began_after(&self, name: &str) -> BeganAfter {
-        lock(&self.bitmaps.lineage).began_after(name)
+        self.bitmaps.lineage.lock().began_after(name)
     }
 
     /// Which disk it is, if that is known: since its first backup.
     pub(crate) fn disk_id(&self) -> Option<Uuid> {
-        lock(&self.bitmaps.lineage).disk
+        self.bitmaps.lineage.lock().disk
     }
 
     /// Nothing is known any more about when bitmaps began.
     pub(in crate::qcow2) fn forget_lineage(&self) -> Result<()> {
-        let mut lineage = lock(&self.bitmaps.lineage).clone();
+        let mut lineage = self.bitmaps.lineage.lock().clone();
         if lineage.records.is_empty() {
             return Ok(());
         }
@@ -180,7 +179,7 @@ impl Qcow2 {
         plan: Vec<Planned>,
         changes: &[BitmapChange],
     ) -> Result<()> {
-        let before = lock(&self.bitmaps.lineage).clone();
+        let before = self.bitmaps.lineage.lock().clone();
         let mut after = before.clone();
         if after.is_doubtful {
             // What is written now is written by somebody who knows.
@@ -198,7 +197,7 @@ impl Qcow2 {
         }
         self.carry_out(alone, plan).inspect_err(|_| {
             // While nobody knows which list the disk names, what is right with both of them stays.
-            let is_settled = !lock(&self.bitmaps.disk).is_doubtful;
+            let is_settled = !self.bitmaps.disk.lock().is_doubtful;
             if must_write && is_settled && !before.is_doubtful {
                 // What was known still holds; if it cannot be written the next backup is refused.
                 let _ = self.write_lineage(before);
@@ -207,7 +206,7 @@ impl Qcow2 {
     }
 
     fn write_lineage(&self, mut lineage: Lineage) -> Result<()> {
-        let mut current = lock(&self.bitmaps.lineage);
+        let mut current = self.bitmaps.lineage.lock();
         lineage.sequence = current.sequence.wrapping_add(1);
         if lineage.disk.is_none() {
             let disk = Uuid::random();

@@ -17,7 +17,7 @@ use std::collections::HashSet;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 use super::Qcow2;
 use crate::bitmap::{
@@ -27,7 +27,7 @@ use crate::bitmap::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::info::BitmapEntry;
 use crate::options::OpenOptions;
-use crate::qcow2::lock::lock;
+use crate::ordered_lock::{OrderedMutex, rank};
 use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};
@@ -50,17 +50,17 @@ const CLUSTERS_MAX: usize = 1 << 24;
 #[derive(Debug)]
 pub(crate) struct Bitmaps {
     pub(super) tracker: Tracker<Entry>,
-    disk: Mutex<Disk>,
+    disk: OrderedMutex<{ rank::DIRECTORY }, Disk>,
     /// Which clusters belong to them alone. Locked after the disk.
-    ownership: Mutex<Ownership>,
+    ownership: OrderedMutex<{ rank::OWNERSHIP }, Ownership>,
     /// How much memory bits take up.
     memory_bytes: AtomicU64,
     /// The largest size that the disk has had since the image was opened.
     size_peak: u64,
     /// After which backup each of them began. Locked before the header is edited.
-    lineage: Mutex<Lineage>,
+    lineage: OrderedMutex<{ rank::LINEAGE }, Lineage>,
     /// What makes them survive a crash.
-    session: Mutex<Session>,
+    session: OrderedMutex<{ rank::SESSION }, Session>,
     /// Where the sidecar is; `None` means beside the image.
     sidecar_home: Option<Arc<dyn Home>>,
 }
@@ -100,12 +100,12 @@ impl Bitmaps {
     pub(super) fn none() -> Self {
         Self {
             tracker: Tracker::new(Vec::new(), true),
-            disk: Mutex::default(),
-            ownership: Mutex::default(),
+            disk: OrderedMutex::default(),
+            ownership: OrderedMutex::default(),
             memory_bytes: AtomicU64::new(0),
             size_peak: 0,
-            lineage: Mutex::default(),
-            session: Mutex::default(),
+            lineage: OrderedMutex::default(),
+            session: OrderedMutex::default(),
             sidecar_home: None,
         }
     }
@@ -121,15 +121,15 @@ impl Bitmaps {
         let (_, flags_places) = directory::encode(&entries);
         let tracker = Tracker::new(entries.iter().cloned().map(bitmap_of).collect(), true);
         let disk = Disk { directory, entries, flags_places, damage, ..Disk::default() };
-        let disk = Mutex::new(disk);
+        let disk = OrderedMutex::new(disk);
         Self {
             tracker,
             disk,
-            ownership: Mutex::default(),
+            ownership: OrderedMutex::default(),
             memory_bytes: AtomicU64::new(0),
             size_peak: header.size,
-            lineage: Mutex::new(Lineage::of(header)),
-            session: Mutex::new(Session::new(options.survives)),
+            lineage: OrderedMutex::new(Lineage::of(header)),
+            session: OrderedMutex::new(Session::new(options.survives)),
             sidecar_home: sidecar_home(options),
         }
     }
@@ -189,7 +189,7 @@ impl Qcow2 {
     /// Whether the image says of every bitmap in which changes will be missing, as long as it is
     /// open, that it is in use.
     fn is_marked(&self, bitmaps: &[Bitmap<Entry>]) -> bool {
-        let disk = lock(&self.bitmaps.disk);
+        let disk = self.bitmaps.disk.lock();
         disk.damage.is_none()
             && !disk.is_doubtful
             && !self.metadata.is_sealed()
@@ -259,7 +259,7 @@ impl Qcow2 {
     /// Says on disk of every bitmap that notes changes that what is stored is out of date.
     fn mark_in_use(&self, state: &State<Entry>) -> Result<()> {
         self.metadata.break_seal()?;
-        let mut disk = lock(&self.bitmaps.disk);
+        let mut disk = self.bitmaps.disk.lock();
         if disk.damage.is_some() {
             // Nobody can find these bitmaps. Whoever can must not believe them from now on.
             self.metadata.edit_header(|file, _| change_autoclear(file, 0, autoclear::BITMAPS))?;
@@ -332,7 +332,7 @@ impl Qcow2 {
 
     /// Why the bitmaps that the image claims to have cannot be found, as a clause.
     pub(crate) fn bitmap_damage(&self) -> Option<String> {
-        lock(&self.bitmaps.disk).damage.clone()
+        self.bitmaps.disk.lock().damage.clone()
     }
 
     /// Whether this layer has a bitmap of that name.
@@ -366,7 +366,7 @@ impl Qcow2 {
 
     /// Whether the image has no bitmaps, nor claims to have any.
     pub(super) fn has_no_bitmaps(&self) -> bool {
-        let disk = lock(&self.bitmaps.disk);
+        let disk = self.bitmaps.disk.lock();
         disk.directory.is_none() && disk.damage.is_none()
     }
 
@@ -376,7 +376,7 @@ impl Qcow2 {
     /// the bitmaps are changed or a write has noted what it changes.
     pub(super) fn bitmap_places(&self) -> (Vec<(u64, u64)>, Vec<String>) {
         let bits = self.geometry().cluster_bits;
-        let disk = lock(&self.bitmaps.disk);
+        let disk = self.bitmaps.disk.lock();
         let mut damages: Vec<String> = disk.damage.iter().cloned().collect();
         let mut places: Vec<(u64, u64)> =
             disk.directory.iter().map(|place| (place.offset, place.length)).collect();
@@ -411,7 +411,7 @@ impl Qcow2 {
 
     /// Removes the bitmaps whose places cannot be told, as the last step of a repair.
     pub(super) fn drop_damaged_bitmaps(&self) -> Result<()> {
-        let mut disk = lock(&self.bitmaps.disk);
+        let mut disk = self.bitmaps.disk.lock();
         if disk.damage.is_some() {
             self.metadata.edit_header(|file, cluster_size| {
                 change_autoclear(file, 0, autoclear::BITMAPS)?;

@@ -16,7 +16,6 @@ use crate::bitmap::Bitmap;
 use crate::error::Result;
 use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
-use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::autoclear;
 
@@ -37,7 +36,7 @@ pub(super) struct Ownership {
 impl Qcow2 {
     /// Makes sure that it is known what the bitmaps own.
     pub(super) fn find_ownership(&self, bitmaps: &[Bitmap<Entry>], directory: Option<Place>) {
-        let mut ownership = lock(&self.bitmaps.ownership);
+        let mut ownership = self.bitmaps.ownership.lock();
         if !ownership.is_known {
             // Nobody needs to know what cannot be read: it is left alone.
             *ownership = self.prove_ownership(bitmaps, directory).unwrap_or_default();
@@ -101,7 +100,7 @@ impl Qcow2 {
         }
         self.find_ownership(bitmaps, *directory);
         let is_ours = {
-            let ownership = lock(&self.bitmaps.ownership);
+            let ownership = self.bitmaps.ownership.lock();
             self.place_clusters(*directory).all(|cluster| ownership.alone.contains(&cluster))
         };
         if !is_ours {
@@ -115,7 +114,7 @@ impl Qcow2 {
     /// that they are not the bitmaps' any more, and what was `reserved` is.
     pub(super) fn give_away(&self, clusters: Vec<u64>, reserved: &[Reserved]) -> Vec<u64> {
         let bits = self.geometry().cluster_bits;
-        let mut ownership = lock(&self.bitmaps.ownership);
+        let mut ownership = self.bitmaps.ownership.lock();
         let freed: Vec<u64> =
             clusters.into_iter().filter(|cluster| ownership.counted.contains(cluster)).collect();
         for cluster in &freed {

@@ -12,7 +12,6 @@ use super::directory::{Entry, flag};
 use crate::bitmap::{Bitmap, Bits, Condition, Recording};
 use crate::error::Result;
 use crate::qcow2::Qcow2;
-use crate::qcow2::lock::lock;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Qcow2 {
@@ -20,7 +19,7 @@ impl Qcow2 {
     pub(in crate::qcow2) fn bitmaps_before_resize(&mut self) -> Result<()> {
         let mut alone = self.bitmaps.tracker.alone();
         let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
-        let mut disk = lock(&self.bitmaps.disk);
+        let mut disk = self.bitmaps.disk.lock();
         self.settle_directory(&mut disk)?;
         if disk.directory.is_none() {
             return Ok(());

@@ -19,7 +19,6 @@ use crate::bytes::u64_at;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, Survives};
 use crate::qcow2::Qcow2;
-use crate::qcow2::lock::lock;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, rewrite_autoclear,
 };
@@ -95,7 +94,7 @@ impl Qcow2 {
         let header = self.metadata.header();
         let content = header.extensions.sidecar.as_deref();
         let identity = content.and_then(decode_identity).ok_or(Distrust::OtherSession)?;
-        lock(&self.bitmaps.session).found_generation = identity.generation;
+        self.bitmaps.session.lock().found_generation = identity.generation;
         let place = self.sidecar_place().map_err(|_| Distrust::Missing)?;
         let access = if self.metadata.is_writable() { Access::ReadWrite } else { Access::ReadOnly };
         let file = place.open(access)?.ok_or(Distrust::Missing)?;
@@ -125,7 +124,7 @@ impl Qcow2 {
             }
         }
         {
-            let mut session = lock(&self.bitmaps.session);
+            let mut session = self.bitmaps.session.lock();
             session.recovered.clone_from(&recovered);
             if found.as_ref().is_ok_and(|recovery| recovery.trust() == Trust::OtherBoot) {
                 session.precision = RecoveryPrecision::WholeExtents;
@@ -148,7 +147,7 @@ impl Qcow2 {
                     // that there is none; a clean close stores the bits.
                     let bitmaps = alone.bitmaps().to_vec();
                     alone.replace(bitmaps, false);
-                    lock(&self.bitmaps.session).is_recovery_unfinished = true;
+                    self.bitmaps.session.lock().is_recovery_unfinished = true;
                     return Ok(());
                 }
                 stored => stored?,
@@ -196,7 +195,7 @@ impl Qcow2 {
     /// on its way. If that cannot be done the bitmaps survive a clean close only, and any older
     /// sidecar is not believed.
     pub(super) fn begin_session(&self, state: &State<Entry>) -> Result<()> {
-        let mut session = lock(&self.bitmaps.session);
+        let mut session = self.bitmaps.session.lock();
         let bitmaps: Vec<_> = state.recording().collect();
         if session.survives == Survives::CleanClose || bitmaps.is_empty() || state.has_sidecar() {
             return self.give_up_found_sidecar(&mut session);
@@ -239,7 +238,7 @@ impl Qcow2 {
 
     /// Notes why the bitmaps survive a clean close only.
     pub(super) fn go_without_session(&self, why: &str) -> Result<()> {
-        let mut session = lock(&self.bitmaps.session);
+        let mut session = self.bitmaps.session.lock();
         session.shortfall = Some(why.to_owned());
         self.give_up_found_sidecar(&mut session)
     }
@@ -294,7 +293,7 @@ impl Qcow2 {
         let mut safety = self.bitmap_safety();
         let state = self.bitmaps.tracker.read();
         let bitmaps: Vec<_> = state.recording().collect();
-        let session = lock(&self.bitmaps.session);
+        let session = self.bitmaps.session.lock();
         let is_settled = safety.survives == Survives::CleanClose || session.sidecar.is_some();
         if is_settled || bitmaps.is_empty() || !self.metadata.is_writable() {
             return safety;
@@ -317,7 +316,7 @@ impl Qcow2 {
             let state = self.bitmaps.tracker.read();
             !state.recording().any(|(bitmap, _)| bitmap.in_use.load(Acquire))
         };
-        let mut session = lock(&self.bitmaps.session);
+        let mut session = self.bitmaps.session.lock();
         if session.identity.is_none() && !session.is_recovery_unfinished || !is_over {
             return Ok(());
         }
@@ -336,10 +335,10 @@ impl Qcow2 {
     /// The bitmaps' safety as far as this image is concerned.
     pub(crate) fn bitmap_safety(&self) -> BitmapSafety {
         let (thawed, thaw_failure) = {
-            let disk = lock(&self.bitmaps.disk);
+            let disk = self.bitmaps.disk.lock();
             (disk.thawed.clone(), disk.thaw_failure.clone())
         };
-        let session = lock(&self.bitmaps.session);
+        let session = self.bitmaps.session.lock();
         let is_gone = session.sidecar.as_ref().is_some_and(|sidecar| sidecar.is_abandoned());
         let shortfall = match is_gone {
             true => Some("the file with the bits could not be kept up to date".to_owned()),

@@ -6,18 +6,17 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{
-    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
-};
+use std::sync::{Arc, MutexGuard, OnceLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::error::Result;
+use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 
 /// One L2 table in memory.
 #[derive(Debug)]
 pub(crate) struct Table {
     /// Where it lies in the file.
     pub(crate) offset: u64,
-    content: RwLock<TableContent>,
+    content: OrderedRwLock<{ rank::TABLE }, TableContent>,
     /// Entries through which nothing may be changed; see [`guard`](crate::qcow2::map::guard).
     /// Looked for before the first change.
     pub(crate) bad_entries: OnceLock<Vec<u32>>,
@@ -44,17 +43,17 @@ const SECTOR_WORDS: usize = 64;
 
 impl Table {
     pub(crate) fn new(offset: u64, words: Vec<u64>) -> Self {
-        let content = RwLock::new(TableContent { words, dirty: None });
+        let content = OrderedRwLock::new(TableContent { words, dirty: None });
         let bad_entries = OnceLock::new();
         Self { offset, content, bad_entries, recently_used: AtomicBool::new(true) }
     }
 
-    pub(crate) fn read(&self) -> RwLockReadGuard<'_, TableContent> {
-        self.content.read().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn read(&self) -> Ordered<RwLockReadGuard<'_, TableContent>> {
+        self.content.read()
     }
 
-    pub(crate) fn write(&self) -> RwLockWriteGuard<'_, TableContent> {
-        self.content.write().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn write(&self) -> Ordered<RwLockWriteGuard<'_, TableContent>> {
+        self.content.write()
     }
 }
 
@@ -78,10 +77,12 @@ impl TableContent {
     }
 }
 
+type Shard = OrderedMutex<{ rank::TABLE_CACHE }, HashMap<u64, Arc<Table>>>;
+
 /// Tables by their offset in the file.
 #[derive(Debug)]
 pub(crate) struct TableCache {
-    shards: Vec<Mutex<HashMap<u64, Arc<Table>>>>,
+    shards: Vec<Shard>,
     tables_per_shard: usize,
     /// How many tables are dirty; only an estimate for deciding when to write them.
     dirty_count: AtomicUsize,
@@ -91,20 +92,20 @@ impl TableCache {
     pub(crate) fn new(tables_max: usize) -> Self {
         let shard_count = (tables_max / 8).clamp(1, 64).next_power_of_two();
         Self {
-            shards: (0..shard_count).map(|_| Mutex::default()).collect(),
+            shards: (0..shard_count).map(|_| Shard::default()).collect(),
             tables_per_shard: tables_max.div_ceil(shard_count).max(2),
             dirty_count: AtomicUsize::new(0),
         }
     }
 
-    fn shard(&self, offset: u64) -> &Mutex<HashMap<u64, Arc<Table>>> {
+    fn shard(&self, offset: u64) -> &Shard {
         // Tables lie on cluster boundaries: mix the upper bits down.
         let mixed = (offset >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
         &self.shards[mixed as usize & (self.shards.len() - 1)]
     }
 
-    fn lock(&self, offset: u64) -> MutexGuard<'_, HashMap<u64, Arc<Table>>> {
-        self.shard(offset).lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self, offset: u64) -> Ordered<MutexGuard<'_, HashMap<u64, Arc<Table>>>> {
+        self.shard(offset).lock()
     }
 
     /// The table at `offset`, loaded if it is not in memory.
@@ -126,7 +127,7 @@ impl TableCache {
 
     /// The table at `offset` if that needs no waiting.
     pub(crate) fn try_load(&self, offset: u64) -> Option<Arc<Table>> {
-        let shard = self.shard(offset).try_lock().ok()?;
+        let shard = self.shard(offset).try_lock()?;
         let table = shard.get(&offset)?;
         table.recently_used.store(true, Relaxed);
         Some(Arc::clone(table))
@@ -175,7 +176,7 @@ impl TableCache {
     pub(crate) fn take_dirty(&self) -> Vec<(Arc<Table>, DirtyPart)> {
         let mut parts = Vec::new();
         for shard in &self.shards {
-            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let shard = shard.lock();
             for table in shard.values() {
                 if let Some(part) = table.write().take_dirty() {
                     parts.push((Arc::clone(table), part));
@@ -212,7 +213,7 @@ mod tests {
         for i in 3..100 {
             cache.load(i * 0x10000, || Ok(vec![0; 64])).unwrap();
         }
-        let count: usize = cache.shards.iter().map(|shard| shard.lock().unwrap().len()).sum();
+        let count: usize = cache.shards.iter().map(|shard| shard.lock().len()).sum();
         assert!(count <= 5, "{count} tables");
         assert!(cache.try_load(0x10000).is_some());
         let parts = cache.take_dirty();

@@ -4,10 +4,10 @@
 use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, RwLockReadGuard};
 
+use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::alloc::clusters::Clusters;
-use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::{DirtyPart, Table, TableCache};
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
@@ -28,14 +28,14 @@ pub(in crate::qcow2) struct MappingTables {
     /// Offsets of L2 tables and their COPIED bits, as in the file.
     pub(super) l1: Box<[AtomicU64]>,
     /// L1 entries that are not yet on disk.
-    pub(super) dirty_l1: Mutex<BTreeSet<usize>>,
+    pub(super) dirty_l1: OrderedMutex<{ rank::DIRTY_L1 }, BTreeSet<usize>>,
     /// Held while an L2 table is made or moved.
-    pub(super) l1_change: Mutex<()>,
+    pub(super) l1_change: OrderedMutex<{ rank::L1_CHANGE }, ()>,
     pub(super) tables: TableCache,
     /// How much memory, in bytes, the user allows for them.
     cache_bytes: Option<u64>,
     /// Offsets of the L2 tables that the L1 table names, if the image is to be written.
-    pub(super) l2_places: RwLock<HashSet<u64>>,
+    pub(super) l2_places: OrderedRwLock<{ rank::L2_PLACES }, HashSet<u64>>,
     /// Where the snapshot table and the snapshots' L1 tables lie: start and end.
     pub(super) snapshot_places: Vec<(u64, u64)>,
 }
@@ -63,11 +63,11 @@ impl MappingTables {
             commits,
             format,
             l1: Box::default(),
-            dirty_l1: Mutex::default(),
-            l1_change: Mutex::new(()),
+            dirty_l1: OrderedMutex::default(),
+            l1_change: OrderedMutex::default(),
             tables: TableCache::new(tables_max(format.geometry, size, cache_bytes)),
             cache_bytes,
-            l2_places: RwLock::default(),
+            l2_places: OrderedRwLock::default(),
             snapshot_places: Vec::new(),
         };
         mapping.replace_l1(l1);
@@ -98,7 +98,7 @@ impl MappingTables {
     /// Changes an entry of the L1 table; the next flush writes it.
     pub(in crate::qcow2) fn set_l1(&self, index: usize, entry: u64) {
         self.l1[index].store(entry, Release);
-        lock(&self.dirty_l1).insert(index);
+        self.dirty_l1.lock().insert(index);
         self.commits.changes.note();
     }
 
@@ -117,7 +117,7 @@ impl MappingTables {
     /// Takes a copy of all that is not on disk, and calls it clean. No mapping changes meanwhile.
     pub(in crate::qcow2) fn take_dirty(&self) -> DirtyTables {
         let tables = self.tables.take_dirty();
-        let l1 = std::mem::take(&mut *lock(&self.dirty_l1));
+        let l1 = std::mem::take(&mut *self.dirty_l1.lock());
         let l1 = l1.into_iter().map(|index| (index, self.l1[index].load(Acquire))).collect();
         DirtyTables { tables, l1 }
     }
@@ -125,7 +125,7 @@ impl MappingTables {
     /// Takes back what could not be written.
     pub(in crate::qcow2) fn return_dirty(&self, dirty: &DirtyTables) {
         self.tables.return_dirty(&dirty.tables);
-        lock(&self.dirty_l1).extend(dirty.l1.iter().map(|(index, _)| *index));
+        self.dirty_l1.lock().extend(dirty.l1.iter().map(|(index, _)| *index));
     }
 
     /// Notes where the snapshot table, at `table_offset`, and the snapshots' L1 tables lie.
@@ -143,12 +143,12 @@ impl MappingTables {
         if self.metadata.is_writable() {
             let offsets = self.l1.iter().map(|entry| entry.load(Acquire) & OFFSET_MASK);
             let places = offsets.filter(|offset| *offset != 0).collect();
-            *self.l2_places.get_mut().unwrap_or_else(PoisonError::into_inner) = places;
+            *self.l2_places.get_mut() = places;
         }
     }
 
-    pub(super) fn l2_places(&self) -> RwLockReadGuard<'_, HashSet<u64>> {
-        self.l2_places.read().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn l2_places(&self) -> Ordered<RwLockReadGuard<'_, HashSet<u64>>> {
+        self.l2_places.read()
     }
 }
 

@@ -1,12 +1,11 @@
 //! L2 tables that may be changed: made where there is none, moved where a snapshot shares them.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
-use std::sync::{Arc, PoisonError};
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::alloc::clusters::CountReferences;
-use crate::qcow2::lock::lock;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
@@ -38,7 +37,7 @@ impl MappingTables {
         if let Some(table) = self.own_table(l1_index)? {
             return Ok(table);
         }
-        let _changing = lock(&self.l1_change);
+        let _changing = self.l1_change.lock();
         if let Some(table) = self.own_table(l1_index)? {
             return Ok(table);
         }
@@ -67,7 +66,7 @@ impl MappingTables {
         table.write().mark_dirty(0, length);
         self.tables.note_dirty();
         let _gate = self.commits.enter_gate();
-        let mut places = self.l2_places.write().unwrap_or_else(PoisonError::into_inner);
+        let mut places = self.l2_places.write();
         places.insert(reserved.offset);
         if let Some(shared) = &shared {
             places.remove(&shared.offset);

@@ -2,17 +2,17 @@
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::qcow2::lock::lock;
+use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::metadata::changes::Changes;
 
 /// The commits of one image.
 #[derive(Debug, Default)]
 pub(in crate::qcow2) struct Commits {
     pub(in crate::qcow2) changes: Changes,
-    gate: RwLock<()>,
-    flush: Mutex<()>,
+    gate: OrderedRwLock<{ rank::GATE }, ()>,
+    flush: OrderedMutex<{ rank::FLUSH }, ()>,
     /// Counts calls of flush, and up to which call everything is on disk.
     flush_calls: AtomicU64,
     flush_covers: AtomicU64,
@@ -23,25 +23,25 @@ pub(in crate::qcow2) struct Commits {
 pub(in crate::qcow2) struct FlushTurn<'a> {
     commits: &'a Commits,
     covers: u64,
-    _flushing: MutexGuard<'a, ()>,
+    _flushing: Ordered<MutexGuard<'a, ()>>,
 }
 
 impl Commits {
     /// Held while a mapping is changed in memory: no flush takes its copy half way.
-    pub(in crate::qcow2) fn enter_gate(&self) -> RwLockReadGuard<'_, ()> {
-        self.gate.read().unwrap_or_else(PoisonError::into_inner)
+    pub(in crate::qcow2) fn enter_gate(&self) -> Ordered<RwLockReadGuard<'_, ()>> {
+        self.gate.read()
     }
 
     /// Held while a flush takes its copy of everything: no mapping changes.
-    pub(in crate::qcow2) fn close_gate(&self) -> RwLockWriteGuard<'_, ()> {
-        self.gate.write().unwrap_or_else(PoisonError::into_inner)
+    pub(in crate::qcow2) fn close_gate(&self) -> Ordered<RwLockWriteGuard<'_, ()>> {
+        self.gate.write()
     }
 
     /// Waits for the turn to flush; `None` if a flush that began after this call has succeeded
     /// meanwhile.
     pub(in crate::qcow2) fn take_turn(&self) -> Option<FlushTurn<'_>> {
         let call = self.flush_calls.fetch_add(1, AcqRel) + 1;
-        let flushing = lock(&self.flush);
+        let flushing = self.flush.lock();
         if self.flush_covers.load(Acquire) >= call {
             return None;
         }

@@ -5,11 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::lock::lock;
+use crate::ordered_lock::{OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::on_disk::header::{Header, autoclear};
 use crate::sidecar::Sidecar;
 use crate::storage::{Durability, Storage};
@@ -23,11 +23,11 @@ pub(in crate::qcow2) struct MetadataFile {
     path: Option<PathBuf>,
     is_writable: bool,
     /// What the header says, or will when it has been written.
-    header: RwLock<Arc<Header>>,
+    header: OrderedRwLock<{ rank::HEADER }, Arc<Header>>,
     /// Held while header extensions or autoclear bits change.
-    header_edit: Mutex<()>,
+    header_edit: OrderedMutex<{ rank::HEADER_EDIT }, ()>,
     /// What was written to the header and is not known to be on disk, by its place there.
-    header_writes: Mutex<BTreeMap<u64, Vec<u8>>>,
+    header_writes: OrderedMutex<{ rank::HEADER_WRITES }, BTreeMap<u64, Vec<u8>>>,
     /// The header says that the image is as the backup left it that it is.
     pub(super) is_sealed: AtomicBool,
     /// The metadata is damaged: nothing may be changed any more.
@@ -38,7 +38,7 @@ pub(in crate::qcow2) struct MetadataFile {
     /// The operating system's code of the last one.
     pub(super) failed_sync_code: AtomicI32,
     /// The sidecar to which the modification time of the file matters.
-    sidecar: Mutex<Option<Arc<Sidecar>>>,
+    sidecar: OrderedMutex<{ rank::SIDECAR }, Option<Arc<Sidecar>>>,
 }
 
 impl MetadataFile {
@@ -53,14 +53,14 @@ impl MetadataFile {
             path: path.map(Path::to_owned),
             is_writable,
             is_sealed: AtomicBool::new(header.autoclear & autoclear::SEAL != 0),
-            header: RwLock::new(Arc::new(header)),
-            header_edit: Mutex::new(()),
-            header_writes: Mutex::default(),
+            header: OrderedRwLock::new(Arc::new(header)),
+            header_edit: OrderedMutex::default(),
+            header_writes: OrderedMutex::default(),
             is_corrupt: AtomicBool::new(false),
             failed_syncs: AtomicU64::new(0),
             reported_syncs: AtomicU64::new(0),
             failed_sync_code: AtomicI32::new(0),
-            sidecar: Mutex::default(),
+            sidecar: OrderedMutex::default(),
         }
     }
 
@@ -80,12 +80,12 @@ impl MetadataFile {
 
     /// The header as it is now.
     pub(in crate::qcow2) fn header(&self) -> Arc<Header> {
-        Arc::clone(&self.header.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.header.read())
     }
 
     /// Changes what is known about the header. Writing it is the caller's.
     pub(in crate::qcow2) fn update_header(&self, update: impl FnOnce(&mut Header)) {
-        let mut header = self.header.write().unwrap_or_else(PoisonError::into_inner);
+        let mut header = self.header.write();
         update(Arc::make_mut(&mut header));
     }
 
@@ -113,27 +113,27 @@ impl MetadataFile {
     /// [`sync_header`](Self::sync_header) succeeds it is not known whether they are on disk.
     pub(in crate::qcow2) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
         self.write(place, bytes)?;
-        lock(&self.header_writes).insert(place, bytes.to_vec());
+        self.header_writes.lock().insert(place, bytes.to_vec());
         Ok(())
     }
 
     /// Syncs what was written to the header. If that fails the next flush writes it again: the
     /// kernel may have dropped it.
     pub(in crate::qcow2) fn sync_header(&self) -> Result<()> {
-        let writes = lock(&self.header_writes).clone();
+        let writes = self.header_writes.lock().clone();
         self.sync()?;
-        lock(&self.header_writes).retain(|place, bytes| writes.get(place) != Some(bytes));
+        self.header_writes.lock().retain(|place, bytes| writes.get(place) != Some(bytes));
         Ok(())
     }
 
     /// Whether fields of the header were written that are not known to be on disk.
     pub(in crate::qcow2) fn has_header_writes(&self) -> bool {
-        !lock(&self.header_writes).is_empty()
+        !self.header_writes.lock().is_empty()
     }
 
     /// Writes them again, and syncs.
     pub(in crate::qcow2) fn repeat_header_writes(&self) -> Result<()> {
-        let writes = lock(&self.header_writes).clone();
+        let writes = self.header_writes.lock().clone();
         if writes.is_empty() {
             return Ok(());
         }
@@ -152,18 +152,18 @@ impl MetadataFile {
         edit: impl FnOnce(&dyn Storage, u64) -> Result<T>,
     ) -> Result<T> {
         let cluster_size = self.header().geometry.cluster_size();
-        let _editing = lock(&self.header_edit);
+        let _editing = self.header_edit.lock();
         self.count_failed(edit(&*self.file, cluster_size).map_err(|error| self.named(error)))
     }
 
     /// Has a sidecar stamped, from now on, whenever the file changes; or none any more.
     pub(in crate::qcow2) fn stamp_sidecar(&self, sidecar: Option<Arc<Sidecar>>) {
-        *lock(&self.sidecar) = sidecar;
+        *self.sidecar.lock() = sidecar;
     }
 
     /// Notes that the file is being changed by us: its modification time will be new.
     pub(in crate::qcow2) fn note_alive(&self) {
-        if let Some(sidecar) = &*lock(&self.sidecar) {
+        if let Some(sidecar) = &*self.sidecar.lock() {
             sidecar.note_alive();
         }
     }

@@ -1,0 +1,298 @@
+//! Locks that know in which order they are taken.
+//!
+//! Two threads that take the same two locks in different orders wait for each other for ever, and a
+//! thread that takes a lock again which it holds waits for itself. So the locks of an open image have
+//! [ranks](rank) in their types, and a thread takes only locks of higher ranks than those that it
+//! holds. Builds with debug assertions, and so all tests, check that, whether anybody has to wait or
+//! not: a lock that is taken out of order panics. Other builds do not know the ranks at run time.
+//!
+//! None of these locks is held while data is moved, except the stripes.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{
+    Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+};
+
+/// The ranks of an image's locks, from the first that is taken to the last.
+pub(crate) mod rank {
+    /// The bitmaps: shared while the disk changes, exclusive while the list of them does.
+    pub(crate) const BITMAPS: u8 = 0;
+    /// The first change since bitmaps were stored is being announced to the image.
+    pub(crate) const MARKING: u8 = 1;
+    /// The turn to flush.
+    pub(crate) const FLUSH: u8 = 2;
+    /// One per guest cluster (several clusters share one), taken by ascending numbers. Whoever changes
+    /// the mapping of a cluster holds its stripe from the lookup to the commit. Writes in place need
+    /// none.
+    pub(crate) const STRIPE: u8 = 3;
+    /// An L2 table is made or moved.
+    pub(crate) const L1_CHANGE: u8 = 4;
+    /// Shared while a mapping is changed in memory, exclusive while a flush takes its copy of
+    /// everything. So a copy holds each mapping with the refcounts it needs.
+    pub(crate) const GATE: u8 = 5;
+    /// Where bitmaps are in the file. Also taken to count all references, for an allocation.
+    pub(crate) const DIRECTORY: u8 = 6;
+    pub(crate) const SESSION: u8 = 7;
+    pub(crate) const OWNERSHIP: u8 = 8;
+    pub(crate) const QUARANTINE: u8 = 9;
+    /// A part of the cache of L2 tables.
+    pub(crate) const TABLE_CACHE: u8 = 10;
+    /// The content of one L2 table.
+    pub(crate) const TABLE: u8 = 11;
+    pub(crate) const L2_PLACES: u8 = 12;
+    pub(crate) const ALLOCATOR: u8 = 13;
+    pub(crate) const DIRTY_L1: u8 = 14;
+    pub(crate) const FREED: u8 = 15;
+    pub(crate) const DECOMPRESSED: u8 = 16;
+    pub(crate) const LINEAGE: u8 = 17;
+    /// Header extensions or autoclear bits change.
+    pub(crate) const HEADER_EDIT: u8 = 18;
+    pub(crate) const LEASES: u8 = 19;
+    pub(crate) const HEADER: u8 = 20;
+    pub(crate) const HEADER_WRITES: u8 = 21;
+    pub(crate) const SIDECAR: u8 = 22;
+
+    #[cfg(debug_assertions)]
+    pub(super) const NAMES: [&str; 23] = [
+        "BITMAPS",
+        "MARKING",
+        "FLUSH",
+        "STRIPE",
+        "L1_CHANGE",
+        "GATE",
+        "DIRECTORY",
+        "SESSION",
+        "OWNERSHIP",
+        "QUARANTINE",
+        "TABLE_CACHE",
+        "TABLE",
+        "L2_PLACES",
+        "ALLOCATOR",
+        "DIRTY_L1",
+        "FREED",
+        "DECOMPRESSED",
+        "LINEAGE",
+        "HEADER_EDIT",
+        "LEASES",
+        "HEADER",
+        "HEADER_WRITES",
+        "SIDECAR",
+    ];
+}
+
+/// A mutex with a rank. What it holds is whole even if a thread panicked while it held it.
+#[derive(Debug, Default)]
+pub(crate) struct OrderedMutex<const RANK: u8, T>(Mutex<T>);
+
+/// A read-write lock with a rank; for the order it makes no difference how it is taken. What it holds
+/// is whole even if a thread panicked while it held it.
+#[derive(Debug, Default)]
+pub(crate) struct OrderedRwLock<const RANK: u8, T>(RwLock<T>);
+
+/// The lock is held as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Ordered<G> {
+    guard: G,
+    _held: held::Held,
+}
+
+impl<const RANK: u8, T> OrderedMutex<RANK, T> {
+    pub(crate) const fn new(content: T) -> Self {
+        Self(Mutex::new(content))
+    }
+
+    #[inline]
+    pub(crate) fn lock(&self) -> Ordered<MutexGuard<'_, T>> {
+        let held = held::Held::in_order(RANK);
+        Ordered { guard: self.0.lock().unwrap_or_else(PoisonError::into_inner), _held: held }
+    }
+
+    /// As [`lock`](Self::lock), if nobody has it. That never waits, so any order will do.
+    #[inline]
+    pub(crate) fn try_lock(&self) -> Option<Ordered<MutexGuard<'_, T>>> {
+        let guard = match self.0.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Ordered { guard, _held: held::Held::in_any_order(RANK) })
+    }
+}
+
+impl<const RANK: u8, T> OrderedRwLock<RANK, T> {
+    pub(crate) const fn new(content: T) -> Self {
+        Self(RwLock::new(content))
+    }
+
+    #[inline]
+    pub(crate) fn read(&self) -> Ordered<RwLockReadGuard<'_, T>> {
+        let held = held::Held::in_order(RANK);
+        Ordered { guard: self.0.read().unwrap_or_else(PoisonError::into_inner), _held: held }
+    }
+
+    /// As [`read`](Self::read), if that needs no waiting.
+    #[inline]
+    pub(crate) fn try_read(&self) -> Option<Ordered<RwLockReadGuard<'_, T>>> {
+        let guard = match self.0.try_read() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Ordered { guard, _held: held::Held::in_any_order(RANK) })
+    }
+
+    #[inline]
+    pub(crate) fn write(&self) -> Ordered<RwLockWriteGuard<'_, T>> {
+        let held = held::Held::in_order(RANK);
+        Ordered { guard: self.0.write().unwrap_or_else(PoisonError::into_inner), _held: held }
+    }
+
+    pub(crate) fn get_mut(&mut self) -> &mut T {
+        self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<G: Deref> Deref for Ordered<G> {
+    type Target = G::Target;
+
+    #[inline]
+    fn deref(&self) -> &G::Target {
+        &self.guard
+    }
+}
+
+impl<G: DerefMut> DerefMut for Ordered<G> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut G::Target {
+        &mut self.guard
+    }
+}
+
+/// What each thread holds, in builds that check it.
+#[cfg(debug_assertions)]
+mod held {
+    use std::cell::RefCell;
+
+    use super::rank::{NAMES, STRIPE};
+
+    thread_local! {
+        static RANKS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// Notes a lock of this thread as held until it is dropped.
+    #[derive(Debug)]
+    pub(super) struct Held(u8);
+
+    impl Held {
+        /// Before a lock is taken that may have to be waited for.
+        pub(super) fn in_order(rank: u8) -> Self {
+            let highest = RANKS.try_with(|ranks| ranks.borrow().iter().max().copied());
+            if let Some(highest) = highest.ok().flatten() {
+                let is_in_order = highest < rank || (highest, rank) == (STRIPE, STRIPE);
+                // A second panic would end the process and hide the first.
+                assert!(
+                    is_in_order || std::thread::panicking(),
+                    "the lock {} is taken while {} is held",
+                    NAMES[usize::from(rank)],
+                    NAMES[usize::from(highest)]
+                );
+            }
+            Self::in_any_order(rank)
+        }
+
+        pub(super) fn in_any_order(rank: u8) -> Self {
+            // A thread that ends has nothing that could be checked.
+            let _ = RANKS.try_with(|ranks| ranks.borrow_mut().push(rank));
+            Self(rank)
+        }
+    }
+
+    impl Drop for Held {
+        fn drop(&mut self) {
+            let _ = RANKS.try_with(|ranks| {
+                let mut ranks = ranks.borrow_mut();
+                if let Some(last) = ranks.iter().rposition(|rank| *rank == self.0) {
+                    ranks.remove(last);
+                }
+            });
+        }
+    }
+}
+
+/// Nothing is noted in other builds.
+#[cfg(not(debug_assertions))]
+mod held {
+    #[derive(Debug)]
+    pub(super) struct Held;
+
+    impl Held {
+        #[inline]
+        pub(super) fn in_order(_: u8) -> Self {
+            Self
+        }
+
+        #[inline]
+        pub(super) fn in_any_order(_: u8) -> Self {
+            Self
+        }
+    }
+}
+
+#[cfg(all(test, debug_assertions))]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Locks {
+        bitmaps: OrderedRwLock<{ rank::BITMAPS }, ()>,
+        stripes: [OrderedMutex<{ rank::STRIPE }, ()>; 2],
+        allocator: OrderedMutex<{ rank::ALLOCATOR }, u32>,
+    }
+
+    fn panics<T>(take: impl FnOnce() -> T) -> bool {
+        catch_unwind(AssertUnwindSafe(|| drop(take()))).is_err()
+    }
+
+    #[test]
+    fn a_lock_of_a_lower_rank_is_not_taken_while_a_higher_one_is_held() {
+        let locks = Locks::default();
+        let allocator = locks.allocator.lock();
+        assert!(panics(|| locks.stripes[0].lock()) && panics(|| locks.bitmaps.read()));
+        drop(allocator);
+        let _in_order = (locks.bitmaps.read(), locks.stripes[0].lock(), locks.stripes[1].lock());
+        *locks.allocator.lock() += 1;
+        assert_eq!(*locks.allocator.lock(), 1);
+    }
+
+    #[test]
+    fn a_lock_is_not_taken_again_while_it_is_held_even_for_reading() {
+        let locks = Locks::default();
+        let held = locks.bitmaps.read();
+        assert!(panics(|| locks.bitmaps.read()) && panics(|| locks.bitmaps.write()));
+        drop(held);
+        assert!(!panics(|| locks.bitmaps.write()));
+    }
+
+    #[test]
+    fn a_lock_that_is_not_waited_for_counts_as_held_but_may_be_taken_in_any_order() {
+        let locks = Locks::default();
+        let allocator = locks.allocator.lock();
+        let stripe = locks.stripes[0].try_lock();
+        assert!(stripe.is_some() && locks.bitmaps.try_read().is_some());
+        drop(allocator);
+        assert!(panics(|| locks.bitmaps.read()));
+        drop(stripe);
+        assert!(!panics(|| locks.bitmaps.read()));
+    }
+
+    #[test]
+    fn each_thread_has_its_own_order() {
+        let locks = Locks::default();
+        let _allocator = locks.allocator.lock();
+        let other =
+            std::thread::scope(|scope| scope.spawn(|| panics(|| locks.bitmaps.read())).join());
+        assert!(!other.unwrap());
+    }
+}
