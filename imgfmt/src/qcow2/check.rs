@@ -24,9 +24,9 @@ mod walk;
 
 use std::collections::{HashMap, HashSet};
 
-use super::Qcow2;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::clusters::CountReferences;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::header::{autoclear, field, incompatible};
 use counts::Counts;
 use flags::Fix;

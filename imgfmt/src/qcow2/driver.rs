@@ -1,10 +1,10 @@
 //! The qcow2 image as a [`Driver`].
 
-use super::Qcow2;
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::extent::ExtentList;
 use crate::mapping::{Holes, Lease, Lookup};
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};

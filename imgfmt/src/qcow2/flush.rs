@@ -10,8 +10,8 @@
 //! clusters leave the [quarantine](crate::qcow2::alloc::allocator).
 
 use crate::error::Result;
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Allocator, Freed, TablePlace};
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::mapping_tables::DirtyTables;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;

@@ -6,13 +6,13 @@ use std::sync::{Arc, MutexGuard, OnceLock};
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
-use super::{Backing, Qcow2};
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, OpenOptions};
 use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::image::{Backing, Qcow2};
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;

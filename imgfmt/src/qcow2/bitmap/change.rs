@@ -16,8 +16,8 @@ use crate::bitmap::{
     GRANULARITY_BITS_MIN, Recording,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Freed, Reserved};
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, replaces_at_once, rewrite_autoclear,
 };

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Acquire;
 use super::change::Planned;
 use crate::bitmap::Condition;
 use crate::error::Result;
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 
 impl Qcow2 {
     /// Stores the bitmaps that changed and makes the image say that they are sound. Everything

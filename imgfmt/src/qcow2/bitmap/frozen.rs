@@ -19,7 +19,7 @@ use super::directory::Entry;
 use super::unusable_detail;
 use crate::bitmap::{Bitmap, Recording};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 
 /// What stands behind the name of a bitmap in the name of the one that holds its frozen bits.
 const SUFFIX: &str = ".checkpoint";

@@ -18,7 +18,7 @@ use crate::backup::{BeganAfter, Uuid};
 use crate::bitmap::{Alone, BitmapChange};
 use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension, replace_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};

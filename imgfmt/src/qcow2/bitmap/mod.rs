@@ -19,7 +19,6 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::sync::{Arc, OnceLock};
 
-use super::Qcow2;
 use crate::bitmap::{
     Bitmap, BitmapChange, BitmapInfo, BitmapState, Bits, Condition, DirtyBits, DirtyExtent,
     Recorded, Recording, State, Tracker,
@@ -28,6 +27,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::info::BitmapEntry;
 use crate::options::OpenOptions;
 use crate::ordered_lock::{OrderedMutex, rank};
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};

@@ -14,8 +14,8 @@ use std::collections::{HashMap, HashSet};
 use super::directory::{Entry, Place};
 use crate::bitmap::Bitmap;
 use crate::error::Result;
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::autoclear;
 

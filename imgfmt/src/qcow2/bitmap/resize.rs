@@ -11,7 +11,7 @@ use super::change::Planned;
 use super::directory::{Entry, flag};
 use crate::bitmap::{Bitmap, Bits, Condition, Recording};
 use crate::error::Result;
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Qcow2 {

@@ -18,7 +18,7 @@ use crate::bitmap::{Bitmap, Bits, Condition, Recording, State};
 use crate::bytes::u64_at;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::{Access, Survives};
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, rewrite_autoclear,
 };

@@ -6,8 +6,8 @@
 use super::directory::{OFFSET_MASK, Table};
 use crate::bitmap::Bits;
 use crate::error::Result;
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::HostOffset;
 

@@ -1,10 +1,10 @@
 //! Repairing: one step at a time, after each of which everything is looked at again.
 
-use super::super::Qcow2;
 use super::counts::Counts;
 use super::flags::Fix;
 use super::{Checker, Mode};
 use crate::error::Result;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot;

@@ -6,10 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::super::Qcow2;
 use super::apply::Plan;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::make_allocator;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::write_entry;
 use crate::qcow2::on_disk::words::read_error;

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::mapping::Holes;
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::plan::{Fill, Merged, Old, Plan};
 use crate::qcow2::map::lookup::Lookup;
 use crate::storage::{Speed, TryRead, ZeroMode, is_zero};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::extent::{EFFORT_OF_PART, Extent, ExtentKind, ExtentList, MAPPED_AT_ONCE};
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::{Lookup, Piece, span};
 use crate::qcow2::on_disk::l2::Content;
 use crate::qcow2::on_disk::refcount::Refcounts;

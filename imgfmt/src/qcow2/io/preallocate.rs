@@ -3,8 +3,8 @@
 use std::io;
 
 use crate::error::Result;
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::Cluster;
 use crate::units::GuestOffset;

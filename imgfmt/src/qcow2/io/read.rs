@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::extent::ExtentKind;
 use crate::mapping::{Holes, Mapping};
-use crate::qcow2::Qcow2;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::compress;
 use crate::qcow2::map::lookup::{Lookup, Piece, span};
 use crate::qcow2::on_disk::l2::{Compressed, Content};

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::plan::{Fill, Old, Plan};
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;

@@ -4,8 +4,8 @@
 //! refcount of a cluster of the file counts each compressed cluster that touches it.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Allocator;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::compress;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::tables::Change;

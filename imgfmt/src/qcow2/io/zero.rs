@@ -2,8 +2,8 @@
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind, ExtentList};
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::{Lookup, span};
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::{Cluster, Content};

@@ -1,8 +1,8 @@
 //! Changing the size of the disk.
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot::Snapshot;

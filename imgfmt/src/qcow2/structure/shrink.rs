@@ -6,8 +6,8 @@
 //! leaves the old disk or the new one, and at worst leaks.
 
 use crate::error::{Error, Result};
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::Freed;
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
 use crate::qcow2::on_disk::words::read_words;

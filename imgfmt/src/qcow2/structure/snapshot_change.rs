@@ -8,8 +8,8 @@
 use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::Qcow2;
 use crate::qcow2::alloc::allocator::{Allocator, Freed};
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};

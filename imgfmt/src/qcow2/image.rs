@@ -1,0 +1,116 @@
+//! An open image: the parts that it is made of, and what it says about itself.
+
+use crate::backup::Backup;
+use crate::create::{CompressionType, L2Entries, Qcow2Version};
+use crate::driver::Driver;
+use crate::error::Result;
+use crate::info::Qcow2Info;
+use crate::luks::{self, Encryption};
+use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::bitmap::Bitmaps;
+use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::qcow2::metadata::commits::Commits;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::qcow2::on_disk::header::{
+    Compression, ENCRYPTION_AES, autoclear, compatible, incompatible,
+};
+use crate::qcow2::on_disk::words::read_error;
+use crate::storage::Storage;
+use std::sync::{Arc, OnceLock};
+
+/// An open qcow2 image.
+#[derive(Debug)]
+pub(crate) struct Qcow2 {
+    pub(in crate::qcow2) metadata: Arc<MetadataFile>,
+    /// Holds the data.
+    pub(in crate::qcow2) data: Arc<dyn Storage>,
+    /// Size of the disk that is shown: the image's or that of a snapshot.
+    pub(in crate::qcow2) size: u64,
+    /// Whether clusters were allocated before they were written; found out when it matters.
+    pub(in crate::qcow2) preallocated: OnceLock<bool>,
+    pub(in crate::qcow2) backing: Option<Backing>,
+    pub(in crate::qcow2) clusters: Arc<Clusters>,
+    pub(in crate::qcow2) mapping: MappingTables,
+    pub(in crate::qcow2) commits: Arc<Commits>,
+    pub(in crate::qcow2) bitmaps: Bitmaps,
+}
+
+/// The image below, which has what this one has not.
+#[derive(Debug)]
+pub(in crate::qcow2) struct Backing {
+    pub(in crate::qcow2) driver: Box<dyn Driver>,
+    pub(in crate::qcow2) size: u64,
+}
+
+impl Qcow2 {
+    /// What the header says.
+    pub(crate) fn info(&self) -> Result<Qcow2Info> {
+        let header = self.metadata.header();
+        Ok(Qcow2Info {
+            version: if header.version < 3 { Qcow2Version::V2 } else { Qcow2Version::V3 },
+            cluster_size: header.geometry.cluster_size(),
+            refcount_bits: header.geometry.refcount_bits(),
+            compression: match header.compression {
+                Compression::Zlib => CompressionType::Zlib,
+                Compression::Zstd => CompressionType::Zstd,
+            },
+            l2_entries: match header.geometry.extended_l2 {
+                true => L2Entries::Extended,
+                false => L2Entries::Standard,
+            },
+            is_corrupt: header.incompatible & incompatible::CORRUPT != 0,
+            is_dirty: header.incompatible & incompatible::DIRTY != 0,
+            lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
+            has_bitmaps: !self.has_no_bitmaps(),
+            bitmaps: self.bitmap_entries(),
+            backing_name: header.backing_name.clone(),
+            backing_format: header.extensions.backing_format.clone(),
+            data_file_name: header.extensions.data_file_name.clone(),
+            data_file_is_raw: header.autoclear & autoclear::RAW_DATA_FILE != 0,
+            snapshots: self.snapshots()?,
+            backup: self.metadata.backup(),
+        })
+    }
+
+    /// How the image is encrypted; an open one is not, unless it was opened to be described.
+    pub(crate) fn encryption(&self) -> Result<Option<Encryption>> {
+        let header = self.metadata.header();
+        match header.encryption_method {
+            0 => Ok(None),
+            ENCRYPTION_AES => Ok(Some(Encryption::Aes)),
+            _ => {
+                let place = header.extensions.encryption_header;
+                let luks = place.map(|offset| luks::read(&*self.metadata.file, offset)).transpose();
+                Ok(Some(Encryption::Luks(luks.map_err(read_error)?.flatten())))
+            }
+        }
+    }
+
+    /// The image below, if there is one and it is a qcow2 image.
+    pub(crate) fn backing_image(&self) -> Option<&Self> {
+        self.backing.as_ref()?.driver.as_qcow2()
+    }
+
+    pub(crate) fn has_backing(&self) -> bool {
+        self.backing.is_some()
+    }
+
+    /// What the file says about the backup that it is.
+    pub(crate) fn backup(&self) -> Option<Backup> {
+        self.metadata.backup()
+    }
+
+    /// Has the header say no longer that the file is as the backup left it.
+    pub(crate) fn break_seal(&self) -> Result<()> {
+        self.metadata.break_seal()
+    }
+
+    pub(crate) fn path(&self) -> Option<&std::path::Path> {
+        self.metadata.path()
+    }
+
+    pub(in crate::qcow2) fn geometry(&self) -> Geometry {
+        self.mapping.geometry()
+    }
+}
