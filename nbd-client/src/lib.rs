@@ -22,6 +22,12 @@
 //! feature `tls`, on by default, and uses OpenSSL: that of the system, or one built from source if
 //! the program that uses this crate turns on the feature `vendored` of the crate `openssl`.
 //!
+//! # Other ways in
+//!
+//! - [`blocking`]: the same requests for programs without an async runtime.
+//! - `ExportStorage` (feature `image`): an export as an `imgfmt::Storage`, so that images and layers of
+//!   images may be on servers.
+//!
 //! # Example
 //!
 //! A disk in memory on a server of our own, written, read and looked at:
@@ -82,6 +88,8 @@ mod reconnect;
 mod request_timer;
 mod requests;
 mod settings;
+#[cfg(feature = "image")]
+mod storage;
 mod stream;
 mod tls;
 mod transport;
@@ -98,10 +106,12 @@ pub use nbd_proto::transmission::client::ServerError;
 pub use nbd_proto::transmission::{Durability, ExtentLimit, Speed, ZeroMode};
 pub use nbd_proto::uri::{NbdUri, Transport};
 pub use nbd_proto::wire::{
-    AllocationFlags, BlockDescriptor, BlockSizes, Errno, MetaContextName, OptionReplyType,
-    ReplyMode, TransmissionFlags,
+    AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
+    OptionReplyType, ReplyMode, TransmissionFlags,
 };
 pub use nbd_proto::{ApiMisuse, ProtocolError};
+#[cfg(feature = "image")]
+pub use storage::ExportStorage;
 pub use tls::{CertificateCheck, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
 
 /// The Rust code of README.md, compiled and run.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use imgfmt::{Format, Image};
-use nbd_client::{Connector, ReadChunk};
+use nbd_client::{Connector, ExportStorage, ReadChunk};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
 use nbd_server::export::{
@@ -14,7 +14,7 @@ use super::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use super::{Changes, Waiting};
 use crate::error::{CommandError, runtime};
 use crate::output::printable;
-use crate::remote::ExportStorage;
+use crate::remote::open_export;
 
 impl ImageChoices {
     /// Makes an export of the image on another server. Waits, so it must not be called by
@@ -28,8 +28,8 @@ impl ImageChoices {
     /// [`OpenError`] if the server cannot be used as wanted or has no such bitmap.
     pub(crate) fn open_export(&self, uri: &NbdUri) -> Result<Opened, OpenError> {
         let connector = self.upstream.connector(uri);
-        let storage = ExportStorage::with_contexts(connector.clone(), self.contexts(&connector)?)?;
-        let storage = Arc::new(storage);
+        let contexts = self.contexts(&connector)?;
+        let storage = Arc::new(open_export(connector.meta_contexts(contexts))?);
         if self.writes == Writes::ToImage && self.snapshot.is_none() && !storage.is_writable() {
             let why = format!("{uri} is exported for reading only; add --read-only or --temporary");
             return Err(CommandError::new(why).into());
@@ -41,7 +41,7 @@ impl ImageChoices {
             return Ok(choices.exported(image)?);
         }
         let base = MetaContextName::base_allocation();
-        let offered = storage.meta_contexts().iter().filter(|context| **context != base);
+        let offered = storage.client().meta_contexts().iter().filter(|context| **context != base);
         let contexts: Vec<_> = offered.cloned().collect();
         if let OfferedBitmaps::Named(names) = &self.bitmaps {
             let is_offered = |name: &str| contexts.iter().any(|it| it.dirty_bitmap() == Some(name));
@@ -124,7 +124,7 @@ impl Upstream {
     /// have written to its disk meanwhile.
     fn hands_on(&self, context: &MetaContextName) -> bool {
         self.contexts.contains(context)
-            || self.storage.has_extents() && *context == MetaContextName::base_allocation()
+            || self.storage.reports_extents() && *context == MetaContextName::base_allocation()
     }
 }
 
@@ -154,7 +154,8 @@ impl Filter for Upstream {
             (_, Lookup::Prompt) => return Ok(Mapped::WouldBlock),
             (Holes::AsData, _) => map.push_export(length),
             (Holes::Told, _) => {
-                let pieces = self.storage.read_pieces(offset, length.min(MAP_LEN));
+                let end = offset + length.min(MAP_LEN) as u64;
+                let pieces = self.storage.read_chunks(offset..end);
                 for piece in pieces.map_err(|error| failed(&error))? {
                     match piece {
                         ReadChunk::Data { data, .. } => map.push_bytes(data),
@@ -177,7 +178,7 @@ impl Filter for Upstream {
             Durability::Cached => imgfmt::Durability::Cached,
             Durability::Fua => imgfmt::Durability::Fua,
         };
-        self.storage.trim(offset, length, durability).map_err(|error| failed(&error))
+        self.storage.trim(offset..offset + length, durability).map_err(|error| failed(&error))
     }
 
     fn block_status(
@@ -190,7 +191,7 @@ impl Filter for Upstream {
         if !self.hands_on(context) {
             return self.inner.block_status(context, offset, length, max_count);
         }
-        let status = self.storage.status(context, offset, length);
+        let status = self.storage.status(context, offset..offset + length);
         let mut status = status.map_err(|error| failed(&error))?;
         status.truncate(max_count);
         Ok(status)

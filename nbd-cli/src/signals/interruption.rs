@@ -1,9 +1,10 @@
 //! The signals of commands that write: remembered, and looked at between two steps.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::thread;
 
+use nbd_client::blocking::Interrupter;
 use rustix::process::Signal as Number;
 use tokio::sync::watch::{Receiver, Sender, channel};
 
@@ -12,6 +13,14 @@ use crate::error::CommandError;
 
 /// The first signal, once there is one; set while signals are watched for.
 static FIRST: OnceLock<Receiver<Option<EndSignal>>> = OnceLock::new();
+
+/// Ends the waiting for servers; used by the first signal.
+static INTERRUPTER: LazyLock<Interrupter> = LazyLock::new(Interrupter::new);
+
+/// What ends the waiting for servers once a signal asks this command to end.
+pub(crate) fn interrupter() -> &'static Interrupter {
+    &INTERRUPTER
+}
 
 /// Begins to watch: from here on the first signal only says that the command should end, and a second one
 /// ends the process at once.
@@ -37,7 +46,11 @@ pub(crate) fn watch() -> Result<(), CommandError> {
 async fn remember(mut caught: Caught, first: &Sender<Option<EndSignal>>) {
     loop {
         let signal = EndSignal(caught.next().await);
-        if first.send_if_modified(|first| first.replace(signal).is_none()) || !signal.is_request() {
+        let is_first = first.send_if_modified(|first| first.replace(signal).is_none());
+        if is_first {
+            interrupter().interrupt(&reason(signal));
+        }
+        if is_first || !signal.is_request() {
             continue;
         }
         for path in DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).iter() {
@@ -109,5 +122,9 @@ pub(crate) async fn unless_interrupted<T>(
 }
 
 fn explained(signal: EndSignal) -> CommandError {
-    CommandError::new(format!("interrupted by {}", signal.name()))
+    CommandError::new(reason(signal))
+}
+
+fn reason(signal: EndSignal) -> String {
+    format!("interrupted by {}", signal.name())
 }

@@ -10,4 +10,6 @@ mod nbdkit;
 mod our_server;
 mod qemu_nbd;
 mod reconnect;
+#[cfg(feature = "image")]
+mod storage;
 mod tls;

@@ -26,7 +26,7 @@ const TABLE: &[Allowed] = &[
     Allowed {
         name: "nbd-client",
         dependencies: &["nbd-proto"],
-        optional: &[],
+        optional: &["imgfmt"],
         tests: &["nbd-server"],
     },
     Allowed {
@@ -40,8 +40,11 @@ const TABLE: &[Allowed] = &[
     Allowed { name: "xtask", dependencies: &[], optional: &[], tests: &[] },
 ];
 
-/// The one file of the server that adapts images to exports.
-const IMAGE_ADAPTER: &str = "nbd-server/src/export/image.rs";
+/// The sources of each network crate, and the one file there that has to do with images.
+const IMAGE_ADAPTERS: [(&str, &str); 2] = [
+    ("nbd-server/src/", "nbd-server/src/export/image.rs"),
+    ("nbd-client/src/", "nbd-client/src/storage.rs"),
+];
 
 /// Checks what `cargo metadata --no-deps` says against the table.
 ///
@@ -88,19 +91,17 @@ fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
     })
 }
 
-/// In the server's sources only the image adapter names `imgfmt`.
+/// In the sources of the network crates only the adapters name `imgfmt`.
 pub(crate) fn check_image_adapter(path: &str, source: &Source) -> Vec<String> {
-    if !path.starts_with("nbd-server/src/") || path == IMAGE_ADAPTER {
+    let adapter = IMAGE_ADAPTERS.iter().find(|(sources, _)| path.starts_with(sources));
+    let Some((_, adapter)) = adapter.filter(|(_, adapter)| path != *adapter) else {
         return Vec::new();
-    }
+    };
     let code = source.code_without_tests();
     word_offsets(&code, "imgfmt")
         .into_iter()
         .map(|offset| {
-            format!(
-                "{path}:{}: names imgfmt, which only {IMAGE_ADAPTER} may",
-                line_at(&code, offset)
-            )
+            format!("{path}:{}: names imgfmt, which only {adapter} may", line_at(&code, offset))
         })
         .collect()
 }
@@ -157,12 +158,14 @@ mod tests {
     }
 
     #[test]
-    fn imgfmt_is_named_in_the_adapter_only() {
+    fn imgfmt_is_named_in_the_adapters_only() {
         let source = Source::new("//! About imgfmt.\nuse imgfmt::Image;\n");
-        assert!(check_image_adapter(IMAGE_ADAPTER, &source).is_empty());
         assert!(check_image_adapter("nbd-cli/src/lib.rs", &source).is_empty());
-        let findings = check_image_adapter("nbd-server/src/lib.rs", &source);
-        assert_eq!(findings.len(), 1);
-        assert!(findings[0].starts_with("nbd-server/src/lib.rs:2:"), "{findings:?}");
+        for (sources, adapter) in IMAGE_ADAPTERS {
+            assert!(check_image_adapter(adapter, &source).is_empty());
+            let findings = check_image_adapter(&format!("{sources}lib.rs"), &source);
+            assert_eq!(findings.len(), 1);
+            assert!(findings[0].starts_with(&format!("{sources}lib.rs:2:")), "{findings:?}");
+        }
     }
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use clap::Args;
 use imgfmt::{Access, BitmapInfo, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
+use nbd_client::ExportStorage;
 use nbd_proto::NbdUri;
 
 use self::copier::{Copy, Target};
@@ -24,7 +25,6 @@ use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, ProgressArgs};
-use crate::remote::ExportStorage;
 use crate::size::parse_duration;
 use crate::target::{self, Durable, Existing, NewFile, device};
 

@@ -6,14 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
-use nbd_client::{Client, LocalFiles};
+use nbd_client::blocking::Client;
+use nbd_client::{ExportStorage, LocalFiles};
 use nbd_proto::NbdUri;
 
 use super::open::{TrustArgs, beside, explained, explained_with};
 use crate::commands::copy::location::Location;
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
-use crate::remote::{ExportStorage, open_named_by_image};
+use crate::remote::{open_export, open_named_by_image};
 use crate::server_name::{
     FILE_PREFIX, JSON_SCHEME, NameInImage, from_name_in_image, is_name_of_server, path_in,
 };
@@ -165,7 +166,7 @@ impl Place {
                 "cannot write to {uri}: the server exports this disk read-only"
             )));
         }
-        let client = storage.client();
+        let client = storage.client().clone();
         let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
         let image = Image::from_storage(Arc::new(storage), &options);
         Ok((image.map_err(|error| explained(error.with_path(uri.to_string())))?, client))
@@ -215,7 +216,7 @@ pub(super) fn storage(
     server: &ServerArgs,
 ) -> Result<ExportStorage, CommandError> {
     match files {
-        LocalFiles::Allowed => ExportStorage::open(server.connector(uri)),
+        LocalFiles::Allowed => open_export(server.connector(uri)),
         LocalFiles::Refused => open_named_by_image(uri, server),
     }
 }

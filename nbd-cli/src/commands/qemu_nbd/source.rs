@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::{Access, Format, Image, Locking, OpenOptions, OpenPolicy, Storage};
-use nbd_client::Connector;
+use nbd_client::{Connector, ExportStorage};
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 
@@ -14,7 +14,7 @@ use super::storage::{Null, Part, SECTOR, in_whole_sectors};
 use super::{Refusal, complain};
 use crate::connect::ServerArgs;
 use crate::key_values::KeyValues;
-use crate::remote::{ExportStorage, allow_exports};
+use crate::remote::{allow_exports, open_export};
 use crate::server_name::path_in;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
 use crate::serving::{
@@ -127,7 +127,7 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
         }
         Place::Null(size) => (Arc::new(Null::new(*size)), None),
         Place::Export(uri) => {
-            let storage = ExportStorage::open(Connector::new(NbdUri::clone(uri)));
+            let storage = open_export(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
             if choices.writes == Writes::ToImage && !storage.is_writable() {
                 return Err(format!("{uri} is exported for reading only; add -r"));

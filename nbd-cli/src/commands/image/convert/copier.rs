@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use imgfmt::{Durability, GuestOffset, GuestRange, Image, Speed, ZeroMode};
-use nbd_client::ReadChunk;
+use nbd_client::{ExportStorage, ReadChunk};
 
 use super::super::place::Place;
 use super::super::walk::span;
@@ -12,7 +12,6 @@ use super::agenda::{Agenda, PIECE, Work};
 use crate::commands::copy::zero::{Content, runs};
 use crate::error::CommandError;
 use crate::progress::Progress;
-use crate::remote::ExportStorage;
 use crate::signals;
 
 /// What the destination reads as where nothing is written.
@@ -123,7 +122,7 @@ impl Copy<'_> {
             return read.map(|()| Content::Data).map_err(|error| self.from.named(error));
         };
         let start = range.offset().bytes();
-        let pieces = export.read_pieces(start, buffer.len()).map_err(|error| {
+        let pieces = export.read_chunks(start..start + buffer.len() as u64).map_err(|error| {
             let from = self.from;
             CommandError::new(format!("cannot read from {from} at offset {start}: {error}"))
         })?;
