@@ -24,7 +24,7 @@ pub(crate) struct Reserved {
     pub(crate) offset: u64,
     pub(crate) clusters: u64,
     /// They lie where the file has never been: they read as zero.
-    pub(crate) is_virgin: bool,
+    pub(crate) never_written: bool,
 }
 
 /// A reference that went away.
@@ -62,7 +62,7 @@ pub(crate) struct Allocator {
     /// No cluster below this one is free.
     first_free: u64,
     /// Nothing was ever written from this offset on.
-    virgin_from: u64,
+    never_written_from: u64,
     /// Where the next compressed cluster may begin: behind the last one, in the same cluster.
     pub(in crate::qcow2) compressed_at: Option<u64>,
     /// Where the file ended when it was opened: before that a missing refcount block may hide data.
@@ -77,15 +77,15 @@ pub(crate) struct Allocator {
 
 impl Allocator {
     pub(crate) fn new(refcounts: Refcounts, table_place: TablePlace, file_length: u64) -> Self {
-        let virgin_from = file_length.next_multiple_of(refcounts.geometry.cluster_size());
+        let never_written_from = file_length.next_multiple_of(refcounts.geometry.cluster_size());
         Self {
             refcounts,
             table_place,
             new_table_place: None,
             first_free: 0,
-            virgin_from,
+            never_written_from,
             compressed_at: None,
-            file_end: virgin_from,
+            file_end: never_written_from,
             used_blocks: None,
             wants_used_blocks: false,
             protected: Vec::new(),
@@ -132,7 +132,7 @@ impl Allocator {
         }
         // Behind everything, so that the first clusters that fit are found at once.
         let cluster_size = self.refcounts.geometry.cluster_size();
-        let mut first = self.virgin_from / cluster_size;
+        let mut first = self.never_written_from / cluster_size;
         loop {
             let mut cluster = first;
             while cluster < first + count && self.refcount_with_block(cluster)? == 0 {
@@ -208,16 +208,16 @@ impl Allocator {
         }
         for done in 0..count {
             if let Err(error) = self.refcounts.set_refcount(first + done, 1) {
-                self.release(Reserved { offset, clusters: done, is_virgin: false });
+                self.release(Reserved { offset, clusters: done, never_written: false });
                 return Err(error);
             }
         }
         if self.first_free == first {
             self.first_free = first + count;
         }
-        let is_virgin = offset >= self.virgin_from;
-        self.virgin_from = self.virgin_from.max(end);
-        Ok(Reserved { offset, clusters: count, is_virgin })
+        let never_written = offset >= self.never_written_from;
+        self.never_written_from = self.never_written_from.max(end);
+        Ok(Reserved { offset, clusters: count, never_written })
     }
 
     fn refcount_with_block(&mut self, cluster: u64) -> Result<u64> {
@@ -260,7 +260,7 @@ impl Allocator {
         }
         self.refcounts.add_block(index, offset)?;
         self.refcounts.set_refcount(cluster, 1)?;
-        self.virgin_from = self.virgin_from.max(offset + geometry.cluster_size());
+        self.never_written_from = self.never_written_from.max(offset + geometry.cluster_size());
         let place = self.new_table_place.unwrap_or(self.table_place);
         if table_bytes > place.clusters * geometry.cluster_size()
             && let Err(error) = self.move_table(table_bytes)

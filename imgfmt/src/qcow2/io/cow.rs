@@ -104,7 +104,7 @@ impl Qcow2 {
     /// Writes new bytes with the old ones around them.
     pub(in crate::qcow2) fn write_filled(&self, plan: &Plan, host: u64, data: &[u8]) -> Result<()> {
         // Where the file has never been there are zeroes already.
-        let missing = || plan.fill.iter().filter(|it| it.old != Old::Zero || !plan.is_virgin);
+        let missing = || plan.fill.iter().filter(|it| it.old != Old::Zero || !plan.never_written);
         for fill in missing().filter(|fill| !fill.is_merged(plan)) {
             self.copy_old(plan, host, fill)?;
         }
@@ -137,7 +137,7 @@ impl Qcow2 {
             let length = part.len() as u64;
             if !is_zero(part) {
                 self.write_data(host + position, part, guest)?;
-            } else if !plan.is_virgin {
+            } else if !plan.never_written {
                 self.write_zeroes_as_data(host + position, length, guest)?;
             }
             position += length;

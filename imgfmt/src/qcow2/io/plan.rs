@@ -18,7 +18,7 @@ pub(in crate::qcow2) struct Plan {
     /// The new bytes and old ones on both sides, if there are any to write along.
     pub(in crate::qcow2) merged: Option<Merged>,
     /// The new place reads as zero: the file has never been there.
-    pub(in crate::qcow2) is_virgin: bool,
+    pub(in crate::qcow2) never_written: bool,
 }
 
 /// A part of a new cluster that is not written but must hold what the old one showed.

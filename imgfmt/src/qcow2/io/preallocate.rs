@@ -20,7 +20,7 @@ impl Qcow2 {
             let end = self.size.min(position.saturating_add(geometry.l2_coverage()));
             let table = self.mapping.table_for_write(geometry.l1_index(position), self)?;
             let mut changes = Vec::new();
-            let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: true };
+            let mut at_hand = Reserved { offset: 0, clusters: 0, never_written: true };
             while position < end {
                 if at_hand.clusters == 0 && !self.mapping.format.has_data_file {
                     at_hand = self.clusters.reserve(geometry.clusters_of(end - position), self)?;

@@ -244,7 +244,7 @@ impl Qcow2 {
                 }
             }
         }
-        Plan { guest_start, from, to, old, new, fill, merged: None, is_virgin: false }
+        Plan { guest_start, from, to, old, new, fill, merged: None, never_written: false }
     }
 
     /// Gives every plan that needs one a new cluster, next to each other where possible. Returns
@@ -257,7 +257,7 @@ impl Qcow2 {
     ) -> Result<bool> {
         let cluster_size = self.geometry().cluster_size();
         let mut wanted = plans.iter().filter(|plan| plan.new.host.is_none()).count() as u64;
-        let mut at_hand = Reserved { offset: 0, clusters: 0, is_virgin: false };
+        let mut at_hand = Reserved { offset: 0, clusters: 0, never_written: false };
         for plan in plans.iter_mut().filter(|plan| plan.new.host.is_none()) {
             if self.mapping.format.has_data_file {
                 // Data has the same place in a data file as on the disk.
@@ -272,7 +272,7 @@ impl Qcow2 {
                 reserved.push(at_hand);
             }
             plan.new.host = Some(at_hand.offset);
-            plan.is_virgin = at_hand.is_virgin;
+            plan.never_written = at_hand.never_written;
             at_hand.offset += cluster_size;
             at_hand.clusters -= 1;
             wanted -= 1;
