@@ -35,7 +35,7 @@ pub(crate) use file::SidecarPlace;
 pub(crate) use layout::{BitmapDescriptor, Description, Fingerprint, Identity, LogShape};
 #[cfg(any(test, feature = "test-util"))]
 pub use recorded::RecordedFolder;
-pub(crate) use recover::{Distrust, FoundBytes, Recovery, Trust};
+pub(crate) use recover::{FoundBytes, Recovery, Rejection, Trust};
 
 /// The time of the last change is written down again when it is older than this.
 const LIVENESS_NANOSECONDS: u64 = 100_000_000;

@@ -44,7 +44,7 @@ impl FoundBytes for Box<dyn FoundBytes> {
 
 /// Why a sidecar is not believed.
 #[derive(Debug)]
-pub(crate) enum Distrust {
+pub(crate) enum Rejection {
     /// There is none.
     Missing,
     /// Another program has it open.
@@ -65,7 +65,7 @@ pub(crate) enum Distrust {
     Io(io::Error),
 }
 
-impl fmt::Display for Distrust {
+impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing => f.write_str("the file with the bits is gone"),
@@ -88,7 +88,7 @@ impl fmt::Display for Distrust {
     }
 }
 
-impl From<io::Error> for Distrust {
+impl From<io::Error> for Rejection {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::WouldBlock => Self::InUse(error),
@@ -129,28 +129,28 @@ impl<R: FoundBytes> Recovery<R> {
         identity: Identity,
         image: Fingerprint,
         boot_id: &str,
-    ) -> Result<Self, Distrust> {
+    ) -> Result<Self, Rejection> {
         let mut header = [0; HEADER_BYTES];
         bytes.read_bytes(0, &mut header)?;
         let (mut description, count, crc, length) =
-            layout::decode_header(&header).map_err(Distrust::Damaged)?;
+            layout::decode_header(&header).map_err(Rejection::Damaged)?;
         if description.identity != identity {
-            return Err(Distrust::OtherSession);
+            return Err(Rejection::OtherSession);
         }
         // Before anything is allocated by what the header says.
         if bytes.length()? != length || DESCRIPTORS_OFFSET + descriptors_length(count) > length {
-            return Err(Distrust::Damaged("it has not the length it should have"));
+            return Err(Rejection::Damaged("it has not the length it should have"));
         }
         let mut descriptors = vec![0; descriptors_length(count) as usize];
         bytes.read_bytes(DESCRIPTORS_OFFSET, &mut descriptors)?;
         description.bitmaps =
-            layout::decode_descriptors(&descriptors, crc).map_err(Distrust::Damaged)?;
+            layout::decode_descriptors(&descriptors, crc).map_err(Rejection::Damaged)?;
         let layout = Layout::of(&description).filter(|layout| layout.length == length);
-        let layout = layout.ok_or(Distrust::Damaged("its bitmaps do not fit into it"))?;
+        let layout = layout.ok_or(Rejection::Damaged("its bitmaps do not fit into it"))?;
         let is_same_boot = !boot_id.is_empty() && description.boot_id == boot_id;
         let trust = if is_same_boot { Trust::SameBoot } else { Trust::OtherBoot };
         if trust == Trust::OtherBoot && description.survives != Survives::PowerLoss {
-            return Err(Distrust::PowerLoss);
+            return Err(Rejection::PowerLoss);
         }
         let mut alive = [0; 8];
         bytes.read_bytes(layout::LIVENESS_WORD as u64 * 8, &mut alive)?;
@@ -182,7 +182,7 @@ impl<R: FoundBytes> Recovery<R> {
     /// # Errors
     ///
     /// It cannot be read.
-    pub(crate) fn words(&self, wanted: &BitmapDescriptor) -> Result<Option<Vec<u64>>, Distrust> {
+    pub(crate) fn words(&self, wanted: &BitmapDescriptor) -> Result<Option<Vec<u64>>, Rejection> {
         let found = self.description.bitmaps.iter().position(|bitmap| bitmap == wanted);
         let Some(number) = found else { return Ok(None) };
         let mut bytes = vec![0; (wanted.word_count() * 8) as usize];
@@ -216,7 +216,7 @@ fn descriptors_length(count: usize) -> u64 {
 }
 
 /// Whether nobody but us has changed the image.
-fn compare(then: Fingerprint, now: Fingerprint, alive: u64, trust: Trust) -> Result<(), Distrust> {
+fn compare(then: Fingerprint, now: Fingerprint, alive: u64, trust: Trust) -> Result<(), Rejection> {
     let found = if then.inode != now.inode {
         "it is another file"
     } else if now.length < then.length {
@@ -231,21 +231,21 @@ fn compare(then: Fingerprint, now: Fingerprint, alive: u64, trust: Trust) -> Res
     } else {
         return Ok(());
     };
-    Err(Distrust::ForeignWriter(found))
+    Err(Rejection::ForeignWriter(found))
 }
 
 /// The byte ranges of the extents that the log names.
 fn read_log(
     bytes: &impl FoundBytes,
     description: &Description,
-) -> Result<Vec<(u64, u64)>, Distrust> {
+) -> Result<Vec<(u64, u64)>, Rejection> {
     let size = description.disk_size;
     let extent_bits = description.log.extent_bits;
     let mut slots = vec![0; description.log.slots * SLOT_BYTES];
     bytes.read_bytes(LOG_OFFSET, &mut slots)?;
     let mut extents = Vec::new();
     for slot in slots.chunks_exact(SLOT_BYTES) {
-        let named = layout::decode_slot(slot, description.epoch).map_err(Distrust::Damaged)?;
+        let named = layout::decode_slot(slot, description.epoch).map_err(Rejection::Damaged)?;
         extents.extend(named);
     }
     extents.sort_unstable();

@@ -1,7 +1,7 @@
 //! The sidecar by itself. See `tests/` for what a crash finds, and what many threads do.
 
 mod crash;
-mod distrust;
+mod rejection;
 mod store;
 mod threads;
 
@@ -40,7 +40,7 @@ pub(super) fn recovery<R: FoundBytes>(
     bytes: R,
     description: &Description,
     boot_id: &str,
-) -> Result<Recovery<R>, Distrust> {
+) -> Result<Recovery<R>, Rejection> {
     Recovery::examine(bytes, description.identity, description.image, boot_id)
 }
 

@@ -25,8 +25,8 @@ use crate::qcow2::metadata::header_edit::{
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
 use crate::sidecar::{
-    BitmapDescriptor, BitmapSafety, Description, Distrust, Fingerprint, FoundBytes, Home, Identity,
-    Recovery, RecoveryPrecision, Sidecar, SidecarPlace, Trust,
+    BitmapDescriptor, BitmapSafety, Description, Fingerprint, FoundBytes, Home, Identity, Recovery,
+    RecoveryPrecision, Rejection, Sidecar, SidecarPlace, Trust,
 };
 use crate::units::HostOffset;
 
@@ -48,7 +48,7 @@ pub(super) struct Session {
 }
 
 /// A sidecar that was found and is believed, or why not.
-pub(in crate::qcow2) type Found = Result<Recovery<Box<dyn FoundBytes>>, Distrust>;
+pub(in crate::qcow2) type Found = Result<Recovery<Box<dyn FoundBytes>>, Rejection>;
 
 impl Session {
     pub(super) fn new(survives: Survives) -> Self {
@@ -71,7 +71,7 @@ impl Qcow2 {
             return Ok(None);
         }
         let found = self.examine_sidecar();
-        if let (Err(Distrust::InUse(error)), true) = (&found, self.metadata.is_writable()) {
+        if let (Err(Rejection::InUse(error)), true) = (&found, self.metadata.is_writable()) {
             return Err(self.sidecar_is_busy(error));
         }
         // The bits are stamped now: what is written by the recovery is ours.
@@ -93,16 +93,16 @@ impl Qcow2 {
     fn examine_sidecar(&self) -> Found {
         let header = self.metadata.header();
         let content = header.extensions.sidecar.as_deref();
-        let identity = content.and_then(decode_identity).ok_or(Distrust::OtherSession)?;
+        let identity = content.and_then(decode_identity).ok_or(Rejection::OtherSession)?;
         self.bitmaps.session.lock().found_generation = identity.generation;
-        let place = self.sidecar_place().map_err(|_| Distrust::Missing)?;
+        let place = self.sidecar_place().map_err(|_| Rejection::Missing)?;
         let access = if self.metadata.is_writable() { Access::ReadWrite } else { Access::ReadOnly };
-        let file = place.open(access)?.ok_or(Distrust::Missing)?;
-        let image = self.fingerprint().ok_or(Distrust::Missing)?;
+        let file = place.open(access)?.ok_or(Rejection::Missing)?;
+        let image = self.fingerprint().ok_or(Rejection::Missing)?;
         let recovery = Recovery::examine(file, identity, image, &place.boot_id())?;
         match recovery.disk_size() == self.size {
             true => Ok(recovery),
-            false => Err(Distrust::OtherSize),
+            false => Err(Rejection::OtherSize),
         }
     }
 
@@ -177,7 +177,7 @@ impl Qcow2 {
             other => {
                 self.give_memory(wanted.word_count() * 8);
                 return Err(match other {
-                    Err(distrust) => distrust.to_string(),
+                    Err(rejection) => rejection.to_string(),
                     _ => "its bits were not kept anywhere else".into(),
                 });
             }

@@ -120,7 +120,7 @@ impl Trial {
         let found = epoch.store.recorded.after_crash(position, loss, below);
         let boot = if loss == Loss::Nothing { BOOT } else { OTHER_BOOT };
         let recovery = match recovery(found, &epoch.description, boot) {
-            Err(Distrust::PowerLoss) if self.survives == Survives::ProcessDeath => return (0, 0),
+            Err(Rejection::PowerLoss) if self.survives == Survives::ProcessDeath => return (0, 0),
             other => other.unwrap(),
         };
         let (mut dirty_bytes, mut changed_bytes) = (0, 0);

@@ -16,7 +16,7 @@ fn process_death_level_is_believed_in_the_same_boot_only() {
     assert_eq!(found.bitmaps(), description.bitmaps);
     for boot in [OTHER_BOOT, ""] {
         let refused = recovery(bytes.clone(), &description, boot);
-        assert!(matches!(refused, Err(Distrust::PowerLoss)));
+        assert!(matches!(refused, Err(Rejection::PowerLoss)));
     }
 }
 
@@ -40,7 +40,7 @@ fn another_session_is_not_believed() {
         Identity { uuid: [0; 16], ..description.identity },
     ] {
         let refused = Recovery::examine(bytes.clone(), identity, description.image, BOOT);
-        assert!(matches!(refused, Err(Distrust::OtherSession)));
+        assert!(matches!(refused, Err(Rejection::OtherSession)));
     }
 }
 
@@ -59,7 +59,7 @@ fn an_image_that_somebody_else_changed_is_noticed() {
         Fingerprint { header_crc: 10, ..then },
         Fingerprint { modified: now + 5_000_000_000, ..then },
     ] {
-        assert!(matches!(examine(image, BOOT), Err(Distrust::ForeignWriter(_))), "{image:?}");
+        assert!(matches!(examine(image, BOOT), Err(Rejection::ForeignWriter(_))), "{image:?}");
     }
     // After a loss of power nobody knows when the last change was.
     let later = Fingerprint { modified: now + 5_000_000_000, ..then };
