@@ -182,18 +182,18 @@ impl<S> Tracker<S> {
     }
 
     /// Has the bitmaps alone: every change that was noted is over, and others wait.
-    pub(crate) fn alone(&self) -> Alone<'_, S> {
-        Alone { state: self.state.write() }
+    pub(crate) fn exclusive(&self) -> ExclusiveState<'_, S> {
+        ExclusiveState { state: self.state.write() }
     }
 }
 
 /// Access to the bitmaps while no change of the disk is on its way.
 #[derive(Debug)]
-pub(crate) struct Alone<'a, S> {
+pub(crate) struct ExclusiveState<'a, S> {
     state: Ordered<RwLockWriteGuard<'a, State<S>>>,
 }
 
-impl<S> Alone<'_, S> {
+impl<S> ExclusiveState<'_, S> {
     /// The bitmaps as they are.
     pub(crate) fn bitmaps(&self) -> &[Bitmap<S>] {
         self.state.bitmaps()

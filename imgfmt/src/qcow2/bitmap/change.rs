@@ -12,8 +12,8 @@ use super::directory::{self, Entry, Place, Table, flag};
 use super::frozen::{plan_drop_frozen, refuse_to_lose};
 use super::{Disk, no_bitmap, not_reliable};
 use crate::bitmap::{
-    Alone, BITMAP_NAME_BYTES_MAX, Bitmap, BitmapChange, Bits, Condition, GRANULARITY_BITS_MAX,
-    GRANULARITY_BITS_MIN, Recording,
+    BITMAP_NAME_BYTES_MAX, Bitmap, BitmapChange, Bits, Condition, ExclusiveState,
+    GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN, Recording,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::{Freed, Reserved};
@@ -62,28 +62,36 @@ impl Qcow2 {
         }
         // What can be written before must not be waited for by those who write.
         self.flush_all()?;
-        let mut alone = self.bitmaps.tracker.alone();
-        let changed = self.change_alone(&mut alone, changes);
-        self.count_memory(alone.bitmaps());
+        let mut exclusive = self.bitmaps.tracker.exclusive();
+        let changed = self.change_alone(&mut exclusive, changes);
+        self.count_memory(exclusive.bitmaps());
         changed.map(|()| at_the_instant())
     }
 
-    fn change_alone(&self, alone: &mut Alone<'_, Entry>, changes: &[BitmapChange]) -> Result<()> {
+    fn change_alone(
+        &self,
+        exclusive: &mut ExclusiveState<'_, Entry>,
+        changes: &[BitmapChange],
+    ) -> Result<()> {
         if changes.is_empty() {
             return Ok(());
         }
-        let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+        let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();
         for change in changes {
             self.plan_change(&mut plan, change)?;
         }
-        self.carry_out_changes(alone, plan, changes)
+        self.carry_out_changes(exclusive, plan, changes)
     }
 
     /// Makes the plan true on disk and then in memory.
-    pub(super) fn carry_out(&self, alone: &mut Alone<'_, Entry>, plan: Vec<Planned>) -> Result<()> {
-        let bitmaps = self.store_plan(alone.bitmaps(), plan)?;
+    pub(super) fn carry_out(
+        &self,
+        exclusive: &mut ExclusiveState<'_, Entry>,
+        plan: Vec<Planned>,
+    ) -> Result<()> {
+        let bitmaps = self.store_plan(exclusive.bitmaps(), plan)?;
         let is_marked = self.is_marked(&bitmaps);
-        alone.replace(bitmaps, is_marked);
+        exclusive.replace(bitmaps, is_marked);
         Ok(())
     }
 

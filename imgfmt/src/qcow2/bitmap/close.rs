@@ -11,8 +11,8 @@ impl Qcow2 {
     /// Stores the bitmaps that changed and makes the image say that they are sound. Everything
     /// they speak of must be on disk. Until this has succeeded they stay in use.
     pub(in crate::qcow2) fn store_bitmaps(&self) -> Result<()> {
-        let mut alone = self.bitmaps.tracker.alone();
-        let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+        let mut exclusive = self.bitmaps.tracker.exclusive();
+        let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();
         for planned in &mut plan {
             let bitmap = &planned.bitmap;
             planned.must_store =
@@ -22,6 +22,6 @@ impl Qcow2 {
         if !plan.iter().any(|planned| planned.must_store) {
             return Ok(());
         }
-        self.carry_out(&mut alone, plan)
+        self.carry_out(&mut exclusive, plan)
     }
 }

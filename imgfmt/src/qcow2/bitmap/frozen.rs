@@ -178,9 +178,9 @@ impl Qcow2 {
     /// Puts all frozen bits back that can be relied on, where those that they belong to can be;
     /// returns the names of the bitmaps that have them back. No checkpoint may be in progress.
     pub(crate) fn thaw_bitmaps(&self) -> Result<Vec<String>> {
-        let mut alone = self.bitmaps.tracker.alone();
+        let mut exclusive = self.bitmaps.tracker.exclusive();
         let mut names: Vec<String> = {
-            let all = by_name(alone.bitmaps().iter());
+            let all = by_name(exclusive.bitmaps().iter());
             let waiting = all.values().filter(|bitmap| frozen_bits(&all, bitmap).is_some());
             waiting.map(|bitmap| bitmap.name.clone()).collect()
         };
@@ -193,11 +193,11 @@ impl Qcow2 {
         }
         // What waits for bits of its own must have them before it is merged.
         names.sort_by_key(|name| (Reverse(name.len()), name.clone()));
-        let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+        let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();
         names.retain(|name| self.plan_thaw(&mut plan, name).is_ok());
         if !names.is_empty() {
-            let carried_out = self.carry_out(&mut alone, plan);
-            self.count_memory(alone.bitmaps());
+            let carried_out = self.carry_out(&mut exclusive, plan);
+            self.count_memory(exclusive.bitmaps());
             carried_out?;
         }
         names.sort();

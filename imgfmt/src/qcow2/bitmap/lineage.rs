@@ -15,7 +15,7 @@
 use super::change::Planned;
 use super::directory::Entry;
 use crate::backup::{BeganAfter, Uuid};
-use crate::bitmap::{Alone, BitmapChange};
+use crate::bitmap::{BitmapChange, ExclusiveState};
 use crate::bytes::{u16_at, u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::image::Qcow2;
@@ -175,7 +175,7 @@ impl Qcow2 {
     /// Carries a plan out. What is known about the bitmaps' backups is right whatever happens.
     pub(super) fn carry_out_changes(
         &self,
-        alone: &mut Alone<'_, Entry>,
+        exclusive: &mut ExclusiveState<'_, Entry>,
         plan: Vec<Planned>,
         changes: &[BitmapChange],
     ) -> Result<()> {
@@ -195,7 +195,7 @@ impl Qcow2 {
         if must_write {
             self.write_lineage(after)?;
         }
-        self.carry_out(alone, plan).inspect_err(|_| {
+        self.carry_out(exclusive, plan).inspect_err(|_| {
             // While nobody knows which list the disk names, what is right with both of them stays.
             let is_settled = !self.bitmaps.disk.lock().is_doubtful;
             if must_write && is_settled && !before.is_doubtful {

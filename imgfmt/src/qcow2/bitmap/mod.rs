@@ -174,8 +174,8 @@ fn bitmap_of(entry: Entry) -> Bitmap<Entry> {
 impl Qcow2 {
     /// Loads the bitmaps that note changes, before the first change.
     pub(super) fn begin_recording(&mut self) {
-        let mut alone = self.bitmaps.tracker.alone();
-        let mut bitmaps = alone.bitmaps().to_vec();
+        let mut exclusive = self.bitmaps.tracker.exclusive();
+        let mut bitmaps = exclusive.bitmaps().to_vec();
         self.find_shared_clusters(&mut bitmaps);
         for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.recording == Recording::Enabled) {
             if let Err(detail) = self.ready_bits(bitmap) {
@@ -183,7 +183,7 @@ impl Qcow2 {
             }
         }
         let is_marked = self.is_marked(&bitmaps);
-        alone.replace(bitmaps, is_marked);
+        exclusive.replace(bitmaps, is_marked);
     }
 
     /// Whether the image says of every bitmap in which changes will be missing, as long as it is

@@ -17,8 +17,8 @@ use crate::units::{GuestOffset, GuestRange};
 impl Qcow2 {
     /// Loads all bitmaps and marks them as in use, before the size of the disk changes.
     pub(in crate::qcow2) fn bitmaps_before_resize(&mut self) -> Result<()> {
-        let mut alone = self.bitmaps.tracker.alone();
-        let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
+        let mut exclusive = self.bitmaps.tracker.exclusive();
+        let mut bitmaps: Vec<Bitmap<Entry>> = exclusive.bitmaps().to_vec();
         let mut disk = self.bitmaps.disk.lock();
         self.settle_directory(&mut disk)?;
         if disk.directory.is_none() {
@@ -41,7 +41,7 @@ impl Qcow2 {
         disk.note_in_use(&bitmaps);
         drop(disk);
         let is_marked = self.is_marked(&bitmaps);
-        alone.replace(bitmaps, is_marked);
+        exclusive.replace(bitmaps, is_marked);
         Ok(())
     }
 
@@ -61,8 +61,8 @@ impl Qcow2 {
         self.bitmaps.size_peak = peak.max(size);
         let (start, end) = (GuestOffset::new(old_size), GuestOffset::new(peak.min(size)));
         let cut_before = GuestRange::between(start, end).unwrap_or_default();
-        let mut alone = self.bitmaps.tracker.alone();
-        let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
+        let mut exclusive = self.bitmaps.tracker.exclusive();
+        let mut bitmaps: Vec<Bitmap<Entry>> = exclusive.bitmaps().to_vec();
         for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.condition == Condition::Ready) {
             let Some(old) = bitmap.bits.take() else { continue };
             let resized = Bits::resized(&old, size);
@@ -72,19 +72,19 @@ impl Qcow2 {
             bitmap.bits = Arc::new(resized).into();
         }
         // The sidecar has the old size: the next change makes another one.
-        alone.replace(bitmaps, false);
+        exclusive.replace(bitmaps, false);
     }
 
     /// Stores all bitmaps behind a change of the disk's size.
     pub(in crate::qcow2) fn store_resized_bitmaps(&mut self) -> Result<()> {
-        let mut alone = self.bitmaps.tracker.alone();
-        if alone.bitmaps().is_empty() {
+        let mut exclusive = self.bitmaps.tracker.exclusive();
+        if exclusive.bitmaps().is_empty() {
             return Ok(());
         }
-        let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+        let mut plan: Vec<Planned> = exclusive.bitmaps().iter().map(Planned::unchanged).collect();
         for planned in &mut plan {
             planned.must_store = planned.bitmap.condition == Condition::Ready;
         }
-        self.carry_out(&mut alone, plan)
+        self.carry_out(&mut exclusive, plan)
     }
 }

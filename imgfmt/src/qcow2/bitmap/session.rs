@@ -109,8 +109,8 @@ impl Qcow2 {
     /// Gives bitmaps that were in use when the image was left their bits back. A writable image
     /// stores them, and has no trace of the crash then.
     pub(in crate::qcow2) fn recover_bitmaps(&self, found: Found) -> Result<()> {
-        let mut alone = self.bitmaps.tracker.alone();
-        let mut bitmaps: Vec<Bitmap<Entry>> = alone.bitmaps().to_vec();
+        let mut exclusive = self.bitmaps.tracker.exclusive();
+        let mut bitmaps: Vec<Bitmap<Entry>> = exclusive.bitmaps().to_vec();
         let mut recovered = Vec::new();
         for bitmap in bitmaps.iter_mut().filter(|bitmap| was_recording(bitmap)) {
             match found.as_ref().map_err(ToString::to_string).and_then(|r| self.recover(r, bitmap))
@@ -130,32 +130,33 @@ impl Qcow2 {
                 session.precision = RecoveryPrecision::WholeExtents;
             }
         }
-        alone.replace(bitmaps, true);
+        exclusive.replace(bitmaps, true);
         if !self.metadata.is_writable() {
             return Ok(());
         }
         if !recovered.is_empty() {
-            let mut plan: Vec<Planned> = alone.bitmaps().iter().map(Planned::unchanged).collect();
+            let mut plan: Vec<Planned> =
+                exclusive.bitmaps().iter().map(Planned::unchanged).collect();
             for planned in &mut plan {
                 let is_in_use = planned.bitmap.in_use.load(Acquire);
                 planned.must_store = planned.bitmap.condition == Condition::Ready && is_in_use;
             }
-            match self.carry_out(&mut alone, plan) {
+            match self.carry_out(&mut exclusive, plan) {
                 Err(error) if error.kind() == ErrorKind::NoSpace => {
                     // The image can be used all the same, to free space for instance. The sidecar
                     // that was found counts until the first change makes another one, or says
                     // that there is none; a clean close stores the bits.
-                    let bitmaps = alone.bitmaps().to_vec();
-                    alone.replace(bitmaps, false);
+                    let bitmaps = exclusive.bitmaps().to_vec();
+                    exclusive.replace(bitmaps, false);
                     self.bitmaps.session.lock().is_recovery_unfinished = true;
                     return Ok(());
                 }
                 stored => stored?,
             }
         } else {
-            let is_marked = self.is_marked(alone.bitmaps());
-            let bitmaps = alone.bitmaps().to_vec();
-            alone.replace(bitmaps, is_marked);
+            let is_marked = self.is_marked(exclusive.bitmaps());
+            let bitmaps = exclusive.bitmaps().to_vec();
+            exclusive.replace(bitmaps, is_marked);
         }
         self.unmark_header()?;
         // A file that was not believed may be somebody else's.
