@@ -15,7 +15,7 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::layout::{self, DESCRIPTORS_OFFSET, Description, LOG_OFFSET, Layout, SLOT_BYTES};
 use super::lock::lock;
 use super::map::WordMap;
-use super::{FoundBytes, Home, Store, nanoseconds, now_nanoseconds};
+use super::{FoundBytes, SidecarLocation, SidecarStorage, nanoseconds, now_nanoseconds};
 use crate::error::is_not_supported;
 use crate::options::{Access, Survives};
 
@@ -78,7 +78,7 @@ impl SidecarPlace {
         Ok(Self { folder: File::open(folder)?, path, name, new_name, image_owner })
     }
 
-    /// As [`Home::create`].
+    /// As [`SidecarLocation::create`].
     pub(super) fn create_file(
         &self,
         description: &Description,
@@ -189,7 +189,7 @@ impl SidecarPlace {
         Ok(SidecarFile { place, file, inode, map })
     }
 
-    /// As [`Home::open`]. The file is locked while it is open.
+    /// As [`SidecarLocation::open`]. The file is locked while it is open.
     pub(super) fn open_file(&self, access: Access) -> io::Result<Option<FoundFile>> {
         let mode = match access {
             Access::ReadOnly => OFlags::RDONLY,
@@ -242,12 +242,12 @@ impl SidecarPlace {
     }
 }
 
-impl Home for SidecarPlace {
+impl SidecarLocation for SidecarPlace {
     fn create(
         &self,
         description: &Description,
         words: InitialWords<'_>,
-    ) -> io::Result<Box<dyn Store>> {
+    ) -> io::Result<Box<dyn SidecarStorage>> {
         Ok(Box::new(self.create_file(description, words)?))
     }
 
@@ -323,7 +323,7 @@ pub(crate) struct SidecarFile {
     map: WordMap,
 }
 
-impl Store for SidecarFile {
+impl SidecarStorage for SidecarFile {
     fn words(&self) -> &[AtomicU64] {
         self.map.words()
     }

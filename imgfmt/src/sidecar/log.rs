@@ -17,7 +17,7 @@ use std::sync::atomic::{
 };
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::Store;
+use super::SidecarStorage;
 use super::layout::{LOG_OFFSET, LogShape, SLOT_BYTES, SLOT_EXTENTS, encode_slot};
 
 /// The log on disk names the extent.
@@ -125,7 +125,7 @@ impl ActivityLog {
 
     /// Waits until the log on disk names all extents of a range that was entered; says whether it
     /// does.
-    pub(super) fn activate(&self, store: &dyn Store, first: u32, last: u32) -> bool {
+    pub(super) fn activate(&self, store: &dyn SidecarStorage, first: u32, last: u32) -> bool {
         let mut queue = lock(&self.queue);
         queue.wanted.extend(first..=last);
         let mine = queue.next;
@@ -151,7 +151,7 @@ impl ActivityLog {
     }
 
     /// Makes all bits durable that were set before.
-    pub(super) fn sync(&self, store: &dyn Store) -> io::Result<()> {
+    pub(super) fn sync(&self, store: &dyn SidecarStorage) -> io::Result<()> {
         if self.sync_has_failed.load(Relaxed) {
             return Err(io::Error::other("an earlier sync has failed"));
         }
@@ -169,7 +169,7 @@ impl ActivityLog {
     }
 
     /// Makes the disk name as many of the wanted extents as there is room for.
-    fn commit(&self, store: &dyn Store, wanted: Vec<u32>) -> io::Result<()> {
+    fn commit(&self, store: &dyn SidecarStorage, wanted: Vec<u32>) -> io::Result<()> {
         let wanted = self.with_those_ahead(wanted);
         let mut slots = lock(&self.slots);
         if slots.free.len() < wanted.len() {
@@ -228,7 +228,12 @@ impl ActivityLog {
     }
 
     /// Makes up to `count` extents cold that have not been used lately, and their places free.
-    fn retire(&self, store: &dyn Store, slots: &mut Slots, count: usize) -> io::Result<()> {
+    fn retire(
+        &self,
+        store: &dyn SidecarStorage,
+        slots: &mut Slots,
+        count: usize,
+    ) -> io::Result<()> {
         let mut retired = Vec::new();
         for _ in 0..2 * slots.places.len() {
             if retired.len() == count {

@@ -71,14 +71,14 @@ pub struct BitmapSafety {
 }
 
 /// Where the sidecar of an image is: in the folder of the image, or in one that only tests have.
-pub(crate) trait Home: Send + Sync + fmt::Debug {
+pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
     /// Makes a new sidecar with these bits and puts it in the place of the one that is there, if
     /// any. Durable on return, at the level of power loss.
     fn create(
         &self,
         description: &Description,
         words: InitialWords<'_>,
-    ) -> io::Result<Box<dyn Store>>;
+    ) -> io::Result<Box<dyn SidecarStorage>>;
 
     /// Opens the sidecar that is there, if any. Nobody else can as long as it is open.
     ///
@@ -106,7 +106,7 @@ pub(crate) trait Home: Send + Sync + fmt::Debug {
 }
 
 /// Where a sidecar's bytes live: a mapped file, or memory that remembers in tests.
-pub(crate) trait Store: Send + Sync + fmt::Debug {
+pub(crate) trait SidecarStorage: Send + Sync + fmt::Debug {
     /// All bytes, as little-endian words.
     fn words(&self) -> &[AtomicU64];
     /// Writes to a place that nobody reaches through [`words`](Self::words); durable on return.
@@ -120,7 +120,7 @@ pub(crate) trait Store: Send + Sync + fmt::Debug {
 /// An open sidecar.
 #[derive(Debug)]
 pub(crate) struct Sidecar {
-    store: Box<dyn Store>,
+    store: Box<dyn SidecarStorage>,
     bitmaps: Box<[Place]>,
     log: Option<ActivityLog>,
     /// Whether the file is gone because it could not be kept up to date.
@@ -146,7 +146,10 @@ pub(crate) struct InFlight {
 
 impl Sidecar {
     /// Puts a sidecar on a store that [`SidecarPlace::create`] has filled.
-    pub(crate) fn new(store: Box<dyn Store>, description: &Description) -> Option<Arc<Self>> {
+    pub(crate) fn new(
+        store: Box<dyn SidecarStorage>,
+        description: &Description,
+    ) -> Option<Arc<Self>> {
         let layout = Layout::of(description)?;
         if store.words().len() as u64 * 8 != layout.length {
             return None;

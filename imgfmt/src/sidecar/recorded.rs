@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::file::{InitialWords, write_all};
 use super::layout::{Description, Layout, LogShape};
-use super::{FoundBytes, Home, Store};
+use super::{FoundBytes, SidecarLocation, SidecarStorage};
 use crate::options::{Access, Survives};
 use crate::storage::fault::{Loss, MappedWords, Recording, RecordingStorage};
 use crate::storage::{Durability, Storage};
@@ -86,13 +86,13 @@ impl RecordedFolder {
     }
 }
 
-impl Home for Arc<RecordedFolder> {
+impl SidecarLocation for Arc<RecordedFolder> {
     /// In the order in which the real folder does it.
     fn create(
         &self,
         description: &Description,
         words: InitialWords<'_>,
-    ) -> io::Result<Box<dyn Store>> {
+    ) -> io::Result<Box<dyn SidecarStorage>> {
         let layout = Layout::of(description).ok_or(io::ErrorKind::InvalidInput)?;
         let file = self.recording.storage(&[]);
         self.files().push(Arc::clone(&file));
@@ -159,7 +159,7 @@ struct RecordedSidecar {
     mapped: Arc<MappedWords>,
 }
 
-impl Store for RecordedSidecar {
+impl SidecarStorage for RecordedSidecar {
     fn words(&self) -> &[AtomicU64] {
         self.mapped.words()
     }

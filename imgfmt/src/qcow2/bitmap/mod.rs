@@ -31,7 +31,7 @@ use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};
-use crate::sidecar::Home;
+use crate::sidecar::SidecarLocation;
 use crate::storage::Storage;
 use crate::units::GuestRange;
 use directory::{Entry, Place, flag};
@@ -62,7 +62,7 @@ pub(crate) struct Bitmaps {
     /// What makes them survive a crash.
     session: OrderedMutex<{ rank::SESSION }, Session>,
     /// Where the sidecar is; `None` means beside the image.
-    sidecar_home: Option<Arc<dyn Home>>,
+    sidecar_location: Option<Arc<dyn SidecarLocation>>,
 }
 
 /// Where bitmaps are in the file.
@@ -106,7 +106,7 @@ impl Bitmaps {
             size_peak: 0,
             lineage: OrderedMutex::default(),
             session: OrderedMutex::default(),
-            sidecar_home: None,
+            sidecar_location: None,
         }
     }
 
@@ -130,21 +130,21 @@ impl Bitmaps {
             size_peak: header.size,
             lineage: OrderedMutex::new(Lineage::of(header)),
             session: OrderedMutex::new(Session::new(options.survives)),
-            sidecar_home: sidecar_home(options),
+            sidecar_location: sidecar_location(options),
         }
     }
 }
 
 /// Where the options say that the sidecar is.
 #[cfg(any(test, feature = "test-util"))]
-fn sidecar_home(options: &OpenOptions) -> Option<Arc<dyn Home>> {
+fn sidecar_location(options: &OpenOptions) -> Option<Arc<dyn SidecarLocation>> {
     let folder = options.sidecar_folder.as_ref()?;
     Some(Arc::new(Arc::clone(folder)))
 }
 
 /// Where the options say that the sidecar is: nothing else than beside the image.
 #[cfg(not(any(test, feature = "test-util")))]
-fn sidecar_home(_: &OpenOptions) -> Option<Arc<dyn Home>> {
+fn sidecar_location(_: &OpenOptions) -> Option<Arc<dyn SidecarLocation>> {
     None
 }
 

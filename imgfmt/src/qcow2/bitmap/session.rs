@@ -25,8 +25,8 @@ use crate::qcow2::metadata::header_edit::{
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
 use crate::sidecar::{
-    BitmapDescriptor, BitmapSafety, Description, Fingerprint, FoundBytes, Home, Identity, Recovery,
-    RecoveryPrecision, Rejection, Sidecar, SidecarPlace, Trust,
+    BitmapDescriptor, BitmapSafety, Description, Fingerprint, FoundBytes, Identity, Recovery,
+    RecoveryPrecision, Rejection, Sidecar, SidecarLocation, SidecarPlace, Trust,
 };
 use crate::units::HostOffset;
 
@@ -271,7 +271,7 @@ impl Qcow2 {
 
     fn describe(
         &self,
-        place: &dyn Home,
+        place: &dyn SidecarLocation,
         session: &Session,
         identity: Identity,
         bitmaps: &[(&Bitmap<Entry>, &Arc<Bits>)],
@@ -375,8 +375,8 @@ impl Qcow2 {
         self.metadata.refuse_lost_since(since)
     }
 
-    fn sidecar_place(&self) -> Result<Arc<dyn Home>> {
-        if let Some(home) = &self.bitmaps.sidecar_home {
+    fn sidecar_place(&self) -> Result<Arc<dyn SidecarLocation>> {
+        if let Some(home) = &self.bitmaps.sidecar_location {
             return Ok(Arc::clone(home));
         }
         let path = self.metadata.path().ok_or_else(no_file)?;

@@ -41,7 +41,7 @@ impl RecordedStore {
     }
 }
 
-impl Store for Arc<RecordedStore> {
+impl SidecarStorage for Arc<RecordedStore> {
     fn words(&self) -> &[AtomicU64] {
         &self.words
     }

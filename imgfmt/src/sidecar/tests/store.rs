@@ -100,7 +100,7 @@ impl MemoryStore {
     }
 }
 
-impl Store for Arc<MemoryStore> {
+impl SidecarStorage for Arc<MemoryStore> {
     fn words(&self) -> &[AtomicU64] {
         &self.words
     }
