@@ -1,4 +1,4 @@
-//! Headers and chunks to bytes and back, in every form of replies.
+//! Encoding and decoding of headers and chunks, in every reply mode.
 
 mod shared;
 

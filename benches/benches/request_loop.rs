@@ -1,5 +1,5 @@
-//! The loop of a connection without its sockets: requests are taken off a buffer, carried out on a
-//! disk in memory, and their replies gathered in one buffer.
+//! The request loop of a connection without sockets: parses requests from a buffer, executes them on a
+//! memory disk and gathers the replies in one buffer.
 
 mod shared;
 

@@ -1,7 +1,7 @@
 //! Which backup a file is, and after which backup a bitmap began.
 //!
-//! A backup file says who it is, and a disk says of each of its bitmaps after which backup it began: an
-//! incremental backup is right only on that one.
+//! A backup file records its identity, and a disk records for each bitmap the backup after which it
+//! began. An incremental backup is valid only on that backup.
 
 use std::fmt;
 use std::fs::File;

@@ -1,4 +1,4 @@
-//! Big-endian numbers in bytes of a file. What is not there counts as 0.
+//! Big-endian numbers in bytes of a file. Missing bytes count as 0.
 
 pub(crate) fn u16_at(bytes: &[u8], offset: usize) -> u16 {
     bytes.get(offset..offset + 2).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]))

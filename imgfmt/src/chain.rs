@@ -1,4 +1,4 @@
-//! Opening an image and everything below it.
+//! Opening an image and its backing chain.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};

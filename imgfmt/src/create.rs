@@ -1,4 +1,4 @@
-//! Making new images.
+//! Creating images.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, OpenOptions as FileOptions};

@@ -1,5 +1,5 @@
-//! A new image on a block device: nothing that was there before is believed or shown, and nothing new before
-//! it is complete.
+//! A new image on a block device. The previous content is neither trusted nor shown, and the new image
+//! becomes valid only when it is complete.
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};

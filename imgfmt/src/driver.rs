@@ -1,4 +1,4 @@
-//! What each image format implements. [`Image`](crate::Image) checks requests, then calls this.
+//! The trait that each image format implements. [`Image`](crate::Image) checks requests and calls it.
 
 use std::fmt;
 

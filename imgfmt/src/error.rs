@@ -1,7 +1,7 @@
 //! The error of every operation of this crate.
 //!
-//! An [`Error`] says what was tried, on which file and where, what was wrong, and what can be done.
-//! Callers decide by [`Error::kind`]; people read the [`Display`](fmt::Display) form.
+//! An [`Error`] names the operation, the file, the offset, the cause and the remedy. Callers match on
+//! [`Error::kind`]; users read the [`Display`](fmt::Display) form.
 
 use std::error::Error as StdError;
 use std::fmt;

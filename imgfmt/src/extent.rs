@@ -1,4 +1,4 @@
-//! Extents: which parts of a disk hold data, and in which layer.
+//! Extents: the parts of a disk that hold data, and their layers.
 
 use crate::units::GuestRange;
 

@@ -1,4 +1,4 @@
-//! [`Image`]: a virtual disk, whatever its format.
+//! [`Image`]: a virtual disk of any format.
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;

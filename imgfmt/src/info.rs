@@ -1,4 +1,4 @@
-//! What an image says about itself.
+//! Information that an image holds about itself.
 
 use std::ffi::OsString;
 

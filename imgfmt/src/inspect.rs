@@ -1,4 +1,4 @@
-//! Looking at and changing the header of one image, without opening the files it names.
+//! Reading and changing the header of one image without opening the files it names.
 
 use std::ffi::OsStr;
 use std::path::Path;

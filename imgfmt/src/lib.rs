@@ -1,7 +1,7 @@
-//! Disk images without a network: opened, read, written and mapped.
+//! Disk images: raw and qcow2, backing chains, snapshots and dirty bitmaps.
 //!
-//! Everything is synchronous, positional and works through `&self`, so that one [`Image`] can be
-//! used from any number of threads and from any async runtime's worker threads.
+//! All I/O is synchronous, positional and takes `&self`: threads and the workers of any async runtime
+//! can share one [`Image`].
 //!
 //! ```
 //! use imgfmt::{Access, Durability, Format, GuestOffset, GuestRange, Image, OpenOptions};
@@ -50,8 +50,8 @@
 //! # }
 //! ```
 //!
-//! What this crate does not do: it knows no network protocol, and it never follows a name that an
-//! image contains without being allowed to.
+//! The crate contains no network protocol. It follows a name inside an image only if the
+//! [`OpenPolicy`] allows it.
 
 mod backup;
 mod bitmap;

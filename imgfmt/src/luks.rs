@@ -1,7 +1,7 @@
-//! What the header of a LUKS container says without its key. Nothing is decrypted here.
+//! The public part of a LUKS header. Nothing is decrypted here.
 //!
-//! The layout is that of the LUKS on-disk format specifications, versions 1 and 2. All numbers are
-//! big-endian, sectors have 512 bytes.
+//! The layout follows the LUKS on-disk format specifications, versions 1 and 2. All numbers are
+//! big-endian; sectors have 512 bytes.
 
 use std::io;
 

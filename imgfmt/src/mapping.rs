@@ -1,4 +1,4 @@
-//! Mappings: where the bytes of a disk are, so that a caller can move them itself.
+//! Mappings: the location of a disk's bytes, for callers that move the bytes themselves.
 
 use std::sync::Arc;
 

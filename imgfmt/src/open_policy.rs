@@ -1,8 +1,8 @@
-//! Which files an image may name.
+//! The files that an image may name.
 //!
-//! A qcow2 image can name a backing file and a data file. Whoever made the image chose those names,
-//! so following them blindly lets a hostile image read, and with a data file write, any file of the
-//! host. Every such name goes through an [`OpenPolicy`].
+//! A qcow2 image can name a backing file and a data file. The creator of the image chose those names.
+//! Following them blindly lets a hostile image read any file of the host and, with a data file, write
+//! it. Every such name is checked against an [`OpenPolicy`].
 
 use std::ffi::OsStr;
 use std::fmt;

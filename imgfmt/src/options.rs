@@ -1,4 +1,4 @@
-//! How an image is opened.
+//! Options for opening an image.
 
 use std::fmt;
 use std::path::Path;

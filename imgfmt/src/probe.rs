@@ -1,14 +1,14 @@
-//! Finding an image's format by its first bytes, and by its last ones for formats that end with
-//! their header.
+//! Detects the format of an image from its first bytes, or from its last bytes for formats with a
+//! header at the end.
 //!
 //! The first bytes of a raw disk belong to the guest. A guest that writes a qcow2 header there turns
 //! its disk, at the next open by probing, into an image that names any file of the host as its
 //! backing file (CVE-2008-2004). Therefore [`Image`](crate::Image) refuses writes to the first
 //! sector of a raw image *found by probing* that would make it look like anything else.
 //!
-//! Headers at the end of a file are believed only if their checksum or their place are right: data
-//! of a guest does not look like that by accident. A guest that writes such a header on purpose
-//! gains nothing, because those formats are only refused.
+//! A header at the end of a file counts only if its checksum or its position is right: guest data does
+//! not match by accident. A guest gains nothing by writing such a header, because those formats are
+//! only refused.
 
 use std::io;
 

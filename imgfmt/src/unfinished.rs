@@ -1,4 +1,4 @@
-//! A disk that is written as a whole and becomes valid at one instant, at the end.
+//! A disk that is written as a whole and becomes valid atomically at the end.
 
 use std::io;
 use std::sync::atomic::AtomicU8;

@@ -1,7 +1,7 @@
 //! Typed offsets and ranges.
 //!
-//! A place on the virtual disk and a place in a host file are both 64-bit byte counts, and mixing
-//! them up destroys data without an error. They are different types here.
+//! An offset on the virtual disk and an offset in a host file are both 64-bit byte counts. Confusing
+//! them destroys data without an error, so they are different types.
 
 use std::fmt;
 

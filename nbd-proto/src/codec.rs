@@ -1,4 +1,4 @@
-//! Big-endian fields out of slices, without a panic for any input.
+//! Reads big-endian fields from slices; no input causes a panic.
 
 use crate::ProtocolError;
 use crate::limits::MAX_STRING_LEN;

@@ -1,4 +1,4 @@
-//! Whose fault it was: the peer's ([`ProtocolError`]) or the caller's ([`ApiMisuse`]).
+//! Errors by fault: the peer's ([`ProtocolError`]) or the caller's ([`ApiMisuse`]).
 
 use thiserror::Error;
 
@@ -18,7 +18,7 @@ pub enum ProtocolError {
         /// What came instead.
         found: u64,
     },
-    /// Handshake or client flags that nobody negotiated.
+    /// Handshake or client flags that were not negotiated.
     #[error("peer set unknown {which} flags {bits:#x}")]
     UnknownFlags {
         /// Which flag word.

@@ -1,6 +1,6 @@
-//! Every bound of the protocol in one place, each with its reason.
+//! All limits of the protocol, with reasons.
 //!
-//! Nothing that a peer sends is allocated, looped over or kept beyond these numbers.
+//! Allocations, loops and stored data that depend on the peer never exceed these numbers.
 
 /// Longest string of the protocol (export name, description, context name), in bytes.
 /// Section "Terminology": strings are at most 4096 bytes.

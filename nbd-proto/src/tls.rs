@@ -1,9 +1,9 @@
-//! What both ends of a TLS connection share: the names of the files that hold credentials, and the
-//! text of a file with pre-shared keys.
+//! TLS code shared by client and server: the names of credential files, and the parser for files of
+//! pre-shared keys.
 //!
-//! A folder with certificates is laid out as QEMU and libnbd have it: one folder can hold the files
-//! of a server, of a client, or of both. Pre-shared keys stand in a text file as psktool writes it.
-//! Nothing here opens a file.
+//! A certificate directory has the layout that QEMU and libnbd use: one directory can hold the files of
+//! a server, of a client, or of both. Pre-shared keys are in a text file as psktool writes it. This
+//! module opens no files.
 
 use core::fmt;
 use core::hint::black_box;
@@ -24,7 +24,7 @@ pub const SERVER_KEY_FILE: &str = "server-key.pem";
 pub const CLIENT_CERTIFICATE_FILE: &str = "client-cert.pem";
 /// The key of the client's certificate, PEM.
 pub const CLIENT_KEY_FILE: &str = "client-key.pem";
-/// Pre-shared keys, where a folder is named instead of a file.
+/// Pre-shared keys, if a directory is given instead of a file.
 pub const PSK_FILE: &str = "keys.psk";
 
 /// Longest line of a key file, in bytes: a hex-encoded name, a colon, a hex-encoded key.
@@ -61,7 +61,7 @@ impl Eq for PreSharedKey {}
 impl Drop for PreSharedKey {
     fn drop(&mut self) {
         self.0.fill(0);
-        // Keeps the compiler from leaving out a store that nobody reads.
+        // Keeps the compiler from removing a store that is never read.
         black_box(&self.0);
     }
 }
@@ -197,7 +197,7 @@ pub enum KeyLineProblem {
     BadKeyLength(usize),
 }
 
-/// True if both are the same. Takes the same time wherever they differ; the length is no secret.
+/// True if both are the same. Takes the same time wherever they differ; the length is not secret.
 #[must_use]
 pub fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
     if left.len() != right.len() {

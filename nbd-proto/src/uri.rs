@@ -9,7 +9,7 @@
 //!
 //! The export name is what follows the first `/` of the path, percent-decoded and nothing else: no
 //! `.` or `..` is resolved and no `/` is dropped, so `nbd://host//disk` names the export `/disk`.
-//! Query parameters nobody knows are ignored, as libnbd does; the last of several with the same key
+//! Unknown query parameters are ignored, as in libnbd; of several with the same key the last one
 //! counts.
 
 use core::net::Ipv6Addr;
@@ -79,7 +79,7 @@ pub enum Security {
 pub struct TlsParameters {
     /// `tls-type`.
     pub kind: Option<TlsKind>,
-    /// `tls-certificates`: the folder with the certificates.
+    /// `tls-certificates`: the directory with the certificates.
     pub certificates: Option<PathBuf>,
     /// `tls-psk-file`: the file with the pre-shared keys.
     pub psk_file: Option<PathBuf>,
@@ -89,7 +89,7 @@ pub struct TlsParameters {
     pub verify_peer: Option<bool>,
 }
 
-/// How the two sides prove who they are.
+/// How the two sides authenticate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsKind {
     /// They do not: encryption only.
@@ -140,7 +140,7 @@ pub enum UriError {
     /// A `#`.
     #[error("an NBD URI has no fragment: write a '#' as %23, as in nbd://localhost/disk%231")]
     Fragment,
-    /// A `%` without two hexadecimal digits behind it.
+    /// A `%` without two hexadecimal digits after it.
     #[error("{0:?} has a '%' without two hexadecimal digits: write a '%' as %25, as in 100%25")]
     BadPercent(String),
     /// Percent-decoding gives something the protocol cannot carry.
@@ -151,7 +151,7 @@ pub enum UriError {
         /// What is wrong with it.
         why: &'static str,
     },
-    /// A port that is no number between 1 and 65535.
+    /// A port that is not a number between 1 and 65535.
     #[error("{0:?} is not a port between 1 and 65535, as in nbd://localhost:10809/disk")]
     BadPort(String),
     /// An IPv6 address that is malformed or has no brackets.

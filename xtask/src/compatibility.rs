@@ -1,4 +1,4 @@
-//! What others compile: each crate by itself, with few features and with all, by an older compiler.
+//! The builds of other people: each crate alone, with few and with all features, with an older compiler.
 
 use std::env;
 use std::path::PathBuf;

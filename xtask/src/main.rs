@@ -1,7 +1,7 @@
 //! Developer commands, run as `cargo xtask COMMAND`.
 //!
-//! One file or folder per command; this one only dispatches. The crate depends on none of the
-//! others, so that it can judge them even while they do not compile.
+//! One file or directory per command; this one only dispatches. The crate depends on none of the
+//! others, so that it can check them even when they do not compile.
 #![expect(clippy::print_stdout, reason = "developer commands report on standard output")]
 
 mod bench;
@@ -28,7 +28,7 @@ struct Arguments {
 enum DeveloperCommand {
     /// Run every check in the order of continuous integration; stop at the first that fails.
     Ci,
-    /// Check the rules of the house that neither rustfmt nor clippy knows.
+    /// Check the project rules that rustfmt and clippy do not check.
     Tidy,
     /// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
     Bench(bench::Options),

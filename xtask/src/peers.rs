@@ -1,4 +1,4 @@
-//! The programs of other projects that tests and benchmarks talk to.
+//! The programs of other projects that tests and benchmarks use.
 
 use std::env;
 use std::process::{Command, Stdio};

@@ -1,4 +1,4 @@
-//! What the benches share.
+//! Code shared by the benches.
 #![allow(dead_code, reason = "no bench uses all of it")]
 
 use nbd_proto::handshake::{ExportDescription, Negotiated};

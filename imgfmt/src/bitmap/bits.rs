@@ -1,7 +1,7 @@
 //! One bitmap in memory.
 //!
-//! A bit stands for `granularity` bytes of the disk. Bits are set by many threads at once and are
-//! never cleared while somebody can set them.
+//! A bit stands for `granularity` bytes of the disk. Many threads set bits at once; bits are never
+//! cleared while a thread can set them.
 
 use std::fmt;
 use std::sync::Arc;

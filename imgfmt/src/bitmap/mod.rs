@@ -1,7 +1,7 @@
-//! Dirty bitmaps: which parts of a disk have changed since somebody last looked.
+//! Dirty bitmaps: the parts of a disk that have changed since a point in time.
 //!
-//! [`bits`] is one bitmap in memory, [`tracker`] the bitmaps of one open image and the one place that
-//! every change of the disk passes. How bitmaps are stored is a matter of the format.
+//! [`bits`] is one bitmap in memory. [`tracker`] holds the bitmaps of one open image; every change of
+//! the disk passes through it. The image format defines how bitmaps are stored.
 
 mod bits;
 mod tracker;

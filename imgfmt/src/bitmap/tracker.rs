@@ -1,10 +1,10 @@
-//! The bitmaps of an open image, and the place that every change of its disk passes.
+//! The bitmaps of an open image; every change of its disk passes through here.
 //!
-//! Whoever changes the disk calls [`Tracker::before_change`] before the first byte is submitted and
-//! keeps what it returns until the last one has been. Whoever changes the set of bitmaps has the
-//! state alone: no change is on its way then, so each lies wholly before or wholly behind that
-//! moment. Otherwise a write could be noted in the old bitmap only and reach the disk after it
-//! has been copied.
+//! A change of the disk calls [`Tracker::before_change`] before it submits the first byte, and keeps
+//! the returned guard until it has submitted the last one. A change of the set of bitmaps has exclusive
+//! access to the state: no change of the disk is in flight, so each lies entirely before or entirely
+//! after that moment. Otherwise a write could be recorded in the old bitmap only and reach the disk
+//! after that bitmap was copied.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};

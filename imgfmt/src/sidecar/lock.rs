@@ -1,4 +1,4 @@
-//! The lock of a sidecar, and who has it.
+//! The lock of a sidecar, and the process that holds it.
 
 use std::fs::File;
 use std::io;

@@ -1,13 +1,12 @@
-//! The activity log: which extents of the disk may be written at the moment, durably.
+//! The activity log: a durable list of the extents of the disk that may be written now.
 //!
-//! A write into a *hot* extent, one that the log on disk names, pays two atomic additions. A write
-//! into a *cold* one waits until a slot of the log that names it has been written through to the
-//! disk; all that wait at that moment share one write. An extent becomes hot in memory only after
-//! that.
+//! A write into a *hot* extent, one that the log on disk names, costs two atomic additions. A write
+//! into a *cold* extent waits until a slot that names it is durable; all waiting writes share one
+//! write of the log. The extent becomes hot in memory only after that.
 //!
-//! An extent leaves the log when no write to it is in flight and the bits it stands for are durable.
-//! It is only then that its place in a slot is given to another one; until that is written the log
-//! names it in vain, which costs nothing but a few bits too many after a crash.
+//! An extent leaves the log when no write to it is in flight and its bits are durable. Only then does
+//! another extent take its entry in a slot. Until that slot is written the log still names the old
+//! extent, which costs a few extra dirty bits after a crash.
 
 use std::io;
 use std::ops::RangeInclusive;

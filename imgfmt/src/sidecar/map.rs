@@ -1,4 +1,4 @@
-//! The one place where a file is mapped into memory.
+//! Memory-maps the sidecar. No other module maps a file.
 #![allow(unsafe_code)]
 
 use std::fs::File;

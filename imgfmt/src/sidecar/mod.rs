@@ -1,15 +1,14 @@
 //! The sidecar: a file beside an image from which dirty bitmaps are recovered after a crash.
 //!
-//! It holds every bit of every bitmap that records, mapped into memory ([`map`]), and an
-//! [activity log](log) of the extents of the disk that are being written. A bit is set before the
-//! write that it stands for is submitted. If the process dies, the kernel still has the bits. If the
+//! It holds all bits of the enabled bitmaps, mapped into memory ([`map`]), and an [activity log](log)
+//! of the extents of the disk that are being written. A bit is set before its write is submitted. If the process dies, the kernel still has the bits. If the
 //! machine dies, those that did not reach the disk belong to extents that the log on disk names, and
 //! [recovery](recover) marks these as a whole.
 //!
-//! A file belongs to one *epoch*: its bits are only ever set. Whatever else happens to bitmaps
-//! (one is cleared, added, merged into) makes a new file that replaces the old one.
+//! A file belongs to one *epoch*: its bits are only set, never cleared. Every other change of bitmaps
+//! (clearing, adding, merging) makes a new file that replaces the old one.
 //!
-//! Nothing here knows a format or a tracker; the [`layout`] is documented in `DESIGN.md`.
+//! This module is independent of formats and trackers. `DESIGN.md` documents the [`layout`].
 
 mod file;
 mod layout;

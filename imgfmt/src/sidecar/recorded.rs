@@ -1,4 +1,4 @@
-//! A folder for tests whose sidecar is part of a recording, so that it crashes with its image.
+//! A directory for tests. Its sidecar is part of a recording and crashes together with its image.
 
 use std::io;
 use std::sync::atomic::AtomicU64;

@@ -1,8 +1,7 @@
-//! What a sidecar that was found beside an image is worth, and which bits it gives.
+//! Validates a sidecar found beside an image, and recovers its bits.
 //!
-//! Every byte of it is untrusted: whoever can write beside the image can make the file say
-//! anything, but he can neither crash this program nor make it use more memory than the image's
-//! own bitmaps take up.
+//! Every byte is untrusted. A user with write access to the directory can put anything into the file,
+//! but can neither crash this program nor make it use more memory than the image's own bitmaps need.
 
 use std::fmt;
 use std::io;

@@ -1,4 +1,4 @@
-//! The sidecar by itself. See `tests/` for what a crash finds, and what many threads do.
+//! Tests of the sidecar alone. `tests/` covers crashes and concurrent threads.
 
 mod crash;
 mod rejection;

@@ -1,4 +1,5 @@
-//! Storages for tests: one remembers what a crash could leave, the other fails and dawdles.
+//! Storages for tests: one records the states that a crash could leave, the other injects errors and
+//! delays.
 //!
 //! Built only with the feature `test-util`.
 

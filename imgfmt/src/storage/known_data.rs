@@ -1,7 +1,7 @@
-//! Which parts of a file are known to have no holes, so that nobody has to ask the system again.
+//! A cache of the parts of a file that have no holes, which saves system calls.
 //!
-//! Only data is remembered, never a hole: "data" remains a true answer whatever others do with the
-//! file, while a hole that another process has filled meanwhile would hide what it wrote.
+//! Only data is cached, never a hole. "Data" stays a true answer whatever other processes do with the
+//! file; a cached hole would hide data that another process wrote.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -1,8 +1,8 @@
-//! Where the bytes of an image are kept: the [`Storage`] trait and its implementations.
+//! The storage of an image: the [`Storage`] trait and its implementations.
 //!
-//! A storage is a flat row of bytes with positional, synchronous I/O through `&self`. It knows
-//! nothing of image formats. Seven methods must be written; the others have defaults that are
-//! correct everywhere and that [`FileStorage`] replaces by what the operating system does better.
+//! A storage is a flat array of bytes with positional, synchronous I/O through `&self`, independent of
+//! image formats. Six methods are required; the others have correct defaults, which [`FileStorage`]
+//! replaces with faster operations of the operating system.
 
 #[cfg(any(test, feature = "test-util"))]
 pub mod fault;

@@ -1,4 +1,4 @@
-//! Writing zeroes where nothing better exists.
+//! Writes zeroes as data where no faster operation exists.
 
 use std::io;
 

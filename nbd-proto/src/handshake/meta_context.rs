@@ -1,5 +1,5 @@
-//! The rules of metadata contexts (section "Metadata querying"): which queries match which
-//! contexts, and under which number a context travels.
+//! The rules of metadata contexts (section "Metadata querying"): matching queries with contexts, and
+//! numbering contexts.
 
 use std::collections::HashSet;
 
@@ -76,7 +76,7 @@ impl MetaContextQuestion {
         for _ in 0..count {
             let length = reader.u32().ok_or(TRUNCATED)? as usize;
             let query = reader.bytes(length).ok_or(TRUNCATED)?;
-            // Longer than any name: it matches nothing, so nobody looks at it.
+            // Longer than any name: it cannot match.
             if length <= MAX_STRING_LEN
                 && (query.contains(&0) || std::str::from_utf8(query).is_err())
             {

@@ -11,8 +11,8 @@
 //!   ============== Negotiated: both sides go over to transmission ==============
 //! ```
 //!
-//! Both machines are owned values: a step consumes the machine and gives the next one, so that an
-//! option cannot be answered twice and no transmission byte can be sent before GO.
+//! Both machines are owned values: a step consumes the machine and returns the next one, so an option
+//! cannot be answered twice and no transmission byte can be sent before GO.
 
 pub mod client;
 mod meta_context;

@@ -1,4 +1,4 @@
-//! What a server tells about its exports, and how an option is refused.
+//! Export information from a server, and refusals of options.
 
 use std::fmt;
 

@@ -1,7 +1,7 @@
-//! The client's side: requests into bytes, replies into checked events.
+//! The client's side: encodes requests and turns replies into validated events.
 //!
-//! The server is not trusted. Every chunk is held against the request it names: its kind, its
-//! place, its coverage; a reply that does not fit ends the connection with an error that says why.
+//! The server is not trusted. Every chunk is checked against its request: type, offset and coverage. A
+//! reply that does not match ends the connection with an error that names the reason.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! What a client hears of its requests.
+//! The events of a client's requests.
 
 use crate::codec::PeerText;
 use crate::wire::{BlockDescriptor, Cookie, Errno, MetaContextId};

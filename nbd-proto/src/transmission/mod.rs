@@ -6,10 +6,9 @@
 //!                                 <-------------------   simple reply, or chunks up to DONE
 //! ```
 //!
-//! [`server::Transmission`] turns bytes into validated requests: bounds, flags, read-only and block
-//! sizes are checked there and nowhere else. [`ReplyEncoder`] writes the answers.
-//! [`client::Transmission`] writes requests, refusing what was not negotiated, and checks every
-//! reply against the request it answers.
+//! [`server::Transmission`] turns bytes into validated requests: it alone checks bounds, flags,
+//! read-only and block sizes. [`ReplyEncoder`] writes replies. [`client::Transmission`] writes requests,
+//! refuses features that were not negotiated, and checks every reply against its request.
 
 pub mod client;
 mod coverage;

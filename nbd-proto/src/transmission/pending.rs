@@ -1,4 +1,4 @@
-//! One request in flight: every chunk that names it is held against it here.
+//! One request in flight, and the validation of its chunks.
 
 use super::ExtentLimit;
 use super::coverage::Coverage;
@@ -198,7 +198,7 @@ impl Pending {
         Ok(descriptors)
     }
 
-    /// Checks an error chunk. The first one counts; those behind it have to end some time.
+    /// Checks an error chunk. The first one counts; the number of later ones is limited.
     pub(super) fn error_chunk(
         &mut self,
         reply: ReplyType,

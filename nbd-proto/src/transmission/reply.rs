@@ -1,4 +1,4 @@
-//! Replies into bytes, in the form that was negotiated.
+//! Encodes replies in the negotiated mode.
 
 use bytes::BufMut;
 

@@ -1,4 +1,4 @@
-//! A request as both roles speak of it: the server after validation, the client before encoding.
+//! A request in both roles: after validation in the server, before encoding in the client.
 
 use crate::wire::{CommandType, Cookie, MetaContextId};
 

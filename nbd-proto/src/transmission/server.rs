@@ -1,7 +1,7 @@
-//! The server's side: bytes into validated requests.
+//! The server's side: parses bytes into validated requests.
 //!
-//! This is the one place where a request is checked. What [`Transmission::parse`] yields lies
-//! inside the export, is allowed on it and uses only what was negotiated.
+//! Requests are validated here only. A request from [`Transmission::parse`] lies inside the export, is
+//! allowed on it and uses negotiated features only.
 
 use super::{
     Command, Durability, ExtentLimit, Fragmentation, Request, RequestTag, Speed, ZeroMode,

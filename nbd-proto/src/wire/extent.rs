@@ -1,4 +1,4 @@
-//! Block status descriptors and the flag bits of the contexts this program knows.
+//! Block status descriptors and the flag bits of known contexts.
 
 use bitflags::bitflags;
 

@@ -8,7 +8,7 @@ bitflags! {
     pub struct HandshakeFlags: u16 {
         /// The server speaks fixed newstyle: it answers options it does not know.
         const FIXED_NEWSTYLE = 1 << 0;
-        /// The server can leave out the 124 zero bytes behind EXPORT_NAME.
+        /// The server can omit the 124 zero bytes after EXPORT_NAME.
         const NO_ZEROES = 1 << 1;
     }
 
@@ -17,7 +17,7 @@ bitflags! {
     pub struct ClientFlags: u32 {
         /// The client speaks fixed newstyle.
         const FIXED_NEWSTYLE = 1 << 0;
-        /// The client does not want the 124 zero bytes behind EXPORT_NAME.
+        /// The client does not want the 124 zero bytes after EXPORT_NAME.
         const NO_ZEROES = 1 << 1;
     }
 

@@ -39,7 +39,7 @@ impl BlockSizes {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::Malformed`] if `minimum` is no power of two up to 64 KiB, `preferred` is no
+    /// [`ProtocolError::Malformed`] if `minimum` is not a power of two up to 64 KiB, `preferred` is no
     /// power of two of at least 512 and `minimum`, or `maximum_payload` is below `preferred` or
     /// (unless it is 2^32-1) no multiple of `minimum`.
     pub const fn new(

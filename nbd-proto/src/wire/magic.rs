@@ -1,4 +1,4 @@
-//! Every magic number, with its reading.
+//! The magic numbers and their ASCII forms.
 
 /// First eight bytes of a server: `NBDMAGIC`.
 pub const INIT: u64 = 0x4e42_444d_4147_4943;

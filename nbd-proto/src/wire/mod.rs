@@ -1,7 +1,7 @@
 //! Wire values: one file per table of the specification, no state.
 //!
-//! Enumerations are newtypes over their integer with named constants, so that a value this
-//! program does not know survives and can be reported. Flag words keep unknown bits.
+//! Enumerations are newtypes over their integer with named constants, so an unknown value survives and
+//! can be reported. Flag words keep unknown bits.
 
 /// Declares an open enumeration: a newtype with named constants and a readable `Debug`.
 macro_rules! open_enum {

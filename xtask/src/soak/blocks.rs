@@ -1,4 +1,4 @@
-//! What may stand in each block of a disk whose writes can be lost until they are flushed.
+//! The possible contents of each block of a disk whose writes can be lost before a flush.
 
 use std::collections::{BTreeMap, BTreeSet};
 

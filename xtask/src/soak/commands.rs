@@ -1,4 +1,4 @@
-//! Random commands on an image, by us and by qemu-img on another: the same disk comes of it.
+//! Random commands on one image by us and on another by qemu-img: both disks must be equal.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! Clients that flood the server or stop in the middle, beside one that behaves.
+//! Clients that flood the server or stall, beside a well-behaved client.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,7 +1,7 @@
 //! Judges that are integration tests: run one test function at a time, each with a seed of its own.
 //!
-//! The tests read their seed and their number of rounds from the environment, and print
-//! `judged: N` for what they looked at.
+//! The tests read their seed and their number of rounds from the environment, and print `judged: N`,
+//! the number of cases they checked.
 
 use std::fs::File;
 use std::io::Read;

@@ -1,4 +1,4 @@
-//! The image cannot grow: clients are told so, what was there stays, and it goes on with room.
+//! The image cannot grow: clients get ENOSPC, old data stays, and writes succeed once there is space.
 
 use std::path::Path;
 use std::process::Command;

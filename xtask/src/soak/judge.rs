@@ -1,4 +1,4 @@
-//! What a judge is, and which there are.
+//! The judges: their interface and their list.
 
 use std::path::Path;
 

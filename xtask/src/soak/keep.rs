@@ -1,4 +1,4 @@
-//! Rounds that failed, kept so that they can be repeated.
+//! Keeps failed rounds for repetition.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;

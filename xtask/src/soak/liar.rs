@@ -1,4 +1,4 @@
-//! A server that speaks the protocol and lies now and then.
+//! A server that speaks the protocol and occasionally lies.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;

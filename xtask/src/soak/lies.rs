@@ -1,4 +1,4 @@
-//! Our commands and a server that lies: they end, say why, and believe nothing that was not said.
+//! Our commands against a server that lies: they end, report the cause and use no invented data.
 
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;

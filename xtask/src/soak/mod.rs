@@ -1,8 +1,8 @@
-//! `cargo xtask soak`: everything that is random, for as long as wanted, on all cores.
+//! `cargo xtask soak`: all randomised tests, for a chosen time, on all cores.
 //!
-//! A *judge* knows how to make one round of trouble from a seed and to say whether what came of it
-//! is right. The rounds of all judges are interleaved so that each gets the same time. A round
-//! that fails is kept as a small file that says how to repeat it.
+//! A *judge* runs one round from a seed and checks the outcome. The rounds of all judges are
+//! interleaved so that each gets the same time. A failed round is kept as a small file that explains
+//! how to repeat it.
 
 mod blocks;
 mod commands;

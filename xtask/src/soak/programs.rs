@@ -1,4 +1,4 @@
-//! The programs under judgement, built once.
+//! The programs under test, built once.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};

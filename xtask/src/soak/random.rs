@@ -1,4 +1,4 @@
-//! Random numbers that follow from a seed.
+//! Random numbers from a seed.
 
 /// A generator of random numbers (SplitMix64).
 #[derive(Debug, Clone)]

@@ -1,6 +1,6 @@
-//! A client of few words: simple replies, one request at a time, and bytes sent as they are.
+//! A minimal client: simple replies, one request at a time, and raw bytes.
 //!
-//! It shares no code with the crates that are judged.
+//! It shares no code with the crates under test.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;

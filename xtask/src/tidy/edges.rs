@@ -1,4 +1,4 @@
-//! Which crate of the workspace may depend on which.
+//! The allowed dependencies between the crates of the workspace.
 
 use anyhow::{Context, Result};
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! What works does not parse: the engines of the program know nothing of command lines.
+//! The engines of the program must not use the command line parser.
 
 use super::lexer::{Source, line_at, word_offsets};
 

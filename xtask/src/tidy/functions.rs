@@ -1,4 +1,4 @@
-//! How long functions are.
+//! The length of functions.
 
 use super::lexer::{Source, is_name_byte, line_at, matching_close, word_offsets};
 

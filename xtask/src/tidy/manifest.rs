@@ -1,4 +1,4 @@
-//! Every dependency says in the manifest what it is for.
+//! Every dependency has its purpose beside it in the manifest.
 
 /// Crates of this workspace explain themselves.
 const OWN_CRATES: &[&str] = &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-cli"];

@@ -1,4 +1,4 @@
-//! How wide the lines of documents are.
+//! The width of lines in documents.
 
 /// The most columns a line has, counted in characters.
 const MAXIMUM_COLUMNS: usize = 100;

@@ -1,7 +1,7 @@
-//! `cargo xtask tidy`: the rules of the house that neither rustfmt nor clippy knows.
+//! `cargo xtask tidy`: the project rules that rustfmt and clippy do not check.
 //!
-//! Every check is a function from text to findings, so that its own tests can show that it fails
-//! when it should. This file walks the workspace and feeds them.
+//! Every check is a function from text to findings, so that its own tests can show that it fails when
+//! it should. This file walks the workspace and runs the checks.
 
 mod architecture;
 mod edges;

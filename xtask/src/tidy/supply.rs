@@ -1,4 +1,4 @@
-//! What comes in from others: the licences and the sources of all crates that are compiled.
+//! Third-party crates: the licences and sources of all crates that are compiled.
 
 use anyhow::{Context, Result};
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! What the benchmark must show.
+//! The ratios that the benchmark must reach.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Checkpoints, and what they cost the writes beside them.
+//! Checkpoints, and their cost for concurrent writes.
 //!
 //! The time until one has begun on a disk of 1 TiB, empty and with all its clusters mapped; and
 //! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a

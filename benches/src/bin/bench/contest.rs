@@ -1,4 +1,4 @@
-//! Rows that a group brings along: contenders who do the same work, side by side.
+//! Rows of a group: contenders that do the same work, side by side.
 //!
 //! Blocks are interleaved as those of the raw rows are: rounds, then rows, then contenders, whose
 //! order turns by one in every round.

@@ -1,4 +1,4 @@
-//! Whether the benchmark is being ended: the one thing that everything it does asks.
+//! The flag that tells every part of the benchmark to end.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;

@@ -1,5 +1,5 @@
 //! Servers that export a disk as it was at one moment: ours with its control socket, and
-//! qemu-storage-daemon, which backs up into a temporary image whatever is overwritten.
+//! qemu-storage-daemon, which backs up overwritten data into a temporary image.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;

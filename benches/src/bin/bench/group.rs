@@ -1,4 +1,4 @@
-//! A group of rows: what a file of such rows says of them, and how they are measured.
+//! A group of rows: its definition and its measurement.
 
 use std::fs;
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! `nbd-cli image` beside `qemu-img`: converting and checking.
 //!
-//! Both write into the page cache and are not asked to wait for the disk. The files that a block
-//! writes are removed right behind it, so that the next one does not pay for writing them back.
+//! Both write into the page cache and do not wait for the disk. The files of a block are removed right
+//! after it, so that the next block does not pay for their writeback.
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};

@@ -1,5 +1,5 @@
-//! A benchmark that SIGINT, SIGTERM or SIGHUP ends: its servers end with it, and its folder, with
-//! gigabytes in it, goes.
+//! SIGINT, SIGTERM and SIGHUP end the benchmark: it stops its servers and removes its directory, which
+//! holds gigabytes.
 
 use std::ffi::OsStr;
 use std::fs;

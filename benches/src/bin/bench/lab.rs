@@ -1,4 +1,4 @@
-//! Where a group is measured.
+//! The environment in which a group is measured.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! What the benchmark ran on.
+//! The machine of the benchmark.
 
 use std::fs;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! nbdcopy as a client: the whole disk to nowhere.
+//! nbdcopy as a client: reads the whole disk and discards it.
 
 use std::process::Command;
 use std::time::{Duration, Instant};

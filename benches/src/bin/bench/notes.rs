@@ -1,4 +1,4 @@
-//! What had to be left out of a run, and why.
+//! Parts of a run that were skipped, with reasons.
 
 use super::ending;
 

@@ -1,4 +1,4 @@
-//! What a server costs: CPU time and peak memory of its process and all its descendants.
+//! The cost of a server: CPU time and peak memory of its process and all descendants.
 
 use std::fs;
 use std::process::{Command, Stdio};

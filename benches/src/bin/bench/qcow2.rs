@@ -1,8 +1,8 @@
 //! qcow2 exports beside `qemu-nbd -f qcow2`.
 //!
 //! Reads and in-place writes go to an image all of whose clusters are allocated. Rows that allocate
-//! get a fresh image for every block and a fixed number of writes, so that whoever is faster does
-//! not find more of the image allocated already.
+//! get a fresh image for every block and a fixed number of writes, so that a faster server does not
+//! find more of the image allocated.
 
 use std::fs;
 use std::path::Path;

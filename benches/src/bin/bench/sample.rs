@@ -1,4 +1,4 @@
-//! What one block measured.
+//! The measurements of one block.
 
 use serde::{Deserialize, Serialize};
 

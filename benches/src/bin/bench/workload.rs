@@ -1,4 +1,4 @@
-//! What a client does and what it sees, in the terms of every row.
+//! The operations and results of a client, in the terms of every row.
 
 use std::time::Duration;
 

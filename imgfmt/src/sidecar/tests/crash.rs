@@ -1,5 +1,5 @@
-//! Whatever instant a crash comes at, and whatever it takes away: the bits that are recovered cover
-//! every byte of the disk that differs from what it was when the bitmaps were last clear.
+//! A crash at any instant, with any loss of unsynced writes: the recovered bits cover every byte of the
+//! disk that has changed since the bitmaps were last clear.
 
 use super::*;
 use crate::storage::fault::{Loss, Recording, RecordingStorage};

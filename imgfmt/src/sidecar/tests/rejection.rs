@@ -1,4 +1,4 @@
-//! Sidecars that must not be believed, and bytes that make no sense.
+//! Sidecars that must be rejected, and malformed bytes.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! A store in memory that knows what is durable, and fails when it is told to.
+//! A store in memory that tracks durability and injects errors.
 
 use std::sync::Mutex;
 use std::sync::atomic::Ordering::SeqCst;

@@ -1,4 +1,4 @@
-//! Many threads, more extents than the log holds: whatever is submitted is covered on disk.
+//! Many threads and more extents than the log holds: every submitted write is covered on disk.
 
 use super::*;
 use std::sync::Barrier;

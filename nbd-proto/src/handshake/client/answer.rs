@@ -1,4 +1,4 @@
-//! What each option may be answered with, and the distrust that goes with it.
+//! The legal replies to each option, and their validation.
 
 use std::collections::HashSet;
 

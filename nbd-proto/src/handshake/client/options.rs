@@ -1,4 +1,4 @@
-//! Options, as a client sends them.
+//! The options that a client sends.
 
 use bytes::{BufMut, BytesMut};
 
@@ -19,7 +19,7 @@ pub struct InfoRequest {
     pub name: bool,
     /// The description.
     pub description: bool,
-    /// The block size constraints. Whoever asks for them promises to obey them.
+    /// The block size constraints. A client that requests them promises to obey them.
     pub block_size: bool,
 }
 

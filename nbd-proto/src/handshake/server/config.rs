@@ -1,4 +1,4 @@
-//! How a server negotiates.
+//! Configuration of a server's negotiation.
 
 use crate::wire::ReplyMode;
 

@@ -14,7 +14,7 @@ pub(super) enum Phase {
     AwaitsClientFlags,
     /// Between two options.
     AwaitsOption,
-    /// The rest of a payload that nobody looks at, and the answer to give behind it.
+    /// The rest of an ignored payload, and the answer to send after it.
     Discards { option: OptionType, remaining: usize, reply: OptionReplyType },
 }
 

@@ -1,4 +1,4 @@
-//! What becomes of each option.
+//! The server's handling of each option.
 
 use bytes::{Bytes, BytesMut};
 
@@ -79,7 +79,7 @@ impl Session {
             },
             OptionType::LIST_META_CONTEXT => self.ask_meta(MetaContextAction::List, payload),
             OptionType::SET_META_CONTEXT => {
-                // Whatever becomes of this option, the former selection is gone.
+                // The previous selection is gone, whether this option succeeds or fails.
                 self.selection = None;
                 self.ask_meta(MetaContextAction::Select, payload)
             }

@@ -1,5 +1,5 @@
-//! Options that only the owner of the exports can answer. Each value is one question; answering
-//! consumes it and gives the handshake back.
+//! Options that only the owner of the exports can answer. Each value is one question; the answer
+//! consumes it and returns the handshake.
 
 use bytes::{BufMut, Bytes, BytesMut};
 

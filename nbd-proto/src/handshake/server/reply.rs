@@ -10,7 +10,7 @@ use crate::wire::{
     TransmissionFlags,
 };
 
-/// Appends a reply whose payload is `parts`, one behind the other. Every part is bounded by a
+/// Appends a reply whose payload is `parts`, one after the other. Every part is bounded by a
 /// string limit, so that the length always fits.
 fn put_reply(out: &mut BytesMut, option: OptionType, reply: OptionReplyType, parts: &[&[u8]]) {
     let length = parts.iter().map(|part| part.len()).sum::<usize>() as u32;

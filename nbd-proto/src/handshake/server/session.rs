@@ -1,4 +1,4 @@
-//! What a server knows about a connection that negotiates, and which options it allows.
+//! The state of a connection during negotiation, and the options it allows.
 
 use bytes::Bytes;
 

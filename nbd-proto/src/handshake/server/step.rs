@@ -1,4 +1,4 @@
-//! What a server has to do next.
+//! The next step of a server.
 
 use super::machine::Handshake;
 use super::pending::{

@@ -1,4 +1,4 @@
-//! The text that says which module stands above which.
+//! The list that orders the modules.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Which module of a crate may use which: only those below it in `order.txt`.
+//! The allowed imports between modules of a crate: only from below in `order.txt`.
 
 mod list;
 mod paths;

@@ -1,4 +1,4 @@
-//! The modules of a crate, tests apart, and which of them uses which.
+//! The modules of a crate, without tests, and the uses between them.
 
 use std::collections::BTreeMap;
 use std::fs;
