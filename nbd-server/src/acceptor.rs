@@ -34,7 +34,7 @@ pub(crate) struct Acceptor {
     /// For connections that have not had their greeting.
     pub(crate) ungreeted: Arc<Semaphore>,
     /// How long a client may wait for a place.
-    pub(crate) queue_deadline: Duration,
+    pub(crate) queue_timeout: Duration,
     pub(crate) clients: mpsc::Sender<Accepted>,
 }
 
@@ -93,7 +93,7 @@ impl Acceptor {
         if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
             return Some(Accepted { socket, peer, place, ungreeted });
         }
-        let deadline = self.queue_deadline;
+        let deadline = self.queue_timeout;
         if deadline.is_zero() || waiting.len() >= MAX_WAITING {
             tracing::warn!(%peer, "closed a client: the limit of connections is reached");
             return None;

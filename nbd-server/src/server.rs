@@ -92,7 +92,7 @@ impl Server {
     }
 
     /// Serves until `shutdown` is ready. Then no new client is accepted, every request that the
-    /// server has read is finished and its reply sent (within [`ServerConfig::drain_deadline`]),
+    /// server has read is finished and its reply sent (within [`ServerConfig::drain_timeout`]),
     /// all exports are flushed, and unix sockets removed.
     ///
     /// Needs a tokio runtime with I/O and time; requests that may block are carried out by its
@@ -112,7 +112,7 @@ impl Server {
         }
         let trigger = ShutdownTrigger::new();
         let shared = Shared {
-            budget: Budget::new(self.config.server_budget),
+            budget: Budget::new(self.config.memory_limit),
             seats: Seats::new(),
             exports: self.exports.clone(),
             clients: self.clients,
@@ -133,7 +133,7 @@ impl Server {
             let acceptor = Acceptor {
                 places: Arc::clone(&places),
                 ungreeted: Arc::clone(&ungreeted),
-                queue_deadline: config.queue_deadline,
+                queue_timeout: config.queue_timeout,
                 clients: sender.clone(),
             };
             acceptors.spawn(acceptor.accept(listener, trigger.subscribe()));
@@ -153,7 +153,7 @@ impl Server {
         while acceptors.join_next().await.is_some() {}
         let ended = tokio::task::spawn_blocking(move || workers.join());
         let mut ended = std::pin::pin!(ended);
-        if tokio::time::timeout(config.drain_deadline, &mut ended).await.is_err() {
+        if tokio::time::timeout(config.drain_timeout, &mut ended).await.is_err() {
             trigger.announce(Phase::Aborting);
             let _ = ended.await;
         }

@@ -357,12 +357,12 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
     let mut config = ServerConfig::default();
     config.max_connections = args.max_connections;
     config.max_requests = args.max_requests;
-    config.handshake_deadline = args.handshake_timeout;
-    config.stall_deadline = (!args.stall_timeout.is_zero()).then_some(args.stall_timeout);
-    config.drain_deadline = args.drain_timeout;
-    config.poll_max = Duration::from_nanos(args.poll_max_ns.into());
-    config.connection_budget = bytes("--connection-budget", args.connection_budget)?;
-    config.server_budget = bytes("--memory", args.memory)?;
+    config.handshake_timeout = args.handshake_timeout;
+    config.stall_timeout = (!args.stall_timeout.is_zero()).then_some(args.stall_timeout);
+    config.drain_timeout = args.drain_timeout;
+    config.busy_poll = Duration::from_nanos(args.poll_max_ns.into());
+    config.connection_memory_limit = bytes("--connection-budget", args.connection_budget)?;
+    config.memory_limit = bytes("--memory", args.memory)?;
     config.tls = tls.clone();
     Ok(config)
 }

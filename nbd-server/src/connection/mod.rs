@@ -76,7 +76,7 @@ pub(crate) enum ConnectionError {
     #[error("answering an option panicked")]
     Panicked,
     #[error("the client did not finish its handshake in time")]
-    HandshakeDeadline,
+    HandshakeTimeout,
     #[error("the client {debt}, and nothing has moved for {} s", .limit.as_secs_f32())]
     Stalled { debt: stall::Debt, limit: std::time::Duration },
     #[error("the client closed the connection without waiting for its replies")]
@@ -103,7 +103,7 @@ pub(crate) async fn serve(
     thread: Thread,
 ) {
     let mut draining = shutdown.clone();
-    let deadline = shared.config.handshake_deadline;
+    let deadline = shared.config.handshake_timeout;
     let negotiation =
         tokio::time::timeout(deadline, handshake::negotiate(socket, ungreeted, &shared, &thread));
     let established = tokio::select! {
@@ -117,7 +117,7 @@ pub(crate) async fn serve(
             Ok(Ok(None)) => return tracing::debug!("the client left during the handshake"),
             Ok(Err(error)) => return tracing::info!(%error, "handshake failed"),
             Err(_) => {
-                let error = ConnectionError::HandshakeDeadline;
+                let error = ConnectionError::HandshakeTimeout;
                 return tracing::info!(%error, "handshake failed");
             }
         },

@@ -101,7 +101,7 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(established: Established, shared: &Shared, thread: Thread) -> Self {
         let negotiated = &established.negotiated;
-        let polling = Polling::new(shared.seats.clone(), shared.config.poll_max);
+        let polling = Polling::new(shared.seats.clone(), shared.config.busy_poll);
         let (answers, max_requests) = (shared.answers.clone(), shared.config.max_requests);
         let pool = Pool::new(&shared.scheduler, established.entry.clone(), answers, max_requests);
         Self {
@@ -120,10 +120,10 @@ impl Session {
             output: SendQueue::default(),
             pool,
             budget: BudgetQueue::new(shared.budget.clone()),
-            max_bytes: shared.config.connection_budget,
+            max_bytes: shared.config.connection_memory_limit,
             room: Room::new(shared.room.clone()),
             rhythm: Rhythm::new(polling, Arc::clone(&thread.connections)),
-            stall: Stall::new(shared.config.stall_deadline),
+            stall: Stall::new(shared.config.stall_timeout),
             hangup: Hangup::default(),
             turn: Turn::new(thread),
             rounds: 0,

@@ -131,7 +131,7 @@ fn beside_very_many_clients_that_take_no_replies_fewer_are_made_in_advance() {
 #[test]
 fn large_reads_that_are_in_memory_take_their_part_of_the_budget_too() {
     let mut config = ServerConfig::default();
-    config.server_budget = 2 * LARGE as usize;
+    config.memory_limit = 2 * LARGE as usize;
     let prompt = Some(Promptness::Prompt);
     let disk = Scripted::new(64 << 20, Script { prompt, ..Script::default() });
     let server = TestServer::with(config, disk.clone());
@@ -170,8 +170,8 @@ fn many_small_requests_are_bounded_as_well() {
 #[test]
 fn large_requests_of_many_connections_take_turns_in_a_small_budget() {
     let mut config = ServerConfig::default();
-    config.server_budget = 1 << 20;
-    config.connection_budget = 1 << 20;
+    config.memory_limit = 1 << 20;
+    config.connection_memory_limit = 1 << 20;
     config.workers = NonZeroUsize::new(2).unwrap();
     let disk = Scripted::new(64 << 20, Script::default());
     let server = TestServer::with(config, disk);
@@ -196,7 +196,7 @@ fn large_requests_of_many_connections_take_turns_in_a_small_budget() {
 #[test]
 fn clients_that_hold_the_whole_budget_and_stall_stop_nobody_who_asks_for_less() {
     let mut config = ServerConfig::default();
-    config.server_budget = 64 << 20;
+    config.memory_limit = 64 << 20;
     let disk = Scripted::new(64 << 20, Script::default());
     let server = TestServer::with(config, disk);
     let stalled: Vec<Client> = (0..4)

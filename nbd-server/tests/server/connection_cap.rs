@@ -38,7 +38,7 @@ fn a_client_over_the_limit_is_closed_at_once_and_served_when_another_has_left() 
 fn a_client_over_the_limit_may_wait_until_another_one_leaves() {
     let mut config = ServerConfig::default();
     config.max_connections = 1;
-    config.queue_deadline = Duration::MAX;
+    config.queue_timeout = Duration::MAX;
     let server = TestServer::with(config, Arc::new(MemoryExport::new(1 << 20)));
     // Each connects while the one before it may not have left yet in the server's eyes.
     for _ in 0..50 {
@@ -56,7 +56,7 @@ fn a_client_over_the_limit_may_wait_until_another_one_leaves() {
 fn a_client_that_waited_too_long_is_closed() {
     let mut config = ServerConfig::default();
     config.max_connections = 1;
-    config.queue_deadline = Duration::from_millis(50);
+    config.queue_timeout = Duration::from_millis(50);
     let server = TestServer::with(config, Arc::new(MemoryExport::new(1 << 20)));
     let mut inside = Client::connect(&server, ReplyMode::Simple);
     assert!(!is_greeted(&server), "there was no place");
@@ -67,7 +67,7 @@ fn a_client_that_waited_too_long_is_closed() {
 fn clients_that_wait_do_not_hold_the_end_up() {
     let mut config = ServerConfig::default();
     config.max_connections = 1;
-    config.queue_deadline = Duration::MAX;
+    config.queue_timeout = Duration::MAX;
     let server = TestServer::with(config, Arc::new(MemoryExport::new(1 << 20)));
     let _inside = Client::connect(&server, ReplyMode::Simple);
     let mut waiting = server.connect();

@@ -48,7 +48,7 @@ fn what_is_in_flight_is_finished_and_every_export_flushed() {
 #[test]
 fn a_client_that_does_not_take_its_replies_is_cut_after_the_drain_deadline() {
     let mut config = ServerConfig::default();
-    config.drain_deadline = Duration::from_millis(100);
+    config.drain_timeout = Duration::from_millis(100);
     let disk = Scripted::new(64 << 20, Script::default());
     let server = TestServer::with(config, disk.clone());
     let mut client = Client::connect(&server, ReplyMode::Simple);
@@ -63,7 +63,7 @@ fn a_client_that_does_not_take_its_replies_is_cut_after_the_drain_deadline() {
 #[test]
 fn a_request_that_has_not_arrived_whole_is_not_waited_for() {
     let mut config = ServerConfig::default();
-    config.drain_deadline = Duration::from_secs(3600);
+    config.drain_timeout = Duration::from_secs(3600);
     let disk = Scripted::new(64 << 20, Script::default());
     let mut server = TestServer::with(config, disk.clone());
     for (mode, sent) in [(ReplyMode::Simple, 20_000), (ReplyMode::Extended, 700_000)] {

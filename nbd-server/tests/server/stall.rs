@@ -16,7 +16,7 @@ const LARGE: u64 = 32 << 20;
 
 fn config() -> ServerConfig {
     let mut config = ServerConfig::default();
-    config.stall_deadline = Some(LIMIT);
+    config.stall_timeout = Some(LIMIT);
     config
 }
 
@@ -27,7 +27,7 @@ fn server() -> TestServer {
 #[test]
 fn who_stalls_in_a_payload_is_closed_and_its_memory_is_free_again() {
     let mut config = config();
-    config.server_budget = 32 << 20;
+    config.memory_limit = 32 << 20;
     let server = TestServer::with(config, Arc::new(MemoryExport::new(64 << 20)));
     for mode in [ReplyMode::Simple, ReplyMode::Extended] {
         let mut stalled = Client::connect(&server, mode);
@@ -92,7 +92,7 @@ fn who_owes_nothing_may_be_silent() {
 #[test]
 fn who_waits_for_its_part_of_the_budget_is_not_to_blame() {
     let mut config = config();
-    config.server_budget = 32 << 20;
+    config.memory_limit = 32 << 20;
     let gated = Script { gated: Some(0..4096), ..Script::default() };
     let disk = Scripted::new(64 << 20, gated);
     let server = TestServer::with(config, disk.clone());
@@ -140,7 +140,7 @@ fn who_is_slow_is_served() {
 #[test]
 fn without_a_limit_a_stalled_client_is_waited_for() {
     let mut config = config();
-    config.stall_deadline = None;
+    config.stall_timeout = None;
     let server = TestServer::with(config, Arc::new(MemoryExport::new(1 << 20)));
     let mut client = Client::connect(&server, ReplyMode::Simple);
     client.send(client.encode(&header(CommandType::WRITE, 0, 4096)));

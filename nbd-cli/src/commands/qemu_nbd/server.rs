@@ -88,9 +88,9 @@ fn config(options: &Options) -> ServerConfig {
         0 => usize::MAX,
         shared => usize::try_from(shared).unwrap_or(usize::MAX),
     };
-    config.handshake_deadline = options.handshake_limit;
+    config.handshake_timeout = options.handshake_limit;
     // A client over the limit is not turned away at once: the one before it may just be leaving.
-    config.queue_deadline = options.handshake_limit;
+    config.queue_timeout = options.handshake_limit;
     config
 }
 

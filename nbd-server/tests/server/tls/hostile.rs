@@ -79,7 +79,7 @@ fn the_deadline_covers_tls_handshakes() {
     let (_folder, credentials) = psk();
     let mut config = ServerConfig::default();
     config.tls = TlsMode::Require(credentials);
-    config.handshake_deadline = Duration::from_millis(500);
+    config.handshake_timeout = Duration::from_millis(500);
     let exports = ExportRegistry::new();
     exports.add("", ExportEntry::new(Arc::new(MemoryExport::new(1 << 20)))).unwrap();
     let server = TestServer::start(config, exports);

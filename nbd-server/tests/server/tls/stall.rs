@@ -19,7 +19,7 @@ fn who_stalls_is_closed_and_who_is_slow_is_served() {
     let (_folder, credentials) = psk();
     let mut config = ServerConfig::default();
     config.tls = TlsMode::Require(credentials);
-    config.stall_deadline = Some(limit);
+    config.stall_timeout = Some(limit);
     let exports = ExportRegistry::new();
     exports.add("", ExportEntry::new(Arc::new(MemoryExport::new(DISK_LEN)))).unwrap();
     let server = TestServer::start(config, exports);

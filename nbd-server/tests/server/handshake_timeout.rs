@@ -12,7 +12,7 @@ use crate::support::{Client, TestServer};
 
 fn server(deadline: Duration) -> TestServer {
     let mut config = ServerConfig::default();
-    config.handshake_deadline = deadline;
+    config.handshake_timeout = deadline;
     TestServer::with(config, Arc::new(MemoryExport::new(1 << 20)))
 }
 
