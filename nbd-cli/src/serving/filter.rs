@@ -5,8 +5,8 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use nbd_proto::wire::{BlockSizes, TransmissionFlags};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, Operation,
-    Promptness, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
+    Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 use crate::commands::copy::zero::is_zero;
@@ -200,16 +200,16 @@ impl Filter for Changed {
         }
     }
 
-    fn promptness(&self, operation: Operation) -> Promptness {
+    fn may_block(&self, operation: Operation) -> MayBlock {
         if self.changes.waiting == Waiting::Everywhere {
-            return Promptness::MayBlock;
+            return MayBlock::Yes;
         }
         match (operation, self.changes.detect_zeroes) {
-            (Operation::Write(..), DetectZeroes::On | DetectZeroes::Unmap) => Promptness::MayBlock,
+            (Operation::Write(..), DetectZeroes::On | DetectZeroes::Unmap) => MayBlock::Yes,
             (Operation::Write(length, durability), _) => {
-                self.inner.promptness(Operation::Write(length, self.durable(durability)))
+                self.inner.may_block(Operation::Write(length, self.durable(durability)))
             }
-            (operation, _) => self.inner.promptness(operation),
+            (operation, _) => self.inner.may_block(operation),
         }
     }
 
@@ -309,8 +309,8 @@ mod tests {
             Ok(())
         }
 
-        fn promptness(&self, _: Operation) -> Promptness {
-            Promptness::Prompt
+        fn may_block(&self, _: Operation) -> MayBlock {
+            MayBlock::No
         }
 
         fn write_at(&self, _: u64, _: &[u8], durability: Durability) -> Result<(), ExportError> {
@@ -388,7 +388,7 @@ mod tests {
         let changes = Changes { waiting: Waiting::Everywhere, ..Changes::default() };
         let export = filtered(Arc::new(Recorder::default()), changes);
         let write = Operation::Write(1, Durability::Cached);
-        assert_eq!(export.promptness(write), Promptness::MayBlock);
+        assert_eq!(export.may_block(write), MayBlock::Yes);
         assert_eq!(export.try_read_at(0, &mut [0], Holes::Told), Ok(TryRead::WouldBlock));
         let mut map = ReadMap::new();
         let mapped = export.map_read(0, 1, Holes::Told, Lookup::Prompt, &mut map);

@@ -88,8 +88,8 @@ impl Filter for Gate {
         &self.disk
     }
 
-    fn promptness(&self, _: nbd_server::export::Operation) -> nbd_server::export::Promptness {
-        nbd_server::export::Promptness::MayBlock
+    fn may_block(&self, _: nbd_server::export::Operation) -> nbd_server::export::MayBlock {
+        nbd_server::export::MayBlock::Yes
     }
 
     fn write_at(&self, offset: u64, data: &[u8], durability: Wanted) -> Result<(), ExportError> {

@@ -31,7 +31,7 @@ use super::turn::{BARREN_COST, REQUEST_COST, Thread, Turn};
 use super::witness::Witness;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
-use crate::export::{Export, ExportError, Operation, Promptness, ReadMap};
+use crate::export::{Export, ExportError, MayBlock, Operation, ReadMap};
 use crate::shutdown::{Phase, Shutdown};
 
 /// A payload up to this size is waited for in the receive buffer; a longer one is read straight
@@ -533,7 +533,7 @@ impl Session {
             Command::WriteZeroes(..) => Operation::WriteZeroes,
             Command::Read(_) | Command::BlockStatus(..) | Command::Disconnect => return false,
         };
-        self.export.promptness(operation) == Promptness::Prompt
+        self.export.may_block(operation) == MayBlock::No
     }
 
     fn reply(&mut self, request: &Request, result: Result<(), ExportError>) {

@@ -3,7 +3,7 @@
 use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
 use super::{
-    Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, Operation, Promptness,
+    Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, MayBlock, Operation,
     ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
@@ -16,7 +16,7 @@ use super::{
 ///   lets it say [`TryWrite::WouldBlock`]; the same goes for [`read_at`](Self::read_at),
 ///   [`try_read_at`](Self::try_read_at) (or [`TryRead::WouldBlock`]) and
 ///   [`map_read`](Self::map_read) (or [`ReadMap::push_export`] of the whole range).
-/// - Who makes a call wait says so in [`promptness`](Self::promptness).
+/// - Who makes a call wait says so in [`may_block`](Self::may_block).
 /// - [`info`](Self::info) offers nothing that the methods do not do.
 ///
 /// ```
@@ -98,9 +98,9 @@ pub trait Filter: Send + Sync + 'static {
         self.inner().map_read(offset, length, holes, lookup, map)
     }
 
-    /// See [`Export::promptness`].
-    fn promptness(&self, operation: Operation) -> Promptness {
-        self.inner().promptness(operation)
+    /// See [`Export::may_block`].
+    fn may_block(&self, operation: Operation) -> MayBlock {
+        self.inner().may_block(operation)
     }
 
     /// See [`Export::write_at`].
@@ -214,8 +214,8 @@ impl<T: Filter> Export for T {
         Filter::map_read(self, offset, length, holes, lookup, map)
     }
 
-    fn promptness(&self, operation: Operation) -> Promptness {
-        Filter::promptness(self, operation)
+    fn may_block(&self, operation: Operation) -> MayBlock {
+        Filter::may_block(self, operation)
     }
 
     fn write_at(

@@ -12,7 +12,7 @@ use nbd_proto::wire::{
 
 use super::{
     Descriptors, Durability, Export, ExportError, ExportInfo, FileSpan, Holes, Lookup, Mapped,
-    Operation, Promptness, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    MayBlock, Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// Longest write that is carried out where it stands: a copy into the page cache. A longer one
@@ -211,14 +211,14 @@ impl Export for ImageExport {
         }
     }
 
-    fn promptness(&self, operation: Operation) -> Promptness {
+    fn may_block(&self, operation: Operation) -> MayBlock {
         match operation {
             Operation::Write(length, Durability::Cached)
                 if length <= PROMPT_WRITE_LEN && self.file.is_some() =>
             {
-                Promptness::Prompt
+                MayBlock::No
             }
-            _ => Promptness::MayBlock,
+            _ => MayBlock::Yes,
         }
     }
 

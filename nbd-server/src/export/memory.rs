@@ -7,8 +7,8 @@ use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName, Transmi
 use std::sync::{PoisonError, RwLock};
 
 use super::{
-    Descriptors, Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, Operation,
-    Promptness, ReadMap, Speed, TryRead, ZeroMode,
+    Descriptors, Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, MayBlock,
+    Operation, ReadMap, Speed, TryRead, ZeroMode,
 };
 
 /// Pages are allocated when they are first written.
@@ -130,13 +130,11 @@ impl Export for MemoryExport {
         Ok(Mapped::Complete)
     }
 
-    fn promptness(&self, operation: Operation) -> Promptness {
+    fn may_block(&self, operation: Operation) -> MayBlock {
         match operation {
             // These walk every page of a range that may be the whole disk.
-            Operation::Trim | Operation::WriteZeroes | Operation::BlockStatus => {
-                Promptness::MayBlock
-            }
-            _ => Promptness::Prompt,
+            Operation::Trim | Operation::WriteZeroes | Operation::BlockStatus => MayBlock::Yes,
+            _ => MayBlock::No,
         }
     }
 

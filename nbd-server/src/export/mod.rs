@@ -78,11 +78,11 @@ impl ExportError {
 
 /// Whether a call may make its thread wait for a disk or a network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Promptness {
+pub enum MayBlock {
     /// It returns within microseconds: the server calls it where it stands.
-    Prompt,
+    No,
     /// It may take long: the server calls it on another thread.
-    MayBlock,
+    Yes,
 }
 
 /// What a read that must not block achieved.
@@ -106,7 +106,7 @@ pub enum TryWrite {
     WouldBlock,
 }
 
-/// Which kind of call [`Export::promptness`] is asked about.
+/// Which kind of call [`Export::may_block`] is asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Operation {
@@ -195,8 +195,8 @@ pub trait Export: Send + Sync + 'static {
     }
 
     /// Whether an operation may make its thread wait.
-    fn promptness(&self, _operation: Operation) -> Promptness {
-        Promptness::MayBlock
+    fn may_block(&self, _operation: Operation) -> MayBlock {
+        MayBlock::Yes
     }
 
     /// Writes `data` at `offset` (in bytes), durably before it returns if asked to.
@@ -209,7 +209,7 @@ pub trait Export: Send + Sync + 'static {
     }
 
     /// Writes `data` at `offset` (in bytes), not durably, if that takes no waiting. Asked for writes
-    /// that need not be durable and for which [`promptness`](Self::promptness) says that they may
+    /// that need not be durable and for which [`may_block`](Self::may_block) says that they may
     /// block.
     ///
     /// # Errors

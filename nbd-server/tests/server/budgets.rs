@@ -9,14 +9,14 @@ use std::time::Duration;
 use nbd_proto::transmission::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
 use nbd_proto::wire::{CommandType, MetaContextName, ReplyMode};
 use nbd_server::ServerConfig;
-use nbd_server::export::{Export as _, MemoryExport, Promptness};
+use nbd_server::export::{Export as _, MayBlock, MemoryExport};
 
 use crate::support::{Client, MODES, Random, Script, Scripted, TestServer, header, wait_until};
 
 const LARGE: u64 = 32 << 20;
 
 /// Bytes that the server reads for a client that sends `count` requests and never takes a reply.
-fn begun(mode: ReplyMode, prompt: Promptness, length: u64, count: usize) -> usize {
+fn begun(mode: ReplyMode, prompt: MayBlock, length: u64, count: usize) -> usize {
     let disk = Scripted::new(64 << 20, Script { prompt: Some(prompt), ..Script::default() });
     let server = TestServer::with(ServerConfig::default(), disk.clone());
     let client = Client::connect(&server, mode);
@@ -35,7 +35,7 @@ fn begun(mode: ReplyMode, prompt: Promptness, length: u64, count: usize) -> usiz
 #[test]
 fn a_client_that_never_reads_is_not_read_from_any_more() {
     for mode in MODES {
-        for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+        for prompt in [MayBlock::Yes, MayBlock::No] {
             // 64 MiB of the connection's budget, and one request of any size beyond it.
             let begun = begun(mode, prompt, LARGE, 5000) as u64;
             assert!(begun <= (64 << 20) + LARGE, "{begun} bytes read");
@@ -46,7 +46,7 @@ fn a_client_that_never_reads_is_not_read_from_any_more() {
 #[test]
 fn long_reads_hold_a_few_steps_of_memory_where_replies_may_be_split() {
     for mode in [ReplyMode::Structured, ReplyMode::Extended] {
-        for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+        for prompt in [MayBlock::Yes, MayBlock::No] {
             // Steps in the pool, replies that wait, and what the sockets hold.
             let begun = begun(mode, prompt, LARGE, 5000);
             assert!(begun <= 12 << 20, "{begun} bytes read");
@@ -58,7 +58,7 @@ fn long_reads_hold_a_few_steps_of_memory_where_replies_may_be_split() {
 fn long_reads_in_steps_give_what_the_disk_holds() {
     const SIZE: u64 = 40 << 20;
     let mut random = Random::new();
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         let disk = Scripted::new(SIZE, Script { prompt: Some(prompt), ..Script::default() });
         let content = random.bytes(SIZE as usize);
         disk.disk.write_at(0, &content, Durability::Cached).unwrap();
@@ -92,7 +92,7 @@ fn long_reads_in_steps_give_what_the_disk_holds() {
 #[test]
 fn beside_very_many_clients_that_take_no_replies_fewer_are_made_in_advance() {
     const CLIENTS: usize = 200;
-    let prompt = Some(Promptness::Prompt);
+    let prompt = Some(MayBlock::No);
     let disk = Scripted::new(1 << 20, Script { prompt, ..Script::default() });
     let server = TestServer::with(ServerConfig::default(), disk.clone());
     let read = |clients: &mut Vec<Client>, count: usize| {
@@ -132,7 +132,7 @@ fn beside_very_many_clients_that_take_no_replies_fewer_are_made_in_advance() {
 fn large_reads_that_are_in_memory_take_their_part_of_the_budget_too() {
     let mut config = ServerConfig::default();
     config.memory_limit = 2 * LARGE as usize;
-    let prompt = Some(Promptness::Prompt);
+    let prompt = Some(MayBlock::No);
     let disk = Scripted::new(64 << 20, Script { prompt, ..Script::default() });
     let server = TestServer::with(config, disk.clone());
     let mut clients: Vec<_> = (0..8)
@@ -160,7 +160,7 @@ fn large_reads_that_are_in_memory_take_their_part_of_the_budget_too() {
 
 #[test]
 fn many_small_requests_are_bounded_as_well() {
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         let begun = begun(ReplyMode::Extended, prompt, 4096, 40_000);
         // What waits in the server, what was under way, and what the sockets hold.
         assert!(begun <= 16 << 20, "{begun} bytes read");
@@ -224,7 +224,7 @@ fn clients_that_hold_the_whole_budget_and_stall_stop_nobody_who_asks_for_less() 
 fn requests_already_received_are_answered_after_a_pause_of_the_client() {
     // More requests than the receive buffer holds, which all wait because nothing can be sent; then
     // everything is wanted at once.
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         let disk = Scripted::new(1 << 20, Script { prompt: Some(prompt), ..Script::default() });
         let server = TestServer::with(ServerConfig::default(), disk);
         let mut client = Client::connect(&server, ReplyMode::Simple);

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
 use nbd_proto::wire::{CommandType, ReplyMode};
-use nbd_server::export::{MemoryExport, Promptness};
+use nbd_server::export::{MayBlock, MemoryExport};
 
 use crate::support::{Client, MODES, Random, Script, Scripted, TestServer, header, wait_until};
 
@@ -38,7 +38,7 @@ fn disc_waits_for_what_is_in_flight() {
 fn requests_sent_before_the_end_of_the_stream_are_all_answered() {
     // Far more than is carried out at a time: some still wait in the receive buffer when the end of
     // the stream comes.
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         for mode in MODES {
             let disk = Scripted::new(1 << 20, Script { prompt: Some(prompt), ..Script::default() });
             let server = TestServer::with(Default::default(), disk);

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, Operation,
-    Promptness, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
+    Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 use crate::support::{Client, MODES, TestServer};
@@ -61,9 +61,9 @@ impl Export for Noting {
         Ok(Mapped::Complete)
     }
 
-    fn promptness(&self, operation: Operation) -> Promptness {
-        self.note(format!("promptness {operation:?}"));
-        Promptness::Prompt
+    fn may_block(&self, operation: Operation) -> MayBlock {
+        self.note(format!("may_block {operation:?}"));
+        MayBlock::No
     }
 
     fn write_at(&self, offset: u64, data: &[u8], how: Durability) -> Result<(), ExportError> {
@@ -167,7 +167,7 @@ fn use_it(export: &dyn Export, noting: &Noting) -> Vec<String> {
         format!("{:?}", export.try_read_at(2, &mut long, Holes::Told)),
         format!("{:?}", export.map_read(3, 4, Holes::Told, Lookup::MayWait, &mut map)),
         format!("{map:?}"),
-        format!("{:?}", export.promptness(Operation::Write(5, durable))),
+        format!("{:?}", export.may_block(Operation::Write(5, durable))),
         format!("{:?}", export.write_at(6, &[7], durable)),
         format!("{:?}", export.try_write_at(8, &[9])),
         format!("{:?}", export.flush()),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use nbd_proto::transmission::{Command, Fragmentation};
 use nbd_proto::wire::ReplyMode;
 use nbd_server::ServerConfig;
-use nbd_server::export::{MemoryExport, Promptness};
+use nbd_server::export::{MayBlock, MemoryExport};
 
 use crate::support::{Client, Script, Scripted, TestServer, wait_until};
 
@@ -23,7 +23,7 @@ fn greet(server: &TestServer) -> UnixStream {
 #[test]
 fn clients_that_leave_at_once_do_not_take_the_places_of_others() {
     let script =
-        Script { gated: Some(4096..8192), prompt: Some(Promptness::Prompt), ..Script::default() };
+        Script { gated: Some(4096..8192), prompt: Some(MayBlock::No), ..Script::default() };
     let disk = Scripted::new(1 << 20, script);
     let mut config = ServerConfig::default();
     config.max_connections = 80;

@@ -2,14 +2,14 @@
 
 use nbd_proto::transmission::{Command, Durability, ExtentLimit, Fragmentation};
 use nbd_proto::wire::{Errno, MetaContextName};
-use nbd_server::export::Promptness;
+use nbd_server::export::MayBlock;
 
 use crate::support::{Client, MODES, Script, Scripted, TestServer};
 use nbd_proto::wire::ReplyMode;
 
 #[test]
 fn a_request_that_panics_is_answered_with_eio_and_the_connection_lives() {
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         let script = Script { panics: Some(0..512), prompt: Some(prompt), ..Script::default() };
         let server = TestServer::with(Default::default(), Scripted::new(4 << 20, script));
         for mode in MODES {

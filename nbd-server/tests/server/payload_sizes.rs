@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nbd_server::export::{Export, MemoryExport, Promptness};
+use nbd_server::export::{Export, MayBlock, MemoryExport};
 
 use crate::support::{
     Client, MODES, Random, Script, Scripted, TestServer, Workload, disk_file, image_export,
@@ -56,7 +56,7 @@ fn writes_and_reads_of_a_disk_in_memory_agree_with_the_model() {
 
 #[test]
 fn writes_and_reads_through_the_pool_agree_with_the_model() {
-    let script = Script { prompt: Some(Promptness::MayBlock), ..Script::default() };
+    let script = Script { prompt: Some(MayBlock::Yes), ..Script::default() };
     run(Scripted::new(DISK, script));
 }
 

@@ -2,14 +2,14 @@
 
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
 use nbd_proto::wire::{Errno, ReplyMode};
-use nbd_server::export::Promptness;
+use nbd_server::export::MayBlock;
 
 use crate::support::{Client, MODES, Script, Scripted, TestServer};
 
 const BAD: u64 = 300 * 1024 + 4096;
 const LENGTH: u64 = 1 << 20;
 
-fn disk(prompt: Promptness) -> std::sync::Arc<Scripted> {
+fn disk(prompt: MayBlock) -> std::sync::Arc<Scripted> {
     let script = Script { bad: Some(BAD..BAD + 512), prompt: Some(prompt), ..Script::default() };
     let disk = Scripted::new(4 << 20, script);
     let content: Vec<u8> = (0..4_u32 << 20).map(|n| (n / 512) as u8 | 1).collect();
@@ -17,16 +17,16 @@ fn disk(prompt: Promptness) -> std::sync::Arc<Scripted> {
     disk
 }
 
-fn server(prompt: Promptness) -> TestServer {
+fn server(prompt: MayBlock) -> TestServer {
     TestServer::with(Default::default(), disk(prompt))
 }
 
 #[test]
 fn the_part_in_front_of_it_is_sent_and_the_error_says_where() {
     for (mode, prompt) in [
-        (ReplyMode::Structured, Promptness::MayBlock),
-        (ReplyMode::Extended, Promptness::MayBlock),
-        (ReplyMode::Structured, Promptness::Prompt),
+        (ReplyMode::Structured, MayBlock::Yes),
+        (ReplyMode::Extended, MayBlock::Yes),
+        (ReplyMode::Structured, MayBlock::No),
     ] {
         let server = server(prompt);
         let mut client = Client::connect(&server, mode);
@@ -49,7 +49,7 @@ fn the_part_in_front_of_it_is_sent_and_the_error_says_where() {
 
 #[test]
 fn a_read_that_begins_with_it_is_an_error_without_data() {
-    let server = server(Promptness::MayBlock);
+    let server = server(MayBlock::Yes);
     let mut client = Client::connect(&server, ReplyMode::Structured);
     let outcome = client.request(BAD, 8192, &Command::Read(Fragmentation::Allowed));
     let error = outcome.result.unwrap_err();
@@ -59,7 +59,7 @@ fn a_read_that_begins_with_it_is_an_error_without_data() {
 
 #[test]
 fn without_chunks_or_with_df_the_whole_read_fails_and_the_connection_lives() {
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         let server = server(prompt);
         for mode in MODES {
             let mut client = Client::connect(&server, mode);
@@ -77,7 +77,7 @@ fn without_chunks_or_with_df_the_whole_read_fails_and_the_connection_lives() {
 
 #[test]
 fn a_write_to_it_fails_and_the_connection_lives() {
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         let server = server(prompt);
         for mode in MODES {
             let mut client = Client::connect(&server, mode);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
 use nbd_proto::wire::{CommandType, ReplyMode};
 use nbd_server::ServerConfig;
-use nbd_server::export::{MemoryExport, Promptness};
+use nbd_server::export::{MayBlock, MemoryExport};
 
 use crate::support::{Client, Script, Scripted, TestServer, header, wait_until};
 
@@ -61,7 +61,7 @@ fn who_stalls_in_a_header_or_in_front_of_a_short_or_refused_payload_is_closed() 
 
 #[test]
 fn who_never_takes_its_replies_is_closed() {
-    for prompt in [Promptness::MayBlock, Promptness::Prompt] {
+    for prompt in [MayBlock::Yes, MayBlock::No] {
         let disk = Scripted::new(64 << 20, Script { prompt: Some(prompt), ..Script::default() });
         let server = TestServer::with(config(), disk);
         let stalled = Client::connect(&server, ReplyMode::Extended);

@@ -18,7 +18,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use self::preserved::{Patience, Preserved};
 pub use self::view::{PointInTimeView, StatusFn};
-use super::{Durability, Export, ExportError, Operation, Promptness, Speed, TryWrite, ZeroMode};
+use super::{Durability, Export, ExportError, MayBlock, Operation, Speed, TryWrite, ZeroMode};
 
 /// Why a checkpoint cannot be begun or is lost.
 #[derive(Debug, thiserror::Error)]
@@ -144,14 +144,14 @@ impl super::Filter for Checkpointed {
         &*self.disk
     }
 
-    fn promptness(&self, operation: Operation) -> Promptness {
+    fn may_block(&self, operation: Operation) -> MayBlock {
         match operation {
             Operation::Write(..) | Operation::Trim | Operation::WriteZeroes
                 if self.is_slow.load(Ordering::Relaxed) =>
             {
-                Promptness::MayBlock
+                MayBlock::Yes
             }
-            _ => self.disk.promptness(operation),
+            _ => self.disk.may_block(operation),
         }
     }
 
@@ -178,7 +178,7 @@ impl super::Filter for Checkpointed {
             }
             // A disk whose writes are prompt has no other way to write without waiting.
             let write = Operation::Write(data.len(), Durability::Cached);
-            if self.disk.promptness(write) == Promptness::Prompt {
+            if self.disk.may_block(write) == MayBlock::No {
                 let written = self.disk.write_at(offset, data, Durability::Cached);
                 return written.map(|()| TryWrite::Complete);
             }

@@ -61,7 +61,7 @@ fn a_view_that_has_ended_fails_and_changes_cost_nothing_more() {
     assert_eq!(view.read_at(0, &mut [0; 10]).unwrap_err().errno, Errno::ESHUTDOWN);
     assert_eq!(view.try_read_at(0, &mut [0; 10], Holes::Told).unwrap_err().errno, Errno::ESHUTDOWN);
     let write = Operation::Write(4096, Durability::Cached);
-    assert_eq!(disk.promptness(write), disk.disk().promptness(write));
+    assert_eq!(disk.may_block(write), disk.disk().may_block(write));
     let again = begin(&disk);
     assert_eq!(read(&again)[..4096], [9; 4096]);
 }

@@ -8,8 +8,8 @@ use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags
 
 use super::preserved::Preserved;
 use crate::export::{
-    Content, Descriptors, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, Operation,
-    Promptness, ReadMap, TryRead,
+    Content, Descriptors, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, MayBlock,
+    Operation, ReadMap, TryRead,
 };
 
 /// What a context of a view says: called with offset and length in bytes and the highest number of
@@ -198,8 +198,8 @@ impl Export for PointInTimeView {
         Ok(mapped)
     }
 
-    fn promptness(&self, _: Operation) -> Promptness {
-        Promptness::MayBlock
+    fn may_block(&self, _: Operation) -> MayBlock {
+        MayBlock::Yes
     }
 
     fn block_status(

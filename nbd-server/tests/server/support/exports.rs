@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, Holes, MemoryExport, Operation, Promptness, Speed,
+    Durability, Export, ExportError, ExportInfo, Holes, MayBlock, MemoryExport, Operation, Speed,
     TryRead, TryWrite, ZeroMode,
 };
 
@@ -33,7 +33,7 @@ pub struct Script {
     /// Flushes take the server down.
     pub flushes_panic: bool,
     /// Whether calls are made where the server stands. Off by default.
-    pub prompt: Option<Promptness>,
+    pub prompt: Option<MayBlock>,
 }
 
 /// Something to wait at.
@@ -130,7 +130,7 @@ impl Scripted {
     }
 
     fn is_prompt(&self) -> bool {
-        self.script.prompt == Some(Promptness::Prompt)
+        self.script.prompt == Some(MayBlock::No)
     }
 }
 
@@ -165,8 +165,8 @@ impl Export for Scripted {
         self.read_at(offset, buffer).map(|()| TryRead::Complete)
     }
 
-    fn promptness(&self, _: Operation) -> Promptness {
-        self.script.prompt.unwrap_or(Promptness::MayBlock)
+    fn may_block(&self, _: Operation) -> MayBlock {
+        self.script.prompt.unwrap_or(MayBlock::Yes)
     }
 
     fn write_at(&self, offset: u64, data: &[u8], durable: Durability) -> Result<(), ExportError> {
