@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use crate::acceptor::{Acceptor, MOST_UNGREETED};
 use crate::budget::Budget;
 use crate::clients::{ClientCount, Clients};
-use crate::connection::{Pauses, Seats, Shared};
+use crate::connection::{Pauses, PollSlots, Shared};
 use crate::export::ExportRegistry;
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
@@ -113,7 +113,7 @@ impl Server {
         let trigger = ShutdownTrigger::new();
         let shared = Shared {
             budget: Budget::new(self.config.memory_limit),
-            seats: Seats::new(),
+            slots: PollSlots::new(),
             exports: self.exports.clone(),
             clients: self.clients,
             room: Budget::new(ROOM_LEN),

@@ -8,7 +8,7 @@ use nbd_proto::transmission::{
 };
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
 
-use super::witness::Witness;
+use super::writeback_errors::WritebackErrors;
 use crate::export::{Export, ExportError, Holes, Lookup, Mapped, ReadMap, TryRead, TryWrite};
 
 /// A request that is complete but for its execution.
@@ -17,7 +17,7 @@ pub(super) struct Work {
     pub(super) contexts: Arc<[(MetaContextId, MetaContextName)]>,
     pub(super) encoder: ReplyEncoder,
     pub(super) request: Request,
-    pub(super) witness: Arc<Witness>,
+    pub(super) writeback: Arc<WritebackErrors>,
     /// The payload of a WRITE, otherwise empty.
     pub(super) payload: Vec<u8>,
     /// Descriptors of each context that a BLOCK_STATUS may be answered with.
@@ -42,7 +42,7 @@ pub(super) enum Step {
 /// Carries out a request that has neither [steps](super::steps) nor content, blocking as long as it
 /// takes, and gives the whole reply.
 pub(super) fn perform(work: &Work) -> Vec<u8> {
-    short_reply(work, execute(&*work.export, &work.witness, &work.request, &work.payload))
+    short_reply(work, execute(&*work.export, &work.writeback, &work.request, &work.payload))
 }
 
 /// A reply without content.
@@ -59,11 +59,11 @@ pub(super) fn short_reply(work: &Work, result: Result<(), ExportError>) -> Vec<u
 /// in the pool, and not the connection.
 pub(super) fn execute_in_place(
     export: &dyn Export,
-    witness: &Witness,
+    writeback: &WritebackErrors,
     request: &Request,
     payload: &[u8],
 ) -> Result<(), ExportError> {
-    catch_unwind(AssertUnwindSafe(|| execute(export, witness, request, payload))).unwrap_or_else(
+    catch_unwind(AssertUnwindSafe(|| execute(export, writeback, request, payload))).unwrap_or_else(
         |_| {
             let command = request.command.command_type();
             tracing::error!(%command, "carrying out a request panicked");
@@ -120,11 +120,11 @@ pub(super) fn write_in_place(export: &dyn Export, request: &Request, payload: &[
 /// Carries out a request whose reply has no content.
 fn execute(
     export: &dyn Export,
-    witness: &Witness,
+    writeback: &WritebackErrors,
     request: &Request,
     payload: &[u8],
 ) -> Result<(), ExportError> {
-    witness.judge(request, call(export, request, payload))
+    writeback.judge(request, call(export, request, payload))
 }
 
 /// One call of the export, for a request whose reply has no content.

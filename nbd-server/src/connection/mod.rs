@@ -1,15 +1,15 @@
 //! One client, from its first byte to its last.
 
+mod coalescing;
 mod dispatch;
 mod effort;
 mod handshake;
 mod hangup;
-mod pace;
 mod polling;
 mod pool;
 mod read_steps;
+mod read_strategy;
 mod receive;
-mod rhythm;
 mod room;
 mod send;
 mod socket;
@@ -19,7 +19,7 @@ mod steps;
 mod tls;
 mod transmission;
 mod turn;
-mod witness;
+mod writeback_errors;
 
 use std::sync::Arc;
 
@@ -34,7 +34,7 @@ use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, Shutdown};
 
 pub(crate) use effort::Pauses;
-pub(crate) use polling::Seats;
+pub(crate) use polling::PollSlots;
 pub(crate) use socket::Socket;
 pub(crate) use turn::Thread;
 
@@ -48,7 +48,7 @@ pub(crate) struct Shared {
     /// Large requests of all connections.
     pub(crate) budget: Budget,
     /// Threads that may poll.
-    pub(crate) seats: Seats,
+    pub(crate) slots: PollSlots,
     /// Memory for the buffers of busy connections.
     pub(crate) room: Budget,
     /// Memory for long answers to BLOCK_STATUS.
@@ -77,8 +77,8 @@ pub(crate) enum ConnectionError {
     Panicked,
     #[error("the client did not finish its handshake in time")]
     HandshakeTimeout,
-    #[error("the client {debt}, and nothing has moved for {} s", .limit.as_secs_f32())]
-    Stalled { debt: stall::Debt, limit: std::time::Duration },
+    #[error("the client {awaiting}, and nothing has moved for {} s", .limit.as_secs_f32())]
+    Stalled { awaiting: stall::Awaiting, limit: std::time::Duration },
     #[error("the client closed the connection without waiting for its replies")]
     HungUp,
     #[error("a file ended while it was being sent; its size changed behind our back")]

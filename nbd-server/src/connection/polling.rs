@@ -29,9 +29,9 @@ const LOOKS_BEFORE_YIELD: u32 = 8;
 /// How many threads of a server may poll at the same time: half of the cores, so that clients find
 /// the others free.
 #[derive(Debug, Clone)]
-pub(crate) struct Seats(Arc<AtomicUsize>);
+pub(crate) struct PollSlots(Arc<AtomicUsize>);
 
-impl Seats {
+impl PollSlots {
     pub(crate) fn new() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
         Self(Arc::new(AtomicUsize::new(cores / 2)))
@@ -109,14 +109,14 @@ impl Habit {
 #[derive(Debug)]
 pub(super) struct Polling {
     habit: Habit,
-    seats: Seats,
+    slots: PollSlots,
     longest: Duration,
 }
 
 impl Polling {
     /// Polls for `longest` at a time, never if that is zero.
-    pub(super) const fn new(seats: Seats, longest: Duration) -> Self {
-        Self { habit: Habit::new(), seats, longest }
+    pub(super) const fn new(slots: PollSlots, longest: Duration) -> Self {
+        Self { habit: Habit::new(), slots, longest }
     }
 
     /// Behind a batch that was answered: calls `look` until it finds something, if that is worth
@@ -125,7 +125,7 @@ impl Polling {
         if self.longest.is_zero() || !self.habit.wants() {
             return false;
         }
-        let Some(_seat) = self.seats.take() else { return false };
+        let Some(_seat) = self.slots.take() else { return false };
         let start = Instant::now();
         let success = loop {
             if (0..LOOKS_BEFORE_YIELD).any(|_| look()) {
@@ -185,16 +185,16 @@ mod tests {
 
     #[test]
     fn zero_means_never() {
-        let seats = Seats(Arc::new(AtomicUsize::new(1)));
-        let mut polling = Polling::new(seats, Duration::ZERO);
+        let slots = PollSlots(Arc::new(AtomicUsize::new(1)));
+        let mut polling = Polling::new(slots, Duration::ZERO);
         assert!((0..1000).all(|_| !polling.after_batch(|| panic!("looked"))));
     }
 
     #[test]
     fn no_more_threads_poll_than_have_seats() {
-        let seats = Seats(Arc::new(AtomicUsize::new(1)));
-        let mut one = Polling::new(seats.clone(), Duration::from_micros(1));
-        let mut other = Polling::new(seats.clone(), Duration::from_micros(1));
+        let slots = PollSlots(Arc::new(AtomicUsize::new(1)));
+        let mut one = Polling::new(slots.clone(), Duration::from_micros(1));
+        let mut other = Polling::new(slots.clone(), Duration::from_micros(1));
         for polling in [&mut one, &mut other] {
             assert!((0..TRIED_AFTER).all(|_| !polling.after_batch(|| true)));
         }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::dispatch::{Step, Work};
 use super::read_steps;
 use super::steps::{self, Progress};
-use super::witness::Witness;
+use super::writeback_errors::WritebackErrors;
 use crate::budget::{Budget, Permit};
 use crate::export::{ExportEntry, ExportError};
 use crate::flushes::Waiter;
@@ -165,7 +165,7 @@ impl Pool {
             farewell: is_change(&work.request).then(|| self.farewell.clone()),
         };
         if work.request.command == Command::Flush {
-            let waiter = FlushWaiter { answer, witness: work.witness, request: work.request };
+            let waiter = FlushWaiter { answer, writeback: work.writeback, request: work.request };
             let (scheduler, entry) = (self.lane.scheduler(), &self.entry);
             let (export, failures) = (entry.export(), entry.failures());
             entry.flushes().join(scheduler, self.group, export, failures, Box::new(waiter));
@@ -281,7 +281,7 @@ impl Job for RequestJob {
 /// A FLUSH, which waits for a flush that it may share.
 struct FlushWaiter {
     answer: Answer,
-    witness: Arc<Witness>,
+    writeback: Arc<WritebackErrors>,
     request: Request,
 }
 
@@ -291,11 +291,11 @@ impl Waiter for FlushWaiter {
     }
 
     fn answer(self: Box<Self>, result: Result<(), (u64, &ExportError)>) {
-        let Self { answer, witness, request } = *self;
+        let Self { answer, writeback, request } = *self;
         let result = match result {
-            Ok(()) => witness.judge(&request, Ok(())),
+            Ok(()) => writeback.judge(&request, Ok(())),
             Err((count, error)) => {
-                witness.is_told(count);
+                writeback.is_told(count);
                 Err(error.clone())
             }
         };

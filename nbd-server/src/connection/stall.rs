@@ -22,14 +22,14 @@ const SHORTEST_PERIOD: Duration = Duration::from_millis(1);
 
 /// What a client is waited for to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Debt {
+pub(crate) enum Awaiting {
     /// To send the rest of a request or of a payload.
     SendRest,
     /// To take its replies.
     TakeReplies,
 }
 
-impl fmt::Display for Debt {
+impl fmt::Display for Awaiting {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::SendRest => "has not sent the rest of a request",
@@ -78,7 +78,7 @@ impl Stall {
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        debt: Debt,
+        awaiting: Awaiting,
         movement: impl FnOnce() -> Movement,
     ) -> Poll<ConnectionError> {
         let Some(limit) = self.limit else { return Poll::Pending };
@@ -90,7 +90,7 @@ impl Stall {
             self.vain = if self.last == Some(now) { self.vain + 1 } else { 0 };
             self.last = Some(now);
             if self.vain >= LOOKS {
-                return Poll::Ready(ConnectionError::Stalled { debt, limit });
+                return Poll::Ready(ConnectionError::Stalled { awaiting, limit });
             }
         }
         let period = (limit / LOOKS).max(SHORTEST_PERIOD);

@@ -202,7 +202,7 @@ impl ChangeWalk {
             result =
                 work.export.flush().map_err(|error| ExportError { errno: Errno::EIO, ..error });
         }
-        Step::Done(dispatch::short_reply(work, work.witness.judge(request, result)))
+        Step::Done(dispatch::short_reply(work, work.writeback.judge(request, result)))
     }
 }
 

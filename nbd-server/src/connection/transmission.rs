@@ -22,13 +22,13 @@ use super::hangup::Hangup;
 use super::polling::Polling;
 use super::pool::{Pool, Unfinished};
 use super::read_steps;
+use super::read_strategy::{Idle, ReadStrategy};
 use super::receive::ReceiveBuffer;
-use super::rhythm::{Idle, Rhythm};
 use super::room::Room;
 use super::send::SendQueue;
-use super::stall::{Debt, Movement, Stall};
+use super::stall::{Awaiting, Movement, Stall};
 use super::turn::{BARREN_COST, REQUEST_COST, Thread, Turn};
-use super::witness::Witness;
+use super::writeback_errors::WritebackErrors;
 use super::{ConnectionError, Shared, Socket, dispatch};
 use crate::budget::{BudgetQueue, Permit};
 use crate::export::{Export, ExportError, MayBlock, Operation, ReadMap};
@@ -74,7 +74,7 @@ enum Waiting {
 pub(super) struct Session {
     socket: Socket,
     export: Arc<dyn Export>,
-    witness: Arc<Witness>,
+    writeback: Arc<WritebackErrors>,
     contexts: Arc<[(MetaContextId, MetaContextName)]>,
     transmission: Transmission,
     encoder: ReplyEncoder,
@@ -91,7 +91,7 @@ pub(super) struct Session {
     budget: BudgetQueue,
     max_bytes: usize,
     room: Room,
-    rhythm: Rhythm,
+    read_strategy: ReadStrategy,
     stall: Stall,
     hangup: Hangup,
     turn: Turn,
@@ -101,13 +101,13 @@ pub(super) struct Session {
 impl Session {
     pub(super) fn new(established: Established, shared: &Shared, thread: Thread) -> Self {
         let negotiated = &established.negotiated;
-        let polling = Polling::new(shared.seats.clone(), shared.config.busy_poll);
+        let polling = Polling::new(shared.slots.clone(), shared.config.busy_poll);
         let (answers, max_requests) = (shared.answers.clone(), shared.config.max_requests);
         let pool = Pool::new(&shared.scheduler, established.entry.clone(), answers, max_requests);
         Self {
             socket: established.socket,
             export: Arc::clone(established.entry.export()),
-            witness: Arc::new(Witness::new(established.entry.failures().clone())),
+            writeback: Arc::new(WritebackErrors::new(established.entry.failures().clone())),
             contexts: negotiated.meta_contexts.clone().into(),
             transmission: Transmission::new(negotiated),
             encoder: ReplyEncoder::new(negotiated.reply_mode),
@@ -122,7 +122,7 @@ impl Session {
             budget: BudgetQueue::new(shared.budget.clone()),
             max_bytes: shared.config.connection_memory_limit,
             room: Room::new(shared.room.clone()),
-            rhythm: Rhythm::new(polling, Arc::clone(&thread.connections)),
+            read_strategy: ReadStrategy::new(polling, Arc::clone(&thread.connections)),
             stall: Stall::new(shared.config.stall_timeout),
             hangup: Hangup::default(),
             turn: Turn::new(thread),
@@ -225,7 +225,7 @@ impl Session {
 
     /// Nothing moves. An error if the client is to blame, and that for too long.
     fn poll_stall(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
-        let Some(debt) = self.debt() else {
+        let Some(awaiting) = self.awaiting() else {
             self.stall.settled();
             return Poll::Pending;
         };
@@ -238,13 +238,13 @@ impl Session {
             sent: self.output.total_sent(),
             traffic: self.socket.traffic(),
         };
-        self.stall.poll(cx, debt, movement).map(Err)
+        self.stall.poll(cx, awaiting, movement).map(Err)
     }
 
     /// What the client has to do next, if this connection holds something until it does.
-    fn debt(&self) -> Option<Debt> {
+    fn awaiting(&self) -> Option<Awaiting> {
         if !self.is_all_sent() {
-            return Some(Debt::TakeReplies);
+            return Some(Awaiting::TakeReplies);
         }
         let is_waited_for = self.waiting.is_none() && !self.is_busy();
         let is_partial = match self.receiving {
@@ -252,7 +252,7 @@ impl Session {
             Receiving::Payload { .. } | Receiving::Discarded { .. } => true,
             Receiving::Nothing => false,
         };
-        (is_waited_for && is_partial).then_some(Debt::SendRest)
+        (is_waited_for && is_partial).then_some(Awaiting::SendRest)
     }
 
     fn is_over(&self) -> bool {
@@ -379,7 +379,7 @@ impl Session {
             contexts: Arc::clone(&self.contexts),
             encoder: self.encoder,
             request,
-            witness: Arc::clone(&self.witness),
+            writeback: Arc::clone(&self.writeback),
             payload,
             max_descriptors: 1,
             done,
@@ -401,7 +401,7 @@ impl Session {
                 let Request { offset, length, .. } = request;
                 tracing::debug!(command = ?request.command, offset, length, "request");
                 let length = Pool::weight(&request);
-                self.rhythm.count(length);
+                self.read_strategy.count(length);
                 // A long READ is paid for as it goes on.
                 let at_once = if Self::is_long_read(&request) { 0 } else { length };
                 self.turn.spend(REQUEST_COST.saturating_add(at_once));
@@ -460,7 +460,7 @@ impl Session {
         if self.is_prompt(request) {
             return Some(dispatch::execute_in_place(
                 &*self.export,
-                &self.witness,
+                &self.writeback,
                 request,
                 payload,
             ));
@@ -517,7 +517,7 @@ impl Session {
     /// A request that is neither READ nor WRITE.
     fn command(&mut self, request: Request) {
         if self.is_prompt(&request) {
-            let result = dispatch::execute_in_place(&*self.export, &self.witness, &request, &[]);
+            let result = dispatch::execute_in_place(&*self.export, &self.writeback, &request, &[]);
             self.reply(&request, result);
         } else {
             self.waiting = Some(Waiting::Pool(request, Vec::new(), 0));
@@ -565,7 +565,7 @@ impl Session {
                 }
                 let is_idle = self.is_all_sent() && self.pool.requests() == 0;
                 let idle = if is_idle { Idle::Yes } else { Idle::No };
-                if self.rhythm.read(&mut self.socket, idle, &mut self.input) {
+                if self.read_strategy.read(&mut self.socket, idle, &mut self.input) {
                     return Ok(true);
                 }
                 let read = self.socket.poll_read(cx, self.input.space());

@@ -1,4 +1,4 @@
-//! How the next requests are read: as the runtime reports them, after a [pause](super::pace) that
+//! How the next requests are read: as the runtime reports them, after a [pause](super::coalescing) that
 //! suits a client with a deep queue, or by [asking](super::polling) for them, which suits a client
 //! with a single request in flight. The latter two hold the thread up for a moment; they are for
 //! connections which have their thread to themselves and nothing else in hand.
@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::pace::Pace;
+use super::coalescing::Coalescing;
 use super::polling::Polling;
 use super::receive::ReceiveBuffer;
 use super::socket::Socket;
@@ -16,8 +16,8 @@ const SMALL_LEN: usize = 16 * 1024;
 
 /// The habits of one client.
 #[derive(Debug)]
-pub(super) struct Rhythm {
-    pace: Pace,
+pub(super) struct ReadStrategy {
+    coalescing: Coalescing,
     polling: Polling,
     /// Connections of this worker thread, this one included.
     neighbours: Arc<AtomicUsize>,
@@ -36,9 +36,9 @@ pub(super) enum Idle {
     No,
 }
 
-impl Rhythm {
+impl ReadStrategy {
     pub(super) fn new(polling: Polling, neighbours: Arc<AtomicUsize>) -> Self {
-        Self { pace: Pace::default(), polling, neighbours, taken: 0, moved: 0 }
+        Self { coalescing: Coalescing::default(), polling, neighbours, taken: 0, moved: 0 }
     }
 
     /// A request was taken off the buffer that reads or writes `length` bytes.
@@ -66,7 +66,7 @@ impl Rhythm {
             input.received(received);
             received > 0
         };
-        match self.pace.after_batch(taken) {
+        match self.coalescing.after_batch(taken) {
             Some(pause) => {
                 std::thread::sleep(pause);
                 look()

@@ -51,19 +51,19 @@ enum State {
 
 /// What is known of one client's queue.
 #[derive(Debug)]
-pub(super) struct Pace {
+pub(super) struct Coalescing {
     state: State,
     needed: u32,
     probe_after: u32,
 }
 
-impl Default for Pace {
+impl Default for Coalescing {
     fn default() -> Self {
         Self { state: OFF, needed: EVIDENCE, probe_after: PROBE_AFTER }
     }
 }
 
-impl Pace {
+impl Coalescing {
     /// Takes note of a batch of `requests` that was answered, and gives the pause before the next
     /// read.
     pub(super) fn after_batch(&mut self, requests: usize) -> Option<Duration> {
@@ -127,50 +127,50 @@ fn adjusted(pause: Duration, requests: usize) -> Duration {
 mod tests {
     use super::*;
 
-    fn pauses(pace: &mut Pace, batches: u32, requests: usize) -> usize {
-        (0..batches).filter(|_| pace.after_batch(requests).is_some()).count()
+    fn pauses(coalescing: &mut Coalescing, batches: u32, requests: usize) -> usize {
+        (0..batches).filter(|_| coalescing.after_batch(requests).is_some()).count()
     }
 
     #[test]
     fn a_client_with_one_request_in_flight_hardly_ever_waits() {
-        let mut pace = Pace::default();
-        assert_eq!(pauses(&mut pace, PROBE_AFTER, 1), 0);
-        let paused = pauses(&mut pace, 1_000_000, 1);
+        let mut coalescing = Coalescing::default();
+        assert_eq!(pauses(&mut coalescing, PROBE_AFTER, 1), 0);
+        let paused = pauses(&mut coalescing, 1_000_000, 1);
         assert!((1..25).contains(&paused), "{paused} pauses");
     }
 
     #[test]
     fn a_deep_queue_that_comes_one_by_one_is_found_by_a_pause() {
-        let mut pace = Pace::default();
-        assert_eq!(pauses(&mut pace, PROBE_AFTER, 1), 0);
-        assert!(pace.after_batch(1).is_some(), "the probe");
-        assert_eq!(pace.after_batch(0), None, "nothing says anything yet");
-        assert_eq!(pauses(&mut pace, 1000, 8), 1000);
+        let mut coalescing = Coalescing::default();
+        assert_eq!(pauses(&mut coalescing, PROBE_AFTER, 1), 0);
+        assert!(coalescing.after_batch(1).is_some(), "the probe");
+        assert_eq!(coalescing.after_batch(0), None, "nothing says anything yet");
+        assert_eq!(pauses(&mut coalescing, 1000, 8), 1000);
     }
 
     #[test]
     fn a_shallow_queue_is_tried_ever_more_seldom() {
-        let paused = pauses(&mut Pace::default(), 100_000, 2);
+        let paused = pauses(&mut Coalescing::default(), 100_000, 2);
         assert!((1..500).contains(&paused), "{paused} pauses");
     }
 
     #[test]
     fn a_deep_queue_is_paced_until_it_gets_shallow() {
-        let mut pace = Pace::default();
-        pauses(&mut pace, EVIDENCE, 2);
-        assert_eq!(pauses(&mut pace, 1000, 8), 1000);
-        assert_eq!(pauses(&mut pace, 1000, 1), STRIKES as usize);
+        let mut coalescing = Coalescing::default();
+        pauses(&mut coalescing, EVIDENCE, 2);
+        assert_eq!(pauses(&mut coalescing, 1000, 8), 1000);
+        assert_eq!(pauses(&mut coalescing, 1000, 1), STRIKES as usize);
     }
 
     #[test]
     fn the_pause_settles_where_a_handful_arrives() {
-        let mut pace = Pace::default();
-        pauses(&mut pace, EVIDENCE, 2);
+        let mut coalescing = Coalescing::default();
+        pauses(&mut coalescing, EVIDENCE, 2);
         let mut pause = FIRST;
         // A client that submits a request every five microseconds, and a timer that is late by ten.
         for _ in 0..200 {
             let arrived = ((pause.as_micros() + 10) / 5) as usize;
-            pause = pace.after_batch(arrived).expect("paced");
+            pause = coalescing.after_batch(arrived).expect("paced");
         }
         assert!((15..=25).contains(&pause.as_micros()), "{pause:?}");
     }

@@ -15,12 +15,12 @@ use crate::export::{DurabilityFailures, ExportError};
 
 /// One connection's knowledge of them.
 #[derive(Debug)]
-pub(super) struct Witness {
+pub(super) struct WritebackErrors {
     failures: DurabilityFailures,
     known: AtomicU64,
 }
 
-impl Witness {
+impl WritebackErrors {
     /// Nothing was written yet, so what happened before does not matter.
     pub(super) fn new(failures: DurabilityFailures) -> Self {
         let known = AtomicU64::new(failures.count());
