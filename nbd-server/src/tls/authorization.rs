@@ -6,6 +6,16 @@ use super::distinguished_name::DistinguishedName;
 use super::notes::printable;
 use super::{TlsError, file};
 
+/// Whether clients have to show a certificate that one of the authorities in `ca-cert.pem` signed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ClientCertificates {
+    /// They have to.
+    #[default]
+    Required,
+    /// They are not asked for one: whoever reaches the server may use it.
+    NotAsked,
+}
+
 /// Who may connect, by the distinguished name in the client's certificate.
 ///
 /// A pattern is a name with `*` for any text and `?` for any single character, for example

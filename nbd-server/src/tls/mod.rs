@@ -6,15 +6,16 @@
 //!                                  reload, while the server runs
 //! ```
 //!
-//! Credentials are either certificates, in a folder laid out as QEMU and libnbd have it, or a file
-//! of pre-shared keys as `psktool` writes it. TLS 1.2 and 1.3 are spoken, nothing older.
+//! Credentials are either certificates, in a directory laid out as QEMU and libnbd have it or in
+//! memory, or pre-shared keys, in a file as `psktool` writes it or in memory. TLS 1.2 and 1.3 are spoken, nothing older.
 
 mod authorization;
-mod context;
+mod builder;
 mod distinguished_name;
 mod error;
 mod file;
 mod notes;
+mod pem;
 mod psk;
 mod x509;
 
@@ -23,12 +24,15 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use openssl::ssl::Ssl;
 
-pub use authorization::{Authorization, Matching, Rule, Verdict};
+pub use authorization::{Authorization, ClientCertificates, Matching, Rule, Verdict};
 pub use error::TlsError;
 pub(crate) use error::explain_handshake;
-pub(crate) use notes::{Notes, PeerIdentity};
+pub use nbd_proto::tls::PreSharedKeys;
+pub(crate) use notes::Notes;
+pub use notes::PeerIdentity;
+pub use pem::PemCertificates;
 
-use context::Loaded;
+use builder::Loaded;
 
 /// Whether clients may or have to use TLS.
 #[derive(Debug, Clone, Default)]
@@ -55,16 +59,6 @@ impl TlsMode {
     }
 }
 
-/// Whether clients have to show a certificate that one of the authorities in `ca-cert.pem` signed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ClientCertificates {
-    /// They have to.
-    #[default]
-    Required,
-    /// They are not asked for one: whoever reaches the server may use it.
-    NotAsked,
-}
-
 /// Where credentials come from.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
@@ -80,11 +74,22 @@ pub enum CredentialSource {
         /// Who may connect, of those whose certificate is valid.
         authorization: Authorization,
     },
+    /// Certificates in memory.
+    X509Pem {
+        /// The server's certificate and key, and the authorities of clients.
+        certificates: PemCertificates,
+        /// Whether clients have to show certificates.
+        client_certificates: ClientCertificates,
+        /// Who may connect, of those whose certificate is valid.
+        authorization: Authorization,
+    },
     /// Users and their pre-shared keys.
     Psk {
         /// The file, as `psktool` writes it, or a folder with one named `keys.psk`.
         file: PathBuf,
     },
+    /// Users and their pre-shared keys, in memory.
+    PskKeys(PreSharedKeys),
 }
 
 /// What a server proves its identity with, and what it holds clients against. A clone is the same
@@ -100,6 +105,23 @@ struct Inner {
     loaded: RwLock<Arc<Loaded>>,
 }
 
+impl CredentialSource {
+    /// Reads and checks all of it.
+    fn read(&self) -> Result<Loaded, TlsError> {
+        match self {
+            Self::X509 { folder, client_certificates, authorization } => {
+                let files = pem::Files::new(folder);
+                x509::load(&files, *client_certificates, authorization)
+            }
+            Self::X509Pem { certificates, client_certificates, authorization } => {
+                x509::load(certificates, *client_certificates, authorization)
+            }
+            Self::Psk { file } => psk::load(file),
+            Self::PskKeys(keys) => psk::serve_keys(keys.clone()),
+        }
+    }
+}
+
 impl TlsCredentials {
     /// Loads credentials and checks what can be checked without a client.
     ///
@@ -110,7 +132,7 @@ impl TlsCredentials {
     /// [`TlsError`] names the file: it cannot be read, is malformed, has expired, or does not fit
     /// the others.
     pub fn load(source: CredentialSource) -> Result<Self, TlsError> {
-        let loaded = RwLock::new(Arc::new(Loaded::load(&source)?));
+        let loaded = RwLock::new(Arc::new(source.read()?));
         Ok(Self { inner: Arc::new(Inner { source, loaded }) })
     }
 
@@ -121,7 +143,20 @@ impl TlsCredentials {
     ///
     /// As [`TlsCredentials::load`]; the old credentials stay in use then.
     pub fn reload(&self) -> Result<(), TlsError> {
-        let loaded = Arc::new(Loaded::load(&self.inner.source)?);
+        let loaded = Arc::new(self.inner.source.read()?);
+        *self.inner.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
+        Ok(())
+    }
+
+    /// Puts others in place of these. Clients that connect from now on meet them; established
+    /// connections go on undisturbed. [`reload`](Self::reload) goes back to the
+    /// [source](Self::source).
+    ///
+    /// # Errors
+    ///
+    /// As [`TlsCredentials::load`]; the old credentials stay in use then.
+    pub fn replace(&self, source: &CredentialSource) -> Result<(), TlsError> {
+        let loaded = Arc::new(source.read()?);
         *self.inner.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
         Ok(())
     }

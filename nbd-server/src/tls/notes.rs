@@ -20,7 +20,8 @@ pub(crate) struct Notes {
 
 /// Who a client has proved to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum PeerIdentity {
+#[non_exhaustive]
+pub enum PeerIdentity {
     /// Nobody: it was not asked.
     Anonymous,
     /// The owner of a certificate with this distinguished name.

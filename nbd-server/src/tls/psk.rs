@@ -7,7 +7,7 @@ use openssl::error::ErrorStack;
 use openssl::rand::rand_bytes;
 use openssl::ssl::{SslContextBuilder, SslRef};
 
-use super::context::{self, Loaded};
+use super::builder::{self, Loaded};
 use super::notes::{Notes, printable};
 use super::{TlsError, file};
 
@@ -25,8 +25,13 @@ pub(super) fn load(path: &Path) -> Result<Loaded, TlsError> {
     let path = if path.is_dir() { path.join(PSK_FILE) } else { path.to_path_buf() };
     let text = file::read_secret("the key file", &path)?;
     let keys = PreSharedKeys::parse(&text).map_err(|source| TlsError::KeyFile { path, source })?;
+    serve_keys(keys)
+}
+
+/// Has a context serve users with these keys.
+pub(super) fn serve_keys(keys: PreSharedKeys) -> Result<Loaded, TlsError> {
     let users = keys.users().map(|user| String::from_utf8_lossy(user).into_owned()).collect();
-    let mut builder = context::builder()?;
+    let mut builder = builder::builder()?;
     builder.set_cipher_list(CIPHERS_1_2)?;
     serve(&mut builder, keys);
     Ok(Loaded { context: builder.build(), host_names: Vec::new(), users })

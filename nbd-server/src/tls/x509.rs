@@ -2,9 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use nbd_proto::tls::{
-    CA_CERTIFICATE_FILE, CA_REVOCATION_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE,
-};
 use openssl::asn1::Asn1Time;
 use openssl::pkey::{PKey, Private};
 use openssl::ssl::{SslFiletype, SslVerifyMode};
@@ -13,27 +10,23 @@ use openssl::x509::store::X509Lookup;
 use openssl::x509::verify::X509VerifyFlags;
 use openssl::x509::{X509, X509Ref, X509StoreContext, X509StoreContextRef, X509VerifyResult};
 
-use super::context::{self, Builder, Loaded};
+use super::builder::{self, Builder, Loaded};
 use super::distinguished_name::DistinguishedName;
 use super::notes::{Notes, printable};
-use super::{Authorization, ClientCertificates, TlsError, file};
+use super::pem::{AUTHORITY, CERTIFICATE, KEY, Pem, REVOCATIONS, Source};
+use super::{Authorization, ClientCertificates, TlsError};
 
-const CERTIFICATE: &str = "the server's certificate";
-const KEY: &str = "the server's key";
-const AUTHORITY: &str = "the authority's certificate";
-const REVOCATIONS: &str = "the list of revoked certificates";
-
-/// Reads the files of a folder.
+/// Reads all that a source has.
 pub(super) fn load(
-    folder: &Path,
+    source: &dyn Source,
     client_certificates: ClientCertificates,
     authorization: &Authorization,
 ) -> Result<Loaded, TlsError> {
-    let mut builder = context::builder()?;
-    let certificate = use_certificate(&mut builder, folder)?;
+    let mut builder = builder::builder()?;
+    let certificate = use_certificate(&mut builder, source)?;
     match client_certificates {
         ClientCertificates::Required => {
-            trust_authorities(&mut builder, folder)?;
+            trust_authorities(&mut builder, source)?;
             verify_clients(&mut builder, authorization);
         }
         ClientCertificates::NotAsked => {
@@ -50,31 +43,31 @@ pub(super) fn load(
 }
 
 /// Loads the server's own certificate and key.
-fn use_certificate(builder: &mut Builder, folder: &Path) -> Result<X509, TlsError> {
-    let path = folder.join(SERVER_CERTIFICATE_FILE);
-    let mut chain = certificates(CERTIFICATE, &path)?.into_iter();
+fn use_certificate(builder: &mut Builder, source: &dyn Source) -> Result<X509, TlsError> {
+    let pem = source.certificate()?;
+    let mut chain = certificates(CERTIFICATE, &pem)?.into_iter();
+    let path = pem.path;
     let Some(certificate) = chain.next() else {
         return Err(unusable(CERTIFICATE, path, "there is no certificate in it"));
     };
     check_validity(&certificate, &path)?;
-    let key_path = folder.join(SERVER_KEY_FILE);
-    let key = private_key(&key_path)?;
+    let pem = source.key()?;
+    let key = private_key(&pem)?;
     builder.set_certificate(&certificate)?;
     for intermediate in chain {
         builder.add_extra_chain_cert(intermediate)?;
     }
     if !certificate.public_key()?.public_eq(&key) {
-        return Err(TlsError::KeyMismatch { certificate: path, key: key_path });
+        return Err(TlsError::KeyMismatch { certificate: path, key: pem.path });
     }
     builder.set_private_key(&key)?;
     Ok(certificate)
 }
 
-fn private_key(path: &Path) -> Result<PKey<Private>, TlsError> {
-    let pem = file::read_secret(KEY, path)?;
+fn private_key(pem: &Pem) -> Result<PKey<Private>, TlsError> {
     let mut is_encrypted = false;
     // Without the callback the library would ask on the terminal.
-    let key = PKey::private_key_from_pem_callback(&pem, |_| {
+    let key = PKey::private_key_from_pem_callback(&pem.text, |_| {
         is_encrypted = true;
         Ok(0)
     });
@@ -84,14 +77,15 @@ fn private_key(path: &Path) -> Result<PKey<Private>, TlsError> {
         } else {
             "there is no private key in PEM form in it"
         };
-        unusable(KEY, path.to_path_buf(), why)
+        unusable(KEY, pem.path.clone(), why)
     })
 }
 
 /// Trusts the clients' authorities, but not what these have revoked.
-fn trust_authorities(builder: &mut Builder, folder: &Path) -> Result<(), TlsError> {
-    let path = folder.join(CA_CERTIFICATE_FILE);
-    let authorities = certificates(AUTHORITY, &path)?;
+fn trust_authorities(builder: &mut Builder, source: &dyn Source) -> Result<(), TlsError> {
+    let pem = source.authorities()?;
+    let authorities = certificates(AUTHORITY, &pem)?;
+    let path = pem.path;
     let Some(first) = authorities.first() else {
         return Err(unusable(AUTHORITY, path, "there is no certificate in it"));
     };
@@ -106,10 +100,7 @@ fn trust_authorities(builder: &mut Builder, folder: &Path) -> Result<(), TlsErro
     builder.set_client_ca_list(names);
     // Whatever stands in the file is trusted, whether or not it signed itself.
     let mut flags = X509VerifyFlags::PARTIAL_CHAIN;
-    let path = folder.join(CA_REVOCATION_FILE);
-    if path.try_exists().unwrap_or(true) {
-        // Opened here first for the sake of the message.
-        file::read(REVOCATIONS, &path)?;
+    if let Some(path) = source.revocations()? {
         let lookup = builder.cert_store_mut().add_lookup(X509Lookup::file())?;
         if lookup.load_crl_file(&path, SslFiletype::PEM).unwrap_or(0) == 0 {
             return Err(unusable(REVOCATIONS, path, "there is no list in PEM form in it"));
@@ -189,10 +180,9 @@ fn refusal(subject: &str, chain: &X509StoreContextRef) -> String {
     format!("{whose} {subject} was refused: {}; {advice}", result.error_string())
 }
 
-fn certificates(what: &'static str, path: &Path) -> Result<Vec<X509>, TlsError> {
-    let pem = file::read(what, path)?;
-    X509::stack_from_pem(&pem).map_err(|_| {
-        unusable(what, path.to_path_buf(), "it does not consist of certificates in PEM form")
+fn certificates(what: &'static str, pem: &Pem) -> Result<Vec<X509>, TlsError> {
+    X509::stack_from_pem(&pem.text).map_err(|_| {
+        unusable(what, pem.path.clone(), "it does not consist of certificates in PEM form")
     })
 }
 

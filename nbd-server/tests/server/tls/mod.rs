@@ -7,6 +7,7 @@ mod credentials;
 
 mod handshake;
 mod hostile;
+mod memory;
 mod reload;
 mod selective;
 mod stall;

@@ -1,12 +1,11 @@
-//! What both kinds of credentials have in common: the settings of the TLS library.
+//! What both kinds of credentials have in common: the settings of the TLS library, and what comes of
+//! them.
 
 use openssl::error::ErrorStack;
 use openssl::ssl::{
     SslAcceptor, SslContext, SslContextBuilder, SslMethod, SslOptions, SslSessionCacheMode,
     SslVersion,
 };
-
-use super::{CredentialSource, TlsError, psk, x509};
 
 /// The fastest on processors with AES instructions comes first, and the server's order counts:
 /// external keys are bound to SHA-256, and the default orders of OpenSSL and GnuTLS then agree on
@@ -27,18 +26,6 @@ impl std::fmt::Debug for Loaded {
             .field("host_names", &self.host_names)
             .field("users", &self.users)
             .finish_non_exhaustive()
-    }
-}
-
-impl Loaded {
-    /// Reads and checks all files of `source`.
-    pub(super) fn load(source: &CredentialSource) -> Result<Self, TlsError> {
-        match source {
-            CredentialSource::X509 { folder, client_certificates, authorization } => {
-                x509::load(folder, *client_certificates, authorization)
-            }
-            CredentialSource::Psk { file } => psk::load(file),
-        }
     }
 }
 

@@ -1,0 +1,126 @@
+//! Where the certificates of a server are: in the files of a directory, or in memory.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use nbd_proto::tls::{
+    CA_CERTIFICATE_FILE, CA_REVOCATION_FILE, SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE,
+};
+
+use super::{TlsError, file};
+
+pub(super) const CERTIFICATE: &str = "the server's certificate";
+pub(super) const KEY: &str = "the server's key";
+pub(super) const AUTHORITY: &str = "the authority's certificate";
+pub(super) const REVOCATIONS: &str = "the list of revoked certificates";
+
+/// What stands in messages where there is no file.
+const IN_MEMORY: &str = "(in memory)";
+
+/// A text in PEM form, and where it is from.
+pub(super) struct Pem {
+    pub(super) text: Vec<u8>,
+    pub(super) path: PathBuf,
+}
+
+/// Gives what a server with certificates needs.
+pub(super) trait Source {
+    fn certificate(&self) -> Result<Pem, TlsError>;
+    fn key(&self) -> Result<Pem, TlsError>;
+    fn authorities(&self) -> Result<Pem, TlsError>;
+    /// The file of revoked certificates, if there is one.
+    fn revocations(&self) -> Result<Option<PathBuf>, TlsError>;
+}
+
+/// The files of a directory.
+pub(super) struct Files<'a> {
+    directory: &'a Path,
+}
+
+impl<'a> Files<'a> {
+    pub(super) const fn new(directory: &'a Path) -> Self {
+        Self { directory }
+    }
+}
+
+impl Source for Files<'_> {
+    fn certificate(&self) -> Result<Pem, TlsError> {
+        let path = self.directory.join(SERVER_CERTIFICATE_FILE);
+        Ok(Pem { text: file::read(CERTIFICATE, &path)?, path })
+    }
+
+    fn key(&self) -> Result<Pem, TlsError> {
+        let path = self.directory.join(SERVER_KEY_FILE);
+        Ok(Pem { text: file::read_secret(KEY, &path)?, path })
+    }
+
+    fn authorities(&self) -> Result<Pem, TlsError> {
+        let path = self.directory.join(CA_CERTIFICATE_FILE);
+        Ok(Pem { text: file::read(AUTHORITY, &path)?, path })
+    }
+
+    fn revocations(&self) -> Result<Option<PathBuf>, TlsError> {
+        let path = self.directory.join(CA_REVOCATION_FILE);
+        if !path.try_exists().unwrap_or(true) {
+            return Ok(None);
+        }
+        // Opened here first for the sake of the message.
+        file::read(REVOCATIONS, &path)?;
+        Ok(Some(path))
+    }
+}
+
+/// Certificates and a key in memory, in PEM form. The key does not print.
+///
+/// Lists of revoked certificates are read from files only.
+#[derive(Clone)]
+pub struct PemCertificates {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+    authorities: Vec<u8>,
+}
+
+impl PemCertificates {
+    /// The server's certificate, with those between it and its authority behind it, and its key,
+    /// which must not be encrypted.
+    #[must_use]
+    pub fn new(certificate: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
+        Self { certificate: certificate.into(), key: key.into(), authorities: Vec::new() }
+    }
+
+    /// The certificates of the authorities that may sign those of clients. Needed where
+    /// [clients have to show certificates](super::ClientCertificates::Required).
+    #[must_use]
+    pub fn authorities(mut self, authorities: impl Into<Vec<u8>>) -> Self {
+        self.authorities = authorities.into();
+        self
+    }
+}
+
+impl fmt::Debug for PemCertificates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PemCertificates").finish_non_exhaustive()
+    }
+}
+
+fn in_memory(text: &[u8]) -> Pem {
+    Pem { text: text.to_vec(), path: PathBuf::from(IN_MEMORY) }
+}
+
+impl Source for PemCertificates {
+    fn certificate(&self) -> Result<Pem, TlsError> {
+        Ok(in_memory(&self.certificate))
+    }
+
+    fn key(&self) -> Result<Pem, TlsError> {
+        Ok(in_memory(&self.key))
+    }
+
+    fn authorities(&self) -> Result<Pem, TlsError> {
+        Ok(in_memory(&self.authorities))
+    }
+
+    fn revocations(&self) -> Result<Option<PathBuf>, TlsError> {
+        Ok(None)
+    }
+}
