@@ -21,13 +21,11 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let exports = ExportRegistry::new();
     exports.add("", ExportEntry::new(Arc::new(export)))?;
     let mut server = Server::new(ServerConfig::default(), exports);
-    for address in server.listen(&ListenAddress::Unix(socket.into())).await? {
-        println!("{}", address.uri(""));
-    }
-    server
-        .serve(async {
-            let _ = tokio::io::stdin().read(&mut [0; 1]).await;
-        })
-        .await?;
+    server.listen(&ListenAddress::Unix(socket.into())).await?;
+    let mut server = server.start();
+    println!("{}", server.addresses()[0].uri(""));
+    let _ = tokio::io::stdin().read(&mut [0; 1]).await;
+    server.shutdown();
+    server.wait().await?;
     Ok(())
 }

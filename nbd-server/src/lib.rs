@@ -32,14 +32,12 @@
 //! exports.set_default("scratch");
 //!
 //! let mut server = Server::new(ServerConfig::default(), exports);
-//! let addresses = server.listen(&ListenAddress::Unix(socket)).await?;
-//! println!("{}", addresses[0].uri("scratch"));
-//!
-//! let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-//! let serving = tokio::spawn(server.serve(async { stopped.await.unwrap_or(()) }));
+//! server.listen(&ListenAddress::Unix(socket)).await?;
+//! let mut server = server.start();
+//! println!("{}", server.addresses()[0].uri("scratch"));
 //! // ... clients come and go ...
-//! stop.send(()).ok();
-//! serving.await??;
+//! server.shutdown();
+//! server.wait().await?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! # })?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -51,6 +49,7 @@
 //! * `tls` (default): the module `tls`, through OpenSSL.
 
 mod acceptor;
+mod access;
 mod budget;
 mod clients;
 mod config;
@@ -62,6 +61,7 @@ mod handle;
 mod handover;
 mod listener;
 mod queue;
+mod running;
 mod scheduler;
 mod server;
 mod shutdown;
@@ -70,10 +70,12 @@ mod sys;
 pub mod tls;
 mod worker;
 
+pub use access::{ClientAddress, ClientInfo, Refusal};
 pub use clients::{ClientCount, ConnectedClient};
 pub use config::ServerConfig;
 pub use error::{RegistryError, ServeError};
 pub use export::ExportRegistry;
 pub use handle::{InUse, RemoveError, ServerHandle};
 pub use listener::{BoundAddress, ListenAddress};
+pub use running::{ClientStream, ConnectionRefused, RunningServer};
 pub use server::Server;

@@ -5,20 +5,24 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::acceptor::{Acceptor, MOST_UNGREETED};
+use crate::access::Access;
 use crate::budget::Budget;
 use crate::clients::{ClientCount, Clients};
 use crate::connection::{Pauses, PollSlots, Shared};
-use crate::export::ExportRegistry;
+use crate::export::{ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
+use crate::running::Door;
 use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, ShutdownTrigger};
-use crate::worker::Workers;
-use crate::{BoundAddress, ListenAddress, ServeError, ServerConfig};
+use crate::worker::{Accepted, Workers};
+use crate::{
+    BoundAddress, ClientInfo, ListenAddress, Refusal, RunningServer, ServeError, ServerConfig,
+};
 
 /// Memory for the buffers of busy connections. Those for which there is none do with small ones.
 const ROOM_LEN: usize = 256 << 20;
@@ -37,14 +41,60 @@ pub struct Server {
     config: ServerConfig,
     exports: ExportRegistry,
     listeners: Vec<Listener>,
+    addresses: Vec<BoundAddress>,
     clients: Clients,
+    access: Access,
+}
+
+/// A server whose listeners accept.
+struct Serving {
+    config: Arc<ServerConfig>,
+    exports: ExportRegistry,
+    access: Access,
+    trigger: ShutdownTrigger,
+    workers: Workers,
+    clients: mpsc::Receiver<Accepted>,
+    acceptors: JoinSet<()>,
 }
 
 impl Server {
     /// A server of `exports`, which may change while it runs.
     #[must_use]
     pub fn new(config: ServerConfig, exports: ExportRegistry) -> Self {
-        Self { config, exports, listeners: Vec::new(), clients: Clients::new() }
+        let (listeners, addresses) = (Vec::new(), Vec::new());
+        let (clients, access) = (Clients::new(), Access::default());
+        Self { config, exports, listeners, addresses, clients, access }
+    }
+
+    /// Has `hook` asked about each client: when it connects, and again after STARTTLS, when
+    /// [`ClientInfo::tls`](crate::ClientInfo) says who it is. A client that is refused is
+    /// disconnected, and the reason logged.
+    ///
+    /// The hook is called on a thread that serves others as well: it must not block.
+    #[must_use]
+    pub fn on_connection(
+        mut self,
+        hook: impl Fn(&ClientInfo) -> Result<(), Refusal> + Send + Sync + 'static,
+    ) -> Self {
+        self.access.set_hook(hook);
+        self
+    }
+
+    /// Has `resolver` asked for exports whose names are not in the registry. `None` means that there
+    /// is none. Lists do not show what is resolved.
+    ///
+    /// A client may ask for a name several times in its handshake; clients that are to share an
+    /// export must be given the same entry (a clone of it). The export is flushed at the end if it
+    /// is still there.
+    ///
+    /// The resolver is called on a thread that serves others as well: it must not block.
+    #[must_use]
+    pub fn resolve_exports(
+        mut self,
+        resolver: impl Fn(&str, &ClientInfo) -> Option<ExportEntry> + Send + Sync + 'static,
+    ) -> Self {
+        self.access.set_resolver(resolver);
+        self
     }
 
     /// Who uses the exports, for callers that end a server when its work is done. Ask before
@@ -88,7 +138,30 @@ impl Server {
             );
         }
         self.listeners.extend(opened);
+        self.addresses.extend_from_slice(&bound);
         Ok(bound)
+    }
+
+    /// Starts to serve on the runtime this is called on, and returns at once. A server that listens
+    /// nowhere serves the streams it is [given](RunningServer::serve_connection).
+    ///
+    /// The runtime needs I/O and time; requests that may block are carried out by its blocking
+    /// threads: four for each core, at least 32 and at most 128.
+    ///
+    /// # Panics
+    ///
+    /// Outside of a tokio runtime.
+    #[must_use = "a running server that is dropped shuts down"]
+    pub fn start(mut self) -> RunningServer {
+        let addresses = std::mem::take(&mut self.addresses);
+        let handle = self.handle();
+        let (serving, door) = self.begin();
+        let (stop, mut stopped) = watch::channel(false);
+        let task = tokio::spawn(serving.run(async move {
+            // An error means that the owner has dropped it.
+            let _ = stopped.wait_for(|is_stopped| *is_stopped).await;
+        }));
+        RunningServer { addresses, handle, door, stop, task: Some(task) }
     }
 
     /// Serves until `shutdown` is ready. Then no new client is accepted, every request that the
@@ -110,12 +183,19 @@ impl Server {
         if self.listeners.is_empty() {
             return Err(ServeError::NoListener);
         }
+        let (serving, _) = self.begin();
+        serving.run(shutdown).await
+    }
+
+    /// Lets clients in, who wait until [`Serving::run`] takes them.
+    fn begin(self) -> (Serving, Door) {
         let trigger = ShutdownTrigger::new();
         let shared = Shared {
             budget: Budget::new(self.config.memory_limit),
             slots: PollSlots::new(),
             exports: self.exports.clone(),
             clients: self.clients,
+            access: self.access.clone(),
             room: Budget::new(ROOM_LEN),
             answers: Budget::new(ANSWERS_LEN),
             options: Budget::new(OPTIONS_LEN),
@@ -124,8 +204,8 @@ impl Server {
             config: Arc::new(self.config),
         };
         let config = Arc::clone(&shared.config);
-        let mut workers = Workers::new(config.workers, shared, trigger.subscribe());
-        let (sender, mut clients) = mpsc::channel(1);
+        let workers = Workers::new(config.workers, shared, trigger.subscribe());
+        let (sender, clients) = mpsc::channel(1);
         let mut acceptors = JoinSet::new();
         let places = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
         let ungreeted = Arc::new(Semaphore::new(MOST_UNGREETED));
@@ -138,26 +218,35 @@ impl Server {
             };
             acceptors.spawn(acceptor.accept(listener, trigger.subscribe()));
         }
-        drop(sender);
+        let door = Door { places, clients: sender };
+        let (exports, access) = (self.exports, self.access);
+        (Serving { config, exports, access, trigger, workers, clients, acceptors }, door)
+    }
+}
+
+impl Serving {
+    /// Serves until `shutdown` is ready, and then comes to an orderly end.
+    async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         let mut shutdown = std::pin::pin!(shutdown);
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
-                Some(accepted) = clients.recv() => workers.serve(accepted)?,
+                Some(accepted) = self.clients.recv() => self.workers.serve(accepted)?,
             }
         }
         tracing::info!("stopping: no new clients, finishing what is in flight");
-        trigger.announce(Phase::Draining);
+        self.trigger.announce(Phase::Draining);
         // Dropping the listeners removes the sockets' files.
-        clients.close();
-        while acceptors.join_next().await.is_some() {}
+        self.clients.close();
+        while self.acceptors.join_next().await.is_some() {}
+        let workers = self.workers;
         let ended = tokio::task::spawn_blocking(move || workers.join());
         let mut ended = std::pin::pin!(ended);
-        if tokio::time::timeout(config.drain_timeout, &mut ended).await.is_err() {
-            trigger.announce(Phase::Aborting);
+        if tokio::time::timeout(self.config.drain_timeout, &mut ended).await.is_err() {
+            self.trigger.announce(Phase::Aborting);
             let _ = ended.await;
         }
-        flush_all(&self.exports).await
+        flush_all(&self.exports, &self.access).await
     }
 }
 
@@ -165,13 +254,15 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
 
-async fn flush_all(exports: &ExportRegistry) -> Result<(), ServeError> {
-    let exports = exports.entries();
+async fn flush_all(exports: &ExportRegistry, access: &Access) -> Result<(), ServeError> {
+    let registered = exports.entries();
+    let registered = registered.into_iter().map(|(name, entry)| (name, Arc::clone(entry.export())));
+    let exports: Vec<_> = registered.chain(access.resolved()).collect();
     let flushed = tokio::task::spawn_blocking(move || {
         let mut failed = None;
-        for (name, entry) in exports {
+        for (name, export) in exports {
             // One export that fails, in whatever way, does not keep the others from their flush.
-            let flushed = catch_unwind(AssertUnwindSafe(|| entry.export().flush()));
+            let flushed = catch_unwind(AssertUnwindSafe(|| export.flush()));
             let message = match flushed {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(error.message.into_owned()),

@@ -18,6 +18,7 @@ use super::socket::{Channel, More, Socket};
 use super::turn::{BARREN_COST, REQUEST_COST, Thread};
 use super::{ConnectionError, Shared};
 use crate::ServerConfig;
+use crate::access::{Access, ClientInfo};
 use crate::budget::Permit;
 use crate::export::{ExportEntry, ExportRegistry};
 use crate::queue::GroupId;
@@ -52,6 +53,40 @@ pub(super) struct Established {
     pub(super) received: BytesMut,
 }
 
+/// What a client is answered from.
+#[derive(Clone)]
+struct Catalog {
+    exports: ExportRegistry,
+    access: Access,
+    client: ClientInfo,
+    channel: Channel,
+}
+
+impl Catalog {
+    /// For a client that is let in.
+    fn for_client(socket: &Socket, shared: &Shared) -> Result<Self, ConnectionError> {
+        let client = client_info(socket);
+        shared.access.admit(&client).map_err(ConnectionError::Refused)?;
+        let (exports, access) = (shared.exports.clone(), shared.access.clone());
+        Ok(Self { exports, access, client, channel: socket.channel() })
+    }
+
+    /// Finds what the client asks for, unless it may not be told without TLS.
+    fn find(&self, name: &str) -> Result<(String, ExportEntry), (RefusalReason, &'static str)> {
+        let found = self.exports.find(name).or_else(|| {
+            let entry = self.access.resolve(name, &self.client)?;
+            Some((name.to_owned(), entry))
+        });
+        match found {
+            Some((_, entry)) if entry.is_tls_required() && self.channel == Channel::Clear => {
+                Err((RefusalReason::TlsRequired, NEEDS_TLS))
+            }
+            Some(found) => Ok(found),
+            None => Err((RefusalReason::UnknownExport, UNKNOWN)),
+        }
+    }
+}
+
 /// What was received and is to be sent.
 #[derive(Default)]
 struct Buffers {
@@ -75,10 +110,11 @@ pub(super) async fn negotiate(
         tls: tls_policy(&shared.config),
         best_reply_mode: shared.config.best_reply_mode,
     };
+    let mut catalog = Catalog::for_client(&socket, shared)?;
     let mut handshake = Handshake::start(negotiation, &mut buffers.output);
     loop {
         let before = buffers.output.len();
-        let step = advance_fairly(handshake, &mut buffers, shared, socket.channel()).await;
+        let step = advance_fairly(handshake, &mut buffers, shared, &catalog).await;
         // What the machine said before it gave up still helps the client.
         let step = match step {
             Ok(step) => step,
@@ -102,7 +138,9 @@ pub(super) async fn negotiate(
             }
             Step::StartTls(pending) => {
                 effort.rest();
-                (handshake, socket) = start_tls(pending, socket, shared, &mut buffers).await?;
+                let begun = start_tls(pending, socket, shared, &mut buffers, &mut catalog);
+                (handshake, socket) = begun.await?;
+                catalog.channel = socket.channel();
             }
             Step::Answered(next) => {
                 handshake = next;
@@ -160,15 +198,15 @@ async fn advance_fairly(
     handshake: Handshake,
     buffers: &mut Buffers,
     shared: &Shared,
-    channel: Channel,
+    catalog: &Catalog,
 ) -> Result<Step, ConnectionError> {
     if buffers.input.len() <= SHORT_OPTION_LEN {
-        return advance(handshake, buffers, &shared.exports, channel);
+        return advance(handshake, buffers, catalog);
     }
     let mut taken = std::mem::take(buffers);
-    let exports = shared.exports.clone();
+    let catalog = catalog.clone();
     let work = move || {
-        let step = advance(handshake, &mut taken, &exports, channel);
+        let step = advance(handshake, &mut taken, &catalog);
         (taken, step)
     };
     let done = shared.scheduler.compute(LONG_OPTIONS, LONG_OPTION_TIME, work).await;
@@ -180,41 +218,24 @@ async fn advance_fairly(
 fn advance(
     handshake: Handshake,
     buffers: &mut Buffers,
-    exports: &ExportRegistry,
-    channel: Channel,
+    catalog: &Catalog,
 ) -> Result<Step, ConnectionError> {
     let step = handshake.advance(&mut buffers.input, &mut buffers.output)?;
-    answer(step, exports, channel, &mut buffers.output)
+    answer(step, catalog, &mut buffers.output)
 }
 
 const UNKNOWN: &str = "there is no export of this name";
 const NEEDS_TLS: &str = "this export is served over TLS only";
 
-/// Finds what a client asks for, unless it may not be told without TLS.
-fn find(
-    exports: &ExportRegistry,
-    name: &str,
-    channel: Channel,
-) -> Result<(String, ExportEntry), (RefusalReason, &'static str)> {
-    match exports.find(name) {
-        Some((_, entry)) if entry.is_tls_required() && channel == Channel::Clear => {
-            Err((RefusalReason::TlsRequired, NEEDS_TLS))
-        }
-        Some(found) => Ok(found),
-        None => Err((RefusalReason::UnknownExport, UNKNOWN)),
-    }
-}
-
 /// Answers one option from the registry, if that can.
 fn answer(
     step: HandshakeStep,
-    exports: &ExportRegistry,
-    channel: Channel,
+    catalog: &Catalog,
     out: &mut BytesMut,
 ) -> Result<Step, ConnectionError> {
     let next = match step {
         HandshakeStep::NeedsInput(handshake) => return Ok(Step::NeedsInput(handshake)),
-        HandshakeStep::Go(pending) => match find(exports, pending.export_name(), channel) {
+        HandshakeStep::Go(pending) => match catalog.find(pending.export_name()) {
             Ok((name, entry)) => match pending.accept(&entry.describe(&name), out) {
                 GoAnswer::Transmission(negotiated) => {
                     return Ok(Step::Transmission(negotiated, entry));
@@ -223,11 +244,11 @@ fn answer(
             },
             Err((reason, message)) => pending.reject(reason, message, out),
         },
-        HandshakeStep::Info(pending) => match find(exports, pending.export_name(), channel) {
+        HandshakeStep::Info(pending) => match catalog.find(pending.export_name()) {
             Ok((name, entry)) => pending.accept(&entry.describe(&name), out),
             Err((reason, message)) => pending.reject(reason, message, out),
         },
-        HandshakeStep::ExportName(pending) => match find(exports, pending.export_name(), channel) {
+        HandshakeStep::ExportName(pending) => match catalog.find(pending.export_name()) {
             Ok((name, entry)) => {
                 let negotiated = pending.accept(&entry.describe(&name), out);
                 return Ok(Step::Transmission(Box::new(negotiated), entry));
@@ -235,10 +256,11 @@ fn answer(
             Err(_) => return Err(pending.reject().into()),
         },
         HandshakeStep::List(pending) => {
-            pending.accept(&exports.listed(channel == Channel::Clear), out)
+            let is_clear = catalog.channel == Channel::Clear;
+            pending.accept(&catalog.exports.listed(is_clear), out)
         }
         HandshakeStep::MetaContext(pending) => {
-            match find(exports, pending.export_name(), channel) {
+            match catalog.find(pending.export_name()) {
                 Ok((_, entry)) => pending.accept(&entry.export().info().meta_contexts, out),
                 // Where TLS is a choice, ERR_TLS_REQD answers INFO and GO only.
                 Err((RefusalReason::TlsRequired, message)) => {
@@ -251,6 +273,14 @@ fn answer(
         HandshakeStep::Aborted => return Ok(Step::Aborted),
     };
     Ok(Step::Answered(next))
+}
+
+fn client_info(socket: &Socket) -> ClientInfo {
+    ClientInfo {
+        address: socket.client_address(),
+        #[cfg(feature = "tls")]
+        tls: None,
+    }
 }
 
 fn refuse_tls(pending: PendingTls, out: &mut BytesMut) -> Handshake {
@@ -278,6 +308,7 @@ async fn start_tls(
     mut socket: Socket,
     shared: &Shared,
     buffers: &mut Buffers,
+    catalog: &mut Catalog,
 ) -> Result<(Handshake, Socket), ConnectionError> {
     let Buffers { input, output, .. } = buffers;
     let Some(credentials) = shared.config.tls.credentials() else {
@@ -288,6 +319,8 @@ async fn start_tls(
     send(&mut socket, output).await?;
     let (tls, identity) = super::tls::accept(socket, credentials, &shared.scheduler).await?;
     tracing::info!(client = %identity, tls = tls.describe(), "TLS established");
+    catalog.client.tls = Some(identity);
+    shared.access.admit(&catalog.client).map_err(ConnectionError::Refused)?;
     Ok((before.resume_after_tls(), Socket::Tls(Box::new(tls))))
 }
 
@@ -297,6 +330,7 @@ async fn start_tls(
     socket: Socket,
     _: &Shared,
     buffers: &mut Buffers,
+    _: &mut Catalog,
 ) -> Result<(Handshake, Socket), ConnectionError> {
     Ok((refuse_tls(pending, &mut buffers.output), socket))
 }

@@ -27,6 +27,7 @@ use thiserror::Error;
 use tokio::sync::OwnedSemaphorePermit;
 
 use crate::ServerConfig;
+use crate::access::{Access, Refusal};
 use crate::budget::Budget;
 use crate::clients::Clients;
 use crate::export::ExportRegistry;
@@ -43,6 +44,8 @@ pub(crate) use turn::Thread;
 pub(crate) struct Shared {
     pub(crate) config: Arc<ServerConfig>,
     pub(crate) exports: ExportRegistry,
+    /// Who is let in, and what exports there are besides.
+    pub(crate) access: Access,
     /// Counts those that have an export in use.
     pub(crate) clients: Clients,
     /// Large requests of all connections.
@@ -81,6 +84,8 @@ pub(crate) enum ConnectionError {
     Stalled { awaiting: stall::Awaiting, limit: std::time::Duration },
     #[error("the client closed the connection without waiting for its replies")]
     HungUp,
+    #[error("the client was refused: {0}")]
+    Refused(Refusal),
     #[error("a file ended while it was being sent; its size changed behind our back")]
     FileTruncated,
 }
@@ -124,6 +129,7 @@ pub(crate) async fn serve(
         () = draining.reached(Phase::Draining) => return,
     };
     let name = established.negotiated.export_name.clone();
+    shared.access.note_use(&name, established.entry.export());
     let present = shared.clients.enter(peer, &name, established.entry.export());
     let export = established.entry.export();
     if shared.clients.is_withdrawn(export) && !shared.exports.offers(export) {

@@ -13,6 +13,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 #[cfg(feature = "tls")]
 use super::tls::TlsSocket;
+use crate::access::ClientAddress;
 use crate::sys;
 
 /// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
@@ -200,6 +201,20 @@ impl Socket {
             return tls.traffic();
         }
         Traffic { untaken: self.plain().and_then(sys::untaken_len), ..Traffic::default() }
+    }
+
+    /// Where the client comes from.
+    pub(super) fn client_address(&self) -> ClientAddress {
+        let known = match self {
+            Self::Tcp(stream) => stream.peer_addr().ok().map(ClientAddress::Tcp),
+            Self::Unix(stream) => stream.peer_cred().ok().map(|credentials| ClientAddress::Unix {
+                process: credentials.pid(),
+                user: credentials.uid(),
+                group: credentials.gid(),
+            }),
+            _ => None,
+        };
+        known.unwrap_or(ClientAddress::Unknown)
     }
 
     /// Who can read along.

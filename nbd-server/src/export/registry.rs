@@ -108,6 +108,26 @@ impl ExportEntry {
         &self.export
     }
 
+    /// Whether the protocol can carry the export under `name`.
+    pub(crate) fn check(&self, name: &str) -> Result<(), RegistryError> {
+        let bad = |what, error: nbd_proto::ProtocolError| RegistryError::BadString {
+            what,
+            why: error.to_string(),
+        };
+        protocol_string("export name", name.as_bytes())
+            .map_err(|error| bad("this export name", error))?;
+        if let Some(text) = &self.description {
+            protocol_string("description", text.as_bytes())
+                .map_err(|error| bad("this description", error))?;
+        }
+        let size = self.export.info().size;
+        if size > MAX_EXPORT_SIZE {
+            let why = format!("it has {size} bytes, the protocol ends at 2^63-1");
+            return Err(RegistryError::BadExport { name: name.to_owned(), why });
+        }
+        Ok(())
+    }
+
     /// What connections tell each other about the export.
     pub(crate) fn failures(&self) -> &DurabilityFailures {
         &self.failures
@@ -172,21 +192,7 @@ impl ExportRegistry {
     /// limits.
     pub fn add(&self, name: impl Into<String>, entry: ExportEntry) -> Result<(), RegistryError> {
         let name = name.into();
-        let bad = |what, error: nbd_proto::ProtocolError| RegistryError::BadString {
-            what,
-            why: error.to_string(),
-        };
-        protocol_string("export name", name.as_bytes())
-            .map_err(|error| bad("this export name", error))?;
-        if let Some(text) = &entry.description {
-            protocol_string("description", text.as_bytes())
-                .map_err(|error| bad("this description", error))?;
-        }
-        let size = entry.export.info().size;
-        if size > MAX_EXPORT_SIZE {
-            let why = format!("it has {size} bytes, the protocol ends at 2^63-1");
-            return Err(RegistryError::BadExport { name, why });
-        }
+        entry.check(&name)?;
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         if inner.exports.contains_key(&name) {
             return Err(RegistryError::NameTaken(name));

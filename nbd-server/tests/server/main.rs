@@ -10,6 +10,7 @@ mod budgets;
 mod connection_cap;
 mod disconnects;
 mod durability;
+mod embedding;
 mod exports;
 mod fairness;
 mod filter;

@@ -20,7 +20,7 @@ use nbd_proto::wire::{
     MetaContextName, ReplyFlags, ReplyMode, RequestHeader, SimpleReplyHeader, magic,
 };
 
-use super::TestServer;
+use super::{LONG, TestServer};
 
 /// Small requests are joined up to this many bytes.
 const GATHERED_LEN: usize = 64 * 1024;
@@ -79,6 +79,21 @@ impl Client {
         let mut handshake = Handshake { stream: server.connect(), input: BytesMut::new() };
         let phase = handshake.try_greet()?;
         Some(Self::negotiate(handshake, phase, mode, "", &[]))
+    }
+
+    /// Opens an export on a connected stream; `None` if the server closes it or has no such export.
+    pub fn on(stream: UnixStream, mode: ReplyMode, name: &str) -> Option<Self> {
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        let mut handshake = Handshake { stream, input: BytesMut::new() };
+        let mut phase = handshake.try_greet()?;
+        phase = match mode {
+            ReplyMode::Extended => handshake.ask(|out| phase.extended_headers(out).unwrap()),
+            ReplyMode::Structured => handshake.ask(|out| phase.structured_reply(out).unwrap()),
+            ReplyMode::Simple => phase,
+        };
+        let went = handshake.try_ask(|out| phase.go(name, InfoRequest::ALL, out).unwrap());
+        let (negotiated, _) = *went.ok()?;
+        Some(Self::start(handshake.stream, handshake.input, negotiated))
     }
 
     fn negotiate(

@@ -24,6 +24,11 @@ pub struct TestServer {
 impl TestServer {
     /// Serves `exports` within the bounds of `config`.
     pub fn start(config: ServerConfig, exports: ExportRegistry) -> Self {
+        Self::run(Server::new(config, exports))
+    }
+
+    /// Serves with a server that was prepared.
+    pub fn run(mut server: Server) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let address = ListenAddress::Unix(path.clone());
@@ -34,7 +39,6 @@ impl TestServer {
                 tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
             let runtime = runtime.unwrap();
             let served = runtime.block_on(async move {
-                let mut server = Server::new(config, exports);
                 let bound = server.listen(&address).await?;
                 ready.send((bound[0].uri("").to_string(), server.handle())).unwrap();
                 server.serve(async { stopped.await.unwrap_or(()) }).await

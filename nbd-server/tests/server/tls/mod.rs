@@ -6,6 +6,7 @@ mod client;
 mod credentials;
 
 mod handshake;
+mod hook;
 mod hostile;
 mod memory;
 mod reload;

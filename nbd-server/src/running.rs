@@ -1,0 +1,159 @@
+//! [`RunningServer`]: a server that serves, in the hands of its owner.
+
+use std::io;
+use std::net::TcpStream;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::connection::Socket;
+use crate::worker::Accepted;
+use crate::{BoundAddress, ServeError, ServerHandle};
+
+/// A connected stream for [`RunningServer::serve_connection`].
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum ClientStream {
+    /// A TCP connection.
+    Tcp(TcpStream),
+    /// A unix socket, which may be one end of a socket pair.
+    Unix(UnixStream),
+}
+
+impl From<TcpStream> for ClientStream {
+    fn from(stream: TcpStream) -> Self {
+        Self::Tcp(stream)
+    }
+}
+
+impl From<UnixStream> for ClientStream {
+    fn from(stream: UnixStream) -> Self {
+        Self::Unix(stream)
+    }
+}
+
+/// Why a stream is not served. It is closed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectionRefused {
+    /// There are [`ServerConfig::max_connections`](crate::ServerConfig::max_connections) already.
+    #[error("the limit of connections is reached")]
+    LimitReached,
+    /// The server ends or has ended.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// The stream cannot be used.
+    #[error("the stream cannot be used: {0}")]
+    Unusable(#[from] io::Error),
+}
+
+/// How streams of the caller's reach the workers.
+#[derive(Debug, Clone)]
+pub(crate) struct Door {
+    pub(crate) places: Arc<Semaphore>,
+    pub(crate) clients: mpsc::Sender<Accepted>,
+}
+
+impl Door {
+    async fn let_in(&self, stream: ClientStream) -> Result<(), ConnectionRefused> {
+        let places = Arc::clone(&self.places);
+        let place = places.try_acquire_owned().map_err(|_| ConnectionRefused::LimitReached)?;
+        let (socket, peer) = match stream {
+            ClientStream::Tcp(stream) => {
+                stream.set_nonblocking(true)?;
+                stream.set_nodelay(true)?;
+                let peer = stream.peer_addr()?.to_string();
+                (Socket::from_std_tcp(stream), peer)
+            }
+            ClientStream::Unix(stream) => {
+                stream.set_nonblocking(true)?;
+                (Socket::from_std_unix(stream), "unix socket".to_owned())
+            }
+        };
+        let client = Accepted { socket, peer, place, ungreeted: None };
+        self.clients.send(client).await.map_err(|_| ConnectionRefused::ShuttingDown)
+    }
+}
+
+/// A server that serves, from [`Server::start`](crate::Server::start) on.
+///
+/// Dropping it shuts the server down in order, as [`shutdown`](Self::shutdown) does.
+#[derive(Debug)]
+pub struct RunningServer {
+    pub(crate) addresses: Vec<BoundAddress>,
+    pub(crate) handle: ServerHandle,
+    pub(crate) door: Door,
+    pub(crate) stop: watch::Sender<bool>,
+    /// `None` once it has ended.
+    pub(crate) task: Option<JoinHandle<Result<(), ServeError>>>,
+}
+
+impl RunningServer {
+    /// The addresses the server listens on, in the order in which it was told to.
+    #[must_use]
+    pub fn addresses(&self) -> &[BoundAddress] {
+        &self.addresses
+    }
+
+    /// Looks at the server and changes what it serves.
+    #[must_use]
+    pub const fn handle(&self) -> &ServerHandle {
+        &self.handle
+    }
+
+    /// Serves a client on a stream of the caller's: a connection accepted elsewhere, or one end of
+    /// a socket pair. Returns as soon as a worker has the stream. The client is held to the same
+    /// limits as any other.
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectionRefused`]; the stream is closed then.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancelled, it has closed the stream or handed it to a worker.
+    pub async fn serve_connection(
+        &self,
+        stream: impl Into<ClientStream>,
+    ) -> Result<(), ConnectionRefused> {
+        self.door.let_in(stream.into()).await
+    }
+
+    /// Tells the server to shut down: it accepts no more clients, finishes the requests that it has
+    /// received, within [`ServerConfig::drain_timeout`](crate::ServerConfig::drain_timeout), flushes
+    /// all exports and removes its unix sockets. Returns at once; [`wait`](Self::wait) tells when it
+    /// is done. Again it does nothing.
+    pub fn shutdown(&self) {
+        self.stop.send_replace(true);
+    }
+
+    /// Waits until the server has ended. It does so after [`shutdown`](Self::shutdown), or by an
+    /// error. Returns `Ok` when called again.
+    ///
+    /// # Errors
+    ///
+    /// [`ServeError::Worker`] if no thread could be started; [`ServeError::Flush`] if data may not
+    /// be durable.
+    ///
+    /// # Panics
+    ///
+    /// If the task of the server panicked, or its runtime was shut down.
+    ///
+    /// # Cancel safety
+    ///
+    /// Cancel safe: the server goes on, and may be waited for again.
+    pub async fn wait(&mut self) -> Result<(), ServeError> {
+        let Some(task) = &mut self.task else { return Ok(()) };
+        let ended = task.await;
+        self.task = None;
+        match ended {
+            Ok(result) => result,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(error) => panic!("the runtime of the server was shut down: {error}"),
+            },
+        }
+    }
+}

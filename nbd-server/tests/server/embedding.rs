@@ -1,0 +1,137 @@
+//! The server as a part of another program.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nbd_proto::transmission::Command;
+use nbd_proto::wire::ReplyMode;
+use nbd_server::export::{ExportEntry, MemoryExport};
+use nbd_server::{
+    ClientAddress, ConnectionRefused, ExportRegistry, ListenAddress, Refusal, Server, ServerConfig,
+};
+
+use crate::support::{Client, Script, Scripted, output_of, run_peer};
+
+#[path = "../../examples/memory_export.rs"]
+#[allow(dead_code)]
+mod memory_export;
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
+fn registry(export: ExportEntry) -> ExportRegistry {
+    let exports = ExportRegistry::new();
+    exports.add("", export).unwrap();
+    exports
+}
+
+fn memory() -> ExportEntry {
+    ExportEntry::new(Arc::new(MemoryExport::new(1 << 20)))
+}
+
+#[test]
+fn an_export_of_thirty_lines_is_read_and_written_by_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let runtime = runtime();
+    let mut server = runtime.block_on(memory_export::start(path, 3 << 20)).unwrap();
+    let uri = server.addresses()[0].uri("").to_string();
+    let Some(size) = run_peer("nbdinfo", &["--size", &uri]) else { return };
+    assert_eq!(size.trim(), (3 << 20).to_string());
+    let (source, back) = (folder.path().join("source"), folder.path().join("back"));
+    let content: Vec<u8> = (0..3 << 20).map(|index: u32| (index / 7) as u8).collect();
+    std::fs::write(&source, &content).unwrap();
+    if run_peer("nbdcopy", &[source.to_str().unwrap(), &uri]).is_none() {
+        return;
+    }
+    output_of("nbdcopy", &[&uri, back.to_str().unwrap()]);
+    assert!(std::fs::read(back).unwrap() == content);
+    server.shutdown();
+    runtime.block_on(server.wait()).unwrap();
+    runtime.block_on(server.wait()).unwrap();
+    assert!(!folder.path().join("socket").exists(), "its socket is removed");
+}
+
+#[test]
+fn a_stream_of_the_callers_is_served_within_the_limits_until_shutdown() {
+    let runtime = runtime();
+    let _context = runtime.enter();
+    let disk = Scripted::new(1 << 20, Script::default());
+    let mut config = ServerConfig::default();
+    config.max_connections = 1;
+    let mut server = Server::new(config, registry(ExportEntry::new(disk.clone()))).start();
+    assert!(server.addresses().is_empty());
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    runtime.block_on(server.serve_connection(theirs)).unwrap();
+    let mut client = Client::on(ours, ReplyMode::Extended, "").unwrap();
+    client.write(4096, &[7; 4096]).unwrap();
+    assert_eq!(client.read(4096, 4096), [7; 4096]);
+    let (_other, refused) = UnixStream::pair().unwrap();
+    let refused = runtime.block_on(server.serve_connection(refused));
+    assert!(matches!(refused, Err(ConnectionRefused::LimitReached)), "{refused:?}");
+    server.shutdown();
+    runtime.block_on(server.wait()).unwrap();
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), 1, "it is flushed at the end");
+    client.expect_end();
+    let (_late, refused) = UnixStream::pair().unwrap();
+    let refused = runtime.block_on(server.serve_connection(refused));
+    assert!(matches!(refused, Err(ConnectionRefused::ShuttingDown)), "{refused:?}");
+}
+
+#[test]
+fn a_hook_sees_who_connects_and_turns_clients_away() {
+    let runtime = runtime();
+    let _context = runtime.enter();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&asked);
+    let mut server =
+        Server::new(ServerConfig::default(), registry(memory())).on_connection(move |client| {
+            let ClientAddress::Unix { process, .. } = client.address else {
+                return Err(Refusal::new("it came from elsewhere"));
+            };
+            assert_eq!(process, Some(std::process::id().cast_signed()));
+            match counter.fetch_add(1, Ordering::SeqCst) {
+                0 => Ok(()),
+                _ => Err(Refusal::new("one is enough")),
+            }
+        });
+    runtime.block_on(server.listen(&ListenAddress::Unix(path.clone()))).unwrap();
+    let _server = server.start();
+    let connect = || Client::on(UnixStream::connect(&path).unwrap(), ReplyMode::Simple, "");
+    let mut first = connect().unwrap();
+    assert_eq!(first.read(0, 1), [0]);
+    assert!(connect().is_none(), "it is disconnected");
+    assert_eq!(first.read(0, 1), [0], "others are not concerned");
+    assert_eq!(asked.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn exports_are_resolved_by_name_when_clients_ask_and_flushed_at_the_end() {
+    let runtime = runtime();
+    let _context = runtime.enter();
+    let disk = Scripted::new(1 << 20, Script::default());
+    let entry = ExportEntry::new(disk.clone());
+    let server = Server::new(ServerConfig::default(), registry(memory()));
+    let mut server = server
+        .resolve_exports(move |name, _| (name == "made/on/demand").then(|| entry.clone()))
+        .start();
+    let connect = |name: &str| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        runtime.block_on(server.serve_connection(theirs)).unwrap();
+        Client::on(ours, ReplyMode::Extended, name)
+    };
+    let mut client = connect("made/on/demand").unwrap();
+    client.write(0, &[1; 512]).unwrap();
+    assert_eq!(client.request(0, 0, &Command::Flush).result, Ok(()));
+    assert_eq!(connect("made/on/demand").unwrap().read(0, 512), [1; 512], "it is the same disk");
+    assert!(connect("").is_some(), "those of the registry are there");
+    assert!(connect("unknown").is_none());
+    let before = disk.flushes.load(Ordering::SeqCst);
+    server.shutdown();
+    runtime.block_on(server.wait()).unwrap();
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), before + 1);
+}
