@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use nbd_proto::ApiMisuse;
 use nbd_proto::transmission::ExtentLimit;
-use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
+use nbd_proto::wire::{AllocationFlags, BlockDescriptor, DirtyFlags, MetaContextName};
 
 use crate::client::Client;
 use crate::error::Result;
@@ -22,6 +22,18 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// The range, in bytes.
+    #[must_use]
+    pub const fn range(&self) -> Range<u64> {
+        self.offset..self.offset.saturating_add(self.length)
+    }
+
+    /// True if the context is a dirty bitmap (`qemu:dirty-bitmap:NAME`) and the range is dirty.
+    #[must_use]
+    pub const fn is_dirty(&self) -> bool {
+        DirtyFlags::from_bits_truncate(self.flags).contains(DirtyFlags::STATE_DIRTY)
+    }
+
     /// The status, if the context is `base:allocation`.
     #[must_use]
     pub const fn allocation(&self) -> AllocationFlags {
@@ -33,6 +45,68 @@ impl Extent {
 ///
 /// Made by [`Client::extents`]. Each request asks for all that is left of the range and takes as
 /// many extents as the server gives.
+///
+/// # Example
+///
+/// What an incremental backup copies: the ranges that a dirty bitmap of QEMU or of `nbd-cli` marks.
+///
+/// ```
+/// use std::ops::Range;
+///
+/// use nbd_client::{Connector, MetaContextName};
+///
+/// type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+///
+/// async fn changed(uri: &str, bitmap: &str) -> Result<Vec<Range<u64>>> {
+///     let context = MetaContextName::qemu_dirty_bitmap(bitmap)?;
+///     let connector = uri.parse::<Connector>()?.meta_contexts([context.clone()]);
+///     let client = connector.connect().await?;
+///     let mut changed = Vec::new();
+///     let mut extents = client.extents(&context, 0..client.info().size);
+///     while let Some(extent) = extents.next().await {
+///         let extent = extent?;
+///         if extent.is_dirty() {
+///             changed.push(extent.range());
+///         }
+///     }
+///     client.disconnect().await?;
+///     Ok(changed)
+/// }
+/// # use nbd_server::export::{Export, ExportEntry, ExportError, ExportInfo};
+/// # use nbd_client::BlockDescriptor;
+/// # struct Disk;
+/// # impl Export for Disk {
+/// #     fn info(&self) -> ExportInfo {
+/// #         let mut info = ExportInfo::new(1 << 20);
+/// #         info.meta_contexts = vec![MetaContextName::qemu_dirty_bitmap("monday").unwrap()];
+/// #         info
+/// #     }
+/// #     fn read_at(&self, _: u64, _: &mut [u8]) -> std::result::Result<(), ExportError> {
+/// #         Ok(())
+/// #     }
+/// #     fn block_status(
+/// #         &self, _: &MetaContextName, _: u64, _: u64, _: usize,
+/// #     ) -> std::result::Result<Vec<BlockDescriptor>, ExportError> {
+/// #         let clean = BlockDescriptor { length: 4096, flags: 0 };
+/// #         Ok(vec![clean, BlockDescriptor { length: 8192, flags: 1 }, BlockDescriptor { length: (1 << 20) - 12288, flags: 0 }])
+/// #     }
+/// # }
+/// # let folder = tempfile::tempdir()?;
+/// # let socket = nbd_server::ListenAddress::Unix(folder.path().join("s"));
+/// # tokio::runtime::Runtime::new()?.block_on(async move {
+/// # let exports = nbd_server::ExportRegistry::new();
+/// # exports.add("", ExportEntry::new(std::sync::Arc::new(Disk)))?;
+/// # let mut server = nbd_server::Server::new(nbd_server::ServerConfig::default(), exports);
+/// # let uri = server.listen(&socket).await?.remove(0).uri("").to_string();
+/// # let serving = tokio::spawn(server.serve(std::future::pending::<()>()));
+///
+/// let changed = changed(&uri, "monday").await?;
+/// assert_eq!(changed, [4096..12288]);
+/// # serving.abort();
+/// # Result::Ok(())
+/// # })?;
+/// # Result::Ok(())
+/// ```
 #[derive(Debug)]
 pub struct ExtentStream {
     client: Client,

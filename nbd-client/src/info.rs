@@ -5,6 +5,7 @@ use nbd_proto::wire::{BlockSizes, MetaContextName, ReplyMode, TransmissionFlags}
 
 /// The handshake a server speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Protocol {
     /// One nameless export, no options.
     Oldstyle,
@@ -44,6 +45,7 @@ pub enum Scope {
 
 /// A server and its exports.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ServerInfo {
     /// The handshake it speaks.
     pub protocol: Protocol,
@@ -59,6 +61,7 @@ pub struct ServerInfo {
 
 /// An export that is listed, and refused when it is asked about.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RefusedExport {
     /// Name, as it was listed.
     pub name: String,
@@ -68,6 +71,7 @@ pub struct RefusedExport {
 
 /// What is known about one export.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExportInfo {
     /// Name, as it was asked for or listed.
     pub name: String,

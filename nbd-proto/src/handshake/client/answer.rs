@@ -179,6 +179,7 @@ fn check_count(what: &'static str, count: usize, limit: usize) -> Result<(), Pro
 
 /// What a server tells about one export.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExportInfo {
     /// Size, in bytes; at most 2^63-1.
     pub size: u64,
