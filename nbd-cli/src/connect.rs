@@ -5,19 +5,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use nbd_client::{Client, Connector, Error, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
+use nbd_client::{Client, Connector, Error, LocalFiles, TlsMode, VerifyPeer};
 use nbd_proto::NbdUri;
 use nbd_proto::tls::CA_CERTIFICATE_FILE;
 use nbd_proto::uri::Security;
-use nbd_proto::wire::OptionReplyType;
 
 use crate::error::CommandError;
-use crate::output::printable;
+use crate::jobs::JobErrorKind;
+use crate::jobs::connect::{self, ConnectOptions, TlsSettings};
 use crate::signals;
 use crate::size::parse_duration;
-
-/// How many names an error lists.
-const MAX_NAMES: usize = 8;
 
 /// How connections to servers use TLS: what the client commands have in common.
 #[derive(Clone, Debug, Default, Args)]
@@ -107,10 +104,15 @@ pub struct ConnectionArgs {
 }
 
 impl ConnectionArgs {
-    /// Describes a connection.
-    pub(crate) fn connector(&self, uri: &NbdUri, tls: &TlsArgs) -> Connector {
-        let connector = tls.connector(uri).connections(self.connections);
-        limited(connector, self.timeout).reconnect(self.reconnect)
+    /// What the options say, for jobs.
+    pub(crate) fn options(&self, tls: &TlsArgs) -> ConnectOptions {
+        let mut options = ConnectOptions::default();
+        options.connections = self.connections;
+        options.timeout = self.timeout;
+        options.reconnect = self.reconnect;
+        options.tls = tls.settings();
+        options.local_files = LocalFiles::Allowed;
+        options
     }
 }
 
@@ -165,35 +167,28 @@ impl TlsArgs {
         )))
     }
 
+    /// What the options say, for jobs.
+    fn settings(&self) -> TlsSettings {
+        let mut settings = TlsSettings::default();
+        settings.mode = self.tls.map(|choice| match choice {
+            TlsChoice::Off => TlsMode::Off,
+            TlsChoice::Prefer => TlsMode::Prefer,
+            TlsChoice::Require => TlsMode::Require,
+        });
+        settings.certificates.clone_from(&self.tls_certificates);
+        settings.default_certificates = usual_folder();
+        settings.pre_shared_keys.clone_from(&self.tls_psk);
+        settings.hostname.clone_from(&self.tls_hostname);
+        settings.verify_peer = self.tls_verify_peer.map(|choice| match choice {
+            OnOff::On => VerifyPeer::Required,
+            OnOff::Off => VerifyPeer::Off,
+        });
+        settings
+    }
+
     /// Describes a connection. Whoever runs the program wrote the URI: it may name files.
     pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
-        let connector = Connector::new(uri.clone()).local_files(LocalFiles::Allowed);
-        let mode = match (self.tls, uri.security) {
-            (Some(TlsChoice::Off), _) => TlsMode::Off,
-            (Some(TlsChoice::Prefer), _) => TlsMode::Prefer,
-            (Some(TlsChoice::Require), _) | (None, Security::Tls) => TlsMode::Require,
-            (None, Security::Plain) => return connector,
-        };
-        let mut options = TlsOptions::new(mode);
-        if let Some(file) = &self.tls_psk {
-            options = options.pre_shared_keys(file);
-        } else if let Some(folder) = &self.tls_certificates {
-            options = options.certificates(folder);
-        } else if uri.tls.file_parameter().is_none()
-            && uri.tls.kind.is_none()
-            && let Some(folder) = usual_folder()
-        {
-            options = options.certificates(folder);
-        }
-        if let Some(name) = &self.tls_hostname {
-            options = options.hostname(name);
-        }
-        match self.tls_verify_peer {
-            Some(OnOff::On) => options = options.verify_peer(VerifyPeer::Required),
-            Some(OnOff::Off) => options = options.verify_peer(VerifyPeer::Off),
-            None => {}
-        }
-        connector.tls(options)
+        self.settings().apply(Connector::new(uri.clone()).local_files(LocalFiles::Allowed))
     }
 }
 
@@ -208,13 +203,8 @@ fn usual_folder() -> Option<PathBuf> {
 /// Connects, unless a signal interrupts that; an export that does not exist is reported together
 /// with those that do.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {
-    signals::unless_interrupted(async {
-        match connector.connect().await {
-            Ok(client) => Ok(client),
-            Err(error) => Err(explain_unknown_export(connector, uri, error).await),
-        }
-    })
-    .await
+    let cancellation = signals::cancellation();
+    Ok(connect::connect(connector, uri, JobErrorKind::Source, &cancellation).await?)
 }
 
 /// Turns an error of the handshake into one of the program.
@@ -223,56 +213,10 @@ pub(crate) async fn explain_unknown_export(
     uri: &NbdUri,
     error: Error,
 ) -> CommandError {
-    if error.option_reply() != Some(OptionReplyType::ERR_UNKNOWN) {
-        return CommandError::new(with_advice(&error));
-    }
-    let wanted = match uri.export_name.as_str() {
-        "" => "no default export; name one".to_owned(),
-        name => format!("no export named '{}'", printable(name)),
-    };
-    let offered = match connector.list().await {
-        Ok(exports) if exports.is_empty() => "it lists none".to_owned(),
-        Ok(exports) => {
-            let names = exports.iter().take(MAX_NAMES);
-            let names: Vec<_> =
-                names.map(|export| format!("'{}'", printable(&export.name))).collect();
-            let more = if exports.len() > MAX_NAMES { " and more" } else { "" };
-            format!("it has {}{more}", names.join(", "))
-        }
-        Err(_) => "it does not list what it has; ask its operator".to_owned(),
-    };
-    CommandError::new(format!("{uri}: the server has {wanted} ({offered})"))
+    CommandError::new(connect::explain_unknown_export(connector, uri, &error).await)
 }
 
 /// Says what was tried when a server refused or failed later on.
 pub(crate) fn failed(uri: &NbdUri, operation: &str, error: &Error) -> CommandError {
-    match error {
-        // These name the server themselves.
-        Error::Connect { .. } | Error::Tls { .. } => CommandError::new(with_advice(error)),
-        Error::Request { .. } | Error::Misuse(_) | Error::Closed => CommandError::new(format!(
-            "cannot {operation} {uri}: {}",
-            printable(&error.to_string())
-        )),
-        _ => CommandError::new(printable(&error.to_string())),
-    }
-}
-
-fn with_advice(error: &Error) -> String {
-    let text = printable(&error.to_string());
-    let advice = match error {
-        Error::Connect { source, .. } => match source.kind() {
-            std::io::ErrorKind::ConnectionRefused => "; is the server running there?",
-            std::io::ErrorKind::NotFound => "; there is no such socket, is the server running?",
-            std::io::ErrorKind::PermissionDenied => "; you may not use this socket",
-            std::io::ErrorKind::TimedOut | std::io::ErrorKind::HostUnreachable => {
-                "; check the address and the firewall"
-            }
-            _ => "",
-        },
-        Error::Tls { source: TlsError::RequiredByServer, .. } => {
-            " (--tls-certificates or --tls-psk)"
-        }
-        _ => "",
-    };
-    text + advice
+    CommandError::new(connect::failed(uri, operation, error))
 }

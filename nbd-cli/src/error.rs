@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use crate::jobs::JobError;
+use crate::jobs::text::without_error_numbers;
 use crate::signals;
 
 /// How a command ended that did not fail.
@@ -73,20 +75,6 @@ impl CommandError {
     }
 }
 
-/// Takes away the numbers that the standard library puts behind the words for a system's error.
-pub(crate) fn without_error_numbers(mut message: String) -> String {
-    const BEFORE: &str = " (os error ";
-    while let Some(start) = message.find(BEFORE) {
-        let rest = &message[start + BEFORE.len()..];
-        let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
-        if digits == 0 || rest.as_bytes().get(digits) != Some(&b')') {
-            break;
-        }
-        message.replace_range(start..start + BEFORE.len() + digits + 1, "");
-    }
-    message
-}
-
 impl fmt::Display for CommandError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)
@@ -95,6 +83,12 @@ impl fmt::Display for CommandError {
 
 impl From<imgfmt::Error> for CommandError {
     fn from(error: imgfmt::Error) -> Self {
+        Self { could_be_shared: error.could_be_shared(), ..Self::new(error.to_string()) }
+    }
+}
+
+impl From<JobError> for CommandError {
+    fn from(error: JobError) -> Self {
         Self { could_be_shared: error.could_be_shared(), ..Self::new(error.to_string()) }
     }
 }
@@ -124,17 +118,6 @@ pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn numbers_of_system_errors_are_not_for_people() {
-        for (message, plain) in [
-            ("no: File exists (os error 17)", "no: File exists"),
-            ("a (os error 2), b (os error 111)!", "a, b!"),
-            ("(os error of mine) (os error x)", "(os error of mine) (os error x)"),
-        ] {
-            assert_eq!(CommandError::new(message).to_string(), plain);
-        }
-    }
 
     #[test]
     fn a_closed_pipe_is_not_reported_and_a_full_disk_is() {

@@ -93,7 +93,7 @@ pub(crate) fn open_file(
 }
 
 /// Once for each file: commands open some of them more than once.
-fn warn_of_no_locks(path: &Path) {
+pub(crate) fn warn_of_no_locks(path: &Path) {
     static WARNED_OF: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
     let mut known = WARNED_OF.lock().unwrap_or_else(PoisonError::into_inner);
     if known.iter().any(|known| known == path) {

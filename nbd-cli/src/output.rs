@@ -1,11 +1,12 @@
 //! Standard output: reports as text and as JSON, and text that is safe to show.
 
-use std::fmt::Write as _;
 use std::io::{self, BufWriter, StdoutLock, Write};
 
 use serde::Serialize;
 
-use crate::error::{CommandError, without_error_numbers};
+use crate::error::CommandError;
+pub(crate) use crate::jobs::text::printable;
+use crate::jobs::text::without_error_numbers;
 
 /// Whether a report is for people or for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,28 +59,4 @@ impl Output {
 pub(crate) fn warn(message: &str) {
     let message = without_error_numbers(message.to_owned());
     let _ = writeln!(io::stderr(), "nbd-cli: warning: {message}");
-}
-
-/// Text from a server with control characters made visible: it must not drive the terminal.
-pub(crate) fn printable(text: &str) -> String {
-    let mut shown = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_control() {
-            // Writing to a string cannot fail.
-            let _ = write!(shown, "{}", character.escape_default());
-        } else {
-            shown.push(character);
-        }
-    }
-    shown
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_server_cannot_send_escape_sequences_to_the_terminal() {
-        assert_eq!(printable("disk\u{1b}[2J\n é"), "disk\\u{1b}[2J\\n é");
-    }
 }

@@ -114,6 +114,16 @@ impl Progress {
         self.add(bytes);
     }
 
+    /// Says how much is done, and how much of that was known to be zero. Calls must come one at a time.
+    pub(crate) fn set(&self, done: u64, holes: u64) {
+        let before = self.tally.done.load(Ordering::Relaxed);
+        match done.checked_sub(before) {
+            Some(more) => self.add(more),
+            None => self.set_back(before - done),
+        }
+        self.tally.holes.store(holes, Ordering::Relaxed);
+    }
+
     /// Takes bytes back that have to be done again.
     pub(crate) fn set_back(&self, bytes: u64) {
         let done = self.tally.done.fetch_sub(bytes, Ordering::Relaxed).saturating_sub(bytes);

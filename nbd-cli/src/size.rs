@@ -4,6 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
+pub(crate) use crate::jobs::text::exact;
+
 /// A number of bytes, written as `4096`, `64K`, `1G` or `2GiB`; suffixes are powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(pub u64);
@@ -61,17 +63,6 @@ fn shift_of(suffix: &str) -> Option<u32> {
 }
 
 const SUFFIXES: [&str; 7] = ["", "K", "M", "G", "T", "P", "E"];
-
-/// A size with the largest suffix that keeps it exact: `8M`, `1025`, `3K`.
-pub(crate) fn exact(bytes: u64) -> String {
-    let mut number = bytes;
-    let mut suffix = 0;
-    while number != 0 && number.is_multiple_of(1024) && suffix + 1 < SUFFIXES.len() {
-        number /= 1024;
-        suffix += 1;
-    }
-    format!("{number}{}", SUFFIXES[suffix])
-}
 
 /// A size rounded for reading: `8.0 MiB`, `1.5 GiB`, `17 bytes`.
 pub(crate) fn rounded(bytes: u64) -> String {

@@ -35,9 +35,9 @@ use crate::connect::{ConnectionArgs, TlsArgs, connect};
 use crate::error::{CommandError, Outcome, block_on, runtime};
 use crate::locking::ShareArgs;
 use crate::output::{ReportFormat, printable, warn};
-use crate::progress::{Progress, Visibility};
+use crate::progress::Visibility;
+use crate::shown::Shown;
 use crate::signals::{self, EndSignals, Hangup};
-use crate::target::device;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -235,7 +235,7 @@ async fn until_signal(
     });
     let ended = format!("signal {} has ended the backup of {uri}", signal.number());
     Err(match args.is_on_device() {
-        true => device::lost(&args.target, &CommandError::new(ended)),
+        true => partial::lost(&args.target, &CommandError::new(ended)),
         false => CommandError::new(format!("{ended}; begin again with --restart")),
     })
 }
@@ -333,7 +333,7 @@ async fn connect_to_disk(
     bitmap: Option<&MetaContextName>,
 ) -> Result<Client, CommandError> {
     let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
-    let connector = args.connection.connector(uri, &args.tls).meta_contexts(contexts);
+    let connector = args.connection.options(&args.tls).connector(uri).meta_contexts(contexts);
     let client = connect(&connector, uri).await?;
     if let (Some(context), Some(name)) = (bitmap, &args.bitmap)
         && !client.meta_contexts().contains(context)
@@ -389,11 +389,11 @@ async fn fill(
         sparse: Some(CLUSTER_SIZE),
         start,
     };
-    let progress = Progress::new(visibility(args), source.size());
-    progress.add(start);
-    let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
+    let shown = Shown::new(visibility(args));
+    let job = Job::new(&settings, source, destination, extents, &shown.context());
+    let job = Arc::new(job);
     let result = run_and_save(&job, partial).await;
-    job.progress.clear();
+    shown.clear();
     // Saves what is done in any case; the first error is the one to tell.
     let saved = save(&job, partial).await;
     result.and(saved)?;
@@ -420,7 +420,7 @@ async fn run_and_save(job: &Arc<Job>, partial: &mut Partial) -> Result<(), Comma
     let mut running = std::pin::pin!(engine::run(job));
     loop {
         tokio::select! {
-            result = &mut running => return result,
+            result = &mut running => return Ok(result?),
             () = tokio::time::sleep(SAVE_INTERVAL) => save(job, partial).await?,
         }
     }
@@ -447,11 +447,12 @@ async fn verify(
         Verify::Copied => extents(client, bitmap, 0),
         Verify::All => extents(client, None, 0),
     };
-    let progress = Progress::new(visibility(args), source.size());
+    let shown = Shown::new(visibility(args));
     let copy = Source::image(Arc::new(image));
-    let verification = Arc::new(Verification::new(source, copy, unit, extents, progress));
+    let verification = Verification::new(source, copy, unit, extents, &shown.context());
+    let verification = Arc::new(verification);
     let result = verification.run(args.requests.get()).await;
-    verification.progress.clear();
+    shown.clear();
     result.map_err(|error| {
         let error = CommandError::new(format!("the backup is not as it should be: {error}"));
         partial.failed(&error, "begin again with --restart")

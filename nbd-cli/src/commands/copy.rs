@@ -5,7 +5,9 @@ pub(super) mod destination;
 pub(super) mod dirty;
 pub(super) mod engine;
 mod holes;
-pub(super) mod location;
+mod job;
+pub(crate) mod location;
+pub(super) mod options;
 pub(super) mod plan;
 pub(super) mod source;
 mod stream;
@@ -13,23 +15,20 @@ pub(super) mod verify;
 pub(crate) mod zero;
 
 use std::num::NonZeroUsize;
-use std::sync::Arc;
 
 use clap::Args;
-use imgfmt::Format;
 
-use self::destination::Destination;
-use self::engine::{Job, Settings};
 use self::location::Location;
-use self::plan::Extents;
-use self::source::{Knowledge, Source};
+use self::options::{CopyOptions, Knowledge, Zeroes};
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
+use crate::jobs::JobErrorKind;
+use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
-use crate::output::warn;
-use crate::progress::{Progress, Visibility};
+use crate::progress::Visibility;
+use crate::shown::Shown;
 use crate::size::ByteSize;
-use crate::target::{Durable, device};
+use crate::target::Durable;
 
 const AFTER_HELP: &str = "\
 Sources and destinations:
@@ -71,9 +70,11 @@ const MIN_SPARSE_SIZE: u64 = 512;
 #[command(after_help = AFTER_HELP)]
 pub struct CopyArgs {
     /// What to copy.
+    #[arg(value_parser = LocationParser)]
     pub source: Location,
 
     /// Where to copy it.
+    #[arg(value_parser = LocationParser)]
     pub destination: Location,
 
     #[command(flatten)]
@@ -160,67 +161,37 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 }
 
 async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
-    // The source first: what cannot be read must not cost anybody a destination.
-    let knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
-    let locking = args.share.locking(args.locks);
-    let source = Source::open(&args.source, &args.connection, &args.tls, locking, knowledge).await;
-    let source = source.map_err(advise_sharing)?;
-    warn_of_container(&source);
-    let destination =
-        Destination::open(&args.destination, &args.connection, &args.tls, args.locks, &source)
-            .await?;
-    let visibility = match (args.progress, args.quiet) {
+    let shown = Shown::new(match (args.progress, args.quiet) {
         (true, _) => Visibility::Always,
         (_, true) => Visibility::Never,
         _ => Visibility::IfTerminal,
-    };
-    let progress = Progress::new(visibility, source.size());
-    let extents = match knowledge {
-        Knowledge::Nothing => Extents::Unknown,
-        Knowledge::Holes => source.extents(0),
-    };
-    let settings = Settings::of_copy(args, &source, &destination);
-    let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
-    let result = again::run(&job, args.flush).await;
+    });
+    let result = job::copy(&args.source, &args.destination, &options(args), &shown.context()).await;
     match &result {
-        Ok(()) => job.progress.finish(),
-        Err(_) => job.progress.clear(),
+        Ok(_) => shown.finish(),
+        Err(_) => shown.clear(),
     }
-    result.map_err(|error| incomplete(args, &job.destination, &error))?;
-    job.destination.complete(if args.flush { Durable::Now } else { Durable::Later })?;
-    job.source.close().await;
-    job.destination.close().await;
-    Ok(())
+    result.map(drop).map_err(|error| match error.kind() {
+        JobErrorKind::Source => advise_sharing(error.into()),
+        _ => error.into(),
+    })
 }
 
-/// Says that a file which is an image is copied with its container: that is rarely what is meant.
-fn warn_of_container(source: &Source) {
-    let Source::File { storage, path, .. } = source else { return };
-    // What cannot be read now is said when it is copied.
-    let format = Format::probe(&**storage).unwrap_or(Format::Raw);
-    if format != Format::Raw {
-        let advice = match format.is_supported() {
-            true => "; to copy the disk inside it, use 'nbd-cli image convert'",
-            false => "",
-        };
-        warn(&format!(
-            "'{}' is a {} image, and its file is copied as it is, byte for byte{advice}",
-            path.display(),
-            format.description()
-        ));
-    }
-}
-
-fn incomplete(args: &CopyArgs, destination: &Destination, error: &CommandError) -> CommandError {
-    if let (Location::File(path), Some(disk)) = (&args.destination, destination.device()) {
-        let error = CommandError::new(format!("copying {} failed: {error}", args.source));
-        return device::lost_disk(path, &disk, &error);
-    }
-    let left = match &args.destination {
-        Location::File(_) if let Some(left) = destination.abandon() => format!("; {left}"),
-        Location::File(path) => format!("; '{}' is incomplete", path.display()),
-        Location::Nbd(uri) => format!("; the disk at {uri} is incomplete"),
-        Location::Standard | Location::Null => String::new(),
+/// What the command line says, for the job.
+fn options(args: &CopyArgs) -> CopyOptions {
+    let mut options = CopyOptions::default();
+    options.connect = args.connection.options(&args.tls);
+    options.requests = args.requests;
+    options.request_size = args.request_size.bytes();
+    options.zeroes = match (args.allocated, args.destination_is_zero) {
+        (true, _) => Zeroes::Allocate,
+        (_, true) => Zeroes::Skip,
+        _ => Zeroes::PunchHoles,
     };
-    CommandError::new(format!("copying {} failed: {error}{left}", args.source))
+    options.knowledge = if args.no_extents { Knowledge::Nothing } else { Knowledge::Holes };
+    options.sparse = Some(args.sparse.bytes()).filter(|sparse| *sparse != 0);
+    options.durability = if args.flush { Durable::Now } else { Durable::Later };
+    options.source_locking = args.share.locking(args.locks);
+    options.destination_locking = args.locks.locking();
+    options
 }

@@ -17,15 +17,19 @@ use super::copy::again;
 use super::copy::destination::{Destination, Surface, create_empty};
 use super::copy::engine::{Job, Settings, ZeroPolicy};
 use super::copy::location::Location;
-use super::copy::source::{Knowledge, Source};
+use super::copy::options::Knowledge;
+use super::copy::source::Source;
 use super::copy::verify::Verification;
 use super::image::open::OpenArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
 use crate::image_format::ImageFormat;
+use crate::jobs::JobContext;
+use crate::location_parser::LocationParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
-use crate::progress::{Progress, Visibility};
+use crate::progress::Visibility;
+use crate::shown::Shown;
 use crate::size::rounded;
 use crate::target::{self, Durable, Existing, NewFile, device};
 
@@ -54,6 +58,7 @@ pub struct RestoreArgs {
     pub image: PathBuf,
 
     /// A new file, a block device or an NBD URI.
+    #[arg(value_parser = LocationParser)]
     pub destination: Location,
 
     /// Format of a new file, or on a device.
@@ -144,11 +149,14 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     }
     let source = Source::image(image);
     let size = source.size().unwrap_or_default();
-    let mut new = New::begin(args, size, is_new)?;
-    let result = match open(args, &source, &mut new).await {
-        Ok(destination) => fill_and_verify(args, source, destination, &new).await,
+    let shown = Shown::new(visibility(args));
+    let context = shown.context();
+    let mut new = New::begin(args, size, is_new, &context)?;
+    let result = match open(args, &source, &mut new, &context).await {
+        Ok(destination) => fill_and_verify(args, source, destination, &new, &context).await,
         Err(error) => Err(error),
     };
+    shown.clear();
     let ([copied, zero], verified) = result.map_err(|error| failure(args, &new, &error))?;
     new.complete(args)?;
     Ok(Report {
@@ -182,14 +190,21 @@ enum New {
 }
 
 impl New {
-    fn begin(args: &RestoreArgs, size: u64, is_new: bool) -> Result<Self, CommandError> {
+    fn begin(
+        args: &RestoreArgs,
+        size: u64,
+        is_new: bool,
+        context: &JobContext,
+    ) -> Result<Self, CommandError> {
         match &args.destination {
             Location::File(path) if is_new => {
-                Ok(Self::File(NewFile::begin(path, |path| make(args, size, path))?))
+                Ok(Self::File(NewFile::begin(path, &context.observer, |path| {
+                    make(args, size, path)
+                })?))
             }
             Location::File(device) if is_image(args) => {
                 let options = CreateOptions::new(Format::Qcow2, size);
-                Ok(Self::Image(device::begin_image(device, &options)?))
+                Ok(Self::Image(device::begin_image(device, &options, &*context.observer)?))
             }
             // A raw device is found to be one when it is opened.
             _ => Ok(Self::Nothing),
@@ -198,11 +213,9 @@ impl New {
 
     fn complete(self, args: &RestoreArgs) -> Result<(), CommandError> {
         match (self, &args.destination) {
-            (Self::File(new), _) => new.complete(Durable::Now),
-            (Self::Image(new), Location::File(path)) => {
-                new.complete().map_err(|error| device::lost(path, &error.into()))
-            }
-            (Self::Disk(disk), Location::File(path)) => device::complete_disk(path, &disk),
+            (Self::File(new), _) => Ok(new.complete(Durable::Now)?),
+            (Self::Image(new), Location::File(path)) => Ok(device::complete_image(path, new)?),
+            (Self::Disk(disk), Location::File(path)) => Ok(device::complete_disk(path, &disk)?),
             _ => Ok(()),
         }
     }
@@ -211,12 +224,13 @@ impl New {
 /// The error with what it leaves.
 fn failure(args: &RestoreArgs, new: &New, error: &CommandError) -> CommandError {
     let failed = CommandError::new(format!("restoring '{}' failed: {error}", args.image.display()));
-    match (new, &args.destination) {
-        (New::File(new), _) => CommandError::new(format!("{failed}; {}", new.left_behind())),
-        (New::Image(_), Location::File(device)) => device::lost(device, &failed),
-        (New::Disk(disk), Location::File(device)) => device::lost_disk(device, disk, &failed),
-        _ => CommandError::new(format!("{failed}; {} is incomplete", args.destination)),
-    }
+    let left = match (new, &args.destination) {
+        (New::File(new), _) => new.left_behind(),
+        (New::Image(_), Location::File(device)) => device::left_behind(device),
+        (New::Disk(disk), Location::File(device)) => device::left_behind_on(device, disk),
+        _ => format!("{} is incomplete", args.destination),
+    };
+    CommandError::new(format!("{failed}; {left}"))
 }
 
 /// Whether there is nothing of that name; a device may be there.
@@ -235,7 +249,7 @@ fn is_new(path: &Path) -> Result<bool, CommandError> {
 fn make(args: &RestoreArgs, size: u64, path: &Path) -> Result<(), CommandError> {
     match args.output_format {
         ImageFormat::Qcow2 => Ok(Image::create(path, &CreateOptions::new(Format::Qcow2, size))?),
-        _ => create_empty(path),
+        _ => Ok(create_empty(path)?),
     }
 }
 
@@ -243,17 +257,19 @@ async fn open(
     args: &RestoreArgs,
     source: &Source,
     new: &mut New,
+    context: &JobContext,
 ) -> Result<Destination, CommandError> {
     let options = plain(Format::Qcow2).access(Access::ReadWrite);
     match new {
         New::File(new) if is_image(args) => {
             Ok(Destination::image(Image::open(new.path(), &options)?, Surface::Zeroes))
         }
-        New::File(new) => Destination::new_file(new),
+        New::File(new) => Ok(Destination::new_file(new)?),
         New::Image(new) => Ok(Destination::image(new.open(&options)?, Surface::Zeroes)),
         New::Disk(_) | New::Nothing => {
-            let (locks, to) = (args.open.trust.locks, &args.destination);
-            let opened = Destination::open(to, &args.connection, &args.tls, locks, source).await?;
+            let (to, connect) = (&args.destination, args.connection.options(&args.tls));
+            let locking = args.open.trust.locks.locking();
+            let opened = Destination::open(to, &connect, locking, source, context).await?;
             if let Some(disk) = opened.device() {
                 *new = New::Disk(disk);
             }
@@ -272,6 +288,7 @@ async fn fill_and_verify(
     source: Source,
     destination: Destination,
     new: &New,
+    context: &JobContext,
 ) -> Result<([u64; 2], Option<u64>), CommandError> {
     let Source::Image { image, .. } = &source else {
         return Err(CommandError::new("only an image can be restored"));
@@ -291,9 +308,8 @@ async fn fill_and_verify(
         sparse: Some(if is_image { CLUSTER_SIZE } else { unit.max(4096) }),
         start: 0,
     };
-    let progress = Progress::new(visibility(args), source.size());
     let extents = source.extents(0);
-    let job = Arc::new(Job::new(&settings, source, destination, extents, progress));
+    let job = Arc::new(Job::new(&settings, source, destination, extents, context));
     // A server that cannot flush has nothing better to offer.
     let flushes = match &job.destination {
         Destination::Nbd { client, .. } => {
@@ -301,26 +317,29 @@ async fn fill_and_verify(
         }
         _ => true,
     };
-    let result = again::run(&job, flushes).await;
-    job.progress.clear();
-    result?;
+    again::run(&job, flushes).await?;
     let counts = [&job.counts().data, &job.counts().zero].map(|n| n.load(Ordering::Relaxed));
     let job = Arc::into_inner(job)
         .ok_or_else(|| CommandError::new("a task of the restore has not ended"))?;
     job.destination.close().await;
     job.destination.close_image()?;
     let verified = match args.verify {
-        true => Some(verify(args, new, image).await?),
+        true => Some(verify(args, new, image, context).await?),
         false => None,
     };
     Ok((counts, verified))
 }
 
-async fn verify(args: &RestoreArgs, new: &New, image: Arc<Image>) -> Result<u64, CommandError> {
+async fn verify(
+    args: &RestoreArgs,
+    new: &New,
+    image: Arc<Image>,
+    context: &JobContext,
+) -> Result<u64, CommandError> {
     let locking = args.open.trust.locks.locking();
-    let written = async |place| {
-        Source::open(place, &args.connection, &args.tls, locking, Knowledge::Holes).await
-    };
+    let connect = args.connection.options(&args.tls);
+    let written =
+        async |place| Source::open(place, &connect, locking, Knowledge::Holes, context).await;
     let copy = match new {
         New::File(new) if is_image(args) => {
             Source::image(Arc::new(Image::open(new.path(), &plain(Format::Qcow2))?))
@@ -335,12 +354,10 @@ async fn verify(args: &RestoreArgs, new: &New, image: Arc<Image>) -> Result<u64,
     let unit = copy.alignment();
     let source = Source::image(image);
     let extents = source.extents(0);
-    let progress = Progress::new(visibility(args), source.size());
-    let verification = Arc::new(Verification::new(source, copy, unit, extents, progress));
+    let verification = Arc::new(Verification::new(source, copy, unit, extents, context));
     let result = verification.run(args.requests.get()).await;
-    verification.progress.clear();
     verification.copy.close().await;
-    result
+    Ok(result?)
 }
 
 fn visibility(args: &RestoreArgs) -> Visibility {

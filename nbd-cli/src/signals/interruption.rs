@@ -10,6 +10,7 @@ use tokio::sync::watch::{Receiver, Sender, channel};
 
 use super::{Caught, EndSignal, NOTICES, REQUESTS, was_ignored};
 use crate::error::CommandError;
+use crate::jobs::Cancellation;
 
 /// The first signal, once there is one; set while signals are watched for.
 static FIRST: OnceLock<Receiver<Option<EndSignal>>> = OnceLock::new();
@@ -21,6 +22,8 @@ static INTERRUPTER: LazyLock<Interrupter> = LazyLock::new(Interrupter::new);
 pub(crate) fn interrupter() -> &'static Interrupter {
     &INTERRUPTER
 }
+/// What ends the jobs of this command.
+static CANCELLATION: LazyLock<Cancellation> = LazyLock::new(Cancellation::new);
 
 /// Begins to watch: from here on the first signal only says that the command should end, and a second one
 /// ends the process at once.
@@ -49,6 +52,7 @@ async fn remember(mut caught: Caught, first: &Sender<Option<EndSignal>>) {
         let is_first = first.send_if_modified(|first| first.replace(signal).is_none());
         if is_first {
             interrupter().interrupt(&reason(signal));
+            CANCELLATION.cancel(reason(signal));
         }
         if is_first || !signal.is_request() {
             continue;
@@ -77,6 +81,11 @@ pub(crate) fn keep(path: &Path) {
 /// The signal that has asked this command to end, if one has.
 pub(crate) fn caught() -> Option<EndSignal> {
     FIRST.get().and_then(|first| *first.borrow())
+}
+
+/// What is cancelled by the signal that asks this command to end.
+pub(crate) fn cancellation() -> Cancellation {
+    CANCELLATION.clone()
 }
 
 /// What a step does that is not begun any more after a signal.

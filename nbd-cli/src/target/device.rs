@@ -7,8 +7,8 @@ use std::sync::Arc;
 use imgfmt::storage::FileStorage;
 use imgfmt::{CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 
-use crate::error::CommandError;
-use crate::output::{printable, warn};
+use crate::jobs::text::printable;
+use crate::jobs::{JobError, JobErrorKind, Observer};
 
 /// Begins an image on a device.
 ///
@@ -18,11 +18,21 @@ use crate::output::{printable, warn};
 pub(crate) fn begin_image(
     device: &Path,
     options: &CreateOptions,
-) -> Result<NewOnDevice, CommandError> {
-    let new = Image::create_on_device(device, options)?;
-    warn_of_loss(device);
-    new.preallocate().map_err(|error| lost(device, &error.into()))?;
+    observer: &dyn Observer,
+) -> Result<NewOnDevice, JobError> {
+    let new = Image::create_on_device(device, options).map_err(image_error)?;
+    warn_of_loss(device, observer);
+    new.preallocate().map_err(|error| lost(device, &image_error(error)))?;
     Ok(new)
+}
+
+/// Lets an image that was made on a device be valid, durably.
+///
+/// # Errors
+///
+/// If it cannot be written.
+pub(crate) fn complete_image(device: &Path, new: NewOnDevice) -> Result<(), JobError> {
+    new.complete().map_err(|error| lost(device, &image_error(error)))
 }
 
 /// Begins to overwrite a device as a raw disk; the first write changes it.
@@ -30,17 +40,17 @@ pub(crate) fn begin_image(
 /// # Errors
 ///
 /// If it is in use, by the kernel too, or cannot be read.
-pub(crate) fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinished>, CommandError> {
-    let storage = FileStorage::open_device(device, locking)?;
+pub(crate) fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinished>, JobError> {
+    let storage = FileStorage::open_device(device, locking).map_err(image_error)?;
     let unfinished = Unfinished::new(Arc::new(storage));
     unfinished.map(Arc::new).map_err(|error| {
-        CommandError::new(format!("cannot read what is on '{}': {error}", device.display()))
+        JobError::destination(format!("cannot read what is on '{}': {error}", device.display()))
     })
 }
 
 /// Says what an interruption would cost, before the first write.
-pub(crate) fn warn_of_loss(device: &Path) {
-    warn(&format!(
+pub(crate) fn warn_of_loss(device: &Path, observer: &dyn Observer) {
+    observer.warning(&format!(
         "what is on '{}' is overwritten, and lost even if this command is interrupted",
         printable(&device.to_string_lossy())
     ));
@@ -51,26 +61,35 @@ pub(crate) fn warn_of_loss(device: &Path) {
 /// # Errors
 ///
 /// If it cannot be flushed.
-pub(crate) fn complete_disk(device: &Path, disk: &Unfinished) -> Result<(), CommandError> {
+pub(crate) fn complete_disk(device: &Path, disk: &Unfinished) -> Result<(), JobError> {
     disk.complete().map_err(|error| {
-        let error = CommandError::new(format!("cannot flush '{}': {error}", device.display()));
+        let error = JobError::destination(format!("cannot flush '{}': {error}", device.display()));
         lost(device, &error)
     })
 }
 
-/// An error with what it leaves on a device that was to be overwritten.
-pub(crate) fn lost(device: &Path, error: &CommandError) -> CommandError {
-    CommandError::new(format!(
-        "{error}; what was on '{}' before is lost, and the device is marked as incomplete: run the command \
-         again",
-        device.display()
-    ))
+fn image_error(error: imgfmt::Error) -> JobError {
+    JobError::image(JobErrorKind::Destination, error)
 }
 
-/// As [`lost`], for a raw disk to which nothing may have been written yet.
-pub(crate) fn lost_disk(device: &Path, disk: &Unfinished, error: &CommandError) -> CommandError {
+/// What there is when the command fails on a device that was to be overwritten, in words that follow a
+/// semicolon.
+pub(crate) fn left_behind(device: &Path) -> String {
+    format!(
+        "what was on '{}' before is lost, and the device is marked as incomplete: run the command again",
+        device.display()
+    )
+}
+
+/// As [`left_behind`], for a raw disk to which nothing may have been written yet.
+pub(crate) fn left_behind_on(device: &Path, disk: &Unfinished) -> String {
     match disk.is_incomplete() {
-        true => lost(device, error),
-        false => CommandError::new(format!("{error}; '{}' is as it was before", device.display())),
+        true => left_behind(device),
+        false => format!("'{}' is as it was before", device.display()),
     }
+}
+
+/// The error with what it leaves.
+fn lost(device: &Path, error: &JobError) -> JobError {
+    error.in_words(format!("{error}; {}", left_behind(device)))
 }

@@ -14,12 +14,12 @@ use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{Access, ErrorKind, Locking};
 
-use crate::error::CommandError;
-use crate::signals;
+use crate::jobs::{JobError, Observer, TemporaryFile};
 
 const SUFFIX: &str = ".partial";
 
@@ -39,9 +39,10 @@ pub(crate) enum Existing {
 /// # Errors
 ///
 /// If it is a folder, a link that leads nowhere, or something that holds no bytes: those are never replaced.
-pub(crate) fn look(path: &Path) -> Result<Existing, CommandError> {
+pub(crate) fn look(path: &Path) -> Result<Existing, JobError> {
     let name = path.display();
-    let refuse = |what: &str| Err(CommandError::new(format!("cannot write to '{name}': {what}")));
+    let refuse =
+        |what: &str| Err(JobError::destination(format!("cannot write to '{name}': {what}")));
     let metadata = match path.metadata() {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -76,12 +77,12 @@ pub(crate) enum Durable {
 }
 
 /// A file that is being made; removed when dropped before it is complete.
-#[derive(Debug)]
 pub(crate) struct NewFile {
     name: PathBuf,
     partial: PathBuf,
     replaces: Option<Box<Replaced>>,
     is_kept: bool,
+    observer: Arc<dyn Observer>,
 }
 
 /// The file that has the name until then.
@@ -99,21 +100,22 @@ impl NewFile {
     /// # Errors
     ///
     /// If it exists, if another command is making it, and those of `make`.
-    pub(crate) fn begin(
+    pub(crate) fn begin<E: From<JobError>>(
         name: &Path,
-        make: impl FnOnce(&Path) -> Result<(), CommandError>,
-    ) -> Result<Self, CommandError> {
+        observer: &Arc<dyn Observer>,
+        make: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<Self, E> {
         match look(name)? {
-            Existing::Nothing => Self::make(name.to_owned(), make),
-            Existing::File => Err(CommandError::new(format!(
+            Existing::Nothing => Self::make(name.to_owned(), observer, make),
+            Existing::File => Err(E::from(JobError::destination(format!(
                 "cannot create '{}': there is a file of that name; remove it first or choose another \
                  name",
                 name.display()
-            ))),
-            Existing::BlockDevice => Err(CommandError::new(format!(
+            )))),
+            Existing::BlockDevice => Err(E::from(JobError::destination(format!(
                 "cannot create '{}': it is a block device",
                 name.display()
-            ))),
+            )))),
         }
     }
 
@@ -127,12 +129,13 @@ impl NewFile {
     pub(crate) fn instead_of(
         name: &Path,
         storage: FileStorage,
-    ) -> Result<Result<Self, FileStorage>, CommandError> {
+        observer: &Arc<dyn Observer>,
+    ) -> Result<Result<Self, FileStorage>, JobError> {
         let Some((real, metadata)) = replaceable(name) else { return Ok(Err(storage)) };
         let partial = partial_name(&real);
-        let made = Self::make(real, |partial| {
+        let made = Self::make(real, observer, |partial| {
             let file = File::options().write(true).create_new(true).open(partial);
-            file.map(drop).map_err(|error| CommandError::new(error.to_string()))
+            file.map(drop).map_err(|error| JobError::destination(error.to_string()))
         });
         let mut new = match made {
             Ok(new) => new,
@@ -150,19 +153,20 @@ impl NewFile {
         Ok(Ok(new))
     }
 
-    fn make(
+    fn make<E: From<JobError>>(
         name: PathBuf,
-        make: impl FnOnce(&Path) -> Result<(), CommandError>,
-    ) -> Result<Self, CommandError> {
+        observer: &Arc<dyn Observer>,
+        make: impl FnOnce(&Path) -> Result<(), E>,
+    ) -> Result<Self, E> {
         let partial = partial_name(&name).ok_or_else(|| {
-            CommandError::new(format!("'{}' is not the name of a file", name.display()))
+            JobError::destination(format!("'{}' is not the name of a file", name.display()))
         })?;
         if partial.symlink_metadata().is_ok() {
-            return Err(in_the_way(&name, &partial));
+            return Err(in_the_way(&name, &partial).into());
         }
         make(&partial)?;
-        signals::remove_if_killed(&partial);
-        Ok(Self { name, partial, replaces: None, is_kept: false })
+        observer.temporary_file(&partial, TemporaryFile::Made);
+        Ok(Self { name, partial, replaces: None, is_kept: false, observer: observer.clone() })
     }
 
     /// Where the file grows.
@@ -185,7 +189,7 @@ impl NewFile {
     ///
     /// If it cannot be made durable or renamed, or if another file has got the name meanwhile: the complete
     /// file is kept then under its temporary name, which the error tells.
-    pub(crate) fn complete(mut self, durable: Durable) -> Result<(), CommandError> {
+    pub(crate) fn complete(mut self, durable: Durable) -> Result<(), JobError> {
         let now = durable == Durable::Now || self.replaces.is_some();
         let result = self.publish(now);
         // What is complete is not thrown away, whatever its name.
@@ -195,7 +199,7 @@ impl NewFile {
                 io::ErrorKind::AlreadyExists => "another file has got that name meanwhile".to_owned(),
                 _ => error.to_string(),
             };
-            CommandError::new(format!(
+            JobError::destination(format!(
                 "the new file is complete, but it cannot be named '{}': {why}; it is '{}', rename it",
                 self.name.display(),
                 self.partial.display()
@@ -221,7 +225,7 @@ impl Drop for NewFile {
             // Part of a disk is of no use; the error that led here is the one to tell.
             let _ = fs::remove_file(&self.partial);
         }
-        signals::keep(&self.partial);
+        self.observer.temporary_file(&self.partial, TemporaryFile::Gone);
     }
 }
 
@@ -249,11 +253,11 @@ fn partial_name(name: &Path) -> Option<PathBuf> {
     Some(name.with_file_name(OsStr::from_bytes(&partial)))
 }
 
-fn in_the_way(name: &Path, partial: &Path) -> CommandError {
+fn in_the_way(name: &Path, partial: &Path) -> JobError {
     let is_busy = FileStorage::open(partial, Access::ReadWrite, Locking::On)
         .is_err_and(|error| error.kind() == ErrorKind::Busy);
     let (name, partial) = (name.display(), partial.display());
-    CommandError::new(match is_busy {
+    JobError::destination(match is_busy {
         true => format!("another command is making '{name}' at this moment, in '{partial}'"),
         false => format!(
             "cannot make '{name}': '{partial}' is left of a command that was killed, or of a backup; \

@@ -13,10 +13,7 @@ const ENGINES: &[&str] = &[
     "nbd-cli/src/target/",
 ];
 
-/// Files among them that parse for now. This list only shrinks.
-const EXCEPTIONS: &[&str] = &["nbd-cli/src/commands/copy/location.rs"];
-
-/// Finds engines that name clap, and exceptions that do not.
+/// Finds engines that name clap.
 pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {
     let is_engine = ENGINES
         .iter()
@@ -26,10 +23,6 @@ pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {
     }
     let code = source.code_without_tests();
     let named = word_offsets(&code, "clap");
-    if EXCEPTIONS.contains(&path) {
-        let is_needed = !named.is_empty();
-        return if is_needed { Vec::new() } else { vec![not_needed(path)] };
-    }
     named
         .into_iter()
         .map(|offset| {
@@ -39,18 +32,13 @@ pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {
         .collect()
 }
 
-/// Finds entries of the two lists that are gone, so that a rule does not end unseen.
+/// Finds entries of the list that are gone, so that a rule does not end unseen.
 pub(crate) fn check_lists(exists: impl Fn(&str) -> bool) -> Vec<String> {
-    let gone_exceptions =
-        EXCEPTIONS.iter().filter(|path| !exists(path)).map(|path| not_needed(path));
-    let gone = ENGINES.iter().filter(|path| !exists(path)).map(|path| {
+    let gone = ENGINES.iter().filter(|path| !exists(path));
+    gone.map(|path| {
         format!("xtask/src/tidy/engines.rs: {path} is gone; name where these engines are now")
-    });
-    gone.chain(gone_exceptions).collect()
-}
-
-fn not_needed(path: &str) -> String {
-    format!("xtask/src/tidy/engines.rs: the exception {path} is not needed any more; remove it")
+    })
+    .collect()
 }
 
 #[cfg(test)]
@@ -68,17 +56,9 @@ mod tests {
     }
 
     #[test]
-    fn exception_is_found_when_it_is_stale() {
-        let path = EXCEPTIONS[0];
-        assert!(check(path, &Source::new("use clap::Args;\n")).is_empty());
-        let findings = check(path, &Source::new("use std::fmt;\n"));
-        assert!(findings[0].contains("not needed any more"), "{findings:?}");
-    }
-
-    #[test]
     fn entry_of_a_list_that_is_gone_is_found() {
         assert!(check_lists(|_| true).is_empty());
-        let findings = check_lists(|path| path != ENGINES[0] && path != EXCEPTIONS[0]);
-        assert_eq!(findings.len(), 2, "{findings:?}");
+        let findings = check_lists(|path| path != ENGINES[0]);
+        assert_eq!(findings.len(), 1, "{findings:?}");
     }
 }

@@ -18,6 +18,7 @@ use super::{BackupArgs, CLUSTER_SIZE};
 use crate::commands::image::open::{TrustArgs, explained};
 use crate::error::CommandError;
 use crate::locking::{ShareArgs, advise_sharing};
+use crate::shown::warnings;
 use crate::target::device;
 
 /// Largest record that is read, in bytes.
@@ -150,7 +151,8 @@ impl Partial {
         state: State,
         base: Option<&Base>,
     ) -> Result<Self, CommandError> {
-        let device = device::begin_image(&args.target, &options_of(state.size, base, args))?;
+        let options = options_of(state.size, base, args);
+        let device = device::begin_image(&args.target, &options, &*warnings())?;
         let partial = Self {
             path: args.target.clone(),
             place: Place::Device(device),
@@ -161,14 +163,14 @@ impl Partial {
             state,
         };
         let opened = partial.open(&args.trust, Access::ReadWrite);
-        opened.map_err(|error| device::lost(&partial.path, &error))?;
+        opened.map_err(|error| lost(&partial.path, &error))?;
         Ok(partial)
     }
 
     /// The error of a backup that was not completed, with what it leaves; `advice` is how to go on with a file.
     pub(super) fn failed(&self, error: &CommandError, advice: &str) -> CommandError {
         match self.place {
-            Place::Device(_) => device::lost(&self.path, error),
+            Place::Device(_) => lost(&self.path, error),
             Place::File { .. } => CommandError::new(format!(
                 "{error}; what there is of it is in '{}' ({advice})",
                 self.path.display()
@@ -244,7 +246,7 @@ impl Partial {
             Place::File { record } => record,
             Place::Device(new) => {
                 let completed = new.seal_backup(identity).and_then(|()| new.complete());
-                return completed.map_err(|error| device::lost(&self.path, &error.into()));
+                return completed.map_err(|error| lost(&self.path, &error.into()));
             }
         };
         Image::seal_backup(&self.path, &options, identity)?;
@@ -314,6 +316,11 @@ fn read_record(record: &Path) -> Result<State, String> {
         return Err("is damaged".to_owned());
     }
     Ok(state)
+}
+
+/// The error with what it leaves on a device.
+pub(super) fn lost(device: &Path, error: &CommandError) -> CommandError {
+    CommandError::new(format!("{error}; {}", device::left_behind(device)))
 }
 
 /// What the new image is like.

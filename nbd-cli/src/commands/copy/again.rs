@@ -14,10 +14,8 @@ use nbd_proto::wire::TransmissionFlags;
 use super::destination::Destination;
 use super::engine::{self, Job};
 use super::source::Source;
-use crate::connect::failed;
-use crate::error::CommandError;
-use crate::output::warn;
-use crate::signals;
+use crate::jobs::JobError;
+use crate::jobs::connect::failed;
 
 /// How often what was written is made durable, so that there is less to write again.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(30);
@@ -37,33 +35,33 @@ struct Safe {
 ///
 /// Those of the copy, and of a server that is restarted again and again or while standard input, which cannot be
 /// read twice, is copied to it.
-pub(in crate::commands) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), CommandError> {
+pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
     let Destination::Nbd { client, uri } = &job.destination else {
         engine::run(job).await?;
-        return signals::unless_interrupted(job.destination.finish(flush)).await;
+        return job.context.cancellation.unless_cancelled(job.destination.finish(flush)).await;
     };
     let mut safe = Safe { position: job.done().await, reconnects: client.reconnects() };
     for _ in 0..MOST_ROUNDS {
         round(job, (client, uri), &mut safe).await?;
-        signals::unless_interrupted(job.destination.finish(flush)).await?;
+        job.context.cancellation.unless_cancelled(job.destination.finish(flush)).await?;
         if client.reconnects() == safe.reconnects {
             return Ok(());
         }
         let position = safe.position;
         if matches!(job.source, Source::Standard) {
-            return Err(CommandError::new(format!(
+            return Err(JobError::destination(format!(
                 "the connection to {uri} was lost, its server may have lost what was not flushed, and \
                  standard input cannot be read again; begin again"
             )));
         }
-        warn(&format!(
+        job.context.observer.warning(&format!(
             "the connection to {uri} was lost, and its server may have lost what was not flushed: \
              everything from offset {position} on is written again"
         ));
         safe.reconnects = client.reconnects();
         job.begin_again(position).await;
     }
-    Err(CommandError::new(format!(
+    Err(JobError::destination(format!(
         "the connection to {uri} is lost again and again, so that nothing is known to have arrived; \
          see what ends its server"
     )))
@@ -74,7 +72,7 @@ async fn round(
     job: &Arc<Job>,
     (client, uri): (&Client, &NbdUri),
     safe: &mut Safe,
-) -> Result<(), CommandError> {
+) -> Result<(), JobError> {
     let can_flush = client.info().flags.contains(TransmissionFlags::SEND_FLUSH);
     let mut running = std::pin::pin!(engine::run(job));
     loop {
@@ -83,8 +81,11 @@ async fn round(
             () = tokio::time::sleep(FLUSH_INTERVAL), if can_flush => {
                 // First where everything has been answered, then the flush that covers it.
                 let done = job.done().await;
-                let flushing = async { client.flush().await.map_err(|error| failed(uri, "flush", &error)) };
-                signals::unless_interrupted(flushing).await?;
+                let flushing = async {
+                    let flushed = client.flush().await;
+                    flushed.map_err(|error| JobError::destination(failed(uri, "flush", &error)))
+                };
+                job.context.cancellation.unless_cancelled(flushing).await?;
                 if client.reconnects() == safe.reconnects {
                     safe.position = done;
                 }

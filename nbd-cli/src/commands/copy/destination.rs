@@ -17,9 +17,9 @@ use tokio::sync::Semaphore;
 
 use super::location::Location;
 use super::source::Source;
-use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
-use crate::error::CommandError;
-use crate::locking::LockArgs;
+use crate::jobs::connect::{self, ConnectOptions, failed};
+use crate::jobs::files::open_file;
+use crate::jobs::{JobContext, JobError, JobErrorKind};
 use crate::target::{self, Durable, Existing, NewFile, device};
 
 /// Threads that write to a local file at a time.
@@ -32,7 +32,7 @@ const IMAGE_WRITERS: usize = 4;
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// An open destination.
-pub(in crate::commands) enum Destination {
+pub(crate) enum Destination {
     Nbd {
         client: Client,
         uri: NbdUri,
@@ -62,7 +62,7 @@ pub(in crate::commands) enum Destination {
 
 /// What shows through an image where nothing was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) enum Surface {
+pub(crate) enum Surface {
     Zeroes,
     /// Its backing file, or what was written before.
     Something,
@@ -70,7 +70,7 @@ pub(in crate::commands) enum Surface {
 
 /// What kind of local file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) enum FileKind {
+pub(crate) enum FileKind {
     /// It was emptied, so that it reads as zero, and grows as it is written.
     Regular,
     BlockDevice,
@@ -78,49 +78,50 @@ pub(in crate::commands) enum FileKind {
 
 impl Destination {
     /// Opens the destination and checks that the source fits.
-    pub(in crate::commands) async fn open(
+    pub(crate) async fn open(
         location: &Location,
-        connection: &ConnectionArgs,
-        tls: &TlsArgs,
-        locks: LockArgs,
+        connect: &ConnectOptions,
+        locking: Locking,
         source: &Source,
-    ) -> Result<Self, CommandError> {
+        context: &JobContext,
+    ) -> Result<Self, JobError> {
         let destination = match location {
             Location::Nbd(uri) => {
-                let connector = connection.connector(uri, tls);
-                let client = connect(&connector, uri).await?;
+                let (connector, whose) = (connect.connector(uri), JobErrorKind::Destination);
+                let client =
+                    connect::connect(&connector, uri, whose, &context.cancellation).await?;
                 if client.info().flags.contains(TransmissionFlags::READ_ONLY) {
-                    return Err(CommandError::new(format!(
+                    return Err(JobError::destination(format!(
                         "cannot copy to {uri}: the server exports this disk read-only"
                     )));
                 }
                 Self::Nbd { client, uri: uri.clone() }
             }
-            Location::File(path) => open_file(path, locks, source)?,
+            Location::File(path) => open_regular_or_device(path, locking, source, context)?,
             Location::Standard => Self::Standard,
             Location::Null => Self::Null,
         };
         if let (Some(room), Some(size)) = (destination.room()?, source.size())
             && size > room
         {
-            return Err(CommandError::new(format!(
+            return Err(JobError::destination(format!(
                 "{location} has {room} bytes and the source {size}: it does not fit"
             )));
         }
         if let Self::File { device: Some(_), path, .. } = &destination {
-            device::warn_of_loss(path);
+            device::warn_of_loss(path, &*context.observer);
         }
         Ok(destination)
     }
 
     /// An image that was just made or opened for writing.
-    pub(in crate::commands) fn image(image: Image, surface: Surface) -> Self {
+    pub(crate) fn image(image: Image, surface: Surface) -> Self {
         let writers = Semaphore::new(IMAGE_WRITERS);
         Self::Image { image: Arc::new(image), surface, writers }
     }
 
     /// How many bytes fit, if that is limited.
-    pub(in crate::commands) fn room(&self) -> Result<Option<u64>, CommandError> {
+    pub(crate) fn room(&self) -> Result<Option<u64>, JobError> {
         match self {
             Self::Nbd { client, .. } => Ok(Some(client.info().size)),
             Self::File { storage, path, kind: FileKind::BlockDevice, .. } => {
@@ -132,7 +133,7 @@ impl Destination {
     }
 
     /// Requests must be aligned to this power of two.
-    pub(in crate::commands) fn alignment(&self) -> u64 {
+    pub(crate) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
                 client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
@@ -142,7 +143,7 @@ impl Destination {
     }
 
     /// Whether the destination reads as zero where nothing was written.
-    pub(in crate::commands) fn is_zero(&self) -> bool {
+    pub(crate) fn is_zero(&self) -> bool {
         matches!(
             self,
             Self::File { kind: FileKind::Regular, .. }
@@ -152,16 +153,12 @@ impl Destination {
     }
 
     /// Writes data.
-    pub(in crate::commands) async fn write(
-        &self,
-        offset: u64,
-        data: Bytes,
-    ) -> Result<(), CommandError> {
+    pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), JobError> {
         match self {
             Self::Nbd { client, uri } => client
                 .write(offset, data, Durability::Cached)
                 .await
-                .map_err(|error| failed(uri, "write to", &error)),
+                .map_err(|error| JobError::destination(failed(uri, "write to", &error))),
             Self::File { storage, path, writers, .. } => {
                 let _permit = writers.acquire().await;
                 let storage = storage.clone();
@@ -180,12 +177,12 @@ impl Destination {
     }
 
     /// Makes a range zero.
-    pub(in crate::commands) async fn write_zeroes(
+    pub(crate) async fn write_zeroes(
         &self,
         offset: u64,
         length: u64,
         mode: ZeroMode,
-    ) -> Result<(), CommandError> {
+    ) -> Result<(), JobError> {
         match self {
             Self::Nbd { client, uri } => {
                 if !client.info().flags.contains(TransmissionFlags::SEND_WRITE_ZEROES) {
@@ -198,7 +195,9 @@ impl Destination {
                     Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ENOTSUP)) => {
                         self.write_zero_buffers(offset, length).await
                     }
-                    zeroed => zeroed.map_err(|error| failed(uri, "write zeroes to", &error)),
+                    zeroed => zeroed.map_err(|error| {
+                        JobError::destination(failed(uri, "write zeroes to", &error))
+                    }),
                 }
             }
             Self::File { storage, path, kind, writers, .. } => {
@@ -222,7 +221,7 @@ impl Destination {
                 let _permit = writers.acquire().await;
                 let image = image.clone();
                 let range = GuestRange::new(GuestOffset::new(offset), length)
-                    .ok_or_else(|| CommandError::new("a range goes beyond 2^63 bytes"))?;
+                    .ok_or_else(|| JobError::destination("a range goes beyond 2^63 bytes"))?;
                 let mode = image_mode(mode);
                 let (speed, durability) = (imgfmt::Speed::Any, imgfmt::Durability::Cached);
                 blocking_image(move || image.write_zeroes(range, mode, speed, durability)).await
@@ -231,7 +230,7 @@ impl Destination {
         }
     }
 
-    async fn write_zero_buffers(&self, offset: u64, length: u64) -> Result<(), CommandError> {
+    async fn write_zero_buffers(&self, offset: u64, length: u64) -> Result<(), JobError> {
         let mut at = offset;
         let end = offset.saturating_add(length);
         while at < end {
@@ -245,7 +244,7 @@ impl Destination {
     }
 
     /// Sets the size of a regular file whose end was not written, being zero.
-    pub(in crate::commands) fn set_size(&self, size: u64) -> Result<(), CommandError> {
+    pub(crate) fn set_size(&self, size: u64) -> Result<(), JobError> {
         match self {
             Self::File { storage, path, kind: FileKind::Regular, .. } => storage
                 .set_len(size)
@@ -255,25 +254,26 @@ impl Destination {
     }
 
     /// Makes everything durable if that was asked for.
-    pub(in crate::commands) async fn finish(&self, flush: bool) -> Result<(), CommandError> {
+    pub(crate) async fn finish(&self, flush: bool) -> Result<(), JobError> {
         if !flush {
             return Ok(());
         }
         match self {
             Self::Nbd { client, uri } => {
                 if !client.info().flags.contains(TransmissionFlags::SEND_FLUSH) {
-                    return Err(CommandError::new(format!(
+                    return Err(JobError::destination(format!(
                         "{uri} cannot flush, so that the copy is complete but may not be durable; \
                          leave out --flush"
                     )));
                 }
-                client.flush().await.map_err(|error| failed(uri, "flush", &error))
+                let flushed = client.flush().await;
+                flushed.map_err(|error| JobError::destination(failed(uri, "flush", &error)))
             }
             Self::File { storage, path, .. } => {
                 let storage = storage.clone();
                 let flushed = tokio::task::spawn_blocking(move || storage.sync()).await;
                 flushed
-                    .map_err(|error| CommandError::new(format!("a flush was given up: {error}")))?
+                    .map_err(|error| JobError::given_up("flush", &error))?
                     .map_err(|error| file_error("flush", path, None, &error))
             }
             Self::Image { image, .. } => {
@@ -285,7 +285,7 @@ impl Destination {
     }
 
     /// Gives a new file its name, now that it is complete, and lets a device show what it holds.
-    pub(in crate::commands) fn complete(&self, durable: Durable) -> Result<(), CommandError> {
+    pub(crate) fn complete(&self, durable: Durable) -> Result<(), JobError> {
         let Self::File { new, path, device, .. } = self else { return Ok(()) };
         if let Some(disk) = device {
             return device::complete_disk(path, disk);
@@ -297,7 +297,7 @@ impl Destination {
     }
 
     /// The device that is written to, if it is one.
-    pub(in crate::commands) fn device(&self) -> Option<Arc<Unfinished>> {
+    pub(crate) fn device(&self) -> Option<Arc<Unfinished>> {
         match self {
             Self::File { device, .. } => device.clone(),
             _ => None,
@@ -305,15 +305,16 @@ impl Destination {
     }
 
     /// Throws away a new file that is not complete; says what there is then.
-    pub(in crate::commands) fn abandon(&self) -> Option<String> {
+    pub(crate) fn abandon(&self) -> Option<String> {
         let Self::File { new, .. } = self else { return None };
         let new = new.lock().unwrap_or_else(PoisonError::into_inner).take();
         new.map(|new| new.left_behind())
     }
 
     /// A new file at a temporary name, that somebody else will name.
-    pub(in crate::commands) fn new_file(new: &NewFile) -> Result<Self, CommandError> {
-        let storage = FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto)?;
+    pub(crate) fn new_file(new: &NewFile) -> Result<Self, JobError> {
+        let storage =
+            FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto).map_err(image_error)?;
         Ok(Self::regular(storage, new.path(), None))
     }
 
@@ -328,8 +329,8 @@ impl Destination {
         }
     }
 
-    fn block_device(path: &Path, locks: LockArgs) -> Result<Self, CommandError> {
-        let disk = device::begin_disk(path, locks.locking())?;
+    fn block_device(path: &Path, locking: Locking) -> Result<Self, JobError> {
+        let disk = device::begin_disk(path, locking)?;
         Ok(Self::File {
             storage: disk.clone(),
             path: path.to_owned(),
@@ -341,15 +342,15 @@ impl Destination {
     }
 
     /// Closes an image, which must succeed for it to be complete.
-    pub(in crate::commands) fn close_image(self) -> Result<(), CommandError> {
+    pub(crate) fn close_image(self) -> Result<(), JobError> {
         let Self::Image { image, .. } = self else { return Ok(()) };
         let image = Arc::into_inner(image)
-            .ok_or_else(|| CommandError::new("a write to the image has not ended"))?;
-        Ok(image.close()?)
+            .ok_or_else(|| JobError::destination("a write to the image has not ended"))?;
+        image.close().map_err(image_error)
     }
 
     /// Ends the connection.
-    pub(in crate::commands) async fn close(&self) {
+    pub(crate) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
             // Every write was answered; how the connection ends does not matter.
             let _ = client.clone().disconnect().await;
@@ -357,28 +358,36 @@ impl Destination {
     }
 }
 
-fn open_file(path: &Path, locks: LockArgs, source: &Source) -> Result<Destination, CommandError> {
-    let storage = match locks.open_file(path, Access::ReadWrite) {
+fn open_regular_or_device(
+    path: &Path,
+    locking: Locking,
+    source: &Source,
+    context: &JobContext,
+) -> Result<Destination, JobError> {
+    let observer = &context.observer;
+    let storage = match open_file(path, Access::ReadWrite, locking, &**observer) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let new = NewFile::begin(path, create_empty)?;
-            let storage = FileStorage::open(new.path(), Access::ReadWrite, locks.locking())?;
+            let new = NewFile::begin(path, observer, create_empty)?;
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, locking)
+                .map_err(image_error)?;
             return Ok(Destination::regular(storage, path, Some(new)));
         }
         Err(error) if error.kind() == ErrorKind::Busy && is_same_file(path, source) => {
             return Err(same_file(path));
         }
-        opened => opened?,
+        opened => opened.map_err(image_error)?,
     };
     if storage.identity().is_some() && storage.identity() == source.identity() {
         return Err(same_file(path));
     }
     if target::look(path)? == Existing::BlockDevice {
         drop(storage);
-        return Destination::block_device(path, locks);
+        return Destination::block_device(path, locking);
     }
-    let storage = match NewFile::instead_of(path, storage)? {
+    let storage = match NewFile::instead_of(path, storage, observer)? {
         Ok(new) => {
-            let storage = FileStorage::open(new.path(), Access::ReadWrite, locks.locking())?;
+            let storage = FileStorage::open(new.path(), Access::ReadWrite, locking)
+                .map_err(image_error)?;
             return Ok(Destination::regular(storage, path, Some(new)));
         }
         Err(storage) => storage,
@@ -388,14 +397,14 @@ fn open_file(path: &Path, locks: LockArgs, source: &Source) -> Result<Destinatio
 }
 
 /// Makes an empty file.
-pub(in crate::commands) fn create_empty(path: &Path) -> Result<(), CommandError> {
+pub(crate) fn create_empty(path: &Path) -> Result<(), JobError> {
     let made = OpenOptions::new().write(true).create_new(true).open(path);
     made.map(drop).map_err(|error| {
         let advice = match error.kind() {
             io::ErrorKind::NotFound => "; does its folder exist?",
             _ => "",
         };
-        CommandError::new(format!("cannot create '{}': {error}{advice}", path.display()))
+        JobError::destination(format!("cannot create '{}': {error}{advice}", path.display()))
     })
 }
 
@@ -405,11 +414,15 @@ fn is_same_file(path: &Path, source: &Source) -> bool {
         .is_ok_and(|file| file.identity().is_some() && file.identity() == source.identity())
 }
 
-fn same_file(path: &Path) -> CommandError {
-    CommandError::new(format!(
+fn same_file(path: &Path) -> JobError {
+    JobError::destination(format!(
         "'{}' is the source and the destination; give another destination",
         path.display()
     ))
+}
+
+fn image_error(error: imgfmt::Error) -> JobError {
+    JobError::image(JobErrorKind::Destination, error)
 }
 
 fn image_mode(mode: ZeroMode) -> imgfmt::ZeroMode {
@@ -421,10 +434,10 @@ fn image_mode(mode: ZeroMode) -> imgfmt::ZeroMode {
 
 async fn blocking_image(
     work: impl FnOnce() -> imgfmt::Result<()> + Send + 'static,
-) -> Result<(), CommandError> {
+) -> Result<(), JobError> {
     match tokio::task::spawn_blocking(work).await {
-        Ok(result) => Ok(result?),
-        Err(error) => Err(CommandError::new(format!("a write was given up: {error}"))),
+        Ok(result) => result.map_err(image_error),
+        Err(error) => Err(JobError::given_up("write", &error)),
     }
 }
 
@@ -433,24 +446,19 @@ async fn blocking(
     path: &Path,
     offset: u64,
     work: impl FnOnce() -> io::Result<()> + Send + 'static,
-) -> Result<(), CommandError> {
+) -> Result<(), JobError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result.map_err(|error| file_error(operation, path, Some(offset), &error)),
-        Err(error) => Err(CommandError::new(format!("a write was given up: {error}"))),
+        Err(error) => Err(JobError::given_up("write", &error)),
     }
 }
 
-fn file_error(
-    operation: &str,
-    path: &Path,
-    offset: Option<u64>,
-    error: &io::Error,
-) -> CommandError {
+fn file_error(operation: &str, path: &Path, offset: Option<u64>, error: &io::Error) -> JobError {
     let place = offset.map(|offset| format!(" at offset {offset}")).unwrap_or_default();
     let advice = match error.kind() {
         io::ErrorKind::StorageFull => "; free some space or choose another destination",
         io::ErrorKind::FileTooLarge => {
-            return CommandError::new(format!(
+            return JobError::destination(format!(
                 "cannot {operation} '{}'{place}: the file would become larger than the limit of this \
                  process (ulimit -f) or of the file system allows",
                 path.display()
@@ -458,5 +466,8 @@ fn file_error(
         }
         _ => "",
     };
-    CommandError::new(format!("cannot {operation} '{}'{place}: {error}{advice}", path.display()))
+    JobError::destination(format!(
+        "cannot {operation} '{}'{place}: {error}{advice}",
+        path.display()
+    ))
 }

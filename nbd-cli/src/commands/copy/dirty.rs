@@ -4,7 +4,7 @@ use nbd_client::{Client, Extent, ExtentStream};
 use nbd_proto::wire::MetaContextName;
 
 use super::plan::{Content, allocated};
-use crate::error::CommandError;
+use crate::jobs::JobError;
 
 /// Block status is asked for in windows of this size, and only where something is dirty: a server
 /// should not walk the tables of a whole disk for a few changes. In bytes.
@@ -14,7 +14,7 @@ const WINDOW: u64 = 4 << 30;
 const DIRTY: u64 = 1;
 
 /// The extents of a dirty bitmap, and the allocation of those that are dirty.
-pub(in crate::commands) struct DirtyExtents {
+pub(crate) struct DirtyExtents {
     client: Client,
     bitmap: ExtentStream,
     /// The extent of the bitmap that was found last.
@@ -28,7 +28,7 @@ pub(in crate::commands) struct DirtyExtents {
 
 impl DirtyExtents {
     /// The extents from `start` (in bytes) on. The client must have selected `bitmap`.
-    pub(in crate::commands) fn new(client: Client, bitmap: &MetaContextName, start: u64) -> Self {
+    pub(crate) fn new(client: Client, bitmap: &MetaContextName, start: u64) -> Self {
         let allocation = MetaContextName::base_allocation();
         let allocation = client.meta_contexts().contains(&allocation).then_some(allocation);
         let bitmap = client.extents(bitmap, start..client.info().size);
@@ -37,12 +37,12 @@ impl DirtyExtents {
     }
 
     /// The end (above `at`) and content of what begins at the byte `at`. Calls must ascend.
-    pub(super) async fn at(&mut self, at: u64, size: u64) -> Result<(u64, Content), CommandError> {
+    pub(super) async fn at(&mut self, at: u64, size: u64) -> Result<(u64, Content), JobError> {
         while end_of(&self.current) <= at {
             match self.bitmap.next().await {
                 Some(Ok(extent)) => self.current = extent,
                 Some(Err(error)) => {
-                    return Err(CommandError::new(format!(
+                    return Err(JobError::source(format!(
                         "the server cannot tell what is dirty at offset {at}: {error}"
                     )));
                 }
@@ -58,7 +58,7 @@ impl DirtyExtents {
         Ok((known.min(end), content))
     }
 
-    async fn allocation_at(&mut self, at: u64, end: u64) -> Result<(u64, Content), CommandError> {
+    async fn allocation_at(&mut self, at: u64, end: u64) -> Result<(u64, Content), JobError> {
         let Some(context) = &self.allocation else { return Ok((end, Content::Data)) };
         loop {
             if let Some(known) = &self.known
@@ -78,7 +78,7 @@ impl DirtyExtents {
             match window.next().await {
                 Some(Ok(extent)) => self.known = Some(extent),
                 Some(Err(error)) => {
-                    return Err(CommandError::new(format!(
+                    return Err(JobError::source(format!(
                         "the server cannot tell its holes at offset {at}: {error}"
                     )));
                 }

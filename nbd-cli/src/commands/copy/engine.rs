@@ -9,49 +9,48 @@ use nbd_client::ZeroMode;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
-use super::CopyArgs;
 use super::destination::Destination;
 use super::holes::{Part, parts};
+use super::options::{CopyOptions, Zeroes};
 use super::plan::{Content, Extents, Lengths, Piece, Plan};
 use super::source::Source;
 use super::stream;
 use super::zero::{Content as RunContent, runs};
-use crate::error::CommandError;
-use crate::progress::Progress;
-use crate::signals;
-use crate::size::exact;
+use crate::jobs::text::exact;
+use crate::jobs::{JobContext, JobError, Meter, Phase};
 
 /// Zeroes are written in pieces of this size, so that progress shows.
 const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
 /// How a copy is carried out.
-pub(in crate::commands) struct Settings {
+pub(crate) struct Settings {
     /// Requests in flight.
-    pub(in crate::commands) requests: usize,
+    pub(crate) requests: usize,
     /// Longest request, in bytes; a power of two of at most 32 MiB.
-    pub(in crate::commands) request_size: u64,
+    pub(crate) request_size: u64,
     /// Where pieces are cut: a power of two, in bytes.
-    pub(in crate::commands) unit: u64,
-    pub(in crate::commands) zeroes: ZeroPolicy,
+    pub(crate) unit: u64,
+    pub(crate) zeroes: ZeroPolicy,
     /// Unit in which zeroes are looked for in data, if they are, in bytes.
-    pub(in crate::commands) sparse: Option<u64>,
+    pub(crate) sparse: Option<u64>,
     /// What was copied before, in bytes from the start of the disk.
-    pub(in crate::commands) start: u64,
+    pub(crate) start: u64,
 }
 
 /// What becomes of zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) enum ZeroPolicy {
+pub(crate) enum ZeroPolicy {
     /// The destination is zero already.
     Skip,
     Write(ZeroMode),
 }
 
 /// What all tasks of one copy share.
-pub(in crate::commands) struct Job {
-    pub(in crate::commands) source: Source,
-    pub(in crate::commands) destination: Destination,
-    pub(in crate::commands) progress: Progress,
+pub(crate) struct Job {
+    pub(crate) source: Source,
+    pub(crate) destination: Destination,
+    pub(super) context: JobContext,
+    pub(crate) meter: Meter,
     pub(super) requests: usize,
     pub(super) request_size: usize,
     /// What both sides need of requests.
@@ -71,49 +70,50 @@ pub(in crate::commands) struct Job {
 
 /// How much was copied and how, in bytes.
 #[derive(Debug, Default)]
-pub(in crate::commands) struct Counts {
+pub(crate) struct Counts {
     /// Read and written; data that turned out to be zero included.
-    pub(in crate::commands) data: AtomicU64,
+    pub(crate) data: AtomicU64,
     /// Known to be zero.
-    pub(in crate::commands) zero: AtomicU64,
+    pub(crate) zero: AtomicU64,
     /// In the destination already.
-    pub(in crate::commands) unchanged: AtomicU64,
+    pub(crate) unchanged: AtomicU64,
 }
 
 impl Settings {
-    /// What the command line of `copy` says.
-    pub(super) fn of_copy(args: &CopyArgs, source: &Source, destination: &Destination) -> Self {
+    /// What the options of a copy ask for.
+    pub(super) fn of_copy(
+        options: &CopyOptions,
+        source: &Source,
+        destination: &Destination,
+    ) -> Self {
         let unit = source.alignment().max(destination.alignment());
-        let zeroes = if args.allocated {
-            ZeroPolicy::Write(ZeroMode::NoHole)
-        } else if args.destination_is_zero || destination.is_zero() {
-            ZeroPolicy::Skip
-        } else {
-            ZeroPolicy::Write(ZeroMode::MayPunch)
+        let zeroes = match options.zeroes {
+            Zeroes::Allocate => ZeroPolicy::Write(ZeroMode::NoHole),
+            Zeroes::Skip => ZeroPolicy::Skip,
+            Zeroes::PunchHoles if destination.is_zero() => ZeroPolicy::Skip,
+            Zeroes::PunchHoles => ZeroPolicy::Write(ZeroMode::MayPunch),
         };
-        let sparse = match args.sparse.bytes().max(unit) {
-            // With --allocated nothing is gained by telling zeroes from data.
-            _ if args.sparse.bytes() == 0 || args.allocated => None,
-            _ if matches!(destination, Destination::Null) => None,
-            unit => Some(unit),
-        };
-        let requests = args.requests.get();
-        Self { requests, request_size: args.request_size.bytes(), unit, zeroes, sparse, start: 0 }
+        // Where everything is allocated nothing is gained by telling zeroes from data.
+        let looks = options.zeroes != Zeroes::Allocate && !matches!(destination, Destination::Null);
+        let sparse = options.sparse.filter(|_| looks).map(|sparse| sparse.max(unit));
+        let (requests, request_size) = (options.requests.get(), options.request_size);
+        Self { requests, request_size, unit, zeroes, sparse, start: 0 }
     }
 }
 
 impl Job {
-    pub(in crate::commands) fn new(
+    pub(crate) fn new(
         settings: &Settings,
         source: Source,
         destination: Destination,
         extents: Extents,
-        progress: Progress,
+        context: &JobContext,
     ) -> Self {
         let alignment = source.alignment().max(destination.alignment());
         // Both limits keep the sizes within 32 MiB.
         let request_size = settings.request_size.max(settings.unit) as usize;
         let sparse = settings.sparse.map(|unit| usize::try_from(unit).unwrap_or(usize::MAX));
+        let meter = Meter::begin(context, Phase::Copying, source.size(), settings.start);
         let size = source.size().unwrap_or_default();
         let longest_zeroes = match settings.zeroes {
             ZeroPolicy::Skip => u64::MAX,
@@ -124,7 +124,8 @@ impl Job {
         Self {
             source,
             destination,
-            progress,
+            context: context.clone(),
+            meter,
             requests: settings.requests,
             request_size,
             alignment,
@@ -140,7 +141,7 @@ impl Job {
     }
 
     /// The next piece of the disk.
-    pub(super) async fn next_piece(&self) -> Result<Option<Piece>, CommandError> {
+    pub(super) async fn next_piece(&self) -> Result<Option<Piece>, JobError> {
         let mut plan = self.plan.lock().await;
         let piece = plan.next().await?;
         if let Some(piece) = &piece {
@@ -151,7 +152,7 @@ impl Job {
     }
 
     /// Up to where everything has been handed to the destination, in bytes from the start.
-    pub(in crate::commands) async fn done(&self) -> u64 {
+    pub(crate) async fn done(&self) -> u64 {
         let plan = self.plan.lock().await;
         let first = self.begun().first().copied();
         first.unwrap_or_else(|| plan.position())
@@ -164,10 +165,10 @@ impl Job {
         let extents = self.source.extents(position);
         *self.plan.lock().await = Plan::new(position, size, unit, longest, extents);
         self.begun().clear();
-        self.progress.set_back(size.saturating_sub(position));
+        self.meter.set_back(size.saturating_sub(position));
     }
 
-    pub(in crate::commands) fn counts(&self) -> &Counts {
+    pub(crate) fn counts(&self) -> &Counts {
         &self.counts
     }
 
@@ -176,7 +177,7 @@ impl Job {
     }
 
     /// Writes data, leaving out or punching the zeroes in it.
-    pub(super) async fn store(&self, offset: u64, data: &Bytes) -> Result<(), CommandError> {
+    pub(super) async fn store(&self, offset: u64, data: &Bytes) -> Result<(), JobError> {
         let Some(unit) = self.sparse else {
             return self.destination.write(offset, data.clone()).await;
         };
@@ -193,7 +194,7 @@ impl Job {
     }
 
     /// Makes sure that a range is zero.
-    pub(super) async fn store_zeroes(&self, offset: u64, length: u64) -> Result<(), CommandError> {
+    pub(super) async fn store_zeroes(&self, offset: u64, length: u64) -> Result<(), JobError> {
         match self.zeroes {
             ZeroPolicy::Skip => Ok(()),
             ZeroPolicy::Write(mode) => self.destination.write_zeroes(offset, length, mode).await,
@@ -203,7 +204,7 @@ impl Job {
     /// Reads and writes a piece; the number of bytes that turned out to be a hole. Takes memory that is
     /// left over from an earlier one, and leaves some: fresh memory would cost page faults for
     /// every piece.
-    async fn copy_data(&self, piece: &Piece, buffer: &mut BytesMut) -> Result<u64, CommandError> {
+    async fn copy_data(&self, piece: &Piece, buffer: &mut BytesMut) -> Result<u64, JobError> {
         let memory = std::mem::take(buffer);
         let read = self.source.read_chunks(piece.offset, piece.length, memory).await?;
         let mut holes = 0;
@@ -225,7 +226,7 @@ impl Job {
         Ok(holes)
     }
 
-    async fn copy_pieces(&self) -> Result<(), CommandError> {
+    async fn copy_pieces(&self) -> Result<(), JobError> {
         let mut buffer = BytesMut::new();
         while let Some(piece) = self.next_piece().await? {
             let holes = match piece.content {
@@ -241,19 +242,18 @@ impl Job {
                 }
             };
             self.begun().remove(&piece.offset);
-            self.progress.add_hole(holes);
-            self.progress.add(piece.length - holes);
+            self.meter.add(piece.length, holes);
         }
         Ok(())
     }
 }
 
-/// Copies everything, unless a signal interrupts it.
-pub(in crate::commands) async fn run(job: &Arc<Job>) -> Result<(), CommandError> {
-    signals::unless_interrupted(copy(job)).await
+/// Copies everything, unless the job is cancelled.
+pub(crate) async fn run(job: &Arc<Job>) -> Result<(), JobError> {
+    job.context.cancellation.unless_cancelled(copy(job)).await
 }
 
-async fn copy(job: &Arc<Job>) -> Result<(), CommandError> {
+async fn copy(job: &Arc<Job>) -> Result<(), JobError> {
     match (&job.source, &job.destination) {
         (Source::Standard, Destination::Standard) => stream::through(job).await,
         (Source::Standard, _) => stream::from_standard_input(job).await,
@@ -262,10 +262,10 @@ async fn copy(job: &Arc<Job>) -> Result<(), CommandError> {
     }
 }
 
-async fn in_parallel(job: &Arc<Job>) -> Result<(), CommandError> {
+async fn in_parallel(job: &Arc<Job>) -> Result<(), JobError> {
     let size = job.source.size().unwrap_or_default();
     if !size.is_multiple_of(job.alignment) {
-        return Err(CommandError::new(format!(
+        return Err(JobError::destination(format!(
             "one side needs requests aligned to {} and the disk's {size} bytes are no multiple of \
              that",
             exact(job.alignment)
@@ -279,7 +279,7 @@ async fn in_parallel(job: &Arc<Job>) -> Result<(), CommandError> {
     }
     while let Some(ended) = tasks.join_next().await {
         // The first error ends the copy: dropping the set stops the other tasks.
-        ended.map_err(|error| CommandError::new(format!("a task was given up: {error}")))??;
+        ended.map_err(|error| JobError::given_up("task", &error))??;
     }
     Ok(())
 }

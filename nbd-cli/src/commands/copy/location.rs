@@ -1,12 +1,9 @@
-//! Sources and destinations as they are written on the command line.
+//! Sources and destinations, and how they are written.
 
-use std::ffi::OsStr;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::builder::{TypedValueParser, ValueParserFactory};
-use clap::error::ErrorKind;
 use nbd_proto::NbdUri;
 
 use crate::server_name::{FILE_PREFIX, JSON_SCHEME, NameInImage, from_name, from_name_in_image};
@@ -26,7 +23,7 @@ pub enum Location {
 
 impl Location {
     /// The URI of a server.
-    pub(in crate::commands) fn uri(&self) -> Option<&NbdUri> {
+    pub(crate) fn uri(&self) -> Option<&NbdUri> {
         match self {
             Self::Nbd(uri) => Some(uri),
             Self::File(_) | Self::Standard | Self::Null => None,
@@ -71,36 +68,6 @@ impl FromStr for Location {
             ));
         }
         Ok(Self::File(text.into()))
-    }
-}
-
-/// Reads a location; names of files need not be text.
-#[derive(Clone, Copy, Debug)]
-pub struct LocationParser;
-
-impl ValueParserFactory for Location {
-    type Parser = LocationParser;
-
-    fn value_parser() -> Self::Parser {
-        LocationParser
-    }
-}
-
-impl TypedValueParser for LocationParser {
-    type Value = Location;
-
-    fn parse_ref(
-        &self,
-        command: &clap::Command,
-        argument: Option<&clap::Arg>,
-        value: &OsStr,
-    ) -> Result<Self::Value, clap::Error> {
-        let Some(text) = value.to_str() else { return Ok(Location::File(value.into())) };
-        text.parse().map_err(|why| {
-            let name = argument.map(ToString::to_string).unwrap_or_default();
-            let message = format!("invalid value '{text}' for '{name}': {why}\n");
-            clap::Error::raw(ErrorKind::ValueValidation, message).with_cmd(command)
-        })
     }
 }
 

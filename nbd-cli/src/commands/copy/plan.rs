@@ -8,23 +8,23 @@ use nbd_client::{Extent, ExtentStream};
 use nbd_proto::wire::AllocationFlags;
 
 use super::dirty::DirtyExtents;
-use crate::error::CommandError;
+use crate::jobs::{JobError, JobErrorKind};
 
 /// Extents of an image that are asked for at a time.
 const EXTENTS_AT_A_TIME: usize = 1024;
 
 /// Longest pieces.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::commands) struct Lengths {
+pub(crate) struct Lengths {
     /// Of data; a multiple of the alignment.
-    pub(in crate::commands) data: u64,
+    pub(crate) data: u64,
     /// Of zeroes; a multiple of the alignment, or larger than the disk.
-    pub(in crate::commands) zeroes: u64,
+    pub(crate) zeroes: u64,
 }
 
 /// What becomes of a part of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) enum Content {
+pub(crate) enum Content {
     /// It is read and written.
     Data,
     /// It is zero: it need not be read.
@@ -35,14 +35,14 @@ pub(in crate::commands) enum Content {
 
 /// A part of the disk for one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) struct Piece {
-    pub(in crate::commands) offset: u64,
-    pub(in crate::commands) length: u64,
-    pub(in crate::commands) content: Content,
+pub(crate) struct Piece {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) content: Content,
 }
 
 /// Where knowledge about holes comes from.
-pub(in crate::commands) enum Extents {
+pub(crate) enum Extents {
     /// There is none: everything is read.
     Unknown,
     /// A server's block status.
@@ -56,18 +56,18 @@ pub(in crate::commands) enum Extents {
 }
 
 /// The extents of an image, front to back.
-pub(in crate::commands) struct ImageExtents {
+pub(crate) struct ImageExtents {
     image: Arc<Image>,
     /// What was found and not used yet, the last part first.
     found: Vec<imgfmt::Extent>,
 }
 
 impl ImageExtents {
-    pub(in crate::commands) fn new(image: Arc<Image>) -> Self {
+    pub(crate) fn new(image: Arc<Image>) -> Self {
         Self { image, found: Vec::new() }
     }
 
-    fn at(&mut self, at: u64) -> Result<(u64, Content), CommandError> {
+    fn at(&mut self, at: u64) -> Result<(u64, Content), JobError> {
         loop {
             while let Some(extent) = self.found.pop() {
                 let end = extent.range.end().bytes();
@@ -77,9 +77,12 @@ impl ImageExtents {
             }
             let range = GuestRange::new(GuestOffset::new(at), self.image.size().saturating_sub(at));
             let range = range.filter(|range| !range.is_empty()).ok_or_else(|| {
-                CommandError::new(format!("the image has become smaller than {at} bytes"))
+                JobError::source(format!("the image has become smaller than {at} bytes"))
             })?;
-            self.found = self.image.extents(range, EXTENTS_AT_A_TIME)?;
+            self.found = self
+                .image
+                .extents(range, EXTENTS_AT_A_TIME)
+                .map_err(|error| JobError::image(JobErrorKind::Source, error))?;
             if self.found.is_empty() {
                 return Ok((range.end().bytes(), Content::Data));
             }
@@ -104,7 +107,7 @@ pub(super) fn allocated(extent: &Extent) -> Content {
 }
 
 /// Cuts the disk into pieces, front to back.
-pub(in crate::commands) struct Plan {
+pub(crate) struct Plan {
     size: u64,
     /// Every boundary between pieces is a multiple of this power of two.
     alignment: u64,
@@ -118,7 +121,7 @@ pub(in crate::commands) struct Plan {
 
 impl Plan {
     /// A plan for the bytes from `start` to `size`. `alignment` is a power of two.
-    pub(in crate::commands) fn new(
+    pub(crate) fn new(
         start: u64,
         size: u64,
         alignment: u64,
@@ -129,12 +132,12 @@ impl Plan {
     }
 
     /// Where the next piece begins, in bytes.
-    pub(in crate::commands) fn position(&self) -> u64 {
+    pub(crate) fn position(&self) -> u64 {
         self.at
     }
 
     /// The next piece, or `None` at the end of the disk.
-    pub(in crate::commands) async fn next(&mut self) -> Result<Option<Piece>, CommandError> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Piece>, JobError> {
         if self.at >= self.size {
             return Ok(None);
         }
@@ -153,7 +156,7 @@ impl Plan {
     }
 
     /// Finds out what stands at the current offset and up to where.
-    async fn look(&mut self) -> Result<(u64, Content), CommandError> {
+    async fn look(&mut self) -> Result<(u64, Content), JobError> {
         let (end, content) = self.extents.at(self.at, self.size).await?;
         // Only whole blocks count as zero or unchanged; a block that is so in part is data.
         if end >= self.size {
@@ -170,12 +173,12 @@ impl Plan {
 
 impl Extents {
     /// The end (above `at`) and content of the extent that holds the byte `at`.
-    async fn at(&mut self, at: u64, size: u64) -> Result<(u64, Content), CommandError> {
+    async fn at(&mut self, at: u64, size: u64) -> Result<(u64, Content), JobError> {
         match self {
             Self::Unknown => Ok((size, Content::Data)),
             Self::File(file) => {
                 let found = file.next_extent(HostOffset::new(at), size - at).map_err(|error| {
-                    CommandError::new(format!("cannot find holes at offset {at}: {error}"))
+                    JobError::source(format!("cannot find holes at offset {at}: {error}"))
                 })?;
                 // An empty answer would stop the plan.
                 let end = at.saturating_add(found.length.max(1)).min(size);
@@ -187,7 +190,7 @@ impl Extents {
                 let extent = match extents.next().await {
                     Some(Ok(extent)) => extent,
                     Some(Err(error)) => {
-                        return Err(CommandError::new(format!(
+                        return Err(JobError::source(format!(
                             "the server cannot tell its holes at offset {at}: {error}; try \
                              --no-extents"
                         )));

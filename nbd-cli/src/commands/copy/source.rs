@@ -13,21 +13,14 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 
 use super::location::Location;
+use super::options::Knowledge;
 use super::plan::{Content, Extents, ImageExtents, allocated};
-use crate::connect::{ConnectionArgs, TlsArgs, connect, failed};
-use crate::error::CommandError;
-use crate::locking::open_file;
-
-/// What a server is asked about its disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::commands) enum Knowledge {
-    Nothing,
-    /// Where it is zero.
-    Holes,
-}
+use crate::jobs::connect::{self, ConnectOptions, failed};
+use crate::jobs::files::open_file;
+use crate::jobs::{JobContext, JobError, JobErrorKind};
 
 /// An open source.
-pub(in crate::commands) enum Source {
+pub(crate) enum Source {
     Nbd {
         client: Client,
         uri: NbdUri,
@@ -51,7 +44,7 @@ pub(in crate::commands) enum Source {
 impl Source {
     /// The disk in an image. A backup knows its size better than the image, whose size is a
     /// multiple of 512.
-    pub(in crate::commands) fn image(image: Arc<Image>) -> Self {
+    pub(crate) fn image(image: Arc<Image>) -> Self {
         let backup = image.backups_of_chain().into_iter().next().and_then(|(_, backup)| backup);
         let disk_size = backup.map(|backup| backup.identity.disk_size);
         let is_own = |size: &u64| size.next_multiple_of(512) == image.size();
@@ -60,24 +53,27 @@ impl Source {
     }
 
     /// Opens a server's export or a file for reading.
-    pub(in crate::commands) async fn open(
+    pub(crate) async fn open(
         location: &Location,
-        connection: &ConnectionArgs,
-        tls: &TlsArgs,
+        connect: &ConnectOptions,
         locking: Locking,
         knowledge: Knowledge,
-    ) -> Result<Self, CommandError> {
+        context: &JobContext,
+    ) -> Result<Self, JobError> {
         match location {
             Location::Nbd(uri) => {
-                let mut connector = connection.connector(uri, tls);
+                let mut connector = connect.connector(uri);
                 if knowledge == Knowledge::Holes {
                     connector = connector.meta_contexts([MetaContextName::base_allocation()]);
                 }
-                let client = connect(&connector, uri).await?;
+                let whose = JobErrorKind::Source;
+                let client =
+                    connect::connect(&connector, uri, whose, &context.cancellation).await?;
                 Ok(Self::Nbd { client, uri: uri.clone() })
             }
             Location::File(path) => {
-                let storage = open_file(path, Access::ReadOnly, locking)?;
+                let storage = open_file(path, Access::ReadOnly, locking, &*context.observer)
+                    .map_err(|error| JobError::image(JobErrorKind::Source, error))?;
                 let size = storage.len().map_err(|error| read_error(path, 0, &error))?;
                 Ok(Self::File { storage: Arc::new(storage), path: path.clone(), size })
             }
@@ -87,7 +83,7 @@ impl Source {
     }
 
     /// The size in bytes, if it is known beforehand.
-    pub(in crate::commands) fn size(&self) -> Option<u64> {
+    pub(crate) fn size(&self) -> Option<u64> {
         match self {
             Self::Nbd { client, .. } => Some(client.info().size),
             Self::File { size, .. } => Some(*size),
@@ -98,7 +94,7 @@ impl Source {
     }
 
     /// The file behind the source, if it is one.
-    pub(in crate::commands) fn identity(&self) -> Option<FileIdentity> {
+    pub(crate) fn identity(&self) -> Option<FileIdentity> {
         match self {
             Self::File { storage, .. } => storage.identity(),
             _ => None,
@@ -106,7 +102,7 @@ impl Source {
     }
 
     /// Requests must be aligned to this power of two.
-    pub(in crate::commands) fn alignment(&self) -> u64 {
+    pub(crate) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
                 client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
@@ -116,7 +112,7 @@ impl Source {
     }
 
     /// What is known about holes from `start` (in bytes) on.
-    pub(in crate::commands) fn extents(&self, start: u64) -> Extents {
+    pub(crate) fn extents(&self, start: u64) -> Extents {
         match self {
             Self::Nbd { client, .. } => {
                 let context = MetaContextName::base_allocation();
@@ -133,18 +129,18 @@ impl Source {
     }
 
     /// Reads a part of the disk, into memory that is left over from an earlier part.
-    pub(in crate::commands) async fn read(
+    pub(crate) async fn read(
         &self,
         offset: u64,
         length: u64,
         mut buffer: BytesMut,
-    ) -> Result<Bytes, CommandError> {
+    ) -> Result<Bytes, JobError> {
         // Lengths are at most the request size.
         let length = length as usize;
         match self {
             Self::Nbd { client, uri } => {
                 let read = client.read_reusing(offset..offset + length as u64, buffer).await;
-                read.map_err(|error| failed(uri, "read from", &error))
+                read.map_err(|error| JobError::source(failed(uri, "read from", &error)))
             }
             Self::File { storage, path, .. } => {
                 let storage = storage.clone();
@@ -155,7 +151,7 @@ impl Source {
                 });
                 match reading.await {
                     Ok(read) => read.map_err(|error| read_error(path, offset, &error)),
-                    Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
+                    Err(error) => Err(JobError::given_up("read", &error)),
                 }
             }
             Self::Image { image, .. } => {
@@ -166,12 +162,12 @@ impl Source {
                     read.map(|()| buffer.freeze())
                 });
                 match reading.await {
-                    Ok(read) => Ok(read?),
-                    Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
+                    Ok(read) => read.map_err(|error| JobError::image(JobErrorKind::Source, error)),
+                    Err(error) => Err(JobError::given_up("read", &error)),
                 }
             }
             Self::Standard | Self::Null => {
-                Err(CommandError::new("this source cannot be read at an offset"))
+                Err(JobError::source("this source cannot be read at an offset"))
             }
         }
     }
@@ -182,13 +178,13 @@ impl Source {
         offset: u64,
         length: u64,
         buffer: BytesMut,
-    ) -> Result<Vec<ReadChunk>, CommandError> {
+    ) -> Result<Vec<ReadChunk>, JobError> {
         let Self::Nbd { client, uri } = self else {
             let data = self.read(offset, length, buffer).await?;
             return Ok(vec![ReadChunk::Data { offset, data }]);
         };
         let read = client.read_chunks_reusing(offset..offset + length, buffer).await;
-        read.map_err(|error| failed(uri, "read from", &error))
+        read.map_err(|error| JobError::source(failed(uri, "read from", &error)))
     }
 
     /// Whether a range is known to be zero without reading it; false if that cannot be told.
@@ -222,7 +218,7 @@ impl Source {
     }
 
     /// Ends the connection.
-    pub(in crate::commands) async fn close(&self) {
+    pub(crate) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
             // Everything was read; how the connection ends does not matter.
             let _ = client.clone().disconnect().await;
@@ -245,10 +241,10 @@ fn is_zero_in_image(image: &Image, offset: u64, end: u64) -> bool {
     true
 }
 
-fn read_error(path: &Path, offset: u64, error: &std::io::Error) -> CommandError {
+fn read_error(path: &Path, offset: u64, error: &std::io::Error) -> JobError {
     let why = match error.kind() {
         std::io::ErrorKind::UnexpectedEof => "the file has become shorter".to_owned(),
         _ => error.to_string(),
     };
-    CommandError::new(format!("cannot read '{}' at offset {offset}: {why}", path.display()))
+    JobError::source(format!("cannot read '{}' at offset {offset}: {why}", path.display()))
 }

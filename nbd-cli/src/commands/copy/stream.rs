@@ -13,13 +13,13 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::engine::Job;
 use super::plan::{Content, Piece};
-use crate::error::CommandError;
+use crate::jobs::JobError;
 
 /// Reads standard input to its end; the writes go on in parallel.
-pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), CommandError> {
+pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), JobError> {
     let room = job.destination.room()?;
     let permits = Arc::new(Semaphore::new(job.requests));
-    let mut tasks: JoinSet<Result<(), CommandError>> = JoinSet::new();
+    let mut tasks: JoinSet<Result<(), JobError>> = JoinSet::new();
     let mut offset: u64 = 0;
     loop {
         let data = read_standard_input(job.request_size).await?;
@@ -28,7 +28,7 @@ pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), CommandErr
         }
         let length = data.len() as u64;
         if room.is_some_and(|room| offset.saturating_add(length) > room) {
-            return Err(CommandError::new(format!(
+            return Err(JobError::destination(format!(
                 "standard input has more than the {} bytes that fit",
                 room.unwrap_or_default()
             )));
@@ -37,7 +37,7 @@ pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), CommandErr
         let job = job.clone();
         tasks.spawn(async move {
             let stored = job.store(offset, &data).await;
-            job.progress.add(length);
+            job.meter.add(length, 0);
             drop(permit);
             stored
         });
@@ -53,7 +53,7 @@ pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), CommandErr
 }
 
 /// Writes standard output in order; the reads run ahead.
-pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), CommandError> {
+pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), JobError> {
     let zeroes = Bytes::from(vec![0; job.request_size]);
     let mut ahead: VecDeque<Ahead> = VecDeque::new();
     let mut more = true;
@@ -76,7 +76,7 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), CommandErro
                         ReadChunk::Data { data, .. } => {
                             let length = data.len() as u64;
                             write_standard_output(data).await?;
-                            job.progress.add(length);
+                            job.meter.add(length, 0);
                         }
                     }
                 }
@@ -85,24 +85,24 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), CommandErro
     }
 }
 
-async fn write_zeroes(job: &Job, zeroes: &Bytes, mut length: u64) -> Result<(), CommandError> {
+async fn write_zeroes(job: &Job, zeroes: &Bytes, mut length: u64) -> Result<(), JobError> {
     while length > 0 {
         let part = length.min(zeroes.len() as u64);
         write_standard_output(zeroes.slice(..part as usize)).await?;
-        job.progress.add_hole(part);
+        job.meter.add(part, part);
         length -= part;
     }
     Ok(())
 }
 
 /// From standard input to standard output.
-pub(super) async fn through(job: &Arc<Job>) -> Result<(), CommandError> {
+pub(super) async fn through(job: &Arc<Job>) -> Result<(), JobError> {
     loop {
         let data = read_standard_input(job.request_size).await?;
         if data.is_empty() {
             return Ok(());
         }
-        job.progress.add(data.len() as u64);
+        job.meter.add(data.len() as u64, 0);
         write_standard_output(data).await?;
     }
 }
@@ -110,7 +110,7 @@ pub(super) async fn through(job: &Arc<Job>) -> Result<(), CommandError> {
 /// A piece that comes later.
 enum Ahead {
     Zero(u64),
-    Data(JoinHandle<Result<Vec<ReadChunk>, CommandError>>),
+    Data(JoinHandle<Result<Vec<ReadChunk>, JobError>>),
 }
 
 impl Ahead {
@@ -128,14 +128,12 @@ impl Ahead {
     }
 }
 
-fn flatten<T>(
-    ended: Result<Result<T, CommandError>, tokio::task::JoinError>,
-) -> Result<T, CommandError> {
-    ended.map_err(|error| CommandError::new(format!("a task was given up: {error}")))?
+fn flatten<T>(ended: Result<Result<T, JobError>, tokio::task::JoinError>) -> Result<T, JobError> {
+    ended.map_err(|error| JobError::given_up("task", &error))?
 }
 
 /// Reads `length` bytes, or fewer at the end of the input.
-async fn read_standard_input(length: usize) -> Result<Bytes, CommandError> {
+async fn read_standard_input(length: usize) -> Result<Bytes, JobError> {
     let read = move || -> io::Result<Vec<u8>> {
         let mut data = Vec::with_capacity(length);
         let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
@@ -145,24 +143,24 @@ async fn read_standard_input(length: usize) -> Result<Bytes, CommandError> {
     match tokio::task::spawn_blocking(read).await {
         Ok(Ok(data)) => Ok(data.into()),
         Ok(Err(error)) => {
-            Err(CommandError::new(format!("cannot read from standard input: {error}")))
+            Err(JobError::source(format!("cannot read from standard input: {error}")))
         }
-        Err(error) => Err(CommandError::new(format!("a read was given up: {error}"))),
+        Err(error) => Err(JobError::given_up("read", &error)),
     }
 }
 
-async fn write_standard_output(data: Bytes) -> Result<(), CommandError> {
+async fn write_standard_output(data: Bytes) -> Result<(), JobError> {
     // Past the line buffer of the standard library, which has no use here.
     let write = move || -> io::Result<()> {
         File::from(io::stdout().as_fd().try_clone_to_owned()?).write_all(&data)
     };
     match tokio::task::spawn_blocking(write).await {
         Ok(result) => result.map_err(|error| output_error(&error)),
-        Err(error) => Err(CommandError::new(format!("a write was given up: {error}"))),
+        Err(error) => Err(JobError::given_up("write", &error)),
     }
 }
 
 /// A copy whose reader went away is not complete: unlike for a report, that is an error.
-fn output_error(error: &io::Error) -> CommandError {
-    CommandError::new(format!("cannot write to standard output: {error}"))
+fn output_error(error: &io::Error) -> JobError {
+    JobError::destination(format!("cannot write to standard output: {error}"))
 }

@@ -9,9 +9,7 @@ use tokio::task::JoinSet;
 use super::plan::{Content, Lengths, Piece, Plan};
 use super::source::Source;
 use super::zero::is_zero;
-use crate::error::CommandError;
-use crate::progress::Progress;
-use crate::signals;
+use crate::jobs::{JobContext, JobError, JobErrorKind, Meter, Phase};
 
 /// Longest part that has one checksum, in bytes.
 const PIECE: u64 = 1 << 20;
@@ -19,40 +17,39 @@ const PIECE: u64 = 1 << 20;
 const LONGEST_ZEROES: u64 = 1 << 30;
 
 /// A comparison of two disks of the same size.
-pub(in crate::commands) struct Verification {
-    pub(in crate::commands) source: Source,
-    pub(in crate::commands) copy: Source,
-    pub(in crate::commands) progress: Progress,
+pub(crate) struct Verification {
+    pub(crate) source: Source,
+    pub(crate) copy: Source,
+    context: JobContext,
+    meter: Meter,
     plan: Mutex<Plan>,
 }
 
 impl Verification {
     /// Compares what `extents`, those of the source, do not call unchanged. `unit` is what both
     /// sides need of requests, in bytes.
-    pub(in crate::commands) fn new(
+    pub(crate) fn new(
         source: Source,
         copy: Source,
         unit: u64,
         extents: super::plan::Extents,
-        progress: Progress,
+        context: &JobContext,
     ) -> Self {
         let longest = Lengths { data: PIECE.max(unit), zeroes: LONGEST_ZEROES };
         let size = source.size().unwrap_or_default();
         let plan = Mutex::new(Plan::new(0, size, unit, longest, extents));
-        Self { source, copy, progress, plan }
+        let meter = Meter::begin(context, Phase::Verifying, source.size(), 0);
+        Self { source, copy, context: context.clone(), meter, plan }
     }
 
     /// Compares with so many tasks; returns how many bytes were compared.
     ///
-    /// The first difference is an error, and so is a signal that interrupts it.
-    pub(in crate::commands) async fn run(
-        self: &Arc<Self>,
-        tasks: usize,
-    ) -> Result<u64, CommandError> {
-        signals::unless_interrupted(self.compare(tasks)).await
+    /// The first difference is an error.
+    pub(crate) async fn run(self: &Arc<Self>, tasks: usize) -> Result<u64, JobError> {
+        self.context.cancellation.unless_cancelled(self.compare(tasks)).await
     }
 
-    async fn compare(self: &Arc<Self>, tasks: usize) -> Result<u64, CommandError> {
+    async fn compare(self: &Arc<Self>, tasks: usize) -> Result<u64, JobError> {
         let mut running = JoinSet::new();
         for _ in 0..tasks {
             let this = Arc::clone(self);
@@ -60,38 +57,41 @@ impl Verification {
         }
         let mut compared = 0;
         while let Some(ended) = running.join_next().await {
-            compared += ended
-                .map_err(|error| CommandError::new(format!("a task was given up: {error}")))??;
+            compared += ended.map_err(|error| JobError::given_up("task", &error))??;
         }
         Ok(compared)
     }
 
-    async fn compare_pieces(&self) -> Result<u64, CommandError> {
+    async fn compare_pieces(&self) -> Result<u64, JobError> {
         let mut compared = 0;
         loop {
             let piece = self.plan.lock().await.next().await?;
             let Some(piece) = piece else { return Ok(compared) };
             let equal = match piece.content {
                 Content::Unchanged => {
-                    self.progress.add(piece.length);
+                    self.meter.add(piece.length, 0);
                     continue;
                 }
                 Content::Data => self.is_equal(&piece).await?,
                 Content::Zero => self.is_zero(&piece).await?,
             };
             if !equal {
-                return Err(CommandError::new(format!(
-                    "the copy differs from the source in the {} bytes at offset {}: either the \
+                let kind = JobErrorKind::Mismatch;
+                return Err(JobError::new(
+                    kind,
+                    format!(
+                        "the copy differs from the source in the {} bytes at offset {}: either the \
                      source has changed meanwhile or the copy is damaged",
-                    piece.length, piece.offset
-                )));
+                        piece.length, piece.offset
+                    ),
+                ));
             }
             compared += piece.length;
-            self.progress.add(piece.length);
+            self.meter.add(piece.length, 0);
         }
     }
 
-    async fn is_equal(&self, piece: &Piece) -> Result<bool, CommandError> {
+    async fn is_equal(&self, piece: &Piece) -> Result<bool, JobError> {
         let (source, copy) = tokio::join!(
             self.source.read(piece.offset, piece.length, BytesMut::new()),
             self.copy.read(piece.offset, piece.length, BytesMut::new()),
@@ -100,7 +100,7 @@ impl Verification {
     }
 
     /// Whether the copy is zero where the source says that it is.
-    async fn is_zero(&self, piece: &Piece) -> Result<bool, CommandError> {
+    async fn is_zero(&self, piece: &Piece) -> Result<bool, JobError> {
         if self.copy.is_known_zero(piece.offset, piece.length).await {
             return Ok(true);
         }

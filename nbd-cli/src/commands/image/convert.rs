@@ -25,6 +25,7 @@ use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, ProgressArgs};
+use crate::shown::warnings;
 use crate::size::parse_duration;
 use crate::target::{self, Durable, Existing, NewFile, device};
 
@@ -215,6 +216,11 @@ fn check_options(
     Ok(())
 }
 
+/// The error with what it leaves.
+fn left(error: &CommandError, left: &str) -> CommandError {
+    CommandError::new(format!("{error}; {left}"))
+}
+
 fn incomplete(to: &Place, error: &CommandError) -> CommandError {
     CommandError::new(format!("{error}; the disk in {to} is incomplete: run the command again"))
 }
@@ -240,25 +246,26 @@ impl Conversion<'_> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
         create.locking = self.args.open.trust.locks.locking();
-        let new = NewFile::begin(path, |path| Ok(Image::create(path, &create)?))?;
+        let make = |path: &Path| Image::create(path, &create).map_err(CommandError::from);
+        let new = NewFile::begin(path, &warnings(), make)?;
         let filled = Image::open(new.path(), &self.for_filling())
             .map_err(CommandError::from)
             .and_then(|image| self.fill(image, new.path(), progress));
-        filled.map_err(|error| CommandError::new(format!("{error}; {}", new.left_behind())))?;
-        new.complete(if self.args.flush { Durable::Now } else { Durable::Later })
+        filled.map_err(|error| left(&error, &new.left_behind()))?;
+        Ok(new.complete(if self.args.flush { Durable::Now } else { Durable::Later })?)
     }
 
     /// Makes the image on a device, whose content is lost.
     fn make_on_device(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
-        let new = device::begin_image(path, &create)?;
+        let new = device::begin_image(path, &create, &*warnings())?;
         let filled = new
             .open(&self.for_filling())
             .map_err(CommandError::from)
             .and_then(|image| self.fill(image, path, progress))
             .and_then(|()| Ok(new.complete()?));
-        filled.map_err(|error| device::lost(path, &error))
+        filled.map_err(|error| left(&error, &device::left_behind(path)))
     }
 
     /// How a new image is opened.
@@ -286,11 +293,11 @@ impl Conversion<'_> {
         let image = Image::from_storage(disk.clone(), &options)?;
         let to = Place::File(path.to_owned());
         self.check_room(&to, &image)?;
-        device::warn_of_loss(path);
+        device::warn_of_loss(path, &*warnings());
         let copied =
             self.copy(&image, &to, self.target(), progress).and_then(|()| Ok(image.close()?));
-        copied.map_err(|error| device::lost_disk(path, &disk, &error))?;
-        device::complete_disk(path, &disk)
+        copied.map_err(|error| left(&error, &device::left_behind_on(path, &disk)))?;
+        Ok(device::complete_disk(path, &disk)?)
     }
 
     /// Replaces the disk that is there.

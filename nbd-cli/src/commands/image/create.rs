@@ -15,6 +15,7 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::LockArgs;
 use crate::remote::allow_exports;
+use crate::shown::warnings;
 use crate::signals;
 use crate::size::ByteSize;
 use crate::target::{self, Durable, Existing, NewFile, device};
@@ -213,10 +214,10 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     };
     match target::look(&args.path)? {
         Existing::BlockDevice => {
-            let new = device::begin_image(&args.path, &options)?;
-            new.complete().map_err(|error| device::lost(&args.path, &error.into()))?;
+            let new = device::begin_image(&args.path, &options, &*warnings())?;
+            device::complete_image(&args.path, new)?;
         }
-        _ => NewFile::begin(&args.path, create)?.complete(Durable::Now)?,
+        _ => NewFile::begin(&args.path, &warnings(), create)?.complete(Durable::Now)?,
     }
     if args.json {
         print_json(&args.path, &args.locks.options().format(options.format))?;

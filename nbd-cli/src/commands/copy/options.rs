@@ -1,0 +1,133 @@
+//! How a disk is copied.
+
+use std::num::NonZeroUsize;
+
+use imgfmt::Locking;
+
+use crate::jobs::JobError;
+use crate::jobs::connect::ConnectOptions;
+use crate::target::Durable;
+
+/// Most requests in flight.
+const REQUESTS_MAX: usize = 4096;
+/// Most connections to a server.
+const CONNECTIONS_MAX: usize = 256;
+/// Smallest request, and smallest unit in which zeroes are looked for, in bytes.
+const REQUEST_SIZE_MIN: u64 = 512;
+/// Largest request, in bytes; more would only need more memory.
+const REQUEST_SIZE_MAX: u64 = 32 << 20;
+
+/// What becomes of parts that are zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Zeroes {
+    /// They become holes where the destination can have them.
+    #[default]
+    PunchHoles,
+    /// They are written so that they take up space, as data does.
+    Allocate,
+    /// Nothing: the destination reads as zero already.
+    Skip,
+}
+
+/// How a disk is copied.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub(crate) struct CopyOptions {
+    /// How servers are reached.
+    pub(crate) connect: ConnectOptions,
+    /// Requests in flight: 1 to 4096. By default 64.
+    pub(crate) requests: NonZeroUsize,
+    /// Size of a request in bytes: a power of two from 512 to 32 MiB. By default 256 KiB.
+    pub(crate) request_size: u64,
+    /// What becomes of zeroes.
+    pub(crate) zeroes: Zeroes,
+    /// Whether the source is asked where it has holes. By default it is.
+    pub(crate) knowledge: Knowledge,
+    /// Zeroes are looked for in the data in units of this size in bytes: a power of two of at least 512, or
+    /// `None` not to look. By default 4096.
+    pub(crate) sparse: Option<u64>,
+    /// Whether the copy is durable when the job is complete. By default it need not be.
+    pub(crate) durability: Durable,
+    /// How a file is locked that is the source.
+    pub(crate) source_locking: Locking,
+    /// How a file is locked that is the destination.
+    pub(crate) destination_locking: Locking,
+}
+
+/// What a server or file is asked about its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Knowledge {
+    /// Nothing: all of it is read.
+    Nothing,
+    /// Where it is zero.
+    Holes,
+}
+
+impl Default for CopyOptions {
+    fn default() -> Self {
+        Self {
+            connect: ConnectOptions::default(),
+            requests: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
+            request_size: 256 << 10,
+            zeroes: Zeroes::default(),
+            knowledge: Knowledge::Holes,
+            sparse: Some(4096),
+            durability: Durable::Later,
+            source_locking: Locking::Auto,
+            destination_locking: Locking::Auto,
+        }
+    }
+}
+
+impl CopyOptions {
+    /// Refuses what is out of range.
+    pub(super) fn check(&self) -> Result<(), JobError> {
+        let in_range = REQUEST_SIZE_MIN..=REQUEST_SIZE_MAX;
+        if !self.request_size.is_power_of_two() || !in_range.contains(&self.request_size) {
+            return Err(JobError::invalid(format!(
+                "requests of {} bytes are not possible; give a power of two from 512 to 32 MiB",
+                self.request_size
+            )));
+        }
+        if let Some(sparse) = self.sparse
+            && !(sparse.is_power_of_two() && sparse >= REQUEST_SIZE_MIN)
+        {
+            return Err(JobError::invalid(format!(
+                "zeroes cannot be looked for in units of {sparse} bytes; give a power of two of at \
+                 least 512"
+            )));
+        }
+        if self.requests.get() > REQUESTS_MAX || self.connect.connections.get() > CONNECTIONS_MAX {
+            return Err(JobError::invalid(format!(
+                "there can be {REQUESTS_MAX} requests in flight and {CONNECTIONS_MAX} connections to a \
+                 server at most; give smaller numbers"
+            )));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jobs::JobErrorKind;
+
+    #[test]
+    fn what_is_out_of_range_is_refused() {
+        assert!(CopyOptions::default().check().is_ok());
+        let changes: [fn(&mut CopyOptions); 6] = [
+            |options| options.request_size = 0,
+            |options| options.request_size = 3 << 20,
+            |options| options.request_size = 64 << 20,
+            |options| options.sparse = Some(4095),
+            |options| options.requests = NonZeroUsize::MAX,
+            |options| options.connect.connections = NonZeroUsize::MAX,
+        ];
+        for change in changes {
+            let mut options = CopyOptions::default();
+            change(&mut options);
+            let error = options.check().unwrap_err();
+            assert_eq!(error.kind(), JobErrorKind::InvalidArgument, "{error}");
+        }
+    }
+}

@@ -1,0 +1,97 @@
+//! Ending a job early.
+
+use tokio::sync::watch::{Sender, channel};
+
+use super::error::{JobError, JobErrorKind};
+
+/// Ends jobs early: clones are one and the same, so that a job can be given one and the caller keeps
+/// another. Once it is cancelled it stays so.
+///
+/// A cancelled job stops between two steps, removes the file that it was making, and fails with
+/// [`JobErrorKind::Interrupted`].
+#[derive(Clone, Debug)]
+pub(crate) struct Cancellation {
+    reason: Sender<Option<String>>,
+}
+
+impl Cancellation {
+    /// One that nobody has cancelled.
+    pub(crate) fn new() -> Self {
+        Self { reason: channel(None).0 }
+    }
+
+    /// Cancels. The first reason counts: it is what the job's error says, such as `interrupted by
+    /// SIGINT`.
+    pub(crate) fn cancel(&self, reason: impl Into<String>) {
+        self.reason.send_if_modified(|first| {
+            let is_first = first.is_none();
+            if is_first {
+                *first = Some(reason.into());
+            }
+            is_first
+        });
+    }
+
+    /// Waits until it is cancelled; gives the error of a job that ends for that.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe.
+    pub(crate) async fn cancelled(&self) -> JobError {
+        let mut reasons = self.reason.subscribe();
+        let reason = reasons.wait_for(Option::is_some).await.map(|reason| reason.clone());
+        // It cannot fail: the sender is this object's own.
+        let Ok(reason) = reason else { return std::future::pending().await };
+        JobError::new(JobErrorKind::Interrupted, reason.unwrap_or_default())
+    }
+
+    /// Carries out what may be given up at any time, such as waiting for a server.
+    ///
+    /// # Errors
+    ///
+    /// Those of the work, or that it was cancelled.
+    ///
+    /// # Cancel safety
+    ///
+    /// That of the work.
+    pub(crate) async fn unless_cancelled<T>(
+        &self,
+        work: impl Future<Output = Result<T, JobError>>,
+    ) -> Result<T, JobError> {
+        tokio::select! {
+            result = work => result,
+            cancelled = self.cancelled() => Err(cancelled),
+        }
+    }
+}
+
+impl Default for Cancellation {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn work_ends_with_the_first_reason() {
+        let cancellation = Cancellation::new();
+        let other = cancellation.clone();
+        let waiting = tokio::spawn(async move {
+            other.unless_cancelled(std::future::pending::<Result<(), JobError>>()).await
+        });
+        cancellation.cancel("interrupted by SIGINT");
+        cancellation.cancel("interrupted by SIGTERM");
+        let error = waiting.await.unwrap().unwrap_err();
+        assert_eq!(error.kind(), JobErrorKind::Interrupted);
+        assert_eq!(error.to_string(), "interrupted by SIGINT");
+    }
+
+    #[tokio::test]
+    async fn without_a_reason_the_work_decides() {
+        let done = Cancellation::new().unless_cancelled(async { Ok(7) }).await;
+        assert_eq!(done.unwrap(), 7);
+    }
+}

@@ -1,0 +1,196 @@
+//! Connections to servers, and what to say when they fail.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nbd_client::{Client, Connector, Error, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
+use nbd_proto::NbdUri;
+use nbd_proto::uri::Security;
+use nbd_proto::wire::OptionReplyType;
+
+use super::cancellation::Cancellation;
+use super::error::{JobError, JobErrorKind};
+use super::text::printable;
+
+/// How many names an error lists.
+const MAX_NAMES: usize = 8;
+
+/// How the connections of a job are made.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub(crate) struct ConnectOptions {
+    /// Connections to each server, if it allows several: 1 to 256. By default 4.
+    pub(crate) connections: NonZeroUsize,
+    /// Time limit for connecting and for each request. By default 30 seconds for connecting, and none
+    /// for requests.
+    pub(crate) timeout: Option<Duration>,
+    /// How long to try to restore a lost connection. By default 30 seconds.
+    pub(crate) reconnect: Duration,
+    /// TLS for servers.
+    pub(crate) tls: TlsSettings,
+    /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`): only if its
+    /// author may read them. By default it may not.
+    pub(crate) local_files: LocalFiles,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        Self {
+            connections: NonZeroUsize::new(4).unwrap_or(NonZeroUsize::MIN),
+            timeout: None,
+            reconnect: Duration::from_secs(30),
+            tls: TlsSettings::default(),
+            local_files: LocalFiles::Refused,
+        }
+    }
+}
+
+impl ConnectOptions {
+    /// Describes a connection.
+    pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
+        let connector = Connector::new(uri.clone()).local_files(self.local_files);
+        let connector = self.tls.apply(connector).connections(self.connections);
+        let connector = match self.timeout {
+            Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
+            None => connector,
+        };
+        connector.reconnect(self.reconnect)
+    }
+}
+
+/// How connections use TLS, where the URI does not say it.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub(crate) struct TlsSettings {
+    /// When TLS is used. By default as the URI's scheme says.
+    pub(crate) mode: Option<TlsMode>,
+    /// Folder with `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` if the server wants them.
+    pub(crate) certificates: Option<PathBuf>,
+    /// As [`certificates`](Self::certificates), if neither the caller nor the URI says anything else.
+    pub(crate) default_certificates: Option<PathBuf>,
+    /// File with pre-shared keys, as psktool makes it; the URI names the user. Goes before certificates.
+    pub(crate) pre_shared_keys: Option<PathBuf>,
+    /// Name that the server's certificate has to have. By default the host of the URI.
+    pub(crate) hostname: Option<String>,
+    /// Whether the server's certificate is verified.
+    pub(crate) verify_peer: Option<VerifyPeer>,
+}
+
+impl TlsSettings {
+    /// Adds TLS to the description of a connection, if it is to be used.
+    pub(crate) fn apply(&self, connector: Connector) -> Connector {
+        let uri = connector.uri().clone();
+        let mode = match (self.mode, uri.security) {
+            (Some(mode), _) => mode,
+            (None, Security::Tls) => TlsMode::Require,
+            (None, Security::Plain) => return connector,
+        };
+        let mut options = TlsOptions::new(mode);
+        if let Some(file) = &self.pre_shared_keys {
+            options = options.pre_shared_keys(file);
+        } else if let Some(folder) = &self.certificates {
+            options = options.certificates(folder);
+        } else if uri.tls.file_parameter().is_none()
+            && uri.tls.kind.is_none()
+            && let Some(folder) = &self.default_certificates
+        {
+            options = options.certificates(folder);
+        }
+        if let Some(name) = &self.hostname {
+            options = options.hostname(name);
+        }
+        if let Some(verify) = self.verify_peer {
+            options = options.verify_peer(verify);
+        }
+        connector.tls(options)
+    }
+}
+
+/// Connects; an export that does not exist is reported together with those that do. `whose` is the kind of
+/// the error.
+///
+/// # Errors
+///
+/// If the server cannot be reached or refuses, or if the job is cancelled.
+///
+/// # Cancel safety
+///
+/// Safe: the connection is given up.
+pub(crate) async fn connect(
+    connector: &Connector,
+    uri: &NbdUri,
+    whose: JobErrorKind,
+    cancellation: &Cancellation,
+) -> Result<Client, JobError> {
+    cancellation
+        .unless_cancelled(async {
+            match connector.connect().await {
+                Ok(client) => Ok(client),
+                Err(error) => {
+                    let why = explain_unknown_export(connector, uri, &error).await;
+                    Err(JobError::new(whose, why))
+                }
+            }
+        })
+        .await
+}
+
+/// What to say about an error of the handshake.
+pub(crate) async fn explain_unknown_export(
+    connector: &Connector,
+    uri: &NbdUri,
+    error: &Error,
+) -> String {
+    if error.option_reply() != Some(OptionReplyType::ERR_UNKNOWN) {
+        return with_advice(error);
+    }
+    let wanted = match uri.export_name.as_str() {
+        "" => "no default export; name one".to_owned(),
+        name => format!("no export named '{}'", printable(name)),
+    };
+    let offered = match connector.list().await {
+        Ok(exports) if exports.is_empty() => "it lists none".to_owned(),
+        Ok(exports) => {
+            let names = exports.iter().take(MAX_NAMES);
+            let names: Vec<_> =
+                names.map(|export| format!("'{}'", printable(&export.name))).collect();
+            let more = if exports.len() > MAX_NAMES { " and more" } else { "" };
+            format!("it has {}{more}", names.join(", "))
+        }
+        Err(_) => "it does not list what it has; ask its operator".to_owned(),
+    };
+    format!("{uri}: the server has {wanted} ({offered})")
+}
+
+/// What to say when a server refused something or failed after it was reached.
+pub(crate) fn failed(uri: &NbdUri, operation: &str, error: &Error) -> String {
+    match error {
+        // These name the server themselves.
+        Error::Connect { .. } | Error::Tls { .. } => with_advice(error),
+        Error::Request { .. } | Error::Misuse(_) | Error::Closed => {
+            format!("cannot {operation} {uri}: {}", printable(&error.to_string()))
+        }
+        _ => printable(&error.to_string()),
+    }
+}
+
+fn with_advice(error: &Error) -> String {
+    let text = printable(&error.to_string());
+    let advice = match error {
+        Error::Connect { source, .. } => match source.kind() {
+            std::io::ErrorKind::ConnectionRefused => "; is the server running there?",
+            std::io::ErrorKind::NotFound => "; there is no such socket, is the server running?",
+            std::io::ErrorKind::PermissionDenied => "; you may not use this socket",
+            std::io::ErrorKind::TimedOut | std::io::ErrorKind::HostUnreachable => {
+                "; check the address and the firewall"
+            }
+            _ => "",
+        },
+        Error::Tls { source: TlsError::RequiredByServer, .. } => {
+            " (--tls-certificates or --tls-psk)"
+        }
+        _ => "",
+    };
+    text + advice
+}

@@ -1,0 +1,22 @@
+//! Opening local files.
+
+use std::path::Path;
+
+use imgfmt::storage::FileStorage;
+use imgfmt::{Access, Locking};
+
+use super::observer::Observer;
+
+/// Opens a file, and tells the observer if it has no locks.
+pub(crate) fn open_file(
+    path: &Path,
+    access: Access,
+    locking: Locking,
+    observer: &dyn Observer,
+) -> imgfmt::Result<FileStorage> {
+    let storage = FileStorage::open(path, access, locking)?;
+    if storage.lacks_locks() {
+        observer.unlocked(path);
+    }
+    Ok(storage)
+}

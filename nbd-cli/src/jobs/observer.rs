@@ -1,0 +1,176 @@
+//! What a job tells its caller while it runs.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::cancellation::Cancellation;
+use super::text::printable;
+
+/// What a job is busy with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub(crate) enum Phase {
+    /// The disk is copied.
+    Copying,
+    /// Both sides are read again and compared.
+    Verifying,
+}
+
+/// How far a job is. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub(crate) struct Progress {
+    /// What it is busy with; each phase counts from its own start.
+    pub(crate) phase: Phase,
+    /// How much is done. Less than before when a part has to be copied again.
+    pub(crate) done: u64,
+    /// How much of that was known to be zero.
+    pub(crate) holes: u64,
+    /// How much there is, if that is known beforehand.
+    pub(crate) total: Option<u64>,
+}
+
+/// What becomes of a file with a temporary name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub(crate) enum TemporaryFile {
+    /// It was made. It is of no use until the job is complete: a process that ends without waiting for
+    /// the job should remove it.
+    Made,
+    /// It has its final name, was removed, or is to be kept.
+    Gone,
+}
+
+/// Takes what a job tells. Every method has a default that does nothing, or leads to another one.
+///
+/// The methods are called by the tasks of the job, and have to return soon. Calls of
+/// [`progress`](Self::progress) come one at a time and in order.
+pub(crate) trait Observer: Send + Sync {
+    /// The job is so far.
+    fn progress(&self, _progress: &Progress) {}
+
+    /// Something that the user should know, in one sentence. The job goes on.
+    fn warning(&self, _text: &str) {}
+
+    /// A file cannot be locked, because its file system has no locks. May come more than once for one
+    /// file.
+    fn unlocked(&self, path: &Path) {
+        self.warning(&format!(
+            "the file system of '{}' has no locks, so nothing keeps other programs from writing to it \
+             at the same time",
+            printable(&path.to_string_lossy())
+        ));
+    }
+
+    /// A file with a temporary name was made or is gone.
+    fn temporary_file(&self, _path: &Path, _event: TemporaryFile) {}
+}
+
+/// An observer that takes nothing.
+#[derive(Clone, Copy, Debug, Default)]
+struct Silent;
+
+impl Observer for Silent {}
+
+/// The caller's side of a job: who is told, and what ends it early. By default nobody is told, and
+/// nothing ends it. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct JobContext {
+    /// Is told what happens.
+    pub(crate) observer: Arc<dyn Observer>,
+    /// Ends the job early.
+    pub(crate) cancellation: Cancellation,
+}
+
+impl Default for JobContext {
+    fn default() -> Self {
+        Self { observer: Arc::new(Silent), cancellation: Cancellation::new() }
+    }
+}
+
+impl std::fmt::Debug for JobContext {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("JobContext")
+            .field("cancellation", &self.cancellation)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Counts what is done and tells the observer.
+pub(crate) struct Meter {
+    observer: Arc<dyn Observer>,
+    /// Held while the observer is told, so that it hears of it in order.
+    progress: Mutex<Progress>,
+}
+
+impl Meter {
+    /// Begins a phase; `done` bytes of it are done already.
+    pub(crate) fn begin(context: &JobContext, phase: Phase, total: Option<u64>, done: u64) -> Self {
+        let progress = Progress { phase, done, holes: 0, total };
+        context.observer.progress(&progress);
+        Self { observer: context.observer.clone(), progress: Mutex::new(progress) }
+    }
+
+    /// Counts bytes that are done, and how many of them were known to be zero.
+    pub(crate) fn add(&self, bytes: u64, holes: u64) {
+        self.change(|progress| {
+            progress.done = progress.done.saturating_add(bytes);
+            progress.holes = progress.holes.saturating_add(holes);
+        });
+    }
+
+    /// Takes bytes back that have to be done again.
+    pub(crate) fn set_back(&self, bytes: u64) {
+        self.change(|progress| {
+            progress.done = progress.done.saturating_sub(bytes);
+            progress.holes = progress.holes.min(progress.done);
+        });
+    }
+
+    /// How far it is.
+    pub(crate) fn progress(&self) -> Progress {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Progress)) {
+        let mut progress = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut progress);
+        self.observer.progress(&progress);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Notes(Mutex<Vec<(u64, u64)>>);
+
+    impl Observer for Notes {
+        fn progress(&self, progress: &Progress) {
+            self.0.lock().unwrap().push((progress.done, progress.holes));
+        }
+    }
+
+    #[test]
+    fn progress_of_many_tasks_comes_in_order() {
+        let notes = Arc::new(Notes::default());
+        let context = JobContext { observer: notes.clone(), ..JobContext::default() };
+        let meter = Meter::begin(&context, Phase::Copying, Some(800), 0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..100).for_each(|_| meter.add(2, 1)));
+            }
+        });
+        let expected: Vec<_> = (0..=400).map(|step| (2 * step, step)).collect();
+        assert_eq!(*notes.0.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_done_again_is_taken_back() {
+        let meter = Meter::begin(&JobContext::default(), Phase::Copying, None, 10);
+        meter.add(90, 80);
+        meter.set_back(60);
+        assert_eq!((meter.progress().done, meter.progress().holes), (40, 40));
+    }
+}

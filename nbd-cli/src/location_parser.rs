@@ -1,0 +1,30 @@
+//! Sources and destinations on the command line.
+
+use std::ffi::OsStr;
+
+use clap::builder::TypedValueParser;
+use clap::error::ErrorKind;
+
+use crate::commands::copy::location::Location;
+
+/// Reads a location; names of files need not be text.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LocationParser;
+
+impl TypedValueParser for LocationParser {
+    type Value = Location;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &OsStr,
+    ) -> Result<Self::Value, clap::Error> {
+        let Some(text) = value.to_str() else { return Ok(Location::File(value.into())) };
+        text.parse().map_err(|why| {
+            let name = argument.map(ToString::to_string).unwrap_or_default();
+            let message = format!("invalid value '{text}' for '{name}': {why}\n");
+            clap::Error::raw(ErrorKind::ValueValidation, message).with_cmd(command)
+        })
+    }
+}

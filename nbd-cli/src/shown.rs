@@ -1,0 +1,81 @@
+//! The program's side of jobs: what they tell is shown on standard error, and signals end them.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::jobs::{self, JobContext, Observer, Phase, TemporaryFile};
+use crate::locking::warn_of_no_locks;
+use crate::output::warn;
+use crate::progress::{Progress, Visibility};
+use crate::signals;
+
+/// Shows the progress of a job, and its warnings.
+pub(crate) struct Shown {
+    visibility: Visibility,
+    progress: Mutex<Option<(Phase, Progress)>>,
+}
+
+impl Shown {
+    /// Shows progress or not; warnings in any case.
+    pub(crate) fn new(visibility: Visibility) -> Arc<Self> {
+        Arc::new(Self { visibility, progress: Mutex::new(None) })
+    }
+
+    /// What the job is given.
+    pub(crate) fn context(self: &Arc<Self>) -> JobContext {
+        JobContext { observer: self.clone(), cancellation: signals::cancellation() }
+    }
+
+    /// Ends with everything done, and with a summary.
+    pub(crate) fn finish(&self) {
+        if let Some((_, progress)) = self.current().take() {
+            progress.finish();
+        }
+    }
+
+    /// Removes the bar: the command says itself what came of it.
+    pub(crate) fn clear(&self) {
+        if let Some((_, progress)) = self.current().take() {
+            progress.clear();
+        }
+    }
+
+    fn current(&self) -> MutexGuard<'_, Option<(Phase, Progress)>> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Shows warnings only.
+pub(crate) fn warnings() -> Arc<dyn Observer> {
+    Shown::new(Visibility::Never)
+}
+
+impl Observer for Shown {
+    fn progress(&self, progress: &jobs::Progress) {
+        let mut shown = self.current();
+        if shown.as_ref().is_none_or(|(phase, _)| *phase != progress.phase) {
+            let new = Progress::new(self.visibility, progress.total);
+            if let Some((_, former)) = shown.replace((progress.phase, new)) {
+                former.clear();
+            }
+        }
+        if let Some((_, shown)) = &*shown {
+            shown.set(progress.done, progress.holes);
+        }
+    }
+
+    fn warning(&self, text: &str) {
+        warn(text);
+    }
+
+    fn unlocked(&self, path: &Path) {
+        warn_of_no_locks(path);
+    }
+
+    fn temporary_file(&self, path: &Path, event: TemporaryFile) {
+        match event {
+            TemporaryFile::Made => signals::remove_if_killed(path),
+            TemporaryFile::Gone => signals::keep(path),
+        }
+    }
+}
