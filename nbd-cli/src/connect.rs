@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use nbd_client::{Client, Connector, Error, LocalFiles, TlsMode, VerifyPeer};
+use nbd_jobs::JobErrorKind;
+use nbd_jobs::connect::{self, ConnectOptions, TlsSettings};
 use nbd_proto::NbdUri;
 use nbd_proto::tls::CA_CERTIFICATE_FILE;
 use nbd_proto::uri::Security;
 
 use crate::error::CommandError;
-use crate::jobs::JobErrorKind;
-use crate::jobs::connect::{self, ConnectOptions, TlsSettings};
 use crate::signals;
 use crate::size::parse_duration;
 

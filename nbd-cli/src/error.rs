@@ -3,8 +3,9 @@
 use std::fmt;
 use std::io;
 
-use crate::jobs::JobError;
-use crate::jobs::text::without_error_numbers;
+use nbd_jobs::JobError;
+use nbd_jobs::text::without_error_numbers;
+
 use crate::signals;
 
 /// How a command ended that did not fail.

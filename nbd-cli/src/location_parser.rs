@@ -4,8 +4,7 @@ use std::ffi::OsStr;
 
 use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
-
-use crate::commands::copy::location::Location;
+use nbd_jobs::Location;
 
 /// Reads a location; names of files need not be text.
 #[derive(Clone, Copy, Debug)]

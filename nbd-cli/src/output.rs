@@ -2,11 +2,11 @@
 
 use std::io::{self, BufWriter, StdoutLock, Write};
 
+use nbd_jobs::text::without_error_numbers;
 use serde::Serialize;
 
 use crate::error::CommandError;
-pub(crate) use crate::jobs::text::printable;
-use crate::jobs::text::without_error_numbers;
+pub(crate) use nbd_jobs::text::printable;
 
 /// Whether a report is for people or for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use imgfmt::{NameTarget, OpenPolicy};
 use nbd_client::{Connector, ExportStorage, LocalFiles};
+use nbd_jobs::qemu_name::{JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
 use nbd_proto::NbdUri;
 
 use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, runtime};
-use crate::server_name::{JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
 use crate::signals;
 
 /// Connections to a server that allows several.

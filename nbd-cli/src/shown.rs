@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::jobs::{self, JobContext, Observer, Phase, TemporaryFile};
+use nbd_jobs::{JobContext, Observer, Phase, TemporaryFile};
+
 use crate::locking::warn_of_no_locks;
 use crate::output::warn;
 use crate::progress::{Progress, Visibility};
@@ -51,7 +52,7 @@ pub(crate) fn warnings() -> Arc<dyn Observer> {
 }
 
 impl Observer for Shown {
-    fn progress(&self, progress: &jobs::Progress) {
+    fn progress(&self, progress: &nbd_jobs::Progress) {
         let mut shown = self.current();
         if shown.as_ref().is_none_or(|(phase, _)| *phase != progress.phase) {
             let new = Progress::new(self.visibility, progress.total);

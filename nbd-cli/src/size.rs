@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-pub(crate) use crate::jobs::text::exact;
+pub(crate) use nbd_jobs::text::exact;
 
 /// A number of bytes, written as `4096`, `64K`, `1G` or `2GiB`; suffixes are powers of 1024.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

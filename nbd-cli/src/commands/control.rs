@@ -4,12 +4,12 @@ use std::ffi::OsStr;
 use std::path::PathBuf;
 
 use clap::Args;
+use nbd_jobs::qemu_name::{is_name_of_server, path_in};
 use serde_json::Value;
 
 use crate::control::{self, Begun, Listing, Request};
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
-use crate::server_name::{is_name_of_server, path_in};
 use crate::size::{exact, rounded};
 
 const AFTER_HELP: &str = "\

@@ -1,34 +1,17 @@
 //! `nbd-cli copy`: copy a disk between NBD servers, local files, block devices and pipes.
 
-pub(super) mod again;
-pub(super) mod destination;
-pub(super) mod dirty;
-pub(super) mod engine;
-mod holes;
-mod job;
-pub(crate) mod location;
-pub(super) mod options;
-pub(super) mod plan;
-pub(super) mod source;
-mod stream;
-pub(super) mod verify;
-pub(crate) mod zero;
-
 use std::num::NonZeroUsize;
 
 use clap::Args;
+use nbd_jobs::{CopyOptions, Durable, JobErrorKind, Knowledge, Location, Zeroes};
 
-use self::location::Location;
-use self::options::{CopyOptions, Knowledge, Zeroes};
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
-use crate::jobs::JobErrorKind;
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::progress::Visibility;
 use crate::shown::Shown;
 use crate::size::ByteSize;
-use crate::target::Durable;
 
 const AFTER_HELP: &str = "\
 Sources and destinations:
@@ -166,7 +149,8 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
         (_, true) => Visibility::Never,
         _ => Visibility::IfTerminal,
     });
-    let result = job::copy(&args.source, &args.destination, &options(args), &shown.context()).await;
+    let result =
+        nbd_jobs::copy(&args.source, &args.destination, &options(args), &shown.context()).await;
     match &result {
         Ok(_) => shown.finish(),
         Err(_) => shown.clear(),

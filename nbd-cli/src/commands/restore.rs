@@ -11,27 +11,27 @@ use imgfmt::{
     Access, CreateOptions, Format, Image, NewOnDevice, OpenOptions, OpenPolicy, Unfinished,
 };
 use nbd_client::ZeroMode;
+use nbd_jobs::JobContext;
+use nbd_jobs::Knowledge;
+use nbd_jobs::Location;
+use nbd_jobs::copy::again;
+use nbd_jobs::copy::destination::{Destination, Surface, create_empty};
+use nbd_jobs::copy::job::{Job, Settings, ZeroPolicy};
+use nbd_jobs::copy::source::Source;
+use nbd_jobs::copy::verify::Verification;
+use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use serde::Serialize;
 
-use super::copy::again;
-use super::copy::destination::{Destination, Surface, create_empty};
-use super::copy::engine::{Job, Settings, ZeroPolicy};
-use super::copy::location::Location;
-use super::copy::options::Knowledge;
-use super::copy::source::Source;
-use super::copy::verify::Verification;
 use super::image::open::OpenArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
 use crate::image_format::ImageFormat;
-use crate::jobs::JobContext;
 use crate::location_parser::LocationParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::progress::Visibility;
 use crate::shown::Shown;
 use crate::size::rounded;
-use crate::target::{self, Durable, Existing, NewFile, device};
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use clap::ValueEnum;
+use nbd_jobs::copy::zero::is_zero;
 use nbd_proto::wire::{BlockSizes, TransmissionFlags};
 use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
     Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
-
-use crate::commands::copy::zero::is_zero;
 
 /// In bytes; what direct I/O is aligned to, and the least unit that clients are told to prefer.
 const PAGE: u64 = 4096;

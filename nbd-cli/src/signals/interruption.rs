@@ -5,12 +5,12 @@ use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use std::thread;
 
 use nbd_client::blocking::Interrupter;
+use nbd_jobs::Cancellation;
 use rustix::process::Signal as Number;
 use tokio::sync::watch::{Receiver, Sender, channel};
 
 use super::{Caught, EndSignal, NOTICES, REQUESTS, was_ignored};
 use crate::error::CommandError;
-use crate::jobs::Cancellation;
 
 /// The first signal, once there is one; set while signals are watched for.
 static FIRST: OnceLock<Receiver<Option<EndSignal>>> = OnceLock::new();
@@ -95,39 +95,6 @@ pub(crate) fn cancellation() -> Cancellation {
 /// If a signal has asked this command to end.
 pub(crate) fn stop_if_interrupted() -> Result<(), CommandError> {
     caught().map_or(Ok(()), |signal| Err(explained(signal)))
-}
-
-/// Waits until a signal asks this command to end.
-///
-/// # Cancel safety
-///
-/// Safe: a signal is not forgotten.
-pub(super) async fn interrupted() -> CommandError {
-    let Some(first) = FIRST.get() else { return std::future::pending().await };
-    match first.clone().wait_for(Option::is_some).await.map(|first| *first) {
-        Ok(Some(signal)) => explained(signal),
-        // The thread that watches ends with the process only.
-        _ => std::future::pending().await,
-    }
-}
-
-/// Carries out what may be given up at any time, such as waiting for a server, unless a signal asks this
-/// command to end.
-///
-/// # Errors
-///
-/// Those of the work, or that it was interrupted.
-///
-/// # Cancel safety
-///
-/// That of the work.
-pub(crate) async fn unless_interrupted<T>(
-    work: impl Future<Output = Result<T, CommandError>>,
-) -> Result<T, CommandError> {
-    tokio::select! {
-        result = work => result,
-        interrupted = interrupted() => Err(interrupted),
-    }
 }
 
 fn explained(signal: EndSignal) -> CommandError {

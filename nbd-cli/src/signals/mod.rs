@@ -34,7 +34,7 @@ use rustix::process::Signal as Number;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 pub(crate) use self::interruption::{
-    cancellation, caught, interrupter, keep, remove_if_killed, stop_if_interrupted, unless_interrupted, watch,
+    cancellation, caught, interrupter, keep, remove_if_killed, stop_if_interrupted, watch,
 };
 pub(crate) use self::server::{EndSignals, Hangup};
 use crate::error::CommandError;

@@ -56,6 +56,7 @@ mod info_json;
 mod info_list;
 mod info_old_servers;
 mod info_text;
+mod jobs_examples;
 mod list_meta;
 mod map_depth;
 mod map_output;

@@ -35,10 +35,28 @@ const TABLE: &[Allowed] = &[
         optional: &["imgfmt"],
         tests: &["imgfmt"],
     },
-    Allowed { name: "nbd-cli", dependencies: LIBRARIES, optional: &[], tests: &[] },
+    Allowed {
+        name: "nbd-jobs",
+        dependencies: &["nbd-proto", "nbd-client", "imgfmt"],
+        optional: &[],
+        tests: &[],
+    },
+    Allowed {
+        name: "nbd-cli",
+        dependencies: &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs"],
+        optional: &[],
+        tests: &[],
+    },
     Allowed { name: "benches", dependencies: LIBRARIES, optional: &[], tests: &[] },
     Allowed { name: "xtask", dependencies: &[], optional: &[], tests: &[] },
 ];
+
+/// What belongs to command lines: the libraries neither parse arguments nor draw nor print.
+const FOR_PROGRAMS: &[&str] =
+    &["clap", "clap_complete", "indicatif", "tracing-subscriber", "anyhow"];
+
+/// The crates that others use.
+const QUIET: &[&str] = &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs"];
 
 /// The sources of each network crate, and the one file there that has to do with images.
 const IMAGE_ADAPTERS: [(&str, &str); 2] = [
@@ -71,10 +89,13 @@ pub(crate) fn check(metadata: &str) -> Result<Vec<String>> {
 
 fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
     let name = dependency["name"].as_str().unwrap_or_default();
+    let is_for_tests = dependency["kind"].as_str() == Some("dev");
+    if QUIET.contains(&allowed.name) && FOR_PROGRAMS.contains(&name) && !is_for_tests {
+        return Some(format!("{}: a library may not depend on {name}", allowed.name));
+    }
     if !TABLE.iter().any(|known| known.name == name) {
         return None;
     }
-    let is_for_tests = dependency["kind"].as_str() == Some("dev");
     let is_optional = dependency["optional"].as_bool() == Some(true);
     // A crate's tests may use it with other features than its users do.
     if allowed.dependencies.contains(&name)
@@ -142,6 +163,18 @@ mod tests {
         assert!(optional.is_empty());
         let fixed = check(&metadata("nbd-server", "imgfmt", "null", false)).expect("metadata");
         assert_eq!(fixed, ["nbd-server: the dependency on imgfmt has to be optional"]);
+    }
+
+    #[test]
+    fn engines_know_no_command_line() {
+        let of_jobs = |dependency, kind| {
+            check(&metadata("nbd-jobs", dependency, kind, false)).expect("metadata")
+        };
+        assert_eq!(of_jobs("clap", "null"), ["nbd-jobs: a library may not depend on clap"]);
+        assert_eq!(of_jobs("indicatif", "null").len(), 1);
+        assert_eq!(of_jobs("nbd-server", "null").len(), 1);
+        assert!(of_jobs("imgfmt", "null").is_empty() && of_jobs("clap", "\"dev\"").is_empty());
+        assert!(check(&metadata("nbd-cli", "clap", "null", false)).expect("metadata").is_empty());
     }
 
     #[test]

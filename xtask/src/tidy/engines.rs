@@ -4,13 +4,12 @@ use super::lexer::{Source, line_at, word_offsets};
 
 /// Folders (with a slash at the end) and files of the engines.
 const ENGINES: &[&str] = &[
+    "nbd-cli/jobs/src/",
     "nbd-cli/src/commands/backup/",
-    "nbd-cli/src/commands/copy/",
     "nbd-cli/src/commands/image/compare/",
     "nbd-cli/src/commands/image/convert/",
     "nbd-cli/src/control/client.rs",
     "nbd-cli/src/remote.rs",
-    "nbd-cli/src/target/",
 ];
 
 /// Finds engines that name clap.
@@ -48,7 +47,7 @@ mod tests {
     #[test]
     fn engine_that_names_clap_is_found_and_a_command_may() {
         let source = Source::new("//! No clap.\nuse clap::Args;\n");
-        let findings = check("nbd-cli/src/commands/copy/engine.rs", &source);
+        let findings = check("nbd-cli/jobs/src/copy/engine.rs", &source);
         assert_eq!(findings.len(), 1);
         assert!(findings[0].contains("engine.rs:2: an engine names clap"), "{findings:?}");
         assert!(check("nbd-cli/src/commands/copy.rs", &source).is_empty());

@@ -1,7 +1,8 @@
 //! Every dependency has its purpose beside it in the manifest.
 
 /// Crates of this workspace explain themselves.
-const OWN_CRATES: &[&str] = &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-cli"];
+const OWN_CRATES: &[&str] =
+    &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs", "nbd-cli"];
 
 /// Finds dependencies without a comment on their own line or on the one above.
 pub(crate) fn check(path: &str, text: &str) -> Vec<String> {

@@ -133,8 +133,17 @@ fn collect_text_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
 
 /// Whether a path that a document names exists, from the top or from within a crate.
 fn exists(root: &Path, path: &str) -> bool {
-    const CRATES: &[&str] =
-        &["", "nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-cli", "benches", "xtask"];
+    const CRATES: &[&str] = &[
+        "",
+        "nbd-proto",
+        "nbd-server",
+        "nbd-client",
+        "imgfmt",
+        "nbd-cli",
+        "nbd-cli/jobs",
+        "benches",
+        "xtask",
+    ];
     CRATES.iter().any(|name| {
         root.join(name).join(path).exists() || root.join(name).join("src").join(path).exists()
     })

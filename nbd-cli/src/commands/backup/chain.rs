@@ -10,6 +10,7 @@ use std::path::{Component, Path, PathBuf};
 use imgfmt::{
     Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, OpenPolicy, Uuid,
 };
+use nbd_jobs::target::{self, Existing};
 
 use super::BackupArgs;
 use super::below::backups_below;
@@ -17,7 +18,6 @@ use crate::commands::image::open::explained;
 use crate::error::CommandError;
 use crate::locking::advise_sharing;
 use crate::output::printable;
-use crate::target::{self, Existing};
 
 /// How many files of a folder are looked at, to find other backups.
 const FILES_MAX: usize = 65536;

@@ -9,6 +9,7 @@ use imgfmt::{
     Access, BackupIdentity, CreateOptions, Format, Image, Locking, NewOnDevice, OpenOptions,
     OpenPolicy, Repair,
 };
+use nbd_jobs::target::device;
 use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,6 @@ use crate::commands::image::open::{TrustArgs, explained};
 use crate::error::CommandError;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::shown::warnings;
-use crate::target::device;
 
 /// Largest record that is read, in bytes.
 const MAX_STATE_LEN: u64 = 64 << 10;

@@ -3,11 +3,11 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use nbd_jobs::target::{self, Existing};
 use nbd_proto::NbdUri;
 
 use super::BackupArgs;
 use crate::error::CommandError;
-use crate::target::{self, Existing};
 
 impl BackupArgs {
     /// Whether the target is a block device, which is overwritten.

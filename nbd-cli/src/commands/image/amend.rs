@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Args, ValueEnum};
 use imgfmt::{Amendment, Image, LazyRefcounts, Qcow2Version};
+use nbd_jobs::key_values::KeyValues;
 
 use super::create::Compat;
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
 use crate::error::{CommandError, Outcome};
-use crate::key_values::KeyValues;
 use crate::output::printable;
 use crate::size::ByteSize;
 

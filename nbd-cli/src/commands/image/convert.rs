@@ -13,6 +13,7 @@ use std::time::Duration;
 use clap::Args;
 use imgfmt::{Access, BitmapInfo, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
 use nbd_client::ExportStorage;
+use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use nbd_proto::NbdUri;
 
 use self::copier::{Copy, Target};
@@ -27,7 +28,6 @@ use crate::output::warn;
 use crate::progress::{Progress, ProgressArgs};
 use crate::shown::warnings;
 use crate::size::parse_duration;
-use crate::target::{self, Durable, Existing, NewFile, device};
 
 const AFTER_HELP: &str = "\
 Examples:

@@ -8,6 +8,7 @@ use imgfmt::{
     CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, OpenPolicy,
     Qcow2Version,
 };
+use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
 use super::info::print_json;
 use crate::connect::ServerArgs;
@@ -18,7 +19,6 @@ use crate::remote::allow_exports;
 use crate::shown::warnings;
 use crate::signals;
 use crate::size::ByteSize;
-use crate::target::{self, Durable, Existing, NewFile, device};
 
 const AFTER_HELP: &str = "\
 Examples:

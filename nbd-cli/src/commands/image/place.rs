@@ -8,16 +8,16 @@ use std::sync::Arc;
 use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
 use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
+use nbd_jobs::Location;
+use nbd_jobs::qemu_name::{
+    FILE_PREFIX, JSON_SCHEME, NameInImage, from_name_in_image, is_name_of_server, path_in,
+};
 use nbd_proto::NbdUri;
 
 use super::open::{TrustArgs, beside, explained, explained_with};
-use crate::commands::copy::location::Location;
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::remote::{open_export, open_named_by_image};
-use crate::server_name::{
-    FILE_PREFIX, JSON_SCHEME, NameInImage, from_name_in_image, is_name_of_server, path_in,
-};
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use imgfmt::{BackingFile, Format, Locking};
+use nbd_jobs::key_values::KeyValues;
+use nbd_jobs::qemu_name;
 use nbd_proto::NbdUri;
 
 use super::options::{parse_detect_zeroes, parse_discard};
-use crate::key_values::KeyValues;
 use crate::qemu_numbers::parse_size;
-use crate::server_name;
 use crate::serving::{DetectZeroes, Discard, Window};
 
 /// A disk as its options describe it.
@@ -54,8 +54,8 @@ impl Place {
     ///
     /// A sentence if it has a scheme that is not known.
     pub(super) fn named(text: &str) -> Result<Self, String> {
-        if server_name::is_name_of_server(text) {
-            return Ok(Self::Export(Box::new(server_name::from_name(text)?)));
+        if qemu_name::is_name_of_server(text) {
+            return Ok(Self::Export(Box::new(qemu_name::from_name(text)?)));
         }
         match text.split_once(':') {
             Some(("file", path)) => Ok(Self::File(path.into())),
@@ -149,7 +149,7 @@ impl Described {
                     return Ok(disk);
                 }
                 "nbd" => {
-                    let uri = server_name::from_options(&mut options)?;
+                    let uri = qemu_name::from_options(&mut options)?;
                     disk.place = Place::Export(Box::new(uri));
                     disk.last_driver("nbd", options)?;
                     return Ok(disk);

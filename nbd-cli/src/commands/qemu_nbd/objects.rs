@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use nbd_jobs::key_values::KeyValues;
 use nbd_server::tls::{Matching, Rule, Verdict};
-
-use crate::key_values::KeyValues;
 
 /// The objects that were defined.
 #[derive(Debug, Default)]

@@ -4,12 +4,12 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use nbd_jobs::key_values::KeyValues;
 use nbd_proto::limits::MAX_STRING_LEN;
 
 use super::Refusal;
 use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
-use crate::key_values::KeyValues;
 use crate::qemu_numbers::parse_integer;
 use crate::serving::{DetectZeroes, Discard};
 

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use imgfmt::{Access, Format, Image, Locking, OpenOptions, OpenPolicy, Storage};
 use nbd_client::{Connector, ExportStorage};
+use nbd_jobs::key_values::KeyValues;
+use nbd_jobs::qemu_name::path_in;
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 
@@ -13,9 +15,7 @@ use super::options::{AioMode, CacheMode, Options, SnapshotName};
 use super::storage::{Null, Part, SECTOR, in_whole_sectors};
 use super::{Refusal, complain};
 use crate::connect::ServerArgs;
-use crate::key_values::KeyValues;
 use crate::remote::{allow_exports, open_export};
-use crate::server_name::path_in;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
 use crate::serving::{
     Caching, Changes, Discard, Medium, MultiConn, PreferredSize, Waiting, Window, ZeroUnit,

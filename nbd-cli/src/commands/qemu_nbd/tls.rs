@@ -5,6 +5,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use nbd_client::{TlsOptions, VerifyPeer};
+use nbd_jobs::key_values::KeyValues;
 use nbd_server::tls::{
     Authorization as Allowed, ClientCertificates, CredentialSource, Matching, Rule, TlsCredentials,
     TlsMode, Verdict,
@@ -12,7 +13,6 @@ use nbd_server::tls::{
 
 use super::objects::{Authorization, CredentialsKind};
 use super::options::Options;
-use crate::key_values::KeyValues;
 
 const PSK_FILE: &str = "keys.psk";
 /// The user of a client's key, unless its credentials name another one.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{Format, Image, OpenOptions};
+use nbd_jobs::qemu_name;
 use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
@@ -15,7 +16,6 @@ use super::control::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
-use crate::server_name;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
 use crate::serving::{Changes, Medium, filtered};
 use crate::size::ByteSize;
@@ -82,8 +82,8 @@ pub(super) fn add_all(
 
 /// The export of another server that a source is, if it is one.
 fn uri(source: &OsStr) -> Option<Result<NbdUri, CommandError>> {
-    let text = source.to_str().filter(|text| server_name::is_name_of_server(text))?;
-    Some(server_name::from_name(text).map_err(|error| cannot_export(source, error)))
+    let text = source.to_str().filter(|text| qemu_name::is_name_of_server(text))?;
+    Some(qemu_name::from_name(text).map_err(|error| cannot_export(source, error)))
 }
 
 fn cannot_export(source: &OsStr, why: impl std::fmt::Display) -> CommandError {
@@ -92,7 +92,7 @@ fn cannot_export(source: &OsStr, why: impl std::fmt::Display) -> CommandError {
 
 /// Splits `NAME=SOURCE`. What stands before the `=` is no name if it is a path or a server.
 fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
-    if source.to_str().is_some_and(server_name::is_name_of_server) {
+    if source.to_str().is_some_and(qemu_name::is_name_of_server) {
         return (None, source);
     }
     let bytes = source.as_bytes();
@@ -116,7 +116,7 @@ pub(super) fn open(source: &OsStr, choices: &ImageChoices) -> Result<Opened, Com
     if let Some(uri) = uri(source) {
         return choices.open_export(&uri?).map_err(|error| explained(error, choices));
     }
-    choices.open(server_name::path_in(source)).map_err(|error| explained(error, choices))
+    choices.open(qemu_name::path_in(source)).map_err(|error| explained(error, choices))
 }
 
 /// What the command line says about every image.

@@ -23,6 +23,7 @@ pub(crate) const CRATES: &[(&str, &str)] = &[
     ("nbd-client", "nbd-client/src"),
     ("nbd-server", "nbd-server/src"),
     ("imgfmt", "imgfmt/src"),
+    ("nbd-jobs", "nbd-cli/jobs/src"),
     ("nbd-cli", "nbd-cli/src"),
     ("benches", "benches/src/bin/bench"),
     ("xtask", "xtask/src"),

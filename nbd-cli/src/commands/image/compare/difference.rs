@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use imgfmt::{Extent, ExtentKind, Image};
+use nbd_jobs::copy::zero::is_zero;
 
 use super::super::walk::{Extents, read_padded};
-use crate::commands::copy::zero::is_zero;
 use crate::error::CommandError;
 
 /// How two disks are compared. A disk reads as zero behind its end.

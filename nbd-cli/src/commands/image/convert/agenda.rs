@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 
 use imgfmt::{ExtentKind, GuestRange};
+use nbd_jobs::copy::zero::Content;
 
 use super::super::walk::{Extents, span};
 use super::copier::{Copy, Target};
-use crate::commands::copy::zero::Content;
 use crate::error::CommandError;
 use crate::progress::Progress;
 

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use imgfmt::{Durability, GuestOffset, GuestRange, Image, Speed, ZeroMode};
 use nbd_client::{ExportStorage, ReadChunk};
+use nbd_jobs::copy::zero::{Content, runs};
 
 use super::super::place::Place;
 use super::super::walk::span;
 use super::agenda::{Agenda, PIECE, Work};
-use crate::commands::copy::zero::{Content, runs};
 use crate::error::CommandError;
 use crate::progress::Progress;
 use crate::signals;

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 /// Takes away the numbers that the standard library puts behind the words for a system's error.
-pub(crate) fn without_error_numbers(mut message: String) -> String {
+pub fn without_error_numbers(mut message: String) -> String {
     const BEFORE: &str = " (os error ";
     while let Some(start) = message.find(BEFORE) {
         let rest = &message[start + BEFORE.len()..];
@@ -17,7 +17,7 @@ pub(crate) fn without_error_numbers(mut message: String) -> String {
 }
 
 /// Text from a server with control characters made visible: it must not drive the terminal.
-pub(crate) fn printable(text: &str) -> String {
+pub fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
         if character.is_control() {
@@ -33,7 +33,7 @@ pub(crate) fn printable(text: &str) -> String {
 const SUFFIXES: [&str; 7] = ["", "K", "M", "G", "T", "P", "E"];
 
 /// A size with the largest suffix that keeps it exact: `8M`, `1025`, `3K`.
-pub(crate) fn exact(bytes: u64) -> String {
+pub fn exact(bytes: u64) -> String {
     let mut number = bytes;
     let mut suffix = 0;
     while number != 0 && number.is_multiple_of(1024) && suffix + 1 < SUFFIXES.len() {

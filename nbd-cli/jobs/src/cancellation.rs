@@ -2,7 +2,7 @@
 
 use tokio::sync::watch::{Sender, channel};
 
-use super::error::{JobError, JobErrorKind};
+use crate::error::{JobError, JobErrorKind};
 
 /// Ends jobs early: clones are one and the same, so that a job can be given one and the caller keeps
 /// another. Once it is cancelled it stays so.
@@ -10,19 +10,19 @@ use super::error::{JobError, JobErrorKind};
 /// A cancelled job stops between two steps, removes the file that it was making, and fails with
 /// [`JobErrorKind::Interrupted`].
 #[derive(Clone, Debug)]
-pub(crate) struct Cancellation {
+pub struct Cancellation {
     reason: Sender<Option<String>>,
 }
 
 impl Cancellation {
     /// One that nobody has cancelled.
-    pub(crate) fn new() -> Self {
+    pub fn new() -> Self {
         Self { reason: channel(None).0 }
     }
 
     /// Cancels. The first reason counts: it is what the job's error says, such as `interrupted by
     /// SIGINT`.
-    pub(crate) fn cancel(&self, reason: impl Into<String>) {
+    pub fn cancel(&self, reason: impl Into<String>) {
         self.reason.send_if_modified(|first| {
             let is_first = first.is_none();
             if is_first {
@@ -32,12 +32,17 @@ impl Cancellation {
         });
     }
 
+    /// Whether it was cancelled.
+    pub fn is_cancelled(&self) -> bool {
+        self.reason.borrow().is_some()
+    }
+
     /// Waits until it is cancelled; gives the error of a job that ends for that.
     ///
     /// # Cancel safety
     ///
     /// Safe.
-    pub(crate) async fn cancelled(&self) -> JobError {
+    pub async fn cancelled(&self) -> JobError {
         let mut reasons = self.reason.subscribe();
         let reason = reasons.wait_for(Option::is_some).await.map(|reason| reason.clone());
         // It cannot fail: the sender is this object's own.
@@ -54,7 +59,7 @@ impl Cancellation {
     /// # Cancel safety
     ///
     /// That of the work.
-    pub(crate) async fn unless_cancelled<T>(
+    pub async fn unless_cancelled<T>(
         &self,
         work: impl Future<Output = Result<T, JobError>>,
     ) -> Result<T, JobError> {
@@ -87,6 +92,7 @@ mod tests {
         let error = waiting.await.unwrap().unwrap_err();
         assert_eq!(error.kind(), JobErrorKind::Interrupted);
         assert_eq!(error.to_string(), "interrupted by SIGINT");
+        assert!(cancellation.is_cancelled());
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@
 //! whole and is not, and what was there before stays as it was until then. For block devices see [`device`].
 
 mod attributes;
-pub(crate) mod device;
+pub mod device;
 mod publish;
 
 use std::ffi::OsStr;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use imgfmt::storage::FileStorage;
 use imgfmt::{Access, ErrorKind, Locking};
 
-use crate::jobs::{JobError, Observer, TemporaryFile};
+use crate::{JobError, Observer, TemporaryFile};
 
 const SUFFIX: &str = ".partial";
 
@@ -28,9 +28,12 @@ const NAME_MAX: usize = 255;
 
 /// What is at a path that a command is to write to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Existing {
+pub enum Existing {
+    /// Nothing.
     Nothing,
+    /// A regular file.
     File,
+    /// A block device.
     BlockDevice,
 }
 
@@ -39,7 +42,7 @@ pub(crate) enum Existing {
 /// # Errors
 ///
 /// If it is a folder, a link that leads nowhere, or something that holds no bytes: those are never replaced.
-pub(crate) fn look(path: &Path) -> Result<Existing, JobError> {
+pub fn look(path: &Path) -> Result<Existing, JobError> {
     let name = path.display();
     let refuse =
         |what: &str| Err(JobError::destination(format!("cannot write to '{name}': {what}")));
@@ -69,7 +72,7 @@ pub(crate) fn look(path: &Path) -> Result<Existing, JobError> {
 
 /// How sure it is that a complete file survives a loss of power.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Durable {
+pub enum Durable {
     /// The system writes it when it likes.
     Later,
     /// It is on stable storage, name included.
@@ -77,7 +80,7 @@ pub(crate) enum Durable {
 }
 
 /// A file that is being made; removed when dropped before it is complete.
-pub(crate) struct NewFile {
+pub struct NewFile {
     name: PathBuf,
     partial: PathBuf,
     replaces: Option<Box<Replaced>>,
@@ -100,7 +103,7 @@ impl NewFile {
     /// # Errors
     ///
     /// If it exists, if another command is making it, and those of `make`.
-    pub(crate) fn begin<E: From<JobError>>(
+    pub fn begin<E: From<JobError>>(
         name: &Path,
         observer: &Arc<dyn Observer>,
         make: impl FnOnce(&Path) -> Result<(), E>,
@@ -126,7 +129,7 @@ impl NewFile {
     /// # Errors
     ///
     /// If another command is replacing it.
-    pub(crate) fn instead_of(
+    pub fn instead_of(
         name: &Path,
         storage: FileStorage,
         observer: &Arc<dyn Observer>,
@@ -170,12 +173,12 @@ impl NewFile {
     }
 
     /// Where the file grows.
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.partial
     }
 
     /// What there is when the command fails, in words that follow a semicolon.
-    pub(crate) fn left_behind(&self) -> String {
+    pub fn left_behind(&self) -> String {
         let name = self.name.display();
         match &self.replaces {
             Some(_) => format!("'{name}' is as it was before"),
@@ -189,7 +192,7 @@ impl NewFile {
     ///
     /// If it cannot be made durable or renamed, or if another file has got the name meanwhile: the complete
     /// file is kept then under its temporary name, which the error tells.
-    pub(crate) fn complete(mut self, durable: Durable) -> Result<(), JobError> {
+    pub fn complete(mut self, durable: Durable) -> Result<(), JobError> {
         let now = durable == Durable::Now || self.replaces.is_some();
         let result = self.publish(now);
         // What is complete is not thrown away, whatever its name.

@@ -9,9 +9,9 @@ use nbd_proto::NbdUri;
 use nbd_proto::uri::Security;
 use nbd_proto::wire::OptionReplyType;
 
-use super::cancellation::Cancellation;
-use super::error::{JobError, JobErrorKind};
-use super::text::printable;
+use crate::cancellation::Cancellation;
+use crate::error::{JobError, JobErrorKind};
+use crate::text::printable;
 
 /// How many names an error lists.
 const MAX_NAMES: usize = 8;
@@ -19,19 +19,19 @@ const MAX_NAMES: usize = 8;
 /// How the connections of a job are made.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
-pub(crate) struct ConnectOptions {
+pub struct ConnectOptions {
     /// Connections to each server, if it allows several: 1 to 256. By default 4.
-    pub(crate) connections: NonZeroUsize,
+    pub connections: NonZeroUsize,
     /// Time limit for connecting and for each request. By default 30 seconds for connecting, and none
     /// for requests.
-    pub(crate) timeout: Option<Duration>,
+    pub timeout: Option<Duration>,
     /// How long to try to restore a lost connection. By default 30 seconds.
-    pub(crate) reconnect: Duration,
+    pub reconnect: Duration,
     /// TLS for servers.
-    pub(crate) tls: TlsSettings,
+    pub tls: TlsSettings,
     /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`): only if its
     /// author may read them. By default it may not.
-    pub(crate) local_files: LocalFiles,
+    pub local_files: LocalFiles,
 }
 
 impl Default for ConnectOptions {
@@ -48,7 +48,7 @@ impl Default for ConnectOptions {
 
 impl ConnectOptions {
     /// Describes a connection.
-    pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
+    pub fn connector(&self, uri: &NbdUri) -> Connector {
         let connector = Connector::new(uri.clone()).local_files(self.local_files);
         let connector = self.tls.apply(connector).connections(self.connections);
         let connector = match self.timeout {
@@ -62,24 +62,24 @@ impl ConnectOptions {
 /// How connections use TLS, where the URI does not say it.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
-pub(crate) struct TlsSettings {
+pub struct TlsSettings {
     /// When TLS is used. By default as the URI's scheme says.
-    pub(crate) mode: Option<TlsMode>,
+    pub mode: Option<TlsMode>,
     /// Folder with `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` if the server wants them.
-    pub(crate) certificates: Option<PathBuf>,
+    pub certificates: Option<PathBuf>,
     /// As [`certificates`](Self::certificates), if neither the caller nor the URI says anything else.
-    pub(crate) default_certificates: Option<PathBuf>,
+    pub default_certificates: Option<PathBuf>,
     /// File with pre-shared keys, as psktool makes it; the URI names the user. Goes before certificates.
-    pub(crate) pre_shared_keys: Option<PathBuf>,
+    pub pre_shared_keys: Option<PathBuf>,
     /// Name that the server's certificate has to have. By default the host of the URI.
-    pub(crate) hostname: Option<String>,
+    pub hostname: Option<String>,
     /// Whether the server's certificate is verified.
-    pub(crate) verify_peer: Option<VerifyPeer>,
+    pub verify_peer: Option<VerifyPeer>,
 }
 
 impl TlsSettings {
     /// Adds TLS to the description of a connection, if it is to be used.
-    pub(crate) fn apply(&self, connector: Connector) -> Connector {
+    pub fn apply(&self, connector: Connector) -> Connector {
         let uri = connector.uri().clone();
         let mode = match (self.mode, uri.security) {
             (Some(mode), _) => mode,
@@ -117,7 +117,7 @@ impl TlsSettings {
 /// # Cancel safety
 ///
 /// Safe: the connection is given up.
-pub(crate) async fn connect(
+pub async fn connect(
     connector: &Connector,
     uri: &NbdUri,
     whose: JobErrorKind,
@@ -137,11 +137,7 @@ pub(crate) async fn connect(
 }
 
 /// What to say about an error of the handshake.
-pub(crate) async fn explain_unknown_export(
-    connector: &Connector,
-    uri: &NbdUri,
-    error: &Error,
-) -> String {
+pub async fn explain_unknown_export(connector: &Connector, uri: &NbdUri, error: &Error) -> String {
     if error.option_reply() != Some(OptionReplyType::ERR_UNKNOWN) {
         return with_advice(error);
     }
@@ -164,7 +160,7 @@ pub(crate) async fn explain_unknown_export(
 }
 
 /// What to say when a server refused something or failed after it was reached.
-pub(crate) fn failed(uri: &NbdUri, operation: &str, error: &Error) -> String {
+pub fn failed(uri: &NbdUri, operation: &str, error: &Error) -> String {
     match error {
         // These name the server themselves.
         Error::Connect { .. } | Error::Tls { .. } => with_advice(error),

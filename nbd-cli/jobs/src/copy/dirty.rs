@@ -3,8 +3,8 @@
 use nbd_client::{Client, Extent, ExtentStream};
 use nbd_proto::wire::MetaContextName;
 
-use super::plan::{Content, allocated};
-use crate::jobs::JobError;
+use super::content::{Content, allocated};
+use crate::JobError;
 
 /// Block status is asked for in windows of this size, and only where something is dirty: a server
 /// should not walk the tables of a whole disk for a few changes. In bytes.
@@ -14,7 +14,7 @@ const WINDOW: u64 = 4 << 30;
 const DIRTY: u64 = 1;
 
 /// The extents of a dirty bitmap, and the allocation of those that are dirty.
-pub(crate) struct DirtyExtents {
+pub struct DirtyExtents {
     client: Client,
     bitmap: ExtentStream,
     /// The extent of the bitmap that was found last.
@@ -28,7 +28,7 @@ pub(crate) struct DirtyExtents {
 
 impl DirtyExtents {
     /// The extents from `start` (in bytes) on. The client must have selected `bitmap`.
-    pub(crate) fn new(client: Client, bitmap: &MetaContextName, start: u64) -> Self {
+    pub fn new(client: Client, bitmap: &MetaContextName, start: u64) -> Self {
         let allocation = MetaContextName::base_allocation();
         let allocation = client.meta_contexts().contains(&allocation).then_some(allocation);
         let bitmap = client.extents(bitmap, start..client.info().size);

@@ -6,10 +6,12 @@ use bytes::BytesMut;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
-use super::plan::{Content, Lengths, Piece, Plan};
+use super::content::Content;
+use super::plan::{Lengths, Piece, Plan};
 use super::source::Source;
 use super::zero::is_zero;
-use crate::jobs::{JobContext, JobError, JobErrorKind, Meter, Phase};
+use crate::observer::Meter;
+use crate::{JobContext, JobError, JobErrorKind, Phase};
 
 /// Longest part that has one checksum, in bytes.
 const PIECE: u64 = 1 << 20;
@@ -17,9 +19,9 @@ const PIECE: u64 = 1 << 20;
 const LONGEST_ZEROES: u64 = 1 << 30;
 
 /// A comparison of two disks of the same size.
-pub(crate) struct Verification {
-    pub(crate) source: Source,
-    pub(crate) copy: Source,
+pub struct Verification {
+    pub source: Source,
+    pub copy: Source,
     context: JobContext,
     meter: Meter,
     plan: Mutex<Plan>,
@@ -28,7 +30,7 @@ pub(crate) struct Verification {
 impl Verification {
     /// Compares what `extents`, those of the source, do not call unchanged. `unit` is what both
     /// sides need of requests, in bytes.
-    pub(crate) fn new(
+    pub fn new(
         source: Source,
         copy: Source,
         unit: u64,
@@ -45,7 +47,7 @@ impl Verification {
     /// Compares with so many tasks; returns how many bytes were compared.
     ///
     /// The first difference is an error.
-    pub(crate) async fn run(self: &Arc<Self>, tasks: usize) -> Result<u64, JobError> {
+    pub async fn run(self: &Arc<Self>, tasks: usize) -> Result<u64, JobError> {
         self.context.cancellation.unless_cancelled(self.compare(tasks)).await
     }
 

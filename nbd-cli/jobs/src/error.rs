@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use super::text::without_error_numbers;
+use crate::text::without_error_numbers;
 
 /// Whose fault a [`JobError`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub(crate) enum JobErrorKind {
+pub enum JobErrorKind {
     /// The source cannot be opened, reached or read.
     Source,
     /// The destination cannot be made, reached, written to or completed.
@@ -25,7 +25,7 @@ pub(crate) enum JobErrorKind {
 /// Why a job failed: one sentence that names the file or server, what was tried and what to do. Where the
 /// remedy is an option, it has the name that it has in `nbd-cli`.
 #[derive(Debug)]
-pub(crate) struct JobError {
+pub struct JobError {
     kind: JobErrorKind,
     message: String,
     could_be_shared: bool,
@@ -33,51 +33,51 @@ pub(crate) struct JobError {
 
 impl JobError {
     /// An error; `message` is the whole sentence.
-    pub(crate) fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
+    pub fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: without_error_numbers(message.into()), could_be_shared: false }
     }
 
     /// An error of an image or of a file.
     #[allow(clippy::needless_pass_by_value)] // For map_err.
-    pub(crate) fn image(kind: JobErrorKind, error: imgfmt::Error) -> Self {
+    pub fn image(kind: JobErrorKind, error: imgfmt::Error) -> Self {
         let could_be_shared = error.could_be_shared();
         Self { could_be_shared, ..Self::new(kind, error.to_string()) }
     }
 
     /// The source is at fault.
-    pub(crate) fn source(message: impl Into<String>) -> Self {
+    pub fn source(message: impl Into<String>) -> Self {
         Self::new(JobErrorKind::Source, message)
     }
 
     /// The destination is at fault.
-    pub(crate) fn destination(message: impl Into<String>) -> Self {
+    pub fn destination(message: impl Into<String>) -> Self {
         Self::new(JobErrorKind::Destination, message)
     }
 
     /// The caller is at fault.
-    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+    pub fn invalid(message: impl Into<String>) -> Self {
         Self::new(JobErrorKind::InvalidArgument, message)
     }
 
     /// A task has panicked or was given up.
-    pub(crate) fn given_up(what: &str, error: &tokio::task::JoinError) -> Self {
+    pub fn given_up(what: &str, error: &tokio::task::JoinError) -> Self {
         Self::new(JobErrorKind::Internal, format!("a {what} was given up: {error}"))
     }
 
     /// The same error in another sentence.
     #[must_use]
-    pub(crate) fn in_words(&self, message: String) -> Self {
+    pub fn in_words(&self, message: String) -> Self {
         Self::new(self.kind, message)
     }
 
     /// Whose fault it is.
-    pub(crate) fn kind(&self) -> JobErrorKind {
+    pub fn kind(&self) -> JobErrorKind {
         self.kind
     }
 
     /// Whether a file could not be read because another program writes to it, and could be read with
     /// [`Locking::Shared`](imgfmt::Locking::Shared).
-    pub(crate) fn could_be_shared(&self) -> bool {
+    pub fn could_be_shared(&self) -> bool {
         self.could_be_shared
     }
 }

@@ -7,15 +7,15 @@ use std::sync::Arc;
 use imgfmt::storage::FileStorage;
 use imgfmt::{CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 
-use crate::jobs::text::printable;
-use crate::jobs::{JobError, JobErrorKind, Observer};
+use crate::text::printable;
+use crate::{JobError, JobErrorKind, Observer};
 
 /// Begins an image on a device.
 ///
 /// # Errors
 ///
 /// If there is no room for it or the device is in use: nothing has changed then.
-pub(crate) fn begin_image(
+pub fn begin_image(
     device: &Path,
     options: &CreateOptions,
     observer: &dyn Observer,
@@ -31,7 +31,7 @@ pub(crate) fn begin_image(
 /// # Errors
 ///
 /// If it cannot be written.
-pub(crate) fn complete_image(device: &Path, new: NewOnDevice) -> Result<(), JobError> {
+pub fn complete_image(device: &Path, new: NewOnDevice) -> Result<(), JobError> {
     new.complete().map_err(|error| lost(device, &image_error(error)))
 }
 
@@ -40,7 +40,7 @@ pub(crate) fn complete_image(device: &Path, new: NewOnDevice) -> Result<(), JobE
 /// # Errors
 ///
 /// If it is in use, by the kernel too, or cannot be read.
-pub(crate) fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinished>, JobError> {
+pub fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinished>, JobError> {
     let storage = FileStorage::open_device(device, locking).map_err(image_error)?;
     let unfinished = Unfinished::new(Arc::new(storage));
     unfinished.map(Arc::new).map_err(|error| {
@@ -49,7 +49,7 @@ pub(crate) fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinish
 }
 
 /// Says what an interruption would cost, before the first write.
-pub(crate) fn warn_of_loss(device: &Path, observer: &dyn Observer) {
+pub fn warn_of_loss(device: &Path, observer: &dyn Observer) {
     observer.warning(&format!(
         "what is on '{}' is overwritten, and lost even if this command is interrupted",
         printable(&device.to_string_lossy())
@@ -61,7 +61,7 @@ pub(crate) fn warn_of_loss(device: &Path, observer: &dyn Observer) {
 /// # Errors
 ///
 /// If it cannot be flushed.
-pub(crate) fn complete_disk(device: &Path, disk: &Unfinished) -> Result<(), JobError> {
+pub fn complete_disk(device: &Path, disk: &Unfinished) -> Result<(), JobError> {
     disk.complete().map_err(|error| {
         let error = JobError::destination(format!("cannot flush '{}': {error}", device.display()));
         lost(device, &error)
@@ -74,7 +74,7 @@ fn image_error(error: imgfmt::Error) -> JobError {
 
 /// What there is when the command fails on a device that was to be overwritten, in words that follow a
 /// semicolon.
-pub(crate) fn left_behind(device: &Path) -> String {
+pub fn left_behind(device: &Path) -> String {
     format!(
         "what was on '{}' before is lost, and the device is marked as incomplete: run the command again",
         device.display()
@@ -82,7 +82,7 @@ pub(crate) fn left_behind(device: &Path) -> String {
 }
 
 /// As [`left_behind`], for a raw disk to which nothing may have been written yet.
-pub(crate) fn left_behind_on(device: &Path, disk: &Unfinished) -> String {
+pub fn left_behind_on(device: &Path, disk: &Unfinished) -> String {
     match disk.is_incomplete() {
         true => left_behind(device),
         false => format!("'{}' is as it was before", device.display()),

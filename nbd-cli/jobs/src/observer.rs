@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::cancellation::Cancellation;
-use super::text::printable;
+use crate::cancellation::Cancellation;
+use crate::text::printable;
 
 /// What a job is busy with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub(crate) enum Phase {
+pub enum Phase {
     /// The disk is copied.
     Copying,
     /// Both sides are read again and compared.
@@ -19,21 +19,20 @@ pub(crate) enum Phase {
 /// How far a job is. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub(crate) struct Progress {
+pub struct Progress {
     /// What it is busy with; each phase counts from its own start.
-    pub(crate) phase: Phase,
+    pub phase: Phase,
     /// How much is done. Less than before when a part has to be copied again.
-    pub(crate) done: u64,
+    pub done: u64,
     /// How much of that was known to be zero.
-    pub(crate) holes: u64,
+    pub holes: u64,
     /// How much there is, if that is known beforehand.
-    pub(crate) total: Option<u64>,
+    pub total: Option<u64>,
 }
 
 /// What becomes of a file with a temporary name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub(crate) enum TemporaryFile {
+pub enum TemporaryFile {
     /// It was made. It is of no use until the job is complete: a process that ends without waiting for
     /// the job should remove it.
     Made,
@@ -45,7 +44,7 @@ pub(crate) enum TemporaryFile {
 ///
 /// The methods are called by the tasks of the job, and have to return soon. Calls of
 /// [`progress`](Self::progress) come one at a time and in order.
-pub(crate) trait Observer: Send + Sync {
+pub trait Observer: Send + Sync {
     /// The job is so far.
     fn progress(&self, _progress: &Progress) {}
 
@@ -75,11 +74,11 @@ impl Observer for Silent {}
 /// The caller's side of a job: who is told, and what ends it early. By default nobody is told, and
 /// nothing ends it. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct JobContext {
+pub struct JobContext {
     /// Is told what happens.
-    pub(crate) observer: Arc<dyn Observer>,
+    pub observer: Arc<dyn Observer>,
     /// Ends the job early.
-    pub(crate) cancellation: Cancellation,
+    pub cancellation: Cancellation,
 }
 
 impl Default for JobContext {

@@ -3,46 +3,35 @@
 use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Storage as _};
-use nbd_client::{Extent, ExtentStream};
-use nbd_proto::wire::AllocationFlags;
+use imgfmt::{GuestOffset, GuestRange, HostOffset, Image, Storage as _};
+use nbd_client::ExtentStream;
 
+use super::content::{Content, allocated, content_of};
 use super::dirty::DirtyExtents;
-use crate::jobs::{JobError, JobErrorKind};
+use crate::{JobError, JobErrorKind};
 
 /// Extents of an image that are asked for at a time.
 const EXTENTS_AT_A_TIME: usize = 1024;
 
 /// Longest pieces.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Lengths {
+pub struct Lengths {
     /// Of data; a multiple of the alignment.
-    pub(crate) data: u64,
+    pub data: u64,
     /// Of zeroes; a multiple of the alignment, or larger than the disk.
-    pub(crate) zeroes: u64,
-}
-
-/// What becomes of a part of the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Content {
-    /// It is read and written.
-    Data,
-    /// It is zero: it need not be read.
-    Zero,
-    /// The destination has it already.
-    Unchanged,
+    pub zeroes: u64,
 }
 
 /// A part of the disk for one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
-    pub(crate) content: Content,
+pub struct Piece {
+    pub offset: u64,
+    pub length: u64,
+    pub content: Content,
 }
 
 /// Where knowledge about holes comes from.
-pub(crate) enum Extents {
+pub enum Extents {
     /// There is none: everything is read.
     Unknown,
     /// A server's block status.
@@ -56,14 +45,14 @@ pub(crate) enum Extents {
 }
 
 /// The extents of an image, front to back.
-pub(crate) struct ImageExtents {
+pub struct ImageExtents {
     image: Arc<Image>,
     /// What was found and not used yet, the last part first.
     found: Vec<imgfmt::Extent>,
 }
 
 impl ImageExtents {
-    pub(crate) fn new(image: Arc<Image>) -> Self {
+    pub fn new(image: Arc<Image>) -> Self {
         Self { image, found: Vec::new() }
     }
 
@@ -91,23 +80,8 @@ impl ImageExtents {
     }
 }
 
-fn content_of(kind: ExtentKind) -> Content {
-    match kind {
-        ExtentKind::Data => Content::Data,
-        ExtentKind::Hole | ExtentKind::Zero => Content::Zero,
-    }
-}
-
-/// What an extent of `base:allocation` means. A hole that does not read as zero may hold anything.
-pub(super) fn allocated(extent: &Extent) -> Content {
-    match extent.flags & AllocationFlags::STATE_ZERO.bits() {
-        0 => Content::Data,
-        _ => Content::Zero,
-    }
-}
-
 /// Cuts the disk into pieces, front to back.
-pub(crate) struct Plan {
+pub struct Plan {
     size: u64,
     /// Every boundary between pieces is a multiple of this power of two.
     alignment: u64,
@@ -121,23 +95,17 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// A plan for the bytes from `start` to `size`. `alignment` is a power of two.
-    pub(crate) fn new(
-        start: u64,
-        size: u64,
-        alignment: u64,
-        longest: Lengths,
-        extents: Extents,
-    ) -> Self {
+    pub fn new(start: u64, size: u64, alignment: u64, longest: Lengths, extents: Extents) -> Self {
         Self { size, alignment, longest, extents, at: start, known: (start, Content::Data) }
     }
 
     /// Where the next piece begins, in bytes.
-    pub(crate) fn position(&self) -> u64 {
+    pub fn position(&self) -> u64 {
         self.at
     }
 
     /// The next piece, or `None` at the end of the disk.
-    pub(crate) async fn next(&mut self) -> Result<Option<Piece>, JobError> {
+    pub async fn next(&mut self) -> Result<Option<Piece>, JobError> {
         if self.at >= self.size {
             return Ok(None);
         }

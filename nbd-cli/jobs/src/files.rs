@@ -5,7 +5,7 @@ use std::path::Path;
 use imgfmt::storage::FileStorage;
 use imgfmt::{Access, Locking};
 
-use super::observer::Observer;
+use crate::observer::Observer;
 
 /// Opens a file, and tells the observer if it has no locks.
 pub(crate) fn open_file(

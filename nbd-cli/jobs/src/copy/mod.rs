@@ -1,27 +1,50 @@
-//! A copy from one place to another.
+//! A copy from one place to another, and the parts of it that other jobs use.
+
+// Hidden are the parts of which the program's backup and restore are made, as long as they are there.
+#[doc(hidden)]
+pub mod again;
+mod content;
+#[doc(hidden)]
+pub mod destination;
+#[doc(hidden)]
+pub mod dirty;
+#[doc(hidden)]
+pub mod engine;
+mod holes;
+#[doc(hidden)]
+pub mod job;
+mod options;
+#[doc(hidden)]
+pub mod plan;
+#[doc(hidden)]
+pub mod source;
+mod stream;
+#[doc(hidden)]
+pub mod verify;
+#[doc(hidden)]
+pub mod zero;
 
 use std::sync::Arc;
 
 use imgfmt::Format;
 
-use super::again;
-use super::destination::Destination;
-use super::engine::{Job, Settings};
-use super::location::Location;
-use super::options::{CopyOptions, Knowledge};
-use super::plan::Extents;
-use super::source::Source;
-use crate::jobs::{JobContext, JobError};
+use self::destination::Destination;
+use self::job::{Job, Settings};
+pub use self::options::{CopyOptions, Knowledge, Zeroes};
+use self::plan::Extents;
+use self::source::Source;
+use crate::location::Location;
 use crate::target::{Durable, device};
+use crate::{JobContext, JobError};
 
 /// What a copy did. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub(crate) struct Copied {
+pub struct Copied {
     /// Size of what was copied.
-    pub(crate) size: u64,
+    pub size: u64,
     /// How much of that the source knew to be zero.
-    pub(crate) holes: u64,
+    pub holes: u64,
 }
 
 /// Copies a disk.
@@ -44,7 +67,7 @@ pub(crate) struct Copied {
 ///
 /// Dropping the future ends the copy as an error does, but says nothing; a thread may still be at work on
 /// one request. Use [`JobContext::cancellation`] to hear of it.
-pub(crate) async fn copy(
+pub async fn copy(
     from: &Location,
     to: &Location,
     options: &CopyOptions,

@@ -11,22 +11,21 @@ use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 use crate::key_values::KeyValues;
 
 /// Schemes of NBD URIs.
-pub(crate) const SCHEMES: [&str; 6] =
-    ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
+pub const SCHEMES: [&str; 6] = ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
 /// Scheme of names that are the options of a driver of QEMU's, as a JSON object.
-pub(crate) const JSON_SCHEME: &str = "json";
+pub const JSON_SCHEME: &str = "json";
 
 /// What stands before the path in the name of a file.
-pub(crate) const FILE_PREFIX: &str = "file:";
+pub const FILE_PREFIX: &str = "file:";
 
 /// The path of a file whose name may begin with `file:`.
-pub(crate) fn path_in(name: &OsStr) -> &Path {
+pub fn path_in(name: &OsStr) -> &Path {
     let path = name.as_bytes().strip_prefix(FILE_PREFIX.as_bytes());
     Path::new(path.map_or(name, OsStr::from_bytes))
 }
 
 /// Whether a file name is one of a server: `nbd:HOST:PORT`, `nbd:unix:PATH`, or a URI.
-pub(crate) fn is_name_of_server(text: &str) -> bool {
+pub fn is_name_of_server(text: &str) -> bool {
     let scheme = text.split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| SCHEMES.contains(&scheme))
 }
@@ -36,7 +35,7 @@ pub(crate) fn is_name_of_server(text: &str) -> bool {
 /// # Errors
 ///
 /// A sentence about what is wrong with it.
-pub(crate) fn from_name(text: &str) -> Result<NbdUri, String> {
+pub fn from_name(text: &str) -> Result<NbdUri, String> {
     let Some(rest) = text.strip_prefix("nbd:").filter(|rest| !rest.starts_with("//")) else {
         return text.parse().map_err(|error: nbd_proto::uri::UriError| error.to_string());
     };
@@ -54,7 +53,8 @@ pub(crate) fn from_name(text: &str) -> Result<NbdUri, String> {
 
 /// What the name of a backing or data file stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum NameInImage {
+pub enum NameInImage {
+    /// An export of a server.
     Export(Box<NbdUri>),
     /// A relative path starts at the working folder, as QEMU has it.
     File(PathBuf),
@@ -67,7 +67,7 @@ pub(crate) enum NameInImage {
 /// # Errors
 ///
 /// A sentence about what is wrong with it, or which driver it wants.
-pub(crate) fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
+pub fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
     if let Some(path) = text.strip_prefix(FILE_PREFIX) {
         return Ok(NameInImage::File(path.into()));
     }
@@ -113,7 +113,7 @@ fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {
 /// # Errors
 ///
 /// A sentence that names the option.
-pub(crate) fn from_options(options: &mut KeyValues) -> Result<NbdUri, String> {
+pub fn from_options(options: &mut KeyValues) -> Result<NbdUri, String> {
     let mut server = options.take_below("server");
     if server.is_empty() {
         for key in ["host", "port", "path"] {

@@ -1,60 +1,59 @@
-//! Many tasks that copy pieces of the disk at the same time.
+//! A copy: both sides, what is still to be done, and how one piece is copied.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex as SyncMutex, MutexGuard, PoisonError};
+use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
 use nbd_client::ZeroMode;
 use tokio::sync::Mutex;
-use tokio::task::JoinSet;
 
+use super::content::Content;
 use super::destination::Destination;
 use super::holes::{Part, parts};
 use super::options::{CopyOptions, Zeroes};
-use super::plan::{Content, Extents, Lengths, Piece, Plan};
+use super::plan::{Extents, Lengths, Piece, Plan};
 use super::source::Source;
-use super::stream;
 use super::zero::{Content as RunContent, runs};
-use crate::jobs::text::exact;
-use crate::jobs::{JobContext, JobError, Meter, Phase};
+use crate::observer::Meter;
+use crate::{JobContext, JobError, Phase};
 
 /// Zeroes are written in pieces of this size, so that progress shows.
 const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
 /// How a copy is carried out.
-pub(crate) struct Settings {
+pub struct Settings {
     /// Requests in flight.
-    pub(crate) requests: usize,
+    pub requests: usize,
     /// Longest request, in bytes; a power of two of at most 32 MiB.
-    pub(crate) request_size: u64,
+    pub request_size: u64,
     /// Where pieces are cut: a power of two, in bytes.
-    pub(crate) unit: u64,
-    pub(crate) zeroes: ZeroPolicy,
+    pub unit: u64,
+    pub zeroes: ZeroPolicy,
     /// Unit in which zeroes are looked for in data, if they are, in bytes.
-    pub(crate) sparse: Option<u64>,
+    pub sparse: Option<u64>,
     /// What was copied before, in bytes from the start of the disk.
-    pub(crate) start: u64,
+    pub start: u64,
 }
 
 /// What becomes of zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ZeroPolicy {
+pub enum ZeroPolicy {
     /// The destination is zero already.
     Skip,
     Write(ZeroMode),
 }
 
 /// What all tasks of one copy share.
-pub(crate) struct Job {
-    pub(crate) source: Source,
-    pub(crate) destination: Destination,
+pub struct Job {
+    pub source: Source,
+    pub destination: Destination,
     pub(super) context: JobContext,
-    pub(crate) meter: Meter,
+    pub(super) meter: Meter,
     pub(super) requests: usize,
     pub(super) request_size: usize,
     /// What both sides need of requests.
-    alignment: u64,
+    pub(super) alignment: u64,
     zeroes: ZeroPolicy,
     /// Where pieces are cut, and how long they may be.
     cut: (u64, Lengths),
@@ -70,13 +69,13 @@ pub(crate) struct Job {
 
 /// How much was copied and how, in bytes.
 #[derive(Debug, Default)]
-pub(crate) struct Counts {
+pub struct Counts {
     /// Read and written; data that turned out to be zero included.
-    pub(crate) data: AtomicU64,
+    pub data: AtomicU64,
     /// Known to be zero.
-    pub(crate) zero: AtomicU64,
+    pub zero: AtomicU64,
     /// In the destination already.
-    pub(crate) unchanged: AtomicU64,
+    pub unchanged: AtomicU64,
 }
 
 impl Settings {
@@ -102,7 +101,7 @@ impl Settings {
 }
 
 impl Job {
-    pub(crate) fn new(
+    pub fn new(
         settings: &Settings,
         source: Source,
         destination: Destination,
@@ -152,7 +151,7 @@ impl Job {
     }
 
     /// Up to where everything has been handed to the destination, in bytes from the start.
-    pub(crate) async fn done(&self) -> u64 {
+    pub async fn done(&self) -> u64 {
         let plan = self.plan.lock().await;
         let first = self.begun().first().copied();
         first.unwrap_or_else(|| plan.position())
@@ -168,7 +167,7 @@ impl Job {
         self.meter.set_back(size.saturating_sub(position));
     }
 
-    pub(crate) fn counts(&self) -> &Counts {
+    pub fn counts(&self) -> &Counts {
         &self.counts
     }
 
@@ -226,7 +225,8 @@ impl Job {
         Ok(holes)
     }
 
-    async fn copy_pieces(&self) -> Result<(), JobError> {
+    /// Copies one piece after the other until none is left.
+    pub(super) async fn copy_pieces(&self) -> Result<(), JobError> {
         let mut buffer = BytesMut::new();
         while let Some(piece) = self.next_piece().await? {
             let holes = match piece.content {
@@ -246,40 +246,4 @@ impl Job {
         }
         Ok(())
     }
-}
-
-/// Copies everything, unless the job is cancelled.
-pub(crate) async fn run(job: &Arc<Job>) -> Result<(), JobError> {
-    job.context.cancellation.unless_cancelled(copy(job)).await
-}
-
-async fn copy(job: &Arc<Job>) -> Result<(), JobError> {
-    match (&job.source, &job.destination) {
-        (Source::Standard, Destination::Standard) => stream::through(job).await,
-        (Source::Standard, _) => stream::from_standard_input(job).await,
-        (_, Destination::Standard) => stream::to_standard_output(job).await,
-        _ => in_parallel(job).await,
-    }
-}
-
-async fn in_parallel(job: &Arc<Job>) -> Result<(), JobError> {
-    let size = job.source.size().unwrap_or_default();
-    if !size.is_multiple_of(job.alignment) {
-        return Err(JobError::destination(format!(
-            "one side needs requests aligned to {} and the disk's {size} bytes are no multiple of \
-             that",
-            exact(job.alignment)
-        )));
-    }
-    job.destination.set_size(size)?;
-    let mut tasks = JoinSet::new();
-    for _ in 0..job.requests {
-        let job = job.clone();
-        tasks.spawn(async move { job.copy_pieces().await });
-    }
-    while let Some(ended) = tasks.join_next().await {
-        // The first error ends the copy: dropping the set stops the other tasks.
-        ended.map_err(|error| JobError::given_up("task", &error))??;
-    }
-    Ok(())
 }

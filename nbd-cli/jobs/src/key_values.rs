@@ -7,7 +7,7 @@ use serde_json::Value;
 
 /// Options by their dotted names, such as `file.filename`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct KeyValues {
+pub struct KeyValues {
     /// `None` for a null of JSON.
     values: BTreeMap<String, Option<String>>,
 }
@@ -18,7 +18,7 @@ impl KeyValues {
     /// # Errors
     ///
     /// A sentence about what is wrong.
-    pub(crate) fn parse(text: &str, implied: Option<&str>) -> Result<Self, String> {
+    pub fn parse(text: &str, implied: Option<&str>) -> Result<Self, String> {
         if text.starts_with('{') {
             return Self::from_json(text);
         }
@@ -47,7 +47,7 @@ impl KeyValues {
     /// # Errors
     ///
     /// A sentence about what is wrong.
-    pub(crate) fn from_json(text: &str) -> Result<Self, String> {
+    pub fn from_json(text: &str) -> Result<Self, String> {
         let value: Value =
             serde_json::from_str(text).map_err(|error| format!("this is no JSON: {error}"))?;
         let Value::Object(_) = value else {
@@ -59,17 +59,17 @@ impl KeyValues {
     }
 
     /// Sets the value of a key.
-    pub(crate) fn set(&mut self, key: &str, value: String) {
+    pub fn set(&mut self, key: &str, value: String) {
         self.values.insert(key.to_owned(), Some(value));
     }
 
     /// Takes the value of a key away. A null counts as no value.
-    pub(crate) fn take(&mut self, key: &str) -> Option<String> {
+    pub fn take(&mut self, key: &str) -> Option<String> {
         self.values.remove(key).flatten()
     }
 
     /// Takes a key away whose value is a null, and says whether there was one.
-    pub(crate) fn take_null(&mut self, key: &str) -> bool {
+    pub fn take_null(&mut self, key: &str) -> bool {
         let is_null = self.values.get(key).is_some_and(Option::is_none);
         if is_null {
             self.values.remove(key);
@@ -78,12 +78,12 @@ impl KeyValues {
     }
 
     /// Whether a key has this value.
-    pub(crate) fn has(&self, key: &str, value: &str) -> bool {
+    pub fn has(&self, key: &str, value: &str) -> bool {
         self.values.get(key).is_some_and(|found| found.as_deref() == Some(value))
     }
 
     /// Takes everything away whose key begins with `prefix` and a dot, without that prefix.
-    pub(crate) fn take_below(&mut self, prefix: &str) -> Self {
+    pub fn take_below(&mut self, prefix: &str) -> Self {
         let dotted = format!("{prefix}.");
         let (below, rest) = std::mem::take(&mut self.values)
             .into_iter()
@@ -100,7 +100,7 @@ impl KeyValues {
     /// # Errors
     ///
     /// A sentence if it is neither.
-    pub(crate) fn take_switch(&mut self, key: &str) -> Result<Option<bool>, String> {
+    pub fn take_switch(&mut self, key: &str) -> Result<Option<bool>, String> {
         match self.take(key).as_deref() {
             None => Ok(None),
             Some("on" | "yes" | "true" | "y") => Ok(Some(true)),
@@ -110,11 +110,12 @@ impl KeyValues {
     }
 
     /// One of the keys that nobody has taken.
-    pub(crate) fn left_over(&self) -> Option<&str> {
+    pub fn left_over(&self) -> Option<&str> {
         self.values.keys().next().map(String::as_str)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
         self.values.is_empty()
     }
 }

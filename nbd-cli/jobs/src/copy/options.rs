@@ -4,8 +4,8 @@ use std::num::NonZeroUsize;
 
 use imgfmt::Locking;
 
-use crate::jobs::JobError;
-use crate::jobs::connect::ConnectOptions;
+use crate::JobError;
+use crate::connect::ConnectOptions;
 use crate::target::Durable;
 
 /// Most requests in flight.
@@ -19,7 +19,7 @@ const REQUEST_SIZE_MAX: u64 = 32 << 20;
 
 /// What becomes of parts that are zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Zeroes {
+pub enum Zeroes {
     /// They become holes where the destination can have them.
     #[default]
     PunchHoles,
@@ -32,31 +32,31 @@ pub(crate) enum Zeroes {
 /// How a disk is copied.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
-pub(crate) struct CopyOptions {
+pub struct CopyOptions {
     /// How servers are reached.
-    pub(crate) connect: ConnectOptions,
+    pub connect: ConnectOptions,
     /// Requests in flight: 1 to 4096. By default 64.
-    pub(crate) requests: NonZeroUsize,
+    pub requests: NonZeroUsize,
     /// Size of a request in bytes: a power of two from 512 to 32 MiB. By default 256 KiB.
-    pub(crate) request_size: u64,
+    pub request_size: u64,
     /// What becomes of zeroes.
-    pub(crate) zeroes: Zeroes,
+    pub zeroes: Zeroes,
     /// Whether the source is asked where it has holes. By default it is.
-    pub(crate) knowledge: Knowledge,
+    pub knowledge: Knowledge,
     /// Zeroes are looked for in the data in units of this size in bytes: a power of two of at least 512, or
     /// `None` not to look. By default 4096.
-    pub(crate) sparse: Option<u64>,
+    pub sparse: Option<u64>,
     /// Whether the copy is durable when the job is complete. By default it need not be.
-    pub(crate) durability: Durable,
+    pub durability: Durable,
     /// How a file is locked that is the source.
-    pub(crate) source_locking: Locking,
+    pub source_locking: Locking,
     /// How a file is locked that is the destination.
-    pub(crate) destination_locking: Locking,
+    pub destination_locking: Locking,
 }
 
 /// What a server or file is asked about its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Knowledge {
+pub enum Knowledge {
     /// Nothing: all of it is read.
     Nothing,
     /// Where it is zero.
@@ -110,7 +110,7 @@ impl CopyOptions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jobs::JobErrorKind;
+    use crate::JobErrorKind;
 
     #[test]
     fn what_is_out_of_range_is_refused() {

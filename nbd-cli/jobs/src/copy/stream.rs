@@ -11,9 +11,10 @@ use nbd_client::ReadChunk;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
-use super::engine::Job;
-use super::plan::{Content, Piece};
-use crate::jobs::JobError;
+use super::content::Content;
+use super::job::Job;
+use super::plan::Piece;
+use crate::JobError;
 
 /// Reads standard input to its end; the writes go on in parallel.
 pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), JobError> {

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use nbd_proto::NbdUri;
 
-use crate::server_name::{FILE_PREFIX, JSON_SCHEME, NameInImage, from_name, from_name_in_image};
+use crate::qemu_name::{FILE_PREFIX, JSON_SCHEME, NameInImage, from_name, from_name_in_image};
 
 /// Where to copy from or to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub enum Location {
 
 impl Location {
     /// The URI of a server.
-    pub(crate) fn uri(&self) -> Option<&NbdUri> {
+    pub fn uri(&self) -> Option<&NbdUri> {
         match self {
             Self::Nbd(uri) => Some(uri),
             Self::File(_) | Self::Standard | Self::Null => None,

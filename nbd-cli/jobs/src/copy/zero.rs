@@ -1,7 +1,7 @@
 //! Zeroes in data.
 
 /// Whether all bytes are zero.
-pub(crate) fn is_zero(data: &[u8]) -> bool {
+pub fn is_zero(data: &[u8]) -> bool {
     // The first few bytes decide most of the time; the rest is folded without branches, which the
     // compiler turns into wide instructions.
     let (head, rest) = data.split_at(data.len().min(16));
@@ -11,22 +11,22 @@ pub(crate) fn is_zero(data: &[u8]) -> bool {
 
 /// A part of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Run {
-    pub(crate) start: usize,
-    pub(crate) end: usize,
-    pub(crate) content: Content,
+pub struct Run {
+    pub start: usize,
+    pub end: usize,
+    pub content: Content,
 }
 
 /// What a part of a disk holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Content {
+pub enum Content {
     Data,
     Zero,
 }
 
 /// Splits a buffer into runs of data and of zeroes, in units of `unit` bytes (at least 1) counted
 /// from the buffer's start. The last unit may be shorter.
-pub(crate) fn runs(data: &[u8], unit: usize) -> Vec<Run> {
+pub fn runs(data: &[u8], unit: usize) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     let mut start = 0;
     for chunk in data.chunks(unit) {

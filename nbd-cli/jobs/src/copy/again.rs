@@ -12,10 +12,11 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::TransmissionFlags;
 
 use super::destination::Destination;
-use super::engine::{self, Job};
+use super::engine;
+use super::job::Job;
 use super::source::Source;
-use crate::jobs::JobError;
-use crate::jobs::connect::failed;
+use crate::JobError;
+use crate::connect::failed;
 
 /// How often what was written is made durable, so that there is less to write again.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(30);
@@ -35,7 +36,7 @@ struct Safe {
 ///
 /// Those of the copy, and of a server that is restarted again and again or while standard input, which cannot be
 /// read twice, is copied to it.
-pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
+pub async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
     let Destination::Nbd { client, uri } = &job.destination else {
         engine::run(job).await?;
         return job.context.cancellation.unless_cancelled(job.destination.finish(flush)).await;

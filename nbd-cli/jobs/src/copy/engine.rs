@@ -1,0 +1,48 @@
+//! Many tasks that copy pieces of the disk at the same time.
+
+use std::sync::Arc;
+
+use tokio::task::JoinSet;
+
+use super::destination::Destination;
+use super::job::Job;
+use super::source::Source;
+use super::stream;
+use crate::error::JobError;
+use crate::text::exact;
+
+/// Copies everything, unless the job is cancelled.
+pub async fn run(job: &Arc<Job>) -> Result<(), JobError> {
+    job.context.cancellation.unless_cancelled(copy(job)).await
+}
+
+async fn copy(job: &Arc<Job>) -> Result<(), JobError> {
+    match (&job.source, &job.destination) {
+        (Source::Standard, Destination::Standard) => stream::through(job).await,
+        (Source::Standard, _) => stream::from_standard_input(job).await,
+        (_, Destination::Standard) => stream::to_standard_output(job).await,
+        _ => in_parallel(job).await,
+    }
+}
+
+async fn in_parallel(job: &Arc<Job>) -> Result<(), JobError> {
+    let size = job.source.size().unwrap_or_default();
+    if !size.is_multiple_of(job.alignment) {
+        return Err(JobError::destination(format!(
+            "one side needs requests aligned to {} and the disk's {size} bytes are no multiple of \
+             that",
+            exact(job.alignment)
+        )));
+    }
+    job.destination.set_size(size)?;
+    let mut tasks = JoinSet::new();
+    for _ in 0..job.requests {
+        let job = job.clone();
+        tasks.spawn(async move { job.copy_pieces().await });
+    }
+    while let Some(ended) = tasks.join_next().await {
+        // The first error ends the copy: dropping the set stops the other tasks.
+        ended.map_err(|error| JobError::given_up("task", &error))??;
+    }
+    Ok(())
+}

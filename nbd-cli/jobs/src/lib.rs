@@ -1,0 +1,51 @@
+//! Work on whole disks: what `nbd-cli` does, without its command line.
+//!
+//! [`copy()`] copies a disk between NBD servers, local files, block devices and pipes; holes stay holes:
+//!
+//! ```
+//! use nbd_jobs::{CopyOptions, JobContext, Location, copy};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let folder = tempfile::tempdir()?;
+//! # let (disk, saved) = (folder.path().join("disk.img"), folder.path().join("saved.img"));
+//! std::fs::write(&disk, vec![7; 1 << 20])?;
+//!
+//! let runtime = tokio::runtime::Runtime::new()?;
+//! let (from, to) = (Location::File(disk), Location::File(saved.clone()));
+//! let copied =
+//!     runtime.block_on(copy(&from, &to, &CopyOptions::default(), &JobContext::default()))?;
+//! assert_eq!(copied.size, 1 << 20);
+//! assert_eq!(std::fs::read(&saved)?, vec![7; 1 << 20]);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`.
+//!
+//! # Jobs
+//!
+//! A job takes plain options, and a [`JobContext`]: an [`Observer`], which hears of progress and warnings,
+//! and a [`Cancellation`], with which the caller ends it early. Its error is a [`JobError`]: one sentence,
+//! and whose fault it was. Nothing is printed, no signal is caught and no environment variable is read.
+//!
+//! Jobs are asynchronous and need a runtime of tokio with timers and I/O.
+
+mod cancellation;
+pub mod connect;
+pub mod copy;
+mod error;
+mod files;
+pub mod key_values;
+mod location;
+mod observer;
+pub mod qemu_name;
+pub mod target;
+pub mod text;
+
+pub use self::cancellation::Cancellation;
+pub use self::connect::{ConnectOptions, TlsSettings};
+pub use self::copy::{Copied, CopyOptions, Knowledge, Zeroes, copy};
+pub use self::error::{JobError, JobErrorKind};
+pub use self::location::Location;
+pub use self::observer::{JobContext, Observer, Phase, Progress, TemporaryFile};
+pub use self::target::Durable;
