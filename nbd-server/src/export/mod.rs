@@ -135,12 +135,38 @@ pub struct FileSpan {
 
 /// A disk that a server serves.
 ///
-/// Three methods make a read-only export ([`info`](Self::info), [`read_at`](Self::read_at) and
-/// nothing else); [`MemoryExport`] is a complete one on a page. Calls are synchronous and come
-/// from several threads at once; the server never calls a method whose flag
-/// [`ExportInfo::flags`] lacks, and never with a range outside the disk or off its minimum block
-/// size. Requests that overlap may be called in any order. A call that panics is answered with EIO,
-/// and everything else goes on.
+/// # What has to be written
+///
+/// [`info`](Self::info) and [`read_at`](Self::read_at) make a read-only export, with
+/// [`write_at`](Self::write_at) a writable one. Each further command of the protocol needs its method
+/// and its flag in [`ExportInfo::flags`]; without the flag the server refuses the command and never
+/// calls the method.
+///
+/// | method | flag | command |
+/// |---|---|---|
+/// | [`write_at`](Self::write_at) | no `READ_ONLY` | WRITE |
+/// | [`flush`](Self::flush) | `SEND_FLUSH` | FLUSH |
+/// | [`trim`](Self::trim) | `SEND_TRIM` | TRIM |
+/// | [`write_zeroes`](Self::write_zeroes) | `SEND_WRITE_ZEROES`, `SEND_FAST_ZERO` | WRITE_ZEROES |
+/// | [`cache`](Self::cache) | `SEND_CACHE` | CACHE |
+/// | [`block_status`](Self::block_status) | [`ExportInfo::meta_contexts`] | BLOCK_STATUS |
+///
+/// `SEND_FUA` says that [`Durability::Fua`] is obeyed, and `CAN_MULTI_CONN` that a flush on one
+/// connection covers the writes that were answered on every other.
+///
+/// # What makes it fast
+///
+/// [`try_read_at`](Self::try_read_at), [`try_write_at`](Self::try_write_at),
+/// [`map_read`](Self::map_read) and [`may_block`](Self::may_block) let the server answer without
+/// another thread, without copies, and with holes as holes. Their defaults are always right.
+///
+/// # Calls
+///
+/// Calls are synchronous and come from several threads at once. Ranges lie within the disk, and
+/// begin and end at its minimum block size; their length is not zero. Requests that overlap are
+/// called in any order. A call that panics is answered with EIO, and everything else goes on.
+///
+/// `examples/memory_export.rs` is a complete export in 30 lines.
 pub trait Export: Send + Sync + 'static {
     /// What clients are told. Asked several times in a handshake; must not block.
     fn info(&self) -> ExportInfo;
@@ -153,52 +179,6 @@ pub trait Export: Send + Sync + 'static {
     /// larger range can be read.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError>;
 
-    /// Fills `buffer` if that takes no waiting. With [`Holes::Told`] it may say
-    /// [`TryRead::Sparse`] instead, from the same look at the metadata that finds the data.
-    ///
-    /// # Errors
-    ///
-    /// As for [`read_at`](Self::read_at), which is then called for the same range: the client gets
-    /// what that says.
-    fn try_read_at(
-        &self,
-        _offset: u64,
-        _buffer: &mut [u8],
-        _holes: Holes,
-    ) -> Result<TryRead, ExportError> {
-        Ok(TryRead::WouldBlock)
-    }
-
-    /// Tells what a range that is about to be read consists of: appends parts to `map`, which is
-    /// empty, until they have `length` bytes. With [`Lookup::MayWait`] it may stop before that
-    /// ([`Mapped::Partial`]) and is asked for the rest: a map that holds bytes should have no more
-    /// than some MiB of them. Zeroes are told where metadata knows of them; content
-    /// is not looked at. Bytes of a file may be told only if they stay in that place for ever: the
-    /// server hands them from the page cache to the socket without a copy.
-    ///
-    /// What is told must have been true at some moment of the call.
-    ///
-    /// # Errors
-    ///
-    /// Whatever kept it from being found out; the range is then read, and the client gets what that
-    /// says.
-    fn map_read(
-        &self,
-        _offset: u64,
-        length: usize,
-        _holes: Holes,
-        _lookup: Lookup,
-        map: &mut ReadMap,
-    ) -> Result<Mapped, ExportError> {
-        map.push_export(length);
-        Ok(Mapped::Complete)
-    }
-
-    /// Whether an operation may make its thread wait.
-    fn may_block(&self, _operation: Operation) -> MayBlock {
-        MayBlock::Yes
-    }
-
     /// Writes `data` at `offset` (in bytes), durably before it returns if asked to.
     ///
     /// # Errors
@@ -206,18 +186,6 @@ pub trait Export: Send + Sync + 'static {
     /// Whatever kept it from being written; part of it may be.
     fn write_at(&self, _offset: u64, _data: &[u8], _: Durability) -> Result<(), ExportError> {
         Err(ExportError::unsupported())
-    }
-
-    /// Writes `data` at `offset` (in bytes), not durably, if that takes no waiting. Asked for writes
-    /// that need not be durable and for which [`may_block`](Self::may_block) says that they may
-    /// block.
-    ///
-    /// # Errors
-    ///
-    /// As for [`write_at`](Self::write_at), which is then called for the same range: the client
-    /// gets what that says.
-    fn try_write_at(&self, _offset: u64, _data: &[u8]) -> Result<TryWrite, ExportError> {
-        Ok(TryWrite::WouldBlock)
     }
 
     /// Makes every write that has returned durable, on whichever connection it came. Also called
@@ -281,5 +249,63 @@ pub trait Export: Send + Sync + 'static {
         _max_count: usize,
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
         Err(ExportError::unsupported())
+    }
+
+    /// Fills `buffer` if that takes no waiting. With [`Holes::Told`] it may say
+    /// [`TryRead::Sparse`] instead, from the same look at the metadata that finds the data.
+    ///
+    /// # Errors
+    ///
+    /// As for [`read_at`](Self::read_at), which is then called for the same range: the client gets
+    /// what that says.
+    fn try_read_at(
+        &self,
+        _offset: u64,
+        _buffer: &mut [u8],
+        _holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        Ok(TryRead::WouldBlock)
+    }
+
+    /// Tells what a range that is about to be read consists of: appends parts to `map`, which is
+    /// empty, until they have `length` bytes. With [`Lookup::MayWait`] it may stop before that
+    /// ([`Mapped::Partial`]) and is asked for the rest: a map that holds bytes should have no more
+    /// than some MiB of them. Zeroes are told where metadata knows of them; content
+    /// is not looked at. Bytes of a file may be told only if they stay in that place for ever: the
+    /// server hands them from the page cache to the socket without a copy.
+    ///
+    /// What is told must have been true at some moment of the call.
+    ///
+    /// # Errors
+    ///
+    /// Whatever kept it from being found out; the range is then read, and the client gets what that
+    /// says.
+    fn map_read(
+        &self,
+        _offset: u64,
+        length: usize,
+        _holes: Holes,
+        _lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        map.push_export(length);
+        Ok(Mapped::Complete)
+    }
+
+    /// Whether an operation may make its thread wait.
+    fn may_block(&self, _operation: Operation) -> MayBlock {
+        MayBlock::Yes
+    }
+
+    /// Writes `data` at `offset` (in bytes), not durably, if that takes no waiting. Asked for writes
+    /// that need not be durable and for which [`may_block`](Self::may_block) says that they may
+    /// block.
+    ///
+    /// # Errors
+    ///
+    /// As for [`write_at`](Self::write_at), which is then called for the same range: the client
+    /// gets what that says.
+    fn try_write_at(&self, _offset: u64, _data: &[u8]) -> Result<TryWrite, ExportError> {
+        Ok(TryWrite::WouldBlock)
     }
 }
