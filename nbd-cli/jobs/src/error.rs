@@ -44,6 +44,22 @@ impl JobError {
         Self { could_be_shared, ..Self::new(kind, error.to_string()) }
     }
 
+    /// An error of an image that was to be opened, with the option that would allow what was refused.
+    pub fn opening(kind: JobErrorKind, error: imgfmt::Error) -> Self {
+        Self::opening_with(kind, error, "--format raw")
+    }
+
+    /// As [`opening`](Self::opening), where another option says that the image is raw.
+    pub fn opening_with(kind: JobErrorKind, error: imgfmt::Error, raw_option: &str) -> Self {
+        match (error.kind(), error.found_format()) {
+            (imgfmt::ErrorKind::PolicyDenied, _) => {
+                Self::new(kind, format!("{error} (with --trust-image, if you trust its maker)"))
+            }
+            (_, Some(_)) => Self::new(kind, format!("{error} ({raw_option})")),
+            _ => Self::image(kind, error),
+        }
+    }
+
     /// The source is at fault.
     pub fn source(message: impl Into<String>) -> Self {
         Self::new(JobErrorKind::Source, message)

@@ -39,6 +39,7 @@ pub mod key_values;
 mod location;
 mod observer;
 pub mod qemu_name;
+mod restore;
 pub mod target;
 pub mod text;
 
@@ -48,4 +49,5 @@ pub use self::copy::{Copied, CopyOptions, Knowledge, Zeroes, copy};
 pub use self::error::{JobError, JobErrorKind};
 pub use self::location::Location;
 pub use self::observer::{JobContext, Observer, Phase, Progress, TemporaryFile};
+pub use self::restore::{RestoreOptions, Restored, Verify, restore};
 pub use self::target::Durable;

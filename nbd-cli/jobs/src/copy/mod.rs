@@ -30,6 +30,7 @@ use imgfmt::Format;
 
 use self::destination::Destination;
 use self::job::{Job, Settings};
+pub(crate) use self::options::check_concurrency;
 pub use self::options::{CopyOptions, Knowledge, Zeroes};
 use self::plan::Extents;
 use self::source::Source;

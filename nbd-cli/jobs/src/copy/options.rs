@@ -97,13 +97,21 @@ impl CopyOptions {
                  least 512"
             )));
         }
-        if self.requests.get() > REQUESTS_MAX || self.connect.connections.get() > CONNECTIONS_MAX {
-            return Err(JobError::invalid(format!(
-                "there can be {REQUESTS_MAX} requests in flight and {CONNECTIONS_MAX} connections to a \
-                 server at most; give smaller numbers"
-            )));
-        }
-        Ok(())
+        check_concurrency(self.requests, &self.connect)
+    }
+}
+
+/// Refuses too many requests or connections.
+pub(crate) fn check_concurrency(
+    requests: NonZeroUsize,
+    connect: &ConnectOptions,
+) -> Result<(), JobError> {
+    match requests.get() > REQUESTS_MAX || connect.connections.get() > CONNECTIONS_MAX {
+        true => Err(JobError::invalid(format!(
+            "there can be {REQUESTS_MAX} requests in flight and {CONNECTIONS_MAX} connections to a \
+             server at most; give smaller numbers"
+        ))),
+        false => Ok(()),
     }
 }
 

@@ -4,7 +4,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use imgfmt::{Access, Error, ErrorKind, Image, OpenOptions, OpenPolicy};
+use imgfmt::{Access, Error, Image, OpenOptions, OpenPolicy};
+use nbd_jobs::{JobError, JobErrorKind};
 
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
@@ -95,15 +96,8 @@ pub(in crate::commands) fn explained(error: Error) -> CommandError {
 }
 
 /// As [`explained`], where another option gives the format.
-#[allow(clippy::needless_pass_by_value)] // For map_err.
 pub(in crate::commands) fn explained_with(error: Error, raw_option: &str) -> CommandError {
-    match (error.kind(), error.found_format()) {
-        (ErrorKind::PolicyDenied, _) => {
-            CommandError::new(format!("{error} (with --trust-image, if you trust its maker)"))
-        }
-        (_, Some(_)) => CommandError::new(format!("{error} ({raw_option})")),
-        _ => error.into(),
-    }
+    JobError::opening_with(JobErrorKind::Source, error, raw_option).into()
 }
 
 /// The path of a file that an image names: relative names start at the image's folder.

@@ -1,0 +1,344 @@
+//! A backup, or any other image, to a file, a device or a server.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use imgfmt::{
+    Access, CreateOptions, Format, Image, Locking, NewOnDevice, OpenOptions, OpenPolicy, Unfinished,
+};
+use nbd_client::ZeroMode;
+use nbd_proto::wire::TransmissionFlags;
+
+use crate::copy::again;
+use crate::copy::destination::{Destination, Surface, create_empty};
+use crate::copy::job::{Job, Settings, ZeroPolicy};
+use crate::copy::source::Source;
+use crate::copy::verify::Verification;
+use crate::copy::{Knowledge, check_concurrency};
+use crate::target::{self, Durable, Existing, NewFile, device};
+use crate::{ConnectOptions, JobContext, JobError, JobErrorKind, Location};
+
+/// Size of a request, in bytes.
+const REQUEST_SIZE: u64 = 512 << 10;
+/// Unit in which zeroes are looked for, and a multiple of what qcow2 needs, in bytes.
+const CLUSTER_SIZE: u64 = 64 << 10;
+
+/// What is read again at the end, on both sides, and compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verify {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// What was copied.
+    Copied,
+    /// The whole disk.
+    All,
+}
+
+/// How an image is restored.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct RestoreOptions {
+    /// How servers are reached.
+    pub connect: ConnectOptions,
+    /// Requests in flight: 1 to 4096. By default 32.
+    pub requests: NonZeroUsize,
+    /// How the image is opened: its format, its locking, and which other files it may name. By default
+    /// only those in its folder and below.
+    pub image: OpenOptions,
+    /// Format of the result, if that is a file or a device: raw or qcow2. By default raw.
+    pub format: Format,
+    /// How a device is locked that is the destination.
+    pub destination_locking: Locking,
+    /// What is read again at the end. A restore copies the whole disk, so [`Verify::Copied`] and
+    /// [`Verify::All`] are the same.
+    pub verify: Verify,
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self {
+            connect: ConnectOptions::default(),
+            requests: NonZeroUsize::new(32).unwrap_or(NonZeroUsize::MIN),
+            image: OpenOptions::new(),
+            format: Format::Raw,
+            destination_locking: Locking::Auto,
+            verify: Verify::Nothing,
+        }
+    }
+}
+
+/// What a restore did. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Restored {
+    /// Size of the disk.
+    pub size: u64,
+    /// How much was read and written.
+    pub copied: u64,
+    /// How much was known to be zero.
+    pub zero: u64,
+    /// How much was compared, if anything was.
+    pub verified: Option<u64>,
+}
+
+/// Restores the disk in an image: the newest file of a chain of backups stands for the whole disk.
+///
+/// A file as the destination must not exist yet: it grows as `NAME.partial` and gets its name when it is
+/// complete. A device or a server's disk is overwritten and must be at least as large; a device is marked as
+/// incomplete until everything is on it.
+///
+/// # Errors
+///
+/// If the image cannot be opened or read, if the destination exists, is too small or cannot be written, if
+/// both sides differ when they are compared, if the options are out of range, and if the job is cancelled. A
+/// new file is removed then.
+///
+/// # Cancel safety
+///
+/// As for [`copy()`](crate::copy()).
+pub async fn restore(
+    path: &Path,
+    to: &Location,
+    options: &RestoreOptions,
+    context: &JobContext,
+) -> Result<Restored, JobError> {
+    check_concurrency(options.requests, &options.connect)?;
+    let image = Image::open(path, &options.image);
+    let image = image.map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
+    let is_new = match to {
+        Location::File(path) => is_new(path)?,
+        Location::Nbd(_) => false,
+        Location::Standard | Location::Null => {
+            return Err(JobError::invalid(
+                "a backup is restored to a file, a device or an NBD URI",
+            ));
+        }
+    };
+    match (options.format, to) {
+        (Format::Raw, _) | (Format::Qcow2, Location::File(_)) => {}
+        (Format::Qcow2, _) => {
+            return Err(JobError::invalid(
+                "--output-format qcow2 is for files and devices; a server gets the disk as it is",
+            ));
+        }
+        (other, _) => {
+            return Err(JobError::invalid(format!(
+                "{} images cannot be written; restore to raw or qcow2",
+                other.description()
+            )));
+        }
+    }
+    let source = Source::image(Arc::new(image));
+    let size = source.size().unwrap_or_default();
+    let mut new = New::begin(to, options, size, is_new, context)?;
+    let result = match open(to, options, &source, &mut new, context).await {
+        Ok(destination) => fill_and_verify(to, options, source, destination, &new, context).await,
+        Err(error) => Err(error),
+    };
+    let ([copied, zero], verified) = result.map_err(|error| failure(path, to, &new, &error))?;
+    new.complete(to)?;
+    Ok(Restored { size, copied, zero, verified })
+}
+
+fn image_error(error: imgfmt::Error) -> JobError {
+    JobError::image(JobErrorKind::Destination, error)
+}
+
+/// Whether the result is an image rather than the disk itself.
+fn is_image(options: &RestoreOptions) -> bool {
+    options.format == Format::Qcow2
+}
+
+/// What becomes valid when the restore is complete.
+enum New {
+    File(NewFile),
+    /// An image on a device.
+    Image(NewOnDevice),
+    /// A raw disk on a device.
+    Disk(Arc<Unfinished>),
+    /// A server's disk shows what is written to it.
+    Nothing,
+}
+
+impl New {
+    fn begin(
+        to: &Location,
+        options: &RestoreOptions,
+        size: u64,
+        is_new: bool,
+        context: &JobContext,
+    ) -> Result<Self, JobError> {
+        match to {
+            Location::File(path) if is_new => {
+                Ok(Self::File(NewFile::begin(path, &context.observer, |path| {
+                    make(options, size, path)
+                })?))
+            }
+            Location::File(device) if is_image(options) => {
+                let options = CreateOptions::new(Format::Qcow2, size);
+                Ok(Self::Image(device::begin_image(device, &options, &*context.observer)?))
+            }
+            // A raw device is found to be one when it is opened.
+            _ => Ok(Self::Nothing),
+        }
+    }
+
+    fn complete(self, to: &Location) -> Result<(), JobError> {
+        match (self, to) {
+            (Self::File(new), _) => new.complete(Durable::Now),
+            (Self::Image(new), Location::File(path)) => device::complete_image(path, new),
+            (Self::Disk(disk), Location::File(path)) => device::complete_disk(path, &disk),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The error with what it leaves.
+fn failure(path: &Path, to: &Location, new: &New, error: &JobError) -> JobError {
+    let left = match (new, to) {
+        (New::File(new), _) => new.left_behind(),
+        (New::Image(_), Location::File(device)) => device::left_behind(device),
+        (New::Disk(disk), Location::File(device)) => device::left_behind_on(device, disk),
+        _ => format!("{to} is incomplete"),
+    };
+    error.in_words(format!("restoring '{}' failed: {error}; {left}", path.display()))
+}
+
+/// Whether there is nothing of that name; a device may be there.
+fn is_new(path: &Path) -> Result<bool, JobError> {
+    match target::look(path)? {
+        Existing::Nothing => Ok(true),
+        Existing::BlockDevice => Ok(false),
+        Existing::File => Err(JobError::destination(format!(
+            "'{}' exists already; give the name of a new file",
+            path.display()
+        ))),
+    }
+}
+
+/// Makes the new file, with nothing in it yet.
+fn make(options: &RestoreOptions, size: u64, path: &Path) -> Result<(), JobError> {
+    match is_image(options) {
+        true => {
+            let made = Image::create(path, &CreateOptions::new(Format::Qcow2, size));
+            made.map_err(image_error)
+        }
+        false => create_empty(path),
+    }
+}
+
+async fn open(
+    to: &Location,
+    options: &RestoreOptions,
+    source: &Source,
+    new: &mut New,
+    context: &JobContext,
+) -> Result<Destination, JobError> {
+    let writable = plain(Format::Qcow2).access(Access::ReadWrite);
+    match new {
+        New::File(new) if is_image(options) => {
+            let image = Image::open(new.path(), &writable).map_err(image_error)?;
+            Ok(Destination::image(image, Surface::Zeroes))
+        }
+        New::File(new) => Destination::new_file(new),
+        New::Image(new) => {
+            let image = new.open(&writable).map_err(image_error)?;
+            Ok(Destination::image(image, Surface::Zeroes))
+        }
+        New::Disk(_) | New::Nothing => {
+            let (connect, locking) = (&options.connect, options.destination_locking);
+            let opened = Destination::open(to, connect, locking, source, context).await?;
+            if let Some(disk) = opened.device() {
+                *new = New::Disk(disk);
+            }
+            Ok(opened)
+        }
+    }
+}
+
+/// An image that stands alone.
+fn plain(format: Format) -> OpenOptions {
+    OpenOptions::new().format(format).policy(OpenPolicy::deny())
+}
+
+async fn fill_and_verify(
+    to: &Location,
+    options: &RestoreOptions,
+    source: Source,
+    destination: Destination,
+    new: &New,
+    context: &JobContext,
+) -> Result<([u64; 2], Option<u64>), JobError> {
+    let Source::Image { image, .. } = &source else {
+        return Err(JobError::source("only an image can be restored"));
+    };
+    let image = image.clone();
+    let zeroes = match destination.is_zero() {
+        true => ZeroPolicy::Skip,
+        false => ZeroPolicy::Write(ZeroMode::MayPunch),
+    };
+    let is_image = matches!(destination, Destination::Image { .. });
+    let unit = destination.alignment();
+    let settings = Settings {
+        requests: options.requests.get(),
+        request_size: REQUEST_SIZE,
+        unit: if is_image { CLUSTER_SIZE } else { unit },
+        zeroes,
+        sparse: Some(if is_image { CLUSTER_SIZE } else { unit.max(4096) }),
+        start: 0,
+    };
+    let extents = source.extents(0);
+    let job = Arc::new(Job::new(&settings, source, destination, extents, context));
+    // A server that cannot flush has nothing better to offer.
+    let flushes = match &job.destination {
+        Destination::Nbd { client, .. } => {
+            client.info().flags.contains(TransmissionFlags::SEND_FLUSH)
+        }
+        _ => true,
+    };
+    again::run(&job, flushes).await?;
+    let counts = [&job.counts().data, &job.counts().zero].map(|n| n.load(Ordering::Relaxed));
+    let job = Arc::into_inner(job)
+        .ok_or_else(|| JobError::new(JobErrorKind::Internal, "a task of the restore has not ended"))?;
+    job.destination.close().await;
+    job.destination.close_image()?;
+    let verified = match options.verify {
+        Verify::Nothing => None,
+        Verify::Copied | Verify::All => Some(verify(to, options, new, image, context).await?),
+    };
+    Ok((counts, verified))
+}
+
+async fn verify(
+    to: &Location,
+    options: &RestoreOptions,
+    new: &New,
+    image: Arc<Image>,
+    context: &JobContext,
+) -> Result<u64, JobError> {
+    let (connect, locking) = (&options.connect, options.destination_locking);
+    let written =
+        async |place| Source::open(place, connect, locking, Knowledge::Holes, context).await;
+    let reopened = |image: imgfmt::Result<Image>| {
+        image.map(|image| Source::image(Arc::new(image))).map_err(image_error)
+    };
+    let copy = match new {
+        New::File(new) if is_image(options) => {
+            reopened(Image::open(new.path(), &plain(Format::Qcow2)))?
+        }
+        New::File(new) => written(&Location::File(new.path().to_owned())).await?,
+        New::Image(new) => reopened(new.open(&plain(Format::Qcow2)))?,
+        New::Disk(disk) => reopened(Image::from_storage(disk.clone(), &plain(Format::Raw)))?,
+        New::Nothing => written(to).await?,
+    };
+    let unit = copy.alignment();
+    let source = Source::image(image);
+    let extents = source.extents(0);
+    let verification = Arc::new(Verification::new(source, copy, unit, extents, context));
+    let result = verification.run(options.requests.get()).await;
+    verification.copy.close().await;
+    result
+}
