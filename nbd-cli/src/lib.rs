@@ -8,7 +8,6 @@ pub mod args;
 pub mod commands;
 mod connect;
 mod context;
-mod control;
 mod error;
 pub mod help;
 mod image_format;

@@ -12,6 +12,8 @@ pub enum JobErrorKind {
     Source,
     /// The destination cannot be made, reached, written to or completed.
     Destination,
+    /// The control socket of a server cannot be reached, or the server refuses a request.
+    ControlSocket,
     /// Both sides were read again and differ.
     Mismatch,
     /// The job was cancelled.

@@ -32,6 +32,7 @@
 
 mod cancellation;
 pub mod connect;
+pub mod control;
 pub mod copy;
 mod error;
 mod files;

@@ -1,5 +1,7 @@
 //! `nbd-cli control`: look at a running server and change what it does.
 
+mod command;
+
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
@@ -7,7 +9,8 @@ use clap::Args;
 use nbd_jobs::qemu_name::{is_name_of_server, path_in};
 use serde_json::Value;
 
-use crate::control::{self, Begun, Listing, Request};
+use nbd_jobs::control::{self, Begun, Listing, Request};
+use self::command::ControlCommand;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
@@ -36,7 +39,7 @@ pub struct ControlArgs {
 
     /// What to do.
     #[command(subcommand)]
-    pub(crate) command: Request,
+    pub(crate) command: ControlCommand,
 
     /// Print the result as JSON.
     #[arg(long, global = true)]
@@ -44,11 +47,12 @@ pub struct ControlArgs {
 }
 
 pub(crate) fn run(args: &ControlArgs) -> Result<Outcome, CommandError> {
-    let result = control::call(&args.socket, &prepared(args.command.clone())?)?;
+    let request = prepared(args.command.clone().into())?;
+    let result = control::call(&args.socket, &request)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&result)?,
-        ReportFormat::Text => print(&args.command, result, &mut output)?,
+        ReportFormat::Text => print(&request, result, &mut output)?,
     }
     output.finish()?;
     Ok(Outcome::Success)
@@ -182,7 +186,7 @@ mod tests {
             let Command::Control(args) = Cli::try_parse_from(all).unwrap().command else {
                 panic!("another command")
             };
-            let found = serde_json::to_value(prepared(args.command).unwrap()).unwrap();
+            let found = serde_json::to_value(prepared(args.command.into()).unwrap()).unwrap();
             assert_eq!(found, serde_json::from_str::<Value>(json).unwrap(), "{words}");
         }
     }

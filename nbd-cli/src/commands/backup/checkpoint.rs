@@ -7,7 +7,7 @@ use nbd_proto::NbdUri;
 
 use super::chain::Base;
 use super::{BackupArgs, Issued, Report};
-use crate::control::{
+use nbd_jobs::control::{
     Begun, Conversation, IfMissing, IfUnusable, Lifetime, Listing, Request, Verdict,
 };
 use crate::error::CommandError;

@@ -20,7 +20,7 @@ use self::disks::RunningCheckpoint;
 pub(super) use self::disks::{Disk, Disks};
 pub(super) use self::socket::ControlSocket;
 use super::source;
-use crate::control::{
+use nbd_jobs::control::{
     ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request,
 };
 use crate::serving::image::{ImageChoices, Writes};

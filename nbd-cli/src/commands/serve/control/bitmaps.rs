@@ -8,7 +8,7 @@ use nbd_server::export::ImageExport;
 use serde_json::{Value, json};
 
 use super::{Disk, Disks, blocking};
-use crate::control::{ErrorKind, Failure, InitialState, Request};
+use nbd_jobs::control::{ErrorKind, Failure, InitialState, Request};
 use crate::serving::frozen;
 
 /// The bitmaps of a disk.

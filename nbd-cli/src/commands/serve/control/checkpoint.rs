@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::disks::{BitmapOrigin, CheckpointBitmap, RunningCheckpoint};
 use super::{Controller, ConversationId, Disks, blocking};
-use crate::control::{Begun, ErrorKind, Failure, IfMissing, IfUnusable, Verdict};
+use nbd_jobs::control::{Begun, ErrorKind, Failure, IfMissing, IfUnusable, Verdict};
 
 /// What stands behind the name of an export in that of its view.
 const VIEW_SUFFIX: &str = ".checkpoint";

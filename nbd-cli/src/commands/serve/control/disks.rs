@@ -7,7 +7,7 @@ use nbd_server::export::{Checkpointed, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
 use super::ConversationId;
-use crate::control::{ErrorKind, Failure};
+use nbd_jobs::control::{ErrorKind, Failure};
 use crate::serving::image::Opened;
 
 /// A disk that is exported.

@@ -15,7 +15,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::places::{Keeps, Place, Places};
 use super::{Controller, ConversationId};
-use crate::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
+use nbd_jobs::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
 use crate::error::CommandError;
 
 /// Clients that have connected and were not accepted yet: a burst of them is not refused.

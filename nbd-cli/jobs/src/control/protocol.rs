@@ -1,21 +1,16 @@
 //! What goes over the control socket.
 
-use clap::builder::{BoolishValueParser, TypedValueParser};
-use clap::{ArgAction, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::size::ByteSize;
-
 /// Longest line in both directions, in bytes, without its end.
-pub(crate) const MAX_LINE_LEN: usize = 64 << 10;
+pub const MAX_LINE_LEN: usize = 64 << 10;
 
-/// A request, as it goes over the socket and as `nbd-cli control` takes it. Names are those of
-/// exports and of bitmaps in their images.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Subcommand)]
+/// A request. Names are those of exports and of bitmaps in their images.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 #[serde(deny_unknown_fields)]
-pub(crate) enum Request {
+pub enum Request {
     /// List exports with their bitmaps, and clients
     List {},
     /// Export a file, a device or memory:SIZE
@@ -25,15 +20,12 @@ pub(crate) enum Request {
         /// What to export.
         source: String,
         /// Refuse all writes.
-        #[arg(short, long)]
         #[serde(default)]
         read_only: bool,
         /// Format of the image; detected unless given.
-        #[arg(short, long, value_parser = ["raw", "qcow2"])]
         #[serde(default)]
         format: Option<String>,
         /// A text for people that clients can ask for.
-        #[arg(short = 'D', long, value_name = "TEXT")]
         #[serde(default)]
         description: Option<String>,
     },
@@ -42,8 +34,6 @@ pub(crate) enum Request {
         /// Name of the export.
         name: String,
         /// Cut the connections of clients that use it; without this it is kept then.
-        #[arg(long = "disconnect", action = ArgAction::SetTrue,
-              value_parser = flag(OnUse::Refuse, OnUse::Disconnect))]
         #[serde(default)]
         on_use: OnUse,
     },
@@ -54,12 +44,9 @@ pub(crate) enum Request {
         /// Name of the new bitmap.
         bitmap: String,
         /// How much of the disk one bit stands for: a power of two from 512 to 2G.
-        #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes)]
         #[serde(default)]
         granularity: Option<u64>,
         /// Do not note changes yet.
-        #[arg(long = "disabled", action = ArgAction::SetTrue,
-              value_parser = flag(InitialState::Enabled, InitialState::Disabled))]
         #[serde(default)]
         initial: InitialState,
     },
@@ -106,35 +93,26 @@ pub(crate) enum Request {
         /// Name of the export.
         export: String,
         /// The bitmap; without one only the view is made.
-        #[arg(short = 'B', long, value_name = "NAME")]
         #[serde(default)]
         bitmap: Option<String>,
         /// Add the bitmap if there is none.
-        #[arg(long = "add-bitmap", action = ArgAction::SetTrue, requires = "bitmap",
-              value_parser = flag(IfMissing::Fail, IfMissing::Add))]
         #[serde(default)]
         if_missing: IfMissing,
         /// Name of the export that is the view [default: the export's with .checkpoint behind it].
-        #[arg(long, value_name = "NAME")]
         #[serde(default)]
         view: Option<String>,
         /// Begin a bitmap anew that cannot be relied on: for a full backup, which does not need
         /// what it has noted.
-        #[arg(long = "begin-anew", action = ArgAction::SetTrue, requires = "bitmap",
-              value_parser = flag(IfUnusable::Fail, IfUnusable::BeginAnew))]
         #[serde(default)]
         if_unusable: IfUnusable,
         /// The backup (its UUID) upon which the one of this checkpoint is made: refused unless the
         /// bitmap began after it.
-        #[arg(long, value_name = "UUID", requires = "bitmap")]
         #[serde(default, skip_serializing_if = "Option::is_none")]
         base: Option<String>,
         /// Go on where it is not known after which backup the bitmap began.
-        #[arg(long, requires = "base")]
         #[serde(default)]
         trust_base: bool,
-        // This command's connection ends at once.
-        #[arg(skip)]
+        /// When the checkpoint ends if nobody ends it.
         #[serde(default)]
         lifetime: Lifetime,
     },
@@ -149,20 +127,10 @@ pub(crate) enum Request {
     Shutdown {},
 }
 
-/// What an option without a value means: the one if it is not given, the other if it is.
-fn flag<T: Copy + Send + Sync + 'static>(off: T, on: T) -> impl TypedValueParser<Value = T> {
-    BoolishValueParser::new().map(move |is_given| if is_given { on } else { off })
-}
-
-/// A size in bytes with the suffixes of the command line.
-fn parse_bytes(text: &str) -> Result<u64, String> {
-    text.parse().map(ByteSize::bytes)
-}
-
 /// What becomes of clients of an export that is removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum OnUse {
+pub enum OnUse {
     /// The export stays.
     #[default]
     Refuse,
@@ -173,16 +141,19 @@ pub(crate) enum OnUse {
 /// Whether a new bitmap notes changes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum InitialState {
+pub enum InitialState {
+    /// It does.
     #[default]
     Enabled,
+    /// It does not yet.
     Disabled,
 }
 
 /// What is done about a bitmap that is not there.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum IfMissing {
+pub enum IfMissing {
+    /// The request fails.
     #[default]
     Fail,
     /// It is added, at the moment of the checkpoint.
@@ -192,7 +163,8 @@ pub(crate) enum IfMissing {
 /// What is done about a bitmap that cannot be relied on.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum IfUnusable {
+pub enum IfUnusable {
+    /// The request fails.
     #[default]
     Fail,
     /// Everything counts as dirty before the checkpoint, and it begins anew there.
@@ -202,7 +174,7 @@ pub(crate) enum IfUnusable {
 /// When a checkpoint ends that nobody ends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Lifetime {
+pub enum Lifetime {
     /// With the server.
     #[default]
     Server,
@@ -211,9 +183,9 @@ pub(crate) enum Lifetime {
 }
 
 /// Whether a backup was taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum Verdict {
+pub enum Verdict {
     /// It is complete.
     Success,
     /// It is not.
@@ -223,86 +195,102 @@ pub(crate) enum Verdict {
 /// What is exported, and to whom.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct Listing {
-    pub(crate) exports: Vec<ExportState>,
-    pub(crate) clients: Vec<ClientState>,
+pub struct Listing {
+    /// All exports, views of checkpoints included.
+    pub exports: Vec<ExportState>,
+    /// All clients that have chosen an export.
+    pub clients: Vec<ClientState>,
 }
 
 /// An export.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct ExportState {
-    pub(crate) name: String,
+pub struct ExportState {
+    /// Its name; empty for the default export.
+    pub name: String,
     /// In bytes.
-    pub(crate) size: u64,
-    pub(crate) read_only: bool,
-    pub(crate) clients: usize,
+    pub size: u64,
+    /// Whether all writes are refused.
+    pub read_only: bool,
+    /// How many clients have chosen it.
+    pub clients: usize,
     /// Where it comes from; not for views.
-    pub(crate) source: Option<String>,
+    pub source: Option<String>,
     /// Each with `name`, `granularity`, `enabled`, either `dirty-bytes` or `problem`, and the UUID
     /// of the backup that it `began-after`, or `perhaps-began-after` if another program has had the
     /// image.
-    pub(crate) bitmaps: Vec<Value>,
+    pub bitmaps: Vec<Value>,
     /// The UUID of the disk; known since its first backup.
     #[serde(default)]
-    pub(crate) disk: Option<String>,
+    pub disk: Option<String>,
     /// The checkpoint in progress: its `view`, its `bitmap`, and the `problem` if it is lost.
-    pub(crate) checkpoint: Option<Value>,
+    pub checkpoint: Option<Value>,
 }
 
 /// A client that has chosen an export.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct ClientState {
-    pub(crate) id: u64,
-    pub(crate) peer: String,
-    pub(crate) export: String,
+pub struct ClientState {
+    /// Its number, which no other client gets.
+    pub id: u64,
+    /// Its address, as text.
+    pub peer: String,
+    /// Name of its export.
+    pub export: String,
     /// Seconds since 1970.
-    pub(crate) since: u64,
+    pub since: u64,
 }
 
 /// A checkpoint that has begun.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct Begun {
+pub struct Begun {
     /// Name of the export that is the view.
-    pub(crate) view: String,
+    pub view: String,
     /// The bitmap whose bits the view has; none if it was added just now.
-    pub(crate) bitmap: Option<String>,
+    pub bitmap: Option<String>,
     /// Why the bitmap could not be relied on, if it begins anew for that reason.
     #[serde(default)]
-    pub(crate) begun_anew: Option<String>,
+    pub begun_anew: Option<String>,
     /// The UUID of the backup that is to be made: if the checkpoint ends with success the bitmap
     /// began after it.
     #[serde(default)]
-    pub(crate) backup: Option<String>,
+    pub backup: Option<String>,
     /// The UUID of the disk, if it has one.
     #[serde(default)]
-    pub(crate) disk: Option<String>,
+    pub disk: Option<String>,
     /// Where the view can be read.
-    pub(crate) uris: Vec<String>,
+    pub uris: Vec<String>,
 }
 
 /// What kind of failure it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) enum ErrorKind {
+pub enum ErrorKind {
+    /// The request cannot be understood, or asks for what cannot be.
     InvalidRequest,
+    /// There is no export or bitmap of that name.
     NotFound,
+    /// There is one of that name already.
     AlreadyExists,
+    /// Clients, a checkpoint or another program use it.
     InUse,
+    /// Anything else.
     Failed,
 }
 
 /// Why a request failed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Failure {
-    pub(crate) kind: ErrorKind,
-    pub(crate) message: String,
+pub struct Failure {
+    /// What kind of failure.
+    pub kind: ErrorKind,
+    /// One sentence for people.
+    pub message: String,
 }
 
 impl Failure {
-    pub(crate) fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+    /// A failure; `message` is the whole sentence.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
 }
@@ -327,7 +315,7 @@ impl From<&imgfmt::Error> for Failure {
 }
 
 /// The line of a reply, with its end.
-pub(crate) fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
+pub fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
     let value = match reply {
         Ok(result) => json!({ "result": result }),
         Err(failure) => json!({ "error": failure }),
@@ -342,7 +330,7 @@ pub(crate) fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
 /// # Errors
 ///
 /// A [`Failure`] that says what is wrong with it.
-pub(crate) fn decode(line: &[u8]) -> Result<Request, Failure> {
+pub fn decode(line: &[u8]) -> Result<Request, Failure> {
     serde_json::from_slice(line)
         .map_err(|error| Failure::new(ErrorKind::InvalidRequest, format!("not a request: {error}")))
 }

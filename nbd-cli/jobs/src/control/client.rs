@@ -8,8 +8,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::protocol::{Failure, Request};
-use crate::error::CommandError;
-use crate::output::printable;
+use crate::text::printable;
+use crate::{JobError, JobErrorKind};
 
 /// Longest reply, in bytes: a list of very many exports and clients.
 const MAX_REPLY_LEN: u64 = 64 << 20;
@@ -26,13 +26,13 @@ enum Reply {
 /// # Errors
 ///
 /// If nobody listens, or what the server says about the request.
-pub(crate) fn call(socket: &Path, request: &Request) -> Result<Value, CommandError> {
+pub fn call(socket: &Path, request: &Request) -> Result<Value, JobError> {
     Conversation::begin(socket)?.call(request)
 }
 
 /// A connection to a control socket.
 #[derive(Debug)]
-pub(crate) struct Conversation {
+pub struct Conversation {
     path: PathBuf,
     stream: BufReader<UnixStream>,
 }
@@ -43,7 +43,7 @@ impl Conversation {
     /// # Errors
     ///
     /// If nobody listens.
-    pub(crate) fn begin(socket: &Path) -> Result<Self, CommandError> {
+    pub fn begin(socket: &Path) -> Result<Self, JobError> {
         let stream = UnixStream::connect(socket).map_err(|error| {
             let advice = match error.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
@@ -52,7 +52,7 @@ impl Conversation {
                 io::ErrorKind::PermissionDenied => "; only the server's own user may use it",
                 _ => "",
             };
-            CommandError::new(format!(
+            JobError::new(JobErrorKind::ControlSocket, format!(
                 "cannot reach the control socket '{}': {error}{advice}",
                 socket.display()
             ))
@@ -65,15 +65,15 @@ impl Conversation {
     /// # Errors
     ///
     /// If the server is gone, or what it says about the request.
-    pub(crate) fn call(&mut self, request: &Request) -> Result<Value, CommandError> {
+    pub fn call(&mut self, request: &Request) -> Result<Value, JobError> {
         let line = self.exchange(request).map_err(|error| {
             let path = self.path.display();
-            CommandError::new(format!("the control socket '{path}' failed: {error}"))
+            JobError::new(JobErrorKind::ControlSocket, format!("the control socket '{path}' failed: {error}"))
         })?;
         match serde_json::from_slice(&line) {
             Ok(Reply::Result(result)) => Ok(result),
-            Ok(Reply::Error(failure)) => Err(CommandError::new(printable(&failure.message))),
-            Err(error) => Err(CommandError::new(format!(
+            Ok(Reply::Error(failure)) => Err(JobError::new(JobErrorKind::ControlSocket, printable(&failure.message))),
+            Err(error) => Err(JobError::new(JobErrorKind::ControlSocket, format!(
                 "'{}' is not the control socket of a server: its reply cannot be understood \
                  ({error})",
                 self.path.display()

@@ -25,8 +25,8 @@
 mod client;
 mod protocol;
 
-pub(crate) use self::client::{Conversation, call};
-pub(crate) use self::protocol::{
+pub use self::client::{Conversation, call};
+pub use self::protocol::{
     Begun, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable, InitialState,
     Lifetime, Listing, MAX_LINE_LEN, OnUse, Request, Verdict, decode, encode,
 };

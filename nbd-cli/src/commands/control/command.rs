@@ -1,0 +1,171 @@
+//! The requests of the control socket as words of a command line.
+
+use clap::builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
+use clap::{ArgAction, Subcommand};
+use nbd_jobs::control::{
+    IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Request, Verdict,
+};
+
+use crate::size::ByteSize;
+
+/// A request as `nbd-cli control` takes it. Names are those of exports and of bitmaps in their images.
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
+pub(crate) enum ControlCommand {
+    /// List exports with their bitmaps, and clients
+    List {},
+    /// Export a file, a device or memory:SIZE
+    AddExport {
+        /// Name of the new export.
+        name: String,
+        /// What to export.
+        source: String,
+        /// Refuse all writes.
+        #[arg(short, long)]
+        read_only: bool,
+        /// Format of the image; detected unless given.
+        #[arg(short, long, value_parser = ["raw", "qcow2"])]
+        format: Option<String>,
+        /// A text for people that clients can ask for.
+        #[arg(short = 'D', long, value_name = "TEXT")]
+        description: Option<String>,
+    },
+    /// Take an export away and close its image
+    RemoveExport {
+        /// Name of the export.
+        name: String,
+        /// Cut the connections of clients that use it; without this it is kept then.
+        #[arg(long = "disconnect", action = ArgAction::SetTrue,
+              value_parser = flag(OnUse::Refuse, OnUse::Disconnect))]
+        on_use: OnUse,
+    },
+    /// Add a bitmap in which nothing is dirty
+    BitmapAdd {
+        /// Name of the export.
+        export: String,
+        /// Name of the new bitmap.
+        bitmap: String,
+        /// How much of the disk one bit stands for: a power of two from 512 to 2G.
+        #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes)]
+        granularity: Option<u64>,
+        /// Do not note changes yet.
+        #[arg(long = "disabled", action = ArgAction::SetTrue,
+              value_parser = flag(InitialState::Enabled, InitialState::Disabled))]
+        initial: InitialState,
+    },
+    /// Remove a bitmap
+    BitmapRemove {
+        /// Name of the export.
+        export: String,
+        /// Name of the bitmap.
+        bitmap: String,
+    },
+    /// Forget what is dirty
+    BitmapClear {
+        /// Name of the export.
+        export: String,
+        /// Name of the bitmap.
+        bitmap: String,
+    },
+    /// Start recording changes
+    BitmapEnable {
+        /// Name of the export.
+        export: String,
+        /// Name of the bitmap.
+        bitmap: String,
+    },
+    /// Stop recording changes
+    BitmapDisable {
+        /// Name of the export.
+        export: String,
+        /// Name of the bitmap.
+        bitmap: String,
+    },
+    /// Make dirty in one bitmap what is dirty in another
+    BitmapMerge {
+        /// Name of the export.
+        export: String,
+        /// Name of the bitmap that changes.
+        bitmap: String,
+        /// Name of the bitmap that stays.
+        from: String,
+    },
+    /// Freeze a bitmap, begin it anew, and export the disk as it is at that moment
+    // For reading only, with the frozen bits as the bitmap's. The moment lies between two writes.
+    CheckpointStart {
+        /// Name of the export.
+        export: String,
+        /// The bitmap; without one only the view is made.
+        #[arg(short = 'B', long, value_name = "NAME")]
+        bitmap: Option<String>,
+        /// Add the bitmap if there is none.
+        #[arg(long = "add-bitmap", action = ArgAction::SetTrue, requires = "bitmap",
+              value_parser = flag(IfMissing::Fail, IfMissing::Add))]
+        if_missing: IfMissing,
+        /// Name of the export that is the view [default: the export's with .checkpoint behind it].
+        #[arg(long, value_name = "NAME")]
+        view: Option<String>,
+        /// Begin a bitmap anew that cannot be relied on: for a full backup, which does not need
+        /// what it has noted.
+        #[arg(long = "begin-anew", action = ArgAction::SetTrue, requires = "bitmap",
+              value_parser = flag(IfUnusable::Fail, IfUnusable::BeginAnew))]
+        if_unusable: IfUnusable,
+        /// The backup (its UUID) upon which the one of this checkpoint is made: refused unless the
+        /// bitmap began after it.
+        #[arg(long, value_name = "UUID", requires = "bitmap")]
+        base: Option<String>,
+        /// Go on where it is not known after which backup the bitmap began.
+        #[arg(long, requires = "base")]
+        trust_base: bool,
+    },
+    /// End a checkpoint: drop the frozen bits after a success, merge them back after a failure
+    CheckpointEnd {
+        /// Name of the export.
+        export: String,
+        /// Whether a backup was taken.
+        #[arg(value_parser = verdict())]
+        outcome: Verdict,
+    },
+    /// End the server as SIGTERM does
+    Shutdown {},
+}
+
+/// What an option without a value means: the one if it is not given, the other if it is.
+fn flag<T: Copy + Send + Sync + 'static>(off: T, on: T) -> impl TypedValueParser<Value = T> {
+    BoolishValueParser::new().map(move |is_given| if is_given { on } else { off })
+}
+
+/// A size in bytes with the suffixes of the command line.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    text.parse().map(ByteSize::bytes)
+}
+
+/// Whether a backup was taken.
+fn verdict() -> impl TypedValueParser<Value = Verdict> {
+    let values = [
+        PossibleValue::new("success").help("It is complete"),
+        PossibleValue::new("failure").help("It is not"),
+    ];
+    PossibleValuesParser::new(values).map(|word| match word.as_str() {
+        "success" => Verdict::Success,
+        _ => Verdict::Failure,
+    })
+}
+
+impl From<ControlCommand> for Request {
+    fn from(command: ControlCommand) -> Self {
+        match command {
+            ControlCommand::List {} => Self::List {},
+            ControlCommand::AddExport { name, source, read_only, format, description } => Self::AddExport { name, source, read_only, format, description },
+            ControlCommand::RemoveExport { name, on_use } => Self::RemoveExport { name, on_use },
+            ControlCommand::BitmapAdd { export, bitmap, granularity, initial } => Self::BitmapAdd { export, bitmap, granularity, initial },
+            ControlCommand::BitmapRemove { export, bitmap } => Self::BitmapRemove { export, bitmap },
+            ControlCommand::BitmapClear { export, bitmap } => Self::BitmapClear { export, bitmap },
+            ControlCommand::BitmapEnable { export, bitmap } => Self::BitmapEnable { export, bitmap },
+            ControlCommand::BitmapDisable { export, bitmap } => Self::BitmapDisable { export, bitmap },
+            ControlCommand::BitmapMerge { export, bitmap, from } => Self::BitmapMerge { export, bitmap, from },
+            ControlCommand::CheckpointStart { export, bitmap, if_missing, view, if_unusable, base, trust_base } => Self::CheckpointStart { export, bitmap, if_missing, view, if_unusable, base, trust_base, lifetime: Lifetime::Server },
+            ControlCommand::CheckpointEnd { export, outcome } => Self::CheckpointEnd { export, outcome },
+            ControlCommand::Shutdown {} => Self::Shutdown {},
+        }
+    }
+}
