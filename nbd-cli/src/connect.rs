@@ -10,7 +10,6 @@ use nbd_jobs::JobErrorKind;
 use nbd_jobs::connect::{self, ConnectOptions, TlsSettings};
 use nbd_proto::NbdUri;
 use nbd_proto::tls::CA_CERTIFICATE_FILE;
-use nbd_proto::uri::Security;
 
 use crate::error::CommandError;
 use crate::signals;
@@ -150,21 +149,7 @@ impl TlsArgs {
         &self,
         uris: impl IntoIterator<Item = &'a NbdUri>,
     ) -> Result<(), CommandError> {
-        let option = match self {
-            Self { tls: Some(_), .. } => return Ok(()),
-            Self { tls_certificates: Some(_), .. } => "--tls-certificates",
-            Self { tls_psk: Some(_), .. } => "--tls-psk",
-            Self { tls_hostname: Some(_), .. } => "--tls-hostname",
-            Self { tls_verify_peer: Some(_), .. } => "--tls-verify-peer",
-            _ => return Ok(()),
-        };
-        if uris.into_iter().any(|uri| uri.security == Security::Tls) {
-            return Ok(());
-        }
-        Err(CommandError::new(format!(
-            "{option} is given and no URI asks for TLS: write nbds instead of nbd, or add --tls \
-             require"
-        )))
+        Ok(self.settings().check(uris)?)
     }
 
     /// What the options say, for jobs.

@@ -78,6 +78,29 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
+    /// Refuses credentials that nothing uses: a mistake that would leave a connection open to everybody.
+    ///
+    /// # Errors
+    ///
+    /// If something is said about TLS, and neither the mode nor one of the URIs asks for it.
+    pub fn check<'a>(&self, uris: impl IntoIterator<Item = &'a NbdUri>) -> Result<(), JobError> {
+        let option = match self {
+            Self { mode: Some(_), .. } => return Ok(()),
+            Self { certificates: Some(_), .. } => "--tls-certificates",
+            Self { pre_shared_keys: Some(_), .. } => "--tls-psk",
+            Self { hostname: Some(_), .. } => "--tls-hostname",
+            Self { verify_peer: Some(_), .. } => "--tls-verify-peer",
+            _ => return Ok(()),
+        };
+        if uris.into_iter().any(|uri| uri.security == Security::Tls) {
+            return Ok(());
+        }
+        Err(JobError::invalid(format!(
+            "{option} is given and no URI asks for TLS: write nbds instead of nbd, or add --tls \
+             require"
+        )))
+    }
+
     /// Adds TLS to the description of a connection, if it is to be used.
     pub fn apply(&self, connector: Connector) -> Connector {
         let uri = connector.uri().clone();

@@ -12,6 +12,8 @@ pub enum JobErrorKind {
     Source,
     /// The destination cannot be made, reached, written to or completed.
     Destination,
+    /// The backup before a new one cannot be opened, or is or may be the wrong one.
+    Base,
     /// The control socket of a server cannot be reached, or the server refuses a request.
     ControlSocket,
     /// Both sides were read again and differ.
@@ -86,6 +88,18 @@ impl JobError {
     #[must_use]
     pub fn in_words(&self, message: String) -> Self {
         Self::new(self.kind, message)
+    }
+
+    /// The same error, with the option that would allow to read a file while others write to it, if that
+    /// would help.
+    #[must_use]
+    pub(crate) fn advise_sharing(self) -> Self {
+        match self.could_be_shared {
+            true => {
+                self.in_words(format!("{self}, or add -U (--force-share) to read it all the same"))
+            }
+            false => self,
+        }
     }
 
     /// Whose fault it is.

@@ -20,7 +20,9 @@
 //! # }
 //! ```
 //!
-//! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`.
+//! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full and
+//! incremental backups of served disks, of a checkpoint too, and [`restore()`] brings them back.
+//! [`control`] talks to a running `nbd-cli serve`.
 //!
 //! # Jobs
 //!
@@ -30,6 +32,7 @@
 //!
 //! Jobs are asynchronous and need a runtime of tokio with timers and I/O.
 
+mod backup;
 mod cancellation;
 pub mod connect;
 pub mod control;
@@ -44,6 +47,9 @@ mod restore;
 pub mod target;
 pub mod text;
 
+pub use self::backup::{
+    BackedUp, BackupOptions, BackupSource, Leftover, Sharing, UnknownBase, backup,
+};
 pub use self::cancellation::Cancellation;
 pub use self::connect::{ConnectOptions, TlsSettings};
 pub use self::copy::{Copied, CopyOptions, Knowledge, Zeroes, copy};

@@ -30,6 +30,12 @@ pub fn is_name_of_server(text: &str) -> bool {
     scheme.is_some_and(|scheme| SCHEMES.contains(&scheme))
 }
 
+/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain path.
+pub fn has_scheme(name: &str) -> bool {
+    let scheme = name.split_once(':').map(|(scheme, _)| scheme);
+    scheme == Some(JSON_SCHEME) || name.starts_with(FILE_PREFIX) || is_name_of_server(name)
+}
+
 /// The server and export that such a name stands for.
 ///
 /// # Errors

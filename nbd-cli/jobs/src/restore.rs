@@ -301,8 +301,9 @@ async fn fill_and_verify(
     };
     again::run(&job, flushes).await?;
     let counts = [&job.counts().data, &job.counts().zero].map(|n| n.load(Ordering::Relaxed));
-    let job = Arc::into_inner(job)
-        .ok_or_else(|| JobError::new(JobErrorKind::Internal, "a task of the restore has not ended"))?;
+    let job = Arc::into_inner(job).ok_or_else(|| {
+        JobError::new(JobErrorKind::Internal, "a task of the restore has not ended")
+    })?;
     job.destination.close().await;
     job.destination.close_image()?;
     let verified = match options.verify {

@@ -9,11 +9,11 @@ use clap::Args;
 use nbd_jobs::qemu_name::{is_name_of_server, path_in};
 use serde_json::Value;
 
-use nbd_jobs::control::{self, Begun, Listing, Request};
 use self::command::ControlCommand;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
+use nbd_jobs::control::{self, Begun, Listing, Request};
 
 const AFTER_HELP: &str = "\
 Examples:

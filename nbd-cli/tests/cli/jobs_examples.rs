@@ -2,11 +2,15 @@
 
 use std::future::Future;
 
-use crate::support::Server;
+use crate::support::{Server, nbd_cli};
 
 #[allow(dead_code, reason = "its main function is not called")]
 #[path = "../../jobs/examples/copy.rs"]
 mod copy;
+
+#[allow(dead_code, reason = "its main function is not called")]
+#[path = "../../jobs/examples/backup.rs"]
+mod backup;
 
 fn block_on<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
@@ -29,4 +33,39 @@ fn copy_example_copies_to_a_server_and_back() {
     run_copy(server.uri(), back.to_str().expect("a plain name"));
     assert!(std::fs::read(&back).expect("the copy") == content);
     assert_eq!(folder.path().read_dir().expect("the folder").count(), 2, "nothing else is left");
+}
+
+fn run_backup(arguments: &[&str]) {
+    let arguments: Vec<_> = arguments.iter().map(|&word| word.to_owned()).collect();
+    block_on(backup::run(arguments.into_iter())).expect("it is backed up");
+}
+
+#[test]
+fn backup_example_makes_a_full_and_an_incremental_backup_of_a_disk_in_use() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path =
+        |name: &str| folder.path().join(name).into_os_string().into_string().expect("a plain name");
+    let (disk, control) = (path("disk.qcow2"), path("control"));
+    nbd_cli(&["image", "create", "-f", "qcow2", &disk, "8M"]).success();
+    let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+    let write = |byte: u8, length: usize| {
+        std::fs::write(path("new.img"), vec![byte; length]).expect("a file");
+        nbd_cli(&["copy", &path("new.img"), server.uri()]).success();
+    };
+    write(1, 2 << 20);
+    run_backup(&[&control, "vm", &path("full.qcow2")]);
+    write(2, 1 << 20);
+    run_backup(&[&control, "vm", &path("next.qcow2"), &path("full.qcow2")]);
+    write(3, 8 << 20);
+    for (backup, ones_and_twos) in [("full.qcow2", [2 << 20, 0]), ("next.qcow2", [1 << 20; 2])] {
+        nbd_cli(&["restore", &path(backup), &path("restored.img")]).success();
+        let restored = std::fs::read(path("restored.img")).expect("the disk");
+        let count = |wanted: u8| restored.iter().filter(|byte| **byte == wanted).count();
+        assert_eq!([count(1), count(2)], ones_and_twos, "{backup}");
+        assert_eq!((restored.len(), count(3)), (8 << 20, 0), "{backup}");
+        std::fs::remove_file(path("restored.img")).expect("it is there");
+    }
+    let left = folder.path().read_dir().expect("the folder").flatten();
+    let names: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    assert!(names.iter().all(|name| !name.contains("partial")), "{names:?}");
 }

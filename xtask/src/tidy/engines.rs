@@ -5,10 +5,8 @@ use super::lexer::{Source, line_at, word_offsets};
 /// Folders (with a slash at the end) and files of the engines.
 const ENGINES: &[&str] = &[
     "nbd-cli/jobs/src/",
-    "nbd-cli/src/commands/backup/",
     "nbd-cli/src/commands/image/compare/",
     "nbd-cli/src/commands/image/convert/",
-    "nbd-cli/src/control/client.rs",
     "nbd-cli/src/remote.rs",
 ];
 

@@ -52,10 +52,10 @@ impl Conversation {
                 io::ErrorKind::PermissionDenied => "; only the server's own user may use it",
                 _ => "",
             };
-            JobError::new(JobErrorKind::ControlSocket, format!(
-                "cannot reach the control socket '{}': {error}{advice}",
-                socket.display()
-            ))
+            JobError::new(
+                JobErrorKind::ControlSocket,
+                format!("cannot reach the control socket '{}': {error}{advice}", socket.display()),
+            )
         })?;
         Ok(Self { path: socket.to_path_buf(), stream: BufReader::new(stream) })
     }
@@ -68,16 +68,24 @@ impl Conversation {
     pub fn call(&mut self, request: &Request) -> Result<Value, JobError> {
         let line = self.exchange(request).map_err(|error| {
             let path = self.path.display();
-            JobError::new(JobErrorKind::ControlSocket, format!("the control socket '{path}' failed: {error}"))
+            JobError::new(
+                JobErrorKind::ControlSocket,
+                format!("the control socket '{path}' failed: {error}"),
+            )
         })?;
         match serde_json::from_slice(&line) {
             Ok(Reply::Result(result)) => Ok(result),
-            Ok(Reply::Error(failure)) => Err(JobError::new(JobErrorKind::ControlSocket, printable(&failure.message))),
-            Err(error) => Err(JobError::new(JobErrorKind::ControlSocket, format!(
-                "'{}' is not the control socket of a server: its reply cannot be understood \
+            Ok(Reply::Error(failure)) => {
+                Err(JobError::new(JobErrorKind::ControlSocket, printable(&failure.message)))
+            }
+            Err(error) => Err(JobError::new(
+                JobErrorKind::ControlSocket,
+                format!(
+                    "'{}' is not the control socket of a server: its reply cannot be understood \
                  ({error})",
-                self.path.display()
-            ))),
+                    self.path.display()
+                ),
+            )),
         }
     }
 

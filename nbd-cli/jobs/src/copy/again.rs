@@ -36,7 +36,7 @@ struct Safe {
 ///
 /// Those of the copy, and of a server that is restarted again and again or while standard input, which cannot be
 /// read twice, is copied to it.
-pub async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
+pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
     let Destination::Nbd { client, uri } = &job.destination else {
         engine::run(job).await?;
         return job.context.cancellation.unless_cancelled(job.destination.finish(flush)).await;

@@ -6,7 +6,7 @@ use nbd_proto::wire::AllocationFlags;
 
 /// What becomes of a part of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Content {
+pub(crate) enum Content {
     /// It is read and written.
     Data,
     /// It is zero: it need not be read.

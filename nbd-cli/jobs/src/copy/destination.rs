@@ -32,7 +32,7 @@ const IMAGE_WRITERS: usize = 4;
 static ZEROES: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// An open destination.
-pub enum Destination {
+pub(crate) enum Destination {
     Nbd {
         client: Client,
         uri: NbdUri,
@@ -62,7 +62,7 @@ pub enum Destination {
 
 /// What shows through an image where nothing was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Surface {
+pub(crate) enum Surface {
     Zeroes,
     /// Its backing file, or what was written before.
     Something,
@@ -70,7 +70,7 @@ pub enum Surface {
 
 /// What kind of local file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FileKind {
+pub(crate) enum FileKind {
     /// It was emptied, so that it reads as zero, and grows as it is written.
     Regular,
     BlockDevice,
@@ -78,7 +78,7 @@ pub enum FileKind {
 
 impl Destination {
     /// Opens the destination and checks that the source fits.
-    pub async fn open(
+    pub(crate) async fn open(
         location: &Location,
         connect: &ConnectOptions,
         locking: Locking,
@@ -115,13 +115,13 @@ impl Destination {
     }
 
     /// An image that was just made or opened for writing.
-    pub fn image(image: Image, surface: Surface) -> Self {
+    pub(crate) fn image(image: Image, surface: Surface) -> Self {
         let writers = Semaphore::new(IMAGE_WRITERS);
         Self::Image { image: Arc::new(image), surface, writers }
     }
 
     /// How many bytes fit, if that is limited.
-    pub fn room(&self) -> Result<Option<u64>, JobError> {
+    pub(crate) fn room(&self) -> Result<Option<u64>, JobError> {
         match self {
             Self::Nbd { client, .. } => Ok(Some(client.info().size)),
             Self::File { storage, path, kind: FileKind::BlockDevice, .. } => {
@@ -133,7 +133,7 @@ impl Destination {
     }
 
     /// Requests must be aligned to this power of two.
-    pub fn alignment(&self) -> u64 {
+    pub(crate) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
                 client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
@@ -143,7 +143,7 @@ impl Destination {
     }
 
     /// Whether the destination reads as zero where nothing was written.
-    pub fn is_zero(&self) -> bool {
+    pub(crate) fn is_zero(&self) -> bool {
         matches!(
             self,
             Self::File { kind: FileKind::Regular, .. }
@@ -153,7 +153,7 @@ impl Destination {
     }
 
     /// Writes data.
-    pub async fn write(&self, offset: u64, data: Bytes) -> Result<(), JobError> {
+    pub(crate) async fn write(&self, offset: u64, data: Bytes) -> Result<(), JobError> {
         match self {
             Self::Nbd { client, uri } => client
                 .write(offset, data, Durability::Cached)
@@ -177,7 +177,7 @@ impl Destination {
     }
 
     /// Makes a range zero.
-    pub async fn write_zeroes(
+    pub(crate) async fn write_zeroes(
         &self,
         offset: u64,
         length: u64,
@@ -244,7 +244,7 @@ impl Destination {
     }
 
     /// Sets the size of a regular file whose end was not written, being zero.
-    pub fn set_size(&self, size: u64) -> Result<(), JobError> {
+    pub(crate) fn set_size(&self, size: u64) -> Result<(), JobError> {
         match self {
             Self::File { storage, path, kind: FileKind::Regular, .. } => storage
                 .set_len(size)
@@ -254,7 +254,7 @@ impl Destination {
     }
 
     /// Makes everything durable if that was asked for.
-    pub async fn finish(&self, flush: bool) -> Result<(), JobError> {
+    pub(crate) async fn finish(&self, flush: bool) -> Result<(), JobError> {
         if !flush {
             return Ok(());
         }
@@ -285,7 +285,7 @@ impl Destination {
     }
 
     /// Gives a new file its name, now that it is complete, and lets a device show what it holds.
-    pub fn complete(&self, durable: Durable) -> Result<(), JobError> {
+    pub(crate) fn complete(&self, durable: Durable) -> Result<(), JobError> {
         let Self::File { new, path, device, .. } = self else { return Ok(()) };
         if let Some(disk) = device {
             return device::complete_disk(path, disk);
@@ -297,7 +297,7 @@ impl Destination {
     }
 
     /// The device that is written to, if it is one.
-    pub fn device(&self) -> Option<Arc<Unfinished>> {
+    pub(crate) fn device(&self) -> Option<Arc<Unfinished>> {
         match self {
             Self::File { device, .. } => device.clone(),
             _ => None,
@@ -305,14 +305,14 @@ impl Destination {
     }
 
     /// Throws away a new file that is not complete; says what there is then.
-    pub fn abandon(&self) -> Option<String> {
+    pub(crate) fn abandon(&self) -> Option<String> {
         let Self::File { new, .. } = self else { return None };
         let new = new.lock().unwrap_or_else(PoisonError::into_inner).take();
         new.map(|new| new.left_behind())
     }
 
     /// A new file at a temporary name, that somebody else will name.
-    pub fn new_file(new: &NewFile) -> Result<Self, JobError> {
+    pub(crate) fn new_file(new: &NewFile) -> Result<Self, JobError> {
         let storage =
             FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto).map_err(image_error)?;
         Ok(Self::regular(storage, new.path(), None))
@@ -342,7 +342,7 @@ impl Destination {
     }
 
     /// Closes an image, which must succeed for it to be complete.
-    pub fn close_image(self) -> Result<(), JobError> {
+    pub(crate) fn close_image(self) -> Result<(), JobError> {
         let Self::Image { image, .. } = self else { return Ok(()) };
         let image = Arc::into_inner(image)
             .ok_or_else(|| JobError::destination("a write to the image has not ended"))?;
@@ -350,7 +350,7 @@ impl Destination {
     }
 
     /// Ends the connection.
-    pub async fn close(&self) {
+    pub(crate) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
             // Every write was answered; how the connection ends does not matter.
             let _ = client.clone().disconnect().await;
@@ -397,7 +397,7 @@ fn open_regular_or_device(
 }
 
 /// Makes an empty file.
-pub fn create_empty(path: &Path) -> Result<(), JobError> {
+pub(crate) fn create_empty(path: &Path) -> Result<(), JobError> {
     let made = OpenOptions::new().write(true).create_new(true).open(path);
     made.map(drop).map_err(|error| {
         let advice = match error.kind() {

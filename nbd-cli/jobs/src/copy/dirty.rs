@@ -14,7 +14,7 @@ const WINDOW: u64 = 4 << 30;
 const DIRTY: u64 = 1;
 
 /// The extents of a dirty bitmap, and the allocation of those that are dirty.
-pub struct DirtyExtents {
+pub(crate) struct DirtyExtents {
     client: Client,
     bitmap: ExtentStream,
     /// The extent of the bitmap that was found last.
@@ -28,7 +28,7 @@ pub struct DirtyExtents {
 
 impl DirtyExtents {
     /// The extents from `start` (in bytes) on. The client must have selected `bitmap`.
-    pub fn new(client: Client, bitmap: &MetaContextName, start: u64) -> Self {
+    pub(crate) fn new(client: Client, bitmap: &MetaContextName, start: u64) -> Self {
         let allocation = MetaContextName::base_allocation();
         let allocation = client.meta_contexts().contains(&allocation).then_some(allocation);
         let bitmap = client.extents(bitmap, start..client.info().size);

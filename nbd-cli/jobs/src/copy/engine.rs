@@ -12,7 +12,7 @@ use crate::error::JobError;
 use crate::text::exact;
 
 /// Copies everything, unless the job is cancelled.
-pub async fn run(job: &Arc<Job>) -> Result<(), JobError> {
+pub(crate) async fn run(job: &Arc<Job>) -> Result<(), JobError> {
     job.context.cancellation.unless_cancelled(copy(job)).await
 }
 

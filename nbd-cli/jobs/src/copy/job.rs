@@ -22,32 +22,32 @@ use crate::{JobContext, JobError, Phase};
 const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
 /// How a copy is carried out.
-pub struct Settings {
+pub(crate) struct Settings {
     /// Requests in flight.
-    pub requests: usize,
+    pub(crate) requests: usize,
     /// Longest request, in bytes; a power of two of at most 32 MiB.
-    pub request_size: u64,
+    pub(crate) request_size: u64,
     /// Where pieces are cut: a power of two, in bytes.
-    pub unit: u64,
-    pub zeroes: ZeroPolicy,
+    pub(crate) unit: u64,
+    pub(crate) zeroes: ZeroPolicy,
     /// Unit in which zeroes are looked for in data, if they are, in bytes.
-    pub sparse: Option<u64>,
+    pub(crate) sparse: Option<u64>,
     /// What was copied before, in bytes from the start of the disk.
-    pub start: u64,
+    pub(crate) start: u64,
 }
 
 /// What becomes of zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ZeroPolicy {
+pub(crate) enum ZeroPolicy {
     /// The destination is zero already.
     Skip,
     Write(ZeroMode),
 }
 
 /// What all tasks of one copy share.
-pub struct Job {
-    pub source: Source,
-    pub destination: Destination,
+pub(crate) struct Job {
+    pub(crate) source: Source,
+    pub(crate) destination: Destination,
     pub(super) context: JobContext,
     pub(super) meter: Meter,
     pub(super) requests: usize,
@@ -69,13 +69,13 @@ pub struct Job {
 
 /// How much was copied and how, in bytes.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub(crate) struct Counts {
     /// Read and written; data that turned out to be zero included.
-    pub data: AtomicU64,
+    pub(crate) data: AtomicU64,
     /// Known to be zero.
-    pub zero: AtomicU64,
+    pub(crate) zero: AtomicU64,
     /// In the destination already.
-    pub unchanged: AtomicU64,
+    pub(crate) unchanged: AtomicU64,
 }
 
 impl Settings {
@@ -101,7 +101,7 @@ impl Settings {
 }
 
 impl Job {
-    pub fn new(
+    pub(crate) fn new(
         settings: &Settings,
         source: Source,
         destination: Destination,
@@ -151,7 +151,7 @@ impl Job {
     }
 
     /// Up to where everything has been handed to the destination, in bytes from the start.
-    pub async fn done(&self) -> u64 {
+    pub(crate) async fn done(&self) -> u64 {
         let plan = self.plan.lock().await;
         let first = self.begun().first().copied();
         first.unwrap_or_else(|| plan.position())
@@ -167,7 +167,7 @@ impl Job {
         self.meter.set_back(size.saturating_sub(position));
     }
 
-    pub fn counts(&self) -> &Counts {
+    pub(crate) fn counts(&self) -> &Counts {
         &self.counts
     }
 

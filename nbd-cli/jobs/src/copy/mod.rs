@@ -1,26 +1,17 @@
 //! A copy from one place to another, and the parts of it that other jobs use.
 
-// Hidden are the parts of which the program's backup and restore are made, as long as they are there.
-#[doc(hidden)]
-pub mod again;
+pub(crate) mod again;
 mod content;
-#[doc(hidden)]
-pub mod destination;
-#[doc(hidden)]
-pub mod dirty;
-#[doc(hidden)]
-pub mod engine;
+pub(crate) mod destination;
+pub(crate) mod dirty;
+pub(crate) mod engine;
 mod holes;
-#[doc(hidden)]
-pub mod job;
+pub(crate) mod job;
 mod options;
-#[doc(hidden)]
-pub mod plan;
-#[doc(hidden)]
-pub mod source;
+pub(crate) mod plan;
+pub(crate) mod source;
 mod stream;
-#[doc(hidden)]
-pub mod verify;
+pub(crate) mod verify;
 #[doc(hidden)]
 pub mod zero;
 

@@ -15,23 +15,23 @@ const EXTENTS_AT_A_TIME: usize = 1024;
 
 /// Longest pieces.
 #[derive(Clone, Copy, Debug)]
-pub struct Lengths {
+pub(crate) struct Lengths {
     /// Of data; a multiple of the alignment.
-    pub data: u64,
+    pub(crate) data: u64,
     /// Of zeroes; a multiple of the alignment, or larger than the disk.
-    pub zeroes: u64,
+    pub(crate) zeroes: u64,
 }
 
 /// A part of the disk for one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    pub offset: u64,
-    pub length: u64,
-    pub content: Content,
+pub(crate) struct Piece {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+    pub(crate) content: Content,
 }
 
 /// Where knowledge about holes comes from.
-pub enum Extents {
+pub(crate) enum Extents {
     /// There is none: everything is read.
     Unknown,
     /// A server's block status.
@@ -45,14 +45,14 @@ pub enum Extents {
 }
 
 /// The extents of an image, front to back.
-pub struct ImageExtents {
+pub(crate) struct ImageExtents {
     image: Arc<Image>,
     /// What was found and not used yet, the last part first.
     found: Vec<imgfmt::Extent>,
 }
 
 impl ImageExtents {
-    pub fn new(image: Arc<Image>) -> Self {
+    pub(crate) fn new(image: Arc<Image>) -> Self {
         Self { image, found: Vec::new() }
     }
 
@@ -81,7 +81,7 @@ impl ImageExtents {
 }
 
 /// Cuts the disk into pieces, front to back.
-pub struct Plan {
+pub(crate) struct Plan {
     size: u64,
     /// Every boundary between pieces is a multiple of this power of two.
     alignment: u64,
@@ -95,17 +95,23 @@ pub struct Plan {
 
 impl Plan {
     /// A plan for the bytes from `start` to `size`. `alignment` is a power of two.
-    pub fn new(start: u64, size: u64, alignment: u64, longest: Lengths, extents: Extents) -> Self {
+    pub(crate) fn new(
+        start: u64,
+        size: u64,
+        alignment: u64,
+        longest: Lengths,
+        extents: Extents,
+    ) -> Self {
         Self { size, alignment, longest, extents, at: start, known: (start, Content::Data) }
     }
 
     /// Where the next piece begins, in bytes.
-    pub fn position(&self) -> u64 {
+    pub(crate) fn position(&self) -> u64 {
         self.at
     }
 
     /// The next piece, or `None` at the end of the disk.
-    pub async fn next(&mut self) -> Result<Option<Piece>, JobError> {
+    pub(crate) async fn next(&mut self) -> Result<Option<Piece>, JobError> {
         if self.at >= self.size {
             return Ok(None);
         }

@@ -21,7 +21,7 @@ use crate::location::Location;
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// An open source.
-pub enum Source {
+pub(crate) enum Source {
     Nbd {
         client: Client,
         uri: NbdUri,
@@ -45,7 +45,7 @@ pub enum Source {
 impl Source {
     /// The disk in an image. A backup knows its size better than the image, whose size is a
     /// multiple of 512.
-    pub fn image(image: Arc<Image>) -> Self {
+    pub(crate) fn image(image: Arc<Image>) -> Self {
         let backup = image.backups_of_chain().into_iter().next().and_then(|(_, backup)| backup);
         let disk_size = backup.map(|backup| backup.identity.disk_size);
         let is_own = |size: &u64| size.next_multiple_of(512) == image.size();
@@ -54,7 +54,7 @@ impl Source {
     }
 
     /// Opens a server's export or a file for reading.
-    pub async fn open(
+    pub(crate) async fn open(
         location: &Location,
         connect: &ConnectOptions,
         locking: Locking,
@@ -84,7 +84,7 @@ impl Source {
     }
 
     /// The size in bytes, if it is known beforehand.
-    pub fn size(&self) -> Option<u64> {
+    pub(crate) fn size(&self) -> Option<u64> {
         match self {
             Self::Nbd { client, .. } => Some(client.info().size),
             Self::File { size, .. } => Some(*size),
@@ -95,7 +95,7 @@ impl Source {
     }
 
     /// The file behind the source, if it is one.
-    pub fn identity(&self) -> Option<FileIdentity> {
+    pub(crate) fn identity(&self) -> Option<FileIdentity> {
         match self {
             Self::File { storage, .. } => storage.identity(),
             _ => None,
@@ -103,7 +103,7 @@ impl Source {
     }
 
     /// Requests must be aligned to this power of two.
-    pub fn alignment(&self) -> u64 {
+    pub(crate) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
                 client.info().block_sizes.map_or(1, |sizes| u64::from(sizes.minimum()))
@@ -113,7 +113,7 @@ impl Source {
     }
 
     /// What is known about holes from `start` (in bytes) on.
-    pub fn extents(&self, start: u64) -> Extents {
+    pub(crate) fn extents(&self, start: u64) -> Extents {
         match self {
             Self::Nbd { client, .. } => {
                 let context = MetaContextName::base_allocation();
@@ -130,7 +130,7 @@ impl Source {
     }
 
     /// Reads a part of the disk, into memory that is left over from an earlier part.
-    pub async fn read(
+    pub(crate) async fn read(
         &self,
         offset: u64,
         length: u64,
@@ -219,7 +219,7 @@ impl Source {
     }
 
     /// Ends the connection.
-    pub async fn close(&self) {
+    pub(crate) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
             // Everything was read; how the connection ends does not matter.
             let _ = client.clone().disconnect().await;

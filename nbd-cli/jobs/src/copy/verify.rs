@@ -19,9 +19,9 @@ const PIECE: u64 = 1 << 20;
 const LONGEST_ZEROES: u64 = 1 << 30;
 
 /// A comparison of two disks of the same size.
-pub struct Verification {
-    pub source: Source,
-    pub copy: Source,
+pub(crate) struct Verification {
+    pub(crate) source: Source,
+    pub(crate) copy: Source,
     context: JobContext,
     meter: Meter,
     plan: Mutex<Plan>,
@@ -30,7 +30,7 @@ pub struct Verification {
 impl Verification {
     /// Compares what `extents`, those of the source, do not call unchanged. `unit` is what both
     /// sides need of requests, in bytes.
-    pub fn new(
+    pub(crate) fn new(
         source: Source,
         copy: Source,
         unit: u64,
@@ -47,7 +47,7 @@ impl Verification {
     /// Compares with so many tasks; returns how many bytes were compared.
     ///
     /// The first difference is an error.
-    pub async fn run(self: &Arc<Self>, tasks: usize) -> Result<u64, JobError> {
+    pub(crate) async fn run(self: &Arc<Self>, tasks: usize) -> Result<u64, JobError> {
         self.context.cancellation.unless_cancelled(self.compare(tasks)).await
     }
 

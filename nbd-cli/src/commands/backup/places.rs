@@ -3,18 +3,12 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use nbd_jobs::target::{self, Existing};
 use nbd_proto::NbdUri;
 
 use super::BackupArgs;
 use crate::error::CommandError;
 
 impl BackupArgs {
-    /// Whether the target is a block device, which is overwritten.
-    pub(super) fn is_on_device(&self) -> bool {
-        matches!(target::look(&self.target), Ok(Existing::BlockDevice))
-    }
-
     /// Tells the disk from the new file.
     pub(super) fn tell_places(&mut self) -> Result<(), CommandError> {
         let first = std::mem::take(&mut self.first_place);

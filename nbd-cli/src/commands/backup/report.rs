@@ -1,9 +1,8 @@
 //! The summary of a backup.
 
 use std::fs::Metadata;
-use std::time::Duration;
 
-use nbd_proto::NbdUri;
+use nbd_jobs::BackedUp;
 use serde::Serialize;
 
 use super::BackupArgs;
@@ -33,29 +32,20 @@ pub(super) struct Report {
 }
 
 impl Report {
-    pub(super) fn new(
-        args: &BackupArgs,
-        uri: &NbdUri,
-        size: u64,
-        counts: [u64; 3],
-        resumed_at: u64,
-        verified: Option<u64>,
-        took: Duration,
-    ) -> Self {
-        let [copied, zero, unchanged] = counts;
+    pub(super) fn new(args: &BackupArgs, made: BackedUp) -> Self {
         Self {
-            source: uri.to_string(),
+            source: made.uri.to_string(),
             target: args.target.display().to_string(),
             base: args.base.as_ref().map(|path| path.display().to_string()),
             bitmap: args.bitmap.clone(),
-            size,
-            resumed_at,
-            copied,
-            zero,
-            unchanged,
-            verified,
+            size: made.size,
+            resumed_at: made.resumed_at,
+            copied: made.copied,
+            zero: made.zero,
+            unchanged: made.unchanged,
+            verified: made.verified,
             file_size: args.target.metadata().ok().filter(Metadata::is_file).map(|it| it.len()),
-            seconds: took.as_secs_f64(),
+            seconds: made.took.as_secs_f64(),
         }
     }
 

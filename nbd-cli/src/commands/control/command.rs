@@ -2,9 +2,7 @@
 
 use clap::builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Subcommand};
-use nbd_jobs::control::{
-    IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Request, Verdict,
-};
+use nbd_jobs::control::{IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Request, Verdict};
 
 use crate::size::ByteSize;
 
@@ -155,16 +153,47 @@ impl From<ControlCommand> for Request {
     fn from(command: ControlCommand) -> Self {
         match command {
             ControlCommand::List {} => Self::List {},
-            ControlCommand::AddExport { name, source, read_only, format, description } => Self::AddExport { name, source, read_only, format, description },
+            ControlCommand::AddExport { name, source, read_only, format, description } => {
+                Self::AddExport { name, source, read_only, format, description }
+            }
             ControlCommand::RemoveExport { name, on_use } => Self::RemoveExport { name, on_use },
-            ControlCommand::BitmapAdd { export, bitmap, granularity, initial } => Self::BitmapAdd { export, bitmap, granularity, initial },
-            ControlCommand::BitmapRemove { export, bitmap } => Self::BitmapRemove { export, bitmap },
+            ControlCommand::BitmapAdd { export, bitmap, granularity, initial } => {
+                Self::BitmapAdd { export, bitmap, granularity, initial }
+            }
+            ControlCommand::BitmapRemove { export, bitmap } => {
+                Self::BitmapRemove { export, bitmap }
+            }
             ControlCommand::BitmapClear { export, bitmap } => Self::BitmapClear { export, bitmap },
-            ControlCommand::BitmapEnable { export, bitmap } => Self::BitmapEnable { export, bitmap },
-            ControlCommand::BitmapDisable { export, bitmap } => Self::BitmapDisable { export, bitmap },
-            ControlCommand::BitmapMerge { export, bitmap, from } => Self::BitmapMerge { export, bitmap, from },
-            ControlCommand::CheckpointStart { export, bitmap, if_missing, view, if_unusable, base, trust_base } => Self::CheckpointStart { export, bitmap, if_missing, view, if_unusable, base, trust_base, lifetime: Lifetime::Server },
-            ControlCommand::CheckpointEnd { export, outcome } => Self::CheckpointEnd { export, outcome },
+            ControlCommand::BitmapEnable { export, bitmap } => {
+                Self::BitmapEnable { export, bitmap }
+            }
+            ControlCommand::BitmapDisable { export, bitmap } => {
+                Self::BitmapDisable { export, bitmap }
+            }
+            ControlCommand::BitmapMerge { export, bitmap, from } => {
+                Self::BitmapMerge { export, bitmap, from }
+            }
+            ControlCommand::CheckpointStart {
+                export,
+                bitmap,
+                if_missing,
+                view,
+                if_unusable,
+                base,
+                trust_base,
+            } => Self::CheckpointStart {
+                export,
+                bitmap,
+                if_missing,
+                view,
+                if_unusable,
+                base,
+                trust_base,
+                lifetime: Lifetime::Server,
+            },
+            ControlCommand::CheckpointEnd { export, outcome } => {
+                Self::CheckpointEnd { export, outcome }
+            }
             ControlCommand::Shutdown {} => Self::Shutdown {},
         }
     }

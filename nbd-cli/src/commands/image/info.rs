@@ -14,13 +14,14 @@ use imgfmt::{
     Qcow2Version, Recording,
 };
 use nbd_client::Scope;
+use nbd_jobs::qemu_name::has_scheme;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
 use self::backup::JsonBackup;
 use self::encryption::{JsonEncryption, Naming};
 use super::open::OpenArgs;
-use super::place::{Place, has_scheme};
+use super::place::Place;
 use super::snapshot::{self, JsonSnapshot};
 use crate::commands::info::report::Report;
 use crate::connect::{ServerArgs, explain_unknown_export};

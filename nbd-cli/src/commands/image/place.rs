@@ -9,9 +9,7 @@ use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
 use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
 use nbd_jobs::Location;
-use nbd_jobs::qemu_name::{
-    FILE_PREFIX, JSON_SCHEME, NameInImage, from_name_in_image, is_name_of_server, path_in,
-};
+use nbd_jobs::qemu_name::{NameInImage, from_name_in_image, has_scheme, path_in};
 use nbd_proto::NbdUri;
 
 use super::open::{TrustArgs, beside, explained, explained_with};
@@ -219,13 +217,6 @@ pub(super) fn storage(
         LocalFiles::Allowed => open_export(server.connector(uri)),
         LocalFiles::Refused => open_named_by_image(uri, server),
     }
-}
-
-/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain
-/// path.
-pub(super) fn has_scheme(name: &str) -> bool {
-    let scheme = name.split_once(':').map(|(scheme, _)| scheme);
-    scheme == Some(JSON_SCHEME) || name.starts_with(FILE_PREFIX) || is_name_of_server(name)
 }
 
 /// The options for an export: its bytes are the disk's, whatever they look like.

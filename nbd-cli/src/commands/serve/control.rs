@@ -20,10 +20,10 @@ use self::disks::RunningCheckpoint;
 pub(super) use self::disks::{Disk, Disks};
 pub(super) use self::socket::ControlSocket;
 use super::source;
+use crate::serving::image::{ImageChoices, Writes};
 use nbd_jobs::control::{
     ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request,
 };
-use crate::serving::image::{ImageChoices, Writes};
 
 /// Where an export can be reached.
 pub(super) type UrisFn = dyn Fn(&str) -> Vec<String> + Send + Sync;

@@ -8,8 +8,8 @@ use nbd_server::export::ImageExport;
 use serde_json::{Value, json};
 
 use super::{Disk, Disks, blocking};
-use nbd_jobs::control::{ErrorKind, Failure, InitialState, Request};
 use crate::serving::frozen;
+use nbd_jobs::control::{ErrorKind, Failure, InitialState, Request};
 
 /// The bitmaps of a disk.
 pub(super) async fn list(disk: &Disk) -> Result<Vec<Value>, Failure> {

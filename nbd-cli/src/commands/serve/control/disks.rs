@@ -7,8 +7,8 @@ use nbd_server::export::{Checkpointed, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
 use super::ConversationId;
-use nbd_jobs::control::{ErrorKind, Failure};
 use crate::serving::image::Opened;
+use nbd_jobs::control::{ErrorKind, Failure};
 
 /// A disk that is exported.
 pub(in crate::commands::serve) struct Disk {

@@ -15,8 +15,8 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::places::{Keeps, Place, Places};
 use super::{Controller, ConversationId};
-use nbd_jobs::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
 use crate::error::CommandError;
+use nbd_jobs::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
 
 /// Clients that have connected and were not accepted yet: a burst of them is not refused.
 const BACKLOG: i32 = 1024;

@@ -7,17 +7,15 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Component, Path, PathBuf};
 
+use crate::target::{self, Existing};
 use imgfmt::{
     Backup, BackupBase, BackupIdentity, Format, Image, Locking, OpenOptions, OpenPolicy, Uuid,
 };
-use nbd_jobs::target::{self, Existing};
 
-use super::BackupArgs;
 use super::below::backups_below;
-use crate::commands::image::open::explained;
-use crate::error::CommandError;
-use crate::locking::advise_sharing;
-use crate::output::printable;
+use super::options::{BackupSource, UnknownBase, Work};
+use crate::text::printable;
+use crate::{JobError, JobErrorKind};
 
 /// How many files of a folder are looked at, to find other backups.
 const FILES_MAX: usize = 65536;
@@ -39,35 +37,38 @@ pub(super) struct Base {
 
 impl Base {
     /// Opens it, and looks whether the new backup can be built on it.
-    pub(super) fn open(path: &Path, args: &BackupArgs) -> Result<Self, CommandError> {
+    pub(super) fn open(path: &Path, work: Work<'_>) -> Result<Self, JobError> {
         let files = [vec![path.to_owned()], backups_below(path)].concat();
-        let policy = files.iter().fold(args.trust.policy(), OpenPolicy::allow_file);
-        let options = args.share.apply(args.trust.options().policy(policy));
+        let policy = files.iter().fold(work.options.policy.clone(), OpenPolicy::allow_file);
+        let options = work.open_options().locking(work.read_locking()).policy(policy);
         let image = Image::open(path, &options).map_err(|error| match error.found_format() {
-            Some(format) => CommandError::new(format!(
+            Some(format) => JobError::new(JobErrorKind::Base, format!(
                 "'{}' is a {} image and no backup that an incremental one could build on; make a \
                  full backup",
                 path.display(),
                 format.description()
             )),
-            None => advise_sharing(explained(error)),
+            None => JobError::opening(JobErrorKind::Base, error).advise_sharing(),
         })?;
-        let name = match args.is_on_device() || is_device(path) {
+        let name = match work.is_on_device() || is_device(path) {
             // Devices are not moved together, and their names lead to others that change.
             true => absolute(path)?,
-            false => relative(path, folder_of(&args.target))?,
+            false => relative(path, folder_of(work.target))?,
         };
         let chain = image.backups_of_chain();
         let overwritten = |layer: &Option<PathBuf>| {
-            layer.as_deref().is_some_and(|layer| is_same_device(layer, &args.target))
+            layer.as_deref().is_some_and(|layer| is_same_device(layer, work.target))
         };
         if chain.iter().any(|(layer, _)| overwritten(layer)) {
-            return Err(CommandError::new(format!(
-                "the backup cannot be made on '{}': that holds its base '{}', or what the base is made \
+            return Err(JobError::new(
+                JobErrorKind::Base,
+                format!(
+                    "the backup cannot be made on '{}': that holds its base '{}', or what the base is made \
                  upon; give another target",
-                args.target.display(),
-                path.display()
-            )));
+                    work.target.display(),
+                    path.display()
+                ),
+            ));
         }
         let identity = chain.first().and_then(|(_, backup)| Some(backup.clone()?.identity));
         let mut base = Self {
@@ -80,23 +81,28 @@ impl Base {
             problem: chain_problem(&chain),
         };
         // With a control socket the server knows better.
-        if base.problem.is_none() && args.control.is_none() {
-            base.problem = base.problem_without_control(args);
+        if base.problem.is_none() && !work.has_control() {
+            base.problem = base.problem_without_control(work);
         }
         Ok(base)
     }
 
     /// Refuses it for a disk of another size, and if it may be the wrong one unless the user vouches
     /// for it.
-    pub(super) fn check(&self, size: u64, args: &BackupArgs) -> Result<(), CommandError> {
+    pub(super) fn check(&self, size: u64, work: Work<'_>) -> Result<(), JobError> {
         self.check_size(size)?;
         match &self.problem {
-            Some(problem) if !args.trust_base => Err(CommandError::new(format!(
-                "'{}' cannot be the base of this backup: {problem}; give the backup after which the \
+            Some(problem) if work.options.unknown_base == UnknownBase::Refuse => {
+                Err(JobError::new(
+                    JobErrorKind::Base,
+                    format!(
+                        "'{}' cannot be the base of this backup: {problem}; give the backup after which the \
                  bitmap began, or make a full backup (or add --trust-base, if you know that it is \
                  that one)",
-                self.path.display()
-            ))),
+                        self.path.display()
+                    ),
+                ))
+            }
             _ => Ok(()),
         }
     }
@@ -118,7 +124,7 @@ impl Base {
         self.identity.as_ref()?.disk
     }
 
-    fn check_size(&self, size: u64) -> Result<(), CommandError> {
+    fn check_size(&self, size: u64) -> Result<(), JobError> {
         let (own, fits) = match &self.identity {
             Some(identity) => (identity.disk_size, identity.disk_size == size),
             // Images are larger than disks whose size is no multiple of 512.
@@ -127,24 +133,30 @@ impl Base {
         if fits {
             return Ok(());
         }
-        Err(CommandError::new(format!(
-            "the disk has {size} bytes and its last backup '{}' {own}: the disk was resized, so \
+        Err(JobError::new(
+            JobErrorKind::Base,
+            format!(
+                "the disk has {size} bytes and its last backup '{}' {own}: the disk was resized, so \
              make a full backup",
-            self.path.display(),
-        )))
-    }
-
-    /// The error of a base that is of another disk.
-    pub(super) fn of_another_disk(&self) -> CommandError {
-        CommandError::new(format!(
-            "'{}' is a backup of another disk; give the last backup of this one as --base, or make a \
-             full backup",
-            self.path.display()
+                self.path.display(),
+            ),
         ))
     }
 
+    /// The error of a base that is of another disk.
+    pub(super) fn of_another_disk(&self) -> JobError {
+        JobError::new(
+            JobErrorKind::Base,
+            format!(
+                "'{}' is a backup of another disk; give the last backup of this one as --base, or make a \
+             full backup",
+                self.path.display()
+            ),
+        )
+    }
+
     /// The error of a base after which the bitmap did not begin: it began after `right`.
-    pub(super) fn wrong(&self, bitmap: &str, right: Uuid, target: &Path) -> CommandError {
+    pub(super) fn wrong(&self, bitmap: &str, right: Uuid, target: &Path) -> JobError {
         let found = find_backup(&[&self.path, target], |found| {
             found.identity.id == right && found.is_unchanged
         });
@@ -152,18 +164,24 @@ impl Base {
             Some(path) => format!("'{}'", path.display()),
             None => format!("the backup {right}"),
         };
-        CommandError::new(format!(
-            "'{}' cannot be the base of this backup: the bitmap '{}' began after {right}; give that as \
+        JobError::new(
+            JobErrorKind::Base,
+            format!(
+                "'{}' cannot be the base of this backup: the bitmap '{}' began after {right}; give that as \
              --base, or make a full backup",
-            self.path.display(),
-            printable(bitmap)
-        ))
+                self.path.display(),
+                printable(bitmap)
+            ),
+        )
     }
 
     /// What speaks against it, as far as that can be known without the server's help.
-    fn problem_without_control(&self, args: &BackupArgs) -> Option<String> {
+    fn problem_without_control(&self, work: Work<'_>) -> Option<String> {
         let identity = self.identity.as_ref()?;
-        let export = args.source.as_ref().map(|uri| uri.export_name.as_str()).unwrap_or_default();
+        let export = match work.source {
+            BackupSource::Export(uri) => uri.export_name.as_str(),
+            BackupSource::Checkpoint { export, .. } => export,
+        };
         if identity.export != export {
             return Some(format!(
                 "it is a backup of the export '{}', not of '{}'",
@@ -171,7 +189,7 @@ impl Base {
                 printable(export)
             ));
         }
-        if let (Some(own), Some(bitmap)) = (&identity.bitmap, &args.bitmap)
+        if let (Some(own), Some(bitmap)) = (&identity.bitmap, &work.options.bitmap)
             && own != bitmap
         {
             return Some(format!(
@@ -181,7 +199,7 @@ impl Base {
             ));
         }
         let is_child = |other: &Backup| other.identity.base.id() == Some(identity.id);
-        let child = find_backup(&[&self.path, &args.target], is_child)?;
+        let child = find_backup(&[&self.path, work.target], is_child)?;
         Some(format!("'{}' was made upon it since", child.display()))
     }
 }
@@ -261,10 +279,10 @@ pub(super) fn folder_of(path: &Path) -> &Path {
 }
 
 /// The path of a file as seen from a folder. Relative, so that a chain can be moved as a whole.
-fn relative(file: &Path, folder: &Path) -> Result<OsString, CommandError> {
+fn relative(file: &Path, folder: &Path) -> Result<OsString, JobError> {
     let real = |path: &Path| {
         path.canonicalize().map_err(|error| {
-            CommandError::new(format!("cannot find '{}': {error}", path.display()))
+            JobError::new(JobErrorKind::Base, format!("cannot find '{}': {error}", path.display()))
         })
     };
     let (file, folder) = (real(file)?, real(folder)?);
@@ -282,10 +300,10 @@ fn relative(file: &Path, folder: &Path) -> Result<OsString, CommandError> {
     Ok(if has_scheme { Path::new(".").join(path) } else { path }.into())
 }
 
-fn absolute(file: &Path) -> Result<OsString, CommandError> {
-    std::path::absolute(file)
-        .map(Into::into)
-        .map_err(|error| CommandError::new(format!("cannot find '{}': {error}", file.display())))
+fn absolute(file: &Path) -> Result<OsString, JobError> {
+    std::path::absolute(file).map(Into::into).map_err(|error| {
+        JobError::new(JobErrorKind::Base, format!("cannot find '{}': {error}", file.display()))
+    })
 }
 
 /// Whether both are one block device, by whatever names.

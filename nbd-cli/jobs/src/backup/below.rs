@@ -1,18 +1,19 @@
 //! The files below a backup, which may lie in other folders.
 
+use std::ffi::OsStr;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 
 use imgfmt::{Format, Image, ImageInfo, Locking, OpenOptions};
 
-use crate::commands::image::place::Place;
+use crate::qemu_name::{NameInImage, from_name_in_image, has_scheme, path_in};
 
 /// How many files are looked at: as many as a chain may have layers.
 const FILES_MAX: usize = 500;
 
 /// The backups on which the one at `path` was made, the newest first, as far as each file says that it
-/// was made on the next one and that is the one. The user has named `path`; these are files that he
-/// need not name: what an image leads to by its name alone, be it a foreign disk or a secret, carries
+/// was made on the next one and that is the one. The user has named `path`; these are files that need
+/// no naming: what an image leads to by its name alone, be it a foreign disk or a secret, carries
 /// no such identity and ends the list.
 pub(super) fn backups_below(path: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -31,11 +32,27 @@ pub(super) fn backups_below(path: &Path) -> Vec<PathBuf> {
 fn below(path: &Path, info: &ImageInfo) -> Option<(PathBuf, Option<ImageInfo>)> {
     let qcow2 = info.qcow2.as_ref()?;
     let wanted = qcow2.backup.as_ref()?.identity.base.id()?;
-    let place = Place::File(path.to_owned()).beside(qcow2.backing_name.as_ref()?).ok()?;
-    let Place::File(below) = place else { return None };
+    let below = file_beside(path, qcow2.backing_name.as_ref()?)?;
     let info = inspect(&below)?;
     let id = info.qcow2.as_ref()?.backup.as_ref()?.identity.id;
     (id == wanted).then_some((below, Some(info)))
+}
+
+/// The file that a name in an image stands for: relative names start at the image's folder.
+fn file_beside(image: &Path, name: &OsStr) -> Option<PathBuf> {
+    if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
+        return match from_name_in_image(name).ok()? {
+            NameInImage::File(path) => Some(path),
+            NameInImage::Export(_) => None,
+        };
+    }
+    let path = path_in(name);
+    // As in QEMU a name with the scheme `file:` starts at the working folder.
+    let is_plain = path.as_os_str() == name;
+    Some(match image.parent().filter(|_| is_plain) {
+        Some(folder) => folder.join(path),
+        None => path.to_owned(),
+    })
 }
 
 /// Facts about a plain file or a block device. Nothing else is opened: a pipe would be waited for.

@@ -4,22 +4,19 @@ use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
+use crate::target::device;
 use imgfmt::storage::FileStorage;
 use imgfmt::{
     Access, BackupIdentity, CreateOptions, Format, Image, Locking, NewOnDevice, OpenOptions,
     OpenPolicy, Repair,
 };
-use nbd_jobs::target::device;
 use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
 use super::chain::{Base, folder_of};
-use super::{BackupArgs, CLUSTER_SIZE};
-use crate::commands::image::open::{TrustArgs, explained};
-use crate::error::CommandError;
-use crate::locking::{ShareArgs, advise_sharing};
-use crate::shown::warnings;
+use super::options::{CLUSTER_SIZE, Leftover, Sharing, Work};
+use crate::{JobError, JobErrorKind};
 
 /// Largest record that is read, in bytes.
 const MAX_STATE_LEN: u64 = 64 << 10;
@@ -43,13 +40,13 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(args: &BackupArgs, uri: &NbdUri, size: u64, base: Option<&Base>) -> Self {
+    pub(super) fn new(work: Work<'_>, uri: &NbdUri, size: u64, base: Option<&Base>) -> Self {
         Self {
             version: 1,
             source: uri.to_string(),
             size,
-            bitmap: args.bitmap.clone(),
-            base: args.base.as_deref().map(written),
+            bitmap: work.options.bitmap.clone(),
+            base: work.options.base.as_deref().map(written),
             base_identity: base.and_then(Base::id).map(|id| id.to_string()),
             done: 0,
         }
@@ -86,7 +83,6 @@ pub(super) struct Partial {
     target: PathBuf,
     /// The backup it builds on, and those below that.
     base: Vec<PathBuf>,
-    share: ShareArgs,
     /// Held from when there is a file until it has its name.
     lock: Option<FileStorage>,
     state: State,
@@ -95,47 +91,48 @@ pub(super) struct Partial {
 impl Partial {
     /// Makes the file, or finds what a former attempt has left.
     pub(super) fn begin(
-        args: &BackupArgs,
+        work: Work<'_>,
         state: State,
         base: Option<&Base>,
-    ) -> Result<Self, CommandError> {
-        if args.is_on_device() {
-            return Self::begin_on_device(args, state, base);
+    ) -> Result<Self, JobError> {
+        if work.is_on_device() {
+            return Self::begin_on_device(work, state, base);
         }
         let with = |suffix: &str| {
-            let mut name = args.target.clone().into_os_string();
+            let mut name = work.target.to_owned().into_os_string();
             name.push(suffix);
             PathBuf::from(name)
         };
         let (path, record) = (with(".partial"), with(".partial.json"));
-        let (target, share) = (args.target.clone(), args.share);
+        let target = work.target.to_owned();
         let files = base.map(|base| base.files.clone()).unwrap_or_default();
         let place = Place::File { record };
-        let mut partial = Self { path, place, target, base: files, share, lock: None, state };
+        let mut partial = Self { path, place, target, base: files, lock: None, state };
         if partial.path.symlink_metadata().is_ok() {
-            if args.resume {
-                partial.lock = partial.lock(&args.trust)?;
-                partial.resume(&args.trust)?;
+            if work.options.leftover == Leftover::Resume {
+                partial.lock = partial.lock(work)?;
+                partial.resume(work)?;
                 return Ok(partial);
             }
-            if !args.restart {
-                return Err(CommandError::new(format!(
+            if work.options.leftover == Leftover::Refuse {
+                return Err(JobError::destination(format!(
                     "'{}' is left of a backup that was interrupted; add --resume to go on with it, \
                      if the disk has not changed since, or --restart to begin again",
                     partial.path.display()
                 )));
             }
-            partial.remove(&args.trust)?;
-        } else if args.resume {
-            return Err(CommandError::new(format!(
+            partial.remove(work)?;
+        } else if work.options.leftover == Leftover::Resume {
+            return Err(JobError::destination(format!(
                 "there is nothing to resume: '{}' does not exist",
                 partial.path.display()
             )));
         }
-        Image::create(&partial.path, &options_of(partial.state.size, base, args))?;
-        partial.lock = partial.lock(&args.trust)?;
+        Image::create(&partial.path, &options_of(partial.state.size, base, work))
+            .map_err(image_error)?;
+        partial.lock = partial.lock(work)?;
         // A base that may not be opened is found before anything is copied.
-        let begun = partial.open(&args.trust, Access::ReadWrite).and_then(|image| {
+        let begun = partial.open(work, Access::ReadWrite).and_then(|image| {
             drop(image);
             partial.save(0)
         });
@@ -147,31 +144,30 @@ impl Partial {
     }
 
     fn begin_on_device(
-        args: &BackupArgs,
+        work: Work<'_>,
         state: State,
         base: Option<&Base>,
-    ) -> Result<Self, CommandError> {
-        let options = options_of(state.size, base, args);
-        let device = device::begin_image(&args.target, &options, &*warnings())?;
+    ) -> Result<Self, JobError> {
+        let options = options_of(state.size, base, work);
+        let device = device::begin_image(work.target, &options, &*work.context.observer)?;
         let partial = Self {
-            path: args.target.clone(),
+            path: work.target.to_owned(),
             place: Place::Device(device),
-            target: args.target.clone(),
+            target: work.target.to_owned(),
             base: base.map(|base| base.files.clone()).unwrap_or_default(),
-            share: args.share,
             lock: None,
             state,
         };
-        let opened = partial.open(&args.trust, Access::ReadWrite);
+        let opened = partial.open(work, Access::ReadWrite);
         opened.map_err(|error| lost(&partial.path, &error))?;
         Ok(partial)
     }
 
     /// The error of a backup that was not completed, with what it leaves; `advice` is how to go on with a file.
-    pub(super) fn failed(&self, error: &CommandError, advice: &str) -> CommandError {
+    pub(super) fn failed(&self, error: &JobError, advice: &str) -> JobError {
         match self.place {
             Place::Device(_) => lost(&self.path, error),
-            Place::File { .. } => CommandError::new(format!(
+            Place::File { .. } => error.in_words(format!(
                 "{error}; what there is of it is in '{}' ({advice})",
                 self.path.display()
             )),
@@ -185,41 +181,44 @@ impl Partial {
 
     /// Which files it may name: the base that the user has named, and the backups below it, wherever
     /// they lie.
-    pub(super) fn policy(&self, trust: &TrustArgs) -> OpenPolicy {
-        self.base.iter().fold(trust.policy(), OpenPolicy::allow_file)
+    fn policy(&self, work: Work<'_>) -> OpenPolicy {
+        self.base.iter().fold(work.options.policy.clone(), OpenPolicy::allow_file)
     }
 
     /// Opens it.
-    pub(super) fn open(&self, trust: &TrustArgs, access: Access) -> Result<Image, CommandError> {
-        let options = self.options(trust).access(access);
+    pub(super) fn open(&self, work: Work<'_>, access: Access) -> Result<Image, JobError> {
+        let options = self.options(work).access(access);
         match &self.place {
             Place::File { .. } => Image::open(&self.path, &options),
             Place::Device(new) => new.open(&options),
         }
-        .map_err(|error| advise_sharing(explained(error)))
+        .map_err(|error| JobError::opening(JobErrorKind::Destination, error).advise_sharing())
     }
 
     /// The options for it. Files below it that others may write to are not locked, and then it is not
     /// either: [`lock`](Self::lock) does that for a file, and a device is locked all the time.
-    fn options(&self, trust: &TrustArgs) -> OpenOptions {
-        let options = trust.locks.options().format(Format::Qcow2).policy(self.policy(trust));
-        if self.share.force_share { options.locking(Locking::Off) } else { options }
+    fn options(&self, work: Work<'_>) -> OpenOptions {
+        let options = work.open_options().format(Format::Qcow2).policy(self.policy(work));
+        match work.options.sharing {
+            Sharing::Exclusive => options,
+            Sharing::Shared => options.locking(Locking::Off),
+        }
     }
 
     /// The lock of the file, where it is not locked with those below it.
-    fn lock(&self, trust: &TrustArgs) -> Result<Option<FileStorage>, CommandError> {
-        match self.share.force_share {
-            true => Ok(Some(trust.locks.open_file(&self.path, Access::ReadWrite)?)),
-            false => Ok(None),
+    fn lock(&self, work: Work<'_>) -> Result<Option<FileStorage>, JobError> {
+        match work.options.sharing {
+            Sharing::Shared => work.open_file(&self.path).map(Some),
+            Sharing::Exclusive => Ok(None),
         }
     }
 
     /// Records up to where it is complete.
-    pub(super) fn save(&mut self, done: u64) -> Result<(), CommandError> {
+    pub(super) fn save(&mut self, done: u64) -> Result<(), JobError> {
         self.state.done = done;
         let Place::File { record } = &self.place else { return Ok(()) };
         let text = serde_json::to_vec(&self.state)
-            .map_err(|error| CommandError::new(format!("cannot write the record: {error}")))?;
+            .map_err(|error| JobError::destination(format!("cannot write the record: {error}")))?;
         // A new file takes the place of the old one, so that there is a whole one at any time.
         let mut new = record.clone().into_os_string();
         new.push(".new");
@@ -231,7 +230,7 @@ impl Partial {
             sync_folder(record)
         };
         write().map_err(|error| {
-            CommandError::new(format!("cannot write '{}': {error}", record.display()))
+            JobError::destination(format!("cannot write '{}': {error}", record.display()))
         })
     }
 
@@ -239,24 +238,24 @@ impl Partial {
     pub(super) fn complete(
         self,
         identity: &BackupIdentity,
-        trust: &TrustArgs,
-    ) -> Result<(), CommandError> {
-        let options = self.options(trust);
+        work: Work<'_>,
+    ) -> Result<(), JobError> {
+        let options = self.options(work);
         let record = match self.place {
             Place::File { record } => record,
             Place::Device(new) => {
                 let completed = new.seal_backup(identity).and_then(|()| new.complete());
-                return completed.map_err(|error| lost(&self.path, &error.into()));
+                return completed.map_err(|error| lost(&self.path, &image_error(error)));
             }
         };
-        Image::seal_backup(&self.path, &options, identity)?;
+        Image::seal_backup(&self.path, &options, identity).map_err(image_error)?;
         let rename = || -> io::Result<()> {
             File::open(&self.path)?.sync_all()?;
             renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE)?;
             sync_folder(&self.target)
         };
         rename().map_err(|error| {
-            CommandError::new(format!(
+            JobError::destination(format!(
                 "the backup is complete but '{}' cannot be renamed to '{}': {error}",
                 self.path.display(),
                 self.target.display()
@@ -268,25 +267,25 @@ impl Partial {
     }
 
     /// Reads the record of a former attempt and makes sure that it was one of the same backup.
-    fn resume(&mut self, trust: &TrustArgs) -> Result<(), CommandError> {
+    fn resume(&mut self, work: Work<'_>) -> Result<(), JobError> {
         let Place::File { record } = &self.place else { return Ok(()) };
         let former = read_record(record).map_err(|error| {
-            CommandError::new(format!(
+            JobError::destination(format!(
                 "cannot resume: '{}' {error}; begin again with --restart",
                 record.display()
             ))
         })?;
         if let Some(difference) = self.state.difference(&former) {
-            return Err(CommandError::new(format!(
+            return Err(JobError::destination(format!(
                 "cannot resume: '{}' is of another backup: {difference}; begin again with --restart",
                 self.path.display()
             )));
         }
         // A process that was killed may have left clusters that nothing refers to.
-        let options = self.options(trust).access(Access::ReadWrite);
-        let report = Image::check_file(&self.path, &options, Repair::Leaks)?;
+        let options = self.options(work).access(Access::ReadWrite);
+        let report = Image::check_file(&self.path, &options, Repair::Leaks).map_err(image_error)?;
         if report.corruptions > 0 {
-            return Err(CommandError::new(format!(
+            return Err(JobError::destination(format!(
                 "cannot resume: '{}' is damaged; begin again with --restart",
                 self.path.display()
             )));
@@ -295,12 +294,12 @@ impl Partial {
         Ok(())
     }
 
-    fn remove(&self, trust: &TrustArgs) -> Result<(), CommandError> {
+    fn remove(&self, work: Work<'_>) -> Result<(), JobError> {
         // Whoever is at work on it holds a lock.
-        let storage = trust.locks.open_file(&self.path, Access::ReadWrite)?;
+        let storage = work.open_file(&self.path)?;
         drop(storage);
         fs::remove_file(&self.path).map_err(|error| {
-            CommandError::new(format!("cannot remove '{}': {error}", self.path.display()))
+            JobError::destination(format!("cannot remove '{}': {error}", self.path.display()))
         })
     }
 }
@@ -318,17 +317,21 @@ fn read_record(record: &Path) -> Result<State, String> {
     Ok(state)
 }
 
+fn image_error(error: imgfmt::Error) -> JobError {
+    JobError::image(JobErrorKind::Destination, error)
+}
+
 /// The error with what it leaves on a device.
-pub(super) fn lost(device: &Path, error: &CommandError) -> CommandError {
-    CommandError::new(format!("{error}; {}", device::left_behind(device)))
+pub(super) fn lost(device: &Path, error: &JobError) -> JobError {
+    error.in_words(format!("{error}; {}", device::left_behind(device)))
 }
 
 /// What the new image is like.
-fn options_of(size: u64, base: Option<&Base>, args: &BackupArgs) -> CreateOptions {
+fn options_of(size: u64, base: Option<&Base>, work: Work<'_>) -> CreateOptions {
     let mut options = CreateOptions::new(Format::Qcow2, size);
     options.cluster_size = CLUSTER_SIZE;
     options.backing = base.map(|base| (base.name.clone(), base.format));
-    options.locking = args.share.locking(args.trust.locks);
+    options.locking = work.read_locking();
     options
 }
 

@@ -1,0 +1,201 @@
+//! Backups of a disk in use: a checkpoint is begun, copied and ended through the control socket.
+
+use std::path::Path;
+
+use imgfmt::Uuid;
+use nbd_proto::NbdUri;
+use serde_json::Value;
+
+use super::chain::Base;
+use super::job::{BackedUp, Issued, run};
+use super::options::{UnknownBase, Work};
+use super::partial;
+use crate::cancellation::Cancellation;
+use crate::control::{
+    Begun, Conversation, IfMissing, IfUnusable, Lifetime, Listing, Request, Verdict,
+};
+use crate::observer::JobContext;
+use crate::text::printable;
+use crate::{JobError, JobErrorKind};
+
+/// The control socket and the export of the disk there, and where the server can be reached.
+#[derive(Clone, Copy)]
+pub(super) struct Server<'a> {
+    pub(super) socket: &'a Path,
+    pub(super) export: &'a str,
+    pub(super) uri: Option<&'a NbdUri>,
+}
+
+/// Begins a checkpoint, copies it, and ends it with what came of that.
+pub(super) async fn backup(
+    work: Work<'_>,
+    server: Server<'_>,
+    base: Option<&Base>,
+) -> Result<BackedUp, JobError> {
+    let export = server.export.to_owned();
+    let options = work.options;
+    let id = base.and_then(Base::id);
+    let begin = Request::CheckpointStart {
+        export: export.clone(),
+        bitmap: options.bitmap.clone(),
+        if_missing: if options.base.is_none() { IfMissing::Add } else { IfMissing::Fail },
+        // A full backup does not need what the bitmap has noted.
+        if_unusable: match options.base {
+            None => IfUnusable::BeginAnew,
+            Some(_) => IfUnusable::Fail,
+        },
+        view: None,
+        base: id.map(|id| id.to_string()),
+        trust_base: options.unknown_base == UnknownBase::Trust && id.is_some(),
+        // If this process is killed nobody else ends it.
+        lifetime: Lifetime::Connection,
+    };
+    let mut socket = Socket::open(server.socket).await?;
+    // Before the bitmap begins anew.
+    if let Some(base) = base {
+        refuse_wrong(work, base, &export, &mut socket).await?;
+    }
+    let begun = socket.call(begin).await?;
+    let result = match uri_of_view(work, server, begun) {
+        Ok((uri, issued)) => unless_cancelled(work, &uri, base, issued).await,
+        Err(error) => Err(error),
+    };
+    let outcome = if result.is_ok() { Verdict::Success } else { Verdict::Failure };
+    let ended = socket.call(Request::CheckpointEnd { export, outcome }).await;
+    match (result, ended) {
+        (Ok(_), Err(error)) => Err(error.in_words(format!(
+            "'{}' may not be used: {error}; make another backup",
+            work.target.display()
+        ))),
+        (Err(error), Err(second)) => {
+            work.context.observer.warning(&format!(
+                "the checkpoint could not be ended: {second}; end it with `nbd-cli control`"
+            ));
+            Err(error)
+        }
+        (result, Ok(_)) => result,
+    }
+}
+
+/// Copies the view, which is given up as a whole when the job is cancelled.
+async fn unless_cancelled(
+    work: Work<'_>,
+    uri: &NbdUri,
+    base: Option<&Base>,
+    issued: Issued,
+) -> Result<BackedUp, JobError> {
+    let observer = work.context.observer.clone();
+    let context = JobContext { observer, cancellation: Cancellation::new() };
+    let reason = tokio::select! {
+        result = run(Work { context: &context, ..work }, uri, base, issued) => return result,
+        reason = work.context.cancellation.cancelled() => reason,
+    };
+    let ended = reason.in_words(format!("{reason} has ended the backup of {uri}"));
+    Err(match work.is_on_device() {
+        true => partial::lost(work.target, &ended),
+        false => ended.in_words(format!("{ended}; begin again with --restart")),
+    })
+}
+
+/// A conversation that no task has to wait for. If it is dropped the server ends the checkpoint.
+struct Socket(Option<Conversation>);
+
+impl Socket {
+    async fn open(path: &Path) -> Result<Self, JobError> {
+        let path = path.to_owned();
+        let opened = tokio::task::spawn_blocking(move || Conversation::begin(&path)).await;
+        opened.map_err(|error| JobError::given_up("request", &error))?.map(|it| Self(Some(it)))
+    }
+
+    async fn call(&mut self, request: Request) -> Result<Value, JobError> {
+        let mut conversation = self.0.take().ok_or_else(|| {
+            JobError::new(JobErrorKind::ControlSocket, "a request to the server was given up")
+        })?;
+        let asked = tokio::task::spawn_blocking(move || {
+            let result = conversation.call(&request);
+            (conversation, result)
+        });
+        let (conversation, result) =
+            asked.await.map_err(|error| JobError::given_up("request", &error))?;
+        self.0 = Some(conversation);
+        result
+    }
+}
+
+/// Where the view is: at the server that was named, or as the server itself says.
+fn uri_of_view(
+    work: Work<'_>,
+    server: Server<'_>,
+    begun: Value,
+) -> Result<(NbdUri, Issued), JobError> {
+    let begun: Begun = serde_json::from_value(begun).map_err(|error| not_understood(&error))?;
+    let uuid = |text: &Option<String>| text.as_deref().and_then(|text| text.parse().ok());
+    let mut issued = Issued::ours()?;
+    issued.backup = uuid(&begun.backup).unwrap_or(issued.backup);
+    issued.disk = uuid(&begun.disk);
+    if let Some(reason) = &begun.begun_anew {
+        let bitmap = printable(work.options.bitmap.as_deref().unwrap_or_default());
+        work.context.observer.warning(&format!(
+            "the bitmap '{bitmap}' could not be relied on ({}); it begins anew with this backup",
+            printable(reason)
+        ));
+    }
+    if let Some(uri) = server.uri {
+        let mut uri = uri.clone();
+        uri.export_name = begun.view;
+        return Ok((uri, issued));
+    }
+    let uri = begun.uris.first().ok_or_else(|| {
+        JobError::new(
+            JobErrorKind::ControlSocket,
+            "the server does not say where it listens; give the disk's URI as well",
+        )
+    })?;
+    let uri = uri.parse().map_err(|error| {
+        JobError::new(
+            JobErrorKind::ControlSocket,
+            format!("the server says that it listens on '{uri}': {error}"),
+        )
+    })?;
+    work.options.connect.tls.check([&uri])?;
+    Ok((uri, issued))
+}
+
+/// Refuses a base that may be the wrong one, and one after which the bitmap did not begin: it says after
+/// which one it did. The server refuses it too, but does not know the files.
+async fn refuse_wrong(
+    work: Work<'_>,
+    base: &Base,
+    export: &str,
+    socket: &mut Socket,
+) -> Result<(), JobError> {
+    let listing: Listing = serde_json::from_value(socket.call(Request::List {}).await?)
+        .map_err(|error| not_understood(&error))?;
+    let bitmap = work.options.bitmap.as_deref().unwrap_or_default();
+    let export = listing.exports.iter().find(|found| found.name == export);
+    if let Some(export) = export {
+        base.check(export.size, work)?;
+    }
+    let disk = export.and_then(|it| it.disk.as_deref()?.parse::<Uuid>().ok());
+    if let (Some(disk), Some(own)) = (disk, base.disk())
+        && disk != own
+    {
+        return Err(base.of_another_disk());
+    }
+    let found = export.and_then(|it| it.bitmaps.iter().find(|found| found["name"] == bitmap));
+    let Some(found) = found else { return Ok(()) };
+    let began_after = ["began-after", "perhaps-began-after"]
+        .iter()
+        .find_map(|field| found[field].as_str()?.parse::<Uuid>().ok());
+    match (began_after, base.id()) {
+        (Some(right), Some(id)) if right != id => Err(base.wrong(bitmap, right, work.target)),
+        _ => Ok(()),
+    }
+}
+
+fn not_understood(error: &serde_json::Error) -> JobError {
+    JobError::new(
+        JobErrorKind::ControlSocket,
+        format!("the server's reply cannot be understood: {error}"),
+    )
+}

@@ -1,0 +1,257 @@
+//! One backup: the disk is copied into the file that grows, read again if that is asked for, and sealed.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use imgfmt::{Access, BackupIdentity, Uuid};
+use nbd_client::{Client, ZeroMode};
+use nbd_proto::NbdUri;
+use nbd_proto::wire::{MetaContextName, TransmissionFlags};
+
+use super::chain::Base;
+use super::options::{BackupSource, CLUSTER_SIZE, Work};
+use super::partial::{Partial, State};
+use crate::connect::connect;
+use crate::copy::destination::{Destination, Surface};
+use crate::copy::dirty::DirtyExtents;
+use crate::copy::engine;
+use crate::copy::job::{Job, Settings, ZeroPolicy};
+use crate::copy::plan::Extents;
+use crate::copy::source::Source;
+use crate::copy::verify::Verification;
+use crate::restore::Verify;
+use crate::text::printable;
+use crate::{JobError, JobErrorKind};
+
+/// Size of a request, in bytes.
+const REQUEST_SIZE: u64 = 512 << 10;
+/// How often the progress of a backup is made durable.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+
+/// What a backup did. Sizes are in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BackedUp {
+    /// What was copied: the disk, or the view of the checkpoint.
+    pub uri: NbdUri,
+    /// Size of the disk.
+    pub size: u64,
+    /// Where this run began; above 0 if it went on with an earlier one.
+    pub resumed_at: u64,
+    /// How much was read and written.
+    pub copied: u64,
+    /// How much was known to be zero.
+    pub zero: u64,
+    /// How much is in the base already.
+    pub unchanged: u64,
+    /// How much was compared, if anything was.
+    pub verified: Option<u64>,
+    /// How long the copying took.
+    pub took: Duration,
+}
+
+/// Who the backup and its disk are.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Issued {
+    pub(super) backup: Uuid,
+    pub(super) disk: Option<Uuid>,
+}
+
+impl Issued {
+    /// Where nobody else says it.
+    pub(super) fn ours() -> Result<Self, JobError> {
+        let backup = Uuid::random().map_err(|error| {
+            JobError::new(
+                JobErrorKind::Internal,
+                format!("the system gives no random numbers: {error}"),
+            )
+        })?;
+        Ok(Self { backup, disk: None })
+    }
+}
+
+/// Copies the disk at `uri`.
+pub(super) async fn run(
+    work: Work<'_>,
+    uri: &NbdUri,
+    base: Option<&Base>,
+    issued: Issued,
+) -> Result<BackedUp, JobError> {
+    let started = Instant::now();
+    // Without a base everything is copied, whatever the bitmap says.
+    let options = work.options;
+    let bitmap =
+        options.base.as_ref().and(options.bitmap.as_deref()).map(context_of).transpose()?;
+    let client = connect_to_disk(work, uri, bitmap.as_ref()).await?;
+    let size = client.info().size;
+    base.map_or(Ok(()), |base| base.check(size, work))?;
+    let state = State::new(work, uri, size, base);
+    let mut partial = Partial::begin(work, state, base)?;
+    let disk = (client.clone(), uri);
+    let result = fill(work, disk, bitmap.as_ref(), &mut partial).await;
+    let (counts, resumed_at) = result.map_err(|error| {
+        let error = error.in_words(format!("the backup of {uri} failed: {error}"));
+        partial.failed(
+            &error,
+            match work.source {
+                BackupSource::Export(_) => "add --resume to go on, if the disk does not change",
+                BackupSource::Checkpoint { .. } => "begin again with --restart",
+            },
+        )
+    })?;
+    let disk = (&client, uri);
+    let verified = match options.verify {
+        Verify::Nothing => None,
+        Verify::Copied => Some(verify(work, disk, bitmap.as_ref(), &partial).await?),
+        Verify::All => Some(verify(work, disk, None, &partial).await?),
+    };
+    let mut identity = BackupIdentity::new(issued.backup, size);
+    identity.base = base.map(Base::identity).unwrap_or_default();
+    identity.disk = issued.disk;
+    identity.bitmap.clone_from(&options.bitmap);
+    identity.export = match work.source {
+        BackupSource::Export(uri) => uri.export_name.clone(),
+        BackupSource::Checkpoint { export, .. } => export.clone(),
+    };
+    partial.complete(&identity, work)?;
+    // Everything was read; how the connection ends does not matter.
+    let _ = client.disconnect().await;
+    let [copied, zero, unchanged] = counts;
+    let (uri, took) = (uri.clone(), started.elapsed());
+    Ok(BackedUp { uri, size, resumed_at, copied, zero, unchanged, verified, took })
+}
+
+fn context_of(bitmap: &str) -> Result<MetaContextName, JobError> {
+    MetaContextName::qemu_dirty_bitmap(bitmap).map_err(|error| {
+        JobError::invalid(format!(
+            "'{}' is not a valid name of a bitmap: {error}",
+            printable(bitmap)
+        ))
+    })
+}
+
+async fn connect_to_disk(
+    work: Work<'_>,
+    uri: &NbdUri,
+    bitmap: Option<&MetaContextName>,
+) -> Result<Client, JobError> {
+    let contexts = [MetaContextName::base_allocation()].into_iter().chain(bitmap.cloned());
+    let connector = work.options.connect.connector(uri).meta_contexts(contexts);
+    let cancellation = &work.context.cancellation;
+    let client = connect(&connector, uri, JobErrorKind::Source, cancellation).await?;
+    if let (Some(context), Some(name)) = (bitmap, &work.options.bitmap)
+        && !client.meta_contexts().contains(context)
+    {
+        let offered = connector.list_meta_contexts(&["qemu:dirty-bitmap:".to_owned()]).await;
+        let offered = offered.unwrap_or_default();
+        let names: Vec<_> = offered
+            .iter()
+            .filter_map(MetaContextName::dirty_bitmap)
+            .take(8)
+            .map(|name| format!("'{}'", printable(name)))
+            .collect();
+        let has = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        return Err(JobError::source(format!(
+            "{uri} offers no dirty bitmap '{}' (it offers {has}); make a full backup, or have the \
+             server export the bitmap",
+            printable(name)
+        )));
+    }
+    if !client.info().flags.contains(TransmissionFlags::READ_ONLY) {
+        work.context.observer.warning(&format!(
+            "{uri} can be written to: if that happens while it is copied, the backup is a mix of \
+             old and new"
+        ));
+    }
+    Ok(client)
+}
+
+/// Copies into the partial file; returns what was copied how, in bytes, and where it began.
+async fn fill(
+    work: Work<'_>,
+    (client, uri): (Client, &NbdUri),
+    bitmap: Option<&MetaContextName>,
+    partial: &mut Partial,
+) -> Result<([u64; 3], u64), JobError> {
+    let start = partial.done();
+    let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
+    let extents = extents(&client, bitmap, start);
+    let surface =
+        if work.options.base.is_some() || start > 0 { Surface::Something } else { Surface::Zeroes };
+    let image = partial.open(work, Access::ReadWrite)?;
+    let destination = Destination::image(image, surface);
+    let zeroes = match surface {
+        Surface::Zeroes => ZeroPolicy::Skip,
+        // Zero clusters: holes would show what is below.
+        Surface::Something => ZeroPolicy::Write(ZeroMode::MayPunch),
+    };
+    let settings = Settings {
+        requests: work.options.requests.get(),
+        request_size: REQUEST_SIZE,
+        unit: CLUSTER_SIZE.max(source.alignment()),
+        zeroes,
+        sparse: Some(CLUSTER_SIZE),
+        start,
+    };
+    let job = Arc::new(Job::new(&settings, source, destination, extents, work.context));
+    let result = run_and_save(&job, partial).await;
+    // Saves what is done in any case; the first error is the one to tell.
+    let saved = save(&job, partial).await;
+    result.and(saved)?;
+    let counts = job.counts();
+    let counts = [&counts.data, &counts.zero, &counts.unchanged].map(|n| n.load(Ordering::Relaxed));
+    let job = Arc::into_inner(job).ok_or_else(|| {
+        JobError::new(JobErrorKind::Internal, "a task of the backup has not ended")
+    })?;
+    job.destination.close_image()?;
+    Ok((counts, start))
+}
+
+fn extents(client: &Client, bitmap: Option<&MetaContextName>, start: u64) -> Extents {
+    let allocation = MetaContextName::base_allocation();
+    match bitmap {
+        Some(bitmap) => Extents::Dirty(Box::new(DirtyExtents::new(client.clone(), bitmap, start))),
+        None if client.meta_contexts().contains(&allocation) => {
+            Extents::Server(client.extents(&allocation, start..client.info().size))
+        }
+        None => Extents::Unknown,
+    }
+}
+
+async fn run_and_save(job: &Arc<Job>, partial: &mut Partial) -> Result<(), JobError> {
+    let mut running = std::pin::pin!(engine::run(job));
+    loop {
+        tokio::select! {
+            result = &mut running => return result,
+            () = tokio::time::sleep(SAVE_INTERVAL) => save(job, partial).await?,
+        }
+    }
+}
+
+/// Makes durable how far the backup is: first the data, then the word of it.
+async fn save(job: &Job, partial: &mut Partial) -> Result<(), JobError> {
+    let done = job.done().await;
+    job.destination.finish(true).await?;
+    partial.save(done)
+}
+
+/// Reads what was copied again, by the dirty bits of `bitmap`, or everything.
+async fn verify(
+    work: Work<'_>,
+    (client, uri): (&Client, &NbdUri),
+    bitmap: Option<&MetaContextName>,
+    partial: &Partial,
+) -> Result<u64, JobError> {
+    let image = partial.open(work, Access::ReadOnly)?;
+    let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
+    let unit = source.alignment();
+    let extents = extents(client, bitmap, 0);
+    let copy = Source::image(Arc::new(image));
+    let verification = Arc::new(Verification::new(source, copy, unit, extents, work.context));
+    let result = verification.run(work.options.requests.get()).await;
+    result.map_err(|error| {
+        let error = error.in_words(format!("the backup is not as it should be: {error}"));
+        partial.failed(&error, "begin again with --restart")
+    })
+}
