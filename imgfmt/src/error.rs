@@ -251,7 +251,17 @@ fn detail_of(error: &io::Error) -> String {
              system allows"
                 .into()
         }
-        _ => error.to_string(),
+        _ => system_words(error),
+    }
+}
+
+/// The system's words for an error, without the number that the standard library puts after them.
+pub(crate) fn system_words(error: &io::Error) -> String {
+    let text = error.to_string();
+    let number = error.raw_os_error().map(|code| format!(" (os error {code})"));
+    match number.and_then(|number| text.strip_suffix(&number)) {
+        Some(words) => words.to_owned(),
+        None => text,
     }
 }
 
@@ -270,6 +280,12 @@ mod tests {
             error.to_string(),
             "cannot write to '/disk.img' at offset 4096: no space is left on the device; free some"
         );
+    }
+
+    #[test]
+    fn errors_of_the_system_are_words_without_a_number() {
+        let error = Error::from_io("read from", io::Error::from_raw_os_error(libc::EIO));
+        assert!(error.to_string().ends_with("Input/output error"), "{error}");
     }
 
     #[test]

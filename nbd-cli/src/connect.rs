@@ -185,6 +185,28 @@ fn usual_folder() -> Option<PathBuf> {
         .find(|folder| folder.join(CA_CERTIFICATE_FILE).is_file())
 }
 
+/// Refuses to copy an export to itself, as far as the URIs tell.
+///
+/// # Errors
+///
+/// If both name the same export of the same server.
+pub(crate) fn refuse_same_export(
+    source: Option<&NbdUri>,
+    destination: Option<&NbdUri>,
+) -> Result<(), CommandError> {
+    match (source, destination) {
+        (Some(source), Some(destination))
+            if source.transport == destination.transport
+                && source.export_name == destination.export_name =>
+        {
+            Err(CommandError::new(format!(
+                "{source} is the source and the destination; give another destination"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Connects, unless a signal interrupts that; an export that does not exist is reported together
 /// with those that do.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {

@@ -1,6 +1,7 @@
 //! Image formats as they are given on the command line.
 
 use std::ffi::OsStr;
+use std::path::Path;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser, ValueParserFactory};
 use clap::error::ErrorKind;
@@ -23,6 +24,20 @@ impl From<ImageFormat> for Format {
             ImageFormat::Qcow2 => Self::Qcow2,
         }
     }
+}
+
+/// A warning for a raw image whose name speaks of another format; `option` is the one for the format.
+pub(crate) fn name_of_another_format(path: &Path, format: Format, option: &str) -> Option<String> {
+    let ending = path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase();
+    let help = match ending.as_str() {
+        _ if format != Format::Raw => return None,
+        "qcow2" => format!("add {option} qcow2 if it is to be what its name says"),
+        "qcow" | "qed" | "vmdk" | "vdi" | "vhd" | "vhdx" => {
+            "choose a name that ends with .raw or .img".to_owned()
+        }
+        _ => return None,
+    };
+    Some(format!("'{}' becomes a raw image: {help}", path.display().to_string().escape_debug()))
 }
 
 /// The formats with their help.

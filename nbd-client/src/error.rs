@@ -10,6 +10,7 @@ use nbd_proto::uri::UriError;
 use nbd_proto::wire::{CommandType, Errno, OptionReplyType};
 use nbd_proto::{ApiMisuse, ProtocolError};
 
+use crate::system_words::system_words;
 use crate::tls::TlsError;
 
 /// Result of a client operation.
@@ -25,7 +26,7 @@ pub enum Error {
     #[error(transparent)]
     Uri(#[from] UriError),
     /// The server could not be reached.
-    #[error("cannot connect to {target}: {source}")]
+    #[error("cannot connect to {target}: {}", system_words(source))]
     Connect {
         /// The server's URI.
         target: Arc<str>,
@@ -44,7 +45,7 @@ pub enum Error {
         limit: Duration,
     },
     /// The connection broke during the handshake.
-    #[error("the connection to {target} broke {during}: {source}")]
+    #[error("the connection to {target} broke {during}: {}", system_words(source))]
     HandshakeLost {
         /// The server's URI.
         target: Arc<str>,
@@ -121,7 +122,7 @@ pub enum Error {
         reason: Arc<str>,
     },
     /// The system gave no thread to a client of [`blocking`](crate::blocking).
-    #[error("cannot start the thread that drives the connections: {0}")]
+    #[error("cannot start the thread that drives the connections: {}", system_words(.0))]
     NoThread(Arc<io::Error>),
     /// The client was disconnected, or the runtime that drives its connections has ended.
     #[error("the client is disconnected: connect again")]
@@ -154,7 +155,7 @@ impl Error {
 #[non_exhaustive]
 pub enum LostConnection {
     /// The system reported an error.
-    #[error("{0}")]
+    #[error("{}", system_words(.0))]
     Io(Arc<io::Error>),
     /// The server closed the connection without being asked to.
     #[error("the server closed it {0}")]
@@ -210,5 +211,20 @@ impl LostConnection {
 impl From<io::Error> for LostConnection {
     fn from(error: io::Error) -> Self {
         Self::Io(Arc::new(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_the_system_are_words_without_a_number() {
+        let refused = || Arc::new(io::Error::from_raw_os_error(111));
+        let target: Arc<str> = "nbd://host".into();
+        let connect = Error::Connect { target: target.clone(), source: refused() };
+        assert_eq!(connect.to_string(), "cannot connect to nbd://host: Connection refused");
+        let lost = Error::Lost { target, reason: LostConnection::Io(refused()) };
+        assert!(lost.to_string().ends_with("was lost: Connection refused"), "{lost}");
     }
 }

@@ -91,6 +91,7 @@ mod settings;
 #[cfg(feature = "image")]
 mod storage;
 mod stream;
+mod system_words;
 mod tls;
 mod transport;
 

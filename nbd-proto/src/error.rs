@@ -2,6 +2,39 @@
 
 use thiserror::Error;
 
+/// What a client waits for first.
+pub(crate) const GREETING: &str = "a greeting (NBDMAGIC)";
+
+/// What servers of other protocols begin with.
+const OTHER_PROTOCOLS: [(&[u8], &str); 7] = [
+    (b"HTTP/", "HTTP"),
+    (b"SSH-", "SSH"),
+    (b"220 ", "SMTP or FTP"),
+    (b"220-", "SMTP or FTP"),
+    (b"RFB ", "VNC"),
+    (b"* OK", "IMAP"),
+    (b"+OK", "POP3"),
+];
+
+fn bad_magic(expected: &str, found: u64) -> String {
+    let bytes = found.to_be_bytes();
+    let other = OTHER_PROTOCOLS.iter().find(|(start, _)| bytes.starts_with(start));
+    match (other, std::str::from_utf8(&bytes)) {
+        (Some((_, protocol)), _) if expected == GREETING => {
+            format!("this is not an NBD server: it speaks {protocol}; check the host and the port")
+        }
+        (_, Ok(text))
+            if expected == GREETING && text.bytes().all(|byte| matches!(byte, b' '..=b'~')) =>
+        {
+            format!("this is not an NBD server: it begins with '{text}' instead of {expected}")
+        }
+        _ => format!(
+            "peer sent {found:#x} in place of {expected}: it does not speak NBD, or the stream is \
+             out of sync"
+        ),
+    }
+}
+
 /// The peer sent something that the protocol forbids, or something we refuse to process.
 ///
 /// After such an error the byte stream cannot be trusted any more: close the connection.
@@ -9,9 +42,7 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum ProtocolError {
     /// A magic number is not the one that has to stand here.
-    #[error(
-        "peer sent {found:#x} where {expected} has to stand: this is no NBD peer, or the stream is out of sync"
-    )]
+    #[error("{}", bad_magic(expected, *found))]
     BadMagic {
         /// The name of the message expected.
         expected: &'static str,
@@ -149,4 +180,24 @@ pub enum ApiMisuse {
         /// What is wrong with it.
         why: &'static str,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_of_other_protocols_are_named() {
+        for (found, words) in [
+            (b"HTTP/1.1", "it speaks HTTP;"),
+            (b"SSH-2.0-", "it speaks SSH;"),
+            (b"220 mail", "it speaks SMTP or FTP;"),
+            (b"whatever", "it begins with 'whatever'"),
+            (b"\0\x01345678", "0x"),
+        ] {
+            let found = u64::from_be_bytes(*found);
+            let error = ProtocolError::BadMagic { expected: GREETING, found }.to_string();
+            assert!(error.contains(words), "{error}");
+        }
+    }
 }

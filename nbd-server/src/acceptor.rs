@@ -8,6 +8,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 
 use crate::connection::Socket;
+use crate::error::system_words;
 use crate::listener::Listener;
 use crate::shutdown::{Phase, Shutdown};
 use crate::worker::Accepted;
@@ -75,7 +76,10 @@ impl Acceptor {
                 }
                 Err(error) if is_of_the_client(&error) => tracing::debug!(%error, "accept"),
                 Err(error) => {
-                    tracing::warn!(%error, "cannot accept a client; trying again");
+                    tracing::warn!(
+                        error = system_words(&error),
+                        "cannot accept a client; trying again"
+                    );
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }

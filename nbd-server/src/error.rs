@@ -13,7 +13,7 @@ pub(crate) const SOCKET_PATH_MAX: usize = 107;
 #[non_exhaustive]
 pub enum ServeError {
     /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {}", advice(source))]
+    #[error("cannot listen on {address}: {}", advice(address, source))]
     Bind {
         /// The address as it was given.
         address: String,
@@ -65,7 +65,7 @@ pub enum ServeError {
     #[error("the server has no address to listen on")]
     NoListener,
     /// A worker thread could not be started.
-    #[error("cannot start a worker thread: {0}")]
+    #[error("cannot start a worker thread: {}", system_words(.0))]
     Worker(io::Error),
     /// Data could not be made durable at the end.
     #[error("the export \"{export}\" could not be flushed at the end: {message}; data may be lost")]
@@ -77,16 +77,37 @@ pub enum ServeError {
     },
 }
 
-fn advice(source: &io::Error) -> String {
+/// What helps; `address` is a path or has a port.
+fn advice(address: &str, source: &io::Error) -> String {
     match source.kind() {
         io::ErrorKind::AddrInUse => {
             "another program is using this address; stop it or choose another port".to_owned()
         }
+        io::ErrorKind::PermissionDenied if !has_port(address) => {
+            "permission denied; choose a path in a directory that this user may write to".to_owned()
+        }
         io::ErrorKind::PermissionDenied => {
-            "permission denied; choose another path or a port above 1023".to_owned()
+            "permission denied; choose a port above 1023, or run as root".to_owned()
         }
         io::ErrorKind::AddrNotAvailable => "this machine has no such address".to_owned(),
-        _ => source.to_string(),
+        _ => system_words(source),
+    }
+}
+
+/// Whether it ends with a port, as addresses other than paths do.
+fn has_port(address: &str) -> bool {
+    let port = address.rsplit_once(':').map(|(_, port)| port);
+    !address.contains('/')
+        && port.is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+/// The system's words for an error, without the number that the standard library puts after them.
+pub(crate) fn system_words(error: &io::Error) -> String {
+    let text = error.to_string();
+    let number = error.raw_os_error().map(|code| format!(" (os error {code})"));
+    match number.and_then(|number| text.strip_suffix(&number)) {
+        Some(words) => words.to_owned(),
+        None => text,
     }
 }
 
@@ -113,4 +134,32 @@ pub enum RegistryError {
         /// What is wrong with it.
         why: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn permission_to_listen_is_explained_for_paths_and_for_ports() {
+        let denied = |address: &str| {
+            let source = io::Error::from_raw_os_error(13);
+            ServeError::Bind { address: address.to_owned(), source }.to_string()
+        };
+        for path in ["/run/s", "a/b:1", "socket"] {
+            assert!(denied(path).contains("choose a path"), "{path}");
+            assert!(!denied(path).contains("port"), "{path}");
+        }
+        for address in ["127.0.0.1:80", "[::1]:80", "localhost:80"] {
+            assert!(denied(address).contains("choose a port"), "{address}");
+            assert!(!denied(address).contains("path"), "{address}");
+        }
+    }
+
+    #[test]
+    fn errors_of_the_system_are_words_without_a_number() {
+        let error = ServeError::Worker(io::Error::from_raw_os_error(11));
+        assert!(error.to_string().ends_with("Resource temporarily unavailable"), "{error}");
+        assert_eq!(system_words(&io::Error::other("no (os error 5)")), "no (os error 5)");
+    }
 }

@@ -11,7 +11,7 @@ use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::connection::Socket;
-use crate::error::SOCKET_PATH_MAX;
+use crate::error::{SOCKET_PATH_MAX, system_words};
 use crate::handover::take_over;
 use crate::{ServeError, sys};
 
@@ -285,7 +285,7 @@ fn open_inherited() -> Result<Vec<Listener>, ServeError> {
 
 /// Turns a descriptor into a listener, whichever family its socket has.
 fn adopt(fd: OwnedFd) -> Result<Listener, ServeError> {
-    let refuse = |error: io::Error| ServeError::Systemd { why: error.to_string() };
+    let refuse = |error: io::Error| ServeError::Systemd { why: system_words(&error) };
     let listening = rustix::net::sockopt::socket_acceptconn(fd.as_fd())
         .map_err(|error| refuse(error.into()))?;
     if !listening {

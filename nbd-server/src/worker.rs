@@ -14,6 +14,7 @@ use tracing::Instrument;
 
 use crate::ServeError;
 use crate::connection::{self, Newcomer, Shared, Socket, Thread};
+use crate::error::system_words;
 use crate::shutdown::Shutdown;
 
 /// How exactly pauses are kept, in nanoseconds.
@@ -60,7 +61,9 @@ impl Workers {
             match Worker::start(self.workers.len(), self.shared.clone(), self.shutdown.clone()) {
                 Ok(worker) => self.workers.push(worker),
                 Err(error) if self.workers.is_empty() => return Err(ServeError::Worker(error)),
-                Err(error) => tracing::warn!(%error, "no further worker thread"),
+                Err(error) => {
+                    tracing::warn!(error = system_words(&error), "no further worker thread");
+                }
             }
         }
         if let Some(worker) = self.workers.iter().min_by_key(|worker| load(worker)) {
@@ -124,7 +127,7 @@ async fn run(
                             let newcomer = Newcomer { socket, peer: &peer, ungreeted };
                             connection::serve(newcomer, shared, shutdown, thread).await;
                         },
-                        Err(error) => tracing::warn!(%error, "cannot use the socket"),
+                        Err(error) => tracing::warn!(error = system_words(&error), "cannot use the socket"),
                     }
                 }.instrument(span));
             }

@@ -12,6 +12,7 @@ use super::layout::{
     HEADER_BYTES, Identity, LOG_OFFSET, Layout, SLOT_BYTES,
 };
 use super::now_nanoseconds;
+use crate::error::system_words;
 use crate::options::Survives;
 
 /// The image may have been changed so much later than its last change was noted.
@@ -68,7 +69,9 @@ impl fmt::Display for Rejection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Missing => f.write_str("the file with the bits is gone"),
-            Self::InUse(error) => write!(f, "the file with the bits is in use: {error}"),
+            Self::InUse(error) => {
+                write!(f, "the file with the bits is in use: {}", system_words(error))
+            }
             Self::OtherSession => {
                 f.write_str("the file with the bits belongs to another session or another image")
             }
@@ -81,8 +84,10 @@ impl fmt::Display for Rejection {
                 write!(f, "another program has changed the image: {what}")
             }
             Self::OtherSize => f.write_str("the size of the disk has changed since"),
-            Self::Untrusted(error) => write!(f, "{error}"),
-            Self::Io(error) => write!(f, "the file with the bits cannot be read: {error}"),
+            Self::Untrusted(error) => f.write_str(&system_words(error)),
+            Self::Io(error) => {
+                write!(f, "the file with the bits cannot be read: {}", system_words(error))
+            }
         }
     }
 }

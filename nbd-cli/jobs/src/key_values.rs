@@ -49,7 +49,7 @@ impl KeyValues {
     /// A sentence about what is wrong.
     pub fn from_json(text: &str) -> Result<Self, String> {
         let value: Value =
-            serde_json::from_str(text).map_err(|error| format!("this is no JSON: {error}"))?;
+            serde_json::from_str(text).map_err(|_| "this is not valid JSON".to_owned())?;
         let Value::Object(_) = value else {
             return Err("the JSON text is not an object".to_owned());
         };

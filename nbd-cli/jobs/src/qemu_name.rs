@@ -234,7 +234,7 @@ mod tests {
             (r#"json:{"path":"/s"}"#, "'path'"),
             (r#"json:{"file":{"path":"/s"}}"#, "no driver"),
             ("json:[]", "not an object"),
-            ("json:{", "no JSON"),
+            ("json:{", "not valid JSON"),
         ] {
             let error = from_name_in_image(name).unwrap_err();
             assert!(error.contains(part), "{name}: {error}");

@@ -79,8 +79,8 @@ fn absolute(source: &str) -> Result<String, CommandError> {
 }
 
 fn print(request: &Request, result: Value, output: &mut Output) -> Result<(), CommandError> {
-    let unclear = |error: serde_json::Error| {
-        CommandError::new(format!("the server's reply cannot be understood: {error}"))
+    let unclear = |_: serde_json::Error| {
+        CommandError::new("the server's reply cannot be understood; are both of one version?")
     };
     match request {
         Request::List {} => {

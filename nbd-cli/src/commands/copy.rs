@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use clap::Args;
 use nbd_jobs::{CopyOptions, Durable, JobErrorKind, Knowledge, Location, Zeroes};
 
-use crate::connect::{ConnectionArgs, TlsArgs};
+use crate::connect::{ConnectionArgs, TlsArgs, refuse_same_export};
 use crate::error::{CommandError, Outcome, block_on};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
@@ -121,6 +121,7 @@ pub(crate) fn run(args: CopyArgs) -> Result<Outcome, CommandError> {
 
 fn check(args: &CopyArgs) -> Result<(), CommandError> {
     args.tls.check([&args.source, &args.destination].into_iter().filter_map(Location::uri))?;
+    refuse_same_export(args.source.uri(), args.destination.uri())?;
     let request = args.request_size.bytes();
     if !request.is_power_of_two() || !(512..=MAX_REQUEST_SIZE).contains(&request) {
         return Err(CommandError::new(format!(

@@ -53,12 +53,26 @@ pub struct InfoArgs {
     #[arg(long, value_name = "X", value_enum, conflicts_with = "list", group = "question")]
     pub can: Option<Property>,
 
-    /// Exit with 0 if this is so, with 2 if not.
-    #[arg(long, value_name = "X", value_enum, conflicts_with = "list", group = "question")]
+    /// Exit with 0 if this is so, with 2 if not; the values are those of --can.
+    #[arg(
+        long,
+        value_name = "X",
+        value_enum,
+        hide_possible_values = true,
+        conflicts_with = "list",
+        group = "question"
+    )]
     pub is: Option<Property>,
 
-    /// Exit with 0 if the server has this, with 2 if not.
-    #[arg(long, value_name = "X", value_enum, conflicts_with = "list", group = "question")]
+    /// Exit with 0 if the server has this, with 2 if not; the values are those of --can.
+    #[arg(
+        long,
+        value_name = "X",
+        value_enum,
+        hide_possible_values = true,
+        conflicts_with = "list",
+        group = "question"
+    )]
     pub has: Option<Property>,
 
     /// Say what the first bytes of the export look like, also with --list.

@@ -11,10 +11,10 @@ use serde::Serialize;
 use super::image::open::OpenArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
-use crate::image_format::ImageFormat;
+use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::location_parser::LocationParser;
 use crate::locking::{ShareArgs, advise_sharing};
-use crate::output::{Output, ReportFormat, printable};
+use crate::output::{Output, ReportFormat, printable, warn};
 use crate::progress::Visibility;
 use crate::shown::Shown;
 use crate::size::rounded;
@@ -104,6 +104,12 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
         ));
     }
     args.tls.check(args.destination.uri())?;
+    if let Location::File(path) = &args.destination
+        && let Some(why) =
+            name_of_another_format(path, args.output_format.into(), "--output-format")
+    {
+        warn(&why);
+    }
     let report = block_on(restore(args))?;
     if !args.quiet {
         report.print(ReportFormat::from_json_flag(args.json))?;

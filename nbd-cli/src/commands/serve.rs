@@ -79,6 +79,10 @@ pub struct ServeArgs {
     #[arg(short, long, value_name = "[ADDR][:PORT]")]
     pub listen: Vec<TcpAddress>,
 
+    /// The port of other servers' command lines; refused, with the option to use.
+    #[arg(long, hide = true, value_name = "PORT", value_parser = there_is_no_port)]
+    pub port: Option<String>,
+
     /// Listen on a unix socket. May be repeated.
     #[arg(short = 'U', long, value_name = "PATH")]
     pub socket: Vec<PathBuf>,
@@ -226,6 +230,11 @@ pub struct ServeArgs {
     /// Memory for the large requests of all connections.
     #[arg(long, value_name = "SIZE", default_value = "256M", help_heading = "Limits")]
     pub memory: ByteSize,
+}
+
+/// Refuses `--port`.
+fn there_is_no_port(port: &str) -> Result<String, String> {
+    Err(format!("write --listen 127.0.0.1:{port}, or --listen 0.0.0.0:{port} for all addresses"))
 }
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {

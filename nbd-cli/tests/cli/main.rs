@@ -95,3 +95,4 @@ mod serve_upstream;
 mod signals;
 mod timeout;
 mod verbose;
+mod words;

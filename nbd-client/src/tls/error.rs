@@ -7,6 +7,8 @@ use std::sync::Arc;
 use nbd_proto::handshake::OptionError;
 use nbd_proto::tls::KeyFileError;
 
+use crate::system_words::system_words;
+
 /// Why there is no TLS, or no connection without it.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
@@ -53,7 +55,7 @@ pub enum TlsError {
     )]
     NoHostName,
     /// A file with credentials cannot be read.
-    #[error("cannot read {what} '{}': {source}", path.display())]
+    #[error("cannot read {what} '{}': {}", path.display(), system_words(source))]
     File {
         /// What it should hold.
         what: &'static str,

@@ -30,6 +30,7 @@ use crate::ServerConfig;
 use crate::access::{Access, Refusal};
 use crate::budget::Budget;
 use crate::clients::Clients;
+use crate::error::system_words;
 use crate::export::ExportRegistry;
 use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, Shutdown};
@@ -72,7 +73,7 @@ pub(crate) enum ConnectionError {
     #[cfg(feature = "tls")]
     #[error(transparent)]
     Tls(#[from] tls::TlsFailure),
-    #[error("{0}")]
+    #[error("{}", system_words(.0))]
     Io(#[from] std::io::Error),
     #[error("long options of other clients hold all the memory there is for them")]
     LongOptions,

@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use super::receive::ReceiveBuffer;
 use super::socket::{More, Socket, Traffic};
+use crate::error::system_words;
 use crate::queue::GroupId;
 use crate::scheduler::Scheduler;
 use crate::tls::{Notes, PeerIdentity, TlsCredentials, TlsError, explain_handshake};
@@ -38,7 +39,7 @@ const HANDSHAKE_TIME: u64 = 1_000_000;
 /// Why there is no TLS with a client.
 #[derive(Debug, Error)]
 pub(crate) enum TlsFailure {
-    #[error("{0}")]
+    #[error("{}", system_words(.0))]
     Io(#[from] io::Error),
     #[error(transparent)]
     Credentials(#[from] TlsError),

@@ -9,6 +9,7 @@ use openssl::ssl;
 use thiserror::Error;
 
 use super::notes::{Notes, printable};
+use crate::error::system_words;
 
 /// Credentials that cannot be used.
 #[derive(Debug, Error)]
@@ -82,7 +83,7 @@ fn advice(source: &io::Error) -> String {
         io::ErrorKind::PermissionDenied => {
             "permission denied; let the user this server runs as read it".to_owned()
         }
-        _ => source.to_string(),
+        _ => system_words(source),
     }
 }
 
@@ -93,7 +94,7 @@ pub(crate) fn explain_handshake(error: &ssl::Error, notes: Option<&Notes>) -> St
         return refusal;
     }
     let Some(stack) = error.ssl_error() else {
-        return error.io_error().map_or_else(|| error.to_string(), ToString::to_string);
+        return error.io_error().map_or_else(|| error.to_string(), system_words);
     };
     let reasons: Vec<&str> = stack.errors().iter().filter_map(|error| error.reason()).collect();
     let user = notes.and_then(Notes::user);

@@ -14,6 +14,7 @@ use std::collections::HashSet;
 
 use crate::bitmap::{BITMAP_NAME_BYTES_MAX, GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN};
 use crate::bytes::{u16_at, u32_at, u64_at};
+use crate::error::system_words;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::{Header, autoclear};
 use crate::storage::Storage;
@@ -73,14 +74,14 @@ pub(super) fn read(
         return Ok(None);
     };
     let (place, count) = decode_extension(content, header.geometry)?;
-    let file_length = storage.len().map_err(|error| error.to_string())?;
+    let file_length = storage.len().map_err(|error| system_words(&error))?;
     if place.offset.checked_add(place.length).is_none_or(|end| end > file_length) {
         return Err("its bitmap directory lies behind the end of the file".into());
     }
     let mut bytes = vec![0; place.length as usize];
-    storage
-        .read_exact_at(HostOffset::new(place.offset), &mut bytes)
-        .map_err(|error| format!("its bitmap directory cannot be read: {error}"))?;
+    storage.read_exact_at(HostOffset::new(place.offset), &mut bytes).map_err(|error| {
+        format!("its bitmap directory cannot be read: {}", system_words(&error))
+    })?;
     Ok(Some((place, decode(&bytes, count, header)?)))
 }
 

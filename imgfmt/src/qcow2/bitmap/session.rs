@@ -16,7 +16,7 @@ use super::change::Planned;
 use super::directory::{Entry, flag};
 use crate::bitmap::{Bitmap, Bits, Condition, Recording, State};
 use crate::bytes::u64_at;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, Result, system_words};
 use crate::options::{Access, Survives};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::{
@@ -84,8 +84,9 @@ impl Qcow2 {
     fn sidecar_is_busy(&self, error: &std::io::Error) -> Error {
         let name = self.sidecar_place().map(|place| place.name()).unwrap_or_default();
         let detail = format!(
-            "its dirty bitmaps are to be recovered from '{name}', but {error}; try again when that \
-             is done (or move the file away, if the bitmaps may be lost)"
+            "its dirty bitmaps are to be recovered from '{name}', but {}; try again when that is \
+             done (or move the file away, if the bitmaps may be lost)",
+            system_words(error)
         );
         self.metadata.named(Error::new(ErrorKind::Busy, "open", detail))
     }

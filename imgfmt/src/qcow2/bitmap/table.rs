@@ -5,7 +5,7 @@
 
 use super::directory::{OFFSET_MASK, Table};
 use crate::bitmap::Bits;
-use crate::error::Result;
+use crate::error::{Result, system_words};
 use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::words::read_words;
@@ -34,7 +34,7 @@ impl Qcow2 {
             ));
         }
         let words = self.table_words(table)?;
-        let file_length = self.metadata.file.len().map_err(|error| error.to_string())?;
+        let file_length = self.metadata.file.len().map_err(|error| system_words(&error))?;
         let bits = Bits::new(size, granularity_bits);
         let mut buffer = vec![0; cluster as usize];
         for (index, entry) in words.into_iter().enumerate() {
@@ -44,7 +44,8 @@ impl Qcow2 {
                 ALL_ONES => bits.load_ones(start, cluster),
                 offset if is_cluster(offset, cluster) && offset < file_length => {
                     let read = self.metadata.file.read_at(HostOffset::new(offset), &mut buffer);
-                    let read = read.map_err(|error| format!("it cannot be read: {error}"))?;
+                    let read = read
+                        .map_err(|error| format!("it cannot be read: {}", system_words(&error)))?;
                     buffer[read..].fill(0);
                     bits.load(start, &buffer[..(bytes - start).min(cluster) as usize]);
                 }
@@ -56,7 +57,7 @@ impl Qcow2 {
 
     /// The entries of a table that lies within the file.
     pub(super) fn table_words(&self, table: Table) -> Result<Vec<u64>, String> {
-        let length = self.metadata.file.len().map_err(|error| error.to_string())?;
+        let length = self.metadata.file.len().map_err(|error| system_words(&error))?;
         let end = table.offset.checked_add(u64::from(table.entries) * 8);
         if end.is_none_or(|end| end > length) {
             return Err("its table lies behind the end of the file".into());

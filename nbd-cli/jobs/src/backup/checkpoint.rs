@@ -128,7 +128,7 @@ fn uri_of_view(
     server: Server<'_>,
     begun: Value,
 ) -> Result<(NbdUri, Issued), JobError> {
-    let begun: Begun = serde_json::from_value(begun).map_err(|error| not_understood(&error))?;
+    let begun: Begun = serde_json::from_value(begun).map_err(|_| not_understood())?;
     let uuid = |text: &Option<String>| text.as_deref().and_then(|text| text.parse().ok());
     let mut issued = Issued::ours()?;
     issued.backup = uuid(&begun.backup).unwrap_or(issued.backup);
@@ -170,7 +170,7 @@ async fn refuse_wrong(
     socket: &mut Socket,
 ) -> Result<(), JobError> {
     let listing: Listing = serde_json::from_value(socket.call(Request::List {}).await?)
-        .map_err(|error| not_understood(&error))?;
+        .map_err(|_| not_understood())?;
     let bitmap = work.options.bitmap.as_deref().unwrap_or_default();
     let export = listing.exports.iter().find(|found| found.name == export);
     if let Some(export) = export {
@@ -193,9 +193,9 @@ async fn refuse_wrong(
     }
 }
 
-fn not_understood(error: &serde_json::Error) -> JobError {
+fn not_understood() -> JobError {
     JobError::new(
         JobErrorKind::ControlSocket,
-        format!("the server's reply cannot be understood: {error}"),
+        "the server's reply cannot be understood; are both of one version?",
     )
 }

@@ -78,11 +78,10 @@ impl Conversation {
             Ok(Reply::Error(failure)) => {
                 Err(JobError::new(JobErrorKind::ControlSocket, printable(&failure.message)))
             }
-            Err(error) => Err(JobError::new(
+            Err(_) => Err(JobError::new(
                 JobErrorKind::ControlSocket,
                 format!(
-                    "'{}' is not the control socket of a server: its reply cannot be understood \
-                 ({error})",
+                    "'{}' is not the control socket of a server: its reply cannot be understood",
                     self.path.display()
                 ),
             )),
@@ -92,9 +91,16 @@ impl Conversation {
     fn exchange(&mut self, request: &Request) -> io::Result<Vec<u8>> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
-        self.stream.get_mut().write_all(&line)?;
+        // A server that speaks something else may close the connection before it has read this.
+        let sent = self.stream.get_mut().write_all(&line);
         let mut reply = Vec::new();
-        self.stream.by_ref().take(MAX_REPLY_LEN).read_until(b'\n', &mut reply)?;
+        let read = self.stream.by_ref().take(MAX_REPLY_LEN).read_until(b'\n', &mut reply);
+        if reply.starts_with(b"NBDMAGIC") {
+            return Err(io::Error::other(
+                "it is a socket for NBD clients; give the path of the server's --control",
+            ));
+        }
+        sent.and(read)?;
         if reply.last() != Some(&b'\n') {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed it"));
         }

@@ -20,9 +20,9 @@ use self::copier::{Copy, Target};
 use super::create::{Compat, Qcow2Args};
 use super::open::OpenArgs;
 use super::place::Place;
-use crate::connect::ServerArgs;
+use crate::connect::{ServerArgs, refuse_same_export};
 use crate::error::{CommandError, Outcome};
-use crate::image_format::ImageFormat;
+use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::warn;
 use crate::progress::{Progress, ProgressArgs};
@@ -140,9 +140,15 @@ pub struct ConvertArgs {
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let [from, destination] =
         Place::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
+    refuse_same_export(from.uri(), destination.uri())?;
     let exists = args.no_create || matches!(destination, Place::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
+    if let (Place::File(path), false) = (&destination, exists)
+        && let Some(why) = name_of_another_format(path, format, "--output-format")
+    {
+        warn(&why);
+    }
     let patient = ServerArgs { reconnect: Some(args.reconnect), ..args.server.clone() };
     let mut read = args.share.apply(args.open.options_with(&patient));
     read.snapshot.clone_from(&args.snapshot);

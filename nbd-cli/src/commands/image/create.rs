@@ -13,8 +13,9 @@ use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use super::info::print_json;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
-use crate::image_format::ImageFormat;
+use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::locking::LockArgs;
+use crate::output::warn;
 use crate::remote::allow_exports;
 use crate::shown::warnings;
 use crate::signals;
@@ -186,6 +187,9 @@ impl Qcow2Args {
 
 pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     let mut options = CreateOptions::new(args.format.into(), 0);
+    if let Some(why) = name_of_another_format(&args.path, options.format, "--format") {
+        warn(&why);
+    }
     options.size = args.size.map(ByteSize::bytes);
     options.locking = args.locks.locking();
     options.backing_policy = allow_exports(OpenPolicy::any_file(), &ServerArgs::default());

@@ -37,6 +37,7 @@ pub use phase::OptionPhase;
 use super::Negotiated;
 use crate::ProtocolError;
 use crate::codec::Reader;
+use crate::error::GREETING;
 use crate::limits::{EXPORT_NAME_PADDING_LEN, MAX_EXPORT_SIZE};
 use crate::wire::{BlockSizes, ClientFlags, HandshakeFlags, ReplyMode, TransmissionFlags, magic};
 
@@ -84,7 +85,7 @@ impl ClientHandshake {
         let mut reader = Reader::new(input);
         let Some(found) = reader.u64() else { return Ok(ClientStep::NeedsInput(self)) };
         if found != magic::INIT {
-            return Err(ProtocolError::BadMagic { expected: "a greeting (NBDMAGIC)", found });
+            return Err(ProtocolError::BadMagic { expected: GREETING, found });
         }
         let Some(found) = reader.u64() else { return Ok(ClientStep::NeedsInput(self)) };
         match found {

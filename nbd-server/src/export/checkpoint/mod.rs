@@ -19,6 +19,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 use self::preserved::{Patience, Preserved};
 pub use self::view::{PointInTimeView, StatusFn};
 use super::{Durability, Export, ExportError, MayBlock, Operation, Speed, TryWrite, ZeroMode};
+use crate::error::system_words;
 
 /// Why a checkpoint cannot be begun or is lost.
 #[derive(Debug, thiserror::Error)]
@@ -31,7 +32,7 @@ pub enum CheckpointError<E> {
     #[error("no checkpoint of this disk is in progress")]
     NotInProgress,
     /// The file for what is overwritten cannot be used.
-    #[error("the file for what is overwritten cannot be as long as the disk: {0}")]
+    #[error("the file for what is overwritten cannot be as long as the disk: {}", system_words(.0))]
     File(#[source] std::io::Error),
     /// What was to be done at the moment of the checkpoint failed; there is no checkpoint.
     #[error("{0}")]

@@ -11,6 +11,7 @@ use nbd_proto::wire::{AllocationFlags, MetaContextName};
 
 use super::granules::Granules;
 use super::log::{Found, Log, PART_LEN_MAX};
+use crate::error::system_words;
 use crate::export::{Export, ExportError, Holes, TryRead};
 
 /// Longest part that is copied at a time, in bytes.
@@ -178,8 +179,9 @@ impl Preserved {
             }
             // The file is zero where nothing was written.
             if buffer.iter().any(|&byte| byte != 0) {
-                self.keep(&run, offset, buffer)
-                    .map_err(|error| format!("cannot set aside what is overwritten: {error}"))?;
+                self.keep(&run, offset, buffer).map_err(|error| {
+                    format!("cannot set aside what is overwritten: {}", system_words(&error))
+                })?;
             }
             self.granules.set(&run);
             Ok(true)
