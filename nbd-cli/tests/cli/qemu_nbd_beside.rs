@@ -255,3 +255,18 @@ fn every_option_of_theirs_is_offered_or_refused_by_name() {
     }
     assert!(versions[0].contains("nbd-cli"), "it says who it is: {}", versions[0]);
 }
+
+#[test]
+fn a_snapshot_of_an_image_on_a_server_is_served() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = disk_and_qcow2(&qemu_img, &qemu_io);
+    let qcow2 = disk.beside("disk.qcow2");
+    let ours = disk.beside("qemu-nbd");
+    std::os::unix::fs::symlink(crate::support::PROGRAM, &ours).expect("a link");
+    let below = crate::support::Server::ours(&["--read-only", "--format", "raw", &qcow2]);
+    let options = ["-r", "-f", "qcow2", "-l", "first", below.uri()];
+    let server = crate::support::Server::qemu_nbd(Path::new(&ours), "", &options);
+    let state = disk.beside("first.img");
+    peer(&qemu_img, &["convert", "-l", "first", "-O", "raw", &qcow2, &state]);
+    crate::support::nbd_cli(&["image", "compare", server.uri(), &state]).success();
+}

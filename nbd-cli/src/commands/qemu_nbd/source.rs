@@ -202,10 +202,19 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
 fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, String> {
     let mut options = OpenOptions::new().access(Access::ReadOnly).locking(disk.locking);
     options.format = disk.format;
-    let (Place::File(path), true) = (&disk.place, disk.part == Window::default()) else {
-        return Err("-l (--load-snapshot) is supported for images in files of their own".to_owned());
+    let info = match (&disk.place, disk.part == Window::default()) {
+        (Place::File(path), true) => Image::inspect_file(path, &options),
+        (Place::Export(uri), true) => {
+            let storage = open_export(Connector::new(NbdUri::clone(uri)));
+            let storage = storage.map_err(|error| error.to_string())?;
+            Image::inspect_storage(Arc::new(storage), &options)
+        }
+        _ => {
+            let why = "-l (--load-snapshot) is supported for images that fill a file or an export";
+            return Err(why.to_owned());
+        }
     };
-    let info = Image::inspect_file(path, &options).map_err(|error| error.to_string())?;
+    let info = info.map_err(|error| error.to_string())?;
     let Some(qcow2) = info.qcow2 else {
         return Err(format!("Failed to load snapshot: a {} image has none", info.format));
     };
