@@ -9,6 +9,7 @@ pub mod commands;
 mod connect;
 mod context;
 mod error;
+mod file_path;
 pub mod help;
 mod image_format;
 mod location_parser;

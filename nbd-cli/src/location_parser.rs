@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
 use nbd_jobs::Location;
+use nbd_jobs::qemu_name::path_in;
 
 /// Reads a location; names of files need not be text.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +20,7 @@ impl TypedValueParser for LocationParser {
         argument: Option<&clap::Arg>,
         value: &OsStr,
     ) -> Result<Self::Value, clap::Error> {
-        let Some(text) = value.to_str() else { return Ok(Location::File(value.into())) };
+        let Some(text) = value.to_str() else { return Ok(Location::File(path_in(value).into())) };
         text.parse().map_err(|why| {
             let name = argument.map(ToString::to_string).unwrap_or_default();
             let message = format!("invalid value '{text}' for '{name}': {why}\n");

@@ -200,7 +200,9 @@ fn with_advice(error: &Error) -> String {
         Error::Connect { source, .. } => match source.kind() {
             std::io::ErrorKind::ConnectionRefused => "; is the server running there?",
             std::io::ErrorKind::NotFound => "; there is no such socket, is the server running?",
-            std::io::ErrorKind::PermissionDenied => "; use it as its owner, or let its owner give you the right to write to it",
+            std::io::ErrorKind::PermissionDenied => {
+                "; use it as its owner, or let its owner give you the right to write to it"
+            }
             std::io::ErrorKind::TimedOut | std::io::ErrorKind::HostUnreachable => {
                 "; check the address and the firewall"
             }

@@ -4,9 +4,10 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use imgfmt::Format;
 use nbd_proto::NbdUri;
 
-use crate::qemu_name::{FILE_PREFIX, JSON_SCHEME, NameInImage, from_name, from_name_in_image};
+use crate::qemu_name::{FILE_PREFIX, FormatInName, NameInImage, from_json, from_name};
 
 /// Where to copy from or to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,14 +52,13 @@ impl FromStr for Location {
         if is_nbd {
             return from_name(text).map(Self::Nbd);
         }
-        if scheme == JSON_SCHEME {
-            return match from_name_in_image(text)? {
-                NameInImage::Export(uri) => Ok(Self::Nbd(*uri)),
-                // Which format is meant the options for formats say.
-                NameInImage::File(path) => Err(format!(
-                    "a file is given by its name: write '{}' and add the option for its format",
-                    path.display()
-                )),
+        if let Some(object) = text.strip_prefix("json:") {
+            return match from_json(object)? {
+                (_, FormatInName::Said(Format::Qcow2)) => {
+                    Err("the disk in an image is copied with 'nbd-cli image convert'".into())
+                }
+                (NameInImage::Export(uri), _) => Ok(Self::Nbd(*uri)),
+                (NameInImage::File(path), _) => Ok(Self::File(path)),
             };
         }
         if text.contains("://") && !scheme.contains('/') {

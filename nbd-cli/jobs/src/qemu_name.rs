@@ -5,6 +5,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
+use imgfmt::Format;
 use nbd_proto::limits::DEFAULT_PORT;
 use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 
@@ -77,12 +78,38 @@ pub fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
     if let Some(path) = text.strip_prefix(FILE_PREFIX) {
         return Ok(NameInImage::File(path.into()));
     }
-    let Some(object) = text.strip_prefix("json:") else {
-        return from_name(text).map(Box::new).map(NameInImage::Export);
-    };
+    match text.strip_prefix("json:") {
+        Some(object) => from_json(object).map(|(name, _)| name),
+        None => from_name(text).map(Box::new).map(NameInImage::Export),
+    }
+}
+
+/// What the options of drivers say about the format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FormatInName {
+    /// Nothing: it is found by looking.
+    Unsaid,
+    /// There is a driver of this format.
+    Said(Format),
+    /// There is no driver of a format: bytes as they are.
+    Bytes,
+}
+
+/// What a JSON object with the options of drivers stands for, and in which format that is.
+///
+/// # Errors
+///
+/// As [`from_name_in_image`].
+pub fn from_json(object: &str) -> Result<(NameInImage, FormatInName), String> {
     let mut options = KeyValues::from_json(object)?;
     let mut driver = options.take("driver");
-    if let None | Some("raw" | "qcow2") = driver.as_deref() {
+    let format = match driver.as_deref() {
+        None => FormatInName::Unsaid,
+        Some("raw") => FormatInName::Said(Format::Raw),
+        Some("qcow2") => FormatInName::Said(Format::Qcow2),
+        Some(_) => FormatInName::Bytes,
+    };
+    if format != FormatInName::Bytes {
         let below = options.take_below("file");
         refuse_left_over(driver.as_deref().unwrap_or("raw"), &options)?;
         options = below;
@@ -96,14 +123,14 @@ pub fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
         }
         Some(other) => {
             return Err(format!(
-                "the image names it by the driver '{other}', and only 'file' and 'nbd' can be opened \
-                 here; set a plain name with 'nbd-cli image rebase --unsafe'"
+                "it is named by the driver '{other}', and only 'file' and 'nbd' can be opened here; \
+                 give a plain name (in an image, with 'nbd-cli image rebase --unsafe')"
             ));
         }
         None => return Err("it names no driver".to_owned()),
     };
     refuse_left_over(driver.as_deref().unwrap_or_default(), &options)?;
-    Ok(name)
+    Ok((name, format))
 }
 
 fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {

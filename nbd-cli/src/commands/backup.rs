@@ -17,6 +17,7 @@ use self::report::Report;
 use super::image::open::TrustArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on, runtime};
+use crate::file_path::FilePathParser;
 use crate::locking::ShareArgs;
 use crate::output::ReportFormat;
 use crate::progress::Visibility;
@@ -79,7 +80,7 @@ pub struct BackupArgs {
     pub bitmap: Option<String>,
 
     /// The backup before this one: what is not dirty is taken from it.
-    #[arg(short, long, value_name = "FILE", requires = "bitmap")]
+    #[arg(short, long, value_name = "FILE", requires = "bitmap", value_parser = FilePathParser)]
     pub base: Option<PathBuf>,
 
     /// Take the base as right where that cannot be known: it carries no identity (an older version

@@ -12,6 +12,7 @@ use super::image::open::OpenArgs;
 use super::image::place::Place;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
 use crate::serving::frozen;
@@ -105,6 +106,7 @@ pub struct ListArgs {
 pub struct ImageArgs {
     /// The image.
     #[arg(value_name = "IMAGE")]
+    #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
     /// Print the bitmaps of the image, as they are in the end, as JSON.
@@ -162,7 +164,7 @@ pub struct MergeArgs {
     pub sources: Vec<String>,
 
     /// The image that has the bitmaps to be added, if it is another one.
-    #[arg(long, value_name = "IMAGE")]
+    #[arg(long, value_name = "IMAGE", value_parser = FilePathParser)]
     pub from: Option<PathBuf>,
 }
 

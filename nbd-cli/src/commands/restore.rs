@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::image::open::OpenArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::error::{CommandError, Outcome, block_on};
+use crate::file_path::FilePathParser;
 use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::location_parser::LocationParser;
 use crate::locking::{ShareArgs, advise_sharing};
@@ -36,6 +37,7 @@ must be at least as large; a device is marked as incomplete until everything is 
 #[command(after_help = AFTER_HELP)]
 pub struct RestoreArgs {
     /// The image to restore: the newest file of a chain of backups.
+    #[arg(value_parser = FilePathParser)]
     pub image: PathBuf,
 
     /// A new file, a block device or an NBD URI.

@@ -83,6 +83,89 @@ fn backing_files_that_an_image_names_as_qemu_does_are_opened_where_the_policy_al
 }
 
 #[test]
+fn every_command_takes_names_with_file_before_them() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let (image, top, new) = (disk.beside("a.qcow2"), disk.beside("b.qcow2"), disk.beside("c.raw"));
+    let named = |path: &str| format!("file:{path}");
+    let (a, b, c) = (&named(&image), &named(&top), &named(&new));
+    let raw = &named(disk.path());
+    for words in [
+        &["image", "create", "-f", "qcow2", a, "8M"][..],
+        &["image", "create", "-f", "qcow2", "-b", a, "-F", "qcow2", b],
+        &["image", "check", a],
+        &["image", "check", "--json", a],
+        &["image", "resize", a, "+1M"],
+        &["image", "info", a],
+        &["image", "map", a],
+        &["image", "measure", "-O", "qcow2", a],
+        &["image", "amend", "--lazy-refcounts", "on", a],
+        &["image", "snapshot", "create", a, "one"],
+        &["image", "snapshot", "list", a],
+        &["image", "snapshot", "apply", a, "one"],
+        &["image", "snapshot", "delete", a, "one"],
+        &["bitmap", "add", a, "daily"],
+        &["bitmap", "list", a],
+        &["bitmap", "add", a, "weekly"],
+        &["bitmap", "merge", a, "weekly", "daily"],
+        &["bitmap", "remove", a, "weekly"],
+        &["image", "commit", b],
+        &["image", "rebase", "-b", a, "-F", "qcow2", b],
+        &["image", "compare", a, b],
+        &["image", "convert", "-O", "raw", a, c],
+        &["image", "compare", "-f", "raw", raw, raw],
+        &["serve", "--run", "true", a],
+        &["copy", raw, "null:"],
+    ] {
+        nbd_cli(words).success();
+    }
+    let server = Server::ours(&["--read-only", &image]);
+    let (full, restored) = (disk.beside("full.qcow2"), disk.beside("restored"));
+    nbd_cli(&["backup", "-q", server.uri(), &named(&full)]).success();
+    nbd_cli(&["restore", "-q", &named(&full), &named(&restored)]).success();
+    are_equal(&qemu_img, &image, &restored);
+}
+
+#[test]
+fn names_with_options_of_drivers_say_the_format_too() {
+    tools!(qemu_img = "qemu-img");
+    let disk = Disk::sparse();
+    let image = disk.beside("a.qcow2");
+    peer(&qemu_img, &["convert", "-O", "qcow2", disk.path(), &image]);
+    let file = format!(r#""file":{{"driver":"file","filename":"{image}"}}"#);
+    let qcow2 = format!(r#"json:{{"driver":"qcow2",{file}}}"#);
+    let raw = format!(r#"json:{{"driver":"raw",{file}}}"#);
+    let unsaid = format!("json:{{{file}}}");
+    let bytes = format!(r#"json:{{"driver":"file","filename":"{image}"}}"#);
+    let plain = std::fs::metadata(&image).expect("the image").len();
+    for (name, size) in [(&qcow2, 8 << 20), (&unsaid, 8 << 20), (&raw, plain), (&bytes, plain)] {
+        let about = crate::support::image::ours(&["info", "--json", name]);
+        assert_eq!(about["virtual-size"], size, "{name}: {about}");
+        let copied = disk.beside("copied");
+        nbd_cli(&["image", "convert", "-O", "raw", name, &copied]).success();
+        assert_eq!(std::fs::metadata(&copied).expect("a copy").len(), size, "{name}");
+        nbd_cli(&["image", "map", name]).success();
+        nbd_cli(&["image", "measure", name]).success();
+        std::fs::remove_file(&copied).expect("it is there");
+    }
+    nbd_cli(&["image", "compare", &qcow2, disk.path()]).success();
+    nbd_cli(&["image", "check", &qcow2]).success();
+    nbd_cli(&["image", "snapshot", "list", &qcow2]).success();
+    nbd_cli(&["bitmap", "list", &qcow2]).success();
+    says(nbd_cli(&["image", "info", "-f", "raw", &qcow2]), &["says", "leave one"]);
+    let server = Server::ours(&["--format", "raw", "--read-only", &image]);
+    let socket = server.socket().display();
+    let remote =
+        format!(r#"json:{{"driver":"qcow2","file":{{"driver":"nbd","path":"{socket}"}}}}"#);
+    nbd_cli(&["image", "compare", &remote, disk.path()]).success();
+    let copied = disk.beside("bytes");
+    nbd_cli(&["copy", &bytes, &copied]).success();
+    assert_eq!(std::fs::metadata(&copied).expect("a copy").len(), plain);
+    assert!(nbd_cli(&["copy", &qcow2, &copied]).stderr.contains("image convert"));
+    assert!(nbd_cli(&["image", "resize", &qcow2, "9M"]).stderr.contains("by its name"));
+}
+
+#[test]
 fn names_in_images_need_not_be_text() {
     tools!(qemu_img = "qemu-img");
     let disk = Disk::sparse();

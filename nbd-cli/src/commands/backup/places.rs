@@ -1,8 +1,8 @@
 //! What a backup is of and where it goes: the arguments without an option's name.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 
+use nbd_jobs::qemu_name::path_in;
 use nbd_proto::NbdUri;
 
 use super::BackupArgs;
@@ -15,9 +15,9 @@ impl BackupArgs {
         match self.second_place.take() {
             Some(target) => {
                 self.source = Some(uri(&first)?);
-                self.target = PathBuf::from(target);
+                self.target = path_in(&target).to_owned();
             }
-            None if self.control.is_some() => self.target = PathBuf::from(first),
+            None if self.control.is_some() => self.target = path_in(&first).to_owned(),
             None if uri(&first).is_ok() => {
                 return Err(CommandError::new(
                     "the new file is missing: give its name behind the disk's URI",

@@ -10,6 +10,7 @@ use super::create::Compat;
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
 use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
 use crate::output::printable;
 use crate::size::ByteSize;
 
@@ -35,6 +36,7 @@ make a new image with 'image convert'.";
     .args(["compat", "lazy_refcounts", "refcount_bits", "size", "options"])))]
 pub struct AmendArgs {
     /// The image.
+    #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
     /// Version of the format.

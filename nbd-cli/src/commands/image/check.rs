@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use imgfmt::{CheckReport, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Repair};
+use nbd_jobs::qemu_name::path_in;
 use serde::Serialize;
 
 use super::open::explained;
@@ -147,11 +148,9 @@ fn check(
     repair: Repair,
     server: &ServerArgs,
 ) -> Result<Result<CheckReport, Error>, CommandError> {
+    let (place, options) = place.settled(options)?;
+    let options = &options;
     let (checked, can_be_described) = match place {
-        Place::File(path) => {
-            let checked = Image::check_file(path, options, repair);
-            (checked, Image::inspect_file(path, options).is_ok())
-        }
         Place::Export { .. } if repair != Repair::None => {
             return Err(CommandError::new(format!(
                 "cannot repair {place}: an export is only checked, because nothing keeps others \
@@ -163,6 +162,10 @@ fn check(
             let checked = Image::check_storage(storage.clone(), options, Repair::None)
                 .map_err(|error| error.with_path(uri.to_string()));
             (checked, Image::inspect_storage(storage, options).is_ok())
+        }
+        file => {
+            let checked = Image::check_file(file.path(), options, repair);
+            (checked, Image::inspect_file(file.path(), options).is_ok())
         }
     };
     match checked {
@@ -180,7 +183,7 @@ fn check(
 
 fn json(args: &CheckArgs, report: &CheckReport) -> Report {
     Report {
-        filename: args.path.to_string_lossy().into_owned(),
+        filename: path_in(&args.path).to_string_lossy().into_owned(),
         // No other format can be checked.
         format: Format::Qcow2.name(),
         check_errors: 0,

@@ -13,6 +13,7 @@ use super::place::Place;
 use super::walk::{Extents, span};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
 use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
 use crate::signals;
@@ -36,6 +37,7 @@ const STEP: u64 = 1 << 20;
 #[command(after_help = AFTER_HELP)]
 pub struct CommitArgs {
     /// The overlay.
+    #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
     /// Format of the overlay; detected unless given.

@@ -141,6 +141,11 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let [from, destination] =
         Place::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
     refuse_same_export(from.uri(), destination.uri())?;
+    if let Place::Described { .. } = destination {
+        return Err(CommandError::new(
+            "the new image is given by its name, and its format by --output-format",
+        ));
+    }
     let exists = args.no_create || matches!(destination, Place::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
@@ -153,7 +158,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let mut read = args.share.apply(args.open.options_with(&patient));
     read.snapshot.clone_from(&args.snapshot);
     let (source, export) = from.open_disk_or_image(&read, &patient).map_err(advise_sharing)?;
-    let is_remote = [&from, &destination].iter().any(|place| matches!(place, Place::Export { .. }));
+    let is_remote = [&from, &destination].iter().any(|place| place.uri().is_some());
     let progress = Progress::new(args.progress.visibility(), Some(source.size()));
     let bitmaps = match args.bitmaps {
         true => bitmaps::of_source(&source, &from, args.skip_broken_bitmaps)?,

@@ -13,6 +13,7 @@ use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use super::info::print_json;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
 use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::locking::LockArgs;
 use crate::output::warn;
@@ -37,6 +38,7 @@ was there is lost at once, and the device is marked as incomplete until the imag
 #[command(after_help = AFTER_HELP)]
 pub struct CreateArgs {
     /// The new file.
+    #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
     /// Size of the disk; may be left out with --backing.

@@ -232,9 +232,9 @@ fn actual_size(path: &Path) -> Result<u64, CommandError> {
 impl Found {
     /// What the image takes up, where that can be known.
     fn actual_size(&self) -> Result<Option<u64>, CommandError> {
-        match &self.place {
-            Place::File(path) => actual_size(path).map(Some),
-            Place::Export { .. } => Ok(None),
+        match self.place.uri() {
+            None => actual_size(self.place.path()).map(Some),
+            Some(_) => Ok(None),
         }
     }
 

@@ -5,7 +5,7 @@ mod export;
 use std::ffi::OsString;
 
 use clap::Args;
-use imgfmt::{Extent, ExtentKind, Image, Mapping};
+use imgfmt::{Extent, ExtentKind, Format, Image, Mapping};
 use serde::Serialize;
 
 use super::open::OpenArgs;
@@ -13,7 +13,6 @@ use super::place::Place;
 use super::walk::{Extents, span};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
-use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
 
@@ -110,13 +109,14 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
     let mut report = Report { format, pending: None, separator: "[" };
-    match &place {
+    let options = args.share.apply(args.open.options_with(&args.server));
+    let (place, options) = place.settled(&options)?;
+    match place {
         // What is inside an image inside an export is known to us alone.
-        Place::Export { uri, .. } if args.open.format != Some(ImageFormat::Qcow2) => {
+        Place::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
             export::map(uri, &args.server, |part| report.add(part, &mut output))?;
         }
         _ => {
-            let options = args.share.apply(args.open.options_with(&args.server));
             let image = place.open(&options, &args.server).map_err(advise_sharing)?;
             let layers = image.layer_sizes();
             let mut extents = Extents::new(&image);

@@ -2,14 +2,17 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
 use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
 use nbd_jobs::Location;
-use nbd_jobs::qemu_name::{NameInImage, from_name_in_image, has_scheme, path_in};
+use nbd_jobs::qemu_name::{
+    FILE_PREFIX, FormatInName, JSON_SCHEME, NameInImage, from_json, from_name_in_image,
+    is_name_of_server, path_in,
+};
 use nbd_proto::NbdUri;
 
 use super::open::{TrustArgs, beside, explained, explained_with};
@@ -26,13 +29,27 @@ pub(in crate::commands) enum Place {
         uri: NbdUri,
         files: LocalFiles,
     },
+    /// One of them, with what its name says about the format.
+    Described {
+        place: Box<Self>,
+        format: FormatInName,
+    },
 }
 
 impl Place {
     /// Reads a word of the command line.
     fn parse(word: &OsStr) -> Result<Self, CommandError> {
         // Names of files need not be text; URIs are.
-        let Some(text) = word.to_str() else { return Ok(Self::File(word.into())) };
+        let Some(text) = word.to_str() else { return Ok(Self::File(path_in(word).into())) };
+        if let Some(object) = text.strip_prefix("json:") {
+            let (name, format) = from_json(object)
+                .map_err(|why| CommandError::new(format!("'{text}' cannot be used: {why}")))?;
+            let place = Box::new(match name {
+                NameInImage::File(path) => Self::File(path),
+                NameInImage::Export(uri) => Self::Export { uri: *uri, files: LocalFiles::Allowed },
+            });
+            return Ok(Self::Described { place, format });
+        }
         match text.parse().map_err(CommandError::new)? {
             Location::File(path) => Ok(Self::File(path)),
             Location::Nbd(uri) => Ok(Self::Export { uri, files: LocalFiles::Allowed }),
@@ -81,7 +98,34 @@ impl Place {
         match self {
             Self::File(_) => None,
             Self::Export { uri, .. } => Some(uri),
+            Self::Described { place, .. } => place.uri(),
         }
+    }
+
+    /// The file or export alone, and the options with what its name says about the format.
+    ///
+    /// # Errors
+    ///
+    /// If the options say something else.
+    pub(super) fn settled(
+        &self,
+        options: &OpenOptions,
+    ) -> Result<(&Self, OpenOptions), CommandError> {
+        let mut options = options.clone();
+        let Self::Described { place, format } = self else { return Ok((self, options)) };
+        match (format, options.format) {
+            (FormatInName::Said(said), Some(given)) if *said != given => {
+                return Err(CommandError::new(format!(
+                    "the name of {place} says that it is a {said} image, and the option for its \
+                     format says {given}; leave one of them out"
+                )));
+            }
+            (FormatInName::Said(said), _) => options.format = Some(*said),
+            (FormatInName::Bytes, None) => options.format = Some(Format::Raw),
+            (FormatInName::Bytes | FormatInName::Unsaid, _) => {}
+        }
+        let (place, options) = (&**place, options);
+        Ok((place, options))
     }
 
     /// Facts about the image there; the files and exports that it names are not opened.
@@ -90,13 +134,14 @@ impl Place {
         options: &OpenOptions,
         server: &ServerArgs,
     ) -> Result<ImageInfo, CommandError> {
-        match self {
-            Self::File(path) => Image::inspect_file(path, options).map_err(explained),
+        let (place, options) = self.settled(options)?;
+        match place {
             Self::Export { uri, files } => {
                 let storage = storage(uri, *files, server)?;
-                Image::inspect_storage(Arc::new(storage), &raw_unless_told(options))
+                Image::inspect_storage(Arc::new(storage), &raw_unless_told(&options))
                     .map_err(|error| self.named(error))
             }
+            file => Image::inspect_file(file.path(), &options).map_err(explained),
         }
     }
 
@@ -115,11 +160,12 @@ impl Place {
         options: &OpenOptions,
         server: &ServerArgs,
     ) -> Result<(Image, Option<Arc<ExportStorage>>), CommandError> {
-        let Self::Export { uri, files } = self else {
-            return Ok((self.open(options, server)?, None));
+        let (place, options) = self.settled(options)?;
+        let Self::Export { uri, files } = place else {
+            return Ok((place.open(&options, server)?, None));
         };
         let storage = Arc::new(storage(uri, *files, server)?);
-        let image = Image::from_storage(storage.clone(), &raw_unless_told(options));
+        let image = Image::from_storage(storage.clone(), &raw_unless_told(&options));
         let image = image.map_err(|error| explained(error.with_path(uri.to_string())))?;
         let is_raw = image.format() == Format::Raw;
         Ok((image, is_raw.then_some(storage)))
@@ -132,10 +178,8 @@ impl Place {
         server: &ServerArgs,
         raw_option: &str,
     ) -> Result<Image, CommandError> {
-        match self {
-            Self::File(path) => {
-                Image::open(path, options).map_err(|error| explained_with(error, raw_option))
-            }
+        let (place, options) = self.settled(options)?;
+        match place {
             Self::Export { uri, files } => {
                 let storage = storage(uri, *files, server)?;
                 if options.access == Access::ReadWrite && !storage.is_writable() {
@@ -143,9 +187,11 @@ impl Place {
                         "cannot write to {uri}: the server exports this disk read-only"
                     )));
                 }
-                Image::from_storage(Arc::new(storage), &raw_unless_told(options))
+                Image::from_storage(Arc::new(storage), &raw_unless_told(&options))
                     .map_err(|error| explained(error.with_path(uri.to_string())))
             }
+            file => Image::open(file.path(), &options)
+                .map_err(|error| explained_with(error, raw_option)),
         }
     }
 
@@ -170,11 +216,21 @@ impl Place {
         Ok((image.map_err(|error| explained(error.with_path(uri.to_string())))?, client))
     }
 
-    /// As the user wrote it.
+    /// The name of the file or the URI.
     pub(super) fn name(&self) -> String {
         match self {
             Self::File(path) => path.to_string_lossy().into_owned(),
             Self::Export { uri, .. } => uri.to_string(),
+            Self::Described { place, .. } => place.name(),
+        }
+    }
+
+    /// The path of the file; empty for an export.
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::File(path) => path,
+            Self::Export { .. } => Path::new(""),
+            Self::Described { place, .. } => place.path(),
         }
     }
 
@@ -190,19 +246,18 @@ impl Place {
                 NameInImage::Export(uri) => Self::Export { uri: *uri, files: LocalFiles::Refused },
             });
         }
-        Ok(Self::File(match (self, path_in(name)) {
-            // As in QEMU such a name starts at the working folder.
-            (_, path) if path.as_os_str() != name => path.to_owned(),
-            (Self::File(image), _) => beside(image, name),
-            (Self::Export { .. }, path) => path.to_owned(),
+        Ok(Self::File(match (self.uri(), path_in(name)) {
+            (None, path) if path.as_os_str() == name => beside(self.path(), name),
+            // As in QEMU a name with a scheme starts at the working folder.
+            (_, path) => path.to_owned(),
         }))
     }
 
     /// The error with the name of this place, if it has none yet.
     pub(super) fn named(&self, error: Error) -> CommandError {
-        match self {
-            Self::File(_) => error.into(),
-            Self::Export { uri, .. } => error.with_path(uri.to_string()).into(),
+        match self.uri() {
+            None => error.into(),
+            Some(uri) => error.with_path(uri.to_string()).into(),
         }
     }
 }
@@ -231,6 +286,7 @@ impl fmt::Display for Place {
         match self {
             Self::File(path) => write!(f, "'{}'", path.display()),
             Self::Export { uri, .. } => uri.fmt(f),
+            Self::Described { place, .. } => place.fmt(f),
         }
     }
 }

@@ -12,6 +12,7 @@ use super::place::Place;
 use super::walk::{Extents, read_padded};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
 use crate::image_format::ImageFormat;
 use crate::progress::{Progress, ProgressArgs};
 use crate::signals;
@@ -37,6 +38,7 @@ const STEP: u64 = 1 << 20;
 #[command(group(ArgGroup::new("new").required(true).args(["backing", "no_backing"])))]
 pub struct RebaseArgs {
     /// The overlay.
+    #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
     /// The new backing file, or an export of a server as an NBD URI.

@@ -9,6 +9,7 @@ use imgfmt::Shrink;
 use super::info::print_json;
 use super::open::OpenArgs;
 use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
 use crate::size::ByteSize;
 
 const AFTER_HELP: &str = "\
@@ -25,6 +26,7 @@ shrink it.";
 #[command(after_help = AFTER_HELP)]
 pub struct ResizeArgs {
     /// The image.
+    #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
     /// The new size, or the change with a + or - before it.

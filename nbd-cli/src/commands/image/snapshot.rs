@@ -11,6 +11,7 @@ use super::open::OpenArgs;
 use super::place::Place;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
+use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::rounded;
@@ -80,6 +81,7 @@ pub struct ListArgs {
 #[derive(Debug, Args)]
 pub struct ChangeArgs {
     /// The image.
+    #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
     /// The snapshot.
