@@ -1,4 +1,4 @@
-//! Who is let in: the limit of connections and those that wait at the door.
+//! Admission control: the limit of connections and the queue of pending ones.
 
 use std::io;
 use std::sync::Arc;

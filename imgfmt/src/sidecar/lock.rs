@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use crate::options::Access;
 
-/// Who only reads holds the lock as long as it takes to read a file.
+/// A read-only open holds the lock as long as it takes to read a file.
 const TRIES: u32 = 50;
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Locks a sidecar that was found. Who is going to change the image waits up to a second for others
-/// to be done: without the sidecar its bitmaps would be lost for good. Who only reads loses
+/// Locks a sidecar that was found. A writable open waits up to a second for others to be done:
+/// without the sidecar the bitmaps of the image would be lost for good. A read-only open loses
 /// nothing and does not wait.
 ///
 /// # Errors

@@ -42,7 +42,7 @@ impl FoundBytes for Box<dyn FoundBytes> {
     }
 }
 
-/// Why a sidecar is not believed.
+/// Why a sidecar is not trusted.
 #[derive(Debug)]
 pub(crate) enum Rejection {
     /// There is none.

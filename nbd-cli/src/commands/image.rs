@@ -47,7 +47,7 @@ pub enum ImageCommand {
     Create(create::CreateArgs),
     /// Describe an image
     Info(info::InfoArgs),
-    /// Look for leaks and damages, and repair them if told
+    /// Check for leaks and damage, and repair them if told
     Check(check::CheckArgs),
     /// Show where the parts of the disk are stored
     Map(map::MapArgs),

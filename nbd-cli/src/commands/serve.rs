@@ -409,7 +409,7 @@ fn started(args: &ServeArgs, announce: impl FnOnce()) -> Result<Option<PidFile>,
     Ok(pid_file)
 }
 
-/// One URI per line. That nobody reads them is no reason not to serve.
+/// One URI per line. A closed standard output is not an error.
 fn announce(bound: &[BoundAddress], names: &[String], tls: &TlsMode) {
     let mut stdout = std::io::stdout().lock();
     for address in bound {

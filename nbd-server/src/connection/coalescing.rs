@@ -1,4 +1,4 @@
-//! Reading in step with a client that keeps many requests in flight.
+//! Request coalescing for a client that keeps many requests in flight.
 //!
 //! Such a client submits its requests one by one, between the replies it takes. Answering each as it
 //! comes makes both sides wake each other for almost every request, and waking costs more than a

@@ -1,4 +1,4 @@
-//! Asking the socket again and again, for a moment, before the thread goes to sleep.
+//! Busy polling of the socket, for a moment, before the thread goes to sleep.
 //!
 //! A client with one request in flight sends the next one soon after it has the reply. To sleep for
 //! so short a time and to be woken by another core takes longer, and costs almost as much, as to

@@ -29,7 +29,8 @@ const SCRATCH_LEN: usize = 4 * RECORD_LEN;
 /// So much ciphertext is made before it is sent, in bytes.
 const GATHERED_LEN: usize = 256 * 1024;
 /// More ciphertext than this is never waiting to be sent, in bytes: what reading makes the library
-/// write (alerts, answers to new keys) is tiny, and a peer that wants more of it is up to no good.
+/// write (alerts, answers to new keys) is tiny, and a peer that wants more of it is treated
+/// as hostile.
 const MAX_UNSENT_LEN: usize = 2 * GATHERED_LEN;
 /// The handshakes of all clients share one place in the scheduler's queue. No export has this name.
 const HANDSHAKES: GroupId = 0;

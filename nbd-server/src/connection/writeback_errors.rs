@@ -1,4 +1,4 @@
-//! What one client has been told about writes that did not become durable.
+//! Per-connection reporting of write-back errors, like the kernel's `errseq_t`.
 //!
 //! An operating system reports only once for an open file that it could not write, and may drop what
 //! it could not. A FLUSH that fails so takes the error, and the bytes, of every other client of the

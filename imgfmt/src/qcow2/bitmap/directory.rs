@@ -76,7 +76,7 @@ pub(super) fn read(
     let (place, count) = decode_extension(content, header.geometry)?;
     let file_length = storage.len().map_err(|error| system_words(&error))?;
     if place.offset.checked_add(place.length).is_none_or(|end| end > file_length) {
-        return Err("its bitmap directory lies behind the end of the file".into());
+        return Err("its bitmap directory lies past the end of the file".into());
     }
     let mut bytes = vec![0; place.length as usize];
     storage.read_exact_at(HostOffset::new(place.offset), &mut bytes).map_err(|error| {

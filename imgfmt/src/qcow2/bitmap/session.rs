@@ -4,7 +4,7 @@
 //! the header gets an extension that names it and a private autoclear bit, and only then are
 //! the bitmaps marked as in use. It ends when the image is closed and nothing of that is left. Whoever
 //! else writes the image in between clears the bit, because he does not know it, and the sidecar is
-//! not believed any more.
+//! no longer trusted.
 
 use std::fs::File;
 use std::io::Read;
@@ -160,7 +160,7 @@ impl Qcow2 {
             exclusive.replace(bitmaps, is_marked);
         }
         self.unmark_header()?;
-        // A file that was not believed may be somebody else's.
+        // A file that was not trusted may be somebody else's.
         match (found, self.sidecar_place()) {
             (Ok(_), Ok(place)) => place.remove().map_err(|e| self.metadata.named(sidecar_error(e))),
             _ => Ok(()),
@@ -195,7 +195,7 @@ impl Qcow2 {
 
     /// Makes a sidecar for the bitmaps that note changes, and makes the header name it. No change is
     /// on its way. If that cannot be done the bitmaps survive a clean close only, and any older
-    /// sidecar is not believed.
+    /// sidecar is not trusted.
     pub(super) fn begin_session(&self, state: &State<Entry>) -> Result<()> {
         let mut session = self.bitmaps.session.lock();
         let bitmaps: Vec<_> = state.recording().collect();

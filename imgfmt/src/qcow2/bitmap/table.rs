@@ -60,7 +60,7 @@ impl Qcow2 {
         let length = self.metadata.file.len().map_err(|error| system_words(&error))?;
         let end = table.offset.checked_add(u64::from(table.entries) * 8);
         if end.is_none_or(|end| end > length) {
-            return Err("its table lies behind the end of the file".into());
+            return Err("its table lies past the end of the file".into());
         }
         read_words(&*self.metadata.file, table.offset, table.entries as usize)
             .map_err(|error| error.to_string())

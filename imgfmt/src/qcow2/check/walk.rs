@@ -28,7 +28,7 @@ impl Checker<'_> {
         };
         let bits = geometry.cluster_bits;
         if last.saturating_add(1).saturating_sub(self.file_length) >= geometry.cluster_size() {
-            self.damage(format!("{what} at {offset} lies behind the end of the file"));
+            self.damage(format!("{what} at {offset} lies past the end of the file"));
             self.note_beyond(offset >> bits, last >> bits);
             return false;
         }

@@ -52,9 +52,7 @@ impl MappingTables {
         }
         let length = self.metadata.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
         if offset >= length {
-            return Err(self
-                .metadata
-                .corrupt("an L2 table lies behind the end of the file", offset));
+            return Err(self.metadata.corrupt("an L2 table lies past the end of the file", offset));
         }
         read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)
     }

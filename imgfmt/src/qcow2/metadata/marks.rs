@@ -2,8 +2,9 @@
 //!
 //! *Dirty*: refcounts and COPIED bits may be wrong; whoever opens the image for writing repairs it
 //! first. It is set while snapshots are changed, which passes through states in which they are.
-//! *Corrupt*: somebody found damage that nobody should write on. It is set when a change meets an
-//! entry that cannot be right, and goes away when the image is repaired. Version 2 has neither.
+//! *Corrupt*: damage of the metadata was detected; writes are refused until repair. It is set when a
+//! change meets an entry that cannot be right, and goes away when the image is repaired. Version 2 has
+//! neither.
 
 use std::sync::atomic::Ordering::{Acquire, Release};
 

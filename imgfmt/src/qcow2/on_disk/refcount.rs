@@ -297,7 +297,7 @@ impl Refcounts {
                 std::io::ErrorKind::UnexpectedEof => Error::new(
                     ErrorKind::Corrupt,
                     "change",
-                    "a refcount block lies behind the end of the file; check it with 'nbd-cli image check'",
+                    "a refcount block lies past the end of the file; check it with 'nbd-cli image check'",
                 )
                 .at(offset),
                 _ => Error::from_io("read a refcount block of", error),

@@ -92,7 +92,7 @@ pub(crate) fn read_damaged_table(storage: &dyn Storage, header: &Header) -> Resu
         let is_empty = name_lengths == 0 && snapshot.l1_offset == 0 && snapshot.l1_entries == 0;
         let reason = match () {
             () if number >= SNAPSHOTS_MAX => "are more than there may be",
-            () if offset >= file_length => "lie behind the end of the file",
+            () if offset >= file_length => "lie past the end of the file",
             () if length > TABLE_BYTES_MAX => "make the table too large",
             () if is_empty => "are empty",
             () => "",

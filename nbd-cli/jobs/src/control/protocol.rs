@@ -25,7 +25,7 @@ pub enum Request {
         /// Format of the image; detected unless given.
         #[serde(default)]
         format: Option<String>,
-        /// A text for people that clients can ask for.
+        /// Description shown to clients.
         #[serde(default)]
         description: Option<String>,
     },
@@ -46,7 +46,7 @@ pub enum Request {
         /// How much of the disk one bit stands for: a power of two from 512 to 2G.
         #[serde(default)]
         granularity: Option<u64>,
-        /// Do not note changes yet.
+        /// Do not record changes yet.
         #[serde(default)]
         initial: InitialState,
     },

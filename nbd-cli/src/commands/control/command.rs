@@ -23,7 +23,7 @@ pub(crate) enum ControlCommand {
         /// Format of the image; detected unless given.
         #[arg(short, long, value_parser = ["raw", "qcow2"])]
         format: Option<String>,
-        /// A text for people that clients can ask for.
+        /// Description shown to clients.
         #[arg(short = 'D', long, value_name = "TEXT")]
         description: Option<String>,
     },
@@ -45,7 +45,7 @@ pub(crate) enum ControlCommand {
         /// How much of the disk one bit stands for: a power of two from 512 to 2G.
         #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes)]
         granularity: Option<u64>,
-        /// Do not note changes yet.
+        /// Do not record changes yet.
         #[arg(long = "disabled", action = ArgAction::SetTrue,
               value_parser = flag(InitialState::Enabled, InitialState::Disabled))]
         initial: InitialState,

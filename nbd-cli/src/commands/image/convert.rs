@@ -48,7 +48,7 @@ marked as incomplete until everything is on stable storage, so that a part of a 
 the whole.
 
 An export of an NBD server can be the source or the destination; as the latter it has to be large
-enough, and --no-create goes without saying.
+enough, and --no-create is implied.
 
 With --bitmaps the dirty bitmaps of the source go along, with their granularity and enabled as they
 were. The new image does not say after which backup they began: an incremental backup of it needs
@@ -83,7 +83,7 @@ pub struct ConvertArgs {
     pub no_create: bool,
 
     /// The disk that exists reads as zero: do not write zeroes to it.
-    #[arg(long)]
+    #[arg(long, alias = "target-is-zero")]
     pub destination_is_zero: bool,
 
     /// Compress the clusters of a new qcow2 image.

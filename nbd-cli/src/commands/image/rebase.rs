@@ -53,7 +53,7 @@ pub struct RebaseArgs {
     #[arg(long)]
     pub no_backing: bool,
 
-    /// Change the name only. The disk is spoilt if the new file holds something else.
+    /// Change the name only. The disk is corrupted if the new file holds something else.
     #[arg(short = 'u', long = "unsafe")]
     pub is_unsafe: bool,
 

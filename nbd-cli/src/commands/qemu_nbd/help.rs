@@ -34,7 +34,7 @@ Where to listen, and for whom:
   -v, --verbose             with --fork: keep standard error open
 
 What to serve: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or json:{...}
-  -f, --format=FORMAT       raw or qcow2; found by looking at the image unless given
+  -f, --format=FORMAT       raw or qcow2; detected unless given
       --image-opts          FILE is a list of options of the drivers raw, qcow2, file, host_device,
                             nbd and null-co, such as driver=raw,offset=1M,file.filename=disk.img;
                             with the driver qcow2 an empty backing= leaves the backing file out

@@ -109,7 +109,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     if options.fork && role == Role::Foreground {
         return daemon::start(&arguments);
     }
-    // What -v prints of QEMU's is about devices of the kernel. Scripts compare what is printed.
+    // What -v prints of QEMU's is about kernel devices. Scripts compare what is printed.
     logging::start(if options.traces { 2 } else { 0 });
     match options.list {
         true => list::run(&options),
@@ -138,7 +138,7 @@ fn check(options: &Options) -> Result<(), Refusal> {
     if options.connect || options.disconnect {
         let option = if options.connect { "-c (--connect)" } else { "-d (--disconnect)" };
         return Err(Refusal::new(format!(
-            "{option} is not supported: devices of the kernel are not managed here; serve on a \
+            "{option} is not supported: kernel devices (/dev/nbdX) are not managed here; serve on a \
              socket and use nbd-client"
         )));
     }
