@@ -10,8 +10,7 @@ use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
 use nbd_jobs::Location;
 use nbd_jobs::qemu_name::{
-    FILE_PREFIX, FormatInName, JSON_SCHEME, NameInImage, from_json, from_name_in_image,
-    is_name_of_server, path_in,
+    FormatInName, NameInImage, from_json, from_name_in_image, has_scheme, path_in,
 };
 use nbd_proto::NbdUri;
 
