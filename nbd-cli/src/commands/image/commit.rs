@@ -24,8 +24,8 @@ Examples:
   nbd-cli image commit --keep overlay.qcow2
 
 What the overlay holds is written into its backing file, which then holds the same disk, and the
-overlay is emptied. Other overlays of the same backing file see its content change and are corrupted:
-commit only into a file that no other image relies on.
+overlay is emptied. Other overlays of the same backing file see its content change and are
+corrupted: commit only into a file that no other image relies on.
 
 If a commit fails or is interrupted, the overlay still shows the whole disk; commit it again.";
 
