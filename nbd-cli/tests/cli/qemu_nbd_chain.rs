@@ -72,7 +72,7 @@ fn a_server_that_is_not_there_or_does_not_allow_it_is_named() {
         (&["nbd+unix:///x?socket=/nonexistent/socket"][..], "/nonexistent/socket"),
         (&["-f", "raw", uri], "reading only"),
         (&["-f", "raw", "-r", &below.uri_of("other")], "other"),
-        (&["-l", "1", uri], "--load-snapshot"),
+        (&["-l", "1", uri], "a raw image has none"),
         (&["nbd:localhost"], "port"),
         (&["http://localhost/disk"], "http"),
     ] {
