@@ -56,8 +56,8 @@ async fn junk_in_the_handshake_is_named() {
         [0; 128],
     ];
     let cases: Vec<(Vec<u8>, &str)> = vec![
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "NBDMAGIC"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n".to_vec(), "NBDMAGIC"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "it speaks HTTP"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n".to_vec(), "it speaks SSH"),
         (b"NBDMAGICNBDMAGIC\0\x03".to_vec(), "magic number"),
         (oldstyle, "2^63-1"),
         (bytes![GREETING, b"and now something different"], "option reply"),
