@@ -117,7 +117,7 @@ pub(crate) fn change_backing(
     }
 }
 
-/// Refuses to amend what is no qcow2 image.
+/// Refuses to amend images of other formats than qcow2.
 pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> Result<()> {
     match format_of(storage, options)? {
         Format::Qcow2 => Ok(()),

@@ -54,7 +54,7 @@ impl Image {
     }
 
     /// Writes into the file of a qcow2 image which backup it is, durably. Nobody may have it open.
-    /// Whoever changes the disk afterwards makes [`Backup::is_unchanged`](crate::Backup) false.
+    /// A later change of the disk makes [`Backup::is_unchanged`](crate::Backup) false.
     ///
     /// # Errors
     ///

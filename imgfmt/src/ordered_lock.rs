@@ -21,7 +21,7 @@ pub(crate) mod rank {
     pub(crate) const MARKING: u8 = 1;
     /// The turn to flush.
     pub(crate) const FLUSH: u8 = 2;
-    /// One per guest cluster (several clusters share one), taken by ascending numbers. Whoever changes
+    /// One per guest cluster (several clusters share one), taken by ascending numbers. A change of
     /// the mapping of a cluster holds its stripe from the lookup to the commit. Writes in place need
     /// none.
     pub(crate) const STRIPE: u8 = 3;

@@ -1,7 +1,7 @@
-//! The paths that ARCHITECTURE.md names exist.
+//! The paths that the documents of the workspace name exist.
 
 /// Finds paths in backticks that `exists` does not know: those with a `/` that end in `.rs` or `/`.
-pub(crate) fn check(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
+pub(crate) fn check(document: &str, text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut findings = Vec::new();
     let mut is_in_block = false;
     for (index, line) in text.lines().enumerate() {
@@ -17,7 +17,7 @@ pub(crate) fn check(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
             let is_path = span.contains('/') && (span.ends_with(".rs") || span.ends_with('/'));
             let is_pattern = span.contains(['*', '{', '<', ' ', ':', '…']) || span.starts_with('/');
             if is_path && !is_pattern && !exists(span) {
-                findings.push(format!("ARCHITECTURE.md:{}: {span} does not exist", index + 1));
+                findings.push(format!("{document}:{}: {span} does not exist", index + 1));
             }
         }
     }
@@ -31,14 +31,14 @@ mod tests {
     #[test]
     fn path_that_is_gone_is_found() {
         let text = "See `nbd-proto/src/uri.rs` and `imgfmt/src/`.\n";
-        assert!(check(text, |_| true).is_empty());
-        assert_eq!(check(text, |path| path != "imgfmt/src/").len(), 1);
-        assert_eq!(check(text, |_| false).len(), 2);
+        assert!(check("A.md", text, |_| true).is_empty());
+        assert_eq!(check("A.md", text, |path| path != "imgfmt/src/").len(), 1);
+        assert_eq!(check("A.md", text, |_| false).len(), 2);
     }
 
     #[test]
     fn drawings_words_and_addresses_are_no_paths() {
         let text = "```\n`a/b.rs`\n```\n`lib.rs` `read/write` `nbd://host/`\n";
-        assert!(check(text, |_| false).is_empty());
+        assert!(check("A.md", text, |_| false).is_empty());
     }
 }

@@ -55,14 +55,13 @@ fn check(root: &Path) -> Result<Vec<String>> {
             .with_context(|| format!("cannot read {} as text", file.display()))?;
         let path = file.strip_prefix(root).unwrap_or(&file).to_string_lossy().into_owned();
         findings.extend(check_file(&path, &text));
+        // The documents of a crate name paths from within it.
+        if path.ends_with(".md") && (path.starts_with("docs/") || !path.contains('/')) {
+            findings.extend(architecture::check(&path, &text, |named| exists(root, named)));
+        }
     }
     findings.extend(engines::check_lists(|path| root.join(path).exists()));
     findings.extend(order::check(root, order::CRATES, order::LIST)?);
-    let architecture_file = root.join("ARCHITECTURE.md");
-    match fs::read_to_string(&architecture_file) {
-        Ok(text) => findings.extend(architecture::check(&text, |path| exists(root, path))),
-        Err(error) => findings.push(format!("ARCHITECTURE.md: cannot be read: {error}")),
-    }
     Ok(findings)
 }
 
