@@ -20,7 +20,7 @@ pub(crate) fn description(context: &MetaContextName, flags: u64) -> Option<Strin
     fixed.get(index).map(|&text| text.to_owned())
 }
 
-/// The few classes that a picture tells apart, the most prominent first.
+/// The few classes that a chart tells apart, the most prominent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
     Data,

@@ -5,6 +5,7 @@
 //! arguments and what it does with them.
 
 pub mod args;
+mod chart;
 pub mod commands;
 mod connect;
 mod context;
@@ -16,7 +17,6 @@ mod location_parser;
 pub mod locking;
 mod logging;
 mod output;
-mod picture;
 mod progress;
 mod qemu_numbers;
 mod remote;

@@ -78,6 +78,26 @@ pub(crate) fn rounded(bytes: u64) -> String {
     format!("{value:.1} {}iB", SUFFIXES[suffix])
 }
 
+/// How long to poll: `0`, or a length of time as `33us` or `1ms`, which is the most.
+pub(crate) fn parse_busy_poll(text: &str) -> Result<Duration, String> {
+    let wrong =
+        || format!("'{text}' is not a time from 0 to 1ms; give microseconds such as 33us, or 0");
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let nanoseconds = match unit {
+        "" if number == 0 => Some(0),
+        "ns" => Some(number),
+        "us" | "\u{b5}s" | "\u{3bc}s" => number.checked_mul(1000),
+        "ms" => number.checked_mul(1_000_000),
+        _ => None,
+    };
+    match nanoseconds {
+        Some(nanoseconds @ 0..=1_000_000) => Ok(Duration::from_nanos(nanoseconds)),
+        _ => Err(wrong()),
+    }
+}
+
 /// A length of time, written as `10` (seconds), `10s`, `500ms` or `2m`.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
@@ -164,6 +184,17 @@ mod tests {
         assert_eq!(parse_limit("0"), Ok(Duration::ZERO));
         assert_eq!(parse_limit("5m"), Ok(Duration::from_secs(300)));
         assert!(parse_limit("never").is_err());
+    }
+
+    #[test]
+    fn polling_takes_at_most_a_millisecond() {
+        assert_eq!(parse_busy_poll("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_busy_poll("33us"), Ok(Duration::from_micros(33)));
+        assert_eq!(parse_busy_poll("32768ns"), Ok(Duration::from_nanos(32_768)));
+        assert_eq!(parse_busy_poll("1ms"), Ok(Duration::from_millis(1)));
+        for text in ["", "33", "2ms", "1000001ns", "1s", "18446744073709551615ms"] {
+            assert!(parse_busy_poll(text).is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub(crate) enum Color {
     Off,
 }
 
-/// Which characters a picture may be made of.
+/// Which characters a chart may be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CharacterSet {
     Unicode,

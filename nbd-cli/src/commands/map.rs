@@ -7,17 +7,17 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 use serde::Serialize;
 
+use crate::chart::Chart;
 use crate::connect::{ServerArgs, connect, failed};
 use crate::context::{Class, description};
 use crate::error::{CommandError, Outcome, runtime};
 use crate::output::{Output, ReportFormat};
-use crate::picture::Picture;
 use crate::terminal::{self, ColorChoice};
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli map nbd://localhost/disk
-  nbd-cli map --picture nbd://localhost/disk
+  nbd-cli map --chart nbd://localhost/disk
   nbd-cli map --totals --json nbd://localhost/disk
   nbd-cli map --context qemu:dirty-bitmap:monday nbd://localhost/disk
 
@@ -35,18 +35,18 @@ pub struct MapArgs {
     pub context: String,
 
     /// Print JSON.
-    #[arg(long, conflicts_with = "picture")]
+    #[arg(long, conflicts_with = "chart")]
     pub json: bool,
 
     /// Print only how many bytes there are of each kind.
-    #[arg(long, conflicts_with = "picture")]
+    #[arg(long, conflicts_with = "chart")]
     pub totals: bool,
 
     /// Draw the disk, one line per part of it.
-    #[arg(long)]
-    pub picture: bool,
+    #[arg(long, alias = "picture")]
+    pub chart: bool,
 
-    /// When the picture is coloured.
+    /// When the chart is coloured.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
 
@@ -78,12 +78,12 @@ struct JsonTotal {
 /// How many different values are counted. A context has few; a server may send 2^64.
 const MAX_TOTALS: usize = 65_536;
 
-/// What becomes of each extent. Nothing but totals and picture is kept: a disk may have millions.
+/// What becomes of each extent. Nothing but totals and chart is kept: a disk may have millions.
 enum Report {
     Text,
     Json { first: bool },
     Totals { format: ReportFormat, bytes: BTreeMap<u64, u64> },
-    Picture { picture: Picture, color: ColorChoice },
+    Chart { chart: Chart, color: ColorChoice },
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
@@ -133,9 +133,9 @@ async fn map(
 impl Report {
     fn new(args: &MapArgs, size: u64) -> Self {
         let format = ReportFormat::from_json_flag(args.json);
-        if args.picture {
-            let picture = Picture::new(size, terminal::columns());
-            Self::Picture { picture, color: args.color }
+        if args.chart {
+            let chart = Chart::new(size, terminal::columns());
+            Self::Chart { chart, color: args.color }
         } else if args.totals {
             Self::Totals { format, bytes: BTreeMap::new() }
         } else {
@@ -185,8 +185,8 @@ impl Report {
                 *bytes.entry(flags).or_default() += length;
                 Ok(())
             }
-            Self::Picture { picture, .. } => {
-                picture.add(offset, length, Class::of(context, flags));
+            Self::Chart { chart, .. } => {
+                chart.add(offset, length, Class::of(context, flags));
                 Ok(())
             }
         }
@@ -202,8 +202,8 @@ impl Report {
             Self::Text => Ok(()),
             Self::Json { .. } => output.line("\n]"),
             Self::Totals { format, bytes } => totals(context, size, &bytes, format, output),
-            Self::Picture { picture, color } => {
-                for line in picture.lines(terminal::character_set(), terminal::color(color)) {
+            Self::Chart { chart, color } => {
+                for line in chart.lines(terminal::character_set(), terminal::color(color)) {
                     output.line(&line)?;
                 }
                 Ok(())

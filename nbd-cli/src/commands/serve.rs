@@ -30,7 +30,7 @@ use crate::serving::background::{self, Role};
 pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
 use crate::serving::{PidFile, PrivateFolder, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
-use crate::size::{ByteSize, parse_duration, parse_limit};
+use crate::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
 
 const AFTER_HELP: &str = "\
 Sources:
@@ -217,19 +217,36 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Limits")]
     pub max_requests: usize,
 
-    /// How long to look for a client's next request before going to sleep, in nanoseconds; 0 saves
+    /// How long to look for a client's next request before going to sleep, at most 1ms; 0 saves
     /// CPU time where clients with one request in flight may wait longer.
-    #[arg(long, value_name = "N", default_value_t = 32_768, help_heading = "Limits",
+    #[arg(long, value_name = "TIME", default_value = "33us", help_heading = "Limits",
+          value_parser = parse_busy_poll)]
+    pub busy_poll: Duration,
+
+    /// The same in nanoseconds, as QEMU calls it and earlier versions did.
+    #[arg(long, value_name = "N", hide = true, overrides_with = "busy_poll",
           value_parser = clap::value_parser!(u32).range(..=1_000_000))]
-    pub poll_max_ns: u32,
+    pub poll_max_ns: Option<u32>,
 
     /// Memory for the requests of one connection.
-    #[arg(long, value_name = "SIZE", default_value = "64M", help_heading = "Limits")]
-    pub connection_budget: ByteSize,
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "64M",
+        help_heading = "Limits",
+        alias = "connection-budget"
+    )]
+    pub connection_memory_limit: ByteSize,
 
     /// Memory for the large requests of all connections.
-    #[arg(long, value_name = "SIZE", default_value = "256M", help_heading = "Limits")]
-    pub memory: ByteSize,
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "256M",
+        help_heading = "Limits",
+        alias = "memory"
+    )]
+    pub memory_limit: ByteSize,
 }
 
 /// Refuses `--port`.
@@ -369,9 +386,13 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
     config.handshake_timeout = args.handshake_timeout;
     config.stall_timeout = (!args.stall_timeout.is_zero()).then_some(args.stall_timeout);
     config.drain_timeout = args.drain_timeout;
-    config.busy_poll = Duration::from_nanos(args.poll_max_ns.into());
-    config.connection_memory_limit = bytes("--connection-budget", args.connection_budget)?;
-    config.memory_limit = bytes("--memory", args.memory)?;
+    config.busy_poll = match args.poll_max_ns {
+        Some(nanoseconds) => Duration::from_nanos(nanoseconds.into()),
+        None => args.busy_poll,
+    };
+    config.connection_memory_limit =
+        bytes("--connection-memory-limit", args.connection_memory_limit)?;
+    config.memory_limit = bytes("--memory-limit", args.memory_limit)?;
     config.tls = tls.clone();
     Ok(config)
 }

@@ -1,13 +1,13 @@
 //! A backup of a disk in use that the user gives up.
 
 use std::os::unix::net::UnixListener;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::support::qemu_nbd::wait_until;
-use crate::support::{Disk, PROGRAM, Server, nbd_cli, peer};
+use crate::support::{Disk, Server, in_foreground, nbd_cli, peer};
 use crate::tools;
 
 #[test]
@@ -27,7 +27,7 @@ fn a_backup_that_is_interrupted_ends_its_checkpoint_and_forgets_nothing() {
     // Whoever listens here never says a word.
     let (silent, target) = (folder.beside("silent"), folder.beside("full.qcow2"));
     let _listener = UnixListener::bind(&silent).expect("a socket");
-    let mut command = Command::new(PROGRAM);
+    let mut command = in_foreground();
     command.args(["backup", "--control", &control, "--export", "vm", "-B", "daily"]);
     command.arg(format!("nbd+unix:///vm?socket={silent}")).arg(&target);
     let mut backup = command.stderr(Stdio::piped()).spawn().expect("nbd-cli");

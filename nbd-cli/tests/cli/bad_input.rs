@@ -137,7 +137,9 @@ fn numbers_out_of_range_are_refused() {
         assert_eq!(outcome.code, Some(1), "{option} {value}: {outcome:?}");
     }
     let timeouts = ["0", "1h", "-1"].map(|text| format!("--handshake-timeout={text}"));
-    for option in timeouts.iter().map(String::as_str).chain(["--poll-max-ns=1000001"]) {
+    for option in
+        timeouts.iter().map(String::as_str).chain(["--busy-poll=2ms", "--poll-max-ns=1000001"])
+    {
         let outcome = serve(&[option, "memory:1M"]);
         assert_eq!(outcome.code, Some(1), "{option}: {outcome:?}");
     }

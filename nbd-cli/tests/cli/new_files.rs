@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::qemu_nbd::wait_until;
-use crate::support::{Disk, PROGRAM, Server, nbd_cli, peer, run, says};
+use crate::support::{Disk, PROGRAM, Server, in_foreground, nbd_cli, peer, run, says};
 use crate::tools;
 
 /// A server whose disk takes long to be read.
@@ -18,9 +18,8 @@ fn slow_server(nbdkit: &Path) -> Server {
 }
 
 fn start(arguments: &[&str]) -> Child {
-    let mut command = Command::new(PROGRAM);
-    command.args(arguments).stdin(Stdio::null()).stderr(Stdio::piped());
-    command.spawn().expect("nbd-cli")
+    let mut command = in_foreground();
+    command.args(arguments).stdin(Stdio::null()).stderr(Stdio::piped()).spawn().expect("nbd-cli")
 }
 
 /// Sends a signal when the command is at work on a file; returns how it ended and what it said.

@@ -29,9 +29,14 @@ fn a_client_that_says_nothing_is_dropped() {
 #[test]
 fn requests_are_served_with_and_without_polling() {
     let disk = Disk::sparse();
-    for poll_max in ["0", "1000000"] {
-        let server = Server::ours(&["--poll-max-ns", poll_max, disk.path()]);
-        let copy = disk.beside(poll_max);
+    // The last is the spelling of earlier versions.
+    for (number, polling) in
+        [["--busy-poll", "0"], ["--busy-poll", "1ms"], ["--poll-max-ns", "32768"]]
+            .iter()
+            .enumerate()
+    {
+        let server = Server::ours(&[polling[0], polling[1], disk.path()]);
+        let copy = disk.beside(&number.to_string());
         // Holes are read as well, so that there are many requests in a row.
         let one_by_one = ["copy", "--no-extents", "-C", "1", "-R", "1", "--request-size", "4K"];
         nbd_cli(&[&one_by_one[..], &[server.uri(), &copy]].concat()).success();
@@ -41,11 +46,16 @@ fn requests_are_served_with_and_without_polling() {
 }
 
 #[test]
-fn a_small_budget_still_serves_large_requests() {
-    let arguments = ["--connection-budget", "64K", "--memory", "64K", "--max-requests", "1"];
-    let server = Server::ours(&[&arguments[..], &["memory:64M"]].concat());
-    nbd_cli(&["copy", "--request-size", "32M", server.uri(), "null:"]).success();
-    server.end();
+fn a_small_memory_limit_still_serves_large_requests() {
+    // The second pair are the spellings of earlier versions.
+    for [connection, all] in
+        [["--connection-memory-limit", "--memory-limit"], ["--connection-budget", "--memory"]]
+    {
+        let arguments = [connection, "64K", all, "64K", "--max-requests", "1"];
+        let server = Server::ours(&[&arguments[..], &["memory:64M"]].concat());
+        nbd_cli(&["copy", "--request-size", "32M", server.uri(), "null:"]).success();
+        server.end();
+    }
 }
 
 #[test]

@@ -70,6 +70,14 @@ pub(crate) fn nbd_cli<S: AsRef<OsStr>>(arguments: &[S]) -> Outcome {
     run(Command::new(PROGRAM).args(arguments))
 }
 
+/// `nbd-cli` as a terminal starts it. What shells start in the background, a test program too, inherits
+/// that SIGINT is ignored, and the program would leave it so.
+pub(crate) fn in_foreground() -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal=INT,QUIT,HUP", PROGRAM]);
+    command
+}
+
 /// Finds a peer tool. If it is missing the test cannot judge anything: it says so and passes, but
 /// fails where everything is expected to be installed.
 pub(crate) fn tool(name: &str) -> Option<PathBuf> {

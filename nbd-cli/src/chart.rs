@@ -1,4 +1,4 @@
-//! A map of a disk as a picture: one line per part of the disk, one character per cell.
+//! A map of a disk as a chart: one line per part of the disk, one character per cell.
 
 use crate::context::Class;
 use crate::size::{exact, rounded};
@@ -15,7 +15,7 @@ const MIN_CELL_LENGTH: u64 = 512;
 
 /// Collects extents and draws them.
 #[derive(Debug)]
-pub(crate) struct Picture {
+pub(crate) struct Chart {
     size: u64,
     cell_length: u64,
     cells_per_row: u64,
@@ -23,8 +23,8 @@ pub(crate) struct Picture {
     cells: Vec<[u64; Class::COUNT]>,
 }
 
-impl Picture {
-    /// An empty picture of a disk of `size` bytes for a terminal of that many columns.
+impl Chart {
+    /// An empty chart of a disk of `size` bytes for a terminal of that many columns.
     pub(crate) fn new(size: u64, columns: usize) -> Self {
         let cells_per_row = if columns >= LABEL_COLUMNS + CELLS_PER_ROW as usize {
             CELLS_PER_ROW
@@ -56,7 +56,7 @@ impl Picture {
         }
     }
 
-    /// The lines of the picture and its legend.
+    /// The lines of the chart and its legend.
     pub(crate) fn lines(&self, characters: CharacterSet, color: Color) -> Vec<String> {
         let mut lines = Vec::new();
         for (row, cells) in (0_u64..).zip(self.cells.chunks(self.cells_per_row as usize)) {
@@ -143,10 +143,10 @@ mod tests {
 
     #[test]
     fn each_line_is_one_part_of_the_disk() {
-        let mut picture = Picture::new(1 << 20, 80);
-        picture.add(0, 512 << 10, Class::Data);
-        picture.add(512 << 10, 512 << 10, Class::HoleZero);
-        let lines = picture.lines(CharacterSet::Ascii, Color::Off);
+        let mut chart = Chart::new(1 << 20, 80);
+        chart.add(0, 512 << 10, Class::Data);
+        chart.add(512 << 10, 512 << 10, Class::HoleZero);
+        let lines = chart.lines(CharacterSet::Ascii, Color::Off);
         assert_eq!(lines[0], format!("{:>8}  {}", "0", "#".repeat(64)));
         assert_eq!(lines[7], format!("{:>8}  {}", "448K", "#".repeat(64)));
         assert_eq!(lines[8], format!("{:>8}  {}", "512K", ".".repeat(64)));
@@ -159,11 +159,11 @@ mod tests {
 
     #[test]
     fn a_cell_with_a_little_data_shows_it() {
-        let mut picture = Picture::new(1 << 40, 80);
-        picture.add(0, 5 << 30, Class::HoleZero);
-        picture.add(5 << 30, 1, Class::Data);
-        picture.add((5 << 30) + 1, (1 << 40) - (5 << 30) - 1, Class::HoleZero);
-        let lines = picture.lines(CharacterSet::Unicode, Color::Off);
+        let mut chart = Chart::new(1 << 40, 80);
+        chart.add(0, 5 << 30, Class::HoleZero);
+        chart.add(5 << 30, 1, Class::Data);
+        chart.add((5 << 30) + 1, (1 << 40) - (5 << 30) - 1, Class::HoleZero);
+        let lines = chart.lines(CharacterSet::Unicode, Color::Off);
         assert_eq!(lines[0].chars().filter(|&glyph| glyph == '▒').count(), 1);
         assert_eq!(lines[0].chars().nth(10 + 5), Some('▒'));
     }
@@ -171,19 +171,19 @@ mod tests {
     #[test]
     fn any_size_and_any_extent_can_be_drawn() {
         for size in [0, 1, 511, 513, 1_000_001, (1 << 63) - 1, u64::MAX] {
-            let mut picture = Picture::new(size, 20);
-            picture.add(0, u64::MAX, Class::Dirty);
-            picture.add(u64::MAX, u64::MAX, Class::Clean);
-            let lines = picture.lines(CharacterSet::Unicode, Color::On);
+            let mut chart = Chart::new(size, 20);
+            chart.add(0, u64::MAX, Class::Dirty);
+            chart.add(u64::MAX, u64::MAX, Class::Clean);
+            let lines = chart.lines(CharacterSet::Unicode, Color::On);
             assert!(lines.len() <= 16 + 4, "{size}: {} lines", lines.len());
         }
     }
 
     #[test]
     fn colours_end_with_their_line() {
-        let mut picture = Picture::new(4096, 80);
-        picture.add(0, 4096, Class::Data);
-        let line = &picture.lines(CharacterSet::Ascii, Color::On)[0];
+        let mut chart = Chart::new(4096, 80);
+        chart.add(0, 4096, Class::Data);
+        let line = &chart.lines(CharacterSet::Ascii, Color::On)[0];
         assert!(line.ends_with("########\x1b[0m"), "{line:?}");
         assert_eq!(line.matches("\x1b[32m").count(), 1, "{line:?}");
     }
