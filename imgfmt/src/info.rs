@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use crate::backup::Backup;
 use crate::bitmap::Recording;
-use crate::create::{CompressionType, L2Entries, Qcow2Version};
+use crate::create_options::{CompressionType, L2Entries, Qcow2Version};
 use crate::format::Format;
 use crate::luks::Encryption;
 use crate::qcow2::Snapshot;

@@ -57,16 +57,13 @@ mod backup;
 mod bitmap;
 mod bytes;
 mod chain;
-mod create;
-mod create_on_device;
+mod create_options;
 mod driver;
 mod error;
 mod extent;
 mod format;
 mod image;
-mod image_bitmaps;
 mod info;
-mod inspect;
 mod luks;
 mod mapping;
 mod open_policy;
@@ -86,15 +83,14 @@ pub use bitmap::{
     BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
     DirtyBits, DirtyExtent, Recording,
 };
-pub use create::{
+pub use create_options::{
     Amendment, CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation,
     Qcow2Version,
 };
-pub use create_on_device::NewOnDevice;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
 pub use format::Format;
-pub use image::{Image, Shrink};
+pub use image::{Image, NewOnDevice, Shrink};
 pub use info::{BitmapEntry, ImageInfo, Qcow2Info};
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Holes, Lease, Lookup, Mapping};

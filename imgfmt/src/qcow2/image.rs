@@ -1,7 +1,7 @@
 //! An open image: the parts that it is made of, and what it says about itself.
 
 use crate::backup::Backup;
-use crate::create::{CompressionType, L2Entries, Qcow2Version};
+use crate::create_options::{CompressionType, L2Entries, Qcow2Version};
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::info::Qcow2Info;

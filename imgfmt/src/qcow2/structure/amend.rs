@@ -3,7 +3,7 @@
 use std::os::unix::ffi::OsStrExt as _;
 
 use crate::bytes::{u32_at, u64_at};
-use crate::create::{Amendment, LazyRefcounts, Qcow2Version};
+use crate::create_options::{Amendment, LazyRefcounts, Qcow2Version};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{

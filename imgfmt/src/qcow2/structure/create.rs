@@ -9,7 +9,7 @@
 
 use std::os::unix::ffi::OsStrExt as _;
 
-use crate::create::{
+use crate::create_options::{
     CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Qcow2Version, invalid,
 };
 use crate::error::Result;

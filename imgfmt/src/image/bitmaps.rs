@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use super::Image;
 use crate::backup::{Backup, Uuid};
 use crate::bitmap::{BitmapChange, BitmapInfo, DirtyBits, DirtyExtent, Recording};
 use crate::error::{Error, ErrorKind, Result};
-use crate::image::Image;
 use crate::qcow2::{Qcow2, no_bitmap};
 use crate::sidecar::BitmapSafety;
 use crate::units::{GuestOffset, GuestRange};

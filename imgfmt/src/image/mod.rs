@@ -1,12 +1,16 @@
 //! [`Image`]: a virtual disk of any format.
 
+mod bitmaps;
+mod create;
+mod inspect;
+mod on_device;
+
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use self::on_device::NewOnDevice;
 use crate::chain;
-use crate::create::{self, CreateOptions};
-use crate::create_on_device::NewOnDevice;
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
@@ -60,32 +64,6 @@ impl Image {
         let storage = options.open_file(path, options.access)?;
         Self::open_named(Arc::new(storage), Some(path), options)
             .map_err(|error| error.with_path(path))
-    }
-
-    /// Makes a new image in a new file, or on a block device, whose content is lost: nothing of it shows in
-    /// the image. It can then be opened like any other.
-    ///
-    /// # Errors
-    ///
-    /// `Busy` if the device is in use; `AlreadyExists` if there is a file of that name, which is left alone; `InvalidInput` for
-    /// options that contradict each other or the format; the errors of opening a backing file;
-    /// `NoSpace`, `Io`. No file is left behind; a device says that it is incomplete.
-    pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
-        create::create(path.as_ref(), options)
-    }
-
-    /// Begins a new image on a block device: it can be [preallocated](NewOnDevice::preallocate) and filled, and
-    /// becomes valid when it is complete.
-    ///
-    /// # Errors
-    ///
-    /// As [`create`](Self::create), and `InvalidInput` if it is not a block device. Where the device is too
-    /// small or in use nothing has changed.
-    pub fn create_on_device(
-        path: impl AsRef<Path>,
-        options: &CreateOptions,
-    ) -> Result<NewOnDevice> {
-        create::create_on_device(path.as_ref(), options)
     }
 
     /// Opens the image in any storage. Locks are the storage's own matter.

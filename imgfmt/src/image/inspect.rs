@@ -4,12 +4,12 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::{Image, Shrink};
 use crate::backup::BackupIdentity;
 use crate::chain;
-use crate::create::{Amendment, Qcow2Version};
+use crate::create_options::{Amendment, Qcow2Version};
 use crate::error::Result;
 use crate::format::Format;
-use crate::image::{Image, Shrink};
 use crate::info::ImageInfo;
 use crate::options::{Access, BackingFile, OpenOptions};
 use crate::qcow2;

@@ -5,11 +5,11 @@ use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::Image;
 use crate::backup::BackupIdentity;
-use crate::create::{CreateOptions, Preallocation, invalid};
+use crate::create_options::{CreateOptions, Preallocation, invalid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
-use crate::image::Image;
 use crate::open_policy::OpenPolicy;
 use crate::options::{Access, Locking, OpenOptions};
 use crate::qcow2;
