@@ -104,6 +104,17 @@ pub struct Request {
 }
 
 impl Request {
+    /// Length of the data that a READ or WRITE moves, in bytes; 0 for every other command.
+    #[must_use]
+    pub fn data_len(&self) -> usize {
+        match self.command {
+            Command::Read(_) | Command::Write(_) => {
+                usize::try_from(self.length).unwrap_or(usize::MAX)
+            }
+            _ => 0,
+        }
+    }
+
     /// What a reply has to repeat.
     #[must_use]
     pub const fn tag(&self) -> RequestTag {

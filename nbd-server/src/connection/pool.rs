@@ -125,21 +125,11 @@ impl Pool {
         self.bytes
     }
 
-    /// Bytes that a request reads or writes.
-    pub(super) fn weight(request: &Request) -> usize {
-        match request.command {
-            Command::Read(_) | Command::Write(_) => {
-                usize::try_from(request.length).unwrap_or(usize::MAX)
-            }
-            _ => 0,
-        }
-    }
-
     /// Bytes of memory that a request takes in the pool, of which the first `done` were answered.
     pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) -> usize {
         match request.command {
             Command::Read(_) => read_steps::memory_len(encoder, request, done),
-            _ => Self::weight(request),
+            _ => request.data_len(),
         }
     }
 

@@ -5,7 +5,7 @@
 //! gathered in one buffer, so that a bad sector is still answered with an error: behind the header
 //! of such a reply nothing could be said but by closing the connection.
 
-use nbd_proto::transmission::{Position, ReplyEncoder, Request};
+use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
 
 use super::dispatch::{self, Step, Work};
 use crate::export::{
@@ -21,9 +21,14 @@ const RETRY_LEN: usize = 64 * 1024;
 /// ... and then of this many: the smallest unit in which disks fail today.
 const SECTOR_LEN: usize = 4096;
 
+/// Whether a READ takes several steps, if its reply may be split.
+pub(super) fn is_long(request: &Request) -> bool {
+    matches!(request.command, Command::Read(_)) && request.data_len() > STEP_LEN
+}
+
 /// Memory that the next step of a READ takes of which `done` bytes are answered, in bytes.
 pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) -> usize {
-    let rest = usize::try_from(request.length).unwrap_or(usize::MAX).saturating_sub(done);
+    let rest = request.data_len().saturating_sub(done);
     match dispatch::holes_of(encoder, request) {
         Holes::Told => rest.min(STEP_LEN),
         Holes::AsData => rest,

@@ -15,6 +15,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// What a connection may do before others get their turn, in bytes moved: some 200 to 400 microseconds.
 const QUANTUM: usize = 1024 * 1024;
+/// Rounds of one connection before other tasks of its thread are looked at, in any case.
+const ROUNDS_BEFORE_YIELD: u32 = 8;
 /// What a request or an option takes beside the bytes it moves.
 pub(super) const REQUEST_COST: usize = 4096;
 /// What a byte costs that was received under TLS and brings nothing, in bytes moved.
@@ -51,11 +53,12 @@ pub(super) struct Turn {
     thread: Thread,
     state: State,
     spent: usize,
+    rounds: u32,
 }
 
 impl Turn {
     pub(super) const fn new(thread: Thread) -> Self {
-        Self { thread, state: State::Light, spent: 0 }
+        Self { thread, state: State::Light, spent: 0, rounds: 0 }
     }
 
     /// Takes note of work that was done, in bytes moved.
@@ -66,6 +69,12 @@ impl Turn {
     /// Has the connection done as much as it may at a time? Never while it is alone on its thread.
     pub(super) fn is_over(&self) -> bool {
         self.spent >= QUANTUM && !self.is_alone()
+    }
+
+    /// One round of the connection's work is done. Are other tasks of the thread to be looked at?
+    pub(super) fn ends_with_round(&mut self) -> bool {
+        self.rounds = self.rounds.wrapping_add(1);
+        self.is_over() || self.rounds.is_multiple_of(ROUNDS_BEFORE_YIELD)
     }
 
     fn is_alone(&self) -> bool {

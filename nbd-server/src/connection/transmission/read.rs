@@ -2,11 +2,12 @@
 
 use std::os::fd::AsFd;
 
-use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
+use nbd_proto::transmission::{Position, Request};
 
-use super::super::dispatch;
-use super::super::pool::Pool;
-use super::{SHORT_REPLY_LEN, Session, Waiting};
+use super::super::read_steps;
+use super::super::turn::Turn;
+use super::replies::Replies;
+use super::target::Target;
 use crate::export::{Content, FileSpan, Holes, ReadMap, Segment, TryRead};
 use crate::sys;
 
@@ -14,171 +15,153 @@ use crate::sys;
 /// copy if they can be. In bytes. Below it the copy is cheaper than the extra system calls.
 const SEND_FILE_LEN: usize = 32 * 1024;
 
-/// Longest READ that is copied where the connection stands, in bytes. A longer one would keep the
-/// others of its thread waiting, and its memory has to come from the budget: the pool sees to both,
-/// step by step.
-const PROMPT_READ_LEN: usize = 1 << 20;
+/// What is left of a READ: the part behind the first `done` bytes may have to wait, or is a long
+/// one. It is for the pool.
+pub(super) struct ForPool {
+    pub(super) done: usize,
+}
 
-/// The next part of a READ may have to wait, or is a long one: it is for the pool.
-struct ForPool;
+/// The READs of a connection.
+pub(super) struct PromptReads {
+    /// Memory for the map of the READ that is being answered.
+    map: ReadMap,
+}
 
-impl Session {
-    /// Answers a READ from the page cache, or has the pool read it.
-    pub(super) fn read(&mut self, request: Request) {
-        let length = Pool::weight(&request);
+impl PromptReads {
+    pub(super) fn new() -> Self {
+        Self { map: ReadMap::new() }
+    }
+
+    /// Answers a READ from the page cache, as far as that goes.
+    pub(super) fn read(
+        &mut self,
+        request: &Request,
+        answering: &mut Answering<'_>,
+    ) -> Result<(), ForPool> {
+        let length = request.data_len();
         if length == 0 {
-            let (encoder, tag) = (self.encoder, request.tag());
-            return self.output.encode(SHORT_REPLY_LEN, |out| encoder.success(tag, out));
+            answering.replies.answer(request, Ok(()));
+            return Ok(());
         }
-        let holes = dispatch::holes_of(self.encoder, &request);
         // The map of a small read would cost more than the copy: what the read itself has found
         // decides.
         if length < SEND_FILE_LEN {
             let whole = (request.offset, length);
-            match self.read_chunk(&request, whole, Position::Last, holes) {
-                TryRead::Complete => return,
-                TryRead::WouldBlock => return self.leave_to_pool(request, 0),
+            let holes = answering.target.holes_of(request);
+            match answering.copy(request, whole, Position::Last, holes) {
+                TryRead::Complete => return Ok(()),
+                TryRead::WouldBlock => return Err(ForPool { done: 0 }),
                 TryRead::Sparse => {}
             }
         }
-        self.read_on(request, 0);
-    }
-
-    /// Whether a READ is answered in several steps, if its reply may be split.
-    pub(super) fn is_long_read(request: &Request) -> bool {
-        matches!(request.command, Command::Read(_)) && Pool::weight(request) > PROMPT_READ_LEN
+        self.read_on(request, 0, answering)
     }
 
     /// Goes on with a READ of which `done` bytes are answered.
-    pub(super) fn read_on(&mut self, request: Request, done: usize) {
-        let length = Pool::weight(&request);
-        let holes = dispatch::holes_of(self.encoder, &request);
-        let start = request.offset + done as u64;
-        let mut map = std::mem::take(&mut self.map);
-        map.clear();
-        let is_mapped =
-            dispatch::map_in_place(&*self.export, start, length - done, holes, &mut map);
-        let mut done = done;
-        let read = match is_mapped {
-            true => self.read_mapped(&request, &mut done, holes, &map),
-            false => Err(ForPool),
-        };
-        self.map = map;
-        if let Err(ForPool) = read {
-            self.leave_to_pool(request, done);
-        }
-    }
-
-    /// The pool finds out what to say of what follows the first `done` bytes.
-    fn leave_to_pool(&mut self, request: Request, done: usize) {
-        self.waiting = Some(Waiting::Pool(request, Vec::new(), done));
-    }
-
-    /// Answers a READ part by part, from the first `done` bytes on, up to one for the pool; `done`
-    /// says how far that is.
-    fn read_mapped(
+    pub(super) fn read_on(
         &mut self,
         request: &Request,
-        done: &mut usize,
+        done: usize,
+        answering: &mut Answering<'_>,
+    ) -> Result<(), ForPool> {
+        let holes = answering.target.holes_of(request);
+        let (start, length) = (request.offset + done as u64, request.data_len() - done);
+        self.map.clear();
+        if !answering.target.map_now(start, length, holes, &mut self.map) {
+            return Err(ForPool { done });
+        }
+        answering.mapped(request, done, holes, &self.map)
+    }
+}
+
+/// What an answer is made of.
+pub(super) struct Answering<'a> {
+    pub(super) target: &'a Target,
+    pub(super) replies: &'a mut Replies,
+    pub(super) turn: &'a mut Turn,
+}
+
+impl Answering<'_> {
+    /// Answers a READ part by part, from the first `done` bytes on, up to one for the pool.
+    fn mapped(
+        &mut self,
+        request: &Request,
+        mut done: usize,
         holes: Holes,
         map: &ReadMap,
     ) -> Result<(), ForPool> {
         if holes == Holes::AsData && map.segments().len() > 1 {
             let whole = (request.offset, map.len());
-            let read = self.read_chunk(request, whole, Position::Last, holes);
-            return if read == TryRead::Complete { Ok(()) } else { Err(ForPool) };
+            return match self.copy(request, whole, Position::Last, holes) {
+                TryRead::Complete => Ok(()),
+                _ => Err(ForPool { done }),
+            };
         }
         for part in map.segments() {
-            self.read_segment(request, done, holes, part)?;
+            if !self.segment(request, done, holes, part) {
+                return Err(ForPool { done });
+            }
+            done += part.length;
         }
         Ok(())
     }
 
-    fn read_segment(
-        &mut self,
-        request: &Request,
-        done: &mut usize,
-        holes: Holes,
-        part: &Segment,
-    ) -> Result<(), ForPool> {
-        let length = Pool::weight(request);
-        let end = *done + part.length;
-        let position = |end: usize| if end == length { Position::Last } else { Position::More };
-        let chunk = (request.offset + *done as u64, part.length);
-        let is_answered = match &part.content {
+    /// Answers one part of a READ, behind the first `done` bytes; false if it is for the pool.
+    fn segment(&mut self, request: &Request, done: usize, holes: Holes, part: &Segment) -> bool {
+        let is_last = done + part.length == request.data_len();
+        let position = if is_last { Position::Last } else { Position::More };
+        let chunk = (request.offset + done as u64, part.length);
+        match &part.content {
             Content::Zero if holes == Holes::Told => {
-                self.hole(request, chunk, position(end));
-                true
+                self.replies.hole(request, chunk, position);
+                return true;
             }
-            Content::File(span) => self.send_file(request, chunk, position(end), span),
-            _ => false,
-        };
-        if !is_answered {
-            let is_copied = !Self::is_long_read(request) || holes == Holes::AsData;
-            let read = match is_copied {
-                true => self.read_chunk(request, chunk, position(end), Holes::AsData),
-                false => TryRead::WouldBlock,
-            };
-            if read != TryRead::Complete {
-                return Err(ForPool);
-            }
+            Content::File(span) if self.send_file(request, chunk, position, span) => return true,
+            _ => {}
         }
-        *done = end;
-        Ok(())
+        let may_copy = !read_steps::is_long(request) || holes == Holes::AsData;
+        may_copy && self.copy(request, chunk, position, Holes::AsData) == TryRead::Complete
     }
 
-    /// Reads a part of a READ, given by its offset and length, into the send queue, if that takes
-    /// no waiting.
-    fn read_chunk(
+    /// Reads a part of a READ, given by its offset and length, into a reply, if that takes no
+    /// waiting. Otherwise it is not in memory, or an error, or no data: nothing is answered.
+    fn copy(
         &mut self,
         request: &Request,
         (offset, length): (u64, usize),
         position: Position,
         holes: Holes,
     ) -> TryRead {
-        if length > PROMPT_READ_LEN {
+        // A longer one would keep the others of its thread waiting, and its memory has to come from
+        // the budget: the pool sees to both, step by step.
+        if length > read_steps::STEP_LEN {
             return TryRead::WouldBlock;
         }
-        let space = self.output.space(ReplyEncoder::MAX_READ_HEADER_LEN + length);
-        let mut header = &mut space[..ReplyEncoder::MAX_READ_HEADER_LEN];
-        self.encoder.data_header(request.tag(), offset, length as u32, position, &mut header);
-        let header_len = ReplyEncoder::MAX_READ_HEADER_LEN - header.len();
-        let data = &mut space[header_len..header_len + length];
-        let read = dispatch::read_in_place(&*self.export, offset, data, holes);
-        // Otherwise it is not in memory, or an error, or no data: nothing is queued.
-        self.output.commit(if read == TryRead::Complete { header_len + length } else { 0 });
-        read
+        let target = self.target;
+        self.replies.data(request, (offset, length), position, |buffer| {
+            target.read_now(offset, buffer, holes)
+        })
     }
 
-    fn hole(&mut self, request: &Request, (offset, length): (u64, usize), position: Position) {
-        let (encoder, tag) = (self.encoder, request.tag());
-        self.output.encode(ReplyEncoder::MAX_READ_HEADER_LEN, |out| {
-            encoder.hole(tag, offset, length as u32, position, out);
-        });
-    }
-
-    /// Queues a long part of a READ without copying it, if all of it is in the page cache. Once the
-    /// header is out an error could only close the connection.
+    /// Answers with a long part of a file without copying it, if all of it is in the page cache.
+    /// Once the header is out an error could only close the connection.
     fn send_file(
         &mut self,
         request: &Request,
-        (offset, length): (u64, usize),
+        chunk: (u64, usize),
         position: Position,
         span: &FileSpan,
     ) -> bool {
+        let (_, length) = chunk;
         if length < SEND_FILE_LEN
             || !sys::is_resident(span.file.as_fd(), span.offset, length as u64)
         {
             return false;
         }
-        if Self::is_long_read(request) {
+        if read_steps::is_long(request) {
             self.turn.spend(length);
         }
-        let (encoder, tag) = (self.encoder, request.tag());
-        self.output.encode(ReplyEncoder::MAX_READ_HEADER_LEN, |out| {
-            encoder.data_header(tag, offset, length as u32, position, out);
-        });
-        self.output.push_file(span.clone(), length);
+        self.replies.file(request, chunk, position, span);
         true
     }
 }

@@ -1,0 +1,150 @@
+//! What a connection has taken off its receive buffer and could not answer at once.
+
+use std::collections::VecDeque;
+use std::task::{Context, Poll};
+
+use nbd_proto::transmission::Request;
+
+use super::super::Shared;
+use super::super::handshake::Established;
+use super::super::pool::{Pool, Reply, Unfinished};
+use super::super::read_steps;
+use super::target::Target;
+use crate::budget::{BudgetQueue, Permit};
+
+/// No further long READ is handed to the pool while it works on so much for this connection. In
+/// bytes.
+const LONG_READS_LEN: usize = 4 * read_steps::STEP_LEN;
+
+/// A request that waits for its part of the budget.
+enum Waiting {
+    /// A command with its payload, to be handed to the pool; of a READ so many bytes are answered.
+    Pool(Request, Vec<u8>, usize),
+    /// A WRITE whose payload is to be received.
+    Payload(Request),
+}
+
+/// What became of the request that waited.
+pub(super) enum Admitted {
+    /// There is no memory for it yet.
+    No,
+    /// The pool has it, or there was none.
+    ToPool,
+    /// The payload of this WRITE may be received.
+    Payload(Request, Permit),
+}
+
+/// The requests of a connection that wait for memory, for the pool, or for room for their replies.
+pub(super) struct Backlog {
+    waiting: Option<Waiting>,
+    /// READs of which a part is answered, and which go on as soon as there is room for replies.
+    unfinished: VecDeque<Unfinished>,
+    pool: Pool,
+    budget: BudgetQueue,
+    /// What the requests in the pool may take, in bytes.
+    max_bytes: usize,
+}
+
+impl Backlog {
+    pub(super) fn new(established: &Established, shared: &Shared) -> Self {
+        let (answers, max_requests) = (shared.answers.clone(), shared.config.max_requests);
+        Self {
+            waiting: None,
+            unfinished: VecDeque::new(),
+            pool: Pool::new(&shared.scheduler, established.entry.clone(), answers, max_requests),
+            budget: BudgetQueue::new(shared.budget.clone()),
+            max_bytes: shared.config.connection_memory_limit,
+        }
+    }
+
+    /// Nothing waits, and nothing is in the pool.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_none() && self.unfinished.is_empty() && !self.is_in_pool()
+    }
+
+    /// Does a request wait for memory?
+    pub(super) const fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Is a request in the pool?
+    pub(super) const fn is_in_pool(&self) -> bool {
+        self.pool.requests() > 0
+    }
+
+    /// Has the pool as much of this connection as it may?
+    pub(super) const fn is_full(&self) -> bool {
+        self.pool.is_full() || (self.is_in_pool() && self.pool.bytes() >= self.max_bytes)
+    }
+
+    /// The client has said that it leaves.
+    pub(super) fn say_farewell(&self) {
+        self.pool.say_farewell();
+    }
+
+    /// Has it?
+    pub(super) fn has_farewell(&self) -> bool {
+        self.pool.has_farewell()
+    }
+
+    /// Has the pool carry out a request, as soon as there is memory for it; the first `done` bytes
+    /// of a READ are answered. No other request may be waiting.
+    pub(super) fn leave_to_pool(&mut self, request: Request, payload: Vec<u8>, done: usize) {
+        debug_assert!(self.waiting.is_none(), "one request waits at a time");
+        self.waiting = Some(Waiting::Pool(request, payload, done));
+    }
+
+    /// Waits for memory for the payload of a WRITE. No other request may be waiting.
+    pub(super) fn wait_for_payload(&mut self, request: Request) {
+        debug_assert!(self.waiting.is_none(), "one request waits at a time");
+        self.waiting = Some(Waiting::Payload(request));
+    }
+
+    /// Hands a WRITE whose payload has memory to the pool.
+    pub(super) fn submit(
+        &mut self,
+        target: &Target,
+        request: Request,
+        payload: Vec<u8>,
+        permit: Permit,
+    ) {
+        self.pool.submit(target.work(request, payload, 0), permit);
+    }
+
+    /// Gives the waiting request its part of the budget, if there is one.
+    pub(super) fn admit(&mut self, cx: &mut Context<'_>, target: &Target) -> Admitted {
+        let Some(waiting) = &self.waiting else { return Admitted::ToPool };
+        let length = match waiting {
+            Waiting::Pool(request, _, done) => {
+                let is_long = read_steps::is_long(request);
+                if is_long && self.is_in_pool() && self.pool.bytes() >= LONG_READS_LEN {
+                    return Admitted::No;
+                }
+                Pool::memory_len(target.encoder(), request, *done)
+            }
+            Waiting::Payload(request) => request.data_len(),
+        };
+        let Poll::Ready(permit) = self.budget.poll_take(cx, length) else { return Admitted::No };
+        match self.waiting.take() {
+            Some(Waiting::Payload(request)) => Admitted::Payload(request, permit),
+            Some(Waiting::Pool(request, payload, done)) => {
+                self.pool.submit(target.work(request, payload, done), permit);
+                Admitted::ToPool
+            }
+            None => Admitted::ToPool,
+        }
+    }
+
+    /// The next reply of the pool. What it leaves open becomes [unfinished](Self::next_unfinished).
+    pub(super) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<(Vec<u8>, Permit)> {
+        self.pool.poll_reply(cx).map(|Reply { bytes, permit, rest, .. }| {
+            self.unfinished.extend(rest);
+            (bytes, permit)
+        })
+    }
+
+    /// The READ that goes on next.
+    pub(super) fn next_unfinished(&mut self) -> Option<Unfinished> {
+        self.unfinished.pop_front()
+    }
+}

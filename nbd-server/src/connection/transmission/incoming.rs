@@ -1,0 +1,244 @@
+//! What a client sends: requests, payloads, and payloads of refused requests.
+
+use std::task::{Context, Poll};
+
+use nbd_proto::transmission::Request;
+use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
+
+use super::super::ConnectionError;
+use super::super::handshake::Established;
+use super::super::read_strategy::{Idle, ReadStrategy};
+use super::super::receive::ReceiveBuffer;
+use super::super::room::Room;
+use super::super::socket::Socket;
+use crate::budget::Permit;
+
+/// A payload up to this size is waited for in the receive buffer; a longer one is read straight
+/// into a buffer of its own. In bytes.
+const INLINE_PAYLOAD_LEN: usize = 64 * 1024;
+/// Payload buffers up to this size are kept for the next payload. In bytes.
+const KEPT_PAYLOAD_LEN: usize = 1 << 20;
+
+/// What the next received bytes are.
+enum Receiving {
+    /// A request.
+    Header,
+    /// The rest of a long payload.
+    Payload { request: Request, buffer: Vec<u8>, filled: usize, permit: Permit },
+    /// The payload of a refused request.
+    Discarded { rejection: Rejection, remaining: u64 },
+    /// Nothing: the client has said goodbye, or the server ends.
+    Nothing,
+}
+
+/// What has arrived.
+pub(super) enum Arrival {
+    /// A request, whose header has so many bytes and is [still in the buffer](Incoming::consume).
+    Request(Request, usize),
+    /// A request that is refused; its payload is gone.
+    Refused(Rejection),
+    /// A WRITE with the long payload that was [waited for](Incoming::expect).
+    Payload(Request, Vec<u8>, Permit),
+}
+
+/// Where the payload of a WRITE is.
+pub(super) enum Payload {
+    /// Whole in the buffer, from behind the header on.
+    Received,
+    /// It will be in the buffer.
+    Expected,
+    /// It is too long for the buffer, and wants [its own](Incoming::expect).
+    Long,
+}
+
+/// The receiving half of a connection.
+pub(super) struct Incoming {
+    transmission: Transmission,
+    buffer: ReceiveBuffer,
+    receiving: Receiving,
+    spare_payload: Vec<u8>,
+}
+
+impl Incoming {
+    pub(super) fn new(established: &Established) -> Self {
+        Self {
+            transmission: Transmission::new(&established.negotiated),
+            buffer: ReceiveBuffer::new(&established.received),
+            receiving: Receiving::Header,
+            spare_payload: Vec::new(),
+        }
+    }
+
+    /// Takes the next arrival off the buffer; `None` if nothing is complete.
+    pub(super) fn next(&mut self) -> Result<Option<Arrival>, ConnectionError> {
+        match &self.receiving {
+            Receiving::Header => match self.transmission.parse(self.buffer.filled())? {
+                Parsed::NeedsInput(_) => Ok(None),
+                Parsed::Request { request, consumed } => {
+                    Ok(Some(Arrival::Request(request, consumed)))
+                }
+                Parsed::Rejected { rejection, consumed, discard } => {
+                    self.buffer.consume(consumed);
+                    self.receiving = Receiving::Discarded { rejection, remaining: discard };
+                    Ok(self.discard())
+                }
+            },
+            Receiving::Payload { .. } => Ok(self.fill_payload()),
+            Receiving::Discarded { .. } => Ok(self.discard()),
+            Receiving::Nothing => Ok(None),
+        }
+    }
+
+    /// Drops `count` bytes off the front of the buffer.
+    pub(super) fn consume(&mut self, count: usize) {
+        self.buffer.consume(count);
+    }
+
+    /// Where the payload of `length` bytes is whose header has `header_len` bytes.
+    pub(super) fn payload(&self, header_len: usize, length: usize) -> Payload {
+        if self.buffer.filled().len() >= header_len.saturating_add(length) {
+            Payload::Received
+        } else if length <= INLINE_PAYLOAD_LEN {
+            Payload::Expected
+        } else {
+            Payload::Long
+        }
+    }
+
+    /// A payload that is [received](Payload::Received).
+    pub(super) fn received(&self, header_len: usize, length: usize) -> &[u8] {
+        self.buffer.filled().get(header_len..header_len + length).unwrap_or_default()
+    }
+
+    /// Tells how long the last payload was, in bytes, so that reads can be cut to suit the next.
+    pub(super) fn expect_payloads_like(&mut self, length: usize) {
+        self.buffer.expect_payloads_like(length);
+    }
+
+    /// Receives the long payload of a WRITE into a buffer of its own.
+    pub(super) fn expect(&mut self, request: Request, permit: Permit) {
+        let mut buffer = std::mem::take(&mut self.spare_payload);
+        buffer.resize(request.data_len(), 0);
+        self.receiving = Receiving::Payload { request, buffer, filled: 0, permit };
+    }
+
+    /// Keeps the buffer of a payload that is done with for the next.
+    pub(super) fn keep(&mut self, buffer: Vec<u8>) {
+        if buffer.capacity() <= KEPT_PAYLOAD_LEN {
+            self.spare_payload = buffer;
+        }
+    }
+
+    /// Nothing more is wanted.
+    pub(super) fn close(&mut self) {
+        self.receiving = Receiving::Nothing;
+    }
+
+    /// Will nothing more arrive?
+    pub(super) const fn is_closed(&self) -> bool {
+        matches!(self.receiving, Receiving::Nothing)
+    }
+
+    /// Has a part of something arrived?
+    pub(super) fn is_partial(&self) -> bool {
+        match self.receiving {
+            Receiving::Header => !self.buffer.filled().is_empty(),
+            Receiving::Payload { .. } | Receiving::Discarded { .. } => true,
+            Receiving::Nothing => false,
+        }
+    }
+
+    /// How far it is: bytes that went through the buffer, and those of the long payload beside it.
+    pub(super) const fn progress(&self) -> (u64, usize) {
+        let payload = match &self.receiving {
+            Receiving::Payload { filled, .. } => *filled,
+            _ => 0,
+        };
+        (self.buffer.total(), payload)
+    }
+
+    /// Makes the buffer small again, if it is empty.
+    pub(super) fn shrink(&mut self) {
+        self.buffer.shrink();
+    }
+
+    /// Reads from the socket; 0 bytes are the end of the stream, or were read in a way that suits
+    /// the client and are in the buffer.
+    pub(super) fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut Socket,
+        room: &mut Room,
+        (strategy, idle): (&mut ReadStrategy, Idle),
+    ) -> Poll<std::io::Result<Received>> {
+        let read = match &mut self.receiving {
+            // The buffer is empty while a payload is incomplete: its bytes skip it.
+            Receiving::Payload { buffer, filled, .. } => {
+                let read = socket.poll_read(cx, &mut buffer[*filled..]);
+                if let Poll::Ready(Ok(count)) = read {
+                    *filled += count;
+                }
+                read
+            }
+            _ => {
+                if self.buffer.wants_room() && room.ask() {
+                    self.buffer.grow();
+                }
+                if strategy.read(socket, idle, &mut self.buffer) {
+                    return Poll::Ready(Ok(Received::Bytes));
+                }
+                let read = socket.poll_read(cx, self.buffer.space());
+                if let Poll::Ready(Ok(count)) = read {
+                    self.buffer.received(count);
+                }
+                read
+            }
+        };
+        read.map_ok(|count| if count == 0 { Received::End } else { Received::Bytes })
+    }
+
+    /// Moves what has been received of a long payload; the WRITE if it is complete.
+    fn fill_payload(&mut self) -> Option<Arrival> {
+        let Receiving::Payload { buffer, filled, .. } = &mut self.receiving else { return None };
+        let received = self.buffer.filled();
+        let count = received.len().min(buffer.len() - *filled);
+        buffer[*filled..*filled + count].copy_from_slice(&received[..count]);
+        self.buffer.consume(count);
+        *filled += count;
+        if *filled < buffer.len() {
+            return None;
+        }
+        match std::mem::replace(&mut self.receiving, Receiving::Header) {
+            Receiving::Payload { request, buffer, permit, .. } => {
+                Some(Arrival::Payload(request, buffer, permit))
+            }
+            _ => None,
+        }
+    }
+
+    /// Throws away the payload of a refused request; the request if all of it is gone.
+    fn discard(&mut self) -> Option<Arrival> {
+        let Receiving::Discarded { rejection, remaining } = &mut self.receiving else {
+            return None;
+        };
+        let received = self.buffer.filled().len();
+        let count = usize::try_from(*remaining).unwrap_or(usize::MAX).min(received);
+        self.buffer.consume(count);
+        *remaining -= count as u64;
+        if *remaining > 0 {
+            return None;
+        }
+        let rejection = *rejection;
+        self.receiving = Receiving::Header;
+        Some(Arrival::Refused(rejection))
+    }
+}
+
+/// What a read from the socket gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Received {
+    /// Something.
+    Bytes,
+    /// The client will send nothing more.
+    End,
+}

@@ -1,0 +1,103 @@
+//! The export of a connection, as its requests see it.
+
+use std::sync::Arc;
+
+use nbd_proto::transmission::{Command, ReplyEncoder, Request};
+use nbd_proto::wire::{MetaContextId, MetaContextName};
+
+use super::super::dispatch::{self, Work};
+use super::super::handshake::Established;
+use super::super::writeback_errors::WritebackErrors;
+use crate::export::{Export, ExportError, Holes, MayBlock, Operation, ReadMap, TryRead};
+
+/// What a request is carried out on, and how it is answered.
+pub(super) struct Target {
+    export: Arc<dyn Export>,
+    writeback: Arc<WritebackErrors>,
+    contexts: Arc<[(MetaContextId, MetaContextName)]>,
+    encoder: ReplyEncoder,
+}
+
+impl Target {
+    pub(super) fn new(established: &Established) -> Self {
+        let (entry, negotiated) = (&established.entry, &established.negotiated);
+        Self {
+            export: Arc::clone(entry.export()),
+            writeback: Arc::new(WritebackErrors::new(entry.failures().clone())),
+            contexts: negotiated.meta_contexts.clone().into(),
+            encoder: ReplyEncoder::new(negotiated.reply_mode),
+        }
+    }
+
+    pub(super) const fn encoder(&self) -> ReplyEncoder {
+        self.encoder
+    }
+
+    /// Whether the reply to a READ may tell holes.
+    pub(super) fn holes_of(&self, request: &Request) -> Holes {
+        dispatch::holes_of(self.encoder, request)
+    }
+
+    /// A request for the pool; the first `done` bytes of a READ are answered.
+    pub(super) fn work(&self, request: Request, payload: Vec<u8>, done: usize) -> Work {
+        Work {
+            export: Arc::clone(&self.export),
+            contexts: Arc::clone(&self.contexts),
+            encoder: self.encoder,
+            request,
+            writeback: Arc::clone(&self.writeback),
+            payload,
+            max_descriptors: 1,
+            done,
+        }
+    }
+
+    /// Carries out a request that is neither READ nor WRITE; `None` if it may have to wait.
+    pub(super) fn execute_now(&self, request: &Request) -> Option<Result<(), ExportError>> {
+        self.is_prompt(request).then(|| self.execute(request, &[]))
+    }
+
+    /// Carries out a WRITE; `None` if it may have to wait.
+    pub(super) fn write_now(
+        &self,
+        request: &Request,
+        payload: &[u8],
+    ) -> Option<Result<(), ExportError>> {
+        if self.is_prompt(request) {
+            return Some(self.execute(request, payload));
+        }
+        dispatch::write_in_place(&*self.export, request, payload).then_some(Ok(()))
+    }
+
+    /// Reads, if that takes no waiting.
+    pub(super) fn read_now(&self, offset: u64, buffer: &mut [u8], holes: Holes) -> TryRead {
+        dispatch::read_in_place(&*self.export, offset, buffer, holes)
+    }
+
+    /// Finds out what a range consists of; false if that may take waiting.
+    pub(super) fn map_now(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        map: &mut ReadMap,
+    ) -> bool {
+        dispatch::map_in_place(&*self.export, offset, length, holes, map)
+    }
+
+    fn execute(&self, request: &Request, payload: &[u8]) -> Result<(), ExportError> {
+        dispatch::execute_in_place(&*self.export, &self.writeback, request, payload)
+    }
+
+    fn is_prompt(&self, request: &Request) -> bool {
+        let operation = match &request.command {
+            Command::Write(durability) => Operation::Write(request.data_len(), *durability),
+            Command::Flush => Operation::Flush,
+            Command::Trim(_) => Operation::Trim,
+            Command::Cache => Operation::Cache,
+            Command::WriteZeroes(..) => Operation::WriteZeroes,
+            Command::Read(_) | Command::BlockStatus(..) | Command::Disconnect => return false,
+        };
+        self.export.may_block(operation) == MayBlock::No
+    }
+}

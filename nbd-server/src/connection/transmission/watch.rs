@@ -1,0 +1,61 @@
+//! Clients that have left, or that owe something and do nothing about it.
+
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use super::super::ConnectionError;
+use super::super::hangup::Hangup;
+use super::super::socket::Socket;
+use super::super::stall::{Awaiting, Movement, Stall};
+use super::backlog::Backlog;
+use super::incoming::Incoming;
+use super::replies::Replies;
+
+/// Looks after a client while nothing moves.
+pub(super) struct Watch {
+    stall: Stall,
+    hangup: Hangup,
+}
+
+impl Watch {
+    /// `limit`: how long a client may owe something.
+    pub(super) fn new(limit: Option<Duration>) -> Self {
+        Self { stall: Stall::new(limit), hangup: Hangup::default() }
+    }
+
+    /// Nothing moves. Ready if the client has gone and requests are still carried out for it.
+    pub(super) fn poll_hangup(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &Socket,
+        backlog: &Backlog,
+    ) -> Poll<Result<(), ConnectionError>> {
+        if !backlog.is_in_pool() {
+            return Poll::Pending;
+        }
+        // Who says goodbye may go at once. What it has written is still carried out.
+        self.hangup.poll(cx, || socket.has_hung_up()).map(|()| match backlog.has_farewell() {
+            true => Ok(()),
+            false => Err(ConnectionError::HungUp),
+        })
+    }
+
+    /// Nothing moves. Ready if the client is to blame, and that for too long. `awaiting` is what it
+    /// has to do next, if this connection holds something until it does.
+    pub(super) fn poll_stall(
+        &mut self,
+        cx: &mut Context<'_>,
+        awaiting: Option<Awaiting>,
+        (incoming, replies, socket): (&Incoming, &Replies, &Socket),
+    ) -> Poll<ConnectionError> {
+        let Some(awaiting) = awaiting else {
+            self.stall.settled();
+            return Poll::Pending;
+        };
+        self.stall.poll(cx, awaiting, || {
+            let (received, payload) = incoming.progress();
+            let (sent, traffic) = (replies.total_sent(), socket.traffic());
+            Movement { received, payload, sent, traffic }
+        })
+    }
+}
