@@ -19,9 +19,9 @@ use crate::size::parse_duration;
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "TLS (for nbds URIs, or with --tls)")]
 pub struct TlsArgs {
-    /// Folder with ca-cert.pem, and client-cert.pem and client-key.pem if the server wants them.
+    /// Directory with ca-cert.pem, and client-cert.pem and client-key.pem if the server wants them.
     ///
-    /// Without it the folders of libnbd are tried (~/.pki/libnbd, /etc/pki/libnbd), then the
+    /// Without it the directories of libnbd are tried (~/.pki/libnbd, /etc/pki/libnbd), then the
     /// authorities that this machine trusts.
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
@@ -161,7 +161,7 @@ impl TlsArgs {
             TlsChoice::Require => TlsMode::Require,
         });
         settings.certificates.clone_from(&self.tls_certificates);
-        settings.default_certificates = usual_folder();
+        settings.default_certificates = usual_directory();
         settings.pre_shared_keys.clone_from(&self.tls_psk);
         settings.hostname.clone_from(&self.tls_hostname);
         settings.verify_peer = self.tls_verify_peer.map(|choice| match choice {
@@ -178,11 +178,11 @@ impl TlsArgs {
 }
 
 /// Where libnbd looks for certificates.
-fn usual_folder() -> Option<PathBuf> {
+fn usual_directory() -> Option<PathBuf> {
     let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".pki/libnbd"));
     home.into_iter()
         .chain(["/etc/pki/libnbd".into()])
-        .find(|folder| folder.join(CA_CERTIFICATE_FILE).is_file())
+        .find(|directory| directory.join(CA_CERTIFICATE_FILE).is_file())
 }
 
 /// Refuses to copy an export to itself, as far as the URIs tell.

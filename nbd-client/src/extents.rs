@@ -91,8 +91,8 @@ impl Extent {
 /// #         Ok(vec![clean, BlockDescriptor { length: 8192, flags: 1 }, BlockDescriptor { length: (1 << 20) - 12288, flags: 0 }])
 /// #     }
 /// # }
-/// # let folder = tempfile::tempdir()?;
-/// # let socket = nbd_server::ListenAddress::Unix(folder.path().join("s"));
+/// # let directory = tempfile::tempdir()?;
+/// # let socket = nbd_server::ListenAddress::Unix(directory.path().join("s"));
 /// # tokio::runtime::Runtime::new()?.block_on(async move {
 /// # let exports = nbd_server::ExportRegistry::new();
 /// # exports.add("", ExportEntry::new(std::sync::Arc::new(Disk)))?;

@@ -17,16 +17,17 @@
 //!
 //! # TLS
 //!
-//! A URI with `nbds` or [`Connector::tls`] protects connections by TLS 1.2 or 1.3, with certificates
-//! or with a pre-shared key; [`TlsError`] says which credential failed which check. It is the cargo
-//! feature `tls`, on by default, and uses OpenSSL: that of the system, or one built from source if
-//! the program that uses this crate turns on the feature `vendored` of the crate `openssl`.
+//! A URI with `nbds` or [`Connector::tls`] protects connections by TLS 1.2 or 1.3, with
+//! certificates or with a pre-shared key; [`TlsError`] says which credential failed which check. It
+//! is the cargo feature `tls`, on by default, and uses OpenSSL: that of the system, or one built
+//! from source if the program that uses this crate turns on the feature `vendored` of the crate
+//! `openssl`.
 //!
 //! # Other ways in
 //!
 //! - [`blocking`]: the same requests for programs without an async runtime.
-//! - `ExportStorage` (feature `image`): an export as an `imgfmt::Storage`, so that images and layers of
-//!   images may be on servers.
+//! - `ExportStorage` (feature `image`): an export as an `imgfmt::Storage`, so that images and
+//!   layers of images may be on servers.
 //!
 //! # Example
 //!
@@ -39,8 +40,8 @@
 //! use nbd_server::export::{ExportEntry, MemoryExport};
 //! use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 //!
-//! # let folder = tempfile::tempdir()?;
-//! # let socket = folder.path().join("nbd.sock");
+//! # let directory = tempfile::tempdir()?;
+//! # let socket = directory.path().join("nbd.sock");
 //! # tokio::runtime::Runtime::new()?.block_on(async move {
 //! let exports = ExportRegistry::new();
 //! exports.add("disk", ExportEntry::new(Arc::new(MemoryExport::new(1 << 20))))?;

@@ -16,7 +16,7 @@ fn corpus(target: &str) -> PathBuf {
 fn inputs(target: &str) -> Vec<(PathBuf, Vec<u8>)> {
     let mut inputs: Vec<_> = std::fs::read_dir(corpus(target))
         .unwrap_or_else(|error| panic!("{}: {error}", corpus(target).display()))
-        .map(|entry| entry.expect("a readable folder").path())
+        .map(|entry| entry.expect("a readable directory").path())
         .map(|path| (path.clone(), std::fs::read(path).expect("a readable file")))
         .collect();
     inputs.sort();

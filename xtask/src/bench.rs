@@ -25,8 +25,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     command.args(["run", "--quiet", "-p", "benches", "--bin", "bench", "--manifest-path"]);
     command.arg(workspace_root().join("Cargo.toml")).arg("--");
     // Paths among the arguments are relative to where the user stands, not to the workspace.
-    if let Ok(folder) = std::env::current_dir() {
-        command.current_dir(folder);
+    if let Ok(directory) = std::env::current_dir() {
+        command.current_dir(directory);
     }
     Err(command.args(&options.arguments).exec()).context("cannot start cargo")
 }

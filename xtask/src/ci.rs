@@ -12,8 +12,8 @@ use crate::{compatibility, peers, soak, tidy};
 
 /// Runs every check and prints how long each took.
 ///
-/// The cheap checks come first. The tests come last and write to the terminal as cargo has them, and
-/// after them two minutes of the judges of `cargo xtask soak`.
+/// The cheap checks come first. The tests come last and write to the terminal as cargo has them,
+/// and after them two minutes of the judges of `cargo xtask soak`.
 ///
 /// # Errors
 ///
@@ -76,7 +76,7 @@ fn check_fuzz_targets() -> Result<()> {
     for manifest in manifests {
         let mut command = cargo();
         command.arg("check").arg("--manifest-path").arg(&manifest);
-        command.arg("--target-dir").arg(compatibility::target_folder().join("fuzz-check"));
+        command.arg("--target-dir").arg(compatibility::target_directory().join("fuzz-check"));
         if manifest.with_file_name("Cargo.lock").is_file() {
             command.arg("--locked");
         }
@@ -107,12 +107,12 @@ mod tests {
 
     #[test]
     fn fuzz_manifests_are_found_one_level_down() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        fs::create_dir_all(folder.path().join("a/fuzz")).expect("folder");
-        fs::create_dir_all(folder.path().join("b/src")).expect("folder");
-        fs::write(folder.path().join("a/fuzz/Cargo.toml"), "").expect("file");
-        let manifests = fuzz_manifests(folder.path()).expect("listing");
-        assert_eq!(manifests, [folder.path().join("a/fuzz/Cargo.toml")]);
+        let directory = tempfile::tempdir().expect("temporary directory");
+        fs::create_dir_all(directory.path().join("a/fuzz")).expect("directory");
+        fs::create_dir_all(directory.path().join("b/src")).expect("directory");
+        fs::write(directory.path().join("a/fuzz/Cargo.toml"), "").expect("file");
+        let manifests = fuzz_manifests(directory.path()).expect("listing");
+        assert_eq!(manifests, [directory.path().join("a/fuzz/Cargo.toml")]);
     }
 
     #[test]

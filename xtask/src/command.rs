@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-/// The folder of the workspace's `Cargo.toml`.
+/// The directory of the workspace's `Cargo.toml`.
 pub(crate) fn workspace_root() -> PathBuf {
     // Cargo tells a running xtask where its manifest is; a binary that is started by hand falls
     // back to where it was built.
-    let manifest_folder = env::var_os("CARGO_MANIFEST_DIR")
+    let manifest_directory = env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
-    manifest_folder.parent().map_or_else(|| PathBuf::from("."), PathBuf::from)
+    manifest_directory.parent().map_or_else(|| PathBuf::from("."), PathBuf::from)
 }
 
-/// A cargo command that runs in the workspace's folder.
+/// A cargo command that runs in the workspace's directory.
 pub(crate) fn cargo() -> Command {
     let program = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
@@ -75,9 +75,9 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String> {
 
 /// Whether a program of this name can be found on the search path.
 pub(crate) fn is_installed(program: &str) -> bool {
-    // Debian keeps servers in sbin folders, which are not on every user's search path.
+    // Debian keeps servers in sbin directories, which are not on every user's search path.
     let path = env::var_os("PATH").unwrap_or_default();
-    env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    env::split_paths(&path).any(|directory| directory.join(program).is_file())
 }
 
 /// The command as one would type it.

@@ -1,4 +1,5 @@
-//! The builds of other people: each crate alone, with few and with all features, with an older compiler.
+//! The builds of other people: each crate alone, with few and with all features, with an older
+//! compiler.
 
 use std::env;
 use std::path::PathBuf;
@@ -16,8 +17,8 @@ struct Choice {
     needs_openssl: bool,
 }
 
-/// Alone, so that what another crate turns on does not help. OpenSSL is the one that the rest of the
-/// workspace has built already, where that is possible.
+/// Alone, so that what another crate turns on does not help. OpenSSL is the one that the rest of
+/// the workspace has built already, where that is possible.
 const CHOICES: &[Choice] = &[
     alone("nbd-proto", &["--no-default-features"]),
     alone("nbd-proto", &["--all-features"]),
@@ -74,7 +75,7 @@ pub(crate) fn check_oldest_compiler() -> Result<()> {
     };
     let mut command = Command::new("rustup");
     command.args(["run", &toolchain, "cargo", "check", "--workspace", "--locked"]);
-    command.arg("--target-dir").arg(target_folder().join("oldest-compiler"));
+    command.arg("--target-dir").arg(target_directory().join("oldest-compiler"));
     command.current_dir(workspace_root());
     // These name the compiler that runs this command.
     for name in ["CARGO", "RUSTC", "RUSTDOC", "RUSTUP_TOOLCHAIN"] {
@@ -99,8 +100,8 @@ pub(crate) fn check_dependencies() -> Result<()> {
     run_step("dependencies", &mut command).map(drop)
 }
 
-/// Where checks with a target folder of their own put it: where cargo has the usual one.
-pub(crate) fn target_folder() -> PathBuf {
+/// Where checks with a target directory of their own put it: where cargo has the usual one.
+pub(crate) fn target_directory() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from)
 }
 

@@ -22,15 +22,15 @@ const MAX_NAMES: usize = 8;
 pub struct ConnectOptions {
     /// Connections to each server, if it allows several: 1 to 256. By default 4.
     pub connections: NonZeroUsize,
-    /// Time limit for connecting and for each request. By default 30 seconds for connecting, and none
-    /// for requests.
+    /// Time limit for connecting and for each request. By default 30 seconds for connecting, and
+    /// none for requests.
     pub timeout: Option<Duration>,
     /// How long to try to restore a lost connection. By default 30 seconds.
     pub reconnect: Duration,
     /// TLS for servers.
     pub tls: TlsSettings,
-    /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`): only if its
-    /// author may read them. By default it may not.
+    /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`): only
+    /// if its author may read them. By default it may not.
     pub local_files: LocalFiles,
 }
 
@@ -65,11 +65,14 @@ impl ConnectOptions {
 pub struct TlsSettings {
     /// When TLS is used. By default as the URI's scheme says.
     pub mode: Option<TlsMode>,
-    /// Folder with `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` if the server wants them.
+    /// Directory with `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` if the server wants
+    /// them.
     pub certificates: Option<PathBuf>,
-    /// As [`certificates`](Self::certificates), if neither the caller nor the URI says anything else.
+    /// As [`certificates`](Self::certificates), if neither the caller nor the URI says anything
+    /// else.
     pub default_certificates: Option<PathBuf>,
-    /// File with pre-shared keys, as psktool makes it; the URI names the user. Goes before certificates.
+    /// File with pre-shared keys, as psktool makes it; the URI names the user. Goes before
+    /// certificates.
     pub pre_shared_keys: Option<PathBuf>,
     /// Name that the server's certificate has to have. By default the host of the URI.
     pub hostname: Option<String>,
@@ -78,7 +81,8 @@ pub struct TlsSettings {
 }
 
 impl TlsSettings {
-    /// Refuses credentials that nothing uses: a mistake that would leave a connection open to everybody.
+    /// Refuses credentials that nothing uses: a mistake that would leave a connection open to
+    /// everybody.
     ///
     /// # Errors
     ///
@@ -112,13 +116,13 @@ impl TlsSettings {
         let mut options = TlsOptions::new(mode);
         if let Some(file) = &self.pre_shared_keys {
             options = options.pre_shared_keys(file);
-        } else if let Some(folder) = &self.certificates {
-            options = options.certificates(folder);
+        } else if let Some(directory) = &self.certificates {
+            options = options.certificates(directory);
         } else if uri.tls.file_parameter().is_none()
             && uri.tls.kind.is_none()
-            && let Some(folder) = &self.default_certificates
+            && let Some(directory) = &self.default_certificates
         {
-            options = options.certificates(folder);
+            options = options.certificates(directory);
         }
         if let Some(name) = &self.hostname {
             options = options.hostname(name);
@@ -130,8 +134,8 @@ impl TlsSettings {
     }
 }
 
-/// Connects; an export that does not exist is reported together with those that do. `whose` is the kind of
-/// the error.
+/// Connects; an export that does not exist is reported together with those that do. `whose` is the
+/// kind of the error.
 ///
 /// # Errors
 ///

@@ -6,8 +6,8 @@
 //! use nbd_jobs::{CopyOptions, JobContext, Location, copy};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let folder = tempfile::tempdir()?;
-//! # let (disk, saved) = (folder.path().join("disk.img"), folder.path().join("saved.img"));
+//! # let directory = tempfile::tempdir()?;
+//! # let (disk, saved) = (directory.path().join("disk.img"), directory.path().join("saved.img"));
 //! std::fs::write(&disk, vec![7; 1 << 20])?;
 //!
 //! let runtime = tokio::runtime::Runtime::new()?;
@@ -20,15 +20,16 @@
 //! # }
 //! ```
 //!
-//! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full and
-//! incremental backups of served disks, of a checkpoint too, and [`restore()`] brings them back.
-//! [`control`] talks to a running `nbd-cli serve`.
+//! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
+//! and incremental backups of served disks, of a checkpoint too, and [`restore()`] brings them
+//! back. [`control`] talks to a running `nbd-cli serve`.
 //!
 //! # Jobs
 //!
-//! A job takes plain options, and a [`JobContext`]: an [`Observer`], which hears of progress and warnings,
-//! and a [`Cancellation`], with which the caller ends it early. Its error is a [`JobError`]: one sentence,
-//! and whose fault it was. Nothing is printed, no signal is caught and no environment variable is read.
+//! A job takes plain options, and a [`JobContext`]: an [`Observer`], which hears of progress and
+//! warnings, and a [`Cancellation`], with which the caller ends it early. Its error is a
+//! [`JobError`]: one sentence, and whose fault it was. Nothing is printed, no signal is caught and
+//! no environment variable is read.
 //!
 //! Jobs are asynchronous and need a runtime of tokio with timers and I/O.
 

@@ -31,7 +31,8 @@ pub fn is_name_of_server(text: &str) -> bool {
     scheme.is_some_and(|scheme| SCHEMES.contains(&scheme))
 }
 
-/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain path.
+/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain
+/// path.
 pub fn has_scheme(name: &str) -> bool {
     let scheme = name.split_once(':').map(|(scheme, _)| scheme);
     scheme == Some(JSON_SCHEME) || name.starts_with(FILE_PREFIX) || is_name_of_server(name)
@@ -63,13 +64,13 @@ pub fn from_name(text: &str) -> Result<NbdUri, String> {
 pub enum NameInImage {
     /// An export of a server.
     Export(Box<NbdUri>),
-    /// A relative path starts at the working folder, as QEMU has it.
+    /// A relative path starts at the working directory, as QEMU has it.
     File(PathBuf),
 }
 
-/// What the name of a backing or data file stands for that has a scheme: as [`from_name`] has
-/// it, `file:` and a path, or `json:` and the options of the drivers `nbd` or `file`, alone or below those of
-/// an image format. Which format that is, the image itself says beside the name.
+/// What the name of a backing or data file stands for that has a scheme: as [`from_name`] has it,
+/// `file:` and a path, or `json:` and the options of the drivers `nbd` or `file`, alone or below
+/// those of an image format. Which format that is, the image itself says beside the name.
 ///
 /// # Errors
 ///

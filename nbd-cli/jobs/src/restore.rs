@@ -45,8 +45,8 @@ pub struct RestoreOptions {
     pub connect: ConnectOptions,
     /// Requests in flight: 1 to 4096. By default 32.
     pub requests: NonZeroUsize,
-    /// How the image is opened: its format, its locking, and which other files it may name. By default
-    /// only those in its folder and below.
+    /// How the image is opened: its format, its locking, and which other files it may name. By
+    /// default only those in its directory and below.
     pub image: OpenOptions,
     /// Format of the result, if that is a file or a device: raw or qcow2. By default raw.
     pub format: Format,
@@ -86,15 +86,15 @@ pub struct Restored {
 
 /// Restores the disk in an image: the newest file of a chain of backups stands for the whole disk.
 ///
-/// A file as the destination must not exist yet: it grows as `NAME.partial` and gets its name when it is
-/// complete. A device or a server's disk is overwritten and must be at least as large; a device is marked as
-/// incomplete until everything is on it.
+/// A file as the destination must not exist yet: it grows as `NAME.partial` and gets its name when
+/// it is complete. A device or a server's disk is overwritten and must be at least as large; a
+/// device is marked as incomplete until everything is on it.
 ///
 /// # Errors
 ///
-/// If the image cannot be opened or read, if the destination exists, is too small or cannot be written, if
-/// both sides differ when they are compared, if the options are out of range, and if the job is cancelled. A
-/// new file is removed then.
+/// If the image cannot be opened or read, if the destination exists, is too small or cannot be
+/// written, if both sides differ when they are compared, if the options are out of range, and if
+/// the job is cancelled. A new file is removed then.
 ///
 /// # Cancel safety
 ///

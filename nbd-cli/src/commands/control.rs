@@ -66,7 +66,7 @@ fn prepared(mut request: Request) -> Result<Request, CommandError> {
     Ok(request)
 }
 
-/// The server may work in another folder.
+/// The server may work in another directory.
 fn absolute(source: &str) -> Result<String, CommandError> {
     if source.starts_with("memory:") || is_name_of_server(source) {
         return Ok(source.to_owned());

@@ -23,7 +23,7 @@ Sources and destinations:
 
 A local destination file grows as NAME.partial and gets its name when it is complete; a file that
 was there is replaced then and stays as it was until then. Only where that is not possible (it has
-other names, or its folder may not be written to) is it emptied first. A server or device as the
+other names, or its directory may not be written to) is it emptied first. A server or device as the
 destination must be at least as large as the source; anything beyond that is left unchanged. What
 was on a device is lost at once, and until everything is on stable storage the device is marked as
 incomplete, so that a part of a disk is never taken for the whole.

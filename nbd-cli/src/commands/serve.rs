@@ -28,7 +28,7 @@ use crate::image_format::ImageFormat;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
-use crate::serving::{PidFile, PrivateFolder, drain, runtime, serve_error, serve_until_signal};
+use crate::serving::{PidFile, PrivateDirectory, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
 use crate::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
 
@@ -274,10 +274,12 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let (names, disks) = signals.meanwhile(open_sources(&args, &registry)).await?;
     tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
-        Some(_) if args.listen.is_empty() && args.socket.is_empty() => Some(PrivateFolder::new()?),
+        Some(_) if args.listen.is_empty() && args.socket.is_empty() => {
+            Some(PrivateDirectory::new()?)
+        }
         _ => None,
     };
-    // Behind the folder, so that its socket is removed before it in any case.
+    // Behind the directory, so that its socket is removed before it in any case.
     let mut server = Server::new(config(&args, &tls)?, registry);
     let mut bound = Vec::new();
     for address in addresses(&args, private.as_ref()) {
@@ -398,14 +400,14 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
 }
 
 /// Where to listen: as told, else in private for a command, else on the loopback interface.
-fn addresses(args: &ServeArgs, private: Option<&PrivateFolder>) -> Vec<ListenAddress> {
+fn addresses(args: &ServeArgs, private: Option<&PrivateDirectory>) -> Vec<ListenAddress> {
     let tcp = args.listen.iter().map(|address| ListenAddress::Tcp(address.to_string()));
     let unix = args.socket.iter().cloned().map(ListenAddress::Unix);
     let mut addresses: Vec<_> = tcp.chain(unix).collect();
     if service_manager_gave_sockets() {
         addresses.push(ListenAddress::Systemd);
-    } else if let Some(folder) = private {
-        addresses.push(ListenAddress::Unix(folder.socket()));
+    } else if let Some(directory) = private {
+        addresses.push(ListenAddress::Unix(directory.socket()));
     }
     if addresses.is_empty() {
         addresses.push(ListenAddress::Tcp(TcpAddress::default().to_string()));

@@ -62,7 +62,8 @@ pub(crate) fn report_recovery(image: &Image, path: &Path) {
     }
 }
 
-/// Says so if bitmaps will not survive what they should, because nothing can be kept beside the image.
+/// Says so if bitmaps will not survive what they should, because nothing can be kept beside the
+/// image.
 pub(crate) fn report_shortfall(image: &Image, path: &Path) {
     if let Some(shortfall) = image.probe_bitmap_safety().shortfall {
         warn(&format!(

@@ -1,12 +1,13 @@
-//! Bitmaps that lack bits which a checkpoint has frozen: what is said about them, and what to do. The rule itself is
-//! the image engine's ([`imgfmt::BitmapChange::Freeze`]).
+//! Bitmaps that lack bits which a checkpoint has frozen: what is said about them, and what to do.
+//! The rule itself is the image engine's ([`imgfmt::BitmapChange::Freeze`]).
 
 use imgfmt::{BitmapChange, BitmapState, Image};
 
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
-/// Says which bitmaps got frozen bits back when an image was opened for writing, and if that failed.
+/// Says which bitmaps got frozen bits back when an image was opened for writing, and if that
+/// failed.
 pub(crate) fn report_thaw(image: &Image) {
     let safety = image.bitmap_safety();
     report_thawed(&safety.thawed);

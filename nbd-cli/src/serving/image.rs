@@ -61,7 +61,7 @@ pub(crate) struct ImageChoices {
     pub(crate) backing: BackingFile,
     /// How servers are used whose exports are served again.
     pub(crate) upstream: ServerArgs,
-    /// Which other files the image may name; `None`: those in its folder.
+    /// Which other files the image may name; `None`: those in its directory.
     pub(crate) policy: Option<OpenPolicy>,
     pub(crate) changes: Changes,
     /// The part of the disk that is exported.

@@ -2,9 +2,9 @@
 //! a signal says stop.
 
 pub(crate) mod background;
+mod directory;
 mod durability;
 mod filter;
-mod folder;
 pub(crate) mod frozen;
 pub(crate) mod image;
 mod patience;
@@ -17,12 +17,12 @@ use std::future::Future;
 
 use nbd_server::{ServeError, Server};
 
+pub(crate) use self::directory::PrivateDirectory;
 pub use self::durability::BitmapDurability;
 pub(crate) use self::filter::{
     Caching, Changes, Medium, MultiConn, PreferredSize, Waiting, ZeroUnit, filtered,
 };
 pub use self::filter::{DetectZeroes, Discard};
-pub(crate) use self::folder::PrivateFolder;
 pub(crate) use self::pid_file::PidFile;
 pub(crate) use self::window::Window;
 use crate::error::CommandError;

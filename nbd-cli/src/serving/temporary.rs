@@ -1,4 +1,5 @@
-//! Throw-away overlays: an image is read, what clients write goes to a file that is gone afterwards.
+//! Throw-away overlays: an image is read, what clients write goes to a file that is gone
+//! afterwards.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use imgfmt::{
     TryRead,
 };
 
-use super::PrivateFolder;
+use super::PrivateDirectory;
 use super::image::OpenError;
 use crate::error::CommandError;
 
@@ -34,21 +35,21 @@ pub(super) fn temporary(
     if options.snapshot.is_some() || options.backing == BackingFile::Ignored {
         return temporary_over(base);
     }
-    in_private_folder(|overlay| over_file(overlay, &path, &base, policy, options.locking))
+    in_private_directory(|overlay| over_file(overlay, &path, &base, policy, options.locking))
 }
 
 /// Opens a throw-away overlay of an image that is open, which shows as one layer.
 pub(super) fn temporary_over(base: Image) -> Result<Image, OpenError> {
-    in_private_folder(|overlay| over_image(overlay, base))
+    in_private_directory(|overlay| over_image(overlay, base))
 }
 
 /// Makes an overlay in a file whose name is gone when this returns.
-fn in_private_folder(
+fn in_private_directory(
     make: impl FnOnce(&Path) -> imgfmt::Result<Image>,
 ) -> Result<Image, OpenError> {
     let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-    let folder = PrivateFolder::inside(&parent)?;
-    let overlay = folder.overlay();
+    let directory = PrivateDirectory::inside(&parent)?;
+    let overlay = directory.overlay();
     let image = make(&overlay);
     let removed = match std::fs::remove_file(&overlay) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -20,8 +20,8 @@ impl ImageChoices {
     /// Makes an export of the image on another server. Waits, so it must not be called by
     /// asynchronous tasks.
     ///
-    /// The metadata contexts that `allocation_depth` and `bitmaps` ask for are those of the other server if
-    /// its export is a raw disk, and those of the image on it otherwise.
+    /// The metadata contexts that `allocation_depth` and `bitmaps` ask for are those of the other
+    /// server if its export is a raw disk, and those of the image on it otherwise.
     ///
     /// # Errors
     ///
@@ -60,8 +60,8 @@ impl ImageChoices {
         Ok(choices.exported_through(image, upstream)?)
     }
 
-    /// Makes an export of an image; of one that is all of another server's export and raw, with what that
-    /// server says about zeroes.
+    /// Makes an export of an image; of one that is all of another server's export and raw, with
+    /// what that server says about zeroes.
     ///
     /// # Errors
     ///
@@ -120,8 +120,8 @@ struct Upstream {
 }
 
 impl Upstream {
-    /// Whether a context is answered by the other server. What it said before is no answer: others may
-    /// have written to its disk meanwhile.
+    /// Whether a context is answered by the other server. What it said before is no answer: others
+    /// may have written to its disk meanwhile.
     fn hands_on(&self, context: &MetaContextName) -> bool {
         self.contexts.contains(context)
             || self.storage.reports_extents() && *context == MetaContextName::base_allocation()

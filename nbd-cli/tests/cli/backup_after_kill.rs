@@ -26,21 +26,21 @@ struct Scenario<'a> {
     qemu_img: &'a Path,
     qemu_io: &'a Path,
     durability: &'a str,
-    folder: Disk,
+    directory: Disk,
     disk: String,
     control: String,
 }
 
 impl<'a> Scenario<'a> {
     fn new(qemu_img: &'a Path, qemu_io: &'a Path, durability: &'a str) -> Self {
-        let folder = Disk::sparse();
-        let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+        let directory = Disk::sparse();
+        let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
         peer(qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
-        Self { qemu_img, qemu_io, durability, folder, disk, control }
+        Self { qemu_img, qemu_io, durability, directory, disk, control }
     }
 
     fn play(&self) {
-        let full = self.folder.beside("full.qcow2");
+        let full = self.directory.beside("full.qcow2");
         let server = self.serve();
         self.write(&server, "write -P 1 0 48M");
         self.backup(&[&full]);
@@ -62,9 +62,9 @@ impl<'a> Scenario<'a> {
         self.is_accepted_in_use();
 
         let server = self.serve();
-        let state = self.folder.beside("state.img");
+        let state = self.directory.beside("state.img");
         nbd_cli(&["copy", server.uri(), &state]).success();
-        let second = self.folder.beside("second.qcow2");
+        let second = self.directory.beside("second.qcow2");
         let report = self.backup(&["--base", &full, &second]);
         server.end();
         let copied = report["copied"].as_u64().expect("a number");
@@ -73,7 +73,7 @@ impl<'a> Scenario<'a> {
         is_clean(self.qemu_img, &second);
         are_equal(self.qemu_img, &state, &self.disk);
         are_equal(self.qemu_img, &state, &second);
-        let restored = self.folder.beside("restored.img");
+        let restored = self.directory.beside("restored.img");
         nbd_cli(&["restore", "--verify", &second, &restored]).success();
         are_equal(self.qemu_img, &state, &restored);
     }

@@ -9,8 +9,8 @@ use crate::support::{Disk, Server, nbd_cli, peer};
 use crate::tools;
 
 /// A qcow2 disk with data, a bitmap `b0`, and nothing dirty.
-pub(crate) fn disk_with_bitmap(folder: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
-    let disk = folder.beside("disk.qcow2");
+pub(crate) fn disk_with_bitmap(directory: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
+    let disk = directory.beside("disk.qcow2");
     peer(qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
     write(qemu_io, &disk, "write -P 1 0 5M");
     write(qemu_io, &disk, "write -P 2 20M 100k");
@@ -33,9 +33,9 @@ pub(crate) fn change(qemu_io: &Path, disk: &str) {
 #[test]
 fn a_chain_of_backups_restores_to_the_same_disk() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let folder = Disk::sparse();
-    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
-    let (full, second) = (folder.beside("full.qcow2"), folder.beside("second.qcow2"));
+    let directory = Disk::sparse();
+    let disk = disk_with_bitmap(&directory, &qemu_img, &qemu_io);
+    let (full, second) = (directory.beside("full.qcow2"), directory.beside("second.qcow2"));
 
     let server = serve(&qemu_nbd, &disk);
     let said = nbd_cli(&["backup", "--verify", "--json", server.uri(), &full]).success();
@@ -45,7 +45,7 @@ fn a_chain_of_backups_restores_to_the_same_disk() {
     server.end();
     is_clean(&qemu_img, &full);
     are_equal(&qemu_img, &disk, &full);
-    assert!(!Path::new(&folder.beside("full.qcow2.partial.json")).exists());
+    assert!(!Path::new(&directory.beside("full.qcow2.partial.json")).exists());
 
     change(&qemu_io, &disk);
     let server = serve(&qemu_nbd, &disk);
@@ -63,13 +63,13 @@ fn a_chain_of_backups_restores_to_the_same_disk() {
     assert_eq!(about["backing-filename"], "full.qcow2", "{about}");
     assert_eq!(about["backing-filename-format"], "qcow2", "{about}");
 
-    let (raw, qcow2) = (folder.beside("restored.img"), folder.beside("restored.qcow2"));
+    let (raw, qcow2) = (directory.beside("restored.img"), directory.beside("restored.qcow2"));
     nbd_cli(&["restore", "--verify", &second, &raw]).success();
     are_equal(&qemu_img, &disk, &raw);
     nbd_cli(&["restore", "--verify", "--output-format", "qcow2", &second, &qcow2]).success();
     is_clean(&qemu_img, &qcow2);
     are_equal(&qemu_img, &disk, &qcow2);
-    let blank = folder.beside("blank.img");
+    let blank = directory.beside("blank.img");
     std::fs::write(&blank, vec![7; 64 << 20]).expect("room");
     let server = Server::ours(&["--format", "raw", &blank]);
     nbd_cli(&["restore", "--verify", &second, server.uri()]).success();
@@ -80,14 +80,14 @@ fn a_chain_of_backups_restores_to_the_same_disk() {
 #[test]
 fn verification_finds_a_base_that_does_not_belong_to_the_bitmap() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let folder = Disk::sparse();
-    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let directory = Disk::sparse();
+    let disk = disk_with_bitmap(&directory, &qemu_img, &qemu_io);
     // Of the right size, but with other content where nothing is dirty.
-    let wrong = folder.beside("wrong.qcow2");
+    let wrong = directory.beside("wrong.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &wrong, "64M"]);
     change(&qemu_io, &disk);
     let server = serve(&qemu_nbd, &disk);
-    let target = folder.beside("second.qcow2");
+    let target = directory.beside("second.qcow2");
     let arguments = ["--bitmap", "b0", "--base", &wrong, server.uri(), &target];
     let outcome = nbd_cli(&[&["backup", "--verify=all", "--trust-base"][..], &arguments].concat());
     crate::support::says(outcome, &["differs from the source", "--restart"]);

@@ -16,8 +16,8 @@ fn write(qemu_io: &Path, uri: &str, command: &str) {
 #[test]
 fn incremental_backups_of_a_disk_in_use_restore_to_each_of_their_moments() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
     let backup = |more: &[&str]| -> Value {
@@ -26,12 +26,15 @@ fn incremental_backups_of_a_disk_in_use_restore_to_each_of_their_moments() {
         serde_json::from_str(&said.success()).expect("JSON")
     };
     let copy = |name: &str| {
-        let copied = folder.beside(name);
+        let copied = directory.beside(name);
         nbd_cli(&["copy", server.uri(), &copied]).success();
         copied
     };
-    let (full, second, third) =
-        (folder.beside("full.qcow2"), folder.beside("second.qcow2"), folder.beside("third.qcow2"));
+    let (full, second, third) = (
+        directory.beside("full.qcow2"),
+        directory.beside("second.qcow2"),
+        directory.beside("third.qcow2"),
+    );
 
     write(&qemu_io, server.uri(), "write -P 1 0 5M");
     let first_state = copy("1.img");
@@ -40,7 +43,7 @@ fn incremental_backups_of_a_disk_in_use_restore_to_each_of_their_moments() {
     write(&qemu_io, server.uri(), "write -P 2 1M 100k");
     write(&qemu_io, server.uri(), "write -z 3M 128k");
     // A backup that fails forgets nothing.
-    let wrong = folder.beside("wrong.qcow2");
+    let wrong = directory.beside("wrong.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &wrong, "32M"]);
     let arguments = ["backup", "--control", &control, "--export", "vm", "-B", "daily", "-b"];
     let failed = nbd_cli(&[&arguments[..], &[&wrong, &second]].concat());
@@ -59,7 +62,7 @@ fn incremental_backups_of_a_disk_in_use_restore_to_each_of_their_moments() {
     for (state, taken) in [(first_state, full), (second_state, second), (third_state, third)] {
         is_clean(&qemu_img, &taken);
         are_equal(&qemu_img, &state, &taken);
-        let restored = folder.beside("restored.img");
+        let restored = directory.beside("restored.img");
         nbd_cli(&["restore", &taken, &restored]).success();
         are_equal(&qemu_img, &state, &restored);
         std::fs::remove_file(restored).expect("it is there");
@@ -72,14 +75,14 @@ fn incremental_backups_of_a_disk_in_use_restore_to_each_of_their_moments() {
 #[test]
 fn the_view_stays_while_clients_write_and_the_bitmap_notes_what_they_do() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
     let say = |arguments: &[&str]| nbd_cli(&[&["control", &control][..], arguments].concat());
     say(&["bitmap-add", "vm", "b"]).success();
     write(&qemu_io, server.uri(), "write -P 1 1M 1M");
-    let before = folder.beside("before.img");
+    let before = directory.beside("before.img");
     nbd_cli(&["copy", server.uri(), &before]).success();
 
     let view = say(&["checkpoint-start", "vm", "--bitmap", "b"]).success();
@@ -114,8 +117,8 @@ fn leave_in_use(image: &str, name: &str) {
 #[test]
 fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
     peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
     leave_in_use(&disk, "daily");
@@ -125,10 +128,10 @@ fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
             ["backup", "--control", &control, "--export", "vm", "-B", "daily", "--json"];
         nbd_cli(&[&arguments[..], more].concat())
     };
-    let (full, second) = (folder.beside("full.qcow2"), folder.beside("second.qcow2"));
+    let (full, second) = (directory.beside("full.qcow2"), directory.beside("second.qcow2"));
     // An attempt that fails leaves nothing that looks as if little had changed.
-    std::fs::write(folder.beside("taken.qcow2"), "").expect("room");
-    assert_eq!(backup(&[&folder.beside("taken.qcow2")]).code, Some(1));
+    std::fs::write(directory.beside("taken.qcow2"), "").expect("room");
+    assert_eq!(backup(&[&directory.beside("taken.qcow2")]).code, Some(1));
     let listing = nbd_cli(&["control", &control, "--json", "list"]).success();
     let listing: Value = serde_json::from_str(&listing).expect("JSON");
     let bitmap = &listing["exports"][0]["bitmaps"][0];
@@ -148,7 +151,7 @@ fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
     let report = backup(&["--base", &full, &second]).success();
     let report: Value = serde_json::from_str(&report).expect("JSON");
     assert_eq!(report["copied"].as_u64(), Some(64 << 10), "{report}");
-    let state = folder.beside("state.img");
+    let state = directory.beside("state.img");
     nbd_cli(&["copy", server.uri(), &state]).success();
     server.end();
     are_equal(&qemu_img, &state, &second);
@@ -158,14 +161,14 @@ fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
 #[test]
 fn a_bitmap_that_a_checkpoint_made_is_offered_when_it_has_ended() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
     let contexts = || nbd_cli(&["list-meta", server.uri()]).success();
     let arguments = ["backup", "-q", "--control", &control, "--export", "vm", "-B", "daily"];
     assert!(!contexts().contains("daily"));
-    nbd_cli(&[&arguments[..], &[&folder.beside("full.qcow2")]].concat()).success();
+    nbd_cli(&[&arguments[..], &[&directory.beside("full.qcow2")]].concat()).success();
     assert!(contexts().contains("qemu:dirty-bitmap:daily"), "{}", contexts());
     write(&qemu_io, server.uri(), "write -P 3 1M 64k");
     let context = ["map", "--context", "qemu:dirty-bitmap:daily", "--json", server.uri()];

@@ -1,4 +1,5 @@
-//! An incremental backup is made only upon the backup after which its bitmap began. What is refused changes nothing.
+//! An incremental backup is made only upon the backup after which its bitmap began. What is refused
+//! changes nothing.
 
 use std::path::Path;
 
@@ -14,17 +15,17 @@ use crate::tools;
 struct Lab<'a> {
     qemu_img: &'a Path,
     qemu_io: &'a Path,
-    folder: Disk,
+    directory: Disk,
     disk: String,
     control: String,
 }
 
 impl<'a> Lab<'a> {
     fn new(qemu_img: &'a Path, qemu_io: &'a Path) -> Self {
-        let folder = Disk::sparse();
-        let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+        let directory = Disk::sparse();
+        let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
         peer(qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
-        Self { qemu_img, qemu_io, folder, disk, control }
+        Self { qemu_img, qemu_io, directory, disk, control }
     }
 
     fn serve(&self) -> Server {
@@ -43,7 +44,7 @@ impl<'a> Lab<'a> {
     }
 
     fn beside(&self, name: &str) -> String {
-        self.folder.beside(name)
+        self.directory.beside(name)
     }
 
     /// The bitmap and the disk as the server describes them.
@@ -172,7 +173,7 @@ fn a_base_that_was_moved_or_copied_is_the_same_and_one_of_other_bytes_is_not() {
     // The same bytes are the same backup, wherever they are and whatever they are called.
     lab.refuses(&sunday, &[], &["looked-at.qcow2"]);
     let renamed = lab.beside("renamed.qcow2");
-    std::fs::rename(&monday, &renamed).expect("the same folder");
+    std::fs::rename(&monday, &renamed).expect("the same directory");
     lab.refuses(&sunday, &[], &["began after"]);
     let target = lab.beside("wednesday.qcow2");
     lab.backup(&["--base", &looked_at, &target]).success();
@@ -182,7 +183,7 @@ fn a_base_that_was_moved_or_copied_is_the_same_and_one_of_other_bytes_is_not() {
     // One below is not as it was.
     write_offline(&qemu_io, &sunday, "write -P 9 4M 64k");
     let tuesday = lab.beside("tuesday.qcow2");
-    std::fs::rename(&target, &tuesday).expect("the same folder");
+    std::fs::rename(&target, &tuesday).expect("the same directory");
     let refused = lab.backup(&["--base", &tuesday, &target]);
     says(refused, &["sunday.qcow2' below it", "opened for writing"]);
     server.end();
@@ -284,9 +285,9 @@ fn a_bitmap_that_was_cleared_or_may_have_been_needs_a_full_backup() {
 #[test]
 fn without_control_the_files_tell_what_can_be_known() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let folder = Disk::sparse();
-    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
-    let name = |name: &str| folder.beside(name);
+    let directory = Disk::sparse();
+    let disk = disk_with_bitmap(&directory, &qemu_img, &qemu_io);
+    let name = |name: &str| directory.beside(name);
     let (full, second, third) = (name("full.qcow2"), name("second.qcow2"), name("third.qcow2"));
     let server = serve(&qemu_nbd, &disk);
     nbd_cli(&["backup", "-q", server.uri(), &full]).success();
@@ -318,9 +319,9 @@ fn without_control_the_files_tell_what_can_be_known() {
 #[test]
 fn a_backup_is_not_resumed_upon_another_base_of_the_same_name() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let folder = Disk::sparse();
-    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
-    let (full, target) = (folder.beside("full.qcow2"), folder.beside("target.qcow2"));
+    let directory = Disk::sparse();
+    let disk = disk_with_bitmap(&directory, &qemu_img, &qemu_io);
+    let (full, target) = (directory.beside("full.qcow2"), directory.beside("target.qcow2"));
     let server = serve(&qemu_nbd, &disk);
     nbd_cli(&["backup", "-q", server.uri(), &full]).success();
     server.end();
@@ -333,7 +334,7 @@ fn a_backup_is_not_resumed_upon_another_base_of_the_same_name() {
     backup(&[]).success();
     // As if it had been interrupted at the end.
     let partial = format!("{target}.partial");
-    std::fs::rename(&target, &partial).expect("the same folder");
+    std::fs::rename(&target, &partial).expect("the same directory");
     let state = serde_json::json!({
         "version": 1, "source": server.uri(), "size": 64 << 20, "bitmap": "b0", "base": full,
         "base-identity": "00112233-4455-6677-8899-aabbccddeeff", "done": 0,
@@ -348,18 +349,18 @@ fn a_backup_is_not_resumed_upon_another_base_of_the_same_name() {
 #[test]
 fn a_disk_of_odd_size_comes_back_as_it_was() {
     tools!(qemu_img = "qemu-img");
-    let folder = Disk::sparse();
+    let directory = Disk::sparse();
     let size = 1_000_001;
-    let odd = folder.beside("odd.img");
-    std::fs::write(&odd, &folder.content()[..size]).expect("room");
+    let odd = directory.beside("odd.img");
+    std::fs::write(&odd, &directory.content()[..size]).expect("room");
     let server = Server::ours(&["--read-only", "--format", "raw", &odd]);
-    let (full, restored) = (folder.beside("full.qcow2"), folder.beside("restored.img"));
+    let (full, restored) = (directory.beside("full.qcow2"), directory.beside("restored.img"));
     nbd_cli(&["backup", "--verify=all", server.uri(), &full]).success();
     is_clean(&qemu_img, &full);
     nbd_cli(&["restore", "--verify", &full, &restored]).success();
     assert!(std::fs::read(&odd).expect("it") == std::fs::read(&restored).expect("it"));
     // It fits where it came from.
-    let blank = folder.blank("blank.img", size as u64);
+    let blank = directory.blank("blank.img", size as u64);
     let back = Server::ours(&["--format", "raw", &blank]);
     nbd_cli(&["restore", "--verify", &full, back.uri()]).success();
     back.end();

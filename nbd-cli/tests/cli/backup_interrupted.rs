@@ -13,8 +13,8 @@ use crate::tools;
 #[test]
 fn a_backup_that_is_interrupted_ends_its_checkpoint_and_forgets_nothing() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
     nbd_cli(&["control", &control, "bitmap-add", "vm", "daily"]).success();
@@ -25,7 +25,7 @@ fn a_backup_that_is_interrupted_ends_its_checkpoint_and_forgets_nothing() {
         listing["exports"][0].clone()
     };
     // Whoever listens here never says a word.
-    let (silent, target) = (folder.beside("silent"), folder.beside("full.qcow2"));
+    let (silent, target) = (directory.beside("silent"), directory.beside("full.qcow2"));
     let _listener = UnixListener::bind(&silent).expect("a socket");
     let mut command = in_foreground();
     command.args(["backup", "--control", &control, "--export", "vm", "-B", "daily"]);

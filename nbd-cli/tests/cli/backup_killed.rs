@@ -22,13 +22,13 @@ fn state(control: &str) -> Value {
 #[test]
 fn a_backup_that_is_killed_leaves_no_checkpoint_and_forgets_nothing() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
     let write = |command: &str| drop(peer(&qemu_io, &["-f", "raw", "-c", command, server.uri()]));
     // Whoever listens here never says a word.
-    let silent = folder.beside("silent");
+    let silent = directory.beside("silent");
     let _listener = UnixListener::bind(&silent).expect("a socket");
     let arguments = ["backup", "--control", &control, "--export", "vm", "-B", "daily"];
     let kill_in_the_middle = |more: &[&str], meanwhile: &str| {
@@ -41,7 +41,8 @@ fn a_backup_that_is_killed_leaves_no_checkpoint_and_forgets_nothing() {
         assert_eq!(backup.wait().expect("a child").code(), None);
         wait_until("the checkpoint has ended", || state(&control)["checkpoint"] == Value::Null);
     };
-    let (silent, full) = (format!("nbd+unix:///vm?socket={silent}"), folder.beside("full.qcow2"));
+    let (silent, full) =
+        (format!("nbd+unix:///vm?socket={silent}"), directory.beside("full.qcow2"));
 
     // What is noted since the begin of a full backup is nothing to build on.
     kill_in_the_middle(&[&silent, &full], "write -P 1 1M 64k");
@@ -49,7 +50,7 @@ fn a_backup_that_is_killed_leaves_no_checkpoint_and_forgets_nothing() {
     nbd_cli(&[&arguments[..], &["--restart", &full]].concat()).success();
 
     write("write -P 2 4M 64k");
-    let next = folder.beside("next.qcow2");
+    let next = directory.beside("next.qcow2");
     kill_in_the_middle(&["--base", &full, &silent, &next], "write -P 3 8M 64k");
     let found = state(&control);
     assert_eq!(found["bitmaps"][0]["dirty-bytes"], 128 << 10, "both times together: {found}");
@@ -80,8 +81,8 @@ impl Conversation {
 
 #[test]
 fn only_checkpoints_that_ask_for_it_end_with_their_connection() {
-    let folder = Disk::sparse();
-    let control = folder.beside("control");
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
     let server = Server::ours(&["--control", &control, "vm=memory:1M", "other=memory:1M"]);
     let start = |export: &str, lifetime: &str| {
         let mut conversation = Conversation::begin(&control);

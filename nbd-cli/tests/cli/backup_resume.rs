@@ -12,9 +12,9 @@ use crate::tools;
 #[test]
 fn an_incremental_backup_is_resumed_behind_what_was_copied() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let folder = Disk::sparse();
-    let disk = disk_with_bitmap(&folder, &qemu_img, &qemu_io);
-    let (full, second) = (folder.beside("full.qcow2"), folder.beside("second.qcow2"));
+    let directory = Disk::sparse();
+    let disk = disk_with_bitmap(&directory, &qemu_img, &qemu_io);
+    let (full, second) = (directory.beside("full.qcow2"), directory.beside("second.qcow2"));
     let server = serve(&qemu_nbd, &disk);
     nbd_cli(&["backup", server.uri(), &full]).success();
     server.end();
@@ -30,7 +30,7 @@ fn an_incremental_backup_is_resumed_behind_what_was_copied() {
          file.inject-error.0.sector={bad}"
     );
     let arguments = ["-B", "b0", "-r", "--image-opts", &image];
-    let socket = folder.beside("socket");
+    let socket = directory.beside("socket");
     let server = Server::qemu_nbd_at(&qemu_nbd, "disk", Path::new(&socket), &arguments);
     let backup = |uri: &str, more: &[&str]| {
         let arguments = [
@@ -69,9 +69,9 @@ fn an_incremental_backup_is_resumed_behind_what_was_copied() {
 
 #[test]
 fn only_the_same_backup_is_resumed() {
-    let folder = Disk::sparse();
-    let target = folder.beside("full.qcow2");
-    let server = Server::ours(&["--read-only", folder.path()]);
+    let directory = Disk::sparse();
+    let target = directory.beside("full.qcow2");
+    let server = Server::ours(&["--read-only", directory.path()]);
     says(nbd_cli(&["backup", "--resume", server.uri(), &target]), &["nothing to resume"]);
     // As an interruption leaves them.
     let (partial, record) = (format!("{target}.partial"), format!("{target}.partial.json"));
@@ -99,8 +99,8 @@ fn only_the_same_backup_is_resumed() {
     std::fs::write(&record, record_of(server.uri())).expect("room");
     resume().success();
     assert!(!Path::new(&record).exists() && !Path::new(&partial).exists());
-    nbd_cli(&["restore", &target, &folder.beside("restored.img")]).success();
-    folder.assert_equals(folder.beside("restored.img"));
+    nbd_cli(&["restore", &target, &directory.beside("restored.img")]).success();
+    directory.assert_equals(directory.beside("restored.img"));
 }
 
 /// Where the guest's bytes from that offset on are in the file.

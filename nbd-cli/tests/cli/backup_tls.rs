@@ -11,9 +11,9 @@ use crate::tools;
 fn a_disk_that_is_exported_over_tls_only_is_backed_up_through_the_control_socket() {
     tools!(qemu_img = "qemu-img");
     let Some(certificates) = Certificates::any() else { return };
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
-    peer(&qemu_img, &["convert", "-f", "raw", "-O", "qcow2", folder.path(), &disk]);
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
+    peer(&qemu_img, &["convert", "-f", "raw", "-O", "qcow2", directory.path(), &disk]);
     let good = certificates.good();
     let good = good.to_str().expect("a plain name");
     let source = format!("vm={disk}");
@@ -24,7 +24,7 @@ fn a_disk_that_is_exported_over_tls_only_is_backed_up_through_the_control_socket
     };
     // Who has no certificate gets no view, and nothing is left of the attempt.
     let nobody = certificates.nobody();
-    let full = folder.beside("full.qcow2");
+    let full = directory.beside("full.qcow2");
     let refused = backup(&["--tls-certificates", nobody.to_str().expect("a plain name"), &full]);
     says(refused, &["certificate"]);
     let listing = nbd_cli(&["control", &control, "--json", "list"]).success();
@@ -33,8 +33,8 @@ fn a_disk_that_is_exported_over_tls_only_is_backed_up_through_the_control_socket
     assert_eq!(listing["exports"][0]["checkpoint"], Value::Null, "{listing}");
 
     backup(&["--restart", "--tls-certificates", good, &full]).success();
-    are_equal(&qemu_img, folder.path(), &full);
-    let second = folder.beside("second.qcow2");
+    are_equal(&qemu_img, directory.path(), &full);
+    let second = directory.beside("second.qcow2");
     let report = backup(&["--tls-certificates", good, "--base", &full, &second]).success();
     let report: Value = serde_json::from_str(&report).expect("JSON");
     assert_eq!(report["copied"].as_u64(), Some(0), "{report}");

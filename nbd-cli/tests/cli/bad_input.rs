@@ -26,10 +26,10 @@ fn a_missing_file_is_named() {
 #[test]
 fn a_directory_is_no_image() {
     let disk = Disk::sparse();
-    let folder = disk.beside("");
-    says(serve(&["--socket", &disk.beside("s"), &folder]), &[&folder, "directory"]);
-    says(nbd_cli(&["copy", &folder, "null:"]), &[&folder, "directory"]);
-    says(nbd_cli(&["copy", disk.path(), &folder]), &[&folder, "directory"]);
+    let directory = disk.beside("");
+    says(serve(&["--socket", &disk.beside("s"), &directory]), &[&directory, "directory"]);
+    says(nbd_cli(&["copy", &directory, "null:"]), &[&directory, "directory"]);
+    says(nbd_cli(&["copy", disk.path(), &directory]), &[&directory, "directory"]);
 }
 
 #[test]

@@ -65,8 +65,8 @@ fn map(nbdinfo: &Path, uri: &str, bitmap: &str) -> Vec<(u64, u64, bool)> {
 fn random_bitmaps_of_every_layer_are_mapped_as_by_qemu_nbd() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd", nbdinfo = "nbdinfo");
     let mut random = Random::new();
-    let folder = Disk::sparse();
-    let (base, image) = (folder.beside("base.qcow2"), folder.beside("disk.qcow2"));
+    let directory = Disk::sparse();
+    let (base, image) = (directory.beside("base.qcow2"), directory.beside("disk.qcow2"));
     let size = (24 << 20) + 512 * random.below(100);
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &base, &size.to_string()]);
     for (name, granularity) in BITMAPS {
@@ -113,8 +113,8 @@ for query in [[], ["qemu:"], ["qemu:dirty-bitmap:"], ["qemu:dirty-bitmap:day"], 
 fn every_exported_bitmap_is_listed_as_by_qemu_nbd() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd", nbdinfo = "nbdinfo");
     let Some(nbdsh) = tool("nbdsh") else { return };
-    let folder = Disk::sparse();
-    let image = folder.beside("disk.qcow2");
+    let directory = Disk::sparse();
+    let image = directory.beside("disk.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "8M"]);
     for name in ["day", "night", "hidden"] {
         peer(&qemu_img, &["bitmap", "--add", &image, name]);

@@ -1,4 +1,5 @@
-//! Commands that change an image keep its dirty bitmaps, or what has changed since is known no more.
+//! Commands that change an image keep its dirty bitmaps, or what has changed since is known no
+//! more.
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -17,9 +18,9 @@ fn bitmaps(qemu_img: &std::path::Path, image: &str) -> (Value, Value) {
 #[test]
 fn rebase_commit_and_amend_keep_bitmaps() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (base, other) = (folder.beside("base.qcow2"), folder.beside("other.qcow2"));
-    let image = folder.beside("disk.qcow2");
+    let directory = Disk::sparse();
+    let (base, other) = (directory.beside("base.qcow2"), directory.beside("other.qcow2"));
+    let image = directory.beside("disk.qcow2");
     for path in [&base, &other] {
         peer(&qemu_img, &["create", "-q", "-f", "qcow2", path, "8M"]);
         write(&qemu_io, path, "write -P 1 0 1M");
@@ -53,9 +54,9 @@ fn rebase_commit_and_amend_keep_bitmaps() {
 #[test]
 fn a_backing_file_that_is_renamed_after_a_crash_costs_no_dirty_bits() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (base, moved) = (folder.beside("base.qcow2"), folder.beside("moved.qcow2"));
-    let image = folder.beside("disk.qcow2");
+    let directory = Disk::sparse();
+    let (base, moved) = (directory.beside("base.qcow2"), directory.beside("moved.qcow2"));
+    let image = directory.beside("disk.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &base, "8M"]);
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &image]);
     peer(&qemu_img, &["bitmap", "--add", &image, "daily"]);

@@ -15,8 +15,8 @@ struct LoopDevice(String);
 
 impl LoopDevice {
     /// A device of so many MiB, full of old bytes. `None` where there are none: only root has them.
-    fn with_old_content(folder: &Disk, mebibytes: usize) -> Option<Self> {
-        let file = folder.beside(&format!("device-{mebibytes}"));
+    fn with_old_content(directory: &Disk, mebibytes: usize) -> Option<Self> {
+        let file = directory.beside(&format!("device-{mebibytes}"));
         std::fs::write(&file, vec![0xaa; mebibytes << 20]).expect("room");
         let attached = Command::new("losetup").args(["--find", "--show", &file]).output();
         match attached {
@@ -48,8 +48,8 @@ fn refused(outcome: Outcome, parts: &[&str]) {
 #[test]
 fn an_image_is_made_on_a_device_and_nothing_old_shows() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let Some(device) = LoopDevice::with_old_content(&folder, 16) else { return };
+    let directory = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&directory, 16) else { return };
     let device = device.0.as_str();
     for options in [&[][..], &["--compat", "0.10"], &["--preallocation", "full"]] {
         // What is there first is an image with data of its own.
@@ -64,9 +64,9 @@ fn an_image_is_made_on_a_device_and_nothing_old_shows() {
         let zero = ["-f", "qcow2", "-c", "read -P 0 0 8M", device];
         assert!(!peer(&qemu_io, &zero).contains("failed"), "{options:?}");
         let server = Server::ours(&["--format", "qcow2", device]);
-        nbd_cli(&["copy", folder.path(), server.uri()]).success();
+        nbd_cli(&["copy", directory.path(), server.uri()]).success();
         server.end();
-        peer(&qemu_img, &["compare", "-f", "raw", "-F", "qcow2", folder.path(), device]);
+        peer(&qemu_img, &["compare", "-f", "raw", "-F", "qcow2", directory.path(), device]);
         peer(&qemu_img, &["check", "-q", "-f", "qcow2", device]);
     }
     refused(
@@ -81,8 +81,8 @@ fn an_image_is_made_on_a_device_and_nothing_old_shows() {
 #[test]
 fn a_disk_is_converted_and_restored_onto_a_device() {
     tools!(qemu_img = "qemu-img");
-    let folder = Disk::sparse();
-    let Some(device) = LoopDevice::with_old_content(&folder, 17) else { return };
+    let directory = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&directory, 17) else { return };
     let device = device.0.as_str();
     let commands: [(&str, &[&str]); 5] = [
         ("qcow2", &["image", "convert", "-O", "qcow2"]),
@@ -92,14 +92,14 @@ fn a_disk_is_converted_and_restored_onto_a_device() {
         ("raw", &["restore", "-f", "raw", "--verify", "--quiet"]),
     ];
     for (format, command) in commands {
-        nbd_cli(&[command, &[folder.path(), device]].concat()).success();
+        nbd_cli(&[command, &[directory.path(), device]].concat()).success();
         if format == "qcow2" {
             peer(&qemu_img, &["check", "-q", "-f", "qcow2", device]);
-            peer(&qemu_img, &["compare", "-f", "raw", "-F", format, folder.path(), device]);
+            peer(&qemu_img, &["compare", "-f", "raw", "-F", format, directory.path(), device]);
         } else {
             let bytes = std::fs::read(device).expect("root");
-            assert!(bytes[..8 << 20] == *folder.content(), "{command:?}");
-            assert!(bytes[8 << 20..9 << 20] != *folder.content(), "what is beyond stays");
+            assert!(bytes[..8 << 20] == *directory.content(), "{command:?}");
+            assert!(bytes[8 << 20..9 << 20] != *directory.content(), "what is beyond stays");
         }
     }
 }
@@ -107,10 +107,10 @@ fn a_disk_is_converted_and_restored_onto_a_device() {
 #[test]
 fn a_device_that_is_too_small_is_said_to_be_so() {
     tools!(qemu_img = "qemu-img");
-    let folder = Disk::sparse();
-    let full = folder.beside("full.img");
+    let directory = Disk::sparse();
+    let full = directory.beside("full.img");
     std::fs::write(&full, vec![7; 8 << 20]).expect("room");
-    let Some(device) = LoopDevice::with_old_content(&folder, 4) else { return };
+    let Some(device) = LoopDevice::with_old_content(&directory, 4) else { return };
     let device = device.0.as_str();
     for command in [
         &["image", "convert", "-O", "qcow2", &full, device][..],
@@ -135,9 +135,9 @@ fn a_device_that_is_too_small_is_said_to_be_so() {
     // A device that the kernel uses is left alone.
     tools!(mkfs = "mkfs.ext4");
     run(Command::new(mkfs).args(["-q", "-F", device])).success();
-    let mounted = folder.beside("mounted");
-    let small = folder.blank("small.img", 1 << 20);
-    std::fs::create_dir(&mounted).expect("a folder");
+    let mounted = directory.beside("mounted");
+    let small = directory.blank("small.img", 1 << 20);
+    std::fs::create_dir(&mounted).expect("a directory");
     if Command::new("mount").args([device, &mounted]).status().is_ok_and(|status| status.success())
     {
         let commands: [&[&str]; 5] = [
@@ -156,11 +156,11 @@ fn a_device_that_is_too_small_is_said_to_be_so() {
 
 /// What is on a device before it is overwritten: an image that can be told from what comes then.
 fn with_old_image(
-    folder: &Disk,
+    directory: &Disk,
     device: &str,
     [qemu_img, qemu_io]: [&Path; 2],
 ) -> (Vec<u8>, String) {
-    let old = folder.beside("old.img");
+    let old = directory.beside("old.img");
     std::fs::write(&old, vec![0x55; 1 << 20]).expect("room");
     peer(qemu_img, &["create", "-q", "-f", "qcow2", device, "1M"]);
     peer(qemu_io, &["-f", "qcow2", "-c", "write -P 0x55 0 1M", device]);
@@ -199,24 +199,24 @@ fn judge(qemu_img: &Path, device: &str, format: &str, [old, new]: [&str; 2]) -> 
 #[test]
 fn a_command_that_is_killed_never_leaves_part_of_a_disk_that_looks_whole() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let Some(device) = LoopDevice::with_old_content(&folder, 17) else { return };
+    let directory = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&directory, 17) else { return };
     let device = device.0.as_str();
-    let zero = folder.blank("zero.img", 8 << 20);
-    let (before, old) = with_old_image(&folder, device, [&qemu_img, &qemu_io]);
+    let zero = directory.blank("zero.img", 8 << 20);
+    let (before, old) = with_old_image(&directory, device, [&qemu_img, &qemu_io]);
     let full = ["image", "create", "-f", "qcow2", "--preallocation", "full"];
     let size = ["8M"];
     let commands: [(&str, &[&str], &[&str]); 6] = [
-        ("qcow2", &["image", "convert", "-O", "qcow2", folder.path()], &[]),
-        ("raw", &["image", "convert", "-O", "raw", folder.path()], &[]),
-        ("qcow2", &["restore", "-f", "raw", "-O", "qcow2", "--verify", folder.path()], &[]),
-        ("raw", &["restore", "-f", "raw", "--verify", folder.path()], &[]),
-        ("raw", &["copy", folder.path()], &[]),
+        ("qcow2", &["image", "convert", "-O", "qcow2", directory.path()], &[]),
+        ("raw", &["image", "convert", "-O", "raw", directory.path()], &[]),
+        ("qcow2", &["restore", "-f", "raw", "-O", "qcow2", "--verify", directory.path()], &[]),
+        ("raw", &["restore", "-f", "raw", "--verify", directory.path()], &[]),
+        ("raw", &["copy", directory.path()], &[]),
         ("qcow2", &full, &size),
     ];
     let mut seen = BTreeMap::new();
     for (format, command, behind) in commands {
-        let new = if behind.is_empty() { folder.path() } else { &zero };
+        let new = if behind.is_empty() { directory.path() } else { &zero };
         let arguments = [command, &[device], behind].concat();
         let mut takes = None;
         for moment in 0..16 {
@@ -251,11 +251,11 @@ fn a_command_that_is_killed_never_leaves_part_of_a_disk_that_looks_whole() {
 #[test]
 fn backups_are_made_on_devices_and_restored_from_them() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let folder = Disk::sparse();
-    let Some(full) = LoopDevice::with_old_content(&folder, 17) else { return };
-    let Some(second) = LoopDevice::with_old_content(&folder, 18) else { return };
+    let directory = Disk::sparse();
+    let Some(full) = LoopDevice::with_old_content(&directory, 17) else { return };
+    let Some(second) = LoopDevice::with_old_content(&directory, 18) else { return };
     let (full, second) = (full.0.as_str(), second.0.as_str());
-    let disk = backup_chain::disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let disk = backup_chain::disk_with_bitmap(&directory, &qemu_img, &qemu_io);
     let server = backup_chain::serve(&qemu_nbd, &disk);
     refused(nbd_cli(&["backup", "--resume", server.uri(), full]), &[full, "--resume"]);
     let said = nbd_cli(&["backup", "--verify", server.uri(), full]);
@@ -285,18 +285,18 @@ fn backups_are_made_on_devices_and_restored_from_them() {
     let unchanged = std::fs::read(second).expect("root");
     assert!(unchanged.iter().all(|byte| *byte == 0xaa), "nothing was written");
     nbd_cli(&[&increment[..], &["--trust-base", second]].concat()).success();
-    let file = folder.beside("second.qcow2");
+    let file = directory.beside("second.qcow2");
     nbd_cli(&[&increment[..], &["--trust-base", &file]].concat()).success();
     // Upon a file, on a device.
-    let base = folder.beside("base.qcow2");
+    let base = directory.beside("base.qcow2");
     nbd_cli(&["backup", server.uri(), &base]).success();
     server.end();
     for newest in [second, &file] {
         peer(&qemu_img, &["check", "-q", newest]);
         peer(&qemu_img, &["compare", &disk, newest]);
-        let restored = folder.beside("restored.img");
+        let restored = directory.beside("restored.img");
         if newest == file {
-            // Its base is not in its folder.
+            // Its base is not in its directory.
             refused(nbd_cli(&["restore", newest, &restored]), &["--trust-image"]);
         }
         nbd_cli(&["restore", "--trust-image", "--verify", newest, &restored]).success();
@@ -316,14 +316,14 @@ fn backups_are_made_on_devices_and_restored_from_them() {
 #[test]
 fn a_backup_that_does_not_fit_on_a_device_leaves_no_image() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
-    let folder = Disk::sparse();
-    let Some(device) = LoopDevice::with_old_content(&folder, 3) else { return };
+    let directory = Disk::sparse();
+    let Some(device) = LoopDevice::with_old_content(&directory, 3) else { return };
     let device = device.0.as_str();
-    let disk = backup_chain::disk_with_bitmap(&folder, &qemu_img, &qemu_io);
+    let disk = backup_chain::disk_with_bitmap(&directory, &qemu_img, &qemu_io);
     let server = backup_chain::serve(&qemu_nbd, &disk);
     let outcome = nbd_cli(&["backup", server.uri(), device]);
     server.end();
     refused(outcome, &[device, "no space", "before is lost", "marked as incomplete"]);
     refused(nbd_cli(&["image", "info", device]), &[device, "incomplete"]);
-    refused(nbd_cli(&["restore", device, &folder.beside("x.img")]), &[device, "incomplete"]);
+    refused(nbd_cli(&["restore", device, &directory.beside("x.img")]), &[device, "incomplete"]);
 }

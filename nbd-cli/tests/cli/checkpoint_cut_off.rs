@@ -57,8 +57,8 @@ fn dirty_places(nbdinfo: &Path, uri: &str) -> Vec<String> {
 #[test]
 fn the_bits_of_a_checkpoint_that_was_cut_off_are_served_again() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", nbdinfo = "nbdinfo");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
     peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
     let mut server = Server::ours(&["--control", &control, &disk]);
@@ -83,8 +83,8 @@ fn the_bits_of_a_checkpoint_that_was_cut_off_are_served_again() {
 #[test]
 fn every_reader_of_bitmaps_knows_that_a_killed_checkpoint_left_them_incomplete() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
     peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
     let mut server = Server::ours(&["--control", &control, &disk]);
@@ -105,14 +105,14 @@ fn every_reader_of_bitmaps_knows_that_a_killed_checkpoint_left_them_incomplete()
     let daily = daily.expect("the bitmap");
     assert_eq!(daily["state"], "incomplete", "{list}");
     assert_eq!(daily["dirty-bytes"], Value::Null, "{list}");
-    let other = folder.beside("other.qcow2");
+    let other = directory.beside("other.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &other, "64M"]);
     nbd_cli(&["bitmap", "add", &other, "weekly"]).success();
     let merge = ["bitmap", "merge", "--from", &disk, &other, "weekly", "daily"];
     says(nbd_cli(&merge), &["'daily'", "bitmap recover"]);
     let serve = ["serve", "--read-only", "--run", "true", "--bitmap", "daily", &disk];
     says(nbd_cli(&serve), &["'daily'", "bitmap recover"]);
-    let arguments = ["-r", "-f", "qcow2", "-B", "daily", "-k", &folder.beside("socket"), &disk];
+    let arguments = ["-r", "-f", "qcow2", "-B", "daily", "-k", &directory.beside("socket"), &disk];
     let said = nbd_cli(&[&["qemu-nbd"][..], &arguments].concat());
     assert_eq!(said.code, Some(1), "{said:?}");
 
@@ -126,8 +126,8 @@ fn every_reader_of_bitmaps_knows_that_a_killed_checkpoint_left_them_incomplete()
 #[test]
 fn a_full_backup_that_is_cut_off_leaves_no_bitmap_that_looks_as_if_little_had_changed() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
     let mut server = Server::ours(&["--control", &control, &disk]);
     let start = ["control", &control, "checkpoint-start", "", "-B", "daily", "--add-bitmap"];

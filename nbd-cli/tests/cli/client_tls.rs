@@ -31,11 +31,11 @@ fn every_command_works_with_certificates() {
     let Some(certificates) = Certificates::any() else { return };
     let disk = Disk::sparse();
     let good = certificates.good();
-    let folder = format!("--tls-certificates={}", good.display());
-    let arguments = ["--tls=require", &folder, "--tls-verify-peer", "file", disk.path()];
+    let directory = format!("--tls-certificates={}", good.display());
+    let arguments = ["--tls=require", &directory, "--tls-verify-peer", "file", disk.path()];
     let server = Server::nbdkit(&nbdkit, &arguments);
     let uri = secure(&server);
-    let options = [folder.as_str(), "--tls-hostname", "localhost"];
+    let options = [directory.as_str(), "--tls-hostname", "localhost"];
     let with = |command: &[&str]| nbd_cli(&[command, &options].concat());
 
     let said = with(&["info", &uri]).success();
@@ -58,8 +58,8 @@ fn every_command_works_with_certificates() {
     assert_eq!(with(&["info", "--size", "--tls", "require", server.uri()]).code, Some(0));
     says(nbd_cli(&["info", server.uri()]), &["requires TLS", "--tls-certificates"]);
     says(with(&["info", server.uri()]), &["--tls-certificates is given", "nbds"]);
-    says(nbd_cli(&["info", &folder, &uri]), &["unix socket", "tls-hostname"]);
-    let wrong = ["info", &folder, "--tls-hostname", "other.example", &uri];
+    says(nbd_cli(&["info", &directory, &uri]), &["unix socket", "tls-hostname"]);
+    let wrong = ["info", &directory, "--tls-hostname", "other.example", &uri];
     says(nbd_cli(&wrong), &["CN=localhost", "not for 'other.example'"]);
     let nobody = certificates.nobody();
     let none = ["info", "--tls-certificates", text(&nobody), "--tls-hostname=localhost", &uri];
@@ -71,8 +71,8 @@ fn a_copy_goes_over_several_connections_to_a_writable_disk_and_back() {
     tools!(qemu_nbd = "qemu-nbd", _psktool = "psktool");
     let disk = Disk::sparse();
     let file = keys(&disk);
-    let folder = Path::new(disk.path()).parent().expect("a folder").display().to_string();
-    let object = format!("tls-creds-psk,id=t,endpoint=server,dir={folder}");
+    let directory = Path::new(disk.path()).parent().expect("a directory").display().to_string();
+    let object = format!("tls-creds-psk,id=t,endpoint=server,dir={directory}");
     let blank = disk.blank("blank.img", disk.content().len() as u64);
     let arguments = ["-f", "raw", "--object", &object, "--tls-creds", "t", &blank];
     let server = Server::qemu_nbd(&qemu_nbd, "disk", &arguments);

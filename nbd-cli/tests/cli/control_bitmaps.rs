@@ -7,8 +7,8 @@ use crate::tools;
 #[test]
 fn contexts_come_and_go_with_bitmaps_and_checkpoints() {
     tools!(qemu_img = "qemu-img");
-    let folder = Disk::sparse();
-    let (disk, control) = (folder.beside("disk.qcow2"), folder.beside("control"));
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "64M"]);
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
     let say = |arguments: &[&str]| {

@@ -10,30 +10,30 @@ use crate::support::{Disk, Server, nbd_cli, says};
 
 #[test]
 fn exports_come_and_go() {
-    let folder = Disk::sparse();
-    let control = folder.beside("control");
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
     let server = Server::ours(&["--control", &control, "a=memory:1M"]);
     let say = |arguments: &[&str]| nbd_cli(&[&["control", &control][..], arguments].concat());
     let mode = std::fs::metadata(&control).expect("a socket").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 
-    let uris = say(&["add-export", "disk", folder.path(), "--read-only"]).success();
-    let copied = folder.beside("copy.img");
+    let uris = say(&["add-export", "disk", directory.path(), "--read-only"]).success();
+    let copied = directory.beside("copy.img");
     nbd_cli(&["copy", uris.trim(), &copied]).success();
-    folder.assert_equals(&copied);
+    directory.assert_equals(&copied);
     let listing = say(&["list"]).success();
     assert!(listing.contains("'disk'") && listing.contains("read-only"), "{listing}");
     says(say(&["add-export", "disk", "memory:1M"]), &["already"]);
-    says(say(&["add-export", "x", &folder.beside("nothing")]), &["nothing"]);
+    says(say(&["add-export", "x", &directory.beside("nothing")]), &["nothing"]);
     says(say(&["bitmap-add", "disk", "b"]), &["read-only"]);
     says(say(&["bitmap-add", "a", "b"]), &["not an image"]);
     say(&["remove-export", "disk"]).success();
     says(nbd_cli(&["info", &server.uri_of("disk")]), &["no export named 'disk'"]);
     says(say(&["remove-export", "disk"]), &["no disk exported as 'disk'"]);
-    let elsewhere = Server::ours(&["--read-only", folder.path()]);
-    for source in [&format!("file:{}", folder.path()), elsewhere.uri()] {
+    let elsewhere = Server::ours(&["--read-only", directory.path()]);
+    for source in [&format!("file:{}", directory.path()), elsewhere.uri()] {
         say(&["add-export", "again", source, "--read-only"]).success();
-        nbd_cli(&["image", "compare", &server.uri_of("again"), folder.path()]).success();
+        nbd_cli(&["image", "compare", &server.uri_of("again"), directory.path()]).success();
         say(&["remove-export", "again"]).success();
     }
 
@@ -46,9 +46,9 @@ fn exports_come_and_go() {
 
 #[test]
 fn nonsense_is_answered_or_ends_the_conversation() {
-    let folder = Disk::sparse();
-    let control = folder.beside("control");
-    let server = Server::ours(&["--control", &control, folder.path()]);
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
+    let server = Server::ours(&["--control", &control, directory.path()]);
     let mut stream = UnixStream::connect(&control).expect("it listens");
     let mut replies = BufReader::new(stream.try_clone().expect("a descriptor"));
     let mut ask = |line: &[u8]| -> Value {
@@ -96,8 +96,8 @@ fn nonsense_is_answered_or_ends_the_conversation() {
 
 #[test]
 fn clients_that_say_nothing_keep_nobody_from_the_control_socket() {
-    let folder = Disk::sparse();
-    let control = folder.beside("control");
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
     let server = Server::ours(&["--control", &control, "a=memory:1M"]);
     // Half of them have asked for more than they take.
     let silent: Vec<_> = (0..200)

@@ -20,8 +20,8 @@ fn bits(qemu_nbd: &Path, nbdinfo: &Path, image: &str, name: &str) -> Value {
 }
 
 /// An overlay with bitmaps of every kind, over a base with one of its own.
-fn source(folder: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
-    let (base, image) = (folder.beside("base.qcow2"), folder.beside("disk.qcow2"));
+fn source(directory: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
+    let (base, image) = (directory.beside("base.qcow2"), directory.beside("disk.qcow2"));
     peer(qemu_img, &["create", "-q", "-f", "qcow2", &base, "8M"]);
     peer(qemu_img, &["bitmap", "--add", &base, "of-base"]);
     peer(qemu_img, &["create", "-q", "-f", "qcow2", "-b", &base, "-F", "qcow2", &image, "9M"]);
@@ -40,11 +40,11 @@ fn source(folder: &Disk, qemu_img: &Path, qemu_io: &Path) -> String {
 #[test]
 fn bitmaps_go_along_as_with_qemu_img() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd", nbdinfo = "nbdinfo");
-    let folder = Disk::sparse();
-    let image = source(&folder, &qemu_img, &qemu_io);
-    let theirs = folder.beside("theirs.qcow2");
+    let directory = Disk::sparse();
+    let image = source(&directory, &qemu_img, &qemu_io);
+    let theirs = directory.beside("theirs.qcow2");
     peer(&qemu_img, &["convert", "--bitmaps", "-O", "qcow2", &image, &theirs]);
-    let existing = folder.beside("existing.qcow2");
+    let existing = directory.beside("existing.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &existing, "9M"]);
     peer(&qemu_img, &["bitmap", "--add", &existing, "own"]);
     let ways: [(&str, &[&str]); 4] = [
@@ -54,7 +54,7 @@ fn bitmaps_go_along_as_with_qemu_img() {
         ("existing.qcow2", &["--no-create"]),
     ];
     for (name, options) in ways {
-        let ours = folder.beside(name);
+        let ours = directory.beside(name);
         let arguments =
             [&["image", "convert", "-O", "qcow2", "--bitmaps"], options, &[&image, &ours]].concat();
         nbd_cli(&arguments).success();
@@ -70,7 +70,7 @@ fn bitmaps_go_along_as_with_qemu_img() {
         }
     }
     // Enabled ones go on recording, for QEMU too.
-    let ours = folder.beside("ours.qcow2");
+    let ours = directory.beside("ours.qcow2");
     write(&qemu_io, &ours, "write -P 3 5M 64k");
     let dirty_at_5m = |name: &str| {
         let map = bits(&qemu_nbd, &nbdinfo, &ours, name);
@@ -83,7 +83,7 @@ fn bitmaps_go_along_as_with_qemu_img() {
     };
     assert!(dirty_at_5m("daily") && dirty_at_5m("empty") && !dirty_at_5m("fine"));
     // Without the option there are none.
-    let plain = folder.beside("plain.qcow2");
+    let plain = directory.beside("plain.qcow2");
     nbd_cli(&["image", "convert", "-O", "qcow2", &image, &plain]).success();
     assert_eq!(bitmaps(&qemu_img, &plain), Value::Null);
 }
@@ -106,13 +106,13 @@ fn leave_in_use(image: &str, name: &str) {
 #[test]
 fn a_bitmap_that_is_not_reliable_is_an_error_before_anything_is_written_or_left_out() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let image = source(&folder, &qemu_img, &qemu_io);
+    let directory = Disk::sparse();
+    let image = source(&directory, &qemu_img, &qemu_io);
     leave_in_use(&image, "coarse");
     // As a checkpoint that was cut off leaves it.
     peer(&qemu_img, &["bitmap", "--add", &image, "daily.checkpoint"]);
     peer(&qemu_img, &["bitmap", "--disable", &image, "daily.checkpoint"]);
-    let new = folder.beside("new.qcow2");
+    let new = directory.beside("new.qcow2");
     let convert = ["image", "convert", "-O", "qcow2", "--bitmaps", &image, &new];
     says(nbd_cli(&convert), &["daily", "checkpoint", "--skip-broken-bitmaps"]);
     assert!(!Path::new(&new).exists() && !Path::new(&format!("{new}.partial")).exists());
@@ -126,7 +126,7 @@ fn a_bitmap_that_is_not_reliable_is_an_error_before_anything_is_written_or_left_
     let names: Vec<_> = said.as_array().expect("a list").iter().map(|it| &it["name"]).collect();
     assert_eq!(names, ["fine", "empty", "daily.checkpoint"]);
     // QEMU calls only the one inconsistent.
-    let theirs = folder.beside("theirs.qcow2");
+    let theirs = directory.beside("theirs.qcow2");
     let convert = ["convert", "--bitmaps", "--skip-broken-bitmaps", "-O", "qcow2", &image, &theirs];
     let outcome = crate::support::run(std::process::Command::new(&qemu_img).args(convert));
     assert!(outcome.stderr.contains("coarse"), "{outcome:?}");
@@ -135,18 +135,18 @@ fn a_bitmap_that_is_not_reliable_is_an_error_before_anything_is_written_or_left_
 #[test]
 fn bitmaps_that_cannot_go_along_are_refused_by_name() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let image = source(&folder, &qemu_img, &qemu_io);
-    let new = folder.beside("new.qcow2");
-    let existing = folder.beside("existing.qcow2");
+    let directory = Disk::sparse();
+    let image = source(&directory, &qemu_img, &qemu_io);
+    let new = directory.beside("new.qcow2");
+    let existing = directory.beside("existing.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &existing, "10M"]);
-    let named = folder.beside("named.qcow2");
+    let named = directory.beside("named.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &named, "9M"]);
     peer(&qemu_img, &["bitmap", "--add", &named, "coarse"]);
     let before = [&existing, &named].map(|path| std::fs::read(path).expect("an image"));
     let refused: [(&[&str], &[&str]); 7] = [
         (&["--bitmaps", &image, &new], &["--output-format qcow2"]),
-        (&["--bitmaps", "-O", "qcow2", "-f", "raw", folder.path(), &new], &["raw", "source"]),
+        (&["--bitmaps", "-O", "qcow2", "-f", "raw", directory.path(), &new], &["raw", "source"]),
         (&["--bitmaps", "-O", "qcow2", "--compat", "0.10", &image, &new], &["0.10"]),
         (&["--bitmaps", "-O", "qcow2", "-l", "one", &image, &new], &["--snapshot"]),
         (&["--skip-broken-bitmaps", "-O", "qcow2", &image, &new], &["--bitmaps"]),

@@ -21,15 +21,15 @@ const DATA: [u64; 4] = [0, 1000, 5003, 10_239];
 
 /// Passes bytes on and counts those that come from the server.
 struct Relay {
-    _folder: TempDir,
+    _directory: TempDir,
     socket: PathBuf,
     received: Arc<AtomicU64>,
 }
 
 impl Relay {
     fn before(server: &Path) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("relay");
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("relay");
         let listener = UnixListener::bind(&socket).expect("a socket");
         let received = Arc::new(AtomicU64::new(0));
         let (server, count) = (server.to_owned(), Arc::clone(&received));
@@ -44,7 +44,7 @@ impl Relay {
                 std::thread::spawn(move || pass(upstream, client, &count));
             }
         });
-        Self { _folder: folder, socket, received }
+        Self { _directory: directory, socket, received }
     }
 
     fn uri(&self) -> String {

@@ -7,8 +7,8 @@ use crate::tools;
 #[test]
 fn options_are_taken_as_qemu_img_writes_them() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = Disk::sparse();
-    let (ours, theirs) = (folder.beside("ours.qcow2"), folder.beside("theirs.qcow2"));
+    let directory = Disk::sparse();
+    let (ours, theirs) = (directory.beside("ours.qcow2"), directory.beside("theirs.qcow2"));
     for image in [&ours, &theirs] {
         peer(&qemu_img, &["create", "-q", "-f", "qcow2", image, "8M"]);
         write(&qemu_io, image, "write -P 7 1M 1M");
@@ -53,8 +53,8 @@ fn options_are_taken_as_qemu_img_writes_them() {
 #[test]
 fn what_cannot_be_amended_is_refused_by_name_with_advice() {
     tools!(qemu_img = "qemu-img");
-    let folder = Disk::sparse();
-    let image = folder.beside("disk.qcow2");
+    let directory = Disk::sparse();
+    let image = directory.beside("disk.qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "8M"]);
     let before = std::fs::read(&image).expect("the image");
     let refused: [(&[&str], &[&str]); 9] = [

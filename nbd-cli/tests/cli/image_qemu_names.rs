@@ -37,23 +37,23 @@ fn names_of_qemu_are_understood_on_the_command_line() {
     nbd_cli(&["serve", "--run", "true", &format!("file:{new}")]).success();
 }
 
-/// Runs `nbd-cli` in a folder.
-fn in_folder(folder: &Path, arguments: &[&str]) -> crate::support::Outcome {
-    run(Command::new(PROGRAM).args(arguments).current_dir(folder))
+/// Runs `nbd-cli` in a directory.
+fn in_directory(directory: &Path, arguments: &[&str]) -> crate::support::Outcome {
+    run(Command::new(PROGRAM).args(arguments).current_dir(directory))
 }
 
 #[test]
 fn backing_files_that_an_image_names_as_qemu_does_are_opened_where_the_policy_allows_it() {
     tools!(qemu_img = "qemu-img");
     let disk = Disk::sparse();
-    let folder = Path::new(disk.path()).parent().expect("a folder");
+    let directory = Path::new(disk.path()).parent().expect("a directory");
     let base = disk.path();
-    let elsewhere = tempfile::tempdir().expect("a folder");
+    let elsewhere = tempfile::tempdir().expect("a directory");
     for name in [
         format!("file:{base}"),
         format!(r#"json:{{"driver":"file","filename":"{base}"}}"#),
         format!(r#"json:{{"driver":"raw","file":{{"driver":"file","filename":"{base}"}}}}"#),
-        // As in QEMU these start at the working folder.
+        // As in QEMU these start at the working directory.
         "file:disk.img".to_owned(),
         r#"json:{"driver":"raw","file":{"driver":"file","filename":"disk.img"}}"#.to_owned(),
     ] {
@@ -61,19 +61,20 @@ fn backing_files_that_an_image_names_as_qemu_does_are_opened_where_the_policy_al
         let create =
             ["create", "-q", "-f", "qcow2", "-u", "-b", &name, "-F", "raw", &overlay, "8M"];
         peer(&qemu_img, &create);
-        in_folder(folder, &["image", "compare", "overlay.qcow2", "disk.img"]).success();
-        in_folder(folder, &["serve", "--run", "true", "overlay.qcow2"]).success();
-        in_folder(folder, &["serve", "--temporary", "--run", "true", "overlay.qcow2"]).success();
+        in_directory(directory, &["image", "compare", "overlay.qcow2", "disk.img"]).success();
+        in_directory(directory, &["serve", "--run", "true", "overlay.qcow2"]).success();
+        in_directory(directory, &["serve", "--temporary", "--run", "true", "overlay.qcow2"])
+            .success();
         let info = ["image", "info", "--backing-chain", "--json", "overlay.qcow2"];
-        let said = in_folder(folder, &info).success();
+        let said = in_directory(directory, &info).success();
         assert_eq!(said.matches("\"virtual-size\"").count(), 2, "{said}");
         // The same image elsewhere may not name that file.
         let copy = elsewhere.path().join("copy.qcow2");
         let copy = copy.to_str().expect("a plain name");
         std::fs::copy(&overlay, copy).expect("room");
-        says(in_folder(folder, &["image", "map", copy]), &["--trust-image"]);
-        in_folder(folder, &["image", "map", "--trust-image", copy]).success();
-        in_folder(folder, &["image", "commit", "--keep", "overlay.qcow2"]).success();
+        says(in_directory(directory, &["image", "map", copy]), &["--trust-image"]);
+        in_directory(directory, &["image", "map", "--trust-image", copy]).success();
+        in_directory(directory, &["image", "commit", "--keep", "overlay.qcow2"]).success();
         std::fs::remove_file(&overlay).expect("the overlay");
     }
     let overlay = disk.beside("overlay.qcow2");
@@ -169,10 +170,10 @@ fn names_with_options_of_drivers_say_the_format_too() {
 fn names_in_images_need_not_be_text() {
     tools!(qemu_img = "qemu-img");
     let disk = Disk::sparse();
-    let folder = Path::new(disk.path()).parent().expect("a folder");
+    let directory = Path::new(disk.path()).parent().expect("a directory");
     let name = |bytes: &'static [u8]| OsStr::from_bytes(bytes);
     let (odd, data) = (name(b"odd\xff.img"), name(b"data\xfe.raw"));
-    std::fs::copy(disk.path(), folder.join(odd)).expect("room");
+    std::fs::copy(disk.path(), directory.join(odd)).expect("room");
     let create = ["create", "-q", "-f", "qcow2", "-F", "raw", "-b"].map(OsStr::new);
     for (program, option, overlay) in [
         (Some(&qemu_img), None, "theirs.qcow2"),
@@ -189,7 +190,7 @@ fn names_in_images_need_not_be_text() {
         };
         let mut base = OsString::from(option.unwrap_or_default());
         base.push(odd);
-        run(command.args([&base, OsStr::new(overlay)]).current_dir(folder)).success();
+        run(command.args([&base, OsStr::new(overlay)]).current_dir(directory)).success();
         for words in [
             &["image", "compare", overlay, "disk.img"][..],
             &["image", "check", overlay],
@@ -198,30 +199,32 @@ fn names_in_images_need_not_be_text() {
             &["serve", "--temporary", "--run", "true", overlay],
             &["image", "rebase", "-b", "disk.img", "-F", "raw", overlay],
         ] {
-            in_folder(folder, words).success();
+            in_directory(directory, words).success();
         }
         let mut rebase = Command::new(PROGRAM);
         rebase.args(["image", "rebase", "-F", "raw", "-b"]).arg(&base).arg(overlay);
-        run(rebase.current_dir(folder)).success();
-        in_folder(folder, &["image", "amend", "--lazy-refcounts", "on", overlay]).success();
-        run(Command::new(&qemu_img).args(["compare", overlay, "disk.img"]).current_dir(folder))
+        run(rebase.current_dir(directory)).success();
+        in_directory(directory, &["image", "amend", "--lazy-refcounts", "on", overlay]).success();
+        run(Command::new(&qemu_img).args(["compare", overlay, "disk.img"]).current_dir(directory))
             .success();
-        let said = in_folder(folder, &["image", "info", "--json", "--backing-chain", overlay]);
+        let said =
+            in_directory(directory, &["image", "info", "--json", "--backing-chain", overlay]);
         assert_eq!(said.success().matches("odd\u{fffd}.img").count(), 3);
-        in_folder(folder, &["image", "commit", overlay]).success();
+        in_directory(directory, &["image", "commit", overlay]).success();
     }
     // A data file.
     let mut create = Command::new(PROGRAM);
     create.args(["image", "create", "-f", "qcow2", "--data-file"]).arg(data);
-    run(create.args(["split.qcow2", "1M"]).current_dir(folder)).success();
-    assert!(folder.join(data).is_file());
-    in_folder(folder, &["image", "info", "--json", "split.qcow2"]).success();
-    run(Command::new(&qemu_img).args(["check", "-q", "split.qcow2"]).current_dir(folder)).success();
+    run(create.args(["split.qcow2", "1M"]).current_dir(directory)).success();
+    assert!(directory.join(data).is_file());
+    in_directory(directory, &["image", "info", "--json", "split.qcow2"]).success();
+    run(Command::new(&qemu_img).args(["check", "-q", "split.qcow2"]).current_dir(directory))
+        .success();
     // The policy holds for such names too.
-    let elsewhere = tempfile::tempdir().expect("a folder");
+    let elsewhere = tempfile::tempdir().expect("a directory");
     let copy = elsewhere.path().join("copy.qcow2");
     let mut create = Command::new(PROGRAM);
-    create.args(["image", "create", "-f", "qcow2", "-F", "raw", "-b"]).arg(folder.join(odd));
+    create.args(["image", "create", "-f", "qcow2", "-F", "raw", "-b"]).arg(directory.join(odd));
     run(create.arg(&copy)).success();
     says(nbd_cli(&[OsStr::new("image"), OsStr::new("map"), copy.as_os_str()]), &["--trust-image"]);
 }
@@ -229,16 +232,16 @@ fn names_in_images_need_not_be_text() {
 #[test]
 fn names_of_what_is_served_need_not_be_text() {
     let disk = Disk::sparse();
-    let folder = Path::new(disk.path()).parent().expect("a folder");
+    let directory = Path::new(disk.path()).parent().expect("a directory");
     let (odd, image) = (OsStr::from_bytes(b"odd\xff.img"), OsStr::from_bytes(b"image\xfe.qcow2"));
-    std::fs::copy(disk.path(), folder.join(odd)).expect("room");
+    std::fs::copy(disk.path(), directory.join(odd)).expect("room");
     let words = |words: &[&str], last: &OsStr, prefix: &str| {
         let mut name = OsString::from(prefix);
         name.push(last);
-        run(Command::new(PROGRAM).args(words).arg(name).current_dir(folder)).success();
+        run(Command::new(PROGRAM).args(words).arg(name).current_dir(directory)).success();
     };
     let mut convert = Command::new(PROGRAM);
-    convert.args(["image", "convert", "-O", "qcow2"]).args([odd, image]).current_dir(folder);
+    convert.args(["image", "convert", "-O", "qcow2"]).args([odd, image]).current_dir(directory);
     run(&mut convert).success();
     for serve in [
         &["serve", "--run", "true"][..],
@@ -255,8 +258,8 @@ fn names_of_what_is_served_need_not_be_text() {
 #[test]
 fn names_of_files_need_not_be_text() {
     let disk = Disk::sparse();
-    let folder = Path::new(disk.path()).parent().expect("a folder");
-    let path = |name: &[u8]| -> OsString { folder.join(OsStr::from_bytes(name)).into() };
+    let directory = Path::new(disk.path()).parent().expect("a directory");
+    let path = |name: &[u8]| -> OsString { directory.join(OsStr::from_bytes(name)).into() };
     let (odd, copy, image) = (path(b"odd\xff.img"), path(b"copy\xfe"), path(b"image\xfe.qcow2"));
     std::fs::copy(disk.path(), &odd).expect("room");
     let word = |text: &str| OsString::from(text);

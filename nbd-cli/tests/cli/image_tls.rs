@@ -13,8 +13,8 @@ fn text(path: &Path) -> &str {
 }
 
 /// The disk on a server that wants a certificate, and its URI.
-fn serve_with_certificates(nbdkit: &Path, disk: &Disk, folder: &str) -> (Server, String) {
-    let arguments = ["--tls=require", folder, "--tls-verify-peer", "file", disk.path()];
+fn serve_with_certificates(nbdkit: &Path, disk: &Disk, directory: &str) -> (Server, String) {
+    let arguments = ["--tls=require", directory, "--tls-verify-peer", "file", disk.path()];
     let server = Server::nbdkit(nbdkit, &arguments);
     let uri = server.uri().replacen("nbd+unix", "nbds+unix", 1);
     (server, uri)
@@ -25,9 +25,9 @@ fn every_image_command_that_takes_exports_takes_certificates() {
     tools!(nbdkit = "nbdkit");
     let Some(certificates) = Certificates::any() else { return };
     let disk = Disk::sparse();
-    let folder = format!("--tls-certificates={}", certificates.good().display());
-    let (server, uri) = serve_with_certificates(&nbdkit, &disk, &folder);
-    let options = [folder.as_str(), "--tls-hostname", "localhost"];
+    let directory = format!("--tls-certificates={}", certificates.good().display());
+    let (server, uri) = serve_with_certificates(&nbdkit, &disk, &directory);
+    let options = [directory.as_str(), "--tls-hostname", "localhost"];
     let with = |command: &[&str]| nbd_cli(&[&["image"], command, &options].concat());
 
     assert!(with(&["info", &uri]).success().contains("with TLS"));
@@ -52,12 +52,12 @@ fn servers_that_a_trusted_image_names_get_the_same_options() {
     tools!(nbdkit = "nbdkit", qemu_img = "qemu-img");
     let Some(certificates) = Certificates::any() else { return };
     let disk = Disk::sparse();
-    let folder = format!("--tls-certificates={}", certificates.good().display());
-    let (_server, uri) = serve_with_certificates(&nbdkit, &disk, &folder);
+    let directory = format!("--tls-certificates={}", certificates.good().display());
+    let (_server, uri) = serve_with_certificates(&nbdkit, &disk, &directory);
     let overlay = disk.beside("overlay.qcow2");
     let create = ["create", "-q", "-f", "qcow2", "-u", "-b", &uri, "-F", "raw", &overlay, "8M"];
     peer(&qemu_img, &create);
-    let options = ["--trust-image", &folder, "--tls-hostname", "localhost", "--timeout", "60s"];
+    let options = ["--trust-image", &directory, "--tls-hostname", "localhost", "--timeout", "60s"];
     let with = |command: &[&str]| nbd_cli(&[&["image"], command, &options].concat());
 
     assert_eq!(with(&["compare", disk.path(), &overlay]).success(), "the disks are the same\n");
@@ -68,7 +68,7 @@ fn servers_that_a_trusted_image_names_get_the_same_options() {
     with(&["convert", &overlay, &copy]).success();
     disk.assert_equals(copy);
     // The certificate is held against the name here, too.
-    let wrong = ["--trust-image", &folder, "--tls-hostname", "elsewhere.example"];
+    let wrong = ["--trust-image", &directory, "--tls-hostname", "elsewhere.example"];
     says(nbd_cli(&[&["image", "map"][..], &wrong, &[&overlay]].concat()), &["certificate"]);
 }
 
@@ -78,8 +78,8 @@ fn a_pre_shared_key_opens_both_ends_of_a_conversion() {
     let disk = Disk::sparse();
     let file = PathBuf::from(disk.beside("keys.psk"));
     add_psk_user(&file, "alice");
-    let folder = Path::new(disk.path()).parent().expect("a folder").display().to_string();
-    let object = format!("tls-creds-psk,id=t,endpoint=server,dir={folder}");
+    let directory = Path::new(disk.path()).parent().expect("a directory").display().to_string();
+    let object = format!("tls-creds-psk,id=t,endpoint=server,dir={directory}");
     let blank = disk.blank("blank.img", disk.content().len() as u64);
     let serve = |path: &str| {
         let options = ["-f", "raw", "--object", &object, "--tls-creds", "t", path];
@@ -100,15 +100,15 @@ fn a_key_with_a_pass_phrase_is_refused_in_words() {
     let Some(certificates) = Certificates::any() else { return };
     let good = certificates.good();
     let server = TlsServer::start(&["--tls-certificates", text(&good)]);
-    let folder = server.disk.beside("locked");
-    std::fs::create_dir(&folder).expect("room");
+    let directory = server.disk.beside("locked");
+    std::fs::create_dir(&directory).expect("room");
     for name in ["ca-cert.pem", "client-cert.pem"] {
-        std::fs::copy(good.join(name), Path::new(&folder).join(name)).expect("a copy");
+        std::fs::copy(good.join(name), Path::new(&directory).join(name)).expect("a copy");
     }
-    let (key, locked) = (good.join("client-key.pem"), format!("{folder}/client-key.pem"));
+    let (key, locked) = (good.join("client-key.pem"), format!("{directory}/client-key.pem"));
     let arguments = ["pkey", "-in", text(&key), "-out", &locked, "-aes256", "-passout", "pass:x"];
     peer(&openssl, &arguments);
-    let uri = server.uri_with(Path::new(&folder));
+    let uri = server.uri_with(Path::new(&directory));
     // Without a terminal, nobody can be asked.
     let said = run(Command::new(crate::support::PROGRAM).args(["image", "info", &uri]));
     says(said, &["client-key.pem", "encrypted", "without a pass phrase"]);

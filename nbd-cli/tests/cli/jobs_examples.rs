@@ -24,15 +24,19 @@ fn run_copy(from: &str, to: &str) {
 
 #[test]
 fn copy_example_copies_to_a_server_and_back() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (disk, back) = (folder.path().join("disk.img"), folder.path().join("back.img"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let (disk, back) = (directory.path().join("disk.img"), directory.path().join("back.img"));
     let content: Vec<u8> = (0..1_000_000_u32).map(|at| (at / 512 % 251) as u8).collect();
     std::fs::write(&disk, &content).expect("a disk");
     let server = Server::ours(&["memory:1000000"]);
     run_copy(disk.to_str().expect("a plain name"), server.uri());
     run_copy(server.uri(), back.to_str().expect("a plain name"));
     assert!(std::fs::read(&back).expect("the copy") == content);
-    assert_eq!(folder.path().read_dir().expect("the folder").count(), 2, "nothing else is left");
+    assert_eq!(
+        directory.path().read_dir().expect("the directory").count(),
+        2,
+        "nothing else is left"
+    );
 }
 
 fn run_backup(arguments: &[&str]) {
@@ -42,9 +46,10 @@ fn run_backup(arguments: &[&str]) {
 
 #[test]
 fn backup_example_makes_a_full_and_an_incremental_backup_of_a_disk_in_use() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let path =
-        |name: &str| folder.path().join(name).into_os_string().into_string().expect("a plain name");
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| {
+        directory.path().join(name).into_os_string().into_string().expect("a plain name")
+    };
     let (disk, control) = (path("disk.qcow2"), path("control"));
     nbd_cli(&["image", "create", "-f", "qcow2", &disk, "8M"]).success();
     let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
@@ -65,7 +70,7 @@ fn backup_example_makes_a_full_and_an_incremental_backup_of_a_disk_in_use() {
         assert_eq!((restored.len(), count(3)), (8 << 20, 0), "{backup}");
         std::fs::remove_file(path("restored.img")).expect("it is there");
     }
-    let left = folder.path().read_dir().expect("the folder").flatten();
+    let left = directory.path().read_dir().expect("the directory").flatten();
     let names: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
     assert!(names.iter().all(|name| !name.contains("partial")), "{names:?}");
 }

@@ -31,12 +31,12 @@ fn interrupted(mut child: Child, partial: &str, signal: Signal) -> (Option<i32>,
     (child.wait().expect("a child").code(), said)
 }
 
-fn names(folder: &Disk) -> Vec<String> {
-    let folder = fs::read_dir(Path::new(folder.path()).parent().expect("a folder"));
+fn names(directory: &Disk) -> Vec<String> {
+    let directory = fs::read_dir(Path::new(directory.path()).parent().expect("a directory"));
     let name = |entry: std::io::Result<fs::DirEntry>| {
         entry.expect("an entry").file_name().into_string().expect("text")
     };
-    let mut names: Vec<_> = folder.expect("a folder").map(name).collect();
+    let mut names: Vec<_> = directory.expect("a directory").map(name).collect();
     names.sort();
     names
 }
@@ -56,10 +56,10 @@ fn an_interrupted_command_leaves_nothing_of_a_new_file() {
     for (signal, (command, target)) in
         cases.flat_map(|signal| commands.iter().map(move |command| (signal, *command)))
     {
-        let folder = Disk::sparse();
+        let directory = Disk::sparse();
         // nbdkit may abort when a client leaves it in the middle of a request.
         let server = slow_server(&nbdkit);
-        let (target, overlay) = (folder.beside(target), folder.beside("overlay.qcow2"));
+        let (target, overlay) = (directory.beside(target), directory.beside("overlay.qcow2"));
         let create = ["image", "create", "-f", "qcow2", "-F", "raw", "-b", server.uri(), &overlay];
         nbd_cli(&create).success();
         let word = |word: &&str| match *word {
@@ -72,7 +72,7 @@ fn an_interrupted_command_leaves_nothing_of_a_new_file() {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         let (code, said) = interrupted(start(&words), &format!("{target}.partial"), signal);
         assert_eq!(code, Some(128 + signal.as_raw()), "{command:?}: {said}");
-        assert_eq!(names(&folder), ["disk.img", "overlay.qcow2"], "{command:?}");
+        assert_eq!(names(&directory), ["disk.img", "overlay.qcow2"], "{command:?}");
         for part in [&target, "interrupted by SIG"] {
             assert!(said.contains(part), "{command:?}: {said}");
         }
@@ -83,17 +83,20 @@ fn an_interrupted_command_leaves_nothing_of_a_new_file() {
 fn a_killed_command_leaves_only_the_temporary_name() {
     tools!(nbdkit = "nbdkit");
     for command in [&["copy"][..], &["image", "convert", "-O", "qcow2"]] {
-        let folder = Disk::sparse();
+        let directory = Disk::sparse();
         let server = slow_server(&nbdkit);
-        let (new, partial) = (folder.beside("new"), folder.beside("new.partial"));
+        let (new, partial) = (directory.beside("new"), directory.beside("new.partial"));
         let child = start(&[command, &[server.uri(), &new]].concat());
         interrupted(child, &partial, Signal::KILL);
-        assert_eq!(names(&folder), ["disk.img", "new.partial"]);
+        assert_eq!(names(&directory), ["disk.img", "new.partial"]);
         // What is left may be of use to somebody: it is not overwritten, and the way on is said.
-        says(nbd_cli(&[command, &[folder.path(), &new]].concat()), &["new.partial", "remove it"]);
+        says(
+            nbd_cli(&[command, &[directory.path(), &new]].concat()),
+            &["new.partial", "remove it"],
+        );
         fs::remove_file(&partial).expect("what is left");
-        nbd_cli(&[command, &[folder.path(), &new]].concat()).success();
-        assert_eq!(names(&folder), ["disk.img", "new"]);
+        nbd_cli(&[command, &[directory.path(), &new]].concat()).success();
+        assert_eq!(names(&directory), ["disk.img", "new"]);
     }
 }
 
@@ -101,78 +104,78 @@ fn a_killed_command_leaves_only_the_temporary_name() {
 fn the_disk_that_was_there_stays_until_the_copy_is_complete() {
     tools!(nbdkit = "nbdkit");
     for signal in [Signal::TERM, Signal::KILL] {
-        let folder = Disk::sparse();
-        let old = folder.beside("old.img");
+        let directory = Disk::sparse();
+        let old = directory.beside("old.img");
         fs::write(&old, "what was there").expect("room");
         fs::set_permissions(&old, fs::Permissions::from_mode(0o640)).expect("its owner");
         let server = slow_server(&nbdkit);
         let child = start(&["copy", server.uri(), &old]);
-        let (_, said) = interrupted(child, &folder.beside("old.img.partial"), signal);
+        let (_, said) = interrupted(child, &directory.beside("old.img.partial"), signal);
         assert_eq!(fs::read(&old).expect("the file"), b"what was there");
         assert!(signal == Signal::KILL || said.contains("as it was before"), "{said}");
-        let _ = fs::remove_file(folder.beside("old.img.partial"));
-        nbd_cli(&["copy", folder.path(), &old]).success();
-        folder.assert_equals(&old);
+        let _ = fs::remove_file(directory.beside("old.img.partial"));
+        nbd_cli(&["copy", directory.path(), &old]).success();
+        directory.assert_equals(&old);
         assert_eq!(fs::metadata(&old).expect("the file").mode() & 0o7777, 0o640);
-        assert_eq!(names(&folder), ["disk.img", "old.img"]);
+        assert_eq!(names(&directory), ["disk.img", "old.img"]);
     }
 }
 
 #[test]
 fn a_link_stays_a_link_and_a_second_name_keeps_its_file() {
-    let folder = Disk::sparse();
+    let directory = Disk::sparse();
     let (old, link, second) =
-        (folder.beside("old.img"), folder.beside("link"), folder.beside("second"));
+        (directory.beside("old.img"), directory.beside("link"), directory.beside("second"));
     fs::write(&old, "what was there").expect("room");
     std::os::unix::fs::symlink("old.img", &link).expect("a link");
-    nbd_cli(&["copy", folder.path(), &link]).success();
+    nbd_cli(&["copy", directory.path(), &link]).success();
     assert!(fs::symlink_metadata(&link).expect("the link").is_symlink());
-    folder.assert_equals(&old);
+    directory.assert_equals(&old);
     fs::write(&old, "again").expect("room");
     fs::hard_link(&old, &second).expect("a second name");
-    nbd_cli(&["copy", folder.path(), &old]).success();
-    folder.assert_equals(&second);
+    nbd_cli(&["copy", directory.path(), &old]).success();
+    directory.assert_equals(&second);
     assert_eq!(fs::metadata(&old).expect("a file").nlink(), 2);
     // A link that leads nowhere is nobody's file.
-    let nowhere = folder.beside("nowhere");
+    let nowhere = directory.beside("nowhere");
     std::os::unix::fs::symlink("missing", &nowhere).expect("a link");
     for command in [&["copy"][..], &["image", "convert"], &["restore", "-f", "raw"]] {
-        let said = nbd_cli(&[command, &[folder.path(), &nowhere]].concat());
+        let said = nbd_cli(&[command, &[directory.path(), &nowhere]].concat());
         says(said, &["nowhere", "symbolic link"]);
     }
-    assert!(!Path::new(&folder.beside("missing")).exists());
+    assert!(!Path::new(&directory.beside("missing")).exists());
 }
 
 #[test]
-fn a_file_in_a_folder_that_may_not_be_written_to_is_changed_in_place() {
+fn a_file_in_a_directory_that_may_not_be_written_to_is_changed_in_place() {
     tools!(setpriv = "setpriv");
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: needs root to become another user");
         return;
     }
-    let folder = Disk::sparse();
-    let old = folder.beside("old.img");
+    let directory = Disk::sparse();
+    let old = directory.beside("old.img");
     fs::write(&old, "what was there").expect("room");
-    let inner = Path::new(&old).parent().expect("a folder");
+    let inner = Path::new(&old).parent().expect("a directory");
     fs::set_permissions(inner, fs::Permissions::from_mode(0o555)).expect("its owner");
     fs::set_permissions(&old, fs::Permissions::from_mode(0o666)).expect("its owner");
     // Where tests are built may be closed to other users: they get the program as an open file.
     let program = fs::File::open(PROGRAM).expect("the program");
-    let copy = format!("exec /proc/self/fd/0 copy {} {old}", folder.path());
+    let copy = format!("exec /proc/self/fd/0 copy {} {old}", directory.path());
     let mut command = Command::new(&setpriv);
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", &copy]);
     let output = command.stdin(program).output().expect("setpriv");
     assert!(output.status.success(), "{output:?}");
-    folder.assert_equals(&old);
+    directory.assert_equals(&old);
     fs::set_permissions(inner, fs::Permissions::from_mode(0o755)).expect("its owner");
-    assert_eq!(names(&folder), ["disk.img", "old.img"]);
+    assert_eq!(names(&directory), ["disk.img", "old.img"]);
 }
 
 #[test]
 fn two_commands_that_make_the_same_file_do_not_mix() {
     tools!(nbdkit = "nbdkit");
-    let folder = Disk::sparse();
-    let (new, partial) = (folder.beside("new"), folder.beside("new.partial"));
+    let directory = Disk::sparse();
+    let (new, partial) = (directory.beside("new"), directory.beside("new.partial"));
     let server = slow_server(&nbdkit);
     let first = start(&["image", "convert", "-O", "qcow2", server.uri(), &new]);
     wait_until("the first is at work", || {
@@ -180,43 +183,43 @@ fn two_commands_that_make_the_same_file_do_not_mix() {
             || Path::new(&partial).exists()
     });
     for command in [&["copy"][..], &["image", "convert"], &["restore", "-f", "raw"]] {
-        says(nbd_cli(&[command, &[folder.path(), &new]].concat()), &["new", "new.partial"]);
+        says(nbd_cli(&[command, &[directory.path(), &new]].concat()), &["new", "new.partial"]);
     }
     interrupted(first, &partial, Signal::TERM);
-    assert_eq!(names(&folder), ["disk.img"]);
+    assert_eq!(names(&directory), ["disk.img"]);
 }
 
 #[test]
 fn a_file_that_appears_meanwhile_is_kept_and_so_is_the_copy() {
-    let folder = Disk::sparse();
-    let (new, partial) = (folder.beside("new"), folder.beside("new.partial"));
+    let directory = Disk::sparse();
+    let (new, partial) = (directory.beside("new"), directory.beside("new.partial"));
     let mut command = Command::new(PROGRAM);
     command.args(["copy", "-", &new]).stdin(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("nbd-cli");
     wait_until("the command is at work", || Path::new(&partial).exists());
     fs::write(&new, "somebody else's").expect("room");
     let mut input = child.stdin.take().expect("piped");
-    std::io::Write::write_all(&mut input, folder.content()).expect("a reader");
+    std::io::Write::write_all(&mut input, directory.content()).expect("a reader");
     drop(input);
     let output = child.wait_with_output().expect("a child");
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("new.partial") && said.contains("rename"), "{said}");
     assert_eq!(fs::read(&new).expect("the file"), b"somebody else's");
-    folder.assert_equals(&partial);
+    directory.assert_equals(&partial);
 }
 
 #[test]
 fn devices_and_pipes_are_never_replaced() {
-    let folder = Disk::sparse();
-    let pipe = folder.beside("pipe");
+    let directory = Disk::sparse();
+    let pipe = directory.beside("pipe");
     run(Command::new("mkfifo").arg(&pipe)).success();
     for target in ["/dev/null", "/dev/stdout", &pipe] {
         for command in [
-            &["image", "convert", folder.path(), target][..],
-            &["restore", "-f", "raw", folder.path(), target],
+            &["image", "convert", directory.path(), target][..],
+            &["restore", "-f", "raw", directory.path(), target],
             &["image", "create", target, "1M"],
-            &["copy", folder.path(), target],
+            &["copy", directory.path(), target],
         ] {
             let said = nbd_cli(command).failure();
             assert!(said.contains(target) && !said.contains("remove"), "{command:?}: {said}");
@@ -224,22 +227,22 @@ fn devices_and_pipes_are_never_replaced() {
     }
     assert!(fs::metadata("/dev/null").expect("it is there").file_type().is_char_device());
     assert!(fs::metadata(&pipe).expect("it is there").file_type().is_fifo());
-    assert_eq!(names(&folder), ["disk.img", "pipe"]);
+    assert_eq!(names(&directory), ["disk.img", "pipe"]);
 }
 
 #[test]
 fn what_is_made_is_what_qemu_reads() {
     tools!(qemu_img = "qemu-img");
-    let folder = Disk::sparse();
-    let new = folder.beside("new.qcow2");
+    let directory = Disk::sparse();
+    let new = directory.beside("new.qcow2");
     for command in [
         &["image", "convert", "-O", "qcow2"][..],
         &["image", "convert", "-O", "qcow2", "--flush"],
         &["restore", "-f", "raw", "-O", "qcow2", "--verify", "--quiet"],
     ] {
-        nbd_cli(&[command, &[folder.path(), &new]].concat()).success();
-        peer(&qemu_img, &["compare", "-f", "raw", "-F", "qcow2", folder.path(), &new]);
-        assert_eq!(names(&folder), ["disk.img", "new.qcow2"]);
+        nbd_cli(&[command, &[directory.path(), &new]].concat()).success();
+        peer(&qemu_img, &["compare", "-f", "raw", "-F", "qcow2", directory.path(), &new]);
+        assert_eq!(names(&directory), ["disk.img", "new.qcow2"]);
         fs::remove_file(&new).expect("the file");
     }
 }

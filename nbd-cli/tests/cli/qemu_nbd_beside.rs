@@ -36,7 +36,7 @@ const REFUSED: &[(&[&str], &str)] = &[
     (&["-f", "nosuch", "DISK"], "Unknown driver 'nosuch'"),
     (&["nosuch.img"], "nosuch.img"),
     (&["-k", "relative", "DISK"], "socket path must be absolute"),
-    (&["-k", "/nonexistent/folder/socket", "DISK"], "/nonexistent/folder/socket"),
+    (&["-k", "/nonexistent/directory/socket", "DISK"], "/nonexistent/directory/socket"),
     (&["-b", "nosuch.invalid", "DISK"], "nosuch.invalid"),
     (&["-p", "x", "DISK"], "x"),
     (&["-x", LONG, "DISK"], "too long"),
@@ -103,7 +103,8 @@ fn size_in_archive(disk: &Disk) -> u64 {
 }
 
 /// A disk and, beside it: the same as `disk.qcow2` with the snapshot 1 "first", bitmaps, and
-/// changes on top; an overlay of that; that in the middle of a file; a disk that ends within a sector.
+/// changes on top; an overlay of that; that in the middle of a file; a disk that ends within a
+/// sector.
 fn disk_and_qcow2(qemu_img: &Path, qemu_io: &Path) -> Disk {
     let disk = Disk::sparse();
     let qcow2 = disk.beside("disk.qcow2");

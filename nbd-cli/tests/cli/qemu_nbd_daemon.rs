@@ -25,8 +25,8 @@ fn fork_returns_when_clients_can_connect_and_the_pid_file_is_written() {
     disk.assert_equals(&copy);
     peer(&qemu_img, &["compare", "-fraw", "-Fraw", disk.path(), &daemon.uri()]);
     assert!(daemon.is_running());
-    let folder = format!("/proc/{}/cwd", daemon.pid().as_raw_nonzero());
-    assert_eq!(std::fs::read_link(folder).expect("its folder").to_str(), Some("/"));
+    let directory = format!("/proc/{}/cwd", daemon.pid().as_raw_nonzero());
+    assert_eq!(std::fs::read_link(directory).expect("its directory").to_str(), Some("/"));
     kill_process(daemon.pid(), Signal::TERM).expect("a running daemon");
     daemon.wait_for_end();
     assert!(!daemon.socket().exists());

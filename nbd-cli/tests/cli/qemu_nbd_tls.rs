@@ -7,13 +7,13 @@ use crate::support::tls::Certificates;
 use crate::support::{Disk, Outcome, peer, run};
 use crate::tools;
 
-/// The distinguished name of the client whose certificate is in the good folder, with the commas
+/// The distinguished name of the client whose certificate is in the good directory, with the commas
 /// as they stand in an option.
 const ALICE: &str = "CN=alice,,O=Example";
 
-/// What `-L` says, with the credentials of a folder and the expected name of the server.
-fn list(mut program: Command, server: &Foreground, folder: &str) -> Outcome {
-    let object = format!("tls-creds-x509,id=tls0,endpoint=client,dir={folder}");
+/// What `-L` says, with the credentials of a directory and the expected name of the server.
+fn list(mut program: Command, server: &Foreground, directory: &str) -> Outcome {
+    let object = format!("tls-creds-x509,id=tls0,endpoint=client,dir={directory}");
     program.args(["--object", &object, "--tls-creds", "tls0", "--tls-hostname", "localhost"]);
     run(program.args(["-L", "-k", server.socket()]))
 }
@@ -82,12 +82,12 @@ fn the_lists_of_names_decide_who_may_connect() {
 fn pre_shared_keys_are_found_by_the_name_of_the_user() {
     tools!(theirs = "qemu-nbd", psktool = "psktool");
     let disk = Disk::sparse();
-    let folder = disk.beside("keys");
-    std::fs::create_dir(&folder).expect("a folder");
-    let keys = format!("{folder}/keys.psk");
+    let directory = disk.beside("keys");
+    std::fs::create_dir(&directory).expect("a directory");
+    let keys = format!("{directory}/keys.psk");
     peer(&psktool, &["-u", "alice", "-p", &keys]);
     peer(&psktool, &["-u", "qemu", "-p", &keys]);
-    let object = format!("tls-creds-psk,id=tls0,endpoint=server,dir={folder}");
+    let object = format!("tls-creds-psk,id=tls0,endpoint=server,dir={directory}");
     let arguments = ["--object", &object, "--tls-creds", "tls0", "-te0", "-fraw", disk.path()];
     let server = Foreground::start(ours(), &arguments);
     for (client, user, code) in [
@@ -98,7 +98,7 @@ fn pre_shared_keys_are_found_by_the_name_of_the_user() {
         (ours(), ",username=bob", 1),
     ] {
         let mut client = client;
-        let object = format!("tls-creds-psk,id=tls0,endpoint=client,dir={folder}{user}");
+        let object = format!("tls-creds-psk,id=tls0,endpoint=client,dir={directory}{user}");
         client.args(["--object", &object, "--tls-creds", "tls0", "-L", "-k", server.socket()]);
         let outcome = run(&mut client);
         assert_eq!(outcome.code, Some(code), "{user}: {outcome:?}");
@@ -108,27 +108,27 @@ fn pre_shared_keys_are_found_by_the_name_of_the_user() {
 #[test]
 fn credentials_that_cannot_be_used_are_named() {
     let disk = Disk::sparse();
-    let folder = disk.beside("none");
+    let directory = disk.beside("none");
     for (objects, part) in [
-        (&["tls-creds-x509,id=tls0,endpoint=server,dir=FOLDER"][..], "FOLDER"),
-        (&["tls-creds-psk,id=tls0,endpoint=server,dir=FOLDER"], "FOLDER/keys.psk"),
-        (&["tls-creds-x509,id=tls0,endpoint=client,dir=FOLDER"], "endpoint=server"),
+        (&["tls-creds-x509,id=tls0,endpoint=server,dir=DIRECTORY"][..], "DIRECTORY"),
+        (&["tls-creds-psk,id=tls0,endpoint=server,dir=DIRECTORY"], "DIRECTORY/keys.psk"),
+        (&["tls-creds-x509,id=tls0,endpoint=client,dir=DIRECTORY"], "endpoint=server"),
         (
             &[
                 "secret,id=sec0,data=letmein",
-                "tls-creds-x509,id=tls0,endpoint=server,dir=FOLDER,passwordid=sec0",
+                "tls-creds-x509,id=tls0,endpoint=server,dir=DIRECTORY,passwordid=sec0",
             ],
             "passwordid",
         ),
-        (&["tls-creds-x509,id=tls0,endpoint=server,dir=FOLDER,passwordid=sec0"], "sec0"),
+        (&["tls-creds-x509,id=tls0,endpoint=server,dir=DIRECTORY,passwordid=sec0"], "sec0"),
     ] {
         let mut command = ours();
         for object in objects {
-            command.args(["--object", &object.replace("FOLDER", &folder)]);
+            command.args(["--object", &object.replace("DIRECTORY", &directory)]);
         }
         let refused = run(command.args(["--tls-creds", "tls0", disk.path()]));
         assert_eq!(refused.code, Some(1));
-        let part = part.replace("FOLDER", &folder);
+        let part = part.replace("DIRECTORY", &directory);
         assert!(refused.stderr.contains(&part), "{part}: {refused:?}");
     }
 }

@@ -29,7 +29,8 @@ impl Drop for Fragile {
     }
 }
 
-/// Runs a command with `--progress`, and `restart` once it has shown progress; returns what it said.
+/// Runs a command with `--progress`, and `restart` once it has shown progress; returns what it
+/// said.
 fn with_restart(arguments: &[&str], restart: impl FnOnce()) -> (Option<i32>, String) {
     let mut command = Command::new(PROGRAM);
     command.args(arguments).arg("--progress").stdin(Stdio::null()).stdout(Stdio::null());
@@ -43,8 +44,8 @@ fn with_restart(arguments: &[&str], restart: impl FnOnce()) -> (Option<i32>, Str
 }
 
 /// A disk of 8 MiB without a zero in it.
-fn full_disk(folder: &Disk) -> String {
-    let path = folder.beside("full.img");
+fn full_disk(directory: &Disk) -> String {
+    let path = directory.beside("full.img");
     let bytes: Vec<u8> = (0..8_u32 << 20).map(|at| (at / 4096 % 251 + 1) as u8).collect();
     std::fs::write(&path, bytes).expect("room");
     path
@@ -60,8 +61,8 @@ fn a_destination_that_lost_what_was_not_flushed_gets_it_again() {
         &["image", "convert", "--jobs", "2"],
     ];
     for command in commands {
-        let folder = Disk::sparse();
-        let (disk, socket) = (full_disk(&folder), folder.beside("socket"));
+        let directory = Disk::sparse();
+        let (disk, socket) = (full_disk(&directory), directory.beside("socket"));
         let uri = format!("nbd+unix:///?socket={socket}");
         // What is in memory is lost with the process.
         let memory = ["--filter=delay", "memory", "8M", "wdelay=20ms"];
@@ -72,7 +73,7 @@ fn a_destination_that_lost_what_was_not_flushed_gets_it_again() {
         });
         assert_eq!(code, Some(0), "{command:?}: {said}");
         assert!(said.contains("written again"), "{command:?}: {said}");
-        let copied = folder.beside("copied.img");
+        let copied = directory.beside("copied.img");
         nbd_cli(&["copy", &uri, &copied]).success();
         let (is, should) = (std::fs::read(&copied), std::fs::read(&disk));
         assert!(is.expect("a file") == should.expect("a file"), "{command:?}: the copy differs");
@@ -87,9 +88,10 @@ fn a_source_that_is_restarted_is_read_on() {
         &["image", "convert", "--jobs", "2"],
     ];
     for command in commands {
-        let folder = Disk::sparse();
-        let (disk, socket) = (full_disk(&folder), folder.beside("socket"));
-        let (uri, copied) = (format!("nbd+unix:///?socket={socket}"), folder.beside("copied.img"));
+        let directory = Disk::sparse();
+        let (disk, socket) = (full_disk(&directory), directory.beside("socket"));
+        let (uri, copied) =
+            (format!("nbd+unix:///?socket={socket}"), directory.beside("copied.img"));
         let file = format!("file={disk}");
         let source = ["--filter=delay", "file", &file, "rdelay=20ms"];
         let mut server = Some(Fragile::start(&nbdkit, &socket, &source));
@@ -105,8 +107,8 @@ fn a_source_that_is_restarted_is_read_on() {
 #[test]
 fn standard_input_cannot_be_copied_again_and_that_is_said() {
     tools!(nbdkit = "nbdkit");
-    let folder = Disk::sparse();
-    let socket = folder.beside("socket");
+    let directory = Disk::sparse();
+    let socket = directory.beside("socket");
     let uri = format!("nbd+unix:///?socket={socket}");
     let memory = ["memory", "8M"];
     let server = Fragile::start(&nbdkit, &socket, &memory);
@@ -115,10 +117,10 @@ fn standard_input_cannot_be_copied_again_and_that_is_said() {
     let mut child = command.stderr(Stdio::piped()).spawn().expect("nbd-cli");
     let mut input = child.stdin.take().expect("piped");
     // More than is read ahead: some of it was written then.
-    std::io::Write::write_all(&mut input, &folder.content()[..1 << 20]).expect("a reader");
+    std::io::Write::write_all(&mut input, &directory.content()[..1 << 20]).expect("a reader");
     drop(server);
     let _server = Fragile::start(&nbdkit, &socket, &memory);
-    std::io::Write::write_all(&mut input, &folder.content()[1 << 20..]).expect("a reader");
+    std::io::Write::write_all(&mut input, &directory.content()[1 << 20..]).expect("a reader");
     drop(input);
     let output = child.wait_with_output().expect("a child");
     let said = String::from_utf8_lossy(&output.stderr);

@@ -77,20 +77,20 @@ fn one_warning_says_that_bitmaps_cannot_be_kept_beside_the_image() {
         assert_eq!(said.code, Some(0), "{said:?}");
         said.stderr.lines().filter(|line| line.contains("survive")).count()
     };
-    // A folder with the name of an unfinished file does not matter.
-    std::fs::create_dir(format!("{image}.dirty.new")).expect("a folder");
+    // A directory with the name of an unfinished file does not matter.
+    std::fs::create_dir(format!("{image}.dirty.new")).expect("a directory");
     assert_eq!(warnings(&[]), 0);
     assert_eq!(warnings(&["--bitmap-durability", "process"]), 0);
     // One in the place of the file does, also for a user who may do everything: what was asked for
     // is not given up with a mere warning.
     let in_the_way = format!("{image}.dirty");
-    std::fs::create_dir(&in_the_way).expect("a folder");
+    std::fs::create_dir(&in_the_way).expect("a directory");
     assert_eq!(warnings(&[]), 1);
     assert_eq!(warnings(&["--bitmap-durability", "none"]), 0);
     for durability in ["power", "process"] {
         says(serve(&["--bitmap-durability", durability]), &["is a directory", "would not survive"]);
     }
-    std::fs::remove_dir(&in_the_way).expect("an empty folder");
+    std::fs::remove_dir(&in_the_way).expect("an empty directory");
     assert_eq!(warnings(&["--bitmap-durability", "power"]), 0);
 }
 

@@ -60,8 +60,8 @@ impl Random {
 #[test]
 fn a_zeroed_part_is_a_hole_chunk_as_libnbd_expects_it_and_with_df_there_is_one_chunk() {
     tools!(nbdsh_tool = "nbdsh", qemu_img = "qemu-img", qemu_io = "qemu-io");
-    let folder = tempfile::tempdir().expect("a folder");
-    let image = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().expect("a directory");
+    let image = directory.path().join("disk.qcow2");
     let path = image.to_str().expect("a plain name");
     // The disk of libnbd's own test of structured reads.
     let options = "cluster_size=512,compat=v3";
@@ -91,10 +91,10 @@ fn a_hole_in_memory_is_one_chunk_whatever_its_length() {
 fn chain(
     qemu_img: &Path,
     qemu_io: &Path,
-    folder: &Path,
+    directory: &Path,
     random: &mut Random,
 ) -> (String, &'static str) {
-    let path = |name: &str| folder.join(name).to_str().expect("a plain name").to_owned();
+    let path = |name: &str| directory.join(name).to_str().expect("a plain name").to_owned();
     let base_size = (4 << 20) - random.below(2048) * 512;
     let mut top = (path("base.raw"), "raw");
     peer(qemu_img, &["create", "-q", "-f", "raw", &top.0, &base_size.to_string()]);
@@ -140,8 +140,8 @@ fn over_random_chains_the_same_bytes_are_holes_as_with_qemu_nbd() {
     tools!(nbdsh_tool = "nbdsh", qemu_img = "qemu-img", qemu_io = "qemu-io", qemu_nbd = "qemu-nbd");
     let mut random = Random::new();
     for _ in 0..6 {
-        let folder = tempfile::tempdir().expect("a folder");
-        let (image, format) = chain(&qemu_img, &qemu_io, folder.path(), &mut random);
+        let directory = tempfile::tempdir().expect("a directory");
+        let (image, format) = chain(&qemu_img, &qemu_io, directory.path(), &mut random);
         let mut script = String::from("size = h.get_size()\nchunks(0, size)\n");
         for _ in 0..60 {
             let longest = [2048, 40_000, 300_000, 3_000_000][random.below(4) as usize];

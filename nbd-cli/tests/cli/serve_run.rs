@@ -28,15 +28,15 @@ fn the_command_finds_the_server_in_its_environment() {
 }
 
 #[test]
-fn the_private_socket_and_its_folder_are_removed() {
+fn the_private_socket_and_its_directory_are_removed() {
     let disk = Disk::sparse();
-    let folder = disk.beside("temporary");
-    std::fs::create_dir(&folder).expect("a folder");
+    let directory = disk.beside("temporary");
+    std::fs::create_dir(&directory).expect("a directory");
     let mut command = Command::new(PROGRAM);
-    command.env("TMPDIR", &folder).args(["serve", "--run", "ls -R $TMPDIR", "memory:1M"]);
+    command.env("TMPDIR", &directory).args(["serve", "--run", "ls -R $TMPDIR", "memory:1M"]);
     let text = run(&mut command).success();
     assert!(text.contains("socket"), "{text}");
-    assert_eq!(std::fs::read_dir(&folder).expect("the folder").count(), 0);
+    assert_eq!(std::fs::read_dir(&directory).expect("the directory").count(), 0);
 }
 
 #[test]

@@ -9,19 +9,19 @@ use crate::support::tls::{TlsServer, Version, compare_by_qemu_img};
 use crate::support::{nbd_cli, peer, run, says};
 use crate::tools;
 
-/// A folder with a file of keys for alice and for bob.
+/// A directory with a file of keys for alice and for bob.
 fn keys() -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let file = folder.path().join("keys.psk");
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("keys.psk");
     add_psk_user(&file, "alice");
     add_psk_user(&file, "bob");
-    (folder, file)
+    (directory, file)
 }
 
 #[test]
 fn every_client_reads_the_disk_over_every_version() {
     tools!(nbdinfo = "nbdinfo", nbdcopy = "nbdcopy", qemu_img = "qemu-img", _psktool = "psktool");
-    let (folder, file) = keys();
+    let (directory, file) = keys();
     let server = TlsServer::start(&["--tls-psk", file.to_str().expect("a plain name")]);
     let disk = &server.disk;
     for version in Version::ALL {
@@ -34,7 +34,7 @@ fn every_client_reads_the_disk_over_every_version() {
         let copy = disk.beside("copy.img");
         version.hold(disk, Command::new(&nbdcopy).args([server.server.uri(), &copy])).success();
         disk.assert_equals(copy);
-        let dir = folder.path().display();
+        let dir = directory.path().display();
         let priority = version.priority();
         let credentials = format!("dir={dir},username=alice,priority={priority}");
         compare_by_qemu_img(&qemu_img, &server, &credentials, "").success();
@@ -47,7 +47,7 @@ fn every_client_reads_the_disk_over_every_version() {
 #[test]
 fn a_wrong_key_and_an_unknown_user_are_refused_alike_and_the_log_tells_them_apart() {
     tools!(nbdinfo = "nbdinfo", _psktool = "psktool");
-    let (_folder, file) = keys();
+    let (_directory, file) = keys();
     let server = TlsServer::start(&["--tls-psk", file.to_str().expect("a plain name")]);
     let other = file.with_file_name("other.psk");
     add_psk_user(&other, "alice");
@@ -70,7 +70,7 @@ fn a_wrong_key_and_an_unknown_user_are_refused_alike_and_the_log_tells_them_apar
 #[test]
 fn keys_are_read_again_on_sighup() {
     tools!(nbdinfo = "nbdinfo", _psktool = "psktool");
-    let (_folder, file) = keys();
+    let (_directory, file) = keys();
     let server = TlsServer::start(&["--tls-psk", file.to_str().expect("a plain name")]);
     add_psk_user(&file, "carol");
     let uri = server.uri_of_user("carol", &file);
@@ -83,7 +83,7 @@ fn keys_are_read_again_on_sighup() {
 #[test]
 fn where_tls_is_a_choice_some_exports_are_for_tls_only() {
     tools!(nbdinfo = "nbdinfo", _psktool = "psktool");
-    let (_folder, file) = keys();
+    let (_directory, file) = keys();
     let file = file.to_str().expect("a plain name");
     let arguments = ["--tls=allow", "--tls-only", "secret", "--tls-psk", file, "secret=memory:1M"];
     let server = crate::support::Server::ours(&[&arguments[..], &["public=memory:2M"]].concat());
@@ -95,7 +95,7 @@ fn where_tls_is_a_choice_some_exports_are_for_tls_only() {
 #[test]
 fn a_key_file_that_everybody_can_read_is_used_with_a_warning() {
     tools!(_psktool = "psktool");
-    let (_folder, file) = keys();
+    let (_directory, file) = keys();
     std::fs::set_permissions(&file, PermissionsExt::from_mode(0o644)).expect("an own file");
     let server = TlsServer::start(&["--tls-psk", file.to_str().expect("a plain name")]);
     server.expect_log(&["WARN", "keys.psk", "every user", "chmod 600"]);
@@ -103,8 +103,8 @@ fn a_key_file_that_everybody_can_read_is_used_with_a_warning() {
 
 #[test]
 fn options_that_do_not_fit_together_are_refused() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let file = folder.path().join("keys.psk");
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("keys.psk");
     std::fs::write(&file, "alice:00112233445566778899aabbccddeeff\nbob:0011\n").expect("a file");
     std::fs::set_permissions(&file, PermissionsExt::from_mode(0o600)).expect("an own file");
     let file = file.to_str().expect("a plain name");

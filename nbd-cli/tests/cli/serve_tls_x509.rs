@@ -8,9 +8,9 @@ use crate::support::{Disk, Outcome, nbd_cli, peer, run, says};
 use crate::tools;
 
 fn serve(certificates: &Certificates, arguments: &[&str]) -> TlsServer {
-    let folder = certificates.good();
-    let folder = folder.to_str().expect("a plain name");
-    TlsServer::start(&[&["--tls-certificates", folder], arguments].concat())
+    let directory = certificates.good();
+    let directory = directory.to_str().expect("a plain name");
+    TlsServer::start(&[&["--tls-certificates", directory], arguments].concat())
 }
 
 #[test]
@@ -48,8 +48,8 @@ fn nbdcopy_writes_over_several_connections() {
         (0..48 << 17).flat_map(|n: u64| (n * 0x9e37_79b9).to_le_bytes()).collect();
     std::fs::write(&source, &content).expect("room");
     let target = other.blank("target.img", 48 << 20);
-    let folder = certificates.good();
-    let writable = ["--tls-certificates", folder.to_str().expect("a plain name"), &target];
+    let directory = certificates.good();
+    let writable = ["--tls-certificates", directory.to_str().expect("a plain name"), &target];
     let writable = crate::support::Server::ours(&writable);
     peer(&nbdcopy, &["--connections=4", &source, writable.uri()]);
     let back = other.beside("back.img");
@@ -66,13 +66,13 @@ fn clients_with_wrong_or_missing_certificates_are_refused_and_the_log_says_why()
     let Some(certificates) = Certificates::any() else { return };
     let maker = Maker::ALL.into_iter().find(|maker| maker.is_installed()).expect("made above");
     let server = serve(&certificates, &[]);
-    for (folder, reason) in [
+    for (directory, reason) in [
         (certificates.expired(), &["CN=alice,O=Example", "expired", "new one"][..]),
         // GnuTLS keeps back a certificate of an authority that the server did not ask for.
         (certificates.stranger(maker), &["the client showed no certificate", "ca-cert.pem"]),
         (certificates.nobody(), &["the client showed no certificate", "client-cert.pem"]),
     ] {
-        refused(run(Command::new(&nbdinfo).arg(server.uri_with(&folder))));
+        refused(run(Command::new(&nbdinfo).arg(server.uri_with(&directory))));
         server.expect_log(reason);
     }
     let plain = format!("nbd+unix:///?socket={}", server.server.socket().display());
@@ -135,7 +135,7 @@ fn certificates_are_read_again_on_sighup() {
     let server = serve(&certificates, &[]);
     // Another authority takes over: it issues the server's certificate as well.
     let other_ca = certificates.path("other-ca");
-    std::fs::create_dir(&other_ca).expect("a folder");
+    std::fs::create_dir(&other_ca).expect("a directory");
     let other = Authority::new(maker, &other_ca, "Yet another authority");
     other.issue(Role::Server, "localhost", Validity::Now, &certificates.good());
     other.issue(Role::Client, "carol", Validity::Now, &certificates.path("carol"));
@@ -152,12 +152,12 @@ fn certificates_are_read_again_on_sighup() {
 fn certificates_that_cannot_be_used_are_named() {
     let Some(certificates) = Certificates::any() else { return };
     let good = certificates.good();
-    let try_with = |folder: &std::path::Path, more: &[&str]| {
-        let folder = folder.to_str().expect("a plain name");
-        nbd_cli(&[&["serve", "--tls-certificates", folder], more, &["memory:1M"]].concat())
+    let try_with = |directory: &std::path::Path, more: &[&str]| {
+        let directory = directory.to_str().expect("a plain name");
+        nbd_cli(&[&["serve", "--tls-certificates", directory], more, &["memory:1M"]].concat())
     };
     let empty = certificates.path("empty");
-    std::fs::create_dir(&empty).expect("a folder");
+    std::fs::create_dir(&empty).expect("a directory");
     says(try_with(&empty, &[]), &["server-cert.pem", "no such file"]);
     let expired = certificates.path("expired-server");
     certificates.authority.issue(Role::Server, "localhost", Validity::Expired, &expired);

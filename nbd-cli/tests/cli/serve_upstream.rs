@@ -122,11 +122,12 @@ fn a_lost_server_is_connected_to_again() {
 fn the_other_server_may_want_tls() {
     let Some(certificates) = Certificates::any() else { return };
     let good = certificates.good();
-    let folder = good.to_str().expect("a plain name");
-    let upstream = Server::ours(&["--tls", "require", "--tls-certificates", folder, "memory:1M"]);
+    let directory = good.to_str().expect("a plain name");
+    let upstream =
+        Server::ours(&["--tls", "require", "--tls-certificates", directory, "memory:1M"]);
     // Without the certificates that the server writes behind it.
     let uri = format!("nbds+unix:///?socket={}", upstream.socket().display());
-    let options = ["--source-tls-certificates", folder, "--source-tls-hostname", "localhost"];
+    let options = ["--source-tls-certificates", directory, "--source-tls-hostname", "localhost"];
     // The server in front has none.
     let server = Server::ours(&[&options[..], &[&uri]].concat());
     assert_eq!(nbd_cli(&["info", "--size", server.uri()]).success(), "1048576\n");

@@ -11,8 +11,8 @@ use crate::support::{Disk, PROGRAM, Server, nbd_cli, peer, run, says};
 use crate::tools;
 
 /// `nbd-cli serve`, started by a shell after other commands.
-fn serve_after(preparation: &str, folder: &Disk, arguments: &[&str]) -> Server {
-    let socket = folder.beside("socket");
+fn serve_after(preparation: &str, directory: &Disk, arguments: &[&str]) -> Server {
+    let socket = directory.beside("socket");
     let mut command = Command::new("sh");
     command.arg("-c").arg(format!("{preparation}; exec \"$@\"")).arg("sh");
     command.args([PROGRAM, "serve", "--socket", &socket]).args(arguments);
@@ -72,8 +72,8 @@ fn every_signal_that_ends_a_server_ends_it_in_order() {
         Signal::XCPU,
         Signal::POWER,
     ] {
-        let folder = Disk::sparse();
-        let image = folder.beside("disk.qcow2");
+        let directory = Disk::sparse();
+        let image = directory.beside("disk.qcow2");
         peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "8M"]);
         nbd_cli(&["bitmap", "add", &image, "daily"]).success();
         let mut server = Server::ours(&[&image]);
@@ -90,7 +90,7 @@ fn every_signal_that_ends_a_server_ends_it_in_order() {
 
 #[test]
 fn sigquit_ends_a_server_in_order_unless_it_was_ignored() {
-    let folder = Disk::sparse();
+    let directory = Disk::sparse();
     let mut server = Server::ours(&["memory:1M"]);
     // A test that runs in the background of a script inherits that SIGQUIT is ignored.
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
@@ -103,7 +103,7 @@ fn sigquit_ends_a_server_in_order_unless_it_was_ignored() {
     } else {
         server.end();
     }
-    let server = serve_after("trap '' QUIT", &folder, &["memory:1M"]);
+    let server = serve_after("trap '' QUIT", &directory, &["memory:1M"]);
     server.signal(Signal::QUIT);
     nbd_cli(&["info", &server.uri_of("")]).success();
     server.end();
@@ -113,8 +113,8 @@ fn sigquit_ends_a_server_in_order_unless_it_was_ignored() {
 fn a_server_in_a_terminal_that_is_closed_ends_in_order() {
     tools!(script = "script");
     for (preparation, ends) in [("true", true), ("trap '' HUP", false)] {
-        let folder = Disk::sparse();
-        let socket = folder.beside("socket");
+        let directory = Disk::sparse();
+        let socket = directory.beside("socket");
         let serve = format!("{preparation}; exec {PROGRAM} serve --socket {socket} memory:1M");
         let mut terminal = Command::new(&script);
         terminal.args(["-qec", &serve, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::null());
@@ -151,13 +151,13 @@ fn end_server_at(socket: &str) {
 
 #[test]
 fn qemu_nbd_ends_on_sighup_as_qemus_does_and_passes_over_what_means_nothing() {
-    let folder = Disk::sparse();
-    let socket = folder.beside("socket");
+    let directory = Disk::sparse();
+    let socket = directory.beside("socket");
     for (signals, last) in
         [(&[Signal::USR1, Signal::USR2, Signal::IO][..], Signal::HUP), (&[], Signal::XCPU)]
     {
         let mut command = Command::new(PROGRAM);
-        command.args(["qemu-nbd", "-t", "-k", &socket, "-f", "raw", folder.path()]);
+        command.args(["qemu-nbd", "-t", "-k", &socket, "-f", "raw", directory.path()]);
         let mut server = command.spawn().expect("nbd-cli");
         wait_until("the server listens", || Path::new(&socket).exists());
         let uri = format!("nbd+unix:///?socket={socket}");
@@ -174,12 +174,12 @@ fn qemu_nbd_ends_on_sighup_as_qemus_does_and_passes_over_what_means_nothing() {
 #[test]
 fn a_limit_on_the_size_of_files_is_enospc_for_clients() {
     tools!(qemu_io = "qemu-io", qemu_img = "qemu-img");
-    let folder = Disk::sparse();
+    let directory = Disk::sparse();
     for format in ["raw", "qcow2"] {
-        let image = folder.beside(format);
+        let image = directory.beside(format);
         peer(&qemu_img, &["create", "-q", "-f", format, &image, "64M"]);
         // Units of 512 or 1024 bytes.
-        let server = serve_after("ulimit -f 4096", &folder, &["--format", format, &image]);
+        let server = serve_after("ulimit -f 4096", &directory, &["--format", format, &image]);
         let write = |offset: &str| {
             run(Command::new(&qemu_io).args(["-f", "raw", "-c"]).args([
                 &format!("write -P 7 {offset} 6M"),
@@ -204,11 +204,11 @@ fn a_limit_on_the_size_of_files_is_enospc_for_clients() {
 #[test]
 fn a_server_that_cannot_write_its_log_goes_on() {
     tools!(qemu_io = "qemu-io", qemu_img = "qemu-img");
-    let folder = Disk::sparse();
-    let image = folder.beside("qcow2");
+    let directory = Disk::sparse();
+    let image = directory.beside("qcow2");
     peer(&qemu_img, &["create", "-q", "-f", "qcow2", &image, "64M"]);
     let preparation = "ulimit -f 4096; exec 2>/dev/full";
-    let server = serve_after(preparation, &folder, &["--format", "qcow2", &image]);
+    let server = serve_after(preparation, &directory, &["--format", "qcow2", &image]);
     let mut client = Command::new(&qemu_io);
     client.args(["-f", "raw", "-c", "write -P 1 0 64k"]);
     client.args(["-c", "write -P 7 32M 6M", "-c", "write -P 7 40M 6M", "-c", "read -P 1 0 64k"]);
@@ -237,8 +237,8 @@ fn commands_that_meet_a_limit_on_the_size_of_files_say_so() {
 
 #[test]
 fn a_command_of_run_inherits_no_ignored_signal() {
-    let folder = Disk::sparse();
-    let report = folder.beside("report");
+    let directory = Disk::sparse();
+    let report = directory.beside("report");
     let look = format!("grep -E 'Sig(Ign|Cgt)' /proc/self/status > {report}");
     nbd_cli(&["serve", "--run", &look, "memory:1M"]).success();
     let report = std::fs::read_to_string(&report).expect("what the command wrote");

@@ -35,8 +35,8 @@ fn a_server_that_answers_in_time_is_not_given_up() {
 
 #[test]
 fn a_server_that_says_nothing_ends_every_command() {
-    let folder = Disk::sparse();
-    let silent = folder.beside("silent");
+    let directory = Disk::sparse();
+    let silent = directory.beside("silent");
     let _listener = UnixListener::bind(&silent).expect("a socket");
     let uri = format!("nbd+unix:///?socket={silent}");
     for command in [
@@ -51,16 +51,16 @@ fn a_server_that_says_nothing_ends_every_command() {
         &["image", "convert"],
     ] {
         let is_copy = ["copy", "backup", "convert"].iter().any(|word| command.contains(word));
-        let target = folder.beside("target");
+        let target = directory.beside("target");
         let target: &[&str] = if is_copy { &[&target] } else { &[] };
         let said = nbd_cli(&[command, &["--timeout", "200ms", &uri], target].concat());
         says(said, &[&silent, "within 0.2 s"]);
     }
     for command in [&["copy"][..], &["restore", "-f", "raw"], &["image", "convert"]] {
-        let said = nbd_cli(&[command, &["--timeout", "200ms", folder.path(), &uri]].concat());
+        let said = nbd_cli(&[command, &["--timeout", "200ms", directory.path(), &uri]].concat());
         says(said, &[&silent, "within 0.2 s"]);
     }
-    let compared = nbd_cli(&["image", "compare", "--timeout", "200ms", folder.path(), &uri]);
+    let compared = nbd_cli(&["image", "compare", "--timeout", "200ms", directory.path(), &uri]);
     assert_eq!(compared.code, Some(2), "an error, no difference: {compared:?}");
 }
 

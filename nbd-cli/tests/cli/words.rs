@@ -52,8 +52,8 @@ fn a_socket_for_nbd_clients_is_not_taken_for_a_control_socket() {
 
 #[test]
 fn servers_of_other_protocols_are_named() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let socket = folder.path().join("socket");
+    let directory = tempfile::tempdir().expect("a directory");
+    let socket = directory.path().join("socket");
     let listener = UnixListener::bind(&socket).expect("a socket");
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     for (greeting, words) in [
@@ -73,8 +73,8 @@ fn servers_of_other_protocols_are_named() {
 
 #[test]
 fn what_is_wrong_with_a_request_is_said_in_a_sentence() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let control = folder.path().join("control");
+    let directory = tempfile::tempdir().expect("a directory");
+    let control = directory.path().join("control");
     let control_text = control.to_str().expect("a plain name");
     let _server = Server::ours(&["--control", control_text, "memory:1M"]);
     let stream = std::os::unix::net::UnixStream::connect(&control).expect("it listens");

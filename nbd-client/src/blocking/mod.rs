@@ -1,7 +1,8 @@
 //! A client for programs without an async runtime.
 //!
 //! [`Client`] makes the requests of [`crate::Client`] and waits for their answers. It is described by
-//! the same [`Connector`]: TCP, unix sockets and TLS, time limits, several connections, reconnecting.
+//! the same [`Connector`]: TCP, unix sockets and TLS, time limits, several connections,
+//! reconnecting.
 //!
 //! ```
 //! # fn example(uri: &str) -> nbd_client::Result<()> {
@@ -14,8 +15,8 @@
 //! assert_eq!(client.read(0..5)?, "hello");
 //! client.disconnect()
 //! # }
-//! # let folder = tempfile::tempdir()?;
-//! # let socket = folder.path().join("nbd.sock");
+//! # let directory = tempfile::tempdir()?;
+//! # let socket = directory.path().join("nbd.sock");
 //! # let runtime = tokio::runtime::Runtime::new()?;
 //! # let exports = nbd_server::ExportRegistry::new();
 //! # let disk = std::sync::Arc::new(nbd_server::export::MemoryExport::new(1 << 20));
@@ -31,16 +32,18 @@
 //!
 //! # Threads
 //!
-//! Each client has a thread of its own that drives its connections; a client with several connections
-//! has one more for each, up to the number of processors. A call hands its request to that thread and
-//! blocks the calling thread until the answer is complete. Clones share the connections and may be used
-//! from many threads at once, which is how requests are in flight together.
+//! Each client has a thread of its own that drives its connections; a client with several
+//! connections has one more for each, up to the number of processors. A call hands its request to
+//! that thread and blocks the calling thread until the answer is complete. Clones share the
+//! connections and may be used from many threads at once, which is how requests are in flight
+//! together.
 //!
 //! # In asynchronous programs
 //!
-//! Every function here may be called by an asynchronous task: none panics there, and none waits for the
-//! runtime of the caller. But each blocks the thread of that runtime, and the other tasks on it, until
-//! it returns. Use [`crate::Client`] there, or make the calls in `tokio::task::spawn_blocking`.
+//! Every function here may be called by an asynchronous task: none panics there, and none waits for
+//! the runtime of the caller. But each blocks the thread of that runtime, and the other tasks on
+//! it, until it returns. Use [`crate::Client`] there, or make the calls in
+//! `tokio::task::spawn_blocking`.
 
 mod wait;
 
@@ -65,17 +68,17 @@ use wait::{Driver, run, wait};
 /// A connected client whose methods block until they are done.
 ///
 /// Clones share the connections and may be used from many threads at once. Dropping the last clone
-/// ends the connections in the background, and returns at once: a program that ends right afterwards
-/// may cut them off. [`Client::disconnect`] waits for it.
+/// ends the connections in the background, and returns at once: a program that ends right
+/// afterwards may cut them off. [`Client::disconnect`] waits for it.
 ///
-/// Requests in flight may overtake each other, which matters only between threads: on one thread each
-/// request is complete before the next is made.
+/// Requests in flight may overtake each other, which matters only between threads: on one thread
+/// each request is complete before the next is made.
 ///
 /// # Errors
 ///
 /// All methods that make requests fail as those of [`crate::Client`] do, and with
-/// [`Error::Interrupted`](crate::Error::Interrupted) once the [`Interrupter`] they were connected with
-/// is used.
+/// [`Error::Interrupted`](crate::Error::Interrupted) once the [`Interrupter`] they were connected
+/// with is used.
 #[derive(Debug, Clone)]
 pub struct Client {
     client: crate::Client,
@@ -96,8 +99,8 @@ impl Client {
         Self::connect_interruptible(connector, &Interrupter::new())
     }
 
-    /// Connects, unless `interrupter` is used before that is done. It ends all waiting of this client
-    /// later as well.
+    /// Connects, unless `interrupter` is used before that is done. It ends all waiting of this
+    /// client later as well.
     ///
     /// # Errors
     ///
@@ -208,8 +211,8 @@ impl Client {
         self.wait(self.client.flush())
     }
 
-    /// Tells the server that the range is not needed any more; what reads return afterwards is up to
-    /// the server. Needs [`SEND_TRIM`](crate::TransmissionFlags::SEND_TRIM).
+    /// Tells the server that the range is not needed any more; what reads return afterwards is up
+    /// to the server. Needs [`SEND_TRIM`](crate::TransmissionFlags::SEND_TRIM).
     ///
     /// # Errors
     ///
@@ -257,16 +260,17 @@ impl Client {
         self.wait(self.client.block_status(range, limit))
     }
 
-    /// The extents of `range` in one context, in ascending order and without gaps; neighbours differ in
-    /// status. Nothing is sent before the first is asked for. The iterator ends after an error.
+    /// The extents of `range` in one context, in ascending order and without gaps; neighbours
+    /// differ in status. Nothing is sent before the first is asked for. The iterator ends after an
+    /// error.
     #[must_use]
     pub fn extents(&self, context: &MetaContextName, range: Range<u64>) -> Extents {
         Extents { stream: self.client.extents(context, range), client: self.clone() }
     }
 
     /// Ends the connections after the requests that were made before, and waits until that is done.
-    /// Other clones get [`Error::Closed`](crate::Error::Closed) from then on. Nothing is flushed: call
-    /// [`Client::flush`] first.
+    /// Other clones get [`Error::Closed`](crate::Error::Closed) from then on. Nothing is flushed:
+    /// call [`Client::flush`] first.
     ///
     /// # Errors
     ///
@@ -318,7 +322,8 @@ pub fn list_meta_contexts(
     run(NonZeroUsize::MIN, connector.list_meta_contexts(queries))
 }
 
-/// Asks everything there is to know about a server and its exports: [`Connector::inspect`], blocking.
+/// Asks everything there is to know about a server and its exports: [`Connector::inspect`],
+/// blocking.
 ///
 /// # Errors
 ///

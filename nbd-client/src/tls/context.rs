@@ -71,28 +71,28 @@ impl Context {
     /// Reads the files.
     pub(crate) fn load(setup: &Setup) -> Result<Self, TlsError> {
         match &setup.credentials {
-            Credentials::X509 { folder, server_name, verify } => {
-                Self::x509(folder.as_deref(), server_name.clone(), *verify)
+            Credentials::X509 { directory, server_name, verify } => {
+                Self::x509(directory.as_deref(), server_name.clone(), *verify)
             }
             Credentials::PreSharedKey { file, user } => Self::key(file, user.as_deref()),
         }
     }
 
     fn x509(
-        folder: Option<&Path>,
+        directory: Option<&Path>,
         name: Option<String>,
         verify: VerifyPeer,
     ) -> Result<Self, TlsError> {
         let mut builder = builder(CERTIFICATE_CIPHERS)?;
         let mut trusted: Arc<str> = "the system's list of authorities".into();
-        let mut identity = Identity::Nobody { folder: folder.map(Path::to_owned) };
-        if let Some(folder) = folder {
+        let mut identity = Identity::Nobody { directory: directory.map(Path::to_owned) };
+        if let Some(directory) = directory {
             if verify == VerifyPeer::Required {
-                let path = folder.join(CA_CERTIFICATE_FILE);
-                builder.set_cert_store(authorities(folder, &path)?.build());
+                let path = directory.join(CA_CERTIFICATE_FILE);
+                builder.set_cert_store(authorities(directory, &path)?.build());
                 trusted = format!("'{}'", path.display()).into();
             }
-            if let Some(own) = own_certificate(&mut builder, folder)? {
+            if let Some(own) = own_certificate(&mut builder, directory)? {
                 identity = own;
             }
         } else if verify == VerifyPeer::Required {
@@ -196,14 +196,14 @@ fn expect_name(ssl: &mut Ssl, name: Option<&str>, verify: VerifyPeer) -> Result<
     Ok(())
 }
 
-fn authorities(folder: &Path, path: &Path) -> Result<X509StoreBuilder, TlsError> {
+fn authorities(directory: &Path, path: &Path) -> Result<X509StoreBuilder, TlsError> {
     const WHAT: &str = "the authorities' certificates";
     let bad = |why: String| TlsError::BadFile { what: WHAT, path: path.to_owned(), why };
     let mut store = X509StoreBuilder::new().map_err(internal)?;
     for certificate in certificates(path, WHAT)? {
         store.add_cert(certificate).map_err(|error| bad(explain::reason(&error)))?;
     }
-    let path = folder.join(CA_REVOCATION_FILE);
+    let path = directory.join(CA_REVOCATION_FILE);
     if path.exists() {
         revocations(&mut store, &path)?;
     }
@@ -246,10 +246,11 @@ fn system_authorities() -> Result<X509StoreBuilder, TlsError> {
 /// Loads the client's certificate and key if there are any.
 fn own_certificate(
     builder: &mut SslContextBuilder,
-    folder: &Path,
+    directory: &Path,
 ) -> Result<Option<Identity>, TlsError> {
     const WHAT: &str = "the client's certificate";
-    let (path, key_path) = (folder.join(CLIENT_CERTIFICATE_FILE), folder.join(CLIENT_KEY_FILE));
+    let (path, key_path) =
+        (directory.join(CLIENT_CERTIFICATE_FILE), directory.join(CLIENT_KEY_FILE));
     if !path.exists() && !key_path.exists() {
         return Ok(None);
     }

@@ -19,7 +19,7 @@ const MAX_TEXT: usize = 200;
 pub(super) enum Identity {
     /// Without a certificate.
     Nobody {
-        folder: Option<PathBuf>,
+        directory: Option<PathBuf>,
     },
     Certificate {
         path: PathBuf,
@@ -166,12 +166,12 @@ fn advice(alert: &str, identity: &Identity) -> String {
              and be allowed by its access list; or the server uses pre-shared keys",
             path.display()
         ),
-        (_, Identity::Nobody { folder: Some(folder) }) => format!(
+        (_, Identity::Nobody { directory: Some(directory) }) => format!(
             "it may want a certificate of the client: put {CLIENT_CERTIFICATE_FILE} and \
              {CLIENT_KEY_FILE} into '{}'; or it uses pre-shared keys",
-            folder.display()
+            directory.display()
         ),
-        (_, Identity::Nobody { folder: None }) => {
+        (_, Identity::Nobody { directory: None }) => {
             "it may want a certificate of the client (tls-certificates=DIR) or a pre-shared key \
              (tls-psk-file=FILE)"
                 .to_owned()

@@ -104,17 +104,17 @@ impl TlsOptions {
         Self { mode, ..Self::default() }
     }
 
-    /// Uses the certificates in a folder: `ca-cert.pem`, and if they are there `ca-crl.pem` and
+    /// Uses the certificates in a directory: `ca-cert.pem`, and if they are there `ca-crl.pem` and
     /// `client-cert.pem` with `client-key.pem`. The files are read for each connection, so that
     /// renewed ones are picked up.
     #[must_use]
-    pub fn certificates(mut self, folder: impl Into<PathBuf>) -> Self {
-        self.certificates = Some(folder.into());
+    pub fn certificates(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.certificates = Some(directory.into());
         self
     }
 
-    /// Uses a pre-shared key of a file as psktool writes it, or of the file `keys.psk` in a folder.
-    /// Goes before certificates. The file is read for each connection.
+    /// Uses a pre-shared key of a file as psktool writes it, or of the file `keys.psk` in a
+    /// directory. Goes before certificates. The file is read for each connection.
     #[must_use]
     pub fn pre_shared_keys(mut self, file: impl Into<PathBuf>) -> Self {
         self.pre_shared_keys = Some(file.into());

@@ -18,8 +18,8 @@ pub(crate) struct Setup {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Credentials {
     X509 {
-        /// Without a folder the authorities are those of the machine.
-        folder: Option<PathBuf>,
+        /// Without a directory the authorities are those of the machine.
+        directory: Option<PathBuf>,
         /// The name in the server's certificate; there is one if it is verified.
         server_name: Option<String>,
         verify: VerifyPeer,
@@ -55,7 +55,7 @@ fn credentials(
     files: LocalFiles,
 ) -> Result<Credentials, TlsError> {
     let is_told = options.certificates.is_some() || options.pre_shared_keys.is_some();
-    let (folder, keys, kind) = if is_told {
+    let (directory, keys, kind) = if is_told {
         (options.certificates.clone(), options.pre_shared_keys.clone(), None)
     } else {
         match uri.tls.file_parameter() {
@@ -68,9 +68,9 @@ fn credentials(
     let user = options.user.clone().or_else(|| uri.user.clone());
     match kind {
         Some(TlsKind::Anonymous) => return Err(TlsError::Anonymous),
-        // A folder may hold both kinds.
+        // A directory may hold both kinds.
         Some(TlsKind::PreSharedKey) => {
-            let file = keys.or(folder).ok_or(TlsError::NoKeyFile)?;
+            let file = keys.or(directory).ok_or(TlsError::NoKeyFile)?;
             return Ok(Credentials::PreSharedKey { file, user });
         }
         Some(TlsKind::X509) => {}
@@ -90,7 +90,7 @@ fn credentials(
     if server_name.is_none() && verify == VerifyPeer::Required {
         return Err(TlsError::NoHostName);
     }
-    Ok(Credentials::X509 { folder, server_name, verify })
+    Ok(Credentials::X509 { directory, server_name, verify })
 }
 
 /// The host of the URI. The zone of an IPv6 address means something on this machine only.
@@ -113,7 +113,7 @@ mod tests {
 
     fn x509(uri: &str, options: Option<&TlsOptions>) -> (Option<PathBuf>, Option<String>) {
         match of(uri, options).unwrap().unwrap().credentials {
-            Credentials::X509 { folder, server_name, .. } => (folder, server_name),
+            Credentials::X509 { directory, server_name, .. } => (directory, server_name),
             other => panic!("{other:?}"),
         }
     }
@@ -155,8 +155,8 @@ mod tests {
         let both = "nbds://me@h/?tls-certificates=/c&tls-psk-file=/k";
         assert_eq!(key(both, None), ("/k".into(), Some("me".into())));
         assert_eq!(x509(&format!("{both}&tls-type=x509"), None).0.unwrap(), PathBuf::from("/c"));
-        let folder = "nbds://h/?tls-certificates=/c&tls-type=psk";
-        assert_eq!(key(folder, None), ("/c".into(), None));
+        let directory = "nbds://h/?tls-certificates=/c&tls-type=psk";
+        assert_eq!(key(directory, None), ("/c".into(), None));
         let options = TlsOptions::new(TlsMode::Require).certificates("/d").user("you");
         assert_eq!(x509(both, Some(&options)).0.unwrap(), PathBuf::from("/d"));
         let options = options.pre_shared_keys("/e");

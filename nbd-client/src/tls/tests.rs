@@ -44,9 +44,9 @@ async fn connected(
         script(&mut stream);
         stream
     });
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let digits: String = KEY.iter().map(|byte| format!("{byte:02x}")).collect();
-    let file = folder.path().join("keys.psk");
+    let file = directory.path().join("keys.psk");
     std::fs::write(&file, format!("alice:{digits}\n")).unwrap();
     let credentials = Credentials::PreSharedKey { file, user: None };
     let context = Context::load(&Setup { mode: TlsMode::Require, credentials }).unwrap();

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A server program that listens on a unix socket and is killed with this value.
 pub(crate) struct Peer {
-    folder: TempDir,
+    directory: TempDir,
     child: Option<Child>,
     /// With which arguments to start it again.
     command: (PathBuf, Vec<String>),
@@ -27,7 +27,7 @@ pub(crate) fn have(program: &str) -> bool {
     let paths = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&paths)
         .chain(["/usr/sbin".into(), "/sbin".into()])
-        .any(|folder| folder.join(program).is_file());
+        .any(|directory| directory.join(program).is_file());
     if !found {
         assert!(std::env::var_os("CI").is_none(), "{program} is not installed");
         #[allow(clippy::print_stdout, reason = "a test says why it did nothing")]
@@ -39,27 +39,27 @@ pub(crate) fn have(program: &str) -> bool {
 }
 
 impl Peer {
-    /// Starts a program whose arguments may contain `{socket}` and `{folder}`.
+    /// Starts a program whose arguments may contain `{socket}` and `{directory}`.
     pub(crate) async fn start(
         program: &str,
         arguments: &[&str],
         prepare: impl FnOnce(&Path),
     ) -> Self {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        prepare(folder.path());
-        let socket = folder.path().join("s");
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        prepare(directory.path());
+        let socket = directory.path().join("s");
         let fill = |argument: &&str| {
             argument
                 .replace("{socket}", &socket.to_string_lossy())
-                .replace("{folder}", &folder.path().to_string_lossy())
+                .replace("{directory}", &directory.path().to_string_lossy())
         };
         let arguments = arguments.iter().map(fill).collect();
         let program = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"]
-            .map(|folder| Path::new(folder).join(program))
+            .map(|directory| Path::new(directory).join(program))
             .into_iter()
             .find(|path| path.is_file())
             .unwrap_or_else(|| program.into());
-        let mut peer = Self { folder, child: None, command: (program, arguments) };
+        let mut peer = Self { directory, child: None, command: (program, arguments) };
         peer.restart().await;
         peer
     }
@@ -93,9 +93,9 @@ impl Peer {
         self.kill_background();
     }
 
-    /// Some programs leave for the background; those write their process id into `{folder}/pid`.
+    /// Some programs leave for the background; those write their process id into `{directory}/pid`.
     fn kill_background(&self) {
-        let path = self.folder.path().join("pid");
+        let path = self.directory.path().join("pid");
         if let Ok(pid) = std::fs::read_to_string(&path) {
             drop(std::process::Command::new("kill").arg(pid.trim()).status());
             drop(std::fs::remove_file(path));
@@ -103,11 +103,11 @@ impl Peer {
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
-        self.folder.path().join("s")
+        self.directory.path().join("s")
     }
 
-    pub(crate) fn folder(&self) -> &Path {
-        self.folder.path()
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// A connector to the default export.
@@ -132,9 +132,9 @@ impl Drop for Peer {
 pub(crate) async fn qemu_nbd(options: &[&str], contents: &[u8]) -> Peer {
     let base = ["-f", "raw", "-t", "-e", "8", "-k", "{socket}"];
     let arguments: Vec<&str> =
-        base.iter().chain(options).copied().chain(["{folder}/disk"]).collect();
+        base.iter().chain(options).copied().chain(["{directory}/disk"]).collect();
     let contents = contents.to_vec();
-    Peer::start("qemu-nbd", &arguments, move |folder| write_disk(folder, &contents)).await
+    Peer::start("qemu-nbd", &arguments, move |directory| write_disk(directory, &contents)).await
 }
 
 /// `nbdkit` with a plugin and its parameters; a file `disk` is there for the file plugin.
@@ -142,11 +142,11 @@ pub(crate) async fn nbdkit(options: &[&str], contents: &[u8]) -> Peer {
     let base = ["-f", "-U", "{socket}"];
     let arguments: Vec<&str> = base.iter().chain(options).copied().collect();
     let contents = contents.to_vec();
-    Peer::start("nbdkit", &arguments, move |folder| write_disk(folder, &contents)).await
+    Peer::start("nbdkit", &arguments, move |directory| write_disk(directory, &contents)).await
 }
 
-fn write_disk(folder: &Path, contents: &[u8]) {
-    std::fs::write(folder.join("disk"), contents).expect("room in the temporary folder");
+fn write_disk(directory: &Path, contents: &[u8]) {
+    std::fs::write(directory.join("disk"), contents).expect("room in the temporary directory");
 }
 
 /// Bytes that differ from place to place.

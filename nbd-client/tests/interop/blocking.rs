@@ -71,8 +71,8 @@ fn every_command_works(connector: &Connector) {
 
 #[test]
 fn every_command_works_without_a_runtime_of_the_caller() {
-    let folder = tempfile::tempdir().unwrap();
-    let unix = ListenAddress::Unix(folder.path().join("s"));
+    let directory = tempfile::tempdir().unwrap();
+    let unix = ListenAddress::Unix(directory.path().join("s"));
     let tcp: ListenAddress = ListenAddress::Tcp("127.0.0.1:0".parse().unwrap());
     for address in [unix, tcp] {
         let (_runtime, connector) = serve(&address);
@@ -88,8 +88,8 @@ fn every_command_works_without_a_runtime_of_the_caller() {
 
 #[test]
 fn threads_share_the_connections_of_a_client() {
-    let folder = tempfile::tempdir().unwrap();
-    let (_runtime, connector) = serve(&ListenAddress::Unix(folder.path().join("s")));
+    let directory = tempfile::tempdir().unwrap();
+    let (_runtime, connector) = serve(&ListenAddress::Unix(directory.path().join("s")));
     let connector = connector.connections(NonZeroUsize::new(4).unwrap());
     let client = Client::connect(&connector).unwrap();
     assert_eq!(client.connections(), 4);
@@ -120,7 +120,7 @@ fn servers_of_others_are_read_and_written() {
         client.write(512, Bytes::from_static(&[7; 512]), Durability::Cached).unwrap();
         client.flush().unwrap();
         client.disconnect().unwrap();
-        let disk = std::fs::read(peer.folder().join("disk")).unwrap();
+        let disk = std::fs::read(peer.directory().join("disk")).unwrap();
         assert_eq!(disk[512..1024], [7; 512]);
     }
     if have("nbdkit") {
@@ -131,8 +131,8 @@ fn servers_of_others_are_read_and_written() {
     }
 }
 
-fn write_key(folder: &Path) -> String {
-    let file = folder.join("keys.psk");
+fn write_key(directory: &Path) -> String {
+    let file = directory.join("keys.psk");
     std::fs::write(&file, format!("alice:{}\n", "0123456789abcdef".repeat(4))).unwrap();
     file.display().to_string()
 }
@@ -143,8 +143,8 @@ fn a_connection_with_tls_is_encrypted() {
     if !have("nbdkit") {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let keys = write_key(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let keys = write_key(directory.path());
     let runtime = Runtime::new().unwrap();
     let psk = format!("--tls-psk={keys}");
     let peer = runtime.block_on(nbdkit(&["--tls=require", &psk, "pattern", "1M"], &[]));
@@ -250,7 +250,7 @@ fn a_client_that_is_dropped_says_goodbye() {
         return;
     }
     let runtime = Runtime::new().unwrap();
-    let log = "{folder}/log";
+    let log = "{directory}/log";
     let logfile = format!("logfile={log}");
     let peer = runtime.block_on(nbdkit(&["--filter=log", "pattern", "1M", &logfile], &[]));
     let client = Client::connect(&peer.connector()).unwrap();
@@ -260,7 +260,7 @@ fn a_client_that_is_dropped_says_goodbye() {
     clone.read(512..1024).unwrap();
     drop(clone);
     // The goodbye is sent in the background, and nbdkit writes its log in its own time.
-    let path = peer.folder().join("log");
+    let path = peer.directory().join("log");
     let has_ended = || std::fs::read_to_string(&path).unwrap_or_default().contains("Disconnect");
     for _ in 0..2000 {
         if has_ended() {

@@ -9,16 +9,16 @@ const MIB: usize = 1 << 20;
 async fn nbd_server() -> Peer {
     // It insists on a port as well, and takes 0 for inetd: one that was free a moment ago.
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let arguments = ["-C", "{folder}/config", "-p", "{folder}/pid"];
-    Peer::start("nbd-server", &arguments, |folder| {
-        std::fs::write(folder.join("disk"), pattern(MIB)).unwrap();
+    let arguments = ["-C", "{directory}/config", "-p", "{directory}/pid"];
+    Peer::start("nbd-server", &arguments, |directory| {
+        std::fs::write(directory.join("disk"), pattern(MIB)).unwrap();
         let config = format!(
             "[generic]\n  allowlist = true\n  unixsock = {0}/s\n  port = {1}\n  listenaddr = 127.0.0.1\n\
              [disk]\n  exportname = {0}/disk\n  flush = true\n  fua = true\n  trim = true\n",
-            folder.display(),
+            directory.display(),
             free.port()
         );
-        std::fs::write(folder.join("config"), config).unwrap();
+        std::fs::write(directory.join("config"), config).unwrap();
     })
     .await
 }

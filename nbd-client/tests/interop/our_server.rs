@@ -99,8 +99,8 @@ async fn random_operations_agree_with_a_model_in_every_reply_mode() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn block_status_of_what_was_written() {
-    let folder = tempfile::tempdir().unwrap();
-    let serving = serve(&ListenAddress::Unix(folder.path().join("s"))).await;
+    let directory = tempfile::tempdir().unwrap();
+    let serving = serve(&ListenAddress::Unix(directory.path().join("s"))).await;
     let allocation = MetaContextName::base_allocation();
     let connector = serving.connector.clone().meta_contexts([allocation.clone()]);
     let client = connector.connect().await.unwrap();
@@ -121,8 +121,8 @@ async fn block_status_of_what_was_written() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn several_connections_write_one_disk() {
-    let folder = tempfile::tempdir().unwrap();
-    let serving = serve(&ListenAddress::Unix(folder.path().join("s"))).await;
+    let directory = tempfile::tempdir().unwrap();
+    let serving = serve(&ListenAddress::Unix(directory.path().join("s"))).await;
     let four = NonZeroUsize::new(4).unwrap();
     let client = serving.connector.clone().connections(four).connect().await.unwrap();
     assert!(client.info().flags.contains(TransmissionFlags::CAN_MULTI_CONN));
@@ -149,8 +149,8 @@ async fn several_connections_write_one_disk() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_server_is_listed_and_inspected() {
-    let folder = tempfile::tempdir().unwrap();
-    let serving = serve(&ListenAddress::Unix(folder.path().join("s"))).await;
+    let directory = tempfile::tempdir().unwrap();
+    let serving = serve(&ListenAddress::Unix(directory.path().join("s"))).await;
     let listed = serving.connector.list().await.unwrap();
     let mut names: Vec<_> = listed.iter().map(|export| &*export.name).collect();
     names.sort_unstable();
@@ -168,8 +168,8 @@ async fn the_server_is_listed_and_inspected() {
 #[tokio::test]
 #[allow(clippy::reversed_empty_ranges, reason = "what is refused")]
 async fn a_range_that_ends_before_it_begins_is_refused_before_anything_is_sent() {
-    let folder = tempfile::tempdir().unwrap();
-    let serving = serve(&ListenAddress::Unix(folder.path().join("s"))).await;
+    let directory = tempfile::tempdir().unwrap();
+    let serving = serve(&ListenAddress::Unix(directory.path().join("s"))).await;
     let allocation = MetaContextName::base_allocation();
     let connector = serving.connector.clone().meta_contexts([allocation.clone()]);
     let client = connector.connect().await.unwrap();

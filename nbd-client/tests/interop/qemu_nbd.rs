@@ -64,7 +64,8 @@ async fn holes_are_seen_by_block_status_and_by_reads() {
     }
     for mode in [ReplyMode::Structured, ReplyMode::Extended] {
         let peer = qemu_nbd(&[], &[]).await;
-        let disk = std::fs::File::options().write(true).open(peer.folder().join("disk")).unwrap();
+        let disk =
+            std::fs::File::options().write(true).open(peer.directory().join("disk")).unwrap();
         disk.set_len(6 << 30).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&disk, &[1; 65_536], 5 << 30).unwrap();
         drop(disk);
@@ -123,7 +124,8 @@ async fn a_range_longer_than_32_bits_is_zeroed_and_trimmed() {
     }
     for mode in [ReplyMode::Structured, ReplyMode::Extended] {
         let mut peer = qemu_nbd(&["--discard=unmap"], &[]).await;
-        let disk = std::fs::File::options().write(true).open(peer.folder().join("disk")).unwrap();
+        let disk =
+            std::fs::File::options().write(true).open(peer.directory().join("disk")).unwrap();
         disk.set_len(5 << 30).unwrap();
         peer.restart().await;
         let client = peer.connector().reply_mode(mode).connect().await.unwrap();
@@ -146,7 +148,7 @@ async fn reads_and_writes_over_the_maximum_payload_are_split() {
     }
     let length = 80 * MIB;
     let peer = qemu_nbd(&[], &[]).await;
-    let disk = std::fs::File::options().write(true).open(peer.folder().join("disk")).unwrap();
+    let disk = std::fs::File::options().write(true).open(peer.directory().join("disk")).unwrap();
     disk.set_len(length as u64 + 512).unwrap();
     let mut peer = peer;
     peer.restart().await;

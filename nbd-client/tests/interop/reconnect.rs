@@ -43,7 +43,7 @@ async fn writes_survive_a_server_that_is_killed_and_started_again() {
     client.flush().await.unwrap();
     assert!(client.read(span(0, 4 * MIB)).await.unwrap() == expected);
     // Killed processes do not take the page cache with them: nothing acknowledged is missing.
-    assert!(std::fs::read(peer.folder().join("disk")).unwrap() == expected);
+    assert!(std::fs::read(peer.directory().join("disk")).unwrap() == expected);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -21,20 +21,20 @@ const MIB: usize = 1 << 20;
 
 /// Serves a disk until the runtime is dropped.
 fn serve(disk: Arc<dyn Export>) -> (Runtime, TempDir, Connector) {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let runtime = Runtime::new().unwrap();
     let exports = ExportRegistry::new();
     exports.add("disk", ExportEntry::new(disk)).unwrap();
     let mut server = Server::new(ServerConfig::default(), exports);
-    let address = ListenAddress::Unix(folder.path().join("s"));
+    let address = ListenAddress::Unix(directory.path().join("s"));
     let bound = runtime.block_on(server.listen(&address)).unwrap().remove(0);
     runtime.spawn(server.serve(std::future::pending::<()>()));
-    (runtime, folder, Connector::new(bound.uri("disk")))
+    (runtime, directory, Connector::new(bound.uri("disk")))
 }
 
 #[test]
 fn an_image_on_a_server_is_read_and_written() {
-    let (_runtime, _folder, connector) = serve(Arc::new(MemoryExport::new(MIB as u64)));
+    let (_runtime, _directory, connector) = serve(Arc::new(MemoryExport::new(MIB as u64)));
     let storage = Arc::new(ExportStorage::open(&connector).unwrap());
     assert!(storage.is_writable() && storage.can_trim() && storage.reports_extents());
     let options = OpenOptions::new().format(Format::Raw).access(imgfmt::Access::ReadWrite);
@@ -58,7 +58,8 @@ fn requests_are_widened_to_the_blocks_of_the_server() {
         return;
     }
     let runtime = Runtime::new().unwrap();
-    let policy = ["--filter=blocksize-policy", "file", "{folder}/disk", "blocksize-minimum=4096"];
+    let policy =
+        ["--filter=blocksize-policy", "file", "{directory}/disk", "blocksize-minimum=4096"];
     let options = [&policy[..], &["blocksize-error-policy=error"]].concat();
     let peer = runtime.block_on(nbdkit(&options, &pattern(64 << 10)));
     let storage = ExportStorage::open(&peer.connector()).unwrap();
@@ -104,7 +105,7 @@ fn what_was_a_hole_while_a_write_was_under_way_is_data_after_it() {
     let (arrived, arrival) = channel();
     let (go_on, gate) = channel();
     let disk = MemoryExport::new(MIB as u64);
-    let (_runtime, _folder, connector) =
+    let (_runtime, _directory, connector) =
         serve(Arc::new(Gate { disk, arrived: arrived.into(), go_on: gate.into() }));
     let storage = ExportStorage::open(&connector).unwrap();
     let kind = || storage.next_extent(HostOffset::new(0), MIB as u64).unwrap().kind;
@@ -122,7 +123,7 @@ fn what_was_a_hole_while_a_write_was_under_way_is_data_after_it() {
 
 #[test]
 fn the_source_of_an_error_is_the_client_s() {
-    let (_runtime, _folder, connector) = serve(Arc::new(MemoryExport::new(MIB as u64)));
+    let (_runtime, _directory, connector) = serve(Arc::new(MemoryExport::new(MIB as u64)));
     let storage = ExportStorage::open(&connector).unwrap();
     storage.client().clone().disconnect().unwrap();
     let error = storage.read_at(HostOffset::new(0), &mut [0; 512]).unwrap_err();

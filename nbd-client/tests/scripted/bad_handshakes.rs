@@ -113,8 +113,8 @@ async fn random_answers_are_never_a_panic_or_a_hang() {
 
 #[tokio::test]
 async fn a_server_that_says_nothing_runs_into_the_timeout() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("s");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
     let _listener = UnixListener::bind(&path).unwrap();
     let uri = format!("nbd+unix:///?socket={}", path.display());
     let limit = Duration::from_millis(50);
@@ -131,8 +131,8 @@ async fn a_server_that_says_nothing_runs_into_the_timeout() {
 
 #[tokio::test]
 async fn nobody_listening_is_a_connect_error_with_the_address() {
-    let folder = tempfile::tempdir().unwrap();
-    let uri = format!("nbd+unix:///?socket={}/none", folder.path().display());
+    let directory = tempfile::tempdir().unwrap();
+    let uri = format!("nbd+unix:///?socket={}/none", directory.path().display());
     let error = uri.parse::<nbd_client::Connector>().unwrap().connect().await.unwrap_err();
     assert!(matches!(error, Error::Connect { .. }), "{error}");
     assert!(error.to_string().contains("/none"), "{error}");
@@ -140,8 +140,8 @@ async fn nobody_listening_is_a_connect_error_with_the_address() {
 
 #[tokio::test]
 async fn a_list_with_an_impossible_name_length_is_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("s");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
     tokio::spawn(async move {
         let (stream, _) = listener.accept().await.unwrap();

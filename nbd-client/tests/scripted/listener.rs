@@ -7,19 +7,19 @@ use crate::script::{Offer, Script, guarded};
 
 pub(crate) struct Listener {
     listener: UnixListener,
-    folder: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Listener {
     pub(crate) fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join("s")).unwrap();
-        Self { listener, folder }
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("s")).unwrap();
+        Self { listener, directory }
     }
 
     /// A connector that comes here and asks for `base:allocation`.
     pub(crate) fn connector(&self) -> Connector {
-        let uri = format!("nbd+unix:///?socket={}/s", self.folder.path().display());
+        let uri = format!("nbd+unix:///?socket={}/s", self.directory.path().display());
         uri.parse::<Connector>().unwrap().meta_contexts([MetaContextName::base_allocation()])
     }
 

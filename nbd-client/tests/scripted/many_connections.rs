@@ -11,8 +11,8 @@ use crate::script::{Offer, SIZE, Script, guarded};
 
 /// A server that makes each connection, by its number, an offer or hangs up on it.
 fn listen(offers: fn(usize) -> Option<Offer>) -> (Connector, tempfile::TempDir, Arc<AtomicUsize>) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("s");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
     let listener = UnixListener::bind(&path).unwrap();
     let busy = Arc::new(AtomicUsize::new(0));
     let count = Arc::clone(&busy);
@@ -38,12 +38,12 @@ fn listen(offers: fn(usize) -> Option<Offer>) -> (Connector, tempfile::TempDir, 
     let uri = format!("nbd+unix:///?socket={}", path.display());
     let connections = NonZeroUsize::new(4).unwrap();
     let connector = uri.parse::<Connector>().unwrap().connections(connections);
-    (connector, folder, busy)
+    (connector, directory, busy)
 }
 
 #[tokio::test]
 async fn requests_made_together_use_all_connections() {
-    let (connector, _folder, busy) = listen(|_| Some(Offer::new(ReplyMode::Structured)));
+    let (connector, _directory, busy) = listen(|_| Some(Offer::new(ReplyMode::Structured)));
     let client = guarded(connector.connect()).await.unwrap();
     assert_eq!(client.connections(), 4);
     let reads = async {
@@ -61,7 +61,7 @@ async fn requests_made_together_use_all_connections() {
 
 #[tokio::test]
 async fn a_server_without_multi_conn_gets_one_connection() {
-    let (connector, _folder, _) = listen(|_| {
+    let (connector, _directory, _) = listen(|_| {
         let offer = Offer::new(ReplyMode::Structured);
         Some(Offer { flags: offer.flags - TransmissionFlags::CAN_MULTI_CONN, ..offer })
     });
@@ -70,7 +70,7 @@ async fn a_server_without_multi_conn_gets_one_connection() {
 
 #[tokio::test]
 async fn a_server_that_admits_fewer_is_used_with_what_it_admits() {
-    let (connector, _folder, _) =
+    let (connector, _directory, _) =
         listen(|number| (number < 2).then(|| Offer::new(ReplyMode::Structured)));
     let client = guarded(connector.connect()).await.unwrap();
     assert_eq!(client.connections(), 2);
@@ -79,7 +79,7 @@ async fn a_server_that_admits_fewer_is_used_with_what_it_admits() {
 
 #[tokio::test]
 async fn connections_that_see_different_disks_are_refused() {
-    let (connector, _folder, _) = listen(|number| {
+    let (connector, _directory, _) = listen(|number| {
         Some(Offer { size: SIZE + number as u64, ..Offer::new(ReplyMode::Structured) })
     });
     let error = guarded(connector.connect()).await.unwrap_err();

@@ -178,8 +178,8 @@ mod tests {
 
     #[test]
     fn a_list_in_a_file_is_read_anew_and_denies_when_it_is_missing() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("clients");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("clients");
         let authorization = Authorization::File(path.clone());
         assert!(authorization.check(&laptop()).unwrap_err().contains("cannot read"));
         std::fs::write(&path, "# who may\n\n  CN=laptop-*,O=Example,C=GB  \n").unwrap();

@@ -1,5 +1,5 @@
-//! What both kinds of credentials have in common: the settings of the TLS library, and what comes of
-//! them.
+//! What both kinds of credentials have in common: the settings of the TLS library, and what comes
+//! of them.
 
 use openssl::error::ErrorStack;
 use openssl::ssl::{

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Credentials are either certificates, in a directory laid out as QEMU and libnbd have it or in
-//! memory, or pre-shared keys, in a file as `psktool` writes it or in memory. TLS 1.2 and 1.3 are spoken, nothing older.
+//! memory, or pre-shared keys, in a file as `psktool` writes it or in memory. TLS 1.2 and 1.3 are
+//! spoken, nothing older.
 
 mod authorization;
 mod builder;
@@ -63,12 +64,12 @@ impl TlsMode {
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum CredentialSource {
-    /// Certificates in a folder: `server-cert.pem` (with those between it and the authority),
+    /// Certificates in a directory: `server-cert.pem` (with those between it and the authority),
     /// `server-key.pem`, `ca-cert.pem` if clients have to show certificates, and `ca-crl.pem` if
     /// there is one.
     X509 {
-        /// The folder.
-        folder: PathBuf,
+        /// The directory.
+        directory: PathBuf,
         /// Whether clients have to show certificates.
         client_certificates: ClientCertificates,
         /// Who may connect, of those whose certificate is valid.
@@ -85,7 +86,7 @@ pub enum CredentialSource {
     },
     /// Users and their pre-shared keys.
     Psk {
-        /// The file, as `psktool` writes it, or a folder with one named `keys.psk`.
+        /// The file, as `psktool` writes it, or a directory with one named `keys.psk`.
         file: PathBuf,
     },
     /// Users and their pre-shared keys, in memory.
@@ -109,8 +110,8 @@ impl CredentialSource {
     /// Reads and checks all of it.
     fn read(&self) -> Result<Loaded, TlsError> {
         match self {
-            Self::X509 { folder, client_certificates, authorization } => {
-                let files = pem::Files::new(folder);
+            Self::X509 { directory, client_certificates, authorization } => {
+                let files = pem::Files::new(directory);
                 x509::load(&files, *client_certificates, authorization)
             }
             Self::X509Pem { certificates, client_certificates, authorization } => {

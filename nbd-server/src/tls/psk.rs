@@ -20,7 +20,7 @@ const CIPHERS_1_2: &str = "DHE-PSK-AES128-GCM-SHA256:DHE-PSK-AES256-GCM-SHA384:\
 /// Length of the key that stands in for that of an unknown user, in bytes.
 const DECOY_LEN: usize = 32;
 
-/// Reads a file of pre-shared keys, or the one of the usual name in a folder.
+/// Reads a file of pre-shared keys, or the one of the usual name in a directory.
 pub(super) fn load(path: &Path) -> Result<Loaded, TlsError> {
     let path = if path.is_dir() { path.join(PSK_FILE) } else { path.to_path_buf() };
     let text = file::read_secret("the key file", &path)?;

@@ -59,17 +59,17 @@ pub enum Validity {
     Expired,
 }
 
-/// An authority that signs certificates: `ca-cert.pem` and `ca-key.pem` in a folder.
+/// An authority that signs certificates: `ca-cert.pem` and `ca-key.pem` in a directory.
 #[derive(Debug)]
 pub struct Authority {
     maker: Maker,
-    folder: PathBuf,
+    directory: PathBuf,
 }
 
 impl Authority {
-    /// Makes an authority in an existing folder.
-    pub fn new(maker: Maker, folder: &Path, name: &str) -> Self {
-        let authority = Self { maker, folder: folder.to_path_buf() };
+    /// Makes an authority in an existing directory.
+    pub fn new(maker: Maker, directory: &Path, name: &str) -> Self {
+        let authority = Self { maker, directory: directory.to_path_buf() };
         let (key, certificate) = (authority.path("ca-key.pem"), authority.path("ca-cert.pem"));
         make_key(maker, &key);
         match maker {
@@ -97,24 +97,25 @@ impl Authority {
         authority
     }
 
-    /// The authority that was made in this folder.
-    pub fn existing(maker: Maker, folder: &Path) -> Self {
-        Self { maker, folder: folder.to_path_buf() }
+    /// The authority that was made in this directory.
+    pub fn existing(maker: Maker, directory: &Path) -> Self {
+        Self { maker, directory: directory.to_path_buf() }
     }
 
-    /// Certificate and key, for `O=Example, CN=name`, and a copy of the authority's own certificate,
-    /// in a folder that is made if need be. A server's is for `name`, 127.0.0.1 and `::1`.
-    pub fn issue(&self, role: Role, name: &str, validity: Validity, folder: &Path) {
-        std::fs::create_dir_all(folder).expect("a folder");
-        let key = folder.join(format!("{}-key.pem", role.name()));
-        let certificate = folder.join(format!("{}-cert.pem", role.name()));
+    /// Certificate and key, for `O=Example, CN=name`, and a copy of the authority's own
+    /// certificate, in a directory that is made if need be. A server's is for `name`, 127.0.0.1 and
+    /// `::1`.
+    pub fn issue(&self, role: Role, name: &str, validity: Validity, directory: &Path) {
+        std::fs::create_dir_all(directory).expect("a directory");
+        let key = directory.join(format!("{}-key.pem", role.name()));
+        let certificate = directory.join(format!("{}-cert.pem", role.name()));
         make_key(self.maker, &key);
         match self.maker {
             Maker::Certtool => self.issue_with_certtool(role, name, validity, &key, &certificate),
             Maker::Openssl => self.issue_with_openssl(role, name, validity, &key, &certificate),
         }
-        if folder != self.folder {
-            std::fs::copy(self.path("ca-cert.pem"), folder.join("ca-cert.pem")).expect("a copy");
+        if directory != self.directory {
+            std::fs::copy(self.path("ca-cert.pem"), directory.join("ca-cert.pem")).expect("a copy");
         }
     }
 
@@ -181,7 +182,7 @@ impl Authority {
              default_md=sha256\npolicy=any\nunique_subject=no\n[any]\norganizationName=optional\n\
              commonName=optional\n[extensions]\nbasicConstraints=CA:FALSE\n{extensions}",
             database.display(),
-            self.folder.display(),
+            self.directory.display(),
         );
         write(&settings, &text);
         let (from, until) = match validity {
@@ -224,7 +225,7 @@ impl Authority {
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
+        self.directory.join(name)
     }
 }
 
@@ -248,7 +249,7 @@ fn make_key(maker: Maker, path: &Path) {
 }
 
 fn write(path: &Path, text: &str) {
-    std::fs::write(path, text).expect("a file in a temporary folder");
+    std::fs::write(path, text).expect("a file in a temporary directory");
 }
 
 #[track_caller]

@@ -57,11 +57,11 @@ struct Pair<'a> {
 
 impl<'a> Pair<'a> {
     fn make(round: &'a Round<'a>, random: &mut Random) -> Result<Self> {
-        let folders = ["ours", "theirs"].map(|name| round.folder.join(name));
-        for folder in &folders {
-            std::fs::create_dir(folder)?;
+        let directories = ["ours", "theirs"].map(|name| round.directory.join(name));
+        for directory in &directories {
+            std::fs::create_dir(directory)?;
         }
-        let [ours, theirs] = folders.map(|folder| folder.join("0.qcow2"));
+        let [ours, theirs] = directories.map(|directory| directory.join("0.qcow2"));
         let size = random.below(8) * MIB + MIB + random.below(3) * 512;
         let options = *random.choose(&[
             "cluster_size=65536",
@@ -115,14 +115,14 @@ impl<'a> Pair<'a> {
     }
 
     fn ours(&self, arguments: &[&str]) -> Result<String> {
-        let folder = self.ours.parent().context("a folder")?;
+        let directory = self.ours.parent().context("a directory")?;
         let mut command = Command::new(&self.round.programs.cli);
-        output_of(command.current_dir(folder).arg("image").args(arguments))
+        output_of(command.current_dir(directory).arg("image").args(arguments))
     }
 
     fn theirs(&self, arguments: &[&str]) -> Result<String> {
-        let folder = self.theirs.parent().context("a folder")?;
-        output_of(Command::new("qemu-img").current_dir(folder).args(arguments))
+        let directory = self.theirs.parent().context("a directory")?;
+        output_of(Command::new("qemu-img").current_dir(directory).args(arguments))
     }
 
     fn snapshot(&mut self, random: &mut Random) -> Result<String> {
@@ -180,8 +180,8 @@ impl<'a> Pair<'a> {
     }
 
     fn move_to(&mut self, name: &str) -> Result<()> {
-        self.ours = self.ours.parent().context("a folder")?.join(name);
-        self.theirs = self.theirs.parent().context("a folder")?.join(name);
+        self.ours = self.ours.parent().context("a directory")?.join(name);
+        self.theirs = self.theirs.parent().context("a directory")?.join(name);
         self.snapshots.clear();
         self.is_version_2 = false;
         self.size = virtual_size(&self.theirs)?;

@@ -46,13 +46,13 @@ impl Judge for Flood {
 
     fn round(&self, round: &Round<'_>) -> Result<u64> {
         let mut random = Random::new(round.seed);
-        let socket = round.folder.join("socket");
+        let socket = round.directory.join("socket");
         let image = make_fragmented(round, &mut random)?;
         let mut command = Command::new(&round.programs.cli);
         command.args(["serve", "--socket"]).arg(&socket);
         command.arg(format!("good=memory:{GOOD_SIZE}"));
         command.arg(format!("bad={}", image.display()));
-        let server = Served::start(&mut command, round.folder, &socket)?;
+        let server = Served::start(&mut command, round.directory, &socket)?;
         let attackers = random.below(48) + 1;
         let is_over = AtomicBool::new(false);
         let longest = thread::scope(|scope| {
@@ -88,7 +88,7 @@ impl Judge for Flood {
 
 /// An image in which clusters of data and holes alternate.
 fn make_fragmented(round: &Round<'_>, random: &mut Random) -> Result<PathBuf> {
-    let image = round.folder.join("disk.qcow2");
+    let image = round.directory.join("disk.qcow2");
     let cluster = *random.choose(&[512_u64, 4096, 65536]);
     let mut create = Command::new("qemu-img");
     create.args(["create", "-q", "-f", "qcow2", "-o"]).arg(format!("cluster_size={cluster}"));

@@ -1,7 +1,7 @@
 //! Judges that are integration tests: run one test function at a time, each with a seed of its own.
 //!
-//! The tests read their seed and their number of rounds from the environment, and print `judged: N`,
-//! the number of cases they checked.
+//! The tests read their seed and their number of rounds from the environment, and print `judged:
+//! N`, the number of cases they checked.
 
 use std::fs::File;
 use std::io::Read;
@@ -140,14 +140,14 @@ impl Judge for FromTests {
         }
         let mut random = Random::new(round.seed);
         let name = random.choose(&names);
-        let said = round.folder.join("output.txt");
+        let said = round.directory.join("output.txt");
         let output = File::create(&said)?;
         let mut child = Command::new(program)
             .args([name, "--exact", "--nocapture", "--test-threads", "1"])
             .env(self.seed, random.next().to_string())
             .env(self.rounds.0, self.rounds.1)
-            .env("TMPDIR", round.folder)
-            .env("IMGFMT_KEEP", round.folder.join("kept"))
+            .env("TMPDIR", round.directory)
+            .env("IMGFMT_KEEP", round.directory.join("kept"))
             .current_dir(workspace_root().join(self.package))
             .stdin(Stdio::null())
             .stderr(output.try_clone()?)

@@ -1,4 +1,5 @@
-//! The image cannot grow: clients get ENOSPC, old data stays, and writes succeed once there is space.
+//! The image cannot grow: clients get ENOSPC, old data stays, and writes succeed once there is
+//! space.
 
 use std::path::Path;
 use std::process::Command;
@@ -34,8 +35,8 @@ impl Judge for FullDisk {
 
     fn round(&self, round: &Round<'_>) -> Result<u64> {
         let mut random = Random::new(round.seed);
-        let image = round.folder.join("disk.qcow2");
-        let socket = round.folder.join("socket");
+        let image = round.directory.join("disk.qcow2");
+        let socket = round.directory.join("socket");
         let options = *random.choose(&[
             "cluster_size=65536",
             "cluster_size=4096",
@@ -50,7 +51,8 @@ impl Judge for FullDisk {
         let mut sessions = 0;
         for is_limited in [true, true, false] {
             let size = std::fs::metadata(&image)?.len();
-            // Whole blocks, as disks have them: a write that is refused is never there in half a block.
+            // Whole blocks, as disks have them: a write that is refused is never there in half a
+            // block.
             let limit = is_limited.then(|| (size / BLOCK + random.below(8192)) * BLOCK);
             let server = serve(round, limit, &image, &socket)?;
             let mut wire = Wire::connect(&socket, "")?;
@@ -82,7 +84,7 @@ fn serve(round: &Round<'_>, limit: Option<u64>, image: &Path, socket: &Path) -> 
         .args(["serve", "--format", "qcow2", "--socket"])
         .arg(socket)
         .arg(image);
-    Served::start(&mut command, round.folder, socket)
+    Served::start(&mut command, round.directory, socket)
 }
 
 fn work(wire: &mut Wire, blocks: &mut Blocks, random: &mut Random) -> Result<u64> {

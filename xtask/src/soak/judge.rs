@@ -13,8 +13,8 @@ use super::{commands, flood, full_disk, kills, lies};
 pub(super) struct Round<'a> {
     /// What is judged.
     pub(super) programs: &'a Programs,
-    /// An empty folder, removed afterwards.
-    pub(super) folder: &'a Path,
+    /// An empty directory, removed afterwards.
+    pub(super) directory: &'a Path,
     /// Everything random in the round derives from this number.
     pub(super) seed: u64,
 }

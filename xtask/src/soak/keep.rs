@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-/// Larger folders are not kept: the seed makes them again.
+/// Larger directories are not kept: the seed makes them again.
 const LARGEST: u64 = 32 << 20;
 
 /// A round that failed.
@@ -24,7 +24,7 @@ impl Case<'_> {
     /// # Errors
     ///
     /// A file cannot be written.
-    pub(super) fn keep(&self, keep: &Path, folder: &Path, what: &str) -> Result<()> {
+    pub(super) fn keep(&self, keep: &Path, directory: &Path, what: &str) -> Result<()> {
         let name = format!("{}-{}", self.judge, self.seed);
         let text = format!(
             "cargo xtask soak --profile {} --repeat {}:{}\n\n{what}\n",
@@ -32,13 +32,13 @@ impl Case<'_> {
         );
         let path = keep.join(format!("{name}.txt"));
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
-        if allocated(folder)? <= LARGEST {
+        if allocated(directory)? <= LARGEST {
             let archive = keep.join(format!("{name}.tar.gz"));
             let status = Command::new("tar")
                 .args(["--ignore-failed-read", "-czSf"])
                 .arg(&archive)
                 .arg("-C")
-                .arg(folder)
+                .arg(directory)
                 .arg(".")
                 .stdout(Stdio::null())
                 .stderr(Stdio::null())
@@ -53,10 +53,10 @@ impl Case<'_> {
     }
 }
 
-/// The space that the files of a folder take up, in bytes.
-fn allocated(folder: &Path) -> Result<u64> {
+/// The space that the files of a directory take up, in bytes.
+fn allocated(directory: &Path) -> Result<u64> {
     let mut sum = 0_u64;
-    for entry in fs::read_dir(folder)? {
+    for entry in fs::read_dir(directory)? {
         let entry = entry?;
         let metadata = entry.metadata()?;
         if metadata.is_dir() {
@@ -79,11 +79,11 @@ mod tests {
 
     #[test]
     fn kept_case_says_how_to_repeat_it_and_holds_its_files() {
-        let keep = tempfile::tempdir().expect("folder");
-        let folder = tempfile::tempdir().expect("folder");
-        fs::write(folder.path().join("image"), "bytes").expect("file");
+        let keep = tempfile::tempdir().expect("directory");
+        let directory = tempfile::tempdir().expect("directory");
+        fs::write(directory.path().join("image"), "bytes").expect("file");
         let case = Case { judge: "kills", seed: 7, profile: "dev" };
-        case.keep(keep.path(), folder.path(), "two words differ").expect("kept");
+        case.keep(keep.path(), directory.path(), "two words differ").expect("kept");
         let text = fs::read_to_string(keep.path().join("kills-7.txt")).expect("text");
         assert!(text.starts_with("cargo xtask soak --profile dev --repeat kills:7\n"), "{text}");
         assert!(text.contains("two words differ"), "{text}");

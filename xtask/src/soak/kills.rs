@@ -73,7 +73,7 @@ struct Disk<'a> {
 
 impl<'a> Disk<'a> {
     fn make(round: &'a Round<'a>, random: &mut Random) -> Result<Self> {
-        let image = round.folder.join("disk.qcow2");
+        let image = round.directory.join("disk.qcow2");
         let options = *random.choose(&[
             "cluster_size=65536",
             "cluster_size=4096",
@@ -89,7 +89,7 @@ impl<'a> Disk<'a> {
         let mut add = Command::new(&round.programs.cli);
         output_of(add.args(["bitmap", "add"]).arg(&image).arg(BITMAP))?;
         let durability = *random.choose(&["process", "power"]);
-        Ok(Self { round, image, socket: round.folder.join("socket"), durability })
+        Ok(Self { round, image, socket: round.directory.join("socket"), durability })
     }
 
     fn serve(&self) -> Result<Served> {
@@ -99,7 +99,7 @@ impl<'a> Disk<'a> {
             .args(["--bitmap-durability", self.durability, "--socket"])
             .arg(&self.socket)
             .arg(&self.image);
-        Served::start(&mut command, self.round.folder, &self.socket)
+        Served::start(&mut command, self.round.directory, &self.socket)
     }
 }
 

@@ -40,7 +40,7 @@ impl Judge for Lies {
 
     fn round(&self, round: &Round<'_>) -> Result<u64> {
         let mut random = Random::new(round.seed);
-        let socket = round.folder.join("socket");
+        let socket = round.directory.join("socket");
         let listener = UnixListener::bind(&socket)?;
         listener.set_nonblocking(true)?;
         let rarity = *random.choose(&[0, 4, 20, 100]);
@@ -74,7 +74,7 @@ impl Judge for Lies {
 /// Runs one command against the liar.
 fn meet(round: &Round<'_>, socket: &Path, random: &mut Random, lied: &Lied) -> Result<()> {
     let uri = format!("nbd+unix:///?socket={}", socket.display());
-    let copied = round.folder.join("copy.img");
+    let copied = round.directory.join("copy.img");
     std::fs::remove_file(&copied).ok();
     let copied_name = copied.display().to_string();
     let commands: [&[&str]; 8] = [
@@ -91,7 +91,7 @@ fn meet(round: &Round<'_>, socket: &Path, random: &mut Random, lied: &Lied) -> R
     let mut command = Command::new("prlimit");
     command.arg(format!("--as={ADDRESS_SPACE}"));
     command.arg(&round.programs.cli).args(arguments).args(["--timeout", "3"]);
-    let ended = served::run(&mut command, &round.folder.join("said.txt"), LONGEST)?;
+    let ended = served::run(&mut command, &round.directory.join("said.txt"), LONGEST)?;
     judge(arguments, &ended)?;
     let is_copy = arguments.last() == Some(&copied_name.as_str());
     if is_copy && ended.is_success() && !lied.at_all.load(Ordering::SeqCst) {

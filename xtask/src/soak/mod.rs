@@ -1,8 +1,8 @@
 //! `cargo xtask soak`: all randomised tests, for a chosen time, on all cores.
 //!
 //! A *judge* runs one round from a seed and checks the outcome. The rounds of all judges are
-//! interleaved so that each gets the same time. A failed round is kept as a small file that explains
-//! how to repeat it.
+//! interleaved so that each gets the same time. A failed round is kept as a small file that
+//! explains how to repeat it.
 
 mod blocks;
 mod commands;
@@ -67,9 +67,10 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// What continuous integration runs: two minutes, of what the tests were built with, from a seed
-    /// that is always the same. Damaged images are left out: the same images are a test already, and a
-    /// difference from QEMU in others must not stop a change that has nothing to do with it.
+    /// What continuous integration runs: two minutes, of what the tests were built with, from a
+    /// seed that is always the same. Damaged images are left out: the same images are a test
+    /// already, and a difference from QEMU in others must not stop a change that has nothing to do
+    /// with it.
     pub(crate) fn continuous_integration() -> Self {
         Self {
             minutes: 2,
@@ -213,14 +214,14 @@ impl Soak {
             .prefix("soak-")
             .tempdir()
             .map_err(anyhow::Error::from)
-            .and_then(|folder| {
-                let round = Round { programs: &self.programs, folder: folder.path(), seed };
+            .and_then(|directory| {
+                let round = Round { programs: &self.programs, directory: directory.path(), seed };
                 let outcome = judge.round(&round);
                 if let Err(error) = &outcome {
                     let case = keep::Case { judge: judge.name(), seed, profile: &self.profile };
                     let text = format!("{error:#}");
                     println!("soak: {} seed {seed}: {}", case.judge, keep::first_lines(&text, 5));
-                    if let Err(error) = case.keep(&self.keep, folder.path(), &text) {
+                    if let Err(error) = case.keep(&self.keep, directory.path(), &text) {
                         println!("soak: the round cannot be kept: {error:#}");
                     }
                 }

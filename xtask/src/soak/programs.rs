@@ -14,7 +14,7 @@ use crate::command::{cargo, output_of};
 pub(super) struct Programs {
     /// `nbd-cli`.
     pub(super) cli: PathBuf,
-    /// Integration tests by package and name, with the folder they have to run in.
+    /// Integration tests by package and name, with the directory they have to run in.
     tests: HashMap<(String, String), PathBuf>,
 }
 

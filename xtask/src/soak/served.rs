@@ -31,8 +31,8 @@ impl Served {
     /// # Errors
     ///
     /// It ends, or says nothing.
-    pub(super) fn start(command: &mut Command, folder: &Path, socket: &Path) -> Result<Self> {
-        let complaints = folder.join("server.txt");
+    pub(super) fn start(command: &mut Command, directory: &Path, socket: &Path) -> Result<Self> {
+        let complaints = directory.join("server.txt");
         let log = File::options().create(true).append(true).open(&complaints)?;
         let child = command
             .stdin(Stdio::null())

@@ -2,7 +2,7 @@
 
 use super::lexer::{Source, line_at, word_offsets};
 
-/// Folders (with a slash at the end) and files of the engines.
+/// Directories (with a slash at the end) and files of the engines.
 const ENGINES: &[&str] = &[
     "nbd-cli/jobs/src/",
     "nbd-cli/src/commands/image/compare/",

@@ -1,7 +1,7 @@
 //! `cargo xtask tidy`: the project rules that rustfmt and clippy do not check.
 //!
-//! Every check is a function from text to findings, so that its own tests can show that it fails when
-//! it should. This file walks the workspace and runs the checks.
+//! Every check is a function from text to findings, so that its own tests can show that it fails
+//! when it should. This file walks the workspace and runs the checks.
 
 mod architecture;
 mod edges;
@@ -109,9 +109,9 @@ fn check_file(path: &str, text: &str) -> Vec<String> {
 }
 
 /// Files that people write. Corpora, golden images and build output are none of them.
-fn collect_text_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+fn collect_text_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let entries =
-        fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+        fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
     for entry in entries {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

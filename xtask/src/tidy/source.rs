@@ -6,11 +6,11 @@ use super::lexer::{Source, line_at, matching_close, word_offsets};
 const MAXIMUM_LINES: usize = 600;
 const EXCUSE: &str = "Over 600 lines because";
 
-/// This folder names what it looks for.
-const OWN_FOLDER: &str = "xtask/src/tidy/";
+/// This directory names what it looks for.
+const OWN_DIRECTORY: &str = "xtask/src/tidy/";
 
-/// Folders of somebody's machine.
-const MACHINE_FOLDERS: &[&str] = &["/work/", "/home/", "/root/", "/Users/"];
+/// Directories of somebody's machine.
+const MACHINE_DIRECTORYS: &[&str] = &["/work/", "/home/", "/root/", "/Users/"];
 
 /// Rules for every text file: blanks and paths.
 pub(crate) fn check_text(path: &str, text: &str) -> Vec<String> {
@@ -23,10 +23,11 @@ pub(crate) fn check_text(path: &str, text: &str) -> Vec<String> {
         if line.ends_with([' ', '\t']) {
             findings.push(format!("{path}:{number}: blanks at the end of the line"));
         }
-        if !path.starts_with(OWN_FOLDER)
-            && let Some(folder) = MACHINE_FOLDERS.iter().find(|folder| names_folder(line, folder))
+        if !path.starts_with(OWN_DIRECTORY)
+            && let Some(directory) =
+                MACHINE_DIRECTORYS.iter().find(|directory| names_directory(line, directory))
         {
-            findings.push(format!("{path}:{number}: a path of one machine ({folder})"));
+            findings.push(format!("{path}:{number}: a path of one machine ({directory})"));
         }
     }
     findings
@@ -50,7 +51,7 @@ pub(crate) fn check_code(path: &str, text: &str, source: &Source) -> Vec<String>
             }
         }
     }
-    if !path.starts_with(OWN_FOLDER) {
+    if !path.starts_with(OWN_DIRECTORY) {
         for word in ["TODO", "FIXME", "XXX"] {
             for offset in word_offsets(&source.comments, word) {
                 let line = line_at(&source.comments, offset);
@@ -63,9 +64,9 @@ pub(crate) fn check_code(path: &str, text: &str, source: &Source) -> Vec<String>
     findings
 }
 
-fn names_folder(line: &str, folder: &str) -> bool {
-    line.match_indices(folder).any(|(offset, _)| {
-        // Inside a longer path or an address it is not the root's folder.
+fn names_directory(line: &str, directory: &str) -> bool {
+    line.match_indices(directory).any(|(offset, _)| {
+        // Inside a longer path or an address it is not the root's directory.
         !line[..offset].ends_with(|c: char| c.is_alphanumeric() || "._-~}*/".contains(c))
     })
 }
@@ -126,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn folders_inside_other_paths_pass() {
+    fn directories_inside_other_paths_pass() {
         let text = "https://example.invalid/home/x\ntarget/work/x\n~/root/x\n$HOME/work/x\n";
         assert_eq!(check_text("README.md", text), Vec::<String>::new());
     }

@@ -107,8 +107,8 @@ mod tests {
 
     #[test]
     fn file_has_its_size_and_no_repeated_chunks() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let file = DataFile::create(folder.path().join("disk.img"), 3 << 20, PageCache::Pages)
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let file = DataFile::create(directory.path().join("disk.img"), 3 << 20, PageCache::Pages)
             .expect("file");
         let bytes = std::fs::read(file.path()).expect("readable");
         assert_eq!(bytes.len(), 3 << 20);

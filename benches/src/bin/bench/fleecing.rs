@@ -135,7 +135,7 @@ impl Fleecing {
 fn ours(lab: &Lab<'_>, control: &Path, disk: &Path) -> Command {
     let mut command = lab.nbd_cli();
     // What is overwritten goes where the image is, as QEMU's overlay does.
-    command.env("TMPDIR", lab.folder);
+    command.env("TMPDIR", lab.directory);
     command.args(["serve", "--format", "qcow2", "--control"]).arg(control);
     command.arg(disk).arg("--socket").arg(lab.socket());
     command

@@ -18,7 +18,7 @@ pub(crate) struct Group {
     /// fail when they are measured, which is a note in the report.
     pub(crate) contests: fn(&Options) -> Vec<Contest>,
     pub(crate) bars: fn() -> Vec<ContestBar>,
-    /// Makes the files that the rows need in the lab's folder.
+    /// Makes the files that the rows need in the lab's directory.
     pub(crate) prepare: fn(&Lab<'_>) -> Result<()>,
 }
 
@@ -26,12 +26,12 @@ pub(crate) struct Group {
 ///
 /// # Errors
 ///
-/// Its folder cannot be made.
+/// Its directory cannot be made.
 pub(crate) fn run(
     group: &Group,
     options: &Options,
-    folder: &Path,
-    target_folder: &Path,
+    directory: &Path,
+    target_directory: &Path,
     notes: &mut Vec<String>,
 ) -> Result<Option<GroupReport>> {
     let mut contests = (group.contests)(options);
@@ -39,9 +39,9 @@ pub(crate) fn run(
     if !options.wants_group(group.name) || contests.is_empty() {
         return Ok(None);
     }
-    let folder = folder.join(group.name);
-    fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
-    let lab = Lab { options, folder: &folder, target_folder };
+    let directory = directory.join(group.name);
+    fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
+    let lab = Lab { options, directory: &directory, target_directory };
     eprintln!("bench: preparing {}", group.name);
     if let Err(error) = (group.prepare)(&lab) {
         note(notes, format!("{} is left out: {error:#}", group.name));
@@ -50,6 +50,6 @@ pub(crate) fn run(
     let rows = contest::run(&contests, &lab, notes);
     let bars = contest::judge(&(group.bars)(), &rows);
     // Its files are large, and the next group needs the page cache.
-    fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    fs::remove_dir_all(&directory).with_context(|| directory.display().to_string())?;
     Ok(Some(GroupReport { name: group.name.to_owned(), rows, bars }))
 }

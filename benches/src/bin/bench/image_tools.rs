@@ -1,7 +1,7 @@
 //! `nbd-cli image` beside `qemu-img`: converting and checking.
 //!
-//! Both write into the page cache and do not wait for the disk. The files of a block are removed right
-//! after it, so that the next block does not pay for their writeback.
+//! Both write into the page cache and do not wait for the disk. The files of a block are removed
+//! right after it, so that the next block does not pay for their writeback.
 
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
@@ -198,8 +198,8 @@ mod tests {
 
     #[test]
     fn disk_has_data_text_and_holes() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let path = folder.path().join("disk.img");
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("disk.img");
         fill(&path, 4 << 20).expect("written");
         let bytes = fs::read(&path).expect("readable");
         assert_eq!(bytes.len(), 4 << 20);

@@ -1,5 +1,5 @@
-//! SIGINT, SIGTERM and SIGHUP end the benchmark: it stops its servers and removes its directory, which
-//! holds gigabytes.
+//! SIGINT, SIGTERM and SIGHUP end the benchmark: it stops its servers and removes its directory,
+//! which holds gigabytes.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -18,14 +18,14 @@ use super::{ending, process, running};
 /// # Errors
 ///
 /// Signals cannot be caught.
-pub(crate) fn clean_up_on_signals(folder: &Path) -> Result<()> {
-    let folder = folder.to_owned();
+pub(crate) fn clean_up_on_signals(directory: &Path) -> Result<()> {
+    let directory = directory.to_owned();
     let (ready, is_ready) = mpsc::channel();
     thread::spawn(move || match wait_for_signal(&ready) {
         Ok(number) => {
             ending::begin();
             eprintln!("bench: ended by signal {number}; cleaning up");
-            clean_up(&folder);
+            clean_up(&directory);
             std::process::exit(128 + number);
         }
         Err(error) => drop(ready.send(Err(error))),
@@ -51,26 +51,27 @@ fn wait_for_signal(ready: &mpsc::Sender<io::Result<()>>) -> io::Result<i32> {
     })
 }
 
-/// Ends all descendants and the daemons that left their process ids in the folder, then removes it.
-fn clean_up(folder: &Path) {
+/// Ends all descendants and the daemons that left their process ids in the directory, then removes
+/// it.
+fn clean_up(directory: &Path) {
     // The other thread may have been about to start one more.
-    let mut started = daemons(folder);
+    let mut started = daemons(directory);
     for _ in 0..2 {
         started.extend(process::descendants(std::process::id()));
         running::end_all(&started);
         started.clear();
-        match fs::remove_dir_all(folder) {
+        match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                eprintln!("bench: cannot remove {}: {error}", folder.display());
+                eprintln!("bench: cannot remove {}: {error}", directory.display());
             }
             _ => {}
         }
     }
 }
 
-/// The processes whose ids are in files `*.pid` of the folder.
-fn daemons(folder: &Path) -> Vec<u32> {
-    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+/// The processes whose ids are in files `*.pid` of the directory.
+fn daemons(directory: &Path) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
     let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
     let files = paths.filter(|path: &PathBuf| path.extension() == Some(OsStr::new("pid")));
     files.filter_map(|path| running::read_process_id(&path)).collect()
@@ -83,9 +84,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_removed_and_the_daemon_of_its_pid_file_ended() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let path = folder.keep();
+    fn a_directory_is_removed_and_the_daemon_of_its_pid_file_ended() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.keep();
         // A child of a shell that has ended: no descendant of ours any more.
         let pid_file = path.join("server.pid");
         let script = format!("sleep 600 & echo $! > {}", pid_file.display());

@@ -12,24 +12,24 @@ use super::running::RunningServer;
 use super::sample::Sample;
 use super::workload::ClientResult;
 
-/// The options, and the folders that a group works with.
+/// The options, and the directories that a group works with.
 #[derive(Debug)]
 pub(crate) struct Lab<'a> {
     pub(crate) options: &'a Options,
-    /// A folder of the group's own, removed at the end.
-    pub(crate) folder: &'a Path,
-    pub(crate) target_folder: &'a Path,
+    /// A directory of the group's own, removed at the end.
+    pub(crate) directory: &'a Path,
+    pub(crate) target_directory: &'a Path,
 }
 
 impl Lab<'_> {
-    /// A file in the group's folder.
+    /// A file in the group's directory.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.folder.join(name)
+        self.directory.join(name)
     }
 
     /// The program of this workspace.
     pub(crate) fn nbd_cli(&self) -> Command {
-        Command::new(self.target_folder.join("release").join("nbd-cli"))
+        Command::new(self.target_directory.join("release").join("nbd-cli"))
     }
 
     /// The socket that servers have to listen on, one at a time.

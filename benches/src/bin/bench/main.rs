@@ -93,16 +93,16 @@ fn measure_and_report(options: &Options) -> Result<()> {
         build.args(["build", "--release", "-p", "nbd-cli", "-p", "benches"]);
         run_step("build", &mut build)?;
     }
-    let folder = make_folder(options)?;
-    interrupt::clean_up_on_signals(folder.path())?;
-    let target_folder = target_folder()?;
+    let directory = make_directory(options)?;
+    interrupt::clean_up_on_signals(directory.path())?;
+    let target_directory = target_directory()?;
     let (rows, measured) = match options.wants_group(groups::RAW) {
-        true => run_raw(options, folder.path(), &target_folder, &mut notes)?,
+        true => run_raw(options, directory.path(), &target_directory, &mut notes)?,
         false => (Vec::new(), Vec::new()),
     };
     let mut groups = Vec::new();
     for group in groups::GROUPS {
-        groups.extend(group::run(group, options, folder.path(), &target_folder, &mut notes)?);
+        groups.extend(group::run(group, options, directory.path(), &target_directory, &mut notes)?);
     }
     if measured.is_empty() && groups.is_empty() {
         bail!("nothing was measured: {}", notes.join("; "));
@@ -122,8 +122,8 @@ fn measure_and_report(options: &Options) -> Result<()> {
 /// Measures the rows that serve a raw file; the file is gone afterwards.
 fn run_raw(
     options: &Options,
-    folder: &Path,
-    target_folder: &Path,
+    directory: &Path,
+    target_directory: &Path,
     notes: &mut Vec<String>,
 ) -> Result<(Vec<&'static Row>, Vec<Measured>)> {
     let servers = available_servers(options, notes);
@@ -132,8 +132,8 @@ fn run_raw(
         return Ok((rows, Vec::new()));
     }
     eprintln!("bench: filling {} bytes with random data", options.size);
-    let file = DataFile::create(folder.join("disk.img"), options.size, options.page_cache)?;
-    let launcher = Launcher::new(&file, folder, target_folder.to_owned())?;
+    let file = DataFile::create(directory.join("disk.img"), options.size, options.page_cache)?;
+    let launcher = Launcher::new(&file, directory, target_directory.to_owned())?;
     let servers = launchable(&launcher, servers, notes);
     let measured = measure(options, &rows, &servers, &launcher, notes);
     // The groups that follow need the page cache.
@@ -215,26 +215,26 @@ fn measure_block(
     Ok(Sample::new(result, usage))
 }
 
-fn make_folder(options: &Options) -> Result<tempfile::TempDir> {
+fn make_directory(options: &Options) -> Result<tempfile::TempDir> {
     let mut builder = tempfile::Builder::new();
     builder.prefix("nbd-bench-");
-    match &options.folder {
-        Some(folder) => {
-            fs::create_dir_all(folder)
-                .with_context(|| format!("cannot create {}", folder.display()))?;
-            builder.tempdir_in(folder)
+    match &options.directory {
+        Some(directory) => {
+            fs::create_dir_all(directory)
+                .with_context(|| format!("cannot create {}", directory.display()))?;
+            builder.tempdir_in(directory)
         }
         None => builder.tempdir(),
     }
-    .context("cannot create a temporary folder")
+    .context("cannot create a temporary directory")
 }
 
 /// Where cargo puts what it builds.
-fn target_folder() -> Result<PathBuf> {
+fn target_directory() -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["metadata", "--no-deps", "--format-version", "1"]);
     let metadata: serde_json::Value =
         serde_json::from_str(&output_of(&mut command)?).context("cargo metadata is not JSON")?;
-    let folder = metadata["target_directory"].as_str();
-    Ok(folder.map_or_else(|| workspace_root().join("target"), Into::into))
+    let directory = metadata["target_directory"].as_str();
+    Ok(directory.map_or_else(|| workspace_root().join("target"), Into::into))
 }

@@ -33,9 +33,9 @@ pub(crate) struct Options {
     /// Show this server's medians relative to those of an earlier report (see --json).
     #[arg(long, value_name = "FILE")]
     pub(crate) compare: Option<PathBuf>,
-    /// Folder for the served file; the system's folder for temporary files if not given.
-    #[arg(long = "dir", value_name = "FOLDER")]
-    pub(crate) folder: Option<PathBuf>,
+    /// Directory for the served file; the system's directory for temporary files if not given.
+    #[arg(long = "dir", value_name = "DIRECTORY")]
+    pub(crate) directory: Option<PathBuf>,
     /// How the page cache holds the file.
     #[arg(long, value_enum, default_value_t = PageCache::Pages)]
     pub(crate) page_cache: PageCache,
@@ -135,7 +135,7 @@ mod tests {
             servers: Some("qemu-nbd".to_owned()),
             json: None,
             compare: None,
-            folder: None,
+            directory: None,
             page_cache: PageCache::Pages,
             no_build: true,
         };

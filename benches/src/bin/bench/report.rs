@@ -263,12 +263,12 @@ pub(crate) mod tests {
 
     #[test]
     fn written_report_can_be_read_again() {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let path = folder.path().join("report.json");
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("report.json");
         example().write(&path).expect("written");
         let report = Report::read(&path).expect("readable");
         assert_eq!(report.rows[0].servers.len(), 4);
         assert_eq!(report.bars, example().bars);
-        assert!(Report::read(&folder.path().join("none.json")).is_err());
+        assert!(Report::read(&directory.path().join("none.json")).is_err());
     }
 }

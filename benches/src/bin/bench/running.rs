@@ -158,14 +158,14 @@ mod tests {
 
     #[test]
     fn program_that_ends_at_once_is_an_error_and_leaves_nothing() {
-        let folder = tempfile::tempdir().expect("temporary folder");
+        let directory = tempfile::tempdir().expect("temporary directory");
         let mut running = RunningServer {
             child: Command::new("false").spawn().expect("false starts"),
             daemon: None,
             uri: String::new(),
         };
         let error = running
-            .wait_until_ready(&folder.path().join("nbd.sock"), None)
+            .wait_until_ready(&directory.path().join("nbd.sock"), None)
             .expect_err("there is no server");
         assert!(error.to_string().contains("ended at once"), "{error}");
     }

@@ -88,24 +88,24 @@ impl Server {
 pub(crate) struct Launcher<'a> {
     file: &'a DataFile,
     size: u64,
-    folder: &'a Path,
-    target_folder: PathBuf,
+    directory: &'a Path,
+    target_directory: PathBuf,
 }
 
 impl<'a> Launcher<'a> {
-    /// Servers will serve `file`, keep their sockets in `folder`, and come from `target_folder` if
-    /// they are built here.
+    /// Servers will serve `file`, keep their sockets in `directory`, and come from
+    /// `target_directory` if they are built here.
     ///
     /// # Errors
     ///
     /// The file is gone.
     pub(crate) fn new(
         file: &'a DataFile,
-        folder: &'a Path,
-        target_folder: PathBuf,
+        directory: &'a Path,
+        target_directory: PathBuf,
     ) -> Result<Self> {
         let size = fs::metadata(file.path()).context("the file to serve")?.len();
-        Ok(Self { file, size, folder, target_folder })
+        Ok(Self { file, size, directory, target_directory })
     }
 
     /// The file that is served.
@@ -120,7 +120,7 @@ impl<'a> Launcher<'a> {
     /// The program is missing, ends at once, or does not listen in time; its complaint is in the
     /// error.
     pub(crate) fn start(&self, server: Server) -> Result<RunningServer> {
-        let socket = self.folder.join("nbd.sock");
+        let socket = self.directory.join("nbd.sock");
         let command = self.command(server, &socket)?;
         let daemon_file = (server == Server::Reference).then(|| self.daemon_file());
         let export = if server == Server::Reference { "disk" } else { "" };
@@ -130,7 +130,7 @@ impl<'a> Launcher<'a> {
     fn command(&self, server: Server, socket: &Path) -> Result<Command> {
         let mut command = match server {
             Server::Ours | Server::Floor => {
-                Command::new(self.target_folder.join("release").join(server.program()))
+                Command::new(self.target_directory.join("release").join(server.program()))
             }
             _ => Command::new(server.program()),
         };
@@ -154,7 +154,7 @@ impl<'a> Launcher<'a> {
             }
             Server::Nbdkit => command.args(["-f", "-U"]).arg(socket).arg("file").arg(disk),
             Server::Reference => {
-                let settings = self.folder.join("nbd-server.conf");
+                let settings = self.directory.join("nbd-server.conf");
                 fs::write(&settings, nbd_server_settings(socket, disk))
                     .with_context(|| settings.display().to_string())?;
                 drop(fs::remove_file(self.daemon_file()));
@@ -167,7 +167,7 @@ impl<'a> Launcher<'a> {
     }
 
     fn daemon_file(&self) -> PathBuf {
-        self.folder.join("nbd-server.pid")
+        self.directory.join("nbd-server.pid")
     }
 }
 

@@ -26,7 +26,7 @@ use crate::command::output_of;
 /// This group.
 pub(crate) const GROUP: Group = Group { name: "tls", contests, bars, prepare };
 
-/// Names in the group's folder.
+/// Names in the group's directory.
 const DISK: &str = "disk.img";
 const KEYS: &str = "keys.psk";
 const CLIENT_SETTINGS: &str = "gnutls.conf";
@@ -116,18 +116,18 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
     fs::write(lab.file(REQUESTS), requests(lab.options.size))?;
     fs::write(lab.file(KEYS), "bench:000102030405060708090a0b0c0d0e0f\n")?;
     fs::set_permissions(lab.file(KEYS), Permissions::from_mode(0o600))?;
-    make_certificates(lab.folder)
+    make_certificates(lab.directory)
 }
 
 /// An authority, and one certificate that serves both sides.
-fn make_certificates(folder: &Path) -> Result<()> {
-    let path = |name: &str| folder.join(name);
+fn make_certificates(directory: &Path) -> Result<()> {
+    let path = |name: &str| directory.join(name);
     let template = "cn = localhost\nca\ncert_signing_key\nsigning_key\nencryption_key\n\
                     tls_www_server\ntls_www_client\ndns_name = localhost\n";
     fs::write(path("template"), template)?;
     let certtool = |arguments: &[&str], output: &str| -> Result<()> {
         let mut command = Command::new("certtool");
-        command.args(arguments).arg("--outfile").arg(path(output)).current_dir(folder);
+        command.args(arguments).arg("--outfile").arg(path(output)).current_dir(directory);
         run_to_end(&mut command).map(drop)
     };
     certtool(&["--generate-privkey", "--bits=2048"], "ca-key.pem")?;
@@ -155,21 +155,21 @@ fn make_certificates(folder: &Path) -> Result<()> {
 }
 
 fn server_command(lab: &Lab<'_>, server: Server, kind: Kind) -> Command {
-    let (folder, keys, disk) = (lab.folder.display(), lab.file(KEYS), lab.file(DISK));
+    let (directory, keys, disk) = (lab.directory.display(), lab.file(KEYS), lab.file(DISK));
     match server {
         Server::Ours => {
             let mut command = lab.nbd_cli();
             command.arg("serve").arg(disk).arg("--socket").arg(lab.socket());
             match kind {
-                Kind::X509 => command.arg("--tls-certificates").arg(lab.folder),
+                Kind::X509 => command.arg("--tls-certificates").arg(lab.directory),
                 Kind::Psk => command.arg("--tls-psk").arg(keys),
             };
             command
         }
         Server::QemuNbd => {
             let object = match kind {
-                Kind::X509 => format!("tls-creds-x509,id=tls,endpoint=server,dir={folder}"),
-                Kind::Psk => format!("tls-creds-psk,id=tls,endpoint=server,dir={folder}"),
+                Kind::X509 => format!("tls-creds-x509,id=tls,endpoint=server,dir={directory}"),
+                Kind::Psk => format!("tls-creds-psk,id=tls,endpoint=server,dir={directory}"),
             };
             let mut command = Command::new("qemu-nbd");
             command.args(["--object", &object, "--tls-creds=tls", "-f", "raw", "-t", "-e", "16"]);
@@ -181,7 +181,7 @@ fn server_command(lab: &Lab<'_>, server: Server, kind: Kind) -> Command {
             command.args(["-f", "--tls=require", "-U"]).arg(lab.socket());
             match kind {
                 Kind::X509 => {
-                    command.arg(format!("--tls-certificates={folder}")).arg("--tls-verify-peer")
+                    command.arg(format!("--tls-certificates={directory}")).arg("--tls-verify-peer")
                 }
                 Kind::Psk => command.arg(format!("--tls-psk={}", keys.display())),
             };
@@ -206,14 +206,14 @@ fn run(lab: &Lab<'_>, kind: Kind, work: Work) -> Result<ClientResult> {
 }
 
 fn uri(lab: &Lab<'_>, kind: Kind) -> String {
-    let (socket, folder) = (lab.socket(), lab.folder.display());
+    let (socket, directory) = (lab.socket(), lab.directory.display());
     let socket = socket.display();
     match kind {
         Kind::X509 => format!(
-            "nbds+unix:///?socket={socket}&tls-certificates={folder}&tls-hostname=localhost"
+            "nbds+unix:///?socket={socket}&tls-certificates={directory}&tls-hostname=localhost"
         ),
         Kind::Psk => {
-            format!("nbds+unix://bench@/?socket={socket}&tls-psk-file={folder}/{KEYS}")
+            format!("nbds+unix://bench@/?socket={socket}&tls-psk-file={directory}/{KEYS}")
         }
     }
 }
@@ -224,7 +224,7 @@ fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
         Kind::X509 => ("tls-creds-x509", ",file.tls-hostname=localhost"),
         Kind::Psk => ("tls-creds-psk,username=bench", ""),
     };
-    let object = format!("{object},id=tls,endpoint=client,dir={}", lab.folder.display());
+    let object = format!("{object},id=tls,endpoint=client,dir={}", lab.directory.display());
     let image = format!(
         "driver=raw,file.driver=nbd,file.server.type=unix,file.server.path={},\
          file.tls-creds=tls{hostname}",

@@ -1,4 +1,4 @@
-//! The files below a backup, which may lie in other folders.
+//! The files below a backup, which may lie in other directories.
 
 use std::ffi::OsStr;
 use std::os::unix::fs::FileTypeExt as _;
@@ -11,10 +11,10 @@ use crate::qemu_name::{NameInImage, from_name_in_image, has_scheme, path_in};
 /// How many files are looked at: as many as a chain may have layers.
 const FILES_MAX: usize = 500;
 
-/// The backups on which the one at `path` was made, the newest first, as far as each file says that it
-/// was made on the next one and that is the one. The user has named `path`; these are files that need
-/// no naming: what an image leads to by its name alone, be it a foreign disk or a secret, carries
-/// no such identity and ends the list.
+/// The backups on which the one at `path` was made, the newest first, as far as each file says that
+/// it was made on the next one and that is the one. The user has named `path`; these are files that
+/// need no naming: what an image leads to by its name alone, be it a foreign disk or a secret,
+/// carries no such identity and ends the list.
 pub(super) fn backups_below(path: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut above = (path.to_owned(), inspect(path));
@@ -38,7 +38,7 @@ fn below(path: &Path, info: &ImageInfo) -> Option<(PathBuf, Option<ImageInfo>)> 
     (id == wanted).then_some((below, Some(info)))
 }
 
-/// The file that a name in an image stands for: relative names start at the image's folder.
+/// The file that a name in an image stands for: relative names start at the image's directory.
 fn file_beside(image: &Path, name: &OsStr) -> Option<PathBuf> {
     if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
         return match from_name_in_image(name).ok()? {
@@ -47,10 +47,10 @@ fn file_beside(image: &Path, name: &OsStr) -> Option<PathBuf> {
         };
     }
     let path = path_in(name);
-    // As in QEMU a name with the scheme `file:` starts at the working folder.
+    // As in QEMU a name with the scheme `file:` starts at the working directory.
     let is_plain = path.as_os_str() == name;
     Some(match image.parent().filter(|_| is_plain) {
-        Some(folder) => folder.join(path),
+        Some(directory) => directory.join(path),
         None => path.to_owned(),
     })
 }

@@ -17,7 +17,7 @@ use super::options::{BackupSource, UnknownBase, Work};
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
 
-/// How many files of a folder are looked at, to find other backups.
+/// How many files of a directory are looked at, to find other backups.
 const FILES_MAX: usize = 65536;
 
 /// The backup before this one.
@@ -53,7 +53,7 @@ impl Base {
         let name = match work.is_on_device() || is_device(path) {
             // Devices are not moved together, and their names lead to others that change.
             true => absolute(path)?,
-            false => relative(path, folder_of(work.target))?,
+            false => relative(path, directory_of(work.target))?,
         };
         let chain = image.backups_of_chain();
         let overwritten = |layer: &Option<PathBuf>| {
@@ -87,8 +87,8 @@ impl Base {
         Ok(base)
     }
 
-    /// Refuses it for a disk of another size, and if it may be the wrong one unless the user vouches
-    /// for it.
+    /// Refuses it for a disk of another size, and if it may be the wrong one unless the user
+    /// vouches for it.
     pub(super) fn check(&self, size: u64, work: Work<'_>) -> Result<(), JobError> {
         self.check_size(size)?;
         match &self.problem {
@@ -246,11 +246,11 @@ fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> 
     }
 }
 
-/// A backup in the folders of these files, the first by name.
+/// A backup in the directories of these files, the first by name.
 fn find_backup(files: &[&Path], is_wanted: impl Fn(&Backup) -> bool) -> Option<PathBuf> {
-    let mut folders: Vec<&Path> = files.iter().map(|file| folder_of(file)).collect();
-    folders.dedup();
-    let entries = folders.iter().filter_map(|folder| folder.read_dir().ok());
+    let mut directories: Vec<&Path> = files.iter().map(|file| directory_of(file)).collect();
+    directories.dedup();
+    let entries = directories.iter().filter_map(|directory| directory.read_dir().ok());
     let entries = entries.flat_map(|entries| entries.take(FILES_MAX)).flatten();
     let files = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
     // What is not complete is of no account.
@@ -270,24 +270,24 @@ fn backup_in(path: &Path) -> Option<Backup> {
     Image::inspect_file(path, &options).ok()?.qcow2?.backup
 }
 
-/// The folder a file is in.
-pub(super) fn folder_of(path: &Path) -> &Path {
+/// The directory a file is in.
+pub(super) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
         _ => Path::new("."),
     }
 }
 
-/// The path of a file as seen from a folder. Relative, so that a chain can be moved as a whole.
-fn relative(file: &Path, folder: &Path) -> Result<OsString, JobError> {
+/// The path of a file as seen from a directory. Relative, so that a chain can be moved as a whole.
+fn relative(file: &Path, directory: &Path) -> Result<OsString, JobError> {
     let real = |path: &Path| {
         path.canonicalize().map_err(|error| {
             JobError::new(JobErrorKind::Base, format!("cannot find '{}': {error}", path.display()))
         })
     };
-    let (file, folder) = (real(file)?, real(folder)?);
+    let (file, directory) = (real(file)?, real(directory)?);
     let mut down = file.components().peekable();
-    let mut up = folder.components().peekable();
+    let mut up = directory.components().peekable();
     while up.peek().is_some() && up.peek() == down.peek() {
         up.next();
         down.next();
@@ -321,22 +321,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_lead_from_the_folder_to_the_file() {
+    fn names_lead_from_the_directory_to_the_file() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         std::fs::create_dir_all(root.join("a/b")).unwrap();
         for file in ["a/f", "f", "a/b/x:y"] {
             std::fs::write(root.join(file), "").unwrap();
         }
-        for (file, folder, name) in [
+        for (file, directory, name) in [
             ("a/f", "a", "f"),
             ("a/f", ".", "a/f"),
             ("f", "a/b", "../../f"),
             ("a/b/../f", "a/b", "../f"),
             ("a/b/x:y", "a/b", "./x:y"),
         ] {
-            let found = relative(&root.join(file), &root.join(folder)).unwrap();
-            assert_eq!(found, name, "{file} from {folder}");
+            let found = relative(&root.join(file), &root.join(directory)).unwrap();
+            assert_eq!(found, name, "{file} from {directory}");
         }
     }
 }

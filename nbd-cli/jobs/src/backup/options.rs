@@ -23,8 +23,9 @@ pub(super) const CLUSTER_SIZE: u64 = 64 << 10;
 pub enum BackupSource {
     /// An export, as it is: a disk that should not change while it is copied.
     Export(NbdUri),
-    /// A disk that clients go on writing to, as it is at one moment: a checkpoint is begun through the
-    /// control socket of its server (`nbd-cli serve --control`), copied, and ended with what came of that.
+    /// A disk that clients go on writing to, as it is at one moment: a checkpoint is begun through
+    /// the control socket of its server (`nbd-cli serve --control`), copied, and ended with what
+    /// came of that.
     Checkpoint {
         /// The control socket.
         socket: PathBuf,
@@ -41,8 +42,8 @@ pub enum Leftover {
     /// It is an error.
     #[default]
     Refuse,
-    /// The backup goes on where the former one ended, which is an error if there is none. Only right if the
-    /// disk has not changed since; never for a [checkpoint](BackupSource::Checkpoint).
+    /// The backup goes on where the former one ended, which is an error if there is none. Only
+    /// right if the disk has not changed since; never for a [checkpoint](BackupSource::Checkpoint).
     Resume,
     /// It is discarded.
     Restart,
@@ -54,8 +55,8 @@ pub enum UnknownBase {
     /// It is refused.
     #[default]
     Refuse,
-    /// The caller knows that the bitmap began after it. A base that is known to be wrong is refused all the
-    /// same.
+    /// The caller knows that the bitmap began after it. A base that is known to be wrong is refused
+    /// all the same.
     Trust,
 }
 
@@ -77,8 +78,9 @@ pub struct BackupOptions {
     pub connect: ConnectOptions,
     /// Requests in flight: 1 to 4096. By default 32.
     pub requests: NonZeroUsize,
-    /// Name of the bitmap of the server by which an incremental backup is made: only what is dirty in it is
-    /// copied. For a full backup of a [checkpoint](BackupSource::Checkpoint), the bitmap that begins there.
+    /// Name of the bitmap of the server by which an incremental backup is made: only what is dirty
+    /// in it is copied. For a full backup of a [checkpoint](BackupSource::Checkpoint), the bitmap
+    /// that begins there.
     pub bitmap: Option<String>,
     /// The backup before this one, of which the new one is an overlay. Needs a bitmap.
     pub base: Option<PathBuf>,
@@ -88,7 +90,8 @@ pub struct BackupOptions {
     pub leftover: Leftover,
     /// What is read again at the end.
     pub verify: Verify,
-    /// Which files the base may name, besides the backups below it. By default those in its folder and below.
+    /// Which files the base may name, besides the backups below it. By default those in its
+    /// directory and below.
     pub policy: OpenPolicy,
     /// How files are locked.
     pub locking: Locking,

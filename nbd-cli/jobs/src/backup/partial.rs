@@ -1,4 +1,5 @@
-//! A backup that is not complete: the file it grows in, and the record of how far it is; or the block device.
+//! A backup that is not complete: the file it grows in, and the record of how far it is; or the
+//! block device.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -14,7 +15,7 @@ use nbd_proto::NbdUri;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
-use super::chain::{Base, folder_of};
+use super::chain::{Base, directory_of};
 use super::options::{CLUSTER_SIZE, Leftover, Sharing, Work};
 use crate::{JobError, JobErrorKind};
 
@@ -163,7 +164,8 @@ impl Partial {
         Ok(partial)
     }
 
-    /// The error of a backup that was not completed, with what it leaves; `advice` is how to go on with a file.
+    /// The error of a backup that was not completed, with what it leaves; `advice` is how to go on
+    /// with a file.
     pub(super) fn failed(&self, error: &JobError, advice: &str) -> JobError {
         match self.place {
             Place::Device(_) => lost(&self.path, error),
@@ -179,8 +181,8 @@ impl Partial {
         self.state.done
     }
 
-    /// Which files it may name: the base that the user has named, and the backups below it, wherever
-    /// they lie.
+    /// Which files it may name: the base that the user has named, and the backups below it,
+    /// wherever they lie.
     fn policy(&self, work: Work<'_>) -> OpenPolicy {
         self.base.iter().fold(work.options.policy.clone(), OpenPolicy::allow_file)
     }
@@ -195,8 +197,8 @@ impl Partial {
         .map_err(|error| JobError::opening(JobErrorKind::Destination, error).advise_sharing())
     }
 
-    /// The options for it. Files below it that others may write to are not locked, and then it is not
-    /// either: [`lock`](Self::lock) does that for a file, and a device is locked all the time.
+    /// The options for it. Files below it that others may write to are not locked, and then it is
+    /// not either: [`lock`](Self::lock) does that for a file, and a device is locked all the time.
     fn options(&self, work: Work<'_>) -> OpenOptions {
         let options = work.open_options().format(Format::Qcow2).policy(self.policy(work));
         match work.options.sharing {
@@ -227,7 +229,7 @@ impl Partial {
             file.write_all(&text)?;
             file.sync_all()?;
             fs::rename(&new, record)?;
-            sync_folder(record)
+            sync_directory(record)
         };
         write().map_err(|error| {
             JobError::destination(format!("cannot write '{}': {error}", record.display()))
@@ -252,7 +254,7 @@ impl Partial {
         let rename = || -> io::Result<()> {
             File::open(&self.path)?.sync_all()?;
             renameat_with(CWD, &self.path, CWD, &self.target, RenameFlags::NOREPLACE)?;
-            sync_folder(&self.target)
+            sync_directory(&self.target)
         };
         rename().map_err(|error| {
             JobError::destination(format!(
@@ -340,6 +342,6 @@ fn written(path: &Path) -> String {
     path.to_str().map_or_else(|| format!("{path:?}"), str::to_owned)
 }
 
-fn sync_folder(file: &Path) -> io::Result<()> {
-    File::open(folder_of(file))?.sync_all()
+fn sync_directory(file: &Path) -> io::Result<()> {
+    File::open(directory_of(file))?.sync_all()
 }

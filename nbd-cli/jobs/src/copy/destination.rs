@@ -401,7 +401,7 @@ pub(crate) fn create_empty(path: &Path) -> Result<(), JobError> {
     let made = OpenOptions::new().write(true).create_new(true).open(path);
     made.map(drop).map_err(|error| {
         let advice = match error.kind() {
-            io::ErrorKind::NotFound => "; does its folder exist?",
+            io::ErrorKind::NotFound => "; does its directory exist?",
             _ => "",
         };
         JobError::destination(format!("cannot create '{}': {error}{advice}", path.display()))

@@ -41,24 +41,24 @@ pub struct Copied {
 
 /// Copies a disk.
 ///
-/// A local file as the destination grows as `NAME.partial` and gets its name when it is complete; a file
-/// that was there is replaced then and stays as it was until then. Only where that is not possible (it has
-/// other names, or its folder may not be written to) is it emptied first. A server or device must be at
-/// least as large as the source; anything beyond that is left unchanged. A device is marked as incomplete
-/// until everything is on stable storage.
+/// A local file as the destination grows as `NAME.partial` and gets its name when it is complete; a
+/// file that was there is replaced then and stays as it was until then. Only where that is not
+/// possible (it has other names, or its directory may not be written to) is it emptied first. A
+/// server or device must be at least as large as the source; anything beyond that is left
+/// unchanged. A device is marked as incomplete until everything is on stable storage.
 ///
 /// What was written to a server since its last flush is written again if the connection was lost
 /// meanwhile.
 ///
 /// # Errors
 ///
-/// If one side cannot be opened, read or written, if the source does not fit, if the options are out of
-/// range, and if the job is cancelled. A new file is removed then.
+/// If one side cannot be opened, read or written, if the source does not fit, if the options are
+/// out of range, and if the job is cancelled. A new file is removed then.
 ///
 /// # Cancel safety
 ///
-/// Dropping the future ends the copy as an error does, but says nothing; a thread may still be at work on
-/// one request. Use [`JobContext::cancellation`] to hear of it.
+/// Dropping the future ends the copy as an error does, but says nothing; a thread may still be at
+/// work on one request. Use [`JobContext::cancellation`] to hear of it.
 pub async fn copy(
     from: &Location,
     to: &Location,

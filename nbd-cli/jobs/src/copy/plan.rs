@@ -212,8 +212,8 @@ mod tests {
 
     #[tokio::test]
     async fn holes_are_shrunk_to_whole_blocks() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("sparse");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sparse");
         let file = std::fs::File::create(&path).unwrap();
         file.set_len(1 << 20).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, b"x", 4096 * 5).unwrap();

@@ -54,8 +54,8 @@ mod tests {
 
     #[test]
     fn permissions_and_extended_attributes_are_copied() {
-        let folder = tempfile::tempdir().unwrap();
-        let (old, new) = (folder.path().join("old"), folder.path().join("new"));
+        let directory = tempfile::tempdir().unwrap();
+        let (old, new) = (directory.path().join("old"), directory.path().join("new"));
         let file = File::create(&old).unwrap();
         file.set_permissions(std::fs::Permissions::from_mode(0o640)).unwrap();
         let has_attributes = fsetxattr(&file, "user.test", b"value", XattrFlags::empty()).is_ok();

@@ -1,8 +1,9 @@
 //! Files that get their name when they are complete.
 //!
-//! A command that makes a file writes it as `NAME.partial` beside the final name and renames it at the end. An
-//! interruption, `kill -9` and a loss of power included, never leaves a file under the final name that looks
-//! whole and is not, and what was there before stays as it was until then. For block devices see [`device`].
+//! A command that makes a file writes it as `NAME.partial` beside the final name and renames it at
+//! the end. An interruption, `kill -9` and a loss of power included, never leaves a file under the
+//! final name that looks whole and is not, and what was there before stays as it was until then.
+//! For block devices see [`device`].
 
 mod attributes;
 pub mod device;
@@ -41,7 +42,8 @@ pub enum Existing {
 ///
 /// # Errors
 ///
-/// If it is a folder, a link that leads nowhere, or something that holds no bytes: those are never replaced.
+/// If it is a directory, a link that leads nowhere, or something that holds no bytes: those are
+/// never replaced.
 pub fn look(path: &Path) -> Result<Existing, JobError> {
     let name = path.display();
     let refuse =
@@ -62,7 +64,7 @@ pub fn look(path: &Path) -> Result<Existing, JobError> {
     match kind {
         _ if kind.is_file() => Ok(Existing::File),
         _ if kind.is_block_device() => Ok(Existing::BlockDevice),
-        _ if kind.is_dir() => refuse("it is a folder; give the name of a file in it"),
+        _ if kind.is_dir() => refuse("it is a directory; give the name of a file in it"),
         _ if kind.is_char_device() => {
             refuse("it is a character device; give a file or a block device")
         }
@@ -97,8 +99,8 @@ struct Replaced {
 }
 
 impl NewFile {
-    /// Begins a file of that name, which must not exist. `make` makes it under its temporary name, and fails
-    /// if there is one already.
+    /// Begins a file of that name, which must not exist. `make` makes it under its temporary name,
+    /// and fails if there is one already.
     ///
     /// # Errors
     ///
@@ -122,9 +124,10 @@ impl NewFile {
         }
     }
 
-    /// Begins an empty file in the place of one that exists and is open in `storage`, with the same owner and
-    /// permissions. Gives the file back where it can only be changed in place: it has other names, its folder
-    /// may not be written to, it is a mount point, or the new file could not be given all of its attributes.
+    /// Begins an empty file in the place of one that exists and is open in `storage`, with the same
+    /// owner and permissions. Gives the file back where it can only be changed in place: it has
+    /// other names, its directory may not be written to, it is a mount point, or the new file could
+    /// not be given all of its attributes.
     ///
     /// # Errors
     ///
@@ -190,8 +193,8 @@ impl NewFile {
     ///
     /// # Errors
     ///
-    /// If it cannot be made durable or renamed, or if another file has got the name meanwhile: the complete
-    /// file is kept then under its temporary name, which the error tells.
+    /// If it cannot be made durable or renamed, or if another file has got the name meanwhile: the
+    /// complete file is kept then under its temporary name, which the error tells.
     pub fn complete(mut self, durable: Durable) -> Result<(), JobError> {
         let now = durable == Durable::Now || self.replaces.is_some();
         let result = self.publish(now);
@@ -218,7 +221,7 @@ impl NewFile {
             None => publish::as_new(&self.partial, &self.name)?,
             Some(old) => publish::instead_of(&self.partial, &self.name, &old.metadata)?,
         }
-        if now { File::open(folder_of(&self.name))?.sync_all() } else { Ok(()) }
+        if now { File::open(directory_of(&self.name))?.sync_all() } else { Ok(()) }
     }
 }
 
@@ -234,16 +237,16 @@ impl Drop for NewFile {
 
 /// The real name of a file that another one can take the place of, and what the file is like.
 fn replaceable(name: &Path) -> Option<(PathBuf, Metadata)> {
-    // Names such as /dev/stdout stand for what is open already, not for a place in a folder.
-    if ["/dev", "/proc"].iter().any(|folder| name.starts_with(folder)) {
+    // Names such as /dev/stdout stand for what is open already, not for a place in a directory.
+    if ["/dev", "/proc"].iter().any(|directory| name.starts_with(directory)) {
         return None;
     }
     let metadata = name.metadata().ok()?;
     let real = name.canonicalize().ok()?;
     let found = real.symlink_metadata().ok()?;
     let is_same = (found.dev(), found.ino()) == (metadata.dev(), metadata.ino());
-    let folder = folder_of(&real).metadata().ok()?;
-    let is_plain = metadata.is_file() && metadata.nlink() == 1 && folder.dev() == metadata.dev();
+    let directory = directory_of(&real).metadata().ok()?;
+    let is_plain = metadata.is_file() && metadata.nlink() == 1 && directory.dev() == metadata.dev();
     (is_same && is_plain).then_some((real, metadata))
 }
 
@@ -269,9 +272,9 @@ fn in_the_way(name: &Path, partial: &Path) -> JobError {
     })
 }
 
-fn folder_of(path: &Path) -> &Path {
+fn directory_of(path: &Path) -> &Path {
     match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        Some(directory) if !directory.as_os_str().is_empty() => directory,
         _ => Path::new("."),
     }
 }
@@ -282,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_long_name_is_cut_for_the_temporary_one() {
-        let name = |length: usize| Path::new("/folder").join("x".repeat(length));
+        let name = |length: usize| Path::new("/directory").join("x".repeat(length));
         let partial = partial_name(&name(20)).unwrap();
         assert!(partial.to_str().unwrap().ends_with("xxxx.partial"));
         let partial = partial_name(&name(255)).unwrap();

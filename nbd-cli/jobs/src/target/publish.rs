@@ -55,8 +55,8 @@ mod tests {
 
     #[test]
     fn a_name_that_is_taken_is_left_alone_in_every_way() {
-        let folder = tempfile::tempdir().unwrap();
-        let (partial, name) = (folder.path().join("partial"), folder.path().join("name"));
+        let directory = tempfile::tempdir().unwrap();
+        let (partial, name) = (directory.path().join("partial"), directory.path().join("name"));
         for publish in [as_new, by_link] {
             fs::write(&partial, "new").unwrap();
             fs::write(&name, "old").unwrap();
@@ -72,17 +72,17 @@ mod tests {
 
     #[test]
     fn only_the_file_that_was_meant_is_replaced() {
-        let folder = tempfile::tempdir().unwrap();
-        let (partial, name) = (folder.path().join("partial"), folder.path().join("name"));
+        let directory = tempfile::tempdir().unwrap();
+        let (partial, name) = (directory.path().join("partial"), directory.path().join("name"));
         fs::write(&partial, "new").unwrap();
         fs::write(&name, "old").unwrap();
         let old = name.metadata().unwrap();
         // Another one gets its name; the old one lives on, or its number could be used again.
-        fs::rename(&name, folder.path().join("moved")).unwrap();
+        fs::rename(&name, directory.path().join("moved")).unwrap();
         fs::write(&name, "other").unwrap();
         assert!(instead_of(&partial, &name, &old).is_err());
         assert_eq!(fs::read(&name).unwrap(), b"other");
-        fs::rename(folder.path().join("moved"), &name).unwrap();
+        fs::rename(directory.path().join("moved"), &name).unwrap();
         instead_of(&partial, &name, &old).unwrap();
         assert_eq!(fs::read(&name).unwrap(), b"new");
     }

@@ -112,7 +112,7 @@ pub(super) fn service_manager_gave_sockets() -> bool {
         && std::env::var_os("LISTEN_FDS").is_some()
 }
 
-/// Says that clients can connect, and lets go of the folder, and as a daemon of everything that
+/// Says that clients can connect, and lets go of the directory, and as a daemon of everything that
 /// belongs to the parent.
 ///
 /// # Errors

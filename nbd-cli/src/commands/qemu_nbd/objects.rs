@@ -43,7 +43,7 @@ pub(super) enum SecretFormat {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct TlsCredentials {
     pub(super) endpoint: Endpoint,
-    pub(super) folder: PathBuf,
+    pub(super) directory: PathBuf,
     pub(super) kind: CredentialsKind,
 }
 
@@ -201,7 +201,7 @@ impl TlsCredentials {
             Some("server") => Endpoint::Server,
             Some(other) => return Err(not_accepted("endpoint", other)),
         };
-        let folder = properties.take("dir").ok_or("Missing 'dir' property value")?.into();
+        let directory = properties.take("dir").ok_or("Missing 'dir' property value")?.into();
         let verify_peer = properties.take_switch("verify-peer")?.unwrap_or(true);
         if properties.take("priority").is_some() {
             return Err("'priority' is not supported: its words are GnuTLS's".to_owned());
@@ -213,7 +213,7 @@ impl TlsCredentials {
             properties.take_switch("sanity-check")?;
             CredentialsKind::X509 { verify_peer, password: properties.take("passwordid") }
         };
-        Ok(Self { endpoint, folder, kind })
+        Ok(Self { endpoint, directory, kind })
     }
 }
 

@@ -38,7 +38,7 @@ pub(super) fn for_server(options: &Options) -> Result<TlsMode, String> {
             return Err("'username' is for clients; a server knows every user of keys.psk".into());
         }
         CredentialsKind::Psk { user: None } => {
-            CredentialSource::Psk { file: credentials.folder.join(PSK_FILE) }
+            CredentialSource::Psk { file: credentials.directory.join(PSK_FILE) }
         }
         CredentialsKind::X509 { verify_peer, password } => {
             refuse_password(options, password.as_deref())?;
@@ -48,7 +48,7 @@ pub(super) fn for_server(options: &Options) -> Result<TlsMode, String> {
                     .to_owned());
             }
             CredentialSource::X509 {
-                folder: credentials.folder.clone(),
+                directory: credentials.directory.clone(),
                 client_certificates: match verify_peer {
                     true => ClientCertificates::Required,
                     false => ClientCertificates::NotAsked,
@@ -74,12 +74,12 @@ pub(super) fn for_client(options: &Options) -> Result<Option<TlsOptions>, String
     let tls = TlsOptions::new(nbd_client::TlsMode::Require);
     let tls = match &credentials.kind {
         CredentialsKind::Psk { user } => tls
-            .pre_shared_keys(credentials.folder.join(PSK_FILE))
+            .pre_shared_keys(credentials.directory.join(PSK_FILE))
             .user(user.as_deref().unwrap_or(DEFAULT_USER)),
         CredentialsKind::X509 { verify_peer, password } => {
             refuse_password(options, password.as_deref())?;
             let verify = if *verify_peer { VerifyPeer::Required } else { VerifyPeer::Off };
-            tls.certificates(&credentials.folder).verify_peer(verify)
+            tls.certificates(&credentials.directory).verify_peer(verify)
         }
     };
     Ok(Some(match &options.tls_hostname {

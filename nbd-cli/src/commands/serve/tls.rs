@@ -22,7 +22,7 @@ pub struct TlsArgs {
     #[arg(long, value_enum, value_name = "MODE")]
     pub tls: Option<TlsChoice>,
 
-    /// Folder with server-cert.pem and server-key.pem, ca-cert.pem that signed the clients'
+    /// Directory with server-cert.pem and server-key.pem, ca-cert.pem that signed the clients'
     /// certificates, and ca-crl.pem if there is one. Read again on SIGHUP.
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
@@ -42,7 +42,8 @@ pub struct TlsArgs {
     #[arg(long, value_name = "FILE|PATTERN")]
     pub tls_authz: Vec<String>,
 
-    /// With --tls=allow: serve this export over TLS only, and list it over TLS only. May be repeated.
+    /// With --tls=allow: serve this export over TLS only, and list it over TLS only. May be
+    /// repeated.
     #[arg(long, value_name = "NAME")]
     pub tls_only: Vec<String>,
 }
@@ -103,7 +104,7 @@ impl TlsArgs {
                 CommandError::new(format!("cannot use '{}': {error}", path.display()))
             })
         };
-        let Some(folder) = &self.tls_certificates else {
+        let Some(directory) = &self.tls_certificates else {
             if !self.tls_authz.is_empty() || !self.tls_verify_peer {
                 return Err(CommandError::new(
                     "--tls-authz and --tls-verify-peer are about certificates; they need \
@@ -126,7 +127,7 @@ impl TlsArgs {
             ));
         }
         Ok(Some(CredentialSource::X509 {
-            folder: absolute(folder)?,
+            directory: absolute(directory)?,
             client_certificates,
             authorization: self.authorization()?,
         }))
@@ -188,12 +189,12 @@ pub(super) fn uri(address: &BoundAddress, name: &str, tls: &TlsMode) -> NbdUri {
     let Some(credentials) = tls.credentials() else { return uri };
     uri.security = Security::Tls;
     match credentials.source() {
-        CredentialSource::X509 { folder, client_certificates, .. } => {
-            let has = |file| folder.join(file).is_file();
+        CredentialSource::X509 { directory, client_certificates, .. } => {
+            let has = |file| directory.join(file).is_file();
             let is_certified = has(CLIENT_CERTIFICATE_FILE) && has(CLIENT_KEY_FILE);
             let needs_none = *client_certificates == ClientCertificates::NotAsked;
             if has(CA_CERTIFICATE_FILE) && (is_certified || needs_none) {
-                uri.tls.certificates = Some(folder.clone());
+                uri.tls.certificates = Some(directory.clone());
             }
             let known = credentials.host_names();
             let fits = match &uri.transport {

@@ -20,8 +20,8 @@ pub struct UpstreamArgs {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_limit)]
     pub source_reconnect: Duration,
 
-    /// Give up on a source's server that takes longer than this to connect or answer. By default one
-    /// that hangs in a request is waited for.
+    /// Give up on a source's server that takes longer than this to connect or answer. By default
+    /// one that hangs in a request is waited for.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub source_timeout: Option<Duration>,
 
@@ -29,8 +29,8 @@ pub struct UpstreamArgs {
     #[arg(long, value_name = "MODE", value_enum)]
     pub source_tls: Option<TlsChoice>,
 
-    /// Folder with ca-cert.pem, and client-cert.pem and client-key.pem if the source's server wants
-    /// them.
+    /// Directory with ca-cert.pem, and client-cert.pem and client-key.pem if the source's server
+    /// wants them.
     #[arg(long, value_name = "DIR", conflicts_with = "source_tls_psk")]
     pub source_tls_certificates: Option<PathBuf>,
 

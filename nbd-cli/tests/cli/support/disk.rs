@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-/// A folder with room for disks, sockets and the like; removed at the end of the test.
+/// A directory with room for disks, sockets and the like; removed at the end of the test.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    folder: TempDir,
+    directory: TempDir,
     path: PathBuf,
     content: Vec<u8>,
 }
@@ -20,17 +20,17 @@ impl Disk {
         let mut content = vec![0; 8 << 20];
         fill(&mut content[..1 << 20], 0x1234_5678_9abc_def1);
         fill(&mut content[4 << 20..(4 << 20) + 65536], 0xfeed_beef_1357_2468);
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("disk.img");
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("disk.img");
         let file = File::create(&path).expect("a file");
         file.set_len(content.len() as u64).expect("room for a hole");
         file.write_all_at(&content[..1 << 20], 0).expect("room");
         file.write_all_at(&content[4 << 20..(4 << 20) + 65536], 4 << 20).expect("room");
-        Self { folder, path, content }
+        Self { directory, path, content }
     }
 
     pub(crate) fn path(&self) -> &str {
-        self.path.to_str().expect("a temporary folder with a plain name")
+        self.path.to_str().expect("a temporary directory with a plain name")
     }
 
     pub(crate) fn content(&self) -> &[u8] {
@@ -39,8 +39,8 @@ impl Disk {
 
     /// A path beside the disk.
     pub(crate) fn beside(&self, name: &str) -> String {
-        let path = self.folder.path().join(name);
-        path.to_str().expect("a temporary folder with a plain name").to_owned()
+        let path = self.directory.path().join(name);
+        path.to_str().expect("a temporary directory with a plain name").to_owned()
     }
 
     /// Makes an empty file of that size beside the disk.
@@ -65,10 +65,10 @@ pub(crate) fn allocated(path: &str) -> u64 {
     std::fs::metadata(path).expect("a file").blocks() * 512
 }
 
-/// Whether the temporary folder's file system has holes; without them nothing can be checked.
+/// Whether the temporary directory's file system has holes; without them nothing can be checked.
 pub(crate) fn is_sparse_here(disk: &Disk) -> Option<fn(&str) -> u64> {
     if allocated(disk.path()) > 4 << 20 {
-        eprintln!("skipped: the file system of the temporary folder has no holes");
+        eprintln!("skipped: the file system of the temporary directory has no holes");
         return None;
     }
     Some(allocated)

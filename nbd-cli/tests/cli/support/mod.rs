@@ -70,8 +70,8 @@ pub(crate) fn nbd_cli<S: AsRef<OsStr>>(arguments: &[S]) -> Outcome {
     run(Command::new(PROGRAM).args(arguments))
 }
 
-/// `nbd-cli` as a terminal starts it. What shells start in the background, a test program too, inherits
-/// that SIGINT is ignored, and the program would leave it so.
+/// `nbd-cli` as a terminal starts it. What shells start in the background, a test program too,
+/// inherits that SIGINT is ignored, and the program would leave it so.
 pub(crate) fn in_foreground() -> Command {
     let mut command = Command::new("env");
     command.args(["--default-signal=INT,QUIT,HUP", PROGRAM]);
@@ -84,7 +84,7 @@ pub(crate) fn tool(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path)
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
-        .map(|folder| folder.join(name))
+        .map(|directory| directory.join(name))
         .find(|file| file.is_file());
     if found.is_none() {
         assert!(std::env::var_os("CI").is_none(), "{name} is not installed");

@@ -52,19 +52,19 @@ impl Drop for Killed {
 pub(crate) struct Foreground {
     pub(crate) child: Child,
     socket: PathBuf,
-    _folder: TempDir,
+    _directory: TempDir,
 }
 
 impl Foreground {
     /// Starts `program` with these arguments and waits until it listens.
     #[track_caller]
     pub(crate) fn start(mut program: Command, arguments: &[&str]) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("socket");
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("socket");
         program.arg("-k").arg(&socket).args(arguments).stdin(Stdio::null());
-        let complaints = File::create(folder.path().join("stderr")).expect("a file");
+        let complaints = File::create(directory.path().join("stderr")).expect("a file");
         let child = program.stdout(Stdio::null()).stderr(complaints).spawn().expect("a program");
-        let mut server = Self { child, socket, _folder: folder };
+        let mut server = Self { child, socket, _directory: directory };
         wait_until("it listens", || {
             assert_eq!(server.child.try_wait().expect("a child"), None, "{}", server.complaints());
             UnixStream::connect(&server.socket).is_ok()
@@ -112,14 +112,14 @@ impl Drop for Foreground {
 /// A server in the background, started as scripts do it; ended when dropped.
 #[derive(Debug)]
 pub(crate) struct Daemon {
-    folder: TempDir,
+    directory: TempDir,
 }
 
 impl Daemon {
     /// Runs `--fork` with a socket and a pid file; the caller checks the outcome.
     pub(crate) fn start(arguments: &[&str]) -> (Self, Outcome) {
-        let folder = tempfile::tempdir().expect("a folder");
-        let daemon = Self { folder };
+        let directory = tempfile::tempdir().expect("a directory");
+        let daemon = Self { directory };
         let mut command = ours();
         command.arg("--fork").arg("--pid-file").arg(daemon.pid_file());
         let outcome = run(command.arg("-k").arg(daemon.socket()).args(arguments));
@@ -127,11 +127,11 @@ impl Daemon {
     }
 
     pub(crate) fn pid_file(&self) -> PathBuf {
-        self.folder.path().join("pid")
+        self.directory.path().join("pid")
     }
 
     pub(crate) fn socket(&self) -> PathBuf {
-        self.folder.path().join("socket")
+        self.directory.path().join("socket")
     }
 
     pub(crate) fn uri(&self) -> String {

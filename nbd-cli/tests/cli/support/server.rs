@@ -20,19 +20,19 @@ pub(crate) struct Server {
     child: Child,
     uris: Vec<String>,
     socket: PathBuf,
-    _folder: Option<TempDir>,
+    _directory: Option<TempDir>,
     _stdout: Option<BufReader<ChildStdout>>,
 }
 
 impl Server {
     /// `nbd-cli serve` on a unix socket.
     pub(crate) fn ours(arguments: &[&str]) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("socket");
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("socket");
         let mut command = Command::new(PROGRAM);
         command.arg("serve").arg("--socket").arg(&socket).args(arguments);
         let mut server = Self::start(&mut command, socket);
-        server._folder = Some(folder);
+        server._directory = Some(directory);
         server
     }
 
@@ -44,19 +44,19 @@ impl Server {
         stdout.read_line(&mut line).expect("text");
         assert!(line.starts_with("nbd"), "the server did not start: {line:?}");
         let uris = vec![line.trim_end().to_owned()];
-        Self { child, uris, socket, _folder: None, _stdout: Some(stdout) }
+        Self { child, uris, socket, _directory: None, _stdout: Some(stdout) }
     }
 
     /// Another program that serves on the unix socket it is told by `arguments`.
     fn other(tool: &Path, arguments: impl FnOnce(&str, &mut Command), name: &str) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let socket = folder.path().join("socket");
+        let directory = tempfile::tempdir().expect("a directory");
+        let socket = directory.path().join("socket");
         let text = socket.to_str().expect("a plain name");
         let mut command = Command::new(tool);
         arguments(text, &mut command);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("serve");
         let uris = vec![format!("nbd+unix:///{name}?socket={text}")];
-        let mut server = Self { child, uris, socket, _folder: Some(folder), _stdout: None };
+        let mut server = Self { child, uris, socket, _directory: Some(directory), _stdout: None };
         server.wait_until_ready();
         server
     }
@@ -77,7 +77,7 @@ impl Server {
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("serve");
         let uris = vec![format!("nbd+unix:///{name}?socket={text}")];
         let socket = socket.to_owned();
-        let mut server = Self { child, uris, socket, _folder: None, _stdout: None };
+        let mut server = Self { child, uris, socket, _directory: None, _stdout: None };
         server.wait_until_ready();
         server
     }

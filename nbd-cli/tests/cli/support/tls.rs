@@ -18,7 +18,7 @@ use credentials::{Authority, Maker, Role, Validity};
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Folders with certificates: what an administrator hands out, and what others try.
+/// Directories with certificates: what an administrator hands out, and what others try.
 #[derive(Debug)]
 pub(crate) struct Certificates {
     root: TempDir,
@@ -29,7 +29,7 @@ impl Certificates {
     /// `None`, with a word about it, if the tool is missing.
     pub(crate) fn make(maker: Maker) -> Option<Self> {
         super::tool(maker.program())?;
-        let root = tempfile::tempdir().expect("a folder");
+        let root = tempfile::tempdir().expect("a directory");
         let authority = Authority::new(maker, root.path(), "Test authority");
         let certificates = Self { root, authority };
         let good = certificates.path("good");
@@ -43,7 +43,7 @@ impl Certificates {
         Maker::ALL.into_iter().find(|maker| maker.is_installed()).and_then(Self::make)
     }
 
-    /// The folder with everything a server and a client need.
+    /// The directory with everything a server and a client need.
     pub(crate) fn good(&self) -> PathBuf {
         self.path("good")
     }
@@ -55,27 +55,27 @@ impl Certificates {
 
     /// A client of the authority whose certificate has expired.
     pub(crate) fn expired(&self) -> PathBuf {
-        let folder = self.path("expired");
-        self.authority.issue(Role::Client, "alice", Validity::Expired, &folder);
-        folder
+        let directory = self.path("expired");
+        self.authority.issue(Role::Client, "alice", Validity::Expired, &directory);
+        directory
     }
 
     /// A client that another authority vouches for, which knows the right one.
     pub(crate) fn stranger(&self, maker: Maker) -> PathBuf {
-        let folder = self.path("stranger");
-        std::fs::create_dir(&folder).expect("a folder");
-        let other = Authority::new(maker, &folder, "Another authority");
-        other.issue(Role::Client, "alice", Validity::Now, &folder);
-        std::fs::copy(self.path("ca-cert.pem"), folder.join("ca-cert.pem")).expect("a copy");
-        folder
+        let directory = self.path("stranger");
+        std::fs::create_dir(&directory).expect("a directory");
+        let other = Authority::new(maker, &directory, "Another authority");
+        other.issue(Role::Client, "alice", Validity::Now, &directory);
+        std::fs::copy(self.path("ca-cert.pem"), directory.join("ca-cert.pem")).expect("a copy");
+        directory
     }
 
     /// A client that has nothing to show.
     pub(crate) fn nobody(&self) -> PathBuf {
-        let folder = self.path("nobody");
-        std::fs::create_dir(&folder).expect("a folder");
-        std::fs::copy(self.path("ca-cert.pem"), folder.join("ca-cert.pem")).expect("a copy");
-        folder
+        let directory = self.path("nobody");
+        std::fs::create_dir(&directory).expect("a directory");
+        std::fs::copy(self.path("ca-cert.pem"), directory.join("ca-cert.pem")).expect("a copy");
+        directory
     }
 }
 
@@ -117,12 +117,12 @@ impl TlsServer {
         self.expect_log(&[said]);
     }
 
-    /// The URI for a client with the certificates of another folder.
-    pub(crate) fn uri_with(&self, folder: &Path) -> String {
+    /// The URI for a client with the certificates of another directory.
+    pub(crate) fn uri_with(&self, directory: &Path) -> String {
         format!(
             "nbds+unix:///?socket={}&tls-certificates={}&tls-hostname=localhost",
             self.server.socket().display(),
-            folder.display()
+            directory.display()
         )
     }
 

@@ -17,13 +17,13 @@ const MIB: usize = 1 << 20;
 /// Hands bytes on between a client and servers: the n-th connection to the n-th server, and at most
 /// so many bytes of what the server says.
 struct Relay {
-    folder: TempDir,
+    directory: TempDir,
 }
 
 impl Relay {
     fn start(targets: Vec<(PathBuf, usize)>) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let listener = UnixListener::bind(folder.path().join("relay")).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("relay")).unwrap();
         tokio::spawn(async move {
             for (target, limit) in targets {
                 let (client, _) = listener.accept().await.unwrap();
@@ -32,11 +32,11 @@ impl Relay {
             }
             // Whoever still waits is told that there is nothing more.
         });
-        Self { folder }
+        Self { directory }
     }
 
     fn uri(&self) -> String {
-        format!("nbd+unix:///?socket={}", self.folder.path().join("relay").display())
+        format!("nbd+unix:///?socket={}", self.directory.path().join("relay").display())
     }
 }
 
@@ -60,8 +60,9 @@ async fn a_connection_cut_at_any_place_ends_with_an_error_and_in_time() {
     }
     let Some(site) = Site::new(Maker::Openssl) else { return };
     for kind in [Kind::X509, Kind::PreSharedKey] {
-        let folder = if kind == Kind::X509 { "server" } else { "keys" };
-        let peer = site.serve(Program::Nbdkit, kind, Version::Tls13, folder, &pattern(MIB)).await;
+        let directory = if kind == Kind::X509 { "server" } else { "keys" };
+        let peer =
+            site.serve(Program::Nbdkit, kind, Version::Tls13, directory, &pattern(MIB)).await;
         // In the greeting, behind the answer to STARTTLS (38 bytes), in the TLS handshake, and in
         // the middle of data.
         for limit in [10, 38, 39, 43, 100, 200, 600, 1000, 2000, 50_000, 400_000] {

@@ -39,7 +39,7 @@ async fn exchange(client: &Client, peer: &Peer, size: usize) {
     }
     client.flush().await.unwrap();
     assert!(client.read(span(0, size)).await.unwrap() == expected, "one large READ");
-    assert!(std::fs::read(peer.folder().join("disk")).unwrap() == expected, "the server's file");
+    assert!(std::fs::read(peer.directory().join("disk")).unwrap() == expected, "the server's file");
 }
 
 async fn every_program(maker: Maker, kind: Kind, version: Version) {
@@ -48,11 +48,11 @@ async fn every_program(maker: Maker, kind: Kind, version: Version) {
         if !have(program.name()) {
             continue;
         }
-        let folder = if kind == Kind::X509 { "server" } else { "keys" };
+        let directory = if kind == Kind::X509 { "server" } else { "keys" };
         let size = 6 * MIB;
         let mut contents = pattern(size);
         contents[size / 2..].fill(0);
-        let peer = site.serve(program, kind, version, folder, &contents).await;
+        let peer = site.serve(program, kind, version, directory, &contents).await;
         let connector = site.connector(&peer, kind).connections(NonZeroUsize::new(3).unwrap());
         let client = connector.connect().await.unwrap();
         assert!(client.is_encrypted());
@@ -94,8 +94,8 @@ async fn a_uri_says_it_all_if_it_may_name_files() {
     }
     let Some(site) = Site::new(Maker::Openssl) else { return };
     let contents = pattern(MIB);
-    for (kind, folder) in [(Kind::X509, "server"), (Kind::PreSharedKey, "keys")] {
-        let peer = site.serve(Program::Nbdkit, kind, Version::Tls13, folder, &contents).await;
+    for (kind, directory) in [(Kind::X509, "server"), (Kind::PreSharedKey, "keys")] {
+        let peer = site.serve(Program::Nbdkit, kind, Version::Tls13, directory, &contents).await;
         let socket = peer.socket();
         let uri = match kind {
             Kind::X509 => format!(

@@ -64,9 +64,9 @@ enum Kind {
     PreSharedKey,
 }
 
-/// A folder with the credentials of a server and its clients.
+/// A directory with the credentials of a server and its clients.
 struct Site {
-    folder: TempDir,
+    directory: TempDir,
     authority: Authority,
 }
 
@@ -76,37 +76,37 @@ impl Site {
         if !have(maker.program()) || !have("psktool") {
             return None;
         }
-        let folder = tempfile::tempdir().unwrap();
-        let authority = folder.path().join("authority");
+        let directory = tempfile::tempdir().unwrap();
+        let authority = directory.path().join("authority");
         std::fs::create_dir(&authority).unwrap();
         let authority = Authority::new(maker, &authority, "the authority of the test");
-        let site = Self { folder, authority };
+        let site = Self { directory, authority };
         site.authority.issue(Role::Server, NAME, Validity::Now, &site.path("server"));
         site.authority.issue(Role::Client, "a client", Validity::Now, &site.path("client"));
         std::fs::create_dir(site.path("keys")).unwrap();
         add_psk_user(&site.path("keys/keys.psk"), "alice");
         add_psk_user(&site.path("keys/keys.psk"), "bob:builder");
         // Without them qemu-nbd makes its own, which may take many seconds.
-        for folder in ["server", "keys"] {
-            std::fs::write(site.path(folder).join("dh-params.pem"), DH_PARAMETERS).unwrap();
+        for directory in ["server", "keys"] {
+            std::fs::write(site.path(directory).join("dh-params.pem"), DH_PARAMETERS).unwrap();
         }
         Some(site)
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.directory.path().join(name)
     }
 
-    /// Starts a server with the credentials of a folder.
+    /// Starts a server with the credentials of a directory.
     async fn serve(
         &self,
         program: Program,
         kind: Kind,
         version: Version,
-        folder: &str,
+        directory: &str,
         contents: &[u8],
     ) -> Peer {
-        let folder = self.path(folder).to_str().unwrap().to_owned();
+        let directory = self.path(directory).to_str().unwrap().to_owned();
         match program {
             Program::QemuNbd => {
                 let object = match kind {
@@ -119,7 +119,7 @@ impl Site {
                     Version::Tls13 => "1.3",
                 };
                 let object = format!(
-                    "{object},id=t,endpoint=server,dir={folder},\
+                    "{object},id=t,endpoint=server,dir={directory},\
                      priority=NORMAL:+ECDHE-PSK:+DHE-PSK:+PSK:-VERS-ALL:+VERS-TLS{version}"
                 );
                 qemu_nbd(&["--object", &object, "--tls-creds", "t"], contents).await
@@ -134,8 +134,8 @@ impl Site {
                 std::fs::write(&settings, text).unwrap();
                 let settings = format!("GNUTLS_SYSTEM_PRIORITY_FILE={}", settings.display());
                 let credentials = match kind {
-                    Kind::X509 => format!("--tls-certificates={folder}"),
-                    Kind::PreSharedKey => format!("--tls-psk={folder}/keys.psk"),
+                    Kind::X509 => format!("--tls-certificates={directory}"),
+                    Kind::PreSharedKey => format!("--tls-psk={directory}/keys.psk"),
                 };
                 let verify: &[&str] = if kind == Kind::X509 { &["--tls-verify-peer"] } else { &[] };
                 let arguments: Vec<&str> =
@@ -143,11 +143,11 @@ impl Site {
                         .into_iter()
                         .chain([credentials.as_str()])
                         .chain(verify.iter().copied())
-                        .chain(["file", "{folder}/disk"])
+                        .chain(["file", "{directory}/disk"])
                         .collect();
                 let contents = contents.to_vec();
-                Peer::start("env", &arguments, move |folder| {
-                    std::fs::write(folder.join("disk"), contents).unwrap();
+                Peer::start("env", &arguments, move |directory| {
+                    std::fs::write(directory.join("disk"), contents).unwrap();
                 })
                 .await
             }
@@ -170,5 +170,5 @@ impl Site {
 
 /// A server without TLS.
 async fn plain(contents: &[u8]) -> Peer {
-    nbdkit(&["file", "{folder}/disk"], contents).await
+    nbdkit(&["file", "{directory}/disk"], contents).await
 }

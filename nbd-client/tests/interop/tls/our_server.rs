@@ -61,7 +61,7 @@ async fn is_useful(connector: &Connector) {
 async fn certificates_are_held_against_the_host_of_the_uri() {
     let Some(site) = Site::new(Maker::Openssl) else { return };
     let credentials = TlsCredentials::load(CredentialSource::X509 {
-        folder: site.path("server"),
+        directory: site.path("server"),
         client_certificates: ClientCertificates::Required,
         authorization: Authorization::default(),
     })
@@ -72,7 +72,7 @@ async fn certificates_are_held_against_the_host_of_the_uri() {
     }
     site.authority.issue(Role::Server, "other.example", Validity::Now, &site.path("other"));
     let credentials = TlsCredentials::load(CredentialSource::X509 {
-        folder: site.path("other"),
+        directory: site.path("other"),
         client_certificates: ClientCertificates::NotAsked,
         authorization: Authorization::default(),
     })

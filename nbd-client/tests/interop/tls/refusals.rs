@@ -53,9 +53,9 @@ async fn certificates_that_fail_a_check_are_named_with_the_check() {
         assert!(text.contains("signed by 'CN=the authority of the test'"), "{text}");
     }
     // Without verification the authority does not matter, and the client's certificate does.
-    let folder = site.path("client");
+    let directory = site.path("client");
     let options = TlsOptions::new(TlsMode::Require).verify_peer(VerifyPeer::Off);
-    let client = peer.connector().tls(options.certificates(&folder)).connect().await.unwrap();
+    let client = peer.connector().tls(options.certificates(&directory)).connect().await.unwrap();
     assert!(client.is_encrypted());
 
     site.authority.issue(Role::Server, NAME, Validity::Expired, &site.path("expired"));
@@ -102,12 +102,12 @@ async fn a_server_that_wants_a_client_certificate_gets_none_or_a_wrong_one() {
             continue;
         }
         let peer = site.serve(program, Kind::X509, version, "server", &pattern(4096)).await;
-        for (folder, advice) in [
+        for (directory, advice) in [
             (&nobody, "put client-cert.pem and client-key.pem into"),
             (&stranger, "has to be signed by an authority that the server knows"),
             (&late, "expired on Jan 31 00:00:00 2020 GMT: renew it"),
         ] {
-            let options = site.options(Kind::X509).certificates(folder);
+            let options = site.options(Kind::X509).certificates(directory);
             let error = refusal(peer.connector().tls(options)).await.to_string();
             assert!(error.contains(advice), "{program:?}: {error}");
         }

@@ -94,12 +94,12 @@ pub fn greet(server: &TestServer) -> UnixStream {
 }
 
 /// What a client with a certificate brings.
-pub fn certified(folder: &Path) -> SslContextBuilder {
+pub fn certified(directory: &Path) -> SslContextBuilder {
     let mut builder = SslContextBuilder::new(SslMethod::tls_client()).unwrap();
     builder.set_verify(SslVerifyMode::PEER);
-    builder.set_ca_file(folder.join("ca-cert.pem")).unwrap();
-    builder.set_certificate_chain_file(folder.join("client-cert.pem")).unwrap();
-    builder.set_private_key_file(folder.join("client-key.pem"), SslFiletype::PEM).unwrap();
+    builder.set_ca_file(directory.join("ca-cert.pem")).unwrap();
+    builder.set_certificate_chain_file(directory.join("client-cert.pem")).unwrap();
+    builder.set_private_key_file(directory.join("client-key.pem"), SslFiletype::PEM).unwrap();
     builder
 }
 

@@ -25,7 +25,7 @@ fn without_credentials_starttls_is_refused() {
 
 #[test]
 fn a_server_that_requires_tls_answers_nothing_else_before_it() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     let mut stream = greet(&server);
     for (number, payload) in
@@ -41,7 +41,7 @@ fn a_server_that_requires_tls_answers_nothing_else_before_it() {
 
 #[test]
 fn users_get_in_with_their_key_and_nobody_else() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     for version in VERSIONS {
         assert!(is_let_in(&server, keyed("alice", ALICES_KEY, version)), "{version:?}");
@@ -52,7 +52,7 @@ fn users_get_in_with_their_key_and_nobody_else() {
 
 #[test]
 fn an_unknown_user_is_told_the_same_as_one_with_a_wrong_key() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     for version in VERSIONS {
         let answer = |user| {
@@ -68,7 +68,7 @@ fn an_unknown_user_is_told_the_same_as_one_with_a_wrong_key() {
 
 #[test]
 fn a_second_starttls_is_invalid_and_what_was_said_before_the_first_is_forgotten() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Allow(credentials));
     let mut stream = greet(&server);
     assert_eq!(ask(&mut stream, STRUCTURED_REPLY, &[]), ACK);
@@ -82,31 +82,31 @@ fn a_second_starttls_is_invalid_and_what_was_said_before_the_first_is_forgotten(
 
 #[test]
 fn only_clients_with_a_valid_certificate_get_in() {
-    let Some(folder) = certificates() else { return };
-    let server = serve(TlsMode::Require(x509(folder.path(), Authorization::Everyone)));
+    let Some(directory) = certificates() else { return };
+    let server = serve(TlsMode::Require(x509(directory.path(), Authorization::Everyone)));
     let other = tempfile::tempdir().unwrap();
     let (old, stranger) = (other.path().join("old"), other.path().join("stranger"));
     std::fs::create_dir(&stranger).unwrap();
     let authority = Authority::new(Maker::Openssl, &stranger, "Another authority");
     authority.issue(Role::Client, "alice", Validity::Now, &stranger);
-    std::fs::copy(folder.path().join("ca-cert.pem"), stranger.join("ca-cert.pem")).unwrap();
-    Authority::existing(Maker::Openssl, folder.path()).issue(
+    std::fs::copy(directory.path().join("ca-cert.pem"), stranger.join("ca-cert.pem")).unwrap();
+    Authority::existing(Maker::Openssl, directory.path()).issue(
         Role::Client,
         "alice",
         Validity::Expired,
         &old,
     );
     for version in VERSIONS {
-        let with = |folder| {
-            let mut builder = certified(folder);
+        let with = |directory| {
+            let mut builder = certified(directory);
             builder.set_max_proto_version(Some(version)).unwrap();
             is_let_in(&server, builder)
         };
-        assert!(with(folder.path()), "{version:?}");
+        assert!(with(directory.path()), "{version:?}");
         assert!(!with(&old), "expired, {version:?}");
         assert!(!with(&stranger), "another authority, {version:?}");
         let mut without = SslContextBuilder::new(SslMethod::tls_client()).unwrap();
-        without.set_ca_file(folder.path().join("ca-cert.pem")).unwrap();
+        without.set_ca_file(directory.path().join("ca-cert.pem")).unwrap();
         without.set_max_proto_version(Some(version)).unwrap();
         assert!(!is_let_in(&server, without), "no certificate, {version:?}");
     }
@@ -114,9 +114,9 @@ fn only_clients_with_a_valid_certificate_get_in() {
 
 #[test]
 fn nothing_older_than_tls_1_2_is_spoken() {
-    let Some(folder) = certificates() else { return };
-    let server = serve(TlsMode::Require(x509(folder.path(), Authorization::Everyone)));
-    let mut old = certified(folder.path());
+    let Some(directory) = certificates() else { return };
+    let server = serve(TlsMode::Require(x509(directory.path(), Authorization::Everyone)));
+    let mut old = certified(directory.path());
     old.set_cipher_list("ALL:@SECLEVEL=0").unwrap();
     old.set_min_proto_version(Some(SslVersion::TLS1)).unwrap();
     old.set_max_proto_version(Some(SslVersion::TLS1_1)).unwrap();
@@ -125,10 +125,10 @@ fn nothing_older_than_tls_1_2_is_spoken() {
 
 #[test]
 fn a_list_of_names_lets_in_those_on_it() {
-    let Some(folder) = certificates() else { return };
-    let list = folder.path().join("clients");
-    let server = serve(TlsMode::Require(x509(folder.path(), Authorization::File(list.clone()))));
-    let try_now = || is_let_in(&server, certified(folder.path()));
+    let Some(directory) = certificates() else { return };
+    let list = directory.path().join("clients");
+    let server = serve(TlsMode::Require(x509(directory.path(), Authorization::File(list.clone()))));
+    let try_now = || is_let_in(&server, certified(directory.path()));
     assert!(!try_now(), "a missing list denies");
     std::fs::write(&list, "CN=bob,*\n").unwrap();
     assert!(!try_now());

@@ -15,7 +15,7 @@ const BOBS_KEY: [u8; 16] = 0xffee_ddcc_bbaa_9988_7766_5544_3322_1100_u128.to_be_
 
 #[test]
 fn it_is_asked_again_after_starttls_and_turns_users_away() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let mut config = ServerConfig::default();
     config.tls = TlsMode::Require(credentials);
     let exports = ExportRegistry::new();

@@ -21,7 +21,7 @@ use crate::support::{Client, Script, Scripted, TestServer, wait_until};
 
 #[test]
 fn options_in_the_clear_behind_starttls_are_never_answered() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Allow(credentials));
     // In one piece with STARTTLS, as an attacker in the middle would do it.
     let mut stream = greet(&server);
@@ -39,7 +39,7 @@ fn options_in_the_clear_behind_starttls_are_never_answered() {
 
 #[test]
 fn a_truncated_tls_handshake_ends_the_connection() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     let hello = client_hello();
     for length in [0, 1, 5, 6, hello.len() / 2, hello.len() - 1] {
@@ -76,7 +76,7 @@ fn client_hello() -> Vec<u8> {
 
 #[test]
 fn the_deadline_covers_tls_handshakes() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let mut config = ServerConfig::default();
     config.tls = TlsMode::Require(credentials);
     config.handshake_timeout = Duration::from_millis(500);
@@ -98,7 +98,7 @@ fn the_deadline_covers_tls_handshakes() {
 
 #[test]
 fn a_client_that_has_finished_sending_still_gets_its_replies() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     for version in [SslVersion::TLS1_2, SslVersion::TLS1_3] {
         let Session(mut stream) = Session::open(&server, keyed("alice", ALICES_KEY, version));
@@ -113,7 +113,7 @@ fn a_client_that_has_finished_sending_still_gets_its_replies() {
 
 #[test]
 fn a_cut_write_is_not_carried_out() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     let tls = || keyed("alice", ALICES_KEY, SslVersion::TLS1_3);
     let Session(mut stream) = Session::open(&server, tls());
@@ -129,7 +129,7 @@ fn a_cut_write_is_not_carried_out() {
 
 #[test]
 fn what_is_changed_on_the_way_ends_the_connection() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     let Session(mut stream) =
         Session::open(&server, keyed("alice", ALICES_KEY, SslVersion::TLS1_3));
@@ -145,7 +145,7 @@ fn what_is_changed_on_the_way_ends_the_connection() {
 #[test]
 fn handshakes_compute_where_they_hold_up_nobody_else() {
     const SIZE: u64 = 1 << 20;
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let mut config = ServerConfig::default();
     config.tls = TlsMode::Allow(credentials);
     let disk = Scripted::new(SIZE, Script { gated: Some(4096..SIZE), ..Script::default() });

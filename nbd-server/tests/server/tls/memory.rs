@@ -11,8 +11,8 @@ use super::{ALICES_KEY, KEYS, certificates, serve};
 
 #[test]
 fn certificates_in_memory_serve_clients_as_files_do() {
-    let Some(folder) = certificates() else { return };
-    let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    let Some(directory) = certificates() else { return };
+    let read = |name: &str| std::fs::read(directory.path().join(name)).unwrap();
     let pem = PemCertificates::new(read("server-cert.pem"), read("server-key.pem"));
     let source = |pem: &PemCertificates| CredentialSource::X509Pem {
         certificates: pem.clone(),
@@ -25,7 +25,7 @@ fn certificates_in_memory_serve_clients_as_files_do() {
     let credentials = TlsCredentials::load(source(&pem.authorities(read("ca-cert.pem")))).unwrap();
     assert_eq!(credentials.host_names()[0], "localhost");
     let server = serve(TlsMode::Require(credentials));
-    assert!(is_let_in(&server, certified(folder.path())));
+    assert!(is_let_in(&server, certified(directory.path())));
 }
 
 #[test]

@@ -29,22 +29,22 @@ use credentials::{Authority, Maker, Role, Validity};
 /// Size of the disk that is served, in bytes.
 const DISK_LEN: u64 = 32 << 20;
 
-/// A folder with everything a server and a client need; `None` if openssl is not installed.
+/// A directory with everything a server and a client need; `None` if openssl is not installed.
 fn certificates() -> Option<tempfile::TempDir> {
     if !Maker::Openssl.is_installed() {
         skip("openssl is not installed");
         return None;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let authority = Authority::new(Maker::Openssl, folder.path(), "Test authority");
-    authority.issue(Role::Server, "localhost", Validity::Now, folder.path());
-    authority.issue(Role::Client, "alice", Validity::Now, folder.path());
-    Some(folder)
+    let directory = tempfile::tempdir().unwrap();
+    let authority = Authority::new(Maker::Openssl, directory.path(), "Test authority");
+    authority.issue(Role::Server, "localhost", Validity::Now, directory.path());
+    authority.issue(Role::Client, "alice", Validity::Now, directory.path());
+    Some(directory)
 }
 
-fn x509(folder: &Path, authorization: Authorization) -> TlsCredentials {
+fn x509(directory: &Path, authorization: Authorization) -> TlsCredentials {
     let source = CredentialSource::X509 {
-        folder: folder.to_path_buf(),
+        directory: directory.to_path_buf(),
         client_certificates: ClientCertificates::Required,
         authorization,
     };
@@ -55,12 +55,12 @@ fn x509(folder: &Path, authorization: Authorization) -> TlsCredentials {
 const KEYS: &str = "alice:00112233445566778899aabbccddeeff\nbob:ffeeddccbbaa99887766554433221100\n";
 const ALICES_KEY: [u8; 16] = 0x0011_2233_4455_6677_8899_aabb_ccdd_eeff_u128.to_be_bytes();
 
-/// Credentials with pre-shared keys, which need no tool, and the folder they are in.
+/// Credentials with pre-shared keys, which need no tool, and the directory they are in.
 fn psk() -> (tempfile::TempDir, TlsCredentials) {
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("keys.psk"), KEYS).unwrap();
-    let file = folder.path().to_path_buf();
-    (folder, TlsCredentials::load(CredentialSource::Psk { file }).unwrap())
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("keys.psk"), KEYS).unwrap();
+    let file = directory.path().to_path_buf();
+    (directory, TlsCredentials::load(CredentialSource::Psk { file }).unwrap())
 }
 
 /// A memory disk, served.

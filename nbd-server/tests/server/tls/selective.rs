@@ -16,7 +16,7 @@ use super::{ALICES_KEY, psk, serve_all};
 use crate::support::TestServer;
 
 fn server() -> TestServer {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let exports = ExportRegistry::new();
     let disk = || ExportEntry::new(Arc::new(MemoryExport::new(1 << 20)));
     exports.add("public", disk()).unwrap();

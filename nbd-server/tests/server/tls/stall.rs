@@ -16,7 +16,7 @@ use crate::support::{TestServer, wait_until};
 #[test]
 fn who_stalls_is_closed_and_who_is_slow_is_served() {
     let limit = Duration::from_millis(800);
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let mut config = ServerConfig::default();
     config.tls = TlsMode::Require(credentials);
     config.stall_timeout = Some(limit);

@@ -16,7 +16,7 @@ fn open(server: &TestServer, version: SslVersion) -> Session<impl Read + Write> 
 
 #[test]
 fn every_length_reads_back_as_it_was_written() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     let mut random = Random::new();
     for version in [SslVersion::TLS1_2, SslVersion::TLS1_3] {
@@ -32,7 +32,7 @@ fn every_length_reads_back_as_it_was_written() {
 
 #[test]
 fn connections_do_not_get_in_each_others_way() {
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     let part = DISK_LEN / 8;
     std::thread::scope(|scope| {
@@ -57,7 +57,7 @@ fn connections_do_not_get_in_each_others_way() {
 fn reads_and_writes_of_one_connection_move_at_the_same_time() {
     const PIECE: usize = 256 << 10;
     const PIECES: u64 = 64;
-    let (_folder, credentials) = psk();
+    let (_directory, credentials) = psk();
     let server = serve(TlsMode::Require(credentials));
     let tls = keyed("alice", ALICES_KEY, SslVersion::TLS1_3);
     let Session(mut stream) = Session::open(&server, tls);

@@ -9,7 +9,7 @@ use super::tree::Module;
 pub(super) struct Order {
     /// By crate and module: the names of the modules in it, from bottom to top. The module's own
     /// file is [`OWN_FILE`] among them.
-    folders: BTreeMap<(String, Module), Vec<String>>,
+    directories: BTreeMap<(String, Module), Vec<String>>,
     /// Uses that point up for now: crate, from, to.
     pub(super) exceptions: Vec<Exception>,
 }
@@ -26,8 +26,8 @@ pub(super) struct Exception {
 pub(super) const OWN_FILE: &str = "self";
 
 impl Order {
-    /// Reads the list: sections `[crate::module]` with a module a line, and `[exceptions]` with lines
-    /// `crate::module -> crate::module`; `#` begins a comment.
+    /// Reads the list: sections `[crate::module]` with a module a line, and `[exceptions]` with
+    /// lines `crate::module -> crate::module`; `#` begins a comment.
     ///
     /// # Errors
     ///
@@ -45,7 +45,7 @@ impl Order {
                 section = None;
             } else if let Some(name) = line.strip_prefix('[').and_then(|l| l.strip_suffix(']')) {
                 let key = split(name);
-                if order.folders.insert(key.clone(), Vec::new()).is_some() {
+                if order.directories.insert(key.clone(), Vec::new()).is_some() {
                     return Err(at_line("this section is there twice"));
                 }
                 section = Some(key);
@@ -56,7 +56,7 @@ impl Order {
                 }
                 order.exceptions.push(Exception { package, from, to });
             } else {
-                let names = section.as_ref().and_then(|section| order.folders.get_mut(section));
+                let names = section.as_ref().and_then(|section| order.directories.get_mut(section));
                 let names = names.ok_or_else(|| at_line("a module outside a section"))?;
                 if names.iter().any(|name| name == line) {
                     return Err(at_line("this module is there twice"));
@@ -73,32 +73,35 @@ impl Order {
         package: &'a str,
     ) -> impl Iterator<Item = (&'a Module, &'a Vec<String>)> {
         let is_of = move |key: &(String, Module)| key.0 == package;
-        self.folders.iter().filter(move |(key, _)| is_of(key)).map(|(key, names)| (&key.1, names))
+        self.directories
+            .iter()
+            .filter(move |(key, _)| is_of(key))
+            .map(|(key, names)| (&key.1, names))
     }
 
     /// The names of the sections' crates.
     pub(super) fn packages(&self) -> impl Iterator<Item = &str> {
-        self.folders.keys().map(|(package, _)| package.as_str())
+        self.directories.keys().map(|(package, _)| package.as_str())
     }
 
     /// The names of the two modules where their paths part, if the first stands below the second.
     pub(super) fn points_up(&self, package: &str, from: &Module, to: &Module) -> Option<Step> {
         let common = from.iter().zip(to).take_while(|(a, b)| a == b).count();
-        let folder = from[..common].to_vec();
-        let names = self.folders.get(&(package.to_owned(), folder.clone()))?;
+        let directory = from[..common].to_vec();
+        let names = self.directories.get(&(package.to_owned(), directory.clone()))?;
         let own_file = OWN_FILE.to_owned();
         let lower = from.get(common).unwrap_or(&own_file);
         let upper = to.get(common).unwrap_or(&own_file);
         let place = |name: &String| names.iter().position(|other| other == name);
-        let step = Step { folder, lower: lower.clone(), upper: upper.clone() };
+        let step = Step { directory, lower: lower.clone(), upper: upper.clone() };
         (place(lower)? < place(upper)?).then_some(step)
     }
 }
 
-/// Where a use points up: in this folder, from the lower to the upper module.
+/// Where a use points up: in this directory, from the lower to the upper module.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Step {
-    pub(super) folder: Module,
+    pub(super) directory: Module,
     pub(super) lower: String,
     pub(super) upper: String,
 }

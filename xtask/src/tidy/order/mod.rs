@@ -17,7 +17,7 @@ pub(crate) const LIST: &str = include_str!("order.txt");
 /// How findings call it.
 const LIST_NAME: &str = "xtask/src/tidy/order/order.txt";
 
-/// The crates whose modules have an order, and the folders of their root files.
+/// The crates whose modules have an order, and the directories of their root files.
 pub(crate) const CRATES: &[(&str, &str)] = &[
     ("nbd-proto", "nbd-proto/src"),
     ("nbd-client", "nbd-client/src"),
@@ -45,8 +45,8 @@ pub(crate) fn check(root: &Path, crates: &[(&str, &str)], list: &str) -> Result<
             findings.push(format!("{LIST_NAME}: {package} is no crate of this workspace"));
         }
     }
-    for (package, folder) in crates {
-        let tree = Tree::read(&root.join(folder)).with_context(|| format!("crate {package}"))?;
+    for (package, directory) in crates {
+        let tree = Tree::read(&root.join(directory)).with_context(|| format!("crate {package}"))?;
         findings.extend(check_names(package, &tree, &order));
         findings.extend(check_uses(root, package, &tree, &order));
     }
@@ -57,20 +57,22 @@ pub(crate) fn check(root: &Path, crates: &[(&str, &str)], list: &str) -> Result<
 /// The list names every module of its sections, and no others.
 fn check_names(package: &str, tree: &Tree, order: &Order) -> Vec<String> {
     let mut findings = Vec::new();
-    if !order.sections(package).any(|(folder, _)| folder.is_empty()) {
+    if !order.sections(package).any(|(directory, _)| directory.is_empty()) {
         findings.push(format!("{LIST_NAME}: there is no section [{package}]"));
     }
-    for (folder, names) in order.sections(package) {
-        let section = show(package, folder);
-        if !tree.contains(folder) {
+    for (directory, names) in order.sections(package) {
+        let section = show(package, directory);
+        if !tree.contains(directory) {
             findings.push(format!("{LIST_NAME}: [{section}] is no module"));
             continue;
         }
-        for name in names.iter().filter(|name| *name != OWN_FILE && !tree.has_child(folder, name)) {
+        for name in
+            names.iter().filter(|name| *name != OWN_FILE && !tree.has_child(directory, name))
+        {
             findings.push(format!("{LIST_NAME}: [{section}] has no module {name}"));
         }
         let own_file = OWN_FILE.to_owned();
-        let children = tree.children(folder);
+        let children = tree.children(directory);
         for name in children.into_iter().chain([&own_file]).filter(|name| !names.contains(name)) {
             findings.push(format!(
                 "{LIST_NAME}: [{section}] does not say where {name} stands; add it above all \
@@ -98,7 +100,7 @@ fn check_uses(root: &Path, package: &str, tree: &Tree, order: &Order) -> Vec<Str
                 "{file}:{}: {} points up: in [{}] of {LIST_NAME} {} stands below {}",
                 found.line,
                 found.path,
-                show(package, &step.folder),
+                show(package, &step.directory),
                 step.lower,
                 step.upper,
             ));
@@ -127,9 +129,9 @@ mod tests {
 
     /// A crate with `error` below `io`, which has `file` below `cache`.
     fn workspace(changed: &[(&str, &str)]) -> TempDir {
-        let folder = tempfile::tempdir().expect("temporary folder");
-        let source = folder.path().join("a/src");
-        fs::create_dir_all(source.join("io")).expect("folder");
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let source = directory.path().join("a/src");
+        fs::create_dir_all(source.join("io")).expect("directory");
         let files = [
             (
                 "lib.rs",
@@ -143,11 +145,11 @@ mod tests {
         for (name, text) in files.iter().chain(changed) {
             fs::write(source.join(name), text).expect("file");
         }
-        folder
+        directory
     }
 
-    fn findings(folder: &TempDir, order: &str) -> Vec<String> {
-        check(folder.path(), &[("a", "a/src")], order).expect("readable")
+    fn findings(directory: &TempDir, order: &str) -> Vec<String> {
+        check(directory.path(), &[("a", "a/src")], order).expect("readable")
     }
 
     #[test]

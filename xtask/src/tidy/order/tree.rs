@@ -41,21 +41,21 @@ pub(super) struct Use {
 }
 
 impl Tree {
-    /// Reads the crate whose root file is `lib.rs` or else `main.rs` in `folder`.
+    /// Reads the crate whose root file is `lib.rs` or else `main.rs` in `directory`.
     ///
     /// # Errors
     ///
     /// A file cannot be read.
-    pub(super) fn read(folder: &Path) -> Result<Self> {
+    pub(super) fn read(directory: &Path) -> Result<Self> {
         let mut tree = Self { modules: BTreeMap::new() };
-        let library = folder.join("lib.rs");
-        let root = if library.is_file() { library } else { folder.join("main.rs") };
-        tree.read_module(Vec::new(), root, folder)?;
+        let library = directory.join("lib.rs");
+        let root = if library.is_file() { library } else { directory.join("main.rs") };
+        tree.read_module(Vec::new(), root, directory)?;
         Ok(tree)
     }
 
-    /// Reads `file`, whose modules are in `folder`.
-    fn read_module(&mut self, module: Module, file: PathBuf, folder: &Path) -> Result<()> {
+    /// Reads `file`, whose modules are in `directory`.
+    fn read_module(&mut self, module: Module, file: PathBuf, directory: &Path) -> Result<()> {
         let text = fs::read_to_string(&file)
             .with_context(|| format!("cannot read {} as text", file.display()))?;
         let code = Source::new(&text).code_without_tests();
@@ -63,8 +63,8 @@ impl Tree {
         for name in paths.modules.clone() {
             let mut child = module.clone();
             child.push(name.clone());
-            let below = folder.join(&name);
-            let files = [folder.join(format!("{name}.rs")), below.join("mod.rs")];
+            let below = directory.join(&name);
+            let files = [directory.join(format!("{name}.rs")), below.join("mod.rs")];
             if let Some(file) = files.into_iter().find(|file| file.is_file()) {
                 self.read_module(child, file, &below)?;
             } else {
@@ -95,8 +95,8 @@ impl Tree {
         self.modules.keys().filter(is_child).filter_map(|child| child.last()).collect()
     }
 
-    /// Every use of one module by another. What a module with modules below it re-exports of them is
-    /// none: it is their face.
+    /// Every use of one module by another. What a module with modules below it re-exports of them
+    /// is none: it is their face.
     pub(super) fn uses(&self) -> Vec<Use> {
         let mut uses = Vec::new();
         for (module, entry) in &self.modules {

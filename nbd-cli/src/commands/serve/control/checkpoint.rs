@@ -185,7 +185,7 @@ fn begin(
 ) -> Result<PointInTimeView, Failure> {
     let file = nameless_file().map_err(|error| {
         let message = format!(
-            "cannot make a file for what will be overwritten: {error}; set TMPDIR to a folder with \
+            "cannot make a file for what will be overwritten: {error}; set TMPDIR to a directory with \
              room"
         );
         Failure::new(ErrorKind::Failed, message)
@@ -347,13 +347,13 @@ fn dirty_status(
 
 /// A file without a name, in TMPDIR or else in /var/tmp.
 fn nameless_file() -> io::Result<File> {
-    let folder = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
+    let directory = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    match openat(CWD, &folder, flags, Mode::RUSR | Mode::WUSR) {
+    match openat(CWD, &directory, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => Ok(file.into()),
         // Not every file system can do that.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
-            let path = folder.join(format!("nbd-cli-{}.checkpoint", std::process::id()));
+            let path = directory.join(format!("nbd-cli-{}.checkpoint", std::process::id()));
             let file = File::options().read(true).write(true).create_new(true).open(&path)?;
             std::fs::remove_file(&path)?;
             Ok(file)

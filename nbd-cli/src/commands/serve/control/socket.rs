@@ -118,7 +118,7 @@ impl Drop for ControlSocket {
     fn drop(&mut self) {
         let found = std::fs::symlink_metadata(&self.path);
         if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
-            // Nothing can be done about a folder that does not allow it any more.
+            // Nothing can be done about a directory that does not allow it any more.
             let _ = std::fs::remove_file(&self.path);
         }
     }

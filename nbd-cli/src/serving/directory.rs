@@ -1,4 +1,4 @@
-//! A folder of one's own for sockets and files that nobody else may see.
+//! A directory of one's own for sockets and files that nobody else may see.
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;
@@ -7,18 +7,18 @@ use std::path::{Path, PathBuf};
 
 use crate::error::CommandError;
 
-/// A folder that only this user can enter, with room for a socket; removed when dropped.
+/// A directory that only this user can enter, with room for a socket; removed when dropped.
 #[derive(Debug)]
-pub(crate) struct PrivateFolder {
+pub(crate) struct PrivateDirectory {
     path: PathBuf,
 }
 
-impl PrivateFolder {
+impl PrivateDirectory {
     pub(crate) fn new() -> Result<Self, CommandError> {
         Self::inside(&std::env::temp_dir())
     }
 
-    /// A folder in `parent`.
+    /// A directory in `parent`.
     pub(crate) fn inside(parent: &Path) -> Result<Self, CommandError> {
         let mut last = None;
         // Another process with our number in another namespace may have left one behind.
@@ -35,7 +35,7 @@ impl PrivateFolder {
         }
         let why = last.map(|error| error.to_string()).unwrap_or_default();
         Err(CommandError::new(format!(
-            "cannot create a private folder in '{}': {why}; set TMPDIR to a folder you may write to",
+            "cannot create a private directory in '{}': {why}; set TMPDIR to a directory you may write to",
             parent.display()
         )))
     }
@@ -50,7 +50,7 @@ impl PrivateFolder {
     }
 }
 
-impl Drop for PrivateFolder {
+impl Drop for PrivateDirectory {
     fn drop(&mut self) {
         // The server has removed its socket before; nothing else is in there.
         let _ = std::fs::remove_dir(&self.path);
