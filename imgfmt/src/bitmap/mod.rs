@@ -11,7 +11,7 @@ use crate::units::GuestRange;
 
 pub use bits::DirtyBits;
 pub(crate) use bits::{Bits, GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN};
-pub(crate) use tracker::{Bitmap, Condition, ExclusiveState, Recorded, State, Tracker};
+pub(crate) use tracker::{Bitmap, Condition, ExclusiveState, Recorded, State, Tracker, WouldBlock};
 
 /// The granularity of a bitmap for which none is asked for, in bytes.
 pub const BITMAP_GRANULARITY_DEFAULT: u64 = 64 << 10;

@@ -15,26 +15,26 @@ impl Image {
     /// stored. Images that are not qcow2 have none. To know how many bytes are dirty all bits are
     /// read.
     pub fn bitmaps(&self) -> Vec<BitmapInfo> {
-        self.qcow2().map(Qcow2::bitmap_list).unwrap_or_default()
+        self.qcow2().map(|image| image.bitmaps().list()).unwrap_or_default()
     }
 
     /// Why bitmaps that the image claims to have cannot be found, as a clause; `None` if all is
     /// well. The disk can be used all the same. Its first change drops them for good, and so does
     /// [`check_file`](Self::check_file) if it repairs.
     pub fn bitmap_damage(&self) -> Option<String> {
-        self.qcow2().and_then(Qcow2::bitmap_damage)
+        self.qcow2().and_then(|image| image.bitmaps().damage())
     }
 
     /// What the bitmaps of the image survive, and which were recovered when it was opened. The file
     /// that keeps their bits is made by the first change; before that nobody can say that it cannot be.
     pub fn bitmap_safety(&self) -> BitmapSafety {
-        self.qcow2().map(Qcow2::bitmap_safety).unwrap_or_default()
+        self.qcow2().map(|image| image.bitmaps().safety()).unwrap_or_default()
     }
 
     /// As [`bitmap_safety`](Self::bitmap_safety), and if nothing has changed yet, tries whether the
     /// file that is to keep the bits can be made. Nothing stays behind.
     pub fn probe_bitmap_safety(&self) -> BitmapSafety {
-        self.qcow2().map(Qcow2::probe_bitmap_safety).unwrap_or_default()
+        self.qcow2().map(|image| image.bitmaps().probe_safety()).unwrap_or_default()
     }
 
     /// Adds a bitmap in which nothing is dirty. `granularity` is how many bytes a bit stands for: a
@@ -88,7 +88,7 @@ impl Image {
             let error = Error::new(ErrorKind::Unsupported, "change the bitmaps of", detail);
             return Err(self.name(error));
         };
-        image.bitmap_transaction(changes, at_the_instant).map_err(|error| self.name(error))
+        image.change_bitmaps(changes, at_the_instant).map_err(|error| self.name(error))
     }
 
     /// Puts bits back that checkpoints have [frozen](BitmapChange::Freeze), where they and the bits of
@@ -121,7 +121,7 @@ impl Image {
     ) -> Result<Vec<DirtyExtent>> {
         let range = self.check("look for changes in", range.offset(), range.length())?;
         let layer = self.layer_with_bitmap(name)?;
-        layer.dirty_extents(name, range, max_count).map_err(|error| self.name(error))
+        layer.bitmaps().dirty_extents(name, range, max_count).map_err(|error| self.name(error))
     }
 
     /// A copy of the bits of a bitmap, to be merged into one of another image. It is looked for as
@@ -131,13 +131,13 @@ impl Image {
     ///
     /// As [`dirty_extents`](Self::dirty_extents).
     pub fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
-        self.layer_with_bitmap(name)?.dirty_bits(name).map_err(|error| self.name(error))
+        self.layer_with_bitmap(name)?.bitmaps().dirty_bits(name).map_err(|error| self.name(error))
     }
 
     /// Which disk this is: known since a bitmap was [frozen](BitmapChange::Freeze) for a backup for the
     /// first time.
     pub fn disk_id(&self) -> Option<Uuid> {
-        self.qcow2().and_then(Qcow2::disk_id)
+        self.qcow2().and_then(|image| image.bitmaps().disk_id())
     }
 
     /// What each layer of the image says about the backup that it is, the image itself first, with
@@ -160,7 +160,7 @@ impl Image {
         let mut found: Vec<BitmapInfo> = Vec::new();
         let mut layer = self.qcow2();
         while let Some(image) = layer {
-            for bitmap in image.bitmap_list() {
+            for bitmap in image.bitmaps().list() {
                 if !found.iter().any(|other| other.name == bitmap.name) {
                     found.push(bitmap);
                 }
@@ -173,7 +173,7 @@ impl Image {
     /// All bitmaps of the one layer in which a name is found, as in
     /// [`dirty_extents`](Self::dirty_extents); none if it is not found.
     pub fn bitmaps_beside(&self, name: &str) -> Vec<BitmapInfo> {
-        self.layer_with_bitmap(name).map(Qcow2::bitmap_list).unwrap_or_default()
+        self.layer_with_bitmap(name).map(|layer| layer.bitmaps().list()).unwrap_or_default()
     }
 
     fn layer_with_bitmap(&self, name: &str) -> Result<&Qcow2> {
@@ -188,7 +188,7 @@ impl Image {
             )));
         }
         while let Some(image) = layer {
-            if image.has_bitmap(name) {
+            if image.bitmaps().has(name) {
                 return Ok(image);
             }
             layer = image.backing_image();

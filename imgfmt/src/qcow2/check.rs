@@ -140,7 +140,7 @@ impl Qcow2 {
         if self.metadata.is_writable() && repair != Repair::None {
             // Whoever repairs after a crash, before bitmaps are recovered, must not be taken for a
             // foreign writer.
-            drop(self.find_sidecar()?);
+            drop(self.bitmaps.find_sidecar()?);
         }
         let mode = match (self.metadata.is_writable(), repair) {
             (false, _) | (_, Repair::None) => Mode::Look,
@@ -221,14 +221,14 @@ impl Qcow2 {
 
     /// How often the image on disk refers to each of these clusters, except from refcounts and bitmaps;
     /// nothing if some table's references are not known.
-    pub(super) fn references_to(
+    pub(super) fn count_references_to(
         &self,
-        clusters: impl Iterator<Item = u64>,
+        clusters: &[u64],
     ) -> Result<Option<HashMap<u64, u64>>> {
         let mut checker = Checker::new(self)?;
         checker.count_disk()?;
-        let count = |cluster| (cluster, checker.counts.get(cluster));
-        Ok((!checker.is_incomplete).then(|| clusters.map(count).collect()))
+        let count = |cluster: &u64| (*cluster, checker.counts.get(*cluster));
+        Ok((!checker.is_incomplete).then(|| clusters.iter().map(count).collect()))
     }
 }
 

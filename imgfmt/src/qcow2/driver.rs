@@ -38,7 +38,7 @@ impl Driver for Qcow2 {
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
-        let recorded = self.before_change(span_at(offset, data.len()))?;
+        let recorded = self.bitmaps.before_change(self, span_at(offset, data.len()))?;
         self.write_range(offset, data)?;
         drop(recorded);
         self.flush_if(durability)
@@ -46,8 +46,7 @@ impl Driver for Qcow2 {
 
     fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite> {
         self.metadata.refuse_if_corrupt()?;
-        let Ok(_recorded) = self.bitmaps.tracker.try_before_change(span_at(offset, data.len()))
-        else {
+        let Ok(_recorded) = self.bitmaps.try_before_change(span_at(offset, data.len())) else {
             return Ok(TryWrite::WouldBlock);
         };
         match self.try_write_range(offset, data)? {
@@ -58,7 +57,7 @@ impl Driver for Qcow2 {
 
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
-        let _recorded = self.before_change(span_at(offset, data.len()))?;
+        let _recorded = self.bitmaps.before_change(self, span_at(offset, data.len()))?;
         let size = self.geometry().cluster_size();
         let mut offset = offset;
         for part in data.chunks(size as usize) {
@@ -76,7 +75,7 @@ impl Driver for Qcow2 {
         durability: Durability,
     ) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
-        let recorded = self.before_change(range)?;
+        let recorded = self.bitmaps.before_change(self, range)?;
         self.zero_range(range, mode, speed)?;
         drop(recorded);
         self.flush_if(durability)
@@ -84,7 +83,7 @@ impl Driver for Qcow2 {
 
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
-        let recorded = self.before_change(range)?;
+        let recorded = self.bitmaps.before_change(self, range)?;
         self.discard_range(range)?;
         drop(recorded);
         self.flush_if(durability)

@@ -164,8 +164,8 @@ impl Qcow2 {
         }
         self.end_with_cluster()?;
         self.flush_all()?;
-        self.store_bitmaps()?;
-        self.end_session()?;
+        self.bitmaps.store(self)?;
+        self.bitmaps.end_session()?;
         // The first flush may have moved the refcount table and so freed the old one.
         for _ in 0..2 {
             self.clusters.release_all_freed();

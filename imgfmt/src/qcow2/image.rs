@@ -1,13 +1,14 @@
 //! An open image: the parts that it is made of, and what it says about itself.
 
 use crate::backup::Backup;
+use crate::bitmap::BitmapChange;
 use crate::create_options::{CompressionType, L2Entries, Qcow2Version};
 use crate::driver::Driver;
 use crate::error::Result;
 use crate::info::Qcow2Info;
 use crate::luks::{self, Encryption};
 use crate::qcow2::alloc::clusters::Clusters;
-use crate::qcow2::bitmap::Bitmaps;
+use crate::qcow2::bitmap::{Bitmaps, ImageServices};
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
@@ -17,6 +18,7 @@ use crate::qcow2::on_disk::header::{
 };
 use crate::qcow2::on_disk::words::read_error;
 use crate::storage::Storage;
+use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
 /// An open qcow2 image.
@@ -62,8 +64,8 @@ impl Qcow2 {
             is_corrupt: header.incompatible & incompatible::CORRUPT != 0,
             is_dirty: header.incompatible & incompatible::DIRTY != 0,
             lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
-            has_bitmaps: !self.has_no_bitmaps(),
-            bitmaps: self.bitmap_entries(),
+            has_bitmaps: !self.bitmaps.are_none(),
+            bitmaps: self.bitmaps.entries(),
             backing_name: header.backing_name.clone(),
             backing_format: header.extensions.backing_format.clone(),
             data_file_name: header.extensions.data_file_name.clone(),
@@ -96,6 +98,26 @@ impl Qcow2 {
         self.backing.is_some()
     }
 
+    /// The persistent dirty bitmaps.
+    pub(crate) fn bitmaps(&self) -> &Bitmaps {
+        &self.bitmaps
+    }
+
+    /// Makes all changes of bitmaps at one instant, at which no write is on its way, or none of
+    /// them. Then, still at that instant, calls `at_the_instant`.
+    pub(crate) fn change_bitmaps<T>(
+        &self,
+        changes: &[BitmapChange],
+        at_the_instant: impl FnOnce() -> T,
+    ) -> Result<T> {
+        self.bitmaps.transaction(self, changes, at_the_instant)
+    }
+
+    /// Puts the frozen bits of all bitmaps back; see [`Bitmaps::thaw`].
+    pub(crate) fn thaw_bitmaps(&self) -> Result<Vec<String>> {
+        self.bitmaps.thaw(self)
+    }
+
     /// What the file says about the backup that it is.
     pub(crate) fn backup(&self) -> Option<Backup> {
         self.metadata.backup()
@@ -112,5 +134,19 @@ impl Qcow2 {
 
     pub(in crate::qcow2) fn geometry(&self) -> Geometry {
         self.mapping.geometry()
+    }
+}
+
+impl ImageServices for Qcow2 {
+    fn flush(&self) -> Result<()> {
+        self.flush_all()
+    }
+
+    fn references_to(&self, clusters: &[u64]) -> Result<Option<HashMap<u64, u64>>> {
+        self.count_references_to(clusters)
+    }
+
+    fn is_metadata(&self, offset: u64) -> Result<bool> {
+        self.mapping.is_metadata(offset)
     }
 }

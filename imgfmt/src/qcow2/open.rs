@@ -53,11 +53,6 @@ impl Qcow2 {
             // It is being checked.
             false => vec![0; l1_entries as usize],
         };
-        let bitmaps = match &options.snapshot {
-            None => Bitmaps::open(&*file, &header, options),
-            // They speak of the present state.
-            Some(_) => Bitmaps::none(),
-        };
         let format = EntryFormat {
             geometry: header.geometry,
             version: header.version,
@@ -69,7 +64,15 @@ impl Qcow2 {
         let commits = Arc::new(Commits::default());
         let clusters = Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator);
         let clusters = Arc::new(clusters);
-        let parts = (Arc::clone(&metadata), Arc::clone(&clusters), Arc::clone(&commits));
+        let (of_bitmaps, parts) = (
+            (Arc::clone(&metadata), Arc::clone(&clusters)),
+            (Arc::clone(&metadata), Arc::clone(&clusters), Arc::clone(&commits)),
+        );
+        let bitmaps = match &options.snapshot {
+            None => Bitmaps::open(of_bitmaps, options),
+            // They speak of the present state.
+            Some(_) => Bitmaps::none(of_bitmaps, size),
+        };
         let mut mapping = MappingTables::new(parts, format, l1, size, options.metadata_cache_bytes);
         mapping.note_snapshots(snapshots_offset, &snapshots);
         if purpose == Purpose::Use {
@@ -102,10 +105,10 @@ impl Qcow2 {
 
     /// Makes the last preparations for writing, once the whole chain has been opened.
     pub(crate) fn begin_writing(&mut self) -> Result<()> {
-        let sidecar = self.find_sidecar()?;
+        let sidecar = self.bitmaps.find_sidecar()?;
         if !self.metadata.is_writable() || self.mapping.format.version < 3 {
             self.prove_refcount_blocks();
-            return sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found));
+            return sidecar.map_or(Ok(()), |found| self.bitmaps.recover_all(self, found));
         }
         if self.metadata.header().incompatible & incompatible::DIRTY != 0 {
             let report = self.check_with_sidecar(Mode::Automatic)?;
@@ -130,9 +133,9 @@ impl Qcow2 {
             self.metadata.write_header(field::AUTOCLEAR, &known.to_be_bytes())?;
             self.metadata.sync_header()?;
         }
-        self.begin_recording();
-        sidecar.map_or(Ok(()), |found| self.recover_bitmaps(found))?;
-        self.thaw_at_open();
+        self.bitmaps.begin_recording();
+        sidecar.map_or(Ok(()), |found| self.bitmaps.recover_all(self, found))?;
+        self.bitmaps.thaw_at_open(self);
         Ok(())
     }
 

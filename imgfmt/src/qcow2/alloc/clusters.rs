@@ -96,7 +96,7 @@ impl Clusters {
     pub(in crate::qcow2) fn reserve(
         &self,
         count_max: u64,
-        references: &impl CountReferences,
+        references: &(impl CountReferences + ?Sized),
     ) -> Result<Reserved> {
         self.release_quarantine();
         self.allocate(references, |allocator| allocator.reserve(count_max))
@@ -106,7 +106,7 @@ impl Clusters {
     pub(in crate::qcow2) fn reserve_exact(
         &self,
         count: u64,
-        references: &impl CountReferences,
+        references: &(impl CountReferences + ?Sized),
     ) -> Result<Reserved> {
         self.allocate(references, |allocator| allocator.reserve_exact(count))
     }
@@ -115,7 +115,7 @@ impl Clusters {
     /// all references are counted then, once.
     fn allocate(
         &self,
-        references: &impl CountReferences,
+        references: &(impl CountReferences + ?Sized),
         mut reserve: impl FnMut(&mut Allocator) -> Result<Reserved>,
     ) -> Result<Reserved> {
         let mut allocator = self.allocator()?;
@@ -139,7 +139,7 @@ impl Clusters {
         &self,
         count_max: u64,
         lookup: Lookup,
-        references: &impl CountReferences,
+        references: &(impl CountReferences + ?Sized),
     ) -> Result<Option<Reserved>> {
         if lookup == Lookup::MayRead {
             return self.reserve(count_max, references).map(Some);

@@ -12,15 +12,9 @@
 //! | thaw | nothing | after X | after X |
 //! | clear, remove, disable, add | nothing is known | refused | refused |
 
-use super::change::Planned;
-use super::directory::Entry;
 use crate::backup::{BeganAfter, Uuid};
-use crate::bitmap::{BitmapChange, ExclusiveState};
+use crate::bitmap::BitmapChange;
 use crate::bytes::{u16_at, u32_at, u64_at};
-use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::image::Qcow2;
-use crate::qcow2::metadata::header_edit::{change_autoclear, remove_extension, replace_extension};
-use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, autoclear};
 
 const VERSION: u32 = 1;
@@ -31,23 +25,23 @@ const STEP: usize = 64;
 
 /// What is known about one bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Record {
-    name: String,
-    began_after: Option<Uuid>,
+pub(super) struct Record {
+    pub(super) name: String,
+    pub(super) began_after: Option<Uuid>,
     /// The backup after which it will have begun, once its frozen bits are dropped.
-    pending: Option<Uuid>,
+    pub(super) pending: Option<Uuid>,
 }
 
 /// What is known about all bitmaps of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Lineage {
     /// Which disk it is.
-    disk: Option<Uuid>,
+    pub(super) disk: Option<Uuid>,
     /// Counts what was written; the highest one counts.
-    sequence: u64,
-    records: Vec<Record>,
+    pub(super) sequence: u64,
+    pub(super) records: Vec<Record>,
     /// Another program has had the image open for writing since this was written.
-    is_doubtful: bool,
+    pub(super) is_doubtful: bool,
 }
 
 impl Lineage {
@@ -73,7 +67,7 @@ impl Lineage {
     }
 
     /// What is to be known before a change of the list is made.
-    fn change(&mut self, change: &BitmapChange) {
+    pub(super) fn change(&mut self, change: &BitmapChange) {
         match change {
             BitmapChange::Add { name, .. }
             | BitmapChange::Remove { name }
@@ -103,7 +97,7 @@ impl Lineage {
         }
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let uuid = |uuid: Option<Uuid>| uuid.map_or([0; 16], Uuid::bytes);
         let mut content = Vec::new();
         content.extend(VERSION.to_be_bytes());
@@ -149,90 +143,6 @@ fn decode(content: &[u8]) -> Option<Lineage> {
     let (disk, sequence) = (uuid(&content[16..32]), u64_at(content, 8));
     Some(Lineage { disk, sequence, records, is_doubtful: false })
 }
-
-impl Qcow2 {
-    /// After which backup a bitmap of this layer began.
-    pub(crate) fn began_after(&self, name: &str) -> BeganAfter {
-        self.bitmaps.lineage.lock().began_after(name)
-    }
-
-    /// Which disk it is, if that is known: since its first backup.
-    pub(crate) fn disk_id(&self) -> Option<Uuid> {
-        self.bitmaps.lineage.lock().disk
-    }
-
-    /// Nothing is known any more about when bitmaps began.
-    pub(in crate::qcow2) fn forget_lineage(&self) -> Result<()> {
-        let mut lineage = self.bitmaps.lineage.lock().clone();
-        if lineage.records.is_empty() {
-            return Ok(());
-        }
-        lineage.records.clear();
-        lineage.is_doubtful = false;
-        self.write_lineage(lineage)
-    }
-
-    /// Carries a plan out. What is known about the bitmaps' backups is right whatever happens.
-    pub(super) fn carry_out_changes(
-        &self,
-        exclusive: &mut ExclusiveState<'_, Entry>,
-        plan: Vec<Planned>,
-        changes: &[BitmapChange],
-    ) -> Result<()> {
-        let before = self.bitmaps.lineage.lock().clone();
-        let mut after = before.clone();
-        if after.is_doubtful {
-            // What is written now is written by somebody who knows.
-            after.records.clear();
-            after.is_doubtful = false;
-        }
-        changes.iter().for_each(|change| after.change(change));
-        let has_name = |name: &str| plan.iter().any(|planned| planned.bitmap.name == name);
-        after.records.retain(|record| has_name(&record.name));
-        let is_known = |lineage: &Lineage| !lineage.records.is_empty();
-        // An image of which nothing is known stays as it is.
-        let must_write = after.records != before.records && (is_known(&before) || is_known(&after));
-        if must_write {
-            self.write_lineage(after)?;
-        }
-        self.carry_out(exclusive, plan).inspect_err(|_| {
-            // While nobody knows which list the disk names, what is right with both of them stays.
-            let is_settled = !self.bitmaps.disk.lock().is_doubtful;
-            if must_write && is_settled && !before.is_doubtful {
-                // What was known still holds; if it cannot be written the next backup is refused.
-                let _ = self.write_lineage(before);
-            }
-        })
-    }
-
-    fn write_lineage(&self, mut lineage: Lineage) -> Result<()> {
-        let mut current = self.bitmaps.lineage.lock();
-        lineage.sequence = current.sequence.wrapping_add(1);
-        if lineage.disk.is_none() {
-            let disk = Uuid::random();
-            lineage.disk = Some(disk.map_err(|error| Error::from_io(CHANGE, error))?);
-        }
-        let since = self.metadata.failed_syncs();
-        self.metadata.edit_header(|file, cluster| {
-            let written = replace_extension(file, cluster, extension::LINEAGE, &lineage.encode())
-                .and_then(|()| change_autoclear(file, autoclear::LINEAGE, 0));
-            match written {
-                // Without room nothing is known about any bitmap.
-                Err(error) if error.kind() == ErrorKind::Unsupported => {
-                    lineage.records.clear();
-                    change_autoclear(file, 0, autoclear::LINEAGE)?;
-                    remove_extension(file, cluster, extension::LINEAGE)
-                }
-                written => written,
-            }
-        })?;
-        self.metadata.refuse_lost_since(since)?;
-        *current = lineage;
-        Ok(())
-    }
-}
-
-const CHANGE: &str = "change the bitmaps of";
 
 #[cfg(test)]
 mod tests {

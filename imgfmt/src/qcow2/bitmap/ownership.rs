@@ -9,13 +9,13 @@
 //! The count must see every reference. It is made before the first change of the disk that a bitmap
 //! notes, or where there is none on its way and everything has been flushed.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use super::directory::{Entry, Place};
+use super::store::{Bitmaps, ImageServices, Ownership};
 use crate::bitmap::Bitmap;
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
-use crate::qcow2::image::Qcow2;
 use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::autoclear;
 
@@ -23,29 +23,25 @@ use crate::qcow2::on_disk::header::autoclear;
 pub(super) const FOREIGN_DIRECTORY: &str =
     "the list of the bitmaps lies where the image has something else";
 
-/// What is known about the clusters of bitmaps and of their directory.
-#[derive(Debug, Default)]
-pub(super) struct Ownership {
-    is_known: bool,
-    /// May be freed: there is a refcount for every reference.
-    counted: HashSet<u64>,
-    /// May be written in place too: there is no other reference.
-    alone: HashSet<u64>,
-}
-
-impl Qcow2 {
+impl Bitmaps {
     /// Makes sure that it is known what the bitmaps own.
-    pub(super) fn find_ownership(&self, bitmaps: &[Bitmap<Entry>], directory: Option<Place>) {
-        let mut ownership = self.bitmaps.ownership.lock();
+    pub(super) fn find_ownership(
+        &self,
+        image: &dyn ImageServices,
+        bitmaps: &[Bitmap<Entry>],
+        directory: Option<Place>,
+    ) {
+        let mut ownership = self.ownership.lock();
         if !ownership.is_known {
             // Nobody needs to know what cannot be read: it is left alone.
-            *ownership = self.prove_ownership(bitmaps, directory).unwrap_or_default();
+            *ownership = self.prove_ownership(image, bitmaps, directory).unwrap_or_default();
             ownership.is_known = true;
         }
     }
 
     fn prove_ownership(
         &self,
+        image: &dyn ImageServices,
         bitmaps: &[Bitmap<Entry>],
         directory: Option<Place>,
     ) -> Result<Ownership> {
@@ -60,12 +56,13 @@ impl Qcow2 {
         if uses.is_empty() {
             return Ok(found);
         }
-        let Some(others) = self.references_to(uses.keys().copied())? else { return Ok(found) };
+        let clusters: Vec<u64> = uses.keys().copied().collect();
+        let Some(others) = image.references_to(&clusters)? else { return Ok(found) };
         let bits = self.geometry().cluster_bits;
         for (cluster, uses) in uses {
             let references = uses.saturating_add(others.get(&cluster).copied().unwrap_or(0));
             // Refcounts and their table are not among those that were counted.
-            if self.mapping.is_metadata(cluster << bits)? {
+            if image.is_metadata(cluster << bits)? {
                 continue;
             }
             let refcount = self.clusters.allocator()?.refcounts.refcount(cluster)?;
@@ -92,15 +89,16 @@ impl Qcow2 {
     /// place. The next change of the list makes a new one; after a crash before that there are no bitmaps.
     pub(super) fn give_up_foreign_directory(
         &self,
+        image: &dyn ImageServices,
         directory: &mut Option<Place>,
         bitmaps: &[Bitmap<Entry>],
     ) -> Result<()> {
         if directory.is_none() {
             return Ok(());
         }
-        self.find_ownership(bitmaps, *directory);
+        self.find_ownership(image, bitmaps, *directory);
         let is_ours = {
-            let ownership = self.bitmaps.ownership.lock();
+            let ownership = self.ownership.lock();
             self.place_clusters(*directory).all(|cluster| ownership.alone.contains(&cluster))
         };
         if !is_ours {
@@ -114,7 +112,7 @@ impl Qcow2 {
     /// that they are not the bitmaps' any more, and what was `reserved` is.
     pub(super) fn give_away(&self, clusters: Vec<u64>, reserved: &[Reserved]) -> Vec<u64> {
         let bits = self.geometry().cluster_bits;
-        let mut ownership = self.bitmaps.ownership.lock();
+        let mut ownership = self.ownership.lock();
         let freed: Vec<u64> =
             clusters.into_iter().filter(|cluster| ownership.counted.contains(cluster)).collect();
         for cluster in &freed {

@@ -7,28 +7,28 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
 
-use super::change::Planned;
 use super::directory::{Entry, flag};
+use super::plan::Planned;
+use super::store::{Bitmaps, ImageServices, unusable};
 use crate::bitmap::{Bitmap, Bits, Condition, Recording};
 use crate::error::Result;
-use crate::qcow2::image::Qcow2;
 use crate::units::{GuestOffset, GuestRange};
 
-impl Qcow2 {
+impl Bitmaps {
     /// Loads all bitmaps and marks them as in use, before the size of the disk changes.
-    pub(in crate::qcow2) fn bitmaps_before_resize(&mut self) -> Result<()> {
-        let mut exclusive = self.bitmaps.tracker.exclusive();
+    pub(in crate::qcow2) fn before_resize(&self, image: &dyn ImageServices) -> Result<()> {
+        let mut exclusive = self.tracker.exclusive();
         let mut bitmaps: Vec<Bitmap<Entry>> = exclusive.bitmaps().to_vec();
-        let mut disk = self.bitmaps.disk.lock();
+        let mut disk = self.disk.lock();
         self.settle_directory(&mut disk)?;
         if disk.directory.is_none() {
             return Ok(());
         }
-        self.give_up_foreign_directory(&mut disk.directory, &bitmaps)?;
+        self.give_up_foreign_directory(image, &mut disk.directory, &bitmaps)?;
         let since = self.metadata.failed_syncs();
         for (bitmap, flags_place) in bitmaps.iter_mut().zip(&disk.flags_places) {
             if let Err(detail) = self.ready_bits(bitmap) {
-                bitmap.condition = super::unusable(bitmap, detail);
+                bitmap.condition = unusable(bitmap, detail);
             }
             if let Some(place) = disk.directory {
                 let flags = bitmap.stored.flags | flag::IN_USE;
@@ -45,23 +45,22 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// As [`bitmaps_before_resize`](Self::bitmaps_before_resize), before the disk becomes another one of
-    /// this size: what is added is no more known to be clean than the rest.
-    pub(in crate::qcow2) fn bitmaps_before_other_disk(&mut self, size: u64) -> Result<()> {
+    /// Notes a size that the disk is going to have once it is another disk: what is added then is no
+    /// more known to be clean than the rest.
+    pub(in crate::qcow2) fn note_size(&mut self, size: u64) {
         // As if it had been part of the disk: its bits are set when the size changes.
-        self.bitmaps.size_peak = self.bitmaps.size_peak.max(size);
-        self.bitmaps_before_resize()
+        self.size_peak = self.size_peak.max(size);
     }
 
     /// Gives all bitmaps the size that the disk has now, in memory, whether that can be stored or not.
     /// What was added is clean, except where it had been cut off before.
-    pub(in crate::qcow2) fn resize_bitmaps(&mut self, old_size: u64) {
-        let size = self.size;
-        let peak = self.bitmaps.size_peak;
-        self.bitmaps.size_peak = peak.max(size);
+    pub(in crate::qcow2) fn resize(&mut self, size: u64) {
+        let old_size = std::mem::replace(&mut self.size, size);
+        let peak = self.size_peak;
+        self.size_peak = peak.max(size);
         let (start, end) = (GuestOffset::new(old_size), GuestOffset::new(peak.min(size)));
         let cut_before = GuestRange::between(start, end).unwrap_or_default();
-        let mut exclusive = self.bitmaps.tracker.exclusive();
+        let mut exclusive = self.tracker.exclusive();
         let mut bitmaps: Vec<Bitmap<Entry>> = exclusive.bitmaps().to_vec();
         for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.condition == Condition::Ready) {
             let Some(old) = bitmap.bits.take() else { continue };
@@ -76,8 +75,8 @@ impl Qcow2 {
     }
 
     /// Stores all bitmaps behind a change of the disk's size.
-    pub(in crate::qcow2) fn store_resized_bitmaps(&mut self) -> Result<()> {
-        let mut exclusive = self.bitmaps.tracker.exclusive();
+    pub(in crate::qcow2) fn store_resized(&self, image: &dyn ImageServices) -> Result<()> {
+        let mut exclusive = self.tracker.exclusive();
         if exclusive.bitmaps().is_empty() {
             return Ok(());
         }
@@ -85,6 +84,6 @@ impl Qcow2 {
         for planned in &mut plan {
             planned.must_store = planned.bitmap.condition == Condition::Ready;
         }
-        self.carry_out(&mut exclusive, plan)
+        self.carry_out(image, &mut exclusive, plan)
     }
 }

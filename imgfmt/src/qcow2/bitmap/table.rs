@@ -4,10 +4,10 @@
 //! set bits. Clusters that are all clear or all set take up no space when we write.
 
 use super::directory::{OFFSET_MASK, Table};
+use super::store::{Bitmaps, ImageServices};
 use crate::bitmap::Bits;
 use crate::error::{Result, system_words};
 use crate::qcow2::alloc::allocator::Reserved;
-use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::HostOffset;
 
@@ -16,7 +16,7 @@ const ALL_ONES: u64 = 1;
 /// How many clusters are written at once, in bytes.
 const STEP_BYTES: u64 = 1 << 20;
 
-impl Qcow2 {
+impl Bitmaps {
     /// Reads the bits of a table. An error says, as a clause, what is wrong with it.
     pub(super) fn load_bits(
         &self,
@@ -84,7 +84,12 @@ impl Qcow2 {
     }
 
     /// Writes bits to new clusters, which are noted in `reserved` also if that fails.
-    pub(super) fn store_bits(&self, bits: &Bits, reserved: &mut Vec<Reserved>) -> Result<Table> {
+    pub(super) fn store_bits(
+        &self,
+        image: &dyn ImageServices,
+        bits: &Bits,
+        reserved: &mut Vec<Reserved>,
+    ) -> Result<Table> {
         let cluster = self.geometry().cluster_size();
         let bytes = bits.words().len() as u64 * 8;
         let length = Bits::bytes_for(bits.size(), bits.granularity_bits());
@@ -103,20 +108,21 @@ impl Qcow2 {
                 waiting.push((index as usize, content));
             }
             if waiting.len() as u64 == step {
-                self.store_clusters(&mut waiting, &mut words, reserved)?;
+                self.store_clusters(image, &mut waiting, &mut words, reserved)?;
             }
         }
-        self.store_clusters(&mut waiting, &mut words, reserved)?;
+        self.store_clusters(image, &mut waiting, &mut words, reserved)?;
         if words.is_empty() {
             return Ok(Table::default());
         }
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        let offset = self.store_whole(&bytes, reserved)?;
+        let offset = self.store_whole(image, &bytes, reserved)?;
         Ok(Table { offset, entries: words.len() as u32 })
     }
 
     fn store_clusters(
         &self,
+        image: &dyn ImageServices,
         waiting: &mut Vec<(usize, Vec<u8>)>,
         words: &mut [u64],
         reserved: &mut Vec<Reserved>,
@@ -124,7 +130,7 @@ impl Qcow2 {
         let cluster = self.geometry().cluster_size();
         let mut rest = &waiting[..];
         while !rest.is_empty() {
-            let place = self.clusters.reserve(rest.len() as u64, self)?;
+            let place = self.clusters.reserve(rest.len() as u64, image)?;
             reserved.push(place);
             let (now, later) = rest.split_at(place.clusters as usize);
             let mut bytes = Vec::with_capacity(now.len() * cluster as usize);
@@ -140,10 +146,15 @@ impl Qcow2 {
     }
 
     /// Writes something to new clusters that lie next to each other; returns where.
-    pub(super) fn store_whole(&self, bytes: &[u8], reserved: &mut Vec<Reserved>) -> Result<u64> {
+    pub(super) fn store_whole(
+        &self,
+        image: &dyn ImageServices,
+        bytes: &[u8],
+        reserved: &mut Vec<Reserved>,
+    ) -> Result<u64> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
-        let place = self.clusters.reserve_exact(clusters, self)?;
+        let place = self.clusters.reserve_exact(clusters, image)?;
         reserved.push(place);
         let mut padded = bytes.to_vec();
         padded.resize((clusters << geometry.cluster_bits) as usize, 0);

@@ -65,7 +65,7 @@ impl Checker<'_> {
         if self.false_autoclear != 0 {
             return Some(Step::ClearAutoclear(self.false_autoclear));
         }
-        let has_bad_bitmaps = self.is_incomplete && !self.image.bitmap_places().1.is_empty();
+        let has_bad_bitmaps = self.is_incomplete && !self.image.bitmaps.places().1.is_empty();
         has_bad_bitmaps.then_some(Step::DropBitmaps)
     }
 
@@ -109,7 +109,7 @@ impl Qcow2 {
             Step::RewriteSnapshots => self.rewrite_snapshots(),
             Step::ClearAutoclear(bits) => self.clear_autoclear(bits),
             Step::DropBitmaps => {
-                self.drop_damaged_bitmaps()?;
+                self.bitmaps.drop_damaged(self)?;
                 // What that frees must be free before it is counted again, or it would be freed twice.
                 self.flush_all()?;
                 self.clusters.release_all_freed();

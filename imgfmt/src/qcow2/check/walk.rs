@@ -57,7 +57,7 @@ impl Checker<'_> {
     pub(super) fn count_all(&mut self) -> Result<Vec<u64>> {
         self.find_contradictions();
         self.count_disk()?;
-        let (places, damages) = self.image.bitmap_places();
+        let (places, damages) = self.image.bitmaps.places();
         for (offset, length) in places {
             self.is_incomplete |= !self.add(offset, length, 1, "a bitmap");
         }

@@ -21,15 +21,15 @@ impl Qcow2 {
         self.refuse_unknown_sizes(&self.snapshots()?)?;
         self.metadata.refuse_if_corrupt()?;
         let old_size = self.size;
-        drop(self.before_change(span(0, 0))?);
+        drop(self.bitmaps.before_change(self, span(0, 0))?);
         // What is cut off and added again is clean, and not what it was.
-        self.forget_lineage()?;
+        self.bitmaps.forget_lineage()?;
         self.flush_all()?;
         if size < old_size {
-            self.bitmaps_before_resize()?;
+            self.bitmaps.before_resize(self)?;
             let old_l1 = self.switch_to_smaller(size)?;
             // The disk is smaller, whatever happens now.
-            self.store_resized_bitmaps()?;
+            self.bitmaps.store_resized(self)?;
             self.free_behind(size, &old_l1)?;
             return self.resize_data_file(old_size, size);
         }
@@ -43,10 +43,10 @@ impl Qcow2 {
         }
         self.resize_data_file(old_size, size)?;
         self.flush_all()?;
-        self.bitmaps_before_resize()?;
+        self.bitmaps.before_resize(self)?;
         let header = self.metadata.header();
         self.write_disk_fields(size, header.l1_entries, header.l1_offset)?;
-        self.store_resized_bitmaps()
+        self.bitmaps.store_resized(self)
     }
 
     /// Refuses a change of the size where a snapshot does not say its own: it would be taken for the
@@ -88,7 +88,7 @@ impl Qcow2 {
             header.l1_offset = l1_offset;
         });
         if size != old_size {
-            self.resize_bitmaps(old_size);
+            self.bitmaps.resize(size);
         }
         self.metadata.sync_header()
     }

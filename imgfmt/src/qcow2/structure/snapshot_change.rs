@@ -72,14 +72,15 @@ impl Qcow2 {
         let l1 =
             read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         // Anything may differ from what the disk is now.
-        drop(self.before_change(span(0, self.size))?);
+        drop(self.bitmaps.before_change(self, span(0, self.size))?);
         let is_resized = snapshot.disk_size != self.size;
         if is_resized {
             self.refuse_unknown_sizes(&snapshots)?;
-            self.bitmaps_before_other_disk(snapshot.disk_size)?;
+            self.bitmaps.note_size(snapshot.disk_size);
+            self.bitmaps.before_resize(self)?;
         }
         self.while_dirty(|image| image.apply_l1(l1, snapshot.disk_size))?;
-        if is_resized { self.store_resized_bitmaps() } else { Ok(()) }
+        if is_resized { self.bitmaps.store_resized(self) } else { Ok(()) }
     }
 
     /// Makes the disk what an L1 table says, and `size` bytes long, with one write of the header.
@@ -125,7 +126,7 @@ impl Qcow2 {
             return Ok(());
         }
         self.refuse_bad_behind(0)?;
-        drop(self.before_change(span(0, self.size))?);
+        drop(self.bitmaps.before_change(self, span(0, self.size))?);
         self.while_dirty(|image| {
             image.replace_l1(vec![0; old.len()], image.size)?;
             image.forget_tables();

@@ -1,0 +1,137 @@
+//! What is known about the bitmaps, and what their bits say.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Acquire;
+
+use super::directory::{Entry, flag};
+use super::error::{no_bitmap, not_reliable};
+use super::frozen;
+use super::store::Bitmaps;
+use crate::bitmap::{Bitmap, BitmapInfo, BitmapState, Bits, Condition, DirtyBits, DirtyExtent};
+use crate::error::Result;
+use crate::info::BitmapEntry;
+use crate::units::GuestRange;
+
+impl Bitmaps {
+    /// What is known about the bitmaps of this layer.
+    pub(crate) fn list(&self) -> Vec<BitmapInfo> {
+        let state = self.tracker.read();
+        let all = frozen::by_name(state.bitmaps().iter());
+        let incomplete = |bitmap: &Bitmap<Entry>| {
+            let (frozen, problem) = self.frozen_part(&all, bitmap)?;
+            Some(BitmapState::Incomplete { frozen, problem })
+        };
+        let info = |bitmap: &Bitmap<Entry>| BitmapInfo {
+            name: bitmap.name.clone(),
+            granularity: 1 << bitmap.granularity_bits,
+            recording: bitmap.recording,
+            is_in_use: bitmap.in_use.load(Acquire),
+            began_after: self.began_after(&bitmap.name),
+            state: match (&bitmap.condition, self.ready_bits(bitmap)) {
+                (Condition::Inconsistent(reason), _) => {
+                    BitmapState::Inconsistent { reason: reason.clone() }
+                }
+                (_, Err(reason)) => BitmapState::Damaged { reason },
+                (_, Ok(bits)) => incomplete(bitmap)
+                    .unwrap_or(BitmapState::Consistent { dirty_bytes: bits.dirty_bytes() }),
+            },
+        };
+        state.bitmaps().iter().map(info).collect()
+    }
+
+    /// What the image says about its bitmaps.
+    pub(crate) fn entries(&self) -> Vec<BitmapEntry> {
+        let state = self.tracker.read();
+        let entry = |bitmap: &Bitmap<Entry>| BitmapEntry {
+            name: bitmap.name.clone(),
+            granularity: 1 << bitmap.granularity_bits,
+            recording: bitmap.recording,
+            is_in_use: bitmap.in_use.load(Acquire),
+        };
+        state.bitmaps().iter().map(entry).collect()
+    }
+
+    /// Why the bitmaps that the image claims to have cannot be found, as a clause.
+    pub(crate) fn damage(&self) -> Option<String> {
+        self.disk.lock().damage.clone()
+    }
+
+    /// Whether this layer has a bitmap of that name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.tracker.read().bitmaps().iter().any(|bitmap| bitmap.name == name)
+    }
+
+    /// What a bitmap of this layer says about a range.
+    pub(crate) fn dirty_extents(
+        &self,
+        name: &str,
+        range: GuestRange,
+        max_count: usize,
+    ) -> Result<Vec<DirtyExtent>> {
+        self.with_bits(name, |bits| bits.extents(range, max_count))
+    }
+
+    /// The bits of a bitmap of this layer as they are now.
+    pub(crate) fn dirty_bits(&self, name: &str) -> Result<DirtyBits> {
+        self.with_bits(name, |bits| DirtyBits(Arc::new(bits.resized(bits.size()))))
+    }
+
+    fn with_bits<T>(&self, name: &str, ask: impl FnOnce(&Bits) -> T) -> Result<T> {
+        // Kept while bits are looked at: whoever clears them needs the state alone.
+        let state = self.tracker.read();
+        let bitmap = find(state.bitmaps(), name)?;
+        self.refuse_incomplete(state.bitmaps(), bitmap)?;
+        let bits = self.ready_bits(bitmap).map_err(|detail| not_reliable(name, &detail))?;
+        Ok(ask(&bits))
+    }
+
+    /// Whether the image has no bitmaps, nor claims to have any.
+    pub(in crate::qcow2) fn are_none(&self) -> bool {
+        let disk = self.disk.lock();
+        disk.directory.is_none() && disk.damage.is_none()
+    }
+
+    /// Where bitmaps lie in the file (offset, length), and what is damaged.
+    ///
+    /// Does not ask the tracker: clusters are allocated, and so all references counted, also while
+    /// the bitmaps are changed or a write has noted what it changes.
+    pub(in crate::qcow2) fn places(&self) -> (Vec<(u64, u64)>, Vec<String>) {
+        let bits = self.geometry().cluster_bits;
+        let disk = self.disk.lock();
+        let mut damages: Vec<String> = disk.damage.iter().cloned().collect();
+        let mut places: Vec<(u64, u64)> =
+            disk.directory.iter().map(|place| (place.offset, place.length)).collect();
+        let entries = disk.entries.clone();
+        drop(disk);
+        for entry in &entries {
+            match self.entry_clusters(entry) {
+                Ok(clusters) => places.extend(clusters.iter().map(|at| (at << bits, 1 << bits))),
+                Err(detail) => {
+                    let name = String::from_utf8_lossy(&entry.name);
+                    damages.push(format!("the bitmap '{}': {detail}", name.escape_debug()));
+                }
+            }
+        }
+        (places, damages)
+    }
+
+    /// The clusters of a bitmap that the directory lists. An error says, as a clause, why it cannot be
+    /// used, and QEMU would not open the image.
+    pub(super) fn entry_clusters(&self, entry: &Entry) -> Result<Vec<u64>, String> {
+        if let Some((detail, _)) = &entry.damage {
+            return Err(detail.clone());
+        }
+        let table = entry.table;
+        let bytes = Bits::bytes_for(self.size, entry.granularity_bits);
+        let needed = bytes.div_ceil(self.geometry().cluster_size());
+        if entry.flags & flag::IN_USE == 0 && u64::from(table.entries) != needed {
+            return Err(format!("its table has {} entries, not {needed}", table.entries));
+        }
+        self.table_clusters(table)
+    }
+}
+
+fn find<'a>(bitmaps: &'a [Bitmap<Entry>], name: &str) -> Result<&'a Bitmap<Entry>> {
+    let found = bitmaps.iter().find(|bitmap| bitmap.name == name);
+    found.ok_or_else(|| no_bitmap(name))
+}

@@ -1,0 +1,32 @@
+//! What is known about what makes the bitmaps survive a crash.
+
+use std::sync::Arc;
+
+use crate::options::Survives;
+use crate::sidecar::{FoundBytes, Identity, Recovery, RecoveryPrecision, Rejection, Sidecar};
+
+/// What is known about the session.
+#[derive(Debug, Default)]
+pub(super) struct Session {
+    pub(super) survives: Survives,
+    pub(super) identity: Option<Identity>,
+    /// The generation of the session that was found in the header.
+    pub(super) found_generation: u64,
+    pub(super) epoch: u64,
+    pub(super) sidecar: Option<Arc<Sidecar>>,
+    /// Why bitmaps do not survive what they should.
+    pub(super) shortfall: Option<String>,
+    pub(super) recovered: Vec<String>,
+    pub(super) precision: RecoveryPrecision,
+    /// What was recovered is in memory only: the header and the sidecar are as they were found.
+    pub(super) is_recovery_unfinished: bool,
+}
+
+/// A sidecar that was found and is believed, or why not.
+pub(in crate::qcow2) type Found = Result<Recovery<Box<dyn FoundBytes>>, Rejection>;
+
+impl Session {
+    pub(super) fn new(survives: Survives) -> Self {
+        Self { survives, ..Self::default() }
+    }
+}

@@ -1,0 +1,247 @@
+//! The bitmaps of one open image: where they are in the file, and their bits in memory.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, OnceLock};
+
+use super::directory::{self, Entry, Place, flag};
+use super::lineage::Lineage;
+use super::session_state::Session;
+use crate::bitmap::{Bitmap, Bits, Condition, Recording, Tracker};
+use crate::error::Result;
+use crate::options::OpenOptions;
+use crate::ordered_lock::{OrderedMutex, rank};
+use crate::qcow2::alloc::clusters::{Clusters, CountReferences};
+use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::sidecar::SidecarLocation;
+
+/// The bits of all bitmaps of one image take up no more memory than this.
+const MEMORY_BYTES_MAX: u64 = 1 << 30;
+
+/// What the store needs of the image that it belongs to.
+pub(in crate::qcow2) trait ImageServices: CountReferences {
+    /// Makes everything durable that was written before this call.
+    fn flush(&self) -> Result<()>;
+
+    /// How often the image on disk refers to each of these clusters, except from refcounts and
+    /// bitmaps; nothing if some table's references are not known.
+    fn references_to(&self, clusters: &[u64]) -> Result<Option<HashMap<u64, u64>>>;
+
+    /// Whether the place of a cluster is known to be other metadata's, or nobody's.
+    fn is_metadata(&self, offset: u64) -> Result<bool>;
+}
+
+/// The bitmaps of an open image.
+#[derive(Debug)]
+pub(crate) struct Bitmaps {
+    pub(super) metadata: Arc<MetadataFile>,
+    pub(super) clusters: Arc<Clusters>,
+    /// Size of the disk in bytes.
+    pub(super) size: u64,
+    pub(super) tracker: Tracker<Entry>,
+    pub(super) disk: OrderedMutex<{ rank::DIRECTORY }, Disk>,
+    /// Which clusters belong to them alone. Locked after the disk.
+    pub(super) ownership: OrderedMutex<{ rank::OWNERSHIP }, Ownership>,
+    /// How much memory bits take up.
+    pub(super) memory_bytes: AtomicU64,
+    /// The largest size that the disk has had since the image was opened.
+    pub(super) size_peak: u64,
+    /// After which backup each of them began. Locked before the header is edited.
+    pub(super) lineage: OrderedMutex<{ rank::LINEAGE }, Lineage>,
+    /// What makes them survive a crash.
+    pub(super) session: OrderedMutex<{ rank::SESSION }, Session>,
+    /// Where the sidecar is; `None` means beside the image.
+    pub(super) sidecar_location: Option<Arc<dyn SidecarLocation>>,
+}
+
+/// Where bitmaps are in the file.
+#[derive(Debug, Default)]
+pub(super) struct Disk {
+    /// Where the directory is, if the image has a valid one.
+    pub(super) directory: Option<Place>,
+    /// The bitmaps that the directory lists, in its order.
+    pub(super) entries: Vec<Entry>,
+    /// Where the flags of each bitmap are, from the start of the directory on.
+    pub(super) flags_places: Vec<u64>,
+    /// Why the bitmaps that the image claims to have cannot be found.
+    pub(super) damage: Option<String>,
+    /// The header may name another directory, because a change of it failed.
+    pub(super) is_doubtful: bool,
+    /// The bitmaps whose frozen bits were put back when the image was opened.
+    pub(super) thawed: Vec<String>,
+    /// Why that failed.
+    pub(super) thaw_failure: Option<String>,
+}
+
+impl Disk {
+    /// Notes which bitmaps the file says are in use.
+    pub(super) fn note_in_use(&mut self, bitmaps: &[Bitmap<Entry>]) {
+        for (entry, bitmap) in self.entries.iter_mut().zip(bitmaps) {
+            if bitmap.in_use.load(Acquire) {
+                entry.flags |= flag::IN_USE;
+            }
+        }
+    }
+}
+
+/// What is known about the clusters of bitmaps and of their directory.
+#[derive(Debug, Default)]
+pub(super) struct Ownership {
+    pub(super) is_known: bool,
+    /// May be freed: there is a refcount for every reference.
+    pub(super) counted: HashSet<u64>,
+    /// May be written in place too: there is no other reference.
+    pub(super) alone: HashSet<u64>,
+}
+
+impl Bitmaps {
+    /// No bitmaps, whatever the image says, of a disk of `size` bytes.
+    pub(in crate::qcow2) fn none(
+        (metadata, clusters): (Arc<MetadataFile>, Arc<Clusters>),
+        size: u64,
+    ) -> Self {
+        Self {
+            metadata,
+            clusters,
+            size,
+            tracker: Tracker::new(Vec::new(), true),
+            disk: OrderedMutex::default(),
+            ownership: OrderedMutex::default(),
+            memory_bytes: AtomicU64::new(0),
+            size_peak: 0,
+            lineage: OrderedMutex::default(),
+            session: OrderedMutex::default(),
+            sidecar_location: None,
+        }
+    }
+
+    /// Reads what an image says about its bitmaps, but none of their bits.
+    pub(in crate::qcow2) fn open(
+        (metadata, clusters): (Arc<MetadataFile>, Arc<Clusters>),
+        options: &OpenOptions,
+    ) -> Self {
+        let header = metadata.header();
+        let (directory, mut entries, damage) = match directory::read(&*metadata.file, &header) {
+            Ok(None) => (None, Vec::new(), None),
+            Ok(Some((place, entries))) => (Some(place), entries, None),
+            Err(detail) => (None, Vec::new(), Some(detail)),
+        };
+        directory::refuse_equal_names(&mut entries);
+        let (_, flags_places) = directory::encode(&entries);
+        let tracker = Tracker::new(entries.iter().cloned().map(bitmap_of).collect(), true);
+        let disk = Disk { directory, entries, flags_places, damage, ..Disk::default() };
+        Self {
+            tracker,
+            disk: OrderedMutex::new(disk),
+            size_peak: header.size,
+            lineage: OrderedMutex::new(Lineage::of(&header)),
+            session: OrderedMutex::new(Session::new(options.survives)),
+            sidecar_location: sidecar_location(options),
+            ..Self::none((metadata, clusters), header.size)
+        }
+    }
+
+    /// The numbers of the format: of clusters, and of what counts in them.
+    pub(super) fn geometry(&self) -> Geometry {
+        self.metadata.header().geometry
+    }
+
+    /// The bits of a bitmap, loaded if they were not. An error says, as a clause, why there are none.
+    pub(super) fn ready_bits(&self, bitmap: &Bitmap<Entry>) -> Result<Arc<Bits>, String> {
+        if let Condition::Inconsistent(detail) | Condition::Damaged(detail) = &bitmap.condition {
+            return Err(detail.clone());
+        }
+        if let Some(bits) = bitmap.bits.get() {
+            return Ok(Arc::clone(bits));
+        }
+        let bytes = Bits::bytes_for(self.size, bitmap.granularity_bits);
+        self.take_memory(bytes)?;
+        let loaded = self.load_bits(bitmap.stored.table, self.size, bitmap.granularity_bits);
+        let loaded = loaded.inspect_err(|_| self.give_memory(bytes))?;
+        let mut is_ours = false;
+        let bits = bitmap.bits.get_or_init(|| {
+            is_ours = true;
+            Arc::new(loaded)
+        });
+        if !is_ours {
+            self.give_memory(bytes); // Somebody else has loaded them meanwhile.
+        }
+        Ok(Arc::clone(bits))
+    }
+
+    pub(super) fn take_memory(&self, bytes: u64) -> Result<(), String> {
+        let memory = &self.memory_bytes;
+        if memory.fetch_add(bytes, AcqRel).saturating_add(bytes) > MEMORY_BYTES_MAX {
+            self.give_memory(bytes);
+            return Err(format!(
+                "the bitmaps of the image take up more than {} MiB of memory",
+                MEMORY_BYTES_MAX >> 20
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn give_memory(&self, bytes: u64) {
+        self.memory_bytes.fetch_sub(bytes, AcqRel);
+    }
+
+    pub(super) fn count_memory(&self, bitmaps: &[Bitmap<Entry>]) {
+        let bytes = bitmaps.iter().filter_map(|bitmap| bitmap.bits.get());
+        let bytes = bytes.map(|bits| bits.words().len() as u64 * 8).sum();
+        self.memory_bytes.store(bytes, std::sync::atomic::Ordering::Release);
+    }
+}
+
+/// Where the options say that the sidecar is.
+#[cfg(any(test, feature = "test-util"))]
+fn sidecar_location(options: &OpenOptions) -> Option<Arc<dyn SidecarLocation>> {
+    let folder = options.sidecar_folder.as_ref()?;
+    Some(Arc::new(Arc::clone(folder)))
+}
+
+/// Where the options say that the sidecar is: nothing else than beside the image.
+#[cfg(not(any(test, feature = "test-util")))]
+fn sidecar_location(_: &OpenOptions) -> Option<Arc<dyn SidecarLocation>> {
+    None
+}
+
+fn bitmap_of(entry: Entry) -> Bitmap<Entry> {
+    let in_use = entry.flags & flag::IN_USE != 0;
+    let condition = match &entry.damage {
+        Some((detail, _)) => Condition::Damaged(detail.clone()),
+        None if in_use => Condition::Inconsistent(
+            "it was in use when the image was last left, so changes may be missing in it".into(),
+        ),
+        None => Condition::Ready,
+    };
+    Bitmap {
+        name: String::from_utf8_lossy(&entry.name).into_owned(),
+        granularity_bits: entry.granularity_bits.min(63),
+        recording: match entry.flags & flag::AUTO {
+            0 => Recording::Disabled,
+            _ => Recording::Enabled,
+        },
+        condition,
+        in_use: AtomicBool::new(in_use),
+        bits: OnceLock::new(),
+        stored: entry,
+    }
+}
+
+/// The condition of a bitmap whose bits could not be loaded.
+pub(super) fn unusable(bitmap: &Bitmap<Entry>, detail: String) -> Condition {
+    match &bitmap.condition {
+        Condition::Inconsistent(detail) => Condition::Inconsistent(detail.clone()),
+        _ => Condition::Damaged(detail),
+    }
+}
+
+/// Why the bits of a bitmap cannot be relied on, if that is known.
+pub(super) fn unusable_detail(bitmap: &Bitmap<Entry>) -> Option<String> {
+    match &bitmap.condition {
+        Condition::Ready => None,
+        Condition::Inconsistent(detail) | Condition::Damaged(detail) => Some(detail.clone()),
+    }
+}
