@@ -9,12 +9,13 @@ use imgfmt::{
     Access, BackingFile, BitmapState, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy,
     Storage,
 };
+use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{Export, ImageExport};
 
 use super::durability::{refuse_shortfall, report_recovery, report_shortfall};
 use super::patience::when_free;
 use super::temporary::{temporary, temporary_over};
-use super::{BitmapDurability, Changes, Window, filtered, frozen};
+use super::{BitmapDurability, frozen};
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::locking::{open_file, warning};
@@ -63,7 +64,7 @@ pub(crate) struct ImageChoices {
     pub(crate) upstream: ServerArgs,
     /// Which other files the image may name; `None`: those in its directory.
     pub(crate) policy: Option<OpenPolicy>,
-    pub(crate) changes: Changes,
+    pub(crate) filter: FilterOptions,
     /// The part of the disk that is exported.
     pub(crate) window: Window,
     /// What bitmaps that note changes must survive. If that is not said it is the default, and
@@ -235,7 +236,9 @@ impl ImageChoices {
             export = export.with_bitmap(&name)?;
         }
         let image = Arc::new(export);
-        let export = filtered(self.window.of(through(image.clone()))?, self.changes);
+        let part = self.window.apply(through(image.clone()));
+        let part = part.map_err(|error| CommandError::new(error.to_string()))?;
+        let export = self.filter.apply(part);
         Ok(Opened { export, image: Some(image) })
     }
 }

@@ -4,14 +4,13 @@
 pub(crate) mod background;
 mod directory;
 mod durability;
-mod filter;
+mod filter_args;
 pub(crate) mod frozen;
 pub(crate) mod image;
 mod patience;
 mod pid_file;
 mod temporary;
 mod upstream;
-mod window;
 
 use std::future::Future;
 
@@ -19,12 +18,8 @@ use nbd_server::{ServeError, Server};
 
 pub(crate) use self::directory::PrivateDirectory;
 pub use self::durability::BitmapDurability;
-pub(crate) use self::filter::{
-    Caching, Changes, Medium, MultiConn, PreferredSize, Waiting, ZeroUnit, filtered,
-};
-pub use self::filter::{DetectZeroes, Discard};
+pub use self::filter_args::{DetectZeroes, Discard};
 pub(crate) use self::pid_file::PidFile;
-pub(crate) use self::window::Window;
 use crate::error::CommandError;
 use crate::signals::EndSignals;
 

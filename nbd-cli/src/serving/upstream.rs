@@ -6,12 +6,12 @@ use imgfmt::{Format, Image};
 use nbd_client::{Connector, ExportStorage, ReadChunk};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
+use nbd_server::export::filters::Blocking;
 use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, ReadMap,
 };
 
 use super::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
-use super::{Changes, Waiting};
 use crate::error::{CommandError, runtime};
 use crate::output::printable;
 use crate::remote::open_export;
@@ -35,8 +35,8 @@ impl ImageChoices {
             return Err(CommandError::new(why).into());
         }
         let image = self.open_storage(storage.clone())?;
-        let changes = Changes { waiting: Waiting::Everywhere, ..self.changes };
-        let mut choices = Self { changes, ..self.clone() };
+        let mut choices = self.clone();
+        choices.filter.blocking = Blocking::Always;
         if image.format() != Format::Raw {
             return Ok(choices.exported(image)?);
         }

@@ -3,6 +3,7 @@
 mod checkpoint;
 mod descriptors;
 mod filter;
+pub mod filters;
 #[cfg(feature = "image")]
 mod image;
 mod memory;

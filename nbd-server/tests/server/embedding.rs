@@ -6,13 +6,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nbd_proto::transmission::Command;
 use nbd_proto::wire::ReplyMode;
-use nbd_server::export::{ExportEntry, MemoryExport};
+use nbd_server::export::filters::Window;
+use nbd_server::export::{Export, ExportEntry, MemoryExport};
 use nbd_server::{
     ClientAddress, ConnectionRefused, ExportRegistry, ListenAddress, Refusal, Server, ServerConfig,
 };
 
 use crate::support::{Client, Script, Scripted, output_of, run_peer};
 
+#[path = "../../examples/filtered_export.rs"]
+#[allow(dead_code)]
+mod filtered_export;
 #[path = "../../examples/memory_export.rs"]
 #[allow(dead_code)]
 mod memory_export;
@@ -52,6 +56,30 @@ fn an_export_of_thirty_lines_is_read_and_written_by_others() {
     runtime.block_on(server.wait()).unwrap();
     runtime.block_on(server.wait()).unwrap();
     assert!(!folder.path().join("socket").exists(), "its socket is removed");
+}
+
+#[test]
+fn a_part_of_a_disk_is_served_as_the_example_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let runtime = runtime();
+    let disk: Arc<dyn Export> = Arc::new(MemoryExport::new(4 << 20));
+    let window = Window { offset: 1 << 20, size: Some(2 << 20) };
+    let started = filtered_export::start(path, Arc::clone(&disk), window);
+    let mut server = runtime.block_on(started).unwrap();
+    let uri = server.addresses()[0].uri("").to_string();
+    let source = folder.path().join("source");
+    let content = vec![7; 2 << 20];
+    std::fs::write(&source, &content).unwrap();
+    if run_peer("nbdcopy", &[source.to_str().unwrap(), &uri]).is_none() {
+        return;
+    }
+    server.shutdown();
+    runtime.block_on(server.wait()).unwrap();
+    let mut found = vec![1; 4 << 20];
+    disk.read_at(0, &mut found).unwrap();
+    assert!(found[1 << 20..3 << 20] == content);
+    assert!(found[..1 << 20].iter().chain(&found[3 << 20..]).all(|&byte| byte == 0));
 }
 
 #[test]

@@ -9,7 +9,7 @@ use nbd_proto::NbdUri;
 
 use super::options::{parse_detect_zeroes, parse_discard};
 use crate::qemu_numbers::parse_size;
-use crate::serving::{DetectZeroes, Discard, Window};
+use nbd_server::export::filters::{DetectZeroes, Discard, Window};
 
 /// A disk as its options describe it.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -136,7 +136,7 @@ impl Described {
                         Met::NoFormat => &mut disk.window,
                         Met::Format => &mut disk.part,
                     };
-                    *above = window.narrowed(*above)?;
+                    *above = window.narrowed(*above).map_err(|error| error.to_string())?;
                     options = disk.format_driver("raw", options)?;
                 }
                 "qcow2" if met == Met::NoFormat => {

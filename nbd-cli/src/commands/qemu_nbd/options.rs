@@ -11,7 +11,7 @@ use super::Refusal;
 use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
 use crate::qemu_numbers::parse_integer;
-use crate::serving::{DetectZeroes, Discard};
+use nbd_server::export::filters::{DetectZeroes, Discard};
 
 /// What a command line asks for.
 #[derive(Debug)]

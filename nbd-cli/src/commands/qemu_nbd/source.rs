@@ -9,6 +9,9 @@ use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_name::path_in;
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
+use nbd_server::export::filters::{
+    Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, WriteCache, ZeroUnit,
+};
 
 use super::image_options::{Described, Place, unknown_driver};
 use super::options::{AioMode, CacheMode, Options, SnapshotName};
@@ -17,9 +20,6 @@ use super::{Refusal, complain};
 use crate::connect::ServerArgs;
 use crate::remote::{allow_exports, open_export};
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
-use crate::serving::{
-    Caching, Changes, Discard, Medium, MultiConn, PreferredSize, Waiting, Window, ZeroUnit,
-};
 
 /// Opens it as the options say.
 ///
@@ -149,15 +149,12 @@ fn check_aio(options: &Options) -> Result<(), String> {
 }
 
 fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> {
-    let window = disk.window.narrowed(Window { offset: options.offset, size: None })?;
+    let window = disk.window.narrowed(Window { offset: options.offset, size: None });
+    let window = window.map_err(|error| error.to_string())?;
     let writes = match (options.read_only || disk.read_only, options.temporary) {
         (true, _) => Writes::Refused,
         (false, true) => Writes::ToTemporaryFile,
         (false, false) => Writes::ToImage,
-    };
-    let caching = match options.cache {
-        Some(CacheMode::Writethrough | CacheMode::Directsync) => Caching::Writethrough,
-        _ => Caching::Writeback,
     };
     let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), &ServerArgs::default());
     Ok(ImageChoices {
@@ -173,29 +170,31 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         upstream: ServerArgs::default(),
         // QEMU lists the last one first, and clients see that order.
         bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),
-        changes: Changes {
-            discard: options.discard.or(disk.discard).unwrap_or(Discard::Ignore),
-            detect_zeroes: disk.detect_zeroes.unwrap_or(options.detect_zeroes),
-            caching,
-            multi_conn: match options.shared {
-                1 => MultiConn::Hidden,
-                _ => MultiConn::AsItIs,
-            },
-            waiting: match disk.place {
-                Place::File(_) | Place::Null(_) => Waiting::AsItIs,
-                Place::Export(_) => Waiting::Everywhere,
-            },
-            medium: Medium::Unsaid,
-            zero_unit: match options.cache {
-                Some(CacheMode::None | CacheMode::Directsync) => ZeroUnit::Page,
-                _ => ZeroUnit::Byte,
-            },
-            preferred_size: PreferredSize::Page,
-        },
+        filter: filter(options, disk),
         window,
         bitmap_durability: None,
         allocation_depth: options.allocation_depth,
     })
+}
+
+fn filter(options: &Options, disk: &Described) -> FilterOptions {
+    let mut filter = FilterOptions::default();
+    filter.discard = options.discard.or(disk.discard).unwrap_or(Discard::Ignore);
+    filter.detect_zeroes = disk.detect_zeroes.unwrap_or(options.detect_zeroes);
+    filter.preferred_size = PreferredSize::Page;
+    if let Some(CacheMode::Writethrough | CacheMode::Directsync) = options.cache {
+        filter.write_cache = WriteCache::Writethrough;
+    }
+    if let Some(CacheMode::None | CacheMode::Directsync) = options.cache {
+        filter.zero_unit = ZeroUnit::Page;
+    }
+    if options.shared == 1 {
+        filter.multi_conn = MultiConn::Hidden;
+    }
+    if let Place::Export(_) = disk.place {
+        filter.blocking = Blocking::Always;
+    }
+    filter
 }
 
 /// The id of the snapshot that is meant.

@@ -9,6 +9,7 @@ use imgfmt::{Format, Image, OpenOptions};
 use nbd_jobs::qemu_name;
 use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
+use nbd_server::export::filters::{FilterOptions, Medium};
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::ServeArgs;
@@ -17,7 +18,6 @@ use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
-use crate::serving::{Changes, Medium, filtered};
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The
@@ -131,7 +131,7 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
         },
         locking: ShareArgs { force_share: args.force_share }.locking(args.trust.locks),
         policy: args.trust.trust_image.then(|| args.trust.policy()),
-        changes: changes(args),
+        filter: filter(args),
         allocation_depth: args.allocation_depth,
         bitmap_durability: args.bitmap_durability,
         bitmaps: match args.bitmap.iter().any(|name| name == "all") {
@@ -143,13 +143,14 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
     }
 }
 
-fn changes(args: &ServeArgs) -> Changes {
-    Changes {
-        discard: args.discard,
-        detect_zeroes: args.detect_zeroes,
-        medium: if args.rotational { Medium::Rotational } else { Medium::Unsaid },
-        ..Changes::default()
+fn filter(args: &ServeArgs) -> FilterOptions {
+    let mut options = FilterOptions::default();
+    options.discard = args.discard.into();
+    options.detect_zeroes = args.detect_zeroes.into();
+    if args.rotational {
+        options.medium = Medium::Rotational;
     }
+    options
 }
 
 fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
@@ -179,12 +180,12 @@ fn memory(
     }
     if choices.writes != Writes::Refused {
         let export = Arc::new(MemoryExport::new(size.bytes()));
-        return Ok(filtered(export, choices.changes));
+        return Ok(choices.filter.apply(export));
     }
     let storage = Arc::new(MemoryStorage::new(size.bytes()));
     let options = OpenOptions::new().format(Format::Raw);
     let export = Arc::new(ImageExport::new(Image::from_storage(storage, &options)?));
-    Ok(filtered(export, choices.changes))
+    Ok(choices.filter.apply(export))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use imgfmt::storage::StorageExtent;
 use imgfmt::{Capabilities, Durability, HostOffset, Speed, Storage, TryRead, ZeroMode};
 
-use crate::serving::Window;
+use nbd_server::export::filters::Window;
 
 /// A part of another storage. With a size it never touches what is behind it; without one it grows
 /// with the other.
@@ -26,7 +26,7 @@ impl Part {
         window: Window,
     ) -> Result<Self, String> {
         let whole = inner.len().map_err(|error| error.to_string())?;
-        window.check(whole)?;
+        window.check(whole).map_err(|error| error.to_string())?;
         Ok(Self { inner, offset: window.offset, size: window.size })
     }
 

@@ -1,11 +1,14 @@
-//! Changes to requests that the user asked for: discards that do nothing, zeroes that are found.
+//! [`RequestFilter`]: requests that are changed on their way to an export.
 
 use std::sync::Arc;
 
-use clap::ValueEnum;
-use nbd_jobs::copy::zero::is_zero;
 use nbd_proto::wire::{BlockSizes, TransmissionFlags};
-use nbd_server::export::{
+
+use super::options::{
+    Blocking, DetectZeroes, Discard, FilterOptions, Medium, MultiConn, PreferredSize, WriteCache,
+    ZeroUnit,
+};
+use crate::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
     Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
@@ -13,118 +16,38 @@ use nbd_server::export::{
 /// In bytes; what direct I/O is aligned to, and the least unit that clients are told to prefer.
 const PAGE: u64 = 4096;
 
-/// What becomes of space that a client does not need any more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Discard {
-    /// It is given back.
-    #[default]
-    Unmap,
-    /// It is kept: discards do nothing.
-    Ignore,
-}
-
-/// What to do with written data that is all zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum DetectZeroes {
-    /// It is written.
-    #[default]
-    Off,
-    /// The quickest way to make zeroes is taken; space is kept.
-    On,
-    /// Space is given back where that makes zeroes.
-    Unmap,
-}
-
-/// When a write counts as done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Caching {
-    /// When it is in a cache; flushes make it durable.
-    #[default]
-    Writeback,
-    /// When it is durable.
-    Writethrough,
-}
-
-/// What is told about several connections of one client.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum MultiConn {
-    /// What the export says.
-    #[default]
-    AsItIs,
-    /// That there are none.
-    Hidden,
-}
-
-/// Where requests are carried out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Waiting {
-    /// As the export says.
-    #[default]
-    AsItIs,
-    /// On threads that may wait: the disk is on the network, whatever kind of image it is.
-    Everywhere,
-}
-
-/// What clients are told about the medium.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Medium {
-    /// Nothing.
-    #[default]
-    Unsaid,
-    /// It is a spinning disk.
-    Rotational,
-}
-
-/// Which parts of a request are examined for zeroes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum ZeroUnit {
-    /// All bytes.
-    #[default]
-    Byte,
-    /// Whole pages, as where the page cache is bypassed; the edges are written as data.
-    Page,
-}
-
-/// The unit that is recommended to clients.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum PreferredSize {
-    /// What costs least.
-    #[default]
-    AsItIs,
-    /// A page, whatever the image.
-    Page,
-}
-
-/// What becomes of requests; the default changes nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Changes {
-    pub(crate) discard: Discard,
-    pub(crate) detect_zeroes: DetectZeroes,
-    pub(crate) caching: Caching,
-    pub(crate) multi_conn: MultiConn,
-    pub(crate) waiting: Waiting,
-    pub(crate) medium: Medium,
-    pub(crate) zero_unit: ZeroUnit,
-    pub(crate) preferred_size: PreferredSize,
-}
-
-/// An export with some of its requests changed.
-struct Changed {
-    inner: Arc<dyn Export>,
-    changes: Changes,
-}
-
-/// The export itself if there is nothing to change.
-pub(crate) fn filtered(inner: Arc<dyn Export>, changes: Changes) -> Arc<dyn Export> {
-    if changes == Changes::default() {
-        return inner;
+impl FilterOptions {
+    /// Puts a [`RequestFilter`] in front of `inner`; gives `inner` itself if nothing is changed.
+    #[must_use]
+    pub fn apply(self, inner: Arc<dyn Export>) -> Arc<dyn Export> {
+        if self == Self::default() {
+            return inner;
+        }
+        Arc::new(RequestFilter::new(inner, self))
     }
-    Arc::new(Changed { inner, changes })
 }
 
-impl Changed {
+/// An export in front of which requests are changed.
+pub struct RequestFilter {
+    inner: Arc<dyn Export>,
+    options: FilterOptions,
+}
+
+impl std::fmt::Debug for RequestFilter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RequestFilter").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+impl RequestFilter {
+    /// Changes requests to `inner` as `options` say.
+    #[must_use]
+    pub fn new(inner: Arc<dyn Export>, options: FilterOptions) -> Self {
+        Self { inner, options }
+    }
+
     fn mode(&self, wanted: ZeroMode) -> ZeroMode {
-        match self.changes.discard {
+        match self.options.discard {
             Discard::Unmap => wanted,
             Discard::Ignore => ZeroMode::NoHole,
         }
@@ -132,7 +55,7 @@ impl Changed {
 
     /// The part of a request of zeroes that becomes a request to write zeroes.
     fn zero_part(&self, offset: u64, length: usize) -> (usize, usize) {
-        match self.changes.zero_unit {
+        match self.options.zero_unit {
             ZeroUnit::Byte => (0, length),
             ZeroUnit::Page => {
                 let start = (offset.wrapping_neg() % PAGE) as usize;
@@ -143,27 +66,27 @@ impl Changed {
     }
 
     fn durable(&self, wanted: Durability) -> Durability {
-        match self.changes.caching {
-            Caching::Writeback => wanted,
-            Caching::Writethrough => Durability::Fua,
+        match self.options.write_cache {
+            WriteCache::Writeback => wanted,
+            WriteCache::Writethrough => Durability::Fua,
         }
     }
 }
 
-impl Filter for Changed {
+impl Filter for RequestFilter {
     fn inner(&self) -> &dyn Export {
         &*self.inner
     }
 
     fn info(&self) -> ExportInfo {
         let mut info = self.inner.info();
-        if self.changes.multi_conn == MultiConn::Hidden {
+        if self.options.multi_conn == MultiConn::Hidden {
             info.flags.remove(TransmissionFlags::CAN_MULTI_CONN);
         }
-        if self.changes.medium == Medium::Rotational {
+        if self.options.medium == Medium::Rotational {
             info.flags |= TransmissionFlags::ROTATIONAL;
         }
-        if self.changes.preferred_size == PreferredSize::Page {
+        if self.options.preferred_size == PreferredSize::Page {
             let (minimum, maximum) =
                 (info.block_sizes.minimum(), info.block_sizes.maximum_payload());
             let preferred = minimum.max(PAGE as u32);
@@ -179,9 +102,9 @@ impl Filter for Changed {
         buffer: &mut [u8],
         holes: Holes,
     ) -> Result<TryRead, ExportError> {
-        match self.changes.waiting {
-            Waiting::AsItIs => self.inner.try_read_at(offset, buffer, holes),
-            Waiting::Everywhere => Ok(TryRead::WouldBlock),
+        match self.options.blocking {
+            Blocking::Inherit => self.inner.try_read_at(offset, buffer, holes),
+            Blocking::Always => Ok(TryRead::WouldBlock),
         }
     }
 
@@ -193,17 +116,17 @@ impl Filter for Changed {
         lookup: Lookup,
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
-        match (self.changes.waiting, lookup) {
-            (Waiting::Everywhere, Lookup::Prompt) => Ok(Mapped::WouldBlock),
+        match (self.options.blocking, lookup) {
+            (Blocking::Always, Lookup::Prompt) => Ok(Mapped::WouldBlock),
             _ => self.inner.map_read(offset, length, holes, lookup, map),
         }
     }
 
     fn may_block(&self, operation: Operation) -> MayBlock {
-        if self.changes.waiting == Waiting::Everywhere {
+        if self.options.blocking == Blocking::Always {
             return MayBlock::Yes;
         }
-        match (operation, self.changes.detect_zeroes) {
+        match (operation, self.options.detect_zeroes) {
             (Operation::Write(..), DetectZeroes::On | DetectZeroes::Unmap) => MayBlock::Yes,
             (Operation::Write(length, durability), _) => {
                 self.inner.may_block(Operation::Write(length, self.durable(durability)))
@@ -219,7 +142,7 @@ impl Filter for Changed {
         durability: Durability,
     ) -> Result<(), ExportError> {
         let durability = self.durable(durability);
-        let mode = match self.changes.detect_zeroes {
+        let mode = match self.options.detect_zeroes {
             DetectZeroes::Off => return self.inner.write_at(offset, data, durability),
             DetectZeroes::On => ZeroMode::NoHole,
             DetectZeroes::Unmap => self.mode(ZeroMode::MayPunch),
@@ -243,12 +166,12 @@ impl Filter for Changed {
     }
 
     fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        if self.changes.caching == Caching::Writethrough
-            || self.changes.waiting == Waiting::Everywhere
+        if self.options.write_cache == WriteCache::Writethrough
+            || self.options.blocking == Blocking::Always
         {
             return Ok(TryWrite::WouldBlock);
         }
-        match self.changes.detect_zeroes {
+        match self.options.detect_zeroes {
             // Zeroes become another operation, which may wait.
             DetectZeroes::On | DetectZeroes::Unmap if is_zero(data) => Ok(TryWrite::WouldBlock),
             _ => self.inner.try_write_at(offset, data),
@@ -257,7 +180,7 @@ impl Filter for Changed {
 
     fn trim(&self, offset: u64, length: u64, durability: Durability) -> Result<(), ExportError> {
         let durability = self.durable(durability);
-        match (self.changes.discard, durability) {
+        match (self.options.discard, durability) {
             (Discard::Unmap, _) => self.inner.trim(offset, length, durability),
             (Discard::Ignore, Durability::Cached) => Ok(()),
             // What was written to the range before must be durable all the same.
@@ -278,11 +201,18 @@ impl Filter for Changed {
     }
 }
 
+/// Whether all bytes are zero.
+fn is_zero(data: &[u8]) -> bool {
+    // The first few bytes decide most of the time; the rest is folded without branches, which the
+    // compiler turns into wide instructions.
+    let (head, rest) = data.split_at(data.len().min(16));
+    head.iter().all(|&byte| byte == 0)
+        && rest.chunks(1024).all(|chunk| chunk.iter().fold(0, |sum, byte| sum | byte) == 0)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Mutex;
-
-    use nbd_server::export::ExportInfo;
 
     use super::*;
 
@@ -339,8 +269,9 @@ mod tests {
     #[test]
     fn with_writethrough_every_change_is_durable_when_it_is_done() {
         let recorder = Arc::new(Recorder::default());
-        let changes = Changes { caching: Caching::Writethrough, ..Changes::default() };
-        let export = filtered(recorder.clone(), changes);
+        let options =
+            FilterOptions { write_cache: WriteCache::Writethrough, ..FilterOptions::default() };
+        let export = options.apply(recorder.clone());
         export.write_at(0, &[1], Durability::Cached).expect("it is noted");
         export.trim(0, 1, Durability::Cached).expect("it is noted");
         let mode = ZeroMode::MayPunch;
@@ -355,8 +286,8 @@ mod tests {
     fn zeroes_are_looked_for_in_whole_pages_where_the_page_cache_is_bypassed() {
         let recorder = Arc::new(Recorder::default());
         let (detect_zeroes, zero_unit) = (DetectZeroes::Unmap, ZeroUnit::Page);
-        let changes = Changes { detect_zeroes, zero_unit, ..Changes::default() };
-        let export = filtered(recorder.clone(), changes);
+        let options = FilterOptions { detect_zeroes, zero_unit, ..FilterOptions::default() };
+        let export = options.apply(recorder.clone());
         let cached = Durability::Cached;
         for (offset, length, expected) in [
             (0, 1, &["write"][..]),
@@ -376,16 +307,16 @@ mod tests {
     fn only_who_is_asked_says_that_a_disk_is_rotational_or_prefers_pages() {
         let export = Arc::new(Recorder::default());
         let (medium, preferred_size) = (Medium::Rotational, PreferredSize::Page);
-        let changes = Changes { medium, preferred_size, ..Changes::default() };
-        let info = filtered(export, changes).info();
+        let options = FilterOptions { medium, preferred_size, ..FilterOptions::default() };
+        let info = options.apply(export).info();
         assert!(info.flags.contains(TransmissionFlags::ROTATIONAL));
         assert_eq!(info.block_sizes.preferred(), 4096);
     }
 
     #[test]
     fn on_the_network_nothing_is_done_where_it_stands() {
-        let changes = Changes { waiting: Waiting::Everywhere, ..Changes::default() };
-        let export = filtered(Arc::new(Recorder::default()), changes);
+        let options = FilterOptions { blocking: Blocking::Always, ..FilterOptions::default() };
+        let export = options.apply(Arc::new(Recorder::default()));
         let write = Operation::Write(1, Durability::Cached);
         assert_eq!(export.may_block(write), MayBlock::Yes);
         assert_eq!(export.try_read_at(0, &mut [0], Holes::Told), Ok(TryRead::WouldBlock));
@@ -398,9 +329,9 @@ mod tests {
     #[test]
     fn several_connections_can_be_hidden() {
         let export = Arc::new(Recorder::default());
-        for (multi_conn, expected) in [(MultiConn::AsItIs, true), (MultiConn::Hidden, false)] {
-            let changes = Changes { multi_conn, ..Changes::default() };
-            let flags = filtered(export.clone(), changes).info().flags;
+        for (multi_conn, expected) in [(MultiConn::Inherit, true), (MultiConn::Hidden, false)] {
+            let options = FilterOptions { multi_conn, ..FilterOptions::default() };
+            let flags = options.apply(export.clone()).info().flags;
             assert_eq!(flags.contains(TransmissionFlags::CAN_MULTI_CONN), expected);
         }
     }
