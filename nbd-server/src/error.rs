@@ -67,6 +67,13 @@ pub enum ServeError {
     /// A worker thread could not be started.
     #[error("cannot start a worker thread: {}", system_words(.0))]
     Worker(io::Error),
+    /// The tokio runtime on which the server was started has ended before the server. Connections
+    /// were cut, and no export was flushed.
+    #[error(
+        "the runtime of the server was shut down before the server, and nothing was flushed; \
+         shut the server down first, and wait for it"
+    )]
+    RuntimeShutDown,
     /// Data could not be made durable at the end.
     #[error("the export \"{export}\" could not be flushed at the end: {message}; data may be lost")]
     Flush {

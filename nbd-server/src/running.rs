@@ -135,11 +135,12 @@ impl RunningServer {
     /// # Errors
     ///
     /// [`ServeError::Worker`] if no thread could be started; [`ServeError::Flush`] if data may not
-    /// be durable.
+    /// be durable; [`ServeError::RuntimeShutDown`] if the runtime on which the server was started
+    /// has ended before it.
     ///
     /// # Panics
     ///
-    /// If the task of the server panicked, or its runtime was shut down.
+    /// If the task of the server panicked: the panic goes on here.
     ///
     /// # Cancel safety
     ///
@@ -152,7 +153,8 @@ impl RunningServer {
             Ok(result) => result,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
-                Err(error) => panic!("the runtime of the server was shut down: {error}"),
+                // Nobody else cancels the task.
+                Err(_) => Err(ServeError::RuntimeShutDown),
             },
         }
     }

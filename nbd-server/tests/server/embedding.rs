@@ -9,7 +9,8 @@ use nbd_proto::wire::ReplyMode;
 use nbd_server::export::filters::Window;
 use nbd_server::export::{Export, ExportEntry, MemoryExport};
 use nbd_server::{
-    ClientAddress, ConnectionRefused, ExportRegistry, ListenAddress, Refusal, Server, ServerConfig,
+    ClientAddress, ConnectionRefused, ExportRegistry, ListenAddress, Refusal, ServeError, Server,
+    ServerConfig,
 };
 
 use crate::support::{Client, Script, Scripted, output_of, run_peer};
@@ -80,6 +81,21 @@ fn a_part_of_a_disk_is_served_as_the_example_does() {
     disk.read_at(0, &mut found).unwrap();
     assert!(found[1 << 20..3 << 20] == content);
     assert!(found[..1 << 20].iter().chain(&found[3 << 20..]).all(|&byte| byte == 0));
+}
+
+#[test]
+fn waiting_for_a_server_whose_runtime_was_shut_down_gives_an_error() {
+    let of_server = runtime();
+    let mut server = of_server
+        .block_on(async { Server::new(ServerConfig::default(), registry(memory())).start() });
+    of_server.shutdown_timeout(std::time::Duration::from_secs(10));
+    let runtime = runtime();
+    let ended = runtime.block_on(server.wait());
+    assert!(matches!(ended, Err(ServeError::RuntimeShutDown)), "{ended:?}");
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let refused = runtime.block_on(server.serve_connection(ours));
+    assert!(matches!(refused, Err(ConnectionRefused::ShuttingDown)), "{refused:?}");
+    assert!(runtime.block_on(server.wait()).is_ok(), "it was told before");
 }
 
 #[test]
