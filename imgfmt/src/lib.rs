@@ -77,6 +77,7 @@ pub mod storage;
 mod sys;
 mod unfinished;
 mod units;
+pub mod zero;
 
 pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, NotAUuid, Uuid};
 pub use bitmap::{
@@ -101,3 +102,4 @@ pub use sidecar::{BitmapSafety, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 pub use unfinished::Unfinished;
 pub use units::{GuestOffset, GuestRange, HostOffset};
+pub use zero::is_zero;

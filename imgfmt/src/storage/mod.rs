@@ -21,7 +21,6 @@ use crate::units::HostOffset;
 
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
-pub(crate) use zero::is_zero;
 
 /// Whether a write must be on stable storage when it returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

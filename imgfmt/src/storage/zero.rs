@@ -25,29 +25,3 @@ pub(super) fn write_zero_buffers(
     }
     Ok(())
 }
-
-/// Whether all bytes are zero.
-pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    // In blocks without a branch, which the compiler turns into a few wide instructions.
-    let mut blocks = bytes.chunks_exact(128);
-    blocks.all(|block| block.iter().fold(0, |seen, byte| seen | byte) == 0)
-        && bytes.chunks_exact(128).remainder().iter().all(|byte| *byte == 0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_set_bit_anywhere_is_found() {
-        for length in [0, 1, 127, 128, 129, 1000] {
-            let mut bytes = vec![0; length];
-            assert!(is_zero(&bytes));
-            for at in 0..length {
-                bytes[at] = 1 << (at % 8);
-                assert!(!is_zero(&bytes), "{at} of {length}");
-                bytes[at] = 0;
-            }
-        }
-    }
-}

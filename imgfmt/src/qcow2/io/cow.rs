@@ -5,8 +5,9 @@ use crate::mapping::Holes;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::plan::{Fill, Merged, Old, Plan};
 use crate::qcow2::map::lookup::Lookup;
-use crate::storage::{Speed, TryRead, ZeroMode, is_zero};
+use crate::storage::{Speed, TryRead, ZeroMode};
 use crate::units::{GuestOffset, HostOffset};
+use crate::zero::is_zero;
 
 /// New bytes up to this many are read over, rather than what lies on both sides read in two calls.
 const READ_OVER_BYTES: usize = 16 << 10;

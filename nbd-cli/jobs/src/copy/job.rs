@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
 
 use bytes::{Bytes, BytesMut};
+use imgfmt::zero::{Content as RunContent, runs};
 use nbd_client::ZeroMode;
 use tokio::sync::Mutex;
 
@@ -14,7 +15,6 @@ use super::holes::{Part, parts};
 use super::options::{CopyOptions, Zeroes};
 use super::plan::{Extents, Lengths, Piece, Plan};
 use super::source::Source;
-use super::zero::{Content as RunContent, runs};
 use crate::observer::Meter;
 use crate::{JobContext, JobError, Phase};
 

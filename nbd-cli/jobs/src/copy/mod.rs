@@ -13,8 +13,6 @@ pub(crate) mod source;
 mod stream;
 pub(crate) mod verify;
 #[doc(hidden)]
-pub mod zero;
-
 use std::sync::Arc;
 
 use imgfmt::Format;

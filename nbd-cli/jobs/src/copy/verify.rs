@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use bytes::BytesMut;
+use imgfmt::is_zero;
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use super::content::Content;
 use super::plan::{Lengths, Piece, Plan};
 use super::source::Source;
-use super::zero::is_zero;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, JobErrorKind, Phase};
 

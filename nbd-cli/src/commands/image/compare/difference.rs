@@ -5,8 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use imgfmt::{Extent, ExtentKind, Image};
-use nbd_jobs::copy::zero::is_zero;
+use imgfmt::{Extent, ExtentKind, Image, is_zero};
 
 use super::super::walk::{Extents, read_padded};
 use crate::error::CommandError;

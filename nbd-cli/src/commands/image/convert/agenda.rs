@@ -2,8 +2,8 @@
 
 use std::collections::VecDeque;
 
+use imgfmt::zero::Content;
 use imgfmt::{ExtentKind, GuestRange};
-use nbd_jobs::copy::zero::Content;
 
 use super::super::walk::{Extents, span};
 use super::copier::{Copy, Target};

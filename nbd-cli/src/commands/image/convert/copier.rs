@@ -3,9 +3,9 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use imgfmt::zero::{Content, runs};
 use imgfmt::{Durability, GuestOffset, GuestRange, Image, Speed, ZeroMode};
 use nbd_client::{ExportStorage, ReadChunk};
-use nbd_jobs::copy::zero::{Content, runs};
 
 use super::super::place::Place;
 use super::super::walk::span;
