@@ -25,6 +25,21 @@ pub struct Extent {
     pub depth: u32,
 }
 
+impl Extent {
+    /// Takes in the extent that follows if it is more of the same.
+    pub(crate) fn join(&mut self, next: &Self) -> bool {
+        let is_alike = (self.kind, self.depth) == (next.kind, next.depth);
+        if is_alike
+            && self.range.end() == next.range.offset()
+            && let Some(joined) = GuestRange::between(self.range.offset(), next.range.end())
+        {
+            self.range = joined;
+            return true;
+        }
+        false
+    }
+}
+
 /// Collects neighbouring extents, joins those that are alike and stops at a number of them.
 #[derive(Debug)]
 pub(crate) struct ExtentList {
@@ -40,6 +55,9 @@ const EFFORT_MAX: u64 = 64 * EFFORT_OF_PART;
 /// What looking at a part of a table takes, of [`MAPPED_AT_ONCE`] entries or less, compared with
 /// looking at a table that does not exist.
 pub(crate) const EFFORT_OF_PART: u64 = 1024;
+
+/// What asking a storage for its holes once takes, compared with the same.
+pub(crate) const EFFORT_OF_CALL: u64 = 128;
 
 /// Entries of a table that are looked at together.
 pub(crate) const MAPPED_AT_ONCE: u64 = 1024;
@@ -75,11 +93,8 @@ impl ExtentList {
             return true;
         }
         if let Some(last) = self.extents.last_mut()
-            && (last.kind, last.depth) == (extent.kind, extent.depth)
-            && last.range.end() == extent.range.offset()
-            && let Some(joined) = GuestRange::between(last.range.offset(), extent.range.end())
+            && last.join(&extent)
         {
-            last.range = joined;
             return true;
         }
         if self.extents.len() >= self.max_count {

@@ -20,7 +20,8 @@
 //! assert_eq!(&greeting, b"hello");
 //!
 //! let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
-//! for extent in disk.extents(whole, 100)? {
+//! for extent in disk.extents(whole) {
+//!     let extent = extent?;
 //!     println!("{}: {:?}", extent.range, extent.kind);
 //! }
 //! # Ok(())
@@ -43,7 +44,8 @@
 //! disk.write_at(GuestOffset::new(65536), &[7; 4096], Durability::Fua)?;
 //!
 //! let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
-//! let depths: Vec<u32> = disk.extents(whole, 10)?.iter().map(|extent| extent.depth).collect();
+//! let extents: Vec<_> = disk.extents(whole).collect::<Result<_, _>>()?;
+//! let depths: Vec<u32> = extents.iter().map(|extent| extent.depth).collect();
 //! assert_eq!(depths, [2, 1, 2]);
 //! disk.close()?;
 //! # Ok(())
@@ -91,7 +93,7 @@ pub use create_options::{
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentKind};
 pub use format::Format;
-pub use image::{Image, NewOnDevice, Shrink};
+pub use image::{Extents, Image, NewOnDevice, Shrink};
 pub use info::{BitmapEntry, ImageInfo, Qcow2Info};
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Holes, Lease, Lookup, Mapping};

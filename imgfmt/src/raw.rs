@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{Extent, ExtentKind, ExtentList};
+use crate::extent::{EFFORT_OF_CALL, Extent, ExtentKind, ExtentList};
 use crate::format::Format;
 use crate::mapping::{Holes, Lease, Lookup, Mapping};
 use crate::probe::{PROBE_LENGTH, probe};
@@ -206,7 +206,9 @@ impl Driver for Raw {
         let mut rest = range;
         while !rest.is_empty() {
             let (piece, kind) = self.first_extent(rest)?;
-            if !list.push(Extent { range: piece, kind, depth: 1 }) {
+            list.tire(EFFORT_OF_CALL);
+            // A storage may say the same for so long that the end is hours away.
+            if !list.push(Extent { range: piece, kind, depth: 1 }) || list.is_tired() {
                 break;
             }
             rest = GuestRange::between(piece.end(), range.end()).unwrap_or_default();

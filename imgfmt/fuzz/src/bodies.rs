@@ -68,7 +68,8 @@ fn look(image: &Image) {
         let mut bytes = vec![0; length as usize];
         let read = image.read_at(place.offset(), &mut bytes);
         let _ = image.try_read_at(place.offset(), &mut vec![0; length as usize]);
-        if let Ok(extents) = image.extents(place, 64) {
+        let extents = image.extents(place).bounded(1, 64).collect::<imgfmt::Result<Vec<_>>>();
+        if let Ok(extents) = extents {
             let mut position = offset;
             for extent in extents {
                 assert_eq!(extent.range.offset().bytes(), position, "a gap between extents");

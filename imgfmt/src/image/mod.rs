@@ -2,6 +2,7 @@
 
 mod bitmaps;
 mod create;
+mod extents;
 mod inspect;
 mod on_device;
 
@@ -9,11 +10,11 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
 use crate::chain;
 use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{Extent, ExtentList};
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::mapping::{Holes, Lease, Lookup};
@@ -409,23 +410,6 @@ impl Image {
             return Ok(());
         }
         self.driver.cache(range).map_err(|error| self.name(error))
-    }
-
-    /// What the parts of a range hold, in order, without gaps, from its start on. At most
-    /// `max_count` extents are returned, and only as much metadata is looked at as takes about a
-    /// millisecond from memory: the list may end before the range does. It is empty only if the range
-    /// is, or `max_count` is 0. Ask again from its end on.
-    ///
-    /// # Errors
-    ///
-    /// `OutOfBounds`, `Corrupt`, `Io`.
-    pub fn extents(&self, range: GuestRange, max_count: usize) -> Result<Vec<Extent>> {
-        let range = self.check("map", range.offset(), range.length())?;
-        let mut list = ExtentList::new(max_count);
-        if !range.is_empty() && max_count > 0 {
-            self.driver.extents(range, &mut list).map_err(|error| self.name(error))?;
-        }
-        Ok(list.into_vec())
     }
 
     /// Finds where the bytes of a range are, so that the caller can move them.

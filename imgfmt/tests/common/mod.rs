@@ -55,17 +55,16 @@ pub fn range(offset: u64, length: u64) -> GuestRange {
     GuestRange::new(at(offset), length).unwrap()
 }
 
-/// The extents of a range, however many times it takes to ask for them.
+/// The extents of a range, which they cover without gaps.
 pub fn all_extents(image: &Image, asked: GuestRange) -> Vec<Extent> {
-    let mut extents: Vec<Extent> = Vec::new();
-    let mut position = asked.offset().bytes();
-    while position < asked.end().bytes() {
-        let rest = range(position, asked.end().bytes() - position);
-        extents.extend(image.extents(rest, 10_000).unwrap());
-        let end = extents.last().unwrap().range.end().bytes();
-        assert!(end > position, "no extent at {position}");
-        position = end;
+    let extents: Vec<Extent> = image.extents(asked).collect::<Result<_, _>>().unwrap();
+    let mut position = asked.offset();
+    for extent in &extents {
+        assert_eq!(extent.range.offset(), position, "a gap between extents");
+        assert!(!extent.range.is_empty(), "an empty extent at {position}");
+        position = extent.range.end();
     }
+    assert_eq!(position, asked.end(), "the extents end early");
     extents
 }
 

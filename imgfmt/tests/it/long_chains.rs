@@ -7,7 +7,7 @@ use imgfmt::{
 };
 use tempfile::TempDir;
 
-use crate::common::at;
+use crate::common::{all_extents, at};
 
 const SIZE: u64 = 16 << 20;
 const CLUSTER: u64 = 64 << 10;
@@ -64,12 +64,7 @@ fn a_disk_written_in_200_layers_reads_as_one() {
     top.read_at(at(0), &mut content).unwrap();
     assert!(content == expected);
     let whole = GuestRange::new(at(0), SIZE).unwrap();
-    // One answer need not reach the end.
-    let (mut extents, mut rest) = (Vec::new(), whole);
-    while !rest.is_empty() {
-        extents.extend(top.extents(rest, 10_000).unwrap());
-        rest = GuestRange::between(extents.last().unwrap().range.end(), whole.end()).unwrap();
-    }
+    let extents = all_extents(&top, whole);
     // What the lowest layers hold others may have covered.
     assert!(extents.iter().any(|extent| extent.depth > 150));
     assert!(!top.map_read(whole).unwrap().mappings().is_empty());

@@ -42,6 +42,7 @@ mod crash_in_changes_of_structure;
 mod crash_of_bitmaps;
 mod crash_with_sidecar;
 mod errors_at_every_call;
+mod extents;
 mod full_disk;
 mod fuzz_corpus;
 mod holes;

@@ -148,8 +148,7 @@ impl Storage for Shown {
         let length = length.min(self.0.size().saturating_sub(offset));
         let range = GuestRange::new(GuestOffset::new(offset), length);
         let range = range.ok_or(io::ErrorKind::InvalidInput)?;
-        let extents = self.0.extents(range, 1).map_err(io::Error::other)?;
-        match extents.first() {
+        match self.0.extents(range).bounded(1, 1).next().transpose().map_err(io::Error::other)? {
             Some(extent) => Ok(StorageExtent { length: extent.range.length(), kind: extent.kind }),
             None => Err(io::ErrorKind::UnexpectedEof.into()),
         }

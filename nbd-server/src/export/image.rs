@@ -20,7 +20,7 @@ use super::{
 const PROMPT_WRITE_LEN: usize = 2 << 20;
 
 /// How often an image is asked for extents to answer one block status request.
-const MAX_LOOKS: usize = 4;
+const STEPS_MAX: usize = 4;
 
 /// A disk image as an export.
 #[derive(Debug)]
@@ -295,25 +295,15 @@ impl Export for ImageExport {
             _ => return Err(ExportError::new(Errno::EINVAL, "the export has no such context")),
         };
         let mut status = Descriptors::new(max_count);
-        let end = offset.saturating_add(length);
-        let mut at = offset;
-        // Extents that differ only in what this context does not show are joined, so one look may
-        // yield fewer descriptors than may be sent. The number of looks is bounded, because a look
-        // at a hostile image may cover little: a short answer is legal.
-        for _ in 0..MAX_LOOKS {
-            if at >= end {
+        // Extents that differ only in what this context does not show are joined, so one step may
+        // yield fewer descriptors than may be sent. The number of steps is bounded, because a step
+        // over a hostile image may cover little: a short answer is legal.
+        let extents =
+            self.image.extents(Self::range(offset, length)?).bounded(STEPS_MAX, max_count);
+        for extent in extents {
+            let extent = extent.map_err(|error| translate(&error))?;
+            if !status.push(extent.range.length(), flags_of(&extent)) {
                 break;
-            }
-            let range = Self::range(at, end - at)?;
-            let found = self.image.extents(range, max_count).map_err(|error| translate(&error))?;
-            if found.is_empty() {
-                break;
-            }
-            for extent in &found {
-                at = extent.range.end().bytes();
-                if !status.push(extent.range.length(), flags_of(extent)) {
-                    return Ok(status.into_vec());
-                }
             }
         }
         Ok(status.into_vec())

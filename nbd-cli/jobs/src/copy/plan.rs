@@ -10,9 +10,6 @@ use super::content::{Content, allocated, content_of};
 use super::dirty::DirtyExtents;
 use crate::{JobError, JobErrorKind};
 
-/// Extents of an image that are asked for at a time.
-const EXTENTS_AT_A_TIME: usize = 1024;
-
 /// Longest pieces.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lengths {
@@ -45,38 +42,25 @@ pub(crate) enum Extents {
 }
 
 /// The extents of an image, front to back.
-pub(crate) struct ImageExtents {
-    image: Arc<Image>,
-    /// What was found and not used yet, the last part first.
-    found: Vec<imgfmt::Extent>,
-}
+pub(crate) struct ImageExtents(imgfmt::Extents<Arc<Image>>);
 
 impl ImageExtents {
-    pub(crate) fn new(image: Arc<Image>) -> Self {
-        Self { image, found: Vec::new() }
+    /// From `start` (in bytes) on.
+    pub(crate) fn new(image: &Arc<Image>, start: u64) -> Self {
+        let (start, end) = (GuestOffset::new(start), GuestOffset::new(image.size()));
+        Self(image.shared_extents(GuestRange::between(start, end).unwrap_or_default()))
     }
 
+    /// The end and the content of the extent that holds the byte `at`, which never goes back.
     fn at(&mut self, at: u64) -> Result<(u64, Content), JobError> {
-        loop {
-            while let Some(extent) = self.found.pop() {
-                let end = extent.range.end().bytes();
-                if end > at {
-                    return Ok((end, content_of(extent.kind)));
-                }
+        for extent in self.0.by_ref() {
+            let extent = extent.map_err(|error| JobError::image(JobErrorKind::Source, error))?;
+            let end = extent.range.end().bytes();
+            if end > at {
+                return Ok((end, content_of(extent.kind)));
             }
-            let range = GuestRange::new(GuestOffset::new(at), self.image.size().saturating_sub(at));
-            let range = range.filter(|range| !range.is_empty()).ok_or_else(|| {
-                JobError::source(format!("the image has become smaller than {at} bytes"))
-            })?;
-            self.found = self
-                .image
-                .extents(range, EXTENTS_AT_A_TIME)
-                .map_err(|error| JobError::image(JobErrorKind::Source, error))?;
-            if self.found.is_empty() {
-                return Ok((range.end().bytes(), Content::Data));
-            }
-            self.found.reverse();
         }
+        Err(JobError::source(format!("the image has become smaller than {at} bytes")))
     }
 }
 

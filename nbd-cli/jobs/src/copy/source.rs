@@ -124,7 +124,7 @@ impl Source {
                 }
             }
             Self::File { storage, .. } => Extents::File(storage.clone()),
-            Self::Image { image, .. } => Extents::Image(ImageExtents::new(image.clone())),
+            Self::Image { image, .. } => Extents::Image(ImageExtents::new(image, start)),
             Self::Standard | Self::Null => Extents::Unknown,
         }
     }
@@ -228,18 +228,11 @@ impl Source {
 }
 
 fn is_zero_in_image(image: &Image, offset: u64, end: u64) -> bool {
-    let mut at = offset;
-    while at < end {
-        let Some(range) = GuestRange::new(GuestOffset::new(at), end - at) else { return false };
-        let Ok(found) = image.extents(range, 1) else { return false };
-        match found.first() {
-            Some(extent) if extent.kind != ExtentKind::Data && !extent.range.is_empty() => {
-                at = extent.range.end().bytes();
-            }
-            _ => return false,
-        }
-    }
-    true
+    let range = GuestRange::between(GuestOffset::new(offset), GuestOffset::new(end));
+    range.is_some_and(|range| {
+        let is_zero = |extent: imgfmt::Extent| extent.kind != ExtentKind::Data;
+        image.extents(range).all(|extent| extent.is_ok_and(is_zero))
+    })
 }
 
 fn read_error(path: &Path, offset: u64, error: &std::io::Error) -> JobError {

@@ -1,13 +1,8 @@
 //! Walks along disks, extent by extent.
 
-use std::collections::VecDeque;
-
 use imgfmt::{Extent, GuestOffset, GuestRange, Image};
 
 use crate::error::CommandError;
-
-/// How many extents are fetched at a time: bounds the memory, however fragmented the disk is.
-const BATCH: usize = 1024;
 
 /// The range from `start` to `end`; empty if `end` lies before.
 pub(super) fn span(start: u64, end: u64) -> GuestRange {
@@ -16,33 +11,16 @@ pub(super) fn span(start: u64, end: u64) -> GuestRange {
 
 /// All extents of a disk in order.
 #[derive(Debug)]
-pub(super) struct Extents<'a> {
-    image: &'a Image,
-    position: u64,
-    fetched: VecDeque<Extent>,
-}
+pub(super) struct Extents<'a>(imgfmt::Extents<&'a Image>);
 
 impl<'a> Extents<'a> {
     pub(super) fn new(image: &'a Image) -> Self {
-        Self { image, position: 0, fetched: VecDeque::new() }
+        Self(image.extents(span(0, image.size())))
     }
 
     /// The next extent, or `None` at the end of the disk.
     pub(super) fn next(&mut self) -> Result<Option<Extent>, CommandError> {
-        if self.fetched.is_empty() && self.position < self.image.size() {
-            let rest = span(self.position, self.image.size());
-            self.fetched = self.image.extents(rest, BATCH)?.into();
-            match self.fetched.back() {
-                Some(last) => self.position = last.range.end().bytes(),
-                None => {
-                    return Err(CommandError::new(format!(
-                        "nothing is known about the disk from offset {} on",
-                        self.position
-                    )));
-                }
-            }
-        }
-        Ok(self.fetched.pop_front())
+        Ok(self.0.next().transpose()?)
     }
 }
 

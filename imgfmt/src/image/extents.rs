@@ -1,0 +1,170 @@
+//! Walks along a disk, extent by extent.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::iter::FusedIterator;
+use std::ops::Deref;
+use std::sync::Arc;
+
+use super::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, ExtentList};
+use crate::units::GuestRange;
+
+/// How many extents one step finds at most, unless told otherwise: bounds the memory, however
+/// fragmented the disk is.
+const EXTENTS_PER_STEP: usize = 1024;
+
+/// Through how many steps one extent is followed before the part of it that was found is given out:
+/// bounds the time for one extent, however large the disk is.
+const STEPS_PER_EXTENT: usize = 64;
+
+/// The extents of a range of a disk: an iterator made by [`Image::extents`] (with `I` = `&Image`) or
+/// [`Image::shared_extents`] (`Arc<Image>`).
+pub struct Extents<I> {
+    image: I,
+    /// What no step has looked at yet.
+    rest: GuestRange,
+    found: VecDeque<Extent>,
+    /// What was found behind the end of the last extent that was given out.
+    ahead: Option<Result<Extent>>,
+    steps_left: usize,
+    extents_per_step: usize,
+    /// Nothing follows what was found.
+    is_over: bool,
+}
+
+impl Image {
+    /// What the parts of a range hold, from its start to its end, in order and without gaps.
+    /// Neighbours that are alike are one extent, except where one is so long that it takes many steps
+    /// to follow it to its end. Metadata is looked at as the iterator goes on, in steps of at most
+    /// about a millisecond from memory. An error is the last item.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds` if the range goes beyond the end of the disk; `Corrupt`, `Io`.
+    ///
+    /// ```
+    /// use imgfmt::{CreateOptions, Format, GuestOffset, GuestRange, Image, OpenOptions};
+    ///
+    /// # fn main() -> imgfmt::Result<()> {
+    /// # let folder = tempfile::tempdir().expect("a folder for the example");
+    /// # let path = folder.path().join("disk.qcow2");
+    /// Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 40))?;
+    /// let disk = Image::open(&path, &OpenOptions::new())?;
+    /// let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
+    /// let mut data = 0;
+    /// for extent in disk.extents(whole) {
+    ///     let extent = extent?;
+    ///     if extent.kind == imgfmt::ExtentKind::Data {
+    ///         data += extent.range.length();
+    ///     }
+    /// }
+    /// assert_eq!(data, 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn extents(&self, range: GuestRange) -> Extents<&Self> {
+        Extents::new(self, range)
+    }
+
+    /// As [`extents`](Self::extents), for an iterator that has to outlive the borrow of the image.
+    pub fn shared_extents(self: &Arc<Self>, range: GuestRange) -> Extents<Arc<Self>> {
+        Extents::new(Arc::clone(self), range)
+    }
+
+    /// One step: at least one extent, unless the range is empty.
+    fn step(&self, range: GuestRange, max_count: usize) -> Result<Vec<Extent>> {
+        let range = self.check("map", range.offset(), range.length())?;
+        let mut list = ExtentList::new(max_count);
+        if !range.is_empty() {
+            self.driver.extents(range, &mut list).map_err(|error| self.name(error))?;
+        }
+        Ok(list.into_vec())
+    }
+}
+
+impl<I: Deref<Target = Image>> Extents<I> {
+    fn new(image: I, rest: GuestRange) -> Self {
+        Self {
+            image,
+            rest,
+            found: VecDeque::new(),
+            ahead: None,
+            steps_left: usize::MAX,
+            extents_per_step: EXTENTS_PER_STEP,
+            is_over: false,
+        }
+    }
+
+    /// Bounds the time for the whole walk: it ends, perhaps before the end of the range, after so
+    /// many steps of at most so many extents (1 if 0 is given). The first step always finds
+    /// something.
+    #[must_use]
+    pub fn bounded(mut self, steps: usize, extents_per_step: usize) -> Self {
+        (self.steps_left, self.extents_per_step) = (steps, extents_per_step.max(1));
+        self
+    }
+
+    /// The next extent as a step found it: the neighbours of one step are joined already.
+    fn next_found(&mut self) -> Option<Result<Extent>> {
+        if self.found.is_empty()
+            && !self.is_over
+            && self.steps_left > 0
+            && let Err(error) = self.step()
+        {
+            self.is_over = true;
+            return Some(Err(error));
+        }
+        self.found.pop_front().map(Ok)
+    }
+
+    /// Looks at more of the range.
+    fn step(&mut self) -> Result<()> {
+        self.steps_left -= 1;
+        self.found = self.image.step(self.rest, self.extents_per_step)?.into();
+        let start = match self.found.back() {
+            Some(last) => last.range.end(),
+            None if self.rest.is_empty() => self.rest.end(),
+            // A walk that ended here would look like the end of the disk.
+            None => {
+                let detail = "nothing is known about the disk from there on";
+                let error = Error::new(ErrorKind::Io, "map", detail);
+                return Err(self.image.name(error.at(self.rest.offset().bytes())));
+            }
+        };
+        self.rest = GuestRange::between(start, self.rest.end()).unwrap_or_default();
+        self.is_over = self.rest.is_empty();
+        Ok(())
+    }
+}
+
+impl<I: Deref<Target = Image>> Iterator for Extents<I> {
+    type Item = Result<Extent>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut extent = match self.ahead.take().or_else(|| self.next_found())? {
+            Ok(extent) => extent,
+            Err(error) => return Some(Err(error)),
+        };
+        for _ in 0..STEPS_PER_EXTENT {
+            match self.next_found() {
+                Some(Ok(next)) if extent.join(&next) => {}
+                // An error comes after all that was found before it.
+                ahead => {
+                    self.ahead = ahead;
+                    break;
+                }
+            }
+        }
+        Some(Ok(extent))
+    }
+}
+
+impl<I: Deref<Target = Image>> FusedIterator for Extents<I> {}
+
+impl<I: Deref<Target = Image>> fmt::Debug for Extents<I> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Extents").field("rest", &self.rest).finish_non_exhaustive()
+    }
+}
