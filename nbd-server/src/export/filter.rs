@@ -3,8 +3,8 @@
 use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
 use super::{
-    Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, MayBlock, Operation,
-    ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, FastExport, Holes, Lookup, Mapped, MayBlock,
+    Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// An export in front of another one: every call is passed on, but for the methods that are
@@ -68,7 +68,7 @@ pub trait Filter: Send + Sync + 'static {
         self.inner().read_at(offset, buffer)
     }
 
-    /// See [`Export::try_read_at`].
+    /// See [`FastExport::try_read_at`].
     ///
     /// # Errors
     ///
@@ -82,7 +82,7 @@ pub trait Filter: Send + Sync + 'static {
         self.inner().try_read_at(offset, buffer, holes)
     }
 
-    /// See [`Export::map_read`].
+    /// See [`FastExport::map_read`].
     ///
     /// # Errors
     ///
@@ -98,7 +98,7 @@ pub trait Filter: Send + Sync + 'static {
         self.inner().map_read(offset, length, holes, lookup, map)
     }
 
-    /// See [`Export::may_block`].
+    /// See [`FastExport::may_block`].
     fn may_block(&self, operation: Operation) -> MayBlock {
         self.inner().may_block(operation)
     }
@@ -117,7 +117,7 @@ pub trait Filter: Send + Sync + 'static {
         self.inner().write_at(offset, data, durability)
     }
 
-    /// See [`Export::try_write_at`].
+    /// See [`FastExport::try_write_at`].
     ///
     /// # Errors
     ///
@@ -194,30 +194,6 @@ impl<T: Filter> Export for T {
         Filter::read_at(self, offset, buffer)
     }
 
-    fn try_read_at(
-        &self,
-        offset: u64,
-        buffer: &mut [u8],
-        holes: Holes,
-    ) -> Result<TryRead, ExportError> {
-        Filter::try_read_at(self, offset, buffer, holes)
-    }
-
-    fn map_read(
-        &self,
-        offset: u64,
-        length: usize,
-        holes: Holes,
-        lookup: Lookup,
-        map: &mut ReadMap,
-    ) -> Result<Mapped, ExportError> {
-        Filter::map_read(self, offset, length, holes, lookup, map)
-    }
-
-    fn may_block(&self, operation: Operation) -> MayBlock {
-        Filter::may_block(self, operation)
-    }
-
     fn write_at(
         &self,
         offset: u64,
@@ -225,10 +201,6 @@ impl<T: Filter> Export for T {
         durability: Durability,
     ) -> Result<(), ExportError> {
         Filter::write_at(self, offset, data, durability)
-    }
-
-    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        Filter::try_write_at(self, offset, data)
     }
 
     fn flush(&self) -> Result<(), ExportError> {
@@ -262,5 +234,39 @@ impl<T: Filter> Export for T {
         max_count: usize,
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
         Filter::block_status(self, context, offset, length, max_count)
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl<T: Filter> FastExport for T {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        Filter::try_read_at(self, offset, buffer, holes)
+    }
+
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        Filter::map_read(self, offset, length, holes, lookup, map)
+    }
+
+    fn may_block(&self, operation: Operation) -> MayBlock {
+        Filter::may_block(self, operation)
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        Filter::try_write_at(self, offset, data)
     }
 }

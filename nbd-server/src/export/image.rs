@@ -11,8 +11,8 @@ use nbd_proto::wire::{
 };
 
 use super::{
-    Descriptors, Durability, Export, ExportError, ExportInfo, FileSpan, Holes, Lookup, Mapped,
-    MayBlock, Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, FileSpan, Holes, Lookup,
+    Mapped, MayBlock, Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// Longest write that is carried out where it stands: a copy into the page cache. A longer one
@@ -165,63 +165,6 @@ impl Export for ImageExport {
         self.image.read_at(GuestOffset::new(offset), buffer).map_err(|error| translate(&error))
     }
 
-    fn try_read_at(
-        &self,
-        offset: u64,
-        buffer: &mut [u8],
-        holes: Holes,
-    ) -> Result<TryRead, ExportError> {
-        let offset = GuestOffset::new(offset);
-        let read = match holes {
-            Holes::Told => self.image.try_read_data_at(offset, buffer),
-            Holes::AsData => self.image.try_read_at(offset, buffer),
-        };
-        match read {
-            Ok(imgfmt::TryRead::Complete) => Ok(TryRead::Complete),
-            Ok(imgfmt::TryRead::WouldBlock) => Ok(TryRead::WouldBlock),
-            Ok(imgfmt::TryRead::Sparse) => Ok(TryRead::Sparse),
-            Err(error) => Err(translate(&error)),
-        }
-    }
-
-    fn map_read(
-        &self,
-        offset: u64,
-        length: usize,
-        holes: Holes,
-        lookup: Lookup,
-        map: &mut ReadMap,
-    ) -> Result<Mapped, ExportError> {
-        let range = Self::range(offset, length as u64)?;
-        let lookup = match lookup {
-            Lookup::MayWait => imgfmt::Lookup::MayRead,
-            Lookup::Prompt => imgfmt::Lookup::CachedOnly,
-        };
-        let holes = match holes {
-            Holes::Told => imgfmt::Holes::Told,
-            Holes::AsData => imgfmt::Holes::AsData,
-        };
-        match self.image.look_up(range, holes, lookup) {
-            Ok(Some(lease)) => {
-                self.push_mappings(&lease, map);
-                Ok(Mapped::Complete)
-            }
-            Ok(None) => Ok(Mapped::WouldBlock),
-            Err(error) => Err(translate(&error)),
-        }
-    }
-
-    fn may_block(&self, operation: Operation) -> MayBlock {
-        match operation {
-            Operation::Write(length, Durability::Cached)
-                if length <= PROMPT_WRITE_LEN && self.file.is_some() =>
-            {
-                MayBlock::No
-            }
-            _ => MayBlock::Yes,
-        }
-    }
-
     fn write_at(
         &self,
         offset: u64,
@@ -231,17 +174,6 @@ impl Export for ImageExport {
         self.image
             .write_at(GuestOffset::new(offset), data, durable(durability))
             .map_err(|error| translate(&error))
-    }
-
-    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        if data.len() > PROMPT_WRITE_LEN {
-            return Ok(TryWrite::WouldBlock);
-        }
-        match self.image.try_write_at(GuestOffset::new(offset), data) {
-            Ok(imgfmt::TryWrite::Complete) => Ok(TryWrite::Complete),
-            Ok(imgfmt::TryWrite::WouldBlock) => Ok(TryWrite::WouldBlock),
-            Err(error) => Err(translate(&error)),
-        }
     }
 
     fn flush(&self) -> Result<(), ExportError> {
@@ -307,6 +239,80 @@ impl Export for ImageExport {
             }
         }
         Ok(status.into_vec())
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for ImageExport {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        let offset = GuestOffset::new(offset);
+        let read = match holes {
+            Holes::Told => self.image.try_read_data_at(offset, buffer),
+            Holes::AsData => self.image.try_read_at(offset, buffer),
+        };
+        match read {
+            Ok(imgfmt::TryRead::Complete) => Ok(TryRead::Complete),
+            Ok(imgfmt::TryRead::WouldBlock) => Ok(TryRead::WouldBlock),
+            Ok(imgfmt::TryRead::Sparse) => Ok(TryRead::Sparse),
+            Err(error) => Err(translate(&error)),
+        }
+    }
+
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        let range = Self::range(offset, length as u64)?;
+        let lookup = match lookup {
+            Lookup::MayWait => imgfmt::Lookup::MayRead,
+            Lookup::Prompt => imgfmt::Lookup::CachedOnly,
+        };
+        let holes = match holes {
+            Holes::Told => imgfmt::Holes::Told,
+            Holes::AsData => imgfmt::Holes::AsData,
+        };
+        match self.image.look_up(range, holes, lookup) {
+            Ok(Some(lease)) => {
+                self.push_mappings(&lease, map);
+                Ok(Mapped::Complete)
+            }
+            Ok(None) => Ok(Mapped::WouldBlock),
+            Err(error) => Err(translate(&error)),
+        }
+    }
+
+    fn may_block(&self, operation: Operation) -> MayBlock {
+        match operation {
+            Operation::Write(length, Durability::Cached)
+                if length <= PROMPT_WRITE_LEN && self.file.is_some() =>
+            {
+                MayBlock::No
+            }
+            _ => MayBlock::Yes,
+        }
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        if data.len() > PROMPT_WRITE_LEN {
+            return Ok(TryWrite::WouldBlock);
+        }
+        match self.image.try_write_at(GuestOffset::new(offset), data) {
+            Ok(imgfmt::TryWrite::Complete) => Ok(TryWrite::Complete),
+            Ok(imgfmt::TryWrite::WouldBlock) => Ok(TryWrite::WouldBlock),
+            Err(error) => Err(translate(&error)),
+        }
     }
 }
 

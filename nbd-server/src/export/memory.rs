@@ -7,8 +7,8 @@ use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName, Transmi
 use std::sync::{PoisonError, RwLock};
 
 use super::{
-    Descriptors, Durability, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, MayBlock,
-    Operation, ReadMap, Speed, TryRead, ZeroMode,
+    Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, Holes, Lookup, Mapped,
+    MayBlock, Operation, ReadMap, Speed, TryRead, ZeroMode,
 };
 
 /// Pages are allocated when they are first written.
@@ -103,41 +103,6 @@ impl Export for MemoryExport {
         Ok(())
     }
 
-    fn try_read_at(
-        &self,
-        offset: u64,
-        buffer: &mut [u8],
-        holes: Holes,
-    ) -> Result<TryRead, ExportError> {
-        Ok(self.read(offset, buffer, holes))
-    }
-
-    fn map_read(
-        &self,
-        offset: u64,
-        length: usize,
-        _: Holes,
-        _: Lookup,
-        map: &mut ReadMap,
-    ) -> Result<Mapped, ExportError> {
-        for part in parts(offset, length as u64) {
-            let pages = self.shard(part.page).read().unwrap_or_else(PoisonError::into_inner);
-            match pages.contains_key(&part.page) {
-                true => map.push_export(part.length),
-                false => map.push_zero(part.length),
-            }
-        }
-        Ok(Mapped::Complete)
-    }
-
-    fn may_block(&self, operation: Operation) -> MayBlock {
-        match operation {
-            // These walk every page of a range that may be the whole disk.
-            Operation::Trim | Operation::WriteZeroes | Operation::BlockStatus => MayBlock::Yes,
-            _ => MayBlock::No,
-        }
-    }
-
     fn write_at(&self, offset: u64, data: &[u8], _: Durability) -> Result<(), ExportError> {
         let mut rest = data;
         for part in parts(offset, rest.len() as u64) {
@@ -188,6 +153,47 @@ impl Export for MemoryExport {
             }
         }
         Ok(status.into_vec())
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for MemoryExport {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        Ok(self.read(offset, buffer, holes))
+    }
+
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        _: Holes,
+        _: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        for part in parts(offset, length as u64) {
+            let pages = self.shard(part.page).read().unwrap_or_else(PoisonError::into_inner);
+            match pages.contains_key(&part.page) {
+                true => map.push_export(part.length),
+                false => map.push_zero(part.length),
+            }
+        }
+        Ok(Mapped::Complete)
+    }
+
+    fn may_block(&self, operation: Operation) -> MayBlock {
+        match operation {
+            // These walk every page of a range that may be the whole disk.
+            Operation::Trim | Operation::WriteZeroes | Operation::BlockStatus => MayBlock::Yes,
+            _ => MayBlock::No,
+        }
     }
 }
 

@@ -94,7 +94,7 @@ pub enum TryRead {
     /// It would have had to wait; the buffer's content is undefined.
     WouldBlock,
     /// With [`Holes::Told`] only: a part of the range, or all of it, reads as zero, as
-    /// [`Export::map_read`] tells; the buffer's content is undefined.
+    /// [`FastExport::map_read`] tells; the buffer's content is undefined.
     Sparse,
 }
 
@@ -107,7 +107,7 @@ pub enum TryWrite {
     WouldBlock,
 }
 
-/// Which kind of call [`Export::may_block`] is asked about.
+/// Which kind of call [`FastExport::may_block`] is asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Operation {
@@ -157,9 +157,8 @@ pub struct FileSpan {
 ///
 /// # What makes it fast
 ///
-/// [`try_read_at`](Self::try_read_at), [`try_write_at`](Self::try_write_at),
-/// [`map_read`](Self::map_read) and [`may_block`](Self::may_block) let the server answer without
-/// another thread, without copies, and with holes as holes. Their defaults are always right.
+/// [`FastExport`], which [`fast`](Self::fast) returns, lets the server answer without another
+/// thread, without copies, and with holes as holes. An export without it is served correctly.
 ///
 /// # Calls
 ///
@@ -252,12 +251,51 @@ pub trait Export: Send + Sync + 'static {
         Err(ExportError::unsupported())
     }
 
+    /// The calls that make the export fast, if it has them: `Some(self)` for a type that implements
+    /// [`FastExport`]. Asked for each request.
+    fn fast(&self) -> Option<&dyn FastExport> {
+        None
+    }
+}
+
+/// What makes an [`Export`] fast: the server answers without another thread, without copies, and
+/// with holes as holes.
+///
+/// Every method has a default that is right, so that an export implements only those that help it. The
+/// server finds them through [`Export::fast`], which has to return `Some(self)`:
+///
+/// ```
+/// # use nbd_server::export::{Export, ExportError, ExportInfo, FastExport, MayBlock, Operation};
+/// struct Zeroes;
+///
+/// impl Export for Zeroes {
+///     fn info(&self) -> ExportInfo {
+///         ExportInfo::new(1 << 30)
+///     }
+///
+///     fn read_at(&self, _: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+///         buffer.fill(0);
+///         Ok(())
+///     }
+///
+///     fn fast(&self) -> Option<&dyn FastExport> {
+///         Some(self)
+///     }
+/// }
+///
+/// impl FastExport for Zeroes {
+///     fn may_block(&self, _: Operation) -> MayBlock {
+///         MayBlock::No
+///     }
+/// }
+/// ```
+pub trait FastExport: Send + Sync {
     /// Fills `buffer` if that takes no waiting. With [`Holes::Told`] it may say
     /// [`TryRead::Sparse`] instead, from the same look at the metadata that finds the data.
     ///
     /// # Errors
     ///
-    /// As for [`read_at`](Self::read_at), which is then called for the same range: the client gets
+    /// As for [`Export::read_at`], which is then called for the same range: the client gets
     /// what that says.
     fn try_read_at(
         &self,
@@ -304,9 +342,69 @@ pub trait Export: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// As for [`write_at`](Self::write_at), which is then called for the same range: the client
+    /// As for [`Export::write_at`], which is then called for the same range: the client
     /// gets what that says.
     fn try_write_at(&self, _offset: u64, _data: &[u8]) -> Result<TryWrite, ExportError> {
         Ok(TryWrite::WouldBlock)
+    }
+}
+
+/// The calls of [`FastExport`] on any export. One that has none gets the defaults.
+impl dyn Export + '_ {
+    /// See [`FastExport::try_read_at`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`Export::read_at`].
+    pub fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        match self.fast() {
+            Some(fast) => fast.try_read_at(offset, buffer, holes),
+            None => Ok(TryRead::WouldBlock),
+        }
+    }
+
+    /// See [`FastExport::map_read`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`FastExport::map_read`].
+    pub fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        match self.fast() {
+            Some(fast) => fast.map_read(offset, length, holes, lookup, map),
+            None => {
+                map.push_export(length);
+                Ok(Mapped::Complete)
+            }
+        }
+    }
+
+    /// See [`FastExport::may_block`].
+    #[must_use]
+    pub fn may_block(&self, operation: Operation) -> MayBlock {
+        self.fast().map_or(MayBlock::Yes, |fast| fast.may_block(operation))
+    }
+
+    /// See [`FastExport::try_write_at`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`Export::write_at`].
+    pub fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        match self.fast() {
+            Some(fast) => fast.try_write_at(offset, data),
+            None => Ok(TryWrite::WouldBlock),
+        }
     }
 }

@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex};
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
-    Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, FastExport, Filter, Holes, Lookup, Mapped,
+    MayBlock, Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 use crate::support::{Client, MODES, TestServer};
@@ -38,42 +38,9 @@ impl Export for Noting {
         Ok(())
     }
 
-    fn try_read_at(
-        &self,
-        offset: u64,
-        buffer: &mut [u8],
-        holes: Holes,
-    ) -> Result<TryRead, ExportError> {
-        self.note(format!("try read {offset} {} {holes:?}", buffer.len()));
-        Ok(TryRead::Complete)
-    }
-
-    fn map_read(
-        &self,
-        offset: u64,
-        length: usize,
-        holes: Holes,
-        lookup: Lookup,
-        map: &mut ReadMap,
-    ) -> Result<Mapped, ExportError> {
-        self.note(format!("map {offset} {length} {holes:?} {lookup:?}"));
-        map.push_zero(length);
-        Ok(Mapped::Complete)
-    }
-
-    fn may_block(&self, operation: Operation) -> MayBlock {
-        self.note(format!("may_block {operation:?}"));
-        MayBlock::No
-    }
-
     fn write_at(&self, offset: u64, data: &[u8], how: Durability) -> Result<(), ExportError> {
         self.note(format!("write {offset} {data:?} {how:?}"));
         Ok(())
-    }
-
-    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        self.note(format!("try write {offset} {data:?}"));
-        Ok(TryWrite::Complete)
     }
 
     fn flush(&self) -> Result<(), ExportError> {
@@ -112,6 +79,45 @@ impl Export for Noting {
     ) -> Result<Vec<BlockDescriptor>, ExportError> {
         self.note(format!("status {context} {offset} {length} {max_count}"));
         Ok(vec![BlockDescriptor { length, flags: 9 }])
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for Noting {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        holes: Holes,
+    ) -> Result<TryRead, ExportError> {
+        self.note(format!("try read {offset} {} {holes:?}", buffer.len()));
+        Ok(TryRead::Complete)
+    }
+
+    fn map_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        self.note(format!("map {offset} {length} {holes:?} {lookup:?}"));
+        map.push_zero(length);
+        Ok(Mapped::Complete)
+    }
+
+    fn may_block(&self, operation: Operation) -> MayBlock {
+        self.note(format!("may_block {operation:?}"));
+        MayBlock::No
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        self.note(format!("try write {offset} {data:?}"));
+        Ok(TryWrite::Complete)
     }
 }
 

@@ -9,8 +9,8 @@ use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
 use nbd_proto::wire::{AllocationFlags, Errno, MetaContextName, ReplyMode};
 use nbd_server::export::{
-    Export, ExportError, ExportInfo, Holes, ImageExport, Lookup, Mapped, MemoryExport, ReadMap,
-    TryRead,
+    Export, ExportError, ExportInfo, FastExport, Holes, ImageExport, Lookup, Mapped, MemoryExport,
+    ReadMap, TryRead,
 };
 use tempfile::NamedTempFile;
 
@@ -257,6 +257,12 @@ impl Export for Striped {
         Ok(())
     }
 
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for Striped {
     fn try_read_at(
         &self,
         at: u64,
@@ -329,6 +335,12 @@ impl Export for Liar {
         Ok(())
     }
 
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for Liar {
     fn map_read(
         &self,
         offset: u64,

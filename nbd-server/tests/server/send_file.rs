@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nbd_proto::transmission::{Command, Fragmentation};
 use nbd_server::export::{
-    Export, ExportError, ExportInfo, FileSpan, Holes, Lookup, Mapped, ReadMap, TryRead,
+    Export, ExportError, ExportInfo, FastExport, FileSpan, Holes, Lookup, Mapped, ReadMap, TryRead,
 };
 
 use crate::support::{
@@ -57,6 +57,12 @@ impl Export for TwoFaced {
         Ok(())
     }
 
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for TwoFaced {
     fn try_read_at(&self, at: u64, buffer: &mut [u8], _: Holes) -> Result<TryRead, ExportError> {
         self.read_at(at, buffer).map(|()| TryRead::Complete)
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
 use nbd_proto::transmission::{Command, Durability};
 use nbd_proto::wire::Errno;
-use nbd_server::export::{Export, ImageExport, TryWrite};
+use nbd_server::export::{Export, FastExport, ImageExport, TryWrite};
 
 use crate::support::{Client, MODES, Script, Scripted, TestServer};
 

@@ -6,7 +6,9 @@ use nbd_proto::wire::{Errno, MetaContextName};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::*;
-use crate::export::{Content, ExportInfo, Holes, Lookup, Mapped, MemoryExport, ReadMap, TryRead};
+use crate::export::{
+    Content, ExportInfo, FastExport, Holes, Lookup, Mapped, MemoryExport, ReadMap, TryRead,
+};
 
 const SIZE: u64 = 4 << 20;
 

@@ -8,8 +8,8 @@ use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags
 
 use super::preserved::Preserved;
 use crate::export::{
-    Content, Descriptors, Export, ExportError, ExportInfo, Holes, Lookup, Mapped, MayBlock,
-    Operation, ReadMap, TryRead,
+    Content, Descriptors, Export, ExportError, ExportInfo, FastExport, Holes, Lookup, Mapped,
+    MayBlock, Operation, ReadMap, TryRead,
 };
 
 /// What a context of a view says: called with offset and length in bytes and the highest number of
@@ -139,6 +139,42 @@ impl Export for PointInTimeView {
         self.replace_preserved(offset, buffer)
     }
 
+    fn block_status(
+        &self,
+        context: &MetaContextName,
+        offset: u64,
+        length: u64,
+        max_count: usize,
+    ) -> Result<Vec<BlockDescriptor>, ExportError> {
+        self.check()?;
+        if let Some((_, status)) = self.contexts.iter().find(|(name, _)| name == context) {
+            let found = status(offset, length, max_count)?;
+            self.check()?;
+            return Ok(found);
+        }
+        if *context != MetaContextName::base_allocation() {
+            return Err(ExportError::new(Errno::EINVAL, "the view has no such context"));
+        }
+        let mut status = Descriptors::new(max_count);
+        let end = offset.saturating_add(length);
+        let mut at = offset;
+        while at < end {
+            let found = self.allocation(at, end - at, max_count, &mut status)?;
+            if found == 0 {
+                break;
+            }
+            at += found;
+        }
+        self.check()?;
+        Ok(status.into_vec())
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for PointInTimeView {
     fn try_read_at(
         &self,
         offset: u64,
@@ -200,36 +236,6 @@ impl Export for PointInTimeView {
 
     fn may_block(&self, _: Operation) -> MayBlock {
         MayBlock::Yes
-    }
-
-    fn block_status(
-        &self,
-        context: &MetaContextName,
-        offset: u64,
-        length: u64,
-        max_count: usize,
-    ) -> Result<Vec<BlockDescriptor>, ExportError> {
-        self.check()?;
-        if let Some((_, status)) = self.contexts.iter().find(|(name, _)| name == context) {
-            let found = status(offset, length, max_count)?;
-            self.check()?;
-            return Ok(found);
-        }
-        if *context != MetaContextName::base_allocation() {
-            return Err(ExportError::new(Errno::EINVAL, "the view has no such context"));
-        }
-        let mut status = Descriptors::new(max_count);
-        let end = offset.saturating_add(length);
-        let mut at = offset;
-        while at < end {
-            let found = self.allocation(at, end - at, max_count, &mut status)?;
-            if found == 0 {
-                break;
-            }
-            at += found;
-        }
-        self.check()?;
-        Ok(status.into_vec())
     }
 }
 

@@ -215,6 +215,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use crate::export::FastExport;
 
     /// Notes how durable each change was asked to be.
     #[derive(Default)]
@@ -238,16 +239,8 @@ mod tests {
             Ok(())
         }
 
-        fn may_block(&self, _: Operation) -> MayBlock {
-            MayBlock::No
-        }
-
         fn write_at(&self, _: u64, _: &[u8], durability: Durability) -> Result<(), ExportError> {
             self.note("write", durability)
-        }
-
-        fn try_write_at(&self, _: u64, _: &[u8]) -> Result<TryWrite, ExportError> {
-            self.note("write in place", Durability::Cached).map(|()| TryWrite::Complete)
         }
 
         fn trim(&self, _: u64, _: u64, durability: Durability) -> Result<(), ExportError> {
@@ -263,6 +256,20 @@ mod tests {
             durability: Durability,
         ) -> Result<(), ExportError> {
             self.note("zeroes", durability)
+        }
+
+        fn fast(&self) -> Option<&dyn FastExport> {
+            Some(self)
+        }
+    }
+
+    impl FastExport for Recorder {
+        fn may_block(&self, _: Operation) -> MayBlock {
+            MayBlock::No
+        }
+
+        fn try_write_at(&self, _: u64, _: &[u8]) -> Result<TryWrite, ExportError> {
+            self.note("write in place", Durability::Cached).map(|()| TryWrite::Complete)
         }
     }
 

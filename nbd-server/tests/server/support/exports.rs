@@ -6,8 +6,8 @@ use std::sync::{Arc, Condvar, Mutex};
 
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName, TransmissionFlags};
 use nbd_server::export::{
-    Durability, Export, ExportError, ExportInfo, Holes, MayBlock, MemoryExport, Operation, Speed,
-    TryRead, TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, FastExport, Holes, MayBlock, MemoryExport,
+    Operation, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// What is wrong with a [`Scripted`] disk, and where. Ranges are in bytes.
@@ -153,22 +153,6 @@ impl Export for Scripted {
         self.disk.read_at(offset, buffer)
     }
 
-    fn try_read_at(
-        &self,
-        offset: u64,
-        buffer: &mut [u8],
-        _: Holes,
-    ) -> Result<TryRead, ExportError> {
-        if !self.is_prompt() {
-            return Ok(TryRead::WouldBlock);
-        }
-        self.read_at(offset, buffer).map(|()| TryRead::Complete)
-    }
-
-    fn may_block(&self, _: Operation) -> MayBlock {
-        self.script.prompt.unwrap_or(MayBlock::Yes)
-    }
-
     fn write_at(&self, offset: u64, data: &[u8], durable: Durability) -> Result<(), ExportError> {
         count(&self.writes);
         self.act(offset, data.len() as u64)?;
@@ -176,17 +160,6 @@ impl Export for Scripted {
             count(&self.durable_writes);
         }
         self.disk.write_at(offset, data, durable)
-    }
-
-    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        let end = offset + data.len() as u64;
-        let quick = self.script.quick.as_ref();
-        if !quick.is_some_and(|range| range.start <= offset && end <= range.end) {
-            return Ok(TryWrite::WouldBlock);
-        }
-        count(&self.quick_writes);
-        self.act(offset, data.len() as u64)?;
-        self.disk.write_at(offset, data, Durability::Cached).map(|()| TryWrite::Complete)
     }
 
     fn flush(&self) -> Result<(), ExportError> {
@@ -251,5 +224,38 @@ impl Export for Scripted {
             Some(place) => Ok(vec![BlockDescriptor { length, flags: 100 + place as u64 }]),
             None => self.disk.block_status(context, offset, length, max_count),
         }
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for Scripted {
+    fn try_read_at(
+        &self,
+        offset: u64,
+        buffer: &mut [u8],
+        _: Holes,
+    ) -> Result<TryRead, ExportError> {
+        if !self.is_prompt() {
+            return Ok(TryRead::WouldBlock);
+        }
+        self.read_at(offset, buffer).map(|()| TryRead::Complete)
+    }
+
+    fn may_block(&self, _: Operation) -> MayBlock {
+        self.script.prompt.unwrap_or(MayBlock::Yes)
+    }
+
+    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
+        let end = offset + data.len() as u64;
+        let quick = self.script.quick.as_ref();
+        if !quick.is_some_and(|range| range.start <= offset && end <= range.end) {
+            return Ok(TryWrite::WouldBlock);
+        }
+        count(&self.quick_writes);
+        self.act(offset, data.len() as u64)?;
+        self.disk.write_at(offset, data, Durability::Cached).map(|()| TryWrite::Complete)
     }
 }
