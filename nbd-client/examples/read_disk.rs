@@ -1,11 +1,11 @@
-//! Reads a whole export and tells how fast that was.
+//! Reads a whole export and reports the throughput.
 //!
 //! ```text
 //! cargo run --release -p nbd-client --example read_disk -- nbd://localhost/disk 4 64 262144
 //! ```
 //!
-//! The arguments are the URI, the number of connections, the requests in flight in all, and the
-//! bytes of each request.
+//! The arguments are the URI, the number of connections, the total number of requests in flight,
+//! and the size of each request in bytes.
 #![allow(clippy::print_stdout)]
 
 use std::num::NonZeroUsize;

@@ -22,11 +22,12 @@ use crate::stream::Stream;
 /// A connected client.
 ///
 /// Clones share the connections; all methods take `&self` and may be used from many tasks at once.
-/// Requests that are made together travel together, so concurrency is what makes a client fast.
-/// Dropping the last clone ends the connections politely; [`Client::disconnect`] waits for it.
+/// Concurrent requests are sent together, so throughput comes from concurrency. Dropping the last
+/// clone ends the connections gracefully in the background; [`Client::disconnect`] waits for the
+/// end.
 ///
-/// Requests in flight may overtake each other: a caller who needs an order awaits one request
-/// before making the next.
+/// Requests in flight may overtake each other: a caller that needs an order has to await one
+/// request before it makes the next.
 #[derive(Debug, Clone)]
 pub struct Client {
     shared: Arc<Shared>,
@@ -43,15 +44,14 @@ struct Shared {
 }
 
 impl Client {
-    /// Starts the first connection and, if the server allows them, the others.
+    /// Starts the first connection and, if the server allows several, the others.
     pub(crate) async fn start(settings: &Settings, first: Established) -> Result<Self> {
         let negotiated = Arc::new(first.negotiated.clone());
         let protocol = first.details.protocol;
         let info = ExportInfo::new(&negotiated, first.details.clone());
         let target = settings.target();
         let is_encrypted = matches!(first.stream, Stream::Tls(_));
-        // Whoever can change the bytes on the way must not be able to take away what the first
-        // connection had.
+        // An active attacker must not be able to remove a property that the first connection had.
         let requiring_tls = is_encrypted.then(|| settings.requiring_tls());
         let settings = requiring_tls.as_ref().unwrap_or(settings);
         let connection = |established, contexts| {
@@ -93,52 +93,52 @@ impl Client {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// True if every connection is protected by TLS.
+    /// Returns true if every connection is protected by TLS.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
         self.shared.is_encrypted
     }
 
-    /// What is known about the export.
+    /// Returns the properties of the export.
     #[must_use]
     pub fn info(&self) -> &ExportInfo {
         &self.shared.info
     }
 
-    /// The handshake the server speaks.
+    /// Returns the kind of handshake that the server uses.
     #[must_use]
     pub fn protocol(&self) -> Protocol {
         self.shared.protocol
     }
 
-    /// The form of replies agreed upon.
+    /// Returns the negotiated form of replies.
     #[must_use]
     pub fn reply_mode(&self) -> ReplyMode {
         self.shared.negotiated.reply_mode
     }
 
-    /// Number of connections that were opened.
+    /// Returns the number of connections that were opened.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.shared.connections.len()
     }
 
-    /// How many lost connections have been replaced so far. See [`Connector::reconnect`](crate::Connector::reconnect) for what
-    /// a change of this number means for data that was not flushed.
+    /// Returns the number of lost connections that were replaced so far.
+    /// [`Connector::reconnect`](crate::Connector::reconnect) explains the consequence of a change
+    /// of this number for data that was not flushed.
     #[must_use]
     pub fn reconnects(&self) -> u64 {
         self.shared.connections.iter().map(Connection::reconnects).sum()
     }
 
-    /// The metadata contexts that were asked for and that the server has, in its order.
+    /// Returns the requested metadata contexts that the server has, in the order of the request.
     #[must_use]
     pub fn meta_contexts(&self) -> &[MetaContextName] {
         &self.shared.info.meta_contexts
     }
 
-    /// Ends the connections after the requests that were made before, and waits until that is
-    /// done. Other clones get [`Error::Closed`] from then on. Nothing is flushed:
-    /// call [`Client::flush`] first.
+    /// Ends the connections after the requests made before, and waits for the end. Other clones get
+    /// [`Error::Closed`] from then on. Nothing is flushed: call [`Client::flush`] first.
     ///
     /// # Errors
     ///
@@ -147,7 +147,7 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future leaves the end of the connections to their tasks.
+    /// Dropping the future stops the waiting; the connections end in the background.
     pub async fn disconnect(self) -> Result<()> {
         let mut result = Ok(());
         for connection in &self.shared.connections {
@@ -160,7 +160,7 @@ impl Client {
         &self.shared.negotiated
     }
 
-    /// Hands a request to the connection with the fewest callers waiting.
+    /// Hands a request to the connection with the fewest waiting callers.
     pub(crate) async fn submit(&self, request: NewRequest) -> Result<PendingReply<'_>> {
         let connection = self.pick();
         let caller = connection.enter();
@@ -185,7 +185,7 @@ impl Client {
             let start = self.shared.next.fetch_add(1, Ordering::Relaxed) % connections.len();
             let (before, from) = connections.split_at(start);
             let candidates = from.iter().chain(before);
-            // A lost connection is chosen only if all are lost, for its error.
+            // A lost connection is chosen only if all are lost, for the sake of its error.
             let best =
                 candidates.min_by_key(|connection| (connection.is_over(), connection.load()));
             return best.expect("a client has at least one connection");
@@ -194,7 +194,7 @@ impl Client {
     }
 }
 
-/// A request to be made.
+/// A request to be sent.
 pub(crate) struct NewRequest {
     pub(crate) offset: u64,
     pub(crate) length: u64,
@@ -205,7 +205,7 @@ pub(crate) struct NewRequest {
 }
 
 impl NewRequest {
-    /// A request that neither sends nor gets data.
+    /// A request without data in either direction.
     pub(crate) const fn plain(offset: u64, length: u64, command: Command) -> Self {
         let payload = Bytes::new();
         Self { offset, length, command, context: None, payload, collect: Collect::Nothing }

@@ -1,4 +1,4 @@
-//! One connection of a client: its task, and what the client knows of it.
+//! One connection of a client: its task and the state that the client sees.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -21,11 +21,11 @@ use crate::settings::Limits;
 #[derive(Debug)]
 pub(crate) struct Connection {
     sender: mpsc::Sender<Message>,
-    /// Requests of callers that are waiting.
+    /// The number of waiting callers.
     waiting: AtomicUsize,
-    /// Why the connection is over; set before any request fails with it.
+    /// The reason for the end of the connection; set before any request fails with it.
     ended: Arc<OnceLock<Error>>,
-    /// How often the connection was replaced.
+    /// The number of times the connection was replaced.
     replaced: Arc<AtomicU64>,
     task: Mutex<Option<JoinHandle<()>>>,
 }
@@ -54,12 +54,12 @@ impl Connection {
         Self { sender, waiting: AtomicUsize::new(0), ended, replaced, task }
     }
 
-    /// Queues a message, waiting for room.
+    /// Queues a message and waits for room if necessary.
     pub(crate) async fn send(&self, message: Message) -> Result<(), Error> {
         self.sender.send(message).await.map_err(|_| self.end())
     }
 
-    /// Why the connection is over.
+    /// Returns the reason for the end of the connection.
     pub(crate) fn end(&self) -> Error {
         self.ended.get().cloned().unwrap_or(Error::Closed)
     }
@@ -68,29 +68,29 @@ impl Connection {
         self.sender.is_closed()
     }
 
-    /// How often the connection was replaced by a new one.
+    /// Returns the number of times the connection was replaced by a new one.
     pub(crate) fn reconnects(&self) -> u64 {
         self.replaced.load(Ordering::Acquire)
     }
 
-    /// Number of callers that wait for this connection.
+    /// Returns the number of callers that wait for this connection.
     pub(crate) fn load(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// Counts a caller as long as the value lives.
+    /// Counts a caller during the life of the value.
     pub(crate) fn enter(&self) -> Caller<'_> {
         self.waiting.fetch_add(1, Ordering::Relaxed);
         Caller(&self.waiting)
     }
 
-    /// Ends the connection after the requests that are queued, and waits for the end.
+    /// Ends the connection after the queued requests, and waits for the end.
     pub(crate) async fn disconnect(&self) -> Result<(), Error> {
-        // A connection that is over already has nothing to be told.
+        // A connection that has ended needs no message.
         drop(self.sender.send(Message::Disconnect).await);
         let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(task) = task {
-            // The task catches its own failures; it can only be gone with its runtime.
+            // The task catches its own failures; it can only disappear together with its runtime.
             drop(task.await);
         }
         match self.end() {
@@ -100,7 +100,7 @@ impl Connection {
     }
 }
 
-/// One caller that waits.
+/// One waiting caller.
 pub(crate) struct Caller<'a>(&'a AtomicUsize);
 
 impl Drop for Caller<'_> {
@@ -135,7 +135,7 @@ impl Task {
             let Some(reconnect) = self.reconnect.as_ref().filter(may_help) else {
                 return self.lost(lost);
             };
-            // Nobody is hurt by a lost connection before there is a request for it.
+            // A lost connection does no harm before there is a request for it.
             if outage.is_none() && !self.queue.wait().await {
                 return self.end(Error::Closed);
             }
@@ -143,7 +143,8 @@ impl Task {
             let next = next_driver(&mut self.queue, reconnect.again(outage, lost)).await;
             driver = match next {
                 Some(Ok(driver)) => {
-                    // Before any answer of the new connection: whoever has one sees the number.
+                    // Before any answer of the new connection, so that every caller with an answer
+                    // sees the number.
                     self.replaced.fetch_add(1, Ordering::Release);
                     driver
                 }
@@ -163,7 +164,7 @@ impl Task {
     }
 }
 
-/// Waits for a new connection for as long as somebody needs one.
+/// Waits for a new connection while any request needs one.
 async fn next_driver<F: Future>(queue: &mut Queue, again: F) -> Option<F::Output> {
     let mut again = pin!(again);
     poll_fn(|cx| match again.as_mut().poll(cx) {

@@ -1,4 +1,4 @@
-//! Where to connect, and how.
+//! The server's address and the settings of connections to it.
 
 use std::num::NonZeroUsize;
 use std::str::FromStr;
@@ -17,7 +17,7 @@ use crate::stream::Stream;
 use crate::tls::{LocalFiles, TlsOptions};
 use crate::transport::Socket;
 
-/// Describes a connection to be made; one description makes any number of them.
+/// Settings of connections to a server; one value can make any number of connections.
 ///
 /// ```no_run
 /// # async fn example() -> nbd_client::Result<()> {
@@ -45,52 +45,53 @@ impl FromStr for Connector {
 }
 
 impl Connector {
-    /// Describes a connection to the export that `uri` names: one connection, extended headers if
-    /// the server has them, no metadata contexts, no reconnect, 30 s for the handshake.
+    /// Creates settings for the export that `uri` names. Defaults: one connection, extended headers
+    /// if the server supports them, no metadata contexts, no reconnecting, 30 s for the handshake.
     #[must_use]
     pub fn new(uri: NbdUri) -> Self {
         Self { settings: Settings::new(uri) }
     }
 
-    /// Uses another export than the URI names; empty for the server's default export.
+    /// Selects another export than the URI names; empty for the server's default export.
     #[must_use]
     pub fn export_name(mut self, name: impl Into<String>) -> Self {
         self.settings = self.settings.with_export(&name.into());
         self
     }
 
-    /// Selects metadata contexts for block status. Those the server does not have are left out:
-    /// [`Client::meta_contexts`] tells which it has.
+    /// Selects metadata contexts for block status. Contexts that the server does not have are left
+    /// out: [`Client::meta_contexts`] returns the others.
     #[must_use]
     pub fn meta_contexts(mut self, contexts: impl IntoIterator<Item = MetaContextName>) -> Self {
         self.settings.wanted.meta_contexts = contexts.into_iter().collect();
         self
     }
 
-    /// The best form of replies to ask for; servers that cannot do it get the next one down.
+    /// Sets the most capable form of replies to request; a server that does not support it is asked
+    /// for the next simpler one.
     #[must_use]
     pub fn reply_mode(mut self, highest: ReplyMode) -> Self {
         self.settings.wanted.reply_mode = highest;
         self
     }
 
-    /// Number of connections to open if the server allows several (CAN_MULTI_CONN); otherwise one
-    /// is opened. A server that admits fewer is used with what it admits.
+    /// Sets the number of connections to open if the server allows several (CAN_MULTI_CONN);
+    /// otherwise one is opened. If the server admits fewer, the client uses those.
     #[must_use]
     pub fn connections(mut self, connections: NonZeroUsize) -> Self {
         self.settings.connections = connections;
         self
     }
 
-    /// After a lost connection, requests in flight and new ones wait up to `patience` for a new
-    /// connection, and those in flight are sent again.
+    /// Reconnects after a lost connection: requests in flight and new ones wait up to `patience`
+    /// for a new connection, and those in flight are sent again.
     ///
-    /// Every NBD request may be sent twice without harm. Two things are *not* repaired:
+    /// Every NBD request may be sent twice without harm. Two cases are *not* repaired:
     ///
-    /// - Data that was acknowledged but not flushed is gone if the server lost it together with its
-    ///   process or its machine; a FLUSH that succeeds on the new connection does not bring it
-    ///   back. If [`Client::reconnects`] is not the same after a flush as before the writes, write
-    ///   again what has to be durable.
+    /// - Data that was acknowledged but not flushed is lost if the server loses it together with
+    ///   its process or its machine; a successful FLUSH on the new connection does not restore it.
+    ///   If [`Client::reconnects`] differs between the time before the writes and the time after
+    ///   the flush, repeat the writes that have to be durable.
     /// - A server that is still busy with the old connection may carry out an old WRITE after the
     ///   new one. This matters only if the same range is written again at once.
     #[must_use]
@@ -99,70 +100,70 @@ impl Connector {
         self
     }
 
-    /// Time a server has for connecting and the whole handshake. [`Connector::inspect`] and the
-    /// lists give it that time for each question.
+    /// Limits the time for connecting and the whole handshake, 30 s by default.
+    /// [`Connector::inspect`] and the lists allow that time for each question.
     #[must_use]
     pub fn handshake_timeout(mut self, limit: Duration) -> Self {
         self.settings.handshake_timeout = limit;
         self
     }
 
-    /// Time a request may take from being sent until its answer is complete, data included. There
-    /// is no limit unless this sets one: some disks take very long for a flush.
+    /// Limits the time from sending a request until its answer is complete, data included. No limit
+    /// by default: some disks take very long for a flush.
     ///
-    /// When it is over the connection is given up, because a late answer could not be told from
-    /// one to another request: all requests on it fail with
+    /// After a timeout the connection is closed, because a late answer could be mistaken for the
+    /// answer to another request: all requests on it fail with
     /// [`LostConnection::RequestTimeout`](crate::LostConnection::RequestTimeout), which names the
-    /// one that was late. Whether they were carried out is unknown. With
-    /// [`reconnect`](Self::reconnect) they are sent again on a new connection instead; a request
-    /// that is late again and again fails after the patience that was given there.
+    /// late one. Whether they were carried out is unknown. With [`reconnect`](Self::reconnect) they
+    /// are sent again on a new connection instead; a request that repeatedly times out fails after
+    /// the `patience` given there.
     ///
-    /// A request that a cancelled future has left behind counts as well.
+    /// Requests of dropped futures count as well.
     #[must_use]
     pub fn request_timeout(mut self, limit: Duration) -> Self {
         self.settings.limits.request_timeout = Some(limit);
         self
     }
 
-    /// Most requests in flight on one connection (128 by default); further ones wait.
+    /// Sets the most requests in flight on one connection (128 by default); further ones wait.
     #[must_use]
     pub fn max_in_flight(mut self, requests: NonZeroUsize) -> Self {
         self.settings.limits.requests = requests;
         self
     }
 
-    /// Most bytes of data in flight on one connection (64 MiB by default). A single request of
-    /// more than that is sent alone.
+    /// Sets the most bytes of data in flight on one connection (64 MiB by default). A larger single
+    /// request is sent alone.
     #[must_use]
     pub fn max_bytes_in_flight(mut self, bytes: NonZeroUsize) -> Self {
         self.settings.limits.bytes = bytes;
         self
     }
 
-    /// Uses TLS as `options` say; they go before what the URI says. Without this call a URI with
-    /// `nbds` requires TLS, and any other does without.
+    /// Sets the TLS options; they take precedence over the URI. By default a URI with `nbds`
+    /// requires TLS, and any other does not use it.
     #[must_use]
     pub fn tls(mut self, options: TlsOptions) -> Self {
         self.settings.tls = Some(options);
         self
     }
 
-    /// Whether the URI may name files of this machine (`tls-certificates`, `tls-psk-file`). It may
-    /// not, unless allowed: a URI that came from somebody else must not choose which files are read.
+    /// Sets whether the URI may name files of this machine (`tls-certificates`, `tls-psk-file`).
+    /// Not allowed by default: a URI from an untrusted source must not choose files to read.
     #[must_use]
     pub fn local_files(mut self, files: LocalFiles) -> Self {
         self.settings.local_files = files;
         self
     }
 
-    /// The URI.
+    /// Returns the URI.
     #[must_use]
     pub const fn uri(&self) -> &NbdUri {
         &self.settings.uri
     }
 
-    /// Connects. The connections are driven by tasks on the current tokio runtime, which needs I/O
-    /// and time enabled, until the last clone of the [`Client`] is dropped. Without a runtime:
+    /// Connects. Tasks on the current tokio runtime, which needs I/O and time enabled, drive the
+    /// connections until the last clone of the [`Client`] is dropped. Without a runtime use
     /// [`blocking::Client::connect`](crate::blocking::Client::connect).
     ///
     /// # Errors
@@ -172,14 +173,15 @@ impl Connector {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes what was opened.
+    /// Dropping the future closes the connections opened so far.
     pub async fn connect(&self) -> Result<Client> {
         let first = establish_at(&self.settings).await?;
         Client::start(&self.settings, first).await
     }
 
-    /// Connects over a stream the caller brings: a socket pair, a tunnel, a virtual socket. The
-    /// URI then serves for messages only, and reconnecting and further connections are off.
+    /// Connects over a stream that the caller provides: a socket pair, a tunnel, a virtual socket.
+    /// The URI is then used for messages only, and reconnecting and further connections are
+    /// disabled.
     ///
     /// # Errors
     ///

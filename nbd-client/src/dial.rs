@@ -1,4 +1,4 @@
-//! From settings to a connection that is ready for requests.
+//! Turns settings into a connection that is ready for requests.
 
 use std::sync::Arc;
 
@@ -25,12 +25,12 @@ pub(crate) struct Established {
     pub(crate) details: Details,
 }
 
-/// Opens a socket to the server and carries out the handshake.
+/// Opens a socket to the server and performs the handshake.
 pub(crate) async fn establish_at(settings: &Settings) -> Result<Established> {
     establish(dial(settings).await?, &settings.wanted).await
 }
 
-/// Opens a socket to the server, within the time the handshake has.
+/// Opens a socket to the server, within the time limit of the handshake.
 pub(crate) async fn dial(settings: &Settings) -> Result<Wire> {
     let tls = load_tls(settings).await?;
     let (target, limit) = (settings.target(), settings.handshake_timeout);
@@ -45,7 +45,7 @@ pub(crate) async fn dial(settings: &Settings) -> Result<Wire> {
     }
 }
 
-/// Reads the credentials, on a thread where that may take its time.
+/// Reads the credentials, on a thread that may block.
 pub(crate) async fn load_tls(settings: &Settings) -> Result<Option<Tls>> {
     let failed = |source| Error::Tls { target: settings.target(), source };
     let setup = setup(&settings.uri, settings.tls.as_ref(), settings.local_files);
@@ -58,13 +58,13 @@ pub(crate) async fn load_tls(settings: &Settings) -> Result<Option<Tls>> {
     }
 }
 
-/// Goes from the greeting to the transmission phase, with everything the server can do: GO falls
-/// back to EXPORT_NAME, extended headers to structured to simple replies.
+/// Negotiates from the greeting to the transmission phase with everything the server supports: GO
+/// falls back to EXPORT_NAME, extended headers to structured to simple replies.
 pub(crate) async fn establish(mut wire: Wire, wanted: &Wanted) -> Result<Established> {
     let (negotiated, details) = match wire.greeting().await? {
         Greeting::Oldstyle(negotiated) => {
             if !wanted.export_name.is_empty() {
-                let why = "it is an oldstyle server with one nameless export; leave the name out";
+                let why = "it is an oldstyle server with one unnamed export; leave the name out";
                 return Err(wire.unsupported("exports with names", why));
             }
             (*negotiated, Details::unknown(Protocol::Oldstyle))
@@ -115,12 +115,12 @@ async fn newstyle(
     }
 }
 
-/// The export, for an error message.
+/// Describes the export for an error message.
 pub(crate) fn export_in_words(name: &str) -> String {
     if name.is_empty() { "the default export".to_owned() } else { format!("the export {name:?}") }
 }
 
-/// Agrees on the best form of replies up to `highest`.
+/// Negotiates the best form of replies up to `highest`.
 pub(crate) async fn agree_on_replies(
     wire: &mut Wire,
     mut phase: OptionPhase,

@@ -1,8 +1,8 @@
 //! One connection in the transmission phase.
 //!
-//! The driver owns the socket. It gathers all requests that are queued into one write, takes as
-//! many replies out of one read as there are, and reads large data straight into its destination.
-//! It never waits for anything in particular: each poll does whatever can be done.
+//! The driver owns the socket. It gathers all queued requests into one write, takes as many replies
+//! as possible out of one read, and reads large data straight into its destination. It never waits
+//! for one event in particular: each poll makes all possible progress.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -26,20 +26,20 @@ use crate::request_timer::RequestTimer;
 use crate::settings::Limits;
 use crate::stream::Stream;
 
-/// Room for replies that are read at once.
+/// Size of the buffer for replies, in bytes.
 const INPUT_LEN: usize = 256 * 1024;
 
-/// Least room for a read.
+/// Least free space for a read, in bytes.
 const LEAST_READ: usize = 16 * 1024;
 
 /// Data of at least this many bytes is read straight into its destination.
 const DIRECT_LEN: usize = 16 * 1024;
 
-/// READs of at least this many bytes make the driver read little beyond headers, so that their data
-/// goes straight into its destination.
+/// READs of at least this many bytes make the driver read little more than headers, so that their
+/// data goes straight into its destination.
 const LARGE_READ: usize = 64 * 1024;
 
-/// How long requests in flight may take to end when the client disconnects.
+/// Time limit for requests in flight when the client disconnects.
 const LINGER: Duration = Duration::from_secs(5);
 
 /// The data of a READ that is being received.
@@ -71,8 +71,8 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    /// Takes over a connection. `contexts` gives the server's number for each of the client's
-    /// contexts.
+    /// Creates a driver for a connection. `contexts` holds the server's number of each of the
+    /// client's contexts.
     pub(crate) fn new(
         established: Established,
         contexts: Vec<MetaContextId>,
@@ -98,13 +98,13 @@ impl Driver {
         }
     }
 
-    /// True once a request was answered on this connection.
+    /// Returns true once a request was answered on this connection.
     pub(crate) const fn has_answered(&self) -> bool {
         self.answered
     }
 
-    /// Ends the connection and gives back the requests that were not answered, oldest first, as if
-    /// they had never been sent.
+    /// Ends the connection and returns the unanswered requests, oldest first, as if they had never
+    /// been sent.
     pub(crate) fn into_unanswered(self) -> Vec<Submission> {
         let mut left: Vec<_> = self.in_flight.into_iter().collect();
         left.sort_unstable_by_key(|(cookie, _)| *cookie);
@@ -116,7 +116,7 @@ impl Driver {
             .collect()
     }
 
-    /// Moves requests and replies until the connection is over: `Ok` after a goodbye.
+    /// Sends requests and receives replies until the connection ends: `Ok` after a disconnect.
     pub(crate) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -127,7 +127,7 @@ impl Driver {
             let sent = self.send(cx)?;
             let received = match self.receive(cx) {
                 Ok(received) => received,
-                // After a goodbye the server may close before we do.
+                // After a DISC the server may close first.
                 Err(_) if self.said_goodbye => return Poll::Ready(Ok(())),
                 Err(lost) => return Poll::Ready(Err(lost)),
             };
@@ -188,7 +188,8 @@ impl Driver {
         }
     }
 
-    /// The end of the connection if a request was not answered in time; wakes `cx` when one is not.
+    /// Ends the connection if a request was not answered in time; otherwise wakes `cx` when one
+    /// times out.
     fn late_request(&mut self, cx: &mut Context<'_>) -> Option<LostConnection> {
         let timer = self.timer.as_mut()?;
         let is_open = |cookie| self.in_flight.contains_key(&cookie);
@@ -203,7 +204,7 @@ impl Driver {
         })
     }
 
-    /// Writes what the socket takes.
+    /// Writes as much as the socket accepts.
     fn send(&mut self, cx: &mut Context<'_>) -> Result<bool, LostConnection> {
         let mut sent = false;
         while !self.outbound.is_empty() {
@@ -212,14 +213,14 @@ impl Driver {
                 Poll::Pending => break,
             }
         }
-        // What TLS has taken and the socket has not.
+        // Data that TLS has accepted and the socket has not.
         if self.stream.has_unsent() && Pin::new(&mut self.stream).poll_flush(cx)?.is_ready() {
             sent = true;
         }
         Ok(sent)
     }
 
-    /// Works off what has been received, and reads once if that is not enough.
+    /// Processes the received bytes, and reads once if they are not enough.
     fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, LostConnection> {
         let mut progress = self.work_off_input()?;
         let read = match &self.receiving {
@@ -256,7 +257,7 @@ impl Driver {
         }
     }
 
-    /// Counts data that has reached its destination; true if all of it has.
+    /// Counts data that has reached its destination; returns true if it is complete.
     fn data_arrived(&mut self, length: usize) -> bool {
         let Some(receiving) = &mut self.receiving else { return true };
         receiving.left = receiving.left.saturating_sub(length);
@@ -341,7 +342,7 @@ impl Driver {
         })
     }
 
-    /// No request will come any more: says goodbye once all are answered. `Ready(None)` asks for
+    /// After the last request, sends DISC once all requests are answered. `Ready(None)` requests
     /// another round.
     fn poll_goodbye(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<(), LostConnection>>> {
         let linger =
@@ -357,7 +358,7 @@ impl Driver {
         if !self.said_goodbye {
             self.said_goodbye = true;
             let out = self.outbound.headers();
-            // Always possible; and if it were not, closing says the same.
+            // DISC is always legal; and if it were not, closing has the same effect.
             drop(self.transmission.request(0, 0, &Command::Disconnect, out));
             return Poll::Ready(None);
         }
@@ -372,7 +373,7 @@ fn is_large_read(submission: &Submission) -> bool {
     matches!(submission.command, Command::Read(_)) && submission.data_len() >= LARGE_READ
 }
 
-/// Cookies are consecutive numbers of our own: they need to be spread, not protected.
+/// Cookies are consecutive numbers chosen here: they need to be distributed, not protected.
 #[derive(Debug, Default)]
 struct CookieHasher(u64);
 
@@ -388,7 +389,7 @@ impl Hasher for CookieHasher {
     }
 
     fn write_u64(&mut self, number: u64) {
-        // The table looks at the highest and the lowest bits.
+        // The hash table uses the highest and the lowest bits.
         self.0 = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(26);
     }
 }

@@ -1,4 +1,4 @@
-//! What can go wrong, and whose fault it was.
+//! Errors of the client, by the side at fault.
 
 use std::io;
 use std::sync::Arc;
@@ -16,13 +16,13 @@ use crate::tls::TlsError;
 /// Result of a client operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why an operation of the client failed.
+/// The reason for which a client operation failed.
 ///
-/// Errors can be cloned: when a connection is lost, every request on it fails with the same one.
+/// Errors can be cloned: when a connection is lost, every request on it fails with the same error.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The text is no NBD URI.
+    /// The text is not an NBD URI.
     #[error(transparent)]
     Uri(#[from] UriError),
     /// The server could not be reached.
@@ -30,18 +30,18 @@ pub enum Error {
     Connect {
         /// The server's URI.
         target: Arc<str>,
-        /// What the system said.
+        /// The system's error.
         source: Arc<io::Error>,
     },
     /// The server did not finish the handshake in time.
     #[error(
-        "{target} did not finish the handshake within {} s: it may be overloaded or no NBD server",
+        "{target} did not finish the handshake within {} s: it may be overloaded or not an NBD server",
         limit.as_secs_f64()
     )]
     HandshakeTimeout {
         /// The server's URI.
         target: Arc<str>,
-        /// The time it had.
+        /// The time limit of the handshake.
         limit: Duration,
     },
     /// The connection broke during the handshake.
@@ -49,17 +49,18 @@ pub enum Error {
     HandshakeLost {
         /// The server's URI.
         target: Arc<str>,
-        /// The part of the handshake.
+        /// The phase of the handshake.
         during: &'static str,
-        /// What the system said; [`io::ErrorKind::UnexpectedEof`] if the server closed it.
+        /// The system's error; [`io::ErrorKind::UnexpectedEof`] if the server closed the
+        /// connection.
         source: Arc<io::Error>,
     },
-    /// The server broke the protocol during the handshake.
+    /// The server violated the protocol during the handshake.
     #[error("the handshake with {target} failed: {source}")]
     Handshake {
         /// The server's URI.
         target: Arc<str>,
-        /// What the server did.
+        /// The violation.
         source: ProtocolError,
     },
     /// The server refused a handshake option.
@@ -67,30 +68,30 @@ pub enum Error {
     Refused {
         /// The server's URI.
         target: Arc<str>,
-        /// What was asked of it.
+        /// The request that was refused.
         what: String,
         /// The server's reason.
         source: OptionError,
     },
-    /// TLS failed, or is wanted by one side only.
+    /// TLS failed, or only one side requires it.
     #[error("{target}: {source}")]
     Tls {
         /// The server's URI.
         target: Arc<str>,
-        /// What failed, and what to do.
+        /// The failure and its remedy.
         source: TlsError,
     },
-    /// The server is too old for what was asked.
+    /// The server does not support a requested feature.
     #[error("{target} cannot do {what}: {why}")]
     Unsupported {
         /// The server's URI.
         target: Arc<str>,
-        /// What was asked.
+        /// The requested feature.
         what: &'static str,
-        /// What is missing.
+        /// The missing capability.
         why: &'static str,
     },
-    /// The server refused a request or failed at it. The connection is unharmed.
+    /// The server refused a request or failed to carry it out. The connection remains usable.
     #[error("{command} of {length} bytes at offset {offset} failed: {source}")]
     Request {
         /// The command.
@@ -99,11 +100,11 @@ pub enum Error {
         offset: u64,
         /// Length of the request, in bytes.
         length: u64,
-        /// What the server reported.
+        /// The server's error.
         source: ServerError,
     },
-    /// The request was not negotiated, leaves the export, is not aligned or cannot be expressed.
-    /// Nothing was sent.
+    /// The request needs a feature that was not negotiated, exceeds the export, is not aligned or
+    /// cannot be expressed. Nothing was sent.
     #[error(transparent)]
     Misuse(#[from] ApiMisuse),
     /// The connection was lost; whether the request was carried out is unknown.
@@ -111,17 +112,17 @@ pub enum Error {
     Lost {
         /// The server's URI.
         target: Arc<str>,
-        /// How it was lost.
+        /// The cause of the loss.
         reason: LostConnection,
     },
-    /// An [`Interrupter`](crate::blocking::Interrupter) has ended the waiting; whether the request was
+    /// An [`Interrupter`](crate::blocking::Interrupter) cancelled the call; whether the request was
     /// carried out is unknown.
     #[error("{reason}")]
     Interrupted {
-        /// What the interrupter was given.
+        /// The reason passed to the interrupter.
         reason: Arc<str>,
     },
-    /// The system gave no thread to a client of [`blocking`](crate::blocking).
+    /// The system could not start a thread for a client of [`blocking`](crate::blocking).
     #[error("cannot start the thread that drives the connections: {}", system_words(.0))]
     NoThread(Arc<io::Error>),
     /// The client was disconnected, or the runtime that drives its connections has ended.
@@ -130,7 +131,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The error number of a failed request.
+    /// Returns the error number of a failed request.
     #[must_use]
     pub const fn errno(&self) -> Option<Errno> {
         match self {
@@ -139,8 +140,8 @@ impl Error {
         }
     }
 
-    /// The reply with which the server refused a handshake option, such as ERR_UNKNOWN for an
-    /// export that does not exist.
+    /// Returns the reply with which the server refused a handshake option, such as ERR_UNKNOWN for
+    /// an export that does not exist.
     #[must_use]
     pub const fn option_reply(&self) -> Option<OptionReplyType> {
         match self {
@@ -150,35 +151,35 @@ impl Error {
     }
 }
 
-/// How an established connection was lost.
+/// The cause of the loss of an established connection.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum LostConnection {
     /// The system reported an error.
     #[error("{}", system_words(.0))]
     Io(Arc<io::Error>),
-    /// The server closed the connection without being asked to.
+    /// The server closed the connection unexpectedly.
     #[error("the server closed it {0}")]
     ClosedByServer(String),
-    /// The server broke the protocol; the connection was closed.
+    /// The server violated the protocol; the client closed the connection.
     #[error("{0}")]
     Protocol(#[from] ProtocolError),
-    /// Reconnecting did not succeed within the time the caller set.
+    /// Reconnecting did not succeed within the time limit.
     #[error("{first}; no new connection within {} s: {last}", patience.as_secs_f64())]
     ReconnectFailed {
-        /// How the connection was lost in the first place.
+        /// The original cause of the loss.
         first: String,
-        /// The time reconnecting had.
+        /// The time limit for reconnecting.
         patience: Duration,
-        /// Why the last attempt failed.
+        /// The failure of the last attempt.
         last: String,
     },
-    /// After reconnecting, the server offered something else under the same name.
+    /// After reconnecting, the export of the same name had other properties.
     #[error("after reconnecting, the export is not the same: {0}")]
     ExportChanged(String),
-    /// The server did not answer a request within the time that
-    /// [`Connector::request_timeout`](crate::Connector::request_timeout) sets; the connection was
-    /// given up.
+    /// The server did not answer a request within the time limit of
+    /// [`Connector::request_timeout`](crate::Connector::request_timeout); the client closed the
+    /// connection.
     #[error(
         "the server did not answer {command} of {length} bytes at offset {offset} within {} s: it \
          may hang or be overloaded; try again later, or with more time",
@@ -191,18 +192,18 @@ pub enum LostConnection {
         offset: u64,
         /// Length of the request, in bytes.
         length: u64,
-        /// The time it had.
+        /// The time limit.
         limit: Duration,
-        /// The time since it was sent first, on whichever connection.
+        /// The time since the request was first sent, on any connection.
         waited: Duration,
     },
-    /// The server did not answer the last requests while the client was disconnecting.
+    /// The server did not answer the last requests before the client disconnected.
     #[error("the server did not answer {0} requests in time for the disconnect")]
     LingerExpired(usize),
 }
 
 impl LostConnection {
-    /// True if a new connection can help: the transport broke, not the protocol.
+    /// Returns true if a new connection can help: the transport failed, not the protocol.
     pub(crate) const fn is_transient(&self) -> bool {
         matches!(self, Self::Io(_) | Self::ClosedByServer(_) | Self::RequestTimeout { .. })
     }

@@ -17,24 +17,25 @@ pub struct Extent {
     pub offset: u64,
     /// Length, in bytes; never zero.
     pub length: u64,
-    /// Status; its meaning belongs to the context.
+    /// Status flags; the context defines their meaning.
     pub flags: u64,
 }
 
 impl Extent {
-    /// The range, in bytes.
+    /// Returns the range, in bytes.
     #[must_use]
     pub const fn range(&self) -> Range<u64> {
         self.offset..self.offset.saturating_add(self.length)
     }
 
-    /// True if the context is a dirty bitmap (`qemu:dirty-bitmap:NAME`) and the range is dirty.
+    /// Returns true if the context is a dirty bitmap (`qemu:dirty-bitmap:NAME`) and the range is
+    /// dirty.
     #[must_use]
     pub const fn is_dirty(&self) -> bool {
         DirtyFlags::from_bits_truncate(self.flags).contains(DirtyFlags::STATE_DIRTY)
     }
 
-    /// The status, if the context is `base:allocation`.
+    /// Returns the status flags if the context is `base:allocation`.
     #[must_use]
     pub const fn allocation(&self) -> AllocationFlags {
         AllocationFlags::from_bits_truncate(self.flags)
@@ -43,12 +44,12 @@ impl Extent {
 
 /// The extents of a range in ascending order and without gaps; neighbours differ in status.
 ///
-/// Made by [`Client::extents`]. Each request asks for all that is left of the range and takes as
-/// many extents as the server gives.
+/// Returned by [`Client::extents`]. Each request covers the rest of the range and accepts as many
+/// extents as the server sends.
 ///
 /// # Example
 ///
-/// What an incremental backup copies: the ranges that a dirty bitmap of QEMU or of `nbd-cli` marks.
+/// An incremental backup copies the ranges that a dirty bitmap of QEMU or `nbd-cli` marks:
 ///
 /// ```
 /// use std::ops::Range;
@@ -111,11 +112,11 @@ impl Extent {
 pub struct ExtentStream {
     client: Client,
     context: Option<usize>,
-    /// Status bits that mean something in this context.
+    /// The status bits that are defined for this context.
     known: u64,
-    /// Where the range begins.
+    /// Start of the range.
     start: u64,
-    /// Where the next request begins.
+    /// Start of the next request.
     position: u64,
     end: u64,
     received: VecDeque<BlockDescriptor>,
@@ -124,7 +125,7 @@ pub struct ExtentStream {
 }
 
 impl Client {
-    /// Asks for the extents of `range` in one context. Nothing is sent before the first
+    /// Returns the extents of `range` in one context. The first request is sent by the first
     /// [`ExtentStream::next`].
     #[must_use]
     pub fn extents(&self, context: &MetaContextName, range: Range<u64>) -> ExtentStream {
@@ -147,7 +148,7 @@ impl Client {
 }
 
 impl ExtentStream {
-    /// The next extent; `None` at the end of the range, and after an error.
+    /// Returns the next extent; `None` at the end of the range, and after an error.
     ///
     /// # Errors
     ///
@@ -173,9 +174,9 @@ impl ExtentStream {
         }
     }
 
-    /// An extent that cannot grow any more.
+    /// Returns an extent that cannot grow any more.
     fn next_received(&mut self) -> Option<Extent> {
-        // Where the range begins, unless there is an extent already.
+        // Start of the range, unless there is an extent already.
         let start = Extent { offset: self.start, length: 0, flags: 0 };
         while let Some(descriptor) = self.received.pop_front() {
             let flags = descriptor.flags & self.known;
@@ -202,7 +203,7 @@ impl ExtentStream {
         let left = self.position..self.end;
         let statuses = self.client.status(left, ExtentLimit::Many, Some(context)).await?;
         let found = statuses.into_iter().find(|(other, _)| *other == context);
-        // The machine made sure that every context was answered.
+        // The state machine has checked that every context was answered.
         let Some((_, descriptors)) = found else {
             return Err(ApiMisuse::NotNegotiated { what }.into());
         };

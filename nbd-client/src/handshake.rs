@@ -1,4 +1,4 @@
-//! The handshake over a socket: bytes in and out of the machine of `nbd-proto`, with a deadline.
+//! Runs the handshake of `nbd-proto` over a socket, with a deadline.
 
 use std::io;
 use std::sync::Arc;
@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 use crate::stream::Stream;
 use crate::tls::{self, HandshakeFailure, TlsError, TlsMode};
 
-/// Bytes asked of the socket at once. Answers are small, and what the server sends behind the
-/// handshake has to wait for requests of ours.
+/// Bytes requested from the socket at once. Answers are small, and the server sends nothing after
+/// the handshake before a request arrives.
 const READ_LEN: usize = 4096;
 
 /// A socket in the handshake phase.
@@ -35,7 +35,7 @@ pub(crate) struct Wire {
     tls: Option<Tls>,
 }
 
-/// The TLS a connection is to have.
+/// The TLS setting of a connection.
 #[derive(Clone)]
 pub(crate) struct Tls {
     pub(crate) mode: TlsMode,
@@ -48,13 +48,13 @@ impl std::fmt::Debug for Tls {
     }
 }
 
-/// What the greeting led to.
+/// The result of the greeting.
 pub(crate) enum Greeting {
     Oldstyle(Box<Negotiated>),
     Newstyle(OptionPhase),
 }
 
-/// What came of an option.
+/// The result of an option.
 pub(crate) enum Answered<A: Answer> {
     Accepted(A::Accepted),
     Refused(OptionError, OptionPhase),
@@ -73,18 +73,18 @@ impl Wire {
         }
     }
 
-    /// Ends the server's time earlier: connecting has taken a part of it.
+    /// Shortens the server's time limit by the time that connecting took.
     pub(crate) fn until(mut self, deadline: Instant) -> Self {
         self.deadline = deadline;
         self
     }
 
-    /// Gives the server the whole time again, for a handshake that asks about many exports.
+    /// Restores the server's whole time limit, for a handshake that queries many exports.
     pub(crate) fn renew_deadline(&mut self) {
         self.deadline = Instant::now() + self.limit;
     }
 
-    /// Takes the greeting, and puts TLS around the stream if it is wanted.
+    /// Reads the greeting and starts TLS if it is wanted.
     pub(crate) async fn greeting(&mut self) -> Result<Greeting> {
         let mut handshake = ClientHandshake::new();
         loop {
@@ -95,7 +95,7 @@ impl Wire {
                     self.check_clear(TlsError::TooOld)?;
                     return Ok(Greeting::Oldstyle(negotiated));
                 }
-                // The client flags stay in `out` and go out together with the first option.
+                // The client flags stay in `out` and are sent together with the first option.
                 ClientStep::Newstyle(phase) if !phase.is_fixed_newstyle() => {
                     self.check_clear(TlsError::TooOld)?;
                     return Ok(Greeting::Newstyle(phase));
@@ -108,7 +108,7 @@ impl Wire {
         }
     }
 
-    /// Asks for TLS if it is wanted (STARTTLS).
+    /// Requests TLS if it is wanted (STARTTLS).
     async fn secure(&mut self, phase: OptionPhase) -> Result<OptionPhase> {
         let Some(Tls { context, .. }) = self.tls.clone() else { return Ok(phase) };
         let sent = phase.start_tls(&mut self.out);
@@ -135,12 +135,12 @@ impl Wire {
             Err(_) => return Err(self.timed_out()),
         };
         self.stream = Stream::Tls(Box::new(stream));
-        // Nothing that came in the clear may be taken for protocol.
+        // Bytes received in the clear must not be interpreted as protocol.
         self.input = BytesMut::with_capacity(READ_LEN);
         Ok(before.resume_after_tls())
     }
 
-    /// Fails unless the connection may go on in the clear.
+    /// Fails unless the connection may continue in the clear.
     fn check_clear(&self, why_not: TlsError) -> Result<()> {
         match &self.tls {
             Some(tls) if tls.mode == TlsMode::Require => Err(self.tls_error(why_not)),
@@ -189,12 +189,12 @@ impl Wire {
         }
     }
 
-    /// Ends the handshake politely; a server that does not play along is not waited for.
+    /// Ends the handshake gracefully, without waiting for an uncooperative server.
     pub(crate) async fn abort(mut self, phase: OptionPhase) {
         let sent = phase.abort(&mut self.out);
         if sent.is_ok() {
             self.deadline = self.deadline.min(Instant::now() + Duration::from_secs(1));
-            // Some servers close without an answer; either way the connection is over.
+            // Some servers close without an answer; in both cases the connection has ended.
             drop(self.answer(sent).await);
         }
     }
@@ -225,7 +225,7 @@ impl Wire {
             && matches!(self.stream, Stream::Tls(_))
             && let Err(error @ Error::Tls { .. }) = self.receive("during the handshake").await
         {
-            // The server has closed the connection, and has said why before.
+            // The server has closed the connection, and may have sent the reason before.
             return Err(error);
         }
         result

@@ -1,7 +1,7 @@
-//! A request between its caller and the wire, and the answer as it is collected.
+//! A request in flight and its partial answer.
 //!
 //! Answers are collected in buffers that belong to the request, not to the caller: a caller may
-//! lose interest at any moment without the connection losing its place in the stream.
+//! drop its future at any moment, and the connection keeps its position in the stream.
 
 use std::io;
 use std::pin::pin;
@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use crate::error::{Error, Result};
 use crate::stream::Stream;
 
-/// A part of what was read.
+/// A part of the range that was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ReadChunk {
     /// Data.
@@ -28,7 +28,7 @@ pub enum ReadChunk {
         /// The data.
         data: Bytes,
     },
-    /// A range that the server knows to be zero.
+    /// A range that reads as zeroes, as reported by the server.
     Hole {
         /// Offset in the export, in bytes.
         offset: u64,
@@ -56,34 +56,34 @@ impl ReadChunk {
     }
 }
 
-/// What a request came to.
+/// The result of a request.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     Done,
     Data(Bytes),
     Chunks(Vec<ReadChunk>),
-    /// The descriptors of each context, by its place in the client's list.
+    /// The descriptors of each context, in the order of the client's list.
     Status(Vec<(usize, Vec<BlockDescriptor>)>),
 }
 
-/// A request on its way.
+/// A queued or sent request.
 #[derive(Debug)]
 pub(crate) struct Submission {
     pub(crate) offset: u64,
     pub(crate) length: u64,
     pub(crate) command: Command,
-    /// For a block status of one context only: its place in the client's list.
+    /// For the block status of a single context: its index in the client's list.
     pub(crate) context: Option<usize>,
     /// The data of a WRITE.
     pub(crate) payload: Bytes,
     pub(crate) collect: Collect,
-    /// When it was sent first, if there is a limit to how long it may take.
+    /// The time at which the request was first sent, if there is a time limit.
     pub(crate) sent: Option<Instant>,
     pub(crate) reply: oneshot::Sender<Result<Outcome>>,
 }
 
 impl Submission {
-    /// Bytes of data this request moves.
+    /// The number of data bytes that this request transfers.
     pub(crate) fn data_len(&self) -> usize {
         match self.command {
             Command::Read(_) => usize::try_from(self.length).unwrap_or(usize::MAX),
@@ -91,12 +91,12 @@ impl Submission {
         }
     }
 
-    /// True if nobody waits for the answer any more.
+    /// Returns true if the caller has dropped its future.
     pub(crate) fn is_abandoned(&self) -> bool {
         self.reply.is_closed()
     }
 
-    /// Answers the caller, if it is still there.
+    /// Delivers the answer to the caller, if it still waits.
     pub(crate) fn complete(self, result: Result<(), ServerError>) {
         let result = match result {
             Ok(()) => Ok(self.collect.finish(self.offset, self.length)),
@@ -115,22 +115,22 @@ impl Submission {
     }
 }
 
-/// The answer as far as it has arrived. The protocol machine has checked every position against
-/// the request before it comes here.
+/// The part of the answer received so far. The protocol machine has checked every position against
+/// the request.
 #[derive(Debug)]
 pub(crate) enum Collect {
-    /// Only success or failure.
+    /// Success or failure only.
     Nothing,
-    /// One buffer, zeroes where the server reported holes.
+    /// One buffer, with zeroes where the server reported holes.
     Flat(BytesMut),
-    /// Data and holes apart, in the order of arrival, by their distance from the request's offset;
-    /// and memory for the first chunk of data.
+    /// Data and holes separately, in the order of arrival, by their distance from the request's
+    /// offset; and memory for the first chunk of data.
     Chunks(Vec<(u64, PartialChunk)>, BytesMut),
     /// Descriptors by context.
     Status(Vec<(usize, Vec<BlockDescriptor>)>),
 }
 
-/// A chunk that is being collected.
+/// A chunk that is being received.
 #[derive(Debug)]
 pub(crate) enum PartialChunk {
     Data(BytesMut),
@@ -138,7 +138,7 @@ pub(crate) enum PartialChunk {
 }
 
 impl Collect {
-    /// Forgets what has arrived, for a request that is sent again.
+    /// Drops everything received, for a request that is sent again.
     pub(crate) fn reset(&mut self) {
         match self {
             Self::Nothing => {}
@@ -148,11 +148,11 @@ impl Collect {
         }
     }
 
-    /// Makes room for `length` bytes at `position` of a READ of `total` bytes.
+    /// Reserves `length` bytes at `position` of a READ of `total` bytes.
     pub(crate) fn begin_data(&mut self, total: usize, position: u64, length: usize) {
         match self {
             Self::Flat(buffer) => {
-                // Allocated once, and only when an answer really comes.
+                // Allocated once, and only when an answer arrives.
                 buffer.reserve(total.saturating_sub(buffer.len()));
                 let position = position as usize;
                 if position > buffer.len() {
@@ -172,7 +172,7 @@ impl Collect {
     pub(crate) fn hole(&mut self, position: u64, length: usize) {
         match self {
             Self::Flat(buffer) => {
-                // What lies inside the buffer already was zeroed when it was skipped.
+                // Bytes inside the buffer were zeroed when they were skipped.
                 let end = (position as usize).saturating_add(length);
                 if end > buffer.len() {
                     buffer.resize(end, 0);
@@ -189,7 +189,7 @@ impl Collect {
         }
     }
 
-    /// Takes data that has arrived for `position`.
+    /// Stores data received for `position`.
     pub(crate) fn push(&mut self, position: u64, data: &[u8]) {
         match self.place(position, data.len()) {
             Destination::Append(buffer) => buffer.extend_from_slice(data),
@@ -212,7 +212,7 @@ impl Collect {
                 pin!(stream.read_buf(&mut buffer)).poll(cx)
             }
             Destination::Overwrite(slice) => pin!(stream.read(slice)).poll(cx),
-            // Data is announced for READs only, and those have a place for it.
+            // Only READs receive data, and those have a destination.
             Destination::Nowhere => {
                 Poll::Ready(Err(io::Error::other("data for a request without any")))
             }
@@ -222,7 +222,7 @@ impl Collect {
     fn place(&mut self, position: u64, length: usize) -> Destination<'_> {
         let buffer = match self {
             Self::Flat(buffer) => buffer,
-            // Chunks arrive whole, one behind the other: the last chunk is the one that grows.
+            // Chunks arrive completely, one after the other: only the last one grows.
             Self::Chunks(chunks, _) => match chunks.last_mut() {
                 Some((_, PartialChunk::Data(buffer))) => return Destination::Append(buffer),
                 _ => return Destination::Nowhere,
@@ -256,7 +256,7 @@ impl Collect {
     }
 }
 
-/// Where data goes.
+/// The destination of data.
 enum Destination<'a> {
     Append(&'a mut BytesMut),
     Overwrite(&'a mut [u8]),

@@ -1,22 +1,22 @@
-//! What is known about servers and exports.
+//! Information about servers and exports.
 
 use nbd_proto::handshake::{Negotiated, client};
 use nbd_proto::wire::{BlockSizes, MetaContextName, ReplyMode, TransmissionFlags};
 
-/// The handshake a server speaks.
+/// The kind of handshake a server uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Protocol {
-    /// One nameless export, no options.
+    /// One unnamed export, no options.
     Oldstyle,
-    /// Exports with names, but no way to refuse an option.
+    /// Named exports, but no reply that refuses an option.
     Newstyle,
-    /// Fixed newstyle: everything of today's protocol.
+    /// Fixed newstyle: the current protocol.
     NewstyleFixed,
 }
 
 impl Protocol {
-    /// The name as the tools print it: `oldstyle`, `newstyle` or `newstyle-fixed`.
+    /// Returns the name as the tools print it: `oldstyle`, `newstyle` or `newstyle-fixed`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -33,7 +33,7 @@ impl std::fmt::Display for Protocol {
     }
 }
 
-/// Which exports a question is about.
+/// The exports that a query covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Scope {
     /// The export that the connector names.
@@ -43,50 +43,50 @@ pub enum Scope {
     AllExports,
 }
 
-/// A server and its exports.
+/// The properties of a server and its exports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerInfo {
-    /// The handshake it speaks.
+    /// The kind of handshake the server uses.
     pub protocol: Protocol,
     /// True if the connection is encrypted.
     pub tls: bool,
-    /// The best form of replies it agreed to.
+    /// The best form of replies that the server accepted.
     pub reply_mode: ReplyMode,
-    /// The exports asked about, in the server's order.
+    /// The queried exports, in the server's order.
     pub exports: Vec<ExportInfo>,
-    /// With [`Scope::AllExports`] those that the server lists and does not describe.
+    /// With [`Scope::AllExports`], the exports that the server lists but does not describe.
     pub refused: Vec<RefusedExport>,
 }
 
-/// An export that is listed, and refused when it is asked about.
+/// An export that the server lists, but whose description it refuses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RefusedExport {
-    /// Name, as it was listed.
+    /// Name in the list.
     pub name: String,
-    /// Why it is refused: a sentence for people.
+    /// The reason for the refusal, as a sentence for display.
     pub reason: String,
 }
 
-/// What is known about one export.
+/// The properties of one export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ExportInfo {
-    /// Name, as it was asked for or listed.
+    /// Name, as requested or listed.
     pub name: String,
-    /// The canonical name, if the server told it.
+    /// The canonical name, if the server sent one.
     pub canonical_name: Option<String>,
-    /// A text for people, if the server told one.
+    /// A human-readable description, if the server sent one.
     pub description: Option<String>,
     /// Size, in bytes; at most 2^63-1.
     pub size: u64,
-    /// What the export can do in the agreed reply mode.
+    /// The capabilities of the export in the negotiated reply mode.
     pub flags: TransmissionFlags,
-    /// Block size constraints; `None` if the server told none.
+    /// Block size constraints; `None` if the server sent none.
     pub block_sizes: Option<BlockSizes>,
-    /// From [`Connector::inspect`](crate::Connector::inspect) the contexts the export has; from
-    /// [`Client::info`](crate::Client::info) those that were selected.
+    /// From [`Connector::inspect`](crate::Connector::inspect), all contexts of the export; from
+    /// [`Client::info`](crate::Client::info), the selected ones.
     pub meta_contexts: Vec<MetaContextName>,
 }
 
@@ -104,7 +104,7 @@ impl ExportInfo {
     }
 }
 
-/// What is known about an export beyond [`Negotiated`].
+/// The properties of one export beyond [`Negotiated`].
 #[derive(Debug, Clone)]
 pub(crate) struct Details {
     pub(crate) protocol: Protocol,

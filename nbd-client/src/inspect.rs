@@ -1,4 +1,4 @@
-//! Questions about a server and its exports, without using an export where the server can.
+//! Queries about a server and its exports; an export is opened only if the server has no other way.
 
 use bytes::BytesMut;
 use nbd_proto::handshake::client::{InfoRequest, OptionPhase};
@@ -16,7 +16,7 @@ use crate::info::{Details, ExportInfo, Protocol, RefusedExport, Scope, ServerInf
 use crate::settings::Settings;
 
 impl Connector {
-    /// Asks for the names of all exports.
+    /// Lists the names of all exports (section "Option types", NBD_OPT_LIST).
     ///
     /// # Errors
     ///
@@ -33,8 +33,8 @@ impl Connector {
         Ok(exports)
     }
 
-    /// Asks which metadata contexts the export has. A query is a full name or a wildcard such as
-    /// `qemu:`; no query asks for all.
+    /// Lists the metadata contexts of the export (NBD_OPT_LIST_META_CONTEXT). A query is a full
+    /// name or a wildcard such as `qemu:`; an empty list of queries requests all contexts.
     ///
     /// # Errors
     ///
@@ -64,8 +64,9 @@ impl Connector {
         }
     }
 
-    /// Asks everything there is to know. Exports are asked about with INFO; where a server has
-    /// none, or gives a size of zero, an export is opened and closed again.
+    /// Queries all properties of the server and the exports in `scope`. Exports are queried with
+    /// INFO; if a server does not support it, or reports a size of zero, the export is opened and
+    /// closed again.
     ///
     /// # Errors
     ///
@@ -98,7 +99,7 @@ impl Connector {
             phase = next;
             let info = match told {
                 Told::Info(info) if info.size > 0 => Ok(info),
-                // nbd-server answers INFO before it has looked how large the export is.
+                // nbd-server answers INFO before it has determined the size of the export.
                 Told::Info(told) => match open_and_close(&further, &listed.name).await {
                     Ok(seen) => Ok(ExportInfo { size: seen.size, ..told }),
                     Err(_) => Ok(told),
@@ -114,7 +115,7 @@ impl Connector {
                     exports.push(info);
                 }
                 Err(error) if scope == Scope::ThisExport => return Err(error),
-                // One export that is refused does not hide the others.
+                // One refused export does not hide the others.
                 Err(error) => {
                     let reason = error.to_string();
                     refused.push(RefusedExport { name: listed.name, reason });
@@ -153,7 +154,7 @@ impl Connector {
         Ok(ServerInfo { protocol, tls: false, reply_mode, exports, refused })
     }
 
-    /// Asks about one export.
+    /// Queries one export.
     async fn describe(
         &self,
         wire: &mut Wire,
@@ -200,7 +201,7 @@ impl Connector {
     }
 }
 
-/// Looks at an export of a server without INFO by opening it on a connection of its own.
+/// Queries an export of a server without INFO by opening it on a separate connection.
 async fn open_and_close(settings: &Settings, name: &str) -> Result<ExportInfo> {
     let established = establish_at(&settings.with_export(name)).await?;
     let info = ExportInfo::new(&established.negotiated, established.details);
@@ -210,10 +211,10 @@ async fn open_and_close(settings: &Settings, name: &str) -> Result<ExportInfo> {
     Ok(info)
 }
 
-/// What a server says about an export when it is asked with INFO.
+/// A server's answer to INFO.
 enum Told {
     Info(ExportInfo),
-    /// It has no INFO.
+    /// The server does not support INFO.
     Nothing,
     Refused(Error),
 }
@@ -229,7 +230,7 @@ async fn list(wire: &mut Wire, phase: OptionPhase) -> Result<(Vec<ListedExport>,
     }
 }
 
-/// Ends a transmission phase in which nothing was asked.
+/// Ends a transmission phase without requests.
 async fn say_goodbye(mut wire: Wire, negotiated: &Negotiated) {
     let mut out = BytesMut::new();
     let disconnect = Transmission::new(negotiated).request(0, 0, &Command::Disconnect, &mut out);

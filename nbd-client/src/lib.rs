@@ -31,7 +31,7 @@
 //!
 //! # Example
 //!
-//! A disk in memory on a server of our own, written, read and looked at:
+//! A disk in memory on a local server, written, read and inspected:
 //!
 //! ```
 //! use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Requests on their way to the socket, gathered so that one system call carries many.
+//! Requests to be sent, gathered so that one system call carries many.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -8,13 +8,13 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::AsyncWrite;
 
-/// Payloads up to this many bytes are copied behind their header: cheaper than a segment.
+/// Payloads up to this many bytes are copied after their header: cheaper than a segment.
 const COPIED_LEN: usize = 4096;
 
-/// Most parts handed to one system call; the kernel takes at most 1024.
+/// Most segments in one system call; the kernel accepts at most 1024.
 const PARTS: usize = 64;
 
-/// Bytes to write: finished segments, and headers that still gather.
+/// Bytes to write: complete segments, and headers that are still gathered.
 #[derive(Debug, Default)]
 pub(crate) struct Outbound {
     segments: VecDeque<Bytes>,
@@ -22,7 +22,7 @@ pub(crate) struct Outbound {
 }
 
 impl Outbound {
-    /// Where request headers are appended.
+    /// The buffer to which request headers are appended.
     pub(crate) const fn headers(&mut self) -> &mut BytesMut {
         &mut self.gathering
     }
@@ -47,7 +47,7 @@ impl Outbound {
         }
     }
 
-    /// Writes once; gives the number of bytes written.
+    /// Writes once and returns the number of bytes written.
     pub(crate) fn poll_write<W: AsyncWrite + Unpin>(
         &mut self,
         stream: &mut W,

@@ -1,4 +1,4 @@
-//! Requests that wait for a connection.
+//! The queue of requests of a connection.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -9,22 +9,22 @@ use tokio::sync::mpsc;
 use crate::error::Error;
 use crate::inflight::Submission;
 
-/// Requests that wait in front of a connection before their callers have to.
+/// Capacity of the queue; callers wait when it is full.
 pub(crate) const QUEUE_LEN: usize = 128;
 
-/// What a client sends to the task of a connection.
+/// A message from a client to the task of a connection.
 #[derive(Debug)]
 pub(crate) enum Message {
     Request(Submission),
-    /// Answer what is queued, say goodbye and end.
+    /// Answer the queued requests, send DISC and end.
     Disconnect,
 }
 
-/// The receiving end. It outlives a connection that is lost and replaced.
+/// The receiving end. It survives the replacement of a lost connection.
 #[derive(Debug)]
 pub(crate) struct Queue {
     receiver: mpsc::Receiver<Message>,
-    /// Requests that go first: sent before on a connection that was lost, or put back.
+    /// Requests to be sent first: those sent on a lost connection, or put back.
     front: VecDeque<Submission>,
     closed: bool,
 }
@@ -34,8 +34,8 @@ impl Queue {
         Self { receiver, front: VecDeque::new(), closed: false }
     }
 
-    /// Takes the next request that somebody still waits for. Without one, `None`, and `cx` is
-    /// woken when there may be one.
+    /// Takes the next request whose caller still waits. Returns `None` if there is none; then `cx`
+    /// is woken when there may be one.
     pub(crate) fn take(&mut self, cx: &mut Context<'_>) -> Option<Submission> {
         loop {
             let next = match self.front.pop_front() {
@@ -52,7 +52,7 @@ impl Queue {
         while !self.closed {
             match self.receiver.poll_recv(cx) {
                 Poll::Ready(Some(Message::Request(submission))) => return Some(submission),
-                // What was queued before still comes, then the end.
+                // Messages queued before the close are still delivered.
                 Poll::Ready(Some(Message::Disconnect)) => self.receiver.close(),
                 Poll::Ready(None) => self.closed = true,
                 Poll::Pending => return None,
@@ -65,12 +65,12 @@ impl Queue {
         self.front.push_front(submission);
     }
 
-    /// True if no request is left and none will come.
+    /// Returns true if no request is left and none can arrive.
     pub(crate) fn is_finished(&self) -> bool {
         self.closed && self.front.is_empty()
     }
 
-    /// Waits for a request; false if none will come.
+    /// Waits for a request; returns false if none can arrive.
     pub(crate) async fn wait(&mut self) -> bool {
         let next = poll_fn(|cx| match self.take(cx) {
             Some(next) => Poll::Ready(Some(next)),
@@ -82,8 +82,8 @@ impl Queue {
         true
     }
 
-    /// Ready once nobody waits for an answer any more and nobody can ask. Until then requests are
-    /// taken in, as far as there is room.
+    /// Ready once no caller waits for an answer and no new request can arrive. Until then requests
+    /// are accepted as long as there is room.
     pub(crate) fn poll_abandoned(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.front.retain(|submission| !submission.is_abandoned());
         while self.front.len() < QUEUE_LEN {
@@ -97,7 +97,7 @@ impl Queue {
         Poll::Pending
     }
 
-    /// Refuses everything from now on.
+    /// Refuses all requests from now on.
     pub(crate) fn fail(mut self, error: &Error) {
         self.receiver.close();
         for submission in self.front.drain(..) {

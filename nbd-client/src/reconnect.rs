@@ -1,4 +1,4 @@
-//! A new connection in place of a lost one, and the proof that it leads to the same export.
+//! Replaces a lost connection, and checks that the new one leads to the same export.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use crate::driver::Driver;
 use crate::error::LostConnection;
 use crate::settings::Settings;
 
-/// Time before the second attempt; doubled for each further one.
+/// Delay before the second attempt; doubled for each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 
-/// Longest time between attempts.
+/// Longest delay between attempts.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
 /// The time since a connection was lost without a request having been answered.
@@ -32,7 +32,7 @@ impl Outage {
     }
 }
 
-/// How a lost connection is replaced.
+/// The settings for replacing a lost connection.
 #[derive(Debug)]
 pub(crate) struct Reconnect {
     pub(crate) settings: Settings,
@@ -41,8 +41,8 @@ pub(crate) struct Reconnect {
 }
 
 impl Reconnect {
-    /// Whether a new connection may do better. It may not where a request has been sent again and
-    /// again for longer than the caller has patience, while others were answered.
+    /// Returns whether a new connection may help. It does not help a request that has been sent
+    /// again and again for longer than the caller's patience while others were answered.
     pub(crate) fn may_help(&self, lost: &LostConnection) -> bool {
         match lost {
             LostConnection::RequestTimeout { limit, waited, .. } => {
@@ -52,7 +52,7 @@ impl Reconnect {
         }
     }
 
-    /// Tries until a connection is there or the caller's patience is at its end.
+    /// Tries until there is a connection or the caller's patience is exhausted.
     pub(crate) async fn again(
         &self,
         outage: &mut Outage,
@@ -60,8 +60,8 @@ impl Reconnect {
     ) -> Result<Driver, LostConnection> {
         let mut last = lost.to_string();
         loop {
-            // The first pause of an outage is none. It grows also if connections come about and
-            // break before they answer anything.
+            // The first attempt of an outage has no delay. The delay also grows if connections are
+            // established and break before they answer anything.
             let left = self.patience.saturating_sub(outage.began.elapsed());
             sleep(outage.pause.min(left)).await;
             let left = self.patience.saturating_sub(outage.began.elapsed());
@@ -91,8 +91,8 @@ impl Reconnect {
     }
 }
 
-/// Checks that a further connection leads to the same export and can do no less, and gives its
-/// numbers for the contexts of the first.
+/// Checks that a further connection leads to the same export with at least the same capabilities,
+/// and returns its numbers of the first connection's contexts.
 pub(crate) fn same_export(
     first: &Negotiated,
     other: &Negotiated,
@@ -100,19 +100,19 @@ pub(crate) fn same_export(
     if first.size != other.size {
         return Err(format!("its size was {} bytes and is {} now", first.size, other.size));
     }
-    // First, because flags depend on it.
+    // Checked first, because flags depend on it.
     if other.reply_mode < first.reply_mode {
-        return Err("its form of replies is poorer now".to_owned());
+        return Err("it supports only a simpler form of replies now".to_owned());
     }
     let read_only = TransmissionFlags::READ_ONLY;
     if other.flags.contains(read_only) && !first.flags.contains(read_only) {
         return Err("it was writable and is read-only now".to_owned());
     }
-    // These two promise nothing that a request relies on.
+    // No request relies on these two flags.
     let promises = first.flags - (read_only | TransmissionFlags::ROTATIONAL);
     let missing = promises - other.flags;
     if !missing.is_empty() {
-        return Err(format!("it cannot do any more: {}", names(missing)));
+        return Err(format!("it no longer supports {}", names(missing)));
     }
     if other.block_sizes.minimum() > first.block_sizes.minimum()
         || other.block_sizes.maximum_payload() < first.block_sizes.maximum_payload()

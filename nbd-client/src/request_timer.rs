@@ -1,4 +1,4 @@
-//! How long requests have been under way, where there is a limit to that.
+//! Measures the time of requests in flight, if there is a limit.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -8,11 +8,11 @@ use std::time::Duration;
 use nbd_proto::wire::Cookie;
 use tokio::time::{Instant, Sleep, sleep_until};
 
-/// So many requests that were answered may stay in the list behind one that was not.
+/// Most answered requests that may remain in the list after an unanswered one.
 const ANSWERED_MAX: usize = 1024;
 
-/// Requests in the order in which they were sent. All have the same time, so that the first one
-/// that is not answered is the first one to be late.
+/// Requests in the order in which they were sent. All have the same time limit, so the first
+/// unanswered one is the first to time out.
 #[derive(Debug)]
 pub(crate) struct RequestTimer {
     limit: Duration,
@@ -29,17 +29,17 @@ impl RequestTimer {
         self.limit
     }
 
-    /// Notes a request that is sent now. `is_open` tells which requests are not answered.
+    /// Records a request that is sent now. `is_open` tells which requests are unanswered.
     pub(crate) fn note(&mut self, cookie: Cookie, now: Instant, is_open: impl Fn(Cookie) -> bool) {
         if self.sent.len() >= ANSWERED_MAX && self.sent.len() == self.sent.capacity() {
-            // Instead of growing; if most are open it grows all the same.
+            // Instead of growing; if most requests are open, the list grows.
             self.sent.retain(|(cookie, _)| is_open(*cookie));
         }
         self.sent.push_back((cookie, now));
     }
 
     /// Ready with a request that was not answered in time; otherwise `cx` is woken when the oldest
-    /// one is late.
+    /// one times out.
     pub(crate) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -50,7 +50,7 @@ impl RequestTimer {
                 self.sent.pop_front();
                 continue;
             }
-            // A limit beyond what the clock can tell is no limit.
+            // A limit beyond the range of the clock is no limit.
             let Some(late) = sent.checked_add(self.limit) else { return Poll::Pending };
             if late <= Instant::now() {
                 return Poll::Ready(cookie);

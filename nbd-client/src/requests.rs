@@ -1,4 +1,4 @@
-//! The commands, one method each; what is too long for one request is split here.
+//! The commands, one method each; ranges too long for one request are split here.
 
 use std::ops::Range;
 
@@ -17,8 +17,8 @@ use crate::inflight::{Collect, Outcome, ReadChunk};
 const LONGEST_COMPACT: u64 = 0xffff_0000;
 
 /// Ranges are in bytes. They have to lie in the export, and both ends have to be multiples of its
-/// minimum block size ([`ExportInfo::block_sizes`](crate::ExportInfo)); nothing is rounded. An empty
-/// range is answered at once, without a request.
+/// minimum block size ([`ExportInfo::block_sizes`](crate::ExportInfo)); nothing is rounded. An
+/// empty range is answered at once, without a request.
 ///
 /// Every method fails with [`Error::Misuse`](crate::Error::Misuse) if the range is wrong or the
 /// server does not offer the command, with [`Error::Request`](crate::Error::Request) if the server
@@ -33,7 +33,7 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// Safe: the answer is thrown away when it arrives.
+    /// Safe: the answer is discarded when it arrives.
     pub async fn read(&self, range: Range<u64>) -> Result<Bytes> {
         let total = self.check_range(&range)?;
         let most = self.longest_payload();
@@ -52,9 +52,9 @@ impl Client {
         Ok(whole.freeze())
     }
 
-    /// Like [`Client::read`], but into memory that the caller has left over, such as that of an
-    /// earlier answer ([`Bytes::try_into_mut`]): it is grown if it is too small, and what it holds
-    /// is thrown away. Saves the page faults of fresh memory when much is read.
+    /// Like [`Client::read`], but reuses memory of the caller, such as that of an earlier answer
+    /// ([`Bytes::try_into_mut`]): it is grown if it is too small, and its contents are discarded.
+    /// Saves the page faults of fresh memory in bulk reads.
     ///
     /// # Errors
     ///
@@ -62,7 +62,7 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// Safe: the answer and the memory are thrown away when it arrives.
+    /// Safe: the answer and the memory are discarded when it arrives.
     pub async fn read_reusing(&self, range: Range<u64>, mut buffer: BytesMut) -> Result<Bytes> {
         let total = self.check_range(&range)?;
         if total == 0 || total > self.longest_payload() {
@@ -74,7 +74,7 @@ impl Client {
         Ok(data(self.submit(request).await?.outcome().await?))
     }
 
-    /// Reads into `buffer`, all of it. One copy more than [`Client::read`].
+    /// Fills `buffer` with the bytes at `offset`. Needs one copy more than [`Client::read`].
     ///
     /// # Errors
     ///
@@ -96,8 +96,8 @@ impl Client {
         Ok(())
     }
 
-    /// Reads a range as data and holes, in ascending order and without gaps.
-    /// Servers report holes only with structured or extended replies, and only if they like.
+    /// Reads a range as data and holes, in ascending order and without gaps. Servers may report
+    /// holes with structured or extended replies only, and need not do so.
     ///
     /// # Errors
     ///
@@ -124,8 +124,8 @@ impl Client {
         Ok(chunks)
     }
 
-    /// Like [`Client::read_chunks`], with memory that the caller has left over for the first chunk of
-    /// data: see [`Client::read_reusing`].
+    /// Like [`Client::read_chunks`], but reuses memory of the caller for the first chunk of data:
+    /// see [`Client::read_reusing`].
     ///
     /// # Errors
     ///
@@ -166,7 +166,7 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// The connection is unharmed; whether the write is carried out is unspecified, as for every
+    /// The connection remains usable; whether the write is carried out is unspecified, as for every
     /// method that changes the export.
     pub async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<()> {
         let total = data.len() as u64;
@@ -186,7 +186,7 @@ impl Client {
         Ok(())
     }
 
-    /// Makes all writes durable that were completed before, on all connections.
+    /// Makes all writes durable that were complete before the call, on all connections.
     ///
     /// # Errors
     ///
@@ -194,14 +194,14 @@ impl Client {
     ///
     /// # Cancel safety
     ///
-    /// Safe, but tells nothing about what is durable.
+    /// Safe, but leaves it unknown whether the writes are durable.
     pub async fn flush(&self) -> Result<()> {
         self.submit(NewRequest::plain(0, 0, Command::Flush)).await?.outcome().await?;
         Ok(())
     }
 
-    /// Tells the server that the range is not needed any more; what reads give afterwards is up to
-    /// the server. Needs [`SEND_TRIM`](TransmissionFlags::SEND_TRIM).
+    /// Discards the range: the server may free its space, and the contents are undefined
+    /// afterwards. Needs [`SEND_TRIM`](TransmissionFlags::SEND_TRIM).
     ///
     /// # Errors
     ///
@@ -214,8 +214,7 @@ impl Client {
         self.plain(range, self.longest_range(), &Command::Trim(durability)).await
     }
 
-    /// Tells the server that the range will be read soon. Needs
-    /// [`SEND_CACHE`](TransmissionFlags::SEND_CACHE).
+    /// Asks the server to prefetch the range. Needs [`SEND_CACHE`](TransmissionFlags::SEND_CACHE).
     ///
     /// # Errors
     ///
@@ -225,7 +224,7 @@ impl Client {
     ///
     /// Safe.
     pub async fn cache(&self, range: Range<u64>) -> Result<()> {
-        // Servers hold CACHE to the limit of READ although nothing is sent.
+        // Servers apply the limit of READ to CACHE although no data is sent.
         self.plain(range, self.longest_payload(), &Command::Cache).await
     }
 
@@ -252,9 +251,9 @@ impl Client {
         self.plain(range, self.longest_range(), &command).await
     }
 
-    /// Asks for the status of the start of the range in every selected metadata context. The
-    /// server decides how far each answer reaches: at least one descriptor, at most the range.
-    /// [`Client::extents`] asks until a whole range is covered.
+    /// Queries the status of the start of the range in every selected metadata context. The server
+    /// decides how much each answer covers: at least one descriptor, at most the range.
+    /// [`Client::extents`] repeats the query until a whole range is covered.
     ///
     /// # Errors
     ///
@@ -275,7 +274,7 @@ impl Client {
         Ok(statuses.into_iter().filter_map(named).collect())
     }
 
-    /// Asks for the status in one context (by its place in the list) or all.
+    /// Queries the status in one context (by its index in the list) or in all.
     pub(crate) async fn status(
         &self,
         range: Range<u64>,
@@ -284,7 +283,7 @@ impl Client {
     ) -> Result<Vec<(usize, Vec<BlockDescriptor>)>> {
         let length = self.check_range(&range)?;
         let selects = self.negotiated().flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
-        // Of a single context, the choice would only cost bytes.
+        // For a single context, the selection would only cost bytes.
         let context = context.filter(|_| selects && self.meta_contexts().len() > 1);
         let length = length.min(self.longest_range());
         let collect = Collect::Status(Vec::new());
@@ -296,7 +295,7 @@ impl Client {
         }
     }
 
-    /// Carries out a command without data, in parts of at most `most` bytes.
+    /// Carries out a command without data in parts of at most `most` bytes.
     async fn plain(&self, range: Range<u64>, most: u64, command: &Command) -> Result<()> {
         let length = self.check_range(&range)?;
         for (offset, length) in split(range.start, length, most) {
@@ -306,8 +305,8 @@ impl Client {
         Ok(())
     }
 
-    /// Checked before anything is sent, so that a request that is split fails whole. Gives the length,
-    /// in bytes.
+    /// Checks the whole range before anything is sent, so that a split request fails as a whole.
+    /// Returns the length, in bytes.
     fn check_range(&self, range: &Range<u64>) -> Result<u64, ApiMisuse> {
         let Range { start, end } = *range;
         let length = end.checked_sub(start).ok_or(ApiMisuse::ReversedRange { start, end })?;
@@ -327,7 +326,7 @@ impl Client {
         Ok(())
     }
 
-    /// Longest READ or WRITE, in bytes: what the server takes, but nothing over 32 MiB.
+    /// Longest READ or WRITE, in bytes: the server's maximum, but at most 32 MiB.
     fn longest_payload(&self) -> u64 {
         let sizes = &self.negotiated().block_sizes;
         let most = sizes.maximum_payload().min(MAX_PAYLOAD);
@@ -353,7 +352,7 @@ fn data(outcome: Outcome) -> Bytes {
     }
 }
 
-/// Parts of at most `most` bytes of a range that lies in the export.
+/// Splits a range inside the export into parts of at most `most` bytes.
 fn split(offset: u64, length: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
     let mut done = 0;
     std::iter::from_fn(move || {

@@ -1,4 +1,4 @@
-//! What is to be connected to, and how: what a [`Connector`](crate::Connector) was told.
+//! The settings of a [`Connector`](crate::Connector).
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -9,10 +9,10 @@ use nbd_proto::wire::{MetaContextName, ReplyMode};
 
 use crate::tls::{LocalFiles, TlsMode, TlsOptions};
 
-/// How long a server has for connecting and the handshake, unless told otherwise.
+/// Default time limit for connecting and the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Everything that leads to a connection.
+/// All settings of a connection.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
     pub(crate) uri: NbdUri,
@@ -44,12 +44,12 @@ impl Settings {
         }
     }
 
-    /// The server, for messages.
+    /// The server's address, for messages.
     pub(crate) fn target(&self) -> Arc<str> {
         self.uri.to_string().into()
     }
 
-    /// The same for another export.
+    /// The same settings for another export.
     pub(crate) fn with_export(&self, name: &str) -> Self {
         let mut settings = self.clone();
         name.clone_into(&mut settings.wanted.export_name);
@@ -57,14 +57,14 @@ impl Settings {
         settings
     }
 
-    /// The same, but never without TLS: for what follows a connection that had it.
+    /// The same settings with TLS required: for connections that follow one with TLS.
     pub(crate) fn requiring_tls(&self) -> Self {
         let options = TlsOptions { mode: TlsMode::Require, ..self.tls.clone().unwrap_or_default() };
         Self { tls: Some(options), ..self.clone() }
     }
 }
 
-/// What a handshake is to lead to.
+/// The aim of a handshake.
 #[derive(Debug, Clone)]
 pub(crate) struct Wanted {
     pub(crate) export_name: String,
@@ -72,12 +72,12 @@ pub(crate) struct Wanted {
     pub(crate) meta_contexts: Vec<MetaContextName>,
 }
 
-/// What may be in flight on one connection.
+/// The limits of data and requests in flight on one connection.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     pub(crate) requests: NonZeroUsize,
     pub(crate) bytes: NonZeroUsize,
-    /// How long a request may take that was sent.
+    /// The time limit of a request.
     pub(crate) request_timeout: Option<Duration>,
 }
 

@@ -1,4 +1,4 @@
-//! Exports of servers as storages of images (feature `image`).
+//! Exports of servers as storage for images (feature `image`).
 
 use std::io;
 use std::ops::Range;
@@ -17,8 +17,8 @@ use crate::connector::Connector;
 use crate::error::{Error, Result};
 use crate::inflight::ReadChunk;
 
-/// An export of a server, as a [`Storage`]: for an image, or a layer or the data file of one, that is on
-/// a server.
+/// An export of a server as a [`Storage`]: for an image on a server, or a layer or data file of
+/// one.
 ///
 /// ```
 /// # fn example(uri: &str) -> Result<(), Box<dyn std::error::Error>> {
@@ -35,25 +35,25 @@ use crate::inflight::ReadChunk;
 /// # Ok(()) }
 /// ```
 ///
-/// Its methods block, as those of [`blocking::Client`](Client) do. Requests that do not fit the
-/// server's minimum block size are widened: reads are cut to what was asked for, and a write to part of
-/// a block reads the rest of it first. Other clients that write to the same block meanwhile are not
-/// known of.
+/// Its methods block, like those of [`blocking::Client`](Client). Requests that violate the
+/// server's minimum block size are widened: reads are cut to the requested range, and a write to a
+/// part of a block first reads the rest of the block. Concurrent writes of other clients to the
+/// same block are not detected.
 ///
-/// Block status is asked for again after each write through this value; what other clients change in
-/// between is not seen until then. Errors of the server and of the connection are the sources of the
+/// Block status is cached until the next write through this value; changes by other clients in
+/// between are not noticed. Errors of the server and of the connection are the sources of the
 /// [`io::Error`]s, as [`Error`].
 ///
-/// Dropping it ends the connection, and waits for that up to 5 s.
+/// Dropping it ends the connection, and waits up to 5 s for the end.
 pub struct ExportStorage {
     client: Client,
     uri: String,
-    /// Requests must be aligned to this power of two.
+    /// Alignment of requests, in bytes; a power of two.
     minimum_size: u64,
     reports_extents: bool,
-    /// What the server said last about a part of the disk.
+    /// The latest known status of a part of the disk.
     extents: Mutex<Vec<Known>>,
-    /// Held while a part of a block is changed.
+    /// Held during a change of a part of a block.
     partial_write: Mutex<()>,
 }
 
@@ -75,8 +75,7 @@ impl ExportStorage {
         Self::open_interruptible(connector, &Interrupter::new())
     }
 
-    /// Connects, unless `interrupter` is used before that is done. Later it ends all waiting for the
-    /// server.
+    /// Connects; `interrupter` can cancel this call and all later requests.
     ///
     /// # Errors
     ///
@@ -100,31 +99,32 @@ impl ExportStorage {
         })
     }
 
-    /// The client. What it writes is not known to the storage: write through one of the two.
+    /// Returns the client. The storage does not know of writes through it: write through one of the
+    /// two only.
     #[must_use]
     pub const fn client(&self) -> &Client {
         &self.client
     }
 
-    /// True if the server lets clients write.
+    /// Returns true if the server allows writing.
     #[must_use]
     pub fn is_writable(&self) -> bool {
         !self.flags().contains(TransmissionFlags::READ_ONLY)
     }
 
-    /// True if the server has a request to give space back (TRIM).
+    /// Returns true if the server can free space (TRIM).
     #[must_use]
     pub fn can_trim(&self) -> bool {
         self.flags().contains(TransmissionFlags::SEND_TRIM)
     }
 
-    /// True if the server reports where the disk is zero (`base:allocation`).
+    /// Returns true if the server reports zeroes (`base:allocation`).
     #[must_use]
     pub const fn reports_extents(&self) -> bool {
         self.reports_extents
     }
 
-    /// The status of the start of a range, in bytes, in a context that was selected: at least one
+    /// Returns the status of the start of a range, in bytes, in a selected context: at least one
     /// descriptor, at most the range.
     ///
     /// # Errors
@@ -153,8 +153,8 @@ impl ExportStorage {
         }
     }
 
-    /// Reads a range, in bytes, as data and holes, in ascending order and without gaps. A hole is one at
-    /// that moment.
+    /// Reads a range, in bytes, as data and holes, in ascending order and without gaps. Holes are
+    /// those at the time of the request.
     ///
     /// # Errors
     ///
@@ -165,7 +165,7 @@ impl ExportStorage {
         let mut position = range.start;
         let mut inside = Vec::with_capacity(read.len());
         for chunk in read.into_iter().filter_map(|chunk| clipped(chunk, &range)) {
-            // A gap would be taken for zeroes.
+            // A gap would be mistaken for zeroes.
             if chunk.offset() != position {
                 break;
             }
@@ -178,7 +178,7 @@ impl ExportStorage {
         }
     }
 
-    /// Gives the space of a range, in bytes, back, as far as the server's blocks lie within it.
+    /// Frees the space of a range, in bytes, as far as the server's blocks lie within it.
     ///
     /// # Errors
     ///
@@ -195,7 +195,7 @@ impl ExportStorage {
         self.sync_instead(durability)
     }
 
-    /// What a request asks of a server: one without FUA gets a flush after it.
+    /// The requests that make a change durable: without FUA a flush follows.
     fn durability(&self, wanted: Durability) -> transmission::Durability {
         match wanted {
             Durability::Fua if self.flags().contains(TransmissionFlags::SEND_FUA) => {
@@ -218,7 +218,7 @@ impl ExportStorage {
         self.client.info().size
     }
 
-    /// The smallest aligned range around this one.
+    /// Returns the smallest aligned range around this one.
     fn aligned(&self, offset: u64, length: u64) -> Range<u64> {
         let end = offset.saturating_add(length);
         let stop = end.checked_next_multiple_of(self.minimum_size).unwrap_or(end);
@@ -231,15 +231,16 @@ impl ExportStorage {
         self.sync_instead(durability)
     }
 
-    /// Makes a request that changes the disk.
+    /// Sends a request that changes the disk.
     fn changing(&self, request: impl FnOnce(&Client) -> Result<()>) -> Result<()> {
         let result = request(&self.client);
-        // Afterwards: what another thread was told in the meantime may be from before the change.
+        // Invalidated afterwards: a status that another thread received in the meantime may predate
+        // the change.
         self.extents.lock().unwrap_or_else(PoisonError::into_inner).clear();
         result
     }
 
-    /// Asks what is at `offset` and after it.
+    /// Queries the status at `offset` and after it.
     fn fetch(&self, offset: u64, length: u64) -> io::Result<Vec<Known>> {
         let asked = self.aligned(offset, length);
         let mut position = asked.start;
@@ -281,7 +282,7 @@ impl ExportStorage {
         let durability = transmission::Durability::Cached;
         let zeroed = self.changing(|client| client.write_zeroes(range, mode, speed, durability));
         zeroed.map_err(|error| match error.errno() {
-            // Some servers promise it and then refuse.
+            // Some servers advertise it and then refuse it.
             Some(Errno::EINVAL | Errno::ENOTSUP) => io::ErrorKind::Unsupported.into(),
             _ => io_error(error),
         })
@@ -397,7 +398,7 @@ impl Storage for ExportStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        // What a server without it writes is as durable as it ever gets.
+        // Writes on a server without FLUSH are as durable as they will get.
         let can_flush = self.flags().contains(TransmissionFlags::SEND_FLUSH);
         if can_flush && self.is_writable() { self.client.flush().map_err(io_error) } else { Ok(()) }
     }
@@ -434,7 +435,7 @@ impl Storage for ExportStorage {
 
 impl Drop for ExportStorage {
     fn drop(&mut self) {
-        // Every request was answered; how the connection ends does not matter.
+        // Every request was answered, so the way in which the connection ends does not matter.
         drop(self.client.clone().disconnect());
     }
 }

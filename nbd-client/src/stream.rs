@@ -23,7 +23,7 @@ impl std::fmt::Debug for Stream {
 }
 
 impl Stream {
-    /// Takes the stream out, for TLS to be put around it.
+    /// Returns the inner stream, to put TLS around it.
     pub(crate) fn take_out(&mut self) -> Socket {
         let nothing = Self::Plain(Socket::Other(Box::new(tokio::io::empty())));
         match std::mem::replace(self, nothing) {
@@ -32,7 +32,7 @@ impl Stream {
         }
     }
 
-    /// True if bytes were taken that a flush has to hand on. Only TLS does so.
+    /// Returns true if accepted bytes need a flush to reach the socket. Only TLS buffers.
     pub(crate) fn has_unsent(&self) -> bool {
         match self {
             Self::Tls(stream) => stream.has_unsent(),

@@ -1,8 +1,8 @@
-//! Words for errors of the system.
+//! Texts for system errors.
 
 use std::io;
 
-/// The system's words for an error, without the number that the standard library puts after them.
+/// The system's text for an error, without the number that the standard library appends.
 pub(crate) fn system_words(error: &io::Error) -> String {
     let text = error.to_string();
     let number = error.raw_os_error().map(|code| format!(" (os error {code})"));

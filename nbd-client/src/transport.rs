@@ -1,4 +1,4 @@
-//! Byte streams to a server: TCP, unix sockets, or anything the caller brings.
+//! Byte streams to a server: TCP, unix sockets, or a stream of the caller.
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,7 +15,7 @@ pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
 
-/// A byte stream as it comes from the system or the caller.
+/// A byte stream of the system or the caller.
 pub(crate) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
@@ -33,7 +33,7 @@ impl std::fmt::Debug for Socket {
 }
 
 impl Socket {
-    /// Connects to a server. Of several addresses of a host the first that answers is taken.
+    /// Connects to a server. If a host has several addresses, the first that answers is used.
     pub(crate) async fn connect(transport: &Transport) -> io::Result<Self> {
         match transport {
             Transport::Unix { path } => Self::connect_unix(path).await,
@@ -59,10 +59,10 @@ impl Socket {
 
 async fn connect_tcp(address: SocketAddr) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // Finds out about a peer that vanished without a word.
+    // Detects a peer that vanished without closing the connection.
     socket.set_keepalive(true)?;
     let stream = socket.connect(address).await?;
-    // Requests are gathered before they are written: waiting for more only costs time.
+    // Requests are gathered before they are written: a delay would only cost time.
     stream.set_nodelay(true)?;
     Ok(stream)
 }

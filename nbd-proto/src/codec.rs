@@ -3,32 +3,32 @@
 use crate::ProtocolError;
 use crate::limits::MAX_STRING_LEN;
 
-/// Takes fields off the front of a slice. Every method gives `None` once the slice is exhausted.
+/// Reads fields from the front of a slice. Every method returns `None` if too few bytes are left.
 #[derive(Debug, Clone, Copy)]
 pub struct Reader<'a> {
     rest: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
-    /// Reads from the start of `bytes`.
+    /// Creates a reader at the start of `bytes`.
     #[must_use]
     pub const fn new(bytes: &'a [u8]) -> Self {
         Self { rest: bytes }
     }
 
-    /// The bytes that have not been taken yet.
+    /// Returns the bytes that have not been read yet.
     #[must_use]
     pub const fn rest(&self) -> &'a [u8] {
         self.rest
     }
 
-    /// True when nothing is left.
+    /// Returns true if no bytes are left.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.rest.is_empty()
     }
 
-    /// Takes the next `len` bytes.
+    /// Reads the next `len` bytes.
     pub fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
         let (head, rest) = self.rest.split_at_checked(len)?;
         self.rest = rest;
@@ -41,24 +41,24 @@ impl<'a> Reader<'a> {
         Some(*head)
     }
 
-    /// Takes a 16-bit number.
+    /// Reads a 16-bit number.
     pub fn u16(&mut self) -> Option<u16> {
         self.array().map(u16::from_be_bytes)
     }
 
-    /// Takes a 32-bit number.
+    /// Reads a 32-bit number.
     pub fn u32(&mut self) -> Option<u32> {
         self.array().map(u32::from_be_bytes)
     }
 
-    /// Takes a 64-bit number.
+    /// Reads a 64-bit number.
     pub fn u64(&mut self) -> Option<u64> {
         self.array().map(u64::from_be_bytes)
     }
 }
 
-/// Checks a string of the protocol: UTF-8, without NUL, at most [`MAX_STRING_LEN`] bytes
-/// (section "Terminology").
+/// Checks a protocol string: UTF-8, no NUL byte, at most [`MAX_STRING_LEN`] bytes (section
+/// "Terminology").
 ///
 /// # Errors
 ///
@@ -79,7 +79,7 @@ pub fn protocol_string<'a>(what: &'static str, bytes: &'a [u8]) -> Result<&'a st
     Ok(text)
 }
 
-/// Cuts `text` to at most `limit` bytes at a character boundary.
+/// Truncates `text` to at most `limit` bytes at a character boundary.
 #[must_use]
 pub fn truncate_text(text: &str, limit: usize) -> &str {
     if text.len() <= limit {
@@ -92,7 +92,7 @@ pub fn truncate_text(text: &str, limit: usize) -> &str {
     text.get(..end).unwrap_or("")
 }
 
-/// Text of the peer, safe to print on a terminal: control characters are escaped.
+/// Text sent by the peer, safe to print on a terminal: control characters are escaped.
 #[derive(Debug, Clone, Copy)]
 pub struct PeerText<'a>(pub &'a str);
 

@@ -2,10 +2,10 @@
 
 use thiserror::Error;
 
-/// What a client waits for first.
+/// The first message a client expects.
 pub(crate) const GREETING: &str = "a greeting (NBDMAGIC)";
 
-/// What servers of other protocols begin with.
+/// The first bytes that servers of other protocols send.
 const OTHER_PROTOCOLS: [(&[u8], &str); 7] = [
     (b"HTTP/", "HTTP"),
     (b"SSH-", "SSH"),
@@ -35,95 +35,95 @@ fn bad_magic(expected: &str, found: u64) -> String {
     }
 }
 
-/// The peer sent something that the protocol forbids, or something we refuse to process.
+/// The peer violated the protocol, or sent a message that this crate refuses to process.
 ///
-/// After such an error the byte stream cannot be trusted any more: close the connection.
+/// The byte stream is unreliable after this error: close the connection.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ProtocolError {
-    /// A magic number is not the one that has to stand here.
+    /// A magic number is wrong.
     #[error("{}", bad_magic(expected, *found))]
     BadMagic {
-        /// The name of the message expected.
+        /// The expected message.
         expected: &'static str,
-        /// What came instead.
+        /// The value received.
         found: u64,
     },
-    /// Handshake or client flags that were not negotiated.
+    /// The peer set handshake or client flags that were not negotiated.
     #[error("peer set unknown {which} flags {bits:#x}")]
     UnknownFlags {
-        /// Which flag word.
+        /// The name of the flag word.
         which: &'static str,
-        /// The bits that are not known.
+        /// The unknown bits.
         bits: u32,
     },
-    /// A length beyond what [`crate::limits`] or the message's own layout allows.
+    /// A length exceeds [`crate::limits`] or the layout of its message.
     #[error("peer announced {length} bytes of {what}, the limit is {limit}")]
     TooLong {
-        /// What the length belongs to.
+        /// The field or message that the length describes.
         what: &'static str,
-        /// The length announced, in bytes or elements.
+        /// The announced length, in bytes or elements.
         length: u64,
-        /// The largest acceptable value.
+        /// The largest accepted value.
         limit: u64,
     },
-    /// A message whose layout does not fit its announced length or its field rules.
+    /// The layout of a message contradicts its announced length or its field rules.
     #[error("peer sent a malformed {what}: {why}")]
     Malformed {
         /// The message.
         what: &'static str,
-        /// What is wrong with it.
+        /// The rule that the message violates.
         why: &'static str,
     },
-    /// A well-formed message at a moment where it is not legal.
+    /// A well-formed message arrived at a moment where it is not legal.
     #[error("peer sent {what} at the wrong moment: {why}")]
     Unexpected {
         /// The message.
         what: &'static str,
-        /// Why it is not legal now.
+        /// The reason why it is not legal.
         why: &'static str,
     },
-    /// A reply to a request that is not in flight.
+    /// A reply names a request that is not in flight.
     #[error("peer replied to cookie {cookie:#x}, which is not in flight")]
     UnknownCookie {
-        /// The cookie of the reply.
+        /// The cookie in the reply.
         cookie: u64,
     },
-    /// A chunk that does not fit the request it answers.
+    /// A chunk does not match its request.
     #[error(
         "peer answered a request for {request_length} bytes at {request_offset} with {what} of {length} bytes at {offset}: {why}"
     )]
     BadChunk {
         /// The kind of chunk.
         what: &'static str,
-        /// What is wrong with it.
+        /// The mismatch.
         why: &'static str,
         /// Offset of the request, in bytes.
         request_offset: u64,
         /// Length of the request, in bytes.
         request_length: u64,
-        /// Offset the chunk speaks of, in bytes.
+        /// Offset of the chunk, in bytes.
         offset: u64,
-        /// Length the chunk speaks of, in bytes.
+        /// Length of the chunk, in bytes.
         length: u64,
     },
-    /// An export size of 2^63 bytes or more.
+    /// The announced export size is 2^63 bytes or more.
     #[error("peer announced an export of {size} bytes, the largest possible is 2^63-1")]
     ExportTooLarge {
-        /// The size announced, in bytes.
+        /// The announced size, in bytes.
         size: u64,
     },
-    /// The peer does not offer what the caller requires.
+    /// The peer does not support a feature that the caller requires.
     #[error("peer does not support {what}")]
     Unsupported {
-        /// What is missing.
+        /// The missing feature.
         what: &'static str,
     },
 }
 
-/// The caller asked for something that was not negotiated or cannot be expressed.
+/// The caller used a feature that was not negotiated, or a value that the protocol cannot express.
 ///
-/// Nothing was sent; the connection is unharmed.
+/// Nothing was sent; the connection remains usable.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum ApiMisuse {
@@ -133,7 +133,7 @@ pub enum ApiMisuse {
         /// The command or flag.
         what: &'static str,
     },
-    /// The request leaves the export.
+    /// The request exceeds the export.
     #[error("{length} bytes at {offset} are outside the export of {size} bytes")]
     OutOfBounds {
         /// Offset of the request, in bytes.
@@ -143,7 +143,7 @@ pub enum ApiMisuse {
         /// Size of the export, in bytes.
         size: u64,
     },
-    /// The range ends before it begins.
+    /// The end of the range is before its start.
     #[error("the range {start}..{end} ends before it begins")]
     ReversedRange {
         /// Start of the range, in bytes.
@@ -151,7 +151,7 @@ pub enum ApiMisuse {
         /// End of the range, in bytes.
         end: u64,
     },
-    /// The request is not a multiple of the export's minimum block size.
+    /// Offset or length of the request is not a multiple of the export's minimum block size.
     #[error("{length} bytes at {offset} are not aligned to the minimum block size {minimum}")]
     Unaligned {
         /// Offset of the request, in bytes.
@@ -166,18 +166,18 @@ pub enum ApiMisuse {
     TooLong {
         /// Length of the request, in bytes.
         length: u64,
-        /// The largest length possible, in bytes.
+        /// The largest length allowed, in bytes.
         limit: u64,
     },
-    /// The request has a length of zero, which the protocol leaves undefined.
+    /// The length of the request is zero, for which the protocol defines no result.
     #[error("a request of zero bytes has no defined result")]
     Empty,
-    /// A name or string that the protocol cannot carry.
+    /// A name or string that the protocol cannot express.
     #[error("{what} cannot be sent: {why}")]
     BadString {
-        /// Which string.
+        /// The kind of string.
         what: &'static str,
-        /// What is wrong with it.
+        /// The rule that the string violates.
         why: &'static str,
     },
 }

@@ -1,8 +1,8 @@
 //! The Network Block Device protocol without I/O.
 //!
-//! Bytes go in, values and bytes come out. The crate contains no sockets, files, clocks or runtimes. The
-//! owner of the connection (`nbd-server`, `nbd-client`, a test, a fuzz target) reads bytes, passes them
-//! in, and writes the result.
+//! Bytes go in, values and bytes come out. The crate contains no sockets, files, clocks or
+//! runtimes. The owner of the connection (`nbd-server`, `nbd-client`, a test, a fuzz target)
+//! receives bytes, passes them in, and sends the result.
 //!
 //! ```text
 //!            bytes from the peer                     bytes to the peer
@@ -16,9 +16,9 @@
 //! The specification is `doc/proto.md` of the NetworkBlockDevice project together with its
 //! `extension-ext-header` text; section names in these pages refer to it.
 //!
-//! All functions distinguish three outcomes: *not enough bytes yet* (a return value, never an error),
-//! *malformed or illegal* ([`ProtocolError`], the peer's fault), and *not negotiated* ([`ApiMisuse`],
-//! the caller's fault).
+//! All functions distinguish three outcomes: *not enough bytes yet* (a return value, never an
+//! error), *malformed or illegal* ([`ProtocolError`], the peer's fault), and *not negotiated*
+//! ([`ApiMisuse`], the caller's fault).
 //!
 //! # Example
 //!

@@ -1,9 +1,9 @@
 //! TLS code shared by client and server: the names of credential files, and the parser for files of
 //! pre-shared keys.
 //!
-//! A certificate directory has the layout that QEMU and libnbd use: one directory can hold the files of
-//! a server, of a client, or of both. Pre-shared keys are in a text file as psktool writes it. This
-//! module opens no files.
+//! A certificate directory has the layout that QEMU and libnbd use: one directory can hold the
+//! files of a server, of a client, or of both. Pre-shared keys are in a text file as psktool writes
+//! it. This module opens no files.
 
 use core::fmt;
 use core::hint::black_box;
@@ -12,37 +12,37 @@ use thiserror::Error;
 
 use crate::limits::{MAX_PSK_LEN, MAX_PSK_USER_LEN, MAX_PSK_USERS, MIN_PSK_LEN};
 
-/// Certificates of the authorities that may sign a peer's certificate, PEM.
+/// Certificates of the trusted authorities, PEM.
 pub const CA_CERTIFICATE_FILE: &str = "ca-cert.pem";
-/// Certificates that the authorities have revoked, PEM; need not be there.
+/// Certificates that the authorities have revoked, PEM; optional.
 pub const CA_REVOCATION_FILE: &str = "ca-crl.pem";
-/// The server's certificate, and those between it and the authority, PEM.
+/// The server's certificate and its intermediate certificates, PEM.
 pub const SERVER_CERTIFICATE_FILE: &str = "server-cert.pem";
-/// The key of the server's certificate, PEM.
+/// The private key of the server's certificate, PEM.
 pub const SERVER_KEY_FILE: &str = "server-key.pem";
-/// The client's certificate, and those between it and the authority, PEM.
+/// The client's certificate and its intermediate certificates, PEM.
 pub const CLIENT_CERTIFICATE_FILE: &str = "client-cert.pem";
-/// The key of the client's certificate, PEM.
+/// The private key of the client's certificate, PEM.
 pub const CLIENT_KEY_FILE: &str = "client-key.pem";
-/// Pre-shared keys, if a directory is given instead of a file.
+/// Default name of the file of pre-shared keys in a directory.
 pub const PSK_FILE: &str = "keys.psk";
 
 /// Longest line of a key file, in bytes: a hex-encoded name, a colon, a hex-encoded key.
 const MAX_LINE_LEN: usize = 2 * MAX_PSK_USER_LEN + 2 * MAX_PSK_LEN + 16;
 
-/// A secret of 16 to 256 bytes that a client and a server share. It is overwritten when it is
-/// dropped, and does not print.
+/// A secret of 16 to 256 bytes that a client and a server share. It is overwritten on drop, and its
+/// `Debug` output hides it.
 #[derive(Clone)]
 pub struct PreSharedKey(Box<[u8]>);
 
 impl PreSharedKey {
-    /// A key of 16 to 256 bytes; `None` for any other length.
+    /// Creates a key of 16 to 256 bytes; returns `None` for any other length.
     #[must_use]
     pub fn new(key: &[u8]) -> Option<Self> {
         (MIN_PSK_LEN..=MAX_PSK_LEN).contains(&key.len()).then(|| Self(key.into()))
     }
 
-    /// The secret itself.
+    /// Returns the secret itself.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
         &self.0
@@ -50,7 +50,7 @@ impl PreSharedKey {
 }
 
 impl PartialEq for PreSharedKey {
-    /// Takes the same time wherever two keys of one length differ.
+    /// Compares in a time that depends on the length only.
     fn eq(&self, other: &Self) -> bool {
         equal_in_constant_time(&self.0, &other.0)
     }
@@ -61,7 +61,7 @@ impl Eq for PreSharedKey {}
 impl Drop for PreSharedKey {
     fn drop(&mut self) {
         self.0.fill(0);
-        // Keeps the compiler from removing a store that is never read.
+        // Prevents the compiler from removing a store that is never read.
         black_box(&self.0);
     }
 }
@@ -95,10 +95,9 @@ struct Entry {
 }
 
 impl PreSharedKeys {
-    /// Reads the text of a key file, as psktool writes it: one `user:hexkey` per line. A name that
-    /// has to be encoded stands as `#` and its bytes in hexadecimal. Every other line that begins
-    /// with `#` is a comment (so a `#` in front of a user takes the user out), empty lines are
-    /// skipped.
+    /// Parses a key file as psktool writes it: one `user:hexkey` per line. A user name that needs
+    /// encoding is `#` followed by its bytes in hexadecimal. Any other line that begins with `#` is
+    /// a comment (so a `#` in front of a user disables the user); empty lines are skipped.
     ///
     /// # Errors
     ///
@@ -126,8 +125,8 @@ impl PreSharedKeys {
         Ok(Self { entries })
     }
 
-    /// The key of a user. How long this takes does not depend on where in the file the user stands,
-    /// nor on whether there is such a user.
+    /// Returns the key of a user. The duration depends neither on the user's position in the file
+    /// nor on whether the user exists.
     #[must_use]
     pub fn key_of(&self, user: &[u8]) -> Option<&PreSharedKey> {
         let mut found = None;
@@ -139,51 +138,51 @@ impl PreSharedKeys {
         found
     }
 
-    /// The names of the users, in the order of the file.
+    /// Returns the names of the users, in the order of the file.
     pub fn users(&self) -> impl Iterator<Item = &[u8]> {
         self.entries.iter().map(|entry| &*entry.user)
     }
 }
 
-/// What is wrong with a file of pre-shared keys. Never repeats a key.
+/// A defect of a file of pre-shared keys. Never contains a key.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum KeyFileError {
-    /// A line that cannot be read.
+    /// A line is malformed.
     #[error("line {line} {problem}")]
     Line {
-        /// Number of the line, from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What is wrong.
+        /// The defect.
         problem: KeyLineProblem,
     },
-    /// One user with two keys.
+    /// One user has two keys.
     #[error("lines {first} and {second} are for the same user: remove one")]
     DuplicateUser {
-        /// Number of the first line, from 1.
+        /// Line number of the first key, from 1.
         first: usize,
-        /// Number of the second line.
+        /// Line number of the second key, from 1.
         second: usize,
     },
-    /// More users than are kept.
+    /// There are more users than [`MAX_PSK_USERS`].
     #[error("it has more than {MAX_PSK_USERS} users")]
     TooManyUsers,
-    /// No user.
+    /// There is no user.
     #[error("it has no user: add one with 'psktool -u NAME -p FILE'")]
     NoUsers,
 }
 
-/// What is wrong with a line of a file of pre-shared keys.
+/// A defect of one line of a file of pre-shared keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum KeyLineProblem {
-    /// Longer than any legal line.
+    /// The line is longer than any legal line.
     #[error("is longer than {MAX_LINE_LEN} bytes")]
     TooLong,
-    /// Without a colon.
+    /// The line has no colon.
     #[error("has no colon: it has to read USER:HEXKEY, as psktool writes it")]
     NoColon,
-    /// No name, a name that is too long, or one with a NUL byte.
+    /// The name is missing, too long, or contains a NUL byte.
     #[error("has a user name that is empty, longer than {MAX_PSK_USER_LEN} bytes or not text")]
     BadUser,
     /// The key is not hexadecimal.
@@ -197,7 +196,8 @@ pub enum KeyLineProblem {
     BadKeyLength(usize),
 }
 
-/// True if both are the same. Takes the same time wherever they differ; the length is not secret.
+/// Returns true if both are equal. The duration does not depend on the position of a difference;
+/// the length is not secret.
 #[must_use]
 pub fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
     if left.len() != right.len() {

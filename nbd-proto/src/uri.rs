@@ -1,4 +1,5 @@
-//! NBD URIs (`doc/uri.md` of the NetworkBlockDevice project, with the query parameters libnbd adds).
+//! NBD URIs (`doc/uri.md` of the NetworkBlockDevice project, with the query parameters libnbd
+//! adds).
 //!
 //! ```text
 //! nbd://HOST[:PORT]/EXPORT                      TCP
@@ -7,10 +8,9 @@
 //! nbds+unix:///EXPORT?socket=PATH               unix socket, TLS required
 //! ```
 //!
-//! The export name is what follows the first `/` of the path, percent-decoded and nothing else: no
-//! `.` or `..` is resolved and no `/` is dropped, so `nbd://host//disk` names the export `/disk`.
-//! Unknown query parameters are ignored, as in libnbd; of several with the same key the last one
-//! counts.
+//! The export name is the percent-decoded text after the first `/` of the path: no `.` or `..` is
+//! resolved and no `/` is dropped, so `nbd://host//disk` names the export `/disk`. Unknown query
+//! parameters are ignored, as in libnbd; of several with the same key the last one counts.
 
 use core::net::Ipv6Addr;
 use std::fmt;
@@ -22,7 +22,7 @@ use thiserror::Error;
 
 use crate::limits::{DEFAULT_PORT, MAX_STRING_LEN};
 
-/// Where a server is, which of its exports is meant, and how to speak to it.
+/// The address of a server, the name of an export, and the TLS settings.
 ///
 /// ```
 /// use nbd_proto::uri::{NbdUri, Transport};
@@ -35,31 +35,31 @@ use crate::limits::{DEFAULT_PORT, MAX_STRING_LEN};
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NbdUri {
-    /// How the server is reached.
+    /// The transport and address of the server.
     pub transport: Transport,
     /// Whether TLS is required.
     pub security: Security,
     /// Name of the export; empty means the server's default export.
     pub export_name: String,
-    /// Name of the user for TLS with pre-shared keys.
+    /// User name for TLS with pre-shared keys.
     pub user: Option<String>,
-    /// How TLS is set up. Kept, but without meaning, if TLS is not required.
+    /// TLS parameters. They are kept, but have no effect, if TLS is not required.
     pub tls: TlsParameters,
 }
 
-/// How a server is reached.
+/// The transport and address of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Transport {
     /// Over TCP.
     Tcp {
-        /// Name or address; an IPv6 address stands without brackets.
+        /// Host name or address; an IPv6 address has no brackets.
         host: String,
         /// Port; [`DEFAULT_PORT`] unless given.
         port: u16,
     },
     /// Over a unix socket.
     Unix {
-        /// The socket.
+        /// Path of the socket.
         path: PathBuf,
     },
 }
@@ -67,10 +67,10 @@ pub enum Transport {
 /// Whether TLS is required.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Security {
-    /// `nbd`: TLS is not asked for.
+    /// `nbd`: TLS is not requested.
     #[default]
     Plain,
-    /// `nbds`: without TLS there is no connection.
+    /// `nbds`: TLS is required; there is no fallback.
     Tls,
 }
 
@@ -83,26 +83,27 @@ pub struct TlsParameters {
     pub certificates: Option<PathBuf>,
     /// `tls-psk-file`: the file with the pre-shared keys.
     pub psk_file: Option<PathBuf>,
-    /// `tls-hostname`: the name that has to stand in the server's certificate, if not the host's.
+    /// `tls-hostname`: the name that the server's certificate must contain, if it differs from the
+    /// host's.
     pub hostname: Option<String>,
     /// `tls-verify-peer`: false to accept any certificate.
     pub verify_peer: Option<bool>,
 }
 
-/// How the two sides authenticate.
+/// The kind of TLS authentication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TlsKind {
-    /// They do not: encryption only.
+    /// None: encryption only.
     Anonymous,
-    /// By certificates.
+    /// Certificates.
     X509,
-    /// By a key both know.
+    /// A pre-shared key.
     PreSharedKey,
 }
 
 impl TlsParameters {
-    /// The first parameter that names a file of this machine, if one does. A program that gets URIs
-    /// from others must not let them choose which of its files are read.
+    /// Returns the first parameter that names a file of this machine, if there is one. A program
+    /// that receives URIs from untrusted sources must not let them choose files to read.
     #[must_use]
     pub const fn file_parameter(&self) -> Option<&'static str> {
         if self.certificates.is_some() {
@@ -125,46 +126,46 @@ impl TlsKind {
     }
 }
 
-/// What is wrong with a URI.
+/// The reasons for which a URI is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum UriError {
-    /// No scheme and `://`.
+    /// There is no scheme followed by `://`.
     #[error("{0:?} is not an NBD URI: it has to begin like nbd://localhost/disk")]
     NoScheme(String),
-    /// A scheme that is not NBD's or not supported.
+    /// The scheme is unknown or not supported.
     #[error(
         "the URI scheme {0:?} is not supported: use nbd, nbds, nbd+unix or nbds+unix, as in nbd://localhost/disk"
     )]
     UnknownScheme(String),
-    /// A `#`.
+    /// The URI has a fragment (`#`).
     #[error("an NBD URI has no fragment: write a '#' as %23, as in nbd://localhost/disk%231")]
     Fragment,
-    /// A `%` without two hexadecimal digits after it.
+    /// A `%` is not followed by two hexadecimal digits.
     #[error("{0:?} has a '%' without two hexadecimal digits: write a '%' as %25, as in 100%25")]
     BadPercent(String),
-    /// Percent-decoding gives something the protocol cannot carry.
+    /// A percent-decoded part contains bytes that the protocol cannot express.
     #[error("the {what} in the URI {why}; an example is nbd://localhost/disk")]
     BadText {
-        /// Which part.
+        /// The part of the URI.
         what: &'static str,
-        /// What is wrong with it.
+        /// The rule that it violates.
         why: &'static str,
     },
-    /// A port that is not a number between 1 and 65535.
+    /// The port is not a number between 1 and 65535.
     #[error("{0:?} is not a port between 1 and 65535, as in nbd://localhost:10809/disk")]
     BadPort(String),
-    /// An IPv6 address that is malformed or has no brackets.
+    /// An IPv6 address is malformed or has no brackets.
     #[error(
         "{0:?} is not an address: an IPv6 address stands in brackets, as in nbd://[::1]:10809/"
     )]
     BadAddress(String),
-    /// A unix URI without `socket`.
+    /// A unix URI has no `socket`.
     #[error(
         "the URI does not say which socket: add ?socket=, as in nbd+unix:///disk?socket=/run/nbd.sock"
     )]
     NoSocket,
-    /// A unix URI with a host.
+    /// A unix URI has a host.
     #[error(
         "a unix URI has no host, so it has three slashes, as in nbd+unix:///disk?socket=/run/nbd.sock"
     )]

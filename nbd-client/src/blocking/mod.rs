@@ -32,17 +32,16 @@
 //!
 //! # Threads
 //!
-//! Each client has a thread of its own that drives its connections; a client with several
-//! connections has one more for each, up to the number of processors. A call hands its request to
-//! that thread and blocks the calling thread until the answer is complete. Clones share the
-//! connections and may be used from many threads at once, which is how requests are in flight
-//! together.
+//! Each client has a thread that drives its connections; a client with several connections has one
+//! more thread for each, up to the number of processors. A call hands its request to that thread
+//! and blocks the calling thread until the answer is complete. Clones share the connections and may
+//! be used from many threads at once; that is how several requests are in flight together.
 //!
 //! # In asynchronous programs
 //!
-//! Every function here may be called by an asynchronous task: none panics there, and none waits for
-//! the runtime of the caller. But each blocks the thread of that runtime, and the other tasks on
-//! it, until it returns. Use [`crate::Client`] there, or make the calls in
+//! Every function here may be called from an asynchronous task: none panics there, and none waits
+//! for the runtime of the caller. But each blocks the thread of that runtime, and the other tasks
+//! on it, until it returns. In asynchronous code use [`crate::Client`], or make the calls in
 //! `tokio::task::spawn_blocking`.
 
 mod wait;
@@ -65,20 +64,20 @@ use crate::info::{ExportInfo, Protocol, Scope, ServerInfo};
 pub use wait::Interrupter;
 use wait::{Driver, run, wait};
 
-/// A connected client whose methods block until they are done.
+/// A connected client whose methods block until they are complete.
 ///
 /// Clones share the connections and may be used from many threads at once. Dropping the last clone
-/// ends the connections in the background, and returns at once: a program that ends right
-/// afterwards may cut them off. [`Client::disconnect`] waits for it.
+/// ends the connections in the background and returns at once: if the program exits right
+/// afterwards, the connections may be cut off. [`Client::disconnect`] waits for the end.
 ///
-/// Requests in flight may overtake each other, which matters only between threads: on one thread
-/// each request is complete before the next is made.
+/// Requests in flight may overtake each other. This matters only between threads: on one thread
+/// each request is complete before the next begins.
 ///
 /// # Errors
 ///
-/// All methods that make requests fail as those of [`crate::Client`] do, and with
-/// [`Error::Interrupted`](crate::Error::Interrupted) once the [`Interrupter`] they were connected
-/// with is used.
+/// All request methods fail like those of [`crate::Client`], and with
+/// [`Error::Interrupted`](crate::Error::Interrupted) once the [`Interrupter`] passed at connecting
+/// is used.
 #[derive(Debug, Clone)]
 pub struct Client {
     client: crate::Client,
@@ -99,8 +98,7 @@ impl Client {
         Self::connect_interruptible(connector, &Interrupter::new())
     }
 
-    /// Connects, unless `interrupter` is used before that is done. It ends all waiting of this
-    /// client later as well.
+    /// Connects; `interrupter` can cancel this call and all later calls of the client.
     ///
     /// # Errors
     ///
@@ -111,44 +109,44 @@ impl Client {
         Ok(Self { client, interrupter, _driver: Arc::new(driver) })
     }
 
-    /// What is known about the export.
+    /// Returns the properties of the export.
     #[must_use]
     pub fn info(&self) -> &ExportInfo {
         self.client.info()
     }
 
-    /// True if every connection is protected by TLS.
+    /// Returns true if every connection is protected by TLS.
     #[must_use]
     pub fn is_encrypted(&self) -> bool {
         self.client.is_encrypted()
     }
 
-    /// The handshake the server speaks.
+    /// Returns the kind of handshake that the server uses.
     #[must_use]
     pub fn protocol(&self) -> Protocol {
         self.client.protocol()
     }
 
-    /// The form of replies agreed upon.
+    /// Returns the negotiated form of replies.
     #[must_use]
     pub fn reply_mode(&self) -> ReplyMode {
         self.client.reply_mode()
     }
 
-    /// Number of connections that were opened.
+    /// Returns the number of connections that were opened.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.client.connections()
     }
 
-    /// Number of lost connections that were replaced so far: see
+    /// Returns the number of lost connections that were replaced so far: see
     /// [`Client::reconnects`](crate::Client::reconnects).
     #[must_use]
     pub fn reconnects(&self) -> u64 {
         self.client.reconnects()
     }
 
-    /// The metadata contexts that were asked for and that the server has, in its order.
+    /// Returns the requested metadata contexts that the server has, in the order of the request.
     #[must_use]
     pub fn meta_contexts(&self) -> &[MetaContextName] {
         self.client.meta_contexts()
@@ -173,7 +171,7 @@ impl Client {
         self.wait(self.client.read_reusing(range, buffer))
     }
 
-    /// Fills `buffer` with the bytes at `offset`. One copy more than [`Client::read`].
+    /// Fills `buffer` with the bytes at `offset`. Needs one copy more than [`Client::read`].
     ///
     /// # Errors
     ///
@@ -202,7 +200,7 @@ impl Client {
         self.wait(self.client.write(offset, data, durability))
     }
 
-    /// Makes all writes durable that were completed before, on all connections.
+    /// Makes all writes durable that were complete before the call, on all connections.
     ///
     /// # Errors
     ///
@@ -211,8 +209,8 @@ impl Client {
         self.wait(self.client.flush())
     }
 
-    /// Tells the server that the range is not needed any more; what reads return afterwards is up
-    /// to the server. Needs [`SEND_TRIM`](crate::TransmissionFlags::SEND_TRIM).
+    /// Discards the range: the server may free its space, and the contents are undefined
+    /// afterwards. Needs [`SEND_TRIM`](crate::TransmissionFlags::SEND_TRIM).
     ///
     /// # Errors
     ///
@@ -221,7 +219,7 @@ impl Client {
         self.wait(self.client.trim(range, durability))
     }
 
-    /// Tells the server that the range will be read soon. Needs
+    /// Asks the server to prefetch the range. Needs
     /// [`SEND_CACHE`](crate::TransmissionFlags::SEND_CACHE).
     ///
     /// # Errors
@@ -246,7 +244,7 @@ impl Client {
         self.wait(self.client.write_zeroes(range, mode, speed, durability))
     }
 
-    /// Asks for the status of the start of the range in every selected metadata context: see
+    /// Queries the status of the start of the range in every selected metadata context: see
     /// [`Client::block_status`](crate::Client::block_status).
     ///
     /// # Errors
@@ -260,17 +258,17 @@ impl Client {
         self.wait(self.client.block_status(range, limit))
     }
 
-    /// The extents of `range` in one context, in ascending order and without gaps; neighbours
-    /// differ in status. Nothing is sent before the first is asked for. The iterator ends after an
-    /// error.
+    /// Returns the extents of `range` in one context, in ascending order and without gaps;
+    /// neighbours differ in status. The first request is sent when the first extent is needed. The
+    /// iterator ends after an error.
     #[must_use]
     pub fn extents(&self, context: &MetaContextName, range: Range<u64>) -> Extents {
         Extents { stream: self.client.extents(context, range), client: self.clone() }
     }
 
-    /// Ends the connections after the requests that were made before, and waits until that is done.
-    /// Other clones get [`Error::Closed`](crate::Error::Closed) from then on. Nothing is flushed:
-    /// call [`Client::flush`] first.
+    /// Ends the connections after the requests made before, and waits for the end. Other clones get
+    /// [`Error::Closed`](crate::Error::Closed) from then on. Nothing is flushed: call
+    /// [`Client::flush`] first.
     ///
     /// # Errors
     ///
@@ -285,7 +283,7 @@ impl Client {
     }
 }
 
-/// The extents of a range, made by [`Client::extents`].
+/// The extents of a range, returned by [`Client::extents`].
 #[derive(Debug)]
 pub struct Extents {
     stream: ExtentStream,
@@ -301,7 +299,7 @@ impl Iterator for Extents {
     }
 }
 
-/// Asks for the names of all exports: [`Connector::list`], blocking.
+/// Lists the names of all exports: [`Connector::list`], blocking.
 ///
 /// # Errors
 ///
@@ -310,7 +308,7 @@ pub fn list(connector: &Connector) -> Result<Vec<ListedExport>> {
     run(NonZeroUsize::MIN, connector.list())
 }
 
-/// Asks which metadata contexts the export has: [`Connector::list_meta_contexts`], blocking.
+/// Lists the metadata contexts of the export: [`Connector::list_meta_contexts`], blocking.
 ///
 /// # Errors
 ///
@@ -322,8 +320,7 @@ pub fn list_meta_contexts(
     run(NonZeroUsize::MIN, connector.list_meta_contexts(queries))
 }
 
-/// Asks everything there is to know about a server and its exports: [`Connector::inspect`],
-/// blocking.
+/// Queries all properties of a server and its exports: [`Connector::inspect`], blocking.
 ///
 /// # Errors
 ///

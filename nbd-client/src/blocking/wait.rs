@@ -1,4 +1,4 @@
-//! Waiting on a thread for what another one does.
+//! Blocks a thread until another thread has finished its work.
 
 use std::future::poll_fn;
 use std::num::NonZeroUsize;
@@ -15,11 +15,10 @@ use crate::Client;
 use crate::connector::Connector;
 use crate::error::{Error, Result};
 
-/// Ends the waiting of clients early, for a handler of Ctrl-C or another thread.
+/// Cancels blocking calls, for example from a Ctrl-C handler or another thread.
 ///
-/// Clones belong together. Once one is used, every call that waits with it fails with
-/// [`Error::Interrupted`], and so does every later one; whether requests that were in flight are
-/// carried out is unknown.
+/// Clones share one state. Once one is used, every blocked call fails with [`Error::Interrupted`],
+/// and so does every later one; whether requests in flight are carried out is unknown.
 #[derive(Debug, Clone)]
 pub struct Interrupter {
     reason: Arc<watch::Sender<Option<Arc<str>>>>,
@@ -32,13 +31,13 @@ impl Default for Interrupter {
 }
 
 impl Interrupter {
-    /// Nothing is interrupted yet.
+    /// Creates an interrupter in the initial state: nothing is interrupted.
     #[must_use]
     pub fn new() -> Self {
         Self { reason: Arc::new(watch::Sender::new(None)) }
     }
 
-    /// Ends all waiting. `reason` is the text of the errors; the first one counts.
+    /// Interrupts all calls. `reason` is the text of the errors; only the first one is kept.
     pub fn interrupt(&self, reason: &str) {
         self.reason.send_if_modified(|first| {
             let is_first = first.is_none();
@@ -47,7 +46,7 @@ impl Interrupter {
         });
     }
 
-    /// True once [`Interrupter::interrupt`] was called.
+    /// Returns true once [`Interrupter::interrupt`] was called.
     #[must_use]
     pub fn is_interrupted(&self) -> bool {
         self.reason.borrow().is_some()
@@ -63,14 +62,14 @@ impl Interrupter {
     }
 }
 
-/// Carries out what another thread drives, blocking this one.
+/// Blocks this thread until a future driven by another thread is complete.
 pub(super) fn wait<T>(
     interrupter: &Interrupter,
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut cx = Context::from_waker(&waker);
-    // A task of a tokio runtime has a budget, which nothing renews as long as it stays in here.
+    // A task of a tokio runtime has a budget, which is not renewed while the thread stays here.
     let mut work = pin!(unconstrained(work));
     let mut interrupted = pin!(unconstrained(interrupter.interrupted()));
     loop {
@@ -84,7 +83,7 @@ pub(super) fn wait<T>(
     }
 }
 
-/// Wakes a thread that is parked.
+/// Wakes a parked thread.
 struct Unpark(Thread);
 
 impl Wake for Unpark {
@@ -97,7 +96,8 @@ impl Wake for Unpark {
     }
 }
 
-/// The thread that drives a client's connections. It ends them, and itself, when this is dropped.
+/// The thread that drives a client's connections. Dropping this ends the connections and the
+/// thread.
 #[derive(Debug)]
 pub(super) struct Driver {
     _stop: oneshot::Sender<()>,
@@ -112,14 +112,14 @@ impl Driver {
         let (sender, connected) = oneshot::channel();
         let (stop, stopped) = oneshot::channel();
         let connector = connector.clone();
-        // The runtime is made and dropped there: an asynchronous task must not drop one.
+        // The runtime is created and dropped there: an asynchronous task must not drop one.
         let driving = move || match runtime(connector.settings.connections) {
             Ok(runtime) => runtime.block_on(drive(connector, sender, stopped)),
             Err(error) => drop(sender.send(Err(error))),
         };
         let thread = thread::Builder::new().name(THREAD_NAME.to_owned()).spawn(driving);
         thread.map_err(|error| Error::NoThread(Arc::new(error)))?;
-        // Without an answer the thread is gone, as after a panic.
+        // Without an answer the thread has ended, for example by a panic.
         let client = wait(interrupter, async { connected.await.unwrap_or(Err(Error::Closed)) })?;
         Ok((client, Self { _stop: stop }))
     }
@@ -144,7 +144,7 @@ async fn drive(
                 // The sender sends nothing: it is dropped.
                 drop(stopped.await);
             }
-            // Nobody is left to be told how it ended.
+            // No receiver is left for the result.
             drop(client.disconnect().await);
         }
         Some(Err(error)) => drop(sender.send(Err(error))),
@@ -152,7 +152,7 @@ async fn drive(
     }
 }
 
-/// Carries out `work` on a thread of its own, also where this thread is one of a runtime.
+/// Runs `work` on a new thread, also if this thread belongs to a runtime.
 pub(super) fn run<T: Send>(
     connections: NonZeroUsize,
     work: impl Future<Output = Result<T>> + Send,
@@ -165,7 +165,7 @@ pub(super) fn run<T: Send>(
     })
 }
 
-/// As many threads as can work at once.
+/// The number of threads that can run at once.
 fn runtime(connections: NonZeroUsize) -> Result<Runtime> {
     let processors = thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let mut builder = match connections.min(processors).get() {

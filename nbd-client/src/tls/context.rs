@@ -52,7 +52,7 @@ const SYSTEM_AUTHORITIES: [&str; 4] = [
 /// Largest file with certificates or keys that is read, in bytes.
 const MAX_PEM_LEN: u64 = 8 * 1024 * 1024;
 
-/// Credentials that are loaded.
+/// Loaded credentials.
 #[derive(Clone)]
 pub(crate) struct Context {
     context: SslContext,
@@ -60,7 +60,7 @@ pub(crate) struct Context {
     identity: Arc<Identity>,
 }
 
-/// How the server is known.
+/// The server's name.
 #[derive(Clone)]
 enum Peer {
     Certificate { name: Option<String>, verify: VerifyPeer, trusted: Arc<str> },
@@ -128,7 +128,7 @@ impl Context {
         })
     }
 
-    /// A session for one connection.
+    /// Creates a session for one connection.
     pub(crate) fn session(&self) -> Result<Session, TlsError> {
         let mut ssl = Ssl::new(&self.context).map_err(internal)?;
         let failure = Arc::new(OnceLock::new());
@@ -153,7 +153,7 @@ impl Context {
             }
             Peer::PreSharedKey => {
                 let failure = Arc::clone(&failure);
-                // Only a server that does not use the key sends a certificate.
+                // A server sends a certificate only if it does not use the key.
                 ssl.set_verify_callback(SslVerifyMode::PEER, move |_, _| {
                     failure.get_or_init(|| TlsError::NotPreSharedKey);
                     false
@@ -178,7 +178,7 @@ fn builder(ciphers: &str) -> Result<SslContextBuilder, TlsError> {
     build().map_err(internal)
 }
 
-/// Names the server to itself, and to the check of its certificate.
+/// Sets the server's name, for the server (SNI) and for the check of its certificate.
 fn expect_name(ssl: &mut Ssl, name: Option<&str>, verify: VerifyPeer) -> Result<(), ErrorStack> {
     let Some(name) = name else { return Ok(()) };
     let address = name.parse::<IpAddr>();
@@ -220,7 +220,7 @@ fn revocations(store: &mut X509StoreBuilder, path: &Path) -> Result<(), TlsError
     let lookup = store.add_lookup(X509Lookup::file()).map_err(internal)?;
     let count = lookup
         .load_crl_file(path, SslFiletype::PEM)
-        .map_err(|error| bad(format!("it is no PEM list ({})", explain::reason(&error))))?;
+        .map_err(|error| bad(format!("it is not a PEM list ({})", explain::reason(&error))))?;
     if count < 1 {
         return Err(bad("it has no list".to_owned()));
     }
@@ -284,9 +284,10 @@ fn private_key(path: &Path) -> Result<PKey<Private>, TlsError> {
     PKey::private_key_from_pem_callback(&text, |_| Ok(0)).map_err(|_| TlsError::BadFile {
         what: KEY,
         path: path.to_owned(),
-        why: "it is no PEM key, or it is encrypted: store it without a pass phrase, readable by \
+        why:
+            "it is not a PEM key, or it is encrypted: store it without a pass phrase, readable by \
               its user only"
-            .to_owned(),
+                .to_owned(),
     })
 }
 
@@ -302,7 +303,7 @@ fn certificates(path: &Path, what: &'static str) -> Result<Vec<X509>, TlsError> 
     Ok(certificates)
 }
 
-/// The user whose key is used: the one that is asked for, or the only one.
+/// Selects the user whose key is used: the requested one, or the only one.
 fn choose(
     keys: &PreSharedKeys,
     user: Option<&str>,
@@ -356,7 +357,7 @@ fn warn_if_public(path: &Path) {
     }
 }
 
-/// What can only fail for want of memory or with a broken library.
+/// Handles errors that only occur when memory is exhausted or the library is broken.
 fn internal(error: ErrorStack) -> TlsError {
     TlsError::Failed(explain::reason(&error))
 }

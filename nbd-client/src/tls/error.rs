@@ -1,4 +1,4 @@
-//! What can go wrong with TLS: whose credentials, which check, what to do.
+//! TLS errors: the credentials at fault, the failed check, and the remedy.
 
 use std::io;
 use std::path::PathBuf;
@@ -9,46 +9,46 @@ use nbd_proto::tls::KeyFileError;
 
 use crate::system_words::system_words;
 
-/// Why there is no TLS, or no connection without it.
+/// The reason why TLS failed, or why a connection without TLS was refused.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum TlsError {
     /// The crate was built without its feature `tls`.
     #[error("this program was built without TLS: build it with the feature 'tls'")]
     NotBuiltIn,
-    /// The server requires TLS and the client was not to use it.
+    /// The server requires TLS and the client disables it.
     #[error("the server requires TLS: use nbds instead of nbd, and say which credentials to use")]
     RequiredByServer,
     /// TLS was switched off for a URI that requires it.
     #[error("the URI requires TLS and TLS is off: use nbd instead of nbds to do without it")]
     Contradiction,
-    /// TLS is required and the server refused it. It has none, or somebody between it and the
-    /// client wants to listen.
+    /// TLS is required and the server refused it: the server does not support TLS, or an active
+    /// attacker suppresses it.
     #[error(
         "the server refused TLS ({0}), and TLS is required: use nbd instead of nbds only on a \
          network that you trust"
     )]
     Refused(OptionError),
-    /// TLS is required and the server speaks a protocol without it.
+    /// TLS is required and the server uses a protocol without it.
     #[error(
         "the server is too old for TLS, and TLS is required: do without it only on a network that you trust"
     )]
     TooOld,
-    /// The URI names a file of this machine, which was not allowed.
+    /// The URI names a file of this machine, which is not allowed.
     #[error(
         "the URI names a local file with {0}, which this program does not follow: give the \
          credentials to the program itself"
     )]
     LocalFile(&'static str),
-    /// The URI asks for `tls-type=anon`.
+    /// The URI requests `tls-type=anon`.
     #[error(
         "anonymous TLS proves nothing and is not supported: use certificates or a pre-shared key"
     )]
     Anonymous,
-    /// Pre-shared keys without a file.
+    /// Pre-shared keys are requested without a file.
     #[error("TLS with a pre-shared key needs the file with the key: add tls-psk-file=FILE")]
     NoKeyFile,
-    /// No name to look for in the server's certificate.
+    /// There is no name to check the server's certificate against.
     #[error(
         "over a unix socket there is no host name to compare with the server's certificate: say \
          which name it has to have, as in tls-hostname=localhost"
@@ -57,32 +57,32 @@ pub enum TlsError {
     /// A file with credentials cannot be read.
     #[error("cannot read {what} '{}': {}", path.display(), system_words(source))]
     File {
-        /// What it should hold.
+        /// The expected contents.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: Arc<io::Error>,
     },
-    /// A file with credentials does not hold what it should.
+    /// A file with credentials does not have the expected contents.
     #[error("'{}' is not usable as {what}: {why}", path.display())]
     BadFile {
-        /// What it should hold.
+        /// The expected contents.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         why: String,
     },
-    /// A file with pre-shared keys has a mistake.
+    /// A file with pre-shared keys is malformed.
     #[error("'{}' is not usable as pre-shared keys: {source}", path.display())]
     BadKeyFile {
         /// The file.
         path: PathBuf,
-        /// The mistake.
+        /// The defect.
         source: KeyFileError,
     },
-    /// A file with keys of several users, and nobody said which.
+    /// A file has keys of several users, and none was selected.
     #[error(
         "'{}' has the keys of {users}: say whose to use, as in nbds://USER@HOST/",
         path.display()
@@ -90,10 +90,10 @@ pub enum TlsError {
     NoUser {
         /// The file.
         path: PathBuf,
-        /// The users in words.
+        /// The users, as text.
         users: String,
     },
-    /// A user who is not in the file with the keys.
+    /// The selected user is not in the file of keys.
     #[error(
         "'{}' has no key for the user '{user}': it has {users}; add one with 'psktool -u {user}'",
         path.display()
@@ -103,41 +103,41 @@ pub enum TlsError {
         path: PathBuf,
         /// The user.
         user: String,
-        /// The users in words.
+        /// The users, as text.
         users: String,
     },
-    /// The server's certificate, or one between it and the authority, failed a check.
+    /// The server's certificate, or an intermediate one, failed a check.
     #[error("{certificate} {check}")]
     Certificate {
-        /// Which certificate, in words.
+        /// A description of the certificate.
         certificate: String,
         /// The check.
         check: CertificateCheck,
     },
-    /// The server proved itself with a certificate although a pre-shared key was to be used.
+    /// The server authenticated itself with a certificate although a pre-shared key was requested.
     #[error(
         "the server does not use the pre-shared key but a certificate: give the client certificates \
          instead (tls-certificates=DIR), or have the server use the key"
     )]
     NotPreSharedKey,
-    /// The server refused the client, and said why in the terms of TLS.
+    /// The server refused the client with a TLS alert.
     #[error("the server refused TLS with this client (alert: {alert}): {advice}")]
     Alert {
-        /// The server's reason, as RFC 8446 names it.
+        /// The name of the alert in RFC 8446.
         alert: &'static str,
-        /// What it may mean.
+        /// The possible cause.
         advice: String,
     },
-    /// The server closed the connection during the TLS handshake or right behind it.
+    /// The server closed the connection during the TLS handshake or right after it.
     #[error("the server closed the connection {when}: {advice}")]
     Closed {
-        /// At which point.
+        /// The moment.
         when: &'static str,
-        /// What it may mean.
+        /// The possible cause.
         advice: String,
     },
-    /// The TLS library failed for another reason: the peers have nothing in common, or what the
-    /// server sent is not TLS.
+    /// The TLS library failed for another reason: the peers have no common algorithm, or the server
+    /// did not send TLS.
     #[error("TLS failed: {0}")]
     Failed(String),
 }
@@ -146,34 +146,34 @@ pub enum TlsError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CertificateCheck {
-    /// Its time is over.
+    /// The certificate has expired.
     #[error("expired on {0}: the operator of the server has to renew it")]
     Expired(String),
-    /// Its time has not begun.
+    /// The certificate is not valid yet.
     #[error("is valid only from {0}: check the clocks of both machines")]
     NotYetValid(String),
-    /// Signed by nobody who is trusted.
+    /// The issuer is not trusted.
     #[error(
         "is signed by '{issuer}', which is not in {trusted}: use the ca-cert.pem of that server"
     )]
     UnknownAuthority {
-        /// Who signed it.
+        /// The issuer.
         issuer: String,
-        /// Where the trusted authorities come from.
+        /// The source of the trusted authorities.
         trusted: String,
     },
-    /// Made out to somebody else.
+    /// The certificate is for another name.
     #[error(
         "is for {names} and not for '{wanted}': connect by one of these names, or say which to \
          expect with tls-hostname"
     )]
     WrongName {
-        /// The names in it.
+        /// The names in the certificate.
         names: String,
-        /// The name that was looked for.
+        /// The expected name.
         wanted: String,
     },
-    /// On the list of revoked certificates.
+    /// The certificate is revoked.
     #[error("was revoked by its authority: the server needs a new one")]
     Revoked,
     /// Another check, in the words of the TLS library.

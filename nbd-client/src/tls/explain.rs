@@ -1,4 +1,5 @@
-//! What the TLS library says, in words that name the certificate, the check and the remedy.
+//! Translates errors of the TLS library into messages that name the certificate, the check and the
+//! remedy.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -14,7 +15,7 @@ use super::{CertificateCheck, TlsError};
 /// Longest text of a certificate in a message, in characters: it comes from the server.
 const MAX_TEXT: usize = 200;
 
-/// As whom the client presents itself.
+/// The identity that the client presents.
 #[derive(Debug)]
 pub(super) enum Identity {
     /// Without a certificate.
@@ -30,7 +31,7 @@ pub(super) enum Identity {
     },
 }
 
-/// OpenSSL's numbers of what can be wrong with a certificate (`x509_vfy.h`).
+/// OpenSSL's certificate verification errors (`x509_vfy.h`).
 mod code {
     pub(super) const UNABLE_TO_GET_ISSUER: i32 = 2;
     pub(super) const UNABLE_TO_GET_CRL: i32 = 3;
@@ -44,13 +45,13 @@ mod code {
     pub(super) const IP_ADDRESS_MISMATCH: i32 = 64;
 }
 
-/// True if the only thing missing is a revocation list of this one authority: lists count where
-/// there are some, as they do for GnuTLS.
+/// Returns true if only the revocation list of this authority is missing: like GnuTLS, the client
+/// applies the lists that exist.
 pub(super) fn is_missing_revocation_list(store: &X509StoreContextRef) -> bool {
     store.error().as_raw() == code::UNABLE_TO_GET_CRL
 }
 
-/// Says which certificate failed which check.
+/// Describes a certificate that failed a check.
 pub(super) fn certificate(store: &X509StoreContextRef, wanted: &str, trusted: &str) -> TlsError {
     let error = store.error();
     let subject = store.current_cert().map_or_else(String::new, |cert| name(cert.subject_name()));
@@ -81,7 +82,7 @@ pub(super) fn certificate(store: &X509StoreContextRef, wanted: &str, trusted: &s
     TlsError::Certificate { certificate, check }
 }
 
-/// Says why a handshake or a record failed.
+/// Describes a failed handshake or record.
 pub(super) fn failure(error: &ssl::Error, identity: &Identity) -> TlsError {
     const END_OF_FILE: i32 = 294;
     let first = error.ssl_error().and_then(|stack| stack.errors().first());
@@ -106,18 +107,18 @@ pub(super) fn failure(error: &ssl::Error, identity: &Identity) -> TlsError {
     })
 }
 
-/// Says what it may mean that the server closed the connection without a word.
+/// Describes the possible cause if the server closes the connection without an alert.
 pub(super) fn closed(when: &'static str, identity: &Identity) -> TlsError {
     TlsError::Closed { when, advice: advice("", identity) }
 }
 
-/// OpenSSL's words for its first error.
+/// Returns OpenSSL's text for its first error.
 pub(super) fn reason(stack: &ErrorStack) -> String {
     let first = stack.errors().first().and_then(openssl::error::Error::reason);
     first.unwrap_or("unknown reason").to_owned()
 }
 
-/// RFC 8446's name of a fatal alert that was received, from OpenSSL's number for it.
+/// Returns RFC 8446's name of a received fatal alert, from OpenSSL's number for it.
 fn alert_name(reason: i32) -> Option<&'static str> {
     const OFFSET: i32 = 1000;
     let number = reason.checked_sub(OFFSET).filter(|number| (0..=255).contains(number))?;
@@ -145,11 +146,11 @@ fn alert_name(reason: i32) -> Option<&'static str> {
     })
 }
 
-/// What a server may have meant by an alert, or by silence.
+/// Describes the possible cause of an alert, or of a close without an alert.
 fn advice(alert: &str, identity: &Identity) -> String {
     match (alert, identity) {
-        ("protocol_version", _) => "it has no version of TLS in common with us, 1.2 or 1.3".into(),
-        ("unrecognized_name", _) => "it does not know the name it was called by".into(),
+        ("protocol_version", _) => "it supports neither TLS 1.2 nor TLS 1.3".into(),
+        ("unrecognized_name", _) => "it does not serve the name that the client sent".into(),
         ("access_denied", _) => "its access list has no entry for this client".into(),
         (_, Identity::PreSharedKey { user }) => format!(
             "it may have another key for the user '{user}' or not know the user, or use \
@@ -179,7 +180,7 @@ fn advice(alert: &str, identity: &Identity) -> String {
     }
 }
 
-/// A distinguished name as `CN=…,O=…`.
+/// Formats a distinguished name as `CN=…,O=…`.
 fn name(name: &X509NameRef) -> String {
     let mut text = String::new();
     for entry in name.entries() {
@@ -191,7 +192,7 @@ fn name(name: &X509NameRef) -> String {
     printable(&text)
 }
 
-/// The names a certificate is made out to.
+/// Returns the names for which a certificate was issued.
 fn names(certificate: &X509Ref) -> String {
     let alternative = certificate.subject_alt_names();
     let mut names: Vec<String> = alternative
@@ -220,7 +221,7 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// Text of the server, safe to print.
+/// Makes text of the server safe to print.
 fn printable(text: &str) -> String {
     let mut safe: String = text.chars().take(MAX_TEXT).flat_map(char::escape_debug).collect();
     if text.chars().nth(MAX_TEXT).is_some() {

@@ -8,7 +8,7 @@
 //!                                                               TlsStream   Session + socket
 //! ```
 //!
-//! What is asked for and what can go wrong is here whether the crate has TLS built in or not.
+//! The options and errors exist whether or not the crate is built with TLS.
 
 #[cfg(feature = "tls")]
 mod context;
@@ -37,43 +37,42 @@ pub(crate) use stream::{HandshakeFailure, TlsStream};
 #[cfg(not(feature = "tls"))]
 pub(crate) use without::{Context, HandshakeFailure, TlsStream};
 
-/// Whether a connection uses TLS.
+/// The TLS policy of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum TlsMode {
-    /// Never. A server that requires it cannot be used.
+    /// TLS is never used. A server that requires it is refused.
     Off,
-    /// If the server says that it has TLS; otherwise in the clear. Whoever can change the bytes on
-    /// the way can make it say that it has none: this protects from listeners only. A TLS handshake
-    /// that *fails* is an error, and never leads to a connection without TLS.
+    /// TLS is used if the server offers it, otherwise the connection is in the clear. This defeats
+    /// passive eavesdropping, not an active attacker, who can suppress the offer. A *failed* TLS
+    /// handshake is an error, and never leads to a connection without TLS.
     Prefer,
-    /// Always. A server without TLS cannot be used. A URI with `nbds` means this.
+    /// TLS is required. A server without it is refused. A URI with `nbds` means this.
     #[default]
     Require,
 }
 
-/// Whether the server has to prove by its certificate that it is the one that was meant.
+/// The verification of the server's certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum VerifyPeer {
-    /// The certificate has to be signed by a known authority, valid today, not revoked, and made
-    /// out to the name of the server.
+    /// The certificate must be signed by a trusted authority, currently valid, not revoked, and
+    /// issued for the name of the server.
     #[default]
     Required,
-    /// Any certificate will do: encryption without knowing who is at the other end.
+    /// Any certificate is accepted: encryption without authentication of the server.
     Off,
 }
 
-/// Whether a URI may name files of this machine.
+/// The policy for URIs that name files of this machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum LocalFiles {
-    /// It may not: for URIs that come from somebody else.
+    /// Refused: for URIs from untrusted sources.
     #[default]
     Refused,
     /// `tls-certificates` and `tls-psk-file` are followed.
     Allowed,
 }
 
-/// How a connection uses TLS, for [`Connector::tls`](crate::Connector::tls). What is set here goes
-/// before what the URI says.
+/// TLS options, for [`Connector::tls`](crate::Connector::tls). They take precedence over the URI.
 ///
 /// ```no_run
 /// # async fn example() -> nbd_client::Result<()> {
@@ -97,14 +96,14 @@ pub struct TlsOptions {
 }
 
 impl TlsOptions {
-    /// No credentials: the server's certificate has to be signed by an authority that this machine
-    /// trusts, and the client has no certificate of its own.
+    /// Creates options without credentials: the server's certificate must be signed by an authority
+    /// that this machine trusts, and the client has no certificate.
     #[must_use]
     pub fn new(mode: TlsMode) -> Self {
         Self { mode, ..Self::default() }
     }
 
-    /// Uses the certificates in a directory: `ca-cert.pem`, and if they are there `ca-crl.pem` and
+    /// Uses the certificates in a directory: `ca-cert.pem`, and optionally `ca-crl.pem` and
     /// `client-cert.pem` with `client-key.pem`. The files are read for each connection, so that
     /// renewed ones are picked up.
     #[must_use]
@@ -113,31 +112,32 @@ impl TlsOptions {
         self
     }
 
-    /// Uses a pre-shared key of a file as psktool writes it, or of the file `keys.psk` in a
-    /// directory. Goes before certificates. The file is read for each connection.
+    /// Uses a pre-shared key from a file as psktool writes it, or from the file `keys.psk` in a
+    /// directory. Takes precedence over certificates. The file is read for each connection.
     #[must_use]
     pub fn pre_shared_keys(mut self, file: impl Into<PathBuf>) -> Self {
         self.pre_shared_keys = Some(file.into());
         self
     }
 
-    /// Whose pre-shared key to use. Unless this or the URI says it, the one user in the file.
+    /// Selects the user whose pre-shared key is used. By default the user in the URI, or the only
+    /// one in the file.
     #[must_use]
     pub fn user(mut self, user: impl Into<String>) -> Self {
         self.user = Some(user.into());
         self
     }
 
-    /// The name or address that has to stand in the server's certificate, if it is not the host of
-    /// the URI. Needed for certificates over a unix socket.
+    /// Sets the name or address that the server's certificate must contain, if it differs from the
+    /// host of the URI. Needed for certificates over a unix socket.
     #[must_use]
     pub fn hostname(mut self, name: impl Into<String>) -> Self {
         self.hostname = Some(name.into());
         self
     }
 
-    /// Whether the server's certificate is verified. Has no meaning with pre-shared keys: there the
-    /// server always has to know the key.
+    /// Sets whether the server's certificate is verified. Has no effect with pre-shared keys: there
+    /// the server always has to know the key.
     #[must_use]
     pub fn verify_peer(mut self, verify: VerifyPeer) -> Self {
         self.verify_peer = Some(verify);

@@ -1,7 +1,7 @@
-//! One TLS session without a socket: records in, data out, and the other way round.
+//! One TLS session without a socket: it converts between records and data.
 //!
-//! OpenSSL makes a read for each record's header and body and a write for each record. Here it
-//! talks to buffers, so that one system call carries many records.
+//! OpenSSL makes a read for each record's header and body and a write for each record. This session
+//! gives it buffers instead, so that one system call carries many records.
 
 use std::io::{self, Read, Write};
 use std::sync::{Arc, OnceLock};
@@ -15,22 +15,22 @@ use super::explain::{self, Identity};
 /// Most data in one record, in bytes (RFC 8446, section 5.1).
 pub(super) const RECORD_LEN: usize = 16 * 1024;
 
-/// Room for records that are read at once.
+/// Size of the buffer for records, in bytes.
 const INPUT_LEN: usize = 256 * 1024;
 
-/// Below this much room at its end, what is left of the input moves to its beginning.
+/// If less than this is free at the end of the input buffer, its contents move to the beginning.
 const LEAST_ROOM: usize = 64 * 1024;
 
 /// A TLS session.
 pub(crate) struct Session {
     tls: SslStream<Records>,
     identity: Arc<Identity>,
-    /// What the check of the server's certificate found.
+    /// The result of the check of the server's certificate.
     failure: Arc<OnceLock<TlsError>>,
     is_keyed: bool,
 }
 
-/// How a step ended.
+/// The result of a step.
 #[derive(Debug)]
 pub(super) enum Step<T> {
     Done(T),
@@ -39,7 +39,7 @@ pub(super) enum Step<T> {
 }
 
 impl Session {
-    /// Begins the handshake of a client. With `is_keyed` only a pre-shared key counts.
+    /// Begins a client's handshake. With `is_keyed` only a pre-shared key is accepted.
     pub(super) fn new(
         mut ssl: Ssl,
         identity: Arc<Identity>,
@@ -51,8 +51,7 @@ impl Session {
         Ok(Self { tls, identity, failure, is_keyed })
     }
 
-    /// Goes on with the handshake. There may be output also if it failed: the reason, for the
-    /// server.
+    /// Continues the handshake. There may be output even after a failure: the alert for the server.
     pub(super) fn handshake(&mut self) -> Result<Step<()>, TlsError> {
         match self.tls.do_handshake() {
             Ok(()) => self.check_key().map(Step::Done),
@@ -61,7 +60,8 @@ impl Session {
         }
     }
 
-    /// Was it the key by which the server proved itself? In TLS 1.3 it could have ignored it.
+    /// Returns whether the server authenticated itself with the key. In TLS 1.3 it could have
+    /// ignored the key.
     fn check_key(&self) -> Result<(), TlsError> {
         let ssl = self.tls.ssl();
         let cipher = ssl.current_cipher().map_or("", |cipher| cipher.name());
@@ -80,43 +80,42 @@ impl Session {
             Err(error) => match error.code() {
                 ErrorCode::WANT_READ => Ok(Step::NeedsInput),
                 ErrorCode::ZERO_RETURN => Ok(Step::Done(0)),
-                // Servers close without a goodbye; whether something is missing is for those to
-                // say who know what was to come.
+                // Servers close without close_notify; the caller knows whether data is missing.
                 _ if self.tls.get_ref().is_at_end() => Ok(Step::Done(0)),
                 _ => Err(io::Error::other(self.explain(&error))),
             },
         }
     }
 
-    /// Encrypts one record; gives the number of bytes taken.
+    /// Encrypts one record and returns the number of bytes consumed.
     pub(super) fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let data = data.get(..RECORD_LEN).unwrap_or(data);
         if data.is_empty() {
             return Ok(0);
         }
-        // Records go into a buffer that grows: there is nothing to wait for.
+        // Records go into a growable buffer: there is nothing to wait for.
         self.tls.ssl_write(data).map_err(|error| io::Error::other(self.explain(&error)))
     }
 
-    /// Says goodbye.
+    /// Sends close_notify.
     pub(super) fn shut_down(&mut self) {
-        // If it cannot be said, closing the socket says it.
+        // If it cannot be sent, closing the socket has the same effect.
         drop(self.tls.shutdown());
     }
 
-    /// Where records of the server go.
+    /// The buffer for the server's records.
     pub(super) fn input(&mut self) -> &mut [u8] {
         self.tls.get_mut().room()
     }
 
-    /// This many bytes have been put there; none means the end.
+    /// Records that this many bytes were stored; zero means the end.
     pub(super) fn received(&mut self, length: usize) {
         let records = self.tls.get_mut();
         records.end += length;
         records.at_end |= length == 0;
     }
 
-    /// Records for the server.
+    /// The records to send to the server.
     pub(super) fn output(&self) -> &[u8] {
         let records = self.tls.get_ref();
         records.output.get(records.sent..).unwrap_or_default()
@@ -127,7 +126,7 @@ impl Session {
         records.sent < records.output.len()
     }
 
-    /// This many bytes of them are on their way.
+    /// Records that this many bytes were sent.
     pub(super) fn sent(&mut self, length: usize) {
         let records = self.tls.get_mut();
         records.sent += length;
@@ -137,7 +136,7 @@ impl Session {
         }
     }
 
-    /// What it may mean that the server has closed the connection.
+    /// Describes the possible cause of the server's closing the connection.
     pub(super) fn closed(&self, when: &'static str) -> TlsError {
         explain::closed(when, &self.identity)
     }
@@ -150,7 +149,7 @@ impl Session {
     }
 }
 
-/// Records on their way, both ways.
+/// The buffers of records in both directions.
 #[derive(Default)]
 struct Records {
     input: Box<[u8]>,

@@ -1,4 +1,4 @@
-//! What the caller and the URI say about TLS, put together.
+//! Combines the TLS settings of the caller and of the URI.
 
 use std::path::PathBuf;
 
@@ -7,20 +7,20 @@ use nbd_proto::uri::{Security, TlsKind, Transport};
 
 use super::{LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};
 
-/// What a connection needs for TLS.
+/// The TLS settings of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Setup {
     pub(crate) mode: TlsMode,
     pub(crate) credentials: Credentials,
 }
 
-/// How the two sides prove who they are.
+/// The authentication of both sides.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Credentials {
     X509 {
-        /// Without a directory the authorities are those of the machine.
+        /// Without a directory the machine's trusted authorities are used.
         directory: Option<PathBuf>,
-        /// The name in the server's certificate; there is one if it is verified.
+        /// The expected name in the server's certificate; present if the certificate is verified.
         server_name: Option<String>,
         verify: VerifyPeer,
     },
@@ -30,7 +30,7 @@ pub(crate) enum Credentials {
     },
 }
 
-/// Puts together what the caller and the URI say; `None` if the connection is to be without TLS.
+/// Combines the settings of the caller and of the URI; returns `None` for a connection without TLS.
 pub(crate) fn setup(
     uri: &NbdUri,
     options: Option<&TlsOptions>,
@@ -93,7 +93,8 @@ fn credentials(
     Ok(Credentials::X509 { directory, server_name, verify })
 }
 
-/// The host of the URI. The zone of an IPv6 address means something on this machine only.
+/// The host of the URI, without the zone of an IPv6 address, which is meaningful on this machine
+/// only.
 fn host(uri: &NbdUri) -> Option<String> {
     match &uri.transport {
         Transport::Tcp { host, .. } => {

@@ -1,7 +1,7 @@
 //! A TLS session over a socket.
 //!
-//! Reading and writing belong to one task, which polls both: neither waits for the other, and no
-//! lock is needed around the session.
+//! One task reads and writes, and polls both: neither waits for the other, and the session needs no
+//! lock.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -13,28 +13,28 @@ use super::session::{RECORD_LEN, Session, Step};
 use super::{Context, TlsError};
 use crate::transport::Socket;
 
-/// Data that is encrypted before the socket is asked to take it: few system calls, and the records
-/// are still in the processor's cache.
+/// Amount of data encrypted before it is offered to the socket, in bytes: few system calls, and the
+/// records are still in the processor's cache.
 const BATCH_LEN: usize = 8 * RECORD_LEN;
 
-/// Most bytes that wait for the socket. Data is taken only when nothing waits, so only answers that
-/// the server makes us give get there.
+/// Most bytes waiting for the socket. Data is accepted only when nothing waits, so only answers
+/// that the server provokes accumulate here.
 const MAX_UNSENT_LEN: usize = 4 * BATCH_LEN;
 
-/// A socket on which TLS is established.
+/// A socket with an established TLS session.
 pub(crate) struct TlsStream {
     session: Session,
     socket: Socket,
-    /// Where small parts gather into a whole record.
+    /// Small writes are gathered here into a full record.
     record: Box<[u8]>,
-    /// An error that came after data.
+    /// An error that occurred after data.
     failure: Option<io::Error>,
     has_received: bool,
     says_goodbye: bool,
 }
 
 impl Context {
-    /// Carries out the TLS handshake. The caller sets the deadline.
+    /// Performs the TLS handshake. The caller sets the deadline.
     pub(crate) async fn connect(&self, mut socket: Socket) -> Result<TlsStream, HandshakeFailure> {
         let mut session = self.session().map_err(HandshakeFailure::Tls)?;
         loop {
@@ -42,7 +42,7 @@ impl Context {
             let written = socket.write_all(session.output()).await;
             session.sent(session.output().len());
             match step {
-                // The server has closed, and may have said why before.
+                // The server has closed, and may have sent the reason before.
                 Ok(_) if written.is_err() => {}
                 Ok(Step::Done(())) => break,
                 Ok(Step::NeedsInput) => {}
@@ -68,7 +68,7 @@ impl Context {
     }
 }
 
-/// Why there is no TLS.
+/// The reason for the failure of TLS.
 pub(crate) enum HandshakeFailure {
     Tls(TlsError),
     Io(io::Error),
@@ -84,18 +84,19 @@ fn lost(session: &Session, error: io::Error) -> HandshakeFailure {
 }
 
 impl TlsStream {
-    /// True if data was taken that the socket has not: it goes out with a flush.
+    /// Returns true if accepted data has not reached the socket: a flush sends it.
     pub(crate) fn has_unsent(&self) -> bool {
         self.session.has_output()
     }
 
-    /// In TLS 1.3 a server looks at the client's certificate after the client's handshake is over,
-    /// and some servers then only close the connection. Tells what that may mean.
+    /// In TLS 1.3 a server checks the client's certificate after the client's handshake is
+    /// complete, and some servers then close the connection without an alert. Describes the
+    /// possible cause.
     pub(crate) fn why_closed(&self) -> Option<TlsError> {
         (!self.has_received).then(|| self.session.closed("right after the TLS handshake"))
     }
 
-    /// Hands records to the socket until there are none left.
+    /// Writes records to the socket until none are left.
     fn poll_send(&mut self, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
         while self.session.has_output() {
             let socket = Pin::new(&mut self.socket);
@@ -107,19 +108,19 @@ impl TlsStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Hands over what the socket takes now; the rest goes out with a flush.
+    /// Writes as much as the socket accepts now; a flush sends the rest.
     fn try_send(&mut self, cx: &mut TaskContext<'_>) -> io::Result<()> {
         match self.poll_send(cx) {
             Poll::Ready(result) => result,
             Poll::Pending if self.session.output().len() > MAX_UNSENT_LEN => {
-                let why = "the server asks for new keys all the time and does not take them";
+                let why = "the server keeps requesting new keys and does not read the answers";
                 Err(io::Error::new(io::ErrorKind::InvalidData, why))
             }
             Poll::Pending => Ok(()),
         }
     }
 
-    /// Reads records from the socket, as many as it has.
+    /// Reads all available records from the socket.
     fn poll_receive(&mut self, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
         let mut room = ReadBuf::new(self.session.input());
         ready!(Pin::new(&mut self.socket).poll_read(cx, &mut room))?;
@@ -128,7 +129,7 @@ impl TlsStream {
         Poll::Ready(Ok(()))
     }
 
-    /// Decrypts what has been received, until the buffer is full or more is needed.
+    /// Decrypts the received records until the buffer is full or more records are needed.
     fn decrypt(&mut self, buf: &mut ReadBuf<'_>) -> io::Result<Step<()>> {
         let before = buf.filled().len();
         while buf.remaining() > 0 {
@@ -152,7 +153,7 @@ impl TlsStream {
         Ok(Step::Done(()))
     }
 
-    /// Encrypts the beginning of what is to be written, in whole records as far as it goes.
+    /// Encrypts the start of the data, in full records where possible.
     fn encrypt(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         let mut taken = 0;
         let mut gathered = 0;
@@ -203,7 +204,7 @@ impl AsyncRead for TlsStream {
         while let Step::NeedsInput = this.decrypt(buf)? {
             ready!(this.poll_receive(cx))?;
         }
-        // The server may have asked for new keys, which is answered.
+        // The server may have requested new keys; the session has to answer.
         if this.session.has_output() {
             this.try_send(cx)?;
         }
@@ -220,7 +221,7 @@ impl AsyncWrite for TlsStream {
         self.poll_write_vectored(cx, &[IoSlice::new(bytes)])
     }
 
-    /// Takes data once the socket has taken all that came before.
+    /// Accepts data once all earlier data has reached the socket.
     fn poll_write_vectored(
         self: Pin<&mut Self>,
         cx: &mut TaskContext<'_>,

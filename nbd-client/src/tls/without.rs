@@ -1,4 +1,4 @@
-//! Stands in for TLS where it is not built in. Neither type has a value.
+//! Replaces TLS in builds without it. Neither type has a value.
 
 use std::io;
 use std::pin::Pin;

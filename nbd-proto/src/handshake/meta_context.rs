@@ -1,5 +1,5 @@
-//! The rules of metadata contexts (section "Metadata querying"): matching queries with contexts, and
-//! numbering contexts.
+//! The rules of metadata contexts (section "Metadata querying"): matching queries with contexts,
+//! and numbering contexts.
 
 use std::collections::HashSet;
 
@@ -9,14 +9,15 @@ use crate::codec::Reader;
 use crate::limits::{MAX_META_CONTEXT_QUERIES, MAX_STRING_LEN};
 use crate::wire::{MetaContextId, MetaContextName, MetaContextQuery, OptionReplyType};
 
-/// What SET_META_CONTEXT chose. It counts only for a GO or EXPORT_NAME with the same name.
+/// The selection made by SET_META_CONTEXT. It applies to a GO or EXPORT_NAME with the same name
+/// only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Selection {
     pub(super) export_name: String,
     pub(super) contexts: Vec<(MetaContextId, MetaContextName)>,
 }
 
-/// The contexts in force for `export_name`.
+/// Returns the contexts in force for `export_name`.
 pub(super) fn contexts_for(
     selection: Option<Selection>,
     export_name: &str,
@@ -27,8 +28,8 @@ pub(super) fn contexts_for(
     }
 }
 
-/// Gives every context of an export its number: 0 `base:allocation`, 1 `qemu:allocation-depth`,
-/// from 2 on the others in the export's order. A name that occurs twice counts once.
+/// Numbers the contexts of an export: 0 `base:allocation`, 1 `qemu:allocation-depth`, from 2 on the
+/// others in the export's order. A repeated name counts once.
 pub(super) fn number_contexts(
     available: &[MetaContextName],
 ) -> impl Iterator<Item = (MetaContextId, &MetaContextName)> {
@@ -56,13 +57,13 @@ pub(super) fn number_contexts(
 #[derive(Debug, Clone)]
 pub(super) struct MetaContextQuestion {
     pub(super) export_name: String,
-    /// The queries as they came: kept as bytes so that many short ones cost nothing extra.
+    /// The queries as received: kept as bytes, so that many short ones cost no extra memory.
     queries: Bytes,
     pub(super) is_empty: bool,
 }
 
 impl MetaContextQuestion {
-    /// Reads a payload. On failure gives the answer it deserves and the reason for it.
+    /// Decodes a payload. On failure returns the error reply and its reason.
     pub(super) fn parse(payload: &Bytes) -> Result<Self, (OptionReplyType, &'static str)> {
         const TRUNCATED: (OptionReplyType, &str) =
             (OptionReplyType::ERR_INVALID, "the option is shorter than its length fields say");
@@ -76,7 +77,7 @@ impl MetaContextQuestion {
         for _ in 0..count {
             let length = reader.u32().ok_or(TRUNCATED)? as usize;
             let query = reader.bytes(length).ok_or(TRUNCATED)?;
-            // Longer than any name: it cannot match.
+            // Longer than any context name: it matches nothing.
             if length <= MAX_STRING_LEN
                 && (query.contains(&0) || std::str::from_utf8(query).is_err())
             {
@@ -87,12 +88,12 @@ impl MetaContextQuestion {
             }
         }
         if !reader.is_empty() {
-            return Err((OptionReplyType::ERR_INVALID, "there are bytes behind the last query"));
+            return Err((OptionReplyType::ERR_INVALID, "there are bytes after the last query"));
         }
         Ok(Self { export_name, queries, is_empty: count == 0 })
     }
 
-    /// The queries that could match something.
+    /// The queries that can match a context.
     fn queries(&self) -> HashSet<&str> {
         let mut reader = Reader::new(&self.queries);
         let mut queries = HashSet::new();
@@ -108,7 +109,7 @@ impl MetaContextQuestion {
         queries
     }
 
-    /// The contexts that LIST_META_CONTEXT answers with. No query at all lists everything.
+    /// The contexts that answer LIST_META_CONTEXT: all of them if there is no query.
     pub(super) fn listed<'a>(
         &self,
         available: &'a [MetaContextName],
@@ -128,7 +129,7 @@ impl MetaContextQuestion {
             .collect()
     }
 
-    /// The contexts that SET_META_CONTEXT selects: those asked for by their full name.
+    /// The contexts that SET_META_CONTEXT selects: those queried by their full name.
     pub(super) fn selected(
         &self,
         available: &[MetaContextName],
@@ -141,7 +142,7 @@ impl MetaContextQuestion {
     }
 }
 
-/// Takes a length-counted export name.
+/// Reads an export name with its length in front.
 pub(super) fn export_name(
     reader: &mut Reader<'_>,
 ) -> Result<String, (OptionReplyType, &'static str)> {

@@ -11,8 +11,8 @@
 //!   ============== Negotiated: both sides go over to transmission ==============
 //! ```
 //!
-//! Both machines are owned values: a step consumes the machine and returns the next one, so an option
-//! cannot be answered twice and no transmission byte can be sent before GO.
+//! Both machines are owned values: a step consumes the machine and returns the next one, so an
+//! option cannot be answered twice and no transmission byte can be sent before GO.
 
 pub mod client;
 mod meta_context;
@@ -23,20 +23,20 @@ use crate::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, Transmi
 
 pub use options::{ExportDescription, ListedExport, OptionError, RefusalReason};
 
-/// What both sides agreed upon: everything the transmission phase has to know.
+/// The result of the handshake: everything that the transmission phase needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Negotiated {
-    /// Name of the export, as the client asked for it.
+    /// Name of the export, as the client requested it.
     pub export_name: String,
     /// Size of the export, in bytes; at most 2^63-1.
     pub size: u64,
-    /// What the export can do.
+    /// Transmission flags: the commands and flags that the export supports.
     pub flags: TransmissionFlags,
     /// Block size constraints in force.
     pub block_sizes: BlockSizes,
     /// Form of requests and replies.
     pub reply_mode: ReplyMode,
     /// The selected metadata contexts in the server's order. Empty unless they were selected for
-    /// this very export.
+    /// this export.
     pub meta_contexts: Vec<(MetaContextId, MetaContextName)>,
 }

@@ -1,21 +1,22 @@
-//! Export information from a server, and refusals of options.
+//! Export information that a server sends, and refusals of options.
 
 use std::fmt;
 
 use crate::codec::PeerText;
 use crate::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags};
 
-/// Everything INFO, GO and EXPORT_NAME tell about one export.
+/// The information that INFO, GO and EXPORT_NAME report about one export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExportDescription {
-    /// The canonical name, told to clients that ask for it. It may differ from the name asked for,
-    /// as it does for the default export.
+    /// The canonical name, sent to clients that request it. It may differ from the requested name,
+    /// as for the default export.
     pub name: String,
-    /// A text for people; at most 4096 bytes of it are sent.
+    /// A human-readable description; at most 4096 bytes of it are sent.
     pub description: Option<String>,
     /// Size, in bytes; at most 2^63-1.
     pub size: u64,
-    /// What the export can do. [`Self::flags_in`] takes away what a connection cannot carry.
+    /// Transmission flags of the export. [`Self::flags_in`] removes those that a connection cannot
+    /// use.
     pub flags: TransmissionFlags,
     /// Block size constraints that the server enforces.
     pub block_sizes: BlockSizes,
@@ -24,7 +25,7 @@ pub struct ExportDescription {
 }
 
 impl ExportDescription {
-    /// The transmission flags as a connection in `mode` advertises them: HAS_FLAGS always,
+    /// Returns the transmission flags that a connection in `mode` advertises: HAS_FLAGS always,
     /// SEND_DF only with structured or extended replies, BLOCK_STATUS_PAYLOAD only with extended
     /// headers and an export that has contexts, SEND_RESIZE (a draft) never.
     #[must_use]
@@ -46,14 +47,14 @@ impl ExportDescription {
 pub struct ListedExport {
     /// Name of the export.
     pub name: String,
-    /// A text for people; empty if there is none.
+    /// A human-readable description; empty if there is none.
     pub description: String,
 }
 
-/// A refusal that needs no owner of exports: the reply and its text.
+/// A refusal that does not depend on the exports: the reply and its text.
 pub(super) type Answer = (OptionReplyType, &'static str);
 
-/// Why a server refuses an option.
+/// The reasons for which a server refuses an option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RefusalReason {
@@ -61,20 +62,20 @@ pub enum RefusalReason {
     UnknownExport,
     /// The server's policy forbids it.
     Policy,
-    /// The option makes no sense for this export or at this moment.
+    /// The option is not valid for this export or at this moment.
     Invalid,
-    /// This platform or build cannot do it.
+    /// This platform or build does not support it.
     Platform,
-    /// The export is only served over TLS.
+    /// The export is served over TLS only.
     TlsRequired,
     /// The server is shutting down.
     Shutdown,
-    /// The question or its answer is too big.
+    /// The request or its answer is too big.
     TooBig,
 }
 
 impl RefusalReason {
-    /// The reply type on the wire.
+    /// Returns the reply type on the wire.
     #[must_use]
     pub const fn reply_type(self) -> OptionReplyType {
         match self {
@@ -89,13 +90,13 @@ impl RefusalReason {
     }
 }
 
-/// A server's refusal, as a client sees it.
+/// A server's refusal, as the client received it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OptionError {
     /// The kind of refusal.
     pub reply: OptionReplyType,
-    /// What the server says about it; may be empty. This is text of the peer: `Display` escapes
-    /// its control characters, so it is safe to print on a terminal.
+    /// The server's message; may be empty. This is text of the peer: `Display` escapes its control
+    /// characters, so it is safe to print on a terminal.
     pub message: String,
 }
 

@@ -1,7 +1,7 @@
 //! The client's side: encodes requests and turns replies into validated events.
 //!
-//! The server is not trusted. Every chunk is checked against its request: type, offset and coverage. A
-//! reply that does not match ends the connection with an error that names the reason.
+//! The server is not trusted. Every chunk is checked against its request: type, offset and
+//! coverage. A reply that does not match ends the connection with an error that names the reason.
 
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ use crate::wire::{
 };
 use crate::{ApiMisuse, ProtocolError};
 
-/// One connection's requests in flight and what was heard of them.
+/// The requests in flight of one connection and the state of their replies.
 #[derive(Debug)]
 pub struct Transmission {
     size: u64,
@@ -34,7 +34,7 @@ pub struct Transmission {
 }
 
 impl Transmission {
-    /// Begins the transmission phase with what the handshake agreed upon.
+    /// Begins the transmission phase with the result of the handshake.
     #[must_use]
     pub fn new(negotiated: &Negotiated) -> Self {
         Self {
@@ -50,14 +50,14 @@ impl Transmission {
         }
     }
 
-    /// Number of requests in flight.
+    /// Returns the number of requests in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.pending.len()
     }
 
-    /// Appends a request to `out` and gives its cookie. The payload of a WRITE, of exactly `length`
-    /// bytes, has to follow it on the wire.
+    /// Appends a request to `out` and returns its cookie. For a WRITE the payload, exactly `length`
+    /// bytes, has to follow on the wire.
     ///
     /// # Errors
     ///
@@ -71,7 +71,7 @@ impl Transmission {
         out: &mut impl BufMut,
     ) -> Result<Cookie, ApiMisuse> {
         self.check(offset, length, command)?;
-        // These have no range, and some servers refuse one.
+        // These have no range, and some servers refuse a range.
         let (offset, length) = match command {
             Command::Flush | Command::Disconnect => (0, 0),
             _ => (offset, length),
@@ -209,8 +209,8 @@ impl Transmission {
         Ok(())
     }
 
-    /// Takes the next event off the front of `input`. After [`Event::Data`] the caller removes the
-    /// data itself before it calls again.
+    /// Returns the next event and removes its bytes from the front of `input`. After
+    /// [`Event::Data`] the caller removes the data itself before the next call.
     ///
     /// # Errors
     ///
@@ -220,7 +220,7 @@ impl Transmission {
             return self.finish(cookie);
         }
         loop {
-            // An error chunk in the middle of a reply is recorded and says nothing yet.
+            // An error chunk in the middle of a reply is recorded and reported at its end.
             if let Some(event) = self.next_message(input)? {
                 return Ok(event);
             }
@@ -301,8 +301,7 @@ impl Transmission {
         let Some(pending) = self.pending.get_mut(&cookie) else {
             return Err(ProtocolError::UnknownCookie { cookie: cookie.0 });
         };
-        // Only the offset of a data chunk is looked at before its data; all other payloads are
-        // small and needed whole.
+        // A data chunk needs its offset only; all other payloads are small and needed whole.
         let kept = pending.kept_payload(&header, mode)?;
         let whole = header_len.saturating_add(kept);
         let Some(payload) = input.get(header_len..whole) else {

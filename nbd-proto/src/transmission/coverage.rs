@@ -1,8 +1,8 @@
-//! Which bytes of a READ have been answered.
+//! The answered bytes of a READ.
 
-/// The answered parts of a request, as sorted, disjoint, merged ranges relative to its start.
+/// The answered ranges of a request, sorted, disjoint, merged and relative to its start.
 ///
-/// Servers answer in ascending order almost always, so the list has one element almost always.
+/// Servers almost always answer in ascending order, so the list almost always has one element.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Coverage {
     ranges: Vec<(u64, u64)>,
@@ -10,7 +10,7 @@ pub(super) struct Coverage {
 }
 
 impl Coverage {
-    /// Adds `start..end` and counts a chunk; false if it overlaps what is there.
+    /// Adds `start..end` and counts a chunk; returns false if it overlaps an earlier one.
     pub(super) fn add(&mut self, start: u64, end: u64) -> bool {
         self.chunks = self.chunks.saturating_add(1);
         let next = self.ranges.partition_point(|range| range.0 < start);
@@ -47,17 +47,17 @@ impl Coverage {
         true
     }
 
-    /// In how many separate ranges the answered bytes lie.
+    /// The number of separate answered ranges.
     pub(super) fn ranges(&self) -> usize {
         self.ranges.len()
     }
 
-    /// How many chunks were added.
+    /// The number of chunks added.
     pub(super) const fn chunks(&self) -> usize {
         self.chunks
     }
 
-    /// Is every byte of a request of `length` bytes answered?
+    /// Returns true if every byte of a request of `length` bytes is answered.
     pub(super) fn is_complete(&self, length: u64) -> bool {
         length == 0 || self.ranges == [(0, length)]
     }

@@ -7,11 +7,11 @@ use crate::wire::{BlockDescriptor, Cookie, Errno, MetaContextId};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("server answered {errno} ({}){}{}", errno.description(), at(*offset), said(message))]
 pub struct ServerError {
-    /// The error, as the server sent it.
+    /// The error number, as the server sent it.
     pub errno: Errno,
-    /// What the server said about it; may be empty. Text of the peer: `Display` escapes it.
+    /// The server's message; may be empty. Text of the peer: `Display` escapes it.
     pub message: String,
-    /// Offset in the export at which it happened, in bytes, if the server said so.
+    /// Offset of the failure in the export, in bytes, if the server sent one.
     pub offset: Option<u64>,
 }
 
@@ -23,13 +23,13 @@ fn said(message: &str) -> String {
     if message.is_empty() { String::new() } else { format!(": {}", PeerText(message)) }
 }
 
-/// What the front of the received bytes means.
+/// The meaning of the bytes at the front of the input.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// More bytes are needed.
     NeedsInput,
-    /// The next `length` bytes of the stream are the data of a READ, `position` bytes after the
-    /// start of its range. The driver takes exactly these bytes before it asks for the next event.
+    /// The next `length` bytes of the stream are data of a READ, at `position` bytes from the start
+    /// of its range. The driver removes exactly these bytes before it requests the next event.
     Data {
         /// The request.
         cookie: Cookie,
@@ -38,7 +38,7 @@ pub enum Event {
         /// Number of bytes that follow.
         length: usize,
     },
-    /// `length` bytes of a READ, `position` bytes after the start of its range, are zero.
+    /// `length` bytes of a READ, at `position` bytes from the start of its range, are zero.
     Hole {
         /// The request.
         cookie: Cookie,
@@ -47,8 +47,8 @@ pub enum Event {
         /// Number of zero bytes.
         length: usize,
     },
-    /// The status of the start of the requested range in one context. The descriptors do not reach
-    /// beyond the request; they may cover less of it than was asked for.
+    /// The status of the start of the requested range in one context. The descriptors do not exceed
+    /// the request; they may cover less of it than requested.
     BlockStatus {
         /// The request.
         cookie: Cookie,
@@ -57,11 +57,11 @@ pub enum Event {
         /// At least one descriptor.
         descriptors: Vec<BlockDescriptor>,
     },
-    /// The request is over. No further event names its cookie.
+    /// The request is complete. No further event names its cookie.
     Finished {
         /// The request.
         cookie: Cookie,
-        /// Success, or what the server reported.
+        /// Success, or the server's error.
         result: Result<(), ServerError>,
     },
 }

@@ -19,14 +19,14 @@ pub(super) struct Pending {
     pub(super) length: u64,
     pub(super) kind: Kind,
     pub(super) error: Option<ServerError>,
-    /// Error chunks that have come, and their bytes.
+    /// Number of error chunks received, and their bytes.
     error_chunks: (u32, u64),
 }
 
 #[derive(Debug)]
 pub(super) enum Kind {
     Read(Coverage),
-    /// The contexts that have not been answered yet.
+    /// The contexts without an answer so far.
     Status(Vec<MetaContextId>, ExtentLimit),
     Other,
 }
@@ -53,8 +53,8 @@ impl Pending {
         }
     }
 
-    /// Checks the announced payload length against the chunk's kind before anything is buffered,
-    /// and tells how much of it has to be there before the chunk can be looked at.
+    /// Checks the announced payload length against the kind of chunk before anything is buffered,
+    /// and returns the number of payload bytes needed to process the chunk.
     pub(super) fn kept_payload(
         &self,
         header: &ChunkHeader,
@@ -97,21 +97,21 @@ impl Pending {
         }
     }
 
-    /// Checks that `length` bytes at `offset` belong to the request and were not answered before,
-    /// and gives their distance from its start.
+    /// Checks that `length` bytes at `offset` belong to the request and have no answer yet, and
+    /// returns their distance from its start.
     fn take(&mut self, what: &'static str, offset: u64, length: u64) -> Result<u64, ProtocolError> {
         let Some(start) = offset.checked_sub(self.offset) else {
             return Err(self.bad_chunk(what, "it begins before the request", offset, length));
         };
         let end = match start.checked_add(length) {
             Some(end) if end <= self.length => end,
-            _ => return Err(self.bad_chunk(what, "it ends behind the request", offset, length)),
+            _ => return Err(self.bad_chunk(what, "it ends after the request", offset, length)),
         };
         if length == 0 {
             return Err(self.bad_chunk(what, "it is empty", offset, length));
         }
         let Kind::Read(coverage) = &mut self.kind else {
-            return Err(self.bad_chunk(what, "the request is no READ", offset, length));
+            return Err(self.bad_chunk(what, "the request is not a READ", offset, length));
         };
         let fresh = coverage.add(start, end);
         let too_many =
@@ -120,7 +120,7 @@ impl Pending {
             return Err(self.bad_chunk(what, "these bytes were answered before", offset, length));
         }
         if too_many {
-            return Err(self.bad_chunk(what, "the answer has too many pieces", offset, length));
+            return Err(self.bad_chunk(what, "the answer has too many chunks", offset, length));
         }
         Ok(start)
     }
@@ -162,7 +162,7 @@ impl Pending {
             return bad(self, "its descriptor count does not fit its length");
         }
         let Kind::Status(missing, _) = &mut self.kind else {
-            return bad(self, "the request is no BLOCK_STATUS");
+            return bad(self, "the request is not a BLOCK_STATUS");
         };
         let Some(index) = missing.iter().position(|id| *id == context) else {
             return bad(self, "its context was not asked for, or was answered before");
@@ -172,7 +172,7 @@ impl Pending {
         Ok(Event::BlockStatus { cookie: header.cookie, context, descriptors })
     }
 
-    /// Only the last descriptor may reach beyond the request; it is cut there.
+    /// Only the last descriptor may exceed the request; it is truncated there.
     fn clip(
         &self,
         mut descriptors: Vec<BlockDescriptor>,
@@ -190,7 +190,7 @@ impl Pending {
                 return bad("an extent is empty");
             }
             if left == 0 {
-                return bad("extents follow behind the end of the request");
+                return bad("extents follow after the end of the request");
             }
             descriptor.length = descriptor.length.min(left);
             left = left.saturating_sub(descriptor.length);
@@ -198,7 +198,8 @@ impl Pending {
         Ok(descriptors)
     }
 
-    /// Checks an error chunk. The first one counts; the number of later ones is limited.
+    /// Checks an error chunk. The first one determines the result; the number of later ones is
+    /// limited.
     pub(super) fn error_chunk(
         &mut self,
         reply: ReplyType,

@@ -10,12 +10,12 @@ use crate::wire::{
     ReplyType, SimpleReplyHeader,
 };
 
-/// Where a chunk stands in its reply.
+/// The position of a chunk in its reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Position {
     /// More chunks follow.
     More,
-    /// The last chunk: the reply is complete with it.
+    /// The last chunk: it completes the reply.
     Last,
 }
 
@@ -28,7 +28,7 @@ impl Position {
     }
 }
 
-/// Writes replies of one connection. Knows nothing but the negotiated form.
+/// Encodes the replies of one connection. Its only state is the negotiated form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReplyEncoder {
     mode: ReplyMode,
@@ -38,23 +38,23 @@ impl ReplyEncoder {
     /// Longest header this encoder writes in front of read data, and longest hole, in bytes.
     pub const MAX_READ_HEADER_LEN: usize = ChunkHeader::EXTENDED_LEN + 12;
 
-    /// Writes replies in the form `mode`.
+    /// Creates an encoder of replies in the form `mode`.
     #[must_use]
     pub const fn new(mode: ReplyMode) -> Self {
         Self { mode }
     }
 
-    /// The form of the replies.
+    /// Returns the form of the replies.
     #[must_use]
     pub const fn mode(&self) -> ReplyMode {
         self.mode
     }
 
-    /// A reply without content that says that all went well.
+    /// Appends a successful reply without content.
     pub fn success(&self, tag: RequestTag, out: &mut impl BufMut) {
         match self.mode {
             // A READ must not get a simple reply once structured replies are negotiated; every
-            // other command may, and it is the shorter one.
+            // other command may, and a simple reply is shorter.
             ReplyMode::Structured if tag.command == CommandType::READ => {
                 self.chunk(tag, ReplyType::NONE, 0, Position::Last, out);
             }
@@ -65,10 +65,10 @@ impl ReplyEncoder {
         }
     }
 
-    /// The header in front of `length` bytes of read data at `offset` (both in bytes).
+    /// Writes the header in front of `length` bytes of read data at `offset` (both in bytes).
     ///
-    /// In simple mode the data has to be the whole request and be known to be good: nothing can be
-    /// taken back. `length` must not be zero (use [`ReplyEncoder::success`]).
+    /// In simple mode the data has to be the whole request and known to be good, because no error
+    /// can follow it. `length` must not be zero (use [`ReplyEncoder::success`]).
     pub fn data_header(
         &self,
         tag: RequestTag,
@@ -87,7 +87,8 @@ impl ReplyEncoder {
         }
     }
 
-    /// `length` zero bytes at `offset` (both in bytes). Not for simple mode.
+    /// Appends a hole: `length` zero bytes at `offset` (both in bytes). Not available in simple
+    /// mode.
     pub fn hole(
         &self,
         tag: RequestTag,
@@ -102,7 +103,8 @@ impl ReplyEncoder {
         out.put_u32(length);
     }
 
-    /// The request failed. `message` is for people; it is cut to a bounded length.
+    /// Appends a failure. `message` is for display; it is truncated to
+    /// [`MAX_ERROR_MESSAGE_LEN`] bytes.
     pub fn error(&self, tag: RequestTag, error: Errno, message: &str, out: &mut impl BufMut) {
         if self.mode == ReplyMode::Simple {
             SimpleReplyHeader { error, cookie: tag.cookie }.encode(out);
@@ -114,7 +116,7 @@ impl ReplyEncoder {
         Self::error_body(error, text, out);
     }
 
-    /// The request failed at `offset` (in bytes, inside the request). Not for simple mode.
+    /// Appends a failure at `offset` (in bytes, inside the request). Not available in simple mode.
     pub fn error_at(
         &self,
         tag: RequestTag,
@@ -132,11 +134,12 @@ impl ReplyEncoder {
         out.put_u64(offset);
     }
 
-    /// The status of one context. At most [`MAX_DESCRIPTORS_SENT`] descriptors are sent; a client
-    /// has to cope with an answer that is shorter than its request. Not for simple mode.
+    /// Appends the status of one context. At most [`MAX_DESCRIPTORS_SENT`] descriptors are sent;
+    /// clients have to accept an answer that is shorter than their request. Not available in simple
+    /// mode.
     ///
-    /// In structured mode a descriptor longer than 32 bits is cut to a multiple of 64 KiB and
-    /// ends the answer, and so does one whose flags do not fit.
+    /// In structured mode a descriptor longer than 32 bits is cut to a multiple of 64 KiB and ends
+    /// the answer, as does one whose flags do not fit.
     pub fn block_status(
         &self,
         tag: RequestTag,
@@ -192,9 +195,9 @@ impl ReplyEncoder {
     }
 }
 
-/// As many leading descriptors as 32-bit fields can express.
+/// Returns as many leading descriptors as 32-bit fields can express.
 fn compact_descriptors(descriptors: &[BlockDescriptor]) -> Vec<(u32, u32)> {
-    /// Keeps what follows a cut extent aligned to any minimum block size.
+    /// Keeps the extent after a cut one aligned to any minimum block size.
     const LONGEST: u32 = u32::MAX - 0xffff;
     let mut compact = Vec::with_capacity(descriptors.len());
     for descriptor in descriptors {

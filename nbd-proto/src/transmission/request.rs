@@ -2,37 +2,37 @@
 
 use crate::wire::{CommandType, Cookie, MetaContextId};
 
-/// When the effect of a request has to be on stable storage.
+/// The moment at which the effect of a request has to be on stable storage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Durability {
-    /// With the next FLUSH.
+    /// At the next FLUSH.
     #[default]
     Cached,
     /// Before the reply (FUA).
     Fua,
 }
 
-/// What WRITE_ZEROES may do with the space of the range.
+/// The permitted treatment of the space of a WRITE_ZEROES range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum ZeroMode {
     /// The range may become a hole.
     #[default]
     MayPunch,
-    /// The range has to stay allocated (NO_HOLE).
+    /// The range stays allocated (NO_HOLE).
     NoHole,
 }
 
-/// How long a WRITE_ZEROES may take.
+/// The permitted duration of a WRITE_ZEROES.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Speed {
-    /// As long as it takes.
+    /// Any duration.
     #[default]
     Any,
-    /// Fail at once with ENOTSUP unless it is faster than writing zeroes (FAST_ZERO).
+    /// Fail at once with ENOTSUP unless the operation is faster than writing zeroes (FAST_ZERO).
     FastOnly,
 }
 
-/// Whether the answer to a READ may come in several content chunks.
+/// The permitted number of content chunks in the answer to a READ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Fragmentation {
     /// Any number of chunks.
@@ -42,7 +42,7 @@ pub enum Fragmentation {
     Forbidden,
 }
 
-/// How many extents a BLOCK_STATUS answer may have per context.
+/// The permitted number of extents per context in the answer to a BLOCK_STATUS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum ExtentLimit {
     /// As many as fit.
@@ -52,7 +52,7 @@ pub enum ExtentLimit {
     One,
 }
 
-/// What a request wants, with the flags that have a meaning for it.
+/// A command, with the flags that are defined for it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Command {
     /// Read the range.
@@ -63,18 +63,18 @@ pub enum Command {
     Disconnect,
     /// Make completed writes durable. Has no range.
     Flush,
-    /// The range is not needed any more.
+    /// Discard the range.
     Trim(Durability),
-    /// The range will be read soon.
+    /// Prefetch the range.
     Cache,
     /// Make the range read as zeroes.
     WriteZeroes(ZeroMode, Speed, Durability),
-    /// Report the status of the range in these contexts; `None` means all that were selected.
+    /// Report the status of the range in these contexts; `None` means all selected ones.
     BlockStatus(ExtentLimit, Option<Box<[MetaContextId]>>),
 }
 
 impl Command {
-    /// The number of the command on the wire.
+    /// Returns the number of the command on the wire.
     #[must_use]
     pub const fn command_type(&self) -> CommandType {
         match self {
@@ -93,18 +93,18 @@ impl Command {
 /// A request with its range.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Names the request while it is in flight.
+    /// Identifies the request while it is in flight.
     pub cookie: Cookie,
     /// Start of the range, in bytes.
     pub offset: u64,
     /// Length of the range, in bytes.
     pub length: u64,
-    /// What to do with it.
+    /// The command.
     pub command: Command,
 }
 
 impl Request {
-    /// Length of the data that a READ or WRITE moves, in bytes; 0 for every other command.
+    /// Returns the fields that a reply repeats.
     #[must_use]
     pub fn data_len(&self) -> usize {
         match self.command {
@@ -115,7 +115,7 @@ impl Request {
         }
     }
 
-    /// What a reply has to repeat.
+    /// The fields of a request that its replies need.
     #[must_use]
     pub const fn tag(&self) -> RequestTag {
         RequestTag {

@@ -1,7 +1,7 @@
 //! The server's side: parses bytes into validated requests.
 //!
-//! Requests are validated here only. A request from [`Transmission::parse`] lies inside the export, is
-//! allowed on it and uses negotiated features only.
+//! Requests are validated here only. A request from [`Transmission::parse`] lies inside the export,
+//! is allowed on it and uses negotiated features only.
 
 use super::{
     Command, Durability, ExtentLimit, Fragmentation, Request, RequestTag, Speed, ZeroMode,
@@ -15,43 +15,43 @@ use crate::wire::{
     TransmissionFlags,
 };
 
-/// What stands at the front of the receive buffer.
+/// The meaning of the bytes at the front of the receive buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Parsed {
-    /// The buffer has to hold at least this many bytes in all before anything can be said.
+    /// More bytes are needed: the buffer has to hold at least this many in total.
     NeedsInput(usize),
     /// A valid request. Drop `consumed` bytes; for a WRITE the request's `length` bytes of payload
     /// follow.
     Request {
         /// The request.
         request: Request,
-        /// Bytes of the buffer that it took.
+        /// Length of the header in the buffer, in bytes.
         consumed: usize,
     },
-    /// A request that is answered with an error. Drop `consumed` bytes from the buffer, then
-    /// `discard` further bytes of the stream: its payload.
+    /// A request to be answered with an error. Drop `consumed` bytes from the buffer, then discard
+    /// `discard` further bytes of the stream, which are its payload.
     Rejected {
-        /// What to answer.
+        /// The error reply.
         rejection: Rejection,
-        /// Bytes of the buffer that the header took.
+        /// Length of the header in the buffer, in bytes.
         consumed: usize,
-        /// Bytes of payload to read and throw away.
+        /// Length of the payload to discard, in bytes.
         discard: u64,
     },
 }
 
-/// An invalid request and why it is one.
+/// An invalid request and the reason for its refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rejection {
-    /// What the reply has to repeat.
+    /// The fields that the reply repeats.
     pub tag: RequestTag,
     /// The error to report.
     pub error: Errno,
-    /// The reason, for people.
+    /// The reason, for display.
     pub reason: &'static str,
 }
 
-/// Checks the requests of one connection. Holds no bytes of its own.
+/// Validates the requests of one connection. It buffers no bytes.
 #[derive(Debug, Clone)]
 pub struct Transmission {
     size: u64,
@@ -62,7 +62,7 @@ pub struct Transmission {
 }
 
 impl Transmission {
-    /// Begins the transmission phase with what the handshake agreed upon.
+    /// Begins the transmission phase with the result of the handshake.
     #[must_use]
     pub fn new(negotiated: &Negotiated) -> Self {
         Self {
@@ -74,7 +74,7 @@ impl Transmission {
         }
     }
 
-    /// Looks at the front of `input`, the bytes received and not yet consumed.
+    /// Parses the front of `input`, the bytes received and not yet consumed.
     ///
     /// # Errors
     ///
@@ -120,8 +120,8 @@ impl Transmission {
         Ok(Parsed::Rejected { rejection, consumed, discard: payload })
     }
 
-    /// Bytes of payload that follow the header. A WRITE has one in every mode, even when a client
-    /// with extended headers forgot the flag.
+    /// The number of payload bytes after the header. A WRITE has a payload in every mode, even if a
+    /// client with extended headers omitted the flag.
     fn payload_len(&self, header: &RequestHeader) -> u64 {
         let flagged =
             self.mode == ReplyMode::Extended && header.flags.contains(CommandFlags::PAYLOAD_LEN);
@@ -202,15 +202,15 @@ impl Transmission {
         Ok(Command::WriteZeroes(mode, speed, durability))
     }
 
-    /// Only flags that mean something for the command and were negotiated may be set. FUA is legal
-    /// everywhere, and without effect on what does not write.
+    /// Accepts only negotiated flags that are defined for the command. FUA is always legal, and has
+    /// no effect on commands that do not write.
     fn check_flags(&self, header: &RequestHeader) -> Result<CommandFlags, (Errno, &'static str)> {
         let mut legal = CommandFlags::FUA;
         match header.command {
             CommandType::READ if self.mode != ReplyMode::Simple => legal |= CommandFlags::DF,
             CommandType::WRITE_ZEROES => legal |= CommandFlags::NO_HOLE | CommandFlags::FAST_ZERO,
             CommandType::BLOCK_STATUS => legal |= CommandFlags::REQ_ONE,
-            // A client that goes away is not held up by the flags it said so with.
+            // The flags of a DISC do not delay the client that disconnects.
             CommandType::DISC => return Ok(CommandFlags::empty()),
             _ => {}
         }
@@ -238,7 +238,7 @@ impl Transmission {
         }
     }
 
-    /// As `require`, but "read-only" is the better answer where it applies.
+    /// Like `require`, but reports "read-only" where that is the reason.
     const fn require_on_writable(
         &self,
         flag: TransmissionFlags,
@@ -306,7 +306,7 @@ impl Transmission {
         self.check_bounds(offset, length, Errno::EINVAL)
     }
 
-    /// BLOCK_STATUS with a payload: a 64-bit effect length and the contexts that are wanted.
+    /// BLOCK_STATUS with a payload: a 64-bit effect length and the requested contexts.
     fn parse_status_payload(
         &self,
         header: &RequestHeader,
@@ -357,7 +357,7 @@ struct Range {
 }
 
 impl Range {
-    /// FLUSH and DISC have no range, whatever their header says.
+    /// FLUSH and DISC have no range, regardless of their header.
     const fn of(header: &RequestHeader, command: &Command) -> Self {
         match command {
             Command::Flush | Command::Disconnect => Self { offset: header.offset, length: 0 },

@@ -1,7 +1,7 @@
 //! Error values on the wire (section "Error values").
 
 open_enum! {
-    /// An error as it travels in a reply. The numbers are Linux's, on every system.
+    /// An error number in a reply. The numbers are Linux's, on every system.
     Errno(u32) {
         /// Operation not permitted: a write to a read-only export.
         EPERM = 1;
@@ -23,14 +23,14 @@ open_enum! {
 }
 
 impl Errno {
-    /// The value a client acts upon: unknown numbers count as [`Errno::EINVAL`] (section "Error
-    /// values").
+    /// Returns the value that a client acts on: unknown numbers count as [`Errno::EINVAL`] (section
+    /// "Error values").
     #[must_use]
     pub const fn normalised(self) -> Self {
         if self.name().is_some() { self } else { Self::EINVAL }
     }
 
-    /// A few words in plain language.
+    /// Returns a short plain-language description.
     #[must_use]
     pub const fn description(self) -> &'static str {
         match self {

@@ -8,7 +8,7 @@ use bitflags::bitflags;
 pub struct BlockDescriptor {
     /// Length of the extent, in bytes; never zero.
     pub length: u64,
-    /// Status; its meaning belongs to the context.
+    /// Status flags; the context defines their meaning.
     pub flags: u64,
 }
 
@@ -23,7 +23,7 @@ bitflags! {
     /// Status bits of `base:allocation`.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
     pub struct AllocationFlags: u64 {
-        /// The extent takes no space.
+        /// The extent is a hole: it occupies no space.
         const STATE_HOLE = 1 << 0;
         /// The extent reads as zeroes.
         const STATE_ZERO = 1 << 1;

@@ -21,10 +21,10 @@ bitflags! {
         const NO_ZEROES = 1 << 1;
     }
 
-    /// Transmission flags: what an export can do.
+    /// Transmission flags: the capabilities of an export (section "Transmission flags").
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
     pub struct TransmissionFlags: u16 {
-        /// The other bits mean something. Always set by a server.
+        /// The other bits are valid. Always set by a server.
         const HAS_FLAGS = 1 << 0;
         /// The export cannot be written.
         const READ_ONLY = 1 << 1;
@@ -40,7 +40,7 @@ bitflags! {
         const SEND_WRITE_ZEROES = 1 << 6;
         /// The DF command flag is supported.
         const SEND_DF = 1 << 7;
-        /// Several connections see one coherent disk.
+        /// All connections see the same data: a FLUSH on one covers completed writes on the others.
         const CAN_MULTI_CONN = 1 << 8;
         /// RESIZE is supported (a draft extension, never set by this server).
         const SEND_RESIZE = 1 << 9;

@@ -10,7 +10,7 @@ open_enum! {
         EXPORT = 0;
         /// The canonical name of the export.
         NAME = 1;
-        /// A description for people.
+        /// A human-readable description.
         DESCRIPTION = 2;
         /// Minimum, preferred and maximum block size.
         BLOCK_SIZE = 3;
@@ -28,14 +28,14 @@ pub struct BlockSizes {
 }
 
 impl Default for BlockSizes {
-    /// What a client may assume when the server says nothing: 1, 4096, 32 MiB.
+    /// The values a client may assume if the server sends none: 1, 4096, 32 MiB.
     fn default() -> Self {
         Self { minimum: 1, preferred: DEFAULT_PREFERRED_BLOCK_SIZE, maximum_payload: MAX_PAYLOAD }
     }
 }
 
 impl BlockSizes {
-    /// Checks the rules of the specification and builds the value. All three are in bytes.
+    /// Validates the constraints and creates the value. All three are in bytes.
     ///
     /// # Errors
     ///
@@ -67,13 +67,13 @@ impl BlockSizes {
         Ok(Self { minimum, preferred, maximum_payload })
     }
 
-    /// Every request is a multiple of this many bytes.
+    /// The minimum block size, in bytes: every request is a multiple of it.
     #[must_use]
     pub const fn minimum(&self) -> u32 {
         self.minimum
     }
 
-    /// Requests of a multiple of this many bytes are fastest.
+    /// The preferred block size, in bytes: requests that are multiples of it are fastest.
     #[must_use]
     pub const fn preferred(&self) -> u32 {
         self.preferred

@@ -1,10 +1,10 @@
 //! The magic numbers and their ASCII forms.
 
-/// First eight bytes of a server: `NBDMAGIC`.
+/// First eight bytes from a server: `NBDMAGIC`.
 pub const INIT: u64 = 0x4e42_444d_4147_4943;
-/// Second eight bytes of a newstyle server and first of every option: `IHAVEOPT`.
+/// Second eight bytes from a newstyle server and first eight of every option: `IHAVEOPT`.
 pub const OPTION: u64 = 0x4948_4156_454f_5054;
-/// Second eight bytes of an oldstyle server.
+/// Second eight bytes from an oldstyle server.
 pub const OLDSTYLE: u64 = 0x0000_4202_8186_1253;
 /// First eight bytes of every option reply.
 pub const OPTION_REPLY: u64 = 0x0003_e889_0455_65a9;

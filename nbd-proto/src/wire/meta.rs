@@ -3,7 +3,7 @@
 use crate::ProtocolError;
 use crate::codec::protocol_string;
 
-/// The number by which block status chunks name a selected context. Chosen by the server.
+/// The number that identifies a selected context in block status chunks. The server chooses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MetaContextId(pub u32);
 
@@ -12,14 +12,14 @@ pub struct MetaContextId(pub u32);
 pub struct MetaContextName(String);
 
 impl MetaContextName {
-    /// `base:allocation`: what is a hole, what reads as zeroes.
+    /// `base:allocation`: holes and zeroes.
     pub const BASE_ALLOCATION: &'static str = "base:allocation";
-    /// `qemu:allocation-depth`: which layer of a backing chain holds the data.
+    /// `qemu:allocation-depth`: the layer of a backing chain that holds the data.
     pub const QEMU_ALLOCATION_DEPTH: &'static str = "qemu:allocation-depth";
-    /// What the name of every exported dirty bitmap starts with.
+    /// The prefix of the name of every exported dirty bitmap's context.
     pub const QEMU_DIRTY_BITMAP_PREFIX: &'static str = "qemu:dirty-bitmap:";
 
-    /// Takes a full name: a namespace, a colon and a leaf that is not empty.
+    /// Creates a full name: a namespace, a colon and a leaf that is not empty.
     ///
     /// # Errors
     ///
@@ -59,13 +59,13 @@ impl MetaContextName {
         Self::new(format!("{}{bitmap}", Self::QEMU_DIRTY_BITMAP_PREFIX))
     }
 
-    /// The whole name.
+    /// Returns the whole name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The name of the bitmap if this is the context of one.
+    /// Returns the name of the bitmap if this is a dirty bitmap's context.
     #[must_use]
     pub fn dirty_bitmap(&self) -> Option<&str> {
         self.0.strip_prefix(Self::QEMU_DIRTY_BITMAP_PREFIX)
@@ -81,29 +81,29 @@ impl std::fmt::Display for MetaContextName {
 /// One query of LIST_META_CONTEXT or SET_META_CONTEXT.
 ///
 /// A query is a full name or one of the wildcards `base:`, `qemu:` and `qemu:dirty-bitmap:`.
-/// Wildcards list; they never select.
+/// Wildcards list contexts; they never select.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MetaContextQuery<'a>(&'a str);
 
 impl<'a> MetaContextQuery<'a> {
-    /// The queries that stand for more than one context.
+    /// The wildcards: queries that match more than one context.
     pub const WILDCARDS: [&'static str; 3] =
         ["base:", "qemu:", MetaContextName::QEMU_DIRTY_BITMAP_PREFIX];
 
-    /// Takes the text of a query; any text is a query, most match nothing.
+    /// Creates a query. Any text is legal; most texts match nothing.
     #[must_use]
     pub const fn new(text: &'a str) -> Self {
         Self(text)
     }
 
-    /// Does LIST_META_CONTEXT answer this query with `name`?
+    /// Returns true if LIST_META_CONTEXT answers this query with `name`.
     #[must_use]
     pub fn lists(&self, name: &MetaContextName) -> bool {
         self.selects(name)
             || (Self::WILDCARDS.contains(&self.0) && name.as_str().starts_with(self.0))
     }
 
-    /// Does SET_META_CONTEXT select `name` for this query? Only a full name does.
+    /// Returns true if SET_META_CONTEXT selects `name` for this query. Only a full name selects.
     #[must_use]
     pub fn selects(&self, name: &MetaContextName) -> bool {
         self.0 == name.as_str()

@@ -1,7 +1,7 @@
 //! Wire values: one file per table of the specification, no state.
 //!
-//! Enumerations are newtypes over their integer with named constants, so an unknown value survives and
-//! can be reported. Flag words keep unknown bits.
+//! Enumerations are newtypes over their integer with named constants, so unknown values are
+//! preserved and can be reported. Flag words keep unknown bits.
 
 /// Declares an open enumeration: a newtype with named constants and a readable `Debug`.
 macro_rules! open_enum {
@@ -16,7 +16,7 @@ macro_rules! open_enum {
         impl $name {
             $( $(#[$vmeta])* pub const $variant: Self = Self($value); )*
 
-            /// The name the specification gives this value, or `None` if it has none.
+            /// Returns the name of this value in the specification, or `None` if it has none.
             #[must_use]
             pub const fn name(self) -> Option<&'static str> {
                 match self {

@@ -8,9 +8,9 @@ use crate::codec::Reader;
 use crate::limits::MAX_OPTION_LEN;
 
 open_enum! {
-    /// What the client asks during the handshake.
+    /// An option of the client during the handshake.
     OptionType(u32) {
-        /// Choose an export and begin transmission; cannot report an error.
+        /// Select an export and begin transmission; cannot report an error.
         EXPORT_NAME = 1;
         /// End the handshake.
         ABORT = 2;
@@ -20,9 +20,9 @@ open_enum! {
         PEEK_EXPORT = 4;
         /// Begin TLS.
         STARTTLS = 5;
-        /// Ask about an export.
+        /// Request information about an export.
         INFO = 6;
-        /// Ask about an export and begin transmission.
+        /// Request information about an export and begin transmission.
         GO = 7;
         /// Use structured replies.
         STRUCTURED_REPLY = 8;
@@ -36,7 +36,7 @@ open_enum! {
 }
 
 open_enum! {
-    /// What the server answers to an option. Errors have bit 31 set.
+    /// A server's reply to an option. Errors have bit 31 set.
     OptionReplyType(u32) {
         /// Accepted; nothing more follows for this option.
         ACK = 1;
@@ -50,7 +50,7 @@ open_enum! {
         ERR_UNSUP = 0x8000_0001;
         /// The option is refused by the server's policy.
         ERR_POLICY = 0x8000_0002;
-        /// The option was malformed or makes no sense now.
+        /// The option was malformed or is not valid at this moment.
         ERR_INVALID = 0x8000_0003;
         /// The option is not supported on this platform.
         ERR_PLATFORM = 0x8000_0004;
@@ -60,17 +60,17 @@ open_enum! {
         ERR_UNKNOWN = 0x8000_0006;
         /// The server is shutting down.
         ERR_SHUTDOWN = 0x8000_0007;
-        /// The client has to ask for block sizes first.
+        /// The client has to request block sizes first.
         ERR_BLOCK_SIZE_REQD = 0x8000_0008;
         /// The request or its answer is too big.
         ERR_TOO_BIG = 0x8000_0009;
-        /// Extended headers are required or in force already.
+        /// Extended headers are required or already in use.
         ERR_EXT_HEADER_REQD = 0x8000_000a;
     }
 }
 
 impl OptionReplyType {
-    /// True for the reply types that report an error (bit 31).
+    /// Returns true for the reply types that report an error (bit 31).
     #[must_use]
     pub const fn is_error(self) -> bool {
         self.0 & 0x8000_0000 != 0
@@ -102,7 +102,7 @@ impl OptionHeader {
         out.put_u32(self.length);
     }
 
-    /// Reads a header; `None` if `bytes` does not hold a whole one yet.
+    /// Decodes a header; returns `None` if `bytes` does not hold a complete one yet.
     ///
     /// # Errors
     ///
@@ -129,9 +129,9 @@ impl OptionHeader {
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct OptionReplyHeader {
-    /// The option this answers.
+    /// The option that this answers.
     pub option: OptionType,
-    /// The kind of answer.
+    /// The kind of reply.
     pub reply: OptionReplyType,
     /// Length of the payload, in bytes.
     pub length: u32,
@@ -149,7 +149,7 @@ impl OptionReplyHeader {
         out.put_u32(self.length);
     }
 
-    /// Reads a header; `None` if `bytes` does not hold a whole one yet.
+    /// Decodes a header; returns `None` if `bytes` does not hold a complete one yet.
     ///
     /// # Errors
     ///

@@ -7,7 +7,7 @@ use super::{Cookie, Errno, ReplyFlags, magic};
 use crate::ProtocolError;
 use crate::codec::Reader;
 
-/// Which form of messages was negotiated.
+/// The negotiated form of messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum ReplyMode {
     /// Compact requests, simple replies only.
@@ -40,7 +40,7 @@ open_enum! {
 }
 
 impl ReplyType {
-    /// True for the chunk types that report an error (bit 15), known or not.
+    /// Returns true for the chunk types that report an error (bit 15), known or not.
     #[must_use]
     pub const fn is_error(self) -> bool {
         self.0 & 0x8000 != 0
@@ -57,7 +57,7 @@ impl ReplyType {
 pub struct SimpleReplyHeader {
     /// Zero or an error.
     pub error: Errno,
-    /// The request this answers.
+    /// The cookie of the request that this answers.
     pub cookie: Cookie,
 }
 
@@ -72,8 +72,8 @@ impl SimpleReplyHeader {
         out.put_u64(self.cookie.0);
     }
 
-    /// Reads what follows the magic number, which the caller has looked at; `None` if more bytes
-    /// are needed. `bytes` starts at the magic number.
+    /// Decodes the fields after the magic number, which the caller has checked; returns `None` if
+    /// more bytes are needed. `bytes` starts at the magic number.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut reader = Reader::new(bytes);
@@ -96,7 +96,7 @@ pub struct ChunkHeader {
     pub flags: ReplyFlags,
     /// Kind of the chunk.
     pub reply: ReplyType,
-    /// The request this answers.
+    /// The cookie of the request that this answers.
     pub cookie: Cookie,
     /// Length of the payload, in bytes.
     pub length: u64,
@@ -129,7 +129,7 @@ impl ChunkHeader {
         out.put_u64(self.cookie.0);
     }
 
-    /// Reads a structured chunk; `None` if `bytes` does not hold a whole header yet.
+    /// Decodes a structured chunk; returns `None` if `bytes` does not hold a complete header yet.
     ///
     /// # Errors
     ///
@@ -142,8 +142,8 @@ impl ChunkHeader {
         Ok(Some(header))
     }
 
-    /// Reads an extended chunk and the request offset it repeats (in bytes); `None` if `bytes` does
-    /// not hold a whole header yet.
+    /// Decodes an extended chunk and the request offset that it repeats (in bytes); returns `None`
+    /// if `bytes` does not hold a complete header yet.
     ///
     /// # Errors
     ///

@@ -7,7 +7,7 @@ use crate::ProtocolError;
 use crate::codec::Reader;
 
 open_enum! {
-    /// What the client wants.
+    /// The command of a request.
     CommandType(u16) {
         /// Read data.
         READ = 0;
@@ -17,13 +17,13 @@ open_enum! {
         DISC = 2;
         /// Make completed writes durable.
         FLUSH = 3;
-        /// The range is not needed any more.
+        /// Discard the range.
         TRIM = 4;
-        /// The range will be read soon.
+        /// Prefetch the range.
         CACHE = 5;
         /// Make the range read as zeroes.
         WRITE_ZEROES = 6;
-        /// Ask for the status of the range in the selected metadata contexts.
+        /// Report the status of the range in the selected metadata contexts.
         BLOCK_STATUS = 7;
         /// Change the size (a draft extension, not supported).
         RESIZE = 8;
@@ -44,7 +44,7 @@ pub struct RequestHeader {
     pub flags: CommandFlags,
     /// Command.
     pub command: CommandType,
-    /// The client's name for the request.
+    /// The cookie chosen by the client.
     pub cookie: Cookie,
     /// Offset in the export, in bytes.
     pub offset: u64,
@@ -88,7 +88,7 @@ impl RequestHeader {
         out.put_u64(self.offset);
     }
 
-    /// Reads the compact form; `None` if `bytes` does not hold a whole header yet.
+    /// Decodes the compact form; returns `None` if `bytes` does not hold a complete header yet.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl RequestHeader {
         Ok(Some(header))
     }
 
-    /// Reads the extended form; `None` if `bytes` does not hold a whole header yet.
+    /// Decodes the extended form; returns `None` if `bytes` does not hold a complete header yet.
     ///
     /// # Errors
     ///

@@ -17,24 +17,24 @@ use crate::wire::{
 };
 
 mod sealed {
-    /// Keeps [`Answer`](super::Answer) to this module.
+    /// Seals [`Answer`](super::Answer).
     pub trait Sealed {}
 }
 
-/// An option whose answer an [`Awaiting`](super::Awaiting) reads. Implemented by the types of this
-/// module only; their [`Answer::Accepted`] is what a driver works with.
+/// An option whose answer an [`Awaiting`](super::Awaiting) reads. Only the types of this module
+/// implement it; drivers use their [`Answer::Accepted`].
 pub trait Answer: Sized + sealed::Sealed {
-    /// What a server that agrees gives.
+    /// The result if the server agrees.
     type Accepted;
 
-    /// Takes one reply that is neither ACK nor an error.
+    /// Processes one reply that is neither ACK nor an error.
     #[doc(hidden)]
     fn add(&mut self, reply: OptionReplyType, payload: &[u8]) -> Result<(), ProtocolError> {
         let _ = payload;
         Err(unexpected(reply))
     }
 
-    /// ACK is in; `input` holds what follows it.
+    /// Processes the ACK; `input` holds the bytes after it.
     #[doc(hidden)]
     fn accept(self, phase: OptionPhase, input: &BytesMut) -> Result<Self::Accepted, ProtocolError>;
 }
@@ -58,7 +58,7 @@ seal!(
 const fn unexpected(_reply: OptionReplyType) -> ProtocolError {
     ProtocolError::Unexpected {
         what: "an option reply",
-        why: "this kind of reply does not answer the option that was sent",
+        why: "this reply type does not answer the option that was sent",
     }
 }
 
@@ -80,15 +80,16 @@ impl Answer for StartTls {
     }
 }
 
-/// The moment between the server's agreement to STARTTLS and the end of the TLS handshake: carry
-/// out the TLS handshake on the bare socket and go on with a **new, empty** input buffer.
+/// The state between the server's agreement to STARTTLS and the end of the TLS handshake. Perform
+/// the TLS handshake on the bare socket and continue with a **new, empty** input buffer.
 #[derive(Debug)]
 pub struct BeforeTls {
     phase: OptionPhase,
 }
 
 impl BeforeTls {
-    /// TLS is established. Everything negotiated in the clear is forgotten (section "TLS support").
+    /// Continues after the TLS handshake. Everything negotiated in the clear is forgotten (section
+    /// "TLS support").
     #[must_use]
     pub fn resume_after_tls(self) -> OptionPhase {
         OptionPhase { tls_established: true, ..OptionPhase::new(self.phase.client_flags) }
@@ -115,7 +116,7 @@ impl Answer for StructuredReply {
     type Accepted = OptionPhase;
 
     fn accept(self, phase: OptionPhase, _: &BytesMut) -> Result<OptionPhase, ProtocolError> {
-        // A server that agrees although extended headers are in use changes nothing by it.
+        // A server that agrees although extended headers are in use changes nothing.
         let reply_mode = phase.reply_mode.max(ReplyMode::Structured);
         Ok(OptionPhase { reply_mode, ..phase })
     }
@@ -177,19 +178,19 @@ fn check_count(what: &'static str, count: usize, limit: usize) -> Result<(), Pro
     Ok(())
 }
 
-/// What a server tells about one export.
+/// The server's information about one export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ExportInfo {
     /// Size, in bytes; at most 2^63-1.
     pub size: u64,
-    /// What the export can do, as far as the reply mode agreed so far can carry it.
+    /// Transmission flags, limited to those that the negotiated reply mode can carry.
     pub flags: TransmissionFlags,
-    /// Block size constraints, if the server told any.
+    /// Block size constraints, if the server sent any.
     pub block_sizes: Option<BlockSizes>,
-    /// The canonical name, if the server told it.
+    /// The canonical name, if the server sent one.
     pub canonical_name: Option<String>,
-    /// A text for people, if the server told one.
+    /// A human-readable description, if the server sent one.
     pub description: Option<String>,
 }
 
@@ -208,7 +209,7 @@ impl Info {
         let Some((size, flags)) = self.export else {
             return Err(ProtocolError::Malformed {
                 what: "answer to INFO or GO",
-                why: "the server agreed without telling size and flags (INFO_EXPORT)",
+                why: "the server agreed without sending size and flags (INFO_EXPORT)",
             });
         };
         Ok(ExportInfo {
@@ -263,7 +264,7 @@ fn set_once<T>(place: &mut Option<T>, value: T) -> Result<(), ProtocolError> {
     if place.replace(value).is_some() {
         return Err(ProtocolError::Malformed {
             what: "answer to INFO or GO",
-            why: "the server told the same information twice",
+            why: "the server sent the same information twice",
         });
     }
     Ok(())
@@ -291,7 +292,7 @@ fn block_size_item(mut reader: Reader<'_>) -> Result<BlockSizes, ProtocolError> 
     }
 }
 
-/// The answer to GO: [`Negotiated`], and what else the server told.
+/// The answer to GO: [`Negotiated`] and the rest of the server's information.
 #[derive(Debug)]
 pub struct Go {
     name: String,
@@ -325,8 +326,8 @@ impl Answer for Go {
     }
 }
 
-/// The answer to LIST_META_CONTEXT: names in the server's order. A name that could not be selected
-/// anyway (`base:`, say, with which a server may abbreviate) is left out.
+/// The answer to LIST_META_CONTEXT: names in the server's order. Names that cannot be selected
+/// (such as the abbreviation `base:`) are left out.
 #[derive(Debug, Default)]
 pub struct ListMetaContext {
     replies: usize,
@@ -353,7 +354,7 @@ impl Answer for ListMetaContext {
     }
 }
 
-/// The answer to SET_META_CONTEXT: the contexts selected, in the server's order.
+/// The answer to SET_META_CONTEXT: the selected contexts in the server's order.
 #[derive(Debug)]
 pub struct SetMetaContext {
     export_name: String,
@@ -376,8 +377,8 @@ impl Answer for SetMetaContext {
 
     fn add(&mut self, reply: OptionReplyType, payload: &[u8]) -> Result<(), ProtocolError> {
         let (id, text) = meta_context_item(reply, payload)?;
-        // Taken out: a second answer with this name is as unasked for as any other. That also
-        // bounds the number of answers by the number of questions.
+        // Removed, so that a second answer with this name is refused. That also bounds the number
+        // of answers by the number of queries.
         if !self.asked.remove(text) {
             return Err(ProtocolError::Malformed {
                 what: "answer to SET_META_CONTEXT",

@@ -1,4 +1,4 @@
-//! Reading the answer to one option.
+//! Reads the answer to one option.
 
 use bytes::{Buf, BytesMut};
 
@@ -12,7 +12,7 @@ use crate::handshake::{Negotiated, OptionError};
 use crate::limits::{EXPORT_NAME_PADDING_LEN, MAX_OPTION_KEPT_LEN, MAX_STRING_LEN};
 use crate::wire::{BlockSizes, ClientFlags, OptionReplyHeader, OptionReplyType, OptionType};
 
-/// An option was sent; its answer is to come.
+/// An option was sent; its answer is outstanding.
 #[derive(Debug)]
 pub struct Awaiting<A> {
     pub(super) phase: OptionPhase,
@@ -20,15 +20,15 @@ pub struct Awaiting<A> {
     pub(super) answer: A,
 }
 
-/// What came of an option so far.
+/// The progress of an option.
 #[derive(Debug)]
 #[must_use]
 pub enum AwaitStep<A: Answer> {
-    /// More bytes of the server.
+    /// More bytes of the server are needed.
     NeedsInput(Awaiting<A>),
-    /// The server agreed. The value says what it told, and holds what comes next.
+    /// The server agreed. The value holds its information and the next state.
     Accepted(A::Accepted),
-    /// The server refused; the handshake can go on.
+    /// The server refused; the handshake can continue.
     Refused {
         /// The server's reason.
         error: OptionError,
@@ -38,7 +38,7 @@ pub enum AwaitStep<A: Answer> {
 }
 
 impl<A: Answer> Awaiting<A> {
-    /// Goes on as far as the bytes in `input` allow; whole replies are consumed from its front.
+    /// Processes the bytes in `input`; complete replies are removed from its front.
     ///
     /// # Errors
     ///
@@ -85,33 +85,33 @@ impl<A: Answer> Awaiting<A> {
     }
 }
 
-/// Error texts are for people: a bad one is repaired, not refused.
+/// Error texts are for display: an invalid one is repaired, not refused.
 fn option_error(reply: OptionReplyType, payload: &[u8]) -> OptionError {
-    // Cut before it is repaired, so that the repair is bounded.
+    // Truncated before the repair, so that the repair is bounded.
     let kept = payload.get(..MAX_STRING_LEN).unwrap_or(payload);
     let message = String::from_utf8_lossy(kept);
     OptionError { reply, message: truncate_text(&message, MAX_STRING_LEN).to_owned() }
 }
 
-/// EXPORT_NAME was sent; its answer, which has no header, is to come.
+/// EXPORT_NAME was sent; its answer, which has no header, is outstanding.
 #[derive(Debug)]
 pub struct AwaitingExport {
     pub(super) phase: OptionPhase,
     pub(super) name: String,
 }
 
-/// What came of EXPORT_NAME so far. A refusing server closes the connection instead.
+/// The progress of EXPORT_NAME. A server refuses by closing the connection.
 #[derive(Debug)]
 #[must_use]
 pub enum ExportStep {
-    /// More bytes of the server.
+    /// More bytes of the server are needed.
     NeedsInput(AwaitingExport),
-    /// The handshake is over.
+    /// The handshake is complete.
     Transmission(Box<Negotiated>),
 }
 
 impl AwaitingExport {
-    /// Goes on as far as the bytes in `input` allow.
+    /// Processes the bytes in `input`.
     ///
     /// # Errors
     ///

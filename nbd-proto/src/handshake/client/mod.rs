@@ -1,8 +1,8 @@
 //! The client's side of the handshake.
 //!
 //! [`ClientHandshake`] reads the greeting. A newstyle server then answers options, one at a time: each
-//! method of [`OptionPhase`] writes one option and returns an [`Awaiting`], which reads the reply and
-//! returns the phase.
+//! method of [`OptionPhase`] writes one option and returns an [`Awaiting`], which reads the reply
+//! and returns the phase.
 //!
 //! ```
 //! use bytes::BytesMut;
@@ -41,20 +41,20 @@ use crate::error::GREETING;
 use crate::limits::{EXPORT_NAME_PADDING_LEN, MAX_EXPORT_SIZE};
 use crate::wire::{BlockSizes, ClientFlags, HandshakeFlags, ReplyMode, TransmissionFlags, magic};
 
-/// A handshake that waits for the server's greeting.
+/// A handshake that expects the server's greeting.
 #[derive(Debug, Default)]
 pub struct ClientHandshake {
     _private: (),
 }
 
-/// What the greeting says.
+/// The contents of the greeting.
 #[derive(Debug)]
 #[must_use]
 pub enum ClientStep {
-    /// More bytes of the server.
+    /// More bytes of the server are needed.
     NeedsInput(ClientHandshake),
-    /// An oldstyle server with one nameless export: transmission has begun, with simple replies.
-    /// It cannot do TLS.
+    /// An oldstyle server with one unnamed export: the transmission phase has begun, with simple
+    /// replies. TLS is not possible.
     Oldstyle(Box<Negotiated>),
     /// A newstyle server: options can be sent. The client's flags are in the output buffer.
     Newstyle(OptionPhase),
@@ -64,7 +64,7 @@ pub enum ClientStep {
 const OLDSTYLE_LEN: usize = 8 + 8 + 8 + 4 + EXPORT_NAME_PADDING_LEN;
 
 impl ClientHandshake {
-    /// Begins. Nothing is sent before the greeting is in.
+    /// Creates the machine. The client sends nothing before the greeting has arrived.
     #[must_use]
     pub const fn new() -> Self {
         Self { _private: () }
@@ -104,7 +104,7 @@ impl ClientHandshake {
                     return Ok(ClientStep::NeedsInput(self));
                 }
                 input.advance(OLDSTYLE_LEN);
-                // The upper half belongs to a handshake that oldstyle does not have.
+                // The upper half holds handshake flags, which oldstyle does not have.
                 let flags = flags as u16;
                 Ok(ClientStep::Oldstyle(Box::new(Negotiated {
                     export_name: String::new(),
@@ -123,7 +123,7 @@ impl ClientHandshake {
     }
 }
 
-/// Answers each flag we know with its counterpart; the others are left alone.
+/// Answers each known flag with its counterpart and ignores the others.
 fn agreed_flags(server: HandshakeFlags) -> ClientFlags {
     let mut flags = ClientFlags::empty();
     flags.set(ClientFlags::FIXED_NEWSTYLE, server.contains(HandshakeFlags::FIXED_NEWSTYLE));
@@ -131,13 +131,12 @@ fn agreed_flags(server: HandshakeFlags) -> ClientFlags {
     flags
 }
 
-/// Sizes of 2^63 and more would be negative offsets to every kernel.
+/// Refuses sizes of 2^63 and more, which kernels treat as negative offsets.
 const fn checked_size(size: u64) -> Result<u64, ProtocolError> {
     if size > MAX_EXPORT_SIZE { Err(ProtocolError::ExportTooLarge { size }) } else { Ok(size) }
 }
 
-/// The flags that mean something: known ones, only with HAS_FLAGS, and only what the reply mode can
-/// carry.
+/// The usable flags: known bits, only with HAS_FLAGS, and only those that the reply mode can carry.
 fn known_flags(bits: u16, mode: ReplyMode) -> TransmissionFlags {
     let mut flags = TransmissionFlags::from_bits_truncate(bits);
     if !flags.contains(TransmissionFlags::HAS_FLAGS) {

@@ -12,26 +12,27 @@ use crate::ApiMisuse;
 use crate::limits::MAX_META_CONTEXTS;
 use crate::wire::{InfoType, MetaContextName, OptionHeader, OptionType, ReplyMode};
 
-/// Which information INFO and GO ask for beyond size and flags.
+/// The information that INFO and GO request besides size and flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InfoRequest {
     /// The canonical name.
     pub name: bool,
     /// The description.
     pub description: bool,
-    /// The block size constraints. A client that requests them promises to obey them.
+    /// The block size constraints. A client that requests them promises to obey them (section
+    /// "Block size constraints").
     pub block_size: bool,
 }
 
 impl Default for InfoRequest {
-    /// What transmission needs: the block sizes.
+    /// The information that transmission needs: the block sizes.
     fn default() -> Self {
         Self { name: false, description: false, block_size: true }
     }
 }
 
 impl InfoRequest {
-    /// Everything there is.
+    /// All information.
     pub const ALL: Self = Self { name: true, description: true, block_size: true };
 
     fn items(self) -> impl Iterator<Item = InfoType> {
@@ -46,7 +47,7 @@ impl InfoRequest {
 }
 
 impl OptionPhase {
-    /// Asks for TLS (NBD_OPT_STARTTLS).
+    /// Requests TLS (NBD_OPT_STARTTLS).
     ///
     /// # Errors
     ///
@@ -55,7 +56,7 @@ impl OptionPhase {
         self.send(OptionType::STARTTLS, StartTls::default(), &[], out)
     }
 
-    /// Asks for extended headers (NBD_OPT_EXTENDED_HEADERS).
+    /// Requests extended headers (NBD_OPT_EXTENDED_HEADERS).
     ///
     /// # Errors
     ///
@@ -67,7 +68,7 @@ impl OptionPhase {
         self.send(OptionType::EXTENDED_HEADERS, ExtendedHeaders::default(), &[], out)
     }
 
-    /// Asks for structured replies (NBD_OPT_STRUCTURED_REPLY).
+    /// Requests structured replies (NBD_OPT_STRUCTURED_REPLY).
     ///
     /// # Errors
     ///
@@ -79,7 +80,7 @@ impl OptionPhase {
         self.send(OptionType::STRUCTURED_REPLY, StructuredReply::default(), &[], out)
     }
 
-    /// Asks for the names of all exports (NBD_OPT_LIST).
+    /// Requests the names of all exports (NBD_OPT_LIST).
     ///
     /// # Errors
     ///
@@ -88,7 +89,7 @@ impl OptionPhase {
         self.send(OptionType::LIST, List::default(), &[], out)
     }
 
-    /// Asks about an export without using it (NBD_OPT_INFO).
+    /// Requests information about an export without using it (NBD_OPT_INFO).
     ///
     /// # Errors
     ///
@@ -103,8 +104,8 @@ impl OptionPhase {
         self.send(OptionType::INFO, Info::default(), &payload, out)
     }
 
-    /// Asks for an export and, if the server agrees, begins transmission (NBD_OPT_GO). A server
-    /// that answers ERR_UNSUP may still understand [`OptionPhase::export_name`].
+    /// Requests an export and, if the server agrees, begins transmission (NBD_OPT_GO). A server
+    /// that answers ERR_UNSUP may still support [`OptionPhase::export_name`].
     ///
     /// # Errors
     ///
@@ -119,8 +120,8 @@ impl OptionPhase {
         self.send(OptionType::GO, Go::new(name), &payload, out)
     }
 
-    /// Asks which metadata contexts an export has (NBD_OPT_LIST_META_CONTEXT). A query is a full
-    /// name or a wildcard such as `qemu:`; no query asks for everything.
+    /// Requests the metadata contexts of an export (NBD_OPT_LIST_META_CONTEXT). A query is a full
+    /// name or a wildcard such as `qemu:`; an empty list of queries requests all contexts.
     ///
     /// # Errors
     ///
@@ -135,8 +136,9 @@ impl OptionPhase {
         self.send(OptionType::LIST_META_CONTEXT, ListMetaContext::default(), &payload, out)
     }
 
-    /// Selects metadata contexts of an export in place of those selected before
-    /// (NBD_OPT_SET_META_CONTEXT). They are in force if [`OptionPhase::go`] names the same export.
+    /// Selects metadata contexts of an export and replaces the previous selection
+    /// (NBD_OPT_SET_META_CONTEXT). The selection takes effect if [`OptionPhase::go`] names the same
+    /// export.
     ///
     /// # Errors
     ///
@@ -153,7 +155,7 @@ impl OptionPhase {
                 what: "metadata contexts (they need structured replies)",
             });
         }
-        // The server answers a duplicate once or twice, as it likes; so there is none.
+        // A server may answer a duplicate once or twice; none is sent.
         let mut queries: Vec<&str> = Vec::with_capacity(contexts.len());
         for context in contexts {
             if !queries.contains(&context.as_str()) {
@@ -166,8 +168,8 @@ impl OptionPhase {
         self.send(OptionType::SET_META_CONTEXT, answer, &payload, out)
     }
 
-    /// Asks for an export in the old way (NBD_OPT_EXPORT_NAME), which every newstyle server
-    /// understands. A server that refuses closes the connection.
+    /// Requests an export with the oldest option, which every newstyle server supports
+    /// (NBD_OPT_EXPORT_NAME). A server refuses by closing the connection.
     ///
     /// # Errors
     ///
@@ -207,7 +209,7 @@ impl OptionPhase {
     }
 }
 
-/// Appends one option. Payloads are built from checked strings, so they are far below 4 GiB.
+/// Appends one option. Payloads consist of checked strings, so they are far below 4 GiB.
 fn put_option(option: OptionType, payload: &[u8], out: &mut BytesMut) {
     OptionHeader { option, length: payload.len() as u32 }.encode(out);
     out.put_slice(payload);

@@ -9,7 +9,7 @@ use crate::wire::{ClientFlags, ReplyMode};
 /// A handshake in which the client may send one option.
 ///
 /// Every method appends the option to `out`. A method that fails with [`ApiMisuse`] has sent
-/// nothing and consumes the phase: check what comes from outside beforehand (an export name with
+/// nothing and consumes the phase: check external values beforehand (an export name with
 /// [`OptionPhase::check_export_name`], the mode with [`OptionPhase::is_fixed_newstyle`] and
 /// [`OptionPhase::reply_mode`]).
 #[derive(Debug)]
@@ -30,25 +30,26 @@ impl OptionPhase {
         }
     }
 
-    /// False for a server that only understands [`OptionPhase::export_name`].
+    /// Returns false for a server that supports [`OptionPhase::export_name`] only.
     #[must_use]
     pub const fn is_fixed_newstyle(&self) -> bool {
         self.client_flags.contains(ClientFlags::FIXED_NEWSTYLE)
     }
 
-    /// True once TLS is established.
+    /// Returns true once TLS is established.
     #[must_use]
     pub const fn is_tls_established(&self) -> bool {
         self.tls_established
     }
 
-    /// The form of replies agreed so far.
+    /// Returns the form of replies negotiated so far.
     #[must_use]
     pub const fn reply_mode(&self) -> ReplyMode {
         self.reply_mode
     }
 
-    /// Can the protocol carry this export name?
+    /// Checks that the protocol can express this export name: UTF-8 without NUL, at most 4096
+    /// bytes.
     ///
     /// # Errors
     ///

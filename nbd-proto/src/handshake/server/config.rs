@@ -2,31 +2,30 @@
 
 use crate::wire::ReplyMode;
 
-/// Whether clients may or have to use TLS (section "TLS versions" names the three modes NOTLS,
-/// SELECTIVETLS and FORCEDTLS).
+/// The TLS policy (section "TLS versions" names the three modes NOTLS, SELECTIVETLS and FORCEDTLS).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TlsPolicy {
     /// STARTTLS is refused.
     #[default]
     Off,
-    /// STARTTLS is accepted; the owner of the exports decides what is served without it.
+    /// STARTTLS is accepted; the caller decides which exports are served without it.
     Allow,
-    /// Nothing but STARTTLS and ABORT is accepted in the clear.
+    /// In the clear, only STARTTLS and ABORT are accepted.
     Require,
 }
 
-/// How a server negotiates.
+/// The configuration of a server's negotiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ServerConfig {
-    /// Whether clients may or have to use TLS.
+    /// The TLS policy.
     pub tls: TlsPolicy,
-    /// The best form of replies that is granted; what is above it is answered ERR_UNSUP.
-    /// [`ReplyMode::Extended`] unless the behaviour of an older server is wanted.
+    /// The most capable form of replies that is granted; requests for a better one are answered
+    /// with ERR_UNSUP. [`ReplyMode::Extended`] unless the behaviour of an older server is wanted.
     pub best_reply_mode: ReplyMode,
 }
 
 impl Default for ServerConfig {
-    /// No TLS, every form of replies.
+    /// No TLS, all forms of replies.
     fn default() -> Self {
         Self { tls: TlsPolicy::Off, best_reply_mode: ReplyMode::Extended }
     }

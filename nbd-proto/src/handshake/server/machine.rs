@@ -10,15 +10,15 @@ use crate::wire::{HandshakeFlags, OptionReplyType, OptionType, magic};
 
 #[derive(Debug)]
 pub(super) enum Phase {
-    /// The greeting is out, the client's flags are not in.
+    /// The greeting was sent; the client's flags have not arrived.
     AwaitsClientFlags,
     /// Between two options.
     AwaitsOption,
-    /// The rest of an ignored payload, and the answer to send after it.
+    /// Discarding an ignored payload; the answer is sent after it.
     Discards { option: OptionType, remaining: usize, reply: OptionReplyType },
 }
 
-/// A handshake that waits for bytes of the client.
+/// A handshake that needs bytes of the client.
 #[derive(Debug)]
 pub struct Handshake {
     pub(super) session: Session,
@@ -26,7 +26,7 @@ pub struct Handshake {
 }
 
 impl Handshake {
-    /// Begins: writes the greeting (section "Newstyle negotiation").
+    /// Begins the handshake: writes the greeting (section "Newstyle negotiation").
     #[must_use]
     pub fn start(config: ServerConfig, out: &mut BytesMut) -> Self {
         out.put_u64(magic::INIT);
@@ -40,13 +40,13 @@ impl Handshake {
         Self { session, phase: Phase::AwaitsOption }
     }
 
-    /// True once TLS is established.
+    /// Returns true once TLS is established.
     #[must_use]
     pub const fn is_tls_established(&self) -> bool {
         self.session.tls_established
     }
 
-    /// Refuses an option; the handshake goes on.
+    /// Refuses an option; the handshake continues.
     pub(super) fn refuse(
         session: Session,
         option: OptionType,

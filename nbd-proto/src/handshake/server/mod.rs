@@ -37,9 +37,9 @@ use machine::Phase;
 use options::Handled;
 
 impl Handshake {
-    /// Goes on as far as the bytes in `input` allow. Whole messages are consumed from its front;
-    /// it never has to hold more than [`crate::limits::MAX_OPTION_KEPT_LEN`] bytes and a header. Answers are
-    /// appended to `out`.
+    /// Processes the bytes in `input`. Complete messages are removed from its front; the buffer
+    /// never needs to hold more than [`crate::limits::MAX_OPTION_KEPT_LEN`] bytes and a header.
+    /// Answers are appended to `out`.
     ///
     /// # Errors
     ///
@@ -88,7 +88,7 @@ impl Handshake {
                         self.phase = Phase::Discards { option, remaining, reply };
                         continue;
                     }
-                    // Checked against MAX_OPTION_KEPT_LEN just now, so this cannot overflow.
+                    // Checked against MAX_OPTION_KEPT_LEN above, so this cannot overflow.
                     let whole = OptionHeader::LEN + header.length as usize;
                     if input.len() < whole {
                         return Ok(HandshakeStep::NeedsInput(self));
@@ -106,7 +106,8 @@ impl Handshake {
     }
 }
 
-/// Takes the client flags; a client that sets unknown ones is dropped (section "Client flags").
+/// Reads the client flags; a client that sets unknown ones is disconnected (section "Client
+/// flags").
 fn client_flags(input: &mut BytesMut) -> Result<Option<ClientFlags>, ProtocolError> {
     let Some(bits) = input.first_chunk::<4>().map(|bytes| u32::from_be_bytes(*bytes)) else {
         return Ok(None);

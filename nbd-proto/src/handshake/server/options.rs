@@ -15,11 +15,11 @@ use crate::handshake::meta_context::MetaContextQuestion;
 use crate::handshake::options;
 use crate::wire::{OptionReplyType, OptionType, ReplyMode};
 
-/// What became of one option.
+/// The outcome of one option.
 pub(super) enum Handled {
-    /// It is answered; look at the next one.
+    /// The option is answered; continue with the next one.
     Answered(Session),
-    /// The driver has to do something.
+    /// The driver has to act.
     Step(HandshakeStep),
 }
 
@@ -64,7 +64,7 @@ impl Session {
         Ok(self.ask(option, &payload, out))
     }
 
-    /// Turns an option that is legal now into a question, or answers it.
+    /// Turns a legal option into a pending question, or answers it.
     fn ask(mut self, option: OptionType, payload: &Bytes, out: &mut BytesMut) -> Handled {
         let step = match option {
             OptionType::STARTTLS => Ok(HandshakeStep::StartTls(PendingTls { session: self })),
@@ -79,7 +79,7 @@ impl Session {
             },
             OptionType::LIST_META_CONTEXT => self.ask_meta(MetaContextAction::List, payload),
             OptionType::SET_META_CONTEXT => {
-                // The previous selection is gone, whether this option succeeds or fails.
+                // The previous selection is dropped, whether this option succeeds or fails.
                 self.selection = None;
                 self.ask_meta(MetaContextAction::Select, payload)
             }

@@ -1,5 +1,5 @@
-//! Options that only the owner of the exports can answer. Each value is one question; the answer
-//! consumes it and returns the handshake.
+//! Options that need an answer of the caller, who owns the exports. Each value is one question; the
+//! answer consumes it and returns the handshake.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -15,7 +15,7 @@ use crate::wire::{
     ClientFlags, InfoType, MetaContextName, OptionReplyType, OptionType, TransmissionFlags,
 };
 
-/// Ends the handshake: what both sides know from now on.
+/// Ends the handshake with the values that both sides know from now on.
 fn negotiated(session: Session, name: String, export: &ExportDescription) -> Negotiated {
     Negotiated {
         size: export.size,
@@ -27,8 +27,8 @@ fn negotiated(session: Session, name: String, export: &ExportDescription) -> Neg
     }
 }
 
-/// The flags a transmission phase begins with: a block status payload is only offered to a client
-/// that selected contexts to put into it (section "Transmission flags").
+/// The flags at the start of the transmission phase: a block status payload is offered only to a
+/// client that has selected contexts (section "Transmission flags").
 fn transmission_flags(
     session: &Session,
     name: &str,
@@ -45,7 +45,7 @@ fn transmission_flags(
     flags
 }
 
-/// What INFO and GO ask.
+/// The payload of INFO and GO.
 ///
 /// ```text
 /// | name length u32 | name | number of requests u16 | request u16 | ...
@@ -73,7 +73,8 @@ impl InfoQuestion {
         Ok(Self { name, wanted })
     }
 
-    /// Writes the items. True if the client has to ask for block sizes first, and was told so.
+    /// Writes the items. Returns true if the client has to request block sizes first and was told
+    /// so.
     fn answer(
         &self,
         option: OptionType,
@@ -98,17 +99,17 @@ impl InfoQuestion {
     }
 }
 
-/// What became of a GO that the server accepted.
+/// The outcome of a GO that the server accepted.
 #[derive(Debug)]
 pub enum GoAnswer {
-    /// The handshake is over.
+    /// The handshake is complete.
     Transmission(Box<Negotiated>),
-    /// The client did not ask for block sizes, which this export requires; it was told so
-    /// (ERR_BLOCK_SIZE_REQD) and may ask again.
+    /// The client did not request block sizes, which this export requires. It was answered with
+    /// ERR_BLOCK_SIZE_REQD and may try again.
     BlockSizesRequired(Handshake),
 }
 
-/// A GO that waits for an answer (section "Option types", NBD_OPT_GO).
+/// A GO that needs an answer (section "Option types", NBD_OPT_GO).
 #[derive(Debug)]
 pub struct PendingGo {
     pub(super) session: Session,
@@ -116,13 +117,14 @@ pub struct PendingGo {
 }
 
 impl PendingGo {
-    /// Name of the export the client wants; empty means the default export.
+    /// Name of the requested export; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.question.name
     }
 
-    /// Describes the export and, unless block sizes have to be asked for first, ends the handshake.
+    /// Sends the description of the export and, unless block sizes have to be requested first, ends
+    /// the handshake.
     #[must_use]
     pub fn accept(self, export: &ExportDescription, out: &mut BytesMut) -> GoAnswer {
         if self.question.answer(OptionType::GO, &self.session, export, out) {
@@ -131,14 +133,14 @@ impl PendingGo {
         GoAnswer::Transmission(Box::new(negotiated(self.session, self.question.name, export)))
     }
 
-    /// Refuses; the handshake goes on.
+    /// Refuses; the handshake continues.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
         Handshake::refuse(self.session, OptionType::GO, reason, message, out)
     }
 }
 
-/// An INFO that waits for an answer (section "Option types", NBD_OPT_INFO).
+/// An INFO that needs an answer (section "Option types", NBD_OPT_INFO).
 #[derive(Debug)]
 pub struct PendingInfo {
     pub(super) session: Session,
@@ -146,27 +148,27 @@ pub struct PendingInfo {
 }
 
 impl PendingInfo {
-    /// Name of the export the client asks about; empty means the default export.
+    /// Name of the requested export; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.question.name
     }
 
-    /// Describes the export.
+    /// Sends the description of the export; the handshake continues.
     #[must_use]
     pub fn accept(self, export: &ExportDescription, out: &mut BytesMut) -> Handshake {
         self.question.answer(OptionType::INFO, &self.session, export, out);
         Handshake::go_on(self.session)
     }
 
-    /// Refuses.
+    /// Refuses; the handshake continues.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
         Handshake::refuse(self.session, OptionType::INFO, reason, message, out)
     }
 }
 
-/// An EXPORT_NAME that waits for an answer (section "Option types", NBD_OPT_EXPORT_NAME).
+/// An EXPORT_NAME that needs an answer (section "Option types", NBD_OPT_EXPORT_NAME).
 ///
 /// The option cannot report an error: to refuse it, drop this value and close the connection.
 #[derive(Debug)]
@@ -176,13 +178,13 @@ pub struct PendingExportName {
 }
 
 impl PendingExportName {
-    /// Name of the export the client wants; empty means the default export.
+    /// Name of the requested export; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.name
     }
 
-    /// Describes the export and ends the handshake.
+    /// Sends the description of the export and ends the handshake.
     #[must_use]
     pub fn accept(self, export: &ExportDescription, out: &mut BytesMut) -> Negotiated {
         out.put_u64(export.size);
@@ -193,8 +195,8 @@ impl PendingExportName {
         negotiated(self.session, self.name, export)
     }
 
-    /// Refuses in the only way there is: the value is gone, and the reason is given back for the
-    /// server's own log. Close the connection.
+    /// Refuses by consuming the value: EXPORT_NAME has no error reply. Returns the reason for the
+    /// server's log. Close the connection.
     #[must_use]
     pub fn reject(self) -> ProtocolError {
         ProtocolError::Unexpected {
@@ -204,15 +206,15 @@ impl PendingExportName {
     }
 }
 
-/// A LIST that waits for an answer (section "Option types", NBD_OPT_LIST).
+/// A LIST that needs an answer (section "Option types", NBD_OPT_LIST).
 #[derive(Debug)]
 pub struct PendingList {
     pub(super) session: Session,
 }
 
 impl PendingList {
-    /// Lists `exports`. One whose name the protocol cannot carry (over 4096 bytes, or with a NUL
-    /// byte) is left out: no client could ask for it.
+    /// Lists `exports`. Names that the protocol cannot express (over 4096 bytes, or with a NUL
+    /// byte) are left out: no client could request them.
     #[must_use]
     pub fn accept<'a>(
         self,
@@ -228,23 +230,23 @@ impl PendingList {
         Handshake::go_on(self.session)
     }
 
-    /// Refuses.
+    /// Refuses; the handshake continues.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
         Handshake::refuse(self.session, OptionType::LIST, reason, message, out)
     }
 }
 
-/// What a question about metadata contexts wants.
+/// The purpose of a metadata context option.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MetaContextAction {
-    /// LIST_META_CONTEXT: tell what there is.
+    /// LIST_META_CONTEXT: list the available contexts.
     List,
-    /// SET_META_CONTEXT: select for the transmission phase.
+    /// SET_META_CONTEXT: select contexts for the transmission phase.
     Select,
 }
 
-/// A LIST_META_CONTEXT or SET_META_CONTEXT that waits for an answer.
+/// A LIST_META_CONTEXT or SET_META_CONTEXT that needs an answer (section "Metadata querying").
 #[derive(Debug)]
 pub struct PendingMetaContext {
     pub(super) session: Session,
@@ -253,13 +255,13 @@ pub struct PendingMetaContext {
 }
 
 impl PendingMetaContext {
-    /// Name of the export the client asks about; empty means the default export.
+    /// Name of the export in question; empty means the default export.
     #[must_use]
     pub fn export_name(&self) -> &str {
         &self.question.export_name
     }
 
-    /// Whether this lists or selects.
+    /// Returns whether the option lists or selects.
     #[must_use]
     pub const fn action(&self) -> MetaContextAction {
         self.action
@@ -272,9 +274,9 @@ impl PendingMetaContext {
         }
     }
 
-    /// Matches the queries with `available`, every context of the export in its own order, and
-    /// answers. A selection of more than [`MAX_META_CONTEXTS`] contexts is refused; a list ends
-    /// there.
+    /// Matches the queries with `available`, all contexts of the export in its own order, and
+    /// answers. A selection of more than [`MAX_META_CONTEXTS`] contexts is refused; a list is
+    /// truncated there.
     #[must_use]
     pub fn accept(mut self, available: &[MetaContextName], out: &mut BytesMut) -> Handshake {
         let option = self.option();
@@ -301,7 +303,7 @@ impl PendingMetaContext {
         Handshake::go_on(self.session)
     }
 
-    /// Refuses. A refused selection leaves nothing selected.
+    /// Refuses; the handshake continues and no context is selected.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
         let option = self.option();
@@ -309,7 +311,7 @@ impl PendingMetaContext {
     }
 }
 
-/// A STARTTLS that waits for an answer (section "TLS support").
+/// A STARTTLS that needs an answer (section "TLS support").
 #[derive(Debug)]
 pub struct PendingTls {
     pub(super) session: Session,
@@ -334,24 +336,24 @@ impl PendingTls {
         Ok(BeforeTls { session: self.session })
     }
 
-    /// Refuses; the handshake goes on in the clear.
+    /// Refuses; the handshake continues in the clear.
     #[must_use]
     pub fn reject(self, reason: RefusalReason, message: &str, out: &mut BytesMut) -> Handshake {
         Handshake::refuse(self.session, OptionType::STARTTLS, reason, message, out)
     }
 }
 
-/// The moment between the answer to STARTTLS and the end of the TLS handshake: send what is in the
-/// output buffer, carry out the TLS handshake on the bare socket, and go on with a **new, empty**
-/// input buffer.
+/// The state between the answer to STARTTLS and the end of the TLS handshake. Send the output
+/// buffer, perform the TLS handshake on the bare socket, and continue with a **new, empty** input
+/// buffer.
 #[derive(Debug)]
 pub struct BeforeTls {
     session: Session,
 }
 
 impl BeforeTls {
-    /// TLS is established. Everything negotiated in the clear is forgotten, apart from the client
-    /// flags, which are not negotiated again.
+    /// Continues after the TLS handshake. Everything negotiated in the clear is forgotten, except
+    /// for the client flags, which are not negotiated again.
     #[must_use]
     pub fn resume_after_tls(self) -> Handshake {
         Handshake::go_on(self.session.reset_for_tls())

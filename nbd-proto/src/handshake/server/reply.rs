@@ -1,4 +1,4 @@
-//! Writing option replies.
+//! Writes option replies.
 
 use bytes::{BufMut, BytesMut};
 
@@ -10,8 +10,8 @@ use crate::wire::{
     TransmissionFlags,
 };
 
-/// Appends a reply whose payload is `parts`, one after the other. Every part is bounded by a
-/// string limit, so that the length always fits.
+/// Appends a reply whose payload is the concatenation of `parts`. Every part is bounded by a string
+/// limit, so the length always fits.
 fn put_reply(out: &mut BytesMut, option: OptionType, reply: OptionReplyType, parts: &[&[u8]]) {
     let length = parts.iter().map(|part| part.len()).sum::<usize>() as u32;
     OptionReplyHeader { option, reply, length }.encode(out);
@@ -24,7 +24,7 @@ pub(super) fn put_ack(out: &mut BytesMut, option: OptionType) {
     put_reply(out, option, OptionReplyType::ACK, &[]);
 }
 
-/// Appends an error with a text for people, which is cut and cleaned of NUL bytes.
+/// Appends an error with a message, which is truncated and cleaned of NUL bytes.
 pub(super) fn put_error(
     out: &mut BytesMut,
     option: OptionType,
@@ -53,7 +53,7 @@ pub(super) fn put_meta_context(
     put_reply(out, option, OptionReplyType::META_CONTEXT, &parts);
 }
 
-/// Which optional items a client asked for.
+/// The optional items that a client requested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct WantedInfo {
     pub(super) name: bool,
@@ -62,7 +62,7 @@ pub(super) struct WantedInfo {
 }
 
 impl WantedInfo {
-    /// Notes one request; unknown ones are ignored (section "Option types", NBD_OPT_INFO).
+    /// Records one request; unknown ones are ignored (section "Option types", NBD_OPT_INFO).
     pub(super) const fn add(&mut self, info: InfoType) {
         match info {
             InfoType::NAME => self.name = true,
@@ -73,8 +73,7 @@ impl WantedInfo {
     }
 }
 
-/// Appends the information items about `export`: EXPORT and BLOCK_SIZE always, the texts when they
-/// were asked for.
+/// Appends the information items of `export`: EXPORT and BLOCK_SIZE always, the strings on request.
 pub(super) fn put_info(
     out: &mut BytesMut,
     option: OptionType,

@@ -9,7 +9,7 @@ use crate::handshake::options;
 use crate::limits::{MAX_OPTION_KEPT_LEN, MAX_OPTIONS_PER_HANDSHAKE, MAX_STRING_LEN};
 use crate::wire::{ClientFlags, OptionHeader, OptionReplyType, OptionType, ReplyMode};
 
-/// What is known about the connection so far.
+/// The negotiated state of the connection.
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) config: ServerConfig,
@@ -32,8 +32,8 @@ impl Session {
         }
     }
 
-    /// STARTTLS drops all that came before it (section "TLS support"): an attacker could have
-    /// negotiated it.
+    /// STARTTLS drops all earlier state (section "TLS support"): an attacker could have negotiated
+    /// it.
     pub(super) fn reset_for_tls(self) -> Self {
         Self { tls_established: true, reply_mode: ReplyMode::Simple, selection: None, ..self }
     }
@@ -54,8 +54,8 @@ impl Session {
         matches!(self.config.tls, TlsPolicy::Require) && !self.tls_established
     }
 
-    /// Looks at a header before its payload is there: the answer to give without reading the
-    /// payload, if it is too big to be kept.
+    /// Checks a header before its payload has arrived. Returns the answer to send without reading
+    /// the payload if the payload is too big to be kept.
     pub(super) fn unread_answer(
         &self,
         header: OptionHeader,
@@ -95,7 +95,7 @@ impl Session {
         }))
     }
 
-    /// EXPORT_NAME cannot be told about an error, so these end the connection.
+    /// EXPORT_NAME has no error reply, so these errors end the connection.
     fn check_export_name_allowed(&self) -> Result<(), ProtocolError> {
         let why = if self.is_tls_missing() {
             "this server requires TLS first"

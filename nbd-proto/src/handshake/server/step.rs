@@ -1,29 +1,28 @@
-//! The next step of a server.
+//! The next action of a server's driver.
 
 use super::machine::Handshake;
 use super::pending::{
     PendingExportName, PendingGo, PendingInfo, PendingList, PendingMetaContext, PendingTls,
 };
 
-/// What a handshake needs next.
+/// The next action of the driver.
 #[derive(Debug)]
 #[must_use]
 pub enum HandshakeStep {
-    /// More bytes of the client. Send what is in the output buffer first.
+    /// Send the output buffer, then receive more bytes of the client.
     NeedsInput(Handshake),
-    /// An answer to GO.
+    /// Answer GO.
     Go(PendingGo),
-    /// An answer to INFO.
+    /// Answer INFO.
     Info(PendingInfo),
-    /// An answer to EXPORT_NAME.
+    /// Answer EXPORT_NAME.
     ExportName(PendingExportName),
-    /// An answer to LIST.
+    /// Answer LIST.
     List(PendingList),
-    /// An answer to LIST_META_CONTEXT or SET_META_CONTEXT.
+    /// Answer LIST_META_CONTEXT or SET_META_CONTEXT.
     MetaContext(PendingMetaContext),
-    /// An answer to STARTTLS, given in time and without reading more of the socket.
+    /// Answer STARTTLS, before reading more bytes of the socket.
     StartTls(PendingTls),
-    /// The client ended the handshake and was told that this was seen: send what is in the output
-    /// buffer and close.
+    /// The client ended the handshake and was acknowledged: send the output buffer and close.
     Aborted,
 }
