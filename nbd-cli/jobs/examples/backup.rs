@@ -1,8 +1,8 @@
-//! Backs a disk up while its clients go on writing:
-//! `cargo run -p nbd-jobs --example backup -- CONTROL EXPORT TARGET [BASE]`.
+//! Backs up a disk while its clients write to it: `cargo run -p nbd-jobs --example backup --
+//! CONTROL EXPORT TARGET [BASE]`.
 //!
-//! `CONTROL` is the socket of `nbd-cli serve --control`. Without `BASE` the backup is a full one, and the
-//! bitmap `daily` begins with it; with the backup before it, it is an incremental one.
+//! `CONTROL` is the socket of `nbd-cli serve --control`. Without `BASE` the backup is a full one,
+//! and the bitmap `daily` starts with it; with the previous backup as `BASE`, it is incremental.
 
 use std::error::Error;
 use std::path::PathBuf;

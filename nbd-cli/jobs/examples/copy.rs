@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use nbd_jobs::{Cancellation, CopyOptions, JobContext, Location, Observer, Progress, copy};
 
-/// Prints what it hears of.
+/// Prints progress and warnings.
 struct Printed;
 
 impl Observer for Printed {

@@ -1,11 +1,11 @@
-//! Ending a job early.
+//! Cancels jobs.
 
 use tokio::sync::watch::{Sender, channel};
 
 use crate::error::{JobError, JobErrorKind};
 
-/// Ends jobs early: clones are one and the same, so that a job can be given one and the caller keeps
-/// another. Once it is cancelled it stays so.
+/// Cancels jobs. Clones share one state, so that a job can own one and the caller keeps another.
+/// Cancellation is permanent.
 ///
 /// A cancelled job stops between two steps, removes the file that it was making, and fails with
 /// [`JobErrorKind::Interrupted`].
@@ -15,13 +15,13 @@ pub struct Cancellation {
 }
 
 impl Cancellation {
-    /// One that nobody has cancelled.
+    /// Creates a value that is not cancelled.
     pub fn new() -> Self {
         Self { reason: channel(None).0 }
     }
 
-    /// Cancels. The first reason counts: it is what the job's error says, such as `interrupted by
-    /// SIGINT`.
+    /// Cancels. The first reason is kept: it is the text of the job's error, such as `interrupted
+    /// by SIGINT`.
     pub fn cancel(&self, reason: impl Into<String>) {
         self.reason.send_if_modified(|first| {
             let is_first = first.is_none();
@@ -32,12 +32,12 @@ impl Cancellation {
         });
     }
 
-    /// Whether it was cancelled.
+    /// Returns whether it was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.reason.borrow().is_some()
     }
 
-    /// Waits until it is cancelled; gives the error of a job that ends for that.
+    /// Waits for the cancellation; returns the error of a job that ends for it.
     ///
     /// # Cancel safety
     ///
@@ -45,16 +45,16 @@ impl Cancellation {
     pub async fn cancelled(&self) -> JobError {
         let mut reasons = self.reason.subscribe();
         let reason = reasons.wait_for(Option::is_some).await.map(|reason| reason.clone());
-        // It cannot fail: the sender is this object's own.
+        // It cannot fail: this value owns the sender.
         let Ok(reason) = reason else { return std::future::pending().await };
         JobError::new(JobErrorKind::Interrupted, reason.unwrap_or_default())
     }
 
-    /// Carries out what may be given up at any time, such as waiting for a server.
+    /// Runs work that may be abandoned at any moment, such as waiting for a server.
     ///
     /// # Errors
     ///
-    /// Those of the work, or that it was cancelled.
+    /// The error of the work, or [`JobErrorKind::Interrupted`].
     ///
     /// # Cancel safety
     ///

@@ -1,4 +1,4 @@
-//! Connections to servers, and what to say when they fail.
+//! Connections to servers, and messages about their failures.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -13,10 +13,10 @@ use crate::cancellation::Cancellation;
 use crate::error::{JobError, JobErrorKind};
 use crate::text::printable;
 
-/// How many names an error lists.
+/// Most names listed in an error.
 const MAX_NAMES: usize = 8;
 
-/// How the connections of a job are made.
+/// Connection options of a job.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ConnectOptions {
@@ -25,12 +25,12 @@ pub struct ConnectOptions {
     /// Time limit for connecting and for each request. By default 30 seconds for connecting, and
     /// none for requests.
     pub timeout: Option<Duration>,
-    /// How long to try to restore a lost connection. By default 30 seconds.
+    /// Time limit for restoring a lost connection. By default 30 seconds.
     pub reconnect: Duration,
     /// TLS for servers.
     pub tls: TlsSettings,
-    /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`): only
-    /// if its author may read them. By default it may not.
+    /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`). Not
+    /// allowed by default: allow it only if the author of the URI may read these files.
     pub local_files: LocalFiles,
 }
 
@@ -47,7 +47,7 @@ impl Default for ConnectOptions {
 }
 
 impl ConnectOptions {
-    /// Describes a connection.
+    /// Returns the settings of a connection.
     pub fn connector(&self, uri: &NbdUri) -> Connector {
         let connector = Connector::new(uri.clone()).local_files(self.local_files);
         let connector = self.tls.apply(connector).connections(self.connections);
@@ -59,34 +59,33 @@ impl ConnectOptions {
     }
 }
 
-/// How connections use TLS, where the URI does not say it.
+/// TLS options; they apply where the URI is silent.
 #[derive(Clone, Debug, Default)]
 #[non_exhaustive]
 pub struct TlsSettings {
-    /// When TLS is used. By default as the URI's scheme says.
+    /// The TLS policy. By default determined by the URI's scheme.
     pub mode: Option<TlsMode>,
-    /// Directory with `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` if the server wants
-    /// them.
+    /// Directory with `ca-cert.pem`, and `client-cert.pem` and `client-key.pem` if the server
+    /// requires them.
     pub certificates: Option<PathBuf>,
-    /// As [`certificates`](Self::certificates), if neither the caller nor the URI says anything
-    /// else.
+    /// Default for [`certificates`](Self::certificates), if neither the caller nor the URI
+    /// specifies credentials.
     pub default_certificates: Option<PathBuf>,
-    /// File with pre-shared keys, as psktool makes it; the URI names the user. Goes before
-    /// certificates.
+    /// File with pre-shared keys, as psktool writes it; the URI names the user. Takes precedence
+    /// over certificates.
     pub pre_shared_keys: Option<PathBuf>,
-    /// Name that the server's certificate has to have. By default the host of the URI.
+    /// Name that the server's certificate must contain. By default the host of the URI.
     pub hostname: Option<String>,
     /// Whether the server's certificate is verified.
     pub verify_peer: Option<VerifyPeer>,
 }
 
 impl TlsSettings {
-    /// Refuses credentials that nothing uses: a mistake that would leave a connection open to
-    /// everybody.
+    /// Refuses unused credentials: a mistake that would leave a connection unprotected.
     ///
     /// # Errors
     ///
-    /// If something is said about TLS, and neither the mode nor one of the URIs asks for it.
+    /// If there are TLS options, and neither the mode nor one of the URIs requests TLS.
     pub fn check<'a>(&self, uris: impl IntoIterator<Item = &'a NbdUri>) -> Result<(), JobError> {
         let option = match self {
             Self { mode: Some(_), .. } => return Ok(()),
@@ -105,7 +104,7 @@ impl TlsSettings {
         )))
     }
 
-    /// Adds TLS to the description of a connection, if it is to be used.
+    /// Adds TLS to the settings of a connection, if it is requested.
     pub fn apply(&self, connector: Connector) -> Connector {
         let uri = connector.uri().clone();
         let mode = match (self.mode, uri.security) {
@@ -134,8 +133,8 @@ impl TlsSettings {
     }
 }
 
-/// Connects; an export that does not exist is reported together with those that do. `whose` is the
-/// kind of the error.
+/// Connects; if the export does not exist, the error lists the existing ones. `whose` is the kind
+/// of the error.
 ///
 /// # Errors
 ///
@@ -143,7 +142,7 @@ impl TlsSettings {
 ///
 /// # Cancel safety
 ///
-/// Safe: the connection is given up.
+/// Safe: the connection is closed.
 pub async fn connect(
     connector: &Connector,
     uri: &NbdUri,
@@ -163,7 +162,7 @@ pub async fn connect(
         .await
 }
 
-/// What to say about an error of the handshake.
+/// Describes an error of the handshake.
 pub async fn explain_unknown_export(connector: &Connector, uri: &NbdUri, error: &Error) -> String {
     if error.option_reply() != Some(OptionReplyType::ERR_UNKNOWN) {
         return with_advice(error);
@@ -186,7 +185,7 @@ pub async fn explain_unknown_export(connector: &Connector, uri: &NbdUri, error: 
     format!("{uri}: the server has {wanted} ({offered})")
 }
 
-/// What to say when a server refused something or failed after it was reached.
+/// Describes a refusal or failure after the handshake.
 pub fn failed(uri: &NbdUri, operation: &str, error: &Error) -> String {
     match error {
         // These name the server themselves.

@@ -1,33 +1,33 @@
-//! Why a job failed.
+//! Errors of jobs.
 
 use std::fmt;
 
 use crate::text::without_error_numbers;
 
-/// Whose fault a [`JobError`] is.
+/// The side at fault for a [`JobError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum JobErrorKind {
     /// The source cannot be opened, reached or read.
     Source,
-    /// The destination cannot be made, reached, written to or completed.
+    /// The destination cannot be created, reached, written to or completed.
     Destination,
-    /// The backup before a new one cannot be opened, or is or may be the wrong one.
+    /// The base of a new backup cannot be opened, or is or may be the wrong one.
     Base,
     /// The control socket of a server cannot be reached, or the server refuses a request.
     ControlSocket,
-    /// Both sides were read again and differ.
+    /// Verification found a difference.
     Mismatch,
     /// The job was cancelled.
     Interrupted,
-    /// What was asked for contradicts itself or is out of range.
+    /// The options contradict each other or are out of range.
     InvalidArgument,
-    /// The process itself: a task was given up.
+    /// The process itself: a task panicked or was cancelled.
     Internal,
 }
 
-/// Why a job failed: one sentence that names the file or server, what was tried and what to do. Where the
-/// remedy is an option, it has the name that it has in `nbd-cli`.
+/// The failure of a job: one sentence that names the file or server, the operation and the remedy.
+/// If the remedy is an option, it has its name in `nbd-cli`.
 #[derive(Debug)]
 pub struct JobError {
     kind: JobErrorKind,
@@ -36,24 +36,24 @@ pub struct JobError {
 }
 
 impl JobError {
-    /// An error; `message` is the whole sentence.
+    /// Creates an error; `message` is the whole sentence.
     pub fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: without_error_numbers(message.into()), could_be_shared: false }
     }
 
-    /// An error of an image or of a file.
+    /// Converts an error of an image or of a file.
     #[allow(clippy::needless_pass_by_value)] // For map_err.
     pub fn image(kind: JobErrorKind, error: imgfmt::Error) -> Self {
         let could_be_shared = error.could_be_shared();
         Self { could_be_shared, ..Self::new(kind, error.to_string()) }
     }
 
-    /// An error of an image that was to be opened, with the option that would allow what was refused.
+    /// Converts an error of opening an image, and adds the option that would allow it.
     pub fn opening(kind: JobErrorKind, error: imgfmt::Error) -> Self {
         Self::opening_with(kind, error, "--format raw")
     }
 
-    /// As [`opening`](Self::opening), where another option says that the image is raw.
+    /// Like [`opening`](Self::opening), where another option declares the image to be raw.
     pub fn opening_with(kind: JobErrorKind, error: imgfmt::Error, raw_option: &str) -> Self {
         match (error.kind(), error.found_format()) {
             (imgfmt::ErrorKind::PolicyDenied, _) => {
@@ -79,36 +79,33 @@ impl JobError {
         Self::new(JobErrorKind::InvalidArgument, message)
     }
 
-    /// A task has panicked or was given up.
+    /// A task panicked or was cancelled.
     pub fn given_up(what: &str, error: &tokio::task::JoinError) -> Self {
         Self::new(JobErrorKind::Internal, format!("a {what} was given up: {error}"))
     }
 
-    /// The same error in another sentence.
+    /// Replaces the sentence of the error.
     #[must_use]
     pub fn in_words(&self, message: String) -> Self {
         Self::new(self.kind, message)
     }
 
-    /// The same error, with the option that would allow to read a file while others write to it, if that
-    /// would help.
+    /// Adds the option that allows reading a file while others write to it, if that would help.
     #[must_use]
     pub(crate) fn advise_sharing(self) -> Self {
         match self.could_be_shared {
-            true => {
-                self.in_words(format!("{self}, or add -U (--force-share) to read it all the same"))
-            }
+            true => self.in_words(format!("{self}, or add -U (--force-share) to read it anyway")),
             false => self,
         }
     }
 
-    /// Whose fault it is.
+    /// Returns the side at fault.
     pub fn kind(&self) -> JobErrorKind {
         self.kind
     }
 
-    /// Whether a file could not be read because another program writes to it, and could be read with
-    /// [`Locking::Shared`](imgfmt::Locking::Shared).
+    /// Returns whether a file could not be read because another program writes to it, and could be
+    /// read with [`Locking::Shared`](imgfmt::Locking::Shared).
     pub fn could_be_shared(&self) -> bool {
         self.could_be_shared
     }

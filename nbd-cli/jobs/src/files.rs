@@ -7,7 +7,7 @@ use imgfmt::{Access, Locking};
 
 use crate::observer::Observer;
 
-/// Opens a file, and tells the observer if it has no locks.
+/// Opens a file, and informs the observer if its file system has no locks.
 pub(crate) fn open_file(
     path: &Path,
     access: Access,

@@ -1,5 +1,5 @@
-//! QEMU's `key=value,key=value` syntax, in which a comma inside a value is doubled, and the JSON
-//! objects that may stand in its place.
+//! QEMU's `key=value,key=value` syntax, in which a comma inside a value is doubled, and the
+//! equivalent JSON objects.
 
 use std::collections::BTreeMap;
 
@@ -8,16 +8,16 @@ use serde_json::Value;
 /// Options by their dotted names, such as `file.filename`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KeyValues {
-    /// `None` for a null of JSON.
+    /// `None` for a JSON null.
     values: BTreeMap<String, Option<String>>,
 }
 
 impl KeyValues {
-    /// Takes a text apart. Its first part is the value of `implied` if it has no key of its own.
+    /// Parses a text. Its first part is the value of `implied` if it has no key.
     ///
     /// # Errors
     ///
-    /// A sentence about what is wrong.
+    /// A sentence that describes the defect.
     pub fn parse(text: &str, implied: Option<&str>) -> Result<Self, String> {
         if text.starts_with('{') {
             return Self::from_json(text);
@@ -27,7 +27,7 @@ impl KeyValues {
             let (key, value) = match (part.split_once('='), implied) {
                 (Some((key, value)), _) => (key.to_owned(), value.to_owned()),
                 (None, Some(implied)) if index == 0 => (implied.to_owned(), part),
-                // An option alone is switched on, and off with a "no" before it.
+                // An option without a value is switched on, or off if it begins with "no".
                 (None, _) if part == "help" || part == "?" => {
                     return Err("there is no list of the options here; see --help".to_owned());
                 }
@@ -36,17 +36,17 @@ impl KeyValues {
             if key.is_empty() {
                 return Err(format!("'{text}': a value has no key"));
             }
-            // As QEMU has it: the last one counts.
+            // As in QEMU, the last one counts.
             values.insert(key, Some(value));
         }
         Ok(Self { values })
     }
 
-    /// Takes a JSON object apart; what is nested gets dotted names.
+    /// Parses a JSON object; nested keys get dotted names.
     ///
     /// # Errors
     ///
-    /// A sentence about what is wrong.
+    /// A sentence that describes the defect.
     pub fn from_json(text: &str) -> Result<Self, String> {
         let value: Value =
             serde_json::from_str(text).map_err(|_| "this is not valid JSON".to_owned())?;
@@ -63,12 +63,12 @@ impl KeyValues {
         self.values.insert(key.to_owned(), Some(value));
     }
 
-    /// Takes the value of a key away. A null counts as no value.
+    /// Removes a key and returns its value. A null counts as no value.
     pub fn take(&mut self, key: &str) -> Option<String> {
         self.values.remove(key).flatten()
     }
 
-    /// Takes a key away whose value is a null, and says whether there was one.
+    /// Removes a key whose value is null, and returns whether there was one.
     pub fn take_null(&mut self, key: &str) -> bool {
         let is_null = self.values.get(key).is_some_and(Option::is_none);
         if is_null {
@@ -77,12 +77,12 @@ impl KeyValues {
         is_null
     }
 
-    /// Whether a key has this value.
+    /// Returns whether a key has this value.
     pub fn has(&self, key: &str, value: &str) -> bool {
         self.values.get(key).is_some_and(|found| found.as_deref() == Some(value))
     }
 
-    /// Takes everything away whose key begins with `prefix` and a dot, without that prefix.
+    /// Removes all keys that begin with `prefix` and a dot, and returns them without that prefix.
     pub fn take_below(&mut self, prefix: &str) -> Self {
         let dotted = format!("{prefix}.");
         let (below, rest) = std::mem::take(&mut self.values)
@@ -95,7 +95,7 @@ impl KeyValues {
         Self { values: below.into_iter().map(strip).collect() }
     }
 
-    /// Takes `on` or `off` (or what means the same) away.
+    /// Removes a key and returns its value `on` or `off` (or a synonym).
     ///
     /// # Errors
     ///
@@ -109,12 +109,12 @@ impl KeyValues {
         }
     }
 
-    /// One of the keys that nobody has taken.
+    /// Returns one of the remaining keys.
     pub fn left_over(&self) -> Option<&str> {
         self.values.keys().next().map(String::as_str)
     }
 
-    /// Whether nothing is left.
+    /// Returns whether no key is left.
     pub fn is_empty(&self) -> bool {
         self.values.is_empty()
     }
@@ -140,7 +140,7 @@ fn split(text: &str) -> Vec<String> {
     parts
 }
 
-/// The parser of JSON bounds how deep this goes.
+/// The JSON parser bounds the depth of recursion.
 fn flatten(prefix: String, value: Value, values: &mut BTreeMap<String, Option<String>>) {
     let below = |key: &str| match prefix.as_str() {
         "" => key.to_owned(),

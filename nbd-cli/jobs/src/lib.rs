@@ -1,4 +1,4 @@
-//! Work on whole disks: what `nbd-cli` does, without its command line.
+//! Jobs on whole disks: the work of `nbd-cli` without its command line.
 //!
 //! [`copy()`] copies a disk between NBD servers, local files, block devices and pipes; holes stay holes:
 //!
@@ -21,17 +21,17 @@
 //! ```
 //!
 //! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
-//! and incremental backups of served disks, of a checkpoint too, and [`restore()`] brings them
-//! back. [`control`] talks to a running `nbd-cli serve`.
+//! and incremental backups of served disks, also of a checkpoint, and [`restore()`] restores them.
+//! [`control`] sends requests to a running `nbd-cli serve`.
 //!
 //! # Jobs
 //!
-//! A job takes plain options, and a [`JobContext`]: an [`Observer`], which hears of progress and
-//! warnings, and a [`Cancellation`], with which the caller ends it early. Its error is a
-//! [`JobError`]: one sentence, and whose fault it was. Nothing is printed, no signal is caught and
-//! no environment variable is read.
+//! A job takes plain options and a [`JobContext`]: an [`Observer`], which receives progress and
+//! warnings, and a [`Cancellation`], with which the caller cancels the job. Its error is a
+//! [`JobError`]: one sentence, and the side at fault. A job prints nothing, catches no signals and
+//! reads no environment variables.
 //!
-//! Jobs are asynchronous and need a runtime of tokio with timers and I/O.
+//! Jobs are asynchronous and need a tokio runtime with timers and I/O.
 
 mod backup;
 mod cancellation;

@@ -1,4 +1,4 @@
-//! Sources and destinations, and how they are written.
+//! Sources and destinations, and their notation.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use nbd_proto::NbdUri;
 
 use crate::qemu_name::{FILE_PREFIX, FormatInName, NameInImage, from_json, from_name};
 
-/// Where to copy from or to.
+/// A source or destination of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Location {
     /// An export of a server.

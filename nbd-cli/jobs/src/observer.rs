@@ -1,4 +1,4 @@
-//! What a job tells its caller while it runs.
+//! Information from a running job.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::cancellation::Cancellation;
 use crate::text::printable;
 
-/// What a job is busy with.
+/// The phase of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Phase {
@@ -16,43 +16,44 @@ pub enum Phase {
     Verifying,
 }
 
-/// How far a job is. Sizes are in bytes.
+/// The progress of a job. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// What it is busy with; each phase counts from its own start.
+    /// The phase; each phase counts from its own start.
     pub phase: Phase,
-    /// How much is done. Less than before when a part has to be copied again.
+    /// Bytes done. The number decreases when a part has to be copied again.
     pub done: u64,
-    /// How much of that was known to be zero.
+    /// Bytes of these that were known to be zero.
     pub holes: u64,
-    /// How much there is, if that is known beforehand.
+    /// Total bytes, if known beforehand.
     pub total: Option<u64>,
 }
 
-/// What becomes of a file with a temporary name.
+/// An event of a file with a temporary name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TemporaryFile {
-    /// It was made. It is of no use until the job is complete: a process that ends without waiting for
-    /// the job should remove it.
+    /// The file was created. It is useless until the job is complete: a process that exits without
+    /// waiting for the job should remove it.
     Made,
-    /// It has its final name, was removed, or is to be kept.
+    /// The file has its final name, was removed, or will be kept.
     Gone,
 }
 
-/// Takes what a job tells. Every method has a default that does nothing, or leads to another one.
+/// Receives information from a job. Every method has a default that does nothing or calls another
+/// one.
 ///
-/// The methods are called by the tasks of the job, and have to return soon. Calls of
+/// The tasks of the job call the methods, which have to return soon. Calls of
 /// [`progress`](Self::progress) come one at a time and in order.
 pub trait Observer: Send + Sync {
-    /// The job is so far.
+    /// The job made progress.
     fn progress(&self, _progress: &Progress) {}
 
-    /// Something that the user should know, in one sentence. The job goes on.
+    /// A warning for the user, in one sentence. The job continues.
     fn warning(&self, _text: &str) {}
 
-    /// A file cannot be locked, because its file system has no locks. May come more than once for one
-    /// file.
+    /// A file cannot be locked, because its file system has no locks. May be called more than once
+    /// for one file.
     fn unlocked(&self, path: &Path) {
         self.warning(&format!(
             "the file system of '{}' has no locks, so nothing keeps other programs from writing to it \
@@ -61,23 +62,23 @@ pub trait Observer: Send + Sync {
         ));
     }
 
-    /// A file with a temporary name was made or is gone.
+    /// A file with a temporary name was created or is gone.
     fn temporary_file(&self, _path: &Path, _event: TemporaryFile) {}
 }
 
-/// An observer that takes nothing.
+/// An observer that ignores everything.
 #[derive(Clone, Copy, Debug, Default)]
 struct Silent;
 
 impl Observer for Silent {}
 
-/// The caller's side of a job: who is told, and what ends it early. By default nobody is told, and
-/// nothing ends it. Cheap to clone.
+/// The caller's side of a job: the observer and the cancellation. By default nothing is observed
+/// and nothing cancels. Cheap to clone.
 #[derive(Clone)]
 pub struct JobContext {
-    /// Is told what happens.
+    /// Receives progress and warnings.
     pub observer: Arc<dyn Observer>,
-    /// Ends the job early.
+    /// Cancels the job.
     pub cancellation: Cancellation,
 }
 
@@ -95,22 +96,22 @@ impl std::fmt::Debug for JobContext {
     }
 }
 
-/// Counts what is done and tells the observer.
+/// Counts completed bytes and informs the observer.
 pub(crate) struct Meter {
     observer: Arc<dyn Observer>,
-    /// Held while the observer is told, so that it hears of it in order.
+    /// Held during the call of the observer, so that calls come in order.
     progress: Mutex<Progress>,
 }
 
 impl Meter {
-    /// Begins a phase; `done` bytes of it are done already.
+    /// Starts a phase; `done` bytes of it are complete already.
     pub(crate) fn begin(context: &JobContext, phase: Phase, total: Option<u64>, done: u64) -> Self {
         let progress = Progress { phase, done, holes: 0, total };
         context.observer.progress(&progress);
         Self { observer: context.observer.clone(), progress: Mutex::new(progress) }
     }
 
-    /// Counts bytes that are done, and how many of them were known to be zero.
+    /// Adds completed bytes, and the number of those that were known to be zero.
     pub(crate) fn add(&self, bytes: u64, holes: u64) {
         self.change(|progress| {
             progress.done = progress.done.saturating_add(bytes);
@@ -118,7 +119,7 @@ impl Meter {
         });
     }
 
-    /// Takes bytes back that have to be done again.
+    /// Subtracts bytes that have to be copied again.
     pub(crate) fn set_back(&self, bytes: u64) {
         self.change(|progress| {
             progress.done = progress.done.saturating_sub(bytes);
@@ -126,7 +127,7 @@ impl Meter {
         });
     }
 
-    /// How far it is.
+    /// Returns the progress.
     pub(crate) fn progress(&self) -> Progress {
         *self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }

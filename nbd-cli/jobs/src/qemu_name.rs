@@ -1,5 +1,5 @@
-//! Names of exports as QEMU writes them, on its command lines and into images, and the options of
-//! its driver `nbd`.
+//! Names of exports in QEMU's notation, on its command lines and in images, and the options of its
+//! driver `nbd`.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
@@ -13,36 +13,35 @@ use crate::key_values::KeyValues;
 
 /// Schemes of NBD URIs.
 pub const SCHEMES: [&str; 6] = ["nbd", "nbd+unix", "nbd+tcp", "nbds", "nbds+unix", "nbds+tcp"];
-/// Scheme of names that are the options of a driver of QEMU's, as a JSON object.
+/// Scheme of names that contain the options of a QEMU driver as a JSON object.
 pub const JSON_SCHEME: &str = "json";
 
-/// What stands before the path in the name of a file.
+/// Prefix of the name of a file.
 pub const FILE_PREFIX: &str = "file:";
 
-/// The path of a file whose name may begin with `file:`.
+/// Returns the path of a file whose name may begin with `file:`.
 pub fn path_in(name: &OsStr) -> &Path {
     let path = name.as_bytes().strip_prefix(FILE_PREFIX.as_bytes());
     Path::new(path.map_or(name, OsStr::from_bytes))
 }
 
-/// Whether a file name is one of a server: `nbd:HOST:PORT`, `nbd:unix:PATH`, or a URI.
+/// Returns whether a name is that of a server: `nbd:HOST:PORT`, `nbd:unix:PATH`, or a URI.
 pub fn is_name_of_server(text: &str) -> bool {
     let scheme = text.split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| SCHEMES.contains(&scheme))
 }
 
-/// Whether a name in an image is one for QEMU's drivers or one of a server rather than a plain
-/// path.
+/// Returns whether a name in an image addresses a QEMU driver or a server rather than a plain path.
 pub fn has_scheme(name: &str) -> bool {
     let scheme = name.split_once(':').map(|(scheme, _)| scheme);
     scheme == Some(JSON_SCHEME) || name.starts_with(FILE_PREFIX) || is_name_of_server(name)
 }
 
-/// The server and export that such a name stands for.
+/// Parses the name of a server and export.
 ///
 /// # Errors
 ///
-/// A sentence about what is wrong with it.
+/// A sentence that describes the defect.
 pub fn from_name(text: &str) -> Result<NbdUri, String> {
     let Some(rest) = text.strip_prefix("nbd:").filter(|rest| !rest.starts_with("//")) else {
         return text.parse().map_err(|error: nbd_proto::uri::UriError| error.to_string());
@@ -59,22 +58,22 @@ pub fn from_name(text: &str) -> Result<NbdUri, String> {
     Ok(uri(transport, export_name))
 }
 
-/// What the name of a backing or data file stands for.
+/// The file or server that a backing or data file name addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NameInImage {
     /// An export of a server.
     Export(Box<NbdUri>),
-    /// A relative path starts at the working directory, as QEMU has it.
+    /// A file; a relative path starts at the working directory, as in QEMU.
     File(PathBuf),
 }
 
-/// What the name of a backing or data file stands for that has a scheme: as [`from_name`] has it,
-/// `file:` and a path, or `json:` and the options of the drivers `nbd` or `file`, alone or below
-/// those of an image format. Which format that is, the image itself says beside the name.
+/// Parses the name of a backing or data file that has a scheme: see [`from_name`], `file:` and a
+/// path, or `json:` and the options of the drivers `nbd` or `file`, alone or below those of an
+/// image format. The image itself records that format beside the name.
 ///
 /// # Errors
 ///
-/// A sentence about what is wrong with it, or which driver it wants.
+/// A sentence that describes the defect, or names the required driver.
 pub fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
     if let Some(path) = text.strip_prefix(FILE_PREFIX) {
         return Ok(NameInImage::File(path.into()));
@@ -85,18 +84,18 @@ pub fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
     }
 }
 
-/// What the options of drivers say about the format.
+/// The image format according to driver options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FormatInName {
-    /// Nothing: it is found by looking.
+    /// Unknown: to be detected.
     Unsaid,
-    /// There is a driver of this format.
+    /// This format: its driver is named.
     Said(Format),
-    /// There is no driver of a format: bytes as they are.
+    /// None: the file's driver is used alone, so the bytes are the disk.
     Bytes,
 }
 
-/// What a JSON object with the options of drivers stands for, and in which format that is.
+/// Parses a JSON object with the options of drivers, and determines the format.
 ///
 /// # Errors
 ///
@@ -141,8 +140,8 @@ fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {
     }
 }
 
-/// The server and export that the options of the driver describe, in the nested form or in the flat
-/// one (`host`, `port`, `path`).
+/// Parses the options of the driver `nbd`, in the nested form or in the flat one (`host`, `port`,
+/// `path`).
 ///
 /// # Errors
 ///

@@ -1,4 +1,4 @@
-//! A backup, or any other image, to a file, a device or a server.
+//! Restores a backup, or any other image, to a file, a device or a server.
 
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -22,37 +22,37 @@ use crate::{ConnectOptions, JobContext, JobError, JobErrorKind, Location};
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;
-/// Unit in which zeroes are looked for, and a multiple of what qcow2 needs, in bytes.
+/// Unit of zero detection, and a multiple of qcow2's sector size, in bytes.
 const CLUSTER_SIZE: u64 = 64 << 10;
 
-/// What is read again at the end, on both sides, and compared.
+/// The data to verify at the end, by reading both sides and comparing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verify {
     /// Nothing.
     #[default]
     Nothing,
-    /// What was copied.
+    /// The copied data.
     Copied,
     /// The whole disk.
     All,
 }
 
-/// How an image is restored.
+/// Options of a restore.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct RestoreOptions {
-    /// How servers are reached.
+    /// Connection options.
     pub connect: ConnectOptions,
     /// Requests in flight: 1 to 4096. By default 32.
     pub requests: NonZeroUsize,
-    /// How the image is opened: its format, its locking, and which other files it may name. By
+    /// How the image is opened: its format, its locking, and the other files it may name. By
     /// default only those in its directory and below.
     pub image: OpenOptions,
-    /// Format of the result, if that is a file or a device: raw or qcow2. By default raw.
+    /// Format of the result, if it is a file or a device: raw or qcow2. By default raw.
     pub format: Format,
-    /// How a device is locked that is the destination.
+    /// Locking of a device as the destination.
     pub destination_locking: Locking,
-    /// What is read again at the end. A restore copies the whole disk, so [`Verify::Copied`] and
+    /// The data to verify at the end. A restore copies the whole disk, so [`Verify::Copied`] and
     /// [`Verify::All`] are the same.
     pub verify: Verify,
 }
@@ -70,31 +70,31 @@ impl Default for RestoreOptions {
     }
 }
 
-/// What a restore did. Sizes are in bytes.
+/// The result of a restore. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Restored {
     /// Size of the disk.
     pub size: u64,
-    /// How much was read and written.
+    /// Bytes read and written.
     pub copied: u64,
-    /// How much was known to be zero.
+    /// Bytes known to be zero.
     pub zero: u64,
-    /// How much was compared, if anything was.
+    /// Bytes compared, if the restore was verified.
     pub verified: Option<u64>,
 }
 
-/// Restores the disk in an image: the newest file of a chain of backups stands for the whole disk.
+/// Restores the disk in an image: the newest file of a chain of backups represents the whole disk.
 ///
-/// A file as the destination must not exist yet: it grows as `NAME.partial` and gets its name when
-/// it is complete. A device or a server's disk is overwritten and must be at least as large; a
-/// device is marked as incomplete until everything is on it.
+/// A file as the destination must not exist yet: it grows as `NAME.partial` and is renamed when it
+/// is complete. A device or a server's disk is overwritten and must be at least as large; a device
+/// is marked as incomplete until everything is written.
 ///
 /// # Errors
 ///
 /// If the image cannot be opened or read, if the destination exists, is too small or cannot be
-/// written, if both sides differ when they are compared, if the options are out of range, and if
-/// the job is cancelled. A new file is removed then.
+/// written, if verification finds a difference, if the options are out of range, and if the job is
+/// cancelled. A new file is then removed.
 ///
 /// # Cancel safety
 ///
@@ -147,19 +147,19 @@ fn image_error(error: imgfmt::Error) -> JobError {
     JobError::image(JobErrorKind::Destination, error)
 }
 
-/// Whether the result is an image rather than the disk itself.
+/// Returns whether the result is an image rather than the disk itself.
 fn is_image(options: &RestoreOptions) -> bool {
     options.format == Format::Qcow2
 }
 
-/// What becomes valid when the restore is complete.
+/// The object that becomes valid when the restore is complete.
 enum New {
     File(NewFile),
     /// An image on a device.
     Image(NewOnDevice),
     /// A raw disk on a device.
     Disk(Arc<Unfinished>),
-    /// A server's disk shows what is written to it.
+    /// A server's disk, which exposes writes at once.
     Nothing,
 }
 
@@ -181,7 +181,7 @@ impl New {
                 let options = CreateOptions::new(Format::Qcow2, size);
                 Ok(Self::Image(device::begin_image(device, &options, &*context.observer)?))
             }
-            // A raw device is found to be one when it is opened.
+            // A device opened as raw is detected when it is opened.
             _ => Ok(Self::Nothing),
         }
     }
@@ -196,7 +196,7 @@ impl New {
     }
 }
 
-/// The error with what it leaves.
+/// Returns the error with the state it leaves.
 fn failure(path: &Path, to: &Location, new: &New, error: &JobError) -> JobError {
     let left = match (new, to) {
         (New::File(new), _) => new.left_behind(),
@@ -207,7 +207,7 @@ fn failure(path: &Path, to: &Location, new: &New, error: &JobError) -> JobError 
     error.in_words(format!("restoring '{}' failed: {error}; {left}", path.display()))
 }
 
-/// Whether there is nothing of that name; a device may be there.
+/// Returns whether no file of that name exists; a device may.
 fn is_new(path: &Path) -> Result<bool, JobError> {
     match target::look(path)? {
         Existing::Nothing => Ok(true),
@@ -219,7 +219,7 @@ fn is_new(path: &Path) -> Result<bool, JobError> {
     }
 }
 
-/// Makes the new file, with nothing in it yet.
+/// Creates the new, empty file.
 fn make(options: &RestoreOptions, size: u64, path: &Path) -> Result<(), JobError> {
     match is_image(options) {
         true => {
@@ -259,7 +259,7 @@ async fn open(
     }
 }
 
-/// An image that stands alone.
+/// An image without a backing file.
 fn plain(format: Format) -> OpenOptions {
     OpenOptions::new().format(format).policy(OpenPolicy::deny())
 }
@@ -292,7 +292,7 @@ async fn fill_and_verify(
     };
     let extents = source.extents(0);
     let job = Arc::new(Job::new(&settings, source, destination, extents, context));
-    // A server that cannot flush has nothing better to offer.
+    // A server without FLUSH offers nothing better.
     let flushes = match &job.destination {
         Destination::Nbd { client, .. } => {
             client.info().flags.contains(TransmissionFlags::SEND_FLUSH)

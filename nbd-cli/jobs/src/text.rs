@@ -1,8 +1,8 @@
-//! Numbers and foreign text as they stand in messages.
+//! Numbers and foreign text in messages.
 
 use std::fmt::Write as _;
 
-/// Takes away the numbers that the standard library puts behind the words for a system's error.
+/// Removes the error numbers that the standard library appends to the system's texts.
 pub fn without_error_numbers(mut message: String) -> String {
     const BEFORE: &str = " (os error ";
     while let Some(start) = message.find(BEFORE) {
@@ -16,7 +16,7 @@ pub fn without_error_numbers(mut message: String) -> String {
     message
 }
 
-/// Text from a server with control characters made visible: it must not drive the terminal.
+/// Text of a server with control characters escaped: it must not control the terminal.
 pub fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {

@@ -8,13 +8,13 @@ use imgfmt::{Format, Image, ImageInfo, Locking, OpenOptions};
 
 use crate::qemu_name::{NameInImage, from_name_in_image, has_scheme, path_in};
 
-/// How many files are looked at: as many as a chain may have layers.
+/// Most files examined: the largest number of layers in a chain.
 const FILES_MAX: usize = 500;
 
-/// The backups on which the one at `path` was made, the newest first, as far as each file says that
-/// it was made on the next one and that is the one. The user has named `path`; these are files that
-/// need no naming: what an image leads to by its name alone, be it a foreign disk or a secret,
-/// carries no such identity and ends the list.
+/// Returns the backups below the one at `path`, newest first, as long as each file names the next
+/// one and the identities match. The user has named `path`; these files need no naming by the user.
+/// A file that is reachable by name alone, such as a foreign disk or a secret, has no matching
+/// identity and ends the list.
 pub(super) fn backups_below(path: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut above = (path.to_owned(), inspect(path));
@@ -28,7 +28,7 @@ pub(super) fn backups_below(path: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// The file that an image names, if it is the backup that it says it was made on.
+/// Returns the file that an image names, if it is the backup recorded as its base.
 fn below(path: &Path, info: &ImageInfo) -> Option<(PathBuf, Option<ImageInfo>)> {
     let qcow2 = info.qcow2.as_ref()?;
     let wanted = qcow2.backup.as_ref()?.identity.base.id()?;
@@ -38,7 +38,7 @@ fn below(path: &Path, info: &ImageInfo) -> Option<(PathBuf, Option<ImageInfo>)> 
     (id == wanted).then_some((below, Some(info)))
 }
 
-/// The file that a name in an image stands for: relative names start at the image's directory.
+/// Resolves a file name in an image: relative names start at the image's directory.
 fn file_beside(image: &Path, name: &OsStr) -> Option<PathBuf> {
     if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
         return match from_name_in_image(name).ok()? {
@@ -55,7 +55,8 @@ fn file_beside(image: &Path, name: &OsStr) -> Option<PathBuf> {
     })
 }
 
-/// Facts about a plain file or a block device. Nothing else is opened: a pipe would be waited for.
+/// Returns metadata of a plain file or a block device. Nothing else is opened: opening a pipe would
+/// block.
 fn inspect(path: &Path) -> Option<ImageInfo> {
     let kind = path.metadata().ok()?.file_type();
     if !kind.is_file() && !kind.is_block_device() {

@@ -1,4 +1,4 @@
-//! The backup that a new one builds on.
+//! The backup on which a new one builds.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -17,41 +17,44 @@ use super::options::{BackupSource, UnknownBase, Work};
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
 
-/// How many files of a directory are looked at, to find other backups.
+/// Most files of a directory examined in the search for other backups.
 const FILES_MAX: usize = 65536;
 
-/// The backup before this one.
+/// The previous backup.
 pub(super) struct Base {
     pub(super) path: PathBuf,
-    /// It, and the backups it was made on: they may be opened wherever they lie.
+    /// The base and the backups below it: they may be opened wherever they are.
     pub(super) files: Vec<PathBuf>,
     /// Size of the image in bytes.
     size: u64,
     pub(super) format: Format,
-    /// Its name as it is to stand in the new file.
+    /// The base's name, as written into the new file.
     pub(super) name: OsString,
     identity: Option<BackupIdentity>,
-    /// Why it may be the wrong one, as far as the files tell.
+    /// The reason why it may be the wrong one, as far as the files show.
     problem: Option<String>,
 }
 
 impl Base {
-    /// Opens it, and looks whether the new backup can be built on it.
+    /// Opens the base and checks that the new backup can build on it.
     pub(super) fn open(path: &Path, work: Work<'_>) -> Result<Self, JobError> {
         let files = [vec![path.to_owned()], backups_below(path)].concat();
         let policy = files.iter().fold(work.options.policy.clone(), OpenPolicy::allow_file);
         let options = work.open_options().locking(work.read_locking()).policy(policy);
         let image = Image::open(path, &options).map_err(|error| match error.found_format() {
-            Some(format) => JobError::new(JobErrorKind::Base, format!(
-                "'{}' is a {} image and no backup that an incremental one could build on; make a \
+            Some(format) => JobError::new(
+                JobErrorKind::Base,
+                format!(
+                    "'{}' is a {} image, not a backup that an incremental one can build on; make a \
                  full backup",
-                path.display(),
-                format.description()
-            )),
+                    path.display(),
+                    format.description()
+                ),
+            ),
             None => JobError::opening(JobErrorKind::Base, error).advise_sharing(),
         })?;
         let name = match work.is_on_device() || is_device(path) {
-            // Devices are not moved together, and their names lead to others that change.
+            // Devices are not moved together, and their names may lead to other devices later.
             true => absolute(path)?,
             false => relative(path, directory_of(work.target))?,
         };
@@ -87,8 +90,8 @@ impl Base {
         Ok(base)
     }
 
-    /// Refuses it for a disk of another size, and if it may be the wrong one unless the user
-    /// vouches for it.
+    /// Refuses a base of a disk of another size, and a base that may be the wrong one unless the
+    /// user vouches for it.
     pub(super) fn check(&self, size: u64, work: Work<'_>) -> Result<(), JobError> {
         self.check_size(size)?;
         match &self.problem {
@@ -107,7 +110,7 @@ impl Base {
         }
     }
 
-    /// What stands about it in the new file.
+    /// The information about the base that is written into the new file.
     pub(super) fn identity(&self) -> BackupBase {
         match (self.id(), &self.problem) {
             (Some(id), None) => BackupBase::Backup(id),
@@ -119,7 +122,7 @@ impl Base {
         self.identity.as_ref().map(|identity| identity.id)
     }
 
-    /// The disk it is of, if that is known.
+    /// The base's disk, if it is known.
     pub(super) fn disk(&self) -> Option<Uuid> {
         self.identity.as_ref()?.disk
     }
@@ -127,7 +130,7 @@ impl Base {
     fn check_size(&self, size: u64) -> Result<(), JobError> {
         let (own, fits) = match &self.identity {
             Some(identity) => (identity.disk_size, identity.disk_size == size),
-            // Images are larger than disks whose size is no multiple of 512.
+            // Images are larger than disks whose size is not a multiple of 512.
             None => (self.size, self.size == size || self.size == size.next_multiple_of(512)),
         };
         if fits {
@@ -143,7 +146,7 @@ impl Base {
         ))
     }
 
-    /// The error of a base that is of another disk.
+    /// The error of a base of another disk.
     pub(super) fn of_another_disk(&self) -> JobError {
         JobError::new(
             JobErrorKind::Base,
@@ -155,7 +158,7 @@ impl Base {
         )
     }
 
-    /// The error of a base after which the bitmap did not begin: it began after `right`.
+    /// The error of a base that is not the start of the bitmap: the bitmap started after `right`.
     pub(super) fn wrong(&self, bitmap: &str, right: Uuid, target: &Path) -> JobError {
         let found = find_backup(&[&self.path, target], |found| {
             found.identity.id == right && found.is_unchanged
@@ -175,7 +178,7 @@ impl Base {
         )
     }
 
-    /// What speaks against it, as far as that can be known without the server's help.
+    /// Returns the reason against this base, as far as it can be known without the server.
     fn problem_without_control(&self, work: Work<'_>) -> Option<String> {
         let identity = self.identity.as_ref()?;
         let export = match work.source {
@@ -200,18 +203,18 @@ impl Base {
         }
         let is_child = |other: &Backup| other.identity.base.id() == Some(identity.id);
         let child = find_backup(&[&self.path, work.target], is_child)?;
-        Some(format!("'{}' was made upon it since", child.display()))
+        Some(format!("'{}' was made on it since", child.display()))
     }
 }
 
-/// Why a chain of backups, the newest first, cannot be built on.
+/// Returns the reason why a chain of backups, newest first, cannot be built on.
 fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> {
     let mut layers = chain.iter();
     let mut expected = None;
     let mut is_first = true;
     loop {
         let Some((path, backup)) = layers.next() else {
-            return expected.map(|_| "the backup it was made upon is missing".to_owned());
+            return expected.map(|_| "the backup on which it was made is missing".to_owned());
         };
         let whose = match path {
             Some(path) if !is_first => format!("'{}' below it", path.display()),
@@ -229,7 +232,7 @@ fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> 
             ));
         };
         if expected.is_some_and(|expected| expected != backup.identity.id) {
-            return Some(format!("{whose} is not the backup that the one above was made upon"));
+            return Some(format!("{whose} is not the backup on which the one above was made"));
         }
         if !backup.is_unchanged {
             return Some(format!("{whose} was opened for writing or cut off after it was made"));
@@ -239,21 +242,21 @@ fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> 
             BackupBase::None if layers.next().is_some() => {
                 return Some(format!("{whose} is a full backup and has a backing file"));
             }
-            // What is below was vouched for.
+            // The user vouched for the layers below.
             BackupBase::None | BackupBase::Trusted(_) => return None,
             BackupBase::Backup(id) => expected = Some(id),
         }
     }
 }
 
-/// A backup in the directories of these files, the first by name.
+/// Returns another backup in the directories of these files, the first by name.
 fn find_backup(files: &[&Path], is_wanted: impl Fn(&Backup) -> bool) -> Option<PathBuf> {
     let mut directories: Vec<&Path> = files.iter().map(|file| directory_of(file)).collect();
     directories.dedup();
     let entries = directories.iter().filter_map(|directory| directory.read_dir().ok());
     let entries = entries.flat_map(|entries| entries.take(FILES_MAX)).flatten();
     let files = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_file()));
-    // What is not complete is of no account.
+    // Incomplete backups are ignored.
     let files = files
         .map(|entry| entry.path())
         .filter(|path| path.extension().is_none_or(|extension| extension != "partial"));
@@ -270,7 +273,7 @@ fn backup_in(path: &Path) -> Option<Backup> {
     Image::inspect_file(path, &options).ok()?.qcow2?.backup
 }
 
-/// The directory a file is in.
+/// Returns the directory of a file.
 pub(super) fn directory_of(path: &Path) -> &Path {
     match path.parent() {
         Some(directory) if !directory.as_os_str().is_empty() => directory,
@@ -278,7 +281,7 @@ pub(super) fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// The path of a file as seen from a directory. Relative, so that a chain can be moved as a whole.
+/// Returns the path of a file relative to a directory, so that a chain can be moved as a whole.
 fn relative(file: &Path, directory: &Path) -> Result<OsString, JobError> {
     let real = |path: &Path| {
         path.canonicalize().map_err(|error| {
@@ -294,7 +297,7 @@ fn relative(file: &Path, directory: &Path) -> Result<OsString, JobError> {
     }
     let steps = up.map(|_| Component::ParentDir).chain(down);
     let path: PathBuf = steps.collect();
-    // What looks like a scheme would not be taken for a file.
+    // A name that looks like a URI scheme would not be read as a file name.
     let first = path.components().next().map(|first| first.as_os_str().as_bytes());
     let has_scheme = first.is_some_and(|first| first.contains(&b':'));
     Ok(if has_scheme { Path::new(".").join(path) } else { path }.into())
@@ -306,7 +309,7 @@ fn absolute(file: &Path) -> Result<OsString, JobError> {
     })
 }
 
-/// Whether both are one block device, by whatever names.
+/// Returns whether both are the same block device, under any names.
 fn is_same_device(one: &Path, other: &Path) -> bool {
     let number = |path: &Path| path.metadata().ok().map(|metadata| metadata.rdev());
     is_device(one) && is_device(other) && number(one) == number(other)

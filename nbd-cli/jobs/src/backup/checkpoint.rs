@@ -1,4 +1,4 @@
-//! Backups of a disk in use: a checkpoint is begun, copied and ended through the control socket.
+//! Backups of a disk in use: a checkpoint is started, copied and ended through the control socket.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ use crate::observer::JobContext;
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
 
-/// The control socket and the export of the disk there, and where the server can be reached.
+/// The control socket, the export of the disk, and the address of the server.
 #[derive(Clone, Copy)]
 pub(super) struct Server<'a> {
     pub(super) socket: &'a Path,
@@ -26,7 +26,7 @@ pub(super) struct Server<'a> {
     pub(super) uri: Option<&'a NbdUri>,
 }
 
-/// Begins a checkpoint, copies it, and ends it with what came of that.
+/// Starts a checkpoint, copies it, and ends it with the result.
 pub(super) async fn backup(
     work: Work<'_>,
     server: Server<'_>,
@@ -39,7 +39,7 @@ pub(super) async fn backup(
         export: export.clone(),
         bitmap: options.bitmap.clone(),
         if_missing: if options.base.is_none() { IfMissing::Add } else { IfMissing::Fail },
-        // A full backup does not need what the bitmap has noted.
+        // A full backup does not need the recorded changes.
         if_unusable: match options.base {
             None => IfUnusable::BeginAnew,
             Some(_) => IfUnusable::Fail,
@@ -47,11 +47,11 @@ pub(super) async fn backup(
         view: None,
         base: id.map(|id| id.to_string()),
         trust_base: options.unknown_base == UnknownBase::Trust && id.is_some(),
-        // If this process is killed nobody else ends it.
+        // If this process is killed, no other process ends the checkpoint.
         lifetime: Lifetime::Connection,
     };
     let mut socket = Socket::open(server.socket).await?;
-    // Before the bitmap begins anew.
+    // Checked before the bitmap starts anew.
     if let Some(base) = base {
         refuse_wrong(work, base, &export, &mut socket).await?;
     }
@@ -77,7 +77,7 @@ pub(super) async fn backup(
     }
 }
 
-/// Copies the view, which is given up as a whole when the job is cancelled.
+/// Copies the view; cancelling the job abandons the copy as a whole.
 async fn unless_cancelled(
     work: Work<'_>,
     uri: &NbdUri,
@@ -97,7 +97,7 @@ async fn unless_cancelled(
     })
 }
 
-/// A conversation that no task has to wait for. If it is dropped the server ends the checkpoint.
+/// A control connection that blocks no task. If it is dropped, the server ends the checkpoint.
 struct Socket(Option<Conversation>);
 
 impl Socket {
@@ -122,7 +122,7 @@ impl Socket {
     }
 }
 
-/// Where the view is: at the server that was named, or as the server itself says.
+/// Returns the address of the view: at the named server, or as the server reports.
 fn uri_of_view(
     work: Work<'_>,
     server: Server<'_>,
@@ -136,7 +136,7 @@ fn uri_of_view(
     if let Some(reason) = &begun.begun_anew {
         let bitmap = printable(work.options.bitmap.as_deref().unwrap_or_default());
         work.context.observer.warning(&format!(
-            "the bitmap '{bitmap}' could not be relied on ({}); it begins anew with this backup",
+            "the bitmap '{bitmap}' was unreliable ({}); it starts anew with this backup",
             printable(reason)
         ));
     }
@@ -161,8 +161,8 @@ fn uri_of_view(
     Ok((uri, issued))
 }
 
-/// Refuses a base that may be the wrong one, and one after which the bitmap did not begin: it says after
-/// which one it did. The server refuses it too, but does not know the files.
+/// Refuses a base that may be the wrong one, and one that is not the start of the bitmap, and names
+/// the right one. The server refuses it too, but does not know the files.
 async fn refuse_wrong(
     work: Work<'_>,
     base: &Base,

@@ -1,4 +1,4 @@
-//! One backup: the disk is copied into the file that grows, read again if that is asked for, and sealed.
+//! One backup: copies the disk into a growing file, verifies it on request, and seals it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -26,32 +26,32 @@ use crate::{JobError, JobErrorKind};
 
 /// Size of a request, in bytes.
 const REQUEST_SIZE: u64 = 512 << 10;
-/// How often the progress of a backup is made durable.
+/// Interval at which the progress of a backup is made durable.
 const SAVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// What a backup did. Sizes are in bytes.
+/// The result of a backup. Sizes are in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BackedUp {
-    /// What was copied: the disk, or the view of the checkpoint.
+    /// The copied export: the disk, or the view of the checkpoint.
     pub uri: NbdUri,
     /// Size of the disk.
     pub size: u64,
-    /// Where this run began; above 0 if it went on with an earlier one.
+    /// Start of this run; above 0 if it resumed an earlier one.
     pub resumed_at: u64,
-    /// How much was read and written.
+    /// Bytes read and written.
     pub copied: u64,
-    /// How much was known to be zero.
+    /// Bytes known to be zero.
     pub zero: u64,
-    /// How much is in the base already.
+    /// Bytes already in the base.
     pub unchanged: u64,
-    /// How much was compared, if anything was.
+    /// Bytes compared, if the backup was verified.
     pub verified: Option<u64>,
-    /// How long the copying took.
+    /// Duration of the copy.
     pub took: Duration,
 }
 
-/// Who the backup and its disk are.
+/// The identities of the backup and of its disk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Issued {
     pub(super) backup: Uuid,
@@ -59,7 +59,7 @@ pub(super) struct Issued {
 }
 
 impl Issued {
-    /// Where nobody else says it.
+    /// New identities, where none are given.
     pub(super) fn ours() -> Result<Self, JobError> {
         let backup = Uuid::random().map_err(|error| {
             JobError::new(
@@ -79,7 +79,7 @@ pub(super) async fn run(
     issued: Issued,
 ) -> Result<BackedUp, JobError> {
     let started = Instant::now();
-    // Without a base everything is copied, whatever the bitmap says.
+    // Without a base everything is copied, regardless of the bitmap.
     let options = work.options;
     let bitmap =
         options.base.as_ref().and(options.bitmap.as_deref()).map(context_of).transpose()?;
@@ -115,7 +115,7 @@ pub(super) async fn run(
         BackupSource::Checkpoint { export, .. } => export.clone(),
     };
     partial.complete(&identity, work)?;
-    // Everything was read; how the connection ends does not matter.
+    // Everything was read, so the way in which the connection ends does not matter.
     let _ = client.disconnect().await;
     let [copied, zero, unchanged] = counts;
     let (uri, took) = (uri.clone(), started.elapsed());
@@ -167,7 +167,7 @@ async fn connect_to_disk(
     Ok(client)
 }
 
-/// Copies into the partial file; returns what was copied how, in bytes, and where it began.
+/// Copies into the partial file; returns the bytes copied by kind, and the start of the copy.
 async fn fill(
     work: Work<'_>,
     (client, uri): (Client, &NbdUri),
@@ -183,7 +183,7 @@ async fn fill(
     let destination = Destination::image(image, surface);
     let zeroes = match surface {
         Surface::Zeroes => ZeroPolicy::Skip,
-        // Zero clusters: holes would show what is below.
+        // Zero clusters: holes would expose the layer below.
         Surface::Something => ZeroPolicy::Write(ZeroMode::MayPunch),
     };
     let settings = Settings {
@@ -196,7 +196,7 @@ async fn fill(
     };
     let job = Arc::new(Job::new(&settings, source, destination, extents, work.context));
     let result = run_and_save(&job, partial).await;
-    // Saves what is done in any case; the first error is the one to tell.
+    // Saves the progress in any case; the first error is reported.
     let saved = save(&job, partial).await;
     result.and(saved)?;
     let counts = job.counts();
@@ -229,14 +229,14 @@ async fn run_and_save(job: &Arc<Job>, partial: &mut Partial) -> Result<(), JobEr
     }
 }
 
-/// Makes durable how far the backup is: first the data, then the word of it.
+/// Makes progress durable: flushes the data, then records the position.
 async fn save(job: &Job, partial: &mut Partial) -> Result<(), JobError> {
     let done = job.done().await;
     job.destination.finish(true).await?;
     partial.save(done)
 }
 
-/// Reads what was copied again, by the dirty bits of `bitmap`, or everything.
+/// Verifies the copied ranges, by the dirty bits of `bitmap`, or everything.
 async fn verify(
     work: Work<'_>,
     (client, uri): (&Client, &NbdUri),

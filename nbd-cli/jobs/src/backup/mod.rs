@@ -19,25 +19,25 @@ use crate::{JobContext, JobError};
 
 /// Makes a backup of a disk.
 ///
-/// The target is a new qcow2 file, or a block device that is overwritten. A full backup stands alone; an
-/// incremental one ([`BackupOptions::base`], [`BackupOptions::bitmap`]) is an overlay of the backup before
-/// it. Every backup says in its file which one it is, and a base that is known to be, or may be, another one
-/// than that after which the bitmap began is refused.
+/// The target is a new qcow2 file, or a block device that is overwritten. A full backup stands
+/// alone; an incremental one ([`BackupOptions::base`], [`BackupOptions::bitmap`]) is an overlay of
+/// the previous backup. Every backup records its identity in its file. A base that is not, or may
+/// not be, the backup after which the bitmap started is refused.
 ///
-/// While a backup runs it is `TARGET.partial`, and `TARGET.partial.json` says how far it is; when it is
-/// complete it gets its name in one step.
+/// A running backup is `TARGET.partial`, with its progress in `TARGET.partial.json`; when complete
+/// it is renamed in one step.
 ///
 /// # Errors
 ///
-/// If the server or the control socket cannot be reached, if the base may be the wrong one, if the target
-/// exists or cannot be written, if both sides differ when they are compared, if the options contradict each
-/// other, and if the job is cancelled. What there is of the backup stays, for [`Leftover::Resume`]. A
-/// checkpoint is ended with failure, so that nothing is forgotten that was dirty.
+/// If the server or the control socket cannot be reached, if the base may be the wrong one, if the
+/// target exists or cannot be written, if verification finds a difference, if the options
+/// contradict each other, and if the job is cancelled. The partial backup is kept for
+/// [`Leftover::Resume`]. A checkpoint is ended as failed, so that no dirty bits are lost.
 ///
 /// # Cancel safety
 ///
-/// Dropping the future ends the backup as if the process had been killed: a checkpoint is rolled back by the
-/// server, and `TARGET.partial` stays. Use [`JobContext::cancellation`] to hear of the end.
+/// Dropping the future ends the backup like killing the process: the server rolls back a
+/// checkpoint, and `TARGET.partial` is kept. To observe the end, use [`JobContext::cancellation`].
 pub async fn backup(
     source: &BackupSource,
     target: &Path,
@@ -61,7 +61,7 @@ fn refuse_existing(work: Work<'_>) -> Result<(), JobError> {
     if work.is_on_device() {
         return match work.options.leftover == Leftover::Resume {
             true => Err(JobError::invalid(format!(
-                "cannot resume: what is on the block device '{}' does not say how far it is; leave out \
+                "cannot resume: the block device '{}' has no record of its progress; leave out \
                  --resume",
                 work.target.display()
             ))),

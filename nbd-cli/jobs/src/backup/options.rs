@@ -1,4 +1,4 @@
-//! What a backup is of, and how it is made.
+//! The source and the options of a backup.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -14,88 +14,86 @@ use crate::restore::Verify;
 use crate::target::{self, Existing};
 use crate::{ConnectOptions, JobContext, JobError};
 
-/// Size of the clusters of a backup, in bytes.
+/// Cluster size of a backup, in bytes.
 pub(super) const CLUSTER_SIZE: u64 = 64 << 10;
 
-/// What a backup is of.
+/// The source of a backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BackupSource {
-    /// An export, as it is: a disk that should not change while it is copied.
+    /// An export in its current state: the disk should not change during the copy.
     Export(NbdUri),
-    /// A disk that clients go on writing to, as it is at one moment: a checkpoint is begun through
-    /// the control socket of its server (`nbd-cli serve --control`), copied, and ended with what
-    /// came of that.
+    /// A disk in use, at one moment: a checkpoint is started through the control socket of its
+    /// server (`nbd-cli serve --control`), copied, and ended with the result.
     Checkpoint {
         /// The control socket.
         socket: PathBuf,
         /// Name of the disk's export.
         export: String,
-        /// Where the server can be reached, if not as it says itself.
+        /// Address of the server, if it differs from the one that the server reports.
         uri: Option<NbdUri>,
     },
 }
 
-/// What is done about a backup to the same target that was interrupted.
+/// The treatment of an interrupted backup to the same target.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Leftover {
-    /// It is an error.
+    /// Report an error.
     #[default]
     Refuse,
-    /// The backup goes on where the former one ended, which is an error if there is none. Only
-    /// right if the disk has not changed since; never for a [checkpoint](BackupSource::Checkpoint).
+    /// Resume where the interrupted backup ended; an error if there is none. Only valid if the disk
+    /// has not changed since; never for a [checkpoint](BackupSource::Checkpoint).
     Resume,
-    /// It is discarded.
+    /// Discard it.
     Restart,
 }
 
-/// Whether a base is taken as right where that cannot be known.
+/// The treatment of a base whose correctness cannot be determined.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnknownBase {
-    /// It is refused.
+    /// Refuse it.
     #[default]
     Refuse,
-    /// The caller knows that the bitmap began after it. A base that is known to be wrong is refused
-    /// all the same.
+    /// Accept it: the caller knows that the bitmap started after it. A base that is known to be
+    /// wrong is still refused.
     Trust,
 }
 
-/// Whether the files below a backup may be in use by others.
+/// The locking of the files below a backup.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sharing {
     /// They are locked against writers.
     #[default]
     Exclusive,
-    /// They are read while other programs may write to them.
+    /// They are read although other programs may write to them.
     Shared,
 }
 
-/// How a backup is made.
+/// Options of a backup.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct BackupOptions {
-    /// How servers are reached.
+    /// Connection options.
     pub connect: ConnectOptions,
     /// Requests in flight: 1 to 4096. By default 32.
     pub requests: NonZeroUsize,
-    /// Name of the bitmap of the server by which an incremental backup is made: only what is dirty
-    /// in it is copied. For a full backup of a [checkpoint](BackupSource::Checkpoint), the bitmap
-    /// that begins there.
+    /// Name of the server's bitmap for an incremental backup: only its dirty ranges are copied. For
+    /// a full backup of a [checkpoint](BackupSource::Checkpoint), the bitmap that starts there.
     pub bitmap: Option<String>,
-    /// The backup before this one, of which the new one is an overlay. Needs a bitmap.
+    /// The previous backup, of which the new one is an overlay. Needs a bitmap.
     pub base: Option<PathBuf>,
-    /// What is done about a base that may be the wrong one.
+    /// The treatment of a base that may be the wrong one.
     pub unknown_base: UnknownBase,
-    /// What is done about a backup that was interrupted.
+    /// The treatment of an interrupted backup.
     pub leftover: Leftover,
-    /// What is read again at the end.
+    /// The data to verify at the end.
     pub verify: Verify,
-    /// Which files the base may name, besides the backups below it. By default those in its
+    /// The files that the base may name, besides the backups below it. By default those in its
     /// directory and below.
     pub policy: OpenPolicy,
-    /// How files are locked.
+    /// File locking.
     pub locking: Locking,
-    /// Whether the base may be in use by others.
+    /// Locking of the base.
     pub sharing: Sharing,
 }
 
@@ -116,7 +114,7 @@ impl Default for BackupOptions {
     }
 }
 
-/// What the parts of one backup share.
+/// Shared state of the parts of one backup.
 #[derive(Clone, Copy)]
 pub(super) struct Work<'a> {
     pub(super) source: &'a BackupSource,
@@ -126,7 +124,7 @@ pub(super) struct Work<'a> {
 }
 
 impl Work<'_> {
-    /// Refuses what is out of range or contradicts itself.
+    /// Refuses options that are out of range or contradict each other.
     pub(super) fn check(&self) -> Result<(), JobError> {
         let options = self.options;
         check_concurrency(options.requests, &options.connect)?;
@@ -158,17 +156,17 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Whether the target is a block device, which is overwritten.
+    /// Returns whether the target is a block device, which is overwritten.
     pub(super) fn is_on_device(&self) -> bool {
         matches!(target::look(self.target), Ok(Existing::BlockDevice))
     }
 
-    /// Whether the server helps to tell whether the base is right.
+    /// Returns whether the server helps to determine whether the base is right.
     pub(super) fn has_control(&self) -> bool {
         matches!(self.source, BackupSource::Checkpoint { .. })
     }
 
-    /// How images are opened.
+    /// Returns the options for opening images.
     pub(super) fn open_options(&self) -> OpenOptions {
         let observer = Arc::clone(&self.context.observer);
         let told = move |path: &Path| observer.unlocked(path);
@@ -176,7 +174,7 @@ impl Work<'_> {
         options.policy(self.options.policy.clone())
     }
 
-    /// How a file is locked that is only read.
+    /// Returns the lock of a file that is read only.
     pub(super) fn read_locking(&self) -> Locking {
         match self.options.sharing {
             Sharing::Exclusive => self.options.locking,

@@ -1,5 +1,4 @@
-//! A backup that is not complete: the file it grows in, and the record of how far it is; or the
-//! block device.
+//! An incomplete backup: the growing file and the record of its progress; or the block device.
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
@@ -22,8 +21,8 @@ use crate::{JobError, JobErrorKind};
 /// Largest record that is read, in bytes.
 const MAX_STATE_LEN: u64 = 64 << 10;
 
-/// The record: what the backup is of, and up to where it is complete. Unknown fields are an error:
-/// who wrote them meant something.
+/// The record: the source of the backup, and the position up to which it is complete. Unknown
+/// fields are an error, because they carry information that this version would ignore.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct State {
@@ -31,12 +30,12 @@ pub(super) struct State {
     source: String,
     size: u64,
     bitmap: Option<String>,
-    /// The base as the user named it; escaped as Rust's `Debug` does if that is not text.
+    /// The base as the user named it; escaped as by Rust's `Debug` if it is not UTF-8.
     base: Option<String>,
     /// The UUID of the base, if it has one.
     #[serde(default)]
     base_identity: Option<String>,
-    /// Every byte below is in the file, durably.
+    /// Every byte below is durably in the file.
     done: u64,
 }
 
@@ -53,7 +52,7 @@ impl State {
         }
     }
 
-    /// What differs from a former attempt, in words.
+    /// Describes the difference from an earlier attempt.
     fn difference(&self, former: &Self) -> Option<String> {
         let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "none".to_owned());
         let pairs = [
@@ -69,28 +68,28 @@ impl State {
     }
 }
 
-/// Where a backup grows.
+/// The storage of a growing backup.
 enum Place {
-    /// In `TARGET.partial`, beside which a record says how far it is.
+    /// In `TARGET.partial`, with a record of its progress beside it.
     File { record: PathBuf },
-    /// On a block device, which says that it is incomplete; that cannot be resumed.
+    /// On a block device, marked as incomplete; it cannot be resumed.
     Device(NewOnDevice),
 }
 
-/// What a backup grows in.
+/// The growing backup.
 pub(super) struct Partial {
     path: PathBuf,
     place: Place,
     target: PathBuf,
-    /// The backup it builds on, and those below that.
+    /// The base, and the backups below it.
     base: Vec<PathBuf>,
-    /// Held from when there is a file until it has its name.
+    /// Held from the creation of the file until it has its final name.
     lock: Option<FileStorage>,
     state: State,
 }
 
 impl Partial {
-    /// Makes the file, or finds what a former attempt has left.
+    /// Creates the file, or opens that of an earlier attempt.
     pub(super) fn begin(
         work: Work<'_>,
         state: State,
@@ -117,7 +116,7 @@ impl Partial {
             }
             if work.options.leftover == Leftover::Refuse {
                 return Err(JobError::destination(format!(
-                    "'{}' is left of a backup that was interrupted; add --resume to go on with it, \
+                    "'{}' is left over from an interrupted backup; add --resume to go on with it, \
                      if the disk has not changed since, or --restart to begin again",
                     partial.path.display()
                 )));
@@ -132,13 +131,13 @@ impl Partial {
         Image::create(&partial.path, &options_of(partial.state.size, base, work))
             .map_err(image_error)?;
         partial.lock = partial.lock(work)?;
-        // A base that may not be opened is found before anything is copied.
+        // A base that may not be opened is detected before anything is copied.
         let begun = partial.open(work, Access::ReadWrite).and_then(|image| {
             drop(image);
             partial.save(0)
         });
         begun.inspect_err(|_| {
-            // Nothing is in it yet; the first error is the one to tell.
+            // It is still empty; the first error is reported.
             let _ = fs::remove_file(&partial.path);
         })?;
         Ok(partial)
@@ -164,8 +163,8 @@ impl Partial {
         Ok(partial)
     }
 
-    /// The error of a backup that was not completed, with what it leaves; `advice` is how to go on
-    /// with a file.
+    /// Returns the error of an incomplete backup with the files it leaves; `advice` says how to
+    /// continue with a file.
     pub(super) fn failed(&self, error: &JobError, advice: &str) -> JobError {
         match self.place {
             Place::Device(_) => lost(&self.path, error),
@@ -176,13 +175,13 @@ impl Partial {
         }
     }
 
-    /// Up to where it is complete, in bytes.
+    /// Returns the position up to which it is complete, in bytes.
     pub(super) fn done(&self) -> u64 {
         self.state.done
     }
 
-    /// Which files it may name: the base that the user has named, and the backups below it,
-    /// wherever they lie.
+    /// Returns the files it may name: the base named by the user, and the backups below it,
+    /// wherever they are.
     fn policy(&self, work: Work<'_>) -> OpenPolicy {
         self.base.iter().fold(work.options.policy.clone(), OpenPolicy::allow_file)
     }
@@ -197,8 +196,9 @@ impl Partial {
         .map_err(|error| JobError::opening(JobErrorKind::Destination, error).advise_sharing())
     }
 
-    /// The options for it. Files below it that others may write to are not locked, and then it is
-    /// not either: [`lock`](Self::lock) does that for a file, and a device is locked all the time.
+    /// Returns the options for opening it. If other programs may write to the files below it,
+    /// neither these nor the backup are locked: [`lock`](Self::lock) locks a file, and a device is
+    /// locked all the time.
     fn options(&self, work: Work<'_>) -> OpenOptions {
         let options = work.open_options().format(Format::Qcow2).policy(self.policy(work));
         match work.options.sharing {
@@ -207,7 +207,7 @@ impl Partial {
         }
     }
 
-    /// The lock of the file, where it is not locked with those below it.
+    /// Locks the file, if it is not locked together with those below it.
     fn lock(&self, work: Work<'_>) -> Result<Option<FileStorage>, JobError> {
         match work.options.sharing {
             Sharing::Shared => work.open_file(&self.path).map(Some),
@@ -215,13 +215,13 @@ impl Partial {
         }
     }
 
-    /// Records up to where it is complete.
+    /// Records the position up to which it is complete.
     pub(super) fn save(&mut self, done: u64) -> Result<(), JobError> {
         self.state.done = done;
         let Place::File { record } = &self.place else { return Ok(()) };
         let text = serde_json::to_vec(&self.state)
             .map_err(|error| JobError::destination(format!("cannot write the record: {error}")))?;
-        // A new file takes the place of the old one, so that there is a whole one at any time.
+        // A new file replaces the old one, so that a complete record exists at any time.
         let mut new = record.clone().into_os_string();
         new.push(".new");
         let write = || -> io::Result<()> {
@@ -236,7 +236,7 @@ impl Partial {
         })
     }
 
-    /// Says in the file which backup it is, and gives it its name.
+    /// Writes the identity of the backup into the file, and renames it.
     pub(super) fn complete(
         self,
         identity: &BackupIdentity,
@@ -263,12 +263,12 @@ impl Partial {
                 self.target.display()
             ))
         })?;
-        // The backup has its name: a record that stays behind does no harm.
+        // The backup has its final name: a remaining record does no harm.
         let _ = fs::remove_file(&record);
         Ok(())
     }
 
-    /// Reads the record of a former attempt and makes sure that it was one of the same backup.
+    /// Reads the record of an earlier attempt and checks that it belongs to the same backup.
     fn resume(&mut self, work: Work<'_>) -> Result<(), JobError> {
         let Place::File { record } = &self.place else { return Ok(()) };
         let former = read_record(record).map_err(|error| {
@@ -283,7 +283,7 @@ impl Partial {
                 self.path.display()
             )));
         }
-        // A process that was killed may have left clusters that nothing refers to.
+        // A killed process may have left clusters without references.
         let options = self.options(work).access(Access::ReadWrite);
         let report = Image::check_file(&self.path, &options, Repair::Leaks).map_err(image_error)?;
         if report.corruptions > 0 {
@@ -297,7 +297,7 @@ impl Partial {
     }
 
     fn remove(&self, work: Work<'_>) -> Result<(), JobError> {
-        // Whoever is at work on it holds a lock.
+        // A running command holds a lock.
         let storage = work.open_file(&self.path)?;
         drop(storage);
         fs::remove_file(&self.path).map_err(|error| {
@@ -323,12 +323,12 @@ fn image_error(error: imgfmt::Error) -> JobError {
     JobError::image(JobErrorKind::Destination, error)
 }
 
-/// The error with what it leaves on a device.
+/// Returns the error with the state it leaves on a device.
 pub(super) fn lost(device: &Path, error: &JobError) -> JobError {
     error.in_words(format!("{error}; {}", device::left_behind(device)))
 }
 
-/// What the new image is like.
+/// Returns the properties of the new image.
 fn options_of(size: u64, base: Option<&Base>, work: Work<'_>) -> CreateOptions {
     let mut options = CreateOptions::new(Format::Qcow2, size);
     options.cluster_size = CLUSTER_SIZE;
@@ -337,7 +337,7 @@ fn options_of(size: u64, base: Option<&Base>, work: Work<'_>) -> CreateOptions {
     options
 }
 
-/// A path as a text that stands for no other path.
+/// Converts a path to text; different paths give different texts.
 fn written(path: &Path) -> String {
     path.to_str().map_or_else(|| format!("{path:?}"), str::to_owned)
 }

@@ -1,4 +1,4 @@
-//! Asking a server through its control socket.
+//! Requests to a server through its control socket.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -11,7 +11,7 @@ use super::protocol::{Failure, Request};
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
 
-/// Longest reply, in bytes: a list of very many exports and clients.
+/// Longest reply, in bytes: enough for a list of very many exports and clients.
 const MAX_REPLY_LEN: u64 = 64 << 20;
 
 #[derive(Deserialize)]
@@ -21,11 +21,11 @@ enum Reply {
     Error(Failure),
 }
 
-/// Makes a single request and waits for its result. Blocks.
+/// Sends a single request and waits for its result. Blocks.
 ///
 /// # Errors
 ///
-/// If nobody listens, or what the server says about the request.
+/// If no server listens, or the server's error for the request.
 pub fn call(socket: &Path, request: &Request) -> Result<Value, JobError> {
     Conversation::begin(socket)?.call(request)
 }
@@ -42,7 +42,7 @@ impl Conversation {
     ///
     /// # Errors
     ///
-    /// If nobody listens.
+    /// If no server listens.
     pub fn begin(socket: &Path) -> Result<Self, JobError> {
         let stream = UnixStream::connect(socket).map_err(|error| {
             let advice = match error.kind() {
@@ -60,11 +60,11 @@ impl Conversation {
         Ok(Self { path: socket.to_path_buf(), stream: BufReader::new(stream) })
     }
 
-    /// Makes a request and waits for its result. Blocks.
+    /// Sends a request and waits for its result. Blocks.
     ///
     /// # Errors
     ///
-    /// If the server is gone, or what it says about the request.
+    /// If the server is gone, or the server's error for the request.
     pub fn call(&mut self, request: &Request) -> Result<Value, JobError> {
         let line = self.exchange(request).map_err(|error| {
             let path = self.path.display();
@@ -91,7 +91,7 @@ impl Conversation {
     fn exchange(&mut self, request: &Request) -> io::Result<Vec<u8>> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
-        // A server that speaks something else may close the connection before it has read this.
+        // A server of another protocol may close the connection before it has read this.
         let sent = self.stream.get_mut().write_all(&line);
         let mut reply = Vec::new();
         let read = self.stream.by_ref().take(MAX_REPLY_LEN).read_until(b'\n', &mut reply);

@@ -1,12 +1,12 @@
-//! The control socket: looking at a running server, and changing what it does.
+//! The control socket: inspection and control of a running server.
 //!
 //! `nbd-cli serve --control PATH` listens on a unix socket that only its own user can use (mode
-//! 0600). A client sends one JSON object per line and gets one JSON object per line, in the order of
-//! its requests. A line has at most 64 KiB.
+//! 0600). A client sends one JSON object per line and receives one JSON object per line, in the
+//! order of its requests. A line is at most 64 KiB long.
 //!
-//! A request has a `command` and the command's fields; what is not known is refused. A reply has
+//! A request has a `command` and the command's fields; unknown fields are refused. A reply has
 //! either a `result` (an object) or an `error` with a `kind` (`invalid-request`, `not-found`,
-//! `already-exists`, `in-use`, `failed`) and a `message` for people.
+//! `already-exists`, `in-use`, `failed`) and a human-readable `message`.
 //!
 //! ```text
 //! {"command":"list"}
@@ -17,8 +17,8 @@
 //! {"result":{}}
 //! ```
 //!
-//! A checkpoint begun with `"lifetime":"connection"` is ended with failure when that connection ends
-//! before it does.
+//! A checkpoint begun with `"lifetime":"connection"` is ended as failed if that connection closes
+//! first.
 //!
 //! The commands are the variants of [`Request`].
 

@@ -1,9 +1,9 @@
-//! What goes over the control socket.
+//! The messages of the control socket.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-/// Longest line in both directions, in bytes, without its end.
+/// Longest line in both directions, in bytes, without its line feed.
 pub const MAX_LINE_LEN: usize = 64 << 10;
 
 /// A request. Names are those of exports and of bitmaps in their images.
@@ -29,21 +29,21 @@ pub enum Request {
         #[serde(default)]
         description: Option<String>,
     },
-    /// Take an export away and close its image
+    /// Remove an export and close its image
     RemoveExport {
         /// Name of the export.
         name: String,
-        /// Cut the connections of clients that use it; without this it is kept then.
+        /// Disconnect the clients that use it; without this, an export in use is kept.
         #[serde(default)]
         on_use: OnUse,
     },
-    /// Add a bitmap in which nothing is dirty
+    /// Add an empty bitmap
     BitmapAdd {
         /// Name of the export.
         export: String,
         /// Name of the new bitmap.
         bitmap: String,
-        /// How much of the disk one bit stands for: a power of two from 512 to 2G.
+        /// Bytes per bit: a power of two from 512 to 2G.
         #[serde(default)]
         granularity: Option<u64>,
         /// Do not record changes yet.
@@ -57,7 +57,7 @@ pub enum Request {
         /// Name of the bitmap.
         bitmap: String,
     },
-    /// Forget what is dirty
+    /// Clear a bitmap
     BitmapClear {
         /// Name of the export.
         export: String,
@@ -78,41 +78,41 @@ pub enum Request {
         /// Name of the bitmap.
         bitmap: String,
     },
-    /// Make dirty in one bitmap what is dirty in another
+    /// Add the dirty ranges of one bitmap to another
     BitmapMerge {
         /// Name of the export.
         export: String,
-        /// Name of the bitmap that changes.
+        /// Name of the bitmap that is changed.
         bitmap: String,
-        /// Name of the bitmap that stays.
+        /// Name of the bitmap that is read.
         from: String,
     },
-    /// Freeze a bitmap, begin it anew, and export the disk as it is at that moment
-    // For reading only, with the frozen bits as the bitmap's. The moment lies between two writes.
+    /// Freeze a bitmap, start it anew, and export the disk as it is at that moment
+    // Read-only, with the frozen bits as the bitmap's. The moment lies between two writes.
     CheckpointStart {
         /// Name of the export.
         export: String,
-        /// The bitmap; without one only the view is made.
+        /// The bitmap; without one, only the view is created.
         #[serde(default)]
         bitmap: Option<String>,
-        /// Add the bitmap if there is none.
+        /// Add the bitmap if it does not exist.
         #[serde(default)]
         if_missing: IfMissing,
-        /// Name of the export that is the view [default: the export's with .checkpoint behind it].
+        /// Name of the view's export [default: the export's name followed by .checkpoint].
         #[serde(default)]
         view: Option<String>,
-        /// Begin a bitmap anew that cannot be relied on: for a full backup, which does not need
-        /// what it has noted.
+        /// Start an unreliable bitmap anew: for a full backup, which does not need the recorded
+        /// changes.
         #[serde(default)]
         if_unusable: IfUnusable,
-        /// The backup (its UUID) upon which the one of this checkpoint is made: refused unless the
-        /// bitmap began after it.
+        /// UUID of the backup on which the new one builds: refused unless the bitmap started after
+        /// it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         base: Option<String>,
-        /// Go on where it is not known after which backup the bitmap began.
+        /// Continue if it is unknown after which backup the bitmap started.
         #[serde(default)]
         trust_base: bool,
-        /// When the checkpoint ends if nobody ends it.
+        /// End of a checkpoint that no request ends.
         #[serde(default)]
         lifetime: Lifetime,
     },
@@ -120,85 +120,85 @@ pub enum Request {
     CheckpointEnd {
         /// Name of the export.
         export: String,
-        /// Whether a backup was taken.
+        /// Whether the backup succeeded.
         outcome: Verdict,
     },
-    /// End the server as SIGTERM does
+    /// Stop the server as SIGTERM does
     Shutdown {},
 }
 
-/// What becomes of clients of an export that is removed.
+/// The treatment of clients of an export that is removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnUse {
-    /// The export stays.
+    /// The export is kept.
     #[default]
     Refuse,
-    /// Their connections are cut.
+    /// Their connections are closed.
     Disconnect,
 }
 
-/// Whether a new bitmap notes changes.
+/// The initial state of a new bitmap.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum InitialState {
-    /// It does.
+    /// It records changes.
     #[default]
     Enabled,
-    /// It does not yet.
+    /// It does not record changes.
     Disabled,
 }
 
-/// What is done about a bitmap that is not there.
+/// The treatment of a missing bitmap.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IfMissing {
     /// The request fails.
     #[default]
     Fail,
-    /// It is added, at the moment of the checkpoint.
+    /// The bitmap is added, at the moment of the checkpoint.
     Add,
 }
 
-/// What is done about a bitmap that cannot be relied on.
+/// The treatment of an unreliable bitmap.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum IfUnusable {
     /// The request fails.
     #[default]
     Fail,
-    /// Everything counts as dirty before the checkpoint, and it begins anew there.
+    /// All ranges count as dirty before the checkpoint, and the bitmap starts anew there.
     BeginAnew,
 }
 
-/// When a checkpoint ends that nobody ends.
+/// The lifetime of a checkpoint that no request ends.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Lifetime {
-    /// With the server.
+    /// It ends with the server.
     #[default]
     Server,
-    /// With the connection on which it was begun: whoever made it may be killed.
+    /// It ends with the connection on which it was started: the client may be killed.
     Connection,
 }
 
-/// Whether a backup was taken.
+/// The outcome of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// It is complete.
+    /// The backup is complete.
     Success,
-    /// It is not.
+    /// The backup failed.
     Failure,
 }
 
-/// What is exported, and to whom.
+/// The exports and the clients.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Listing {
     /// All exports, views of checkpoints included.
     pub exports: Vec<ExportState>,
-    /// All clients that have chosen an export.
+    /// All clients that have selected an export.
     pub clients: Vec<ClientState>,
 }
 
@@ -208,88 +208,87 @@ pub struct Listing {
 pub struct ExportState {
     /// Its name; empty for the default export.
     pub name: String,
-    /// In bytes.
+    /// Size, in bytes.
     pub size: u64,
     /// Whether all writes are refused.
     pub read_only: bool,
-    /// How many clients have chosen it.
+    /// Number of clients that have selected it.
     pub clients: usize,
-    /// Where it comes from; not for views.
+    /// Source of the export; absent for views.
     pub source: Option<String>,
     /// Each with `name`, `granularity`, `enabled`, either `dirty-bytes` or `problem`, and the UUID
-    /// of the backup that it `began-after`, or `perhaps-began-after` if another program has had the
-    /// image.
+    /// of the backup that it `began-after`, or `perhaps-began-after` if another program has used
+    /// the image.
     pub bitmaps: Vec<Value>,
-    /// The UUID of the disk; known since its first backup.
+    /// UUID of the disk; known since its first backup.
     #[serde(default)]
     pub disk: Option<String>,
     /// The checkpoint in progress: its `view`, its `bitmap`, and the `problem` if it is lost.
     pub checkpoint: Option<Value>,
 }
 
-/// A client that has chosen an export.
+/// A client that has selected an export.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ClientState {
-    /// Its number, which no other client gets.
+    /// Its unique number.
     pub id: u64,
     /// Its address, as text.
     pub peer: String,
     /// Name of its export.
     pub export: String,
-    /// Seconds since 1970.
+    /// Time of the connection, in seconds since 1970.
     pub since: u64,
 }
 
-/// A checkpoint that has begun.
+/// A checkpoint in progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Begun {
-    /// Name of the export that is the view.
+    /// Name of the view's export.
     pub view: String,
-    /// The bitmap whose bits the view has; none if it was added just now.
+    /// The bitmap that provides the view's bits; none if it was just added.
     pub bitmap: Option<String>,
-    /// Why the bitmap could not be relied on, if it begins anew for that reason.
+    /// The reason why the bitmap was unreliable, if it starts anew for that reason.
     #[serde(default)]
     pub begun_anew: Option<String>,
-    /// The UUID of the backup that is to be made: if the checkpoint ends with success the bitmap
-    /// began after it.
+    /// UUID of the new backup: if the checkpoint ends with success, the bitmap started after it.
     #[serde(default)]
     pub backup: Option<String>,
-    /// The UUID of the disk, if it has one.
+    /// UUID of the disk, if it has one.
     #[serde(default)]
     pub disk: Option<String>,
-    /// Where the view can be read.
+    /// URIs of the view.
     pub uris: Vec<String>,
 }
 
-/// What kind of failure it was.
+/// The kind of a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorKind {
-    /// The request cannot be understood, or asks for what cannot be.
+    /// The request is malformed or contradictory.
     InvalidRequest,
     /// There is no export or bitmap of that name.
     NotFound,
-    /// There is one of that name already.
+    /// The name is in use.
     AlreadyExists,
-    /// Clients, a checkpoint or another program use it.
+    /// Clients, a checkpoint or another program use the object.
     InUse,
-    /// Anything else.
+    /// Any other failure.
     Failed,
 }
 
-/// Why a request failed.
+/// The failure of a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// What kind of failure.
+    /// Kind of the failure.
     pub kind: ErrorKind,
-    /// One sentence for people.
+    /// A human-readable sentence.
     pub message: String,
 }
 
 impl Failure {
-    /// A failure; `message` is the whole sentence.
+    /// Creates a failure; `message` is the whole sentence.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
@@ -314,7 +313,7 @@ impl From<&imgfmt::Error> for Failure {
     }
 }
 
-/// The line of a reply, with its end.
+/// Returns the line of a reply, with its line feed.
 pub fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
     let value = match reply {
         Ok(result) => json!({ "result": result }),
@@ -325,11 +324,11 @@ pub fn encode(reply: Result<Value, Failure>) -> Vec<u8> {
     line
 }
 
-/// Reads a request.
+/// Parses a request.
 ///
 /// # Errors
 ///
-/// A [`Failure`] that says what is wrong with it.
+/// A [`Failure`] that describes the defect.
 pub fn decode(line: &[u8]) -> Result<Request, Failure> {
     serde_json::from_slice(line).map_err(|error| {
         let why = match serde_json::from_slice(line) {
@@ -341,7 +340,7 @@ pub fn decode(line: &[u8]) -> Result<Request, Failure> {
     })
 }
 
-/// A sentence about a request, from what the library for JSON says about it.
+/// Rewrites a message of the JSON library as a sentence about the request.
 fn what_is_wrong(members: &serde_json::Map<String, Value>, said: &str) -> String {
     let said = said.split(" at line ").next().unwrap_or_default().replace('`', "'");
     let named = |prefix: &str| {
@@ -351,7 +350,7 @@ fn what_is_wrong(members: &serde_json::Map<String, Value>, said: &str) -> String
     let command = match members.get("command") {
         None => return r#"the request has no "command""#.to_owned(),
         Some(Value::String(command)) => command,
-        Some(_) => return r#"the "command" of a request is a text"#.to_owned(),
+        Some(_) => return r#"the "command" of a request is a string"#.to_owned(),
     };
     let known = said.split_once(", expected ").map_or("", |(_, known)| known);
     if named("unknown variant ").is_some() && known.contains("'add-export'") {
@@ -389,7 +388,7 @@ mod tests {
             (r#"{"command":"list""#, "a request is one line of JSON, and this is not JSON"),
             ("[]", r#"a request is a JSON object such as {"command":"list"}"#),
             ("{}", r#"the request has no "command""#),
-            (r#"{"command":5}"#, r#"the "command" of a request is a text"#),
+            (r#"{"command":5}"#, r#"the "command" of a request is a string"#),
             (
                 r#"{"command":"nope"}"#,
                 "there is no command 'nope'; there are 'list', 'add-export',",

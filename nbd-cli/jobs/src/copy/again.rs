@@ -1,8 +1,8 @@
-//! Copies to servers that may be restarted in the middle.
+//! Copies to servers that may restart during the copy.
 //!
-//! A connection that is lost and replaced may lead to a server that was restarted meanwhile, and what was
-//! written before and not flushed may be gone with the former one. What was written since the last flush is
-//! therefore written again, from the source, until a whole round came about without a new connection.
+//! A connection that is lost and replaced may lead to a restarted server, and writes that were not
+//! flushed before may be lost. Everything written since the last flush is therefore written again,
+//! from the source, until a whole round completes without a new connection.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,24 +18,25 @@ use super::source::Source;
 use crate::JobError;
 use crate::connect::failed;
 
-/// How often what was written is made durable, so that there is less to write again.
+/// Interval between flushes, so that less has to be written again.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(30);
 
-/// So many rounds may end with a new connection before the copy is given up.
+/// Most rounds that may end with a new connection before the copy fails.
 const MOST_ROUNDS: usize = 8;
 
-/// Up to where the copy is durable, and how many connections had been replaced then.
+/// The position up to which the copy is durable, and the number of reconnections at that moment.
 struct Safe {
     position: u64,
     reconnects: u64,
 }
 
-/// Copies everything, flushes if that is asked for, and repeats what a restarted server may have lost.
+/// Copies everything, flushes if requested, and repeats the writes that a restarted server may have
+/// lost.
 ///
 /// # Errors
 ///
-/// Those of the copy, and of a server that is restarted again and again or while standard input, which cannot be
-/// read twice, is copied to it.
+/// Those of the copy; and an error if a server restarts again and again, or restarts while standard
+/// input, which cannot be read twice, is copied to it.
 pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
     let Destination::Nbd { client, uri } = &job.destination else {
         engine::run(job).await?;
@@ -68,7 +69,7 @@ pub(crate) async fn run(job: &Arc<Job>, flush: bool) -> Result<(), JobError> {
     )))
 }
 
-/// Copies once, and makes what was written durable from time to time.
+/// Copies once, and makes the written data durable from time to time.
 async fn round(
     job: &Arc<Job>,
     (client, uri): (&Client, &NbdUri),
@@ -80,7 +81,8 @@ async fn round(
         tokio::select! {
             result = &mut running => return result,
             () = tokio::time::sleep(FLUSH_INTERVAL), if can_flush => {
-                // First where everything has been answered, then the flush that covers it.
+                // First the position up to which everything was answered, then the flush that
+                // covers it.
                 let done = job.done().await;
                 let flushing = async {
                     let flushed = client.flush().await;

@@ -1,21 +1,21 @@
-//! What a part of a disk holds, for a job that copies it.
+//! The content of a part of a disk, for a job that copies it.
 
 use imgfmt::ExtentKind;
 use nbd_client::Extent;
 use nbd_proto::wire::AllocationFlags;
 
-/// What becomes of a part of the disk.
+/// The treatment of a part of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Content {
     /// It is read and written.
     Data,
     /// It is zero: it need not be read.
     Zero,
-    /// The destination has it already.
+    /// The destination already has it.
     Unchanged,
 }
 
-/// What an extent of a file or an image means.
+/// Translates an extent of a file or an image.
 pub(super) fn content_of(kind: ExtentKind) -> Content {
     match kind {
         ExtentKind::Data => Content::Data,
@@ -23,7 +23,8 @@ pub(super) fn content_of(kind: ExtentKind) -> Content {
     }
 }
 
-/// What an extent of `base:allocation` means. A hole that does not read as zero may hold anything.
+/// Translates an extent of `base:allocation`. A hole that does not read as zero may have any
+/// content.
 pub(super) fn allocated(extent: &Extent) -> Content {
     match extent.flags & AllocationFlags::STATE_ZERO.bits() {
         0 => Content::Data,

@@ -1,4 +1,4 @@
-//! Where the bytes go.
+//! The destination of a copy.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -25,7 +25,7 @@ use crate::{JobContext, JobError, JobErrorKind};
 /// Threads that write to a local file at a time.
 const WRITERS: usize = 2;
 
-/// Threads that write to an image at a time: much of what they do is no I/O.
+/// Threads that write to an image at a time: much of their work is not I/O.
 const IMAGE_WRITERS: usize = 4;
 
 /// Zeroes to write where there is no better way.
@@ -41,18 +41,19 @@ pub(crate) enum Destination {
         storage: Arc<dyn Storage>,
         path: PathBuf,
         kind: FileKind,
-        /// The same storage, if it is a device, which shows what was written when it is complete.
+        /// The same storage, if it is a device, which exposes its contents when it is complete.
         device: Option<Arc<Unfinished>>,
-        /// The file, if it has no name of its own yet.
+        /// The file, if it does not have its final name yet.
         new: Mutex<Option<NewFile>>,
-        /// Limits how many threads write at a time: a file lets in one, the others only wait.
+        /// Limits the number of writing threads: a file admits one at a time, the others would only
+        /// wait.
         writers: Semaphore,
     },
     /// A disk in an image format.
     Image {
         image: Arc<Image>,
         surface: Surface,
-        /// Limits how many threads write at a time.
+        /// Limits the number of writing threads.
         writers: Semaphore,
     },
     /// Standard output: written once, front to back.
@@ -60,18 +61,18 @@ pub(crate) enum Destination {
     Null,
 }
 
-/// What shows through an image where nothing was written.
+/// The content of an image where nothing was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Surface {
     Zeroes,
-    /// Its backing file, or what was written before.
+    /// That of its backing file, or earlier data.
     Something,
 }
 
-/// What kind of local file.
+/// The kind of a local file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileKind {
-    /// It was emptied, so that it reads as zero, and grows as it is written.
+    /// It was truncated, so that it reads as zero, and grows with the writes.
     Regular,
     BlockDevice,
 }
@@ -114,13 +115,13 @@ impl Destination {
         Ok(destination)
     }
 
-    /// An image that was just made or opened for writing.
+    /// An image that was just created or opened for writing.
     pub(crate) fn image(image: Image, surface: Surface) -> Self {
         let writers = Semaphore::new(IMAGE_WRITERS);
         Self::Image { image: Arc::new(image), surface, writers }
     }
 
-    /// How many bytes fit, if that is limited.
+    /// Returns the capacity, if it is limited.
     pub(crate) fn room(&self) -> Result<Option<u64>, JobError> {
         match self {
             Self::Nbd { client, .. } => Ok(Some(client.info().size)),
@@ -132,7 +133,7 @@ impl Destination {
         }
     }
 
-    /// Requests must be aligned to this power of two.
+    /// Returns the alignment of requests, in bytes; a power of two.
     pub(crate) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
@@ -142,7 +143,7 @@ impl Destination {
         }
     }
 
-    /// Whether the destination reads as zero where nothing was written.
+    /// Returns whether the destination reads as zero where nothing was written.
     pub(crate) fn is_zero(&self) -> bool {
         matches!(
             self,
@@ -191,7 +192,7 @@ impl Destination {
                 let range = offset..offset + length;
                 let zeroed = client.write_zeroes(range, mode, Speed::Any, Durability::Cached).await;
                 match zeroed {
-                    // Some servers promise it and then refuse (nbdkit in oldstyle does).
+                    // Some servers advertise it and then refuse it (nbdkit in oldstyle does).
                     Err(error) if matches!(error.errno(), Some(Errno::EINVAL | Errno::ENOTSUP)) => {
                         self.write_zero_buffers(offset, length).await
                     }
@@ -243,7 +244,7 @@ impl Destination {
         Ok(())
     }
 
-    /// Sets the size of a regular file whose end was not written, being zero.
+    /// Sets the size of a regular file whose zero end was not written.
     pub(crate) fn set_size(&self, size: u64) -> Result<(), JobError> {
         match self {
             Self::File { storage, path, kind: FileKind::Regular, .. } => storage
@@ -253,7 +254,7 @@ impl Destination {
         }
     }
 
-    /// Makes everything durable if that was asked for.
+    /// Makes everything durable if requested.
     pub(crate) async fn finish(&self, flush: bool) -> Result<(), JobError> {
         if !flush {
             return Ok(());
@@ -284,7 +285,7 @@ impl Destination {
         }
     }
 
-    /// Gives a new file its name, now that it is complete, and lets a device show what it holds.
+    /// Gives a complete new file its name, and makes a device expose its contents.
     pub(crate) fn complete(&self, durable: Durable) -> Result<(), JobError> {
         let Self::File { new, path, device, .. } = self else { return Ok(()) };
         if let Some(disk) = device {
@@ -296,7 +297,7 @@ impl Destination {
         }
     }
 
-    /// The device that is written to, if it is one.
+    /// Returns the device that is written to, if it is one.
     pub(crate) fn device(&self) -> Option<Arc<Unfinished>> {
         match self {
             Self::File { device, .. } => device.clone(),
@@ -304,14 +305,14 @@ impl Destination {
         }
     }
 
-    /// Throws away a new file that is not complete; says what there is then.
+    /// Discards an incomplete new file; describes what remains.
     pub(crate) fn abandon(&self) -> Option<String> {
         let Self::File { new, .. } = self else { return None };
         let new = new.lock().unwrap_or_else(PoisonError::into_inner).take();
         new.map(|new| new.left_behind())
     }
 
-    /// A new file at a temporary name, that somebody else will name.
+    /// A new file with a temporary name, which the caller renames.
     pub(crate) fn new_file(new: &NewFile) -> Result<Self, JobError> {
         let storage =
             FileStorage::open(new.path(), Access::ReadWrite, Locking::Auto).map_err(image_error)?;
@@ -341,7 +342,7 @@ impl Destination {
         })
     }
 
-    /// Closes an image, which must succeed for it to be complete.
+    /// Closes an image; only then is it complete.
     pub(crate) fn close_image(self) -> Result<(), JobError> {
         let Self::Image { image, .. } = self else { return Ok(()) };
         let image = Arc::into_inner(image)
@@ -352,7 +353,7 @@ impl Destination {
     /// Ends the connection.
     pub(crate) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
-            // Every write was answered; how the connection ends does not matter.
+            // Every write was answered, so the way in which the connection ends does not matter.
             let _ = client.clone().disconnect().await;
         }
     }
@@ -396,7 +397,7 @@ fn open_regular_or_device(
     Ok(Destination::regular(storage, path, None))
 }
 
-/// Makes an empty file.
+/// Creates an empty file.
 pub(crate) fn create_empty(path: &Path) -> Result<(), JobError> {
     let made = OpenOptions::new().write(true).create_new(true).open(path);
     made.map(drop).map_err(|error| {
@@ -408,7 +409,7 @@ pub(crate) fn create_empty(path: &Path) -> Result<(), JobError> {
     })
 }
 
-/// Our own lock on the source keeps us from opening it again for writing.
+/// Our own lock on the source prevents opening it again for writing.
 fn is_same_file(path: &Path, source: &Source) -> bool {
     FileStorage::open(path, Access::ReadOnly, Locking::Off)
         .is_ok_and(|file| file.identity().is_some() && file.identity() == source.identity())

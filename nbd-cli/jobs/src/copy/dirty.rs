@@ -1,4 +1,4 @@
-//! What has changed, by a server's dirty bitmap, and which of it is zero.
+//! The changes in a server's dirty bitmap, and the zeroes among them.
 
 use nbd_client::{Client, Extent, ExtentStream};
 use nbd_proto::wire::MetaContextName;
@@ -6,28 +6,28 @@ use nbd_proto::wire::MetaContextName;
 use super::content::{Content, allocated};
 use crate::JobError;
 
-/// Block status is asked for in windows of this size, and only where something is dirty: a server
+/// Block status is requested in windows of this size, and only where something is dirty: a server
 /// should not walk the tables of a whole disk for a few changes. In bytes.
 const WINDOW: u64 = 4 << 30;
 
 /// Set in the status of a dirty range.
 const DIRTY: u64 = 1;
 
-/// The extents of a dirty bitmap, and the allocation of those that are dirty.
+/// The extents of a dirty bitmap, and the allocation of the dirty ones.
 pub(crate) struct DirtyExtents {
     client: Client,
     bitmap: ExtentStream,
-    /// The extent of the bitmap that was found last.
+    /// The latest extent of the bitmap.
     current: Extent,
-    /// The allocation from there on, if the server tells it.
+    /// The allocation from there on, if the server reports it.
     allocation: Option<MetaContextName>,
     window: Option<(ExtentStream, u64)>,
-    /// The extent of the allocation that was found last.
+    /// The latest extent of the allocation.
     known: Option<Extent>,
 }
 
 impl DirtyExtents {
-    /// The extents from `start` (in bytes) on. The client must have selected `bitmap`.
+    /// Creates the iterator from `start` (in bytes) on. The client must have selected `bitmap`.
     pub(crate) fn new(client: Client, bitmap: &MetaContextName, start: u64) -> Self {
         let allocation = MetaContextName::base_allocation();
         let allocation = client.meta_contexts().contains(&allocation).then_some(allocation);
@@ -36,7 +36,8 @@ impl DirtyExtents {
         Self { client, bitmap, current, allocation, window: None, known: None }
     }
 
-    /// The end (above `at`) and content of what begins at the byte `at`. Calls must ascend.
+    /// Returns the end (above `at`) and the content of the extent that starts at the byte `at`.
+    /// Calls must ascend.
     pub(super) async fn at(&mut self, at: u64, size: u64) -> Result<(u64, Content), JobError> {
         while end_of(&self.current) <= at {
             match self.bitmap.next().await {
@@ -46,7 +47,7 @@ impl DirtyExtents {
                         "the server cannot tell what is dirty at offset {at}: {error}"
                     )));
                 }
-                // It knows no more: the rest may have changed.
+                // The server reports no more: the rest may have changed.
                 None => self.current = Extent { offset: at, length: size - at, flags: DIRTY },
             }
         }
@@ -82,7 +83,7 @@ impl DirtyExtents {
                         "the server cannot tell its holes at offset {at}: {error}"
                     )));
                 }
-                // It knows no more of this window, which is then read.
+                // The server reports no more of this window, which is then read.
                 None => return Ok((*window_end, Content::Data)),
             }
         }

@@ -1,4 +1,4 @@
-//! Many tasks that copy pieces of the disk at the same time.
+//! Concurrent tasks that copy pieces of the disk.
 
 use std::sync::Arc;
 
@@ -29,7 +29,7 @@ async fn in_parallel(job: &Arc<Job>) -> Result<(), JobError> {
     let size = job.source.size().unwrap_or_default();
     if !size.is_multiple_of(job.alignment) {
         return Err(JobError::destination(format!(
-            "one side needs requests aligned to {} and the disk's {size} bytes are no multiple of \
+            "one side needs requests aligned to {} and the disk's {size} bytes are not a multiple of \
              that",
             exact(job.alignment)
         )));

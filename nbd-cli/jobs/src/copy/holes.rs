@@ -1,4 +1,4 @@
-//! The answer to a read, in which the server has told holes apart from data.
+//! Holes in the answer to a read.
 
 use bytes::{Bytes, BytesMut};
 use nbd_client::ReadChunk;
@@ -10,14 +10,14 @@ pub(super) enum Part {
     Zero { offset: u64, length: u64 },
 }
 
-/// Cuts what was read so that zeroes begin and end at multiples of `unit` (in bytes), or where the
-/// range does: a unit with any data in it is data. `pieces` are those of one read, in order and
+/// Splits an answer so that zeroes begin and end at multiples of `unit` (in bytes), or at the ends
+/// of the range: a unit with any data in it is data. `pieces` are those of one read, in order and
 /// without gaps.
 pub(super) fn parts(pieces: Vec<ReadChunk>, unit: u64) -> Vec<Part> {
     let Some(start) = pieces.first().map(ReadChunk::offset) else { return Vec::new() };
     let end = pieces.last().map_or(start, end_of);
     let mut parts = Vec::new();
-    // What is to become the next part with data.
+    // The start of the next part with data.
     let mut open: Vec<ReadChunk> = Vec::new();
     for piece in pieces {
         let ReadChunk::Hole { offset, length } = piece else {
@@ -44,7 +44,7 @@ pub(super) fn parts(pieces: Vec<ReadChunk>, unit: u64) -> Vec<Part> {
     parts
 }
 
-/// Neighbouring pieces as one part with data. The usual single one is not copied.
+/// Joins neighbouring pieces into one part with data. The usual single one is not copied.
 fn joined(mut pieces: Vec<ReadChunk>) -> Option<Part> {
     if let [ReadChunk::Data { .. }] = pieces.as_slice()
         && let Some(ReadChunk::Data { offset, data }) = pieces.pop()

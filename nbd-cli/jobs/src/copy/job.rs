@@ -1,4 +1,4 @@
-//! A copy: both sides, what is still to be done, and how one piece is copied.
+//! A copy: both sides, the remaining work, and the copying of one piece.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,33 +18,33 @@ use super::source::Source;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, Phase};
 
-/// Zeroes are written in pieces of this size, so that progress shows.
+/// Zeroes are written in pieces of this size, so that progress is visible.
 const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
-/// How a copy is carried out.
+/// Settings of a copy.
 pub(crate) struct Settings {
     /// Requests in flight.
     pub(crate) requests: usize,
     /// Longest request, in bytes; a power of two of at most 32 MiB.
     pub(crate) request_size: u64,
-    /// Where pieces are cut: a power of two, in bytes.
+    /// Alignment of pieces: a power of two, in bytes.
     pub(crate) unit: u64,
     pub(crate) zeroes: ZeroPolicy,
-    /// Unit in which zeroes are looked for in data, if they are, in bytes.
+    /// Unit of zero detection in data, in bytes; none if it is off.
     pub(crate) sparse: Option<u64>,
-    /// What was copied before, in bytes from the start of the disk.
+    /// Bytes copied before, from the start of the disk.
     pub(crate) start: u64,
 }
 
-/// What becomes of zeroes.
+/// The treatment of zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ZeroPolicy {
-    /// The destination is zero already.
+    /// Skipped: the destination is zero already.
     Skip,
     Write(ZeroMode),
 }
 
-/// What all tasks of one copy share.
+/// Shared state of all tasks of one copy.
 pub(crate) struct Job {
     pub(crate) source: Source,
     pub(crate) destination: Destination,
@@ -52,34 +52,34 @@ pub(crate) struct Job {
     pub(super) meter: Meter,
     pub(super) requests: usize,
     pub(super) request_size: usize,
-    /// What both sides need of requests.
+    /// Request limits of both sides.
     pub(super) alignment: u64,
     zeroes: ZeroPolicy,
-    /// Where pieces are cut, and how long they may be.
+    /// Alignment and largest size of pieces.
     cut: (u64, Lengths),
-    /// Unit in which zeroes are looked for, if they are.
+    /// Unit of zero detection in data, if it is on.
     sparse: Option<usize>,
-    /// Unit in which holes that the source tells of are written, in bytes.
+    /// Unit of writing holes that the source reports, in bytes.
     hole_unit: u64,
     plan: Mutex<Plan>,
-    /// The offsets of the pieces that tasks are busy with.
+    /// The offsets of the pieces in work.
     begun: SyncMutex<BTreeSet<u64>>,
     counts: Counts,
 }
 
-/// How much was copied and how, in bytes.
+/// Bytes copied, by kind.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    /// Read and written; data that turned out to be zero included.
+    /// Read and written, including data that turned out to be zero.
     pub(crate) data: AtomicU64,
     /// Known to be zero.
     pub(crate) zero: AtomicU64,
-    /// In the destination already.
+    /// Already in the destination.
     pub(crate) unchanged: AtomicU64,
 }
 
 impl Settings {
-    /// What the options of a copy ask for.
+    /// Applies the options of a copy.
     pub(super) fn of_copy(
         options: &CopyOptions,
         source: &Source,
@@ -92,7 +92,7 @@ impl Settings {
             Zeroes::PunchHoles if destination.is_zero() => ZeroPolicy::Skip,
             Zeroes::PunchHoles => ZeroPolicy::Write(ZeroMode::MayPunch),
         };
-        // Where everything is allocated nothing is gained by telling zeroes from data.
+        // Where everything is allocated, separating zeroes from data gains nothing.
         let looks = options.zeroes != Zeroes::Allocate && !matches!(destination, Destination::Null);
         let sparse = options.sparse.filter(|_| looks).map(|sparse| sparse.max(unit));
         let (requests, request_size) = (options.requests.get(), options.request_size);
@@ -131,7 +131,7 @@ impl Job {
             zeroes: settings.zeroes,
             cut: (settings.unit, longest),
             sparse,
-            // Smaller ones are not worth a request of their own.
+            // Smaller ones are not worth a separate request.
             hole_unit: settings.sparse.unwrap_or(settings.unit),
             plan,
             begun: SyncMutex::default(),
@@ -144,20 +144,21 @@ impl Job {
         let mut plan = self.plan.lock().await;
         let piece = plan.next().await?;
         if let Some(piece) = &piece {
-            // While the plan is locked, so that `done` never sees a gap.
+            // Done while the plan is locked, so that `done` never sees a gap.
             self.begun().insert(piece.offset);
         }
         Ok(piece)
     }
 
-    /// Up to where everything has been handed to the destination, in bytes from the start.
+    /// Returns the position up to which the destination has received everything, in bytes from the
+    /// start.
     pub(crate) async fn done(&self) -> u64 {
         let plan = self.plan.lock().await;
         let first = self.begun().first().copied();
         first.unwrap_or_else(|| plan.position())
     }
 
-    /// Begins the copy anew at `position` (in bytes), after everything was copied once.
+    /// Restarts the copy at `position` (in bytes), after everything was copied once.
     pub(super) async fn begin_again(&self, position: u64) {
         let size = self.source.size().unwrap_or_default();
         let (unit, longest) = self.cut;
@@ -175,7 +176,7 @@ impl Job {
         self.begun.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes data, leaving out or punching the zeroes in it.
+    /// Writes data, and skips or punches the zeroes in it.
     pub(super) async fn store(&self, offset: u64, data: &Bytes) -> Result<(), JobError> {
         let Some(unit) = self.sparse else {
             return self.destination.write(offset, data.clone()).await;
@@ -192,7 +193,7 @@ impl Job {
         Ok(())
     }
 
-    /// Makes sure that a range is zero.
+    /// Makes a range zero.
     pub(super) async fn store_zeroes(&self, offset: u64, length: u64) -> Result<(), JobError> {
         match self.zeroes {
             ZeroPolicy::Skip => Ok(()),
@@ -200,9 +201,9 @@ impl Job {
         }
     }
 
-    /// Reads and writes a piece; the number of bytes that turned out to be a hole. Takes memory that is
-    /// left over from an earlier one, and leaves some: fresh memory would cost page faults for
-    /// every piece.
+    /// Reads and writes a piece; returns the number of bytes that turned out to be a hole. Reuses
+    /// memory of an earlier piece, and returns some: fresh memory would cost page faults for every
+    /// piece.
     async fn copy_data(&self, piece: &Piece, buffer: &mut BytesMut) -> Result<u64, JobError> {
         let memory = std::mem::take(buffer);
         let read = self.source.read_chunks(piece.offset, piece.length, memory).await?;
@@ -214,7 +215,7 @@ impl Job {
                     self.counts.data.fetch_add(data.len() as u64, Ordering::Relaxed);
                     *buffer = data.try_into_mut().unwrap_or_default();
                 }
-                // The server has said so while it was asked for data.
+                // The server reported it in the answer to a read.
                 Part::Zero { offset, length } => {
                     self.store_zeroes(offset, length).await?;
                     self.counts.zero.fetch_add(length, Ordering::Relaxed);
@@ -225,7 +226,7 @@ impl Job {
         Ok(holes)
     }
 
-    /// Copies one piece after the other until none is left.
+    /// Copies pieces until none is left.
     pub(super) async fn copy_pieces(&self) -> Result<(), JobError> {
         let mut buffer = BytesMut::new();
         while let Some(piece) = self.next_piece().await? {

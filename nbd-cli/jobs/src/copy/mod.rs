@@ -1,4 +1,4 @@
-//! A copy from one place to another, and the parts of it that other jobs use.
+//! A copy from one place to another, and its parts that other jobs use.
 
 pub(crate) mod again;
 mod content;
@@ -27,36 +27,36 @@ use crate::location::Location;
 use crate::target::{Durable, device};
 use crate::{JobContext, JobError};
 
-/// What a copy did. Sizes are in bytes.
+/// The result of a copy. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Copied {
-    /// Size of what was copied.
+    /// Size of the copied disk.
     pub size: u64,
-    /// How much of that the source knew to be zero.
+    /// Bytes that the source reported as zero.
     pub holes: u64,
 }
 
 /// Copies a disk.
 ///
-/// A local file as the destination grows as `NAME.partial` and gets its name when it is complete; a
-/// file that was there is replaced then and stays as it was until then. Only where that is not
-/// possible (it has other names, or its directory may not be written to) is it emptied first. A
-/// server or device must be at least as large as the source; anything beyond that is left
-/// unchanged. A device is marked as incomplete until everything is on stable storage.
+/// A local file as the destination grows as `NAME.partial` and is renamed when it is complete; an
+/// existing file stays unchanged until it is replaced then. Only if that is not possible (the file
+/// has other names, or its directory is not writable) is it truncated first. A server or device
+/// must be at least as large as the source; anything beyond that is left unchanged. A device is
+/// marked as incomplete until everything is on stable storage.
 ///
-/// What was written to a server since its last flush is written again if the connection was lost
-/// meanwhile.
+/// Data written to a server since its last flush is written again if the connection was lost in
+/// between.
 ///
 /// # Errors
 ///
 /// If one side cannot be opened, read or written, if the source does not fit, if the options are
-/// out of range, and if the job is cancelled. A new file is removed then.
+/// out of range, and if the job is cancelled. A new file is then removed.
 ///
 /// # Cancel safety
 ///
-/// Dropping the future ends the copy as an error does, but says nothing; a thread may still be at
-/// work on one request. Use [`JobContext::cancellation`] to hear of it.
+/// Dropping the future ends the copy like an error, but reports nothing; a thread may still be
+/// working on one request. To observe the end, use [`JobContext::cancellation`].
 pub async fn copy(
     from: &Location,
     to: &Location,
@@ -64,7 +64,7 @@ pub async fn copy(
     context: &JobContext,
 ) -> Result<Copied, JobError> {
     options.check()?;
-    // The source first: what cannot be read must not cost anybody a destination.
+    // The source first: an unreadable source must not destroy a destination.
     let (connect, knowledge) = (&options.connect, options.knowledge);
     let source = Source::open(from, connect, options.source_locking, knowledge, context).await?;
     warn_of_container(&source, context);
@@ -85,10 +85,10 @@ pub async fn copy(
     Ok(Copied { size: progress.done, holes: progress.holes })
 }
 
-/// Says that a file which is an image is copied with its container: that is rarely what is meant.
+/// Warns if a file to be copied byte for byte is an image: that is rarely intended.
 fn warn_of_container(source: &Source, context: &JobContext) {
     let Source::File { storage, path, .. } = source else { return };
-    // What cannot be read now is said when it is copied.
+    // A read error is reported by the copy.
     let format = Format::probe(&**storage).unwrap_or(Format::Raw);
     if format != Format::Raw {
         let advice = match format.is_supported() {

@@ -1,4 +1,4 @@
-//! How a disk is copied.
+//! Options of a copy.
 
 use std::num::NonZeroUsize;
 
@@ -12,54 +12,54 @@ use crate::target::Durable;
 const REQUESTS_MAX: usize = 4096;
 /// Most connections to a server.
 const CONNECTIONS_MAX: usize = 256;
-/// Smallest request, and smallest unit in which zeroes are looked for, in bytes.
+/// Smallest request, and smallest unit of zero detection, in bytes.
 const REQUEST_SIZE_MIN: u64 = 512;
-/// Largest request, in bytes; more would only need more memory.
+/// Largest request, in bytes; larger ones would only need more memory.
 const REQUEST_SIZE_MAX: u64 = 32 << 20;
 
-/// What becomes of parts that are zero.
+/// The treatment of zero ranges.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Zeroes {
-    /// They become holes where the destination can have them.
+    /// They become holes where the destination supports them.
     #[default]
     PunchHoles,
-    /// They are written so that they take up space, as data does.
+    /// They are written so that they occupy space, like data.
     Allocate,
-    /// Nothing: the destination reads as zero already.
+    /// They are skipped: the destination already reads as zero.
     Skip,
 }
 
-/// How a disk is copied.
+/// Options of a copy.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CopyOptions {
-    /// How servers are reached.
+    /// Connection options.
     pub connect: ConnectOptions,
     /// Requests in flight: 1 to 4096. By default 64.
     pub requests: NonZeroUsize,
     /// Size of a request in bytes: a power of two from 512 to 32 MiB. By default 256 KiB.
     pub request_size: u64,
-    /// What becomes of zeroes.
+    /// The treatment of zero ranges.
     pub zeroes: Zeroes,
-    /// Whether the source is asked where it has holes. By default it is.
+    /// Whether to ask the source for its holes. By default true.
     pub knowledge: Knowledge,
-    /// Zeroes are looked for in the data in units of this size in bytes: a power of two of at least 512, or
-    /// `None` not to look. By default 4096.
+    /// Unit of zero detection in data, in bytes: a power of two of at least 512, or `None` to
+    /// switch detection off. By default 4096.
     pub sparse: Option<u64>,
-    /// Whether the copy is durable when the job is complete. By default it need not be.
+    /// Whether the copy is durable when the job is complete. By default false.
     pub durability: Durable,
-    /// How a file is locked that is the source.
+    /// Locking of a file as the source.
     pub source_locking: Locking,
-    /// How a file is locked that is the destination.
+    /// Locking of a file as the destination.
     pub destination_locking: Locking,
 }
 
-/// What a server or file is asked about its disk.
+/// The block status to request from a server or file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Knowledge {
-    /// Nothing: all of it is read.
+    /// None: all of the disk is read.
     Nothing,
-    /// Where it is zero.
+    /// Zero ranges.
     Holes,
 }
 
@@ -80,7 +80,7 @@ impl Default for CopyOptions {
 }
 
 impl CopyOptions {
-    /// Refuses what is out of range.
+    /// Refuses options that are out of range.
     pub(super) fn check(&self) -> Result<(), JobError> {
         let in_range = REQUEST_SIZE_MIN..=REQUEST_SIZE_MAX;
         if !self.request_size.is_power_of_two() || !in_range.contains(&self.request_size) {
@@ -93,7 +93,7 @@ impl CopyOptions {
             && !(sparse.is_power_of_two() && sparse >= REQUEST_SIZE_MIN)
         {
             return Err(JobError::invalid(format!(
-                "zeroes cannot be looked for in units of {sparse} bytes; give a power of two of at \
+                "zeroes cannot be detected in units of {sparse} bytes; give a power of two of at \
                  least 512"
             )));
         }

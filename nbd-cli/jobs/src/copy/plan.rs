@@ -1,4 +1,4 @@
-//! The order of work: which parts of the source are read and which are known to be zero.
+//! The order of work: the parts of the source to be read, and those known to be zero.
 
 use std::sync::Arc;
 
@@ -27,9 +27,9 @@ pub(crate) struct Piece {
     pub(crate) content: Content,
 }
 
-/// Where knowledge about holes comes from.
+/// The source of information about holes.
 pub(crate) enum Extents {
-    /// There is none: everything is read.
+    /// None: everything is read.
     Unknown,
     /// A server's block status.
     Server(ExtentStream),
@@ -37,7 +37,7 @@ pub(crate) enum Extents {
     File(Arc<FileStorage>),
     /// An image's own tables.
     Image(ImageExtents),
-    /// A server's dirty bitmap, and its block status of what is dirty.
+    /// A server's dirty bitmap, and its block status of the dirty ranges.
     Dirty(Box<DirtyExtents>),
 }
 
@@ -71,14 +71,14 @@ pub(crate) struct Plan {
     alignment: u64,
     longest: Lengths,
     extents: Extents,
-    /// Where the next piece begins.
+    /// Start of the next piece.
     at: u64,
-    /// Up to where the content is known, and what it is.
+    /// The end and the content of the known part.
     known: (u64, Content),
 }
 
 impl Plan {
-    /// A plan for the bytes from `start` to `size`. `alignment` is a power of two.
+    /// Creates a plan for the bytes from `start` to `size`. `alignment` is a power of two.
     pub(crate) fn new(
         start: u64,
         size: u64,
@@ -89,12 +89,12 @@ impl Plan {
         Self { size, alignment, longest, extents, at: start, known: (start, Content::Data) }
     }
 
-    /// Where the next piece begins, in bytes.
+    /// Returns the start of the next piece, in bytes.
     pub(crate) fn position(&self) -> u64 {
         self.at
     }
 
-    /// The next piece, or `None` at the end of the disk.
+    /// Returns the next piece, or `None` at the end of the disk.
     pub(crate) async fn next(&mut self) -> Result<Option<Piece>, JobError> {
         if self.at >= self.size {
             return Ok(None);
@@ -113,10 +113,10 @@ impl Plan {
         Ok(Some(Piece { offset, length, content }))
     }
 
-    /// Finds out what stands at the current offset and up to where.
+    /// Determines the content at the current offset and its end.
     async fn look(&mut self) -> Result<(u64, Content), JobError> {
         let (end, content) = self.extents.at(self.at, self.size).await?;
-        // Only whole blocks count as zero or unchanged; a block that is so in part is data.
+        // Only whole blocks count as zero or unchanged; a partly zero or unchanged block is data.
         if end >= self.size {
             return Ok((self.size, content));
         }
@@ -130,7 +130,7 @@ impl Plan {
 }
 
 impl Extents {
-    /// The end (above `at`) and content of the extent that holds the byte `at`.
+    /// Returns the end (above `at`) and content of the extent that holds the byte `at`.
     async fn at(&mut self, at: u64, size: u64) -> Result<(u64, Content), JobError> {
         match self {
             Self::Unknown => Ok((size, Content::Data)),
@@ -138,7 +138,7 @@ impl Extents {
                 let found = file.next_extent(HostOffset::new(at), size - at).map_err(|error| {
                     JobError::source(format!("cannot find holes at offset {at}: {error}"))
                 })?;
-                // An empty answer would stop the plan.
+                // An empty answer would stall the plan.
                 let end = at.saturating_add(found.length.max(1)).min(size);
                 Ok((end, content_of(found.kind)))
             }
@@ -153,7 +153,7 @@ impl Extents {
                              --no-extents"
                         )));
                     }
-                    // It knows no more: the rest is read.
+                    // The server reports no more: the rest is read.
                     None => return Ok((size, Content::Data)),
                 };
                 let end = extent.offset.saturating_add(extent.length).min(size);

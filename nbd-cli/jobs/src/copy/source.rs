@@ -1,4 +1,4 @@
-//! Where the bytes come from.
+//! The source of a copy.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,7 +43,7 @@ pub(crate) enum Source {
 }
 
 impl Source {
-    /// The disk in an image. A backup knows its size better than the image, whose size is a
+    /// Opens the disk in an image. The size recorded by a backup is exact; that of the image is a
     /// multiple of 512.
     pub(crate) fn image(image: Arc<Image>) -> Self {
         let backup = image.backups_of_chain().into_iter().next().and_then(|(_, backup)| backup);
@@ -83,7 +83,7 @@ impl Source {
         }
     }
 
-    /// The size in bytes, if it is known beforehand.
+    /// Returns the size in bytes, if it is known beforehand.
     pub(crate) fn size(&self) -> Option<u64> {
         match self {
             Self::Nbd { client, .. } => Some(client.info().size),
@@ -94,7 +94,7 @@ impl Source {
         }
     }
 
-    /// The file behind the source, if it is one.
+    /// Returns the underlying file, if the source is one.
     pub(crate) fn identity(&self) -> Option<FileIdentity> {
         match self {
             Self::File { storage, .. } => storage.identity(),
@@ -102,7 +102,7 @@ impl Source {
         }
     }
 
-    /// Requests must be aligned to this power of two.
+    /// Returns the alignment of requests, in bytes; a power of two.
     pub(crate) fn alignment(&self) -> u64 {
         match self {
             Self::Nbd { client, .. } => {
@@ -112,7 +112,7 @@ impl Source {
         }
     }
 
-    /// What is known about holes from `start` (in bytes) on.
+    /// Returns the information about holes from `start` (in bytes) on.
     pub(crate) fn extents(&self, start: u64) -> Extents {
         match self {
             Self::Nbd { client, .. } => {
@@ -129,7 +129,7 @@ impl Source {
         }
     }
 
-    /// Reads a part of the disk, into memory that is left over from an earlier part.
+    /// Reads a part of the disk, into memory of an earlier part.
     pub(crate) async fn read(
         &self,
         offset: u64,
@@ -173,7 +173,7 @@ impl Source {
         }
     }
 
-    /// As [`read`](Self::read), with the holes told apart of which a server speaks in its answer.
+    /// Like [`read`](Self::read), with the holes that a server reports in its answer.
     pub(super) async fn read_chunks(
         &self,
         offset: u64,
@@ -188,7 +188,7 @@ impl Source {
         read.map_err(|error| JobError::source(failed(uri, "read from", &error)))
     }
 
-    /// Whether a range is known to be zero without reading it; false if that cannot be told.
+    /// Returns whether a range is known to be zero without reading it; false if unknown.
     pub(super) async fn is_known_zero(&self, offset: u64, length: u64) -> bool {
         let end = offset.saturating_add(length);
         match self {
@@ -221,7 +221,7 @@ impl Source {
     /// Ends the connection.
     pub(crate) async fn close(&self) {
         if let Self::Nbd { client, .. } = self {
-            // Everything was read; how the connection ends does not matter.
+            // Everything was read, so the way in which the connection ends does not matter.
             let _ = client.clone().disconnect().await;
         }
     }

@@ -1,4 +1,4 @@
-//! Copies from standard input and to standard output, which go front to back.
+//! Copies from standard input and to standard output, front to back.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -108,7 +108,7 @@ pub(super) async fn through(job: &Arc<Job>) -> Result<(), JobError> {
     }
 }
 
-/// A piece that comes later.
+/// A piece out of order.
 enum Ahead {
     Zero(u64),
     Data(JoinHandle<Result<Vec<ReadChunk>, JobError>>),
@@ -151,7 +151,7 @@ async fn read_standard_input(length: usize) -> Result<Bytes, JobError> {
 }
 
 async fn write_standard_output(data: Bytes) -> Result<(), JobError> {
-    // Past the line buffer of the standard library, which has no use here.
+    // Bypasses the line buffer of the standard library.
     let write = move || -> io::Result<()> {
         File::from(io::stdout().as_fd().try_clone_to_owned()?).write_all(&data)
     };
@@ -161,7 +161,7 @@ async fn write_standard_output(data: Bytes) -> Result<(), JobError> {
     }
 }
 
-/// A copy whose reader went away is not complete: unlike for a report, that is an error.
+/// A copy whose reader closed the pipe is incomplete: unlike for a report, that is an error.
 fn output_error(error: &io::Error) -> JobError {
     JobError::destination(format!("cannot write to standard output: {error}"))
 }

@@ -13,9 +13,9 @@ use super::source::Source;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, JobErrorKind, Phase};
 
-/// Longest part that has one checksum, in bytes.
+/// Longest part with one checksum, in bytes.
 const PIECE: u64 = 1 << 20;
-/// Longest part that is said to be zero, in bytes.
+/// Longest part reported as zero, in bytes.
 const LONGEST_ZEROES: u64 = 1 << 30;
 
 /// A comparison of two disks of the same size.
@@ -28,8 +28,8 @@ pub(crate) struct Verification {
 }
 
 impl Verification {
-    /// Compares what `extents`, those of the source, do not call unchanged. `unit` is what both
-    /// sides need of requests, in bytes.
+    /// Compares the extents of the source that `extents` does not report as unchanged. `unit` is
+    /// the request alignment of both sides, in bytes.
     pub(crate) fn new(
         source: Source,
         copy: Source,
@@ -44,7 +44,7 @@ impl Verification {
         Self { source, copy, context: context.clone(), meter, plan }
     }
 
-    /// Compares with so many tasks; returns how many bytes were compared.
+    /// Compares with that many tasks; returns the number of bytes compared.
     ///
     /// The first difference is an error.
     pub(crate) async fn run(self: &Arc<Self>, tasks: usize) -> Result<u64, JobError> {
@@ -101,7 +101,7 @@ impl Verification {
         Ok(crc32fast::hash(&source?) == crc32fast::hash(&copy?))
     }
 
-    /// Whether the copy is zero where the source says that it is.
+    /// Returns whether the copy is zero where the source reports zeroes.
     async fn is_zero(&self, piece: &Piece) -> Result<bool, JobError> {
         if self.copy.is_known_zero(piece.offset, piece.length).await {
             return Ok(true);

@@ -1,4 +1,4 @@
-//! Owner, permissions and extended attributes of a file that takes the place of another one.
+//! Owner, permissions and extended attributes of a file that replaces another one.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -11,17 +11,17 @@ use rustix::io::Errno;
 /// Largest extended attribute, and largest list of their names, in bytes: the kernel's limit.
 const XATTR_MAX: usize = 64 << 10;
 
-/// Gives a new file what the old one has.
+/// Copies the attributes of the old file to a new one.
 ///
 /// # Errors
 ///
-/// If it cannot have all of it, for want of rights as a rule.
+/// If an attribute cannot be set, usually for lack of rights.
 pub(super) fn copy(old_path: &Path, old: &Metadata, new: &File) -> io::Result<()> {
     let now = new.metadata()?;
     if (now.uid(), now.gid()) != (old.uid(), old.gid()) {
         fchown(new, Some(old.uid()), Some(old.gid()))?;
     }
-    // After the owner, whose change may take permissions away.
+    // After the owner, because a change of owner may remove permissions.
     if now.mode() != old.mode() {
         new.set_permissions(std::fs::Permissions::from_mode(old.mode() & 0o7777))?;
     }

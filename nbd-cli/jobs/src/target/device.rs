@@ -1,5 +1,5 @@
-//! Block devices that are overwritten. Nothing can take their place in one step as a new file does; instead they
-//! say that they are incomplete until everything is on them.
+//! Block devices that are overwritten. Unlike a file, a device cannot be replaced in one step;
+//! instead it is marked as incomplete until everything is written.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use imgfmt::{CreateOptions, Image, Locking, NewOnDevice, Unfinished};
 use crate::text::printable;
 use crate::{JobError, JobErrorKind, Observer};
 
-/// Begins an image on a device.
+/// Starts an image on a device.
 ///
 /// # Errors
 ///
@@ -26,7 +26,7 @@ pub fn begin_image(
     Ok(new)
 }
 
-/// Lets an image that was made on a device be valid, durably.
+/// Makes an image that was created on a device valid, durably.
 ///
 /// # Errors
 ///
@@ -35,11 +35,11 @@ pub fn complete_image(device: &Path, new: NewOnDevice) -> Result<(), JobError> {
     new.complete().map_err(|error| lost(device, &image_error(error)))
 }
 
-/// Begins to overwrite a device as a raw disk; the first write changes it.
+/// Starts to overwrite a device as a raw disk; the first write changes it.
 ///
 /// # Errors
 ///
-/// If it is in use, by the kernel too, or cannot be read.
+/// If it is in use, also by the kernel, or cannot be read.
 pub fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinished>, JobError> {
     let storage = FileStorage::open_device(device, locking).map_err(image_error)?;
     let unfinished = Unfinished::new(Arc::new(storage));
@@ -48,15 +48,15 @@ pub fn begin_disk(device: &Path, locking: Locking) -> Result<Arc<Unfinished>, Jo
     })
 }
 
-/// Says what an interruption would cost, before the first write.
+/// Warns of the cost of an interruption, before the first write.
 pub fn warn_of_loss(device: &Path, observer: &dyn Observer) {
     observer.warning(&format!(
-        "what is on '{}' is overwritten, and lost even if this command is interrupted",
+        "the data on '{}' is overwritten, and lost even if this command is interrupted",
         printable(&device.to_string_lossy())
     ));
 }
 
-/// Lets a raw disk show what was written to it, durably.
+/// Makes a raw disk expose its contents, durably.
 ///
 /// # Errors
 ///
@@ -72,16 +72,15 @@ fn image_error(error: imgfmt::Error) -> JobError {
     JobError::image(JobErrorKind::Destination, error)
 }
 
-/// What there is when the command fails on a device that was to be overwritten, in words that follow a
-/// semicolon.
+/// Describes the state of a device after a failed command, in words that follow a semicolon.
 pub fn left_behind(device: &Path) -> String {
     format!(
-        "what was on '{}' before is lost, and the device is marked as incomplete: run the command again",
+        "the previous data on '{}' is lost, and the device is marked as incomplete: run the command again",
         device.display()
     )
 }
 
-/// As [`left_behind`], for a raw disk to which nothing may have been written yet.
+/// Like [`left_behind`], for a raw disk to which nothing may have been written yet.
 pub fn left_behind_on(device: &Path, disk: &Unfinished) -> String {
     match disk.is_incomplete() {
         true => left_behind(device),
@@ -89,7 +88,7 @@ pub fn left_behind_on(device: &Path, disk: &Unfinished) -> String {
     }
 }
 
-/// The error with what it leaves.
+/// Returns the error with the state it leaves.
 fn lost(device: &Path, error: &JobError) -> JobError {
     error.in_words(format!("{error}; {}", left_behind(device)))
 }

@@ -1,9 +1,9 @@
-//! Files that get their name when they are complete.
+//! Files that are renamed when they are complete.
 //!
-//! A command that makes a file writes it as `NAME.partial` beside the final name and renames it at
-//! the end. An interruption, `kill -9` and a loss of power included, never leaves a file under the
-//! final name that looks whole and is not, and what was there before stays as it was until then.
-//! For block devices see [`device`].
+//! A command that creates a file writes it as `NAME.partial` beside the final name and renames it
+//! at the end. An interruption, including `kill -9` and power failure, never leaves an incomplete
+//! file under the final name, and an existing file stays unchanged until then. For block devices
+//! see [`device`].
 
 mod attributes;
 pub mod device;
@@ -24,10 +24,10 @@ use crate::{JobError, Observer, TemporaryFile};
 
 const SUFFIX: &str = ".partial";
 
-/// Longest name of a file in bytes, on every file system of Linux that matters.
+/// Longest file name in bytes, on every relevant file system of Linux.
 const NAME_MAX: usize = 255;
 
-/// What is at a path that a command is to write to.
+/// The object at a path that a command is to write to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Existing {
     /// Nothing.
@@ -38,12 +38,11 @@ pub enum Existing {
     BlockDevice,
 }
 
-/// Looks at what is there; links are followed.
+/// Examines the path; links are followed.
 ///
 /// # Errors
 ///
-/// If it is a directory, a link that leads nowhere, or something that holds no bytes: those are
-/// never replaced.
+/// If it is a directory, a dangling link, or an object without contents: those are never replaced.
 pub fn look(path: &Path) -> Result<Existing, JobError> {
     let name = path.display();
     let refuse =
@@ -72,16 +71,16 @@ pub fn look(path: &Path) -> Result<Existing, JobError> {
     }
 }
 
-/// How sure it is that a complete file survives a loss of power.
+/// The durability of a complete file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durable {
-    /// The system writes it when it likes.
+    /// The system writes it at some time.
     Later,
     /// It is on stable storage, name included.
     Now,
 }
 
-/// A file that is being made; removed when dropped before it is complete.
+/// A growing file; removed if it is dropped before it is complete.
 pub struct NewFile {
     name: PathBuf,
     partial: PathBuf,
@@ -90,21 +89,21 @@ pub struct NewFile {
     observer: Arc<dyn Observer>,
 }
 
-/// The file that has the name until then.
+/// The file that has the final name until then.
 #[derive(Debug)]
 struct Replaced {
     metadata: Metadata,
-    /// Held for its lock: nobody else may write to it meanwhile, or what was written would be lost.
+    /// Held for its lock: a write by another program in the meantime would be lost.
     _lock: FileStorage,
 }
 
 impl NewFile {
-    /// Begins a file of that name, which must not exist. `make` makes it under its temporary name,
-    /// and fails if there is one already.
+    /// Creates a file of that name, which must not exist. `make` creates it under its temporary
+    /// name, and fails if that exists.
     ///
     /// # Errors
     ///
-    /// If it exists, if another command is making it, and those of `make`.
+    /// If it exists, if another command is creating it, and those of `make`.
     pub fn begin<E: From<JobError>>(
         name: &Path,
         observer: &Arc<dyn Observer>,
@@ -124,10 +123,10 @@ impl NewFile {
         }
     }
 
-    /// Begins an empty file in the place of one that exists and is open in `storage`, with the same
-    /// owner and permissions. Gives the file back where it can only be changed in place: it has
-    /// other names, its directory may not be written to, it is a mount point, or the new file could
-    /// not be given all of its attributes.
+    /// Creates an empty file to replace one that exists and is open in `storage`, with the same
+    /// owner and permissions. Returns the existing file if it can only be changed in place: it has
+    /// other names, its directory is not writable, it is a mount point, or the new file could not
+    /// be given all of its attributes.
     ///
     /// # Errors
     ///
@@ -175,12 +174,12 @@ impl NewFile {
         Ok(Self { name, partial, replaces: None, is_kept: false, observer: observer.clone() })
     }
 
-    /// Where the file grows.
+    /// Returns the temporary name.
     pub fn path(&self) -> &Path {
         &self.partial
     }
 
-    /// What there is when the command fails, in words that follow a semicolon.
+    /// Describes the state after a failed command, in words that follow a semicolon.
     pub fn left_behind(&self) -> String {
         let name = self.name.display();
         match &self.replaces {
@@ -189,20 +188,20 @@ impl NewFile {
         }
     }
 
-    /// Gives the complete file its name.
+    /// Renames the complete file to its final name.
     ///
     /// # Errors
     ///
-    /// If it cannot be made durable or renamed, or if another file has got the name meanwhile: the
-    /// complete file is kept then under its temporary name, which the error tells.
+    /// If it cannot be made durable or renamed, or if another file has taken the name in the
+    /// meantime: the complete file then keeps its temporary name, which the error contains.
     pub fn complete(mut self, durable: Durable) -> Result<(), JobError> {
         let now = durable == Durable::Now || self.replaces.is_some();
         let result = self.publish(now);
-        // What is complete is not thrown away, whatever its name.
+        // A complete file is not discarded, whatever its name.
         self.is_kept = true;
         result.map_err(|error| {
             let why = match error.kind() {
-                io::ErrorKind::AlreadyExists => "another file has got that name meanwhile".to_owned(),
+                io::ErrorKind::AlreadyExists => "another file took that name in the meantime".to_owned(),
                 _ => error.to_string(),
             };
             JobError::destination(format!(
@@ -228,16 +227,16 @@ impl NewFile {
 impl Drop for NewFile {
     fn drop(&mut self) {
         if !self.is_kept {
-            // Part of a disk is of no use; the error that led here is the one to tell.
+            // A part of a disk is useless; the error that led here is reported.
             let _ = fs::remove_file(&self.partial);
         }
         self.observer.temporary_file(&self.partial, TemporaryFile::Gone);
     }
 }
 
-/// The real name of a file that another one can take the place of, and what the file is like.
+/// Returns the real name and the metadata of a file that can be replaced.
 fn replaceable(name: &Path) -> Option<(PathBuf, Metadata)> {
-    // Names such as /dev/stdout stand for what is open already, not for a place in a directory.
+    // Names such as /dev/stdout stand for an open file, not for an entry of a directory.
     if ["/dev", "/proc"].iter().any(|directory| name.starts_with(directory)) {
         return None;
     }
@@ -250,7 +249,7 @@ fn replaceable(name: &Path) -> Option<(PathBuf, Metadata)> {
     (is_same && is_plain).then_some((real, metadata))
 }
 
-/// The temporary name, cut short where it would be too long.
+/// Returns the temporary name, truncated if it would be too long.
 fn partial_name(name: &Path) -> Option<PathBuf> {
     let file = name.file_name()?.as_bytes();
     let kept = file.get(..NAME_MAX - SUFFIX.len()).unwrap_or(file);
@@ -266,7 +265,7 @@ fn in_the_way(name: &Path, partial: &Path) -> JobError {
     JobError::destination(match is_busy {
         true => format!("another command is making '{name}' at this moment, in '{partial}'"),
         false => format!(
-            "cannot make '{name}': '{partial}' is left of a command that was killed, or of a backup; \
+            "cannot make '{name}': '{partial}' is left over from a command that was killed, or from a backup; \
              remove it if it is not needed, and run the command again"
         ),
     })

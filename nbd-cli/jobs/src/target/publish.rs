@@ -1,4 +1,4 @@
-//! Giving a file its name in one step.
+//! Renames a file in one step.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -8,14 +8,14 @@ use std::path::Path;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-/// Renames a file to a name that nothing has.
+/// Renames a file to an unused name.
 ///
 /// # Errors
 ///
-/// `AlreadyExists` if something has it, and those of the system.
+/// `AlreadyExists` if the name is used, and those of the system.
 pub(super) fn as_new(partial: &Path, name: &Path) -> io::Result<()> {
     match renameat_with(CWD, partial, CWD, name, RenameFlags::NOREPLACE) {
-        // Network file systems and FUSE: a second name, which never replaces anything either.
+        // Network file systems and FUSE: a hard link, which never replaces a file either.
         Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => by_link(partial, name),
         renamed => renamed.map_err(io::Error::from),
     }
@@ -24,7 +24,7 @@ pub(super) fn as_new(partial: &Path, name: &Path) -> io::Result<()> {
 fn by_link(partial: &Path, name: &Path) -> io::Result<()> {
     match fs::hard_link(partial, name) {
         Ok(()) => {
-            // It has both names: the wrong one may stay.
+            // It has both names: the temporary one may stay.
             let _ = fs::remove_file(partial);
             Ok(())
         }
@@ -35,7 +35,7 @@ fn by_link(partial: &Path, name: &Path) -> io::Result<()> {
     }
 }
 
-/// Renames a file to the name of another one, if that is still the one that is to be replaced.
+/// Renames a file to the name of another one, if that is still the file to be replaced.
 ///
 /// # Errors
 ///
@@ -77,7 +77,8 @@ mod tests {
         fs::write(&partial, "new").unwrap();
         fs::write(&name, "old").unwrap();
         let old = name.metadata().unwrap();
-        // Another one gets its name; the old one lives on, or its number could be used again.
+        // Another file takes its name; the old one stays alive, or its inode number could be
+        // reused.
         fs::rename(&name, directory.path().join("moved")).unwrap();
         fs::write(&name, "other").unwrap();
         assert!(instead_of(&partial, &name, &old).is_err());
