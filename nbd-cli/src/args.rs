@@ -1,4 +1,4 @@
-//! The command line as a whole: which commands there are and what they have in common.
+//! The whole command line: the commands and their common options.
 
 use clap::{ArgAction, Parser, Subcommand};
 
@@ -10,22 +10,22 @@ use crate::commands::{
 pub use crate::size::ByteSize;
 pub use crate::terminal::ColorChoice;
 
-/// What is said below the list of commands.
+/// The text after the list of commands.
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli serve memory:1G                    a scratch disk at nbd://127.0.0.1:10809/
-  nbd-cli serve --read-only disk.img         a disk image, for reading only
-  nbd-cli info nbd://127.0.0.1/              what a server offers
+  nbd-cli serve --read-only disk.img         a disk image, read-only
+  nbd-cli info nbd://127.0.0.1/              the exports of a server
   nbd-cli copy nbd://127.0.0.1/ backup.img   a copy that keeps the holes
-  nbd-cli image info disk.qcow2              what an image file is
+  nbd-cli image info disk.qcow2              a description of an image file
 
 Exit codes:
   0  success; for `info --can`, `--is` and `--has`: yes
-  1  an error, wrong usage included: one sentence on standard error says what to do
+  1  an error, including wrong usage: one sentence on standard error names the remedy
   2  for `info --can`, `--is` and `--has`: no
   `image check` and `image compare` have codes of their own: see their --help.
   `serve --run` returns the status of the command (128 + N if signal N ended it).
-  128 + N if signal N interrupted a command that writes; what it left is said on standard error.
+  128 + N if signal N interrupted a command that writes; standard error reports what it left.
   A second SIGINT or SIGTERM ends a server at once, with 128 + the signal's number.
   A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is not an error.";
 
@@ -33,16 +33,16 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "nbd-cli", version, after_help = AFTER_HELP, max_term_width = 100)]
 pub struct Cli {
-    /// Log to standard error; twice for what is negotiated and each request that is served.
+    /// Log to standard error; twice for negotiation details and every request served.
     #[arg(short, long, action = ArgAction::Count, global = true)]
     pub verbose: u8,
 
-    /// What to do.
+    /// The command.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// The sub-commands.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Export disk images, block devices or memory disks
@@ -55,25 +55,25 @@ pub enum Command {
     Map(map::MapArgs),
     /// Copy a disk between NBD servers, files and devices
     Copy(copy::CopyArgs),
-    /// Back up a served disk, in full or only what has changed
+    /// Back up a served disk, in full or only its changes
     Backup(backup::BackupArgs),
     /// Restore a backup or any other image to a file, a device or a server
     Restore(restore::RestoreArgs),
-    /// Look at a running server and change what it does
+    /// Inspect and control a running server
     Control(control::ControlArgs),
-    /// Make, inspect, convert and change disk images
+    /// Create, inspect, convert and change disk images
     Image(image::ImageArgs),
     /// List, add, merge and change the dirty bitmaps of an image
     Bitmap(bitmap::BitmapArgs),
-    /// Serve as qemu-nbd does, with its options; also under that name
+    /// Serve with the command line of qemu-nbd; also under that name
     QemuNbd(qemu_nbd::QemuNbdArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }
 
 impl Command {
-    /// Whether it makes or changes a disk, so that it may not simply be killed by a signal.
-    /// `backup` looks after signals itself, because of its checkpoint.
+    /// Returns whether the command creates or changes a disk, so that a signal must not simply kill
+    /// it. `backup` handles signals itself, because of its checkpoint.
     pub(crate) fn writes(&self) -> bool {
         match self {
             Self::Copy(_) | Self::Restore(_) => true,

@@ -1,4 +1,4 @@
-//! A map of a disk as a chart: one line per part of the disk, one character per cell.
+//! A disk as a chart: one line per part of the disk, one character per cell.
 
 use crate::context::Class;
 use crate::size::{exact, rounded};
@@ -8,9 +8,9 @@ const MAX_ROWS: u64 = 16;
 /// A power of two, so that each line and each cell cover a round number of bytes.
 const CELLS_PER_ROW: u64 = 64;
 const NARROW_CELLS_PER_ROW: u64 = 32;
-/// Columns that a line needs besides its cells.
+/// Columns of a line besides its cells.
 const LABEL_COLUMNS: usize = 12;
-/// Nothing smaller than a sector is worth a character of its own.
+/// Parts smaller than a sector are not shown.
 const MIN_CELL_LENGTH: u64 = 512;
 
 /// Collects extents and draws them.
@@ -19,12 +19,12 @@ pub(crate) struct Chart {
     size: u64,
     cell_length: u64,
     cells_per_row: u64,
-    /// For each cell, how many bytes of each class it holds.
+    /// For each cell, the bytes of each class.
     cells: Vec<[u64; Class::COUNT]>,
 }
 
 impl Chart {
-    /// An empty chart of a disk of `size` bytes for a terminal of that many columns.
+    /// Creates an empty chart of a disk of `size` bytes for a terminal of that many columns.
     pub(crate) fn new(size: u64, columns: usize) -> Self {
         let cells_per_row = if columns >= LABEL_COLUMNS + CELLS_PER_ROW as usize {
             CELLS_PER_ROW
@@ -42,7 +42,7 @@ impl Chart {
         Self { size, cell_length, cells_per_row, cells }
     }
 
-    /// Adds an extent; parts beyond the end of the disk do not count.
+    /// Adds an extent; parts beyond the end of the disk are ignored.
     pub(crate) fn add(&mut self, offset: u64, length: u64, class: Class) {
         let end = offset.saturating_add(length).min(self.size);
         let mut at = offset;
@@ -56,7 +56,7 @@ impl Chart {
         }
     }
 
-    /// The lines of the chart and its legend.
+    /// Returns the lines of the chart and its legend.
     pub(crate) fn lines(&self, characters: CharacterSet, color: Color) -> Vec<String> {
         let mut lines = Vec::new();
         for (row, cells) in (0_u64..).zip(self.cells.chunks(self.cells_per_row as usize)) {
@@ -127,7 +127,7 @@ fn mixed(characters: CharacterSet) -> char {
     }
 }
 
-/// The character and the colour of a cell: the most prominent class decides the colour.
+/// Returns the character and the colour of a cell: the most prominent class determines the colour.
 fn draw(cell: &[u64; Class::COUNT], characters: CharacterSet) -> (char, &'static str) {
     let mut present = Class::ALL.into_iter().filter(|class| cell[class.index()] > 0);
     match (present.next(), present.next()) {

@@ -1,4 +1,4 @@
-//! Connections to servers, and what to say when they fail.
+//! Connections to servers, and messages about their failures.
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -15,22 +15,23 @@ use crate::error::CommandError;
 use crate::signals;
 use crate::size::parse_duration;
 
-/// How connections to servers use TLS: what the client commands have in common.
+/// The TLS options of the client commands.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "TLS (for nbds URIs, or with --tls)")]
 pub struct TlsArgs {
-    /// Directory with ca-cert.pem, and client-cert.pem and client-key.pem if the server wants them.
+    /// Directory with ca-cert.pem, and client-cert.pem and client-key.pem if the server requires
+    /// them.
     ///
-    /// Without it the directories of libnbd are tried (~/.pki/libnbd, /etc/pki/libnbd), then the
+    /// By default the directories of libnbd are tried (~/.pki/libnbd, /etc/pki/libnbd), then the
     /// authorities that this machine trusts.
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
 
-    /// File with pre-shared keys, as psktool makes it; the URI names the user.
+    /// File with pre-shared keys, as psktool writes it; the URI names the user.
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
 
-    /// Name that the server's certificate has to have, if it is not the host of the URI.
+    /// Name that the server's certificate must contain, if it differs from the host of the URI.
     #[arg(long, value_name = "NAME")]
     pub tls_hostname: Option<String>,
 
@@ -43,7 +44,7 @@ pub struct TlsArgs {
     pub tls: Option<TlsChoice>,
 }
 
-/// How the commands that look at servers use their connections.
+/// Connection options of the commands that inspect servers.
 #[derive(Clone, Debug, Default, Args)]
 pub struct ServerArgs {
     /// Time limit for connecting and for each request: seconds, or 500ms, 2m [default: 30s for
@@ -51,7 +52,7 @@ pub struct ServerArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// How long to try to restore a lost connection, where that does no harm.
+    /// Time limit for restoring a lost connection, where that does no harm.
     #[arg(skip)]
     pub reconnect: Option<Duration>,
 
@@ -61,7 +62,7 @@ pub struct ServerArgs {
 }
 
 impl ServerArgs {
-    /// Describes a connection.
+    /// Returns the settings of a connection.
     pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
         let connector = limited(self.tls.connector(uri), self.timeout);
         match self.reconnect {
@@ -70,7 +71,7 @@ impl ServerArgs {
         }
     }
 
-    /// Options that nothing uses are a mistake.
+    /// Unused options are a mistake.
     pub(crate) fn check<'a>(
         &self,
         uris: impl IntoIterator<Item = &'a NbdUri, IntoIter: Clone>,
@@ -85,7 +86,7 @@ impl ServerArgs {
     }
 }
 
-/// How the commands that move disks use their connections.
+/// Connection options of the commands that copy disks.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct ConnectionArgs {
     /// Connections to each server, if it allows several.
@@ -97,13 +98,13 @@ pub struct ConnectionArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// How long to try to restore a lost connection: seconds, or 500ms, 2m.
+    /// Time limit for restoring a lost connection: seconds, or 500ms, 2m.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub reconnect: Duration,
 }
 
 impl ConnectionArgs {
-    /// What the options say, for jobs.
+    /// Returns the options for jobs.
     pub(crate) fn options(&self, tls: &TlsArgs) -> ConnectOptions {
         let mut options = ConnectOptions::default();
         options.connections = self.connections;
@@ -115,7 +116,7 @@ impl ConnectionArgs {
     }
 }
 
-/// What `--timeout` means everywhere.
+/// The meaning of `--timeout` in all commands.
 fn limited(connector: Connector, limit: Option<Duration>) -> Connector {
     match limit {
         Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
@@ -123,7 +124,7 @@ fn limited(connector: Connector, limit: Option<Duration>) -> Connector {
     }
 }
 
-/// When a connection uses TLS.
+/// The TLS policy of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TlsChoice {
     /// Never.
@@ -144,7 +145,7 @@ pub enum OnOff {
 }
 
 impl TlsArgs {
-    /// Credentials that nothing uses are a mistake that would leave a connection open to everybody.
+    /// Unused credentials are a mistake that would leave a connection unprotected.
     pub(crate) fn check<'a>(
         &self,
         uris: impl IntoIterator<Item = &'a NbdUri>,
@@ -152,7 +153,7 @@ impl TlsArgs {
         Ok(self.settings().check(uris)?)
     }
 
-    /// What the options say, for jobs.
+    /// Returns the options for jobs.
     fn settings(&self) -> TlsSettings {
         let mut settings = TlsSettings::default();
         settings.mode = self.tls.map(|choice| match choice {
@@ -171,13 +172,14 @@ impl TlsArgs {
         settings
     }
 
-    /// Describes a connection. Whoever runs the program wrote the URI: it may name files.
+    /// Returns the settings of a connection. The user of the program wrote the URI: it may name
+    /// files.
     pub(crate) fn connector(&self, uri: &NbdUri) -> Connector {
         self.settings().apply(Connector::new(uri.clone()).local_files(LocalFiles::Allowed))
     }
 }
 
-/// Where libnbd looks for certificates.
+/// The directories in which libnbd looks for certificates.
 fn usual_directory() -> Option<PathBuf> {
     let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".pki/libnbd"));
     home.into_iter()
@@ -207,14 +209,14 @@ pub(crate) fn refuse_same_export(
     }
 }
 
-/// Connects, unless a signal interrupts that; an export that does not exist is reported together
-/// with those that do.
+/// Connects, unless a signal interrupts that; if the export does not exist, the error lists the
+/// existing ones.
 pub(crate) async fn connect(connector: &Connector, uri: &NbdUri) -> Result<Client, CommandError> {
     let cancellation = signals::cancellation();
     Ok(connect::connect(connector, uri, JobErrorKind::Source, &cancellation).await?)
 }
 
-/// Turns an error of the handshake into one of the program.
+/// Converts an error of the handshake into one of the program.
 pub(crate) async fn explain_unknown_export(
     connector: &Connector,
     uri: &NbdUri,
@@ -223,7 +225,7 @@ pub(crate) async fn explain_unknown_export(
     CommandError::new(connect::explain_unknown_export(connector, uri, &error).await)
 }
 
-/// Says what was tried when a server refused or failed later on.
+/// Describes an operation that a server refused or failed to carry out.
 pub(crate) fn failed(uri: &NbdUri, operation: &str, error: &Error) -> CommandError {
     CommandError::new(connect::failed(uri, operation, error))
 }

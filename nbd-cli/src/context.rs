@@ -1,10 +1,10 @@
-//! What the values of the known metadata contexts mean.
+//! The meaning of values in the known metadata contexts.
 
 use nbd_proto::wire::MetaContextName;
 
 use crate::terminal::CharacterSet;
 
-/// What nbdinfo calls a value of a context, if the context is known.
+/// Returns nbdinfo's name of a value in a context, if the context is known.
 pub(crate) fn description(context: &MetaContextName, flags: u64) -> Option<String> {
     let fixed: &[&str] = match context.as_str() {
         MetaContextName::BASE_ALLOCATION => &["data", "hole", "zero", "hole,zero"],
@@ -20,7 +20,7 @@ pub(crate) fn description(context: &MetaContextName, flags: u64) -> Option<Strin
     fixed.get(index).map(|&text| text.to_owned())
 }
 
-/// The few classes that a chart tells apart, the most prominent first.
+/// The classes that a chart distinguishes, the most prominent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Class {
     Data,
@@ -52,7 +52,7 @@ impl Class {
     ];
     pub(crate) const COUNT: usize = Self::ALL.len();
 
-    /// The class of a value of that context.
+    /// Returns the class of a value of that context.
     pub(crate) fn of(context: &MetaContextName, flags: u64) -> Self {
         match context.as_str() {
             MetaContextName::BASE_ALLOCATION => match flags & 3 {
@@ -77,7 +77,7 @@ impl Class {
         }
     }
 
-    /// Its place in [`ALL`](Self::ALL).
+    /// Returns its index in [`ALL`](Self::ALL).
     pub(crate) fn index(self) -> usize {
         self as usize
     }
@@ -111,7 +111,7 @@ impl Class {
         }
     }
 
-    /// The escape sequence that begins its colour.
+    /// Returns the escape sequence that starts its colour.
     pub(crate) fn ansi(self) -> &'static str {
         match self {
             Self::Data | Self::Local | Self::NotZero => "\x1b[32m",

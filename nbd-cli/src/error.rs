@@ -8,14 +8,14 @@ use nbd_jobs::text::without_error_numbers;
 
 use crate::signals;
 
-/// How a command ended that did not fail.
+/// The outcome of a command that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// It did what it was asked to do.
+    /// The command succeeded.
     Success,
-    /// What was asked about the server is not so.
+    /// The queried property of the server is false.
     False,
-    /// A status of its own: that of the command that was run, or what was found.
+    /// A specific status: that of the command that was run, or of the result.
     Status(u8),
 }
 
@@ -29,17 +29,17 @@ impl Outcome {
     }
 }
 
-/// What a [`CommandError`] means for the program.
+/// The effect of a [`CommandError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CommandErrorKind {
-    /// Something failed: said on standard error, exit code 1.
+    /// A failure: reported on standard error, exit code 1.
     Failure,
-    /// Whoever reads our output has closed it: nothing is said.
+    /// The reader of our output has closed it: nothing is reported.
     BrokenPipe,
 }
 
-/// Why a command failed, in one sentence that names the file or address, what was tried and what
-/// to do.
+/// The failure of a command, as one sentence that names the file or address, the operation and the
+/// remedy.
 #[derive(Debug)]
 pub(crate) struct CommandError {
     kind: CommandErrorKind,
@@ -48,13 +48,13 @@ pub(crate) struct CommandError {
 }
 
 impl CommandError {
-    /// A failure; `message` is the whole sentence.
+    /// Creates a failure; `message` is the whole sentence.
     pub(crate) fn new(message: impl Into<String>) -> Self {
         let message = without_error_numbers(message.into());
         Self { kind: CommandErrorKind::Failure, message, could_be_shared: false }
     }
 
-    /// A failure while a report was written to standard output.
+    /// Converts an error of writing a report to standard output.
     pub(crate) fn output(error: &io::Error) -> Self {
         let kind = match error.kind() {
             io::ErrorKind::BrokenPipe => CommandErrorKind::BrokenPipe,
@@ -65,8 +65,8 @@ impl CommandError {
         Self { kind, message, could_be_shared: false }
     }
 
-    /// Whether a file could not be read because another program writes to it, and could be read at
-    /// the same time.
+    /// Returns whether a file could not be read because another program writes to it, and could be
+    /// read at the same time.
     pub(crate) fn could_be_shared(&self) -> bool {
         self.could_be_shared
     }
@@ -94,20 +94,20 @@ impl From<JobError> for CommandError {
     }
 }
 
-/// Carries out the work of a command that writes.
+/// Runs the work of a command that writes.
 pub(crate) fn block_on<T>(
     work: impl Future<Output = Result<T, CommandError>>,
 ) -> Result<T, CommandError> {
     let runtime = runtime()?;
     let result = runtime.block_on(work);
     if signals::caught().is_some() {
-        // A read or write that hangs must not keep an interrupted command from ending.
+        // A read or write that hangs must not prevent an interrupted command from ending.
         runtime.shutdown_background();
     }
     result
 }
 
-/// The runtime of the commands that talk over the network.
+/// Creates the runtime of the commands that use the network.
 pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()

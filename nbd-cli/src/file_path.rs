@@ -1,4 +1,4 @@
-//! Names of files on the command line, for commands that take nothing else.
+//! File names on the command line, for commands that accept nothing else.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use clap::builder::TypedValueParser;
 use clap::error::ErrorKind;
 use nbd_jobs::qemu_name::path_in;
 
-/// Reads the path of a file, which may begin with `file:` as QEMU has it and need not be text.
+/// Parses the path of a file, which may begin with `file:` as in QEMU and need not be UTF-8.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct FilePathParser;
 

@@ -1,9 +1,9 @@
-//! Help that is wrapped once, for the terminal it is shown on.
+//! Wraps help once, for the terminal that shows it.
 
 use clap::Command;
 
-/// Makes whole paragraphs of the texts below the options, which are wrapped in the source: what shows them wraps
-/// them for its terminal.
+/// Joins the paragraphs of the texts after the options, which are wrapped in the source: clap wraps
+/// them for the terminal.
 pub(crate) fn wrapped_once(command: Command) -> Command {
     let command = match command.get_after_help().map(ToString::to_string) {
         Some(text) => command.after_help(paragraphs(&text)),
@@ -12,8 +12,8 @@ pub(crate) fn wrapped_once(command: Command) -> Command {
     command.mut_subcommands(wrapped_once)
 }
 
-/// Joins the lines of paragraphs. Lines that are indented, such as examples and tables, and titles, which end
-/// in a colon, stand for themselves.
+/// Joins the lines of paragraphs. Indented lines, such as examples and tables, and titles, which
+/// end in a colon, are kept.
 fn paragraphs(text: &str) -> String {
     let mut joined = String::with_capacity(text.len());
     let mut goes_on = false;

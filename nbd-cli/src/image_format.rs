@@ -1,4 +1,4 @@
-//! Image formats as they are given on the command line.
+//! Names of image formats on the command line.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -8,7 +8,7 @@ use clap::error::ErrorKind;
 use clap::{Arg, Command};
 use imgfmt::Format;
 
-/// Image formats that can be asked for.
+/// The formats that can be selected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageFormat {
     /// The file is the disk, byte for byte.
@@ -26,7 +26,8 @@ impl From<ImageFormat> for Format {
     }
 }
 
-/// A warning for a raw image whose name speaks of another format; `option` is the one for the format.
+/// A warning for a raw image whose name suggests another format; `option` is the one for the
+/// format.
 pub(crate) fn name_of_another_format(path: &Path, format: Format, option: &str) -> Option<String> {
     let ending = path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase();
     let help = match ending.as_str() {
@@ -48,8 +49,8 @@ fn values() -> [PossibleValue; 2] {
     ]
 }
 
-/// Reads the name of a format. One that is recognised in files but cannot be read is told from one
-/// that does not exist.
+/// Parses the name of a format. A format that is detected but cannot be read is distinguished from
+/// an unknown one.
 #[derive(Clone, Copy, Debug)]
 pub struct ImageFormatParser;
 
@@ -70,7 +71,7 @@ impl TypedValueParser for ImageFormatParser {
         argument: Option<&Arg>,
         value: &OsStr,
     ) -> Result<Self::Value, clap::Error> {
-        // As people call them.
+        // Their usual names.
         let name = value.to_str().map(|name| if name == "vhd" { "vpc" } else { name });
         let known = name.and_then(Format::from_name).filter(|format| !format.is_supported());
         if let Some(format) = known {

@@ -37,11 +37,10 @@ use crate::error::{CommandError, CommandErrorKind, Outcome};
 use crate::serving::background::{self, Role};
 use crate::signals::EndSignal;
 
-/// Runs the program with the given arguments (the first is the program's name) and returns its
-/// exit code: 0 for success, 1 for any error, 2 if what `info --can` or `--is` asks is not so, 128 + N if
-/// signal N interrupted a command that writes.
-/// `serve --run` returns the status of its command; `image check` and `image compare` have codes of
-/// their own.
+/// Runs the program with the given arguments (the first is the program's name) and returns its exit
+/// code: 0 for success, 1 for any error, 2 if the property that `info --can` or `--is` checks is
+/// false, 128 + N if signal N interrupted a command that writes. `serve --run` returns the status
+/// of its command; `image check` and `image compare` have codes of their own.
 ///
 /// Results go to standard output; errors, warnings and progress to standard error.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -96,16 +95,16 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
     }
 }
 
-/// Help and version are what was asked for; anything else is a usage error.
+/// Help and version are requested output; all other errors of the parser are usage errors.
 fn usage(message: &clap::Error, code: u8) -> ExitCode {
-    // Nothing can be done about a standard error that is closed.
+    // There is no remedy for a closed standard error.
     let _ = message.print();
     ExitCode::from(if message.use_stderr() { code } else { 0 })
 }
 
 fn report(error: &CommandError) -> ExitCode {
     if error.kind() == CommandErrorKind::BrokenPipe {
-        // The reader has seen enough, as in `nbd-cli map … | head -1`.
+        // The reader has closed the pipe, as in `nbd-cli map … | head -1`.
         return ExitCode::SUCCESS;
     }
     let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");

@@ -7,7 +7,7 @@ use clap::error::ErrorKind;
 use nbd_jobs::Location;
 use nbd_jobs::qemu_name::path_in;
 
-/// Reads a location; names of files need not be text.
+/// Parses a location; file names need not be UTF-8.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LocationParser;
 

@@ -1,4 +1,4 @@
-//! Whether files are locked against other programs, as the command line says.
+//! Locking of files against other programs, by command line options.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,10 +10,10 @@ use imgfmt::{Access, Locking, OpenOptions};
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
-/// How the files of images are locked.
+/// The locking of image files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
 pub struct LockArgs {
-    /// Lock image files against other programs, as QEMU does.
+    /// Lock image files against other programs, like QEMU.
     #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
     pub locking: LockingChoice,
 }
@@ -21,20 +21,20 @@ pub struct LockArgs {
 /// When image files are locked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LockingChoice {
-    /// Where the file system has locks; elsewhere with a warning.
+    /// Where the file system supports locks; elsewhere with a warning.
     #[default]
     Auto,
     /// Always: files that cannot be locked are refused.
     On,
-    /// Never: two writers of one image destroy it.
+    /// Never: two concurrent writers destroy an image.
     Off,
 }
 
 /// For commands that only read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
 pub struct ShareArgs {
-    /// Read an image while another program writes to it. What is shown can then be a mix of old and
-    /// new, and seem damaged though it is not.
+    /// Read an image while another program writes to it. The result may then be a mix of old and
+    /// new, and seem damaged although it is not.
     #[arg(short = 'U', long)]
     pub force_share: bool,
 }
@@ -48,7 +48,7 @@ impl LockArgs {
         }
     }
 
-    /// Options for images that exist.
+    /// The options for existing images.
     pub(crate) fn options(self) -> OpenOptions {
         warning(OpenOptions::new().locking(self.locking()))
     }
@@ -60,7 +60,7 @@ impl LockArgs {
 }
 
 impl ShareArgs {
-    /// The options for an image that is only read.
+    /// Returns the options for an image that is only read.
     pub(crate) fn apply(self, options: OpenOptions) -> OpenOptions {
         match self.force_share {
             true => options.locking(Locking::Shared),
@@ -68,13 +68,13 @@ impl ShareArgs {
         }
     }
 
-    /// How a file that is only read is locked.
+    /// Returns the locking of a file that is only read.
     pub(crate) fn locking(self, otherwise: LockArgs) -> Locking {
         if self.force_share { Locking::Shared } else { otherwise.locking() }
     }
 }
 
-/// The options, with a warning where there are no locks.
+/// Returns the options, with a warning where there are no locks.
 pub(crate) fn warning(options: OpenOptions) -> OpenOptions {
     options.on_unlocked(Arc::new(warn_of_no_locks))
 }
@@ -92,7 +92,7 @@ pub(crate) fn open_file(
     Ok(storage)
 }
 
-/// Once for each file: commands open some of them more than once.
+/// Warns once for each file: commands open some of them more than once.
 pub(crate) fn warn_of_no_locks(path: &Path) {
     static WARNED_OF: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
     let mut known = WARNED_OF.lock().unwrap_or_else(PoisonError::into_inner);
@@ -107,12 +107,10 @@ pub(crate) fn warn_of_no_locks(path: &Path) {
     ));
 }
 
-/// The error of a command that only reads, with what helps if others write.
+/// Returns the error of a command that only reads, with the option that helps if others write.
 pub(crate) fn advise_sharing(error: CommandError) -> CommandError {
     match error.could_be_shared() {
-        true => {
-            CommandError::new(format!("{error}, or add -U (--force-share) to read it all the same"))
-        }
+        true => CommandError::new(format!("{error}, or add -U (--force-share) to read it anyway")),
         false => error,
     }
 }

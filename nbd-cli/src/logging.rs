@@ -16,8 +16,8 @@ pub(crate) fn start(verbosity: u8) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
-        // A line that cannot be written, to a full disk for instance, is lost: to complain of it in
-        // the same place would panic, and end the connection that the line was about.
+        // A line that cannot be written, for instance to a full disk, is lost: reporting it in the
+        // same place would panic, and end the connection that the line was about.
         .log_internal_errors(false)
         .try_init();
 }

@@ -1,4 +1,4 @@
-//! The `nbd-cli` program: see the library for what it does.
+//! The `nbd-cli` program: see the library.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! Standard output: reports as text and as JSON, and text that is safe to show.
+//! Standard output: reports as text and as JSON, and text that is safe to print.
 
 use std::io::{self, BufWriter, StdoutLock, Write};
 
@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::error::CommandError;
 pub(crate) use nbd_jobs::text::printable;
 
-/// Whether a report is for people or for programs.
+/// The form of a report: text or JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ReportFormat {
     Text,
@@ -16,7 +16,7 @@ pub(crate) enum ReportFormat {
 }
 
 impl ReportFormat {
-    /// As the `--json` flag says.
+    /// Selected by the `--json` flag.
     pub(crate) fn from_json_flag(json: bool) -> Self {
         if json { Self::Json } else { Self::Text }
     }
@@ -37,7 +37,7 @@ impl Output {
         writeln!(self.writer, "{text}").map_err(|error| CommandError::output(&error))
     }
 
-    /// Writes text as it is.
+    /// Writes text without changes.
     pub(crate) fn text(&mut self, text: &str) -> Result<(), CommandError> {
         self.writer.write_all(text.as_bytes()).map_err(|error| CommandError::output(&error))
     }
@@ -49,13 +49,13 @@ impl Output {
         self.line("")
     }
 
-    /// Hands everything to the reader.
+    /// Flushes the output.
     pub(crate) fn finish(mut self) -> Result<(), CommandError> {
         self.writer.flush().map_err(|error| CommandError::output(&error))
     }
 }
 
-/// Writes a warning to standard error. A standard error that is closed is no reason to fail.
+/// Writes a warning to standard error; a closed standard error is not an error.
 pub(crate) fn warn(message: &str) {
     let message = without_error_numbers(message.to_owned());
     let _ = writeln!(io::stderr(), "nbd-cli: warning: {message}");

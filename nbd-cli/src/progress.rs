@@ -11,18 +11,18 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::size::rounded;
 use crate::terminal::{CharacterSet, character_set};
 
-/// Whether progress is shown.
+/// When progress is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Visibility {
     /// If standard error is a terminal.
     IfTerminal,
-    /// In any case.
+    /// Always.
     Always,
-    /// In no case.
+    /// Never.
     Never,
 }
 
-/// What the command line says about progress.
+/// The progress options.
 #[derive(Clone, Copy, Debug, Args)]
 pub struct ProgressArgs {
     /// Show progress even if standard error is not a terminal.
@@ -44,7 +44,7 @@ impl ProgressArgs {
     }
 }
 
-/// Shows how far a copy is; cheap to clone and to update from many tasks.
+/// Shows the progress of a copy; cheap to clone and to update from many tasks.
 #[derive(Clone, Debug)]
 pub(crate) struct Progress {
     shown: Shown,
@@ -54,13 +54,13 @@ pub(crate) struct Progress {
 #[derive(Clone, Debug)]
 enum Shown {
     Nothing,
-    /// Redrawn in place, with rate and time left.
+    /// Redrawn in place, with rate and remaining time.
     Bar(ProgressBar),
     /// One line per step, for logs.
     Lines(Arc<Lines>),
 }
 
-/// What the summary tells.
+/// The contents of the summary.
 #[derive(Debug)]
 struct Tally {
     began: Instant,
@@ -74,18 +74,18 @@ pub(crate) struct Lines {
     total: u64,
     done: AtomicU64,
     /// The last step that was written. Held while its line is written: of two tasks that each
-    /// complete a step the slower one must not write an older line below a newer one.
+    /// complete a step, the slower one must not write an older line after a newer one.
     written: Mutex<u64>,
 }
 
-/// A line is written each time so many percent are done, or so many bytes if the total is unknown.
+/// Interval of lines in percent, or in bytes if the total is unknown.
 const STEP_PERCENT: u64 = 5;
 const STEP_BYTES: u64 = 1 << 30;
-/// The last step, whose line is written when everything has been said.
+/// The last step, whose line is written at the end.
 const END: u64 = 100 / STEP_PERCENT;
 
 impl Progress {
-    /// Progress towards `total` bytes, or a mere count if that is not known.
+    /// Creates progress towards `total` bytes, or a plain count if that is unknown.
     pub(crate) fn new(visibility: Visibility, total: Option<u64>) -> Self {
         let shown = match (visibility, io::stderr().is_terminal()) {
             (Visibility::Never, _) | (Visibility::IfTerminal, false) => Shown::Nothing,
@@ -98,7 +98,7 @@ impl Progress {
         Self { shown, tally: Arc::new(Tally { began: Instant::now(), done, holes }) }
     }
 
-    /// Counts bytes that are done.
+    /// Adds completed bytes.
     pub(crate) fn add(&self, bytes: u64) {
         self.tally.done.fetch_add(bytes, Ordering::Relaxed);
         match &self.shown {
@@ -108,13 +108,14 @@ impl Progress {
         }
     }
 
-    /// Counts bytes that are done and were known to be zero.
+    /// Adds completed bytes that were known to be zero.
     pub(crate) fn add_hole(&self, bytes: u64) {
         self.tally.holes.fetch_add(bytes, Ordering::Relaxed);
         self.add(bytes);
     }
 
-    /// Says how much is done, and how much of that was known to be zero. Calls must come one at a time.
+    /// Sets the completed bytes, and the number of those that were known to be zero. Calls must
+    /// come one at a time.
     pub(crate) fn set(&self, done: u64, holes: u64) {
         let before = self.tally.done.load(Ordering::Relaxed);
         match done.checked_sub(before) {
@@ -124,7 +125,7 @@ impl Progress {
         self.tally.holes.store(holes, Ordering::Relaxed);
     }
 
-    /// Takes bytes back that have to be done again.
+    /// Subtracts bytes that have to be copied again.
     pub(crate) fn set_back(&self, bytes: u64) {
         let done = self.tally.done.fetch_sub(bytes, Ordering::Relaxed).saturating_sub(bytes);
         self.tally.holes.fetch_min(done, Ordering::Relaxed);
@@ -137,7 +138,7 @@ impl Progress {
         }
     }
 
-    /// Removes the bar: the command says itself what came of it.
+    /// Removes the bar: the command reports its result itself.
     pub(crate) fn clear(&self) {
         match &self.shown {
             Shown::Nothing => {}
@@ -146,7 +147,7 @@ impl Progress {
         }
     }
 
-    /// Ends with everything done, and with a summary.
+    /// Ends at the total, with a summary.
     pub(crate) fn finish(&self) {
         let summary = || {
             let [done, holes] =
@@ -157,7 +158,7 @@ impl Progress {
             Shown::Nothing => {}
             Shown::Bar(bar) => {
                 bar.finish();
-                // It leaves the cursor at its end.
+                // The bar leaves the cursor at its end.
                 say(&format!("\n{}", summary()));
             }
             Shown::Lines(lines) => {
@@ -168,13 +169,13 @@ impl Progress {
     }
 }
 
-/// Writes a line to standard error. That it is closed is no reason to fail.
+/// Writes a line to standard error; a closed standard error is not an error.
 fn say(line: &str) {
     let _ = writeln!(io::stderr(), "{line}");
 }
 
 fn summary(done: u64, holes: u64, took: Duration) -> String {
-    // A rate over less than that says nothing.
+    // A rate over a shorter time is meaningless.
     let seconds = took.as_secs_f64().max(0.001);
     let rate = rounded((done as f64 / seconds) as u64);
     let (data, holes) = (rounded(done.saturating_sub(holes)), rounded(holes));
@@ -206,14 +207,15 @@ impl Lines {
         Self { total, done: AtomicU64::new(0), written: Mutex::new(0) }
     }
 
-    /// Counts; writes a line if that completed a step.
+    /// Adds bytes; writes a line if that completed a step.
     fn add(&self, bytes: u64, write: impl FnOnce(&str)) {
         let before = self.done.fetch_add(bytes, Ordering::Relaxed);
         if self.step(before) == self.step(before.saturating_add(bytes)) {
             return;
         }
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-        // What others have counted meanwhile belongs into this line, which is then theirs as well.
+        // Bytes added by other tasks in the meantime belong to this line, which is then theirs as
+        // well.
         let done = self.done.load(Ordering::Relaxed);
         let step = self.step(done);
         if step <= *written {
@@ -228,21 +230,21 @@ impl Lines {
         }
     }
 
-    /// Writes the last line if everything is done.
+    /// Writes the last line if everything is complete.
     fn write_end_if_there(&self, write: impl FnOnce(&str)) {
         if self.done.load(Ordering::Relaxed) >= self.total {
             self.write_end(write);
         }
     }
 
-    /// Writes the last line, if it is known where the end is.
+    /// Writes the last line, if the total is known.
     fn write_end(&self, write: impl FnOnce(&str)) {
         if self.total > 0 {
             write(&format!("100 %  {0} of {0}", rounded(self.total)));
         }
     }
 
-    /// How many steps are complete when `done` bytes are.
+    /// Returns the number of steps that are complete after `done` bytes.
     fn step(&self, done: u64) -> u64 {
         match self.total {
             0 => done / STEP_BYTES,

@@ -1,9 +1,9 @@
-//! Numbers as QEMU's command lines have them: integers in C's syntax, and sizes with suffixes.
+//! Numbers on QEMU's command lines: integers in C's syntax, and sizes with suffixes.
 
-/// An integer as the C library's `strtol` reads it with base 0: blanks before it, a sign, then
+/// Parses an integer like the C library's `strtol` with base 0: leading blanks, a sign, then
 /// decimal digits, hexadecimal ones after `0x`, or octal ones after `0`. Nothing may follow.
 ///
-/// `None` if the text is something else or the number is negative or too large.
+/// Returns `None` if the text is something else or the number is negative or too large.
 pub(crate) fn parse_integer(text: &str) -> Option<u64> {
     let (sign, digits) = sign_and_rest(text)?;
     let number = match digits.as_bytes() {
@@ -14,10 +14,11 @@ pub(crate) fn parse_integer(text: &str) -> Option<u64> {
     (sign == Sign::Plus || number == 0).then_some(number)
 }
 
-/// A size: bytes in decimal or, after `0x`, in hexadecimal; or a decimal number, which may have a
-/// fraction, before one of the suffixes B, K, M, G, T, P, E. Blanks and a plus may stand before it.
+/// Parses a size: bytes in decimal or, after `0x`, in hexadecimal; or a decimal number, which may
+/// have a fraction, before one of the suffixes B, K, M, G, T, P, E. Blanks and a plus may stand
+/// before it.
 ///
-/// `None` if the text is something else or the size is too large.
+/// Returns `None` if the text is something else or the size is too large.
 pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let (sign, text) = sign_and_rest(text)?;
     if sign == Sign::Minus {
@@ -41,7 +42,7 @@ pub(crate) fn parse_size(text: &str) -> Option<u64> {
     let Some((whole, fraction)) = number.split_once('.') else {
         return from_digits(number, 10)?.checked_mul(1 << shift);
     };
-    // A fraction of a byte means nothing.
+    // A fraction of a byte is invalid.
     if shift == 0 {
         return None;
     }
@@ -59,7 +60,7 @@ enum Sign {
     Minus,
 }
 
-/// Takes the blanks and the sign away; `None` if nothing is left.
+/// Removes blanks and sign; returns `None` if nothing is left.
 fn sign_and_rest(text: &str) -> Option<(Sign, &str)> {
     let text = text.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
     let (sign, rest) = match text.as_bytes().first()? {

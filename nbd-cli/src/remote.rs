@@ -1,4 +1,4 @@
-//! Exports of NBD servers as storages: where an image, or a layer of one, lies on a server.
+//! Exports of NBD servers as storage of images or layers.
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -16,7 +16,7 @@ use crate::signals;
 /// Connections to a server that allows several.
 const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
 
-/// Lets images name exports as their backing or data files.
+/// Allows images to name exports as their backing or data files.
 pub(crate) fn allow_exports(policy: OpenPolicy, server: &ServerArgs) -> OpenPolicy {
     SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
         let server = server.clone();
@@ -33,7 +33,8 @@ pub(crate) fn allow_exports(policy: OpenPolicy, server: &ServerArgs) -> OpenPoli
     })
 }
 
-/// Lets images name files by the options of QEMU's driver `file` where the policy allows the file.
+/// Allows images to name files by the options of QEMU's driver `file` if the policy allows the
+/// file.
 pub(crate) fn allow_json_files(policy: OpenPolicy) -> OpenPolicy {
     let reader = |name: &str| match from_name_in_image(name).map_err(io::Error::other)? {
         NameInImage::File(path) => Ok(NameTarget::File(path)),
@@ -47,17 +48,17 @@ pub(crate) fn open_named_by_image(
     uri: &NbdUri,
     server: &ServerArgs,
 ) -> Result<ExportStorage, CommandError> {
-    // The image chose this URI: it may not choose which files of this machine are read.
+    // The image contains this URI: it must not choose local files to read.
     let connector = server.connector(uri).local_files(LocalFiles::Refused);
     open_export(connector)
 }
 
-/// Connects to an export, unless a signal interrupts that, and any later waiting for it. Waits, so it
-/// must not be called by asynchronous tasks.
+/// Connects to an export; a signal interrupts this and all later requests. Blocks, so asynchronous
+/// tasks must not call it.
 pub(crate) fn open_export(connector: Connector) -> Result<ExportStorage, CommandError> {
     let connector = connector.connections(CONNECTIONS);
     ExportStorage::open_interruptible(&connector, signals::interrupter()).or_else(|error| {
-        // Also where the thread itself drives another runtime's tasks, as in `restore`.
+        // Also if the thread itself drives tasks of another runtime, as in `restore`.
         tokio::task::block_in_place(|| {
             let explained = explain_unknown_export(&connector, connector.uri(), error);
             Err(runtime()?.block_on(explained))

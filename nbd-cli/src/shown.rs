@@ -1,4 +1,4 @@
-//! The program's side of jobs: what they tell is shown on standard error, and signals end them.
+//! The program's side of jobs: their output goes to standard error, and signals cancel them.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,19 +22,19 @@ impl Shown {
         Arc::new(Self { visibility, progress: Mutex::new(None) })
     }
 
-    /// What the job is given.
+    /// The context of the job.
     pub(crate) fn context(self: &Arc<Self>) -> JobContext {
         JobContext { observer: self.clone(), cancellation: signals::cancellation() }
     }
 
-    /// Ends with everything done, and with a summary.
+    /// Ends at the total, with a summary.
     pub(crate) fn finish(&self) {
         if let Some((_, progress)) = self.current().take() {
             progress.finish();
         }
     }
 
-    /// Removes the bar: the command says itself what came of it.
+    /// Removes the bar: the command reports its result itself.
     pub(crate) fn clear(&self) {
         if let Some((_, progress)) = self.current().take() {
             progress.clear();

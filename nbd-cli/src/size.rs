@@ -1,4 +1,4 @@
-//! Sizes and durations as people write them.
+//! Sizes and durations in human notation.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,7 +11,7 @@ pub(crate) use nbd_jobs::text::exact;
 pub struct ByteSize(pub u64);
 
 impl ByteSize {
-    /// The size in bytes.
+    /// Returns the size in bytes.
     pub fn bytes(self) -> u64 {
         self.0
     }
@@ -42,7 +42,7 @@ impl FromStr for ByteSize {
 }
 
 impl fmt::Display for ByteSize {
-    /// The form `exact` gives: `64K`, `1G`, or all digits.
+    /// The text of `exact`: `64K`, `1G`, or all digits.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&exact(self.0))
     }
@@ -78,7 +78,7 @@ pub(crate) fn rounded(bytes: u64) -> String {
     format!("{value:.1} {}iB", SUFFIXES[suffix])
 }
 
-/// How long to poll: `0`, or a length of time as `33us` or `1ms`, which is the most.
+/// A polling time: `0`, or a duration such as `33us` or `1ms`, which is the most.
 pub(crate) fn parse_busy_poll(text: &str) -> Result<Duration, String> {
     let wrong =
         || format!("'{text}' is not a time from 0 to 1ms; give microseconds such as 33us, or 0");
@@ -98,7 +98,7 @@ pub(crate) fn parse_busy_poll(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// A length of time, written as `10` (seconds), `10s`, `500ms` or `2m`.
+/// A duration, written as `10` (seconds), `10s`, `500ms` or `2m`.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
@@ -111,14 +111,15 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
         "m" => number.checked_mul(60_000),
         _ => None,
     };
-    // A day is more than any of these limits can mean; the bound keeps the clock arithmetic safe.
+    // No limit needs more than a day; the bound keeps the clock arithmetic safe.
     match milliseconds {
         Some(milliseconds @ 1..=86_400_000) => Ok(Duration::from_millis(milliseconds)),
         _ => Err(wrong()),
     }
 }
 
-/// As [`parse_duration`], or `0` (with or without a unit) for no limit, which is returned as zero.
+/// Like [`parse_duration`], or `0` (with or without a unit) for no limit, which is returned as
+/// zero.
 pub(crate) fn parse_limit(text: &str) -> Result<Duration, String> {
     match text {
         "0" | "0s" | "0m" | "0ms" => Ok(Duration::ZERO),

@@ -1,4 +1,4 @@
-//! What the terminal on standard output can show.
+//! The capabilities of the terminal on standard output.
 
 use std::io::IsTerminal as _;
 
@@ -16,21 +16,21 @@ pub enum ColorChoice {
     Never,
 }
 
-/// How much decoration text may carry.
+/// The formatting of text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Color {
     On,
     Off,
 }
 
-/// Which characters a chart may be made of.
+/// The characters of a chart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CharacterSet {
     Unicode,
     Ascii,
 }
 
-/// Decides for standard output.
+/// Determines the formatting for standard output.
 pub(crate) fn color(choice: ColorChoice) -> Color {
     let wanted = match choice {
         ColorChoice::Always => true,
@@ -44,7 +44,7 @@ pub(crate) fn color(choice: ColorChoice) -> Color {
     if wanted { Color::On } else { Color::Off }
 }
 
-/// The character set of the user's locale.
+/// Returns the character set of the user's locale.
 pub(crate) fn character_set() -> CharacterSet {
     let locale = ["LC_ALL", "LC_CTYPE", "LANG"]
         .iter()
@@ -59,7 +59,7 @@ pub(crate) fn character_set() -> CharacterSet {
     }
 }
 
-/// The width of the terminal in columns, 80 if standard output is none.
+/// Returns the width of the terminal in columns, 80 if standard output is not a terminal.
 pub(crate) fn columns() -> usize {
     match rustix::termios::tcgetwinsize(std::io::stdout()) {
         Ok(size) if size.ws_col >= 20 => usize::from(size.ws_col),

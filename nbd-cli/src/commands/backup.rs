@@ -32,24 +32,26 @@ Examples:
   nbd-cli backup --control /run/nbd.control --export vm --bitmap daily --base sunday.qcow2 monday.qcow2
   nbd-cli restore monday.qcow2 disk.img
 
-A full backup is a qcow2 file that stands alone. An incremental one holds what is dirty in a bitmap
-of the server (context qemu:dirty-bitmap:NAME), and its backing file is the backup before it. Whoever
-runs the server starts the bitmap when a backup is taken and clears it when the next one is complete;
-the disk should not change while it is copied. All files of a chain may be moved together.
+A full backup is a qcow2 file that stands alone. An incremental backup contains the ranges that are
+dirty in a bitmap of the server (context qemu:dirty-bitmap:NAME), and its backing file is the
+previous backup. The operator of the server starts the bitmap when a backup is taken and clears it
+when the next one is complete; the disk should not change during the copy. All files of a chain may
+be moved together.
 
-Every backup says in its file which one it is. A base is refused that is known to be, or may be, another one than that after
-which the bitmap began: one that was changed, cut off or converted, is of another disk, or has a later
-backup upon it. With --control the image of the disk knows; without, only the files do.
+Every backup records its identity in its file. A base that is not, or may not be, the backup after
+which the bitmap started is refused: one that was changed, cut off or converted, is of another disk,
+or is already the base of a later backup. With --control the image of the disk provides this
+information; without it, only the files do.
 
-With --control all of that happens by itself: the disk is copied as it was at one moment while clients
-go on writing, the bitmap is begun anew at that moment, and if the backup fails nothing is forgotten.
-Such a backup is not resumed: what there is of it is of a moment that is gone. However it ends,
-SIGKILL included, its checkpoint ends with it.
+With --control all of this is automatic: the disk is copied in its state at one moment while clients
+continue to write, the bitmap starts anew at that moment, and if the backup fails no dirty bits are
+lost. Such a backup cannot be resumed, because that state no longer exists. However the backup ends,
+even by SIGKILL, its checkpoint ends with it.
 
-While a backup runs it is TARGET.partial, and TARGET.partial.json says how far it is; when it is
-complete it gets its name in one step. After an interruption --resume goes on where it ended: only
-right if the disk has not changed since. On a block device what was there is lost at once; the device
-is marked as incomplete until the backup is, and a backup there cannot be resumed. Other programs can
+A running backup is TARGET.partial, with its progress in TARGET.partial.json; when complete it is
+renamed in one step. After an interruption --resume continues it, which is valid only if the disk
+has not changed since. On a block device the previous data is lost at once; the device is marked as
+incomplete until the backup is complete, and a backup there cannot be resumed. Other programs can
 change a device without a trace: as the base of another backup it needs --trust-base.";
 
 /// Arguments of `nbd-cli backup`.
@@ -58,9 +60,9 @@ change a device without a trace: as the base of another backup it needs --trust-
 #[command(override_usage = "nbd-cli backup [OPTIONS] <SOURCE> <TARGET>\n       \
                             nbd-cli backup [OPTIONS] --control <PATH> --export <NAME> [SOURCE] <TARGET>")]
 pub struct BackupArgs {
-    /// The disk, as an NBD URI. With --control it need not be given: the server says where it is.
-    // Clap does not take options between an optional argument and a required one behind it: if only
-    // one is given it is the target.
+    /// The disk, as an NBD URI. Optional with --control: the server reports its address.
+    // Clap accepts no options between an optional argument and a required one after it: a single
+    // argument is the target.
     #[arg(value_name = "SOURCE")]
     pub first_place: OsString,
 
@@ -74,23 +76,23 @@ pub struct BackupArgs {
     #[arg(skip)]
     target: PathBuf,
 
-    /// Copy only what is dirty in this bitmap of the server.
-    /// With --control and without --base a full backup is made, and the bitmap begins there.
+    /// Copy only the ranges that are dirty in this bitmap of the server. With --control and without
+    /// --base a full backup is made, and the bitmap starts there.
     #[arg(short = 'B', long, value_name = "NAME")]
     pub bitmap: Option<String>,
 
-    /// The backup before this one: what is not dirty is taken from it.
+    /// The previous backup: it provides everything that is not dirty.
     #[arg(short, long, value_name = "FILE", requires = "bitmap", value_parser = FilePathParser)]
     pub base: Option<PathBuf>,
 
-    /// Take the base as right where that cannot be known: it carries no identity (an older version
-    /// made it, or it was converted), was changed since, or the server does not say after which
-    /// backup the bitmap began. A base that is known to be wrong is refused all the same.
+    /// Accept the base where its correctness cannot be determined: it carries no identity (an older
+    /// version made it, or it was converted), was changed since, or the server does not know after
+    /// which backup the bitmap started. A base that is known to be wrong is still refused.
     #[arg(long, requires = "base")]
     pub trust_base: bool,
 
-    /// Make a checkpoint of a disk that clients go on writing to, through the control socket of its
-    /// server, and copy from there.
+    /// Create a checkpoint of a disk in use, through the control socket of its server, and copy
+    /// from there.
     #[arg(long, value_name = "PATH", requires = "export")]
     pub control: Option<PathBuf>,
 
@@ -98,15 +100,15 @@ pub struct BackupArgs {
     #[arg(long, value_name = "NAME", requires = "control")]
     pub export: Option<String>,
 
-    /// Continue an interrupted backup. The disk must be as it was then.
+    /// Continue an interrupted backup. The disk must be unchanged since then.
     #[arg(long, conflicts_with = "control")]
     pub resume: bool,
 
-    /// Discard an interrupted backup and begin again.
+    /// Discard an interrupted backup and start again.
     #[arg(long, conflicts_with = "resume")]
     pub restart: bool,
 
-    /// Read both sides again at the end and compare checksums: of what was copied, or of the whole
+    /// Read both sides again at the end and compare checksums: of the copied data, or of the whole
     /// disk.
     #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
           default_missing_value = "copied")]
@@ -124,7 +126,7 @@ pub struct BackupArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub share: ShareArgs,
 
-    /// Which files the images may name.
+    /// The files that images may name.
     #[command(flatten)]
     pub trust: TrustArgs,
 
@@ -145,12 +147,12 @@ pub struct BackupArgs {
     pub tls: TlsArgs,
 }
 
-/// What is compared at the end.
+/// The data to compare at the end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Verify {
-    /// What this backup has copied.
+    /// The data that this backup has copied.
     Copied,
-    /// The whole disk, which also tells whether the base and the bitmap belong together.
+    /// The whole disk, which also shows whether the base and the bitmap belong together.
     All,
 }
 
@@ -190,10 +192,10 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// What a first signal cancels. A second one ends the process at once.
+/// The job that a first signal cancels. A second one ends the process at once.
 ///
-/// Signals are caught before there is a checkpoint: if one ended this process the checkpoint would stay, and
-/// go on to cost room and time.
+/// Signals are caught before there is a checkpoint: if one killed this process, the checkpoint
+/// would stay and continue to cost space and time.
 fn cancelled_by_signal() -> Result<Cancellation, CommandError> {
     let mut signals = EndSignals::new(Hangup::Ends)?;
     let cancellation = Cancellation::new();
@@ -207,7 +209,7 @@ fn cancelled_by_signal() -> Result<Cancellation, CommandError> {
     Ok(cancellation)
 }
 
-/// What the backup is of.
+/// Returns the source of the backup.
 fn source(args: &BackupArgs) -> Result<BackupSource, CommandError> {
     match (&args.control, &args.source) {
         (Some(socket), uri) => Ok(BackupSource::Checkpoint {
@@ -220,7 +222,7 @@ fn source(args: &BackupArgs) -> Result<BackupSource, CommandError> {
     }
 }
 
-/// What the command line says, for the job.
+/// Returns the options of the job.
 fn options(args: &BackupArgs) -> BackupOptions {
     let mut options = BackupOptions::default();
     options.connect = args.connection.options(&args.tls);

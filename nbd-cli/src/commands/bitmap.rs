@@ -18,7 +18,7 @@ use crate::output::{Output, ReportFormat};
 use crate::serving::frozen;
 use crate::size::ByteSize;
 
-/// The finest granularity that is chosen when none is given, in bytes.
+/// The finest default granularity, in bytes.
 const GRANULARITY_DEFAULT_MIN: u64 = 4 << 10;
 
 const AFTER_HELP: &str = "\
@@ -29,49 +29,49 @@ Examples:
   nbd-cli bitmap merge overlay.qcow2 week week --from base.qcow2
   nbd-cli bitmap repair disk.qcow2 monday
 
-A dirty bitmap is kept inside a qcow2 image and notes which parts of the disk change. Each command
-is carried out as a whole or not at all, whenever it is interrupted.
+A dirty bitmap is stored in a qcow2 image and records which parts of the disk change. Each command
+takes effect completely or not at all, even if it is interrupted.
 
-At a checkpoint the bits of NAME wait in NAME.checkpoint. If the server was killed meanwhile, every
-command that changes something, and every 'serve' that can write, puts them back into NAME first.
-Any disabled bitmap NAME.checkpoint of the granularity of NAME counts as that.
+During a checkpoint the earlier bits of NAME are in NAME.checkpoint. If the server is killed then,
+the next command that changes the image, or the next writable 'serve', first merges them back into
+NAME. Any disabled bitmap NAME.checkpoint with the granularity of NAME is treated this way.
 
-While the image is being served these commands are refused.";
+These commands are refused while the image is being served.";
 
 /// Arguments of `nbd-cli bitmap`.
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct BitmapArgs {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: BitmapCommand,
 }
 
-/// The sub-commands.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum BitmapCommand {
     /// List the bitmaps of an image
     List(ListArgs),
-    /// Add a bitmap, in which nothing is dirty
+    /// Add an empty bitmap
     Add(AddArgs),
-    /// Remove a bitmap, whatever its state
+    /// Remove a bitmap in any state
     Remove(ChangeArgs),
-    /// Make everything clean
+    /// Clear a bitmap
     Clear(ChangeArgs),
     /// Start recording changes
     Enable(ChangeArgs),
     /// Stop recording changes
     Disable(ChangeArgs),
-    /// Add what is dirty in other bitmaps
+    /// Add the dirty ranges of other bitmaps
     Merge(MergeArgs),
-    /// Make a bitmap that cannot be relied on usable again: everything counts as dirty then
+    /// Make an unreliable bitmap usable again: everything counts as dirty then
     Repair(ChangeArgs),
-    /// Put back what checkpoints set aside that were cut off by the end of their server
+    /// Restore the bits of checkpoints that the end of their server cut off
     Recover(ImageArgs),
 }
 
 impl BitmapCommand {
-    /// Whether it changes the image.
+    /// Returns whether the command changes the image.
     pub(crate) fn writes(&self) -> bool {
         !matches!(self, Self::List(_))
     }
@@ -101,7 +101,7 @@ pub struct ListArgs {
     pub server: ServerArgs,
 }
 
-/// Which image, and how it is reported on.
+/// The image and the form of the report.
 #[derive(Debug, Args)]
 pub struct ImageArgs {
     /// The image.
@@ -109,7 +109,7 @@ pub struct ImageArgs {
     #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
-    /// Print the bitmaps of the image, as they are in the end, as JSON.
+    /// Print the resulting bitmaps of the image as JSON.
     #[arg(long)]
     pub json: bool,
 
@@ -139,8 +139,8 @@ pub struct AddArgs {
     /// The name of the new bitmap: 1 to 1023 bytes.
     pub name: String,
 
-    /// How many bytes of the disk one bit stands for: a power of two from 512 to 2G. The size of
-    /// a cluster unless given, but at least 4K and at most 64K.
+    /// Bytes of the disk per bit: a power of two from 512 to 2G. By default the size of a cluster,
+    /// but at least 4K and at most 64K.
     #[arg(short, long, value_name = "SIZE")]
     pub granularity: Option<ByteSize>,
 
@@ -163,7 +163,7 @@ pub struct MergeArgs {
     #[arg(required = true)]
     pub sources: Vec<String>,
 
-    /// The image that has the bitmaps to be added, if it is another one.
+    /// The image that has the bitmaps to be added, if it differs.
     #[arg(long, value_name = "IMAGE", value_parser = FilePathParser)]
     pub from: Option<PathBuf>,
 }
@@ -182,7 +182,7 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
         BitmapCommand::Merge(args) => merge(args),
         BitmapCommand::Repair(args) => named(|name| BitmapChange::Repair { name }, args),
         BitmapCommand::Recover(args) => carry_out(args, |image| {
-            // They were put back if that was possible.
+            // They were restored if that was possible.
             image.bitmaps().iter().try_for_each(|it| frozen::check_complete(image, &it.name))?;
             Ok(Vec::new())
         }),
@@ -213,7 +213,7 @@ fn add(args: &AddArgs) -> Result<Outcome, CommandError> {
     })
 }
 
-/// As QEMU chooses it.
+/// The default is QEMU's.
 fn granularity_default(image: &Image) -> Result<u64, CommandError> {
     let cluster_size = image.info()?.qcow2.map_or(0, |qcow2| qcow2.cluster_size);
     Ok(cluster_size.clamp(GRANULARITY_DEFAULT_MIN, BITMAP_GRANULARITY_DEFAULT))
@@ -241,7 +241,7 @@ fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
     carry_out(&args.image, |_| Ok(changes))
 }
 
-/// Opens the image and makes changes as one.
+/// Opens the image and makes changes in one step.
 fn carry_out(
     args: &ImageArgs,
     changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,

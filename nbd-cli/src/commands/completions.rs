@@ -1,4 +1,4 @@
-//! `nbd-cli completions`: scripts that teach a shell to complete this command line.
+//! `nbd-cli completions`: shell completion scripts for this command line.
 
 use clap::{Args, CommandFactory as _};
 use clap_complete::Shell;
@@ -16,13 +16,13 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct CompletionsArgs {
-    /// The shell to write the script for.
+    /// The shell for which to write the script.
     #[arg(value_enum)]
     pub shell: Shell,
 }
 
 pub(crate) fn run(args: &CompletionsArgs) -> Result<Outcome, CommandError> {
-    // Into memory first: the generator panics when its writer fails, as a closed pipe does.
+    // Written to memory first: the generator panics if its writer fails, as a closed pipe does.
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut Cli::command(), "nbd-cli", &mut script);
     let mut output = Output::new();

@@ -1,4 +1,4 @@
-//! `nbd-cli control`: look at a running server and change what it does.
+//! `nbd-cli control`: inspect and control a running server.
 
 mod command;
 
@@ -27,7 +27,7 @@ Examples:
 Programs can use the socket themselves: one JSON object per line and one per reply, for example
   {\"command\":\"bitmap-add\",\"export\":\"vm\",\"bitmap\":\"daily\"}
   {\"result\":{}}
-or {\"error\":{\"kind\":\"not-found\",\"message\":\"…\"}}. Fields are named as the arguments here.
+or {\"error\":{\"kind\":\"not-found\",\"message\":\"…\"}}. Fields have the names of the arguments here.
 The default export of `serve disk.qcow2` has the empty name, written ''.";
 
 /// Arguments of `nbd-cli control`.
@@ -37,7 +37,7 @@ pub struct ControlArgs {
     /// The socket that `serve --control` listens on.
     pub socket: PathBuf,
 
-    /// What to do.
+    /// The request.
     #[command(subcommand)]
     pub(crate) command: ControlCommand,
 
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &ControlArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// The request with the path of what is to be exported as the server has to see it.
+/// Returns the request, with the path of an export's source made absolute.
 fn prepared(mut request: Request) -> Result<Request, CommandError> {
     if let Request::AddExport { source, .. } = &mut request {
         *source = absolute(source)?;
@@ -66,7 +66,7 @@ fn prepared(mut request: Request) -> Result<Request, CommandError> {
     Ok(request)
 }
 
-/// The server may work in another directory.
+/// The server may have another working directory.
 fn absolute(source: &str) -> Result<String, CommandError> {
     if source.starts_with("memory:") || is_name_of_server(source) {
         return Ok(source.to_owned());

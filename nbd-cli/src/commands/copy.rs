@@ -19,15 +19,15 @@ Sources and destinations:
   disk.img, /dev/vg/lv    a local file or block device, byte for byte, even if it is an image: to
                           copy the disk inside an image use 'nbd-cli image convert'
   -                       standard input or standard output
-  null:                   nothing: an empty source, or a destination that forgets
+  null:                   nothing: an empty source, or a destination that discards all data
 
-A local destination file grows as NAME.partial and gets its name when it is complete; a file that
-was there is replaced then and stays as it was until then. Only where that is not possible (it has
-other names, or its directory may not be written to) is it emptied first. A server or device as the
-destination must be at least as large as the source; anything beyond that is left unchanged. What
-was on a device is lost at once, and until everything is on stable storage the device is marked as
-incomplete, so that a part of a disk is never taken for the whole.
-Holes and zeroes stay holes where the destination can have them.
+A local destination file grows as NAME.partial and is renamed when it is complete; an existing file
+stays unchanged until it is replaced then. Only if that is not possible (the file has other names,
+or its directory is not writable) is it truncated first. A server or device as the destination must
+be at least as large as the source; anything beyond that is left unchanged. The previous data of a
+device is lost at once, and the device is marked as incomplete until everything is on stable
+storage, so that a part of a disk is never mistaken for the whole.
+Holes and zeroes become holes where the destination supports them.
 
 Examples:
   nbd-cli copy nbd://localhost/disk backup.img
@@ -36,27 +36,27 @@ Examples:
   nbd-cli copy --tls-psk keys.psk nbds://alice@backup.example.org/disk disk.img
   nbd-cli copy nbd://localhost/disk - | zstd > disk.zst
 
-A connection that is lost is made again (--reconnect). If that was one to the destination, everything
-since the last flush is written again: a server that was restarted may have lost it.
+A lost connection is restored (--reconnect). If it led to the destination, everything since the last
+flush is written again: a restarted server may have lost it.
 
-A copy that fails exits with 1 and says at which offset, and one that is interrupted with 128 + the
-signal's number; what there was of a new file is then removed. After kill -9 NAME.partial is left,
-which may be removed.";
+A copy that fails reports the offset and exits with 1, and an interrupted one exits with 128 + the
+signal's number; an incomplete new file is then removed. After kill -9 NAME.partial is left, which
+may be removed.";
 
-/// Largest request; more would only need more memory.
+/// Largest request; larger ones would only need more memory.
 const MAX_REQUEST_SIZE: u64 = 32 << 20;
-/// Smallest and largest unit in which zeroes are looked for.
+/// Smallest and largest unit of zero detection.
 const MIN_SPARSE_SIZE: u64 = 512;
 
 /// Arguments of `nbd-cli copy`.
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct CopyArgs {
-    /// What to copy.
+    /// The source.
     #[arg(value_parser = LocationParser)]
     pub source: Location,
 
-    /// Where to copy it.
+    /// The destination.
     #[arg(value_parser = LocationParser)]
     pub destination: Location,
 
@@ -76,7 +76,7 @@ pub struct CopyArgs {
     #[arg(long)]
     pub allocated: bool,
 
-    /// The destination reads as zero already: do not write zeroes.
+    /// The destination already reads as zero: do not write zeroes.
     #[arg(long, alias = "target-is-zero")]
     pub destination_is_zero: bool,
 
@@ -84,11 +84,11 @@ pub struct CopyArgs {
     #[arg(long)]
     pub flush: bool,
 
-    /// Do not ask the source where it has holes.
+    /// Do not ask the source for its holes.
     #[arg(long)]
     pub no_extents: bool,
 
-    /// Look for zeroes in the data in units of this size (a power of two); 0 does not look.
+    /// Detect zeroes in the data in units of this size (a power of two); 0 switches detection off.
     #[arg(short = 'S', long, value_name = "SIZE", default_value = "4K")]
     pub sparse: ByteSize,
 
@@ -162,7 +162,7 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     })
 }
 
-/// What the command line says, for the job.
+/// Returns the options of the job.
 fn options(args: &CopyArgs) -> CopyOptions {
     let mut options = CopyOptions::default();
     options.connect = args.connection.options(&args.tls);

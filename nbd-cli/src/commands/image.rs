@@ -1,4 +1,4 @@
-//! `nbd-cli image`: make, inspect, convert and change disk images, without a server.
+//! `nbd-cli image`: create, inspect, convert and change disk images, without a server.
 
 mod amend;
 mod check;
@@ -35,42 +35,43 @@ Each command has examples and exit codes of its own: nbd-cli image create --help
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ImageArgs {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: ImageCommand,
 }
 
-/// The sub-commands.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum ImageCommand {
-    /// Make a new image
+    /// Create an image
     Create(create::CreateArgs),
     /// Describe an image
     Info(info::InfoArgs),
-    /// Check for leaks and damage, and repair them if told
+    /// Check for leaks and damage, and repair them on request
     Check(check::CheckArgs),
     /// Show where the parts of the disk are stored
     Map(map::MapArgs),
-    /// Copy an image into a new one, of another format if need be
+    /// Copy an image into a new one, optionally of another format
     Convert(convert::ConvertArgs),
     /// Change the size of the disk
     Resize(resize::ResizeArgs),
     /// Change the version or a feature of a qcow2 image in place
     Amend(amend::AmendArgs),
-    /// Give an overlay another backing file
+    /// Change the backing file of an overlay
     Rebase(rebase::RebaseArgs),
-    /// Write what an overlay holds into its backing file
+    /// Write the contents of an overlay into its backing file
     Commit(commit::CommitArgs),
-    /// List, make, apply and delete internal snapshots
+    /// List, create, apply and delete internal snapshots
     Snapshot(snapshot::SnapshotArgs),
-    /// Say how much space an image would need
+    /// Report the space that an image would need
     Measure(measure::MeasureArgs),
-    /// Say whether two images hold the same disk
+    /// Check whether two images hold the same disk
     Compare(compare::CompareArgs),
 }
 
 impl ImageCommand {
-    /// Whether it makes or changes an image between its steps. A repair that was cut off is begun again.
+    /// Returns whether the command creates or changes an image in steps. An interrupted repair is
+    /// started again.
     pub(crate) fn writes(&self) -> bool {
         match self {
             Self::Create(_)
@@ -101,7 +102,8 @@ pub(crate) fn run(args: ImageArgs) -> Result<Outcome, CommandError> {
     }
 }
 
-/// The exit code of wrong usage: 1, but 2 for `image compare`, where 1 says that images differ.
+/// Returns the exit code of wrong usage: 1, but 2 for `image compare`, where 1 means that the
+/// images differ.
 pub(crate) fn usage_code(arguments: &[OsString]) -> u8 {
     let mut words =
         arguments.iter().skip(1).filter(|word| !word.to_string_lossy().starts_with('-'));

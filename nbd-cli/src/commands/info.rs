@@ -1,6 +1,6 @@
-//! `nbd-cli info`: what a server is and what its exports can do.
+//! `nbd-cli info`: the properties of a server and its exports.
 //!
-//! Text and JSON are those of nbdinfo, key by key, so that scripts written for it go on working.
+//! Text and JSON are those of nbdinfo, key by key, so that scripts written for it continue to work.
 
 mod content;
 mod property;
@@ -37,7 +37,7 @@ pub struct InfoArgs {
     /// The server and export, as an NBD URI.
     pub uri: NbdUri,
 
-    /// Print JSON, with the keys that nbdinfo has.
+    /// Print JSON, with the keys of nbdinfo.
     #[arg(long)]
     pub json: bool,
 
@@ -49,11 +49,11 @@ pub struct InfoArgs {
     #[arg(long, conflicts_with = "list", group = "question")]
     pub size: bool,
 
-    /// Exit with 0 if the export can do this, with 2 if not.
+    /// Exit with 0 if the export has this capability, with 2 if not.
     #[arg(long, value_name = "X", value_enum, conflicts_with = "list", group = "question")]
     pub can: Option<Property>,
 
-    /// Exit with 0 if this is so, with 2 if not; the values are those of --can.
+    /// Exit with 0 if this is true, with 2 if not; the values are those of --can.
     #[arg(
         long,
         value_name = "X",
@@ -75,7 +75,7 @@ pub struct InfoArgs {
     )]
     pub has: Option<Property>,
 
-    /// Say what the first bytes of the export look like, also with --list.
+    /// Detect the content of the export from its first bytes, also with --list.
     #[arg(long, conflicts_with = "no_content")]
     pub content: bool,
 
@@ -121,7 +121,7 @@ async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
         }
     }
     output.finish()?;
-    // As nbdinfo has it: the others are shown, and the outcome says that there is more.
+    // As in nbdinfo: the others are shown, and the exit code reports the refused one.
     for refused in &server.refused {
         let (name, reason) = (printable(&refused.name), printable(&refused.reason));
         let _ = writeln!(std::io::stderr(), "nbd-cli: the export '{name}' is refused: {reason}");

@@ -1,4 +1,4 @@
-//! `nbd-cli map`: which parts of an export hold data, are holes, are dirty and so on.
+//! `nbd-cli map`: the block status of an export: data, holes, dirty ranges and so on.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +21,7 @@ Examples:
   nbd-cli map --totals --json nbd://localhost/disk
   nbd-cli map --context qemu:dirty-bitmap:monday nbd://localhost/disk
 
-Columns of the text: offset and length in bytes, the value, what it means.";
+Columns of the text: offset and length in bytes, the value and its meaning.";
 
 /// Arguments of `nbd-cli map`.
 #[derive(Debug, Args)]
@@ -38,7 +38,7 @@ pub struct MapArgs {
     #[arg(long, conflicts_with = "chart")]
     pub json: bool,
 
-    /// Print only how many bytes there are of each kind.
+    /// Print only the number of bytes of each kind.
     #[arg(long, conflicts_with = "chart")]
     pub totals: bool,
 
@@ -46,7 +46,7 @@ pub struct MapArgs {
     #[arg(long, alias = "picture")]
     pub chart: bool,
 
-    /// When the chart is coloured.
+    /// When to colour the chart.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
     pub color: ColorChoice,
 
@@ -75,10 +75,10 @@ struct JsonTotal {
     description: Option<String>,
 }
 
-/// How many different values are counted. A context has few; a server may send 2^64.
+/// Most distinct values that are counted. A context has few; a server may send 2^64.
 const MAX_TOTALS: usize = 65_536;
 
-/// What becomes of each extent. Nothing but totals and chart is kept: a disk may have millions.
+/// Consumes extents. Only totals and the chart are kept: a disk may have millions of extents.
 enum Report {
     Text,
     Json { first: bool },
@@ -125,7 +125,7 @@ async fn map(
     }
     report.end(context, size, output)?;
     drop(extents);
-    // The result is complete; how the connection ends does not matter.
+    // The result is complete, so the way in which the connection ends does not matter.
     let _ = client.disconnect().await;
     Ok(())
 }
@@ -243,7 +243,7 @@ fn totals(
     }
 }
 
-/// One value on one line.
+/// Formats one value on one line.
 fn compact(value: &impl Serialize) -> Result<String, CommandError> {
     serde_json::to_string(value).map_err(|error| CommandError::output(&error.into()))
 }

@@ -1,4 +1,4 @@
-//! One file per sub-command: its arguments and what it does.
+//! One file per subcommand: its arguments and its output.
 
 pub mod backup;
 pub mod bitmap;

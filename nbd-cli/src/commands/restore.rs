@@ -27,10 +27,10 @@ Examples:
   nbd-cli restore --verify monday.qcow2 /dev/vg/disk
   nbd-cli restore monday.qcow2 nbd://vmhost/disk
 
-The newest file of a chain stands for the whole disk. A file as the destination must not exist yet:
-it grows as NAME.partial, gets its name when it is complete, and is removed if the restore fails or
-is interrupted (after kill -9 NAME.partial is left). A device or a server's disk is overwritten and
-must be at least as large; a device is marked as incomplete until everything is on it.";
+The newest file of a chain represents the whole disk. A file as the destination must not exist yet:
+it grows as NAME.partial, is renamed when it is complete, and is removed if the restore fails or is
+interrupted (after kill -9 NAME.partial is left). A device or a server's disk is overwritten and
+must be at least as large; a device is marked as incomplete until everything is written.";
 
 /// Arguments of `nbd-cli restore`.
 #[derive(Debug, Args)]
@@ -64,7 +64,7 @@ pub struct RestoreArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub share: ShareArgs,
 
-    /// How the image is opened.
+    /// The options for opening the image.
     #[command(flatten)]
     pub open: OpenArgs,
 
@@ -85,7 +85,7 @@ pub struct RestoreArgs {
     pub tls: TlsArgs,
 }
 
-/// What a restore did. Sizes are in bytes.
+/// The result of a restore. Sizes are in bytes.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Report {
@@ -94,7 +94,7 @@ struct Report {
     size: u64,
     copied: u64,
     zero: u64,
-    /// How much was compared, if anything was.
+    /// Bytes compared, if the restore was verified.
     verified: Option<u64>,
     seconds: f64,
 }
@@ -143,7 +143,7 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     })
 }
 
-/// What the command line says, for the job.
+/// Returns the options of the job.
 fn options(args: &RestoreArgs) -> RestoreOptions {
     let mut options = RestoreOptions::default();
     options.connect = args.connection.options(&args.tls);

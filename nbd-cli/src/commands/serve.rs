@@ -36,11 +36,11 @@ const AFTER_HELP: &str = "\
 Sources:
   disk.img         a raw image file
   /dev/vg/lv       a block device
-  memory:1G        a disk in memory that is gone when the server ends
+  memory:1G        a disk in memory that is lost when the server ends
   nbd://host/name  an export of another server (any NBD URI, nbd:HOST:PORT, nbd:unix:PATH); of a raw
-                   one --allocation-depth and --bitmap offer what that server knows
+                   one, --allocation-depth and --bitmap offer that server's contexts
   NAME=SOURCE      any of these under an export name (write ./a=b for a file whose name has a '=')
-  The first source is the default export: clients that give no name get it.
+  The first source is the default export: clients that request no name get it.
 
 Examples:
   nbd-cli serve memory:1G
@@ -56,12 +56,12 @@ Examples:
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
 
 When clients can connect, one URI per export and address is printed on standard output. With --run
-nothing is printed, and the command finds in its environment: uri, exportname, and unixsocket or
-port. Sockets that a service manager hands over (LISTEN_FDS) are used by themselves.
+nothing is printed, and the environment of the command contains uri, exportname, and unixsocket or
+port. Sockets passed by a service manager (LISTEN_FDS) are used automatically.
 
-SIGINT, SIGTERM and SIGQUIT finish what is in flight, flush, and end with 0; a second one ends at
-once. SIGHUP reads TLS credentials again and never ends the server, unless its terminal is gone. A
-socket file that nobody listens on any more is replaced.
+On SIGINT, SIGTERM and SIGQUIT the server completes the requests in flight, flushes, and exits with
+0; a second signal ends it at once. SIGHUP reloads TLS credentials and never ends the server, unless
+its terminal is gone. A socket file without a listening process is replaced.
 
 Exit codes: 0 ended by a signal, 1 error, 128 + N ended by a second signal N; with --run the
 command's status.";
@@ -70,16 +70,16 @@ command's status.";
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ServeArgs {
-    /// What to export; see below.
+    /// The disks to export; see below.
     #[arg(required_unless_present = "control", value_name = "SOURCE")]
     pub sources: Vec<OsString>,
 
-    /// Listen on a TCP address; port 10809 unless given, any free one for 0. A port alone is one of
-    /// 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.
+    /// Listen on a TCP address; the default port is 10809, and 0 selects a free one. A port alone
+    /// is one of 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.
     #[arg(short, long, value_name = "[ADDR][:PORT]")]
     pub listen: Vec<TcpAddress>,
 
-    /// The port of other servers' command lines; refused, with the option to use.
+    /// The port option of other servers; refused, with the option to use.
     #[arg(long, hide = true, value_name = "PORT", value_parser = there_is_no_port)]
     pub port: Option<String>,
 
@@ -87,7 +87,7 @@ pub struct ServeArgs {
     #[arg(short = 'U', long, value_name = "PATH")]
     pub socket: Vec<PathBuf>,
 
-    /// Name of the export, for the one source that has no name yet.
+    /// Name of the export, if exactly one source has no name.
     #[arg(short, long)]
     pub name: Option<String>,
 
@@ -104,18 +104,18 @@ pub struct ServeArgs {
     #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
-    /// Export this internal snapshot of a qcow2 image, given by name or id, for reading only unless
+    /// Export this internal snapshot of a qcow2 image, given by name or id, read-only unless
     /// --temporary is given.
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
 
-    /// Keep everything that is written in a temporary file, removed when the server ends; the image
-    /// is only read. That file is in TMPDIR, or else in /var/tmp.
+    /// Keep all writes in a temporary file that is removed when the server ends; the image is only
+    /// read. The file is in TMPDIR or, by default, in /var/tmp.
     #[arg(long, conflicts_with = "read_only")]
     pub temporary: bool,
 
-    /// Serve images while other programs write to them. What clients read can then be a mix of old
-    /// and new.
+    /// Serve images while other programs write to them. Clients may then read a mix of old and new
+    /// data.
     #[arg(long, requires = "read_only")]
     pub force_share: bool,
 
@@ -123,16 +123,16 @@ pub struct ServeArgs {
     #[allow(missing_docs)]
     pub trust: TrustArgs,
 
-    /// What to do with space that clients discard.
+    /// The treatment of discarded space.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
     pub discard: Discard,
 
-    /// What to do with written data that is all zero.
+    /// The treatment of writes whose data is all zero.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
     pub detect_zeroes: DetectZeroes,
 
-    /// Tell clients that the disk is a spinning one (NBD_FLAG_ROTATIONAL), for which they may
-    /// schedule requests differently. By default nothing is said about the medium.
+    /// Report the disk as rotational (NBD_FLAG_ROTATIONAL), for which clients may schedule requests
+    /// differently. By default no medium is reported.
     #[arg(long)]
     pub rotational: bool,
 
@@ -140,43 +140,43 @@ pub struct ServeArgs {
     #[arg(short = 'A', long)]
     pub allocation_depth: bool,
 
-    /// What dirty bitmaps of the images survive. For all but 'none' a file IMAGE.dirty is kept
-    /// beside an image from its first change on; it is removed when the server ends in order. If
-    /// that file cannot be made an image is refused; without this option there is a warning
+    /// The failure that the images' dirty bitmaps survive. Except for 'none', a file IMAGE.dirty is
+    /// kept beside an image from its first change on; it is removed when the server ends cleanly.
+    /// If that file cannot be created, the image is refused; without this option there is a warning
     /// [default: power].
     #[arg(long, value_enum, value_name = "WHAT")]
     pub bitmap_durability: Option<BitmapDurability>,
 
     /// Offer the metadata context qemu:dirty-bitmap:NAME for this bitmap, which every image must
-    /// have, itself or in its backing files. May be repeated; 'all' for all that they have.
-    /// Enabled bitmaps continue to record changes.
+    /// have, itself or in its backing files. May be repeated; 'all' for all bitmaps. Enabled
+    /// bitmaps continue to record changes.
     #[arg(short = 'B', long, value_name = "NAME")]
     pub bitmap: Vec<String>,
 
-    /// Do not show the exports to clients that ask for a list.
+    /// Hide the exports from clients that request a list.
     #[arg(long)]
     pub hidden: bool,
 
-    /// Listen on a control socket, with which exports, bitmaps and checkpoints are managed while
-    /// the server runs; only this user can use it. See `nbd-cli control --help`.
+    /// Listen on a control socket, for managing exports, bitmaps and checkpoints while the server
+    /// runs; only this user can use it. See `nbd-cli control --help`.
     #[arg(long, value_name = "PATH", conflicts_with = "run")]
     pub control: Option<PathBuf>,
 
-    /// Serve in the background: return when clients can connect, after the URIs are printed. The
-    /// log goes nowhere unless -v is given.
+    /// Serve in the background: return when clients can connect, after printing the URIs. The log
+    /// is discarded unless -v is given.
     #[arg(long, conflicts_with = "run")]
     pub fork: bool,
 
-    /// Write the process id of the server to this file, and hold a lock on it while serving. The
-    /// file stays.
+    /// Write the process id of the server to this file, and keep it locked while serving. The file
+    /// remains afterwards.
     #[arg(long, value_name = "PATH", conflicts_with = "run")]
     pub pid_file: Option<PathBuf>,
 
-    /// Which process this is with --fork.
+    /// The role of this process with --fork.
     #[arg(skip)]
     pub role: Role,
 
-    /// Whether the log was asked for.
+    /// Whether logging was requested.
     #[arg(skip)]
     pub keeps_log: bool,
 
@@ -193,42 +193,42 @@ pub struct ServeArgs {
     #[allow(missing_docs)]
     pub upstream: UpstreamArgs,
 
-    /// Connections at a time; further ones are refused.
+    /// Most connections at a time; further ones are refused.
     #[arg(long, value_name = "N", default_value_t = 1024, help_heading = "Limits")]
     pub max_connections: usize,
 
-    /// How long a client may take to choose an export: seconds, or 500ms, 2m.
+    /// Time limit for a client to select an export: seconds, or 500ms, 2m.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration,
           help_heading = "Limits")]
     pub handshake_timeout: Duration,
 
-    /// How long a client may stop in the middle of a request or leave its replies unread before
-    /// it is closed; 0 for ever. Clients that are idle or slow are never closed.
+    /// Time after which a client is disconnected that stops in the middle of a request or leaves
+    /// its replies unread; 0 for no limit. Idle and slow clients are never disconnected.
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_limit,
           help_heading = "Limits")]
     pub stall_timeout: Duration,
 
-    /// How long clients may take to fetch the last replies when the server ends.
+    /// Time for clients to receive the last replies when the server ends.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration,
           help_heading = "Limits")]
     pub drain_timeout: Duration,
 
-    /// Slow requests of one connection that are carried out at a time.
+    /// Most slow requests of one connection that are carried out at a time.
     #[arg(long, value_name = "N", default_value_t = 64, help_heading = "Limits")]
     pub max_requests: usize,
 
-    /// How long to look for a client's next request before going to sleep, at most 1ms; 0 saves
-    /// CPU time where clients with one request in flight may wait longer.
+    /// Time to poll for a client's next request before sleeping, at most 1ms; 0 saves CPU time, at
+    /// the cost of latency for clients with one request in flight.
     #[arg(long, value_name = "TIME", default_value = "33us", help_heading = "Limits",
           value_parser = parse_busy_poll)]
     pub busy_poll: Duration,
 
-    /// The same in nanoseconds, as QEMU calls it and earlier versions did.
+    /// The same in nanoseconds: the name in QEMU and in earlier versions.
     #[arg(long, value_name = "N", hide = true, overrides_with = "busy_poll",
           value_parser = clap::value_parser!(u32).range(..=1_000_000))]
     pub poll_max_ns: Option<u32>,
 
-    /// Memory for the requests of one connection.
+    /// Memory limit for the requests of one connection.
     #[arg(
         long,
         value_name = "SIZE",
@@ -238,7 +238,7 @@ pub struct ServeArgs {
     )]
     pub connection_memory_limit: ByteSize,
 
-    /// Memory for the large requests of all connections.
+    /// Memory limit for the large requests of all connections.
     #[arg(
         long,
         value_name = "SIZE",
@@ -279,7 +279,7 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
         }
         _ => None,
     };
-    // Behind the directory, so that its socket is removed before it in any case.
+    // Declared after the directory, so that its socket is always removed first.
     let mut server = Server::new(config(&args, &tls)?, registry);
     let mut bound = Vec::new();
     for address in addresses(&args, private.as_ref()) {
@@ -314,7 +314,7 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     }
 }
 
-/// Opens all sources, on a thread of its own: a layer on another server is waited for.
+/// Opens all sources, on a separate thread: opening a layer on another server blocks.
 async fn open_sources(
     args: &Arc<ServeArgs>,
     registry: &ExportRegistry,
@@ -338,7 +338,7 @@ async fn serve_controlled(
     let Some((socket, controller)) = control else { return Ok(Outcome::Success) };
     let listening = tokio::spawn(socket.serve(Arc::clone(&controller)));
     let served = serve_until_signal(server, signals, controller.stopped()).await;
-    // The socket's file is gone before the last word is said about the disks.
+    // The socket's file is removed before the disks are reported closed.
     listening.abort();
     let _ = listening.await;
     controller.end_all().await;
@@ -399,7 +399,8 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
     Ok(config)
 }
 
-/// Where to listen: as told, else in private for a command, else on the loopback interface.
+/// Returns the addresses to listen on: as given, else a private socket for a command, else the
+/// loopback interface.
 fn addresses(args: &ServeArgs, private: Option<&PrivateDirectory>) -> Vec<ListenAddress> {
     let tcp = args.listen.iter().map(|address| ListenAddress::Tcp(address.to_string()));
     let unix = args.socket.iter().cloned().map(ListenAddress::Unix);
@@ -421,8 +422,8 @@ fn service_manager_gave_sockets() -> bool {
         && std::env::var_os("LISTEN_FDS").is_some()
 }
 
-/// Says that clients can connect: by the file with the process id, by the addresses, and to a
-/// parent that waits.
+/// Reports that clients can connect: with the process id file, the printed addresses, and a
+/// notification of a waiting parent.
 fn started(args: &ServeArgs, announce: impl FnOnce()) -> Result<Option<PidFile>, CommandError> {
     let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
     announce();
@@ -443,7 +444,7 @@ fn announce(bound: &[BoundAddress], names: &[String], tls: &TlsMode) {
     let _ = stdout.flush();
 }
 
-/// Where an export can be reached; unix sockets first.
+/// Returns the URIs of an export; unix sockets first.
 fn uris(bound: &[BoundAddress], name: &str, tls: &TlsMode) -> Vec<String> {
     let (unix, other): (Vec<_>, Vec<_>) =
         bound.iter().partition(|address| matches!(address, BoundAddress::Unix(_)));

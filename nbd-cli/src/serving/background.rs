@@ -1,8 +1,7 @@
-//! `serve --fork`: the server in a process of its own, which tells its parent when it is ready.
+//! `serve --fork`: the server in a separate process, which notifies its parent when it is ready.
 //!
-//! The parent starts this program again and prints what the server prints, up to a mark that says
-//! that clients can connect. Until then the server's complaints go to the standard error that it
-//! inherited.
+//! The parent starts this program again and copies the server's output, up to a marker that reports
+//! that clients can connect. Until then the server's errors go to the inherited standard error.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -12,23 +11,24 @@ use std::process::{Command, Stdio};
 
 use crate::error::{CommandError, Outcome};
 
-/// The first argument of the process that serves in the background. Users do not give it: without
-/// this meaning it is an unknown option.
+/// The first argument of the background process. Users never pass it: otherwise it is an unknown
+/// option.
 const MARK: &str = "--serve-in-background";
 const THIS_PROGRAM: &str = "/proc/self/exe";
 const READY: u8 = 0;
 
-/// Which process this is.
+/// The role of this process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Role {
-    /// The one the user has started.
+    /// The process started by the user.
     #[default]
     Foreground,
-    /// The one that serves with `--fork`.
+    /// The process that serves with `--fork`.
     Background,
 }
 
-/// Finds the role in the arguments, the program's name being the first, and takes the mark away.
+/// Determines the role from the arguments, the first of which is the program's name, and removes
+/// the marker.
 pub(crate) fn role(arguments: &mut Vec<OsString>) -> Role {
     if arguments.get(1).is_none_or(|first| first != MARK) {
         return Role::Foreground;
@@ -41,7 +41,8 @@ pub(crate) fn role(arguments: &mut Vec<OsString>) -> Role {
 ///
 /// # Errors
 ///
-/// If the server cannot be started. If it does not get ready it has said why, and the status is 1.
+/// If the server cannot be started. If it does not become ready, it has reported the reason, and
+/// the status is 1.
 pub(crate) fn start(arguments: &[OsString]) -> Result<Outcome, CommandError> {
     let failed =
         |error| CommandError::new(format!("cannot start the server from {THIS_PROGRAM}: {error}"));
@@ -72,12 +73,12 @@ pub(crate) fn start(arguments: &[OsString]) -> Result<Outcome, CommandError> {
 
 /// Leaves the parent's session, before anything else is done.
 pub(crate) fn leave_session() {
-    // Fails only for the leader of a group; then there is nothing to leave.
+    // Fails only for a group leader; then there is no session to leave.
     let _ = rustix::process::setsid();
 }
 
-/// Says that clients can connect and lets go of what belongs to the parent: standard output, and
-/// standard error unless the log was asked for.
+/// Reports that clients can connect and releases the parent's standard output, and its standard
+/// error unless logging was requested.
 ///
 /// # Errors
 ///
@@ -86,7 +87,7 @@ pub(crate) fn ready(keeps_log: bool) -> Result<(), CommandError> {
     let failed = |error| CommandError::new(format!("cannot use /dev/null: {error}"));
     let null = OpenOptions::new().read(true).write(true).open("/dev/null").map_err(failed)?;
     let mut stdout = std::io::stdout().lock();
-    // A parent that was killed does not wait any more.
+    // A parent that was killed no longer waits.
     let _ = stdout.write_all(&[READY]).and_then(|()| stdout.flush());
     rustix::stdio::dup2_stdout(&null).map_err(|error| failed(error.into()))?;
     if !keeps_log {

@@ -1,4 +1,4 @@
-//! A directory of one's own for sockets and files that nobody else may see.
+//! A private directory for sockets and files.
 
 use std::fs::DirBuilder;
 use std::io::ErrorKind;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::CommandError;
 
-/// A directory that only this user can enter, with room for a socket; removed when dropped.
+/// A directory that only this user can enter, with a socket in it; removed on drop.
 #[derive(Debug)]
 pub(crate) struct PrivateDirectory {
     path: PathBuf,
@@ -18,10 +18,10 @@ impl PrivateDirectory {
         Self::inside(&std::env::temp_dir())
     }
 
-    /// A directory in `parent`.
+    /// Creates a directory in `parent`.
     pub(crate) fn inside(parent: &Path) -> Result<Self, CommandError> {
         let mut last = None;
-        // Another process with our number in another namespace may have left one behind.
+        // Another process with our number in another namespace may have left one.
         for attempt in 0..100 {
             let path = parent.join(format!("nbd-cli-{}-{attempt}", std::process::id()));
             match DirBuilder::new().mode(0o700).create(&path) {
@@ -40,7 +40,7 @@ impl PrivateDirectory {
         )))
     }
 
-    /// A place for the file of --temporary, which must not stay there.
+    /// Returns a directory for the file of --temporary, which does not stay there.
     pub(crate) fn overlay(&self) -> PathBuf {
         self.path.join("overlay.qcow2")
     }
@@ -52,7 +52,7 @@ impl PrivateDirectory {
 
 impl Drop for PrivateDirectory {
     fn drop(&mut self) {
-        // The server has removed its socket before; nothing else is in there.
+        // The server has removed its socket before; there are no other files.
         let _ = std::fs::remove_dir(&self.path);
     }
 }

@@ -1,4 +1,4 @@
-//! What dirty bitmaps survive while they are served, and what became of them in a crash.
+//! The durability of served dirty bitmaps, and reports on recovery after a crash.
 
 use std::path::Path;
 
@@ -9,15 +9,15 @@ use crate::error::CommandError;
 use crate::output::printable;
 use crate::output::warn;
 
-/// What dirty bitmaps that note changes survive.
+/// The failures that recording dirty bitmaps survive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum BitmapDurability {
-    /// The loss of power, and everything below.
+    /// Power failure, and everything below.
     #[default]
     Power,
-    /// The death of the server.
+    /// A crash of the server.
     Process,
-    /// Nothing but an orderly end, as with QEMU.
+    /// Only a clean shutdown, as with QEMU.
     None,
 }
 
@@ -31,7 +31,7 @@ impl From<BitmapDurability> for Survives {
     }
 }
 
-/// Says which bitmaps were recovered from a crash, and which were not.
+/// Reports which bitmaps were recovered after a crash, and which were not.
 pub(crate) fn report_recovery(image: &Image, path: &Path) {
     let path = printable(&path.to_string_lossy());
     let safety = image.bitmap_safety();
@@ -62,7 +62,7 @@ pub(crate) fn report_recovery(image: &Image, path: &Path) {
     }
 }
 
-/// Says so if bitmaps will not survive what they should, because nothing can be kept beside the
+/// Warns if bitmaps will not survive the selected failures, because no file can be kept beside the
 /// image.
 pub(crate) fn report_shortfall(image: &Image, path: &Path) {
     if let Some(shortfall) = image.probe_bitmap_safety().shortfall {
@@ -74,7 +74,7 @@ pub(crate) fn report_shortfall(image: &Image, path: &Path) {
     }
 }
 
-/// Refuses an image whose bitmaps will not survive what was asked for.
+/// Refuses an image whose bitmaps will not survive the requested failures.
 pub(crate) fn refuse_shortfall(image: &Image, path: &Path) -> Result<(), CommandError> {
     let Some(shortfall) = image.probe_bitmap_safety().shortfall else { return Ok(()) };
     Err(CommandError::new(format!(

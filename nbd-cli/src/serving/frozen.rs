@@ -1,23 +1,23 @@
-//! Bitmaps that lack bits which a checkpoint has frozen: what is said about them, and what to do.
-//! The rule itself is the image engine's ([`imgfmt::BitmapChange::Freeze`]).
+//! Bitmaps that lack bits frozen by a checkpoint: messages and remedies. The rule itself is the
+//! image engine's ([`imgfmt::BitmapChange::Freeze`]).
 
 use imgfmt::{BitmapChange, BitmapState, Image};
 
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
-/// Says which bitmaps got frozen bits back when an image was opened for writing, and if that
-/// failed.
+/// Reports which bitmaps got frozen bits back when an image was opened for writing, and whether
+/// that failed.
 pub(crate) fn report_thaw(image: &Image) {
     let safety = image.bitmap_safety();
     report_thawed(&safety.thawed);
     if let Some(failure) = safety.thaw_failure {
-        // The disk can be used all the same, but not the bitmaps that lack them.
+        // The disk can be used anyway, but not the bitmaps that lack them.
         warn(&format!("bits that a checkpoint had set aside are not put back: {failure}"));
     }
 }
 
-/// Says which bitmaps got frozen bits back.
+/// Reports which bitmaps got frozen bits back.
 pub(crate) fn report_thawed(names: &[String]) {
     if !names.is_empty() {
         let names: Vec<_> = names.iter().map(|name| format!("'{}'", printable(name))).collect();
@@ -28,12 +28,12 @@ pub(crate) fn report_thawed(names: &[String]) {
     }
 }
 
-/// Whether the bits of a bitmap are all there are, in the image or backing file that has it. A
-/// bitmap that does not exist is complete.
+/// Checks that a bitmap has all of its bits, in the image or backing file that has it. A bitmap
+/// that does not exist is complete.
 ///
 /// # Errors
 ///
-/// With the reason and the remedy if a checkpoint has set bits aside and they are not back.
+/// With the reason and the remedy if a checkpoint has frozen bits and they are not back.
 pub(crate) fn check_complete(image: &Image, name: &str) -> Result<(), CommandError> {
     let layer = image.bitmaps_beside(name);
     let state = layer.into_iter().find(|bitmap| bitmap.name == name).map(|bitmap| bitmap.state);
@@ -53,7 +53,7 @@ pub(crate) fn check_complete(image: &Image, name: &str) -> Result<(), CommandErr
     }))
 }
 
-/// The error of a change of bitmaps, with the remedy if frozen bits are what it is about.
+/// Returns the error of a change of bitmaps, with the remedy if frozen bits are the reason.
 pub(crate) fn explained(
     image: &Image,
     changes: &[BitmapChange],

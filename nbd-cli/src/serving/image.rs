@@ -1,4 +1,4 @@
-//! An image as an export, in the way the command line wants it.
+//! An image as an export, with the options of the command line.
 
 use std::fmt;
 use std::path::Path;
@@ -22,10 +22,10 @@ use crate::locking::{open_file, warning};
 use crate::output::{printable, warn};
 use crate::remote::allow_json_files;
 
-/// Which dirty bitmaps of an image are offered.
+/// The dirty bitmaps of an image that are offered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum OfferedBitmaps {
-    /// All that can be relied on; of the others a warning says why they are not offered.
+    /// All reliable ones; a warning gives the reason why others are not offered.
     All,
     /// These, all of which the image must have.
     Named(Vec<String>),
@@ -37,38 +37,38 @@ impl Default for OfferedBitmaps {
     }
 }
 
-/// Where writes of clients go.
+/// The destination of clients' writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Writes {
-    /// Nowhere.
+    /// None: the export is read-only.
     #[default]
     Refused,
     /// Into the image.
     ToImage,
-    /// Into a file that is gone when the server ends; the image is only read.
+    /// A temporary file that is removed when the server ends; the image is only read.
     ToTemporaryFile,
 }
 
-/// How an image is opened and exported.
+/// Options for opening and exporting an image.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ImageChoices {
-    /// `None`: found by looking at it.
+    /// `None`: to be detected.
     pub(crate) format: Option<Format>,
-    /// An internal snapshot in place of the present state; for reading only.
+    /// An internal snapshot in place of the active state; read-only.
     pub(crate) snapshot: Option<String>,
     pub(crate) writes: Writes,
     pub(crate) locking: Locking,
-    /// What becomes of the backing file that it names.
+    /// The treatment of the backing file that it names.
     pub(crate) backing: BackingFile,
-    /// How servers are used whose exports are served again.
+    /// Connection options for re-exported servers.
     pub(crate) upstream: ServerArgs,
-    /// Which other files the image may name; `None`: those in its directory.
+    /// The other files that the image may name; `None`: those in its directory.
     pub(crate) policy: Option<OpenPolicy>,
     pub(crate) filter: FilterOptions,
     /// The part of the disk that is exported.
     pub(crate) window: Window,
-    /// What bitmaps that note changes must survive. If that is not said it is the default, and
-    /// whether they can is only told.
+    /// The failures that recording bitmaps must survive. Without it the default applies, and a
+    /// shortfall is only a warning.
     pub(crate) bitmap_durability: Option<BitmapDurability>,
     /// Whether `qemu:allocation-depth` is offered.
     pub(crate) allocation_depth: bool,
@@ -76,14 +76,14 @@ pub(crate) struct ImageChoices {
     pub(crate) bitmaps: OfferedBitmaps,
 }
 
-/// What is to be exported.
+/// An export and its image.
 pub(crate) struct Opened {
     pub(crate) export: Arc<dyn Export>,
-    /// What lies behind it, if that is an image.
+    /// The underlying image, if there is one.
     pub(crate) image: Option<Arc<ImageExport>>,
 }
 
-/// Why an image cannot be exported.
+/// The reason why an image cannot be exported.
 #[derive(Debug)]
 pub(crate) enum OpenError {
     Image(imgfmt::Error),
@@ -91,12 +91,12 @@ pub(crate) enum OpenError {
 }
 
 impl OpenError {
-    /// Whether another process has the image.
+    /// Returns whether another process uses the image.
     pub(super) fn is_busy(&self) -> bool {
         matches!(self, Self::Image(error) if error.kind() == ErrorKind::Busy)
     }
 
-    /// Whether the image could be opened if nobody wanted to write to it.
+    /// Returns whether the image could be opened read-only.
     pub(crate) fn may_be_readable(&self) -> bool {
         match self {
             Self::Image(error) => {
@@ -186,7 +186,7 @@ impl ImageChoices {
         }
     }
 
-    /// Opens a file as it is, for [`open_storage`](Self::open_storage).
+    /// Opens a file without interpreting it, for [`open_storage`](Self::open_storage).
     ///
     /// # Errors
     ///
@@ -208,11 +208,11 @@ impl ImageChoices {
         options
     }
 
-    /// Makes an export of an image that is open.
+    /// Makes an export of an open image.
     ///
     /// # Errors
     ///
-    /// If the image does not contain the part that is wanted.
+    /// If the image does not contain the selected part.
     pub(crate) fn export(&self, image: Image) -> Result<Arc<dyn Export>, CommandError> {
         Ok(self.exported(image)?.export)
     }
@@ -221,7 +221,7 @@ impl ImageChoices {
         self.exported_through(image, |export| export)
     }
 
-    /// As [`exported`](Self::exported), with something between the image and what was asked for.
+    /// Like [`exported`](Self::exported), with an export put between the image and the filters.
     pub(super) fn exported_through(
         &self,
         image: Image,

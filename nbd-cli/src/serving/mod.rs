@@ -1,5 +1,5 @@
-//! What the front ends that serve have in common: opening an image as an export, and serving until
-//! a signal says stop.
+//! Common parts of the serving front ends: opening an image as an export, and serving until a
+//! signal.
 
 pub(crate) mod background;
 mod directory;
@@ -43,7 +43,7 @@ pub(crate) async fn serve_until_signal(
     tokio::spawn(async move {
         signals.next().await;
         let _ = stop.send(());
-        // Whoever sends a second signal does not want to wait for slow clients.
+        // The sender of a second signal does not want to wait for slow clients.
         std::process::exit(signals.insisted().await.exit_status().into());
     });
     let stop = async {
@@ -55,7 +55,7 @@ pub(crate) async fn serve_until_signal(
     drain(server, stop).await
 }
 
-/// Serves until `stop` is ready, then finishes what is in flight.
+/// Serves until `stop` is ready, then completes the requests in flight.
 pub(crate) async fn drain(
     server: Server,
     stop: impl Future<Output = ()>,
@@ -63,7 +63,7 @@ pub(crate) async fn drain(
     server.serve(stop).await.map_err(serve_error)
 }
 
-/// What a server says, as an error of the program.
+/// Converts an error of the server into one of the program.
 #[allow(clippy::needless_pass_by_value)] // For map_err.
 pub(crate) fn serve_error(error: ServeError) -> CommandError {
     CommandError::new(error.to_string())

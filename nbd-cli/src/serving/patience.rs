@@ -1,15 +1,15 @@
-//! Images that another process is about to let go of.
+//! Waits briefly for images that another process is about to release.
 
 use std::time::{Duration, Instant};
 
 use super::image::OpenError;
 
-/// How long an image that is in use is waited for: a server that was told to end finishes its
-/// requests first, and whoever told it starts the next one right away.
+/// Time to wait for an image in use: a server that was told to end completes its requests first,
+/// and its successor is often started right away.
 const PATIENCE: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// Opens something, and tries again for a moment if another process has it.
+/// Opens an image, and retries for a moment if another process uses it.
 ///
 /// # Errors
 ///

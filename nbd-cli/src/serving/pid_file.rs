@@ -1,4 +1,4 @@
-//! The file with the number of the serving process.
+//! The file with the id of the serving process.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -9,18 +9,18 @@ use rustix::fs::FlockOperation;
 
 use crate::error::CommandError;
 
-/// Attempts to lock a file that is replaced again and again by others.
+/// Attempts to lock a file that other processes keep replacing.
 const MAX_ATTEMPTS: usize = 100;
 
-/// A written file, locked as long as this lives, that is until the process ends. The file stays, as
-/// qemu-nbd leaves it: a file without a lock is nobody's.
+/// A written file, locked until the process ends. The file remains, as in qemu-nbd: a file without
+/// a lock is stale.
 #[derive(Debug)]
 pub(crate) struct PidFile {
     _locked: File,
 }
 
 impl PidFile {
-    /// Writes the number of this process.
+    /// Writes the id of this process.
     ///
     /// # Errors
     ///
@@ -50,7 +50,7 @@ impl PidFile {
     }
 }
 
-/// Whether the file that was locked still has its name: another process may have removed it.
+/// Returns whether the locked file still has its name: another process may have removed it.
 fn is_still(path: &Path, file: &File) -> bool {
     match (std::fs::metadata(path), file.metadata()) {
         (Ok(named), Ok(open)) => (named.dev(), named.ino()) == (open.dev(), open.ino()),

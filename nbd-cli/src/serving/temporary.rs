@@ -1,4 +1,4 @@
-//! Throw-away overlays: an image is read, what clients write goes to a file that is gone
+//! Temporary overlays: an image is read, and clients' writes go to a file that is removed
 //! afterwards.
 
 use std::io;
@@ -16,18 +16,18 @@ use super::PrivateDirectory;
 use super::image::OpenError;
 use crate::error::CommandError;
 
-/// The backing file's name in an overlay over what has no name as a file.
+/// The backing file's name in an overlay over storage without a file name.
 const SCHEME: &str = "served";
 
-/// Opens a throw-away overlay of an image. Its file has no name any more when this returns.
-/// `policy` is for the overlay and what is below it.
+/// Opens a temporary overlay of an image. Its file has no name any more on return. `policy` applies
+/// to the overlay and the files below it.
 pub(super) fn temporary(
     source: &Path,
     options: &OpenOptions,
     policy: OpenPolicy,
 ) -> Result<Image, OpenError> {
-    // Says whether all files below may be opened, and keeps them as they are until the overlay,
-    // which lies elsewhere and must be allowed to name any file, has opened them again.
+    // Checks that all files below may be opened, and keeps them unchanged until the overlay, which
+    // is in another directory and must be allowed to name any file, has opened them again.
     let base = Image::open(source, options)?;
     let path = source.canonicalize().map_err(|error| {
         CommandError::new(format!("cannot put an overlay over '{}': {error}", source.display()))
@@ -38,12 +38,12 @@ pub(super) fn temporary(
     in_private_directory(|overlay| over_file(overlay, &path, &base, policy, options.locking))
 }
 
-/// Opens a throw-away overlay of an image that is open, which shows as one layer.
+/// Opens a temporary overlay of an open image, which appears as one layer.
 pub(super) fn temporary_over(base: Image) -> Result<Image, OpenError> {
     in_private_directory(|overlay| over_image(overlay, base))
 }
 
-/// Makes an overlay in a file whose name is gone when this returns.
+/// Creates an overlay in a file without a name.
 fn in_private_directory(
     make: impl FnOnce(&Path) -> imgfmt::Result<Image>,
 ) -> Result<Image, OpenError> {
@@ -66,15 +66,15 @@ fn options() -> OpenOptions {
     OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite)
 }
 
-/// No other program ever sees the overlay, so it has subclusters, whatever their age: small writes
-/// then copy nothing from below.
+/// No other program ever sees the overlay, so it has subclusters regardless of the age of the
+/// image: small writes then copy nothing from below.
 fn create(overlay: &Path, size: u64) -> imgfmt::Result<()> {
     let mut create = CreateOptions::new(Format::Qcow2, size);
     create.l2_entries = L2Entries::Extended;
     Image::create(overlay, &create)
 }
 
-/// An overlay that names the file below it, so that all layers show.
+/// Creates an overlay that names the file below it, so that all layers are visible.
 fn over_file(
     overlay: &Path,
     path: &Path,
@@ -82,14 +82,15 @@ fn over_file(
     policy: OpenPolicy,
     locking: Locking,
 ) -> imgfmt::Result<Image> {
-    // In two steps, because what is below may be somewhere where only the policy finds it.
+    // In two steps, because the backing file may be somewhere where only the policy finds it.
     create(overlay, base.size())?;
     let plain = OpenOptions::new().format(Format::Qcow2);
     Image::change_backing_file(overlay, &plain, Some((path.as_os_str(), base.format())))?;
     Image::open(overlay, &options().policy(policy).locking(locking))
 }
 
-/// An overlay over what an open image shows: a snapshot has no name that an overlay could contain.
+/// Creates an overlay over the contents of an open image: a snapshot has no name that an overlay
+/// could contain.
 fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
     create(overlay, base.size())?;
     let name = format!("{SCHEME}:image");
@@ -102,7 +103,7 @@ fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
     )
 }
 
-/// What an image shows, as a storage that can be read.
+/// The contents of an image as read-only storage.
 #[derive(Debug)]
 struct Shown(Image);
 

@@ -1,4 +1,4 @@
-//! Exports of other servers that are served again.
+//! Re-exported exports of other servers.
 
 use std::sync::Arc;
 
@@ -17,10 +17,10 @@ use crate::output::printable;
 use crate::remote::open_export;
 
 impl ImageChoices {
-    /// Makes an export of the image on another server. Waits, so it must not be called by
-    /// asynchronous tasks.
+    /// Makes an export of the image on another server. Blocks, so asynchronous tasks must not call
+    /// it.
     ///
-    /// The metadata contexts that `allocation_depth` and `bitmaps` ask for are those of the other
+    /// The metadata contexts selected by `allocation_depth` and `bitmaps` are those of the other
     /// server if its export is a raw disk, and those of the image on it otherwise.
     ///
     /// # Errors
@@ -60,12 +60,12 @@ impl ImageChoices {
         Ok(choices.exported_through(image, upstream)?)
     }
 
-    /// Makes an export of an image; of one that is all of another server's export and raw, with
-    /// what that server says about zeroes.
+    /// Makes an export of an image; a raw image that fills another server's export uses that
+    /// server's information about zeroes.
     ///
     /// # Errors
     ///
-    /// If the image does not contain the part that is wanted.
+    /// If the image does not contain the selected part.
     pub(crate) fn export_of(
         &self,
         image: Image,
@@ -75,14 +75,14 @@ impl ImageChoices {
             return self.export(image);
         };
         let upstream = |inner| {
-            // As QEMU has it, a discard that nobody can carry out is offered all the same.
+            // As in QEMU, a discard is offered even if it has no effect.
             let upstream = Upstream { inner, storage, contexts: Vec::new(), trim: true };
             Arc::new(upstream) as Arc<dyn Export>
         };
         Ok(self.exported_through(image, upstream)?.export)
     }
 
-    /// The contexts to ask the other server for.
+    /// Returns the contexts to request from the other server.
     fn contexts(&self, connector: &Connector) -> Result<Vec<MetaContextName>, CommandError> {
         let mut contexts = Vec::new();
         if self.allocation_depth {
@@ -98,7 +98,7 @@ impl ImageChoices {
             OfferedBitmaps::All => {
                 let queries = ["qemu:".to_owned()];
                 let listed = runtime()?.block_on(connector.list_meta_contexts(&queries));
-                // What the server does not list it is not asked for; that it is there shows later.
+                // Contexts that the server does not list are not requested.
                 let listed = listed.unwrap_or_default();
                 contexts.extend(listed.into_iter().filter(|it| it.dirty_bitmap().is_some()));
             }
@@ -110,7 +110,7 @@ impl ImageChoices {
 /// Longest range that is mapped at a time, in bytes: its data is in memory then.
 const MAP_LEN: usize = 4 << 20;
 
-/// A raw disk on another server, with what only that server knows about it.
+/// A raw disk on another server, with information that only that server has.
 struct Upstream {
     inner: Arc<dyn Export>,
     storage: Arc<ExportStorage>,
@@ -120,8 +120,8 @@ struct Upstream {
 }
 
 impl Upstream {
-    /// Whether a context is answered by the other server. What it said before is no answer: others
-    /// may have written to its disk meanwhile.
+    /// Whether a context is answered by the other server. Its earlier answers are not reused:
+    /// others may have written to its disk in the meantime.
     fn hands_on(&self, context: &MetaContextName) -> bool {
         self.contexts.contains(context)
             || self.storage.reports_extents() && *context == MetaContextName::base_allocation()
@@ -141,7 +141,7 @@ impl Filter for Upstream {
         info
     }
 
-    /// One request of the other server's answers both what is zero and what is not.
+    /// One request for the other server's answers on zeroes and on data.
     fn map_read(
         &self,
         offset: u64,

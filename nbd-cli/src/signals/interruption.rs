@@ -1,4 +1,4 @@
-//! The signals of commands that write: remembered, and looked at between two steps.
+//! Signals of commands that write: recorded, and checked between two steps.
 
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
@@ -12,25 +12,25 @@ use tokio::sync::watch::{Receiver, Sender, channel};
 use super::{Caught, EndSignal, NOTICES, REQUESTS, was_ignored};
 use crate::error::CommandError;
 
-/// The first signal, once there is one; set while signals are watched for.
+/// The first signal, once there is one; set while signals are watched.
 static FIRST: OnceLock<Receiver<Option<EndSignal>>> = OnceLock::new();
 
-/// Ends the waiting for servers; used by the first signal.
+/// Interrupts blocking calls to servers; used by the first signal.
 static INTERRUPTER: LazyLock<Interrupter> = LazyLock::new(Interrupter::new);
 
-/// What ends the waiting for servers once a signal asks this command to end.
+/// Interrupts blocking calls to servers once a signal asks this command to end.
 pub(crate) fn interrupter() -> &'static Interrupter {
     &INTERRUPTER
 }
-/// What ends the jobs of this command.
+/// Cancels the jobs of this command.
 static CANCELLATION: LazyLock<Cancellation> = LazyLock::new(Cancellation::new);
 
-/// Begins to watch: from here on the first signal only says that the command should end, and a second one
-/// ends the process at once.
+/// Starts to watch: from here on the first signal only requests the end of the command, and a
+/// second one ends the process at once.
 ///
 /// # Errors
 ///
-/// If the system refuses to have them caught.
+/// If the system refuses to catch them.
 pub(crate) fn watch() -> Result<(), CommandError> {
     let failed = |error| CommandError::new(format!("cannot watch for signals: {error}"));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
@@ -58,37 +58,37 @@ async fn remember(mut caught: Caught, first: &Sender<Option<EndSignal>>) {
             continue;
         }
         for path in DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-            // There is nobody to tell it to.
+            // There is no receiver for the error.
             let _ = std::fs::remove_file(path);
         }
         std::process::exit(signal.exit_status().into());
     }
 }
 
-/// Files that are of no use without the rest of the command.
+/// Files that are useless if the command is interrupted.
 static DISPOSABLE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// A file that a second signal removes before it ends the process.
+/// Registers a file that a second signal removes before it ends the process.
 pub(crate) fn remove_if_killed(path: &Path) {
     DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_owned());
 }
 
-/// The opposite: the file is gone, or complete.
+/// Unregisters a file: it is gone, or complete.
 pub(crate) fn keep(path: &Path) {
     DISPOSABLE.lock().unwrap_or_else(PoisonError::into_inner).retain(|other| other != path);
 }
 
-/// The signal that has asked this command to end, if one has.
+/// Returns the signal that has asked this command to end, if there is one.
 pub(crate) fn caught() -> Option<EndSignal> {
     FIRST.get().and_then(|first| *first.borrow())
 }
 
-/// What is cancelled by the signal that asks this command to end.
+/// Returns the cancellation used by the signal that asks this command to end.
 pub(crate) fn cancellation() -> Cancellation {
     CANCELLATION.clone()
 }
 
-/// What a step does that is not begun any more after a signal.
+/// Runs a step, which is not started after a signal.
 ///
 /// # Errors
 ///

@@ -1,9 +1,9 @@
-//! What each signal does.
+//! The effect of each signal.
 //!
-//! *Servers* are `serve` and `qemu-nbd`. *Writers* are the commands that make or change a disk: `copy`,
-//! `backup`, `restore`, `bitmap` and `image convert`, `commit`, `rebase`, `resize` and `snapshot`. The other
-//! commands (`info`, `map`, `control` and so on) have nothing to put in order: there every signal but SIGPIPE
-//! and SIGXFSZ does what it does by default.
+//! *Servers* are `serve` and `qemu-nbd`. *Writers* are the commands that create or change a disk:
+//! `copy`, `backup`, `restore`, `bitmap` and `image convert`, `commit`, `rebase`, `resize` and
+//! `snapshot`. The other commands (`info`, `map`, `control` and so on) leave nothing unfinished:
+//! there every signal but SIGPIPE and SIGXFSZ has its default effect.
 //!
 //! | signal | servers | writers |
 //! |---|---|---|
@@ -16,13 +16,14 @@
 //! | SIGCHLD, SIGURG, SIGWINCH | nothing | nothing |
 //! | SIGTSTP, SIGTTIN, SIGTTOU, SIGSTOP, SIGCONT | job control: stopped, and later continued where it was | the same |
 //!
-//! A signal that was ignored when the program started (`nohup`, `command &` in a script) stays ignored, except
-//! SIGINT and SIGTERM in servers: QEMU's catches them in any case, and scripts that start a server with `&`
-//! rely on it. A program that `serve --run` starts inherits none of this: what is caught here is reset there.
+//! A signal that was ignored when the program started (`nohup`, `command &` in a script) stays
+//! ignored, except SIGINT and SIGTERM in servers: QEMU's server catches them in any case, and
+//! scripts that start a server with `&` rely on it. A program that `serve --run` starts inherits
+//! none of this: the signals caught here are reset there.
 //!
-//! QEMU's qemu-nbd ends in order on SIGHUP, SIGINT and SIGTERM; it goes on after SIGUSR1, SIGALRM and SIGIO; it
-//! is killed by SIGQUIT, SIGXFSZ, SIGUSR2, SIGXCPU, SIGVTALRM, SIGPROF and SIGPWR and leaves its socket behind
-//! then.
+//! QEMU's qemu-nbd ends cleanly on SIGHUP, SIGINT and SIGTERM; it continues after SIGUSR1, SIGALRM
+//! and SIGIO; it is killed by SIGQUIT, SIGXFSZ, SIGUSR2, SIGXCPU, SIGVTALRM, SIGPROF and SIGPWR and
+//! leaves its socket behind then.
 
 mod interruption;
 mod server;
@@ -42,7 +43,7 @@ use crate::error::CommandError;
 /// Signals with which a user or a program asks another one to end.
 const REQUESTS: [Number; 3] = [Number::INT, Number::TERM, Number::QUIT];
 
-/// Signals of timers, limits and the power supply. Some of them come again and again.
+/// Signals of timers, limits and the power supply. Some of them recur.
 const NOTICES: [Number; 5] =
     [Number::ALARM, Number::VTALARM, Number::PROF, Number::XCPU, Number::POWER];
 
@@ -51,17 +52,17 @@ const NOTICES: [Number; 5] =
 pub(crate) struct EndSignal(Number);
 
 impl EndSignal {
-    /// Its number.
+    /// Returns its number.
     pub(crate) fn number(self) -> i32 {
         self.0.as_raw()
     }
 
-    /// The exit status of a program that it ended.
+    /// Returns the exit status of a program that it ended.
     pub(crate) fn exit_status(self) -> u8 {
         u8::try_from(128 + self.number()).unwrap_or(u8::MAX)
     }
 
-    /// Its name.
+    /// Returns its name.
     pub(crate) fn name(self) -> &'static str {
         match self.0 {
             Number::INT => "SIGINT",
@@ -76,7 +77,7 @@ impl EndSignal {
         }
     }
 
-    /// Whether somebody sent it who means it, and means it again when it comes again.
+    /// Returns whether a user or program sent it on purpose, so that a repetition is meant as well.
     fn is_request(self) -> bool {
         REQUESTS.contains(&self.0)
     }
@@ -96,11 +97,11 @@ impl Caught {
         caught.collect::<Result<_, _>>().map(Self)
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal.
     ///
     /// # Cancel safety
     ///
-    /// Safe: a signal that arrives while nobody waits is reported by the next call.
+    /// Safe: a signal that arrives between two calls is reported by the next one.
     async fn next(&mut self) -> Number {
         std::future::poll_fn(|cx| self.poll(cx)).await
     }
@@ -118,16 +119,17 @@ impl Caught {
 /// The signals that were ignored when the program started: bit `n - 1` for signal `n`.
 static IGNORED_AT_START: OnceLock<u64> = OnceLock::new();
 
-/// Called once, first of all: notes what is ignored, and catches SIGXFSZ, so that a write beyond a limit
-/// (`ulimit -f`, LimitFSIZE=, or the largest file of the file system) fails and kills nobody.
+/// Called once, before everything else: records the ignored signals, and catches SIGXFSZ, so that a
+/// write beyond a limit (`ulimit -f`, LimitFSIZE=, or the largest file of the file system) fails
+/// instead of killing the process.
 ///
 /// # Errors
 ///
-/// If the system refuses to have it caught.
+/// If the system refuses to catch it.
 pub(crate) fn prepare() -> Result<(), CommandError> {
     ignored_at_start();
     let failed = |error| CommandError::new(format!("cannot catch SIGXFSZ: {error}"));
-    // A handler stays when its runtime is gone. It has nothing to do: that there is one is enough.
+    // A handler remains when its runtime is gone. It does nothing: its existence is enough.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
     let runtime = runtime.map_err(failed)?;
     let caught = runtime.block_on(async { signal(SignalKind::from_raw(Number::XFSZ.as_raw())) });
@@ -141,7 +143,7 @@ fn ignored_at_start() -> u64 {
     })
 }
 
-/// Finds the mask in what the kernel says about a process; without it nothing counts as ignored.
+/// Finds the mask in the kernel's description of a process; without it no signal counts as ignored.
 fn ignored_in(status: &str) -> u64 {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default()

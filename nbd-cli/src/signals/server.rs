@@ -7,26 +7,27 @@ use rustix::process::Signal as Number;
 use super::{Caught, EndSignal, NOTICES, was_ignored};
 use crate::error::CommandError;
 
-/// What SIGHUP does.
+/// The effect of SIGHUP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Hangup {
     /// It ends the server.
     Ends,
-    /// It ends the server if its terminal is gone. Otherwise somebody wants it to read its files again.
+    /// It ends the server if its terminal is gone. Otherwise it makes the server read its files
+    /// again.
     EndsWithTerminal,
 }
 
 /// The signals that ask a server to end.
 pub(crate) struct EndSignals {
     caught: Caught,
-    /// One that came while [`meanwhile`](Self::meanwhile) waited for something else.
+    /// A signal that arrived while [`meanwhile`](Self::meanwhile) waited.
     pending: Option<EndSignal>,
     hangup: Hangup,
     had_terminal: bool,
 }
 
 impl EndSignals {
-    /// Begins to catch them; from here on they no longer end the process by themselves.
+    /// Starts to catch them; from here on they no longer end the process by themselves.
     ///
     /// # Errors
     ///
@@ -34,7 +35,7 @@ impl EndSignals {
     pub(crate) fn new(hangup: Hangup) -> Result<Self, CommandError> {
         let polite = [Number::QUIT, Number::HUP].into_iter().chain(NOTICES);
         let polite = polite.filter(|number| !was_ignored(*number));
-        // To be caught is enough: the handlers stay.
+        // Catching them is enough: the handlers remain.
         drop(Caught::new([Number::USR1, Number::USR2, Number::IO])?);
         Ok(Self {
             caught: Caught::new([Number::INT, Number::TERM].into_iter().chain(polite))?,
@@ -44,11 +45,11 @@ impl EndSignals {
         })
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal.
     ///
     /// # Cancel safety
     ///
-    /// Safe: a signal that arrives while nobody waits is reported by the next call.
+    /// Safe: a signal that arrives between two calls is reported by the next one.
     pub(crate) async fn next(&mut self) -> EndSignal {
         if let Some(signal) = self.pending.take() {
             return signal;
@@ -64,8 +65,8 @@ impl EndSignals {
         }
     }
 
-    /// Waits for the next one that somebody insists on the end with: further signals of a timer, a limit
-    /// or a terminal that is gone only repeat what is known.
+    /// Waits for the next signal that was sent on purpose: further signals of a timer, a limit or a
+    /// lost terminal only repeat a known fact.
     ///
     /// # Cancel safety
     ///
@@ -79,8 +80,9 @@ impl EndSignals {
         }
     }
 
-    /// Waits for work that cannot be given up in the middle, such as opening an image. A first signal is
-    /// reported by the next call of [`next`](Self::next), a second one ends the process at once.
+    /// Waits for work that cannot be abandoned in the middle, such as opening an image. A first
+    /// signal is reported by the next call of [`next`](Self::next), a second one ends the process
+    /// at once.
     pub(crate) async fn meanwhile<T>(&mut self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         let first = tokio::select! {
@@ -96,7 +98,7 @@ impl EndSignals {
     }
 }
 
-/// Whether the process has a controlling terminal.
+/// Returns whether the process has a controlling terminal.
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()
 }

@@ -1,4 +1,4 @@
-//! What a backup is of and where it goes: the arguments without an option's name.
+//! The source and the target of a backup: the positional arguments.
 
 use std::ffi::OsString;
 
@@ -9,7 +9,7 @@ use super::BackupArgs;
 use crate::error::CommandError;
 
 impl BackupArgs {
-    /// Tells the disk from the new file.
+    /// Separates the disk from the new file.
     pub(super) fn tell_places(&mut self) -> Result<(), CommandError> {
         let first = std::mem::take(&mut self.first_place);
         match self.second_place.take() {

@@ -10,7 +10,7 @@ use crate::error::CommandError;
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::rounded;
 
-/// What a backup did. Sizes are in bytes.
+/// The result of a backup. Sizes are in bytes.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Report {
@@ -19,12 +19,12 @@ pub(super) struct Report {
     base: Option<String>,
     bitmap: Option<String>,
     size: u64,
-    /// Where this run began; above 0 if it went on with an earlier one.
+    /// Start of this run; above 0 if it resumed an earlier one.
     resumed_at: u64,
     copied: u64,
     zero: u64,
     unchanged: u64,
-    /// How much was compared, if anything was.
+    /// Bytes compared, if the backup was verified.
     verified: Option<u64>,
     /// Size of the new file; none on a device.
     file_size: Option<u64>,

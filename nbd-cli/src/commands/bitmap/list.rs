@@ -1,4 +1,4 @@
-//! How bitmaps are listed.
+//! Lists of bitmaps.
 
 use imgfmt::{BitmapInfo, BitmapState, Image, Recording};
 use serde::Serialize;
@@ -12,12 +12,12 @@ use crate::size::rounded;
 struct JsonReport<'a> {
     virtual_size: u64,
     bitmaps: Vec<JsonBitmap<'a>>,
-    /// Why bitmaps that the image claims to have cannot be found.
+    /// The reason why bitmaps in the image cannot be read.
     #[serde(skip_serializing_if = "Option::is_none")]
     damage: Option<String>,
 }
 
-/// The first three keys as qemu-img has them.
+/// The first three keys are those of qemu-img.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct JsonBitmap<'a> {
@@ -39,7 +39,7 @@ pub(super) fn json(image: &Image, output: &mut Output) -> Result<(), CommandErro
     output.json(&report)
 }
 
-/// Prints one line per bitmap: granularity, whether it records, how much is dirty, name.
+/// Prints one line per bitmap: granularity, recording state, dirty bytes, name.
 pub(super) fn text(image: &Image, output: &mut Output) -> Result<(), CommandError> {
     if let Some(damage) = image.bitmap_damage() {
         output.line(&format!("the bitmaps cannot be found: {}", printable(&damage)))?;

@@ -1,4 +1,4 @@
-//! The requests of the control socket as words of a command line.
+//! The requests of the control socket as subcommands.
 
 use clap::builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Subcommand};
@@ -6,7 +6,7 @@ use nbd_jobs::control::{IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Re
 
 use crate::size::ByteSize;
 
-/// A request as `nbd-cli control` takes it. Names are those of exports and of bitmaps in their images.
+/// A request as a command line. Names are those of exports and of bitmaps in their images.
 #[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub(crate) enum ControlCommand {
     /// List exports with their bitmaps, and clients
@@ -27,22 +27,22 @@ pub(crate) enum ControlCommand {
         #[arg(short = 'D', long, value_name = "TEXT")]
         description: Option<String>,
     },
-    /// Take an export away and close its image
+    /// Remove an export and close its image
     RemoveExport {
         /// Name of the export.
         name: String,
-        /// Cut the connections of clients that use it; without this it is kept then.
+        /// Disconnect the clients that use it; without this, an export in use is kept.
         #[arg(long = "disconnect", action = ArgAction::SetTrue,
               value_parser = flag(OnUse::Refuse, OnUse::Disconnect))]
         on_use: OnUse,
     },
-    /// Add a bitmap in which nothing is dirty
+    /// Add an empty bitmap
     BitmapAdd {
         /// Name of the export.
         export: String,
         /// Name of the new bitmap.
         bitmap: String,
-        /// How much of the disk one bit stands for: a power of two from 512 to 2G.
+        /// Bytes of the disk per bit: a power of two from 512 to 2G.
         #[arg(short, long, value_name = "SIZE", value_parser = parse_bytes)]
         granularity: Option<u64>,
         /// Do not record changes yet.
@@ -57,7 +57,7 @@ pub(crate) enum ControlCommand {
         /// Name of the bitmap.
         bitmap: String,
     },
-    /// Forget what is dirty
+    /// Clear a bitmap
     BitmapClear {
         /// Name of the export.
         export: String,
@@ -78,40 +78,40 @@ pub(crate) enum ControlCommand {
         /// Name of the bitmap.
         bitmap: String,
     },
-    /// Make dirty in one bitmap what is dirty in another
+    /// Add the dirty ranges of one bitmap to another
     BitmapMerge {
         /// Name of the export.
         export: String,
-        /// Name of the bitmap that changes.
+        /// Name of the bitmap that is changed.
         bitmap: String,
-        /// Name of the bitmap that stays.
+        /// Name of the bitmap that is read.
         from: String,
     },
-    /// Freeze a bitmap, begin it anew, and export the disk as it is at that moment
-    // For reading only, with the frozen bits as the bitmap's. The moment lies between two writes.
+    /// Freeze a bitmap, start it anew, and export the disk as it is at that moment
+    // Read-only, with the frozen bits as the bitmap's. The moment lies between two writes.
     CheckpointStart {
         /// Name of the export.
         export: String,
-        /// The bitmap; without one only the view is made.
+        /// The bitmap; without one, only the view is created.
         #[arg(short = 'B', long, value_name = "NAME")]
         bitmap: Option<String>,
-        /// Add the bitmap if there is none.
+        /// Add the bitmap if it does not exist.
         #[arg(long = "add-bitmap", action = ArgAction::SetTrue, requires = "bitmap",
               value_parser = flag(IfMissing::Fail, IfMissing::Add))]
         if_missing: IfMissing,
-        /// Name of the export that is the view [default: the export's with .checkpoint behind it].
+        /// Name of the view's export [default: the export's name followed by .checkpoint].
         #[arg(long, value_name = "NAME")]
         view: Option<String>,
-        /// Begin a bitmap anew that cannot be relied on: for a full backup, which does not need
-        /// what it has noted.
+        /// Start an unreliable bitmap anew: for a full backup, which does not need the recorded
+        /// changes.
         #[arg(long = "begin-anew", action = ArgAction::SetTrue, requires = "bitmap",
               value_parser = flag(IfUnusable::Fail, IfUnusable::BeginAnew))]
         if_unusable: IfUnusable,
-        /// The backup (its UUID) upon which the one of this checkpoint is made: refused unless the
-        /// bitmap began after it.
+        /// UUID of the backup on which the new one builds: refused unless the bitmap started after
+        /// it.
         #[arg(long, value_name = "UUID", requires = "bitmap")]
         base: Option<String>,
-        /// Go on where it is not known after which backup the bitmap began.
+        /// Continue if it is unknown after which backup the bitmap started.
         #[arg(long, requires = "base")]
         trust_base: bool,
     },
@@ -119,15 +119,16 @@ pub(crate) enum ControlCommand {
     CheckpointEnd {
         /// Name of the export.
         export: String,
-        /// Whether a backup was taken.
+        /// Whether the backup succeeded.
         #[arg(value_parser = verdict())]
         outcome: Verdict,
     },
-    /// End the server as SIGTERM does
+    /// Stop the server as SIGTERM does
     Shutdown {},
 }
 
-/// What an option without a value means: the one if it is not given, the other if it is.
+/// The meaning of an option without a value: the first variant if it is absent, the second if it is
+/// given.
 fn flag<T: Copy + Send + Sync + 'static>(off: T, on: T) -> impl TypedValueParser<Value = T> {
     BoolishValueParser::new().map(move |is_given| if is_given { on } else { off })
 }
@@ -137,7 +138,7 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     text.parse().map(ByteSize::bytes)
 }
 
-/// Whether a backup was taken.
+/// The outcome of the backup.
 fn verdict() -> impl TypedValueParser<Value = Verdict> {
     let values = [
         PossibleValue::new("success").help("It is complete"),

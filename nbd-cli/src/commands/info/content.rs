@@ -1,20 +1,21 @@
-//! What an export holds, by its first bytes.
+//! Detects the content of an export by its first bytes.
 //!
-//! nbdinfo asks file(1). This knows only what a virtual disk usually begins with and calls
+//! nbdinfo asks file(1). This detects only the usual beginnings of virtual disks and calls
 //! everything else "data".
 
 use nbd_client::Connector;
 
-/// Where the magic number of an ISO 9660 file system ends.
+/// End of the magic number of an ISO 9660 file system.
 const HEAD_LENGTH: u64 = 32_768 + 6;
 
-/// Reads the beginning of an export. `None` if that fails: the rest of the report is still true.
+/// Reads the beginning of an export. Returns `None` on failure: the rest of the report is still
+/// valid.
 pub(super) async fn of(connector: &Connector, export_name: &str) -> Option<&'static str> {
     let client = connector.clone().export_name(export_name).connect().await.ok()?;
     let block = u64::from(client.info().block_sizes.map_or(1, |sizes| sizes.minimum()));
     let length = HEAD_LENGTH.next_multiple_of(block.max(1)).min(client.info().size);
     let head = client.read(0..length).await.ok();
-    // Whatever the end of the connection brings, the bytes are here.
+    // The bytes have arrived; an error while closing the connection does not matter.
     let _ = client.disconnect().await;
     head.map(|head| guess(&head))
 }

@@ -1,27 +1,27 @@
-//! The questions that `--can`, `--is` and `--has` ask.
+//! The properties that `--can`, `--is` and `--has` check.
 
 use clap::ValueEnum;
 use nbd_client::{ExportInfo, ServerInfo};
 use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 
-/// What can be asked about a server or an export; the names are those of nbdinfo.
+/// A property of a server or an export; the names are those of nbdinfo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Property {
-    /// Requests can choose the contexts of a block status.
+    /// Requests can select the contexts of a block status.
     BlockStatusPayload,
     /// CACHE is supported.
     Cache,
-    /// The server can be connected to.
+    /// The server accepts connections.
     Connect,
-    /// Reads can be asked for in one piece.
+    /// Reads can request a single chunk.
     Df,
     /// 64-bit requests are supported.
     ExtendedHeaders,
-    /// WRITE_ZEROES can be asked to be fast or fail.
+    /// WRITE_ZEROES can be requested to be fast or fail.
     FastZero,
     /// FLUSH is supported.
     Flush,
-    /// Writes can be made durable one by one.
+    /// Single writes can be durable.
     Fua,
     /// Several connections see one coherent disk.
     MultiConn,
@@ -44,7 +44,7 @@ pub enum Property {
 }
 
 impl Property {
-    /// Whether it is so.
+    /// Returns whether the property holds.
     pub(crate) fn holds(self, server: &ServerInfo, export: &ExportInfo) -> bool {
         let has = |flag| export.flags.contains(flag);
         match self {

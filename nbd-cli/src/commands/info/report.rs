@@ -81,7 +81,7 @@ impl Report {
         }
     }
 
-    /// The protocol in a few words.
+    /// The protocol, for display.
     pub(in crate::commands) fn protocol(&self) -> String {
         let tls = if self.tls { "with TLS" } else { "without TLS" };
         let packets = match (self.extended, self.structured) {
@@ -92,19 +92,20 @@ impl Report {
         format!("{} {tls}, using {packets} packets", self.protocol)
     }
 
-    /// What the exports can do and are, in the words of nbdinfo without `can_` and `is_`.
+    /// The capabilities and properties of the exports, in the words of nbdinfo without `can_` and
+    /// `is_`.
     pub(in crate::commands) fn abilities(&self) -> Vec<&'static str> {
         let named = self.exports.iter().flat_map(|export| export.abilities.named());
         let bare = |name: &'static str| name.split_once('_').map_or(name, |(_, rest)| rest);
         named.filter(|(_, value)| *value).map(|(name, _)| bare(name)).collect()
     }
 
-    /// The metadata contexts that the exports have.
+    /// The metadata contexts of the exports.
     pub(in crate::commands) fn contexts(&self) -> impl Iterator<Item = &str> {
         self.exports.iter().flat_map(|export| export.contexts.iter().map(String::as_str))
     }
 
-    /// Writes the report as nbdinfo does.
+    /// Writes the report in the format of nbdinfo.
     pub(super) fn write_text(&self, output: &mut Output) -> Result<(), CommandError> {
         output.line(&format!("protocol: {}", self.protocol()))?;
         self.exports.iter().try_for_each(|export| export.write_text(output))

@@ -1,7 +1,7 @@
-//! `--fork`: the server in a process of its own, which tells its parent when it is ready.
+//! `--fork`: the server in a separate process, which notifies its parent when it is ready.
 //!
 //! The parent starts this program again and waits for one byte on a pipe, the daemon's standard
-//! output. Until that byte is sent the daemon's complaints go to the standard error it inherited.
+//! output. Until that byte is sent, the daemon's errors go to the inherited standard error.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -12,24 +12,24 @@ use std::process::{Command, Stdio};
 use super::Refusal;
 use super::options::Options;
 
-/// The first argument of the process that serves in the background. No user gives it: without this
-/// meaning it is an unknown option.
+/// The first argument of the background process. Users never pass it: otherwise it is an unknown
+/// option.
 const DAEMON: &str = "--serve-for-parent";
-/// The same, with sockets of a service manager that were meant for the parent.
+/// The same, with sockets of a service manager that were passed to the parent.
 const DAEMON_WITH_SOCKETS: &str = "--serve-for-parent-with-sockets";
 const THIS_PROGRAM: &str = "/proc/self/exe";
 const READY: &[u8] = b"R";
 
-/// Which process this is.
+/// The role of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Role {
-    /// The one the user has started.
+    /// The process started by the user.
     Foreground,
-    /// The one that serves with `--fork`.
+    /// The process that serves with `--fork`.
     Daemon,
 }
 
-/// What is known of the role when the program starts.
+/// The state of the role at the start of the program.
 #[derive(Debug)]
 pub(super) struct Beginning {
     role: Role,
@@ -38,7 +38,7 @@ pub(super) struct Beginning {
 }
 
 impl Role {
-    /// Finds the role in the arguments and takes the mark away.
+    /// Determines the role from the arguments and removes the marker.
     pub(super) fn of(mut arguments: Vec<OsString>) -> (Beginning, Vec<OsString>) {
         let mark = arguments.first().and_then(|first| first.to_str());
         let (role, has_sockets) = match mark {
@@ -55,23 +55,23 @@ impl Role {
 }
 
 impl Beginning {
-    /// Becomes what the role says: the daemon leaves its parent's session.
+    /// Enters the role: the daemon leaves its parent's session.
     ///
     /// # Errors
     ///
-    /// If the program cannot be started again to get its sockets.
+    /// If the program cannot be restarted to receive its sockets.
     pub(super) fn take_over(self) -> Result<Role, Refusal> {
-        // What `ps` and `killall` show, whatever the file's name is.
+        // Sets the name that `ps` and `killall` show, whatever the file's name is.
         let _ = rustix::thread::set_name(c"qemu-nbd");
         if let Some(arguments) = self.start_again {
-            // The sockets are for the process whose number the environment names, and only a
-            // process that starts gets its environment.
+            // The sockets belong to the process whose number is in the environment, and a process
+            // receives its environment only when it starts.
             let own = std::process::id().to_string();
             let error = this_program(DAEMON, &arguments).env("LISTEN_PID", own).exec();
             return Err(cannot_start(&error));
         }
         if self.role == Role::Daemon {
-            // Fails only for the leader of a group; then there is nothing to leave.
+            // Fails only for a group leader; then there is no session to leave.
             let _ = rustix::process::setsid();
         }
         Ok(self.role)
@@ -82,7 +82,7 @@ impl Beginning {
 ///
 /// # Errors
 ///
-/// If it does not get ready; it has said why.
+/// If it does not become ready; it has reported the reason.
 pub(super) fn start(arguments: &[OsString]) -> Result<(), Refusal> {
     let mark = if service_manager_gave_sockets() { DAEMON_WITH_SOCKETS } else { DAEMON };
     let mut daemon = this_program(mark, arguments)
@@ -105,22 +105,22 @@ pub(super) fn start(arguments: &[OsString]) -> Result<(), Refusal> {
     }
 }
 
-/// Whether the environment holds sockets for this process.
+/// Returns whether the environment holds sockets for this process.
 pub(super) fn service_manager_gave_sockets() -> bool {
     let own = std::process::id().to_string();
     std::env::var("LISTEN_PID").is_ok_and(|pid| pid.trim() == own)
         && std::env::var_os("LISTEN_FDS").is_some()
 }
 
-/// Says that clients can connect, and lets go of the directory, and as a daemon of everything that
-/// belongs to the parent.
+/// Reports that clients can connect, and releases the working directory; a daemon also releases
+/// everything that belongs to the parent.
 ///
 /// # Errors
 ///
 /// If `/` or `/dev/null` cannot be used.
 pub(super) fn ready(role: Role, options: &Options) -> Result<(), Refusal> {
     let failed = |what: &str, error: std::io::Error| Refusal::new(format!("{what}: {error}"));
-    // A file system can be unmounted while we serve, if no image is on it.
+    // Allows unmounting a file system while we serve, if no image is on it.
     std::env::set_current_dir("/").map_err(|error| failed("cannot change to /", error))?;
     if role == Role::Foreground {
         return Ok(());
@@ -128,7 +128,7 @@ pub(super) fn ready(role: Role, options: &Options) -> Result<(), Refusal> {
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     let null = null.map_err(|error| failed("cannot open /dev/null", error))?;
     let mut stdout = std::io::stdout().lock();
-    // A parent that was killed does not wait any more.
+    // A parent that was killed no longer waits.
     let _ = stdout.write_all(READY).and_then(|()| stdout.flush());
     rustix::stdio::dup2_stdout(&null).map_err(|error| failed("standard output", error.into()))?;
     if !options.verbose && !options.traces {

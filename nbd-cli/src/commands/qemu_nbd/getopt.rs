@@ -1,5 +1,5 @@
-//! Command lines as getopt_long takes them apart: options and operands in any order, long options
-//! that may be abbreviated, values attached or apart, `--` before the last operands.
+//! Parses command lines like getopt_long: options and operands in any order, long options that may
+//! be abbreviated, values attached or separate, `--` before the last operands.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -11,23 +11,23 @@ pub(super) enum Takes {
     Value,
 }
 
-/// An option that exists.
+/// A known option.
 #[derive(Debug)]
 pub(super) struct Known<T: 'static> {
-    /// A letter, if it has a short form.
+    /// The letter of the short form, if there is one.
     pub(super) short: Option<u8>,
     pub(super) long: &'static str,
     pub(super) takes: Takes,
     pub(super) means: T,
 }
 
-/// Goes through a command line, one option at a time.
+/// Iterates over the options of a command line.
 #[derive(Debug)]
 pub(super) struct Getopt<T: 'static> {
     known: &'static [Known<T>],
-    /// What has not been looked at, the next one last.
+    /// The remaining words, in reverse order.
     rest: Vec<OsString>,
-    /// The letters behind a short option without a value: `rst` of `-rst`.
+    /// The letters after a short option without a value: `rst` of `-rst`.
     letters: Vec<u8>,
     operands: Vec<OsString>,
 }
@@ -39,12 +39,12 @@ impl<T: Copy> Getopt<T> {
         Self { known, rest, letters: Vec::new(), operands: Vec::new() }
     }
 
-    /// The next option with its value, which is empty for an option that takes none; `None` at the
-    /// end.
+    /// Returns the next option with its value, which is empty for an option that takes none; `None`
+    /// at the end.
     ///
     /// # Errors
     ///
-    /// What is wrong with the next word, without the program's name.
+    /// The defect of the next word, without the program's name.
     pub(super) fn next(&mut self) -> Result<Option<(T, OsString)>, String> {
         loop {
             if !self.letters.is_empty() {
@@ -63,7 +63,7 @@ impl<T: Copy> Getopt<T> {
         }
     }
 
-    /// The words that are no options, once [`next`](Self::next) has returned `None`.
+    /// Returns the operands, once [`next`](Self::next) has returned `None`.
     pub(super) fn into_operands(self) -> Vec<OsString> {
         self.operands
     }
@@ -108,7 +108,7 @@ impl<T: Copy> Getopt<T> {
         Ok((known.means, value))
     }
 
-    /// The option of that name, or the only one whose name begins so.
+    /// Returns the option of that name, or the only one whose name starts with it.
     fn find(&self, name: &[u8]) -> Result<&'static Known<T>, String> {
         if let Some(exact) = self.known.iter().find(|known| known.long.as_bytes() == name) {
             return Ok(exact);
@@ -140,7 +140,7 @@ mod tests {
         Known { short: None, long: "snapshot", takes: Takes::Nothing, means: 's' },
     ];
 
-    /// The options with their values, and the operands.
+    /// Returns the options with their values, and the operands.
     type Parsed = (Vec<(char, String)>, Vec<OsString>);
 
     fn parse(words: &[&str]) -> Result<Parsed, String> {

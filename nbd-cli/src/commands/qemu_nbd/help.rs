@@ -1,9 +1,9 @@
-//! What `--help` and `--version` print.
+//! The output of `--help` and `--version`.
 
-/// The version of QEMU whose command line this is; programs that look for features read it.
+/// The version of QEMU whose command line this is; programs that detect features read it.
 const COMPATIBLE_VERSION: &str = "10.0.2";
 
-/// One line in the form that programs take apart, then who this is.
+/// One line in the form that programs parse, then the name of this program.
 pub(super) fn version() -> String {
     format!(
         "qemu-nbd {COMPATIBLE_VERSION} (nbd-cli {})\n\

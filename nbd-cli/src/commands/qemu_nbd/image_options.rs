@@ -11,13 +11,13 @@ use super::options::{parse_detect_zeroes, parse_discard};
 use crate::qemu_numbers::parse_size;
 use nbd_server::export::filters::{DetectZeroes, Discard, Window};
 
-/// A disk as its options describe it.
+/// A disk described by options.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Described {
     pub(super) place: Place,
-    /// The part of the place in which the image is, by drivers `raw` below its format.
+    /// The part of the storage that contains the image, by drivers `raw` below its format.
     pub(super) part: Window,
-    /// `None`: found by looking at it.
+    /// `None`: to be detected.
     pub(super) format: Option<Format>,
     pub(super) backing: BackingFile,
     /// The part of the disk that is exported, by drivers `raw` above its format.
@@ -28,13 +28,13 @@ pub(super) struct Described {
     pub(super) detect_zeroes: Option<DetectZeroes>,
 }
 
-/// Where the bytes of a disk are.
+/// The storage of a disk.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Place {
     File(PathBuf),
     /// On another server.
     Export(Box<NbdUri>),
-    /// Nowhere: a disk of that many bytes that forgets what is written.
+    /// None: a disk of that many bytes that discards all writes.
     Null(u64),
 }
 
@@ -48,11 +48,11 @@ impl Default for Place {
 }
 
 impl Place {
-    /// What the name of a file stands for.
+    /// Parses the name of a file.
     ///
     /// # Errors
     ///
-    /// A sentence if it has a scheme that is not known.
+    /// A sentence if its scheme is unknown.
     pub(super) fn named(text: &str) -> Result<Self, String> {
         if qemu_name::is_name_of_server(text) {
             return Ok(Self::Export(Box::new(qemu_name::from_name(text)?)));
@@ -63,7 +63,7 @@ impl Place {
             Some((driver @ ("null-co" | "null-aio"), _)) => {
                 Err(format!("The only allowed filename for this driver is '{driver}://'"))
             }
-            // As QEMU has it, a colon in a name needs a slash before it.
+            // As in QEMU, a colon in a name needs a slash before it.
             Some((scheme, _)) if !scheme.contains('/') => {
                 Err(format!("Unknown protocol '{scheme}'; write ./{text} for a file"))
             }
@@ -72,8 +72,8 @@ impl Place {
     }
 }
 
-/// Options of the qcow2 driver that tune it or loosen what this engine keeps anyway: they are
-/// accepted and change nothing.
+/// Options of the qcow2 driver that tune it or relax guarantees that this engine keeps anyway: they
+/// are accepted and have no effect.
 const QCOW2_TUNING: [&str; 9] = [
     "lazy-refcounts",
     "cache-size",
@@ -86,11 +86,11 @@ const QCOW2_TUNING: [&str; 9] = [
     "pass-discard-other",
 ];
 
-/// Options of the file driver that change nothing about what clients see.
+/// Options of the file driver without an effect that clients see.
 const FILE_TUNING: [&str; 5] =
     ["aio", "aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
 
-/// That there is no such driver for images.
+/// The error of an unknown image driver.
 pub(super) fn unknown_driver(name: &str) -> String {
     match Format::from_name(name) {
         Some(format) => format!(
@@ -104,21 +104,21 @@ pub(super) fn unknown_driver(name: &str) -> String {
     }
 }
 
-/// Which drivers were met on the way down to the bytes.
+/// The drivers above the bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Met {
     /// None that interprets an image.
     NoFormat,
-    /// qcow2, or one that is found by looking.
+    /// qcow2, or one to be detected.
     Format,
 }
 
 impl Described {
-    /// Reads the options of a whole disk.
+    /// Parses the options of a whole disk.
     ///
     /// # Errors
     ///
-    /// A sentence that names the option that is wrong or not supported.
+    /// A sentence that names the invalid or unsupported option.
     pub(super) fn from_options(mut options: KeyValues) -> Result<Self, String> {
         let mut disk = Self { format: Some(Format::Raw), ..Self::default() };
         let mut met = Met::NoFormat;
@@ -164,7 +164,8 @@ impl Described {
         }
     }
 
-    /// Reads what every driver above others has, and returns the options of its `file`.
+    /// Parses the options that all drivers above others have, and returns the options of its
+    /// `file`.
     fn format_driver(&mut self, name: &str, mut options: KeyValues) -> Result<KeyValues, String> {
         if options.take("file").is_some() {
             return Err("a file that is named as a node is not supported; use file.driver and \
@@ -179,8 +180,8 @@ impl Described {
         Ok(file)
     }
 
-    /// The options of the drivers `file` and `host_device`. Unlike the name on the command line
-    /// their file name is taken literally.
+    /// Parses the options of the drivers `file` and `host_device`. Unlike on the command line, the
+    /// file name is taken literally.
     fn file(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
         let path = options.take("filename");
         let path =
@@ -192,7 +193,7 @@ impl Described {
             Some("off") => Locking::Off,
             Some(other) => return Err(format!("Invalid value '{other}' for 'locking'")),
         };
-        // What is shared by a driver further up is shared here.
+        // A setting of a driver further up applies here.
         if self.locking != Locking::Shared {
             self.locking = locking;
         }
@@ -202,10 +203,10 @@ impl Described {
         self.last_driver(driver, options)
     }
 
-    /// The options of the drivers `null-co` and `null-aio`.
+    /// Parses the options of the drivers `null-co` and `null-aio`.
     fn null(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
         let size = take_size(&mut options, "size")?.unwrap_or(NULL_SIZE);
-        // Zeroes are what is read in any case.
+        // Reads return zeroes in any case.
         options.take_switch("read-zeroes")?;
         if options.take("latency-ns").is_some_and(|latency| latency != "0") {
             return Err(format!("the option 'latency-ns' of '{driver}' is not supported"));
@@ -214,7 +215,7 @@ impl Described {
         self.last_driver(driver, options)
     }
 
-    /// Takes away what only tunes the driver, and refuses what would change the disk.
+    /// Removes options that only tune the driver, and refuses those that would change the disk.
     fn qcow2(&mut self, mut options: KeyValues) -> Result<KeyValues, String> {
         for key in QCOW2_TUNING {
             options.take(key);
@@ -224,7 +225,7 @@ impl Described {
         if options.take_switch("discard-no-unref")? == Some(true) {
             return Err("discard-no-unref=on is not supported".to_owned());
         }
-        // An empty name is what was written for null before there was one.
+        // An empty name was the notation for null before null existed.
         if options.take_null("backing") || options.has("backing", "") {
             options.take("backing");
             self.backing = BackingFile::Ignored;
@@ -237,12 +238,13 @@ impl Described {
         Ok(options)
     }
 
-    /// Options that every driver has; none may be left then. What a driver further up says counts.
+    /// Parses the options that every driver has; none may be left then. Settings of a driver
+    /// further up take precedence.
     fn last_driver(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
         options.take("node-name");
-        // An export that is written to needs a file that can be written to.
+        // A writable export needs a writable file.
         options.take_switch("auto-read-only")?;
-        // The page cache is always used, and flushes always count; see --cache.
+        // The page cache is always used, and flushes always take effect; see --cache.
         options.take_switch("cache.direct")?;
         options.take_switch("cache.no-flush")?;
         self.read_only |= options.take_switch("read-only")?.unwrap_or(false);

@@ -1,4 +1,4 @@
-//! `-L`: what another server exports, in the text form that scripts read.
+//! `-L`: the exports of another server, in the text form that scripts read.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ use super::{Refusal, print, tls};
 use crate::error::runtime;
 use crate::output::printable;
 
-/// The flags that have a name here, in the order of their bits.
+/// The named flags, in the order of their bits.
 const FLAGS: [(TransmissionFlags, &str); 12] = [
     (TransmissionFlags::READ_ONLY, "readonly"),
     (TransmissionFlags::SEND_FLUSH, "flush"),

@@ -1,9 +1,9 @@
 //! `nbd-cli qemu-nbd`, or the program under the name `qemu-nbd`: the command line of QEMU's disk
 //! server, for scripts and programs that call it.
 //!
-//! The options are taken apart the way getopt_long does it and mean what they mean there; what this
-//! program does not have is refused by name. Errors are lines on standard error that begin with
-//! `qemu-nbd: `, and the exit code is 0 or 1.
+//! The options are parsed like getopt_long and have the same meaning; unsupported ones are refused
+//! by name. Errors are lines on standard error that begin with `qemu-nbd: `, and the exit code is 0
+//! or 1.
 
 mod daemon;
 mod getopt;
@@ -28,19 +28,19 @@ use self::options::{Options, Wanted};
 use crate::error::CommandError;
 use crate::logging;
 
-/// The arguments of qemu-nbd, which has a parser of its own.
+/// The arguments of qemu-nbd, which has a separate parser.
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
 pub struct QemuNbdArgs {
-    /// Options and a file, as qemu-nbd has them; see `nbd-cli qemu-nbd --help`.
+    /// Options and a file, as for qemu-nbd; see `nbd-cli qemu-nbd --help`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
     pub arguments: Vec<OsString>,
 }
 
-/// Why nothing is served or listed.
+/// The reason why nothing is served or listed.
 #[derive(Debug)]
 struct Refusal {
-    /// `None` if it has been said already.
+    /// `None` if it has been reported already.
     message: Option<String>,
     advice: Option<&'static str>,
 }
@@ -50,13 +50,13 @@ impl Refusal {
         Self { message: Some(message.into()), advice: None }
     }
 
-    /// The command line makes no sense.
+    /// The command line is invalid.
     fn usage(message: impl Into<String>) -> Self {
         let advice = Some("Try 'qemu-nbd --help' for more information.");
         Self { message: Some(message.into()), advice }
     }
 
-    /// Something fails that another process has reported.
+    /// A failure that another process has reported.
     fn already_reported() -> Self {
         Self { message: None, advice: None }
     }
@@ -68,7 +68,7 @@ impl From<CommandError> for Refusal {
     }
 }
 
-/// The arguments for qemu-nbd, without its name, if a whole command line is one.
+/// Returns the arguments for qemu-nbd, without its name, if the whole command line is one.
 pub(crate) fn arguments_for_qemu_nbd(arguments: &[OsString]) -> Option<&[OsString]> {
     let (program, rest) = arguments.split_first()?;
     if Path::new(program).file_name() == Some(OsStr::new("qemu-nbd")) {
@@ -109,7 +109,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     if options.fork && role == Role::Foreground {
         return daemon::start(&arguments);
     }
-    // What -v prints of QEMU's is about kernel devices. Scripts compare what is printed.
+    // QEMU's output of -v is about kernel devices. Scripts compare the output.
     logging::start(if options.traces { 2 } else { 0 });
     match options.list {
         true => list::run(&options),
@@ -117,7 +117,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     }
 }
 
-/// What does not go together, in the order in which QEMU finds it.
+/// Refuses contradictory options, in the order in which QEMU detects them.
 fn check(options: &Options) -> Result<(), Refusal> {
     if options.list {
         check_list(options)?;
@@ -209,7 +209,7 @@ fn print(text: &str) -> Result<(), Refusal> {
     let mut stdout = std::io::stdout().lock();
     let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
     match printed {
-        // Whoever looks for one line of it may close the pipe then.
+        // A reader that looks for one line may close the pipe then.
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Refusal::new(format!("cannot write to standard output: {error}")))
         }
@@ -217,7 +217,7 @@ fn print(text: &str) -> Result<(), Refusal> {
     }
 }
 
-/// Writes a line to standard error. If that is closed nothing can be done about it.
+/// Writes a line to standard error; errors are ignored, as there is no place to report them.
 fn complain(line: &str) {
     let _ = writeln!(std::io::stderr(), "qemu-nbd: {line}");
 }

@@ -1,4 +1,4 @@
-//! `--object`: secrets, TLS credentials and lists of who may connect, by their ids.
+//! `--object`: secrets, TLS credentials and access lists, by their ids.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,13 +6,13 @@ use std::path::PathBuf;
 use nbd_jobs::key_values::KeyValues;
 use nbd_server::tls::{Matching, Rule, Verdict};
 
-/// The objects that were defined.
+/// The defined objects.
 #[derive(Debug, Default)]
 pub(super) struct Objects {
     objects: BTreeMap<String, Object>,
 }
 
-/// An object with its properties checked, but its files not read.
+/// An object whose properties were checked, but whose files were not read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Object {
     Secret(Secret),
@@ -20,7 +20,7 @@ pub(super) enum Object {
     Authorization(Authorization),
 }
 
-/// Where a password is.
+/// The source of a password.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Secret {
     pub(super) place: SecretPlace,
@@ -59,7 +59,7 @@ pub(super) enum CredentialsKind {
     Psk { user: Option<String> },
 }
 
-/// Who may connect.
+/// The authorized clients.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Authorization {
     /// Exactly this distinguished name.
@@ -79,11 +79,11 @@ impl std::fmt::Debug for Secret {
 }
 
 impl Objects {
-    /// Defines the object that an `--object` describes.
+    /// Defines the object of an `--object` option.
     ///
     /// # Errors
     ///
-    /// A sentence about the property that is wrong.
+    /// A sentence about the invalid property.
     pub(super) fn add(&mut self, text: &str) -> Result<(), String> {
         let mut properties = KeyValues::parse(text, Some("qom-type"))?;
         let kind = properties.take("qom-type").filter(|kind| !kind.is_empty());
@@ -101,7 +101,7 @@ impl Objects {
             "authz-list" => Object::Authorization(Authorization::list(&mut properties)?),
             "authz-list-file" => {
                 let file = properties.take("filename").ok_or_else(|| missing("filename"))?;
-                // Whether a changed file counts: it is read at the start only.
+                // Whether changes of the file take effect: it is read at the start only.
                 if properties.take_switch("refresh")? == Some(true) {
                     return Err("refresh=on is not supported: the file is read once".to_owned());
                 }
@@ -123,7 +123,7 @@ impl Objects {
         }
     }
 
-    /// The credentials of that id, which must be for the end that is wanted.
+    /// Returns the credentials of that id, which must be for the required end.
     ///
     /// # Errors
     ///
@@ -143,7 +143,7 @@ impl Objects {
         }
     }
 
-    /// The list of that id that says who may connect.
+    /// Returns the access list of that id.
     ///
     /// # Errors
     ///
@@ -156,7 +156,7 @@ impl Objects {
         }
     }
 
-    /// Whether there is a secret of that id.
+    /// Returns whether there is a secret of that id.
     pub(super) fn has_secret(&self, id: &str) -> bool {
         matches!(self.objects.get(id), Some(Object::Secret(_)))
     }
@@ -196,7 +196,7 @@ impl Secret {
 impl TlsCredentials {
     fn new(kind: &str, properties: &mut KeyValues) -> Result<Self, String> {
         let endpoint = match properties.take("endpoint").as_deref() {
-            // As QEMU has it.
+            // The default is QEMU's.
             None | Some("client") => Endpoint::Client,
             Some("server") => Endpoint::Server,
             Some(other) => return Err(not_accepted("endpoint", other)),
@@ -209,7 +209,7 @@ impl TlsCredentials {
         let kind = if kind == "tls-creds-psk" {
             CredentialsKind::Psk { user: properties.take("username") }
         } else {
-            // Certificates are always checked.
+            // Certificates are always verified.
             properties.take_switch("sanity-check")?;
             CredentialsKind::X509 { verify_peer, password: properties.take("passwordid") }
         };
@@ -222,7 +222,7 @@ impl Authorization {
     ///
     /// # Errors
     ///
-    /// A sentence about the property that is wrong.
+    /// A sentence about the invalid property.
     pub(super) fn list(properties: &mut KeyValues) -> Result<Self, String> {
         let otherwise = take_verdict(properties, "policy")?.unwrap_or(Verdict::Deny);
         let mut rules = Vec::new();

@@ -1,4 +1,4 @@
-//! What the options say, checked one by one in the order in which they stand.
+//! The options, checked one by one in their order on the command line.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -13,23 +13,23 @@ use super::objects::Objects;
 use crate::qemu_numbers::parse_integer;
 use nbd_server::export::filters::{DetectZeroes, Discard};
 
-/// What a command line asks for.
+/// The task that a command line requests.
 #[derive(Debug)]
 pub(super) enum Wanted {
     Help,
     Version,
-    /// The list of event names.
+    /// List the event names.
     TraceHelp,
     Work(Box<Options>),
 }
 
-/// Every option that says how to work; where `None` is possible the option was not given.
+/// All options of a server; `None` means that the option was not given.
 #[derive(Debug)]
 pub(super) struct Options {
     pub(super) bind: Option<String>,
     pub(super) port: Option<String>,
     pub(super) socket: Option<PathBuf>,
-    /// Clients at a time; 0 for any number.
+    /// Most clients at a time; 0 for no limit.
     pub(super) shared: u32,
     pub(super) persistent: bool,
     pub(super) verbose: bool,
@@ -57,15 +57,15 @@ pub(super) struct Options {
     pub(super) discard: Option<Discard>,
     pub(super) detect_zeroes: DetectZeroes,
     pub(super) image_options: bool,
-    /// How long a handshake may take; `Duration::MAX` for any time.
+    /// Time limit of a handshake; `Duration::MAX` for no limit.
     pub(super) handshake_limit: Duration,
-    /// Whether what happens is logged.
+    /// Whether events are logged.
     pub(super) traces: bool,
-    /// The words that are no options.
+    /// The operands.
     pub(super) files: Vec<OsString>,
 }
 
-/// Which internal snapshot `-l` asks for.
+/// The internal snapshot that `-l` requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum SnapshotName {
     IdOrName(String),
@@ -213,11 +213,11 @@ impl Default for Options {
     }
 }
 
-/// Reads a command line, without the program's name.
+/// Parses a command line, without the program's name.
 ///
 /// # Errors
 ///
-/// The first thing that is wrong.
+/// The first error.
 pub(super) fn parse(arguments: Vec<OsString>) -> Result<Wanted, Refusal> {
     let mut getopt = Getopt::new(KNOWN, arguments);
     let mut options = Options::default();
@@ -226,7 +226,7 @@ pub(super) fn parse(arguments: Vec<OsString>) -> Result<Wanted, Refusal> {
             Id::Help => return Ok(Wanted::Help),
             Id::Version => return Ok(Wanted::Version),
             Id::Trace if value == "help" => return Ok(Wanted::TraceHelp),
-            // Paths need not be text.
+            // Paths need not be UTF-8.
             Id::Socket => options.set_socket(value.into())?,
             Id::PidFile => options.pid_file = Some(value.into()),
             _ => {
@@ -277,7 +277,7 @@ impl Options {
         Ok(())
     }
 
-    /// Options whose value can be wrong.
+    /// Options with a checked value.
     fn set_checked(&mut self, id: Id, text: String) -> Result<(), Refusal> {
         match id {
             Id::Offset => {
@@ -371,7 +371,7 @@ impl Options {
         Ok(())
     }
 
-    /// Whether something was said about the disk, which makes no sense for a list.
+    /// Returns whether there are options about the disk, which a list does not use.
     pub(super) fn says_something_about_the_disk(&self) -> bool {
         self.export_name.is_some()
             || self.description.is_some()

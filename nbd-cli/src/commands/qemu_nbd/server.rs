@@ -1,4 +1,4 @@
-//! Serving one image.
+//! Serves one image.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,8 +20,7 @@ pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
     let runtime = runtime()?;
     let registry = ExportRegistry::new();
     let (server, mut signals) = runtime.block_on(listen(options, registry.clone()))?;
-    // An image on another server waits by itself: it is opened, and at last dropped, here where no
-    // task runs.
+    // An image on another server blocks: it is opened, and finally dropped, outside of tasks.
     let export = std::thread::scope(|scope| {
         let (done, opened) = tokio::sync::oneshot::channel();
         scope.spawn(move || done.send(source::open(options)));
@@ -30,7 +29,7 @@ pub(super) fn run(options: &Options, role: Role) -> Result<(), Refusal> {
     let export = export.map_err(|_| Refusal::new("opening the image has ended unexpectedly"))??;
     add(options, &registry, Arc::clone(&export))?;
     let served = runtime.block_on(serve(options, role, server, signals));
-    // The image first: whoever waits for its locks does not wait for threads to end.
+    // The image first: a process that waits for its locks should not wait for threads to end.
     drop(registry);
     drop(export);
     drop(runtime);
@@ -45,7 +44,7 @@ async fn listen(
     let mut config = config(options);
     config.tls = tls::for_server(options).map_err(Refusal::new)?;
     let mut server = Server::new(config, registry);
-    // As qemu-nbd does it: clients can connect from here on, and wait for their greeting.
+    // As in qemu-nbd: clients can connect from here on, and wait for their greeting.
     server.listen(&address(options)?).await.map_err(serve_error)?;
     Ok((server, signals))
 }
@@ -89,7 +88,7 @@ fn config(options: &Options) -> ServerConfig {
         shared => usize::try_from(shared).unwrap_or(usize::MAX),
     };
     config.handshake_timeout = options.handshake_limit;
-    // A client over the limit is not turned away at once: the one before it may just be leaving.
+    // A client over the limit is not refused at once: the previous one may just be disconnecting.
     config.queue_timeout = options.handshake_limit;
     config
 }
@@ -108,11 +107,11 @@ fn address(options: &Options) -> Result<ListenAddress, CommandError> {
     }
 }
 
-/// The TCP address to listen on or to connect to; IPv6 addresses without brackets.
+/// Returns the TCP address to listen on or to connect to; IPv6 addresses without brackets.
 pub(super) fn host_and_port(options: &Options) -> Result<(String, u16), CommandError> {
     let host = options.bind.as_deref().unwrap_or(DEFAULT_BIND);
     let port = options.port.as_deref().unwrap_or(DEFAULT_PORT);
-    // A number as the C library's resolver reads it: decimal, with blanks before it.
+    // Parses a number like the C library's resolver: decimal, with leading blanks.
     let digits = port.trim_start_matches([' ', '\t', '\n', '\x0b', '\x0c', '\r']);
     let number = digits.parse().map_err(|_| {
         CommandError::new(format!("Invalid port '{port}' for {host}: not a number up to 65535"))

@@ -1,4 +1,4 @@
-//! The one image that is served.
+//! The served image.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::connect::ServerArgs;
 use crate::remote::{allow_exports, open_export};
 use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
 
-/// Opens it as the options say.
+/// Opens it according to the options.
 ///
 /// # Errors
 ///
@@ -52,7 +52,7 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
     choices.export_of(image, remote).map_err(|error| failed(error.to_string()))
 }
 
-/// What the name of a file stands for.
+/// Parses the name of a file.
 fn named(text: &str) -> Result<Described, String> {
     if let Some(json) = text.strip_prefix("json:") {
         return KeyValues::from_json(json).and_then(Described::from_options);
@@ -60,8 +60,9 @@ fn named(text: &str) -> Result<Described, String> {
     Ok(Described { place: Place::named(text)?, ..Described::default() })
 }
 
-/// Opens what is described; beside it the other server's export, if that is all of it. It must not be called by asynchronous tasks, and so must not be what
-/// drops the image: it may be on another server.
+/// Opens the described disk, and returns the other server's export beside it if the disk is all of
+/// that export. Neither this nor dropping the image may happen in asynchronous tasks, because the
+/// image may be on another server.
 fn open_image(
     choices: &mut ImageChoices,
     disk: &Described,
@@ -75,7 +76,7 @@ fn open_image(
         if is_whole || !is_raw(path, disk).map_err(|error| error.to_string())? {
             return Ok((image, None));
         }
-        // Its locks would keep us out.
+        // Its locks would exclude us.
         drop(image);
     }
     let (place, remote) = open_place(choices, &disk.place)?;
@@ -93,7 +94,7 @@ fn open_image(
     Ok((image, remote.filter(|_| is_whole)))
 }
 
-/// With the option that helps.
+/// Adds the option that helps.
 fn explained(error: &OpenError) -> String {
     match error {
         OpenError::Image(image) if image.found_format().is_some() => format!("{error} (-f raw)"),
@@ -101,7 +102,7 @@ fn explained(error: &OpenError) -> String {
     }
 }
 
-/// Whether a file is a raw image, whatever overlay is over it now.
+/// Returns whether a file is a raw image, regardless of the overlay above it.
 fn is_raw(path: &Path, disk: &Described) -> imgfmt::Result<bool> {
     // This process holds the locks.
     let mut options = OpenOptions::new().locking(Locking::Off);
@@ -168,7 +169,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         locking: disk.locking,
         backing: disk.backing,
         upstream: ServerArgs::default(),
-        // QEMU lists the last one first, and clients see that order.
+        // QEMU lists the last one first, in an order that clients see.
         bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),
         filter: filter(options, disk),
         window,
@@ -197,7 +198,7 @@ fn filter(options: &Options, disk: &Described) -> FilterOptions {
     filter
 }
 
-/// The id of the snapshot that is meant.
+/// Returns the id of the selected snapshot.
 fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, String> {
     let mut options = OpenOptions::new().access(Access::ReadOnly).locking(disk.locking);
     options.format = disk.format;
@@ -232,7 +233,7 @@ fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, Stri
     Ok(found.id.clone())
 }
 
-/// A guest that can write any first sector can make its raw image look like another format.
+/// A guest with write access to the first sector could make its raw image look like another format.
 fn warn_of_guess(choices: &ImageChoices, image: &Image, name: &str) {
     let is_guess = choices.format.is_none() && image.format() == Format::Raw;
     if is_guess && choices.writes == Writes::ToImage {

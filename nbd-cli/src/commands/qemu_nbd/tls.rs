@@ -1,4 +1,4 @@
-//! TLS as `--object`, `--tls-creds`, `--tls-authz` and `--tls-hostname` describe it.
+//! TLS as configured by `--object`, `--tls-creds`, `--tls-authz` and `--tls-hostname`.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -15,16 +15,16 @@ use super::objects::{Authorization, CredentialsKind};
 use super::options::Options;
 
 const PSK_FILE: &str = "keys.psk";
-/// The user of a client's key, unless its credentials name another one.
+/// The default user of a client's key.
 const DEFAULT_USER: &str = "qemu";
 /// Longest file with rules that is read, in bytes.
 const MAX_RULES_LEN: u64 = 1 << 20;
 
-/// What the server demands.
+/// The server's requirements.
 ///
 /// # Errors
 ///
-/// A sentence about what is missing or cannot be read.
+/// A sentence about the missing or unreadable credentials.
 pub(super) fn for_server(options: &Options) -> Result<TlsMode, String> {
     let Some(id) = &options.tls_creds else { return Ok(TlsMode::Off) };
     let credentials = options.objects.credentials(id, options.list)?;
@@ -63,11 +63,11 @@ pub(super) fn for_server(options: &Options) -> Result<TlsMode, String> {
     TlsCredentials::load(source).map(TlsMode::Require).map_err(|error| error.to_string())
 }
 
-/// How `-L` connects; `None`: without TLS.
+/// The TLS settings of `-L`; `None`: without TLS.
 ///
 /// # Errors
 ///
-/// A sentence about what is missing.
+/// A sentence about the missing option.
 pub(super) fn for_client(options: &Options) -> Result<Option<TlsOptions>, String> {
     let Some(id) = &options.tls_creds else { return Ok(None) };
     let credentials = options.objects.credentials(id, options.list)?;

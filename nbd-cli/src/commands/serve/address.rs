@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use nbd_proto::limits::DEFAULT_PORT;
 
-/// Where a port alone is listened on: this machine only.
+/// Default host of a port alone: this machine only.
 const DEFAULT_HOST: &str = "127.0.0.1";
 
 /// A host name or address and a port.
@@ -37,8 +37,8 @@ impl fmt::Display for TcpAddress {
 impl FromStr for TcpAddress {
     type Err = String;
 
-    /// Reads `ADDR`, `ADDR:PORT`, `:PORT` or `PORT`. The value itself is not repeated in errors: who
-    /// reports them names it.
+    /// Parses `ADDR`, `ADDR:PORT`, `:PORT` or `PORT`. Errors do not repeat the value: the caller
+    /// names it.
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = |why: &str| {
             Err(format!("{why}; give an address such as 127.0.0.1, [::1]:10809 or 0.0.0.0:10809"))
@@ -79,7 +79,7 @@ impl FromStr for TcpAddress {
     }
 }
 
-/// Whether a text is an IPv6 address, with or without the zone of a link.
+/// Returns whether a text is an IPv6 address, with or without a zone.
 fn is_ipv6(text: &str) -> bool {
     let (address, zone) = text.split_once('%').unwrap_or((text, "zone"));
     address.parse::<Ipv6Addr>().is_ok()

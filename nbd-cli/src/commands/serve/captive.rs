@@ -1,4 +1,4 @@
-//! `--run`: a command that has the server to itself.
+//! `--run`: a command with a private server.
 
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
@@ -45,8 +45,8 @@ impl Captive {
         Ok(Self { child })
     }
 
-    /// Waits for its end and returns its status as a shell would. Signals that ask us to end are
-    /// handed on to it.
+    /// Waits for its end and returns its status like a shell. Signals that ask us to end are
+    /// forwarded to it.
     pub(super) async fn wait(&mut self, signals: &mut EndSignals) -> Result<u8, CommandError> {
         loop {
             let process = self.child.id();

@@ -25,21 +25,21 @@ use nbd_jobs::control::{
     ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request,
 };
 
-/// Where an export can be reached.
+/// The URIs of an export.
 pub(super) type UrisFn = dyn Fn(&str) -> Vec<String> + Send + Sync;
 
-/// Carries out what comes over the control socket, one request at a time.
+/// Executes the requests of the control socket, one at a time.
 pub(super) struct Controller {
     server: ServerHandle,
     disks: Mutex<Disks>,
-    /// How images that are added are opened.
+    /// Options for opening the images that are added.
     choices: ImageChoices,
     uris: Box<UrisFn>,
     stop: Notify,
     conversations: AtomicU64,
 }
 
-/// One connection to the control socket; no other ever has the same.
+/// Identifies one connection to the control socket; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct ConversationId(u64);
 
@@ -54,22 +54,22 @@ impl Controller {
         Self { server, disks, choices, uris, stop, conversations: AtomicU64::new(0) }
     }
 
-    /// A client of the control socket has come.
+    /// Registers a new client of the control socket.
     fn new_conversation(&self) -> ConversationId {
         ConversationId(self.conversations.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// It has gone: the checkpoints that were to last no longer are ended as failed.
+    /// Unregisters a client: the checkpoints bound to its connection are ended as failed.
     async fn end_conversation(&self, id: ConversationId) {
         self.abandon_checkpoints(|checkpoint| checkpoint.conversation == Some(id)).await;
     }
 
-    /// Waits until a client wants the server to end.
+    /// Waits until a client requests the end of the server.
     pub(super) async fn stopped(&self) {
         self.stop.notified().await;
     }
 
-    /// Ends every checkpoint as failed: what was not backed up stays dirty.
+    /// Ends every checkpoint as failed: ranges without a backup stay dirty.
     pub(super) async fn end_all(&self) {
         self.abandon_checkpoints(|_| true).await;
     }
@@ -86,7 +86,7 @@ impl Controller {
         }
     }
 
-    /// Carries out a request.
+    /// Executes a request.
     async fn carry_out(
         &self,
         request: Request,
@@ -234,7 +234,7 @@ impl Controller {
         tracing::info!(export = %name, "export removed");
         blocking(move || {
             let flushed = entry.export().flush();
-            // Closes the image, unless a request that was cut is still at work on it.
+            // Closes the image, unless a cancelled request is still working on it.
             drop((entry, disk));
             flushed.map_err(|error| {
                 let message = format!("the export is removed, but flushing it failed: {error}");
@@ -250,7 +250,7 @@ fn seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// Carries out what may block.
+/// Runs work that may block.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Failure> {

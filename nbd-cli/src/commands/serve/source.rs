@@ -1,4 +1,4 @@
-//! What to export: from the words of the command line to exports.
+//! The sources: from command line arguments to exports.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
@@ -80,7 +80,7 @@ pub(super) fn add_all(
     Ok(names)
 }
 
-/// The export of another server that a source is, if it is one.
+/// Returns the export of another server that a source names, if it does.
 fn uri(source: &OsStr) -> Option<Result<NbdUri, CommandError>> {
     let text = source.to_str().filter(|text| qemu_name::is_name_of_server(text))?;
     Some(qemu_name::from_name(text).map_err(|error| cannot_export(source, error)))
@@ -90,7 +90,7 @@ fn cannot_export(source: &OsStr, why: impl std::fmt::Display) -> CommandError {
     CommandError::new(format!("cannot export '{}': {why}", source.display()))
 }
 
-/// Splits `NAME=SOURCE`. What stands before the `=` is no name if it is a path or a server.
+/// Splits `NAME=SOURCE`. The text before the `=` is not a name if it is a path or a URI.
 fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
     if source.to_str().is_some_and(qemu_name::is_name_of_server) {
         return (None, source);
@@ -105,7 +105,7 @@ fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
     }
 }
 
-/// Opens what is to be exported.
+/// Opens the source of an export.
 pub(super) fn open(source: &OsStr, choices: &ImageChoices) -> Result<Opened, CommandError> {
     if let Some(size) = source.to_str().and_then(|source| source.strip_prefix("memory:")) {
         return Ok(Opened { export: memory(source, size, choices)?, image: None });
@@ -119,7 +119,7 @@ pub(super) fn open(source: &OsStr, choices: &ImageChoices) -> Result<Opened, Com
     choices.open(qemu_name::path_in(source)).map_err(|error| explained(error, choices))
 }
 
-/// What the command line says about every image.
+/// Returns the options that apply to every image.
 pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
     ImageChoices {
         format: args.format.map(Format::from),

@@ -18,12 +18,12 @@ use crate::output::warn;
 #[derive(Debug, Args)]
 #[command(next_help_heading = "TLS")]
 pub struct TlsArgs {
-    /// Whether clients may or have to use TLS; required once there are credentials.
+    /// Whether clients may or must use TLS; required once there are credentials.
     #[arg(long, value_enum, value_name = "MODE")]
     pub tls: Option<TlsChoice>,
 
-    /// Directory with server-cert.pem and server-key.pem, ca-cert.pem that signed the clients'
-    /// certificates, and ca-crl.pem if there is one. Read again on SIGHUP.
+    /// Directory with server-cert.pem and server-key.pem, the ca-cert.pem that signed the clients'
+    /// certificates, and optionally ca-crl.pem. Read again on SIGHUP.
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
 
@@ -31,31 +31,30 @@ pub struct TlsArgs {
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
 
-    /// Whether clients have to show a certificate.
+    /// Whether clients must present a certificate.
     #[arg(long, value_name = "on|off", default_value = "on", action = ArgAction::Set,
           value_parser = on_or_off)]
     pub tls_verify_peer: bool,
 
-    /// Let in only clients whose certificate has such a distinguished name: a pattern like
+    /// Admit only clients whose certificate has such a distinguished name: a pattern like
     /// 'CN=laptop-*,O=Example', or a file with one pattern per line, read for each client. Patterns
     /// may be repeated.
     #[arg(long, value_name = "FILE|PATTERN")]
     pub tls_authz: Vec<String>,
 
-    /// With --tls=allow: serve this export over TLS only, and list it over TLS only. May be
-    /// repeated.
+    /// With --tls=allow: serve and list this export over TLS only. May be repeated.
     #[arg(long, value_name = "NAME")]
     pub tls_only: Vec<String>,
 }
 
-/// What `--tls` can be.
+/// The values of `--tls`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum TlsChoice {
     /// No TLS.
     Off,
-    /// Clients have the choice.
+    /// Clients may use TLS.
     Allow,
-    /// Nothing without TLS.
+    /// Clients must use TLS.
     Require,
 }
 
@@ -133,7 +132,7 @@ impl TlsArgs {
         }))
     }
 
-    /// A distinguished name always has a `=`; what else there is are files.
+    /// A distinguished name always contains a `=`; other values are files.
     fn authorization(&self) -> Result<Authorization, CommandError> {
         let (patterns, files): (Vec<_>, Vec<_>) = self.tls_authz.iter().partition(|text| {
             (text.contains('=') || *text == "*") && !text.starts_with(['/', '.'])
@@ -149,7 +148,7 @@ impl TlsArgs {
     }
 }
 
-/// Loads the credentials again whenever SIGHUP comes. Without credentials there is nothing to do.
+/// Reloads the credentials on every SIGHUP. Does nothing without credentials.
 pub(super) fn reload_on_hangup(tls: &TlsMode) -> Result<(), CommandError> {
     let Some(credentials) = tls.credentials().cloned() else { return Ok(()) };
     let mut hangups = signal(SignalKind::hangup())
@@ -167,7 +166,7 @@ pub(super) fn reload_on_hangup(tls: &TlsMode) -> Result<(), CommandError> {
     Ok(())
 }
 
-/// What whoever reaches a server can do without proving who it is; `None` if that is nothing.
+/// Describes what unauthenticated clients can do; `None` if nothing.
 pub(super) fn exposure(tls: &TlsMode) -> Option<&'static str> {
     let asks_for_certificate = |credentials: &TlsCredentials| {
         !matches!(
@@ -183,7 +182,7 @@ pub(super) fn exposure(tls: &TlsMode) -> Option<&'static str> {
     }
 }
 
-/// The URI of an export, with what a client on this machine needs to know.
+/// Returns the URI of an export, with the parameters that a client on this machine needs.
 pub(super) fn uri(address: &BoundAddress, name: &str, tls: &TlsMode) -> NbdUri {
     let mut uri = address.uri(name);
     let Some(credentials) = tls.credentials() else { return uri };

@@ -1,4 +1,4 @@
-//! Options for the servers whose exports are served again.
+//! Options for the servers whose exports are re-exported.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,17 +11,17 @@ use crate::connect::{OnOff, ServerArgs, TlsArgs, TlsChoice};
 use crate::error::CommandError;
 use crate::size::{parse_duration, parse_limit};
 
-/// How the servers of sources are used that are NBD URIs.
+/// The use of servers whose NBD URIs are sources.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Sources on servers")]
 pub struct UpstreamArgs {
-    /// Connect again for this long when a source's server is gone, while requests wait: seconds, or
-    /// 500ms, 2m; 0 for not at all.
+    /// Time to reconnect when a source's server is gone, while requests wait: seconds, or 500ms,
+    /// 2m; 0 disables reconnecting.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_limit)]
     pub source_reconnect: Duration,
 
     /// Give up on a source's server that takes longer than this to connect or answer. By default
-    /// one that hangs in a request is waited for.
+    /// there is no limit for requests.
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub source_timeout: Option<Duration>,
 
@@ -30,7 +30,7 @@ pub struct UpstreamArgs {
     pub source_tls: Option<TlsChoice>,
 
     /// Directory with ca-cert.pem, and client-cert.pem and client-key.pem if the source's server
-    /// wants them.
+    /// requires them.
     #[arg(long, value_name = "DIR", conflicts_with = "source_tls_psk")]
     pub source_tls_certificates: Option<PathBuf>,
 
@@ -38,7 +38,7 @@ pub struct UpstreamArgs {
     #[arg(long, value_name = "FILE")]
     pub source_tls_psk: Option<PathBuf>,
 
-    /// Name in the certificate of the source's server, if it is not the host of the URI.
+    /// Name in the certificate of the source's server, if it differs from the host of the URI.
     #[arg(long, value_name = "NAME")]
     pub source_tls_hostname: Option<String>,
 
@@ -48,7 +48,7 @@ pub struct UpstreamArgs {
 }
 
 impl UpstreamArgs {
-    /// What the options say.
+    /// Returns the options.
     pub(super) fn choices(&self) -> ServerArgs {
         let tls = TlsArgs {
             tls_certificates: self.source_tls_certificates.clone(),
@@ -61,7 +61,7 @@ impl UpstreamArgs {
         ServerArgs { timeout: self.source_timeout, reconnect, tls }
     }
 
-    /// Options that nothing uses are a mistake. With a control socket sources can still come.
+    /// Unused options are a mistake. With a control socket, sources can be added later.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! QEMU's drivers below an image format: what a disk's bytes are taken from.
+//! QEMU's drivers below an image format: the storage of a disk.
 
 mod null;
 mod part;

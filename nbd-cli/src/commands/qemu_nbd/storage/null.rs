@@ -1,11 +1,11 @@
-//! The drivers `null-co` and `null-aio`: a disk that forgets what is written, to measure with.
+//! The drivers `null-co` and `null-aio`: a disk that discards all writes, for benchmarks.
 
 use std::io;
 
 use imgfmt::storage::StorageExtent;
 use imgfmt::{Capabilities, Durability, ExtentKind, HostOffset, Speed, Storage, TryRead, ZeroMode};
 
-/// Reads as zero, and takes every write without keeping it.
+/// Reads as zero, and discards every write.
 #[derive(Debug)]
 pub(in crate::commands::qemu_nbd) struct Null {
     size: u64,

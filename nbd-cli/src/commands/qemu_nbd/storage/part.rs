@@ -8,8 +8,8 @@ use imgfmt::{Capabilities, Durability, HostOffset, Speed, Storage, TryRead, Zero
 
 use nbd_server::export::filters::Window;
 
-/// A part of another storage. With a size it never touches what is behind it; without one it grows
-/// with the other.
+/// A part of another storage. With a size it never accesses bytes after the part; without one it
+/// grows with the other storage.
 #[derive(Debug)]
 pub(in crate::commands::qemu_nbd) struct Part {
     inner: Arc<dyn Storage>,
@@ -30,7 +30,7 @@ impl Part {
         Ok(Self { inner, offset: window.offset, size: window.size })
     }
 
-    /// Where in the other storage a range begins that lies within the part.
+    /// Returns the start in the other storage of a range inside the part.
     fn inside(&self, offset: HostOffset, length: u64) -> io::Result<HostOffset> {
         let outside = self
             .size
@@ -59,7 +59,7 @@ impl Storage for Part {
     fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
         match self.inside(offset, buffer.len() as u64) {
             Ok(position) => self.inner.try_read_at(position, buffer),
-            // The read that may wait says how much there is.
+            // The blocking read determines the size.
             Err(_) => Ok(TryRead::WouldBlock),
         }
     }

@@ -1,4 +1,4 @@
-//! Sizes in whole sectors, as all of QEMU's block devices have them.
+//! Sizes in whole sectors, as for all of QEMU's block devices.
 
 use std::io;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use imgfmt::{Capabilities, Durability, ExtentKind, HostOffset, Speed, Storage, T
 /// In bytes.
 pub(in crate::commands::qemu_nbd) const SECTOR: u64 = 512;
 
-/// The storage itself if it ends with a whole sector, or else one that is longer: it reads as zero
-/// behind the end of the other, and a write there makes the other longer.
+/// Returns the storage itself if its size is a multiple of a sector, or else a longer one: it reads
+/// as zero after the end of the other, and a write there extends the other.
 pub(in crate::commands::qemu_nbd) fn in_whole_sectors(
     inner: Arc<dyn Storage>,
 ) -> io::Result<Arc<dyn Storage>> {
@@ -30,7 +30,7 @@ struct Sectors {
 }
 
 impl Sectors {
-    /// What of a range lies within the other storage.
+    /// Returns the part of a range that lies within the other storage.
     fn available(&self, offset: HostOffset, length: u64) -> io::Result<u64> {
         Ok(self.inner.len()?.saturating_sub(offset.bytes()).min(length))
     }
@@ -50,7 +50,7 @@ impl Storage for Sectors {
     }
 
     fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
-        // Where the other ends it does not read everything, and so does not call it complete.
+        // At the end of the other storage the read is incomplete, and is reported as such.
         self.inner.try_read_at(offset, buffer)
     }
 

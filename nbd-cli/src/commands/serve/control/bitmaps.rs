@@ -36,7 +36,7 @@ fn describe(bitmap: &BitmapInfo) -> Value {
     described
 }
 
-/// Carries out a request that changes bitmaps.
+/// Executes a request that changes bitmaps.
 pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Failure> {
     let (export, change) = match request {
         Request::BitmapAdd { export, bitmap: name, granularity, initial } => {
@@ -69,13 +69,13 @@ pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Fai
     .await?
 }
 
-/// Makes the change, and the export offer the bitmaps that are there then.
+/// Makes the change, and updates the bitmaps that the export offers.
 fn carry_out(image: &ImageExport, change: BitmapChange) -> imgfmt::Result<Value> {
     match change {
         BitmapChange::Add { ref name, .. } => {
             let name = name.clone();
             image.image().bitmap_transaction(&[change])?;
-            // A bitmap can have names that a context cannot.
+            // Bitmap names may be invalid as context names.
             let context = MetaContextName::qemu_dirty_bitmap(&name).ok();
             let context = context.filter(|_| image.offer_bitmap(&name).is_ok());
             Ok(json!({ "context": context.as_ref().map(MetaContextName::as_str) }))
@@ -85,7 +85,7 @@ fn carry_out(image: &ImageExport, change: BitmapChange) -> imgfmt::Result<Value>
             let was_offered = image.withdraw_bitmap(&name);
             image.image().bitmap_transaction(&[change]).inspect_err(|_| {
                 if was_offered {
-                    // It may be gone from the start, or have become unreliable.
+                    // It may have been missing from the start, or have become unreliable.
                     let _ = image.offer_bitmap(&name);
                 }
             })?;
@@ -98,8 +98,8 @@ fn carry_out(image: &ImageExport, change: BitmapChange) -> imgfmt::Result<Value>
     }
 }
 
-/// While a checkpoint is in progress its bitmaps are not changed by others, and what is left in the
-/// one that began anew is not taken for all that has changed.
+/// During a checkpoint its bitmaps must not be changed by others, and the bits recorded since its
+/// start must not be mistaken for all changes.
 fn refuse_if_frozen(disk: &Disk, change: &BitmapChange) -> Result<(), Failure> {
     let bitmap = disk.checkpoint.as_ref().and_then(|checkpoint| checkpoint.bitmap.as_ref());
     let Some(bitmap) = bitmap else { return Ok(()) };

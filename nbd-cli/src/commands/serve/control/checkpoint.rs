@@ -1,4 +1,4 @@
-//! The begin and the end of a checkpoint.
+//! The start and the end of a checkpoint.
 
 use std::fs::File;
 use std::io;
@@ -20,13 +20,13 @@ use super::disks::{BitmapOrigin, CheckpointBitmap, RunningCheckpoint};
 use super::{Controller, ConversationId, Disks, blocking};
 use nbd_jobs::control::{Begun, ErrorKind, Failure, IfMissing, IfUnusable, Verdict};
 
-/// What stands behind the name of an export in that of its view.
+/// Suffix of the name of a view's export.
 const VIEW_SUFFIX: &str = ".checkpoint";
 
 /// Set in the status of a dirty range.
 const DIRTY: u64 = 1;
 
-/// The checkpoint that somebody wants.
+/// A requested checkpoint.
 pub(super) struct CheckpointWish {
     pub(super) bitmap: Option<String>,
     pub(super) if_missing: IfMissing,
@@ -34,16 +34,16 @@ pub(super) struct CheckpointWish {
     pub(super) base: WishedBase,
     /// Name of the view's export.
     pub(super) view: Option<String>,
-    /// The conversation it is to end with.
+    /// The connection with which it ends.
     pub(super) conversation: Option<ConversationId>,
 }
 
-/// The backup upon which that of a checkpoint is to be made.
+/// The backup on which the new one builds.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct WishedBase {
-    /// None: a full backup, or a base that nobody knows.
+    /// None: a full backup, or an unknown base.
     id: Option<Uuid>,
-    /// Somebody vouches for what the image does not say.
+    /// The user vouches for a base that the image does not record.
     is_trusted: bool,
 }
 
@@ -55,7 +55,7 @@ impl WishedBase {
         Ok(Self { id, is_trusted })
     }
 
-    /// Refuses it unless the bitmap began after it.
+    /// Refuses it unless the bitmap started after it.
     fn check(self, bitmap: &BitmapInfo) -> Result<(), Failure> {
         let Some(base) = self.id else { return Ok(()) };
         let name = &bitmap.name;
@@ -121,7 +121,7 @@ impl Controller {
             uris: (self.uris)(&view_name),
         };
         disk.checkpoint = Some(RunningCheckpoint { view: view_name.clone(), bitmap, conversation });
-        // Who may not use the disk may not use its view either.
+        // Clients that may not use the disk may not use its view either.
         let entry = self.server.exports().find(export).map(|(_, entry)| entry);
         let entry = entry.unwrap_or_else(|| disk.entry()).with_export(Arc::new(view));
         let entry = entry.description(format!("'{export}' at one moment"));
@@ -197,20 +197,20 @@ fn begin(
     })
 }
 
-/// What is asked of a bitmap at its checkpoint.
+/// The treatment of a bitmap at its checkpoint.
 struct Terms {
     if_missing: IfMissing,
     if_unusable: IfUnusable,
     base: WishedBase,
-    /// The backup that is to be made.
+    /// The identity of the new backup.
     backup: Uuid,
 }
 
-/// A checkpoint that has begun.
+/// A checkpoint in progress.
 struct BegunCheckpoint {
     view: PointInTimeView,
     bitmap: Option<CheckpointBitmap>,
-    /// Why the bitmap could not be relied on, if it begins anew for that reason.
+    /// The reason why the bitmap was unreliable, if it starts anew for that reason.
     begun_anew: Option<String>,
 }
 
@@ -253,7 +253,7 @@ fn begin_with_bitmap(
         _ => Vec::new(),
     };
     changes.push(BitmapChange::Freeze { name: name.clone(), backup: Some(terms.backup) });
-    // Clients of the disk itself would miss the bits that are frozen.
+    // Clients of the disk itself would miss the frozen bits.
     let origin = match image.withdraw_bitmap(&name) {
         true => BitmapOrigin::Offered,
         false => BitmapOrigin::NotOffered,
@@ -269,8 +269,8 @@ fn begin_with_bitmap(
     Ok(BegunCheckpoint { view, bitmap: Some(bitmap), begun_anew })
 }
 
-/// Adds a bitmap that begins at the checkpoint. If that is cut off, what was before counts as
-/// dirty: nobody knows what has changed then.
+/// Adds a bitmap that starts at the checkpoint. If that is cut off, everything before counts as
+/// dirty, because the changes are unknown.
 fn added_anew(name: &str, backup: Uuid) -> Vec<BitmapChange> {
     let (name, recording) = (name.to_owned(), Recording::Enabled);
     let granularity = imgfmt::BITMAP_GRANULARITY_DEFAULT;
@@ -281,7 +281,7 @@ fn added_anew(name: &str, backup: Uuid) -> Vec<BitmapChange> {
     ]
 }
 
-/// Makes a bitmap that cannot be relied on one in which everything is dirty.
+/// Marks everything dirty in an unreliable bitmap.
 fn made_usable(all: &[BitmapInfo], bitmap: &BitmapInfo) -> Vec<BitmapChange> {
     let is_unsound = |bitmap: &BitmapInfo| {
         matches!(bitmap.state, BitmapState::Inconsistent { .. } | BitmapState::Damaged { .. })
@@ -292,7 +292,7 @@ fn made_usable(all: &[BitmapInfo], bitmap: &BitmapInfo) -> Vec<BitmapChange> {
     unsound.map(|it| BitmapChange::Repair { name: it.name.clone() }).collect()
 }
 
-/// The disk's export offers the bitmap as before the checkpoint, or from now on if it is new.
+/// Restores the bitmap that the disk's export offered before the checkpoint, or offers a new one.
 fn offer_again(image: &ImageExport, bitmap: &CheckpointBitmap) {
     let is_possible = MetaContextName::qemu_dirty_bitmap(&bitmap.name).is_ok();
     if bitmap.origin != BitmapOrigin::NotOffered
@@ -303,12 +303,13 @@ fn offer_again(image: &ImageExport, bitmap: &CheckpointBitmap) {
     }
 }
 
-/// Drops frozen bits, or puts them back.
+/// Drops frozen bits, or merges them back.
 fn settle(image: &ImageExport, bitmap: &CheckpointBitmap, outcome: Verdict) -> Result<(), Failure> {
     let name = bitmap.name.clone();
     let changes = match (bitmap.origin, outcome) {
         (_, Verdict::Success) => vec![BitmapChange::DropFrozen { name }],
-        // Nothing was noted before the checkpoint: nothing can be built on what was noted since.
+        // Nothing was recorded before the checkpoint, so no backup can build on the changes
+        // recorded since.
         (BitmapOrigin::Added, Verdict::Failure) => {
             let names = [name, bitmap.frozen()];
             names.into_iter().map(|name| BitmapChange::Remove { name }).collect()
@@ -322,7 +323,7 @@ fn settle(image: &ImageExport, bitmap: &CheckpointBitmap, outcome: Verdict) -> R
     Ok(())
 }
 
-/// What a frozen bitmap says, as block status.
+/// Returns a frozen bitmap as block status.
 fn dirty_status(
     image: &ImageExport,
     bitmap: &str,
@@ -345,13 +346,13 @@ fn dirty_status(
     Ok(status.into_vec())
 }
 
-/// A file without a name, in TMPDIR or else in /var/tmp.
+/// Creates a file without a name, in TMPDIR or else in /var/tmp.
 fn nameless_file() -> io::Result<File> {
     let directory = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     match openat(CWD, &directory, flags, Mode::RUSR | Mode::WUSR) {
         Ok(file) => Ok(file.into()),
-        // Not every file system can do that.
+        // Not every file system supports that.
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
             let path = directory.join(format!("nbd-cli-{}.checkpoint", std::process::id()));
             let file = File::options().read(true).write(true).create_new(true).open(&path)?;

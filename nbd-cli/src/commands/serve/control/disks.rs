@@ -1,4 +1,4 @@
-//! What a server with a control socket knows about its disks.
+//! The disks of a server with a control socket.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::ConversationId;
 use crate::serving::image::Opened;
 use nbd_jobs::control::{ErrorKind, Failure};
 
-/// A disk that is exported.
+/// An exported disk.
 pub(in crate::commands::serve) struct Disk {
     pub(super) source: String,
     pub(super) export: Arc<Checkpointed>,
@@ -22,10 +22,10 @@ pub(in crate::commands::serve) struct Disk {
 /// A checkpoint in progress.
 #[derive(Debug, Clone)]
 pub(super) struct RunningCheckpoint {
-    /// Name of the export that is the view.
+    /// Name of the view's export.
     pub(super) view: String,
     pub(super) bitmap: Option<CheckpointBitmap>,
-    /// The conversation it ends with, if with one.
+    /// The connection with which it ends, if any.
     pub(super) conversation: Option<ConversationId>,
 }
 
@@ -36,19 +36,19 @@ pub(super) struct CheckpointBitmap {
     pub(super) origin: BitmapOrigin,
 }
 
-/// Whether the bitmap was there before its checkpoint.
+/// The state of the bitmap before its checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum BitmapOrigin {
     /// It was added at the checkpoint.
     Added,
-    /// The disk's export offered it, and will again.
+    /// The disk's export offered it, and will offer it again.
     Offered,
     /// The disk's export did not offer it.
     NotOffered,
 }
 
 impl CheckpointBitmap {
-    /// The name of the bitmap that holds its bits of before.
+    /// Name of the bitmap that holds its earlier bits.
     pub(super) fn frozen(&self) -> String {
         imgfmt::frozen_bitmap_name(&self.name)
     }
@@ -60,12 +60,12 @@ impl Disk {
         Self { source, export, image: opened.image, checkpoint: None }
     }
 
-    /// The export as it is to be registered.
+    /// Returns the export to be registered.
     pub(in crate::commands::serve) fn entry(&self) -> ExportEntry {
         ExportEntry::new(self.export.clone())
     }
 
-    /// The image, or why there is none.
+    /// Returns the image, or the reason why there is none.
     pub(super) fn image(&self) -> Result<Arc<ImageExport>, Failure> {
         self.image.clone().ok_or_else(|| {
             let message = format!("'{}' is not an image and has no bitmaps", self.source);
@@ -73,7 +73,7 @@ impl Disk {
         })
     }
 
-    /// The UUID of the disk, if it has one.
+    /// Returns the UUID of the disk, if it has one.
     pub(super) fn id(&self) -> Option<String> {
         self.image.as_ref()?.image().disk_id().map(|id| id.to_string())
     }

@@ -1,11 +1,10 @@
-//! Places for clients of the control socket. One that says nothing does not keep its place from one
-//! that comes.
+//! Limits the clients of the control socket. An idle client loses its place to a new one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
-/// Clients at a time. A backup is one as long as it runs.
+/// Most clients at a time. A running backup is one.
 const MAX_CLIENTS: usize = 64;
 
 /// The places of one socket.
@@ -16,7 +15,7 @@ pub(super) struct Places {
 
 #[derive(Default)]
 struct State {
-    /// Those who came or spoke least recently come first.
+    /// The least recently active clients come first.
     taken: Vec<Taken>,
     next: u64,
 }
@@ -27,16 +26,16 @@ struct Taken {
     leave: Arc<Notify>,
 }
 
-/// What keeps a client in its place.
+/// The reason for which a client keeps its place.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Keeps {
-    /// Nothing: it may have to leave.
+    /// None: it may be evicted.
     Nothing,
-    /// A request of it is being carried out, or something lasts as long as it stays.
+    /// A request of the client is in progress, or a checkpoint is bound to its connection.
     Place,
 }
 
-/// The place of one client. Free again when this is dropped.
+/// The place of one client. Freed on drop.
 pub(super) struct Place {
     places: Places,
     id: u64,
@@ -44,8 +43,8 @@ pub(super) struct Place {
 }
 
 impl Places {
-    /// A place for a new client. If there is none, whoever has been idle for longest has to leave; `None`
-    /// if nobody is idle.
+    /// Returns a place for a new client. If there is none, the longest idle client is evicted;
+    /// `None` if no client is idle.
     pub(super) fn take(&self) -> Option<Place> {
         let mut state = self.state();
         if state.taken.len() >= MAX_CLIENTS {
@@ -66,7 +65,7 @@ impl Places {
 }
 
 impl Place {
-    /// The client has said something, or its request was carried out. False if it has had to leave.
+    /// Records activity of the client. Returns false if it was evicted.
     pub(super) fn set(&self, keeps: Keeps) -> bool {
         let mut state = self.places.state();
         let Some(index) = state.taken.iter().position(|taken| taken.id == self.id) else {
@@ -78,7 +77,7 @@ impl Place {
         true
     }
 
-    /// Waits until the client has to leave.
+    /// Waits until the client is evicted.
     pub(super) async fn left(&self) {
         self.leave.notified().await;
     }

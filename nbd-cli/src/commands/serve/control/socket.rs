@@ -1,4 +1,4 @@
-//! The socket itself, and the lines on it. Nothing that comes from it is trusted.
+//! The control socket and its lines. All input is untrusted.
 
 use std::io;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -18,28 +18,28 @@ use super::{Controller, ConversationId};
 use crate::error::CommandError;
 use nbd_jobs::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
 
-/// Clients that have connected and were not accepted yet: a burst of them is not refused.
+/// Backlog of the listening socket: a burst of clients is not refused.
 const BACKLOG: i32 = 1024;
 
-/// How often, and for how long at a time, another server is waited for that listens on the socket.
+/// Number and interval of the attempts while another server listens on the socket.
 const WAITS_FOR_SOCKET: u32 = 20;
 const WAIT_FOR_SOCKET: Duration = Duration::from_millis(50);
 
-/// How often, and for how long at a time, a client waits for one of those who are busy.
+/// Number and interval of the attempts to get a place while all clients are busy.
 const WAITS_FOR_PLACE: u32 = 200;
 const WAIT_FOR_PLACE: Duration = Duration::from_millis(10);
 
-/// A control socket that listens. Its file is removed when this is dropped.
+/// A listening control socket. Its file is removed on drop.
 pub(in crate::commands::serve) struct ControlSocket {
     listener: UnixListener,
     path: PathBuf,
-    /// Device and number of the socket's file: another one in its place is left alone.
+    /// Device and inode number of the socket's file: another file in its place is left alone.
     identity: (u64, u64),
 }
 
 impl ControlSocket {
-    /// Listens on a new socket that only this user can use, in place of one that nobody listens on
-    /// any more. One that another server still has, as one does that ends, is waited for.
+    /// Listens on a new socket that only this user can use. It replaces an unused socket, and waits
+    /// for another server that still uses the socket, for example one that is ending.
     pub(in crate::commands::serve) async fn open(path: &Path) -> Result<Self, CommandError> {
         let failed = |error: io::Error| {
             CommandError::new(format!(
@@ -77,7 +77,7 @@ impl ControlSocket {
         open().map_err(failed)
     }
 
-    /// Answers clients for ever.
+    /// Serves clients for ever.
     pub(in crate::commands::serve) async fn serve(self, controller: Arc<Controller>) {
         let places = Places::default();
         loop {
@@ -103,7 +103,7 @@ impl ControlSocket {
     }
 }
 
-/// A place for a new client, for which it waits a moment if all are busy.
+/// Returns a place for a new client; waits briefly if all are busy.
 async fn place_among(places: &Places) -> Option<Place> {
     for _ in 0..WAITS_FOR_PLACE {
         match places.take() {
@@ -118,7 +118,7 @@ impl Drop for ControlSocket {
     fn drop(&mut self) {
         let found = std::fs::symlink_metadata(&self.path);
         if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
-            // Nothing can be done about a directory that does not allow it any more.
+            // There is no remedy for a directory that does not allow it any more.
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -134,7 +134,7 @@ fn remove_stale(path: &Path) -> Result<(), CommandError> {
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            // If it cannot be removed, binding says why.
+            // If it cannot be removed, binding reports the reason.
             let _ = std::fs::remove_file(path);
             Ok(())
         }
@@ -147,10 +147,10 @@ fn remove_stale(path: &Path) -> Result<(), CommandError> {
     }
 }
 
-/// Answers one client until it leaves, and ends what was to last no longer.
+/// Serves one client until it leaves, and ends the checkpoints bound to its connection.
 async fn converse(stream: UnixStream, controller: &Controller, place: &Place) -> io::Result<()> {
     let id = controller.new_conversation();
-    // Nobody has to leave while a request is carried out: that is never cut.
+    // No client is evicted while a request is in progress: requests are never cut off.
     let result = tokio::select! {
         result = answer(stream, controller, id, place) => result,
         () = place.left() => {
@@ -198,14 +198,14 @@ async fn answer(
     }
 }
 
-/// A checkpoint may end with the connection on which it was begun.
+/// A checkpoint may end with the connection on which it was started.
 fn lasts_as_long_as_its_client(request: &Request) -> bool {
     matches!(request, Request::CheckpointStart { lifetime: Lifetime::Connection, .. })
 }
 
 enum Line {
     Request(Vec<u8>),
-    /// Where the next one would begin is not known.
+    /// The start of the next line is unknown.
     TooLong,
     End,
 }
@@ -217,7 +217,7 @@ struct Lines {
 }
 
 impl Lines {
-    /// The next line that is not empty. What stands behind the last end of line is no line.
+    /// Returns the next line that is not empty. Bytes after the last line feed are not a line.
     async fn next(&mut self, stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Line> {
         let mut looked_at = 0;
         loop {
