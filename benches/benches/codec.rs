@@ -18,7 +18,7 @@ use nbd_proto::wire::{BlockDescriptor, CommandType, Cookie, MetaContextId, Reply
 
 use shared::{MODES, negotiated};
 
-/// Requests handled in one go, as after one read from a socket.
+/// Requests processed together, as after one read from a socket.
 const REQUESTS: usize = 64;
 const READ: Command = Command::Read(Fragmentation::Allowed);
 const LENGTH: u64 = 4096;
@@ -41,7 +41,7 @@ fn codec(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What a client with `REQUESTS` reads in flight has sent.
+/// The bytes of a client that has sent `REQUESTS` reads.
 fn requests(client: &mut client::Transmission, out: &mut BytesMut) {
     for number in 0..REQUESTS as u64 {
         let sent = client.request(number * LENGTH, LENGTH, &READ, out);
@@ -53,7 +53,7 @@ fn request_encode(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, mode: Re
     group.bench_function(BenchmarkId::new("request_encode", name), |bencher| {
         let mut out = BytesMut::with_capacity(1 << 16);
         bencher.iter_with_large_drop(|| {
-            // The machine remembers what is in flight, so each turn needs one of its own.
+            // The machine tracks the requests in flight, so each iteration needs a new one.
             let mut client = client::Transmission::new(&negotiated(mode));
             out.clear();
             requests(&mut client, &mut out);
@@ -82,7 +82,7 @@ fn tag(number: u64) -> RequestTag {
     RequestTag { cookie: Cookie(number + 1), offset: number * LENGTH, command: CommandType::READ }
 }
 
-/// The headers of the answers; where their data stands, nothing is copied.
+/// The headers of the answers; the data itself is not copied.
 fn reply_encode(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, mode: ReplyMode) {
     let encoder = ReplyEncoder::new(mode);
     let mut out = vec![0; REQUESTS * ReplyEncoder::MAX_READ_HEADER_LEN];
@@ -135,7 +135,7 @@ fn reply_decode(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, mode: Repl
     });
 }
 
-/// One status chunk with `count` descriptors, written and read.
+/// Encodes and decodes one status chunk with `count` descriptors.
 fn block_status(
     group: &mut BenchmarkGroup<'_, WallTime>,
     name: &str,

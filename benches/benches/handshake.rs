@@ -16,7 +16,7 @@ use shared::{MODES, export};
 const CONFIG: ServerConfig =
     ServerConfig { tls: TlsPolicy::Off, best_reply_mode: ReplyMode::Extended };
 
-/// The two ends and what is under way between them.
+/// The two ends and the bytes in transit.
 struct Pair {
     export: ExportDescription,
     server: Option<Handshake>,
@@ -32,7 +32,7 @@ impl Pair {
         Self { export, server, to_server: BytesMut::new(), to_client, negotiated: None }
     }
 
-    /// The server reads what it was sent and answers.
+    /// The server processes its input and answers.
     fn serve(&mut self) {
         let Some(mut server) = self.server.take() else { return };
         let out = &mut self.to_client;

@@ -14,7 +14,7 @@ use shared::{DISK_SIZE, MODES, negotiated};
 
 const LENGTH: usize = 4096;
 
-/// Answers every request in `input`; the number of bytes written to `out`.
+/// Answers every request in `input`; returns the number of bytes written to `out`.
 fn serve(
     transmission: &Transmission,
     encoder: ReplyEncoder,
@@ -51,13 +51,13 @@ fn serve(
     whole - rest.len()
 }
 
-/// `depth` requests at places spread over the disk, as they stand in the receive buffer.
+/// `depth` requests spread over the disk, as in the receive buffer.
 fn requests(mode: ReplyMode, depth: usize, command: &Command) -> BytesMut {
     let mut client = client::Transmission::new(&negotiated(mode));
     let mut out = BytesMut::new();
     let payload = if let Command::Write(_) = command { LENGTH } else { 0 };
     for number in 0..depth as u64 {
-        // Steps of a prime number of blocks, so that neighbours in time are none in place.
+        // Steps of a prime number of blocks, so that consecutive requests are not adjacent.
         let offset = number * 7919 * LENGTH as u64 % DISK_SIZE;
         let sent = client.request(offset, LENGTH as u64, command, &mut out);
         sent.expect("the request lies inside the disk");
@@ -69,7 +69,7 @@ fn requests(mode: ReplyMode, depth: usize, command: &Command) -> BytesMut {
 fn request_loop(criterion: &mut Criterion) {
     let disk = MemoryExport::new(DISK_SIZE);
     let mut group = criterion.benchmark_group("request_loop");
-    // Writes come first: the reads then find pages that are there.
+    // Writes come first: the reads then find existing pages.
     for (what, command) in [
         ("write_4k", Command::Write(Durability::Cached)),
         ("read_4k", Command::Read(Fragmentation::Allowed)),

@@ -1,4 +1,5 @@
-//! `cargo xtask bench`: builds the benchmark of the package `benches` and becomes it.
+//! `cargo xtask bench`: builds the benchmark of the package `benches` and replaces this process
+//! with it.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -7,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::command::{cargo, workspace_root};
 
-/// What the benchmark is asked to do, in its own words: see `cargo xtask bench --help`.
+/// The arguments of the benchmark: see `cargo xtask bench --help`.
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Options {
@@ -15,7 +16,7 @@ pub(crate) struct Options {
     arguments: Vec<OsString>,
 }
 
-/// Puts the benchmark in the place of this process, so that signals reach it and nothing else.
+/// Replaces this process by the benchmark, so that signals reach only that.
 ///
 /// # Errors
 ///
@@ -24,7 +25,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let mut command = cargo();
     command.args(["run", "--quiet", "-p", "benches", "--bin", "bench", "--manifest-path"]);
     command.arg(workspace_root().join("Cargo.toml")).arg("--");
-    // Paths among the arguments are relative to where the user stands, not to the workspace.
+    // Paths among the arguments are relative to the user's directory, not to the workspace.
     if let Ok(directory) = std::env::current_dir() {
         command.current_dir(directory);
     }

@@ -10,10 +10,10 @@ use anyhow::{Context, Result};
 use crate::command::{cargo, run_step, workspace_root};
 use crate::{compatibility, peers, soak, tidy};
 
-/// Runs every check and prints how long each took.
+/// Runs every check and prints its duration.
 ///
-/// The cheap checks come first. The tests come last and write to the terminal as cargo has them,
-/// and after them two minutes of the judges of `cargo xtask soak`.
+/// The cheap checks come first. The tests come last and write to the terminal in cargo's format,
+/// followed by two minutes of the judges of `cargo xtask soak`.
 ///
 /// # Errors
 ///

@@ -1,4 +1,4 @@
-//! Child processes: how the developer commands start cargo and other programs.
+//! Child processes: runs cargo and other programs.
 
 use std::env;
 use std::path::PathBuf;
@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 
 /// The directory of the workspace's `Cargo.toml`.
 pub(crate) fn workspace_root() -> PathBuf {
-    // Cargo tells a running xtask where its manifest is; a binary that is started by hand falls
-    // back to where it was built.
+    // Cargo passes the manifest's directory to a running xtask; a binary that is started by hand
+    // uses the directory where it was built.
     let manifest_directory = env::var_os("CARGO_MANIFEST_DIR")
         .map_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")), PathBuf::from);
     manifest_directory.parent().map_or_else(|| PathBuf::from("."), PathBuf::from)
@@ -35,7 +35,7 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// Runs `command` with its output going to the terminal, and says what runs and how long it took.
+/// Runs `command` with its output on the terminal, and prints the command and its duration.
 ///
 /// # Errors
 ///
@@ -73,14 +73,14 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Whether a program of this name can be found on the search path.
+/// Returns whether a program of this name is on the search path.
 pub(crate) fn is_installed(program: &str) -> bool {
     // Debian keeps servers in sbin directories, which are not on every user's search path.
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path).any(|directory| directory.join(program).is_file())
 }
 
-/// The command as one would type it.
+/// Formats the command as typed in a shell.
 pub(crate) fn command_line(command: &Command) -> String {
     let program = PathBuf::from(command.get_program());
     let name = program.file_name().unwrap_or(command.get_program()).to_string_lossy().into_owned();

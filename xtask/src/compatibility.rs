@@ -1,5 +1,4 @@
-//! The builds of other people: each crate alone, with few and with all features, with an older
-//! compiler.
+//! The builds of users: each crate alone, with few and with all features, with an older compiler.
 
 use std::env;
 use std::path::PathBuf;
@@ -17,8 +16,8 @@ struct Choice {
     needs_openssl: bool,
 }
 
-/// Alone, so that what another crate turns on does not help. OpenSSL is the one that the rest of
-/// the workspace has built already, where that is possible.
+/// Builds it alone, so that features enabled by another crate do not help. Uses the OpenSSL that
+/// the rest of the workspace has built already, if possible.
 const CHOICES: &[Choice] = &[
     alone("nbd-proto", &["--no-default-features"]),
     alone("nbd-proto", &["--all-features"]),
@@ -38,7 +37,7 @@ const fn alone(package: &'static str, arguments: &'static [&'static str]) -> Cho
     Choice { package, arguments, needs_openssl: false }
 }
 
-/// Lints each crate that others use with no default features and with all.
+/// Lints each library crate with no default features and with all.
 ///
 /// # Errors
 ///
@@ -58,8 +57,8 @@ pub(crate) fn check_features() -> Result<()> {
     Ok(())
 }
 
-/// Compiles everything with the compiler of `rust-version`, where rustup has it installed; clippy
-/// finds what is newer in the standard library without it.
+/// Compiles everything with the compiler of `rust-version`, if rustup has it installed; without it,
+/// clippy finds newer items of the standard library.
 ///
 /// # Errors
 ///
@@ -84,8 +83,8 @@ pub(crate) fn check_oldest_compiler() -> Result<()> {
     run_step("oldest compiler", &mut command).map(drop)
 }
 
-/// Runs cargo-deny where it is installed; `cargo xtask tidy` has looked at licences and sources.
-/// Advisories are left to those who can fetch their database.
+/// Runs cargo-deny if it is installed; `cargo xtask tidy` has checked licences and sources.
+/// Advisories need a database that not every machine can fetch.
 ///
 /// # Errors
 ///
@@ -100,7 +99,7 @@ pub(crate) fn check_dependencies() -> Result<()> {
     run_step("dependencies", &mut command).map(drop)
 }
 
-/// Where checks with a target directory of their own put it: where cargo has the usual one.
+/// The target directory of the separate checks: inside cargo's usual one.
 pub(crate) fn target_directory() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace_root().join("target"), PathBuf::from)
 }

@@ -32,7 +32,7 @@ enum DeveloperCommand {
     Tidy,
     /// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
     Bench(bench::Options),
-    /// Run every random judge for as long as wanted and keep what fails.
+    /// Run every random judge for a chosen time and keep the failures.
     Soak(soak::Options),
 }
 

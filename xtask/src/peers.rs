@@ -28,9 +28,9 @@ const PEERS: &[Peer] = &[
     Peer { program: "openssl", package: "openssl" },
 ];
 
-/// Installs the peers that are missing where that is possible, and says which are missing still.
+/// Installs the missing peers if possible, and reports those that are still missing.
 ///
-/// Tests skip what needs a missing peer, except in continuous integration (`CI` is set).
+/// Tests skip cases that need a missing peer, except in continuous integration (`CI` is set).
 ///
 /// # Errors
 ///
@@ -62,7 +62,7 @@ pub(crate) fn ensure_installed() -> Result<()> {
     Ok(())
 }
 
-/// The packages, each once, of the peers for which `is_present` says no.
+/// The packages, each once, of the peers for which `is_present` returns false.
 fn missing_packages(is_present: impl Fn(&str) -> bool) -> Vec<&'static str> {
     let mut packages = Vec::new();
     for peer in PEERS {
@@ -79,7 +79,7 @@ fn can_install() -> bool {
 }
 
 fn install(packages: &[&str]) -> Result<()> {
-    // An outdated index is no reason to give up: the packages may be in it all the same.
+    // An outdated index is no reason to give up: it may still have the packages.
     if let Err(error) = run_step("peers", apt_get().arg("update").stdout(Stdio::null())) {
         println!("peers: {error:#}");
     }

@@ -1,9 +1,9 @@
 //! The floor of the benchmark: a server that answers every read from a constant buffer.
 //!
-//! It speaks just enough of the protocol (fixed newstyle, simple replies, read-only) for fio and
-//! nbdcopy, and does the least that any server has to do: one system call for all requests that
-//! wait, one for all their answers. What another server needs beyond that is its own cost; what
-//! this one needs is the cost of the socket and of the client.
+//! It implements just enough of the protocol (fixed newstyle, simple replies, read-only) for fio
+//! and nbdcopy, with the least work that any server has to do: one system call for all waiting
+//! requests, one for all their answers. The additional time of another server is its own cost; the
+//! time of this one is the cost of the socket and of the client.
 //!
 //! `floor --socket PATH --size BYTES` serves until it is killed.
 
@@ -15,7 +15,7 @@ use std::thread;
 
 /// Bytes of requests that one read takes: more than any client here keeps in flight.
 const RECEIVE_BYTES: usize = 256 << 10;
-/// The constant that every answer is made of. Longer reads get it several times.
+/// The constant data of every answer. Longer reads get it several times.
 const CONSTANT_BYTES: usize = 256 << 10;
 /// The longest read that is answered: what clients assume without a BLOCK_SIZE information.
 const MAXIMUM_READ_BYTES: u32 = 32 << 20;
@@ -72,7 +72,7 @@ fn run() -> io::Result<()> {
     for stream in listener.incoming() {
         let stream = stream?;
         thread::spawn(move || {
-            // A client that goes away in the middle, as a probe does, is no news.
+            // A client that disconnects in the middle, like a probe, is not worth a message.
             if let Err(error) = serve(stream, size)
                 && error.kind() != ErrorKind::UnexpectedEof
                 && error.kind() != ErrorKind::BrokenPipe
@@ -96,7 +96,7 @@ fn serve(mut stream: UnixStream, size: u64) -> io::Result<()> {
     if negotiate(&mut stream, size)? { transmit(&mut stream, size) } else { Ok(()) }
 }
 
-/// Goes through the handshake; the answer is whether transmission follows.
+/// Performs the handshake; returns whether transmission follows.
 fn negotiate(stream: &mut UnixStream, size: u64) -> io::Result<bool> {
     let mut greeting = Vec::new();
     greeting.extend(NBDMAGIC.to_be_bytes());
@@ -160,7 +160,7 @@ fn read_array<const N: usize>(stream: &mut UnixStream) -> io::Result<[u8; N]> {
     Ok(bytes)
 }
 
-/// Answers requests until the client says goodbye.
+/// Answers requests until the client sends DISC.
 fn transmit(stream: &mut UnixStream, size: u64) -> io::Result<()> {
     let constant = vec![0x5a; CONSTANT_BYTES];
     let mut received = vec![0; RECEIVE_BYTES];
@@ -196,7 +196,7 @@ struct Reply {
     payload_length: usize,
 }
 
-/// The reply to the request of 28 bytes, or none for a goodbye.
+/// The reply to the request of 28 bytes, or none for DISC.
 fn answer(request: &[u8], size: u64) -> io::Result<Option<Reply>> {
     if number(&request[..4]) != u64::from(REQUEST_MAGIC) {
         return Err(bad("the client sent a wrong request magic"));

@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use super::random::Random;
 use super::wire::{CMD_FLUSH, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, Wire};
 
-/// The size of a block in bytes. Every block says which one it is and which write made it.
+/// The size of a block in bytes. Every block contains its number and the number of the write.
 pub(super) const BLOCK: u64 = 512;
 
 /// A write that a block may hold.
@@ -15,7 +15,7 @@ pub(super) const BLOCK: u64 = 512;
 struct Write {
     /// 0 is zeroes.
     version: u64,
-    /// The server said that it did it. What it refused may be there in part.
+    /// The server acknowledged it. A refused write may be there in part.
     is_done: bool,
 }
 
@@ -25,19 +25,19 @@ pub(super) struct Blocks {
     first: u64,
     count: u64,
     next_version: u64,
-    /// What each block may hold, oldest first. Blocks that are not here are zero.
+    /// The possible contents of each block, oldest first. Blocks that are not listed are zero.
     possible: BTreeMap<u64, Vec<Write>>,
-    /// Blocks that held something else than zeroes at some time.
+    /// Blocks that were not zero at some time.
     changed: BTreeSet<u64>,
     has_discards: bool,
 }
 
-/// How an operation ended.
+/// The result of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
-    /// The server did it.
+    /// The server acknowledged it.
     Done,
-    /// The server could not do it, and said so with this error.
+    /// The server refused it with this error.
     Refused(u32),
 }
 
@@ -52,7 +52,7 @@ impl Blocks {
     ///
     /// # Errors
     ///
-    /// The connection broke. What was under way may have been done.
+    /// The connection broke. The operation in flight may have been done.
     pub(super) fn step(&mut self, wire: &mut Wire, random: &mut Random) -> Result<Step> {
         let first = self.first + random.below(self.count);
         let most = (self.first + self.count - first).min(if random.one_in(8) { 600 } else { 24 });
@@ -79,7 +79,7 @@ impl Blocks {
         if error != 0 {
             return Ok(Step::Refused(error));
         }
-        // A discard is advice: what it leaves alone stays.
+        // A discard is advice: it may leave the contents unchanged.
         let is_done = command != CMD_TRIM;
         for block in first..first + count {
             let last = self.possible.get_mut(&block).and_then(|writes| writes.last_mut());
@@ -91,7 +91,7 @@ impl Blocks {
         Ok(Step::Done)
     }
 
-    /// FLUSH: what was done before survives from now on.
+    /// FLUSH: everything acknowledged before survives from now on.
     ///
     /// # Errors
     ///
@@ -105,11 +105,11 @@ impl Blocks {
         Ok(Step::Done)
     }
 
-    /// Reads everything and takes what is there as durable.
+    /// Reads everything and takes the contents as durable.
     ///
     /// # Errors
     ///
-    /// A block holds what it cannot hold.
+    /// A block has impossible contents.
     pub(super) fn check(&mut self, wire: &mut Wire) -> Result<()> {
         let mut block = self.first;
         let end = self.first + self.count;
@@ -141,13 +141,13 @@ impl Blocks {
         Ok(())
     }
 
-    /// Blocks that held something else than zeroes at some time.
+    /// Blocks that were not zero at some time.
     pub(super) fn changed(&self) -> impl Iterator<Item = u64> {
         self.changed.iter().copied()
     }
 }
 
-/// After a flush only the last write that was done, and what was refused after it, can be there.
+/// After a flush a block holds the last acknowledged write, or a refused one after it.
 fn forget_what_was_overwritten(writes: &mut Vec<Write>) {
     let last = writes.iter().rposition(|write| write.is_done).unwrap_or(0);
     writes.drain(..last);
@@ -168,7 +168,7 @@ fn content(first: u64, count: u64, version: u64) -> Vec<u8> {
     bytes
 }
 
-/// What a block says of itself.
+/// Decodes the version in a block.
 fn describe(found: &[u8]) -> String {
     let word = |at: usize| found.get(at..at + 8).and_then(|bytes| bytes.try_into().ok());
     let word = |at| word(at).map_or(0, u64::from_be_bytes);

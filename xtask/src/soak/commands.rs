@@ -1,4 +1,4 @@
-//! Random commands on one image by us and on another by qemu-img: both disks must be equal.
+//! Random commands of ours on one image and of qemu-img on another: both disks must be equal.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -41,7 +41,7 @@ impl Judge for Commands {
     }
 }
 
-/// The same image twice: `ours` is changed by our commands, `theirs` by QEMU's.
+/// The same image twice: our commands change `ours`, and QEMU's change `theirs`.
 struct Pair<'a> {
     round: &'a Round<'a>,
     ours: PathBuf,
@@ -156,8 +156,8 @@ impl<'a> Pair<'a> {
     fn resize(&mut self, random: &mut Random) -> Result<String> {
         let name = name_of(&self.ours)?;
         let size = match self.snapshots.is_empty() {
-            // Whole clusters where it shrinks: of a cluster that is cut, QEMU shows the rest again
-            // when the disk grows.
+            // Whole clusters when shrinking: QEMU shows the rest of a cut cluster again when the
+            // disk grows.
             true => (random.below(10) + 1) * MIB,
             false if self.is_version_2 => return self.write(random),
             false => self.size + random.below(4) * MIB,
@@ -201,7 +201,7 @@ impl<'a> Pair<'a> {
         Ok(format!("convert to {name}, compressed: {is_compressed}"))
     }
 
-    /// Commits into the image below, or makes the overlay stand alone.
+    /// Commits into the image below, or makes the overlay independent.
     fn flatten(&mut self, random: &mut Random) -> Result<String> {
         let name = name_of(&self.ours)?;
         if !has_backing(&self.theirs)? {
@@ -217,7 +217,7 @@ impl<'a> Pair<'a> {
         Ok("rebase onto nothing".to_owned())
     }
 
-    /// The disks are the same, and both programs find both images clean.
+    /// Checks that the disks are equal, and that both programs find both images clean.
     fn compare(&self) -> Result<()> {
         qemu_img(&["compare", "-f", "qcow2", "-F", "qcow2"], &self.ours, path(&self.theirs)?)?;
         for image in [&self.ours, &self.theirs] {

@@ -21,11 +21,11 @@ use super::wire::{
 const SIZE: u64 = 64 << 20;
 /// The size of the memory disk that the good client uses, in bytes.
 const GOOD_SIZE: u64 = 8 << 20;
-/// How long one attack lasts at most.
+/// Time limit of one attack.
 const ATTACK: Duration = Duration::from_secs(4);
-/// What the good client may wait for one answer. Far more than what is right: this is no bench.
+/// Time limit for one answer to the good client, far above the usual latency: this is not a bench.
 const LONGEST_WAIT: Duration = Duration::from_secs(20);
-/// What the server may use, in KiB.
+/// Memory limit of the server, in KiB.
 const MEMORY_KIB: u64 = 600 << 10;
 
 #[derive(Debug)]
@@ -180,7 +180,7 @@ fn options(random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-/// Bytes that mean nothing, or the beginning of something.
+/// Random bytes, or the beginning of a valid message.
 fn noise(random: &mut Random) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..random.below(5000)).map(|_| random.next() as u8).collect();
     if random.one_in(2) {
@@ -206,7 +206,7 @@ fn requests(random: &mut Random) -> Vec<u8> {
         bytes.extend(request(command, 0, cookie, offset, length));
     }
     if random.one_in(4) {
-        // A write whose payload does not come.
+        // A write whose payload never arrives.
         bytes.extend(request(CMD_WRITE, 0, 1, 0, 16 << 20));
     }
     bytes

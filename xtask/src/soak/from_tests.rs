@@ -1,4 +1,4 @@
-//! Judges that are integration tests: run one test function at a time, each with a seed of its own.
+//! Judges that are integration tests: run one test function at a time, each with its own seed.
 //!
 //! The tests read their seed and their number of rounds from the environment, and print `judged:
 //! N`, the number of cases they checked.
@@ -15,7 +15,7 @@ use super::random::Random;
 use super::served;
 use crate::command::workspace_root;
 
-/// A test that runs longer hangs.
+/// A test that runs longer is considered hung.
 const LONGEST: Duration = Duration::from_secs(900);
 
 /// A kind of tests.
@@ -29,9 +29,9 @@ pub(super) struct FromTests {
     pub(super) test: &'static str,
     /// Which of its modules has the tests.
     module: &'static str,
-    /// Sets how much one run does, in the environment.
+    /// The environment variable for the amount of work.
     rounds: (&'static str, &'static str),
-    /// Takes the seed, in the environment.
+    /// The environment variable for the seed.
     seed: &'static str,
 }
 
@@ -165,14 +165,14 @@ impl Judge for FromTests {
     }
 }
 
-/// The tests of one module, by their whole names, in what a test program lists.
+/// The full names of the tests of one module in the list that a test program prints.
 fn tests_of<'a>(listed: &'a str, module: &str) -> Vec<&'a str> {
     let names = listed.lines().filter_map(|line| line.strip_suffix(": test"));
     let is_of = |name: &&str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with("::"));
     names.filter(is_of).collect()
 }
 
-/// What a test says it judged; one for a test that says nothing.
+/// Parses the number of judged cases; one for a test that prints none.
 fn judged(text: &str) -> u64 {
     let counts = text.lines().filter_map(|line| line.strip_prefix("judged: "));
     let sum: u64 = counts.filter_map(|count| count.trim().parse::<u64>().ok()).sum();

@@ -51,8 +51,7 @@ impl Judge for FullDisk {
         let mut sessions = 0;
         for is_limited in [true, true, false] {
             let size = std::fs::metadata(&image)?.len();
-            // Whole blocks, as disks have them: a write that is refused is never there in half a
-            // block.
+            // Whole blocks, as on disks: a refused write never changes half of a block.
             let limit = is_limited.then(|| (size / BLOCK + random.below(8192)) * BLOCK);
             let server = serve(round, limit, &image, &socket)?;
             let mut wire = Wire::connect(&socket, "")?;
@@ -61,7 +60,7 @@ impl Judge for FullDisk {
             if !is_limited && refused > 0 {
                 bail!("{refused} requests are refused though there is room");
             }
-            // What was done is there, whether a flush of it succeeds or not.
+            // Acknowledged writes are present, whether a flush of them succeeds or not.
             blocks.clone().check(&mut wire).context("at the end of a session")?;
             let is_flushed = blocks.flush(&mut wire)? == Step::Done;
             drop(wire);

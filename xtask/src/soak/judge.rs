@@ -8,33 +8,33 @@ use super::from_tests::FromTests;
 use super::programs::Programs;
 use super::{commands, flood, full_disk, kills, lies};
 
-/// What one round has to work with.
+/// The environment of one round.
 #[derive(Debug)]
 pub(super) struct Round<'a> {
-    /// What is judged.
+    /// The program under test.
     pub(super) programs: &'a Programs,
     /// An empty directory, removed afterwards.
     pub(super) directory: &'a Path,
-    /// Everything random in the round derives from this number.
+    /// The seed of everything random in the round.
     pub(super) seed: u64,
 }
 
-/// Makes trouble and says whether what came of it is right.
+/// Provokes errors and checks the outcome.
 pub(super) trait Judge: Send + Sync {
-    /// The name by which it is chosen.
+    /// The name for selection.
     fn name(&self) -> &'static str;
 
-    /// One line for people.
+    /// A description in one line.
     fn description(&self) -> &'static str;
 
-    /// What is counted: states, images, attacks.
+    /// The unit of counting: states, images, attacks.
     fn unit(&self) -> &'static str;
 
-    /// Runs one round and returns how much was judged in it.
+    /// Runs one round and returns the number of judged cases.
     ///
     /// # Errors
     ///
-    /// What was judged is not right.
+    /// The outcome is wrong.
     fn round(&self, round: &Round<'_>) -> Result<u64>;
 }
 

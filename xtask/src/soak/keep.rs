@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 /// Larger directories are not kept: the seed makes them again.
 const LARGEST: u64 = 32 << 20;
 
-/// A round that failed.
+/// A failed round.
 #[derive(Debug)]
 pub(super) struct Case<'a> {
     pub(super) judge: &'a str,
@@ -19,7 +19,7 @@ pub(super) struct Case<'a> {
 }
 
 impl Case<'_> {
-    /// Writes what went wrong and how to repeat it, and the files of the round where they are few.
+    /// Writes the error, the command that repeats it, and the files of the round if they are small.
     ///
     /// # Errors
     ///
@@ -44,7 +44,7 @@ impl Case<'_> {
                 .stderr(Stdio::null())
                 .status()
                 .context("cannot start tar")?;
-            // Sockets are not archived, and tar says so with a status of its own.
+            // Sockets are not archived; tar reports that with a special status.
             if !status.success() && !archive.is_file() {
                 anyhow::bail!("tar: {status}");
             }

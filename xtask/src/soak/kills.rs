@@ -103,7 +103,7 @@ impl<'a> Disk<'a> {
     }
 }
 
-/// Has every client write for a moment, and kills the server meanwhile.
+/// Lets every client write for a moment, and kills the server in the meantime.
 fn kill_while_written(
     server: Served,
     disk: &Disk<'_>,
@@ -131,7 +131,7 @@ fn kill_while_written(
     })
 }
 
-/// Writes until the server is gone, which is right only if it was killed.
+/// Writes until the server is gone, which is an error unless it was killed.
 fn write(
     socket: &Path,
     part: &mut Blocks,
@@ -157,7 +157,7 @@ fn write(
     outcome
 }
 
-/// Every block that was written is dirty.
+/// Checks that every written block is dirty.
 fn check_bits(disk: &Disk<'_>, parts: &[Blocks]) -> Result<()> {
     let uri = format!("nbd+unix:///?socket={}", disk.socket.display());
     let context = format!("qemu:dirty-bitmap:{BITMAP}");

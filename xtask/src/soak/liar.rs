@@ -31,10 +31,10 @@ pub(super) fn content(offset: u64, length: usize) -> Vec<u8> {
     (offset..offset + length as u64).map(byte).collect()
 }
 
-/// What a liar did.
+/// The record of a liar's actions.
 #[derive(Debug, Default)]
 pub(super) struct Lied {
-    /// Anything that is not as the protocol has it.
+    /// A violation of the protocol.
     pub(super) at_all: AtomicBool,
 }
 
@@ -43,7 +43,7 @@ pub(super) struct Liar<'a> {
     stream: UnixStream,
     random: Random,
     lied: &'a Lied,
-    /// One in so many messages is a lie; none if 0.
+    /// One lie in this many messages; none if 0.
     rarity: u64,
     is_structured: bool,
     has_context: bool,
@@ -70,8 +70,8 @@ impl<'a> Liar<'a> {
         }
     }
 
-    /// Sends a message, or something else. Lies change headers, lengths and order, never the bytes
-    /// of the disk.
+    /// Sends a message, or a lie. Lies change headers, lengths and order, never the bytes of the
+    /// disk.
     fn say(&mut self, mut header: Vec<u8>, payload: &[u8]) -> io::Result<()> {
         if self.rarity != 0 && self.random.one_in(self.rarity) {
             self.lied.at_all.store(true, Ordering::SeqCst);
@@ -116,7 +116,7 @@ impl<'a> Liar<'a> {
         self.say(header, &[])
     }
 
-    /// Answers an option; true when transmission begins.
+    /// Answers an option; returns true when transmission begins.
     fn option(&mut self) -> io::Result<bool> {
         if u64::from_be_bytes(self.hear()?) != OPTION_MAGIC {
             return Err(io::ErrorKind::InvalidData.into());

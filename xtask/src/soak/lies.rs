@@ -15,11 +15,11 @@ use super::liar::{self, Liar, Lied};
 use super::random::Random;
 use super::served::{self, Ended};
 
-/// How many commands meet one liar.
+/// Commands per liar.
 const COMMANDS: u64 = 10;
-/// A command that runs longer hangs: it was told to wait for 3 s at a time.
+/// A command that runs longer is considered hung: its time limit is 3 s per request.
 const LONGEST: Duration = Duration::from_secs(90);
-/// What a command may use of memory, in bytes of address space.
+/// Memory limit of a command, in bytes of address space.
 const ADDRESS_SPACE: u64 = 4 << 30;
 
 #[derive(Debug)]

@@ -34,13 +34,13 @@ use programs::Programs;
 use random::Random;
 use report::Report;
 
-/// Rounds that are under way this long after the last was begun never end.
+/// Rounds that are still running this long after the last start are considered hung.
 const LONGEST_ROUND: Duration = Duration::from_secs(1800);
 
-/// What `cargo xtask soak` is asked to do.
+/// The arguments of `cargo xtask soak`.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// How long new rounds are begun, in minutes; those under way then are finished.
+    /// Time during which new rounds are started, in minutes; running ones are then completed.
     #[arg(long, value_name = "N", default_value_t = 10)]
     minutes: u64,
     /// The seed from which all rounds derive theirs [default: from the clock]
@@ -52,13 +52,13 @@ pub(crate) struct Options {
     /// Repeat one round of one judge.
     #[arg(long, value_name = "JUDGE:SEED", conflicts_with_all = ["only", "seed", "minutes"])]
     repeat: Option<String>,
-    /// How many rounds run at the same time [default: one for each core]
+    /// Number of concurrent rounds [default: one for each core]
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
-    /// Where failing rounds are kept [default: target/soak]
+    /// Directory for failed rounds [default: target/soak]
     #[arg(long, value_name = "DIRECTORY")]
     keep: Option<PathBuf>,
-    /// Print the judges and what each does.
+    /// Print the judges with a description.
     #[arg(long)]
     list: bool,
     /// The profile with which programs and tests are built.
@@ -67,10 +67,9 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// What continuous integration runs: two minutes, of what the tests were built with, from a
-    /// seed that is always the same. Damaged images are left out: the same images are a test
-    /// already, and a difference from QEMU in others must not stop a change that has nothing to do
-    /// with it.
+    /// The run in continuous integration: two minutes, with the profile of the tests and a fixed
+    /// seed. Damaged images are left out: the same images are a test already, and a difference from
+    /// QEMU in others must not block an unrelated change.
     pub(crate) fn continuous_integration() -> Self {
         Self {
             minutes: 2,
@@ -93,7 +92,7 @@ impl Options {
 ///
 /// # Errors
 ///
-/// A round failed, or something that the judges need cannot be built.
+/// A round failed, or a program that the judges need cannot be built.
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.list {
         for judge in judge::all() {
@@ -192,7 +191,7 @@ impl Soak {
         self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Runs a round of the judge that had the least time so far.
+    /// Runs a round of the judge with the least time so far.
     fn next_round(&self, seeds: &Mutex<Random>) {
         let seed = seeds.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
         let index = self.report().begin_round();

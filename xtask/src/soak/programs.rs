@@ -9,12 +9,12 @@ use serde_json::Value;
 use super::from_tests::FromTests;
 use crate::command::{cargo, output_of};
 
-/// Where the programs are.
+/// The paths of the programs.
 #[derive(Debug)]
 pub(super) struct Programs {
     /// `nbd-cli`.
     pub(super) cli: PathBuf,
-    /// Integration tests by package and name, with the directory they have to run in.
+    /// Integration tests by package and name, with their working directory.
     tests: HashMap<(String, String), PathBuf>,
 }
 
@@ -35,7 +35,7 @@ impl Programs {
 ///
 /// # Errors
 ///
-/// Something does not compile.
+/// A program or test does not compile.
 pub(super) fn build(profile: &str) -> Result<Programs> {
     let mut command = cargo();
     command.args(["build", "--workspace", "--locked", "--profile", profile, "--bin", "nbd-cli"]);
@@ -60,7 +60,7 @@ fn executables(command: &mut std::process::Command) -> Result<Vec<(String, Strin
     Ok(output.lines().filter_map(executable).collect())
 }
 
-/// The executable that a line of cargo's JSON output tells of.
+/// Returns the executable in a line of cargo's JSON output.
 fn executable(line: &str) -> Option<(String, String, PathBuf)> {
     let message: Value = serde_json::from_str(line).ok()?;
     let path = message.get("executable")?.as_str()?;

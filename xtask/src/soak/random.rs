@@ -22,7 +22,7 @@ impl Random {
         self.next() % bound
     }
 
-    /// Whether an event of probability 1/`count` happens.
+    /// Returns true with probability 1/`count`.
     pub(super) fn one_in(&mut self, count: u64) -> bool {
         self.below(count) == 0
     }
@@ -32,7 +32,7 @@ impl Random {
         &values[self.below(values.len() as u64) as usize]
     }
 
-    /// A generator for a part of the round that runs beside others.
+    /// Creates a generator for a concurrent part of the round.
     pub(super) fn fork(&mut self) -> Self {
         Self(self.next())
     }

@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use super::judge::Judge;
 
-/// What one judge did so far.
+/// The results of one judge so far.
 #[derive(Debug)]
 struct Row {
     name: &'static str,
     unit: &'static str,
-    /// Rounds begun and not yet ended, so that workers choose different judges.
+    /// Rounds in progress, so that workers choose different judges.
     running: u32,
     rounds: u64,
     judged: u64,
@@ -38,7 +38,7 @@ impl Report {
         Self { rows: judges.iter().map(|judge| row(&**judge)).collect(), start: Instant::now() }
     }
 
-    /// The judge that had the least time so far.
+    /// Returns the judge with the least time so far.
     pub(super) fn begin_round(&mut self) -> usize {
         let next = self.rows.iter().enumerate().min_by_key(|(_, row)| (row.running, row.time));
         let index = next.map_or(0, |(index, _)| index);
@@ -46,7 +46,7 @@ impl Report {
         index
     }
 
-    /// Books a round; `judged` is nothing where it failed.
+    /// Records a round; `judged` is `None` if it failed.
     pub(super) fn end_round(&mut self, index: usize, time: Duration, judged: Option<u64>) {
         let row = &mut self.rows[index];
         row.running -= 1;
@@ -58,7 +58,7 @@ impl Report {
         }
     }
 
-    /// The judges of which a round is under way.
+    /// Returns the judges with a round in progress.
     pub(super) fn running(&self) -> String {
         let rows = self.rows.iter().filter(|row| row.running > 0);
         rows.map(|row| row.name).collect::<Vec<_>>().join(", ")

@@ -12,13 +12,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::command_line;
 
-/// The longest time that a server may take to start or to end.
+/// Time limit for a server to start or to end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A command that runs longer hangs.
+/// A command that runs longer is considered hung.
 const LONGEST_COMMAND: Duration = Duration::from_secs(300);
 
-/// A server under judgement. It is killed when this is dropped.
+/// A server under test. It is killed on drop.
 #[derive(Debug)]
 pub(super) struct Served {
     child: Child,
@@ -26,11 +26,11 @@ pub(super) struct Served {
 }
 
 impl Served {
-    /// Starts a server and waits for the line that says where it listens.
+    /// Starts a server and waits for the line with its address.
     ///
     /// # Errors
     ///
-    /// It ends, or says nothing.
+    /// It ends, or prints nothing.
     pub(super) fn start(command: &mut Command, directory: &Path, socket: &Path) -> Result<Self> {
         let complaints = directory.join("server.txt");
         let log = File::options().create(true).append(true).open(&complaints)?;
@@ -52,7 +52,7 @@ impl Served {
         }
     }
 
-    /// Ends the server as the kernel does when memory runs out.
+    /// Kills the server, as the kernel does when memory is exhausted.
     pub(super) fn kill(mut self) {
         self.child.kill().ok();
         self.child.wait().ok();
@@ -86,7 +86,7 @@ impl Served {
         value.with_context(|| format!("the server is gone: {}", self.complaints()))
     }
 
-    /// What the server said to standard error.
+    /// Returns the server's standard error.
     pub(super) fn complaints(&self) -> String {
         let text = fs::read_to_string(&self.complaints).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();
@@ -101,7 +101,7 @@ impl Drop for Served {
     }
 }
 
-/// The first line of what a server says; nothing if it says none for a long time.
+/// Returns the first line of a server's output; `None` if there is none for a long time.
 fn first_line(output: ChildStdout) -> Option<String> {
     let (sender, receiver) = mpsc::channel();
     // Ends with the server, which is killed at the latest when it is given up.
@@ -113,7 +113,7 @@ fn first_line(output: ChildStdout) -> Option<String> {
     receiver.recv_timeout(PATIENCE).ok()
 }
 
-/// Waits for the end of a process; nothing if it had to be killed.
+/// Waits for the end of a process; returns `None` if it had to be killed.
 ///
 /// # Errors
 ///
@@ -135,10 +135,10 @@ pub(super) fn wait(child: &mut Child, patience: Duration) -> Result<Option<ExitS
     }
 }
 
-/// How a command ended.
+/// The outcome of a command.
 #[derive(Debug)]
 pub(super) struct Ended {
-    /// Nothing if it had to be killed.
+    /// `None` if it had to be killed.
     pub(super) status: Option<ExitStatus>,
     pub(super) said: String,
 }
@@ -176,7 +176,7 @@ pub(super) fn output_of(command: &mut Command) -> Result<String> {
     output_if(command, &[0])
 }
 
-/// As [`output_of`], for a command that may end with one of these statuses.
+/// Like [`output_of`], for a command that may end with one of these statuses.
 ///
 /// # Errors
 ///
@@ -201,7 +201,8 @@ pub(super) fn output_if(command: &mut Command, statuses: &[i32]) -> Result<Strin
     }
 }
 
-/// Has qemu-img look at an image that a server used until its end: at worst there are leaks.
+/// Runs `qemu-img check` on an image after its server has ended: leaks are the worst that is
+/// allowed.
 ///
 /// # Errors
 ///

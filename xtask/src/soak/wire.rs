@@ -31,7 +31,7 @@ pub(super) const CMD_BLOCK_STATUS: u16 = 7;
 
 const REP_ACK: u32 = 1;
 
-/// A reply that takes longer hangs.
+/// A reply that takes longer is considered hung.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An option and its data.
@@ -84,7 +84,7 @@ impl Wire {
     ///
     /// # Errors
     ///
-    /// The server cannot be reached, or greets with something else than the newstyle protocol.
+    /// The server cannot be reached, or its greeting is not newstyle.
     pub(super) fn greet(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).context("cannot connect")?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -136,12 +136,12 @@ impl Wire {
     ///
     /// # Errors
     ///
-    /// The server has closed the connection, or takes nothing.
+    /// The server has closed the connection, or reads nothing.
     pub(super) fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes)
     }
 
-    /// Sends what the server takes without waiting, and says how much that was.
+    /// Sends what the server accepts without blocking; returns the number of bytes.
     pub(super) fn send_some(&mut self, bytes: &[u8]) -> usize {
         self.stream.set_nonblocking(true).ok();
         let mut sent = 0;
@@ -158,11 +158,11 @@ impl Wire {
         Ok(bytes)
     }
 
-    /// One request and its reply; the number is the error of the reply, or 0.
+    /// Sends one request and reads its reply; returns the error of the reply, or 0.
     ///
     /// # Errors
     ///
-    /// The connection broke, or the reply makes no sense.
+    /// The connection broke, or the reply is malformed.
     pub(super) fn exchange(&mut self, request: &[u8], answer: &mut [u8]) -> Result<u32> {
         let cookie = self.cookie;
         self.send(request)?;

@@ -1,6 +1,7 @@
-//! The paths that the documents of the workspace name exist.
+//! Checks that the paths in the documents of the workspace exist.
 
-/// Finds paths in backticks that `exists` does not know: those with a `/` that end in `.rs` or `/`.
+/// Finds paths in backticks for which `exists` returns false: those with a `/` that end in `.rs` or
+/// `/`.
 pub(crate) fn check(document: &str, text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut findings = Vec::new();
     let mut is_in_block = false;

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::lexer::{Source, line_at, word_offsets};
 
-/// What one crate may name in its manifest among the crates of this workspace.
+/// The crates of this workspace that one crate may name in its manifest.
 struct Allowed {
     name: &'static str,
     /// Dependencies, and dependencies of its tests.
@@ -22,7 +22,8 @@ const TABLE: &[Allowed] = &[
     Allowed { name: "nbd-proto", dependencies: &[], optional: &[], tests: &[] },
     // Its tests turn on its own feature `test-util`.
     Allowed { name: "imgfmt", dependencies: &[], optional: &[], tests: &["imgfmt"] },
-    // Only one of the two network crates may test with the other, or neither could be published.
+    // Only one of the two network crates may test with the other; otherwise neither could be
+    // published.
     Allowed {
         name: "nbd-client",
         dependencies: &["nbd-proto"],
@@ -51,24 +52,24 @@ const TABLE: &[Allowed] = &[
     Allowed { name: "xtask", dependencies: &[], optional: &[], tests: &[] },
 ];
 
-/// What belongs to command lines: the libraries neither parse arguments nor draw nor print.
+/// Crates for command lines: the libraries neither parse arguments nor draw nor print.
 const FOR_PROGRAMS: &[&str] =
     &["clap", "clap_complete", "indicatif", "tracing-subscriber", "anyhow"];
 
-/// The crates that others use.
+/// The library crates.
 const QUIET: &[&str] = &["nbd-proto", "nbd-server", "nbd-client", "imgfmt", "nbd-jobs"];
 
-/// The sources of each network crate, and the one file there that has to do with images.
+/// The sources of each network crate, and its one file that may use images.
 const IMAGE_ADAPTERS: [(&str, &str); 2] = [
     ("nbd-server/src/", "nbd-server/src/export/image.rs"),
     ("nbd-client/src/", "nbd-client/src/storage.rs"),
 ];
 
-/// Checks what `cargo metadata --no-deps` says against the table.
+/// Checks the output of `cargo metadata --no-deps` against the table.
 ///
 /// # Errors
 ///
-/// `metadata` is not what cargo writes.
+/// `metadata` is not in cargo's format.
 pub(crate) fn check(metadata: &str) -> Result<Vec<String>> {
     let metadata: Value = serde_json::from_str(metadata).context("cargo metadata is not JSON")?;
     let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
@@ -97,7 +98,7 @@ fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
         return None;
     }
     let is_optional = dependency["optional"].as_bool() == Some(true);
-    // A crate's tests may use it with other features than its users do.
+    // A crate's tests may use other features of it than its users.
     if allowed.dependencies.contains(&name)
         || (is_for_tests && allowed.name == name)
         || (is_for_tests && allowed.tests.contains(&name))
@@ -112,7 +113,7 @@ fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
     })
 }
 
-/// In the sources of the network crates only the adapters name `imgfmt`.
+/// Checks that in the sources of the network crates only the adapters name `imgfmt`.
 pub(crate) fn check_image_adapter(path: &str, source: &Source) -> Vec<String> {
     let adapter = IMAGE_ADAPTERS.iter().find(|(sources, _)| path.starts_with(sources));
     let Some((_, adapter)) = adapter.filter(|(_, adapter)| path != *adapter) else {

@@ -29,7 +29,7 @@ pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {
         .collect()
 }
 
-/// Finds entries of the list that are gone, so that a rule does not end unseen.
+/// Finds list entries that no longer exist, so that a rule does not end unnoticed.
 pub(crate) fn check_lists(exists: impl Fn(&str) -> bool) -> Vec<String> {
     let gone = ENGINES.iter().filter(|path| !exists(path));
     gone.map(|path| {

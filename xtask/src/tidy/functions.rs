@@ -2,7 +2,7 @@
 
 use super::lexer::{Source, is_name_byte, line_at, matching_close, word_offsets};
 
-/// The most lines a function has, from its `fn` to its closing brace.
+/// Most lines of a function, from its `fn` to its closing brace.
 const MAXIMUM_LINES: usize = 70;
 
 /// Finds functions that are too long, tests excepted.

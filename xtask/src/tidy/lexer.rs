@@ -1,7 +1,7 @@
-//! Splits Rust source into code and comments, so that a word in a string is not taken for code.
+//! Splits Rust source into code and comments, so that a word in a string is not mistaken for code.
 
-/// One source file in two halves of equal length: what is not in a half is blanked there, line
-/// breaks stay in both, so offsets and line numbers agree with the file.
+/// One source file in two halves of equal length: each half has blanks in place of the other, and
+/// both keep line breaks, so offsets and line numbers agree with the file.
 #[derive(Debug)]
 pub(crate) struct Source {
     /// Code without comments and without the contents of string and character literals.
@@ -16,7 +16,7 @@ impl Source {
         Splitter::new(text.as_bytes()).split()
     }
 
-    /// The code without what is compiled for tests only (items behind `#[cfg(test)]`).
+    /// Returns the code without items that are compiled for tests only (behind `#[cfg(test)]`).
     pub(crate) fn code_without_tests(&self) -> String {
         let mut code = self.code.clone().into_bytes();
         let marker = b"#[cfg(test)]";
@@ -190,7 +190,7 @@ impl<'a> Splitter<'a> {
         if next == b'\\' {
             return Some(self.quoted_end(self.at + 1, b'\''));
         }
-        // One character and a quote is a literal; a name without a quote behind it is a lifetime.
+        // One character and a quote is a literal; a name without a closing quote is a lifetime.
         let width = match next {
             0..0x80 => 1,
             0x80..0xE0 => 2,

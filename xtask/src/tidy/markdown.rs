@@ -1,10 +1,10 @@
 //! The width of lines in documents.
 
-/// The most columns a line has, counted in characters.
+/// Most columns of a line, counted in characters.
 const MAXIMUM_COLUMNS: usize = 100;
 
-/// Finds lines that are too long. Tables, code blocks and what cannot be broken (an address, a span
-/// of code) may be longer.
+/// Finds lines that are too long. Tables, code blocks and unbreakable text (an address, a span of
+/// code) may be longer.
 pub(crate) fn check(path: &str, text: &str) -> Vec<String> {
     let mut findings = Vec::new();
     let mut is_in_block = false;
@@ -28,7 +28,8 @@ pub(crate) fn check(path: &str, text: &str) -> Vec<String> {
     findings
 }
 
-/// Whether a blank outside code spans and addresses stands within the limit, after the first word.
+/// Returns whether there is a blank outside code spans and addresses within the limit, after the
+/// first word.
 fn can_be_broken(line: &str) -> bool {
     let indent = line.chars().take_while(|character| *character == ' ').count();
     let mut is_code = false;
@@ -36,7 +37,7 @@ fn can_be_broken(line: &str) -> bool {
     for (column, character) in line.chars().enumerate().skip(indent).take(MAXIMUM_COLUMNS) {
         match character {
             '`' => is_code = !is_code,
-            // The mark of a list's item is no word that could stand alone.
+            // The marker of a list item is not a word that can stand alone.
             ' ' if !is_code && column > indent + 2 && has_word => return true,
             ' ' => continue,
             _ => {}

@@ -41,7 +41,7 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// Everything that is wrong in the workspace at `root`: `file:line: what`, in the order of files.
+/// Returns all findings in the workspace at `root`: `file:line: what`, in the order of files.
 fn check(root: &Path) -> Result<Vec<String>> {
     let mut metadata = cargo();
     metadata.args(["metadata", "--no-deps", "--format-version", "1"]);
@@ -55,7 +55,7 @@ fn check(root: &Path) -> Result<Vec<String>> {
             .with_context(|| format!("cannot read {} as text", file.display()))?;
         let path = file.strip_prefix(root).unwrap_or(&file).to_string_lossy().into_owned();
         findings.extend(check_file(&path, &text));
-        // The documents of a crate name paths from within it.
+        // The documents of a crate name paths relative to it.
         if path.ends_with(".md") && (path.starts_with("docs/") || !path.contains('/')) {
             findings.extend(architecture::check(&path, &text, |named| exists(root, named)));
         }
@@ -65,7 +65,7 @@ fn check(root: &Path) -> Result<Vec<String>> {
     Ok(findings)
 }
 
-/// What comes in from others, as far as it is compiled on this machine.
+/// Checks third-party crates, as far as they are compiled on this machine.
 fn check_supply(root: &Path) -> Result<Vec<String>> {
     let read = |name: &str| {
         fs::read_to_string(root.join(name)).with_context(|| format!("cannot read {name}"))
@@ -79,7 +79,7 @@ fn check_supply(root: &Path) -> Result<Vec<String>> {
     Ok(findings)
 }
 
-/// The platform that the compiler of this workspace runs on, as rustc calls it.
+/// The host platform of this workspace's compiler, in rustc's notation.
 fn host_platform() -> Result<String> {
     let mut rustc = Command::new("rustc");
     rustc.arg("-vV").current_dir(workspace_root());
@@ -88,7 +88,7 @@ fn host_platform() -> Result<String> {
     Ok(host.context("rustc -vV names no host")?.to_owned())
 }
 
-/// Every check that looks at one file. `path` is relative to the workspace and chooses the checks.
+/// Every check of a single file. `path` is relative to the workspace and selects the checks.
 fn check_file(path: &str, text: &str) -> Vec<String> {
     let mut findings = source::check_text(path, text);
     if path.ends_with("Cargo.toml") && path != "Cargo.toml" {
@@ -108,7 +108,7 @@ fn check_file(path: &str, text: &str) -> Vec<String> {
     findings
 }
 
-/// Files that people write. Corpora, golden images and build output are none of them.
+/// Hand-written files: not corpora, golden images or build output.
 fn collect_text_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
     let entries =
         fs::read_dir(directory).with_context(|| format!("cannot list {}", directory.display()))?;
@@ -130,7 +130,7 @@ fn collect_text_files(directory: &Path, files: &mut Vec<PathBuf>) -> Result<()> 
     Ok(())
 }
 
-/// Whether a path that a document names exists, from the top or from within a crate.
+/// Returns whether a path in a document exists, relative to the workspace or to a crate.
 fn exists(root: &Path, path: &str) -> bool {
     const CRATES: &[&str] = &[
         "",

@@ -19,7 +19,7 @@ const FORBIDDEN_PATHS: &[&str] = &[
     "std::*",
 ];
 
-/// Words that the crate may not use wherever they come from.
+/// Words that the crate may not contain anywhere.
 const FORBIDDEN_WORDS: &[&str] = &["tokio", "Instant", "SystemTime", "io::Read", "io::Write"];
 
 /// Checks one file of the protocol crate; others pass.
@@ -54,7 +54,7 @@ fn is_at_or_below(path: &str, ancestor: &str) -> bool {
     path.strip_prefix(ancestor).is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
 }
 
-/// Adds every path that the path or use tree at `at` names, and returns where it ends.
+/// Adds every path that the path or use tree at `at` names, and returns its end.
 fn expand_path(code: &[u8], at: usize, prefix: &str, paths: &mut Vec<String>) -> usize {
     let mut at = skip_blanks(code, at);
     if code.get(at) == Some(&b'{') {
@@ -71,7 +71,7 @@ fn expand_path(code: &[u8], at: usize, prefix: &str, paths: &mut Vec<String>) ->
     }
     let end = at + code[at.min(code.len())..].iter().take_while(|b| is_segment_byte(**b)).count();
     if end == at {
-        // Not a name: step over it, so that a caller's loop always moves on.
+        // Not a name: step over it, so that a caller's loop always advances.
         return at + 1;
     }
     let segment = String::from_utf8_lossy(&code[at..end]);

@@ -2,14 +2,14 @@
 
 use super::lexer::{Source, line_at, matching_close, word_offsets};
 
-/// The most lines a source file has, unless one of its first lines says why it has more.
+/// Most lines of a source file, unless one of its first lines gives a reason for more.
 const MAXIMUM_LINES: usize = 600;
 const EXCUSE: &str = "Over 600 lines because";
 
-/// This directory names what it looks for.
+/// This directory contains the words that it searches for.
 const OWN_DIRECTORY: &str = "xtask/src/tidy/";
 
-/// Directories of somebody's machine.
+/// Directories of one machine.
 const MACHINE_DIRECTORYS: &[&str] = &["/work/", "/home/", "/root/", "/Users/"];
 
 /// Rules for every text file: blanks and paths.
@@ -71,7 +71,7 @@ fn names_directory(line: &str, directory: &str) -> bool {
     })
 }
 
-/// A `matches!` whose value nobody looks at tests nothing.
+/// A `matches!` whose value is unused tests nothing.
 fn unused_matches(path: &str, code: &str) -> Vec<String> {
     let mut findings = Vec::new();
     for (offset, found) in code.match_indices("matches!(") {
@@ -96,7 +96,7 @@ fn undocumented_unsafe(path: &str, source: &Source) -> Vec<String> {
             continue;
         }
         let line = line_at(&source.code, offset);
-        // The reason stands above the statement, which can begin some lines before the block.
+        // The reason is above the statement, which can begin some lines before the block.
         let is_documented = (0..line)
             .rev()
             .take(12)

@@ -3,14 +3,14 @@
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-/// Where every crate comes from that is not of this workspace.
+/// The source of every third-party crate.
 const SOURCE: &str = "registry+https://github.com/rust-lang/crates.io-index";
 
-/// Checks the licences in what `cargo metadata` says against `licenses.allow` in `deny.toml`.
+/// Checks the licences in the output of `cargo metadata` against `licenses.allow` in `deny.toml`.
 ///
 /// # Errors
 ///
-/// `metadata` is not what cargo writes.
+/// `metadata` is not in cargo's format.
 pub(crate) fn check_licences(metadata: &str, deny: &str) -> Result<Vec<String>> {
     let metadata: Value = serde_json::from_str(metadata).context("cargo metadata is not JSON")?;
     let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
@@ -27,7 +27,7 @@ pub(crate) fn check_licences(metadata: &str, deny: &str) -> Result<Vec<String>> 
     Ok(findings)
 }
 
-/// Checks that every crate in `Cargo.lock` is of this workspace or from crates.io.
+/// Checks that every crate in `Cargo.lock` is in this workspace or from crates.io.
 pub(crate) fn check_sources(lock: &str) -> Vec<String> {
     let mut findings = Vec::new();
     for (index, line) in lock.lines().enumerate() {
@@ -40,7 +40,7 @@ pub(crate) fn check_sources(lock: &str) -> Vec<String> {
     findings
 }
 
-/// The texts in the list `allow` of the section `[licenses]`.
+/// The strings in the list `allow` of the section `[licenses]`.
 fn allowed_licences(deny: &str) -> Vec<&str> {
     let section = deny.split("\n[licenses]").nth(1).unwrap_or_default();
     let section = section.split("\n[").next().unwrap_or_default();
@@ -49,8 +49,8 @@ fn allowed_licences(deny: &str) -> Vec<&str> {
     list.split('"').skip(1).step_by(2).collect()
 }
 
-/// Whether an SPDX expression can be met with the allowed licences. `/` is an old form of `OR`;
-/// what stands before a WITH has to be allowed by itself.
+/// Returns whether the allowed licences satisfy an SPDX expression. `/` is an old form of `OR`; a
+/// licence before a WITH has to be allowed by itself.
 fn is_allowed(expression: &str, allowed: &[&str]) -> bool {
     let spaced = expression.replace('(', " ( ").replace(')', " ) ").replace('/', " OR ");
     let tokens: Vec<&str> = spaced.split_ascii_whitespace().collect();

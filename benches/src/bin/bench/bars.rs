@@ -11,18 +11,18 @@ pub(crate) struct Bar {
     pub(crate) limit: Limit,
 }
 
-/// Which ratio of a row a bar looks at.
+/// The ratio that a bar checks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Ratio {
-    /// Our throughput by that of the fastest peer.
+    /// Our throughput divided by that of the fastest peer.
     ThroughputToPeer,
-    /// Our throughput by that of the floor.
+    /// Our throughput divided by that of the floor.
     ThroughputToFloor,
-    /// Our CPU time per request by that of the cheapest peer.
+    /// Our CPU time per request divided by that of the cheapest peer.
     CpuToPeer,
 }
 
-/// What the ratio has to be.
+/// The required ratio.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Limit {
     AtLeast(f64),
@@ -61,12 +61,12 @@ const fn cpu(row: &'static str, most: f64) -> Bar {
     Bar { row, ratio: Ratio::CpuToPeer, limit: Limit::AtMost(most) }
 }
 
-/// What came of one bar.
+/// The verdict on one bar.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct BarReport {
     pub(crate) row: String,
     pub(crate) requirement: String,
-    /// The measured ratio, if all it needs was measured.
+    /// The measured ratio, if all its parts were measured.
     pub(crate) measured: Option<f64>,
     pub(crate) verdict: Verdict,
 }
@@ -90,7 +90,7 @@ impl Verdict {
     }
 }
 
-/// Whether a ratio is what it has to be.
+/// Returns whether a ratio meets the requirement.
 pub(crate) fn is_met(limit: Limit, ratio: f64) -> bool {
     match limit {
         Limit::AtLeast(limit) => ratio >= limit,

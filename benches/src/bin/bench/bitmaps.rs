@@ -33,7 +33,7 @@ const OURS_PLAIN: &str = "ours-no-bitmap";
 const PROCESS: &str = "bitmap-process-randwrite-4k-qd16";
 const POWER: &str = "bitmap-power-randwrite-4k-qd16";
 
-/// What the image has when the server starts.
+/// The state of the image when the server starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Bitmap {
     None,
@@ -110,8 +110,8 @@ fn contender(
     Contender { name, measure: Box::new(measure) }
 }
 
-/// Takes the bitmap away, whatever the last server has left of it: servers are killed. Then makes a
-/// new one, if there is to be one.
+/// Removes the bitmap in any state that the last server left it in: servers are killed. Then
+/// creates a new one, if the row needs one.
 fn provide(disk: &Path, bitmap: Bitmap) -> Result<()> {
     let change =
         |what| output_of(Command::new("qemu-img").args(["bitmap", what]).arg(disk).arg(BITMAP));

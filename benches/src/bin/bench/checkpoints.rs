@@ -1,14 +1,14 @@
 //! Checkpoints, and their cost for concurrent writes.
 //!
-//! The time until one has begun on a disk of 1 TiB, empty and with all its clusters mapped; and
-//! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a
-//! checkpoint, right after the begin of one, when nearly every write is the first to its place, and
-//! while its view is read. A row that reads has a row beside it in which the disk itself is read, so
-//! that what the reader takes is not put down to the checkpoint; and it reads at a rate that leaves a
-//! machine of two processors something for the writes.
+//! The time until one has started on a disk of 1 TiB, empty and with all its clusters mapped; and 4
+//! KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a
+//! checkpoint, right after the start of one, when nearly every write is the first to its place, and
+//! while its view is read. Beside each row that reads the view, another row reads the disk itself,
+//! so that the cost of reading is not attributed to the checkpoint; the read rate is limited so
+//! that a machine of two processors has capacity left for the writes.
 //!
-//! The other way to keep a moment, an internal snapshot, is `ours-snapshot`. QEMU's is a backup job
-//! in qemu-storage-daemon that copies only what is overwritten.
+//! An alternative, an internal snapshot, is `ours-snapshot`. QEMU's is a backup job in
+//! qemu-storage-daemon that copies only overwritten data.
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
@@ -39,7 +39,7 @@ const RAW: &str = "source.img";
 const BITMAP: &str = "backup";
 const SNAPSHOT: &str = "moment";
 
-/// As fast as a fast network or disk takes a backup.
+/// The rate at which a fast network or disk takes a backup.
 const READER_RATE: &str = "--rate=200m";
 
 const OURS_SNAPSHOT: &str = "ours-snapshot";
@@ -53,14 +53,14 @@ const FRESH: &str = "checkpoint-fresh-randwrite-4k-qd16";
 const NONE_READ: &str = "checkpoint-none-read-randwrite-4k-qd16";
 const READ: &str = "checkpoint-read-randwrite-4k-qd16";
 
-/// What of a checkpoint is timed.
+/// The timed part of a checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Timed {
     Begin,
     End,
 }
 
-/// What is there beside the writes.
+/// The load beside the writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Beside {
     checkpoint: bool,
@@ -120,7 +120,7 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
     DataFile::existing(lab.file(DISK), options.page_cache).settle_and_warm()
 }
 
-/// How often a minute it could be done, and as latency how long it took.
+/// The rate per minute, and the duration as latency.
 fn timed_contest(name: &str, image: &'static str, timed: Timed) -> Contest {
     let contender = |name, measure: fn(&Lab<'_>, &str, Timed) -> Result<Sample>| Contender {
         name,
@@ -179,7 +179,7 @@ fn time(server: &Fleecing, work: impl Fn() -> Result<()>) -> Result<Sample> {
     Ok(once(elapsed, watch.finish()?))
 }
 
-/// The sample of what was done once.
+/// The sample of an operation that was done once.
 fn once(elapsed: Duration, usage: Usage) -> Sample {
     let result = ClientResult {
         throughput: 60.0 / elapsed.as_secs_f64(),
@@ -199,7 +199,7 @@ fn write_contest(name: &str, beside: Beside) -> Contest {
         }),
     };
     let mut contenders = vec![server(OURS, Maker::Ours), server(QEMU, Maker::Qemu)];
-    // A server does not let anyone read a snapshot of the image that it writes.
+    // A server does not allow reading a snapshot of the image that it writes.
     if beside == (Beside { checkpoint: true, reader: false }) {
         contenders.push(Contender { name: OURS_SNAPSHOT, measure: Box::new(write_after_snapshot) });
     }
@@ -225,7 +225,7 @@ fn write(maker: Maker, lab: &Lab<'_>, beside: Beside) -> Result<Sample> {
     reader.map_or(Ok(()), Reader::finish)?;
     let sample = Sample::new(result, watch.finish()?);
     if beside.checkpoint {
-        // A view that was lost is no backup, however fast the writes were.
+        // A lost view is not a backup, however fast the writes were.
         server.end()?;
     }
     Ok(sample)
@@ -253,7 +253,7 @@ fn job(lab: &Lab<'_>) -> Job {
     }
 }
 
-/// Reads a disk from its start to its end, again and again until it is dropped.
+/// Reads a disk from start to end repeatedly until it is dropped.
 #[derive(Debug)]
 struct Reader {
     child: Child,
@@ -290,7 +290,7 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        // It may have ended, and then it has been waited for.
+        // It may have ended, and was waited for.
         drop(self.child.kill());
         drop(self.child.wait());
     }

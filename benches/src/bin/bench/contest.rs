@@ -1,7 +1,7 @@
-//! Rows of a group: contenders that do the same work, side by side.
+//! Rows of a group: contenders that do the same work.
 //!
-//! Blocks are interleaved as those of the raw rows are: rounds, then rows, then contenders, whose
-//! order turns by one in every round.
+//! Blocks are interleaved like those of the raw rows: rounds, then rows, then contenders, whose
+//! order rotates by one in every round.
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -12,16 +12,16 @@ use super::notes::note;
 use super::sample::Sample;
 use super::statistics::median_sample;
 
-/// The contender that is ours; others of ours begin with this and `-`, and are no peers.
+/// Our contender; other contenders of ours have this prefix and `-`, and are not peers.
 pub(crate) const OURS: &str = "ours";
 
 /// One row.
 pub(crate) struct Contest {
     /// The name in the table and the report, unique among all groups.
     pub(crate) name: String,
-    /// What throughputs count, such as `IOPS`.
+    /// The unit of throughput, such as `IOPS`.
     pub(crate) throughput_unit: &'static str,
-    /// What CPU time is counted per, such as `request`.
+    /// The unit of work for CPU time, such as `request`.
     pub(crate) work_name: &'static str,
     pub(crate) contenders: Vec<Contender>,
 }
@@ -44,15 +44,15 @@ pub(crate) struct ContestBar {
     pub(crate) limit: Limit,
 }
 
-/// What our throughput in the row is divided by.
+/// The divisor of our throughput in the row.
 #[derive(Debug)]
 pub(crate) enum Against {
-    /// Nothing: it is the throughput itself that counts.
+    /// None: the bar is the throughput itself.
     Nothing,
-    /// The fastest contender that is not ours.
+    /// The fastest contender of a peer.
     BestPeer,
-    /// The contender that is not ours and needs the least CPU time for the same work; it is CPU
-    /// time that is compared, not throughput.
+    /// The contender of a peer with the least CPU time for the same work; the ratio is one of CPU
+    /// times, not of throughput.
     BestPeerPerCore,
     /// The contender of this name in the same row.
     Contender(&'static str),
@@ -60,7 +60,7 @@ pub(crate) enum Against {
     OursInRow(String),
 }
 
-/// What came of a group.
+/// The results of a group.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct GroupReport {
     pub(crate) name: String,
@@ -68,7 +68,7 @@ pub(crate) struct GroupReport {
     pub(crate) bars: Vec<BarReport>,
 }
 
-/// What came of one row.
+/// The results of one row.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ContestReport {
     pub(crate) name: String,
@@ -77,7 +77,7 @@ pub(crate) struct ContestReport {
     pub(crate) contenders: Vec<ContenderReport>,
 }
 
-/// What one contender did in one row.
+/// The results of one contender in one row.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ContenderReport {
     pub(crate) name: String,
@@ -85,7 +85,7 @@ pub(crate) struct ContenderReport {
     pub(crate) samples: Vec<Sample>,
 }
 
-/// Measures every row in every round. A block that fails is a note.
+/// Measures every row in every round. A failed block becomes a note.
 pub(crate) fn run(
     contests: &[Contest],
     lab: &Lab<'_>,
@@ -134,12 +134,12 @@ pub(crate) fn run(
 }
 
 impl ContestReport {
-    /// The medians of the contender of this name, if it was measured.
+    /// Returns the medians of the contender of this name, if it was measured.
     pub(crate) fn median_of(&self, name: &str) -> Option<&Sample> {
         self.contenders.iter().find(|contender| contender.name == name).map(|found| &found.median)
     }
 
-    /// The fastest contender that is not ours.
+    /// Returns the fastest contender of a peer.
     pub(crate) fn fastest_peer(&self) -> Option<&ContenderReport> {
         self.peers().max_by(|a, b| a.median.throughput.total_cmp(&b.median.throughput))
     }

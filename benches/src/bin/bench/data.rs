@@ -31,18 +31,18 @@ impl DataFile {
         Ok(file)
     }
 
-    /// A file that is there already.
+    /// Uses an existing file.
     pub(crate) fn existing(path: PathBuf, page_cache: PageCache) -> Self {
         Self { path, page_cache }
     }
 
-    /// Where the file is.
+    /// Returns the path of the file.
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Brings the file to where every block starts from: nothing waits to be written back, and all
-    /// of it is in the page cache.
+    /// Restores the initial state of every block: no dirty pages, and the whole file in the page
+    /// cache.
     ///
     /// # Errors
     ///
@@ -57,7 +57,7 @@ impl DataFile {
         if self.page_cache == PageCache::Pages {
             // Without readahead the kernel caches single pages. Readahead would cache folios of up
             // to 2 MiB, of which ext4 walks every block at each write of 4 KiB: 70 us on the
-            // machine where this was found, instead of 4 us, which hides what the servers do.
+            // machine where this was found, instead of 4 us, which hides the cost of the servers.
             fadvise(&file, 0, None, Advice::Random)?;
         }
         let mut buffer = vec![0; CHUNK_BYTES];
@@ -74,13 +74,13 @@ impl DataFile {
             file.write_all(&buffer)?;
         }
         file.sync_all()?;
-        // How it was written decides no longer how it is cached.
+        // From here on the way in which it was written does not affect caching.
         fadvise(&file, 0, None, Advice::DontNeed)?;
         Ok(())
     }
 }
 
-/// Marsaglia's xorshift64: fast, and no compressor finds anything in it.
+/// Marsaglia's xorshift64: fast, and its output is incompressible.
 #[derive(Debug)]
 pub(crate) struct XorShift {
     state: u64,

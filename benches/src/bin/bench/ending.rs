@@ -3,11 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-/// Set when a signal has come.
+/// Set when a signal has arrived.
 static IS_ENDING: AtomicBool = AtomicBool::new(false);
 
-/// Does not return when a signal has come: the other thread cleans up and ends the program. Called
-/// before anything is started or said that this would make pointless.
+/// Does not return after a signal: the other thread cleans up and ends the program. Called before
+/// an action or output that a signal makes pointless.
 pub(crate) fn stop_if_ending() {
     while IS_ENDING.load(Ordering::Acquire) {
         thread::park();

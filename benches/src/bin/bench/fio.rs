@@ -18,15 +18,15 @@ pub(crate) struct Job {
     pub(crate) depth: u32,
     pub(crate) connections: u32,
     pub(crate) length: Length,
-    /// What the throughput counts.
+    /// The unit of throughput.
     pub(crate) unit: Unit,
 }
 
-/// When a job is over.
+/// The end of a job.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Length {
     Seconds(u64),
-    /// After so many requests, over all connections.
+    /// After this many requests, over all connections.
     Requests(u64),
 }
 
@@ -45,7 +45,7 @@ pub(crate) fn run(job: &Job, uri: &str, size: u64) -> Result<ClientResult> {
         .arg(format!("--iodepth={}", job.depth))
         .arg(format!("--size={size}"))
         .arg(format!("--numjobs={}", job.connections))
-        // Without the map of blocks visited the client has less to do.
+        // Without the map of visited blocks the client has less work.
         .arg("--norandommap=1");
     match job.length {
         Length::Seconds(seconds) => {

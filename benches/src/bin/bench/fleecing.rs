@@ -1,4 +1,4 @@
-//! Servers that export a disk as it was at one moment: ours with its control socket, and
+//! Servers that export the state of a disk at one moment: ours with its control socket, and
 //! qemu-storage-daemon, which backs up overwritten data into a temporary image.
 
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -14,7 +14,7 @@ use super::process::run_to_end;
 use super::running::RunningServer;
 use crate::command::output_of;
 
-/// Which server.
+/// The kind of server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Maker {
     Ours,
@@ -27,7 +27,7 @@ pub(crate) struct Fleecing {
     maker: Maker,
     pub(crate) running: RunningServer,
     program: PathBuf,
-    /// Where the server takes orders.
+    /// The address of the control connection.
     control: PathBuf,
     socket: PathBuf,
     disk: PathBuf,
@@ -46,7 +46,7 @@ impl Fleecing {
     pub(crate) fn start(maker: Maker, lab: &Lab<'_>, disk: &str) -> Result<Self> {
         let (socket, control) = (lab.socket(), lab.file("control.sock"));
         let (disk, overlay) = (lab.file(disk), lab.file("overlay.qcow2"));
-        // A server that was killed leaves its socket behind.
+        // A killed server leaves its socket behind.
         drop(std::fs::remove_file(&control));
         let command = match maker {
             Maker::Ours => ours(lab, &control, &disk),
@@ -57,7 +57,7 @@ impl Fleecing {
         Ok(Self { maker, running, program, control, socket, disk, overlay })
     }
 
-    /// What has to be there before a checkpoint, and is no part of it.
+    /// Prepares a checkpoint; this is not part of its cost.
     ///
     /// # Errors
     ///
@@ -71,7 +71,7 @@ impl Fleecing {
         output_of(create.arg(&self.overlay).arg(size.to_string())).map(drop)
     }
 
-    /// Begins a checkpoint. Call [`prepare`](Self::prepare) first.
+    /// Starts a checkpoint. Call [`prepare`](Self::prepare) first.
     ///
     /// # Errors
     ///
@@ -97,7 +97,7 @@ impl Fleecing {
         ])
     }
 
-    /// Begins a checkpoint with a bitmap of the image, whose bits the view has.
+    /// Starts a checkpoint with a bitmap of the image, whose bits the view has.
     ///
     /// # Errors
     ///
@@ -121,7 +121,7 @@ impl Fleecing {
         }
     }
 
-    /// Where the view of the checkpoint is read.
+    /// Returns the address of the checkpoint's view.
     pub(crate) fn view_uri(&self) -> String {
         format!("nbd+unix:///{VIEW}?socket={}", self.socket.display())
     }
@@ -134,7 +134,7 @@ impl Fleecing {
 
 fn ours(lab: &Lab<'_>, control: &Path, disk: &Path) -> Command {
     let mut command = lab.nbd_cli();
-    // What is overwritten goes where the image is, as QEMU's overlay does.
+    // Overwritten data goes to the directory of the image, as with QEMU's overlay.
     command.env("TMPDIR", lab.directory);
     command.args(["serve", "--format", "qcow2", "--control"]).arg(control);
     command.arg(disk).arg("--socket").arg(lab.socket());

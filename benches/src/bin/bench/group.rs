@@ -14,15 +14,15 @@ use super::options::Options;
 pub(crate) struct Group {
     /// The name for `--only`.
     pub(crate) name: &'static str,
-    /// Says what the rows are, without touching the disk. Contenders whose programs may be missing
-    /// fail when they are measured, which is a note in the report.
+    /// Describes the rows, without touching the disk. Contenders whose programs are missing fail
+    /// when they are measured, which is a note in the report.
     pub(crate) contests: fn(&Options) -> Vec<Contest>,
     pub(crate) bars: fn() -> Vec<ContestBar>,
     /// Makes the files that the rows need in the lab's directory.
     pub(crate) prepare: fn(&Lab<'_>) -> Result<()>,
 }
 
-/// Measures a group, or nothing if none of its rows was asked for.
+/// Measures a group, or nothing if none of its rows is selected.
 ///
 /// # Errors
 ///

@@ -1,8 +1,8 @@
-//! Groups of rows, of which `--only` chooses.
+//! The groups of rows, from which `--only` selects.
 //!
 //! The group `raw` has its own tables ([`super::rows`], [`super::servers`], [`super::bars`]). Every
-//! other group is a file that gives its rows and bars as [`super::contest`] has them, and one entry
-//! in [`GROUPS`].
+//! other group is a file that defines its rows and bars for [`super::contest`], and one entry in
+//! [`GROUPS`].
 
 use anyhow::{Result, bail};
 
@@ -17,7 +17,7 @@ pub(crate) const RAW: &str = "raw";
 pub(crate) const GROUPS: &[Group] =
     &[qcow2::GROUP, image_tools::GROUP, bitmaps::GROUP, checkpoints::GROUP, tls::GROUP];
 
-/// Whether every group of `--only` exists.
+/// Checks that every group of `--only` exists.
 ///
 /// # Errors
 ///

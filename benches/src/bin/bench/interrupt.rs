@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ending, process, running};
 
-/// Cleans up and ends the program when a signal asks for that, from now on until its end.
+/// Installs a handler that cleans up and ends the program on a signal.
 ///
 /// # Errors
 ///
@@ -33,7 +33,7 @@ pub(crate) fn clean_up_on_signals(directory: &Path) -> Result<()> {
     is_ready.recv().context("the thread for signals ended")?.context("cannot catch signals")
 }
 
-/// Says through `ready` when signals are caught, and returns the number of the first that comes.
+/// Reports through `ready` when signals are caught, and returns the number of the first one.
 fn wait_for_signal(ready: &mpsc::Sender<io::Result<()>>) -> io::Result<i32> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     runtime.block_on(async {

@@ -32,13 +32,13 @@ impl Lab<'_> {
         Command::new(self.target_directory.join("release").join("nbd-cli"))
     }
 
-    /// The socket that servers have to listen on, one at a time.
+    /// The socket on which servers listen, one at a time.
     pub(crate) fn socket(&self) -> PathBuf {
         self.file("nbd.sock")
     }
 
     /// Starts `server`, which listens on [`Lab::socket`], runs `client` with the URI of its default
-    /// export, and says what both showed.
+    /// export, and returns the measurements of both.
     ///
     /// # Errors
     ///
@@ -54,7 +54,7 @@ impl Lab<'_> {
         Ok(Sample::new(result, watch.finish()?))
     }
 
-    /// Waits until nothing of the file has to be written back, so that no block pays for another.
+    /// Waits until the file has no dirty pages, so that no block pays for another.
     ///
     /// # Errors
     ///

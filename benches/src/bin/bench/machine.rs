@@ -13,7 +13,7 @@ pub(crate) struct Machine {
     pub(crate) processor: String,
     pub(crate) memory_kib: u64,
     pub(crate) kernel: String,
-    /// The first line of what each program says about its version.
+    /// The first line of each program's version output.
     pub(crate) programs: Vec<String>,
 }
 

@@ -1,10 +1,11 @@
 //! `cargo xtask bench`: this server beside its peers, on the same file, in the same run.
 //!
 //! A *block* is one row measured on one server in one round. Blocks are interleaved (rounds, then
-//! rows, then servers, whose order turns by one in every round), so that a machine whose speed
-//! changes with time changes it for all. Every ratio comes from medians over the rounds of one run.
+//! rows, then servers, whose order rotates by one in every round), so that a machine whose speed
+//! varies over time affects all servers alike. Every ratio comes from medians over the rounds of
+//! one run.
 //!
-//! Rows come in groups, of which `--only` chooses; see [`groups`].
+//! Rows are in groups, from which `--only` selects; see [`groups`].
 //!
 //! Every block has a fresh server process: qemu-nbd locks the file it serves, so two servers
 //! cannot share it, and the peak memory then belongs to one row.
@@ -141,7 +142,7 @@ fn run_raw(
     Ok((rows, measured))
 }
 
-/// The servers asked for whose programs are there.
+/// Returns the selected servers whose programs are installed.
 fn available_servers(options: &Options, notes: &mut Vec<String>) -> Vec<Server> {
     let mut servers = Vec::new();
     for &server in Server::ALL.iter().filter(|server| options.wants_server(server.name())) {
@@ -229,7 +230,7 @@ fn make_directory(options: &Options) -> Result<tempfile::TempDir> {
     .context("cannot create a temporary directory")
 }
 
-/// Where cargo puts what it builds.
+/// Returns cargo's target directory.
 fn target_directory() -> Result<PathBuf> {
     let mut command = cargo();
     command.args(["metadata", "--no-deps", "--format-version", "1"]);

@@ -10,7 +10,7 @@ use crate::command::output_of;
 
 const MEBIBYTE: f64 = 1_048_576.0;
 
-/// Copies the disk of `size` bytes at `uri` to nowhere, again and again until `seconds` are over.
+/// Copies the disk of `size` bytes at `uri` to `null:`, repeatedly for `seconds` seconds.
 ///
 /// One copy can be shorter than the resolution of the server's CPU time allows.
 ///
@@ -21,7 +21,7 @@ pub(crate) fn run(uri: &str, connections: u32, size: u64, seconds: u64) -> Resul
     run_with(uri, connections, size, seconds, |_| {})
 }
 
-/// As [`run`], with something done to each command before it starts.
+/// Like [`run`], with a change to each command before it starts.
 ///
 /// # Errors
 ///

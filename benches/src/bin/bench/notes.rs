@@ -2,7 +2,7 @@
 
 use super::ending;
 
-/// Says on the terminal what had to be left out, and keeps it for the report.
+/// Reports an omission on the terminal, and keeps it for the report.
 pub(crate) fn note(notes: &mut Vec<String>, text: String) {
     ending::stop_if_ending();
     eprintln!("bench: {text}");

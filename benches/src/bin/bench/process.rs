@@ -13,11 +13,11 @@ use anyhow::{Context, Result, anyhow, bail};
 /// program since 2.6, whatever the kernel's own clock.
 const TICK_US: u64 = 10_000;
 
-/// How often the memory is looked at. Servers that fork take the memory of their children with
-/// them when those end, so that one look at the end would miss it.
+/// Interval of sampling the memory. Servers that fork lose the memory of their children when those
+/// end, so a single sample at the end would miss it.
 const MEMORY_INTERVAL: Duration = Duration::from_millis(250);
 
-/// What a server used during one block.
+/// The resources that a server used during one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Usage {
     /// User and system time in microseconds.
@@ -51,7 +51,7 @@ impl Watch {
             let peak = Arc::clone(&peak_memory_kib);
             let is_over = Arc::clone(&is_over);
             move || {
-                // What runs for a moment only is looked at soon, too.
+                // Short-lived processes are sampled early, too.
                 let mut interval = MEMORY_INTERVAL / 16;
                 while !is_over.load(Ordering::Relaxed) {
                     thread::park_timeout(interval);
@@ -63,7 +63,7 @@ impl Watch {
         Ok(Self { root, cpu_us_before, peak_memory_kib, is_over, thread: Some(thread) })
     }
 
-    /// What was used since the start.
+    /// Returns the resources used since the start.
     ///
     /// # Errors
     ///
@@ -93,7 +93,7 @@ impl Drop for Watch {
     }
 }
 
-/// Runs `command` to its end: how long that took, and what it used. Its output goes nowhere.
+/// Runs `command` to its end; returns its duration and resources. Its output is discarded.
 ///
 /// # Errors
 ///
@@ -124,7 +124,7 @@ pub(crate) fn run_to_end(command: &mut Command) -> Result<(Duration, Usage)> {
     Ok((elapsed, Usage { cpu_us, peak_memory_kib }))
 }
 
-/// The part of `/proc/PID/stat` that counts here.
+/// The fields of `/proc/PID/stat` that are used here.
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
     parent: u32,

@@ -28,26 +28,26 @@ const OURS_RAW: &str = "ours-raw";
 const FULL: &str = "full.qcow2";
 const RAW: &str = "full.img";
 const FRESH: &str = "fresh.qcow2";
-/// What is allocated at a time in an overlay.
+/// The unit of allocation in an overlay.
 const WHOLE_CLUSTERS: &str = "extended_l2=off";
 const SUBCLUSTERS: &str = "extended_l2=on";
 const SMALL_BYTES: u64 = 4 << 10;
 const LARGE_BYTES: u64 = 256 << 10;
-/// Disk size of the empty image: most of the writes meet a cluster that is not there yet.
+/// Disk size of the empty image: most writes meet an unallocated cluster.
 const EMPTY_BYTES: u64 = 64 << 30;
 /// Writes of one block into the empty image, and into an overlay of a disk of 2 GiB, of which they
 /// meet a fifth of the clusters.
 const EMPTY_WRITES: u64 = 32_768;
 const OVERLAY_WRITES: u64 = 8192;
 
-/// What the image holds before the block.
+/// The contents of the image before the block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Disk {
     /// All clusters, and always the same image.
     Full,
     /// Nothing.
     Empty,
-    /// Nothing, over a full base of this format; `options` as qemu-img wants them.
+    /// Nothing, over a full base of this format; `options` in qemu-img's syntax.
     Overlay { base: &'static str, options: &'static str },
 }
 
@@ -136,7 +136,7 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
     let raw = DataFile::create(lab.file(RAW), options.size, options.page_cache)?;
     convert(lab, "raw", RAW, FULL)?;
     raw.settle_and_warm()?;
-    // The image takes the place of the raw file: it is read as the raw rows' file is.
+    // The image replaces the raw file: it is read like the file of the raw rows.
     DataFile::existing(lab.file(FULL), options.page_cache).settle_and_warm()
 }
 
@@ -147,7 +147,7 @@ fn convert(lab: &Lab<'_>, format: &str, source: &str, target: &str) -> Result<()
     process::run_to_end(&mut command).map(drop)?;
     let file = fs::File::open(lab.file(target)).context("the converted image")?;
     file.sync_all()?;
-    // How it was written decides no longer how it is cached.
+    // From here on the way in which it was written does not affect caching.
     Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
 }
 

@@ -15,7 +15,7 @@ use super::sample::{Measured, Sample};
 use super::servers::Server;
 use super::statistics::median_sample;
 
-/// Everything that a run found out.
+/// All results of a run.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Report {
     pub(crate) machine: Machine,
@@ -28,7 +28,7 @@ pub(crate) struct Report {
     /// The other groups of rows.
     #[serde(default)]
     pub(crate) groups: Vec<GroupReport>,
-    /// Servers and blocks that had to be left out, and why.
+    /// Omitted servers and blocks, with the reason.
     pub(crate) notes: Vec<String>,
 }
 
@@ -38,7 +38,7 @@ pub(crate) struct RowReport {
     pub(crate) name: String,
     /// IOPS or MiB/s.
     pub(crate) throughput_unit: String,
-    /// What CPU time is counted per.
+    /// The unit of work for CPU time.
     pub(crate) work_name: String,
     pub(crate) servers: Vec<ServerReport>,
     /// Our throughput by that of the fastest peer.
@@ -51,7 +51,7 @@ pub(crate) struct RowReport {
     pub(crate) p99_to_peer: Option<f64>,
 }
 
-/// What one server did in one row.
+/// The result of one server in one row.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct ServerReport {
     pub(crate) server: Server,
@@ -60,7 +60,7 @@ pub(crate) struct ServerReport {
 }
 
 impl Report {
-    /// Sums up the blocks of a run.
+    /// Summarises the blocks of a run.
     pub(crate) fn new(
         options: &Options,
         rows: &[&Row],
@@ -86,7 +86,7 @@ impl Report {
     ///
     /// # Errors
     ///
-    /// The file cannot be read or is no report.
+    /// The file cannot be read or is not a report.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path)
             .with_context(|| format!("cannot read the report {}", path.display()))?;

@@ -18,13 +18,13 @@ pub(crate) struct Row {
 pub(crate) enum Workload {
     /// fio with requests of `block_size` bytes, `depth` of them in flight on one connection.
     Fio { pattern: Pattern, block_size: u64, depth: u32 },
-    /// nbdcopy of the whole disk to nowhere.
+    /// nbdcopy of the whole disk to `null:`.
     Copy { connections: u32 },
 }
 
 const SMALL_BYTES: u64 = 4 << 10;
 const LARGE_BYTES: u64 = 256 << 10;
-/// Requests in flight of the sequential rows: 4 MiB on the way keep every server busy.
+/// Requests in flight of the sequential rows: 4 MiB in flight keep every server busy.
 const SEQUENTIAL_DEPTH: u32 = 16;
 
 /// All rows, in the order of the table.
@@ -59,7 +59,7 @@ impl Row {
         )
     }
 
-    /// What its throughput counts.
+    /// Returns the unit of its throughput.
     pub(crate) fn unit(&self) -> Unit {
         match self.workload {
             Workload::Fio { block_size: SMALL_BYTES, .. } => Unit::Requests,

@@ -11,9 +11,9 @@ use anyhow::{Context, Result, bail};
 
 use super::ending;
 
-/// How long a server may take until it accepts a connection.
+/// Time limit for a server to accept a connection.
 const START_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a server may take to end after it was asked to.
+/// Time limit for a server to end after a request.
 const END_DEADLINE: Duration = Duration::from_secs(5);
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -67,7 +67,7 @@ impl RunningServer {
         self.daemon.unwrap_or_else(|| self.child.id())
     }
 
-    /// Where clients find the disk.
+    /// Returns the URI of the disk.
     pub(crate) fn uri(&self) -> &str {
         &self.uri
     }
@@ -80,7 +80,7 @@ impl RunningServer {
             }
             let is_known = daemon_file.is_none() || self.daemon.is_some();
             if is_known && UnixStream::connect(socket).is_ok() {
-                // The server gets a moment to see that this connection is gone already.
+                // Gives the server a moment to notice that this connection has closed.
                 thread::sleep(5 * POLL_INTERVAL);
                 return Ok(());
             }
@@ -107,7 +107,7 @@ impl Drop for RunningServer {
             signal(self.child.id(), "-TERM");
             wait_for_end(|| !matches!(self.child.try_wait(), Ok(None)));
         }
-        // Nothing is left to do about a child that can be neither killed nor waited for.
+        // There is no remedy for a child that can be neither killed nor waited for.
         drop(self.child.kill());
         drop(self.child.wait());
     }
@@ -140,7 +140,7 @@ fn wait_for_end(mut has_ended: impl FnMut() -> bool) {
     }
 }
 
-/// Whether the process runs still; a zombie does not.
+/// Returns whether the process still runs; a zombie does not.
 pub(crate) fn is_alive(process: u32) -> bool {
     fs::read_to_string(format!("/proc/{process}/stat"))
         .ok()

@@ -9,7 +9,7 @@ use super::workload::ClientResult;
 /// The numbers of one block, or their medians.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Sample {
-    /// IOPS or MiB/s, as the row says.
+    /// IOPS or MiB/s, depending on the row.
     pub(crate) throughput: f64,
     /// 99th percentile of the latency in microseconds.
     pub(crate) p99_us: Option<f64>,
@@ -31,7 +31,7 @@ pub(crate) struct Measured {
 }
 
 impl Sample {
-    /// Puts together what the client saw and what the server used.
+    /// Combines the measurements of the client and of the server.
     pub(crate) fn new(result: ClientResult, usage: Usage) -> Self {
         Self {
             throughput: result.throughput,

@@ -17,9 +17,9 @@ use super::running::RunningServer;
 pub(crate) enum Server {
     /// The server of this workspace.
     Ours,
-    /// Answers from a constant buffer: what protocol and socket cost on this machine.
+    /// Answers from a constant buffer: the cost of protocol and socket on this machine.
     Floor,
-    /// qemu-nbd as it comes: write-back cache and a pool of threads.
+    /// qemu-nbd with its defaults: write-back cache and a pool of threads.
     QemuNbd,
     /// qemu-nbd with io_uring.
     QemuNbdIoUring,
@@ -72,7 +72,7 @@ impl Server {
         matches!(self, Self::Ours | Self::Floor)
     }
 
-    /// Whether it is what ours is compared with.
+    /// Returns whether ours is compared with it.
     pub(crate) fn is_peer(self) -> bool {
         !self.is_built()
     }

@@ -7,7 +7,7 @@ use super::report::{Report, RowReport};
 use super::sample::Sample;
 use super::servers::Server;
 
-/// The table of ratios, the bars, and what had to be left out.
+/// The table of ratios, the bars, and the omissions.
 pub(crate) fn render(report: &Report) -> String {
     let machine = &report.machine;
     let mut text = format!(

@@ -1,8 +1,8 @@
 //! The group `tls`: the raw file over TLS, with certificates and with pre-shared keys.
 //!
-//! fio cannot be given credentials, so nbdcopy reads in sequence and qemu-io at places far apart.
-//! Both use GnuTLS, whose settings are replaced so that every server is offered the one
-//! cipher, and what is compared is what the servers make of it.
+//! fio accepts no credentials, so nbdcopy reads sequentially and qemu-io at distant places. Both
+//! use GnuTLS, whose settings are replaced so that every server is offered the same single cipher,
+//! and only the servers differ.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -41,7 +41,7 @@ const ONE_CIPHER: &str = "[overrides]\n\
     tls-disabled-cipher = aes-256-cbc\n\
     tls-disabled-cipher = aes-128-cbc\n";
 /// Distance between the requests of the random row, in bytes: near the golden section of a GiB, so
-/// that none comes back to where another was for a long time.
+/// that no request is close to a recent one.
 const STRIDE: u64 = 663_609_344;
 /// Requests of one run of the random row.
 const SMALL_REQUESTS: u64 = 20_000;
@@ -55,9 +55,9 @@ enum Kind {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Work {
-    /// nbdcopy to nowhere, in requests of 256 KiB.
+    /// nbdcopy to `null:`, in requests of 256 KiB.
     Copy { connections: u32 },
-    /// 4 KiB here and there.
+    /// 4 KiB at distant places.
     RandomRead,
 }
 
@@ -119,7 +119,7 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
     make_certificates(lab.directory)
 }
 
-/// An authority, and one certificate that serves both sides.
+/// An authority, and one certificate for both sides.
 fn make_certificates(directory: &Path) -> Result<()> {
     let path = |name: &str| directory.join(name);
     let template = "cn = localhost\nca\ncert_signing_key\nsigning_key\nencryption_key\n\
@@ -218,7 +218,7 @@ fn uri(lab: &Lab<'_>, kind: Kind) -> String {
     }
 }
 
-/// qemu-io, again and again until the time is over.
+/// qemu-io, repeatedly until the time is over.
 fn random_read(lab: &Lab<'_>, kind: Kind) -> Result<ClientResult> {
     let (object, hostname) = match kind {
         Kind::X509 => ("tls-creds-x509", ",file.tls-hostname=localhost"),

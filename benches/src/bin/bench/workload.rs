@@ -10,7 +10,7 @@ pub(crate) enum Pattern {
     SequentialWrite,
 }
 
-/// What a throughput counts.
+/// The unit of a throughput.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Unit {
     Requests,
@@ -27,7 +27,7 @@ impl Unit {
     }
 }
 
-/// What a client saw.
+/// The client's measurements.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct ClientResult {
     /// IOPS or MiB/s, as [`Unit`] says.
@@ -36,12 +36,12 @@ pub(crate) struct ClientResult {
     pub(crate) p99_us: Option<f64>,
     /// Share of a core that each of its processes used, if the client measures it.
     pub(crate) busy: Option<f64>,
-    /// How much was done, in requests, or in MiB where the client chooses the requests.
+    /// The amount of work, in requests, or in MiB where the client chooses the requests.
     pub(crate) work: f64,
 }
 
 impl ClientResult {
-    /// Of a client that measures nothing itself.
+    /// Creates the result of a client that measures nothing itself.
     pub(crate) fn timed(work: f64, elapsed: Duration) -> Self {
         Self { throughput: work / elapsed.as_secs_f64(), p99_us: None, busy: None, work }
     }

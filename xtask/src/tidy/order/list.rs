@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use super::tree::Module;
 
-/// The order of the modules of every crate, as `order.txt` has it.
+/// The order of the modules of every crate, as defined in `order.txt`.
 #[derive(Debug, Default)]
 pub(super) struct Order {
     /// By crate and module: the names of the modules in it, from bottom to top. The module's own
     /// file is [`OWN_FILE`] among them.
     directories: BTreeMap<(String, Module), Vec<String>>,
-    /// Uses that point up for now: crate, from, to.
+    /// Exceptions: uses that point up, as crate, from, to.
     pub(super) exceptions: Vec<Exception>,
 }
 
@@ -22,16 +22,16 @@ pub(super) struct Exception {
     pub(super) to: Module,
 }
 
-/// How the list calls the file of the module itself among those that are below it.
+/// The name in the list for the module's own file.
 pub(super) const OWN_FILE: &str = "self";
 
 impl Order {
-    /// Reads the list: sections `[crate::module]` with a module a line, and `[exceptions]` with
+    /// Parses the list: sections `[crate::module]` with a module per line, and `[exceptions]` with
     /// lines `crate::module -> crate::module`; `#` begins a comment.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, and in which line.
+    /// The defect and its line.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let mut order = Self::default();
         let mut section: Option<(String, Module)> = None;
@@ -84,7 +84,8 @@ impl Order {
         self.directories.keys().map(|(package, _)| package.as_str())
     }
 
-    /// The names of the two modules where their paths part, if the first stands below the second.
+    /// Returns the names of the two modules where their paths diverge, if the first is below the
+    /// second.
     pub(super) fn points_up(&self, package: &str, from: &Module, to: &Module) -> Option<Step> {
         let common = from.iter().zip(to).take_while(|(a, b)| a == b).count();
         let directory = from[..common].to_vec();
@@ -98,7 +99,7 @@ impl Order {
     }
 }
 
-/// Where a use points up: in this directory, from the lower to the upper module.
+/// The place where a use points up: in this directory, from the lower to the upper module.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Step {
     pub(super) directory: Module,

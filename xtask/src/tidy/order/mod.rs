@@ -1,4 +1,4 @@
-//! The allowed imports between modules of a crate: only from below in `order.txt`.
+//! The allowed imports between modules of a crate: only from modules below in `order.txt`.
 
 mod list;
 mod paths;
@@ -11,10 +11,10 @@ use anyhow::{Context, Result};
 use list::{OWN_FILE, Order};
 use tree::{Module, Tree};
 
-/// The order that holds in this workspace.
+/// The order of this workspace.
 pub(crate) const LIST: &str = include_str!("order.txt");
 
-/// How findings call it.
+/// Its name in findings.
 const LIST_NAME: &str = "xtask/src/tidy/order/order.txt";
 
 /// The crates whose modules have an order, and the directories of their root files.
@@ -54,7 +54,7 @@ pub(crate) fn check(root: &Path, crates: &[(&str, &str)], list: &str) -> Result<
     Ok(findings)
 }
 
-/// The list names every module of its sections, and no others.
+/// Checks that the list names every module of its sections, and no others.
 fn check_names(package: &str, tree: &Tree, order: &Order) -> Vec<String> {
     let mut findings = Vec::new();
     if !order.sections(package).any(|(directory, _)| directory.is_empty()) {
@@ -83,7 +83,7 @@ fn check_names(package: &str, tree: &Tree, order: &Order) -> Vec<String> {
     findings
 }
 
-/// Every use points down, or is an exception; every exception is needed.
+/// Checks that every use points down, or is an exception, and that every exception is needed.
 fn check_uses(root: &Path, package: &str, tree: &Tree, order: &Order) -> Vec<String> {
     let mut findings = Vec::new();
     let exceptions = order.exceptions.iter().filter(|exception| exception.package == package);

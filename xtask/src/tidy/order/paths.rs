@@ -4,20 +4,20 @@ use std::collections::BTreeMap;
 
 use crate::tidy::lexer::{find, is_name_byte, matching_close, word_offsets};
 
-/// What one file declares, imports and names.
+/// The declarations, imports and paths of one file.
 #[derive(Debug, Default)]
 pub(super) struct Paths {
     /// The modules declared with `mod name;`.
     pub(super) modules: Vec<String>,
-    /// What the file's own names stand for, as far as imports give them: name to path.
+    /// The meaning of the file's own names, as far as imports define them: name to path.
     pub(super) imports: BTreeMap<String, Vec<String>>,
-    /// Every path of imports and of code, re-exports apart.
+    /// Every path of imports and of code, except for re-exports.
     pub(super) named: Vec<Named>,
     /// The paths of `pub use`.
     pub(super) reexported: Vec<Named>,
 }
 
-/// One path and where it stands.
+/// A path and its position.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Named {
     /// The offset in the code.
@@ -68,7 +68,7 @@ impl Paths {
         }
     }
 
-    /// Adds the paths that do not stand in imports, given code without imports.
+    /// Adds the paths outside of imports, given code without imports.
     fn read_code(&mut self, code: &[u8], nested: &[(usize, usize)]) {
         let mut at = 0;
         while at < code.len() {
@@ -126,7 +126,7 @@ fn brace_depth(code: &[u8], offset: usize) -> usize {
     open.saturating_sub(code[..offset].iter().filter(|byte| **byte == b'}').count())
 }
 
-/// The path as the file's own module would write it; nothing for what stays in an inline module.
+/// Returns the path relative to the file's own module; `None` if it stays in an inline module.
 fn leave_inline_modules(segments: Vec<String>, depth: usize) -> Option<Vec<String>> {
     if depth == 0 || segments.first().is_some_and(|first| first == "crate") {
         return Some(segments);
@@ -140,7 +140,7 @@ fn leave_inline_modules(segments: Vec<String>, depth: usize) -> Option<Vec<Strin
     Some(outside)
 }
 
-/// Adds every path of the import tree at `at` with the name that it gets, and returns where it ends.
+/// Adds every path of the import tree at `at` with its name, and returns the end of the tree.
 fn expand(
     code: &[u8],
     at: usize,

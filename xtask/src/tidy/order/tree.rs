@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use super::paths::Paths;
 use crate::tidy::lexer::{Source, line_at};
 
-/// A module by its names from the root of the crate, which itself is empty.
+/// A module as the names from the root of the crate; the root itself is empty.
 pub(super) type Module = Vec<String>;
 
-/// Re-exports that are followed one after the other before a name counts as found.
+/// Longest chain of re-exports that is followed.
 const MAXIMUM_REEXPORTS: usize = 16;
 
 /// The modules of one crate.
@@ -33,10 +33,10 @@ struct Entry {
 pub(super) struct Use {
     pub(super) from: Module,
     pub(super) to: Module,
-    /// Where that stands.
+    /// The position of the use.
     pub(super) file: PathBuf,
     pub(super) line: usize,
-    /// The path as it is written.
+    /// The path in the source.
     pub(super) path: String,
 }
 
@@ -68,7 +68,7 @@ impl Tree {
             if let Some(file) = files.into_iter().find(|file| file.is_file()) {
                 self.read_module(child, file, &below)?;
             } else {
-                // Declared with a path of its own: known by name only.
+                // Declared with a `path` attribute: only its name is known.
                 let entry = Entry { file: below, code: String::new(), paths: Paths::default() };
                 self.modules.insert(child, entry);
             }
@@ -77,7 +77,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Whether there is a module of this name below `module`.
+    /// Returns whether there is a module of this name below `module`.
     pub(super) fn has_child(&self, module: &[String], name: &str) -> bool {
         let child = [module, &[name.to_owned()]].concat();
         self.modules.contains_key(&child)
@@ -88,15 +88,15 @@ impl Tree {
         self.modules.contains_key(module)
     }
 
-    /// The names of the modules right below `module`.
+    /// Returns the names of the direct submodules of `module`.
     pub(super) fn children(&self, module: &[String]) -> Vec<&String> {
         let is_child =
             |other: &&Module| other.len() == module.len() + 1 && other.starts_with(module);
         self.modules.keys().filter(is_child).filter_map(|child| child.last()).collect()
     }
 
-    /// Every use of one module by another. What a module with modules below it re-exports of them
-    /// is none: it is their face.
+    /// Returns every use of one module by another, except for a module's re-exports of its own
+    /// submodules, which are its interface.
     pub(super) fn uses(&self) -> Vec<Use> {
         let mut uses = Vec::new();
         for (module, entry) in &self.modules {
@@ -119,7 +119,8 @@ impl Tree {
         uses
     }
 
-    /// The module that defines what `segments` name in `module`, if it is in this crate.
+    /// Returns the module that defines the item named by `segments` in `module`, if it is in this
+    /// crate.
     fn resolve(&self, module: &[String], segments: &[String], depth: usize) -> Option<Module> {
         let mut current = module.to_vec();
         for (index, segment) in segments.iter().enumerate() {
@@ -134,7 +135,7 @@ impl Tree {
                         // The first name is another crate's, or one of the file's own.
                         return (index > 0).then_some(current);
                     };
-                    // In its own file an imported name is found where the import stands.
+                    // In its own file an imported name is resolved by the import.
                     if index == 0 || depth == MAXIMUM_REEXPORTS || path == segments {
                         return None;
                     }
