@@ -32,7 +32,7 @@ pub(crate) fn name_of_another_format(path: &Path, format: Format, option: &str) 
     let ending = path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase();
     let help = match ending.as_str() {
         _ if format != Format::Raw => return None,
-        "qcow2" => format!("add {option} qcow2 if it is to be what its name says"),
+        "qcow2" => format!("add {option} qcow2 for the format that its name suggests"),
         "qcow" | "qed" | "vmdk" | "vdi" | "vhd" | "vhdx" => {
             "choose a name that ends with .raw or .img".to_owned()
         }

@@ -134,6 +134,8 @@ fn only_export<'a>(
     uri: &NbdUri,
 ) -> Result<&'a nbd_client::ExportInfo, CommandError> {
     server.exports.first().ok_or_else(|| {
-        CommandError::new(format!("{uri} told nothing about the export; try 'nbd-cli info --list'"))
+        CommandError::new(format!(
+            "{uri} sent no information about the export; try 'nbd-cli info --list'"
+        ))
     })
 }

@@ -41,7 +41,7 @@ pub(crate) fn report_recovery(image: &Image, path: &Path) {
         let precision = match safety.precision {
             RecoveryPrecision::Exact => "",
             RecoveryPrecision::WholeExtents => {
-                "; the machine was restarted, so what was being written is marked generously"
+                "; the machine was restarted, so ranges that were being written are marked generously"
             }
         };
         warn(&format!(
@@ -67,7 +67,7 @@ pub(crate) fn report_recovery(image: &Image, path: &Path) {
 pub(crate) fn report_shortfall(image: &Image, path: &Path) {
     if let Some(shortfall) = image.probe_bitmap_safety().shortfall {
         warn(&format!(
-            "{}: its dirty bitmaps survive an orderly end only, no crash: {}",
+            "{}: its dirty bitmaps survive a clean shutdown only, not a crash: {}",
             printable(&path.to_string_lossy()),
             printable(&shortfall)
         ));

@@ -13,7 +13,7 @@ pub(crate) fn report_thaw(image: &Image) {
     report_thawed(&safety.thawed);
     if let Some(failure) = safety.thaw_failure {
         // The disk can be used anyway, but not the bitmaps that lack them.
-        warn(&format!("bits that a checkpoint had set aside are not put back: {failure}"));
+        warn(&format!("bits frozen by a checkpoint are not merged back: {failure}"));
     }
 }
 
@@ -22,7 +22,7 @@ pub(crate) fn report_thawed(names: &[String]) {
     if !names.is_empty() {
         let names: Vec<_> = names.iter().map(|name| format!("'{}'", printable(name))).collect();
         warn(&format!(
-            "a checkpoint was cut off; the bits it had set aside are back in {}",
+            "a checkpoint was interrupted; the bits that it had frozen are back in {}",
             names.join(", ")
         ));
     }
@@ -39,7 +39,7 @@ pub(crate) fn check_complete(image: &Image, name: &str) -> Result<(), CommandErr
     let state = layer.into_iter().find(|bitmap| bitmap.name == name).map(|bitmap| bitmap.state);
     let Some(BitmapState::Incomplete { frozen, problem }) = state else { return Ok(()) };
     let (name, frozen) = (printable(name), printable(&frozen));
-    let lack = format!("the bitmap '{name}' lacks changes that a checkpoint has set aside");
+    let lack = format!("the bitmap '{name}' lacks changes that a checkpoint has frozen");
     Err(CommandError::new(match problem {
         Some(reason) => format!(
             "{lack}, and '{frozen}' cannot be relied on: {}; use 'nbd-cli bitmap repair IMAGE \
@@ -47,7 +47,7 @@ pub(crate) fn check_complete(image: &Image, name: &str) -> Result<(), CommandErr
             printable(&reason)
         ),
         None => format!(
-            "{lack} in '{frozen}'; put them back with 'nbd-cli bitmap recover IMAGE', on the image \
+            "{lack} in '{frozen}'; merge them back with 'nbd-cli bitmap recover IMAGE', on the image \
              or backing file that has it"
         ),
     }))

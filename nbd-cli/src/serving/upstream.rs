@@ -31,7 +31,7 @@ impl ImageChoices {
         let contexts = self.contexts(&connector)?;
         let storage = Arc::new(open_export(connector.meta_contexts(contexts))?);
         if self.writes == Writes::ToImage && self.snapshot.is_none() && !storage.is_writable() {
-            let why = format!("{uri} is exported for reading only; add --read-only or --temporary");
+            let why = format!("{uri} is exported read-only; add --read-only or --temporary");
             return Err(CommandError::new(why).into());
         }
         let image = self.open_storage(storage.clone())?;
@@ -200,5 +200,5 @@ impl Filter for Upstream {
 
 fn failed(error: &std::io::Error) -> ExportError {
     tracing::warn!(%error, "the other server refuses a request");
-    ExportError::new(Errno::EIO, "the server behind this one cannot do this")
+    ExportError::new(Errno::EIO, "the upstream server cannot do this")
 }

@@ -174,7 +174,7 @@ fn a_base_that_was_moved_or_copied_is_the_same_and_one_of_other_bytes_is_not() {
     lab.refuses(&sunday, &[], &["looked-at.qcow2"]);
     let renamed = lab.beside("renamed.qcow2");
     std::fs::rename(&monday, &renamed).expect("the same directory");
-    lab.refuses(&sunday, &[], &["began after"]);
+    lab.refuses(&sunday, &[], &["started after"]);
     let target = lab.beside("wednesday.qcow2");
     lab.backup(&["--base", &looked_at, &target]).success();
     lab.write(&server, "write -P 5 7M 64k");
@@ -272,12 +272,12 @@ fn a_bitmap_that_was_cleared_or_may_have_been_needs_a_full_backup() {
     lab.backup(&[&full]).success();
     lab.write(&server, "write -P 5 11M 64k");
     nbd_cli(&["control", &lab.control, "bitmap-clear", "vm", "daily"]).success();
-    lab.refuses(&full, &[], &["does not say after which backup", "'daily'"]);
+    lab.refuses(&full, &[], &["does not record after which backup", "'daily'"]);
     server.end();
     nbd_cli(&["bitmap", "remove", &lab.disk, "daily"]).success();
     nbd_cli(&["bitmap", "add", &lab.disk, "daily"]).success();
     let server = lab.serve();
-    lab.refuses(&full, &[], &["does not say after which backup", "'daily'"]);
+    lab.refuses(&full, &[], &["does not record after which backup", "'daily'"]);
     server.end();
     is_clean(&qemu_img, &lab.disk);
 }

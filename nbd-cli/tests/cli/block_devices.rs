@@ -118,7 +118,7 @@ fn a_device_that_is_too_small_is_said_to_be_so() {
     ] {
         let outcome = nbd_cli(command);
         assert!(outcome.stderr.contains("is overwritten, and lost even if"), "{outcome:?}");
-        refused(outcome, &[device, "no space", "before is lost", "marked as incomplete"]);
+        refused(outcome, &[device, "no space", "the previous data on", "marked as incomplete"]);
         refused(nbd_cli(&["image", "info", device]), &[device, "incomplete"]);
         let said = run(Command::new(&qemu_img).args(["info", device]));
         assert!(said.stderr.contains("incomplete: its writer was interrupted"), "{said:?}");
@@ -323,7 +323,7 @@ fn a_backup_that_does_not_fit_on_a_device_leaves_no_image() {
     let server = backup_chain::serve(&qemu_nbd, &disk);
     let outcome = nbd_cli(&["backup", server.uri(), device]);
     server.end();
-    refused(outcome, &[device, "no space", "before is lost", "marked as incomplete"]);
+    refused(outcome, &[device, "no space", "the previous data on", "marked as incomplete"]);
     refused(nbd_cli(&["image", "info", device]), &[device, "incomplete"]);
     refused(nbd_cli(&["restore", device, &directory.beside("x.img")]), &[device, "incomplete"]);
 }

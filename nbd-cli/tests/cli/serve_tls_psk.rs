@@ -75,7 +75,7 @@ fn keys_are_read_again_on_sighup() {
     add_psk_user(&file, "carol");
     let uri = server.uri_of_user("carol", &file);
     assert_eq!(run(Command::new(&nbdinfo).args(["--size", &uri])).code, Some(1));
-    server.reload("read again");
+    server.reload("reloaded");
     peer(&nbdinfo, &["--size", &uri]);
     server.server.end();
 }

@@ -141,10 +141,10 @@ fn certificates_are_read_again_on_sighup() {
     other.issue(Role::Client, "carol", Validity::Now, &certificates.path("carol"));
     let carol = server.uri_with(&certificates.path("carol"));
     refused(run(Command::new(&nbdinfo).args(["--size", &carol])));
-    server.reload("read again");
+    server.reload("reloaded");
     peer(&nbdinfo, &["--size", &carol]);
     std::fs::write(certificates.good().join("server-key.pem"), "none").expect("a file");
-    server.reload("the former ones stay in use");
+    server.reload("the previous ones stay in use");
     peer(&nbdinfo, &["--size", &carol]);
 }
 

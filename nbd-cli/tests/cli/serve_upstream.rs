@@ -87,7 +87,7 @@ fn an_image_on_the_other_server_is_served_as_the_disk_in_it() {
     peer(&qemu_io, &["-f", "raw", "-c", "write -P 9 0 64k", &server.uri_of("inner")]);
     image::are_equal(&qemu_img, disk.path(), &image);
     let refused = nbd_cli(&["serve", "--format", "qcow2", upstream.uri()]);
-    says(refused, &["exported for reading only", "--read-only"]);
+    says(refused, &["exported read-only", "--read-only"]);
 }
 
 #[test]

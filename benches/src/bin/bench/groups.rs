@@ -54,7 +54,7 @@ mod tests {
             let contests = (group.contests)(&options(&[]));
             let find = |name: &str| contests.iter().find(|contest| contest.name == name);
             for bar in (group.bars)() {
-                let row = find(&bar.row).unwrap_or_else(|| panic!("{} is no row", bar.row));
+                let row = find(&bar.row).unwrap_or_else(|| panic!("{} is not a row", bar.row));
                 match bar.against {
                     Against::Contender(name) => {
                         assert!(row.contenders.iter().any(|other| other.name == name), "{name}");

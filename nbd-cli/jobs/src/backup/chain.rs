@@ -100,7 +100,7 @@ impl Base {
                     JobErrorKind::Base,
                     format!(
                         "'{}' cannot be the base of this backup: {problem}; give the backup after which the \
-                 bitmap began, or make a full backup (or add --trust-base, if you know that it is \
+                 bitmap started, or make a full backup (or add --trust-base, if you know that it is \
                  that one)",
                         self.path.display()
                     ),
@@ -170,7 +170,7 @@ impl Base {
         JobError::new(
             JobErrorKind::Base,
             format!(
-                "'{}' cannot be the base of this backup: the bitmap '{}' began after {right}; give that as \
+                "'{}' cannot be the base of this backup: the bitmap '{}' started after {right}; give that as \
              --base, or make a full backup",
                 self.path.display(),
                 printable(bitmap)

@@ -20,7 +20,7 @@ impl BackupArgs {
             None if self.control.is_some() => self.target = path_in(&first).to_owned(),
             None if uri(&first).is_ok() => {
                 return Err(CommandError::new(
-                    "the new file is missing: give its name behind the disk's URI",
+                    "the new file is missing: give its name after the disk's URI",
                 ));
             }
             None => {

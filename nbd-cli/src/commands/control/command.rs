@@ -141,8 +141,8 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 /// The outcome of the backup.
 fn verdict() -> impl TypedValueParser<Value = Verdict> {
     let values = [
-        PossibleValue::new("success").help("It is complete"),
-        PossibleValue::new("failure").help("It is not"),
+        PossibleValue::new("success").help("The backup is complete"),
+        PossibleValue::new("failure").help("The backup failed"),
     ];
     PossibleValuesParser::new(values).map(|word| match word.as_str() {
         "success" => Verdict::Success,

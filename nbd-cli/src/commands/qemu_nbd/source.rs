@@ -131,7 +131,7 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
             let storage = open_export(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
             if choices.writes == Writes::ToImage && !storage.is_writable() {
-                return Err(format!("{uri} is exported for reading only; add -r"));
+                return Err(format!("{uri} is exported read-only; add -r"));
             }
             let storage = Arc::new(storage);
             (storage.clone(), Some(storage))

@@ -159,7 +159,7 @@ fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
     } else {
         match error {
             OpenError::Image(error) if error.could_be_shared() => {
-                CommandError::new(format!("{error}, or add --force-share to serve it all the same"))
+                CommandError::new(format!("{error}, or add --force-share to serve it anyway"))
             }
             OpenError::Image(error) => explained_image(error),
             OpenError::Other(error) => error,

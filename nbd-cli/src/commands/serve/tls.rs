@@ -122,7 +122,7 @@ impl TlsArgs {
         };
         if !self.tls_verify_peer && !self.tls_authz.is_empty() {
             return Err(CommandError::new(
-                "--tls-authz looks at the clients' certificates; leave --tls-verify-peer=off away",
+                "--tls-authz looks at the clients' certificates; leave out --tls-verify-peer=off",
             ));
         }
         Ok(Some(CredentialSource::X509 {
@@ -156,9 +156,9 @@ pub(super) fn reload_on_hangup(tls: &TlsMode) -> Result<(), CommandError> {
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
             match credentials.reload() {
-                Ok(()) => tracing::info!("TLS credentials were read again"),
+                Ok(()) => tracing::info!("TLS credentials were reloaded"),
                 Err(error) => warn(&format!(
-                    "cannot read the TLS credentials again: {error}; the former ones stay in use"
+                    "cannot reload the TLS credentials: {error}; the previous ones stay in use"
                 )),
             }
         }

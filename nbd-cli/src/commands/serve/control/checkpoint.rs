@@ -61,7 +61,7 @@ impl WishedBase {
         let name = &bitmap.name;
         let message = match bitmap.began_after {
             BeganAfter::Backup(id) | BeganAfter::PerhapsBackup(id) if id != base => format!(
-                "the bitmap '{name}' began after the backup {id}, not after {base}; use that as the \
+                "the bitmap '{name}' started after the backup {id}, not after {base}; use that as the \
                  base, or make a full backup"
             ),
             BeganAfter::Backup(_) => return Ok(()),
@@ -72,8 +72,8 @@ impl WishedBase {
                  that it has not)"
             ),
             _ => format!(
-                "the image does not say after which backup the bitmap '{name}' began; make a full \
-                 backup (or add --trust-base, if you know that it began after this base)"
+                "the image does not record after which backup the bitmap '{name}' started; make a full \
+                 backup (or add --trust-base, if you know that it started after this base)"
             ),
         };
         Err(Failure::new(ErrorKind::InvalidRequest, message))
@@ -149,7 +149,7 @@ impl Controller {
             && let Some(why) = disk.export.failure().flatten()
         {
             let message = format!(
-                "the view of '{export}' was lost ({why}), so what was read from it is not a \
+                "the view of '{export}' was lost ({why}), so the data read from it is not a \
                  backup; end the checkpoint with failure"
             );
             return Err(Failure::new(ErrorKind::Failed, message));
@@ -185,7 +185,7 @@ fn begin(
 ) -> Result<PointInTimeView, Failure> {
     let file = nameless_file().map_err(|error| {
         let message = format!(
-            "cannot make a file for what will be overwritten: {error}; set TMPDIR to a directory with \
+            "cannot create a file for overwritten data: {error}; set TMPDIR to a directory with \
              room"
         );
         Failure::new(ErrorKind::Failed, message)
@@ -239,7 +239,7 @@ fn begin_with_bitmap(
     };
     if found.recording == Recording::Disabled {
         let message = format!(
-            "the bitmap '{name}' is disabled and has not noted every change; enable it and make a \
+            "the bitmap '{name}' is disabled and has not recorded every change; enable it and make a \
              full backup"
         );
         return Err(Failure::new(ErrorKind::InvalidRequest, message));
