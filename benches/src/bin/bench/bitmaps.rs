@@ -1,10 +1,10 @@
 //! The cost of dirty bitmaps that survive a crash.
 //!
-//! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a bitmap,
-//! with one that records changes at each level, and qemu-nbd with an enabled persistent bitmap,
-//! which a crash makes unusable. All write the same file: the kernel's treatment of two files would
-//! differ by more than the measured effect. The disk fits into the hot extents of the activity log (1200 of
-//! 4 MiB), and every block begins with all of them cold.
+//! 4 KiB random writes, 16 in flight, into an image all of whose clusters are allocated: without a
+//! bitmap, with one that records changes at each level, and qemu-nbd with an enabled persistent
+//! bitmap, which a crash makes unusable. All write the same file: the kernel's treatment of two
+//! files would differ by more than the measured effect. The disk fits into the hot extents of the
+//! activity log (1200 of 4 MiB), and every block begins with all of them cold.
 
 use std::fs;
 use std::path::Path;
