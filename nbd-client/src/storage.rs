@@ -363,7 +363,7 @@ impl Storage for ExportStorage {
 
     fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()> {
         let range = offset.bytes()..offset.bytes().saturating_add(length);
-        self.zeroes(range, transmission::ZeroMode::MayPunch, transmission::Speed::Any)
+        self.zeroes(range, transmission::ZeroMode::MayUnmap, transmission::Speed::Any)
     }
 
     fn write_zeroes(
@@ -374,8 +374,8 @@ impl Storage for ExportStorage {
         speed: Speed,
     ) -> io::Result<()> {
         let mode = match mode {
-            ZeroMode::MayUnmap => transmission::ZeroMode::MayPunch,
-            ZeroMode::KeepAllocated => transmission::ZeroMode::NoHole,
+            ZeroMode::MayUnmap => transmission::ZeroMode::MayUnmap,
+            ZeroMode::KeepAllocated => transmission::ZeroMode::KeepAllocated,
         };
         let wanted = match speed {
             Speed::Any => transmission::Speed::Any,

@@ -41,7 +41,7 @@ fn durability() -> impl Strategy<Value = Durability> {
 
 fn range_command() -> impl Strategy<Value = Command> {
     let limit = prop_oneof![Just(ExtentLimit::Many), Just(ExtentLimit::One)];
-    let zero_mode = prop_oneof![Just(ZeroMode::MayPunch), Just(ZeroMode::NoHole)];
+    let zero_mode = prop_oneof![Just(ZeroMode::MayUnmap), Just(ZeroMode::KeepAllocated)];
     let speed = prop_oneof![Just(Speed::Any), Just(Speed::FastOnly)];
     prop_oneof![
         Just(Command::Read(Fragmentation::Allowed)),

@@ -278,7 +278,7 @@ async fn fill_and_verify(
     let image = image.clone();
     let zeroes = match destination.is_zero() {
         true => ZeroPolicy::Skip,
-        false => ZeroPolicy::Write(ZeroMode::MayPunch),
+        false => ZeroPolicy::Write(ZeroMode::MayUnmap),
     };
     let is_image = matches!(destination, Destination::Image { .. });
     let unit = destination.alignment();

@@ -59,7 +59,7 @@ fn every_command_works(connector: &Connector) {
     assert_eq!(status[0].1.len(), 1);
     let chunks = client.read_chunks(0..2 << 20).unwrap();
     assert_eq!(chunks.iter().map(ReadChunk::length).sum::<u64>(), 2 << 20);
-    let (mode, speed) = (ZeroMode::MayPunch, Speed::Any);
+    let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
     client.write_zeroes(MIB as u64..(MIB + 4096) as u64, mode, speed, Durability::Cached).unwrap();
     client.trim((MIB + 4096) as u64..2 << 20, Durability::Cached).unwrap();
     assert_eq!(client.read(MIB as u64..(MIB + 4096) as u64).unwrap(), vec![0; 4096]);

@@ -67,7 +67,7 @@ async fn compare_with_model(client: &Client, seed: u64) {
             }
             1 => {
                 model[place].fill(0);
-                let (mode, speed) = (ZeroMode::MayPunch, Speed::Any);
+                let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
                 let length = length as u64;
                 client
                     .write_zeroes(span(at, length), mode, speed, Durability::Cached)

@@ -39,7 +39,7 @@ async fn every_command_does_what_it_says_in_every_reply_mode() {
         client
             .write_zeroes(
                 span(zeroes.0, zeroes.1),
-                ZeroMode::MayPunch,
+                ZeroMode::MayUnmap,
                 Speed::Any,
                 Durability::Cached,
             )
@@ -133,7 +133,7 @@ async fn a_range_longer_than_32_bits_is_zeroed_and_trimmed() {
         let last = size - 512;
         client.write(last, vec![9; 512].into(), Durability::Cached).await.unwrap();
         client
-            .write_zeroes(span(0, size), ZeroMode::MayPunch, Speed::Any, Durability::Cached)
+            .write_zeroes(span(0, size), ZeroMode::MayUnmap, Speed::Any, Durability::Cached)
             .await
             .unwrap();
         assert_eq!(client.read(span(last, 512)).await.unwrap(), vec![0; 512]);

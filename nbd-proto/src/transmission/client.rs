@@ -367,7 +367,7 @@ fn command_flags(command: &Command) -> CommandFlags {
         Command::Write(durability) | Command::Trim(durability) => fua(durability),
         Command::WriteZeroes(mode, speed, durability) => {
             let mut flags = fua(durability);
-            if *mode == ZeroMode::NoHole {
+            if *mode == ZeroMode::KeepAllocated {
                 flags |= CommandFlags::NO_HOLE;
             }
             if *speed == Speed::FastOnly {

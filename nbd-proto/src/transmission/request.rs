@@ -17,9 +17,9 @@ pub enum Durability {
 pub enum ZeroMode {
     /// The range may become a hole.
     #[default]
-    MayPunch,
+    MayUnmap,
     /// The range stays allocated (NO_HOLE).
-    NoHole,
+    KeepAllocated,
 }
 
 /// The permitted duration of a WRITE_ZEROES.

@@ -195,9 +195,9 @@ impl Transmission {
         };
         self.check_writable(header)?;
         let mode = if flags.contains(CommandFlags::NO_HOLE) {
-            ZeroMode::NoHole
+            ZeroMode::KeepAllocated
         } else {
-            ZeroMode::MayPunch
+            ZeroMode::MayUnmap
         };
         Ok(Command::WriteZeroes(mode, speed, durability))
     }

@@ -234,7 +234,7 @@ fn transfer<W: Wire>(
         assert_eq!(read.data[100..1600], pattern);
         assert_eq!(read.data[1600..], [0; 400]);
     }
-    let zeroes = Command::WriteZeroes(ZeroMode::NoHole, Speed::FastOnly, Durability::Cached);
+    let zeroes = Command::WriteZeroes(ZeroMode::KeepAllocated, Speed::FastOnly, Durability::Cached);
     assert_eq!(driver.request(transmission, 1024, 512, &zeroes, &[])?, ok);
     assert_eq!(driver.request(transmission, 2048, 512, &Command::Trim(Durability::Fua), &[])?, ok);
     assert_eq!(driver.request(transmission, 0, 4096, &Command::Cache, &[])?, ok);

@@ -74,7 +74,7 @@ fn compact_requests_of_every_command() {
     compact(
         0,
         0x1000,
-        Command::WriteZeroes(ZeroMode::NoHole, Speed::FastOnly, Durability::Fua),
+        Command::WriteZeroes(ZeroMode::KeepAllocated, Speed::FastOnly, Durability::Fua),
         "25609513 0013 0006    # FUA, NO_HOLE, FAST_ZERO; WRITE_ZEROES
          0000000000000001 0000000000000000 00001000",
     );
@@ -128,7 +128,7 @@ fn extended_requests() {
     extended(
         0,
         1 << 40,
-        Command::WriteZeroes(ZeroMode::MayPunch, Speed::Any, Durability::Cached),
+        Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Cached),
         "21e41c71 0000 0006    # WRITE_ZEROES
          0000000000000001 0000000000000000
          0000010000000000      # 1 TiB at once",

@@ -26,7 +26,7 @@ fn request(
 
 const READ: Command = Command::Read(Fragmentation::Allowed);
 const WRITE: Command = Command::Write(Durability::Cached);
-const ZEROES: Command = Command::WriteZeroes(ZeroMode::MayPunch, Speed::Any, Durability::Cached);
+const ZEROES: Command = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Cached);
 const STATUS: Command = Command::BlockStatus(ExtentLimit::Many, None);
 
 #[test]
@@ -45,7 +45,7 @@ fn commands_and_flags_the_server_does_not_offer_are_not_sent() {
         assert!(matches!(misuse, ApiMisuse::NotNegotiated { .. }), "{command:?} {misuse}");
     }
     bare.flags |= TransmissionFlags::SEND_WRITE_ZEROES;
-    let fast = Command::WriteZeroes(ZeroMode::MayPunch, Speed::FastOnly, Durability::Cached);
+    let fast = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::FastOnly, Durability::Cached);
     assert!(request(&bare, 0, 512, &fast).is_err());
     assert!(request(&bare, 0, 512, &ZEROES).is_ok());
     assert!(request(&bare, 0, 512, &WRITE).is_ok());

@@ -195,8 +195,8 @@ impl Export for ImageExport {
         durability: Durability,
     ) -> Result<(), ExportError> {
         let mode = match mode {
-            ZeroMode::MayPunch => imgfmt::ZeroMode::MayUnmap,
-            ZeroMode::NoHole => imgfmt::ZeroMode::KeepAllocated,
+            ZeroMode::MayUnmap => imgfmt::ZeroMode::MayUnmap,
+            ZeroMode::KeepAllocated => imgfmt::ZeroMode::KeepAllocated,
         };
         let speed = match speed {
             Speed::Any => imgfmt::Speed::Any,

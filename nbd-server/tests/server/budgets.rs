@@ -247,7 +247,7 @@ fn requests_about_the_largest_disk_there_is_are_answered() {
     let mut client = Client::open(&server, ReplyMode::Extended, "", &contexts);
     let size = i64::MAX as u64;
     assert_eq!(client.read(size - 10, 10), [0; 10]);
-    let zeroes = Command::WriteZeroes(ZeroMode::MayPunch, Speed::FastOnly, Durability::Cached);
+    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::FastOnly, Durability::Cached);
     for command in [zeroes, Command::Trim(Durability::Cached), Command::Cache] {
         assert_eq!(client.request(0, size, &command).result, Ok(()));
     }

@@ -25,7 +25,7 @@ fn fua_reaches_the_export_with_every_command_that_writes() {
             }
             assert_eq!(client.request(0, 512, &Command::Trim(durability)).result, Ok(()));
             assert_eq!(durable(), expected, "TRIM {durability:?}");
-            let zeroes = Command::WriteZeroes(ZeroMode::MayPunch, Speed::Any, durability);
+            let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, durability);
             assert_eq!(client.request(0, 512, &zeroes).result, Ok(()));
             assert_eq!(durable(), expected, "WRITE_ZEROES {durability:?}");
         }

@@ -121,7 +121,7 @@ fn a_client_that_says_goodbye_leaves_its_writes_behind() {
 
 #[test]
 fn a_long_request_is_carried_out_in_steps_and_abandoned_with_its_client() {
-    let zeroes = Command::WriteZeroes(ZeroMode::MayPunch, Speed::Any, Durability::Cached);
+    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Cached);
     for command in [Command::Trim(Durability::Cached), zeroes, Command::Cache] {
         let disk = gated();
         let server = TestServer::with(ServerConfig::default(), disk.clone());
@@ -147,7 +147,7 @@ fn steps_do_all_that_was_asked_for_and_make_it_durable_once() {
         let places = [start - 1, start, start + length / 2, start + length - 1, start + length];
         for command in [
             Command::Trim(Durability::Fua),
-            Command::WriteZeroes(ZeroMode::MayPunch, Speed::Any, Durability::Fua),
+            Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Fua),
         ] {
             for place in places {
                 assert_eq!(client.write(place, &[7]), Ok(()));
@@ -171,7 +171,7 @@ fn a_fast_zero_that_cannot_be_had_everywhere_changes_nothing() {
     let server = TestServer::with(ServerConfig::default(), Scripted::new(SIZE, script));
     let mut client = Client::connect(&server, ReplyMode::Extended);
     assert_eq!(client.write(4097, &[7]), Ok(()));
-    let zeroes = Command::WriteZeroes(ZeroMode::MayPunch, Speed::FastOnly, Durability::Cached);
+    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::FastOnly, Durability::Cached);
     let error = client.request(4097, GATED, &zeroes).result.unwrap_err();
     assert_eq!(error.errno, Errno::ENOTSUP);
     assert_eq!(client.read(4097, 1), [7]);

@@ -49,11 +49,11 @@ fn zeroes_give_the_blocks_back_unless_told_not_to() {
     let Some((file, server)) = full_disk() else { return };
     let mut client = Client::connect(&server, MODES[2]);
     let before = allocated_bytes(file.path());
-    let keep = zeroes(ZeroMode::NoHole, Speed::Any);
+    let keep = zeroes(ZeroMode::KeepAllocated, Speed::Any);
     assert_eq!(client.request(1 << 20, 1 << 20, &keep).result, Ok(()));
     assert!(client.read(1 << 20, 1 << 20) == vec![0; 1 << 20]);
     assert!(allocated_bytes(file.path()) >= before, "NO_HOLE keeps the space");
-    let punch = zeroes(ZeroMode::MayPunch, Speed::Any);
+    let punch = zeroes(ZeroMode::MayUnmap, Speed::Any);
     assert_eq!(client.request(1 << 20, 2 << 20, &punch).result, Ok(()));
     assert!(client.read(1 << 20, 2 << 20) == vec![0; 2 << 20]);
     let after = allocated_bytes(file.path());
@@ -67,8 +67,8 @@ fn zeroes_of_any_alignment_touch_nothing_beside_them() {
     let mut model = vec![0xab; LENGTH as usize];
     for (offset, length) in [(1, 1), (4095, 2), (10_000, 100_001), (500_000, 4096), (1 << 21, 513)]
     {
-        for mode in [ZeroMode::MayPunch, ZeroMode::NoHole] {
-            let offset = if mode == ZeroMode::NoHole { offset + (1 << 20) } else { offset };
+        for mode in [ZeroMode::MayUnmap, ZeroMode::KeepAllocated] {
+            let offset = if mode == ZeroMode::KeepAllocated { offset + (1 << 20) } else { offset };
             assert_eq!(client.request(offset, length, &zeroes(mode, Speed::Any)).result, Ok(()));
             model[offset as usize..(offset + length) as usize].fill(0);
         }
@@ -84,8 +84,8 @@ fn fast_zero_is_fast_or_refused_with_nothing_changed() {
         std::fs::write(file.path(), vec![0xab; 1 << 20]).unwrap();
         let server = TestServer::of(image_export(file.path()));
         let mut client = Client::connect(&server, MODES[2]);
-        for mode in [ZeroMode::MayPunch, ZeroMode::NoHole] {
-            let offset = if mode == ZeroMode::NoHole { 1 << 19 } else { 0 };
+        for mode in [ZeroMode::MayUnmap, ZeroMode::KeepAllocated] {
+            let offset = if mode == ZeroMode::KeepAllocated { 1 << 19 } else { 0 };
             let outcome = client.request(offset, 1 << 18, &zeroes(mode, Speed::FastOnly));
             let expected = match outcome.result {
                 Ok(()) => 0,
@@ -105,11 +105,11 @@ fn an_export_that_is_not_fast_says_so_and_the_connection_lives() {
     for mode in MODES {
         let mut client = Client::connect(&server, mode);
         assert_eq!(client.write(0, &[5; 512]), Ok(()));
-        let fast = zeroes(ZeroMode::NoHole, Speed::FastOnly);
+        let fast = zeroes(ZeroMode::KeepAllocated, Speed::FastOnly);
         let error = client.request(0, 512, &fast).result.unwrap_err();
         assert_eq!(error.errno, Errno::ENOTSUP);
         assert_eq!(client.read(0, 512), [5; 512]);
-        let slow = zeroes(ZeroMode::NoHole, Speed::Any);
+        let slow = zeroes(ZeroMode::KeepAllocated, Speed::Any);
         assert_eq!(client.request(0, 512, &slow).result, Ok(()));
         assert_eq!(client.read(0, 512), [0; 512]);
     }

@@ -58,7 +58,7 @@ fn a_block_device_is_read_written_zeroed_and_discarded() {
         assert_eq!(client.write(offset as u64, &data), Ok(()));
         model[offset..offset + length].copy_from_slice(&data);
     }
-    let zeroes = Command::WriteZeroes(ZeroMode::MayPunch, Speed::Any, Durability::Fua);
+    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Fua);
     for (offset, length) in [(2 << 20, 1 << 20), (3_500_001, 777)] {
         assert_eq!(client.request(offset as u64, length as u64, &zeroes).result, Ok(()));
         model[offset..offset + length].fill(0);

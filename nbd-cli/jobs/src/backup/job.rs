@@ -184,7 +184,7 @@ async fn fill(
     let zeroes = match surface {
         Surface::Zeroes => ZeroPolicy::Skip,
         // Zero clusters: holes would expose the layer below.
-        Surface::Something => ZeroPolicy::Write(ZeroMode::MayPunch),
+        Surface::Something => ZeroPolicy::Write(ZeroMode::MayUnmap),
     };
     let settings = Settings {
         requests: work.options.requests.get(),

@@ -428,8 +428,8 @@ fn image_error(error: imgfmt::Error) -> JobError {
 
 fn image_mode(mode: ZeroMode) -> imgfmt::ZeroMode {
     match mode {
-        ZeroMode::MayPunch => imgfmt::ZeroMode::MayUnmap,
-        ZeroMode::NoHole => imgfmt::ZeroMode::KeepAllocated,
+        ZeroMode::MayUnmap => imgfmt::ZeroMode::MayUnmap,
+        ZeroMode::KeepAllocated => imgfmt::ZeroMode::KeepAllocated,
     }
 }
 

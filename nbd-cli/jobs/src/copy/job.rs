@@ -87,10 +87,10 @@ impl Settings {
     ) -> Self {
         let unit = source.alignment().max(destination.alignment());
         let zeroes = match options.zeroes {
-            Zeroes::Allocate => ZeroPolicy::Write(ZeroMode::NoHole),
+            Zeroes::Allocate => ZeroPolicy::Write(ZeroMode::KeepAllocated),
             Zeroes::Skip => ZeroPolicy::Skip,
             Zeroes::PunchHoles if destination.is_zero() => ZeroPolicy::Skip,
-            Zeroes::PunchHoles => ZeroPolicy::Write(ZeroMode::MayPunch),
+            Zeroes::PunchHoles => ZeroPolicy::Write(ZeroMode::MayUnmap),
         };
         // Where everything is allocated, separating zeroes from data gains nothing.
         let looks = options.zeroes != Zeroes::Allocate && !matches!(destination, Destination::Null);

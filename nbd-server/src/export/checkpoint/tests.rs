@@ -42,7 +42,7 @@ fn every_kind_of_change_leaves_the_view_as_it_was() {
     disk.write_at(4095, &[0xdd; 2], Durability::Fua).unwrap();
     assert_eq!(disk.try_write_at(100_000, &[0xcc; 512]).unwrap(), TryWrite::Complete);
     disk.trim(1 << 20, 1 << 20, Durability::Cached).unwrap();
-    let (mode, speed) = (ZeroMode::MayPunch, Speed::Any);
+    let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
     disk.write_zeroes((3 << 20) - 77, (1 << 20) + 77, mode, speed, Durability::Cached).unwrap();
     assert!(read(&view) == content);
     assert!(read(&disk)[100_000..100_512] == [0xcc; 512]);

@@ -49,7 +49,7 @@ impl RequestFilter {
     fn mode(&self, wanted: ZeroMode) -> ZeroMode {
         match self.options.discard {
             Discard::Unmap => wanted,
-            Discard::Ignore => ZeroMode::NoHole,
+            Discard::Ignore => ZeroMode::KeepAllocated,
         }
     }
 
@@ -144,8 +144,8 @@ impl Filter for RequestFilter {
         let durability = self.durable(durability);
         let mode = match self.options.detect_zeroes {
             DetectZeroes::Off => return self.inner.write_at(offset, data, durability),
-            DetectZeroes::On => ZeroMode::NoHole,
-            DetectZeroes::Unmap => self.mode(ZeroMode::MayPunch),
+            DetectZeroes::On => ZeroMode::KeepAllocated,
+            DetectZeroes::Unmap => self.mode(ZeroMode::MayUnmap),
         };
         if !is_zero(data) {
             return self.inner.write_at(offset, data, durability);
@@ -281,7 +281,7 @@ mod tests {
         let export = options.apply(recorder.clone());
         export.write_at(0, &[1], Durability::Cached).expect("it is noted");
         export.trim(0, 1, Durability::Cached).expect("it is noted");
-        let mode = ZeroMode::MayPunch;
+        let mode = ZeroMode::MayUnmap;
         export.write_zeroes(0, 1, mode, Speed::Any, Durability::Cached).expect("it is noted");
         assert_eq!(export.try_write_at(0, &[1]), Ok(TryWrite::WouldBlock));
         let noted = recorder.0.lock().expect("nobody panicked");

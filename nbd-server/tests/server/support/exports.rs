@@ -198,7 +198,7 @@ impl Export for Scripted {
         self.act(offset, length)?;
         let slow = self.script.slow_zeroes.as_ref();
         let is_slow = slow.is_some_and(|slow| offset < slow.end && slow.start < offset + length);
-        if speed == Speed::FastOnly && (is_slow || mode == ZeroMode::NoHole) {
+        if speed == Speed::FastOnly && (is_slow || mode == ZeroMode::KeepAllocated) {
             return Err(ExportError::new(Errno::ENOTSUP, "not fast"));
         }
         if durable == Durability::Fua {

@@ -85,7 +85,7 @@ impl Workload {
             }
             9 => {
                 part.fill(0);
-                Command::WriteZeroes(ZeroMode::MayPunch, Speed::Any, Durability::Cached)
+                Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Cached)
             }
             10 => Command::Flush,
             11 => Command::Cache,
