@@ -1,6 +1,7 @@
 //! `--image-opts` and `json:` names: a disk described by the options of QEMU's block drivers.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use imgfmt::{BackingFile, Format, Locking};
 use nbd_jobs::key_values::KeyValues;
@@ -34,8 +35,8 @@ pub(super) enum Place {
     File(PathBuf),
     /// On another server.
     Export(Box<NbdUri>),
-    /// None: a disk of that many bytes that discards all writes.
-    Null(u64),
+    /// None: a disk of that many bytes that discards all writes and takes that long for each request.
+    Null(u64, Duration),
 }
 
 /// Size of a disk of the drivers `null-co` and `null-aio`, in bytes.
@@ -59,7 +60,7 @@ impl Place {
         }
         match text.split_once(':') {
             Some(("file", path)) => Ok(Self::File(path.into())),
-            Some(("null-co" | "null-aio", "//")) => Ok(Self::Null(NULL_SIZE)),
+            Some(("null-co" | "null-aio", "//")) => Ok(Self::Null(NULL_SIZE, Duration::ZERO)),
             Some((driver @ ("null-co" | "null-aio"), _)) => {
                 Err(format!("The only allowed filename for this driver is '{driver}://'"))
             }
@@ -208,10 +209,14 @@ impl Described {
         let size = take_size(&mut options, "size")?.unwrap_or(NULL_SIZE);
         // Reads return zeroes in any case.
         options.take_switch("read-zeroes")?;
-        if options.take("latency-ns").is_some_and(|latency| latency != "0") {
-            return Err(format!("the option 'latency-ns' of '{driver}' is not supported"));
-        }
-        self.place = Place::Null(size);
+        let latency = match options.take("latency-ns") {
+            None => Duration::ZERO,
+            Some(text) => text
+                .parse()
+                .map(Duration::from_nanos)
+                .map_err(|_| format!("Parameter 'latency-ns' expects nanoseconds, not '{text}'"))?,
+        };
+        self.place = Place::Null(size, latency);
         self.last_driver(driver, options)
     }
 
@@ -349,7 +354,7 @@ mod tests {
         let json = Described::from_options(KeyValues::from_json(json).unwrap()).unwrap();
         assert_eq!(json.backing, BackingFile::Ignored);
         let null = Described {
-            place: Place::Null(1 << 20),
+            place: Place::Null(1 << 20, Duration::ZERO),
             format: Some(Format::Raw),
             ..Described::default()
         };
@@ -357,7 +362,9 @@ mod tests {
             read("driver=raw,file.driver=null-co,file.size=1M,file.read-zeroes=on"),
             Ok(null)
         );
-        assert_eq!(Place::named("null-co://"), Ok(Place::Null(NULL_SIZE)));
+        assert_eq!(Place::named("null-co://"), Ok(Place::Null(NULL_SIZE, Duration::ZERO)));
+        let slow = read("driver=null-co,latency-ns=2500").unwrap();
+        assert_eq!(slow.place, Place::Null(NULL_SIZE, Duration::from_nanos(2500)));
     }
 
     #[test]
@@ -378,7 +385,7 @@ mod tests {
             ("driver=raw,offset=4k,file.driver=raw,file.size=2k,file.file.filename=d", "behind"),
             ("driver=raw,size=4k,file.driver=raw,file.size=2k,file.file.filename=d", "behind"),
             ("driver=qcow2,file.driver=qcow2,file.file.filename=d", "qcow2"),
-            ("driver=null-co,latency-ns=5", "latency-ns"),
+            ("driver=null-co,latency-ns=-5", "latency-ns"),
             ("driver=null-co,bogus=5", "bogus"),
             ("offset=512,file.filename=d", "offset"),
         ] {

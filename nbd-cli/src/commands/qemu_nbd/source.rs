@@ -126,7 +126,7 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
             let file = choices.open_file(path).map_err(|error| error.to_string())?;
             (Arc::new(file), None)
         }
-        Place::Null(size) => (Arc::new(Null::new(*size)), None),
+        Place::Null(size, latency) => (Arc::new(Null::new(*size, *latency)), None),
         Place::Export(uri) => {
             let storage = open_export(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;

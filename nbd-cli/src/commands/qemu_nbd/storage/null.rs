@@ -1,6 +1,7 @@
 //! The drivers `null-co` and `null-aio`: a disk that discards all writes, for benchmarks.
 
 use std::io;
+use std::time::Duration;
 
 use imgfmt::storage::StorageExtent;
 use imgfmt::{Capabilities, Durability, ExtentKind, HostOffset, Speed, Storage, TryRead, ZeroMode};
@@ -9,11 +10,26 @@ use imgfmt::{Capabilities, Durability, ExtentKind, HostOffset, Speed, Storage, T
 #[derive(Debug)]
 pub(in crate::commands::qemu_nbd) struct Null {
     size: u64,
+    latency: Duration,
 }
 
 impl Null {
-    pub(in crate::commands::qemu_nbd) fn new(size: u64) -> Self {
-        Self { size }
+    /// A disk of `size` bytes that takes `latency` for each read, write and flush.
+    pub(in crate::commands::qemu_nbd) fn new(size: u64, latency: Duration) -> Self {
+        Self { size, latency }
+    }
+
+    fn take_time(&self) {
+        if !self.latency.is_zero() {
+            std::thread::sleep(self.latency);
+        }
+    }
+
+    fn fill(&self, offset: HostOffset, buffer: &mut [u8]) -> usize {
+        let rest = self.size.saturating_sub(offset.bytes());
+        let length = usize::try_from(rest).unwrap_or(usize::MAX).min(buffer.len());
+        buffer[..length].fill(0);
+        length
     }
 }
 
@@ -23,18 +39,17 @@ impl Storage for Null {
     }
 
     fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
-        let rest = self.size.saturating_sub(offset.bytes());
-        let length = usize::try_from(rest).unwrap_or(usize::MAX).min(buffer.len());
-        buffer[..length].fill(0);
-        Ok(length)
+        self.take_time();
+        Ok(self.fill(offset, buffer))
     }
 
     fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
-        let read = self.read_at(offset, buffer)?;
-        Ok(if read == buffer.len() { TryRead::Complete } else { TryRead::WouldBlock })
+        let is_prompt = self.latency.is_zero() && self.fill(offset, buffer) == buffer.len();
+        Ok(if is_prompt { TryRead::Complete } else { TryRead::WouldBlock })
     }
 
     fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
+        self.take_time();
         Ok(())
     }
 
@@ -47,10 +62,12 @@ impl Storage for Null {
     }
 
     fn write_zeroes(&self, _: HostOffset, _: u64, _: ZeroMode, _: Speed) -> io::Result<()> {
+        self.take_time();
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
+        self.take_time();
         Ok(())
     }
 
@@ -63,5 +80,35 @@ impl Storage for Null {
 
     fn next_extent(&self, _: HostOffset, length: u64) -> io::Result<StorageExtent> {
         Ok(StorageExtent { length, kind: ExtentKind::Hole })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_with_latency_takes_that_long_and_is_never_read_where_the_connection_stands() {
+        let latency = Duration::from_millis(20);
+        let disk = Null::new(1 << 20, latency);
+        let mut buffer = [1; 512];
+        let place = HostOffset::new(0);
+        assert!(matches!(disk.try_read_at(place, &mut buffer), Ok(TryRead::WouldBlock)));
+        for call in [
+            &mut || disk.read_at(place, &mut buffer).map(drop) as io::Result<()>,
+            &mut || disk.write_at(place, &[0], Durability::Cached),
+            &mut || disk.sync(),
+        ] as [&mut dyn FnMut() -> io::Result<()>; 3]
+        {
+            let started = Instant::now();
+            call().unwrap();
+            assert!(started.elapsed() >= latency);
+        }
+        let mut buffer = [1; 512];
+        let prompt = Null::new(512, Duration::ZERO).try_read_at(place, &mut buffer);
+        assert!(matches!(prompt, Ok(TryRead::Complete)));
+        assert_eq!(buffer, [0; 512]);
     }
 }
