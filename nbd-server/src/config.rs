@@ -31,6 +31,10 @@ pub struct ServerConfig {
     pub connection_memory_limit: usize,
     /// Bytes of payload all connections together may hold in large requests. When they are used up
     /// each connection may still have one request of up to 1 MiB at a time. Default: 256 MiB.
+    ///
+    /// A READ takes memory for 1 MiB of it at a time if its reply may be sent in parts. With simple
+    /// replies or DF it takes its whole length, up to 32 MiB, until the reply is sent: an error
+    /// after the header of such a reply could only close the connection, so all is read before.
     pub memory_limit: usize,
     /// How long a worker thread that has a single, busy connection asks for its next request before it
     /// goes to sleep, as QEMU's `poll-max-ns`. A client with one request in flight is served faster
