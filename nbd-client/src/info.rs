@@ -35,6 +35,7 @@ impl std::fmt::Display for Protocol {
 
 /// The exports that a query covers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum Scope {
     /// The export that the connector names.
     #[default]

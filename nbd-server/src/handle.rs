@@ -6,6 +6,7 @@ use crate::export::ExportEntry;
 
 /// What becomes of clients that use an export which is removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum InUse {
     /// They keep it: it is not removed.
     Refuse,

@@ -39,6 +39,7 @@ pub(crate) use without::{Context, HandshakeFailure, TlsStream};
 
 /// The TLS policy of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum TlsMode {
     /// TLS is never used. A server that requires it is refused.
     Off,
@@ -53,6 +54,7 @@ pub enum TlsMode {
 
 /// The verification of the server's certificate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum VerifyPeer {
     /// The certificate must be signed by a trusted authority, currently valid, not revoked, and
     /// issued for the name of the server.

@@ -92,6 +92,7 @@ impl RefusalReason {
 
 /// A server's refusal, as the client received it.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct OptionError {
     /// The kind of refusal.
     pub reply: OptionReplyType,

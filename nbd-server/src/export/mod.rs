@@ -30,6 +30,7 @@ pub use registry::{ExportEntry, ExportRegistry};
 
 /// What a client is told about an export. All sizes are in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExportInfo {
     /// Size of the disk; at most 2^63-1. Fixed while a client is connected.
     pub size: u64,
@@ -58,6 +59,7 @@ impl ExportInfo {
 /// A request failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
+#[non_exhaustive]
 pub struct ExportError {
     /// The error the client gets.
     pub errno: Errno,

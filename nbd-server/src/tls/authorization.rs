@@ -8,6 +8,7 @@ use super::{TlsError, file};
 
 /// Whether clients have to show a certificate that one of the authorities in `ca-cert.pem` signed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum ClientCertificates {
     /// They have to.
     #[default]
@@ -56,6 +57,7 @@ pub struct Rule {
 
 /// How a name is compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Matching {
     /// Character by character.
     Exact,
@@ -65,6 +67,7 @@ pub enum Matching {
 
 /// Whether somebody may connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Verdict {
     /// They may.
     Allow,

@@ -178,7 +178,10 @@ fn use_it(export: &dyn Export, noting: &Noting) -> Vec<String> {
         format!("{:?}", export.try_write_at(8, &[9])),
         format!("{:?}", export.flush()),
         format!("{:?}", export.trim(10, 11, durable)),
-        format!("{:?}", export.write_zeroes(12, 13, ZeroMode::KeepAllocated, Speed::FastOnly, durable)),
+        format!(
+            "{:?}",
+            export.write_zeroes(12, 13, ZeroMode::KeepAllocated, Speed::FastOnly, durable)
+        ),
         format!("{:?}", export.cache(14, 15)),
         format!("{:?}", export.block_status(&context, 16, 17, 18)),
     ];
