@@ -20,6 +20,8 @@ mod counts;
 mod entries;
 mod flags;
 mod rebuild;
+#[cfg(test)]
+mod tests;
 mod walk;
 
 use std::collections::{HashMap, HashSet};

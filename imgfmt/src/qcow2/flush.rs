@@ -149,6 +149,11 @@ impl Qcow2 {
     fn note_moved_table(&self, allocator: &mut Allocator, place: TablePlace) {
         let bits = self.geometry().cluster_bits;
         let old = std::mem::replace(&mut allocator.table_place, place);
+        // Whoever counts all references looks for the table there from now on.
+        self.metadata.update_header(|header| {
+            header.refcount_table_offset = place.offset;
+            header.refcount_table_clusters = place.clusters as u32;
+        });
         let range = |place: TablePlace| (place.offset, place.offset + (place.clusters << bits));
         allocator.protected.retain(|protected| *protected != range(old));
         allocator.protected.push(range(place));

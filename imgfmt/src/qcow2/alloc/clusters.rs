@@ -111,13 +111,15 @@ impl Clusters {
         self.allocate(references, |allocator| allocator.reserve_exact(count))
     }
 
+    /// Calls `reserve`, a second time if it fails for lack of a refcount block.
+    ///
     /// Where a refcount block is missing within the file, its clusters may be in use all the same:
     /// all references are counted then, once.
-    fn allocate(
+    pub(in crate::qcow2) fn allocate<T>(
         &self,
         references: &(impl CountReferences + ?Sized),
-        mut reserve: impl FnMut(&mut Allocator) -> Result<Reserved>,
-    ) -> Result<Reserved> {
+        mut reserve: impl FnMut(&mut Allocator) -> Result<T>,
+    ) -> Result<T> {
         let mut allocator = self.allocator()?;
         let mut reserved = reserve(&mut allocator);
         if reserved.is_err() && std::mem::take(&mut allocator.wants_used_blocks) {

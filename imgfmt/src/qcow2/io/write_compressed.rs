@@ -55,8 +55,7 @@ impl Qcow2 {
         };
         self.clusters.release_quarantine();
         let length = packed.len() as u64;
-        let offset = {
-            let mut allocator = self.clusters.allocator()?;
+        let offset = self.clusters.allocate(self, |allocator| {
             let offset = allocator.reserve_bytes(length)?;
             self.commits.changes.note();
             // Still locked: the bytes behind these are nobody's yet.
@@ -64,8 +63,8 @@ impl Qcow2 {
                 allocator.release_bytes(offset, length);
                 return Err(self.metadata.io("write to", error, GuestOffset::new(start)));
             }
-            offset
-        };
+            Ok(offset)
+        })?;
         let compressed = Compressed { offset, length };
         let fits = self.mapping.format.encode_compressed(compressed).is_some();
         let written = match fits {
