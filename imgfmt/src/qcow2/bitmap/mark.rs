@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::{Acquire, Release};
 
 use super::directory::{Entry, flag};
 use super::ownership::FOREIGN_DIRECTORY;
-use super::store::{Bitmaps, ImageServices, unusable};
+use super::store::{Bitmaps, ImageServices, Ownership, unusable};
 use crate::bitmap::{Bitmap, Condition, Recorded, Recording, State, WouldBlock};
 use crate::error::Result;
 use crate::qcow2::metadata::header_edit::change_autoclear;
@@ -16,14 +16,18 @@ use crate::units::GuestRange;
 const CLUSTERS_MAX: usize = 1 << 24;
 
 impl Bitmaps {
-    /// Loads the bitmaps that note changes, before the first change.
+    /// Loads the bitmaps before the first change: those that note changes, and the others too, because
+    /// a cluster of theirs may be the guest's as well, and so change.
     pub(in crate::qcow2) fn begin_recording(&self) {
         let mut exclusive = self.tracker.exclusive();
         let mut bitmaps = exclusive.bitmaps().to_vec();
         self.find_shared_clusters(&mut bitmaps);
-        for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.recording == Recording::Enabled) {
-            if let Err(detail) = self.ready_bits(bitmap) {
-                bitmap.condition = unusable(bitmap, detail);
+        // Those that note changes come first, in case memory does not suffice for all.
+        for recording in [Recording::Enabled, Recording::Disabled] {
+            for bitmap in bitmaps.iter_mut().filter(|bitmap| bitmap.recording == recording) {
+                if let Err(detail) = self.ready_bits(bitmap) {
+                    bitmap.condition = unusable(bitmap, detail);
+                }
             }
         }
         let is_marked = self.is_marked(&bitmaps);
@@ -34,10 +38,11 @@ impl Bitmaps {
     /// open, that it is in use.
     pub(super) fn is_marked(&self, bitmaps: &[Bitmap<Entry>]) -> bool {
         let disk = self.disk.lock();
+        let ownership = self.ownership.lock();
         disk.damage.is_none()
             && !disk.is_doubtful
             && !self.metadata.is_sealed()
-            && !bitmaps.iter().any(needs_mark)
+            && !bitmaps.iter().any(|bitmap| self.needs_mark(&ownership, bitmap))
     }
 
     /// Two bitmaps must not share clusters, or one would free what the other needs.
@@ -88,7 +93,10 @@ impl Bitmaps {
         }
         self.give_up_foreign_directory(image, &mut disk.directory, state.bitmaps())?;
         let bitmaps = state.bitmaps().iter().zip(&disk.flags_places);
-        let marked: Vec<_> = bitmaps.filter(|(bitmap, _)| needs_mark(bitmap)).collect();
+        let marked: Vec<_> = {
+            let ownership = self.ownership.lock();
+            bitmaps.filter(|(bitmap, _)| self.needs_mark(&ownership, bitmap)).collect()
+        };
         let Some(place) = disk.directory else {
             // Nothing on disk speaks of them now; the clean close stores them.
             self.go_without_session(FOREIGN_DIRECTORY)?;
@@ -108,9 +116,20 @@ impl Bitmaps {
         disk.note_in_use(state.bitmaps());
         Ok(())
     }
-}
 
-/// Whether changes will be missing in what is stored of a bitmap, and the image does not say so.
-fn needs_mark(bitmap: &Bitmap<Entry>) -> bool {
-    bitmap.recording == Recording::Enabled && !bitmap.in_use.load(Acquire)
+    /// Whether what is stored of a bitmap will be wrong when the disk has changed, and the image does
+    /// not say so: changes will be missing in it, or it lies where the disk may have something as well.
+    fn needs_mark(&self, ownership: &Ownership, bitmap: &Bitmap<Entry>) -> bool {
+        if bitmap.in_use.load(Acquire) {
+            return false;
+        }
+        if bitmap.recording == Recording::Enabled {
+            return true;
+        }
+        let is_alone = |clusters: Vec<u64>| clusters.iter().all(|at| ownership.alone.contains(at));
+        // As long as it is not known what they own, that has to be found out.
+        bitmap.stored.damage.is_none()
+            && bitmap.stored.table.entries > 0
+            && !self.table_clusters(bitmap.stored.table).is_ok_and(is_alone)
+    }
 }

@@ -142,3 +142,27 @@ fn what_a_larger_disk_gains_is_clean_unless_it_had_been_cut_off() {
     bitmaps.resize(2 << 20);
     assert_eq!(dirty_bytes(&bitmaps, "daily"), Some(1 << 20));
 }
+
+#[test]
+fn a_disabled_bitmap_in_a_cluster_of_the_guest_is_marked_before_that_can_change() {
+    let (storage, bitmaps) = no_bitmaps();
+    bitmaps.transaction(&Image::default(), &[add("daily")], || ()).unwrap();
+    drop(bitmaps.before_change(&Image::default(), range(0, 1)).unwrap());
+    let disable = BitmapChange::Disable { name: "daily".into() };
+    bitmaps.transaction(&Image::default(), &[disable], || ()).unwrap();
+    let directory = bitmaps.places().0[0].0;
+    let clusters = bitmaps.places().0.into_iter().map(|(offset, _)| offset);
+    let guest = clusters.filter(|offset| *offset != directory).map(|offset| offset >> 16).collect();
+    let image = Image { guest, ..Image::default() };
+    let opened = reopened(&storage, &bitmaps);
+    opened.begin_recording();
+    drop(opened.before_change(&image, range(0, 1)).unwrap());
+    assert_eq!(dirty_bytes(&reopened(&storage, &bitmaps), "daily"), None);
+    opened.store(&image).unwrap();
+    assert_eq!(dirty_bytes(&reopened(&storage, &bitmaps), "daily"), Some(65536));
+    // One that lies where nothing else is needs no mark.
+    let opened = reopened(&storage, &bitmaps);
+    opened.begin_recording();
+    drop(opened.before_change(&Image::default(), range(0, 1)).unwrap());
+    assert_eq!(dirty_bytes(&reopened(&storage, &bitmaps), "daily"), Some(65536));
+}
