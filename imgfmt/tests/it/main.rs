@@ -41,6 +41,7 @@ mod crash_at_every_step;
 mod crash_in_changes_of_structure;
 mod crash_of_bitmaps;
 mod crash_with_sidecar;
+mod entries_that_alias;
 mod errors_at_every_call;
 mod extents;
 mod full_disk;

@@ -9,6 +9,7 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::alloc::cluster_set::ClusterSet;
 use crate::qcow2::alloc::lease::ClosedGeneration;
 use crate::qcow2::on_disk::header::Header;
 use crate::qcow2::on_disk::refcount::Refcounts;
@@ -73,6 +74,9 @@ pub(crate) struct Allocator {
     pub(in crate::qcow2) wants_used_blocks: bool,
     /// Places that can never be free: if their refcount says so, the image is damaged.
     pub(in crate::qcow2) protected: Vec<(u64, u64)>,
+    /// What was reserved since the image was opened, whatever became of it. It was free then: no
+    /// table as it was found can refer to it.
+    pub(in crate::qcow2) reserved_since_open: ClusterSet,
 }
 
 impl Allocator {
@@ -89,6 +93,7 @@ impl Allocator {
             used_blocks: None,
             wants_used_blocks: false,
             protected: Vec::new(),
+            reserved_since_open: ClusterSet::default(),
         }
     }
 
@@ -212,6 +217,7 @@ impl Allocator {
                 return Err(error);
             }
         }
+        self.reserved_since_open.insert(first..first + count);
         if self.first_free == first {
             self.first_free = first + count;
         }

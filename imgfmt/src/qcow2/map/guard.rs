@@ -4,6 +4,10 @@
 //! nothing has ever been given. Reading through it is harmless. Writing through it would hand the
 //! image's metadata to the guest, and freeing it would give a live table away. Each L2 table is
 //! therefore looked through once, before the first change that concerns it.
+//!
+//! A place that was nobody's when the image was opened, at the end of the file for instance, may have
+//! been given to something else by then. So a table that is as it was found must not name what was
+//! reserved since.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering::Acquire;
@@ -13,28 +17,66 @@ use crate::qcow2::alloc::allocator::Allocator;
 use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK};
+use crate::qcow2::on_disk::words::read_words;
+
+/// Of so many entries of snapshots' L1 tables it is known which L2 tables they name.
+const SNAPSHOT_L1_ENTRIES_MAX: u64 = 8 << 20;
 
 impl MappingTables {
     /// The indexes of a table's entries that must not be followed.
-    fn find_bad_entries(&self, l1_index: u64, words: &[u64]) -> Result<Vec<u32>> {
+    fn find_bad_entries(&self, l1_index: u64, offset: u64, words: &[u64]) -> Result<Vec<u32>> {
         if !self.metadata.is_writable() {
             return Ok(Vec::new());
         }
         let geometry = self.geometry();
+        self.read_snapshot_l2s();
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
-        let mut bad = Vec::new();
+        let is_new = allocator.reserved_since_open.contains(offset >> geometry.cluster_bits);
+        let is_as_found = !is_new && !tables.changed.contains(&offset);
+        let mut bad = tables.bad.get(&offset).cloned().unwrap_or_default();
         for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
             let bitmap = entry.get(1).copied().unwrap_or(0);
             // What cannot be decoded is refused wherever it is met.
             let Ok(cluster) = self.format.decode(entry[0], bitmap) else { continue };
             let guest =
                 l1_index * geometry.l2_coverage() + ((index as u64) << geometry.cluster_bits);
-            if self.is_bad(cluster, guest, &tables, &mut allocator)? {
+            if self.is_bad(cluster, guest, &tables.named, &mut allocator)?
+                || is_as_found && self.names_reserved(cluster, &allocator)
+            {
                 bad.push(index as u32);
             }
         }
+        drop((tables, allocator));
+        bad.sort_unstable();
+        bad.dedup();
+        if !bad.is_empty() {
+            self.l2_places.write().bad.insert(offset, bad.clone());
+        }
         Ok(bad)
+    }
+
+    /// Whether an entry of a table that is as it was found names what was free when the image was
+    /// opened.
+    fn names_reserved(&self, cluster: Cluster, allocator: &Allocator) -> bool {
+        let references = self.references(cluster, None, false);
+        references.iter().any(|it| allocator.reserved_since_open.contains(it.cluster))
+    }
+
+    /// Reads where the snapshots' L2 tables lie. What cannot be read, or is too much, is not known.
+    fn read_snapshot_l2s(&self) {
+        self.snapshot_l2s.get_or_init(|| {
+            let mut found = HashSet::new();
+            let mut entries_left = SNAPSHOT_L1_ENTRIES_MAX;
+            for (offset, entries) in &self.snapshot_l1s {
+                let Some(left) = entries_left.checked_sub(u64::from(*entries)) else { break };
+                entries_left = left;
+                let words = read_words(&*self.metadata.file, *offset, *entries as usize);
+                found.extend(words.unwrap_or_default().into_iter().map(|word| word & OFFSET_MASK));
+            }
+            found.remove(&0);
+            found
+        });
     }
 
     fn is_bad(
@@ -53,6 +95,7 @@ impl MappingTables {
             let offset = reference.cluster << bits;
             let is_table = allocator.is_protected(offset)
                 || tables.contains(&offset)
+                || self.snapshot_l2s.get().is_some_and(|known| known.contains(&offset))
                 || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset));
             let is_counted = match allocator.refcounts.refcount(reference.cluster) {
                 Ok(count) => count > 0,
@@ -73,9 +116,9 @@ impl MappingTables {
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
         if self.format.has_data_file {
-            return Ok(allocator.is_protected(offset) || tables.contains(&offset));
+            return Ok(allocator.is_protected(offset) || tables.named.contains(&offset));
         }
-        self.is_bad(cluster, 0, &tables, &mut allocator)
+        self.is_bad(cluster, 0, &tables.named, &mut allocator)
     }
 
     /// Refuses to give L2 tables away, from this L1 entry on, that are other metadata, or nobody's,
@@ -112,7 +155,7 @@ impl MappingTables {
     pub(in crate::qcow2) fn refuse_bad_cluster(&self, cluster: Cluster, table: u64) -> Result<()> {
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
-        let is_bad = self.is_bad(cluster, 0, &tables, &mut allocator)?;
+        let is_bad = self.is_bad(cluster, 0, &tables.named, &mut allocator)?;
         drop((tables, allocator));
         match is_bad {
             true => Err(self.metadata.note_damage(
@@ -127,6 +170,20 @@ impl MappingTables {
         self.metadata.note_damage(self.metadata.corrupt(detail, offset))
     }
 
+    /// The entries of a table, whose words these are, that must not be followed.
+    pub(super) fn bad_entries<'a>(
+        &self,
+        table: &'a Table,
+        words: &[u64],
+        l1_index: u64,
+    ) -> Result<&'a [u32]> {
+        if table.bad_entries.get().is_none() {
+            let found = self.find_bad_entries(l1_index, table.offset, words)?;
+            return Ok(table.bad_entries.get_or_init(|| found));
+        }
+        Ok(table.bad_entries.get().map_or(&[], Vec::as_slice))
+    }
+
     /// Refuses a change through an entry that must not be followed. `words` are the table's, and
     /// the caller holds its lock: nobody can have changed them unseen.
     pub(in crate::qcow2) fn refuse_bad(
@@ -137,10 +194,7 @@ impl MappingTables {
     ) -> Result<()> {
         let bad_entries = match table.bad_entries.get() {
             Some(known) => known,
-            None => {
-                let found = self.find_bad_entries(self.geometry().l1_index(guest), words)?;
-                table.bad_entries.get_or_init(|| found)
-            }
+            None => self.bad_entries(table, words, self.geometry().l1_index(guest))?,
         };
         // Nearly always there is none.
         if bad_entries.is_empty() {
@@ -170,7 +224,7 @@ impl MappingTables {
                 start >> geometry.cluster_bits..=(end - 1) >> geometry.cluster_bits
             })
             .collect();
-        clusters.extend(tables.iter().map(|offset| offset >> geometry.cluster_bits));
+        clusters.extend(tables.named.iter().map(|offset| offset >> geometry.cluster_bits));
         allocator.refcounts.note_others(clusters);
     }
 }

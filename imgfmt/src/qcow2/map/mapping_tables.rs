@@ -1,10 +1,10 @@
 //! The mapping tables of one image: the L1 table, the L2 tables in memory, and what of both is not
 //! on disk.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
-use std::sync::{Arc, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, RwLockReadGuard};
 
 use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::alloc::clusters::Clusters;
@@ -34,10 +34,26 @@ pub(in crate::qcow2) struct MappingTables {
     pub(super) tables: TableCache,
     /// How much memory, in bytes, the user allows for them.
     cache_bytes: Option<u64>,
-    /// Offsets of the L2 tables that the L1 table names, if the image is to be written.
-    pub(super) l2_places: OrderedRwLock<{ rank::L2_PLACES }, HashSet<u64>>,
+    /// Where the L2 tables are and what is known about them, if the image is to be written.
+    pub(super) l2_places: OrderedRwLock<{ rank::L2_PLACES }, L2Places>,
     /// Where the snapshot table and the snapshots' L1 tables lie: start and end.
     pub(super) snapshot_places: Vec<(u64, u64)>,
+    /// Offset and number of entries of the snapshots' L1 tables.
+    pub(super) snapshot_l1s: Vec<(u64, u32)>,
+    /// Offsets of the L2 tables that they name; read when the first table is looked through.
+    pub(super) snapshot_l2s: OnceLock<HashSet<u64>>,
+}
+
+/// The L2 tables of the present state, by their offsets.
+#[derive(Debug, Default)]
+pub(super) struct L2Places {
+    /// Those that the L1 table names.
+    pub(super) named: HashSet<u64>,
+    /// Those that have changed since the image was opened. Stays, also when a table is freed: its
+    /// place holds nothing that was found.
+    pub(super) changed: HashSet<u64>,
+    /// Bad entries that were found, where there are any: they stay bad when the table has changed.
+    pub(super) bad: HashMap<u64, Vec<u32>>,
 }
 
 /// What of the tables is not on disk.
@@ -69,6 +85,8 @@ impl MappingTables {
             cache_bytes,
             l2_places: OrderedRwLock::default(),
             snapshot_places: Vec::new(),
+            snapshot_l1s: Vec::new(),
+            snapshot_l2s: OnceLock::new(),
         };
         mapping.replace_l1(l1);
         mapping.note_l2_places();
@@ -136,6 +154,8 @@ impl MappingTables {
             .iter()
             .map(|snapshot| place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8));
         self.snapshot_places = l1s.chain([table]).filter(|(start, end)| start < end).collect();
+        self.snapshot_l1s = snapshots.iter().map(|it| (it.l1_offset, it.l1_entries)).collect();
+        self.snapshot_l2s = OnceLock::new();
     }
 
     /// Notes anew where the L2 tables of the active L1 table lie.
@@ -143,11 +163,11 @@ impl MappingTables {
         if self.metadata.is_writable() {
             let offsets = self.l1.iter().map(|entry| entry.load(Acquire) & OFFSET_MASK);
             let places = offsets.filter(|offset| *offset != 0).collect();
-            *self.l2_places.get_mut() = places;
+            self.l2_places.get_mut().named = places;
         }
     }
 
-    pub(super) fn l2_places(&self) -> Ordered<RwLockReadGuard<'_, HashSet<u64>>> {
+    pub(super) fn l2_places(&self) -> Ordered<RwLockReadGuard<'_, L2Places>> {
         self.l2_places.read()
     }
 }
@@ -204,7 +224,7 @@ mod tests {
         let own = mapping.table_for_write(0, &Nothing).unwrap();
         assert_ne!(own.offset, shared.offset);
         assert_eq!(mapping.clusters.freed_count(), 1);
-        assert_eq!(*mapping.l2_places(), HashSet::from([own.offset]));
+        assert_eq!(mapping.l2_places().named, HashSet::from([own.offset]));
     }
 
     #[test]

@@ -50,6 +50,11 @@ impl MappingTables {
             Some(table) => table.read().words.clone(),
             None => vec![0; (geometry.cluster_size() / 8) as usize],
         };
+        // Before it is copied: what is bad in it is bad in the copy.
+        let bad_entries = match &shared {
+            Some(table) => self.bad_entries(table, &words, l1_index)?.to_vec(),
+            None => Vec::new(),
+        };
         let reserved = self.clusters.reserve(1, references)?;
         // Written whole now, so that a full disk is noticed now and not by a flush.
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
@@ -59,7 +64,6 @@ impl MappingTables {
             let guest = GuestOffset::new(l1_index * geometry.l2_coverage());
             return Err(self.metadata.io("write an L2 table of", error, guest));
         }
-        // What is bad in a table that is moved is found anew.
         let table = Arc::new(Table::new(reserved.offset, words));
         // Nor is it known to be on disk before a flush has written it again and synced.
         let length = table.read().words.len();
@@ -67,9 +71,14 @@ impl MappingTables {
         self.tables.note_dirty();
         let _gate = self.commits.enter_gate();
         let mut places = self.l2_places.write();
-        places.insert(reserved.offset);
+        places.named.insert(reserved.offset);
+        // What there was before in that place is gone.
+        places.bad.remove(&reserved.offset);
+        if !bad_entries.is_empty() {
+            places.bad.insert(reserved.offset, bad_entries);
+        }
         if let Some(shared) = &shared {
-            places.remove(&shared.offset);
+            places.named.remove(&shared.offset);
         }
         drop(places);
         self.tables.insert(Arc::clone(&table));
@@ -110,6 +119,10 @@ impl MappingTables {
         self.metadata.refuse_unwritable()?;
         let words_per_entry = self.geometry().entry_words();
         let _gate = self.commits.enter_gate();
+        // Before any entry names what was reserved.
+        if !self.l2_places().changed.contains(&table.offset) {
+            self.l2_places.write().changed.insert(table.offset);
+        }
         let mut content = table.write();
         for change in changes {
             let index = self.geometry().l2_index(change.guest) * words_per_entry;
