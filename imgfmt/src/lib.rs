@@ -52,6 +52,9 @@
 //! # }
 //! ```
 //!
+//! [`jobs`] has what is done with whole disks: converting, comparing, committing, rebasing and
+//! measuring images.
+//!
 //! The crate contains no network protocol. It follows a name inside an image only if the
 //! [`OpenPolicy`] allows it.
 
@@ -66,6 +69,7 @@ mod extent;
 mod format;
 mod image;
 mod info;
+pub mod jobs;
 mod luks;
 mod mapping;
 mod open_policy;

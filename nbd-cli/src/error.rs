@@ -94,6 +94,15 @@ impl From<JobError> for CommandError {
     }
 }
 
+impl From<imgfmt::jobs::JobError> for CommandError {
+    fn from(error: imgfmt::jobs::JobError) -> Self {
+        match error.into_image_error() {
+            Ok(error) => error.into(),
+            Err(error) => Self::new(error.to_string()),
+        }
+    }
+}
+
 /// Runs the work of a command that writes.
 pub(crate) fn block_on<T>(
     work: impl Future<Output = Result<T, CommandError>>,

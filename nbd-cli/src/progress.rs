@@ -108,12 +108,6 @@ impl Progress {
         }
     }
 
-    /// Adds completed bytes that were known to be zero.
-    pub(crate) fn add_hole(&self, bytes: u64) {
-        self.tally.holes.fetch_add(bytes, Ordering::Relaxed);
-        self.add(bytes);
-    }
-
     /// Sets the completed bytes, and the number of those that were known to be zero. Calls must
     /// come one at a time.
     pub(crate) fn set(&self, done: u64, holes: u64) {

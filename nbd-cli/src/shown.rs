@@ -27,6 +27,12 @@ impl Shown {
         JobContext { observer: self.clone(), cancellation: signals::cancellation() }
     }
 
+    /// What a job of the image engine is given.
+    pub(crate) fn image_context(self: &Arc<Self>) -> imgfmt::jobs::JobContext {
+        let cancellation = signals::cancellation().of_image_jobs();
+        imgfmt::jobs::JobContext { observer: self.clone(), cancellation }
+    }
+
     /// Ends at the total, with a summary.
     pub(crate) fn finish(&self) {
         if let Some((_, progress)) = self.current().take() {
@@ -38,6 +44,20 @@ impl Shown {
     pub(crate) fn clear(&self) {
         if let Some((_, progress)) = self.current().take() {
             progress.clear();
+        }
+    }
+
+    /// Shows how far a phase is, of which a new one begins anew. Calls must come one at a time.
+    fn show(&self, phase: Phase, total: Option<u64>, done: u64, holes: u64) {
+        let mut shown = self.current();
+        if shown.as_ref().is_none_or(|(former, _)| *former != phase) {
+            let new = Progress::new(self.visibility, total);
+            if let Some((_, former)) = shown.replace((phase, new)) {
+                former.clear();
+            }
+        }
+        if let Some((_, shown)) = &*shown {
+            shown.set(done, holes);
         }
     }
 
@@ -53,16 +73,7 @@ pub(crate) fn warnings() -> Arc<dyn Observer> {
 
 impl Observer for Shown {
     fn progress(&self, progress: &nbd_jobs::Progress) {
-        let mut shown = self.current();
-        if shown.as_ref().is_none_or(|(phase, _)| *phase != progress.phase) {
-            let new = Progress::new(self.visibility, progress.total);
-            if let Some((_, former)) = shown.replace((progress.phase, new)) {
-                former.clear();
-            }
-        }
-        if let Some((_, shown)) = &*shown {
-            shown.set(progress.done, progress.holes);
-        }
+        self.show(progress.phase, progress.total, progress.done, progress.holes);
     }
 
     fn warning(&self, text: &str) {
@@ -78,5 +89,11 @@ impl Observer for Shown {
             TemporaryFile::Made => signals::remove_if_killed(path),
             TemporaryFile::Gone => signals::keep(path),
         }
+    }
+}
+
+impl imgfmt::jobs::Observer for Shown {
+    fn progress(&self, progress: &imgfmt::jobs::Progress) {
+        self.show(Phase::Copying, Some(progress.total), progress.done, progress.holes);
     }
 }

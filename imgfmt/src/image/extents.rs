@@ -48,7 +48,7 @@ impl Image {
     /// use imgfmt::{CreateOptions, Format, GuestOffset, GuestRange, Image, OpenOptions};
     ///
     /// # fn main() -> imgfmt::Result<()> {
-    /// # let folder = tempfile::tempdir().expect("a folder for the example");
+    /// # let folder = tempfile::tempdir().expect("a directory for the example");
     /// # let path = folder.path().join("disk.qcow2");
     /// Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 40))?;
     /// let disk = Image::open(&path, &OpenOptions::new())?;

@@ -29,4 +29,4 @@ pub(crate) use on_disk::incomplete::incomplete_header;
 pub use on_disk::snapshot::Snapshot;
 pub(crate) use purpose::Purpose;
 pub(crate) use structure::amend::{amend, refuse_amendment};
-pub(crate) use structure::create::layout;
+pub(crate) use structure::create::{check_sizes, layout};

@@ -47,6 +47,8 @@ mod extents;
 mod full_disk;
 mod fuzz_corpus;
 mod holes;
+mod jobs;
+mod jobs_compare;
 mod late_io;
 mod locks;
 mod long_chains;

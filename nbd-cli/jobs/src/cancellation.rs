@@ -12,12 +12,13 @@ use crate::error::{JobError, JobErrorKind};
 #[derive(Clone, Debug)]
 pub struct Cancellation {
     reason: Sender<Option<String>>,
+    image_jobs: imgfmt::jobs::Cancellation,
 }
 
 impl Cancellation {
     /// Creates a value that is not cancelled.
     pub fn new() -> Self {
-        Self { reason: channel(None).0 }
+        Self { reason: channel(None).0, image_jobs: imgfmt::jobs::Cancellation::new() }
     }
 
     /// Cancels. The first reason is kept: it is the text of the job's error, such as `interrupted
@@ -26,10 +27,17 @@ impl Cancellation {
         self.reason.send_if_modified(|first| {
             let is_first = first.is_none();
             if is_first {
-                *first = Some(reason.into());
+                let reason = reason.into();
+                self.image_jobs.cancel(reason.clone());
+                *first = Some(reason);
             }
             is_first
         });
+    }
+
+    /// What ends jobs of [`imgfmt::jobs`] together with those of this crate.
+    pub fn of_image_jobs(&self) -> imgfmt::jobs::Cancellation {
+        self.image_jobs.clone()
     }
 
     /// Returns whether it was cancelled.
@@ -93,6 +101,8 @@ mod tests {
         assert_eq!(error.kind(), JobErrorKind::Interrupted);
         assert_eq!(error.to_string(), "interrupted by SIGINT");
         assert!(cancellation.is_cancelled());
+        let of_image_jobs = cancellation.of_image_jobs().check().unwrap_err();
+        assert_eq!(of_image_jobs.to_string(), "interrupted by SIGINT");
     }
 
     #[tokio::test]

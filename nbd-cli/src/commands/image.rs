@@ -14,7 +14,6 @@ pub(super) mod place;
 mod rebase;
 mod resize;
 mod snapshot;
-mod walk;
 
 use std::ffi::OsString;
 

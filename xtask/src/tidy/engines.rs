@@ -3,12 +3,7 @@
 use super::lexer::{Source, line_at, word_offsets};
 
 /// Directories (with a slash at the end) and files of the engines.
-const ENGINES: &[&str] = &[
-    "nbd-cli/jobs/src/",
-    "nbd-cli/src/commands/image/compare/",
-    "nbd-cli/src/commands/image/convert/",
-    "nbd-cli/src/remote.rs",
-];
+const ENGINES: &[&str] = &["nbd-cli/jobs/src/", "imgfmt/src/jobs/", "nbd-cli/src/remote.rs"];
 
 /// Finds engines that name clap.
 pub(crate) fn check(path: &str, source: &Source) -> Vec<String> {

@@ -94,7 +94,8 @@ pub(crate) fn layout(size: u64, options: &CreateOptions) -> Result<Vec<(u64, Vec
     Ok(parts)
 }
 
-fn geometry(options: &CreateOptions) -> Result<Geometry> {
+/// Refuses clusters and refcounts of sizes that no image can have.
+pub(crate) fn check_sizes(options: &CreateOptions) -> Result<()> {
     let size = options.cluster_size;
     if !size.is_power_of_two() || !(512..=2 << 20).contains(&size) {
         return Err(invalid(format!(
@@ -107,6 +108,12 @@ fn geometry(options: &CreateOptions) -> Result<Geometry> {
             "refcounts of {bits} bits are not possible; choose a power of two from 1 to 64"
         )));
     }
+    Ok(())
+}
+
+fn geometry(options: &CreateOptions) -> Result<Geometry> {
+    check_sizes(options)?;
+    let (size, bits) = (options.cluster_size, options.refcount_bits);
     let extended_l2 = options.l2_entries == L2Entries::Extended;
     if extended_l2 && size < 16384 {
         return Err(invalid("subclusters need clusters of at least 16 KiB"));

@@ -3,20 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use imgfmt::{
-    Access, Durability, ExtentKind, Format, Image, Locking, OpenOptions, Shrink, Speed, ZeroMode,
-};
+use imgfmt::jobs::{JobErrorKind, commit};
+use imgfmt::{Access, Format, Image, Locking, OpenOptions};
 
 use super::info::print_json;
 use super::open::{TrustArgs, explained, options};
 use super::place::Place;
-use super::walk::{Extents, span};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::image_format::ImageFormat;
-use crate::progress::{Progress, ProgressArgs};
-use crate::signals;
+use crate::progress::ProgressArgs;
+use crate::shown::Shown;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -28,9 +26,6 @@ overlay is emptied. Other overlays of the same backing file see its content chan
 corrupted: commit only into a file that no other image relies on.
 
 If a commit fails or is interrupted, the overlay still shows the whole disk; commit it again.";
-
-/// How much is copied at a time, in bytes.
-const STEP: u64 = 1 << 20;
 
 /// Arguments of `nbd-cli image commit`.
 #[derive(Debug, Args)]
@@ -71,16 +66,14 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let mut backing_options: OpenOptions = shared.access(Access::ReadWrite);
     backing_options.format = format;
     let mut backing = place.open(&backing_options, &ServerArgs::default())?;
-    if backing.size() < overlay.size() {
-        backing.resize(overlay.size(), Shrink::Refuse)?;
-    }
-    let progress = Progress::new(args.progress.visibility(), Some(overlay.size()));
-    let copied = copy(&overlay, &backing, &progress);
-    progress.clear();
-    copied.map_err(|error| {
-        CommandError::new(format!(
+    let shown = Shown::new(args.progress.visibility());
+    let committed = commit(&overlay, &mut backing, &shown.image_context());
+    shown.clear();
+    committed.map_err(|error| match error.kind() {
+        JobErrorKind::DoesNotFit => error.into(),
+        _ => CommandError::new(format!(
             "{error}; the overlay still shows the whole disk: commit it again"
-        ))
+        )),
     })?;
     backing.close()?;
     drop(overlay);
@@ -117,28 +110,4 @@ fn backing_of(args: &CommitArgs, overlay: &Image) -> Result<(Place, Option<Forma
     // The chain could be opened: what is neither is another name of raw images.
     let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
     Ok((Place::File(args.path.clone()).beside(&name)?, format))
-}
-
-fn copy(overlay: &Image, backing: &Image, progress: &Progress) -> Result<(), CommandError> {
-    let mut extents = Extents::new(overlay);
-    let mut buffer = vec![0; STEP as usize];
-    while let Some(extent) = extents.next()? {
-        // Only what the overlay itself holds: the layers below are being changed.
-        if extent.depth == 1 && extent.kind == ExtentKind::Data {
-            let mut position = extent.range.offset();
-            while position < extent.range.end() {
-                signals::stop_if_interrupted()?;
-                let rest = span(position.bytes(), extent.range.end().bytes());
-                let data = &mut buffer[..rest.length().min(STEP) as usize];
-                overlay.read_at(position, data)?;
-                backing.write_at(position, data, Durability::Cached)?;
-                position = (position.bytes() + data.len() as u64).into();
-            }
-        } else if extent.depth == 1 {
-            let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
-            backing.write_zeroes(extent.range, mode, speed, Durability::Cached)?;
-        }
-        progress.add(extent.range.length());
-    }
-    Ok(())
 }

@@ -1,15 +1,13 @@
 //! `nbd-cli image compare`.
 
-mod difference;
-
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::num::NonZeroUsize;
 
 use clap::Args;
+use imgfmt::jobs::{self, CompareOptions};
 use serde::Serialize;
 
-use self::difference::Comparison;
 use super::open::{TrustArgs, options};
 use super::place::Place;
 use crate::connect::ServerArgs;
@@ -17,7 +15,8 @@ use crate::error::{CommandError, CommandErrorKind, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, warn};
-use crate::progress::{Progress, ProgressArgs};
+use crate::progress::ProgressArgs;
+use crate::shown::Shown;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -33,10 +32,8 @@ Exit codes: 0 the same, 1 different, 2 an error, wrong usage included.";
 const DIFFERENT: u8 = 1;
 const ERROR: u8 = 2;
 
-/// How much of each disk a thread compares at a time, in bytes: both stay in the processor's cache.
-const PIECE: u64 = 256 << 10;
-/// The same with a server, whose answers take longer.
-const REMOTE_PIECE: u64 = 1 << 20;
+/// How much of each disk a thread compares at a time with a server, in bytes: its answers take longer.
+const REMOTE_PIECE: NonZeroUsize = NonZeroUsize::new(1 << 20).expect("it is not zero");
 /// Threads with a server: most of them wait.
 const REMOTE_THREADS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
 
@@ -113,18 +110,17 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
     let first = open(&first, args.format, "--format raw")?;
     let second = open(&second, args.second_format, "--second-format raw")?;
     let size_mismatch = first.size() != second.size();
-    let end = first.size().max(second.size());
     let mismatch_offset = if size_mismatch && args.strict {
         None
     } else {
-        let progress = Progress::new(args.progress.visibility(), Some(end));
-        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let (piece, threads) =
-            if is_remote { (REMOTE_PIECE, REMOTE_THREADS) } else { (PIECE, cores) };
-        let comparison = Comparison { first: &first, second: &second, piece, threads };
-        let found = comparison.first_difference(&|bytes| progress.add(bytes));
-        progress.clear();
-        found?
+        let mut options = CompareOptions::default();
+        if is_remote {
+            (options.piece, options.threads) = (REMOTE_PIECE, REMOTE_THREADS);
+        }
+        let shown = Shown::new(args.progress.visibility());
+        let compared = jobs::compare(&first, &second, &options, &shown.image_context());
+        shown.clear();
+        compared?.first_difference
     };
     let identical = mismatch_offset.is_none() && !(size_mismatch && args.strict);
     let report = Report { identical, mismatch_offset, size_mismatch };

@@ -1,8 +1,7 @@
 //! `nbd-cli image convert`.
 
-mod agenda;
 mod bitmaps;
-mod copier;
+mod reader;
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
@@ -11,12 +10,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use imgfmt::jobs::{
+    Background, Clusters, ConvertOptions, JobError, JobErrorKind, SourceReader, convert,
+    copy_bitmaps,
+};
 use imgfmt::{Access, BitmapInfo, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
-use nbd_client::ExportStorage;
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use nbd_proto::NbdUri;
 
-use self::copier::{Copy, Target};
+use self::reader::ExportReader;
 use super::create::{Compat, Qcow2Args};
 use super::open::OpenArgs;
 use super::place::Place;
@@ -25,8 +27,8 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::warn;
-use crate::progress::{Progress, ProgressArgs};
-use crate::shown::warnings;
+use crate::progress::ProgressArgs;
+use crate::shown::{Shown, warnings};
 use crate::size::parse_duration;
 
 const AFTER_HELP: &str = "\
@@ -58,8 +60,6 @@ The result is complete in memory when the command ends; --flush waits until it i
 
 /// So many rounds may end with a new connection before a copy to a server is given up.
 const MOST_ROUNDS: usize = 8;
-/// Unit in which zeroes are looked for in a raw image, in bytes.
-const RAW_UNIT: u64 = 4096;
 /// Threads that copy to or from a server, unless told otherwise: most of them wait.
 const REMOTE_JOBS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
 
@@ -159,29 +159,33 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     read.snapshot.clone_from(&args.snapshot);
     let (source, export) = from.open_disk_or_image(&read, &patient).map_err(advise_sharing)?;
     let is_remote = [&from, &destination].iter().any(|place| place.uri().is_some());
-    let progress = Progress::new(args.progress.visibility(), Some(source.size()));
+    let shown = Shown::new(args.progress.visibility());
     let bitmaps = match args.bitmaps {
         true => bitmaps::of_source(&source, &from, args.skip_broken_bitmaps)?,
         false => Vec::new(),
     };
-    let (source, from, patient) = (&source, &from, &patient);
-    let copy = Conversion { args, patient, source, export, from, bitmaps, format, is_remote };
+    let reader = export.map(|export| {
+        Arc::new(ExportReader::new(export, from.to_string())) as Arc<dyn SourceReader>
+    });
+    let (source, from, patient, shown) = (&source, &from, &patient, &shown);
+    let copy =
+        Conversion { args, patient, source, reader, from, bitmaps, format, is_remote, shown };
     let result = match (&destination, exists) {
         (Place::File(path), _) => match (target::look(path)?, format) {
             // The device is the disk.
-            (Existing::BlockDevice, Format::Raw) => copy.overwrite_device(path, &progress),
-            _ if exists => copy.replace(&destination, &progress),
-            (Existing::BlockDevice, _) => copy.make_on_device(path, &progress),
-            _ => copy.make_new(path, &progress),
+            (Existing::BlockDevice, Format::Raw) => copy.overwrite_device(path),
+            _ if exists => copy.replace(&destination),
+            (Existing::BlockDevice, _) => copy.make_on_device(path),
+            _ => copy.make_new(path),
         },
         (Place::Export { uri, .. }, _) if format == Format::Raw => {
-            copy.to_server(&destination, uri, &progress)
+            copy.to_server(&destination, uri)
         }
-        _ => copy.replace(&destination, &progress),
+        _ => copy.replace(&destination),
     };
     match &result {
-        Ok(()) => progress.finish(),
-        Err(_) => progress.clear(),
+        Ok(()) => shown.finish(),
+        Err(_) => shown.clear(),
     }
     result?;
     if let (Place::File(path), true) = (&destination, args.json) {
@@ -242,18 +246,19 @@ struct Conversion<'a> {
     /// For connections that may be replaced when they are lost.
     patient: &'a ServerArgs,
     source: &'a Image,
-    /// The source, if it is all of another server's export.
-    export: Option<Arc<ExportStorage>>,
+    /// Reads the source, if it is all of another server's export.
+    reader: Option<Arc<dyn SourceReader>>,
     from: &'a Place,
     /// Those of the source that are copied.
     bitmaps: Vec<BitmapInfo>,
     format: Format,
     is_remote: bool,
+    shown: &'a Arc<Shown>,
 }
 
 impl Conversion<'_> {
     /// Makes the image; nothing of it stays if that fails.
-    fn make_new(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+    fn make_new(&self, path: &Path) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
         create.locking = self.args.open.trust.locks.locking();
@@ -261,20 +266,20 @@ impl Conversion<'_> {
         let new = NewFile::begin(path, &warnings(), make)?;
         let filled = Image::open(new.path(), &self.for_filling())
             .map_err(CommandError::from)
-            .and_then(|image| self.fill(image, new.path(), progress));
+            .and_then(|image| self.fill(image, new.path()));
         filled.map_err(|error| left(&error, &new.left_behind()))?;
         Ok(new.complete(if self.args.flush { Durable::Now } else { Durable::Later })?)
     }
 
     /// Makes the image on a device, whose content is lost.
-    fn make_on_device(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+    fn make_on_device(&self, path: &Path) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
         let new = device::begin_image(path, &create, &*warnings())?;
         let filled = new
             .open(&self.for_filling())
             .map_err(CommandError::from)
-            .and_then(|image| self.fill(image, path, progress))
+            .and_then(|image| self.fill(image, path))
             .and_then(|()| Ok(new.complete()?));
         filled.map_err(|error| left(&error, &device::left_behind(path)))
     }
@@ -290,14 +295,14 @@ impl Conversion<'_> {
             .policy(OpenPolicy::deny())
     }
 
-    fn fill(&self, image: Image, path: &Path, progress: &Progress) -> Result<(), CommandError> {
-        self.copy(&image, &Place::File(path.to_owned()), Target::Zero, progress)?;
-        bitmaps::copy(&self.bitmaps, self.source, &image)?;
+    fn fill(&self, image: Image, path: &Path) -> Result<(), CommandError> {
+        self.copy(&image, &Place::File(path.to_owned()), Background::Zero)?;
+        copy_bitmaps(self.source, &image, &self.bitmaps)?;
         Ok(image.close()?)
     }
 
     /// Makes a device the disk, raw.
-    fn overwrite_device(&self, path: &Path, progress: &Progress) -> Result<(), CommandError> {
+    fn overwrite_device(&self, path: &Path) -> Result<(), CommandError> {
         self.args.qcow2.apply(&mut CreateOptions::new(self.format, self.source.size()))?;
         let disk = device::begin_disk(path, self.args.open.trust.locks.locking())?;
         let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
@@ -305,22 +310,21 @@ impl Conversion<'_> {
         let to = Place::File(path.to_owned());
         self.check_room(&to, &image)?;
         device::warn_of_loss(path, &*warnings());
-        let copied =
-            self.copy(&image, &to, self.target(), progress).and_then(|()| Ok(image.close()?));
+        let copied = self.copy(&image, &to, self.background()).and_then(|()| Ok(image.close()?));
         copied.map_err(|error| left(&error, &device::left_behind_on(path, &disk)))?;
         Ok(device::complete_disk(path, &disk)?)
     }
 
     /// Replaces the disk that is there.
-    fn replace(&self, to: &Place, progress: &Progress) -> Result<(), CommandError> {
+    fn replace(&self, to: &Place) -> Result<(), CommandError> {
         let policy = self.args.open.trust.policy_with(&self.args.server);
         let options = self.args.open.trust.locks.options();
         let options = options.format(self.format).access(Access::ReadWrite).policy(policy);
         let image = to.open(&options, &self.args.server)?;
         self.check_room(to, &image)?;
         bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;
-        self.copy(&image, to, self.target(), progress).map_err(|error| incomplete(to, &error))?;
-        bitmaps::copy(&self.bitmaps, self.source, &image).map_err(|error| to.named(error))?;
+        self.copy(&image, to, self.background()).map_err(|error| incomplete(to, &error))?;
+        copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(to, error))?;
         if self.args.flush {
             return image.close().map_err(|error| to.named(error));
         }
@@ -333,13 +337,12 @@ impl Conversion<'_> {
 
     /// Replaces the disk of a server. It may be restarted meanwhile and have lost what it did not make durable:
     /// then everything is written again.
-    fn to_server(&self, to: &Place, uri: &NbdUri, progress: &Progress) -> Result<(), CommandError> {
+    fn to_server(&self, to: &Place, uri: &NbdUri) -> Result<(), CommandError> {
         let (image, client) = to.open_disk(self.patient)?;
         self.check_room(to, &image)?;
         for _ in 0..MOST_ROUNDS {
             let before = client.reconnects();
-            self.copy(&image, to, self.target(), progress)
-                .map_err(|error| incomplete(to, &error))?;
+            self.copy(&image, to, self.background()).map_err(|error| incomplete(to, &error))?;
             if self.args.flush {
                 image.flush().map_err(|error| incomplete(to, &to.named(error)))?;
             }
@@ -350,7 +353,6 @@ impl Conversion<'_> {
                 "the connection to {uri} was lost, and its server may have lost what was not flushed: \
                  everything is written again"
             ));
-            progress.set_back(self.source.size());
         }
         Err(incomplete(
             to,
@@ -368,31 +370,34 @@ impl Conversion<'_> {
         Ok(())
     }
 
-    fn target(&self) -> Target {
-        if self.args.destination_is_zero { Target::Zero } else { Target::HasContent }
+    fn background(&self) -> Background {
+        if self.args.destination_is_zero { Background::Zero } else { Background::Unknown }
     }
 
-    fn copy(
-        &self,
-        image: &Image,
-        to: &Place,
-        target: Target,
-        progress: &Progress,
-    ) -> Result<(), CommandError> {
-        let cluster_size = image.info()?.qcow2.map(|qcow2| qcow2.cluster_size);
-        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        let jobs = if self.is_remote { REMOTE_JOBS } else { cores };
-        let copy = Copy {
-            source: self.source,
-            export: self.export.as_deref(),
-            from: self.from,
-            destination: image,
-            to,
-            target,
-            unit: cluster_size.unwrap_or(RAW_UNIT),
-            compress: self.args.compress,
-            progress,
+    fn copy(&self, image: &Image, to: &Place, background: Background) -> Result<(), CommandError> {
+        let mut options = ConvertOptions::default();
+        if self.is_remote {
+            options.threads = REMOTE_JOBS;
+        }
+        options.threads = self.args.jobs.unwrap_or(options.threads);
+        options.background = background;
+        if self.args.compress {
+            options.clusters = Clusters::Compressed;
+        }
+        options.reader.clone_from(&self.reader);
+        let converted = convert(self.source, image, &options, &self.shown.image_context());
+        converted.map(drop).map_err(|error| self.named(to, error))
+    }
+
+    /// The error with the name of the place at fault, if it has none yet.
+    fn named(&self, to: &Place, error: JobError) -> CommandError {
+        let place = match error.kind() {
+            JobErrorKind::Source => self.from,
+            _ => to,
         };
-        copy.run(self.args.jobs.unwrap_or(jobs).get().min(256))
+        match error.into_image_error() {
+            Ok(error) => place.named(error),
+            Err(error) => error.into(),
+        }
     }
 }

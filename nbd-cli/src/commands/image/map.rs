@@ -5,12 +5,11 @@ mod export;
 use std::ffi::OsString;
 
 use clap::Args;
-use imgfmt::{Extent, ExtentKind, Format, Image, Mapping};
+use imgfmt::{Extent, ExtentKind, Format, GuestOffset, GuestRange, Image, Mapping};
 use serde::Serialize;
 
 use super::open::OpenArgs;
 use super::place::Place;
-use super::walk::{Extents, span};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
@@ -119,9 +118,8 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
         _ => {
             let image = place.open(&options, &args.server).map_err(advise_sharing)?;
             let layers = image.layer_sizes();
-            let mut extents = Extents::new(&image);
-            while let Some(extent) = extents.next()? {
-                for extent in split_at_end_of_layer(extent, &layers).into_iter().flatten() {
+            for extent in image.extents(span(0, image.size())) {
+                for extent in split_at_end_of_layer(extent?, &layers).into_iter().flatten() {
                     parts(&image, extent, &layers, |part| report.add(part, &mut output))?;
                 }
             }
@@ -130,6 +128,11 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     report.end(&mut output)?;
     output.finish()?;
     Ok(Outcome::Success)
+}
+
+/// The range from `start` to `end`, which does not lie before.
+fn span(start: u64, end: u64) -> GuestRange {
+    GuestRange::between(GuestOffset::new(start), GuestOffset::new(end)).unwrap_or_default()
 }
 
 /// An extent in two if its layer ends within: behind that there is nothing in the layer, but the end
@@ -161,7 +164,7 @@ fn parts(
     mut each: impl FnMut(Part) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
     let absent = last_layer_asked(extent, layers);
-    let part = |range: imgfmt::GuestRange, compressed, offset| Part {
+    let part = |range: GuestRange, compressed, offset| Part {
         start: range.offset().bytes(),
         length: range.length(),
         depth: absent.unwrap_or(extent.depth.saturating_sub(1)),

@@ -4,18 +4,18 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use imgfmt::{Access, Durability, Format, GuestOffset, Image};
+use imgfmt::jobs::{JobErrorKind, rebase};
+use imgfmt::{Access, Format, Image};
 
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
 use super::place::Place;
-use super::walk::{Extents, read_padded};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::image_format::ImageFormat;
-use crate::progress::{Progress, ProgressArgs};
-use crate::signals;
+use crate::progress::ProgressArgs;
+use crate::shown::Shown;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -28,9 +28,6 @@ The disk stays the same: whatever differs between the old and the new backing fi
 the overlay first. With --unsafe only the name is changed and no backing file is looked at: for a
 backing file that was moved or renamed. A relative name starts at the folder of the overlay. An
 overlay whose backing file is on a server can be opened only with --trust-image.";
-
-/// How much is compared at a time, in bytes.
-const STEP: u64 = 1 << 20;
 
 /// Arguments of `nbd-cli image rebase`.
 #[derive(Debug, Args)]
@@ -98,72 +95,14 @@ fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), 
     };
     let options = args.open.options().access(Access::ReadWrite);
     let image = Image::open(&args.path, &options).map_err(explained)?;
-    let Some(cluster) = image.info()?.qcow2.map(|qcow2| qcow2.cluster_size) else {
-        return Err(CommandError::new(format!(
-            "cannot rebase '{}': a raw image cannot have a backing file",
-            args.path.display()
-        )));
-    };
-    let progress = Progress::new(args.progress.visibility(), Some(image.size()));
-    let copied = copy_differences(&image, backing.as_ref(), cluster, &progress);
-    progress.clear();
-    copied.map_err(|error| {
-        CommandError::new(format!(
+    let shown = Shown::new(args.progress.visibility());
+    let rebased = rebase(&image, backing.as_ref(), &shown.image_context());
+    shown.clear();
+    rebased.map_err(|error| match error.kind() {
+        JobErrorKind::InvalidArgument => error.into(),
+        _ => CommandError::new(format!(
             "{error}; the disk and its backing file are as before: rebase it again"
-        ))
+        )),
     })?;
     Ok(image.close()?)
-}
-
-fn copy_differences(
-    image: &Image,
-    backing: Option<&Image>,
-    cluster: u64,
-    progress: &Progress,
-) -> Result<(), CommandError> {
-    let step = STEP.max(cluster);
-    let (mut old, mut new) = (vec![0; step as usize], vec![0; step as usize]);
-    let mut extents = Extents::new(image);
-    while let Some(extent) = extents.next()? {
-        let end = extent.range.end().bytes();
-        let mut position = extent.range.offset().bytes();
-        while extent.depth != 1 && position < end {
-            signals::stop_if_interrupted()?;
-            // Pieces end where clusters end.
-            let stop = ((position / step + 1) * step).min(end);
-            let length = (stop - position) as usize;
-            let (old, new) = (&mut old[..length], &mut new[..length]);
-            image.read_at(GuestOffset::new(position), old)?;
-            match backing {
-                Some(backing) => read_padded(backing, position, new)?,
-                None => new.fill(0),
-            }
-            write_differences(image, position, old, new, cluster)?;
-            position = stop;
-        }
-        progress.add(extent.range.length());
-    }
-    Ok(())
-}
-
-/// Writes the clusters of `old` that are not as in `new`. Zeroes are written as data: as mere
-/// zeroes an image whose old backing file ends before them would leave them to the new one.
-fn write_differences(
-    image: &Image,
-    offset: u64,
-    old: &[u8],
-    new: &[u8],
-    cluster: u64,
-) -> Result<(), CommandError> {
-    let mut start = 0;
-    while start < old.len() {
-        let in_cluster = (offset + start as u64) % cluster;
-        let end = old.len().min(start + (cluster - in_cluster) as usize);
-        if old[start..end] != new[start..end] {
-            let position = GuestOffset::new(offset + start as u64);
-            image.write_at(position, &old[start..end], Durability::Cached)?;
-        }
-        start = end;
-    }
-    Ok(())
 }

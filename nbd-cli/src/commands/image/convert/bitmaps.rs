@@ -1,6 +1,6 @@
 //! The dirty bitmaps of the source, for the new image.
 
-use imgfmt::{BitmapChange, BitmapInfo, Image};
+use imgfmt::{BitmapInfo, Image};
 
 use super::super::place::Place;
 use crate::error::CommandError;
@@ -77,28 +77,5 @@ pub(super) fn check_existing(
             "{to} has a bitmap '{}' already; remove it first",
             printable(&bitmap.name)
         ))),
-    }
-}
-
-/// Copies them, as the last step: what is written before is no change of the disk.
-///
-/// # Errors
-///
-/// As [`Image::bitmap_transaction`].
-pub(super) fn copy(
-    bitmaps: &[BitmapInfo],
-    source: &Image,
-    destination: &Image,
-) -> imgfmt::Result<()> {
-    let mut changes = Vec::new();
-    for BitmapInfo { name, granularity, recording, .. } in bitmaps {
-        let (name, from) = (name.clone(), source.dirty_bits(name)?);
-        let (granularity, recording) = (*granularity, *recording);
-        changes.push(BitmapChange::Add { name: name.clone(), granularity, recording });
-        changes.push(BitmapChange::MergeBits { into: name, from });
-    }
-    match changes.is_empty() {
-        true => Ok(()),
-        false => destination.bitmap_transaction(&changes),
     }
 }

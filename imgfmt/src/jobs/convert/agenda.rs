@@ -2,13 +2,14 @@
 
 use std::collections::VecDeque;
 
-use imgfmt::zero::Content;
-use imgfmt::{ExtentKind, GuestRange};
-
-use super::super::walk::{Extents, span};
-use super::copier::{Copy, Target};
-use crate::error::CommandError;
-use crate::progress::Progress;
+use super::options::Background;
+use crate::extent::ExtentKind;
+use crate::image::{Extents, Image};
+use crate::jobs::error::JobError;
+use crate::jobs::observer::Meter;
+use crate::jobs::range::{span, whole};
+use crate::units::GuestRange;
+use crate::zero::Content;
 
 /// Smallest part of the disk that one thread copies at a time, in bytes: what was read is still in
 /// the processor's own cache when it is written.
@@ -24,13 +25,12 @@ pub(super) struct Work {
 }
 
 /// All parts of a disk that have to be written, whole units each, in order.
-#[derive(Debug)]
 pub(super) struct Agenda<'a> {
-    extents: Extents<'a>,
+    extents: Extents<&'a Image>,
     size: u64,
     unit: u64,
-    target: Target,
-    progress: &'a Progress,
+    background: Background,
+    meter: &'a Meter<'a>,
     /// What is not handed out yet of the parts that were found.
     found: VecDeque<Work>,
     /// Everything before this was found.
@@ -39,13 +39,18 @@ pub(super) struct Agenda<'a> {
 }
 
 impl<'a> Agenda<'a> {
-    pub(super) fn new(copy: &Copy<'a>) -> Self {
+    pub(super) fn new(
+        source: &'a Image,
+        unit: u64,
+        background: Background,
+        meter: &'a Meter<'a>,
+    ) -> Self {
         Self {
-            extents: Extents::new(copy.source),
-            size: copy.source.size(),
-            unit: copy.unit,
-            target: copy.target,
-            progress: copy.progress,
+            extents: source.extents(whole(source)),
+            size: source.size(),
+            unit,
+            background,
+            meter,
             found: VecDeque::new(),
             done: 0,
             is_complete: false,
@@ -53,7 +58,7 @@ impl<'a> Agenda<'a> {
     }
 
     /// The next piece; `None` at the end of the disk.
-    pub(super) fn next(&mut self) -> Result<Option<Work>, CommandError> {
+    pub(super) fn next(&mut self) -> Result<Option<Work>, JobError> {
         loop {
             if let Some(piece) = self.next_piece() {
                 return Ok(Some(piece));
@@ -61,7 +66,7 @@ impl<'a> Agenda<'a> {
             if self.is_complete {
                 return Ok(None);
             }
-            match self.extents.next()? {
+            match self.extents.next().transpose().map_err(JobError::source)? {
                 None => {
                     self.zero_until(self.size);
                     self.is_complete = true;
@@ -105,9 +110,9 @@ impl<'a> Agenda<'a> {
             return;
         }
         let range = span(self.done, end);
-        match self.target {
-            Target::Zero => self.progress.add_hole(range.length()),
-            Target::HasContent => self.found.push_back(Work { range, content: Content::Zero }),
+        match self.background {
+            Background::Zero => self.meter.add_hole(range.length()),
+            Background::Unknown => self.found.push_back(Work { range, content: Content::Zero }),
         }
         self.done = end;
     }

@@ -1,14 +1,16 @@
+//! Comparing two disks: the first difference, what is not read, errors.
+
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
+use imgfmt::jobs::{CompareOptions, JobContext, Observer, Progress, compare};
 use imgfmt::storage::{MemoryStorage, StorageExtent};
-use imgfmt::{Durability, Format, HostOffset, OpenOptions, Storage};
-
-use super::*;
+use imgfmt::{Durability, ExtentKind, Format, HostOffset, Image, OpenOptions, Storage};
 
 const SIZE: usize = 200_000;
-const PIECE: u64 = 4096;
+const PIECE: usize = 4096;
 
 /// A disk that counts what is read of it; a part of it is a hole, another part cannot be read.
 #[derive(Debug)]
@@ -72,16 +74,31 @@ impl Storage for Disk {
     }
 }
 
+/// Remembers how much was done.
+#[derive(Default)]
+struct Done(Mutex<u64>);
+
+impl Observer for Done {
+    fn progress(&self, progress: &Progress) {
+        *self.0.lock().unwrap() = progress.done;
+    }
+}
+
 /// What is found, and how many bytes were said to be the same.
-fn compare(first: &Arc<Disk>, second: &Arc<Disk>) -> (Result<Option<u64>, String>, u64) {
+fn found(first: &Arc<Disk>, second: &Arc<Disk>) -> (Result<Option<u64>, String>, u64) {
     let (first, second) = (first.image(), second.image());
-    let threads = NonZeroUsize::new(8).unwrap();
-    let comparison = Comparison { first: &first, second: &second, piece: PIECE, threads };
-    let same = AtomicU64::new(0);
-    let found = comparison.first_difference(&|bytes| {
-        same.fetch_add(bytes, Ordering::Relaxed);
-    });
-    (found.map_err(|error| error.to_string()), same.into_inner())
+    let mut options = CompareOptions::default();
+    (options.piece, options.threads) =
+        (NonZeroUsize::new(PIECE).unwrap(), NonZeroUsize::new(8).unwrap());
+    let done = Arc::new(Done::default());
+    let context = JobContext { observer: done.clone(), ..JobContext::default() };
+    let compared = compare(&first, &second, &options, &context);
+    if let Ok(compared) = &compared {
+        assert_eq!(compared.sizes, [first.size(), second.size()]);
+    }
+    let difference = compared.map(|compared| compared.first_difference);
+    let done = *done.0.lock().unwrap();
+    (difference.map_err(|error| error.to_string()), done)
 }
 
 fn content() -> Vec<u8> {
@@ -92,15 +109,15 @@ fn content() -> Vec<u8> {
 fn of_many_differences_the_first_is_found() {
     let bytes = content();
     let whole = Disk::new(&bytes, 0..0, 0..0);
-    assert_eq!(compare(&whole, &whole), (Ok(None), SIZE as u64));
+    assert_eq!(found(&whole, &whole), (Ok(None), SIZE as u64));
     for first in [0, 1, 4095, 4096, 100_000, SIZE - 1] {
         let mut changed = bytes.clone();
         for byte in changed[first..].iter_mut().step_by(997) {
             *byte ^= 0x80;
         }
         let changed = Disk::new(&changed, 0..0, 0..0);
-        assert_eq!(compare(&whole, &changed).0, Ok(Some(first as u64)));
-        assert_eq!(compare(&changed, &whole).0, Ok(Some(first as u64)));
+        assert_eq!(found(&whole, &changed).0, Ok(Some(first as u64)));
+        assert_eq!(found(&changed, &whole).0, Ok(Some(first as u64)));
     }
 }
 
@@ -110,9 +127,9 @@ fn an_error_counts_in_front_of_the_first_difference_only() {
     let mut changed = bytes.clone();
     changed[100_000] = 0;
     let changed = Disk::new(&changed, 0..0, 0..0);
-    let early = compare(&Disk::new(&bytes, 0..0, 50_000..50_001), &changed).0;
+    let early = found(&Disk::new(&bytes, 0..0, 50_000..50_001), &changed).0;
     assert!(early.as_ref().is_err_and(|error| error.contains("a bad sector")), "{early:?}");
-    assert_eq!(compare(&changed, &Disk::new(&bytes, 0..0, 150_000..150_001)).0, Ok(Some(100_000)));
+    assert_eq!(found(&changed, &Disk::new(&bytes, 0..0, 150_000..150_001)).0, Ok(Some(100_000)));
 }
 
 #[test]
@@ -122,18 +139,18 @@ fn what_is_zero_is_not_read_and_what_is_missing_is_zero() {
     bytes[10_000..150_000].fill(0);
     let sparse = Disk::new(&bytes, 10_000..150_000, hole.clone());
     let full = Disk::new(&bytes, 0..0, 0..0);
-    assert_eq!(compare(&sparse, &full), (Ok(None), SIZE as u64));
+    assert_eq!(found(&sparse, &full), (Ok(None), SIZE as u64));
     assert_eq!(sparse.read.load(Ordering::Relaxed), SIZE - 140_000);
-    assert_eq!(compare(&sparse, &sparse), (Ok(None), SIZE as u64), "neither is read there");
+    assert_eq!(found(&sparse, &sparse), (Ok(None), SIZE as u64), "neither is read there");
     let mut changed = bytes.clone();
     changed[140_001] = 1;
-    assert_eq!(compare(&Disk::new(&changed, 0..0, 0..0), &sparse).0, Ok(Some(140_001)));
+    assert_eq!(found(&Disk::new(&changed, 0..0, 0..0), &sparse).0, Ok(Some(140_001)));
 
     let mut longer = bytes.clone();
     longer.resize(SIZE + 10_000, 0);
-    assert_eq!(compare(&full, &Disk::new(&longer, 0..0, 0..0)).0, Ok(None));
+    assert_eq!(found(&full, &Disk::new(&longer, 0..0, 0..0)).0, Ok(None));
     longer[SIZE + 5000] = 1;
     let longer = Disk::new(&longer, 0..0, 0..0);
-    assert_eq!(compare(&full, &longer).0, Ok(Some(SIZE as u64 + 5000)));
-    assert_eq!(compare(&longer, &full).0, Ok(Some(SIZE as u64 + 5000)));
+    assert_eq!(found(&full, &longer).0, Ok(Some(SIZE as u64 + 5000)));
+    assert_eq!(found(&longer, &full).0, Ok(Some(SIZE as u64 + 5000)));
 }

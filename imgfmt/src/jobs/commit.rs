@@ -1,0 +1,99 @@
+//! Writes what an overlay holds into its backing file.
+
+use super::error::{JobError, JobErrorKind};
+use super::observer::{JobContext, Meter};
+use super::range::{span, whole};
+use crate::extent::ExtentKind;
+use crate::image::{Image, Shrink};
+use crate::storage::{Durability, Speed, ZeroMode};
+
+/// How much is copied at a time, in bytes.
+const STEP: u64 = 1 << 20;
+
+/// What was committed. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Committed {
+    /// How much was copied.
+    pub data: u64,
+    /// How much was made zero.
+    pub zeroes: u64,
+}
+
+/// Writes everything that the image `overlay` itself holds into `backing`, its backing file, opened for
+/// writing: a second time, beside the one through which the overlay reads it. That needs
+/// [`Locking::Off`](crate::Locking) for the overlay, whose file the caller locks. `backing` is made as
+/// large as the overlay first, if it is smaller.
+///
+/// Afterwards `backing` holds the same disk; [close](Image::close) it, and the overlay can be
+/// [emptied](Image::clear) or deleted. Other overlays of the same backing file are corrupted. When a
+/// commit is interrupted, the overlay still shows the whole disk, and it can be committed again.
+///
+/// # Errors
+///
+/// `DoesNotFit` if `backing` cannot be made large enough; `Source`, `Destination`, `Interrupted`.
+///
+/// ```
+/// use imgfmt::jobs::{JobContext, commit};
+/// use imgfmt::{Access, CreateOptions, Durability, Format, Image, Locking, OpenOptions};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let (base, top) = (folder.path().join("base.img"), folder.path().join("top.qcow2"));
+/// Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
+/// Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
+/// let writable = OpenOptions::new().access(Access::ReadWrite);
+/// let disk = Image::open(&top, &writable)?;
+/// disk.write_at(0.into(), b"hello", Durability::Cached)?;
+/// disk.close()?;
+///
+/// let overlay = Image::open(&top, &OpenOptions::new().locking(Locking::Off))?;
+/// let mut backing = Image::open(&base, &writable.clone().format(Format::Raw))?;
+/// commit(&overlay, &mut backing, &JobContext::default())?;
+/// backing.close()?;
+/// drop(overlay);
+/// let mut overlay = Image::open(&top, &writable)?;
+/// overlay.clear()?;
+/// overlay.close()?;
+/// assert!(std::fs::read(&base)?.starts_with(b"hello"));
+/// # Ok(())
+/// # }
+/// ```
+pub fn commit(
+    overlay: &Image,
+    backing: &mut Image,
+    context: &JobContext,
+) -> Result<Committed, JobError> {
+    if backing.size() < overlay.size() {
+        let resized = backing.resize(overlay.size(), Shrink::Refuse);
+        resized.map_err(|error| JobError::image(JobErrorKind::DoesNotFit, error))?;
+    }
+    let meter = Meter::begin(context, overlay.size());
+    let mut committed = Committed::default();
+    let mut buffer = vec![0; STEP as usize];
+    for extent in overlay.extents(whole(overlay)) {
+        context.cancellation.check()?;
+        let extent = extent.map_err(JobError::source)?;
+        // Only what the overlay itself holds: the layers below are being changed.
+        if extent.depth == 1 && extent.kind == ExtentKind::Data {
+            let mut position = extent.range.offset();
+            while position < extent.range.end() {
+                context.cancellation.check()?;
+                let rest = span(position.bytes(), extent.range.end().bytes());
+                let data = &mut buffer[..rest.length().min(STEP) as usize];
+                overlay.read_at(position, data).map_err(JobError::source)?;
+                let written = backing.write_at(position, data, Durability::Cached);
+                written.map_err(JobError::destination)?;
+                position = (position.bytes() + data.len() as u64).into();
+            }
+            committed.data += extent.range.length();
+        } else if extent.depth == 1 {
+            let (mode, speed) = (ZeroMode::MayUnmap, Speed::Any);
+            let zeroed = backing.write_zeroes(extent.range, mode, speed, Durability::Cached);
+            zeroed.map_err(JobError::destination)?;
+            committed.zeroes += extent.range.length();
+        }
+        meter.add(extent.range.length());
+    }
+    Ok(committed)
+}

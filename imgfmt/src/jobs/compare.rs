@@ -1,0 +1,274 @@
+//! The first difference of two disks, looked for by several threads: both disks are read at the same
+//! time, and the answers of a server do not have to be waited for one by one.
+
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::error::{JobError, JobErrorKind};
+use super::observer::{JobContext, Meter};
+use super::range::{read_padded, whole};
+use crate::extent::{Extent, ExtentKind};
+use crate::image::{Extents, Image};
+use crate::zero::is_zero;
+
+/// How much of each disk a thread reads at a time, in bytes, unless told otherwise: both stay in the
+/// processor's cache.
+const PIECE: NonZeroUsize = NonZeroUsize::new(256 << 10).expect("it is not zero");
+/// Largest piece, in bytes.
+const PIECE_MAX: usize = 64 << 20;
+
+/// How two disks are compared; made by [`Default`], changed field by field.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct CompareOptions {
+    /// How much of each disk a thread reads at a time, in bytes: 64 MiB at most, 256 KiB by default.
+    pub piece: NonZeroUsize,
+    /// How many threads compare: by default as many as there are cores.
+    pub threads: NonZeroUsize,
+}
+
+impl Default for CompareOptions {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+        Self { piece: PIECE, threads: cores }
+    }
+}
+
+/// What came out of comparing two disks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Compared {
+    /// The first offset in bytes at which they differ, if they do.
+    pub first_difference: Option<u64>,
+    /// The sizes of both, in bytes. What the shorter one lacks counts as zero.
+    pub sizes: [u64; 2],
+}
+
+/// Compares two disks as a guest would see them, backing files included. A disk reads as zero beyond its
+/// end. What both are known to hold zeroes in is not read.
+///
+/// # Errors
+///
+/// `Source` if anything before the first difference cannot be read; `Interrupted`, `Internal`.
+///
+/// ```
+/// use imgfmt::jobs::{CompareOptions, JobContext, compare};
+/// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let (raw, qcow2) = (folder.path().join("disk.img"), folder.path().join("disk.qcow2"));
+/// Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, 1 << 20))?;
+/// let mut bytes = vec![0; 1 << 20];
+/// bytes[70_000] = 1;
+/// std::fs::write(&raw, bytes)?;
+///
+/// let first = Image::open(&raw, &OpenOptions::new().format(Format::Raw))?;
+/// let second = Image::open(&qcow2, &OpenOptions::new())?;
+/// let compared =
+///     compare(&first, &second, &CompareOptions::default(), &JobContext::default())?;
+/// assert_eq!(compared.first_difference, Some(70_000));
+/// # Ok(())
+/// # }
+/// ```
+pub fn compare(
+    first: &Image,
+    second: &Image,
+    options: &CompareOptions,
+    context: &JobContext,
+) -> Result<Compared, JobError> {
+    let sizes = [first.size(), second.size()];
+    let search = &Search::new([first, second], options, context);
+    let ended = std::thread::scope(|scope| {
+        let spawn = |_| scope.spawn(move || search.work());
+        let workers: Vec<_> = (0..options.threads.get()).map(spawn).collect();
+        // All of them have to be joined here, or the scope panics.
+        workers.into_iter().map(std::thread::ScopedJoinHandle::join).filter(Result::is_err).count()
+    });
+    if ended > 0 {
+        let message = "a thread that compared has ended unexpectedly";
+        return Err(JobError::new(JobErrorKind::Internal, message));
+    }
+    let first_difference = match locked(&search.end).take() {
+        None => None,
+        Some(End { offset, why: Why::Difference }) => Some(offset),
+        Some(End { why: Why::Error(error), .. }) => return Err(error),
+    };
+    Ok(Compared { first_difference, sizes })
+}
+
+/// What the threads share.
+struct Search<'a> {
+    disks: [&'a Image; 2],
+    /// How much of each is read at a time, in bytes.
+    piece: u64,
+    context: &'a JobContext,
+    meter: Meter<'a>,
+    agenda: Mutex<Agenda<'a>>,
+    end: Mutex<Option<End>>,
+    /// Nothing from this offset on matters any more.
+    limit: AtomicU64,
+}
+
+/// What the search ends with, unless there is something in front of it.
+struct End {
+    offset: u64,
+    why: Why,
+}
+
+enum Why {
+    Difference,
+    Error(JobError),
+}
+
+/// A part of the disks that is data on one of them at least.
+struct Piece {
+    offset: u64,
+    length: usize,
+    kinds: [ExtentKind; 2],
+}
+
+impl<'a> Search<'a> {
+    fn new(disks: [&'a Image; 2], options: &CompareOptions, context: &'a JobContext) -> Self {
+        let size = disks[0].size().max(disks[1].size());
+        Self {
+            disks,
+            piece: options.piece.get().min(PIECE_MAX) as u64,
+            context,
+            meter: Meter::begin(context, size),
+            agenda: Mutex::new(Agenda { disks: disks.map(Cursor::new), position: 0 }),
+            end: Mutex::new(None),
+            limit: AtomicU64::new(size),
+        }
+    }
+
+    /// Compares one piece after the other until nothing is left that matters.
+    fn work(&self) {
+        let mut buffers = [(); 2].map(|()| vec![0; self.piece as usize]);
+        loop {
+            if let Err(error) = self.context.cancellation.check() {
+                return self.end_at(0, Why::Error(error));
+            }
+            let mut agenda = locked(&self.agenda);
+            let next = agenda.next(self.limit.load(Ordering::Relaxed), self.piece, &self.meter);
+            let position = agenda.position;
+            drop(agenda);
+            let piece = match next {
+                Ok(Some(piece)) => piece,
+                Ok(None) => return,
+                Err(error) => return self.end_at(position, Why::Error(error)),
+            };
+            match self.compare(&piece, &mut buffers) {
+                Ok(None) => self.meter.add(piece.length as u64),
+                Ok(Some(distance)) => {
+                    self.end_at(piece.offset + distance as u64, Why::Difference);
+                }
+                Err(error) => self.end_at(piece.offset, Why::Error(error)),
+            }
+        }
+    }
+
+    /// Where the first difference is, counted from the start of the piece.
+    fn compare(
+        &self,
+        piece: &Piece,
+        [first, second]: &mut [Vec<u8>; 2],
+    ) -> Result<Option<usize>, JobError> {
+        let (first, second) = (&mut first[..piece.length], &mut second[..piece.length]);
+        let read = |disk: usize, buffer: &mut [u8]| {
+            read_padded(self.disks[disk], piece.offset, buffer).map_err(JobError::source)
+        };
+        match piece.kinds {
+            [ExtentKind::Data, ExtentKind::Data] => {
+                read(0, first)?;
+                read(1, second)?;
+                let differ = || first.iter().zip(&*second).position(|(a, b)| a != b);
+                Ok(if first == second { None } else { differ() })
+            }
+            [kind, _] => {
+                // The other one is zero and need not be read.
+                read(if kind == ExtentKind::Data { 0 } else { 1 }, first)?;
+                let differs = || first.iter().position(|&byte| byte != 0);
+                Ok(if is_zero(first) { None } else { differs() })
+            }
+        }
+    }
+
+    fn end_at(&self, offset: u64, why: Why) {
+        let mut end = locked(&self.end);
+        if end.as_ref().is_none_or(|end| offset < end.offset) {
+            *end = Some(End { offset, why });
+            self.limit.fetch_min(offset, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What is still to be compared, in order.
+struct Agenda<'a> {
+    disks: [Cursor<'a>; 2],
+    position: u64,
+}
+
+impl Agenda<'_> {
+    /// The next piece, of at most so many bytes, that begins before `limit`.
+    fn next(
+        &mut self,
+        limit: u64,
+        most: u64,
+        meter: &Meter<'_>,
+    ) -> Result<Option<Piece>, JobError> {
+        while self.position < limit {
+            let start = self.position;
+            let [(first, first_end), (second, second_end)] =
+                [self.disks[0].at(start)?, self.disks[1].at(start)?];
+            let same_until = first_end.min(second_end).min(limit);
+            if first != ExtentKind::Data && second != ExtentKind::Data {
+                meter.add(same_until - start);
+                self.position = same_until;
+                continue;
+            }
+            self.position = same_until.min((start / most + 1) * most);
+            let length = (self.position - start) as usize;
+            return Ok(Some(Piece { offset: start, length, kinds: [first, second] }));
+        }
+        Ok(None)
+    }
+}
+
+/// Where a disk holds data, found step by step.
+#[derive(Debug)]
+struct Cursor<'a> {
+    extents: Extents<&'a Image>,
+    current: Option<Extent>,
+    size: u64,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(image: &'a Image) -> Self {
+        Self { extents: image.extents(whole(image)), current: None, size: image.size() }
+    }
+
+    /// What is at `offset`, which never goes back, and where that ends. Zero beyond the disk.
+    fn at(&mut self, offset: u64) -> Result<(ExtentKind, u64), JobError> {
+        if offset >= self.size {
+            return Ok((ExtentKind::Hole, u64::MAX));
+        }
+        loop {
+            match self.current {
+                Some(extent) if extent.range.end().bytes() > offset => {
+                    return Ok((extent.kind, extent.range.end().bytes()));
+                }
+                _ => self.current = self.extents.next().transpose().map_err(JobError::source)?,
+            }
+            if self.current.is_none() {
+                return Ok((ExtentKind::Hole, u64::MAX));
+            }
+        }
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A thread that panics is noticed when it is joined.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

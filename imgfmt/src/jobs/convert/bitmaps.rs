@@ -1,0 +1,31 @@
+//! The dirty bitmaps of the source, for the copy.
+
+use crate::bitmap::{BitmapChange, BitmapInfo};
+use crate::image::Image;
+use crate::jobs::error::JobError;
+
+/// Copies dirty bitmaps of `source` into `destination`, with their granularity and enabled as they were.
+/// To be called after the disk was copied: what is written before is no change of it then. All of them
+/// are copied, or none.
+///
+/// # Errors
+///
+/// `Source` if the bits of one cannot be relied on; `Destination` with the errors of
+/// [`Image::bitmap_transaction`].
+pub fn copy_bitmaps(
+    source: &Image,
+    destination: &Image,
+    bitmaps: &[BitmapInfo],
+) -> Result<(), JobError> {
+    let mut changes = Vec::new();
+    for BitmapInfo { name, granularity, recording, .. } in bitmaps {
+        let from = source.dirty_bits(name).map_err(JobError::source)?;
+        let (name, granularity, recording) = (name.clone(), *granularity, *recording);
+        changes.push(BitmapChange::Add { name: name.clone(), granularity, recording });
+        changes.push(BitmapChange::MergeBits { into: name, from });
+    }
+    match changes.is_empty() {
+        true => Ok(()),
+        false => destination.bitmap_transaction(&changes).map_err(JobError::destination),
+    }
+}

@@ -1,0 +1,89 @@
+//! Copies a disk into another image.
+
+mod agenda;
+mod bitmaps;
+mod copier;
+mod options;
+
+pub use self::bitmaps::copy_bitmaps;
+pub use self::options::{Background, Clusters, ConvertOptions, SourceReader};
+
+use self::copier::Copy;
+use super::error::{JobError, JobErrorKind};
+use super::observer::{JobContext, Meter};
+use crate::image::Image;
+
+/// Unit in which zeroes are looked for in a raw image, in bytes.
+const RAW_UNIT: u64 = 4096;
+/// Most threads of one conversion.
+const THREADS_MAX: usize = 256;
+
+/// What was copied. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Converted {
+    /// The size of the disk.
+    pub size: u64,
+    /// How much of it was known to be zero, and not read.
+    pub holes: u64,
+}
+
+/// Copies the disk of `source`, as a guest would see it, into `destination`, which is open for writing
+/// and at least as large. Zeroes become holes, in units of the destination's clusters (4 KiB in a raw
+/// image). What the destination has beyond the end of the source stays.
+///
+/// Nothing is flushed: [close](Image::close) the destination, or flush it. After an error it holds a
+/// part of the disk.
+///
+/// # Errors
+///
+/// `DoesNotFit` if `destination` is smaller; `Source`, `Destination`, `Interrupted`, `Internal`.
+///
+/// ```
+/// use imgfmt::jobs::{Background, Clusters, ConvertOptions, JobContext, convert};
+/// use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let (raw, qcow2) = (folder.path().join("disk.img"), folder.path().join("disk.qcow2"));
+/// std::fs::write(&raw, vec![7; 1 << 20])?;
+/// let source = Image::open(&raw, &OpenOptions::new().format(Format::Raw))?;
+/// Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, source.size()))?;
+/// let destination = Image::open(&qcow2, &OpenOptions::new().access(Access::ReadWrite))?;
+///
+/// let mut options = ConvertOptions::default();
+/// options.background = Background::Zero;
+/// options.clusters = Clusters::Compressed;
+/// convert(&source, &destination, &options, &JobContext::default())?;
+/// destination.close()?;
+/// assert!(std::fs::metadata(&qcow2)?.len() < 1 << 20);
+/// # Ok(())
+/// # }
+/// ```
+pub fn convert(
+    source: &Image,
+    destination: &Image,
+    options: &ConvertOptions,
+    context: &JobContext,
+) -> Result<Converted, JobError> {
+    let (room, size) = (destination.size(), source.size());
+    if room < size {
+        let message =
+            format!("the destination has {room} bytes and the source {size}: it does not fit");
+        return Err(JobError::new(JobErrorKind::DoesNotFit, message));
+    }
+    let qcow2 = destination.info().map_err(JobError::destination)?.qcow2;
+    let meter = Meter::begin(context, size);
+    let copy = Copy {
+        source,
+        reader: options.reader.as_deref(),
+        destination,
+        background: options.background,
+        unit: qcow2.map_or(RAW_UNIT, |qcow2| qcow2.cluster_size),
+        clusters: options.clusters,
+        context,
+        meter: &meter,
+    };
+    copy.run(options.threads.get().min(THREADS_MAX))?;
+    Ok(Converted { size, holes: meter.progress().holes })
+}

@@ -1,0 +1,100 @@
+//! Why a job failed.
+
+use std::fmt;
+
+use crate::error::Error;
+
+/// Whose fault a [`JobError`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum JobErrorKind {
+    /// An image that is read.
+    Source,
+    /// The image that is written.
+    Destination,
+    /// The destination is too small, or cannot be made large enough. Nothing was written.
+    DoesNotFit,
+    /// The job was cancelled.
+    Interrupted,
+    /// What was asked for contradicts itself, is out of range, or is not possible with these images.
+    /// Nothing was written.
+    InvalidArgument,
+    /// The process itself: a thread has panicked.
+    Internal,
+}
+
+/// Why a job failed: one sentence that names the file, what was tried and what to do.
+#[derive(Debug)]
+pub struct JobError {
+    kind: JobErrorKind,
+    cause: Cause,
+}
+
+#[derive(Debug)]
+enum Cause {
+    Image(Error),
+    Words(String),
+}
+
+impl JobError {
+    /// An error; `message` is the whole sentence.
+    pub fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, cause: Cause::Words(message.into()) }
+    }
+
+    /// An error of an image.
+    pub fn image(kind: JobErrorKind, error: Error) -> Self {
+        Self { kind, cause: Cause::Image(error) }
+    }
+
+    /// An image that is read has failed.
+    pub(crate) fn source(error: Error) -> Self {
+        Self::image(JobErrorKind::Source, error)
+    }
+
+    /// The image that is written has failed.
+    pub(crate) fn destination(error: Error) -> Self {
+        Self::image(JobErrorKind::Destination, error)
+    }
+
+    /// What was asked for is not possible.
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(JobErrorKind::InvalidArgument, message)
+    }
+
+    /// Whose fault it is.
+    pub fn kind(&self) -> JobErrorKind {
+        self.kind
+    }
+
+    /// The error of the image that has failed, if one has.
+    pub fn image_error(&self) -> Option<&Error> {
+        match &self.cause {
+            Cause::Image(error) => Some(error),
+            Cause::Words(_) => None,
+        }
+    }
+
+    /// As [`image_error`](Self::image_error), to keep.
+    ///
+    /// # Errors
+    ///
+    /// This error itself, if it is not that of an image.
+    pub fn into_image_error(self) -> Result<Error, Self> {
+        match self.cause {
+            Cause::Image(error) => Ok(error),
+            cause @ Cause::Words(_) => Err(Self { cause, ..self }),
+        }
+    }
+}
+
+impl fmt::Display for JobError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.cause {
+            Cause::Image(error) => error.fmt(f),
+            Cause::Words(words) => f.write_str(words),
+        }
+    }
+}
+
+impl std::error::Error for JobError {}

@@ -1,0 +1,142 @@
+//! How large an image would be.
+
+use super::error::{JobError, JobErrorKind};
+use super::observer::{JobContext, Meter};
+use super::range::whole;
+use crate::bitmap::BitmapState;
+use crate::create_options::{CreateOptions, L2Entries, Qcow2Version};
+use crate::extent::ExtentKind;
+use crate::format::Format;
+use crate::image::Image;
+use crate::qcow2;
+
+/// The disk whose copy is measured.
+#[derive(Clone, Copy, Debug)]
+pub enum MeasuredDisk<'a> {
+    /// The disk in an image.
+    Image(&'a Image),
+    /// An empty disk of this size in bytes.
+    Empty(u64),
+}
+
+/// How large the file of an image would be, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Measurement {
+    /// At first.
+    pub required: u64,
+    /// When the guest has written everywhere.
+    pub fully_allocated: u64,
+    /// What copies of the dirty bitmaps would take up in addition, where both images can have some.
+    pub bitmaps: Option<u64>,
+}
+
+/// Says how large the file of a new image would be that holds a copy of `disk`, without compression.
+/// The size in `create` does not matter, and no file is made.
+///
+/// # Errors
+///
+/// `InvalidArgument` if no image can be made like that; `Source`, `Interrupted`.
+///
+/// ```
+/// use imgfmt::jobs::{JobContext, MeasuredDisk, measure};
+/// use imgfmt::{CreateOptions, Format};
+///
+/// let create = CreateOptions::new(Format::Qcow2, 0);
+/// let measured = measure(MeasuredDisk::Empty(1 << 40), &create, &JobContext::default())?;
+/// assert!(measured.required < 1 << 28 && measured.fully_allocated > 1 << 40);
+/// # Ok::<(), imgfmt::jobs::JobError>(())
+/// ```
+pub fn measure(
+    disk: MeasuredDisk<'_>,
+    create: &CreateOptions,
+    context: &JobContext,
+) -> Result<Measurement, JobError> {
+    let size = match disk {
+        MeasuredDisk::Image(image) => image.size(),
+        MeasuredDisk::Empty(size) => size,
+    };
+    if create.format != Format::Qcow2 {
+        return Ok(Measurement { required: size, fully_allocated: size, bitmaps: None });
+    }
+    qcow2::check_sizes(create)
+        .map_err(|error| JobError::image(JobErrorKind::InvalidArgument, error))?;
+    let (data, bitmaps) = match disk {
+        MeasuredDisk::Image(image) => {
+            (data_clusters(image, create.cluster_size, context)?, bitmaps(image, create)?)
+        }
+        MeasuredDisk::Empty(_) => (0, None),
+    };
+    let measurement = qcow2_file(size, data, create).ok_or_else(|| {
+        JobError::invalid(format!("a disk of {size} bytes is too large for qcow2"))
+    })?;
+    Ok(Measurement { bitmaps, ..measurement })
+}
+
+/// How many clusters of a copy would hold data.
+fn data_clusters(image: &Image, cluster: u64, context: &JobContext) -> Result<u64, JobError> {
+    let meter = Meter::begin(context, image.size());
+    let (mut count, mut counted_to) = (0, 0);
+    for extent in image.extents(whole(image)) {
+        context.cancellation.check()?;
+        let extent = extent.map_err(JobError::source)?;
+        if extent.kind == ExtentKind::Data {
+            let first = (extent.range.offset().bytes() / cluster).max(counted_to);
+            let end = extent.range.end().bytes().div_ceil(cluster);
+            count += end.saturating_sub(first);
+            counted_to = counted_to.max(end);
+        }
+        meter.add(extent.range.length());
+    }
+    Ok(count)
+}
+
+/// What the image's dirty bitmaps would take up in a new image, all their clusters allocated; `None` if
+/// one of the two cannot have any. Those that cannot be relied on are not copied.
+fn bitmaps(image: &Image, create: &CreateOptions) -> Result<Option<u64>, JobError> {
+    let has_version_3 = |version| version == Qcow2Version::V3;
+    let source = image.info().map_err(JobError::source)?.qcow2;
+    if !has_version_3(create.version) || !source.is_some_and(|it| has_version_3(it.version)) {
+        return Ok(None);
+    }
+    let cluster = create.cluster_size;
+    let (mut total, mut directory) = (0_u64, 0_u64);
+    for bitmap in image.bitmaps() {
+        if matches!(bitmap.state, BitmapState::Consistent { .. }) {
+            let bytes = image.size().div_ceil(bitmap.granularity).div_ceil(8);
+            let clusters = bytes.div_ceil(cluster);
+            // The bits, and the table that lists their clusters.
+            total += clusters * cluster + (clusters * 8).next_multiple_of(cluster);
+            directory += (24 + bitmap.name.len() as u64).next_multiple_of(8);
+        }
+    }
+    Ok(Some(total + directory.next_multiple_of(cluster)))
+}
+
+/// The sizes of a qcow2 file with room for all tables, `data` of whose clusters hold data.
+fn qcow2_file(size: u64, data: u64, create: &CreateOptions) -> Option<Measurement> {
+    let cluster = create.cluster_size;
+    let entry = if create.l2_entries == L2Entries::Extended { 16 } else { 8 };
+    let clusters = size.div_ceil(cluster);
+    let l2_tables = clusters.div_ceil(cluster / entry);
+    let l1 = l2_tables.div_ceil(cluster / 8);
+    // The header is the one.
+    let counted = clusters.checked_add(l2_tables + l1 + 1)?;
+    let per_block = cluster * 8 / u64::from(create.refcount_bits);
+    // The blocks count themselves and the table that lists them: repeat until nothing changes.
+    let (mut blocks, mut table) = (0, 0);
+    loop {
+        let needed = (counted + blocks + table).div_ceil(per_block);
+        let listed = needed.div_ceil(cluster / 8);
+        if (needed, listed) == (blocks, table) {
+            break;
+        }
+        (blocks, table) = (needed, listed);
+    }
+    let tables = (l2_tables + l1 + 1 + blocks + table).checked_mul(cluster)?;
+    Some(Measurement {
+        bitmaps: None,
+        required: tables.checked_add(data.checked_mul(cluster)?)?,
+        fully_allocated: tables.checked_add(clusters.checked_mul(cluster)?)?,
+    })
+}

@@ -1,0 +1,32 @@
+//! Work on whole disks, from image to image.
+//!
+//! [`convert`] copies a disk into another image, [`compare`] finds the first difference of two,
+//! [`commit`] writes an overlay into its backing file, [`rebase`] prepares one for another backing file,
+//! and [`measure`] says how large a copy would be. The images are opened by the caller, in any storage.
+//! Each function has an example.
+//!
+//! A job takes plain options, and a [`JobContext`]: an [`Observer`], which hears of progress, and a
+//! [`Cancellation`], with which the caller ends it early, between two steps. Its error is a
+//! [`JobError`]: one sentence, and whose fault it was. Jobs run on the caller's thread and on threads
+//! that end before they return; they need no runtime.
+
+mod cancellation;
+mod commit;
+mod compare;
+mod convert;
+mod error;
+mod measure;
+mod observer;
+mod range;
+mod rebase;
+
+pub use self::cancellation::Cancellation;
+pub use self::commit::{Committed, commit};
+pub use self::compare::{CompareOptions, Compared, compare};
+pub use self::convert::{
+    Background, Clusters, ConvertOptions, Converted, SourceReader, convert, copy_bitmaps,
+};
+pub use self::error::{JobError, JobErrorKind};
+pub use self::measure::{MeasuredDisk, Measurement, measure};
+pub use self::observer::{JobContext, Observer, Progress};
+pub use self::rebase::{Rebased, rebase};

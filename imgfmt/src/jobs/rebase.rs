@@ -1,0 +1,113 @@
+//! Copies into an overlay what another backing file would show differently.
+
+use super::error::{JobError, JobErrorKind};
+use super::observer::{JobContext, Meter};
+use super::range::{read_padded, whole};
+use crate::error::{Error, ErrorKind};
+use crate::image::Image;
+use crate::storage::Durability;
+use crate::units::GuestOffset;
+
+/// How much is compared at a time, in bytes.
+const STEP: u64 = 1 << 20;
+
+/// What was copied. Sizes are in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Rebased {
+    /// How much of the old backing file was copied into the overlay.
+    pub copied: u64,
+}
+
+/// Copies into the qcow2 image `overlay`, opened for writing, every cluster in which its present backing
+/// files and `new_backing` differ; `None` stands for no backing file, which reads as zero. The disk stays
+/// the same throughout. [Close](Image::close) the overlay afterwards; then
+/// [`Image::change_backing_file`] can give it the new backing file.
+///
+/// # Errors
+///
+/// `InvalidArgument` if `overlay` is a raw image; `Source`, `Destination`, `Interrupted`. The disk is as
+/// before then.
+///
+/// ```
+/// use imgfmt::jobs::{JobContext, rebase};
+/// use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// # let folder = tempfile::tempdir()?;
+/// # let (base, top) = (folder.path().join("base.img"), folder.path().join("top.qcow2"));
+/// std::fs::write(&base, vec![7; 1 << 20])?;
+/// Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
+///
+/// let options = OpenOptions::new().access(Access::ReadWrite);
+/// let overlay = Image::open(&top, &options)?;
+/// let rebased = rebase(&overlay, None, &JobContext::default())?;
+/// assert_eq!(rebased.copied, 1 << 20);
+/// overlay.close()?;
+/// Image::change_backing_file(&top, &options, None)?;
+/// # Ok(())
+/// # }
+/// ```
+pub fn rebase(
+    overlay: &Image,
+    new_backing: Option<&Image>,
+    context: &JobContext,
+) -> Result<Rebased, JobError> {
+    let qcow2 = overlay.info().map_err(JobError::destination)?.qcow2;
+    let Some(cluster) = qcow2.map(|qcow2| qcow2.cluster_size) else {
+        let detail = "a raw image cannot have a backing file";
+        let error = overlay.name(Error::new(ErrorKind::Unsupported, "rebase", detail));
+        return Err(JobError::image(JobErrorKind::InvalidArgument, error));
+    };
+    let step = STEP.max(cluster);
+    let meter = Meter::begin(context, overlay.size());
+    let mut rebased = Rebased::default();
+    let (mut old, mut new) = (vec![0; step as usize], vec![0; step as usize]);
+    for extent in overlay.extents(whole(overlay)) {
+        context.cancellation.check()?;
+        let extent = extent.map_err(JobError::destination)?;
+        let end = extent.range.end().bytes();
+        let mut position = extent.range.offset().bytes();
+        while extent.depth != 1 && position < end {
+            context.cancellation.check()?;
+            // Pieces end where clusters end.
+            let stop = ((position / step + 1) * step).min(end);
+            let length = (stop - position) as usize;
+            let (old, new) = (&mut old[..length], &mut new[..length]);
+            overlay.read_at(GuestOffset::new(position), old).map_err(JobError::destination)?;
+            match new_backing {
+                Some(backing) => read_padded(backing, position, new).map_err(JobError::source)?,
+                None => new.fill(0),
+            }
+            rebased.copied += write_differences(overlay, position, old, new, cluster)?;
+            position = stop;
+        }
+        meter.add(extent.range.length());
+    }
+    Ok(rebased)
+}
+
+/// Writes the clusters of `old` that are not as in `new`; returns how many bytes that was. Zeroes are
+/// written as data: as mere zeroes an image whose old backing file ends before them would leave them to
+/// the new one.
+fn write_differences(
+    overlay: &Image,
+    offset: u64,
+    old: &[u8],
+    new: &[u8],
+    cluster: u64,
+) -> Result<u64, JobError> {
+    let (mut start, mut written) = (0, 0);
+    while start < old.len() {
+        let in_cluster = (offset + start as u64) % cluster;
+        let end = old.len().min(start + (cluster - in_cluster) as usize);
+        if old[start..end] != new[start..end] {
+            let position = GuestOffset::new(offset + start as u64);
+            let wrote = overlay.write_at(position, &old[start..end], Durability::Cached);
+            wrote.map_err(JobError::destination)?;
+            written += (end - start) as u64;
+        }
+        start = end;
+    }
+    Ok(written)
+}
