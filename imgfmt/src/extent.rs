@@ -49,18 +49,14 @@ pub(crate) struct ExtentList {
     effort: u64,
 }
 
-/// How much is looked at for one list: some 65,000 entries, or tables that do not exist.
-const EFFORT_MAX: u64 = 64 * EFFORT_OF_PART;
-
-/// What looking at a part of a table takes, of [`MAPPED_AT_ONCE`] entries or less, compared with
-/// looking at a table that does not exist.
-pub(crate) const EFFORT_OF_PART: u64 = 1024;
+/// How many entries of tables are looked at for one list.
+const EFFORT_MAX: u64 = 1 << 16;
 
 /// What asking a storage for its holes once takes, compared with the same.
 pub(crate) const EFFORT_OF_CALL: u64 = 128;
 
-/// Entries of a table that are looked at together.
-pub(crate) const MAPPED_AT_ONCE: u64 = 1024;
+/// What finding a piece takes, besides its entries.
+pub(crate) const EFFORT_OF_PIECE: u64 = 1;
 
 impl ExtentList {
     pub(crate) fn new(max_count: usize) -> Self {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::lease;
 use crate::storage::Storage;
 use crate::units::{GuestRange, HostOffset};
 
@@ -67,11 +68,8 @@ impl Mapping {
 #[derive(Debug)]
 pub struct Lease {
     mappings: Vec<Mapping>,
-    guard: Option<Box<dyn LeaseGuard>>,
+    guard: Option<lease::Lease>,
 }
-
-/// What an image format has to do when a lease ends: it is dropped with the lease.
-pub(crate) trait LeaseGuard: Send + Sync + std::fmt::Debug {}
 
 impl Lease {
     /// A lease for an image whose places never move.
@@ -80,7 +78,7 @@ impl Lease {
     }
 
     /// A lease whose end somebody waits for.
-    pub(crate) fn guarded(mappings: Vec<Mapping>, guard: Box<dyn LeaseGuard>) -> Self {
+    pub(crate) fn guarded(mappings: Vec<Mapping>, guard: lease::Lease) -> Self {
         Self { mappings, guard: Some(guard) }
     }
 

@@ -37,23 +37,25 @@ pub(crate) mod rank {
     pub(crate) const QUARANTINE: u8 = 9;
     /// A part of the cache of L2 tables.
     pub(crate) const TABLE_CACHE: u8 = 10;
-    /// The content of one L2 table.
-    pub(crate) const TABLE: u8 = 11;
-    pub(crate) const L2_PLACES: u8 = 12;
-    pub(crate) const ALLOCATOR: u8 = 13;
-    pub(crate) const DIRTY_L1: u8 = 14;
-    pub(crate) const FREED: u8 = 15;
-    pub(crate) const DECOMPRESSED: u8 = 16;
-    pub(crate) const LINEAGE: u8 = 17;
+    /// The L2 tables that a thread has used lately.
+    pub(crate) const RECENT_TABLES: u8 = 11;
+    /// An L2 table is changed, or looked at as a whole.
+    pub(crate) const TABLE: u8 = 12;
+    pub(crate) const L2_PLACES: u8 = 13;
+    pub(crate) const ALLOCATOR: u8 = 14;
+    pub(crate) const DIRTY_L1: u8 = 15;
+    pub(crate) const FREED: u8 = 16;
+    pub(crate) const DECOMPRESSED: u8 = 17;
+    pub(crate) const LINEAGE: u8 = 18;
     /// Header extensions or autoclear bits change.
-    pub(crate) const HEADER_EDIT: u8 = 18;
-    pub(crate) const LEASES: u8 = 19;
-    pub(crate) const HEADER: u8 = 20;
-    pub(crate) const HEADER_WRITES: u8 = 21;
-    pub(crate) const SIDECAR: u8 = 22;
+    pub(crate) const HEADER_EDIT: u8 = 19;
+    pub(crate) const LEASES: u8 = 20;
+    pub(crate) const HEADER: u8 = 21;
+    pub(crate) const HEADER_WRITES: u8 = 22;
+    pub(crate) const SIDECAR: u8 = 23;
 
     #[cfg(debug_assertions)]
-    pub(super) const NAMES: [&str; 23] = [
+    pub(super) const NAMES: [&str; 24] = [
         "BITMAPS",
         "MARKING",
         "FLUSH",
@@ -65,6 +67,7 @@ pub(crate) mod rank {
         "OWNERSHIP",
         "QUARANTINE",
         "TABLE_CACHE",
+        "RECENT_TABLES",
         "TABLE",
         "L2_PLACES",
         "ALLOCATOR",

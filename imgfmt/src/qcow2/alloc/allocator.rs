@@ -9,8 +9,8 @@ use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lease::ClosedGeneration;
 use crate::qcow2::alloc::cluster_set::ClusterSet;
-use crate::qcow2::alloc::lease::ClosedGeneration;
 use crate::qcow2::on_disk::header::Header;
 use crate::qcow2::on_disk::refcount::Refcounts;
 use crate::qcow2::on_disk::words::{read_error, read_words};

@@ -6,11 +6,11 @@ use std::collections::HashSet;
 use std::sync::{Arc, MutexGuard};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::lease::{ClosedGeneration, Lease, Leases};
 use crate::mapping::Lookup;
 use crate::ordered_lock::{Ordered, OrderedMutex, rank};
 use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed, Quarantine, Reserved};
 use crate::qcow2::alloc::decompressed::Decompressed;
-use crate::qcow2::alloc::lease::{ClosedGeneration, ClusterLease, Leases};
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::{MetadataFile, unwritable};
 use crate::units::HostOffset;
@@ -78,12 +78,12 @@ impl Clusters {
     /// Keeps what is mapped from now on from being reused; `None` if nothing ever is, because the
     /// image is only read.
     #[inline]
-    pub(in crate::qcow2) fn lease(&self) -> Option<ClusterLease> {
+    pub(in crate::qcow2) fn lease(&self) -> Option<Lease> {
         self.allocator.as_ref().map(|_| self.leases.take())
     }
 
     /// As [`lease`](Self::lease), for whoever writes.
-    pub(in crate::qcow2) fn lease_to_write(&self) -> Result<ClusterLease> {
+    pub(in crate::qcow2) fn lease_to_write(&self) -> Result<Lease> {
         self.lease().ok_or_else(unwritable)
     }
 

@@ -4,4 +4,3 @@ pub(super) mod allocator;
 pub(super) mod cluster_set;
 pub(super) mod clusters;
 pub(super) mod decompressed;
-pub(super) mod lease;

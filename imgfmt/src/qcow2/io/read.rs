@@ -20,13 +20,10 @@ impl Qcow2 {
     ) -> Result<()> {
         let base = offset.bytes();
         let range = span(base, base + buffer.len() as u64);
-        self.mapping.for_each_table(range, Lookup::MayRead, |pieces| {
-            for piece in pieces {
-                let start = (piece.range.offset().bytes() - base) as usize;
-                let part = &mut buffer[start..start + piece.range.length() as usize];
-                self.read_piece(piece, part)?;
-            }
-            Ok(true)
+        self.mapping.for_each_piece(range, Lookup::MayRead, |piece| {
+            let start = (piece.range.offset().bytes() - base) as usize;
+            let part = &mut buffer[start..start + piece.range.length() as usize];
+            self.read_piece(piece, part).map(|()| true)
         })?;
         Ok(())
     }
@@ -114,16 +111,11 @@ impl Qcow2 {
         let base = offset.bytes();
         let range = span(base, base + buffer.len() as u64);
         let mut outcome = TryRead::Complete;
-        let mapped = self.mapping.for_each_table(range, Lookup::CachedOnly, |pieces| {
-            for piece in pieces {
-                let start = (piece.range.offset().bytes() - base) as usize;
-                let part = &mut buffer[start..start + piece.range.length() as usize];
-                outcome = self.try_read_piece(piece, part, holes)?;
-                if outcome != TryRead::Complete {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
+        let mapped = self.mapping.for_each_piece(range, Lookup::CachedOnly, |piece| {
+            let start = (piece.range.offset().bytes() - base) as usize;
+            let part = &mut buffer[start..start + piece.range.length() as usize];
+            outcome = self.try_read_piece(piece, part, holes)?;
+            Ok(outcome == TryRead::Complete)
         })?;
         Ok(if mapped { outcome } else { TryRead::WouldBlock })
     }
@@ -176,30 +168,22 @@ impl Qcow2 {
         let length =
             self.data.len().map_err(|error| self.metadata.io("map", error, range.offset()))?;
         let mut complete = true;
-        let mapped = self.mapping.for_each_table(range, lookup, |pieces| {
-            for piece in pieces {
-                match piece.content {
-                    Content::Stored(host) if self.is_told(host, piece.range.length(), holes) => {
-                        self.push_stored(piece.range, host, length, holes, mappings);
-                    }
-                    Content::Stored(_) if lookup == Lookup::CachedOnly => complete = false,
-                    Content::Stored(host) => {
-                        self.push_stored_with_holes(piece.range, host, length, mappings)?;
-                    }
-                    Content::Zero => mappings.push(Mapping::Zero { range: piece.range }),
-                    Content::Compressed(_) => {
-                        mappings.push(Mapping::Encoded { range: piece.range });
-                    }
-                    Content::Unallocated => {
-                        complete =
-                            self.push_backing_mappings(piece.range, holes, lookup, mappings)?;
-                    }
+        let mapped = self.mapping.for_each_piece(range, lookup, |piece| {
+            match piece.content {
+                Content::Stored(host) if self.is_told(host, piece.range.length(), holes) => {
+                    self.push_stored(piece.range, host, length, holes, mappings);
                 }
-                if !complete {
-                    return Ok(false);
+                Content::Stored(_) if lookup == Lookup::CachedOnly => complete = false,
+                Content::Stored(host) => {
+                    self.push_stored_with_holes(piece.range, host, length, mappings)?;
+                }
+                Content::Zero => mappings.push(Mapping::Zero { range: piece.range }),
+                Content::Compressed(_) => mappings.push(Mapping::Encoded { range: piece.range }),
+                Content::Unallocated => {
+                    complete = self.push_backing_mappings(piece.range, holes, lookup, mappings)?;
                 }
             }
-            Ok(true)
+            Ok(complete)
         })?;
         Ok(mapped && complete)
     }

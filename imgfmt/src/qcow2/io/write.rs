@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::plan::{Fill, Old, Plan};
-use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;
+use crate::qcow2::map::table::Table;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::Cluster;
 use crate::storage::Durability;
@@ -113,10 +113,9 @@ impl Qcow2 {
             if lookup == Lookup::CachedOnly && table.bad_entries.get().is_none() {
                 return Ok(false); // Looking for them may need refcounts from the disk.
             }
-            let content = table.read();
             while position < table_end {
-                self.mapping.refuse_bad(&table, &content.words, position)?;
-                let cluster = self.mapping.decode(&content.words, position);
+                self.mapping.refuse_bad(&table, position)?;
+                let cluster = self.mapping.decode(&table, position);
                 let cluster = cluster.map_err(|error| self.metadata.note_damage(error))?;
                 let in_cluster = geometry.in_cluster(position);
                 let stop = table_end.min(position - in_cluster + geometry.cluster_size());
@@ -186,14 +185,13 @@ impl Qcow2 {
 
     fn plan(&self, table: &Arc<Table>, start: u64, end: u64) -> Result<Vec<Plan>> {
         let geometry = self.geometry();
-        let content = table.read();
         let mut plans = Vec::new();
         let mut position = start;
         while position < end {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
-            self.mapping.refuse_bad(table, &content.words, position)?;
-            let old = self.mapping.decode(&content.words, position);
+            self.mapping.refuse_bad(table, position)?;
+            let old = self.mapping.decode(table, position);
             let old = old.map_err(|error| self.metadata.note_damage(error))?;
             plans.push(self.plan_cluster(
                 guest_start,

@@ -48,11 +48,8 @@ impl Qcow2 {
         self.relieve_pressure()?;
         let _stripes = self.clusters.lock(start >> geometry.cluster_bits, 1, Lookup::MayRead);
         let table = self.mapping.table_for_write(geometry.l1_index(start), self)?;
-        let old = {
-            let content = table.read();
-            self.mapping.refuse_bad(&table, &content.words, start)?;
-            self.mapping.decode(&content.words, start)?
-        };
+        self.mapping.refuse_bad(&table, start)?;
+        let old = self.mapping.decode(&table, start)?;
         self.clusters.release_quarantine();
         let length = packed.len() as u64;
         let offset = self.clusters.allocate(self, |allocator| {

@@ -162,7 +162,7 @@ impl Qcow2 {
                 let guest = geometry.cluster_start(start);
                 let mask = geometry.subcluster_mask(start - guest, end - guest);
                 let table = self.mapping.table_for_write(geometry.l1_index(guest), self)?;
-                self.mapping.refuse_bad(&table, &table.read().words, guest)?;
+                self.mapping.refuse_bad(&table, guest)?;
                 let cluster = Cluster { zero: old.zero | mask, ..old };
                 self.mapping.commit(&table, &[Change { guest, cluster }], &[])?;
                 Ok(true)
@@ -179,7 +179,7 @@ impl Qcow2 {
         let geometry = self.geometry();
         let unit = geometry.subcluster_size();
         let old = match self.mapping.table(geometry.l1_index(start), Lookup::MayRead)? {
-            Some(Some(table)) => self.mapping.decode(&table.read().words, start),
+            Some(Some(table)) => self.mapping.decode(&table, start),
             _ => Ok(Cluster::default()),
         };
         let old = old.map_err(|error| self.metadata.note_damage(error))?;
@@ -254,13 +254,12 @@ impl Qcow2 {
         let table = self.mapping.table_for_write(l1_index, self)?;
         let (mut changes, mut freed): (Vec<Change>, Vec<Freed>) = (Vec::new(), Vec::new());
         let mut left_over = Vec::new();
-        let content = table.read();
         let mut position = start;
         while position < end {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
-            self.mapping.refuse_bad(&table, &content.words, position)?;
-            let old = self.mapping.decode(&content.words, position);
+            self.mapping.refuse_bad(&table, position)?;
+            let old = self.mapping.decode(&table, position);
             let old = old.map_err(|error| self.metadata.note_damage(error))?;
             let mask = geometry.subcluster_mask(position - guest_start, stop - guest_start);
             if old.compressed.is_some() && mask != geometry.all_subclusters() {
@@ -272,7 +271,6 @@ impl Qcow2 {
             }
             position = stop;
         }
-        drop(content);
         if !changes.is_empty() {
             self.mapping.commit(&table, &changes, &freed)?;
             self.erase_data_file(start, end)?;

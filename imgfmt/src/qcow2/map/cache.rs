@@ -2,87 +2,33 @@
 //!
 //! Bounded: a clean table that nobody holds gives way to a new one. A changed ("dirty") table stays
 //! until [`flush`](crate::qcow2::flush) has written it. A table is loaded under the lock of its shard, so
-//! that an old content can never replace a newer one.
+//! that an old content can never replace a newer one. Each thread remembers the tables that it has
+//! used lately: a lookup in one of them writes nothing that another thread reads.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, MutexGuard, OnceLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::error::Result;
-use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
+use crate::mapping::Lookup;
+use crate::ordered_lock::{OrderedMutex, OrderedRwLock, rank};
+use crate::per_thread::PerThread;
+use crate::qcow2::map::table::{DirtyPart, Table};
 
-/// One L2 table in memory.
-#[derive(Debug)]
-pub(crate) struct Table {
-    /// Where it lies in the file.
-    pub(crate) offset: u64,
-    content: OrderedRwLock<{ rank::TABLE }, TableContent>,
-    /// Entries through which nothing may be changed; see [`guard`](crate::qcow2::map::guard).
-    /// Looked for before the first change.
-    pub(crate) bad_entries: OnceLock<Vec<u32>>,
-    recently_used: AtomicBool,
-}
+type Tables = HashMap<u64, Arc<Table>>;
+type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, Tables>;
+type Recent = OrderedMutex<{ rank::RECENT_TABLES }, [Option<Arc<Table>>; RECENT_TABLES]>;
 
-/// The words of a table and which of them are not yet on disk.
-#[derive(Debug)]
-pub(crate) struct TableContent {
-    pub(crate) words: Vec<u64>,
-    /// First and last (excluded) changed word.
-    dirty: Option<(usize, usize)>,
-}
-
-/// Changed words that are about to be written.
-#[derive(Debug)]
-pub(crate) struct DirtyPart {
-    pub(crate) first_word: usize,
-    pub(crate) bytes: Vec<u8>,
-}
-
-/// Words per 512 bytes: changes are written in whole sectors.
-const SECTOR_WORDS: usize = 64;
-
-impl Table {
-    pub(crate) fn new(offset: u64, words: Vec<u64>) -> Self {
-        let content = OrderedRwLock::new(TableContent { words, dirty: None });
-        let bad_entries = OnceLock::new();
-        Self { offset, content, bad_entries, recently_used: AtomicBool::new(true) }
-    }
-
-    pub(crate) fn read(&self) -> Ordered<RwLockReadGuard<'_, TableContent>> {
-        self.content.read()
-    }
-
-    pub(crate) fn write(&self) -> Ordered<RwLockWriteGuard<'_, TableContent>> {
-        self.content.write()
-    }
-}
-
-impl TableContent {
-    /// Notes that words from `first` to `end` (excluded) were changed. Returns whether the table
-    /// was clean before.
-    pub(crate) fn mark_dirty(&mut self, first: usize, end: usize) -> bool {
-        let was_clean = self.dirty.is_none();
-        let (old_first, old_end) = self.dirty.unwrap_or((first, end));
-        self.dirty = Some((old_first.min(first), old_end.max(end)));
-        was_clean
-    }
-
-    /// Takes a copy of what was changed and calls the table clean.
-    pub(crate) fn take_dirty(&mut self) -> Option<DirtyPart> {
-        let (first, end) = self.dirty.take()?;
-        let first_word = first / SECTOR_WORDS * SECTOR_WORDS;
-        let end = end.next_multiple_of(SECTOR_WORDS).min(self.words.len());
-        let bytes = self.words[first_word..end].iter().flat_map(|word| word.to_be_bytes());
-        Some(DirtyPart { first_word, bytes: bytes.collect() })
-    }
-}
-
-type Shard = OrderedMutex<{ rank::TABLE_CACHE }, HashMap<u64, Arc<Table>>>;
+/// How many tables a thread finds without a look at what other threads use as well.
+const RECENT_TABLES: usize = 64;
 
 /// Tables by their offset in the file.
 #[derive(Debug)]
 pub(crate) struct TableCache {
     shards: Vec<Shard>,
+    /// Some of the tables in `shards`, each in the place that belongs to its offset. Filled under the
+    /// lock of the table's shard; a table leaves these places before it leaves its shard.
+    recent: PerThread<Recent>,
     tables_per_shard: usize,
     /// How many tables are dirty; only an estimate for deciding when to write them.
     dirty_count: AtomicUsize,
@@ -93,73 +39,108 @@ impl TableCache {
         let shard_count = (tables_max / 8).clamp(1, 64).next_power_of_two();
         Self {
             shards: (0..shard_count).map(|_| Shard::default()).collect(),
+            recent: PerThread::new(|| OrderedMutex::new([const { None }; RECENT_TABLES])),
             tables_per_shard: tables_max.div_ceil(shard_count).max(2),
             dirty_count: AtomicUsize::new(0),
         }
     }
 
     fn shard(&self, offset: u64) -> &Shard {
-        // Tables lie on cluster boundaries: mix the upper bits down.
-        let mixed = (offset >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
-        &self.shards[mixed as usize & (self.shards.len() - 1)]
+        &self.shards[mixed(offset) & (self.shards.len() - 1)]
     }
 
-    fn lock(&self, offset: u64) -> Ordered<MutexGuard<'_, HashMap<u64, Arc<Table>>>> {
-        self.shard(offset).lock()
-    }
-
-    /// The table at `offset`, loaded if it is not in memory.
-    pub(crate) fn load(
+    /// Looks something up in the table at `offset`, which is loaded if it is not in memory; `None` if
+    /// it may not be. Waits for other threads only if the table is not among the recent ones.
+    #[inline]
+    pub(crate) fn look<T>(
         &self,
         offset: u64,
+        lookup: Lookup,
         load: impl FnOnce() -> Result<Vec<u64>>,
-    ) -> Result<Arc<Table>> {
-        let mut shard = self.lock(offset);
-        if let Some(table) = shard.get(&offset) {
-            table.recently_used.store(true, Relaxed);
-            return Ok(Arc::clone(table));
+        found: impl FnOnce(&Table) -> T,
+    ) -> Result<Option<T>> {
+        let recent = self.recent.mine().lock();
+        if let Some(table) = &recent[place(offset)]
+            && table.offset == offset
+        {
+            table.note_use();
+            return Ok(Some(found(table)));
         }
-        let table = Arc::new(Table::new(offset, load()?));
-        self.make_room(&mut shard);
-        shard.insert(offset, Arc::clone(&table));
-        Ok(table)
+        drop(recent);
+        Ok(self.find(offset, lookup, load)?.map(|table| found(&table)))
     }
 
-    /// The table at `offset` if that needs no waiting.
-    pub(crate) fn try_load(&self, offset: u64) -> Option<Arc<Table>> {
-        let shard = self.shard(offset).try_lock()?;
-        let table = shard.get(&offset)?;
-        table.recently_used.store(true, Relaxed);
-        Some(Arc::clone(table))
+    /// The table at `offset`, as for [`look`](Self::look).
+    pub(crate) fn find(
+        &self,
+        offset: u64,
+        lookup: Lookup,
+        load: impl FnOnce() -> Result<Vec<u64>>,
+    ) -> Result<Option<Arc<Table>>> {
+        let shard = self.shard(offset);
+        let tables = match lookup {
+            Lookup::CachedOnly => shard.try_read(),
+            Lookup::MayRead => Some(shard.read()),
+        };
+        let Some(tables) = tables else { return Ok(None) };
+        if let Some(table) = tables.get(&offset) {
+            return Ok(Some(self.used(table)));
+        }
+        drop(tables);
+        if lookup == Lookup::CachedOnly {
+            return Ok(None);
+        }
+        let mut tables = shard.write();
+        if let Some(table) = tables.get(&offset) {
+            return Ok(Some(self.used(table)));
+        }
+        let table = Arc::new(Table::new(offset, load()?));
+        self.make_room(&mut tables);
+        tables.insert(offset, Arc::clone(&table));
+        Ok(Some(self.used(&table)))
+    }
+
+    /// Notes that this thread uses a table. The caller has locked its shard.
+    fn used(&self, table: &Arc<Table>) -> Arc<Table> {
+        table.note_use();
+        self.recent.mine().lock()[place(table.offset)] = Some(Arc::clone(table));
+        Arc::clone(table)
     }
 
     /// Puts a new table into the cache, in place of whatever was remembered for its offset.
     pub(crate) fn insert(&self, table: Arc<Table>) {
-        let mut shard = self.lock(table.offset);
-        self.make_room(&mut shard);
-        shard.insert(table.offset, table);
+        let mut tables = self.shard(table.offset).write();
+        self.make_room(&mut tables);
+        self.forget_recent(table.offset);
+        tables.insert(table.offset, table);
     }
 
-    fn make_room(&self, shard: &mut HashMap<u64, Arc<Table>>) {
-        if shard.len() < self.tables_per_shard {
+    /// No thread has the table at `offset` among the recent ones any more, and no one gets it there
+    /// while its shard is locked.
+    fn forget_recent(&self, offset: u64) {
+        for recent in self.recent.all() {
+            recent.lock()[place(offset)].take_if(|table| table.offset == offset);
+        }
+    }
+
+    fn make_room(&self, tables: &mut Tables) {
+        if tables.len() < self.tables_per_shard {
             return;
         }
-        let mut fallback = None;
-        let mut victim = None;
-        for (offset, table) in shard.iter() {
-            // Whoever else holds the table may be about to change it.
-            if Arc::strong_count(table) > 1 || table.read().dirty.is_some() {
-                continue;
+        // Twice: what is not used between two looks goes.
+        for _ in 0..2 {
+            for table in tables.values() {
+                if table.is_dirty() || table.was_used() {
+                    continue;
+                }
+                let offset = table.offset;
+                self.forget_recent(offset);
+                // Whoever else holds the table may be about to change it.
+                if Arc::strong_count(table) == 1 {
+                    tables.remove(&offset);
+                    return;
+                }
             }
-            if table.recently_used.swap(false, Relaxed) {
-                fallback.get_or_insert(*offset);
-            } else {
-                victim = Some(*offset);
-                break;
-            }
-        }
-        if let Some(offset) = victim.or(fallback) {
-            shard.remove(&offset);
         }
     }
 
@@ -176,9 +157,9 @@ impl TableCache {
     pub(crate) fn take_dirty(&self) -> Vec<(Arc<Table>, DirtyPart)> {
         let mut parts = Vec::new();
         for shard in &self.shards {
-            let shard = shard.lock();
-            for table in shard.values() {
-                if let Some(part) = table.write().take_dirty() {
+            let tables = shard.read();
+            for table in tables.values() {
+                if let Some(part) = table.change().take_dirty() {
                     parts.push((Arc::clone(table), part));
                 }
             }
@@ -191,34 +172,73 @@ impl TableCache {
     pub(crate) fn return_dirty(&self, parts: &[(Arc<Table>, DirtyPart)]) {
         for (table, part) in parts {
             let end = part.first_word + part.bytes.len() / 8;
-            if table.write().mark_dirty(part.first_word, end) {
+            if table.change().mark_dirty(part.first_word, end) {
                 self.note_dirty();
             }
         }
     }
 }
 
+/// Tables lie on cluster boundaries: mixes the upper bits down.
+fn mixed(offset: u64) -> usize {
+    ((offset >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize
+}
+
+/// Where a table stands among the recent ones.
+fn place(offset: u64) -> usize {
+    mixed(offset) % RECENT_TABLES
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn load(cache: &TableCache, offset: u64, words: Vec<u64>) -> Arc<Table> {
+        cache.find(offset, Lookup::MayRead, || Ok(words)).unwrap().unwrap()
+    }
+
+    fn in_memory(cache: &TableCache, offset: u64) -> Option<u64> {
+        let look = |table: &Table| table.entry(0, 1).0;
+        cache.look(offset, Lookup::CachedOnly, || unreachable!(), look).unwrap()
+    }
+
     #[test]
     fn clean_tables_give_way_and_dirty_or_held_ones_stay() {
         let cache = TableCache::new(4);
-        let held = cache.load(0x10000, || Ok(vec![1; 64])).unwrap();
-        let dirty = cache.load(0x20000, || Ok(vec![2; 64])).unwrap();
-        dirty.write().mark_dirty(3, 4);
+        let held = load(&cache, 0x10000, vec![1; 64]);
+        let dirty = load(&cache, 0x20000, vec![2; 64]);
+        dirty.change().mark_dirty(3, 4);
         cache.note_dirty();
         drop(dirty);
         for i in 3..100 {
-            cache.load(i * 0x10000, || Ok(vec![0; 64])).unwrap();
+            load(&cache, i * 0x10000, vec![0; 64]);
         }
-        let count: usize = cache.shards.iter().map(|shard| shard.lock().len()).sum();
+        let count: usize = cache.shards.iter().map(|shard| shard.read().len()).sum();
         assert!(count <= 5, "{count} tables");
-        assert!(cache.try_load(0x10000).is_some());
+        assert_eq!(in_memory(&cache, 0x10000), Some(1));
         let parts = cache.take_dirty();
         assert_eq!(parts.len(), 1);
         assert_eq!((parts[0].1.first_word, parts[0].1.bytes.len()), (0, 512));
         drop(held);
+    }
+
+    #[test]
+    fn a_table_that_was_replaced_or_gave_way_is_seen_by_no_thread() {
+        let cache = TableCache::new(2);
+        let look = |offset| in_memory(&cache, offset);
+        let looks = || {
+            std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| look(0x10000))).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+            })
+        };
+        load(&cache, 0x10000, vec![1; 64]);
+        assert_eq!(looks(), [Some(1); 8]);
+        cache.insert(Arc::new(Table::new(0x10000, vec![2; 64])));
+        assert_eq!(looks(), [Some(2); 8]);
+        for i in 2..9 {
+            load(&cache, i * 0x10000, vec![0; 64]);
+        }
+        assert_eq!(looks(), [None; 8]);
     }
 }

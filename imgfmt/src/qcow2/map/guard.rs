@@ -14,8 +14,8 @@ use std::sync::atomic::Ordering::Acquire;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::Allocator;
-use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK};
 use crate::qcow2::on_disk::words::read_words;
 
@@ -24,7 +24,7 @@ const SNAPSHOT_L1_ENTRIES_MAX: u64 = 8 << 20;
 
 impl MappingTables {
     /// The indexes of a table's entries that must not be followed.
-    fn find_bad_entries(&self, l1_index: u64, offset: u64, words: &[u64]) -> Result<Vec<u32>> {
+    fn find_bad_entries(&self, l1_index: u64, table: &Table) -> Result<Vec<u32>> {
         if !self.metadata.is_writable() {
             return Ok(Vec::new());
         }
@@ -32,15 +32,13 @@ impl MappingTables {
         self.read_snapshot_l2s();
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
-        let is_new = allocator.reserved_since_open.contains(offset >> geometry.cluster_bits);
-        let is_as_found = !is_new && !tables.changed.contains(&offset);
-        let mut bad = tables.bad.get(&offset).cloned().unwrap_or_default();
-        for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
-            let bitmap = entry.get(1).copied().unwrap_or(0);
+        let is_new = allocator.reserved_since_open.contains(table.offset >> geometry.cluster_bits);
+        let is_as_found = !is_new && !tables.changed.contains(&table.offset);
+        let mut bad = tables.bad.get(&table.offset).cloned().unwrap_or_default();
+        for index in 0..geometry.l2_entries() {
+            let guest = l1_index * geometry.l2_coverage() + (index << geometry.cluster_bits);
             // What cannot be decoded is refused wherever it is met.
-            let Ok(cluster) = self.format.decode(entry[0], bitmap) else { continue };
-            let guest =
-                l1_index * geometry.l2_coverage() + ((index as u64) << geometry.cluster_bits);
+            let Ok(cluster) = self.decode(table, guest) else { continue };
             if self.is_bad(cluster, guest, &tables.named, &mut allocator)?
                 || is_as_found && self.names_reserved(cluster, &allocator)
             {
@@ -51,7 +49,7 @@ impl MappingTables {
         bad.sort_unstable();
         bad.dedup();
         if !bad.is_empty() {
-            self.l2_places.write().bad.insert(offset, bad.clone());
+            self.l2_places.write().bad.insert(table.offset, bad.clone());
         }
         Ok(bad)
     }
@@ -170,31 +168,22 @@ impl MappingTables {
         self.metadata.note_damage(self.metadata.corrupt(detail, offset))
     }
 
-    /// The entries of a table, whose words these are, that must not be followed.
-    pub(super) fn bad_entries<'a>(
-        &self,
-        table: &'a Table,
-        words: &[u64],
-        l1_index: u64,
-    ) -> Result<&'a [u32]> {
-        if table.bad_entries.get().is_none() {
-            let found = self.find_bad_entries(l1_index, table.offset, words)?;
-            return Ok(table.bad_entries.get_or_init(|| found));
+    /// The entries of a table that must not be followed.
+    pub(super) fn bad_entries<'a>(&self, table: &'a Table, l1_index: u64) -> Result<&'a [u32]> {
+        if let Some(known) = table.bad_entries.get() {
+            return Ok(known);
         }
-        Ok(table.bad_entries.get().map_or(&[], Vec::as_slice))
+        // Nobody can have changed the table unseen.
+        let _unchanged = table.change();
+        let found = self.find_bad_entries(l1_index, table)?;
+        Ok(table.bad_entries.get_or_init(|| found))
     }
 
-    /// Refuses a change through an entry that must not be followed. `words` are the table's, and
-    /// the caller holds its lock: nobody can have changed them unseen.
-    pub(in crate::qcow2) fn refuse_bad(
-        &self,
-        table: &Table,
-        words: &[u64],
-        guest: u64,
-    ) -> Result<()> {
+    /// Refuses a change through an entry that must not be followed.
+    pub(in crate::qcow2) fn refuse_bad(&self, table: &Table, guest: u64) -> Result<()> {
         let bad_entries = match table.bad_entries.get() {
             Some(known) => known,
-            None => self.bad_entries(table, words, self.geometry().l1_index(guest))?,
+            None => self.bad_entries(table, self.geometry().l1_index(guest))?,
         };
         // Nearly always there is none.
         if bad_entries.is_empty() {

@@ -5,11 +5,14 @@ use std::sync::atomic::Ordering::Acquire;
 
 use crate::error::Result;
 pub(in crate::qcow2) use crate::mapping::Lookup;
-use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::l2::{Cluster, Content, OFFSET_MASK};
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::{GuestOffset, GuestRange};
+
+/// Most entries of a table that are looked at for one piece.
+const ENTRIES_MAX: u64 = 1024;
 
 /// A part of the disk whose bytes are in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +20,21 @@ pub(in crate::qcow2) struct Piece {
     pub(in crate::qcow2) range: GuestRange,
     /// For stored data: where the piece starts, not where its cluster does.
     pub(in crate::qcow2) content: Content,
+    /// How many entries of a table had to be looked at.
+    pub(in crate::qcow2) entries: u64,
+}
+
+impl Piece {
+    fn is_continued_by(&self, next: &Self) -> bool {
+        match (self.content, next.content) {
+            (Content::Stored(host), Content::Stored(after)) => {
+                host.checked_add(self.range.length()) == Some(after)
+            }
+            (Content::Zero, Content::Zero) | (Content::Unallocated, Content::Unallocated) => true,
+            (Content::Compressed(host), Content::Compressed(after)) => host == after,
+            _ => false,
+        }
+    }
 }
 
 impl MappingTables {
@@ -27,19 +45,20 @@ impl MappingTables {
         l1_index: u64,
         lookup: Lookup,
     ) -> Result<Option<Option<Arc<Table>>>> {
-        let entry = match self.l1.get(l1_index as usize) {
-            Some(entry) => entry.load(Acquire),
-            None => return Err(self.metadata.corrupt("the L1 table is too short", 0)),
-        };
-        let offset = entry & OFFSET_MASK;
-        if offset == 0 {
-            return Ok(Some(None));
-        }
-        match lookup {
-            Lookup::CachedOnly => Ok(self.tables.try_load(offset).map(Some)),
-            Lookup::MayRead => {
-                self.tables.load(offset, || self.read_table(offset)).map(|table| Some(Some(table)))
+        match self.table_offset(l1_index)? {
+            0 => Ok(Some(None)),
+            offset => {
+                let found = self.tables.find(offset, lookup, || self.read_table(offset))?;
+                Ok(found.map(Some))
             }
+        }
+    }
+
+    /// Where the L2 table of an L1 entry lies; 0 if there is none.
+    fn table_offset(&self, l1_index: u64) -> Result<u64> {
+        match self.l1.get(l1_index as usize) {
+            Some(entry) => Ok(entry.load(Acquire) & OFFSET_MASK),
+            None => Err(self.metadata.corrupt("the L1 table is too short", 0)),
         }
     }
 
@@ -58,112 +77,87 @@ impl MappingTables {
     }
 
     /// Decodes the entry of a table that belongs to a guest offset.
-    pub(in crate::qcow2) fn decode(&self, words: &[u64], guest: u64) -> Result<Cluster> {
+    #[inline]
+    pub(in crate::qcow2) fn decode(&self, table: &Table, guest: u64) -> Result<Cluster> {
         let geometry = self.geometry();
-        let index = geometry.l2_index(guest) * geometry.entry_words();
-        let entry = words[index];
-        let bitmap = if geometry.extended_l2 { words[index + 1] } else { 0 };
+        let words = geometry.entry_words();
+        let (entry, bitmap) = table.entry(geometry.l2_index(guest) * words, words);
         self.format.decode(entry, bitmap).map_err(|detail| self.metadata.corrupt(detail, guest))
     }
 
-    /// Appends the pieces of a range that lies within one L2 table, of at most `max_entries` entries.
-    /// Returns false if the table is not in memory and may not be read; nothing is appended then.
-    fn map_in_table(
+    /// The piece with which the range from `start` to `end`, which is not empty, begins. It may go on
+    /// in the next one, because no more than one table and [`ENTRIES_MAX`] entries are looked at.
+    /// `None` if the table is not in memory and may not be read.
+    pub(in crate::qcow2) fn piece(
         &self,
-        range: GuestRange,
+        start: u64,
+        end: u64,
         lookup: Lookup,
-        max_entries: u64,
-        pieces: &mut Vec<Piece>,
-    ) -> Result<bool> {
+    ) -> Result<Option<Piece>> {
         let geometry = self.geometry();
-        let l1_index = geometry.l1_index(range.offset().bytes());
-        let Some(table) = self.table(l1_index, lookup)? else { return Ok(false) };
-        let Some(table) = table else {
-            push(pieces, Piece { range, content: Content::Unallocated });
-            return Ok(true);
-        };
-        let content = table.read();
-        let mut position = range.offset().bytes();
-        let length = max_entries.saturating_mul(geometry.cluster_size());
-        let end = range.end().bytes().min(geometry.cluster_start(position).saturating_add(length));
-        while position < end {
-            let cluster = self.decode(&content.words, position)?;
-            let cluster_start = geometry.cluster_start(position);
-            let cluster_end = end.min(cluster_start.saturating_add(geometry.cluster_size()));
-            while position < cluster_end {
-                let subcluster_size = geometry.subcluster_size();
-                let in_subcluster = position % subcluster_size;
-                let subcluster = (position - cluster_start) / subcluster_size;
-                let mut found = cluster.content(geometry, subcluster as u32);
-                if let Content::Stored(host) = &mut found {
-                    *host += in_subcluster;
-                }
-                let stop = cluster_end.min(position - in_subcluster + subcluster_size);
-                let range = span(position, stop);
-                push(pieces, Piece { range, content: found });
-                position = stop;
+        let l1_index = geometry.l1_index(start);
+        let end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
+        match self.table_offset(l1_index)? {
+            0 => {
+                let range = span(start, end);
+                Ok(Some(Piece { range, content: Content::Unallocated, entries: 0 }))
+            }
+            offset => {
+                let load = || self.read_table(offset);
+                let look = |table: &Table| self.piece_in_table(table, start, end);
+                self.tables.look(offset, lookup, load, look)?.transpose()
             }
         }
-        Ok(true)
     }
 
-    /// Calls `each` with the pieces of every L2 table in turn until it returns false. Returns false
-    /// if that was not possible without reading metadata.
-    pub(in crate::qcow2) fn for_each_table(
-        &self,
-        range: GuestRange,
-        lookup: Lookup,
-        each: impl FnMut(&[Piece]) -> Result<bool>,
-    ) -> Result<bool> {
-        self.for_each_part(range, lookup, u64::MAX, each)
-    }
-
-    /// As [`for_each_table`](Self::for_each_table), with at most `max_entries` entries of a table at
-    /// a time.
-    pub(in crate::qcow2) fn for_each_part(
-        &self,
-        range: GuestRange,
-        lookup: Lookup,
-        max_entries: u64,
-        mut each: impl FnMut(&[Piece]) -> Result<bool>,
-    ) -> Result<bool> {
-        let coverage = self.geometry().l2_coverage();
-        let end = range.end().bytes();
-        let mut position = range.offset().bytes();
-        let mut pieces = Vec::new();
-        while position < end {
-            let stop = end.min((position / coverage + 1).saturating_mul(coverage));
-            pieces.clear();
-            if !self.map_in_table(span(position, stop), lookup, max_entries, &mut pieces)? {
-                return Ok(false);
+    fn piece_in_table(&self, table: &Table, start: u64, end: u64) -> Result<Piece> {
+        let mut piece = self.piece_of_entry(table, start, end)?;
+        let mut position = piece.range.end().bytes();
+        while position < end && piece.entries < ENTRIES_MAX {
+            piece.entries += 1;
+            // An entry that cannot be decoded is an error for whoever gets there.
+            match self.piece_of_entry(table, position, end) {
+                Ok(next) if piece.is_continued_by(&next) => position = next.range.end().bytes(),
+                _ => break,
             }
-            let stop = pieces.last().map_or(stop, |last| last.range.end().bytes());
-            if !each(&pieces)? {
+            piece.range = span(start, position);
+        }
+        Ok(piece)
+    }
+
+    /// The part of the subcluster at `start` that lies before `end`.
+    #[inline]
+    fn piece_of_entry(&self, table: &Table, start: u64, end: u64) -> Result<Piece> {
+        let geometry = self.geometry();
+        let size = geometry.subcluster_size();
+        let in_subcluster = start % size;
+        let subcluster = geometry.in_cluster(start) / size;
+        let mut content = self.decode(table, start)?.content(geometry, subcluster as u32);
+        if let Content::Stored(host) = &mut content {
+            *host += in_subcluster;
+        }
+        let stop = end.min((start - in_subcluster).saturating_add(size));
+        Ok(Piece { range: span(start, stop), content, entries: 1 })
+    }
+
+    /// Calls `each` with the pieces of a range in turn until it returns false. Returns false if that
+    /// was not possible without reading metadata.
+    pub(in crate::qcow2) fn for_each_piece(
+        &self,
+        range: GuestRange,
+        lookup: Lookup,
+        mut each: impl FnMut(&Piece) -> Result<bool>,
+    ) -> Result<bool> {
+        let (mut position, end) = (range.offset().bytes(), range.end().bytes());
+        while position < end {
+            let Some(piece) = self.piece(position, end, lookup)? else { return Ok(false) };
+            if !each(&piece)? {
                 break;
             }
-            position = stop;
+            position = piece.range.end().bytes();
         }
         Ok(true)
     }
-}
-
-/// Appends a piece, joined to the one before if it continues it.
-fn push(pieces: &mut Vec<Piece>, piece: Piece) {
-    if let Some(last) = pieces.last_mut() {
-        let continues = match (last.content, piece.content) {
-            (Content::Stored(before), Content::Stored(host)) => {
-                before.checked_add(last.range.length()) == Some(host)
-            }
-            (Content::Zero, Content::Zero) | (Content::Unallocated, Content::Unallocated) => true,
-            (Content::Compressed(before), Content::Compressed(after)) => before == after,
-            _ => false,
-        };
-        if continues {
-            last.range = span(last.range.offset().bytes(), piece.range.end().bytes());
-            return;
-        }
-    }
-    pieces.push(piece);
 }
 
 /// The range from `start` to `end`, which does not lie before.

@@ -8,7 +8,8 @@ use std::sync::{Arc, OnceLock, RwLockReadGuard};
 
 use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::alloc::clusters::Clusters;
-use crate::qcow2::map::cache::{DirtyPart, Table, TableCache};
+use crate::qcow2::map::cache::TableCache;
+use crate::qcow2::map::table::{DirtyPart, Table};
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::geometry::Geometry;
@@ -233,10 +234,11 @@ mod tests {
         // The L2 table itself, the refcount block, a cluster that nobody was given.
         let own = mapping.table_for_write(0, &Nothing).unwrap().offset;
         for host in [own, 2 << 16, 9 << 16] {
-            let words = vec![0, host | COPIED];
-            let table = Table::new(own, words.clone());
-            mapping.refuse_bad(&table, &words, 0).unwrap();
-            let refused = mapping.refuse_bad(&table, &words, 1 << 16).unwrap_err();
+            let mut words = vec![0; (1 << 16) / 8];
+            words[1] = host | COPIED;
+            let table = Table::new(own, words);
+            mapping.refuse_bad(&table, 0).unwrap();
+            let refused = mapping.refuse_bad(&table, 1 << 16).unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::Corrupt, "{host:#x}");
         }
         assert!(mapping.metadata.refuse_if_corrupt().is_err());

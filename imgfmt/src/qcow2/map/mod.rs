@@ -4,4 +4,5 @@ pub(super) mod cache;
 pub(super) mod guard;
 pub(super) mod lookup;
 pub(super) mod mapping_tables;
+pub(super) mod table;
 pub(super) mod tables;

@@ -6,9 +6,9 @@ use std::sync::atomic::Ordering::Acquire;
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::alloc::clusters::CountReferences;
-use crate::qcow2::map::cache::Table;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::l2::{COPIED, Cluster};
 use crate::storage::Durability;
 use crate::units::{GuestOffset, HostOffset};
@@ -47,12 +47,12 @@ impl MappingTables {
             _ => None,
         };
         let words = match &shared {
-            Some(table) => table.read().words.clone(),
+            Some(table) => table.words(),
             None => vec![0; (geometry.cluster_size() / 8) as usize],
         };
         // Before it is copied: what is bad in it is bad in the copy.
         let bad_entries = match &shared {
-            Some(table) => self.bad_entries(table, &words, l1_index)?.to_vec(),
+            Some(table) => self.bad_entries(table, l1_index)?.to_vec(),
             None => Vec::new(),
         };
         let reserved = self.clusters.reserve(1, references)?;
@@ -66,8 +66,7 @@ impl MappingTables {
         }
         let table = Arc::new(Table::new(reserved.offset, words));
         // Nor is it known to be on disk before a flush has written it again and synced.
-        let length = table.read().words.len();
-        table.write().mark_dirty(0, length);
+        table.change().mark_dirty(0, table.len());
         self.tables.note_dirty();
         let _gate = self.commits.enter_gate();
         let mut places = self.l2_places.write();
@@ -123,19 +122,14 @@ impl MappingTables {
         if !self.l2_places().changed.contains(&table.offset) {
             self.l2_places.write().changed.insert(table.offset);
         }
-        let mut content = table.write();
+        let mut entries = table.change();
         for change in changes {
             let index = self.geometry().l2_index(change.guest) * words_per_entry;
-            let (entry, bitmap) = self.format.encode(change.cluster);
-            content.words[index] = entry;
-            if words_per_entry == 2 {
-                content.words[index + 1] = bitmap;
-            }
-            if content.mark_dirty(index, index + words_per_entry) {
+            if entries.set(index, words_per_entry, self.format.encode(change.cluster)) {
                 self.tables.note_dirty();
             }
         }
-        drop(content);
+        drop(entries);
         self.clusters.free(freed.iter().copied());
         Ok(())
     }

@@ -88,7 +88,7 @@ impl Qcow2 {
         let Some(table) = self.mapping.table(index, Lookup::MayRead)?.flatten() else {
             return Ok(None);
         };
-        let mut words = table.read().words.clone();
+        let mut words = table.words();
         if words[first..].iter().all(|word| *word == 0) {
             return Ok(None);
         }
@@ -105,14 +105,14 @@ impl Qcow2 {
             let Some(table) = self.mapping.table(l1_index, Lookup::MayRead)?.flatten() else {
                 continue;
             };
-            let content = table.read();
+            let words = table.words();
             let start = l1_index * geometry.l2_coverage();
-            for index in 0..content.words.len() / words_per_entry {
+            for index in 0..words.len() / words_per_entry {
                 let guest = start + ((index as u64) << geometry.cluster_bits);
-                let entry = &content.words[index * words_per_entry..][..words_per_entry];
+                let entry = &words[index * words_per_entry..][..words_per_entry];
                 if guest >= end && entry.iter().any(|word| *word != 0) {
-                    self.mapping.refuse_bad(&table, &content.words, guest)?;
-                    let decoded = self.mapping.decode(&content.words, guest);
+                    self.mapping.refuse_bad(&table, guest)?;
+                    let decoded = self.mapping.decode(&table, guest);
                     decoded.map_err(|error: Error| self.metadata.note_damage(error))?;
                 }
             }

@@ -119,7 +119,7 @@ impl Driver for Qcow2 {
             return Ok(None);
         }
         Ok(Some(match lease {
-            Some(lease) => Lease::guarded(mappings, Box::new(lease)),
+            Some(lease) => Lease::guarded(mappings, lease),
             None => Lease::fixed(mappings),
         }))
     }

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::error::Result;
-use crate::extent::{EFFORT_OF_PART, Extent, ExtentKind, ExtentList, MAPPED_AT_ONCE};
+use crate::extent::{EFFORT_OF_PIECE, Extent, ExtentKind, ExtentList};
 use crate::qcow2::image::Qcow2;
-use crate::qcow2::map::lookup::{Lookup, Piece, span};
+use crate::qcow2::map::lookup::{Lookup, span};
 use crate::qcow2::on_disk::l2::Content;
 use crate::qcow2::on_disk::refcount::Refcounts;
 use crate::qcow2::on_disk::words::read_words;
@@ -17,47 +17,22 @@ impl Qcow2 {
         range: GuestRange,
         list: &mut ExtentList,
     ) -> Result<()> {
-        self.mapping.for_each_part(range, Lookup::MayRead, MAPPED_AT_ONCE, |pieces| {
-            list.tire(self.effort_of(pieces));
-            for piece in pieces {
-                let kind = match piece.content {
-                    Content::Stored(host) if self.is_preallocated() => {
-                        if !self.push_file_extents(piece.range, host, list)? {
-                            return Ok(false);
-                        }
-                        continue;
-                    }
-                    Content::Stored(_) | Content::Compressed(_) => ExtentKind::Data,
-                    Content::Zero => ExtentKind::Hole,
-                    Content::Unallocated => {
-                        if !self.push_backing_extents(piece.range, list)? || list.is_tired() {
-                            return Ok(false);
-                        }
-                        continue;
-                    }
-                };
-                if !list.push(Extent { range: piece.range, kind, depth: 1 }) {
-                    return Ok(false);
+        self.mapping.for_each_piece(range, Lookup::MayRead, |piece| {
+            list.tire(piece.entries + EFFORT_OF_PIECE);
+            let kind = match piece.content {
+                Content::Stored(host) if self.is_preallocated() => {
+                    return Ok(self.push_file_extents(piece.range, host, list)? && !list.is_tired());
                 }
-            }
+                Content::Unallocated => {
+                    return Ok(self.push_backing_extents(piece.range, list)? && !list.is_tired());
+                }
+                Content::Stored(_) | Content::Compressed(_) => ExtentKind::Data,
+                Content::Zero => ExtentKind::Hole,
+            };
             // A disk may be so large, or say the same for so long, that the end is hours away.
-            Ok(!list.is_tired())
+            Ok(list.push(Extent { range: piece.range, kind, depth: 1 }) && !list.is_tired())
         })?;
         Ok(())
-    }
-
-    /// What it has taken to find the pieces of a part of a table.
-    fn effort_of(&self, pieces: &[Piece]) -> u64 {
-        match pieces {
-            [Piece { content: Content::Unallocated, range }] => {
-                match range.length() >> self.geometry().cluster_bits {
-                    // There is no such table.
-                    entries if entries > MAPPED_AT_ONCE => 1,
-                    entries => entries.max(1),
-                }
-            }
-            _ => EFFORT_OF_PART,
-        }
     }
 
     /// Appends the extents of the layers below, one deeper than they are there.

@@ -1,0 +1,176 @@
+//! One L2 table in memory.
+//!
+//! Entries are read without a lock; changes hold the table's lock.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64, fence};
+use std::sync::{MutexGuard, OnceLock};
+
+use crate::ordered_lock::{Ordered, OrderedMutex, rank};
+
+/// Words per 512 bytes: changes are written in whole sectors.
+const SECTOR_WORDS: usize = 64;
+
+/// How often a read of an entry is tried while entries change, before it waits for the change.
+const TRIES: u32 = 100;
+
+/// An L2 table.
+#[derive(Debug)]
+pub(crate) struct Table {
+    /// Where it lies in the file.
+    pub(crate) offset: u64,
+    words: Box<[AtomicU64]>,
+    /// Counts the begins and ends of changes of an entry: odd while there is one.
+    version: AtomicU64,
+    /// First and last (excluded) word that is not yet on disk. Locked by whoever changes words.
+    dirty: OrderedMutex<{ rank::TABLE }, Option<(usize, usize)>>,
+    /// Entries through which nothing may be changed; see [`guard`](crate::qcow2::map::guard).
+    /// Looked for before the first change.
+    pub(crate) bad_entries: OnceLock<Vec<u32>>,
+    recently_used: AtomicBool,
+}
+
+/// The right to change a table, or to see it as a whole.
+#[derive(Debug)]
+pub(crate) struct TableChange<'a> {
+    table: &'a Table,
+    dirty: Ordered<MutexGuard<'a, Option<(usize, usize)>>>,
+}
+
+/// Changed words that are about to be written.
+#[derive(Debug)]
+pub(crate) struct DirtyPart {
+    pub(crate) first_word: usize,
+    pub(crate) bytes: Vec<u8>,
+}
+
+impl Table {
+    pub(crate) fn new(offset: u64, words: Vec<u64>) -> Self {
+        Self {
+            offset,
+            words: words.into_iter().map(AtomicU64::new).collect(),
+            version: AtomicU64::new(0),
+            dirty: OrderedMutex::default(),
+            bad_entries: OnceLock::new(),
+            recently_used: AtomicBool::new(true),
+        }
+    }
+
+    /// How many words it has.
+    pub(crate) fn len(&self) -> usize {
+        self.words.len()
+    }
+
+    /// The entry that begins with word `first` and has one word, or two that belong together; the
+    /// second is 0 if there is none.
+    #[inline]
+    pub(crate) fn entry(&self, first: usize, words: usize) -> (u64, u64) {
+        if words == 1 {
+            return (self.words[first].load(Acquire), 0);
+        }
+        let load = || (self.words[first].load(Relaxed), self.words[first + 1].load(Relaxed));
+        for _ in 0..TRIES {
+            let version = self.version.load(Acquire);
+            let entry = load();
+            fence(Acquire);
+            if version.is_multiple_of(2) && self.version.load(Relaxed) == version {
+                return entry;
+            }
+            std::hint::spin_loop();
+        }
+        let _unchanged = self.change();
+        load()
+    }
+
+    /// All words, as they are at one time.
+    pub(crate) fn words(&self) -> Vec<u64> {
+        let _unchanged = self.change();
+        self.words.iter().map(|word| word.load(Relaxed)).collect()
+    }
+
+    /// Keeps others from changing the table.
+    pub(crate) fn change(&self) -> TableChange<'_> {
+        TableChange { table: self, dirty: self.dirty.lock() }
+    }
+
+    /// Whether a part of it is not on disk, or is being changed.
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.dirty.try_lock().is_none_or(|dirty| dirty.is_some())
+    }
+
+    /// Notes that the table is of use.
+    #[inline]
+    pub(crate) fn note_use(&self) {
+        // Most often it is noted: a store would take the line away from other threads.
+        if !self.recently_used.load(Relaxed) {
+            self.recently_used.store(true, Relaxed);
+        }
+    }
+
+    /// Whether a use was noted since the last call.
+    pub(crate) fn was_used(&self) -> bool {
+        self.recently_used.swap(false, Relaxed)
+    }
+}
+
+impl TableChange<'_> {
+    /// Changes the entry that begins with word `first`, of one word or two. Returns whether the table
+    /// was clean before.
+    pub(crate) fn set(&mut self, first: usize, words: usize, entry: (u64, u64)) -> bool {
+        let table = self.table;
+        let version = table.version.load(Relaxed);
+        table.version.store(version.wrapping_add(1), Relaxed);
+        fence(Release);
+        table.words[first].store(entry.0, Release);
+        if words == 2 {
+            table.words[first + 1].store(entry.1, Release);
+        }
+        table.version.store(version.wrapping_add(2), Release);
+        self.mark_dirty(first, first + words)
+    }
+
+    /// Notes that words from `first` to `end` (excluded) were changed. Returns whether the table
+    /// was clean before.
+    pub(crate) fn mark_dirty(&mut self, first: usize, end: usize) -> bool {
+        let was_clean = self.dirty.is_none();
+        let (old_first, old_end) = self.dirty.unwrap_or((first, end));
+        *self.dirty = Some((old_first.min(first), old_end.max(end)));
+        was_clean
+    }
+
+    /// Takes a copy of what was changed and calls the table clean.
+    pub(crate) fn take_dirty(&mut self) -> Option<DirtyPart> {
+        let (first, end) = self.dirty.take()?;
+        let first_word = first / SECTOR_WORDS * SECTOR_WORDS;
+        let end = end.next_multiple_of(SECTOR_WORDS).min(self.table.len());
+        let words = self.table.words[first_word..end].iter();
+        let bytes = words.flat_map(|word| word.load(Relaxed).to_be_bytes()).collect();
+        Some(DirtyPart { first_word, bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use super::*;
+
+    #[test]
+    fn the_two_words_of_an_entry_are_read_as_they_were_written() {
+        let table = Table::new(0, vec![0; 64]);
+        let is_done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for number in 1..50_000 {
+                    table.change().set(2, 2, (number, !number));
+                }
+                is_done.store(true, Relaxed);
+            });
+            while !is_done.load(Relaxed) {
+                let (entry, bitmap) = table.entry(2, 2);
+                assert!(bitmap == !entry || (entry, bitmap) == (0, 0), "{entry} {bitmap}");
+            }
+        });
+        assert_eq!(table.entry(2, 2), (49_999, !49_999));
+    }
+}
