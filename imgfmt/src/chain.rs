@@ -4,10 +4,11 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::driver::Driver;
+use crate::driver::{BackingLayer, Chain, Driver};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
+use crate::layer::Layer;
 use crate::luks::{self, Encryption};
 use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
 use crate::options::{Access, BackingFile, Locking, OpenOptions};
@@ -20,9 +21,9 @@ pub(crate) fn open(
     storage: Arc<dyn Storage>,
     path: Option<&Path>,
     options: &OpenOptions,
-) -> Result<(Box<dyn Driver>, Format)> {
+) -> Result<Chain> {
     let path = path.map(Path::to_owned);
-    let top = Layer { storage, shown: path.clone(), path, options: options.clone() };
+    let top = Unopened { storage, shown: path.clone(), path, options: options.clone() };
     open_layers(top, &mut Vec::new())
 }
 
@@ -133,15 +134,15 @@ pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> R
 pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<u64> {
     let (storage, below) = open_named(Some(path), name, options, Access::ReadOnly, &[])?;
     let shown = Some(below.clone().unwrap_or_else(|| name.into()));
-    let layer = Layer { storage, path: below, shown: shown.clone(), options: options.clone() };
+    let layer = Unopened { storage, path: below, shown: shown.clone(), options: options.clone() };
     // The new image is a layer too.
     let opened = open_layers(layer, &mut vec![None]);
-    let (driver, _) = opened.map_err(|error| named(error, shown.as_deref()))?;
-    Ok(driver.size())
+    let chain = opened.map_err(|error| named(error, shown.as_deref()))?;
+    Ok(chain.top.layer().size())
 }
 
 /// What is to be opened as one layer of a chain.
-struct Layer {
+struct Unopened {
     storage: Arc<dyn Storage>,
     path: Option<PathBuf>,
     /// The path, or the name that leads to something else, for errors.
@@ -152,19 +153,16 @@ struct Layer {
 /// A layer that is open.
 enum Opened {
     /// The last one.
-    Bottom(Box<dyn Driver>),
+    Bottom(Driver),
     /// One that is not joined to the next one yet.
-    Overlay(Box<Qcow2>, Box<Layer>),
+    Overlay(Box<Qcow2>, Box<Unopened>),
 }
 
 /// Opens a layer and everything below it. `files` are those above, one for each layer. Not
 /// recursive: what images name must not decide how much stack is needed.
-fn open_layers(
-    mut layer: Layer,
-    files: &mut Vec<Option<FileIdentity>>,
-) -> Result<(Box<dyn Driver>, Format)> {
+fn open_layers(mut layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<Chain> {
     let mut above: Vec<(Box<Qcow2>, Option<PathBuf>)> = Vec::new();
-    let mut driver = loop {
+    let mut top = loop {
         let shown = layer.shown.clone();
         let opened = open_layer(layer, files);
         match opened.map_err(|error| match (error.found_format(), above.last()) {
@@ -174,7 +172,7 @@ fn open_layers(
             }
             _ => named(error, shown.as_deref()),
         })? {
-            Opened::Bottom(driver) => break driver,
+            Opened::Bottom(bottom) => break bottom,
             Opened::Overlay(image, below) => {
                 above.push((image, shown));
                 if files.len() >= CHAIN_DEPTH_MAX {
@@ -184,13 +182,15 @@ fn open_layers(
             }
         }
     };
+    let mut below = Vec::new();
     while let Some((mut image, shown)) = above.pop() {
-        image.attach_backing(driver);
+        let backing = BackingLayer::from(top);
+        image.attach_backing(backing.layer());
+        below.insert(0, backing);
         image.begin_writing().map_err(|error| named(error, shown.as_deref()))?;
-        driver = image;
+        top = Driver::Qcow2(image);
     }
-    let format = if driver.as_qcow2().is_some() { Format::Qcow2 } else { Format::Raw };
-    Ok((driver, format))
+    Ok(Chain { top, below })
 }
 
 /// Refuses a backing file whose chain would be too long with the image at `path` above it. Whether it can
@@ -230,8 +230,8 @@ fn named(error: Error, shown: Option<&Path>) -> Error {
     }
 }
 
-fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Opened> {
-    let Layer { storage, path, options, .. } = layer;
+fn open_layer(layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<Opened> {
+    let Unopened { storage, path, options, .. } = layer;
     if format_of(&*storage, &options)? == Format::Raw {
         if options.snapshot.is_some() {
             let detail = "a raw image has no snapshots";
@@ -241,7 +241,7 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
             Some(_) => FirstSector::Free,
             None => FirstSector::Guarded,
         };
-        return Ok(Opened::Bottom(Box::new(Raw::new(storage, first_sector)?)));
+        return Ok(Opened::Bottom(Driver::Raw(Raw::new(storage, first_sector)?)));
     }
     let identity = storage.identity();
     refuse_loop(identity, files)?;
@@ -259,7 +259,7 @@ fn open_layer(layer: Layer, files: &mut Vec<Option<FileIdentity>>) -> Result<Ope
         return Ok(Opened::Overlay(image, Box::new(below)));
     }
     image.begin_writing()?;
-    Ok(Opened::Bottom(image))
+    Ok(Opened::Bottom(Driver::Qcow2(image)))
 }
 
 /// What the name of a backing file leads to.
@@ -269,7 +269,7 @@ fn layer_below(
     format: Option<&str>,
     options: &OpenOptions,
     files_above: &[Option<FileIdentity>],
-) -> Result<Layer> {
+) -> Result<Unopened> {
     let format = match (format, options.policy.missing_format()) {
         // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
         (Some("file" | "host_device" | "nbd"), _) => Some(Format::Raw),
@@ -288,7 +288,7 @@ fn layer_below(
     let shown = Some(path.clone().unwrap_or_else(|| name.into()));
     let options =
         OpenOptions { format, access: Access::ReadOnly, snapshot: None, ..options.clone() };
-    Ok(Layer { storage, path, shown, options })
+    Ok(Unopened { storage, path, shown, options })
 }
 
 /// What the name of a backing file's format stands for, if that can be read.

@@ -1,63 +1,124 @@
-//! The trait that each image format implements. [`Image`](crate::Image) checks requests and calls it.
+//! The formats that can be opened: what only one of them has is found here.
 
-use std::fmt;
+use std::sync::Arc;
 
-use crate::error::Result;
-use crate::extent::ExtentList;
-use crate::mapping::{Holes, Lease, Lookup};
+use crate::format::Format;
+use crate::layer::{Layer, WritableLayer};
 use crate::qcow2::Qcow2;
-use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
-use crate::units::{GuestOffset, GuestRange};
+use crate::raw::Raw;
+use crate::storage::Storage;
 
-/// An open image of one format. Every range handed in lies within [`size`](Self::size) and is not
-/// empty, and nothing that changes the image is called on one opened read-only.
-pub(crate) trait Driver: Send + Sync + fmt::Debug {
-    fn size(&self) -> u64;
-    fn capabilities(&self) -> Capabilities;
-    fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()>;
-    /// Reads if that needs no waiting. With [`Holes::Told`] it gives up as soon as it meets one.
-    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead>;
-    fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()>;
-    /// Writes if that needs neither waiting nor new space; says whether it did.
-    fn try_write_at(&self, offset: GuestOffset, data: &[u8]) -> Result<TryWrite>;
-    /// Writes whole clusters, compressed where the format can.
-    fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
-        self.write_at(offset, data, Durability::Cached)
+/// An open image of a known format.
+#[derive(Debug)]
+pub(crate) enum Driver {
+    Raw(Raw),
+    Qcow2(Box<Qcow2>),
+}
+
+/// A layer below the image, which the layer above it reads.
+#[derive(Clone, Debug)]
+pub(crate) enum BackingLayer {
+    Raw(Arc<Raw>),
+    Qcow2(Arc<Qcow2>),
+}
+
+/// An open image with everything below it.
+#[derive(Debug)]
+pub(crate) struct Chain {
+    /// Dropped first, and then the others from the top to the bottom, so that no layer drops the next
+    /// one: a long chain must not decide how much stack that takes.
+    pub(crate) top: Driver,
+    /// From the one below the image to the last one.
+    pub(crate) below: Vec<BackingLayer>,
+}
+
+impl Driver {
+    pub(crate) fn layer(&self) -> &dyn Layer {
+        match self {
+            Self::Raw(raw) => raw,
+            Self::Qcow2(qcow2) => &**qcow2,
+        }
     }
-    fn write_zeroes(
-        &self,
-        range: GuestRange,
-        mode: ZeroMode,
-        speed: Speed,
-        durability: Durability,
-    ) -> Result<()>;
-    fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
-    fn flush(&self) -> Result<()>;
-    /// Leaves the image in the state in which it should be found. Nothing is changed afterwards.
-    fn close(&self) -> Result<()> {
-        Ok(())
+
+    pub(crate) fn writable(&self) -> &dyn WritableLayer {
+        match self {
+            Self::Raw(raw) => raw,
+            Self::Qcow2(qcow2) => &**qcow2,
+        }
     }
-    fn cache(&self, range: GuestRange) -> Result<()>;
-    /// Appends extents from the start of `range` on until its end or until the list wants no more.
-    fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()>;
-    /// `None` if the lookup may not read what it would have to.
-    fn map_read(&self, range: GuestRange, holes: Holes, lookup: Lookup) -> Result<Option<Lease>>;
+
+    pub(crate) fn writable_mut(&mut self) -> &mut dyn WritableLayer {
+        match self {
+            Self::Raw(raw) => raw,
+            Self::Qcow2(qcow2) => &mut **qcow2,
+        }
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        match self {
+            Self::Raw(_) => Format::Raw,
+            Self::Qcow2(_) => Format::Qcow2,
+        }
+    }
+
+    pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(qcow2) => Some(qcow2),
+        }
+    }
+
+    pub(crate) fn qcow2_mut(&mut self) -> Option<&mut Qcow2> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(qcow2) => Some(qcow2),
+        }
+    }
+
     /// The storage whose bytes are the disk's, one to one and for ever, if there is one.
-    fn raw_storage(&self) -> Option<&dyn Storage> {
-        None
+    pub(crate) fn raw_storage(&self) -> Option<&dyn Storage> {
+        match self {
+            Self::Raw(raw) => Some(raw.storage()),
+            Self::Qcow2(_) => None,
+        }
     }
-    /// Changes the size of the disk; what is added reads as zero.
-    fn resize(&mut self, size: u64) -> Result<()>;
-    /// The image below this one.
-    fn backing(&self) -> Option<&dyn Driver> {
-        None
+}
+
+impl From<Driver> for BackingLayer {
+    fn from(driver: Driver) -> Self {
+        match driver {
+            Driver::Raw(raw) => Self::Raw(Arc::new(raw)),
+            Driver::Qcow2(qcow2) => Self::Qcow2(Arc::from(qcow2)),
+        }
     }
-    /// The image as a qcow2 image, for what only those have.
-    fn as_qcow2(&self) -> Option<&Qcow2> {
-        None
+}
+
+impl BackingLayer {
+    pub(crate) fn layer(&self) -> Arc<dyn Layer> {
+        match self {
+            Self::Raw(raw) => Arc::clone(raw) as _,
+            Self::Qcow2(qcow2) => Arc::clone(qcow2) as _,
+        }
     }
-    /// As [`as_qcow2`](Self::as_qcow2), to change it.
-    fn as_qcow2_mut(&mut self) -> Option<&mut Qcow2> {
-        None
+
+    pub(crate) fn size(&self) -> u64 {
+        match self {
+            Self::Raw(raw) => raw.size(),
+            Self::Qcow2(qcow2) => qcow2.size(),
+        }
+    }
+
+    pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(qcow2) => Some(qcow2),
+        }
+    }
+}
+
+impl Chain {
+    /// The qcow2 images of the chain from the top on; `None` stands for a layer of another format.
+    pub(crate) fn qcow2_layers(&self) -> impl Iterator<Item = Option<&Qcow2>> {
+        std::iter::once(self.top.qcow2()).chain(self.below.iter().map(BackingLayer::qcow2))
     }
 }

@@ -45,42 +45,11 @@ impl Extent {
 pub(crate) struct ExtentList {
     extents: Vec<Extent>,
     max_count: usize,
-    /// What may still be looked at, in this layer and those below it together.
-    effort: u64,
 }
-
-/// How many entries of tables are looked at for one list.
-const EFFORT_MAX: u64 = 1 << 16;
-
-/// What asking a storage for its holes once takes, compared with the same.
-pub(crate) const EFFORT_OF_CALL: u64 = 128;
-
-/// What finding a piece takes, besides its entries.
-pub(crate) const EFFORT_OF_PIECE: u64 = 1;
 
 impl ExtentList {
     pub(crate) fn new(max_count: usize) -> Self {
-        Self { extents: Vec::new(), max_count, effort: EFFORT_MAX }
-    }
-
-    /// A list for a part of the range in the layer below. Take its [effort](Self::tired_by) over.
-    pub(crate) fn below(&self) -> Self {
-        Self { extents: Vec::new(), max_count: self.room(), effort: self.effort }
-    }
-
-    /// What a list of the layer below has looked at counts for this one.
-    pub(crate) fn tired_by(&mut self, below: &Self) {
-        self.effort = below.effort;
-    }
-
-    /// Takes note that something was looked at.
-    pub(crate) fn tire(&mut self, effort: u64) {
-        self.effort = self.effort.saturating_sub(effort);
-    }
-
-    /// Whether enough was looked at for one list. Something was found then.
-    pub(crate) fn is_tired(&self) -> bool {
-        self.effort == 0 && !self.extents.is_empty()
+        Self { extents: Vec::new(), max_count }
     }
 
     /// Appends the extent that follows. Returns whether more are wanted; if not, it was dropped.
@@ -98,11 +67,6 @@ impl ExtentList {
         }
         self.extents.push(extent);
         true
-    }
-
-    /// How many more extents could be of use: the next one may continue the last.
-    pub(crate) fn room(&self) -> usize {
-        (self.max_count - self.extents.len()).saturating_add(1)
     }
 
     pub(crate) fn into_vec(self) -> Vec<Extent> {

@@ -2,19 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{EFFORT_OF_CALL, Extent, ExtentKind, ExtentList};
 use crate::format::Format;
-use crate::mapping::{Holes, Lease, Lookup, Mapping};
+use crate::layer::{Layer, Walk, WritableLayer};
+use crate::mapping::{Content, FileSpan, Mapped};
 use crate::probe::{PROBE_LENGTH, probe};
-use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, Storage, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
-
-/// Most parts of a range that are told apart for one map.
-const MAPPINGS_MAX: usize = 4096;
-/// Holes of files are seldom smaller than this, in bytes.
-const BLOCK: usize = 4096;
 
 /// Whether the first sector is kept from looking like another format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,37 +67,9 @@ impl Raw {
         }
     }
 
-    /// What a range begins with: its first part that is of one kind.
-    fn first_extent(&self, range: GuestRange) -> Result<(GuestRange, ExtentKind)> {
-        let found = self.storage.next_extent(host(range.offset()), range.length());
-        let found = found.map_err(io("look for holes in")).map_err(at(range.offset()))?;
-        // A storage that answered with nothing or too much must not make anyone loop or overrun.
-        let length = found.length.clamp(1, range.length());
-        Ok((GuestRange::new(range.offset(), length).unwrap_or(range), found.kind))
-    }
-
-    fn data(&self, range: GuestRange) -> Mapping {
-        let storage = Arc::clone(&self.storage);
-        Mapping::File { range, storage, offset: host(range.offset()) }
-    }
-
-    /// The data and the holes of a range.
-    fn map_holes(&self, range: GuestRange) -> Result<Vec<Mapping>> {
-        let mut mappings = Vec::new();
-        let mut rest = range;
-        while !rest.is_empty() {
-            // Where so many holes lie together they are not worth the calls.
-            let (piece, kind) = match mappings.len() < MAPPINGS_MAX {
-                true => self.first_extent(rest)?,
-                false => (rest, ExtentKind::Data),
-            };
-            mappings.push(match kind {
-                ExtentKind::Data => self.data(piece),
-                ExtentKind::Zero | ExtentKind::Hole => Mapping::Zero { range: piece },
-            });
-            rest = GuestRange::between(piece.end(), range.end()).unwrap_or_default();
-        }
-        Ok(mappings)
+    /// The storage whose bytes are the disk's, one to one and for ever.
+    pub(crate) fn storage(&self) -> &dyn Storage {
+        &*self.storage
     }
 
     fn sync_if(&self, durability: Durability) -> Result<()> {
@@ -114,28 +80,25 @@ impl Raw {
     }
 }
 
-impl Driver for Raw {
+impl Layer for Raw {
     fn size(&self) -> u64 {
         self.size
     }
 
+    fn map(&self, range: GuestRange, walk: &mut Walk<'_>) -> Result<Mapped> {
+        let file = FileSpan {
+            storage: &self.storage,
+            offset: host(range.offset()),
+            may_pass_end: false,
+            may_have_holes: false,
+        };
+        walk.push_file(self, range, file, Content::Hole)
+    }
+}
+
+impl WritableLayer for Raw {
     fn capabilities(&self) -> Capabilities {
         self.storage.capabilities()
-    }
-
-    fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
-        self.storage.read_exact_at(host(offset), buffer).map_err(io("read")).map_err(at(offset))
-    }
-
-    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead> {
-        let read = self.storage.try_read_at(host(offset), buffer);
-        let read = read.map_err(io("read")).map_err(at(offset))?;
-        // Whether zeroes are a hole has to be asked for, and that may take waiting.
-        let is_settled = holes == Holes::AsData
-            || read != TryRead::Complete
-            || self.storage.is_known_data(host(offset), buffer.len() as u64)
-            || is_surely_data(buffer);
-        Ok(if is_settled { read } else { TryRead::WouldBlock })
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
@@ -195,54 +158,12 @@ impl Driver for Raw {
         self.storage.sync().map_err(io("flush"))
     }
 
-    fn cache(&self, range: GuestRange) -> Result<()> {
-        self.storage
-            .readahead(host(range.offset()), range.length())
-            .map_err(io("read ahead in"))
-            .map_err(at(range.offset()))
-    }
-
-    fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()> {
-        let mut rest = range;
-        while !rest.is_empty() {
-            let (piece, kind) = self.first_extent(rest)?;
-            list.tire(EFFORT_OF_CALL);
-            // A storage may say the same for so long that the end is hours away.
-            if !list.push(Extent { range: piece, kind, depth: 1 }) || list.is_tired() {
-                break;
-            }
-            rest = GuestRange::between(piece.end(), range.end()).unwrap_or_default();
-        }
-        Ok(())
-    }
-
-    fn map_read(&self, range: GuestRange, holes: Holes, lookup: Lookup) -> Result<Option<Lease>> {
-        if holes == Holes::AsData
-            || self.storage.is_known_data(host(range.offset()), range.length())
-        {
-            return Ok(Some(Lease::fixed(vec![self.data(range)])));
-        }
-        match lookup {
-            Lookup::CachedOnly => Ok(None),
-            Lookup::MayRead => Ok(Some(Lease::fixed(self.map_holes(range)?))),
-        }
-    }
-
-    fn raw_storage(&self) -> Option<&dyn Storage> {
-        Some(&*self.storage)
-    }
-
     fn resize(&mut self, size: u64) -> Result<()> {
         self.storage.set_len(size).map_err(io("resize"))?;
         self.storage.sync().map_err(io("resize"))?;
         self.size = size;
         Ok(())
     }
-}
-
-/// Whether the content alone shows that there is no hole. "No" says nothing.
-fn is_surely_data(content: &[u8]) -> bool {
-    content.chunks(BLOCK).all(|block| block.iter().take(16).any(|byte| *byte != 0))
 }
 
 fn host(offset: GuestOffset) -> HostOffset {

@@ -119,6 +119,12 @@ impl fmt::Display for GuestRange {
     }
 }
 
+/// The range from `start` to `end`, which does not lie before.
+#[inline]
+pub(crate) fn span(start: u64, end: u64) -> GuestRange {
+    GuestRange::between(GuestOffset::new(start), GuestOffset::new(end)).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

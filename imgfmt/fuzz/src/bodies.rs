@@ -16,8 +16,8 @@ use std::sync::Arc;
 use handmade::Handmade;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{
-    Access, Durability, Format, GuestOffset, GuestRange, HostOffset, Image, Mapping, OpenOptions,
-    OpenPolicy, Speed, Storage, ZeroMode,
+    Access, Content, Durability, FileSpan, Format, GuestOffset, GuestRange, HostOffset, Image,
+    Mapping, OpenOptions, OpenPolicy, Speed, Storage, ZeroMode,
 };
 
 /// A name of a target with its body.
@@ -78,25 +78,25 @@ fn look(image: &Image) {
             }
             assert!(position <= place.end().bytes(), "extents beyond the range");
         }
-        if let (Ok(lease), Ok(())) = (image.map_read(place), read) {
-            for mapping in lease.mappings() {
+        if let (Ok(map), Ok(())) = (image.map_read(place), read) {
+            for mapping in map.mappings() {
                 check_mapping(mapping, offset, &bytes);
             }
         }
     }
 }
 
-fn check_mapping(mapping: &Mapping, base: u64, expected: &[u8]) {
-    let place = mapping.range();
+fn check_mapping(mapping: Mapping<'_>, base: u64, expected: &[u8]) {
+    let place = mapping.range;
     let start = (place.offset().bytes() - base) as usize;
     let expected = &expected[start..start + place.length() as usize];
-    match mapping {
-        Mapping::File { storage, offset, .. } => {
+    match mapping.content {
+        Content::File(FileSpan { storage, offset, .. }) => {
             let mut found = vec![0; expected.len()];
-            storage.read_exact_at(*offset, &mut found).expect("what is mapped can be read");
+            storage.read_exact_at(offset, &mut found).expect("what is mapped can be read");
             assert!(found == expected, "{place} differ when read by their mapping");
         }
-        Mapping::Zero { .. } => {
+        Content::Hole | Content::Zero => {
             assert!(expected.iter().all(|byte| *byte == 0), "{place} are mapped as zero");
         }
         _ => {}

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use imgfmt::{
-    Access, CreateOptions, Durability, ErrorKind, Format, GuestOffset, Image, L2Entries, Mapping,
+    Access, Content, CreateOptions, Durability, ErrorKind, Format, GuestOffset, Image, L2Entries,
     OpenOptions, OpenPolicy, Qcow2Version, Repair, Shrink, Speed, Storage, ZeroMode,
 };
 
@@ -262,9 +262,9 @@ fn shows_its_metadata(disk: &Image, bytes: &[u8]) -> bool {
     };
     let whole = range(0, disk.size());
     words(l1_offset, l1_bytes).any(|table| is_fixed(table, cluster))
-        || disk.map_read(whole).is_ok_and(|lease| {
-            lease.mappings().iter().any(|mapping| match mapping {
-                Mapping::File { offset, .. } => is_fixed(offset.bytes(), mapping.range().length()),
+        || disk.map_read(whole).is_ok_and(|map| {
+            map.mappings().any(|mapping| match mapping.content {
+                Content::File(span) => is_fixed(span.offset.bytes(), mapping.range.length()),
                 _ => false,
             })
         })

@@ -143,29 +143,19 @@ impl Image {
     /// What each layer of the image says about the backup that it is, the image itself first, with
     /// its file where that is known.
     pub fn backups_of_chain(&self) -> Vec<(Option<PathBuf>, Option<Backup>)> {
-        let mut found = Vec::new();
-        let mut layer = self.qcow2();
-        while let Some(image) = layer {
-            found.push((image.path().map(Path::to_owned), image.backup()));
-            layer = image.backing_image();
-            if layer.is_none() && image.has_backing() {
-                found.push((None, None)); // It is in no format that could say.
-            }
-        }
-        found
+        let of_image = |image: &Qcow2| (image.path().map(Path::to_owned), image.backup());
+        // A layer of another format cannot say.
+        let layers = self.chain.qcow2_layers().map(|image| image.map_or((None, None), of_image));
+        if self.qcow2().is_some() { layers.collect() } else { Vec::new() }
     }
 
     /// The bitmaps of all layers that a name can mean, the image's own first, each name once.
     pub fn bitmaps_of_chain(&self) -> Vec<BitmapInfo> {
         let mut found: Vec<BitmapInfo> = Vec::new();
-        let mut layer = self.qcow2();
-        while let Some(image) = layer {
-            for bitmap in image.bitmaps().list() {
-                if !found.iter().any(|other| other.name == bitmap.name) {
-                    found.push(bitmap);
-                }
+        for bitmap in self.chain.qcow2_layers().flatten().flat_map(|image| image.bitmaps().list()) {
+            if !found.iter().any(|other| other.name == bitmap.name) {
+                found.push(bitmap);
             }
-            layer = image.backing_image();
         }
         found
     }
@@ -177,8 +167,7 @@ impl Image {
     }
 
     fn layer_with_bitmap(&self, name: &str) -> Result<&Qcow2> {
-        let mut layer = self.qcow2();
-        if layer.is_none() {
+        if self.qcow2().is_none() {
             let detail =
                 format!("a raw image has no bitmaps, so there is no '{}'", name.escape_debug());
             return Err(self.name(Error::new(
@@ -187,12 +176,8 @@ impl Image {
                 detail,
             )));
         }
-        while let Some(image) = layer {
-            if image.bitmaps().has(name) {
-                return Ok(image);
-            }
-            layer = image.backing_image();
-        }
-        Err(self.name(no_bitmap(name)))
+        let mut layers = self.chain.qcow2_layers().flatten();
+        let found = layers.find(|image| image.bitmaps().has(name));
+        found.ok_or_else(|| self.name(no_bitmap(name)))
     }
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use super::Image;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentList};
+use crate::read;
 use crate::units::GuestRange;
 
 /// How many extents one step finds at most, unless told otherwise: bounds the memory, however
@@ -78,7 +79,8 @@ impl Image {
         let range = self.check("map", range.offset(), range.length())?;
         let mut list = ExtentList::new(max_count);
         if !range.is_empty() {
-            self.driver.extents(range, &mut list).map_err(|error| self.name(error))?;
+            let found = read::extents(self.layer(), range, &mut list);
+            found.map_err(|error| self.name(error))?;
         }
         Ok(list.into_vec())
     }

@@ -13,13 +13,15 @@ use std::sync::Arc;
 pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
 use crate::chain;
-use crate::driver::Driver;
+use crate::driver::{BackingLayer, Chain};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
-use crate::mapping::{Holes, Lease, Lookup};
+use crate::layer::{Layer, WritableLayer};
+use crate::mapping::{Holes, Lookup, Mapped, Mapping, ReadMap};
 use crate::options::{Access, OpenOptions};
 use crate::qcow2::{CheckReport, Qcow2, Repair};
+use crate::read;
 use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
@@ -40,9 +42,8 @@ pub enum Shrink {
 /// beyond the end. Requests that overlap and run at the same time leave a mix of both.
 #[derive(Debug)]
 pub struct Image {
-    driver: Box<dyn Driver>,
+    chain: Chain,
     path: Option<Box<Path>>,
-    format: Format,
     access: Access,
 }
 
@@ -81,26 +82,33 @@ impl Image {
         path: Option<&Path>,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let (driver, format) = chain::open(storage, path, options)?;
-        Ok(Self { driver, path: path.map(Into::into), format, access: options.access })
+        let chain = chain::open(storage, path, options)?;
+        Ok(Self { chain, path: path.map(Into::into), access: options.access })
     }
 
     /// The size of the virtual disk in bytes.
     pub fn size(&self) -> u64 {
-        self.driver.size()
+        self.layer().size()
+    }
+
+    fn layer(&self) -> &dyn Layer {
+        self.chain.top.layer()
+    }
+
+    fn writable(&self) -> &dyn WritableLayer {
+        self.chain.top.writable()
     }
 
     /// The sizes of the disks of all layers in bytes, from the image itself to the last backing file. A
     /// layer may be shorter than those above it.
     pub fn layer_sizes(&self) -> Vec<u64> {
-        std::iter::successors(Some(&*self.driver), |layer| layer.backing())
-            .map(|layer| layer.size())
-            .collect()
+        let below = self.chain.below.iter().map(BackingLayer::size);
+        std::iter::once(self.size()).chain(below).collect()
     }
 
     /// The image's format.
     pub fn format(&self) -> Format {
-        self.format
+        self.chain.top.format()
     }
 
     /// Whether the image may be changed.
@@ -115,7 +123,7 @@ impl Image {
 
     /// What the image can do and which request sizes suit it.
     pub fn capabilities(&self) -> Capabilities {
-        let capabilities = self.driver.capabilities();
+        let capabilities = self.writable().capabilities();
         match self.access {
             Access::ReadWrite => capabilities,
             Access::ReadOnly => Capabilities { fast_zero: false, discard: false, ..capabilities },
@@ -132,7 +140,8 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.driver.read_at(offset, buffer).map_err(|error| self.name(error))
+        let _lease = self.layer().lease();
+        read::read_at(self.layer(), offset, buffer).map_err(|error| self.name(error))
     }
 
     /// Fills `buffer` from `offset` on if that needs no waiting for a disk.
@@ -141,27 +150,27 @@ impl Image {
     ///
     /// As [`read_at`](Self::read_at).
     pub fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
-        let range = self.check("read", offset, buffer.len() as u64)?;
-        if range.is_empty() {
-            return Ok(TryRead::Complete);
-        }
-        let read = self.driver.try_read_at(offset, buffer, Holes::AsData);
-        read.map_err(|error| self.name(error))
+        self.try_read(offset, buffer, Holes::AsData)
     }
 
     /// As [`try_read_at`](Self::try_read_at), for data only: where metadata says that a part of the
-    /// range reads as zero, the answer is [`TryRead::Sparse`], and [`look_up`](Self::look_up) tells
-    /// which part. One look at the metadata serves both.
+    /// range reads as zero, the answer is [`TryRead::Sparse`], and [`map`](Self::map) tells which
+    /// part. One look at the metadata serves both.
     ///
     /// # Errors
     ///
     /// As [`read_at`](Self::read_at).
     pub fn try_read_data_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+        self.try_read(offset, buffer, Holes::Told)
+    }
+
+    fn try_read(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead> {
         let range = self.check("read", offset, buffer.len() as u64)?;
         if range.is_empty() {
             return Ok(TryRead::Complete);
         }
-        let read = self.driver.try_read_at(offset, buffer, Holes::Told);
+        let _lease = self.layer().lease();
+        let read = read::try_read_at(self.layer(), offset, buffer, holes);
         read.map_err(|error| self.name(error))
     }
 
@@ -177,7 +186,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.driver.write_at(offset, data, durability).map_err(|error| self.name(error))
+        self.writable().write_at(offset, data, durability).map_err(|error| self.name(error))
     }
 
     /// Writes `data` from `offset` on, into the page cache, if that needs nothing from the disk:
@@ -192,7 +201,7 @@ impl Image {
         if range.is_empty() {
             return Ok(TryWrite::Complete);
         }
-        self.driver.try_write_at(offset, data).map_err(|error| self.name(error))
+        self.writable().try_write_at(offset, data).map_err(|error| self.name(error))
     }
 
     /// Writes whole clusters in compressed form where the format has one and it saves space; a raw
@@ -210,7 +219,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.driver.write_compressed(offset, data).map_err(|error| self.name(error))
+        self.writable().write_compressed(offset, data).map_err(|error| self.name(error))
     }
 
     /// Sets a range to zero.
@@ -230,7 +239,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        let result = self.driver.write_zeroes(range, mode, speed, durability);
+        let result = self.writable().write_zeroes(range, mode, speed, durability);
         result.map_err(|error| self.name(error))
     }
 
@@ -246,7 +255,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.driver.discard(range, durability).map_err(|error| self.name(error))
+        self.writable().discard(range, durability).map_err(|error| self.name(error))
     }
 
     /// Waits until everything whose write returned before is on stable storage.
@@ -257,7 +266,7 @@ impl Image {
     pub fn flush(&self) -> Result<()> {
         match self.access {
             Access::ReadOnly => Ok(()),
-            Access::ReadWrite => self.driver.flush().map_err(|error| self.name(error)),
+            Access::ReadWrite => self.writable().flush().map_err(|error| self.name(error)),
         }
     }
 
@@ -277,19 +286,19 @@ impl Image {
             );
             return Err(self.name(Error::new(ErrorKind::InvalidInput, "resize", detail)));
         }
-        let result = self.driver.resize(size);
+        let result = self.chain.top.writable_mut().resize(size);
         result.map_err(|error| self.name(error))
     }
 
     /// Allocates all clusters of a new, empty image.
     pub(crate) fn preallocate(&self) -> Result<()> {
-        let result = self.driver.as_qcow2().map_or(Ok(()), Qcow2::preallocate);
+        let result = self.qcow2().map_or(Ok(()), Qcow2::preallocate);
         result.map_err(|error| self.name(error))
     }
 
     /// Changes the width of refcounts, 2 to this power bits. Only closing the image is possible afterwards.
     pub(crate) fn change_refcount_width(&mut self, order: u32) -> Result<()> {
-        let image = self.driver.as_qcow2_mut();
+        let image = self.chain.top.qcow2_mut();
         image.map_or(Ok(()), |image| image.change_refcount_width(order))
     }
 
@@ -299,9 +308,9 @@ impl Image {
     ///
     /// `Corrupt`, `Io`.
     pub fn info(&self) -> Result<ImageInfo> {
-        let qcow2 = self.driver.as_qcow2().map(Qcow2::info).transpose();
+        let qcow2 = self.qcow2().map(Qcow2::info).transpose();
         let qcow2 = qcow2.map_err(|error| self.name(error))?;
-        Ok(ImageInfo { format: self.format, size: self.size(), encryption: None, qcow2 })
+        Ok(ImageInfo { format: self.format(), size: self.size(), encryption: None, qcow2 })
     }
 
     /// Checks the qcow2 image in a file and, if asked to, repairs it. Nobody else may use it
@@ -337,7 +346,7 @@ impl Image {
     /// # Errors
     ///
     /// `ReadOnly`; `Unsupported` for raw images and where refcounts are too narrow; `InvalidInput`
-    /// if there is one of that name; `Busy` while a [`Lease`] is held; `NoSpace`, `Corrupt`, `Io`.
+    /// if there is one of that name; `Busy` while a [`ReadMap`] is held; `NoSpace`, `Corrupt`, `Io`.
     pub fn create_snapshot(&mut self, name: &str) -> Result<()> {
         self.change_snapshots(|image| image.create_snapshot(name))
     }
@@ -374,7 +383,7 @@ impl Image {
 
     fn change_snapshots(&mut self, change: impl FnOnce(&mut Qcow2) -> Result<()>) -> Result<()> {
         self.check_change("change", GuestOffset::new(0), 0)?;
-        let result = match self.driver.as_qcow2_mut() {
+        let result = match self.chain.top.qcow2_mut() {
             Some(image) => change(image),
             None => {
                 let detail = "a raw image has neither snapshots nor layers; convert it to qcow2";
@@ -395,7 +404,7 @@ impl Image {
         self.flush()?;
         match self.access {
             Access::ReadOnly => Ok(()),
-            Access::ReadWrite => self.driver.close().map_err(|error| self.name(error)),
+            Access::ReadWrite => self.writable().close().map_err(|error| self.name(error)),
         }
     }
 
@@ -409,7 +418,8 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.driver.cache(range).map_err(|error| self.name(error))
+        let _lease = self.layer().lease();
+        read::readahead(self.layer(), range).map_err(|error| self.name(error))
     }
 
     /// Finds where the bytes of a range are, so that the caller can move them.
@@ -417,38 +427,46 @@ impl Image {
     /// # Errors
     ///
     /// `OutOfBounds`, `Corrupt`, `Io`.
-    pub fn map_read(&self, range: GuestRange) -> Result<Lease> {
-        let found = self.look_up(range, Holes::AsData, Lookup::MayRead)?;
-        Ok(found.unwrap_or_else(|| Lease::fixed(Vec::new())))
+    pub fn map_read(&self, range: GuestRange) -> Result<ReadMap> {
+        let mut map = ReadMap::new(self.layer().lease());
+        // Everything may be read that it takes, so it is complete.
+        let _complete = self.map(range, Holes::AsData, Lookup::MayRead, |mapping| {
+            map.push(mapping);
+            true
+        })?;
+        Ok(map)
     }
 
-    /// As [`map_read`](Self::map_read), with a say in what is told and how it is found out. `None`,
-    /// which [`Lookup::MayRead`] never gives, means that metadata would have to be read first.
+    /// Calls `each` with the mappings of a range in turn, from its start on and without gaps, until
+    /// it returns false. What it is told is true at that moment; to move the bytes later take
+    /// [`map_read`](Self::map_read).
     ///
     /// # Errors
     ///
     /// `OutOfBounds`, `Corrupt`, `Io`.
-    pub fn look_up(
+    pub fn map(
         &self,
         range: GuestRange,
         holes: Holes,
         lookup: Lookup,
-    ) -> Result<Option<Lease>> {
+        each: impl FnMut(Mapping<'_>) -> bool,
+    ) -> Result<Mapped> {
         let range = self.check("map", range.offset(), range.length())?;
         if range.is_empty() {
-            return Ok(Some(Lease::fixed(Vec::new())));
+            return Ok(Mapped::Complete);
         }
-        self.driver.map_read(range, holes, lookup).map_err(|error| self.name(error))
+        let _lease = self.layer().lease();
+        read::map(self.layer(), range, (holes, lookup), each).map_err(|error| self.name(error))
     }
 
     /// The file whose bytes are the disk's, one to one, if the image is raw and lies in a file.
     pub fn raw_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.driver.raw_storage()?.as_fd()
+        self.chain.top.raw_storage()?.as_fd()
     }
 
     /// The image, if it is a qcow2 image.
     pub(crate) fn qcow2(&self) -> Option<&Qcow2> {
-        self.driver.as_qcow2()
+        self.chain.top.qcow2()
     }
 
     /// Checks that a request lies within the disk.

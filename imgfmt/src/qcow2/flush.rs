@@ -212,10 +212,5 @@ impl Drop for Qcow2 {
     fn drop(&mut self) {
         // Whoever wants to know whether this works calls `Image::close`.
         let _ = self.close_writer();
-        // One layer after the other: a long chain must not decide how much stack this takes.
-        let mut below = self.backing.take();
-        while let Some(mut backing) = below {
-            below = backing.driver.as_qcow2_mut().and_then(|image| image.backing.take());
-        }
     }
 }

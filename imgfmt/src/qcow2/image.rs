@@ -3,9 +3,9 @@
 use crate::backup::Backup;
 use crate::bitmap::BitmapChange;
 use crate::create_options::{CompressionType, L2Entries, Qcow2Version};
-use crate::driver::Driver;
 use crate::error::Result;
 use crate::info::Qcow2Info;
+use crate::layer::Backing;
 use crate::luks::{self, Encryption};
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::bitmap::{Bitmaps, ImageServices};
@@ -36,13 +36,6 @@ pub(crate) struct Qcow2 {
     pub(in crate::qcow2) mapping: MappingTables,
     pub(in crate::qcow2) commits: Arc<Commits>,
     pub(in crate::qcow2) bitmaps: Bitmaps,
-}
-
-/// The image below, which has what this one has not.
-#[derive(Debug)]
-pub(in crate::qcow2) struct Backing {
-    pub(in crate::qcow2) driver: Box<dyn Driver>,
-    pub(in crate::qcow2) size: u64,
 }
 
 impl Qcow2 {
@@ -87,15 +80,6 @@ impl Qcow2 {
                 Ok(Some(Encryption::Luks(luks.map_err(read_error)?.flatten())))
             }
         }
-    }
-
-    /// The image below, if there is one and it is a qcow2 image.
-    pub(crate) fn backing_image(&self) -> Option<&Self> {
-        self.backing.as_ref()?.driver.as_qcow2()
-    }
-
-    pub(crate) fn has_backing(&self) -> bool {
-        self.backing.is_some()
     }
 
     /// The persistent dirty bitmaps.

@@ -1,19 +1,42 @@
-//! The qcow2 image as a [`Driver`].
+//! The qcow2 image as a [`Layer`].
 
-use crate::driver::Driver;
-use crate::error::Result;
-use crate::extent::ExtentList;
-use crate::mapping::{Holes, Lease, Lookup};
+use crate::error::{Error, Result};
+use crate::layer::{Layer, Walk, WritableLayer};
+use crate::lease::Lease;
+use crate::mapping::{Encoded, Mapped};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
-use crate::storage::{Capabilities, Durability, Speed, TryRead, TryWrite, ZeroMode};
+use crate::storage::{Capabilities, Durability, Speed, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
-impl Driver for Qcow2 {
+impl Layer for Qcow2 {
     fn size(&self) -> u64 {
         self.size
     }
 
+    fn map(&self, range: GuestRange, walk: &mut Walk<'_>) -> Result<Mapped> {
+        self.map_range(range, walk)
+    }
+
+    fn decode(&self, encoded: Encoded, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        self.read_compressed(encoded, offset, buffer)
+    }
+
+    fn lease(&self) -> Option<Lease> {
+        self.clusters.lease()
+    }
+
+    fn io_error(
+        &self,
+        operation: &'static str,
+        error: std::io::Error,
+        offset: GuestOffset,
+    ) -> Error {
+        self.metadata.io(operation, error, offset)
+    }
+}
+
+impl WritableLayer for Qcow2 {
     fn capabilities(&self) -> Capabilities {
         let cluster_size = self.geometry().subcluster_size() as u32;
         let can_map = self.mapping.format.version >= 3 || !self.names_backing();
@@ -24,16 +47,6 @@ impl Driver for Qcow2 {
             discard: can_map,
             ..self.data.capabilities()
         }
-    }
-
-    fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
-        let _lease = self.clusters.lease();
-        self.read_range(offset, buffer)
-    }
-
-    fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead> {
-        let _lease = self.clusters.lease();
-        self.try_read_range(offset, buffer, holes)
     }
 
     fn write_at(&self, offset: GuestOffset, data: &[u8], durability: Durability) -> Result<()> {
@@ -97,47 +110,8 @@ impl Driver for Qcow2 {
         self.close_writer()
     }
 
-    fn cache(&self, range: GuestRange) -> Result<()> {
-        let lease = self.map_read(range, Holes::AsData, Lookup::MayRead)?;
-        for mapping in lease.iter().flat_map(Lease::mappings) {
-            if let crate::Mapping::File { range, storage, offset } = mapping {
-                let ahead = storage.readahead(*offset, range.length());
-                ahead.map_err(|error| self.metadata.io("read ahead in", error, range.offset()))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn extents(&self, range: GuestRange, list: &mut ExtentList) -> Result<()> {
-        self.push_extents(range, list)
-    }
-
-    fn map_read(&self, range: GuestRange, holes: Holes, lookup: Lookup) -> Result<Option<Lease>> {
-        let lease = self.clusters.lease();
-        let mut mappings = Vec::new();
-        if !self.push_mappings(range, holes, lookup, &mut mappings)? {
-            return Ok(None);
-        }
-        Ok(Some(match lease {
-            Some(lease) => Lease::guarded(mappings, lease),
-            None => Lease::fixed(mappings),
-        }))
-    }
-
     fn resize(&mut self, size: u64) -> Result<()> {
         Self::resize(self, size)
-    }
-
-    fn backing(&self) -> Option<&dyn Driver> {
-        self.backing.as_ref().map(|backing| &*backing.driver)
-    }
-
-    fn as_qcow2(&self) -> Option<&Self> {
-        Some(self)
-    }
-
-    fn as_qcow2_mut(&mut self) -> Option<&mut Self> {
-        Some(self)
     }
 }
 

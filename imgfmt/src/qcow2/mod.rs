@@ -8,10 +8,10 @@
 mod alloc;
 mod bitmap;
 mod check;
-mod driver;
 mod flush;
 mod image;
 mod io;
+mod layer;
 mod map;
 mod metadata;
 mod on_disk;

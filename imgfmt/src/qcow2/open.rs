@@ -6,13 +6,13 @@ use std::sync::{Arc, MutexGuard, OnceLock};
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
-use crate::driver::Driver;
 use crate::error::{Error, ErrorKind, Result};
+use crate::layer::{Backing, Layer};
 use crate::options::{Access, OpenOptions};
 use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
-use crate::qcow2::image::{Backing, Qcow2};
+use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
@@ -162,8 +162,8 @@ impl Qcow2 {
         self.backing.is_some() || self.metadata.header().backing_name.is_some()
     }
 
-    pub(crate) fn attach_backing(&mut self, driver: Box<dyn Driver>) {
-        self.backing = Some(Backing { size: driver.size(), driver });
+    pub(crate) fn attach_backing(&mut self, layer: Arc<dyn Layer>) {
+        self.backing = Some(Backing::new(layer));
     }
 
     pub(crate) fn attach_data_file(&mut self, data: Arc<dyn Storage>) {

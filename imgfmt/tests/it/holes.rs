@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use imgfmt::{
-    Access, CreateOptions, Durability, ExtentKind, Format, Holes, Image, Lookup, Mapping,
+    Access, CreateOptions, Durability, ExtentKind, Format, Holes, Image, Lookup, Mapped,
     OpenOptions, Speed, TryRead, ZeroMode,
 };
 
@@ -19,15 +19,23 @@ fn open(path: &Path, format: Format) -> Image {
 
 /// The parts of a range: length, and whether it is a hole. `None` if that takes waiting.
 fn parts(image: &Image, offset: u64, length: u64, lookup: Lookup) -> Option<Vec<(u64, bool)>> {
-    let lease = image.look_up(range(offset, length), Holes::Told, lookup).unwrap()?;
     let mut next = offset;
-    let part = |mapping: &Mapping| {
-        assert_eq!(mapping.range().offset().bytes(), next, "no gaps");
-        next = mapping.range().end().bytes();
-        (mapping.range().length(), matches!(mapping, Mapping::Zero { .. }))
-    };
-    let parts = lease.mappings().iter().map(part).collect();
-    assert_eq!(next, offset + length);
+    let mut parts: Vec<(u64, bool)> = Vec::new();
+    let mapped = image.map(range(offset, length), Holes::Told, lookup, |mapping| {
+        assert_eq!(mapping.range.offset().bytes(), next, "no gaps");
+        next = mapping.range.end().bytes();
+        let (length, is_zero) = (mapping.range.length(), mapping.content.is_zero());
+        match parts.last_mut() {
+            Some((before, was_zero)) if *was_zero && is_zero => *before += length,
+            _ => parts.push((length, is_zero)),
+        }
+        true
+    });
+    match mapped.unwrap() {
+        Mapped::Complete => assert_eq!(next, offset + length),
+        Mapped::Partial => panic!("all was wanted"),
+        Mapped::WouldBlock => return None,
+    }
     Some(parts)
 }
 

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::storage::fault::{Call, FailingStorage, Fault};
 use imgfmt::{
-    Access, Durability, Format, Image, Mapping, OpenOptions, Speed, Storage, TryRead, ZeroMode,
+    Access, Content, Durability, Format, Image, Mapping, OpenOptions, Speed, Storage, TryRead,
+    ZeroMode,
 };
 
 use crate::common::{Random, at, range, wait_until};
@@ -40,10 +41,10 @@ fn check_filled(disk: &Image) {
     }
 }
 
-fn read_mapped(mapping: &Mapping) -> Vec<u8> {
-    let Mapping::File { range, storage, offset } = mapping else { panic!("{mapping:?}") };
-    let mut bytes = vec![0; range.length() as usize];
-    storage.read_exact_at(*offset, &mut bytes).unwrap();
+fn read_mapped(mapping: Mapping<'_>) -> Vec<u8> {
+    let Content::File(span) = mapping.content else { panic!("{mapping:?}") };
+    let mut bytes = vec![0; mapping.range.length() as usize];
+    span.storage.read_exact_at(span.offset, &mut bytes).unwrap();
     bytes
 }
 
@@ -56,14 +57,14 @@ fn what_a_lease_maps_is_not_given_to_others() {
         disk.flush().unwrap();
         fill(&disk);
     }
-    assert_eq!(read_mapped(&lease.mappings()[0]), [7; CLUSTER as usize]);
+    assert_eq!(read_mapped(lease.mappings().next().unwrap()), [7; CLUSTER as usize]);
     drop(lease);
     disk.flush().unwrap();
     // Now the place is free: it is given away before the file grows.
     disk.write_at(at(100 * CLUSTER), &[5; CLUSTER as usize], CACHED).unwrap();
     let lease = disk.map_read(range(100 * CLUSTER, CLUSTER)).unwrap();
-    let Mapping::File { offset, .. } = &lease.mappings()[0] else { panic!("no data") };
-    assert_eq!(offset.bytes(), VICTIM);
+    let Content::File(span) = lease.mappings().next().unwrap().content else { panic!("no data") };
+    assert_eq!(span.offset.bytes(), VICTIM);
 }
 
 #[test]
@@ -82,7 +83,7 @@ fn a_lease_protects_also_what_is_freed_long_after_it_was_taken() {
         disk.flush().unwrap();
         fill(&disk);
     }
-    assert_eq!(read_mapped(&lease.mappings()[0]), [7; CLUSTER as usize]);
+    assert_eq!(read_mapped(lease.mappings().next().unwrap()), [7; CLUSTER as usize]);
 }
 
 #[test]
@@ -194,8 +195,9 @@ fn read_somewhere(disk: &Image, random: &mut Random) {
             let lease = disk.map_read(range(offset, length)).unwrap();
             std::thread::yield_now();
             for mapping in lease.mappings() {
-                if let Mapping::File { range, .. } = mapping {
-                    check_tags(range.offset().bytes(), &read_mapped(mapping), "read by a lease");
+                if let Content::File(_) = mapping.content {
+                    let start = mapping.range.offset().bytes();
+                    check_tags(start, &read_mapped(mapping), "read by a lease");
                 }
             }
         }

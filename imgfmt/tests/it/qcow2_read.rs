@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use imgfmt::{ExtentKind, Format, Image, Mapping, OpenOptions, TryRead};
+use imgfmt::{Content, ExtentKind, Format, Image, OpenOptions, TryRead};
 
 use crate::common::{self, Random, at, qemu, range};
 
@@ -30,18 +30,16 @@ fn assert_content(image: &Image, expected: &[u8], random: &mut Random, what: &st
             assert!(part == expected, "{what}: {length} bytes at {offset} differ, not blocking");
         }
     }
-    let lease = image.map_read(range(0, image.size())).unwrap();
+    let map = image.map_read(range(0, image.size())).unwrap();
     let mut position = 0;
-    for mapping in lease.mappings() {
-        let part = mapping.range();
+    for mapping in map.mappings() {
+        let part = mapping.range;
         assert_eq!(part.offset().bytes(), position, "{what}: a gap in the mappings");
         position = part.end().bytes();
         let mut bytes = vec![0; part.length() as usize];
-        match mapping {
-            Mapping::File { storage, offset, .. } => {
-                storage.read_exact_at(*offset, &mut bytes).unwrap();
-            }
-            Mapping::Zero { .. } => {}
+        match mapping.content {
+            Content::File(span) => span.storage.read_exact_at(span.offset, &mut bytes).unwrap(),
+            Content::Hole | Content::Zero => {}
             _ => image.read_at(part.offset(), &mut bytes).unwrap(),
         }
         let expected = &expected[part.offset().bytes() as usize..position as usize];

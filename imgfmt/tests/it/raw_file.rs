@@ -3,7 +3,7 @@
 use std::os::unix::fs::{FileExt, MetadataExt};
 
 use imgfmt::{
-    Access, Durability, ErrorKind, ExtentKind, Format, Image, Mapping, OpenOptions, Speed, ZeroMode,
+    Access, Content, Durability, ErrorKind, ExtentKind, Format, Image, OpenOptions, Speed, ZeroMode,
 };
 use tempfile::NamedTempFile;
 
@@ -116,14 +116,14 @@ fn a_mapping_names_the_place_in_the_file() {
     let file = file_of(MIB);
     let image = Image::open(file.path(), &raw(Access::ReadWrite)).unwrap();
     image.write_at(at(12345), b"here", Durability::Cached).unwrap();
-    let lease = image.map_read(range(12345, 4)).unwrap();
-    let [Mapping::File { range: piece, storage, offset }] = lease.mappings() else {
-        panic!("{lease:?}");
-    };
-    assert_eq!(*piece, range(12345, 4));
-    let fd = storage.as_fd().unwrap().try_clone_to_owned().unwrap();
+    let map = image.map_read(range(12345, 4)).unwrap();
+    assert_eq!(map.mappings().len(), 1);
+    let mapping = map.mappings().next().unwrap();
+    assert_eq!((mapping.range, mapping.depth), (range(12345, 4), 1));
+    let Content::File(span) = mapping.content else { panic!("{mapping:?}") };
+    let fd = span.storage.as_fd().unwrap().try_clone_to_owned().unwrap();
     let mut bytes = [0; 4];
-    std::fs::File::from(fd).read_exact_at(&mut bytes, offset.bytes()).unwrap();
+    std::fs::File::from(fd).read_exact_at(&mut bytes, span.offset.bytes()).unwrap();
     assert_eq!(&bytes, b"here");
 }
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
     Access, BackingFile, CreateOptions, Durability, Format, GuestOffset, GuestRange, Holes,
-    HostOffset, Image, L2Entries, Locking, Lookup, Mapping, OpenOptions, OpenPolicy, Storage,
-    TryRead,
+    HostOffset, Image, L2Entries, Locking, Lookup, Mapped, Mapping, OpenOptions, OpenPolicy,
+    Storage, TryRead,
 };
 
 use super::PrivateDirectory;
@@ -159,8 +159,8 @@ impl Storage for Shown {
         let Some(range) = GuestRange::new(GuestOffset::new(offset.bytes()), length) else {
             return false;
         };
-        let found = self.0.look_up(range, Holes::Told, Lookup::CachedOnly);
-        let is_data = |mapping: &Mapping| !matches!(mapping, Mapping::Zero { .. });
-        found.is_ok_and(|lease| lease.is_some_and(|lease| lease.mappings().iter().all(is_data)))
+        let is_data = |mapping: Mapping<'_>| !mapping.content.is_zero();
+        let found = self.0.map(range, Holes::Told, Lookup::CachedOnly, is_data);
+        found.is_ok_and(|mapped| mapped == Mapped::Complete)
     }
 }

@@ -151,7 +151,7 @@ impl Filter for Upstream {
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
         match (holes, lookup) {
-            (_, Lookup::Prompt) => return Ok(Mapped::WouldBlock),
+            (_, Lookup::CachedOnly) => return Ok(Mapped::WouldBlock),
             (Holes::AsData, _) => map.push_export(length),
             (Holes::Told, _) => {
                 let end = offset + length.min(MAP_LEN) as u64;

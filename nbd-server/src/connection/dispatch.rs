@@ -95,7 +95,8 @@ pub(super) fn map_in_place(
     holes: Holes,
     map: &mut ReadMap,
 ) -> bool {
-    let attempt = AssertUnwindSafe(|| export.map_read(offset, length, holes, Lookup::Prompt, map));
+    let attempt =
+        AssertUnwindSafe(|| export.map_read(offset, length, holes, Lookup::CachedOnly, map));
     matches!(catch_unwind(attempt), Ok(Ok(Mapped::Complete))) && map.len() == length
 }
 

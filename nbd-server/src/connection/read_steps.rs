@@ -284,7 +284,7 @@ impl WholeRead {
 /// What a range consists of, or its first part. What cannot be told shows when it is read.
 fn map_waiting(export: &dyn Export, offset: u64, length: usize) -> ReadMap {
     let mut map = ReadMap::new();
-    let mapped = export.map_read(offset, length, Holes::Told, Lookup::MayWait, &mut map);
+    let mapped = export.map_read(offset, length, Holes::Told, Lookup::MayRead, &mut map);
     match mapped {
         Ok(Mapped::Complete) if map.len() == length => map,
         Ok(Mapped::Partial) if !map.is_empty() && map.len() < length => map,

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image, Lease, Mapping};
+use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image};
 use nbd_proto::limits::MAX_PAYLOAD;
 use nbd_proto::wire::{
     AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
@@ -129,22 +129,6 @@ impl ImageExport {
     #[must_use]
     pub fn image(&self) -> &Image {
         &self.image
-    }
-
-    /// Only bytes of a raw file stay where they are for ever: others are read through the image.
-    fn push_mappings(&self, lease: &Lease, map: &mut ReadMap) {
-        for mapping in lease.mappings() {
-            // It lies in a request, whose length is bounded.
-            let length = mapping.range().length() as usize;
-            match (mapping, &self.file) {
-                (Mapping::Zero { .. }, _) => map.push_zero(length),
-                (Mapping::File { offset, .. }, Some(file)) => {
-                    let span = FileSpan { file: Arc::clone(file), offset: offset.bytes() };
-                    map.push_file(length, span);
-                }
-                _ => map.push_export(length),
-            }
-        }
     }
 
     fn range(offset: u64, length: u64) -> Result<GuestRange, ExportError> {
@@ -276,20 +260,28 @@ impl FastExport for ImageExport {
     ) -> Result<Mapped, ExportError> {
         let range = Self::range(offset, length as u64)?;
         let lookup = match lookup {
-            Lookup::MayWait => imgfmt::Lookup::MayRead,
-            Lookup::Prompt => imgfmt::Lookup::CachedOnly,
+            Lookup::MayRead => imgfmt::Lookup::MayRead,
+            Lookup::CachedOnly => imgfmt::Lookup::CachedOnly,
         };
-        let holes = match holes {
-            Holes::Told => imgfmt::Holes::Told,
-            Holes::AsData => imgfmt::Holes::AsData,
-        };
-        match self.image.look_up(range, holes, lookup) {
-            Ok(Some(lease)) => {
-                self.push_mappings(&lease, map);
-                Ok(Mapped::Complete)
+        let mapped = self.image.map(range, of_image(holes), lookup, |mapping| {
+            // It lies in a request, whose length is bounded.
+            let length = mapping.range.length() as usize;
+            match (mapping.content, &self.file) {
+                (content, _) if content.is_zero() => map.push_zero(length),
+                // Only bytes of a raw file stay where they are for ever: others are read through
+                // the image.
+                (imgfmt::Content::File(span), Some(file)) => {
+                    let span = FileSpan { file: Arc::clone(file), offset: span.offset.bytes() };
+                    map.push_file(length, span);
+                }
+                _ => map.push_export(length),
             }
-            Ok(None) => Ok(Mapped::WouldBlock),
-            Err(error) => Err(translate(&error)),
+            true
+        });
+        match mapped.map_err(|error| translate(&error))? {
+            imgfmt::Mapped::Complete => Ok(Mapped::Complete),
+            imgfmt::Mapped::Partial => Ok(Mapped::Partial),
+            imgfmt::Mapped::WouldBlock => Ok(Mapped::WouldBlock),
         }
     }
 
@@ -351,6 +343,13 @@ fn allocation(kind: ExtentKind) -> AllocationFlags {
         ExtentKind::Data => AllocationFlags::empty(),
         ExtentKind::Zero => AllocationFlags::STATE_ZERO,
         ExtentKind::Hole => AllocationFlags::STATE_HOLE | AllocationFlags::STATE_ZERO,
+    }
+}
+
+const fn of_image(holes: Holes) -> imgfmt::Holes {
+    match holes {
+        Holes::Told => imgfmt::Holes::Told,
+        Holes::AsData => imgfmt::Holes::AsData,
     }
 }
 

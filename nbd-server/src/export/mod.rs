@@ -309,7 +309,7 @@ pub trait FastExport: Send + Sync {
     }
 
     /// Tells what a range that is about to be read consists of: appends parts to `map`, which is
-    /// empty, until they have `length` bytes. With [`Lookup::MayWait`] it may stop before that
+    /// empty, until they have `length` bytes. With [`Lookup::MayRead`] it may stop before that
     /// ([`Mapped::Partial`]) and is asked for the rest: a map that holds bytes should have no more
     /// than some MiB of them. Zeroes are told where metadata knows of them; content
     /// is not looked at. Bytes of a file may be told only if they stay in that place for ever: the

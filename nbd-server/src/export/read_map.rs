@@ -1,4 +1,7 @@
 //! [`ReadMap`]: what a range of a disk consists of, for whoever is about to read it.
+//!
+//! `imgfmt` has types of the same names for its images. These are the server's own, because an export
+//! need not be an image: without the feature `image` there is no `imgfmt`.
 
 use std::sync::Arc;
 
@@ -26,9 +29,9 @@ pub enum Holes {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Lookup {
     /// Metadata may be read from the disk.
-    MayWait,
+    MayRead,
     /// Only what is in memory is looked at.
-    Prompt,
+    CachedOnly,
 }
 
 /// What came of looking for the parts of a range.
@@ -36,7 +39,7 @@ pub enum Lookup {
 pub enum Mapped {
     /// The map holds the whole range.
     Complete,
-    /// The map holds the first part of the range, and not nothing. With [`Lookup::MayWait`] only.
+    /// The map holds the first part of the range, and not nothing. With [`Lookup::MayRead`] only.
     Partial,
     /// Metadata would have to be read first; the map is of no use.
     WouldBlock,

@@ -171,7 +171,7 @@ fn use_it(export: &dyn Export, noting: &Noting) -> Vec<String> {
         format!("{:?}", export.info()),
         format!("{:?}", export.read_at(1, &mut short)),
         format!("{:?}", export.try_read_at(2, &mut long, Holes::Told)),
-        format!("{:?}", export.map_read(3, 4, Holes::Told, Lookup::MayWait, &mut map)),
+        format!("{:?}", export.map_read(3, 4, Holes::Told, Lookup::MayRead, &mut map)),
         format!("{map:?}"),
         format!("{:?}", export.may_block(Operation::Write(5, durable))),
         format!("{:?}", export.write_at(6, &[7], durable)),

@@ -283,7 +283,7 @@ impl FastExport for Striped {
         lookup: Lookup,
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
-        if lookup == Lookup::Prompt && !self.is_prompt {
+        if lookup == Lookup::CachedOnly && !self.is_prompt {
             return Ok(Mapped::WouldBlock);
         }
         let end = offset + length as u64;

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::Checker;
-use crate::driver::Driver;
+use crate::layer::WritableLayer;
 use crate::options::{Access, OpenOptions};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::header::Header;

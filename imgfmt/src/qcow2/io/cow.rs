@@ -5,6 +5,7 @@ use crate::mapping::Holes;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::plan::{Fill, Merged, Old, Plan};
 use crate::qcow2::map::lookup::Lookup;
+use crate::read::{read_at, try_read_at};
 use crate::storage::{Speed, TryRead, ZeroMode};
 use crate::units::{GuestOffset, HostOffset};
 use crate::zero::is_zero;
@@ -95,9 +96,9 @@ impl Qcow2 {
         let offset = GuestOffset::new(plan.guest_start + from);
         let bytes = merged.part_mut(from, to);
         match lookup {
-            Lookup::MayRead => self.read_range(offset, bytes).map(|()| true),
+            Lookup::MayRead => read_at(self, offset, bytes).map(|()| true),
             Lookup::CachedOnly => {
-                Ok(self.try_read_range(offset, bytes, Holes::AsData)? == TryRead::Complete)
+                Ok(try_read_at(self, offset, bytes, Holes::AsData)? == TryRead::Complete)
             }
         }
     }
@@ -134,7 +135,7 @@ impl Qcow2 {
         let mut position = fill.start;
         while position < fill.end {
             let part = &mut buffer[..(fill.end - position).min(COPY_BYTES) as usize];
-            self.read_range(GuestOffset::new(plan.guest_start + position), part)?;
+            read_at(self, GuestOffset::new(plan.guest_start + position), part)?;
             let length = part.len() as u64;
             if !is_zero(part) {
                 self.write_data(host + position, part, guest)?;

@@ -6,7 +6,8 @@ use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::{Lookup, span};
 use crate::qcow2::map::tables::Change;
-use crate::qcow2::on_disk::l2::{Cluster, Content};
+use crate::qcow2::on_disk::l2::{Cluster, Subcluster};
+use crate::read::extents;
 use crate::storage::{Speed, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
@@ -97,7 +98,7 @@ impl Qcow2 {
         let mut position = 0;
         while position < self.size {
             let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
-            self.push_extents(span(position, self.size), &mut list)?;
+            extents(self, span(position, self.size), &mut list)?;
             for extent in list.into_vec() {
                 let end = extent.range.end().bytes();
                 let is_marked = extent.depth == 1 && extent.kind != ExtentKind::Data;
@@ -185,10 +186,10 @@ impl Qcow2 {
         let old = old.map_err(|error| self.metadata.note_damage(error))?;
         let subcluster = geometry.in_cluster(start) / unit;
         match old.content(geometry, subcluster as u32) {
-            Content::Zero => Ok(Edge::Zero),
-            Content::Compressed(_) => Ok(Edge::Data),
-            Content::Stored(_) => self.is_zero_here(start, end).map(zero_or_data),
-            Content::Unallocated => {
+            Subcluster::Zero => Ok(Edge::Zero),
+            Subcluster::Compressed(_) => Ok(Edge::Data),
+            Subcluster::Stored(_) => self.is_zero_here(start, end).map(zero_or_data),
+            Subcluster::Unallocated => {
                 // What is zeroed may be anything now, if the rest of the subcluster is zero.
                 let (whole, whole_end) = (start / unit * unit, (start / unit + 1) * unit);
                 let is_zero =
@@ -206,18 +207,18 @@ impl Qcow2 {
             return Ok(true);
         }
         let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
-        backing.driver.extents(inside, &mut list)?;
+        extents(&*backing.layer, inside, &mut list)?;
         Ok(is_zero_until(&list.into_vec(), inside.end().bytes()))
     }
 
     /// Whether a range reads as zero already, and will whatever lies below this layer.
     fn is_zero_here(&self, start: u64, end: u64) -> Result<bool> {
         let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
-        self.push_extents(span(start, end), &mut list)?;
-        let extents = list.into_vec();
+        extents(self, span(start, end), &mut list)?;
+        let found = list.into_vec();
         // See `marks_zeroes` about the second.
         let is_here = |extent: &Extent| extent.depth == 1 || !self.names_backing();
-        Ok(is_zero_until(&extents, end) && extents.iter().all(is_here))
+        Ok(is_zero_until(&found, end) && found.iter().all(is_here))
     }
 
     /// Erases a range of whole subclusters, table by table.

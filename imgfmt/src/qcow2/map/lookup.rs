@@ -7,9 +7,10 @@ use crate::error::Result;
 pub(in crate::qcow2) use crate::mapping::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::table::Table;
-use crate::qcow2::on_disk::l2::{Cluster, Content, OFFSET_MASK};
+use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK, Subcluster};
 use crate::qcow2::on_disk::words::read_words;
-use crate::units::{GuestOffset, GuestRange};
+use crate::units::GuestRange;
+pub(in crate::qcow2) use crate::units::span;
 
 /// Most entries of a table that are looked at for one piece.
 const ENTRIES_MAX: u64 = 1024;
@@ -19,7 +20,7 @@ const ENTRIES_MAX: u64 = 1024;
 pub(in crate::qcow2) struct Piece {
     pub(in crate::qcow2) range: GuestRange,
     /// For stored data: where the piece starts, not where its cluster does.
-    pub(in crate::qcow2) content: Content,
+    pub(in crate::qcow2) content: Subcluster,
     /// How many entries of a table had to be looked at.
     pub(in crate::qcow2) entries: u64,
 }
@@ -27,11 +28,12 @@ pub(in crate::qcow2) struct Piece {
 impl Piece {
     fn is_continued_by(&self, next: &Self) -> bool {
         match (self.content, next.content) {
-            (Content::Stored(host), Content::Stored(after)) => {
+            (Subcluster::Stored(host), Subcluster::Stored(after)) => {
                 host.checked_add(self.range.length()) == Some(after)
             }
-            (Content::Zero, Content::Zero) | (Content::Unallocated, Content::Unallocated) => true,
-            (Content::Compressed(host), Content::Compressed(after)) => host == after,
+            (Subcluster::Zero, Subcluster::Zero)
+            | (Subcluster::Unallocated, Subcluster::Unallocated) => true,
+            (Subcluster::Compressed(host), Subcluster::Compressed(after)) => host == after,
             _ => false,
         }
     }
@@ -100,7 +102,7 @@ impl MappingTables {
         match self.table_offset(l1_index)? {
             0 => {
                 let range = span(start, end);
-                Ok(Some(Piece { range, content: Content::Unallocated, entries: 0 }))
+                Ok(Some(Piece { range, content: Subcluster::Unallocated, entries: 0 }))
             }
             offset => {
                 let load = || self.read_table(offset);
@@ -133,34 +135,10 @@ impl MappingTables {
         let in_subcluster = start % size;
         let subcluster = geometry.in_cluster(start) / size;
         let mut content = self.decode(table, start)?.content(geometry, subcluster as u32);
-        if let Content::Stored(host) = &mut content {
+        if let Subcluster::Stored(host) = &mut content {
             *host += in_subcluster;
         }
         let stop = end.min((start - in_subcluster).saturating_add(size));
         Ok(Piece { range: span(start, stop), content, entries: 1 })
     }
-
-    /// Calls `each` with the pieces of a range in turn until it returns false. Returns false if that
-    /// was not possible without reading metadata.
-    pub(in crate::qcow2) fn for_each_piece(
-        &self,
-        range: GuestRange,
-        lookup: Lookup,
-        mut each: impl FnMut(&Piece) -> Result<bool>,
-    ) -> Result<bool> {
-        let (mut position, end) = (range.offset().bytes(), range.end().bytes());
-        while position < end {
-            let Some(piece) = self.piece(position, end, lookup)? else { return Ok(false) };
-            if !each(&piece)? {
-                break;
-            }
-            position = piece.range.end().bytes();
-        }
-        Ok(true)
-    }
-}
-
-/// The range from `start` to `end`, which does not lie before.
-pub(in crate::qcow2) fn span(start: u64, end: u64) -> GuestRange {
-    GuestRange::between(GuestOffset::new(start), GuestOffset::new(end)).unwrap_or_default()
 }

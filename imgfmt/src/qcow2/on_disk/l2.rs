@@ -51,7 +51,7 @@ pub(crate) struct Cluster {
 
 /// What one subcluster holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Content {
+pub(crate) enum Subcluster {
     /// Data at this offset of the host cluster's file (of the subcluster's start).
     Stored(u64),
     Zero,
@@ -146,15 +146,15 @@ impl EntryFormat {
 
 impl Cluster {
     /// What the subcluster of this number holds.
-    pub(crate) fn content(&self, geometry: Geometry, subcluster: u32) -> Content {
+    pub(crate) fn content(&self, geometry: Geometry, subcluster: u32) -> Subcluster {
         let bit = 1 << subcluster;
         match (self.compressed, self.host) {
-            (Some(compressed), _) => Content::Compressed(compressed),
+            (Some(compressed), _) => Subcluster::Compressed(compressed),
             (None, Some(host)) if self.allocated & bit != 0 => {
-                Content::Stored(host + u64::from(subcluster) * geometry.subcluster_size())
+                Subcluster::Stored(host + u64::from(subcluster) * geometry.subcluster_size())
             }
-            _ if self.zero & bit != 0 => Content::Zero,
-            _ => Content::Unallocated,
+            _ if self.zero & bit != 0 => Subcluster::Zero,
+            _ => Subcluster::Unallocated,
         }
     }
 }
@@ -177,9 +177,9 @@ mod tests {
         let (entry, bitmap) = (COPIED | 0x70000, 0x0000_ff00_0000_00ff);
         let cluster = format(true).decode(entry, bitmap).unwrap();
         assert_eq!(format(true).encode(cluster), (entry, bitmap));
-        assert_eq!(cluster.content(format(true).geometry, 1), Content::Stored(0x70800));
-        assert_eq!(cluster.content(format(true).geometry, 8), Content::Zero);
-        assert_eq!(cluster.content(format(true).geometry, 31), Content::Unallocated);
+        assert_eq!(cluster.content(format(true).geometry, 1), Subcluster::Stored(0x70800));
+        assert_eq!(cluster.content(format(true).geometry, 8), Subcluster::Zero);
+        assert_eq!(cluster.content(format(true).geometry, 31), Subcluster::Unallocated);
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod export;
 use std::ffi::OsString;
 
 use clap::Args;
-use imgfmt::{Extent, ExtentKind, Format, GuestOffset, GuestRange, Image, Mapping};
+use imgfmt::{Content, Extent, ExtentKind, Format, GuestOffset, GuestRange, Image};
 use serde::Serialize;
 
 use super::open::OpenArgs;
@@ -178,10 +178,10 @@ fn parts(
         return each(part(extent.range, false, None));
     }
     for mapping in image.map_read(extent.range)?.mappings() {
-        each(match mapping {
-            Mapping::File { range, offset, .. } => part(*range, false, Some(offset.bytes())),
-            Mapping::Encoded { range } => part(*range, true, None),
-            other => part(other.range(), false, None),
+        each(match mapping.content {
+            Content::File(span) => part(mapping.range, false, Some(span.offset.bytes())),
+            Content::Encoded(_) => part(mapping.range, true, None),
+            _ => part(mapping.range, false, None),
         })?;
     }
     Ok(())

@@ -167,7 +167,7 @@ fn the_moment_is_never_in_the_middle_of_a_write() {
 /// What the map of a view calls zero was zero at the checkpoint.
 fn check_map(view: &PointInTimeView, before: &[u8], offset: usize, length: usize) {
     let mut map = ReadMap::new();
-    let mapped = view.map_read(offset as u64, length, Holes::Told, Lookup::Prompt, &mut map);
+    let mapped = view.map_read(offset as u64, length, Holes::Told, Lookup::CachedOnly, &mut map);
     assert_eq!((mapped.unwrap(), map.len()), (Mapped::Complete, length));
     let mut at = offset;
     for part in map.segments() {

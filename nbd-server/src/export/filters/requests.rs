@@ -117,7 +117,7 @@ impl Filter for RequestFilter {
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
         match (self.options.blocking, lookup) {
-            (Blocking::Always, Lookup::Prompt) => Ok(Mapped::WouldBlock),
+            (Blocking::Always, Lookup::CachedOnly) => Ok(Mapped::WouldBlock),
             _ => self.inner.map_read(offset, length, holes, lookup, map),
         }
     }
@@ -328,7 +328,7 @@ mod tests {
         assert_eq!(export.may_block(write), MayBlock::Yes);
         assert_eq!(export.try_read_at(0, &mut [0], Holes::Told), Ok(TryRead::WouldBlock));
         let mut map = ReadMap::new();
-        let mapped = export.map_read(0, 1, Holes::Told, Lookup::Prompt, &mut map);
+        let mapped = export.map_read(0, 1, Holes::Told, Lookup::CachedOnly, &mut map);
         assert_eq!(mapped, Ok(Mapped::WouldBlock));
         assert_eq!(export.try_write_at(0, &[1]), Ok(TryWrite::WouldBlock));
     }

@@ -1,0 +1,189 @@
+//! What is done with the parts that a walk finds: they are read, listed as extents, or told to a
+//! caller who moves the bytes.
+
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::extent::{Extent, ExtentList};
+use crate::layer::{Layer, Walk};
+use crate::mapping::{Content, FileSpan, Holes, Lookup, Mapped, Mapping};
+use crate::storage::TryRead;
+use crate::units::{GuestOffset, GuestRange, span};
+
+/// Holes of files are seldom smaller than this, in bytes.
+const BLOCK: usize = 4096;
+
+/// How many entries of tables are looked at for one list of extents.
+const EFFORT_MAX: u64 = 1 << 16;
+
+/// Fills `buffer` from `offset` on. A lease is the caller's matter.
+pub(crate) fn read_at(layer: &dyn Layer, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+    let range = range_of(offset, buffer);
+    let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
+        read_mapping(layer, &mapping, part_of(buffer, offset, mapping.range)).map(|()| true)
+    };
+    let mut walk = Walk::new(Holes::AsData, Lookup::MayRead, &mut visit);
+    layer.map(range, &mut walk).map(drop)
+}
+
+fn read_mapping(layer: &dyn Layer, mapping: &Mapping<'_>, buffer: &mut [u8]) -> Result<()> {
+    let offset = mapping.range.offset();
+    match mapping.content {
+        Content::Hole | Content::Zero => buffer.fill(0),
+        Content::Encoded(encoded) => layer.decode(encoded, offset, buffer)?,
+        Content::File(file) if file.may_pass_end => {
+            let read = file.storage.read_at(file.offset, buffer);
+            let read = read.map_err(|error| layer.io_error("read", error, offset))?;
+            buffer[read..].fill(0);
+        }
+        Content::File(file) => {
+            let read = file.storage.read_exact_at(file.offset, buffer);
+            read.map_err(|error| layer.io_error("read", error, offset))?;
+        }
+    }
+    Ok(())
+}
+
+/// Fills `buffer` from `offset` on if that takes no waiting. With [`Holes::Told`] it gives up as soon
+/// as it meets one.
+pub(crate) fn try_read_at(
+    layer: &dyn Layer,
+    offset: GuestOffset,
+    buffer: &mut [u8],
+    holes: Holes,
+) -> Result<TryRead> {
+    let range = range_of(offset, buffer);
+    let mut outcome = TryRead::Complete;
+    let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
+        let part = part_of(buffer, offset, mapping.range);
+        outcome = try_read_mapping(layer, &mapping, part, holes)?;
+        Ok(outcome == TryRead::Complete)
+    };
+    let mut walk = Walk::new(holes, Lookup::CachedOnly, &mut visit);
+    match layer.map(range, &mut walk)? {
+        Mapped::WouldBlock => Ok(TryRead::WouldBlock),
+        Mapped::Complete | Mapped::Partial => Ok(outcome),
+    }
+}
+
+fn try_read_mapping(
+    layer: &dyn Layer,
+    mapping: &Mapping<'_>,
+    buffer: &mut [u8],
+    holes: Holes,
+) -> Result<TryRead> {
+    match mapping.content {
+        Content::Hole | Content::Zero if holes == Holes::Told => Ok(TryRead::Sparse),
+        Content::Hole | Content::Zero => {
+            buffer.fill(0);
+            Ok(TryRead::Complete)
+        }
+        Content::Encoded(_) => Ok(TryRead::WouldBlock),
+        Content::File(file) => match file.storage.try_read_at(file.offset, buffer) {
+            // Whether zeroes are a hole has to be asked for, and that may take waiting.
+            Ok(TryRead::Complete) if file.may_have_holes && !is_surely_data(buffer) => {
+                Ok(TryRead::WouldBlock)
+            }
+            // The last cluster may go on past the end of the file.
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+                Ok(TryRead::WouldBlock)
+            }
+            read => read.map_err(|error| layer.io_error("read", error, mapping.range.offset())),
+        },
+    }
+}
+
+/// Calls `each` with the mappings of a range in turn, until it returns false. What they name a caller
+/// can move by himself.
+pub(crate) fn map(
+    layer: &dyn Layer,
+    range: GuestRange,
+    (holes, lookup): (Holes, Lookup),
+    mut each: impl FnMut(Mapping<'_>) -> bool,
+) -> Result<Mapped> {
+    let mut is_unknown = false;
+    let mut known_length: Option<(*const (), u64)> = None;
+    let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
+        let Content::File(file) = mapping.content else { return Ok(each(mapping)) };
+        if file.may_have_holes {
+            is_unknown = true;
+            return Ok(false);
+        }
+        if !file.may_pass_end {
+            return Ok(each(mapping));
+        }
+        let identity = Arc::as_ptr(file.storage).cast::<()>();
+        let length = match known_length {
+            Some((known, length)) if known == identity => length,
+            _ => {
+                let io = |error| layer.io_error("map", error, mapping.range.offset());
+                file.storage.len().map_err(io)?
+            }
+        };
+        known_length = Some((identity, length));
+        let (inside, behind) = split_at_end(mapping, file, length, holes);
+        Ok((inside.range.is_empty() || each(inside)) && (behind.range.is_empty() || each(behind)))
+    };
+    let mapped = layer.map(range, &mut Walk::new(holes, lookup, &mut visit))?;
+    Ok(if is_unknown { Mapped::WouldBlock } else { mapped })
+}
+
+/// Splits stored bytes where the storage, of `length` bytes, ends: what follows reads as zero, but is
+/// no hole.
+fn split_at_end<'a>(
+    mapping: Mapping<'a>,
+    file: FileSpan<'a>,
+    length: u64,
+    holes: Holes,
+) -> (Mapping<'a>, Mapping<'a>) {
+    let (start, end) = (mapping.range.offset().bytes(), mapping.range.end().bytes());
+    let offset = file.offset.bytes();
+    let stop = start + length.saturating_sub(offset).min(mapping.range.length());
+    let behind = match holes {
+        Holes::AsData => Content::Zero,
+        Holes::Told => Content::Encoded(crate::mapping::Encoded { offset, length: 0 }),
+    };
+    (
+        Mapping { range: span(start, stop), ..mapping },
+        Mapping { range: span(stop, end), content: behind, ..mapping },
+    )
+}
+
+/// Appends the extents of a range to a list until its end, or until the list wants no more.
+pub(crate) fn extents(layer: &dyn Layer, range: GuestRange, list: &mut ExtentList) -> Result<()> {
+    let mut visit = |_: &dyn Layer, Mapping { range, content, depth }: Mapping<'_>| {
+        Ok(list.push(Extent { range, kind: content.kind(), depth }))
+    };
+    // A disk may be so large, or say the same for so long, that the end is hours away.
+    let walk = Walk::new(Holes::Told, Lookup::MayRead, &mut visit);
+    layer.map(range, &mut walk.with_effort(EFFORT_MAX)).map(drop)
+}
+
+/// Starts to bring a range into memory.
+pub(crate) fn readahead(layer: &dyn Layer, range: GuestRange) -> Result<()> {
+    let mut visit = |layer: &dyn Layer, mapping: Mapping<'_>| {
+        if let Content::File(file) = mapping.content {
+            let ahead = file.storage.readahead(file.offset, mapping.range.length());
+            let io = |error| layer.io_error("read ahead in", error, mapping.range.offset());
+            ahead.map_err(io)?;
+        }
+        Ok(true)
+    };
+    layer.map(range, &mut Walk::new(Holes::AsData, Lookup::MayRead, &mut visit)).map(drop)
+}
+
+fn range_of(offset: GuestOffset, buffer: &[u8]) -> GuestRange {
+    span(offset.bytes(), offset.bytes() + buffer.len() as u64)
+}
+
+/// The part of a buffer that begins at `offset` of the disk.
+#[inline]
+fn part_of(buffer: &mut [u8], offset: GuestOffset, range: GuestRange) -> &mut [u8] {
+    let start = (range.offset().bytes() - offset.bytes()) as usize;
+    &mut buffer[start..start + range.length() as usize]
+}
+
+/// Whether the content alone shows that there is no hole. "No" says nothing.
+fn is_surely_data(content: &[u8]) -> bool {
+    content.chunks(BLOCK).all(|block| block.iter().take(16).any(|byte| *byte != 0))
+}
