@@ -1,7 +1,7 @@
-//! Which backup a file is, and after which backup a bitmap began.
+//! The identity of a backup, and the backup after which a bitmap started.
 //!
 //! A backup file records its identity, and a disk records for each bitmap the backup after which it
-//! began. An incremental backup is valid only on that backup.
+//! started. An incremental backup is valid only on that backup.
 
 use std::fmt;
 use std::fs::File;
@@ -13,7 +13,7 @@ use std::str::FromStr;
 pub struct Uuid([u8; 16]);
 
 impl Uuid {
-    /// A new random one (version 4 of RFC 9562).
+    /// Creates a random UUID (version 4 of RFC 9562).
     ///
     /// # Errors
     ///
@@ -82,38 +82,38 @@ impl FromStr for Uuid {
     }
 }
 
-/// Which backup a file is.
+/// The identity of a backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BackupIdentity {
     /// The backup itself.
     pub id: Uuid,
-    /// What it was made upon.
+    /// Its base.
     pub base: BackupBase,
-    /// The disk it is of, if that has an identity.
+    /// The disk, if it has an identity.
     pub disk: Option<Uuid>,
-    /// Size of the disk in bytes. That of the image is rounded up to 512.
+    /// Size of the disk in bytes. That of the image is rounded up to a multiple of 512.
     pub disk_size: u64,
-    /// The bitmap that says what has changed since, if one does: at most 1023 bytes.
+    /// The bitmap that records the changes since, if there is one: at most 1023 bytes.
     pub bitmap: Option<String>,
-    /// The name of the export it was read from; at most 4096 bytes.
+    /// The name of the export that was backed up; at most 4096 bytes.
     pub export: String,
 }
 
-/// What a backup was made upon.
+/// The base of a backup.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackupBase {
     /// Nothing: a full backup.
     #[default]
     None,
-    /// The backup of that identity.
+    /// The backup with that identity.
     Backup(Uuid),
-    /// A file that the user has vouched for; its own identity, if it has one.
+    /// A file that the user has vouched for, with its identity, if it has one.
     Trusted(Option<Uuid>),
 }
 
 impl BackupBase {
-    /// The identity of the base, if it has one.
+    /// Returns the identity of the base, if it has one.
     pub fn id(self) -> Option<Uuid> {
         match self {
             Self::None => None,
@@ -124,36 +124,37 @@ impl BackupBase {
 }
 
 impl BackupIdentity {
-    /// A full backup of a disk of that size in bytes.
+    /// Creates the identity of a full backup of a disk of that size in bytes.
     pub fn new(id: Uuid, disk_size: u64) -> Self {
         let base = BackupBase::None;
         Self { id, base, disk: None, disk_size, bitmap: None, export: String::new() }
     }
 }
 
-/// What a file says about the backup that it is.
+/// The identity recorded in a backup file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Backup {
-    /// Which one.
+    /// The identity.
     pub identity: BackupIdentity,
-    /// The file has its length, nobody who keeps to the format has opened it for writing since (this
-    /// crate lets it be opened, and looks whether it is changed), and if it is still the same file, it
-    /// was not modified. That a copy was changed by others than those cannot be told.
+    /// True if the file has its recorded length, no program that respects the format has opened it
+    /// for writing since (this crate may have opened it, and checks for changes), and, if it is
+    /// still the same file, it was not modified. Changes of a copy by other programs cannot be
+    /// detected.
     pub is_unchanged: bool,
 }
 
-/// After which backup a bitmap began.
+/// The backup after which a bitmap started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BeganAfter {
-    /// The image does not say.
+    /// Unknown: the image does not record it.
     #[default]
     Unknown,
-    /// After this one.
+    /// This one.
     Backup(Uuid),
-    /// After this one, unless the bitmap has been cleared since: another program has had the image
-    /// open for writing.
+    /// This one, unless the bitmap has been cleared since: another program has had the image open
+    /// for writing.
     PerhapsBackup(Uuid),
 }
 

@@ -1,4 +1,4 @@
-//! What a new image is to be like, and what is to change in one that exists.
+//! Options for creating and amending images.
 
 use std::ffi::OsString;
 
@@ -7,22 +7,22 @@ use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::options::Locking;
 
-/// How the clusters of a new qcow2 image are compressed, if any ever are.
+/// The compression of clusters of a new qcow2 image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CompressionType {
-    /// Understood by every reader.
+    /// Supported by every reader.
     #[default]
     Zlib,
     /// Faster; QEMU 5.1 and later.
     Zstd,
 }
 
-/// Which version of the qcow2 format a new image has.
+/// The version of the qcow2 format of a new image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Qcow2Version {
     /// Without zero clusters and feature bits; QEMU before 1.1 needs it.
     V2,
-    /// The present one.
+    /// The current version.
     #[default]
     V3,
 }
@@ -33,26 +33,26 @@ pub enum L2Entries {
     /// A cluster is allocated as a whole.
     #[default]
     Standard,
-    /// Each 32nd part of a cluster is allocated by itself; QEMU 5.2 and later.
+    /// Each 32nd part of a cluster is allocated separately; QEMU 5.2 and later.
     Extended,
 }
 
-/// Which clusters of a new qcow2 image have a place in the file from the start.
+/// The preallocation of clusters of a new qcow2 image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Preallocation {
-    /// None: the file grows with what is written.
+    /// None: the file grows with the writes.
     #[default]
     Off,
-    /// All have one, and it is a hole of the file.
+    /// All clusters are allocated, as holes of the file.
     Metadata,
-    /// All have one, and the file system has set the space aside.
+    /// All clusters are allocated, and the file system has reserved their space.
     Falloc,
-    /// All have one, and zeroes are written there.
+    /// All clusters are allocated and filled with zeroes.
     Full,
 }
 
-/// Whether other programs may leave the refcounts of an image wrong while they have it open, and
-/// repair them after a crash. This crate never does.
+/// Whether other programs may leave the refcounts of an image wrong while it is open, and repair
+/// them after a crash. This crate never does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum LazyRefcounts {
     /// They may not.
@@ -62,45 +62,46 @@ pub enum LazyRefcounts {
     On,
 }
 
-/// What is to change in a qcow2 image that exists, see [`Image::amend`](crate::Image::amend); `None` leaves it
-/// as it is.
+/// The changes of an existing qcow2 image by [`Image::amend`](crate::Image::amend); `None` keeps a
+/// property.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Amendment {
-    /// Its version. Version 2 is possible without bitmaps, snapshots and features that it does not have;
-    /// clusters that are noted as zero get other forms then, zeroes as data where a backing file would show.
+    /// Its version. Version 2 is possible without bitmaps, snapshots and features that it does not
+    /// support; zero clusters are converted, to data where a backing file would show.
     pub version: Option<Qcow2Version>,
-    /// Whether other programs may be late with refcounts.
+    /// Whether other programs may leave refcounts wrong while the image is open.
     pub lazy_refcounts: Option<LazyRefcounts>,
     /// Width of a refcount in bits: a power of two from 1 to 64.
     pub refcount_bits: Option<u32>,
-    /// Size of the disk in bytes; not smaller than it is.
+    /// Size of the disk in bytes; not smaller than the current one.
     pub size: Option<u64>,
 }
 
-/// How data is kept in a file of its own.
+/// The role of a separate data file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DataFile {
-    /// Only together with the image does it mean anything.
+    /// It is meaningful only together with the image.
     Plain,
-    /// By itself it is a raw image of the disk.
+    /// It is a raw image of the disk.
     Raw,
 }
 
-/// What a new image is to be like; made with [`CreateOptions::new`], changed field by field.
+/// Options of a new image; created with [`CreateOptions::new`], changed field by field.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct CreateOptions {
-    /// The image's format.
+    /// The format of the image.
     pub format: Format,
     /// Size of the disk in bytes; `None` takes the backing file's.
     pub size: Option<u64>,
-    /// Name of the backing file as it is to stand in the image (a relative one starts at the
-    /// image's folder), and its format.
+    /// Name of the backing file, as stored in the image (a relative one starts at the image's
+    /// directory), and its format.
     pub backing: Option<(OsString, Format)>,
-    /// What the backing file may be: it is looked at, and its size is taken. By default any file.
+    /// The policy for the backing file, which is examined for its size. By default any file.
     pub backing_policy: OpenPolicy,
-    /// How the backing file, and a new file that is filled, are locked meanwhile. Devices always are.
+    /// Locking of the backing file, and of a new file that is filled, during the creation. Devices
+    /// are always locked.
     pub locking: Locking,
     /// Version of the qcow2 format.
     pub version: Qcow2Version,
@@ -108,25 +109,26 @@ pub struct CreateOptions {
     pub cluster_size: u64,
     /// Width of a refcount in bits: a power of two from 1 to 64.
     pub refcount_bits: u32,
-    /// How clusters are compressed.
+    /// The compression of clusters.
     pub compression: CompressionType,
-    /// Whether there are subclusters.
+    /// Whether the image has subclusters.
     pub l2_entries: L2Entries,
-    /// Whether other programs may be late with refcounts.
+    /// Whether other programs may leave refcounts wrong while the image is open.
     pub lazy_refcounts: LazyRefcounts,
-    /// Which clusters have a place from the start. Not with a backing file.
+    /// The preallocation of clusters. Not possible with a backing file.
     pub preallocation: Preallocation,
-    /// Name of a new file that is to hold the data. A relative one starts at the image's folder;
-    /// QEMU would look for it in its own working folder, so better give an absolute one. Not with
-    /// a backing file.
+    /// Name of a new data file. A relative one starts at the image's directory; QEMU would look for
+    /// it in its own working directory, so an absolute one is better. Not possible with a backing
+    /// file.
     pub data_file: Option<(OsString, DataFile)>,
-    /// Asked again and again while zeroes are written for [`Preallocation::Full`], which may take long: `true`
-    /// gives the creation up, and nothing of it stays.
+    /// Called repeatedly while zeroes are written for [`Preallocation::Full`], which may take long:
+    /// `true` cancels the creation, and nothing of it remains.
     pub give_up: fn() -> bool,
 }
 
 impl CreateOptions {
-    /// An image of this format with a disk of `size` bytes, and otherwise what QEMU makes.
+    /// Creates the options of an image of this format with a disk of `size` bytes, and QEMU's
+    /// defaults.
     pub fn new(format: Format, size: u64) -> Self {
         Self {
             format,
@@ -146,7 +148,7 @@ impl CreateOptions {
         }
     }
 
-    /// A qcow2 image over a backing file, of the same size.
+    /// Creates the options of a qcow2 image over a backing file, with the same size.
     pub fn overlay(backing: impl Into<OsString>, format: Format) -> Self {
         let backing = Some((backing.into(), format));
         Self { size: None, backing, ..Self::new(Format::Qcow2, 0) }

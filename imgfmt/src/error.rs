@@ -1,7 +1,7 @@
-//! The error of every operation of this crate.
+//! The error type of this crate.
 //!
-//! An [`Error`] names the operation, the file, the offset, the cause and the remedy. Callers match on
-//! [`Error::kind`]; users read the [`Display`](fmt::Display) form.
+//! An [`Error`] names the operation, the file, the offset, the cause and the remedy. Callers match
+//! on [`Error::kind`]; users read the [`Display`](fmt::Display) form.
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::format::Format;
 
-/// What class of failure an [`Error`] is.
+/// The class of an [`Error`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
@@ -18,7 +18,7 @@ pub enum ErrorKind {
     Io,
     /// The file is not an image of the expected format, or its header contradicts itself.
     InvalidFormat,
-    /// The image uses a feature that this version does not have, or a request asked for one.
+    /// The image or a request needs a feature that this version does not support.
     Unsupported,
     /// The image's metadata is damaged.
     Corrupt,
@@ -28,8 +28,8 @@ pub enum ErrorKind {
     ReadOnly,
     /// No space is left where the image is stored.
     NoSpace,
-    /// The caller's policy forbids what the image refers to, or a guard
-    /// against harmful content refused a write.
+    /// The caller's policy forbids a file that the image names, or a guard against harmful content
+    /// refused a write.
     PolicyDenied,
     /// Another program, or another open image of this program, has the file locked.
     Busy,
@@ -37,15 +37,15 @@ pub enum ErrorKind {
     NotFound,
     /// The user may not open the file.
     PermissionDenied,
-    /// A fast operation was asked for and only a slow one exists here. Nothing has been changed.
+    /// A fast operation was requested and only a slow one is available. Nothing has been changed.
     NotFast,
-    /// A new file was to be made and there is one already.
+    /// A new file was to be created, but the file exists.
     AlreadyExists,
-    /// An argument makes no sense, whatever the image.
+    /// An argument is invalid for every image.
     InvalidInput,
 }
 
-/// Why an operation on an image failed.
+/// The failure of an operation on an image.
 pub struct Error(Box<Inner>);
 
 struct Inner {
@@ -66,12 +66,12 @@ enum Hint {
     CouldBeShared,
 }
 
-/// The usual result of this crate.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
-    /// An error of `kind`: `operation` is a verb phrase such as "open" or "read from", `detail` a
-    /// clause that says what was wrong and what to do about it.
+    /// Creates an error of `kind`: `operation` is a verb phrase such as "open" or "read from",
+    /// `detail` a clause with the cause and the remedy.
     pub fn new(kind: ErrorKind, operation: &'static str, detail: impl Into<String>) -> Self {
         Self(Box::new(Inner {
             kind,
@@ -84,7 +84,7 @@ impl Error {
         }))
     }
 
-    /// An error of the operating system; the kind follows from its code.
+    /// Converts an error of the operating system; the kind follows from its code.
     pub fn from_io(operation: &'static str, source: io::Error) -> Self {
         let mut error = Self::new(kind_of(&source), operation, detail_of(&source));
         error.0.source = Some(source);
@@ -120,8 +120,8 @@ impl Error {
         self.0.hint == Some(Hint::ChainTooLong)
     }
 
-    /// The format that the file turned out to have, if that is why it could not be opened: to give
-    /// the format `raw` opens it all the same.
+    /// Returns the detected format of the file, if that is the reason why it could not be opened:
+    /// it can be opened with the format `raw` anyway.
     pub fn found_format(&self) -> Option<Format> {
         match self.0.hint {
             Some(Hint::FoundFormat(format)) => Some(format),
@@ -136,7 +136,8 @@ impl Error {
         self
     }
 
-    /// Whether it could have been opened with [`Locking::Shared`](crate::Locking::Shared).
+    /// Returns whether the file could have been opened with
+    /// [`Locking::Shared`](crate::Locking::Shared).
     pub fn could_be_shared(&self) -> bool {
         self.0.hint == Some(Hint::CouldBeShared)
     }
@@ -148,36 +149,36 @@ impl Error {
         self
     }
 
-    /// Names the file concerned.
+    /// Sets the file concerned.
     #[must_use]
     pub fn with_path(mut self, path: impl Into<PathBuf>) -> Self {
         self.0.path.get_or_insert_with(|| path.into());
         self
     }
 
-    /// Says at which byte offset of the virtual disk (or of the file, for metadata) it happened.
+    /// Sets the byte offset in the virtual disk (or in the file, for metadata).
     #[must_use]
     pub fn at(mut self, offset: u64) -> Self {
         self.0.offset.get_or_insert(offset);
         self
     }
 
-    /// The class of the failure.
+    /// Returns the class of the failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
     }
 
-    /// The file concerned, if one is known.
+    /// Returns the file concerned, if it is known.
     pub fn path(&self) -> Option<&Path> {
         self.0.path.as_deref()
     }
 
-    /// The byte offset at which it happened, if one is known.
+    /// Returns the byte offset of the failure, if it is known.
     pub fn offset(&self) -> Option<u64> {
         self.0.offset
     }
 
-    /// The operating system's error code (`errno`), if it was the one that failed.
+    /// Returns the operating system's error code (`errno`), if it reported the failure.
     pub fn raw_os_error(&self) -> Option<i32> {
         self.0.source.as_ref().and_then(io::Error::raw_os_error)
     }
@@ -237,7 +238,7 @@ fn detail_of(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => "there is no such file; check the path".into(),
         io::ErrorKind::PermissionDenied => {
-            "permission denied; check the rights of the file and of its folder".into()
+            "permission denied; check the rights of the file and of its directory".into()
         }
         io::ErrorKind::UnexpectedEof => {
             "the file ends before this point; has it been truncated while it was open?".into()

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// How the bytes of a file make up a virtual disk.
+/// The format in which a file stores a virtual disk.
 ///
 /// [`Raw`](Self::Raw) and [`Qcow2`](Self::Qcow2) can be read and written. The others are recognised,
 /// so that their containers are not mistaken for raw disks, and refused.
@@ -55,22 +55,22 @@ const NAMES: [(Format, &str, &str); 13] = [
 ];
 
 impl Format {
-    /// The name QEMU's tools use for it.
+    /// Returns the name that QEMU's tools use.
     pub fn name(self) -> &'static str {
         self.entry().1
     }
 
-    /// The name by which people know it, with the product it belongs to.
+    /// Returns the common name, with the product.
     pub fn description(self) -> &'static str {
         self.entry().2
     }
 
-    /// The format of that name, if there is one.
+    /// Returns the format of that name, if there is one.
     pub fn from_name(name: &str) -> Option<Self> {
         NAMES.iter().find(|entry| entry.1 == name).map(|entry| entry.0)
     }
 
-    /// Whether images of this format can be opened, and not only recognised.
+    /// Returns whether images of this format can be opened, or only detected.
     pub const fn is_supported(self) -> bool {
         matches!(self, Self::Raw | Self::Qcow2)
     }

@@ -1,4 +1,4 @@
-//! Information that an image holds about itself.
+//! Information stored in an image.
 
 use std::ffi::OsString;
 
@@ -9,35 +9,36 @@ use crate::format::Format;
 use crate::luks::Encryption;
 use crate::qcow2::Snapshot;
 
-/// Facts about an open image.
+/// Information about an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ImageInfo {
-    /// The image's format.
+    /// The format of the image.
     pub format: Format,
     /// Size of the disk in bytes.
     pub size: u64,
-    /// How the content is encrypted, if it is: then it can be described, but neither read nor written.
+    /// The encryption of the content, if there is any: the image can then be described, but neither
+    /// read nor written.
     pub encryption: Option<Encryption>,
-    /// What only qcow2 images have.
+    /// Information specific to qcow2.
     pub qcow2: Option<Qcow2Info>,
 }
 
-/// What the image says about a dirty bitmap, without a look at its bits.
+/// The properties of a dirty bitmap, without its bits.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BitmapEntry {
     /// Its name.
     pub name: String,
-    /// How many bytes of the disk one bit stands for; a power of two.
+    /// Bytes of the disk per bit; a power of two.
     pub granularity: u64,
-    /// Whether it notes changes.
+    /// Whether it records changes.
     pub recording: Recording,
-    /// It is being written to, or was not stored when it last was: it is out of date.
+    /// It is marked as in use: its stored bits are out of date.
     pub is_in_use: bool,
 }
 
-/// Facts about a qcow2 image.
+/// Information about a qcow2 image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Qcow2Info {
@@ -47,9 +48,9 @@ pub struct Qcow2Info {
     pub cluster_size: u64,
     /// Width of a refcount in bits.
     pub refcount_bits: u32,
-    /// How compressed clusters are compressed.
+    /// The compression of compressed clusters.
     pub compression: CompressionType,
-    /// Whether there are subclusters.
+    /// Whether the image has subclusters.
     pub l2_entries: L2Entries,
     /// The image is marked as damaged.
     pub is_corrupt: bool,
@@ -59,18 +60,18 @@ pub struct Qcow2Info {
     pub lazy_refcounts: bool,
     /// The image holds dirty bitmaps.
     pub has_bitmaps: bool,
-    /// Those of its dirty bitmaps that are listed where they should be.
+    /// The dirty bitmaps in its directory.
     pub bitmaps: Vec<BitmapEntry>,
-    /// Name of the backing file as it stands in the image.
+    /// Name of the backing file, as stored in the image.
     pub backing_name: Option<OsString>,
-    /// Name of the backing file's format as it stands in the image.
+    /// Name of the backing file's format, as stored in the image.
     pub backing_format: Option<String>,
-    /// Name of the file that holds the data, if it is another one.
+    /// Name of the data file, if the data is in a separate file.
     pub data_file_name: Option<OsString>,
-    /// That file is a raw image of the disk by itself.
+    /// The data file is a raw image of the disk.
     pub data_file_is_raw: bool,
     /// The internal snapshots.
     pub snapshots: Vec<Snapshot>,
-    /// The backup that the image is, if it says that it is one.
+    /// The backup identity of the image, if it has one.
     pub backup: Option<Backup>,
 }

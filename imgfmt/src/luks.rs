@@ -19,31 +19,31 @@ const SLOT_ACTIVE: u32 = 0x00ac_71f3;
 const JSON_END_MAX: u64 = 4 << 20;
 const JSON_START: u64 = 4096;
 
-/// How an image is encrypted, as far as that is known without its key.
+/// The encryption of an image, as far as it is known without the key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Encryption {
     /// The old encryption of qcow2 images, by AES in CBC mode.
     Aes,
-    /// LUKS. What its header says, if that could be read.
+    /// LUKS, with the contents of its header if that could be read.
     Luks(Option<LuksInfo>),
 }
 
-/// What the header of a LUKS container says.
+/// The contents of a LUKS header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LuksInfo {
     /// Version of the format: 1 or 2.
     pub version: u16,
-    /// The container's name for itself.
+    /// The UUID of the container.
     pub uuid: String,
-    /// Where the encrypted data begins in the container, in bytes, if that is known.
+    /// Start of the encrypted data in the container, in bytes, if it is known.
     pub payload_offset: Option<u64>,
-    /// What only version 1 says in its binary header.
+    /// The contents of a header of version 1.
     pub details: Option<LuksDetails>,
 }
 
-/// How a LUKS container of version 1 is encrypted.
+/// The encryption of a LUKS container of version 1.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LuksDetails {
@@ -51,29 +51,29 @@ pub struct LuksDetails {
     pub cipher: String,
     /// The mode of the cipher, such as `xts`.
     pub cipher_mode: String,
-    /// How initialisation vectors are made, such as `plain64`.
+    /// The generator of initialisation vectors, such as `plain64`.
     pub iv_generator: String,
-    /// The hash of that, if it has one.
+    /// The hash of the generator, if it has one.
     pub iv_generator_hash: Option<String>,
-    /// The hash by which keys are derived.
+    /// The hash for key derivation.
     pub hash: String,
-    /// Rounds by which the digest of the master key was made.
+    /// Iterations for the digest of the master key.
     pub master_key_iterations: u32,
     /// The slots for passphrases.
     pub slots: Vec<LuksSlot>,
 }
 
-/// A slot for a passphrase.
+/// A key slot for a passphrase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct LuksSlot {
     /// Whether it holds the master key.
     pub is_active: bool,
-    /// Rounds by which its key is derived from the passphrase.
+    /// Iterations for deriving its key from the passphrase.
     pub iterations: u32,
-    /// Into how many pieces the master key is split.
+    /// Number of stripes into which the master key is split.
     pub stripes: u32,
-    /// Where they are in the container, in bytes.
+    /// Start of its key material in the container, in bytes.
     pub key_offset: u64,
 }
 
@@ -127,8 +127,8 @@ fn details(header: &[u8]) -> LuksDetails {
     }
 }
 
-/// Where the first segment of data begins, as the text in a header of version 2 has it: its only member
-/// `"offset"` within `"segments"` that is looked for, by name.
+/// Where the first segment of data begins, as the text in a header of version 2 has it: its only
+/// member `"offset"` within `"segments"` that is looked for, by name.
 fn find_segment(storage: &dyn Storage, offset: u64, length: u64) -> io::Result<Option<u64>> {
     let Some(length) = length.min(JSON_END_MAX).checked_sub(JSON_START) else { return Ok(None) };
     let Some(start) = offset.checked_add(JSON_START) else { return Ok(None) };

@@ -1,8 +1,8 @@
 //! The files that an image may name.
 //!
-//! A qcow2 image can name a backing file and a data file. The creator of the image chose those names.
-//! Following them blindly lets a hostile image read any file of the host and, with a data file, write
-//! it. Every such name is checked against an [`OpenPolicy`].
+//! A qcow2 image can name a backing file and a data file. The creator of the image chose those
+//! names. Following them blindly lets a hostile image read any file of the host and, with a data
+//! file, write it. Every such name is checked against an [`OpenPolicy`].
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -21,30 +21,30 @@ pub(crate) const CHAIN_DEPTH_MAX: usize = 500;
 /// The scheme of names of files.
 const FILE_SCHEME: &str = "file";
 
-/// Opens what a name such as `nbd://host/export` stands for.
+/// Opens the storage for a name such as `nbd://host/export`.
 pub type SchemeOpener = dyn Fn(&str) -> io::Result<Arc<dyn Storage>> + Send + Sync;
 
-/// What a name with a scheme stands for.
+/// The result of resolving a name with a scheme.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum NameTarget {
-    /// A file, which may be opened if the policy allows it. A relative path starts at the working
-    /// folder.
+    /// A file, which is opened if the policy allows it. A relative path starts at the working
+    /// directory.
     File(PathBuf),
-    /// Something else, which is open already.
+    /// A storage that is already open.
     Storage(Arc<dyn Storage>),
-    /// Nothing that is allowed.
+    /// An object that is not allowed.
     Denied,
 }
 
-/// Finds what a name such as `json:{"driver":"file",…}` stands for.
+/// Resolves a name such as `json:{"driver":"file",…}`.
 pub type NameReader = dyn Fn(&str) -> io::Result<NameTarget> + Send + Sync;
 
-/// Which files an image may name as its backing file or data file.
+/// The files that an image may name as its backing file or data file.
 ///
-/// By default those that lie, links resolved, in the folder of the image that names them or below.
-/// Names with a scheme (`nbd:…`, `json:…`) are refused unless
-/// [`allow_scheme`](Self::allow_scheme) says who opens them.
+/// By default those that are, after resolving links, in the directory of the image that names them
+/// or below. Names with a scheme (`nbd:…`, `json:…`) are refused unless
+/// [`allow_scheme`](Self::allow_scheme) sets a function that opens them.
 #[derive(Clone, Default)]
 pub struct OpenPolicy {
     files: FileRule,
@@ -57,7 +57,7 @@ pub struct OpenPolicy {
 #[derive(Clone, Debug, Default)]
 enum FileRule {
     #[default]
-    FolderOfImage,
+    DirectoryOfImage,
     Beneath(PathBuf),
     Any,
     None,
@@ -77,49 +77,49 @@ pub(crate) enum Resolved {
 }
 
 impl OpenPolicy {
-    /// Files in the folder of the image that names them, or below it.
+    /// Allows files in the directory of the image that names them, or below it.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// No other file at all: only images that stand alone can be opened.
+    /// Allows no other file: only images without backing and data files can be opened.
     pub fn deny() -> Self {
         Self { files: FileRule::None, ..Self::default() }
     }
 
-    /// Any file of the host: only for images whose maker is trusted as much as the user.
+    /// Allows any file of the host: only for images whose creator is trusted as much as the user.
     pub fn any_file() -> Self {
         Self { files: FileRule::Any, ..Self::default() }
     }
 
-    /// Files in this folder or below it.
-    pub fn beneath(folder: impl Into<PathBuf>) -> Self {
-        Self { files: FileRule::Beneath(folder.into()), ..Self::default() }
+    /// Allows files in this directory or below it.
+    pub fn beneath(directory: impl Into<PathBuf>) -> Self {
+        Self { files: FileRule::Beneath(directory.into()), ..Self::default() }
     }
 
-    /// Finds the format of a backing file by its first bytes if the image does not say it. Those
-    /// bytes may have been written by a guest.
+    /// Detects the format of a backing file from its first bytes if the image does not record it. A
+    /// guest may have written those bytes.
     #[must_use]
     pub fn allow_format_probe(mut self) -> Self {
         self.missing_format = MissingFormat::Probe;
         self
     }
 
-    /// Allows names of a scheme, such as `nbd`, and says who opens them.
+    /// Allows names of a scheme, such as `nbd`, and sets the function that opens them.
     #[must_use]
     pub fn allow_scheme(self, scheme: impl Into<String>, opener: Arc<SchemeOpener>) -> Self {
         self.read_scheme(scheme, Arc::new(move |name| opener(name).map(NameTarget::Storage)))
     }
 
-    /// Says who reads names of a scheme, such as `json`. If one turns out to be a file's, the rules
-    /// for files hold.
+    /// Sets the function that resolves names of a scheme, such as `json`. If a name resolves to a
+    /// file, the rules for files apply.
     #[must_use]
     pub fn read_scheme(mut self, scheme: impl Into<String>, reader: Arc<NameReader>) -> Self {
         self.schemes.push((scheme.into(), reader));
         self
     }
 
-    /// Allows this one file as well, wherever it lies: one that the user has named himself.
+    /// Allows this file as well, wherever it is: one that the user has named.
     #[must_use]
     pub fn allow_file(mut self, file: impl Into<PathBuf>) -> Self {
         self.named.push(file.into());
@@ -132,12 +132,13 @@ impl OpenPolicy {
 
     /// Finds what `name`, found in the image at `image`, stands for, if it may be opened.
     pub(crate) fn resolve(&self, image: Option<&Path>, name: &OsStr) -> Result<Resolved> {
-        let folder = image.and_then(Path::parent).map(|folder| match folder.as_os_str().len() {
-            0 => Path::new("."),
-            _ => folder,
-        });
+        let directory =
+            image.and_then(Path::parent).map(|directory| match directory.as_os_str().len() {
+                0 => Path::new("."),
+                _ => directory,
+            });
         let path = match scheme_of(name) {
-            // As QEMU has it, this starts at the working folder.
+            // As QEMU has it, this starts at the working directory.
             Some(scheme) if scheme == FILE_SCHEME.as_bytes() => {
                 OsStr::from_bytes(&name.as_bytes()[scheme.len() + 1..]).into()
             }
@@ -154,8 +155,8 @@ impl OpenPolicy {
                     ));
                 }
             },
-            None => match (Path::new(name).is_absolute(), folder) {
-                (false, Some(folder)) => folder.join(name),
+            None => match (Path::new(name).is_absolute(), directory) {
+                (false, Some(directory)) => directory.join(name),
                 (true, _) => PathBuf::from(name),
                 (false, None) => {
                     let why = "the image is not a file, so the name cannot be resolved";
@@ -170,9 +171,9 @@ impl OpenPolicy {
             FileRule::Any => return Ok(Resolved::File(path)),
             FileRule::None => return Err(denied("no other file may be opened".into(), name)),
             FileRule::Beneath(root) => root.as_path(),
-            FileRule::FolderOfImage => match folder {
-                Some(folder) => folder,
-                None => return Err(denied("the image is in no folder".into(), name)),
+            FileRule::DirectoryOfImage => match directory {
+                Some(directory) => directory,
+                None => return Err(denied("the image is in no directory".into(), name)),
             },
         };
         let open_error = |path: &Path| {
@@ -249,12 +250,12 @@ mod tests {
 
     #[test]
     fn by_default_only_files_beside_the_image_are_allowed() {
-        let folder = tempfile::tempdir().unwrap();
-        let inner = folder.path().join("inner");
+        let directory = tempfile::tempdir().unwrap();
+        let inner = directory.path().join("inner");
         std::fs::create_dir(&inner).unwrap();
         let image = inner.join("image");
         std::fs::write(inner.join("base"), "").unwrap();
-        std::fs::write(folder.path().join("outer"), "").unwrap();
+        std::fs::write(directory.path().join("outer"), "").unwrap();
         std::os::unix::fs::symlink("../outer", inner.join("link")).unwrap();
         let policy = OpenPolicy::new();
         assert!(!is_denied(&policy, &image, "base"));
@@ -275,7 +276,7 @@ mod tests {
         assert!(is_denied(&policy, &image, "json:/etc/passwd"));
         assert!(!is_denied(&OpenPolicy::any_file(), &image, "/etc/passwd"));
         assert!(is_denied(&OpenPolicy::any_file(), &image, "json:{}"));
-        assert!(!is_denied(&OpenPolicy::beneath(folder.path()), &image, "link"));
+        assert!(!is_denied(&OpenPolicy::beneath(directory.path()), &image, "link"));
         let named = OpenPolicy::new().allow_file(inner.join("../outer"));
         assert!(!is_denied(&named, &image, "../outer"));
         assert!(!is_denied(&named, &image, "link"), "it leads to the file that was named");

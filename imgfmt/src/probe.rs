@@ -1,14 +1,14 @@
 //! Detects the format of an image from its first bytes, or from its last bytes for formats with a
 //! header at the end.
 //!
-//! The first bytes of a raw disk belong to the guest. A guest that writes a qcow2 header there turns
-//! its disk, at the next open by probing, into an image that names any file of the host as its
-//! backing file (CVE-2008-2004). Therefore [`Image`](crate::Image) refuses writes to the first
+//! The first bytes of a raw disk belong to the guest. A guest that writes a qcow2 header there
+//! turns its disk, at the next open by probing, into an image that names any file of the host as
+//! its backing file (CVE-2008-2004). Therefore [`Image`](crate::Image) refuses writes to the first
 //! sector of a raw image *found by probing* that would make it look like anything else.
 //!
-//! A header at the end of a file counts only if its checksum or its position is right: guest data does
-//! not match by accident. A guest gains nothing by writing such a header, because those formats are
-//! only refused.
+//! A header at the end of a file counts only if its checksum or its position is right: guest data
+//! does not match by accident. A guest gains nothing by writing such a header, because those
+//! formats are only refused.
 
 use std::io;
 
@@ -63,12 +63,12 @@ pub(crate) fn probe(start: &[u8]) -> Format {
 }
 
 impl Format {
-    /// Finds the format of what is stored by looking at its bytes, as opening without a format does.
-    /// What looks like no image is a raw disk. On a raw disk those bytes belong to the guest.
+    /// Detects the format of a storage from its bytes, like opening without a format. Unknown
+    /// content is a raw disk. On a raw disk those bytes belong to the guest.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports.
+    /// Any error of the storage.
     pub fn probe(storage: &dyn Storage) -> io::Result<Self> {
         probe_storage(storage)
     }

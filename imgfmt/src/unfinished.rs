@@ -12,8 +12,8 @@ use crate::storage::{
 };
 use crate::units::HostOffset;
 
-/// What a disk begins with says what it is: an image's header, a partition table. A write of so many bytes
-/// there happens wholly or not at all.
+/// What a disk begins with says what it is: an image's header, a partition table. A write of so
+/// many bytes there happens wholly or not at all.
 const SECTOR: usize = 512;
 
 /// Nothing has changed yet.
@@ -23,27 +23,30 @@ const MARKED: u8 = 1;
 /// Everything is where it belongs.
 const COMPLETE: u8 = 2;
 
-/// A storage, as a rule a block device, whose first sector is written last.
+/// A storage, usually a block device, whose first sector is written last.
 ///
-/// Before the first change it gets the header of a qcow2 image that is marked as incomplete, which this crate
-/// and QEMU refuse to open; [`complete`](Self::complete) replaces it by what was written there. However the
-/// writer ends in between, nobody takes a part of a disk for the whole. Reads return what was written.
+/// Before the first change it gets the header of a qcow2 image that is marked as incomplete, which
+/// this crate and QEMU refuse to open; [`complete`](Self::complete) replaces it by the data written
+/// there. However the writer ends in between, a part of a disk is never mistaken for the whole.
+/// Reads return the written data.
 ///
-/// Nothing is relied on before it is complete, so until then [`sync`](Storage::sync) does nothing.
+/// Its contents are useless before it is complete, so until then [`sync`](Storage::sync) does
+/// nothing.
 #[derive(Debug)]
 pub struct Unfinished {
     inner: Arc<dyn Storage>,
     state: AtomicU8,
-    /// What the first sector is to hold.
+    /// The contents of the first sector.
     first: Mutex<[u8; SECTOR]>,
 }
 
 impl Unfinished {
-    /// Nothing is written yet. A storage of less than 512 bytes is written without protection.
+    /// Creates the storage without writing anything. A storage of less than 512 bytes is written
+    /// without protection.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports.
+    /// Any error of the medium.
     pub fn new(inner: Arc<dyn Storage>) -> io::Result<Self> {
         let mut first = [0; SECTOR];
         let read = inner.read_at(HostOffset::new(0), &mut first)?;
@@ -55,7 +58,7 @@ impl Unfinished {
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports. The first sector then says that the rest is incomplete, unless it was
+    /// Any error of the medium. The first sector then marks the rest as incomplete, unless it was
     /// its own write that failed.
     pub fn complete(&self) -> io::Result<()> {
         let first = self.first();
@@ -68,8 +71,8 @@ impl Unfinished {
         Ok(())
     }
 
-    /// Whether something was written and [`complete`](Self::complete) was not called, so that what was there
-    /// before is lost.
+    /// Returns whether data was written and [`complete`](Self::complete) was not called, so that
+    /// the previous data is lost.
     pub fn is_incomplete(&self) -> bool {
         self.state.load(Acquire) == MARKED
     }
@@ -102,7 +105,8 @@ impl Unfinished {
         Ok(())
     }
 
-    /// Changes the part of a range that is in the first sector; returns where the rest begins, and its length.
+    /// Changes the part of a range that is in the first sector; returns where the rest begins, and
+    /// its length.
     fn change_first(
         &self,
         offset: HostOffset,

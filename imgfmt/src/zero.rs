@@ -1,11 +1,11 @@
-//! Zeroes in data: the one place that looks for them.
+//! Zero detection in data.
 
 /// How many bytes are folded into one word before the word is looked at.
 const BLOCK: usize = 256;
 
-/// Whether all bytes are zero.
+/// Returns whether all bytes are zero.
 ///
-/// The first and the last word are looked at before all others, because data that is not zero seldom
+/// The first and the last word are checked before all others, because data that is not zero seldom
 /// begins and ends with zeroes.
 ///
 /// ```
@@ -25,7 +25,7 @@ pub fn is_zero(bytes: &[u8]) -> bool {
     blocks.by_ref().all(is_zero) && is_zero(blocks.remainder())
 }
 
-/// What a part of a buffer or of a disk holds.
+/// The content of a part of a buffer or of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Content {
     /// Bytes, some of which are not zero.
@@ -34,14 +34,14 @@ pub enum Content {
     Zero,
 }
 
-/// A part of a buffer that holds one thing throughout.
+/// A part of a buffer of one kind throughout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Where it begins in the buffer, in bytes.
+    /// Its start in the buffer, in bytes.
     pub start: usize,
-    /// Where it ends (excluded), in bytes.
+    /// Its end (excluded), in bytes.
     pub end: usize,
-    /// What it holds.
+    /// Its content.
     pub content: Content,
 }
 

@@ -22,8 +22,8 @@ fn hostile_images_take_no_more_memory_than_the_limits_allow() {
         println!("skipped: this system does not tell the peak of a process's memory");
         return;
     };
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let fields32 = [
         field::BACKING_LENGTH,
         field::CLUSTER_BITS,

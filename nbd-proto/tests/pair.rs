@@ -1,4 +1,5 @@
-//! Both machines joined in memory: whole sessions in every reply mode, however the bytes are cut.
+//! Both machines joined in memory: whole sessions in every reply mode, with the bytes split
+//! anywhere.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! NBD URIs: what they mean, and one clear sentence for each that means nothing.
+//! NBD URIs: their meaning, and one clear sentence for each invalid one.
 
 use nbd_proto::NbdUri;
 use nbd_proto::limits::DEFAULT_PORT;

@@ -86,7 +86,7 @@ impl Acceptor {
         }
     }
 
-    /// A client over the limit waits or is closed: it learns so, and does not wait in vain.
+    /// A client over the limit waits or is closed, so that it does not wait in vain.
     fn admit(
         &self,
         newcomer: Newcomer,

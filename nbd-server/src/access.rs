@@ -1,4 +1,4 @@
-//! Who is let in, and what exports there are beside those of the registry: the caller's say.
+//! The caller's hooks: admission of clients, and exports that are not in the registry.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -8,44 +8,44 @@ use crate::export::{Export, ExportEntry};
 #[cfg(feature = "tls")]
 use crate::tls::PeerIdentity;
 
-/// The address of a client, or who it is for the system.
+/// The address of a client, or its process credentials.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ClientAddress {
-    /// The other end of a TCP connection.
+    /// The address of a TCP peer.
     Tcp(SocketAddr),
-    /// The process at the other end of a unix socket, as it was when it connected.
+    /// The process that connected to a unix socket, as of that moment.
     Unix {
-        /// Its number, where the system tells it.
+        /// Its process id, if the system reports it.
         process: Option<i32>,
-        /// Its effective user.
+        /// Its effective user id.
         user: u32,
-        /// Its effective group.
+        /// Its effective group id.
         group: u32,
     },
-    /// The system does not tell.
+    /// The system reports nothing.
     Unknown,
 }
 
-/// What a server knows of a client.
+/// The server's information about a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClientInfo {
-    /// Where it comes from.
+    /// The client's address.
     pub address: ClientAddress,
-    /// Who it has proved to be; `None` before STARTTLS and without it.
+    /// The authenticated identity; `None` before STARTTLS and without it.
     #[cfg(feature = "tls")]
     pub tls: Option<PeerIdentity>,
 }
 
-/// A client is not let in.
+/// The refusal of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     reason: String,
 }
 
 impl Refusal {
-    /// A refusal with a reason for the server's log. The client does not learn it.
+    /// Creates a refusal with a reason for the server's log. The client does not receive it.
     #[must_use]
     pub fn new(reason: impl Into<String>) -> Self {
         Self { reason: reason.into() }
@@ -69,7 +69,7 @@ type Resolved = (String, Weak<dyn Export>);
 pub(crate) struct Access {
     hook: Option<Arc<Hook>>,
     resolver: Option<Arc<Resolver>>,
-    /// Exports that were resolved and are in use: they are flushed at the end.
+    /// Resolved exports in use: they are flushed at the end.
     resolved: Arc<Mutex<Vec<Resolved>>>,
 }
 

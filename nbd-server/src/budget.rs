@@ -1,4 +1,4 @@
-//! Memory for large requests, shared by all connections and taken before it is allocated.
+//! The memory budget for large requests, shared by all connections and reserved before allocation.
 
 use std::future::Future;
 use std::pin::Pin;

@@ -1,4 +1,4 @@
-//! Which clients have an export in use, and how many.
+//! The clients of each export, and their number.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -8,10 +8,10 @@ use tokio::sync::{Notify, watch};
 
 use crate::export::Export;
 
-/// Clients that have chosen an export, at this moment and in all. A clone counts the same server.
+/// Clients that have selected an export, now and in total. Clones count for the same server.
 ///
-/// A client that leaves before it has chosen (a port scan, a question for the list of exports) is
-/// never counted.
+/// A client that leaves before it has selected one (a port scan, a query for the list of exports)
+/// is never counted.
 #[derive(Debug, Clone)]
 pub struct ClientCount {
     count: watch::Receiver<Count>,
@@ -24,24 +24,24 @@ struct Count {
 }
 
 impl ClientCount {
-    /// Clients that have an export in use now.
+    /// Returns the number of clients that use an export now.
     #[must_use]
     pub fn present(&self) -> usize {
         self.count.borrow().present
     }
 
-    /// Clients that have ever had an export in use.
+    /// Returns the number of clients that have ever used an export.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.count.borrow().total
     }
 
-    /// Waits until at least one client has used an export and none does any more. If the server
+    /// Waits until at least one client has used an export and none uses one any more. If the server
     /// ends before that, this never returns.
     ///
     /// # Cancel safety
     ///
-    /// Safe: nothing is lost, the count is kept by the server.
+    /// Safe: no count is lost, because the server keeps it.
     pub async fn last_left(&mut self) {
         let left = |count: &Count| count.total > 0 && count.present == 0;
         let server_is_gone = self.count.wait_for(left).await.is_err();
@@ -51,17 +51,17 @@ impl ClientCount {
     }
 }
 
-/// A client that has chosen an export.
+/// A client that has selected an export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ConnectedClient {
-    /// Tells clients apart; never given twice by one server.
+    /// Identifies the client; never reused by one server.
     pub id: u64,
-    /// Where it comes from, for people.
+    /// The client's address, as text.
     pub peer: String,
-    /// The name under which it asked for its export; empty for the default export.
+    /// The name under which it requested its export; empty for the default export.
     pub export: String,
-    /// When it had chosen.
+    /// The time at which it selected the export.
     pub since: SystemTime,
 }
 
@@ -76,8 +76,8 @@ pub(crate) struct Clients {
 struct Roster {
     next: u64,
     present: BTreeMap<u64, Entry>,
-    /// Exports whose clients were cut. A client that had chosen one and was not counted yet belongs
-    /// to them.
+    /// Exports whose clients are being disconnected. A client that has selected one and is not
+    /// counted yet belongs to them.
     withdrawn: Vec<Weak<dyn Export>>,
 }
 

@@ -1,4 +1,4 @@
-//! Errors of setting a server up. What goes wrong on one connection is logged, not returned.
+//! Errors of setting up a server. Errors of a single connection are logged, not returned.
 
 use std::io;
 use std::path::PathBuf;
@@ -12,12 +12,12 @@ pub(crate) const SOCKET_PATH_MAX: usize = 107;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ServeError {
-    /// The address cannot be listened on.
+    /// The server cannot listen on the address.
     #[error("cannot listen on {address}: {}", advice(address, source))]
     Bind {
-        /// The address as it was given.
+        /// The address, as given.
         address: String,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
     /// Another server answers on the unix socket.
@@ -26,7 +26,7 @@ pub enum ServeError {
         /// The path.
         path: PathBuf,
     },
-    /// Something that is not a socket stands where the unix socket should be.
+    /// The path of the unix socket is in use by a file that is not a socket.
     #[error("cannot listen on {}: a file of that name exists and is not a socket", path.display())]
     NotASocket {
         /// The path.
@@ -49,19 +49,19 @@ pub enum ServeError {
         /// The path.
         path: PathBuf,
     },
-    /// The name of an address leads nowhere.
+    /// The name in an address cannot be resolved.
     #[error("cannot listen on {address}: the name has no address")]
     NoAddress {
-        /// The address as it was given.
+        /// The address, as given.
         address: String,
     },
-    /// The service manager handed over no sockets, or some that cannot be used.
+    /// The service manager passed no sockets, or unusable ones.
     #[error("cannot use the sockets of the service manager: {why}")]
     Systemd {
-        /// What is wrong.
+        /// The defect.
         why: String,
     },
-    /// No address was given to listen on.
+    /// There is no address to listen on.
     #[error("the server has no address to listen on")]
     NoListener,
     /// A worker thread could not be started.
@@ -74,12 +74,12 @@ pub enum ServeError {
          shut the server down first, and wait for it"
     )]
     RuntimeShutDown,
-    /// Data could not be made durable at the end.
+    /// Data could not be made durable at the end of the server.
     #[error("the export \"{export}\" could not be flushed at the end: {message}; data may be lost")]
     Flush {
         /// Name of the export.
         export: String,
-        /// What went wrong.
+        /// The error of the flush.
         message: String,
     },
 }
@@ -122,23 +122,23 @@ pub(crate) fn system_words(error: &io::Error) -> String {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum RegistryError {
-    /// The name is taken.
+    /// The name is in use.
     #[error("there is already an export named \"{0}\"")]
     NameTaken(String),
-    /// The protocol cannot carry the name or description.
+    /// The protocol cannot express the name or description.
     #[error("{what} cannot be used: {why}")]
     BadString {
-        /// Which string.
+        /// The kind of string.
         what: &'static str,
-        /// What is wrong with it.
+        /// The rule that the string violates.
         why: String,
     },
-    /// The size or block sizes break the rules of the protocol.
+    /// The size or block sizes violate the rules of the protocol.
     #[error("the export \"{name}\" cannot be served: {why}")]
     BadExport {
         /// Name of the export.
         name: String,
-        /// What is wrong with it.
+        /// The rule that the string violates.
         why: String,
     },
 }

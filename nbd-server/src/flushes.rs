@@ -1,8 +1,9 @@
-//! Flushes of one export, shared by all who ask for one.
+//! Flushes of one export, shared by concurrent requests.
 //!
-//! A flush makes durable what was written before it began. So one that begins after a request has
-//! arrived answers the request, and all others that have arrived by then: however many clients ask,
-//! one flush runs and one waits. Whoever comes while it runs is answered by the next.
+//! A flush makes durable what was written before it began. So a flush that begins after a request
+//! has arrived answers that request, and all others that have arrived by then: however many clients
+//! request a flush, one runs and one waits. Requests that arrive while it runs are answered by the
+//! next.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

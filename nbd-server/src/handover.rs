@@ -1,8 +1,8 @@
-//! An address that another server is about to leave.
+//! Waits for an address that another server is about to release.
 //!
-//! A server that ends with its last client still listens for a moment after the client has seen its end,
-//! and so does one that was told to stop. The next one on the same address is started in just that moment.
-//! So an address that is taken is tried again, and refused when it remains so.
+//! A server that ends with its last client still listens for a moment after the client has seen its
+//! end, and so does one that was told to stop. Its successor is often started in just that moment.
+//! Therefore an address in use is tried again, and refused if it remains in use.
 
 use std::future::Future;
 use std::io;

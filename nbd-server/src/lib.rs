@@ -1,7 +1,7 @@
 //! A Network Block Device server.
 //!
-//! The protocol itself is `nbd-proto`; this crate owns the sockets, the exports, the memory that
-//! requests may take, and the way to an orderly end.
+//! The protocol itself is `nbd-proto`; this crate owns the sockets, the exports, the memory for
+//! requests, and the orderly shutdown.
 //!
 //! ```text
 //!   ListenAddress --> Server --accept--> worker threads, each a small runtime of its own
@@ -12,20 +12,20 @@
 //!                                          what may block goes to a few threads, behind a fair queue
 //! ```
 //!
-//! What it does not do: it never reads the environment (but see [`ListenAddress::Systemd`]), never
-//! prints and never exits; it logs through `tracing`.
+//! Limits: it never reads the environment (except for [`ListenAddress::Systemd`]), never prints and
+//! never exits; it logs through `tracing`.
 //!
 //! # Example
 //!
-//! A disk in memory, served until the caller says stop:
+//! A disk in memory, served until the caller stops the server:
 //!
 //! ```
 //! use std::sync::Arc;
 //! use nbd_server::export::{ExportEntry, MemoryExport};
 //! use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 //!
-//! # let folder = tempfile::tempdir()?;
-//! # let socket = folder.path().join("nbd.sock");
+//! # let directory = tempfile::tempdir()?;
+//! # let socket = directory.path().join("nbd.sock");
 //! # tokio::runtime::Runtime::new()?.block_on(async move {
 //! let exports = ExportRegistry::new();
 //! exports.add("scratch", ExportEntry::new(Arc::new(MemoryExport::new(1 << 20))))?;

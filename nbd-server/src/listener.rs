@@ -1,4 +1,4 @@
-//! Where a server listens.
+//! Listening addresses.
 
 use std::fmt;
 use std::io;
@@ -15,24 +15,24 @@ use crate::error::{SOCKET_PATH_MAX, system_words};
 use crate::handover::take_over;
 use crate::{ServeError, sys};
 
-/// Where to listen.
+/// An address to listen on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ListenAddress {
-    /// A TCP address: `host:port`, with IPv6 addresses in brackets; one of a link has its zone behind
-    /// it, the name or number of an interface, as in `[fe80::1%eth0]:10809`. Port 0 takes any free
-    /// port. A name with several addresses is listened on at each of them. A port that another server
-    /// still has is waited for, about a second.
+    /// A TCP address: `host:port`, with IPv6 addresses in brackets; a link-local one is followed by
+    /// its zone, the name or number of an interface, as in `[fe80::1%eth0]:10809`. Port 0 selects
+    /// any free port. A name with several addresses is listened on at each of them. A port in use
+    /// by another server is retried for about a second.
     Tcp(String),
-    /// A unix socket. A socket file that nobody listens on any more is replaced, and one that another
-    /// server still has is waited for, about a second; the file is removed when the server ends.
+    /// A unix socket. A socket file without a listening process is replaced, and one in use by
+    /// another server is retried for about a second; the file is removed when the server ends.
     Unix(PathBuf),
-    /// The sockets that a service manager handed over (`LISTEN_PID`, `LISTEN_FDS`: sd_listen_fds).
-    /// The only choice that reads the environment. Use it once in a process.
+    /// The sockets passed by a service manager (`LISTEN_PID`, `LISTEN_FDS`: sd_listen_fds). The
+    /// only variant that reads the environment. Use it once in a process.
     Systemd,
 }
 
-/// Where a server listens in fact.
+/// The actual address of a listening server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BoundAddress {
@@ -43,7 +43,7 @@ pub enum BoundAddress {
 }
 
 impl BoundAddress {
-    /// The URI under which a client on this machine reaches the export `name`.
+    /// Returns the URI under which a client on this machine reaches the export `name`.
     #[must_use]
     pub fn uri(&self, name: &str) -> NbdUri {
         let transport = match self {
@@ -59,7 +59,7 @@ impl BoundAddress {
         }
     }
 
-    /// True for a TCP address that other machines can reach.
+    /// Returns true for a TCP address that other machines can reach.
     #[must_use]
     pub fn is_public(&self) -> bool {
         matches!(self, Self::Tcp(address) if !address.ip().is_loopback())
@@ -103,8 +103,8 @@ impl fmt::Display for BoundAddress {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(TcpListener),
-    /// The file goes before the socket is closed: nobody finds a file without a listener, and no other
-    /// socket can have the same identity meanwhile.
+    /// The file goes before the socket is closed: nobody finds a file without a listener, and no
+    /// other socket can have the same identity meanwhile.
     Unix(Option<SocketFile>, UnixListener),
 }
 
@@ -199,7 +199,8 @@ async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
     Ok(listeners)
 }
 
-/// Every address that `host:port` stands for. Unlike the standard library it knows zones in brackets.
+/// Every address that `host:port` stands for. Unlike the standard library it knows zones in
+/// brackets.
 fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
     if let Some((bracketed, port)) = address.rsplit_once(':')
         && let Some(host) = bracketed.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'))
@@ -228,8 +229,8 @@ fn open_unix(path: &Path) -> Result<Listener, ServeError> {
         Err(error) => return Err(bind_error(error)),
     };
     let identity = identity(path).map_err(bind_error)?;
-    // The folder this program works in may be another one when a client gets the URI or the file is
-    // removed. Binding takes the path as it was given: the absolute one may be too long for it.
+    // The directory this program works in may be another one when a client gets the URI or the file
+    // is removed. Binding takes the path as it was given: the absolute one may be too long for it.
     let path = std::path::absolute(path).map_err(bind_error)?;
     Ok(Listener::Unix(Some(SocketFile { path, identity }), listener))
 }
@@ -313,8 +314,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_stale_socket_is_replaced_and_removed_at_the_end() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("s");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
         drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "the standard library leaves the file behind");
         let address = ListenAddress::Unix(path.clone());
@@ -340,8 +341,8 @@ mod tests {
 
     #[tokio::test]
     async fn an_address_that_another_server_is_about_to_leave_is_waited_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("s");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
         let old = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let address = ListenAddress::Unix(path.clone());
         let next = tokio::spawn(async move { Listener::open(&address).await });
@@ -363,8 +364,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_file_of_a_socket_is_gone_before_the_next_server_can_take_its_place() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("s");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
         let address = ListenAddress::Unix(path.clone());
         for _ in 0..100 {
             let old = Listener::open(&address).await.unwrap();
@@ -379,8 +380,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_file_that_is_no_socket_is_left_alone() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("precious");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("precious");
         std::fs::write(&path, "data").unwrap();
         let result = Listener::open(&ListenAddress::Unix(path.clone())).await;
         assert!(matches!(result, Err(ServeError::NotASocket { .. })));
@@ -389,22 +390,22 @@ mod tests {
 
     #[tokio::test]
     async fn a_path_that_cannot_be_a_socket_is_refused_in_words() {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let said = |path: PathBuf| async move {
             Listener::open(&ListenAddress::Unix(path)).await.unwrap_err().to_string()
         };
-        let long = said(folder.path().join("x".repeat(150))).await;
+        let long = said(directory.path().join("x".repeat(150))).await;
         assert!(long.contains("107 is the limit"), "{long}");
-        let nowhere = said(folder.path().join("missing/socket")).await;
+        let nowhere = said(directory.path().join("missing/socket")).await;
         assert!(nowhere.contains("its directory does not exist"), "{nowhere}");
     }
 
     #[tokio::test]
     async fn a_socket_that_took_our_place_is_not_removed() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("s");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
         let listeners = Listener::open(&ListenAddress::Unix(path.clone())).await.unwrap();
-        std::fs::rename(&path, folder.path().join("moved")).unwrap();
+        std::fs::rename(&path, directory.path().join("moved")).unwrap();
         std::fs::write(&path, "somebody else's").unwrap();
         drop(listeners);
         assert!(path.exists());

@@ -1,11 +1,11 @@
-//! Fair queuing: which of the waiting jobs is carried out next.
+//! Fair queuing: selects the next waiting job.
 //!
-//! Start-time fair queuing. Each connection is a *flow* with a virtual time for each class of jobs: how
-//! much service it has had, in nanoseconds of a thread. The job of the flow that has had least is next. A job is charged
-//! with an estimate when it starts, so that a flow cannot start many at once for nothing, and with what
-//! it has really taken when it ends. A flow that was idle is not paid for that: it continues a
-//! little before where the service is now, so that a client who asks for little is served before those
-//! who always have more.
+//! Start-time fair queuing. Each connection is a *flow* with a virtual time for each class of jobs:
+//! the service it has received, in nanoseconds of a thread. The next job is that of the flow with
+//! the least service. A job is charged with an estimate when it starts, so that a flow cannot start
+//! many at once for nothing, and with its actual time when it ends. An idle flow accumulates no
+//! credit: it continues a little before the current service, so that a client with few requests is
+//! served before those with permanent load.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
@@ -21,9 +21,9 @@ pub(crate) enum Class {
 /// How far behind the others a flow that was idle may be, in nanoseconds.
 const HEAD_START: u64 = 2_000_000;
 
-/// A job may start while its flow, and its export, have fewer running than so many times the threads
-/// that are free. A client whose requests hang cannot take all threads from the others of the same
-/// disk that way, nor a disk that hangs those of other disks; neither can two or three.
+/// A job may start while its flow, and its export, have fewer running than so many times the
+/// threads that are free. A client whose requests hang cannot take all threads from the others of
+/// the same disk that way, nor a disk that hangs those of other disks; neither can two or three.
 const FLOW_SHARE_OF_FREE: usize = 2;
 const GROUP_SHARE_OF_FREE: usize = 3;
 
@@ -152,8 +152,8 @@ impl<J> FairQueue<J> {
         id
     }
 
-    /// Ends a flow; the jobs that waited and are abandoned are returned. The others, and those that run,
-    /// are left to themselves.
+    /// Ends a flow; the jobs that waited and are abandoned are returned. The others, and those that
+    /// run, are left to themselves.
     pub(crate) fn close(&mut self, flow: FlowId, is_abandoned: impl Fn(&J) -> bool) -> Vec<J> {
         self.unready(flow);
         let Some(closed) = self.flows.get_mut(&flow) else { return Vec::new() };
@@ -187,7 +187,8 @@ impl<J> FairQueue<J> {
         }
     }
 
-    /// Queues a job behind the others of its flow and class. The job comes back if the flow was closed.
+    /// Queues a job behind the others of its flow and class. The job comes back if the flow was
+    /// closed.
     pub(crate) fn push(&mut self, flow: FlowId, cost: Cost, job: J) -> Result<(), J> {
         self.unready(flow);
         let now = self.clocks[cost.class as usize].saturating_sub(HEAD_START);

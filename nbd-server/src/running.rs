@@ -34,14 +34,15 @@ impl From<UnixStream> for ClientStream {
     }
 }
 
-/// Why a stream is not served. It is closed.
+/// The reason why a stream is not served. The stream is closed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectionRefused {
-    /// There are [`ServerConfig::max_connections`](crate::ServerConfig::max_connections) already.
+    /// The limit [`ServerConfig::max_connections`](crate::ServerConfig::max_connections) is
+    /// reached.
     #[error("the limit of connections is reached")]
     LimitReached,
-    /// The server ends or has ended.
+    /// The server is shutting down or has ended.
     #[error("the server is shutting down")]
     ShuttingDown,
     /// The stream cannot be used.
@@ -77,9 +78,9 @@ impl Door {
     }
 }
 
-/// A server that serves, from [`Server::start`](crate::Server::start) on.
+/// A running server, returned by [`Server::start`](crate::Server::start).
 ///
-/// Dropping it shuts the server down in order, as [`shutdown`](Self::shutdown) does.
+/// Dropping it shuts the server down cleanly, like [`shutdown`](Self::shutdown).
 #[derive(Debug)]
 pub struct RunningServer {
     pub(crate) addresses: Vec<BoundAddress>,
@@ -91,21 +92,21 @@ pub struct RunningServer {
 }
 
 impl RunningServer {
-    /// The addresses the server listens on, in the order in which it was told to.
+    /// Returns the addresses the server listens on, in the order in which they were added.
     #[must_use]
     pub fn addresses(&self) -> &[BoundAddress] {
         &self.addresses
     }
 
-    /// Looks at the server and changes what it serves.
+    /// Returns the interface for inspecting the server and changing its exports.
     #[must_use]
     pub const fn handle(&self) -> &ServerHandle {
         &self.handle
     }
 
-    /// Serves a client on a stream of the caller's: a connection accepted elsewhere, or one end of
-    /// a socket pair. Returns as soon as a worker has the stream. The client is held to the same
-    /// limits as any other.
+    /// Serves a client on a stream of the caller: a connection accepted elsewhere, or one end of a
+    /// socket pair. Returns as soon as a worker has the stream. The client has the same limits as
+    /// any other.
     ///
     /// # Errors
     ///
@@ -113,7 +114,7 @@ impl RunningServer {
     ///
     /// # Cancel safety
     ///
-    /// Cancelled, it has closed the stream or handed it to a worker.
+    /// A dropped future has closed the stream or handed it to a worker.
     pub async fn serve_connection(
         &self,
         stream: impl Into<ClientStream>,
@@ -121,16 +122,16 @@ impl RunningServer {
         self.door.let_in(stream.into()).await
     }
 
-    /// Tells the server to shut down: it accepts no more clients, finishes the requests that it has
-    /// received, within [`ServerConfig::drain_timeout`](crate::ServerConfig::drain_timeout), flushes
-    /// all exports and removes its unix sockets. Returns at once; [`wait`](Self::wait) tells when it
-    /// is done. Again it does nothing.
+    /// Shuts the server down: it accepts no more clients, completes the requests that it has
+    /// received, within [`ServerConfig::drain_timeout`](crate::ServerConfig::drain_timeout),
+    /// flushes all exports and removes its unix sockets. Returns at once; [`wait`](Self::wait)
+    /// waits for the end. Further calls have no effect.
     pub fn shutdown(&self) {
         self.stop.send_replace(true);
     }
 
-    /// Waits until the server has ended. It does so after [`shutdown`](Self::shutdown), or by an
-    /// error. Returns `Ok` when called again.
+    /// Waits until the server has ended, after [`shutdown`](Self::shutdown) or by an error. Returns
+    /// `Ok` when called again.
     ///
     /// # Errors
     ///
@@ -140,11 +141,11 @@ impl RunningServer {
     ///
     /// # Panics
     ///
-    /// If the task of the server panicked: the panic goes on here.
+    /// If the task of the server panicked: the panic continues here.
     ///
     /// # Cancel safety
     ///
-    /// Cancel safe: the server goes on, and may be waited for again.
+    /// Safe: the server continues, and can be waited for again.
     pub async fn wait(&mut self) -> Result<(), ServeError> {
         let Some(task) = &mut self.task else { return Ok(()) };
         let ended = task.await;

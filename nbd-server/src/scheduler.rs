@@ -1,4 +1,4 @@
-//! The threads that carry out what may block, and the one queue in front of them.
+//! The pool of threads for blocking work, and its queue.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

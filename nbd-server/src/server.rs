@@ -35,7 +35,7 @@ const ANSWERS_LEN: usize = 64 << 20;
 /// used up are closed.
 const OPTIONS_LEN: usize = 64 << 20;
 
-/// A server that has not started to serve.
+/// A server that has not started.
 #[derive(Debug)]
 pub struct Server {
     config: ServerConfig,
@@ -58,7 +58,7 @@ struct Serving {
 }
 
 impl Server {
-    /// A server of `exports`, which may change while it runs.
+    /// Creates a server of `exports`, which may change while it runs.
     #[must_use]
     pub fn new(config: ServerConfig, exports: ExportRegistry) -> Self {
         let (listeners, addresses) = (Vec::new(), Vec::new());
@@ -66,11 +66,11 @@ impl Server {
         Self { config, exports, listeners, addresses, clients, access }
     }
 
-    /// Has `hook` asked about each client: when it connects, and again after STARTTLS, when
-    /// [`ClientInfo::tls`](crate::ClientInfo) says who it is. A client that is refused is
-    /// disconnected, and the reason logged.
+    /// Sets a hook that is called for each client: when it connects, and again after STARTTLS, when
+    /// [`ClientInfo::tls`](crate::ClientInfo) contains its identity. A refused client is
+    /// disconnected, and the reason is logged.
     ///
-    /// The hook is called on a thread that serves others as well: it must not block.
+    /// The hook is called on a thread that serves other clients as well: it must not block.
     #[must_use]
     pub fn on_connection(
         mut self,
@@ -80,14 +80,14 @@ impl Server {
         self
     }
 
-    /// Has `resolver` asked for exports whose names are not in the registry. `None` means that there
-    /// is none. Lists do not show what is resolved.
+    /// Sets a resolver for export names that are not in the registry. `None` means that there is no
+    /// such export. Lists do not show resolved exports.
     ///
-    /// A client may ask for a name several times in its handshake; clients that are to share an
-    /// export must be given the same entry (a clone of it). The export is flushed at the end if it
-    /// is still there.
+    /// A client may request a name several times in its handshake; clients that are to share an
+    /// export must receive the same entry (a clone of it). The export is flushed at the end if it
+    /// still exists.
     ///
-    /// The resolver is called on a thread that serves others as well: it must not block.
+    /// The resolver is called on a thread that serves other clients as well: it must not block.
     #[must_use]
     pub fn resolve_exports(
         mut self,
@@ -97,23 +97,23 @@ impl Server {
         self
     }
 
-    /// Who uses the exports, for callers that end a server when its work is done. Ask before
-    /// [`Server::serve`] takes the server away.
+    /// Returns the usage of the exports, for callers that end a server when its work is done. Call
+    /// it before [`Server::serve`] consumes the server.
     #[must_use]
     pub fn client_count(&self) -> ClientCount {
         self.clients.subscribe()
     }
 
-    /// What can be asked of the server while it runs. Ask before [`Server::serve`] takes the server
-    /// away.
+    /// Returns the interface to the running server. Call it before [`Server::serve`] consumes the
+    /// server.
     #[must_use]
     pub fn handle(&self) -> ServerHandle {
         ServerHandle::new(self.exports.clone(), self.clients.clone())
     }
 
-    /// Listens on `address`; may be called for several. Clients are accepted as soon as
-    /// [`Server::serve`] runs, and wait until then. A unix socket's file is removed when the server
-    /// is dropped or has ended.
+    /// Listens on `address`; may be called several times. Clients can connect at once, and wait
+    /// until [`Server::serve`] runs. A unix socket's file is removed when the server is dropped or
+    /// has ended.
     ///
     /// # Errors
     ///
@@ -122,7 +122,7 @@ impl Server {
     ///
     /// # Cancel safety
     ///
-    /// Cancelled while a name is looked up it listens on nothing.
+    /// If the future is dropped during a name lookup, the server listens on nothing.
     pub async fn listen(
         &mut self,
         address: &ListenAddress,
@@ -142,11 +142,11 @@ impl Server {
         Ok(bound)
     }
 
-    /// Starts to serve on the runtime this is called on, and returns at once. A server that listens
-    /// nowhere serves the streams it is [given](RunningServer::serve_connection).
+    /// Starts to serve on the current runtime, and returns at once. A server without addresses
+    /// serves the streams it is [given](RunningServer::serve_connection).
     ///
-    /// The runtime needs I/O and time; requests that may block are carried out by its blocking
-    /// threads: four for each core, at least 32 and at most 128.
+    /// The runtime needs I/O and time; its blocking threads carry out requests that may block: four
+    /// for each core, at least 32 and at most 128.
     ///
     /// # Panics
     ///
@@ -164,12 +164,12 @@ impl Server {
         RunningServer { addresses, handle, door, stop, task: Some(task) }
     }
 
-    /// Serves until `shutdown` is ready. Then no new client is accepted, every request that the
-    /// server has read is finished and its reply sent (within [`ServerConfig::drain_timeout`]),
-    /// all exports are flushed, and unix sockets removed.
+    /// Serves until `shutdown` is ready. Then no new client is accepted, every received request is
+    /// completed and its reply sent (within [`ServerConfig::drain_timeout`]), all exports are
+    /// flushed, and unix sockets are removed.
     ///
-    /// Needs a tokio runtime with I/O and time; requests that may block are carried out by its
-    /// blocking threads: four for each core, at least 32 and at most 128.
+    /// Needs a tokio runtime with I/O and time; its blocking threads carry out requests that may
+    /// block: four for each core, at least 32 and at most 128.
     ///
     /// # Errors
     ///
@@ -178,7 +178,7 @@ impl Server {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future cuts every connection and flushes nothing.
+    /// Dropping the future closes every connection and flushes nothing.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> Result<(), ServeError> {
         if self.listeners.is_empty() {
             return Err(ServeError::NoListener);

@@ -1,13 +1,13 @@
-//! How the end of the server reaches every connection.
+//! Propagates the end of the server to every connection.
 
 use tokio::sync::watch;
 
 /// What connections are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
-    /// Go on.
+    /// Continue.
     Serving,
-    /// Take no new requests, finish what was received.
+    /// Accept no new requests, complete the received ones.
     Draining,
     /// Close at once.
     Aborting,

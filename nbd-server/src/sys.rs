@@ -1,4 +1,4 @@
-//! System calls that no safe wrapper exists for.
+//! System calls without a safe wrapper.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};

@@ -1,7 +1,7 @@
 //! Threads that serve connections, each with a small runtime of its own.
 //!
 //! A connection stays on one thread from start to end: waking it never involves another core, and a
-//! call that takes long holds up only the connections of its own thread.
+//! slow call delays only the connections of its own thread.
 
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::sync::Arc;
@@ -78,7 +78,8 @@ impl Workers {
     pub(crate) fn join(self) {
         let threads: Vec<_> = self.workers.into_iter().map(|worker| worker.thread).collect();
         for thread in threads {
-            // A panic of a connection is caught by its runtime; the thread itself does nothing else.
+            // A panic of a connection is caught by its runtime; the thread itself does nothing
+            // else.
             let _ = thread.join();
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{RecordedFolder, Recording};
+use imgfmt::storage::fault::{RecordedDirectory, Recording};
 use imgfmt::{
     Access, BitmapChange, BitmapState, Durability, Format, GuestOffset, Image, OpenOptions, Storage,
 };
@@ -28,7 +28,8 @@ const DESCRIPTORS: usize = 12_288;
 const WORDS: usize = 16_384;
 const LENGTH: usize = 20_480;
 
-/// A directory of one bitmap of 512 bytes per bit, named `b`, whose bits are in a cluster of their own.
+/// A directory of one bitmap of 512 bytes per bit, named `b`, whose bits are in a cluster of their
+/// own.
 pub(crate) fn entry(flags: u32) -> Vec<u8> {
     let mut entry = Vec::new();
     entry.extend((TABLE as u64 * 512).to_be_bytes());
@@ -137,9 +138,9 @@ fn use_disk(disk: Image, access: Access) {
     disk.close().expect("memory does not fail");
 }
 
-/// The first byte chooses which checksums are made right, the boot and the length; the others are put
-/// over a sound sidecar with exclusive or: 140 bytes of header, 64 of a slot of the log, 32 of a
-/// bitmap's descriptor, 16 of bits. Whatever they say, the disk can be used.
+/// The first byte chooses which checksums are made right, the boot and the length; the others are
+/// put over a sound sidecar with exclusive or: 140 bytes of header, 64 of a slot of the log, 32 of
+/// a bitmap's descriptor, 16 of bits. Whatever they say, the disk can be used.
 pub(crate) fn sidecar(data: &[u8]) {
     let Some((choice, data)) = data.split_first() else { return };
     let found = damaged_sidecar(*choice, data);
@@ -153,9 +154,9 @@ pub(crate) fn sidecar(data: &[u8]) {
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let recording = Recording::new();
         let storage = recording.storage(&image.bytes);
-        let folder = Arc::new(RecordedFolder::new(&recording, boot, Some(&found)));
+        let directory = Arc::new(RecordedDirectory::new(&recording, boot, Some(&found)));
         let options =
-            OpenOptions::new().format(Format::Qcow2).access(access).sidecar_folder(&folder);
+            OpenOptions::new().format(Format::Qcow2).access(access).sidecar_directory(&directory);
         let open = || Image::from_storage(Arc::clone(&storage) as _, &options);
         let disk = open().expect("the disk is sound");
         if [0, 8, 16].contains(choice) && data.iter().all(|byte| *byte == 0) {
@@ -199,8 +200,8 @@ fn damaged_sidecar(choice: u8, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// A sidecar for the image with one bitmap, as the table in `DESIGN.md` has it; without checksums of
-/// header, descriptors and the first slot.
+/// A sidecar for the image with one bitmap, as the table in `DESIGN.md` has it; without checksums
+/// of header, descriptors and the first slot.
 fn sound_sidecar(level: u32) -> Vec<u8> {
     let mut bytes = vec![0; LENGTH];
     let mut put = |place: usize, field: &[u8]| {

@@ -13,55 +13,56 @@ pub use bits::DirtyBits;
 pub(crate) use bits::{Bits, GRANULARITY_BITS_MAX, GRANULARITY_BITS_MIN};
 pub(crate) use tracker::{Bitmap, Condition, ExclusiveState, Recorded, State, Tracker, WouldBlock};
 
-/// The granularity of a bitmap for which none is asked for, in bytes.
+/// Default granularity of a bitmap, in bytes.
 pub const BITMAP_GRANULARITY_DEFAULT: u64 = 64 << 10;
 
 /// The longest name of a bitmap, in bytes.
 pub const BITMAP_NAME_BYTES_MAX: usize = 1023;
 
-/// Whether a bitmap notes changes.
+/// Whether a bitmap records changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Recording {
     /// Every change of the disk sets its bits.
     #[default]
     Enabled,
-    /// It stays as it is.
+    /// It does not change.
     Disabled,
 }
 
-/// Whether the bits of a bitmap can be relied on.
+/// Whether the bits of a bitmap are reliable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BitmapState {
-    /// Yes.
+    /// They are.
     Consistent {
-        /// How many bytes of the disk are marked as changed.
+        /// Bytes of the disk that are marked as changed.
         dirty_bytes: u64,
     },
-    /// No: whoever wrote the image last did not close it properly. It can be removed, or repaired
-    /// into a bitmap in which everything is dirty.
+    /// They are not: the last writer of the image did not close it properly. The bitmap can be
+    /// removed, or repaired into one in which everything is dirty.
     Inconsistent {
-        /// Why, as a clause.
+        /// The reason, as a clause.
         reason: String,
     },
-    /// No: what the image says about it is damaged. It can be removed, or repaired as above.
+    /// They are not: the bitmap's metadata is damaged. It can be removed, or repaired as above.
     Damaged {
-        /// In which way, as a clause.
+        /// The damage, as a clause.
         reason: String,
     },
-    /// No: a checkpoint has moved bits of it to another bitmap ([`BitmapChange::Freeze`]), and they are
-    /// not back. Opening the image for writing puts them back, unless they cannot be relied on.
+    /// They are not: a checkpoint has moved bits to another bitmap ([`BitmapChange::Freeze`]), and
+    /// they are not back. Opening the image for writing merges them back, unless they are
+    /// unreliable.
     Incomplete {
         /// The name of the bitmap that holds them.
         frozen: String,
-        /// Why they cannot be relied on, as a clause, if they cannot. When that bitmap is repaired,
-        /// everything is dirty in it.
+        /// The reason why the moved bits are unreliable, as a clause, if they are. When that bitmap
+        /// is repaired, everything is dirty in it.
         problem: Option<String>,
     },
 }
 
 impl BitmapState {
-    /// Why the bits cannot be relied on, as a clause; `None` if they can.
+    /// Returns the reason why the bits are unreliable, as a clause; `None` if they are reliable.
     pub fn problem(&self) -> Option<String> {
         match self {
             Self::Consistent { .. } => None,
@@ -77,22 +78,22 @@ impl BitmapState {
     }
 }
 
-/// What is known about a bitmap.
+/// The properties of a bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BitmapInfo {
     /// Its name.
     pub name: String,
-    /// How many bytes of the disk one bit stands for; a power of two.
+    /// Bytes of the disk per bit; a power of two.
     pub granularity: u64,
-    /// Whether it notes changes.
+    /// Whether it records changes.
     pub recording: Recording,
-    /// The image says that the bitmap is in use: what is stored is out of date. Normal while the
-    /// image is open and has been written to.
+    /// The bitmap is marked as in use: its stored bits are out of date. Normal while the image is
+    /// open and has been written to.
     pub is_in_use: bool,
-    /// Whether its bits can be relied on.
+    /// Whether its bits are reliable.
     pub state: BitmapState,
-    /// The backup after which it began: what is dirty in it has changed since.
+    /// The backup after which it started: its dirty ranges have changed since.
     pub began_after: BeganAfter,
 }
 
@@ -100,87 +101,87 @@ pub struct BitmapInfo {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum BitmapChange {
-    /// A new bitmap, in which nothing is dirty.
+    /// Add an empty bitmap.
     Add {
         /// Its name, 1 to 1023 bytes.
         name: String,
-        /// How many bytes one bit stands for: a power of two from 512 to 2 GiB.
+        /// Bytes per bit: a power of two from 512 to 2 GiB.
         granularity: u64,
-        /// Whether it notes changes from now on.
+        /// Whether it records changes from now on.
         recording: Recording,
     },
-    /// The bitmap is no more. This is possible in any state.
+    /// Remove a bitmap, in any state.
     Remove {
         /// Its name.
         name: String,
     },
-    /// Nothing is dirty any more.
+    /// Clear all bits.
     Clear {
         /// Its name.
         name: String,
     },
-    /// It notes changes from now on.
+    /// Record changes from now on.
     Enable {
         /// Its name.
         name: String,
     },
-    /// It stays as it is from now on.
+    /// Do not record changes from now on.
     Disable {
         /// Its name.
         name: String,
     },
-    /// What is dirty in one bitmap becomes dirty in the other too.
+    /// Add the dirty ranges of one bitmap to another.
     Merge {
-        /// The name of the one that changes.
+        /// The name of the bitmap that is changed.
         into: String,
-        /// The name of the one that stays.
+        /// The name of the bitmap that is read.
         from: String,
     },
-    /// As `Merge`, from a bitmap of any image.
+    /// Like `Merge`, from a bitmap of any image.
     MergeBits {
-        /// The name of the one that changes.
+        /// The name of the bitmap that is changed.
         into: String,
-        /// What is to be added.
+        /// The bits to be added.
         from: DirtyBits,
     },
-    /// Everything is dirty.
+    /// Set all bits.
     MarkAll {
         /// Its name.
         name: String,
     },
-    /// The beginning of a checkpoint: the bits of a bitmap move to another one, called
-    /// [`frozen_bitmap_name`](crate::frozen_bitmap_name), and it begins anew. Until they are
-    /// dropped or thawed it is [incomplete](BitmapState::Incomplete). Bits that are frozen already
-    /// go with them.
+    /// Start a checkpoint: the bits of a bitmap move to another one, called
+    /// [`frozen_bitmap_name`](crate::frozen_bitmap_name), and the bitmap starts anew. Until they
+    /// are dropped or thawed, it is [incomplete](BitmapState::Incomplete). Bits that are frozen
+    /// already move with them.
     Freeze {
         /// Its name.
         name: String,
-        /// The backup that is to be made of what it was: when the frozen bits are dropped the bitmap
-        /// [began after](BitmapInfo::began_after) it.
+        /// The backup to be made of its earlier state: when the frozen bits are dropped, the bitmap
+        /// has [started after](BitmapInfo::began_after) it.
         backup: Option<Uuid>,
     },
-    /// A checkpoint has failed: frozen bits are merged back. Opening an image for writing does the
+    /// Merge frozen bits back, after a failed checkpoint. Opening an image for writing does the
     /// same for all its bitmaps.
     Thaw {
-        /// The name of the bitmap whose bits they were.
+        /// The name of the bitmap to which the bits belong.
         name: String,
     },
-    /// A checkpoint has succeeded: what frozen bits stand for is backed up, and they are given up.
+    /// Drop frozen bits, after a successful checkpoint: their ranges are backed up.
     DropFrozen {
-        /// The name of the bitmap whose bits they were.
+        /// The name of the bitmap to which the bits belong.
         name: String,
     },
-    /// A bitmap whose bits cannot be relied on becomes one in which everything is dirty.
+    /// Make an unreliable bitmap one in which everything is dirty.
     Repair {
         /// Its name.
         name: String,
     },
 }
 
-/// A part of a disk that is dirty or clean throughout.
+/// A range of a disk that is dirty or clean throughout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirtyExtent {
-    /// Where it is; never empty.
+    /// The range; never empty.
     pub range: GuestRange,
     /// Whether it may have changed.
     pub is_dirty: bool,

@@ -1,10 +1,10 @@
 //! The bitmaps of an open image; every change of its disk passes through here.
 //!
-//! A change of the disk calls [`Tracker::before_change`] before it submits the first byte, and keeps
-//! the returned guard until it has submitted the last one. A change of the set of bitmaps has exclusive
-//! access to the state: no change of the disk is in flight, so each lies entirely before or entirely
-//! after that moment. Otherwise a write could be recorded in the old bitmap only and reach the disk
-//! after that bitmap was copied.
+//! A change of the disk calls [`Tracker::before_change`] before it submits the first byte, and
+//! keeps the returned guard until it has submitted the last one. A change of the set of bitmaps has
+//! exclusive access to the state: no change of the disk is in flight, so each lies entirely before
+//! or entirely after that moment. Otherwise a write could be recorded in the old bitmap only and
+//! reach the disk after that bitmap was copied.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -16,11 +16,11 @@ use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 use crate::sidecar::{InFlight, Sidecar};
 use crate::units::GuestRange;
 
-/// Whether the bits of a bitmap can be relied on.
+/// Whether the bits of a bitmap are reliable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Condition {
     Ready,
-    /// It was in use when the image was last left.
+    /// It was in use when the image was last closed.
     Inconsistent(String),
     Damaged(String),
 }
@@ -58,7 +58,7 @@ impl<S: Clone> Clone for Bitmap<S> {
 #[derive(Debug)]
 pub(crate) struct State<S> {
     bitmaps: Vec<Bitmap<S>>,
-    /// Those in which changes are noted.
+    /// Those that record changes.
     live: Box<[Arc<Bits>]>,
     /// The image says of all of them that what is stored is out of date.
     is_marked: AtomicBool,
@@ -87,8 +87,8 @@ impl<S> State<S> {
         self.sidecar.get().is_some()
     }
 
-    /// Has the sidecar kept up to date from now on. Called from `mark` only, when no change is on its
-    /// way.
+    /// Has the sidecar kept up to date from now on. Called from `mark` only, when no change is on
+    /// its way.
     pub(crate) fn set_sidecar(&self, sidecar: Arc<Sidecar>) {
         // A state is marked once.
         let _ = self.sidecar.set(sidecar);

@@ -19,25 +19,26 @@ use crate::storage::{Durability, FileStorage};
 use crate::units::GuestOffset;
 
 impl Image {
-    /// Makes a new image in a new file, or on a block device, whose content is lost: nothing of it shows in
-    /// the image. It can then be opened like any other.
+    /// Creates an image in a new file, or on a block device, whose content is lost: nothing of it
+    /// is visible in the image. It can then be opened like any other.
     ///
     /// # Errors
     ///
-    /// `Busy` if the device is in use; `AlreadyExists` if there is a file of that name, which is left alone; `InvalidInput` for
-    /// options that contradict each other or the format; the errors of opening a backing file;
-    /// `NoSpace`, `Io`. No file is left behind; a device says that it is incomplete.
+    /// `Busy` if the device is in use; `AlreadyExists` if there is a file of that name, which is
+    /// not changed; `InvalidInput` for options that contradict each other or the format; the errors
+    /// of opening a backing file; `NoSpace`, `Io`. No file remains after an error; a device is
+    /// marked as incomplete.
     pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
         create(path.as_ref(), options)
     }
 
-    /// Begins a new image on a block device: it can be [preallocated](NewOnDevice::preallocate) and filled, and
-    /// becomes valid when it is complete.
+    /// Starts a new image on a block device: it can be [preallocated](NewOnDevice::preallocate) and
+    /// filled, and becomes valid when it is complete.
     ///
     /// # Errors
     ///
-    /// As [`create`](Self::create), and `InvalidInput` if it is not a block device. Where the device is too
-    /// small or in use nothing has changed.
+    /// As [`create`](Self::create), and `InvalidInput` if it is not a block device. If the device
+    /// is too small or in use, nothing has changed.
     pub fn create_on_device(
         path: impl AsRef<Path>,
         options: &CreateOptions,
@@ -46,7 +47,8 @@ impl Image {
     }
 }
 
-/// Makes a new file of the image's kind, or an image on a block device. An existing file is never touched.
+/// Makes a new file of the image's kind, or an image on a block device. An existing file is never
+/// touched.
 fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     if is_block_device(path) {
         let new = create_on_device(path, options)?;
@@ -56,7 +58,7 @@ fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let (size, content) = plan(path, options)?;
     let mut made = NewFiles::default();
     if let Some((name, _)) = &options.data_file {
-        let data_path = path.parent().map_or_else(|| name.into(), |folder| folder.join(name));
+        let data_path = path.parent().map_or_else(|| name.into(), |directory| directory.join(name));
         made.create(&data_path, |file| file.set_len(size))?;
     }
     made.create(path, |file| fill(file, options.format, size, &content))?;
@@ -71,7 +73,7 @@ fn create_on_device(path: &Path, options: &CreateOptions) -> Result<NewOnDevice>
         return Err(invalid("it is not a block device").with_path(path));
     }
     if let Some((name, _)) = &options.backing {
-        let backing = path.parent().map_or_else(|| name.into(), |folder| folder.join(name));
+        let backing = path.parent().map_or_else(|| name.into(), |directory| directory.join(name));
         let identity = FileStorage::identity_of(&backing);
         if identity.is_some() && identity == FileStorage::identity_of(path) {
             let detail = "the device cannot be the backing file of the image on it";
@@ -176,7 +178,7 @@ fn preallocate(path: &Path, options: &CreateOptions) -> Result<()> {
         Preallocation::Full => write_zeroes(path, options),
         Preallocation::Falloc => {
             let data_path = match (&options.data_file, path.parent()) {
-                (Some((name, _)), Some(folder)) => folder.join(name),
+                (Some((name, _)), Some(directory)) => directory.join(name),
                 (Some((name, _)), None) => name.into(),
                 (None, _) => path.to_owned(),
             };

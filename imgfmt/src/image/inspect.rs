@@ -1,4 +1,4 @@
-//! Reading and changing the header of one image without opening the files it names.
+//! Reads and changes the header of one image without opening the files it names.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -16,8 +16,8 @@ use crate::qcow2;
 use crate::storage::Storage;
 
 impl Image {
-    /// Facts about the image in a file. The files it names are not opened, so that an image of
-    /// unknown origin can be looked at safely. The options' access does not matter.
+    /// Returns information about the image in a file. The files it names are not opened, so that an
+    /// image of unknown origin can be inspected safely. The access option has no effect.
     ///
     /// # Errors
     ///
@@ -29,7 +29,8 @@ impl Image {
         open().and_then(inspect).map_err(|error| error.with_path(path))
     }
 
-    /// Facts about the image in any storage, as [`inspect_file`](Self::inspect_file) gives them.
+    /// Returns information about the image in any storage, like
+    /// [`inspect_file`](Self::inspect_file).
     ///
     /// # Errors
     ///
@@ -39,8 +40,8 @@ impl Image {
     }
 
     /// Refuses a name for the backing file of the image at `path`, which need not exist yet, if the
-    /// chain of backing files would have too many layers (500) to be opened. Nothing else is checked:
-    /// what the name leads to need not exist either.
+    /// chain of backing files would have too many layers (500) to be opened. Nothing else is
+    /// checked: the backing file need not exist either.
     ///
     /// # Errors
     ///
@@ -53,13 +54,13 @@ impl Image {
         chain::check_depth(path.as_ref(), options, name, format)
     }
 
-    /// Writes into the file of a qcow2 image which backup it is, durably. Nobody may have it open.
-    /// A later change of the disk makes [`Backup::is_unchanged`](crate::Backup) false.
+    /// Writes the identity of a backup into the file of a qcow2 image, durably. The image must not
+    /// be open. A later change of the disk makes [`Backup::is_unchanged`](crate::Backup) false.
     ///
     /// # Errors
     ///
-    /// `Unsupported` if it has version 2 or its header has no room; `InvalidInput` for names that are
-    /// too long; otherwise as [`open`](Self::open).
+    /// `Unsupported` if it has version 2 or its header has no room; `InvalidInput` for names that
+    /// are too long; otherwise as [`open`](Self::open).
     pub fn seal_backup(
         path: impl AsRef<Path>,
         options: &OpenOptions,
@@ -72,14 +73,14 @@ impl Image {
             .map_err(|error| error.with_path(path))
     }
 
-    /// Makes a qcow2 image name another backing file (and its format), or none. Neither the old
-    /// nor the new one is opened: the disk stays the same only if both hold the same where the
-    /// image itself holds nothing. The header's cluster is written at once and synced.
+    /// Sets the backing file of a qcow2 image (and its format), or removes it. Neither the old nor
+    /// the new one is opened: the disk stays the same only if both have the same content where the
+    /// image itself has none. The header's cluster is written at once and synced.
     ///
     /// # Errors
     ///
     /// `Unsupported` for raw images; `InvalidInput` if the name is empty or does not fit into the
-    /// header, or if the data lies in a raw data file; those of
+    /// header, or if the data is in a raw data file; those of
     /// [`check_chain_length`](Self::check_chain_length); otherwise as [`open`](Self::open). Nothing
     /// has been changed then, unless it is `Io`.
     pub fn change_backing_file(
@@ -92,8 +93,8 @@ impl Image {
         chain::change_backing(path, options, backing).map_err(|error| error.with_path(path))
     }
 
-    /// Has bits that a crash left beside the image put back: they are found by what the header says, which is
-    /// about to change.
+    /// Has bits that a crash left beside the image put back: they are found by what the header
+    /// says, which is about to change.
     fn recover_bitmaps(path: &Path, options: &OpenOptions) -> Result<()> {
         let has_bitmaps = |info: ImageInfo| info.qcow2.is_some_and(|it| !it.bitmaps.is_empty());
         // What cannot be looked at is an error of the change itself.
@@ -104,16 +105,17 @@ impl Image {
         Ok(())
     }
 
-    /// Changes what kind of qcow2 image one is. The disk stays the same, and so do its snapshots and bitmaps;
-    /// the image is opened for writing before, so that what a crash left is put in order. Nobody else can use
-    /// it meanwhile. Whenever that is interrupted the image is as before or as asked for, or has a part of what
-    /// was asked for, and leaks at worst.
+    /// Changes properties of a qcow2 image. The disk, its snapshots and its bitmaps keep their
+    /// contents; the image is opened for writing before, so that the remains of a crash are
+    /// repaired. It must not be in use. If the change is interrupted, the image has all, some or
+    /// none of the requested properties, and at worst leaks.
     ///
     /// # Errors
     ///
-    /// `Unsupported` for other formats, for a version that lacks what the image has, where the header has no
-    /// room, where a snapshot does not say its size, and for refcounts that are too narrow; `InvalidInput` for
-    /// what the version does not have, and for a size that is smaller; otherwise as [`open`](Self::open).
+    /// `Unsupported` for other formats, for a version that lacks a feature of the image, if the
+    /// header has no room, if a snapshot does not record its size, and for refcounts that are too
+    /// narrow; `InvalidInput` for options that the version does not have, and for a smaller size;
+    /// otherwise as [`open`](Self::open).
     pub fn amend(
         path: impl AsRef<Path>,
         options: &OpenOptions,
@@ -128,7 +130,7 @@ impl Image {
             .map_err(|error| error.with_path(path))
     }
 
-    /// Changes what kind of image one in any storage is, as [`amend`](Self::amend) does.
+    /// Changes properties of an image in any storage, like [`amend`](Self::amend).
     ///
     /// # Errors
     ///

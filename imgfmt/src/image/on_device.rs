@@ -1,5 +1,5 @@
-//! A new image on a block device. The previous content is neither trusted nor shown, and the new image
-//! becomes valid only when it is complete.
+//! A new image on a block device. The previous content is neither trusted nor shown, and the new
+//! image becomes valid only when it is complete.
 
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
@@ -25,9 +25,10 @@ pub(crate) fn is_block_device(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 
-/// A new image on a block device, made with [`Image::create_on_device`]. Until it is
-/// [complete](Self::complete) the device says that what is on it is incomplete, so that nobody takes a part of a
-/// disk for the whole, whatever ends this process. What was on the device before is lost.
+/// A new image on a block device, created with [`Image::create_on_device`]. Until it is
+/// [complete](Self::complete), the device is marked as incomplete, so that a part of a disk is
+/// never mistaken for the whole, however this process ends. The previous content of the device is
+/// lost.
 #[derive(Debug)]
 pub struct NewOnDevice {
     storage: Arc<Unfinished>,
@@ -39,8 +40,8 @@ pub struct NewOnDevice {
 }
 
 impl NewOnDevice {
-    /// Makes an image with a disk of `size` bytes; `parts` are the metadata, each at its offset, the
-    /// header first.
+    /// Makes an image with a disk of `size` bytes; `parts` are the metadata, each at its offset,
+    /// the header first.
     pub(crate) fn begin(
         path: &Path,
         options: &CreateOptions,
@@ -62,7 +63,7 @@ impl NewOnDevice {
         })
     }
 
-    /// Writes the zeroes that [`Preallocation::Full`] asks for, and nothing where something else was asked for. It
+    /// Writes the zeroes that [`Preallocation::Full`] requires, and nothing for other options. It
     /// may take long, and comes before the image is filled.
     ///
     /// # Errors
@@ -86,8 +87,8 @@ impl NewOnDevice {
         image.close()
     }
 
-    /// Opens the image, to fill it or to look at what was written. Whatever the options say, the format is
-    /// the one it was made in.
+    /// Opens the image, to fill it or to inspect it. The format is the one in which it was created,
+    /// regardless of the options.
     ///
     /// # Errors
     ///
@@ -98,7 +99,7 @@ impl NewOnDevice {
             .map_err(|error| error.with_path(&self.path))
     }
 
-    /// Writes into the image which backup it is, as [`Image::seal_backup`] does.
+    /// Writes the identity of a backup into the image, like [`Image::seal_backup`].
     ///
     /// # Errors
     ///
@@ -107,11 +108,12 @@ impl NewOnDevice {
         qcow2::seal(&*self.storage, identity).map_err(|error| error.with_path(&self.path))
     }
 
-    /// Puts everything on stable storage, and then lets the device be an image. It must have been closed.
+    /// Puts everything on stable storage, and then makes the image valid. The image must have been
+    /// closed.
     ///
     /// # Errors
     ///
-    /// `Io`; the device then says that it is incomplete, or is the whole image.
+    /// `Io`; the device is then marked as incomplete, or has the complete image.
     pub fn complete(self) -> Result<()> {
         let completed = self.storage.complete();
         completed.map_err(|error| Error::from_io("flush", error).with_path(&self.path))

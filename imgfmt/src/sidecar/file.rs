@@ -22,8 +22,8 @@ use crate::options::{Access, Survives};
 const SUFFIX: &str = ".dirty";
 /// A file under this name, or this name and a number, is not finished and may be taken away.
 const NEW_SUFFIX: &str = ".dirty.new";
-/// So many names are tried for a file that is not finished: others may have things of that name that
-/// cannot be taken away, a folder for instance.
+/// So many names are tried for a file that is not finished: others may have things of that name
+/// that cannot be taken away, a directory for instance.
 const NEW_NAMES: u32 = 16;
 
 /// Clocks that differ by no more count as one.
@@ -50,7 +50,7 @@ impl std::error::Error for Untrusted {}
 /// Where the sidecar of an image is, whether it exists or not.
 #[derive(Debug)]
 pub(crate) struct SidecarPlace {
-    folder: File,
+    directory: File,
     /// For messages only.
     path: PathBuf,
     name: OsString,
@@ -65,7 +65,7 @@ impl SidecarPlace {
     pub(crate) fn beside(image: &Path) -> io::Result<Self> {
         let image = std::fs::canonicalize(image)?;
         let image_owner = std::fs::metadata(&image)?.uid();
-        let (Some(folder), Some(name)) = (image.parent(), image.file_name()) else {
+        let (Some(directory), Some(name)) = (image.parent(), image.file_name()) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let with = |suffix: &str| {
@@ -74,8 +74,8 @@ impl SidecarPlace {
             whole
         };
         let (name, new_name) = (with(SUFFIX), with(NEW_SUFFIX));
-        let path = folder.join(&name);
-        Ok(Self { folder: File::open(folder)?, path, name, new_name, image_owner })
+        let path = directory.join(&name);
+        Ok(Self { directory: File::open(directory)?, path, name, new_name, image_owner })
     }
 
     /// As [`SidecarLocation::create`].
@@ -113,12 +113,12 @@ impl SidecarPlace {
             }
             let made = self.unlink(&name).and_then(|()| {
                 let new =
-                    rustix::fs::openat(&self.folder, &*name, flags | OFlags::CLOEXEC, NEW_MODE);
+                    rustix::fs::openat(&self.directory, &*name, flags | OFlags::CLOEXEC, NEW_MODE);
                 new.map_err(io::Error::from)
             });
             match made {
                 Ok(file) => return Ok((File::from(file), name)),
-                // Something of somebody else, or a folder: another name will do.
+                // Something of somebody else, or a directory: another name will do.
                 Err(_) if number < NEW_NAMES && self.is_there(&name) => number += 1,
                 Err(error) => return Err(error),
             }
@@ -126,16 +126,16 @@ impl SidecarPlace {
     }
 
     fn is_there(&self, name: &OsStr) -> bool {
-        rustix::fs::statat(&self.folder, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+        rustix::fs::statat(&self.directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
     /// Refuses to go on if the sidecar's own name is taken by what a file cannot replace.
     fn refuse_what_is_in_the_way(&self) -> io::Result<()> {
-        let status = match rustix::fs::statat(&self.folder, &*self.name, AtFlags::SYMLINK_NOFOLLOW)
-        {
-            Err(Errno::NOENT) => return Ok(()),
-            other => other?,
-        };
+        let status =
+            match rustix::fs::statat(&self.directory, &*self.name, AtFlags::SYMLINK_NOFOLLOW) {
+                Err(Errno::NOENT) => return Ok(()),
+                other => other?,
+            };
         let path = self.path.display();
         if FileType::from_raw_mode(status.st_mode) == FileType::Directory {
             let detail = format!(
@@ -144,11 +144,11 @@ impl SidecarPlace {
             );
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, detail));
         }
-        let (folder, user) = (self.folder.metadata()?, rustix::process::geteuid().as_raw());
-        let is_sticky = folder.mode() & 0o1000 != 0;
-        if is_sticky && user != 0 && ![status.st_uid, folder.uid()].contains(&user) {
+        let (directory, user) = (self.directory.metadata()?, rustix::process::geteuid().as_raw());
+        let is_sticky = directory.mode() & 0o1000 != 0;
+        if is_sticky && user != 0 && ![status.st_uid, directory.uid()].contains(&user) {
             let detail = format!(
-                "'{path}' belongs to user {}, and this folder lets only him replace it; have it \
+                "'{path}' belongs to user {}, and this directory lets only him replace it; have it \
                  moved away",
                 status.st_uid
             );
@@ -175,12 +175,12 @@ impl SidecarPlace {
             file.sync_all()?;
         }
         let map = WordMap::new(&file, length)?;
-        rustix::fs::renameat(&self.folder, new_name, &self.folder, &*self.name)
+        rustix::fs::renameat(&self.directory, new_name, &self.directory, &*self.name)
             .map_err(|error| self.refuse_what_is_in_the_way().err().unwrap_or(error.into()))?;
-        self.folder.sync_all()?;
+        self.directory.sync_all()?;
         let inode = file.metadata()?.ino();
         let place = Self {
-            folder: self.folder.try_clone()?,
+            directory: self.directory.try_clone()?,
             path: self.path.clone(),
             name: self.name.clone(),
             new_name: self.new_name.clone(),
@@ -197,7 +197,7 @@ impl SidecarPlace {
         };
         let flags = mode | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file: OwnedFd =
-            match rustix::fs::openat(&self.folder, &*self.name, flags, Mode::empty()) {
+            match rustix::fs::openat(&self.directory, &*self.name, flags, Mode::empty()) {
                 Err(Errno::NOENT) => return Ok(None),
                 other => other?,
             };
@@ -235,7 +235,7 @@ impl SidecarPlace {
     }
 
     fn unlink(&self, name: &OsStr) -> io::Result<()> {
-        match rustix::fs::unlinkat(&self.folder, name, AtFlags::empty()) {
+        match rustix::fs::unlinkat(&self.directory, name, AtFlags::empty()) {
             Err(Errno::NOENT) => Ok(()),
             other => other.map_err(io::Error::from),
         }
@@ -258,7 +258,7 @@ impl SidecarLocation for SidecarPlace {
 
     fn remove(&self) -> io::Result<()> {
         self.unlink(&self.name)?;
-        self.folder.sync_all()
+        self.directory.sync_all()
     }
 
     fn name(&self) -> String {
@@ -354,7 +354,7 @@ impl SidecarStorage for SidecarFile {
 
     fn remove(&self) -> io::Result<()> {
         let flags = AtFlags::SYMLINK_NOFOLLOW;
-        match rustix::fs::statat(&self.place.folder, &*self.place.name, flags) {
+        match rustix::fs::statat(&self.place.directory, &*self.place.name, flags) {
             // A newer epoch has taken the place, or somebody else has.
             Ok(found) if found.st_ino != self.inode => Ok(()),
             Ok(_) => self.place.remove(),

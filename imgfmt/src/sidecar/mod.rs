@@ -1,12 +1,13 @@
 //! The sidecar: a file beside an image from which dirty bitmaps are recovered after a crash.
 //!
-//! It holds all bits of the enabled bitmaps, mapped into memory ([`map`]), and an [activity log](log)
-//! of the extents of the disk that are being written. A bit is set before its write is submitted. If the process dies, the kernel still has the bits. If the
-//! machine dies, those that did not reach the disk belong to extents that the log on disk names, and
-//! [recovery](recover) marks these as a whole.
+//! It holds all bits of the enabled bitmaps, mapped into memory ([`map`]), and an [activity
+//! log](log) of the extents of the disk that are being written. A bit is set before its write is
+//! submitted. If the process dies, the kernel still has the bits. If the machine dies, those that
+//! did not reach the disk belong to extents that the log on disk names, and [recovery](recover)
+//! marks these as a whole.
 //!
-//! A file belongs to one *epoch*: its bits are only set, never cleared. Every other change of bitmaps
-//! (clearing, adding, merging) makes a new file that replaces the old one.
+//! A file belongs to one *epoch*: its bits are only set, never cleared. Every other change of
+//! bitmaps (clearing, adding, merging) makes a new file that replaces the old one.
 //!
 //! This module is independent of formats and trackers. `DESIGN.md` documents the [`layout`].
 
@@ -33,43 +34,44 @@ use log::ActivityLog;
 pub(crate) use file::SidecarPlace;
 pub(crate) use layout::{BitmapDescriptor, Description, Fingerprint, Identity, LogShape};
 #[cfg(any(test, feature = "test-util"))]
-pub use recorded::RecordedFolder;
+pub use recorded::RecordedDirectory;
 pub(crate) use recover::{FoundBytes, Recovery, Rejection, Trust};
 
 /// The time of the last change is written down again when it is older than this.
 const LIVENESS_NANOSECONDS: u64 = 100_000_000;
 
-/// How exact recovered bitmaps are.
+/// The precision of recovered bitmaps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum RecoveryPrecision {
-    /// What was about to be written is marked, and nothing else.
+    /// Exact: only the ranges that were about to be written are marked.
     #[default]
     Exact,
-    /// The machine was restarted: parts of the disk that were being written, of 4 MiB each on
-    /// ordinary disks, are marked as a whole.
+    /// The machine was restarted: parts of the disk that were being written, of 4 MiB each on disks
+    /// of usual size, are marked as a whole.
     WholeExtents,
 }
 
-/// How well the dirty bitmaps of an image are kept.
+/// The durability of the dirty bitmaps of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BitmapSafety {
-    /// What they survive.
+    /// The failures that they survive.
     pub survives: Survives,
-    /// Why that is less than was asked for, as a clause.
+    /// The reason why that is less than requested, as a clause.
     pub shortfall: Option<String>,
-    /// The names of those that were recovered from a crash when the image was opened.
+    /// The bitmaps that were recovered from a crash when the image was opened.
     pub recovered: Vec<String>,
-    /// The names of those that got bits back which a checkpoint had [frozen](crate::BitmapChange::Freeze), when
-    /// the image was opened: the checkpoint was cut off.
+    /// The bitmaps that got bits back which an interrupted checkpoint had
+    /// [frozen](crate::BitmapChange::Freeze), when the image was opened.
     pub thawed: Vec<String>,
-    /// Why bits could not be put back, as a clause: the bitmaps that lack them say so.
+    /// The reason why bits could not be merged back, as a clause: the bitmaps that lack them report
+    /// it.
     pub thaw_failure: Option<String>,
-    /// How much was recovered in addition to what had changed.
+    /// The precision of the recovered bits.
     pub precision: RecoveryPrecision,
 }
 
-/// Where the sidecar of an image is: in the folder of the image, or in one that only tests have.
+/// Where the sidecar of an image is: in the directory of the image, or in one that only tests have.
 pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
     /// Makes a new sidecar with these bits and puts it in the place of the one that is there, if
     /// any. Durable on return, at the level of power loss.
@@ -168,8 +170,8 @@ impl Sidecar {
     }
 
     /// Announces that a range of the disk is about to change: sets its bits in every bitmap, and at
-    /// the level of power loss makes sure that the disk knows enough. Returns when the change may be
-    /// submitted.
+    /// the level of power loss makes sure that the disk knows enough. Returns when the change may
+    /// be submitted.
     ///
     /// # Errors
     ///

@@ -12,38 +12,38 @@ use crate::storage::fault::{Loss, MappedWords, Recording, RecordingStorage};
 use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
 
-/// A folder that holds the sidecar of one image, for
-/// [`OpenOptions::sidecar_folder`](crate::OpenOptions).
+/// A directory that holds the sidecar of one image, for
+/// [`OpenOptions::sidecar_directory`](crate::OpenOptions).
 ///
-/// Its files and the folder itself are storages of a [`Recording`]: a crash may take away what was
-/// stored in a mapped file and not synced, and that a file got its name.
+/// Its files and the directory itself are storages of a [`Recording`]: a crash may take away what
+/// was stored in a mapped file and not synced, and that a file got its name.
 #[derive(Debug)]
-pub struct RecordedFolder {
+pub struct RecordedDirectory {
     recording: Recording,
     /// Holds which file has the sidecar's name: its number from 1 on, or 0.
-    folder: Arc<RecordingStorage>,
+    directory: Arc<RecordingStorage>,
     files: Mutex<Vec<Arc<RecordingStorage>>>,
     boot_id: String,
     extent_bits: u32,
 }
 
-impl RecordedFolder {
-    /// A folder of a recording with a sidecar of these bytes, or without one. `boot_id` has 36
+impl RecordedDirectory {
+    /// A directory of a recording with a sidecar of these bytes, or without one. `boot_id` has 36
     /// characters.
     pub fn new(recording: &Recording, boot_id: &str, sidecar: Option<&[u8]>) -> Self {
         let files: Vec<_> = sidecar.into_iter().map(|bytes| recording.storage(bytes)).collect();
-        let folder = recording.storage(&(files.len() as u64).to_le_bytes());
+        let directory = recording.storage(&(files.len() as u64).to_le_bytes());
         Self {
             recording: recording.clone(),
-            folder,
+            directory,
             files: Mutex::new(files),
             boot_id: boot_id.to_owned(),
             extent_bits: LogShape::for_disk(0).extent_bits,
         }
     }
 
-    /// Makes the extents of the activity log as large as this power of two says, so that a small disk
-    /// has many of them.
+    /// Makes the extents of the activity log as large as this power of two says, so that a small
+    /// disk has many of them.
     #[must_use]
     pub fn with_extent_bits(mut self, extent_bits: u32) -> Self {
         self.extent_bits = extent_bits;
@@ -57,7 +57,7 @@ impl RecordedFolder {
         loss: Loss,
         below: &mut dyn FnMut(u64) -> u64,
     ) -> Option<Vec<u8>> {
-        let named = self.folder.after_crash(position, loss, below);
+        let named = self.directory.after_crash(position, loss, below);
         let file = self.file(&named)?;
         Some(file.after_crash(position, loss, below))
     }
@@ -77,17 +77,17 @@ impl RecordedFolder {
     }
 
     fn named(&self) -> Option<Arc<RecordingStorage>> {
-        self.file(&self.folder.content())
+        self.file(&self.directory.content())
     }
 
-    fn give_name_to(folder: &RecordingStorage, number: u64) -> io::Result<()> {
-        folder.write_at(HostOffset::new(0), &number.to_le_bytes(), Durability::Cached)?;
-        folder.sync()
+    fn give_name_to(directory: &RecordingStorage, number: u64) -> io::Result<()> {
+        directory.write_at(HostOffset::new(0), &number.to_le_bytes(), Durability::Cached)?;
+        directory.sync()
     }
 }
 
-impl SidecarLocation for Arc<RecordedFolder> {
-    /// In the order in which the real folder does it.
+impl SidecarLocation for Arc<RecordedDirectory> {
+    /// In the order in which the real directory does it.
     fn create(
         &self,
         description: &Description,
@@ -105,9 +105,9 @@ impl SidecarLocation for Arc<RecordedFolder> {
             file.sync()?;
         }
         let mapped = file.map();
-        RecordedFolder::give_name_to(&self.folder, number)?;
-        let folder = Arc::clone(&self.folder);
-        Ok(Box::new(RecordedSidecar { folder, number, file, mapped }))
+        RecordedDirectory::give_name_to(&self.directory, number)?;
+        let directory = Arc::clone(&self.directory);
+        Ok(Box::new(RecordedSidecar { directory, number, file, mapped }))
     }
 
     fn open(&self, _: Access) -> io::Result<Option<Box<dyn FoundBytes>>> {
@@ -115,7 +115,7 @@ impl SidecarLocation for Arc<RecordedFolder> {
     }
 
     fn remove(&self) -> io::Result<()> {
-        RecordedFolder::give_name_to(&self.folder, 0)
+        RecordedDirectory::give_name_to(&self.directory, 0)
     }
 
     fn name(&self) -> String {
@@ -153,7 +153,7 @@ impl FoundBytes for Arc<RecordingStorage> {
 /// A sidecar that is mapped.
 #[derive(Debug)]
 struct RecordedSidecar {
-    folder: Arc<RecordingStorage>,
+    directory: Arc<RecordingStorage>,
     number: u64,
     file: Arc<RecordingStorage>,
     mapped: Arc<MappedWords>,
@@ -173,8 +173,8 @@ impl SidecarStorage for RecordedSidecar {
     }
 
     fn remove(&self) -> io::Result<()> {
-        if self.folder.content() == self.number.to_le_bytes() {
-            return RecordedFolder::give_name_to(&self.folder, 0);
+        if self.directory.content() == self.number.to_le_bytes() {
+            return RecordedDirectory::give_name_to(&self.directory, 0);
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! Storages for tests: one records the states that a crash could leave, the other injects errors and
-//! delays.
+//! Storages for tests: one records the states that a crash could leave, the other injects errors
+//! and delays.
 //!
 //! Built only with the feature `test-util`.
 
@@ -13,7 +13,7 @@ use super::{
 };
 use crate::units::HostOffset;
 
-pub use crate::sidecar::RecordedFolder;
+pub use crate::sidecar::RecordedDirectory;
 
 /// What a disk writes at once or not at all, in bytes.
 pub const SECTOR: u64 = 512;
@@ -21,7 +21,8 @@ pub const SECTOR: u64 = 512;
 /// The system's code for a medium that failed.
 const EIO: i32 = 5;
 
-/// What several storages did, in one order: an image and its data file crash at the same instant.
+/// The recorded operations of several storages, in one order: an image and its data file crash at
+/// the same instant.
 #[derive(Clone, Debug, Default)]
 pub struct Recording {
     log: Arc<Mutex<Log>>,
@@ -77,32 +78,33 @@ enum Change {
     Sync,
 }
 
-/// Which changes that were not yet synced a crash takes away.
+/// The unsynced changes that a crash takes away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
-    /// None: the process was killed, the page cache lives on.
+    /// None: the process was killed, and the page cache survives.
     Nothing,
     /// All of them.
     Everything,
     /// Each change as a whole or not at all; earlier ones may be lost and later ones kept.
     SomeChanges,
-    /// Each sector of each change, so that changes are torn.
+    /// Each sector of each change, so that changes may be torn.
     SomeSectors,
 }
 
 impl Loss {
-    /// All kinds.
+    /// All variants.
     pub const ALL: [Self; 4] =
         [Self::Nothing, Self::Everything, Self::SomeChanges, Self::SomeSectors];
 }
 
 impl Recording {
-    /// An empty recording.
+    /// Creates an empty recording.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A storage that holds a copy of `bytes`, all of them durable, and records from now on.
+    /// Creates a storage that holds a copy of `bytes`, all of them durable, and records from now
+    /// on.
     pub fn storage(&self, bytes: &[u8]) -> Arc<RecordingStorage> {
         let mut storages = lock(&self.storages);
         let number = *storages;
@@ -115,13 +117,13 @@ impl Recording {
         })
     }
 
-    /// How many changes have been recorded.
+    /// Returns the number of recorded changes.
     pub fn position(&self) -> usize {
         lock(&self.log).changes.len()
     }
 }
 
-/// Records every change and can tell what a crash after any of them could leave.
+/// Records every change and reconstructs the state that a crash after any of them could leave.
 #[derive(Debug)]
 pub struct RecordingStorage {
     inner: Arc<MemoryStorage>,
@@ -131,11 +133,11 @@ pub struct RecordingStorage {
 }
 
 impl RecordingStorage {
-    /// The bytes found after a crash that came when `position` changes of the recording had been
-    /// made. `below` returns a random number below its argument.
+    /// Returns the bytes found after a crash that came after `position` changes of the recording.
+    /// `below` returns a random number below its argument.
     ///
-    /// As with a page cache, of each sector one of the states since the last sync is found: a later
-    /// write of the same sector never gets lost in favour of an earlier one that was lost, too.
+    /// As with a page cache, each sector is in one of its states since the last sync: a later write
+    /// of a sector is never lost in favour of an earlier one that was lost, too.
     pub fn after_crash(
         &self,
         position: usize,
@@ -148,7 +150,7 @@ impl RecordingStorage {
         drop_after(&self.start, &changes, loss, below)
     }
 
-    /// The bytes as they are now.
+    /// Returns the current bytes.
     pub fn content(&self) -> Vec<u8> {
         let length = self.inner.len().unwrap_or(0);
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
@@ -318,7 +320,7 @@ pub enum Call {
     Sync,
 }
 
-/// Which calls fail: those whose number lies in `calls`, with an error code of the system.
+/// The calls to fail: those whose number is in `calls`, with a system error code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Numbers of calls, as [`FailingStorage::calls`] counts them; `n..n + 1` fails once,
@@ -328,9 +330,9 @@ pub struct Fault {
     pub code: i32,
 }
 
-/// Passes everything on to another storage, except for what it has been told to fail or to hold.
+/// Forwards everything to another storage, except for calls that are set to fail or to wait.
 ///
-/// A write that fails has put half of its sectors on the disk.
+/// A failed write has written half of its sectors.
 #[derive(Debug)]
 pub struct FailingStorage {
     inner: Arc<dyn Storage>,
@@ -356,19 +358,19 @@ struct LossAtSync {
 }
 
 impl FailingStorage {
-    /// A storage that does not fail yet.
+    /// Creates a storage that does not fail yet.
     pub fn new(inner: Arc<dyn Storage>) -> Arc<Self> {
         Arc::new(Self { inner, state: Mutex::default(), changed: Condvar::new() })
     }
 
-    /// Says which calls fail from now on; `None` ends that.
+    /// Sets the calls to fail from now on; `None` clears that.
     pub fn set_fault(&self, fault: Option<Fault>) {
         lock(&self.state).fault = fault;
     }
 
-    /// From now on `syncs` syncs succeed; the one after them fails with `EIO`, and everything that
-    /// was not synced until then is gone at once, as it may be when a kernel drops dirty pages that
-    /// it could not write. The length stays. All is durable now, and afterwards nothing fails.
+    /// From now on `syncs` syncs succeed; the next one fails with `EIO`, and all unsynced data is
+    /// lost at once, as when a kernel drops dirty pages that it could not write. The length is
+    /// kept. The remaining data is durable, and afterwards nothing fails.
     ///
     /// # Errors
     ///
@@ -409,28 +411,28 @@ impl FailingStorage {
         Err(io::Error::from_raw_os_error(EIO))
     }
 
-    /// How many calls have been made.
+    /// Returns the number of calls made.
     pub fn calls(&self) -> u64 {
         lock(&self.state).calls
     }
 
-    /// How many calls have failed.
+    /// Returns the number of failed calls.
     pub fn failed(&self) -> u64 {
         lock(&self.state).failed
     }
 
-    /// Lets calls of a kind that touch a byte range of the storage wait until
+    /// Makes calls of a kind that touch a byte range of the storage wait until
     /// [`release`](Self::release). Syncs touch every range.
     pub fn hold(&self, call: Call, range: Range<u64>) {
         lock(&self.state).hold = Some((call, range));
     }
 
-    /// How many calls are waiting.
+    /// Returns the number of waiting calls.
     pub fn held(&self) -> usize {
         lock(&self.state).held
     }
 
-    /// Lets all waiting calls go on, and holds no more.
+    /// Releases all waiting calls, and holds no more.
     pub fn release(&self) {
         lock(&self.state).hold = None;
         self.changed.notify_all();

@@ -53,20 +53,20 @@ struct Lacks {
 }
 
 impl FileStorage {
-    /// Opens a file that exists.
+    /// Opens an existing file.
     ///
     /// # Errors
     ///
     /// `NotFound`, `PermissionDenied`, `ReadOnly` (file system), `InvalidFormat` for a directory,
     /// pipe, socket or character device, `Busy` if the locks of another program forbid it,
-    /// `Unsupported` if locks must be held and the file system has none, `InvalidInput` for a file that is
-    /// to be written and shared with other writers.
+    /// `Unsupported` if locks are required and the file system does not support them,
+    /// `InvalidInput` for a file that is to be written and shared with other writers.
     pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
         Self::open_with(path, access, locking, OFlags::empty())
     }
 
-    /// Opens a block device for writing that is neither mounted nor a part of another one, and will not be as
-    /// long as it is open.
+    /// Opens a block device for writing that is neither mounted nor a part of another one, and
+    /// prevents both while it is open.
     ///
     /// # Errors
     ///
@@ -96,7 +96,7 @@ impl FileStorage {
         Ok(storage)
     }
 
-    /// Whether locks were wanted, and the file system has none.
+    /// Returns whether locks were wanted, but the file system does not support them.
     pub fn lacks_locks(&self) -> bool {
         self.lacks_locks
     }
@@ -132,7 +132,7 @@ impl FileStorage {
         }
     }
 
-    /// Says whether what is written is put on stable storage; it is unless this says otherwise.
+    /// Sets whether writes are put on stable storage; by default they are.
     #[must_use]
     pub fn with_syncing(mut self, syncing: Syncing) -> Self {
         self.syncing = syncing;
@@ -505,7 +505,7 @@ fn lock_file(file: &File, path: &Path, access: Access, locking: Locking) -> Resu
     }
 }
 
-/// Reads a number from the queue folder of a block device, or of the disk a partition is on.
+/// Reads a number from the queue directory of a block device, or of the disk a partition is on.
 fn queue_attribute(device: u64, name: &str) -> Option<u64> {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     ["", "../"].iter().find_map(|up| {

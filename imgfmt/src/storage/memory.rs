@@ -11,7 +11,7 @@ use crate::units::HostOffset;
 const PAGE_SIZE: usize = 4096;
 const PAGE: u64 = PAGE_SIZE as u64;
 
-/// A row of bytes in memory that takes up only the 4 KiB pages that were written.
+/// Bytes in memory that occupy space only for the 4 KiB pages that were written.
 #[derive(Debug, Default)]
 pub struct MemoryStorage {
     content: RwLock<Content>,
@@ -24,12 +24,12 @@ struct Content {
 }
 
 impl MemoryStorage {
-    /// A storage of `length` bytes, all zero.
+    /// Creates a storage of `length` bytes, all zero.
     pub fn new(length: u64) -> Self {
         Self { content: RwLock::new(Content { length, pages: BTreeMap::new() }) }
     }
 
-    /// A storage that holds a copy of `bytes`.
+    /// Creates a storage that holds a copy of `bytes`.
     pub fn from_bytes(bytes: &[u8]) -> Self {
         let mut content = Content::default();
         content.write(0, bytes);

@@ -1,8 +1,8 @@
 //! The storage of an image: the [`Storage`] trait and its implementations.
 //!
-//! A storage is a flat array of bytes with positional, synchronous I/O through `&self`, independent of
-//! image formats. Six methods are required; the others have correct defaults, which [`FileStorage`]
-//! replaces with faster operations of the operating system.
+//! A storage is a flat array of bytes with positional, synchronous I/O through `&self`, independent
+//! of image formats. Six methods are required; the others have correct defaults, which
+//! [`FileStorage`] replaces with faster operations of the operating system.
 
 #[cfg(any(test, feature = "test-util"))]
 pub mod fault;
@@ -32,65 +32,66 @@ pub enum Durability {
     Fua,
 }
 
-/// What may become of the space behind a range that is set to zero.
+/// The permitted treatment of the space of a range that is set to zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ZeroMode {
-    /// The space may be given back; later writes may have to allocate it again.
+    /// The space may be freed; later writes may have to allocate it again.
     MayUnmap,
     /// The space stays allocated, so that later writes do not run out of it.
     KeepAllocated,
 }
 
-/// Whether an operation may be carried out the slow way.
+/// Whether an operation may be slow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Speed {
-    /// Whatever works, at worst writing zeroes.
+    /// Any method is allowed, at worst writing zeroes.
     Any,
-    /// Only if it is considerably faster than writing; otherwise it fails and changes nothing.
+    /// Only a method that is considerably faster than writing; otherwise the operation fails and
+    /// changes nothing.
     FastOnly,
 }
 
-/// What a read that must not block achieved.
+/// The result of a read that must not block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TryRead {
     /// The whole buffer is filled.
     Complete,
-    /// The data is not in memory; the buffer's content is undefined. Read it the blocking way.
+    /// The data is not in memory; the content of the buffer is undefined. Use the blocking read.
     WouldBlock,
-    /// A part of the range, or all of it, is known to read as zero, and the caller wants to know; the
-    /// buffer's content is undefined. Storages never say it.
+    /// At least a part of the range is known to read as zero, and the caller asked for holes; the
+    /// content of the buffer is undefined. Storages never return it.
     Sparse,
 }
 
-/// What a write that must not wait for metadata achieved.
+/// The result of a write that must not wait for metadata.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TryWrite {
     /// Everything is written.
     Complete,
-    /// Nothing is written: it may need something from the disk. Write it the usual way.
+    /// Nothing is written: something from the disk may be needed. Use the blocking write.
     WouldBlock,
 }
 
-/// What tells one file from another, whatever its name.
+/// The identity of a file, whatever its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileIdentity {
-    /// Number of the device the file system is on.
+    /// Device number of the file system.
     pub device: u64,
-    /// Inode number of the file there.
+    /// Inode number of the file.
     pub inode: u64,
 }
 
-/// What a storage can do and likes best. All sizes are in bytes.
+/// The capabilities and preferred sizes of a storage. All sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capabilities {
     /// Whether zeroes can be written considerably faster than data.
     pub fast_zero: bool,
-    /// Whether space can be given back.
+    /// Whether space can be freed.
     pub discard: bool,
-    /// Smallest unit that is not read, changed and written back as a whole.
+    /// Smallest unit that is written without reading and writing back more.
     pub minimum_size: u32,
-    /// Unit in which requests are handled without extra cost.
+    /// Preferred alignment of requests.
     pub preferred_size: u32,
 }
 
@@ -103,63 +104,62 @@ impl Default for Capabilities {
 /// A piece of storage of one kind, from a given offset on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StorageExtent {
-    /// How many bytes from the asked offset on are of this kind; at least 1.
+    /// Bytes of this kind from the requested offset on; at least 1.
     pub length: u64,
     /// [`ExtentKind::Data`] or [`ExtentKind::Hole`].
     pub kind: ExtentKind,
 }
 
-/// A flat row of bytes with positional I/O.
+/// An array of bytes with positional I/O.
 ///
-/// All methods may be called from several threads at once. Writes of ranges that overlap and run at
-/// the same time leave a mix of both in the overlap; writes that do not overlap never disturb each
-/// other.
+/// All methods may be called from several threads at once. Concurrent overlapping writes leave a
+/// mix of both in the overlap; writes that do not overlap never disturb each other.
 #[allow(clippy::len_without_is_empty)] // An empty storage is nothing anyone asks for.
 pub trait Storage: Send + Sync + fmt::Debug {
-    /// The present length in bytes.
+    /// Returns the current length in bytes.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports.
+    /// Any error of the medium.
     fn len(&self) -> io::Result<u64>;
 
     /// Reads until `buffer` is full or the storage ends; returns how many bytes were read.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports.
+    /// Any error of the medium.
     fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize>;
 
     /// Writes all of `data`, growing the storage if it ends before the end of the write.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports; part of the data may have been written then.
+    /// Any error of the medium; a part of the data may have been written then.
     fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()>;
 
     /// Changes the length; new bytes read as zero.
     ///
     /// # Errors
     ///
-    /// `Unsupported` where the length is fixed, otherwise whatever the medium reports.
+    /// `Unsupported` if the length is fixed, otherwise any error of the medium.
     fn set_len(&self, length: u64) -> io::Result<()>;
 
-    /// Gives the space of a range back. The range then reads as zero, and the length stays.
+    /// Frees the space of a range. The range then reads as zero, and the length is unchanged.
     ///
     /// # Errors
     ///
-    /// `Unsupported` if this cannot be done here (nothing has changed then), otherwise whatever the
-    /// medium reports.
+    /// `Unsupported` if this is not possible (nothing has changed then), otherwise any error of the
+    /// medium.
     fn punch_hole(&self, offset: HostOffset, length: u64) -> io::Result<()>;
 
-    /// Waits until everything written before is on stable storage.
+    /// Waits until all earlier writes are on stable storage.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports. After a failure nothing is known about earlier writes.
+    /// Any error of the medium. After a failure the state of earlier writes is unknown.
     fn sync(&self) -> io::Result<()>;
 
-    /// What this storage can do.
+    /// Returns the capabilities of the storage.
     fn capabilities(&self) -> Capabilities {
         Capabilities::default()
     }
@@ -178,7 +178,7 @@ pub trait Storage: Send + Sync + fmt::Debug {
         }
     }
 
-    /// Fills `buffer` if that needs no waiting for a medium.
+    /// Fills `buffer` if that is possible without waiting for a medium.
     ///
     /// # Errors
     ///
@@ -187,12 +187,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(TryRead::WouldBlock)
     }
 
-    /// Sets a range, which must lie within the present length, to zero.
+    /// Sets a range, which must lie within the current length, to zero.
     ///
     /// # Errors
     ///
-    /// `Unsupported` if only the fast way was allowed and there is none: nothing has changed then.
-    /// Otherwise whatever the medium reports.
+    /// `Unsupported` if only a fast operation was allowed and there is none: nothing has changed
+    /// then. Otherwise any error of the medium.
     fn write_zeroes(
         &self,
         offset: HostOffset,
@@ -212,47 +212,47 @@ pub trait Storage: Send + Sync + fmt::Debug {
         }
     }
 
-    /// What kind of bytes are found at `offset` and how far that goes, looking no further than
-    /// `length` bytes. "All data" is always a correct answer.
+    /// Returns the kind of bytes at `offset` and their number, examining at most `length` bytes.
+    /// "All data" is always a correct answer.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports.
+    /// Any error of the medium.
     fn next_extent(&self, _offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         Ok(StorageExtent { length, kind: ExtentKind::Data })
     }
 
-    /// Whether a range is known to have no holes, found out without waiting. Where it is not,
-    /// [`next_extent`](Self::next_extent) tells. True where that never tells of holes; a storage that
-    /// overrides one should override the other.
+    /// Returns whether a range is known to have no holes, without blocking. Otherwise
+    /// [`next_extent`](Self::next_extent) determines it. True if that never reports holes; a
+    /// storage that overrides one should override the other.
     fn is_known_data(&self, _offset: HostOffset, _length: u64) -> bool {
         true
     }
 
-    /// Starts to bring a range into memory, without waiting for it.
+    /// Starts to prefetch a range into memory, without waiting for it.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports.
+    /// Any error of the medium.
     fn readahead(&self, _offset: HostOffset, _length: u64) -> io::Result<()> {
         Ok(())
     }
 
-    /// How much space the bytes take up, if that is known.
+    /// Returns the space that the bytes occupy, if it is known.
     ///
     /// # Errors
     ///
-    /// Whatever the medium reports.
+    /// Any error of the medium.
     fn allocated_len(&self) -> io::Result<Option<u64>> {
         Ok(None)
     }
 
-    /// The descriptor of the file behind this storage, if bytes may be moved from it directly.
+    /// Returns the descriptor of the underlying file, if bytes may be moved from it directly.
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }
 
-    /// What tells this file from others, if it is one.
+    /// Returns the identity of the file, if it is one.
     fn identity(&self) -> Option<FileIdentity> {
         None
     }

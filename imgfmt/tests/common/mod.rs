@@ -1,4 +1,4 @@
-//! Helpers of the tests of this folder. Each test uses some of them.
+//! Helpers of the tests of this directory. Each test uses some of them.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::print_stdout)]
 
 pub mod bitmaps;
@@ -14,7 +14,8 @@ use imgfmt::{Extent, GuestOffset, GuestRange, Image};
 pub struct Random(u64);
 
 impl Random {
-    /// A generator whose seed comes from the environment variable IMGFMT_SEED or else from the clock.
+    /// A generator whose seed comes from the environment variable IMGFMT_SEED or else from the
+    /// clock.
     pub fn new(what: &str) -> Self {
         let seed = match std::env::var("IMGFMT_SEED").ok().and_then(|text| text.parse().ok()) {
             Some(seed) => seed,
@@ -71,10 +72,10 @@ pub fn all_extents(image: &Image, asked: GuestRange) -> Vec<Extent> {
 /// Whether a tool is installed. If not, says so, and fails where all tools must be there.
 pub fn has_tool(tool: &str) -> bool {
     let found = std::env::var_os("PATH").is_some_and(|path| {
-        let mut folders: Vec<_> = std::env::split_paths(&path).collect();
-        folders.push("/usr/sbin".into());
-        folders.push("/sbin".into());
-        folders.iter().any(|folder| folder.join(tool).is_file())
+        let mut directories: Vec<_> = std::env::split_paths(&path).collect();
+        directories.push("/usr/sbin".into());
+        directories.push("/sbin".into());
+        directories.iter().any(|directory| directory.join(tool).is_file())
     });
     if !found {
         println!("skipped: {tool} is not installed");

@@ -21,7 +21,7 @@ pub fn create(path: &Path, options: &str, size: &str) {
     run("qemu-img", &arguments);
 }
 
-/// Makes an overlay over a backing file in the same folder.
+/// Makes an overlay over a backing file in the same directory.
 pub fn create_overlay(path: &Path, options: &str, backing: &Path, format: &str, size: &str) {
     let name = backing.file_name().unwrap().to_str().unwrap();
     let mut arguments = vec!["create", "-q", "-f", "qcow2", "-b", name, "-F", format];

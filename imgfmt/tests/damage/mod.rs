@@ -8,7 +8,8 @@ use std::path::Path;
 use crate::common::{Random, qemu, run, text};
 use crate::structure::{OFFSET_MASK, Structure, u64_at};
 
-/// Options of `qemu-img create`, the size of the disk, and whether there is a bitmap and a snapshot.
+/// Options of `qemu-img create`, the size of the disk, and whether there is a bitmap and a
+/// snapshot.
 pub const KINDS: [(&str, u64, bool, bool); 9] = [
     ("cluster_size=4096", 3 << 20, true, true),
     ("cluster_size=512", 96 << 10, true, true),
@@ -39,10 +40,10 @@ pub struct Base {
 
 impl Base {
     /// Makes an image of this kind; always the same one.
-    pub fn make(folder: &Path, kind: usize) -> Self {
+    pub fn make(directory: &Path, kind: usize) -> Self {
         let (options, size, has_bitmap, has_snapshot) = KINDS[kind];
-        let path = folder.join("base.qcow2");
-        let backing = folder.join("backing.raw");
+        let path = directory.join("base.qcow2");
+        let backing = directory.join("backing.raw");
         let _ = std::fs::remove_file(&path);
         std::fs::write(&backing, vec![0xbb; size as usize / 2]).unwrap();
         match kind {

@@ -115,8 +115,8 @@ impl Content {
     }
 }
 
-/// Damages that we report and QEMU's check does not look at, by words of our message. Each stands in the
-/// table in DESIGN.md.
+/// Damages that we report and QEMU's check does not look at, by words of our message. Each stands
+/// in the table in DESIGN.md.
 const MORE_THAN_QEMU: [&str; 3] = [
     // QEMU's first write marks the image as corrupt.
     "says that there are bitmaps (autoclear bit 0), but not where",
@@ -162,9 +162,9 @@ fn may_say(report: &imgfmt::Result<CheckReport>, theirs: Verdict) -> bool {
 }
 
 /// Everything that is wrong with how we treat an image. The verdict is QEMU's.
-pub fn differences(folder: &Path, base: &Base, bytes: &[u8]) -> (Verdict, Vec<String>) {
+pub fn differences(directory: &Path, base: &Base, bytes: &[u8]) -> (Verdict, Vec<String>) {
     let mut wrong = Vec::new();
-    let path = folder.join("damaged.qcow2");
+    let path = directory.join("damaged.qcow2");
     std::fs::write(&path, bytes).unwrap();
     let verdict = theirs(&path, &[]);
     let report = Image::check_file(&path, &options(), Repair::None);

@@ -1,4 +1,5 @@
-//! Images get another version, other refcounts or another size in place, beside QEMU and with crashes.
+//! Images get another version, other refcounts or another size in place, beside QEMU and with
+//! crashes.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -49,10 +50,10 @@ fn version_3_becomes_version_2_with_the_same_disk_and_back() {
     let options = OpenOptions::new().policy(OpenPolicy::any_file());
     for kind in ["cluster_size=512", "cluster_size=64k", "cluster_size=4k,preallocation=metadata"] {
         for base in [false, true] {
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("new.qcow2");
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("new.qcow2");
             if base && !kind.contains("preallocation") {
-                let below = folder.path().join("base.qcow2");
+                let below = directory.path().join("base.qcow2");
                 qemu::create(&below, "", &SIZE.to_string());
                 qemu::io(&below, "qcow2", &["write -P 9 0 1M".to_owned()]);
                 let create =
@@ -85,9 +86,9 @@ fn refcounts_of_every_width_are_made_and_found_sound_by_qemu() {
     }
     let mut random = Random::new("refcount widths");
     let options = OpenOptions::new();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for cluster in ["512", "64k"] {
-        let path = folder.path().join(format!("{cluster}.qcow2"));
+        let path = directory.path().join(format!("{cluster}.qcow2"));
         image(&mut random, &path, &format!("cluster_size={cluster}"));
         run("qemu-img", &["bitmap", "--add", text(&path), "daily"]);
         qemu::io(&path, "qcow2", &qemu::random_commands(&mut random, SIZE, 5));
@@ -121,13 +122,13 @@ fn what_version_2_cannot_have_is_refused_by_name_and_nothing_changes() {
         return;
     }
     let options = OpenOptions::new();
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for (kind, words) in [
         ("extended_l2=on", "subclusters"),
         ("compression_type=zstd", "zlib"),
         ("refcount_bits=8", "16 bits"),
     ] {
-        let path = folder.path().join("image.qcow2");
+        let path = directory.path().join("image.qcow2");
         qemu::create(&path, kind, "1M");
         let before = std::fs::read(&path).unwrap();
         let error = Image::amend(&path, &options, &to_v2()).unwrap_err().to_string();
@@ -135,7 +136,7 @@ fn what_version_2_cannot_have_is_refused_by_name_and_nothing_changes() {
         assert!(std::fs::read(&path).unwrap() == before, "{kind}");
         std::fs::remove_file(&path).unwrap();
     }
-    let path = folder.path().join("image.qcow2");
+    let path = directory.path().join("image.qcow2");
     qemu::create(&path, "", "1M");
     run("qemu-img", &["bitmap", "--add", text(&path), "daily"]);
     let error = Image::amend(&path, &options, &to_v2()).unwrap_err().to_string();
@@ -187,8 +188,8 @@ fn whatever_instant_it_is_interrupted_at_the_disk_is_the_same_and_nothing_is_dam
         return;
     }
     let mut random = Random::new("amend interrupted");
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("image.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("image.qcow2");
     image(&mut random, &path, "cluster_size=512");
     let bytes = std::fs::read(&path).unwrap();
     let before = content(Arc::new(MemoryStorage::from_bytes(&bytes)));

@@ -23,8 +23,8 @@ fn read(image: &Image, offset: u64, length: u64) -> Vec<u8> {
 }
 
 /// A base full of sevens and, over it, an image whose first cluster is full of ones.
-fn overlay(folder: &Path, version: Qcow2Version) -> PathBuf {
-    let (base, top) = (folder.join("base.qcow2"), folder.join("top.qcow2"));
+fn overlay(directory: &Path, version: Qcow2Version) -> PathBuf {
+    let (base, top) = (directory.join("base.qcow2"), directory.join("top.qcow2"));
     Image::create(&base, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let writable = OpenOptions::new().access(Access::ReadWrite);
     let image = Image::open(&base, &writable).unwrap();
@@ -42,9 +42,9 @@ fn overlay(folder: &Path, version: Qcow2Version) -> PathBuf {
 
 #[test]
 fn what_the_image_does_not_hold_reads_as_zero_and_the_base_need_not_exist() {
-    let folder = tempfile::tempdir().unwrap();
-    let top = overlay(folder.path(), Qcow2Version::V3);
-    std::fs::remove_file(folder.path().join("base.qcow2")).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let top = overlay(directory.path(), Qcow2Version::V3);
+    std::fs::remove_file(directory.path().join("base.qcow2")).unwrap();
     assert!(Image::open(&top, &OpenOptions::new()).is_err());
     let alone = Image::open(&top, &OpenOptions::new().backing(BackingFile::Ignored)).unwrap();
     assert_eq!(alone.size(), SIZE);
@@ -58,8 +58,8 @@ fn what_the_image_does_not_hold_reads_as_zero_and_the_base_need_not_exist() {
 #[test]
 fn zeroes_written_meanwhile_hide_the_base_when_it_is_back() {
     for version in [Qcow2Version::V2, Qcow2Version::V3] {
-        let folder = tempfile::tempdir().unwrap();
-        let top = overlay(folder.path(), version);
+        let directory = tempfile::tempdir().unwrap();
+        let top = overlay(directory.path(), version);
         let writable = OpenOptions::new().access(Access::ReadWrite);
         let alone = Image::open(&top, &writable.clone().backing(BackingFile::Ignored)).unwrap();
         let zero = |offset, length| {

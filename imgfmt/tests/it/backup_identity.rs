@@ -1,5 +1,5 @@
-//! A backup file says which backup it is and whether it is unchanged; a disk says after which backup
-//! each of its bitmaps began, and a crash at any instant makes it say nothing wrong.
+//! A backup file says which backup it is and whether it is unchanged; a disk says after which
+//! backup each of its bitmaps began, and a crash at any instant makes it say nothing wrong.
 
 use std::path::{Path, PathBuf};
 
@@ -16,8 +16,8 @@ use crate::judge::subjects::{OnTrial, Start, Subject, Tolerance, options, qemu_c
 const SIZE: u64 = 4 << 20;
 const PART: u64 = 64 << 10;
 
-fn disk(folder: &Path) -> PathBuf {
-    let path = folder.join("disk.qcow2");
+fn disk(directory: &Path) -> PathBuf {
+    let path = directory.join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let image = writable(&path);
     write(&image, 0);
@@ -48,8 +48,8 @@ fn identity() -> BackupIdentity {
 
 #[test]
 fn a_sealed_file_says_which_backup_it_is_until_it_is_changed() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     assert_eq!(is_unchanged(&path), None);
     let identity = identity();
     Image::seal_backup(&path, &OpenOptions::new(), &identity).unwrap();
@@ -64,13 +64,14 @@ fn a_sealed_file_says_which_backup_it_is_until_it_is_changed() {
     let length = std::fs::metadata(&path).unwrap().len();
     writable(&path).close().unwrap();
     assert_eq!(is_unchanged(&path), Some(true));
-    let (renamed, copy) = (folder.path().join("renamed"), folder.path().join("copy"));
+    let (renamed, copy) = (directory.path().join("renamed"), directory.path().join("copy"));
     std::fs::rename(&path, &renamed).unwrap();
     assert_eq!(is_unchanged(&renamed), Some(true));
     std::fs::copy(&renamed, &copy).unwrap();
     assert_eq!(is_unchanged(&copy), Some(true));
     std::fs::rename(&renamed, &path).unwrap();
-    // Bytes that somebody changes in place are seen where the file system says when a file was made.
+    // Bytes that somebody changes in place are seen where the file system says when a file was
+    // made.
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&file, b"x", length - 1).unwrap();
     if file.metadata().unwrap().created().is_ok() {
@@ -104,7 +105,7 @@ fn a_sealed_file_says_which_backup_it_is_until_it_is_changed() {
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     file.set_len(length - 512).unwrap();
     assert_eq!(is_unchanged(&path), Some(false), "cut off");
-    let copy = folder.path().join("cut");
+    let copy = directory.path().join("cut");
     std::fs::copy(&path, &copy).unwrap();
     assert_eq!(is_unchanged(&copy), Some(false), "a copy of what was cut off");
 }
@@ -121,9 +122,9 @@ fn qemu_uses_a_sealed_file_keeps_what_it_is_and_makes_it_count_as_changed() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let base = disk(folder.path());
-    let top = folder.path().join("top.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let base = disk(directory.path());
+    let top = directory.path().join("top.qcow2");
     Image::create(&top, &CreateOptions::overlay("disk.qcow2", Format::Qcow2)).unwrap();
     let (first, second) = (identity(), identity());
     let seal = || {
@@ -137,7 +138,7 @@ fn qemu_uses_a_sealed_file_keeps_what_it_is_and_makes_it_count_as_changed() {
     seal();
     run("qemu-img", &["info", "--backing-chain", text(&top)]);
     run("qemu-img", &["check", "-q", text(&top)]);
-    let copy = folder.path().join("copy.qcow2");
+    let copy = directory.path().join("copy.qcow2");
     run("qemu-img", &["convert", "-O", "qcow2", text(&top), text(&copy)]);
     assert_eq!(id(&top), Some((second.id, true)), "who only reads changes nothing");
     assert_eq!(id(&copy), None, "a converted one is another file");
@@ -182,8 +183,8 @@ fn back_up(image: &Image) -> Uuid {
 
 #[test]
 fn a_bitmap_began_after_the_backup_that_was_completed_last() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     let image = writable(&path);
     image.add_bitmap("daily", PART, Recording::Enabled).unwrap();
     assert_eq!(began_after(&image, "daily"), BeganAfter::Unknown);
@@ -220,8 +221,8 @@ fn a_bitmap_began_after_the_backup_that_was_completed_last() {
 
 #[test]
 fn what_makes_a_bitmap_begin_anew_or_miss_changes_makes_its_backup_unknown() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     let image = writable(&path);
     image.add_bitmap("daily", PART, Recording::Enabled).unwrap();
     let granularity = PART;
@@ -263,8 +264,8 @@ fn a_bitmap_that_another_program_may_have_cleared_is_told_apart() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     let image = writable(&path);
     image.add_bitmap("daily", PART, Recording::Enabled).unwrap();
     let id = back_up(&image);
@@ -288,8 +289,8 @@ fn a_bitmap_that_another_program_may_have_cleared_is_told_apart() {
 
 #[test]
 fn images_whose_header_has_no_room_are_used_without() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let mut options = CreateOptions::new(Format::Qcow2, SIZE);
     options.cluster_size = 512;
     Image::create(&path, &options).unwrap();
@@ -325,8 +326,8 @@ fn errors_and_a_crash_after_them_make_no_bitmap_name_a_backup_too_late() {
         return;
     }
     let mut random = Random::new("errors in a backup");
-    let folder = tempfile::tempdir().unwrap();
-    let made = Subject::new("", Start::Used).make(folder.path(), SIZE, &mut random);
+    let directory = tempfile::tempdir().unwrap();
+    let made = Subject::new("", Start::Used).make(directory.path(), SIZE, &mut random);
     let mut looked_at = 0;
     for round in 0..rounds("IMGFMT_ERROR_ROUNDS", 120) {
         let trial = OnTrial::new(&made);
@@ -369,8 +370,8 @@ fn whatever_instant_a_crash_comes_at_a_bitmap_has_all_changes_since_the_backup_t
     }
     let mut random = Random::new("crash in a backup");
     for options_of in ["", "cluster_size=4096"] {
-        let folder = tempfile::tempdir().unwrap();
-        let made = Subject::new(options_of, Start::Used).make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = Subject::new(options_of, Start::Used).make(directory.path(), SIZE, &mut random);
         let trial = OnTrial::new(&made);
         let image = trial.open().unwrap();
         image.add_bitmap("daily", PART, Recording::Enabled).unwrap();

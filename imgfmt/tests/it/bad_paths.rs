@@ -17,17 +17,17 @@ fn message(path: &std::path::Path, kind: ErrorKind) -> String {
 
 #[test]
 fn what_is_no_image_is_named_for_what_it_is() {
-    let folder = tempfile::tempdir().unwrap();
-    assert!(message(folder.path(), ErrorKind::InvalidFormat).contains("a directory"));
-    let socket = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    assert!(message(directory.path(), ErrorKind::InvalidFormat).contains("a directory"));
+    let socket = directory.path().join("socket");
     let _listener = UnixListener::bind(&socket).unwrap();
     assert!(message(&socket, ErrorKind::InvalidFormat).contains("a socket"));
-    let missing = folder.path().join("missing");
+    let missing = directory.path().join("missing");
     assert!(message(&missing, ErrorKind::NotFound).contains("no such file"));
     let null = std::path::Path::new("/dev/null");
     assert!(message(null, ErrorKind::InvalidFormat).contains("a character device"));
     if common::has_tool("mkfifo") {
-        let pipe = folder.path().join("pipe");
+        let pipe = directory.path().join("pipe");
         common::run("mkfifo", &[common::text(&pipe)]);
         assert!(message(&pipe, ErrorKind::InvalidFormat).contains("a pipe"));
     }

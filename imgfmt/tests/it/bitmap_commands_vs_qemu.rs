@@ -30,8 +30,8 @@ fn commands_of_qemu_and_of_ours_take_turns_on_one_image() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let mut random = Random::new("commands_of_qemu_and_of_ours_take_turns_on_one_image");
     qemu::create(&path, ["", "cluster_size=4k"][random.below(2) as usize], &SIZE.to_string());
     let mut expected = BTreeMap::new();

@@ -1,5 +1,5 @@
-//! Checkpoints: while bits of a bitmap are frozen nobody takes it for complete, and whatever happens
-//! meanwhile they are back when the image is next opened for writing.
+//! Checkpoints: while bits of a bitmap are frozen nobody takes it for complete, and whatever
+//! happens meanwhile they are back when the image is next opened for writing.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ use crate::judge::subjects::{OnTrial, Start, Subject, Tolerance, options, qemu_c
 const SIZE: u64 = 4 << 20;
 const PART: u64 = 64 << 10;
 
-fn disk(folder: &Path) -> PathBuf {
-    let path = folder.join("disk.qcow2");
+fn disk(directory: &Path) -> PathBuf {
+    let path = directory.join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let image = writable(&path);
     image.add_bitmap("daily", PART, Recording::Enabled).unwrap();
@@ -62,8 +62,8 @@ fn parts(parts: &[u64]) -> Vec<(u64, u64)> {
 }
 
 /// An image that was left with 1 in the frozen bits and 5 in those of after.
-fn left(folder: &Path) -> PathBuf {
-    let path = disk(folder);
+fn left(directory: &Path) -> PathBuf {
+    let path = disk(directory);
     let image = writable(&path);
     write(&image, 1);
     freeze(&image, "daily");
@@ -74,8 +74,8 @@ fn left(folder: &Path) -> PathBuf {
 
 #[test]
 fn a_frozen_bitmap_is_incomplete_until_its_bits_are_dropped_or_thawed() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     let image = writable(&path);
     write(&image, 1);
     freeze(&image, "daily");
@@ -115,8 +115,8 @@ fn a_frozen_bitmap_is_incomplete_until_its_bits_are_dropped_or_thawed() {
 
 #[test]
 fn opening_for_writing_puts_frozen_bits_back_and_opening_for_reading_tells() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = left(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = left(directory.path());
     let before = std::fs::read(&path).unwrap();
     let image = read_only(&path);
     assert_eq!(state(&image, "daily"), incomplete());
@@ -126,7 +126,7 @@ fn opening_for_writing_puts_frozen_bits_back_and_opening_for_reading_tells() {
     assert!(std::fs::read(&path).unwrap() == before, "who reads changes nothing");
 
     // A backing file is only read, too.
-    let overlay = folder.path().join("overlay.qcow2");
+    let overlay = directory.path().join("overlay.qcow2");
     Image::create(&overlay, &CreateOptions::overlay("disk.qcow2", Format::Qcow2)).unwrap();
     let image = writable(&overlay);
     assert!(image.dirty_bits("daily").is_err());
@@ -144,8 +144,8 @@ fn opening_for_writing_puts_frozen_bits_back_and_opening_for_reading_tells() {
 
 #[test]
 fn no_change_of_bitmaps_loses_frozen_bits() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     let image = writable(&path);
     image.add_bitmap("other", PART, Recording::Disabled).unwrap();
     write(&image, 1);
@@ -185,8 +185,8 @@ fn mark_in_use(path: &Path, name: &str) {
 
 #[test]
 fn frozen_bits_that_cannot_be_relied_on_make_everything_dirty_after_a_repair() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = left(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = left(directory.path());
     mark_in_use(&path, "daily.checkpoint");
     let image = writable(&path);
     assert_eq!(image.bitmap_safety().thawed, [""; 0]);
@@ -203,8 +203,8 @@ fn frozen_bits_that_cannot_be_relied_on_make_everything_dirty_after_a_repair() {
 
 #[test]
 fn a_repair_of_the_image_does_not_make_a_bitmap_look_complete() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = left(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = left(directory.path());
     // The table of the frozen bits is beyond the end of the file.
     let bytes = std::fs::read(&path).unwrap();
     let name = b"daily.checkpoint";
@@ -219,8 +219,8 @@ fn a_repair_of_the_image_does_not_make_a_bitmap_look_complete() {
 
 #[test]
 fn a_repair_that_drops_a_damaged_bitmap_leaves_an_image_that_can_be_written() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     let bytes = std::fs::read(&path).unwrap();
     let entry = bytes.windows(5).rposition(|window| window == b"daily").unwrap() - 24;
     let file = std::fs::File::options().write(true).open(&path).unwrap();
@@ -237,8 +237,8 @@ fn a_repair_that_drops_a_damaged_bitmap_leaves_an_image_that_can_be_written() {
 
 #[test]
 fn a_bitmap_waits_for_the_frozen_bits_of_its_frozen_bits() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = disk(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = disk(directory.path());
     let image = writable(&path);
     for (part, name) in [(1, "daily.checkpoint.checkpoint"), (3, "daily.checkpoint")] {
         image.add_bitmap(name, PART, Recording::Enabled).unwrap();
@@ -255,8 +255,8 @@ fn a_bitmap_waits_for_the_frozen_bits_of_its_frozen_bits() {
 
 #[test]
 fn more_bitmaps_that_wait_than_anybody_has_cost_no_time_but_are_not_believed() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let image = writable(&path);
     let add = |name: String, recording| BitmapChange::Add { name, granularity: PART, recording };
@@ -279,8 +279,8 @@ fn whatever_instant_a_crash_comes_at_a_bitmap_that_looks_complete_is() {
     }
     let mut random = Random::new("crash in a checkpoint");
     for options_of in ["", "cluster_size=512"] {
-        let folder = tempfile::tempdir().unwrap();
-        let made = Subject::new(options_of, Start::Used).make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = Subject::new(options_of, Start::Used).make(directory.path(), SIZE, &mut random);
         let trial = OnTrial::new(&made);
         let image = trial.open().unwrap();
         image.add_bitmap("daily", PART, Recording::Enabled).unwrap();

@@ -89,8 +89,8 @@ fn bits_are_kept_through_any_row_of_sizes() {
     }
     let mut random = Random::new("bitmaps_resized");
     for options in ["", "cluster_size=512", "cluster_size=4k,extended_l2=off", "extended_l2=on"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
         qemu::create(&path, options, &SIZE.to_string());
         let mut subjects = subjects();
         for subject in &subjects {

@@ -17,8 +17,8 @@ fn bits_are_recovered_exactly_and_qemu_sees_a_clean_image_then() {
         return;
     }
     for level in ["process", "power"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = make(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let path = make(directory.path());
         die_after(&path, &format!("open:{level},write:1048576:4096,flush,write:2097152:512"));
         assert_eq!(flags(&path).matches("in-use").count(), 2, "before the recovery");
         let mode = std::fs::metadata(sidecar(&path)).unwrap().permissions().mode();
@@ -40,7 +40,7 @@ fn bits_are_recovered_exactly_and_qemu_sees_a_clean_image_then() {
 
 #[test]
 fn a_recovery_that_is_interrupted_by_death_is_repeated() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096");
     die_after(&path, "open:power");
     die_after(&path, "open:power,write:65536:4096");
@@ -53,7 +53,7 @@ fn a_recovery_that_is_interrupted_by_death_is_repeated() {
 
 #[test]
 fn a_repair_before_the_recovery_does_no_harm() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,write:1048576:4096");
     // As if the process had died some time ago.
     let bytes = std::fs::read(sidecar(&path)).unwrap();
@@ -75,7 +75,7 @@ fn a_repair_before_the_recovery_does_no_harm() {
 
 #[test]
 fn without_a_sidecar_the_bitmaps_stay_in_use_as_qemu_has_it() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:none,write:0:4096");
     assert!(!sidecar(&path).exists());
     assert!(reason(&open(&path), "fine").is_some());
@@ -88,8 +88,8 @@ fn qemu_writing_before_the_recovery_is_noticed() {
         return;
     }
     for level in ["process", "power"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = make(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let path = make(directory.path());
         die_after(&path, &format!("open:{level},write:0:4096"));
         qemu::io(&path, "qcow2", &["write 1M 4k".into()]);
         let image = open(&path);
@@ -103,7 +103,7 @@ fn qemu_writing_before_the_recovery_is_noticed() {
 
 #[test]
 fn qemu_reading_before_the_recovery_does_no_harm() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,flush");
     run("qemu-io", &["-r", "-f", "qcow2", "-c", "read -P 0x5a 0 4k", text(&path)]);
     run("qemu-img", &["info", text(&path)]);
@@ -112,7 +112,7 @@ fn qemu_reading_before_the_recovery_does_no_harm() {
 
 #[test]
 fn a_writer_that_ignores_the_autoclear_bit_is_noticed_by_the_time() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,flush");
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
     file.set_modified(SystemTime::now() + Duration::from_secs(3600)).unwrap();
@@ -126,10 +126,10 @@ fn a_copy_of_the_image_does_not_believe_a_copy_of_the_sidecar() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = make(directory.path());
     die_after(&path, "open:power,write:0:4096,flush");
-    let copy = folder.path().join("copy.qcow2");
+    let copy = directory.path().join("copy.qcow2");
     std::fs::copy(&path, &copy).unwrap();
     std::fs::copy(sidecar(&path), sidecar(&copy)).unwrap();
     let reason = reason(&open(&copy), "fine").unwrap();
@@ -143,8 +143,8 @@ fn a_sidecar_that_is_gone_damaged_or_of_another_session_is_not_believed() {
         return;
     }
     for case in ["gone", "damaged", "cut", "other"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = make(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let path = make(directory.path());
         die_after(&path, "open:power,write:0:4096,flush");
         let bytes = std::fs::read(sidecar(&path)).unwrap();
         match case {
@@ -203,8 +203,8 @@ fn changes_of_the_list_of_bitmaps_survive_with_their_bits() {
         ),
     ] {
         for level in ["process", "power"] {
-            let folder = tempfile::tempdir().unwrap();
-            let path = make(folder.path());
+            let directory = tempfile::tempdir().unwrap();
+            let path = make(directory.path());
             die_after(&path, &format!("open:{level},{script}"));
             let image = open(&path);
             assert_eq!(dirty(&image, "fine"), fine, "{script}");
@@ -218,23 +218,23 @@ fn changes_of_the_list_of_bitmaps_survive_with_their_bits() {
 
 #[test]
 fn removing_one_bitmap_keeps_the_bits_of_the_others() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:512,remove:coarse,write:512:512");
     let image = open(&path);
     assert_eq!(image.bitmap_safety().recovered, ["fine"]);
     assert_eq!(dirty(&image, "fine"), [(0, 1024)]);
 }
 
-/// The first of two changes makes the sidecar out of date, the second leaves no bitmap that would have
-/// to be marked as in use.
+/// The first of two changes makes the sidecar out of date, the second leaves no bitmap that would
+/// have to be marked as in use.
 #[test]
 fn what_is_written_behind_two_changes_of_the_list_is_recovered() {
     if !qemu::has_qemu() {
         return;
     }
     for (level, second) in [("process", "remove"), ("power", "remove"), ("process", "disable")] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = make(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let path = make(directory.path());
         let script = format!("write:0:512,clear:coarse,{second}:coarse,write:65536:512");
         die_after(&path, &format!("open:{level},{script}"));
         assert_eq!(dirty(&open(&path), "fine"), [(0, 512), (65536, 512)], "{level}, {second}");
@@ -244,7 +244,7 @@ fn what_is_written_behind_two_changes_of_the_list_is_recovered() {
 
 #[test]
 fn a_clean_close_leaves_no_trace() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     let image = open(&path);
     assert!(!sidecar(&path).exists(), "nothing has changed yet");
     image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
@@ -259,9 +259,9 @@ fn it_can_be_told_before_the_first_write_whether_a_sidecar_can_be_made() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
-    let names = || std::fs::read_dir(folder.path()).unwrap().count();
+    let directory = tempfile::tempdir().unwrap();
+    let path = make(directory.path());
+    let names = || std::fs::read_dir(directory.path()).unwrap().count();
     let image = open(&path);
     assert_eq!(image.probe_bitmap_safety().shortfall, None);
     assert_eq!(names(), 1, "something stayed behind");
@@ -270,7 +270,7 @@ fn it_can_be_told_before_the_first_write_whether_a_sidecar_can_be_made() {
     std::fs::create_dir(&new).unwrap();
     assert_eq!(image.probe_bitmap_safety().shortfall, None);
     assert_eq!(names(), 2, "something stayed behind");
-    // A folder in the sidecar's own place is.
+    // A directory in the sidecar's own place is.
     std::fs::create_dir(sidecar(&path)).unwrap();
     let safety = image.probe_bitmap_safety();
     assert_eq!(safety.survives, Survives::CleanClose);
@@ -290,9 +290,9 @@ fn where_no_sidecar_can_be_made_writes_go_on_and_the_shortfall_is_said() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
-    // A folder of that name cannot be replaced by a file.
+    let directory = tempfile::tempdir().unwrap();
+    let path = make(directory.path());
+    // A directory of that name cannot be replaced by a file.
     std::fs::create_dir(sidecar(&path)).unwrap();
     let image = Image::open(&path, &options().survives(Survives::ProcessDeath)).unwrap();
     assert_eq!(image.bitmap_safety().survives, Survives::ProcessDeath);

@@ -22,7 +22,7 @@ fn is_usable(image: &Image) {
 
 #[test]
 fn extents_that_were_being_written_are_marked_as_a_whole_and_nothing_else() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:1048576:4096,write:20971520:512");
     restart(&path);
     let expected = [(0, EXTENT), (5 * EXTENT, EXTENT)];
@@ -43,7 +43,7 @@ fn extents_that_were_being_written_are_marked_as_a_whole_and_nothing_else() {
 
 #[test]
 fn a_write_behind_a_clear_is_all_that_is_recovered() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     let script = format!("open:power,write:0:{SIZE},clear:fine,write:{}:512", SIZE - 512);
     die_after(&path, &script);
     restart(&path);
@@ -54,7 +54,7 @@ fn a_write_behind_a_clear_is_all_that_is_recovered() {
 
 #[test]
 fn the_level_of_process_death_gives_nothing_back_and_the_disk_is_there() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:process,write:0:4096,flush");
     restart(&path);
     let said = reason(&read_only(&path), "fine").unwrap();
@@ -78,8 +78,8 @@ fn qemu_writing_before_the_recovery_is_noticed() {
         return;
     }
     for level in ["process", "power"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = make(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let path = make(directory.path());
         die_after(&path, &format!("open:{level},write:0:4096,flush"));
         restart(&path);
         qemu::io(&path, "qcow2", &["write 8M 4k".into()]);
@@ -98,8 +98,8 @@ fn a_writer_that_ignores_the_autoclear_bit_is_noticed_by_what_it_did_to_the_file
         return;
     }
     for case in ["shorter", "another file"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = make(folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let path = make(directory.path());
         die_after(&path, "open:power,write:0:4096,flush");
         restart(&path);
         if case == "shorter" {
@@ -114,7 +114,7 @@ fn a_writer_that_ignores_the_autoclear_bit_is_noticed_by_what_it_did_to_the_file
             changed[508..512].copy_from_slice(&crc.to_le_bytes());
             std::fs::write(sidecar(&path), changed).unwrap();
         } else {
-            let copy = folder.path().join("copy");
+            let copy = directory.path().join("copy");
             std::fs::copy(&path, &copy).unwrap();
             std::fs::rename(&copy, &path).unwrap();
         }
@@ -125,7 +125,7 @@ fn a_writer_that_ignores_the_autoclear_bit_is_noticed_by_what_it_did_to_the_file
 
 #[test]
 fn a_restart_in_the_middle_of_the_recovery_costs_nothing() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096");
     let (image, found) = (std::fs::read(&path).unwrap(), std::fs::read(sidecar(&path)).unwrap());
     drop(open(&path));
@@ -139,7 +139,7 @@ fn a_restart_in_the_middle_of_the_recovery_costs_nothing() {
 
 #[test]
 fn without_the_sidecar_the_bitmaps_stay_in_use() {
-    let Some((_folder, path)) = disk() else { return };
+    let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:4096,flush");
     std::fs::remove_file(sidecar(&path)).unwrap();
     let image = open(&path);

@@ -18,8 +18,8 @@ fn kill_again_and_again(level: &str) {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = make(folder.path());
+    let directory = tempfile::tempdir().unwrap();
+    let path = make(directory.path());
     let mut random = Random::new(level);
     let mut reference = vec![0; survival::SIZE as usize];
     let (mut dirty, mut changed, mut with_bits) = (0, 0, 0);

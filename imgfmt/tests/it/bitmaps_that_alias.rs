@@ -1,5 +1,6 @@
-//! Bitmaps whose directory, table or bits lie in clusters that are something else as well: whatever is
-//! done with them, no byte of the disk or of a snapshot changes that was readable before and was not written.
+//! Bitmaps whose directory, table or bits lie in clusters that are something else as well: whatever
+//! is done with them, no byte of the disk or of a snapshot changes that was readable before and was
+//! not written.
 
 use std::path::Path;
 use std::process::Command;
@@ -24,7 +25,8 @@ fn write(disk: &Image, number: u64, cluster: u64, fill: u8) {
     let _ = disk.write_at(at(number * cluster), &bytes, Durability::Cached);
 }
 
-/// A disk with data, compressed data, a snapshot, and two bitmaps with bits, one of which is disabled.
+/// A disk with data, compressed data, a snapshot, and two bitmaps with bits, one of which is
+/// disabled.
 fn make(path: &Path, cluster: u64, l2_entries: L2Entries) -> Vec<u8> {
     let mut create = CreateOptions::new(Format::Qcow2, 192 * cluster);
     create.cluster_size = cluster;
@@ -104,8 +106,8 @@ impl Deed {
         }
     }
 
-    /// Opens the image, does it between writes, and opens it again for other writes, which take what has
-    /// become free. What is refused is refused.
+    /// Opens the image, does it between writes, and opens it again for other writes, which take
+    /// what has become free. What is refused is refused.
     fn carry_out(self, path: &Path, cluster: u64) {
         if self == Self::Repair {
             drop(Image::check_file(path, &options(Access::ReadOnly), Repair::All));
@@ -203,8 +205,8 @@ impl Trials {
 }
 
 fn try_all(cluster: u64, l2_entries: L2Entries, one_in: u64) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let sound = make(&path, cluster, l2_entries);
     let structure = Structure::of(&sound);
     let pointers: Vec<&Pointer> =

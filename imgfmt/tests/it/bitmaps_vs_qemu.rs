@@ -38,8 +38,8 @@ fn bitmaps_of_qemu_are_kept_and_given_back() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let size: u64 = (48 << 20) + 512 * 5;
     let mut random = Random::new("bitmaps_of_qemu_are_kept_and_given_back");
     for options in ["", "cluster_size=4k", "extended_l2=on"] {
@@ -82,8 +82,8 @@ fn bitmaps_of_ours_are_those_that_qemu_would_have_made() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let size: u64 = 10 << 20;
     qemu::create(&path, "", &size.to_string());
     let image = open(&path);
@@ -122,8 +122,8 @@ fn a_bitmap_that_was_in_use_is_not_believed_until_it_is_repaired() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (path, copy) = (folder.path().join("disk.qcow2"), folder.path().join("copy.qcow2"));
+    let directory = tempfile::tempdir().unwrap();
+    let (path, copy) = (directory.path().join("disk.qcow2"), directory.path().join("copy.qcow2"));
     qemu::create(&path, "", "10M");
     let image = open(&path);
     image.add_bitmap("used", 65536, Recording::Enabled).unwrap();
@@ -151,8 +151,8 @@ fn bitmaps_of_a_resized_disk_are_those_of_qemu() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, "cluster_size=512", "3M");
     let mut image = open(&path);
     image.add_bitmap("some", 512, Recording::Enabled).unwrap();
@@ -182,8 +182,8 @@ fn opening_for_writing_and_changing_nothing_leaves_the_file_as_it_is() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, "", "1M");
     run("qemu-img", &["bitmap", "--add", text(&path), "bitmap"]);
     let before = std::fs::read(&path).unwrap();

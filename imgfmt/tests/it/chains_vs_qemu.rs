@@ -71,11 +71,11 @@ fn cluster_size(options: &str) -> u64 {
     if rest[1..].starts_with('M') { number << 20 } else { number }
 }
 
-fn make_base(folder: &Path, random: &mut Random) -> Layer {
+fn make_base(directory: &Path, random: &mut Random) -> Layer {
     let size = random_size(random);
     let format = if random.below(2) == 0 { "raw" } else { "qcow2" };
     let layer =
-        Layer { path: folder.join("layer0"), format, size, how: format!("{format} {size}") };
+        Layer { path: directory.join("layer0"), format, size, how: format!("{format} {size}") };
     run("qemu-img", &["create", "-q", "-f", format, text(&layer.path), &size.to_string()]);
     use_layer(&layer, random);
     layer
@@ -182,8 +182,8 @@ fn random_chains_are_read_and_mapped_as_qemu_does() {
     }
     let mut random = Random::new("chains");
     for round in 0..rounds("IMGFMT_CHAIN_ROUNDS", 8) {
-        let folder = tempfile::tempdir().unwrap();
-        let mut layers = vec![make_base(folder.path(), &mut random)];
+        let directory = tempfile::tempdir().unwrap();
+        let mut layers = vec![make_base(directory.path(), &mut random)];
         for number in 1..=random.below(5) {
             layers.push(make_overlay(layers.last().unwrap(), number, &mut random));
         }
@@ -205,13 +205,13 @@ fn the_part_behind_a_shorter_layer_belongs_to_it() {
     if !tools.into_iter().all(common::has_tool) {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let base = folder.path().join("layer0");
+    let directory = tempfile::tempdir().unwrap();
+    let base = directory.path().join("layer0");
     run("qemu-img", &["create", "-q", "-f", "raw", text(&base), &(1 << 20).to_string()]);
     let mut below = Layer { path: base, format: "raw", size: 1 << 20, how: "raw".into() };
     for number in 1..3u64 {
         let size = (number + 1) << 20;
-        let path = folder.path().join(format!("layer{number}"));
+        let path = directory.path().join(format!("layer{number}"));
         qemu::create_overlay(&path, "", &below.path, below.format, &size.to_string());
         below = Layer { path, format: "qcow2", size, how: "qcow2".into() };
     }

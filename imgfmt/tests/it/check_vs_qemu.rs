@@ -2,12 +2,14 @@
 //! repair.
 //!
 //! The images are the same in every run, so that a difference that nobody has seen yet stops no
-//! change that has nothing to do with it; `cargo xtask soak` looks for others. Environment variables:
+//! change that has nothing to do with it; `cargo xtask soak` looks for others. Environment
+//! variables:
 //!
 //! - `IMGFMT_SEED`: where random numbers begin
 //! - `IMGFMT_ROUNDS`: how many images are damaged (25), or
 //! - `IMGFMT_MINUTES`: for how long
-//! - `IMGFMT_KEEP`: a folder for images about which something is wrong, each with its list of words
+//! - `IMGFMT_KEEP`: a directory for images about which something is wrong, each with its list of
+//!   words
 //!
 //! The last line says how many images there were and about how many of them something was wrong.
 
@@ -24,14 +26,14 @@ fn number(name: &str) -> Option<u64> {
 
 /// Keeps an image, and in words how it came about.
 fn keep(bytes: &[u8], base: &Base, patches: &[damage::Patch], seed: u64, wrong: &[String]) {
-    let Some(folder) = std::env::var_os("IMGFMT_KEEP") else { return };
-    let folder = Path::new(&folder);
-    std::fs::create_dir_all(folder).unwrap();
+    let Some(directory) = std::env::var_os("IMGFMT_KEEP") else { return };
+    let directory = Path::new(&directory);
+    std::fs::create_dir_all(directory).unwrap();
     let words = patches.iter().map(|patch| format!("{:#x} {:#x}\n", patch.place, patch.word));
     let text =
         format!("{}\nseed {seed}\n{}{}\n", base.name, words.collect::<String>(), wrong.join("\n"));
-    std::fs::write(folder.join(format!("{seed}.txt")), text).unwrap();
-    std::fs::write(folder.join(format!("{seed}.qcow2")), bytes).unwrap();
+    std::fs::write(directory.join(format!("{seed}.txt")), text).unwrap();
+    std::fs::write(directory.join(format!("{seed}.qcow2")), bytes).unwrap();
 }
 
 #[test]
@@ -39,7 +41,7 @@ fn what_is_said_of_damaged_images_and_what_is_left_of_them_is_as_with_qemu() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::seeded(number("IMGFMT_SEED").unwrap_or(1));
     let mut bases: Vec<Option<Base>> = KINDS.iter().map(|_| None).collect();
     let start = Instant::now();
@@ -61,11 +63,11 @@ fn what_is_said_of_damaged_images_and_what_is_left_of_them_is_as_with_qemu() {
         let seed = seed.unwrap_or_else(|| random.next()) | 1;
         let mut random = Random::seeded(seed);
         let kind = random.below(KINDS.len() as u64) as usize;
-        let base = bases[kind].get_or_insert_with(|| Base::make(folder.path(), kind));
+        let base = bases[kind].get_or_insert_with(|| Base::make(directory.path(), kind));
         let patches = base.damage(&mut random);
         let bytes = base.patched(&patches);
         images += 1;
-        let (verdict, wrong) = differences(folder.path(), base, &bytes);
+        let (verdict, wrong) = differences(directory.path(), base, &bytes);
         verdicts[match verdict {
             Verdict::Clean => 0,
             Verdict::Leaks => 1,

@@ -1,5 +1,5 @@
-//! Feature bits that the rest of the header contradicts: who opens such an image, what a check says,
-//! and what a repair does. QEMU is the judge of the first.
+//! Feature bits that the rest of the header contradicts: who opens such an image, what a check
+//! says, and what a repair does. QEMU is the judge of the first.
 
 use std::path::Path;
 use std::process::Command;
@@ -108,11 +108,11 @@ fn word(bytes: &[u8], at: usize) -> u64 {
     u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-fn make(folder: &Path, base: Base) -> Vec<u8> {
-    let path = folder.join("base.qcow2");
-    let below = folder.join("below.raw");
+fn make(directory: &Path, base: Base) -> Vec<u8> {
+    let path = directory.join("base.qcow2");
+    let below = directory.join("below.raw");
     std::fs::write(&below, vec![0xbb; 1 << 20]).unwrap();
-    let data = format!("data_file={},data_file_raw=on", text(&folder.join("data.raw")));
+    let data = format!("data_file={},data_file_raw=on", text(&directory.join("data.raw")));
     match base {
         Base::Plain => qemu::create(&path, "cluster_size=4096", "1M"),
         Base::Overlay => qemu::create_overlay(&path, "cluster_size=4096", &below, "raw", "1M"),
@@ -156,9 +156,9 @@ fn contradicting_features_are_reported_and_repaired_where_that_loses_nothing() {
         return;
     }
     for case in &CASES {
-        let (folder, name) = (tempfile::tempdir().unwrap(), case.name);
-        let path = folder.path().join("disk.qcow2");
-        let sound = make(folder.path(), case.base);
+        let (directory, name) = (tempfile::tempdir().unwrap(), case.name);
+        let path = directory.path().join("disk.qcow2");
+        let sound = make(directory.path(), case.base);
         std::fs::write(&path, &sound).unwrap();
         let content = qemu::content(&path, "qcow2");
         let damaged = changed(&sound, case.change);
@@ -200,9 +200,9 @@ fn a_data_file_that_the_header_names_but_does_not_use_is_not_ignored() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
-    let sound = make(folder.path(), Base::DataFile);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let sound = make(directory.path(), Base::DataFile);
     // QEMU opens this one, and shows whatever lies in the clusters of this file.
     let damaged = changed(&changed(&sound, (INCOMPATIBLE, 0, DATA_FILE)), (AUTOCLEAR, 0, RAW));
     std::fs::write(&path, &damaged).unwrap();
@@ -217,11 +217,11 @@ fn a_raw_data_file_and_a_backing_file_are_told_apart_by_a_repair() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
-    let below = folder.path().join("below.raw");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let below = directory.path().join("below.raw");
     std::fs::write(&below, vec![0xbb; 1 << 20]).unwrap();
-    let data = format!("data_file={}", text(&folder.path().join("data.raw")));
+    let data = format!("data_file={}", text(&directory.path().join("data.raw")));
     qemu::create_overlay(&path, &data, &below, "raw", "1M");
     let content = qemu::content(&path, "qcow2");
     let sound = std::fs::read(&path).unwrap();
@@ -238,10 +238,10 @@ fn who_writes_the_header_keeps_no_bit_that_is_unknown_or_false() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
-    let below = folder.path().join("below.raw");
-    let damaged = changed(&make(folder.path(), Base::Plain), (AUTOCLEAR, BITMAPS | UNKNOWN, 0));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let below = directory.path().join("below.raw");
+    let damaged = changed(&make(directory.path(), Base::Plain), (AUTOCLEAR, BITMAPS | UNKNOWN, 0));
     let bits = |what: &str, write: &dyn Fn()| {
         std::fs::write(&path, &damaged).unwrap();
         write();

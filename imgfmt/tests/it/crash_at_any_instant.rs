@@ -19,8 +19,8 @@ const OPERATIONS: u64 = 100;
 
 /// Runs a workload and crashes it at random places, the end and the closing included.
 fn crash(subject: Subject, random: &mut Random) {
-    let folder = tempfile::tempdir().unwrap();
-    let made = subject.make(folder.path(), SIZE, random);
+    let directory = tempfile::tempdir().unwrap();
+    let made = subject.make(directory.path(), SIZE, random);
     let trial = OnTrial::new(&made);
     let image = trial.open().unwrap();
     let mut model = Model::new(made.content.clone());
@@ -151,9 +151,9 @@ fn a_recording_that_loses_flushed_data_would_be_noticed() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("crash control");
-    let made = Subject::new("", Start::Empty).make(folder.path(), SIZE, &mut random);
+    let made = Subject::new("", Start::Empty).make(directory.path(), SIZE, &mut random);
     let content = made.content.clone();
     let mut model = Model::new(content.clone());
     let image = open(&made.path);

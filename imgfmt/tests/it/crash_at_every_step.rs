@@ -60,8 +60,8 @@ fn a_disk_that_becomes_smaller_is_the_old_one_or_the_new_one() {
         (Subject::new("cluster_size=4096,data_file=DIR/data.raw", Start::Used), 100 << 10),
         (Subject::new("cluster_size=4096", Start::Used), 0),
     ] {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let before = made.content.clone();
         let after = before[..size as usize].to_vec();
         let (mut old, mut new) = (0, 0);
@@ -91,8 +91,8 @@ fn snapshots_of_version_2_survive_whatever_is_done_with_the_image_after_a_crash(
         ("delete", |image| image.delete_snapshot("second").unwrap()),
     ];
     for (name, change) in changes {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let find = |name: &str| made.snapshots.iter().find(|(found, _)| found == name);
         let after = match name {
             "apply" => &find("first").unwrap().1,

@@ -1,5 +1,6 @@
-//! A crash, or an error, while a snapshot is made, applied (also of another size) or deleted or the disk is resized: the
-//! image is afterwards what it was before or what it was to become, and its snapshots are whole.
+//! A crash, or an error, while a snapshot is made, applied (also of another size) or deleted or the
+//! disk is resized: the image is afterwards what it was before or what it was to become, and its
+//! snapshots are whole.
 //!
 //! `IMGFMT_CRASH_ROUNDS` sets how many crashes each change goes through.
 
@@ -189,8 +190,8 @@ fn a_crash_leaves_the_state_before_or_after() {
     }
     let mut random = Random::new("crash structure");
     for subject in SUBJECTS {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let mut state = look(&made);
         let trial = OnTrial::new(&made);
         let mut image = trial.open().unwrap();
@@ -233,8 +234,8 @@ fn an_error_leaves_the_state_before_or_after_and_the_image_in_use() {
     }
     let mut random = Random::new("errors in structure");
     for subject in SUBJECTS {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let mut state = look(&made);
         let trial = OnTrial::new(&made);
         let mut image = trial.open().unwrap();

@@ -32,8 +32,8 @@ fn what_is_sound_after_a_crash_covers_what_has_changed() {
     }
     let mut random = Random::new("crash of bitmaps");
     for subject in subjects() {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let trial = OnTrial::new(&made);
         let image = trial.open().unwrap();
         let mut history = vec![(0, Promises::new())];
@@ -103,8 +103,8 @@ fn an_error_costs_no_bit() {
     }
     let mut random = Random::new("errors of bitmaps");
     for subject in subjects() {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let trial = OnTrial::new(&made);
         let mut image = trial.open().unwrap();
         let mut promises = Promises::new();

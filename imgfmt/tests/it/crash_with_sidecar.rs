@@ -153,8 +153,8 @@ fn crash_often(
     subject: Subject,
     random: &mut Random,
 ) -> [u32; 2] {
-    let folder = tempfile::tempdir().unwrap();
-    let made = subject.make(folder.path(), SIZE, random);
+    let directory = tempfile::tempdir().unwrap();
+    let made = subject.make(directory.path(), SIZE, random);
     let history = run(&made, survives, random);
     let end = history.steps.last().unwrap().done as u64;
     let mut recovered = [0, 0];

@@ -103,8 +103,8 @@ fn fail_all(name: &str, lasting: &[u64]) {
     }
     let mut random = Random::new(name);
     for subject in SUBJECTS {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let seed = random.next();
         let (first, end) = count_calls(&made, seed);
         let rounds = rounds("IMGFMT_ERROR_ROUNDS", 12).min(end - first);
@@ -139,8 +139,8 @@ fn an_image_that_cannot_be_opened_for_an_error_is_unchanged() {
     }
     let mut random = Random::new("errors at open");
     for subject in SUBJECTS {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         for call in 0.. {
             let trial = OnTrial::new(&made);
             set_fault(&trial, Some(Fault { calls: call..u64::MAX, code: EIO }));

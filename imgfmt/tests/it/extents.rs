@@ -140,8 +140,8 @@ fn a_bounded_walk_ends_early_and_finds_something_all_the_same() {
 
 #[test]
 fn a_fragmented_qcow2_image_is_walked_whole() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let mut options = CreateOptions::new(Format::Qcow2, 8 << 20);
     options.cluster_size = 512;
     Image::create(&path, &options).unwrap();

@@ -66,9 +66,9 @@ impl Storage for FullDisk {
 }
 
 /// An image without a free cluster that was left by a crash, and its dirty bits.
-fn crashed(survives: Survives, folder: &Path) -> (Joint, Vec<(u64, u64)>) {
+fn crashed(survives: Survives, directory: &Path) -> (Joint, Vec<(u64, u64)>) {
     let mut random = Random::new("full disk");
-    let made = Subject::new("cluster_size=4096", Start::Used).make(folder, SIZE, &mut random);
+    let made = Subject::new("cluster_size=4096", Start::Used).make(directory, SIZE, &mut random);
     let joint = Joint::new(&Files { image: made.bytes, sidecar: None }, survives, BOOT);
     let image = joint.open().unwrap();
     let add = BitmapChange::Add {
@@ -92,8 +92,8 @@ fn a_crashed_image_on_a_full_disk_is_opened_and_loses_no_bit() {
         return;
     }
     for survives in [Survives::ProcessDeath, Survives::PowerLoss] {
-        let folder = tempfile::tempdir().unwrap();
-        let (joint, bits) = crashed(survives, folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let (joint, bits) = crashed(survives, directory.path());
         let is_full = Arc::new(AtomicBool::new(true));
         let open = || {
             let above = |inner| Arc::new(FullDisk { inner, is_full: Arc::clone(&is_full) }) as _;
@@ -102,7 +102,8 @@ fn a_crashed_image_on_a_full_disk_is_opened_and_loses_no_bit() {
         // Whatever place the crash left free is taken, so that nothing can be stored.
         let image = open().unwrap();
         assert_eq!(dirty(&image, "daily"), bits, "{survives:?}");
-        // Nothing was changed: it cannot be closed in order, and the next one finds it as this one did.
+        // Nothing was changed: it cannot be closed in order, and the next one finds it as this one
+        // did.
         if image.close().is_err() {
             let image = open().unwrap();
             assert_eq!(dirty(&image, "daily"), bits, "{survives:?}, once more");
@@ -128,8 +129,8 @@ fn a_second_crash_after_changes_on_a_full_disk_costs_no_bit() {
         return;
     }
     for survives in [Survives::ProcessDeath, Survives::PowerLoss] {
-        let folder = tempfile::tempdir().unwrap();
-        let (joint, _) = crashed(survives, folder.path());
+        let directory = tempfile::tempdir().unwrap();
+        let (joint, _) = crashed(survives, directory.path());
         let is_full = Arc::new(AtomicBool::new(true));
         let above = |inner| Arc::new(FullDisk { inner, is_full: Arc::clone(&is_full) }) as _;
         let image = joint.open_through(above).unwrap();

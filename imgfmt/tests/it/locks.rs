@@ -75,9 +75,9 @@ fn we_respect_the_locks_of_qemu() {
     if !has_tool("qemu-nbd") {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
-    let socket = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    let socket = directory.path().join("socket");
     std::fs::File::create(&path).and_then(|file| file.set_len(1 << 20)).unwrap();
     let arguments = ["-t", "-f", "raw", "-k", text(&socket), text(&path)];
     let server = Background::start("qemu-nbd", &arguments);

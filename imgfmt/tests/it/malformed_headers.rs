@@ -176,8 +176,8 @@ fn what_qemu_refuses_is_refused() {
     if !common::has_tool("qemu-img") {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     for case in CASES {
         let mut image = sound();
         (case.change)(&mut image);

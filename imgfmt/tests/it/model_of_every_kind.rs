@@ -51,13 +51,13 @@ fn mix(cluster_bits: u64, refcount_order: u64, variant: &str, start: Start) -> O
 
 /// Opens, changes and closes an image a few times.
 fn change(subject: Subject, cluster_bits: u64, random: &mut Random) {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let size = match cluster_bits {
         0..=11 => 1 << 20,
         12..=17 => 3 << 20,
         _ => 6 << 20,
     } + 512;
-    let made = subject.make(folder.path(), size, random);
+    let made = subject.make(directory.path(), size, random);
     let what = format!("{subject:?}");
     let mut model = Model::new(made.content.clone());
     for _ in 0..2 {

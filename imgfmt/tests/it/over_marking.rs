@@ -1,9 +1,10 @@
-//! How much more is dirty after a recovery than has changed, with extents of the usual size. Prints the
-//! figures that `DESIGN.md` cites: `cargo test -p imgfmt --test it over_marking -- --nocapture`.
+//! How much more is dirty after a recovery than has changed, with extents of the usual size. Prints
+//! the figures that `DESIGN.md` cites: `cargo test -p imgfmt --test it over_marking --
+//! --nocapture`.
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{Loss, RecordedFolder, Recording as Recorded};
+use imgfmt::storage::fault::{Loss, RecordedDirectory, Recording as Recorded};
 use imgfmt::{
     Access, BitmapChange, Durability, Image, OpenOptions, Recording, RecoveryPrecision, Survives,
 };
@@ -25,8 +26,8 @@ enum Load {
     Random { writes: u64, within: u64 },
     /// So many bytes, one behind the other.
     Stream { length: u64 },
-    /// As the first, then a backup that clears the bitmap, then as many writes again in a hundredth of
-    /// the place.
+    /// As the first, then a backup that clears the bitmap, then as many writes again in a hundredth
+    /// of the place.
     AfterBackup { writes: u64, within: u64 },
 }
 
@@ -58,9 +59,9 @@ fn measure(made: &[u8], load: Load, survives: Survives, boot: &str) -> (u64, u64
     let mut random = Random::seeded(0x9e37_79b9_7f4a_7c15);
     let recording = Recorded::new();
     let storage = recording.storage(made);
-    let folder = Arc::new(RecordedFolder::new(&recording, BOOT, None));
+    let directory = Arc::new(RecordedDirectory::new(&recording, BOOT, None));
     let options = OpenOptions::new().access(Access::ReadWrite).survives(survives);
-    let here = options.clone().sidecar_folder(&folder);
+    let here = options.clone().sidecar_directory(&directory);
     let image = Image::from_storage(Arc::clone(&storage) as _, &here).unwrap();
     image.add_bitmap("backup", GRANULARITY, Recording::Enabled).unwrap();
     write(&image, load, &mut random);
@@ -68,13 +69,13 @@ fn measure(made: &[u8], load: Load, survives: Survives, boot: &str) -> (u64, u64
     let mut below = |bound| random.below(bound);
     let position = recording.position();
     let bytes = storage.after_crash(position, Loss::Nothing, &mut below);
-    let sidecar = folder.after_crash(position, Loss::Nothing, &mut below).unwrap();
+    let sidecar = directory.after_crash(position, Loss::Nothing, &mut below).unwrap();
 
     // The image is the first storage again, which makes it the same inode.
     let later = Recorded::new();
     let storage = later.storage(&bytes);
-    let folder = Arc::new(RecordedFolder::new(&later, boot, Some(&sidecar)));
-    let there = options.sidecar_folder(&folder);
+    let directory = Arc::new(RecordedDirectory::new(&later, boot, Some(&sidecar)));
+    let there = options.sidecar_directory(&directory);
     let image = Image::from_storage(storage, &there).unwrap();
     let safety = image.bitmap_safety();
     assert_eq!(safety.recovered, ["backup"]);
@@ -95,8 +96,8 @@ fn no_more_is_dirty_after_a_recovery_than_the_log_can_name() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, "cluster_size=4096", &SIZE.to_string());
     let made = std::fs::read(&path).unwrap();
     println!("MiB dirty: exactly; after the death of the process; after a loss of power");

@@ -32,13 +32,13 @@ fn a_version_2_image_becomes_version_3_with_its_disk_snapshots_and_backing_file(
             if cluster_size == "512" && base_name.len() > 200 {
                 continue; // QEMU itself has no room for that.
             }
-            let folder = tempfile::tempdir().unwrap();
-            let path = folder.path().join("old.qcow2");
+            let directory = tempfile::tempdir().unwrap();
+            let path = directory.path().join("old.qcow2");
             let kind = format!("compat=0.10,cluster_size={cluster_size}");
             if base_name.is_empty() {
                 qemu::create(&path, &kind, &SIZE.to_string());
             } else {
-                let base = folder.path().join(base_name);
+                let base = directory.path().join(base_name);
                 std::fs::create_dir_all(base.parent().unwrap()).unwrap();
                 qemu::create(&base, "", &SIZE.to_string());
                 qemu::io(&base, "qcow2", &["write -P 7 0 2M".to_owned()]);

@@ -10,11 +10,11 @@ fn made(options: &str) -> Option<(tempfile::TempDir, std::path::PathBuf)> {
     if !qemu::has_qemu() {
         return None;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, options, "1M");
     qemu::io(&path, "qcow2", &["write -P 5 0 200k".into(), "write -z 300k 64k".into()]);
-    Some((folder, path))
+    Some((directory, path))
 }
 
 fn refusal(path: &Path) -> imgfmt::Error {
@@ -27,7 +27,7 @@ fn refusal(path: &Path) -> imgfmt::Error {
 
 #[test]
 fn impossible_header_fields_are_refused() {
-    let Some((_folder, path)) = made("") else { return };
+    let Some((_directory, path)) = made("") else { return };
     let good = std::fs::read(&path).unwrap();
     let cases: [(usize, &[u8], ErrorKind); 18] = [
         (4, &9u32.to_be_bytes(), ErrorKind::Unsupported), // version
@@ -64,7 +64,7 @@ fn impossible_header_fields_are_refused() {
 
 #[test]
 fn an_unknown_feature_is_named_as_the_image_names_it() {
-    let Some((_folder, path)) = made("") else { return };
+    let Some((_directory, path)) = made("") else { return };
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[72..80].copy_from_slice(&(1u64 << 9).to_be_bytes());
     std::fs::write(&path, &bytes).unwrap();
@@ -74,7 +74,7 @@ fn an_unknown_feature_is_named_as_the_image_names_it() {
 #[test]
 fn an_image_that_is_its_own_backing_file_is_named_as_such_and_not_called_busy() {
     for format in ["qcow2", "raw"] {
-        let Some((_folder, path)) = made("") else { return };
+        let Some((_directory, path)) = made("") else { return };
         common::run(
             "qemu-img",
             &["rebase", "-u", "-f", "qcow2", "-b", "disk.qcow2", "-F", format, common::text(&path)],
@@ -90,8 +90,8 @@ fn an_image_that_is_its_own_backing_file_is_named_as_such_and_not_called_busy() 
 
 #[test]
 fn a_chain_that_leads_back_to_itself_is_refused() {
-    let Some((folder, path)) = made("") else { return };
-    let other = folder.path().join("other.qcow2");
+    let Some((directory, path)) = made("") else { return };
+    let other = directory.path().join("other.qcow2");
     qemu::create_overlay(&other, "", &path, "qcow2", "1M");
     common::run(
         "qemu-img",
@@ -104,7 +104,7 @@ fn a_chain_that_leads_back_to_itself_is_refused() {
 
 #[test]
 fn a_backing_file_needs_to_exist_to_be_allowed_and_to_have_a_format() {
-    let Some((folder, path)) = made("") else { return };
+    let Some((directory, path)) = made("") else { return };
     let rebase = |arguments: &[&str]| {
         let mut all = vec!["rebase", "-u", "-f", "qcow2"];
         all.extend(arguments);
@@ -120,7 +120,7 @@ fn a_backing_file_needs_to_exist_to_be_allowed_and_to_have_a_format() {
     Image::open(&path, &OpenOptions::new().policy(OpenPolicy::any_file())).unwrap();
     rebase(&["-b", "nbd://localhost/x", "-F", "raw"]);
     assert_eq!(refusal(&path).kind(), ErrorKind::PolicyDenied);
-    std::fs::write(folder.path().join("base.vmdk"), "KDMV").unwrap();
+    std::fs::write(directory.path().join("base.vmdk"), "KDMV").unwrap();
     rebase(&["-b", "base.vmdk", "-F", "vmdk"]);
     assert_eq!(refusal(&path).kind(), ErrorKind::Unsupported);
 }
@@ -128,7 +128,7 @@ fn a_backing_file_needs_to_exist_to_be_allowed_and_to_have_a_format() {
 #[test]
 fn metadata_with_random_damage_never_panics() {
     for options in ["", "extended_l2=on", "cluster_size=512", "compat=0.10"] {
-        let Some((_folder, path)) = made(options) else { return };
+        let Some((_directory, path)) = made(options) else { return };
         let good = std::fs::read(&path).unwrap();
         let mut random = Random::new(options);
         for _ in 0..300 {

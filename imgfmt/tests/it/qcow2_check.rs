@@ -16,8 +16,8 @@ fn reported(path: &Path, key: &str) -> u64 {
     rest.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
 }
 
-fn made(folder: &Path, options: &str, random: &mut Random) -> std::path::PathBuf {
-    let path = folder.join("disk.qcow2");
+fn made(directory: &Path, options: &str, random: &mut Random) -> std::path::PathBuf {
+    let path = directory.join("disk.qcow2");
     let _ = std::fs::remove_file(&path);
     qemu::create(&path, options, "3M");
     qemu::io(&path, "qcow2", &qemu::random_commands(random, 3 << 20, 30));
@@ -31,10 +31,10 @@ fn sound_images_of_every_kind_are_found_sound() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("check");
     for options in ["", "cluster_size=512", "extended_l2=on", "compat=0.10", "refcount_bits=64"] {
-        let path = made(folder.path(), options, &mut random);
+        let path = made(directory.path(), options, &mut random);
         if options.is_empty() {
             common::run("qemu-img", &["bitmap", "--add", common::text(&path), "bitmap"]);
         }
@@ -55,10 +55,10 @@ fn damaged_refcounts_are_counted_and_repaired() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("repair");
     for _ in 0..10 {
-        let path = made(folder.path(), "cluster_size=4096", &mut random);
+        let path = made(directory.path(), "cluster_size=4096", &mut random);
         let expected = qemu::content(&path, "qcow2");
         let mut bytes = std::fs::read(&path).unwrap();
         let table = u64::from_be_bytes(bytes[48..56].try_into().unwrap()) as usize;
@@ -85,8 +85,8 @@ fn an_image_that_was_not_closed_is_repaired_when_it_is_opened_for_writing() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, "lazy_refcounts=on,cluster_size=4096", "3M");
     // qemu-io aborts and leaves the dirty bit and refcounts that were never written.
     let _ = Command::new("qemu-io")
@@ -113,8 +113,8 @@ fn images_that_we_would_damage_are_not_opened_for_writing() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let options = OpenOptions::new().access(Access::ReadWrite);
     qemu::create(&path, "", "1M");
     let mut bytes = std::fs::read(&path).unwrap();
@@ -141,9 +141,9 @@ fn images_of_version_2_are_repaired_clean_ones_included() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("repair of version 2");
-    let path = made(folder.path(), "compat=0.10", &mut random);
+    let path = made(directory.path(), "compat=0.10", &mut random);
     let sound = std::fs::read(&path).unwrap();
     let report = repair_all(&path, "clean");
     assert_eq!((report.leaks, report.corruptions), (0, 0), "{:?}", report.messages);
@@ -175,7 +175,7 @@ fn damage_of_header_fields_that_qemu_repairs_is_repaired() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("damaged header fields");
     let cases: [(&str, (usize, usize, u64)); 6] = [
         ("a refcount table of 0 clusters", (56, 4, 0)),
@@ -186,7 +186,7 @@ fn damage_of_header_fields_that_qemu_repairs_is_repaired() {
         ("a snapshot table behind the end", (64, 8, 1 << 30)),
     ];
     for (what, change) in cases {
-        let path = made(folder.path(), "cluster_size=4096", &mut random);
+        let path = made(directory.path(), "cluster_size=4096", &mut random);
         let expected = qemu::content(&path, "qcow2");
         patch(&path, &[change]);
         let found = Image::check_file(&path, &OpenOptions::new(), Repair::None).unwrap();
@@ -203,9 +203,9 @@ fn an_incomplete_entry_of_the_snapshot_table_is_found_and_completed() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("incomplete snapshot");
-    let path = made(folder.path(), "cluster_size=4096", &mut random);
+    let path = made(directory.path(), "cluster_size=4096", &mut random);
     let bytes = std::fs::read(&path).unwrap();
     let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
     // No extra data: what was it is the name's padding now.
@@ -222,9 +222,9 @@ fn an_end_mark_of_header_extensions_with_a_length_is_found_and_repaired() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("end mark");
-    let path = made(folder.path(), "cluster_size=4096", &mut random);
+    let path = made(directory.path(), "cluster_size=4096", &mut random);
     let expected = qemu::content(&path, "qcow2");
     patch(&path, &[(112, 8, 0x2000)]);
     let found = Image::check_file(&path, &OpenOptions::new(), Repair::None).unwrap();
@@ -239,9 +239,9 @@ fn a_table_behind_the_end_of_the_file_gives_nothing_away() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("L1 behind the end");
-    let path = made(folder.path(), "cluster_size=4096", &mut random);
+    let path = made(directory.path(), "cluster_size=4096", &mut random);
     let expected = qemu::content(&path, "qcow2");
     let l1 = u64::from_be_bytes(std::fs::read(&path).unwrap()[40..48].try_into().unwrap());
     patch(&path, &[(40, 8, 1 << 30)]);

@@ -17,8 +17,8 @@ fn compressed_images_of_every_kind_are_written_from_several_threads() {
         return;
     }
     let mut random = Random::new("compress");
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     for (cluster_size, compression, refcount_bits) in [
         (65536, CompressionType::Zlib, 16),
         (65536, CompressionType::Zstd, 16),
@@ -74,8 +74,8 @@ fn length_of(path: &Path) -> u64 {
 
 #[test]
 fn a_file_ends_with_a_whole_sector_after_every_compressed_cluster() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let image = Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
     let mut random = Random::new("whole sectors");
@@ -95,8 +95,8 @@ fn a_file_ends_with_a_whole_sector_after_every_compressed_cluster() {
 
 #[test]
 fn a_closed_file_ends_with_the_whole_cluster_that_was_written_in_part() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let image = Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
     image.write_at(at(70_000), &[1; 100], Durability::Cached).unwrap();

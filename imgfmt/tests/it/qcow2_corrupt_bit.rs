@@ -34,8 +34,8 @@ fn damage_that_a_write_meets_is_marked_and_ends_all_writing_until_it_is_repaired
     let copied = 1 << 63;
     // Into the refcount table, into the middle of a cluster, into nothing.
     for entry in [copied | CLUSTER, copied | (6 * CLUSTER + 512), copied | (900 * CLUSTER)] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
         qemu::create(&path, "", "1M");
         qemu::io(&path, "qcow2", &["write -P 7 0 128k".to_owned()]);
         set_entry(&path, entry);
@@ -86,8 +86,8 @@ fn a_cluster_that_is_freed_twice_marks_the_image() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, "", "1M");
     qemu::io(&path, "qcow2", &["write -P 7 0 192k".to_owned()]);
     // The entry of guest cluster 0: both name the same cluster now.

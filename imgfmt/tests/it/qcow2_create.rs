@@ -46,8 +46,8 @@ fn new_images_are_sound_empty_and_writable() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     for mut options in variants() {
         let _ = std::fs::remove_file(&path);
         if options.size == Some(1 << 50) {
@@ -80,8 +80,8 @@ fn an_overlay_takes_its_size_and_content_from_its_backing_file() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let (base, top) = (folder.path().join("base.raw"), folder.path().join("top.qcow2"));
+    let directory = tempfile::tempdir().unwrap();
+    let (base, top) = (directory.path().join("base.raw"), directory.path().join("top.qcow2"));
     std::fs::write(&base, vec![3; 3 << 20]).unwrap();
     Image::create(&top, &CreateOptions::overlay("base.raw", Format::Raw)).unwrap();
     let image = Image::open(&top, &writable()).unwrap();
@@ -103,7 +103,7 @@ fn an_overlay_takes_its_size_and_content_from_its_backing_file() {
             .all(|(i, byte)| *byte == if (1000..2000).contains(&i) { 4 } else { 3 })
     );
     let missing = CreateOptions::overlay("missing", Format::Raw);
-    let other = folder.path().join("other.qcow2");
+    let other = directory.path().join("other.qcow2");
     assert_eq!(Image::create(&other, &missing).unwrap_err().kind(), ErrorKind::NotFound);
     assert!(!other.exists());
 }
@@ -117,8 +117,8 @@ fn existing_files_are_left_alone_and_nonsense_is_refused() {
         assert_eq!(error.kind(), ErrorKind::AlreadyExists, "{error}");
     }
     assert_eq!(std::fs::read(file.path()).unwrap(), b"precious");
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     for (cluster_size, refcount_bits, size) in
         [(500, 16, MIB), (4 << 20, 16, MIB), (65536, 3, MIB), (65536, 128, MIB), (512, 16, 1 << 60)]
     {
@@ -139,9 +139,9 @@ fn resized_disks_keep_what_they_had_and_gain_zeroes() {
     for (kind, version) in
         [(512, Qcow2Version::V3), (4096, Qcow2Version::V2), (65536, Qcow2Version::V3)]
     {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
-        let base = folder.path().join("base.raw");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
+        let base = directory.path().join("base.raw");
         std::fs::write(&base, vec![9; 2 << 20]).unwrap();
         let mut options = CreateOptions::overlay("base.raw", Format::Raw);
         options.cluster_size = kind;
@@ -178,9 +178,9 @@ fn preallocated_images_have_a_place_for_every_cluster() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
-    let data = folder.path().join("data.raw");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let data = directory.path().join("data.raw");
     for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
         for data_file in [None, Some(DataFile::Plain), Some(DataFile::Raw)] {
             for l2_entries in [L2Entries::Standard, L2Entries::Extended] {
@@ -214,7 +214,7 @@ fn preallocated_images_have_a_place_for_every_cluster() {
     let before = std::fs::read(&data).unwrap();
     let mut options = CreateOptions::new(Format::Qcow2, MIB);
     options.data_file = Some(("data.raw".into(), DataFile::Raw));
-    let other = folder.path().join("other.qcow2");
+    let other = directory.path().join("other.qcow2");
     assert_eq!(Image::create(&other, &options).unwrap_err().kind(), ErrorKind::AlreadyExists);
     assert!(!other.exists() && std::fs::read(&data).unwrap() == before);
 }

@@ -15,9 +15,9 @@ fn an_image_and_its_data_file_are_resized_together() {
         return;
     }
     for raw in ["off", "on"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
-        let data = folder.path().join("disk.raw");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
+        let data = directory.path().join("disk.raw");
         let options = format!("data_file={},data_file_raw={raw}", text(&data));
         qemu::create(&path, &options, "1M");
         let mut image = open(&path);
@@ -42,9 +42,9 @@ fn snapshots_of_images_with_a_data_file_are_refused_as_qemu_refuses_them() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
-    let data = folder.path().join("disk.raw");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let data = directory.path().join("disk.raw");
     qemu::create(&path, &format!("data_file={}", text(&data)), "1M");
     let arguments = ["snapshot", "-c", "one", text(&path)];
     let qemu = std::process::Command::new("qemu-img").args(arguments).output().unwrap();

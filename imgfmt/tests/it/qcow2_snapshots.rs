@@ -56,8 +56,8 @@ fn snapshots_come_and_go_and_the_image_stays_sound() {
     }
     let mut random = Random::new("snapshots");
     for options in kinds() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
         Image::create(&path, &options).unwrap();
         let mut image = Image::open(&path, &writable()).unwrap();
         let mut model = vec![0; SIZE as usize];
@@ -106,8 +106,8 @@ fn snapshots_come_and_go_and_the_image_stays_sound() {
 
 #[test]
 fn snapshots_that_cannot_be_are_refused() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let mut image = Image::open(&path, &writable()).unwrap();
     image.create_snapshot("one").unwrap();
@@ -120,7 +120,7 @@ fn snapshots_that_cannot_be_are_refused() {
     image.close().unwrap();
     let mut narrow = CreateOptions::new(Format::Qcow2, SIZE);
     narrow.refcount_bits = 2;
-    let path = folder.path().join("narrow.qcow2");
+    let path = directory.path().join("narrow.qcow2");
     Image::create(&path, &narrow).unwrap();
     let mut image = Image::open(&path, &writable()).unwrap();
     image.write_at(at(0), b"shared", Durability::Cached).unwrap();
@@ -139,9 +139,9 @@ fn a_snapshot_of_another_size_gives_the_disk_its_size() {
         return;
     }
     let mut random = Random::new("sizes of snapshots");
-    let folder = tempfile::tempdir().unwrap();
-    let (path, copy) = (folder.path().join("disk.qcow2"), folder.path().join("copy.qcow2"));
-    let base = folder.path().join("base.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let (path, copy) = (directory.path().join("disk.qcow2"), directory.path().join("copy.qcow2"));
+    let base = directory.path().join("base.qcow2");
     qemu::create(&base, "", "9M");
     qemu::io(&base, "qcow2", &["write -P 77 0 9M".to_owned()]);
     for (kind, has_base) in [("", false), ("cluster_size=512", false), ("extended_l2=on", true)] {
@@ -189,8 +189,8 @@ fn a_snapshot_of_another_size_gives_the_disk_its_size() {
 
 #[test]
 fn sizes_that_snapshots_do_not_know_are_not_lost() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let mut options = CreateOptions::new(Format::Qcow2, SIZE);
     options.version = Qcow2Version::V2;
     Image::create(&path, &options).unwrap();
@@ -204,7 +204,7 @@ fn sizes_that_snapshots_do_not_know_are_not_lost() {
 
     // An old program's version 3 image: the snapshot has no size. It begins with the L1 table's
     // offset (8) and entries (4), and has 16 bytes of extra data behind 40 bytes.
-    let path = folder.path().join("new.qcow2");
+    let path = directory.path().join("new.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let mut image = Image::open(&path, &writable()).unwrap();
     image.create_snapshot("one").unwrap();

@@ -96,7 +96,7 @@ fn images_of_every_kind_are_written() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("qcow2 write");
     for options in [
         "",
@@ -114,13 +114,13 @@ fn images_of_every_kind_are_written() {
         "data_file=DIR/data.raw",
         "data_file=DIR/data.raw,data_file_raw=on",
     ] {
-        let path = folder.path().join("disk.qcow2");
+        let path = directory.path().join("disk.qcow2");
         let _ = std::fs::remove_file(&path);
-        let made = options.replace("DIR", common::text(folder.path()));
+        let made = options.replace("DIR", common::text(directory.path()));
         qemu::create(&path, &made, &SIZE.to_string());
         random_changes(&path, &mut random, options);
         if options.ends_with("data_file_raw=on") {
-            let raw = std::fs::read(folder.path().join("data.raw")).unwrap();
+            let raw = std::fs::read(directory.path().join("data.raw")).unwrap();
             // QEMU made it a multiple of the cluster size.
             let disk = qemu::content(&path, "qcow2");
             assert!(raw[..disk.len()] == disk, "the raw data file is not the disk");
@@ -135,12 +135,12 @@ fn overlays_are_written_and_their_backing_files_are_not() {
     }
     let mut random = Random::new("qcow2 overlay");
     for options in ["", "compat=0.10", "extended_l2=on", "cluster_size=4096"] {
-        let folder = tempfile::tempdir().unwrap();
-        let base = folder.path().join("base.qcow2");
+        let directory = tempfile::tempdir().unwrap();
+        let base = directory.path().join("base.qcow2");
         qemu::create(&base, "", "3M");
         qemu::io(&base, "qcow2", &qemu::random_commands(&mut random, 3 << 20, 30));
         let before = std::fs::read(&base).unwrap();
-        let path = folder.path().join("disk.qcow2");
+        let path = directory.path().join("disk.qcow2");
         qemu::create_overlay(&path, options, &base, "qcow2", &SIZE.to_string());
         random_changes(&path, &mut random, options);
         assert!(std::fs::read(&base).unwrap() == before, "the backing file was changed");
@@ -152,9 +152,9 @@ fn compressed_clusters_are_overwritten() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("qcow2 compressed write");
-    let source = folder.path().join("source.raw");
+    let source = directory.path().join("source.raw");
     let bytes: Vec<u8> = (0..SIZE).map(|i| (i / 777) as u8).collect();
     std::fs::write(&source, &bytes).unwrap();
     for options in [
@@ -163,7 +163,7 @@ fn compressed_clusters_are_overwritten() {
         "compression_type=zstd,cluster_size=4096",
         "compat=0.10",
     ] {
-        let path = folder.path().join("disk.qcow2");
+        let path = directory.path().join("disk.qcow2");
         let (from, to) = (common::text(&source), common::text(&path));
         let arguments = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, from, to];
         common::run("qemu-img", &arguments);
@@ -178,8 +178,8 @@ fn snapshots_stay_as_they_were() {
     }
     let mut random = Random::new("qcow2 snapshots");
     for options in ["", "compat=0.10", "extended_l2=on", "cluster_size=512"] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
         qemu::create(&path, options, &SIZE.to_string());
         let mut states = Vec::new();
         for name in ["first", "second"] {
@@ -200,9 +200,9 @@ fn several_threads_write_their_own_parts_of_one_image() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for options in ["", "extended_l2=on", "cluster_size=4096"] {
-        let path = folder.path().join("disk.qcow2");
+        let path = directory.path().join("disk.qcow2");
         let _ = std::fs::remove_file(&path);
         qemu::create(&path, options, "8M");
         let image = open(&path);

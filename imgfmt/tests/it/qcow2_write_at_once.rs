@@ -35,8 +35,8 @@ fn new_clusters_of_an_image_and_of_an_overlay_are_written_at_once() {
         return;
     }
     for options in ["", "extended_l2=on", "cluster_size=4096,compat=0.10"] {
-        let folder = tempfile::tempdir().unwrap();
-        let (base, path) = (folder.path().join("base.raw"), folder.path().join("disk.qcow2"));
+        let directory = tempfile::tempdir().unwrap();
+        let (base, path) = (directory.path().join("base.raw"), directory.path().join("disk.qcow2"));
         let mut model = vec![0xba; 4 * MIB as usize];
         model[MIB as usize..].fill(0);
         std::fs::write(&base, &model[..2 * MIB as usize]).unwrap();
@@ -68,8 +68,8 @@ fn what_is_not_in_memory_is_not_waited_for() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, "", "4M");
     let image = open(&path);
     let tried = image.try_write_at(at(0), &[1; 512]).unwrap();

@@ -156,10 +156,11 @@ impl Before {
     }
 }
 
-/// Aims every pointer (or one in some) at everything, carries out all deeds, and lists what went wrong.
+/// Aims every pointer (or one in some) at everything, carries out all deeds, and lists what went
+/// wrong.
 fn try_all(kind: Kind, one_in: u64) -> (u64, Vec<String>) {
-    let folder = tempfile::tempdir().unwrap();
-    let path: PathBuf = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path: PathBuf = directory.path().join("disk.qcow2");
     let sound = make(&path, kind);
     let structure = Structure::of(&sound);
     let has_qemu = qemu::has_qemu();

@@ -1,5 +1,5 @@
-//! A sidecar that somebody else has locked while the image itself is free: whoever would write waits a
-//! moment or is refused, and the bits are still there for the next one.
+//! A sidecar that somebody else has locked while the image itself is free: whoever would write
+//! waits a moment or is refused, and the bits are still there for the next one.
 
 use std::fs::File;
 use std::path::Path;
@@ -13,9 +13,9 @@ use crate::survival::{die_after, disk, has_no_trace, open, options, read_only, r
 
 /// An image that was in use when its process died.
 fn left() -> Option<(tempfile::TempDir, std::path::PathBuf)> {
-    let (folder, path) = disk()?;
+    let (directory, path) = disk()?;
     die_after(&path, "open:power,write:0:4096,write:65536:512,flush");
-    Some((folder, path))
+    Some((directory, path))
 }
 
 fn locked(path: &Path) -> File {
@@ -34,7 +34,7 @@ fn is_recovered(path: &Path) {
 
 #[test]
 fn a_writer_is_refused_says_who_holds_it_and_the_bits_are_recovered_later() {
-    let Some((_folder, path)) = left() else { return };
+    let Some((_directory, path)) = left() else { return };
     let before = std::fs::read(&path).unwrap();
     let holder = locked(&path);
     let error = Image::open(&path, &options()).unwrap_err();
@@ -50,7 +50,7 @@ fn a_writer_is_refused_says_who_holds_it_and_the_bits_are_recovered_later() {
 
 #[test]
 fn a_lock_that_is_held_for_a_moment_costs_no_more_than_that() {
-    let Some((_folder, path)) = left() else { return };
+    let Some((_directory, path)) = left() else { return };
     let holder = locked(&path);
     std::thread::scope(|scope| {
         scope.spawn(move || {
@@ -63,7 +63,7 @@ fn a_lock_that_is_held_for_a_moment_costs_no_more_than_that() {
 
 #[test]
 fn a_repair_is_refused_and_a_check_is_not() {
-    let Some((_folder, path)) = left() else { return };
+    let Some((_directory, path)) = left() else { return };
     let before = std::fs::read(&path).unwrap();
     let holder = locked(&path);
     let options = OpenOptions::new();
@@ -79,7 +79,7 @@ fn a_repair_is_refused_and_a_check_is_not() {
 
 #[test]
 fn a_second_writer_without_locks_of_the_image_does_not_end_the_session_of_the_first() {
-    let Some((_folder, path)) = left() else { return };
+    let Some((_directory, path)) = left() else { return };
     let first = open(&path);
     first.write_at(common::at(1 << 20), &[1; 512], imgfmt::Durability::Cached).unwrap();
     let unlocked = options().locking(Locking::Off);

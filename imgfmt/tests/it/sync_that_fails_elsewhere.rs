@@ -69,8 +69,8 @@ impl Storage for Meanwhile {
 
 /// An image with a bitmap that notes changes, whose writes are watched for a pattern.
 fn watched(pattern: &[u8]) -> (Arc<MemoryStorage>, Arc<Meanwhile>, Arc<Image>) {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     qemu::create(&path, "cluster_size=4096", "1M");
     common::run("qemu-img", &["bitmap", "--add", "-g", "4k", common::text(&path), "watched"]);
     let memory = Arc::new(MemoryStorage::from_bytes(&std::fs::read(&path).unwrap()));

@@ -1,5 +1,5 @@
-//! A kernel may drop what it could not write when a sync fails. The metadata that was lost is written
-//! again by the next flush: what is then durable is what the open image shows.
+//! A kernel may drop what it could not write when a sync fails. The metadata that was lost is
+//! written again by the next flush: what is then durable is what the open image shows.
 
 use imgfmt::storage::fault::Loss;
 use imgfmt::{Durability, Image, Shrink, Speed, ZeroMode};
@@ -62,8 +62,8 @@ fn the_next_flush_writes_metadata_again_that_a_failed_sync_has_lost() {
     }
     let mut random = Random::new("syncs that lose");
     for subject in SUBJECTS {
-        let folder = tempfile::tempdir().unwrap();
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let trial = OnTrial::new(&made);
         let image = trial.open().unwrap();
         for round in 0..10 {
@@ -88,9 +88,9 @@ fn the_next_flush_writes_a_new_size_again_that_a_failed_sync_has_lost() {
     }
     let mut random = Random::new("a size that is lost");
     for syncs in 0..12 {
-        let folder = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().unwrap();
         let subject = Subject::new("cluster_size=4096", Start::Empty);
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let made = subject.make(directory.path(), SIZE, &mut random);
         let trial = OnTrial::new(&made);
         let mut image = trial.open().unwrap();
         write_some(&image, &mut random);

@@ -58,9 +58,9 @@ fn a_durable_write_syncs_the_file_unless_told_not_to() {
 
 #[test]
 fn an_image_that_is_not_synced_is_complete_when_it_is_closed() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for format in [Format::Raw, Format::Qcow2] {
-        let path = folder.path().join(format.name());
+        let path = directory.path().join(format.name());
         Image::create(&path, &CreateOptions::new(format, 1 << 20)).unwrap();
         let mut unsynced = options(Syncing::Off);
         unsynced.format = Some(format);

@@ -14,8 +14,8 @@ const DISK: u64 = 512 << 10;
 const DEVICE: usize = 2 << 20;
 
 fn empty_image() -> Vec<u8> {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("empty.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("empty.qcow2");
     let mut options = CreateOptions::new(Format::Qcow2, DISK);
     options.cluster_size = 4096;
     Image::create(&path, &options).unwrap();

@@ -77,8 +77,8 @@ fn the_same_changes_leave_the_same_map() {
         return;
     }
     let mut random = Random::new("zeroes");
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name);
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
     let (ours, theirs, base) = (path("ours.qcow2"), path("theirs.qcow2"), path("base.qcow2"));
     qemu::create(&base, "cluster_size=4096", "2M");
     qemu::io(&base, "qcow2", &qemu::random_commands(&mut random, 2 << 20, 20));
@@ -125,14 +125,15 @@ fn zeroes_stay_when_a_backing_file_is_put_under_them() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name);
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
     let (disk, base, short) = (path("disk.qcow2"), path("base.qcow2"), path("short.qcow2"));
     qemu::create(&base, "", "3M");
     qemu::io(&base, "qcow2", &["write -P 7 0 3M".to_owned()]);
     qemu::create(&short, "", "1M");
     qemu::io(&short, "qcow2", &["write -P 9 64k 4k".to_owned()]);
-    // Whole clusters, parts of one, the border of two, over the end of the base, the end of the disk.
+    // Whole clusters, parts of one, the border of two, over the end of the base, the end of the
+    // disk.
     let zeroed = [
         (0, 65536),
         (65536 + 4096, 512),
@@ -168,8 +169,8 @@ fn zeroes_stay_when_a_backing_file_is_put_under_them() {
 
 #[test]
 fn what_others_write_beside_zeroes_of_the_same_cluster_stays() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     const CLUSTERS: u64 = 200;
     Image::create(&path, &CreateOptions::new(Format::Qcow2, CLUSTERS << 16)).unwrap();
     let image = open(&path);
@@ -195,8 +196,8 @@ fn what_others_write_beside_zeroes_of_the_same_cluster_stays() {
 #[test]
 fn a_disk_of_which_nothing_was_written_is_zeroed_within_the_memory_for_tables() {
     const DISK: u64 = 64 << 30;
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, DISK)).unwrap();
     let options = OpenOptions::new().access(Access::ReadWrite).format(Format::Qcow2);
     // Eight tables of 128.

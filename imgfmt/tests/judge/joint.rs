@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{Loss, RecordedFolder, Recording, RecordingStorage};
+use imgfmt::storage::fault::{Loss, RecordedDirectory, Recording, RecordingStorage};
 use imgfmt::{Image, Storage, Survives};
 
 use super::subjects::options;
@@ -28,7 +28,7 @@ pub struct Files {
 pub struct Joint {
     pub recording: Recording,
     image: Arc<RecordingStorage>,
-    folder: Arc<RecordedFolder>,
+    directory: Arc<RecordedDirectory>,
     survives: Survives,
 }
 
@@ -39,9 +39,9 @@ impl Joint {
         let image = recording.storage(&files.image);
         // The first storage of a recording is inode 1.
         let sidecar = files.sidecar.as_deref().map(|bytes| adopted(bytes, 1, None));
-        let folder = RecordedFolder::new(&recording, boot, sidecar.as_deref());
-        let folder = Arc::new(folder.with_extent_bits(EXTENT_BITS));
-        Self { recording, image, folder, survives }
+        let directory = RecordedDirectory::new(&recording, boot, sidecar.as_deref());
+        let directory = Arc::new(directory.with_extent_bits(EXTENT_BITS));
+        Self { recording, image, directory, survives }
     }
 
     pub fn open(&self) -> imgfmt::Result<Image> {
@@ -53,7 +53,7 @@ impl Joint {
         &self,
         above: impl FnOnce(Arc<dyn Storage>) -> Arc<dyn Storage>,
     ) -> imgfmt::Result<Image> {
-        let options = options().survives(self.survives).sidecar_folder(&self.folder);
+        let options = options().survives(self.survives).sidecar_directory(&self.directory);
         Image::from_storage(above(Arc::clone(&self.image) as _), &options)
     }
 
@@ -62,7 +62,7 @@ impl Joint {
         let mut below = |bound| random.below(bound);
         Files {
             image: self.image.after_crash(position, loss, &mut below),
-            sidecar: self.folder.after_crash(position, loss, &mut below),
+            sidecar: self.directory.after_crash(position, loss, &mut below),
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::common::{Random, qemu, run, text};
 /// How an image starts out.
 #[derive(Clone, Copy, Debug)]
 pub struct Subject {
-    /// As for `qemu-img create -o`; `DIR` is the folder.
+    /// As for `qemu-img create -o`; `DIR` is the directory.
     pub options: &'static str,
     pub start: Start,
 }
@@ -48,14 +48,14 @@ impl Subject {
         Self { options, start }
     }
 
-    /// Makes the image in a folder.
-    pub fn make(&self, folder: &Path, size: u64, random: &mut Random) -> Made {
-        let path = folder.join("disk.qcow2");
-        let data_path = folder.join("data.raw");
+    /// Makes the image in a directory.
+    pub fn make(&self, directory: &Path, size: u64, random: &mut Random) -> Made {
+        let path = directory.join("disk.qcow2");
+        let data_path = directory.join("data.raw");
         for old in [&path, &data_path] {
             let _ = std::fs::remove_file(old);
         }
-        let options = self.options.replace("DIR", text(folder));
+        let options = self.options.replace("DIR", text(directory));
         let mut snapshots = Vec::new();
         let use_it = |random: &mut Random| {
             qemu::io(&path, "qcow2", &qemu::random_commands(random, size, 20));
@@ -195,8 +195,8 @@ enum Direction {
     FromTrial,
 }
 
-/// Replaces the data file's name in the header by one of a scheme that leads to the trial's storage,
-/// or the other way round.
+/// Replaces the data file's name in the header by one of a scheme that leads to the trial's
+/// storage, or the other way round.
 fn renamed(made: &Made, bytes: &[u8], direction: Direction) -> Vec<u8> {
     let mut bytes = bytes.to_vec();
     if let Some((path, _)) = &made.data {
@@ -219,8 +219,8 @@ fn renamed(made: &Made, bytes: &[u8], direction: Direction) -> Vec<u8> {
 pub enum Tolerance {
     Nothing,
     Leaks,
-    /// Leaks, and COPIED bits that do not fit the refcounts. There is no way to change both at once;
-    /// whoever makes a snapshot has to pass through such a state.
+    /// Leaks, and COPIED bits that do not fit the refcounts. There is no way to change both at
+    /// once; whoever makes a snapshot has to pass through such a state.
     CopiedFlags,
 }
 

@@ -14,8 +14,8 @@ pub const SIZE: u64 = 32 << 20;
 const SCRIPT: &str = "IMGFMT_TEST_SCRIPT";
 
 /// An image with two bitmaps that note changes, and one that does not.
-pub fn make(folder: &Path) -> PathBuf {
-    let path = folder.join("disk.qcow2");
+pub fn make(directory: &Path) -> PathBuf {
+    let path = directory.join("disk.qcow2");
     qemu::create(&path, "", &SIZE.to_string());
     for (granularity, name) in [("512", "fine"), ("64k", "coarse")] {
         run("qemu-img", &["bitmap", "--add", "-g", granularity, text(&path), name]);
@@ -24,12 +24,12 @@ pub fn make(folder: &Path) -> PathBuf {
     path
 }
 
-/// The same in a folder of its own; nothing if QEMU is missing.
+/// The same in a directory of its own; nothing if QEMU is missing.
 pub fn disk() -> Option<(tempfile::TempDir, PathBuf)> {
     qemu::has_qemu().then(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let path = make(folder.path());
-        (folder, path)
+        let directory = tempfile::tempdir().unwrap();
+        let path = make(directory.path());
+        (directory, path)
     })
 }
 

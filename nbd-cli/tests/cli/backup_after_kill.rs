@@ -1,4 +1,4 @@
-//! A server that is killed forgets nothing that the next incremental backup needs.
+//! A killed server loses no dirty bit that the next incremental backup needs.
 
 use std::path::Path;
 use std::process::{Command, Stdio};

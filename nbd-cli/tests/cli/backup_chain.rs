@@ -1,4 +1,4 @@
-//! Backups of a disk that qemu-nbd serves with a dirty bitmap, and what is restored from them.
+//! Backups of a disk that qemu-nbd serves with a dirty bitmap, and their restoration.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Backups of a disk that clients write to, through the control socket of its server.
+//! Backups of a disk in use, through the control socket of its server.
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! An incremental backup is made only upon the backup after which its bitmap began. What is refused
-//! changes nothing.
+//! An incremental backup is accepted only on the backup after which its bitmap started. A refused
+//! backup changes nothing.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! A backup of a disk in use that the user gives up.
+//! A backup of a disk in use that the user interrupts.
 
 use std::os::unix::net::UnixListener;
 use std::process::Stdio;

@@ -1,4 +1,4 @@
-//! A backup of a disk in use that is killed and can clean up nothing itself.
+//! A backup of a disk in use that is killed and cannot clean up.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};

@@ -1,4 +1,4 @@
-//! Backups and restores that cannot be right are refused, and nothing is left behind.
+//! Contradictory backups and restores are refused and leave no files.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;

@@ -1,4 +1,4 @@
-//! A backup that was interrupted goes on where it ended.
+//! An interrupted backup resumes where it ended.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! A backup of a disk in use whose server speaks TLS only.
+//! A backup of a disk in use whose server requires TLS.
 
 use serde_json::Value;
 

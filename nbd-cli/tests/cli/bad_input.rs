@@ -1,4 +1,4 @@
-//! Bad input gives one clear sentence, exit code 1, and leaves nothing behind.
+//! Bad input gives one clear sentence and exit code 1, and leaves no files.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;

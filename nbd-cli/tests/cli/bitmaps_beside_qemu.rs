@@ -1,5 +1,4 @@
-//! Dirty bitmaps on the wire: what nbdinfo and libnbd see of the same image served by us and by
-//! qemu-nbd.
+//! Dirty bitmaps on the wire: nbdinfo and libnbd see the same as from qemu-nbd.
 
 use std::path::Path;
 use std::process::Command;

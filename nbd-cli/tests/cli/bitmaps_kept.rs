@@ -1,5 +1,4 @@
-//! Commands that change an image keep its dirty bitmaps, or what has changed since is known no
-//! more.
+//! Commands that change an image keep its dirty bitmaps; without them the changes would be unknown.
 
 use rustix::process::Signal;
 use serde_json::Value;

@@ -1,5 +1,5 @@
-//! A server is killed in the middle of a checkpoint, and nobody begins another one: the bits that
-//! the checkpoint set aside are back in their bitmap all the same, or it is not to be had.
+//! A server is killed during a checkpoint, and no other one is started: the frozen bits are merged
+//! back into their bitmap, or the bitmap is refused.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! The commands that talk to servers, over TLS: peers as servers, and our own.
+//! The client commands over TLS, with peers and our own server.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Bitmaps of a running export: those that come are offered, those that go are not, and none is
-//! offered by the disk itself while its bits are in two places.
+//! Bitmaps of a running export: added ones are offered, removed ones are not, and during a
+//! checkpoint the disk's own export does not offer its bitmap.
 
 use crate::support::{Disk, Server, nbd_cli, peer, says};
 use crate::tools;

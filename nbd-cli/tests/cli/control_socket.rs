@@ -1,4 +1,4 @@
-//! The control socket: what it does, and what it does about nonsense.
+//! The control socket: requests, and invalid input.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;

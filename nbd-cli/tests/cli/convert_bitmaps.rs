@@ -1,4 +1,4 @@
-//! Dirty bitmaps that go along when an image is converted, beside qemu-img convert --bitmaps.
+//! `image convert --bitmaps` beside `qemu-img convert --bitmaps`.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What a sparse disk costs on the wire, counted by a relay between client and server.
+//! The bytes on the wire for a sparse disk, counted by a relay between client and server.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};

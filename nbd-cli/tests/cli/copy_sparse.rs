@@ -1,4 +1,4 @@
-//! `copy` keeps holes, makes holes of zeroes, and neither if told so.
+//! `copy` keeps holes and turns zeroes into holes, and options switch off both.
 
 use crate::support::{Disk, Server, is_sparse_here, nbd_cli};
 

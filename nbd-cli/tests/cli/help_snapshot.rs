@@ -1,4 +1,4 @@
-//! The whole help, as a text that is reviewed as a difference.
+//! A snapshot of the whole help, reviewed as a diff.
 
 use std::fs;
 use std::path::Path;

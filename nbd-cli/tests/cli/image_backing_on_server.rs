@@ -1,4 +1,4 @@
-//! Images whose backing file is on a server, by all the names that QEMU writes into images.
+//! Images whose backing file is on a server, under all names that QEMU writes into images.
 
 use crate::support::image::{are_equal, info, is_clean, ours, write};
 use crate::support::{Disk, Server, nbd_cli, peer, says};

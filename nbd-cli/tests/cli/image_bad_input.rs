@@ -1,4 +1,4 @@
-//! Bad images give one clear sentence and stay as they are, whatever the command.
+//! Every command refuses bad images with one clear sentence and leaves them unchanged.
 
 use crate::support::image::chain;
 use crate::support::{Disk, nbd_cli, peer, says};

@@ -1,4 +1,4 @@
-//! `image convert` from and to servers, and of images whose layers lie on servers.
+//! `image convert` from and to servers, and of images with layers on servers.
 
 use crate::support::image::{are_equal, info, is_clean};
 use crate::support::{Disk, Server, is_sparse_here, nbd_cli, peer, says};

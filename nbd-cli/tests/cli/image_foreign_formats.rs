@@ -1,5 +1,5 @@
-//! Images of formats that cannot be read are recognised and refused, by every command that would
-//! otherwise take them for raw disks; to say that they are raw opens them all the same.
+//! Images of unsupported formats are recognised and refused by every command that would otherwise
+//! treat them as raw disks; the format `raw` opens them anyway.
 
 use std::path::Path;
 use std::process::Command;

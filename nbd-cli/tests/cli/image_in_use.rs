@@ -1,4 +1,4 @@
-//! Looking at images that other programs write, and images on file systems without locks.
+//! Reading images that other programs write, and images on file systems without locks.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! What `image info` and `measure` say about bitmaps and encryption, beside qemu-img.
+//! Bitmaps and encryption in `image info` and `measure`, beside qemu-img.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! `--json` of the commands that make and change images.
+//! `--json` of the commands that create and change images.
 
 use serde_json::Value;
 

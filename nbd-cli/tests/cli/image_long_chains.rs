@@ -1,4 +1,4 @@
-//! Chains of hundreds of layers, made and used by the commands.
+//! Chains of hundreds of layers.
 
 use crate::support::image::{are_equal, write};
 use crate::support::{Disk, PROGRAM, nbd_cli, peer, says, tool};

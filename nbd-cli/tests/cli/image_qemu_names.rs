@@ -1,4 +1,4 @@
-//! Names of files and exports as QEMU writes them, on command lines and into images.
+//! Names of files and exports in QEMU's notation, on command lines and in images.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;

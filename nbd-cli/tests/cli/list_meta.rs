@@ -1,4 +1,4 @@
-//! `list-meta`: which contexts there are.
+//! `list-meta`: the metadata contexts of an export.
 
 use crate::support::{Disk, Server, nbd_cli};
 use crate::tools;

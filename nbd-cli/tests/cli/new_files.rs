@@ -1,4 +1,4 @@
-//! New files get their name when they are complete, however a command ends.
+//! New files are renamed when they are complete, however a command ends.
 
 use std::fs;
 use std::io::Read as _;

@@ -1,4 +1,4 @@
-//! The qemu-nbd form beside QEMU's own qemu-nbd, option by option: the same command lines to both.
+//! The qemu-nbd form beside QEMU's own qemu-nbd, option by option, with the same command lines.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! The qemu-nbd form on top of other servers.
+//! The qemu-nbd form with exports of other servers.
 
 use crate::support::qemu_nbd::{Daemon, Foreground, ours, qemu_nbd};
 use crate::support::{Disk, Server, peer};

@@ -1,4 +1,4 @@
-//! The qemu-nbd form in the background, as scripts start it.
+//! The qemu-nbd form in the background.
 
 use std::io::Read as _;
 use std::os::unix::net::UnixStream;

@@ -1,4 +1,4 @@
-//! What the options of the qemu-nbd form do to the disk.
+//! The effect of the options of the qemu-nbd form on the disk.
 
 use std::path::Path;
 

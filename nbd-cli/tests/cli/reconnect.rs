@@ -1,4 +1,4 @@
-//! Servers that are restarted in the middle of a copy.
+//! Servers that are restarted during a copy.
 
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::Path;

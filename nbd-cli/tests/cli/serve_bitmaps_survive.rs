@@ -1,4 +1,4 @@
-//! A server is killed while a bitmap notes changes: the next one has them all, and so has QEMU.
+//! A server is killed while a bitmap records changes: the next server and QEMU have all of them.
 
 use rustix::process::Signal;
 

@@ -1,4 +1,4 @@
-//! Several exports, names, addresses, and the lines that announce them.
+//! Several exports, names and addresses, and their announcement.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};

@@ -1,4 +1,4 @@
-//! `serve --fork`: back in the shell when clients can connect.
+//! `serve --fork`: returns when clients can connect.
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! Limits: connections, time for the handshake, time without movement.
+//! Limits: connections, handshake time, stalls.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;

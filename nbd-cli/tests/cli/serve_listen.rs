@@ -1,4 +1,4 @@
-//! Where `serve --listen` listens.
+//! The addresses of `serve --listen`.
 
 use std::process::Command;
 

@@ -1,4 +1,4 @@
-//! qcow2 images come through the same door as raw ones; qemu-img judges.
+//! qcow2 images are served like raw ones; qemu-img judges.
 
 use crate::support::{Disk, Server, nbd_cli, peer};
 use crate::tools;

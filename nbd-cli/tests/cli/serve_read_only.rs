@@ -1,4 +1,4 @@
-//! What protects an image: `--read-only`, locks, the guard of probed images.
+//! Protection of images: `--read-only`, locks, the guard of probed images.
 
 use crate::support::{Disk, Server, nbd_cli, peer, run};
 use crate::tools;

@@ -1,4 +1,4 @@
-//! `serve --run`: a command that has the server to itself.
+//! `serve --run`: a command with a private server.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};

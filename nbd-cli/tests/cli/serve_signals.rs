@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT end the server in order, a second one at once.
+//! SIGTERM and SIGINT end the server cleanly, a second one at once.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;

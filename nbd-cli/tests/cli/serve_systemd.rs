@@ -1,4 +1,4 @@
-//! Sockets that a service manager hands over.
+//! Sockets passed by a service manager.
 
 use std::process::Command;
 

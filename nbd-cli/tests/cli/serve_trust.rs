@@ -1,4 +1,4 @@
-//! `serve --trust-image`: names of backing files that lead elsewhere, and to servers.
+//! `serve --trust-image`: backing files in other directories and on servers.
 
 use crate::support::{Disk, Server, nbd_cli, peer, says};
 use crate::tools;

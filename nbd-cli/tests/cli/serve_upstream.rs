@@ -1,4 +1,4 @@
-//! `serve nbd://…`: an export of another server, served again.
+//! `serve nbd://…`: a re-exported export of another server.
 
 use std::process::Command;
 

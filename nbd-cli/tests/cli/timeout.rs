@@ -1,4 +1,4 @@
-//! `--timeout`: servers that hang are not waited for.
+//! `--timeout`: a hanging server ends the command.
 
 use std::os::unix::net::UnixListener;
 

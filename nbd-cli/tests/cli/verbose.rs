@@ -1,4 +1,4 @@
-//! What `-v` and `-vv` log.
+//! The log of `-v` and `-vv`.
 
 use std::process::{Command, Stdio};
 

@@ -1,4 +1,4 @@
-//! What the program says where people go wrong.
+//! Messages for common mistakes.
 
 use std::io::{BufRead as _, Write as _};
 use std::os::unix::net::UnixListener;

@@ -1,4 +1,4 @@
-//! nbdkit, whose filters play bad and old servers.
+//! nbdkit, whose filters simulate faulty and old servers.
 
 use nbd_client::{
     ApiMisuse, BlockSizes, Bytes, Durability, Errno, Error, Protocol, ReplyMode, Scope,

@@ -1,4 +1,4 @@
-//! Servers that are killed in the middle of a copy and started again.
+//! Servers that are killed during a copy and started again.
 
 use std::num::NonZeroUsize;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Handshakes that are junk, and servers that say nothing at all.
+//! Malformed handshakes, and silent servers.
 
 use std::time::Duration;
 

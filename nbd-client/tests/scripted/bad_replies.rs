@@ -1,4 +1,4 @@
-//! Replies that do not fit their requests end the connection with an error that says why.
+//! Replies that do not match their requests end the connection with an error that names the reason.
 
 use nbd_client::{Error, ExtentLimit, LostConnection, ProtocolError, ReplyMode};
 

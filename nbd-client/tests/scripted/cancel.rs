@@ -1,4 +1,4 @@
-//! Futures that are dropped while their requests are under way.
+//! Futures that are dropped while their requests are in flight.
 
 use std::task::Poll;
 

@@ -1,4 +1,4 @@
-//! The end of a connection that the client wants to end.
+//! Disconnecting by the client.
 
 use nbd_client::{Error, ReplyMode};
 use tokio::sync::oneshot;

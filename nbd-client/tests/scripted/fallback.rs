@@ -1,4 +1,4 @@
-//! Servers that do not know the newer options.
+//! Servers that do not support the newer options.
 
 use nbd_client::{Error, Protocol, ReplyMode};
 use tokio::net::UnixStream;
@@ -37,7 +37,8 @@ async fn every_option_is_tried_and_export_name_comes_last() {
     assert!(client.meta_contexts().is_empty());
     guarded(client.read(0..10)).await.unwrap();
     guarded(client.disconnect()).await.unwrap();
-    // Extended headers, structured replies, GO, EXPORT_NAME; no contexts without structured replies.
+    // Extended headers, structured replies, GO, EXPORT_NAME; no contexts without structured
+    // replies.
     assert_eq!(server.await.unwrap(), [11, 8, 7, 1]);
 }
 

@@ -1,4 +1,4 @@
-//! How much may be in flight.
+//! Limits of data and requests in flight.
 
 use std::num::NonZeroUsize;
 

@@ -1,4 +1,4 @@
-//! Scripted servers that clients can connect to again and again.
+//! Scripted servers that accept several connections in succession.
 
 use nbd_client::{Connector, MetaContextName};
 use tokio::net::{UnixListener, UnixStream};

@@ -1,4 +1,4 @@
-//! Servers that do not answer, and clients that do not wait for ever.
+//! Servers that do not answer, and clients with a time limit.
 
 use std::time::Duration;
 

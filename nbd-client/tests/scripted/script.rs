@@ -1,4 +1,4 @@
-//! A server that does exactly what a test tells it.
+//! A server that follows the script of a test.
 
 use std::future::Future;
 use std::io;

@@ -1,4 +1,4 @@
-//! Answers that are unusual and legal.
+//! Unusual but legal answers.
 
 use nbd_client::{Errno, Error, ExtentLimit, ReplyMode};
 

@@ -1,4 +1,4 @@
-//! Servers, or somebody on the way to them, that do not want TLS or break its handshake.
+//! Servers, or attackers in the middle, that refuse TLS or break its handshake.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Two machines joined in memory, with the bytes between them cut as a test likes.
+//! Two machines joined in memory, with the bytes between them split as a test chooses.
 
 use bytes::BytesMut;
 use nbd_proto::ProtocolError;

@@ -1,4 +1,4 @@
-//! Bytes as people write them down, and messages built by hand, without the encoders under test.
+//! Byte listings, and messages built by hand without the encoders under test.
 
 /// Reads a listing: hexadecimal digits in any grouping, `'text'` for ASCII, `xN` behind a group to
 /// repeat it, and `#` comments up to the end of the line.

@@ -1,5 +1,5 @@
-//! What the test programs share: an export list, a server that answers with it, a disk in memory,
-//! and byte listings. Each program uses a part of it.
+//! Shared code of the test programs: an export list, a server that answers with it, a disk in
+//! memory, and byte listings. Each program uses a part of it.
 
 #![allow(dead_code, unreachable_pub, missing_docs)]
 // Helpers of tests fail like tests; clippy.toml allows it in functions marked as tests only.

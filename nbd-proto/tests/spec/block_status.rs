@@ -1,4 +1,4 @@
-//! NBD_CMD_BLOCK_STATUS: what a client does not believe, and what it copes with.
+//! NBD_CMD_BLOCK_STATUS: answers that a client refuses, and unusual ones that it accepts.
 
 use bytes::BytesMut;
 use nbd_proto::ProtocolError;

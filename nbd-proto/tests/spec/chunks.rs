@@ -1,4 +1,4 @@
-//! Section "Structured replies": what a client does not believe in the answer to a READ.
+//! Section "Structured replies": answers to a READ that a client refuses.
 
 use bytes::BytesMut;
 use nbd_proto::ProtocolError;

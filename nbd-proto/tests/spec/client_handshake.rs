@@ -1,4 +1,4 @@
-//! What a client does not believe in the handshake.
+//! Messages of the handshake that a client refuses.
 
 use bytes::BytesMut;
 use nbd_proto::handshake::client::{

@@ -1,5 +1,5 @@
 //! The requirements of the specification that are easy to miss, one file per section; a test is
-//! named after what it demands. `security.rs` holds the flaws that other implementations had.
+//! named after the requirement. `security.rs` holds the flaws that other implementations had.
 
 // Helpers of tests fail like tests; clippy.toml allows it in functions marked as tests only.
 #![allow(clippy::unwrap_used)]

@@ -1,4 +1,4 @@
-//! Section "Transmission", "Request types" and "Error values": what the server makes of requests.
+//! Sections "Transmission", "Request types" and "Error values": the server's treatment of requests.
 
 use nbd_proto::ProtocolError;
 use nbd_proto::handshake::Negotiated;

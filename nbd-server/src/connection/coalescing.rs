@@ -1,15 +1,17 @@
 //! Request coalescing for a client that keeps many requests in flight.
 //!
-//! Such a client submits its requests one by one, between the replies it takes. Answering each as it
-//! comes makes both sides wake each other for almost every request, and waking costs more than a
-//! small request does. So, while a deep queue is seen, the server pauses for a moment before it
-//! reads, just long enough for a handful of requests to arrive: the client has earlier replies to work on
-//! meanwhile and does not wait, nobody is woken, and one read and one write carry them all.
+//! Such a client submits its requests one by one, between the replies that it receives. Answering
+//! each at once makes both sides wake each other for almost every request, and a wakeup costs more
+//! than a small request. So, while the queue is deep, the server pauses for a moment before it
+//! reads, just long enough for a handful of requests to arrive: the client has earlier replies to
+//! process in the meantime and does not wait, no thread is woken, and one read and one write carry
+//! all of them.
 //!
-//! Whether a queue is deep is found by trying. If even the longest pause brings only one or two
-//! requests, the client ran dry in it, and a few of those end the attempt. A client with few requests in
-//! flight is hardly ever paced. Requests that come one by one can be a deep queue too, when both
-//! sides are equally fast: a single pause now and then tells, ever more seldom if it finds nothing.
+//! The depth of the queue is determined by experiment. If even the longest pause brings only one or
+//! two requests, the client ran dry in it, and a few of those end the attempt. A client with few
+//! requests in flight is hardly ever paused. Requests that arrive one by one can be a deep queue
+//! too, if both sides are equally fast: a single occasional pause detects that, at growing
+//! intervals if it finds nothing.
 
 use std::time::Duration;
 

@@ -1,9 +1,9 @@
-//! What a handshake may cost.
+//! Limits on the cost of handshakes.
 //!
-//! Most are over after a handful of options, which are answered at once. Who asks for more takes
-//! turns with the others of its thread, and pauses behind each burst of options. Few pause at a
-//! time in a whole server, the others wait for that: so a flood of options, from however many
-//! connections, takes a small part of one core.
+//! Most handshakes end after a handful of options, which are answered at once. A client that sends
+//! more takes turns with the others of its thread, and pauses after each burst of options. Few may
+//! pause at a time in a whole server, and the others wait for that: so a flood of options, from
+//! however many connections, uses a small part of one core.
 
 use std::sync::Arc;
 use std::time::Duration;

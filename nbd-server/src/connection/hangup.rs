@@ -1,8 +1,8 @@
-//! Clients that leave while their requests are being carried out.
+//! Detects clients that leave while their requests are in progress.
 //!
-//! A connection that has as much in hand as it may reads nothing, and so would not see that its
-//! client has gone before it has a reply to send. It looks for that now and then instead, while
-//! requests are in the pool: what was to be done for a client that has gone need not be done.
+//! A connection at its limits reads nothing, and so would not notice that its client has left
+//! before it has a reply to send. It checks that periodically instead, while requests are in the
+//! pool, because requests of a client that has left need not be carried out.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -20,8 +20,8 @@ pub(super) struct Hangup {
 }
 
 impl Hangup {
-    /// Nothing moves at this moment, and requests are in the pool. Ready when `has_hung_up` was true;
-    /// otherwise `cx` is woken to look again.
+    /// Nothing moves at this moment, and requests are in the pool. Ready when `has_hung_up` was
+    /// true; otherwise `cx` is woken to look again.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,

@@ -1,9 +1,9 @@
-//! Busy polling of the socket, for a moment, before the thread goes to sleep.
+//! Busy polling of the socket for a moment before the thread sleeps.
 //!
-//! A client with one request in flight sends the next one soon after it has the reply. To sleep for
-//! so short a time and to be woken by another core takes longer, and costs almost as much, as to
-//! look until the request is there. It is done in the manner of QEMU's `poll-max-ns`: for a bounded
-//! time, only while it mostly succeeds, and the core is left to whoever else can use it.
+//! A client with one request in flight sends the next one soon after the reply. Sleeping for so
+//! short a time and being woken by another core takes longer, and costs almost as much, as polling
+//! until the request has arrived. Like QEMU's `poll-max-ns`, polling has a time limit, is used only
+//! while it mostly succeeds, and yields the core to other threads.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,13 +1,14 @@
-//! Room for large buffers, which a connection has while it is busy.
+//! Large buffers, which a connection has while it is busy.
 //!
-//! A client with much in flight is served best with a large receive buffer and many replies queued.
-//! A thousand clients that all have that, and take nothing, would hold gigabytes. So it is lent to as many
-//! connections as there is memory for, and the others do with small buffers.
+//! A client with many requests in flight is served best with a large receive buffer and many queued
+//! replies. A thousand clients that all have that, and read nothing, would hold gigabytes.
+//! Therefore the buffers are lent to as many connections as there is memory for; the others use
+//! small buffers.
 
 use crate::budget::{Budget, Permit};
 
-/// What a connection with large buffers holds, in bytes: replies, blocks kept for the next ones, and what is
-/// received.
+/// What a connection with large buffers holds, in bytes: replies, blocks kept for the next ones,
+/// and what is received.
 const ROOM_LEN: usize = 1536 * 1024;
 
 /// One connection's room.

@@ -1,9 +1,9 @@
 //! Turns of the connections that share a worker thread.
 //!
-//! A connection works as long as its client keeps it busy, but after a *quantum* others get their turn.
-//! One that has more to do than that has to wait for its next turn, of which there is one at a time on
-//! each thread. So whoever asks for little waits for a quantum at most, however many others have
-//! more to do, and those others take turns.
+//! A connection works as long as its client keeps it busy, but after a *quantum* others get their
+//! turn. A connection with more work than that has to wait for its next turn, of which there is one
+//! at a time on each thread. So a client with little work waits for a quantum at most, however much
+//! work the others have, and those others take turns.
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -13,7 +13,8 @@ use std::task::{Context, Poll, ready};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// What a connection may do before others get their turn, in bytes moved: some 200 to 400 microseconds.
+/// What a connection may do before others get their turn, in bytes moved: some 200 to 400
+/// microseconds.
 const QUANTUM: usize = 1024 * 1024;
 /// Rounds of one connection before other tasks of its thread are looked at, in any case.
 const ROUNDS_BEFORE_YIELD: u32 = 8;
@@ -87,8 +88,8 @@ impl Turn {
         self.spent = 0;
     }
 
-    /// Lets others work, although there is more to do: the task is woken when it is to go on. Look with
-    /// [`Turn::poll`] whether it is.
+    /// Lets others work, although there is more to do: the task is woken when it is to go on. Look
+    /// with [`Turn::poll`] whether it is.
     pub(super) fn pass_on(&mut self, cx: &mut Context<'_>) {
         self.rest();
         if self.is_alone() {
@@ -136,7 +137,8 @@ mod tests {
 
     use super::*;
 
-    /// What happened, in order: a number for a quantum of a busy task, `None` for the one that was idle.
+    /// What happened, in order: a number for a quantum of a busy task, `None` for the one that was
+    /// idle.
     fn run(busy: usize, quanta: usize) -> Vec<Option<usize>> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));

@@ -1,9 +1,9 @@
 //! Per-connection reporting of write-back errors, like the kernel's `errseq_t`.
 //!
-//! An operating system reports only once for an open file that it could not write, and may drop what
-//! it could not. A FLUSH that fails so takes the error, and the bytes, of every other client of the
-//! same disk, whose own FLUSH succeeds a moment later. Each connection therefore hears of it: with its
-//! next FLUSH or FUA, if not before.
+//! An operating system reports only once for each open file that a write failed, and may drop the
+//! data. A FLUSH that fails thus takes the error, and the data, of every other client of the same
+//! disk, whose own FLUSH succeeds a moment later. Each connection therefore receives the error with
+//! its next FLUSH or FUA, if not earlier.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::AcqRel;

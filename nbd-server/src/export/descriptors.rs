@@ -1,9 +1,9 @@
-//! Block status descriptors, collected.
+//! Collects block status descriptors.
 
 use nbd_proto::wire::BlockDescriptor;
 
 /// Collects the descriptors of one context: equal neighbours are joined, and their number is
-/// bounded.
+/// limited.
 #[derive(Debug, Clone)]
 pub struct Descriptors {
     descriptors: Vec<BlockDescriptor>,
@@ -11,14 +11,14 @@ pub struct Descriptors {
 }
 
 impl Descriptors {
-    /// Collects at most `max_count` descriptors.
+    /// Creates a collection of at most `max_count` descriptors.
     #[must_use]
     pub const fn new(max_count: usize) -> Self {
         Self { descriptors: Vec::new(), max_count }
     }
 
-    /// Appends the status of the next `length` bytes; false, with nothing appended, if it would be
-    /// one descriptor too many.
+    /// Appends the status of the next `length` bytes; returns false, without appending, if the
+    /// limit is reached.
     pub fn push(&mut self, length: u64, flags: u64) -> bool {
         if let Some(last) = self.descriptors.last_mut()
             && last.flags == flags
@@ -43,7 +43,7 @@ impl Descriptors {
         self.descriptors.len() >= self.max_count
     }
 
-    /// What was collected, in order.
+    /// Returns the collected descriptors, in order.
     #[must_use]
     pub fn into_vec(self) -> Vec<BlockDescriptor> {
         self.descriptors

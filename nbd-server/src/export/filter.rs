@@ -1,4 +1,4 @@
-//! Exports in front of others.
+//! Filters: exports in front of other exports.
 
 use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
@@ -7,17 +7,18 @@ use super::{
     Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
-/// An export in front of another one: every call is passed on, but for the methods that are
-/// written. They are those of [`Export`] and promise the same; every filter is an export.
+/// An export in front of another one: every call is forwarded, except for the methods that are
+/// overridden. They correspond to those of [`Export`], with the same contract; every filter is an
+/// export.
 ///
-/// A call that is passed on costs what a call of the inner export costs. What must stay true:
+/// A forwarded call costs as much as a call of the inner export. Rules:
 ///
-/// - Who changes [`write_at`](Self::write_at) changes [`try_write_at`](Self::try_write_at) too, or
-///   lets it say [`TryWrite::WouldBlock`]; the same goes for [`read_at`](Self::read_at),
+/// - An override of [`write_at`](Self::write_at) needs one of [`try_write_at`](Self::try_write_at)
+///   too, which may return [`TryWrite::WouldBlock`]; likewise for [`read_at`](Self::read_at),
 ///   [`try_read_at`](Self::try_read_at) (or [`TryRead::WouldBlock`]) and
 ///   [`map_read`](Self::map_read) (or [`ReadMap::push_export`] of the whole range).
-/// - Who makes a call wait says so in [`may_block`](Self::may_block).
-/// - [`info`](Self::info) offers nothing that the methods do not do.
+/// - A filter that makes a call block reports it in [`may_block`](Self::may_block).
+/// - [`info`](Self::info) offers only what the methods implement.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -51,7 +52,7 @@ use super::{
 /// # Ok::<(), ExportError>(())
 /// ```
 pub trait Filter: Send + Sync + 'static {
-    /// The export that calls are passed on to: always the same one.
+    /// Returns the inner export, always the same one.
     fn inner(&self) -> &dyn Export;
 
     /// See [`Export::info`].
@@ -63,7 +64,7 @@ pub trait Filter: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Those of the inner export, as for all that follow.
+    /// Those of the inner export, as for all methods below.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
         self.inner().read_at(offset, buffer)
     }

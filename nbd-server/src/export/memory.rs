@@ -20,7 +20,7 @@ const SHARDS: u64 = 64;
 
 type Page = Box<[u8; PAGE_SIZE as usize]>;
 
-/// A sparse disk in memory. It is as large as its size says and takes only what is written.
+/// A sparse disk in memory. It occupies memory only for data that was written.
 #[derive(Debug)]
 pub struct MemoryExport {
     size: u64,
@@ -28,7 +28,7 @@ pub struct MemoryExport {
 }
 
 impl MemoryExport {
-    /// A disk of `size` bytes that reads as zeroes.
+    /// Creates a disk of `size` bytes that reads as zeroes.
     #[must_use]
     pub fn new(size: u64) -> Self {
         Self { size, shards: (0..SHARDS).map(|_| RwLock::default()).collect() }

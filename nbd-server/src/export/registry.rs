@@ -1,4 +1,4 @@
-//! Names and what they stand for.
+//! The registry of exports by name.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use super::Export;
 use crate::RegistryError;
 use crate::flushes::Flushes;
 
-/// An export and what is told about it.
+/// An export and its visibility.
 #[derive(Clone)]
 pub struct ExportEntry {
     export: Arc<dyn Export>,
@@ -54,7 +54,7 @@ impl DurabilityFailures {
 }
 
 impl ExportEntry {
-    /// An export without a description, shown in lists.
+    /// Creates an entry without a description, shown in lists.
     #[must_use]
     pub fn new(export: Arc<dyn Export>) -> Self {
         Self {
@@ -67,42 +67,42 @@ impl ExportEntry {
         }
     }
 
-    /// A text for people, at most 4096 bytes.
+    /// Sets a human-readable description, at most 4096 bytes.
     #[must_use]
     pub fn description(mut self, text: impl Into<String>) -> Self {
         self.description = Some(text.into());
         self
     }
 
-    /// Not shown in lists; who knows the name can use it.
+    /// Hides it from lists; clients that know the name can use it.
     #[must_use]
     pub fn hidden(mut self) -> Self {
         self.visibility = Visibility::Hidden;
         self
     }
 
-    /// Served over TLS only, to a server whose clients have the choice (the specification's
-    /// SELECTIVETLS). Lists show it over TLS only, too.
+    /// Restricts it to TLS, for a server with optional TLS (the specification's SELECTIVETLS).
+    /// Lists show it over TLS only, too.
     #[must_use]
     pub fn tls_required(mut self) -> Self {
         self.security = Security::Tls;
         self
     }
 
-    /// Is this served over TLS only?
+    /// Returns whether this is served over TLS only.
     #[must_use]
     pub fn is_tls_required(&self) -> bool {
         self.security == Security::Tls
     }
 
-    /// Another export under the same conditions: seen and used by the same clients.
+    /// Replaces the export and keeps its visibility: the same clients see and use it.
     #[must_use]
     pub fn with_export(&self, export: Arc<dyn Export>) -> Self {
         let (failures, flushes) = (DurabilityFailures::default(), Flushes::default());
         Self { export, failures, flushes, ..self.clone() }
     }
 
-    /// The export itself.
+    /// Returns the export.
     #[must_use]
     pub fn export(&self) -> &Arc<dyn Export> {
         &self.export
@@ -164,8 +164,8 @@ impl std::fmt::Debug for ExportEntry {
     }
 }
 
-/// The exports of a server by name. A clone is the same registry; it may be changed while the
-/// server runs, which affects clients that connect afterwards.
+/// The exports of a server by name. Clones share one registry; changes while the server runs affect
+/// clients that connect afterwards.
 #[derive(Debug, Clone, Default)]
 pub struct ExportRegistry {
     inner: Arc<RwLock<Inner>>,
@@ -178,13 +178,13 @@ struct Inner {
 }
 
 impl ExportRegistry {
-    /// A registry without exports.
+    /// Creates a registry without exports.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds an export under `name`. The empty name is the default export's own.
+    /// Adds an export under `name`. The empty name is that of the default export.
     ///
     /// # Errors
     ///
@@ -201,17 +201,17 @@ impl ExportRegistry {
         Ok(())
     }
 
-    /// Takes an export away. Clients that use it go on using it.
+    /// Removes an export. Clients that use it continue to use it.
     pub fn remove(&self, name: &str) -> Option<ExportEntry> {
         self.inner.write().unwrap_or_else(PoisonError::into_inner).exports.remove(name)
     }
 
-    /// The export that clients get who ask for the empty name.
+    /// Sets the export of clients that request the empty name.
     pub fn set_default(&self, name: impl Into<String>) {
         self.inner.write().unwrap_or_else(PoisonError::into_inner).default = Some(name.into());
     }
 
-    /// The canonical name and the entry for a name a client asks for.
+    /// Returns the canonical name and the entry for a requested name.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<(String, ExportEntry)> {
         let inner = self.read();
@@ -225,7 +225,7 @@ impl ExportRegistry {
         inner.exports.get(default).map(|entry| (default.clone(), entry.clone()))
     }
 
-    /// Every name with its export, hidden ones included.
+    /// Returns every name with its export, including hidden ones.
     #[must_use]
     pub fn entries(&self) -> Vec<(String, ExportEntry)> {
         let inner = self.read();

@@ -1,5 +1,4 @@
-//! What both kinds of credentials have in common: the settings of the TLS library, and what comes
-//! of them.
+//! The common part of both kinds of credentials: the settings of the TLS library.
 
 use openssl::error::ErrorStack;
 use openssl::ssl::{

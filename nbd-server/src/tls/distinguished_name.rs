@@ -1,5 +1,5 @@
-//! Distinguished names as text (RFC 4514), spelled as GnuTLS does, so that names copied from
-//! `certtool` or from QEMU's messages fit.
+//! Distinguished names as text (RFC 4514), spelled like GnuTLS, so that names copied from
+//! `certtool` or from QEMU's messages match.
 
 use openssl::nid::Nid;
 use openssl::x509::{X509NameEntryRef, X509NameRef};

@@ -1,4 +1,4 @@
-//! What goes wrong with credentials and in TLS handshakes.
+//! Errors of credentials and TLS handshakes.
 
 use std::io;
 use std::path::PathBuf;
@@ -18,21 +18,21 @@ pub enum TlsError {
     /// A file cannot be read.
     #[error("cannot read {what} {}: {}", path.display(), advice(source))]
     Read {
-        /// What the file holds.
+        /// The expected contents.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// A file does not hold what it should.
+    /// A file does not have the expected contents.
     #[error("{what} {} cannot be used: {why}", path.display())]
     Unusable {
-        /// What the file should hold.
+        /// The expected contents.
         what: &'static str,
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         why: String,
     },
     /// A certificate outside of its time.
@@ -43,9 +43,9 @@ pub enum TlsError {
     OutsideValidity {
         /// The file.
         path: PathBuf,
-        /// Who the certificate is for.
+        /// The subject of the certificate.
         subject: String,
-        /// Which end of its time, and when that is.
+        /// The end of the validity that is violated, with its time.
         problem: String,
     },
     /// A key that belongs to another certificate.
@@ -59,15 +59,15 @@ pub enum TlsError {
         /// The file with the key.
         key: PathBuf,
     },
-    /// A file of pre-shared keys that cannot be understood.
+    /// A file of pre-shared keys is malformed.
     #[error("the key file {} cannot be used: {source}", path.display())]
     KeyFile {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The defect.
         source: KeyFileError,
     },
-    /// Names are to be checked, but clients do not show any.
+    /// Names are to be checked, but clients present no certificates.
     #[error("{0}")]
     Contradiction(&'static str),
     /// The TLS library refused.

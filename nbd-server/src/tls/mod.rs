@@ -1,4 +1,5 @@
-//! TLS: who the server is, and who may connect (section "TLS support" of the specification).
+//! TLS: the server's credentials and the authorization of clients (section "TLS support" of the
+//! specification).
 //!
 //! ```text
 //!   CredentialSource --load--> TlsCredentials --in a TlsMode--> ServerConfig::tls
@@ -6,9 +7,9 @@
 //!                                  reload, while the server runs
 //! ```
 //!
-//! Credentials are either certificates, in a directory laid out as QEMU and libnbd have it or in
+//! Credentials are either certificates, in a directory with the layout of QEMU and libnbd or in
 //! memory, or pre-shared keys, in a file as `psktool` writes it or in memory. TLS 1.2 and 1.3 are
-//! spoken, nothing older.
+//! supported, no older version.
 
 mod authorization;
 mod builder;
@@ -35,22 +36,22 @@ pub use pem::PemCertificates;
 
 use builder::Loaded;
 
-/// Whether clients may or have to use TLS.
+/// The TLS policy.
 #[derive(Debug, Clone, Default)]
 pub enum TlsMode {
-    /// There is no TLS.
+    /// TLS is not offered.
     #[default]
     Off,
     /// Clients may use TLS. Exports marked with
     /// [`ExportEntry::tls_required`](crate::export::ExportEntry::tls_required) are served to those
     /// that do (the specification's SELECTIVETLS).
     Allow(TlsCredentials),
-    /// Nothing is served without TLS (the specification's FORCEDTLS).
+    /// Clients must use TLS (the specification's FORCEDTLS).
     Require(TlsCredentials),
 }
 
 impl TlsMode {
-    /// The credentials, unless there is no TLS.
+    /// Returns the credentials, unless TLS is off.
     #[must_use]
     pub const fn credentials(&self) -> Option<&TlsCredentials> {
         match self {
@@ -60,41 +61,41 @@ impl TlsMode {
     }
 }
 
-/// Where credentials come from.
+/// The source of credentials.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum CredentialSource {
-    /// Certificates in a directory: `server-cert.pem` (with those between it and the authority),
-    /// `server-key.pem`, `ca-cert.pem` if clients have to show certificates, and `ca-crl.pem` if
-    /// there is one.
+    /// Certificates in a directory: `server-cert.pem` (with its intermediate certificates),
+    /// `server-key.pem`, `ca-cert.pem` if clients must present certificates, and optionally
+    /// `ca-crl.pem`.
     X509 {
         /// The directory.
         directory: PathBuf,
-        /// Whether clients have to show certificates.
+        /// Whether clients must present certificates.
         client_certificates: ClientCertificates,
-        /// Who may connect, of those whose certificate is valid.
+        /// The authorization of clients with a valid certificate.
         authorization: Authorization,
     },
     /// Certificates in memory.
     X509Pem {
         /// The server's certificate and key, and the authorities of clients.
         certificates: PemCertificates,
-        /// Whether clients have to show certificates.
+        /// Whether clients must present certificates.
         client_certificates: ClientCertificates,
-        /// Who may connect, of those whose certificate is valid.
+        /// The authorization of clients with a valid certificate.
         authorization: Authorization,
     },
     /// Users and their pre-shared keys.
     Psk {
-        /// The file, as `psktool` writes it, or a directory with one named `keys.psk`.
+        /// The file, as `psktool` writes it, or a directory that contains `keys.psk`.
         file: PathBuf,
     },
     /// Users and their pre-shared keys, in memory.
     PskKeys(PreSharedKeys),
 }
 
-/// What a server proves its identity with, and what it holds clients against. A clone is the same
-/// credentials: what is loaded again with one is loaded for all.
+/// The server's credentials and the requirements for clients. Clones share one state: reloading one
+/// reloads all.
 #[derive(Debug, Clone)]
 pub struct TlsCredentials {
     inner: Arc<Inner>,
@@ -124,7 +125,7 @@ impl CredentialSource {
 }
 
 impl TlsCredentials {
-    /// Loads credentials and checks what can be checked without a client.
+    /// Loads credentials and checks everything that does not depend on a client.
     ///
     /// A key file that every user of the system can read is used, with a warning in the log.
     ///
@@ -137,45 +138,45 @@ impl TlsCredentials {
         Ok(Self { inner: Arc::new(Inner { source, loaded }) })
     }
 
-    /// Loads everything from the same place again. Clients that connect from now on meet the new
-    /// credentials; established connections go on undisturbed.
+    /// Loads everything from the same source again. Clients that connect from now on use the new
+    /// credentials; established connections are not affected.
     ///
     /// # Errors
     ///
-    /// As [`TlsCredentials::load`]; the old credentials stay in use then.
+    /// As [`TlsCredentials::load`]; the old credentials then stay in use.
     pub fn reload(&self) -> Result<(), TlsError> {
         let loaded = Arc::new(self.inner.source.read()?);
         *self.inner.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
         Ok(())
     }
 
-    /// Puts others in place of these. Clients that connect from now on meet them; established
-    /// connections go on undisturbed. [`reload`](Self::reload) goes back to the
+    /// Replaces the credentials. Clients that connect from now on use the new ones; established
+    /// connections are not affected. [`reload`](Self::reload) returns to the
     /// [source](Self::source).
     ///
     /// # Errors
     ///
-    /// As [`TlsCredentials::load`]; the old credentials stay in use then.
+    /// As [`TlsCredentials::load`]; the old credentials then stay in use.
     pub fn replace(&self, source: &CredentialSource) -> Result<(), TlsError> {
         let loaded = Arc::new(source.read()?);
         *self.inner.loaded.write().unwrap_or_else(PoisonError::into_inner) = loaded;
         Ok(())
     }
 
-    /// Where they came from.
+    /// Returns the source of the credentials.
     #[must_use]
     pub fn source(&self) -> &CredentialSource {
         &self.inner.source
     }
 
-    /// The host names and addresses in the server's certificate, those of its own first. Empty for
-    /// pre-shared keys.
+    /// Returns the host names and addresses in the server's certificate, those of its own first.
+    /// Empty for pre-shared keys.
     #[must_use]
     pub fn host_names(&self) -> Vec<String> {
         self.current().host_names.clone()
     }
 
-    /// The users who have a pre-shared key, as far as their names are text. Empty for certificates.
+    /// Returns the users with a pre-shared key whose names are UTF-8. Empty for certificates.
     #[must_use]
     pub fn users(&self) -> Vec<String> {
         self.current().users.clone()

@@ -1,4 +1,4 @@
-//! What the callbacks of one TLS handshake leave behind for the log.
+//! Results of the callbacks of one TLS handshake, for the log.
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -18,11 +18,11 @@ pub(crate) struct Notes {
     refusal: OnceLock<String>,
 }
 
-/// Who a client has proved to be.
+/// The authenticated identity of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PeerIdentity {
-    /// Nobody: it was not asked.
+    /// None: it was not requested.
     Anonymous,
     /// The owner of a certificate with this distinguished name.
     Certificate(String),

@@ -1,4 +1,4 @@
-//! Where the certificates of a server are: in the files of a directory, or in memory.
+//! The sources of a server's certificates: files of a directory, or memory.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -70,7 +70,7 @@ impl Source for Files<'_> {
     }
 }
 
-/// Certificates and a key in memory, in PEM form. The key does not print.
+/// Certificates and a key in memory, in PEM form. The `Debug` output hides the key.
 ///
 /// Lists of revoked certificates are read from files only.
 #[derive(Clone)]
@@ -81,15 +81,15 @@ pub struct PemCertificates {
 }
 
 impl PemCertificates {
-    /// The server's certificate, with those between it and its authority behind it, and its key,
-    /// which must not be encrypted.
+    /// Creates a value from the server's certificate, followed by its intermediate certificates,
+    /// and its key, which must not be encrypted.
     #[must_use]
     pub fn new(certificate: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
         Self { certificate: certificate.into(), key: key.into(), authorities: Vec::new() }
     }
 
-    /// The certificates of the authorities that may sign those of clients. Needed where
-    /// [clients have to show certificates](super::ClientCertificates::Required).
+    /// Sets the certificates of the authorities that sign clients' certificates. Needed if [clients
+    /// must present certificates](super::ClientCertificates::Required).
     #[must_use]
     pub fn authorities(mut self, authorities: impl Into<Vec<u8>>) -> Self {
         self.authorities = authorities.into();

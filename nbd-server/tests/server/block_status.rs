@@ -24,7 +24,7 @@ fn sparse_file() -> Option<NamedTempFile> {
     }
     opened.sync_all().unwrap();
     if allocated_bytes(file.path()) > GIB {
-        skip("the file system of the temporary folder has no holes");
+        skip("the file system of the temporary directory has no holes");
         return None;
     }
     Some(file)

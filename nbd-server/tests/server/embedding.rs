@@ -38,14 +38,14 @@ fn memory() -> ExportEntry {
 
 #[test]
 fn an_export_of_thirty_lines_is_read_and_written_by_others() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let runtime = runtime();
     let mut server = runtime.block_on(memory_export::start(path, 3 << 20)).unwrap();
     let uri = server.addresses()[0].uri("").to_string();
     let Some(size) = run_peer("nbdinfo", &["--size", &uri]) else { return };
     assert_eq!(size.trim(), (3 << 20).to_string());
-    let (source, back) = (folder.path().join("source"), folder.path().join("back"));
+    let (source, back) = (directory.path().join("source"), directory.path().join("back"));
     let content: Vec<u8> = (0..3 << 20).map(|index: u32| (index / 7) as u8).collect();
     std::fs::write(&source, &content).unwrap();
     if run_peer("nbdcopy", &[source.to_str().unwrap(), &uri]).is_none() {
@@ -56,20 +56,20 @@ fn an_export_of_thirty_lines_is_read_and_written_by_others() {
     server.shutdown();
     runtime.block_on(server.wait()).unwrap();
     runtime.block_on(server.wait()).unwrap();
-    assert!(!folder.path().join("socket").exists(), "its socket is removed");
+    assert!(!directory.path().join("socket").exists(), "its socket is removed");
 }
 
 #[test]
 fn a_part_of_a_disk_is_served_as_the_example_does() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let runtime = runtime();
     let disk: Arc<dyn Export> = Arc::new(MemoryExport::new(4 << 20));
     let window = Window { offset: 1 << 20, size: Some(2 << 20) };
     let started = filtered_export::start(path, Arc::clone(&disk), window);
     let mut server = runtime.block_on(started).unwrap();
     let uri = server.addresses()[0].uri("").to_string();
-    let source = folder.path().join("source");
+    let source = directory.path().join("source");
     let content = vec![7; 2 << 20];
     std::fs::write(&source, &content).unwrap();
     if run_peer("nbdcopy", &[source.to_str().unwrap(), &uri]).is_none() {
@@ -128,8 +128,8 @@ fn a_stream_of_the_callers_is_served_within_the_limits_until_shutdown() {
 fn a_hook_sees_who_connects_and_turns_clients_away() {
     let runtime = runtime();
     let _context = runtime.enter();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let asked = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&asked);
     let mut server =

@@ -20,8 +20,8 @@ fn server() -> Server {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn one_server_serves_on_several_addresses_and_closes_them_all() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let mut server = server();
     let mut bound = server.listen(&ListenAddress::Tcp("127.0.0.1:0".into())).await.unwrap();
     match server.listen(&ListenAddress::Tcp("[::1]:0".into())).await {
@@ -103,8 +103,8 @@ async fn a_session_over_tcp_gives_the_same_bytes() {
 
 #[tokio::test]
 async fn the_uri_of_a_relative_path_is_absolute() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let here = std::env::current_dir().unwrap();
     let up = "../".repeat(here.components().count() - 1);
     let relative = format!("{up}{}", path.strip_prefix("/").unwrap().display());
@@ -113,7 +113,7 @@ async fn the_uri_of_a_relative_path_is_absolute() {
     let Transport::Unix { path: told } = bound[0].uri("").transport else {
         panic!("{bound:?} is no unix socket")
     };
-    assert!(told.is_absolute(), "{} means something else in another folder", told.display());
+    assert!(told.is_absolute(), "{} means something else in another directory", told.display());
     assert_eq!(told.canonicalize().unwrap(), path.canonicalize().unwrap());
     let BoundAddress::Unix(Some(told)) = &bound[0] else { panic!("{bound:?}") };
     assert!(told.is_absolute());
@@ -131,7 +131,7 @@ async fn a_name_that_leads_nowhere_is_an_error_that_names_it() {
         let error = server().listen(&ListenAddress::Tcp(address.into())).await.unwrap_err();
         assert!(error.to_string().contains(address), "{error}");
     }
-    let missing = ListenAddress::Unix("/nonexistent/folder/socket".into());
+    let missing = ListenAddress::Unix("/nonexistent/directory/socket".into());
     let error = server().listen(&missing).await.unwrap_err();
-    assert!(error.to_string().contains("/nonexistent/folder/socket"), "{error}");
+    assert!(error.to_string().contains("/nonexistent/directory/socket"), "{error}");
 }

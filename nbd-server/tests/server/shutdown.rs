@@ -82,8 +82,8 @@ fn a_request_that_has_not_arrived_whole_is_not_waited_for() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_server_that_is_dropped_cuts_its_clients_and_leaves_no_socket() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("socket");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
     let exports = ExportRegistry::new();
     exports.add("", ExportEntry::new(Arc::new(MemoryExport::new(4096)))).unwrap();
     let mut server = Server::new(ServerConfig::default(), exports);

@@ -52,8 +52,8 @@ fn a_write_that_fails_or_panics_in_place_is_answered_by_the_pool() {
 
 #[test]
 fn a_qcow2_image_is_written_in_place_where_its_tables_are_in_memory() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, 4 << 20)).unwrap();
     let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite);
     let export = ImageExport::new(Image::open(&path, &options).unwrap());

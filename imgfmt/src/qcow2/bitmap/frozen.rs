@@ -1,10 +1,10 @@
 //! Bits that a checkpoint has moved to another bitmap.
 //!
-//! At a checkpoint a bitmap NAME is *frozen*: in one step its bits move to `NAME.checkpoint`, which is
-//! disabled and has the same granularity, and NAME begins anew. When what they stand for is backed up
-//! they are dropped; otherwise they are *thawed*, that is merged back. Until either happens NAME by
-//! itself lacks changes. So every writable open thaws before anything else, and until then nobody
-//! gets the bits of NAME.
+//! At a checkpoint a bitmap NAME is *frozen*: in one step its bits move to `NAME.checkpoint`, which
+//! is disabled and has the same granularity, and NAME begins anew. When what they stand for is
+//! backed up they are dropped; otherwise they are *thawed*, that is merged back. Until either
+//! happens NAME by itself lacks changes. So every writable open thaws before anything else, and
+//! until then nobody gets the bits of NAME.
 //!
 //! Only the name tells that a disabled bitmap of NAME's granularity is what a checkpoint left: one
 //! that somebody made by hand is merged into NAME too. That costs a larger backup; the opposite
@@ -18,8 +18,8 @@ use crate::bitmap::{Bitmap, Recording};
 /// What stands behind the name of a bitmap in the name of the one that holds its frozen bits.
 const SUFFIX: &str = ".checkpoint";
 
-/// The name of the bitmap to which [`BitmapChange::Freeze`](crate::BitmapChange::Freeze) moves the bits of
-/// the bitmap `name`.
+/// Returns the name of the bitmap to which [`BitmapChange::Freeze`](crate::BitmapChange::Freeze)
+/// moves the bits of the bitmap `name`.
 pub fn frozen_bitmap_name(name: &str) -> String {
     format!("{name}{SUFFIX}")
 }

@@ -148,7 +148,8 @@ impl Bitmaps {
         self.metadata.header().geometry
     }
 
-    /// The bits of a bitmap, loaded if they were not. An error says, as a clause, why there are none.
+    /// The bits of a bitmap, loaded if they were not. An error says, as a clause, why there are
+    /// none.
     pub(super) fn ready_bits(&self, bitmap: &Bitmap<Entry>) -> Result<Arc<Bits>, String> {
         if let Condition::Inconsistent(detail) | Condition::Damaged(detail) = &bitmap.condition {
             return Err(detail.clone());
@@ -197,8 +198,8 @@ impl Bitmaps {
 /// Where the options say that the sidecar is.
 #[cfg(any(test, feature = "test-util"))]
 fn sidecar_location(options: &OpenOptions) -> Option<Arc<dyn SidecarLocation>> {
-    let folder = options.sidecar_folder.as_ref()?;
-    Some(Arc::new(Arc::clone(folder)))
+    let directory = options.sidecar_directory.as_ref()?;
+    Some(Arc::new(Arc::clone(directory)))
 }
 
 /// Where the options say that the sidecar is: nothing else than beside the image.

@@ -1,9 +1,9 @@
 //! Feature bits that the rest of the header contradicts.
 //!
-//! No sound program writes them: a bit was damaged, or somebody has changed the header without knowing
-//! what belongs together. Some are harmless, and a repair clears them. Of others nobody knows which
-//! half is wrong; then neither the clusters of this file nor those of a data file can be trusted to be
-//! the disk, and nothing is read or written.
+//! No sound program writes them: a bit was damaged, or somebody has changed the header without
+//! knowing what belongs together. Some are harmless, and a repair clears them. Of others nobody
+//! knows which half is wrong; then neither the clusters of this file nor those of a data file can
+//! be trusted to be the disk, and nothing is read or written.
 
 use crate::error::Result;
 use crate::qcow2::on_disk::header::{Header, autoclear};
@@ -12,16 +12,15 @@ use crate::qcow2::on_disk::words::invalid;
 /// A feature bit that something else in the header contradicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) enum Contradiction {
-    /// A raw data file, and no data file at all.
+    /// A raw data file bit without a data file.
     RawWithoutDataFile,
-    /// As before, but a data file has a name: the bit that says that data lies there may be what got
-    /// lost.
+    /// As before, but a data file has a name: the data file bit may be the one that was lost.
     DataFileNotUsed,
-    /// A data file that has no name.
+    /// A data file without a name.
     DataFileWithoutName,
-    /// A data file that can be read without this image, and a backing file.
+    /// A raw data file and a backing file.
     RawWithBacking,
-    /// Bitmaps, and nothing that says where they are.
+    /// Bitmaps, without the extension that locates them.
     BitmapsWithoutDirectory,
 }
 
@@ -56,8 +55,8 @@ impl Contradiction {
         }
     }
 
-    /// Whether the image can be used as it is. Where it cannot, QEMU refuses it too, except for a named
-    /// data file that is not used.
+    /// Whether the image can be used as it is. Where it cannot, QEMU refuses it too, except for a
+    /// named data file that is not used.
     fn is_harmless(self) -> bool {
         match self {
             Self::RawWithBacking | Self::BitmapsWithoutDirectory => true,

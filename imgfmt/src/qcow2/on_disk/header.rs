@@ -78,7 +78,7 @@ const OFFSET_LIMIT: u64 = 1 << 56;
 pub(crate) const ENCRYPTION_AES: u32 = 1;
 const ENCRYPTION_LUKS: u32 = 2;
 
-/// How compressed clusters are compressed.
+/// The compression of compressed clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Compression {
     Zlib,

@@ -19,19 +19,19 @@ const TABLE_BYTES_MAX: u64 = 64 << 20;
 /// Largest L1 table of a snapshot.
 const L1_BYTES_MAX: u64 = 32 << 20;
 
-/// An internal snapshot: a former state of the disk that is kept in the same file.
+/// An internal snapshot: an earlier state of the disk in the same file.
 #[derive(Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Snapshot {
-    /// Identifies it within the image, most often a number.
+    /// Identifies it within the image, usually a number.
     pub id: String,
     /// The name the user gave.
     pub name: String,
-    /// When it was made, in seconds since 1970.
+    /// Time of creation, in seconds since 1970.
     pub date_s: u32,
-    /// And the nanoseconds of that second.
+    /// Nanoseconds of the time of creation.
     pub date_ns: u32,
-    /// How long the guest had been running, in nanoseconds.
+    /// Run time of the guest, in nanoseconds.
     pub vm_clock_ns: u64,
     /// Size of the saved state of the virtual machine, in bytes; 0 if there is none.
     pub vm_state_size: u64,

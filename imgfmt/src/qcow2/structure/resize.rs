@@ -12,7 +12,7 @@ use crate::units::HostOffset;
 const L1_BYTES_MAX: u64 = 32 << 20;
 
 impl Qcow2 {
-    /// Makes the disk larger or smaller. What is added reads as zero.
+    /// Changes the size of the disk. Added space reads as zero.
     pub(crate) fn resize(&mut self, size: u64) -> Result<()> {
         if size > i64::MAX as u64 || !size.is_multiple_of(512) {
             let detail = "the size of a qcow2 disk is a multiple of 512 below 2^63";
@@ -49,8 +49,8 @@ impl Qcow2 {
         self.bitmaps.store_resized(self)
     }
 
-    /// Refuses a change of the size where a snapshot does not say its own: it would be taken for the
-    /// disk's. As in QEMU, version 2 is not trusted to say it.
+    /// Refuses a change of the size where a snapshot does not say its own: it would be taken for
+    /// the disk's. As in QEMU, version 2 is not trusted to say it.
     pub(in crate::qcow2) fn refuse_unknown_sizes(&self, snapshots: &[Snapshot]) -> Result<()> {
         let is_known =
             |snapshot: &Snapshot| self.mapping.format.version >= 3 && snapshot.extra.len() >= 16;
@@ -154,8 +154,8 @@ impl Qcow2 {
         if self.metadata.header().l1_offset != reserved.offset {
             return switched;
         }
-        // Whether the sync succeeded or not, the file names the new table now, so later changes must
-        // go there. The old one is freed only if the disk is known not to need it.
+        // Whether the sync succeeded or not, the file names the new table now, so later changes
+        // must go there. The old one is freed only if the disk is known not to need it.
         let old_bytes = u64::from(old_entries) * 8;
         self.mapping.replace_l1(l1);
         let new_end = reserved.offset + u64::from(self.metadata.header().l1_entries) * 8;

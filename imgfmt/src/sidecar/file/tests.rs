@@ -6,23 +6,23 @@ use std::path::PathBuf;
 use super::*;
 use crate::sidecar::tests::{BOOT, description, recovery};
 
-fn image(folder: &tempfile::TempDir) -> PathBuf {
-    let path = folder.path().join("disk.qcow2");
+fn image(directory: &tempfile::TempDir) -> PathBuf {
+    let path = directory.path().join("disk.qcow2");
     std::fs::write(&path, b"image").unwrap();
     path
 }
 
 #[test]
 fn the_file_is_private_has_its_length_and_starts_with_the_given_bits() {
-    let folder = tempfile::tempdir().unwrap();
-    let place = SidecarPlace::beside(&image(&folder)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let place = SidecarPlace::beside(&image(&directory)).unwrap();
     let description = description(Survives::PowerLoss, 1 << 20, &[9, 16]);
     let file =
         place.create_file(&description, &|bitmap, word| (bitmap as u64) << 32 | word).unwrap();
-    let metadata = std::fs::metadata(folder.path().join("disk.qcow2.dirty")).unwrap();
+    let metadata = std::fs::metadata(directory.path().join("disk.qcow2.dirty")).unwrap();
     assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
     assert_eq!(metadata.len(), file.words().len() as u64 * 8);
-    assert!(!folder.path().join("disk.qcow2.dirty.new").exists());
+    assert!(!directory.path().join("disk.qcow2.dirty.new").exists());
     assert!(place.open_file(Access::ReadOnly).is_err(), "it is locked while it is in use");
     drop(file);
     let found = place.open_file(Access::ReadWrite).unwrap().unwrap();
@@ -33,18 +33,18 @@ fn the_file_is_private_has_its_length_and_starts_with_the_given_bits() {
 
 #[test]
 fn links_are_not_followed_and_what_they_point_to_stays() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = image(&folder);
-    let other = folder.path().join("other");
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(&directory);
+    let other = directory.path().join("other");
     std::fs::write(&other, b"precious").unwrap();
     for name in ["disk.qcow2.dirty", "disk.qcow2.dirty.new"] {
-        std::os::unix::fs::symlink(&other, folder.path().join(name)).unwrap();
+        std::os::unix::fs::symlink(&other, directory.path().join(name)).unwrap();
     }
     let place = SidecarPlace::beside(&path).unwrap();
     assert!(place.open_file(Access::ReadWrite).is_err());
     let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
     let file = place.create_file(&description, &|_, _| 0).unwrap();
-    let metadata = std::fs::symlink_metadata(folder.path().join("disk.qcow2.dirty")).unwrap();
+    let metadata = std::fs::symlink_metadata(directory.path().join("disk.qcow2.dirty")).unwrap();
     assert!(metadata.is_file());
     assert_eq!(std::fs::read(&other).unwrap(), b"precious");
     drop(file);
@@ -52,29 +52,29 @@ fn links_are_not_followed_and_what_they_point_to_stays() {
 
 #[test]
 fn an_image_has_the_same_sidecar_by_whatever_link_it_is_reached() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = image(&folder);
+    let directory = tempfile::tempdir().unwrap();
+    let path = image(&directory);
     let elsewhere = tempfile::tempdir().unwrap();
     let link = elsewhere.path().join("link.qcow2");
     std::os::unix::fs::symlink(&path, &link).unwrap();
     let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
     let place = SidecarPlace::beside(&link).unwrap();
     let _file = place.create_file(&description, &|_, _| 0).unwrap();
-    assert!(folder.path().join("disk.qcow2.dirty").exists());
+    assert!(directory.path().join("disk.qcow2.dirty").exists());
 }
 
 #[test]
 fn a_new_epoch_takes_the_place_of_the_old_file_which_then_removes_nothing() {
-    let folder = tempfile::tempdir().unwrap();
-    let place = SidecarPlace::beside(&image(&folder)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let place = SidecarPlace::beside(&image(&directory)).unwrap();
     let mut description = description(Survives::ProcessDeath, 1 << 20, &[16]);
     let old = place.create_file(&description, &|_, _| 0).unwrap();
     description.epoch += 1;
     let new = place.create_file(&description, &|_, _| 0).unwrap();
     old.remove().unwrap();
-    assert!(folder.path().join("disk.qcow2.dirty").exists());
+    assert!(directory.path().join("disk.qcow2.dirty").exists());
     new.remove().unwrap();
-    assert!(!folder.path().join("disk.qcow2.dirty").exists());
+    assert!(!directory.path().join("disk.qcow2.dirty").exists());
     new.remove().unwrap();
 }
 
@@ -82,8 +82,8 @@ fn a_new_epoch_takes_the_place_of_the_old_file_which_then_removes_nothing() {
 /// program.
 #[test]
 fn a_lock_ends_with_its_owner_whoever_has_a_copy_of_the_descriptor() {
-    let folder = tempfile::tempdir().unwrap();
-    let place = SidecarPlace::beside(&image(&folder)).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let place = SidecarPlace::beside(&image(&directory)).unwrap();
     let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
     let made = place.create_file(&description, &|_, _| 0).unwrap();
     let _copy = made.file.try_clone().unwrap();

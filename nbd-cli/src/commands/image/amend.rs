@@ -21,13 +21,13 @@ Examples:
   nbd-cli image amend --lazy-refcounts off disk.qcow2
   nbd-cli image amend -o compat=v3,size=20G disk.qcow2
 
-The disk, its snapshots and its bitmaps stay as they are. Nobody else may use the image meanwhile. If
-the command is interrupted the disk can be read as before; run it again. Version 0.10 has neither
-bitmaps nor zlib's alternatives, subclusters, a data file, or a mark for zeroes: what cannot be
-changed into something else is refused, and zeroes above a backing file take up space then.
+The contents of the disk, its snapshots and its bitmaps do not change. The image must not be in use.
+If the command is interrupted, the disk remains readable; run the command again. Version 0.10
+supports neither bitmaps nor zstd compression, subclusters, a data file, or zero clusters: features
+that cannot be converted are refused, and zeroes above a backing file then occupy space.
 
-For the backing file see 'image rebase', for a smaller disk 'image resize --shrink'; for anything else
-make a new image with 'image convert'.";
+For the backing file see 'image rebase', for a smaller disk 'image resize --shrink'; for other changes
+create a new image with 'image convert'.";
 
 /// Arguments of `nbd-cli image amend`.
 #[derive(Debug, Args)]
@@ -43,7 +43,7 @@ pub struct AmendArgs {
     #[arg(long, value_enum, value_name = "VERSION")]
     pub compat: Option<Compat>,
 
-    /// Whether QEMU may leave refcounts wrong while it has the image open.
+    /// Whether QEMU may leave refcounts wrong while the image is open.
     #[arg(long, value_enum, value_name = "WHETHER")]
     pub lazy_refcounts: Option<OnOff>,
 
@@ -60,7 +60,7 @@ pub struct AmendArgs {
     #[arg(short, long, value_name = "OPTIONS")]
     pub options: Vec<String>,
 
-    /// Print what the image is like then, as `nbd-cli image info --json` does.
+    /// Print the changed image, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
 
@@ -122,7 +122,7 @@ fn lazy_refcounts(lazy: OnOff) -> LazyRefcounts {
     }
 }
 
-/// Reads options as qemu-img takes them.
+/// Parses options in qemu-img's syntax.
 fn read_options(text: &str, amendment: &mut Amendment) -> Result<(), CommandError> {
     let mut options = KeyValues::parse(text, None).map_err(CommandError::new)?;
     let bad = |key: &str, value: &str| {
@@ -154,7 +154,7 @@ fn read_options(text: &str, amendment: &mut Amendment) -> Result<(), CommandErro
     }
 }
 
-/// What to do instead about an option of QEMU's that an image has from its beginning.
+/// Returns the alternative for an option that is fixed when an image is created.
 fn advice(key: &str) -> &'static str {
     match key {
         "backing_file" | "backing_fmt" => "use 'nbd-cli image rebase'",

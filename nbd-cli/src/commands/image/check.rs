@@ -24,12 +24,11 @@ Examples:
   nbd-cli image check --json disk.qcow2
   nbd-cli image check nbd://localhost/disk     an image in an export, as bytes
 
-Only the image itself is checked, not its backing file, and not what the guest wrote into it. A leak
-is space that is lost; a corruption endangers data: copy the image before you repair one.
-A repair changes nothing that can be read. Refcounts that cannot be trusted are built anew, in clusters
-that nothing uses.
+Only the image itself is checked, not its backing file, and not the guest's data in it. A leak is lost
+space; a corruption endangers data: copy the image before you repair it. A repair does not change
+readable data. Unreliable refcounts are rebuilt in unused clusters.
 
-Exit codes, of what remains after repair:
+Exit codes, for the state after repair:
   0  nothing was found
   1  the check could not be carried out
   2  corruptions
@@ -51,7 +50,7 @@ pub struct CheckArgs {
     #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
-    /// Repair what is found. Nobody else may use the image meanwhile.
+    /// Repair the findings. The image must not be in use.
     #[arg(short, long, value_enum, value_name = "WHAT")]
     pub repair: Option<RepairChoice>,
 
@@ -59,7 +58,7 @@ pub struct CheckArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Check an image while another program writes to it. What is found need not be damage then.
+    /// Check an image while another program writes to it. The findings need not be damage then.
     #[arg(short = 'U', long, conflicts_with = "repair")]
     pub force_share: bool,
 
@@ -72,7 +71,7 @@ pub struct CheckArgs {
     pub server: ServerArgs,
 }
 
-/// What is repaired.
+/// The repairs to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum RepairChoice {
     /// Leaks only; nothing is written if anything else is wrong.
@@ -81,7 +80,7 @@ pub enum RepairChoice {
     All,
 }
 
-/// Keys and their absence at zero as qemu-img has them.
+/// The keys, and their absence at zero, are those of qemu-img.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Report {
@@ -141,7 +140,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
     })
 }
 
-/// The inner error is that there is nothing to check in such an image.
+/// The inner error means that such an image cannot be checked.
 fn check(
     place: &Place,
     options: &OpenOptions,
@@ -170,7 +169,7 @@ fn check(
     };
     match checked {
         Ok(report) => Ok(Ok(report)),
-        // An image that cannot even be described has a feature that is not known.
+        // An image that cannot even be described has an unknown feature.
         Err(error)
             if error.kind() == ErrorKind::Unsupported
                 && (error.found_format().is_some() || can_be_described) =>

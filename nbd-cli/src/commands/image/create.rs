@@ -29,9 +29,9 @@ Examples:
   nbd-cli image create --format qcow2 --backing nbd://localhost/base --backing-format raw o.qcow2
   nbd-cli image create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
 
-A relative name of a backing file starts at the folder of the new image. A file that exists is never
-touched: remove it first. The new image is NAME.partial until it is complete. On a block device what
-was there is lost at once, and the device is marked as incomplete until the image on it is whole.";
+A relative name of a backing file starts at the directory of the new image. An existing file is never
+changed: remove it first. The new image is NAME.partial until it is complete. The previous data of a
+block device is lost at once, and the device is marked as incomplete until the image is complete.";
 
 /// Arguments of `nbd-cli image create`.
 #[derive(Debug, Args)]
@@ -48,7 +48,8 @@ pub struct CreateArgs {
     #[arg(short, long, default_value = "raw")]
     pub format: ImageFormat,
 
-    /// Show the content of this file, or of this export of a server (an NBD URI), where the new image holds nothing yet.
+    /// Use this file, or this export of a server (an NBD URI), for the contents where the new image
+    /// has none.
     #[arg(short, long, value_name = "FILE", requires = "backing_format")]
     pub backing: Option<OsString>,
 
@@ -56,12 +57,12 @@ pub struct CreateArgs {
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
     pub backing_format: Option<ImageFormat>,
 
-    /// Whether the whole disk gets its space now.
+    /// Whether to allocate the whole disk now.
     #[arg(long, value_enum, default_value_t, value_name = "WHEN")]
     pub preallocation: Preallocation,
 
     /// Keep the data in this new file, and only the metadata in the qcow2 image. QEMU looks for a
-    /// relative name in its own working folder: better give an absolute one.
+    /// relative name in its own working directory, so an absolute one is better.
     #[arg(
         long,
         value_name = "FILE",
@@ -70,15 +71,15 @@ pub struct CreateArgs {
     )]
     pub data_file: Option<OsString>,
 
-    /// Keep the data file such that it is a raw image by itself.
+    /// Keep the data file a valid raw image.
     #[arg(long, requires = "data_file", help_heading = "Options for qcow2")]
     pub data_file_raw: bool,
 
-    /// Let QEMU leave refcounts wrong while it has the image open; it repairs them after a crash.
+    /// Allow QEMU to leave refcounts wrong while the image is open; it repairs them after a crash.
     #[arg(long, help_heading = "Options for qcow2")]
     pub lazy_refcounts: bool,
 
-    /// Print what the image is like then, as `nbd-cli image info --json` does.
+    /// Print the new image, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
 
@@ -90,7 +91,7 @@ pub struct CreateArgs {
     pub locks: LockArgs,
 }
 
-/// What a new qcow2 image is like.
+/// The properties of a new qcow2 image.
 #[derive(Clone, Debug, Args)]
 pub struct Qcow2Args {
     /// Size of a cluster: a power of two from 512 to 2M [default: 64K].
@@ -105,7 +106,7 @@ pub struct Qcow2Args {
     #[arg(long, value_enum, value_name = "VERSION", help_heading = "Options for qcow2")]
     pub compat: Option<Compat>,
 
-    /// How compressed clusters are compressed [default: zlib].
+    /// Compression of compressed clusters [default: zlib].
     #[arg(long, value_enum, value_name = "TYPE", help_heading = "Options for qcow2")]
     pub compression_type: Option<Compression>,
 
@@ -114,13 +115,13 @@ pub struct Qcow2Args {
     pub extended_l2: bool,
 }
 
-/// When space is taken.
+/// The time at which space is allocated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Preallocation {
-    /// Each part when something is written to it.
+    /// Each part when it is written.
     #[default]
     Off,
-    /// A place in the file now, space when something is written; qcow2 images only.
+    /// Place in the file now, space when data is written; qcow2 images only.
     Metadata,
     /// Space now, without writing to it.
     Falloc,
@@ -139,17 +140,17 @@ pub enum Compat {
     V3,
 }
 
-/// How clusters are compressed.
+/// The compression of clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Compression {
-    /// Understood by every reader.
+    /// Supported by every reader.
     Zlib,
     /// Faster; QEMU 5.1 and later.
     Zstd,
 }
 
 impl Qcow2Args {
-    /// The name of an option that was given, if any was.
+    /// Returns the name of a given option, if there is one.
     pub(super) fn given(&self) -> Option<&'static str> {
         let options = [
             ("--cluster-size", self.cluster_size.is_some()),
@@ -161,7 +162,7 @@ impl Qcow2Args {
         options.iter().find(|(_, is_given)| *is_given).map(|(option, _)| *option)
     }
 
-    /// Sets the options of an image that is to be made, or says which one it cannot have.
+    /// Sets the options of a new image, or reports one that it cannot have.
     pub(super) fn apply(&self, options: &mut CreateOptions) -> Result<(), CommandError> {
         if let (Format::Raw, Some(option)) = (options.format, self.given()) {
             return Err(CommandError::new(format!(
@@ -231,7 +232,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// What the library preallocates.
+/// Converts to the library's preallocation.
 fn preallocation(args: &CreateArgs, format: Format) -> Result<imgfmt::Preallocation, CommandError> {
     use imgfmt::Preallocation as Kind;
     match args.preallocation {

@@ -38,7 +38,7 @@ Examples:
   nbd-cli image info nbd://localhost/disk
 
 Only the file itself is read: the backing file and the data file that it names are not opened, unless
---backing-chain asks for it.";
+--backing-chain is given.";
 
 /// Arguments of `nbd-cli image info`.
 #[derive(Debug, Args)]
@@ -47,7 +47,7 @@ pub struct InfoArgs {
     /// The image: a file, or an export as an NBD URI.
     pub path: OsString,
 
-    /// Describe the backing file, its backing file and so on as well.
+    /// Describe the whole chain of backing files as well.
     #[arg(long)]
     pub backing_chain: bool,
 
@@ -67,7 +67,7 @@ pub struct InfoArgs {
     pub server: ServerArgs,
 }
 
-/// Facts about one file, with the keys of qemu-img.
+/// Information about one file, with the keys of qemu-img.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Layer<'a> {
@@ -89,12 +89,12 @@ struct Layer<'a> {
     backing_filename_format: Option<&'a str>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     snapshots: Vec<JsonSnapshot<'a>>,
-    /// Which backup it is; no key of qemu-img.
+    /// The identity of a backup; not a key of qemu-img.
     #[serde(skip_serializing_if = "Option::is_none")]
     backup: Option<JsonBackup<'a>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<Specific<'a>>,
-    /// What the server offers, with the keys of nbdinfo.
+    /// The properties of an export, with the keys of nbdinfo.
     #[serde(skip_serializing_if = "Option::is_none")]
     server: Option<&'a Report>,
 }
@@ -166,7 +166,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// Prints what an image that was made or changed is like now.
+/// Prints the properties of an image after it was created or changed.
 pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), CommandError> {
     let place = Place::File(path.to_owned());
     let info = place.inspect(options, &ServerArgs::default())?;
@@ -175,18 +175,18 @@ pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), Comma
     output.finish()
 }
 
-/// One layer of what was asked for.
+/// One layer of the report.
 struct Found {
     place: Place,
     info: ImageInfo,
     server: Option<Report>,
 }
 
-/// The image and, if asked for, everything below it.
+/// Returns the image and, on request, everything below it.
 fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
     let mut options = args.share.apply(args.open.options_with(&args.server));
     if args.backing_chain {
-        // Says whether every name may be followed, and that they do not lead in circles.
+        // Checks that every name may be followed, and that there is no cycle.
         place.open(&options, &args.server)?;
     }
     let server = match place.uri() {
@@ -201,7 +201,7 @@ fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
         && let Some(name) = &qcow2.backing_name
     {
         let place = above.place.beside(name)?;
-        // What has a name that is none of ours is another name of raw images.
+        // Any other name is one of a raw image.
         options.format = qcow2
             .backing_format
             .as_deref()
@@ -212,7 +212,7 @@ fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
     Ok(layers)
 }
 
-/// What a server says about an export.
+/// Describes an export.
 async fn inspect(uri: &NbdUri, server: &ServerArgs) -> Result<Report, CommandError> {
     let connector = server.connector(uri);
     match connector.inspect(Scope::ThisExport).await {
@@ -221,7 +221,7 @@ async fn inspect(uri: &NbdUri, server: &ServerArgs) -> Result<Report, CommandErr
     }
 }
 
-/// Bytes of the disk that the file takes up.
+/// The space that the file occupies, in bytes.
 fn actual_size(path: &Path) -> Result<u64, CommandError> {
     let metadata = std::fs::metadata(path).map_err(|error| {
         CommandError::new(format!("cannot look at '{}': {error}", path.display()))
@@ -230,7 +230,7 @@ fn actual_size(path: &Path) -> Result<u64, CommandError> {
 }
 
 impl Found {
-    /// What the image takes up, where that can be known.
+    /// Returns the space that the image occupies, if it can be known.
     fn actual_size(&self) -> Result<Option<u64>, CommandError> {
         match self.place.uri() {
             None => actual_size(self.place.path()).map(Some),
@@ -238,7 +238,7 @@ impl Found {
         }
     }
 
-    /// What only images of this format have.
+    /// Format-specific information.
     fn specific(&self) -> Option<Specific<'_>> {
         let encryption = self.info.encryption.as_ref();
         match (&self.info.qcow2, encryption) {
@@ -281,7 +281,7 @@ impl Found {
     }
 }
 
-/// What a bitmap is, as qemu-img calls it.
+/// A bitmap, with qemu-img's names.
 fn bitmap_flags(bitmap: &BitmapEntry) -> Vec<&'static str> {
     let auto = bitmap.recording == Recording::Enabled;
     let flags = [(bitmap.is_in_use, "in-use"), (auto, "auto")];
@@ -349,7 +349,7 @@ fn text(found: &Found, output: &mut Output) -> Result<(), CommandError> {
     }
 }
 
-/// What only qcow2 images have.
+/// Information specific to qcow2.
 fn qcow2_text(qcow2: &Qcow2Info, output: &mut Output) -> Result<(), CommandError> {
     let mut line = |what: &str, value: &str| output.line(&format!("{what:<18} {value}"));
     line("compat:", compat(qcow2))?;

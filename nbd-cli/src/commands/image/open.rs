@@ -1,4 +1,4 @@
-//! How the commands open images, and what they say when that fails.
+//! Opens the images of the commands, and explains failures.
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::image_format::ImageFormat;
 use crate::locking::{LockArgs, ShareArgs};
 use crate::remote::{allow_exports, allow_json_files};
 
-/// How an image that exists is opened.
+/// Options for opening an existing image.
 #[derive(Clone, Debug, Args)]
 pub struct OpenArgs {
     /// Format of the image; detected unless given.
@@ -24,12 +24,12 @@ pub struct OpenArgs {
     pub trust: TrustArgs,
 }
 
-/// Which other files an image may make us open.
+/// The other files that an image may name.
 #[derive(Clone, Debug, Args)]
 pub struct TrustArgs {
-    /// Trust the image: follow the names of backing and data files that it contains wherever they
-    /// lead, to servers (nbd://…) too, and find out the format of a backing file where the image
-    /// does not say it. Without this only files in the image's folder and below are opened.
+    /// Trust the image: follow the names of backing and data files in it to any directory and to
+    /// servers (nbd://…), and detect the format of a backing file if the image does not record it.
+    /// Without this only files in the image's directory and below are opened.
     #[arg(long)]
     pub trust_image: bool,
 
@@ -43,7 +43,7 @@ impl TrustArgs {
         self.policy_with(&ServerArgs::default())
     }
 
-    /// `server` is for the servers that the image names.
+    /// `server` has the options for the servers that the image names.
     pub(in crate::commands) fn policy_with(&self, server: &ServerArgs) -> OpenPolicy {
         match self.trust_image {
             true => allow_exports(OpenPolicy::any_file().allow_format_probe(), server),
@@ -51,7 +51,7 @@ impl TrustArgs {
         }
     }
 
-    /// For an image whose format is to be looked at or set later.
+    /// For an image whose format is detected or set later.
     pub(in crate::commands) fn options(&self) -> OpenOptions {
         self.locks.options().policy(self.policy())
     }
@@ -62,7 +62,7 @@ impl OpenArgs {
         options(self.format, &self.trust)
     }
 
-    /// `server` is for the servers that the image names.
+    /// `server` has the options for the servers that the image names.
     pub(in crate::commands) fn options_with(&self, server: &ServerArgs) -> OpenOptions {
         self.options().policy(self.trust.policy_with(server))
     }
@@ -90,20 +90,20 @@ pub(in crate::commands) fn options(format: Option<ImageFormat>, trust: &TrustArg
     }
 }
 
-/// The error with the option that would allow what was refused.
+/// Returns the error with the option that would allow the refused operation.
 pub(in crate::commands) fn explained(error: Error) -> CommandError {
     explained_with(error, "--format raw")
 }
 
-/// As [`explained`], where another option gives the format.
+/// Like [`explained`], where another option gives the format.
 pub(in crate::commands) fn explained_with(error: Error, raw_option: &str) -> CommandError {
     JobError::opening_with(JobErrorKind::Source, error, raw_option).into()
 }
 
-/// The path of a file that an image names: relative names start at the image's folder.
+/// Returns the path of a file that an image names: relative names start at the image's directory.
 pub(in crate::commands) fn beside(image: &Path, name: &OsStr) -> PathBuf {
     match image.parent() {
-        Some(folder) => folder.join(name),
+        Some(directory) => directory.join(name),
         None => PathBuf::from(name),
     }
 }

@@ -1,4 +1,4 @@
-//! Where the disks of a command are: files, and exports of NBD servers.
+//! The disks of a command: files, and exports of NBD servers.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -23,12 +23,12 @@ use crate::remote::{open_export, open_named_by_image};
 #[derive(Clone, Debug)]
 pub(in crate::commands) enum Place {
     File(PathBuf),
-    /// The URI may name files of this machine only if the user wrote it, not an image.
+    /// The URI may name files of this machine only if it comes from the user, not from an image.
     Export {
         uri: NbdUri,
         files: LocalFiles,
     },
-    /// One of them, with what its name says about the format.
+    /// A file or export, with the format that its name specifies.
     Described {
         place: Box<Self>,
         format: FormatInName,
@@ -36,9 +36,9 @@ pub(in crate::commands) enum Place {
 }
 
 impl Place {
-    /// Reads a word of the command line.
+    /// Parses a command line argument.
     fn parse(word: &OsStr) -> Result<Self, CommandError> {
-        // Names of files need not be text; URIs are.
+        // File names need not be UTF-8; URIs must be.
         let Some(text) = word.to_str() else { return Ok(Self::File(path_in(word).into())) };
         if let Some(object) = text.strip_prefix("json:") {
             let (name, format) = from_json(object)
@@ -58,8 +58,8 @@ impl Place {
         }
     }
 
-    /// Reads a word of the command line; the options for servers have to concern it, or what it
-    /// may lead to.
+    /// Parses a command line argument; the options for servers must apply to it, or to servers that
+    /// it may name.
     pub(in crate::commands) fn parse_one(
         word: &OsStr,
         server: &ServerArgs,
@@ -72,15 +72,15 @@ impl Place {
         Ok(place)
     }
 
-    /// Reads a word of the command line, for a command that opens nothing that an image names.
+    /// Parses a command line argument, for a command that opens no other files.
     pub(super) fn parse_alone(word: &OsStr, server: &ServerArgs) -> Result<Self, CommandError> {
         let place = Self::parse(word)?;
         server.check(place.uri())?;
         Ok(place)
     }
 
-    /// Reads two words of the command line; the options for servers have to concern one of them, or
-    /// what it may lead to.
+    /// Parses two command line arguments; the options for servers must apply to one of them, or to
+    /// servers that it may name.
     pub(super) fn parse_two(
         words: [&OsStr; 2],
         server: &ServerArgs,
@@ -101,11 +101,11 @@ impl Place {
         }
     }
 
-    /// The file or export alone, and the options with what its name says about the format.
+    /// Returns the file or export, and the options with the format that its name specifies.
     ///
     /// # Errors
     ///
-    /// If the options say something else.
+    /// If the options contradict it.
     pub(super) fn settled(
         &self,
         options: &OpenOptions,
@@ -127,7 +127,7 @@ impl Place {
         Ok((place, options))
     }
 
-    /// Facts about the image there; the files and exports that it names are not opened.
+    /// Returns information about the image; the files and exports that it names are not opened.
     pub(in crate::commands) fn inspect(
         &self,
         options: &OpenOptions,
@@ -144,7 +144,7 @@ impl Place {
         }
     }
 
-    /// Opens the image there. An export is a raw image unless the options say otherwise.
+    /// Opens the image. An export is a raw image unless the options specify a format.
     pub(in crate::commands) fn open(
         &self,
         options: &OpenOptions,
@@ -153,7 +153,7 @@ impl Place {
         self.open_or_name(options, server, "--format raw")
     }
 
-    /// As [`open`](Self::open), and the export beside it if that is the disk, byte for byte.
+    /// Like [`open`](Self::open), and returns the export as well if it is the disk, byte for byte.
     pub(super) fn open_disk_or_image(
         &self,
         options: &OpenOptions,
@@ -170,7 +170,7 @@ impl Place {
         Ok((image, is_raw.then_some(storage)))
     }
 
-    /// As [`open`](Self::open), for a command with another option for the format of this image.
+    /// Like [`open`](Self::open), for a command with another option for the format of this image.
     pub(super) fn open_or_name(
         &self,
         options: &OpenOptions,
@@ -215,7 +215,7 @@ impl Place {
         Ok((image.map_err(|error| explained(error.with_path(uri.to_string())))?, client))
     }
 
-    /// The name of the file or the URI.
+    /// Returns the name of the file or the URI.
     pub(super) fn name(&self) -> String {
         match self {
             Self::File(path) => path.to_string_lossy().into_owned(),
@@ -224,7 +224,7 @@ impl Place {
         }
     }
 
-    /// The path of the file; empty for an export.
+    /// Returns the path of the file; empty for an export.
     pub(super) fn path(&self) -> &Path {
         match self {
             Self::File(path) => path,
@@ -233,11 +233,11 @@ impl Place {
         }
     }
 
-    /// What a name in the image at this place stands for: relative names start at its folder.
+    /// Resolves a name in the image: relative names start at its directory.
     ///
     /// # Errors
     ///
-    /// A name of a server that cannot be understood.
+    /// If it is a malformed name of a server.
     pub(in crate::commands) fn beside(&self, name: &OsStr) -> Result<Self, CommandError> {
         if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
             return Ok(match from_name_in_image(name).map_err(CommandError::new)? {
@@ -247,12 +247,12 @@ impl Place {
         }
         Ok(Self::File(match (self.uri(), path_in(name)) {
             (None, path) if path.as_os_str() == name => beside(self.path(), name),
-            // As in QEMU a name with a scheme starts at the working folder.
+            // As in QEMU, a name with a scheme starts at the working directory.
             (_, path) => path.to_owned(),
         }))
     }
 
-    /// The error with the name of this place, if it has none yet.
+    /// Returns the error with the name of this place, if it has none yet.
     pub(super) fn named(&self, error: Error) -> CommandError {
         match self.uri() {
             None => error.into(),
@@ -273,7 +273,7 @@ pub(super) fn storage(
     }
 }
 
-/// The options for an export: its bytes are the disk's, whatever they look like.
+/// The options for an export: its bytes are the disk, regardless of their contents.
 fn raw_unless_told(options: &OpenOptions) -> OpenOptions {
     let mut options = options.clone();
     options.format = options.format.or(Some(Format::Raw));

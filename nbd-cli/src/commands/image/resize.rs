@@ -18,8 +18,7 @@ Examples:
   nbd-cli image resize disk.qcow2 +10G
   nbd-cli image resize --shrink disk.qcow2 -- -10G
 
-What is added reads as zero. Make file systems and partitions inside the disk smaller before you
-shrink it.";
+Added space reads as zero. Shrink file systems and partitions inside the disk before you shrink it.";
 
 /// Arguments of `nbd-cli image resize`.
 #[derive(Debug, Args)]
@@ -29,15 +28,15 @@ pub struct ResizeArgs {
     #[arg(value_parser = FilePathParser)]
     pub path: PathBuf,
 
-    /// The new size, or the change with a + or - before it.
+    /// The new size, or a change after + or -.
     #[arg(allow_hyphen_values = true)]
     pub size: SizeChange,
 
-    /// Allow the disk to become smaller: what is at its end is lost.
+    /// Allow the disk to shrink: the data at its end is lost.
     #[arg(long)]
     pub shrink: bool,
 
-    /// Print what the image is like then, as `nbd-cli image info --json` does.
+    /// Print the changed image, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
 
@@ -45,14 +44,14 @@ pub struct ResizeArgs {
     pub open: OpenArgs,
 }
 
-/// A size, or by how much to change it.
+/// A size, or a change of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SizeChange {
     /// This size.
     To(u64),
-    /// So many bytes more.
+    /// This many bytes more.
     Grow(u64),
-    /// So many bytes less.
+    /// This many bytes less.
     Shrink(u64),
 }
 
@@ -70,7 +69,7 @@ impl FromStr for SizeChange {
 }
 
 impl SizeChange {
-    /// The size that comes out, if there is one.
+    /// Returns the resulting size, if it is valid.
     fn apply(self, present: u64) -> Option<u64> {
         match self {
             Self::To(size) => Some(size),

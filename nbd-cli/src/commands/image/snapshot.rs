@@ -23,33 +23,33 @@ Examples:
   nbd-cli image snapshot apply disk.qcow2 before-upgrade
   nbd-cli image snapshot delete disk.qcow2 before-upgrade
 
-Snapshots are kept inside the qcow2 image. A snapshot is given by its name or its id. To apply one
-gives the disk the size that it had then.";
+Snapshots are stored in the qcow2 image. A snapshot is selected by its name or its id. Applying one
+restores the size of the disk as well.";
 
 /// Arguments of `nbd-cli image snapshot`.
 #[derive(Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct SnapshotArgs {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: SnapshotCommand,
 }
 
-/// The sub-commands.
+/// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum SnapshotCommand {
     /// List the snapshots
     List(ListArgs),
-    /// Keep the present state under a name
+    /// Create a snapshot of the current state
     Create(ChangeArgs),
-    /// Go back to a snapshot; what was written since is lost
+    /// Return to a snapshot; later writes are lost
     Apply(ChangeArgs),
-    /// Forget a snapshot
+    /// Delete a snapshot
     Delete(ChangeArgs),
 }
 
 impl SnapshotCommand {
-    /// Whether it changes the image.
+    /// Returns whether the command changes the image.
     pub(super) fn writes(&self) -> bool {
         !matches!(self, Self::List(_))
     }
@@ -77,7 +77,7 @@ pub struct ListArgs {
     pub server: ServerArgs,
 }
 
-/// Arguments of the commands that change something.
+/// Arguments of the commands that change snapshots.
 #[derive(Debug, Args)]
 pub struct ChangeArgs {
     /// The image.
@@ -87,7 +87,7 @@ pub struct ChangeArgs {
     /// The snapshot.
     pub name: String,
 
-    /// Print the snapshots that there are then, as `list --json` does.
+    /// Print the resulting snapshots, like `list --json`.
     #[arg(long)]
     pub json: bool,
 
@@ -95,7 +95,7 @@ pub struct ChangeArgs {
     pub open: OpenArgs,
 }
 
-/// Keys as qemu-img has them.
+/// The keys are those of qemu-img.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct JsonSnapshot<'a> {
@@ -196,7 +196,7 @@ pub(super) fn text(snapshots: &[Snapshot], output: &mut Output) -> Result<(), Co
     Ok(())
 }
 
-/// Seconds since 1970 as date and time in UTC.
+/// Formats seconds since 1970 as date and time in UTC.
 fn date(seconds: u32) -> String {
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (mut year, mut rest) = (1970, days);

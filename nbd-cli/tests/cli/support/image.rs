@@ -1,4 +1,4 @@
-//! Images, and qemu-img's opinion of them.
+//! Images, and their check by qemu-img.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! What the tests have in common: running programs, servers that end with the test, disks.
+//! Shared code of the tests: running programs, servers that end with the test, disks.
 
 mod disk;
 pub(crate) mod image;

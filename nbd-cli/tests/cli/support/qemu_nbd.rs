@@ -1,4 +1,4 @@
-//! qemu-nbd in both makes: ours, and QEMU's own.
+//! Both qemu-nbd: ours, and QEMU's own.
 
 use std::fs::File;
 use std::os::unix::net::UnixStream;

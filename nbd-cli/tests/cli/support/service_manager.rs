@@ -1,4 +1,4 @@
-//! Sockets handed over as systemd does it.
+//! Sockets passed in systemd's way.
 
 use std::path::Path;
 use std::process::Command;

@@ -1,4 +1,4 @@
-//! Servers with TLS, and clients of others that can be told what to speak.
+//! Servers with TLS, and clients of peers with a selectable TLS version.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

@@ -1,4 +1,4 @@
-//! Connections that end where they should not, and somebody on the way who takes TLS away.
+//! Truncated connections, and an attacker who strips TLS.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! Right credentials: every kind with every version and every server, and data both ways at once.
+//! Valid credentials: every kind with every version and every server, and data in both directions
+//! at once.
 
 use std::num::NonZeroUsize;
 

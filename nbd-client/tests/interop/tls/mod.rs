@@ -1,4 +1,4 @@
-//! TLS with the servers people use, both kinds of credentials, right and wrong.
+//! TLS with common servers, and both kinds of credentials, valid and invalid.
 
 #[path = "../../../../nbd-server/tests/support/credentials.rs"]
 #[allow(dead_code, unreachable_pub, reason = "shared by the tests of several crates")]

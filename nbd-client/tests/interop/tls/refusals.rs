@@ -1,4 +1,4 @@
-//! Wrong credentials on either side: the error names what is wrong and what to do.
+//! Invalid credentials on either side: the error names the defect and the remedy.
 
 use nbd_client::{CertificateCheck, Connector, Error, TlsError, TlsMode, TlsOptions, VerifyPeer};
 

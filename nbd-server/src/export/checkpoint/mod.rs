@@ -1,8 +1,8 @@
-//! Checkpoints: the disk as it was at one moment, while clients go on writing.
+//! Checkpoints: the state of the disk at one moment, while clients continue to write.
 //!
 //! Copy before write: before a granule of the disk is changed for the first time since the
-//! checkpoint its old content is copied into a sparse file. [`PointInTimeView`] reads from there
-//! what was changed, and everything else from the disk.
+//! checkpoint, its old content is copied into a sparse file. [`PointInTimeView`] reads changed
+//! granules from that file, and everything else from the disk.
 
 mod granules;
 mod log;
@@ -21,55 +21,55 @@ pub use self::view::{PointInTimeView, StatusFn};
 use super::{Durability, Export, ExportError, MayBlock, Operation, Speed, TryWrite, ZeroMode};
 use crate::error::system_words;
 
-/// Why a checkpoint cannot be begun or is lost.
+/// The reason why a checkpoint cannot start or is lost.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError<E> {
-    /// There is one already.
+    /// There is already a checkpoint.
     #[error("a checkpoint of this disk is in progress; end it first")]
     InProgress,
-    /// There is none.
+    /// There is no checkpoint.
     #[error("no checkpoint of this disk is in progress")]
     NotInProgress,
-    /// The file for what is overwritten cannot be used.
+    /// The file for overwritten data cannot be used.
     #[error("the file for what is overwritten cannot be as long as the disk: {}", system_words(.0))]
     File(#[source] std::io::Error),
-    /// What was to be done at the moment of the checkpoint failed; there is no checkpoint.
+    /// The action at the moment of the checkpoint failed; there is no checkpoint.
     #[error("{0}")]
     AtSwitch(E),
 }
 
-/// An export of which checkpoints can be made. Without one in progress a change costs one
-/// uncontended lock more, and a read nothing.
+/// An export with checkpoints. Without one in progress, a change costs one additional uncontended
+/// lock, and a read costs nothing.
 ///
-/// All changes to the disk must come through this object.
+/// All changes of the disk must pass through this object.
 pub struct Checkpointed {
     disk: Arc<dyn Export>,
-    /// Held for reading while the disk is changed, and for writing at the moment of a checkpoint:
-    /// no change is half before and half behind it.
+    /// Held for reading during a change of the disk, and for writing at the moment of a checkpoint:
+    /// every change lies entirely before or after it.
     preserved: RwLock<Option<Arc<Preserved>>>,
     /// Whether changes may have to wait for copies.
     is_slow: AtomicBool,
 }
 
 impl Checkpointed {
-    /// An export that behaves as `disk` does.
+    /// Creates an export that behaves like `disk`.
     #[must_use]
     pub fn new(disk: Arc<dyn Export>) -> Self {
         Self { disk, preserved: RwLock::new(None), is_slow: AtomicBool::new(false) }
     }
 
-    /// The export behind this one.
+    /// Returns the inner export.
     #[must_use]
     pub fn disk(&self) -> &Arc<dyn Export> {
         &self.disk
     }
 
-    /// Begins a checkpoint and returns the view of it. `file` is empty, and takes what is
-    /// overwritten from now on; preferably it has no name. `at_switch` is called at the moment of
-    /// the checkpoint: every change has been made completely, or has not begun.
+    /// Starts a checkpoint and returns its view. `file` must be empty, and receives the data that
+    /// is overwritten from now on; preferably it has no name. `at_switch` is called at the moment
+    /// of the checkpoint: every change is complete, or has not begun.
     ///
-    /// Waits for changes in progress. Blocks: not to be called on a thread of the runtime.
+    /// Waits for changes in progress. Blocks: do not call it on a thread of the runtime.
     ///
     /// # Errors
     ///
@@ -99,8 +99,8 @@ impl Checkpointed {
         Ok(PointInTimeView::new(Arc::clone(&self.disk), preserved))
     }
 
-    /// Why the view of the checkpoint in progress is lost, if it is. The outer option is whether
-    /// there is a checkpoint.
+    /// Returns the reason for which the view of the checkpoint in progress is lost, if it is. The
+    /// outer option is `None` if there is no checkpoint.
     #[must_use]
     pub fn failure(&self) -> Option<Option<String>> {
         let preserved = self.in_progress()?;
@@ -108,9 +108,9 @@ impl Checkpointed {
     }
 
     /// Ends the checkpoint: its view fails from now on, and nothing is copied any more. The file's
-    /// space is free when the view is dropped.
+    /// space is freed when the view is dropped.
     ///
-    /// Blocks as [`begin`](Self::begin) does. Returns whether there was a checkpoint.
+    /// Blocks like [`begin`](Self::begin). Returns whether there was a checkpoint.
     pub fn end(&self) -> bool {
         let mut current = self.preserved.write().unwrap_or_else(PoisonError::into_inner);
         let ended = current.take();

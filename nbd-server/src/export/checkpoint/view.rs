@@ -12,17 +12,16 @@ use crate::export::{
     MayBlock, Operation, ReadMap, TryRead,
 };
 
-/// What a context of a view says: called with offset and length in bytes and the highest number of
-/// descriptors, and bound to the same rules as [`Export::block_status`].
+/// Answers a context of a view: called with offset and length in bytes and the highest number of
+/// descriptors, under the same rules as [`Export::block_status`].
 pub type StatusFn =
     dyn Fn(u64, u64, usize) -> Result<Vec<BlockDescriptor>, ExportError> + Send + Sync;
 
-/// A disk as it was when [`Checkpointed::begin`](super::Checkpointed::begin) made this view; for
-/// reading only.
+/// The read-only state of a disk at the moment when
+/// [`Checkpointed::begin`](super::Checkpointed::begin) created this view.
 ///
-/// Reads take nothing from the speed of writes: they look at the disk itself and afterwards make
-/// sure that it had not been changed there. When the checkpoint has ended every request fails with
-/// ESHUTDOWN.
+/// Reads do not delay writes: they read the disk itself and check afterwards that it was not
+/// changed there. After the end of the checkpoint every request fails with ESHUTDOWN.
 pub struct PointInTimeView {
     disk: Arc<dyn Export>,
     preserved: Arc<Preserved>,
@@ -42,7 +41,7 @@ impl PointInTimeView {
         Self { disk, preserved, contexts: Vec::new(), info }
     }
 
-    /// Offers a context more, such as the bits of a bitmap that was frozen at the checkpoint.
+    /// Adds a context, such as the bits of a bitmap frozen at the checkpoint.
     #[must_use]
     pub fn with_context(mut self, name: MetaContextName, status: Box<StatusFn>) -> Self {
         self.info.meta_contexts.push(name.clone());
@@ -195,8 +194,8 @@ impl FastExport for PointInTimeView {
         Ok(if is_as_it_was() { read } else { TryRead::WouldBlock })
     }
 
-    /// What was overwritten is rarely a hole: where anything was, or is meanwhile, all is data. Bytes
-    /// of a file are not told: they do not stay as they were.
+    /// What was overwritten is rarely a hole: where anything was, or is meanwhile, all is data.
+    /// Bytes of a file are not told: they do not stay as they were.
     fn map_read(
         &self,
         offset: u64,

@@ -1,4 +1,4 @@
-//! A server on a unix socket in a folder of its own.
+//! A server on a unix socket in a directory of its own.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use super::LONG;
 
 /// A running server. It is told to stop when dropped.
 pub struct TestServer {
-    _folder: tempfile::TempDir,
+    _directory: tempfile::TempDir,
     path: PathBuf,
     uri: String,
     handle: ServerHandle,
@@ -29,8 +29,8 @@ impl TestServer {
 
     /// Serves with a server that was prepared.
     pub fn run(mut server: Server) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("socket");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
         let address = ListenAddress::Unix(path.clone());
         let (stop, stopped) = oneshot::channel::<()>();
         let (ready, is_ready) = mpsc::channel();
@@ -48,7 +48,7 @@ impl TestServer {
             served
         });
         let (uri, handle) = is_ready.recv_timeout(LONG).unwrap();
-        Self { _folder: folder, path, uri, handle, stop: Some(stop), thread: Some(thread) }
+        Self { _directory: directory, path, uri, handle, stop: Some(stop), thread: Some(thread) }
     }
 
     /// Serves one export under the empty name, within the default bounds.

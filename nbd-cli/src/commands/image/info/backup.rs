@@ -1,11 +1,11 @@
-//! What `image info` says about a backup.
+//! The backup in the output of `image info`.
 
 use imgfmt::Backup;
 use serde::Serialize;
 
 use crate::output::printable;
 
-/// Which backup an image is; identities as UUIDs.
+/// The identity of a backup; as UUIDs.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct JsonBackup<'a> {
@@ -19,7 +19,7 @@ pub(super) struct JsonBackup<'a> {
     export: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     bitmap: Option<&'a str>,
-    /// The file is as the backup left it.
+    /// The file is unchanged since the backup.
     unchanged: bool,
 }
 
@@ -38,7 +38,7 @@ impl<'a> From<&'a Backup> for JsonBackup<'a> {
     }
 }
 
-/// The same for people.
+/// The same as text.
 pub(super) fn text(backup: &Backup) -> String {
     let identity = &backup.identity;
     let mut parts = vec![identity.id.to_string(), format!("of '{}'", printable(&identity.export))];

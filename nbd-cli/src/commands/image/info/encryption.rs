@@ -1,16 +1,16 @@
-//! How an image is encrypted, as far as that is known without its key.
+//! The encryption of an image, as far as it is known without its key.
 
 use imgfmt::{Encryption, LuksInfo, LuksSlot};
 use serde::Serialize;
 
-/// Where the facts stand: only in an image of another format they begin with a name.
+/// The place of the information: only inside an image of another format the keys begin with a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Naming {
     Alone,
     InImage,
 }
 
-/// Keys as qemu-img has them.
+/// The keys are those of qemu-img.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct JsonEncryption<'a> {
@@ -23,7 +23,7 @@ pub(super) struct JsonEncryption<'a> {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct JsonLuks<'a> {
-    /// Not a key of qemu-img, which knows the first version only.
+    /// Not a key of qemu-img, which supports the first version only.
     version: u16,
     uuid: &'a str,
     detached_header: bool,

@@ -1,4 +1,4 @@
-//! The map of an export, as its server gives it.
+//! The map of an export, as reported by its server.
 
 use std::collections::VecDeque;
 
@@ -10,7 +10,7 @@ use super::Part;
 use crate::connect::{ServerArgs, connect, failed};
 use crate::error::{CommandError, runtime};
 
-/// Hands the parts of an export to `each`, in order.
+/// Passes the parts of an export to `each`, in order.
 pub(super) fn map(
     uri: &NbdUri,
     server: &ServerArgs,
@@ -28,7 +28,7 @@ async fn walk(
     let client = connect(&server.connector(uri).meta_contexts(contexts), uri).await?;
     let size = client.info().size;
     if client.meta_contexts().is_empty() && size > 0 {
-        // A server that says nothing has data everywhere.
+        // Without information from the server everything is data.
         each(part(0, size, AllocationFlags::empty(), None))?;
     } else {
         let mut position = 0;
@@ -43,7 +43,7 @@ async fn walk(
             }
         }
     }
-    // The map is complete; how the connection ends does not matter.
+    // The map is complete, so the way in which the connection ends does not matter.
     let _ = client.disconnect().await;
     Ok(())
 }
@@ -53,7 +53,7 @@ fn depth_context() -> MetaContextName {
         .expect("the constant is the name of a context")
 }
 
-/// What a server says about a range, in one context or in two.
+/// The server's answer about a range, in one context or in two.
 struct Answer {
     /// Empty if the server does not have the context.
     allocation: Option<VecDeque<BlockDescriptor>>,
@@ -74,8 +74,8 @@ impl Answer {
         Ok(answer)
     }
 
-    /// The next piece for which every context says one thing. The contexts may reach differently
-    /// far: the answer ends where the first of them does.
+    /// Returns the next piece with one status in every context. The contexts may cover different
+    /// lengths: the piece ends at the first end.
     fn next(&mut self) -> Option<(u64, AllocationFlags, Option<u64>)> {
         let first = |list: &Option<VecDeque<BlockDescriptor>>| match list {
             Some(list) => list.front().copied().map(Some),
@@ -97,7 +97,7 @@ impl Answer {
     }
 }
 
-/// As qemu-img shows it; a server that does not tell the layers has but one.
+/// In qemu-img's form; a server that does not report layers has a single one.
 fn part(start: u64, length: u64, allocation: AllocationFlags, depth: Option<u64>) -> Part {
     let layer = depth.unwrap_or(1);
     let present = layer > 0;
