@@ -145,7 +145,7 @@ fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
     assert_eq!(refused.code, Some(1), "{refused:?}");
     let said = backup(&[&full]);
     assert!(said.stderr.contains("'daily' was unreliable"), "{said:?}");
-    assert!(said.stderr.contains("begins anew"), "{said:?}");
+    assert!(said.stderr.contains("starts anew"), "{said:?}");
     said.success();
     write(&qemu_io, server.uri(), "write -P 3 1M 64k");
     let report = backup(&["--base", &full, &second]).success();

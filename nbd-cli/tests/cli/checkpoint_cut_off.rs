@@ -147,7 +147,7 @@ fn the_form_of_qemu_nbd_serves_them_too() {
     let image = left_over(&disk, &qemu_img, &qemu_io);
     let server = Foreground::start(qemu_nbd::ours(), &["-f", "qcow2", "-B", "daily", &image]);
     assert_eq!(dirty_places(&nbdinfo, &server.uri("")), ["1048576", "5242880"]);
-    assert!(server.complaints().contains("a checkpoint was cut off"));
+    assert!(server.complaints().contains("a checkpoint was interrupted"));
 }
 
 #[test]

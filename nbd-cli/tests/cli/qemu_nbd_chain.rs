@@ -70,7 +70,7 @@ fn a_server_that_is_not_there_or_does_not_allow_it_is_named() {
     let uri = below.uri();
     for (arguments, part) in [
         (&["nbd+unix:///x?socket=/nonexistent/socket"][..], "/nonexistent/socket"),
-        (&["-f", "raw", uri], "reading only"),
+        (&["-f", "raw", uri], "read-only"),
         (&["-f", "raw", "-r", &below.uri_of("other")], "other"),
         (&["-l", "1", uri], "a raw image has none"),
         (&["nbd:localhost"], "port"),
