@@ -4,22 +4,21 @@ use crate::ExportRegistry;
 use crate::clients::{Clients, ConnectedClient};
 use crate::export::ExportEntry;
 
-/// What becomes of clients that use an export which is removed.
+/// The treatment of clients that use an export to be removed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InUse {
-    /// They keep it: it is not removed.
+    /// They keep it: the export is not removed.
     Refuse,
-    /// Their connections are cut. Replies that were not sent yet are lost, as if the network had
-    /// failed.
+    /// Their connections are closed. Unsent replies are lost, as in a network failure.
     Disconnect,
 }
 
-/// Why an export was not removed.
+/// The reason why an export was not removed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RemoveError {
-    /// There is none of that name.
+    /// There is no export of that name.
     #[error("there is no export named '{0}'")]
     NotFound(String),
     /// Clients use it.
@@ -27,12 +26,12 @@ pub enum RemoveError {
     InUse {
         /// The export's name.
         name: String,
-        /// How many.
+        /// Number of clients.
         clients: usize,
     },
 }
 
-/// A running server, as its owner sees it. A clone is the same server.
+/// The owner's interface to a running server. Clones refer to the same server.
 #[derive(Debug, Clone)]
 pub struct ServerHandle {
     exports: ExportRegistry,
@@ -44,27 +43,27 @@ impl ServerHandle {
         Self { exports, clients }
     }
 
-    /// What is served; may be changed.
+    /// Returns the exports, which may be changed.
     #[must_use]
     pub const fn exports(&self) -> &ExportRegistry {
         &self.exports
     }
 
-    /// The clients that have an export in use, in the order in which they came.
+    /// Returns the clients that use an export, in the order of their arrival.
     #[must_use]
     pub fn clients(&self) -> Vec<ConnectedClient> {
         self.clients.list()
     }
 
-    /// How many clients use an export.
+    /// Returns the number of clients that use an export.
     #[must_use]
     pub fn users_of(&self, entry: &ExportEntry) -> usize {
         self.clients.users_of(entry.export())
     }
 
-    /// Takes an export away and gives it back: when this returns no connection uses it any more,
-    /// and none can begin to. A request that a thread was carrying out for a connection that was
-    /// cut may still be.
+    /// Removes an export and returns it: on return no connection uses it any more, and no new one
+    /// can. A request that a thread is carrying out for a closed connection may still be in
+    /// progress.
     ///
     /// # Errors
     ///
@@ -72,7 +71,7 @@ impl ServerHandle {
     ///
     /// # Cancel safety
     ///
-    /// The export is removed or not; connections that were told to end do so in any case.
+    /// The export may or may not be removed; connections that were told to end do so in any case.
     pub async fn remove_export(
         &self,
         name: &str,

@@ -1,11 +1,11 @@
-//! Ending a job early.
+//! Cancels jobs.
 
 use std::sync::{Arc, OnceLock};
 
 use super::error::{JobError, JobErrorKind};
 
-/// Ends jobs early: clones are one and the same, so that a job can be given one and the caller keeps
-/// another. Once it is cancelled it stays so.
+/// Cancels jobs. Clones share one state, so that a job can own one and the caller keeps another.
+/// Cancellation is permanent.
 ///
 /// A cancelled job stops between two steps and fails with [`JobErrorKind::Interrupted`].
 #[derive(Clone, Debug, Default)]
@@ -14,27 +14,27 @@ pub struct Cancellation {
 }
 
 impl Cancellation {
-    /// One that is not cancelled.
+    /// Creates a value that is not cancelled.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Cancels. The first reason counts: it is what the job's error says, such as `interrupted by
-    /// SIGINT`.
+    /// Cancels. The first reason is kept: it is the text of the job's error, such as `interrupted
+    /// by SIGINT`.
     pub fn cancel(&self, reason: impl Into<String>) {
         self.reason.get_or_init(|| reason.into());
     }
 
-    /// Whether it was cancelled.
+    /// Returns whether it was cancelled.
     pub fn is_cancelled(&self) -> bool {
         self.reason.get().is_some()
     }
 
-    /// The error of a job that ends because it was cancelled; to be asked between two steps.
+    /// Returns the error of a cancelled job; called between two steps.
     ///
     /// # Errors
     ///
-    /// `Interrupted`, if it was.
+    /// `Interrupted`, if it was cancelled.
     pub fn check(&self) -> Result<(), JobError> {
         match self.reason.get() {
             None => Ok(()),

@@ -1,4 +1,4 @@
-//! Writes what an overlay holds into its backing file.
+//! Writes the contents of an overlay into its backing file.
 
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
@@ -7,39 +7,39 @@ use crate::extent::ExtentKind;
 use crate::image::{Image, Shrink};
 use crate::storage::{Durability, Speed, ZeroMode};
 
-/// How much is copied at a time, in bytes.
+/// Size of a copy step, in bytes.
 const STEP: u64 = 1 << 20;
 
-/// What was committed. Sizes are in bytes.
+/// The result of a commit. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Committed {
-    /// How much was copied.
+    /// Bytes copied.
     pub data: u64,
-    /// How much was made zero.
+    /// Bytes made zero.
     pub zeroes: u64,
 }
 
-/// Writes everything that the image `overlay` itself holds into `backing`, its backing file, opened for
+/// Writes all data of the image `overlay` itself into `backing`, its backing file, opened for
 /// writing: a second time, beside the one through which the overlay reads it. That needs
-/// [`Locking::Off`](crate::Locking) for the overlay, whose file the caller locks. `backing` is made as
-/// large as the overlay first, if it is smaller.
+/// [`Locking::Off`](crate::Locking) for the overlay, whose file the caller locks. `backing` first
+/// grows to the size of the overlay, if it is smaller.
 ///
-/// Afterwards `backing` holds the same disk; [close](Image::close) it, and the overlay can be
-/// [emptied](Image::clear) or deleted. Other overlays of the same backing file are corrupted. When a
-/// commit is interrupted, the overlay still shows the whole disk, and it can be committed again.
+/// Afterwards `backing` has the contents of the disk; [close](Image::close) it, and the overlay can
+/// be [emptied](Image::clear) or deleted. Other overlays of the same backing file are corrupted. If
+/// a commit is interrupted, the overlay still shows the whole disk, and it can be committed again.
 ///
 /// # Errors
 ///
-/// `DoesNotFit` if `backing` cannot be made large enough; `Source`, `Destination`, `Interrupted`.
+/// `DoesNotFit` if `backing` cannot grow enough; `Source`, `Destination`, `Interrupted`.
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, commit};
 /// use imgfmt::{Access, CreateOptions, Durability, Format, Image, Locking, OpenOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = tempfile::tempdir()?;
-/// # let (base, top) = (folder.path().join("base.img"), folder.path().join("top.qcow2"));
+/// # let directory = tempfile::tempdir()?;
+/// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
 /// Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
 /// Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
 /// let writable = OpenOptions::new().access(Access::ReadWrite);

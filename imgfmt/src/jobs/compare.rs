@@ -1,5 +1,5 @@
-//! The first difference of two disks, looked for by several threads: both disks are read at the same
-//! time, and the answers of a server do not have to be waited for one by one.
+//! Finds the first difference of two disks with several threads: both disks are read at the same
+//! time, and the latencies of a server's answers overlap.
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,19 +12,19 @@ use crate::extent::{Extent, ExtentKind};
 use crate::image::{Extents, Image};
 use crate::zero::is_zero;
 
-/// How much of each disk a thread reads at a time, in bytes, unless told otherwise: both stay in the
+/// Default number of bytes of each disk that a thread reads at a time: both parts stay in the
 /// processor's cache.
 const PIECE: NonZeroUsize = NonZeroUsize::new(256 << 10).expect("it is not zero");
 /// Largest piece, in bytes.
 const PIECE_MAX: usize = 64 << 20;
 
-/// How two disks are compared; made by [`Default`], changed field by field.
+/// Options of a comparison; created by [`Default`], changed field by field.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct CompareOptions {
-    /// How much of each disk a thread reads at a time, in bytes: 64 MiB at most, 256 KiB by default.
+    /// Bytes of each disk that a thread reads at a time: 64 MiB at most, 256 KiB by default.
     pub piece: NonZeroUsize,
-    /// How many threads compare: by default as many as there are cores.
+    /// Number of threads: by default the number of cores.
     pub threads: NonZeroUsize,
 }
 
@@ -35,18 +35,18 @@ impl Default for CompareOptions {
     }
 }
 
-/// What came out of comparing two disks.
+/// The result of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Compared {
-    /// The first offset in bytes at which they differ, if they do.
+    /// Offset of the first difference, in bytes, if there is one.
     pub first_difference: Option<u64>,
-    /// The sizes of both, in bytes. What the shorter one lacks counts as zero.
+    /// The sizes of both disks, in bytes. The missing end of the shorter one counts as zero.
     pub sizes: [u64; 2],
 }
 
-/// Compares two disks as a guest would see them, backing files included. A disk reads as zero beyond its
-/// end. What both are known to hold zeroes in is not read.
+/// Compares two disks as seen by a guest, including backing files. A disk reads as zero beyond its
+/// end. Ranges that are known to be zero on both are not read.
 ///
 /// # Errors
 ///
@@ -57,8 +57,8 @@ pub struct Compared {
 /// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = tempfile::tempdir()?;
-/// # let (raw, qcow2) = (folder.path().join("disk.img"), folder.path().join("disk.qcow2"));
+/// # let directory = tempfile::tempdir()?;
+/// # let (raw, qcow2) = (directory.path().join("disk.img"), directory.path().join("disk.qcow2"));
 /// Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, 1 << 20))?;
 /// let mut bytes = vec![0; 1 << 20];
 /// bytes[70_000] = 1;

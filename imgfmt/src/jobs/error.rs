@@ -1,10 +1,10 @@
-//! Why a job failed.
+//! Errors of jobs.
 
 use std::fmt;
 
 use crate::error::Error;
 
-/// Whose fault a [`JobError`] is.
+/// The side at fault for a [`JobError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum JobErrorKind {
@@ -12,18 +12,18 @@ pub enum JobErrorKind {
     Source,
     /// The image that is written.
     Destination,
-    /// The destination is too small, or cannot be made large enough. Nothing was written.
+    /// The destination is too small, or cannot grow enough. Nothing was written.
     DoesNotFit,
     /// The job was cancelled.
     Interrupted,
-    /// What was asked for contradicts itself, is out of range, or is not possible with these images.
+    /// The options contradict each other, are out of range, or are not possible with these images.
     /// Nothing was written.
     InvalidArgument,
-    /// The process itself: a thread has panicked.
+    /// The process itself: a thread panicked.
     Internal,
 }
 
-/// Why a job failed: one sentence that names the file, what was tried and what to do.
+/// The failure of a job: one sentence that names the file, the operation and the remedy.
 #[derive(Debug)]
 pub struct JobError {
     kind: JobErrorKind,
@@ -37,12 +37,12 @@ enum Cause {
 }
 
 impl JobError {
-    /// An error; `message` is the whole sentence.
+    /// Creates an error; `message` is the whole sentence.
     pub fn new(kind: JobErrorKind, message: impl Into<String>) -> Self {
         Self { kind, cause: Cause::Words(message.into()) }
     }
 
-    /// An error of an image.
+    /// Converts an error of an image.
     pub fn image(kind: JobErrorKind, error: Error) -> Self {
         Self { kind, cause: Cause::Image(error) }
     }
@@ -62,12 +62,12 @@ impl JobError {
         Self::new(JobErrorKind::InvalidArgument, message)
     }
 
-    /// Whose fault it is.
+    /// Returns the side at fault.
     pub fn kind(&self) -> JobErrorKind {
         self.kind
     }
 
-    /// The error of the image that has failed, if one has.
+    /// Returns the error of the failed image, if there is one.
     pub fn image_error(&self) -> Option<&Error> {
         match &self.cause {
             Cause::Image(error) => Some(error),
@@ -75,7 +75,7 @@ impl JobError {
         }
     }
 
-    /// As [`image_error`](Self::image_error), to keep.
+    /// Like [`image_error`](Self::image_error), by value.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! How large an image would be.
+//! Measures the size of a new image.
 
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
@@ -19,24 +19,24 @@ pub enum MeasuredDisk<'a> {
     Empty(u64),
 }
 
-/// How large the file of an image would be, in bytes.
+/// The size of the file of an image, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Measurement {
-    /// At first.
+    /// The initial size.
     pub required: u64,
-    /// When the guest has written everywhere.
+    /// The size after the guest has written everywhere.
     pub fully_allocated: u64,
-    /// What copies of the dirty bitmaps would take up in addition, where both images can have some.
+    /// The additional size of copies of the dirty bitmaps, if both images can have bitmaps.
     pub bitmaps: Option<u64>,
 }
 
-/// Says how large the file of a new image would be that holds a copy of `disk`, without compression.
-/// The size in `create` does not matter, and no file is made.
+/// Returns the size of the file of a new image with a copy of `disk`, without compression. The size
+/// in `create` has no effect, and no file is created.
 ///
 /// # Errors
 ///
-/// `InvalidArgument` if no image can be made like that; `Source`, `Interrupted`.
+/// `InvalidArgument` if such an image cannot be created; `Source`, `Interrupted`.
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, MeasuredDisk, measure};
@@ -91,8 +91,8 @@ fn data_clusters(image: &Image, cluster: u64, context: &JobContext) -> Result<u6
     Ok(count)
 }
 
-/// What the image's dirty bitmaps would take up in a new image, all their clusters allocated; `None` if
-/// one of the two cannot have any. Those that cannot be relied on are not copied.
+/// What the image's dirty bitmaps would take up in a new image, all their clusters allocated;
+/// `None` if one of the two cannot have any. Those that cannot be relied on are not copied.
 fn bitmaps(image: &Image, create: &CreateOptions) -> Result<Option<u64>, JobError> {
     let has_version_3 = |version| version == Qcow2Version::V3;
     let source = image.info().map_err(JobError::source)?.qcow2;

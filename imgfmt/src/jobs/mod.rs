@@ -1,14 +1,14 @@
-//! Work on whole disks, from image to image.
+//! Jobs on whole disks, from image to image.
 //!
 //! [`convert`] copies a disk into another image, [`compare`] finds the first difference of two,
 //! [`commit`] writes an overlay into its backing file, [`rebase`] prepares one for another backing file,
-//! and [`measure`] says how large a copy would be. The images are opened by the caller, in any storage.
-//! Each function has an example.
+//! and [`measure`] says how large a copy would be. The images are opened by the caller, in any
+//! storage. Each function has an example.
 //!
-//! A job takes plain options, and a [`JobContext`]: an [`Observer`], which hears of progress, and a
-//! [`Cancellation`], with which the caller ends it early, between two steps. Its error is a
-//! [`JobError`]: one sentence, and whose fault it was. Jobs run on the caller's thread and on threads
-//! that end before they return; they need no runtime.
+//! A job takes plain options and a [`JobContext`]: an [`Observer`], which receives progress, and a
+//! [`Cancellation`], with which the caller cancels the job between two steps. Its error is a
+//! [`JobError`]: one sentence, and the side at fault. Jobs run on the caller's thread and on
+//! threads that end before they return; they need no runtime.
 
 mod cancellation;
 mod commit;

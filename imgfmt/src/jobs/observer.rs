@@ -1,43 +1,43 @@
-//! What a job tells its caller while it runs.
+//! Information from a running job.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::cancellation::Cancellation;
 
-/// How far a job is. Sizes are in bytes.
+/// The progress of a job. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Progress {
-    /// How much is done.
+    /// Bytes done.
     pub done: u64,
-    /// How much of that was known to be zero.
+    /// Bytes of these that were known to be zero.
     pub holes: u64,
-    /// How much there is.
+    /// Total bytes.
     pub total: u64,
 }
 
-/// Takes what a job tells. Every method has a default that does nothing.
+/// Receives information from a job. Every method has a default that does nothing.
 ///
-/// The methods are called by the threads of the job, and have to return soon. Calls of
+/// The threads of the job call the methods, which have to return soon. Calls of
 /// [`progress`](Self::progress) come one at a time and in order.
 pub trait Observer: Send + Sync {
-    /// The job has come this far.
+    /// The job made progress.
     fn progress(&self, _progress: &Progress) {}
 }
 
-/// An observer that takes nothing.
+/// An observer that ignores everything.
 struct Silent;
 
 impl Observer for Silent {}
 
-/// The caller's side of a job: who is told, and what ends it early. By default nobody is told, and
-/// nothing ends it. Cheap to clone.
+/// The caller's side of a job: the observer and the cancellation. By default nothing is observed
+/// and nothing cancels. Cheap to clone.
 #[derive(Clone)]
 pub struct JobContext {
-    /// Is told what happens.
+    /// Receives progress.
     pub observer: Arc<dyn Observer>,
-    /// Ends the job early.
+    /// Cancels the job.
     pub cancellation: Cancellation,
 }
 

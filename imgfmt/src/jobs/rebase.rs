@@ -1,4 +1,4 @@
-//! Copies into an overlay what another backing file would show differently.
+//! Copies into an overlay everything that another backing file would show differently.
 
 use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
@@ -8,34 +8,34 @@ use crate::image::Image;
 use crate::storage::Durability;
 use crate::units::GuestOffset;
 
-/// How much is compared at a time, in bytes.
+/// Size of a comparison step, in bytes.
 const STEP: u64 = 1 << 20;
 
-/// What was copied. Sizes are in bytes.
+/// The result of a rebase. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Rebased {
-    /// How much of the old backing file was copied into the overlay.
+    /// Bytes of the old backing file that were copied into the overlay.
     pub copied: u64,
 }
 
-/// Copies into the qcow2 image `overlay`, opened for writing, every cluster in which its present backing
-/// files and `new_backing` differ; `None` stands for no backing file, which reads as zero. The disk stays
-/// the same throughout. [Close](Image::close) the overlay afterwards; then
-/// [`Image::change_backing_file`] can give it the new backing file.
+/// Copies into the qcow2 image `overlay`, opened for writing, every cluster in which its current
+/// backing files and `new_backing` differ; `None` is no backing file, which reads as zero. The
+/// contents of the disk do not change. [Close](Image::close) the overlay afterwards; then
+/// [`Image::change_backing_file`] can set the new backing file.
 ///
 /// # Errors
 ///
-/// `InvalidArgument` if `overlay` is a raw image; `Source`, `Destination`, `Interrupted`. The disk is as
-/// before then.
+/// `InvalidArgument` if `overlay` is a raw image; `Source`, `Destination`, `Interrupted`. The
+/// contents of the disk are unchanged then.
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, rebase};
 /// use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = tempfile::tempdir()?;
-/// # let (base, top) = (folder.path().join("base.img"), folder.path().join("top.qcow2"));
+/// # let directory = tempfile::tempdir()?;
+/// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
 /// std::fs::write(&base, vec![7; 1 << 20])?;
 /// Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
 ///
@@ -87,9 +87,9 @@ pub fn rebase(
     Ok(rebased)
 }
 
-/// Writes the clusters of `old` that are not as in `new`; returns how many bytes that was. Zeroes are
-/// written as data: as mere zeroes an image whose old backing file ends before them would leave them to
-/// the new one.
+/// Writes the clusters of `old` that are not as in `new`; returns how many bytes that was. Zeroes
+/// are written as data: as mere zeroes an image whose old backing file ends before them would leave
+/// them to the new one.
 fn write_differences(
     overlay: &Image,
     offset: u64,

@@ -1,15 +1,15 @@
 //! Checking: every reference in the file is counted and compared with the refcounts.
 //!
-//! A refcount that is too high is a *leak*: space is lost, data is safe. One that is too low, a wrong
-//! COPIED bit, or a reference to a place that cannot be is a *corruption*. Repair makes refcounts
-//! and COPIED bits what they should be; references to impossible places it leaves alone.
+//! A refcount that is too high is a *leak*: space is lost, data is safe. One that is too low, a
+//! wrong COPIED bit, or a reference to a place that cannot be is a *corruption*. Repair makes
+//! refcounts and COPIED bits what they should be; references to impossible places it leaves alone.
 //!
 //! A repair never destroys what could be read before. First everything is counted; only then is it
 //! decided what may be written:
 //!
-//! - A refcount block that anything else refers to, or that cannot be where the table says, makes the
-//!   refcounts *unusable*: none of them is written. They are [rebuilt](rebuild) in clusters to which
-//!   nothing refers.
+//! - A refcount block that anything else refers to, or that cannot be where the table says, makes
+//!   the refcounts *unusable*: none of them is written. They are [rebuilt](rebuild) in clusters to
+//!   which nothing refers.
 //! - Where the references of some structure cannot be counted, no refcount is lowered and no COPIED
 //!   bit is set.
 //! - A word of a table is changed only if nothing else refers to the cluster that it lies in.
@@ -33,41 +33,41 @@ use crate::qcow2::on_disk::header::{autoclear, field, incompatible};
 use counts::Counts;
 use flags::Fix;
 
-/// What may be repaired.
+/// The permitted repairs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Repair {
-    /// Nothing: the image is only read.
+    /// None: the image is only read.
     #[default]
     None,
     /// Refcounts that are too high, if nothing else is wrong: otherwise nothing is written.
     Leaks,
-    /// Whatever can be.
+    /// All possible ones.
     All,
 }
 
-/// What a check found.
+/// The result of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CheckReport {
-    /// Clusters that are counted as used more often than they are.
+    /// Clusters whose refcount is too high.
     pub leaks: u64,
-    /// Damages that endanger data.
+    /// Defects that endanger data.
     pub corruptions: u64,
-    /// Leaks that were repaired; not contained in `leaks`.
+    /// Repaired leaks; not contained in `leaks`.
     pub leaks_repaired: u64,
-    /// Damages that were repaired; not contained in `corruptions`.
+    /// Repaired defects; not contained in `corruptions`.
     pub corruptions_repaired: u64,
     /// Clusters of the disk.
     pub total_clusters: u64,
-    /// Clusters of the disk whose data lies in this image.
+    /// Clusters of the disk whose data is in this image.
     pub allocated_clusters: u64,
-    /// Of these, clusters that are compressed.
+    /// Of these, compressed clusters.
     pub compressed_clusters: u64,
-    /// Of these, clusters that do not lie behind the one before.
+    /// Of these, clusters that do not follow the previous one in the file.
     pub fragmented_clusters: u64,
-    /// Where the part of the file that is in use ends, in bytes.
+    /// End of the used part of the file, in bytes.
     pub image_end_offset: u64,
-    /// What was found, in words; the first hundred of each check.
+    /// Descriptions of the findings; the first hundred of each check.
     pub messages: Vec<String>,
 }
 
@@ -221,8 +221,8 @@ impl Qcow2 {
         Ok(!checker.is_unusable)
     }
 
-    /// How often the image on disk refers to each of these clusters, except from refcounts and bitmaps;
-    /// nothing if some table's references are not known.
+    /// How often the image on disk refers to each of these clusters, except from refcounts and
+    /// bitmaps; nothing if some table's references are not known.
     pub(super) fn count_references_to(
         &self,
         clusters: &[u64],

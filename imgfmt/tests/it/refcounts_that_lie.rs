@@ -1,5 +1,5 @@
-//! Refcounts that lie, in an image that is opened for writing and written to: no ordinary write puts
-//! refcounts, or new clusters, over what could be read before.
+//! Refcounts that lie, in an image that is opened for writing and written to: no ordinary write
+//! puts refcounts, or new clusters, over what could be read before.
 
 use std::path::Path;
 
@@ -58,8 +58,8 @@ fn write(path: &Path) -> imgfmt::Result<()> {
 #[test]
 fn a_write_never_puts_refcounts_or_data_over_what_is_there() {
     for refcount_bits in [16, 8] {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
         let sound = make(&path, refcount_bits);
         let structure = Structure::of(&sound);
         let is_refcount = |name: &str| name.contains("refcount");
@@ -91,8 +91,8 @@ fn a_write_never_puts_refcounts_or_data_over_what_is_there() {
 
 #[test]
 fn a_missing_refcount_block_hides_no_data_from_the_allocator() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let mut bytes = make(&path, 16);
     let before = content(&path, None).unwrap();
     let table = u64_at(&bytes, 48) as usize;
@@ -111,8 +111,8 @@ fn a_missing_refcount_block_hides_no_data_from_the_allocator() {
 
 #[test]
 fn a_missing_refcount_block_of_clusters_that_nothing_uses_is_made() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let bytes = make(&path, 16);
     // As on a device: there is room behind the image for which there is no block yet.
     let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
@@ -133,8 +133,8 @@ fn within_a_minute<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static)
 #[test]
 fn bitmaps_are_stored_and_recorded_where_refcount_blocks_are_missing() {
     for used_clusters in 200..260 {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("disk.qcow2");
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("disk.qcow2");
         let mut create = CreateOptions::new(Format::Qcow2, SIZE);
         create.cluster_size = CLUSTER;
         Image::create(&path, &create).unwrap();
@@ -176,8 +176,8 @@ fn bitmaps_are_stored_and_recorded_where_refcount_blocks_are_missing() {
 
 #[test]
 fn a_refcount_block_that_the_end_of_the_file_cuts_off_is_rebuilt() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let mut bytes = make(&path, 16);
     let before = [content(&path, None), content(&path, Some("s"))];
     let end = (bytes.len() as u64).next_multiple_of(CLUSTER);

@@ -1,4 +1,4 @@
-//! Who may connect, of those whose certificate is valid.
+//! Authorization of clients with a valid certificate.
 
 use std::path::PathBuf;
 
@@ -6,72 +6,72 @@ use super::distinguished_name::DistinguishedName;
 use super::notes::printable;
 use super::{TlsError, file};
 
-/// Whether clients have to show a certificate that one of the authorities in `ca-cert.pem` signed.
+/// Whether clients must present a certificate signed by an authority in `ca-cert.pem`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum ClientCertificates {
-    /// They have to.
+    /// They must.
     #[default]
     Required,
-    /// They are not asked for one: whoever reaches the server may use it.
+    /// They are not asked for one: any client that reaches the server may use it.
     NotAsked,
 }
 
-/// Who may connect, by the distinguished name in the client's certificate.
+/// Authorization by the distinguished name in the client's certificate.
 ///
 /// A pattern is a name with `*` for any text and `?` for any single character, for example
-/// `CN=laptop-*,O=Example,C=GB`. Both orders fit: the most specific part first, as `certtool
-/// --certificate-info` prints it, and the order in the certificate, as QEMU has it. Letters must
-/// agree in case.
+/// `CN=laptop-*,O=Example,C=GB`. Both orders match: the most specific part first, as printed by
+/// `certtool --certificate-info`, and the order in the certificate, as in QEMU. Matching is
+/// case-sensitive.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub enum Authorization {
-    /// Everyone with a valid certificate.
+    /// Every client with a valid certificate.
     #[default]
     Everyone,
-    /// Who fits one of these.
+    /// Clients that match one of these patterns.
     Patterns(Vec<String>),
-    /// Who fits one of the patterns in a file: one per line; empty lines and those that begin with
-    /// `#` do not count. The file is read for each client, so that changes apply at once. If it
-    /// cannot be read nobody may connect.
+    /// Clients that match one of the patterns in a file: one per line; empty lines and lines that
+    /// begin with `#` are ignored. The file is read for each client, so that changes apply at once.
+    /// If it cannot be read, every client is refused.
     File(PathBuf),
-    /// The first rule that fits decides.
+    /// The first matching rule decides.
     Rules {
         /// The rules, in their order.
         rules: Vec<Rule>,
-        /// What applies to those whom no rule fits.
+        /// The policy for clients that match no rule.
         otherwise: Verdict,
     },
 }
 
-/// What applies to those whose distinguished name fits.
+/// A rule for matching distinguished names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     /// The name or pattern.
     pub name: String,
-    /// How it is compared.
+    /// The kind of comparison.
     pub matching: Matching,
-    /// What applies to those whom it fits.
+    /// The policy for matching clients.
     pub verdict: Verdict,
 }
 
-/// How a name is compared.
+/// The comparison of names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Matching {
     /// Character by character.
     Exact,
-    /// `*` stands for any text and `?` for any single character.
+    /// `*` matches any text and `?` any single character.
     Pattern,
 }
 
-/// Whether somebody may connect.
+/// Whether a client may connect.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// They may.
+    /// It may.
     Allow,
-    /// They may not.
+    /// It may not.
     Deny,
 }
 

@@ -17,7 +17,7 @@ fn full_disk() -> Option<(NamedTempFile, TestServer)> {
     let probe = disk_file(&[1; 65536]);
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     if let Err(error) = rustix::fs::fallocate(probe.as_file(), flags, 0, 65536) {
-        skip(&format!("the file system of the temporary folder punches no holes: {error}"));
+        skip(&format!("the file system of the temporary directory punches no holes: {error}"));
         return None;
     }
     let server = TestServer::of(image_export(file.path()));
@@ -78,9 +78,9 @@ fn zeroes_of_any_alignment_touch_nothing_beside_them() {
 
 #[test]
 fn fast_zero_is_fast_or_refused_with_nothing_changed() {
-    let folders = [std::env::temp_dir(), "/dev/shm".into()];
-    for folder in folders.iter().filter(|folder| folder.is_dir()) {
-        let file = NamedTempFile::new_in(folder).unwrap();
+    let directories = [std::env::temp_dir(), "/dev/shm".into()];
+    for directory in directories.iter().filter(|directory| directory.is_dir()) {
+        let file = NamedTempFile::new_in(directory).unwrap();
         std::fs::write(file.path(), vec![0xab; 1 << 20]).unwrap();
         let server = TestServer::of(image_export(file.path()));
         let mut client = Client::connect(&server, MODES[2]);
@@ -94,7 +94,10 @@ fn fast_zero_is_fast_or_refused_with_nothing_changed() {
                     0xab
                 }
             };
-            assert!(client.read(offset, 1 << 18) == vec![expected; 1 << 18], "{folder:?} {mode:?}");
+            assert!(
+                client.read(offset, 1 << 18) == vec![expected; 1 << 18],
+                "{directory:?} {mode:?}"
+            );
         }
     }
 }

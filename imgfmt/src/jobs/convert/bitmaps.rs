@@ -4,13 +4,13 @@ use crate::bitmap::{BitmapChange, BitmapInfo};
 use crate::image::Image;
 use crate::jobs::error::JobError;
 
-/// Copies dirty bitmaps of `source` into `destination`, with their granularity and enabled as they were.
-/// To be called after the disk was copied: what is written before is no change of it then. All of them
+/// Copies dirty bitmaps of `source` into `destination`, with their granularity and enabled state.
+/// Call it after copying the disk, so that the copy itself is not recorded as a change. All of them
 /// are copied, or none.
 ///
 /// # Errors
 ///
-/// `Source` if the bits of one cannot be relied on; `Destination` with the errors of
+/// `Source` if the bits of one are unreliable; `Destination` with the errors of
 /// [`Image::bitmap_transaction`].
 pub fn copy_bitmaps(
     source: &Image,

@@ -13,27 +13,27 @@ use super::error::{JobError, JobErrorKind};
 use super::observer::{JobContext, Meter};
 use crate::image::Image;
 
-/// Unit in which zeroes are looked for in a raw image, in bytes.
+/// Unit of zero detection in a raw image, in bytes.
 const RAW_UNIT: u64 = 4096;
 /// Most threads of one conversion.
 const THREADS_MAX: usize = 256;
 
-/// What was copied. Sizes are in bytes.
+/// The result of a conversion. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Converted {
     /// The size of the disk.
     pub size: u64,
-    /// How much of it was known to be zero, and not read.
+    /// Bytes that were known to be zero, and not read.
     pub holes: u64,
 }
 
-/// Copies the disk of `source`, as a guest would see it, into `destination`, which is open for writing
-/// and at least as large. Zeroes become holes, in units of the destination's clusters (4 KiB in a raw
-/// image). What the destination has beyond the end of the source stays.
+/// Copies the disk of `source`, as seen by a guest, into `destination`, which is open for writing
+/// and at least as large. Zeroes become holes, in units of the destination's clusters (4 KiB in a
+/// raw image). Data of the destination beyond the end of the source is unchanged.
 ///
-/// Nothing is flushed: [close](Image::close) the destination, or flush it. After an error it holds a
-/// part of the disk.
+/// Nothing is flushed: [close](Image::close) the destination, or flush it. After an error it
+/// contains a part of the disk.
 ///
 /// # Errors
 ///
@@ -44,8 +44,8 @@ pub struct Converted {
 /// use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// # let folder = tempfile::tempdir()?;
-/// # let (raw, qcow2) = (folder.path().join("disk.img"), folder.path().join("disk.qcow2"));
+/// # let directory = tempfile::tempdir()?;
+/// # let (raw, qcow2) = (directory.path().join("disk.img"), directory.path().join("disk.qcow2"));
 /// std::fs::write(&raw, vec![7; 1 << 20])?;
 /// let source = Image::open(&raw, &OpenOptions::new().format(Format::Raw))?;
 /// Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, source.size()))?;

@@ -1,4 +1,4 @@
-//! What a conversion is told.
+//! Options of a conversion.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -6,30 +6,30 @@ use std::sync::Arc;
 use crate::units::GuestOffset;
 use crate::zero::Content;
 
-/// What the destination reads as where nothing is written.
+/// The contents of the destination where nothing is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Background {
-    /// Zero: it is a new image, or known to hold nothing. Zeroes are not written.
+    /// Zero: it is a new image, or known to be empty. Zeroes are not written.
     Zero,
-    /// Anything: everything is written.
+    /// Unknown: everything is written.
     #[default]
     Unknown,
 }
 
-/// How clusters are written.
+/// The form of written clusters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Clusters {
-    /// As they are.
+    /// Uncompressed.
     #[default]
     Plain,
-    /// Compressed, where that saves space and the format can.
+    /// Compressed, if that saves space and the format supports it.
     Compressed,
 }
 
-/// Reads the disk of a source that learns of holes when it is read, such as a server's export.
+/// Reads the disk of a source that reports holes in its answers, such as a server's export.
 pub trait SourceReader: Send + Sync {
-    /// Fills `buffer` from `offset` on, or says that all of it is zero; then what is in `buffer` does
-    /// not matter.
+    /// Fills `buffer` with the bytes at `offset`, or returns that all of them are zero; the
+    /// contents of `buffer` are then ignored.
     ///
     /// # Errors
     ///
@@ -37,17 +37,17 @@ pub trait SourceReader: Send + Sync {
     fn read(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<Content, String>;
 }
 
-/// How a disk is copied; made by [`Default`], changed field by field.
+/// Options of a conversion; created by [`Default`], changed field by field.
 #[derive(Clone)]
 #[non_exhaustive]
 pub struct ConvertOptions {
-    /// How many threads copy: 256 at most; by default as many as there are cores.
+    /// Number of threads: 256 at most; by default the number of cores.
     pub threads: NonZeroUsize,
-    /// What the destination reads as before.
+    /// The earlier contents of the destination.
     pub background: Background,
-    /// How clusters are written.
+    /// The form of written clusters.
     pub clusters: Clusters,
-    /// Reads the source in place of the image itself, which still tells its extents.
+    /// Reads the source in place of the image itself, which still provides its extents.
     pub reader: Option<Arc<dyn SourceReader>>,
 }
 

@@ -21,9 +21,9 @@ Examples:
   nbd-cli image commit overlay.qcow2
   nbd-cli image commit --keep overlay.qcow2
 
-What the overlay holds is written into its backing file, which then holds the same disk, and the
-overlay is emptied. Other overlays of the same backing file see its content change and are
-corrupted: commit only into a file that no other image relies on.
+The contents of the overlay are written into its backing file, which then has the same contents as the
+disk, and the overlay is emptied. Other overlays of the same backing file are corrupted by the change:
+commit only into a file on which no other image depends.
 
 If a commit fails or is interrupted, the overlay still shows the whole disk; commit it again.";
 
@@ -39,14 +39,14 @@ pub struct CommitArgs {
     #[arg(short, long)]
     pub format: Option<ImageFormat>,
 
-    /// Do not empty the overlay: for one that is deleted afterwards.
+    /// Do not empty the overlay: use this if it will be deleted.
     #[arg(long)]
     pub keep: bool,
 
     #[command(flatten)]
     pub progress: ProgressArgs,
 
-    /// Print what the overlay is like then, as `nbd-cli image info --json` does.
+    /// Print the overlay afterwards, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
 
@@ -56,8 +56,8 @@ pub struct CommitArgs {
 
 pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let shared = options(args.format, &args.trust);
-    // Held until the end. The chain itself is opened without locks, or its read lock on the
-    // backing file would keep us from writing there.
+    // Held until the end. The chain itself is opened without locks, because its read lock on the
+    // backing file would prevent us from writing there.
     let overlay_lock = args.trust.locks.open_file(&args.path, Access::ReadWrite)?;
     let unlocked = shared.clone().locking(Locking::Off);
     let overlay = Image::open(&args.path, &unlocked);
@@ -96,7 +96,7 @@ fn empty(path: &Path, options: &OpenOptions) -> imgfmt::Result<()> {
     overlay.close()
 }
 
-/// The file or export to write into. The overlay could be opened, so the policy allows it.
+/// Returns the file or export to write into. The overlay could be opened, so the policy allows it.
 fn backing_of(args: &CommitArgs, overlay: &Image) -> Result<(Place, Option<Format>), CommandError> {
     let qcow2 = overlay.info()?.qcow2;
     let Some((name, format)) =
@@ -107,7 +107,7 @@ fn backing_of(args: &CommitArgs, overlay: &Image) -> Result<(Place, Option<Forma
             args.path.display()
         )));
     };
-    // The chain could be opened: what is neither is another name of raw images.
+    // The chain could be opened: any other name is one of a raw image.
     let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
     Ok((Place::File(args.path.clone()).beside(&name)?, format))
 }

@@ -25,14 +25,14 @@ Examples:
   nbd-cli image compare backup.qcow2 nbd://localhost/disk
 
 The disks are compared as a guest would see them, backing files included. If one is larger, the rest
-of it must be zero. What a server says to be zero is not read from it.
+of it must be zero. Ranges that a server reports as zero are not read.
 
-Exit codes: 0 the same, 1 different, 2 an error, wrong usage included.";
+Exit codes: 0 the same, 1 different, 2 an error, including wrong usage.";
 
 const DIFFERENT: u8 = 1;
 const ERROR: u8 = 2;
 
-/// How much of each disk a thread compares at a time with a server, in bytes: its answers take longer.
+/// Bytes of each disk that a thread compares at a time with a server: its answers take longer.
 const REMOTE_PIECE: NonZeroUsize = NonZeroUsize::new(1 << 20).expect("it is not zero");
 /// Threads with a server: most of them wait.
 const REMOTE_THREADS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
@@ -55,7 +55,7 @@ pub struct CompareArgs {
     #[arg(short = 'F', long, value_name = "FORMAT")]
     pub second_format: Option<ImageFormat>,
 
-    /// Disks of different sizes are different, even if the rest is zero.
+    /// Treat disks of different sizes as different, even if the rest is zero.
     #[arg(short, long)]
     pub strict: bool,
 
@@ -91,7 +91,7 @@ pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
     compare(args).or_else(|error| match error.kind() {
         CommandErrorKind::BrokenPipe => Err(error),
         CommandErrorKind::Failure => {
-            // Exit code 1 would say that the images differ.
+            // Exit code 1 would mean that the images differ.
             let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
             Ok(Outcome::Status(ERROR))
         }

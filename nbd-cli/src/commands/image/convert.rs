@@ -41,26 +41,26 @@ Examples:
   nbd-cli image convert -O qcow2 nbd://localhost/disk disk.qcow2
   nbd-cli image convert --no-create -O raw disk.qcow2 /dev/vg/disk
 
-The new image holds the whole disk and needs no backing file. Zeroes take up no space in it. A file
-that exists is never touched, unless --no-create says that the disk in it is to be replaced. A new
-image grows as NAME.partial and gets its name when it is complete; if the copy fails or is
-interrupted it is removed (after kill -9 NAME.partial is left), and a disk that existed is left
-incomplete. On a block device, which needs no --no-create, what was there is lost at once; the device is
-marked as incomplete until everything is on stable storage, so that a part of a disk is never taken for
-the whole.
+The new image contains the whole disk and needs no backing file. Zeroes occupy no space in it. An
+existing file is never changed, unless --no-create allows overwriting the disk in it. A new image
+grows as NAME.partial and is renamed when it is complete; if the copy fails or is interrupted, it is
+removed (after kill -9 NAME.partial is left), and an existing disk remains incomplete. The previous
+data of a block device, which needs no --no-create, is lost at once; the device is marked as
+incomplete until everything is on stable storage, so that a part of a disk is never mistaken for the
+whole.
 
-An export of an NBD server can be the source or the destination; as the latter it has to be large
+An export of an NBD server can be the source or the destination; a destination has to be large
 enough, and --no-create is implied.
 
-With --bitmaps the dirty bitmaps of the source go along, with their granularity and enabled as they
-were. The new image does not say after which backup they began: an incremental backup of it needs
---trust-base. Without --bitmaps, and those of backing files always, they are left out.
+With --bitmaps the dirty bitmaps of the source are copied, with their granularity and enabled state.
+The new image does not record after which backup they started: an incremental backup of it needs
+--trust-base. Bitmaps of backing files are never copied.
 
 The result is complete in memory when the command ends; --flush waits until it is on the disk.";
 
-/// So many rounds may end with a new connection before a copy to a server is given up.
+/// Most rounds that may end with a new connection before a copy to a server fails.
 const MOST_ROUNDS: usize = 8;
-/// Threads that copy to or from a server, unless told otherwise: most of them wait.
+/// Default number of threads that copy to or from a server: most of them wait.
 const REMOTE_JOBS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
 
 /// Arguments of `nbd-cli image convert`.
@@ -77,12 +77,12 @@ pub struct ConvertArgs {
     #[arg(short = 'O', long, value_name = "FORMAT")]
     pub output_format: Option<ImageFormat>,
 
-    /// Write into a disk that exists, at least as large as the source; needs --output-format if it
-    /// is a file.
+    /// Write into an existing disk, at least as large as the source; needs --output-format if it is
+    /// a file.
     #[arg(short, long)]
     pub no_create: bool,
 
-    /// The disk that exists reads as zero: do not write zeroes to it.
+    /// The existing disk already reads as zero: do not write zeroes to it.
     #[arg(long, alias = "target-is-zero")]
     pub destination_is_zero: bool,
 
@@ -90,7 +90,7 @@ pub struct ConvertArgs {
     #[arg(short, long)]
     pub compress: bool,
 
-    /// Copy this internal snapshot, given by name or id, in place of the present state.
+    /// Copy this internal snapshot, given by name or id, instead of the active state.
     #[arg(short = 'l', long, value_name = "NAME")]
     pub snapshot: Option<String>,
 
@@ -98,16 +98,16 @@ pub struct ConvertArgs {
     #[arg(long, conflicts_with = "snapshot")]
     pub bitmaps: bool,
 
-    /// Leave out bitmaps whose bits cannot be relied on; without this they are an error.
+    /// Leave out unreliable bitmaps; without this they are an error.
     #[arg(long, requires = "bitmaps")]
     pub skip_broken_bitmaps: bool,
 
-    /// Threads that copy [default: as many as there are cores; 8 with a server].
+    /// Number of threads [default: the number of cores; 8 with a server].
     #[arg(short, long, value_name = "N")]
     pub jobs: Option<NonZeroUsize>,
 
-    /// How long a lost connection to the source, or to a raw disk as the destination, is tried again:
-    /// seconds, or 500ms, 2m.
+    /// Time limit for restoring a lost connection to the source, or to a raw disk as the
+    /// destination: seconds, or 500ms, 2m.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_duration)]
     pub reconnect: Duration,
 
@@ -118,7 +118,7 @@ pub struct ConvertArgs {
     #[command(flatten)]
     pub progress: ProgressArgs,
 
-    /// Print what the new image is like, as `nbd-cli image info --json` does.
+    /// Print the new image, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
 
@@ -231,7 +231,7 @@ fn check_options(
     Ok(())
 }
 
-/// The error with what it leaves.
+/// Returns the error with the state it leaves.
 fn left(error: &CommandError, left: &str) -> CommandError {
     CommandError::new(format!("{error}; {left}"))
 }
@@ -240,16 +240,16 @@ fn incomplete(to: &Place, error: &CommandError) -> CommandError {
     CommandError::new(format!("{error}; the disk in {to} is incomplete: run the command again"))
 }
 
-/// What is to be copied, and how.
+/// The source and the options of the copy.
 struct Conversion<'a> {
     args: &'a ConvertArgs,
     /// For connections that may be replaced when they are lost.
     patient: &'a ServerArgs,
     source: &'a Image,
-    /// Reads the source, if it is all of another server's export.
+    /// Reads the source, if it fills another server's export.
     reader: Option<Arc<dyn SourceReader>>,
     from: &'a Place,
-    /// Those of the source that are copied.
+    /// The bitmaps of the source to copy.
     bitmaps: Vec<BitmapInfo>,
     format: Format,
     is_remote: bool,
@@ -257,7 +257,7 @@ struct Conversion<'a> {
 }
 
 impl Conversion<'_> {
-    /// Makes the image; nothing of it stays if that fails.
+    /// Creates the image; after an error no file remains.
     fn make_new(&self, path: &Path) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
@@ -271,7 +271,7 @@ impl Conversion<'_> {
         Ok(new.complete(if self.args.flush { Durable::Now } else { Durable::Later })?)
     }
 
-    /// Makes the image on a device, whose content is lost.
+    /// Creates the image on a device, whose content is lost.
     fn make_on_device(&self, path: &Path) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
@@ -284,13 +284,13 @@ impl Conversion<'_> {
         filled.map_err(|error| left(&error, &device::left_behind(path)))
     }
 
-    /// How a new image is opened.
+    /// Returns the options for opening the new image.
     fn for_filling(&self) -> OpenOptions {
         OpenOptions::new()
             .locking(self.args.open.trust.locks.locking())
             .format(self.format)
             .access(Access::ReadWrite)
-            // Nobody relies on an image that is not finished: one sync at the end is enough.
+            // An unfinished image need not be durable: one sync at the end is enough.
             .syncing(Syncing::Off)
             .policy(OpenPolicy::deny())
     }
@@ -301,7 +301,7 @@ impl Conversion<'_> {
         Ok(image.close()?)
     }
 
-    /// Makes a device the disk, raw.
+    /// Writes the disk onto a device, raw.
     fn overwrite_device(&self, path: &Path) -> Result<(), CommandError> {
         self.args.qcow2.apply(&mut CreateOptions::new(self.format, self.source.size()))?;
         let disk = device::begin_disk(path, self.args.open.trust.locks.locking())?;
@@ -315,7 +315,7 @@ impl Conversion<'_> {
         Ok(device::complete_disk(path, &disk)?)
     }
 
-    /// Replaces the disk that is there.
+    /// Overwrites the existing disk.
     fn replace(&self, to: &Place) -> Result<(), CommandError> {
         let policy = self.args.open.trust.policy_with(&self.args.server);
         let options = self.args.open.trust.locks.options();
@@ -328,15 +328,15 @@ impl Conversion<'_> {
         if self.args.flush {
             return image.close().map_err(|error| to.named(error));
         }
-        // Changes of metadata must not be lost; data is as durable as any that was written.
+        // Changes of metadata must not be lost; data is as durable as any other write.
         match self.format {
             Format::Raw => Ok(()),
             _ => image.close().map_err(|error| to.named(error)),
         }
     }
 
-    /// Replaces the disk of a server. It may be restarted meanwhile and have lost what it did not make durable:
-    /// then everything is written again.
+    /// Overwrites the disk of a server. If the server restarts in between, it may have lost writes
+    /// that were not durable: then everything is written again.
     fn to_server(&self, to: &Place, uri: &NbdUri) -> Result<(), CommandError> {
         let (image, client) = to.open_disk(self.patient)?;
         self.check_room(to, &image)?;
@@ -389,7 +389,7 @@ impl Conversion<'_> {
         converted.map(drop).map_err(|error| self.named(to, error))
     }
 
-    /// The error with the name of the place at fault, if it has none yet.
+    /// Returns the error with the name of the place at fault, if it has none yet.
     fn named(&self, to: &Place, error: JobError) -> CommandError {
         let place = match error.kind() {
             JobErrorKind::Source => self.from,

@@ -22,11 +22,11 @@ Examples:
   nbd-cli image map nbd://localhost/disk
 
 Columns of the text: offset and length on the disk in bytes, the layer (0 is the image itself, 1 its
-backing file and so on, - is none), what is there, and the offset in that layer's file. In JSON a
-part that no layer has is not present, and its depth is the last layer that was asked.
+backing file and so on, - is none), the content, and the offset in that layer's file. In JSON a part
+that no layer has is not present, and its depth is that of the last layer examined.
 
-Of an export the map is what its server says (base:allocation, and qemu:allocation-depth for the
-layers if it has that); the last column is then the offset in the export.";
+The map of an export comes from its server (base:allocation, and qemu:allocation-depth for the
+layers if the server has it); the last column is then the offset in the export.";
 
 /// Arguments of `nbd-cli image map`.
 #[derive(Debug, Args)]
@@ -135,8 +135,8 @@ fn span(start: u64, end: u64) -> GuestRange {
     GuestRange::between(GuestOffset::new(start), GuestOffset::new(end)).unwrap_or_default()
 }
 
-/// An extent in two if its layer ends within: behind that there is nothing in the layer, but the end
-/// of it hides what is below.
+/// An extent in two if its layer ends within: behind that there is nothing in the layer, but the
+/// end of it hides what is below.
 fn split_at_end_of_layer(extent: Extent, layers: &[u64]) -> [Option<Extent>; 2] {
     let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
     match (extent.depth as usize).checked_sub(1).and_then(|index| layers.get(index)) {

@@ -24,8 +24,8 @@ Examples:
   nbd-cli image measure --json --output-format raw disk.qcow2
   nbd-cli image measure --output-format qcow2 nbd://localhost/disk
 
-Says how large the file of a new image would be, without compression: at first (\"required\"), and
-when the guest has written everywhere (\"fully allocated\").";
+Reports the size of the file of a new image, without compression: initially (\"required\"), and after
+the guest has written everywhere (\"fully allocated\").";
 
 /// Arguments of `nbd-cli image measure`.
 #[derive(Debug, Args)]
@@ -43,7 +43,7 @@ pub struct MeasureArgs {
     #[arg(short = 'O', long, value_name = "FORMAT", default_value = "raw")]
     pub output_format: ImageFormat,
 
-    /// Measure this internal snapshot, given by name or id, in place of the present state.
+    /// Measure this internal snapshot, given by name or id, instead of the active state.
     #[arg(short = 'l', long, value_name = "NAME", conflicts_with = "size")]
     pub snapshot: Option<String>,
 
@@ -72,7 +72,7 @@ pub struct MeasureArgs {
 struct Report {
     required: u64,
     fully_allocated: u64,
-    /// What copies of the dirty bitmaps would take up in addition, where both images can have some.
+    /// Additional size of copies of the dirty bitmaps, if both images can have bitmaps.
     #[serde(skip_serializing_if = "Option::is_none")]
     bitmaps: Option<u64>,
 }

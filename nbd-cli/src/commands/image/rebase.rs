@@ -26,7 +26,7 @@ Examples:
 
 The disk stays the same: whatever differs between the old and the new backing file is copied into
 the overlay first. With --unsafe only the name is changed and no backing file is looked at: for a
-backing file that was moved or renamed. A relative name starts at the folder of the overlay. An
+backing file that was moved or renamed. A relative name starts at the directory of the overlay. An
 overlay whose backing file is on a server can be opened only with --trust-image.";
 
 /// Arguments of `nbd-cli image rebase`.
@@ -46,18 +46,18 @@ pub struct RebaseArgs {
     #[arg(short = 'F', long, value_name = "FORMAT", requires = "backing")]
     pub backing_format: Option<ImageFormat>,
 
-    /// Make the image stand alone.
+    /// Make the image independent of any backing file.
     #[arg(long)]
     pub no_backing: bool,
 
-    /// Change the name only. The disk is corrupted if the new file holds something else.
+    /// Change the name only. The disk is corrupted if the new file has other contents.
     #[arg(short = 'u', long = "unsafe")]
     pub is_unsafe: bool,
 
     #[command(flatten)]
     pub progress: ProgressArgs,
 
-    /// Print what the image is like then, as `nbd-cli image info --json` does.
+    /// Print the changed image, like `nbd-cli image info --json`.
     #[arg(long)]
     pub json: bool,
 
@@ -82,9 +82,9 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-/// Copies into the overlay what the new backing file would show differently.
+/// Copies into the overlay everything that the new backing file would show differently.
 fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), CommandError> {
-    // Looked at first: a file that is missing must not cost anybody anything.
+    // Opened first: a missing file must not change anything.
     let backing = match new {
         None => None,
         Some((name, format)) => {

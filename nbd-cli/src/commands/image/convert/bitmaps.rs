@@ -6,12 +6,12 @@ use super::super::place::Place;
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
-/// The bitmaps of the source itself, not of its backing files. One whose bits cannot be relied on is left out
-/// with a warning if `skip_broken` says so.
+/// Returns the bitmaps of the source itself, not of its backing files. With `skip_broken` an
+/// unreliable one is left out with a warning.
 ///
 /// # Errors
 ///
-/// If the source cannot have bitmaps, or has one that cannot be relied on.
+/// If the source cannot have bitmaps, or has an unreliable one.
 pub(super) fn of_source(
     source: &Image,
     from: &Place,
@@ -48,7 +48,7 @@ pub(super) fn of_source(
     Ok(found)
 }
 
-/// Refuses bitmaps that an image which exists cannot take.
+/// Refuses bitmaps that an existing image cannot store.
 ///
 /// # Errors
 ///

@@ -7,7 +7,7 @@ use imgfmt::jobs::SourceReader;
 use imgfmt::zero::Content;
 use nbd_client::{ExportStorage, ReadChunk};
 
-/// Reads an export; what is read there tells of holes.
+/// Reads an export; the answers report holes.
 pub(super) struct ExportReader {
     export: Arc<ExportStorage>,
     /// For errors.
@@ -31,7 +31,7 @@ impl SourceReader for ExportReader {
             return Ok(Content::Zero);
         }
         for chunk in chunks {
-            // Chunks lie within what was asked for.
+            // Chunks lie within the request.
             match chunk {
                 ReadChunk::Data { offset, data } => {
                     buffer[(offset - start) as usize..][..data.len()].copy_from_slice(&data);
