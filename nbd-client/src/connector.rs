@@ -12,6 +12,7 @@ use crate::client::Client;
 use crate::dial::{establish, establish_at, load_tls};
 use crate::error::{Error, Result};
 use crate::handshake::Wire;
+use crate::negotiated_stream::NegotiatedStream;
 use crate::settings::Settings;
 use crate::stream::Stream;
 use crate::tls::{LocalFiles, TlsOptions};
@@ -177,6 +178,23 @@ impl Connector {
     pub async fn connect(&self) -> Result<Client> {
         let first = establish_at(&self.settings).await?;
         Client::start(&self.settings, first).await
+    }
+
+    /// Connects and carries out the handshake, and hands the connection over: for programs that
+    /// move requests and replies themselves, such as load generators. What is said about several
+    /// connections, reconnecting, request timeouts and limits of requests in flight does not
+    /// apply; [`NegotiatedStream::reconnector`] makes further connections.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Connector::connect`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes what was opened.
+    pub async fn connect_stream(&self) -> Result<NegotiatedStream> {
+        let established = establish_at(&self.settings).await?;
+        Ok(NegotiatedStream::new(established, self.settings.clone()))
     }
 
     /// Connects over a stream that the caller provides: a socket pair, a tunnel, a virtual socket.

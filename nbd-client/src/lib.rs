@@ -26,6 +26,8 @@
 //! # Other ways in
 //!
 //! - [`blocking`]: the same requests for programs without an async runtime.
+//! - [`Connector::connect_stream`]: the connection itself, for programs that move requests and
+//!   replies in a way of their own.
 //! - `ExportStorage` (feature `image`): an export as an `imgfmt::Storage`, so that images and
 //!   layers of images may be on servers.
 //!
@@ -83,6 +85,7 @@ mod handshake;
 mod inflight;
 mod info;
 mod inspect;
+mod negotiated_stream;
 mod outbound;
 mod queue;
 mod reconnect;
@@ -103,7 +106,7 @@ pub use error::{Error, LostConnection, Result};
 pub use extents::{Extent, ExtentStream};
 pub use inflight::ReadChunk;
 pub use info::{ExportInfo, Protocol, RefusedExport, Scope, ServerInfo};
-pub use nbd_proto::handshake::{ListedExport, OptionError};
+pub use nbd_proto::handshake::{ListedExport, Negotiated, OptionError};
 pub use nbd_proto::transmission::client::ServerError;
 pub use nbd_proto::transmission::{Durability, ExtentLimit, Speed, ZeroMode};
 pub use nbd_proto::uri::{NbdUri, Transport};
@@ -112,6 +115,7 @@ pub use nbd_proto::wire::{
     OptionReplyType, ReplyMode, TransmissionFlags,
 };
 pub use nbd_proto::{ApiMisuse, ProtocolError};
+pub use negotiated_stream::{NegotiatedStream, PlainSocket, Reconnector};
 #[cfg(feature = "image")]
 pub use storage::ExportStorage;
 pub use tls::{CertificateCheck, LocalFiles, TlsError, TlsMode, TlsOptions, VerifyPeer};

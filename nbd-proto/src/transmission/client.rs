@@ -4,8 +4,9 @@
 //! coverage. A reply that does not match ends the connection with an error that names the reason.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 
-use bytes::{Buf, BufMut, BytesMut};
+use bytes::{Buf, BufMut};
 
 use super::coverage::Coverage;
 pub use super::event::{Event, ServerError};
@@ -17,6 +18,11 @@ use crate::wire::{
     RequestHeader, SimpleReplyHeader, TransmissionFlags, magic,
 };
 use crate::{ApiMisuse, ProtocolError};
+
+/// Bytes that were received, in one piece.
+pub trait Input: Buf + Deref<Target = [u8]> {}
+
+impl<I: Buf + Deref<Target = [u8]>> Input for I {}
 
 /// The requests in flight of one connection and the state of their replies.
 #[derive(Debug)]
@@ -209,13 +215,14 @@ impl Transmission {
         Ok(())
     }
 
-    /// Returns the next event and removes its bytes from the front of `input`. After
-    /// [`Event::Data`] the caller removes the data itself before the next call.
+    /// Returns the next event and removes its bytes from the front of `input`, which is a `BytesMut`
+    /// or a `&[u8]` into a buffer of the caller. After [`Event::Data`] the caller removes the data
+    /// itself before the next call.
     ///
     /// # Errors
     ///
     /// A [`ProtocolError`] ends the connection: every request in flight has failed.
-    pub fn advance(&mut self, input: &mut BytesMut) -> Result<Event, ProtocolError> {
+    pub fn advance(&mut self, input: &mut impl Input) -> Result<Event, ProtocolError> {
         if let Some(cookie) = self.finished.take() {
             return self.finish(cookie);
         }
@@ -227,7 +234,7 @@ impl Transmission {
         }
     }
 
-    fn next_message(&mut self, input: &mut BytesMut) -> Result<Option<Event>, ProtocolError> {
+    fn next_message(&mut self, input: &mut impl Input) -> Result<Option<Event>, ProtocolError> {
         let Some(front) = input.first_chunk::<4>() else { return Ok(Some(Event::NeedsInput)) };
         match u32::from_be_bytes(*front) {
             magic::SIMPLE_REPLY => self.simple_reply(input).map(Some),
@@ -256,7 +263,7 @@ impl Transmission {
         self.pending.get(&cookie).ok_or(ProtocolError::UnknownCookie { cookie: cookie.0 })
     }
 
-    fn simple_reply(&mut self, input: &mut BytesMut) -> Result<Event, ProtocolError> {
+    fn simple_reply(&mut self, input: &mut impl Input) -> Result<Event, ProtocolError> {
         let Some(header) = SimpleReplyHeader::decode(input) else { return Ok(Event::NeedsInput) };
         let cookie = header.cookie;
         let what = "a simple reply";
@@ -292,7 +299,7 @@ impl Transmission {
 
     fn chunk(
         &mut self,
-        input: &mut BytesMut,
+        input: &mut impl Input,
         header_len: usize,
         header: ChunkHeader,
     ) -> Result<Option<Event>, ProtocolError> {
