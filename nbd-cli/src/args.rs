@@ -3,8 +3,8 @@
 use clap::{ArgAction, Parser, Subcommand};
 
 use crate::commands::{
-    backup, bitmap, completions, control, copy, image, info, list_meta, map, qemu_nbd, restore,
-    serve,
+    backup, bench, bitmap, completions, control, copy, image, info, list_meta, map, qemu_nbd,
+    restore, serve,
 };
 
 pub use crate::size::ByteSize;
@@ -55,6 +55,8 @@ pub enum Command {
     Map(map::MapArgs),
     /// Copy a disk between NBD servers, files and devices
     Copy(copy::CopyArgs),
+    /// Measure a server under load, and verify what it keeps
+    Bench(bench::BenchArgs),
     /// Back up a served disk, in full or only its changes
     Backup(backup::BackupArgs),
     /// Restore a backup or any other image to a file, a device or a server
@@ -76,7 +78,8 @@ impl Command {
     /// it. `backup` handles signals itself, because of its checkpoint.
     pub(crate) fn writes(&self) -> bool {
         match self {
-            Self::Copy(_) | Self::Restore(_) => true,
+            // A load that is interrupted still has a report.
+            Self::Copy(_) | Self::Restore(_) | Self::Bench(_) => true,
             Self::Image(args) => args.command.writes(),
             Self::Bitmap(args) => args.command.writes(),
             _ => false,

@@ -154,7 +154,7 @@ impl TlsArgs {
     }
 
     /// Returns the options for jobs.
-    fn settings(&self) -> TlsSettings {
+    pub(crate) fn settings(&self) -> TlsSettings {
         let mut settings = TlsSettings::default();
         settings.mode = self.tls.map(|choice| match choice {
             TlsChoice::Off => TlsMode::Off,

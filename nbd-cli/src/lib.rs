@@ -85,6 +85,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::ListMeta(args) => commands::list_meta::run(&args),
         Command::Map(args) => commands::map::run(&args),
         Command::Copy(args) => commands::copy::run(args),
+        Command::Bench(args) => commands::bench::run(&args),
         Command::Control(args) => commands::control::run(&args),
         Command::Backup(args) => commands::backup::run(args),
         Command::Restore(args) => commands::restore::run(&args),

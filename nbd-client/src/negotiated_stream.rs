@@ -96,6 +96,15 @@ impl NegotiatedStream {
         matches!(self.stream, Stream::Tls(_))
     }
 
+    /// The process that listens at the other end of a unix socket without TLS, if the system knows
+    /// it: the one that has opened the socket, which is not the server's if a service manager did.
+    #[must_use]
+    pub fn server_process(&self) -> Option<u32> {
+        let Stream::Plain(Socket::Unix(socket)) = &self.stream else { return None };
+        let pid = socket.peer_cred().ok()?.pid()?;
+        u32::try_from(pid).ok().filter(|pid| *pid > 0)
+    }
+
     /// Makes further connections like this one, also after it is lost.
     #[must_use]
     pub fn reconnector(&self) -> Reconnector {

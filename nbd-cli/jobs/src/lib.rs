@@ -22,7 +22,8 @@
 //!
 //! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
 //! and incremental backups of served disks, also of a checkpoint, and [`restore()`] restores them.
-//! [`control`] sends requests to a running `nbd-cli serve`.
+//! [`bench`] generates load and measures it. [`control`] sends requests to a running `nbd-cli
+//! serve`.
 //!
 //! # Jobs
 //!
@@ -34,6 +35,7 @@
 //! Jobs are asynchronous and need a tokio runtime with timers and I/O.
 
 mod backup;
+pub mod bench;
 mod cancellation;
 pub mod connect;
 pub mod control;

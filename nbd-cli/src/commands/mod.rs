@@ -1,6 +1,7 @@
 //! One file per subcommand: its arguments and its output.
 
 pub mod backup;
+pub mod bench;
 pub mod bitmap;
 pub mod completions;
 pub mod control;

@@ -15,6 +15,8 @@ mod backup_refused;
 mod backup_resume;
 mod backup_tls;
 mod bad_input;
+mod bench;
+mod bench_verify;
 mod bitmaps_beside_qemu;
 mod bitmaps_kept;
 mod block_devices;

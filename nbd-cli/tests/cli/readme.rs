@@ -11,9 +11,10 @@ use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
 /// Every document whose commands a test below runs.
-const DOCUMENTS: [(&str, &str); 7] = [
+const DOCUMENTS: [(&str, &str); 8] = [
     ("README.md", include_str!("../../../README.md")),
     ("docs/backup.md", include_str!("../../../docs/backup.md")),
+    ("docs/bench.md", include_str!("../../../docs/bench.md")),
     ("docs/control.md", include_str!("../../../docs/control.md")),
     ("docs/images.md", include_str!("../../../docs/images.md")),
     ("docs/qemu-nbd.md", include_str!("../../../docs/qemu-nbd.md")),
@@ -101,6 +102,11 @@ fn readme_commands_of_backups_run() {
 #[test]
 fn readme_commands_of_the_control_socket_run() {
     paste("docs/control.md");
+}
+
+#[test]
+fn readme_commands_of_load_run() {
+    paste("docs/bench.md");
 }
 
 #[test]

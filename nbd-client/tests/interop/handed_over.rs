@@ -63,8 +63,10 @@ async fn handed_over_socket_carries_requests_without_the_runtime() {
     for address in
         [ListenAddress::Unix(folder.path().join("s")), ListenAddress::Tcp("127.0.0.1:0".into())]
     {
-        let stream = serve(address).await.connect_stream().await.unwrap();
+        let stream = serve(address.clone()).await.connect_stream().await.unwrap();
         assert!(!stream.is_encrypted() && stream.info().size == 1 << 20);
+        let is_unix = matches!(address, ListenAddress::Unix(_));
+        assert_eq!(stream.server_process(), is_unix.then(std::process::id));
         let again = stream.reconnector();
         let (mut transmission, mut out) = requests(&stream);
         let socket = stream.into_socket().unwrap().expect("no TLS");

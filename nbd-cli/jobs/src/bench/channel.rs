@@ -1,0 +1,282 @@
+//! One connection's bytes: a socket that blocks, or a TLS stream.
+
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use nbd_client::{NegotiatedStream, PlainSocket};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
+use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
+use tokio::runtime::Handle;
+
+/// How long a receive waits at most: so often it is looked whether to stop.
+pub(super) const PATIENCE: Duration = Duration::from_millis(100);
+
+/// Parts that one system call sends.
+const MAX_PARTS: usize = 64;
+
+/// Payloads from this length on are sent from where they are.
+const MIN_SHARED_LEN: usize = 32 * 1024;
+
+/// Bytes to be sent.
+#[derive(Debug)]
+pub(super) struct Outgoing {
+    own: Vec<u8>,
+    parts: Vec<Part>,
+    /// The first part that is not sent completely, and how much of it is.
+    at: (usize, usize),
+    /// Random bytes: the data of writes that are not verified.
+    pool: Arc<[u8]>,
+}
+
+#[derive(Clone, Debug)]
+enum Part {
+    Own(Range<usize>),
+    Pool(Range<usize>),
+}
+
+impl Outgoing {
+    pub(super) fn new(pool: Arc<[u8]>) -> Self {
+        Self { own: Vec::new(), parts: Vec::new(), at: (0, 0), pool }
+    }
+
+    /// Whether everything is sent.
+    pub(super) fn is_empty(&self) -> bool {
+        self.at.0 == self.parts.len()
+    }
+
+    /// Forgets what is not sent: the connection is gone.
+    pub(super) fn clear(&mut self) {
+        self.own.clear();
+        self.parts.clear();
+        self.at = (0, 0);
+    }
+
+    /// Appends bytes.
+    pub(super) fn append<R>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> R) -> R {
+        let start = self.own.len();
+        let result = write(&mut self.own);
+        let end = self.own.len();
+        match self.parts.last_mut() {
+            Some(Part::Own(range)) if range.end == start => range.end = end,
+            _ => self.parts.push(Part::Own(start..end)),
+        }
+        result
+    }
+
+    /// Appends `length` random bytes; `at` chooses which.
+    pub(super) fn append_random(&mut self, at: u64, length: usize) {
+        let choices = self.pool.len().saturating_sub(length).max(1);
+        let start = (at % choices as u64) as usize;
+        let range = start..start.saturating_add(length).min(self.pool.len());
+        if length >= MIN_SHARED_LEN {
+            self.parts.push(Part::Pool(range));
+        } else {
+            let pool = Arc::clone(&self.pool);
+            self.append(|own| own.extend_from_slice(pool.get(range).unwrap_or_default()));
+        }
+    }
+
+    fn bytes(&self, part: &Part) -> &[u8] {
+        match part {
+            Part::Own(range) => self.own.get(range.clone()),
+            Part::Pool(range) => self.pool.get(range.clone()),
+        }
+        .unwrap_or_default()
+    }
+
+    fn slices(&self) -> impl Iterator<Item = IoSlice<'_>> {
+        let (first, skip) = self.at;
+        let parts = self.parts.get(first..).unwrap_or_default().iter().take(MAX_PARTS);
+        parts.zip(0..).map(move |(part, index)| {
+            let bytes = self.bytes(part);
+            let skip = if index == 0 { skip } else { 0 };
+            IoSlice::new(bytes.get(skip..).unwrap_or_default())
+        })
+    }
+
+    fn sent(&mut self, mut length: usize) {
+        while let Some(part) = self.parts.get(self.at.0) {
+            let left = self.bytes(part).len().saturating_sub(self.at.1);
+            if length < left {
+                self.at.1 += length;
+                return;
+            }
+            length -= left;
+            self.at = (self.at.0 + 1, 0);
+        }
+        self.clear();
+    }
+}
+
+/// A connection after the handshake.
+pub(super) enum Channel {
+    Socket(OwnedFd),
+    Stream { stream: Box<NegotiatedStream>, runtime: Handle },
+}
+
+impl Channel {
+    /// Takes the socket out, if there is no TLS on it.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub(super) fn new(stream: NegotiatedStream, runtime: &Handle) -> io::Result<Self> {
+        let socket = match stream.into_socket()? {
+            Ok(PlainSocket::Unix(socket)) => OwnedFd::from(socket),
+            Ok(PlainSocket::Tcp(socket)) => socket.into(),
+            Err(stream) => {
+                return Ok(Self::Stream { stream: Box::new(stream), runtime: runtime.clone() });
+            }
+        };
+        set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+        Ok(Self::Socket(socket))
+    }
+
+    /// Sends what the connection takes and waits for bytes, until `until` or for [`PATIENCE`]; gives how
+    /// many came, 0 if none did.
+    ///
+    /// # Errors
+    ///
+    /// The connection is lost.
+    pub(super) fn exchange(
+        &mut self,
+        out: &mut Outgoing,
+        buffer: &mut [u8],
+        until: Option<Instant>,
+    ) -> io::Result<usize> {
+        match self {
+            Self::Socket(socket) => exchange(socket, out, buffer, until),
+            Self::Stream { stream, runtime } => {
+                let wait = until.map_or(PATIENCE, |until| {
+                    until.saturating_duration_since(Instant::now()).min(PATIENCE)
+                });
+                runtime.block_on(async {
+                    let exchanged = exchange_stream(stream, out, buffer);
+                    tokio::time::timeout(wait, exchanged).await.unwrap_or(Ok(0))
+                })
+            }
+        }
+    }
+}
+
+fn exchange(
+    socket: &OwnedFd,
+    out: &mut Outgoing,
+    buffer: &mut [u8],
+    until: Option<Instant>,
+) -> io::Result<usize> {
+    send_some(socket, out)?;
+    let mut flags = RecvFlags::empty();
+    if !out.is_empty() || until.is_some() {
+        let wait = until.map_or(PATIENCE, |until| {
+            until.saturating_duration_since(Instant::now()).min(PATIENCE)
+        });
+        let wait = Timespec { tv_sec: 0, tv_nsec: wait.as_nanos().min(999_999_999) as _ };
+        let mut wanted = PollFlags::IN;
+        if !out.is_empty() {
+            wanted |= PollFlags::OUT;
+        }
+        match poll(&mut [PollFd::new(socket, wanted)], Some(&wait)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        flags |= RecvFlags::DONTWAIT;
+    }
+    match recv(socket, buffer, flags) {
+        Ok((_, 0)) => Err(closed()),
+        Ok((_, length)) => Ok(length),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Sends as much as the socket takes without waiting.
+fn send_some(socket: &OwnedFd, out: &mut Outgoing) -> io::Result<()> {
+    const FLAGS: SendFlags = SendFlags::DONTWAIT.union(SendFlags::NOSIGNAL);
+    while !out.is_empty() {
+        let sent = if out.parts.len() == 1 {
+            let front = out.slices().next();
+            send(socket, front.as_deref().unwrap_or_default(), FLAGS)
+        } else {
+            let slices: Vec<_> = out.slices().collect();
+            sendmsg(socket, &slices, &mut SendAncillaryBuffer::default(), FLAGS)
+        };
+        match sent {
+            Ok(length) => out.sent(length),
+            Err(rustix::io::Errno::AGAIN) => break,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+async fn exchange_stream(
+    stream: &mut NegotiatedStream,
+    out: &mut Outgoing,
+    buffer: &mut [u8],
+) -> io::Result<usize> {
+    poll_fn(|cx| {
+        while !out.is_empty() {
+            let slices: Vec<_> = out.slices().collect();
+            match Pin::new(&mut *stream).poll_write_vectored(cx, &slices)? {
+                Poll::Ready(length) => out.sent(length),
+                Poll::Pending => break,
+            }
+        }
+        if out.is_empty() {
+            // Pending: the stream goes on when it is polled again.
+            let _ = Pin::new(&mut *stream).poll_flush(cx)?;
+        }
+        let mut room = ReadBuf::new(buffer);
+        match Pin::new(&mut *stream).poll_read(cx, &mut room)? {
+            Poll::Ready(()) if room.filled().is_empty() => Poll::Ready(Err(closed())),
+            Poll::Ready(()) => Poll::Ready(Ok(room.filled().len())),
+            Poll::Pending => Poll::Pending,
+        }
+    })
+    .await
+}
+
+fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(out: &Outgoing) -> Vec<u8> {
+        out.slices().flat_map(|slice| slice.to_vec()).collect()
+    }
+
+    #[test]
+    fn parts_leave_in_order_however_they_are_cut() {
+        let pool: Arc<[u8]> = (0..=255).cycle().take(MIN_SHARED_LEN + 100).collect();
+        for step in [997, 4096, usize::MAX] {
+            let mut out = Outgoing::new(Arc::clone(&pool));
+            out.append(|own| own.extend([1, 2, 3]));
+            out.append_random(7, MIN_SHARED_LEN);
+            out.append(|own| own.extend([4, 5]));
+            out.append_random(5, 10);
+            let whole = [&[1, 2, 3], &pool[7..][..MIN_SHARED_LEN], &[4, 5], &pool[5..15]].concat();
+            assert_eq!(taken(&out), whole);
+            let mut sent = 0;
+            while !out.is_empty() {
+                let length = step.min(whole.len() - sent);
+                out.sent(length);
+                sent += length;
+                assert_eq!(taken(&out), &whole[sent..]);
+            }
+            assert_eq!(sent, whole.len());
+        }
+    }
+}
