@@ -15,12 +15,11 @@ use anyhow::Result;
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::DataFile;
-use super::fio::{Job, Length};
 use super::group::Group;
 use super::lab::Lab;
 use super::options::Options;
-use super::workload::{Pattern, Unit};
-use super::{fio, process};
+use super::workload::{Job, Length, Pattern, Unit};
+use super::{load, process};
 use crate::command::output_of;
 
 pub(crate) const GROUP: Group = Group { name: "bitmaps", contests, bars, prepare };
@@ -105,7 +104,9 @@ fn contender(
             length: Length::Seconds(lab.options.seconds),
             unit: Unit::Requests,
         };
-        lab.serve_and_run(server(lab, &disk), |uri| fio::run(&job, uri, lab.options.size))
+        lab.serve_and_run(server(lab, &disk), |uri| {
+            load::run(&job, uri, lab.options.size, lab.nbd_cli())
+        })
     };
     Contender { name, measure: Box::new(measure) }
 }

@@ -19,14 +19,14 @@ use anyhow::{Context, Result, bail};
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::DataFile;
-use super::fio::{self, Job, Length};
 use super::fleecing::{Fleecing, Maker};
 use super::group::Group;
 use super::lab::Lab;
+use super::load;
 use super::options::Options;
 use super::process::{self, Usage, Watch};
 use super::sample::Sample;
-use super::workload::{ClientResult, Pattern, Unit};
+use super::workload::{ClientResult, Job, Length, Pattern, Unit};
 use crate::command::output_of;
 
 pub(crate) const GROUP: Group = Group { name: "checkpoints", contests, bars, prepare };
@@ -221,7 +221,7 @@ fn write(maker: Maker, lab: &Lab<'_>, beside: Beside) -> Result<Sample> {
     }
     let watch = Watch::start(server.running.root_process())?;
     let reader = beside.reader.then(|| Reader::start(&read_uri, lab.options.size)).transpose()?;
-    let result = fio::run(&job(lab), server.running.uri(), lab.options.size)?;
+    let result = load::run(&job(lab), server.running.uri(), lab.options.size, lab.nbd_cli())?;
     reader.map_or(Ok(()), Reader::finish)?;
     let sample = Sample::new(result, watch.finish()?);
     if beside.checkpoint {

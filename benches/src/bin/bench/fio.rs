@@ -5,30 +5,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::workload::{ClientResult, Pattern, Unit};
+use super::workload::{ClientResult, Job, Length, Pattern, Unit};
 use crate::command::output_of;
-
-/// One fio job.
-#[derive(Debug)]
-pub(crate) struct Job {
-    pub(crate) pattern: Pattern,
-    /// Bytes of one request.
-    pub(crate) block_size: u64,
-    /// Requests in flight on each connection.
-    pub(crate) depth: u32,
-    pub(crate) connections: u32,
-    pub(crate) length: Length,
-    /// The unit of throughput.
-    pub(crate) unit: Unit,
-}
-
-/// The end of a job.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Length {
-    Seconds(u64),
-    /// After this many requests, over all connections.
-    Requests(u64),
-}
 
 /// Runs `job` over the first `size` bytes of the disk at `uri`.
 ///

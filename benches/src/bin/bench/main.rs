@@ -27,6 +27,7 @@ mod groups;
 mod image_tools;
 mod interrupt;
 mod lab;
+mod load;
 mod machine;
 mod nbdcopy;
 mod notes;
@@ -211,7 +212,7 @@ fn measure_block(
     launcher.file().settle_and_warm()?;
     let running = launcher.start(server)?;
     let watch = process::Watch::start(running.root_process())?;
-    let result = rows::run(row, running.uri(), options)?;
+    let result = rows::run(row, running.uri(), options, launcher.nbd_cli())?;
     let usage = watch.finish()?;
     Ok(Sample::new(result, usage))
 }

@@ -13,12 +13,11 @@ use anyhow::{Context, Result};
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
 use super::data::DataFile;
-use super::fio::{Job, Length};
 use super::group::Group;
 use super::lab::Lab;
 use super::options::Options;
-use super::workload::{Pattern, Unit};
-use super::{fio, process};
+use super::workload::{Job, Length, Pattern, Unit};
+use super::{load, process};
 use crate::command::output_of;
 
 pub(crate) const GROUP: Group = Group { name: "qcow2", contests, bars, prepare };
@@ -184,7 +183,7 @@ impl Work {
     ) -> Contender {
         let measure = move |lab: &Lab<'_>| {
             let disk = self.make_disk(lab)?;
-            lab.serve_and_run(server(lab, &disk), |uri| self.run(lab.options, uri))
+            lab.serve_and_run(server(lab, &disk), |uri| self.run(lab, uri))
         };
         Contender { name, measure: Box::new(measure) }
     }
@@ -211,7 +210,8 @@ impl Work {
         Ok(fresh)
     }
 
-    fn run(&self, options: &Options, uri: &str) -> Result<super::workload::ClientResult> {
+    fn run(&self, lab: &Lab<'_>, uri: &str) -> Result<super::workload::ClientResult> {
+        let options = lab.options;
         let (size, length) = match self.disk {
             Disk::Full => (options.size, Length::Seconds(options.seconds)),
             Disk::Empty => (EMPTY_BYTES, Length::Requests(EMPTY_WRITES)),
@@ -219,7 +219,7 @@ impl Work {
         };
         let &Self { pattern, block_size, depth, connections, .. } = self;
         let job = Job { pattern, block_size, depth, connections, length, unit: self.unit() };
-        fio::run(&job, uri, size)
+        load::run(&job, uri, size, lab.nbd_cli())
     }
 }
 

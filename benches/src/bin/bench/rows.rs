@@ -1,10 +1,12 @@
 //! The workloads: one row of the table each.
 
+use std::process::Command;
+
 use anyhow::Result;
 
 use super::options::Options;
-use super::workload::{ClientResult, Pattern, Unit};
-use super::{fio, nbdcopy};
+use super::workload::{ClientResult, Job, Length, Pattern, Unit};
+use super::{fio, load, nbdcopy};
 
 /// One workload.
 #[derive(Debug)]
@@ -16,10 +18,19 @@ pub(crate) struct Row {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Workload {
-    /// fio with requests of `block_size` bytes, `depth` of them in flight on one connection.
-    Fio { pattern: Pattern, block_size: u64, depth: u32 },
+    /// Requests of `block_size` bytes, `depth` of them in flight on one connection.
+    Requests { client: Client, pattern: Pattern, block_size: u64, depth: u32 },
     /// nbdcopy of the whole disk to `null:`.
     Copy { connections: u32 },
+}
+
+/// Which program makes the requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Client {
+    /// `nbd-cli bench`.
+    Load,
+    /// fio with its nbd engine, whose own cost hides that of fast servers.
+    Fio,
 }
 
 const SMALL_BYTES: u64 = 4 << 10;
@@ -37,17 +48,33 @@ pub(crate) const ROWS: &[Row] = &[
     small("randwrite-4k-qd64", Pattern::RandomWrite, 64),
     large("read-256k-qd16", Pattern::SequentialRead),
     large("write-256k-qd16", Pattern::SequentialWrite),
+    fio("fio-randread-4k-qd1", Pattern::RandomRead, 1),
+    fio("fio-randread-4k-qd16", Pattern::RandomRead, 16),
+    fio("fio-randwrite-4k-qd16", Pattern::RandomWrite, 16),
     Row { name: "nbdcopy-c1", workload: Workload::Copy { connections: 1 } },
     Row { name: "nbdcopy-c4", workload: Workload::Copy { connections: 4 } },
 ];
 
 const fn small(name: &'static str, pattern: Pattern, depth: u32) -> Row {
-    Row { name, workload: Workload::Fio { pattern, block_size: SMALL_BYTES, depth } }
+    requests(name, Client::Load, pattern, SMALL_BYTES, depth)
+}
+
+const fn fio(name: &'static str, pattern: Pattern, depth: u32) -> Row {
+    requests(name, Client::Fio, pattern, SMALL_BYTES, depth)
 }
 
 const fn large(name: &'static str, pattern: Pattern) -> Row {
-    let depth = SEQUENTIAL_DEPTH;
-    Row { name, workload: Workload::Fio { pattern, block_size: LARGE_BYTES, depth } }
+    requests(name, Client::Load, pattern, LARGE_BYTES, SEQUENTIAL_DEPTH)
+}
+
+const fn requests(
+    name: &'static str,
+    client: Client,
+    pattern: Pattern,
+    block_size: u64,
+    depth: u32,
+) -> Row {
+    Row { name, workload: Workload::Requests { client, pattern, block_size, depth } }
 }
 
 impl Row {
@@ -55,14 +82,14 @@ impl Row {
     pub(crate) fn writes(&self) -> bool {
         matches!(
             self.workload,
-            Workload::Fio { pattern: Pattern::RandomWrite | Pattern::SequentialWrite, .. }
+            Workload::Requests { pattern: Pattern::RandomWrite | Pattern::SequentialWrite, .. }
         )
     }
 
     /// Returns the unit of its throughput.
     pub(crate) fn unit(&self) -> Unit {
         match self.workload {
-            Workload::Fio { block_size: SMALL_BYTES, .. } => Unit::Requests,
+            Workload::Requests { block_size: SMALL_BYTES, .. } => Unit::Requests,
             _ => Unit::Mebibytes,
         }
     }
@@ -71,24 +98,31 @@ impl Row {
     /// requests.
     pub(crate) fn work_name(&self) -> &'static str {
         match self.workload {
-            Workload::Fio { .. } => "request",
+            Workload::Requests { .. } => "request",
             Workload::Copy { .. } => "MiB",
         }
     }
 }
 
-/// Runs the client of `row` against the server at `uri`.
+/// Runs the client of `row` against the server at `uri`; `program` is `nbd-cli`.
 ///
 /// # Errors
 ///
 /// The client is missing, fails, or reports an error of the server.
-pub(crate) fn run(row: &Row, uri: &str, options: &Options) -> Result<ClientResult> {
+pub(crate) fn run(
+    row: &Row,
+    uri: &str,
+    options: &Options,
+    program: Command,
+) -> Result<ClientResult> {
     match row.workload {
-        Workload::Fio { pattern, block_size, depth } => {
-            let length = fio::Length::Seconds(options.seconds);
-            let unit = row.unit();
-            let job = fio::Job { pattern, block_size, depth, connections: 1, length, unit };
-            fio::run(&job, uri, options.size)
+        Workload::Requests { client, pattern, block_size, depth } => {
+            let length = Length::Seconds(options.seconds);
+            let job = Job { pattern, block_size, depth, connections: 1, length, unit: row.unit() };
+            match client {
+                Client::Load => load::run(&job, uri, options.size, program),
+                Client::Fio => fio::run(&job, uri, options.size),
+            }
         }
         Workload::Copy { connections } => {
             nbdcopy::run(uri, connections, options.size, options.seconds)
@@ -104,7 +138,8 @@ mod tests {
     fn names_are_unique_and_say_what_is_measured() {
         for (index, row) in ROWS.iter().enumerate() {
             assert!(ROWS[index + 1..].iter().all(|other| other.name != row.name), "{}", row.name);
-            if let Workload::Fio { depth, .. } = row.workload {
+            if let Workload::Requests { depth, client, .. } = row.workload {
+                assert_eq!(row.name.starts_with("fio-"), client == Client::Fio, "{}", row.name);
                 assert!(row.name.ends_with(&format!("-qd{depth}")), "{}", row.name);
             }
             assert_eq!(row.writes(), row.name.contains("write"), "{}", row.name);

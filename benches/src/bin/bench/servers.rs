@@ -108,6 +108,11 @@ impl<'a> Launcher<'a> {
         Ok(Self { file, size, directory, target_directory })
     }
 
+    /// The program of this workspace.
+    pub(crate) fn nbd_cli(&self) -> Command {
+        Command::new(self.target_directory.join("release").join("nbd-cli"))
+    }
+
     /// The file that is served.
     pub(crate) fn file(&self) -> &DataFile {
         self.file

@@ -34,7 +34,7 @@ pub(crate) fn render(report: &Report) -> String {
             "for each measure on its own. Memory: peak of all processes of the server. Client: the\n",
         );
         text.push_str(
-            "share of a core that fio uses; near 100 % a faster server can add little or nothing.\n",
+            "share of a core that it uses; near 100 % a faster server can add little or nothing.\n",
         );
         text.push_str(&bar_lines(&report.bars));
     }

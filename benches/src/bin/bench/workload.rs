@@ -27,6 +27,28 @@ impl Unit {
     }
 }
 
+/// What a client that makes requests has to do.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) pattern: Pattern,
+    /// Bytes of one request.
+    pub(crate) block_size: u64,
+    /// Requests in flight on each connection.
+    pub(crate) depth: u32,
+    pub(crate) connections: u32,
+    pub(crate) length: Length,
+    /// What the throughput counts.
+    pub(crate) unit: Unit,
+}
+
+/// When a job is over.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Length {
+    Seconds(u64),
+    /// After so many requests, over all connections.
+    Requests(u64),
+}
+
 /// The client's measurements.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct ClientResult {
