@@ -34,13 +34,13 @@ use programs::Programs;
 use random::Random;
 use report::Report;
 
-/// Rounds that are still running this long after the last start are considered hung.
+/// Rounds that are under way this long after the last was begun never end.
 const LONGEST_ROUND: Duration = Duration::from_secs(1800);
 
-/// The arguments of `cargo xtask soak`.
+/// What `cargo xtask soak` is asked to do.
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Time during which new rounds are started, in minutes; running ones are then completed.
+    /// How long new rounds are begun, in minutes; those under way then are finished.
     #[arg(long, value_name = "N", default_value_t = 10)]
     minutes: u64,
     /// The seed from which all rounds derive theirs [default: from the clock]
@@ -52,13 +52,13 @@ pub(crate) struct Options {
     /// Repeat one round of one judge.
     #[arg(long, value_name = "JUDGE:SEED", conflicts_with_all = ["only", "seed", "minutes"])]
     repeat: Option<String>,
-    /// Number of concurrent rounds [default: one for each core]
+    /// How many rounds run at the same time [default: one for each core]
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
-    /// Directory for failed rounds [default: target/soak]
+    /// Where failing rounds are kept [default: target/soak]
     #[arg(long, value_name = "DIRECTORY")]
     keep: Option<PathBuf>,
-    /// Print the judges with a description.
+    /// Print the judges and what each does.
     #[arg(long)]
     list: bool,
     /// The profile with which programs and tests are built.
@@ -67,18 +67,13 @@ pub(crate) struct Options {
 }
 
 impl Options {
-    /// The run in continuous integration: two minutes, with the profile of the tests and a fixed
-    /// seed. Damaged images are left out: the same images are a test already, and a difference from
-    /// QEMU in others must not block an unrelated change.
+    /// What continuous integration runs: two minutes of every judge, with the programs and tests that
+    /// are built already, and always from the same seed.
     pub(crate) fn continuous_integration() -> Self {
         Self {
             minutes: 2,
             seed: Some(1),
-            only: judge::all()
-                .iter()
-                .map(|judge| judge.name().to_owned())
-                .filter(|name| name != "damage")
-                .collect(),
+            only: Vec::new(),
             repeat: None,
             jobs: None,
             keep: None,
@@ -92,7 +87,7 @@ impl Options {
 ///
 /// # Errors
 ///
-/// A round failed, or a program that the judges need cannot be built.
+/// A round failed, or something that the judges need cannot be built.
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.list {
         for judge in judge::all() {
@@ -191,7 +186,7 @@ impl Soak {
         self.report.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Runs a round of the judge with the least time so far.
+    /// Runs a round of the judge that had the least time so far.
     fn next_round(&self, seeds: &Mutex<Random>) {
         let seed = seeds.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
         let index = self.report().begin_round();
