@@ -1,7 +1,7 @@
 //! Code shared by the benches.
 #![allow(dead_code, reason = "no bench uses all of it")]
 
-use nbd_proto::handshake::{ExportDescription, Negotiated};
+use nbd_proto::handshake::{ExportDescription, MinimumBlockSize, Negotiated};
 use nbd_proto::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 
 /// Every form of replies, with the name it has in the results.
@@ -24,6 +24,7 @@ pub(crate) fn export() -> ExportDescription {
         size: DISK_SIZE,
         flags,
         block_sizes: BlockSizes::default(),
+        minimum_block_size: MinimumBlockSize::Enforced,
         meta_contexts: vec![
             MetaContextName::base_allocation(),
             MetaContextName::qemu_allocation_depth(),

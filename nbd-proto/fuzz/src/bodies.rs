@@ -10,7 +10,9 @@ use nbd_proto::handshake::client::{
     Answer, AwaitStep, Awaiting, ClientHandshake, ClientStep, ExportStep, InfoRequest, OptionPhase,
 };
 use nbd_proto::handshake::server::{GoAnswer, Handshake, HandshakeStep, ServerConfig, TlsPolicy};
-use nbd_proto::handshake::{ExportDescription, ListedExport, Negotiated, RefusalReason};
+use nbd_proto::handshake::{
+    ExportDescription, ListedExport, MinimumBlockSize, Negotiated, RefusalReason,
+};
 use nbd_proto::transmission::client::{Event, Transmission as Client};
 use nbd_proto::transmission::server::{Parsed, Transmission as Server};
 use nbd_proto::transmission::{Command, ExtentLimit, Fragmentation};
@@ -49,6 +51,7 @@ fn export(name: &str) -> ExportDescription {
         size: SIZE,
         flags: TransmissionFlags::all() - TransmissionFlags::READ_ONLY,
         block_sizes: BlockSizes::default(),
+        minimum_block_size: MinimumBlockSize::Enforced,
         meta_contexts: vec![
             MetaContextName::base_allocation(),
             MetaContextName::qemu_allocation_depth(),

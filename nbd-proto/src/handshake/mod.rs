@@ -21,7 +21,7 @@ pub mod server;
 
 use crate::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 
-pub use options::{ExportDescription, ListedExport, OptionError, RefusalReason};
+pub use options::{ExportDescription, ListedExport, MinimumBlockSize, OptionError, RefusalReason};
 
 /// The result of the handshake: everything that the transmission phase needs.
 #[derive(Debug, Clone, PartialEq, Eq)]

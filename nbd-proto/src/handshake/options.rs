@@ -5,6 +5,17 @@ use std::fmt;
 use crate::codec::PeerText;
 use crate::wire::{BlockSizes, MetaContextName, OptionReplyType, ReplyMode, TransmissionFlags};
 
+/// Whether requests have to keep to the minimum block size of an export.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum MinimumBlockSize {
+    /// A client has to request block sizes if the minimum exceeds 1, and requests that break it fail.
+    #[default]
+    Enforced,
+    /// It is advice, as QEMU's server gives it: a client that does not request block sizes is told a
+    /// minimum of 1, and requests of any alignment succeed.
+    Advised,
+}
+
 /// The information that INFO, GO and EXPORT_NAME report about one export.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExportDescription {
@@ -18,13 +29,23 @@ pub struct ExportDescription {
     /// Transmission flags of the export. [`Self::flags_in`] removes those that a connection cannot
     /// use.
     pub flags: TransmissionFlags,
-    /// Block size constraints that the server enforces.
+    /// Block size constraints that clients are told.
     pub block_sizes: BlockSizes,
+    /// Whether the server enforces the smallest of them.
+    pub minimum_block_size: MinimumBlockSize,
     /// Every metadata context of the export, in its own order.
     pub meta_contexts: Vec<MetaContextName>,
 }
 
 impl ExportDescription {
+    /// The block sizes without a minimum where that is only advice.
+    pub(crate) fn enforced_block_sizes(&self) -> BlockSizes {
+        match self.minimum_block_size {
+            MinimumBlockSize::Enforced => self.block_sizes,
+            MinimumBlockSize::Advised => self.block_sizes.without_minimum(),
+        }
+    }
+
     /// Returns the transmission flags that a connection in `mode` advertises: HAS_FLAGS always,
     /// SEND_DF only with structured or extended replies, BLOCK_STATUS_PAYLOAD only with extended
     /// headers and an export that has contexts, SEND_RESIZE (a draft) never.
@@ -132,6 +153,7 @@ mod tests {
             size: 0,
             flags: TransmissionFlags::all(),
             block_sizes: BlockSizes::default(),
+            minimum_block_size: MinimumBlockSize::Enforced,
             meta_contexts: vec![MetaContextName::base_allocation()],
         };
         let has = |export: &ExportDescription, mode, flag| export.flags_in(mode).contains(flag);

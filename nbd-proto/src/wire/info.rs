@@ -67,6 +67,12 @@ impl BlockSizes {
         Ok(Self { minimum, preferred, maximum_payload })
     }
 
+    /// The same constraints with a minimum of 1.
+    #[must_use]
+    pub const fn without_minimum(self) -> Self {
+        Self { minimum: 1, ..self }
+    }
+
     /// The minimum block size, in bytes: every request is a multiple of it.
     #[must_use]
     pub const fn minimum(&self) -> u32 {

@@ -13,12 +13,14 @@ pub mod listing;
 use bytes::BytesMut;
 use nbd_proto::ProtocolError;
 use nbd_proto::handshake::server::{BeforeTls, GoAnswer, Handshake, HandshakeStep, ServerConfig};
-use nbd_proto::handshake::{ExportDescription, ListedExport, Negotiated, RefusalReason};
+use nbd_proto::handshake::{
+    ExportDescription, ListedExport, MinimumBlockSize, Negotiated, RefusalReason,
+};
 use nbd_proto::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 
 pub const DISK_SIZE: u64 = 1 << 20;
 
-/// `disk` (everything), `sectors` (512-byte blocks), `ro` (read-only, an odd size); no name at all
+/// `disk` (everything), `sectors` (512-byte blocks), `advice` (such blocks as mere advice), `ro` (read-only, an odd size); no name at all
 /// means `disk`.
 pub fn export(name: &str) -> Option<ExportDescription> {
     let everything = ExportDescription {
@@ -30,6 +32,7 @@ pub fn export(name: &str) -> Option<ExportDescription> {
             - TransmissionFlags::SEND_RESIZE
             - TransmissionFlags::ROTATIONAL,
         block_sizes: BlockSizes::default(),
+        minimum_block_size: MinimumBlockSize::Enforced,
         meta_contexts: vec![
             MetaContextName::base_allocation(),
             MetaContextName::qemu_allocation_depth(),
@@ -42,6 +45,13 @@ pub fn export(name: &str) -> Option<ExportDescription> {
             name: name.into(),
             description: None,
             block_sizes: BlockSizes::new(512, 4096, 65536).unwrap(),
+            ..everything
+        }),
+        "advice" => Some(ExportDescription {
+            name: name.into(),
+            description: None,
+            block_sizes: BlockSizes::new(512, 4096, 65536).unwrap(),
+            minimum_block_size: MinimumBlockSize::Advised,
             ..everything
         }),
         "ro" => Some(ExportDescription {

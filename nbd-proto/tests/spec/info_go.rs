@@ -92,6 +92,19 @@ fn block_sizes_have_to_be_asked_for_when_they_are_not_the_default() {
 }
 
 #[test]
+fn a_minimum_block_size_that_is_advice_is_told_to_those_who_ask_and_enforced_for_nobody() {
+    for (wanted, told) in [(&[][..], 1), (&[3][..], 512)] {
+        let mut server = probe();
+        let replies = server.option(opt::GO, &info_payload(b"advice", wanted)).unwrap();
+        let sizes = replies.iter().find(|(_, payload)| payload.starts_with(&[0, 3])).unwrap();
+        assert_eq!(sizes.1[2..6], u32::to_be_bytes(told));
+        let negotiated = server.negotiated();
+        assert_eq!(negotiated.block_sizes.minimum(), 1);
+        assert_eq!(negotiated.block_sizes.maximum_payload(), 65536);
+    }
+}
+
+#[test]
 fn flags_fit_the_reply_mode() {
     let flags = |prelude: &[u32]| {
         let mut server = probe();

@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use nbd_proto::wire::{BlockDescriptor, BlockSizes, Errno, MetaContextName, TransmissionFlags};
 
+pub use nbd_proto::handshake::MinimumBlockSize;
 pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
 
 pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView, StatusFn};
@@ -39,6 +40,8 @@ pub struct ExportInfo {
     pub flags: TransmissionFlags,
     /// Which requests the export accepts and likes; enforced by the server.
     pub block_sizes: BlockSizes,
+    /// Whether the smallest of them is enforced; if not, the methods take any alignment.
+    pub minimum_block_size: MinimumBlockSize,
     /// The metadata contexts [`Export::block_status`] can answer.
     pub meta_contexts: Vec<MetaContextName>,
 }
@@ -51,6 +54,7 @@ impl ExportInfo {
             size,
             flags: TransmissionFlags::HAS_FLAGS,
             block_sizes: BlockSizes::default(),
+            minimum_block_size: MinimumBlockSize::Enforced,
             meta_contexts: Vec::new(),
         }
     }

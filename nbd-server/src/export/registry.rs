@@ -150,6 +150,7 @@ impl ExportEntry {
                 | TransmissionFlags::SEND_DF
                 | TransmissionFlags::BLOCK_STATUS_PAYLOAD,
             block_sizes: info.block_sizes,
+            minimum_block_size: info.minimum_block_size,
             meta_contexts: info.meta_contexts,
         }
     }

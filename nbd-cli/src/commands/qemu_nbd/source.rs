@@ -10,7 +10,8 @@ use nbd_jobs::qemu_name::path_in;
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 use nbd_server::export::filters::{
-    Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, WriteCache, ZeroUnit,
+    AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, WriteCache,
+    ZeroUnit,
 };
 
 use super::image_options::{Described, Place, unknown_driver};
@@ -49,6 +50,12 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
     let mut choices = choices(options, &disk).map_err(failed)?;
     let (image, remote) = open_image(&mut choices, &disk).map_err(failed)?;
     warn_of_guess(&choices, &image, &shown.to_string());
+    let is_detected = choices.format.is_none() && image.format() == Format::Raw;
+    if is_detected && choices.window == Window::default() {
+        // QEMU's guard of the first sector of a raw image that was detected works on sectors. A
+        // part of the disk is served by another driver, which takes any alignment.
+        choices.filter.advised_minimum = AdvisedMinimum::Sector;
+    }
     choices.export_of(image, remote).map_err(|error| failed(error.to_string()))
 }
 

@@ -22,7 +22,7 @@ fn negotiated(session: Session, name: String, export: &ExportDescription) -> Neg
         flags: transmission_flags(&session, &name, export),
         meta_contexts: contexts_for(session.selection, &name),
         export_name: name,
-        block_sizes: export.block_sizes,
+        block_sizes: export.enforced_block_sizes(),
         reply_mode: session.reply_mode,
     }
 }
@@ -88,7 +88,7 @@ impl InfoQuestion {
             export.flags_in(session.reply_mode)
         };
         reply::put_info(out, option, export, flags, self.wanted);
-        let refused = export.block_sizes.minimum() > 1 && !self.wanted.block_size;
+        let refused = export.enforced_block_sizes().minimum() > 1 && !self.wanted.block_size;
         if refused {
             let message = "this export has a minimum block size: ask for BLOCK_SIZE and obey it";
             reply::put_error(out, option, OptionReplyType::ERR_BLOCK_SIZE_REQD, message);

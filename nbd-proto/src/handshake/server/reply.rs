@@ -91,10 +91,11 @@ pub(super) fn put_info(
     if let (true, Some(description)) = (wanted.description, &export.description) {
         put_item(InfoType::DESCRIPTION, truncate_text(description, MAX_STRING_LEN).as_bytes());
     }
+    let told = if wanted.block_size { export.block_sizes } else { export.enforced_block_sizes() };
     let mut sizes = Vec::with_capacity(12);
-    sizes.put_u32(export.block_sizes.minimum());
-    sizes.put_u32(export.block_sizes.preferred());
-    sizes.put_u32(export.block_sizes.maximum_payload());
+    sizes.put_u32(told.minimum());
+    sizes.put_u32(told.preferred());
+    sizes.put_u32(told.maximum_payload());
     put_item(InfoType::BLOCK_SIZE, &sizes);
     let mut content = Vec::with_capacity(10);
     content.put_u64(export.size);

@@ -27,8 +27,8 @@ mod requests;
 mod window;
 
 pub use options::{
-    Blocking, DetectZeroes, Discard, FilterOptions, Medium, MultiConn, PreferredSize, WriteCache,
-    ZeroUnit,
+    AdvisedMinimum, Blocking, DetectZeroes, Discard, FilterOptions, Medium, MultiConn,
+    PreferredSize, WriteCache, ZeroUnit,
 };
 pub use requests::RequestFilter;
 pub use window::{Window, WindowError};

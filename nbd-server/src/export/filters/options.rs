@@ -91,6 +91,18 @@ pub enum PreferredSize {
     Page,
 }
 
+/// The minimum block size that clients are told.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum AdvisedMinimum {
+    /// That of the export.
+    #[default]
+    Inherit,
+    /// 512 bytes for clients that request block sizes, where the export has no minimum. Requests of
+    /// any alignment are served.
+    Sector,
+}
+
 /// What a [`RequestFilter`](super::RequestFilter) changes. The default changes nothing.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -111,4 +123,6 @@ pub struct FilterOptions {
     pub medium: Medium,
     /// The preferred block size that clients are told.
     pub preferred_size: PreferredSize,
+    /// The minimum block size that clients are told.
+    pub advised_minimum: AdvisedMinimum,
 }

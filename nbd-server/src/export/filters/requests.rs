@@ -5,16 +5,19 @@ use std::sync::Arc;
 use nbd_proto::wire::{BlockSizes, TransmissionFlags};
 
 use super::options::{
-    Blocking, DetectZeroes, Discard, FilterOptions, Medium, MultiConn, PreferredSize, WriteCache,
-    ZeroUnit,
+    AdvisedMinimum, Blocking, DetectZeroes, Discard, FilterOptions, Medium, MultiConn,
+    PreferredSize, WriteCache, ZeroUnit,
 };
 use crate::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
-    Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    MinimumBlockSize, Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// In bytes; what direct I/O is aligned to, and the least unit that clients are told to prefer.
 const PAGE: u64 = 4096;
+
+/// In bytes; what clients are advised to align requests to.
+const SECTOR: u32 = 512;
 
 impl FilterOptions {
     /// Puts a [`RequestFilter`] in front of `inner`; gives `inner` itself if nothing is changed.
@@ -92,6 +95,15 @@ impl Filter for RequestFilter {
             let preferred = minimum.max(PAGE as u32);
             info.block_sizes =
                 BlockSizes::new(minimum, preferred, maximum).unwrap_or(info.block_sizes);
+        }
+        if self.options.advised_minimum == AdvisedMinimum::Sector && info.block_sizes.minimum() == 1
+        {
+            let sizes = info.block_sizes;
+            let advised = BlockSizes::new(SECTOR, sizes.preferred(), sizes.maximum_payload());
+            if let Ok(advised) = advised {
+                info.block_sizes = advised;
+                info.minimum_block_size = MinimumBlockSize::Advised;
+            }
         }
         info
     }
