@@ -61,6 +61,7 @@
 mod backup;
 mod bitmap;
 mod bytes;
+mod cache_mode;
 mod chain;
 mod create_options;
 mod driver;
@@ -94,6 +95,7 @@ pub use bitmap::{
     BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
     DirtyBits, DirtyExtent, Recording,
 };
+pub use cache_mode::CacheMode;
 pub use create_options::{
     Amendment, CompressionType, CreateOptions, DataFile, L2Entries, LazyRefcounts, Preallocation,
     Qcow2Version,
@@ -106,7 +108,7 @@ pub use info::{BitmapEntry, ImageInfo, Qcow2Info};
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping, ReadMap};
 pub use open_policy::{NameReader, NameTarget, OpenPolicy, SchemeOpener};
-pub use options::{Access, BackingFile, Locking, OpenOptions, Survives, Syncing, UnlockedHook};
+pub use options::{Access, BackingFile, Locking, OpenOptions, Survives, UnlockedHook};
 pub use qcow2::{CheckReport, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapSafety, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::cache_mode::CacheMode;
 use crate::error::Result;
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
@@ -78,18 +79,6 @@ pub enum Survives {
     PowerLoss,
 }
 
-/// Whether writes are put on stable storage.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Syncing {
-    /// Flushes and writes with FUA are durable when they return.
-    #[default]
-    On,
-    /// They return at once, and a power failure can destroy the image: for new images on which
-    /// nobody depends yet, such as the result of a conversion. Writes are safe from a crash of the
-    /// process only.
-    Off,
-}
-
 /// Options for opening an image; created with [`OpenOptions::new`] and changed field by field.
 ///
 /// ```
@@ -108,8 +97,8 @@ pub struct OpenOptions {
     pub access: Access,
     /// Whether it is locked while it is open.
     pub locking: Locking,
-    /// Whether writes are put on stable storage.
-    pub syncing: Syncing,
+    /// The use of the page cache, and when changes are durable: for the image and the files it names.
+    pub cache: CacheMode,
     /// The other files that the image may name.
     pub policy: OpenPolicy,
     /// The treatment of the backing file that the image names.
@@ -163,17 +152,17 @@ impl OpenOptions {
 
     /// Opens a file as these options say.
     pub(crate) fn open_file(&self, path: &Path, access: Access) -> Result<FileStorage> {
-        let storage = FileStorage::open(path, access, self.locking)?.with_syncing(self.syncing);
+        let storage = FileStorage::open_cached(path, access, self.locking, self.cache)?;
         if let (true, Some(hook)) = (storage.lacks_locks(), &self.on_unlocked.0) {
             hook(path);
         }
         Ok(storage)
     }
 
-    /// Sets whether writes are put on stable storage.
+    /// Sets the use of the page cache, and when changes are durable.
     #[must_use]
-    pub fn syncing(mut self, syncing: Syncing) -> Self {
-        self.syncing = syncing;
+    pub fn cache(mut self, cache: CacheMode) -> Self {
+        self.cache = cache;
         self
     }
 

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
+use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::driver::{BackingLayer, Chain};
 use crate::error::{Error, ErrorKind, Result};
@@ -22,7 +23,9 @@ use crate::mapping::{Holes, Lookup, Mapped, Mapping, ReadMap};
 use crate::options::{Access, OpenOptions};
 use crate::qcow2::{CheckReport, Qcow2, Repair};
 use crate::read;
-use crate::storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};
+use crate::storage::{
+    Capabilities, DirectAlignment, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode,
+};
 use crate::units::{GuestOffset, GuestRange};
 
 /// Whether a disk may become smaller, which loses what is at its end.
@@ -45,6 +48,9 @@ pub struct Image {
     chain: Chain,
     path: Option<Box<Path>>,
     access: Access,
+    cache: CacheMode,
+    /// Of the file of the image itself, if its data passes the page cache by.
+    direct: Option<DirectAlignment>,
 }
 
 impl Image {
@@ -82,8 +88,10 @@ impl Image {
         path: Option<&Path>,
         options: &OpenOptions,
     ) -> Result<Self> {
+        let direct = storage.direct_alignment();
         let chain = chain::open(storage, path, options)?;
-        Ok(Self { chain, path: path.map(Into::into), access: options.access })
+        let (path, access, cache) = (path.map(Into::into), options.access, options.cache);
+        Ok(Self { chain, path, access, cache, direct })
     }
 
     /// The size of the virtual disk in bytes.
@@ -114,6 +122,21 @@ impl Image {
     /// Whether the image may be changed.
     pub fn access(&self) -> Access {
         self.access
+    }
+
+    /// How the page cache is used, and when changes are durable.
+    pub fn cache_mode(&self) -> CacheMode {
+        self.cache
+    }
+
+    /// The alignment of transfers from and to the image's file, if they pass the page cache by.
+    pub fn direct_alignment(&self) -> Option<DirectAlignment> {
+        self.direct
+    }
+
+    /// What the caller asks for, or more where the cache mode does.
+    fn durability(&self, wanted: Durability) -> Durability {
+        if self.cache.is_writethrough() { Durability::Fua } else { wanted }
     }
 
     /// The file the image was opened from, if it was one.
@@ -186,12 +209,14 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
+        let durability = self.durability(durability);
         self.writable().write_at(offset, data, durability).map_err(|error| self.name(error))
     }
 
     /// Writes `data` from `offset` on, into the page cache, if that needs nothing from the disk:
     /// neither metadata nor, for a cluster that gets a new place, old content that is not in the
-    /// page cache. A raw image always does it.
+    /// page cache. A raw image always does it. Where the cache mode passes the page cache by, or has
+    /// every write durable when it returns, the answer is [`TryWrite::WouldBlock`].
     ///
     /// # Errors
     ///
@@ -200,6 +225,9 @@ impl Image {
         let range = self.check_change("write to", offset, data.len() as u64)?;
         if range.is_empty() {
             return Ok(TryWrite::Complete);
+        }
+        if self.cache.is_writethrough() || self.direct.is_some() {
+            return Ok(TryWrite::WouldBlock);
         }
         self.writable().try_write_at(offset, data).map_err(|error| self.name(error))
     }
@@ -219,7 +247,11 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
-        self.writable().write_compressed(offset, data).map_err(|error| self.name(error))
+        self.writable().write_compressed(offset, data).map_err(|error| self.name(error))?;
+        match self.durability(Durability::Cached) {
+            Durability::Cached => Ok(()),
+            Durability::Fua => self.flush(),
+        }
     }
 
     /// Sets a range to zero.
@@ -239,6 +271,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
+        let durability = self.durability(durability);
         let result = self.writable().write_zeroes(range, mode, speed, durability);
         result.map_err(|error| self.name(error))
     }
@@ -255,6 +288,7 @@ impl Image {
         if range.is_empty() {
             return Ok(());
         }
+        let durability = self.durability(durability);
         self.writable().discard(range, durability).map_err(|error| self.name(error))
     }
 
@@ -459,8 +493,12 @@ impl Image {
         read::map(self.layer(), range, (holes, lookup), each).map_err(|error| self.name(error))
     }
 
-    /// The file whose bytes are the disk's, one to one, if the image is raw and lies in a file.
+    /// The file whose bytes are the disk's, one to one, if the image is raw, lies in a file, and its
+    /// data goes through the page cache.
     pub fn raw_fd(&self) -> Option<BorrowedFd<'_>> {
+        if self.direct.is_some() {
+            return None;
+        }
         self.chain.top.raw_storage()?.as_fd()
     }
 

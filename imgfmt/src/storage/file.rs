@@ -1,7 +1,7 @@
 //! Regular files and block devices.
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -10,14 +10,19 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use rustix::fs::{Advice, FallocateFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::alignment::DirectAlignment;
+use super::direct::Direct;
 use super::known_data::KnownData;
 use super::lock::{self, LockOutcome};
+use super::opening::{identity_from, open_error};
 use super::{
-    Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode, zero,
+    Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode,
+    durable, zero,
 };
+use crate::cache_mode::CacheMode;
 use crate::error::{Error, ErrorKind, Result, is_not_supported};
 use crate::extent::ExtentKind;
-use crate::options::{Access, Locking, Syncing};
+use crate::options::{Access, Locking};
 use crate::sys;
 use crate::units::HostOffset;
 
@@ -28,7 +33,9 @@ pub struct FileStorage {
     kind: Kind,
     identity: FileIdentity,
     preferred_size: u32,
-    syncing: Syncing,
+    cache: CacheMode,
+    /// Present in the modes that pass the page cache by.
+    direct: Option<Box<Direct>>,
     lacks_locks: bool,
     /// Operations that this file system has turned out to lack; they are not tried again.
     lacks: Lacks,
@@ -63,6 +70,32 @@ impl FileStorage {
     /// `InvalidInput` for a file that is to be written and shared with other writers.
     pub fn open(path: &Path, access: Access, locking: Locking) -> Result<Self> {
         Self::open_with(path, access, locking, OFlags::empty())
+    }
+
+    /// As [`open`](Self::open), with a say in how the page cache is used and whether syncs count. That
+    /// every change is durable in some modes is seen to by [`Image`](crate::Image), which asks for it.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open), and `Unsupported` if data is to pass the page cache by and the file
+    /// system does not have that.
+    pub fn open_cached(
+        path: &Path,
+        access: Access,
+        locking: Locking,
+        cache: CacheMode,
+    ) -> Result<Self> {
+        let mut storage = Self::open(path, access, locking)?;
+        storage.cache = cache;
+        if cache.is_direct() {
+            let device_block = match storage.kind {
+                Kind::Regular => None,
+                Kind::BlockDevice { logical_block_size } => Some(logical_block_size),
+            };
+            let direct = Direct::open(path, access, storage.identity, device_block)?;
+            storage.direct = Some(Box::new(direct));
+        }
+        Ok(storage)
     }
 
     /// Opens a block device for writing that is neither mounted nor a part of another one, and
@@ -125,22 +158,18 @@ impl FileStorage {
             kind,
             identity,
             preferred_size: block_size.clamp(4096, 1 << 20).next_power_of_two(),
-            syncing: Syncing::On,
+            cache: CacheMode::default(),
+            direct: None,
             lacks_locks: false,
             lacks,
             known_data: Box::default(),
         }
     }
 
-    /// Sets whether writes are put on stable storage; by default they are.
-    #[must_use]
-    pub fn with_syncing(mut self, syncing: Syncing) -> Self {
-        self.syncing = syncing;
-        self
-    }
-
     fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
         let mode = mode | FallocateFlags::KEEP_SIZE;
+        let range = offset..offset.saturating_add(length);
+        let _held = self.direct.as_deref().map(|direct| direct.hold(range));
         loop {
             match rustix::fs::fallocate(&self.file, mode, offset, length) {
                 Err(Errno::INTR) => {}
@@ -200,26 +229,6 @@ impl FileStorage {
         }
         (length, rustix::fs::seek(&self.file, SeekFrom::Hole(0)).unwrap_or(0))
     }
-
-    fn write_through(&self, mut offset: u64, mut data: &[u8]) -> io::Result<()> {
-        while !data.is_empty() {
-            let flags = ReadWriteFlags::DSYNC;
-            match rustix::io::pwritev2(&self.file, &[IoSlice::new(data)], offset, flags) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(written) => {
-                    data = data.get(written..).unwrap_or_default();
-                    offset += written as u64;
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
-                    self.file.write_all_at(data, offset)?;
-                    return self.sync();
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Drop for FileStorage {
@@ -239,6 +248,9 @@ impl Storage for FileStorage {
     }
 
     fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(direct) = &self.direct {
+            return direct.read_at(offset.bytes(), buffer);
+        }
         let mut done = 0;
         while done < buffer.len() {
             let position = offset.bytes().saturating_add(done as u64);
@@ -253,11 +265,15 @@ impl Storage for FileStorage {
     }
 
     fn write_at(&self, offset: HostOffset, data: &[u8], durability: Durability) -> io::Result<()> {
-        match (durability, self.syncing) {
-            (Durability::Cached, _) | (_, Syncing::Off) => {
-                self.file.write_all_at(data, offset.bytes())?;
+        let durability = if self.cache.syncs() { durability } else { Durability::Cached };
+        match (&self.direct, durability) {
+            (Some(direct), _) => {
+                direct.write_at(&self.file, || self.len(), offset.bytes(), data, durability)?;
             }
-            (Durability::Fua, Syncing::On) => self.write_through(offset.bytes(), data)?,
+            (None, Durability::Cached) => self.file.write_all_at(data, offset.bytes())?,
+            (None, Durability::Fua) => {
+                durable::write_all(&self.file, offset.bytes(), data, 1, durability)?;
+            }
         }
         self.known_data.insert(offset.bytes(), data.len() as u64);
         Ok(())
@@ -266,6 +282,7 @@ impl Storage for FileStorage {
     fn set_len(&self, length: u64) -> io::Result<()> {
         match self.kind {
             Kind::Regular => {
+                let _held = self.direct.as_deref().map(|direct| direct.hold_end(length));
                 let resized = self.file.set_len(length);
                 // What is cut off comes back as a hole if the file grows again.
                 self.known_data.remove(length, u64::MAX - length);
@@ -281,16 +298,13 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        match self.syncing {
-            Syncing::On => self.file.sync_data(),
-            Syncing::Off => Ok(()),
-        }
+        if self.cache.syncs() { self.file.sync_data() } else { Ok(()) }
     }
 
     fn capabilities(&self) -> Capabilities {
         let can_punch = !self.lacks.punch_hole.load(Relaxed);
         let minimum_size = match self.kind {
-            Kind::Regular => 1,
+            Kind::Regular => self.direct_alignment().map_or(1, |alignment| alignment.offset),
             Kind::BlockDevice { logical_block_size } => {
                 u32::try_from(logical_block_size).unwrap_or(512)
             }
@@ -304,7 +318,7 @@ impl Storage for FileStorage {
     }
 
     fn try_read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<TryRead> {
-        if self.lacks.no_wait.load(Relaxed) {
+        if self.direct.is_some() || self.lacks.no_wait.load(Relaxed) {
             return Ok(TryRead::WouldBlock);
         }
         let wanted = buffer.len();
@@ -395,6 +409,9 @@ impl Storage for FileStorage {
     }
 
     fn readahead(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        if self.direct.is_some() {
+            return Ok(()); // What would be read ahead into is passed by.
+        }
         let length = std::num::NonZeroU64::new(length);
         Ok(rustix::fs::fadvise(&self.file, offset.bytes(), length, Advice::WillNeed)?)
     }
@@ -406,30 +423,16 @@ impl Storage for FileStorage {
         }
     }
 
+    fn direct_alignment(&self) -> Option<DirectAlignment> {
+        self.direct.as_deref().map(Direct::alignment)
+    }
+
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.file.as_fd())
     }
 
     fn identity(&self) -> Option<FileIdentity> {
         Some(self.identity)
-    }
-}
-
-fn identity_from(metadata: &Metadata) -> FileIdentity {
-    let is_device = metadata.file_type().is_block_device();
-    FileIdentity {
-        device: if is_device { metadata.rdev() } else { metadata.dev() },
-        inode: if is_device { 0 } else { metadata.ino() },
-    }
-}
-
-fn open_error(path: &Path) -> impl Fn(io::Error) -> Error {
-    move |error| match error.raw_os_error().map(Errno::from_raw_os_error) {
-        Some(Errno::BUSY) => {
-            let detail = "the device is mounted or in use by the kernel; stop it first";
-            Error::new(ErrorKind::Busy, "write to", detail).with_path(path)
-        }
-        _ => Error::from_io("open", error).with_path(path),
     }
 }
 

@@ -4,12 +4,18 @@
 //! of image formats. Six methods are required; the others have correct defaults, which
 //! [`FileStorage`] replaces with faster operations of the operating system.
 
+mod alignment;
+mod bounce;
+mod direct;
+mod durable;
 #[cfg(any(test, feature = "test-util"))]
 pub mod fault;
 mod file;
 mod known_data;
 mod lock;
 mod memory;
+mod opening;
+mod range_locks;
 mod zero;
 
 use std::fmt;
@@ -19,6 +25,7 @@ use std::os::fd::BorrowedFd;
 use crate::extent::ExtentKind;
 use crate::units::HostOffset;
 
+pub use alignment::DirectAlignment;
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
 
@@ -247,7 +254,15 @@ pub trait Storage: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
-    /// Returns the descriptor of the underlying file, if bytes may be moved from it directly.
+    /// The alignment of transfers that pass the page cache by, if those of this storage do. Requests may
+    /// have any alignment all the same. Then every transfer waits for the medium, so callers that must
+    /// not wait leave it to a thread; and no bytes may be moved from [`as_fd`](Self::as_fd).
+    fn direct_alignment(&self) -> Option<DirectAlignment> {
+        None
+    }
+
+    /// Returns the descriptor of the underlying file, if there is one. Bytes may be moved from it unless
+    /// there is a [`direct_alignment`](Self::direct_alignment).
     fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         None
     }

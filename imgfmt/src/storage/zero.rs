@@ -8,7 +8,11 @@ use crate::units::HostOffset;
 /// Size of one write of zeroes: large enough for full speed, small enough to keep around.
 const ZERO_BUFFER_SIZE: usize = 256 * 1024;
 
-static ZEROES: [u8; ZERO_BUFFER_SIZE] = [0; ZERO_BUFFER_SIZE];
+/// Aligned for direct I/O, which otherwise would copy it.
+#[repr(align(4096))]
+struct Zeroes([u8; ZERO_BUFFER_SIZE]);
+
+static ZEROES: Zeroes = Zeroes([0; ZERO_BUFFER_SIZE]);
 
 /// Writes zeroes as data.
 pub(super) fn write_zero_buffers(
@@ -20,7 +24,7 @@ pub(super) fn write_zero_buffers(
     let end = position.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
     while position < end {
         let part = usize::try_from(end - position).unwrap_or(usize::MAX).min(ZERO_BUFFER_SIZE);
-        storage.write_at(HostOffset::new(position), &ZEROES[..part], Durability::Cached)?;
+        storage.write_at(HostOffset::new(position), &ZEROES.0[..part], Durability::Cached)?;
         position += part as u64;
     }
     Ok(())

@@ -8,15 +8,15 @@ use std::process::Command;
 use crate::common::{Random, at, qemu};
 use crate::structure::{Pointer, Structure, aim};
 use imgfmt::{
-    Access, BitmapChange, CreateOptions, Durability, Format, Image, L2Entries, OpenOptions,
-    Recording, Repair, Shrink, Syncing,
+    Access, BitmapChange, CacheMode, CreateOptions, Durability, Format, Image, L2Entries,
+    OpenOptions, Recording, Repair, Shrink,
 };
 
 /// Guest clusters that are written while bitmaps are in the way: new ones, and one that has data.
 const WRITTEN: [u64; 9] = [6, 20, 21, 22, 23, 24, 25, 26, 27];
 
 fn options(access: Access) -> OpenOptions {
-    OpenOptions::new().format(Format::Qcow2).access(access).syncing(Syncing::Off)
+    OpenOptions::new().format(Format::Qcow2).access(access).cache(CacheMode::Unsafe)
 }
 
 fn write(disk: &Image, number: u64, cluster: u64, fill: u8) {

@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
-use imgfmt::Image;
 use imgfmt::storage::fault::Loss;
+use imgfmt::{CacheMode, Image};
 
 use crate::common::{self, Random, qemu};
 use crate::judge::subjects::{
@@ -18,11 +18,11 @@ const SIZE: u64 = (2 << 20) + 512;
 const OPERATIONS: u64 = 100;
 
 /// Runs a workload and crashes it at random places, the end and the closing included.
-fn crash(subject: Subject, random: &mut Random) {
+fn crash(subject: Subject, cache: CacheMode, random: &mut Random) {
     let directory = tempfile::tempdir().unwrap();
     let made = subject.make(directory.path(), SIZE, random);
     let trial = OnTrial::new(&made);
-    let image = trial.open().unwrap();
+    let image = trial.open_cached(cache).unwrap();
     let mut model = Model::new(made.content.clone());
     // Where in the recording each operation began.
     let mut begins = vec![0, trial.recording.position()];
@@ -42,7 +42,7 @@ fn crash(subject: Subject, random: &mut Random) {
         let operation = begins.iter().rposition(|begin| *begin <= position).unwrap_or(0) as u32;
         let loss = Loss::ALL[random.below(4) as usize];
         let what = format!(
-            "{subject:?}: {loss:?} lost after {position} of {end} changes, in operation {operation}"
+            "{subject:?}, {cache}: {loss:?} lost after {position} of {end} changes, in operation {operation}"
         );
         trial.crash(&made, position, loss, random);
         judge_crash(&made, &model, operation, random, &what);
@@ -79,7 +79,26 @@ fn crash_all(name: &str, subjects: &[Subject]) {
     }
     let mut random = Random::new(name);
     for subject in subjects {
-        crash(*subject, &mut random);
+        crash(*subject, CacheMode::Writeback, &mut random);
+    }
+}
+
+/// A flush is never needed: what has returned is durable.
+#[test]
+fn images_survive_whose_every_write_is_durable() {
+    if !qemu::has_qemu() {
+        return;
+    }
+    let mut random = Random::new("crash writethrough");
+    for (subject, cache) in [
+        (Subject::new("cluster_size=4096", Start::Used), CacheMode::Writethrough),
+        (Subject::new("extended_l2=on,cluster_size=16384", Start::Used), CacheMode::DirectSync),
+        (Subject::new("cluster_size=4096", Start::Snapshots), CacheMode::Writethrough),
+        (Subject::new("cluster_size=4096", Start::Compressed), CacheMode::DirectSync),
+        (Subject::new("cluster_size=8192", Start::RawOverlay), CacheMode::Writethrough),
+        (Subject::new("data_file=DIR/data.raw", Start::Used), CacheMode::Writethrough),
+    ] {
+        crash(subject, cache, &mut random);
     }
 }
 

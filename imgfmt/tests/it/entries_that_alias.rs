@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use imgfmt::{
-    Access, BitmapChange, CreateOptions, DirtyExtent, Durability, Format, Image, OpenOptions,
-    Recording, Syncing,
+    Access, BitmapChange, CacheMode, CreateOptions, DirtyExtent, Durability, Format, Image,
+    OpenOptions, Recording,
 };
 
 use crate::common::{at, range};
@@ -20,7 +20,7 @@ const ALIASED: u64 = 1;
 const FRESH: [u64; 8] = [100, 101, 102, 103, 104, 160, 161, 162];
 
 fn options(access: Access) -> OpenOptions {
-    OpenOptions::new().format(Format::Qcow2).access(access).syncing(Syncing::Off)
+    OpenOptions::new().format(Format::Qcow2).access(access).cache(CacheMode::Unsafe)
 }
 
 fn write(disk: &Image, number: u64, fill: u8) -> imgfmt::Result<()> {

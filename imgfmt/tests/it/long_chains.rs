@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use imgfmt::{
-    Access, CreateOptions, Durability, ErrorKind, Format, GuestRange, Image, OpenOptions, Syncing,
+    Access, CacheMode, CreateOptions, Durability, ErrorKind, Format, GuestRange, Image, OpenOptions,
 };
 use tempfile::TempDir;
 
@@ -50,7 +50,7 @@ fn a_disk_written_in_200_layers_reads_as_one() {
     expected[CLUSTER as usize..][..4096].fill(7);
     for number in (0..LAYERS).step_by(8) {
         let path = layer(folder.path(), number);
-        let options = OpenOptions::new().access(Access::ReadWrite).syncing(Syncing::Off);
+        let options = OpenOptions::new().access(Access::ReadWrite).cache(CacheMode::Unsafe);
         let image = Image::open(&path, &options).unwrap();
         // Each splits what the ones above have not got.
         let start = (number as u64 * 37 * CLUSTER / 2) % (SIZE - CLUSTER);

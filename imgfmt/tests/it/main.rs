@@ -41,6 +41,8 @@ mod crash_at_every_step;
 mod crash_in_changes_of_structure;
 mod crash_of_bitmaps;
 mod crash_with_sidecar;
+mod direct_io;
+mod direct_io_of_images;
 mod entries_that_alias;
 mod errors_at_every_call;
 mod extents;

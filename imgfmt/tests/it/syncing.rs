@@ -1,4 +1,4 @@
-//! `OpenOptions::syncing`: whether flushes and durable writes ask the kernel for stable storage.
+//! `OpenOptions::cache`: whether flushes and durable writes ask the kernel for stable storage.
 //!
 //! A file of /proc tells: it can be written, and every sync of it fails.
 
@@ -6,8 +6,8 @@ use std::path::Path;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, CreateOptions, Durability, ErrorKind, Format, HostOffset, Image, Locking, OpenOptions,
-    Speed, Storage, Syncing, ZeroMode,
+    Access, CacheMode, CreateOptions, Durability, ErrorKind, Format, HostOffset, Image, Locking,
+    OpenOptions, Speed, Storage, ZeroMode,
 };
 
 use crate::common::{at, range};
@@ -25,9 +25,9 @@ fn can_tell() -> bool {
     tells
 }
 
-fn options(syncing: Syncing) -> OpenOptions {
+fn options(cache: CacheMode) -> OpenOptions {
     let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
-    options.locking(Locking::Off).syncing(syncing)
+    options.locking(Locking::Off).cache(cache)
 }
 
 #[test]
@@ -35,9 +35,9 @@ fn a_flush_syncs_the_file_unless_told_not_to() {
     if !can_tell() {
         return;
     }
-    let image = Image::open(NEVER_SYNCED, &options(Syncing::On)).unwrap();
+    let image = Image::open(NEVER_SYNCED, &options(CacheMode::Writeback)).unwrap();
     assert_eq!(image.flush().unwrap_err().kind(), ErrorKind::Io, "it is synced");
-    let image = Image::open(NEVER_SYNCED, &options(Syncing::Off)).unwrap();
+    let image = Image::open(NEVER_SYNCED, &options(CacheMode::Unsafe)).unwrap();
     image.flush().unwrap();
     image.close().unwrap();
 }
@@ -47,13 +47,16 @@ fn a_durable_write_syncs_the_file_unless_told_not_to() {
     if !can_tell() {
         return;
     }
-    let open = || FileStorage::open(Path::new(NEVER_SYNCED), Access::ReadWrite, Locking::Off);
+    let open = |cache| {
+        let path = Path::new(NEVER_SYNCED);
+        FileStorage::open_cached(path, Access::ReadWrite, Locking::Off, cache).unwrap()
+    };
     let held = std::fs::read(NEVER_SYNCED).unwrap();
     let write =
         |file: FileStorage, durability| file.write_at(HostOffset::new(0), &held, durability);
-    write(open().unwrap(), Durability::Cached).unwrap();
-    write(open().unwrap(), Durability::Fua).unwrap_err();
-    write(open().unwrap().with_syncing(Syncing::Off), Durability::Fua).unwrap();
+    write(open(CacheMode::Writeback), Durability::Cached).unwrap();
+    write(open(CacheMode::Writeback), Durability::Fua).unwrap_err();
+    write(open(CacheMode::Unsafe), Durability::Fua).unwrap();
 }
 
 #[test]
@@ -62,7 +65,7 @@ fn an_image_that_is_not_synced_is_complete_when_it_is_closed() {
     for format in [Format::Raw, Format::Qcow2] {
         let path = directory.path().join(format.name());
         Image::create(&path, &CreateOptions::new(format, 1 << 20)).unwrap();
-        let mut unsynced = options(Syncing::Off);
+        let mut unsynced = options(CacheMode::Unsafe);
         unsynced.format = Some(format);
         let image = Image::open(&path, &unsynced).unwrap();
         image.write_at(at(70_000), &[7; 100_000], Durability::Fua).unwrap();

@@ -136,11 +136,15 @@ impl Model {
     ) -> Result<()> {
         self.operation += 1;
         let place = range(offset, length);
+        let certain = |durability| match image.cache_mode().is_writethrough() {
+            true => Durability::Fua,
+            false => durability,
+        };
         match operation {
             Operation::Write(durability) => {
                 let data = self.new_data(offset, length);
                 let result = self.write(image, offset, &data, durability);
-                self.note(offset, &data, durability, result)
+                self.note(offset, &data, certain(durability), result)
             }
             Operation::Zero(mode, speed, durability) => {
                 let result = image.write_zeroes(place, mode, speed, durability);
@@ -150,11 +154,11 @@ impl Model {
                     assert_eq!(speed, Speed::FastOnly, "{what}: {error}");
                     return Ok(());
                 }
-                self.note(offset, &vec![0; length as usize], durability, result)
+                self.note(offset, &vec![0; length as usize], certain(durability), result)
             }
             Operation::Discard(durability) => {
                 let result = image.discard(place, durability);
-                self.note_discard(image, offset, length, durability, result, what)
+                self.note_discard(image, offset, length, certain(durability), result, what)
             }
             Operation::Flush => {
                 image.flush()?;

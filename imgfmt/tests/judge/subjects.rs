@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use imgfmt::storage::fault::{FailingStorage, Recording, RecordingStorage};
-use imgfmt::{Access, Format, Image, OpenOptions, OpenPolicy, Storage};
+use imgfmt::{Access, CacheMode, Format, Image, OpenOptions, OpenPolicy, Storage};
 
 use crate::common::{Random, qemu, run, text};
 
@@ -156,7 +156,12 @@ impl OnTrial {
 
     /// Opens the image.
     pub fn open(&self) -> imgfmt::Result<Image> {
-        let mut options = options();
+        self.open_cached(CacheMode::default())
+    }
+
+    /// Opens the image in a cache mode.
+    pub fn open_cached(&self, cache: CacheMode) -> imgfmt::Result<Image> {
+        let mut options = options().cache(cache);
         if let Some(data) = self.data.clone() {
             let opener = move |_: &str| Ok(Arc::clone(&data) as Arc<dyn Storage>);
             options.policy = OpenPolicy::any_file().allow_scheme("trial", Arc::new(opener));

@@ -14,7 +14,9 @@ use imgfmt::jobs::{
     Background, Clusters, ConvertOptions, JobError, JobErrorKind, SourceReader, convert,
     copy_bitmaps,
 };
-use imgfmt::{Access, BitmapInfo, CreateOptions, Format, Image, OpenOptions, OpenPolicy, Syncing};
+use imgfmt::{
+    Access, BitmapInfo, CacheMode, CreateOptions, Format, Image, OpenOptions, OpenPolicy,
+};
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use nbd_proto::NbdUri;
 
@@ -291,7 +293,7 @@ impl Conversion<'_> {
             .format(self.format)
             .access(Access::ReadWrite)
             // An unfinished image need not be durable: one sync at the end is enough.
-            .syncing(Syncing::Off)
+            .cache(CacheMode::Unsafe)
             .policy(OpenPolicy::deny())
     }
 

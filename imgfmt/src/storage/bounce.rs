@@ -1,0 +1,111 @@
+//! Buffers in memory that is aligned as direct I/O wants it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Size of a small buffer, in bytes: most requests of guests fit.
+const SMALL: usize = 16 * 1024;
+/// Size of a large buffer, in bytes, and the most that goes through one at a time.
+pub(super) const LARGE: usize = 512 * 1024;
+/// Most buffers of each size that are kept, 4.5 MiB altogether.
+const KEPT_SMALL: usize = 32;
+const KEPT_LARGE: usize = 8;
+
+/// Buffers that are used again and again.
+#[derive(Debug)]
+pub(super) struct BouncePool {
+    /// In bytes.
+    alignment: usize,
+    small: Mutex<Vec<Memory>>,
+    large: Mutex<Vec<Memory>>,
+}
+
+/// Memory with an aligned part in it.
+#[derive(Debug)]
+struct Memory {
+    bytes: Vec<u8>,
+    /// Where the aligned part begins.
+    start: usize,
+}
+
+/// A buffer; it goes back to its pool when it is dropped.
+#[derive(Debug)]
+pub(super) struct Bounce<'a> {
+    pool: &'a BouncePool,
+    memory: Memory,
+    length: usize,
+}
+
+impl BouncePool {
+    /// Buffers that are aligned to `alignment` bytes, a power of two.
+    pub(super) fn new(alignment: usize) -> Self {
+        Self { alignment, small: Mutex::default(), large: Mutex::default() }
+    }
+
+    /// A buffer of `length` bytes, at most [`LARGE`], with any content.
+    pub(super) fn take(&self, length: usize) -> Bounce<'_> {
+        let (size, _) = class(length);
+        let kept = self.kept(length).pop();
+        let memory = kept.unwrap_or_else(|| Memory::new(size, self.alignment));
+        Bounce { pool: self, memory, length }
+    }
+
+    fn kept(&self, length: usize) -> MutexGuard<'_, Vec<Memory>> {
+        let kept = if length <= SMALL { &self.small } else { &self.large };
+        kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The size of the buffers for this many bytes, and how many of them are kept.
+fn class(length: usize) -> (usize, usize) {
+    if length <= SMALL { (SMALL, KEPT_SMALL) } else { (LARGE, KEPT_LARGE) }
+}
+
+impl Memory {
+    fn new(size: usize, alignment: usize) -> Self {
+        let bytes = vec![0; size + alignment];
+        // Never resized, so it stays where it is.
+        let start = bytes.as_ptr().addr().wrapping_neg() % alignment;
+        Self { bytes, start }
+    }
+}
+
+impl Bounce<'_> {
+    pub(super) fn bytes(&self) -> &[u8] {
+        &self.memory.bytes[self.memory.start..][..self.length]
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.memory.bytes[self.memory.start..][..self.length]
+    }
+}
+
+impl Drop for Bounce<'_> {
+    fn drop(&mut self) {
+        let memory = Memory { bytes: std::mem::take(&mut self.memory.bytes), ..self.memory };
+        let mut kept = self.pool.kept(self.length);
+        if kept.len() < class(self.length).1 {
+            kept.push(memory);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_aligned_and_used_again() {
+        let pool = BouncePool::new(4096);
+        for length in [1, SMALL, SMALL + 1, LARGE] {
+            let mut one = pool.take(length);
+            let two = pool.take(length);
+            for buffer in [&one, &two] {
+                assert_eq!(buffer.bytes().as_ptr().addr() % 4096, 0);
+                assert_eq!(buffer.bytes().len(), length);
+            }
+            one.bytes_mut().fill(7);
+            drop((one, two));
+        }
+        assert_eq!((pool.kept(SMALL).len(), pool.kept(LARGE).len()), (2, 2));
+    }
+}

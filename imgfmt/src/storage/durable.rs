@@ -1,0 +1,54 @@
+//! Writes that are on stable storage when they return.
+
+use std::fs::File;
+use std::io::{self, IoSlice};
+use std::os::unix::fs::FileExt;
+
+use rustix::io::{Errno, ReadWriteFlags};
+
+use super::Durability;
+
+/// Writes all of `data`, each time from a multiple of `unit` bytes from its start on.
+pub(super) fn write_all(
+    file: &File,
+    offset: u64,
+    data: &[u8],
+    unit: usize,
+    durability: Durability,
+) -> io::Result<()> {
+    let mut done = 0;
+    let mut must_sync = false;
+    while let Some(rest) = data.get(done..)
+        && !rest.is_empty()
+    {
+        let position = offset.checked_add(done as u64).ok_or(io::ErrorKind::InvalidInput)?;
+        let written = match durability {
+            Durability::Fua if !must_sync => write_durable(file, position, rest),
+            _ => file.write_at(rest, position),
+        };
+        match written {
+            Ok(written) if written == rest.len() => done = data.len(),
+            // A block that was written in part is written again.
+            Ok(written) if written >= unit => done += written - written % unit,
+            Ok(_) => return Err(io::ErrorKind::WriteZero.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if !must_sync && is_lacking(&error) && durability == Durability::Fua => {
+                must_sync = true;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if must_sync { file.sync_data() } else { Ok(()) }
+}
+
+fn write_durable(file: &File, offset: u64, data: &[u8]) -> io::Result<usize> {
+    Ok(rustix::io::pwritev2(file, &[IoSlice::new(data)], offset, ReadWriteFlags::DSYNC)?)
+}
+
+/// Whether the kernel or the file system has no such writes.
+fn is_lacking(error: &io::Error) -> bool {
+    [Errno::OPNOTSUPP, Errno::NOSYS]
+        .map(Errno::raw_os_error)
+        .map(Some)
+        .contains(&error.raw_os_error())
+}
