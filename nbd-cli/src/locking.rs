@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::{Args, ValueEnum};
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, Locking, OpenOptions};
+use imgfmt::{Access, CacheMode, Locking, OpenOptions};
 
 use crate::error::CommandError;
 use crate::output::{printable, warn};
@@ -55,7 +55,7 @@ impl LockArgs {
 
     /// Opens a file itself.
     pub(crate) fn open_file(self, path: &Path, access: Access) -> imgfmt::Result<FileStorage> {
-        open_file(path, access, self.locking())
+        open_file(path, access, self.locking(), CacheMode::default())
     }
 }
 
@@ -84,8 +84,9 @@ pub(crate) fn open_file(
     path: &Path,
     access: Access,
     locking: Locking,
+    cache: CacheMode,
 ) -> imgfmt::Result<FileStorage> {
-    let storage = FileStorage::open(path, access, locking)?;
+    let storage = FileStorage::open_cached(path, access, locking, cache)?;
     if storage.lacks_locks() {
         warn_of_no_locks(path);
     }

@@ -27,7 +27,7 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
-pub use crate::serving::{BitmapDurability, DetectZeroes, Discard};
+pub use crate::serving::{BitmapDurability, CacheMode, DetectZeroes, Discard};
 use crate::serving::{PidFile, PrivateDirectory, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
 use crate::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
@@ -122,6 +122,10 @@ pub struct ServeArgs {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub trust: TrustArgs,
+
+    /// The use of the page cache for images and block devices, and when writes are durable.
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub cache: CacheMode,
 
     /// The treatment of discarded space.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]

@@ -1,4 +1,4 @@
-//! Values of `--discard` and `--detect-zeroes`.
+//! Values of `--discard`, `--detect-zeroes` and `--cache`.
 
 use clap::ValueEnum;
 use nbd_server::export::filters;
@@ -18,6 +18,35 @@ impl From<Discard> for filters::Discard {
         match value {
             Discard::Unmap => Self::Unmap,
             Discard::Ignore => Self::Ignore,
+        }
+    }
+}
+
+/// How the page cache is used for images, and when what is written is durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum CacheMode {
+    /// Through the page cache; durable after a flush.
+    #[default]
+    Writeback,
+    /// Past the page cache (direct I/O); durable after a flush.
+    None,
+    /// Through the page cache; every write is durable when it is answered.
+    Writethrough,
+    /// Past the page cache (direct I/O); every write is durable when it is answered.
+    #[value(name = "directsync")]
+    DirectSync,
+    /// Through the page cache; flushes do nothing, and a power cut can destroy the image.
+    Unsafe,
+}
+
+impl From<CacheMode> for imgfmt::CacheMode {
+    fn from(value: CacheMode) -> Self {
+        match value {
+            CacheMode::Writeback => Self::Writeback,
+            CacheMode::None => Self::None,
+            CacheMode::Writethrough => Self::Writethrough,
+            CacheMode::DirectSync => Self::DirectSync,
+            CacheMode::Unsafe => Self::Unsafe,
         }
     }
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, BackingFile, BitmapState, ErrorKind, Format, Image, Locking, OpenOptions, OpenPolicy,
-    Storage,
+    Access, BackingFile, BitmapState, CacheMode, ErrorKind, Format, Image, Locking, OpenOptions,
+    OpenPolicy, Storage,
 };
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{Export, ImageExport};
@@ -58,6 +58,7 @@ pub(crate) struct ImageChoices {
     pub(crate) snapshot: Option<String>,
     pub(crate) writes: Writes,
     pub(crate) locking: Locking,
+    pub(crate) cache: CacheMode,
     /// The treatment of the backing file that it names.
     pub(crate) backing: BackingFile,
     /// Connection options for re-exported servers.
@@ -145,6 +146,19 @@ impl ImageChoices {
     ///
     /// [`OpenError`] if it cannot be opened.
     pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
+        let image = self.open_unlogged(path)?;
+        let (cache, file) = (image.cache_mode(), printable(&path.to_string_lossy()));
+        match image.direct_alignment() {
+            Some(alignment) => tracing::info!(
+                %file, %cache, offset_alignment = alignment.offset,
+                memory_alignment = alignment.memory, "image opened for direct I/O"
+            ),
+            None => tracing::info!(%file, %cache, "image opened"),
+        }
+        Ok(image)
+    }
+
+    fn open_unlogged(&self, path: &Path) -> Result<Image, OpenError> {
         let options = self.options();
         match self.writes {
             Writes::ToTemporaryFile => {
@@ -196,11 +210,12 @@ impl ImageChoices {
             Writes::ToImage => Access::ReadWrite,
             Writes::Refused | Writes::ToTemporaryFile => Access::ReadOnly,
         };
-        when_free(|| Ok(open_file(path, access, self.locking)?))
+        when_free(|| Ok(open_file(path, access, self.locking, self.cache)?))
     }
 
     fn options(&self) -> OpenOptions {
         let mut options = OpenOptions::new().locking(self.locking).backing(self.backing);
+        options = options.cache(self.cache);
         options = warning(options);
         options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));
         options.format = self.format;

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
     Access, BackingFile, CreateOptions, Durability, Format, GuestOffset, GuestRange, Holes,
-    HostOffset, Image, L2Entries, Locking, Lookup, Mapped, Mapping, OpenOptions, OpenPolicy,
-    Storage, TryRead,
+    HostOffset, Image, L2Entries, Lookup, Mapped, Mapping, OpenOptions, OpenPolicy, Storage,
+    TryRead,
 };
 
 use super::PrivateDirectory;
@@ -35,7 +35,7 @@ pub(super) fn temporary(
     if options.snapshot.is_some() || options.backing == BackingFile::Ignored {
         return temporary_over(base);
     }
-    in_private_directory(|overlay| over_file(overlay, &path, &base, policy, options.locking))
+    in_private_directory(|overlay| over_file(overlay, &path, &base, policy, options))
 }
 
 /// Opens a temporary overlay of an open image, which appears as one layer.
@@ -80,13 +80,13 @@ fn over_file(
     path: &Path,
     base: &Image,
     policy: OpenPolicy,
-    locking: Locking,
+    below: &OpenOptions,
 ) -> imgfmt::Result<Image> {
     // In two steps, because the backing file may be somewhere where only the policy finds it.
     create(overlay, base.size())?;
     let plain = OpenOptions::new().format(Format::Qcow2);
     Image::change_backing_file(overlay, &plain, Some((path.as_os_str(), base.format())))?;
-    Image::open(overlay, &options().policy(policy).locking(locking))
+    Image::open(overlay, &options().policy(policy).locking(below.locking).cache(below.cache))
 }
 
 /// Creates an overlay over the contents of an open image: a snapshot has no name that an overlay

@@ -72,6 +72,7 @@ mod qemu_nbd_tls;
 mod readme;
 mod reconnect;
 mod serve_bitmaps_survive;
+mod serve_cache;
 mod serve_exports;
 mod serve_fio;
 mod serve_fork;

@@ -48,7 +48,8 @@ What to serve: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or 
   -B, --bitmap=NAME         offer the metadata context qemu:dirty-bitmap:NAME
       --cache=MODE          writeback (default), writethrough, none, directsync or unsafe; with
                             writethrough and directsync every write is durable when it is done;
-                            all of them use the page cache, and unsafe is as safe as writeback
+                            none and directsync bypass the page cache (direct I/O); with unsafe
+                            flushes do nothing, and a power cut can destroy the image
   -n, --nocache             the same as --cache=none
       --aio=MODE            threads, native or io_uring: accepted, and of no effect
       --discard=MODE        ignore (default) or unmap: give space back

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use imgfmt::{BackingFile, Format, Locking};
+use imgfmt::{BackingFile, CacheMode, Format, Locking};
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_name;
 use nbd_proto::NbdUri;
@@ -25,8 +25,32 @@ pub(super) struct Described {
     pub(super) window: Window,
     pub(super) read_only: bool,
     pub(super) locking: Locking,
+    pub(super) cache: CacheSwitches,
     pub(super) discard: Option<Discard>,
     pub(super) detect_zeroes: Option<DetectZeroes>,
+}
+
+/// The options of drivers that are stronger than `--cache`; `None` where they are not given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct CacheSwitches {
+    direct: Option<bool>,
+    no_flush: Option<bool>,
+}
+
+impl CacheSwitches {
+    /// The mode that is meant. Flushes count in the mixtures that have no name: that is what all modes
+    /// but "unsafe" have.
+    pub(super) fn applied_to(self, mode: CacheMode) -> CacheMode {
+        let direct = self.direct.unwrap_or(mode.is_direct());
+        let no_flush = self.no_flush.unwrap_or(!mode.syncs());
+        match (direct, mode.is_writethrough()) {
+            (true, true) => CacheMode::DirectSync,
+            (true, false) => CacheMode::None,
+            (false, true) => CacheMode::Writethrough,
+            (false, false) if no_flush => CacheMode::Unsafe,
+            (false, false) => CacheMode::Writeback,
+        }
+    }
 }
 
 /// The storage of a disk.
@@ -249,9 +273,9 @@ impl Described {
         options.take("node-name");
         // A writable export needs a writable file.
         options.take_switch("auto-read-only")?;
-        // The page cache is always used, and flushes always take effect; see --cache.
-        options.take_switch("cache.direct")?;
-        options.take_switch("cache.no-flush")?;
+        // The last driver counts, the file: those above only hand the options down.
+        self.cache.direct = options.take_switch("cache.direct")?.or(self.cache.direct);
+        self.cache.no_flush = options.take_switch("cache.no-flush")?.or(self.cache.no_flush);
         self.read_only |= options.take_switch("read-only")?.unwrap_or(false);
         if options.take_switch("force-share")? == Some(true) {
             if !self.read_only {
@@ -365,6 +389,25 @@ mod tests {
         assert_eq!(Place::named("null-co://"), Ok(Place::Null(NULL_SIZE, Duration::ZERO)));
         let slow = read("driver=null-co,latency-ns=2500").unwrap();
         assert_eq!(slow.place, Place::Null(NULL_SIZE, Duration::from_nanos(2500)));
+    }
+
+    #[test]
+    fn cache_switches_are_stronger_than_the_cache_mode() {
+        let mode = |text: &str, mode| read(text).unwrap().cache.applied_to(mode);
+        let plain = "driver=raw,file.filename=d";
+        for cache in CacheMode::ALL {
+            assert_eq!(mode(plain, cache), cache);
+        }
+        let direct = "driver=raw,cache.direct=on,file.filename=d";
+        assert_eq!(mode(direct, CacheMode::Writeback), CacheMode::None);
+        assert_eq!(mode(direct, CacheMode::Writethrough), CacheMode::DirectSync);
+        let overridden = "driver=raw,cache.direct=on,file.filename=d,file.cache.direct=off";
+        assert_eq!(mode(overridden, CacheMode::None), CacheMode::Writeback);
+        let no_flush = "driver=qcow2,cache.no-flush=on,file.filename=d";
+        assert_eq!(mode(no_flush, CacheMode::Writeback), CacheMode::Unsafe);
+        assert_eq!(mode(no_flush, CacheMode::None), CacheMode::None);
+        let flush = "driver=qcow2,file.cache.no-flush=off,file.filename=d";
+        assert_eq!(mode(flush, CacheMode::Unsafe), CacheMode::Writeback);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use imgfmt::CacheMode;
 use nbd_jobs::key_values::KeyValues;
 use nbd_proto::limits::MAX_STRING_LEN;
 
@@ -70,15 +71,6 @@ pub(super) struct Options {
 pub(super) enum SnapshotName {
     IdOrName(String),
     Parts { id: Option<String>, name: Option<String> },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum CacheMode {
-    None,
-    Writeback,
-    Writethrough,
-    Directsync,
-    Unsafe,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -325,14 +317,12 @@ impl Options {
         if self.cache.is_some() {
             return Err(Refusal::new("-n and --cache can only be specified once"));
         }
-        self.cache = Some(match text {
-            "none" | "off" => CacheMode::None,
-            "writeback" => CacheMode::Writeback,
-            "writethrough" => CacheMode::Writethrough,
-            "directsync" => CacheMode::Directsync,
-            "unsafe" => CacheMode::Unsafe,
-            _ => return Err(Refusal::new(format!("Invalid cache mode '{text}'"))),
-        });
+        let mode = match text {
+            "off" => Some(CacheMode::None),
+            name => CacheMode::from_name(name),
+        };
+        let refusal = || Refusal::new(format!("Invalid cache mode '{text}'"));
+        self.cache = Some(mode.ok_or_else(refusal)?);
         Ok(())
     }
 

@@ -3,19 +3,18 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::{Access, Format, Image, Locking, OpenOptions, OpenPolicy, Storage};
+use imgfmt::{Access, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy, Storage};
 use nbd_client::{Connector, ExportStorage};
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_name::path_in;
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 use nbd_server::export::filters::{
-    AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, WriteCache,
-    ZeroUnit,
+    AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, ZeroUnit,
 };
 
 use super::image_options::{Described, Place, unknown_driver};
-use super::options::{AioMode, CacheMode, Options, SnapshotName};
+use super::options::{AioMode, Options, SnapshotName};
 use super::storage::{Null, Part, SECTOR, in_whole_sectors};
 use super::{Refusal, complain};
 use crate::connect::ServerArgs;
@@ -147,7 +146,7 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
 }
 
 fn check_aio(options: &Options) -> Result<(), String> {
-    let direct = matches!(options.cache, Some(CacheMode::None | CacheMode::Directsync));
+    let direct = options.cache.is_some_and(CacheMode::is_direct);
     match options.aio {
         Some(AioMode::Native) if !direct => {
             Err("aio=native requires cache=none or cache=directsync".to_owned())
@@ -174,6 +173,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         writes,
         policy: Some(policy),
         locking: disk.locking,
+        cache: disk.cache.applied_to(options.cache.unwrap_or_default()),
         backing: disk.backing,
         upstream: ServerArgs::default(),
         // QEMU lists the last one first, in an order that clients see.
@@ -190,10 +190,7 @@ fn filter(options: &Options, disk: &Described) -> FilterOptions {
     filter.discard = options.discard.or(disk.discard).unwrap_or(Discard::Ignore);
     filter.detect_zeroes = disk.detect_zeroes.unwrap_or(options.detect_zeroes);
     filter.preferred_size = PreferredSize::Page;
-    if let Some(CacheMode::Writethrough | CacheMode::Directsync) = options.cache {
-        filter.write_cache = WriteCache::Writethrough;
-    }
-    if let Some(CacheMode::None | CacheMode::Directsync) = options.cache {
+    if options.cache.is_some_and(CacheMode::is_direct) {
         filter.zero_unit = ZeroUnit::Page;
     }
     if options.shared == 1 {

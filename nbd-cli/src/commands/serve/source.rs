@@ -130,6 +130,7 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
             (false, false) => Writes::ToImage,
         },
         locking: ShareArgs { force_share: args.force_share }.locking(args.trust.locks),
+        cache: args.cache.into(),
         policy: args.trust.trust_image.then(|| args.trust.policy()),
         filter: filter(args),
         allocation_depth: args.allocation_depth,
