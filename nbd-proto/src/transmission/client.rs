@@ -3,13 +3,13 @@
 //! The server is not trusted. Every chunk is checked against its request: type, offset and
 //! coverage. A reply that does not match ends the connection with an error that names the reason.
 
-use std::collections::HashMap;
 use std::ops::Deref;
 
 use bytes::{Buf, BufMut};
 
 use super::coverage::Coverage;
 pub use super::event::{Event, ServerError};
+use super::in_flight::InFlight;
 use super::pending::{Kind, Pending};
 use super::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
 use crate::handshake::Negotiated;
@@ -33,7 +33,7 @@ pub struct Transmission {
     maximum_payload: u32,
     mode: ReplyMode,
     contexts: Vec<MetaContextId>,
-    pending: HashMap<Cookie, Pending>,
+    pending: InFlight<Pending>,
     next_cookie: u64,
     /// Delivered with the next call: the end of a request whose data came last.
     finished: Option<Cookie>,
@@ -50,7 +50,7 @@ impl Transmission {
             maximum_payload: negotiated.block_sizes.maximum_payload(),
             mode: negotiated.reply_mode,
             contexts: negotiated.meta_contexts.iter().map(|(id, _)| *id).collect(),
-            pending: HashMap::new(),
+            pending: InFlight::default(),
             next_cookie: 1,
             finished: None,
         }
@@ -260,7 +260,7 @@ impl Transmission {
     }
 
     fn pending_for(&self, cookie: Cookie) -> Result<&Pending, ProtocolError> {
-        self.pending.get(&cookie).ok_or(ProtocolError::UnknownCookie { cookie: cookie.0 })
+        self.pending.get(cookie).ok_or(ProtocolError::UnknownCookie { cookie: cookie.0 })
     }
 
     fn simple_reply(&mut self, input: &mut impl Input) -> Result<Event, ProtocolError> {
@@ -272,7 +272,7 @@ impl Transmission {
             return Err(ProtocolError::Unexpected { what, why });
         }
         let mode = self.mode;
-        let Some(pending) = self.pending.get_mut(&cookie) else {
+        let Some(pending) = self.pending.get_mut(cookie) else {
             return Err(ProtocolError::UnknownCookie { cookie: cookie.0 });
         };
         if mode == ReplyMode::Structured && matches!(pending.kind, Kind::Read(_)) {
@@ -305,7 +305,7 @@ impl Transmission {
     ) -> Result<Option<Event>, ProtocolError> {
         let cookie = header.cookie;
         let mode = self.mode;
-        let Some(pending) = self.pending.get_mut(&cookie) else {
+        let Some(pending) = self.pending.get_mut(cookie) else {
             return Err(ProtocolError::UnknownCookie { cookie: cookie.0 });
         };
         // A data chunk needs its offset only; all other payloads are small and needed whole.
@@ -343,7 +343,7 @@ impl Transmission {
     }
 
     fn finish(&mut self, cookie: Cookie) -> Result<Event, ProtocolError> {
-        let Some(pending) = self.pending.remove(&cookie) else {
+        let Some(pending) = self.pending.remove(cookie) else {
             return Err(ProtocolError::UnknownCookie { cookie: cookie.0 });
         };
         if let Some(error) = pending.error {

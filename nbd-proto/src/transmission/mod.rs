@@ -13,6 +13,7 @@
 pub mod client;
 mod coverage;
 mod event;
+mod in_flight;
 mod pending;
 mod reply;
 mod request;

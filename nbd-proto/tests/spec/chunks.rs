@@ -174,6 +174,35 @@ fn a_second_answer_is_refused() {
 }
 
 #[test]
+fn a_request_is_known_until_it_is_answered_and_no_longer() {
+    let mut client = Transmission::new(&negotiated(ReplyMode::Structured));
+    let hole_of = |cookie| chunk(DONE, OFFSET_HOLE, cookie, &hole(OFFSET, 512));
+    // One request of every 8 stays open for 800 others, whose cookies end in the same bits.
+    let mut open = Vec::new();
+    for index in 0..2000_u64 {
+        let command = Command::Read(Fragmentation::Allowed);
+        let cookie = client.request(OFFSET, LENGTH, &command, &mut Vec::new()).unwrap().0;
+        if index % 8 == 0 {
+            open.push(cookie);
+        } else {
+            assert_eq!(drain(&mut client, &hole_of(cookie)), Ok(Some(Ok(()))));
+        }
+        if open.len() > 100 {
+            assert_eq!(drain(&mut client, &hole_of(open.remove(0))), Ok(Some(Ok(()))));
+        }
+        assert_eq!(client.in_flight(), open.len());
+    }
+    for &cookie in &open {
+        assert_eq!(drain(&mut client, &hole_of(cookie)), Ok(Some(Ok(()))));
+        let unknown = Err(ProtocolError::UnknownCookie { cookie });
+        assert_eq!(drain(&mut client, &hole_of(cookie)), unknown, "a second answer");
+    }
+    let unmade = open.last().unwrap() + 8;
+    let unknown = Err(ProtocolError::UnknownCookie { cookie: unmade });
+    assert_eq!(drain(&mut client, &hole_of(unmade)), unknown, "a request that was not made");
+}
+
+#[test]
 fn a_structured_read_never_gets_a_simple_reply() {
     for error in [0, 5] {
         run(ReplyMode::Structured, &simple_reply(error, COOKIE)).unwrap_err();
