@@ -2,12 +2,13 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::support::image::{are_equal, info, is_clean};
+use crate::support::qemu_nbd::wait_until;
 use crate::support::{Disk, Server, nbd_cli, peer, run};
 use crate::tools;
 
@@ -110,11 +111,19 @@ impl<'a> Scenario<'a> {
             load.args(["-c", &format!("write -q -P {} {offset} 4k", 1 + index % 255)]);
         }
         let load = load.arg(server.uri()).stdin(Stdio::null());
+        let before = self.changed();
         let mut load = load.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("qemu-io");
+        wait_until("a write has changed the image", || self.changed() != before);
         std::thread::sleep(Duration::from_millis(150));
         self.kill(server);
         // Its writes fail from now on.
         load.wait().expect("qemu-io ends");
+    }
+
+    /// Returns the time of the last change of the image file.
+    fn changed(&self) -> SystemTime {
+        let metadata = std::fs::metadata(&self.disk).expect("the image");
+        metadata.modified().expect("a time")
     }
 
     /// QEMU opens what a killed server leaves, and knows that the bitmap is not complete for it.
