@@ -22,7 +22,7 @@
 //!
 //! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
 //! and incremental backups of served disks, also of a checkpoint, and [`restore()`] restores them.
-//! [`bench`] generates load and measures it. [`control`] sends requests to a running `nbd-cli
+//! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
 //! serve`.
 //!
 //! # Jobs
