@@ -11,24 +11,24 @@ use crate::qcow2::on_disk::header::field;
 use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
 
-const SECTOR: u64 = 512;
+pub(super) const SECTOR: u64 = 512;
 /// Type of an extension that means nothing: the place of one that was removed and has others behind
 /// it.
-const UNUSED: u32 = 0x756e_7573;
+pub(super) const UNUSED: u32 = 0x756e_7573;
 /// How much room for further extensions is left when the backing file's name is moved.
 const SPARE_BYTES: u64 = 256;
 const BACKING_FILE_OFFSET: u64 = 8;
 
 /// The first cluster of an image, as far as it is needed here.
-struct Area<'a> {
-    storage: &'a dyn Storage,
-    bytes: Vec<u8>,
+pub(super) struct Area<'a> {
+    pub(super) storage: &'a dyn Storage,
+    pub(super) bytes: Vec<u8>,
     /// Place, type and length of the content of each extension; the place is that of the type.
-    extensions: Vec<(u64, u32, u64)>,
+    pub(super) extensions: Vec<(u64, u32, u64)>,
     /// Where the mark is that ends them.
-    end: u64,
+    pub(super) end: u64,
     /// What comes behind: the backing file's name, or the end of the cluster.
-    limit: u64,
+    pub(super) limit: u64,
 }
 
 /// Sets and clears bits of the autoclear features, durably.
@@ -93,7 +93,7 @@ pub(in crate::qcow2) fn put_extension(
         area.write(place + 8, content)?;
         return area.sync();
     }
-    add_extension(area, kind, content)
+    add_extension(area, kind, content).map(|_| ())
 }
 
 /// Adds an extension and then removes those that are there of its kind, durably: whenever it is interrupted
@@ -116,14 +116,16 @@ pub(in crate::qcow2) fn replace_extension(
     area.sync()
 }
 
-fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Result<()> {
+/// Adds an extension, in a place that is not used or at the end, durably; returns where. It appears as
+/// a whole or not at all. `Unsupported` if there is no room; nothing was written then.
+pub(super) fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Result<u64> {
     let length = content.len() as u64;
     if let Some(place) = area.find(UNUSED, content.len()) {
-        let place = &place;
         area.write(place + 8, content)?;
         area.sync()?;
-        area.write(*place, &start(kind, content))?;
-        return area.sync();
+        area.write(place, &start(kind, content))?;
+        area.sync()?;
+        return Ok(place);
     }
     area.make_room(8 + length.next_multiple_of(8))?;
     // The mark that ends the list stays in front of the new content until that is on disk.
@@ -132,7 +134,8 @@ fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Result<()> {
     area.write(area.end + 8, &behind)?;
     area.sync()?;
     area.write(area.end, &start(kind, content))?;
-    area.sync()
+    area.sync()?;
+    Ok(area.end)
 }
 
 /// Removes an extension if there is one, durably and as a whole.
@@ -156,7 +159,7 @@ pub(in crate::qcow2) fn remove_extension(
 }
 
 impl<'a> Area<'a> {
-    fn read(storage: &'a dyn Storage, cluster_size: u64) -> Result<Self> {
+    pub(super) fn read(storage: &'a dyn Storage, cluster_size: u64) -> Result<Self> {
         let mut bytes = vec![0; cluster_size as usize];
         storage
             .read_at(HostOffset::new(0), &mut bytes)
@@ -183,11 +186,16 @@ impl<'a> Area<'a> {
     }
 
     /// Where there is an extension of that kind whose content takes up as much room.
-    fn find(&self, kind: u32, length: usize) -> Option<u64> {
+    pub(super) fn find(&self, kind: u32, length: usize) -> Option<u64> {
         let room = (length as u64).next_multiple_of(8);
         let fits =
             |(_, other, old): &&(u64, u32, u64)| *other == kind && old.next_multiple_of(8) == room;
         self.extensions.iter().find(fits).map(|(place, ..)| *place)
+    }
+
+    /// The content of the extension at `place`.
+    pub(super) fn content(&self, place: u64, length: u64) -> Option<&[u8]> {
+        self.bytes.get(place as usize + 8..(place + 8 + length) as usize)
     }
 
     /// Makes sure that an extension of `length` bytes and the mark behind it fit in.
@@ -213,13 +221,13 @@ impl<'a> Area<'a> {
         Ok(())
     }
 
-    fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(super) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         self.storage
             .write_at(HostOffset::new(offset), bytes, Durability::Cached)
             .map_err(write_error)
     }
 
-    fn sync(&self) -> Result<()> {
+    pub(super) fn sync(&self) -> Result<()> {
         self.storage.sync().map_err(write_error)
     }
 }
