@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 
 use nbd_server::export::{
     Durability, Export, ExportEntry, ExportError, Filter, MemoryExport, TryWrite,
@@ -101,23 +101,45 @@ impl Filter for Disc {
     }
 }
 
+/// The disk as one server has it. It is gone when no thread of the server uses the disk any more.
+struct Attached(Arc<Disc>);
+
+impl Filter for Attached {
+    fn inner(&self) -> &dyn Export {
+        &*self.0
+    }
+}
+
 /// A server in this process; ends with this value, and forgets its clients.
 struct Serving {
-    _runtime: tokio::runtime::Runtime,
+    runtime: tokio::runtime::Runtime,
+    attached: Weak<Attached>,
     uri: String,
+}
+
+impl Serving {
+    /// Ends the server. Its threads go on for a moment with what they have in hand; they have ended when
+    /// this returns.
+    fn end(self) {
+        drop(self.runtime);
+        while self.attached.strong_count() > 0 {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
 }
 
 fn serve(disk: &Arc<Disc>, socket: &Path) -> Serving {
     let _ = std::fs::remove_file(socket);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let exports = ExportRegistry::new();
-    let export: Arc<dyn Export> = Arc::clone(disk) as _;
+    let export = Arc::new(Attached(Arc::clone(disk)));
+    let attached = Arc::downgrade(&export);
     exports.add("", ExportEntry::new(export)).expect("one export");
     let mut server = Server::new(ServerConfig::default(), exports);
     let address = ListenAddress::Unix(socket.to_owned());
     let bound = runtime.block_on(server.listen(&address)).expect("a socket").remove(0);
     runtime.spawn(server.serve(std::future::pending()));
-    Serving { _runtime: runtime, uri: bound.uri("").to_string() }
+    Serving { runtime, attached, uri: bound.uri("").to_string() }
 }
 
 const VERIFY: [&str; 7] = ["bench", "-w", "mixed", "--verify", "--destroy-data", "-d", "8"];
@@ -179,7 +201,7 @@ fn across_a_crash(lie: Lie) -> (Option<i32>, String) {
     while disk.writes.load(Ordering::Relaxed) < before + 500 {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    drop(serving);
+    serving.end();
     disk.crash();
     let _serving = serve(&disk, &socket);
     let output = child.wait_with_output().expect("its end");
