@@ -295,25 +295,24 @@ mod tests {
     fn lines_of_many_threads_come_in_order_and_the_last_one_is_the_end() {
         for _ in 0..200 {
             let (lines, written) = (Lines::new(8000), Mutex::new(Vec::new()));
+            let note = |line: &str| {
+                let percent = line.split_once(' ').map(|(percent, _)| percent);
+                let percent = percent.and_then(|text| text.parse::<u64>().ok());
+                written.lock().unwrap_or_else(PoisonError::into_inner).push(percent);
+            };
             thread::scope(|scope| {
                 for _ in 0..4 {
                     scope.spawn(|| {
                         for _ in 0..20 {
-                            lines.add(100, |line| {
-                                let percent = line.split_once(' ').map(|(percent, _)| percent);
-                                let percent = percent.and_then(|text| text.parse::<u64>().ok());
-                                written
-                                    .lock()
-                                    .unwrap_or_else(PoisonError::into_inner)
-                                    .push(percent);
-                            });
+                            lines.add(100, note);
                         }
                     });
                 }
             });
+            lines.write_end(note);
             let written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
             assert!(written.is_sorted(), "{written:?}");
-            assert_eq!(written.last(), Some(&Some(95)));
+            assert_eq!(written.last(), Some(&Some(100)));
         }
     }
 }
