@@ -7,7 +7,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed};
+use std::sync::atomic::{AtomicUsize, fence};
 
 use crate::error::Result;
 use crate::mapping::Lookup;
@@ -135,8 +136,13 @@ impl TableCache {
                 }
                 let offset = table.offset;
                 self.forget_recent(offset);
-                // Whoever else holds the table may be about to change it.
-                if Arc::strong_count(table) == 1 {
+                // A thread that holds the table may change it.
+                if Arc::strong_count(table) > 1 {
+                    continue;
+                }
+                // None does any more, but one may have since the first look.
+                fence(Acquire);
+                if !table.is_dirty() {
                     tables.remove(&offset);
                     return;
                 }
@@ -191,6 +197,8 @@ fn place(offset: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicBool;
+
     use super::*;
 
     fn load(cache: &TableCache, offset: u64, words: Vec<u64>) -> Arc<Table> {
@@ -240,5 +248,34 @@ mod tests {
             load(&cache, i * 0x10000, vec![0; 64]);
         }
         assert_eq!(looks(), [None; 8]);
+    }
+
+    #[test]
+    fn a_change_that_is_made_while_tables_give_way_is_not_lost() {
+        const OFFSET: u64 = 0x10000;
+        let (cache, is_done) = (TableCache::new(2), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for i in (2..100).cycle().take_while(|_| !is_done.load(Relaxed)) {
+                    load(&cache, i * OFFSET, vec![0; 64]);
+                }
+            });
+            let mut on_disk = 0;
+            let stale = (1..20_000).find(|number| {
+                let table = load(&cache, OFFSET, vec![on_disk; 64]);
+                for _ in 0..number % 64 {
+                    std::hint::spin_loop();
+                }
+                let is_stale = table.entry(0, 1).0 != number - 1;
+                table.change().set(0, 1, (*number, 0));
+                drop(table);
+                for (table, _) in cache.take_dirty() {
+                    on_disk = table.entry(0, 1).0;
+                }
+                is_stale
+            });
+            is_done.store(true, Relaxed);
+            assert_eq!(stale, None, "the change before this one is gone");
+        });
     }
 }
