@@ -155,7 +155,7 @@ impl Qcow2 {
     /// The same for who has looked at the sidecar already, and holds it.
     pub(super) fn check_with_sidecar(&mut self, mode: Mode) -> Result<CheckReport> {
         if self.metadata.is_writable() {
-            self.flush_all()?;
+            self.flusher().flush()?;
         }
         let mut checker = Checker::run(self)?;
         let found = checker.report.clone();
@@ -202,9 +202,9 @@ impl Qcow2 {
             return Ok(());
         }
         // What is about to be free must be free before it is counted.
-        self.flush_all()?;
+        self.flusher().flush()?;
         self.clusters.release_all_freed();
-        self.flush_all()?;
+        self.flusher().flush()?;
         let checker = Checker::run(self)?;
         if checker.report.corruptions > 0 || checker.is_incomplete || checker.is_unusable {
             let detail = "it is damaged; check and repair it first";

@@ -11,10 +11,26 @@
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::{Allocator, Freed, TablePlace};
-use crate::qcow2::image::Qcow2;
-use crate::qcow2::map::mapping_tables::DirtyTables;
+use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::data_file::DataFile;
+use crate::qcow2::map::mapping_tables::{DirtyTables, MappingTables};
+use crate::qcow2::metadata::commits::Commits;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;
+
+/// So many clusters may have been freed before a flush makes them usable again.
+const FREED_MAX: usize = 1 << 16;
+
+/// The parts of an open image that a flush brings to disk.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::qcow2) struct Flusher<'a> {
+    pub(in crate::qcow2) metadata: &'a MetadataFile,
+    pub(in crate::qcow2) data: &'a DataFile,
+    pub(in crate::qcow2) clusters: &'a Clusters,
+    pub(in crate::qcow2) mapping: &'a MappingTables,
+    pub(in crate::qcow2) commits: &'a Commits,
+}
 
 /// A copy of all metadata that is not on disk, taken at one instant.
 #[derive(Debug, Default)]
@@ -26,13 +42,13 @@ struct Copied {
     mapping: DirtyTables,
 }
 
-impl Qcow2 {
+impl Flusher<'_> {
     /// Makes everything durable that was written before this call.
-    pub(in crate::qcow2) fn flush_all(&self) -> Result<()> {
+    pub(in crate::qcow2) fn flush(self) -> Result<()> {
         self.metadata.refuse_unwritable()?;
         let Some(turn) = self.commits.take_turn() else { return Ok(()) };
         if !self.has_changes() {
-            self.sync_data()?;
+            self.data.sync()?;
         } else {
             self.flush_changes()?;
         }
@@ -41,12 +57,28 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Flushes for somebody who relies on it for everything that was written since the last flush that
+    /// succeeded.
+    pub(in crate::qcow2) fn flush_for_caller(self) -> Result<()> {
+        self.metadata.report_failed(self.flush())
+    }
+
+    /// Writes metadata out before more of it than the cache should hold has changed.
+    pub(in crate::qcow2) fn relieve_pressure(self) -> Result<()> {
+        if self.is_under_pressure() { self.flush() } else { Ok(()) }
+    }
+
+    /// Whether a flush should come before the next change.
+    pub(in crate::qcow2) fn is_under_pressure(self) -> bool {
+        self.mapping.is_under_pressure() || self.clusters.freed_count() > FREED_MAX
+    }
+
     /// Whether some change of metadata is not known to be on disk.
-    fn has_changes(&self) -> bool {
+    pub(in crate::qcow2) fn has_changes(self) -> bool {
         self.commits.changes.are_pending() || self.metadata.has_header_writes()
     }
 
-    fn flush_changes(&self) -> Result<()> {
+    fn flush_changes(self) -> Result<()> {
         let (changes, (mut freed, generation), change_count) = {
             let _gate = self.commits.close_gate();
             let change_count = self.commits.changes.made();
@@ -85,7 +117,7 @@ impl Qcow2 {
         }
     }
 
-    fn take_changes(&self) -> Result<Copied> {
+    fn take_changes(self) -> Result<Copied> {
         let mut allocator = self.clusters.allocator()?;
         let blocks = allocator.refcounts.take_dirty();
         let dirty_entries = std::mem::take(&mut allocator.refcounts.dirty_entries);
@@ -97,14 +129,14 @@ impl Qcow2 {
         Ok(Copied { blocks, table_entries, moved_table, mapping: self.mapping.take_dirty() })
     }
 
-    fn write_changes(&self, changes: &Copied) -> Result<()> {
+    fn write_changes(self, changes: &Copied) -> Result<()> {
         self.metadata.repeat_header_writes()?;
         for block in &changes.blocks {
             self.metadata.write(block.offset, &block.bytes)?;
         }
-        self.sync_data()?;
-        let mut file_is_synced = !self.mapping.format.has_data_file;
-        if self.mapping.format.has_data_file && !changes.blocks.is_empty() {
+        self.data.sync()?;
+        let mut file_is_synced = !self.data.is_external();
+        if self.data.is_external() && !changes.blocks.is_empty() {
             self.metadata.sync()?;
             file_is_synced = true;
         }
@@ -134,9 +166,9 @@ impl Qcow2 {
     }
 
     /// Writes a larger refcount table to its new place and makes the header point to it.
-    fn switch_refcount_table(&self, place: TablePlace, table: &[u64]) -> Result<()> {
+    fn switch_refcount_table(self, place: TablePlace, table: &[u64]) -> Result<()> {
         let mut bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        bytes.resize((place.clusters * self.geometry().cluster_size()) as usize, 0);
+        bytes.resize((place.clusters * self.mapping.geometry().cluster_size()) as usize, 0);
         self.metadata.write(place.offset, &bytes)?;
         self.metadata.sync()?;
         let mut fields = [0; 12];
@@ -146,8 +178,8 @@ impl Qcow2 {
         self.metadata.sync_header()
     }
 
-    fn note_moved_table(&self, allocator: &mut Allocator, place: TablePlace) {
-        let bits = self.geometry().cluster_bits;
+    fn note_moved_table(self, allocator: &mut Allocator, place: TablePlace) {
+        let bits = self.mapping.geometry().cluster_bits;
         let old = std::mem::replace(&mut allocator.table_place, place);
         // Whoever counts all references looks for the table there from now on.
         self.metadata.update_header(|header| {
@@ -162,30 +194,11 @@ impl Qcow2 {
         self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: false }));
     }
 
-    /// Writes everything and lets go of what was freed, before the image is closed.
-    pub(in crate::qcow2) fn close_writer(&self) -> Result<()> {
-        if !self.metadata.is_writable() {
-            return Ok(());
-        }
-        self.end_with_cluster()?;
-        self.flush_all()?;
-        self.bitmaps.store(self)?;
-        self.bitmaps.end_session()?;
-        // The first flush may have moved the refcount table and so freed the old one.
-        for _ in 0..2 {
-            self.clusters.release_all_freed();
-            if self.has_changes() {
-                self.flush_all()?;
-            }
-        }
-        Ok(())
-    }
-
     /// Makes the file end where a cluster does, or the last sector of compressed ones: the last
     /// cluster may have been written in part, and other readers read it as a whole. Nobody else
     /// writes any more, and what is missing reads as zero here: failures do not matter.
-    fn end_with_cluster(&self) -> Result<()> {
-        let cluster_size = self.geometry().cluster_size();
+    pub(in crate::qcow2) fn end_with_cluster(self) -> Result<()> {
+        let cluster_size = self.mapping.geometry().cluster_size();
         let Ok(length) = self.metadata.file.len() else { return Ok(()) };
         let compressed_end = self.clusters.allocator()?.compressed_at.unwrap_or(0);
         let is_whole =
@@ -195,22 +208,168 @@ impl Qcow2 {
         }
         Ok(())
     }
-
-    /// Flushes for somebody who relies on it for everything that was written since the last flush that
-    /// succeeded.
-    pub(in crate::qcow2) fn flush_for_caller(&self) -> Result<()> {
-        self.metadata.report_failed(self.flush_all())
-    }
-
-    /// Syncs the file that holds the data.
-    fn sync_data(&self) -> Result<()> {
-        self.metadata.sync_storage(&*self.data)
-    }
 }
 
-impl Drop for Qcow2 {
-    fn drop(&mut self) {
-        // Whoever wants to know whether this works calls `Image::close`.
-        let _ = self.close_writer();
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::qcow2::alloc::allocator::make_allocator;
+    use crate::qcow2::alloc::clusters::tests::Nothing;
+    use crate::qcow2::map::tables::Change;
+    use crate::qcow2::metadata::metadata_file::tests::opened;
+    use crate::qcow2::on_disk::l2::{Cluster, EntryFormat, OFFSET_MASK};
+    use crate::storage::Storage;
+    use crate::storage::fault::{FailingStorage, Fault};
+    use crate::units::HostOffset;
+
+    const CLUSTER: u64 = 1 << 16;
+
+    /// The parts of an empty image: header, refcount table, refcount block, L1 table.
+    struct Parts {
+        storage: Arc<FailingStorage>,
+        metadata: Arc<MetadataFile>,
+        data: DataFile,
+        clusters: Arc<Clusters>,
+        mapping: MappingTables,
+        commits: Arc<Commits>,
+    }
+
+    impl Parts {
+        fn new() -> Self {
+            let (storage, metadata) = opened(true);
+            let (metadata, commits) = (Arc::new(metadata), Arc::new(Commits::default()));
+            let header = metadata.header();
+            let allocator = make_allocator(&metadata.file, &header).unwrap();
+            let clusters =
+                Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), Some(allocator));
+            let clusters = Arc::new(clusters);
+            let format =
+                EntryFormat { geometry: header.geometry, version: 3, has_data_file: false };
+            let of_mapping = (Arc::clone(&metadata), Arc::clone(&clusters), Arc::clone(&commits));
+            let mapping = MappingTables::new(of_mapping, format, vec![0], header.size, None);
+            let data = DataFile::new(Arc::clone(&metadata), false);
+            Self { storage, metadata, data, clusters, mapping, commits }
+        }
+
+        fn flusher(&self) -> Flusher<'_> {
+            Flusher {
+                metadata: &self.metadata,
+                data: &self.data,
+                clusters: &self.clusters,
+                mapping: &self.mapping,
+                commits: &self.commits,
+            }
+        }
+
+        /// Writes the first cluster of the disk to a new place.
+        fn write_first_cluster(&self) -> u64 {
+            let table = self.mapping.table_for_write(0, &Nothing).unwrap();
+            let host = self.clusters.reserve(1, &Nothing).unwrap().offset;
+            self.data.write(host, &[7; CLUSTER as usize], 0).unwrap();
+            let cluster =
+                Cluster { host: Some(host), copied: true, allocated: 1, ..Cluster::default() };
+            self.mapping.commit(&table, &[Change { guest: 0, cluster }], &[]).unwrap();
+            host
+        }
+
+        fn word(&self, offset: u64) -> u64 {
+            let mut bytes = [0; 8];
+            self.storage.read_exact_at(HostOffset::new(offset), &mut bytes).unwrap();
+            u64::from_be_bytes(bytes)
+        }
+
+        fn refcount(&self, offset: u64) -> u16 {
+            let mut bytes = [0; 2];
+            let place = 2 * CLUSTER + offset / CLUSTER * 2;
+            self.storage.read_exact_at(HostOffset::new(place), &mut bytes).unwrap();
+            u16::from_be_bytes(bytes)
+        }
+
+        /// Where the first cluster of the disk is, if the file says so; what it names is counted.
+        fn first_cluster(&self) -> Option<u64> {
+            let table = self.word(3 * CLUSTER) & OFFSET_MASK;
+            let counted = |offset: &u64| {
+                assert!(*offset == 0 || self.refcount(*offset) > 0, "{offset:#x} is not counted");
+                *offset != 0
+            };
+            Some(table).filter(counted).map(|table| self.word(table) & OFFSET_MASK).filter(counted)
+        }
+    }
+
+    #[test]
+    fn a_flush_that_fails_at_any_call_leaves_nothing_uncounted_and_the_next_makes_up_for_it() {
+        for call in 0.. {
+            let parts = Parts::new();
+            let host = parts.write_first_cluster();
+            let begun = parts.storage.calls() + call;
+            parts.storage.set_fault(Some(Fault { calls: begun..begun + 1, code: libc::EIO }));
+            let flushed = parts.flusher().flush();
+            parts.storage.set_fault(None);
+            assert!(parts.first_cluster().is_none_or(|found| found == host));
+            let has_failed = parts.storage.failed() > 0;
+            assert_eq!(flushed.is_err(), has_failed, "call {call}");
+            assert_eq!(parts.flusher().has_changes(), has_failed, "call {call}");
+            parts.flusher().flush().unwrap();
+            assert_eq!(parts.first_cluster(), Some(host), "call {call}");
+            if !has_failed {
+                assert!(call > 4, "a flush has at least so many steps");
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn a_flush_that_finds_nothing_changed_is_one_sync() {
+        let parts = Parts::new();
+        parts.write_first_cluster();
+        parts.flusher().flush().unwrap();
+        let before = parts.storage.calls();
+        parts.flusher().flush().unwrap();
+        assert_eq!(parts.storage.calls() - before, 1);
+    }
+
+    #[test]
+    fn a_freed_cluster_stays_counted_on_disk_until_its_entry_is_gone_there() {
+        let parts = Parts::new();
+        let host = parts.write_first_cluster();
+        parts.flusher().flush().unwrap();
+        let table = parts.mapping.table_for_write(0, &Nothing).unwrap();
+        let change = Change { guest: 0, cluster: Cluster::default() };
+        let freed = Freed { cluster: host / CLUSTER, punch: false };
+        parts.mapping.commit(&table, &[change], &[freed]).unwrap();
+        assert!(parts.flusher().has_changes());
+        parts.flusher().flush().unwrap();
+        assert_eq!((parts.first_cluster(), parts.refcount(host)), (None, 1));
+        assert!(parts.flusher().has_changes(), "the refcount is lowered in memory");
+        parts.flusher().flush().unwrap();
+        assert_eq!(parts.refcount(host), 0);
+    }
+
+    #[test]
+    fn a_refcount_table_that_moves_is_whole_before_the_header_names_it() {
+        for call in 0.. {
+            let parts = Parts::new();
+            let place = parts.clusters.reserve_exact(2, &Nothing).unwrap();
+            let place = TablePlace { offset: place.offset, clusters: place.clusters };
+            parts.clusters.allocator().unwrap().new_table_place = Some(place);
+            let begun = parts.storage.calls() + call;
+            parts.storage.set_fault(Some(Fault { calls: begun..begun + 1, code: libc::ENOSPC }));
+            let flushed = parts.flusher().flush();
+            parts.storage.set_fault(None);
+            let named = || parts.word(field::REFCOUNT_TABLE_OFFSET);
+            assert!([CLUSTER, place.offset].contains(&named()), "call {call}");
+            assert_eq!(parts.word(named()), 2 * CLUSTER, "call {call}");
+            if flushed.is_err() {
+                parts.flusher().flush().unwrap();
+            }
+            assert_eq!(named(), place.offset, "call {call}");
+            assert_eq!(parts.metadata.header().refcount_table_offset, place.offset);
+            if flushed.is_ok() {
+                assert!(call > 4, "a flush has at least so many steps");
+                break;
+            }
+        }
     }
 }

@@ -9,6 +9,8 @@ use crate::layer::Backing;
 use crate::luks::{self, Encryption};
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::bitmap::{Bitmaps, ImageServices};
+use crate::qcow2::data_file::DataFile;
+use crate::qcow2::flush::Flusher;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
@@ -17,7 +19,6 @@ use crate::qcow2::on_disk::header::{
     Compression, ENCRYPTION_AES, autoclear, compatible, incompatible,
 };
 use crate::qcow2::on_disk::words::read_error;
-use crate::storage::Storage;
 use std::collections::HashMap;
 use std::sync::{Arc, OnceLock};
 
@@ -25,8 +26,7 @@ use std::sync::{Arc, OnceLock};
 #[derive(Debug)]
 pub(crate) struct Qcow2 {
     pub(in crate::qcow2) metadata: Arc<MetadataFile>,
-    /// Holds the data.
-    pub(in crate::qcow2) data: Arc<dyn Storage>,
+    pub(in crate::qcow2) data: DataFile,
     /// Size of the disk that is shown: the image's or that of a snapshot.
     pub(in crate::qcow2) size: u64,
     /// Whether clusters were allocated before they were written; found out when it matters.
@@ -116,6 +116,17 @@ impl Qcow2 {
         self.metadata.path()
     }
 
+    /// Brings everything to disk that was changed.
+    pub(in crate::qcow2) fn flusher(&self) -> Flusher<'_> {
+        Flusher {
+            metadata: &self.metadata,
+            data: &self.data,
+            clusters: &self.clusters,
+            mapping: &self.mapping,
+            commits: &self.commits,
+        }
+    }
+
     pub(in crate::qcow2) fn geometry(&self) -> Geometry {
         self.mapping.geometry()
     }
@@ -123,7 +134,7 @@ impl Qcow2 {
 
 impl ImageServices for Qcow2 {
     fn flush(&self) -> Result<()> {
-        self.flush_all()
+        self.flusher().flush()
     }
 
     fn references_to(&self, clusters: &[u64]) -> Result<Option<HashMap<u64, u64>>> {

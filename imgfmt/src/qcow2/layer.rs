@@ -45,7 +45,7 @@ impl WritableLayer for Qcow2 {
             minimum_size: 1,
             fast_zero: can_map,
             discard: can_map,
-            ..self.data.capabilities()
+            ..self.data.storage().capabilities()
         }
     }
 
@@ -103,7 +103,7 @@ impl WritableLayer for Qcow2 {
     }
 
     fn flush(&self) -> Result<()> {
-        self.flush_for_caller()
+        self.flusher().flush_for_caller()
     }
 
     fn close(&self) -> Result<()> {
@@ -119,7 +119,7 @@ impl Qcow2 {
     fn flush_if(&self, durability: Durability) -> Result<()> {
         match durability {
             Durability::Cached => Ok(()),
-            Durability::Fua => self.flush_for_caller(),
+            Durability::Fua => self.flusher().flush_for_caller(),
         }
     }
 }

@@ -8,6 +8,8 @@
 mod alloc;
 mod bitmap;
 mod check;
+mod close;
+mod data_file;
 mod flush;
 mod image;
 mod io;

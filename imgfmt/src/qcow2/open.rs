@@ -12,6 +12,7 @@ use crate::options::{Access, OpenOptions};
 use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::data_file::DataFile;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
@@ -58,9 +59,9 @@ impl Qcow2 {
             version: header.version,
             has_data_file: header.has_data_file(),
         };
-        let data = Arc::clone(&file);
         let snapshots_offset = header.snapshots_offset;
         let metadata = Arc::new(MetadataFile::new(file, path, header, is_writable));
+        let data = DataFile::new(Arc::clone(&metadata), format.has_data_file);
         let commits = Arc::new(Commits::default());
         let clusters = Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator);
         let clusters = Arc::new(clusters);
@@ -167,7 +168,7 @@ impl Qcow2 {
     }
 
     pub(crate) fn attach_data_file(&mut self, data: Arc<dyn Storage>) {
-        self.data = data;
+        self.data.attach(data);
     }
 }
 

@@ -111,9 +111,9 @@ impl Qcow2 {
             Step::DropBitmaps => {
                 self.bitmaps.drop_damaged(self)?;
                 // What that frees must be free before it is counted again, or it would be freed twice.
-                self.flush_all()?;
+                self.flusher().flush()?;
                 self.clusters.release_all_freed();
-                self.flush_all()
+                self.flusher().flush()
             }
         }
     }
@@ -133,7 +133,7 @@ impl Qcow2 {
         let found = snapshot::read_damaged_table(&*self.metadata.file, &self.metadata.header())?;
         let bytes = snapshot::encode_table(&found.snapshots);
         let offset = if bytes.is_empty() { 0 } else { self.write_new(&bytes)? };
-        self.flush_all()?;
+        self.flusher().flush()?;
         let count = found.snapshots.len() as u32;
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&count.to_be_bytes());
@@ -181,6 +181,6 @@ impl Qcow2 {
         }
         drop(allocator);
         self.commits.changes.note();
-        self.flush_all()
+        self.flusher().flush()
     }
 }

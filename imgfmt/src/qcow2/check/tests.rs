@@ -39,14 +39,14 @@ fn references_are_counted_in_an_open_image_whose_refcount_table_has_moved() {
         let offset = GuestOffset::new(number * 512);
         image.write_at(offset, &[0xff; 512], Durability::Cached).unwrap();
     }
-    image.flush_all().unwrap();
+    image.flusher().flush().unwrap();
     let on_disk = Header::read(&*storage, Purpose::Use).unwrap();
     assert_ne!(on_disk.refcount_table_offset, 512, "the table has not moved");
-    image.flush_all().unwrap();
+    image.flusher().flush().unwrap();
     image.clusters.release_all_freed();
     // The old place is free, and is given to the guest.
     image.write_at(GuestOffset::new(0), &[0xee; 512], Durability::Cached).unwrap();
-    image.flush_all().unwrap();
+    image.flusher().flush().unwrap();
     let report = Checker::run(&image).unwrap().report;
     assert_eq!((report.corruptions, report.leaks), (0, 0), "{:?}", report.messages);
 }

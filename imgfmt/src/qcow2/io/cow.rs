@@ -6,8 +6,8 @@ use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::plan::{Fill, Merged, Old, Plan};
 use crate::qcow2::map::lookup::Lookup;
 use crate::read::{read_at, try_read_at};
-use crate::storage::{Speed, TryRead, ZeroMode};
-use crate::units::{GuestOffset, HostOffset};
+use crate::storage::TryRead;
+use crate::units::GuestOffset;
 use crate::zero::is_zero;
 
 /// New bytes up to this many are read over, rather than what lies on both sides read in two calls.
@@ -112,7 +112,7 @@ impl Qcow2 {
         }
         let (start, end) = span_with(plan, missing().filter(|fill| fill.is_merged(plan)));
         if (start, end) == (plan.from, plan.to) {
-            return self.write_data(host + start, data, plan.guest_start + start);
+            return self.data.write(host + start, data, plan.guest_start + start);
         }
         let zeroes;
         let merged = match &plan.merged {
@@ -122,14 +122,14 @@ impl Qcow2 {
                 &zeroes
             }
         };
-        self.write_data(host + start, merged.part(start, end), plan.guest_start + start)
+        self.data.write(host + start, merged.part(start, end), plan.guest_start + start)
     }
 
     /// Copies a part of the old content into the new cluster.
     fn copy_old(&self, plan: &Plan, host: u64, fill: &Fill) -> Result<()> {
         let guest = plan.guest_start + fill.start;
         if fill.old == Old::Zero {
-            return self.write_zeroes_as_data(host + fill.start, fill.length(), guest);
+            return self.data.write_zeroes(host + fill.start, fill.length(), guest);
         }
         let mut buffer = vec![0; fill.length().min(COPY_BYTES) as usize];
         let mut position = fill.start;
@@ -138,20 +138,13 @@ impl Qcow2 {
             read_at(self, GuestOffset::new(plan.guest_start + position), part)?;
             let length = part.len() as u64;
             if !is_zero(part) {
-                self.write_data(host + position, part, guest)?;
+                self.data.write(host + position, part, guest)?;
             } else if !plan.never_written {
-                self.write_zeroes_as_data(host + position, length, guest)?;
+                self.data.write_zeroes(host + position, length, guest)?;
             }
             position += length;
         }
         Ok(())
-    }
-
-    fn write_zeroes_as_data(&self, host: u64, length: u64, guest: u64) -> Result<()> {
-        self.data_will_grow(host + length, guest)?;
-        self.data
-            .write_zeroes(HostOffset::new(host), length, ZeroMode::KeepAllocated, Speed::Any)
-            .map_err(|error| self.metadata.io("write to", error, GuestOffset::new(guest)))
     }
 }
 

@@ -1,20 +1,16 @@
 //! Allocating all clusters of a new image beforehand.
 
-use std::io;
-
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::Cluster;
-use crate::units::GuestOffset;
 
 impl Qcow2 {
     /// Gives every cluster a place, in order, without writing data. Only for an empty image in a
     /// new file or on a device that was zeroed, whose places all read as zero.
     pub(crate) fn preallocate(&self) -> Result<()> {
         let geometry = self.geometry();
-        let io = |error| self.metadata.io("write to", error, GuestOffset::new(0));
         let mut position = 0;
         while position < self.size {
             let end = self.size.min(position.saturating_add(geometry.l2_coverage()));
@@ -38,24 +34,12 @@ impl Qcow2 {
                 at_hand.offset += geometry.cluster_size();
                 at_hand.clusters = at_hand.clusters.saturating_sub(1);
                 if !self.mapping.format.has_data_file {
-                    self.grow_to(at_hand.offset).map_err(io)?;
+                    self.data.grow_to(at_hand.offset)?;
                 }
             }
             self.mapping.commit(&table, &changes, &[])?;
-            self.relieve_pressure()?;
+            self.flusher().relieve_pressure()?;
         }
-        self.flush_all()
-    }
-
-    /// Makes the file at least so long. Nobody else writes, and a length takes up no space.
-    fn grow_to(&self, end: u64) -> io::Result<()> {
-        if self.data.len()? >= end {
-            return Ok(());
-        }
-        self.data.set_len(end).map_err(|error| match error.kind() {
-            // A device is as large as it is.
-            io::ErrorKind::Unsupported => io::ErrorKind::StorageFull.into(),
-            _ => error,
-        })
+        self.flusher().flush()
     }
 }

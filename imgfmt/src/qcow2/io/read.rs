@@ -50,7 +50,7 @@ impl Qcow2 {
     /// Holes of the file have a say only where clusters were allocated before they were written.
     fn map_stored(&self, range: GuestRange, host: u64, walk: &mut Walk<'_>) -> Result<Mapped> {
         let file = FileSpan {
-            storage: &self.data,
+            storage: self.data.storage(),
             offset: HostOffset::new(host),
             may_pass_end: true,
             may_have_holes: false,

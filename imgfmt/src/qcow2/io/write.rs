@@ -10,19 +10,15 @@ use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::table::Table;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::Cluster;
-use crate::storage::Durability;
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::GuestOffset;
 
 /// An allocating write is done in steps of at most so many bytes (but at least one cluster): the
 /// stripes are held for no longer than one step takes.
 const STEP_BYTES: u64 = 2 << 20;
 
-/// So many clusters may have been freed before a flush makes them usable again.
-const FREED_MAX: usize = 1 << 16;
-
 impl Qcow2 {
     pub(in crate::qcow2) fn write_range(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
-        self.relieve_pressure()?;
+        self.flusher().relieve_pressure()?;
         if self.write_in_place(offset.bytes(), data, Lookup::MayRead)? {
             return Ok(());
         }
@@ -52,7 +48,7 @@ impl Qcow2 {
         }
         let (start, end) = (offset.bytes(), offset.bytes() + data.len() as u64);
         let step = self.step_bytes();
-        if start / step != (end - 1) / step || self.is_under_pressure() {
+        if start / step != (end - 1) / step || self.flusher().is_under_pressure() {
             return Ok(false);
         }
         self.write_step(start, data, Lookup::CachedOnly)
@@ -61,15 +57,6 @@ impl Qcow2 {
     fn step_bytes(&self) -> u64 {
         let geometry = self.geometry();
         STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage())
-    }
-
-    /// Writes metadata out before more of it than the cache should hold has changed.
-    pub(in crate::qcow2) fn relieve_pressure(&self) -> Result<()> {
-        if self.is_under_pressure() { self.flush_all() } else { Ok(()) }
-    }
-
-    fn is_under_pressure(&self) -> bool {
-        self.mapping.is_under_pressure() || self.clusters.freed_count() > FREED_MAX
     }
 
     /// Writes all of `data` in place if every cluster allows it; else writes nothing.
@@ -86,7 +73,7 @@ impl Qcow2 {
             return Ok(false);
         }
         for (host, from, to) in segments {
-            self.write_data(host, &data[from..to], start + from as u64)?;
+            self.data.write(host, &data[from..to], start + from as u64)?;
         }
         Ok(true)
     }
@@ -289,7 +276,7 @@ impl Qcow2 {
                     *until = to;
                     continue;
                 }
-                self.write_data(*first, part(*begun, *until), *begun)?;
+                self.data.write(*first, part(*begun, *until), *begun)?;
                 waiting = None;
             }
             if plan.fill.is_empty() {
@@ -299,25 +286,8 @@ impl Qcow2 {
             }
         }
         match waiting {
-            Some((host, from, to)) => self.write_data(host, part(from, to), from),
+            Some((host, from, to)) => self.data.write(host, part(from, to), from),
             None => Ok(()),
         }
-    }
-
-    pub(in crate::qcow2) fn write_data(&self, host: u64, data: &[u8], guest: u64) -> Result<()> {
-        self.data
-            .write_at(HostOffset::new(host), data, Durability::Cached)
-            .map_err(|error| self.metadata.io("write to", error, GuestOffset::new(guest)))
-    }
-
-    /// Makes the data file at least `end` bytes long: zeroes can be written only within it. The byte
-    /// before `end` is the caller's alone and zero. The length is not set: others may have written
-    /// behind `end` since it was looked at, and would be cut off.
-    pub(in crate::qcow2) fn data_will_grow(&self, end: u64, guest: u64) -> Result<()> {
-        let grown = self.data.len().and_then(|length| match length < end {
-            true => self.data.write_at(HostOffset::new(end - 1), &[0], Durability::Cached),
-            false => Ok(()),
-        });
-        grown.map_err(|error| self.metadata.io("write to", error, GuestOffset::new(guest)))
     }
 }

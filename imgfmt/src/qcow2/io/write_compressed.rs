@@ -45,7 +45,7 @@ impl Qcow2 {
 
     fn write_packed(&self, start: u64, packed: &[u8]) -> Result<()> {
         let geometry = self.geometry();
-        self.relieve_pressure()?;
+        self.flusher().relieve_pressure()?;
         let _stripes = self.clusters.lock(start >> geometry.cluster_bits, 1, Lookup::MayRead);
         let table = self.mapping.table_for_write(geometry.l1_index(start), self)?;
         self.mapping.refuse_bad(&table, start)?;

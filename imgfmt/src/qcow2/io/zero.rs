@@ -9,7 +9,7 @@ use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::{Cluster, Subcluster};
 use crate::read::extents;
 use crate::storage::{Speed, ZeroMode};
-use crate::units::{GuestOffset, GuestRange, HostOffset};
+use crate::units::{GuestOffset, GuestRange};
 
 /// So many clusters are looked at together, at most those of one L2 table: bounds memory, and how
 /// long others wait for these clusters.
@@ -44,7 +44,7 @@ impl Qcow2 {
         mode: ZeroMode,
         speed: Speed,
     ) -> Result<()> {
-        self.relieve_pressure()?;
+        self.flusher().relieve_pressure()?;
         let unit = self.geometry().subcluster_size();
         let (start, end) = (range.offset().bytes(), range.end().bytes());
         // The end of the disk may lie within a cluster: what is behind it is nobody's.
@@ -75,7 +75,7 @@ impl Qcow2 {
     }
 
     pub(in crate::qcow2) fn discard_range(&self, range: GuestRange) -> Result<()> {
-        self.relieve_pressure()?;
+        self.flusher().relieve_pressure()?;
         // Without the zero flag a discarded cluster would show the backing file's content.
         if !self.can_map_zeroes() {
             return Ok(());
@@ -103,7 +103,7 @@ impl Qcow2 {
                 let end = extent.range.end().bytes();
                 let is_marked = extent.depth == 1 && extent.kind != ExtentKind::Data;
                 while is_marked && position < end {
-                    self.relieve_pressure()?;
+                    self.flusher().relieve_pressure()?;
                     let stop =
                         end.min(self.geometry().cluster_start(position) + zeroes.len() as u64);
                     let length = (stop - position) as usize;
@@ -134,7 +134,7 @@ impl Qcow2 {
         let zeroes = vec![0; (end - start).min(unit) as usize];
         for (start, end) in self.edge_parts(start, end) {
             if !self.mark_edge(start, end)? {
-                self.relieve_pressure()?;
+                self.flusher().relieve_pressure()?;
                 self.write_range(GuestOffset::new(start), &zeroes[..(end - start) as usize])?;
             }
         }
@@ -229,7 +229,7 @@ impl Qcow2 {
         let mut position = start;
         while position < end {
             let stop = end.min((position / step + 1).saturating_mul(step));
-            self.relieve_pressure()?;
+            self.flusher().relieve_pressure()?;
             let left_over = self.erase_in_table(position, stop, what)?;
             if matches!(what, Erase::Zero(_)) {
                 for (start, end) in left_over {
@@ -274,7 +274,7 @@ impl Qcow2 {
         }
         if !changes.is_empty() {
             self.mapping.commit(&table, &changes, &freed)?;
-            self.erase_data_file(start, end)?;
+            self.data.erase(span(start, end))?;
         }
         Ok(left_over)
     }
@@ -314,26 +314,6 @@ impl Qcow2 {
         let copied = old.copied && host.is_some();
         let new = Cluster { host, copied, compressed: None, allocated, zero };
         (new != old).then_some(new)
-    }
-
-    /// A raw data file must read as the disk does.
-    fn erase_data_file(&self, start: u64, end: u64) -> Result<()> {
-        if !self.mapping.format.has_data_file {
-            return Ok(());
-        }
-        let length = self
-            .data
-            .len()
-            .map_err(|e| self.metadata.io("write to", e, GuestOffset::new(start)))?;
-        let range = span(start.min(length), end.min(length));
-        let offset = HostOffset::new(range.offset().bytes());
-        match range.is_empty() {
-            true => Ok(()),
-            false => self
-                .data
-                .write_zeroes(offset, range.length(), ZeroMode::MayUnmap, Speed::Any)
-                .map_err(|error| self.metadata.io("write to", error, range.offset())),
-        }
     }
 }
 

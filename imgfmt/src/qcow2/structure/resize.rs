@@ -7,7 +7,6 @@ use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot::Snapshot;
 use crate::storage::{Speed, ZeroMode};
-use crate::units::HostOffset;
 
 const L1_BYTES_MAX: u64 = 32 << 20;
 
@@ -24,14 +23,14 @@ impl Qcow2 {
         drop(self.bitmaps.before_change(self, span(0, 0))?);
         // What is cut off and added again is clean, and not what it was.
         self.bitmaps.forget_lineage()?;
-        self.flush_all()?;
+        self.flusher().flush()?;
         if size < old_size {
             self.bitmaps.before_resize(self)?;
             let old_l1 = self.switch_to_smaller(size)?;
             // The disk is smaller, whatever happens now.
             self.bitmaps.store_resized(self)?;
             self.free_behind(size, &old_l1)?;
-            return self.resize_data_file(old_size, size);
+            return self.data.resize(old_size, size);
         }
         self.grow_l1(size)?;
         // The rest of the last cluster holds anything, and the backing file may be longer.
@@ -41,8 +40,8 @@ impl Qcow2 {
         if !stale.is_empty() {
             self.zero_range(stale, ZeroMode::MayUnmap, Speed::Any)?;
         }
-        self.resize_data_file(old_size, size)?;
-        self.flush_all()?;
+        self.data.resize(old_size, size)?;
+        self.flusher().flush()?;
         self.bitmaps.before_resize(self)?;
         let header = self.metadata.header();
         self.write_disk_fields(size, header.l1_entries, header.l1_offset)?;
@@ -93,29 +92,6 @@ impl Qcow2 {
         self.metadata.sync_header()
     }
 
-    /// Gives the data file the length of the disk, as QEMU does: a raw one is to be the disk.
-    fn resize_data_file(&self, old_size: u64, size: u64) -> Result<()> {
-        if !self.mapping.format.has_data_file {
-            return Ok(());
-        }
-        let name = |error| self.metadata.named(Error::from_io("resize the data file of", error));
-        let length = self.data.len().map_err(name)?;
-        if size > old_size && length > old_size {
-            // What lies behind the end of the disk was never part of it.
-            let stale = length.min(size) - old_size;
-            let start = HostOffset::new(old_size);
-            let zeroed = self.data.write_zeroes(start, stale, ZeroMode::MayUnmap, Speed::Any);
-            zeroed.map_err(name)?;
-        }
-        match self.data.set_len(size) {
-            // A device is as long as it is.
-            Err(error) if error.kind() == std::io::ErrorKind::Unsupported && length >= size => {
-                Ok(())
-            }
-            result => result.map_err(name),
-        }
-    }
-
     fn grow_l1(&mut self, size: u64) -> Result<()> {
         let geometry = self.geometry();
         let needed = geometry.l1_entries_for(size);
@@ -143,7 +119,8 @@ impl Qcow2 {
         let mut bytes: Vec<u8> = l1.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize((clusters << geometry.cluster_bits) as usize, 0);
         // The refcounts and whatever the table points to must be there before the header is.
-        let prepared = self.metadata.write(reserved.offset, &bytes).and_then(|()| self.flush_all());
+        let prepared =
+            self.metadata.write(reserved.offset, &bytes).and_then(|()| self.flusher().flush());
         if let Err(error) = prepared {
             self.clusters.release(&[reserved]);
             return Err(error);

@@ -61,9 +61,9 @@ impl Qcow2 {
                 freed.extend(self.mapping.references(cluster, None, true));
             }
             self.clusters.free(freed);
-            self.relieve_pressure()?;
+            self.flusher().relieve_pressure()?;
         }
-        self.flush_all()
+        self.flusher().flush()
     }
 
     /// The words of a table for the part of the disk behind `end`.

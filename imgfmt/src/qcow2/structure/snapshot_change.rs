@@ -157,10 +157,10 @@ impl Qcow2 {
     /// referenced.
     fn require_nobody(&self) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
-        self.flush_all()?;
+        self.flusher().flush()?;
         // With the quarantine empty and no lease left, refcounts say exactly what is referenced.
         self.clusters.refuse_leases()?;
-        self.flush_all()
+        self.flusher().flush()
     }
 
     /// Adds one reference to everything below an L1 table, or to nothing if that fails.
@@ -213,7 +213,7 @@ impl Qcow2 {
     fn replace_snapshots(&mut self, snapshots: &[Snapshot]) -> Result<()> {
         let bytes = snapshot::encode_table(snapshots);
         let offset = if bytes.is_empty() { 0 } else { self.write_new(&bytes)? };
-        self.flush_all()?;
+        self.flusher().flush()?;
         let old =
             (self.metadata.header().snapshots_offset, snapshot::table_length(&self.snapshots()?));
         let mut fields = [0; 12];
@@ -228,7 +228,7 @@ impl Qcow2 {
         self.mapping.note_snapshots(offset, snapshots);
         self.metadata.sync_header()?;
         self.free_place(old.0, old.1)?;
-        self.flush_all()
+        self.flusher().flush()
     }
 
     /// Writes something to clusters of its own; returns where.
@@ -258,9 +258,9 @@ impl Qcow2 {
 
     /// Writes everything out, lets go of what was freed and makes the COPIED bits true again.
     fn settle(&mut self) -> Result<()> {
-        self.flush_all()?;
+        self.flusher().flush()?;
         self.update_flags()?;
-        self.flush_all()
+        self.flusher().flush()
     }
 
     /// Forgets all tables in memory, none of which is dirty.
@@ -271,7 +271,7 @@ impl Qcow2 {
 
     /// Sets COPIED in the active tables exactly where the refcount is 1.
     fn update_flags(&mut self) -> Result<()> {
-        self.flush_all()?;
+        self.flusher().flush()?;
         let geometry = self.geometry();
         for (l1_index, entry) in self.mapping.l1_words().into_iter().enumerate() {
             let offset = entry & OFFSET_MASK;

@@ -1,0 +1,33 @@
+//! Closing an image: what it still owes the disk is written, and nothing is kept.
+
+use crate::error::Result;
+use crate::qcow2::image::Qcow2;
+
+impl Qcow2 {
+    /// Writes everything and lets go of what was freed, before the image is closed.
+    pub(in crate::qcow2) fn close_writer(&self) -> Result<()> {
+        if !self.metadata.is_writable() {
+            return Ok(());
+        }
+        let flusher = self.flusher();
+        flusher.end_with_cluster()?;
+        flusher.flush()?;
+        self.bitmaps.store(self)?;
+        self.bitmaps.end_session()?;
+        // The first flush may have moved the refcount table and so freed the old one.
+        for _ in 0..2 {
+            self.clusters.release_all_freed();
+            if flusher.has_changes() {
+                flusher.flush()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        // Whoever wants to know whether this works calls `Image::close`.
+        let _ = self.close_writer();
+    }
+}

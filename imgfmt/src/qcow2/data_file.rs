@@ -1,0 +1,193 @@
+//! The file that holds the guest's data: the image's own, or a data file beside it.
+
+use std::io;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::storage::{Durability, Speed, Storage, ZeroMode};
+use crate::units::{GuestOffset, GuestRange, HostOffset, span};
+
+/// Where guest data goes. What is known about clusters is not known here.
+#[derive(Debug)]
+pub(in crate::qcow2) struct DataFile {
+    metadata: Arc<MetadataFile>,
+    storage: Arc<dyn Storage>,
+    /// Data is not in the file that holds the metadata.
+    is_external: bool,
+}
+
+impl DataFile {
+    /// Has the data in the file that holds the metadata, until a file of its own is
+    /// [attached](Self::attach).
+    pub(in crate::qcow2) fn new(metadata: Arc<MetadataFile>, is_external: bool) -> Self {
+        let storage = Arc::clone(&metadata.file);
+        Self { metadata, storage, is_external }
+    }
+
+    pub(in crate::qcow2) fn attach(&mut self, storage: Arc<dyn Storage>) {
+        self.storage = storage;
+    }
+
+    pub(in crate::qcow2) fn storage(&self) -> &Arc<dyn Storage> {
+        &self.storage
+    }
+
+    /// Whether data has a file of its own, in which it has the same place as on the disk.
+    pub(in crate::qcow2) fn is_external(&self) -> bool {
+        self.is_external
+    }
+
+    /// Writes data; `guest` is where it is on the disk, for errors.
+    pub(in crate::qcow2) fn write(&self, host: u64, data: &[u8], guest: u64) -> Result<()> {
+        self.storage
+            .write_at(HostOffset::new(host), data, Durability::Cached)
+            .map_err(|error| self.error(error, guest))
+    }
+
+    /// Writes zeroes that take up space, as data does.
+    pub(in crate::qcow2) fn write_zeroes(&self, host: u64, length: u64, guest: u64) -> Result<()> {
+        self.will_reach(host + length, guest)?;
+        self.storage
+            .write_zeroes(HostOffset::new(host), length, ZeroMode::KeepAllocated, Speed::Any)
+            .map_err(|error| self.error(error, guest))
+    }
+
+    /// Makes the file at least `end` bytes long: zeroes can be written only within it. The byte
+    /// before `end` is the caller's alone and zero. The length is not set: others may have written
+    /// beyond `end` since it was looked at, and would be cut off.
+    fn will_reach(&self, end: u64, guest: u64) -> Result<()> {
+        let grown = self.storage.len().and_then(|length| match length < end {
+            true => self.storage.write_at(HostOffset::new(end - 1), &[0], Durability::Cached),
+            false => Ok(()),
+        });
+        grown.map_err(|error| self.error(error, guest))
+    }
+
+    /// Makes the file at least `end` bytes long. Nobody else writes, and a length takes up no space.
+    pub(in crate::qcow2) fn grow_to(&self, end: u64) -> Result<()> {
+        let grow = || {
+            if self.storage.len()? >= end {
+                return Ok(());
+            }
+            self.storage.set_len(end).map_err(|error| match error.kind() {
+                // A device is as large as it is.
+                io::ErrorKind::Unsupported => io::ErrorKind::StorageFull.into(),
+                _ => error,
+            })
+        };
+        grow().map_err(|error| self.error(error, 0))
+    }
+
+    /// Erases a range of the disk in an external file, which must read as the disk does. In the
+    /// image's own file an entry alone says what is erased.
+    pub(in crate::qcow2) fn erase(&self, range: GuestRange) -> Result<()> {
+        if !self.is_external {
+            return Ok(());
+        }
+        let (start, end) = (range.offset().bytes(), range.end().bytes());
+        let length = self.storage.len().map_err(|error| self.error(error, start))?;
+        let range = span(start.min(length), end.min(length));
+        if range.is_empty() {
+            return Ok(());
+        }
+        let offset = HostOffset::new(range.offset().bytes());
+        self.storage
+            .write_zeroes(offset, range.length(), ZeroMode::MayUnmap, Speed::Any)
+            .map_err(|error| self.error(error, range.offset().bytes()))
+    }
+
+    /// Gives an external file the length of the disk, as QEMU does: a raw one is to be the disk.
+    pub(in crate::qcow2) fn resize(&self, old_size: u64, size: u64) -> Result<()> {
+        if !self.is_external {
+            return Ok(());
+        }
+        let name = |error| self.metadata.named(Error::from_io("resize the data file of", error));
+        let length = self.storage.len().map_err(name)?;
+        if size > old_size && length > old_size {
+            // What lies behind the end of the disk was never part of it.
+            let stale = length.min(size) - old_size;
+            let start = HostOffset::new(old_size);
+            let zeroed = self.storage.write_zeroes(start, stale, ZeroMode::MayUnmap, Speed::Any);
+            zeroed.map_err(name)?;
+        }
+        match self.storage.set_len(size) {
+            // A device is as long as it is.
+            Err(error) if error.kind() == io::ErrorKind::Unsupported && length >= size => Ok(()),
+            result => result.map_err(name),
+        }
+    }
+
+    pub(in crate::qcow2) fn sync(&self) -> Result<()> {
+        self.metadata.sync_storage(&*self.storage)
+    }
+
+    fn error(&self, error: io::Error, guest: u64) -> Error {
+        self.metadata.io("write to", error, GuestOffset::new(guest))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::metadata::metadata_file::tests::opened;
+    use crate::storage::MemoryStorage;
+    use crate::storage::fault::{FailingStorage, Fault};
+
+    fn external(bytes: &[u8]) -> (Arc<FailingStorage>, DataFile) {
+        let mut data = DataFile::new(Arc::new(opened(true).1), true);
+        let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(bytes)));
+        data.attach(Arc::clone(&storage) as _);
+        (storage, data)
+    }
+
+    fn bytes_of(data: &DataFile) -> Vec<u8> {
+        let mut bytes = vec![9; data.storage().len().unwrap() as usize];
+        data.storage().read_exact_at(HostOffset::new(0), &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn zeroes_past_the_end_make_the_file_longer_and_cut_off_nothing() {
+        let (_, data) = external(&[1; 512]);
+        data.write_zeroes(1024, 512, 1024).unwrap();
+        assert_eq!(data.storage().len().unwrap(), 1536);
+        data.write_zeroes(256, 256, 256).unwrap();
+        let bytes = bytes_of(&data);
+        assert_eq!((bytes.len(), bytes[255], bytes[256], bytes[1535]), (1536, 1, 0, 0));
+    }
+
+    #[test]
+    fn what_is_erased_beyond_the_end_of_an_external_file_is_zero_already() {
+        let (_, data) = external(&[1; 1024]);
+        data.erase(span(512, 4096)).unwrap();
+        data.erase(span(4096, 8192)).unwrap();
+        assert_eq!(bytes_of(&data), [[1; 512], [0; 512]].concat());
+    }
+
+    #[test]
+    fn the_image_s_own_file_is_neither_erased_nor_resized() {
+        let data = DataFile::new(Arc::new(opened(true).1), false);
+        let before = bytes_of(&data);
+        data.erase(span(0, 1 << 16)).unwrap();
+        data.resize(1 << 20, 2 << 20).unwrap();
+        assert!(bytes_of(&data) == before);
+    }
+
+    #[test]
+    fn what_an_external_file_has_past_the_end_of_the_disk_does_not_become_part_of_it() {
+        let (_, data) = external(&[1; 2048]);
+        data.resize(1024, 4096).unwrap();
+        assert_eq!(bytes_of(&data), [vec![1; 1024], vec![0; 3072]].concat());
+        data.resize(4096, 512).unwrap();
+        assert_eq!(bytes_of(&data), [1; 512]);
+    }
+
+    #[test]
+    fn an_error_names_the_image_and_the_place_on_the_disk() {
+        let (storage, data) = external(&[0; 512]);
+        storage.set_fault(Some(Fault { calls: 0..u64::MAX, code: libc::ENOSPC }));
+        let error = data.write(0, &[1; 512], 65536).unwrap_err().to_string();
+        assert!(error.contains("disk.qcow2") && error.contains("65536"), "{error}");
+    }
+}
