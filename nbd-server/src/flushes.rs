@@ -7,6 +7,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nbd_proto::wire::Errno;
 
@@ -16,6 +17,9 @@ use crate::scheduler::{Job, Scheduler};
 
 /// What a flush is expected to take, in nanoseconds.
 const ESTIMATE: u64 = 2_000_000;
+
+/// A flush that runs for longer has more to write than what waits for it.
+const SLOW: Duration = Duration::from_millis(100);
 
 /// Who waits for a flush. Dropped without an answer it has to see to itself.
 pub(crate) trait Waiter: Send {
@@ -35,6 +39,12 @@ pub(crate) struct Flushes {
 #[derive(Default)]
 struct State {
     waiting: Vec<Box<dyn Waiter>>,
+    /// Changes that have to be durable when they are answered, and are not answered yet.
+    changes: usize,
+    /// How many the last flush has answered.
+    last_group: usize,
+    /// When the flush began that is running.
+    began: Option<Instant>,
     /// A job is queued or running that will see to those who wait.
     is_scheduled: bool,
 }
@@ -64,8 +74,40 @@ impl Flushes {
         scheduler.submit_own(group, Box::new(job));
     }
 
+    fn begin_flush(&self, waiters: usize) {
+        let mut state = self.state();
+        (state.began, state.last_group) = (Some(Instant::now()), waiters);
+    }
+
+    /// Counts a change that has to be durable, until what is returned is dropped.
+    pub(crate) fn begin_change(&self) -> UnderWay {
+        self.state().changes += 1;
+        UnderWay { flushes: self.clone() }
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A change that has to be durable and is not answered yet.
+pub(crate) struct UnderWay {
+    flushes: Flushes,
+}
+
+impl UnderWay {
+    /// Whether a flush is likely to serve others as well. Where one runs that has much to write, a change
+    /// had better not wait behind it.
+    pub(crate) fn has_company(&self) -> bool {
+        let state = self.flushes.state();
+        let is_slow = state.began.is_some_and(|began| began.elapsed() > SLOW);
+        !is_slow && (state.changes > 1 || state.last_group > 1)
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.flushes.state().changes -= 1;
     }
 }
 
@@ -82,14 +124,19 @@ impl Job for FlushJob {
         Cost { class: Class::Wait, estimate: ESTIMATE }
     }
 
-    fn step(mut self: Box<Self>) -> Option<Box<dyn Job>> {
+    fn step(mut self: Box<Self>, _: &Scheduler) -> Option<Box<dyn Job>> {
         // From here on it begins: who comes later waits for the next.
-        let mut waiting = std::mem::take(&mut self.flushes.state().waiting);
-        waiting.retain(|waiter| !waiter.is_abandoned());
-        if !waiting.is_empty() {
-            self.flush_for(waiting);
+        let waiting = std::mem::take(&mut self.flushes.state().waiting);
+        let (wanted, abandoned): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|waiter| !waiter.is_abandoned());
+        // What they leave behind looks at the state.
+        drop(abandoned);
+        if !wanted.is_empty() {
+            self.flushes.begin_flush(wanted.len());
+            self.flush_for(wanted);
         }
         let mut state = self.flushes.state();
+        state.began = None;
         if state.waiting.is_empty() {
             state.is_scheduled = false;
             drop(state);

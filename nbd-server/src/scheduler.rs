@@ -25,8 +25,9 @@ pub(crate) trait Job: Send {
         false
     }
 
-    /// Carries out a step; what remains comes back.
-    fn step(self: Box<Self>) -> Option<Box<dyn Job>>;
+    /// Carries out a step; what remains comes back. A job that waits for another one submits that to
+    /// `scheduler`.
+    fn step(self: Box<Self>, scheduler: &Scheduler) -> Option<Box<dyn Job>>;
 }
 
 impl std::fmt::Debug for dyn Job {
@@ -112,7 +113,7 @@ impl Scheduler {
         while let Some(Popped { job, started }) = next.take() {
             let start = Instant::now();
             // Whoever waits for a job that panics is told by what it leaves behind.
-            let rest = catch_unwind(AssertUnwindSafe(|| job.step())).unwrap_or_default();
+            let rest = catch_unwind(AssertUnwindSafe(|| job.step(self))).unwrap_or_default();
             let elapsed = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
             next = self.finish(started, elapsed, rest);
         }
@@ -158,7 +159,7 @@ impl<T: Send, W: FnOnce() -> T + Send> Job for Computation<W, T> {
         self.sender.is_closed()
     }
 
-    fn step(self: Box<Self>) -> Option<Box<dyn Job>> {
+    fn step(self: Box<Self>, _: &Scheduler) -> Option<Box<dyn Job>> {
         if !self.is_abandoned() {
             let Self { work, sender, .. } = *self;
             // Whoever waits may have gone in the meantime.

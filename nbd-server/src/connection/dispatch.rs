@@ -6,7 +6,9 @@ use std::sync::Arc;
 use nbd_proto::transmission::{
     Command, Durability, Fragmentation, Position, ReplyEncoder, Request, RequestTag,
 };
-use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode};
+use nbd_proto::wire::{
+    BlockDescriptor, Errno, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags,
+};
 
 use super::writeback_errors::WritebackErrors;
 use crate::export::{Export, ExportError, Holes, Lookup, Mapped, ReadMap, TryRead, TryWrite};
@@ -24,12 +26,16 @@ pub(super) struct Work {
     pub(super) max_descriptors: usize,
     /// How many bytes of a READ were answered before.
     pub(super) done: usize,
+    /// A change that has to be durable: a flush will see to that.
+    pub(super) is_flushed_later: bool,
 }
 
 /// What a step achieved.
 pub(super) enum Step {
     /// The request is carried out; this is the reply, or what was missing of it.
     Done(Vec<u8>),
+    /// The change is carried out; a flush is still needed.
+    Changed,
     /// A part of a READ's reply. The connection asks for what follows the first `done` bytes of the
     /// range when it has room for it.
     Part { bytes: Vec<u8>, done: usize },
@@ -40,9 +46,17 @@ pub(super) enum Step {
 }
 
 /// Carries out a request that has neither [steps](super::steps) nor content, blocking as long as it
-/// takes, and gives the whole reply.
-pub(super) fn perform(work: &Work) -> Vec<u8> {
-    short_reply(work, execute(&*work.export, &work.writeback, &work.request, &work.payload))
+/// takes.
+pub(super) fn perform(work: &Work) -> Step {
+    let Work { export, writeback, request, payload, .. } = work;
+    if !work.is_flushed_later {
+        return Step::Done(short_reply(work, execute(&**export, writeback, request, payload)));
+    }
+    let command = not_durable(&request.command);
+    match call(&**export, &Request { command, ..request.clone() }, payload) {
+        Ok(()) => Step::Changed,
+        Err(error) => Step::Done(short_reply(work, writeback.judge(request, Err(error)))),
+    }
 }
 
 /// A reply without content.
@@ -151,6 +165,33 @@ pub(super) fn call(
             Err(ExportError::new(Errno::EINVAL, "this request has content or no reply"))
         }
     }
+}
+
+/// Whether a request is a change that has to be durable when it is answered.
+pub(super) const fn is_durable(command: &Command) -> bool {
+    matches!(
+        command,
+        Command::Write(Durability::Fua)
+            | Command::Trim(Durability::Fua)
+            | Command::WriteZeroes(_, _, Durability::Fua)
+    )
+}
+
+/// The same change, if it need not be durable.
+pub(super) fn not_durable(command: &Command) -> Command {
+    match command {
+        Command::Write(_) => Command::Write(Durability::Cached),
+        Command::Trim(_) => Command::Trim(Durability::Cached),
+        Command::WriteZeroes(mode, speed, _) => {
+            Command::WriteZeroes(*mode, *speed, Durability::Cached)
+        }
+        other => other.clone(),
+    }
+}
+
+/// Whether the export of a request can make everything durable that was written.
+pub(super) fn can_flush(work: &Work) -> bool {
+    work.export.info().flags.contains(TransmissionFlags::SEND_FLUSH)
 }
 
 /// The reply to a BLOCK_STATUS: a chunk for each context.

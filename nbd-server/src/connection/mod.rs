@@ -1,7 +1,9 @@
 //! One client, from its first byte to its last.
 
+mod answer;
 mod coalescing;
 mod dispatch;
+mod durability;
 mod effort;
 mod handshake;
 mod hangup;

@@ -1,21 +1,19 @@
 //! Requests that may block, on their way through the [scheduler](crate::scheduler).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
-use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request, RequestTag};
-use nbd_proto::wire::{CommandType, Errno};
+use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request};
 use tokio::sync::mpsc;
 
+use super::answer::{Answer, Farewell, Held, Reply, Unfinished};
 use super::dispatch::{Step, Work};
+use super::durability::{DurableChange, FlushWaiter};
 use super::read_steps;
 use super::steps::{self, Progress};
-use super::writeback_errors::WritebackErrors;
 use crate::budget::{Budget, Permit};
-use crate::export::{ExportEntry, ExportError};
-use crate::flushes::Waiter;
+use crate::export::ExportEntry;
 use crate::queue::{Cost, GroupId};
 use crate::scheduler::{Job, Lane, Scheduler};
 
@@ -28,34 +26,6 @@ const FREE_DESCRIPTORS: usize = 1024;
 
 /// Memory for a descriptor, in bytes: once as it is found, once as it is sent.
 const DESCRIPTOR_LEN: usize = 32;
-
-/// A READ of which a part is answered.
-#[derive(Debug)]
-pub(super) struct Unfinished {
-    pub(super) request: Request,
-    /// How many bytes were answered.
-    pub(super) done: usize,
-}
-
-/// A reply that came back.
-pub(super) struct Reply {
-    /// The whole reply, or a part of it.
-    pub(super) bytes: Vec<u8>,
-    /// The part of the budget it holds.
-    pub(super) permit: Permit,
-    /// What is still to be asked for, if it is a part.
-    pub(super) rest: Option<Unfinished>,
-    held: Held,
-}
-
-/// What a request is counted as while it is in the pool.
-#[derive(Debug, Clone, Copy)]
-struct Held {
-    /// Bytes of its payload or reply.
-    bytes: usize,
-    /// Its part of the requests that a connection may have here.
-    slots: usize,
-}
 
 /// One connection's use of the pool. What waits there goes when this is dropped; but if the client has
 /// said goodbye its changes are still carried out, as the protocol demands.
@@ -102,12 +72,12 @@ impl Pool {
 
     /// The client has said that it leaves.
     pub(super) fn say_farewell(&self) {
-        self.farewell.0.store(true, Ordering::Release);
+        self.farewell.say();
     }
 
     /// Has it?
     pub(super) fn has_farewell(&self) -> bool {
-        self.farewell.0.load(Ordering::Acquire)
+        self.farewell.is_said()
     }
 
     /// Requests that have not come back.
@@ -155,13 +125,14 @@ impl Pool {
             farewell: is_change(&work.request).then(|| self.farewell.clone()),
         };
         if work.request.command == Command::Flush {
-            let waiter = FlushWaiter { answer, writeback: work.writeback, request: work.request };
+            let waiter = FlushWaiter::new(answer, work.writeback, work.request);
             let (scheduler, entry) = (self.lane.scheduler(), &self.entry);
             let (export, failures) = (entry.export(), entry.failures());
             entry.flushes().join(scheduler, self.group, export, failures, Box::new(waiter));
         } else {
             let progress = steps::begin(&work);
-            self.lane.submit(Box::new(RequestJob { work, progress, answer }));
+            let durable = DurableChange::begin(&work, &self.entry, self.group);
+            self.lane.submit(Box::new(RequestJob { work, progress, durable, answer }));
         }
     }
 
@@ -222,6 +193,7 @@ struct RequestJob {
     work: Work,
     /// `None` for one without steps.
     progress: Option<Progress>,
+    durable: Option<DurableChange>,
     answer: Answer,
 }
 
@@ -246,17 +218,30 @@ impl Job for RequestJob {
         self.answer.is_abandoned()
     }
 
-    fn step(mut self: Box<Self>) -> Option<Box<dyn Job>> {
+    fn step(mut self: Box<Self>, scheduler: &Scheduler) -> Option<Box<dyn Job>> {
         if self.is_abandoned() {
             return None;
+        }
+        if self.durable.as_ref().is_some_and(DurableChange::has_company) {
+            self.work.is_flushed_later = true;
         }
         match steps::advance(&self.work, self.progress.as_mut()) {
             Step::More | Step::Queue => Some(self),
             Step::Done(bytes) => {
-                let Self { work, progress, answer } = *self;
+                let Self { work, progress, answer, .. } = *self;
                 // Memory of a WRITE is free before the reply says so.
                 drop((work, progress));
                 answer.send(bytes, None);
+                None
+            }
+            Step::Changed => {
+                let Self { work, progress, durable, answer } = *self;
+                let Work { writeback, request, payload, .. } = work;
+                drop((payload, progress));
+                let waiter = FlushWaiter::new(answer, writeback, request);
+                if let Some(durable) = durable {
+                    durable.wait_for_flush(scheduler, waiter);
+                }
                 None
             }
             Step::Part { bytes, done } => {
@@ -265,90 +250,5 @@ impl Job for RequestJob {
                 None
             }
         }
-    }
-}
-
-/// A FLUSH, which waits for a flush that it may share.
-struct FlushWaiter {
-    answer: Answer,
-    writeback: Arc<WritebackErrors>,
-    request: Request,
-}
-
-impl Waiter for FlushWaiter {
-    fn is_abandoned(&self) -> bool {
-        self.answer.is_abandoned()
-    }
-
-    fn answer(self: Box<Self>, result: Result<(), (u64, &ExportError)>) {
-        let Self { answer, writeback, request } = *self;
-        let result = match result {
-            Ok(()) => writeback.judge(&request, Ok(())),
-            Err((count, error)) => {
-                writeback.is_told(count);
-                Err(error.clone())
-            }
-        };
-        let mut bytes = Vec::new();
-        match result {
-            Ok(()) => answer.encoder.success(answer.tag, &mut bytes),
-            Err(error) => {
-                answer.encoder.error(answer.tag, error.errno, &error.message, &mut bytes);
-            }
-        }
-        answer.send(bytes, None);
-    }
-}
-
-/// Whether the client of a connection has said that it leaves.
-#[derive(Debug, Clone, Default)]
-struct Farewell(Arc<AtomicBool>);
-
-/// Makes sure that every request is answered, even if carrying it out panicked.
-struct Answer {
-    sender: mpsc::UnboundedSender<Reply>,
-    tag: RequestTag,
-    encoder: ReplyEncoder,
-    parts: Option<(Permit, Held)>,
-    /// For changes, which outlive a connection that ended in order.
-    farewell: Option<Farewell>,
-}
-
-impl Answer {
-    /// The connection has ended.
-    fn is_gone(&self) -> bool {
-        self.sender.is_closed()
-    }
-
-    /// The request need not be carried out any more.
-    fn is_abandoned(&self) -> bool {
-        let outlives =
-            self.farewell.as_ref().is_some_and(|farewell| farewell.0.load(Ordering::Acquire));
-        self.is_gone() && !outlives
-    }
-
-    fn send(mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
-        self.deliver(bytes, rest);
-    }
-
-    fn deliver(&mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
-        if let Some((mut permit, held)) = self.parts.take() {
-            permit.shrink(bytes.len());
-            // The connection may be gone.
-            let _ = self.sender.send(Reply { bytes, permit, rest, held });
-        }
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        if self.parts.is_none() || self.is_gone() {
-            return;
-        }
-        let command: CommandType = self.tag.command;
-        tracing::error!(%command, "carrying out a request panicked");
-        let mut bytes = Vec::new();
-        self.encoder.error(self.tag, Errno::EIO, "the server failed", &mut bytes);
-        self.deliver(bytes, None);
     }
 }

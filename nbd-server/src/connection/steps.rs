@@ -5,10 +5,10 @@
 
 use std::time::{Duration, Instant};
 
-use nbd_proto::transmission::{Command, Durability, Request};
-use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId, TransmissionFlags};
+use nbd_proto::transmission::{Command, Request};
+use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId};
 
-use super::dispatch::{self, Step, Work};
+use super::dispatch::{self, Step, Work, can_flush, is_durable, not_durable};
 use super::read_steps::{self, PartRead, WholeRead};
 use crate::export::{Descriptors, ExportError};
 use crate::queue::Class;
@@ -48,7 +48,7 @@ pub(super) fn advance(work: &Work, progress: Option<&mut Progress>) -> Step {
     let Some(progress) = progress else {
         return match work.request.command {
             Command::Read(_) => read_steps::read(work),
-            _ => Step::Done(dispatch::perform(work)),
+            _ => dispatch::perform(work),
         };
     };
     let started = Instant::now();
@@ -189,13 +189,16 @@ impl ChangeWalk {
         let mut part = request.clone();
         (part.offset, part.length) = (self.at, part_end - self.at);
         let flush_at_end = !is_whole && is_durable(&request.command) && can_flush(work);
-        if flush_at_end {
+        if flush_at_end || work.is_flushed_later {
             part.command = not_durable(&request.command);
         }
         let mut result = dispatch::call(&*work.export, &part, &[]);
         self.at = part_end;
         if result.is_ok() && self.at < self.end {
             return Step::More;
+        }
+        if result.is_ok() && work.is_flushed_later {
+            return Step::Changed;
         }
         if result.is_ok() && flush_at_end {
             // One flush for all parts. It speaks for the writes of others as well: EIO tells them.
@@ -215,22 +218,4 @@ fn is_all_or_nothing(request: &Request) -> bool {
     let is_aligned = request.offset.is_multiple_of(LARGEST_CLUSTER)
         && request.length.is_multiple_of(LARGEST_CLUSTER);
     matches!(request.command, Command::WriteZeroes(_, Speed::FastOnly, _)) && !is_aligned
-}
-
-const fn is_durable(command: &Command) -> bool {
-    matches!(command, Command::Trim(Durability::Fua) | Command::WriteZeroes(_, _, Durability::Fua))
-}
-
-fn not_durable(command: &Command) -> Command {
-    match command {
-        Command::Trim(_) => Command::Trim(Durability::Cached),
-        Command::WriteZeroes(mode, speed, _) => {
-            Command::WriteZeroes(*mode, *speed, Durability::Cached)
-        }
-        other => other.clone(),
-    }
-}
-
-fn can_flush(work: &Work) -> bool {
-    work.export.info().flags.contains(TransmissionFlags::SEND_FLUSH)
 }

@@ -17,9 +17,9 @@ use std::task::{Context, Poll, ready};
 
 use nbd_proto::transmission::{Command, Request};
 
+use super::answer::Unfinished;
 use super::handshake::Established;
 use super::polling::Polling;
-use super::pool::Unfinished;
 use super::read_steps;
 use super::read_strategy::{Idle, ReadStrategy};
 use super::room::Room;

@@ -104,6 +104,11 @@ pub trait Filter: Send + Sync + 'static {
         self.inner().may_block(operation)
     }
 
+    /// See [`FastExport::is_writethrough`].
+    fn is_writethrough(&self) -> bool {
+        self.inner().is_writethrough()
+    }
+
     /// See [`Export::write_at`].
     ///
     /// # Errors
@@ -265,6 +270,10 @@ impl<T: Filter> FastExport for T {
 
     fn may_block(&self, operation: Operation) -> MayBlock {
         Filter::may_block(self, operation)
+    }
+
+    fn is_writethrough(&self) -> bool {
+        Filter::is_writethrough(self)
     }
 
     fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {

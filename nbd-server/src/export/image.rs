@@ -296,6 +296,12 @@ impl FastExport for ImageExport {
         }
     }
 
+    fn is_writethrough(&self) -> bool {
+        let cache = self.image.cache_mode();
+        // Where nothing is ever made durable, flushes have nothing to do either.
+        cache.is_writethrough() || !cache.syncs()
+    }
+
     fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
         if data.len() > PROMPT_WRITE_LEN {
             return Ok(TryWrite::WouldBlock);

@@ -342,6 +342,13 @@ pub trait FastExport: Send + Sync {
         MayBlock::Yes
     }
 
+    /// Whether every change is durable when its call returns, also one that need not be. Where it is not,
+    /// changes that have to be durable and arrive at the same time may be called as if they need not be,
+    /// with one [`flush`](Export::flush) behind them.
+    fn is_writethrough(&self) -> bool {
+        false
+    }
+
     /// Writes `data` at `offset` (in bytes), not durably, if that takes no waiting. Asked for writes
     /// that need not be durable and for which [`may_block`](Self::may_block) says that they may
     /// block.
@@ -400,6 +407,12 @@ impl dyn Export + '_ {
     #[must_use]
     pub fn may_block(&self, operation: Operation) -> MayBlock {
         self.fast().map_or(MayBlock::Yes, |fast| fast.may_block(operation))
+    }
+
+    /// See [`FastExport::is_writethrough`].
+    #[must_use]
+    pub fn is_writethrough(&self) -> bool {
+        self.fast().is_some_and(FastExport::is_writethrough)
     }
 
     /// See [`FastExport::try_write_at`].

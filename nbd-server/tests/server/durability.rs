@@ -6,7 +6,7 @@ use nbd_proto::transmission::{Command, Durability, Speed, ZeroMode};
 use nbd_proto::wire::{CommandFlags, CommandType, Errno, RequestHeader};
 
 use crate::support::{
-    Client, MODES, Script, Scripted, TestServer, disk_file, header, image_export,
+    Client, MODES, Script, Scripted, TestServer, disk_file, header, image_export, wait_until,
 };
 
 #[test]
@@ -72,4 +72,108 @@ fn an_image_has_the_bytes_after_a_durable_write_and_after_a_flush() {
         let content = std::fs::read(file.path()).unwrap();
         assert_eq!((&content[..100], &content[4096..4196]), (&[byte; 100][..], &[byte; 100][..]));
     }
+}
+
+/// A disk whose first block, and whose flushes, wait at the gate.
+fn gated_disk() -> std::sync::Arc<Scripted> {
+    let script = Script { gated: Some(0..512), flushes_at_gate: true, ..Script::default() };
+    Scripted::new(1 << 20, script)
+}
+
+/// Has one durable change under way, and eight more behind it that therefore share flushes.
+fn submit_nine(disk: &Scripted, client: &mut Client) {
+    let count = |counter: &std::sync::atomic::AtomicUsize| counter.load(Ordering::SeqCst);
+    client.submit(0, 512, &Command::Write(Durability::Fua), &[1; 512]);
+    wait_until("the first write has begun", || disk.gate.arrived() == 1);
+    for place in 1..7 {
+        client.submit(place * 4096, 512, &Command::Write(Durability::Fua), &[2; 512]);
+    }
+    client.submit(7 * 4096, 512, &Command::Trim(Durability::Fua), &[]);
+    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Fua);
+    client.submit(8 * 4096, 512, &zeroes, &[]);
+    wait_until("all are written", || count(&disk.writes) == 7 && disk.gate.arrived() == 2);
+}
+
+#[test]
+fn changes_with_fua_that_arrive_together_share_flushes() {
+    let disk = gated_disk();
+    let server = TestServer::with(Default::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    submit_nine(&disk, &mut client);
+    disk.gate.open();
+    for _ in 0..9 {
+        assert_eq!(client.next_finished().1.result, Ok(()));
+    }
+    assert_eq!(disk.durable_writes.load(Ordering::SeqCst), 1, "the one that was alone");
+    // One was running when the last change was carried out; the next, at the latest, is for all.
+    let flushes = disk.flushes.load(Ordering::SeqCst);
+    assert!((1..=3).contains(&flushes), "{flushes} flushes");
+}
+
+#[test]
+fn a_change_with_fua_is_not_answered_before_a_flush_that_began_behind_it() {
+    let disk = gated_disk();
+    let server = TestServer::with(Default::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    submit_nine(&disk, &mut client);
+    let timeout = Some(std::time::Duration::from_millis(200));
+    client.stream().set_read_timeout(timeout).unwrap();
+    let answered = std::io::Read::read(&mut client.stream(), &mut [0]);
+    assert!(answered.is_err(), "no flush has ended");
+    client.stream().set_read_timeout(None).unwrap();
+    disk.gate.open();
+    for _ in 0..9 {
+        assert_eq!(client.next_finished().1.result, Ok(()));
+    }
+}
+
+#[test]
+fn changes_that_share_a_flush_share_its_failure() {
+    let disk = gated_disk();
+    disk.bad_flushes.store(usize::MAX, Ordering::SeqCst);
+    let server = TestServer::with(Default::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    submit_nine(&disk, &mut client);
+    disk.gate.open();
+    let failed = (0..9).filter(|_| client.next_finished().1.result.is_err()).count();
+    assert!(failed >= 8, "{failed} failed");
+}
+
+#[test]
+fn a_change_with_fua_does_not_wait_for_a_flush_that_takes_long() {
+    let disk = gated_disk();
+    let server = TestServer::with(Default::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    submit_nine(&disk, &mut client);
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    let mut other = Client::connect(&server, MODES[1]);
+    other.submit(4096, 512, &Command::Write(Durability::Fua), &[3; 512]);
+    assert_eq!(other.next_finished().1.result, Ok(()));
+    disk.gate.open();
+    for _ in 0..9 {
+        assert_eq!(client.next_finished().1.result, Ok(()));
+    }
+}
+
+#[test]
+fn a_disk_without_flush_makes_each_change_durable_itself() {
+    use nbd_proto::wire::TransmissionFlags;
+    let script = Script {
+        gated: Some(0..512),
+        without: Some(TransmissionFlags::SEND_FLUSH),
+        ..Script::default()
+    };
+    let disk = Scripted::new(1 << 20, script);
+    let server = TestServer::with(Default::default(), disk.clone());
+    let mut client = Client::connect(&server, MODES[1]);
+    client.submit(0, 512, &Command::Write(Durability::Fua), &[1; 512]);
+    wait_until("the first write has begun", || disk.gate.arrived() == 1);
+    for place in 1..9 {
+        client.submit(place * 4096, 512, &Command::Write(Durability::Fua), &[2; 512]);
+        assert_eq!(client.next_finished().1.result, Ok(()));
+    }
+    disk.gate.open();
+    assert_eq!(client.next_finished().1.result, Ok(()));
+    assert_eq!(disk.durable_writes.load(Ordering::SeqCst), 9);
+    assert_eq!(disk.flushes.load(Ordering::SeqCst), 0);
 }

@@ -6,8 +6,9 @@ use std::task::{Context, Poll};
 use nbd_proto::transmission::Request;
 
 use super::super::Shared;
+use super::super::answer::{Reply, Unfinished};
 use super::super::handshake::Established;
-use super::super::pool::{Pool, Reply, Unfinished};
+use super::super::pool::Pool;
 use super::super::read_steps;
 use super::target::Target;
 use crate::budget::{BudgetQueue, Permit};

@@ -49,6 +49,7 @@ impl Target {
             payload,
             max_descriptors: 1,
             done,
+            is_flushed_later: false,
         }
     }
 

@@ -147,6 +147,10 @@ impl Filter for RequestFilter {
         }
     }
 
+    fn is_writethrough(&self) -> bool {
+        self.options.write_cache == WriteCache::Writethrough || self.inner.is_writethrough()
+    }
+
     fn write_at(
         &self,
         offset: u64,

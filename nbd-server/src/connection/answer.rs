@@ -1,0 +1,112 @@
+//! Replies on their way back to a connection from what carries its requests out.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nbd_proto::transmission::{ReplyEncoder, Request, RequestTag};
+use nbd_proto::wire::{CommandType, Errno};
+use tokio::sync::mpsc;
+
+use crate::budget::Permit;
+use crate::export::ExportError;
+
+/// A READ of which a part is answered.
+#[derive(Debug)]
+pub(super) struct Unfinished {
+    pub(super) request: Request,
+    /// How many bytes were answered.
+    pub(super) done: usize,
+}
+
+/// A reply that came back.
+pub(super) struct Reply {
+    /// The whole reply, or a part of it.
+    pub(super) bytes: Vec<u8>,
+    /// The part of the budget it holds.
+    pub(super) permit: Permit,
+    /// What is still to be asked for, if it is a part.
+    pub(super) rest: Option<Unfinished>,
+    pub(super) held: Held,
+}
+
+/// What a request is counted as while it is in the pool.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    /// Bytes of its payload or reply.
+    pub(super) bytes: usize,
+    /// Its part of the requests that a connection may have here.
+    pub(super) slots: usize,
+}
+
+/// Whether the client of a connection has said that it leaves.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Farewell(Arc<AtomicBool>);
+
+impl Farewell {
+    /// It has.
+    pub(super) fn say(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_said(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Makes sure that every request is answered, even if carrying it out panicked.
+pub(super) struct Answer {
+    pub(super) sender: mpsc::UnboundedSender<Reply>,
+    pub(super) tag: RequestTag,
+    pub(super) encoder: ReplyEncoder,
+    pub(super) parts: Option<(Permit, Held)>,
+    /// For changes, which outlive a connection that ended in order.
+    pub(super) farewell: Option<Farewell>,
+}
+
+impl Answer {
+    /// The connection has ended.
+    fn is_gone(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    /// The request need not be carried out any more.
+    pub(super) fn is_abandoned(&self) -> bool {
+        let outlives = self.farewell.as_ref().is_some_and(Farewell::is_said);
+        self.is_gone() && !outlives
+    }
+
+    /// A reply without content.
+    pub(super) fn short_reply(&self, result: Result<(), ExportError>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        match result {
+            Ok(()) => self.encoder.success(self.tag, &mut bytes),
+            Err(error) => self.encoder.error(self.tag, error.errno, &error.message, &mut bytes),
+        }
+        bytes
+    }
+
+    pub(super) fn send(mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
+        self.deliver(bytes, rest);
+    }
+
+    fn deliver(&mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
+        if let Some((mut permit, held)) = self.parts.take() {
+            permit.shrink(bytes.len());
+            // The connection may be gone.
+            let _ = self.sender.send(Reply { bytes, permit, rest, held });
+        }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if self.parts.is_none() || self.is_gone() {
+            return;
+        }
+        let command: CommandType = self.tag.command;
+        tracing::error!(%command, "carrying out a request panicked");
+        let mut bytes = Vec::new();
+        self.encoder.error(self.tag, Errno::EIO, "the server failed", &mut bytes);
+        self.deliver(bytes, None);
+    }
+}
