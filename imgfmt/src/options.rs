@@ -67,7 +67,7 @@ pub enum BackingFile {
 /// In all cases a bitmap that did not survive is never presented as if it had: it stays marked as
 /// in use, as in QEMU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Survives {
+pub enum BitmapDurability {
     /// None: only a clean close of the image stores them, as with QEMU.
     CleanClose,
     /// A crash of the process: bits are kept in a file beside the image that is mapped into memory.
@@ -109,7 +109,7 @@ pub struct OpenOptions {
     /// up to 32 MiB.
     pub metadata_cache_bytes: Option<u64>,
     /// The failures that recording dirty bitmaps survive while the image is open.
-    pub survives: Survives,
+    pub bitmap_durability: BitmapDurability,
     pub(crate) on_unlocked: OnUnlocked,
     #[cfg(any(test, feature = "test-util"))]
     pub(crate) sidecar_directory: Option<Arc<crate::sidecar::RecordedDirectory>>,
@@ -189,8 +189,8 @@ impl OpenOptions {
 
     /// Sets the failures that dirty bitmaps survive.
     #[must_use]
-    pub fn survives(mut self, survives: Survives) -> Self {
-        self.survives = survives;
+    pub fn bitmap_durability(mut self, durability: BitmapDurability) -> Self {
+        self.bitmap_durability = durability;
         self
     }
 

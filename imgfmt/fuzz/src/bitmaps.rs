@@ -160,7 +160,7 @@ pub(crate) fn sidecar(data: &[u8]) {
         let open = || Image::from_storage(Arc::clone(&storage) as _, &options);
         let disk = open().expect("the disk is sound");
         if [0, 8, 16].contains(choice) && data.iter().all(|byte| *byte == 0) {
-            assert_eq!(disk.bitmap_safety().recovered, ["b"], "a sound one is believed");
+            assert_eq!(disk.bitmap_durability().recovered, ["b"], "a sound one is believed");
         }
         use_disk(disk, access);
         match access {

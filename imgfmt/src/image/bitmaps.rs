@@ -7,7 +7,7 @@ use crate::backup::{Backup, Uuid};
 use crate::bitmap::{BitmapChange, BitmapInfo, DirtyBits, DirtyExtent, Recording};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::{Qcow2, no_bitmap};
-use crate::sidecar::BitmapSafety;
+use crate::sidecar::BitmapDurabilityStatus;
 use crate::units::{GuestOffset, GuestRange};
 
 impl Image {
@@ -25,16 +25,16 @@ impl Image {
         self.qcow2().and_then(|image| image.bitmaps().damage())
     }
 
-    /// What the bitmaps of the image survive, and which were recovered when it was opened. The file
-    /// that keeps their bits is made by the first change; before that nobody can say that it cannot be.
-    pub fn bitmap_safety(&self) -> BitmapSafety {
-        self.qcow2().map(|image| image.bitmaps().safety()).unwrap_or_default()
+    /// The durability of the bitmaps of the image, and those recovered when it was opened. The first
+    /// change creates the file that keeps their bits; a failure to create it is unknown before.
+    pub fn bitmap_durability(&self) -> BitmapDurabilityStatus {
+        self.qcow2().map(|image| image.bitmaps().durability_status()).unwrap_or_default()
     }
 
-    /// As [`bitmap_safety`](Self::bitmap_safety), and if nothing has changed yet, tries whether the
-    /// file that is to keep the bits can be made. Nothing stays behind.
-    pub fn probe_bitmap_safety(&self) -> BitmapSafety {
-        self.qcow2().map(|image| image.bitmaps().probe_safety()).unwrap_or_default()
+    /// As [`bitmap_durability`](Self::bitmap_durability), and if nothing has changed yet, tries to
+    /// create the file that keeps the bits, and removes it again.
+    pub fn probe_bitmap_durability(&self) -> BitmapDurabilityStatus {
+        self.qcow2().map(|image| image.bitmaps().probe_durability()).unwrap_or_default()
     }
 
     /// Adds a bitmap in which nothing is dirty. `granularity` is how many bytes a bit stands for: a

@@ -17,7 +17,7 @@ use super::lock::lock;
 use super::map::WordMap;
 use super::{FoundBytes, SidecarLocation, SidecarStorage, nanoseconds, now_nanoseconds};
 use crate::error::is_not_supported;
-use crate::options::{Access, Survives};
+use crate::options::{Access, BitmapDurability};
 
 const SUFFIX: &str = ".dirty";
 /// A file under this name, or this name and a number, is not finished and may be taken away.
@@ -171,7 +171,7 @@ impl SidecarPlace {
             description.image.modified = 0;
         }
         let length = write_new(&file, &description, words)?;
-        if description.survives == Survives::PowerLoss {
+        if description.durability == BitmapDurability::PowerLoss {
             file.sync_all()?;
         }
         let map = WordMap::new(&file, length)?;

@@ -1,6 +1,6 @@
 //! The bytes of a sidecar. All numbers are little-endian; see the table in `DESIGN.md`.
 
-use crate::options::Survives;
+use crate::options::BitmapDurability;
 
 pub(super) const MAGIC: [u8; 8] = *b"IMGDIRTY";
 pub(super) const VERSION: u32 = 1;
@@ -85,7 +85,7 @@ impl LogShape {
 /// Everything a sidecar says except bits and log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Description {
-    pub(crate) survives: Survives,
+    pub(crate) durability: BitmapDurability,
     pub(crate) identity: Identity,
     /// Distinguishes the files that one session makes.
     pub(crate) epoch: u64,
@@ -135,7 +135,7 @@ pub(super) fn encode_header(description: &Description, length: u64) -> [u8; HEAD
     };
     put(0, &MAGIC);
     put(8, &VERSION.to_le_bytes());
-    put(12, &level_number(description.survives).to_le_bytes());
+    put(12, &level_number(description.durability).to_le_bytes());
     put(16, &description.identity.uuid);
     put(32, &description.identity.generation.to_le_bytes());
     put(40, &description.epoch.to_le_bytes());
@@ -187,9 +187,9 @@ pub(super) fn decode_header(bytes: &[u8]) -> Result<(Description, usize, u32, u6
     if u32_at(bytes, 8) != VERSION {
         return Err("it was written by another version of this program");
     }
-    let survives = match u32_at(bytes, 12) {
-        1 => Survives::ProcessDeath,
-        2 => Survives::PowerLoss,
+    let durability = match u32_at(bytes, 12) {
+        1 => BitmapDurability::ProcessDeath,
+        2 => BitmapDurability::PowerLoss,
         _ => return Err("its level does not exist"),
     };
     let disk_size = u64_at(bytes, 48);
@@ -204,7 +204,7 @@ pub(super) fn decode_header(bytes: &[u8]) -> Result<(Description, usize, u32, u6
     uuid.copy_from_slice(&bytes[16..32]);
     let boot_id = std::str::from_utf8(&bytes[64..64 + BOOT_ID_BYTES]).unwrap_or_default();
     let description = Description {
-        survives,
+        durability,
         identity: Identity { uuid, generation: u64_at(bytes, 32) },
         epoch: u64_at(bytes, 40),
         disk_size,
@@ -264,11 +264,11 @@ pub(super) fn decode_slot(bytes: &[u8], epoch: u64) -> Result<Vec<u32>, Damage> 
     Ok(bytes[32..].chunks_exact(4).take(count).map(|field| u32_at(field, 0)).collect())
 }
 
-fn level_number(survives: Survives) -> u32 {
-    match survives {
-        Survives::CleanClose => 0,
-        Survives::ProcessDeath => 1,
-        Survives::PowerLoss => 2,
+fn level_number(durability: BitmapDurability) -> u32 {
+    match durability {
+        BitmapDurability::CleanClose => 0,
+        BitmapDurability::ProcessDeath => 1,
+        BitmapDurability::PowerLoss => 2,
     }
 }
 

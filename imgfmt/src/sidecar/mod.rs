@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::options::{Access, Survives};
+use crate::options::{Access, BitmapDurability};
 use file::InitialWords;
 use layout::Layout;
 use log::ActivityLog;
@@ -54,11 +54,11 @@ pub enum RecoveryPrecision {
 /// The durability of the dirty bitmaps of an image.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct BitmapSafety {
+pub struct BitmapDurabilityStatus {
     /// The failures that they survive.
-    pub survives: Survives,
+    pub durability: BitmapDurability,
     /// The reason why that is less than requested, as a clause.
-    pub shortfall: Option<String>,
+    pub degraded: Option<String>,
     /// The bitmaps that were recovered from a crash when the image was opened.
     pub recovered: Vec<String>,
     /// The bitmaps that got bits back which an interrupted checkpoint had
@@ -161,7 +161,7 @@ impl Sidecar {
             first_word: (offset / 8) as usize,
             word_count: bitmap.word_count() as usize,
         });
-        let log = (description.survives == Survives::PowerLoss)
+        let log = (description.durability == BitmapDurability::PowerLoss)
             .then(|| ActivityLog::new(description.disk_size, description.log, description.epoch));
         let bitmaps = bitmaps.collect();
         let sidecar = Self { bitmaps, log, store, is_abandoned: AtomicBool::new(false) };

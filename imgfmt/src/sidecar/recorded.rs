@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::file::{InitialWords, write_all};
 use super::layout::{Description, Layout, LogShape};
 use super::{FoundBytes, SidecarLocation, SidecarStorage};
-use crate::options::{Access, Survives};
+use crate::options::{Access, BitmapDurability};
 use crate::storage::fault::{Loss, MappedWords, Recording, RecordingStorage};
 use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
@@ -101,7 +101,7 @@ impl SidecarLocation for Arc<RecordedDirectory> {
         write_all(description, &layout, words, &mut |offset, bytes| {
             file.write_at(HostOffset::new(offset), bytes, Durability::Cached)
         })?;
-        if description.survives == Survives::PowerLoss {
+        if description.durability == BitmapDurability::PowerLoss {
             file.sync()?;
         }
         let mapped = file.map();

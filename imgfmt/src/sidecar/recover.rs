@@ -13,7 +13,7 @@ use super::layout::{
 };
 use super::now_nanoseconds;
 use crate::error::system_words;
-use crate::options::Survives;
+use crate::options::BitmapDurability;
 
 /// The image may have been changed so much later than its last change was noted.
 const SLACK_NANOSECONDS: u64 = 2_000_000_000;
@@ -153,7 +153,7 @@ impl<R: FoundBytes> Recovery<R> {
         let layout = layout.ok_or(Rejection::Damaged("its bitmaps do not fit into it"))?;
         let is_same_boot = !boot_id.is_empty() && description.boot_id == boot_id;
         let trust = if is_same_boot { Trust::SameBoot } else { Trust::OtherBoot };
-        if trust == Trust::OtherBoot && description.survives != Survives::PowerLoss {
+        if trust == Trust::OtherBoot && description.durability != BitmapDurability::PowerLoss {
             return Err(Rejection::PowerLoss);
         }
         let mut alive = [0; 8];

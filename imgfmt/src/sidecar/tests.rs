@@ -14,7 +14,7 @@ pub(super) const OTHER_BOOT: &str = "55555555-1111-2222-3333-444444444444";
 
 /// A sidecar for a disk with these granularities, with a log of 120 small extents.
 pub(super) fn description(
-    survives: Survives,
+    durability: BitmapDurability,
     disk_size: u64,
     granularities: &[u32],
 ) -> Description {
@@ -24,7 +24,7 @@ pub(super) fn description(
         bit_count: disk_size.div_ceil(1 << bits),
     };
     Description {
-        survives,
+        durability,
         identity: Identity { uuid: *b"0123456789abcdef", generation: 7 },
         epoch: 1,
         disk_size,
@@ -72,7 +72,7 @@ fn bits_are_set_across_words_and_not_behind_the_end() {
 
 #[test]
 fn a_hot_extent_costs_no_write_and_a_stream_is_seen_ahead() {
-    let description = description(Survives::PowerLoss, 1 << 20, &[12]);
+    let description = description(BitmapDurability::PowerLoss, 1 << 20, &[12]);
     let (sidecar, store) = store::sidecar(&description);
     drop(sidecar.before_change(0, 512).unwrap());
     assert_eq!(store.durable_writes(), 1);
@@ -91,7 +91,7 @@ fn a_hot_extent_costs_no_write_and_a_stream_is_seen_ahead() {
 
 #[test]
 fn more_extents_than_the_log_holds_are_retired_together() {
-    let description = description(Survives::PowerLoss, 1 << 20, &[12]);
+    let description = description(BitmapDurability::PowerLoss, 1 << 20, &[12]);
     let (sidecar, store) = store::sidecar(&description);
     for extent in (0..512).rev() {
         drop(sidecar.before_change(extent * 2048, 1).unwrap());
@@ -108,7 +108,7 @@ fn more_extents_than_the_log_holds_are_retired_together() {
 
 #[test]
 fn a_change_of_half_the_disk_is_durable_without_the_log() {
-    let description = description(Survives::PowerLoss, 1 << 20, &[12]);
+    let description = description(BitmapDurability::PowerLoss, 1 << 20, &[12]);
     let (sidecar, store) = store::sidecar(&description);
     let in_flight = sidecar.before_change(4096, 1 << 19).unwrap();
     assert_eq!((store.durable_writes(), store.syncs()), (0, 1));
@@ -118,7 +118,7 @@ fn a_change_of_half_the_disk_is_durable_without_the_log() {
 
 #[test]
 fn a_sidecar_that_cannot_be_written_is_taken_away_and_the_disk_stays_usable() {
-    let description = description(Survives::PowerLoss, 1 << 20, &[12]);
+    let description = description(BitmapDurability::PowerLoss, 1 << 20, &[12]);
     let (sidecar, store) = store::sidecar(&description);
     drop(sidecar.before_change(0, 512).unwrap());
     store.fail_writes(true);
@@ -132,7 +132,7 @@ fn a_sidecar_that_cannot_be_written_is_taken_away_and_the_disk_stays_usable() {
 
 #[test]
 fn a_sidecar_that_can_neither_be_written_nor_removed_stops_changes() {
-    let description = description(Survives::PowerLoss, 1 << 20, &[12]);
+    let description = description(BitmapDurability::PowerLoss, 1 << 20, &[12]);
     let (sidecar, store) = store::sidecar(&description);
     store.fail_writes(true);
     store.fail_syncs(true);

@@ -133,13 +133,13 @@ fn opening_for_writing_puts_frozen_bits_back_and_opening_for_reading_tells() {
     image.close().unwrap();
 
     let image = writable(&path);
-    assert_eq!(image.bitmap_safety().thawed, ["daily"]);
+    assert_eq!(image.bitmap_durability().thawed, ["daily"]);
     assert_eq!(dirty(&image, "daily"), parts(&[1, 5]));
     assert_eq!(image.bitmaps().len(), 1);
     image.close().unwrap();
     let image = read_only(&path);
     assert_eq!(dirty(&image, "daily"), parts(&[1, 5]));
-    assert_eq!(image.bitmap_safety().thawed, [""; 0]);
+    assert_eq!(image.bitmap_durability().thawed, [""; 0]);
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn frozen_bits_that_cannot_be_relied_on_make_everything_dirty_after_a_repair() {
     let path = left(directory.path());
     mark_in_use(&path, "daily.checkpoint");
     let image = writable(&path);
-    assert_eq!(image.bitmap_safety().thawed, [""; 0]);
+    assert_eq!(image.bitmap_durability().thawed, [""; 0]);
     let found = state(&image, "daily");
     assert!(matches!(found, BitmapState::Incomplete { problem: Some(_), .. }), "{found:?}");
     let remove = change("daily.checkpoint", |name| BitmapChange::Remove { name });
@@ -248,7 +248,7 @@ fn a_bitmap_waits_for_the_frozen_bits_of_its_frozen_bits() {
     }
     image.close().unwrap();
     let image = writable(&path);
-    assert_eq!(image.bitmap_safety().thawed, ["daily", "daily.checkpoint"]);
+    assert_eq!(image.bitmap_durability().thawed, ["daily", "daily.checkpoint"]);
     assert_eq!(dirty(&image, "daily"), parts(&[1, 3]));
     image.close().unwrap();
 }
@@ -267,7 +267,7 @@ fn more_bitmaps_that_wait_than_anybody_has_cost_no_time_but_are_not_believed() {
     image.bitmap_transaction(&names.collect::<Vec<_>>()).unwrap();
     image.close().unwrap();
     let image = writable(&path);
-    assert!(image.bitmap_safety().thaw_failure.is_some());
+    assert!(image.bitmap_durability().thaw_failure.is_some());
     assert!(matches!(state(&image, "0"), BitmapState::Incomplete { .. }));
     image.close().unwrap();
 }

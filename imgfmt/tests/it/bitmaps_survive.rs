@@ -3,7 +3,7 @@
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::{Duration, SystemTime};
 
-use imgfmt::{Image, RecoveryPrecision, Repair, Survives};
+use imgfmt::{BitmapDurability, Image, RecoveryPrecision, Repair};
 
 use crate::common::bitmaps::dirty;
 use crate::common::{self, qemu, run, text};
@@ -28,9 +28,9 @@ fn bits_are_recovered_exactly_and_qemu_sees_a_clean_image_then() {
         assert_eq!(dirty(&read_only(&path), "fine"), expected);
         assert_eq!(flags(&path).matches("in-use").count(), 2, "after reading");
         let image = open(&path);
-        let safety = image.bitmap_safety();
-        assert_eq!(safety.recovered, ["fine", "coarse"]);
-        assert_eq!(safety.precision, RecoveryPrecision::Exact);
+        let status = image.bitmap_durability();
+        assert_eq!(status.recovered, ["fine", "coarse"]);
+        assert_eq!(status.precision, RecoveryPrecision::Exact);
         assert_eq!(dirty(&image, "fine"), expected);
         drop(image);
         has_no_trace(&path);
@@ -221,7 +221,7 @@ fn removing_one_bitmap_keeps_the_bits_of_the_others() {
     let Some((_directory, path)) = disk() else { return };
     die_after(&path, "open:power,write:0:512,remove:coarse,write:512:512");
     let image = open(&path);
-    assert_eq!(image.bitmap_safety().recovered, ["fine"]);
+    assert_eq!(image.bitmap_durability().recovered, ["fine"]);
     assert_eq!(dirty(&image, "fine"), [(0, 1024)]);
 }
 
@@ -263,22 +263,22 @@ fn it_can_be_told_before_the_first_write_whether_a_sidecar_can_be_made() {
     let path = make(directory.path());
     let names = || std::fs::read_dir(directory.path()).unwrap().count();
     let image = open(&path);
-    assert_eq!(image.probe_bitmap_safety().shortfall, None);
+    assert_eq!(image.probe_bitmap_durability().degraded, None);
     assert_eq!(names(), 1, "something stayed behind");
     // What has the name of a file that is not finished is in nobody's way.
     let new = path.with_extension("qcow2.dirty.new");
     std::fs::create_dir(&new).unwrap();
-    assert_eq!(image.probe_bitmap_safety().shortfall, None);
+    assert_eq!(image.probe_bitmap_durability().degraded, None);
     assert_eq!(names(), 2, "something stayed behind");
     // A directory in the sidecar's own place is.
     std::fs::create_dir(sidecar(&path)).unwrap();
-    let safety = image.probe_bitmap_safety();
-    assert_eq!(safety.survives, Survives::CleanClose);
-    assert!(safety.shortfall.unwrap().contains("is a directory"));
+    let status = image.probe_bitmap_durability();
+    assert_eq!(status.durability, BitmapDurability::CleanClose);
+    assert!(status.degraded.unwrap().contains("is a directory"));
     std::fs::remove_dir(sidecar(&path)).unwrap();
-    assert_eq!(image.probe_bitmap_safety().survives, Survives::PowerLoss);
+    assert_eq!(image.probe_bitmap_durability().durability, BitmapDurability::PowerLoss);
     image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
-    assert_eq!(image.probe_bitmap_safety(), image.bitmap_safety());
+    assert_eq!(image.probe_bitmap_durability(), image.bitmap_durability());
     assert!(sidecar(&path).exists());
     image.close().unwrap();
     std::fs::remove_dir(&new).unwrap();
@@ -286,7 +286,7 @@ fn it_can_be_told_before_the_first_write_whether_a_sidecar_can_be_made() {
 }
 
 #[test]
-fn where_no_sidecar_can_be_made_writes_go_on_and_the_shortfall_is_said() {
+fn without_a_sidecar_writes_succeed_and_the_lower_durability_is_reported() {
     if !qemu::has_qemu() {
         return;
     }
@@ -294,13 +294,14 @@ fn where_no_sidecar_can_be_made_writes_go_on_and_the_shortfall_is_said() {
     let path = make(directory.path());
     // A directory of that name cannot be replaced by a file.
     std::fs::create_dir(sidecar(&path)).unwrap();
-    let image = Image::open(&path, &options().survives(Survives::ProcessDeath)).unwrap();
-    assert_eq!(image.bitmap_safety().survives, Survives::ProcessDeath);
-    assert_eq!(image.probe_bitmap_safety().survives, Survives::CleanClose);
+    let image =
+        Image::open(&path, &options().bitmap_durability(BitmapDurability::ProcessDeath)).unwrap();
+    assert_eq!(image.bitmap_durability().durability, BitmapDurability::ProcessDeath);
+    assert_eq!(image.probe_bitmap_durability().durability, BitmapDurability::CleanClose);
     image.write_at(common::at(0), &[1; 512], imgfmt::Durability::Cached).unwrap();
-    let safety = image.bitmap_safety();
-    assert_eq!(safety.survives, Survives::CleanClose);
-    assert!(safety.shortfall.is_some());
+    let status = image.bitmap_durability();
+    assert_eq!(status.durability, BitmapDurability::CleanClose);
+    assert!(status.degraded.is_some());
     image.close().unwrap();
     std::fs::remove_dir(sidecar(&path)).unwrap();
     has_no_trace(&path);

@@ -31,9 +31,9 @@ fn extents_that_were_being_written_are_marked_as_a_whole_and_nothing_else() {
     }
     assert_eq!(flags(&path).matches("in-use").count(), 2, "after reading");
     let image = open(&path);
-    let safety = image.bitmap_safety();
-    assert_eq!(safety.recovered, ["fine", "coarse"]);
-    assert_eq!(safety.precision, RecoveryPrecision::WholeExtents);
+    let status = image.bitmap_durability();
+    assert_eq!(status.recovered, ["fine", "coarse"]);
+    assert_eq!(status.precision, RecoveryPrecision::WholeExtents);
     assert_eq!(dirty(&image, "fine"), expected);
     assert_eq!(dirty(&image, "still"), []);
     image.close().unwrap();
@@ -62,7 +62,7 @@ fn the_level_of_process_death_gives_nothing_back_and_the_disk_is_there() {
     let image = open(&path);
     let said = reason(&image, "fine").unwrap();
     assert!(said.contains("restarted"), "{said}");
-    assert_eq!(image.bitmap_safety().recovered, [""; 0]);
+    assert_eq!(image.bitmap_durability().recovered, [""; 0]);
     is_usable(&image);
     let repair = BitmapChange::Repair { name: "fine".into() };
     image.bitmap_transaction(&[repair]).unwrap();

@@ -38,7 +38,7 @@ fn kill_again_and_again(level: &str) {
         process.wait().unwrap();
         let what = format!("{level}, round {round}");
         let image = open(&path);
-        with_bits += u32::from(!image.bitmap_safety().recovered.is_empty());
+        with_bits += u32::from(!image.bitmap_durability().recovered.is_empty());
         let (more_dirty, more_changed) = compare(&image, &reference, &what);
         dirty += more_dirty;
         changed += more_changed;

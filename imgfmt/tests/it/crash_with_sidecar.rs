@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use imgfmt::storage::fault::Loss;
-use imgfmt::{Access, Image, RecoveryPrecision, Shrink, Survives};
+use imgfmt::{Access, BitmapDurability, Image, RecoveryPrecision, Shrink};
 
 use crate::common::{Random, qemu};
 use crate::judge::joint::{BOOT, Files, Joint, SECOND_BOOT, THIRD_BOOT};
@@ -91,9 +91,9 @@ fn one_step(
     }
 }
 
-fn run(made: &Made, survives: Survives, random: &mut Random) -> History {
+fn run(made: &Made, durability: BitmapDurability, random: &mut Random) -> History {
     let files = Files { image: made.bytes.clone(), sidecar: None };
-    let joint = Joint::new(&files, survives, BOOT);
+    let joint = Joint::new(&files, durability, BOOT);
     let mut image = joint.open().unwrap();
     let mut snapshots = made.snapshots.iter().map(|(name, _)| (name.clone(), SIZE)).collect();
     let mut promises = Promises::new();
@@ -130,7 +130,7 @@ fn boot_after(boot: &'static str, loss: Loss, next: &'static str) -> &'static st
 /// crashes too.
 fn crash(
     history: &History,
-    survives: Survives,
+    durability: BitmapDurability,
     position: usize,
     losses: [Option<Loss>; 2],
     random: &mut Random,
@@ -139,23 +139,23 @@ fn crash(
     let files = history.joint.crash(position, first, random);
     let boot = boot_after(BOOT, first, SECOND_BOOT);
     let Some(second) = losses[1] else { return (files, boot) };
-    let recovery = Joint::new(&files, survives, boot);
+    let recovery = Joint::new(&files, durability, boot);
     // Dropped: an image is closed then.
     drop(recovery.open().unwrap());
     let position = random.below(recovery.recording.position() as u64 + 1) as usize;
     (recovery.crash(position, second, random), boot_after(boot, second, THIRD_BOOT))
 }
 
-/// Crashes at random places; `losses` are tried at the level of `survives`.
+/// Crashes at random places; `losses` are tried at the level of `durability`.
 fn crash_often(
-    survives: Survives,
+    durability: BitmapDurability,
     losses: &[Loss],
     subject: Subject,
     random: &mut Random,
 ) -> [u32; 2] {
     let directory = tempfile::tempdir().unwrap();
     let made = subject.make(directory.path(), SIZE, random);
-    let history = run(&made, survives, random);
+    let history = run(&made, durability, random);
     let end = history.steps.last().unwrap().done as u64;
     let mut recovered = [0, 0];
     for round in 0..rounds("IMGFMT_CRASH_ROUNDS", 16) {
@@ -168,16 +168,16 @@ fn crash_often(
         let next = history.steps.iter().position(|step| step.done >= position).unwrap();
         let (before, after) = (&history.steps[next.saturating_sub(1)], &history.steps[next]);
         let what = format!(
-            "{survives:?}, {subject:?}: {first:?} lost after {position} of {end} ({} to {}, {}), \
+            "{durability:?}, {subject:?}: {first:?} lost after {position} of {end} ({} to {}, {}), \
              then {second:?}",
             before.done, after.done, after.what
         );
-        let (files, boot) = crash(&history, survives, position, [Some(first), second], random);
+        let (files, boot) = crash(&history, durability, position, [Some(first), second], random);
         files.put_down(&made.path, boot);
         if round % 8 == 0 {
             qemu_check(&made.path, Tolerance::CopiedFlags, &what);
         }
-        let is_kept = survives == Survives::PowerLoss
+        let is_kept = durability == BitmapDurability::PowerLoss
             || first == Loss::Nothing && second.is_none_or(|loss| loss == Loss::Nothing);
         let knowledge = match (after.is_resize, is_kept) {
             (true, _) => Knowledge::AllMayBeLost,
@@ -195,7 +195,7 @@ fn crash_often(
         }
     }
     println!(
-        "{survives:?}, {subject:?}: recovered exactly {}, by extents {}",
+        "{durability:?}, {subject:?}: recovered exactly {}, by extents {}",
         recovered[0], recovered[1]
     );
     recovered
@@ -211,13 +211,13 @@ fn judge_after_crash(
     let read_only = options().access(Access::ReadOnly);
     check(&Image::open(path, &read_only).unwrap(), candidates, knowledge, &format!("{what}, read"));
     let image = Image::open(path, &options()).unwrap();
-    let safety = image.bitmap_safety();
+    let status = image.bitmap_durability();
     check(&image, candidates, knowledge, what);
     image.close().unwrap();
-    assert!(!path.with_extension("qcow2.dirty").exists() || safety.recovered.is_empty(), "{what}");
+    assert!(!path.with_extension("qcow2.dirty").exists() || status.recovered.is_empty(), "{what}");
     let image = Image::open(path, &read_only).unwrap();
     check(&image, candidates, knowledge, &format!("{what}, later"));
-    (!safety.recovered.is_empty()).then_some(safety.precision)
+    (!status.recovered.is_empty()).then_some(status.precision)
 }
 
 fn subjects() -> [Subject; 4] {
@@ -229,29 +229,29 @@ fn subjects() -> [Subject; 4] {
     ]
 }
 
-fn crash_all(what: &str, survives: Survives, losses: &[Loss]) {
+fn crash_all(what: &str, durability: BitmapDurability, losses: &[Loss]) {
     if !qemu::has_qemu() {
         return;
     }
     let mut random = Random::new(what);
-    let all = subjects().map(|subject| crash_often(survives, losses, subject, &mut random));
+    let all = subjects().map(|subject| crash_often(durability, losses, subject, &mut random));
     let is_some = |kind: usize| all.iter().any(|recovered| recovered[kind] > 0);
     assert!(is_some(0), "nothing was ever recovered exactly");
-    let by_extents = survives == Survives::PowerLoss;
+    let by_extents = durability == BitmapDurability::PowerLoss;
     assert_eq!(is_some(1), by_extents, "only this level is recovered by extents");
 }
 
 #[test]
 fn after_the_death_of_the_process_every_bitmap_is_recovered() {
-    crash_all("death of the process", Survives::ProcessDeath, &[Loss::Nothing]);
+    crash_all("death of the process", BitmapDurability::ProcessDeath, &[Loss::Nothing]);
 }
 
 #[test]
 fn after_a_loss_of_power_every_bitmap_is_recovered() {
-    crash_all("loss of power", Survives::PowerLoss, &Loss::ALL);
+    crash_all("loss of power", BitmapDurability::PowerLoss, &Loss::ALL);
 }
 
 #[test]
 fn what_was_kept_for_the_death_of_the_process_is_not_believed_after_a_loss_of_power() {
-    crash_all("loss of power at the lower level", Survives::ProcessDeath, &Loss::ALL);
+    crash_all("loss of power at the lower level", BitmapDurability::ProcessDeath, &Loss::ALL);
 }

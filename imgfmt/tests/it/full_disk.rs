@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use imgfmt::storage::fault::Loss;
-use imgfmt::{BitmapChange, Durability, HostOffset, Recording, Storage, Survives};
+use imgfmt::{BitmapChange, BitmapDurability, Durability, HostOffset, Recording, Storage};
 
 use crate::common::bitmaps::dirty;
 use crate::common::{Random, at, qemu, range};
@@ -66,10 +66,10 @@ impl Storage for FullDisk {
 }
 
 /// An image without a free cluster that was left by a crash, and its dirty bits.
-fn crashed(survives: Survives, directory: &Path) -> (Joint, Vec<(u64, u64)>) {
+fn crashed(durability: BitmapDurability, directory: &Path) -> (Joint, Vec<(u64, u64)>) {
     let mut random = Random::new("full disk");
     let made = Subject::new("cluster_size=4096", Start::Used).make(directory, SIZE, &mut random);
-    let joint = Joint::new(&Files { image: made.bytes, sidecar: None }, survives, BOOT);
+    let joint = Joint::new(&Files { image: made.bytes, sidecar: None }, durability, BOOT);
     let image = joint.open().unwrap();
     let add = BitmapChange::Add {
         name: "daily".into(),
@@ -83,7 +83,7 @@ fn crashed(survives: Survives, directory: &Path) -> (Joint, Vec<(u64, u64)>) {
     image.flush().unwrap();
     let dirty = dirty(&image, "daily");
     let files = joint.crash(joint.recording.position(), Loss::Nothing, &mut random);
-    (Joint::new(&files, survives, BOOT), dirty)
+    (Joint::new(&files, durability, BOOT), dirty)
 }
 
 #[test]
@@ -91,9 +91,9 @@ fn a_crashed_image_on_a_full_disk_is_opened_and_loses_no_bit() {
     if !qemu::has_qemu() {
         return;
     }
-    for survives in [Survives::ProcessDeath, Survives::PowerLoss] {
+    for durability in [BitmapDurability::ProcessDeath, BitmapDurability::PowerLoss] {
         let directory = tempfile::tempdir().unwrap();
-        let (joint, bits) = crashed(survives, directory.path());
+        let (joint, bits) = crashed(durability, directory.path());
         let is_full = Arc::new(AtomicBool::new(true));
         let open = || {
             let above = |inner| Arc::new(FullDisk { inner, is_full: Arc::clone(&is_full) }) as _;
@@ -101,12 +101,12 @@ fn a_crashed_image_on_a_full_disk_is_opened_and_loses_no_bit() {
         };
         // Whatever place the crash left free is taken, so that nothing can be stored.
         let image = open().unwrap();
-        assert_eq!(dirty(&image, "daily"), bits, "{survives:?}");
+        assert_eq!(dirty(&image, "daily"), bits, "{durability:?}");
         // Nothing was changed: it cannot be closed in order, and the next one finds it as this one
         // did.
         if image.close().is_err() {
             let image = open().unwrap();
-            assert_eq!(dirty(&image, "daily"), bits, "{survives:?}, once more");
+            assert_eq!(dirty(&image, "daily"), bits, "{durability:?}, once more");
             drop(image);
         }
         // Space is freed, and what frees it is noted.
@@ -118,7 +118,7 @@ fn a_crashed_image_on_a_full_disk_is_opened_and_loses_no_bit() {
         assert!(found.iter().any(|(start, length)| *start <= 4096 && 8192 <= start + length));
         image.close().unwrap();
         let image = joint.open().unwrap();
-        assert_eq!(dirty(&image, "daily"), found, "{survives:?}, closed and opened");
+        assert_eq!(dirty(&image, "daily"), found, "{durability:?}, closed and opened");
         drop(image);
     }
 }
@@ -128,9 +128,9 @@ fn a_second_crash_after_changes_on_a_full_disk_costs_no_bit() {
     if !qemu::has_qemu() {
         return;
     }
-    for survives in [Survives::ProcessDeath, Survives::PowerLoss] {
+    for durability in [BitmapDurability::ProcessDeath, BitmapDurability::PowerLoss] {
         let directory = tempfile::tempdir().unwrap();
-        let (joint, _) = crashed(survives, directory.path());
+        let (joint, _) = crashed(durability, directory.path());
         let is_full = Arc::new(AtomicBool::new(true));
         let above = |inner| Arc::new(FullDisk { inner, is_full: Arc::clone(&is_full) }) as _;
         let image = joint.open_through(above).unwrap();
@@ -140,12 +140,12 @@ fn a_second_crash_after_changes_on_a_full_disk_costs_no_bit() {
         let bits = dirty(&image, "daily");
         let position = joint.recording.position();
         let files = joint.crash(position, Loss::Nothing, &mut Random::new("second crash"));
-        let again = Joint::new(&files, survives, BOOT);
+        let again = Joint::new(&files, durability, BOOT);
         let image = again.open().unwrap();
-        assert_eq!(dirty(&image, "daily"), bits, "{survives:?}");
+        assert_eq!(dirty(&image, "daily"), bits, "{durability:?}");
         image.close().unwrap();
         let image = again.open().unwrap();
-        assert_eq!(dirty(&image, "daily"), bits, "{survives:?}, closed and opened");
+        assert_eq!(dirty(&image, "daily"), bits, "{durability:?}, closed and opened");
         drop(image);
     }
 }

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use imgfmt::storage::fault::{Loss, RecordedDirectory, Recording as Recorded};
 use imgfmt::{
-    Access, BitmapChange, Durability, Image, OpenOptions, Recording, RecoveryPrecision, Survives,
+    Access, BitmapChange, BitmapDurability, Durability, Image, OpenOptions, Recording,
+    RecoveryPrecision,
 };
 
 use crate::common::bitmaps::dirty;
@@ -55,12 +56,12 @@ fn write(image: &Image, load: Load, random: &mut Random) {
 }
 
 /// How many bytes are dirty without a crash, and after one.
-fn measure(made: &[u8], load: Load, survives: Survives, boot: &str) -> (u64, u64) {
+fn measure(made: &[u8], load: Load, durability: BitmapDurability, boot: &str) -> (u64, u64) {
     let mut random = Random::seeded(0x9e37_79b9_7f4a_7c15);
     let recording = Recorded::new();
     let storage = recording.storage(made);
     let directory = Arc::new(RecordedDirectory::new(&recording, BOOT, None));
-    let options = OpenOptions::new().access(Access::ReadWrite).survives(survives);
+    let options = OpenOptions::new().access(Access::ReadWrite).bitmap_durability(durability);
     let here = options.clone().sidecar_directory(&directory);
     let image = Image::from_storage(Arc::clone(&storage) as _, &here).unwrap();
     image.add_bitmap("backup", GRANULARITY, Recording::Enabled).unwrap();
@@ -77,9 +78,9 @@ fn measure(made: &[u8], load: Load, survives: Survives, boot: &str) -> (u64, u64
     let directory = Arc::new(RecordedDirectory::new(&later, boot, Some(&sidecar)));
     let there = options.sidecar_directory(&directory);
     let image = Image::from_storage(storage, &there).unwrap();
-    let safety = image.bitmap_safety();
-    assert_eq!(safety.recovered, ["backup"]);
-    assert_eq!(safety.precision == RecoveryPrecision::Exact, boot == BOOT);
+    let status = image.bitmap_durability();
+    assert_eq!(status.recovered, ["backup"]);
+    assert_eq!(status.precision == RecoveryPrecision::Exact, boot == BOOT);
     let recovered = dirty(&image, "backup");
     let covers = |part: &(u64, u64)| {
         recovered
@@ -108,11 +109,11 @@ fn no_more_is_dirty_after_a_recovery_than_the_log_can_name() {
         Load::Random { writes: 500, within: SIZE },
         Load::AfterBackup { writes: 300, within: SIZE },
     ] {
-        let (exact, after_death) = measure(&made, load, Survives::ProcessDeath, BOOT);
+        let (exact, after_death) = measure(&made, load, BitmapDurability::ProcessDeath, BOOT);
         assert_eq!(after_death, exact, "{load:?}");
-        let (same, after_death) = measure(&made, load, Survives::PowerLoss, BOOT);
+        let (same, after_death) = measure(&made, load, BitmapDurability::PowerLoss, BOOT);
         assert_eq!((same, after_death), (exact, exact), "{load:?}");
-        let (_, after_loss) = measure(&made, load, Survives::PowerLoss, OTHER_BOOT);
+        let (_, after_loss) = measure(&made, load, BitmapDurability::PowerLoss, OTHER_BOOT);
         assert!(after_loss <= exact + LOG_BYTES_MAX, "{load:?}: {after_loss}");
         let ratio = after_loss as f64 / exact as f64;
         let [exact, after_loss] = [exact, after_loss].map(|bytes| bytes as f64 / (1 << 20) as f64);

@@ -26,7 +26,7 @@ fn locked(path: &Path) -> File {
 
 fn is_recovered(path: &Path) {
     let image = open(path);
-    assert_eq!(image.bitmap_safety().recovered, ["fine", "coarse"]);
+    assert_eq!(image.bitmap_durability().recovered, ["fine", "coarse"]);
     assert_eq!(dirty(&image, "fine"), [(0, 4096), (65536, 512)]);
     image.close().unwrap();
     has_no_trace(path);

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, Weak};
 use imgfmt::storage::MemoryStorage;
 use imgfmt::storage::fault::FailingStorage;
 use imgfmt::{
-    Access, BitmapChange, BitmapState, Capabilities, Durability, HostOffset, Image, OpenOptions,
-    Recording, Storage, Survives, TryRead,
+    Access, BitmapChange, BitmapDurability, BitmapState, Capabilities, Durability, HostOffset,
+    Image, OpenOptions, Recording, Storage, TryRead,
 };
 
 use crate::common::{self, at, qemu};
@@ -80,7 +80,9 @@ fn watched(pattern: &[u8]) -> (Arc<MemoryStorage>, Arc<Meanwhile>, Arc<Image>) {
         is_armed: AtomicBool::new(false),
         pattern: pattern.to_vec(),
     });
-    let options = OpenOptions::new().access(Access::ReadWrite).survives(Survives::CleanClose);
+    let options = OpenOptions::new()
+        .access(Access::ReadWrite)
+        .bitmap_durability(BitmapDurability::CleanClose);
     let image = Arc::new(Image::from_storage(Arc::clone(&storage) as _, &options).unwrap());
     *storage.image.lock().unwrap() = Arc::downgrade(&image);
     (memory, storage, image)

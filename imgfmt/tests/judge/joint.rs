@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::storage::fault::{Loss, RecordedDirectory, Recording, RecordingStorage};
-use imgfmt::{Image, Storage, Survives};
+use imgfmt::{BitmapDurability, Image, Storage};
 
 use super::subjects::options;
 use crate::common::Random;
@@ -29,19 +29,19 @@ pub struct Joint {
     pub recording: Recording,
     image: Arc<RecordingStorage>,
     directory: Arc<RecordedDirectory>,
-    survives: Survives,
+    durability: BitmapDurability,
 }
 
 impl Joint {
     /// Records what happens in this boot.
-    pub fn new(files: &Files, survives: Survives, boot: &str) -> Self {
+    pub fn new(files: &Files, durability: BitmapDurability, boot: &str) -> Self {
         let recording = Recording::new();
         let image = recording.storage(&files.image);
         // The first storage of a recording is inode 1.
         let sidecar = files.sidecar.as_deref().map(|bytes| adopted(bytes, 1, None));
         let directory = RecordedDirectory::new(&recording, boot, sidecar.as_deref());
         let directory = Arc::new(directory.with_extent_bits(EXTENT_BITS));
-        Self { recording, image, directory, survives }
+        Self { recording, image, directory, durability }
     }
 
     pub fn open(&self) -> imgfmt::Result<Image> {
@@ -53,7 +53,8 @@ impl Joint {
         &self,
         above: impl FnOnce(Arc<dyn Storage>) -> Arc<dyn Storage>,
     ) -> imgfmt::Result<Image> {
-        let options = options().survives(self.survives).sidecar_directory(&self.directory);
+        let options =
+            options().bitmap_durability(self.durability).sidecar_directory(&self.directory);
         Image::from_storage(above(Arc::clone(&self.image) as _), &options)
     }
 

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use imgfmt::{
-    Access, BitmapChange, BitmapState, Durability, Image, OpenOptions, Speed, Survives, ZeroMode,
+    Access, BitmapChange, BitmapDurability, BitmapState, Durability, Image, OpenOptions, Speed,
+    ZeroMode,
 };
 
 use crate::common::{self, Random, at, qemu, range, run, text};
@@ -125,17 +126,17 @@ fn the_process_that_dies() {
     std::process::exit(33);
 }
 
-fn survives(name: &str) -> Survives {
+fn durability(name: &str) -> BitmapDurability {
     match name {
-        "power" => Survives::PowerLoss,
-        "process" => Survives::ProcessDeath,
-        _ => Survives::CleanClose,
+        "power" => BitmapDurability::PowerLoss,
+        "process" => BitmapDurability::ProcessDeath,
+        _ => BitmapDurability::CleanClose,
     }
 }
 
 fn one_step(path: &Path, image: Option<Image>, step: &str) -> Image {
     if let Some(level) = step.strip_prefix("open:") {
-        return Image::open(path, &options().survives(survives(level))).unwrap();
+        return Image::open(path, &options().bitmap_durability(durability(level))).unwrap();
     }
     let image = image.unwrap();
     let named = |name: &str| name.to_owned();
@@ -167,7 +168,7 @@ pub fn begun(path: &Path) -> PathBuf {
 
 /// Changes the disk with four threads until somebody ends it.
 fn load(path: &Path, level: &str) -> Option<Image> {
-    let image = Image::open(path, &options().survives(survives(level))).unwrap();
+    let image = Image::open(path, &options().bitmap_durability(durability(level))).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..4 {
             let image = &image;

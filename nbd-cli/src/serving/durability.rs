@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::ValueEnum;
-use imgfmt::{BitmapState, Image, Recording, RecoveryPrecision, Survives};
+use imgfmt::{BitmapState, Image, Recording, RecoveryPrecision};
 
 use crate::error::CommandError;
 use crate::output::printable;
@@ -21,7 +21,7 @@ pub enum BitmapDurability {
     None,
 }
 
-impl From<BitmapDurability> for Survives {
+impl From<BitmapDurability> for imgfmt::BitmapDurability {
     fn from(durability: BitmapDurability) -> Self {
         match durability {
             BitmapDurability::Power => Self::PowerLoss,
@@ -34,11 +34,11 @@ impl From<BitmapDurability> for Survives {
 /// Reports which bitmaps were recovered after a crash, and which were not.
 pub(crate) fn report_recovery(image: &Image, path: &Path) {
     let path = printable(&path.to_string_lossy());
-    let safety = image.bitmap_safety();
-    if !safety.recovered.is_empty() {
+    let status = image.bitmap_durability();
+    if !status.recovered.is_empty() {
         let names: Vec<String> =
-            safety.recovered.iter().map(|name| format!("'{}'", printable(name))).collect();
-        let precision = match safety.precision {
+            status.recovered.iter().map(|name| format!("'{}'", printable(name))).collect();
+        let precision = match status.precision {
             RecoveryPrecision::Exact => "",
             RecoveryPrecision::WholeExtents => {
                 "; the machine was restarted, so ranges that were being written are marked generously"
@@ -64,24 +64,24 @@ pub(crate) fn report_recovery(image: &Image, path: &Path) {
 
 /// Warns if bitmaps will not survive the selected failures, because no file can be kept beside the
 /// image.
-pub(crate) fn report_shortfall(image: &Image, path: &Path) {
-    if let Some(shortfall) = image.probe_bitmap_safety().shortfall {
+pub(crate) fn report_degraded(image: &Image, path: &Path) {
+    if let Some(degraded) = image.probe_bitmap_durability().degraded {
         warn(&format!(
             "{}: its dirty bitmaps survive a clean shutdown only, not a crash: {}",
             printable(&path.to_string_lossy()),
-            printable(&shortfall)
+            printable(&degraded)
         ));
     }
 }
 
 /// Refuses an image whose bitmaps will not survive the requested failures.
-pub(crate) fn refuse_shortfall(image: &Image, path: &Path) -> Result<(), CommandError> {
-    let Some(shortfall) = image.probe_bitmap_safety().shortfall else { return Ok(()) };
+pub(crate) fn refuse_degraded(image: &Image, path: &Path) -> Result<(), CommandError> {
+    let Some(degraded) = image.probe_bitmap_durability().degraded else { return Ok(()) };
     Err(CommandError::new(format!(
         "'{}' is not served: its dirty bitmaps would not survive a crash, as --bitmap-durability \
          demands: {}; remove the cause, or use --bitmap-durability none",
         path.display(),
-        shortfall
+        degraded
     )))
 }
 
@@ -91,6 +91,9 @@ mod tests {
 
     #[test]
     fn the_default_is_that_of_the_library() {
-        assert_eq!(Survives::from(BitmapDurability::default()), Survives::default());
+        assert_eq!(
+            imgfmt::BitmapDurability::from(BitmapDurability::default()),
+            imgfmt::BitmapDurability::default()
+        );
     }
 }

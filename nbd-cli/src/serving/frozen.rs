@@ -9,9 +9,9 @@ use crate::output::{printable, warn};
 /// Reports which bitmaps got frozen bits back when an image was opened for writing, and whether
 /// that failed.
 pub(crate) fn report_thaw(image: &Image) {
-    let safety = image.bitmap_safety();
-    report_thawed(&safety.thawed);
-    if let Some(failure) = safety.thaw_failure {
+    let status = image.bitmap_durability();
+    report_thawed(&status.thawed);
+    if let Some(failure) = status.thaw_failure {
         // The disk can be used anyway, but not the bitmaps that lack them.
         warn(&format!("bits frozen by a checkpoint are not merged back: {failure}"));
     }

@@ -12,7 +12,7 @@ use imgfmt::{
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{Export, ImageExport};
 
-use super::durability::{refuse_shortfall, report_recovery, report_shortfall};
+use super::durability::{refuse_degraded, report_degraded, report_recovery};
 use super::patience::when_free;
 use super::temporary::{temporary, temporary_over};
 use super::{BitmapDurability, frozen};
@@ -69,7 +69,7 @@ pub(crate) struct ImageChoices {
     /// The part of the disk that is exported.
     pub(crate) window: Window,
     /// The failures that recording bitmaps must survive. Without it the default applies, and a
-    /// shortfall is only a warning.
+    /// lower durability is only a warning.
     pub(crate) bitmap_durability: Option<BitmapDurability>,
     /// Whether `qemu:allocation-depth` is offered.
     pub(crate) allocation_depth: bool,
@@ -168,14 +168,15 @@ impl ImageChoices {
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
-                let options = options.survives(self.bitmap_durability.unwrap_or_default().into());
+                let options =
+                    options.bitmap_durability(self.bitmap_durability.unwrap_or_default().into());
                 let options = options.access(Access::ReadWrite);
                 let image = when_free(|| Ok(Image::open(path, &options)?))?;
                 report_recovery(&image, path);
                 frozen::report_thaw(&image);
                 match self.bitmap_durability {
-                    Some(_) => refuse_shortfall(&image, path)?,
-                    None => report_shortfall(&image, path),
+                    Some(_) => refuse_degraded(&image, path)?,
+                    None => report_degraded(&image, path),
                 }
                 Ok(image)
             }

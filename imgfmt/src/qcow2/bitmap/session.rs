@@ -17,13 +17,13 @@ use super::sidecar::{encode_identity, no_file, sidecar_error};
 use super::store::Bitmaps;
 use crate::bitmap::{Bitmap, Bits, State};
 use crate::error::Result;
-use crate::options::Survives;
+use crate::options::BitmapDurability;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, rewrite_autoclear,
 };
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
-use crate::sidecar::{BitmapSafety, Description, Identity, Sidecar, SidecarLocation};
+use crate::sidecar::{BitmapDurabilityStatus, Description, Identity, Sidecar, SidecarLocation};
 
 impl Bitmaps {
     /// Makes a sidecar for the bitmaps that note changes, and makes the header name it. No change is
@@ -32,7 +32,10 @@ impl Bitmaps {
     pub(super) fn begin_session(&self, state: &State<Entry>) -> Result<()> {
         let mut session = self.session.lock();
         let bitmaps: Vec<_> = state.recording().collect();
-        if session.survives == Survives::CleanClose || bitmaps.is_empty() || state.has_sidecar() {
+        if session.durability == BitmapDurability::CleanClose
+            || bitmaps.is_empty()
+            || state.has_sidecar()
+        {
             return self.give_up_found_sidecar(&mut session);
         }
         let identity = match session.identity {
@@ -57,10 +60,10 @@ impl Bitmaps {
                 self.metadata.stamp_sidecar(Some(Arc::clone(&sidecar)));
                 session.sidecar = Some(sidecar);
                 session.identity = Some(identity);
-                session.shortfall = None;
+                session.degraded = None;
             }
             Err(error) => {
-                session.shortfall = Some(error.to_string());
+                session.degraded = Some(error.to_string());
                 self.metadata.stamp_sidecar(None);
                 session.sidecar = None;
                 session.identity = None;
@@ -74,7 +77,7 @@ impl Bitmaps {
     /// Notes why the bitmaps survive a clean close only.
     pub(super) fn go_without_session(&self, why: &str) -> Result<()> {
         let mut session = self.session.lock();
-        session.shortfall = Some(why.to_owned());
+        session.degraded = Some(why.to_owned());
         self.give_up_found_sidecar(&mut session)
     }
 
@@ -111,7 +114,7 @@ impl Bitmaps {
         bitmaps: &[(&Bitmap<Entry>, &Arc<Bits>)],
     ) -> Result<Description> {
         Ok(Description {
-            survives: session.survives,
+            durability: session.durability,
             identity,
             epoch: session.epoch,
             disk_size: self.size,
@@ -122,16 +125,17 @@ impl Bitmaps {
         })
     }
 
-    /// As [`safety`](Self::safety); if nothing has changed yet it is tried whether the
-    /// sidecar could be made.
-    pub(crate) fn probe_safety(&self) -> BitmapSafety {
-        let mut safety = self.safety();
+    /// As [`durability_status`](Self::durability_status), and if nothing has changed yet, tries to
+    /// create the sidecar.
+    pub(crate) fn probe_durability(&self) -> BitmapDurabilityStatus {
+        let mut status = self.durability_status();
         let state = self.tracker.read();
         let bitmaps: Vec<_> = state.recording().collect();
         let session = self.session.lock();
-        let is_settled = safety.survives == Survives::CleanClose || session.sidecar.is_some();
+        let is_settled =
+            status.durability == BitmapDurability::CleanClose || session.sidecar.is_some();
         if is_settled || bitmaps.is_empty() || !self.metadata.is_writable() {
-            return safety;
+            return status;
         }
         let probed = self.sidecar_place().and_then(|place| {
             let identity = Identity { uuid: [0; 16], generation: 0 };
@@ -139,10 +143,10 @@ impl Bitmaps {
             place.probe(&description).map_err(sidecar_error)
         });
         if let Err(error) = probed {
-            safety.survives = Survives::CleanClose;
-            safety.shortfall = Some(error.to_string());
+            status.durability = BitmapDurability::CleanClose;
+            status.degraded = Some(error.to_string());
         }
-        safety
+        status
     }
 
     /// Ends the session once every bitmap is stored: the image is as if there had been none.
@@ -167,22 +171,23 @@ impl Bitmaps {
         }
     }
 
-    /// The bitmaps' safety as far as this image is concerned.
-    pub(crate) fn safety(&self) -> BitmapSafety {
+    /// The durability of the bitmaps of this image.
+    pub(crate) fn durability_status(&self) -> BitmapDurabilityStatus {
         let (thawed, thaw_failure) = {
             let disk = self.disk.lock();
             (disk.thawed.clone(), disk.thaw_failure.clone())
         };
         let session = self.session.lock();
         let is_gone = session.sidecar.as_ref().is_some_and(|sidecar| sidecar.is_abandoned());
-        let shortfall = match is_gone {
+        let degraded = match is_gone {
             true => Some("the file with the bits could not be kept up to date".to_owned()),
-            false => session.shortfall.clone(),
+            false => session.degraded.clone(),
         };
-        let survives = if shortfall.is_some() { Survives::CleanClose } else { session.survives };
-        BitmapSafety {
-            survives,
-            shortfall,
+        let durability =
+            if degraded.is_some() { BitmapDurability::CleanClose } else { session.durability };
+        BitmapDurabilityStatus {
+            durability,
+            degraded,
             recovered: session.recovered.clone(),
             thawed,
             thaw_failure,

@@ -2,20 +2,20 @@
 
 use std::sync::Arc;
 
-use crate::options::Survives;
+use crate::options::BitmapDurability;
 use crate::sidecar::{FoundBytes, Identity, Recovery, RecoveryPrecision, Rejection, Sidecar};
 
 /// What is known about the session.
 #[derive(Debug, Default)]
 pub(super) struct Session {
-    pub(super) survives: Survives,
+    pub(super) durability: BitmapDurability,
     pub(super) identity: Option<Identity>,
     /// The generation of the session that was found in the header.
     pub(super) found_generation: u64,
     pub(super) epoch: u64,
     pub(super) sidecar: Option<Arc<Sidecar>>,
-    /// Why bitmaps do not survive what they should.
-    pub(super) shortfall: Option<String>,
+    /// The reason for a lower durability than requested, as a clause.
+    pub(super) degraded: Option<String>,
     pub(super) recovered: Vec<String>,
     pub(super) precision: RecoveryPrecision,
     /// What was recovered is in memory only: the header and the sidecar are as they were found.
@@ -26,7 +26,7 @@ pub(super) struct Session {
 pub(in crate::qcow2) type Found = Result<Recovery<Box<dyn FoundBytes>>, Rejection>;
 
 impl Session {
-    pub(super) fn new(survives: Survives) -> Self {
-        Self { survives, ..Self::default() }
+    pub(super) fn new(durability: BitmapDurability) -> Self {
+        Self { durability, ..Self::default() }
     }
 }

@@ -137,7 +137,7 @@ impl Bitmaps {
             disk: OrderedMutex::new(disk),
             size_peak: header.size,
             lineage: OrderedMutex::new(Lineage::of(&header)),
-            session: OrderedMutex::new(Session::new(options.survives)),
+            session: OrderedMutex::new(Session::new(options.bitmap_durability)),
             sidecar_location: sidecar_location(options),
             ..Self::none((metadata, clusters), header.size)
         }

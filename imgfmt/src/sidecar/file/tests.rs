@@ -16,7 +16,7 @@ fn image(directory: &tempfile::TempDir) -> PathBuf {
 fn the_file_is_private_has_its_length_and_starts_with_the_given_bits() {
     let directory = tempfile::tempdir().unwrap();
     let place = SidecarPlace::beside(&image(&directory)).unwrap();
-    let description = description(Survives::PowerLoss, 1 << 20, &[9, 16]);
+    let description = description(BitmapDurability::PowerLoss, 1 << 20, &[9, 16]);
     let file =
         place.create_file(&description, &|bitmap, word| (bitmap as u64) << 32 | word).unwrap();
     let metadata = std::fs::metadata(directory.path().join("disk.qcow2.dirty")).unwrap();
@@ -42,7 +42,7 @@ fn links_are_not_followed_and_what_they_point_to_stays() {
     }
     let place = SidecarPlace::beside(&path).unwrap();
     assert!(place.open_file(Access::ReadWrite).is_err());
-    let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
+    let description = description(BitmapDurability::ProcessDeath, 1 << 20, &[16]);
     let file = place.create_file(&description, &|_, _| 0).unwrap();
     let metadata = std::fs::symlink_metadata(directory.path().join("disk.qcow2.dirty")).unwrap();
     assert!(metadata.is_file());
@@ -57,7 +57,7 @@ fn an_image_has_the_same_sidecar_by_whatever_link_it_is_reached() {
     let elsewhere = tempfile::tempdir().unwrap();
     let link = elsewhere.path().join("link.qcow2");
     std::os::unix::fs::symlink(&path, &link).unwrap();
-    let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
+    let description = description(BitmapDurability::ProcessDeath, 1 << 20, &[16]);
     let place = SidecarPlace::beside(&link).unwrap();
     let _file = place.create_file(&description, &|_, _| 0).unwrap();
     assert!(directory.path().join("disk.qcow2.dirty").exists());
@@ -67,7 +67,7 @@ fn an_image_has_the_same_sidecar_by_whatever_link_it_is_reached() {
 fn a_new_epoch_takes_the_place_of_the_old_file_which_then_removes_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let place = SidecarPlace::beside(&image(&directory)).unwrap();
-    let mut description = description(Survives::ProcessDeath, 1 << 20, &[16]);
+    let mut description = description(BitmapDurability::ProcessDeath, 1 << 20, &[16]);
     let old = place.create_file(&description, &|_, _| 0).unwrap();
     description.epoch += 1;
     let new = place.create_file(&description, &|_, _| 0).unwrap();
@@ -84,7 +84,7 @@ fn a_new_epoch_takes_the_place_of_the_old_file_which_then_removes_nothing() {
 fn a_lock_ends_with_its_owner_whoever_has_a_copy_of_the_descriptor() {
     let directory = tempfile::tempdir().unwrap();
     let place = SidecarPlace::beside(&image(&directory)).unwrap();
-    let description = description(Survives::ProcessDeath, 1 << 20, &[16]);
+    let description = description(BitmapDurability::ProcessDeath, 1 << 20, &[16]);
     let made = place.create_file(&description, &|_, _| 0).unwrap();
     let _copy = made.file.try_clone().unwrap();
     drop(made);

@@ -75,14 +75,14 @@ struct Trial {
     recording: Recording,
     disk: Arc<RecordingStorage>,
     epochs: Vec<Epoch>,
-    survives: Survives,
+    durability: BitmapDurability,
 }
 
 impl Trial {
-    fn new(survives: Survives) -> Self {
+    fn new(durability: BitmapDurability) -> Self {
         let recording = Recording::new();
         let disk = recording.storage(&vec![0; SIZE as usize]);
-        let mut trial = Self { recording, disk, epochs: Vec::new(), survives };
+        let mut trial = Self { recording, disk, epochs: Vec::new(), durability };
         trial.clear();
         trial
     }
@@ -90,7 +90,7 @@ impl Trial {
     /// Clears all bitmaps: the disk is flushed, and a new sidecar replaces the old one.
     fn clear(&mut self) {
         self.disk.sync().unwrap();
-        let mut description = description(self.survives, SIZE, &GRANULARITIES);
+        let mut description = description(self.durability, SIZE, &GRANULARITIES);
         description.epoch = self.epochs.len() as u64 + 1;
         let bytes = store::new_bytes(&description);
         let store = Arc::new(RecordedStore::new(&bytes, &self.recording));
@@ -120,7 +120,9 @@ impl Trial {
         let found = epoch.store.recorded.after_crash(position, loss, below);
         let boot = if loss == Loss::Nothing { BOOT } else { OTHER_BOOT };
         let recovery = match recovery(found, &epoch.description, boot) {
-            Err(Rejection::PowerLoss) if self.survives == Survives::ProcessDeath => return (0, 0),
+            Err(Rejection::PowerLoss) if self.durability == BitmapDurability::ProcessDeath => {
+                return (0, 0);
+            }
             other => other.unwrap(),
         };
         let (mut dirty_bytes, mut changed_bytes) = (0, 0);
@@ -154,11 +156,11 @@ fn random(seed: u64) -> impl FnMut(u64) -> u64 {
     }
 }
 
-fn crash_everywhere(survives: Survives, losses: &[Loss]) {
+fn crash_everywhere(durability: BitmapDurability, losses: &[Loss]) {
     let seed = now_nanoseconds();
-    println!("{survives:?}: seed {seed}");
+    println!("{durability:?}: seed {seed}");
     let mut below = random(seed);
-    let mut trial = Trial::new(survives);
+    let mut trial = Trial::new(durability);
     for operation in 0..OPERATIONS {
         match below(40) {
             0 => trial.clear(),
@@ -183,7 +185,7 @@ fn crash_everywhere(survives: Survives, losses: &[Loss]) {
         }
     }
     println!(
-        "{survives:?}, {losses:?}: {} crashes, dirty after recovery / really changed: {:.2}",
+        "{durability:?}, {losses:?}: {} crashes, dirty after recovery / really changed: {:.2}",
         (trial.recording.position() - trial.epochs[0].begins) * losses.len(),
         dirty as f64 / changed.max(1) as f64
     );
@@ -191,22 +193,22 @@ fn crash_everywhere(survives: Survives, losses: &[Loss]) {
 
 #[test]
 fn after_the_death_of_the_process_no_bit_is_missing() {
-    crash_everywhere(Survives::ProcessDeath, &[Loss::Nothing]);
+    crash_everywhere(BitmapDurability::ProcessDeath, &[Loss::Nothing]);
 }
 
 #[test]
 fn after_a_loss_of_power_process_death_level_is_not_believed() {
-    crash_everywhere(Survives::ProcessDeath, &[Loss::Everything]);
+    crash_everywhere(BitmapDurability::ProcessDeath, &[Loss::Everything]);
 }
 
 #[test]
 fn after_a_loss_of_power_no_bit_is_missing() {
-    crash_everywhere(Survives::PowerLoss, &Loss::ALL);
+    crash_everywhere(BitmapDurability::PowerLoss, &Loss::ALL);
 }
 
 #[test]
 fn a_write_that_was_not_announced_would_be_noticed() {
-    let trial = Trial::new(Survives::PowerLoss);
+    let trial = Trial::new(BitmapDurability::PowerLoss);
     trial.disk.write_at(HostOffset::new(5000), b"secret", Durability::Fua).unwrap();
     let noticed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         trial.crash(trial.recording.position(), Loss::Everything, &mut |_| 0)

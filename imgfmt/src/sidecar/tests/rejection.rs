@@ -2,15 +2,15 @@
 
 use super::*;
 
-fn bytes_of(survives: Survives) -> (Description, Vec<u8>) {
-    let description = description(survives, 1 << 20, &[9, 16]);
+fn bytes_of(durability: BitmapDurability) -> (Description, Vec<u8>) {
+    let description = description(durability, 1 << 20, &[9, 16]);
     let bytes = store::new_bytes(&description);
     (description, bytes)
 }
 
 #[test]
 fn process_death_level_is_believed_in_the_same_boot_only() {
-    let (description, bytes) = bytes_of(Survives::ProcessDeath);
+    let (description, bytes) = bytes_of(BitmapDurability::ProcessDeath);
     let found = recovery(bytes.clone(), &description, BOOT).unwrap();
     assert_eq!(found.trust(), Trust::SameBoot);
     assert_eq!(found.bitmaps(), description.bitmaps);
@@ -22,7 +22,7 @@ fn process_death_level_is_believed_in_the_same_boot_only() {
 
 #[test]
 fn power_loss_level_is_believed_in_every_boot() {
-    let (description, bytes) = bytes_of(Survives::PowerLoss);
+    let (description, bytes) = bytes_of(BitmapDurability::PowerLoss);
     for (boot, trust) in [(BOOT, Trust::SameBoot), (OTHER_BOOT, Trust::OtherBoot)] {
         assert_eq!(recovery(bytes.clone(), &description, boot).unwrap().trust(), trust);
     }
@@ -34,7 +34,7 @@ fn power_loss_level_is_believed_in_every_boot() {
 
 #[test]
 fn another_session_is_not_believed() {
-    let (description, bytes) = bytes_of(Survives::PowerLoss);
+    let (description, bytes) = bytes_of(BitmapDurability::PowerLoss);
     for identity in [
         Identity { generation: 8, ..description.identity },
         Identity { uuid: [0; 16], ..description.identity },
@@ -46,7 +46,7 @@ fn another_session_is_not_believed() {
 
 #[test]
 fn an_image_that_somebody_else_changed_is_noticed() {
-    let (description, bytes) = bytes_of(Survives::PowerLoss);
+    let (description, bytes) = bytes_of(BitmapDurability::PowerLoss);
     let then = description.image;
     let now = now_nanoseconds();
     let examine = |image, boot| {
@@ -68,7 +68,7 @@ fn an_image_that_somebody_else_changed_is_noticed() {
 
 #[test]
 fn every_changed_byte_of_header_descriptors_and_log_is_noticed() {
-    let (description, bytes) = bytes_of(Survives::PowerLoss);
+    let (description, bytes) = bytes_of(BitmapDurability::PowerLoss);
     let descriptors = layout::DESCRIPTORS_OFFSET as usize;
     let log = layout::LOG_OFFSET as usize;
     let places = (0..512)
@@ -83,7 +83,7 @@ fn every_changed_byte_of_header_descriptors_and_log_is_noticed() {
 
 #[test]
 fn every_length_but_the_right_one_is_noticed() {
-    let (description, bytes) = bytes_of(Survives::PowerLoss);
+    let (description, bytes) = bytes_of(BitmapDurability::PowerLoss);
     for length in (0..bytes.len()).step_by(97).chain([bytes.len() - 1]) {
         let cut = bytes[..length].to_vec();
         assert!(recovery(cut, &description, OTHER_BOOT).is_err(), "{length}");
@@ -95,7 +95,7 @@ fn every_length_but_the_right_one_is_noticed() {
 
 #[test]
 fn a_header_with_a_good_checksum_can_claim_anything_without_harm() {
-    let (description, bytes) = bytes_of(Survives::PowerLoss);
+    let (description, bytes) = bytes_of(BitmapDurability::PowerLoss);
     let mut state = 88172645463325252_u64;
     for round in 0..20_000_u64 {
         state ^= state << 13;
@@ -117,7 +117,7 @@ fn a_header_with_a_good_checksum_can_claim_anything_without_harm() {
 
 #[test]
 fn a_bitmap_of_another_kind_has_no_words() {
-    let (description, bytes) = bytes_of(Survives::PowerLoss);
+    let (description, bytes) = bytes_of(BitmapDurability::PowerLoss);
     let found = recovery(bytes, &description, BOOT).unwrap();
     let wanted = description.bitmaps[0].clone();
     for other in [

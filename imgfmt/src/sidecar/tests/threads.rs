@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering::SeqCst;
 #[test]
 fn every_change_is_covered_when_it_is_submitted() {
     const SIZE: u64 = 1 << 20;
-    let description = description(Survives::PowerLoss, SIZE, &[10, 14]);
+    let description = description(BitmapDurability::PowerLoss, SIZE, &[10, 14]);
     let (sidecar, store) = store::sidecar(&description);
     let uncovered = AtomicU32::new(0);
     let barrier = Barrier::new(8);
@@ -50,7 +50,7 @@ fn every_change_is_covered_when_it_is_submitted() {
 
 #[test]
 fn nobody_writes_into_an_extent_whose_log_write_is_under_way() {
-    let description = description(Survives::PowerLoss, 1 << 20, &[12]);
+    let description = description(BitmapDurability::PowerLoss, 1 << 20, &[12]);
     let (sidecar, store) = store::sidecar(&description);
     store.hold_writes(true);
     let submitted = AtomicU32::new(0);
