@@ -12,7 +12,7 @@ use nbd_client::ZeroMode;
 use nbd_proto::wire::TransmissionFlags;
 
 use crate::copy::again;
-use crate::copy::destination::{Destination, Surface, create_empty};
+use crate::copy::destination::{Destination, Background, create_empty};
 use crate::copy::job::{Job, Settings, ZeroPolicy};
 use crate::copy::source::Source;
 use crate::copy::verify::Verification;
@@ -241,12 +241,12 @@ async fn open(
     match new {
         New::File(new) if is_image(options) => {
             let image = Image::open(new.path(), &writable).map_err(image_error)?;
-            Ok(Destination::image(image, Surface::Zeroes))
+            Ok(Destination::image(image, Background::Zero))
         }
         New::File(new) => Destination::new_file(new),
         New::Image(new) => {
             let image = new.open(&writable).map_err(image_error)?;
-            Ok(Destination::image(image, Surface::Zeroes))
+            Ok(Destination::image(image, Background::Zero))
         }
         New::Disk(_) | New::Nothing => {
             let (connect, locking) = (&options.connect, options.destination_locking);

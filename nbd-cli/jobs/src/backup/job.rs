@@ -13,7 +13,7 @@ use super::chain::Base;
 use super::options::{BackupSource, CLUSTER_SIZE, Work};
 use super::partial::{Partial, State};
 use crate::connect::connect;
-use crate::copy::destination::{Destination, Surface};
+use crate::copy::destination::{Destination, Background};
 use crate::copy::dirty::DirtyExtents;
 use crate::copy::engine;
 use crate::copy::job::{Job, Settings, ZeroPolicy};
@@ -177,14 +177,14 @@ async fn fill(
     let start = partial.done();
     let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let extents = extents(&client, bitmap, start);
-    let surface =
-        if work.options.base.is_some() || start > 0 { Surface::Something } else { Surface::Zeroes };
+    let background =
+        if work.options.base.is_some() || start > 0 { Background::Unknown } else { Background::Zero };
     let image = partial.open(work, Access::ReadWrite)?;
-    let destination = Destination::image(image, surface);
-    let zeroes = match surface {
-        Surface::Zeroes => ZeroPolicy::Skip,
+    let destination = Destination::image(image, background);
+    let zeroes = match background {
+        Background::Zero => ZeroPolicy::Skip,
         // Zero clusters: holes would expose the layer below.
-        Surface::Something => ZeroPolicy::Write(ZeroMode::MayUnmap),
+        Background::Unknown => ZeroPolicy::Write(ZeroMode::MayUnmap),
     };
     let settings = Settings {
         requests: work.options.requests.get(),

@@ -52,7 +52,7 @@ pub(crate) enum Destination {
     /// A disk in an image format.
     Image {
         image: Arc<Image>,
-        surface: Surface,
+        background: Background,
         /// Limits the number of writing threads.
         writers: Semaphore,
     },
@@ -63,10 +63,10 @@ pub(crate) enum Destination {
 
 /// The content of an image where nothing was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Surface {
-    Zeroes,
+pub(crate) enum Background {
+    Zero,
     /// That of its backing file, or earlier data.
-    Something,
+    Unknown,
 }
 
 /// The kind of a local file.
@@ -116,9 +116,9 @@ impl Destination {
     }
 
     /// An image that was just created or opened for writing.
-    pub(crate) fn image(image: Image, surface: Surface) -> Self {
+    pub(crate) fn image(image: Image, background: Background) -> Self {
         let writers = Semaphore::new(IMAGE_WRITERS);
-        Self::Image { image: Arc::new(image), surface, writers }
+        Self::Image { image: Arc::new(image), background, writers }
     }
 
     /// Returns the capacity, if it is limited.
@@ -148,7 +148,7 @@ impl Destination {
         matches!(
             self,
             Self::File { kind: FileKind::Regular, .. }
-                | Self::Image { surface: Surface::Zeroes, .. }
+                | Self::Image { background: Background::Zero, .. }
                 | Self::Null
         )
     }
