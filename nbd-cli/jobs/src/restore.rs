@@ -12,7 +12,7 @@ use nbd_client::ZeroMode;
 use nbd_proto::wire::TransmissionFlags;
 
 use crate::copy::again;
-use crate::copy::destination::{Destination, Background, create_empty};
+use crate::copy::destination::{Background, Destination, create_empty};
 use crate::copy::job::{Job, Settings, ZeroPolicy};
 use crate::copy::source::Source;
 use crate::copy::verify::Verification;

@@ -13,7 +13,7 @@ use self::command::ControlCommand;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
-use nbd_jobs::control::{self, Begun, Listing, Request};
+use nbd_jobs::control::{self, CheckpointStarted, Listing, Request};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -87,8 +87,8 @@ fn print(request: &Request, result: Value, output: &mut Output) -> Result<(), Co
             print_listing(&serde_json::from_value(result).map_err(unclear)?, output)
         }
         Request::CheckpointStart { .. } => {
-            let begun: Begun = serde_json::from_value(result).map_err(unclear)?;
-            begun.uris.iter().try_for_each(|uri| output.line(&printable(uri)))
+            let started: CheckpointStarted = serde_json::from_value(result).map_err(unclear)?;
+            started.uris.iter().try_for_each(|uri| output.line(&printable(uri)))
         }
         Request::AddExport { .. } => {
             let uris = result.get("uris").and_then(Value::as_array);

@@ -95,7 +95,7 @@ fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
     create(overlay, base.size())?;
     let name = format!("{SCHEME}:image");
     Image::change_backing_file(overlay, &options(), Some((name.as_ref(), Format::Raw)))?;
-    let base: Arc<dyn Storage> = Arc::new(Shown(base));
+    let base: Arc<dyn Storage> = Arc::new(ImageStorage(base));
     let opener = move |_: &str| Ok(Arc::clone(&base));
     Image::open(
         overlay,
@@ -105,13 +105,13 @@ fn over_image(overlay: &Path, base: Image) -> imgfmt::Result<Image> {
 
 /// The contents of an image as read-only storage.
 #[derive(Debug)]
-struct Shown(Image);
+struct ImageStorage(Image);
 
 fn read_only() -> io::Error {
     io::Error::new(io::ErrorKind::ReadOnlyFilesystem, "it is only read")
 }
 
-impl Storage for Shown {
+impl Storage for ImageStorage {
     fn len(&self) -> io::Result<u64> {
         Ok(self.0.size())
     }

@@ -12,7 +12,7 @@ use super::options::{UnknownBase, Work};
 use super::partial;
 use crate::cancellation::Cancellation;
 use crate::control::{
-    Begun, Conversation, IfMissing, IfUnusable, Lifetime, Listing, Request, Verdict,
+    CheckpointStarted, Conversation, IfMissing, IfUnusable, Lifetime, Listing, Outcome, Request,
 };
 use crate::observer::JobContext;
 use crate::text::printable;
@@ -55,12 +55,12 @@ pub(super) async fn backup(
     if let Some(base) = base {
         refuse_wrong(work, base, &export, &mut socket).await?;
     }
-    let begun = socket.call(begin).await?;
-    let result = match uri_of_view(work, server, begun) {
+    let started = socket.call(begin).await?;
+    let result = match uri_of_view(work, server, started) {
         Ok((uri, issued)) => unless_cancelled(work, &uri, base, issued).await,
         Err(error) => Err(error),
     };
-    let outcome = if result.is_ok() { Verdict::Success } else { Verdict::Failure };
+    let outcome = if result.is_ok() { Outcome::Success } else { Outcome::Failure };
     let ended = socket.call(Request::CheckpointEnd { export, outcome }).await;
     match (result, ended) {
         (Ok(_), Err(error)) => Err(error.in_words(format!(
@@ -126,14 +126,15 @@ impl Socket {
 fn uri_of_view(
     work: Work<'_>,
     server: Server<'_>,
-    begun: Value,
+    started: Value,
 ) -> Result<(NbdUri, Issued), JobError> {
-    let begun: Begun = serde_json::from_value(begun).map_err(|_| not_understood())?;
+    let started: CheckpointStarted =
+        serde_json::from_value(started).map_err(|_| not_understood())?;
     let uuid = |text: &Option<String>| text.as_deref().and_then(|text| text.parse().ok());
     let mut issued = Issued::ours()?;
-    issued.backup = uuid(&begun.backup).unwrap_or(issued.backup);
-    issued.disk = uuid(&begun.disk);
-    if let Some(reason) = &begun.begun_anew {
+    issued.backup = uuid(&started.backup).unwrap_or(issued.backup);
+    issued.disk = uuid(&started.disk);
+    if let Some(reason) = &started.begun_anew {
         let bitmap = printable(work.options.bitmap.as_deref().unwrap_or_default());
         work.context.observer.warning(&format!(
             "the bitmap '{bitmap}' was unreliable ({}); it starts anew with this backup",
@@ -142,10 +143,10 @@ fn uri_of_view(
     }
     if let Some(uri) = server.uri {
         let mut uri = uri.clone();
-        uri.export_name = begun.view;
+        uri.export_name = started.view;
         return Ok((uri, issued));
     }
-    let uri = begun.uris.first().ok_or_else(|| {
+    let uri = started.uris.first().ok_or_else(|| {
         JobError::new(
             JobErrorKind::ControlSocket,
             "the server does not say where it listens; give the disk's URI as well",

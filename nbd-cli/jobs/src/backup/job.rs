@@ -13,7 +13,7 @@ use super::chain::Base;
 use super::options::{BackupSource, CLUSTER_SIZE, Work};
 use super::partial::{Partial, State};
 use crate::connect::connect;
-use crate::copy::destination::{Destination, Background};
+use crate::copy::destination::{Background, Destination};
 use crate::copy::dirty::DirtyExtents;
 use crate::copy::engine;
 use crate::copy::job::{Job, Settings, ZeroPolicy};
@@ -177,8 +177,11 @@ async fn fill(
     let start = partial.done();
     let source = Source::Nbd { client: client.clone(), uri: uri.clone() };
     let extents = extents(&client, bitmap, start);
-    let background =
-        if work.options.base.is_some() || start > 0 { Background::Unknown } else { Background::Zero };
+    let background = if work.options.base.is_some() || start > 0 {
+        Background::Unknown
+    } else {
+        Background::Zero
+    };
     let image = partial.open(work, Access::ReadWrite)?;
     let destination = Destination::image(image, background);
     let zeroes = match background {

@@ -27,6 +27,6 @@ mod protocol;
 
 pub use self::client::{Conversation, call};
 pub use self::protocol::{
-    Begun, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable, InitialState,
-    Lifetime, Listing, MAX_LINE_LEN, OnUse, Request, Verdict, decode, encode,
+    CheckpointStarted, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable,
+    InitialState, Lifetime, Listing, MAX_LINE_LEN, OnUse, Outcome, Request, decode, encode,
 };

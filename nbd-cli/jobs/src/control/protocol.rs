@@ -121,7 +121,7 @@ pub enum Request {
         /// Name of the export.
         export: String,
         /// Whether the backup succeeded.
-        outcome: Verdict,
+        outcome: Outcome,
     },
     /// Stop the server as SIGTERM does
     Shutdown {},
@@ -185,7 +185,7 @@ pub enum Lifetime {
 /// The outcome of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verdict {
+pub enum Outcome {
     /// The backup is complete.
     Success,
     /// The backup failed.
@@ -244,7 +244,7 @@ pub struct ClientState {
 /// A checkpoint in progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Begun {
+pub struct CheckpointStarted {
     /// Name of the view's export.
     pub view: String,
     /// The bitmap that provides the view's bits; none if it was just added.
@@ -455,7 +455,7 @@ mod tests {
             ),
             (
                 r#"{"command":"checkpoint-end","export":"a","outcome":"failure"}"#,
-                Request::CheckpointEnd { export: name("a"), outcome: Verdict::Failure },
+                Request::CheckpointEnd { export: name("a"), outcome: Outcome::Failure },
             ),
         ] {
             assert_eq!(decode(line.as_bytes()), Ok(request.clone()), "{line}");

@@ -2,7 +2,7 @@
 
 use clap::builder::{BoolishValueParser, PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Subcommand};
-use nbd_jobs::control::{IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Request, Verdict};
+use nbd_jobs::control::{IfMissing, IfUnusable, InitialState, Lifetime, OnUse, Outcome, Request};
 
 use crate::size::ByteSize;
 
@@ -120,8 +120,8 @@ pub(crate) enum ControlCommand {
         /// Name of the export.
         export: String,
         /// Whether the backup succeeded.
-        #[arg(value_parser = verdict())]
-        outcome: Verdict,
+        #[arg(value_parser = outcome())]
+        outcome: Outcome,
     },
     /// Stop the server as SIGTERM does
     Shutdown {},
@@ -139,14 +139,14 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 }
 
 /// The outcome of the backup.
-fn verdict() -> impl TypedValueParser<Value = Verdict> {
+fn outcome() -> impl TypedValueParser<Value = Outcome> {
     let values = [
         PossibleValue::new("success").help("The backup is complete"),
         PossibleValue::new("failure").help("The backup failed"),
     ];
     PossibleValuesParser::new(values).map(|word| match word.as_str() {
-        "success" => Verdict::Success,
-        _ => Verdict::Failure,
+        "success" => Outcome::Success,
+        _ => Outcome::Failure,
     })
 }
 

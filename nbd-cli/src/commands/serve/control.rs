@@ -15,7 +15,7 @@ use nbd_server::{InUse, RemoveError, ServerHandle};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, Notify};
 
-use self::checkpoint::{CheckpointWish, WishedBase};
+use self::checkpoint::{CheckpointRequest, RequestedBase};
 use self::disks::RunningCheckpoint;
 pub(super) use self::disks::{Disk, Disks};
 pub(super) use self::socket::ControlSocket;
@@ -118,10 +118,10 @@ impl Controller {
                     Lifetime::Server => None,
                     Lifetime::Connection => Some(conversation),
                 };
-                let base = WishedBase::new(base.as_deref(), trust_base)?;
-                let wish =
-                    CheckpointWish { bitmap, if_missing, if_unusable, view, base, conversation };
-                self.begin_checkpoint(&mut disks, &export, wish).await
+                let base = RequestedBase::new(base.as_deref(), trust_base)?;
+                let request =
+                    CheckpointRequest { bitmap, if_missing, if_unusable, view, base, conversation };
+                self.start_checkpoint(&mut disks, &export, request).await
             }
             Request::CheckpointEnd { export, outcome } => {
                 self.end_checkpoint(&mut disks, &export, outcome).await

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 
 use super::disks::{BitmapOrigin, CheckpointBitmap, RunningCheckpoint};
 use super::{Controller, ConversationId, Disks, blocking};
-use nbd_jobs::control::{Begun, ErrorKind, Failure, IfMissing, IfUnusable, Verdict};
+use nbd_jobs::control::{CheckpointStarted, ErrorKind, Failure, IfMissing, IfUnusable, Outcome};
 
 /// Suffix of the name of a view's export.
 const VIEW_SUFFIX: &str = ".checkpoint";
@@ -27,11 +27,11 @@ const VIEW_SUFFIX: &str = ".checkpoint";
 const DIRTY: u64 = 1;
 
 /// A requested checkpoint.
-pub(super) struct CheckpointWish {
+pub(super) struct CheckpointRequest {
     pub(super) bitmap: Option<String>,
     pub(super) if_missing: IfMissing,
     pub(super) if_unusable: IfUnusable,
-    pub(super) base: WishedBase,
+    pub(super) base: RequestedBase,
     /// Name of the view's export.
     pub(super) view: Option<String>,
     /// The connection with which it ends.
@@ -40,14 +40,14 @@ pub(super) struct CheckpointWish {
 
 /// The backup on which the new one builds.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct WishedBase {
+pub(super) struct RequestedBase {
     /// None: a full backup, or an unknown base.
     id: Option<Uuid>,
     /// The user vouches for a base that the image does not record.
     is_trusted: bool,
 }
 
-impl WishedBase {
+impl RequestedBase {
     pub(super) fn new(id: Option<&str>, is_trusted: bool) -> Result<Self, Failure> {
         let id = id.map(str::parse).transpose().map_err(|error| {
             Failure::new(ErrorKind::InvalidRequest, format!("'base' is not a UUID: {error}"))
@@ -81,19 +81,19 @@ impl WishedBase {
 }
 
 impl Controller {
-    pub(super) async fn begin_checkpoint(
+    pub(super) async fn start_checkpoint(
         &self,
         disks: &mut Disks,
         export: &str,
-        wish: CheckpointWish,
+        request: CheckpointRequest,
     ) -> Result<Value, Failure> {
         let disk = disks.get_mut(export)?;
-        let (conversation, bitmap) = (wish.conversation, wish.bitmap);
+        let (conversation, bitmap) = (request.conversation, request.bitmap);
         let backup = Uuid::random().map_err(|error| {
             let message = format!("the system gives no random numbers: {error}");
             Failure::new(ErrorKind::Failed, message)
         })?;
-        let view_name = wish.view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
+        let view_name = request.view.unwrap_or_else(|| format!("{export}{VIEW_SUFFIX}"));
         if self.server.exports().entries().iter().any(|(taken, _)| *taken == view_name) {
             let message = format!("there is an export named '{view_name}' already");
             return Err(Failure::new(ErrorKind::AlreadyExists, message));
@@ -101,18 +101,18 @@ impl Controller {
         let image = bitmap.as_ref().map(|_| disk.image()).transpose()?;
         let checkpointed = disk.export.clone();
         let terms = Terms {
-            if_missing: wish.if_missing,
-            if_unusable: wish.if_unusable,
-            base: wish.base,
+            if_missing: request.if_missing,
+            if_unusable: request.if_unusable,
+            base: request.base,
             backup,
         };
-        let begun = blocking(move || match (image, bitmap) {
-            (Some(image), Some(name)) => begin_with_bitmap(&checkpointed, &image, name, &terms),
-            _ => Ok(BegunCheckpoint::without_bitmap(begin(&checkpointed, || Ok(()))?)),
+        let started = blocking(move || match (image, bitmap) {
+            (Some(image), Some(name)) => start_with_bitmap(&checkpointed, &image, name, &terms),
+            _ => Ok(StartedCheckpoint::without_bitmap(begin(&checkpointed, || Ok(()))?)),
         });
-        let BegunCheckpoint { view, bitmap, begun_anew } = begun.await??;
+        let StartedCheckpoint { view, bitmap, begun_anew } = started.await??;
         let had_bits = bitmap.as_ref().filter(|bitmap| bitmap.origin != BitmapOrigin::Added);
-        let reply = Begun {
+        let reply = CheckpointStarted {
             view: view_name.clone(),
             bitmap: had_bits.map(|bitmap| bitmap.name.clone()),
             begun_anew,
@@ -129,7 +129,7 @@ impl Controller {
             self.abandon_checkpoint(disks, export).await?;
             return Err(Failure::new(ErrorKind::InvalidRequest, error.to_string()));
         }
-        tracing::info!(%export, view = %reply.view, "checkpoint begun");
+        tracing::info!(%export, view = %reply.view, "checkpoint started");
         serde_json::to_value(reply)
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
     }
@@ -138,14 +138,14 @@ impl Controller {
         &self,
         disks: &mut Disks,
         export: &str,
-        outcome: Verdict,
+        outcome: Outcome,
     ) -> Result<Value, Failure> {
         let disk = disks.get_mut(export)?;
         let checkpoint = disk.checkpoint.clone().ok_or_else(|| {
             let message = format!("no checkpoint of '{export}' is in progress");
             Failure::new(ErrorKind::NotFound, message)
         })?;
-        if outcome == Verdict::Success
+        if outcome == Outcome::Success
             && let Some(why) = disk.export.failure().flatten()
         {
             let message = format!(
@@ -175,7 +175,7 @@ impl Controller {
         disks: &mut Disks,
         export: &str,
     ) -> Result<Value, Failure> {
-        self.end_checkpoint(disks, export, Verdict::Failure).await
+        self.end_checkpoint(disks, export, Outcome::Failure).await
     }
 }
 
@@ -201,31 +201,31 @@ fn begin(
 struct Terms {
     if_missing: IfMissing,
     if_unusable: IfUnusable,
-    base: WishedBase,
+    base: RequestedBase,
     /// The identity of the new backup.
     backup: Uuid,
 }
 
 /// A checkpoint in progress.
-struct BegunCheckpoint {
+struct StartedCheckpoint {
     view: PointInTimeView,
     bitmap: Option<CheckpointBitmap>,
     /// The reason why the bitmap was unreliable, if it starts anew for that reason.
     begun_anew: Option<String>,
 }
 
-impl BegunCheckpoint {
+impl StartedCheckpoint {
     fn without_bitmap(view: PointInTimeView) -> Self {
         Self { view, bitmap: None, begun_anew: None }
     }
 }
 
-fn begin_with_bitmap(
+fn start_with_bitmap(
     disk: &Checkpointed,
     image: &Arc<ImageExport>,
     name: String,
     terms: &Terms,
-) -> Result<BegunCheckpoint, Failure> {
+) -> Result<StartedCheckpoint, Failure> {
     let known = image.image().bitmaps();
     let Some(found) = known.iter().find(|bitmap| bitmap.name == name) else {
         if terms.if_missing == IfMissing::Fail {
@@ -235,7 +235,7 @@ fn begin_with_bitmap(
         let changes = added_anew(&name, terms.backup);
         let view = begin(disk, || image.image().bitmap_transaction(&changes))?;
         let bitmap = Some(CheckpointBitmap { name, origin: BitmapOrigin::Added });
-        return Ok(BegunCheckpoint { view, bitmap, begun_anew: None });
+        return Ok(StartedCheckpoint { view, bitmap, begun_anew: None });
     };
     if found.recording == Recording::Disabled {
         let message = format!(
@@ -259,14 +259,14 @@ fn begin_with_bitmap(
         false => BitmapOrigin::NotOffered,
     };
     let bitmap = CheckpointBitmap { name, origin };
-    let begun = begin(disk, || image.image().bitmap_transaction(&changes));
-    let view = begun.inspect_err(|_| offer_again(image, &bitmap))?;
+    let started = begin(disk, || image.image().bitmap_transaction(&changes));
+    let view = started.inspect_err(|_| offer_again(image, &bitmap))?;
     let (image, frozen) = (Arc::clone(image), bitmap.frozen());
     let status =
         move |offset, length, max_count| dirty_status(&image, &frozen, offset, length, max_count);
     let view = view.with_context(context, Box::new(status));
     let begun_anew = problem.filter(|_| terms.if_unusable == IfUnusable::BeginAnew);
-    Ok(BegunCheckpoint { view, bitmap: Some(bitmap), begun_anew })
+    Ok(StartedCheckpoint { view, bitmap: Some(bitmap), begun_anew })
 }
 
 /// Adds a bitmap that starts at the checkpoint. If that is cut off, everything before counts as
@@ -304,20 +304,20 @@ fn offer_again(image: &ImageExport, bitmap: &CheckpointBitmap) {
 }
 
 /// Drops frozen bits, or merges them back.
-fn settle(image: &ImageExport, bitmap: &CheckpointBitmap, outcome: Verdict) -> Result<(), Failure> {
+fn settle(image: &ImageExport, bitmap: &CheckpointBitmap, outcome: Outcome) -> Result<(), Failure> {
     let name = bitmap.name.clone();
     let changes = match (bitmap.origin, outcome) {
-        (_, Verdict::Success) => vec![BitmapChange::DropFrozen { name }],
+        (_, Outcome::Success) => vec![BitmapChange::DropFrozen { name }],
         // Nothing was recorded before the checkpoint, so no backup can build on the changes
         // recorded since.
-        (BitmapOrigin::Added, Verdict::Failure) => {
+        (BitmapOrigin::Added, Outcome::Failure) => {
             let names = [name, bitmap.frozen()];
             names.into_iter().map(|name| BitmapChange::Remove { name }).collect()
         }
-        (_, Verdict::Failure) => vec![BitmapChange::Thaw { name }],
+        (_, Outcome::Failure) => vec![BitmapChange::Thaw { name }],
     };
     image.image().bitmap_transaction(&changes)?;
-    if outcome == Verdict::Success || bitmap.origin != BitmapOrigin::Added {
+    if outcome == Outcome::Success || bitmap.origin != BitmapOrigin::Added {
         offer_again(image, bitmap);
     }
     Ok(())
