@@ -47,7 +47,7 @@ impl Shown {
         }
     }
 
-    /// Shows how far a phase is, of which a new one begins anew. Calls must come one at a time.
+    /// Shows the progress of a phase; a new phase starts at zero. Calls must be sequential.
     fn show(&self, phase: Phase, total: Option<u64>, done: u64, holes: u64) {
         let mut shown = self.current();
         if shown.as_ref().is_none_or(|(former, _)| *former != phase) {

@@ -44,7 +44,7 @@ or is already the base of a later backup. With --control the image of the disk p
 information; without it, only the files do.
 
 With --control all of this is automatic: the disk is copied in its state at one moment while clients
-continue to write, the bitmap starts anew at that moment, and if the backup fails no dirty bits are
+continue to write, the bitmap restarts empty at that moment, and if the backup fails no dirty bits are
 lost. Such a backup cannot be resumed, because that state no longer exists. However the backup ends,
 even by SIGKILL, its checkpoint ends with it.
 

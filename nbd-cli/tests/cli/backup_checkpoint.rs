@@ -115,7 +115,7 @@ fn leave_in_use(image: &str, name: &str) {
 }
 
 #[test]
-fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
+fn a_full_backup_restarts_an_unreliable_bitmap_with_a_warning() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let directory = Disk::sparse();
     let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
@@ -145,7 +145,7 @@ fn a_full_backup_begins_a_bitmap_anew_that_cannot_be_relied_on_and_says_so() {
     assert_eq!(refused.code, Some(1), "{refused:?}");
     let said = backup(&[&full]);
     assert!(said.stderr.contains("'daily' was unreliable"), "{said:?}");
-    assert!(said.stderr.contains("starts anew"), "{said:?}");
+    assert!(said.stderr.contains("it restarts with this backup"), "{said:?}");
     said.success();
     write(&qemu_io, server.uri(), "write -P 3 1M 64k");
     let report = backup(&["--base", &full, &second]).success();
@@ -183,4 +183,26 @@ fn a_bitmap_that_a_checkpoint_made_is_offered_when_it_has_ended() {
     assert!(!contexts().contains("weekly"));
     server.end();
     is_clean(&qemu_img, &disk);
+}
+
+#[test]
+fn a_checkpoint_restarts_an_unreliable_bitmap_on_request_under_both_names_of_the_option() {
+    tools!(qemu_img = "qemu-img");
+    let directory = Disk::sparse();
+    let (disk, control) = (directory.beside("disk.qcow2"), directory.beside("control"));
+    for option in ["--restart-bitmap", "--begin-anew"] {
+        peer(&qemu_img, &["create", "-q", "-f", "qcow2", &disk, "16M"]);
+        peer(&qemu_img, &["bitmap", "--add", &disk, "daily"]);
+        leave_in_use(&disk, "daily");
+        let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+        let start = |more: &[&str]| {
+            let request = ["control", "--json", &control, "checkpoint-start", "vm", "-B", "daily"];
+            nbd_cli(&[&request[..], more].concat())
+        };
+        assert_eq!(start(&[]).code, Some(1));
+        let reply: Value = serde_json::from_str(&start(&[option]).success()).expect("JSON");
+        let reason = reply["restart-reason"].as_str();
+        assert!(reason.is_some_and(|reason| reason.contains("in use")), "{reply}");
+        server.end();
+    }
 }

@@ -9,7 +9,7 @@ use nbd_cli::args::Cli;
 
 use crate::support::{PROGRAM, run};
 
-/// Writes the text anew instead of comparing with it.
+/// Rewrites the text instead of comparing with it.
 const WRITE: &str = "NBD_CLI_WRITE_HELP";
 
 #[test]

@@ -41,7 +41,7 @@ pub(super) async fn backup(
         if_missing: if options.base.is_none() { IfMissing::Add } else { IfMissing::Fail },
         // A full backup does not need the recorded changes.
         if_unusable: match options.base {
-            None => IfUnusable::BeginAnew,
+            None => IfUnusable::Restart,
             Some(_) => IfUnusable::Fail,
         },
         view: None,
@@ -51,7 +51,7 @@ pub(super) async fn backup(
         lifetime: Lifetime::Connection,
     };
     let mut socket = Socket::open(server.socket).await?;
-    // Checked before the bitmap starts anew.
+    // Checked before the bitmap restarts.
     if let Some(base) = base {
         refuse_wrong(work, base, &export, &mut socket).await?;
     }
@@ -134,10 +134,10 @@ fn uri_of_view(
     let mut issued = Issued::ours()?;
     issued.backup = uuid(&started.backup).unwrap_or(issued.backup);
     issued.disk = uuid(&started.disk);
-    if let Some(reason) = &started.begun_anew {
+    if let Some(reason) = &started.restart_reason {
         let bitmap = printable(work.options.bitmap.as_deref().unwrap_or_default());
         work.context.observer.warning(&format!(
-            "the bitmap '{bitmap}' was unreliable ({}); it starts anew with this backup",
+            "the bitmap '{bitmap}' was unreliable ({}); it restarts with this backup",
             printable(reason)
         ));
     }

@@ -51,7 +51,7 @@ impl State {
         Self::decode(&bytes).map(Some).ok_or_else(|| foreign(&shown))
     }
 
-    /// Writes the file anew, complete or not at all.
+    /// Replaces the file, completely or not at all.
     ///
     /// # Errors
     ///

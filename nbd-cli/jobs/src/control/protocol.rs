@@ -87,7 +87,7 @@ pub enum Request {
         /// Name of the bitmap that is read.
         from: String,
     },
-    /// Freeze a bitmap, start it anew, and export the disk as it is at that moment
+    /// Freeze a bitmap, restart it empty, and export the disk as of that moment
     // Read-only, with the frozen bits as the bitmap's. The moment lies between two writes.
     CheckpointStart {
         /// Name of the export.
@@ -101,7 +101,7 @@ pub enum Request {
         /// Name of the view's export [default: the export's name followed by .checkpoint].
         #[serde(default)]
         view: Option<String>,
-        /// Start an unreliable bitmap anew: for a full backup, which does not need the recorded
+        /// Restart an unreliable bitmap: for a full backup, which does not need the recorded
         /// changes.
         #[serde(default)]
         if_unusable: IfUnusable,
@@ -167,8 +167,9 @@ pub enum IfUnusable {
     /// The request fails.
     #[default]
     Fail,
-    /// All ranges count as dirty before the checkpoint, and the bitmap starts anew there.
-    BeginAnew,
+    /// All ranges count as dirty before the checkpoint, and the bitmap restarts empty there.
+    #[serde(alias = "begin-anew")]
+    Restart,
 }
 
 /// The lifetime of a checkpoint that no request ends.
@@ -249,9 +250,9 @@ pub struct CheckpointStarted {
     pub view: String,
     /// The bitmap that provides the view's bits; none if it was just added.
     pub bitmap: Option<String>,
-    /// The reason why the bitmap was unreliable, if it starts anew for that reason.
-    #[serde(default)]
-    pub begun_anew: Option<String>,
+    /// The reason why the bitmap was unreliable, if it was restarted for that reason.
+    #[serde(default, alias = "begun-anew")]
+    pub restart_reason: Option<String>,
     /// UUID of the new backup: if the checkpoint ends with success, the bitmap started after it.
     #[serde(default)]
     pub backup: Option<String>,
@@ -421,6 +422,16 @@ mod tests {
     #[test]
     fn requests_are_read_as_they_are_written_in_the_documentation() {
         let name = |text: &str| text.to_owned();
+        let restart = Request::CheckpointStart {
+            export: name("a"),
+            bitmap: Some(name("b")),
+            if_missing: IfMissing::Fail,
+            view: None,
+            if_unusable: IfUnusable::Restart,
+            base: None,
+            trust_base: false,
+            lifetime: Lifetime::Server,
+        };
         for (line, request) in [
             (r#"{"command":"list"}"#, Request::List {}),
             (
@@ -452,6 +463,14 @@ mod tests {
                     trust_base: false,
                     lifetime: Lifetime::Connection,
                 },
+            ),
+            (
+                r#"{"command":"checkpoint-start","export":"a","bitmap":"b","if-unusable":"restart"}"#,
+                restart.clone(),
+            ),
+            (
+                r#"{"command":"checkpoint-start","export":"a","bitmap":"b","if-unusable":"begin-anew"}"#,
+                restart,
             ),
             (
                 r#"{"command":"checkpoint-end","export":"a","outcome":"failure"}"#,

@@ -87,7 +87,7 @@ pub(crate) enum ControlCommand {
         /// Name of the bitmap that is read.
         from: String,
     },
-    /// Freeze a bitmap, start it anew, and export the disk as it is at that moment
+    /// Freeze a bitmap, restart it empty, and export the disk as of that moment
     // Read-only, with the frozen bits as the bitmap's. The moment lies between two writes.
     CheckpointStart {
         /// Name of the export.
@@ -102,10 +102,10 @@ pub(crate) enum ControlCommand {
         /// Name of the view's export [default: the export's name followed by .checkpoint].
         #[arg(long, value_name = "NAME")]
         view: Option<String>,
-        /// Start an unreliable bitmap anew: for a full backup, which does not need the recorded
+        /// Restart an unreliable bitmap: for a full backup, which does not need the recorded
         /// changes.
-        #[arg(long = "begin-anew", action = ArgAction::SetTrue, requires = "bitmap",
-              value_parser = flag(IfUnusable::Fail, IfUnusable::BeginAnew))]
+        #[arg(long = "restart-bitmap", alias = "begin-anew", action = ArgAction::SetTrue,
+              requires = "bitmap", value_parser = flag(IfUnusable::Fail, IfUnusable::Restart))]
         if_unusable: IfUnusable,
         /// UUID of the backup on which the new one builds: refused unless the bitmap started after
         /// it.

@@ -110,12 +110,12 @@ impl Controller {
             (Some(image), Some(name)) => start_with_bitmap(&checkpointed, &image, name, &terms),
             _ => Ok(StartedCheckpoint::without_bitmap(begin(&checkpointed, || Ok(()))?)),
         });
-        let StartedCheckpoint { view, bitmap, begun_anew } = started.await??;
+        let StartedCheckpoint { view, bitmap, restart_reason } = started.await??;
         let had_bits = bitmap.as_ref().filter(|bitmap| bitmap.origin != BitmapOrigin::Added);
         let reply = CheckpointStarted {
             view: view_name.clone(),
             bitmap: had_bits.map(|bitmap| bitmap.name.clone()),
-            begun_anew,
+            restart_reason,
             backup: Some(backup.to_string()),
             disk: disk.id(),
             uris: (self.uris)(&view_name),
@@ -210,13 +210,13 @@ struct Terms {
 struct StartedCheckpoint {
     view: PointInTimeView,
     bitmap: Option<CheckpointBitmap>,
-    /// The reason why the bitmap was unreliable, if it starts anew for that reason.
-    begun_anew: Option<String>,
+    /// The reason why the bitmap was unreliable, if it was restarted for that reason.
+    restart_reason: Option<String>,
 }
 
 impl StartedCheckpoint {
     fn without_bitmap(view: PointInTimeView) -> Self {
-        Self { view, bitmap: None, begun_anew: None }
+        Self { view, bitmap: None, restart_reason: None }
     }
 }
 
@@ -232,10 +232,10 @@ fn start_with_bitmap(
             let message = format!("the image has no bitmap '{name}'");
             return Err(Failure::new(ErrorKind::NotFound, message));
         }
-        let changes = added_anew(&name, terms.backup);
+        let changes = added_dirty(&name, terms.backup);
         let view = begin(disk, || image.image().bitmap_transaction(&changes))?;
         let bitmap = Some(CheckpointBitmap { name, origin: BitmapOrigin::Added });
-        return Ok(StartedCheckpoint { view, bitmap, begun_anew: None });
+        return Ok(StartedCheckpoint { view, bitmap, restart_reason: None });
     };
     if found.recording == Recording::Disabled {
         let message = format!(
@@ -249,7 +249,7 @@ fn start_with_bitmap(
         .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
     let problem = found.state.problem();
     let mut changes = match (&problem, terms.if_unusable) {
-        (Some(_), IfUnusable::BeginAnew) => made_usable(&known, found),
+        (Some(_), IfUnusable::Restart) => made_usable(&known, found),
         _ => Vec::new(),
     };
     changes.push(BitmapChange::Freeze { name: name.clone(), backup: Some(terms.backup) });
@@ -265,13 +265,13 @@ fn start_with_bitmap(
     let status =
         move |offset, length, max_count| dirty_status(&image, &frozen, offset, length, max_count);
     let view = view.with_context(context, Box::new(status));
-    let begun_anew = problem.filter(|_| terms.if_unusable == IfUnusable::BeginAnew);
-    Ok(StartedCheckpoint { view, bitmap: Some(bitmap), begun_anew })
+    let restart_reason = problem.filter(|_| terms.if_unusable == IfUnusable::Restart);
+    Ok(StartedCheckpoint { view, bitmap: Some(bitmap), restart_reason })
 }
 
 /// Adds a bitmap that starts at the checkpoint. If that is cut off, everything before counts as
 /// dirty, because the changes are unknown.
-fn added_anew(name: &str, backup: Uuid) -> Vec<BitmapChange> {
+fn added_dirty(name: &str, backup: Uuid) -> Vec<BitmapChange> {
     let (name, recording) = (name.to_owned(), Recording::Enabled);
     let granularity = imgfmt::BITMAP_GRANULARITY_DEFAULT;
     vec![
