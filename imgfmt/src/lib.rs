@@ -7,8 +7,8 @@
 //! use imgfmt::{Access, Durability, Format, GuestOffset, GuestRange, Image, OpenOptions};
 //!
 //! # fn main() -> imgfmt::Result<()> {
-//! # let folder = tempfile::tempdir().expect("a folder for the example");
-//! # let path = folder.path().join("disk.img");
+//! # let directory = tempfile::tempdir().expect("a directory for the example");
+//! # let path = directory.path().join("disk.img");
 //! # std::fs::File::create(&path).and_then(|file| file.set_len(1 << 20)).expect("a disk");
 //! let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
 //! let disk = Image::open(&path, &options)?;
@@ -36,8 +36,8 @@
 //! };
 //!
 //! # fn main() -> imgfmt::Result<()> {
-//! # let folder = tempfile::tempdir().expect("a folder for the example");
-//! # let (base, overlay) = (folder.path().join("base.img"), folder.path().join("overlay.qcow2"));
+//! # let directory = tempfile::tempdir().expect("a directory for the example");
+//! # let (base, overlay) = (directory.path().join("base.img"), directory.path().join("overlay.qcow2"));
 //! Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
 //! Image::create(&overlay, &CreateOptions::overlay("base.img", Format::Raw))?;
 //! let disk = Image::open(&overlay, &OpenOptions::new().access(Access::ReadWrite))?;

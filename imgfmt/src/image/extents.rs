@@ -49,8 +49,8 @@ impl Image {
     /// use imgfmt::{CreateOptions, Format, GuestOffset, GuestRange, Image, OpenOptions};
     ///
     /// # fn main() -> imgfmt::Result<()> {
-    /// # let folder = tempfile::tempdir().expect("a directory for the example");
-    /// # let path = folder.path().join("disk.qcow2");
+    /// # let directory = tempfile::tempdir().expect("a directory for the example");
+    /// # let path = directory.path().join("disk.qcow2");
     /// Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 40))?;
     /// let disk = Image::open(&path, &OpenOptions::new())?;
     /// let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");

@@ -53,8 +53,8 @@ fn compare(file: &FileStorage, path: &Path, model: &MemoryStorage, what: &str) {
 
 #[test]
 fn writes_of_every_alignment_change_their_bytes_and_no_others() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     for length in [0, 700, 4096, 3 * 4096 + 777] {
         for durability in [Durability::Cached, Durability::Fua] {
             let Some((file, model)) = pair(&path, length) else { return };
@@ -78,8 +78,8 @@ fn writes_of_every_alignment_change_their_bytes_and_no_others() {
 
 #[test]
 fn random_operations_do_what_they_do_to_a_row_of_bytes() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     let Some((file, model)) = pair(&path, 1_300_777) else { return };
     let mut random = Random::new("direct I/O");
     for step in 0..600 {
@@ -126,8 +126,8 @@ fn random_operations_do_what_they_do_to_a_row_of_bytes() {
 #[test]
 fn threads_that_write_to_the_same_blocks_lose_nothing() {
     const PIECES: u64 = 400;
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     for (start, piece) in [(0, 100), (4096, 515)] {
         std::fs::write(&path, vec![0xaa; start + 9000]).unwrap();
         let Some(file) = open_direct(&path) else { return };
@@ -166,8 +166,8 @@ fn threads_that_write_to_the_same_blocks_lose_nothing() {
 
 #[test]
 fn one_thread_overwrites_blocks_of_which_another_writes_the_next_bytes() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     std::fs::write(&path, vec![0; 64 << 10]).unwrap();
     let Some(file) = open_direct(&path) else { return };
     let unit = file.direct_alignment().unwrap().offset as usize;

@@ -21,7 +21,7 @@ fn qcow2_images_of_every_kind_are_what_their_model_is() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("direct images");
     for (subject, cache) in [
         (Subject::new("", Start::Empty), CacheMode::None),
@@ -33,7 +33,7 @@ fn qcow2_images_of_every_kind_are_what_their_model_is() {
         (Subject::new("data_file=DIR/data.raw,cluster_size=4096", Start::Used), CacheMode::None),
         (Subject::new("cluster_size=1024,compat=0.10", Start::Used), CacheMode::Writethrough),
     ] {
-        let made = subject.make(folder.path(), SIZE, &mut random);
+        let made = subject.make(directory.path(), SIZE, &mut random);
         if open_direct(&made.path).is_none() {
             return;
         }
@@ -54,13 +54,13 @@ fn qcow2_images_of_every_kind_are_what_their_model_is() {
 
 #[test]
 fn files_of_a_chain_are_all_read_past_the_page_cache() {
-    let folder = tempfile::tempdir().unwrap();
-    let base = folder.path().join("base.raw");
+    let directory = tempfile::tempdir().unwrap();
+    let base = directory.path().join("base.raw");
     std::fs::write(&base, vec![5; 100_001]).unwrap();
     if open_direct(&base).is_none() {
         return;
     }
-    let overlay = folder.path().join("overlay.qcow2");
+    let overlay = directory.path().join("overlay.qcow2");
     let new = imgfmt::CreateOptions::new(Format::Qcow2, 1 << 20);
     Image::create(&overlay, &new).unwrap();
     let plain = OpenOptions::new();
@@ -78,8 +78,8 @@ fn files_of_a_chain_are_all_read_past_the_page_cache() {
 
 #[test]
 fn a_raw_image_past_the_page_cache_offers_no_file_to_send_from_and_no_write_at_once() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.raw");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.raw");
     std::fs::write(&path, vec![5; 100_001]).unwrap();
     if open_direct(&path).is_none() {
         return;

@@ -46,7 +46,7 @@ fn sparse(path: &Path) -> Option<()> {
     file.write_all_at(&[7; 1 << 20], MIB).unwrap();
     let disk = open(path, Format::Raw);
     if disk.extents(range(0, MIB)).next().unwrap().unwrap().kind == ExtentKind::Data {
-        println!("skipped: the file system of the temporary folder has no holes");
+        println!("skipped: the file system of the temporary directory has no holes");
         return None;
     }
     Some(())
@@ -54,8 +54,8 @@ fn sparse(path: &Path) -> Option<()> {
 
 #[test]
 fn data_of_a_sparse_file_is_remembered_and_holes_are_asked_for_each_time() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     if sparse(&path).is_none() {
         return;
     }
@@ -73,8 +73,8 @@ fn data_of_a_sparse_file_is_remembered_and_holes_are_asked_for_each_time() {
 
 #[test]
 fn what_is_written_is_known_to_be_data_until_it_is_given_back() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     if sparse(&path).is_none() {
         return;
     }
@@ -99,8 +99,8 @@ fn what_is_written_is_known_to_be_data_until_it_is_given_back() {
 
 #[test]
 fn a_file_without_holes_needs_one_look_and_none_afterwards() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
     let disk = open(&path, Format::Raw);
     assert_eq!(parts(&disk, 0, 512, Lookup::MayRead).unwrap(), [(512, false)]);
@@ -115,8 +115,8 @@ fn a_file_without_holes_needs_one_look_and_none_afterwards() {
 
 #[test]
 fn a_read_for_data_says_where_there_is_none_and_a_plain_one_fills_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     Image::create(&path, &CreateOptions::new(Format::Qcow2, MIB)).unwrap();
     let disk = open(&path, Format::Qcow2);
     disk.write_at(at(65536), &[7; 65536], Durability::Cached).unwrap();
@@ -138,7 +138,7 @@ fn the_map_of_images_of_qemu_calls_the_same_bytes_zero_as_their_extents() {
         return;
     }
     let mut random = Random::new("maps of images of QEMU");
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for (number, options) in [
         "cluster_size=512",
         "cluster_size=64k,extended_l2=on",
@@ -149,7 +149,7 @@ fn the_map_of_images_of_qemu_calls_the_same_bytes_zero_as_their_extents() {
     .iter()
     .enumerate()
     {
-        let path = folder.path().join(format!("{number}.qcow2"));
+        let path = directory.path().join(format!("{number}.qcow2"));
         run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, text(&path), "8M"]);
         let mut commands = Vec::new();
         for _ in 0..30 {

@@ -14,8 +14,8 @@ const CLUSTER: u64 = 64 << 10;
 /// As the documentation of `Image::check_chain_length` has it.
 const LAYERS_MAX: usize = 500;
 
-fn layer(folder: &Path, number: usize) -> PathBuf {
-    folder.join(name(number))
+fn layer(directory: &Path, number: usize) -> PathBuf {
+    directory.join(name(number))
 }
 
 fn name(number: usize) -> String {
@@ -24,32 +24,32 @@ fn name(number: usize) -> String {
 
 /// A chain of empty layers above the first one, which holds something.
 fn chain(layers: usize) -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    Image::create(layer(folder.path(), 0), &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
-    let first = layer(folder.path(), 0);
+    let directory = tempfile::tempdir().unwrap();
+    Image::create(layer(directory.path(), 0), &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
+    let first = layer(directory.path(), 0);
     let image = Image::open(&first, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
     image.write_at(at(CLUSTER), &[7; 4096], Durability::Cached).unwrap();
     image.close().unwrap();
     let overlay = CreateOptions::overlay(name(0), Format::Qcow2);
-    Image::create(layer(folder.path(), 1), &overlay).unwrap();
-    let template = std::fs::read(layer(folder.path(), 1)).unwrap();
+    Image::create(layer(directory.path(), 1), &overlay).unwrap();
+    let template = std::fs::read(layer(directory.path(), 1)).unwrap();
     let place = template.windows(11).position(|part| part == name(0).as_bytes()).unwrap();
     for number in 2..layers {
         let mut bytes = template.clone();
         bytes[place..place + 11].copy_from_slice(name(number - 1).as_bytes());
-        std::fs::write(layer(folder.path(), number), bytes).unwrap();
+        std::fs::write(layer(directory.path(), number), bytes).unwrap();
     }
-    folder
+    directory
 }
 
 #[test]
 fn a_disk_written_in_200_layers_reads_as_one() {
     const LAYERS: usize = 200;
-    let folder = chain(LAYERS);
+    let directory = chain(LAYERS);
     let mut expected = vec![0; SIZE as usize];
     expected[CLUSTER as usize..][..4096].fill(7);
     for number in (0..LAYERS).step_by(8) {
-        let path = layer(folder.path(), number);
+        let path = layer(directory.path(), number);
         let options = OpenOptions::new().access(Access::ReadWrite).cache(CacheMode::Unsafe);
         let image = Image::open(&path, &options).unwrap();
         // Each splits what the ones above have not got.
@@ -59,7 +59,7 @@ fn a_disk_written_in_200_layers_reads_as_one() {
         expected[start as usize..][..5000].copy_from_slice(&data);
         image.close().unwrap();
     }
-    let top = Image::open(layer(folder.path(), LAYERS - 1), &OpenOptions::new()).unwrap();
+    let top = Image::open(layer(directory.path(), LAYERS - 1), &OpenOptions::new()).unwrap();
     let mut content = vec![1; SIZE as usize];
     top.read_at(at(0), &mut content).unwrap();
     assert!(content == expected);
@@ -72,8 +72,9 @@ fn a_disk_written_in_200_layers_reads_as_one() {
 
 #[test]
 fn the_longest_chain_is_read_and_no_layer_is_made_above_it() {
-    let folder = chain(LAYERS_MAX);
-    let (top, above) = (layer(folder.path(), LAYERS_MAX - 1), folder.path().join("above.qcow2"));
+    let directory = chain(LAYERS_MAX);
+    let (top, above) =
+        (layer(directory.path(), LAYERS_MAX - 1), directory.path().join("above.qcow2"));
     let options = OpenOptions::new().access(Access::ReadWrite);
     let image = Image::open(&top, &options).unwrap();
     let mut content = [0; 8192];
@@ -106,8 +107,8 @@ fn the_longest_chain_is_read_and_no_layer_is_made_above_it() {
 
 #[test]
 fn a_chain_that_is_too_long_already_is_refused_with_its_name() {
-    let folder = chain(LAYERS_MAX + 1);
-    let top = layer(folder.path(), LAYERS_MAX);
+    let directory = chain(LAYERS_MAX + 1);
+    let top = layer(directory.path(), LAYERS_MAX);
     let error = Image::open(&top, &OpenOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
     assert_eq!(error.path(), Some(&*top));
@@ -115,11 +116,11 @@ fn a_chain_that_is_too_long_already_is_refused_with_its_name() {
 
 #[test]
 fn a_loop_is_found_far_down() {
-    let folder = chain(200);
+    let directory = chain(200);
     let backing = name(150);
-    let (first, backing) = (layer(folder.path(), 0), Some((backing.as_ref(), Format::Qcow2)));
+    let (first, backing) = (layer(directory.path(), 0), Some((backing.as_ref(), Format::Qcow2)));
     Image::change_backing_file(&first, &OpenOptions::new(), backing).unwrap();
-    let error = Image::open(layer(folder.path(), 199), &OpenOptions::new()).unwrap_err();
+    let error = Image::open(layer(directory.path(), 199), &OpenOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidFormat);
     assert!(error.to_string().contains("leads back to itself"), "{error}");
 }

@@ -59,7 +59,7 @@ fn every_combination_of_features_is_read() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("qcow2 features");
     for options in [
         "compat=0.10",
@@ -77,9 +77,9 @@ fn every_combination_of_features_is_read() {
         "data_file=DIR/data.raw",
         "data_file=DIR/data.raw,data_file_raw=on",
     ] {
-        let path = folder.path().join("disk.qcow2");
+        let path = directory.path().join("disk.qcow2");
         let _ = std::fs::remove_file(&path);
-        let made = options.replace("DIR", common::text(folder.path()));
+        let made = options.replace("DIR", common::text(directory.path()));
         qemu::create(&path, &made, &SIZE.to_string());
         qemu::io(&path, "qcow2", &qemu::random_commands(&mut random, SIZE, 60));
         let expected = qemu::content(&path, "qcow2");
@@ -95,9 +95,9 @@ fn compressed_clusters_are_read() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let mut random = Random::new("qcow2 compressed");
-    let source = folder.path().join("source.raw");
+    let source = directory.path().join("source.raw");
     let mut bytes: Vec<u8> = (0..SIZE).map(|i| (i / 777) as u8).collect();
     bytes[70_000..200_000].copy_from_slice(&random.bytes(130_000));
     bytes[1_000_000..2_000_000].fill(0);
@@ -111,7 +111,7 @@ fn compressed_clusters_are_read() {
         "extended_l2=on",
         "compat=0.10",
     ] {
-        let path = folder.path().join("disk.qcow2");
+        let path = directory.path().join("disk.qcow2");
         let (from, to) = (common::text(&source), common::text(&path));
         common::run(
             "qemu-img",
@@ -126,8 +126,8 @@ fn a_snapshot_is_read_as_the_disk_was() {
     if !qemu::has_qemu() {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("disk.qcow2");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
     let mut random = Random::new("qcow2 snapshots");
     qemu::create(&path, "", "3M");
     let mut states = Vec::new();
@@ -179,8 +179,8 @@ fn chains_of_any_length_are_read_and_mapped_as_qemu_does() {
     }
     let mut random = Random::new("qcow2 chains");
     for round in 0..6 {
-        let folder = tempfile::tempdir().unwrap();
-        let base = folder.path().join("base");
+        let directory = tempfile::tempdir().unwrap();
+        let base = directory.path().join("base");
         let base_format = if round % 2 == 0 { "raw" } else { "qcow2" };
         let mut size = (random.below(60) + 4) * 65536 + random.below(128) * 512;
         common::run(
@@ -190,7 +190,7 @@ fn chains_of_any_length_are_read_and_mapped_as_qemu_does() {
         qemu::io(&base, base_format, &qemu::random_commands(&mut random, size, 15));
         let mut below = (base, base_format);
         for layer in 0..=random.below(4) {
-            let path = folder.path().join(format!("layer{layer}.qcow2"));
+            let path = directory.path().join(format!("layer{layer}.qcow2"));
             size = (random.below(60) + 4) * 65536 + random.below(128) * 512;
             let options = ["", "cluster_size=4096", "extended_l2=on", "compat=0.10"]
                 [random.below(4) as usize];

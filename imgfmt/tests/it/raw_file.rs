@@ -61,7 +61,7 @@ fn holes_are_reported_with_their_bounds() {
         .map(|extent| (extent.range.offset().bytes(), extent.kind))
         .collect();
     if kinds == [(0, ExtentKind::Data)] {
-        println!("skipped: the file system of the temporary folder does not report holes");
+        println!("skipped: the file system of the temporary directory does not report holes");
         return;
     }
     let expected = [(0, ExtentKind::Hole), (MIB, ExtentKind::Data), (MIB + 4096, ExtentKind::Hole)];

@@ -61,9 +61,9 @@ fn cpu_time_of_a_server_on_a_unix_socket_is_measured() {
 #[test]
 fn the_same_seed_makes_the_same_requests() {
     tools!(nbdkit = "nbdkit");
-    let folder = Disk::sparse();
+    let directory = Disk::sparse();
     let offsets = |name: &str, seed: &str| {
-        let log = folder.beside(name);
+        let log = directory.beside(name);
         let logged = format!("logfile={log}");
         let server = Server::nbdkit(&nbdkit, &["--filter=log", "memory", "1M", &logged]);
         let arguments = ["bench", "--requests", "50", "-d", "1", "--zipf", "1.1", "--seed", seed];
@@ -180,10 +180,10 @@ fn load_goes_through_tls() {
     use crate::support::tls::{Certificates, TlsServer};
     let Some(certificates) = Certificates::any() else { return };
     let good = certificates.good();
-    let folder = good.to_str().expect("a plain name");
-    let server = TlsServer::start(&["--tls-certificates", folder]);
+    let directory = good.to_str().expect("a plain name");
+    let server = TlsServer::start(&["--tls-certificates", directory]);
     let uri = server.server.uri().to_owned();
-    let arguments = ["--requests", "2000", "-b", "4K,64K", "--tls-certificates", folder];
+    let arguments = ["--requests", "2000", "-b", "4K,64K", "--tls-certificates", directory];
     let arguments = [&arguments[..], &["--tls-hostname", "localhost", "--tls", "require"]].concat();
     let verify = ["-w", "mixed", "--verify", "--destroy-data"];
     let report = report(&uri, &[&arguments[..], &verify].concat());

@@ -146,8 +146,8 @@ const VERIFY: [&str; 7] = ["bench", "-w", "mixed", "--verify", "--destroy-data",
 
 /// A verified run over a disk with this lie.
 fn verified(lie: Lie, arguments: &[&str]) -> Outcome {
-    let folder = tempfile::tempdir().expect("a folder");
-    let serving = serve(&Disc::new(lie), &folder.path().join("s"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let serving = serve(&Disc::new(lie), &directory.path().join("s"));
     nbd_cli(&[&VERIFY[..], &["--requests", "2000", &serving.uri], arguments].concat())
 }
 
@@ -191,8 +191,8 @@ fn start(uri: &str, arguments: &[&str]) -> Child {
 
 /// Runs a load, crashes the disk in the middle of it and serves what is left; gives what was said.
 fn across_a_crash(lie: Lie) -> (Option<i32>, String) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let (disk, socket) = (Disc::new(lie), folder.path().join("s"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let (disk, socket) = (Disc::new(lie), directory.path().join("s"));
     let serving = serve(&disk, &socket);
     let uri = serving.uri.clone();
     // The report of an interval of zero length says nothing; requests are what counts.

@@ -59,9 +59,9 @@ fn replies(
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handed_over_socket_carries_requests_without_the_runtime() {
-    let folder = tempfile::tempdir().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     for address in
-        [ListenAddress::Unix(folder.path().join("s")), ListenAddress::Tcp("127.0.0.1:0".into())]
+        [ListenAddress::Unix(directory.path().join("s")), ListenAddress::Tcp("127.0.0.1:0".into())]
     {
         let stream = serve(address.clone()).await.connect_stream().await.unwrap();
         assert!(!stream.is_encrypted() && stream.info().size == 1 << 20);
@@ -95,8 +95,8 @@ async fn handed_over_socket_carries_requests_without_the_runtime() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handed_over_stream_carries_requests_as_it_is() {
-    let folder = tempfile::tempdir().unwrap();
-    let connector = serve(ListenAddress::Unix(folder.path().join("s"))).await;
+    let directory = tempfile::tempdir().unwrap();
+    let connector = serve(ListenAddress::Unix(directory.path().join("s"))).await;
     let mut stream = connector.connect_stream().await.unwrap();
     let (mut transmission, out) = requests(&stream);
     stream.write_all(&out).await.unwrap();

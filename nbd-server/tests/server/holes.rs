@@ -33,7 +33,7 @@ fn sparse_file(size: u64, data: &[(u64, Vec<u8>)]) -> Option<NamedTempFile> {
     if hole.is_ok_and(|hole| hole < size) {
         return Some(file);
     }
-    skip("the file system of the temporary folder has no holes");
+    skip("the file system of the temporary directory has no holes");
     None
 }
 
@@ -144,9 +144,9 @@ fn a_full_raw_file_becomes_sparse_when_a_client_trims_it() {
 }
 
 /// A chain of qcow2 images over a sparse raw file, with a few random changes in each layer.
-fn random_chain(folder: &Path, random: &mut Random) -> Image {
+fn random_chain(directory: &Path, random: &mut Random) -> Image {
     let size = 4 * MIB + 512 * random.below(100);
-    let base = folder.join("base.raw");
+    let base = directory.join("base.raw");
     let file = File::create(&base).unwrap();
     file.set_len(size - 512 * random.below(3000)).unwrap();
     for _ in 0..random.below(10) {
@@ -159,14 +159,14 @@ fn random_chain(folder: &Path, random: &mut Random) -> Image {
         let mut create = CreateOptions::overlay(&below.0, below.1);
         create.size = Some(size);
         create.cluster_size = 1 << (9 + random.below(9));
-        Image::create(folder.join(&name), &create).unwrap();
+        Image::create(directory.join(&name), &create).unwrap();
         below = (name, Format::Qcow2);
-        let path = folder.join(&below.0);
+        let path = directory.join(&below.0);
         let options = OpenOptions::new().format(below.1).access(Access::ReadWrite);
         change(&Image::open(&path, &options).unwrap(), random);
     }
     let options = OpenOptions::new().format(below.1).access(Access::ReadWrite);
-    Image::open(folder.join(&below.0), &options).unwrap()
+    Image::open(directory.join(&below.0), &options).unwrap()
 }
 
 fn change(image: &Image, random: &mut Random) {
@@ -189,8 +189,8 @@ fn change(image: &Image, random: &mut Random) {
 fn over_random_chains_those_pages_are_holes_that_block_status_calls_zero() {
     let mut random = Random::new();
     for round in 0..8 {
-        let folder = tempfile::tempdir().unwrap();
-        let image = random_chain(folder.path(), &mut random);
+        let directory = tempfile::tempdir().unwrap();
+        let image = random_chain(directory.path(), &mut random);
         let size = image.size();
         let server = TestServer::of(ImageExport::new(image));
         let allocation = MetaContextName::base_allocation();

@@ -130,12 +130,12 @@ mod tests {
 
     #[test]
     fn state_comes_back_as_it_was() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("state");
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("state");
         assert_eq!(State::load(&path).expect("no file is no error"), None);
         state().save(&path).expect("it is written");
         assert_eq!(State::load(&path).expect("it is read"), Some(state()));
-        assert_eq!(folder.path().read_dir().expect("the folder").count(), 1);
+        assert_eq!(directory.path().read_dir().expect("the directory").count(), 1);
     }
 
     #[test]
@@ -154,8 +154,8 @@ mod tests {
 
     #[test]
     fn other_file_is_refused_with_what_to_do() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("disk.img");
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("disk.img");
         std::fs::write(&path, [7; 1000]).expect("a file");
         let error = State::load(&path).expect_err("it is none");
         assert!(error.to_string().contains("--verify-state"), "{error}");
