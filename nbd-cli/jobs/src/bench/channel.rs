@@ -1,5 +1,6 @@
 //! One connection's bytes: a socket that blocks, or a TLS stream.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -25,48 +26,54 @@ const MAX_PARTS: usize = 64;
 /// Payloads from this length on are sent from where they are.
 const MIN_SHARED_LEN: usize = 32 * 1024;
 
+/// Own bytes that are sent are forgotten when there are so many, and more than are left.
+const MIN_FORGOTTEN_LEN: usize = 64 * 1024;
+
 /// Bytes to be sent.
 #[derive(Debug)]
 pub(super) struct Outgoing {
     own: Vec<u8>,
-    parts: Vec<Part>,
-    /// The first part that is not sent completely, and how much of it is.
-    at: (usize, usize),
+    /// How many bytes at the start of `own` are sent.
+    own_sent: usize,
+    /// What is not sent.
+    parts: VecDeque<Part>,
     /// Random bytes: the data of writes that are not verified.
     pool: Arc<[u8]>,
 }
 
 #[derive(Clone, Debug)]
 enum Part {
-    Own(Range<usize>),
+    /// So many bytes of our own, behind those of the parts before.
+    Own(usize),
     Pool(Range<usize>),
 }
 
 impl Outgoing {
     pub(super) fn new(pool: Arc<[u8]>) -> Self {
-        Self { own: Vec::new(), parts: Vec::new(), at: (0, 0), pool }
+        Self { own: Vec::new(), own_sent: 0, parts: VecDeque::new(), pool }
     }
 
     /// Whether everything is sent.
     pub(super) fn is_empty(&self) -> bool {
-        self.at.0 == self.parts.len()
+        self.parts.is_empty()
     }
 
     /// Forgets what is not sent: the connection is gone.
     pub(super) fn clear(&mut self) {
         self.own.clear();
+        self.own_sent = 0;
         self.parts.clear();
-        self.at = (0, 0);
     }
 
     /// Appends bytes.
     pub(super) fn append<R>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> R) -> R {
         let start = self.own.len();
         let result = write(&mut self.own);
-        let end = self.own.len();
-        match self.parts.last_mut() {
-            Some(Part::Own(range)) if range.end == start => range.end = end,
-            _ => self.parts.push(Part::Own(start..end)),
+        let added = self.own.len() - start;
+        match self.parts.back_mut() {
+            Some(Part::Own(length)) => *length += added,
+            _ if added == 0 => {}
+            _ => self.parts.push_back(Part::Own(added)),
         }
         result
     }
@@ -77,42 +84,49 @@ impl Outgoing {
         let start = (at % choices as u64) as usize;
         let range = start..start.saturating_add(length).min(self.pool.len());
         if length >= MIN_SHARED_LEN {
-            self.parts.push(Part::Pool(range));
+            self.parts.push_back(Part::Pool(range));
         } else {
             let pool = Arc::clone(&self.pool);
             self.append(|own| own.extend_from_slice(pool.get(range).unwrap_or_default()));
         }
     }
 
-    fn bytes(&self, part: &Part) -> &[u8] {
-        match part {
-            Part::Own(range) => self.own.get(range.clone()),
-            Part::Pool(range) => self.pool.get(range.clone()),
-        }
-        .unwrap_or_default()
-    }
-
     fn slices(&self) -> impl Iterator<Item = IoSlice<'_>> {
-        let (first, skip) = self.at;
-        let parts = self.parts.get(first..).unwrap_or_default().iter().take(MAX_PARTS);
-        parts.zip(0..).map(move |(part, index)| {
-            let bytes = self.bytes(part);
-            let skip = if index == 0 { skip } else { 0 };
-            IoSlice::new(bytes.get(skip..).unwrap_or_default())
+        let mut own = self.own.get(self.own_sent..).unwrap_or_default();
+        self.parts.iter().take(MAX_PARTS).map(move |part| {
+            IoSlice::new(match part {
+                Part::Own(length) => own.split_off(..*length).unwrap_or_default(),
+                Part::Pool(range) => self.pool.get(range.clone()).unwrap_or_default(),
+            })
         })
     }
 
     fn sent(&mut self, mut length: usize) {
-        while let Some(part) = self.parts.get(self.at.0) {
-            let left = self.bytes(part).len().saturating_sub(self.at.1);
-            if length < left {
-                self.at.1 += length;
-                return;
+        while let Some(part) = self.parts.front_mut() {
+            let left = match part {
+                Part::Own(left) => *left,
+                Part::Pool(range) => range.len(),
+            };
+            let taken = left.min(length);
+            match part {
+                Part::Own(left) => {
+                    *left -= taken;
+                    self.own_sent += taken;
+                }
+                Part::Pool(range) => range.start += taken,
             }
-            length -= left;
-            self.at = (self.at.0 + 1, 0);
+            if taken < left {
+                break;
+            }
+            length -= taken;
+            self.parts.pop_front();
         }
-        self.clear();
+        if self.parts.is_empty() {
+            self.clear();
+        } else if self.own_sent >= MIN_FORGOTTEN_LEN && self.own_sent > self.own.len() / 2 {
+            self.own.drain(..self.own_sent);
+            self.own_sent = 0;
+        }
     }
 }
 
@@ -278,5 +292,19 @@ mod tests {
             }
             assert_eq!(sent, whole.len());
         }
+    }
+
+    #[test]
+    fn memory_of_what_is_sent_is_used_again_while_there_is_always_more_to_send() {
+        let mut out = Outgoing::new((0..=255).cycle().take(MIN_SHARED_LEN).collect());
+        out.append(|own| own.extend([0; 1000]));
+        for number in 1..20_000_u32 {
+            out.append(|own| own.extend([number as u8; 1000]));
+            out.append_random(u64::from(number), MIN_SHARED_LEN);
+            out.sent(1000 + MIN_SHARED_LEN);
+            assert!(!out.is_empty());
+        }
+        let kept = out.own.capacity() + out.parts.len() * size_of::<Part>();
+        assert!(kept < 1 << 20, "{kept} bytes");
     }
 }
