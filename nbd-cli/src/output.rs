@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, StdoutLock, Write};
 use nbd_jobs::text::without_error_numbers;
 use serde::Serialize;
 
-use crate::error::CommandError;
+use crate::error::{CommandError, CommandErrorKind};
 pub(crate) use nbd_jobs::text::printable;
 
 /// The form of a report: text or JSON.
@@ -53,6 +53,15 @@ impl Output {
     pub(crate) fn finish(mut self) -> Result<(), CommandError> {
         self.writer.flush().map_err(|error| CommandError::output(&error))
     }
+}
+
+/// Ends the report of a result that the exit code says as well: it must not become success because
+/// the reader of the report has closed the pipe.
+pub(crate) fn unless_closed(written: Result<(), CommandError>) -> Result<(), CommandError> {
+    written.or_else(|error| match error.kind() {
+        CommandErrorKind::BrokenPipe => Ok(()),
+        CommandErrorKind::Failure => Err(error),
+    })
 }
 
 /// Writes a warning to standard error; a closed standard error is not an error.

@@ -13,7 +13,7 @@ use nbd_jobs::bench::{BenchInterval, BenchReport};
 pub use self::arguments::BenchArgs;
 use self::load::options;
 use crate::error::{CommandError, Outcome, block_on};
-use crate::output::{Output, ReportFormat};
+use crate::output::{Output, ReportFormat, unless_closed};
 use crate::progress::Visibility;
 use crate::shown::warnings;
 use crate::signals;
@@ -34,7 +34,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Outcome, CommandError> {
     };
     let bench = async { Ok(nbd_jobs::bench::bench(&args.uri, &options, &context, live).await?) };
     let report = block_on(bench)?;
-    print(args, &report)?;
+    unless_closed(print(args, &report))?;
     conclude(&report)
 }
 

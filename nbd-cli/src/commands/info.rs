@@ -14,7 +14,7 @@ use nbd_proto::NbdUri;
 
 use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome, runtime};
-use crate::output::{Output, ReportFormat, printable};
+use crate::output::{Output, ReportFormat, printable, unless_closed};
 use property::Property;
 use report::Report;
 
@@ -104,10 +104,10 @@ async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
         let answer = property.holds(&server, only_export(&server, &args.uri)?);
         return Ok(if answer { Outcome::Success } else { Outcome::False });
     }
-    let mut output = Output::new();
     if args.size {
         let size = only_export(&server, &args.uri)?.size;
-        output.line(&size.to_string())?;
+        let mut output = Output::new();
+        output.line(&size.to_string()).and_then(|()| output.finish())?;
     } else {
         let mut report = Report::new(&server, &args.uri);
         if args.content || !(args.list || args.no_content) {
@@ -115,18 +115,23 @@ async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
                 export.content = content::of(&connector, &export.name).await;
             }
         }
-        match ReportFormat::from_json_flag(args.json) {
-            ReportFormat::Json => output.json(&report)?,
-            ReportFormat::Text => report.write_text(&mut output)?,
-        }
+        unless_closed(print(&report, ReportFormat::from_json_flag(args.json)))?;
     }
-    output.finish()?;
     // As in nbdinfo: the others are shown, and the exit code reports the refused one.
     for refused in &server.refused {
         let (name, reason) = (printable(&refused.name), printable(&refused.reason));
         let _ = writeln!(std::io::stderr(), "nbd-cli: the export '{name}' is refused: {reason}");
     }
     Ok(if server.refused.is_empty() { Outcome::Success } else { Outcome::Status(1) })
+}
+
+fn print(report: &Report, format: ReportFormat) -> Result<(), CommandError> {
+    let mut output = Output::new();
+    match format {
+        ReportFormat::Json => output.json(report)?,
+        ReportFormat::Text => report.write_text(&mut output)?,
+    }
+    output.finish()
 }
 
 fn only_export<'a>(

@@ -181,6 +181,18 @@ fn server_that_drops_delays_or_misplaces_writes_is_found_out() {
     }
 }
 
+#[test]
+fn lost_writes_are_an_error_where_the_report_cannot_be_written() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let serving = serve(&Disc::new(Lie::Dropped), &directory.path().join("s"));
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut command = Command::new(PROGRAM);
+    command.args(VERIFY).args(["--range", "0+256K", "--requests", "2000", &serving.uri]);
+    let outcome = command.stdout(writer).output().expect("nbd-cli");
+    assert_eq!(outcome.status.code(), Some(1), "{outcome:?}");
+}
+
 /// A verified load in another process.
 fn start(uri: &str, arguments: &[&str]) -> Child {
     let mut command = Command::new(PROGRAM);

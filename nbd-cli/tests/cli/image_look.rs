@@ -5,7 +5,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::support::image::{chain, info, json, ours, write};
-use crate::support::{Disk, nbd_cli, peer, run, says};
+use crate::support::{Disk, PROGRAM, nbd_cli, peer, run, says};
 use crate::tools;
 
 #[test]
@@ -210,6 +210,35 @@ fn same_report(qemu_img: &std::path::Path, image: &str, code: i32) {
         assert_eq!(found.get(key), theirs.get(key), "{key}: {found} {theirs}");
     }
     assert_eq!(found.get("corruptions").is_some(), theirs.get("corruptions").is_some());
+}
+
+#[test]
+fn a_difference_or_damage_is_not_success_where_the_report_cannot_be_written() {
+    let disk = Disk::sparse();
+    let (other, image) = (disk.beside("other.img"), disk.beside("image.qcow2"));
+    let mut bytes = std::fs::read(disk.path()).expect("the disk");
+    bytes[5000] ^= 1;
+    std::fs::write(&other, bytes).expect("room");
+    nbd_cli(&["image", "convert", "-O", "qcow2", disk.path(), &image]).success();
+    // The L1 entry is lost, and leaves leaks.
+    let mut bytes = std::fs::read(&image).expect("the image");
+    let l1 = u64::from_be_bytes(bytes[40..48].try_into().expect("8 bytes")) as usize;
+    bytes[l1..l1 + 8].fill(0);
+    std::fs::write(&image, bytes).expect("room");
+    for (arguments, code) in [
+        (&["image", "compare", disk.path(), &other][..], 1),
+        (&["image", "compare", "--json", disk.path(), &other], 1),
+        (&["image", "check", &image], 3),
+        (&["image", "check", "--json", &image], 3),
+        (&["image", "compare", disk.path(), disk.path()], 0),
+    ] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let outcome = Command::new(PROGRAM).args(arguments).stdout(writer).output();
+        let outcome = outcome.expect("nbd-cli");
+        assert_eq!(outcome.status.code(), Some(code), "{arguments:?}: {outcome:?}");
+        assert!(outcome.stderr.is_empty(), "{arguments:?}: {outcome:?}");
+    }
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
-use crate::output::{Output, ReportFormat, printable};
+use crate::output::{Output, ReportFormat, printable, unless_closed};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -127,17 +127,21 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
             return Ok(Outcome::Status(UNSUPPORTED));
         }
     };
-    let mut output = Output::new();
-    match ReportFormat::from_json_flag(args.json) {
-        ReportFormat::Json => output.json(&json(args, &report))?,
-        ReportFormat::Text => text(&report, &mut output)?,
-    }
-    output.finish()?;
+    unless_closed(print(args, &report))?;
     Ok(match (report.corruptions, report.leaks) {
         (0, 0) => Outcome::Success,
         (0, _) => Outcome::Status(LEAKS),
         _ => Outcome::Status(CORRUPTIONS),
     })
+}
+
+fn print(args: &CheckArgs, report: &CheckReport) -> Result<(), CommandError> {
+    let mut output = Output::new();
+    match ReportFormat::from_json_flag(args.json) {
+        ReportFormat::Json => output.json(&json(args, report))?,
+        ReportFormat::Text => text(report, &mut output)?,
+    }
+    output.finish()
 }
 
 /// The inner error means that such an image cannot be checked.

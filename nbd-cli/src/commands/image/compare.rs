@@ -11,10 +11,10 @@ use serde::Serialize;
 use super::open::{TrustArgs, options};
 use super::place::Place;
 use crate::connect::ServerArgs;
-use crate::error::{CommandError, CommandErrorKind, Outcome};
+use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::locking::{ShareArgs, advise_sharing};
-use crate::output::{Output, ReportFormat, warn};
+use crate::output::{Output, ReportFormat, unless_closed, warn};
 use crate::progress::ProgressArgs;
 use crate::shown::Shown;
 
@@ -88,14 +88,29 @@ struct Report {
 }
 
 pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
-    compare(args).or_else(|error| match error.kind() {
-        CommandErrorKind::BrokenPipe => Err(error),
-        CommandErrorKind::Failure => {
-            // Exit code 1 would mean that the images differ.
-            let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
-            Ok(Outcome::Status(ERROR))
-        }
+    compare(args).or_else(|error| {
+        // Exit code 1 would mean that the images differ.
+        let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
+        Ok(Outcome::Status(ERROR))
     })
+}
+
+fn print(report: &Report, sizes: &str, format: ReportFormat) -> Result<(), CommandError> {
+    let mut output = Output::new();
+    match format {
+        ReportFormat::Json => output.json(report)?,
+        ReportFormat::Text => {
+            match report.mismatch_offset {
+                Some(offset) => output.line(&format!("the disks differ at offset {offset}"))?,
+                None if report.identical => output.line("the disks are the same")?,
+                None => output.line(&format!("the disks have different sizes: {sizes}"))?,
+            }
+            if report.size_mismatch && report.identical {
+                warn(&format!("the disks have {sizes}; the rest of the larger one is zero"));
+            }
+        }
+    }
+    output.finish()
 }
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
@@ -124,21 +139,7 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
     };
     let identical = mismatch_offset.is_none() && !(size_mismatch && args.strict);
     let report = Report { identical, mismatch_offset, size_mismatch };
-    let mut output = Output::new();
-    match ReportFormat::from_json_flag(args.json) {
-        ReportFormat::Json => output.json(&report)?,
-        ReportFormat::Text => {
-            let sizes = format!("{} and {} bytes", first.size(), second.size());
-            match mismatch_offset {
-                Some(offset) => output.line(&format!("the disks differ at offset {offset}"))?,
-                None if identical => output.line("the disks are the same")?,
-                None => output.line(&format!("the disks have different sizes: {sizes}"))?,
-            }
-            if size_mismatch && identical {
-                warn(&format!("the disks have {sizes}; the rest of the larger one is zero"));
-            }
-        }
-    }
-    output.finish()?;
+    let sizes = format!("{} and {} bytes", first.size(), second.size());
+    unless_closed(print(&report, &sizes, ReportFormat::from_json_flag(args.json)))?;
     Ok(if identical { Outcome::Success } else { Outcome::Status(DIFFERENT) })
 }
