@@ -288,7 +288,9 @@ impl FastExport for ImageExport {
     fn may_block(&self, operation: Operation) -> MayBlock {
         match operation {
             Operation::Write(length, Durability::Cached)
-                if length <= PROMPT_WRITE_LEN && self.file.is_some() =>
+                if length <= PROMPT_WRITE_LEN
+                    && self.file.is_some()
+                    && !self.image.cache_mode().is_writethrough() =>
             {
                 MayBlock::No
             }

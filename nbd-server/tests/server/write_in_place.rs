@@ -2,10 +2,10 @@
 
 use std::sync::atomic::Ordering::SeqCst;
 
-use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
+use imgfmt::{Access, CacheMode, CreateOptions, Format, Image, OpenOptions};
 use nbd_proto::transmission::{Command, Durability};
 use nbd_proto::wire::Errno;
-use nbd_server::export::{Export, FastExport, ImageExport, TryWrite};
+use nbd_server::export::{Export, FastExport, ImageExport, MayBlock, Operation, TryWrite};
 
 use crate::support::{Client, MODES, Script, Scripted, TestServer};
 
@@ -66,4 +66,19 @@ fn a_qcow2_image_is_written_in_place_where_its_tables_are_in_memory() {
     export.read_at(0, &mut content).unwrap();
     assert!(content[..512] == [1; 512] && content[512..1024] == [2; 512]);
     assert!(content[1024..] == [1; 512]);
+}
+
+#[test]
+fn a_write_that_is_durable_when_it_returns_never_keeps_a_connection_waiting() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.img");
+    std::fs::write(&path, [0; 1 << 16]).unwrap();
+    for cache in [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Unsafe] {
+        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite).cache(cache);
+        let export = ImageExport::new(Image::open(&path, &options).unwrap());
+        let expected = if cache.is_writethrough() { MayBlock::Yes } else { MayBlock::No };
+        let write = Operation::Write(512, Durability::Cached);
+        assert_eq!(export.may_block(write), expected, "{cache}");
+        assert_eq!(export.may_block(Operation::Write(512, Durability::Fua)), MayBlock::Yes);
+    }
 }
