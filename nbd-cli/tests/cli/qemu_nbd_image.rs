@@ -206,16 +206,23 @@ fn few_zeroes_are_data_where_the_page_cache_is_bypassed() {
     tools!(tool = "qemu-io");
     let disk = Disk::sparse();
     let Some(allocated) = is_sparse_here(&disk) else { return };
-    for (cache, is_data) in [("none", true), ("writeback", false)] {
-        let blank = disk.blank(&format!("{cache}.img"), 1 << 20);
+    for (cache, switch, is_data) in [
+        ("none", "", true),
+        ("writeback", "", false),
+        ("writeback", "cache.direct=on,", true),
+        ("none", "cache.direct=off,", false),
+    ] {
+        let blank = disk.blank(&format!("{cache}{switch}.img").replace(',', ""), 1 << 20);
         let cache = format!("--cache={cache}");
-        let zeroes = ["--discard=unmap", "--detect-zeroes=unmap", "-t", "-f", "raw"];
+        let zeroes = ["--discard=unmap", "--detect-zeroes=unmap", "-t", "--image-opts"];
+        let options = format!("driver=raw,{switch}file.filename={blank}");
         let server =
-            Foreground::start(ours(), &[&[cache.as_str()], &zeroes[..], &[&blank]].concat());
+            Foreground::start(ours(), &[&[cache.as_str()], &zeroes[..], &[&options]].concat());
         qemu_io(&tool, &server, "write -P 0 512k 1");
         qemu_io(&tool, &server, "write -P 0 0 64k");
         drop(server);
-        assert_eq!(allocated(&blank) > 0, is_data, "{cache}: {}", allocated(&blank));
-        assert!(allocated(&blank) < 64 << 10, "{cache}: {}", allocated(&blank));
+        let found = allocated(&blank);
+        assert_eq!(found > 0, is_data, "{cache} {switch} {found}");
+        assert!(found < 64 << 10, "{cache} {switch} {found}");
     }
 }

@@ -163,6 +163,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         (false, true) => Writes::ToTemporaryFile,
         (false, false) => Writes::ToImage,
     };
+    let cache = disk.cache.applied_to(options.cache.unwrap_or_default());
     let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), &ServerArgs::default());
     Ok(ImageChoices {
         format: disk.format,
@@ -173,24 +174,24 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         writes,
         policy: Some(policy),
         locking: disk.locking,
-        cache: disk.cache.applied_to(options.cache.unwrap_or_default()),
+        cache,
         backing: disk.backing,
         upstream: ServerArgs::default(),
         // QEMU lists the last one first, in an order that clients see.
         bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),
-        filter: filter(options, disk),
+        filter: filter(options, disk, cache),
         window,
         bitmap_durability: None,
         allocation_depth: options.allocation_depth,
     })
 }
 
-fn filter(options: &Options, disk: &Described) -> FilterOptions {
+fn filter(options: &Options, disk: &Described, cache: CacheMode) -> FilterOptions {
     let mut filter = FilterOptions::default();
     filter.discard = options.discard.or(disk.discard).unwrap_or(Discard::Ignore);
     filter.detect_zeroes = disk.detect_zeroes.unwrap_or(options.detect_zeroes);
     filter.preferred_size = PreferredSize::Page;
-    if options.cache.is_some_and(CacheMode::is_direct) {
+    if cache.is_direct() {
         filter.zero_unit = ZeroUnit::Page;
     }
     if options.shared == 1 {
