@@ -104,7 +104,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Returns the fields that a reply repeats.
+    /// Returns the length of the data of a READ or WRITE, in bytes; 0 for other commands.
     #[must_use]
     pub fn data_len(&self) -> usize {
         match self.command {
@@ -115,7 +115,7 @@ impl Request {
         }
     }
 
-    /// The fields of a request that its replies need.
+    /// Returns the fields that a reply repeats.
     #[must_use]
     pub const fn tag(&self) -> RequestTag {
         RequestTag {

@@ -10,7 +10,7 @@ const EXCUSE: &str = "Over 600 lines because";
 const OWN_DIRECTORY: &str = "xtask/src/tidy/";
 
 /// Directories of one machine.
-const MACHINE_DIRECTORYS: &[&str] = &["/work/", "/home/", "/root/", "/Users/"];
+const MACHINE_DIRECTORIES: &[&str] = &["/work/", "/home/", "/root/", "/Users/"];
 
 /// Rules for every text file: blanks and paths.
 pub(crate) fn check_text(path: &str, text: &str) -> Vec<String> {
@@ -25,7 +25,7 @@ pub(crate) fn check_text(path: &str, text: &str) -> Vec<String> {
         }
         if !path.starts_with(OWN_DIRECTORY)
             && let Some(directory) =
-                MACHINE_DIRECTORYS.iter().find(|directory| names_directory(line, directory))
+                MACHINE_DIRECTORIES.iter().find(|directory| names_directory(line, directory))
         {
             findings.push(format!("{path}:{number}: a path of one machine ({directory})"));
         }

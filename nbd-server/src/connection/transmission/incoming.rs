@@ -162,8 +162,7 @@ impl Incoming {
         self.buffer.shrink();
     }
 
-    /// Reads from the socket; 0 bytes are the end of the stream, or were read in a way that suits
-    /// the client and are in the buffer.
+    /// Reads from the socket, in a way that suits the client.
     pub(super) fn poll_receive(
         &mut self,
         cx: &mut Context<'_>,
