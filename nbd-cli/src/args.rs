@@ -4,7 +4,7 @@ use clap::{ArgAction, Parser, Subcommand};
 
 use crate::commands::{
     backup, bench, bitmap, completions, control, copy, image, info, list_meta, map, qemu_nbd,
-    restore, serve,
+    restore, serve, tls,
 };
 
 pub use crate::size::ByteSize;
@@ -69,6 +69,8 @@ pub enum Command {
     Bitmap(bitmap::BitmapArgs),
     /// Serve with the command line of qemu-nbd; also under that name
     QemuNbd(qemu_nbd::QemuNbdArgs),
+    /// Create and renew certificates and pre-shared keys
+    Tls(tls::TlsArgs),
     /// Print a completion script for a shell
     Completions(completions::CompletionsArgs),
 }

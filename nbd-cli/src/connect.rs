@@ -27,7 +27,7 @@ pub struct TlsArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
 
-    /// File with pre-shared keys, as psktool writes it; the URI names the user.
+    /// File with pre-shared keys, as 'nbd-cli tls psk' and psktool write it; the URI names the user.
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
 

@@ -9,6 +9,7 @@ mod chart;
 pub mod commands;
 mod connect;
 mod context;
+mod date;
 mod error;
 mod file_path;
 pub mod help;
@@ -92,6 +93,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Image(args) => commands::image::run(args),
         Command::QemuNbd(args) => Ok(Outcome::Status(commands::qemu_nbd::run(args.arguments))),
         Command::Bitmap(args) => commands::bitmap::run(&args),
+        Command::Tls(args) => commands::tls::run(&args),
         Command::Completions(args) => commands::completions::run(&args),
     }
 }

@@ -168,7 +168,7 @@ pub enum KeyFileError {
     #[error("it has more than {MAX_PSK_USERS} users")]
     TooManyUsers,
     /// There is no user.
-    #[error("it has no user: add one with 'psktool -u NAME -p FILE'")]
+    #[error("it has no user: add one with 'nbd-cli tls psk NAME --file FILE'")]
     NoUsers,
 }
 
@@ -191,7 +191,7 @@ pub enum KeyLineProblem {
     /// The key is too short or too long.
     #[error(
         "has a key of {0} bytes, and {MIN_PSK_LEN} to {MAX_PSK_LEN} are possible: \
-         make one with 'psktool -s 32'"
+         make one with 'nbd-cli tls psk'"
     )]
     BadKeyLength(usize),
 }

@@ -13,3 +13,4 @@ pub mod map;
 pub mod qemu_nbd;
 pub mod restore;
 pub mod serve;
+pub mod tls;

@@ -97,5 +97,6 @@ mod serve_trust;
 mod serve_upstream;
 mod signals;
 mod timeout;
+mod tls_authority;
 mod verbose;
 mod words;

@@ -85,7 +85,6 @@ fn readme_commands_of_serving_run() {
 
 #[test]
 fn readme_commands_of_tls_run() {
-    tools!(_certtool = "certtool", _psktool = "psktool");
     paste("docs/tls.md");
 }
 

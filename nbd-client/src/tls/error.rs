@@ -95,7 +95,7 @@ pub enum TlsError {
     },
     /// The selected user is not in the file of keys.
     #[error(
-        "'{}' has no key for the user '{user}': it has {users}; add one with 'psktool -u {user}'",
+        "'{}' has no key for the user '{user}': it has {users}; add one with 'nbd-cli tls psk'",
         path.display()
     )]
     UnknownUser {

@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::open::OpenArgs;
 use super::place::Place;
 use crate::connect::ServerArgs;
+use crate::date::date_and_time;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
@@ -189,47 +190,9 @@ pub(super) fn text(snapshots: &[Snapshot], output: &mut Output) -> Result<(), Co
             "{:>4}  {:>10}  {}  {}",
             printable(&snapshot.id),
             rounded(snapshot.disk_size),
-            date(snapshot.date_s),
+            date_and_time(snapshot.date_s.into()),
             printable(&snapshot.name),
         ))?;
     }
     Ok(())
-}
-
-/// Formats seconds since 1970 as date and time in UTC.
-fn date(seconds: u32) -> String {
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (mut year, mut rest) = (1970, days);
-    let is_leap = |year: u32| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
-    let length = |year| if is_leap(year) { 366 } else { 365 };
-    while rest >= length(year) {
-        rest -= length(year);
-        year += 1;
-    }
-    let february = if is_leap(year) { 29 } else { 28 };
-    let mut month = 1;
-    for days in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30] {
-        if rest < days {
-            break;
-        }
-        rest -= days;
-        month += 1;
-    }
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC", rest + 1)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::date;
-
-    #[test]
-    fn dates_are_those_of_the_calendar() {
-        assert_eq!(date(0), "1970-01-01 00:00:00 UTC");
-        assert_eq!(date(951_782_400), "2000-02-29 00:00:00 UTC");
-        assert_eq!(date(1_735_689_599), "2024-12-31 23:59:59 UTC");
-        assert_eq!(date(u32::MAX), "2106-02-07 06:28:15 UTC");
-    }
 }

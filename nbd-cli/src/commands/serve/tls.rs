@@ -27,7 +27,8 @@ pub struct TlsArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "tls_psk")]
     pub tls_certificates: Option<PathBuf>,
 
-    /// File with users and their keys as psktool writes it. Read again on SIGHUP.
+    /// File with users and their keys, as 'nbd-cli tls psk' and psktool write it. Read again on
+    /// SIGHUP.
     #[arg(long, value_name = "FILE")]
     pub tls_psk: Option<PathBuf>,
 
