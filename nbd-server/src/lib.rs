@@ -56,7 +56,6 @@ mod config;
 mod connection;
 mod error;
 pub mod export;
-mod flushes;
 mod handle;
 mod handover;
 mod listener;

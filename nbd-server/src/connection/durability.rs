@@ -11,8 +11,7 @@ use nbd_proto::transmission::Request;
 use super::answer::Answer;
 use super::dispatch::{Work, can_flush, is_durable};
 use super::writeback_errors::WritebackErrors;
-use crate::export::{ExportEntry, ExportError};
-use crate::flushes::{UnderWay, Waiter};
+use crate::export::{ExportEntry, ExportError, UnderWay, Waiter};
 use crate::queue::GroupId;
 use crate::scheduler::Scheduler;
 

@@ -14,9 +14,13 @@ use nbd_proto::limits::MAX_OPTION_KEPT_LEN;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::effort::Effort;
-use super::socket::{Channel, More, Socket};
+use super::error::ConnectionError;
+#[cfg(feature = "tls")]
+use super::error::TlsFailure;
+use super::plain::{Channel, More};
+use super::shared::Shared;
+use super::socket::Socket;
 use super::turn::{BARREN_COST, REQUEST_COST, Thread};
-use super::{ConnectionError, Shared};
 use crate::ServerConfig;
 use crate::access::{Access, ClientInfo};
 use crate::budget::Permit;
@@ -317,6 +321,10 @@ async fn start_tls(
     // Fails if anything came in the clear behind STARTTLS.
     let before = pending.accept(input, output)?;
     send(&mut socket, output).await?;
+    let Socket::Plain(socket) = socket else {
+        let detail = "the connection is encrypted already".to_owned();
+        return Err(TlsFailure::Handshake(detail).into());
+    };
     let (tls, identity) = super::tls::accept(socket, credentials, &shared.scheduler).await?;
     tracing::info!(client = %identity, tls = tls.describe(), "TLS established");
     catalog.client.tls = Some(identity);

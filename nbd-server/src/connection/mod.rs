@@ -5,8 +5,10 @@ mod coalescing;
 mod dispatch;
 mod durability;
 mod effort;
+mod error;
 mod handshake;
 mod hangup;
+mod plain;
 mod polling;
 mod pool;
 mod read_steps;
@@ -14,6 +16,7 @@ mod read_strategy;
 mod receive;
 mod room;
 mod send;
+mod shared;
 mod socket;
 mod stall;
 mod steps;
@@ -23,75 +26,16 @@ mod transmission;
 mod turn;
 mod writeback_errors;
 
-use std::sync::Arc;
-
-use thiserror::Error;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::ServerConfig;
-use crate::access::{Access, Refusal};
-use crate::budget::Budget;
-use crate::clients::Clients;
-use crate::error::system_words;
-use crate::export::ExportRegistry;
-use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, Shutdown};
+use error::ConnectionError;
 
 pub(crate) use effort::Pauses;
 pub(crate) use polling::PollSlots;
+pub(crate) use shared::Shared;
 pub(crate) use socket::Socket;
 pub(crate) use turn::Thread;
-
-/// What all connections of a server share.
-#[derive(Debug, Clone)]
-pub(crate) struct Shared {
-    pub(crate) config: Arc<ServerConfig>,
-    pub(crate) exports: ExportRegistry,
-    /// Who is let in, and what exports there are besides.
-    pub(crate) access: Access,
-    /// Counts those that have an export in use.
-    pub(crate) clients: Clients,
-    /// Large requests of all connections.
-    pub(crate) budget: Budget,
-    /// Threads that may poll.
-    pub(crate) slots: PollSlots,
-    /// Memory for the buffers of busy connections.
-    pub(crate) room: Budget,
-    /// Memory for long answers to BLOCK_STATUS.
-    pub(crate) answers: Budget,
-    /// Memory for long options.
-    pub(crate) options: Budget,
-    /// Pauses of handshakes.
-    pub(crate) pauses: Pauses,
-    /// Carries out what may block.
-    pub(crate) scheduler: Scheduler,
-}
-
-/// Why a connection ended that should not have.
-#[derive(Debug, Error)]
-pub(crate) enum ConnectionError {
-    #[error(transparent)]
-    Protocol(#[from] nbd_proto::ProtocolError),
-    #[cfg(feature = "tls")]
-    #[error(transparent)]
-    Tls(#[from] tls::TlsFailure),
-    #[error("{}", system_words(.0))]
-    Io(#[from] std::io::Error),
-    #[error("long options of other clients hold all the memory there is for them")]
-    LongOptions,
-    #[error("answering an option panicked")]
-    Panicked,
-    #[error("the client did not finish its handshake in time")]
-    HandshakeTimeout,
-    #[error("the client {awaiting}, and nothing has moved for {} s", .limit.as_secs_f32())]
-    Stalled { awaiting: stall::Awaiting, limit: std::time::Duration },
-    #[error("the client closed the connection without waiting for its replies")]
-    HungUp,
-    #[error("the client was refused: {0}")]
-    Refused(Refusal),
-    #[error("a file ended while it was being sent; its size changed behind our back")]
-    FileTruncated,
-}
 
 /// A client that was let in.
 pub(crate) struct Newcomer<'a> {

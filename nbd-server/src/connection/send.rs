@@ -5,8 +5,9 @@ use std::io::IoSlice;
 use std::os::fd::AsFd;
 use std::task::{Context, Poll};
 
-use super::ConnectionError;
-use super::socket::{More, Socket};
+use super::error::ConnectionError;
+use super::plain::More;
+use super::socket::Socket;
 use crate::budget::Permit;
 use crate::export::FileSpan;
 

@@ -1,87 +1,38 @@
-//! The stream of one client.
+//! The stream of one client, under TLS or not.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::os::fd::BorrowedFd;
+use std::task::{Context, Poll};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt;
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
-use tokio::io::{AsyncRead, Interest, ReadBuf};
-use tokio::net::{TcpStream, UnixStream};
-
+use super::plain::{Channel, More, PlainSocket, Traffic};
 #[cfg(feature = "tls")]
 use super::tls::TlsSocket;
 use crate::access::ClientAddress;
-use crate::sys;
 
-/// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
-/// take one while the next is written. The system may grant less.
-const UNIX_SEND_BUFFER_LEN: usize = 2 << 20;
-
-/// A connected socket, not yet or already part of a runtime.
+/// A connected socket.
 #[derive(Debug)]
 pub(crate) enum Socket {
-    /// Fresh from the listener, on its way to a worker.
-    StdTcp(std::net::TcpStream),
-    /// As above.
-    StdUnix(std::os::unix::net::UnixStream),
-    Tcp(TcpStream),
-    Unix(UnixStream),
-    /// One of the former, behind a TLS handshake.
+    Plain(PlainSocket),
+    /// A plain one that a TLS handshake was carried out on.
     #[cfg(feature = "tls")]
     Tls(Box<TlsSocket>),
 }
 
-/// How bytes travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Channel {
-    /// As they are.
-    Clear,
-    /// Encrypted.
-    #[cfg(feature = "tls")]
-    Tls,
-}
-
-/// Whether more bytes follow at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum More {
-    Follows,
-    No,
-}
-
-/// What is under way below the plaintext. Differs from one moment to another if, and not only if,
-/// bytes have moved there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Traffic {
-    /// Bytes that the client has not taken from the system.
-    pub(super) untaken: Option<u64>,
-    /// Ciphertext that was received, in bytes modulo 2^64.
-    pub(super) received: u64,
-    /// Ciphertext that the system has not taken, in bytes.
-    pub(super) unsent: usize,
-}
-
 impl Socket {
     pub(crate) const fn from_std_tcp(stream: std::net::TcpStream) -> Self {
-        Self::StdTcp(stream)
+        Self::Plain(PlainSocket::StdTcp(stream))
     }
 
     pub(crate) const fn from_std_unix(stream: std::os::unix::net::UnixStream) -> Self {
-        Self::StdUnix(stream)
+        Self::Plain(PlainSocket::StdUnix(stream))
     }
 
     /// Makes the socket part of the runtime this is called on.
     pub(crate) fn attach(self) -> io::Result<Self> {
         match self {
-            Self::StdTcp(stream) => TcpStream::from_std(stream).map(Self::Tcp),
-            Self::StdUnix(stream) => {
-                // Only a wish: a smaller buffer works as well, more slowly.
-                let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
-                UnixStream::from_std(stream).map(Self::Unix)
-            }
-            attached => Ok(attached),
+            Self::Plain(socket) => socket.attach().map(Self::Plain),
+            #[cfg(feature = "tls")]
+            attached @ Self::Tls(_) => Ok(attached),
         }
     }
 
@@ -91,48 +42,28 @@ impl Socket {
         cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
-        let mut buffer = ReadBuf::new(buffer);
-        // tokio knows from a short read that the socket is drained and saves the call that would
-        // only say so.
-        let read = match self {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
+        match self {
+            Self::Plain(socket) => socket.poll_read(cx, buffer),
             #[cfg(feature = "tls")]
-            Self::Tls(tls) => return tls.poll_read(cx, buffer.initialize_unfilled()),
-            Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
-        };
-        ready!(read)?;
-        Poll::Ready(Ok(buffer.filled().len()))
+            Self::Tls(tls) => tls.poll_read(cx, buffer),
+        }
     }
 
     /// Bytes that were received since this was asked last and are of no use to NBD: messages of TLS.
     pub(super) fn take_barren(&mut self) -> usize {
         match self {
+            Self::Plain(_) => 0,
             #[cfg(feature = "tls")]
             Self::Tls(tls) => tls.take_barren(),
-            _ => 0,
         }
     }
 
     /// Reads what is there at this moment; 0 if that is nothing, also at the end of the stream.
     pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
-        #[cfg(feature = "tls")]
-        if let Self::Tls(tls) = self {
-            return tls.read_now(buffer);
-        }
-        let Some(socket) = self.plain() else { return 0 };
-        // An error shows again at the next regular read, which reports it.
-        rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map_or(0, |(read, _)| read)
-    }
-
-    /// The socket itself, if what is written to it goes out as it is.
-    pub(super) fn plain(&self) -> Option<BorrowedFd<'_>> {
         match self {
-            Self::Tcp(stream) => Some(stream.as_fd()),
-            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Plain(socket) => socket.read_now(buffer),
             #[cfg(feature = "tls")]
-            Self::Tls(_) => None,
-            Self::StdTcp(_) | Self::StdUnix(_) => None,
+            Self::Tls(tls) => tls.read_now(buffer),
         }
     }
 
@@ -144,94 +75,77 @@ impl Socket {
         slices: &[IoSlice<'_>],
         more: More,
     ) -> Poll<io::Result<usize>> {
-        #[cfg(feature = "tls")]
-        if let Self::Tls(tls) = self {
-            return tls.poll_send(cx, slices);
+        match self {
+            Self::Plain(socket) => socket.poll_send(cx, slices, more),
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.poll_send(cx, slices),
         }
-        let mut flags = SendFlags::NOSIGNAL;
-        if more == More::Follows {
-            flags |= SendFlags::MORE;
-        }
-        self.poll_write_with(cx, |socket| {
-            let mut ancillary = SendAncillaryBuffer::default();
-            Ok(rustix::net::sendmsg(socket, slices, &mut ancillary, flags)?)
-        })
     }
 
     /// Sends what is between [`Socket::poll_send`] and the system: nothing, but for TLS.
     pub(super) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
-            #[cfg(feature = "tls")]
-            Self::Tls(tls) => tls.poll_flush(cx),
-            _ => {
+            Self::Plain(_) => {
                 let _ = cx;
                 Poll::Ready(Ok(()))
             }
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.poll_flush(cx),
         }
     }
 
     /// Is there anything for [`Socket::poll_flush`] to do?
     pub(super) fn has_unsent(&self) -> bool {
         match self {
+            Self::Plain(_) => false,
             #[cfg(feature = "tls")]
             Self::Tls(tls) => tls.has_unsent(),
-            _ => false,
         }
     }
 
     /// Has the client gone altogether, so that nothing can be sent to it? One that has only finished
     /// sending has not. Costs a system call.
     pub(super) fn has_hung_up(&self) -> bool {
-        let socket = match self {
+        match self {
+            Self::Plain(socket) => socket.has_hung_up(),
             #[cfg(feature = "tls")]
-            Self::Tls(tls) => tls.as_fd(),
-            _ => self.plain(),
-        };
-        let Some(socket) = socket else { return false };
-        let mut asked = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut asked, Some(&now)).is_ok()
-            && asked[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+            Self::Tls(tls) => tls.has_hung_up(),
+        }
     }
 
     /// What is under way. Costs a system call.
     pub(super) fn traffic(&self) -> Traffic {
-        #[cfg(feature = "tls")]
-        if let Self::Tls(tls) = self {
-            return tls.traffic();
+        match self {
+            Self::Plain(socket) => socket.traffic(),
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.traffic(),
         }
-        Traffic { untaken: self.plain().and_then(sys::untaken_len), ..Traffic::default() }
     }
 
-    /// Where the client comes from.
+    /// Where the client comes from. Not known of one that was asked about under TLS.
     pub(super) fn client_address(&self) -> ClientAddress {
-        let known = match self {
-            Self::Tcp(stream) => stream.peer_addr().ok().map(ClientAddress::Tcp),
-            Self::Unix(stream) => stream.peer_cred().ok().map(|credentials| ClientAddress::Unix {
-                process: credentials.pid(),
-                user: credentials.uid(),
-                group: credentials.gid(),
-            }),
-            _ => None,
-        };
-        known.unwrap_or(ClientAddress::Unknown)
+        match self {
+            Self::Plain(socket) => socket.client_address(),
+            #[cfg(feature = "tls")]
+            Self::Tls(_) => ClientAddress::Unknown,
+        }
     }
 
     /// Who can read along.
     pub(super) const fn channel(&self) -> Channel {
         match self {
+            Self::Plain(_) => Channel::Clear,
             #[cfg(feature = "tls")]
             Self::Tls(_) => Channel::Tls,
-            _ => Channel::Clear,
         }
     }
 
     /// Prepares what has to be sent behind the last reply, if anything.
     pub(super) fn begin_shutdown(&mut self) {
         match self {
+            Self::Plain(_) => {}
             #[cfg(feature = "tls")]
             Self::Tls(tls) => tls.begin_shutdown(),
-            _ => {}
         }
     }
 
@@ -244,44 +158,10 @@ impl Socket {
         offset: u64,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        #[cfg(feature = "tls")]
-        if let Self::Tls(tls) = self {
-            return tls.poll_send_file(cx, file, offset, length);
-        }
-        self.poll_write_with(cx, |socket| {
-            let mut at = offset;
-            Ok(rustix::fs::sendfile(socket, file, Some(&mut at), length)?)
-        })
-    }
-
-    fn poll_write_with(
-        &self,
-        cx: &mut Context<'_>,
-        mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
-    ) -> Poll<io::Result<usize>> {
-        loop {
-            let result = match self {
-                Self::Tcp(stream) => {
-                    ready!(stream.poll_write_ready(cx))?;
-                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
-                }
-                Self::Unix(stream) => {
-                    ready!(stream.poll_write_ready(cx))?;
-                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
-                }
-                #[cfg(feature = "tls")]
-                Self::Tls(_) => return Poll::Ready(Err(detached())),
-                Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
-            };
-            match result {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return Poll::Ready(result),
-            }
+        match self {
+            Self::Plain(socket) => socket.poll_send_file(cx, file, offset, length),
+            #[cfg(feature = "tls")]
+            Self::Tls(tls) => tls.poll_send_file(cx, file, offset, length),
         }
     }
-}
-
-fn detached() -> io::Error {
-    io::Error::other("this cannot be done with the socket, which may not be attached to a runtime")
 }

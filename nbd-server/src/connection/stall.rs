@@ -5,38 +5,19 @@
 //! there: a timer is set at the first stop and left alone. When it is over, at a stop again, it is
 //! seen whether anything has moved since it was set.
 
-use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::{Sleep, sleep};
 
-use super::ConnectionError;
-use super::socket::Traffic;
+use super::error::{Awaiting, ConnectionError};
+use super::plain::Traffic;
 
 /// Looks in a row that find nothing moved, each a part of the limit after the one before.
 const LOOKS: u32 = 4;
 /// Shortest time between looks.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(1);
-
-/// What a client is waited for to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Awaiting {
-    /// To send the rest of a request or of a payload.
-    SendRest,
-    /// To take its replies.
-    TakeReplies,
-}
-
-impl fmt::Display for Awaiting {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::SendRest => "has not sent the rest of a request",
-            Self::TakeReplies => "has not taken its replies",
-        })
-    }
-}
 
 /// How far a connection is. The same at two moments if no byte has moved between them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,11 +10,10 @@ use std::os::fd::BorrowedFd;
 use std::task::{Context, Poll, ready};
 
 use openssl::ssl::{ErrorCode, ShutdownState, SslStream};
-use thiserror::Error;
 
+use super::error::TlsFailure;
+use super::plain::{More, PlainSocket, Traffic};
 use super::receive::ReceiveBuffer;
-use super::socket::{More, Socket, Traffic};
-use crate::error::system_words;
 use crate::queue::GroupId;
 use crate::scheduler::Scheduler;
 use crate::tls::{Notes, PeerIdentity, TlsCredentials, TlsError, explain_handshake};
@@ -37,23 +36,10 @@ const HANDSHAKES: GroupId = 0;
 /// What a step of a handshake is expected to take, in nanoseconds.
 const HANDSHAKE_TIME: u64 = 1_000_000;
 
-/// Why there is no TLS with a client.
-#[derive(Debug, Error)]
-pub(crate) enum TlsFailure {
-    #[error("{}", system_words(.0))]
-    Io(#[from] io::Error),
-    #[error(transparent)]
-    Credentials(#[from] TlsError),
-    #[error("the client closed the connection in the middle of the TLS handshake")]
-    Closed,
-    #[error("TLS handshake: {0}")]
-    Handshake(String),
-}
-
 /// A socket under TLS.
 #[derive(Debug)]
 pub(crate) struct TlsSocket {
-    socket: Socket,
+    socket: PlainSocket,
     session: SslStream<Wire>,
     /// For bytes between a file and the library.
     scratch: Vec<u8>,
@@ -88,7 +74,11 @@ impl Wire {
     }
 
     /// Receives ciphertext. At the end of the stream `has_ended` is set.
-    fn poll_receive(&mut self, cx: &mut Context<'_>, socket: &mut Socket) -> Poll<io::Result<()>> {
+    fn poll_receive(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut PlainSocket,
+    ) -> Poll<io::Result<()>> {
         let received = ready!(socket.poll_read(cx, self.received.space()))?;
         self.received.received(received);
         self.has_ended |= received == 0;
@@ -96,7 +86,11 @@ impl Wire {
     }
 
     /// Sends all ciphertext there is.
-    fn poll_flush(&mut self, cx: &mut Context<'_>, socket: &mut Socket) -> Poll<io::Result<()>> {
+    fn poll_flush(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &mut PlainSocket,
+    ) -> Poll<io::Result<()>> {
         while !self.unsent().is_empty() {
             let slices = [IoSlice::new(self.unsent())];
             let sent = ready!(socket.poll_send(cx, &slices, More::No))?;
@@ -138,7 +132,7 @@ impl Write for Wire {
 /// computes takes a millisecond and more, so that it is done by the scheduler, for one client after
 /// the other.
 pub(super) async fn accept(
-    mut socket: Socket,
+    mut socket: PlainSocket,
     credentials: &TlsCredentials,
     scheduler: &Scheduler,
 ) -> Result<(TlsSocket, PeerIdentity), TlsFailure> {
@@ -187,7 +181,7 @@ impl TlsSocket {
         format!("{} {cipher}", ssl.version_str())
     }
 
-    /// Reads plaintext; as [`Socket::poll_read`]. It is pending also when much was read that
+    /// Reads plaintext; as [`PlainSocket::poll_read`]. It is pending also when much was read that
     /// brought none: the task is woken to go on, and can see [how much it was](Self::take_barren).
     pub(super) fn poll_read(
         &mut self,
@@ -214,7 +208,7 @@ impl TlsSocket {
         std::mem::replace(&mut self.barren, 0)
     }
 
-    /// Reads what is there at this moment; as [`Socket::read_now`].
+    /// Reads what is there at this moment; as [`PlainSocket::read_now`].
     pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
         let wire = self.session.get_mut();
         let received = self.socket.read_now(wire.received.space());
@@ -224,7 +218,7 @@ impl TlsSocket {
         self.decrypt(buffer).unwrap_or(0)
     }
 
-    /// Encrypts some of `slices`; true to [`Socket::poll_send`], what was taken counts as sent.
+    /// Encrypts some of `slices`; true to [`PlainSocket::poll_send`], what was taken counts as sent.
     /// [`TlsSocket::poll_flush`] sees to the rest.
     pub(super) fn poll_send(
         &mut self,
@@ -245,7 +239,7 @@ impl TlsSocket {
     }
 
     /// Encrypts some bytes of a file that are in the page cache, in pieces that stay in the
-    /// processor's; as [`Socket::poll_send_file`].
+    /// processor's; as [`PlainSocket::poll_send_file`].
     pub(super) fn poll_send_file(
         &mut self,
         cx: &mut Context<'_>,
@@ -284,12 +278,12 @@ impl TlsSocket {
         !self.session.get_ref().unsent().is_empty()
     }
 
-    /// The socket below.
-    pub(super) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
-        self.socket.plain()
+    /// As [`PlainSocket::has_hung_up`].
+    pub(super) fn has_hung_up(&self) -> bool {
+        self.socket.has_hung_up()
     }
 
-    /// What is under way below the plaintext; as [`Socket::traffic`].
+    /// What is under way below the plaintext; as [`PlainSocket::traffic`].
     pub(super) fn traffic(&self) -> Traffic {
         let wire = self.session.get_ref();
         let (received, unsent) = (wire.received.total(), wire.unsent().len());

@@ -18,14 +18,15 @@ use std::task::{Context, Poll, ready};
 use nbd_proto::transmission::{Command, Request};
 
 use super::answer::Unfinished;
+use super::error::{Awaiting, ConnectionError};
 use super::handshake::Established;
 use super::polling::Polling;
 use super::read_steps;
 use super::read_strategy::{Idle, ReadStrategy};
 use super::room::Room;
-use super::stall::Awaiting;
+use super::shared::Shared;
+use super::socket::Socket;
 use super::turn::{BARREN_COST, REQUEST_COST, Thread, Turn};
-use super::{ConnectionError, Shared, Socket};
 use crate::shutdown::{Phase, Shutdown};
 use backlog::{Admitted, Backlog};
 use incoming::{Arrival, Incoming, Payload, Received};

@@ -4,6 +4,7 @@ mod checkpoint;
 mod descriptors;
 mod filter;
 pub mod filters;
+mod flushes;
 #[cfg(feature = "image")]
 mod image;
 mod memory;
@@ -22,11 +23,11 @@ pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
 pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView, StatusFn};
 pub use descriptors::Descriptors;
 pub use filter::Filter;
+pub(crate) use flushes::{DurabilityFailures, UnderWay, Waiter};
 #[cfg(feature = "image")]
 pub use image::ImageExport;
 pub use memory::MemoryExport;
 pub use read_map::{Content, Holes, Lookup, Mapped, ReadMap, Segment};
-pub(crate) use registry::DurabilityFailures;
 pub use registry::{ExportEntry, ExportRegistry};
 
 /// What a client is told about an export. All sizes are in bytes.

@@ -1,7 +1,6 @@
 //! The registry of exports by name.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
 use nbd_proto::codec::protocol_string;
@@ -10,8 +9,8 @@ use nbd_proto::limits::MAX_EXPORT_SIZE;
 use nbd_proto::wire::TransmissionFlags;
 
 use super::Export;
+use super::flushes::{DurabilityFailures, Flushes};
 use crate::RegistryError;
-use crate::flushes::Flushes;
 
 /// An export and its visibility.
 #[derive(Clone)]
@@ -36,21 +35,6 @@ enum Security {
 enum Visibility {
     Listed,
     Hidden,
-}
-
-/// How often an export has failed to make writes durable.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct DurabilityFailures(Arc<AtomicU64>);
-
-impl DurabilityFailures {
-    pub(crate) fn count(&self) -> u64 {
-        self.0.load(Ordering::Acquire)
-    }
-
-    /// Counts one, and gives the count.
-    pub(crate) fn add(&self) -> u64 {
-        self.0.fetch_add(1, Ordering::AcqRel) + 1
-    }
 }
 
 impl ExportEntry {

@@ -5,11 +5,11 @@ use std::task::{Context, Poll};
 
 use nbd_proto::transmission::Request;
 
-use super::super::Shared;
 use super::super::answer::{Reply, Unfinished};
 use super::super::handshake::Established;
 use super::super::pool::Pool;
 use super::super::read_steps;
+use super::super::shared::Shared;
 use super::target::Target;
 use crate::budget::{BudgetQueue, Permit};
 

@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 use nbd_proto::transmission::Request;
 use nbd_proto::transmission::server::{Parsed, Rejection, Transmission};
 
-use super::super::ConnectionError;
+use super::super::error::ConnectionError;
 use super::super::handshake::Established;
 use super::super::read_strategy::{Idle, ReadStrategy};
 use super::super::receive::ReceiveBuffer;

@@ -5,7 +5,7 @@ use std::task::{Context, Poll};
 use nbd_proto::transmission::server::Rejection;
 use nbd_proto::transmission::{Position, ReplyEncoder, Request};
 
-use super::super::ConnectionError;
+use super::super::error::ConnectionError;
 use super::super::room::Room;
 use super::super::send::SendQueue;
 use super::super::socket::Socket;

@@ -3,10 +3,10 @@
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use super::super::ConnectionError;
+use super::super::error::{Awaiting, ConnectionError};
 use super::super::hangup::Hangup;
 use super::super::socket::Socket;
-use super::super::stall::{Awaiting, Movement, Stall};
+use super::super::stall::{Movement, Stall};
 use super::backlog::Backlog;
 use super::incoming::Incoming;
 use super::replies::Replies;

@@ -6,12 +6,13 @@
 //! next.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nbd_proto::wire::Errno;
 
-use crate::export::{DurabilityFailures, Export, ExportError};
+use crate::export::{Export, ExportError};
 use crate::queue::{Class, Cost, GroupId};
 use crate::scheduler::{Job, Scheduler};
 
@@ -20,6 +21,21 @@ const ESTIMATE: u64 = 2_000_000;
 
 /// A flush that runs for longer has more to write than what waits for it.
 const SLOW: Duration = Duration::from_millis(100);
+
+/// How often an export has failed to make writes durable.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct DurabilityFailures(Arc<AtomicU64>);
+
+impl DurabilityFailures {
+    pub(crate) fn count(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// Counts one, and gives the count.
+    pub(crate) fn add(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::AcqRel) + 1
+    }
+}
 
 /// Who waits for a flush. Dropped without an answer it has to see to itself.
 pub(crate) trait Waiter: Send {

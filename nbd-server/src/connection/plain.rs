@@ -1,0 +1,198 @@
+//! The stream of one client as the system has it: bytes go through as they are.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use tokio::io::{AsyncRead, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::access::ClientAddress;
+use crate::sys;
+
+/// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
+/// take one while the next is written. The system may grant less.
+const UNIX_SEND_BUFFER_LEN: usize = 2 << 20;
+
+/// A connected socket, not yet or already part of a runtime.
+#[derive(Debug)]
+pub(crate) enum PlainSocket {
+    /// Fresh from the listener, on its way to a worker.
+    StdTcp(std::net::TcpStream),
+    /// As above.
+    StdUnix(std::os::unix::net::UnixStream),
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// How bytes travel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Channel {
+    /// As they are.
+    Clear,
+    /// Encrypted.
+    #[cfg(feature = "tls")]
+    Tls,
+}
+
+/// Whether more bytes follow at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum More {
+    Follows,
+    No,
+}
+
+/// What is under way below the plaintext. Differs from one moment to another if, and not only if,
+/// bytes have moved there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Traffic {
+    /// Bytes that the client has not taken from the system.
+    pub(super) untaken: Option<u64>,
+    /// Ciphertext that was received, in bytes modulo 2^64.
+    pub(super) received: u64,
+    /// Ciphertext that the system has not taken, in bytes.
+    pub(super) unsent: usize,
+}
+
+impl PlainSocket {
+    /// Makes the socket part of the runtime this is called on.
+    pub(super) fn attach(self) -> io::Result<Self> {
+        match self {
+            Self::StdTcp(stream) => TcpStream::from_std(stream).map(Self::Tcp),
+            Self::StdUnix(stream) => {
+                // Only a wish: a smaller buffer works as well, more slowly.
+                let _ = sockopt::set_socket_send_buffer_size(&stream, UNIX_SEND_BUFFER_LEN);
+                UnixStream::from_std(stream).map(Self::Unix)
+            }
+            attached => Ok(attached),
+        }
+    }
+
+    /// Reads into `buffer`; 0 means that the client will send nothing more.
+    pub(super) fn poll_read(
+        &mut self,
+        cx: &mut Context<'_>,
+        buffer: &mut [u8],
+    ) -> Poll<io::Result<usize>> {
+        let mut buffer = ReadBuf::new(buffer);
+        // tokio knows from a short read that the socket is drained and saves the call that would
+        // only say so.
+        let read = match self {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, &mut buffer),
+            Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
+        };
+        ready!(read)?;
+        Poll::Ready(Ok(buffer.filled().len()))
+    }
+
+    /// Reads what is there at this moment; 0 if that is nothing, also at the end of the stream.
+    pub(super) fn read_now(&mut self, buffer: &mut [u8]) -> usize {
+        let Some(socket) = self.descriptor() else { return 0 };
+        // An error shows again at the next regular read, which reports it.
+        rustix::net::recv(socket, buffer, RecvFlags::DONTWAIT).map_or(0, |(read, _)| read)
+    }
+
+    /// The socket itself, if it is part of a runtime.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Tcp(stream) => Some(stream.as_fd()),
+            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::StdTcp(_) | Self::StdUnix(_) => None,
+        }
+    }
+
+    /// Writes some of `slices`.
+    pub(super) fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+        more: More,
+    ) -> Poll<io::Result<usize>> {
+        let mut flags = SendFlags::NOSIGNAL;
+        if more == More::Follows {
+            flags |= SendFlags::MORE;
+        }
+        self.poll_write_with(cx, |socket| {
+            let mut ancillary = SendAncillaryBuffer::default();
+            Ok(rustix::net::sendmsg(socket, slices, &mut ancillary, flags)?)
+        })
+    }
+
+    /// Has the client gone altogether, so that nothing can be sent to it? One that has only finished
+    /// sending has not. Costs a system call.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let Some(socket) = self.descriptor() else { return false };
+        let mut asked = [PollFd::from_borrowed_fd(socket, PollFlags::empty())];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut asked, Some(&now)).is_ok()
+            && asked[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
+    }
+
+    /// What is under way. Costs a system call.
+    pub(super) fn traffic(&self) -> Traffic {
+        Traffic { untaken: self.descriptor().and_then(sys::untaken_len), ..Traffic::default() }
+    }
+
+    /// Where the client comes from.
+    pub(super) fn client_address(&self) -> ClientAddress {
+        let known = match self {
+            Self::Tcp(stream) => stream.peer_addr().ok().map(ClientAddress::Tcp),
+            Self::Unix(stream) => stream.peer_cred().ok().map(|credentials| ClientAddress::Unix {
+                process: credentials.pid(),
+                user: credentials.uid(),
+                group: credentials.gid(),
+            }),
+            _ => None,
+        };
+        known.unwrap_or(ClientAddress::Unknown)
+    }
+
+    /// Moves some bytes of `file` from the page cache into the socket; 0 means that the file ends
+    /// at `offset` (in bytes).
+    pub(super) fn poll_send_file(
+        &mut self,
+        cx: &mut Context<'_>,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        self.poll_write_with(cx, |socket| {
+            let mut at = offset;
+            Ok(rustix::fs::sendfile(socket, file, Some(&mut at), length)?)
+        })
+    }
+
+    fn poll_write_with(
+        &self,
+        cx: &mut Context<'_>,
+        mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            let result = match self {
+                Self::Tcp(stream) => {
+                    ready!(stream.poll_write_ready(cx))?;
+                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
+                }
+                Self::Unix(stream) => {
+                    ready!(stream.poll_write_ready(cx))?;
+                    stream.try_io(Interest::WRITABLE, || write(stream.as_fd()))
+                }
+                Self::StdTcp(_) | Self::StdUnix(_) => return Poll::Ready(Err(detached())),
+            };
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+}
+
+fn detached() -> io::Error {
+    io::Error::other("this cannot be done with the socket, which may not be attached to a runtime")
+}

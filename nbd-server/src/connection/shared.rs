@@ -1,0 +1,37 @@
+//! What the connections of a server have in common.
+
+use std::sync::Arc;
+
+use super::effort::Pauses;
+use super::polling::PollSlots;
+use crate::ServerConfig;
+use crate::access::Access;
+use crate::budget::Budget;
+use crate::clients::Clients;
+use crate::export::ExportRegistry;
+use crate::scheduler::Scheduler;
+
+/// What all connections of a server share.
+#[derive(Debug, Clone)]
+pub(crate) struct Shared {
+    pub(crate) config: Arc<ServerConfig>,
+    pub(crate) exports: ExportRegistry,
+    /// Who is let in, and what exports there are besides.
+    pub(crate) access: Access,
+    /// Counts those that have an export in use.
+    pub(crate) clients: Clients,
+    /// Large requests of all connections.
+    pub(crate) budget: Budget,
+    /// Threads that may poll.
+    pub(crate) slots: PollSlots,
+    /// Memory for the buffers of busy connections.
+    pub(crate) room: Budget,
+    /// Memory for long answers to BLOCK_STATUS.
+    pub(crate) answers: Budget,
+    /// Memory for long options.
+    pub(crate) options: Budget,
+    /// Pauses of handshakes.
+    pub(crate) pauses: Pauses,
+    /// Carries out what may block.
+    pub(crate) scheduler: Scheduler,
+}
