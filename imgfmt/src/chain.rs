@@ -1,20 +1,27 @@
 //! Opening an image and its backing chain.
 
+mod below;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use self::below::{
+    OpenTarget, Unopened, layer_below, open_target, refuse_loop, unreadable_backing,
+};
+use crate::access::{Access, Locking};
+use crate::backing_file::BackingFile;
 use crate::driver::{BackingLayer, Chain, Driver};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::layer::Layer;
 use crate::luks::{self, Encryption};
-use crate::open_policy::{CHAIN_DEPTH_MAX, MissingFormat, Resolved};
-use crate::options::{Access, BackingFile, Locking, OpenOptions};
+use crate::open_policy::CHAIN_DEPTH_MAX;
+use crate::options::OpenOptions;
 use crate::qcow2::{self, CheckReport, Purpose, Qcow2, Repair};
 use crate::raw::{FirstSector, Raw};
-use crate::storage::{FileIdentity, FileStorage, Storage};
+use crate::storage::{FileIdentity, Storage};
 
 /// Opens the image in `storage` and, as far as the policy allows, the files it names.
 pub(crate) fn open(
@@ -132,22 +139,16 @@ pub(crate) fn refuse_to_amend(storage: &dyn Storage, options: &OpenOptions) -> R
 /// The size of the disk in what `name` would stand for in a new image at `path`, if the new image
 /// could be opened above it.
 pub(crate) fn named_size(path: &Path, name: &OsStr, options: &OpenOptions) -> Result<u64> {
-    let (storage, below) = open_named(Some(path), name, options, Access::ReadOnly, &[])?;
+    let target = options.policy.resolve(Some(path), name)?;
+    let opened = open_target(target, options, Access::ReadOnly, &[])?;
+    let OpenTarget { storage, path: below, backing } = opened;
     let shown = Some(below.clone().unwrap_or_else(|| name.into()));
-    let layer = Unopened { storage, path: below, shown: shown.clone(), options: options.clone() };
+    let options = OpenOptions { backing, ..options.clone() };
+    let layer = Unopened { storage, path: below, shown: shown.clone(), options };
     // The new image is a layer too.
     let opened = open_layers(layer, &mut vec![None]);
     let chain = opened.map_err(|error| named(error, shown.as_deref()))?;
     Ok(chain.top.layer().size())
-}
-
-/// What is to be opened as one layer of a chain.
-struct Unopened {
-    storage: Arc<dyn Storage>,
-    path: Option<PathBuf>,
-    /// The path, or the name that leads to something else, for errors.
-    shown: Option<PathBuf>,
-    options: OpenOptions,
 }
 
 /// A layer that is open.
@@ -237,6 +238,10 @@ fn open_layer(layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<
             let detail = "a raw image has no snapshots";
             return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
         }
+        if let BackingFile::Given(_) = options.backing {
+            let detail = "it is a raw image, which cannot have a backing file";
+            return Err(Error::new(ErrorKind::InvalidInput, "open", detail));
+        }
         let first_sector = match options.format {
             Some(_) => FirstSector::Free,
             None => FirstSector::Guarded,
@@ -249,89 +254,14 @@ fn open_layer(layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<
     let path = path.as_deref();
     let mut image = Box::new(Qcow2::open(storage, path, &options, Purpose::Use)?);
     if let Some(name) = image.data_file_name() {
-        let (data, _) = open_named(path, &name, &options, options.access, files)?;
-        image.attach_data_file(data);
+        let target = options.policy.resolve(path, &name)?;
+        image.attach_data_file(open_target(target, &options, options.access, files)?.storage);
     }
-    if options.backing == BackingFile::AsNamed
-        && let Some((name, format)) = image.backing_name()
-    {
-        let below = layer_below(path, &name, format.as_deref(), &options, files)?;
+    if let Some(below) = layer_below(&image, path, &options, files)? {
         return Ok(Opened::Overlay(image, Box::new(below)));
     }
     image.begin_writing()?;
     Ok(Opened::Bottom(Driver::Qcow2(image)))
-}
-
-/// What the name of a backing file leads to.
-fn layer_below(
-    image: Option<&Path>,
-    name: &OsStr,
-    format: Option<&str>,
-    options: &OpenOptions,
-    files_above: &[Option<FileIdentity>],
-) -> Result<Unopened> {
-    let format = match (format, options.policy.missing_format()) {
-        // The names of QEMU's drivers for plain files, devices and exports mean raw images too.
-        (Some("file" | "host_device" | "nbd"), _) => Some(Format::Raw),
-        (Some(name), _) => Some(backing_format(name)?),
-        (None, MissingFormat::Probe) => None,
-        (None, MissingFormat::Refuse) => {
-            let detail = format!(
-                "it does not say which format its backing file '{}' has; set it with \
-                 'nbd-cli image rebase --unsafe -b FILE -F FORMAT', or allow probing",
-                name.to_string_lossy().escape_debug()
-            );
-            return Err(Error::new(ErrorKind::PolicyDenied, "open", detail));
-        }
-    };
-    let (storage, path) = open_named(image, name, options, Access::ReadOnly, files_above)?;
-    let shown = Some(path.clone().unwrap_or_else(|| name.into()));
-    let options =
-        OpenOptions { format, access: Access::ReadOnly, snapshot: None, ..options.clone() };
-    Ok(Unopened { storage, path, shown, options })
-}
-
-/// What the name of a backing file's format stands for, if that can be read.
-fn backing_format(name: &str) -> Result<Format> {
-    match Format::from_name(name) {
-        Some(format) if format.is_supported() => Ok(format),
-        Some(format) => Err(unreadable_backing(format.description())),
-        None => Err(unreadable_backing(&format!("'{}'", name.escape_debug()))),
-    }
-}
-
-fn unreadable_backing(format: &str) -> Error {
-    let detail = format!(
-        "its backing file is a {format} image, which cannot be read; convert the backing file to \
-         qcow2 and set its new name with 'nbd-cli image rebase --unsafe'"
-    );
-    Error::new(ErrorKind::Unsupported, "open", detail)
-}
-
-fn open_named(
-    image: Option<&Path>,
-    name: &OsStr,
-    options: &OpenOptions,
-    access: Access,
-    files_above: &[Option<FileIdentity>],
-) -> Result<(Arc<dyn Storage>, Option<PathBuf>)> {
-    match options.policy.resolve(image, name)? {
-        Resolved::Storage(storage) => Ok((storage, None)),
-        Resolved::File(path) => {
-            // Before it is locked: the lock of the image above would only say that it is busy.
-            let identity = FileStorage::identity_of(&path);
-            refuse_loop(identity, files_above).map_err(|error| error.with_path(&*path))?;
-            Ok((Arc::new(options.open_file(&path, access)?), Some(path)))
-        }
-    }
-}
-
-fn refuse_loop(identity: Option<FileIdentity>, files_above: &[Option<FileIdentity>]) -> Result<()> {
-    if identity.is_none() || !files_above.contains(&identity) {
-        return Ok(());
-    }
-    let detail = "its chain of backing files leads back to itself";
-    Err(Error::new(ErrorKind::InvalidFormat, "open", detail))
 }
 
 /// The format of what a storage holds, as the options say or as it looks: one that can be opened.

@@ -2,10 +2,10 @@
 
 use std::ffi::OsString;
 
+use crate::access::Locking;
 use crate::error::{Error, ErrorKind};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
-use crate::options::Locking;
 
 /// The compression of clusters of a new qcow2 image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

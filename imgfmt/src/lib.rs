@@ -58,6 +58,8 @@
 //! The crate contains no network protocol. It follows a name inside an image only if the
 //! [`OpenPolicy`] allows it.
 
+mod access;
+mod backing_file;
 mod backup;
 mod bitmap;
 mod bytes;
@@ -90,6 +92,8 @@ mod unfinished;
 mod units;
 pub mod zero;
 
+pub use access::{Access, Locking};
+pub use backing_file::{BackingFile, BackingOptions, NameTarget};
 pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, NotAUuid, Uuid};
 pub use bitmap::{
     BITMAP_GRANULARITY_DEFAULT, BITMAP_NAME_BYTES_MAX, BitmapChange, BitmapInfo, BitmapState,
@@ -107,8 +111,8 @@ pub use image::{Extents, Image, NewOnDevice, Shrink};
 pub use info::{BitmapEntry, ImageInfo, Qcow2Info};
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping, ReadMap};
-pub use open_policy::{NameReader, NameTarget, OpenPolicy, SchemeOpener};
-pub use options::{Access, BackingFile, BitmapDurability, Locking, OpenOptions, UnlockedHook};
+pub use open_policy::{NameReader, OpenPolicy, SchemeOpener};
+pub use options::{BitmapDurability, OpenOptions, UnlockedHook};
 pub use qcow2::{CheckReport, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapDurabilityStatus, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};

@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::backing_file::{BackingFile, NameTarget};
 use crate::error::{Error, ErrorKind, Result};
 use crate::storage::Storage;
 
@@ -23,19 +24,6 @@ const FILE_SCHEME: &str = "file";
 
 /// Opens the storage for a name such as `nbd://host/export`.
 pub type SchemeOpener = dyn Fn(&str) -> io::Result<Arc<dyn Storage>> + Send + Sync;
-
-/// The result of resolving a name with a scheme.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub enum NameTarget {
-    /// A file, which is opened if the policy allows it. A relative path starts at the working
-    /// directory.
-    File(PathBuf),
-    /// A storage that is already open.
-    Storage(Arc<dyn Storage>),
-    /// An object that is not allowed.
-    Denied,
-}
 
 /// Resolves a name such as `json:{"driver":"file",…}`.
 pub type NameReader = dyn Fn(&str) -> io::Result<NameTarget> + Send + Sync;
@@ -68,12 +56,6 @@ pub(crate) enum MissingFormat {
     #[default]
     Refuse,
     Probe,
-}
-
-/// What a name turned out to be.
-pub(crate) enum Resolved {
-    File(PathBuf),
-    Storage(Arc<dyn Storage>),
 }
 
 impl OpenPolicy {
@@ -131,44 +113,79 @@ impl OpenPolicy {
     }
 
     /// Finds what `name`, found in the image at `image`, stands for, if it may be opened.
-    pub(crate) fn resolve(&self, image: Option<&Path>, name: &OsStr) -> Result<Resolved> {
+    pub(crate) fn resolve(&self, image: Option<&Path>, name: &OsStr) -> Result<NameTarget> {
         let directory =
             image.and_then(Path::parent).map(|directory| match directory.as_os_str().len() {
                 0 => Path::new("."),
                 _ => directory,
             });
-        let path = match scheme_of(name) {
+        let target = match scheme_of(name) {
             // As QEMU has it, this starts at the working directory.
             Some(scheme) if scheme == FILE_SCHEME.as_bytes() => {
-                OsStr::from_bytes(&name.as_bytes()[scheme.len() + 1..]).into()
+                NameTarget::File(OsStr::from_bytes(&name.as_bytes()[scheme.len() + 1..]).into())
             }
-            Some(scheme) => match self.read_name(scheme, name)? {
-                NameTarget::File(path) => path,
-                NameTarget::Storage(storage) => return Ok(Resolved::Storage(storage)),
-                NameTarget::Denied => {
-                    return Err(denied(
-                        format!(
-                            "names of the kind '{}:' are not allowed",
-                            String::from_utf8_lossy(scheme)
-                        ),
-                        name,
-                    ));
-                }
-            },
-            None => match (Path::new(name).is_absolute(), directory) {
+            Some(scheme) => self.read_name(scheme, name)?,
+            None => NameTarget::File(match (Path::new(name).is_absolute(), directory) {
                 (false, Some(directory)) => directory.join(name),
                 (true, _) => PathBuf::from(name),
                 (false, None) => {
                     let why = "the image is not a file, so the name cannot be resolved";
                     return Err(denied(why.into(), name));
                 }
-            },
+            }),
         };
+        self.allowed(target, directory, name)
+    }
+
+    /// Returns the target with the resolved paths of its files, if all of them may be opened.
+    fn allowed(
+        &self,
+        target: NameTarget,
+        directory: Option<&Path>,
+        name: &OsStr,
+    ) -> Result<NameTarget> {
+        Ok(match target {
+            NameTarget::File(path) => NameTarget::File(self.allowed_file(path, directory, name)?),
+            NameTarget::Storage(_) => target,
+            NameTarget::WithBacking(target, backing) => {
+                let target = Box::new(self.allowed(*target, directory, name)?);
+                NameTarget::WithBacking(target, self.allowed_backing(backing, directory, name)?)
+            }
+            NameTarget::Denied => {
+                let scheme = String::from_utf8_lossy(scheme_of(name).unwrap_or_default());
+                let why = format!("names of the kind '{scheme}:' are not allowed");
+                return Err(denied(why, name));
+            }
+        })
+    }
+
+    fn allowed_backing(
+        &self,
+        mut backing: BackingFile,
+        directory: Option<&Path>,
+        name: &OsStr,
+    ) -> Result<BackingFile> {
+        let mut layer = &mut backing;
+        while let BackingFile::Given(given) = layer {
+            if let Some(target) = given.target.take() {
+                given.target = Some(self.allowed(target, directory, name)?);
+            }
+            layer = &mut given.backing;
+        }
+        Ok(backing)
+    }
+
+    fn allowed_file(
+        &self,
+        path: PathBuf,
+        directory: Option<&Path>,
+        name: &OsStr,
+    ) -> Result<PathBuf> {
         if self.is_named(&path) {
-            return Ok(Resolved::File(path));
+            return Ok(path);
         }
         let root = match &self.files {
-            FileRule::Any => return Ok(Resolved::File(path)),
+            FileRule::Any => return Ok(path),
             FileRule::None => return Err(denied("no other file may be opened".into(), name)),
             FileRule::Beneath(root) => root.as_path(),
             FileRule::DirectoryOfImage => match directory {
@@ -183,7 +200,7 @@ impl OpenPolicy {
         let root = root.canonicalize().map_err(open_error(root))?;
         let path = path.canonicalize().map_err(open_error(&path))?;
         if path.starts_with(&root) {
-            Ok(Resolved::File(path))
+            Ok(path)
         } else {
             let why = format!("only files below '{}' may be opened", root.display());
             Err(denied(why, name))

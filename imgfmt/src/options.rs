@@ -4,39 +4,13 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::access::{Access, Locking};
+use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
 use crate::error::Result;
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
 use crate::storage::FileStorage;
-
-/// Whether an image may be changed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Access {
-    /// The file is never changed.
-    #[default]
-    ReadOnly,
-    /// Data may be written.
-    ReadWrite,
-}
-
-/// Whether a file is locked against other programs while it is open.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Locking {
-    /// Locks that QEMU's tools and this crate respect are held while the image is open, if its file
-    /// system supports them (some network file systems do not: see [`OpenOptions::on_unlocked`]).
-    #[default]
-    Auto,
-    /// The same, and a file that cannot be locked is not opened.
-    On,
-    /// No locks. Two writers of one image destroy it: only for files that no other program can
-    /// open.
-    Off,
-    /// The image is only read, and others may write to it at the same time, like a virtual machine.
-    /// Reads can then return a mix of old and new, also of the image's own tables: apparent damage
-    /// need not be real.
-    Shared,
-}
 
 /// Called with the path of a file that is opened without locks because it cannot be locked.
 pub type UnlockedHook = dyn Fn(&Path) + Send + Sync;
@@ -49,17 +23,6 @@ impl fmt::Debug for OnUnlocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.0.is_some() { "Some(..)" } else { "None" })
     }
-}
-
-/// The treatment of the backing file that an image names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum BackingFile {
-    /// It is opened, and shows where the image itself has no content.
-    #[default]
-    AsNamed,
-    /// It is not opened: ranges without content in the image itself read as zero. The image
-    /// continues to name it, so that zeroes written now hide it later.
-    Ignored,
 }
 
 /// The failures that the dirty bitmaps of a writable image survive.

@@ -4,9 +4,9 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 
-use imgfmt::{NameTarget, OpenPolicy};
+use imgfmt::{BackingFile, BackingOptions, NameTarget, OpenPolicy};
 use nbd_client::{Connector, ExportStorage, LocalFiles};
-use nbd_jobs::qemu_name::{JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
+use nbd_jobs::qemu_name::{BackingInName, JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
 use nbd_proto::NbdUri;
 
 use crate::connect::{ServerArgs, explain_unknown_export};
@@ -21,13 +21,9 @@ pub(crate) fn allow_exports(policy: OpenPolicy, server: &ServerArgs) -> OpenPoli
     SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
         let server = server.clone();
         let reader = move |name: &str| {
-            let uri = match from_name_in_image(name).map_err(io::Error::other)? {
-                NameInImage::File(path) => return Ok(NameTarget::File(path)),
-                NameInImage::Export(uri) => uri,
-            };
-            let storage = open_named_by_image(&uri, &server);
-            let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
-            Ok(NameTarget::Storage(Arc::new(storage)))
+            let (name, backing) = from_name_in_image(name).map_err(io::Error::other)?;
+            let target = |name| target_in_image(name, &server);
+            Ok(above(target(name)?, backing_file(backing, &target)?))
         };
         policy.read_scheme(*scheme, Arc::new(reader))
     })
@@ -36,11 +32,52 @@ pub(crate) fn allow_exports(policy: OpenPolicy, server: &ServerArgs) -> OpenPoli
 /// Allows images to name files by the options of QEMU's driver `file` if the policy allows the
 /// file.
 pub(crate) fn allow_json_files(policy: OpenPolicy) -> OpenPolicy {
-    let reader = |name: &str| match from_name_in_image(name).map_err(io::Error::other)? {
-        NameInImage::File(path) => Ok(NameTarget::File(path)),
-        NameInImage::Export(_) => Ok(NameTarget::Denied),
+    let reader = |name: &str| {
+        let (name, backing) = from_name_in_image(name).map_err(io::Error::other)?;
+        let target = |name| {
+            io::Result::Ok(match name {
+                NameInImage::File(path) => NameTarget::File(path),
+                NameInImage::Export(_) => NameTarget::Denied,
+            })
+        };
+        Ok(above(target(name)?, backing_file(backing, &target)?))
     };
     policy.read_scheme(JSON_SCHEME, Arc::new(reader))
+}
+
+fn above(target: NameTarget, backing: BackingFile) -> NameTarget {
+    match backing {
+        BackingFile::AsNamed => target,
+        backing => NameTarget::WithBacking(Box::new(target), backing),
+    }
+}
+
+/// Opens what an image names.
+fn target_in_image(name: NameInImage, server: &ServerArgs) -> io::Result<NameTarget> {
+    let uri = match name {
+        NameInImage::File(path) => return Ok(NameTarget::File(path)),
+        NameInImage::Export(uri) => uri,
+    };
+    let storage = open_named_by_image(&uri, server);
+    let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(NameTarget::Storage(Arc::new(storage)))
+}
+
+/// Returns the backing file that a name gives; `target` opens the exports in it.
+pub(crate) fn backing_file<E>(
+    backing: BackingInName,
+    target: &impl Fn(NameInImage) -> Result<NameTarget, E>,
+) -> Result<BackingFile, E> {
+    let given = match backing {
+        BackingInName::AsNamed => return Ok(BackingFile::AsNamed),
+        BackingInName::Ignored => return Ok(BackingFile::Ignored),
+        BackingInName::Given(given) => given,
+    };
+    let mut options = BackingOptions::default();
+    options.target = given.name.map(target).transpose()?;
+    options.format = given.format.known();
+    options.backing = backing_file(given.backing, target)?;
+    Ok(BackingFile::Given(Box::new(options)))
 }
 
 /// Connects to an export that an image names.

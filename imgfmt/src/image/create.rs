@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 
 use super::Image;
 use super::on_device::{NewOnDevice, is_block_device};
+use crate::access::Access;
 use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
-use crate::options::{Access, OpenOptions};
+use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage};
 use crate::units::GuestOffset;

@@ -5,13 +5,15 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Image, Shrink};
+use crate::access::Access;
+use crate::backing_file::BackingFile;
 use crate::backup::BackupIdentity;
 use crate::chain;
 use crate::create_options::{Amendment, Qcow2Version};
 use crate::error::Result;
 use crate::format::Format;
 use crate::info::ImageInfo;
-use crate::options::{Access, BackingFile, OpenOptions};
+use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::Storage;
 

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 pub use self::extents::Extents;
 pub use self::on_device::NewOnDevice;
+use crate::access::Access;
 use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::driver::{BackingLayer, Chain};
@@ -20,7 +21,7 @@ use crate::format::Format;
 use crate::info::ImageInfo;
 use crate::layer::{Layer, WritableLayer};
 use crate::mapping::{Holes, Lookup, Mapped, Mapping, ReadMap};
-use crate::options::{Access, OpenOptions};
+use crate::options::OpenOptions;
 use crate::qcow2::{CheckReport, Qcow2, Repair};
 use crate::read;
 use crate::storage::{

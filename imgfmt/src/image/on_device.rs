@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::Image;
+use crate::access::{Access, Locking};
 use crate::backup::BackupIdentity;
 use crate::create_options::{CreateOptions, Preallocation, invalid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
-use crate::options::{Access, Locking, OpenOptions};
+use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage, Speed, Storage, ZeroMode};
 use crate::unfinished::Unfinished;

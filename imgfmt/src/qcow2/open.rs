@@ -6,9 +6,10 @@ use std::sync::{Arc, MutexGuard, OnceLock};
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
+use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
 use crate::layer::{Backing, Layer};
-use crate::options::{Access, OpenOptions};
+use crate::options::OpenOptions;
 use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;

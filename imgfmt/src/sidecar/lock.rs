@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::thread::sleep;
 use std::time::Duration;
 
-use crate::options::Access;
+use crate::access::Access;
 
 /// A read-only open holds the lock as long as it takes to read a file.
 const TRIES: u32 = 50;

@@ -26,7 +26,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::options::{Access, BitmapDurability};
+use crate::access::Access;
+use crate::options::BitmapDurability;
 use file::InitialWords;
 use layout::Layout;
 use log::ActivityLog;

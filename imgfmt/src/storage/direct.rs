@@ -23,8 +23,8 @@ use super::durable;
 use super::opening::{identity_from, open_error};
 use super::range_locks::{RangeGuard, RangeLocks};
 use super::{Durability, FileIdentity};
+use crate::access::Access;
 use crate::error::{Error, ErrorKind, Result};
-use crate::options::Access;
 
 /// Unit of the locks of writes that may go through the page cache, in bytes: no page is larger.
 const PAGE_MAX: u64 = 64 * 1024;

@@ -19,10 +19,10 @@ use super::{
     Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode,
     durable, zero,
 };
+use crate::access::{Access, Locking};
 use crate::cache_mode::CacheMode;
 use crate::error::{Error, ErrorKind, Result, is_not_supported};
 use crate::extent::ExtentKind;
-use crate::options::{Access, Locking};
 use crate::sys;
 use crate::units::HostOffset;
 

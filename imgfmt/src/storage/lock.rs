@@ -11,7 +11,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::options::Access;
+use crate::access::Access;
 use crate::sys;
 
 const HELD_BASE: u64 = 100;

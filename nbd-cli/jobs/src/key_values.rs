@@ -82,6 +82,11 @@ impl KeyValues {
         self.values.get(key).is_some_and(|found| found.as_deref() == Some(value))
     }
 
+    /// Returns whether there is such a key.
+    pub fn has_key(&self, key: &str) -> bool {
+        self.values.contains_key(key)
+    }
+
     /// Removes all keys that begin with `prefix` and a dot, and returns them without that prefix.
     pub fn take_below(&mut self, prefix: &str) -> Self {
         let dotted = format!("{prefix}.");
@@ -148,7 +153,10 @@ fn flatten(prefix: String, value: Value, values: &mut BTreeMap<String, Option<St
     };
     match value {
         Value::Object(members) => {
-            for (key, value) in members {
+            // As in QEMU, a nested value is stronger than one with a dotted name.
+            let (nested, plain): (Vec<_>, Vec<_>) =
+                members.into_iter().partition(|(_, value)| value.is_object() || value.is_array());
+            for (key, value) in plain.into_iter().chain(nested) {
                 flatten(below(&key), value, values);
             }
         }
@@ -184,6 +192,9 @@ mod tests {
         let text = "driver=raw,file.driver=file,file.locking=on,list.0=7";
         let json = r#"{"driver":"raw","file":{"driver":"file","locking":true},"list":[7]}"#;
         assert_eq!(KeyValues::parse(json, None), KeyValues::parse(text, None));
+        let both = r#"{"driver":"raw","file":{"driver":"file","locking":true},"list.0":7,
+                      "file.driver":"nbd"}"#;
+        assert_eq!(KeyValues::from_json(both), KeyValues::parse(text, None));
         assert!(KeyValues::parse("{bad", None).is_err());
         let mut options = KeyValues::parse(text, None).unwrap();
         let mut file = options.take_below("file");

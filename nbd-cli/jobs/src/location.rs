@@ -7,7 +7,9 @@ use std::str::FromStr;
 use imgfmt::Format;
 use nbd_proto::NbdUri;
 
-use crate::qemu_name::{FILE_PREFIX, FormatInName, NameInImage, from_json, from_name};
+use crate::qemu_name::{
+    BackingInName, FILE_PREFIX, FormatInName, NameInImage, from_json, from_name,
+};
 
 /// A source or destination of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,13 +55,15 @@ impl FromStr for Location {
             return from_name(text).map(Self::Nbd);
         }
         if let Some(object) = text.strip_prefix("json:") {
-            return match from_json(object)? {
-                (_, FormatInName::Said(Format::Qcow2)) => {
-                    Err("the disk in an image is copied with 'nbd-cli image convert'".into())
-                }
-                (NameInImage::Export(uri), _) => Ok(Self::Nbd(*uri)),
-                (NameInImage::File(path), _) => Ok(Self::File(path)),
-            };
+            let image = from_json(object)?;
+            let is_qcow2 = image.format == FormatInName::Said(Format::Qcow2);
+            if is_qcow2 || image.backing != BackingInName::AsNamed {
+                return Err("the disk in an image is copied with 'nbd-cli image convert'".into());
+            }
+            return Ok(match image.name {
+                NameInImage::Export(uri) => Self::Nbd(*uri),
+                NameInImage::File(path) => Self::File(path),
+            });
         }
         if text.contains("://") && !scheme.contains('/') {
             return Err(format!(

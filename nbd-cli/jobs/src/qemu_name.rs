@@ -74,13 +74,13 @@ pub enum NameInImage {
 /// # Errors
 ///
 /// A sentence that describes the defect, or names the required driver.
-pub fn from_name_in_image(text: &str) -> Result<NameInImage, String> {
+pub fn from_name_in_image(text: &str) -> Result<(NameInImage, BackingInName), String> {
     if let Some(path) = text.strip_prefix(FILE_PREFIX) {
-        return Ok(NameInImage::File(path.into()));
+        return Ok((NameInImage::File(path.into()), BackingInName::AsNamed));
     }
     match text.strip_prefix("json:") {
-        Some(object) => from_json(object).map(|(name, _)| name),
-        None => from_name(text).map(Box::new).map(NameInImage::Export),
+        Some(object) => from_json(object).map(|named| (named.name, named.backing)),
+        None => Ok((NameInImage::Export(Box::new(from_name(text)?)), BackingInName::AsNamed)),
     }
 }
 
@@ -95,13 +95,64 @@ pub enum FormatInName {
     Bytes,
 }
 
-/// Parses a JSON object with the options of drivers, and determines the format.
+impl FormatInName {
+    /// The format that is stronger than what an image records.
+    pub fn known(self) -> Option<Format> {
+        match self {
+            Self::Unsaid => None,
+            Self::Said(format) => Some(format),
+            Self::Bytes => Some(Format::Raw),
+        }
+    }
+}
+
+/// The backing file according to driver options.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BackingInName {
+    /// The one that the image names.
+    #[default]
+    AsNamed,
+    /// None.
+    Ignored,
+    /// This one.
+    Given(Box<GivenInName>),
+}
+
+/// The options of a backing file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenInName {
+    /// `None`: the file that the image above names.
+    pub name: Option<NameInImage>,
+    /// The format of this image.
+    pub format: FormatInName,
+    /// The backing file of this image.
+    pub backing: BackingInName,
+}
+
+/// An image described by driver options.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedImage {
+    /// The file or export.
+    pub name: NameInImage,
+    /// The format of the image in it.
+    pub format: FormatInName,
+    /// The backing file of the image.
+    pub backing: BackingInName,
+}
+
+/// Parses a JSON object with the options of drivers, and determines format and backing file.
 ///
 /// # Errors
 ///
 /// As [`from_name_in_image`].
-pub fn from_json(object: &str) -> Result<(NameInImage, FormatInName), String> {
-    let mut options = KeyValues::from_json(object)?;
+pub fn from_json(object: &str) -> Result<NamedImage, String> {
+    let image = image_from_options(KeyValues::from_json(object)?, 0)?;
+    let name = image.name.ok_or("it names no driver")?;
+    Ok(NamedImage { name, format: image.format, backing: image.backing })
+}
+
+/// Parses the options of an image that has `depth` images above it.
+fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInName, String> {
     let mut driver = options.take("driver");
     let format = match driver.as_deref() {
         None => FormatInName::Unsaid,
@@ -109,28 +160,97 @@ pub fn from_json(object: &str) -> Result<(NameInImage, FormatInName), String> {
         Some("qcow2") => FormatInName::Said(Format::Qcow2),
         Some(_) => FormatInName::Bytes,
     };
+    let mut backing = BackingInName::AsNamed;
     if format != FormatInName::Bytes {
+        if format != FormatInName::Said(Format::Raw) {
+            backing = backing_from_options(&mut options, depth)?;
+        }
+        options.take("node-name");
         let below = options.take_below("file");
         refuse_left_over(driver.as_deref().unwrap_or("raw"), &options)?;
         options = below;
+        if depth > 0 && options.is_empty() {
+            return Ok(GivenInName { name: None, format, backing });
+        }
         driver = options.take("driver");
+        if driver.is_none() && options.has_key("filename") {
+            driver = Some("file".to_owned());
+        }
     }
-    let name = match driver.as_deref() {
-        Some("nbd") => NameInImage::Export(Box::new(from_options(&mut options)?)),
+    let name = file_from_options(driver.as_deref(), &mut options)?;
+    refuse_left_over(driver.as_deref().unwrap_or_default(), &options)?;
+    Ok(GivenInName { name: Some(name), format, backing })
+}
+
+/// Parses the options of the driver of an image's bytes.
+fn file_from_options(driver: Option<&str>, options: &mut KeyValues) -> Result<NameInImage, String> {
+    options.take("node-name");
+    match driver {
+        Some("nbd") => Ok(NameInImage::Export(Box::new(from_options(options)?))),
         Some("file" | "host_device") => {
             let path = options.take("filename").ok_or("the driver 'file' needs a filename")?;
-            NameInImage::File(path.into())
+            Ok(NameInImage::File(path.into()))
         }
-        Some(other) => {
+        Some(other) => Err(format!(
+            "it is named by the driver '{other}', and only 'file' and 'nbd' can be opened here; \
+             give a plain name (in an image, with 'nbd-cli image rebase --unsafe')"
+        )),
+        None => Err("it names no driver".to_owned()),
+    }
+}
+
+fn backing_from_options(options: &mut KeyValues, depth: usize) -> Result<BackingInName, String> {
+    Ok(match take_backing(options, depth)? {
+        BackingOption::AsNamed => BackingInName::AsNamed,
+        BackingOption::Ignored => BackingInName::Ignored,
+        BackingOption::Given(options) => {
+            BackingInName::Given(Box::new(image_from_options(options, depth + 1)?))
+        }
+    })
+}
+
+/// The option `backing` of an image driver.
+#[derive(Debug)]
+pub enum BackingOption {
+    /// Not there.
+    AsNamed,
+    /// Null.
+    Ignored,
+    /// The options of a driver.
+    Given(KeyValues),
+}
+
+/// Most images that options may describe one below the other: the layers that a chain can have.
+const IMAGES_MAX: usize = 500;
+
+/// Removes the option `backing` of an image that has `depth` images above it.
+///
+/// # Errors
+///
+/// A sentence if the backing file is given as a node, or if there are too many.
+pub fn take_backing(options: &mut KeyValues, depth: usize) -> Result<BackingOption, String> {
+    let is_null = options.take_null("backing");
+    let name = options.take("backing");
+    let below = options.take_below("backing");
+    match name.as_deref() {
+        // An empty name was the notation for null before null existed.
+        None | Some("") => {}
+        Some(node) => {
             return Err(format!(
-                "it is named by the driver '{other}', and only 'file' and 'nbd' can be opened here; \
-                 give a plain name (in an image, with 'nbd-cli image rebase --unsafe')"
+                "the backing file is given as the node '{node}', and there are no nodes here; give \
+                 its own options, such as backing.driver and backing.file.filename, or null for none"
             ));
         }
-        None => return Err("it names no driver".to_owned()),
-    };
-    refuse_left_over(driver.as_deref().unwrap_or_default(), &options)?;
-    Ok((name, format))
+    }
+    match (is_null || name.is_some(), below.is_empty()) {
+        (true, false) => Err("the option 'backing' is both empty and given in parts".to_owned()),
+        (true, true) => Ok(BackingOption::Ignored),
+        (false, true) => Ok(BackingOption::AsNamed),
+        (false, false) if depth >= IMAGES_MAX => {
+            Err(format!("more than {IMAGES_MAX} images are described one below the other"))
+        }
+        (false, false) => Ok(BackingOption::Given(below)),
+    }
 }
 
 fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {
@@ -237,7 +357,7 @@ mod tests {
             r#"json:{"file.driver":"nbd","file.path":"/run/s","file.export":"disk"}"#,
             r#"json:{"server.path":"/run/s","server.type":"unix","export":"disk","driver":"nbd"}"#,
         ] {
-            let NameInImage::Export(uri) = from_name_in_image(name).unwrap() else {
+            let (NameInImage::Export(uri), _) = from_name_in_image(name).unwrap() else {
                 panic!("{name} is one of a server");
             };
             assert_eq!(uri.to_string(), unix, "{name}");
@@ -249,7 +369,8 @@ mod tests {
             r#"json:{"driver":"raw","file.driver":"host_device","file.filename":"a/b"}"#,
         ] {
             let file = NameInImage::File("a/b".into());
-            assert_eq!(from_name_in_image(name), Ok(file), "{name}");
+            let expected = Ok((file, BackingInName::AsNamed));
+            assert_eq!(from_name_in_image(name), expected, "{name}");
         }
         for (name, part) in [
             (r#"json:{"driver":"file","path":"/etc/passwd"}"#, "filename"),

@@ -215,7 +215,7 @@ impl ImageChoices {
     }
 
     fn options(&self) -> OpenOptions {
-        let mut options = OpenOptions::new().locking(self.locking).backing(self.backing);
+        let mut options = OpenOptions::new().locking(self.locking).backing(self.backing.clone());
         options = options.cache(self.cache);
         options = warning(options);
         options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));

@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
-    Access, BackingFile, CreateOptions, Durability, Format, GuestOffset, GuestRange, Holes,
-    HostOffset, Image, L2Entries, Lookup, Mapped, Mapping, OpenOptions, OpenPolicy, Storage,
-    TryRead,
+    Access, BackingFile, BackingOptions, CreateOptions, Durability, Format, GuestOffset,
+    GuestRange, Holes, HostOffset, Image, L2Entries, Lookup, Mapped, Mapping, OpenOptions,
+    OpenPolicy, Storage, TryRead,
 };
 
 use super::PrivateDirectory;
@@ -32,7 +32,7 @@ pub(super) fn temporary(
     let path = source.canonicalize().map_err(|error| {
         CommandError::new(format!("cannot put an overlay over '{}': {error}", source.display()))
     })?;
-    if options.snapshot.is_some() || options.backing == BackingFile::Ignored {
+    if options.snapshot.is_some() {
         return temporary_over(base);
     }
     in_private_directory(|overlay| over_file(overlay, &path, &base, policy, options))
@@ -86,7 +86,10 @@ fn over_file(
     create(overlay, base.size())?;
     let plain = OpenOptions::new().format(Format::Qcow2);
     Image::change_backing_file(overlay, &plain, Some((path.as_os_str(), base.format())))?;
-    Image::open(overlay, &options().policy(policy).locking(below.locking).cache(below.cache))
+    let mut layer = BackingOptions::default();
+    layer.backing = below.backing.clone();
+    let options = options().backing(BackingFile::Given(Box::new(layer)));
+    Image::open(overlay, &options.policy(policy).locking(below.locking).cache(below.cache))
 }
 
 /// Creates an overlay over the contents of an open image: a snapshot has no name that an overlay

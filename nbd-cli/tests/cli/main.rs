@@ -64,6 +64,7 @@ mod map_chart;
 mod map_depth;
 mod map_output;
 mod new_files;
+mod qemu_nbd_backing;
 mod qemu_nbd_beside;
 mod qemu_nbd_chain;
 mod qemu_nbd_daemon;

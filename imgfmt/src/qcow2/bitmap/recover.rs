@@ -8,9 +8,9 @@ use super::plan::Planned;
 use super::session_state::Found;
 use super::sidecar::{decode_identity, sidecar_error};
 use super::store::{Bitmaps, ImageServices};
+use crate::access::Access;
 use crate::bitmap::{Bitmap, Bits, Condition, Recording};
 use crate::error::{Error, ErrorKind, Result, system_words};
-use crate::options::Access;
 use crate::qcow2::on_disk::header::autoclear;
 use crate::sidecar::{FoundBytes, Recovery, RecoveryPrecision, Rejection, Trust};
 

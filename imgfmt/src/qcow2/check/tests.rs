@@ -1,8 +1,9 @@
 use std::sync::Arc;
 
 use super::Checker;
+use crate::access::Access;
 use crate::layer::WritableLayer;
-use crate::options::{Access, OpenOptions};
+use crate::options::OpenOptions;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::header::Header;
 use crate::qcow2::purpose::Purpose;

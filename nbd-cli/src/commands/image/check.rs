@@ -151,7 +151,7 @@ fn check(
     repair: Repair,
     server: &ServerArgs,
 ) -> Result<Result<CheckReport, Error>, CommandError> {
-    let (place, options) = place.settled(options)?;
+    let (place, options) = place.settled(options, server)?;
     let options = &options;
     let (checked, can_be_described) = match place {
         Place::Export { .. } if repair != Repair::None => {

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use clap::Args;
 use imgfmt::{
-    BitmapEntry, CompressionType, Encryption, ImageInfo, L2Entries, OpenOptions, Qcow2Info,
+    BitmapEntry, CompressionType, Encryption, Format, ImageInfo, L2Entries, OpenOptions, Qcow2Info,
     Qcow2Version, Recording,
 };
 use nbd_client::Scope;
@@ -198,18 +198,21 @@ fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
     while args.backing_chain
         && let Some(above) = layers.last()
         && let Some(qcow2) = &above.info.qcow2
-        && let Some(name) = &qcow2.backing_name
+        && let Some((place, format)) = above.place.backing(recorded_backing(qcow2))?
     {
-        let place = above.place.beside(name)?;
-        // Any other name is one of a raw image.
-        options.format = qcow2
-            .backing_format
-            .as_deref()
-            .map(|name| imgfmt::Format::from_name(name).unwrap_or(imgfmt::Format::Raw));
+        options.format = format;
         let info = place.inspect(&options, &args.server)?;
         layers.push(Found { place, info, server: None });
     }
     Ok(layers)
+}
+
+/// The name and format of the backing file in an image.
+fn recorded_backing(qcow2: &Qcow2Info) -> Option<(&OsStr, Option<Format>)> {
+    // Any other name is one of a raw image.
+    let format = |name| Format::from_name(name).unwrap_or(Format::Raw);
+    let name = qcow2.backing_name.as_deref()?;
+    Some((name, qcow2.backing_format.as_deref().map(format)))
 }
 
 /// Describes an export.

@@ -109,7 +109,7 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let mut output = Output::new();
     let mut report = Report { format, pending: None, separator: "[" };
     let options = args.share.apply(args.open.options_with(&args.server));
-    let (place, options) = place.settled(&options)?;
+    let (place, options) = place.settled(&options, &args.server)?;
     match place {
         // What is inside an image inside an export is known to us alone.
         Place::Export { uri, .. } if options.format != Some(Format::Qcow2) => {

@@ -5,19 +5,20 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use imgfmt::{Access, Error, Format, Image, ImageInfo, OpenOptions};
+use imgfmt::{Access, Error, Format, Image, ImageInfo, NameTarget, OpenOptions};
 use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
 use nbd_jobs::Location;
 use nbd_jobs::qemu_name::{
-    FormatInName, NameInImage, from_json, from_name_in_image, has_scheme, path_in,
+    BackingInName, FormatInName, NameInImage, NamedImage, from_json, from_name_in_image,
+    has_scheme, path_in,
 };
 use nbd_proto::NbdUri;
 
 use super::open::{TrustArgs, beside, explained, explained_with};
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
-use crate::remote::{open_export, open_named_by_image};
+use crate::remote::{backing_file, open_export, open_named_by_image};
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]
@@ -28,10 +29,11 @@ pub(in crate::commands) enum Place {
         uri: NbdUri,
         files: LocalFiles,
     },
-    /// A file or export, with the format that its name specifies.
+    /// A file or export, with the format and the backing file that its name specifies.
     Described {
         place: Box<Self>,
         format: FormatInName,
+        backing: BackingInName,
     },
 }
 
@@ -41,13 +43,10 @@ impl Place {
         // File names need not be UTF-8; URIs must be.
         let Some(text) = word.to_str() else { return Ok(Self::File(path_in(word).into())) };
         if let Some(object) = text.strip_prefix("json:") {
-            let (name, format) = from_json(object)
+            let NamedImage { name, format, backing } = from_json(object)
                 .map_err(|why| CommandError::new(format!("'{text}' cannot be used: {why}")))?;
-            let place = Box::new(match name {
-                NameInImage::File(path) => Self::File(path),
-                NameInImage::Export(uri) => Self::Export { uri: *uri, files: LocalFiles::Allowed },
-            });
-            return Ok(Self::Described { place, format });
+            let place = Box::new(Self::of(name, LocalFiles::Allowed));
+            return Ok(Self::Described { place, format, backing });
         }
         match text.parse().map_err(CommandError::new)? {
             Location::File(path) => Ok(Self::File(path)),
@@ -55,6 +54,13 @@ impl Place {
             Location::Standard | Location::Null => Err(CommandError::new(format!(
                 "'{text}' is not an image; give a file (./{text} if that is its name) or an NBD URI"
             ))),
+        }
+    }
+
+    fn of(name: NameInImage, files: LocalFiles) -> Self {
+        match name {
+            NameInImage::File(path) => Self::File(path),
+            NameInImage::Export(uri) => Self::Export { uri: *uri, files },
         }
     }
 
@@ -101,7 +107,8 @@ impl Place {
         }
     }
 
-    /// Returns the file or export, and the options with the format that its name specifies.
+    /// Returns the file or export, and the options with the format and the backing file that its
+    /// name specifies.
     ///
     /// # Errors
     ///
@@ -109,9 +116,10 @@ impl Place {
     pub(super) fn settled(
         &self,
         options: &OpenOptions,
+        server: &ServerArgs,
     ) -> Result<(&Self, OpenOptions), CommandError> {
         let mut options = options.clone();
-        let Self::Described { place, format } = self else { return Ok((self, options)) };
+        let Self::Described { place, format, backing } = self else { return Ok((self, options)) };
         match (format, options.format) {
             (FormatInName::Said(said), Some(given)) if *said != given => {
                 return Err(CommandError::new(format!(
@@ -123,7 +131,9 @@ impl Place {
             (FormatInName::Bytes, None) => options.format = Some(Format::Raw),
             (FormatInName::Bytes | FormatInName::Unsaid, _) => {}
         }
-        let (place, options) = (&**place, options);
+        let files = place.local_files();
+        let target = |name| Self::of(name, files).target(server);
+        options.backing = backing_file(backing.clone(), &target)?;
         Ok((place, options))
     }
 
@@ -133,7 +143,7 @@ impl Place {
         options: &OpenOptions,
         server: &ServerArgs,
     ) -> Result<ImageInfo, CommandError> {
-        let (place, options) = self.settled(options)?;
+        let (place, options) = self.settled(options, server)?;
         match place {
             Self::Export { uri, files } => {
                 let storage = storage(uri, *files, server)?;
@@ -159,7 +169,7 @@ impl Place {
         options: &OpenOptions,
         server: &ServerArgs,
     ) -> Result<(Image, Option<Arc<ExportStorage>>), CommandError> {
-        let (place, options) = self.settled(options)?;
+        let (place, options) = self.settled(options, server)?;
         let Self::Export { uri, files } = place else {
             return Ok((place.open(&options, server)?, None));
         };
@@ -177,7 +187,7 @@ impl Place {
         server: &ServerArgs,
         raw_option: &str,
     ) -> Result<Image, CommandError> {
-        let (place, options) = self.settled(options)?;
+        let (place, options) = self.settled(options, server)?;
         match place {
             Self::Export { uri, files } => {
                 let storage = storage(uri, *files, server)?;
@@ -240,9 +250,16 @@ impl Place {
     /// If it is a malformed name of a server.
     pub(in crate::commands) fn beside(&self, name: &OsStr) -> Result<Self, CommandError> {
         if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
-            return Ok(match from_name_in_image(name).map_err(CommandError::new)? {
-                NameInImage::File(path) => Self::File(path),
-                NameInImage::Export(uri) => Self::Export { uri: *uri, files: LocalFiles::Refused },
+            let (name, backing) = from_name_in_image(name).map_err(CommandError::new)?;
+            let place = Self::of(name, LocalFiles::Refused);
+            return Ok(match backing {
+                BackingInName::AsNamed => place,
+                // The image records the format.
+                backing => Self::Described {
+                    place: Box::new(place),
+                    format: FormatInName::Unsaid,
+                    backing,
+                },
             });
         }
         Ok(Self::File(match (self.uri(), path_in(name)) {
@@ -250,6 +267,55 @@ impl Place {
             // As in QEMU, a name with a scheme starts at the working directory.
             (_, path) => path.to_owned(),
         }))
+    }
+
+    /// Returns the backing file of the image, in which `name` and `format` are recorded, and its
+    /// format.
+    ///
+    /// # Errors
+    ///
+    /// As [`beside`](Self::beside).
+    pub(super) fn backing(
+        &self,
+        recorded: Option<(&OsStr, Option<Format>)>,
+    ) -> Result<Option<(Self, Option<Format>)>, CommandError> {
+        let (name, format) = recorded.unzip();
+        let named = || name.map(|name| self.beside(name)).transpose();
+        let given = match self {
+            Self::Described { backing: BackingInName::Ignored, .. } => return Ok(None),
+            Self::Described { backing: BackingInName::Given(given), .. } => given,
+            _ => return Ok(named()?.map(|place| (place, format.flatten()))),
+        };
+        let place = match &given.name {
+            Some(name) => Some(Self::of(name.clone(), self.local_files())),
+            None => named()?,
+        };
+        let described = |place| Self::Described {
+            place: Box::new(place),
+            format: FormatInName::Unsaid,
+            backing: given.backing.clone(),
+        };
+        let format = given.format.known().or(format.flatten());
+        Ok(place.map(|place| (described(place), format)))
+    }
+
+    /// Returns whether a URI beside this place may name files of this machine: if its own may.
+    fn local_files(&self) -> LocalFiles {
+        match self {
+            Self::File(_) => LocalFiles::Allowed,
+            Self::Export { files, .. } => *files,
+            Self::Described { place, .. } => place.local_files(),
+        }
+    }
+
+    /// Returns the file, or the opened export.
+    fn target(self, server: &ServerArgs) -> Result<NameTarget, CommandError> {
+        match self {
+            Self::Export { uri, files } => {
+                Ok(NameTarget::Storage(Arc::new(storage(&uri, files, server)?)))
+            }
+            file => Ok(NameTarget::File(file.path().to_owned())),
+        }
     }
 
     /// Returns the error with the name of this place, if it has none yet.

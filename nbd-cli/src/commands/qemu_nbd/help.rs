@@ -37,7 +37,8 @@ What to serve: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or 
   -f, --format=FORMAT       raw or qcow2; detected unless given
       --image-opts          FILE is a list of options of the drivers raw, qcow2, file, host_device,
                             nbd and null-co, such as driver=raw,offset=1M,file.filename=disk.img;
-                            with the driver qcow2 an empty backing= leaves the backing file out
+                            with the driver qcow2 an empty backing= leaves the backing file out,
+                            and backing.driver, backing.file.filename... choose another one
   -r, --read-only           refuse writes
   -s, --snapshot            keep writes in a temporary file; the image is only read
   -l, --load-snapshot=SNAPSHOT_PARAM

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use imgfmt::{BackingFile, CacheMode, Format, Locking};
+use imgfmt::{CacheMode, Format, Locking};
 use nbd_jobs::key_values::KeyValues;
-use nbd_jobs::qemu_name;
+use nbd_jobs::qemu_name::{self, BackingOption, take_backing};
 use nbd_proto::NbdUri;
 
 use super::options::{parse_detect_zeroes, parse_discard};
@@ -20,7 +20,7 @@ pub(super) struct Described {
     pub(super) part: Window,
     /// `None`: to be detected.
     pub(super) format: Option<Format>,
-    pub(super) backing: BackingFile,
+    pub(super) backing: Backing,
     /// The part of the disk that is exported, by drivers `raw` above its format.
     pub(super) window: Window,
     pub(super) read_only: bool,
@@ -28,6 +28,18 @@ pub(super) struct Described {
     pub(super) cache: CacheSwitches,
     pub(super) discard: Option<Discard>,
     pub(super) detect_zeroes: Option<DetectZeroes>,
+}
+
+/// The backing file of a disk.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) enum Backing {
+    /// The one that the image names.
+    #[default]
+    AsNamed,
+    /// None.
+    Ignored,
+    /// This one. It is read-only, whatever its options say.
+    Given(Box<Described>),
 }
 
 /// The options of drivers that are stronger than `--cache`; `None` where they are not given.
@@ -57,6 +69,8 @@ impl CacheSwitches {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Place {
     File(PathBuf),
+    /// The file that the image above names; only for backing files.
+    NamedAbove,
     /// On another server.
     Export(Box<NbdUri>),
     /// None: a disk of that many bytes that discards all writes and takes that long for each request.
@@ -144,13 +158,19 @@ impl Described {
     /// # Errors
     ///
     /// A sentence that names the invalid or unsupported option.
-    pub(super) fn from_options(mut options: KeyValues) -> Result<Self, String> {
-        let mut disk = Self { format: Some(Format::Raw), ..Self::default() };
+    pub(super) fn from_options(options: KeyValues) -> Result<Self, String> {
+        Self::layer_from_options(options, 0)
+    }
+
+    /// Parses the options of a disk with `depth` disks above it, for which it is a backing file.
+    fn layer_from_options(mut options: KeyValues, depth: usize) -> Result<Self, String> {
+        let mut disk = Self { format: Some(Format::Raw), read_only: depth > 0, ..Self::default() };
         let mut met = Met::NoFormat;
         let mut driver = options.take("driver");
         if driver.is_none() {
             (disk.format, met) = (None, Met::Format);
-            options = disk.format_driver("any", options)?;
+            disk.backing = take_backing_disk(&mut options, depth)?;
+            options = disk.format_driver("any", options, depth)?;
             driver = options.take("driver");
         }
         loop {
@@ -162,15 +182,18 @@ impl Described {
                         Met::Format => &mut disk.part,
                     };
                     *above = window.narrowed(*above).map_err(|error| error.to_string())?;
-                    options = disk.format_driver("raw", options)?;
+                    options = disk.format_driver("raw", options, depth)?;
                 }
                 "qcow2" if met == Met::NoFormat => {
+                    if depth > 0 && disk.window != Window::default() {
+                        return Err("a part of a qcow2 image cannot be a backing file".to_owned());
+                    }
                     (disk.format, met) = (Some(Format::Qcow2), Met::Format);
-                    options = disk.qcow2(options)?;
-                    options = disk.format_driver("qcow2", options)?;
+                    options = disk.qcow2(options, depth)?;
+                    options = disk.format_driver("qcow2", options, depth)?;
                 }
                 name @ ("file" | "host_device") => {
-                    disk.file(name, options)?;
+                    disk.file(name, options, depth)?;
                     return Ok(disk);
                 }
                 "nbd" => {
@@ -191,14 +214,19 @@ impl Described {
 
     /// Parses the options that all drivers above others have, and returns the options of its
     /// `file`.
-    fn format_driver(&mut self, name: &str, mut options: KeyValues) -> Result<KeyValues, String> {
+    fn format_driver(
+        &mut self,
+        name: &str,
+        mut options: KeyValues,
+        depth: usize,
+    ) -> Result<KeyValues, String> {
         if options.take("file").is_some() {
             return Err("a file that is named as a node is not supported; use file.driver and \
                         file.filename"
                 .to_owned());
         }
         let file = options.take_below("file");
-        if file.is_empty() {
+        if file.is_empty() && depth == 0 {
             return Err("A block device must be specified for \"file\"".to_owned());
         }
         self.last_driver(name, options)?;
@@ -207,11 +235,12 @@ impl Described {
 
     /// Parses the options of the drivers `file` and `host_device`. Unlike on the command line, the
     /// file name is taken literally.
-    fn file(&mut self, driver: &str, mut options: KeyValues) -> Result<(), String> {
-        let path = options.take("filename");
-        let path =
-            path.ok_or_else(|| format!("The '{driver}' block driver requires a file name"))?;
-        self.place = Place::File(path.into());
+    fn file(&mut self, driver: &str, mut options: KeyValues, depth: usize) -> Result<(), String> {
+        self.place = match options.take("filename") {
+            Some(path) => Place::File(path.into()),
+            None if depth > 0 => Place::NamedAbove,
+            None => return Err(format!("The '{driver}' block driver requires a file name")),
+        };
         let locking = match options.take("locking").as_deref() {
             None | Some("auto") => Locking::Auto,
             Some("on") => Locking::On,
@@ -245,7 +274,7 @@ impl Described {
     }
 
     /// Removes options that only tune the driver, and refuses those that would change the disk.
-    fn qcow2(&mut self, mut options: KeyValues) -> Result<KeyValues, String> {
+    fn qcow2(&mut self, mut options: KeyValues, depth: usize) -> Result<KeyValues, String> {
         for key in QCOW2_TUNING {
             options.take(key);
         }
@@ -254,12 +283,8 @@ impl Described {
         if options.take_switch("discard-no-unref")? == Some(true) {
             return Err("discard-no-unref=on is not supported".to_owned());
         }
-        // An empty name was the notation for null before null existed.
-        if options.take_null("backing") || options.has("backing", "") {
-            options.take("backing");
-            self.backing = BackingFile::Ignored;
-        }
-        for group in ["encrypt", "backing", "data-file"] {
+        self.backing = take_backing_disk(&mut options, depth)?;
+        for group in ["encrypt", "data-file"] {
             if options.take(group).is_some() || !options.take_below(group).is_empty() {
                 return Err(format!("the option '{group}' of the driver 'qcow2' is not supported"));
             }
@@ -300,6 +325,16 @@ impl Described {
             }
         }
     }
+}
+
+fn take_backing_disk(options: &mut KeyValues, depth: usize) -> Result<Backing, String> {
+    Ok(match take_backing(options, depth)? {
+        BackingOption::AsNamed => Backing::AsNamed,
+        BackingOption::Ignored => Backing::Ignored,
+        BackingOption::Given(options) => {
+            Backing::Given(Box::new(Described::layer_from_options(options, depth + 1)?))
+        }
+    })
 }
 
 fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, String> {
@@ -369,14 +404,14 @@ mod tests {
             place: Place::File("ova".into()),
             part: Window { offset: 512, size: Some(1 << 20) },
             format: Some(Format::Qcow2),
-            backing: BackingFile::Ignored,
+            backing: Backing::Ignored,
             window: Window { offset: 64 << 10, size: None },
             ..Described::default()
         };
         assert_eq!(read(qcow2), Ok(expected));
         let json = r#"{"driver":"qcow2","file":{"filename":"d","driver":"file"},"backing":null}"#;
         let json = Described::from_options(KeyValues::from_json(json).unwrap()).unwrap();
-        assert_eq!(json.backing, BackingFile::Ignored);
+        assert_eq!(json.backing, Backing::Ignored);
         let null = Described {
             place: Place::Null(1 << 20, Duration::ZERO),
             format: Some(Format::Raw),

@@ -3,7 +3,10 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::{Access, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy, Storage};
+use imgfmt::{
+    Access, BackingFile, BackingOptions, CacheMode, Format, Image, Locking, NameTarget,
+    OpenOptions, OpenPolicy, Storage,
+};
 use nbd_client::{Connector, ExportStorage};
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_name::path_in;
@@ -13,7 +16,7 @@ use nbd_server::export::filters::{
     AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, ZeroUnit,
 };
 
-use super::image_options::{Described, Place, unknown_driver};
+use super::image_options::{Backing, Described, Place, unknown_driver};
 use super::options::{AioMode, Options, SnapshotName};
 use super::storage::{Null, Part, SECTOR, in_whole_sectors};
 use super::{Refusal, complain};
@@ -47,6 +50,7 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
         disk.format = Some(format.ok_or_else(|| failed(unknown_driver(name)))?);
     }
     let mut choices = choices(options, &disk).map_err(failed)?;
+    choices.backing = backing_file(&choices, &disk.backing).map_err(failed)?;
     let (image, remote) = open_image(&mut choices, &disk).map_err(failed)?;
     warn_of_guess(&choices, &image, &shown.to_string());
     let is_detected = choices.format.is_none() && image.format() == Format::Raw;
@@ -132,6 +136,7 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
             let file = choices.open_file(path).map_err(|error| error.to_string())?;
             (Arc::new(file), None)
         }
+        Place::NamedAbove => return Err("the image above has to be open".to_owned()),
         Place::Null(size, latency) => (Arc::new(Null::new(*size, *latency)), None),
         Place::Export(uri) => {
             let storage = open_export(Connector::new(NbdUri::clone(uri)));
@@ -143,6 +148,45 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
             (storage.clone(), Some(storage))
         }
     })
+}
+
+/// Opens what the options of a backing file describe.
+fn backing_file(choices: &ImageChoices, backing: &Backing) -> Result<BackingFile, String> {
+    let disk = match backing {
+        Backing::AsNamed => return Ok(BackingFile::AsNamed),
+        Backing::Ignored => return Ok(BackingFile::Ignored),
+        Backing::Given(disk) => disk,
+    };
+    // A part of a raw disk is a part of its file.
+    let part = match disk.format {
+        Some(Format::Raw) => disk.window,
+        _ => disk.part,
+    };
+    let whole = Window::default();
+    let mut options = BackingOptions::default();
+    options.target = match &disk.place {
+        Place::NamedAbove if part == whole => None,
+        Place::NamedAbove => {
+            return Err("a part of a backing file needs its name too (file.filename)".to_owned());
+        }
+        Place::File(path) if part == whole => Some(NameTarget::File(path.clone())),
+        place => {
+            let reading = ImageChoices {
+                writes: Writes::Refused,
+                locking: disk.locking,
+                cache: disk.cache.applied_to(choices.cache),
+                ..choices.clone()
+            };
+            let (storage, _) = open_place(&reading, place)?;
+            let storage = in_whole_sectors(storage).map_err(|error| error.to_string())?;
+            Some(NameTarget::Storage(part_of(storage, part)?))
+        }
+    };
+    options.format = disk.format;
+    options.locking = Some(disk.locking).filter(|locking| *locking != Locking::Auto);
+    options.cache = Some(disk.cache.applied_to(choices.cache));
+    options.backing = backing_file(choices, &disk.backing)?;
+    Ok(BackingFile::Given(Box::new(options)))
 }
 
 fn check_aio(options: &Options) -> Result<(), String> {
@@ -175,7 +219,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         policy: Some(policy),
         locking: disk.locking,
         cache,
-        backing: disk.backing,
+        backing: BackingFile::AsNamed,
         upstream: ServerArgs::default(),
         // QEMU lists the last one first, in an order that clients see.
         bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),

@@ -1,0 +1,29 @@
+//! Whether a file is changed, and whether it is locked.
+
+/// Whether an image may be changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// The file is never changed.
+    #[default]
+    ReadOnly,
+    /// Data may be written.
+    ReadWrite,
+}
+
+/// Whether a file is locked against other programs while it is open.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Locking {
+    /// Locks that QEMU's tools and this crate respect are held while the image is open, if its file
+    /// system supports them (some network file systems do not: see [`OpenOptions::on_unlocked`]).
+    #[default]
+    Auto,
+    /// The same, and a file that cannot be locked is not opened.
+    On,
+    /// No locks. Two writers of one image destroy it: only for files that no other program can
+    /// open.
+    Off,
+    /// The image is only read, and others may write to it at the same time, like a virtual machine.
+    /// Reads can then return a mix of old and new, also of the image's own tables: apparent damage
+    /// need not be real.
+    Shared,
+}
