@@ -14,6 +14,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 pub(crate) enum Class {
     /// Waiting: for a disk, a network, another thread. Many at a time keep a disk busy.
     Wait,
+    /// Changing or moving much of one disk: work for the system's cores, and under a lock that
+    /// others want. More than a few at a time on one disk achieve nothing.
+    Bulk,
     /// Computing: more at a time than there are cores only take them away from the connections.
     Compute,
 }
@@ -32,9 +35,14 @@ const GROUP_SHARE_OF_FREE: usize = 3;
 pub(crate) struct Limits {
     /// Of all classes. At least 1.
     pub(crate) running: usize,
-    /// Of [`Class::Compute`]. At least 1.
+    /// Of [`Class::Compute`], and of [`Class::Bulk`] for one export. At least 1.
     pub(crate) computing: usize,
+    /// Of [`Class::Bulk`], for all exports. At least 1.
+    pub(crate) bulk: usize,
 }
+
+/// How many classes there are.
+const CLASSES: usize = 3;
 
 /// Names a flow. None is ever given twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -54,7 +62,7 @@ pub(crate) struct Cost {
 #[derive(Debug)]
 struct Flow<J> {
     group: GroupId,
-    classes: [ClassOfFlow<J>; 2],
+    classes: [ClassOfFlow<J>; CLASSES],
     /// Gone as soon as it is idle.
     is_passing: bool,
 }
@@ -92,8 +100,10 @@ impl<J> Flow<J> {
 #[derive(Debug, Default)]
 struct Group {
     running: usize,
+    /// Those of [`Class::Bulk`] among them.
+    bulk: usize,
     /// Flows that have jobs of a class, the one with the least service first.
-    ready: [BTreeSet<(u64, FlowId)>; 2],
+    ready: [BTreeSet<(u64, FlowId)>; CLASSES],
     /// The flow of the group's own jobs, while it has any.
     own: Option<FlowId>,
 }
@@ -113,6 +123,12 @@ pub(crate) struct Started {
     cost: Cost,
 }
 
+impl Started {
+    pub(crate) const fn class(&self) -> Class {
+        self.cost.class
+    }
+}
+
 /// The jobs of all connections that wait.
 #[derive(Debug)]
 pub(crate) struct FairQueue<J> {
@@ -120,10 +136,11 @@ pub(crate) struct FairQueue<J> {
     flows: HashMap<FlowId, Flow<J>>,
     groups: BTreeMap<GroupId, Group>,
     /// For each class, how far the service is: the latest virtual time at which a job was started.
-    clocks: [u64; 2],
+    clocks: [u64; CLASSES],
     next: u64,
     running: usize,
-    computing: usize,
+    /// Running jobs of each class.
+    of_class: [usize; CLASSES],
 }
 
 impl<J> FairQueue<J> {
@@ -132,10 +149,10 @@ impl<J> FairQueue<J> {
             limits,
             flows: HashMap::new(),
             groups: BTreeMap::new(),
-            clocks: [HEAD_START; 2],
+            clocks: [HEAD_START; CLASSES],
             next: 0,
             running: 0,
-            computing: 0,
+            of_class: [0; CLASSES],
         }
     }
 
@@ -217,13 +234,12 @@ impl<J> FairQueue<J> {
         if free == 0 {
             return None;
         }
-        let may_compute = self.computing < self.limits.computing;
-        // Few compute at a time, so they never keep those who wait from the threads.
-        let compute = if may_compute { self.first(Class::Compute, free) } else { None };
-        let (class, flow) = match compute {
-            Some(flow) => (Class::Compute, flow),
-            None => (Class::Wait, self.first(Class::Wait, free)?),
-        };
+        // Few of the first two run at a time, so they never keep those who wait from the threads.
+        let classes = [Class::Compute, Class::Bulk, Class::Wait];
+        let (class, flow) = classes
+            .into_iter()
+            .filter(|class| self.of_class[*class as usize] < self.limit(*class))
+            .find_map(|class| Some((class, self.first(class, free)?)))?;
         self.unready(flow);
         let entry = self.flows.get_mut(&flow)?;
         let of_class = &mut entry.classes[class as usize];
@@ -235,9 +251,20 @@ impl<J> FairQueue<J> {
         let group = entry.group;
         self.ready(flow);
         self.running += 1;
-        self.computing += usize::from(class == Class::Compute);
-        self.groups.entry(group).or_default().running += 1;
+        self.of_class[class as usize] += 1;
+        let group_entry = self.groups.entry(group).or_default();
+        group_entry.running += 1;
+        group_entry.bulk += usize::from(class == Class::Bulk);
         Some(Popped { job, started: Started { flow, group, cost } })
+    }
+
+    /// How many jobs of a class may run.
+    const fn limit(&self, class: Class) -> usize {
+        match class {
+            Class::Wait => self.limits.running,
+            Class::Bulk => self.limits.bulk,
+            Class::Compute => self.limits.computing,
+        }
     }
 
     /// The flow with the least service of those that may start a job of a class.
@@ -246,7 +273,10 @@ impl<J> FairQueue<J> {
             self.flows.get(flow).is_some_and(|flow| flow.running() < FLOW_SHARE_OF_FREE * free)
         };
         let groups = self.groups.values();
-        let groups = groups.filter(|group| group.running < GROUP_SHARE_OF_FREE * free);
+        let groups = groups.filter(|group| {
+            let is_served = class == Class::Bulk && group.bulk >= self.limits.computing;
+            group.running < GROUP_SHARE_OF_FREE * free && !is_served
+        });
         // Few have so many running that they are passed over.
         let firsts = groups.filter_map(|group| {
             group.ready[class as usize].iter().find(|(_, flow)| may_start(flow))
@@ -259,9 +289,10 @@ impl<J> FairQueue<J> {
     pub(crate) fn finish(&mut self, started: Started, elapsed: u64, rest: Option<(Cost, J)>) {
         let Started { flow, group, cost } = started;
         self.running -= 1;
-        self.computing -= usize::from(cost.class == Class::Compute);
+        self.of_class[cost.class as usize] -= 1;
         if let Some(group) = self.groups.get_mut(&group) {
             group.running -= 1;
+            group.bulk -= usize::from(cost.class == Class::Bulk);
         }
         self.unready(flow);
         // A flow is there as long as any of its jobs.
@@ -271,7 +302,12 @@ impl<J> FairQueue<J> {
         class.virtual_time =
             class.virtual_time.saturating_add(elapsed).saturating_sub(cost.estimate);
         if let Some((cost, job)) = rest {
-            entry.classes[cost.class as usize].waiting.push_front((cost, job));
+            let now = self.clocks[cost.class as usize].saturating_sub(HEAD_START);
+            let class = &mut entry.classes[cost.class as usize];
+            if class.is_idle() {
+                class.virtual_time = class.virtual_time.max(now);
+            }
+            class.waiting.push_front((cost, job));
         }
         self.ready(flow);
         self.pass(flow);
@@ -314,10 +350,11 @@ mod tests {
     use super::*;
 
     const WAIT: Cost = Cost { class: Class::Wait, estimate: 100 };
+    const BULK: Cost = Cost { class: Class::Bulk, estimate: 100 };
     const COMPUTE: Cost = Cost { class: Class::Compute, estimate: 100 };
 
     fn queue(running: usize, computing: usize) -> FairQueue<&'static str> {
-        FairQueue::new(Limits { running, computing })
+        FairQueue::new(Limits { running, computing, bulk: (running / 4).max(1) })
     }
 
     /// Carries out one job after the other, each of which takes `elapsed`; their names.
@@ -420,6 +457,28 @@ mod tests {
         started.sort_by_key(|popped| popped.job);
         let jobs: Vec<_> = started.iter().map(|popped| popped.job).collect();
         assert_eq!(jobs, ["its read", "read", "walk"]);
+    }
+
+    #[test]
+    fn bulk_work_is_done_a_few_jobs_at_a_time_on_each_disk_and_leaves_threads_to_all_else() {
+        let mut queue = queue(16, 2);
+        let flows: Vec<_> = (0..8).map(|index| queue.open(index % 4)).collect();
+        for flow in &flows {
+            for _ in 0..10 {
+                queue.push(*flow, BULK, "bulk").unwrap();
+            }
+        }
+        let bulk: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+        let of_first = bulk.iter().filter(|popped| popped.started.group == 0).count();
+        assert_eq!((bulk.len(), of_first), (4, 1), "the groups are served alike");
+        queue.push(flows[0], WAIT, "read").unwrap();
+        let read = queue.pop().expect("it does not wait for those");
+        assert_eq!(read.job, "read");
+        // As soon as one has ended, it is the turn of another flow.
+        let Popped { started, .. } = bulk.into_iter().next().unwrap();
+        queue.finish(started, 100, Some((BULK, "its rest")));
+        assert_ne!(queue.pop().unwrap().started.flow, started.flow);
+        assert!(queue.pop().is_none());
     }
 
     #[test]

@@ -2,18 +2,22 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::queue::{Class, Cost, FairQueue, FlowId, GroupId, Limits, Popped, Started};
+use crate::sys;
 
 /// Threads for each core, and in all. A disk with a deep queue wants more than there are cores;
 /// beyond some dozens they only wait for each other.
 const THREADS_PER_CORE: usize = 4;
 const LEAST_THREADS: usize = 32;
 const MOST_THREADS: usize = 128;
+
+/// The time slice of a thread that works rather than waits: several times the system's default.
+const WORK_SLICE: Duration = Duration::from_millis(20);
 
 /// Something to be carried out, in steps of some milliseconds where that is possible.
 pub(crate) trait Job: Send {
@@ -63,6 +67,7 @@ impl Scheduler {
         let limits = Limits {
             running: cores.saturating_mul(THREADS_PER_CORE).clamp(LEAST_THREADS, MOST_THREADS),
             computing: (cores / 2).max(1),
+            bulk: cores.max(LEAST_THREADS / 4),
         };
         let queue = Mutex::new(FairQueue::new(limits));
         Self { inner: Arc::new(Inner { handle, queue }) }
@@ -110,7 +115,9 @@ impl Scheduler {
     /// Carries out a job, and then others for as long as there are any.
     fn run(&self, first: Popped<Box<dyn Job>>) {
         let mut next = Some(first);
+        let mut pace = Pace::default();
         while let Some(Popped { job, started }) = next.take() {
+            pace.set(started.class());
             let start = Instant::now();
             // Whoever waits for a job that panics is told by what it leaves behind.
             let rest = catch_unwind(AssertUnwindSafe(|| job.step(self))).unwrap_or_default();
@@ -140,6 +147,30 @@ impl Scheduler {
 
     fn queue(&self) -> MutexGuard<'_, FairQueue<Box<dyn Job>>> {
         self.inner.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How soon the current thread lets others have its core. What works for long gives way to
+/// connections and clients that wake up; its share of the cores stays what it is. Systems without
+/// such a setting (before Linux 6.12) are left as they are.
+#[derive(Default)]
+struct Pace {
+    is_slow: bool,
+}
+
+impl Pace {
+    fn set(&mut self, class: Class) {
+        let is_slow = class != Class::Wait;
+        if std::mem::replace(&mut self.is_slow, is_slow) != is_slow {
+            sys::set_time_slice(if is_slow { WORK_SLICE } else { Duration::ZERO });
+        }
+    }
+}
+
+impl Drop for Pace {
+    fn drop(&mut self) {
+        // The thread belongs to the runtime.
+        self.set(Class::Wait);
     }
 }
 

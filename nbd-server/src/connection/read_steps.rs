@@ -127,7 +127,9 @@ impl<'a> Reader<'a> {
         let start = request.offset + *done as u64;
         match (dispatch::holes_of(*encoder, request), self.class) {
             (Holes::AsData, _) => Some(ReadMap::of_export(self.length)),
-            (Holes::Told, Class::Wait) => Some(map_waiting(&**export, start, self.length)),
+            (Holes::Told, Class::Wait | Class::Bulk) => {
+                Some(map_waiting(&**export, start, self.length))
+            }
             (Holes::Told, Class::Compute) => {
                 let mut map = ReadMap::new();
                 let holes = Holes::Told;
@@ -166,7 +168,7 @@ impl<'a> Reader<'a> {
         }
         let position = position(self.answered + length, self.length);
         match self.class {
-            Class::Wait => {
+            Class::Wait | Class::Bulk => {
                 let chunk = (at, length);
                 read_part(&**export, *encoder, request, chunk, position, &mut self.out)
                     .map_err(|(error, at)| Stop::Failed(error, at))?;
@@ -260,7 +262,7 @@ impl WholeRead {
                 }
                 Ok(())
             }
-            Class::Wait => work.export.read_at(offset, buffer),
+            Class::Wait | Class::Bulk => work.export.read_at(offset, buffer),
         };
         if let Err(error) = result {
             // The whole or nothing.
@@ -276,7 +278,7 @@ impl WholeRead {
         }
         match std::mem::replace(&mut self.class, Class::Compute) {
             Class::Compute => Step::More,
-            Class::Wait => Step::Queue,
+            Class::Wait | Class::Bulk => Step::Queue,
         }
     }
 }

@@ -10,7 +10,7 @@ use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId};
 
 use super::dispatch::{self, Step, Work, can_flush, is_durable, not_durable};
 use super::read_steps::{self, PartRead, WholeRead};
-use crate::export::{Descriptors, ExportError};
+use crate::export::{Descriptors, ExportError, MayBlock, Operation};
 use crate::queue::Class;
 
 /// Calls of an export are made in one step until this time has passed.
@@ -21,8 +21,10 @@ const DESCRIPTORS_OF_CALL: usize = 1024;
 const MAX_STATUS_CALLS: u32 = 256;
 /// Length of a range that an export is to change in one call, in bytes: this, and more if the request
 /// would take too many calls.
-const CHANGE_LEN: u64 = 64 << 20;
+const CHANGE_LEN: u64 = 16 << 20;
 const MAX_CHANGE_CALLS: u64 = 4096;
+/// Durable changes up to this length, in bytes, mostly wait for the disk.
+const SHORT_CHANGE_LEN: u64 = 1 << 20;
 
 /// How far a request is.
 #[derive(Debug)]
@@ -39,7 +41,25 @@ pub(super) fn class(work: &Work, progress: Option<&Progress>) -> Class {
         (Command::BlockStatus(..), _) => Class::Compute,
         (_, Some(Progress::Part(read))) => read.class(),
         (_, Some(Progress::Whole(read))) => read.class(),
-        _ => Class::Wait,
+        (_, Some(Progress::Change(walk))) if walk.is_flush_due => Class::Wait,
+        _ => match operation_of(&work.request).map(|operation| work.export.may_block(operation)) {
+            // A write that could be made in place has been left to the pool for its length.
+            Some(MayBlock::Busy | MayBlock::No) => Class::Bulk,
+            Some(MayBlock::Yes) | None => Class::Wait,
+        },
+    }
+}
+
+/// What an export is asked about in order to know how a change is carried out.
+fn operation_of(request: &Request) -> Option<Operation> {
+    match request.command {
+        // It waits for the disk when it is done.
+        _ if is_durable(&request.command) && request.length <= SHORT_CHANGE_LEN => None,
+        Command::Write(durability) => Some(Operation::Write(request.data_len(), durability)),
+        Command::Trim(_) => Some(Operation::Trim),
+        Command::WriteZeroes(..) => Some(Operation::WriteZeroes),
+        Command::Cache => Some(Operation::Cache),
+        _ => None,
     }
 }
 
@@ -165,6 +185,8 @@ pub(super) struct ChangeWalk {
     at: u64,
     end: u64,
     length: u64,
+    /// Every part is done, and a flush makes them durable.
+    is_flush_due: bool,
 }
 
 impl ChangeWalk {
@@ -175,11 +197,17 @@ impl ChangeWalk {
         if is_all_or_nothing(request) {
             length = u64::MAX;
         }
-        Self { at: request.offset, end, length }
+        Self { at: request.offset, end, length, is_flush_due: false }
     }
 
     fn call(&mut self, work: &Work) -> Step {
         let request = &work.request;
+        if self.is_flush_due {
+            // One flush for all parts. It speaks for the writes of others as well: EIO tells them.
+            let flushed = work.export.flush();
+            let result = flushed.map_err(|error| ExportError { errno: Errno::EIO, ..error });
+            return Step::Done(dispatch::short_reply(work, work.writeback.judge(request, result)));
+        }
         // Parts end where clusters do, and where those of any other unit of a disk do.
         let part_end = match self.length {
             u64::MAX => self.end,
@@ -188,11 +216,12 @@ impl ChangeWalk {
         let is_whole = self.at == request.offset && part_end == self.end;
         let mut part = request.clone();
         (part.offset, part.length) = (self.at, part_end - self.at);
-        let flush_at_end = !is_whole && is_durable(&request.command) && can_flush(work);
+        let is_short = is_whole && request.length <= SHORT_CHANGE_LEN;
+        let flush_at_end = !is_short && is_durable(&request.command) && can_flush(work);
         if flush_at_end || work.is_flushed_later {
             part.command = not_durable(&request.command);
         }
-        let mut result = dispatch::call(&*work.export, &part, &[]);
+        let result = dispatch::call(&*work.export, &part, &[]);
         self.at = part_end;
         if result.is_ok() && self.at < self.end {
             return Step::More;
@@ -201,9 +230,8 @@ impl ChangeWalk {
             return Step::Changed;
         }
         if result.is_ok() && flush_at_end {
-            // One flush for all parts. It speaks for the writes of others as well: EIO tells them.
-            result =
-                work.export.flush().map_err(|error| ExportError { errno: Errno::EIO, ..error });
+            self.is_flush_due = true;
+            return Step::Queue;
         }
         Step::Done(dispatch::short_reply(work, work.writeback.judge(request, result)))
     }

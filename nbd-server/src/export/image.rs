@@ -286,13 +286,22 @@ impl FastExport for ImageExport {
     }
 
     fn may_block(&self, operation: Operation) -> MayBlock {
+        if self.image.cache_mode().is_writethrough() {
+            return MayBlock::Yes;
+        }
         match operation {
             Operation::Write(length, Durability::Cached)
-                if length <= PROMPT_WRITE_LEN
-                    && self.file.is_some()
-                    && !self.image.cache_mode().is_writethrough() =>
+                if length <= PROMPT_WRITE_LEN && self.file.is_some() =>
             {
                 MayBlock::No
+            }
+            // The system lets one change of a file in at a time; more of them would only wait for
+            // its lock, and take the cores from the connections.
+            Operation::Write(_, Durability::Cached) if self.file.is_some() => MayBlock::Busy,
+            Operation::Trim | Operation::WriteZeroes | Operation::Cache
+                if self.image.path().is_some() =>
+            {
+                MayBlock::Busy
             }
             _ => MayBlock::Yes,
         }

@@ -91,6 +91,10 @@ pub enum MayBlock {
     No,
     /// It may take long: the server calls it on another thread.
     Yes,
+    /// It may take long, and it is work rather than waiting: it keeps a core busy, or a lock that
+    /// other calls of this export need, as changes of a file do. The server calls it on another
+    /// thread, and has only a few such calls of one export under way at a time.
+    Busy,
 }
 
 /// What a read that must not block achieved.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use nbd_proto::transmission::{Command, Durability, ExtentLimit, Fragmentation, Speed, ZeroMode};
 use nbd_proto::wire::{CommandType, Errno, MetaContextName, ReplyMode};
-use nbd_server::export::{Export, ExportEntry, MemoryExport};
+use nbd_server::export::{Export, ExportEntry, MayBlock, MemoryExport};
 use nbd_server::{ExportRegistry, ServerConfig};
 
 use crate::support::{Client, MODES, Script, Scripted, TestServer, header, wait_until};
@@ -64,6 +64,57 @@ fn a_flood_holds_few_threads_and_the_request_of_another_client_is_next() {
     assert!(arrived <= computing + ATTACKERS + 1, "{arrived} of {}", 7 * ATTACKERS);
     disk.gate.open();
     drop(attackers);
+}
+
+#[test]
+fn a_flood_of_changes_holds_few_threads_and_neither_readers_nor_other_disks_wait_for_it() {
+    let zeroes = Command::WriteZeroes(ZeroMode::MayUnmap, Speed::Any, Durability::Cached);
+    let few = (std::thread::available_parallelism().unwrap().get() / 2).max(1);
+    for command in [Command::Trim(Durability::Cached), zeroes, Command::Cache] {
+        let script = Script {
+            gated: Some(GATED..SIZE),
+            quick: Some(0..512),
+            prompt: Some(MayBlock::Busy),
+            ..Script::default()
+        };
+        let disk = Scripted::new(SIZE, script.clone());
+        let exports = ExportRegistry::new();
+        exports.add("", ExportEntry::new(disk.clone())).unwrap();
+        exports.add("other", ExportEntry::new(Scripted::new(SIZE, script))).unwrap();
+        let server = TestServer::start(ServerConfig::default(), exports);
+        let mut attackers: Vec<_> =
+            (0..8).map(|_| Client::connect(&server, ReplyMode::Extended)).collect();
+        for attacker in &mut attackers {
+            for _ in 0..4 {
+                attacker.submit(GATED, 1 << 20, &command, &[]);
+            }
+            is_taken(attacker);
+        }
+        wait_until("they have what they get", || disk.gate.arrived() == few);
+        let mut reader = Client::connect(&server, ReplyMode::Extended);
+        for _ in 0..100 {
+            assert_eq!(reader.read(4096, 512), [0; 512]);
+        }
+        let mut other = Client::open(&server, ReplyMode::Extended, "other", &[]);
+        assert_eq!(other.request(4096, 512, &command).result, Ok(()));
+        assert_eq!(disk.gate.arrived(), few, "{command:?}");
+        for turn in 1..=attackers.len() {
+            disk.gate.pass_one();
+            wait_until("the next one runs", || disk.gate.arrived() == few + turn);
+        }
+        // The change of a newcomer comes before the rest of theirs.
+        reader.submit(4096, 512, &command, &[]);
+        is_taken(&mut reader);
+        disk.gate.pass_one();
+        assert_eq!(reader.next_finished().1.result, Ok(()));
+        assert!(disk.gate.arrived() <= few + attackers.len() + 1);
+        disk.gate.open();
+        for attacker in &mut attackers {
+            while attacker.in_flight() > 0 {
+                assert_eq!(attacker.next_finished().1.result, Ok(()));
+            }
+        }
+    }
 }
 
 #[test]
