@@ -1,4 +1,4 @@
-//! Whether a file is changed, and whether it is locked.
+//! Whether a file is changed, whether it is locked, and which failures its bitmaps survive.
 
 /// Whether an image may be changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -14,7 +14,8 @@ pub enum Access {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Locking {
     /// Locks that QEMU's tools and this crate respect are held while the image is open, if its file
-    /// system supports them (some network file systems do not: see [`OpenOptions::on_unlocked`]).
+    /// system supports them (some network file systems do not: see
+    /// [`OpenOptions::on_unlocked`](crate::OpenOptions::on_unlocked)).
     #[default]
     Auto,
     /// The same, and a file that cannot be locked is not opened.
@@ -26,4 +27,21 @@ pub enum Locking {
     /// Reads can then return a mix of old and new, also of the image's own tables: apparent damage
     /// need not be real.
     Shared,
+}
+
+/// The failures that the dirty bitmaps of a writable image survive.
+///
+/// In all cases a bitmap that did not survive is never presented as if it had: it stays marked as
+/// in use, as in QEMU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum BitmapDurability {
+    /// None: only a clean close of the image stores them, as with QEMU.
+    CleanClose,
+    /// A crash of the process: bits are kept in a file beside the image that is mapped into memory.
+    /// Writes make no additional system call.
+    ProcessDeath,
+    /// Power failure, too: a write to a part of the disk that was not written recently waits for a
+    /// sync of that file.
+    #[default]
+    PowerLoss,
 }

@@ -88,11 +88,13 @@ mod read;
 mod sidecar;
 pub mod storage;
 mod sys;
+#[cfg(any(test, feature = "test-util"))]
+pub mod testing;
 mod unfinished;
 mod units;
 pub mod zero;
 
-pub use access::{Access, Locking};
+pub use access::{Access, BitmapDurability, Locking};
 pub use backing_file::{BackingFile, BackingOptions, NameTarget};
 pub use backup::{Backup, BackupBase, BackupIdentity, BeganAfter, NotAUuid, Uuid};
 pub use bitmap::{
@@ -112,7 +114,7 @@ pub use info::{BitmapEntry, ImageInfo, Qcow2Info};
 pub use luks::{Encryption, LuksDetails, LuksInfo, LuksSlot};
 pub use mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping, ReadMap};
 pub use open_policy::{NameReader, OpenPolicy, SchemeOpener};
-pub use options::{BitmapDurability, OpenOptions, UnlockedHook};
+pub use options::{OpenOptions, UnlockedHook};
 pub use qcow2::{CheckReport, Repair, Snapshot, frozen_bitmap_name};
 pub use sidecar::{BitmapDurabilityStatus, RecoveryPrecision};
 pub use storage::{Capabilities, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode};

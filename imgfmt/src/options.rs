@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::access::{Access, Locking};
+use crate::access::{Access, BitmapDurability, Locking};
 use crate::backing_file::BackingFile;
 use crate::cache_mode::CacheMode;
 use crate::error::Result;
@@ -23,23 +23,6 @@ impl fmt::Debug for OnUnlocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.0.is_some() { "Some(..)" } else { "None" })
     }
-}
-
-/// The failures that the dirty bitmaps of a writable image survive.
-///
-/// In all cases a bitmap that did not survive is never presented as if it had: it stays marked as
-/// in use, as in QEMU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum BitmapDurability {
-    /// None: only a clean close of the image stores them, as with QEMU.
-    CleanClose,
-    /// A crash of the process: bits are kept in a file beside the image that is mapped into memory.
-    /// Writes make no additional system call.
-    ProcessDeath,
-    /// Power failure, too: a write to a part of the disk that was not written recently waits for a
-    /// sync of that file.
-    #[default]
-    PowerLoss,
 }
 
 /// Options for opening an image; created with [`OpenOptions::new`] and changed field by field.
@@ -75,7 +58,7 @@ pub struct OpenOptions {
     pub bitmap_durability: BitmapDurability,
     pub(crate) on_unlocked: OnUnlocked,
     #[cfg(any(test, feature = "test-util"))]
-    pub(crate) sidecar_directory: Option<Arc<crate::sidecar::RecordedDirectory>>,
+    pub(crate) sidecar_directory: Option<Arc<crate::testing::RecordedDirectory>>,
 }
 
 impl OpenOptions {
@@ -161,10 +144,7 @@ impl OpenOptions {
     /// image.
     #[cfg(any(test, feature = "test-util"))]
     #[must_use]
-    pub fn sidecar_directory(
-        mut self,
-        directory: &Arc<crate::storage::fault::RecordedDirectory>,
-    ) -> Self {
+    pub fn sidecar_directory(mut self, directory: &Arc<crate::testing::RecordedDirectory>) -> Self {
         self.sidecar_directory = Some(Arc::clone(directory));
         self
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{RecordedDirectory, Recording};
+use imgfmt::testing::{RecordedDirectory, Recording};
 use imgfmt::{
     Access, BitmapChange, BitmapState, Durability, Format, GuestOffset, Image, OpenOptions, Storage,
 };

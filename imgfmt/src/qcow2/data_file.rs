@@ -132,7 +132,7 @@ mod tests {
     use super::*;
     use crate::qcow2::metadata::metadata_file::tests::opened;
     use crate::storage::MemoryStorage;
-    use crate::storage::fault::{FailingStorage, Fault};
+    use crate::testing::{FailingStorage, Fault};
 
     fn external(bytes: &[u8]) -> (Arc<FailingStorage>, DataFile) {
         let mut data = DataFile::new(Arc::new(opened(true).1), true);

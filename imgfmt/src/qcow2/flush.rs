@@ -221,7 +221,7 @@ mod tests {
     use crate::qcow2::metadata::metadata_file::tests::opened;
     use crate::qcow2::on_disk::l2::{Cluster, EntryFormat, OFFSET_MASK};
     use crate::storage::Storage;
-    use crate::storage::fault::{FailingStorage, Fault};
+    use crate::testing::{FailingStorage, Fault};
     use crate::units::HostOffset;
 
     const CLUSTER: u64 = 1 << 16;

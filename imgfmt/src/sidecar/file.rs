@@ -16,9 +16,8 @@ use super::layout::{self, DESCRIPTORS_OFFSET, Description, LOG_OFFSET, Layout, S
 use super::lock::lock;
 use super::map::WordMap;
 use super::{FoundBytes, SidecarLocation, SidecarStorage, nanoseconds, now_nanoseconds};
-use crate::access::Access;
+use crate::access::{Access, BitmapDurability};
 use crate::error::is_not_supported;
-use crate::options::BitmapDurability;
 
 const SUFFIX: &str = ".dirty";
 /// A file under this name, or this name and a number, is not finished and may be taken away.

@@ -1,6 +1,6 @@
 //! The bytes of a sidecar. All numbers are little-endian; see the table in `DESIGN.md`.
 
-use crate::options::BitmapDurability;
+use crate::access::BitmapDurability;
 
 pub(super) const MAGIC: [u8; 8] = *b"IMGDIRTY";
 pub(super) const VERSION: u32 = 1;

@@ -26,16 +26,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::access::Access;
-use crate::options::BitmapDurability;
+use crate::access::{Access, BitmapDurability};
 use file::InitialWords;
 use layout::Layout;
 use log::ActivityLog;
 
 pub(crate) use file::SidecarPlace;
 pub(crate) use layout::{BitmapDescriptor, Description, Fingerprint, Identity, LogShape};
-#[cfg(any(test, feature = "test-util"))]
-pub use recorded::RecordedDirectory;
 pub(crate) use recover::{FoundBytes, Recovery, Rejection, Trust};
 
 /// The time of the last change is written down again when it is older than this.

@@ -12,8 +12,8 @@ use super::layout::{
     HEADER_BYTES, Identity, LOG_OFFSET, Layout, SLOT_BYTES,
 };
 use super::now_nanoseconds;
+use crate::access::BitmapDurability;
 use crate::error::system_words;
-use crate::options::BitmapDurability;
 
 /// The image may have been changed so much later than its last change was noted.
 const SLACK_NANOSECONDS: u64 = 2_000_000_000;

@@ -8,8 +8,6 @@ mod alignment;
 mod bounce;
 mod direct;
 mod durable;
-#[cfg(any(test, feature = "test-util"))]
-pub mod fault;
 mod file;
 mod known_data;
 mod lock;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{Recording, RecordingStorage};
+use imgfmt::testing::{Recording, RecordingStorage};
 use imgfmt::{Access, Format, Image, OpenOptions};
 
 use crate::common::at;

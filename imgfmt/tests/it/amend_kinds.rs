@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::common::{Random, qemu, run, text};
 use imgfmt::storage::MemoryStorage;
-use imgfmt::storage::fault::{Loss, Recording};
+use imgfmt::testing::{Loss, Recording};
 use imgfmt::{
     Amendment, ErrorKind, Image, LazyRefcounts, OpenOptions, OpenPolicy, Qcow2Version, Repair,
     Storage,

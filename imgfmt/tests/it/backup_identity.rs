@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use imgfmt::storage::fault::{Fault, Loss};
+use imgfmt::testing::{Fault, Loss};
 use imgfmt::{
     Access, BackupBase, BackupIdentity, BeganAfter, BitmapChange, BitmapState, CreateOptions,
     Durability, Format, Image, OpenOptions, Recording, Shrink, Speed, Uuid, ZeroMode,

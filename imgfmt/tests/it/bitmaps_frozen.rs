@@ -4,7 +4,7 @@
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use imgfmt::storage::fault::Loss;
+use imgfmt::testing::Loss;
 use imgfmt::{
     Access, BitmapChange, BitmapState, CreateOptions, Durability, ErrorKind, Format, Image,
     OpenOptions, Recording, Repair, frozen_bitmap_name,

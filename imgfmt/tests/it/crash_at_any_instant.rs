@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use imgfmt::storage::fault::Loss;
+use imgfmt::testing::Loss;
 use imgfmt::{CacheMode, Image};
 
 use crate::common::{self, Random, qemu};

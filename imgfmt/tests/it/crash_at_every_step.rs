@@ -2,7 +2,7 @@
 //! old disk is found or the new one, with at worst leaks), or snapshots of version 2 images change,
 //! which have no mark that could tell the next one who opens them to repair anything.
 
-use imgfmt::storage::fault::Loss;
+use imgfmt::testing::Loss;
 use imgfmt::{Access, Durability, Image, OpenOptions, Shrink};
 
 use crate::common::{Random, at, qemu};

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use imgfmt::storage::fault::{Fault, Loss};
+use imgfmt::testing::{Fault, Loss};
 use imgfmt::{Durability, Image, OpenOptions, Shrink};
 
 use crate::common::{Random, at, qemu};

@@ -3,7 +3,7 @@
 //!
 //! `IMGFMT_CRASH_ROUNDS` and `IMGFMT_ERROR_ROUNDS` set how many places are tried.
 
-use imgfmt::storage::fault::{Fault, Loss};
+use imgfmt::testing::{Fault, Loss};
 use imgfmt::{BitmapChange, BitmapState, Image, Shrink};
 
 use crate::common::{Random, qemu};

@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use imgfmt::storage::fault::Loss;
+use imgfmt::testing::Loss;
 use imgfmt::{Access, BitmapDurability, Image, RecoveryPrecision, Shrink};
 
 use crate::common::{Random, qemu};

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::Recording;
+use imgfmt::testing::Recording;
 use imgfmt::{
     Access, CacheMode, Durability, Format, Image, OpenOptions, OpenPolicy, Speed, TryRead,
     TryWrite, ZeroMode,
@@ -107,7 +107,7 @@ fn every_change_is_durable_when_it_returns() {
         image.write_zeroes(range(100_000, 5000), mode, speed, Durability::Cached).unwrap();
         image.discard(range(200_000, 5000), Durability::Cached).unwrap();
         let end = recording.position();
-        let lost = imgfmt::storage::fault::Loss::ALL.into_iter().any(|loss| {
+        let lost = imgfmt::testing::Loss::ALL.into_iter().any(|loss| {
             let mut below = |bound: u64| bound / 2;
             storage.after_crash(end, loss, &mut below) != storage.content()
         });

@@ -3,7 +3,7 @@
 //!
 //! `IMGFMT_ERROR_ROUNDS` sets how many places each kind of image fails at.
 
-use imgfmt::storage::fault::{Fault, Loss};
+use imgfmt::testing::{Fault, Loss};
 use imgfmt::{Image, OpenOptions};
 
 use crate::common::{Random, qemu};

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use imgfmt::storage::fault::Loss;
+use imgfmt::testing::Loss;
 use imgfmt::{BitmapChange, BitmapDurability, Durability, HostOffset, Recording, Storage};
 
 use crate::common::bitmaps::dirty;

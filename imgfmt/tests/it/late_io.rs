@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::storage::fault::{Call, FailingStorage, Fault};
+use imgfmt::testing::{Call, FailingStorage, Fault};
 use imgfmt::{
     Access, Content, Durability, Format, Image, Mapping, OpenOptions, Speed, Storage, TryRead,
     ZeroMode,

@@ -4,7 +4,7 @@
 use std::process::Command;
 use std::sync::Arc;
 
-use imgfmt::storage::fault::Recording;
+use imgfmt::testing::Recording;
 use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
 
 use crate::common;
@@ -245,8 +245,7 @@ fn unknown_autoclear_bits_are_cleared_before_the_first_write_and_only_then() {
     let field = field::AUTOCLEAR..field::AUTOCLEAR + 8;
     assert_eq!(storage.content()[field], [0; 8]);
     for position in 0..=recording.position() {
-        let bytes =
-            storage.after_crash(position, imgfmt::storage::fault::Loss::Everything, &mut |_| 0);
+        let bytes = storage.after_crash(position, imgfmt::testing::Loss::Everything, &mut |_| 0);
         let is_marked = bytes[field::AUTOCLEAR + 2] == 1;
         assert!(!is_marked || bytes == image.bytes, "the mark outlived a change");
     }

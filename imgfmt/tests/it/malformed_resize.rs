@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::Recording;
+use imgfmt::testing::Recording;
 use imgfmt::{Access, Durability, ErrorKind, Format, Image, OpenOptions, Shrink};
 
 use crate::common::at;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::Recording;
+use imgfmt::testing::Recording;
 use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions};
 
 use crate::common;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::Recording;
+use imgfmt::testing::Recording;
 use imgfmt::{Access, Durability, ErrorKind, Format, Image, OpenOptions, Storage};
 
 use crate::common::{at, range};

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{Loss, RecordedDirectory, Recording as Recorded};
+use imgfmt::testing::{Loss, RecordedDirectory, Recording as Recorded};
 use imgfmt::{
     Access, BitmapChange, BitmapDurability, Durability, Image, OpenOptions, Recording,
     RecoveryPrecision,

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::storage::fault::{FailingStorage, Fault, Loss, Recording};
+use imgfmt::testing::{FailingStorage, Fault, Loss, Recording};
 use imgfmt::{Access, ErrorKind, Format, Image, OpenOptions, Repair, Storage};
 
 use crate::common::{Random, at};

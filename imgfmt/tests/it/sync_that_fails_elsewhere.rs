@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::storage::fault::FailingStorage;
+use imgfmt::testing::FailingStorage;
 use imgfmt::{
     Access, BitmapChange, BitmapDurability, BitmapState, Capabilities, Durability, HostOffset,
     Image, OpenOptions, Recording, Storage, TryRead,

@@ -1,7 +1,7 @@
 //! A kernel may drop what it could not write when a sync fails. The metadata that was lost is
 //! written again by the next flush: what is then durable is what the open image shows.
 
-use imgfmt::storage::fault::Loss;
+use imgfmt::testing::Loss;
 use imgfmt::{Durability, Image, Shrink, Speed, ZeroMode};
 
 use crate::common::{Random, at, qemu, range};

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
-use imgfmt::storage::fault::{Loss, Recording};
+use imgfmt::testing::{Loss, Recording};
 use imgfmt::{
     Access, CreateOptions, Durability, Format, Image, OpenOptions, Storage, Unfinished, ZeroMode,
 };

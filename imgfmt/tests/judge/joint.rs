@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{Loss, RecordedDirectory, Recording, RecordingStorage};
+use imgfmt::testing::{Loss, RecordedDirectory, Recording, RecordingStorage};
 use imgfmt::{BitmapDurability, Image, Storage};
 
 use super::subjects::options;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use imgfmt::storage::fault::{FailingStorage, Recording, RecordingStorage};
+use imgfmt::testing::{FailingStorage, Recording, RecordingStorage};
 use imgfmt::{Access, CacheMode, Format, Image, OpenOptions, OpenPolicy, Storage};
 
 use crate::common::{Random, qemu, run, text};
@@ -183,7 +183,7 @@ impl OnTrial {
         &self,
         made: &Made,
         position: usize,
-        loss: imgfmt::storage::fault::Loss,
+        loss: imgfmt::testing::Loss,
         random: &mut Random,
     ) {
         let mut below = |bound| random.below(bound);

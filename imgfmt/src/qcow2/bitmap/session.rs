@@ -15,9 +15,9 @@ use super::directory::Entry;
 use super::session_state::Session;
 use super::sidecar::{encode_identity, no_file, sidecar_error};
 use super::store::Bitmaps;
+use crate::access::BitmapDurability;
 use crate::bitmap::{Bitmap, Bits, State};
 use crate::error::Result;
-use crate::options::BitmapDurability;
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, rewrite_autoclear,
 };

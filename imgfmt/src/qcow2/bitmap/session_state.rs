@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::options::BitmapDurability;
+use crate::access::BitmapDurability;
 use crate::sidecar::{FoundBytes, Identity, Recovery, RecoveryPrecision, Rejection, Sidecar};
 
 /// What is known about the session.

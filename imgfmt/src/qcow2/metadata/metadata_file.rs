@@ -205,7 +205,7 @@ pub(in crate::qcow2) mod tests {
     use crate::qcow2::on_disk::header::{MAGIC, field};
     use crate::qcow2::purpose::Purpose;
     use crate::storage::MemoryStorage;
-    use crate::storage::fault::FailingStorage;
+    use crate::testing::FailingStorage;
 
     /// An empty image of version 3 with clusters of 64 KiB: header, refcount table, refcount block and
     /// L1 table.

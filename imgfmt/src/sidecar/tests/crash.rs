@@ -2,8 +2,8 @@
 //! disk that has changed since the bitmaps were last clear.
 
 use super::*;
-use crate::storage::fault::{Loss, Recording, RecordingStorage};
 use crate::storage::{Durability, Storage};
+use crate::testing::{Loss, Recording, RecordingStorage};
 use crate::units::HostOffset;
 
 const SIZE: u64 = 512 << 10;

@@ -11,7 +11,7 @@ use crate::create_options::{CreateOptions, Qcow2Version};
 use crate::image::Image;
 use crate::qcow2::metadata::header_edit::put_extension;
 use crate::storage::MemoryStorage;
-use crate::storage::fault::{Loss, Recording, RecordingStorage};
+use crate::testing::{Loss, Recording, RecordingStorage};
 
 const UNKNOWN_EXTENSION: u32 = 0x1234_5678;
 const UNKNOWN_AUTOCLEAR: u64 = 1 << 40;

@@ -1,4 +1,9 @@
+use std::io;
+use std::sync::Arc;
+
 use super::*;
+use crate::storage::{Durability, MemoryStorage, Storage};
+use crate::units::HostOffset;
 
 fn numbers() -> impl FnMut(u64) -> u64 {
     let mut state = 1u64;

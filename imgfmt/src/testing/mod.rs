@@ -1,0 +1,25 @@
+//! Storages for tests: some record the states that a crash could leave, one injects errors and
+//! delays.
+//!
+//! Built only with the feature `test-util`.
+
+mod directory;
+mod failing;
+mod recording;
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use directory::RecordedDirectory;
+pub use failing::{Call, FailingStorage, Fault};
+pub(crate) use recording::MappedWords;
+pub use recording::{Loss, Recording, RecordingStorage};
+
+/// The unit that a disk writes completely or not at all, in bytes.
+pub const SECTOR: u64 = 512;
+
+// A thread that panicked while it held a lock has already failed the test.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
