@@ -1,10 +1,24 @@
-//! The system calls that need `unsafe`: open-file-description locks.
+//! What needs `unsafe`: open-file-description locks, and the words of a memory-mapped file.
 //!
 //! Nothing else in this crate is unsafe. `rustix` has no call for `F_OFD_SETLK` and `F_OFD_GETLK`.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::AtomicU64;
+
+use memmap2::MmapRaw;
+
+/// The whole words of a mapping of a file.
+pub(crate) fn mapped_words(map: &MmapRaw) -> &[AtomicU64] {
+    let count = map.len() / size_of::<AtomicU64>();
+    let first = map.as_mut_ptr().cast::<AtomicU64>().cast_const();
+    // SAFETY: a mapping starts at a page and so is aligned for words. An `MmapRaw` is readable and
+    // writable, `count` words long, initialised by the kernel, and outlives the slice, which borrows
+    // it. An atomic may be changed through a shared reference, and every access is atomic, also in
+    // other processes that map the file.
+    unsafe { std::slice::from_raw_parts(first, count) }
+}
 
 /// Takes a shared lock on one byte for the open file description behind `fd`, without waiting.
 ///

@@ -1,11 +1,12 @@
 //! Memory-maps the sidecar. No other module maps a file.
-#![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::sync::atomic::AtomicU64;
 
 use memmap2::{MmapOptions, MmapRaw};
+
+use crate::sys;
 
 /// A file of whole words, all of it mapped, shared with the file.
 ///
@@ -28,13 +29,7 @@ impl WordMap {
     }
 
     pub(super) fn words(&self) -> &[AtomicU64] {
-        let count = self.raw.len() / size_of::<AtomicU64>();
-        let first = self.raw.as_mut_ptr().cast::<AtomicU64>().cast_const();
-        // SAFETY: a mapping starts at a page and so is aligned for words. It is readable and
-        // writable, `count` words long, initialised by the kernel, and lives as long as `self`. An
-        // atomic may be changed through a shared reference, and every access is atomic, also in
-        // other processes that map the file.
-        unsafe { std::slice::from_raw_parts(first, count) }
+        sys::mapped_words(&self.raw)
     }
 
     /// Waits until everything stored so far is on stable storage.
