@@ -282,6 +282,29 @@ fn later_run_verifies_and_continues_what_an_earlier_one_wrote() {
 }
 
 #[test]
+fn run_that_was_killed_does_not_make_a_later_one_accuse_the_server() {
+    let disk = Disk::sparse();
+    let state = disk.beside("state");
+    let server = Process::ours(&[disk.path()]);
+    let write = ["bench", "-w", "write", "--verify", "--destroy-data", "--verify-state", &state];
+    nbd_cli(&[&write[..], &["--requests", "400", server.uri()]].concat()).success();
+    let old = std::fs::read(&state).expect("the state");
+    let mut command = Command::new(PROGRAM);
+    command.args(write).args(["--duration", "60s", server.uri()]).stdout(Stdio::null());
+    let mut killed = command.spawn().expect("nbd-cli");
+    let began = std::time::Instant::now();
+    while std::fs::read(&state).expect("the state") == old && began.elapsed().as_secs() < 20 {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    killed.kill().expect("SIGKILL");
+    killed.wait().expect("its end");
+    let keep = ["--verify-state", &state, server.uri()];
+    says(nbd_cli(&[&["bench", "--verify-only"], &keep[..]].concat()), &["was killed", "remove it"]);
+    says(nbd_cli(&[&write[..], &["--requests", "1", server.uri()]].concat()), &["was killed"]);
+}
+
+#[test]
 fn seed_alone_finds_damaged_and_misplaced_blocks() {
     let disk = Disk::sparse();
     let server = Process::ours(&[disk.path()]);

@@ -64,8 +64,7 @@ pub(super) fn inspect(block: &[u8]) -> Found {
     let words = header.as_chunks::<8>().0;
     let [magic, seed, offset, generation, checksum] = words else { return Found::Foreign };
     if *magic != MAGIC {
-        let is_zero = block.iter().all(|byte| *byte == 0);
-        return if is_zero { Found::Zeroes } else { Found::Foreign };
+        return if imgfmt::is_zero(block) { Found::Zeroes } else { Found::Foreign };
     }
     let identity = Identity {
         seed: u64::from_be_bytes(*seed),

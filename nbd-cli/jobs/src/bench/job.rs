@@ -63,11 +63,10 @@ pub async fn bench(
         )));
     }
     let mut run = Run::connect(uri, options, context, state).await?;
+    let kept = state_path.filter(|_| matches!(options.verify, Verify::Written { .. }));
+    kept.map_or(Ok(()), State::begin)?;
     let result = run.execute(context, &live).await;
-    let saved = match (&options.verify, state_path) {
-        (Verify::Written { .. }, Some(path)) => run.keep(path),
-        _ => Ok(()),
-    };
+    let saved = kept.map_or(Ok(()), |path| run.keep(path));
     let report = result?;
     saved?;
     Ok(report)
@@ -257,8 +256,11 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Keeps what was written.
+    /// Keeps what was written, if all connections can tell.
     fn keep(&mut self, path: &std::path::Path) -> Result<(), JobError> {
+        if (self.workers.len() as u64) < self.plan.connections {
+            return Ok(());
+        }
         for worker in &mut self.workers {
             let Check::Ledger(ledger) = std::mem::replace(&mut worker.check, Check::Discard) else {
                 continue;

@@ -12,7 +12,7 @@
 use super::block::{Found, Identity, fill, inspect};
 use super::targets::Section;
 
-/// Most blocks that are kept track of: 1 GiB of memory.
+/// Most blocks that are kept track of: 2 GiB of memory, half of it for what a run began with.
 pub(super) const MAX_BLOCKS: u64 = 1 << 26;
 
 /// The counts of one block; 0 is what was there before.
@@ -96,21 +96,14 @@ impl Ledger {
     pub(super) fn written(&self, longest: u32) -> Vec<(u64, u32)> {
         let most = (longest / self.block_len.max(1)).max(1) as usize;
         let mut ranges: Vec<(u64, u32)> = Vec::new();
-        for chunk in self
-            .blocks
-            .iter()
-            .enumerate()
-            .collect::<Vec<_>>()
-            .chunk_by(|a, b| (a.1.issued > 0) == (b.1.issued > 0))
-        {
-            if chunk.first().is_none_or(|(_, block)| block.issued == 0) {
-                continue;
-            }
+        let mut offset = self.section.offset;
+        for chunk in self.blocks.chunk_by(|a, b| (a.issued > 0) == (b.issued > 0)) {
             for piece in chunk.chunks(most) {
-                if let Some((index, _)) = piece.first() {
-                    let offset = self.section.offset + *index as u64 * u64::from(self.block_len);
-                    ranges.push((offset, piece.len() as u32 * self.block_len));
+                let length = piece.len() as u32 * self.block_len;
+                if piece.first().is_some_and(|block| block.issued > 0) {
+                    ranges.push((offset, length));
                 }
+                offset += u64::from(length);
             }
         }
         ranges

@@ -18,6 +18,9 @@ use crate::text::printable;
 const MAGIC: [u8; 16] = *b"nbd-cli bench 1\n";
 const HEADER_LEN: usize = 48;
 
+/// All that the file holds while a run writes: blocks are newer then than any count that was kept.
+const RUNNING: [u8; 16] = *b"nbd-cli running\n";
+
 /// What a run has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct State {
@@ -48,7 +51,23 @@ impl State {
             Ok(_) => {}
         }
         let bytes = std::fs::read(path).map_err(failed)?;
+        if bytes == RUNNING {
+            return Err(JobError::invalid(format!(
+                "'{shown}' is the state of a run that still writes, or was killed before it could \
+                 keep what it had written; remove it if that run has ended, and write anew with \
+                 --verify"
+            )));
+        }
         Self::decode(&bytes).map(Some).ok_or_else(|| foreign(&shown))
+    }
+
+    /// Notes that a run is about to write: what the file said until now will not be true any more.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be written.
+    pub(super) fn begin(path: &Path) -> Result<(), JobError> {
+        replace(path, &RUNNING)
     }
 
     /// Replaces the file, completely or not at all.
@@ -57,17 +76,7 @@ impl State {
     ///
     /// It cannot be written.
     pub(super) fn save(&self, path: &Path) -> Result<(), JobError> {
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(".partial");
-        let written = File::create(&beside).and_then(|mut file| {
-            file.write_all(&self.encode())?;
-            file.sync_all()?;
-            std::fs::rename(&beside, path)
-        });
-        written.map_err(|error| {
-            let shown = printable(&path.to_string_lossy());
-            JobError::destination(format!("cannot keep what was written in '{shown}': {error}"))
-        })
+        replace(path, &self.encode())
     }
 
     fn encode(&self) -> Vec<u8> {
@@ -112,6 +121,21 @@ impl State {
     }
 }
 
+/// Puts a new file in the place of the old one.
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), JobError> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".partial");
+    let written = File::create(&beside).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&beside, path)
+    });
+    written.map_err(|error| {
+        let shown = printable(&path.to_string_lossy());
+        JobError::destination(format!("cannot keep what was written in '{shown}': {error}"))
+    })
+}
+
 fn foreign(shown: &str) -> JobError {
     JobError::invalid(format!(
         "'{shown}' is not the complete state of a verified run; name the file that --verify-state \
@@ -136,6 +160,18 @@ mod tests {
         state().save(&path).expect("it is written");
         assert_eq!(State::load(&path).expect("it is read"), Some(state()));
         assert_eq!(directory.path().read_dir().expect("the directory").count(), 1);
+    }
+
+    #[test]
+    fn state_is_of_no_use_while_a_run_writes() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("state");
+        state().save(&path).expect("it is written");
+        State::begin(&path).expect("it is written");
+        let error = State::load(&path).expect_err("blocks may be newer");
+        assert!(error.to_string().contains("was killed"), "{error}");
+        state().save(&path).expect("it is written");
+        assert_eq!(State::load(&path).expect("it is read"), Some(state()));
     }
 
     #[test]
