@@ -11,6 +11,7 @@ use imgfmt::{
 };
 
 use crate::common::{all_extents, at, range};
+use crate::read_only::refuses_changes;
 
 const KIB: u64 = 1024;
 
@@ -42,21 +43,7 @@ impl Storage for Teller {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
+    refuses_changes!();
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         let offset = offset.bytes();

@@ -9,6 +9,8 @@ use imgfmt::jobs::{CompareOptions, JobContext, Observer, Progress, compare};
 use imgfmt::storage::{MemoryStorage, StorageExtent};
 use imgfmt::{Durability, ExtentKind, Format, HostOffset, Image, OpenOptions, Storage};
 
+use crate::read_only::refuses_changes;
+
 const SIZE: usize = 200_000;
 const PIECE: usize = 4096;
 
@@ -47,21 +49,7 @@ impl Storage for Disk {
         self.bytes.read_at(offset, buffer)
     }
 
-    fn write_at(&self, _: HostOffset, _: &[u8], _: Durability) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn set_len(&self, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn punch_hole(&self, _: HostOffset, _: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn sync(&self) -> io::Result<()> {
-        Ok(())
-    }
+    refuses_changes!();
 
     fn next_extent(&self, offset: HostOffset, length: u64) -> io::Result<StorageExtent> {
         let offset = offset.bytes();
