@@ -59,6 +59,10 @@ pub(crate) trait WritableLayer: Layer {
     ) -> Result<()>;
     fn discard(&self, range: GuestRange, durability: Durability) -> Result<()>;
     fn flush(&self) -> Result<()>;
+    /// Says durably, where the format has a place for it, whether the disk is a mixture of two.
+    fn mark_incomplete(&self, _is_incomplete: bool) -> Result<()> {
+        Ok(())
+    }
     /// Leaves the image in the state in which it should be found. Nothing is changed afterwards.
     fn close(&self) -> Result<()> {
         Ok(())

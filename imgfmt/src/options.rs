@@ -25,6 +25,17 @@ impl fmt::Debug for OnUnlocked {
     }
 }
 
+/// Whether an image may be opened that [`Image::begin_overwrite`](crate::Image::begin_overwrite) has
+/// marked and that was not completed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum IncompleteDisk {
+    /// It is refused: its disk is a mixture of old and new.
+    #[default]
+    Refused,
+    /// It is opened, to be overwritten again.
+    Accepted,
+}
+
 /// Options for opening an image; created with [`OpenOptions::new`] and changed field by field.
 ///
 /// ```
@@ -56,6 +67,8 @@ pub struct OpenOptions {
     pub metadata_cache_bytes: Option<u64>,
     /// The failures that recording dirty bitmaps survive while the image is open.
     pub bitmap_durability: BitmapDurability,
+    /// The treatment of an image whose disk is incomplete; not of its backing files.
+    pub incomplete: IncompleteDisk,
     pub(crate) on_unlocked: OnUnlocked,
     #[cfg(any(test, feature = "test-util"))]
     pub(crate) sidecar_directory: Option<Arc<crate::testing::RecordedDirectory>>,
@@ -109,6 +122,13 @@ impl OpenOptions {
     #[must_use]
     pub fn cache(mut self, cache: CacheMode) -> Self {
         self.cache = cache;
+        self
+    }
+
+    /// Sets the treatment of an image whose disk is incomplete.
+    #[must_use]
+    pub fn incomplete(mut self, incomplete: IncompleteDisk) -> Self {
+        self.incomplete = incomplete;
         self
     }
 

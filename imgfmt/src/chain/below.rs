@@ -8,7 +8,7 @@ use crate::backing_file::{BackingFile, BackingOptions, NameTarget};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
 use crate::open_policy::MissingFormat;
-use crate::options::OpenOptions;
+use crate::options::{IncompleteDisk, OpenOptions};
 use crate::qcow2::Qcow2;
 use crate::storage::{FileIdentity, FileStorage, Storage};
 
@@ -54,6 +54,7 @@ pub(super) fn layer_below(
         locking: given.locking.unwrap_or(options.locking),
         cache: given.cache.unwrap_or(options.cache),
         backing: given.backing,
+        incomplete: IncompleteDisk::Refused,
         ..options.clone()
     };
     let opened = open_target(target, &options, Access::ReadOnly, files_above)?;

@@ -5,6 +5,7 @@ mod create;
 mod extents;
 mod inspect;
 mod on_device;
+mod overwrite;
 
 use std::os::fd::BorrowedFd;
 use std::path::Path;

@@ -106,6 +106,10 @@ impl WritableLayer for Qcow2 {
         self.flusher().flush_for_caller()
     }
 
+    fn mark_incomplete(&self, is_incomplete: bool) -> Result<()> {
+        self.metadata.mark_incomplete(is_incomplete)
+    }
+
     fn close(&self) -> Result<()> {
         self.close_writer()
     }

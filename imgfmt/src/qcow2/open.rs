@@ -33,7 +33,7 @@ impl Qcow2 {
         options: &OpenOptions,
         purpose: Purpose,
     ) -> Result<Self> {
-        let header = Header::read(&*file, purpose)?;
+        let header = Header::read_or_overwrite(&*file, purpose, options.incomplete)?;
         if purpose != Purpose::Describe {
             header.refuse_encryption()?;
         }

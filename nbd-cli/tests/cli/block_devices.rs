@@ -1,13 +1,17 @@
 //! Images on block devices.
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::backup_chain;
-use crate::support::image::info;
-use crate::support::{Disk, Outcome, PROGRAM, Server, nbd_cli, peer, run};
+use crate::support::image::{self, info};
+use crate::support::qemu_nbd::wait_until;
+use crate::support::{Disk, Outcome, PROGRAM, Server, in_foreground, nbd_cli, peer, run};
 use crate::tools;
 
 /// A loop device that is detached when the test ends.
@@ -246,6 +250,61 @@ fn a_command_that_is_killed_never_leaves_part_of_a_disk_that_looks_whole() {
         }
     }
     eprintln!("{seen:?}");
+}
+
+/// Whether the header of an image says that its disk is incomplete.
+fn is_marked(path: &str) -> bool {
+    let mut header = [0; 80];
+    let read = std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut header));
+    read.expect("a header");
+    header[72] & 0x80 != 0
+}
+
+/// Overwrites the image at `path`, which has an internal snapshot, and is killed.
+fn overwritten_and_killed(directory: &Disk, path: &str, tools: [&Path; 3], signal: Signal) {
+    let [qemu_img, qemu_io, nbdkit] = tools;
+    peer(qemu_img, &["create", "-q", "-f", "qcow2", path, "8M"]);
+    image::write(qemu_io, path, "write -P 7 0 8M");
+    peer(qemu_img, &["snapshot", "-c", "before", path]);
+    let slow = Server::nbdkit(nbdkit, &["--filter=delay", "pattern", "8M", "rdelay=3600"]);
+    let convert = ["image", "convert", "-n", "-O", "qcow2"];
+    let mut command = in_foreground();
+    command.args(convert).args([slow.uri(), path]).stdin(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().expect("nbd-cli");
+    wait_until("it is marked", || is_marked(path));
+    kill_process(Pid::from_child(&child), signal).expect("it runs");
+    child.wait().expect("its end");
+    refused(nbd_cli(&["image", "map", path]), &[path, "incomplete", "run that command again"]);
+    let theirs = run(Command::new(qemu_img).args(["info", path]));
+    assert_eq!(theirs.code, Some(1), "{theirs:?}");
+    // An overlay above it is refused as well.
+    let overlay = directory.beside("overlay.qcow2");
+    peer(
+        qemu_img,
+        &["create", "-q", "-u", "-f", "qcow2", "-b", path, "-F", "qcow2", &overlay, "8M"],
+    );
+    let above =
+        ["image", "convert", "--trust-image", "-n", "-O", "qcow2", directory.path(), &overlay];
+    refused(nbd_cli(&above), &["incomplete"]);
+
+    nbd_cli(&[&convert[..], &[directory.path(), path]].concat()).success();
+    assert!(!is_marked(path));
+    image::is_clean(qemu_img, path);
+    image::are_equal(qemu_img, path, directory.path());
+    nbd_cli(&["image", "snapshot", "apply", path, "before"]).success();
+    image::write(qemu_io, path, "read -P 7 0 8M");
+}
+
+#[test]
+fn an_image_that_is_being_overwritten_when_the_command_is_killed_is_refused_until_that_is_done() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io", nbdkit = "nbdkit");
+    let directory = Disk::sparse();
+    let tools: [&Path; 3] = [&qemu_img, &qemu_io, &nbdkit];
+    for signal in [Signal::KILL, Signal::TERM] {
+        overwritten_and_killed(&directory, &directory.beside("image.qcow2"), tools, signal);
+    }
+    let Some(device) = LoopDevice::with_old_content(&directory, 24) else { return };
+    overwritten_and_killed(&directory, &device.0, tools, Signal::KILL);
 }
 
 #[test]

@@ -3,8 +3,9 @@
 //! *Dirty*: refcounts and COPIED bits may be wrong; whoever opens the image for writing repairs it
 //! first. It is set while snapshots are changed, which passes through states in which they are.
 //! *Corrupt*: damage of the metadata was detected; writes are refused until repair. It is set when a
-//! change meets an entry that cannot be right, and goes away when the image is repaired. Version 2 has
-//! neither.
+//! change meets an entry that cannot be right, and goes away when the image is repaired.
+//! *Incomplete* (ours): the disk is being overwritten as a whole, so it is neither the old nor the
+//! new one. Version 2 has none of them.
 
 use std::sync::atomic::Ordering::{Acquire, Release};
 
@@ -22,6 +23,16 @@ impl MetadataFile {
             true => header.incompatible |= incompatible::DIRTY,
             false => header.incompatible &= !incompatible::DIRTY,
         });
+        self.write_marks()
+    }
+
+    /// Says in the header, durably, whether the disk is being overwritten as a whole.
+    pub(in crate::qcow2) fn mark_incomplete(&self, is_incomplete: bool) -> Result<()> {
+        let was = self.header().incompatible & incompatible::INCOMPLETE != 0;
+        if self.header().version < 3 || was == is_incomplete {
+            return Ok(());
+        }
+        self.update_header(|header| header.incompatible ^= incompatible::INCOMPLETE);
         self.write_marks()
     }
 

@@ -16,6 +16,7 @@ use std::os::unix::ffi::OsStrExt as _;
 
 use crate::bytes::{u32_at, u64_at};
 use crate::error::Result;
+use crate::options::IncompleteDisk;
 use crate::qcow2::on_disk::extension::{self, Extensions};
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::words::{invalid, read_error, unsupported};
@@ -45,7 +46,8 @@ pub(crate) mod incompatible {
     pub(crate) const COMPRESSION: u64 = 1 << 3;
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
     pub(crate) const KNOWN: u64 = 31;
-    /// Ours: this is no image yet, see [`incomplete_header`](super::super::incomplete_header).
+    /// Ours: this is no image yet, see [`incomplete_header`](super::super::incomplete_header); or
+    /// its disk is being overwritten.
     pub(crate) const INCOMPLETE: u64 = 1 << 63;
 }
 
@@ -116,11 +118,21 @@ impl Header {
     /// Reads and checks the header. For a check, tables may lie where nothing can be read, and the
     /// refcount table may be impossible: then its size is 0.
     pub(crate) fn read(storage: &dyn Storage, purpose: Purpose) -> Result<Self> {
+        Self::read_or_overwrite(storage, purpose, IncompleteDisk::Refused)
+    }
+
+    /// The same for an image of which the disk may be incomplete.
+    pub(crate) fn read_or_overwrite(
+        storage: &dyn Storage,
+        purpose: Purpose,
+        incomplete: IncompleteDisk,
+    ) -> Result<Self> {
         let file_length = storage.len().map_err(read_error)?;
         let mut start = vec![0; 4096];
         let length = storage.read_at(HostOffset::new(0), &mut start).map_err(read_error)?;
         start.truncate(length);
         let mut header = decode_fields(&start)?;
+        header.refuse_incomplete(incomplete)?;
         header.check_tables(file_length, purpose)?;
         header.read_names(storage, &start)?;
         header.check_features()?;
@@ -128,6 +140,18 @@ impl Header {
             header.refuse_contradictions()?;
         }
         Ok(header)
+    }
+
+    fn refuse_incomplete(&self, incomplete: IncompleteDisk) -> Result<()> {
+        let is_image = self.refcount_table_offset != 0;
+        let is_accepted = incomplete == IncompleteDisk::Accepted && is_image;
+        if self.incompatible & incompatible::INCOMPLETE == 0 || is_accepted {
+            return Ok(());
+        }
+        Err(invalid(
+            "it is incomplete: the command that wrote it is still at work or was interrupted; run \
+             that command again",
+        ))
     }
 
     fn check_tables(&mut self, file_length: u64, purpose: Purpose) -> Result<()> {
@@ -216,7 +240,7 @@ impl Header {
     }
 
     fn check_features(&self) -> Result<()> {
-        let unknown = self.incompatible & !incompatible::KNOWN;
+        let unknown = self.incompatible & !incompatible::KNOWN & !incompatible::INCOMPLETE;
         if unknown != 0 {
             let names = (0..64)
                 .filter(|bit| unknown >> bit & 1 == 1)
@@ -288,12 +312,6 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
         kind => return Err(unsupported(format!("compression type {kind} is not known here"))),
     };
     let incompatible = v3(72);
-    if incompatible & incompatible::INCOMPLETE != 0 {
-        return Err(invalid(
-            "it is incomplete: the command that wrote it is still at work or was interrupted; run that \
-             command again",
-        ));
-    }
     let extended_l2 = incompatible & incompatible::EXTENDED_L2 != 0;
     let size = u64_at(start, 24);
     if size > i64::MAX as u64 {

@@ -15,7 +15,8 @@ use imgfmt::jobs::{
     copy_bitmaps,
 };
 use imgfmt::{
-    Access, BitmapInfo, CacheMode, CreateOptions, Format, Image, OpenOptions, OpenPolicy,
+    Access, BitmapInfo, CacheMode, CreateOptions, Format, Image, IncompleteDisk, OpenOptions,
+    OpenPolicy,
 };
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 use nbd_proto::NbdUri;
@@ -322,10 +323,16 @@ impl Conversion<'_> {
         let policy = self.args.open.trust.policy_with(&self.args.server);
         let options = self.args.open.trust.locks.options();
         let options = options.format(self.format).access(Access::ReadWrite).policy(policy);
+        // This command was told to be run again.
+        let options = options.incomplete(IncompleteDisk::Accepted);
         let image = to.open(&options, &self.args.server)?;
         self.check_room(to, &image)?;
         bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;
+        image.begin_overwrite().map_err(|error| to.named(error))?;
         self.copy(&image, to, self.background()).map_err(|error| incomplete(to, &error))?;
+        if self.format != Format::Raw {
+            image.complete_overwrite().map_err(|error| incomplete(to, &to.named(error)))?;
+        }
         copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(to, error))?;
         if self.args.flush {
             return image.close().map_err(|error| to.named(error));

@@ -1,0 +1,39 @@
+//! An image whose disk is overwritten as a whole.
+
+use super::Image;
+use crate::access::Access;
+use crate::error::{Error, ErrorKind, Result};
+
+impl Image {
+    /// Announces that the whole disk is going to be overwritten: until
+    /// [`complete_overwrite`](Self::complete_overwrite) it is neither the old disk nor the new one.
+    /// A qcow2 image of version 3 says so durably from now on, and this crate and QEMU refuse to
+    /// open it, except with [`IncompleteDisk::Accepted`](crate::IncompleteDisk). Raw images and
+    /// version 2 have no place for that.
+    ///
+    /// # Errors
+    ///
+    /// `ReadOnly`, `Io`.
+    pub fn begin_overwrite(&self) -> Result<()> {
+        self.mark_incomplete(true)
+    }
+
+    /// Makes everything durable, and then the disk valid.
+    ///
+    /// # Errors
+    ///
+    /// `ReadOnly`, `NoSpace`, `Io`. The image then says that its disk is incomplete, unless it was
+    /// the last sync that failed.
+    pub fn complete_overwrite(&self) -> Result<()> {
+        self.flush()?;
+        self.mark_incomplete(false)
+    }
+
+    fn mark_incomplete(&self, is_incomplete: bool) -> Result<()> {
+        if self.access != Access::ReadWrite {
+            let error = Error::new(ErrorKind::ReadOnly, "change", "the image was opened read-only");
+            return Err(self.name(error));
+        }
+        self.writable().mark_incomplete(is_incomplete).map_err(|error| self.name(error))
+    }
+}
