@@ -282,6 +282,19 @@ fn later_run_verifies_and_continues_what_an_earlier_one_wrote() {
 }
 
 #[test]
+fn later_run_writes_whole_blocks_of_the_earlier_one_only() {
+    let disk = Disk::sparse();
+    let state = disk.beside("state");
+    let server = Process::ours(&[disk.path()]);
+    let write = ["bench", "-w", "write", "--verify", "--destroy-data", "--requests", "300"];
+    let keep = ["--verify-state", &state, server.uri()];
+    nbd_cli(&[&write[..], &["-b", "8K"], &keep].concat()).success();
+    says(nbd_cli(&[&write[..], &keep].concat()), &["blocks of 8K", "the same --block-size"]);
+    nbd_cli(&[&["bench", "--verify-only"], &keep[..]].concat()).success();
+    nbd_cli(&[&write[..], &["-b", "8K,16K"], &keep].concat()).success();
+}
+
+#[test]
 fn run_that_was_killed_does_not_make_a_later_one_accuse_the_server() {
     let disk = Disk::sparse();
     let state = disk.beside("state");

@@ -8,7 +8,7 @@ use nbd_proto::wire::TransmissionFlags;
 
 use super::block::MIN_BLOCK_LEN;
 use super::ledger::MAX_BLOCKS;
-use super::options::{BenchEnd, BenchOptions, Pattern, Verify, Workload};
+use super::options::{BenchEnd, BenchOptions, BlockSize, Pattern, Verify, Workload};
 use super::state::State;
 use super::targets::Section;
 use crate::error::JobError;
@@ -127,7 +127,7 @@ impl Plan {
         let connections = options.connect.connections.get() as u64;
         let plan = Self { range: Section { offset, length }, block_len, largest, connections };
         plan.check_size(options)?;
-        plan.check_state(state)?;
+        plan.check_state(options, state)?;
         plan.check_constraints(negotiated)?;
         Ok(plan)
     }
@@ -159,12 +159,14 @@ impl Plan {
         Ok(())
     }
 
-    fn check_state(&self, state: Option<&State>) -> Result<(), JobError> {
+    fn check_state(&self, options: &BenchOptions, state: Option<&State>) -> Result<(), JobError> {
         let Some(state) = state else { return Ok(()) };
         let blocks = self.range.length / u64::from(self.block_len.max(1));
-        if (state.start, state.block_len, state.blocks.len() as u64)
-            == (self.range.offset, self.block_len, blocks)
-        {
+        let is_same = (state.start, state.block_len, state.blocks.len() as u64)
+            == (self.range.offset, self.block_len, blocks);
+        // A part of a block cannot say what it is.
+        let is_whole = |size: &BlockSize| size.length.is_multiple_of(self.block_len);
+        if is_same && (!options.writes() || options.block_sizes.iter().all(is_whole)) {
             return Ok(());
         }
         Err(JobError::invalid(format!(
