@@ -73,12 +73,14 @@ impl Copy<'_> {
 
     fn carry_out(&self, work: Work, buffer: &mut [u8]) -> Result<(), JobError> {
         match work.content {
-            Content::Data => self.copy(work.range, &mut buffer[..work.range.length() as usize])?,
-            Content::Zero => self.zero(work.range)?,
-        }
-        match work.content {
-            Content::Data => self.meter.add(work.range.length()),
-            Content::Zero => self.meter.add_hole(work.range.length()),
+            Content::Data => {
+                self.copy(work.range, &mut buffer[..work.range.length() as usize])?;
+                self.meter.add(work.range.length());
+            }
+            Content::Zero => {
+                self.zero(work.range)?;
+                self.meter.add_hole(work.range.length());
+            }
         }
         Ok(())
     }

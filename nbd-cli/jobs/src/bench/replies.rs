@@ -132,14 +132,18 @@ impl Worker {
 
 /// Looks at blocks of which nothing is known but their seed.
 fn look_at(shared: &super::shared::Shared, slot: &Slot, block_len: u32, seed: u64) {
+    let (mut good, mut other) = (0, 0);
     let offsets = (slot.target.offset..).step_by(block_len as usize);
     for (block, offset) in slot.data.chunks(block_len as usize).zip(offsets) {
         match judge_alone(block, seed, offset) {
-            Ok(true) => shared.verified().good_blocks += 1,
-            Ok(false) => shared.verified().other_blocks += 1,
+            Ok(true) => good += 1,
+            Ok(false) => other += 1,
             Err(mismatch) => shared.add_mismatch(mismatch),
         }
     }
+    let mut verified = shared.verified();
+    verified.good_blocks += good;
+    verified.other_blocks += other;
 }
 
 /// The server said no: it is about to end, or cannot do what it was asked.
