@@ -8,6 +8,7 @@ mod bench;
 mod ci;
 mod command;
 mod compatibility;
+mod man;
 mod peers;
 mod soak;
 mod tidy;
@@ -32,6 +33,8 @@ enum DeveloperCommand {
     Tidy,
     /// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
     Bench(bench::Options),
+    /// Write the manual pages of the program.
+    Man(man::Options),
     /// Run every random judge for a chosen time and keep the failures.
     Soak(soak::Options),
 }
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         DeveloperCommand::Ci => ci::run(),
         DeveloperCommand::Tidy => tidy::run(),
         DeveloperCommand::Bench(options) => bench::run(&options),
+        DeveloperCommand::Man(options) => man::run(&options),
         DeveloperCommand::Soak(options) => soak::run(&options),
     };
     match outcome {

@@ -26,6 +26,9 @@ const PEERS: &[Peer] = &[
     Peer { program: "certtool", package: "gnutls-bin" },
     Peer { program: "psktool", package: "gnutls-bin" },
     Peer { program: "openssl", package: "openssl" },
+    Peer { program: "mandoc", package: "mandoc" },
+    Peer { program: "zsh", package: "zsh" },
+    Peer { program: "fish", package: "fish" },
 ];
 
 /// Installs the missing peers if possible, and reports those that are still missing.

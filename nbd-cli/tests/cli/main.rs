@@ -60,6 +60,7 @@ mod info_old_servers;
 mod info_text;
 mod jobs_examples;
 mod list_meta;
+mod man_pages;
 mod map_chart;
 mod map_depth;
 mod map_output;

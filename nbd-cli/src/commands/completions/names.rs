@@ -1,0 +1,265 @@
+//! The names that complete a command line: exports, bitmaps and snapshots.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use clap::{Arg, Command};
+use imgfmt::{Image, ImageInfo, Locking, OpenOptions};
+use nbd_client::{Connector, LocalFiles};
+use nbd_jobs::control::{self, Listing, Request};
+use nbd_proto::NbdUri;
+
+use crate::error::runtime;
+
+/// A shell waits for the names, and a server may not answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+const BITMAP_CONTEXT: &str = "qemu:dirty-bitmap:";
+
+/// Returns the words that can take the place of the last one; none if that is not a name, or if the
+/// server or the image does not answer.
+pub(super) fn complete(program: Command, words: &[OsString]) -> Vec<String> {
+    let words: Option<Vec<String>> = words.iter().map(|word| unquoted(word.to_str()?)).collect();
+    let Some(position) = words.and_then(|words| Position::find(program, &words)) else {
+        return Vec::new();
+    };
+    let (sender, receiver) = mpsc::channel();
+    // A thread that still waits ends with the program.
+    std::thread::spawn(move || {
+        let names = position.names().unwrap_or_default();
+        let fits = |name: &String| {
+            // A name must not end the line or pass for an option.
+            name.starts_with(&position.word)
+                && !name.is_empty()
+                && !name.starts_with('-')
+                && !name.contains(char::is_control)
+        };
+        let mut names: Vec<_> = names
+            .into_iter()
+            .filter(fits)
+            .map(|name| format!("{}{name}", position.before))
+            .collect();
+        names.sort();
+        names.dedup();
+        let _ = sender.send(names);
+    });
+    receiver.recv_timeout(PATIENCE).unwrap_or_default()
+}
+
+/// A word without the quotes around it; the closing one may be missing.
+fn unquoted(word: &str) -> Option<String> {
+    let inner = match word.strip_prefix(['\'', '"']) {
+        Some(inner) => inner.strip_suffix(['\'', '"']).unwrap_or(inner),
+        None => word,
+    };
+    Some(inner.to_owned())
+}
+
+/// The place of the cursor on the command line.
+#[derive(Debug, Default)]
+struct Position {
+    /// The subcommands, such as `image`, `snapshot`, `apply`.
+    commands: Vec<String>,
+    /// The arguments of each command, the program's own first.
+    arguments: Vec<Vec<String>>,
+    options: BTreeMap<String, String>,
+    /// Id of the argument or of the option whose value is completed.
+    id: String,
+    /// What stands before the completed word: `--bitmap=`.
+    before: String,
+    /// The word so far.
+    word: String,
+}
+
+impl Position {
+    fn find(mut program: Command, words: &[String]) -> Option<Self> {
+        let (last, words) = words.get(1..)?.split_last()?;
+        program.build();
+        let mut command = &program;
+        let mut position = Self { arguments: vec![Vec::new()], ..Self::default() };
+        let mut pending: Option<&Arg> = None;
+        for word in words {
+            if let Some(option) = pending.take() {
+                position.options.insert(option.get_id().to_string(), word.clone());
+            } else if let Some(rest) = word.strip_prefix("--") {
+                let (name, value) =
+                    rest.split_once('=').map_or((rest, None), |(n, v)| (n, Some(v)));
+                match (long_option(command, name), value) {
+                    (Some(option), Some(value)) => {
+                        position.options.insert(option.get_id().to_string(), value.to_owned());
+                    }
+                    (option, None) => pending = option,
+                    (None, Some(_)) => {}
+                }
+            } else if let Some(letters) = word.strip_prefix('-').filter(|rest| !rest.is_empty()) {
+                pending = short_option(command, letters);
+            } else if let Some(below) = command.find_subcommand(word) {
+                position.commands.push(below.get_name().to_owned());
+                position.arguments.push(Vec::new());
+                command = below;
+            } else {
+                position.arguments.last_mut()?.push(word.clone());
+            }
+        }
+        position.at(command, pending, last)
+    }
+
+    fn at(mut self, command: &Command, pending: Option<&Arg>, last: &str) -> Option<Self> {
+        let option = last.strip_prefix("--").and_then(|rest| rest.split_once('='));
+        let argument = match (pending, option) {
+            (Some(option), _) => option,
+            (None, Some((name, _))) => long_option(command, name)?,
+            (None, None) if last.starts_with('-') => return None,
+            (None, None) => {
+                let index = self.arguments.last()?.len();
+                command.get_positionals().nth(index).or_else(|| command.get_positionals().last())?
+            }
+        };
+        self.id = argument.get_id().to_string();
+        self.word = last.to_owned();
+        if let (None, Some((name, value))) = (pending, option) {
+            (self.before, self.word) = (format!("--{name}="), value.to_owned());
+        }
+        Some(self)
+    }
+
+    fn names(&self) -> Option<Vec<String>> {
+        let commands: Vec<&str> = self.commands.iter().map(String::as_str).collect();
+        let first = || self.arguments.last().and_then(|arguments| arguments.first());
+        let index = self.arguments.last()?.len();
+        match (commands.as_slice(), self.id.as_str()) {
+            (["control", "add-export" | "bitmap-add"], "name" | "bitmap") => None,
+            (["control", _], "name" | "export") => exports_of(self.arguments.get(1)?.first()?),
+            (["control", _], "bitmap" | "from") => {
+                bitmaps_of(self.arguments.get(1)?.first()?, first()?)
+            }
+            (["backup"], "export") => exports_of(self.options.get("control")?),
+            (["backup"], "bitmap") => match self.options.get("control") {
+                Some(socket) => bitmaps_of(socket, self.options.get("export")?),
+                None => served_bitmaps(first()?),
+            },
+            (["bitmap", "add"], _) => None,
+            (["bitmap", _], _) if index > 0 => {
+                let image = self.options.get("from").filter(|_| index > 1);
+                let entries = inspect(image.or(first())?)?.qcow2?.bitmaps;
+                Some(entries.into_iter().map(|bitmap| bitmap.name).collect())
+            }
+            (["image", "snapshot", "apply" | "delete"], _) if index > 0 => {
+                let snapshots = inspect(first()?)?.qcow2?.snapshots;
+                Some(snapshots.into_iter().map(|snapshot| snapshot.name).collect())
+            }
+            _ => served_exports(&self.word),
+        }
+    }
+}
+
+fn long_option<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
+    let matches =
+        |option: &&Arg| option.get_long() == Some(name) && option.get_action().takes_values();
+    command.get_opts().find(matches)
+}
+
+/// The option whose value is the next word: `-b`, or `-qb` with flags before it.
+fn short_option<'a>(command: &'a Command, letters: &str) -> Option<&'a Arg> {
+    let option = |letter: char| {
+        let matches = |option: &&Arg| {
+            option.get_short() == Some(letter) && option.get_action().takes_values()
+        };
+        command.get_opts().find(matches)
+    };
+    let (position, option) =
+        letters.char_indices().find_map(|(at, letter)| Some((at, option(letter)?)))?;
+    // Otherwise the value follows in the same word.
+    (position + option.get_short()?.len_utf8() == letters.len()).then_some(option)
+}
+
+/// The path as the shell will see it.
+fn path(text: &str) -> PathBuf {
+    match (text.strip_prefix("~/"), std::env::var_os("HOME")) {
+        (Some(rest), Some(home)) => Path::new(&home).join(rest),
+        _ => PathBuf::from(text),
+    }
+}
+
+fn listing(socket: &str) -> Option<Listing> {
+    let listing = control::call(&path(socket), &Request::List {}).ok()?;
+    serde_json::from_value(listing).ok()
+}
+
+fn exports_of(socket: &str) -> Option<Vec<String>> {
+    Some(listing(socket)?.exports.into_iter().map(|export| export.name).collect())
+}
+
+fn bitmaps_of(socket: &str, export: &str) -> Option<Vec<String>> {
+    let listing = listing(socket)?;
+    let export = listing.exports.into_iter().find(|state| state.name == *export)?;
+    let name = |bitmap: &serde_json::Value| bitmap["name"].as_str().map(ToOwned::to_owned);
+    Some(export.bitmaps.iter().filter_map(name).collect())
+}
+
+/// The image may be served: it is not locked.
+fn inspect(image: &str) -> Option<ImageInfo> {
+    Image::inspect_file(path(image), &OpenOptions::new().locking(Locking::Shared)).ok()
+}
+
+/// The exports of `nbd://HOST/`, as URIs.
+fn served_exports(word: &str) -> Option<Vec<String>> {
+    let (scheme, rest) = word.split_once("://")?;
+    let (host, _) = rest.split_once('/')?;
+    if !matches!(scheme, "nbd" | "nbds") || host.is_empty() || rest.contains('?') {
+        return None;
+    }
+    let base = format!("{scheme}://{host}/");
+    let connector = Connector::new(base.parse().ok()?).local_files(LocalFiles::Allowed);
+    let exports = runtime().ok()?.block_on(connector.list()).ok()?;
+    let is_plain =
+        |name: &str| name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./".contains(&b));
+    let names = exports.into_iter().map(|export| export.name).filter(|name| is_plain(name));
+    Some(names.map(|name| format!("{base}{name}")).collect())
+}
+
+fn served_bitmaps(uri: &str) -> Option<Vec<String>> {
+    let uri: NbdUri = uri.parse().ok()?;
+    let connector = Connector::new(uri).local_files(LocalFiles::Allowed);
+    let queries = [BITMAP_CONTEXT.to_owned()];
+    let contexts = runtime().ok()?.block_on(connector.list_meta_contexts(&queries)).ok()?;
+    let name = |context: &nbd_proto::wire::MetaContextName| {
+        context.as_str().strip_prefix(BITMAP_CONTEXT).map(ToOwned::to_owned)
+    };
+    Some(contexts.iter().filter_map(name).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+    use crate::args::Cli;
+
+    fn position(line: &str) -> (Vec<String>, String, String) {
+        let words: Vec<_> = line.split(' ').map(ToOwned::to_owned).collect();
+        let found = Position::find(Cli::command(), &words).unwrap_or_default();
+        (found.commands, found.id, found.word)
+    }
+
+    #[test]
+    fn the_argument_at_the_cursor_is_found() {
+        for (line, commands, id, word) in [
+            ("nbd-cli control /s bitmap-clear vm da", "control bitmap-clear", "bitmap", "da"),
+            ("nbd-cli -v control /s remove-export ", "control remove-export", "name", ""),
+            ("nbd-cli backup --control /s --export vm --bitmap ", "backup", "bitmap", ""),
+            ("nbd-cli backup nbd://h/x --bitmap=d", "backup", "bitmap", "d"),
+            ("nbd-cli image snapshot apply a.qcow2 b", "image snapshot apply", "name", "b"),
+            ("nbd-cli bitmap merge a.qcow2 x y z", "bitmap merge", "sources", "z"),
+        ] {
+            let commands = commands.split(' ').map(ToOwned::to_owned).collect();
+            assert_eq!(position(line), (commands, id.to_owned(), word.to_owned()), "{line}");
+        }
+        for line in ["nbd-cli", "nbd-cli copy --fl"] {
+            assert_eq!(position(line), Default::default(), "{line}");
+        }
+    }
+}
