@@ -7,10 +7,11 @@ use bytes::Bytes;
 use nbd_proto::handshake::Negotiated;
 use nbd_proto::transmission::Command;
 use nbd_proto::wire::{MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
+use tokio::runtime::{self, Handle};
 use tokio::sync::oneshot;
 
 use crate::connection::{Caller, Connection};
-use crate::dial::{Established, establish_at};
+use crate::dial::{Established, establish_on_its_runtime};
 use crate::error::{Error, LostConnection, Result};
 use crate::inflight::{Collect, Outcome, Submission};
 use crate::info::{ExportInfo, Protocol};
@@ -40,6 +41,8 @@ struct Shared {
     is_encrypted: bool,
     negotiated: Arc<Negotiated>,
     connections: Vec<Connection>,
+    /// Whether the connections belong to several runtimes.
+    is_spread: bool,
     next: AtomicUsize,
 }
 
@@ -54,7 +57,7 @@ impl Client {
         // An active attacker must not be able to remove a property that the first connection had.
         let requiring_tls = is_encrypted.then(|| settings.requiring_tls());
         let settings = requiring_tls.as_ref().unwrap_or(settings);
-        let connection = |established, contexts| {
+        let connection = |established, contexts, runtime| {
             let reconnect = settings.reconnect.map(|patience| Reconnect {
                 settings: settings.clone(),
                 patience,
@@ -66,17 +69,18 @@ impl Client {
                 settings.limits,
                 Arc::clone(&target),
                 reconnect,
+                runtime,
             )
         };
         let ids: Vec<MetaContextId> = negotiated.meta_contexts.iter().map(|(id, _)| *id).collect();
-        let mut connections = vec![connection(first, ids)];
+        let mut connections = vec![connection(first, ids, settings.runtime(0))];
         let multi = TransmissionFlags::CAN_MULTI_CONN;
         if negotiated.flags.contains(multi) {
             while connections.len() < settings.connections.get() {
-                let further = match establish_at(settings).await {
+                let opened = connections.len();
+                let further = match establish_on_its_runtime(settings, opened).await {
                     Ok(further) => further,
                     Err(error) => {
-                        let opened = connections.len();
                         tracing::warn!(target = &*target, %error, opened, "fewer connections");
                         break;
                     }
@@ -85,11 +89,13 @@ impl Client {
                     let reason = LostConnection::ExportChanged(why);
                     Error::Lost { target: Arc::clone(&target), reason }
                 })?;
-                connections.push(connection(further, contexts));
+                connections.push(connection(further, contexts, settings.runtime(opened)));
             }
         }
         let next = AtomicUsize::new(0);
-        let shared = Shared { info, protocol, is_encrypted, negotiated, connections, next };
+        let is_spread = !settings.runtimes.is_empty();
+        let shared =
+            Shared { info, protocol, is_encrypted, negotiated, connections, is_spread, next };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -160,7 +166,8 @@ impl Client {
         &self.shared.negotiated
     }
 
-    /// Hands a request to the connection with the fewest waiting callers.
+    /// Hands a request to the connection with the fewest waiting callers, among those of this
+    /// runtime if it has any.
     pub(crate) async fn submit(&self, request: NewRequest) -> Result<PendingReply<'_>> {
         let connection = self.pick();
         let caller = connection.enter();
@@ -185,13 +192,22 @@ impl Client {
             let start = self.shared.next.fetch_add(1, Ordering::Relaxed) % connections.len();
             let (before, from) = connections.split_at(start);
             let candidates = from.iter().chain(before);
+            let here = self.shared.is_spread.then(current_runtime).flatten();
+            let is_elsewhere =
+                |connection: &Connection| here.is_some_and(|here| connection.runtime() != here);
             // A lost connection is chosen only if all are lost, for the sake of its error.
-            let best =
-                candidates.min_by_key(|connection| (connection.is_over(), connection.load()));
+            let best = candidates.min_by_key(|connection| {
+                (connection.is_over(), is_elsewhere(connection), connection.load())
+            });
             return best.expect("a client has at least one connection");
         };
         only
     }
+}
+
+/// The runtime that polls this task.
+fn current_runtime() -> Option<runtime::Id> {
+    Handle::try_current().ok().map(|runtime| runtime.id())
 }
 
 /// A request to be sent.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Poll;
 
 use nbd_proto::wire::MetaContextId;
+use tokio::runtime::{self, Handle};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -27,6 +28,8 @@ pub(crate) struct Connection {
     ended: Arc<OnceLock<Error>>,
     /// The number of times the connection was replaced.
     replaced: Arc<AtomicU64>,
+    /// The runtime that drives it.
+    runtime: runtime::Id,
     task: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -38,6 +41,7 @@ impl Connection {
         limits: Limits,
         target: Arc<str>,
         reconnect: Option<Reconnect>,
+        runtime: Option<&Handle>,
     ) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_LEN);
         let ended = Arc::new(OnceLock::new());
@@ -50,8 +54,10 @@ impl Connection {
             target,
             reconnect,
         };
-        let task = Mutex::new(Some(tokio::spawn(task.run(driver))));
-        Self { sender, waiting: AtomicUsize::new(0), ended, replaced, task }
+        let runtime = runtime.cloned().unwrap_or_else(Handle::current);
+        let task = Mutex::new(Some(runtime.spawn(task.run(driver))));
+        let runtime = runtime.id();
+        Self { sender, waiting: AtomicUsize::new(0), ended, replaced, runtime, task }
     }
 
     /// Queues a message and waits for room if necessary.
@@ -76,6 +82,11 @@ impl Connection {
     /// Returns the number of callers that wait for this connection.
     pub(crate) fn load(&self) -> usize {
         self.waiting.load(Ordering::Relaxed)
+    }
+
+    /// Returns the runtime that drives this connection.
+    pub(crate) fn runtime(&self) -> runtime::Id {
+        self.runtime
     }
 
     /// Counts a caller during the life of the value.

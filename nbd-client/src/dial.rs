@@ -6,6 +6,7 @@ use bytes::BytesMut;
 use nbd_proto::handshake::client::{InfoRequest, OptionPhase};
 use nbd_proto::handshake::{Negotiated, OptionError};
 use nbd_proto::wire::{OptionReplyType, ReplyMode};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout_at};
 
 use crate::error::{Error, Result};
@@ -28,6 +29,25 @@ pub(crate) struct Established {
 /// Opens a socket to the server and performs the handshake.
 pub(crate) async fn establish_at(settings: &Settings) -> Result<Established> {
     establish(dial(settings).await?, &settings.wanted).await
+}
+
+/// Like [`establish_at`], on the runtime that will drive the connection of that number: a socket
+/// belongs to the runtime that opened it.
+pub(crate) async fn establish_on_its_runtime(
+    settings: &Settings,
+    connection: usize,
+) -> Result<Established> {
+    let Some(runtime) = settings.runtime(connection) else {
+        return establish_at(settings).await;
+    };
+    let settings = settings.clone();
+    // A set, so that dropping this future ends the task.
+    let mut task = JoinSet::new();
+    task.spawn_on(async move { establish_at(&settings).await }, runtime);
+    match task.join_next().await {
+        Some(Ok(established)) => established,
+        _ => Err(Error::Closed),
+    }
 }
 
 /// Opens a socket to the server, within the time limit of the handshake.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, ReplyMode};
+use tokio::runtime::Handle;
 
 use crate::tls::{LocalFiles, TlsMode, TlsOptions};
 
@@ -23,6 +24,8 @@ pub(crate) struct Settings {
     pub(crate) limits: Limits,
     pub(crate) tls: Option<TlsOptions>,
     pub(crate) local_files: LocalFiles,
+    /// The runtimes that drive the connections, in turn; none for that of the caller.
+    pub(crate) runtimes: Arc<[Handle]>,
 }
 
 impl Settings {
@@ -41,12 +44,18 @@ impl Settings {
             limits: Limits::default(),
             tls: None,
             local_files: LocalFiles::Refused,
+            runtimes: Arc::new([]),
         }
     }
 
     /// The server's address, for messages.
     pub(crate) fn target(&self) -> Arc<str> {
         self.uri.to_string().into()
+    }
+
+    /// Returns the runtime that drives the connection of that number, if one was chosen.
+    pub(crate) fn runtime(&self, connection: usize) -> Option<&Handle> {
+        self.runtimes.get(connection.checked_rem(self.runtimes.len())?)
     }
 
     /// The same settings for another export.

@@ -4,8 +4,9 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nbd_client::{Connector, Error, ReplyMode, TransmissionFlags};
+use nbd_client::{Client, Connector, Error, ReplyMode, TransmissionFlags};
 use tokio::net::UnixListener;
+use tokio::runtime::Runtime;
 
 use crate::script::{Offer, SIZE, Script, guarded};
 
@@ -85,4 +86,50 @@ async fn connections_that_see_different_disks_are_refused() {
     let error = guarded(connector.connect()).await.unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error}");
     assert!(error.to_string().contains("its size was"), "{error}");
+}
+
+/// A runtime on a thread of its own.
+fn runtime() -> Runtime {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    builder.worker_threads(1).enable_all().build().unwrap()
+}
+
+async fn eight_reads(client: &Client) {
+    let reads = (0..8).map(|number| {
+        let client = client.clone();
+        async move { client.read(number * 10..number * 10 + 10).await.map(drop) }
+    });
+    let mut reads: tokio::task::JoinSet<_> = reads.collect();
+    while let Some(read) = reads.join_next().await {
+        read.unwrap().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_request_uses_the_connections_of_the_runtime_that_makes_it() {
+    let (connector, _directory, busy) = listen(|_| Some(Offer::new(ReplyMode::Structured)));
+    let runtimes = [runtime(), runtime()];
+    let connector = connector.runtimes(runtimes.iter().map(|runtime| runtime.handle().clone()));
+    let client = guarded(connector.connect()).await.unwrap();
+    assert_eq!(client.connections(), 4);
+    let on_second = client.clone();
+    guarded(runtimes[1].spawn(async move { eight_reads(&on_second).await })).await.unwrap();
+    assert_eq!(busy.load(Ordering::Relaxed), 2, "two of the four belong to that runtime");
+    // This runtime has none.
+    guarded(eight_reads(&client)).await;
+    assert_eq!(busy.load(Ordering::Relaxed), 4);
+    guarded(client.disconnect()).await.unwrap();
+    for runtime in runtimes {
+        runtime.shutdown_background();
+    }
+}
+
+#[tokio::test]
+async fn a_runtime_that_has_ended_is_an_error() {
+    let (connector, _directory, _) = listen(|_| Some(Offer::new(ReplyMode::Structured)));
+    let ended = runtime();
+    let connector = connector.runtimes([ended.handle().clone()]);
+    ended.shutdown_background();
+    let error = guarded(connector.connect()).await.unwrap_err();
+    assert!(matches!(error, Error::Closed), "{error}");
 }
