@@ -66,6 +66,8 @@ pub(crate) struct Driver {
     limits: Limits,
     timer: Option<RequestTimer>,
     answered: bool,
+    /// Whether the data of a large READ is complete, and its caller has not run since.
+    has_fresh_data: bool,
     linger: Option<Pin<Box<Sleep>>>,
     said_goodbye: bool,
 }
@@ -93,6 +95,7 @@ impl Driver {
             limits,
             timer: limits.request_timeout.map(RequestTimer::new),
             answered: false,
+            has_fresh_data: false,
             linger: None,
             said_goodbye: false,
         }
@@ -131,6 +134,11 @@ impl Driver {
                 Err(_) if self.said_goodbye => return Poll::Ready(Ok(())),
                 Err(lost) => return Poll::Ready(Err(lost)),
             };
+            if std::mem::take(&mut self.has_fresh_data) {
+                // The caller uses it while it is in the cache, and its memory holds the next data.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             if taken || sent || received {
                 continue;
             }
@@ -296,7 +304,9 @@ impl Driver {
                 self.answered = true;
                 if let Some(submission) = self.in_flight.remove(&cookie) {
                     self.data_in_flight = self.data_in_flight.saturating_sub(submission.data_len());
-                    self.large_reads -= usize::from(is_large_read(&submission));
+                    let is_large = is_large_read(&submission);
+                    self.large_reads -= usize::from(is_large);
+                    self.has_fresh_data |= is_large;
                     submission.complete(result);
                 }
             }

@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::error::{Error, Result};
+use crate::memory::ReadMemory;
 use crate::stream::Stream;
 
 /// A part of the range that was read.
@@ -124,8 +125,8 @@ pub(crate) enum Collect {
     /// One buffer, with zeroes where the server reported holes.
     Flat(BytesMut),
     /// Data and holes separately, in the order of arrival, by their distance from the request's
-    /// offset; and memory for the first chunk of data.
-    Chunks(Vec<(u64, PartialChunk)>, BytesMut),
+    /// offset; and memory for the data.
+    Chunks(Vec<(u64, PartialChunk)>, ReadMemory),
     /// Descriptors by context.
     Status(Vec<(usize, Vec<BlockDescriptor>)>),
 }
@@ -159,9 +160,8 @@ impl Collect {
                     buffer.resize(position, 0);
                 }
             }
-            Self::Chunks(chunks, spare) => {
-                let mut buffer = std::mem::take(spare);
-                buffer.clear();
+            Self::Chunks(chunks, memory) => {
+                let mut buffer = memory.take();
                 buffer.reserve(length);
                 chunks.push((position, PartialChunk::Data(buffer)));
             }
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn pieces_are_sorted_and_neighbouring_holes_joined() {
-        let mut collect = Collect::Chunks(Vec::new(), BytesMut::new());
+        let mut collect = Collect::Chunks(Vec::new(), ReadMemory::default());
         collect.hole(4, 2);
         collect.begin_data(8, 6, 2);
         collect.push(6, b"gh");
@@ -317,11 +317,12 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_left_over_holds_the_first_piece_of_data() {
-        let mut spare = BytesMut::with_capacity(64);
-        spare.extend_from_slice(b"what was read before");
+    fn memory_that_was_given_back_holds_the_next_data() {
+        let memory = ReadMemory::new(1);
+        let spare = Bytes::from(vec![7; 64]);
         let place = spare.as_ptr();
-        let mut collect = Collect::Chunks(Vec::new(), spare);
+        memory.give_back(spare);
+        let mut collect = Collect::Chunks(Vec::new(), memory.clone());
         collect.hole(0, 4);
         collect.begin_data(8, 4, 2);
         collect.push(4, b"ef");

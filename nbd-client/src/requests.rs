@@ -11,6 +11,7 @@ use nbd_proto::wire::{BlockDescriptor, MetaContextName, ReplyMode, TransmissionF
 use crate::client::{Client, NewRequest};
 use crate::error::Result;
 use crate::inflight::{Collect, Outcome, ReadChunk};
+use crate::memory::ReadMemory;
 
 /// Longest range of a request without data in compact mode, in bytes: the largest multiple of
 /// every possible minimum block size below 2^32.
@@ -107,11 +108,29 @@ impl Client {
     ///
     /// As for [`Client::read`].
     pub async fn read_chunks(&self, range: Range<u64>) -> Result<Vec<ReadChunk>> {
+        self.read_chunks_into(range, &ReadMemory::default()).await
+    }
+
+    /// Like [`Client::read_chunks`], into memory of earlier answers. Saves the page faults of fresh
+    /// memory in bulk reads.
+    ///
+    /// # Errors
+    ///
+    /// See the start of this section.
+    ///
+    /// # Cancel safety
+    ///
+    /// As for [`Client::read`]; memory that is taken already is lost.
+    pub async fn read_chunks_into(
+        &self,
+        range: Range<u64>,
+        memory: &ReadMemory,
+    ) -> Result<Vec<ReadChunk>> {
         let total = self.check_range(&range)?;
         let mut replies = Vec::new();
         for (offset, length) in split(range.start, total, self.longest_payload()) {
             let command = Command::Read(Fragmentation::Allowed);
-            let collect = Collect::Chunks(Vec::new(), BytesMut::new());
+            let collect = Collect::Chunks(Vec::new(), memory.clone());
             let request = NewRequest { collect, ..NewRequest::plain(offset, length, command) };
             replies.push(self.submit(request).await?);
         }
@@ -122,33 +141,6 @@ impl Client {
             }
         }
         Ok(chunks)
-    }
-
-    /// Like [`Client::read_chunks`], but reuses memory of the caller for the first chunk of data:
-    /// see [`Client::read_reusing`].
-    ///
-    /// # Errors
-    ///
-    /// See the start of this section.
-    ///
-    /// # Cancel safety
-    ///
-    /// As for [`Client::read_reusing`].
-    pub async fn read_chunks_reusing(
-        &self,
-        range: Range<u64>,
-        buffer: BytesMut,
-    ) -> Result<Vec<ReadChunk>> {
-        let total = self.check_range(&range)?;
-        if total == 0 || total > self.longest_payload() {
-            return self.read_chunks(range).await;
-        }
-        let collect = Collect::Chunks(Vec::new(), buffer);
-        let request = NewRequest { collect, ..flat_read(range.start, total) };
-        match self.submit(request).await?.outcome().await? {
-            Outcome::Chunks(chunks) => Ok(chunks),
-            _ => Ok(Vec::new()),
-        }
     }
 
     async fn read_once(&self, offset: u64, length: u64) -> Result<Bytes> {

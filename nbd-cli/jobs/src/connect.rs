@@ -11,6 +11,7 @@ use nbd_proto::wire::OptionReplyType;
 
 use crate::cancellation::Cancellation;
 use crate::error::{JobError, JobErrorKind};
+use crate::lanes::Lanes;
 use crate::text::printable;
 
 /// Most names listed in an error.
@@ -32,6 +33,8 @@ pub struct ConnectOptions {
     /// Whether a URI may name files of this machine (`tls-certificates=…`, `tls-psk-file=…`). Not
     /// allowed by default: allow it only if the author of the URI may read these files.
     pub local_files: LocalFiles,
+    /// The threads that drive the connections, if it is not the caller's runtime.
+    pub(crate) lanes: Lanes,
 }
 
 impl Default for ConnectOptions {
@@ -42,6 +45,7 @@ impl Default for ConnectOptions {
             reconnect: Duration::from_secs(30),
             tls: TlsSettings::default(),
             local_files: LocalFiles::Refused,
+            lanes: Lanes::default(),
         }
     }
 }
@@ -55,7 +59,16 @@ impl ConnectOptions {
             Some(limit) => connector.request_timeout(limit).handshake_timeout(limit),
             None => connector,
         };
-        connector.reconnect(self.reconnect)
+        connector.reconnect(self.reconnect).runtimes(self.lanes.runtimes().iter().cloned())
+    }
+
+    /// The same options, with threads of its own for the connections of a job.
+    ///
+    /// Not with a time limit for requests: a thread that waits for a disk receives nothing
+    /// meanwhile, and a good server would seem to be late.
+    pub(crate) fn on_lanes(&self) -> Self {
+        let lanes = if self.timeout.is_some() { Lanes::default() } else { Lanes::start() };
+        Self { lanes, ..self.clone() }
     }
 }
 

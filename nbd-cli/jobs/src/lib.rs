@@ -43,6 +43,7 @@ pub mod copy;
 mod error;
 mod files;
 pub mod key_values;
+mod lanes;
 mod location;
 mod observer;
 pub mod qemu_name;

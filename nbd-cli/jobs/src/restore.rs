@@ -106,6 +106,7 @@ pub async fn restore(
     context: &JobContext,
 ) -> Result<Restored, JobError> {
     check_concurrency(options.requests, &options.connect)?;
+    let options = &RestoreOptions { connect: options.connect.on_lanes(), ..options.clone() };
     let image = Image::open(path, &options.image);
     let image = image.map_err(|error| JobError::opening(JobErrorKind::Source, error))?;
     let is_new = match to {
@@ -289,6 +290,7 @@ async fn fill_and_verify(
         zeroes,
         sparse: Some(if is_image { CLUSTER_SIZE } else { unit.max(4096) }),
         start: 0,
+        lanes: options.connect.lanes.clone(),
     };
     let extents = source.extents(0);
     let job = Arc::new(Job::new(&settings, source, destination, extents, context));

@@ -163,9 +163,10 @@ async fn holes_that_lie_outside_overlap_or_are_empty_are_refused_as_pieces_too()
                 Ok(())
             })
             .await;
-            let spare = bytes::BytesMut::from(&b"what is left over"[..]);
+            let memory = nbd_client::ReadMemory::new(1);
+            memory.give_back(b"what is left over".to_vec().into());
             let read =
-                guarded(client.read_chunks_reusing(span(OFFSET, LENGTH as usize), spare)).await;
+                guarded(client.read_chunks_into(span(OFFSET, LENGTH as usize), &memory)).await;
             let why = because(&read.expect_err("a bad reply"));
             assert!(why.contains(expected), "{mode:?}: {why:?} does not say {expected:?}");
         }

@@ -196,6 +196,7 @@ async fn fill(
         zeroes,
         sparse: Some(CLUSTER_SIZE),
         start,
+        lanes: work.options.connect.lanes.clone(),
     };
     let job = Arc::new(Job::new(&settings, source, destination, extents, work.context));
     let result = run_and_save(&job, partial).await;

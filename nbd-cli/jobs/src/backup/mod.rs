@@ -44,6 +44,7 @@ pub async fn backup(
     options: &BackupOptions,
     context: &JobContext,
 ) -> Result<BackedUp, JobError> {
+    let options = &BackupOptions { connect: options.connect.on_lanes(), ..options.clone() };
     let work = Work { source, target, options, context };
     work.check()?;
     refuse_existing(work)?;

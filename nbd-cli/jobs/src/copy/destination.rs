@@ -18,12 +18,10 @@ use tokio::sync::Semaphore;
 use super::source::Source;
 use crate::connect::{self, ConnectOptions, failed};
 use crate::files::open_file;
+use crate::lanes;
 use crate::location::Location;
 use crate::target::{self, Durable, Existing, NewFile, device};
 use crate::{JobContext, JobError, JobErrorKind};
-
-/// Threads that write to a local file at a time.
-const WRITERS: usize = 2;
 
 /// Threads that write to an image at a time: much of their work is not I/O.
 const IMAGE_WRITERS: usize = 4;
@@ -45,9 +43,7 @@ pub(crate) enum Destination {
         device: Option<Arc<Unfinished>>,
         /// The file, if it does not have its final name yet.
         new: Mutex<Option<NewFile>>,
-        /// Limits the number of writing threads: a file admits one at a time, the others would only
-        /// wait.
-        writers: Semaphore,
+        writer: Writer,
     },
     /// A disk in an image format.
     Image {
@@ -75,6 +71,44 @@ pub(crate) enum FileKind {
     /// It was truncated, so that it reads as zero, and grows with the writes.
     Regular,
     BlockDevice,
+}
+
+/// Lets one thread at a time write to a file: the file admits no more, and the kernel would let the
+/// others spin.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    /// Held during a write.
+    file: Arc<Mutex<()>>,
+    /// Keeps threads that may block from waiting for the file.
+    queue: Semaphore,
+}
+
+impl Default for Writer {
+    fn default() -> Self {
+        Self { file: Arc::default(), queue: Semaphore::new(1) }
+    }
+}
+
+impl Writer {
+    async fn run(
+        &self,
+        operation: &'static str,
+        path: &Path,
+        offset: u64,
+        work: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<(), JobError> {
+        // A lane waits in place: its other tasks would only fill more memory meanwhile.
+        let _turn = if lanes::is_lane() { None } else { self.queue.acquire().await.ok() };
+        let file = self.file.clone();
+        let alone = move || {
+            let _alone = file.lock().unwrap_or_else(PoisonError::into_inner);
+            work()
+        };
+        match lanes::blocking(alone).await {
+            Ok(result) => result.map_err(|error| file_error(operation, path, Some(offset), &error)),
+            Err(error) => Err(JobError::given_up("write", &error)),
+        }
+    }
 }
 
 impl Destination {
@@ -160,12 +194,11 @@ impl Destination {
                 .write(offset, data, Durability::Cached)
                 .await
                 .map_err(|error| JobError::destination(failed(uri, "write to", &error))),
-            Self::File { storage, path, writers, .. } => {
-                let _permit = writers.acquire().await;
+            Self::File { storage, path, writer, .. } => {
                 let storage = storage.clone();
                 let at = HostOffset::new(offset);
                 let write = move || storage.write_at(at, &data, imgfmt::Durability::Cached);
-                blocking("write to", path, offset, write).await
+                writer.run("write to", path, offset, write).await
             }
             Self::Image { image, writers, .. } => {
                 let _permit = writers.acquire().await;
@@ -201,8 +234,7 @@ impl Destination {
                     }),
                 }
             }
-            Self::File { storage, path, kind, writers, .. } => {
-                let _permit = writers.acquire().await;
+            Self::File { storage, path, kind, writer, .. } => {
                 let storage = storage.clone();
                 let at = HostOffset::new(offset);
                 let mode = image_mode(mode);
@@ -216,7 +248,7 @@ impl Destination {
                     }
                     storage.write_zeroes(at, length, mode, imgfmt::Speed::Any)
                 };
-                blocking("write zeroes to", path, offset, zero).await
+                writer.run("write zeroes to", path, offset, zero).await
             }
             Self::Image { image, writers, .. } => {
                 let _permit = writers.acquire().await;
@@ -326,7 +358,7 @@ impl Destination {
             kind: FileKind::Regular,
             device: None,
             new: Mutex::new(new),
-            writers: Semaphore::new(WRITERS),
+            writer: Writer::default(),
         }
     }
 
@@ -338,7 +370,7 @@ impl Destination {
             kind: FileKind::BlockDevice,
             device: Some(disk),
             new: Mutex::new(None),
-            writers: Semaphore::new(WRITERS),
+            writer: Writer::default(),
         })
     }
 
@@ -436,20 +468,8 @@ fn image_mode(mode: ZeroMode) -> imgfmt::ZeroMode {
 async fn blocking_image(
     work: impl FnOnce() -> imgfmt::Result<()> + Send + 'static,
 ) -> Result<(), JobError> {
-    match tokio::task::spawn_blocking(work).await {
+    match lanes::blocking(work).await {
         Ok(result) => result.map_err(image_error),
-        Err(error) => Err(JobError::given_up("write", &error)),
-    }
-}
-
-async fn blocking(
-    operation: &'static str,
-    path: &Path,
-    offset: u64,
-    work: impl FnOnce() -> io::Result<()> + Send + 'static,
-) -> Result<(), JobError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result.map_err(|error| file_error(operation, path, Some(offset), &error)),
         Err(error) => Err(JobError::given_up("write", &error)),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use nbd_client::ReadMemory;
 use tokio::task::JoinSet;
 
 use super::destination::Destination;
@@ -36,9 +37,13 @@ async fn in_parallel(job: &Arc<Job>) -> Result<(), JobError> {
     }
     job.destination.set_size(size)?;
     let mut tasks = JoinSet::new();
-    for _ in 0..job.requests {
-        let job = job.clone();
-        tasks.spawn(async move { job.copy_pieces().await });
+    let lanes = job.lanes.runtimes().len().max(1);
+    let memory: Vec<_> =
+        (0..lanes).map(|_| ReadMemory::new(job.requests.div_ceil(lanes))).collect();
+    for (number, memory) in (0..job.requests).zip(memory.iter().cycle()) {
+        let (job, memory) = (job.clone(), memory.clone());
+        let runtime = job.lanes.runtime(number);
+        tasks.spawn_on(async move { job.copy_pieces(&memory).await }, &runtime);
     }
     while let Some(ended) = tasks.join_next().await {
         // The first error ends the copy: dropping the set stops the other tasks.

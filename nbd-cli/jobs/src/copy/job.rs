@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex as SyncMutex, MutexGuard, PoisonError};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use imgfmt::zero::{Content as RunContent, runs};
-use nbd_client::ZeroMode;
+use nbd_client::{ReadMemory, ZeroMode};
 use tokio::sync::Mutex;
 
 use super::content::Content;
@@ -15,6 +15,7 @@ use super::holes::{Part, parts};
 use super::options::{CopyOptions, Zeroes};
 use super::plan::{Extents, Lengths, Piece, Plan};
 use super::source::Source;
+use crate::lanes::Lanes;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, Phase};
 
@@ -34,6 +35,8 @@ pub(crate) struct Settings {
     pub(crate) sparse: Option<u64>,
     /// Bytes copied before, from the start of the disk.
     pub(crate) start: u64,
+    /// The threads that copy.
+    pub(crate) lanes: Lanes,
 }
 
 /// The treatment of zeroes.
@@ -49,6 +52,7 @@ pub(crate) struct Job {
     pub(crate) source: Source,
     pub(crate) destination: Destination,
     pub(super) context: JobContext,
+    pub(super) lanes: Lanes,
     pub(super) meter: Meter,
     pub(super) requests: usize,
     pub(super) request_size: usize,
@@ -82,6 +86,7 @@ impl Settings {
     /// Applies the options of a copy.
     pub(super) fn of_copy(
         options: &CopyOptions,
+        lanes: &Lanes,
         source: &Source,
         destination: &Destination,
     ) -> Self {
@@ -96,7 +101,8 @@ impl Settings {
         let looks = options.zeroes != Zeroes::Allocate && !matches!(destination, Destination::Null);
         let sparse = options.sparse.filter(|_| looks).map(|sparse| sparse.max(unit));
         let (requests, request_size) = (options.requests.get(), options.request_size);
-        Self { requests, request_size, unit, zeroes, sparse, start: 0 }
+        let lanes = lanes.clone();
+        Self { requests, request_size, unit, zeroes, sparse, start: 0, lanes }
     }
 }
 
@@ -124,6 +130,7 @@ impl Job {
             source,
             destination,
             context: context.clone(),
+            lanes: settings.lanes.clone(),
             meter,
             requests: settings.requests,
             request_size,
@@ -201,11 +208,9 @@ impl Job {
         }
     }
 
-    /// Reads and writes a piece; returns the number of bytes that turned out to be a hole. Reuses
-    /// memory of an earlier piece, and returns some: fresh memory would cost page faults for every
-    /// piece.
-    async fn copy_data(&self, piece: &Piece, buffer: &mut BytesMut) -> Result<u64, JobError> {
-        let memory = std::mem::take(buffer);
+    /// Reads and writes a piece, through memory of earlier ones; returns the number of bytes that
+    /// turned out to be a hole.
+    async fn copy_data(&self, piece: &Piece, memory: &ReadMemory) -> Result<u64, JobError> {
         let read = self.source.read_chunks(piece.offset, piece.length, memory).await?;
         let mut holes = 0;
         for part in parts(read, self.hole_unit) {
@@ -213,7 +218,7 @@ impl Job {
                 Part::Data { offset, data } => {
                     self.store(offset, &data).await?;
                     self.counts.data.fetch_add(data.len() as u64, Ordering::Relaxed);
-                    *buffer = data.try_into_mut().unwrap_or_default();
+                    memory.give_back(data);
                 }
                 // The server reported it in the answer to a read.
                 Part::Zero { offset, length } => {
@@ -226,12 +231,11 @@ impl Job {
         Ok(holes)
     }
 
-    /// Copies pieces until none is left.
-    pub(super) async fn copy_pieces(&self) -> Result<(), JobError> {
-        let mut buffer = BytesMut::new();
+    /// Copies pieces until none is left; the tasks of one thread share the memory.
+    pub(super) async fn copy_pieces(&self, memory: &ReadMemory) -> Result<(), JobError> {
         while let Some(piece) = self.next_piece().await? {
             let holes = match piece.content {
-                Content::Data => self.copy_data(&piece, &mut buffer).await?,
+                Content::Data => self.copy_data(&piece, memory).await?,
                 Content::Zero => {
                     self.store_zeroes(piece.offset, piece.length).await?;
                     self.counts.zero.fetch_add(piece.length, Ordering::Relaxed);

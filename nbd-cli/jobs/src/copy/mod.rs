@@ -65,7 +65,7 @@ pub async fn copy(
 ) -> Result<Copied, JobError> {
     options.check()?;
     // The source first: an unreadable source must not destroy a destination.
-    let (connect, knowledge) = (&options.connect, options.knowledge);
+    let (connect, knowledge) = (&options.connect.on_lanes(), options.knowledge);
     let source = Source::open(from, connect, options.source_locking, knowledge, context).await?;
     warn_of_container(&source, context);
     let locking = options.destination_locking;
@@ -74,7 +74,7 @@ pub async fn copy(
         Knowledge::Nothing => Extents::Unknown,
         Knowledge::Holes => source.extents(0),
     };
-    let settings = Settings::of_copy(options, &source, &destination);
+    let settings = Settings::of_copy(options, &connect.lanes, &source, &destination);
     let job = Arc::new(Job::new(&settings, source, destination, extents, context));
     let result = again::run(&job, options.durability == Durable::Now).await;
     result.map_err(|error| incomplete(from, to, &job.destination, &error))?;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use imgfmt::storage::{FileIdentity, FileStorage};
 use imgfmt::{
-    Access, ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _,
+    Access, ExtentKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage as _, TryRead,
 };
-use nbd_client::{Client, ReadChunk};
+use nbd_client::{Client, ReadChunk, ReadMemory};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 
@@ -17,6 +17,7 @@ use super::options::Knowledge;
 use super::plan::{Extents, ImageExtents};
 use crate::connect::{self, ConnectOptions, failed};
 use crate::files::open_file;
+use crate::lanes::is_lane;
 use crate::location::Location;
 use crate::{JobContext, JobError, JobErrorKind};
 
@@ -144,10 +145,17 @@ impl Source {
                 read.map_err(|error| JobError::source(failed(uri, "read from", &error)))
             }
             Self::File { storage, path, .. } => {
+                let at = HostOffset::new(offset);
+                if is_lane() {
+                    buffer.resize(length, 0);
+                    if let Ok(TryRead::Complete) = storage.try_read_at(at, &mut buffer) {
+                        return Ok(buffer.freeze());
+                    }
+                }
                 let storage = storage.clone();
                 let reading = tokio::task::spawn_blocking(move || {
                     buffer.resize(length, 0);
-                    let read = storage.read_exact_at(HostOffset::new(offset), &mut buffer);
+                    let read = storage.read_exact_at(at, &mut buffer);
                     read.map(|()| buffer.freeze())
                 });
                 match reading.await {
@@ -156,10 +164,17 @@ impl Source {
                 }
             }
             Self::Image { image, .. } => {
+                let at = GuestOffset::new(offset);
+                if is_lane() {
+                    buffer.resize(length, 0);
+                    if let Ok(TryRead::Complete) = image.try_read_at(at, &mut buffer) {
+                        return Ok(buffer.freeze());
+                    }
+                }
                 let image = image.clone();
                 let reading = tokio::task::spawn_blocking(move || {
                     buffer.resize(length, 0);
-                    let read = image.read_at(GuestOffset::new(offset), &mut buffer);
+                    let read = image.read_at(at, &mut buffer);
                     read.map(|()| buffer.freeze())
                 });
                 match reading.await {
@@ -178,13 +193,13 @@ impl Source {
         &self,
         offset: u64,
         length: u64,
-        buffer: BytesMut,
+        memory: &ReadMemory,
     ) -> Result<Vec<ReadChunk>, JobError> {
         let Self::Nbd { client, uri } = self else {
-            let data = self.read(offset, length, buffer).await?;
+            let data = self.read(offset, length, memory.take()).await?;
             return Ok(vec![ReadChunk::Data { offset, data }]);
         };
-        let read = client.read_chunks_reusing(offset..offset + length, buffer).await;
+        let read = client.read_chunks_into(offset..offset + length, memory).await;
         read.map_err(|error| JobError::source(failed(uri, "read from", &error)))
     }
 

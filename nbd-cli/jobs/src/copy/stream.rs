@@ -6,8 +6,8 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
-use nbd_client::ReadChunk;
+use bytes::Bytes;
+use nbd_client::{ReadChunk, ReadMemory};
 use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -121,7 +121,7 @@ impl Ahead {
             Content::Data | Content::Unchanged => {
                 let job = job.clone();
                 let read = async move {
-                    job.source.read_chunks(piece.offset, piece.length, BytesMut::new()).await
+                    job.source.read_chunks(piece.offset, piece.length, &ReadMemory::default()).await
                 };
                 Self::Data(tokio::spawn(read))
             }

@@ -1,0 +1,77 @@
+//! Memory for the answers to bulk reads.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::{Bytes, BytesMut};
+
+/// Memory of earlier answers, for the next ones. Clones share it.
+///
+/// The memory that was given back last is used first: it is most likely still in the cache of the
+/// core. Each answer takes memory when its data arrives, not when its request is made, so there is
+/// only as much of it as there are answers not used yet.
+#[derive(Debug, Clone, Default)]
+pub struct ReadMemory {
+    free: Arc<Mutex<Vec<BytesMut>>>,
+    most: usize,
+}
+
+impl ReadMemory {
+    /// Keeps the memory of at most that many answers. By default none is kept.
+    #[must_use]
+    pub fn new(most: usize) -> Self {
+        Self { free: Arc::default(), most }
+    }
+
+    /// Returns memory without contents, of any capacity.
+    #[must_use]
+    pub fn take(&self) -> BytesMut {
+        self.free().pop().unwrap_or_default()
+    }
+
+    /// Gives memory back. Without effect if others share it.
+    pub fn give_back(&self, data: Bytes) {
+        let Ok(mut buffer) = data.try_into_mut() else { return };
+        buffer.clear();
+        let mut free = self.free();
+        if free.len() < self.most {
+            free.push(buffer);
+        }
+    }
+
+    fn free(&self) -> MutexGuard<'_, Vec<BytesMut>> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_memory_used_last_is_used_first() {
+        let memory = ReadMemory::new(2);
+        let [first, second] = [vec![1; 64], vec![2; 64]].map(Bytes::from);
+        let place = second.as_ptr();
+        memory.give_back(first);
+        memory.give_back(second);
+        let taken = memory.take();
+        assert_eq!((taken.as_ptr(), taken.len()), (place, 0));
+    }
+
+    #[test]
+    fn shared_memory_is_not_taken_back() {
+        let memory = ReadMemory::new(2);
+        let data = Bytes::from(vec![1; 64]);
+        memory.give_back(data.clone());
+        assert_eq!(memory.take().capacity(), 0);
+        assert_eq!(data, vec![1; 64]);
+    }
+
+    #[test]
+    fn only_so_much_memory_is_kept() {
+        let memory = ReadMemory::new(1);
+        memory.give_back(Bytes::from(vec![1; 64]));
+        memory.give_back(Bytes::from(vec![2; 64]));
+        assert_eq!([memory.take(), memory.take()].map(|taken| taken.capacity() > 0), [true, false]);
+    }
+}
