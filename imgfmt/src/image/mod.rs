@@ -23,7 +23,7 @@ use crate::info::ImageInfo;
 use crate::layer::{Layer, WritableLayer};
 use crate::mapping::{Holes, Lookup, Mapped, Mapping, ReadMap};
 use crate::options::OpenOptions;
-use crate::qcow2::{CheckReport, Qcow2, Repair};
+use crate::qcow2::{Changed, CheckReport, Qcow2, Repair};
 use crate::read;
 use crate::storage::{
     Capabilities, DirectAlignment, Durability, Speed, Storage, TryRead, TryWrite, ZeroMode,
@@ -408,13 +408,24 @@ impl Image {
     }
 
     /// Gives up everything that the image itself has, so that its backing file shows (or zeroes, if
-    /// it has none). Snapshots stay.
+    /// it has none). Snapshots stay. All bitmaps that record changes become dirty as a whole.
     ///
     /// # Errors
     ///
     /// As [`create_snapshot`](Self::create_snapshot).
     pub fn clear(&mut self) -> Result<()> {
-        self.change_snapshots(Qcow2::clear)
+        self.change_snapshots(|image| image.clear(Changed::Everything))
+    }
+
+    /// Like [`clear`](Self::clear), after everything was written into the backing file (see
+    /// [`jobs::commit`](crate::jobs::commit)): the disk reads as before, so its bitmaps stay as they
+    /// are. If that is not so, they lack changes.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot).
+    pub fn clear_committed(&mut self) -> Result<()> {
+        self.change_snapshots(|image| image.clear(Changed::Nothing))
     }
 
     fn change_snapshots(&mut self, change: impl FnOnce(&mut Qcow2) -> Result<()>) -> Result<()> {

@@ -26,7 +26,7 @@ pub struct Committed {
 /// grows to the size of the overlay, if it is smaller.
 ///
 /// Afterwards `backing` has the contents of the disk; [close](Image::close) it, and the overlay can
-/// be [emptied](Image::clear) or deleted. Other overlays of the same backing file are corrupted. If
+/// be [emptied](Image::clear_committed) or deleted. Other overlays of the same backing file are corrupted. If
 /// a commit is interrupted, the overlay still shows the whole disk, and it can be committed again.
 ///
 /// # Errors
@@ -53,7 +53,7 @@ pub struct Committed {
 /// backing.close()?;
 /// drop(overlay);
 /// let mut overlay = Image::open(&top, &writable)?;
-/// overlay.clear()?;
+/// overlay.clear_committed()?;
 /// overlay.close()?;
 /// assert!(std::fs::read(&base)?.starts_with(b"hello"));
 /// # Ok(())

@@ -32,3 +32,4 @@ pub use on_disk::snapshot::Snapshot;
 pub(crate) use purpose::Purpose;
 pub(crate) use structure::amend::{amend, refuse_amendment};
 pub(crate) use structure::create::{check_sizes, layout};
+pub(crate) use structure::snapshot_change::Changed;

@@ -17,6 +17,13 @@ use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::qcow2::on_disk::words::read_words;
 use crate::qcow2::on_disk::words::words_to_bytes;
 
+/// How much of a disk reads differently after a change of its image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Changed {
+    Nothing,
+    Everything,
+}
+
 impl Qcow2 {
     /// The snapshots in the order in which they were made.
     pub(crate) fn snapshots(&self) -> Result<Vec<Snapshot>> {
@@ -115,8 +122,9 @@ impl Qcow2 {
         })
     }
 
-    /// Gives up everything that this layer has: its backing file shows. Snapshots stay.
-    pub(crate) fn clear(&mut self) -> Result<()> {
+    /// Gives up everything that this layer has: its backing file shows. Snapshots stay. `changed` is
+    /// the part of the disk that may read differently afterwards.
+    pub(crate) fn clear(&mut self, changed: Changed) -> Result<()> {
         if self.mapping.format.has_data_file {
             return Err(unfit("an image with a data file cannot be emptied"));
         }
@@ -126,7 +134,12 @@ impl Qcow2 {
             return Ok(());
         }
         self.refuse_bad_behind(0)?;
-        drop(self.bitmaps.before_change(self, span(0, self.size))?);
+        let changed = match changed {
+            Changed::Everything => span(0, self.size),
+            // The file changes all the same, and must say so.
+            Changed::Nothing => span(0, 0),
+        };
+        drop(self.bitmaps.before_change(self, changed)?);
         self.while_dirty(|image| {
             image.replace_l1(vec![0; old.len()], image.size)?;
             image.forget_tables();

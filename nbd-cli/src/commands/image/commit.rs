@@ -92,7 +92,7 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
 
 fn empty(path: &Path, options: &OpenOptions) -> imgfmt::Result<()> {
     let mut overlay = Image::open(path, options)?;
-    overlay.clear()?;
+    overlay.clear_committed()?;
     overlay.close()
 }
 
