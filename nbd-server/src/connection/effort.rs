@@ -41,13 +41,14 @@ pub(super) struct Effort {
 }
 
 impl Effort {
-    pub(super) const fn new(thread: Thread, pauses: Pauses) -> Self {
+    pub(super) fn new(thread: Thread, pauses: Pauses) -> Self {
         let burst = BURST_COST - FIRST_BURST_COST;
         Self { turn: Turn::new(thread), pauses, burst, is_lengthy: false }
     }
 
     /// Takes note of work that was done, in bytes moved.
     pub(super) const fn spend(&mut self, cost: usize) {
+        self.turn.spend(cost);
         self.burst = self.burst.saturating_add(cost);
     }
 

@@ -242,7 +242,12 @@ impl Session {
                 self.replies.refuse(rejection);
             }
             Arrival::Payload(request, payload, permit) => {
-                match self.target.write_now(&request, &payload) {
+                // The system may hold a writer up, for the lock of the file or because too many
+                // pages are dirty: the pool waits for that where it would be in somebody's way.
+                let is_elsewhere = self.turn.has_light_company();
+                let written =
+                    if is_elsewhere { None } else { self.target.write_now(&request, &payload) };
+                match written {
                     Some(result) => {
                         self.replies.answer(&request, result);
                         self.incoming.keep(payload);

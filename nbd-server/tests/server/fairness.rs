@@ -1,5 +1,6 @@
 //! What one client may take from the others: threads, turns, memory.
 
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -115,6 +116,36 @@ fn a_flood_of_changes_holds_few_threads_and_neither_readers_nor_other_disks_wait
             }
         }
     }
+}
+
+#[test]
+fn long_writes_that_the_system_holds_up_hold_up_no_other_client() {
+    let script =
+        Script { gated: Some(GATED..SIZE), prompt: Some(MayBlock::No), ..Script::default() };
+    let disk = Scripted::new(SIZE, script);
+    let mut config = ServerConfig::default();
+    config.workers = NonZeroUsize::MIN;
+    let server = TestServer::with(config, disk.clone());
+    let mut writers: Vec<_> = MODES.iter().map(|mode| Client::connect(&server, *mode)).collect();
+    let write = Command::Write(Durability::Cached);
+    for writer in &mut writers {
+        for place in 0..4 {
+            writer.submit(GATED + (place << 20), 1 << 20, &write, &[7; 1 << 20]);
+        }
+    }
+    wait_until("one of them is under way", || disk.gate.arrived() > 0);
+    let mut reader = Client::connect(&server, ReplyMode::Extended);
+    for _ in 0..100 {
+        assert_eq!(reader.read(4096, 512), [0; 512]);
+        assert_eq!(reader.write(8192, &[1; 512]), Ok(()));
+    }
+    disk.gate.open();
+    for writer in &mut writers {
+        while writer.in_flight() > 0 {
+            assert_eq!(writer.next_finished().1.result, Ok(()));
+        }
+    }
+    assert_eq!(reader.read(GATED, 4 << 20), vec![7; 4 << 20]);
 }
 
 #[test]
