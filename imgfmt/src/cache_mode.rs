@@ -18,7 +18,7 @@ pub enum CacheMode {
     DirectSync,
     /// Data goes through the page cache; flushes and writes with FUA return at once, and a power cut can
     /// destroy the image. What is written is safe from a crash of the process only. This is for new
-    /// images that nobody relies on yet, such as the result of a conversion.
+    /// images that no other program relies on yet, such as the result of a conversion.
     Unsafe,
 }
 

@@ -174,7 +174,7 @@ impl<'w> Walk<'w> {
                 (rest, false)
             } else {
                 let found = file.storage.next_extent(offset, inside).map_err(io)?;
-                // A storage that answers with nothing or too much makes nobody loop or overrun.
+                // An answer of nothing or of too much must not cause a loop or an overrun.
                 (found.length.clamp(1, inside), found.kind != ExtentKind::Data)
             };
             parts += 1;

@@ -1,8 +1,8 @@
 //! Leases: what is being read or written in place is not given away meanwhile.
 //!
 //! Every lease belongs to a generation. When places in a file are freed, the generation that was
-//! current until then is closed; once all leases of it and of older ones have ended, nobody can still
-//! be moving bytes by a mapping that named those places. Each thread counts its own leases: taking one
+//! current until then is closed; once all leases of it and of older ones have ended, no thread can
+//! still be moving bytes by a mapping that named those places. Each thread counts its own leases: taking one
 //! touches no memory that other threads write.
 
 use std::sync::Arc;
@@ -52,7 +52,7 @@ impl Leases {
 }
 
 impl ClosedGeneration {
-    /// Whether all leases of this generation have ended. Nobody can take new ones.
+    /// Whether all leases of this generation have ended. New ones belong to a later one.
     pub(crate) fn has_ended(&self) -> bool {
         let has_ended = self.0.iter().all(|generation| Arc::strong_count(generation) == 1);
         // What was done under the leases was done before what follows.

@@ -77,7 +77,7 @@ pub struct FileSpan<'a> {
     /// What lies past the end of the storage was never written and reads as zero. Otherwise the
     /// storage has become shorter than the disk, which is an error.
     pub(crate) may_pass_end: bool,
-    /// There may be holes, which nobody has looked for.
+    /// There may be holes that have not been looked for.
     pub(crate) may_have_holes: bool,
 }
 

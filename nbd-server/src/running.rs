@@ -154,7 +154,7 @@ impl RunningServer {
             Ok(result) => result,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => std::panic::resume_unwind(panic),
-                // Nobody else cancels the task.
+                // Only the end of the runtime cancels the task.
                 Err(_) => Err(ServeError::RuntimeShutDown),
             },
         }

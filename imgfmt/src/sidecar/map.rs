@@ -10,9 +10,9 @@ use crate::sys;
 
 /// A file of whole words, all of it mapped, shared with the file.
 ///
-/// If somebody cuts the file off while it is mapped, touching what is gone kills the process with
+/// If the file is truncated while it is mapped, an access beyond its end kills the process with
 /// SIGBUS. The file is therefore locked, private to the user, and of the right length when it is
-/// mapped; against a user who cuts off his own file there is no defence.
+/// mapped; there is no defence against a user who truncates his own file.
 #[derive(Debug)]
 pub(super) struct WordMap {
     raw: MmapRaw,

@@ -2,8 +2,8 @@
 //!
 //! The file is open twice: with O_DIRECT for whole blocks, and without for everything else (locks,
 //! lengths, holes, syncs). Requests and memory that are not aligned go through aligned buffers. A block
-//! that is written in part is read, changed and written back; nobody else of this process changes it
-//! meanwhile. Where the file ends within a block, that block is written through the page cache: direct I/O
+//! that is written in part is read, changed and written back, and no other thread of this process
+//! changes it meanwhile. Where the file ends within a block, that block is written through the page cache: direct I/O
 //! could only write all of it, and would make the file longer for a moment. The kernel keeps the two
 //! coherent: a direct transfer first has the pages of its range written, and a direct write has them
 //! dropped.
@@ -110,7 +110,7 @@ impl Direct {
     }
 
     /// Writes all of `data`. `file` is the same without O_DIRECT, and `length` asks for its length, which
-    /// nobody makes smaller as long as a lock is held.
+    /// is not made smaller as long as a lock is held.
     pub(super) fn write_at(
         &self,
         file: &File,

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Locks on ranges. Nobody may ask for a second one while holding one.
+/// Locks on ranges. A thread that holds one must not ask for another.
 #[derive(Debug, Default)]
 pub(super) struct RangeLocks {
     state: Mutex<State>,
@@ -14,7 +14,7 @@ pub(super) struct RangeLocks {
 #[derive(Debug, Default)]
 struct State {
     /// Who holds a lock or waits for one, in the order in which they came. An entry waits for those
-    /// before it that conflict with it, so nobody waits for ever.
+    /// before it that conflict with it, so no thread waits for ever.
     entries: Vec<Entry>,
     next_id: u64,
     waiting: usize,
@@ -58,12 +58,12 @@ pub(super) struct RangeGuard<'a> {
 }
 
 impl RangeLocks {
-    /// Waits until nobody holds an exclusive lock on a part of `range`.
+    /// Waits until no exclusive lock is held on a part of `range`.
     pub(super) fn shared(&self, range: Range<u64>) -> RangeGuard<'_> {
         self.lock(range, Mode::Shared)
     }
 
-    /// Waits until nobody holds a lock on a part of `range`.
+    /// Waits until no lock is held on a part of `range`.
     pub(super) fn exclusive(&self, range: Range<u64>) -> RangeGuard<'_> {
         self.lock(range, Mode::Exclusive)
     }

@@ -1,4 +1,4 @@
-//! Files whose data passes the page cache by do what a row of bytes does, whatever the alignment.
+//! Files whose data bypasses the page cache behave like a row of bytes, with any alignment.
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -122,7 +122,7 @@ fn random_operations_do_what_they_do_to_a_row_of_bytes() {
 }
 
 /// Four threads write every fourth piece of some bytes each; a fifth one writes whole blocks before
-/// them, a sixth zeroes behind them. Pieces share blocks, pages and the end of the file.
+/// them. Pieces share blocks, pages and the end of the file.
 #[test]
 fn threads_that_write_to_the_same_blocks_lose_nothing() {
     const PIECES: u64 = 400;

@@ -126,7 +126,7 @@ impl Copy<'_> {
     }
 
     /// Only whole clusters can be compressed. The source may end within one, while the destination
-    /// goes on: its size is rounded up to sectors, or was chosen by somebody else.
+    /// goes on: its size is rounded up to sectors, or was chosen by the user.
     fn write_compressed(&self, offset: GuestOffset, data: &[u8]) -> crate::error::Result<()> {
         let whole = data.len() / self.unit as usize * self.unit as usize;
         let (whole, tail) = data.split_at(whole);

@@ -1,6 +1,6 @@
 //! The cache of L2 tables.
 //!
-//! Bounded: a clean table that nobody holds gives way to a new one. A changed ("dirty") table stays
+//! Bounded: a clean table that no thread holds gives way to a new one. A changed ("dirty") table stays
 //! until [`flush`](crate::qcow2::flush) has written it. A table is loaded under the lock of its shard, so
 //! that an old content can never replace a newer one. Each thread remembers the tables that it has
 //! used lately: a lookup in one of them writes nothing that another thread reads.
@@ -108,7 +108,7 @@ impl TableCache {
         Arc::clone(table)
     }
 
-    /// Puts a new table into the cache, in place of whatever was remembered for its offset.
+    /// Puts a new table into the cache, in place of the one for its offset.
     pub(crate) fn insert(&self, table: Arc<Table>) {
         let mut tables = self.shard(table.offset).write();
         self.make_room(&mut tables);

@@ -173,7 +173,7 @@ impl MappingTables {
         if let Some(known) = table.bad_entries.get() {
             return Ok(known);
         }
-        // Nobody can have changed the table unseen.
+        // The table must not change meanwhile.
         let _unchanged = table.change();
         let found = self.find_bad_entries(l1_index, table)?;
         Ok(table.bad_entries.get_or_init(|| found))

@@ -117,7 +117,7 @@ impl MappingTables {
         let mut position = piece.range.end().bytes();
         while position < end && piece.entries < ENTRIES_MAX {
             piece.entries += 1;
-            // An entry that cannot be decoded is an error for whoever gets there.
+            // An entry that cannot be decoded is an error only where it is needed.
             match self.piece_of_entry(table, position, end) {
                 Ok(next) if piece.is_continued_by(&next) => position = next.range.end().bytes(),
                 _ => break,

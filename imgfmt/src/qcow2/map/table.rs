@@ -22,7 +22,7 @@ pub(crate) struct Table {
     words: Box<[AtomicU64]>,
     /// Counts the begins and ends of changes of an entry: odd while there is one.
     version: AtomicU64,
-    /// First and last (excluded) word that is not yet on disk. Locked by whoever changes words.
+    /// First and last (excluded) word that is not yet on disk. A change of words holds the lock.
     dirty: OrderedMutex<{ rank::TABLE }, Option<(usize, usize)>>,
     /// Entries through which nothing may be changed; see [`guard`](crate::qcow2::map::guard).
     /// Looked for before the first change.

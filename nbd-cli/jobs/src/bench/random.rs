@@ -63,7 +63,7 @@ pub(super) const fn mix(value: u64) -> u64 {
 /// Numbers below a limit of which few are frequent: the one of rank r comes with a frequency
 /// proportional to `r^-theta`. Frequent ones are scattered over the range.
 ///
-/// Samples by rejection and inversion (Hörmann and Derflinger, 1996): no table, whatever the limit.
+/// Samples by rejection and inversion (Hörmann and Derflinger, 1996): no table, for any limit.
 #[derive(Clone, Debug)]
 pub(super) struct Zipf {
     items: u64,

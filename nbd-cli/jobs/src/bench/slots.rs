@@ -118,7 +118,7 @@ impl Slots {
     }
 }
 
-/// Cookies are counted up by this side: nobody chooses them to collide.
+/// Cookies are counted up by this side, so a server cannot make them collide.
 #[derive(Debug, Default)]
 pub(super) struct CookieHasher(u64);
 
