@@ -3,8 +3,8 @@
 use clap::{ArgAction, Parser, Subcommand};
 
 use crate::commands::{
-    backup, bench, bitmap, completions, control, copy, image, info, list_meta, map, qemu_nbd,
-    restore, serve, tls,
+    backup, bench, bitmap, checksum, completions, control, copy, image, info, list_meta, map,
+    qemu_nbd, restore, serve, tls,
 };
 
 pub use crate::size::ByteSize;
@@ -55,6 +55,8 @@ pub enum Command {
     Map(map::MapArgs),
     /// Copy a disk between NBD servers, files and devices
     Copy(copy::CopyArgs),
+    /// Compute the digest of a disk
+    Checksum(checksum::ChecksumArgs),
     /// Measure a server under load, and verify what it keeps
     Bench(bench::BenchArgs),
     /// Back up a served disk, in full or only its changes

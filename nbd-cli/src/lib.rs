@@ -86,6 +86,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::ListMeta(args) => commands::list_meta::run(&args),
         Command::Map(args) => commands::map::run(&args),
         Command::Copy(args) => commands::copy::run(args),
+        Command::Checksum(args) => commands::checksum::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Control(args) => commands::control::run(&args),
         Command::Backup(args) => commands::backup::run(args),

@@ -3,6 +3,7 @@
 pub mod backup;
 pub mod bench;
 pub mod bitmap;
+pub mod checksum;
 pub mod completions;
 pub mod control;
 pub mod copy;

@@ -21,6 +21,7 @@ mod bitmaps_beside_qemu;
 mod bitmaps_kept;
 mod block_devices;
 mod checkpoint_cut_off;
+mod checksum;
 mod client_tls;
 mod completions;
 mod control_bitmaps;

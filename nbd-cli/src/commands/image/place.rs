@@ -181,7 +181,7 @@ impl Place {
     }
 
     /// Like [`open`](Self::open), for a command with another option for the format of this image.
-    pub(super) fn open_or_name(
+    pub(in crate::commands) fn open_or_name(
         &self,
         options: &OpenOptions,
         server: &ServerArgs,
