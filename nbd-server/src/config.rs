@@ -41,6 +41,9 @@ pub struct ServerConfig {
     /// request in flight and costs CPU time. Polling stops as soon as requests arrive more slowly,
     /// and at most half of the cores poll. Zero: never. Default: 32.768 us.
     pub busy_poll: Duration,
+    /// Whether reads that have to wait for a disk may use io_uring; where the system lacks or forbids it,
+    /// or this does, a pool of threads reads. Default: true.
+    pub io_uring: bool,
     /// Time without progress after which a client is closed that has sent a part of a request or
     /// has not received its replies (up to a quarter longer); its share of the budgets is then
     /// free. Idle clients without obligations and slow clients are never closed. Default: `None`,
@@ -71,6 +74,7 @@ impl Default for ServerConfig {
             connection_memory_limit: 64 << 20,
             memory_limit: 256 << 20,
             busy_poll: Duration::from_nanos(32_768),
+            io_uring: true,
             stall_timeout: None,
             drain_timeout: Duration::from_secs(10),
             best_reply_mode: ReplyMode::Extended,

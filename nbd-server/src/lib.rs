@@ -60,6 +60,7 @@ mod handle;
 mod handover;
 mod listener;
 mod queue;
+mod ring;
 mod running;
 mod scheduler;
 mod server;

@@ -1,6 +1,8 @@
 //! System calls without a safe wrapper.
 #![allow(unsafe_code)]
 
+pub(crate) mod uring;
+
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 

@@ -15,6 +15,7 @@ use tracing::Instrument;
 use crate::ServeError;
 use crate::connection::{self, Newcomer, Shared, Socket, Thread};
 use crate::error::system_words;
+use crate::ring::RingHandle;
 use crate::shutdown::Shutdown;
 
 /// How exactly pauses are kept, in nanoseconds.
@@ -97,21 +98,54 @@ impl Worker {
                 // The default of 50 microseconds is longer than the pauses in which paced clients
                 // are read. Where it cannot be set they are read a little later.
                 let _ = rustix::thread::set_current_timer_slack(Some(TIMER_SLACK));
-                runtime.block_on(run(receiver, count, shared, shutdown));
+                runtime.block_on(run_with_ring(index, receiver, count, shared, shutdown));
             })?;
         Ok(Self { sender, connections, thread })
+    }
+}
+
+/// As [`run`], with io_uring where it is to be had.
+async fn run_with_ring(
+    index: usize,
+    receiver: mpsc::UnboundedReceiver<Accepted>,
+    connections: Arc<AtomicUsize>,
+    shared: Shared,
+    shutdown: Shutdown,
+) {
+    let thread = Thread::new(Arc::clone(&connections));
+    let made = match shared.config.io_uring {
+        true => RingHandle::new().map_err(|error| system_words(&error)),
+        false => Err("it was forbidden".into()),
+    };
+    match made {
+        Ok((ring, driver)) => {
+            if index == 0 {
+                tracing::info!("reads that have to wait for a disk use io_uring");
+            }
+            tokio::select! {
+                () = run(receiver, thread.with_ring(ring), shared, shutdown) => {}
+                () = driver.run() => {}
+            }
+            driver.end().await;
+        }
+        Err(reason) => {
+            if index == 0 {
+                tracing::info!(%reason, "without io_uring: threads read what is not in memory");
+            }
+            run(receiver, thread, shared, shutdown).await;
+        }
     }
 }
 
 /// Serves connections until the sender is gone and the last of them has ended.
 async fn run(
     mut receiver: mpsc::UnboundedReceiver<Accepted>,
-    connections: Arc<AtomicUsize>,
+    thread: Thread,
     shared: Shared,
     shutdown: Shutdown,
 ) {
     let mut tasks = JoinSet::new();
-    let thread = Thread::new(Arc::clone(&connections));
+    let connections = Arc::clone(&thread.connections);
     loop {
         tokio::select! {
             accepted = receiver.recv() => {

@@ -484,6 +484,20 @@ impl Image {
         Ok(map)
     }
 
+    /// As [`map_read`](Self::map_read), from what is in memory; `None` if that does not tell.
+    ///
+    /// # Errors
+    ///
+    /// As [`map_read`](Self::map_read).
+    pub fn map_read_cached(&self, range: GuestRange, holes: Holes) -> Result<Option<ReadMap>> {
+        let mut map = ReadMap::new(self.layer().lease());
+        let mapped = self.map(range, holes, Lookup::CachedOnly, |mapping| {
+            map.push(mapping);
+            true
+        })?;
+        Ok((mapped == Mapped::Complete).then_some(map))
+    }
+
     /// Calls `each` with the mappings of a range in turn, from its start on and without gaps, until
     /// it returns false. What it is told is true at that moment; to move the bytes later take
     /// [`map_read`](Self::map_read).

@@ -11,6 +11,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -75,6 +76,11 @@ impl Direct {
 
     pub(super) fn alignment(&self) -> DirectAlignment {
         self.alignment
+    }
+
+    /// The descriptor with O_DIRECT.
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 
     /// Keeps blocks of a range from being read, changed and written back, while the caller changes it

@@ -431,6 +431,10 @@ impl Storage for FileStorage {
         Some(self.file.as_fd())
     }
 
+    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.direct.as_deref().map_or(self.file.as_fd(), Direct::as_fd))
+    }
+
     fn identity(&self) -> Option<FileIdentity> {
         Some(self.identity)
     }

@@ -265,6 +265,12 @@ pub trait Storage: Send + Sync + fmt::Debug {
         None
     }
 
+    /// Returns the descriptor through which this storage itself reads, if it reads from one file at the
+    /// same offsets: then anyone may read so, with the [alignment](Self::direct_alignment) it has.
+    fn read_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
     /// Returns the identity of the file, if it is one.
     fn identity(&self) -> Option<FileIdentity> {
         None

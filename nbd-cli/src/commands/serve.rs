@@ -27,7 +27,7 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
-pub use crate::serving::{BitmapDurability, CacheMode, DetectZeroes, Discard};
+pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
 use crate::serving::{PidFile, PrivateDirectory, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
 use crate::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
@@ -126,6 +126,10 @@ pub struct ServeArgs {
     /// The use of the page cache for images and block devices, and when writes are durable.
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
+
+    /// How images are read that are not in memory.
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub aio: Aio,
 
     /// The treatment of discarded space.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
@@ -396,6 +400,7 @@ fn config(args: &ServeArgs, tls: &TlsMode) -> Result<ServerConfig, CommandError>
         Some(nanoseconds) => Duration::from_nanos(nanoseconds.into()),
         None => args.busy_poll,
     };
+    config.io_uring = args.aio.may_use_io_uring();
     config.connection_memory_limit =
         bytes("--connection-memory-limit", args.connection_memory_limit)?;
     config.memory_limit = bytes("--memory-limit", args.memory_limit)?;

@@ -1,4 +1,4 @@
-//! Values of `--discard`, `--detect-zeroes` and `--cache`.
+//! Values of `--discard`, `--detect-zeroes`, `--cache` and `--aio`.
 
 use clap::ValueEnum;
 use nbd_server::export::filters;
@@ -70,5 +70,22 @@ impl From<DetectZeroes> for filters::DetectZeroes {
             DetectZeroes::On => Self::On,
             DetectZeroes::Unmap => Self::Unmap,
         }
+    }
+}
+
+/// How reads wait for a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Aio {
+    /// With io_uring where the system allows it, otherwise with threads.
+    #[default]
+    Auto,
+    /// With threads.
+    Threads,
+}
+
+impl Aio {
+    /// Whether the server may use io_uring. The variable `NBD_AIO` has tests do without it.
+    pub(crate) fn may_use_io_uring(self) -> bool {
+        self == Self::Auto && std::env::var_os("NBD_AIO").is_none_or(|mode| mode != "threads")
     }
 }

@@ -18,7 +18,7 @@ use nbd_server::{ServeError, Server};
 
 pub(crate) use self::directory::PrivateDirectory;
 pub use self::durability::BitmapDurability;
-pub use self::filter_args::{CacheMode, DetectZeroes, Discard};
+pub use self::filter_args::{Aio, CacheMode, DetectZeroes, Discard};
 pub(crate) use self::pid_file::PidFile;
 use crate::error::CommandError;
 use crate::signals::EndSignals;

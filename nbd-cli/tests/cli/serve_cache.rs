@@ -154,6 +154,28 @@ fn a_log_says_which_mode_and_alignment_are_used() {
     }
 }
 
+#[test]
+fn a_log_says_whether_io_uring_is_used() {
+    tools!(qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    for (arguments, environment, may_be_used) in
+        [(&[][..], "auto", true), (&[], "threads", false), (&["--aio", "threads"], "auto", false)]
+    {
+        let (log, socket) = (disk.beside("aio-log"), disk.beside("aio-socket"));
+        let mut command = Command::new(PROGRAM);
+        command.args(["-v", "serve", "-f", "raw", "--socket", &socket]).args(arguments);
+        command.arg(disk.path()).env("NBD_AIO", environment);
+        command.stderr(Stdio::from(std::fs::File::create(&log).expect("a file")));
+        let server = Server::start(&mut command, socket.into());
+        peer(&qemu_io, &["-f", "raw", "-c", "read -P 0 4k 4k", server.uri()]);
+        server.end();
+        let said = std::fs::read_to_string(log).expect("text");
+        // Why it is not there the system says, where it may be used.
+        assert_eq!(said.contains("it was forbidden"), !may_be_used, "{said}");
+        assert!(said.contains("io_uring"), "{said}");
+    }
+}
+
 /// As the files of /proc.
 #[test]
 fn a_file_system_without_direct_io_is_refused_with_the_modes_that_work() {

@@ -11,7 +11,9 @@ use nbd_proto::wire::{
 };
 
 use super::writeback_errors::WritebackErrors;
-use crate::export::{Export, ExportError, Holes, Lookup, Mapped, ReadMap, TryRead, TryWrite};
+use crate::export::{
+    Export, ExportError, Holes, Lookup, Mapped, PlacedRead, ReadMap, TryRead, TryWrite,
+};
 
 /// A request that is complete but for its execution.
 pub(super) struct Work {
@@ -112,6 +114,15 @@ pub(super) fn map_in_place(
     let attempt =
         AssertUnwindSafe(|| export.map_read(offset, length, holes, Lookup::CachedOnly, map));
     matches!(catch_unwind(attempt), Ok(Ok(Mapped::Complete))) && map.len() == length
+}
+
+/// Finds out where the bytes of a range lie, if they lie in files.
+pub(super) fn place_in_place(
+    export: &dyn Export,
+    (offset, length): (u64, usize),
+    holes: Holes,
+) -> Option<Box<dyn PlacedRead>> {
+    catch_unwind(AssertUnwindSafe(|| export.place_read(offset, length, holes))).ok()?
 }
 
 /// Whether holes can be sent as such.

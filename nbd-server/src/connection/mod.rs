@@ -14,6 +14,7 @@ mod pool;
 mod read_steps;
 mod read_strategy;
 mod receive;
+mod ring_read;
 mod room;
 mod send;
 mod shared;

@@ -1,6 +1,6 @@
 //! Requests that may block, on their way through the [scheduler](crate::scheduler).
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 
 use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
@@ -11,10 +11,12 @@ use super::answer::{Answer, Farewell, Held, Reply, Unfinished};
 use super::dispatch::{Step, Work};
 use super::durability::{DurableChange, FlushWaiter};
 use super::read_steps;
+use super::ring_read;
 use super::steps::{self, Progress};
 use crate::budget::{Budget, Permit};
 use crate::export::ExportEntry;
 use crate::queue::{Cost, GroupId};
+use crate::ring::{Reader, RingHandle};
 use crate::scheduler::{Job, Lane, Scheduler};
 
 /// Requests that walk over a range count as much as this part of all that a connection may have in
@@ -30,7 +32,11 @@ const DESCRIPTOR_LEN: usize = 32;
 /// One connection's use of the pool. What waits there goes when this is dropped; but if the client has
 /// said goodbye its changes are still carried out, as the protocol demands.
 pub(super) struct Pool {
-    lane: Lane,
+    lane: Arc<Lane>,
+    /// Reads what it can.
+    ring: RingHandle,
+    /// The ring has reads that are to be started.
+    has_begun: bool,
     group: GroupId,
     entry: ExportEntry,
     answers: Budget,
@@ -50,13 +56,16 @@ impl Pool {
         entry: ExportEntry,
         answers: Budget,
         max_requests: usize,
+        ring: RingHandle,
     ) -> Self {
         let (sender, replies) = mpsc::unbounded_channel();
         let group = Arc::as_ptr(entry.export()).cast::<()>() as GroupId;
-        let lane = scheduler.lane(group);
+        let lane = Arc::new(scheduler.lane(group));
         let max_requests = max_requests.max(1);
         Self {
             lane,
+            ring,
+            has_begun: false,
             group,
             entry,
             answers,
@@ -132,7 +141,33 @@ impl Pool {
         } else {
             let progress = steps::begin(&work);
             let durable = DurableChange::begin(&work, &self.entry, self.group);
-            self.lane.submit(Box::new(RequestJob { work, progress, durable, answer }));
+            let job = Box::new(RequestJob { work, progress, durable, answer });
+            if let Err(job) = self.read_by_ring(job) {
+                self.lane.submit(job);
+            }
+        }
+    }
+
+    /// Has the ring carry out a READ, if it can; otherwise the job comes back.
+    fn read_by_ring(&mut self, job: Box<RequestJob>) -> Result<(), Box<RequestJob>> {
+        if !self.ring.is_there() || job.progress.is_some() {
+            return Err(job);
+        }
+        let Some(read) = ring_read::plan(&job.work) else { return Err(job) };
+        let reader = Box::new(PooledRead { job, lane: Arc::downgrade(&self.lane) });
+        self.has_begun = true;
+        match self.ring.read(read, reader) {
+            Ok(()) => {}
+            // It goes to the pool by itself.
+            Err(reader) => reader.failed(),
+        }
+        Ok(())
+    }
+
+    /// Has the reads started that the ring has begun.
+    pub(super) fn start_reads(&mut self) {
+        if std::mem::take(&mut self.has_begun) {
+            self.ring.submit();
         }
     }
 
@@ -185,6 +220,27 @@ fn answer_len(
     match if most <= free { None } else { answers.try_take(needed) } {
         Some(permit) => (most, permit),
         None => (most.min(free), Permit::nothing()),
+    }
+}
+
+/// A READ that a ring carries out, or the pool after all.
+struct PooledRead {
+    job: Box<RequestJob>,
+    lane: Weak<Lane>,
+}
+
+impl Reader for PooledRead {
+    fn filled(self: Box<Self>, bytes: Vec<u8>) {
+        let RequestJob { work, answer, .. } = *self.job;
+        drop(work);
+        answer.send(bytes, None);
+    }
+
+    fn failed(self: Box<Self>) {
+        // Otherwise the connection has ended.
+        if let Some(lane) = self.lane.upgrade() {
+            lane.submit(self.job);
+        }
     }
 }
 

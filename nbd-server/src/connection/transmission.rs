@@ -56,7 +56,7 @@ impl Session {
         Self {
             incoming: Incoming::new(&established),
             reads: PromptReads::new(),
-            backlog: Backlog::new(&established, shared),
+            backlog: Backlog::new(&established, shared, thread.ring.clone()),
             replies: Replies::new(target.encoder()),
             room: Room::new(shared.room.clone()),
             read_strategy: ReadStrategy::new(polling, thread.connections.clone()),
@@ -71,7 +71,7 @@ impl Session {
     pub(super) async fn run(mut self, mut shutdown: Shutdown) -> Result<(), ConnectionError> {
         tokio::select! {
             biased;
-            result = poll_fn(|cx| self.poll(cx)) => {
+            result = poll_fn(|cx| self.poll_and_start(cx)) => {
                 result?;
                 self.say_goodbye().await;
                 return Ok(());
@@ -80,7 +80,12 @@ impl Session {
         }
         // What has arrived whole was in flight when the server was told to stop; it is finished.
         // A payload of which a part is missing is not waited for.
-        poll_fn(|cx| self.poll_drain(cx)).await?;
+        poll_fn(|cx| {
+            let drained = self.poll_drain(cx);
+            self.backlog.start_reads();
+            drained
+        })
+        .await?;
         self.say_goodbye().await;
         Ok(())
     }
@@ -89,6 +94,13 @@ impl Session {
     async fn say_goodbye(&mut self) {
         self.socket.begin_shutdown();
         poll_fn(|cx| Poll::Ready(self.socket.poll_flush(cx).is_ready())).await;
+    }
+
+    /// As [`poll`](Self::poll), and has the reads started that have begun meanwhile, all at once.
+    fn poll_and_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
+        let polled = self.poll(cx);
+        self.backlog.start_reads();
+        polled
     }
 
     /// One round after another, until nothing moves any more or others are to have their turn.

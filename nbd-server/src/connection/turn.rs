@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 
+use crate::ring::RingHandle;
+
 /// What may be done before others get their turn, in bytes moved: some 200 to 400 microseconds.
 const QUANTUM: usize = 1024 * 1024;
 /// The same while there are clients with little work: some 30 microseconds.
@@ -41,6 +43,8 @@ pub(super) const BARREN_COST: usize = 64;
 pub(crate) struct Thread {
     /// How many there are.
     pub(crate) connections: Arc<AtomicUsize>,
+    /// Reads what is not in memory.
+    pub(crate) ring: RingHandle,
     /// Never waited for: only this thread locks it.
     order: Arc<Mutex<Order>>,
 }
@@ -73,7 +77,12 @@ impl Thread {
             since_look: 0,
             since_light: u64::MAX,
         };
-        Self { connections, order: Arc::new(Mutex::new(order)) }
+        let order = Arc::new(Mutex::new(order));
+        Self { connections, ring: RingHandle::default(), order }
+    }
+
+    pub(crate) fn with_ring(self, ring: RingHandle) -> Self {
+        Self { ring, ..self }
     }
 
     fn order(&self) -> MutexGuard<'_, Order> {

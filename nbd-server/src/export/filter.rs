@@ -4,7 +4,7 @@ use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
 use super::{
     Durability, Export, ExportError, ExportInfo, FastExport, Holes, Lookup, Mapped, MayBlock,
-    Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Operation, PlacedRead, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// An export in front of another one: every call is forwarded, except for the methods that are
@@ -97,6 +97,12 @@ pub trait Filter: Send + Sync + 'static {
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
         self.inner().map_read(offset, length, holes, lookup, map)
+    }
+
+    /// See [`FastExport::place_read`]. By default nothing is placed, so that a filter which changes what
+    /// is read need not know of it.
+    fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
+        None
     }
 
     /// See [`FastExport::may_block`].
@@ -266,6 +272,10 @@ impl<T: Filter> FastExport for T {
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
         Filter::map_read(self, offset, length, holes, lookup, map)
+    }
+
+    fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
+        Filter::place_read(self, offset, length, holes)
     }
 
     fn may_block(&self, operation: Operation) -> MayBlock {

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image};
+use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image, Storage};
 use nbd_proto::limits::MAX_PAYLOAD;
 use nbd_proto::wire::{
     AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
@@ -12,7 +12,8 @@ use nbd_proto::wire::{
 
 use super::{
     Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, FileSpan, Holes, Lookup,
-    Mapped, MayBlock, Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    Mapped, MayBlock, Operation, Place, PlacedFile, PlacedPart, PlacedRead, ReadMap, Speed,
+    TryRead, TryWrite, ZeroMode,
 };
 
 /// Longest write that is carried out where it stands: a copy into the page cache. A longer one
@@ -285,6 +286,12 @@ impl FastExport for ImageExport {
         }
     }
 
+    fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
+        let range = Self::range(offset, length as u64).ok()?;
+        let map = self.image.map_read_cached(range, of_image(holes)).ok()??;
+        ImageRead::new(map).map(|read| Box::new(read) as _)
+    }
+
     fn may_block(&self, operation: Operation) -> MayBlock {
         if self.image.cache_mode().is_writethrough() {
             return MayBlock::Yes;
@@ -322,6 +329,54 @@ impl FastExport for ImageExport {
             Ok(imgfmt::TryWrite::WouldBlock) => Ok(TryWrite::WouldBlock),
             Err(error) => Err(translate(&error)),
         }
+    }
+}
+
+/// A range of an image: its mappings, and the lease that keeps them true.
+struct ImageRead {
+    parts: Vec<PlacedPart>,
+    files: Vec<Arc<dyn Storage>>,
+    /// Dropped last.
+    _map: imgfmt::ReadMap,
+}
+
+impl ImageRead {
+    /// `None` if some of the bytes are not in a file as they are.
+    fn new(map: imgfmt::ReadMap) -> Option<Self> {
+        let mut files: Vec<Arc<dyn Storage>> = Vec::new();
+        let mut parts = Vec::new();
+        for mapping in map.mappings() {
+            let place = match mapping.content {
+                imgfmt::Content::File(span) => {
+                    span.storage.read_fd()?;
+                    let known = files.iter().position(|file| Arc::ptr_eq(file, span.storage));
+                    let number = known.unwrap_or_else(|| {
+                        files.push(Arc::clone(span.storage));
+                        files.len() - 1
+                    });
+                    Place::File { number, offset: span.offset.bytes() }
+                }
+                content if content.is_zero() => Place::Zero,
+                _ => return None,
+            };
+            parts.push(PlacedPart { length: mapping.range.length() as usize, place });
+        }
+        Some(Self { parts, files, _map: map })
+    }
+}
+
+impl PlacedRead for ImageRead {
+    fn parts(&self) -> &[PlacedPart] {
+        &self.parts
+    }
+
+    fn file(&self, number: usize) -> Option<PlacedFile<'_>> {
+        let storage = self.files.get(number)?;
+        let (memory, offset) = storage
+            .direct_alignment()
+            .map_or((1, 1), |alignment| (alignment.memory as usize, u64::from(alignment.offset)));
+        let fd = storage.read_fd()?;
+        Some(PlacedFile { fd, memory_alignment: memory, offset_alignment: offset })
     }
 }
 

@@ -8,6 +8,7 @@ mod flushes;
 #[cfg(feature = "image")]
 mod image;
 mod memory;
+mod placed_read;
 mod read_map;
 mod registry;
 
@@ -27,6 +28,7 @@ pub(crate) use flushes::{DurabilityFailures, UnderWay, Waiter};
 #[cfg(feature = "image")]
 pub use image::ImageExport;
 pub use memory::MemoryExport;
+pub use placed_read::{Place, PlacedFile, PlacedPart, PlacedRead};
 pub use read_map::{Content, Holes, Lookup, Mapped, ReadMap, Segment};
 pub use registry::{ExportEntry, ExportRegistry};
 
@@ -342,6 +344,13 @@ pub trait FastExport: Send + Sync {
         Ok(Mapped::Complete)
     }
 
+    /// Tells where the bytes of a range lie, if they lie in files from which the server can read them as
+    /// [`read_at`](Export::read_at) would. They stay there until the answer is dropped. Only what is in
+    /// memory is looked at. Asked for ranges that [`try_read_at`](Self::try_read_at) did not give.
+    fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
+        None
+    }
+
     /// Whether an operation may make its thread wait.
     fn may_block(&self, _operation: Operation) -> MayBlock {
         MayBlock::Yes
@@ -412,6 +421,17 @@ impl dyn Export + '_ {
     #[must_use]
     pub fn may_block(&self, operation: Operation) -> MayBlock {
         self.fast().map_or(MayBlock::Yes, |fast| fast.may_block(operation))
+    }
+
+    /// See [`FastExport::place_read`].
+    #[must_use]
+    pub fn place_read(
+        &self,
+        offset: u64,
+        length: usize,
+        holes: Holes,
+    ) -> Option<Box<dyn PlacedRead>> {
+        self.fast()?.place_read(offset, length, holes)
     }
 
     /// See [`FastExport::is_writethrough`].

@@ -27,6 +27,7 @@ mod panics;
 mod payload_sizes;
 mod read_errors;
 mod refusals;
+mod ring;
 mod run_time_changes;
 mod send_file;
 mod shutdown;

@@ -52,7 +52,8 @@ What to serve: FILE is a path, an NBD URI, null-co:// (a disk that forgets), or 
                             none and directsync bypass the page cache (direct I/O); with unsafe
                             flushes do nothing, and a power cut can destroy the image
   -n, --nocache             the same as --cache=none
-      --aio=MODE            threads, native or io_uring: accepted, and of no effect
+      --aio=MODE            threads: read without io_uring; native or io_uring: with it where the
+                            system has it (default)
       --discard=MODE        ignore (default) or unmap: give space back
       --detect-zeroes=MODE  off (default), on, or unmap (behind --discard=unmap)
 

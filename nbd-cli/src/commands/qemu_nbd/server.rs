@@ -7,10 +7,10 @@ use nbd_server::export::{Export, ExportEntry};
 use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use super::daemon::{self, Role};
-use super::options::Options;
+use super::options::{AioMode, Options};
 use super::{Refusal, source, tls};
 use crate::error::CommandError;
-use crate::serving::{PidFile, runtime, serve_error, serve_until_signal};
+use crate::serving::{Aio, PidFile, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
 
 const DEFAULT_BIND: &str = "0.0.0.0";
@@ -90,6 +90,8 @@ fn config(options: &Options) -> ServerConfig {
     config.handshake_timeout = options.handshake_limit;
     // A client over the limit is not refused at once: the previous one may just be disconnecting.
     config.queue_timeout = options.handshake_limit;
+    let aio = if options.aio == Some(AioMode::Threads) { Aio::Threads } else { Aio::Auto };
+    config.io_uring = aio.may_use_io_uring();
     config
 }
 

@@ -12,6 +12,7 @@ use super::super::read_steps;
 use super::super::shared::Shared;
 use super::target::Target;
 use crate::budget::{BudgetQueue, Permit};
+use crate::ring::RingHandle;
 
 /// No further long READ is handed to the pool while it works on so much for this connection. In
 /// bytes.
@@ -47,15 +48,22 @@ pub(super) struct Backlog {
 }
 
 impl Backlog {
-    pub(super) fn new(established: &Established, shared: &Shared) -> Self {
+    pub(super) fn new(established: &Established, shared: &Shared, ring: RingHandle) -> Self {
         let (answers, max_requests) = (shared.answers.clone(), shared.config.max_requests);
+        let pool =
+            Pool::new(&shared.scheduler, established.entry.clone(), answers, max_requests, ring);
         Self {
             waiting: None,
             unfinished: VecDeque::new(),
-            pool: Pool::new(&shared.scheduler, established.entry.clone(), answers, max_requests),
+            pool,
             budget: BudgetQueue::new(shared.budget.clone()),
             max_bytes: shared.config.connection_memory_limit,
         }
+    }
+
+    /// Has the reads started that were handed to the ring.
+    pub(super) fn start_reads(&mut self) {
+        self.pool.start_reads();
     }
 
     /// Nothing waits, and nothing is in the pool.

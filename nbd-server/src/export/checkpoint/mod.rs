@@ -18,7 +18,10 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use self::preserved::{Patience, Preserved};
 pub use self::view::{PointInTimeView, StatusFn};
-use super::{Durability, Export, ExportError, MayBlock, Operation, Speed, TryWrite, ZeroMode};
+use super::{
+    Durability, Export, ExportError, Holes, MayBlock, Operation, PlacedRead, Speed, TryWrite,
+    ZeroMode,
+};
 use crate::error::system_words;
 
 /// The reason why a checkpoint cannot start or is lost.
@@ -143,6 +146,10 @@ impl Checkpointed {
 impl super::Filter for Checkpointed {
     fn inner(&self) -> &dyn Export {
         &*self.disk
+    }
+
+    fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
+        self.disk.place_read(offset, length, holes)
     }
 
     fn may_block(&self, operation: Operation) -> MayBlock {

@@ -10,7 +10,7 @@ use super::options::{
 };
 use crate::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, MayBlock,
-    MinimumBlockSize, Operation, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
+    MinimumBlockSize, Operation, PlacedRead, ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// In bytes; what direct I/O is aligned to, and the least unit that clients are told to prefer.
@@ -131,6 +131,13 @@ impl Filter for RequestFilter {
         match (self.options.blocking, lookup) {
             (Blocking::Always, Lookup::CachedOnly) => Ok(Mapped::WouldBlock),
             _ => self.inner.map_read(offset, length, holes, lookup, map),
+        }
+    }
+
+    fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
+        match self.options.blocking {
+            Blocking::Inherit => self.inner.place_read(offset, length, holes),
+            Blocking::Always => None,
         }
     }
 

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextName};
 
 use crate::export::{
-    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, ReadMap, Speed,
-    TryRead, TryWrite, ZeroMode,
+    Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, PlacedRead,
+    ReadMap, Speed, TryRead, TryWrite, ZeroMode,
 };
 
 /// A part of a disk cannot be served. All sizes are in bytes.
@@ -158,6 +158,10 @@ impl Filter for Part {
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
         self.inner.map_read(self.inside(offset)?, length, holes, lookup, map)
+    }
+
+    fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
+        self.inner.place_read(self.inside(offset).ok()?, length, holes)
     }
 
     fn write_at(

@@ -57,7 +57,8 @@ impl TestServer {
     }
 
     /// Serves one export under the empty name.
-    pub fn with(config: ServerConfig, export: Arc<dyn Export>) -> Self {
+    pub fn with(mut config: ServerConfig, export: Arc<dyn Export>) -> Self {
+        config.io_uring &= std::env::var_os("NBD_AIO").is_none_or(|mode| mode != "threads");
         let exports = ExportRegistry::new();
         exports.add("", ExportEntry::new(export)).unwrap();
         Self::start(config, exports)

@@ -1,0 +1,47 @@
+//! READs for the [ring](crate::ring): where their bytes are, and what the reply has around them.
+
+use nbd_proto::transmission::{Command, Position};
+
+use super::dispatch::{self, Work};
+use super::read_steps;
+use crate::export::{Holes, Place};
+use crate::ring::RingRead;
+
+/// What is to be read for a request; `None` if it is no READ, a long one, or one whose bytes are not in one
+/// piece of one file.
+pub(super) fn plan(work: &Work) -> Option<RingRead> {
+    let Work { export, encoder, request, done, .. } = work;
+    let length = request.data_len().checked_sub(*done)?;
+    let (tag, holes) = (request.tag(), dispatch::holes_of(*encoder, request));
+    let is_short = (1..=read_steps::STEP_LEN).contains(&length);
+    let is_whole = *done == 0 || holes == Holes::Told;
+    if !matches!(request.command, Command::Read(_)) || !is_short || !is_whole {
+        return None;
+    }
+    let mut at = request.offset + *done as u64;
+    let placed = dispatch::place_in_place(&**export, (at, length), holes)?;
+    let end = at + length as u64;
+    let (mut head, mut tail, mut found) = (Vec::new(), Vec::new(), None);
+    if holes == Holes::AsData {
+        encoder.data_header(tag, at, length as u32, Position::Last, &mut head);
+    }
+    for part in placed.parts() {
+        let position = if at + part.length as u64 == end { Position::Last } else { Position::More };
+        let around = if found.is_none() { &mut head } else { &mut tail };
+        let size = part.length as u32;
+        match (part.place, holes) {
+            (Place::Zero, Holes::Told) => encoder.hole(tag, at, size, position, around),
+            (Place::Zero, Holes::AsData) => around.resize(around.len() + part.length, 0),
+            (Place::File { .. }, _) if found.is_some() => return None,
+            (Place::File { number, offset }, _) => {
+                if holes == Holes::Told {
+                    encoder.data_header(tag, at, size, position, around);
+                }
+                found = Some((number, offset, part.length));
+            }
+        }
+        at += part.length as u64;
+    }
+    let (number, offset, length) = found.filter(|_| at == end)?;
+    Some(RingRead { placed, number, offset, length, head, tail })
+}

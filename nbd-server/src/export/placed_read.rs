@@ -1,0 +1,48 @@
+//! [`PlacedRead`]: where the bytes of a range lie that the server reads by itself.
+
+use std::os::fd::BorrowedFd;
+
+/// The places of a range that is to be read. They stay true until this is dropped: the server drops it
+/// when the bytes have arrived.
+pub trait PlacedRead: Send {
+    /// The parts of the range, in order and without gaps.
+    fn parts(&self) -> &[PlacedPart];
+
+    /// The file of this number; `None` if there is none that can be read from.
+    fn file(&self, number: usize) -> Option<PlacedFile<'_>>;
+}
+
+/// A part of a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlacedPart {
+    /// Its length in bytes; not zero.
+    pub length: usize,
+    /// Where its bytes are.
+    pub place: Place,
+}
+
+/// Where the bytes of a part are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Place {
+    /// They are zeroes.
+    Zero,
+    /// In a file.
+    File {
+        /// Its [number](PlacedRead::file).
+        number: usize,
+        /// Where they begin in it, in bytes.
+        offset: u64,
+    },
+}
+
+/// A file to read from.
+#[derive(Debug, Clone, Copy)]
+pub struct PlacedFile<'a> {
+    /// Its descriptor.
+    pub fd: BorrowedFd<'a>,
+    /// Alignment that buffers in memory need, a power of two, in bytes; 1 for any.
+    pub memory_alignment: usize,
+    /// Alignment that offsets and lengths need, a power of two, in bytes; 1 for any.
+    pub offset_alignment: u64,
+}

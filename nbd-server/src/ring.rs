@@ -1,0 +1,241 @@
+//! The reads of one worker thread that have to wait for a disk, through io_uring.
+//!
+//! They begin where a connection stands, all of a turn with one system call, and end in a task of the same
+//! thread: no other thread is woken. What a ring cannot do, or does not do well (errors, ends of files), it
+//! gives back, and the pool of threads sees to it. Where the system has no io_uring, or the server is not
+//! to use it, the pool does everything.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::io::unix::AsyncFd;
+
+use crate::error::system_words;
+use crate::export::PlacedRead;
+use crate::sys::uring::{Ended, READS_MAX, Ring};
+
+/// How long a worker that ends waits for reads that nobody wants any more.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// A read that is to be done: bytes of one file between bytes that are known.
+pub(crate) struct RingRead {
+    /// Where the bytes are. It is kept until they have arrived.
+    pub(crate) placed: Box<dyn PlacedRead>,
+    /// The [number](PlacedRead::file) of the file, and the offset and the length of the bytes in it.
+    pub(crate) number: usize,
+    pub(crate) offset: u64,
+    pub(crate) length: usize,
+    /// What comes before and behind them.
+    pub(crate) head: Vec<u8>,
+    pub(crate) tail: Vec<u8>,
+}
+
+/// Who waits for a read.
+pub(crate) trait Reader: Send {
+    /// Everything that was to be there: what comes before the bytes, they, and what comes behind them.
+    fn filled(self: Box<Self>, bytes: Vec<u8>);
+
+    /// It has to be read in another way.
+    fn failed(self: Box<Self>);
+}
+
+/// The ring of a worker thread, if it has one. A clone is the same.
+#[derive(Clone, Default)]
+pub(crate) struct RingHandle(Option<Arc<Mutex<State>>>);
+
+impl std::fmt::Debug for RingHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("RingHandle").field(&self.0.is_some()).finish()
+    }
+}
+
+struct State {
+    ring: Ring,
+    /// Those that have not ended, by their numbers.
+    reads: Vec<Option<(Flight, Box<dyn Reader>)>>,
+    /// The ring does not work any more.
+    is_broken: bool,
+}
+
+/// Who waits, and what was read; `None` if it has to be read in another way.
+type Outcome = (Box<dyn Reader>, Option<Vec<u8>>);
+
+/// What is to be done with the bytes when they have arrived.
+struct Flight {
+    /// The file and the lease are let go when it has ended.
+    _placed: Box<dyn PlacedRead>,
+    layout: Layout,
+}
+
+enum Layout {
+    /// They arrive in their place.
+    InPlace { length: usize, tail: Vec<u8> },
+    /// They are in whole blocks, from byte `at` of the buffer on, behind `skipped` others.
+    InBlocks { at: usize, skipped: usize, length: usize, head: Vec<u8>, tail: Vec<u8> },
+}
+
+impl RingHandle {
+    /// A ring for this thread, or the reason why there is none.
+    pub(crate) fn new() -> std::io::Result<(Self, RingDriver)> {
+        let ring = Ring::new()?;
+        let descriptor = ring.watch()?;
+        let mut reads = Vec::new();
+        reads.resize_with(READS_MAX, || None);
+        let state = Arc::new(Mutex::new(State { ring, reads, is_broken: false }));
+        Ok((Self(Some(Arc::clone(&state))), RingDriver { descriptor, state }))
+    }
+
+    pub(crate) fn is_there(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Begins a read; `reader` comes back if there is no room for it.
+    pub(crate) fn read(
+        &self,
+        read: RingRead,
+        reader: Box<dyn Reader>,
+    ) -> Result<(), Box<dyn Reader>> {
+        match &self.0 {
+            Some(state) => lock(state).read(read, reader),
+            None => Err(reader),
+        }
+    }
+
+    /// Tells the system of the reads that have begun.
+    pub(crate) fn submit(&self) {
+        let Some(state) = &self.0 else { return };
+        let submitted = lock(state).submit();
+        submitted.into_iter().for_each(Reader::failed);
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl State {
+    fn read(&mut self, read: RingRead, reader: Box<dyn Reader>) -> Result<(), Box<dyn Reader>> {
+        let RingRead { placed, number, offset, length, head, tail } = read;
+        let Some(file) = placed.file(number).filter(|_| !self.is_broken) else {
+            return Err(reader);
+        };
+        let (begun, layout) = if file.offset_alignment == 1 && file.memory_alignment == 1 {
+            let at = head.len();
+            let mut buffer = head;
+            buffer.reserve_exact(length + tail.len());
+            buffer.resize(at + length, 0);
+            let begun = self.ring.read(file.fd, offset, (buffer, at, length));
+            (begun, Layout::InPlace { length, tail })
+        } else {
+            let block = file.offset_alignment;
+            let start = offset - offset % block;
+            let skipped = (offset - start) as usize;
+            let Some(blocks) = (skipped + length).checked_next_multiple_of(block as usize) else {
+                return Err(reader);
+            };
+            // Never resized, so it stays where it is.
+            let buffer = vec![0; blocks + file.memory_alignment];
+            let at = buffer.as_ptr().addr().wrapping_neg() % file.memory_alignment;
+            let begun = self.ring.read(file.fd, start, (buffer, at, blocks));
+            (begun, Layout::InBlocks { at, skipped, length, head, tail })
+        };
+        let Ok(number) = begun else { return Err(reader) };
+        self.reads[number] = Some((Flight { _placed: placed, layout }, reader));
+        Ok(())
+    }
+
+    /// Those whose reads will not be done, if the ring has failed.
+    fn submit(&mut self) -> Vec<Box<dyn Reader>> {
+        self.ring.submit().map_or_else(|error| self.give_up(&error), |()| Vec::new())
+    }
+
+    /// Those whose reads have ended, with what they get.
+    fn ended(&mut self) -> Vec<Outcome> {
+        let ended = match self.ring.ended() {
+            Ok(ended) => ended,
+            Err(error) => {
+                return self.give_up(&error).into_iter().map(|reader| (reader, None)).collect();
+            }
+        };
+        let ended = ended.into_iter().filter_map(|Ended { number, buffer, result }| {
+            let (flight, reader) = self.reads.get_mut(number)?.take()?;
+            Some((reader, result.ok().and_then(|read| flight.layout.finish(buffer, read))))
+        });
+        ended.collect()
+    }
+
+    /// The ring has failed; all who wait. What the kernel was told of is read all the same, for nothing:
+    /// the buffers stay until then.
+    fn give_up(&mut self, error: &std::io::Error) -> Vec<Box<dyn Reader>> {
+        if !std::mem::replace(&mut self.is_broken, true) {
+            let error = system_words(error);
+            tracing::warn!(error, "io_uring has failed; threads read from now on");
+        }
+        self.reads.iter_mut().filter_map(Option::take).map(|(_, reader)| reader).collect()
+    }
+}
+
+impl Layout {
+    /// Everything in one piece; `None` if bytes are missing.
+    fn finish(self, mut buffer: Vec<u8>, read: usize) -> Option<Vec<u8>> {
+        match self {
+            Self::InPlace { length, tail } => {
+                buffer.extend_from_slice(&tail);
+                (read == length).then_some(buffer)
+            }
+            Self::InBlocks { at, skipped, length, head, tail } => {
+                let found = buffer.get(at..at + read)?.get(skipped..skipped + length)?;
+                let mut bytes = head;
+                bytes.reserve_exact(found.len() + tail.len());
+                bytes.extend_from_slice(found);
+                bytes.extend_from_slice(&tail);
+                Some(bytes)
+            }
+        }
+    }
+}
+
+/// Takes the results of a ring. It has to run as long as the ring is used.
+pub(crate) struct RingDriver {
+    descriptor: AsyncFd<OwnedFd>,
+    state: Arc<Mutex<State>>,
+}
+
+impl RingDriver {
+    /// Gives results to those who wait for them, for ever.
+    ///
+    /// # Cancel safety
+    ///
+    /// Nothing is lost when it is dropped; [`end`](Self::end) takes the rest.
+    pub(crate) async fn run(&self) {
+        // It fails only when the runtime ends.
+        while let Ok(mut ready) = self.descriptor.readable().await {
+            // Results that come from now on are reported again.
+            ready.clear_ready();
+            self.deliver();
+        }
+        std::future::pending::<()>().await;
+    }
+
+    fn deliver(&self) {
+        let ended = lock(&self.state).ended();
+        for (reader, bytes) in ended {
+            match bytes {
+                Some(bytes) => reader.filled(bytes),
+                None => reader.failed(),
+            }
+        }
+    }
+
+    /// Waits for reads that nobody wants any more, but not for ever: a disk may hang.
+    pub(crate) async fn end(self) {
+        let start = Instant::now();
+        while lock(&self.state).ring.flying() > 0 && start.elapsed() < PATIENCE {
+            let _ = tokio::time::timeout(Duration::from_millis(100), self.descriptor.readable())
+                .await
+                .map(|ready| ready.map(|mut ready| ready.clear_ready()));
+            self.deliver();
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! Reads through io_uring. The buffer of a read belongs to the [`Ring`] until the kernel is done with it.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use io_uring::{EnterFlags, IoUring, opcode, types};
+use rustix::event::{EventfdFlags, eventfd};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A read that has ended.
+pub(crate) struct Ended {
+    pub(crate) number: usize,
+    pub(crate) buffer: Vec<u8>,
+    /// How many bytes were read.
+    pub(crate) result: io::Result<usize>,
+}
+
+/// Reads at a time. The kernel keeps room for the results of twice as many.
+pub(crate) const READS_MAX: usize = 256;
+
+/// A ring, and the buffers that the kernel writes into.
+///
+/// It is used by the thread that made it alone: others get errors.
+pub(crate) struct Ring {
+    ring: IoUring,
+    /// An eventfd that is written to when there is something to fetch. (The ring's own descriptor becomes
+    /// readable only when it was fetched.)
+    news: OwnedFd,
+    /// The buffers of all reads that have not ended, each in the place that the read is numbered by.
+    flying: Vec<Option<Vec<u8>>>,
+    free: Vec<usize>,
+    /// Reads that the kernel has not been told of.
+    unsubmitted: usize,
+}
+
+impl Ring {
+    /// # Errors
+    ///
+    /// Those of the system, which may lack io_uring or forbid it.
+    pub(crate) fn new() -> io::Result<Self> {
+        let entries = READS_MAX as u32;
+        let mut modern = IoUring::builder();
+        // Nothing interrupts the thread: it fetches results when it looks for them. Linux 6.1.
+        modern.setup_single_issuer().setup_coop_taskrun().setup_defer_taskrun();
+        let ring = match modern.build(entries) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries),
+            ring => ring,
+        }?;
+        let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        ring.submitter().register_eventfd(news.as_raw_fd())?;
+        let mut flying = Vec::new();
+        flying.resize_with(READS_MAX, || None);
+        Ok(Self { ring, news, flying, free: (0..READS_MAX).rev().collect(), unsubmitted: 0 })
+    }
+
+    /// Becomes readable when results have come. To be called within a runtime.
+    ///
+    /// # Errors
+    ///
+    /// Those of the system.
+    pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
+        let descriptor = self.news.try_clone()?;
+        // SAFETY: nobody else has this descriptor, and it is closed when the `AsyncFd` has let go of it.
+        Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+    }
+
+    /// How many reads have not ended.
+    pub(crate) fn flying(&self) -> usize {
+        READS_MAX - self.free.len()
+    }
+
+    /// Begins to read `length` bytes from `offset` of a file on into `buffer`, from its byte `at` on. The
+    /// number of the read comes back, or the buffer if there is no room.
+    pub(crate) fn read(
+        &mut self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        (mut buffer, at, length): (Vec<u8>, usize, usize),
+    ) -> Result<usize, Vec<u8>> {
+        let fits = at.checked_add(length).is_some_and(|end| end <= buffer.len());
+        let (true, Ok(short)) = (fits, u32::try_from(length)) else { return Err(buffer) };
+        let Some(number) = self.free.pop() else { return Err(buffer) };
+        let start = buffer[at..].as_mut_ptr();
+        let read = opcode::Read::new(types::Fd(file.as_raw_fd()), start, short).offset(offset);
+        let entry = read.build().user_data(number as u64);
+        // SAFETY: `length` bytes from `start` on lie within the buffer (checked above). It goes to `flying`,
+        // is not touched there, and is taken out only when the kernel has reported the end of this read; a
+        // ring that is dropped before that leaks it. The kernel takes its own reference to the file
+        // when it is told of the read.
+        if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            self.free.push(number);
+            return Err(buffer);
+        }
+        self.flying[number] = Some(buffer);
+        self.unsubmitted += 1;
+        Ok(number)
+    }
+
+    /// Tells the kernel of the reads that have begun.
+    ///
+    /// # Errors
+    ///
+    /// Those of the system; then the kernel does not know of all of them.
+    pub(crate) fn submit(&mut self) -> io::Result<()> {
+        while self.unsubmitted > 0 {
+            let told = self.enter(self.unsubmitted, EnterFlags::empty())?;
+            if told == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.unsubmitted = self.unsubmitted.saturating_sub(told);
+        }
+        Ok(())
+    }
+
+    /// The reads that have ended.
+    ///
+    /// # Errors
+    ///
+    /// Those of the system.
+    pub(crate) fn ended(&mut self) -> io::Result<Vec<Ended>> {
+        self.enter(0, EnterFlags::GETEVENTS)?;
+        let Self { ring, flying, free, .. } = self;
+        let ended = ring.completion().filter_map(|entry| {
+            let number = entry.user_data() as usize;
+            let buffer = flying.get_mut(number)?.take()?;
+            free.push(number);
+            let result = usize::try_from(entry.result())
+                .map_err(|_| io::Error::from_raw_os_error(entry.result().saturating_neg()));
+            Some(Ended { number, buffer, result })
+        });
+        Ok(ended.collect())
+    }
+
+    fn enter(&self, count: usize, flags: EnterFlags) -> io::Result<usize> {
+        loop {
+            // SAFETY: no argument is passed along. The entries of the queue are those that `read` made, whose
+            // buffers live until the kernel is done with them.
+            let entered = unsafe {
+                let count = u32::try_from(count).unwrap_or(u32::MAX);
+                self.ring.submitter().enter::<libc::sigset_t>(count, 0, flags.bits(), None)
+            };
+            match entered {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                entered => return entered,
+            }
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel may still write into them.
+        std::mem::forget(std::mem::take(&mut self.flying));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    use rustix::event::{PollFd, PollFlags, poll};
+
+    use super::*;
+
+    fn ring() -> Option<Ring> {
+        match Ring::new() {
+            Ok(ring) => Some(ring),
+            Err(error) => {
+                assert!(std::env::var_os("CI").is_none(), "io_uring: {error}");
+                eprintln!("skipped: this system has no io_uring: {error}");
+                None
+            }
+        }
+    }
+
+    /// Waits for all reads.
+    fn all(ring: &mut Ring) -> Vec<Ended> {
+        ring.submit().unwrap();
+        let news = ring.news.try_clone().unwrap();
+        let mut ended = Vec::new();
+        while ring.flying() > 0 {
+            poll(&mut [PollFd::new(&news, PollFlags::IN)], None).unwrap();
+            ended.extend(ring.ended().unwrap());
+        }
+        ended
+    }
+
+    #[test]
+    fn reads_fill_their_buffers_and_tell_what_was_wrong() {
+        let Some(mut ring) = ring() else { return };
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 5000]).unwrap();
+        let whole = ring.read(file.as_fd(), 1000, (vec![0; 4010], 10, 4000)).unwrap();
+        let short = ring.read(file.as_fd(), 4000, (vec![0; 4000], 0, 4000)).unwrap();
+        let write_only = std::fs::OpenOptions::new().write(true).open("/dev/null").unwrap();
+        let bad = ring.read(write_only.as_fd(), 0, (vec![0; 10], 0, 10)).unwrap();
+        let ended = all(&mut ring);
+        assert_eq!(ended.len(), 3);
+        for Ended { number, buffer, result } in ended {
+            if number == whole {
+                assert_eq!(result.unwrap(), 4000);
+                assert_eq!((&buffer[..10], &buffer[10..]), (&[0; 10][..], &[7; 4000][..]));
+            } else if number == short {
+                assert_eq!(result.unwrap(), 1000);
+                assert_eq!((&buffer[..1000], &buffer[1000..]), (&[7; 1000][..], &[0; 3000][..]));
+            } else {
+                assert_eq!(number, bad);
+                assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EBADF));
+            }
+        }
+    }
+
+    #[test]
+    fn there_are_never_more_reads_than_may_be_and_none_outside_its_buffer() {
+        let Some(mut ring) = ring() else { return };
+        let file = tempfile::tempfile().unwrap();
+        for (at, length) in [(0, 11), (11, 1), (usize::MAX, 2)] {
+            ring.read(file.as_fd(), 0, (vec![0; 10], at, length)).unwrap_err();
+        }
+        for _ in 0..READS_MAX {
+            ring.read(file.as_fd(), 0, (vec![0; 10], 0, 10)).unwrap();
+        }
+        let refused = ring.read(file.as_fd(), 0, (vec![3; 10], 0, 10)).unwrap_err();
+        assert_eq!(refused, [3; 10]);
+        assert_eq!(all(&mut ring).len(), READS_MAX);
+        assert_eq!(ring.flying(), 0);
+    }
+
+    #[test]
+    fn a_ring_that_is_dropped_leaves_the_buffers_to_the_kernel() {
+        let Some(mut ring) = ring() else { return };
+        let (reader, mut writer) = io::pipe().unwrap();
+        // Nothing is there to be read: this read has not ended when the ring goes.
+        ring.read(reader.as_fd(), u64::MAX, (vec![0; 1 << 16], 0, 1 << 16)).unwrap();
+        ring.submit().unwrap();
+        assert_eq!(ring.flying(), 1);
+        drop(ring);
+        writer.write_all(&[1; 4096]).unwrap();
+    }
+}
