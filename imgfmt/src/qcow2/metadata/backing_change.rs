@@ -6,6 +6,9 @@
 //! and length, the types of the formats' extensions and the autoclear bits. A format whose extension
 //! begins in a later sector is hidden before and shown after; in between the image names a backing
 //! file without a format. Such an image is refused, but never read in the wrong format.
+//!
+//! Two cases are left in which the cluster is one write: no room for both names at once, and a list
+//! of extensions that ends at the old name without a mark.
 
 use std::ffi::OsStr;
 use std::ops::Range;
