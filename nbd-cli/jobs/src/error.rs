@@ -57,7 +57,12 @@ impl JobError {
     pub fn opening_with(kind: JobErrorKind, error: imgfmt::Error, raw_option: &str) -> Self {
         match (error.kind(), error.found_format()) {
             (imgfmt::ErrorKind::PolicyDenied, _) => {
-                Self::new(kind, format!("{error} (with --trust-image, if you trust its maker)"))
+                let text = error.to_string();
+                let advice = match text.strip_suffix("; change the policy to allow it") {
+                    Some(why) => format!("{why}; add --trust-image if you trust its maker"),
+                    None => format!("{text} (with --trust-image, if you trust its maker)"),
+                };
+                Self::new(kind, advice)
             }
             (_, Some(_)) => Self::new(kind, format!("{error} ({raw_option})")),
             _ => Self::image(kind, error),

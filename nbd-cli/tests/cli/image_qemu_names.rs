@@ -72,7 +72,10 @@ fn backing_files_that_an_image_names_as_qemu_does_are_opened_where_the_policy_al
         let copy = elsewhere.path().join("copy.qcow2");
         let copy = copy.to_str().expect("a plain name");
         std::fs::copy(&overlay, copy).expect("room");
-        says(in_directory(directory, &["image", "map", copy]), &["--trust-image"]);
+        says(
+            in_directory(directory, &["image", "map", copy]),
+            &["; add --trust-image if you trust its maker"],
+        );
         in_directory(directory, &["image", "map", "--trust-image", copy]).success();
         in_directory(directory, &["image", "commit", "--keep", "overlay.qcow2"]).success();
         std::fs::remove_file(&overlay).expect("the overlay");
