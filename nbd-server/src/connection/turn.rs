@@ -20,15 +20,21 @@ use crate::ring::RingHandle;
 const QUANTUM: usize = 1024 * 1024;
 /// The same while there are clients with little work: some 30 microseconds.
 const SHORT_QUANTUM: usize = 128 * 1024;
-/// What a connection with little work does between two times at which it is idle, in bytes moved.
-const LIGHT_LEN: usize = 4 * REQUEST_COST;
+/// What a connection with little work does between two times at which it is idle, in bytes moved: one
+/// small request.
+const LIGHT_LEN: usize = 2 * REQUEST_COST;
+/// How often in a row that has to be. A client with a few requests in flight sends two at a time
+/// sooner or later, and is served best with such batches.
+const LIGHT_RUNS: u8 = 16;
 /// Such work is charged at a part of its cost, one of so many: a client that waits for each of its
 /// requests is next after every quantum, also where that is more than an even share.
 const LIGHT_DISCOUNT: usize = 8;
 /// How long such a connection is remembered, in bytes moved by its thread: for the length of turns,
 /// and for work that may be held up by the system.
 const LIGHT_MEMORY: u64 = 64 << 20;
-const LONG_LIGHT_MEMORY: u64 = 1 << 30;
+const LONG_LIGHT_MEMORY: u64 = 256 << 20;
+/// For how long it is assumed that a new connection is one, for the latter, in bytes moved.
+const BENEFIT_OF_DOUBT: u64 = 64 << 20;
 /// How far behind the others a connection that was idle may be, in bytes moved.
 const HEAD_START: u64 = 2 * SHORT_QUANTUM as u64;
 /// Rounds of one connection before other tasks of its thread are looked at, in any case.
@@ -178,8 +184,8 @@ pub(super) struct Turn {
     /// What it may do in this turn, and has done.
     quantum: usize,
     spent: usize,
-    /// It did little when it last worked.
-    is_light: bool,
+    /// How often in a row it did little, at most [`LIGHT_RUNS`].
+    light_runs: u8,
     rounds: u32,
 }
 
@@ -188,8 +194,7 @@ impl Turn {
         let mut order = thread.order();
         let id = order.next_id;
         order.next_id += 1;
-        // As long as nothing else is known.
-        order.since_light = 0;
+        order.since_light = order.since_light.min(LONG_LIGHT_MEMORY - BENEFIT_OF_DOUBT);
         drop(order);
         Self {
             thread,
@@ -198,7 +203,7 @@ impl Turn {
             state: State::Idle,
             quantum: QUANTUM,
             spent: 0,
-            is_light: true,
+            light_runs: LIGHT_RUNS,
             rounds: 0,
         }
     }
@@ -229,6 +234,10 @@ impl Turn {
         self.thread.connections.load(Ordering::Relaxed) <= 1
     }
 
+    const fn is_light(&self) -> bool {
+        self.light_runs == LIGHT_RUNS
+    }
+
     const fn key(&self) -> (u64, u64) {
         (self.time, self.id)
     }
@@ -238,7 +247,8 @@ impl Turn {
         match self.state {
             State::Idle => self.end(),
             State::Works => {
-                self.is_light = self.spent <= LIGHT_LEN;
+                let is_little = self.spent <= LIGHT_LEN;
+                self.light_runs = if is_little { LIGHT_RUNS.min(self.light_runs + 1) } else { 0 };
                 self.end();
                 self.thread.order().wake_next();
             }
@@ -260,7 +270,7 @@ impl Turn {
         let spent = std::mem::take(&mut self.spent);
         self.thread.order().spend(spent);
         if self.state == State::Works {
-            let charged = if self.is_light { spent / LIGHT_DISCOUNT } else { spent };
+            let charged = if self.is_light() { spent / LIGHT_DISCOUNT } else { spent };
             self.time = self.time.saturating_add(charged as u64);
         }
         self.state = State::Idle;
@@ -269,7 +279,7 @@ impl Turn {
     /// Lets others work, although there is more to do: the task is woken when it is to go on. Look
     /// with [`Turn::poll`] whether it is.
     pub(super) fn pass_on(&mut self, cx: &mut Context<'_>) {
-        self.is_light = false;
+        self.light_runs = 0;
         self.end();
         if self.is_alone() {
             return cx.waker().wake_by_ref();
@@ -298,12 +308,13 @@ impl Turn {
             self.time = self.time.max(order.clock.saturating_sub(HEAD_START));
         }
         let is_contended = !is_alone && order.is_contended();
-        if self.is_light && is_contended {
+        let is_light = self.is_light();
+        if is_light && is_contended {
             order.since_light = 0;
         }
         let key = (self.time, self.id);
         let is_first = order.waiting.first_key_value().is_none_or(|(first, _)| key < *first);
-        let is_due = is_chosen || (is_first && (order.chosen.is_none() || self.is_light));
+        let is_due = is_chosen || (is_first && (order.chosen.is_none() || is_light));
         if is_contended && (order.wants_look() || !is_due) {
             self.state = State::Waits;
             order.wait(key, cx);
