@@ -191,19 +191,30 @@ fn noise(random: &mut Random) -> Vec<u8> {
 
 /// Thousands of requests of one kind, or of all.
 fn requests(random: &mut Random) -> Vec<u8> {
-    const COMMANDS: [u16; 6] =
-        [CMD_READ, CMD_FLUSH, CMD_TRIM, CMD_CACHE, CMD_WRITE_ZEROES, CMD_BLOCK_STATUS];
+    const COMMANDS: [u16; 7] =
+        [CMD_READ, CMD_FLUSH, CMD_TRIM, CMD_CACHE, CMD_WRITE_ZEROES, CMD_BLOCK_STATUS, CMD_WRITE];
+    /// Length limit of a flood that carries payloads, in bytes.
+    const LONGEST_FLOOD: usize = 32 << 20;
     let chosen = *random.choose(&COMMANDS);
     let is_mixed = random.one_in(3);
+    // Small ones are many at a time, long ones take long.
+    let length = *random.choose(&[4096_u32, 128 << 10, 1 << 20]);
     let mut bytes = Vec::new();
     for cookie in 0..random.below(4000) + 1 {
+        if bytes.len() > LONGEST_FLOOD {
+            break;
+        }
         let command = if is_mixed { *random.choose(&COMMANDS) } else { chosen };
         let (offset, length) = match command {
             CMD_FLUSH => (0, 0),
-            CMD_READ => (random.below(SIZE >> 21) << 20, 1 << 20),
+            CMD_READ | CMD_WRITE => (random.below(SIZE >> 21) << 20, length),
+            CMD_WRITE_ZEROES | CMD_TRIM if random.one_in(2) => (0, length),
             _ => (0, SIZE as u32),
         };
         bytes.extend(request(command, 0, cookie, offset, length));
+        if command == CMD_WRITE {
+            bytes.resize(bytes.len() + length as usize, 7);
+        }
     }
     if random.one_in(4) {
         // A write whose payload never arrives.
