@@ -15,11 +15,14 @@
 //! - A word of a table is changed only if nothing else refers to the cluster that it lies in.
 
 mod apply;
+mod checker;
 mod compare;
 mod counts;
 mod entries;
 mod flags;
+mod plan;
 mod rebuild;
+mod report;
 #[cfg(test)]
 mod tests;
 mod walk;
@@ -30,111 +33,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::clusters::CountReferences;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::header::{autoclear, field, incompatible};
-use counts::Counts;
-use flags::Fix;
+use checker::Checker;
+use rebuild::Rebuild;
 
-/// The permitted repairs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Repair {
-    /// None: the image is only read.
-    #[default]
-    None,
-    /// Refcounts that are too high, if nothing else is wrong: otherwise nothing is written.
-    Leaks,
-    /// All possible ones.
-    All,
-}
+pub(super) use report::Mode;
+pub use report::{CheckReport, Repair};
 
-/// The result of a check.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CheckReport {
-    /// Clusters whose refcount is too high.
-    pub leaks: u64,
-    /// Defects that endanger data.
-    pub corruptions: u64,
-    /// Repaired leaks; not contained in `leaks`.
-    pub leaks_repaired: u64,
-    /// Repaired defects; not contained in `corruptions`.
-    pub corruptions_repaired: u64,
-    /// Clusters of the disk.
-    pub total_clusters: u64,
-    /// Clusters of the disk whose data is in this image.
-    pub allocated_clusters: u64,
-    /// Of these, compressed clusters.
-    pub compressed_clusters: u64,
-    /// Of these, clusters that do not follow the previous one in the file.
-    pub fragmented_clusters: u64,
-    /// End of the used part of the file, in bytes.
-    pub image_end_offset: u64,
-    /// Descriptions of the findings; the first hundred of each check.
-    pub messages: Vec<String>,
-}
-
-/// What is done about what a check found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mode {
-    Look,
-    Leaks,
-    All,
-    /// When an image that was not closed properly is opened for writing: refcounts and COPIED bits,
-    /// and nothing at all if anything else is wrong.
-    Automatic,
-}
-
-const MESSAGES_MAX: usize = 100;
-/// How many tables ahead of the one that is looked at reading begins.
-const READ_AHEAD: usize = 16;
 /// A repair may show what it could not see before; it does not go on for ever.
 const ROUNDS_MAX: u32 = 8;
-
-/// An L2 table, and how many L1 entries refer to it.
-struct TableUse {
-    offset: u64,
-    weight: u64,
-    is_active: bool,
-}
-
-/// An L1 entry of the present state that refers to an L2 table.
-struct ActiveEntry {
-    /// Where it lies in the file.
-    place: u64,
-    word: u64,
-}
-
-struct Checker<'a> {
-    image: &'a Qcow2,
-    /// References of everything, the refcounts' own structures included.
-    counts: Counts,
-    /// The clusters (first, last) of the refcount table and of its blocks.
-    structure: Vec<(u64, u64)>,
-    /// Clusters (first, last) behind the end of the file to which something refers.
-    beyond: Vec<(u64, u64)>,
-    file_length: u64,
-    file_clusters: u64,
-    report: CheckReport,
-    tables: Vec<TableUse>,
-    table_numbers: HashMap<u64, usize>,
-    /// In the L1 table of the present state.
-    active: Vec<ActiveEntry>,
-    /// Words of tables that should be others.
-    fixes: Vec<Fix>,
-    /// Damages other than refcounts that are too low and words that can be put right.
-    damages: u64,
-    too_low: u64,
-    /// Damages of the table of snapshots that writing it anew repairs.
-    snapshot_damages: u64,
-    /// Autoclear bits that the rest of the header contradicts.
-    false_autoclear: u64,
-    /// The header does not say clearly where the disk's data lies.
-    is_contradictory: bool,
-    /// The refcounts cannot be changed where they are.
-    is_unusable: bool,
-    /// Some cluster that is referred to has no refcount block.
-    lacks_block: bool,
-    /// Some structure's references cannot be counted.
-    is_incomplete: bool,
-}
 
 impl Qcow2 {
     /// Checks and, if asked to, repairs. Nobody else may use the image meanwhile.
@@ -163,7 +69,7 @@ impl Qcow2 {
         for _ in 0..ROUNDS_MAX {
             let Some(step) = checker.next_step(mode) else { break };
             // A writer clears what it does not know, before anything else.
-            self.clear_autoclear(!autoclear::KNOWN)?;
+            self.metadata.clear_autoclear(!autoclear::KNOWN)?;
             self.take_step(step)?;
             checker = Checker::run(self)?;
             left = checker.report.clone();
@@ -186,7 +92,7 @@ impl Qcow2 {
         if report.corruptions > 0 || self.metadata.header().incompatible & marks == 0 {
             return Ok(());
         }
-        self.clear_autoclear(!autoclear::KNOWN)?;
+        self.metadata.clear_autoclear(!autoclear::KNOWN)?;
         let features = self.metadata.header().incompatible & !marks;
         self.metadata.write_header(field::INCOMPATIBLE, &features.to_be_bytes())?;
         self.metadata.sync_header()?;
@@ -211,7 +117,11 @@ impl Qcow2 {
             return Err(Error::new(ErrorKind::Corrupt, "amend", detail));
         }
         let plan = checker.plan();
-        self.rebuild_with_width(order, plan)
+        self.mapping.format.geometry.refcount_order = order;
+        let parts = (&*self.metadata, &*self.clusters);
+        let rebuild = Rebuild::new(parts, self.geometry(), plan);
+        rebuild.refuse_too_narrow()?;
+        rebuild.run()
     }
 
     /// Whether nothing else refers to the refcount table and its blocks.
@@ -249,35 +159,6 @@ impl CountReferences for Qcow2 {
 }
 
 impl<'a> Checker<'a> {
-    fn new(image: &'a Qcow2) -> Result<Self> {
-        let file_length =
-            image.metadata.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
-        Ok(Self {
-            image,
-            counts: Counts::default(),
-            structure: Vec::new(),
-            beyond: Vec::new(),
-            file_length,
-            file_clusters: image.geometry().clusters_of(file_length),
-            report: CheckReport {
-                total_clusters: image.geometry().clusters_of(image.metadata.header().size),
-                ..CheckReport::default()
-            },
-            tables: Vec::new(),
-            table_numbers: HashMap::new(),
-            active: Vec::new(),
-            fixes: Vec::new(),
-            damages: 0,
-            too_low: 0,
-            snapshot_damages: 0,
-            false_autoclear: 0,
-            is_contradictory: false,
-            is_unusable: false,
-            lacks_block: false,
-            is_incomplete: false,
-        })
-    }
-
     /// Looks at everything and changes nothing.
     fn run(image: &'a Qcow2) -> Result<Self> {
         let mut checker = Self::new(image)?;
@@ -286,18 +167,6 @@ impl<'a> Checker<'a> {
             checker.compare(table)?;
         }
         Ok(checker)
-    }
-
-    fn damage(&mut self, message: String) {
-        self.damages += 1;
-        self.report.corruptions += 1;
-        self.say(message);
-    }
-
-    fn say(&mut self, message: String) {
-        if self.report.messages.len() < MESSAGES_MAX {
-            self.report.messages.push(message);
-        }
     }
 }
 

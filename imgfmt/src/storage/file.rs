@@ -198,7 +198,7 @@ impl FileStorage {
             }
         };
         if start_inner >= end_inner {
-            return zero::write_zero_buffers(self, HostOffset::new(offset), length);
+            return self.write_zeroes_as_data(HostOffset::new(offset), length);
         }
         let zeroed = self.fallocate(mode, start_inner, end_inner - start_inner);
         // Also what failed may have been done in part.
@@ -210,8 +210,14 @@ impl FileStorage {
             }
             other => other?,
         }
-        zero::write_zero_buffers(self, HostOffset::new(offset), start_inner - offset)?;
-        zero::write_zero_buffers(self, HostOffset::new(end_inner), end - end_inner)
+        self.write_zeroes_as_data(HostOffset::new(offset), start_inner - offset)?;
+        self.write_zeroes_as_data(HostOffset::new(end_inner), end - end_inner)
+    }
+
+    fn write_zeroes_as_data(&self, offset: HostOffset, length: u64) -> io::Result<()> {
+        zero::write_zero_buffers(offset, length, |offset, zeroes| {
+            self.write_at(offset, zeroes, Durability::Cached)
+        })
     }
 
     /// Whether this is a kind of file of which the system tells the holes.
@@ -360,7 +366,7 @@ impl Storage for FileStorage {
         }
         match speed {
             Speed::FastOnly => Err(io::ErrorKind::Unsupported.into()),
-            Speed::Any => zero::write_zero_buffers(self, offset, length),
+            Speed::Any => self.write_zeroes_as_data(offset, length),
         }
     }
 

@@ -213,7 +213,9 @@ pub trait Storage: Send + Sync + fmt::Debug {
         }
         match speed {
             Speed::FastOnly => Err(io::ErrorKind::Unsupported.into()),
-            Speed::Any => zero::write_zero_buffers(self, offset, length),
+            Speed::Any => zero::write_zero_buffers(offset, length, |offset, zeroes| {
+                self.write_at(offset, zeroes, Durability::Cached)
+            }),
         }
     }
 

@@ -2,7 +2,6 @@
 
 use std::io;
 
-use super::{Durability, Storage};
 use crate::units::HostOffset;
 
 /// Size of one write of zeroes: large enough for full speed, small enough to keep around.
@@ -14,17 +13,17 @@ struct Zeroes([u8; ZERO_BUFFER_SIZE]);
 
 static ZEROES: Zeroes = Zeroes([0; ZERO_BUFFER_SIZE]);
 
-/// Writes zeroes as data.
+/// Writes `length` bytes of zeroes from `offset` on as data, by calls of `write`.
 pub(super) fn write_zero_buffers(
-    storage: &(impl Storage + ?Sized),
     offset: HostOffset,
     length: u64,
+    mut write: impl FnMut(HostOffset, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut position = offset.bytes();
     let end = position.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
     while position < end {
         let part = usize::try_from(end - position).unwrap_or(usize::MAX).min(ZERO_BUFFER_SIZE);
-        storage.write_at(HostOffset::new(position), &ZEROES.0[..part], Durability::Cached)?;
+        write(HostOffset::new(position), &ZEROES.0[..part])?;
         position += part as u64;
     }
     Ok(())

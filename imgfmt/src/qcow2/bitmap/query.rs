@@ -9,7 +9,7 @@ use super::frozen;
 use super::store::Bitmaps;
 use crate::bitmap::{Bitmap, BitmapInfo, BitmapState, Bits, Condition, DirtyBits, DirtyExtent};
 use crate::error::Result;
-use crate::info::BitmapEntry;
+use crate::qcow2::info::BitmapEntry;
 use crate::units::GuestRange;
 
 impl Bitmaps {

@@ -1,11 +1,11 @@
 //! Repairing: one step at a time, after each of which everything is looked at again.
 
-use super::counts::Counts;
-use super::flags::Fix;
-use super::{Checker, Mode};
-use crate::error::Result;
+use super::checker::{Checker, Fix};
+use super::plan::Plan;
+use super::rebuild::Rebuild;
+use super::report::Mode;
+use crate::error::{Error, Result};
 use crate::qcow2::image::Qcow2;
-use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot;
 
@@ -23,17 +23,6 @@ pub(super) enum Step {
     ClearAutoclear(u64),
     /// Remove bitmaps whose places cannot be told.
     DropBitmaps,
-}
-
-/// What refcounts should be.
-pub(super) struct Plan {
-    pub(super) counts: Counts,
-    pub(super) structure: Vec<(u64, u64)>,
-    pub(super) beyond: Vec<(u64, u64)>,
-    pub(super) file_length: u64,
-    pub(super) file_clusters: u64,
-    /// Whatever could not be counted may be anywhere: nothing is given away.
-    pub(super) is_incomplete: bool,
 }
 
 impl Checker<'_> {
@@ -95,8 +84,19 @@ impl Qcow2 {
     /// Does what is to be done next. Afterwards it is on disk.
     pub(super) fn take_step(&mut self, step: Step) -> Result<()> {
         match step {
-            Step::Rebuild(plan) => self.rebuild_refcounts(plan),
-            Step::SetRefcounts(plan) => self.set_refcounts(&plan),
+            Step::Rebuild(plan) => {
+                let parts = (&*self.metadata, &*self.clusters);
+                Rebuild::new(parts, self.geometry(), plan).run()
+            }
+            Step::SetRefcounts(plan) => {
+                if let Some(length) = plan.longer_file(self.geometry()) {
+                    let grown = self.metadata.file.set_len(length);
+                    grown.map_err(|error| self.metadata.named(Error::from_io("grow", error)))?;
+                }
+                plan.correct(&mut self.clusters.allocator()?.refcounts)?;
+                self.commits.changes.note();
+                self.flusher().flush()
+            }
             Step::Fix(fixes) => {
                 for fix in fixes {
                     self.metadata.update_header(|header| {
@@ -107,7 +107,7 @@ impl Qcow2 {
                 self.metadata.sync()
             }
             Step::RewriteSnapshots => self.rewrite_snapshots(),
-            Step::ClearAutoclear(bits) => self.clear_autoclear(bits),
+            Step::ClearAutoclear(bits) => self.metadata.clear_autoclear(bits),
             Step::DropBitmaps => {
                 self.bitmaps.drop_damaged(self)?;
                 // What that frees must be free before it is counted again, or it would be freed twice.
@@ -116,15 +116,6 @@ impl Qcow2 {
                 self.flusher().flush()
             }
         }
-    }
-
-    /// Clears autoclear bits that say what nobody keeps true.
-    pub(super) fn clear_autoclear(&mut self, bits: u64) -> Result<()> {
-        if self.metadata.header().autoclear & bits != 0 {
-            self.metadata.edit_header(|file, _| change_autoclear(file, 0, bits))?;
-        }
-        self.metadata.update_header(|header| header.autoclear &= !bits);
-        Ok(())
     }
 
     /// Writes the table of snapshots anew, with what could be understood of it. The clusters of the
@@ -144,43 +135,5 @@ impl Qcow2 {
             header.snapshot_count = count;
         });
         self.metadata.sync_header()
-    }
-
-    fn set_refcounts(&self, plan: &Plan) -> Result<()> {
-        let geometry = self.geometry();
-        // A structure may be cut short by the end of the file, but not be shorter than that.
-        if let Some(last) = plan.counts.last().filter(|last| *last >= plan.file_clusters) {
-            let length = (last + 1) << geometry.cluster_bits;
-            self.metadata.file.set_len(length).map_err(|error| self.grow_error(error))?;
-        }
-        let mut allocator = self.clusters.allocator()?;
-        let refcounts = &mut allocator.refcounts;
-        // Nothing else refers to them.
-        refcounts.trust_all();
-        let entries = geometry.block_entries();
-        for index in 0..refcounts.table.len() {
-            if !refcounts.has_block(index) {
-                continue;
-            }
-            let first = index as u64 * entries;
-            let end = (first + entries).min(plan.file_clusters + 1);
-            let mut wrong = Vec::new();
-            let block = refcounts.block_view(index)?;
-            plan.counts.for_each(first, end, |cluster, should| {
-                let is = block.refcount((cluster - first) as usize);
-                let should = should.min(geometry.refcount_max());
-                let is_in_file = cluster < plan.file_clusters || should > 0;
-                let may = is < should || !plan.is_incomplete;
-                if is != should && is_in_file && may {
-                    wrong.push((cluster, should));
-                }
-            });
-            for (cluster, should) in wrong {
-                refcounts.set_refcount(cluster, should)?;
-            }
-        }
-        drop(allocator);
-        self.commits.changes.note();
-        self.flusher().flush()
     }
 }

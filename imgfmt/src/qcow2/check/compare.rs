@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Checker, READ_AHEAD};
+use super::checker::{Checker, READ_AHEAD};
 use crate::error::Result;
 use crate::qcow2::on_disk::refcount::Refcounts;
 

@@ -3,7 +3,7 @@
 use std::mem;
 use std::ops::Range;
 
-use super::{Checker, Fix};
+use super::checker::{Checker, Fix};
 use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 
 /// Bits of an entry that is not compressed and that mean nothing.

@@ -1,29 +1,12 @@
 //! COPIED bits: each says whether the cluster behind it has exactly one reference.
 
-use super::{Checker, READ_AHEAD};
+use super::checker::{Checker, Fix, READ_AHEAD};
 use crate::error::Result;
 use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use crate::qcow2::on_disk::refcount::{BlockView, Refcounts};
 use crate::qcow2::on_disk::words::read_words;
 
-/// A word of a table that should be another.
-#[derive(Clone, Copy)]
-pub(super) struct Fix {
-    /// Where the word lies in the file.
-    pub(super) place: u64,
-    pub(super) new: u64,
-    /// Afterwards the cluster behind it is written in place.
-    pub(super) sets_copied: bool,
-}
-
 impl Checker<'_> {
-    /// Notes a corruption that another word in its place repairs.
-    pub(super) fn fix(&mut self, fix: Fix, message: String) {
-        self.report.corruptions += 1;
-        self.say(message);
-        self.fixes.push(fix);
-    }
-
     /// Finds COPIED bits that contradict the refcounts.
     pub(super) fn find_wrong_flags(&mut self, refcounts: &mut Refcounts) -> Result<()> {
         let image = self.image;

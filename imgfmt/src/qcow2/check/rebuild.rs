@@ -6,10 +6,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::apply::Plan;
+use super::plan::Plan;
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::make_allocator;
-use crate::qcow2::image::Qcow2;
+use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::write_entry;
 use crate::qcow2::on_disk::words::read_error;
@@ -35,72 +37,82 @@ enum Room {
     Within,
 }
 
-impl Qcow2 {
-    /// Replaces the refcounts by new ones of another width, in which they must fit. Nothing may be wrong with
-    /// the old ones. Afterwards the image must be closed.
-    pub(super) fn rebuild_with_width(&mut self, order: u32, mut plan: Plan) -> Result<()> {
+/// New refcounts for an image.
+pub(super) struct Rebuild<'a> {
+    metadata: &'a MetadataFile,
+    clusters: &'a Clusters,
+    /// With the width that the new refcounts have.
+    geometry: Geometry,
+    plan: Plan,
+}
+
+impl<'a> Rebuild<'a> {
+    pub(super) fn new(
+        (metadata, clusters): (&'a MetadataFile, &'a Clusters),
+        geometry: Geometry,
+        mut plan: Plan,
+    ) -> Self {
+        // The old refcounts do not count: their places are only not to be written.
         for (first, last) in &plan.structure {
             plan.counts.subtract(*first, *last);
         }
         plan.structure = merged(plan.structure);
         plan.beyond = merged(plan.beyond);
-        self.mapping.format.geometry.refcount_order = order;
-        let max = self.geometry().refcount_max();
-        if plan.counts.used().any(|cluster| plan.counts.get(cluster) > max) {
+        Self { metadata, clusters, geometry, plan }
+    }
+
+    /// Refuses a width of refcounts that cannot tell how many references a cluster has.
+    pub(super) fn refuse_too_narrow(&self) -> Result<()> {
+        let max = self.geometry.refcount_max();
+        let counts = &self.plan.counts;
+        if counts.used().any(|cluster| counts.get(cluster) > max) {
             let detail = format!(
                 "a cluster has more references than refcounts of {} bits can tell; delete snapshots \
                  first, or choose more bits",
-                1 << order
+                self.geometry.refcount_bits()
             );
             return Err(Error::new(ErrorKind::Unsupported, "amend", detail));
         }
-        let layout = self.new_structure(&plan)?;
-        self.switch_to(&layout)
+        Ok(())
     }
 
     /// Replaces the refcounts by new ones.
-    pub(super) fn rebuild_refcounts(&mut self, mut plan: Plan) -> Result<()> {
-        for (first, last) in std::mem::take(&mut plan.structure) {
-            plan.counts.subtract(first, last);
-            plan.structure.push((first, last));
-        }
-        plan.beyond = merged(plan.beyond);
-        plan.structure = merged(plan.structure);
-        let layout = self.new_structure(&plan)?;
+    pub(super) fn run(&self) -> Result<()> {
+        let layout = self.new_structure()?;
         self.switch_to(&layout)
     }
 
     /// Writes new refcounts, to which nothing refers yet.
-    fn new_structure(&self, plan: &Plan) -> Result<Layout> {
-        let behind = self.lay_out(plan, Room::Behind);
-        let written =
-            behind.and_then(|layout| self.write_structure(plan, &layout).map(|()| layout));
+    fn new_structure(&self) -> Result<Layout> {
+        let behind = self.lay_out(Room::Behind);
+        let written = behind.and_then(|layout| self.write_structure(&layout).map(|()| layout));
         match written {
             Ok(layout) => Ok(layout),
             Err(error) => {
-                self.cut_back(plan.file_length);
+                self.cut_back();
                 // A device does not grow, nor does a file on a full disk. What was not counted may
                 // be anywhere within.
-                if error.kind() != ErrorKind::NoSpace || plan.is_incomplete {
+                if error.kind() != ErrorKind::NoSpace || self.plan.is_incomplete {
                     return Err(error);
                 }
-                let Ok(layout) = self.lay_out(plan, Room::Within) else { return Err(error) };
-                self.write_structure(plan, &layout)?;
+                let Ok(layout) = self.lay_out(Room::Within) else { return Err(error) };
+                self.write_structure(&layout)?;
                 Ok(layout)
             }
         }
     }
 
     /// Takes back what a file grew by, so that the image is as it was.
-    fn cut_back(&self, length: u64) {
+    fn cut_back(&self) {
+        let length = self.plan.file_length;
         if self.metadata.file.len().is_ok_and(|now| now > length) {
             // What stays behind the end is room that nothing refers to.
             let _ = self.metadata.file.set_len(length);
         }
     }
 
-    fn lay_out(&self, plan: &Plan, room: Room) -> Result<Layout> {
-        let geometry = self.geometry();
+    fn lay_out(&self, room: Room) -> Result<Layout> {
+        let (geometry, plan) = (self.geometry, &self.plan);
         let entries = geometry.block_entries();
         let mut needed: BTreeSet<u64> = plan.counts.used().map(|at| at / entries).collect();
         if plan.is_incomplete {
@@ -135,8 +147,8 @@ impl Qcow2 {
         }
     }
 
-    fn write_structure(&self, plan: &Plan, layout: &Layout) -> Result<()> {
-        let geometry = self.geometry();
+    fn write_structure(&self, layout: &Layout) -> Result<()> {
+        let (geometry, plan) = (self.geometry, &self.plan);
         let (entries, bits) = (geometry.block_entries(), geometry.cluster_bits);
         let new_table = layout.table..layout.table + layout.table_clusters;
         let new_blocks: BTreeSet<u64> = layout.blocks.values().copied().collect();
@@ -171,10 +183,10 @@ impl Qcow2 {
     }
 
     /// Makes the header name the new table and its width, and everything in memory too.
-    fn switch_to(&mut self, layout: &Layout) -> Result<()> {
-        let offset = layout.table << self.geometry().cluster_bits;
+    fn switch_to(&self, layout: &Layout) -> Result<()> {
+        let offset = layout.table << self.geometry.cluster_bits;
         let clusters = layout.table_clusters as u32;
-        let order = self.geometry().refcount_order;
+        let order = self.geometry.refcount_order;
         let mut fields = [0; 12];
         fields[..8].copy_from_slice(&offset.to_be_bytes());
         fields[8..].copy_from_slice(&clusters.to_be_bytes());
@@ -201,10 +213,6 @@ impl Qcow2 {
         let allocator = make_allocator(&self.metadata.file, &self.metadata.header())?;
         *self.clusters.allocator()? = allocator;
         Ok(())
-    }
-
-    pub(super) fn grow_error(&self, error: std::io::Error) -> Error {
-        self.metadata.named(Error::from_io("grow", error))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::{ActiveEntry, Checker, Fix, READ_AHEAD, TableUse};
+use super::checker::{ActiveEntry, Checker, Fix, READ_AHEAD, TableUse};
 use crate::error::Result;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
 use crate::qcow2::on_disk::snapshot;

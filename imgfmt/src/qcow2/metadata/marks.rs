@@ -10,6 +10,7 @@
 use std::sync::atomic::Ordering::{Acquire, Release};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::metadata::header_edit::change_autoclear;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::header::{field, incompatible};
 
@@ -34,6 +35,15 @@ impl MetadataFile {
         }
         self.update_header(|header| header.incompatible ^= incompatible::INCOMPLETE);
         self.write_marks()
+    }
+
+    /// Clears autoclear bits that say what nobody keeps true.
+    pub(in crate::qcow2) fn clear_autoclear(&self, bits: u64) -> Result<()> {
+        if self.header().autoclear & bits != 0 {
+            self.edit_header(|file, _| change_autoclear(file, 0, bits))?;
+        }
+        self.update_header(|header| header.autoclear &= !bits);
+        Ok(())
     }
 
     fn write_marks(&self) -> Result<()> {

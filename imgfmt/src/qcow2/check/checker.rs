@@ -1,0 +1,120 @@
+//! What a check gathers while it looks at an image.
+
+use std::collections::HashMap;
+
+use super::counts::Counts;
+use super::report::CheckReport;
+use crate::error::Result;
+use crate::qcow2::image::Qcow2;
+use crate::qcow2::on_disk::words::read_error;
+
+const MESSAGES_MAX: usize = 100;
+/// How many tables ahead of the one that is looked at reading begins.
+pub(super) const READ_AHEAD: usize = 16;
+
+/// A word of a table that should be another.
+#[derive(Clone, Copy)]
+pub(super) struct Fix {
+    /// Where the word lies in the file.
+    pub(super) place: u64,
+    pub(super) new: u64,
+    /// Afterwards the cluster behind it is written in place.
+    pub(super) sets_copied: bool,
+}
+
+/// An L2 table, and how many L1 entries refer to it.
+pub(super) struct TableUse {
+    pub(super) offset: u64,
+    pub(super) weight: u64,
+    pub(super) is_active: bool,
+}
+
+/// An L1 entry of the present state that refers to an L2 table.
+pub(super) struct ActiveEntry {
+    /// Where it lies in the file.
+    pub(super) place: u64,
+    pub(super) word: u64,
+}
+
+pub(super) struct Checker<'a> {
+    pub(super) image: &'a Qcow2,
+    /// References of everything, the refcounts' own structures included.
+    pub(super) counts: Counts,
+    /// The clusters (first, last) of the refcount table and of its blocks.
+    pub(super) structure: Vec<(u64, u64)>,
+    /// Clusters (first, last) behind the end of the file to which something refers.
+    pub(super) beyond: Vec<(u64, u64)>,
+    pub(super) file_length: u64,
+    pub(super) file_clusters: u64,
+    pub(super) report: CheckReport,
+    pub(super) tables: Vec<TableUse>,
+    pub(super) table_numbers: HashMap<u64, usize>,
+    /// In the L1 table of the present state.
+    pub(super) active: Vec<ActiveEntry>,
+    /// Words of tables that should be others.
+    pub(super) fixes: Vec<Fix>,
+    /// Damages other than refcounts that are too low and words that can be put right.
+    pub(super) damages: u64,
+    pub(super) too_low: u64,
+    /// Damages of the table of snapshots that writing it anew repairs.
+    pub(super) snapshot_damages: u64,
+    /// Autoclear bits that the rest of the header contradicts.
+    pub(super) false_autoclear: u64,
+    /// The header does not say clearly where the disk's data lies.
+    pub(super) is_contradictory: bool,
+    /// The refcounts cannot be changed where they are.
+    pub(super) is_unusable: bool,
+    /// Some cluster that is referred to has no refcount block.
+    pub(super) lacks_block: bool,
+    /// Some structure's references cannot be counted.
+    pub(super) is_incomplete: bool,
+}
+
+impl<'a> Checker<'a> {
+    pub(super) fn new(image: &'a Qcow2) -> Result<Self> {
+        let file_length = image.metadata.file.len().map_err(read_error)?;
+        Ok(Self {
+            image,
+            counts: Counts::default(),
+            structure: Vec::new(),
+            beyond: Vec::new(),
+            file_length,
+            file_clusters: image.geometry().clusters_of(file_length),
+            report: CheckReport {
+                total_clusters: image.geometry().clusters_of(image.metadata.header().size),
+                ..CheckReport::default()
+            },
+            tables: Vec::new(),
+            table_numbers: HashMap::new(),
+            active: Vec::new(),
+            fixes: Vec::new(),
+            damages: 0,
+            too_low: 0,
+            snapshot_damages: 0,
+            false_autoclear: 0,
+            is_contradictory: false,
+            is_unusable: false,
+            lacks_block: false,
+            is_incomplete: false,
+        })
+    }
+
+    /// Notes a corruption that another word in its place repairs.
+    pub(super) fn fix(&mut self, fix: Fix, message: String) {
+        self.report.corruptions += 1;
+        self.say(message);
+        self.fixes.push(fix);
+    }
+
+    pub(super) fn damage(&mut self, message: String) {
+        self.damages += 1;
+        self.report.corruptions += 1;
+        self.say(message);
+    }
+
+    pub(super) fn say(&mut self, message: String) {
+        if self.report.messages.len() < MESSAGES_MAX {
+            self.report.messages.push(message);
+        }
+    }
+}

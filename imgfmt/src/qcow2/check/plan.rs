@@ -1,0 +1,56 @@
+//! What refcounts should be, after everything was counted.
+
+use super::counts::Counts;
+use crate::error::Result;
+use crate::qcow2::on_disk::geometry::Geometry;
+use crate::qcow2::on_disk::refcount::Refcounts;
+
+/// What refcounts should be.
+pub(super) struct Plan {
+    pub(super) counts: Counts,
+    pub(super) structure: Vec<(u64, u64)>,
+    pub(super) beyond: Vec<(u64, u64)>,
+    pub(super) file_length: u64,
+    pub(super) file_clusters: u64,
+    /// Whatever could not be counted may be anywhere: nothing is given away.
+    pub(super) is_incomplete: bool,
+}
+
+impl Plan {
+    /// How long the file has to be, if that is longer than it is: a structure may be cut short by the
+    /// end of the file, but not be shorter than that.
+    pub(super) fn longer_file(&self, geometry: Geometry) -> Option<u64> {
+        let last = self.counts.last().filter(|last| *last >= self.file_clusters);
+        last.map(|last| (last + 1) << geometry.cluster_bits)
+    }
+
+    /// Makes refcounts what they should be, in memory.
+    pub(super) fn correct(&self, refcounts: &mut Refcounts) -> Result<()> {
+        let geometry = refcounts.geometry;
+        // Nothing else refers to them.
+        refcounts.trust_all();
+        let entries = geometry.block_entries();
+        for index in 0..refcounts.table.len() {
+            if !refcounts.has_block(index) {
+                continue;
+            }
+            let first = index as u64 * entries;
+            let end = (first + entries).min(self.file_clusters + 1);
+            let mut wrong = Vec::new();
+            let block = refcounts.block_view(index)?;
+            self.counts.for_each(first, end, |cluster, should| {
+                let is = block.refcount((cluster - first) as usize);
+                let should = should.min(geometry.refcount_max());
+                let is_in_file = cluster < self.file_clusters || should > 0;
+                let may = is < should || !self.is_incomplete;
+                if is != should && is_in_file && may {
+                    wrong.push((cluster, should));
+                }
+            });
+            for (cluster, should) in wrong {
+                refcounts.set_refcount(cluster, should)?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,50 @@
+//! What a check is asked to do, and what it found.
+
+/// The permitted repairs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Repair {
+    /// None: the image is only read.
+    #[default]
+    None,
+    /// Refcounts that are too high, if nothing else is wrong: otherwise nothing is written.
+    Leaks,
+    /// All possible ones.
+    All,
+}
+
+/// The result of a check.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CheckReport {
+    /// Clusters whose refcount is too high.
+    pub leaks: u64,
+    /// Defects that endanger data.
+    pub corruptions: u64,
+    /// Repaired leaks; not contained in `leaks`.
+    pub leaks_repaired: u64,
+    /// Repaired defects; not contained in `corruptions`.
+    pub corruptions_repaired: u64,
+    /// Clusters of the disk.
+    pub total_clusters: u64,
+    /// Clusters of the disk whose data is in this image.
+    pub allocated_clusters: u64,
+    /// Of these, compressed clusters.
+    pub compressed_clusters: u64,
+    /// Of these, clusters that do not follow the previous one in the file.
+    pub fragmented_clusters: u64,
+    /// End of the used part of the file, in bytes.
+    pub image_end_offset: u64,
+    /// Descriptions of the findings; the first hundred of each check.
+    pub messages: Vec<String>,
+}
+
+/// What is done about what a check found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::qcow2) enum Mode {
+    Look,
+    Leaks,
+    All,
+    /// When an image that was not closed properly is opened for writing: refcounts and COPIED bits,
+    /// and nothing at all if anything else is wrong.
+    Automatic,
+}
