@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::layer::Backing;
 use crate::luks::{self, Encryption};
 use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::alloc::preallocated::Preallocated;
 use crate::qcow2::bitmap::{Bitmaps, ImageServices};
 use crate::qcow2::data_file::DataFile;
 use crate::qcow2::flush::Flusher;
@@ -20,7 +21,7 @@ use crate::qcow2::on_disk::header::{
 };
 use crate::qcow2::on_disk::words::read_error;
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 /// An open qcow2 image.
 #[derive(Debug)]
@@ -29,8 +30,7 @@ pub(crate) struct Qcow2 {
     pub(in crate::qcow2) data: DataFile,
     /// Size of the disk that is shown: the image's or that of a snapshot.
     pub(in crate::qcow2) size: u64,
-    /// Whether clusters were allocated before they were written; found out when it matters.
-    pub(in crate::qcow2) preallocated: OnceLock<bool>,
+    pub(in crate::qcow2) preallocated: Preallocated,
     pub(in crate::qcow2) backing: Option<Backing>,
     pub(in crate::qcow2) clusters: Arc<Clusters>,
     pub(in crate::qcow2) mapping: MappingTables,
@@ -63,7 +63,7 @@ impl Qcow2 {
             backing_format: header.extensions.backing_format.clone(),
             data_file_name: header.extensions.data_file_name.clone(),
             data_file_is_raw: header.autoclear & autoclear::RAW_DATA_FILE != 0,
-            snapshots: self.snapshots()?,
+            snapshots: self.metadata.snapshots()?,
             backup: self.metadata.backup(),
         })
     }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::Path;
-use std::sync::{Arc, MutexGuard, OnceLock};
+use std::sync::{Arc, MutexGuard};
 
 use super::bitmap::Bitmaps;
 use super::check::{Mode, not_repaired};
@@ -13,6 +13,7 @@ use crate::options::OpenOptions;
 use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::{Allocator, make_allocator};
 use crate::qcow2::alloc::clusters::Clusters;
+use crate::qcow2::alloc::preallocated::Preallocated;
 use crate::qcow2::data_file::DataFile;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::mapping_tables::MappingTables;
@@ -62,6 +63,7 @@ impl Qcow2 {
         };
         let snapshots_offset = header.snapshots_offset;
         let metadata = Arc::new(MetadataFile::new(file, path, header, is_writable));
+        let preallocated = Preallocated::new(Arc::clone(&metadata));
         let data = DataFile::new(Arc::clone(&metadata), format.has_data_file);
         let commits = Arc::new(Commits::default());
         let clusters = Clusters::new(Arc::clone(&metadata), Arc::clone(&commits), allocator);
@@ -87,7 +89,7 @@ impl Qcow2 {
             mapping,
             commits,
             size,
-            preallocated: OnceLock::new(),
+            preallocated,
             backing: None,
             bitmaps,
         })
@@ -122,7 +124,7 @@ impl Qcow2 {
             let (offset, entries) = (header.l1_offset, header.l1_entries as usize);
             let l1 = read_words(&*self.metadata.file, offset, entries)?;
             self.mapping.replace_l1(l1);
-            self.forget_tables();
+            self.mapping.forget_tables(self.size);
         }
         self.prove_refcount_blocks();
         // What we do not know we cannot keep up to date: say so before the first write.

@@ -26,8 +26,8 @@ pub(in crate::qcow2) trait CountReferences {
 /// The clusters of one image's file. Of an image that is only read none can be reserved or freed.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Clusters {
-    metadata: Arc<MetadataFile>,
-    commits: Arc<Commits>,
+    pub(super) metadata: Arc<MetadataFile>,
+    pub(super) commits: Arc<Commits>,
     /// One per guest cluster; several clusters share one.
     stripes: Vec<OrderedMutex<{ rank::STRIPE }, ()>>,
     allocator: Option<OrderedMutex<{ rank::ALLOCATOR }, Allocator>>,
@@ -274,6 +274,7 @@ pub(in crate::qcow2) mod tests {
     use super::*;
     use crate::qcow2::alloc::allocator::make_allocator;
     use crate::qcow2::metadata::metadata_file::tests::opened;
+    use crate::testing::FailingStorage;
 
     /// Of an image in which nothing is referred to.
     pub(in crate::qcow2) struct Nothing;
@@ -285,9 +286,14 @@ pub(in crate::qcow2) mod tests {
     }
 
     fn clusters(is_writable: bool) -> Clusters {
-        let (_, metadata) = opened(is_writable);
+        clusters_in_file(is_writable).1
+    }
+
+    pub(in crate::qcow2) fn clusters_in_file(is_writable: bool) -> (Arc<FailingStorage>, Clusters) {
+        let (storage, metadata) = opened(is_writable);
         let allocator = make_allocator(&metadata.file, &metadata.header()).unwrap();
-        Clusters::new(Arc::new(metadata), Arc::default(), is_writable.then_some(allocator))
+        let allocator = is_writable.then_some(allocator);
+        (storage, Clusters::new(Arc::new(metadata), Arc::default(), allocator))
     }
 
     #[test]

@@ -4,3 +4,5 @@ pub(super) mod allocator;
 pub(super) mod cluster_set;
 pub(super) mod clusters;
 pub(super) mod decompressed;
+pub(super) mod place;
+pub(super) mod preallocated;

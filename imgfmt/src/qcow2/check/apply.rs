@@ -123,7 +123,7 @@ impl Qcow2 {
     fn rewrite_snapshots(&mut self) -> Result<()> {
         let found = snapshot::read_damaged_table(&*self.metadata.file, &self.metadata.header())?;
         let bytes = snapshot::encode_table(&found.snapshots);
-        let offset = if bytes.is_empty() { 0 } else { self.write_new(&bytes)? };
+        let offset = if bytes.is_empty() { 0 } else { self.clusters.write_new(&bytes, self)? };
         self.flusher().flush()?;
         let count = found.snapshots.len() as u32;
         let mut fields = [0; 12];

@@ -2,9 +2,9 @@
 
 pub(super) mod compress;
 pub(super) mod cow;
+pub(super) mod erase;
 pub(super) mod plan;
 pub(super) mod preallocate;
-pub(super) mod preallocated;
 pub(super) mod read;
 pub(super) mod write;
 pub(super) mod write_compressed;

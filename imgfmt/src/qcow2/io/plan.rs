@@ -1,5 +1,9 @@
 //! What is to be done for one cluster, and what of its old content comes along.
 
+use crate::error::Result;
+use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::qcow2::map::table::Table;
+use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::l2::Cluster;
 
 /// Old bytes around the new ones up to this size are written together with them.
@@ -47,6 +51,79 @@ pub(in crate::qcow2) struct Merged {
     /// Where `bytes` begins, as an offset within the cluster.
     pub(super) start: u64,
     pub(super) bytes: Vec<u8>,
+}
+
+impl MappingTables {
+    /// Decides cluster for cluster where the bytes from `start` to `end` go, which lie in one table
+    /// of a disk of `size` bytes.
+    pub(super) fn plan(
+        &self,
+        table: &Table,
+        (start, end): (u64, u64),
+        size: u64,
+    ) -> Result<Vec<Plan>> {
+        let geometry = self.geometry();
+        let mut plans = Vec::new();
+        let mut position = start;
+        while position < end {
+            let guest_start = geometry.cluster_start(position);
+            let stop = end.min(guest_start + geometry.cluster_size());
+            self.refuse_bad(table, position)?;
+            let old = self.decode_to_change(table, position)?;
+            // A raw data file must not become longer than the disk.
+            let limit = match self.format.has_data_file {
+                true => (size - guest_start).min(geometry.cluster_size()),
+                false => geometry.cluster_size(),
+            };
+            let part = (position - guest_start, stop - guest_start);
+            plans.push(Plan::of_cluster(geometry, guest_start, part, old, limit));
+            position = stop;
+        }
+        Ok(plans)
+    }
+}
+
+impl Plan {
+    /// Decides for one cluster where the bytes from `from` to `to` go and what must come along. A
+    /// new place is reserved later: `host` is `None` until then. Bytes from `limit` on are nobody's.
+    fn of_cluster(
+        geometry: Geometry,
+        guest_start: u64,
+        (from, to): (u64, u64),
+        old: Cluster,
+        limit: u64,
+    ) -> Self {
+        let touched = geometry.subcluster_mask(from, to);
+        let stays = old.copied && old.host.is_some() && old.compressed.is_none();
+        let mut allocated = old.allocated | touched;
+        if old.compressed.is_some() {
+            allocated = geometry.all_subclusters();
+        }
+        let present = if stays { old.allocated } else { 0 };
+        let new = Cluster {
+            host: if stays { old.host } else { None },
+            copied: true,
+            compressed: None,
+            allocated,
+            zero: old.zero & !allocated,
+        };
+        let mut fill: Vec<Fill> = Vec::new();
+        for subcluster in 0..geometry.subclusters() {
+            if (allocated & !present) >> subcluster & 1 == 0 {
+                continue;
+            }
+            let start = u64::from(subcluster) * geometry.subcluster_size();
+            let end = start + geometry.subcluster_size();
+            for (start, end) in [(start, end.min(from)), (start.max(to), end.min(limit))] {
+                match fill.last_mut() {
+                    _ if start >= end => {}
+                    Some(last) if last.end == start => last.end = end,
+                    _ => fill.push(Fill { start, end, old: Old::Large }),
+                }
+            }
+        }
+        Self { guest_start, from, to, old, new, fill, merged: None, never_written: false }
+    }
 }
 
 impl Merged {

@@ -55,7 +55,7 @@ impl Qcow2 {
             may_pass_end: true,
             may_have_holes: false,
         };
-        match walk.holes == Holes::Told && self.may_be_preallocated(walk.lookup) {
+        match walk.holes == Holes::Told && self.preallocated.may_be(walk.lookup) {
             true => walk.push_file(self, range, file, Content::Zero),
             false => walk.push(self, range, Content::File(file)),
         }

@@ -1,15 +1,12 @@
 //! Writing: in place where the cluster is ours alone, otherwise reserve, write, commit.
 
-use std::sync::Arc;
-
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::image::Qcow2;
-use crate::qcow2::io::plan::{Fill, Old, Plan};
+use crate::qcow2::io::plan::Plan;
 use crate::qcow2::map::lookup::Lookup;
-use crate::qcow2::map::table::Table;
 use crate::qcow2::map::tables::Change;
-use crate::qcow2::on_disk::l2::Cluster;
+use crate::qcow2::on_disk::geometry::Geometry;
 use crate::units::GuestOffset;
 
 /// An allocating write is done in steps of at most so many bytes (but at least one cluster): the
@@ -22,7 +19,7 @@ impl Qcow2 {
         if self.write_in_place(offset.bytes(), data, Lookup::MayRead)? {
             return Ok(());
         }
-        let step = self.step_bytes();
+        let step = step_bytes(self.geometry());
         let mut rest = data;
         let mut position = offset.bytes();
         while !rest.is_empty() {
@@ -47,16 +44,11 @@ impl Qcow2 {
             return Ok(true);
         }
         let (start, end) = (offset.bytes(), offset.bytes() + data.len() as u64);
-        let step = self.step_bytes();
+        let step = step_bytes(self.geometry());
         if start / step != (end - 1) / step || self.flusher().is_under_pressure() {
             return Ok(false);
         }
         self.write_step(start, data, Lookup::CachedOnly)
-    }
-
-    fn step_bytes(&self) -> u64 {
-        let geometry = self.geometry();
-        STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage())
     }
 
     /// Writes all of `data` in place if every cluster allows it; else writes nothing.
@@ -69,59 +61,11 @@ impl Qcow2 {
         // While this lives, nobody else is given the clusters found below.
         let _lease = self.clusters.lease_to_write()?;
         let mut segments = Vec::new();
-        if !self.find_in_place(start, start + data.len() as u64, lookup, &mut segments)? {
+        if !self.mapping.find_in_place(start, start + data.len() as u64, lookup, &mut segments)? {
             return Ok(false);
         }
         for (host, from, to) in segments {
             self.data.write(host, &data[from..to], start + from as u64)?;
-        }
-        Ok(true)
-    }
-
-    /// Finds where a range can be written in place: host offset, and which bytes of the data.
-    fn find_in_place(
-        &self,
-        start: u64,
-        end: u64,
-        lookup: Lookup,
-        segments: &mut Vec<(u64, usize, usize)>,
-    ) -> Result<bool> {
-        let geometry = self.geometry();
-        let mut position = start;
-        while position < end {
-            let l1_index = geometry.l1_index(position);
-            if !self.mapping.l1_is_copied(l1_index) {
-                return Ok(false);
-            }
-            let Some(Some(table)) = self.mapping.table(l1_index, lookup)? else {
-                return Ok(false);
-            };
-            let table_end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
-            if lookup == Lookup::CachedOnly && table.bad_entries.get().is_none() {
-                return Ok(false); // Looking for them may need refcounts from the disk.
-            }
-            while position < table_end {
-                self.mapping.refuse_bad(&table, position)?;
-                let cluster = self.mapping.decode(&table, position);
-                let cluster = cluster.map_err(|error| self.metadata.note_damage(error))?;
-                let in_cluster = geometry.in_cluster(position);
-                let stop = table_end.min(position - in_cluster + geometry.cluster_size());
-                let touched = geometry.subcluster_mask(in_cluster, in_cluster + (stop - position));
-                let (Some(host), true) = (cluster.host, cluster.copied) else { return Ok(false) };
-                if touched & !cluster.allocated != 0 {
-                    return Ok(false);
-                }
-                let (from, to) = ((position - start) as usize, (stop - start) as usize);
-                match segments.last_mut() {
-                    Some((first, begun, until))
-                        if *first + (from - *begun) as u64 == host + in_cluster =>
-                    {
-                        *until = to;
-                    }
-                    _ => segments.push((host + in_cluster, from, to)),
-                }
-                position = stop;
-            }
         }
         Ok(true)
     }
@@ -141,7 +85,7 @@ impl Qcow2 {
             Lookup::CachedOnly => self.mapping.own_table_in_memory(l1_index)?,
         };
         let Some(table) = table else { return Ok(false) };
-        let mut plans = self.plan(&table, start, end)?;
+        let mut plans = self.mapping.plan(&table, (start, end), self.size)?;
         for plan in &mut plans {
             let (from, to) = (plan.guest_start + plan.from, plan.guest_start + plan.to);
             let new = &data[(from - start) as usize..(to - start) as usize];
@@ -168,68 +112,6 @@ impl Qcow2 {
             self.mapping.commit(&table, &changes, &freed)?;
         }
         Ok(true)
-    }
-
-    fn plan(&self, table: &Arc<Table>, start: u64, end: u64) -> Result<Vec<Plan>> {
-        let geometry = self.geometry();
-        let mut plans = Vec::new();
-        let mut position = start;
-        while position < end {
-            let guest_start = geometry.cluster_start(position);
-            let stop = end.min(guest_start + geometry.cluster_size());
-            self.mapping.refuse_bad(table, position)?;
-            let old = self.mapping.decode(table, position);
-            let old = old.map_err(|error| self.metadata.note_damage(error))?;
-            plans.push(self.plan_cluster(
-                guest_start,
-                position - guest_start,
-                stop - guest_start,
-                old,
-            ));
-            position = stop;
-        }
-        Ok(plans)
-    }
-
-    /// Decides for one cluster where the bytes from `from` to `to` go and what must come along. A
-    /// new place is reserved later: `host` is `None` until then.
-    fn plan_cluster(&self, guest_start: u64, from: u64, to: u64, old: Cluster) -> Plan {
-        let geometry = self.geometry();
-        let touched = geometry.subcluster_mask(from, to);
-        let stays = old.copied && old.host.is_some() && old.compressed.is_none();
-        let mut allocated = old.allocated | touched;
-        if old.compressed.is_some() {
-            allocated = geometry.all_subclusters();
-        }
-        let present = if stays { old.allocated } else { 0 };
-        let new = Cluster {
-            host: if stays { old.host } else { None },
-            copied: true,
-            compressed: None,
-            allocated,
-            zero: old.zero & !allocated,
-        };
-        // A raw data file must not become longer than the disk.
-        let limit = match self.mapping.format.has_data_file {
-            true => (self.size - guest_start).min(geometry.cluster_size()),
-            false => geometry.cluster_size(),
-        };
-        let mut fill: Vec<Fill> = Vec::new();
-        for subcluster in 0..geometry.subclusters() {
-            if (allocated & !present) >> subcluster & 1 == 0 {
-                continue;
-            }
-            let start = u64::from(subcluster) * geometry.subcluster_size();
-            let end = start + geometry.subcluster_size();
-            for (start, end) in [(start, end.min(from)), (start.max(to), end.min(limit))] {
-                match fill.last_mut() {
-                    _ if start >= end => {}
-                    Some(last) if last.end == start => last.end = end,
-                    _ => fill.push(Fill { start, end, old: Old::Large }),
-                }
-            }
-        }
-        Plan { guest_start, from, to, old, new, fill, merged: None, never_written: false }
     }
 
     /// Gives every plan that needs one a new cluster, next to each other where possible. Returns
@@ -290,4 +172,9 @@ impl Qcow2 {
             None => Ok(()),
         }
     }
+}
+
+/// See [`STEP_BYTES`]. A step lies within one L2 table.
+fn step_bytes(geometry: Geometry) -> u64 {
+    STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage())
 }

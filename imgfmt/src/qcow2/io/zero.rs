@@ -4,6 +4,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, ExtentKind, ExtentList};
 use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::image::Qcow2;
+use crate::qcow2::io::erase::{Erase, EraseRules};
 use crate::qcow2::map::lookup::{Lookup, span};
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::{Cluster, Subcluster};
@@ -14,17 +15,6 @@ use crate::units::{GuestOffset, GuestRange};
 /// So many clusters are looked at together, at most those of one L2 table: bounds memory, and how
 /// long others wait for these clusters.
 const CLUSTERS_MAX: u64 = 8192;
-
-/// What becomes of clusters that lie wholly in a range.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Erase {
-    /// They must read as zero.
-    Zero(ZeroMode),
-    /// Their content is of no interest.
-    Discard,
-    /// Those that say "zero" hold nothing any more, which reads the same: there is no backing file.
-    Forget,
-}
 
 /// What a part of a subcluster is before it is zeroed.
 #[derive(Clone, Copy, Debug)]
@@ -51,14 +41,14 @@ impl Qcow2 {
         let inner_end =
             if end == self.size { end.next_multiple_of(unit) } else { end / unit * unit };
         let inner_start = start.next_multiple_of(unit);
-        let can_map = self.can_map_zeroes();
+        let can_map = self.erase_rules().can_map_zeroes();
         let edges = match can_map && inner_start < inner_end {
             true => [(start, inner_start), (inner_end.min(end), end)],
             false => [(start, end), (end, end)],
         };
         if speed == Speed::FastOnly {
             for (start, end) in edges {
-                for (start, end) in self.edge_parts(start, end) {
+                for (start, end) in edge_parts(unit, start, end) {
                     if matches!(self.look_at_edge(start, end)?, Edge::Data) {
                         return Err(not_fast());
                     }
@@ -77,7 +67,7 @@ impl Qcow2 {
     pub(in crate::qcow2) fn discard_range(&self, range: GuestRange) -> Result<()> {
         self.flusher().relieve_pressure()?;
         // Without the zero flag a discarded cluster would show the backing file's content.
-        if !self.can_map_zeroes() {
+        if !self.erase_rules().can_map_zeroes() {
             return Ok(());
         }
         let unit = self.geometry().subcluster_size();
@@ -116,38 +106,22 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Whether a cluster can be made to read as zero by its entry alone.
-    fn can_map_zeroes(&self) -> bool {
-        self.mapping.format.version >= 3 || !self.names_backing()
-    }
-
-    /// Whether zeroes that are written have to be seen as written by whoever looks at this layer
-    /// alone: another backing file may be put under it later, and must not show. As in QEMU, version
-    /// 2 has no entry for that.
-    fn marks_zeroes(&self) -> bool {
-        self.mapping.format.version >= 3
+    /// What entries of this image can say about zeroes.
+    fn erase_rules(&self) -> EraseRules {
+        EraseRules { format: self.mapping.format, names_backing: self.names_backing() }
     }
 
     /// Zeroes a range in which no subcluster lies wholly, or any range if no entry can say "zero".
     fn zero_edge(&self, start: u64, end: u64) -> Result<()> {
         let unit = self.geometry().subcluster_size();
         let zeroes = vec![0; (end - start).min(unit) as usize];
-        for (start, end) in self.edge_parts(start, end) {
+        for (start, end) in edge_parts(unit, start, end) {
             if !self.mark_edge(start, end)? {
                 self.flusher().relieve_pressure()?;
                 self.write_range(GuestOffset::new(start), &zeroes[..(end - start) as usize])?;
             }
         }
         Ok(())
-    }
-
-    /// Parts of a range that are looked at one by one: they end where subclusters do.
-    fn edge_parts(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-        let unit = self.geometry().subcluster_size();
-        let stop = move |position: u64| end.min((position / unit + 1).saturating_mul(unit));
-        std::iter::successors(Some(start), move |position| Some(stop(*position)))
-            .take_while(move |position| *position < end)
-            .map(move |position| (position, stop(position)))
     }
 
     /// Makes a part of a subcluster zero if that takes no data; returns whether it is.
@@ -174,7 +148,7 @@ impl Qcow2 {
     /// What a part of a subcluster holds, as far as mappings tell.
     fn look_at_edge(&self, start: u64, end: u64) -> Result<Edge> {
         let zero_or_data = |is_zero| if is_zero { Edge::Zero } else { Edge::Data };
-        if !self.marks_zeroes() {
+        if !self.erase_rules().marks_zeroes() {
             return self.is_zero_here(start, end).map(zero_or_data);
         }
         let geometry = self.geometry();
@@ -216,7 +190,7 @@ impl Qcow2 {
         let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
         extents(self, span(start, end), &mut list)?;
         let found = list.into_vec();
-        // See `marks_zeroes` about the second.
+        // See [`EraseRules::marks_zeroes`] about the second.
         let is_here = |extent: &Extent| extent.depth == 1 || !self.names_backing();
         Ok(is_zero_until(&found, end) && found.iter().all(is_here))
     }
@@ -248,7 +222,8 @@ impl Qcow2 {
         let first = start >> geometry.cluster_bits;
         let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
         let _stripes = self.clusters.lock(first, count, Lookup::MayRead);
-        let may_stay_empty = self.may_stay_empty(what);
+        let rules = self.erase_rules();
+        let may_stay_empty = rules.may_stay_empty(what);
         if may_stay_empty && matches!(self.mapping.table(l1_index, Lookup::MayRead)?, Some(None)) {
             return Ok(Vec::new());
         }
@@ -260,12 +235,11 @@ impl Qcow2 {
             let guest_start = geometry.cluster_start(position);
             let stop = end.min(guest_start + geometry.cluster_size());
             self.mapping.refuse_bad(&table, position)?;
-            let old = self.mapping.decode(&table, position);
-            let old = old.map_err(|error| self.metadata.note_damage(error))?;
+            let old = self.mapping.decode_to_change(&table, position)?;
             let mask = geometry.subcluster_mask(position - guest_start, stop - guest_start);
             if old.compressed.is_some() && mask != geometry.all_subclusters() {
                 left_over.push((position, stop));
-            } else if let Some(new) = self.erased(old, mask, what) {
+            } else if let Some(new) = rules.erased(old, mask, what) {
                 let punch = what != Erase::Zero(ZeroMode::KeepAllocated);
                 freed.extend(self.mapping.references(old, new.host, punch));
                 changes.push(Change { guest: guest_start, cluster: new });
@@ -278,43 +252,15 @@ impl Qcow2 {
         }
         Ok(left_over)
     }
+}
 
-    /// Whether nothing needs to be noted where this layer has nothing: it reads as zero already.
-    fn may_stay_empty(&self, what: Erase) -> bool {
-        !self.names_backing() && (!matches!(what, Erase::Zero(_)) || !self.marks_zeroes())
-    }
-
-    /// What becomes of a cluster when some of its subclusters are erased; `None` if nothing does.
-    fn erased(&self, old: Cluster, mask: u32, what: Erase) -> Option<Cluster> {
-        let all = self.geometry().all_subclusters();
-        if what == Erase::Forget {
-            return (old.zero != 0).then(Cluster::default);
-        }
-        let is_empty = old.host.is_none() && old.compressed.is_none() && old.zero == 0;
-        let has_space = old.host.is_some() || old.compressed.is_some();
-        if !has_space && (is_empty || what == Erase::Discard) && self.may_stay_empty(what) {
-            return None;
-        }
-        let keeps_space = what == Erase::Zero(ZeroMode::KeepAllocated);
-        if old.zero & mask == mask && (old.host.is_none() || mask != all || keeps_space) {
-            return None;
-        }
-        if self.mapping.format.version < 3 {
-            // No zero flag, and no backing file: an entry of nothing reads as zero.
-            return (!is_empty).then(Cluster::default);
-        }
-        let zero = old.zero | mask;
-        if old.compressed.is_some() {
-            return Some(Cluster { zero: all, ..Cluster::default() });
-        }
-        let allocated = old.allocated & !mask;
-        let keeps_host =
-            self.mapping.format.has_data_file || allocated != 0 || keeps_space && old.copied;
-        let host = if keeps_host { old.host } else { None };
-        let copied = old.copied && host.is_some();
-        let new = Cluster { host, copied, compressed: None, allocated, zero };
-        (new != old).then_some(new)
-    }
+/// Parts of a range that are looked at one by one: they end where subclusters, of `unit` bytes,
+/// do.
+fn edge_parts(unit: u64, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+    let stop = move |position: u64| end.min((position / unit + 1).saturating_mul(unit));
+    std::iter::successors(Some(start), move |position| Some(stop(*position)))
+        .take_while(move |position| *position < end)
+        .map(move |position| (position, stop(position)))
 }
 
 /// So many extents are looked at to find out whether a range reads as zero.

@@ -87,6 +87,11 @@ impl MappingTables {
         self.format.decode(entry, bitmap).map_err(|detail| self.metadata.corrupt(detail, guest))
     }
 
+    /// As [`decode`](Self::decode), for a change: an entry that cannot be right is damage.
+    pub(in crate::qcow2) fn decode_to_change(&self, table: &Table, guest: u64) -> Result<Cluster> {
+        self.decode(table, guest).map_err(|error| self.metadata.note_damage(error))
+    }
+
     /// The piece with which the range from `start` to `end`, which is not empty, begins. It may go on
     /// in the next one, because no more than one table and [`ENTRIES_MAX`] entries are looked at.
     /// `None` if the table is not in memory and may not be read.

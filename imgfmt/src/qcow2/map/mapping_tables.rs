@@ -125,6 +125,7 @@ impl MappingTables {
     /// `size` bytes.
     pub(in crate::qcow2) fn forget_tables(&mut self, size: u64) {
         self.tables = TableCache::new(tables_max(self.geometry(), size, self.cache_bytes));
+        self.clusters.decompressed.forget_all();
         self.note_l2_places();
     }
 

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ordered_lock::{OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::on_disk::header::{Header, autoclear};
+use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::sidecar::Sidecar;
 use crate::storage::{Durability, Storage};
 use crate::units::{GuestOffset, HostOffset};
@@ -81,6 +82,11 @@ impl MetadataFile {
     /// The header as it is now.
     pub(in crate::qcow2) fn header(&self) -> Arc<Header> {
         Arc::clone(&self.header.read())
+    }
+
+    /// The snapshots in the order in which they were made.
+    pub(in crate::qcow2) fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        snapshot::read_table(&*self.file, &self.header())
     }
 
     /// Changes what is known about the header. Writing it is the caller's.

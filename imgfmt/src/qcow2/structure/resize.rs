@@ -17,7 +17,7 @@ impl Qcow2 {
             let detail = "the size of a qcow2 disk is a multiple of 512 below 2^63";
             return Err(Error::new(ErrorKind::InvalidInput, "resize", detail));
         }
-        self.refuse_unknown_sizes(&self.snapshots()?)?;
+        refuse_unknown_sizes(self.mapping.format.version, &self.metadata.snapshots()?)?;
         self.metadata.refuse_if_corrupt()?;
         let old_size = self.size;
         drop(self.bitmaps.before_change(self, span(0, 0))?);
@@ -46,22 +46,6 @@ impl Qcow2 {
         let header = self.metadata.header();
         self.write_disk_fields(size, header.l1_entries, header.l1_offset)?;
         self.bitmaps.store_resized(self)
-    }
-
-    /// Refuses a change of the size where a snapshot does not say its own: it would be taken for
-    /// the disk's. As in QEMU, version 2 is not trusted to say it.
-    pub(in crate::qcow2) fn refuse_unknown_sizes(&self, snapshots: &[Snapshot]) -> Result<()> {
-        let is_known =
-            |snapshot: &Snapshot| self.mapping.format.version >= 3 && snapshot.extra.len() >= 16;
-        let Some(unknown) = snapshots.iter().find(|snapshot| !is_known(snapshot)) else {
-            return Ok(());
-        };
-        let detail = format!(
-            "its size cannot change as long as it has snapshots that do not know their own, such \
-             as '{}': those of a version 2 image, or of an old program; delete them first",
-            unknown.name.escape_debug()
-        );
-        Err(Error::new(ErrorKind::Unsupported, "resize", detail))
     }
 
     /// Changes the size of the disk and the place of the L1 table with one write of the header,
@@ -145,4 +129,19 @@ impl Qcow2 {
         self.clusters.free(old_clusters.map(|cluster| Freed { cluster, punch: false }));
         Ok(())
     }
+}
+
+/// Refuses a change of the size where a snapshot does not say its own: it would be taken for
+/// the disk's. As in QEMU, version 2 is not trusted to say it.
+pub(in crate::qcow2) fn refuse_unknown_sizes(version: u32, snapshots: &[Snapshot]) -> Result<()> {
+    let is_known = |snapshot: &Snapshot| version >= 3 && snapshot.extra.len() >= 16;
+    let Some(unknown) = snapshots.iter().find(|snapshot| !is_known(snapshot)) else {
+        return Ok(());
+    };
+    let detail = format!(
+        "its size cannot change as long as it has snapshots that do not know their own, such \
+         as '{}': those of a version 2 image, or of an old program; delete them first",
+        unknown.name.escape_debug()
+    );
+    Err(Error::new(ErrorKind::Unsupported, "resize", detail))
 }

@@ -5,13 +5,10 @@
 //! place of the L1 table, which share a sector. Only afterwards the end is let go, so that a crash
 //! leaves the old disk or the new one, and at worst leaks.
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::image::Qcow2;
-use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
-use crate::qcow2::on_disk::words::read_words;
-use crate::qcow2::on_disk::words::words_to_bytes;
 
 impl Qcow2 {
     /// Makes the disk end at `size`, and returns the L1 table that it had. Everything is flushed.
@@ -19,11 +16,11 @@ impl Qcow2 {
         let geometry = self.geometry();
         let old = self.mapping.l1_words();
         let end = size.next_multiple_of(geometry.cluster_size());
-        self.refuse_bad_behind(end)?;
+        self.mapping.refuse_bad_behind(end)?;
         let mut l1 = old.clone();
         let whole = end.div_ceil(geometry.l2_coverage()) as usize;
         l1.iter_mut().skip(whole).for_each(|entry| *entry = 0);
-        let cut = self.cut_table(end)?;
+        let cut = self.mapping.cut_table(end, self)?;
         if let (Some(offset), Some(entry)) = (cut, l1.get_mut(geometry.l1_index(end) as usize)) {
             *entry = offset | COPIED;
         }
@@ -34,9 +31,9 @@ impl Qcow2 {
         };
         if let (Err(_), Some(offset), true) = (&switched, cut, self.size != size) {
             // Nobody refers to it.
-            self.free_place(offset, geometry.cluster_size())?;
+            self.clusters.free_place(offset, geometry.cluster_size())?;
         }
-        self.forget_tables();
+        self.mapping.forget_tables(self.size);
         switched.map(|()| old)
     }
 
@@ -52,7 +49,7 @@ impl Qcow2 {
             if offset == 0 || is_kept {
                 continue;
             }
-            let words = self.words_behind(end, index as u64, offset)?;
+            let words = self.mapping.words_behind(end, index as u64, offset)?;
             let mut freed = vec![Freed { cluster: offset >> geometry.cluster_bits, punch: false }];
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
@@ -64,59 +61,5 @@ impl Qcow2 {
             self.flusher().relieve_pressure()?;
         }
         self.flusher().flush()
-    }
-
-    /// The words of a table for the part of the disk behind `end`.
-    fn words_behind(&self, end: u64, l1_index: u64, offset: u64) -> Result<Vec<u64>> {
-        let geometry = self.geometry();
-        let length = (geometry.cluster_size() / 8) as usize;
-        let words = read_words(&*self.metadata.file, offset, length)?;
-        let is_cut = geometry.l1_index(end) == l1_index;
-        let first = if is_cut { geometry.l2_index(end) * geometry.entry_words() } else { 0 };
-        Ok(words[first..].to_vec())
-    }
-
-    /// Writes a copy of the table through which the new end goes, without what is behind it.
-    /// Returns where; nothing if there is nothing behind it.
-    fn cut_table(&self, end: u64) -> Result<Option<u64>> {
-        let geometry = self.geometry();
-        let first = geometry.l2_index(end) * geometry.entry_words();
-        let index = geometry.l1_index(end);
-        if first == 0 || index as usize >= self.mapping.l1_len() {
-            return Ok(None);
-        }
-        let Some(table) = self.mapping.table(index, Lookup::MayRead)?.flatten() else {
-            return Ok(None);
-        };
-        let mut words = table.words();
-        if words[first..].iter().all(|word| *word == 0) {
-            return Ok(None);
-        }
-        words[first..].fill(0);
-        self.write_new(&words_to_bytes(&words)).map(Some)
-    }
-
-    /// Refuses, before anything is changed, what would give a place away that is somebody else's.
-    pub(in crate::qcow2) fn refuse_bad_behind(&self, end: u64) -> Result<()> {
-        let geometry = self.geometry();
-        let words_per_entry = geometry.entry_words();
-        self.mapping.refuse_bad_tables(geometry.l1_index(end))?;
-        for l1_index in geometry.l1_index(end)..self.mapping.l1_len() as u64 {
-            let Some(table) = self.mapping.table(l1_index, Lookup::MayRead)?.flatten() else {
-                continue;
-            };
-            let words = table.words();
-            let start = l1_index * geometry.l2_coverage();
-            for index in 0..words.len() / words_per_entry {
-                let guest = start + ((index as u64) << geometry.cluster_bits);
-                let entry = &words[index * words_per_entry..][..words_per_entry];
-                if guest >= end && entry.iter().any(|word| *word != 0) {
-                    self.mapping.refuse_bad(&table, guest)?;
-                    let decoded = self.mapping.decode(&table, guest);
-                    decoded.map_err(|error: Error| self.metadata.note_damage(error))?;
-                }
-            }
-        }
-        Ok(())
     }
 }

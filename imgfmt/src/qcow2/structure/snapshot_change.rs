@@ -8,7 +8,7 @@
 use std::time::SystemTime;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::qcow2::alloc::allocator::{Allocator, Freed};
+use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
@@ -16,6 +16,7 @@ use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::qcow2::on_disk::words::read_words;
 use crate::qcow2::on_disk::words::words_to_bytes;
+use crate::qcow2::structure::resize::refuse_unknown_sizes;
 
 /// How much of a disk reads differently after a change of its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,15 +26,10 @@ pub(crate) enum Changed {
 }
 
 impl Qcow2 {
-    /// The snapshots in the order in which they were made.
-    pub(crate) fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        snapshot::read_table(&*self.metadata.file, &self.metadata.header())
-    }
-
     /// Keeps the present state under a name.
     pub(crate) fn create_snapshot(&mut self, name: &str) -> Result<()> {
         self.prepare_for_snapshots()?;
-        let snapshots = self.snapshots()?;
+        let snapshots = self.metadata.snapshots()?;
         if name.is_empty() || name.len() > 255 {
             return Err(unfit("a snapshot's name has 1 to 255 bytes"));
         }
@@ -47,9 +43,9 @@ impl Qcow2 {
 
     fn add_snapshot(&mut self, mut snapshots: Vec<Snapshot>, id: String, name: &str) -> Result<()> {
         let l1 = self.mapping.l1_words();
-        self.add_references(&l1)?;
+        self.mapping.add_references(&l1)?;
         let l1: Vec<u64> = l1.iter().map(|entry| entry & OFFSET_MASK).collect();
-        let l1_offset = self.write_new(&words_to_bytes(&l1))?;
+        let l1_offset = self.clusters.write_new(&words_to_bytes(&l1), self)?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut extra = vec![0; 8];
         extra.extend(self.size.to_be_bytes());
@@ -74,7 +70,7 @@ impl Qcow2 {
     /// Makes the disk what it was when the snapshot was made. The present state is lost.
     pub(crate) fn apply_snapshot(&mut self, name: &str) -> Result<()> {
         self.prepare_for_snapshots()?;
-        let snapshots = self.snapshots()?;
+        let snapshots = self.metadata.snapshots()?;
         let snapshot = snapshot::find(&snapshots, name)?.clone();
         let l1 =
             read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
@@ -82,7 +78,7 @@ impl Qcow2 {
         drop(self.bitmaps.before_change(self, span(0, self.size))?);
         let is_resized = snapshot.disk_size != self.size;
         if is_resized {
-            self.refuse_unknown_sizes(&snapshots)?;
+            refuse_unknown_sizes(self.mapping.format.version, &snapshots)?;
             self.bitmaps.note_size(snapshot.disk_size);
             self.bitmaps.before_resize(self)?;
         }
@@ -93,31 +89,32 @@ impl Qcow2 {
     /// Makes the disk what an L1 table says, and `size` bytes long, with one write of the header.
     fn apply_l1(&mut self, mut l1: Vec<u64>, size: u64) -> Result<()> {
         let old = self.mapping.l1_words();
-        self.refuse_bad_behind(0)?;
-        self.add_references(&l1)?;
+        self.mapping.refuse_bad_behind(0)?;
+        self.mapping.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
         l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
         let replaced = self.replace_l1(l1, size);
-        self.forget_tables();
+        self.mapping.forget_tables(self.size);
         replaced?;
-        self.remove_references(&old)?;
+        self.mapping.remove_references(&old)?;
         self.settle()
     }
 
     /// Forgets a snapshot.
     pub(crate) fn delete_snapshot(&mut self, name: &str) -> Result<()> {
         self.prepare_for_snapshots()?;
-        let mut snapshots = self.snapshots()?;
+        let mut snapshots = self.metadata.snapshots()?;
         let snapshot = snapshot::find(&snapshots, name)?.clone();
         snapshots.retain(|other| *other != snapshot);
         let l1 =
             read_words(&*self.metadata.file, snapshot.l1_offset, snapshot.l1_entries as usize)?;
         // Before anything changes: a place that is not the snapshot's to give away is met here.
-        let clusters = self.clusters_below(&l1)?;
+        let clusters = self.mapping.clusters_below(&l1)?;
         self.while_dirty(|image| {
             image.replace_snapshots(&snapshots)?;
-            image.let_go(clusters)?;
-            image.free_place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)?;
+            let freed = clusters.into_iter().map(|cluster| Freed { cluster, punch: true });
+            image.clusters.free(freed);
+            image.clusters.free_place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8)?;
             image.settle()
         })
     }
@@ -133,7 +130,7 @@ impl Qcow2 {
         if old.is_empty() {
             return Ok(());
         }
-        self.refuse_bad_behind(0)?;
+        self.mapping.refuse_bad_behind(0)?;
         let changed = match changed {
             Changed::Everything => span(0, self.size),
             // The file changes all the same, and must say so.
@@ -142,8 +139,8 @@ impl Qcow2 {
         drop(self.bitmaps.before_change(self, changed)?);
         self.while_dirty(|image| {
             image.replace_l1(vec![0; old.len()], image.size)?;
-            image.forget_tables();
-            image.remove_references(&old)?;
+            image.mapping.forget_tables(image.size);
+            image.mapping.remove_references(&old)?;
             image.settle()
         })
     }
@@ -176,59 +173,15 @@ impl Qcow2 {
         self.flusher().flush()
     }
 
-    /// Adds one reference to everything below an L1 table, or to nothing if that fails.
-    fn add_references(&self, l1: &[u64]) -> Result<()> {
-        let clusters = self.clusters_below(l1)?;
-        let mut allocator = self.clusters.allocator()?;
-        self.commits.changes.note();
-        add_references(&mut allocator, &clusters)
-    }
-
-    /// Removes one reference from everything below an L1 table that the header, on disk, names no
-    /// more.
-    fn remove_references(&self, l1: &[u64]) -> Result<()> {
-        self.let_go(self.clusters_below(l1)?)
-    }
-
-    /// Frees clusters, once for each time they are listed.
-    fn let_go(&self, clusters: Vec<u64>) -> Result<()> {
-        self.clusters.free(clusters.into_iter().map(|cluster| Freed { cluster, punch: true }));
-        Ok(())
-    }
-
-    /// All clusters that an L1 table refers to, each as often as it does; an error if one of them is
-    /// known to be something else.
-    fn clusters_below(&self, l1: &[u64]) -> Result<Vec<u64>> {
-        let geometry = self.geometry();
-        let mut clusters = Vec::new();
-        for entry in l1 {
-            let offset = entry & OFFSET_MASK;
-            if offset == 0 {
-                continue;
-            }
-            self.mapping.refuse_bad_table(offset)?;
-            clusters.push(offset >> geometry.cluster_bits);
-            let words =
-                read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
-            for entry in words.chunks_exact(geometry.entry_words()) {
-                let bitmap = entry.get(1).copied().unwrap_or(0);
-                let cluster = self.mapping.format.decode(entry[0], bitmap);
-                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
-                self.mapping.refuse_bad_cluster(cluster, offset)?;
-                let references = self.mapping.references(cluster, None, false);
-                clusters.extend(references.iter().map(|freed| freed.cluster));
-            }
-        }
-        Ok(clusters)
-    }
-
     /// Writes a new snapshot table and switches to it.
     fn replace_snapshots(&mut self, snapshots: &[Snapshot]) -> Result<()> {
         let bytes = snapshot::encode_table(snapshots);
-        let offset = if bytes.is_empty() { 0 } else { self.write_new(&bytes)? };
+        let offset = if bytes.is_empty() { 0 } else { self.clusters.write_new(&bytes, self)? };
         self.flusher().flush()?;
-        let old =
-            (self.metadata.header().snapshots_offset, snapshot::table_length(&self.snapshots()?));
+        let old = (
+            self.metadata.header().snapshots_offset,
+            snapshot::table_length(&self.metadata.snapshots()?),
+        );
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&(snapshots.len() as u32).to_be_bytes());
         fields[4..].copy_from_slice(&offset.to_be_bytes());
@@ -240,33 +193,8 @@ impl Qcow2 {
         });
         self.mapping.note_snapshots(offset, snapshots);
         self.metadata.sync_header()?;
-        self.free_place(old.0, old.1)?;
+        self.clusters.free_place(old.0, old.1)?;
         self.flusher().flush()
-    }
-
-    /// Writes something to clusters of its own; returns where.
-    pub(in crate::qcow2) fn write_new(&self, bytes: &[u8]) -> Result<u64> {
-        let geometry = self.geometry();
-        let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
-        let reserved = self.clusters.reserve_exact(clusters, self)?;
-        let mut padded = bytes.to_vec();
-        padded.resize((clusters << geometry.cluster_bits) as usize, 0);
-        let written = self.metadata.write(reserved.offset, &padded);
-        written.inspect_err(|_| self.clusters.release(&[reserved])).map(|()| reserved.offset)
-    }
-
-    /// Drops the references to a place that the header, on disk, names no more.
-    pub(in crate::qcow2) fn free_place(&self, offset: u64, length: u64) -> Result<()> {
-        if length == 0 {
-            return Ok(());
-        }
-        let bits = self.geometry().cluster_bits;
-        let mut allocator = self.clusters.allocator()?;
-        for cluster in offset >> bits..=(offset + length - 1) >> bits {
-            allocator.dereference(cluster)?;
-        }
-        self.commits.changes.note();
-        Ok(())
     }
 
     /// Writes everything out, lets go of what was freed and makes the COPIED bits true again.
@@ -274,12 +202,6 @@ impl Qcow2 {
         self.flusher().flush()?;
         self.update_flags()?;
         self.flusher().flush()
-    }
-
-    /// Forgets all tables in memory, none of which is dirty.
-    pub(in crate::qcow2) fn forget_tables(&mut self) {
-        self.mapping.forget_tables(self.size);
-        self.clusters.decompressed.forget_all();
     }
 
     /// Sets COPIED in the active tables exactly where the refcount is 1.
@@ -314,21 +236,9 @@ impl Qcow2 {
                 self.mapping.set_l1(l1_index, wanted);
             }
         }
-        self.forget_tables();
+        self.mapping.forget_tables(self.size);
         Ok(())
     }
-}
-
-fn add_references(allocator: &mut Allocator, clusters: &[u64]) -> Result<()> {
-    for (done, cluster) in clusters.iter().enumerate() {
-        if let Err(error) = allocator.reference(*cluster) {
-            for cluster in &clusters[..done] {
-                allocator.dereference(*cluster)?;
-            }
-            return Err(error);
-        }
-    }
-    Ok(())
 }
 
 fn unfit(detail: &str) -> Error {

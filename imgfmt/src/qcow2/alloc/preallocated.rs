@@ -1,42 +1,53 @@
 //! Whether clusters were allocated before they were written.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::error::Result;
 use crate::mapping::Lookup;
-use crate::qcow2::image::Qcow2;
+use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::refcount::Refcounts;
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::GuestOffset;
 
-impl Qcow2 {
+/// Whether an image has clusters that were allocated but never written, once that is known.
+#[derive(Debug)]
+pub(in crate::qcow2) struct Preallocated {
+    metadata: Arc<MetadataFile>,
+    answer: OnceLock<bool>,
+}
+
+impl Preallocated {
+    pub(in crate::qcow2) fn new(metadata: Arc<MetadataFile>) -> Self {
+        Self { metadata, answer: OnceLock::new() }
+    }
+
     /// Whether the file may have holes where clusters are allocated, as far as `lookup` allows to find
     /// out.
-    pub(in crate::qcow2) fn may_be_preallocated(&self, lookup: Lookup) -> bool {
+    pub(in crate::qcow2) fn may_be(&self, lookup: Lookup) -> bool {
         match lookup {
-            Lookup::CachedOnly => self.preallocated.get() != Some(&false),
-            Lookup::MayRead => self.is_preallocated(),
+            Lookup::CachedOnly => self.answer.get() != Some(&false),
+            Lookup::MayRead => self.is(),
         }
     }
 
     /// Whether the image has clusters that were allocated but never written: then, and only then,
     /// it is worth asking the file system about them. Found out once, as QEMU does, by comparing
     /// the clusters in use with the space that the file takes up.
-    fn is_preallocated(&self) -> bool {
-        if let Some(known) = self.preallocated.get() {
+    fn is(&self) -> bool {
+        if let Some(known) = self.answer.get() {
             return *known;
         }
         // Refcounts that cannot be read are no reason to refuse the map.
-        let answer = self.look_for_preallocation().unwrap_or(false);
-        *self.preallocated.get_or_init(|| answer)
+        let answer = self.look().unwrap_or(false);
+        *self.answer.get_or_init(|| answer)
     }
 
-    fn look_for_preallocation(&self) -> Result<bool> {
+    fn look(&self) -> Result<bool> {
         let io = |error| self.metadata.io("find the size of", error, GuestOffset::new(0));
         let Some(allocated) = self.metadata.file.allocated_len().map_err(io)? else {
             return Ok(false);
         };
-        let geometry = self.geometry();
+        let geometry = self.metadata.header().geometry;
         let real = allocated >> geometry.cluster_bits;
         let threshold = (real.saturating_mul(10) / 9).max(real.saturating_add(2));
         let file_clusters = geometry.clusters_of(self.metadata.file.len().map_err(io)?);

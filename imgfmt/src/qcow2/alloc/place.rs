@@ -1,0 +1,73 @@
+//! Structures with clusters of their own: written to a new place, or given up with it.
+
+use crate::error::Result;
+use crate::qcow2::alloc::clusters::{Clusters, CountReferences};
+
+impl Clusters {
+    /// Writes something to clusters of its own; returns where.
+    pub(in crate::qcow2) fn write_new(
+        &self,
+        bytes: &[u8],
+        references: &(impl CountReferences + ?Sized),
+    ) -> Result<u64> {
+        let geometry = self.metadata.header().geometry;
+        let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
+        let reserved = self.reserve_exact(clusters, references)?;
+        let mut padded = bytes.to_vec();
+        padded.resize((clusters << geometry.cluster_bits) as usize, 0);
+        let written = self.metadata.write(reserved.offset, &padded);
+        written.inspect_err(|_| self.release(&[reserved])).map(|()| reserved.offset)
+    }
+
+    /// Drops the references to a place that the header, on disk, names no more.
+    pub(in crate::qcow2) fn free_place(&self, offset: u64, length: u64) -> Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        let bits = self.metadata.header().geometry.cluster_bits;
+        let mut allocator = self.allocator()?;
+        for cluster in offset >> bits..=(offset + length - 1) >> bits {
+            allocator.dereference(cluster)?;
+        }
+        self.commits.changes.note();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::qcow2::alloc::clusters::tests::{Nothing, clusters_in_file};
+    use crate::storage::Storage;
+    use crate::testing::Fault;
+    use crate::units::HostOffset;
+
+    #[test]
+    fn a_structure_has_whole_clusters_of_its_own_until_it_is_given_up() {
+        let (storage, clusters) = clusters_in_file(true);
+        let place = clusters.write_new(&[7; (1 << 16) + 1], &Nothing).unwrap();
+        assert_eq!(place, 4 << 16);
+        let mut bytes = [9; 2];
+        storage.read_exact_at(HostOffset::new(5 << 16), &mut bytes).unwrap();
+        assert_eq!(bytes, [7, 0]);
+        let refcounts = || {
+            let mut allocator = clusters.allocator().unwrap();
+            [4, 5, 6].map(|cluster| allocator.refcounts.refcount(cluster).unwrap())
+        };
+        assert_eq!(refcounts(), [1, 1, 0]);
+        clusters.free_place(place, (1 << 16) + 1).unwrap();
+        assert_eq!(refcounts(), [0, 0, 0]);
+        clusters.free_place(place, 0).unwrap();
+    }
+
+    #[test]
+    fn a_structure_that_cannot_be_written_takes_up_no_place() {
+        let (storage, clusters) = clusters_in_file(true);
+        // So that only the write is left to fail.
+        let first = clusters.write_new(&[], &Nothing).unwrap();
+        let calls = storage.calls()..u64::MAX;
+        storage.set_fault(Some(Fault { calls, code: libc::ENOSPC }));
+        clusters.write_new(&[], &Nothing).unwrap_err();
+        storage.set_fault(None);
+        assert_eq!(clusters.write_new(&[], &Nothing).unwrap(), first + (1 << 16));
+    }
+}

@@ -1,0 +1,129 @@
+//! What an L1 table refers to as a whole: for snapshots, which share it, and for the end of a disk
+//! that is cut off.
+
+use crate::error::Result;
+use crate::qcow2::alloc::allocator::{Allocator, Freed};
+use crate::qcow2::alloc::clusters::CountReferences;
+use crate::qcow2::map::lookup::Lookup;
+use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::qcow2::on_disk::l2::OFFSET_MASK;
+use crate::qcow2::on_disk::words::{read_words, words_to_bytes};
+
+impl MappingTables {
+    /// Adds one reference to everything below an L1 table, or to nothing if that fails.
+    pub(in crate::qcow2) fn add_references(&self, l1: &[u64]) -> Result<()> {
+        let clusters = self.clusters_below(l1)?;
+        let mut allocator = self.clusters.allocator()?;
+        self.commits.changes.note();
+        reference_all(&mut allocator, &clusters)
+    }
+
+    /// Removes one reference from everything below an L1 table that the header, on disk, names no
+    /// more.
+    pub(in crate::qcow2) fn remove_references(&self, l1: &[u64]) -> Result<()> {
+        let clusters = self.clusters_below(l1)?.into_iter();
+        self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: true }));
+        Ok(())
+    }
+
+    /// All clusters that an L1 table refers to, each as often as it does; an error if one of them is
+    /// known to be something else.
+    pub(in crate::qcow2) fn clusters_below(&self, l1: &[u64]) -> Result<Vec<u64>> {
+        let geometry = self.geometry();
+        let mut clusters = Vec::new();
+        for entry in l1 {
+            let offset = entry & OFFSET_MASK;
+            if offset == 0 {
+                continue;
+            }
+            self.refuse_bad_table(offset)?;
+            clusters.push(offset >> geometry.cluster_bits);
+            let words =
+                read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
+            for entry in words.chunks_exact(geometry.entry_words()) {
+                let bitmap = entry.get(1).copied().unwrap_or(0);
+                let cluster = self.format.decode(entry[0], bitmap);
+                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
+                self.refuse_bad_cluster(cluster, offset)?;
+                let references = self.references(cluster, None, false);
+                clusters.extend(references.iter().map(|freed| freed.cluster));
+            }
+        }
+        Ok(clusters)
+    }
+
+    /// The words of a table for the part of the disk behind `end`.
+    pub(in crate::qcow2) fn words_behind(
+        &self,
+        end: u64,
+        l1_index: u64,
+        offset: u64,
+    ) -> Result<Vec<u64>> {
+        let geometry = self.geometry();
+        let length = (geometry.cluster_size() / 8) as usize;
+        let words = read_words(&*self.metadata.file, offset, length)?;
+        let is_cut = geometry.l1_index(end) == l1_index;
+        let first = if is_cut { geometry.l2_index(end) * geometry.entry_words() } else { 0 };
+        Ok(words[first..].to_vec())
+    }
+
+    /// Writes a copy of the table through which the new end goes, without what is behind it.
+    /// Returns where; nothing if there is nothing behind it.
+    pub(in crate::qcow2) fn cut_table(
+        &self,
+        end: u64,
+        references: &impl CountReferences,
+    ) -> Result<Option<u64>> {
+        let geometry = self.geometry();
+        let first = geometry.l2_index(end) * geometry.entry_words();
+        let index = geometry.l1_index(end);
+        if first == 0 || index as usize >= self.l1_len() {
+            return Ok(None);
+        }
+        let Some(table) = self.table(index, Lookup::MayRead)?.flatten() else {
+            return Ok(None);
+        };
+        let mut words = table.words();
+        if words[first..].iter().all(|word| *word == 0) {
+            return Ok(None);
+        }
+        words[first..].fill(0);
+        self.clusters.write_new(&words_to_bytes(&words), references).map(Some)
+    }
+
+    /// Refuses, before anything is changed, what would give a place away that is somebody else's.
+    pub(in crate::qcow2) fn refuse_bad_behind(&self, end: u64) -> Result<()> {
+        let geometry = self.geometry();
+        let words_per_entry = geometry.entry_words();
+        self.refuse_bad_tables(geometry.l1_index(end))?;
+        for l1_index in geometry.l1_index(end)..self.l1_len() as u64 {
+            let Some(table) = self.table(l1_index, Lookup::MayRead)?.flatten() else {
+                continue;
+            };
+            let words = table.words();
+            let start = l1_index * geometry.l2_coverage();
+            for index in 0..words.len() / words_per_entry {
+                let guest = start + ((index as u64) << geometry.cluster_bits);
+                let entry = &words[index * words_per_entry..][..words_per_entry];
+                if guest >= end && entry.iter().any(|word| *word != 0) {
+                    self.refuse_bad(&table, guest)?;
+                    self.decode_to_change(&table, guest)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds a reference to each of them, or to none.
+fn reference_all(allocator: &mut Allocator, clusters: &[u64]) -> Result<()> {
+    for (done, cluster) in clusters.iter().enumerate() {
+        if let Err(error) = allocator.reference(*cluster) {
+            for cluster in &clusters[..done] {
+                allocator.dereference(*cluster)?;
+            }
+            return Err(error);
+        }
+    }
+    Ok(())
+}
