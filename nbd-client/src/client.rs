@@ -180,6 +180,7 @@ impl Client {
             payload: request.payload,
             collect: request.collect,
             sent: None,
+            refused_since: None,
             reply,
         };
         connection.send(Message::Request(submission)).await?;

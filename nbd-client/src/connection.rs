@@ -45,7 +45,10 @@ impl Connection {
     ) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE_LEN);
         let ended = Arc::new(OnceLock::new());
-        let driver = Driver::new(established, contexts, limits);
+        let mut driver = Driver::new(established, contexts, limits);
+        if let Some(reconnect) = &reconnect {
+            driver = driver.replaced_for(reconnect.patience);
+        }
         let replaced = Arc::default();
         let task = Task {
             queue: Queue::new(receiver),

@@ -102,6 +102,9 @@ impl Connector {
     /// Reconnects after a lost connection: requests in flight and new ones wait up to `patience`
     /// for a new connection, and those in flight are sent again.
     ///
+    /// A server that answers a request with ESHUTDOWN counts as lost once it has answered
+    /// everything that was sent to it; refused requests are sent again.
+    ///
     /// Every NBD request may be sent twice without harm. Two cases are *not* repaired:
     ///
     /// - Data that was acknowledged but not flushed is lost if the server loses it together with

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::{Buf, BufMut, BytesMut};
 use nbd_proto::transmission::Command;
-use nbd_proto::transmission::client::{Event, Transmission};
+use nbd_proto::transmission::client::{Event, ServerError, Transmission};
 use nbd_proto::wire::{Cookie, MetaContextId};
 use tokio::io::{AsyncReadExt, AsyncWrite};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -68,6 +68,13 @@ pub(crate) struct Driver {
     answered: bool,
     /// Whether the data of a large READ is complete, and its caller has not run since.
     has_fresh_data: bool,
+    /// How long a request may be sent again because the server was shutting down; not at all if
+    /// the connection is not replaced.
+    shutdown_patience: Option<Duration>,
+    /// The server is shutting down: its first answer that said so, and the requests that it
+    /// refused. No more are sent.
+    shutdown: Option<ServerError>,
+    refused: Vec<(Cookie, Submission)>,
     linger: Option<Pin<Box<Sleep>>>,
     said_goodbye: bool,
 }
@@ -96,9 +103,20 @@ impl Driver {
             timer: limits.request_timeout.map(RequestTimer::new),
             answered: false,
             has_fresh_data: false,
+            shutdown_patience: None,
+            shutdown: None,
+            refused: Vec::new(),
             linger: None,
             said_goodbye: false,
         }
+    }
+
+    /// Treats the connection as lost when the server says that it is shutting down, and the
+    /// requests that it refused as unanswered, each for as long as `patience`.
+    #[must_use]
+    pub(crate) const fn replaced_for(mut self, patience: Duration) -> Self {
+        self.shutdown_patience = Some(patience);
+        self
     }
 
     /// Returns true once a request was answered on this connection.
@@ -109,7 +127,7 @@ impl Driver {
     /// Ends the connection and returns the unanswered requests, oldest first, as if they had never
     /// been sent.
     pub(crate) fn into_unanswered(self) -> Vec<Submission> {
-        let mut left: Vec<_> = self.in_flight.into_iter().collect();
+        let mut left: Vec<_> = self.in_flight.into_iter().chain(self.refused).collect();
         left.sort_unstable_by_key(|(cookie, _)| *cookie);
         left.into_iter()
             .map(|(_, mut submission)| {
@@ -134,6 +152,9 @@ impl Driver {
                 Err(_) if self.said_goodbye => return Poll::Ready(Ok(())),
                 Err(lost) => return Poll::Ready(Err(lost)),
             };
+            if let Some(lost) = self.shut_down() {
+                return Poll::Ready(Err(lost));
+            }
             if std::mem::take(&mut self.has_fresh_data) {
                 // The caller uses it while it is in the cache, and its memory holds the next data.
                 cx.waker().wake_by_ref();
@@ -158,7 +179,7 @@ impl Driver {
 
     fn take_requests(&mut self, cx: &mut Context<'_>, queue: &mut Queue) -> bool {
         let mut taken = false;
-        while self.in_flight.len() < self.limits.requests.get() {
+        while self.shutdown.is_none() && self.in_flight.len() < self.limits.requests.get() {
             let Some(submission) = queue.take(cx) else { break };
             let data = self.data_in_flight.saturating_add(submission.data_len());
             if data > self.limits.bytes.get() && !self.in_flight.is_empty() {
@@ -300,17 +321,43 @@ impl Driver {
                     submission.collect.status(context, descriptors);
                 }
             }
-            Event::Finished { cookie, result } => {
+            Event::Finished { cookie, result } => self.finish(cookie, result),
+        }
+    }
+
+    fn finish(&mut self, cookie: Cookie, result: Result<(), ServerError>) {
+        let Some(mut submission) = self.in_flight.remove(&cookie) else { return };
+        self.data_in_flight = self.data_in_flight.saturating_sub(submission.data_len());
+        let is_large = is_large_read(&submission);
+        self.large_reads -= usize::from(is_large);
+        match result {
+            Err(error) if error.is_shutdown() && self.may_be_sent_again(&mut submission) => {
+                self.shutdown.get_or_insert(error);
+                self.refused.push((cookie, submission));
+            }
+            result => {
                 self.answered = true;
-                if let Some(submission) = self.in_flight.remove(&cookie) {
-                    self.data_in_flight = self.data_in_flight.saturating_sub(submission.data_len());
-                    let is_large = is_large_read(&submission);
-                    self.large_reads -= usize::from(is_large);
-                    self.has_fresh_data |= is_large;
-                    submission.complete(result);
-                }
+                self.has_fresh_data |= is_large;
+                submission.complete(result);
             }
         }
+    }
+
+    /// Returns whether a request that a server refused because of its shutdown is sent on another
+    /// connection. A server that refuses it for longer than the caller's patience is believed.
+    fn may_be_sent_again(&self, submission: &mut Submission) -> bool {
+        let now = Instant::now();
+        let since = *submission.refused_since.get_or_insert(now);
+        self.shutdown_patience.is_some_and(|patience| now.duration_since(since) <= patience)
+    }
+
+    /// Ends the connection once a server that is shutting down has answered everything that was
+    /// sent: a write that it still executes must not meet later ones on the next connection.
+    fn shut_down(&mut self) -> Option<LostConnection> {
+        if !self.in_flight.is_empty() {
+            return None;
+        }
+        self.shutdown.take().map(LostConnection::ShuttingDown)
     }
 
     fn read_data(&mut self, cx: &mut Context<'_>) -> std::io::Result<Poll<usize>> {

@@ -197,15 +197,30 @@ pub enum LostConnection {
         /// The time since the request was first sent, on any connection.
         waited: Duration,
     },
+    /// The server answered that it is shutting down ([`Errno::ESHUTDOWN`]). Only with
+    /// [`Connector::reconnect`](crate::Connector::reconnect), which takes it for a loss of the
+    /// connection; otherwise the request fails with [`Error::Request`].
+    #[error("{0}")]
+    ShuttingDown(ServerError),
     /// The server did not answer the last requests before the client disconnected.
     #[error("the server did not answer {0} requests in time for the disconnect")]
     LingerExpired(usize),
 }
 
 impl LostConnection {
-    /// Returns true if a new connection can help: the transport failed, not the protocol.
+    /// Returns true if a new connection can help: the transport failed or the server restarts, and
+    /// the protocol was kept.
     pub(crate) const fn is_transient(&self) -> bool {
-        matches!(self, Self::Io(_) | Self::ClosedByServer(_) | Self::RequestTimeout { .. })
+        match self {
+            Self::Io(_)
+            | Self::ClosedByServer(_)
+            | Self::RequestTimeout { .. }
+            | Self::ShuttingDown(_) => true,
+            Self::Protocol(_)
+            | Self::ReconnectFailed { .. }
+            | Self::ExportChanged(_)
+            | Self::LingerExpired(_) => false,
+        }
     }
 }
 

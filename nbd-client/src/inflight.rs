@@ -80,6 +80,8 @@ pub(crate) struct Submission {
     pub(crate) collect: Collect,
     /// The time at which the request was first sent, if there is a time limit.
     pub(crate) sent: Option<Instant>,
+    /// The time at which a server first refused it because of its shutdown.
+    pub(crate) refused_since: Option<Instant>,
     pub(crate) reply: oneshot::Sender<Result<Outcome>>,
 }
 

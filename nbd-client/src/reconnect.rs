@@ -28,7 +28,12 @@ pub(crate) struct Outage {
 
 impl Outage {
     pub(crate) fn begin(lost: &LostConnection) -> Self {
-        Self { began: Instant::now(), pause: Duration::ZERO, first: lost.to_string() }
+        // A server that is shutting down is still there.
+        let pause = match lost {
+            LostConnection::ShuttingDown(_) => FIRST_PAUSE,
+            _ => Duration::ZERO,
+        };
+        Self { began: Instant::now(), pause, first: lost.to_string() }
     }
 }
 
@@ -60,7 +65,7 @@ impl Reconnect {
     ) -> Result<Driver, LostConnection> {
         let mut last = lost.to_string();
         loop {
-            // The first attempt of an outage has no delay. The delay also grows if connections are
+            // The first attempt of most outages has no delay. The delay also grows if connections are
             // established and break before they answer anything.
             let left = self.patience.saturating_sub(outage.began.elapsed());
             sleep(outage.pause.min(left)).await;
@@ -80,7 +85,8 @@ impl Reconnect {
                 Ok(established) => {
                     let contexts = same_export(&self.export, &established.negotiated)
                         .map_err(LostConnection::ExportChanged)?;
-                    return Ok(Driver::new(established, contexts, settings.limits));
+                    let driver = Driver::new(established, contexts, settings.limits);
+                    return Ok(driver.replaced_for(self.patience));
                 }
                 Err(error) => {
                     tracing::debug!(%error, "reconnect failed");

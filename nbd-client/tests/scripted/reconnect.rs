@@ -169,3 +169,86 @@ async fn a_client_that_is_not_needed_any_more_does_not_wait_for_a_connection() {
     let ended = tokio::time::timeout(LONG / 5, alone.disconnect()).await;
     ended.expect("nobody waits for an answer").unwrap();
 }
+
+/// ESHUTDOWN.
+const SHUTTING_DOWN: u32 = 108;
+
+#[tokio::test]
+async fn a_server_that_is_shutting_down_is_left_once_it_has_answered_and_refusals_are_sent_again() {
+    let listener = Listener::new();
+    let (client, mut server) = connect(&listener, LONG).await;
+    let script = async {
+        let first = server.request().await.unwrap();
+        let second = server.request().await.unwrap();
+        assert_eq!((first.offset, second.offset), (0, 4096));
+        server.send(&simple(SHUTTING_DOWN, first.cookie)).await.unwrap();
+        // It still executes the other write: the connection must not end before its answer.
+        let early = tokio::time::timeout(Duration::from_millis(50), server.closed()).await;
+        assert!(early.is_err(), "the client left a write behind");
+        server.answer_done(&second).await.unwrap();
+        server.closed().await;
+        let mut server = listener.serve(&Offer::new(MODE)).await;
+        let again = server.request().await.unwrap();
+        assert_eq!((again.command, again.offset, again.length), (1, 0, 5));
+        server.answer_done(&again).await.unwrap();
+    };
+    let (first, second, ()) = guarded(async {
+        tokio::join!(
+            client.write(0, Bytes::from_static(b"again"), Durability::Cached),
+            client.write(4096, Bytes::from_static(b"still"), Durability::Cached),
+            script
+        )
+    })
+    .await;
+    first.unwrap();
+    second.unwrap();
+    assert_eq!(client.reconnects(), 1);
+}
+
+#[tokio::test]
+async fn without_reconnecting_a_shutdown_is_the_error_of_the_request() {
+    let listener = Listener::new();
+    let offer = Offer::new(MODE);
+    let connector = listener.connector();
+    let (client, mut server) = tokio::join!(connector.connect(), listener.serve(&offer));
+    let client = client.unwrap();
+    let script = async {
+        let write = server.request().await.unwrap();
+        server.send(&simple(SHUTTING_DOWN, write.cookie)).await.unwrap();
+        let write = server.request().await.unwrap();
+        server.answer_done(&write).await.unwrap();
+    };
+    let data = || Bytes::from_static(b"data");
+    let writes = async {
+        let refused = client.write(0, data(), Durability::Cached).await;
+        (refused, client.write(0, data(), Durability::Cached).await)
+    };
+    let ((refused, next), ()) = guarded(async { tokio::join!(writes, script) }).await;
+    let error = refused.unwrap_err();
+    let is_refusal = matches!(&error, Error::Request { source, .. } if source.is_shutdown());
+    assert!(is_refusal, "{error}");
+    next.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_is_shutting_down_for_ever_is_given_up() {
+    let listener = Listener::new();
+    let (client, first) = connect(&listener, Duration::from_millis(500)).await;
+    let script = async {
+        let mut server = first;
+        loop {
+            let write = server.request().await.unwrap();
+            server.send(&simple(SHUTTING_DOWN, write.cookie)).await.unwrap();
+            server = listener.serve(&Offer::new(MODE)).await;
+        }
+    };
+    let error = guarded(async {
+        tokio::select! {
+            written = client.write(0, Bytes::from_static(b"data"), Durability::Cached) =>
+                written.unwrap_err(),
+            () = script => panic!("the script has no end"),
+        }
+    })
+    .await;
+    assert!(error.to_string().contains("shutting down"), "{error}");
+}

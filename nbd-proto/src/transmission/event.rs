@@ -15,6 +15,15 @@ pub struct ServerError {
     pub offset: Option<u64>,
 }
 
+impl ServerError {
+    /// Whether the server is shutting down ([`Errno::ESHUTDOWN`]): all further requests on this
+    /// connection fail, and the same request may succeed on a new one.
+    #[must_use]
+    pub fn is_shutdown(&self) -> bool {
+        self.errno == Errno::ESHUTDOWN
+    }
+}
+
 fn at(offset: Option<u64>) -> String {
     offset.map_or_else(String::new, |offset| format!(" at offset {offset}"))
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use nbd_proto::transmission::Durability;
 use nbd_proto::transmission::client::{Event, ServerError};
-use nbd_proto::wire::{Cookie, Errno};
+use nbd_proto::wire::Cookie;
 
 use super::ledger::judge_alone;
 use super::options::RequestKind;
@@ -149,7 +149,7 @@ fn look_at(shared: &super::shared::Shared, slot: &Slot, block_len: u32, seed: u6
 /// The server said no: it is about to end, or cannot do what it was asked.
 fn failed(uri: &str, target: Target, error: &ServerError) -> Trouble {
     let text = printable(&error.to_string());
-    if error.errno == Errno::ESHUTDOWN {
+    if error.is_shutdown() {
         return Trouble::Lost(text);
     }
     let Target { kind, offset, length } = target;
