@@ -7,14 +7,13 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use nbd_proto::handshake::client::{
     Answer, AwaitStep, Awaiting, ClientHandshake, ClientStep, InfoRequest, OptionPhase,
 };
-use nbd_proto::handshake::server::{GoAnswer, Handshake, HandshakeStep, ServerConfig, TlsPolicy};
+use nbd_proto::handshake::server::{GoAnswer, Handshake, HandshakeStep, ServerConfig};
 use nbd_proto::handshake::{ExportDescription, Negotiated};
 use nbd_proto::wire::{MetaContextName, ReplyMode};
 
 use shared::{MODES, export};
 
-const CONFIG: ServerConfig =
-    ServerConfig { tls: TlsPolicy::Off, best_reply_mode: ReplyMode::Extended };
+const CONFIG: ServerConfig = ServerConfig::new();
 
 /// The two ends and the bytes in transit.
 struct Pair {

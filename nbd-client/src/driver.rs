@@ -322,6 +322,8 @@ impl Driver {
                 }
             }
             Event::Finished { cookie, result } => self.finish(cookie, result),
+            // The replies to the requests of this driver mean nothing else.
+            _ => {}
         }
     }
 

@@ -127,7 +127,7 @@ impl Connector {
     }
 
     fn listed(&self, name: &str) -> ListedExport {
-        ListedExport { name: name.to_owned(), description: String::new() }
+        ListedExport::new(name, "")
     }
 
     /// Begins a handshake in which options can be sent.

@@ -143,41 +143,41 @@ mod tests {
     use nbd_proto::wire::{BlockSizes, ReplyMode};
 
     fn export() -> Negotiated {
-        Negotiated {
-            export_name: "disk".into(),
-            size: 1 << 20,
-            flags: TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH,
-            block_sizes: BlockSizes::default(),
-            reply_mode: ReplyMode::Structured,
-            meta_contexts: vec![(MetaContextId(3), MetaContextName::base_allocation())],
-        }
+        let flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH;
+        let mut export = Negotiated::new("disk", 1 << 20, flags, ReplyMode::Structured);
+        export.meta_contexts = vec![(MetaContextId(3), MetaContextName::base_allocation())];
+        export
+    }
+
+    fn changed(change: impl FnOnce(&mut Negotiated)) -> Negotiated {
+        let mut export = export();
+        change(&mut export);
+        export
     }
 
     #[test]
     fn the_same_export_may_number_its_contexts_differently() {
-        let other = Negotiated {
-            meta_contexts: vec![
+        let other = changed(|export| {
+            export.meta_contexts = vec![
                 (MetaContextId(0), MetaContextName::qemu_allocation_depth()),
                 (MetaContextId(9), MetaContextName::base_allocation()),
-            ],
-            flags: export().flags | TransmissionFlags::SEND_TRIM,
-            reply_mode: ReplyMode::Extended,
-            ..export()
-        };
+            ];
+            export.flags |= TransmissionFlags::SEND_TRIM;
+            export.reply_mode = ReplyMode::Extended;
+        });
         assert_eq!(same_export(&export(), &other), Ok(vec![MetaContextId(9)]));
     }
 
     #[test]
     fn an_export_that_can_do_less_is_another_one() {
-        let flags = export().flags;
         let tight = BlockSizes::new(512, 4096, 1 << 20).unwrap();
         let cases = [
-            ("size", Negotiated { size: 2 << 20, ..export() }),
-            ("read-only", Negotiated { flags: flags | TransmissionFlags::READ_ONLY, ..export() }),
-            ("SEND_FLUSH", Negotiated { flags: TransmissionFlags::HAS_FLAGS, ..export() }),
-            ("block size", Negotiated { block_sizes: tight, ..export() }),
-            ("replies", Negotiated { reply_mode: ReplyMode::Simple, ..export() }),
-            ("base:allocation", Negotiated { meta_contexts: Vec::new(), ..export() }),
+            ("size", changed(|export| export.size = 2 << 20)),
+            ("read-only", changed(|export| export.flags |= TransmissionFlags::READ_ONLY)),
+            ("SEND_FLUSH", changed(|export| export.flags = TransmissionFlags::HAS_FLAGS)),
+            ("block size", changed(|export| export.block_sizes = tight)),
+            ("replies", changed(|export| export.reply_mode = ReplyMode::Simple)),
+            ("base:allocation", changed(|export| export.meta_contexts.clear())),
         ];
         for (word, other) in cases {
             let why = same_export(&export(), &other).expect_err(word);

@@ -250,7 +250,7 @@ proptest! {
     ) {
         let tls = [TlsPolicy::Off, TlsPolicy::Allow, TlsPolicy::Require][tls];
         let mut out = BytesMut::new();
-        let config = ServerConfig { tls, ..ServerConfig::default() };
+        let config = ServerConfig::new().tls(tls);
         let handshake = Handshake::start(config, &mut out);
         let mut input = BytesMut::from(&client_flags.to_be_bytes()[..]);
         input.extend_from_slice(&common::listing::option(option, &bytes));

@@ -1,8 +1,8 @@
 //! Code shared by the benches.
 #![allow(dead_code, reason = "no bench uses all of it")]
 
-use nbd_proto::handshake::{ExportDescription, MinimumBlockSize, Negotiated};
-use nbd_proto::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
+use nbd_proto::handshake::{ExportDescription, Negotiated};
+use nbd_proto::wire::{MetaContextId, MetaContextName, ReplyMode, TransmissionFlags};
 
 /// Every form of replies, with the name it has in the results.
 pub(crate) const MODES: [(&str, ReplyMode); 3] = [
@@ -18,29 +18,19 @@ pub(crate) const DISK_SIZE: u64 = 1 << 30;
 pub(crate) fn export() -> ExportDescription {
     let mut flags = TransmissionFlags::all();
     flags.remove(TransmissionFlags::READ_ONLY);
-    ExportDescription {
-        name: "disk".to_owned(),
-        description: Some("a disk for benches".to_owned()),
-        size: DISK_SIZE,
-        flags,
-        block_sizes: BlockSizes::default(),
-        minimum_block_size: MinimumBlockSize::Enforced,
-        meta_contexts: vec![
-            MetaContextName::base_allocation(),
-            MetaContextName::qemu_allocation_depth(),
-        ],
-    }
+    let mut export = ExportDescription::new("disk", DISK_SIZE);
+    export.description = Some("a disk for benches".to_owned());
+    export.flags = flags;
+    export.meta_contexts =
+        vec![MetaContextName::base_allocation(), MetaContextName::qemu_allocation_depth()];
+    export
 }
 
 /// A transmission phase on that export, with one context.
 pub(crate) fn negotiated(reply_mode: ReplyMode) -> Negotiated {
     let ExportDescription { name, size, flags, block_sizes, .. } = export();
-    Negotiated {
-        export_name: name,
-        size,
-        flags,
-        block_sizes,
-        reply_mode,
-        meta_contexts: vec![(MetaContextId(0), MetaContextName::base_allocation())],
-    }
+    let mut negotiated = Negotiated::new(name, size, flags, reply_mode);
+    negotiated.block_sizes = block_sizes;
+    negotiated.meta_contexts = vec![(MetaContextId(0), MetaContextName::base_allocation())];
+    negotiated
 }

@@ -10,9 +10,7 @@ use nbd_proto::handshake::client::{
     Answer, AwaitStep, Awaiting, ClientHandshake, ClientStep, ExportStep, InfoRequest, OptionPhase,
 };
 use nbd_proto::handshake::server::{GoAnswer, Handshake, HandshakeStep, ServerConfig, TlsPolicy};
-use nbd_proto::handshake::{
-    ExportDescription, ListedExport, MinimumBlockSize, Negotiated, RefusalReason,
-};
+use nbd_proto::handshake::{ExportDescription, ListedExport, Negotiated, RefusalReason};
 use nbd_proto::transmission::client::{Event, Transmission as Client};
 use nbd_proto::transmission::server::{Parsed, Transmission as Server};
 use nbd_proto::transmission::{Command, ExtentLimit, Fragmentation};
@@ -45,19 +43,15 @@ fn mode(choice: u8) -> ReplyMode {
 }
 
 fn export(name: &str) -> ExportDescription {
-    ExportDescription {
-        name: name.to_owned(),
-        description: Some("fuzzed".into()),
-        size: SIZE,
-        flags: TransmissionFlags::all() - TransmissionFlags::READ_ONLY,
-        block_sizes: BlockSizes::default(),
-        minimum_block_size: MinimumBlockSize::Enforced,
-        meta_contexts: vec![
-            MetaContextName::base_allocation(),
-            MetaContextName::qemu_allocation_depth(),
-            MetaContextName::qemu_dirty_bitmap("b0").expect("a legal name"),
-        ],
-    }
+    let mut export = ExportDescription::new(name, SIZE);
+    export.description = Some("fuzzed".into());
+    export.flags = TransmissionFlags::all() - TransmissionFlags::READ_ONLY;
+    export.meta_contexts = vec![
+        MetaContextName::base_allocation(),
+        MetaContextName::qemu_allocation_depth(),
+        MetaContextName::qemu_dirty_bitmap("b0").expect("a legal name"),
+    ];
+    export
 }
 
 fn negotiated(choice: u8) -> Negotiated {
@@ -65,21 +59,15 @@ fn negotiated(choice: u8) -> Negotiated {
     if choice & 0x40 != 0 {
         export.flags.insert(TransmissionFlags::READ_ONLY);
     }
-    Negotiated {
-        export_name: "disk".into(),
-        size: export.size,
-        flags: export.flags,
-        block_sizes: if choice & 0x80 == 0 {
-            export.block_sizes
-        } else {
-            BlockSizes::new(512, 4096, 65536).expect("legal sizes")
-        },
-        reply_mode: mode(choice),
-        meta_contexts: vec![
-            (MetaContextId(0), MetaContextName::base_allocation()),
-            (MetaContextId(2), MetaContextName::qemu_allocation_depth()),
-        ],
+    let mut negotiated = Negotiated::new("disk", export.size, export.flags, mode(choice));
+    if choice & 0x80 != 0 {
+        negotiated.block_sizes = BlockSizes::new(512, 4096, 65536).expect("legal sizes");
     }
+    negotiated.meta_contexts = vec![
+        (MetaContextId(0), MetaContextName::base_allocation()),
+        (MetaContextId(2), MetaContextName::qemu_allocation_depth()),
+    ];
+    negotiated
 }
 
 /// Decoders of fixed headers: what is read is written back the same.
@@ -128,7 +116,7 @@ pub(crate) fn server_handshake(data: &[u8]) {
         1 => TlsPolicy::Allow,
         _ => TlsPolicy::Require,
     };
-    let config = ServerConfig { tls, ..ServerConfig::default() };
+    let config = ServerConfig::new().tls(tls);
     let piece = usize::from(choice >> 2) + 1;
     let mut out = BytesMut::new();
     let mut input = BytesMut::new();
@@ -172,7 +160,7 @@ fn serve(mut handshake: Handshake, input: &mut BytesMut, out: &mut BytesMut) -> 
                 return None;
             }
             HandshakeStep::List(list) => {
-                let listed = ListedExport { name: "disk".into(), description: String::new() };
+                let listed = ListedExport::new("disk", "");
                 list.accept([&listed], out)
             }
             HandshakeStep::MetaContext(meta) => {
@@ -323,6 +311,7 @@ fn receive(negotiated: &Negotiated, input: &mut BytesMut) {
                 assert!(total > 0 && total <= 0x1000, "extents beyond the request");
             }
             Event::Finished { .. } => {}
+            other => panic!("{other:?}"),
         }
     }
 }

@@ -25,6 +25,7 @@ pub use options::{ExportDescription, ListedExport, MinimumBlockSize, OptionError
 
 /// The result of the handshake: everything that the transmission phase needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Negotiated {
     /// Name of the export, as the client requested it.
     pub export_name: String,
@@ -39,4 +40,25 @@ pub struct Negotiated {
     /// The selected metadata contexts in the server's order. Empty unless they were selected for
     /// this export.
     pub meta_contexts: Vec<(MetaContextId, MetaContextName)>,
+}
+
+impl Negotiated {
+    /// The result of a handshake that took place elsewhere, to be completed field by field: the
+    /// default block sizes and no contexts.
+    #[must_use]
+    pub fn new(
+        export_name: impl Into<String>,
+        size: u64,
+        flags: TransmissionFlags,
+        reply_mode: ReplyMode,
+    ) -> Self {
+        Self {
+            export_name: export_name.into(),
+            size,
+            flags,
+            block_sizes: BlockSizes::default(),
+            reply_mode,
+            meta_contexts: Vec::new(),
+        }
+    }
 }

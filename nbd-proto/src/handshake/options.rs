@@ -18,6 +18,7 @@ pub enum MinimumBlockSize {
 
 /// The information that INFO, GO and EXPORT_NAME report about one export.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExportDescription {
     /// The canonical name, sent to clients that request it. It may differ from the requested name,
     /// as for the default export.
@@ -38,6 +39,21 @@ pub struct ExportDescription {
 }
 
 impl ExportDescription {
+    /// A description of an export of `size` bytes, to be completed field by field: no description
+    /// and no contexts, the default block sizes, and HAS_FLAGS alone.
+    #[must_use]
+    pub fn new(name: impl Into<String>, size: u64) -> Self {
+        Self {
+            name: name.into(),
+            description: None,
+            size,
+            flags: TransmissionFlags::HAS_FLAGS,
+            block_sizes: BlockSizes::default(),
+            minimum_block_size: MinimumBlockSize::Enforced,
+            meta_contexts: Vec::new(),
+        }
+    }
+
     /// The block sizes without a minimum where that is only advice.
     pub(crate) fn enforced_block_sizes(&self) -> BlockSizes {
         match self.minimum_block_size {
@@ -65,11 +81,20 @@ impl ExportDescription {
 
 /// One export in the answer to LIST.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct ListedExport {
     /// Name of the export.
     pub name: String,
     /// A human-readable description; empty if there is none.
     pub description: String,
+}
+
+impl ListedExport {
+    /// An export under this name, with this description.
+    #[must_use]
+    pub fn new(name: impl Into<String>, description: impl Into<String>) -> Self {
+        Self { name: name.into(), description: description.into() }
+    }
 }
 
 /// A refusal that does not depend on the exports: the reply and its text.
@@ -147,15 +172,9 @@ mod tests {
 
     #[test]
     fn flags_that_the_reply_mode_cannot_carry_are_not_advertised() {
-        let mut export = ExportDescription {
-            name: String::new(),
-            description: None,
-            size: 0,
-            flags: TransmissionFlags::all(),
-            block_sizes: BlockSizes::default(),
-            minimum_block_size: MinimumBlockSize::Enforced,
-            meta_contexts: vec![MetaContextName::base_allocation()],
-        };
+        let mut export = ExportDescription::new("", 0);
+        export.flags = TransmissionFlags::all();
+        export.meta_contexts.push(MetaContextName::base_allocation());
         let has = |export: &ExportDescription, mode, flag| export.flags_in(mode).contains(flag);
         let (df, payload) = (TransmissionFlags::SEND_DF, TransmissionFlags::BLOCK_STATUS_PAYLOAD);
         assert!(!has(&export, ReplyMode::Simple, df));

@@ -286,7 +286,7 @@ impl Transmission {
         }
         input.advance(SimpleReplyHeader::LEN);
         if failed {
-            let error = ServerError { errno: header.error, message: String::new(), offset: None };
+            let error = ServerError::new(header.error);
             pending.error = Some(error);
         } else if let Kind::Read(coverage) = &mut pending.kind {
             coverage.add(0, pending.length);

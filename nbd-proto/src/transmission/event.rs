@@ -5,6 +5,7 @@ use crate::wire::{BlockDescriptor, Cookie, Errno, MetaContextId};
 
 /// The server refused a request or failed at it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 #[error("server answered {errno} ({}){}{}", errno.description(), at(*offset), said(message))]
 pub struct ServerError {
     /// The error number, as the server sent it.
@@ -16,6 +17,26 @@ pub struct ServerError {
 }
 
 impl ServerError {
+    /// An error without a message and offset.
+    #[must_use]
+    pub const fn new(errno: Errno) -> Self {
+        Self { errno, message: String::new(), offset: None }
+    }
+
+    /// Adds a message.
+    #[must_use]
+    pub fn with_message(mut self, message: impl Into<String>) -> Self {
+        self.message = message.into();
+        self
+    }
+
+    /// Adds the offset of the failure in the export, in bytes.
+    #[must_use]
+    pub const fn with_offset(mut self, offset: u64) -> Self {
+        self.offset = Some(offset);
+        self
+    }
+
     /// Whether the server is shutting down ([`Errno::ESHUTDOWN`]): all further requests on this
     /// connection fail, and the same request may succeed on a new one.
     #[must_use]
@@ -33,7 +54,11 @@ fn said(message: &str) -> String {
 }
 
 /// The meaning of the bytes at the front of the input.
+///
+/// New variants will occur only in replies to new kinds of requests, so a driver may treat an unknown
+/// event as an error.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Event {
     /// More bytes are needed.
     NeedsInput,

@@ -132,6 +132,7 @@ impl<W: Wire> Driver<W> {
                     outcome.error = result.err();
                     return Ok(outcome);
                 }
+                other => panic!("{other:?}"),
             }
         }
     }

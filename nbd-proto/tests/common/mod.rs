@@ -20,80 +20,59 @@ use nbd_proto::wire::{BlockSizes, MetaContextId, MetaContextName, ReplyMode, Tra
 
 pub const DISK_SIZE: u64 = 1 << 20;
 
-/// `disk` (everything), `sectors` (512-byte blocks), `advice` (such blocks as mere advice), `ro` (read-only, an odd size); no name at all
-/// means `disk`.
+/// `disk` (everything), `sectors` (512-byte blocks), `advice` (such blocks as mere advice),
+/// `ro` (read-only, an odd size); no name at all means `disk`.
 pub fn export(name: &str) -> Option<ExportDescription> {
-    let everything = ExportDescription {
-        name: "disk".into(),
-        description: Some("a disk with everything".into()),
-        size: DISK_SIZE,
-        flags: TransmissionFlags::all()
-            - TransmissionFlags::READ_ONLY
-            - TransmissionFlags::SEND_RESIZE
-            - TransmissionFlags::ROTATIONAL,
-        block_sizes: BlockSizes::default(),
-        minimum_block_size: MinimumBlockSize::Enforced,
-        meta_contexts: vec![
-            MetaContextName::base_allocation(),
-            MetaContextName::qemu_allocation_depth(),
-            MetaContextName::qemu_dirty_bitmap("b0").unwrap(),
-        ],
-    };
+    let mut export = ExportDescription::new(name, DISK_SIZE);
+    export.flags = TransmissionFlags::all()
+        - TransmissionFlags::READ_ONLY
+        - TransmissionFlags::SEND_RESIZE
+        - TransmissionFlags::ROTATIONAL;
+    export.meta_contexts = vec![
+        MetaContextName::base_allocation(),
+        MetaContextName::qemu_allocation_depth(),
+        MetaContextName::qemu_dirty_bitmap("b0").unwrap(),
+    ];
     match name {
-        "" | "disk" => Some(everything),
-        "sectors" => Some(ExportDescription {
-            name: name.into(),
-            description: None,
-            block_sizes: BlockSizes::new(512, 4096, 65536).unwrap(),
-            ..everything
-        }),
-        "advice" => Some(ExportDescription {
-            name: name.into(),
-            description: None,
-            block_sizes: BlockSizes::new(512, 4096, 65536).unwrap(),
-            minimum_block_size: MinimumBlockSize::Advised,
-            ..everything
-        }),
-        "ro" => Some(ExportDescription {
-            name: name.into(),
-            description: None,
-            size: 1001,
-            flags: TransmissionFlags::HAS_FLAGS
+        "" | "disk" => {
+            export.name = "disk".into();
+            export.description = Some("a disk with everything".into());
+        }
+        "sectors" => export.block_sizes = BlockSizes::new(512, 4096, 65536).unwrap(),
+        "advice" => {
+            export.block_sizes = BlockSizes::new(512, 4096, 65536).unwrap();
+            export.minimum_block_size = MinimumBlockSize::Advised;
+        }
+        "ro" => {
+            export.size = 1001;
+            export.flags = TransmissionFlags::HAS_FLAGS
                 | TransmissionFlags::READ_ONLY
                 | TransmissionFlags::SEND_FLUSH
-                | TransmissionFlags::SEND_CACHE,
-            meta_contexts: Vec::new(),
-            ..everything
-        }),
-        _ => None,
+                | TransmissionFlags::SEND_CACHE;
+            export.meta_contexts.clear();
+        }
+        _ => return None,
     }
+    Some(export)
 }
 
 /// A transmission phase over 1 TiB with everything switched on and the contexts 0 and 2 selected.
 pub fn negotiated(reply_mode: ReplyMode) -> Negotiated {
     let mut flags = TransmissionFlags::all();
     flags.remove(TransmissionFlags::READ_ONLY);
-    Negotiated {
-        export_name: "disk".into(),
-        size: 1 << 40,
-        flags,
-        block_sizes: BlockSizes::default(),
-        reply_mode,
-        meta_contexts: vec![
-            (MetaContextId(0), MetaContextName::base_allocation()),
-            (MetaContextId(2), MetaContextName::qemu_dirty_bitmap("b0").unwrap()),
-        ],
-    }
+    let mut negotiated = Negotiated::new("disk", 1 << 40, flags, reply_mode);
+    negotiated.meta_contexts = vec![
+        (MetaContextId(0), MetaContextName::base_allocation()),
+        (MetaContextId(2), MetaContextName::qemu_dirty_bitmap("b0").unwrap()),
+    ];
+    negotiated
 }
 
 pub fn listed_exports() -> Vec<ListedExport> {
     ["disk", "sectors", "ro"]
         .into_iter()
         .filter_map(export)
-        .map(|export| ListedExport {
-            name: export.name,
-            description: export.description.unwrap_or_default(),
-        })
+        .map(|export| ListedExport::new(export.name, export.description.unwrap_or_default()))
         .collect()
 }
 

@@ -145,8 +145,7 @@ fn list() {
 fn starttls() {
     let option = bytes("'IHAVEOPT' 00000005 00000000");
     let answer = bytes("0003e889045565a9 00000005 00000001 00000000    # ACK");
-    let mut server =
-        Probe::fixed(ServerConfig { tls: TlsPolicy::Allow, ..ServerConfig::default() });
+    let mut server = Probe::fixed(ServerConfig::new().tls(TlsPolicy::Allow));
     assert_eq!(server.send(&option).unwrap(), answer);
     assert!(matches!(server.after, Some(After::BeforeTls(_))));
 

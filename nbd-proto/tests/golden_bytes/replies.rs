@@ -83,7 +83,7 @@ fn simple_replies() {
     encoder.error(tag(CommandType::READ), Errno::EIO, "never sent", &mut out);
     assert_eq!(out, listing);
     let (seen, _) = events(ReplyMode::Simple, 4, &read(), &listing);
-    let error = ServerError { errno: Errno::EIO, message: String::new(), offset: None };
+    let error = ServerError::new(Errno::EIO);
     assert_eq!(seen, [Event::Finished { cookie: Cookie(1), result: Err(error) }]);
 }
 
@@ -197,8 +197,7 @@ fn structured_errors() {
     assert_eq!(out, listing);
     let (seen, _) = events(ReplyMode::Structured, 8, &read(), &listing);
     // The first of several errors is the cause.
-    let error =
-        ServerError { errno: Errno::EIO, message: "sector".into(), offset: Some(OFFSET + 2) };
+    let error = ServerError::new(Errno::EIO).with_message("sector").with_offset(OFFSET + 2);
     assert_eq!(seen, [Event::Finished { cookie: Cookie(1), result: Err(error) }]);
 }
 

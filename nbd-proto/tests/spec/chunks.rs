@@ -51,6 +51,7 @@ fn drain(
             }
             Event::BlockStatus { .. } => panic!("nobody asked for a status"),
             Event::Finished { result, .. } => end = Some(result),
+            other => panic!("{other:?}"),
         }
     }
 }
@@ -312,8 +313,7 @@ fn an_answer_scattered_backwards_is_ended_before_it_costs_time() {
 
 #[test]
 fn the_servers_text_cannot_drive_a_terminal() {
-    let error =
-        ServerError { errno: Errno::EIO, message: "\u{1b}[2Jgone".to_owned(), offset: None };
+    let error = ServerError::new(Errno::EIO).with_message("\u{1b}[2Jgone");
     let text = error.to_string();
     assert!(text.contains("gone") && !text.contains('\u{1b}'), "{text}");
 }

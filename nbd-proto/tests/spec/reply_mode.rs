@@ -60,7 +60,7 @@ fn a_server_can_be_as_old_as_it_is_told_to_be() {
         (ReplyMode::Structured, rep::ACK, rep::ERR_UNSUP),
         (ReplyMode::Extended, rep::ACK, rep::ACK),
     ] {
-        let config = ServerConfig { best_reply_mode: best, ..ServerConfig::default() };
+        let config = ServerConfig::new().best_reply_mode(best);
         let mut server = Probe::fixed(config);
         assert_eq!(server.last_reply(opt::STRUCTURED_REPLY, &[]), structured);
         assert_eq!(server.last_reply(opt::EXTENDED_HEADERS, &[]), extended);

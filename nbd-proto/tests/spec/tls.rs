@@ -12,7 +12,7 @@ use super::common::{After, Probe};
 use super::{opt, rep};
 
 fn probe(tls: TlsPolicy) -> Probe {
-    Probe::fixed(ServerConfig { tls, ..ServerConfig::default() })
+    Probe::fixed(ServerConfig::new().tls(tls))
 }
 
 /// Carries out STARTTLS without cryptography.
@@ -113,7 +113,7 @@ fn bytes_in_the_clear_behind_starttls_are_never_protocol() {
 #[test]
 fn a_starttls_refused_by_the_server_leaves_the_stream_in_sync() {
     let mut out = BytesMut::new();
-    let config = ServerConfig { tls: TlsPolicy::Allow, ..ServerConfig::default() };
+    let config = ServerConfig::new().tls(TlsPolicy::Allow);
     let handshake = Handshake::start(config, &mut out);
     let mut input = BytesMut::from(&3_u32.to_be_bytes()[..]);
     input.extend_from_slice(&option(opt::STARTTLS, &[]));

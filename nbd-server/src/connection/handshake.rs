@@ -110,10 +110,9 @@ pub(super) async fn negotiate(
 ) -> Result<Option<Established>, ConnectionError> {
     let mut effort = Effort::new(thread.clone(), shared.pauses.clone());
     let mut buffers = Buffers::default();
-    let negotiation = Negotiation {
-        tls: tls_policy(&shared.config),
-        best_reply_mode: shared.config.best_reply_mode,
-    };
+    let negotiation = Negotiation::new()
+        .tls(tls_policy(&shared.config))
+        .best_reply_mode(shared.config.best_reply_mode);
     let mut catalog = Catalog::for_client(&socket, shared)?;
     let mut handshake = Handshake::start(negotiation, &mut buffers.output);
     loop {

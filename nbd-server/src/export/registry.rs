@@ -125,18 +125,16 @@ impl ExportEntry {
     /// What the handshake tells about this export under the name `name`.
     pub(crate) fn describe(&self, name: &str) -> ExportDescription {
         let info = self.export.info();
-        ExportDescription {
-            name: name.to_owned(),
-            description: self.description.clone(),
-            size: info.size,
-            flags: info.flags
-                | TransmissionFlags::HAS_FLAGS
-                | TransmissionFlags::SEND_DF
-                | TransmissionFlags::BLOCK_STATUS_PAYLOAD,
-            block_sizes: info.block_sizes,
-            minimum_block_size: info.minimum_block_size,
-            meta_contexts: info.meta_contexts,
-        }
+        let mut description = ExportDescription::new(name, info.size);
+        description.description.clone_from(&self.description);
+        description.flags = info.flags
+            | TransmissionFlags::HAS_FLAGS
+            | TransmissionFlags::SEND_DF
+            | TransmissionFlags::BLOCK_STATUS_PAYLOAD;
+        description.block_sizes = info.block_sizes;
+        description.minimum_block_size = info.minimum_block_size;
+        description.meta_contexts = info.meta_contexts;
+        description
     }
 }
 
@@ -229,9 +227,8 @@ impl ExportRegistry {
             entry.visibility == Visibility::Listed && !(is_clear && entry.is_tls_required())
         });
         listed
-            .map(|(name, entry)| ListedExport {
-                name: name.clone(),
-                description: entry.description.clone().unwrap_or_default(),
+            .map(|(name, entry)| {
+                ListedExport::new(name, entry.description.clone().unwrap_or_default())
             })
             .collect()
     }

@@ -41,10 +41,7 @@ fn each_name_leads_to_its_disk_and_no_name_to_the_default() {
 #[test]
 fn names_and_descriptions_are_told_and_hidden_exports_not_listed() {
     let (server, _) = server();
-    let listed = |name: &str, description: &str| ListedExport {
-        name: name.to_owned(),
-        description: description.to_owned(),
-    };
+    let listed = |name: &str, description: &str| ListedExport::new(name, description);
     assert_eq!(Client::list(&server), [listed("alpha", "the first disk"), listed("beta/β %", "")]);
     let default = Client::info(&server, "").unwrap();
     assert_eq!(default.canonical_name.as_deref(), Some("alpha"));

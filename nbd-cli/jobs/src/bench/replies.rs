@@ -54,9 +54,9 @@ impl Worker {
                     self.receiving = Some((index, position as usize, length));
                 }
                 Event::Hole { cookie, position, length } => self.zero(cookie, position, length),
-                // None was asked for.
-                Event::BlockStatus { .. } => {}
                 Event::Finished { cookie, result } => self.finish(cookie, result, now)?,
+                // No request asks for a status or for anything else.
+                _ => {}
             }
         }
         Ok(length - input.len())

@@ -16,6 +16,7 @@ pub enum TlsPolicy {
 
 /// The configuration of a server's negotiation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ServerConfig {
     /// The TLS policy.
     pub tls: TlsPolicy,
@@ -24,9 +25,31 @@ pub struct ServerConfig {
     pub best_reply_mode: ReplyMode,
 }
 
-impl Default for ServerConfig {
+impl ServerConfig {
     /// No TLS, all forms of replies.
-    fn default() -> Self {
+    #[must_use]
+    pub const fn new() -> Self {
         Self { tls: TlsPolicy::Off, best_reply_mode: ReplyMode::Extended }
+    }
+
+    /// Sets the TLS policy.
+    #[must_use]
+    pub const fn tls(mut self, tls: TlsPolicy) -> Self {
+        self.tls = tls;
+        self
+    }
+
+    /// Sets the most capable form of replies.
+    #[must_use]
+    pub const fn best_reply_mode(mut self, mode: ReplyMode) -> Self {
+        self.best_reply_mode = mode;
+        self
+    }
+}
+
+impl Default for ServerConfig {
+    /// As [`ServerConfig::new`].
+    fn default() -> Self {
+        Self::new()
     }
 }

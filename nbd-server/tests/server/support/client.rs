@@ -238,6 +238,7 @@ impl Client {
                     let outcome = self.pending.remove(&cookie).unwrap();
                     return (cookie, Outcome { result, ..outcome });
                 }
+                other => panic!("{other:?}"),
             }
         }
     }
