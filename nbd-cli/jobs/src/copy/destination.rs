@@ -16,6 +16,7 @@ use nbd_proto::wire::{Errno, TransmissionFlags};
 use tokio::sync::Semaphore;
 
 use super::source::Source;
+use super::writer::Writer;
 use crate::connect::{self, ConnectOptions, failed};
 use crate::files::open_file;
 use crate::lanes;
@@ -71,44 +72,6 @@ pub(crate) enum FileKind {
     /// It was truncated, so that it reads as zero, and grows with the writes.
     Regular,
     BlockDevice,
-}
-
-/// Lets one thread at a time write to a file: the file admits no more, and the kernel would let the
-/// others spin.
-#[derive(Debug)]
-pub(crate) struct Writer {
-    /// Held during a write.
-    file: Arc<Mutex<()>>,
-    /// Keeps threads that may block from waiting for the file.
-    queue: Semaphore,
-}
-
-impl Default for Writer {
-    fn default() -> Self {
-        Self { file: Arc::default(), queue: Semaphore::new(1) }
-    }
-}
-
-impl Writer {
-    async fn run(
-        &self,
-        operation: &'static str,
-        path: &Path,
-        offset: u64,
-        work: impl FnOnce() -> io::Result<()> + Send + 'static,
-    ) -> Result<(), JobError> {
-        // A lane waits in place: its other tasks would only fill more memory meanwhile.
-        let _turn = if lanes::is_lane() { None } else { self.queue.acquire().await.ok() };
-        let file = self.file.clone();
-        let alone = move || {
-            let _alone = file.lock().unwrap_or_else(PoisonError::into_inner);
-            work()
-        };
-        match lanes::blocking(alone).await {
-            Ok(result) => result.map_err(|error| file_error(operation, path, Some(offset), &error)),
-            Err(error) => Err(JobError::given_up("write", &error)),
-        }
-    }
 }
 
 impl Destination {
@@ -196,9 +159,8 @@ impl Destination {
                 .map_err(|error| JobError::destination(failed(uri, "write to", &error))),
             Self::File { storage, path, writer, .. } => {
                 let storage = storage.clone();
-                let at = HostOffset::new(offset);
-                let write = move || storage.write_at(at, &data, imgfmt::Durability::Cached);
-                writer.run("write to", path, offset, write).await
+                let written = writer.write(storage, offset, data).await?;
+                written.map_err(|error| file_error("write to", path, Some(offset), &error))
             }
             Self::Image { image, writers, .. } => {
                 let _permit = writers.acquire().await;
@@ -248,7 +210,8 @@ impl Destination {
                     }
                     storage.write_zeroes(at, length, mode, imgfmt::Speed::Any)
                 };
-                writer.run("write zeroes to", path, offset, zero).await
+                let zeroed = writer.alone(move |_| zero()).await?;
+                zeroed.map_err(|error| file_error("write zeroes to", path, Some(offset), &error))
             }
             Self::Image { image, writers, .. } => {
                 let _permit = writers.acquire().await;

@@ -12,6 +12,8 @@ pub(crate) mod plan;
 pub(crate) mod source;
 mod stream;
 pub(crate) mod verify;
+mod write_behind;
+mod writer;
 #[doc(hidden)]
 use std::sync::Arc;
 
