@@ -8,14 +8,20 @@ use anyhow::{Result, bail};
 
 use super::group::Group;
 use super::options::Options;
-use super::{bitmaps, checkpoints, image_tools, qcow2, tls};
+use super::{bitmaps, checkpoints, copies, image_tools, qcow2, tls};
 
 /// The group of the rows that serve a raw file.
 pub(crate) const RAW: &str = "raw";
 
 /// Every other group, in the order of the report.
-pub(crate) const GROUPS: &[Group] =
-    &[qcow2::GROUP, image_tools::GROUP, bitmaps::GROUP, checkpoints::GROUP, tls::GROUP];
+pub(crate) const GROUPS: &[Group] = &[
+    qcow2::GROUP,
+    image_tools::GROUP,
+    bitmaps::GROUP,
+    checkpoints::GROUP,
+    tls::GROUP,
+    copies::GROUP,
+];
 
 /// Checks that every group of `--only` exists.
 ///

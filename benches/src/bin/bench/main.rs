@@ -18,6 +18,7 @@ mod checkpoints;
 #[path = "../../../../xtask/src/command.rs"]
 mod command;
 mod contest;
+mod copies;
 mod data;
 mod ending;
 mod fio;
