@@ -6,8 +6,6 @@ use std::io;
 use nbd_jobs::JobError;
 use nbd_jobs::text::without_error_numbers;
 
-use crate::signals;
-
 /// The outcome of a command that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
@@ -101,28 +99,6 @@ impl From<imgfmt::jobs::JobError> for CommandError {
             Err(error) => Self::new(error.to_string()),
         }
     }
-}
-
-/// Runs the work of a command that writes.
-pub(crate) fn block_on<T>(
-    work: impl Future<Output = Result<T, CommandError>>,
-) -> Result<T, CommandError> {
-    let runtime = runtime()?;
-    let result = runtime.block_on(work);
-    if signals::caught().is_some() {
-        // A read or write that hangs must not prevent an interrupted command from ending.
-        runtime.shutdown_background();
-    }
-    result
-}
-
-/// Creates the runtime of the commands that use the network.
-pub(crate) fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("nbd-cli")
-        .build()
-        .map_err(|error| CommandError::new(format!("cannot start the runtime's threads: {error}")))
 }
 
 #[cfg(test)]

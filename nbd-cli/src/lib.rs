@@ -5,6 +5,7 @@
 //! arguments and what it does with them.
 
 pub mod args;
+mod async_runtime;
 mod chart;
 pub mod commands;
 mod connect;
@@ -95,7 +96,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::QemuNbd(args) => Ok(Outcome::Status(commands::qemu_nbd::run(args.arguments))),
         Command::Bitmap(args) => commands::bitmap::run(&args),
         Command::Tls(args) => commands::tls::run(&args),
-        Command::Completions(args) => commands::completions::run(&args),
+        Command::Completions(args) => commands::completions::run(&args, Cli::command()),
     }
 }
 

@@ -9,8 +9,9 @@ use nbd_client::{Connector, ExportStorage, LocalFiles};
 use nbd_jobs::qemu_name::{BackingInName, JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
 use nbd_proto::NbdUri;
 
+use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, explain_unknown_export};
-use crate::error::{CommandError, runtime};
+use crate::error::CommandError;
 use crate::signals;
 
 /// Connections to a server that allows several.

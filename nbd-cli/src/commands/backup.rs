@@ -1,160 +1,21 @@
 //! `nbd-cli backup`: full and incremental backups of a served disk into a chain of qcow2 files.
 
+mod args;
 mod places;
 mod report;
 
-use std::ffi::OsString;
-use std::num::NonZeroUsize;
-use std::path::PathBuf;
-
-use clap::{Args, ValueEnum};
 use nbd_jobs::{
     BackupOptions, BackupSource, Cancellation, JobContext, Leftover, Sharing, UnknownBase,
 };
-use nbd_proto::NbdUri;
 
+pub use self::args::{BackupArgs, Verify};
 use self::report::Report;
-use super::image::open::TrustArgs;
-use crate::connect::{ConnectionArgs, TlsArgs};
-use crate::error::{CommandError, Outcome, block_on, runtime};
-use crate::file_path::FilePathParser;
-use crate::locking::ShareArgs;
+use crate::async_runtime::{block_on, runtime};
+use crate::error::{CommandError, Outcome};
 use crate::output::ReportFormat;
 use crate::progress::Visibility;
 use crate::shown::Shown;
 use crate::signals::{self, EndSignals, Hangup};
-
-const AFTER_HELP: &str = "\
-Examples:
-  nbd-cli backup nbd://vmhost/disk sunday.qcow2
-  nbd-cli backup --bitmap daily --base sunday.qcow2 nbd://vmhost/disk monday.qcow2
-  nbd-cli backup --control /run/nbd.control --export vm --bitmap daily sunday.qcow2
-  nbd-cli backup --control /run/nbd.control --export vm --bitmap daily --base sunday.qcow2 monday.qcow2
-  nbd-cli restore monday.qcow2 disk.img
-
-A full backup is a qcow2 file that stands alone. An incremental backup contains the ranges that are
-dirty in a bitmap of the server (context qemu:dirty-bitmap:NAME), and its backing file is the
-previous backup. The operator of the server starts the bitmap when a backup is taken and clears it
-when the next one is complete; the disk should not change during the copy. All files of a chain may
-be moved together.
-
-Every backup records its identity in its file. A base that is not, or may not be, the backup after
-which the bitmap started is refused: one that was changed, cut off or converted, is of another disk,
-or is already the base of a later backup. With --control the image of the disk provides this
-information; without it, only the files do.
-
-With --control all of this is automatic: the disk is copied in its state at one moment while clients
-continue to write, the bitmap restarts empty at that moment, and if the backup fails no dirty bits are
-lost. Such a backup cannot be resumed, because that state no longer exists. However the backup ends,
-even by SIGKILL, its checkpoint ends with it.
-
-A running backup is TARGET.partial, with its progress in TARGET.partial.json; when complete it is
-renamed in one step. After an interruption --resume continues it, which is valid only if the disk
-has not changed since. On a block device the previous data is lost at once; the device is marked as
-incomplete until the backup is complete, and a backup there cannot be resumed. Other programs can
-change a device without a trace: as the base of another backup it needs --trust-base.";
-
-/// Arguments of `nbd-cli backup`.
-#[derive(Debug, Args)]
-#[command(after_help = AFTER_HELP)]
-#[command(override_usage = "nbd-cli backup [OPTIONS] <SOURCE> <TARGET>\n       \
-                            nbd-cli backup [OPTIONS] --control <PATH> --export <NAME> [SOURCE] <TARGET>")]
-pub struct BackupArgs {
-    /// The disk, as an NBD URI. Optional with --control: the server reports its address.
-    // Clap accepts no options between an optional argument and a required one after it: a single
-    // argument is the target.
-    #[arg(value_name = "SOURCE")]
-    pub first_place: OsString,
-
-    /// The new qcow2 file, or a block device to overwrite.
-    #[arg(value_name = "TARGET")]
-    pub second_place: Option<OsString>,
-
-    #[arg(skip)]
-    source: Option<NbdUri>,
-
-    #[arg(skip)]
-    target: PathBuf,
-
-    /// Copy only the ranges that are dirty in this bitmap of the server. With --control and without
-    /// --base a full backup is made, and the bitmap starts there.
-    #[arg(short = 'B', long, value_name = "NAME")]
-    pub bitmap: Option<String>,
-
-    /// The previous backup: it provides everything that is not dirty.
-    #[arg(short, long, value_name = "FILE", requires = "bitmap", value_parser = FilePathParser)]
-    pub base: Option<PathBuf>,
-
-    /// Accept the base where its correctness cannot be determined: it carries no identity (an older
-    /// version made it, or it was converted), was changed since, or the server does not know after
-    /// which backup the bitmap started. A base that is known to be wrong is still refused.
-    #[arg(long, requires = "base")]
-    pub trust_base: bool,
-
-    /// Create a checkpoint of a disk in use, through the control socket of its server, and copy
-    /// from there.
-    #[arg(long, value_name = "PATH", requires = "export")]
-    pub control: Option<PathBuf>,
-
-    /// Name of the disk's export, with --control.
-    #[arg(long, value_name = "NAME", requires = "control")]
-    pub export: Option<String>,
-
-    /// Continue an interrupted backup. The disk must be unchanged since then.
-    #[arg(long, conflicts_with = "control")]
-    pub resume: bool,
-
-    /// Discard an interrupted backup and start again.
-    #[arg(long, conflicts_with = "resume")]
-    pub restart: bool,
-
-    /// Read both sides again at the end and compare checksums: of the copied data, or of the whole
-    /// disk.
-    #[arg(long, value_enum, value_name = "WHAT", num_args = 0..=1, require_equals = true,
-          default_missing_value = "copied")]
-    pub verify: Option<Verify>,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub connection: ConnectionArgs,
-
-    /// Requests in flight.
-    #[arg(short = 'R', long, value_name = "N", default_value = "32")]
-    pub requests: NonZeroUsize,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub share: ShareArgs,
-
-    /// The files that images may name.
-    #[command(flatten)]
-    pub trust: TrustArgs,
-
-    /// Print the summary as JSON.
-    #[arg(long)]
-    pub json: bool,
-
-    /// Show progress even if standard error is not a terminal.
-    #[arg(short, long)]
-    pub progress: bool,
-
-    /// Show no progress and no summary.
-    #[arg(short, long, conflicts_with_all = ["progress", "json"])]
-    pub quiet: bool,
-
-    #[command(flatten)]
-    #[allow(missing_docs, reason = "the help would take it for its own text")]
-    pub tls: TlsArgs,
-}
-
-/// The data to compare at the end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Verify {
-    /// The data that this backup has copied.
-    Copied,
-    /// The whole disk, which also shows whether the base and the bitmap belong together.
-    All,
-}
 
 pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     args.tell_places()?;

@@ -12,7 +12,8 @@ use nbd_jobs::bench::{BenchInterval, BenchReport};
 
 pub use self::arguments::BenchArgs;
 use self::load::options;
-use crate::error::{CommandError, Outcome, block_on};
+use crate::async_runtime::block_on;
+use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, unless_closed};
 use crate::progress::Visibility;
 use crate::shown::warnings;

@@ -8,10 +8,9 @@ mod names;
 
 use std::ffi::OsString;
 
-use clap::{Args, CommandFactory as _};
+use clap::{Args, Command};
 use clap_complete::Shell;
 
-use crate::args::Cli;
 use crate::error::{CommandError, Outcome};
 use crate::output::Output;
 
@@ -37,22 +36,23 @@ pub struct CompletionsArgs {
     pub words: Vec<OsString>,
 }
 
-pub(crate) fn run(args: &CompletionsArgs) -> Result<Outcome, CommandError> {
+/// Prints the script, or names, for `program`, the whole command line.
+pub(crate) fn run(args: &CompletionsArgs, program: Command) -> Result<Outcome, CommandError> {
     let mut output = Output::new();
     match args.shell {
-        Some(shell) => output.text(&script(shell))?,
-        None => names::complete(Cli::command(), &args.words)
-            .iter()
-            .try_for_each(|name| output.line(name))?,
+        Some(shell) => output.text(&script(shell, program))?,
+        None => {
+            names::complete(program, &args.words).iter().try_for_each(|name| output.line(name))?;
+        }
     }
     output.finish()?;
     Ok(Outcome::Success)
 }
 
-fn script(shell: Shell) -> String {
+fn script(shell: Shell, mut program: Command) -> String {
     // Written to memory first: the generator panics if its writer fails, as a closed pipe does.
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "nbd-cli", &mut script);
+    clap_complete::generate(shell, &mut program, "nbd-cli", &mut script);
     let script = String::from_utf8_lossy(&script).into_owned();
     match shell {
         // The generator encodes the hyphen of the program's name in two ways, and then finds no

@@ -5,8 +5,9 @@ use std::num::NonZeroUsize;
 use clap::Args;
 use nbd_jobs::{CopyOptions, Durable, JobErrorKind, Knowledge, Location, Zeroes};
 
+use crate::async_runtime::block_on;
 use crate::connect::{ConnectionArgs, TlsArgs, refuse_same_export};
-use crate::error::{CommandError, Outcome, block_on};
+use crate::error::{CommandError, Outcome};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
 use crate::progress::Visibility;

@@ -12,8 +12,9 @@ use clap::Args;
 use nbd_client::{Scope, ServerInfo};
 use nbd_proto::NbdUri;
 
+use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, explain_unknown_export};
-use crate::error::{CommandError, Outcome, runtime};
+use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable, unless_closed};
 use property::Property;
 use report::Report;

@@ -4,8 +4,9 @@ use clap::Args;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
+use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, failed};
-use crate::error::{CommandError, Outcome, runtime};
+use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 
 const AFTER_HELP: &str = "\

@@ -7,10 +7,11 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::MetaContextName;
 use serde::Serialize;
 
+use crate::async_runtime::runtime;
 use crate::chart::Chart;
 use crate::connect::{ServerArgs, connect, failed};
 use crate::context::{Class, description};
-use crate::error::{CommandError, Outcome, runtime};
+use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat};
 use crate::terminal::{self, ColorChoice};
 

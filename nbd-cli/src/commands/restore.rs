@@ -9,8 +9,9 @@ use nbd_jobs::{JobErrorKind, Location, RestoreOptions, Verify};
 use serde::Serialize;
 
 use super::image::open::OpenArgs;
+use crate::async_runtime::block_on;
 use crate::connect::{ConnectionArgs, TlsArgs};
-use crate::error::{CommandError, Outcome, block_on};
+use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::location_parser::LocationParser;

@@ -1,18 +1,18 @@
 //! An image as an export, with the options of the command line.
 
-use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, BackingFile, BitmapState, CacheMode, ErrorKind, Format, Image, Locking, OpenOptions,
-    OpenPolicy, Storage,
+    Access, BackingFile, BitmapState, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy,
+    Storage,
 };
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{Export, ImageExport};
 
 use super::durability::{refuse_degraded, report_degraded, report_recovery};
+use super::open_error::OpenError;
 use super::patience::when_free;
 use super::temporary::{temporary, temporary_over};
 use super::{BitmapDurability, frozen};
@@ -82,51 +82,6 @@ pub(crate) struct Opened {
     pub(crate) export: Arc<dyn Export>,
     /// The underlying image, if there is one.
     pub(crate) image: Option<Arc<ImageExport>>,
-}
-
-/// The reason why an image cannot be exported.
-#[derive(Debug)]
-pub(crate) enum OpenError {
-    Image(imgfmt::Error),
-    Other(CommandError),
-}
-
-impl OpenError {
-    /// Returns whether another process uses the image.
-    pub(super) fn is_busy(&self) -> bool {
-        matches!(self, Self::Image(error) if error.kind() == ErrorKind::Busy)
-    }
-
-    /// Returns whether the image could be opened read-only.
-    pub(crate) fn may_be_readable(&self) -> bool {
-        match self {
-            Self::Image(error) => {
-                matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly)
-            }
-            Self::Other(_) => false,
-        }
-    }
-}
-
-impl fmt::Display for OpenError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Image(error) => error.fmt(f),
-            Self::Other(error) => error.fmt(f),
-        }
-    }
-}
-
-impl From<imgfmt::Error> for OpenError {
-    fn from(error: imgfmt::Error) -> Self {
-        Self::Image(error)
-    }
-}
-
-impl From<CommandError> for OpenError {
-    fn from(error: CommandError) -> Self {
-        Self::Other(error)
-    }
 }
 
 impl ImageChoices {

@@ -7,6 +7,7 @@ mod durability;
 mod filter_args;
 pub(crate) mod frozen;
 pub(crate) mod image;
+pub(crate) mod open_error;
 mod patience;
 mod pid_file;
 mod temporary;

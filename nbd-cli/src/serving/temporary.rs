@@ -13,7 +13,7 @@ use imgfmt::{
 };
 
 use super::PrivateDirectory;
-use super::image::OpenError;
+use super::open_error::OpenError;
 use crate::error::CommandError;
 
 /// The backing file's name in an overlay over storage without a file name.

@@ -11,8 +11,10 @@ use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, ReadMap,
 };
 
-use super::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
-use crate::error::{CommandError, runtime};
+use super::image::{ImageChoices, OfferedBitmaps, Opened, Writes};
+use super::open_error::OpenError;
+use crate::async_runtime::runtime;
+use crate::error::CommandError;
 use crate::output::printable;
 use crate::remote::open_export;
 

@@ -1,12 +1,10 @@
-//! The judges: their interface and their list.
+//! The interface of the judges.
 
 use std::path::Path;
 
 use anyhow::Result;
 
-use super::from_tests::FromTests;
 use super::programs::Programs;
-use super::{commands, flood, full_disk, kills, lies};
 
 /// The environment of one round.
 #[derive(Debug)]
@@ -36,18 +34,4 @@ pub(super) trait Judge: Send + Sync {
     ///
     /// The outcome is wrong.
     fn round(&self, round: &Round<'_>) -> Result<u64>;
-}
-
-/// Every judge.
-pub(super) fn all() -> Vec<Box<dyn Judge>> {
-    let mut judges: Vec<Box<dyn Judge>> = Vec::new();
-    for tests in FromTests::ALL {
-        judges.push(Box::new(*tests));
-    }
-    judges.push(Box::new(commands::Commands));
-    judges.push(Box::new(kills::Kills));
-    judges.push(Box::new(full_disk::FullDisk));
-    judges.push(Box::new(flood::Flood));
-    judges.push(Box::new(lies::Lies));
-    judges
 }

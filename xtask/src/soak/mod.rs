@@ -10,6 +10,7 @@ mod flood;
 mod from_tests;
 mod full_disk;
 mod judge;
+mod judges;
 mod keep;
 mod kills;
 mod liar;
@@ -90,7 +91,7 @@ impl Options {
 /// A round failed, or something that the judges need cannot be built.
 pub(crate) fn run(options: &Options) -> Result<()> {
     if options.list {
-        for judge in judge::all() {
+        for judge in judges::all() {
             println!("{:12} {}", judge.name(), judge.description());
         }
         return Ok(());
@@ -99,7 +100,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let keep = options.keep.clone().unwrap_or_else(|| workspace_root().join("target/soak"));
     std::fs::create_dir_all(&keep).with_context(|| format!("cannot create {}", keep.display()))?;
     let soak = Soak {
-        programs: programs::build(&options.profile)?,
+        programs: programs::build(&options.profile, &judges::test_programs())?,
         report: Mutex::new(Report::new(&judges)),
         judges,
         keep,
@@ -118,7 +119,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 fn chosen(options: &Options) -> Result<Vec<Box<dyn Judge>>> {
-    let all = judge::all();
+    let all = judges::all();
     let repeated = options.repeat.as_deref().and_then(|round| round.split(':').next());
     let wanted: Vec<&str> = match repeated {
         Some(name) => vec![name],

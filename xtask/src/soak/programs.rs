@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::from_tests::FromTests;
 use crate::command::{cargo, output_of};
 
 /// The paths of the programs.
@@ -31,12 +30,12 @@ impl Programs {
     }
 }
 
-/// Builds the program and the tests that judges run.
+/// Builds the program, and the test programs of these names.
 ///
 /// # Errors
 ///
 /// A program or test does not compile.
-pub(super) fn build(profile: &str) -> Result<Programs> {
+pub(super) fn build(profile: &str, tests: &BTreeSet<&str>) -> Result<Programs> {
     let mut command = cargo();
     command.args(["build", "--workspace", "--locked", "--profile", profile, "--bin", "nbd-cli"]);
     let built = executables(&mut command)?;
@@ -44,9 +43,8 @@ pub(super) fn build(profile: &str) -> Result<Programs> {
     let (_, _, cli) = cli.context("cargo built no nbd-cli")?;
     let mut command = cargo();
     command.args(["test", "--no-run", "--workspace", "--locked", "--profile", profile]);
-    let programs: BTreeSet<_> = FromTests::ALL.iter().map(|tests| tests.test).collect();
-    for program in programs {
-        command.args(["--test", program]);
+    for test in tests {
+        command.args(["--test", test]);
     }
     let tests = executables(&mut command)?;
     let tests = tests.into_iter().map(|(package, name, path)| ((package, name), path)).collect();

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use nbd_jobs::qemu_name::path_in;
 use nbd_proto::NbdUri;
 
-use super::BackupArgs;
+use super::args::BackupArgs;
 use crate::error::CommandError;
 
 impl BackupArgs {

@@ -5,7 +5,7 @@ use std::fs::Metadata;
 use nbd_jobs::BackedUp;
 use serde::Serialize;
 
-use super::BackupArgs;
+use super::args::BackupArgs;
 use crate::error::CommandError;
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::rounded;

@@ -12,7 +12,7 @@ use nbd_client::{Connector, LocalFiles};
 use nbd_jobs::control::{self, Listing, Request};
 use nbd_proto::NbdUri;
 
-use crate::error::runtime;
+use crate::async_runtime::runtime;
 
 /// A shell waits for the names, and a server may not answer.
 const PATIENCE: Duration = Duration::from_secs(2);

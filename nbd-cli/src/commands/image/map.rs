@@ -1,13 +1,14 @@
 //! `nbd-cli image map`.
 
 mod export;
+mod part;
 
 use std::ffi::OsString;
 
 use clap::Args;
 use imgfmt::{Content, Extent, ExtentKind, Format, GuestOffset, GuestRange, Image};
-use serde::Serialize;
 
+use self::part::Part;
 use super::open::OpenArgs;
 use super::place::Place;
 use crate::connect::ServerArgs;
@@ -49,51 +50,6 @@ pub struct MapArgs {
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub server: ServerArgs,
-}
-
-/// A part of the disk, with the keys of qemu-img.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-struct Part {
-    start: u64,
-    length: u64,
-    depth: u32,
-    present: bool,
-    zero: bool,
-    data: bool,
-    compressed: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    offset: Option<u64>,
-}
-
-impl Part {
-    /// Takes in the part that follows if it is more of the same.
-    fn join(&mut self, next: &Self) -> bool {
-        let follows = match (self.offset, next.offset) {
-            (Some(offset), Some(next)) => offset.checked_add(self.length) == Some(next),
-            (None, None) => true,
-            _ => false,
-        };
-        let alike = |part: &Self| (part.depth, part.present, part.zero, part.data, part.compressed);
-        let joins = follows && alike(self) == alike(next);
-        if joins {
-            self.length += next.length;
-        }
-        joins
-    }
-
-    fn text(&self) -> String {
-        let depth = if self.present { self.depth.to_string() } else { "-".into() };
-        let what = match (self.compressed, self.data && !self.zero, self.present && self.zero) {
-            (true, ..) => "compressed",
-            (_, true, _) => "data",
-            (.., true) => "zero",
-            _ => "hole",
-        };
-        let offset = self.offset.map(|offset| format!("{offset:>12}")).unwrap_or_default();
-        let line =
-            format!("{:>12}  {:>12}  {depth:>3}  {what:<10}  {offset}", self.start, self.length);
-        line.trim_end().to_owned()
-    }
 }
 
 /// Writes parts one behind the other, like neighbours joined.

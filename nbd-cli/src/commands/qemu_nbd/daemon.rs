@@ -9,8 +9,8 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::process::{Command, Stdio};
 
-use super::Refusal;
 use super::options::Options;
+use super::refusal::Refusal;
 
 /// The first argument of the background process. Users never pass it: otherwise it is an unknown
 /// option.

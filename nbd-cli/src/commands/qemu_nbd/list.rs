@@ -7,9 +7,10 @@ use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
 use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 
 use super::options::Options;
+use super::refusal::{Refusal, print};
 use super::server::host_and_port;
-use super::{Refusal, print, tls};
-use crate::error::runtime;
+use super::tls;
+use crate::async_runtime::runtime;
 use crate::output::printable;
 
 /// The named flags, in the order of their bits.

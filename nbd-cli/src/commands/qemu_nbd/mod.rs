@@ -12,20 +12,20 @@ mod image_options;
 mod list;
 mod objects;
 mod options;
+mod refusal;
 mod server;
 mod source;
 mod storage;
 mod tls;
 
 use std::ffi::{OsStr, OsString};
-use std::io::Write as _;
 use std::path::Path;
 
 use clap::Args;
 
 use self::daemon::{Beginning, Role};
 use self::options::{Options, Wanted};
-use crate::error::CommandError;
+use self::refusal::{Refusal, complain, print};
 use crate::logging;
 
 /// The arguments of qemu-nbd, which has a separate parser.
@@ -35,37 +35,6 @@ pub struct QemuNbdArgs {
     /// Options and a file, as for qemu-nbd; see `nbd-cli qemu-nbd --help`.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENT")]
     pub arguments: Vec<OsString>,
-}
-
-/// The reason why nothing is served or listed.
-#[derive(Debug)]
-struct Refusal {
-    /// `None` if it has been reported already.
-    message: Option<String>,
-    advice: Option<&'static str>,
-}
-
-impl Refusal {
-    fn new(message: impl Into<String>) -> Self {
-        Self { message: Some(message.into()), advice: None }
-    }
-
-    /// The command line is invalid.
-    fn usage(message: impl Into<String>) -> Self {
-        let advice = Some("Try 'qemu-nbd --help' for more information.");
-        Self { message: Some(message.into()), advice }
-    }
-
-    /// A failure that another process has reported.
-    fn already_reported() -> Self {
-        Self { message: None, advice: None }
-    }
-}
-
-impl From<CommandError> for Refusal {
-    fn from(error: CommandError) -> Self {
-        Self::new(error.to_string())
-    }
 }
 
 /// Returns the arguments for qemu-nbd, without its name, if the whole command line is one.
@@ -203,23 +172,6 @@ fn check_tls(options: &Options) -> Result<(), Refusal> {
         return Err(Refusal::new("TLS hostname is only supported with export list"));
     }
     options.objects.credentials(id, options.list).map(drop).map_err(Refusal::new)
-}
-
-fn print(text: &str) -> Result<(), Refusal> {
-    let mut stdout = std::io::stdout().lock();
-    let printed = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    match printed {
-        // A reader that looks for one line may close the pipe then.
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
-            Err(Refusal::new(format!("cannot write to standard output: {error}")))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Writes a line to standard error; errors are ignored, as there is no place to report them.
-fn complain(line: &str) {
-    let _ = writeln!(std::io::stderr(), "qemu-nbd: {line}");
 }
 
 #[cfg(test)]

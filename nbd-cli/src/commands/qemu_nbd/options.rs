@@ -8,9 +8,9 @@ use imgfmt::CacheMode;
 use nbd_jobs::key_values::KeyValues;
 use nbd_proto::limits::MAX_STRING_LEN;
 
-use super::Refusal;
 use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
+use super::refusal::Refusal;
 use crate::qemu_numbers::parse_integer;
 use nbd_server::export::filters::{DetectZeroes, Discard};
 

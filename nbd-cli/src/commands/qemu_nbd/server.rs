@@ -8,7 +8,8 @@ use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use super::daemon::{self, Role};
 use super::options::{AioMode, Options};
-use super::{Refusal, source, tls};
+use super::refusal::Refusal;
+use super::{source, tls};
 use crate::error::CommandError;
 use crate::serving::{Aio, PidFile, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};

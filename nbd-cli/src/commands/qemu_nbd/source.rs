@@ -18,11 +18,12 @@ use nbd_server::export::filters::{
 
 use super::image_options::{Backing, Described, Place, unknown_driver};
 use super::options::{AioMode, Options, SnapshotName};
+use super::refusal::{Refusal, complain};
 use super::storage::{Null, Part, SECTOR, in_whole_sectors};
-use super::{Refusal, complain};
 use crate::connect::ServerArgs;
 use crate::remote::{allow_exports, open_export};
-use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Writes};
+use crate::serving::image::{ImageChoices, OfferedBitmaps, Writes};
+use crate::serving::open_error::OpenError;
 
 /// Opens it according to the options.
 ///

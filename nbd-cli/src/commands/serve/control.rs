@@ -2,63 +2,29 @@
 
 mod bitmaps;
 mod checkpoint;
-mod disks;
+mod controller;
 mod places;
 mod socket;
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use imgfmt::Locking;
 use nbd_proto::wire::TransmissionFlags;
-use nbd_server::{InUse, RemoveError, ServerHandle};
+use nbd_server::{InUse, RemoveError};
 use serde_json::{Value, json};
-use tokio::sync::{Mutex, Notify};
 
 use self::checkpoint::{CheckpointRequest, RequestedBase};
-use self::disks::RunningCheckpoint;
-pub(super) use self::disks::{Disk, Disks};
+pub(super) use self::controller::Controller;
+use self::controller::blocking;
 pub(super) use self::socket::ControlSocket;
+use super::disks::{ConversationId, Disk, Disks, RunningCheckpoint};
 use super::source;
 use crate::serving::image::{ImageChoices, Writes};
 use nbd_jobs::control::{
     ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request,
 };
 
-/// The URIs of an export.
-pub(super) type UrisFn = dyn Fn(&str) -> Vec<String> + Send + Sync;
-
-/// Executes the requests of the control socket, one at a time.
-pub(super) struct Controller {
-    server: ServerHandle,
-    disks: Mutex<Disks>,
-    /// Options for opening the images that are added.
-    choices: ImageChoices,
-    uris: Box<UrisFn>,
-    stop: Notify,
-    conversations: AtomicU64,
-}
-
-/// Identifies one connection to the control socket; never reused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ConversationId(u64);
-
 impl Controller {
-    pub(super) fn new(
-        server: ServerHandle,
-        disks: Disks,
-        choices: ImageChoices,
-        uris: Box<UrisFn>,
-    ) -> Self {
-        let (disks, stop) = (Mutex::new(disks), Notify::new());
-        Self { server, disks, choices, uris, stop, conversations: AtomicU64::new(0) }
-    }
-
-    /// Registers a new client of the control socket.
-    fn new_conversation(&self) -> ConversationId {
-        ConversationId(self.conversations.fetch_add(1, Ordering::Relaxed))
-    }
-
     /// Unregisters a client: the checkpoints bound to its connection are ended as failed.
     async fn end_conversation(&self, id: ConversationId) {
         self.abandon_checkpoints(|checkpoint| checkpoint.conversation == Some(id)).await;
@@ -248,13 +214,4 @@ impl Controller {
 
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
-
-/// Runs work that may block.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| Failure::new(ErrorKind::Failed, format!("given up: {error}")))
 }

@@ -12,12 +12,13 @@ use nbd_server::ExportRegistry;
 use nbd_server::export::filters::{FilterOptions, Medium};
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
-use super::ServeArgs;
-use super::control::{Disk, Disks};
+use super::args::ServeArgs;
+use super::disks::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
-use crate::serving::image::{ImageChoices, OfferedBitmaps, OpenError, Opened, Writes};
+use crate::serving::image::{ImageChoices, OfferedBitmaps, Opened, Writes};
+use crate::serving::open_error::OpenError;
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The

@@ -6,9 +6,10 @@ use nbd_client::{Client, ExtentLimit};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
 
-use super::Part;
+use super::part::Part;
+use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, connect, failed};
-use crate::error::{CommandError, runtime};
+use crate::error::CommandError;
 
 /// Passes the parts of an export to `each`, in order.
 pub(super) fn map(

@@ -7,7 +7,8 @@ use nbd_proto::wire::MetaContextName;
 use nbd_server::export::ImageExport;
 use serde_json::{Value, json};
 
-use super::{Disk, Disks, blocking};
+use super::controller::blocking;
+use crate::commands::serve::disks::{Disk, Disks};
 use crate::serving::frozen;
 use nbd_jobs::control::{ErrorKind, Failure, InitialState, Request};
 

@@ -16,8 +16,10 @@ use nbd_server::export::{
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use serde_json::{Value, json};
 
-use super::disks::{BitmapOrigin, CheckpointBitmap, RunningCheckpoint};
-use super::{Controller, ConversationId, Disks, blocking};
+use super::controller::{Controller, blocking};
+use crate::commands::serve::disks::{
+    BitmapOrigin, CheckpointBitmap, ConversationId, Disks, RunningCheckpoint,
+};
 use nbd_jobs::control::{CheckpointStarted, ErrorKind, Failure, IfMissing, IfUnusable, Outcome};
 
 /// Suffix of the name of a view's export.

@@ -13,8 +13,9 @@ use rustix::net::{
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 
+use super::controller::Controller;
 use super::places::{Keeps, Place, Places};
-use super::{Controller, ConversationId};
+use crate::commands::serve::disks::ConversationId;
 use crate::error::CommandError;
 use nbd_jobs::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
 

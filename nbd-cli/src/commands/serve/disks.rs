@@ -6,12 +6,15 @@ use std::sync::Arc;
 use nbd_server::export::{Checkpointed, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
-use super::ConversationId;
 use crate::serving::image::Opened;
 use nbd_jobs::control::{ErrorKind, Failure};
 
+/// Identifies one connection to the control socket; never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ConversationId(pub(super) u64);
+
 /// An exported disk.
-pub(in crate::commands::serve) struct Disk {
+pub(super) struct Disk {
     pub(super) source: String,
     pub(super) export: Arc<Checkpointed>,
     /// The image, if it is one.
@@ -55,13 +58,13 @@ impl CheckpointBitmap {
 }
 
 impl Disk {
-    pub(in crate::commands::serve) fn new(source: String, opened: Opened) -> Self {
+    pub(super) fn new(source: String, opened: Opened) -> Self {
         let export = Arc::new(Checkpointed::new(opened.export));
         Self { source, export, image: opened.image, checkpoint: None }
     }
 
     /// Returns the export to be registered.
-    pub(in crate::commands::serve) fn entry(&self) -> ExportEntry {
+    pub(super) fn entry(&self) -> ExportEntry {
         ExportEntry::new(self.export.clone())
     }
 
@@ -90,12 +93,12 @@ impl Disk {
 
 /// The disks by the names of their exports. Views are not among them.
 #[derive(Default)]
-pub(in crate::commands::serve) struct Disks {
+pub(super) struct Disks {
     disks: BTreeMap<String, Disk>,
 }
 
 impl Disks {
-    pub(in crate::commands::serve) fn insert(&mut self, name: String, disk: Disk) {
+    pub(super) fn insert(&mut self, name: String, disk: Disk) {
         self.disks.insert(name, disk);
     }
 

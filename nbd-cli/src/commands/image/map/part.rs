@@ -1,0 +1,48 @@
+//! Parts of a disk as they are printed.
+
+use serde::Serialize;
+
+/// A part of the disk, with the keys of qemu-img.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct Part {
+    pub(super) start: u64,
+    pub(super) length: u64,
+    pub(super) depth: u32,
+    pub(super) present: bool,
+    pub(super) zero: bool,
+    pub(super) data: bool,
+    pub(super) compressed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) offset: Option<u64>,
+}
+
+impl Part {
+    /// Takes in the part that follows if it is more of the same.
+    pub(super) fn join(&mut self, next: &Self) -> bool {
+        let follows = match (self.offset, next.offset) {
+            (Some(offset), Some(next)) => offset.checked_add(self.length) == Some(next),
+            (None, None) => true,
+            _ => false,
+        };
+        let alike = |part: &Self| (part.depth, part.present, part.zero, part.data, part.compressed);
+        let joins = follows && alike(self) == alike(next);
+        if joins {
+            self.length += next.length;
+        }
+        joins
+    }
+
+    pub(super) fn text(&self) -> String {
+        let depth = if self.present { self.depth.to_string() } else { "-".into() };
+        let what = match (self.compressed, self.data && !self.zero, self.present && self.zero) {
+            (true, ..) => "compressed",
+            (_, true, _) => "data",
+            (.., true) => "zero",
+            _ => "hole",
+        };
+        let offset = self.offset.map(|offset| format!("{offset:>12}")).unwrap_or_default();
+        let line =
+            format!("{:>12}  {:>12}  {depth:>3}  {what:<10}  {offset}", self.start, self.length);
+        line.trim_end().to_owned()
+    }
+}

@@ -1,0 +1,26 @@
+//! The list of the judges.
+
+use std::collections::BTreeSet;
+
+use super::from_tests::FromTests;
+use super::judge::Judge;
+use super::{commands, flood, full_disk, kills, lies};
+
+/// Every judge.
+pub(super) fn all() -> Vec<Box<dyn Judge>> {
+    let mut judges: Vec<Box<dyn Judge>> = Vec::new();
+    for tests in FromTests::ALL {
+        judges.push(Box::new(*tests));
+    }
+    judges.push(Box::new(commands::Commands));
+    judges.push(Box::new(kills::Kills));
+    judges.push(Box::new(full_disk::FullDisk));
+    judges.push(Box::new(flood::Flood));
+    judges.push(Box::new(lies::Lies));
+    judges
+}
+
+/// The names of the test programs that judges run.
+pub(super) fn test_programs() -> BTreeSet<&'static str> {
+    FromTests::ALL.iter().map(|tests| tests.test).collect()
+}
