@@ -12,10 +12,11 @@ use std::sync::atomic::AtomicU64;
 use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 
+use super::clock::{nanoseconds, now_nanoseconds};
 use super::layout::{self, DESCRIPTORS_OFFSET, Description, LOG_OFFSET, Layout, SLOT_BYTES};
+use super::location::{FoundBytes, InitialWords, SidecarLocation, SidecarStorage};
 use super::lock::lock;
 use super::map::WordMap;
-use super::{FoundBytes, SidecarLocation, SidecarStorage, nanoseconds, now_nanoseconds};
 use crate::access::{Access, BitmapDurability};
 use crate::error::is_not_supported;
 
@@ -28,9 +29,6 @@ const NEW_NAMES: u32 = 16;
 
 /// Clocks that differ by no more count as one.
 const CLOCK_NANOSECONDS: u64 = 1_000_000_000;
-
-/// Gives word `n` of the bits of bitmap `m`, bit 0 first, as they are when the file is made.
-pub(crate) type InitialWords<'a> = &'a dyn Fn(usize, u64) -> u64;
 
 /// Only its owner may read and write a sidecar.
 const NEW_MODE: Mode = Mode::RUSR.union(Mode::WUSR);

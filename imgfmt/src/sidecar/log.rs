@@ -16,8 +16,8 @@ use std::sync::atomic::{
 };
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::SidecarStorage;
 use super::layout::{LOG_OFFSET, LogShape, SLOT_BYTES, SLOT_EXTENTS, encode_slot};
+use super::location::SidecarStorage;
 
 /// The log on disk names the extent.
 const HOT: u32 = 1 << 31;

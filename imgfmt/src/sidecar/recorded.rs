@@ -4,9 +4,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-use super::file::{InitialWords, write_all};
+use super::file::write_all;
 use super::layout::{Description, Layout, LogShape};
-use super::{FoundBytes, SidecarLocation, SidecarStorage};
+use super::location::{FoundBytes, InitialWords, SidecarLocation, SidecarStorage};
 use crate::access::{Access, BitmapDurability};
 use crate::storage::{Durability, Storage};
 use crate::testing::{MappedWords, RecordedDirectory, RecordingStorage};

@@ -6,12 +6,13 @@
 use std::fmt;
 use std::io;
 
+use super::clock::now_nanoseconds;
 use super::file::Untrusted;
 use super::layout::{
     self, BitmapDescriptor, DESCRIPTOR_BYTES, DESCRIPTORS_OFFSET, Description, Fingerprint,
     HEADER_BYTES, Identity, LOG_OFFSET, Layout, SLOT_BYTES,
 };
-use super::now_nanoseconds;
+use super::location::FoundBytes;
 use crate::access::BitmapDurability;
 use crate::error::system_words;
 
@@ -20,27 +21,6 @@ const SLACK_NANOSECONDS: u64 = 2_000_000_000;
 
 /// A recovery may change the image for so long.
 const RECOVERY_NANOSECONDS: u64 = 60_000_000_000;
-
-/// The bytes of a sidecar that was found.
-pub(crate) trait FoundBytes: fmt::Debug {
-    fn length(&self) -> io::Result<u64>;
-    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
-}
-
-impl FoundBytes for Box<dyn FoundBytes> {
-    fn length(&self) -> io::Result<u64> {
-        (**self).length()
-    }
-
-    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        (**self).read_bytes(offset, buffer)
-    }
-
-    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        (**self).write(offset, bytes)
-    }
-}
 
 /// Why a sidecar is not trusted.
 #[derive(Debug)]

@@ -5,8 +5,14 @@ mod rejection;
 mod store;
 mod threads;
 
-use super::layout::LogShape;
-use super::recover::FoundBytes;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use super::clock::now_nanoseconds;
+use super::layout::{self, Layout, LogShape};
+use super::location::SidecarStorage;
+use super::open::set_bits;
 use super::*;
 
 pub(super) const BOOT: &str = "00000000-1111-2222-3333-444444444444";

@@ -1,0 +1,79 @@
+//! Where a sidecar is, and where its bytes are.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::AtomicU64;
+
+use super::layout::{Description, LogShape};
+use crate::access::Access;
+
+/// Gives word `n` of the bits of bitmap `m`, bit 0 first, as they are when the file is made.
+pub(crate) type InitialWords<'a> = &'a dyn Fn(usize, u64) -> u64;
+
+/// Where the sidecar of an image is: in the directory of the image, or in one that only tests have.
+pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
+    /// Makes a new sidecar with these bits and puts it in the place of the one that is there, if
+    /// any. Durable on return, at the level of power loss.
+    fn create(
+        &self,
+        description: &Description,
+        words: InitialWords<'_>,
+    ) -> io::Result<Box<dyn SidecarStorage>>;
+
+    /// Opens the sidecar that is there, if any. Nobody else can as long as it is open.
+    ///
+    /// # Errors
+    ///
+    /// `WouldBlock` if somebody uses it, and goes on to do so; the error says who.
+    fn open(&self, access: Access) -> io::Result<Option<Box<dyn FoundBytes>>>;
+
+    /// Takes the sidecar away, if there is one; durable on return.
+    fn remove(&self) -> io::Result<()>;
+
+    /// Its name for messages.
+    fn name(&self) -> String;
+
+    /// Tries whether a sidecar could be made, and leaves nothing behind.
+    fn probe(&self, description: &Description) -> io::Result<()>;
+
+    /// The boot of this machine; empty if the system does not say.
+    fn boot_id(&self) -> String;
+
+    /// The shape of the activity log for a disk of this size in bytes.
+    fn log_shape(&self, disk_size: u64) -> LogShape {
+        LogShape::for_disk(disk_size)
+    }
+}
+
+/// Where a sidecar's bytes live: a mapped file, or memory that remembers in tests.
+pub(crate) trait SidecarStorage: Send + Sync + fmt::Debug {
+    /// All bytes, as little-endian words.
+    fn words(&self) -> &[AtomicU64];
+    /// Writes to a place that nobody reaches through [`words`](Self::words); durable on return.
+    fn write_durable(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Makes durable what was stored in the words before.
+    fn sync(&self) -> io::Result<()>;
+    /// Takes the file away, so that nobody recovers from it; durable on return.
+    fn remove(&self) -> io::Result<()>;
+}
+
+/// The bytes of a sidecar that was found.
+pub(crate) trait FoundBytes: fmt::Debug {
+    fn length(&self) -> io::Result<u64>;
+    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+impl FoundBytes for Box<dyn FoundBytes> {
+    fn length(&self) -> io::Result<u64> {
+        (**self).length()
+    }
+
+    fn read_bytes(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        (**self).read_bytes(offset, buffer)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        (**self).write(offset, bytes)
+    }
+}
