@@ -10,7 +10,8 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{
-    Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard, TryLockError,
+    Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+    TryLockError,
 };
 
 /// The ranks of an image's locks, from the first that is taken to the last.
@@ -53,9 +54,13 @@ pub(crate) mod rank {
     pub(crate) const HEADER: u8 = 21;
     pub(crate) const HEADER_WRITES: u8 = 22;
     pub(crate) const SIDECAR: u8 = 23;
+    /// Who waits for which commit of the sidecar's log. Not held while one is made.
+    pub(crate) const LOG_QUEUE: u8 = 24;
+    /// What the slots of the sidecar's log hold. Held while they are written.
+    pub(crate) const LOG_SLOTS: u8 = 25;
 
     #[cfg(debug_assertions)]
-    pub(super) const NAMES: [&str; 24] = [
+    pub(super) const NAMES: [&str; 26] = [
         "BITMAPS",
         "MARKING",
         "FLUSH",
@@ -80,6 +85,8 @@ pub(crate) mod rank {
         "HEADER",
         "HEADER_WRITES",
         "SIDECAR",
+        "LOG_QUEUE",
+        "LOG_SLOTS",
     ];
 }
 
@@ -152,6 +159,15 @@ impl<const RANK: u8, T> OrderedRwLock<RANK, T> {
 
     pub(crate) fn get_mut(&mut self) -> &mut T {
         self.0.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Ordered<MutexGuard<'_, T>> {
+    /// Lets go of the lock until `condition` is notified. It counts as held meanwhile: the thread
+    /// takes it again before it does anything else.
+    pub(crate) fn wait(self, condition: &Condvar) -> Self {
+        let guard = condition.wait(self.guard).unwrap_or_else(PoisonError::into_inner);
+        Self { guard, _held: self._held }
     }
 }
 
@@ -287,6 +303,25 @@ mod tests {
         drop(allocator);
         assert!(panics(|| locks.bitmaps.read()));
         drop(stripe);
+        assert!(!panics(|| locks.bitmaps.read()));
+    }
+
+    #[test]
+    fn a_lock_counts_as_held_while_it_is_waited_with() {
+        let locks = Locks::default();
+        let (allocator, changed) = (&locks.allocator, Condvar::new());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                let mut count = allocator.lock();
+                while *count == 0 {
+                    count = count.wait(&changed);
+                }
+                panics(|| locks.bitmaps.read())
+            });
+            *allocator.lock() += 1;
+            changed.notify_all();
+            assert!(waiting.join().unwrap());
+        });
         assert!(!panics(|| locks.bitmaps.read()));
     }
 

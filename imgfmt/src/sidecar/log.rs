@@ -10,14 +10,15 @@
 
 use std::io;
 use std::ops::RangeInclusive;
+use std::sync::Condvar;
 use std::sync::atomic::{
     AtomicBool, AtomicU32, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
     Ordering::Release,
 };
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::layout::{LOG_OFFSET, LogShape, SLOT_BYTES, SLOT_EXTENTS, encode_slot};
 use super::location::SidecarStorage;
+use crate::ordered_lock::{OrderedMutex, rank};
 
 /// The log on disk names the extent.
 const HOT: u32 = 1 << 31;
@@ -39,9 +40,9 @@ pub(super) struct ActivityLog {
     extent_bits: u32,
     epoch: u64,
     states: Box<[AtomicU32]>,
-    queue: Mutex<Queue>,
+    queue: OrderedMutex<{ rank::LOG_QUEUE }, Queue>,
     done: Condvar,
-    slots: Mutex<Slots>,
+    slots: OrderedMutex<{ rank::LOG_SLOTS }, Slots>,
     /// After a sync that failed nothing is known, whatever later ones say.
     sync_has_failed: AtomicBool,
 }
@@ -78,9 +79,9 @@ impl ActivityLog {
             extent_bits: shape.extent_bits,
             epoch,
             states: (0..extents).map(|_| AtomicU32::new(0)).collect(),
-            queue: Mutex::default(),
+            queue: OrderedMutex::default(),
             done: Condvar::new(),
-            slots: Mutex::new(Slots { places, free, hand: 0, sequence: 1 }),
+            slots: OrderedMutex::new(Slots { places, free, hand: 0, sequence: 1 }),
             sync_has_failed: AtomicBool::new(false),
         }
     }
@@ -125,12 +126,12 @@ impl ActivityLog {
     /// Waits until the log on disk names all extents of a range that was entered; says whether it
     /// does.
     pub(super) fn activate(&self, store: &dyn SidecarStorage, first: u32, last: u32) -> bool {
-        let mut queue = lock(&self.queue);
+        let mut queue = self.queue.lock();
         queue.wanted.extend(first..=last);
         let mine = queue.next;
         while queue.done <= mine {
             if queue.is_committing {
-                queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue = queue.wait(&self.done);
                 continue;
             }
             let wanted = std::mem::take(&mut queue.wanted);
@@ -139,7 +140,7 @@ impl ActivityLog {
             drop(queue);
             // Extents that stay cold after a failure are noticed by those who wait for them.
             let _ = self.commit(store, wanted);
-            queue = lock(&self.queue);
+            queue = self.queue.lock();
             queue.is_committing = false;
             queue.done = queue.next;
             self.done.notify_all();
@@ -170,7 +171,7 @@ impl ActivityLog {
     /// Makes the disk name as many of the wanted extents as there is room for.
     fn commit(&self, store: &dyn SidecarStorage, wanted: Vec<u32>) -> io::Result<()> {
         let wanted = self.with_those_ahead(wanted);
-        let mut slots = lock(&self.slots);
+        let mut slots = self.slots.lock();
         if slots.free.len() < wanted.len() {
             let missing = wanted.len() - slots.free.len();
             let some = RETIRED_AT_A_TIME.min(slots.places.len() / 4);
@@ -277,10 +278,6 @@ impl Slots {
 fn slot_range(taken: &[(usize, u32)]) -> Option<(usize, usize)> {
     let slots = || taken.iter().map(|(place, _)| place / SLOT_EXTENTS);
     Some((slots().min()?, slots().max()?))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 const _: () = assert!(COUNT > 1 << 20, "more changes in flight than anybody can have");
