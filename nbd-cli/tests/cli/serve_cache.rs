@@ -167,7 +167,7 @@ fn a_log_says_whether_io_uring_is_used() {
         command.arg(disk.path()).env("NBD_AIO", environment);
         command.stderr(Stdio::from(std::fs::File::create(&log).expect("a file")));
         let server = Server::start(&mut command, socket.into());
-        peer(&qemu_io, &["-f", "raw", "-c", "read -P 0 4k 4k", server.uri()]);
+        peer(&qemu_io, &["-f", "raw", "-c", "read -P 0 2M 4k", server.uri()]);
         server.end();
         let said = std::fs::read_to_string(log).expect("text");
         // Why it is not there the system says, where it may be used.
