@@ -279,7 +279,10 @@ impl Turn {
     /// Lets others work, although there is more to do: the task is woken when it is to go on. Look
     /// with [`Turn::poll`] whether it is.
     pub(super) fn pass_on(&mut self, cx: &mut Context<'_>) {
-        self.light_runs = 0;
+        // Those who ask for little pass on as well, after a number of rounds.
+        if self.spent > LIGHT_LEN {
+            self.light_runs = 0;
+        }
         self.end();
         if self.is_alone() {
             return cx.waker().wake_by_ref();
@@ -484,6 +487,27 @@ mod tests {
         });
         let [_, of_greedy] = *log.lock().unwrap();
         assert!((240..=260).contains(&of_greedy), "{of_greedy}");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_waits_for_each_request_is_known_as_one_until_it_sends_several() {
+        let thread = Thread::new(Arc::new(AtomicUsize::new(2)));
+        let mut turn = Turn::new(thread);
+        let serve = |turn: &mut Turn, cost| {
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(turn.poll(&mut cx).is_ready(), "nobody else is there");
+            turn.spend(cost);
+            if turn.ends_with_round() {
+                turn.pass_on(&mut cx);
+            }
+            turn.rest();
+        };
+        serve(&mut turn, 4 * REQUEST_COST);
+        assert!(!turn.is_light());
+        for _ in 0..2 * LIGHT_RUNS {
+            serve(&mut turn, 2 * REQUEST_COST);
+        }
+        assert!(turn.is_light());
     }
 
     #[tokio::test]
