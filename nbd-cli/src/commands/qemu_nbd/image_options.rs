@@ -455,7 +455,7 @@ mod tests {
             ("driver=raw,size=x,file.filename=d", "'size'"),
             ("driver=file,filename=d,bogus=1", "bogus"),
             ("driver=qcow2,file.filename=d,bogus=1", "bogus"),
-            ("driver=qcow2,file.filename=d,backing.driver=raw", "backing"),
+            ("driver=qcow2,file.filename=d,backing=node", "node"),
             ("driver=qcow2,file.filename=d,encrypt.key-secret=s", "encrypt"),
             ("driver=raw,file.filename=d,read-only=maybe", "maybe"),
             ("driver=raw,file.filename=d,force-share=on", "force-share"),
