@@ -60,8 +60,8 @@ fn a_view_that_has_ended_fails_and_changes_cost_nothing_more() {
     assert!(disk.end());
     assert!(!disk.end(), "it has ended already");
     disk.write_at(0, &[9; 4096], Durability::Cached).unwrap();
-    assert_eq!(view.read_at(0, &mut [0; 10]).unwrap_err().errno, Errno::ESHUTDOWN);
-    assert_eq!(view.try_read_at(0, &mut [0; 10], Holes::Told).unwrap_err().errno, Errno::ESHUTDOWN);
+    assert_eq!(view.read_at(0, &mut [0; 10]).unwrap_err().errno, Errno::EIO);
+    assert_eq!(view.try_read_at(0, &mut [0; 10], Holes::Told).unwrap_err().errno, Errno::EIO);
     let write = Operation::Write(4096, Durability::Cached);
     assert_eq!(disk.may_block(write), disk.disk().may_block(write));
     let again = begin(&disk);

@@ -21,7 +21,7 @@ pub type StatusFn =
 /// [`Checkpointed::begin`](super::Checkpointed::begin) created this view.
 ///
 /// Reads do not delay writes: they read the disk itself and check afterwards that it was not
-/// changed there. After the end of the checkpoint every request fails with ESHUTDOWN.
+/// changed there. After the end of the checkpoint every request fails with EIO.
 pub struct PointInTimeView {
     disk: Arc<dyn Export>,
     preserved: Arc<Preserved>,
@@ -52,7 +52,7 @@ impl PointInTimeView {
     /// Fails if what was read may not be what the disk held at the checkpoint.
     fn check(&self) -> Result<(), ExportError> {
         if self.preserved.has_ended() {
-            return Err(ExportError::new(Errno::ESHUTDOWN, "the checkpoint has ended"));
+            return Err(ExportError::new(Errno::EIO, "the checkpoint has ended"));
         }
         if self.preserved.failure().is_some() {
             let why = "the view is lost: what was overwritten could not be set aside";
