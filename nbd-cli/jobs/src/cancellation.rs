@@ -62,7 +62,8 @@ impl Cancellation {
     ///
     /// # Errors
     ///
-    /// The error of the work, or [`JobErrorKind::Interrupted`].
+    /// The error of the work, or [`JobErrorKind::Interrupted`] if it was cancelled before the work
+    /// was done.
     ///
     /// # Cancel safety
     ///
@@ -72,7 +73,11 @@ impl Cancellation {
         work: impl Future<Output = Result<T, JobError>>,
     ) -> Result<T, JobError> {
         tokio::select! {
-            result = work => result,
+            // A cancellation may be what made the work fail.
+            result = work => match result {
+                Err(_) if self.is_cancelled() => Err(self.cancelled().await),
+                result => result,
+            },
             cancelled = self.cancelled() => Err(cancelled),
         }
     }
@@ -103,6 +108,17 @@ mod tests {
         assert!(cancellation.is_cancelled());
         let of_image_jobs = cancellation.of_image_jobs().check().unwrap_err();
         assert_eq!(of_image_jobs.to_string(), "interrupted by SIGINT");
+    }
+
+    #[tokio::test]
+    async fn work_that_fails_because_it_was_cancelled_ends_with_that_reason() {
+        for _ in 0..32 {
+            let cancellation = Cancellation::new();
+            cancellation.cancel("interrupted by SIGTERM");
+            let work = std::future::ready(Err::<(), _>(JobError::source("the image was closed")));
+            let error = cancellation.unless_cancelled(work).await.unwrap_err();
+            assert_eq!(error.to_string(), "interrupted by SIGTERM");
+        }
     }
 
     #[tokio::test]

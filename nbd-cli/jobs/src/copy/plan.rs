@@ -60,7 +60,8 @@ impl ImageExtents {
                 return Ok((end, content_of(extent.kind)));
             }
         }
-        Err(JobError::source(format!("the image has become smaller than {at} bytes")))
+        // After an error, which another task has.
+        Err(JobError::source(format!("nothing is known about the image from byte {at} on")))
     }
 }
 
