@@ -147,6 +147,10 @@ impl State {
 
     /// Those whose reads will not be done, if the ring has failed.
     fn submit(&mut self) -> Vec<Box<dyn Reader>> {
+        if self.is_broken {
+            // What it was not told of has no reader any more, and its files may be closed.
+            return Vec::new();
+        }
         self.ring.submit().map_or_else(|error| self.give_up(&error), |()| Vec::new())
     }
 
