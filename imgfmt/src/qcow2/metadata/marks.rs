@@ -17,23 +17,22 @@ use crate::qcow2::on_disk::header::{field, incompatible};
 impl MetadataFile {
     /// Says in the header, durably, whether refcounts and COPIED bits may be wrong.
     pub(in crate::qcow2) fn mark_dirty(&self, is_dirty: bool) -> Result<()> {
-        if self.header().version < 3 {
-            return Ok(());
-        }
-        self.update_header(|header| match is_dirty {
-            true => header.incompatible |= incompatible::DIRTY,
-            false => header.incompatible &= !incompatible::DIRTY,
-        });
-        self.write_marks()
+        self.set_mark(incompatible::DIRTY, is_dirty)
     }
 
     /// Says in the header, durably, whether the disk is being overwritten as a whole.
     pub(in crate::qcow2) fn mark_incomplete(&self, is_incomplete: bool) -> Result<()> {
-        let was = self.header().incompatible & incompatible::INCOMPLETE != 0;
-        if self.header().version < 3 || was == is_incomplete {
+        self.set_mark(incompatible::INCOMPLETE, is_incomplete)
+    }
+
+    fn set_mark(&self, bit: u64, is_set: bool) -> Result<()> {
+        if self.header().version < 3 {
             return Ok(());
         }
-        self.update_header(|header| header.incompatible ^= incompatible::INCOMPLETE);
+        self.update_header(|header| match is_set {
+            true => header.incompatible |= bit,
+            false => header.incompatible &= !bit,
+        });
         self.write_marks()
     }
 
