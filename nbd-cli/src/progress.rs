@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::output::ReportFormat;
 use crate::size::rounded;
 use crate::terminal::{CharacterSet, character_set};
 
@@ -20,6 +21,16 @@ pub(crate) enum Visibility {
     Always,
     /// Never.
     Never,
+}
+
+impl Visibility {
+    const fn of_flags(progress: bool, quiet: bool) -> Self {
+        match (progress, quiet) {
+            (true, _) => Self::Always,
+            (_, true) => Self::Never,
+            _ => Self::IfTerminal,
+        }
+    }
 }
 
 /// The progress options.
@@ -36,11 +47,34 @@ pub struct ProgressArgs {
 
 impl ProgressArgs {
     pub(crate) fn visibility(self) -> Visibility {
-        match (self.progress, self.quiet) {
-            (true, _) => Visibility::Always,
-            (_, true) => Visibility::Never,
-            _ => Visibility::IfTerminal,
-        }
+        Visibility::of_flags(self.progress, self.quiet)
+    }
+}
+
+/// The options of a command that ends with a summary.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct SummaryArgs {
+    /// Print the summary as JSON.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Show progress even if standard error is not a terminal.
+    #[arg(short, long)]
+    pub progress: bool,
+
+    /// Show no progress and no summary.
+    #[arg(short, long, conflicts_with_all = ["progress", "json"])]
+    pub quiet: bool,
+}
+
+impl SummaryArgs {
+    pub(crate) fn visibility(self) -> Visibility {
+        Visibility::of_flags(self.progress, self.quiet)
+    }
+
+    /// Returns the form of the summary, if there is to be one.
+    pub(crate) fn format(self) -> Option<ReportFormat> {
+        (!self.quiet).then(|| ReportFormat::from_json_flag(self.json))
     }
 }
 

@@ -12,8 +12,6 @@ pub use self::args::{BackupArgs, Verify};
 use self::report::Report;
 use crate::async_runtime::{block_on, runtime};
 use crate::error::{CommandError, Outcome};
-use crate::output::ReportFormat;
-use crate::progress::Visibility;
 use crate::shown::Shown;
 use crate::signals::{self, EndSignals, Hangup};
 
@@ -28,7 +26,7 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     if args.control.is_none() || args.source.is_some() {
         args.tls.check(&args.source)?;
     }
-    let shown = Shown::new(visibility(args));
+    let shown = Shown::new(args.summary.visibility());
     let (target, options) = (&args.target, options(args));
     let result = match source(args)? {
         source @ BackupSource::Checkpoint { .. } => {
@@ -47,8 +45,8 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     };
     shown.clear();
     let report = Report::new(args, result?);
-    if !args.quiet {
-        report.print(ReportFormat::from_json_flag(args.json))?;
+    if let Some(format) = args.summary.format() {
+        report.print(format)?;
     }
     Ok(Outcome::Success)
 }
@@ -105,12 +103,4 @@ fn options(args: &BackupArgs) -> BackupOptions {
     options.locking = args.trust.locks.locking();
     options.sharing = if args.share.force_share { Sharing::Shared } else { Sharing::Exclusive };
     options
-}
-
-fn visibility(args: &BackupArgs) -> Visibility {
-    match (args.progress, args.quiet) {
-        (true, _) => Visibility::Always,
-        (_, true) => Visibility::Never,
-        _ => Visibility::IfTerminal,
-    }
 }

@@ -10,7 +10,7 @@ use crate::connect::{ConnectionArgs, TlsArgs, refuse_same_export};
 use crate::error::{CommandError, Outcome};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
-use crate::progress::Visibility;
+use crate::progress::ProgressArgs;
 use crate::shown::Shown;
 use crate::size::ByteSize;
 
@@ -101,13 +101,9 @@ pub struct CopyArgs {
     #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub locks: LockArgs,
 
-    /// Show progress even if standard error is not a terminal.
-    #[arg(short, long)]
-    pub progress: bool,
-
-    /// Show no progress.
-    #[arg(short, long, conflicts_with = "progress")]
-    pub quiet: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub progress: ProgressArgs,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -146,11 +142,7 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 }
 
 async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
-    let shown = Shown::new(match (args.progress, args.quiet) {
-        (true, _) => Visibility::Always,
-        (_, true) => Visibility::Never,
-        _ => Visibility::IfTerminal,
-    });
+    let shown = Shown::new(args.progress.visibility());
     let result =
         nbd_jobs::copy(&args.source, &args.destination, &options(args), &shown.context()).await;
     match &result {

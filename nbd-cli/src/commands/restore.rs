@@ -17,7 +17,7 @@ use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::location_parser::LocationParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable, warn};
-use crate::progress::Visibility;
+use crate::progress::SummaryArgs;
 use crate::shown::Shown;
 use crate::size::rounded;
 
@@ -69,17 +69,9 @@ pub struct RestoreArgs {
     #[command(flatten)]
     pub open: OpenArgs,
 
-    /// Print the summary as JSON.
-    #[arg(long)]
-    pub json: bool,
-
-    /// Show progress even if standard error is not a terminal.
-    #[arg(short, long)]
-    pub progress: bool,
-
-    /// Show no progress and no summary.
-    #[arg(short, long, conflicts_with_all = ["progress", "json"])]
-    pub quiet: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub summary: SummaryArgs,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -114,15 +106,15 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
         warn(&why);
     }
     let report = block_on(restore(args))?;
-    if !args.quiet {
-        report.print(ReportFormat::from_json_flag(args.json))?;
+    if let Some(format) = args.summary.format() {
+        report.print(format)?;
     }
     Ok(Outcome::Success)
 }
 
 async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
     let started = Instant::now();
-    let shown = Shown::new(visibility(args));
+    let shown = Shown::new(args.summary.visibility());
     let (from, to) = (&args.image, &args.destination);
     let result = nbd_jobs::restore(from, to, &options(args), &shown.context()).await;
     shown.clear();
@@ -154,14 +146,6 @@ fn options(args: &RestoreArgs) -> RestoreOptions {
     options.destination_locking = args.open.trust.locks.locking();
     options.verify = if args.verify { Verify::All } else { Verify::Nothing };
     options
-}
-
-fn visibility(args: &RestoreArgs) -> Visibility {
-    match (args.progress, args.quiet) {
-        (true, _) => Visibility::Always,
-        (_, true) => Visibility::Never,
-        _ => Visibility::IfTerminal,
-    }
 }
 
 impl Report {

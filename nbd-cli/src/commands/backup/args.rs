@@ -11,6 +11,7 @@ use crate::commands::image::open::TrustArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::file_path::FilePathParser;
 use crate::locking::ShareArgs;
+use crate::progress::SummaryArgs;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -118,17 +119,9 @@ pub struct BackupArgs {
     #[command(flatten)]
     pub trust: TrustArgs,
 
-    /// Print the summary as JSON.
-    #[arg(long)]
-    pub json: bool,
-
-    /// Show progress even if standard error is not a terminal.
-    #[arg(short, long)]
-    pub progress: bool,
-
-    /// Show no progress and no summary.
-    #[arg(short, long, conflicts_with_all = ["progress", "json"])]
-    pub quiet: bool,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub summary: SummaryArgs,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
