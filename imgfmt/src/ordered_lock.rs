@@ -54,7 +54,7 @@ pub(crate) mod rank {
     pub(crate) const HEADER: u8 = 21;
     pub(crate) const HEADER_WRITES: u8 = 22;
     pub(crate) const SIDECAR: u8 = 23;
-    /// Who waits for which commit of the sidecar's log. Not held while one is made.
+    /// The waiters for each commit of the sidecar's log. Not held while one is made.
     pub(crate) const LOG_QUEUE: u8 = 24;
     /// What the slots of the sidecar's log hold. Held while they are written.
     pub(crate) const LOG_SLOTS: u8 = 25;

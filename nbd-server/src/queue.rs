@@ -234,7 +234,7 @@ impl<J> FairQueue<J> {
         if free == 0 {
             return None;
         }
-        // Few of the first two run at a time, so they never keep those who wait from the threads.
+        // Few jobs of the first two classes run at a time, so they never take all threads from the third.
         let classes = [Class::Compute, Class::Bulk, Class::Wait];
         let (class, flow) = classes
             .into_iter()

@@ -1,8 +1,8 @@
 //! The reads of one worker thread that have to wait for a disk, through io_uring.
 //!
-//! They begin where a connection stands, all of a turn with one system call, and end in a task of the same
-//! thread: no other thread is woken. What a ring cannot do, or does not do well (errors, ends of files), it
-//! gives back, and the pool of threads sees to it. Where the system has no io_uring, or the server is not
+//! A connection begins them, all those of a turn with one system call, and a task of the same thread takes
+//! the results: no other thread is woken. Reads that a ring cannot do, or does not do well (errors, ends of
+//! files), go back to the pool of threads. Where the system has no io_uring, or the server is not
 //! to use it, the pool does everything.
 
 use std::os::fd::OwnedFd;
@@ -15,7 +15,7 @@ use crate::error::system_words;
 use crate::export::PlacedRead;
 use crate::sys::uring::{Ended, READS_MAX, Ring};
 
-/// How long a worker that ends waits for reads that nobody wants any more.
+/// How long a worker that ends waits for reads whose clients have left.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A read that is to be done: bytes of one file between bytes that are known.
@@ -26,14 +26,14 @@ pub(crate) struct RingRead {
     pub(crate) number: usize,
     pub(crate) offset: u64,
     pub(crate) length: usize,
-    /// What comes before and behind them.
+    /// The bytes before and after them.
     pub(crate) head: Vec<u8>,
     pub(crate) tail: Vec<u8>,
 }
 
-/// Who waits for a read.
+/// The receiver of a read.
 pub(crate) trait Reader: Send {
-    /// Everything that was to be there: what comes before the bytes, they, and what comes behind them.
+    /// All bytes: the head, those of the file, and the tail.
     fn filled(self: Box<Self>, bytes: Vec<u8>);
 
     /// It has to be read in another way.
@@ -58,7 +58,7 @@ struct State {
     is_broken: bool,
 }
 
-/// Who waits, and what was read; `None` if it has to be read in another way.
+/// The receiver, and the bytes; `None` if they have to be read in another way.
 type Outcome = (Box<dyn Reader>, Option<Vec<u8>>);
 
 /// What is to be done with the bytes when they have arrived.
@@ -145,16 +145,16 @@ impl State {
         Ok(())
     }
 
-    /// Those whose reads will not be done, if the ring has failed.
+    /// The receivers whose reads will not be done, if the ring has failed.
     fn submit(&mut self) -> Vec<Box<dyn Reader>> {
         if self.is_broken {
-            // What it was not told of has no reader any more, and its files may be closed.
+            // Reads that were not submitted have no receiver any more, and their files may be closed.
             return Vec::new();
         }
         self.ring.submit().map_or_else(|error| self.give_up(&error), |()| Vec::new())
     }
 
-    /// Those whose reads have ended, with what they get.
+    /// The receivers of the reads that have ended, with the bytes.
     fn ended(&mut self) -> Vec<Outcome> {
         let ended = match self.ring.ended() {
             Ok(ended) => ended,
@@ -169,8 +169,8 @@ impl State {
         ended.collect()
     }
 
-    /// The ring has failed; all who wait. What the kernel was told of is read all the same, for nothing:
-    /// the buffers stay until then.
+    /// Notes that the ring has failed, and returns all receivers. The kernel still finishes submitted
+    /// reads; their buffers stay until then.
     fn give_up(&mut self, error: &std::io::Error) -> Vec<Box<dyn Reader>> {
         if !std::mem::replace(&mut self.is_broken, true) {
             let error = system_words(error);
@@ -207,7 +207,7 @@ pub(crate) struct RingDriver {
 }
 
 impl RingDriver {
-    /// Gives results to those who wait for them, for ever.
+    /// Gives results to their receivers, for ever.
     ///
     /// # Cancel safety
     ///
@@ -232,10 +232,10 @@ impl RingDriver {
         }
     }
 
-    /// Waits for reads that nobody wants any more, but not for ever: a disk may hang.
+    /// Waits for reads whose clients have left, but not for ever: a disk may hang.
     pub(crate) async fn end(self) {
         let start = Instant::now();
-        while lock(&self.state).ring.flying() > 0 && start.elapsed() < PATIENCE {
+        while lock(&self.state).ring.in_flight() > 0 && start.elapsed() < PATIENCE {
             let _ = tokio::time::timeout(Duration::from_millis(100), self.descriptor.readable())
                 .await
                 .map(|ready| ready.map(|mut ready| ready.clear_ready()));

@@ -102,7 +102,7 @@ fn look_at_bitmaps(disk: &Image) {
                 assert!(!extent.range.is_empty(), "an empty extent");
                 position = extent.range.end().bytes();
             }
-            assert!(position <= SIZE, "extents behind the end of the disk");
+            assert!(position <= SIZE, "extents past the end of the disk");
         }
         // Two of the same name may be of different states.
         let names = disk.bitmaps().into_iter().filter(|other| other.name == bitmap.name).count();

@@ -18,7 +18,7 @@ pub(crate) const GRANULARITY_BITS_MAX: u32 = 31;
 
 const WORD_BITS: u64 = u64::BITS as u64;
 
-/// The bits of a bitmap. Those behind the end of the disk are never set.
+/// The bits of a bitmap. Those past the end of the disk are never set.
 pub(crate) struct Bits {
     granularity_bits: u32,
     /// Size of the disk in bytes.
@@ -70,7 +70,7 @@ impl Bits {
         }
     }
 
-    /// Marks what a range touches. What lies behind the end of the disk is ignored.
+    /// Marks what a range touches. What lies past the end of the disk is ignored.
     pub(crate) fn set_range(&self, range: GuestRange) {
         let end = range.end().bytes().min(self.size);
         let start = range.offset().bytes();
@@ -184,7 +184,7 @@ impl Bits {
     }
 
     /// What is dirty and what is clean in a range, from its start on, at most `max_count` parts. What
-    /// lies behind the end of the bitmap is clean.
+    /// lies past the end of the bitmap is clean.
     pub(crate) fn extents(&self, whole: GuestRange, max_count: usize) -> Vec<DirtyExtent> {
         let mut extents: Vec<DirtyExtent> = Vec::new();
         let (mut position, end) = (whole.offset().bytes(), whole.end().bytes());
@@ -202,7 +202,7 @@ impl Bits {
     }
 
     /// Copies bits out: `bytes` from the byte at `offset` of the bitmap on, eight bits each, the
-    /// lowest first. What lies behind the end is zero.
+    /// lowest first. What lies past the end is zero.
     pub(crate) fn store(&self, offset: u64, bytes: &mut [u8]) {
         debug_assert!(offset.is_multiple_of(8));
         let words = self.words().get((offset / 8) as usize..).unwrap_or_default();
@@ -295,7 +295,7 @@ mod tests {
         assert_eq!(bytes[9..], [0; 7]);
         let copy = Bits::new(512 * 70, 9);
         copy.load(0, &[0xff; 16]);
-        assert_eq!(copy.dirty_bytes(), 512 * 70, "bits behind the end do not count");
+        assert_eq!(copy.dirty_bytes(), 512 * 70, "bits past the end do not count");
         let ones = Bits::new(512 * 70, 9);
         ones.load_ones(8, 1 << 40);
         assert_eq!(dirty(&ones), [(512 * 64, 512 * 6)]);

@@ -27,7 +27,7 @@ pub struct Extents<I> {
     /// What no step has looked at yet.
     rest: GuestRange,
     found: VecDeque<Extent>,
-    /// What was found behind the end of the last extent that was given out.
+    /// What was found past the end of the last extent that was given out.
     ahead: Option<Result<Extent>>,
     steps_left: usize,
     extents_per_step: usize,

@@ -27,7 +27,7 @@ impl Qcow2 {
 
 impl Drop for Qcow2 {
     fn drop(&mut self) {
-        // Whoever wants to know whether this works calls `Image::close`.
+        // `Image::close` reports errors; here no caller can take one.
         let _ = self.close_writer();
     }
 }

@@ -64,7 +64,7 @@ impl DataFile {
         grown.map_err(|error| self.error(error, guest))
     }
 
-    /// Makes the file at least `end` bytes long. Nobody else writes, and a length takes up no space.
+    /// Makes the file at least `end` bytes long. No other write may run. A length takes up no space.
     pub(in crate::qcow2) fn grow_to(&self, end: u64) -> Result<()> {
         let grow = || {
             if self.storage.len()? >= end {
@@ -105,7 +105,7 @@ impl DataFile {
         let name = |error| self.metadata.named(Error::from_io("resize the data file of", error));
         let length = self.storage.len().map_err(name)?;
         if size > old_size && length > old_size {
-            // What lies behind the end of the disk was never part of it.
+            // Bytes past the end of the disk were never part of it.
             let stale = length.min(size) - old_size;
             let start = HostOffset::new(old_size);
             let zeroed = self.storage.write_zeroes(start, stale, ZeroMode::MayUnmap, Speed::Any);

@@ -57,8 +57,8 @@ impl Flusher<'_> {
         Ok(())
     }
 
-    /// Flushes for somebody who relies on it for everything that was written since the last flush that
-    /// succeeded.
+    /// Flushes for a caller that relies on everything that was written since its last successful
+    /// flush.
     pub(in crate::qcow2) fn flush_for_caller(self) -> Result<()> {
         self.metadata.report_failed(self.flush())
     }

@@ -20,14 +20,14 @@ pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
         words: InitialWords<'_>,
     ) -> io::Result<Box<dyn SidecarStorage>>;
 
-    /// Opens the sidecar that is there, if any. Nobody else can as long as it is open.
+    /// Opens the existing sidecar, if any. No other process can open it until it is closed.
     ///
     /// # Errors
     ///
-    /// `WouldBlock` if somebody uses it, and goes on to do so; the error says who.
+    /// `WouldBlock` if another process keeps it open; the error names that process.
     fn open(&self, access: Access) -> io::Result<Option<Box<dyn FoundBytes>>>;
 
-    /// Takes the sidecar away, if there is one; durable on return.
+    /// Removes the sidecar, if there is one; durable on return.
     fn remove(&self) -> io::Result<()>;
 
     /// Its name for messages.
@@ -49,11 +49,11 @@ pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
 pub(crate) trait SidecarStorage: Send + Sync + fmt::Debug {
     /// All bytes, as little-endian words.
     fn words(&self) -> &[AtomicU64];
-    /// Writes to a place that nobody reaches through [`words`](Self::words); durable on return.
+    /// Writes to a place that is never used through [`words`](Self::words); durable on return.
     fn write_durable(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
     /// Makes durable what was stored in the words before.
     fn sync(&self) -> io::Result<()>;
-    /// Takes the file away, so that nobody recovers from it; durable on return.
+    /// Removes the file, so that no recovery uses it; durable on return.
     fn remove(&self) -> io::Result<()>;
 }
 

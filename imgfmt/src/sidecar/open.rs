@@ -36,7 +36,7 @@ struct Place {
 #[derive(Debug)]
 #[must_use = "the change is in flight for as long as this lives"]
 pub(crate) struct InFlight {
-    /// The sidecar and the extents, where anybody counts them.
+    /// The sidecar and the extents, if they are counted.
     counted: Option<(Arc<Sidecar>, u32, u32)>,
 }
 

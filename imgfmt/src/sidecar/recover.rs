@@ -178,7 +178,7 @@ impl<R: FoundBytes> Recovery<R> {
             let last = (end - 1) >> wanted.granularity_bits;
             set_plain_bits(&mut words, first, last);
         }
-        // Bits behind the end of the disk mean nothing.
+        // Bits past the end of the disk mean nothing.
         if let (Some(word), rest @ 1..) = (words.last_mut(), wanted.bit_count % 64) {
             *word &= (1 << rest) - 1;
         }

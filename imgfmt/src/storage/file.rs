@@ -506,7 +506,7 @@ fn lock_file(file: &File, path: &Path, access: Access, locking: Locking) -> Resu
             match locking {
                 Locking::On => {
                     let detail = "its file system has no locks; open it with locking off if you \
-                                  are sure that nobody else uses it";
+                                  are sure that no other program uses it";
                     Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
                 }
                 // Who shares it has asked for no protection.

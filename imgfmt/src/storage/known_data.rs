@@ -170,7 +170,7 @@ mod tests {
         assert!(known.contains(0, 1 << 40));
         known.insert(12345, 1 << 30);
         assert!(known.state.get().unwrap().granules.get().is_none());
-        assert!(!known.contains(1 << 40, 1), "behind the end nothing is known");
+        assert!(!known.contains(1 << 40, 1), "past the end nothing is known");
         assert!(!known.contains(u64::MAX, 2));
     }
 

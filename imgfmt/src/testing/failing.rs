@@ -26,7 +26,7 @@ pub enum Call {
     Sync,
 }
 
-/// The calls to fail: those whose number is in `calls`, with a system error code.
+/// The calls that fail, by their numbers, and with which system error code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Numbers of calls, as [`FailingStorage::calls`] counts them; `n..n + 1` fails once,

@@ -211,7 +211,7 @@ fn read(image: &Image, jobs: &Mutex<Receiver<Job>>) {
         // At most `PIECE`.
         let mut buffer = vec![0; usize::try_from(range.length()).unwrap_or(0)];
         let read = image.read_at(range.offset(), &mut buffer).map(|()| buffer);
-        // Nobody waits for it after an error.
+        // After an error there is no receiver.
         let _ = done.send(read);
     }
 }

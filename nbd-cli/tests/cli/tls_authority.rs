@@ -168,7 +168,7 @@ fn tls_psk_serves_qemu_nbdkit_and_libnbd_in_both_roles() {
         let uri = server.uri().replacen("nbd+unix:///", "nbds+unix://alice@/", 1);
         nbd_cli(&["info", "--size", "--tls-psk", &client, &uri]).success();
     }
-    // A new key ends the old one, and nobody else's.
+    // A new key ends the user's old one, and no other.
     let (old, before) =
         (fs::read(&client).expect("keys"), fs::read_to_string(&keys).expect("keys"));
     says(nbd_cli(&["tls", "psk", "alice", "--file", &keys]), &["'alice' already", "--force"]);
@@ -209,7 +209,7 @@ fn tls_files_are_never_replaced_unasked_and_keys_are_for_their_owner() {
     nbd_cli(&["tls", "init", &other]).success();
     let into = ["tls", "client", "-a", &other, "-o", &pki.server(), "x"];
     says(nbd_cli(&into), &["another authority", "--force"]);
-    // A replaced key keeps the group that may read it, and the permissions of nobody else.
+    // A replaced key keeps the group that may read it, and gives no others permission.
     let key = pki.path("pki/localhost/server-key.pem");
     fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).expect("our file");
     assert!(pki.shown("server-cert.pem")["problems"].to_string().contains("chmod 600"));

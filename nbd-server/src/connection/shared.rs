@@ -16,7 +16,7 @@ use crate::scheduler::Scheduler;
 pub(crate) struct Shared {
     pub(crate) config: Arc<ServerConfig>,
     pub(crate) exports: ExportRegistry,
-    /// Who is let in, and what exports there are besides.
+    /// Admission of clients, and exports that are resolved by name.
     pub(crate) access: Access,
     /// Counts those that have an export in use.
     pub(crate) clients: Clients,

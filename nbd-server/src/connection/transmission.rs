@@ -255,7 +255,7 @@ impl Session {
             }
             Arrival::Payload(request, payload, permit) => {
                 // The system may hold a writer up, for the lock of the file or because too many
-                // pages are dirty: the pool waits for that where it would be in somebody's way.
+                // pages are dirty: the pool waits for that if the wait would delay other clients.
                 let is_elsewhere = self.turn.has_light_company();
                 let written =
                     if is_elsewhere { None } else { self.target.write_now(&request, &payload) };

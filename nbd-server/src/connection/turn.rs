@@ -55,7 +55,7 @@ pub(crate) struct Thread {
     order: Arc<Mutex<Order>>,
 }
 
-/// Who is next.
+/// The order of the connections of one thread.
 #[derive(Debug)]
 struct Order {
     next_id: u64,
@@ -107,7 +107,7 @@ impl Order {
         self.since_look >= self.quantum()
     }
 
-    /// Does it matter who is next?
+    /// Does the order matter?
     fn is_contended(&self) -> bool {
         self.wants_look() || self.chosen.is_some() || !self.waiting.is_empty()
     }
@@ -279,7 +279,7 @@ impl Turn {
     /// Lets others work, although there is more to do: the task is woken when it is to go on. Look
     /// with [`Turn::poll`] whether it is.
     pub(super) fn pass_on(&mut self, cx: &mut Context<'_>) {
-        // Those who ask for little pass on as well, after a number of rounds.
+        // Connections with little work pass on as well, after a number of rounds.
         if self.spent > LIGHT_LEN {
             self.light_runs = 0;
         }
@@ -442,7 +442,7 @@ mod tests {
             (Busy::Rests, SHORT_QUANTUM / 2),
         ] {
             let log = run(50, 20, style, cost);
-            // Those who have just come have their first turn before the second of any other.
+            // New connections have their first turn before the second of any other.
             let settled = log.iter().position(|turn| *turn == Some(49)).unwrap() + 1;
             let runs = log[settled..].split(Option::is_none);
             let longest = runs.map(<[_]>::len).max().unwrap();
@@ -495,7 +495,7 @@ mod tests {
         let mut turn = Turn::new(thread);
         let serve = |turn: &mut Turn, cost| {
             let mut cx = Context::from_waker(Waker::noop());
-            assert!(turn.poll(&mut cx).is_ready(), "nobody else is there");
+            assert!(turn.poll(&mut cx).is_ready(), "there is no other connection");
             turn.spend(cost);
             if turn.ends_with_round() {
                 turn.pass_on(&mut cx);

@@ -37,9 +37,9 @@ impl DurabilityFailures {
     }
 }
 
-/// Who waits for a flush. Dropped without an answer it has to see to itself.
+/// A request that waits for a flush. If it is dropped without an answer, it has to answer itself.
 pub(crate) trait Waiter: Send {
-    /// Nobody wants the answer any more.
+    /// Returns whether the answer is not wanted any more.
     fn is_abandoned(&self) -> bool;
 
     /// The flush has ended. One that failed was the `Err`th failure of this export.
@@ -113,7 +113,7 @@ pub(crate) struct UnderWay {
 
 impl UnderWay {
     /// Whether a flush is likely to serve others as well. Where one runs that has much to write, a change
-    /// had better not wait behind it.
+    /// should not wait for it.
     pub(crate) fn has_company(&self) -> bool {
         let state = self.flushes.state();
         let is_slow = state.began.is_some_and(|began| began.elapsed() > SLOW);
@@ -127,7 +127,7 @@ impl Drop for UnderWay {
     }
 }
 
-/// Flushes as long as somebody waits for it.
+/// Flushes as long as requests wait for it.
 struct FlushJob {
     flushes: Flushes,
     export: Arc<dyn Export>,
@@ -141,11 +141,11 @@ impl Job for FlushJob {
     }
 
     fn step(mut self: Box<Self>, _: &Scheduler) -> Option<Box<dyn Job>> {
-        // From here on it begins: who comes later waits for the next.
+        // The flush begins here: later requests wait for the next one.
         let waiting = std::mem::take(&mut self.flushes.state().waiting);
         let (wanted, abandoned): (Vec<_>, Vec<_>) =
             waiting.into_iter().partition(|waiter| !waiter.is_abandoned());
-        // What they leave behind looks at the state.
+        // Dropping them may lock the state.
         drop(abandoned);
         if !wanted.is_empty() {
             self.flushes.begin_flush(wanted.len());
@@ -171,7 +171,7 @@ impl FlushJob {
             tracing::error!("a flush panicked");
             Err(ExportError::new(Errno::EIO, "the server failed"))
         });
-        // It failed once, however many hear of it.
+        // It failed once, however many requests it answers.
         let result = result.map_err(|error| (self.failures.add(), error));
         for waiter in waiting {
             waiter.answer(match &result {

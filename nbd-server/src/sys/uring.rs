@@ -24,13 +24,13 @@ pub(crate) const READS_MAX: usize = 256;
 /// It is used by the thread that made it alone: others get errors.
 pub(crate) struct Ring {
     ring: IoUring,
-    /// An eventfd that is written to when there is something to fetch. (The ring's own descriptor becomes
-    /// readable only when it was fetched.)
-    news: OwnedFd,
+    /// An eventfd that is written to when results have come. (The ring's own descriptor becomes readable
+    /// only when they were fetched.)
+    event: OwnedFd,
     /// The buffers of all reads that have not ended, each in the place that the read is numbered by.
-    flying: Vec<Option<Vec<u8>>>,
+    in_flight: Vec<Option<Vec<u8>>>,
     free: Vec<usize>,
-    /// Reads that the kernel has not been told of.
+    /// Reads that are not submitted.
     unsubmitted: usize,
 }
 
@@ -47,11 +47,11 @@ impl Ring {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(entries),
             ring => ring,
         }?;
-        let news = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        ring.submitter().register_eventfd(news.as_raw_fd())?;
-        let mut flying = Vec::new();
-        flying.resize_with(READS_MAX, || None);
-        Ok(Self { ring, news, flying, free: (0..READS_MAX).rev().collect(), unsubmitted: 0 })
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        ring.submitter().register_eventfd(event.as_raw_fd())?;
+        let mut in_flight = Vec::new();
+        in_flight.resize_with(READS_MAX, || None);
+        Ok(Self { ring, event, in_flight, free: (0..READS_MAX).rev().collect(), unsubmitted: 0 })
     }
 
     /// Becomes readable when results have come. To be called within a runtime.
@@ -60,13 +60,13 @@ impl Ring {
     ///
     /// Those of the system.
     pub(crate) fn watch(&self) -> io::Result<AsyncFd<OwnedFd>> {
-        let descriptor = self.news.try_clone()?;
-        // SAFETY: nobody else has this descriptor, and it is closed when the `AsyncFd` has let go of it.
+        let descriptor = self.event.try_clone()?;
+        // SAFETY: this descriptor has no other owner, and it is closed when the `AsyncFd` has let go of it.
         Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
     }
 
     /// How many reads have not ended.
-    pub(crate) fn flying(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         READS_MAX - self.free.len()
     }
 
@@ -84,20 +84,20 @@ impl Ring {
         let start = buffer[at..].as_mut_ptr();
         let read = opcode::Read::new(types::Fd(file.as_raw_fd()), start, short).offset(offset);
         let entry = read.build().user_data(number as u64);
-        // SAFETY: `length` bytes from `start` on lie within the buffer (checked above). It goes to `flying`,
+        // SAFETY: `length` bytes from `start` on lie within the buffer (checked above). It goes to `in_flight`,
         // is not touched there, and is taken out only when the kernel has reported the end of this read; a
         // ring that is dropped before that leaks it. The kernel takes its own reference to the file
-        // when it is told of the read.
+        // when the read is submitted.
         if unsafe { self.ring.submission().push(&entry) }.is_err() {
             self.free.push(number);
             return Err(buffer);
         }
-        self.flying[number] = Some(buffer);
+        self.in_flight[number] = Some(buffer);
         self.unsubmitted += 1;
         Ok(number)
     }
 
-    /// Tells the kernel of the reads that have begun.
+    /// Submits the reads that have begun.
     ///
     /// # Errors
     ///
@@ -120,10 +120,10 @@ impl Ring {
     /// Those of the system.
     pub(crate) fn ended(&mut self) -> io::Result<Vec<Ended>> {
         self.enter(0, EnterFlags::GETEVENTS)?;
-        let Self { ring, flying, free, .. } = self;
+        let Self { ring, in_flight, free, .. } = self;
         let ended = ring.completion().filter_map(|entry| {
             let number = entry.user_data() as usize;
-            let buffer = flying.get_mut(number)?.take()?;
+            let buffer = in_flight.get_mut(number)?.take()?;
             free.push(number);
             let result = usize::try_from(entry.result())
                 .map_err(|_| io::Error::from_raw_os_error(entry.result().saturating_neg()));
@@ -151,7 +151,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         // The kernel may still write into them.
-        std::mem::forget(std::mem::take(&mut self.flying));
+        std::mem::forget(std::mem::take(&mut self.in_flight));
     }
 }
 
@@ -178,10 +178,10 @@ mod tests {
     /// Waits for all reads.
     fn all(ring: &mut Ring) -> Vec<Ended> {
         ring.submit().unwrap();
-        let news = ring.news.try_clone().unwrap();
+        let event = ring.event.try_clone().unwrap();
         let mut ended = Vec::new();
-        while ring.flying() > 0 {
-            poll(&mut [PollFd::new(&news, PollFlags::IN)], None).unwrap();
+        while ring.in_flight() > 0 {
+            poll(&mut [PollFd::new(&event, PollFlags::IN)], None).unwrap();
             ended.extend(ring.ended().unwrap());
         }
         ended
@@ -225,7 +225,7 @@ mod tests {
         let refused = ring.read(file.as_fd(), 0, (vec![3; 10], 0, 10)).unwrap_err();
         assert_eq!(refused, [3; 10]);
         assert_eq!(all(&mut ring).len(), READS_MAX);
-        assert_eq!(ring.flying(), 0);
+        assert_eq!(ring.in_flight(), 0);
     }
 
     #[test]
@@ -235,7 +235,7 @@ mod tests {
         // Nothing is there to be read: this read has not ended when the ring goes.
         ring.read(reader.as_fd(), u64::MAX, (vec![0; 1 << 16], 0, 1 << 16)).unwrap();
         ring.submit().unwrap();
-        assert_eq!(ring.flying(), 1);
+        assert_eq!(ring.in_flight(), 1);
         drop(ring);
         writer.write_all(&[1; 4096]).unwrap();
     }

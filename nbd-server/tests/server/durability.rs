@@ -80,7 +80,7 @@ fn gated_disk() -> std::sync::Arc<Scripted> {
     Scripted::new(1 << 20, script)
 }
 
-/// Has one durable change under way, and eight more behind it that therefore share flushes.
+/// Has one durable change under way, and eight more after it, which therefore share flushes.
 fn submit_nine(disk: &Scripted, client: &mut Client) {
     let count = |counter: &std::sync::atomic::AtomicUsize| counter.load(Ordering::SeqCst);
     client.submit(0, 512, &Command::Write(Durability::Fua), &[1; 512]);

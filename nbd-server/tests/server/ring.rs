@@ -220,7 +220,7 @@ fn a_file_that_has_become_shorter_is_an_error_and_the_rest_is_read() {
 }
 
 #[test]
-fn a_client_that_leaves_with_reads_in_flight_harms_nobody() {
+fn a_client_that_leaves_with_reads_in_flight_harms_no_other() {
     let content = Random::new().bytes(4 << 20);
     let file = disk_file(&content);
     for config in configs() {

@@ -18,7 +18,7 @@ pub(super) struct Fix {
     /// Where the word lies in the file.
     pub(super) place: u64,
     pub(super) new: u64,
-    /// Afterwards the cluster behind it is written in place.
+    /// Afterwards the cluster that the entry names is written in place.
     pub(super) sets_copied: bool,
 }
 
@@ -42,7 +42,7 @@ pub(super) struct Checker<'a> {
     pub(super) counts: Counts,
     /// The clusters (first, last) of the refcount table and of its blocks.
     pub(super) structure: Vec<(u64, u64)>,
-    /// Clusters (first, last) behind the end of the file to which something refers.
+    /// Clusters (first, last) past the end of the file to which an entry refers.
     pub(super) beyond: Vec<(u64, u64)>,
     pub(super) file_length: u64,
     pub(super) file_clusters: u64,
@@ -51,12 +51,12 @@ pub(super) struct Checker<'a> {
     pub(super) table_numbers: HashMap<u64, usize>,
     /// In the L1 table of the present state.
     pub(super) active: Vec<ActiveEntry>,
-    /// Words of tables that should be others.
+    /// Words of tables that need another value.
     pub(super) fixes: Vec<Fix>,
     /// Damages other than refcounts that are too low and words that can be put right.
     pub(super) damages: u64,
     pub(super) too_low: u64,
-    /// Damages of the table of snapshots that writing it anew repairs.
+    /// Damages of the snapshot table that are repaired by writing the table again.
     pub(super) snapshot_damages: u64,
     /// Autoclear bits that the rest of the header contradicts.
     pub(super) false_autoclear: u64,

@@ -40,7 +40,7 @@ impl Checker<'_> {
         let geometry = self.image.geometry();
         let has_block = refcounts.has_block(index);
         let first = index as u64 * geometry.block_entries();
-        // Nothing lies behind the end of the file that could leak; but a structure may end there.
+        // Nothing lies past the end of the file that could leak; but a structure may end there.
         let end = (first + geometry.block_entries()).min(self.file_clusters + 1);
         let mut wrong = Vec::new();
         let mut last_used = None;

@@ -1,7 +1,7 @@
 //! Rebuilding: a new refcount table with new blocks, where nothing else is.
 //!
 //! Everything new is written to clusters to which nothing refers, not even from an entry that points
-//! behind the end of the file, and is synced; then one write of the header switches over. Whenever
+//! past the end of the file, and is synced; then one write of the header switches over. Whenever
 //! that is interrupted the old refcounts are there or the new ones, and nothing else has changed.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -106,7 +106,7 @@ impl<'a> Rebuild<'a> {
     fn cut_back(&self) {
         let length = self.plan.file_length;
         if self.metadata.file.len().is_ok_and(|now| now > length) {
-            // What stays behind the end is room that nothing refers to.
+            // What stays past the end is room that nothing refers to.
             let _ = self.metadata.file.set_len(length);
         }
     }

@@ -11,7 +11,7 @@ use crate::units::HostOffset;
 
 const L1_RESERVED: u64 = !(COPIED | OFFSET_MASK);
 const REFCOUNT_TABLE_RESERVED: u64 = 511;
-/// More references to places behind the end of the file than this are not remembered one by one.
+/// More references to places past the end of the file than this are not remembered one by one.
 const BEYOND_MAX: usize = 1 << 20;
 
 impl Checker<'_> {

@@ -29,8 +29,8 @@ impl EraseRules {
         self.format.version >= 3 || !self.names_backing
     }
 
-    /// Whether zeroes that are written have to be seen as written by whoever looks at this layer
-    /// alone: another backing file may be put under it later, and must not show. As in QEMU, version
+    /// Whether written zeroes need an entry in this layer: another backing file may be put under it
+    /// later, and must not show. As in QEMU, version
     /// 2 has no entry for that.
     pub(super) fn marks_zeroes(self) -> bool {
         self.format.version >= 3

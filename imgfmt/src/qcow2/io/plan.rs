@@ -85,7 +85,7 @@ impl MappingTables {
 
 impl Plan {
     /// Decides for one cluster where the bytes from `from` to `to` go and what must come along. A
-    /// new place is reserved later: `host` is `None` until then. Bytes from `limit` on are nobody's.
+    /// new place is reserved later: `host` is `None` until then. Bytes from `limit` on belong to no data.
     fn of_cluster(
         geometry: Geometry,
         guest_start: u64,

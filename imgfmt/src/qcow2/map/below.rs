@@ -67,8 +67,8 @@ impl MappingTables {
         Ok(words[first..].to_vec())
     }
 
-    /// Writes a copy of the table through which the new end goes, without what is behind it.
-    /// Returns where; nothing if there is nothing behind it.
+    /// Writes a copy of the L2 table that contains the new end, without the entries past the end.
+    /// Returns its offset; `None` if there are no such entries.
     pub(in crate::qcow2) fn cut_table(
         &self,
         end: u64,
@@ -91,7 +91,7 @@ impl MappingTables {
         self.clusters.write_new(&words_to_bytes(&words), references).map(Some)
     }
 
-    /// Refuses, before anything is changed, what would give a place away that is somebody else's.
+    /// Refuses, before anything is changed, entries that would free clusters of other owners.
     pub(in crate::qcow2) fn refuse_bad_behind(&self, end: u64) -> Result<()> {
         let geometry = self.geometry();
         let words_per_entry = geometry.entry_words();

@@ -1,6 +1,6 @@
 //! The marks in the header that say how far an image can be trusted.
 //!
-//! *Dirty*: refcounts and COPIED bits may be wrong; whoever opens the image for writing repairs it
+//! *Dirty*: refcounts and COPIED bits may be wrong; a writable open repairs them
 //! first. It is set while snapshots are changed, which passes through states in which they are.
 //! *Corrupt*: damage of the metadata was detected; writes are refused until repair. It is set when a
 //! change meets an entry that cannot be right, and goes away when the image is repaired.
@@ -36,7 +36,7 @@ impl MetadataFile {
         self.write_marks()
     }
 
-    /// Clears autoclear bits that say what nobody keeps true.
+    /// Clears autoclear bits whose statement is not kept true.
     pub(in crate::qcow2) fn clear_autoclear(&self, bits: u64) -> Result<()> {
         if self.header().autoclear & bits != 0 {
             self.edit_header(|file, _| change_autoclear(file, 0, bits))?;
@@ -52,8 +52,8 @@ impl MetadataFile {
         self.sync_header()
     }
 
-    /// If an error that a change met says that the metadata is damaged, marks the image and keeps
-    /// everybody from writing on.
+    /// If an error that a change met says that the metadata is damaged, marks the image and
+    /// refuses all further writes.
     pub(in crate::qcow2) fn note_damage(&self, error: Error) -> Error {
         if self.is_writable()
             && error.kind() == ErrorKind::Corrupt

@@ -46,8 +46,8 @@ pub(crate) mod incompatible {
     pub(crate) const COMPRESSION: u64 = 1 << 3;
     pub(crate) const EXTENDED_L2: u64 = 1 << 4;
     pub(crate) const KNOWN: u64 = 31;
-    /// Ours: this is no image yet, see [`incomplete_header`](super::super::incomplete_header); or
-    /// its disk is being overwritten.
+    /// Of this crate: the image is not complete yet, see
+    /// [`incomplete_header`](super::super::incomplete_header), or its disk is being overwritten.
     pub(crate) const INCOMPLETE: u64 = 1 << 63;
 }
 

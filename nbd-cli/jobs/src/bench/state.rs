@@ -54,8 +54,8 @@ impl State {
         if bytes == RUNNING {
             return Err(JobError::invalid(format!(
                 "'{shown}' is the state of a run that still writes, or was killed before it could \
-                 keep what it had written; remove it if that run has ended, and write anew with \
-                 --verify"
+                 keep what it had written; remove it if that run has ended, and write the disk again \
+                 with --verify"
             )));
         }
         Self::decode(&bytes).map(Some).ok_or_else(|| foreign(&shown))

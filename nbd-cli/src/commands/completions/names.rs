@@ -68,7 +68,7 @@ struct Position {
     options: BTreeMap<String, String>,
     /// Id of the argument or of the option whose value is completed.
     id: String,
-    /// What stands before the completed word: `--bitmap=`.
+    /// The text before the completed word: `--bitmap=`.
     before: String,
     /// The word so far.
     word: String,

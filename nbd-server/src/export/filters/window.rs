@@ -14,7 +14,7 @@ use crate::export::{
 #[non_exhaustive]
 pub enum WindowError {
     /// It begins after the end of the disk.
-    #[error("Offset {offset} is behind the end of the image ({whole} bytes)")]
+    #[error("Offset {offset} is past the end of the image ({whole} bytes)")]
     OffsetTooLarge {
         /// Where the part begins.
         offset: u64,
@@ -22,7 +22,7 @@ pub enum WindowError {
         whole: u64,
     },
     /// It ends after the end of the disk.
-    #[error("Offset {offset} and size {size} reach behind the end of the image ({whole} bytes)")]
+    #[error("Offset {offset} and size {size} reach past the end of the image ({whole} bytes)")]
     SizeTooLarge {
         /// Where the part begins.
         offset: u64,
