@@ -231,12 +231,21 @@ mod tests {
     #[test]
     fn a_ring_that_is_dropped_leaves_the_buffers_to_the_kernel() {
         let Some(mut ring) = ring() else { return };
-        let (reader, mut writer) = io::pipe().unwrap();
+        let (reader, _writer) = io::pipe().unwrap();
+        // So large that the allocator maps it by itself, and unmaps it when it is freed.
+        let buffer = vec![0; 64 << 20];
+        let (place, length) = (buffer.as_ptr().addr(), buffer.len());
         // Nothing is there to be read: this read has not ended when the ring goes.
-        ring.read(reader.as_fd(), u64::MAX, (vec![0; 1 << 16], 0, 1 << 16)).unwrap();
+        ring.read(reader.as_fd(), u64::MAX, (buffer, 0, length)).unwrap();
         ring.submit().unwrap();
         assert_eq!(ring.in_flight(), 1);
         drop(ring);
-        writer.write_all(&[1; 4096]).unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let address = |text| usize::from_str_radix(text, 16).unwrap();
+        let is_mapped = maps.lines().any(|line| {
+            let (start, end) = line.split(' ').next().and_then(|map| map.split_once('-')).unwrap();
+            (address(start)..address(end)).contains(&place)
+        });
+        assert!(is_mapped, "the buffer was freed");
     }
 }
