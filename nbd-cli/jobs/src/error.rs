@@ -16,6 +16,8 @@ pub enum JobErrorKind {
     Base,
     /// The control socket of a server cannot be reached, or the server refuses a request.
     ControlSocket,
+    /// A dirty bitmap lacks changes, or cannot be changed.
+    Bitmap,
     /// Verification found a difference.
     Mismatch,
     /// The job was cancelled.

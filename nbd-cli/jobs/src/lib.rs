@@ -23,7 +23,7 @@
 //! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
 //! and incremental backups of served disks, also of a checkpoint, and [`restore()`] restores them.
 //! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
-//! serve`.
+//! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`.
 //!
 //! # Jobs
 //!
@@ -42,6 +42,7 @@ pub mod control;
 pub mod copy;
 mod error;
 mod files;
+pub mod frozen_bits;
 pub mod key_values;
 mod lanes;
 mod location;

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
+use nbd_jobs::frozen_bits;
 
 use super::image::open::OpenArgs;
 use super::image::place::Place;
@@ -15,7 +16,7 @@ use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
-use crate::serving::frozen;
+use crate::serving::thaw;
 use crate::size::ByteSize;
 
 /// The finest default granularity, in bytes.
@@ -183,7 +184,10 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
         BitmapCommand::Repair(args) => named(|name| BitmapChange::Repair { name }, args),
         BitmapCommand::Recover(args) => carry_out(args, |image| {
             // They were restored if that was possible.
-            image.bitmaps().iter().try_for_each(|it| frozen::check_complete(image, &it.name))?;
+            image
+                .bitmaps()
+                .iter()
+                .try_for_each(|it| frozen_bits::check_complete(image, &it.name))?;
             Ok(Vec::new())
         }),
     }
@@ -231,7 +235,7 @@ fn merge(args: &MergeArgs) -> Result<Outcome, CommandError> {
             let other = args.image.open.read(path, ShareArgs::default())?;
             let mut changes = Vec::new();
             for name in &args.sources {
-                frozen::check_complete(&other, name)?;
+                frozen_bits::check_complete(&other, name)?;
                 let from = other.dirty_bits(name)?;
                 changes.push(BitmapChange::MergeBits { into: into(), from });
             }
@@ -247,13 +251,13 @@ fn carry_out(
     changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,
 ) -> Result<Outcome, CommandError> {
     let image = args.open.change(&args.path)?;
-    frozen::report_thaw(&image);
+    thaw::report_thaw(&image);
     let changes = changes(&image)?;
     image
         .bitmap_transaction(&changes)
-        .map_err(|error| frozen::explained(&image, &changes, error))?;
+        .map_err(|error| frozen_bits::explain_change(&image, &changes, error))?;
     // A repair may have made that possible.
-    frozen::report_thawed(&image.thaw_bitmaps()?);
+    thaw::report_thawed(&image.thaw_bitmaps()?);
     let mut output = Output::new();
     if args.json {
         list::json(&image, &mut output)?;

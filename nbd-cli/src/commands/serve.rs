@@ -4,7 +4,6 @@ mod address;
 mod args;
 mod captive;
 mod control;
-mod disks;
 mod source;
 mod tls;
 mod upstream;
@@ -13,14 +12,13 @@ use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nbd_jobs::control::server::{ControlSocket, Controller, ServedDisks};
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 
 use self::address::TcpAddress;
 pub use self::args::ServeArgs;
 use self::captive::Captive;
-use self::control::{ControlSocket, Controller};
-use self::disks::Disks;
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
@@ -65,11 +63,11 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     warn_of_exposure(&bound, &tls, if args.read_only { "" } else { " and change" });
     let control = match (&args.control, disks) {
         (Some(path), Some(disks)) => {
-            let socket = ControlSocket::open(path).await?;
+            let socket = ControlSocket::open(path).await;
+            let socket = socket.map_err(|error| CommandError::new(error.to_string()))?;
             let (bound, tls) = (bound.clone(), tls.clone());
-            let uris = move |name: &str| uris(&bound, name, &tls);
-            let choices = source::choices(&args);
-            let controller = Controller::new(server.handle(), disks, choices, Box::new(uris));
+            let controller = control::controller(server.handle(), disks, source::choices(&args))
+                .uris(move |name| uris(&bound, name, &tls));
             Some((socket, Arc::new(controller)))
         }
         _ => None,
@@ -95,10 +93,10 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
 async fn open_sources(
     args: &Arc<ServeArgs>,
     registry: &ExportRegistry,
-) -> Result<(Vec<String>, Option<Disks>), CommandError> {
+) -> Result<(Vec<String>, Option<ServedDisks>), CommandError> {
     let (args, registry) = (Arc::clone(args), registry.clone());
     let opening = tokio::task::spawn_blocking(move || {
-        let mut disks = args.control.as_ref().map(|_| Disks::default());
+        let mut disks = args.control.as_ref().map(|_| ServedDisks::default());
         source::add_all(&args, &registry, disks.as_mut()).map(|names| (names, disks))
     });
     opening.await.unwrap_or_else(|error| match error.try_into_panic() {
@@ -114,11 +112,11 @@ async fn serve_controlled(
 ) -> Result<Outcome, CommandError> {
     let Some((socket, controller)) = control else { return Ok(Outcome::Success) };
     let listening = tokio::spawn(socket.serve(Arc::clone(&controller)));
-    let served = serve_until_signal(server, signals, controller.stopped()).await;
+    let served = serve_until_signal(server, signals, controller.shutdown_requested()).await;
     // The socket's file is removed before the disks are reported closed.
     listening.abort();
     let _ = listening.await;
-    controller.end_all().await;
+    controller.end_checkpoints().await;
     served?;
     Ok(Outcome::Success)
 }

@@ -8,6 +8,7 @@ use imgfmt::{
     Access, BackingFile, BitmapState, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy,
     Storage,
 };
+use nbd_jobs::frozen_bits;
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{Export, ImageExport};
 
@@ -15,7 +16,7 @@ use super::durability::{refuse_degraded, report_degraded, report_recovery};
 use super::open_error::OpenError;
 use super::patience::when_free;
 use super::temporary::{temporary, temporary_over};
-use super::{BitmapDurability, frozen};
+use super::{BitmapDurability, thaw};
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::locking::{open_file, warning};
@@ -128,7 +129,7 @@ impl ImageChoices {
                 let options = options.access(Access::ReadWrite);
                 let image = when_free(|| Ok(Image::open(path, &options)?))?;
                 report_recovery(&image, path);
-                frozen::report_thaw(&image);
+                thaw::report_thaw(&image);
                 match self.bitmap_durability {
                     Some(_) => refuse_degraded(&image, path)?,
                     None => report_degraded(&image, path),
@@ -218,7 +219,7 @@ impl OfferedBitmaps {
     /// The names of the bitmaps of an image.
     fn names(&self, image: &Image) -> Result<Vec<String>, CommandError> {
         if let Self::Named(names) = self {
-            names.iter().try_for_each(|name| frozen::check_complete(image, name))?;
+            names.iter().try_for_each(|name| frozen_bits::check_complete(image, name))?;
             return Ok(names.clone());
         }
         if let Some(damage) = image.bitmap_damage() {
@@ -233,7 +234,7 @@ impl OfferedBitmaps {
             _ => true,
         });
         let complete = sound.filter(|bitmap| {
-            let complete = frozen::check_complete(image, &bitmap.name);
+            let complete = frozen_bits::check_complete(image, &bitmap.name);
             complete.inspect_err(|why| warn(&format!("not offered: {why}"))).is_ok()
         });
         Ok(complete.map(|bitmap| bitmap.name).collect())

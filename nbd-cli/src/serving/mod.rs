@@ -5,12 +5,12 @@ pub(crate) mod background;
 mod directory;
 mod durability;
 mod filter_args;
-pub(crate) mod frozen;
 pub(crate) mod image;
 pub(crate) mod open_error;
 mod patience;
 mod pid_file;
 mod temporary;
+pub(crate) mod thaw;
 mod upstream;
 
 use std::future::Future;

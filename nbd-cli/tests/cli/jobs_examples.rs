@@ -12,6 +12,10 @@ mod copy;
 #[path = "../../jobs/examples/backup.rs"]
 mod backup;
 
+#[allow(dead_code, reason = "its main function is not called")]
+#[path = "../../jobs/examples/control_socket.rs"]
+mod control_socket;
+
 fn block_on<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     runtime.expect("a runtime").block_on(work)
@@ -73,4 +77,35 @@ fn backup_example_makes_a_full_and_an_incremental_backup_of_a_disk_in_use() {
     let left = directory.path().read_dir().expect("the directory").flatten();
     let names: Vec<_> = left.map(|entry| entry.file_name().into_string().unwrap()).collect();
     assert!(names.iter().all(|name| !name.contains("partial")), "{names:?}");
+}
+
+#[test]
+fn control_socket_example_lets_backup_and_control_work_on_a_server_of_ones_own() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| {
+        directory.path().join(name).into_os_string().into_string().expect("a plain name")
+    };
+    let (disk, socket, control) = (path("disk.qcow2"), path("socket"), path("control"));
+    nbd_cli(&["image", "create", "-f", "qcow2", &disk, "8M"]).success();
+    let arguments = [disk, socket.clone(), control.clone()];
+    let server = std::thread::spawn(move || {
+        block_on(control_socket::run(arguments.into_iter())).map_err(|error| error.to_string())
+    });
+    let started = std::time::Instant::now();
+    while !std::path::Path::new(&control).exists() && !server.is_finished() {
+        assert!(started.elapsed() < std::time::Duration::from_secs(30), "it does not start");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    std::fs::write(path("new.img"), vec![5; 1 << 20]).expect("a file");
+    nbd_cli(&["copy", &path("new.img"), &format!("nbd+unix:///disk?socket={socket}")]).success();
+    let backup = ["backup", "--control", &control, "--export", "disk", "--bitmap", "daily"];
+    nbd_cli(&[&backup[..], &[&path("full.qcow2")]].concat()).success();
+    let listed = nbd_cli(&["control", &control, "list"]).success();
+    assert!(listed.contains("daily"), "{listed}");
+    nbd_cli(&["restore", &path("full.qcow2"), &path("restored.img")]).success();
+    let restored = std::fs::read(path("restored.img")).expect("the disk");
+    assert_eq!(restored.iter().filter(|byte| **byte == 5).count(), 1 << 20);
+    nbd_cli(&["control", &control, "shutdown"]).success();
+    server.join().expect("no panic").expect("it ends cleanly");
+    assert!(!std::path::Path::new(&control).exists(), "the socket is removed");
 }

@@ -39,8 +39,9 @@ const TABLE: &[Allowed] = &[
     Allowed {
         name: "nbd-jobs",
         dependencies: &["nbd-proto", "nbd-client", "imgfmt"],
-        optional: &[],
-        tests: &[],
+        optional: &["nbd-server"],
+        // Its tests turn on its own feature `server`.
+        tests: &["nbd-jobs"],
     },
     Allowed {
         name: "nbd-cli",
@@ -173,7 +174,10 @@ mod tests {
         };
         assert_eq!(of_jobs("clap", "null"), ["nbd-jobs: a library may not depend on clap"]);
         assert_eq!(of_jobs("indicatif", "null").len(), 1);
-        assert_eq!(of_jobs("nbd-server", "null").len(), 1);
+        let server = of_jobs("nbd-server", "null");
+        assert_eq!(server, ["nbd-jobs: the dependency on nbd-server has to be optional"]);
+        let optional = check(&metadata("nbd-jobs", "nbd-server", "null", true)).expect("metadata");
+        assert!(optional.is_empty(), "the feature `server` turns it on");
         assert!(of_jobs("imgfmt", "null").is_empty() && of_jobs("clap", "\"dev\"").is_empty());
         assert!(check(&metadata("nbd-cli", "clap", "null", false)).expect("metadata").is_empty());
     }

@@ -24,6 +24,8 @@
 
 mod client;
 mod protocol;
+#[cfg(feature = "server")]
+pub mod server;
 
 pub use self::client::{Conversation, call};
 pub use self::protocol::{

@@ -1,5 +1,7 @@
 //! The messages of the control socket.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -294,6 +296,14 @@ impl Failure {
         Self { kind, message: message.into() }
     }
 }
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
 
 impl From<imgfmt::Error> for Failure {
     fn from(error: imgfmt::Error) -> Self {

@@ -460,8 +460,14 @@ mod tests {
             ("driver=raw,file.filename=d,read-only=maybe", "maybe"),
             ("driver=raw,file.filename=d,force-share=on", "force-share"),
             ("driver=raw,file=node", "node"),
-            ("driver=raw,offset=4k,file.driver=raw,file.size=2k,file.file.filename=d", "past the end"),
-            ("driver=raw,size=4k,file.driver=raw,file.size=2k,file.file.filename=d", "past the end"),
+            (
+                "driver=raw,offset=4k,file.driver=raw,file.size=2k,file.file.filename=d",
+                "past the end",
+            ),
+            (
+                "driver=raw,size=4k,file.driver=raw,file.size=2k,file.file.filename=d",
+                "past the end",
+            ),
             ("driver=qcow2,file.driver=qcow2,file.file.filename=d", "qcow2"),
             ("driver=null-co,latency-ns=-5", "latency-ns"),
             ("driver=null-co,bogus=5", "bogus"),

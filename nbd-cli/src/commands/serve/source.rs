@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{Format, Image, OpenOptions};
+use nbd_jobs::control::server::{ServedDisk, ServedDisks};
 use nbd_jobs::qemu_name;
 use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
@@ -13,7 +14,6 @@ use nbd_server::export::filters::{FilterOptions, Medium};
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::args::ServeArgs;
-use super::disks::{Disk, Disks};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
@@ -26,7 +26,7 @@ use crate::size::ByteSize;
 pub(super) fn add_all(
     args: &ServeArgs,
     registry: &ExportRegistry,
-    mut controlled: Option<&mut Disks>,
+    mut controlled: Option<&mut ServedDisks>,
 ) -> Result<Vec<String>, CommandError> {
     let named: Vec<_> = args.sources.iter().map(|source| split_name(source)).collect();
     let uris = named.iter().filter_map(|(_, source)| uri(source)).collect::<Result<Vec<_>, _>>()?;
@@ -52,7 +52,7 @@ pub(super) fn add_all(
         let mut entry = match &mut controlled {
             None => ExportEntry::new(opened.export),
             Some(disks) => {
-                let disk = Disk::new(source.to_string_lossy().into_owned(), opened);
+                let disk = served_disk(source.to_string_lossy().into_owned(), opened);
                 let entry = disk.entry();
                 disks.insert(name.to_owned(), disk);
                 entry
@@ -79,6 +79,15 @@ pub(super) fn add_all(
         registry.set_default(first.clone());
     }
     Ok(names)
+}
+
+/// Returns the disk of a control socket.
+pub(super) fn served_disk(source: String, opened: Opened) -> ServedDisk {
+    let disk = ServedDisk::new(source, opened.export);
+    match opened.image {
+        Some(image) => disk.with_image(image),
+        None => disk,
+    }
 }
 
 /// Returns the export of another server that a source names, if it does.

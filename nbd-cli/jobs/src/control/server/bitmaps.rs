@@ -8,12 +8,12 @@ use nbd_server::export::ImageExport;
 use serde_json::{Value, json};
 
 use super::controller::blocking;
-use crate::commands::serve::disks::{Disk, Disks};
-use crate::serving::frozen;
-use nbd_jobs::control::{ErrorKind, Failure, InitialState, Request};
+use super::disks::{ServedDisk, ServedDisks};
+use crate::control::{ErrorKind, Failure, InitialState, Request};
+use crate::frozen_bits;
 
 /// The bitmaps of a disk.
-pub(super) async fn list(disk: &Disk) -> Result<Vec<Value>, Failure> {
+pub(super) async fn list(disk: &ServedDisk) -> Result<Vec<Value>, Failure> {
     let Some(image) = disk.image.clone() else { return Ok(Vec::new()) };
     let found = blocking(move || image.image().bitmaps()).await?;
     Ok(found.iter().map(describe).collect())
@@ -38,7 +38,7 @@ fn describe(bitmap: &BitmapInfo) -> Value {
 }
 
 /// Executes a request that changes bitmaps.
-pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Failure> {
+pub(super) async fn change(disks: &ServedDisks, request: Request) -> Result<Value, Failure> {
     let (export, change) = match request {
         Request::BitmapAdd { export, bitmap: name, granularity, initial } => {
             let granularity = granularity.unwrap_or(BITMAP_GRANULARITY_DEFAULT);
@@ -64,7 +64,10 @@ pub(super) async fn change(disks: &Disks, request: Request) -> Result<Value, Fai
         let changes = [change.clone()];
         carry_out(&image, change).map_err(|error| {
             let kind = Failure::from(&error).kind;
-            Failure::new(kind, frozen::explained(image.image(), &changes, error).to_string())
+            Failure::new(
+                kind,
+                frozen_bits::explain_change(image.image(), &changes, error).to_string(),
+            )
         })
     })
     .await?
@@ -101,7 +104,7 @@ fn carry_out(image: &ImageExport, change: BitmapChange) -> imgfmt::Result<Value>
 
 /// During a checkpoint its bitmaps must not be changed by others, and the bits recorded since its
 /// start must not be mistaken for all changes.
-fn refuse_if_frozen(disk: &Disk, change: &BitmapChange) -> Result<(), Failure> {
+fn refuse_if_frozen(disk: &ServedDisk, change: &BitmapChange) -> Result<(), Failure> {
     let bitmap = disk.checkpoint.as_ref().and_then(|checkpoint| checkpoint.bitmap.as_ref());
     let Some(bitmap) = bitmap else { return Ok(()) };
     let (changed, read) = match change {

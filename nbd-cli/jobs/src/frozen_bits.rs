@@ -3,30 +3,8 @@
 
 use imgfmt::{BitmapChange, BitmapState, Image};
 
-use crate::error::CommandError;
-use crate::output::{printable, warn};
-
-/// Reports which bitmaps got frozen bits back when an image was opened for writing, and whether
-/// that failed.
-pub(crate) fn report_thaw(image: &Image) {
-    let status = image.bitmap_durability();
-    report_thawed(&status.thawed);
-    if let Some(failure) = status.thaw_failure {
-        // The disk can be used anyway, but not the bitmaps that lack them.
-        warn(&format!("bits frozen by a checkpoint are not merged back: {failure}"));
-    }
-}
-
-/// Reports which bitmaps got frozen bits back.
-pub(crate) fn report_thawed(names: &[String]) {
-    if !names.is_empty() {
-        let names: Vec<_> = names.iter().map(|name| format!("'{}'", printable(name))).collect();
-        warn(&format!(
-            "a checkpoint was interrupted; the bits that it had frozen are back in {}",
-            names.join(", ")
-        ));
-    }
-}
+use crate::error::{JobError, JobErrorKind};
+use crate::text::printable;
 
 /// Checks that a bitmap has all of its bits, in the image or backing file that has it. A bitmap
 /// that does not exist is complete.
@@ -34,31 +12,30 @@ pub(crate) fn report_thawed(names: &[String]) {
 /// # Errors
 ///
 /// With the reason and the remedy if a checkpoint has frozen bits and they are not back.
-pub(crate) fn check_complete(image: &Image, name: &str) -> Result<(), CommandError> {
+pub fn check_complete(image: &Image, name: &str) -> Result<(), JobError> {
     let layer = image.bitmaps_beside(name);
     let state = layer.into_iter().find(|bitmap| bitmap.name == name).map(|bitmap| bitmap.state);
     let Some(BitmapState::Incomplete { frozen, problem }) = state else { return Ok(()) };
     let (name, frozen) = (printable(name), printable(&frozen));
     let lack = format!("the bitmap '{name}' lacks changes that a checkpoint has frozen");
-    Err(CommandError::new(match problem {
-        Some(reason) => format!(
-            "{lack}, and '{frozen}' cannot be relied on: {}; use 'nbd-cli bitmap repair IMAGE \
+    Err(JobError::new(
+        JobErrorKind::Bitmap,
+        match problem {
+            Some(reason) => format!(
+                "{lack}, and '{frozen}' cannot be relied on: {}; use 'nbd-cli bitmap repair IMAGE \
              {frozen}', which makes everything dirty in '{name}', and make a full backup",
-            printable(&reason)
-        ),
-        None => format!(
-            "{lack} in '{frozen}'; merge them back with 'nbd-cli bitmap recover IMAGE', on the image \
+                printable(&reason)
+            ),
+            None => format!(
+                "{lack} in '{frozen}'; merge them back with 'nbd-cli bitmap recover IMAGE', on the image \
              or backing file that has it"
-        ),
-    }))
+            ),
+        },
+    ))
 }
 
 /// Returns the error of a change of bitmaps, with the remedy if frozen bits are the reason.
-pub(crate) fn explained(
-    image: &Image,
-    changes: &[BitmapChange],
-    error: imgfmt::Error,
-) -> CommandError {
+pub fn explain_change(image: &Image, changes: &[BitmapChange], error: imgfmt::Error) -> JobError {
     let all = image.bitmaps();
     let concerns = |name: &str| match changes {
         [BitmapChange::Merge { from, .. }, ..] if name == from => true,
@@ -71,5 +48,5 @@ pub(crate) fn explained(
     };
     let about = all.iter().filter(|bitmap| concerns(&bitmap.name));
     let explained = about.filter_map(|bitmap| check_complete(image, &bitmap.name).err()).next();
-    explained.unwrap_or_else(|| error.into())
+    explained.unwrap_or_else(|| JobError::image(JobErrorKind::Bitmap, error))
 }

@@ -1,25 +1,25 @@
-//! The disks of a server with a control socket.
+//! The disks that a control socket manages.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use nbd_server::export::{Checkpointed, ExportEntry, ImageExport};
+use nbd_server::export::{Checkpointed, Export, ExportEntry, ImageExport};
 use serde_json::{Value, json};
 
-use crate::serving::image::Opened;
-use nbd_jobs::control::{ErrorKind, Failure};
+use crate::control::{ErrorKind, Failure};
 
 /// Identifies one connection to the control socket; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ConversationId(pub(super) u64);
+pub(super) struct ConnectionId(pub(super) u64);
 
-/// An exported disk.
-pub(super) struct Disk {
+/// A disk that is exported with checkpoints.
+pub struct ServedDisk {
     pub(super) source: String,
     pub(super) export: Arc<Checkpointed>,
     /// The image, if it is one.
     pub(super) image: Option<Arc<ImageExport>>,
     pub(super) checkpoint: Option<RunningCheckpoint>,
+    entry: ExportEntry,
 }
 
 /// A checkpoint in progress.
@@ -29,7 +29,7 @@ pub(super) struct RunningCheckpoint {
     pub(super) view: String,
     pub(super) bitmap: Option<CheckpointBitmap>,
     /// The connection with which it ends, if any.
-    pub(super) conversation: Option<ConversationId>,
+    pub(super) connection: Option<ConnectionId>,
 }
 
 /// The bitmap of a checkpoint.
@@ -57,15 +57,40 @@ impl CheckpointBitmap {
     }
 }
 
-impl Disk {
-    pub(super) fn new(source: String, opened: Opened) -> Self {
-        let export = Arc::new(Checkpointed::new(opened.export));
-        Self { source, export, image: opened.image, checkpoint: None }
+impl ServedDisk {
+    /// A disk without bitmaps. `source` is what clients of the control socket see as its source.
+    #[must_use]
+    pub fn new(source: impl Into<String>, export: Arc<dyn Export>) -> Self {
+        let export = Arc::new(Checkpointed::new(export));
+        let entry = ExportEntry::new(export.clone());
+        Self { source: source.into(), export, image: None, checkpoint: None, entry }
     }
 
-    /// Returns the export to be registered.
-    pub(super) fn entry(&self) -> ExportEntry {
-        ExportEntry::new(self.export.clone())
+    /// An image, with its bitmaps.
+    #[must_use]
+    pub fn of_image(source: impl Into<String>, image: Arc<ImageExport>) -> Self {
+        Self::new(source, image.clone()).with_image(image)
+    }
+
+    /// The image of which the export is a part or a filtered form: its bitmaps are those of the
+    /// disk.
+    #[must_use]
+    pub fn with_image(mut self, image: Arc<ImageExport>) -> Self {
+        self.image = Some(image);
+        self
+    }
+
+    /// Changes the properties of the export, such as its description.
+    #[must_use]
+    pub fn configured(mut self, configure: impl FnOnce(ExportEntry) -> ExportEntry) -> Self {
+        self.entry = configure(self.entry);
+        self
+    }
+
+    /// Returns the export to be registered. Only writes through it are seen by checkpoints.
+    #[must_use]
+    pub fn entry(&self) -> ExportEntry {
+        self.entry.clone()
     }
 
     /// Returns the image, or the reason why there is none.
@@ -91,18 +116,29 @@ impl Disk {
     }
 }
 
-/// The disks by the names of their exports. Views are not among them.
-#[derive(Default)]
-pub(super) struct Disks {
-    disks: BTreeMap<String, Disk>,
+impl std::fmt::Debug for ServedDisk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServedDisk")
+            .field("source", &self.source)
+            .field("checkpoint", &self.checkpoint)
+            .finish_non_exhaustive()
+    }
 }
 
-impl Disks {
-    pub(super) fn insert(&mut self, name: String, disk: Disk) {
-        self.disks.insert(name, disk);
+/// Disks by the names of their exports. Views are not among them.
+#[derive(Debug, Default)]
+pub struct ServedDisks {
+    disks: BTreeMap<String, ServedDisk>,
+}
+
+impl ServedDisks {
+    /// Adds a disk under the name under which its [entry](ServedDisk::entry) is registered. It
+    /// replaces a disk of that name.
+    pub fn insert(&mut self, name: impl Into<String>, disk: ServedDisk) {
+        self.disks.insert(name.into(), disk);
     }
 
-    pub(super) fn remove(&mut self, name: &str) -> Option<Disk> {
+    pub(super) fn remove(&mut self, name: &str) -> Option<ServedDisk> {
         self.disks.remove(name)
     }
 
@@ -110,11 +146,11 @@ impl Disks {
         self.disks.keys().cloned().collect()
     }
 
-    pub(super) fn get(&self, name: &str) -> Result<&Disk, Failure> {
+    pub(super) fn get(&self, name: &str) -> Result<&ServedDisk, Failure> {
         self.disks.get(name).ok_or_else(|| not_found(name))
     }
 
-    pub(super) fn get_mut(&mut self, name: &str) -> Result<&mut Disk, Failure> {
+    pub(super) fn get_mut(&mut self, name: &str) -> Result<&mut ServedDisk, Failure> {
         self.disks.get_mut(name).ok_or_else(|| not_found(name))
     }
 }

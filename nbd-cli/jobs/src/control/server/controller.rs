@@ -1,0 +1,159 @@
+//! The object that carries out the requests of a control socket.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use imgfmt::Format;
+use nbd_server::ServerHandle;
+use tokio::sync::{Mutex, Notify};
+
+use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
+use super::event::{ControlEvent, ControlObserver, ignore};
+use crate::control::{ErrorKind, Failure};
+
+/// The directory of files for data that is overwritten during a checkpoint: not one in memory.
+const TEMPORARY_DIRECTORY: &str = "/var/tmp";
+
+/// A source that a client asks to export.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RequestedSource {
+    /// Its name, in a notation of the server's choice.
+    pub source: String,
+    /// Refuse all writes.
+    pub read_only: bool,
+    /// Format of the image; detected unless given.
+    pub format: Option<Format>,
+}
+
+type OpenSource = dyn Fn(&RequestedSource) -> Result<ServedDisk, Failure> + Send + Sync;
+type UrisOf = dyn Fn(&str) -> Vec<String> + Send + Sync;
+
+/// Executes the requests of a control socket, one at a time.
+pub struct Controller {
+    pub(super) server: ServerHandle,
+    pub(super) disks: Mutex<ServedDisks>,
+    pub(super) open: Arc<OpenSource>,
+    pub(super) uris: Box<UrisOf>,
+    pub(super) observer: Arc<ControlObserver>,
+    pub(super) temporary_directory: PathBuf,
+    pub(super) stop: Notify,
+    connections: AtomicU64,
+}
+
+impl Controller {
+    /// Controls a server. `disks` are those of its exports that have bitmaps and checkpoints; other
+    /// exports are only listed.
+    #[must_use]
+    pub fn new(server: ServerHandle, disks: ServedDisks) -> Self {
+        Self {
+            server,
+            disks: Mutex::new(disks),
+            open: Arc::new(|_: &RequestedSource| {
+                let message = "this server does not open further sources";
+                Err(Failure::new(ErrorKind::InvalidRequest, message))
+            }),
+            uris: Box::new(|_| Vec::new()),
+            observer: ignore(),
+            temporary_directory: PathBuf::from(TEMPORARY_DIRECTORY),
+            stop: Notify::new(),
+            connections: AtomicU64::new(0),
+        }
+    }
+
+    /// Opens the sources that clients ask to export. By default none are opened. `open` is called
+    /// on a thread that may block.
+    #[must_use]
+    pub fn open_sources(
+        mut self,
+        open: impl Fn(&RequestedSource) -> Result<ServedDisk, Failure> + Send + Sync + 'static,
+    ) -> Self {
+        self.open = Arc::new(open);
+        self
+    }
+
+    /// The URIs of an export by its name, which clients learn for new exports and views. By default
+    /// there are none.
+    #[must_use]
+    pub fn uris(mut self, uris: impl Fn(&str) -> Vec<String> + Send + Sync + 'static) -> Self {
+        self.uris = Box::new(uris);
+        self
+    }
+
+    /// Reports events. By default they are ignored.
+    #[must_use]
+    pub fn observer(
+        mut self,
+        observer: impl Fn(&ControlEvent<'_>) + Send + Sync + 'static,
+    ) -> Self {
+        self.observer = Arc::new(observer);
+        self
+    }
+
+    /// The directory of the files, without names, that hold data overwritten during checkpoints. By
+    /// default it is /var/tmp.
+    #[must_use]
+    pub fn temporary_directory(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.temporary_directory = directory.into();
+        self
+    }
+
+    /// Waits until a client requests the end of the server.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe.
+    pub async fn shutdown_requested(&self) {
+        self.stop.notified().await;
+    }
+
+    /// Ends every checkpoint as failed: ranges without a backup stay dirty. To be called when the
+    /// server has ended.
+    pub async fn end_checkpoints(&self) {
+        self.abandon_checkpoints(|_| true).await;
+    }
+
+    /// Registers a new client of the control socket.
+    pub(super) fn new_connection(&self) -> ConnectionId {
+        ConnectionId(self.connections.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// Unregisters a client: the checkpoints bound to its connection are ended as failed.
+    pub(super) async fn end_connection(&self, id: ConnectionId) {
+        self.abandon_checkpoints(|checkpoint| checkpoint.connection == Some(id)).await;
+    }
+
+    pub(super) fn observe(&self, event: &ControlEvent<'_>) {
+        (self.observer)(event);
+    }
+
+    async fn abandon_checkpoints(&self, which: impl Fn(&RunningCheckpoint) -> bool) {
+        let mut disks = self.disks.lock().await;
+        for export in disks.names() {
+            if disks.get(&export).is_ok_and(|disk| disk.checkpoint.as_ref().is_some_and(&which))
+                && let Err(failure) = self.abandon_checkpoint(&mut disks, &export).await
+            {
+                self.observe(&ControlEvent::CheckpointNotEnded {
+                    export: &export,
+                    failure: &failure,
+                });
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Controller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Controller").field("server", &self.server).finish_non_exhaustive()
+    }
+}
+
+/// Runs work that may block.
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Failure::new(ErrorKind::Failed, format!("given up: {error}")))
+}

@@ -1,0 +1,215 @@
+//! Requests about exports, and the distribution of all requests.
+
+use std::time::SystemTime;
+
+use imgfmt::Format;
+use nbd_proto::wire::TransmissionFlags;
+use nbd_server::{InUse, RemoveError};
+use serde_json::{Value, json};
+
+use super::bitmaps;
+use super::checkpoint::CheckpointRequest;
+use super::checkpoint_bitmap::RequestedBase;
+use super::controller::{Controller, RequestedSource, blocking};
+use super::disks::{ConnectionId, ServedDisk, ServedDisks};
+use super::event::ControlEvent;
+use crate::control::{
+    ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request,
+};
+
+impl Controller {
+    /// Executes a request.
+    pub(super) async fn execute(
+        &self,
+        request: Request,
+        connection: ConnectionId,
+    ) -> Result<Value, Failure> {
+        let mut disks = self.disks.lock().await;
+        match request {
+            Request::List {} => {
+                let listing = self.list(&disks).await?;
+                serde_json::to_value(listing)
+                    .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))
+            }
+            Request::AddExport { name, source, read_only, format, description } => {
+                let format = format.as_deref().map(known_format).transpose()?;
+                let source = RequestedSource { source, read_only, format };
+                self.open_and_add(&mut disks, name, source, description).await
+            }
+            Request::RemoveExport { name, on_use } => self.remove(&mut disks, &name, on_use).await,
+            Request::CheckpointStart {
+                export,
+                bitmap,
+                if_missing,
+                if_unusable,
+                view,
+                base,
+                trust_base,
+                lifetime,
+            } => {
+                let connection = match lifetime {
+                    Lifetime::Server => None,
+                    Lifetime::Connection => Some(connection),
+                };
+                let base = RequestedBase::new(base.as_deref(), trust_base)?;
+                let request =
+                    CheckpointRequest { bitmap, if_missing, if_unusable, view, base, connection };
+                self.start_checkpoint(&mut disks, &export, request).await
+            }
+            Request::CheckpointEnd { export, outcome } => {
+                self.end_checkpoint(&mut disks, &export, outcome).await
+            }
+            Request::Shutdown {} => {
+                self.stop.notify_one();
+                Ok(json!({}))
+            }
+            request => bitmaps::change(&disks, request).await,
+        }
+    }
+
+    /// Exports a disk. Returns the URIs of the export.
+    ///
+    /// # Errors
+    ///
+    /// If there is an export of that name, or the name is too long.
+    pub async fn add_export(
+        &self,
+        name: impl Into<String>,
+        disk: ServedDisk,
+    ) -> Result<Vec<String>, Failure> {
+        let name = name.into();
+        let mut disks = self.disks.lock().await;
+        self.refuse_taken(&name)?;
+        self.add(&mut disks, name, disk)
+    }
+
+    /// Removes an export and closes its disk.
+    ///
+    /// # Errors
+    ///
+    /// If there is no export of that name, it is in use by clients that are not to be disconnected,
+    /// or a checkpoint of it is in progress; the export is kept then. If flushing the disk fails,
+    /// the export is removed nevertheless.
+    pub async fn remove_export(&self, name: &str, on_use: OnUse) -> Result<(), Failure> {
+        let mut disks = self.disks.lock().await;
+        self.remove(&mut disks, name, on_use).await.map(drop)
+    }
+
+    async fn list(&self, disks: &ServedDisks) -> Result<Listing, Failure> {
+        let clients = self.server.clients();
+        let mut exports = Vec::new();
+        for (name, entry) in self.server.exports().entries() {
+            let info = entry.export().info();
+            let disk = disks.get(&name).ok();
+            let bitmaps = match disk {
+                Some(disk) => bitmaps::list(disk).await?,
+                None => Vec::new(),
+            };
+            exports.push(ExportState {
+                size: info.size,
+                read_only: info.flags.contains(TransmissionFlags::READ_ONLY),
+                clients: self.server.users_of(&entry),
+                source: disk.map(|disk| disk.source.clone()),
+                bitmaps,
+                disk: disk.and_then(ServedDisk::id),
+                checkpoint: disk.and_then(ServedDisk::describe_checkpoint),
+                name,
+            });
+        }
+        let clients = clients.into_iter().map(|client| ClientState {
+            id: client.id,
+            peer: client.peer,
+            export: client.export,
+            since: seconds(client.since),
+        });
+        Ok(Listing { exports, clients: clients.collect() })
+    }
+
+    async fn open_and_add(
+        &self,
+        disks: &mut ServedDisks,
+        name: String,
+        source: RequestedSource,
+        description: Option<String>,
+    ) -> Result<Value, Failure> {
+        self.refuse_taken(&name)?;
+        let open = self.open.clone();
+        let mut disk = blocking(move || open(&source)).await??;
+        if let Some(text) = description {
+            disk = disk.configured(|entry| entry.description(text));
+        }
+        let uris = self.add(disks, name, disk)?;
+        Ok(json!({ "uris": uris }))
+    }
+
+    fn refuse_taken(&self, name: &str) -> Result<(), Failure> {
+        if self.server.exports().entries().iter().any(|(taken, _)| taken == name) {
+            let message = format!("there is an export named '{name}' already");
+            return Err(Failure::new(ErrorKind::AlreadyExists, message));
+        }
+        Ok(())
+    }
+
+    fn add(
+        &self,
+        disks: &mut ServedDisks,
+        name: String,
+        disk: ServedDisk,
+    ) -> Result<Vec<String>, Failure> {
+        self.server
+            .exports()
+            .add(name.clone(), disk.entry())
+            .map_err(|error| Failure::new(ErrorKind::InvalidRequest, error.to_string()))?;
+        let uris = (self.uris)(&name);
+        self.observe(&ControlEvent::ExportAdded { export: &name });
+        disks.insert(name, disk);
+        Ok(uris)
+    }
+
+    async fn remove(
+        &self,
+        disks: &mut ServedDisks,
+        name: &str,
+        on_use: OnUse,
+    ) -> Result<Value, Failure> {
+        if disks.get(name)?.checkpoint.is_some() {
+            let message = format!("a checkpoint of '{name}' is in progress; end it first");
+            return Err(Failure::new(ErrorKind::InUse, message));
+        }
+        let in_use = match on_use {
+            OnUse::Refuse => InUse::Refuse,
+            OnUse::Disconnect => InUse::Disconnect,
+        };
+        let entry = self.server.remove_export(name, in_use).await.map_err(|error| {
+            let kind = match error {
+                RemoveError::InUse { .. } => ErrorKind::InUse,
+                _ => ErrorKind::NotFound,
+            };
+            Failure::new(kind, error.to_string())
+        })?;
+        let disk = disks.remove(name);
+        self.observe(&ControlEvent::ExportRemoved { export: name });
+        blocking(move || {
+            let flushed = entry.export().flush();
+            // Closes the image, unless a cancelled request is still working on it.
+            drop((entry, disk));
+            flushed.map_err(|error| {
+                let message = format!("the export is removed, but flushing it failed: {error}");
+                Failure::new(ErrorKind::Failed, message)
+            })
+        })
+        .await??;
+        Ok(json!({}))
+    }
+}
+
+fn known_format(name: &str) -> Result<Format, Failure> {
+    Format::from_name(name).ok_or_else(|| {
+        let message = format!("there is no format '{name}'; use raw or qcow2");
+        Failure::new(ErrorKind::InvalidRequest, message)
+    })
+}
+
+fn seconds(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -1,0 +1,256 @@
+//! The control socket and its clients. All input is untrusted.
+
+use std::fmt;
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{UnixListener, UnixStream};
+
+use super::controller::Controller;
+use super::disks::ConnectionId;
+use super::event::ControlEvent;
+use super::lines::{Line, Lines};
+use super::slots::{Activity, ClientSlot, ClientSlots};
+use crate::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
+
+/// Backlog of the listening socket: a burst of clients is not refused.
+const BACKLOG: i32 = 1024;
+
+/// Number and interval of the attempts while another server listens on the socket.
+const WAITS_FOR_SOCKET: u32 = 20;
+const WAIT_FOR_SOCKET: Duration = Duration::from_millis(50);
+
+/// Number and interval of the attempts to get a slot while all clients are busy.
+const WAITS_FOR_SLOT: u32 = 200;
+const WAIT_FOR_SLOT: Duration = Duration::from_millis(10);
+
+/// A listening control socket. Its file is removed on drop.
+#[derive(Debug)]
+pub struct ControlSocket {
+    listener: UnixListener,
+    path: PathBuf,
+    /// Device and inode number of the socket's file: another file in its place is left alone.
+    identity: (u64, u64),
+}
+
+impl ControlSocket {
+    /// Listens on a new socket that only this user can use. It replaces an unused socket, and waits
+    /// for another server that still uses the socket, for example one that is ending.
+    ///
+    /// # Errors
+    ///
+    /// [`ControlSocketError`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: no socket is left.
+    pub async fn open(path: &Path) -> Result<Self, ControlSocketError> {
+        for _ in 0..WAITS_FOR_SOCKET {
+            match remove_stale(path) {
+                Err(_) if std::os::unix::net::UnixStream::connect(path).is_ok() => {
+                    tokio::time::sleep(WAIT_FOR_SOCKET).await;
+                }
+                result => {
+                    result?;
+                    break;
+                }
+            }
+        }
+        remove_stale(path)?;
+        let open = || -> io::Result<Self> {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+            // Before there is a file: it has these permissions from the start.
+            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            bind(&socket, &SocketAddrUnix::new(path)?)?;
+            listen(&socket, BACKLOG)?;
+            let listener = std::os::unix::net::UnixListener::from(socket);
+            let metadata = std::fs::symlink_metadata(path)?;
+            Ok(Self {
+                listener: UnixListener::from_std(listener)?,
+                path: std::path::absolute(path)?,
+                identity: (metadata.dev(), metadata.ino()),
+            })
+        };
+        open().map_err(|error| ControlSocketError::Unusable { path: path.to_path_buf(), error })
+    }
+
+    /// Serves clients until it is dropped.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: the socket is closed and its file is removed. Requests that have been received are
+    /// still carried out.
+    pub async fn serve(self, controller: Arc<Controller>) {
+        let slots = ClientSlots::default();
+        loop {
+            let stream = match self.listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    controller.observe(&ControlEvent::ClientNotAccepted { error: &error });
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            let Some(slot) = slot_among(&slots).await else {
+                controller.observe(&ControlEvent::TooManyClients);
+                continue;
+            };
+            let controller = Arc::clone(&controller);
+            tokio::spawn(async move {
+                if let Err(error) = converse(stream, &controller, &slot).await {
+                    controller.observe(&ControlEvent::ClientLost { error: &error });
+                }
+            });
+        }
+    }
+}
+
+/// Returns a slot for a new client; waits briefly if all are busy.
+async fn slot_among(slots: &ClientSlots) -> Option<ClientSlot> {
+    for _ in 0..WAITS_FOR_SLOT {
+        match slots.take() {
+            None => tokio::time::sleep(WAIT_FOR_SLOT).await,
+            slot => return slot,
+        }
+    }
+    slots.take()
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        let found = std::fs::symlink_metadata(&self.path);
+        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+            // There is no remedy for a directory that does not allow it any more.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// The reason why a control socket cannot be opened.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum ControlSocketError {
+    /// There is a file that is not a socket.
+    NotASocket {
+        /// Path of the socket.
+        path: PathBuf,
+    },
+    /// Another server listens on the socket.
+    InUse {
+        /// Path of the socket.
+        path: PathBuf,
+    },
+    /// The system refuses.
+    Unusable {
+        /// Path of the socket.
+        path: PathBuf,
+        /// The reason.
+        error: io::Error,
+    },
+}
+
+impl fmt::Display for ControlSocketError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotASocket { path } => write!(
+                f,
+                "'{}' exists and is not a socket; give another path for --control",
+                path.display()
+            ),
+            Self::InUse { path } => {
+                write!(f, "another server listens on the control socket '{}'", path.display())
+            }
+            Self::Unusable { path, error } => {
+                write!(f, "cannot listen on the control socket '{}': {error}", path.display())
+            }
+        }
+    }
+}
+
+impl std::error::Error for ControlSocketError {}
+
+fn remove_stale(path: &Path) -> Result<(), ControlSocketError> {
+    let Ok(metadata) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    if !metadata.file_type().is_socket() {
+        return Err(ControlSocketError::NotASocket { path: path.to_path_buf() });
+    }
+    match std::os::unix::net::UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            // If it cannot be removed, binding reports the reason.
+            let _ = std::fs::remove_file(path);
+            Ok(())
+        }
+        // It has just ended.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        _ => Err(ControlSocketError::InUse { path: path.to_path_buf() }),
+    }
+}
+
+/// Serves one client until it leaves, and ends the checkpoints bound to its connection.
+async fn converse(
+    stream: UnixStream,
+    controller: &Controller,
+    slot: &ClientSlot,
+) -> io::Result<()> {
+    let id = controller.new_connection();
+    // No client is evicted while a request is in progress: requests are never cut off.
+    let result = tokio::select! {
+        result = answer(stream, controller, id, slot) => result,
+        () = slot.evicted() => {
+            Err(io::Error::other("it was idle for longest and made room for another"))
+        }
+    };
+    controller.end_connection(id).await;
+    result
+}
+
+async fn answer(
+    mut stream: UnixStream,
+    controller: &Controller,
+    id: ConnectionId,
+    slot: &ClientSlot,
+) -> io::Result<()> {
+    let mut lines = Lines::default();
+    let mut between_requests = Activity::Idle;
+    loop {
+        let (reply, go_on) = match lines.next(&mut stream).await? {
+            Line::End => return Ok(()),
+            Line::Request(line) => match decode(&line) {
+                Ok(request) => {
+                    if !slot.set(Activity::Busy) {
+                        return Ok(());
+                    }
+                    if lasts_as_long_as_its_client(&request) {
+                        between_requests = Activity::Busy;
+                    }
+                    let reply = controller.execute(request, id).await;
+                    slot.set(between_requests);
+                    (reply, true)
+                }
+                Err(failure) => (Err(failure), true),
+            },
+            Line::TooLong => {
+                let message = format!("a request has at most {MAX_LINE_LEN} bytes");
+                (Err(Failure::new(ErrorKind::InvalidRequest, message)), false)
+            }
+        };
+        stream.write_all(&encode(reply)).await?;
+        if !go_on {
+            return Ok(());
+        }
+    }
+}
+
+/// A checkpoint may end with the connection on which it was started.
+fn lasts_as_long_as_its_client(request: &Request) -> bool {
+    matches!(request, Request::CheckpointStart { lifetime: Lifetime::Connection, .. })
+}
