@@ -78,8 +78,9 @@ impl Image {
     /// Sets the backing file of a qcow2 image (and its format), or removes it. Neither the old nor
     /// the new one is opened: the disk stays the same only if both have the same content where the
     /// image itself has none. After a crash the header names the old or the new one, or one of them
-    /// without a format, which is refused by default; names so long that the header has no room for
-    /// both at once are an exception.
+    /// without a format, which is refused by default. Where the header has no room for both names at
+    /// once, an image of version 3 may be marked as unfinished: it is refused until this method
+    /// is called again. Such an image of version 2 may have a damaged header.
     ///
     /// # Errors
     ///

@@ -117,6 +117,36 @@ fn an_unsafe_rebase_changes_the_name_only() {
 }
 
 #[test]
+fn an_interrupted_change_of_the_backing_file_is_completed_by_repeating_it() {
+    tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let overlay = chain(&disk, &qemu_img, &qemu_io);
+    let flat = disk.beside("flat.img");
+    peer(&qemu_img, &["convert", &overlay, &flat]);
+    // As a crash leaves it where the header has no room for two names at once: incompatible bit 62,
+    // and no name.
+    let mut bytes = std::fs::read(&overlay).expect("the overlay");
+    bytes[72] |= 0x40;
+    bytes[8..20].fill(0);
+    std::fs::write(&overlay, &bytes).expect("the overlay");
+    let rebase = ["image", "rebase", "-b", "middle.qcow2", "-F", "qcow2", &overlay];
+    let unusable: [&[&str]; 4] = [
+        &["image", "info", &overlay],
+        &["image", "check", "--repair", "all", &overlay],
+        &["image", "amend", "--lazy-refcounts", "on", &overlay],
+        &rebase,
+    ];
+    for command in unusable {
+        let advice = "run 'nbd-cli image rebase --unsafe' with the new backing file";
+        says(nbd_cli(command), &[&overlay, "interrupted", advice]);
+    }
+    assert!(std::fs::read(&overlay).expect("the overlay") == bytes, "nothing changes");
+    nbd_cli(&[&rebase[..], &["--unsafe"]].concat()).success();
+    is_clean(&qemu_img, &overlay);
+    are_equal(&qemu_img, &overlay, &flat);
+}
+
+#[test]
 fn a_rebase_onto_what_cannot_be_changes_nothing() {
     tools!(qemu_img = "qemu-img", qemu_io = "qemu-io");
     let disk = Disk::sparse();

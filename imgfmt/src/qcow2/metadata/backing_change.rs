@@ -7,8 +7,10 @@
 //! begins in a later sector is hidden before and shown after; in between the image names a backing
 //! file without a format. Such an image is refused, but never read in the wrong format.
 //!
-//! Two cases are left in which the cluster is one write: no room for both names at once, and a list
-//! of extensions that ends at the old name without a mark.
+//! Where there is no room for both names at once, or the list of extensions ends at the old name without
+//! a mark, the old name goes first. Until the new one is there the image is marked with an incompatible
+//! bit, so that nobody reads it without its backing file, and the same change completes it. Version 2 has
+//! no such bit: there the cluster is one write.
 
 use std::ffi::OsStr;
 use std::ops::Range;
@@ -17,12 +19,12 @@ use std::os::unix::ffi::OsStrExt as _;
 use crate::bytes::{u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
-use crate::qcow2::metadata::header_edit::{Area, SECTOR, UNUSED, add_extension, remove_extension};
+use crate::qcow2::metadata::backing_format::{change_later_sectors, formats, prepare_format};
+use crate::qcow2::metadata::header_edit::{Area, SECTOR, UNUSED, remove_extension};
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{Header, MAGIC, V2_LENGTH, autoclear, field, incompatible};
 use crate::qcow2::on_disk::words::read_error;
-use crate::qcow2::purpose::Purpose;
-use crate::storage::{Durability, Storage};
+use crate::storage::{Durability, MemoryStorage, Storage};
 use crate::units::HostOffset;
 
 const NAME_BYTES_MAX: usize = 1023;
@@ -35,7 +37,7 @@ pub(crate) fn change_backing(
     storage: &dyn Storage,
     backing: Option<(&OsStr, Format)>,
 ) -> Result<()> {
-    let header = Header::read(storage, Purpose::Use)?;
+    let header = Header::read_to_name(storage)?;
     header.refuse_encryption()?;
     if header.incompatible & incompatible::CORRUPT != 0 {
         let detail = "it is marked as damaged; check and repair it first";
@@ -55,67 +57,57 @@ pub(crate) fn change_backing(
     debug_assert!(first[..read].starts_with(&MAGIC));
     // Refuses what does not fit before anything is written.
     let whole = rewritten(&header, &first, backing)?;
-    if first.len() as u64 > SECTOR && change_in_steps(storage, &header, backing)? {
-        return Ok(());
+    if first.len() as u64 > SECTOR {
+        if change_in_steps(storage, &header, backing)? {
+            return Ok(());
+        }
+        if header.version >= 3 {
+            return change_marked(storage, &header, backing);
+        }
     }
-    // One sector, or no room for both names at once: then a crash may tear this write.
+    // One sector; or version 2, and no room for both names at once: then a crash may tear this write.
     storage
         .write_at(HostOffset::new(0), &whole, Durability::Cached)
         .and_then(|()| storage.sync())
         .map_err(|error| Error::from_io("write the header of", error))
 }
 
-/// Where the format of the new backing file is written.
-#[derive(Clone, Copy, Debug)]
-enum FormatSlot {
-    /// It is there already.
-    Kept,
-    /// Over the old one, which lies within the first sector.
-    Replaced(u64),
-    /// At the start of the list of features' names, which lies there in so many bytes and has been
-    /// copied to the end: there is no other room in the first sector.
-    InNames(u64, u64),
-    /// In an extension at this place, which is of no known type as yet.
-    Hidden(u64),
+/// Changes the backing file of a version 3 image in which the new name has no place before the old one
+/// is gone. In between the image is marked.
+fn change_marked(
+    storage: &dyn Storage,
+    header: &Header,
+    backing: Option<(&OsStr, Format)>,
+) -> Result<()> {
+    let area = Area::read(storage, header.geometry.cluster_size())?;
+    // The old name goes only if the new one is known to fit then.
+    if !give_name_up(&MemoryStorage::from_bytes(&area.bytes), header, backing)? {
+        return Err(no_room());
+    }
+    give_name_up(storage, header, backing).map(|_| ())
 }
 
-impl FormatSlot {
-    fn place(self) -> Option<u64> {
-        match self {
-            Self::Kept | Self::Replaced(_) => None,
-            Self::InNames(place, _) | Self::Hidden(place) => Some(place),
-        }
+/// Takes the old name away, and then names the new backing file. False if there is no room for that.
+fn give_name_up(
+    storage: &dyn Storage,
+    header: &Header,
+    backing: Option<(&OsStr, Format)>,
+) -> Result<bool> {
+    let area = Area::read(storage, header.geometry.cluster_size())?;
+    if area.end + 8 > area.bytes.len() as u64 {
+        return Ok(false);
     }
-
-    /// Whether the extension begins in a later sector, so that its type cannot change with the name's
-    /// place.
-    fn is_beyond(self) -> bool {
-        self.place().is_some_and(|place| place >= SECTOR)
-    }
-
-    /// Changes the first sector so that this is the format.
-    fn show_in(self, sector: &mut [u8], old: impl Iterator<Item = u64>, content: &[u8]) {
-        let mut put = |place: u64, bytes: &[u8]| {
-            sector[place as usize..][..bytes.len()].copy_from_slice(bytes);
-        };
-        let mut format = Vec::new();
-        extension::push(&mut format, extension::BACKING_FORMAT, content);
-        if self.place().is_some() {
-            old.filter(|place| *place < SECTOR).for_each(|place| put(place, &UNUSED.to_be_bytes()));
-        }
-        match self {
-            Self::Kept => {}
-            Self::Replaced(place) => put(place, &format),
-            Self::InNames(place, length) => {
-                let rest = length - format.len() as u64;
-                format.extend(UNUSED.to_be_bytes());
-                format.extend((rest as u32 - 8).to_be_bytes());
-                put(place, &format);
-            }
-            Self::Hidden(place) if place < SECTOR => put(place, &format[..4]),
-            Self::Hidden(_) => {}
-        }
-    }
+    let mut marked = header.clone();
+    marked.backing_name = None;
+    marked.incompatible |= incompatible::NAME_UNFINISHED;
+    // The list of extensions still ends where the old name began.
+    let mut sector = first_sector(&area, &marked, area.limit, 0);
+    let features = marked.incompatible.to_be_bytes();
+    sector[field::INCOMPATIBLE as usize..][..8].copy_from_slice(&features);
+    area.write(0, &sector)?;
+    area.sync()?;
+    end_list(&area)?;
+    change_in_steps(storage, &marked, backing)
 }
 
 /// Changes the backing file without a moment at which a crash leaves neither the old nor the new
@@ -126,11 +118,8 @@ fn change_in_steps(
     backing: Option<(&OsStr, Format)>,
 ) -> Result<bool> {
     let cluster_size = header.geometry.cluster_size();
-    let area = Area::read(storage, cluster_size)?;
-    if area.end + 8 > area.limit {
-        return Ok(false); // The list ends at the old name, without a mark.
-    }
-    if u32_at(&area.bytes, area.end as usize + 4) != 0 {
+    let mut area = Area::read(storage, cluster_size)?;
+    if has_mark(&area) && u32_at(&area.bytes, area.end as usize + 4) != 0 {
         // A mark with a length, see `Header::overlong_end`.
         area.write(area.end, &[0; 8])?;
         area.sync()?;
@@ -138,6 +127,12 @@ fn change_in_steps(
     let Some((name, format)) = backing else {
         return remove(storage, header).map(|()| true);
     };
+    if !has_mark(&area) {
+        if !add_mark(&area)? {
+            return Ok(false);
+        }
+        area = Area::read(storage, cluster_size)?;
+    }
     let content = format.name().as_bytes();
     let Some(slot) = prepare_format(area, cluster_size, content)? else { return Ok(false) };
     let area = Area::read(storage, cluster_size)?;
@@ -160,103 +155,62 @@ fn change_in_steps(
     Ok(true)
 }
 
+/// Whether a mark ends the list of extensions. Otherwise it ends where the old name begins.
+fn has_mark(area: &Area<'_>) -> bool {
+    area.end + 8 <= area.limit
+}
+
+/// Has a mark end the list of extensions instead of the place of a name that is gone. Nothing is
+/// changed if the cluster ends there.
+fn end_list(area: &Area<'_>) -> Result<()> {
+    if area.end + 8 > area.bytes.len() as u64 {
+        return Ok(());
+    }
+    area.write(area.end, &[0; 8])?;
+    area.sync()?;
+    area.write(BACKING_FILE_OFFSET as u64, &[0; 8])?;
+    area.sync()
+}
+
+/// Adds the mark to a list of extensions that ends at the old name without one: the name moves away.
+/// False, with nothing changed, if there is no room or the mark would not be in the first sector.
+fn add_mark(area: &Area<'_>) -> Result<bool> {
+    let old = old_name(area);
+    let (cluster_size, mark_end) = (area.bytes.len() as u64, area.end + 8);
+    if old.is_empty() {
+        end_list(area)?;
+        return Ok(mark_end <= cluster_size);
+    }
+    let place = old.end.max(mark_end).next_multiple_of(8);
+    if mark_end > SECTOR || place + (old.end - old.start) > cluster_size {
+        return Ok(false);
+    }
+    area.write(place, &area.bytes[old.start as usize..old.end as usize])?;
+    area.sync()?;
+    // With the copy, if that is in the first sector too.
+    let mut sector = Area::read(area.storage, cluster_size)?.bytes;
+    sector.truncate(SECTOR as usize);
+    sector[BACKING_FILE_OFFSET..][..8].copy_from_slice(&place.to_be_bytes());
+    sector[area.end as usize..mark_end as usize].fill(0);
+    area.write(0, &sector)?;
+    area.sync()?;
+    Ok(true)
+}
+
 /// Takes the name away, and then the format, which means nothing without a name.
 fn remove(storage: &dyn Storage, header: &Header) -> Result<()> {
     let cluster_size = header.geometry.cluster_size();
     let area = Area::read(storage, cluster_size)?;
-    area.write(0, &first_sector(&area, header, 0, 0))?;
+    let list_end = if has_mark(&area) { 0 } else { area.limit };
+    area.write(0, &first_sector(&area, header, list_end, 0))?;
     area.sync()?;
+    if list_end != 0 {
+        end_list(&area)?;
+    }
     clear_old_name(&area)?;
     area.sync()?;
     formats(&area)
         .try_for_each(|_| remove_extension(storage, cluster_size, extension::BACKING_FORMAT))
-}
-
-/// Finds or makes a place for the format; readers see no difference yet. None if there is no room.
-fn prepare_format(
-    mut area: Area<'_>,
-    cluster_size: u64,
-    content: &[u8],
-) -> Result<Option<FormatSlot>> {
-    let room = (content.len() as u64).next_multiple_of(8);
-    // The last one counts.
-    let last = area.extensions.iter().rfind(|(_, kind, _)| *kind == extension::BACKING_FORMAT);
-    if let Some(&(place, _, length)) = last {
-        if area.content(place, length) == Some(content) {
-            return Ok(Some(FormatSlot::Kept));
-        }
-        if room == length.next_multiple_of(8) && place + 8 + room <= SECTOR {
-            return Ok(Some(FormatSlot::Replaced(place)));
-        }
-    }
-    let place = area.find(UNUSED, content.len()).unwrap_or(area.end);
-    if place + 8 + room > SECTOR {
-        let storage = area.storage;
-        if let Some(slot) = copy_names(area, 8 + room)? {
-            return Ok(Some(slot));
-        }
-        area = Area::read(storage, cluster_size)?;
-    }
-    Ok(has_room(add_extension(area, UNUSED, content))?.map(FormatSlot::Hidden))
-}
-
-/// Makes sure that the list of features' names is there a second time, so that `length` bytes of the
-/// first can be used for something else. None if it is not in the first sector or has no room.
-fn copy_names(area: Area<'_>, length: u64) -> Result<Option<FormatSlot>> {
-    let is_names = |it: &&(u64, u32, u64)| it.1 == extension::FEATURE_NAMES;
-    let Some(&(place, kind, names_length)) = area.extensions.iter().find(is_names) else {
-        return Ok(None);
-    };
-    let room = 8 + names_length.next_multiple_of(8);
-    let Some(names) = area.content(place, names_length).map(<[u8]>::to_vec) else {
-        return Ok(None);
-    };
-    if room < length + 8 || place + length + 8 > SECTOR {
-        return Ok(None);
-    }
-    let others = area.extensions.iter().filter(is_names).skip(1);
-    let mut others = others.map(|(place, _, length)| area.content(*place, *length));
-    if !others.any(|other| other == Some(&names))
-        && has_room(add_extension(area, kind, &names))?.is_none()
-    {
-        return Ok(None);
-    }
-    Ok(Some(FormatSlot::InNames(place, room)))
-}
-
-/// None instead of an error because there is no room.
-fn has_room<T>(added: Result<T>) -> Result<Option<T>> {
-    match added {
-        Ok(added) => Ok(Some(added)),
-        Err(error) if error.kind() == ErrorKind::Unsupported => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// Does what has to happen before the name changes if one write of the first sector cannot change
-/// all types of the formats' extensions.
-fn change_later_sectors(area: &Area<'_>, slot: FormatSlot, has_name: bool) -> Result<()> {
-    let Some(place) = slot.place() else { return Ok(()) };
-    if !slot.is_beyond() && formats(area).all(|old| old < SECTOR) {
-        return Ok(());
-    }
-    // In the order of the list: the last one counts as long as there is one.
-    for old in formats(area) {
-        area.write(old, &UNUSED.to_be_bytes())?;
-        area.sync()?;
-    }
-    if slot.is_beyond() && !has_name {
-        // A format without a name means nothing.
-        area.write(place, &extension::BACKING_FORMAT.to_be_bytes())?;
-        area.sync()?;
-    }
-    Ok(())
-}
-
-/// Where the extensions lie that say a format.
-fn formats(area: &Area<'_>) -> impl Iterator<Item = u64> {
-    let formats = area.extensions.iter().filter(|(_, kind, _)| *kind == extension::BACKING_FORMAT);
-    formats.map(|(place, ..)| *place)
 }
 
 /// Where a name of `length` bytes fits in behind the extensions, clear of the name that is there.
@@ -295,8 +249,7 @@ fn first_sector(area: &Area<'_>, header: &Header, name_place: u64, name_length: 
     sector[BACKING_FILE_OFFSET..][..8].copy_from_slice(&name_place.to_be_bytes());
     sector[BACKING_FILE_SIZE..][..4].copy_from_slice(&(name_length as u32).to_be_bytes());
     if header.version >= 3 {
-        sector[field::AUTOCLEAR as usize..][..8]
-            .copy_from_slice(&header.kept_autoclear().to_be_bytes());
+        set_features(&mut sector, header);
     }
     sector
 }
@@ -308,8 +261,7 @@ fn rewritten(header: &Header, first: &[u8], backing: Option<(&OsStr, Format)>) -
     let mut content = first[..header_length].to_vec();
     if is_v3 {
         // We write, and do not keep up to date what we do not know.
-        let at = field::AUTOCLEAR as usize;
-        content[at..at + 8].copy_from_slice(&header.kept_autoclear().to_be_bytes());
+        set_features(&mut content, header);
     }
     let old_name = u64_at(first, BACKING_FILE_OFFSET) as usize;
     let area_end = if old_name == 0 { first.len() } else { old_name.min(first.len()) };
@@ -329,12 +281,26 @@ fn rewritten(header: &Header, first: &[u8], backing: Option<(&OsStr, Format)>) -
         content.extend([0; 8]);
     }
     if content.len() > first.len() {
-        return Err(invalid("the backing file's name does not fit into the image's header"));
+        return Err(no_room());
     }
     content[BACKING_FILE_OFFSET..][..8].copy_from_slice(&offset.to_be_bytes());
     content[BACKING_FILE_SIZE..][..4].copy_from_slice(&length.to_be_bytes());
     content.resize(first.len(), 0);
     Ok(content)
+}
+
+/// The feature bits of a version 3 header that names its backing file.
+fn set_features(bytes: &mut [u8], header: &Header) {
+    let incompatible = header.incompatible & !incompatible::NAME_UNFINISHED;
+    for (place, bits) in
+        [(field::INCOMPATIBLE, incompatible), (field::AUTOCLEAR, header.kept_autoclear())]
+    {
+        bytes[place as usize..][..8].copy_from_slice(&bits.to_be_bytes());
+    }
+}
+
+fn no_room() -> Error {
+    invalid("the backing file's name does not fit into the image's header")
 }
 
 fn invalid(detail: &str) -> Error {

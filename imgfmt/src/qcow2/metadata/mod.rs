@@ -1,6 +1,7 @@
 //! The header while the image is open, marks in it, and what is known about syncs.
 
 pub(super) mod backing_change;
+mod backing_format;
 pub(super) mod changes;
 pub(super) mod commits;
 pub(super) mod failed_sync;

@@ -49,6 +49,9 @@ pub(crate) mod incompatible {
     /// Of this crate: the image is not complete yet, see
     /// [`incomplete_header`](super::super::incomplete_header), or its disk is being overwritten.
     pub(crate) const INCOMPLETE: u64 = 1 << 63;
+    /// Of this crate: the header names no backing file because the old name had to go before the new
+    /// one could be written.
+    pub(crate) const NAME_UNFINISHED: u64 = 1 << 62;
 }
 
 /// Feature bits that may be ignored.
@@ -118,7 +121,7 @@ impl Header {
     /// Reads and checks the header. For a check, tables may lie where nothing can be read, and the
     /// refcount table may be impossible: then its size is 0.
     pub(crate) fn read(storage: &dyn Storage, purpose: Purpose) -> Result<Self> {
-        Self::read_or_overwrite(storage, purpose, IncompleteDisk::Refused)
+        Self::read_accepting(storage, purpose, 0)
     }
 
     /// The same for an image of which the disk may be incomplete.
@@ -127,12 +130,27 @@ impl Header {
         purpose: Purpose,
         incomplete: IncompleteDisk,
     ) -> Result<Self> {
+        let accepted = match incomplete {
+            IncompleteDisk::Refused => 0,
+            IncompleteDisk::Accepted => incompatible::INCOMPLETE,
+        };
+        Self::read_accepting(storage, purpose, accepted)
+    }
+
+    /// The same for an image that is about to get a backing file's name, or to lose it: it may lack one
+    /// because such a change was interrupted.
+    pub(crate) fn read_to_name(storage: &dyn Storage) -> Result<Self> {
+        Self::read_accepting(storage, Purpose::Use, incompatible::NAME_UNFINISHED)
+    }
+
+    /// `accepted` are those of our incompatible bits with which the image is read all the same.
+    fn read_accepting(storage: &dyn Storage, purpose: Purpose, accepted: u64) -> Result<Self> {
         let file_length = storage.len().map_err(read_error)?;
         let mut start = vec![0; 4096];
         let length = storage.read_at(HostOffset::new(0), &mut start).map_err(read_error)?;
         start.truncate(length);
         let mut header = decode_fields(&start)?;
-        header.refuse_incomplete(incomplete)?;
+        header.refuse_unfinished(accepted)?;
         header.check_tables(file_length, purpose)?;
         header.read_names(storage, &start)?;
         header.check_features()?;
@@ -142,16 +160,24 @@ impl Header {
         Ok(header)
     }
 
-    fn refuse_incomplete(&self, incomplete: IncompleteDisk) -> Result<()> {
+    fn refuse_unfinished(&self, accepted: u64) -> Result<()> {
         let is_image = self.refcount_table_offset != 0;
-        let is_accepted = incomplete == IncompleteDisk::Accepted && is_image;
-        if self.incompatible & incompatible::INCOMPLETE == 0 || is_accepted {
-            return Ok(());
+        let accepted = if is_image { accepted } else { 0 };
+        let unfinished = self.incompatible & !accepted;
+        if unfinished & incompatible::INCOMPLETE != 0 {
+            return Err(invalid(
+                "it is incomplete: the command that wrote it is still at work or was interrupted; run \
+                 that command again",
+            ));
         }
-        Err(invalid(
-            "it is incomplete: the command that wrote it is still at work or was interrupted; run \
-             that command again",
-        ))
+        if unfinished & incompatible::NAME_UNFINISHED != 0 {
+            return Err(invalid(
+                "it names no backing file because a change of the name is under way or was \
+                 interrupted; run 'nbd-cli image rebase --unsafe' with the new backing file to \
+                 complete the change",
+            ));
+        }
+        Ok(())
     }
 
     fn check_tables(&mut self, file_length: u64, purpose: Purpose) -> Result<()> {
@@ -240,7 +266,8 @@ impl Header {
     }
 
     fn check_features(&self) -> Result<()> {
-        let unknown = self.incompatible & !incompatible::KNOWN & !incompatible::INCOMPLETE;
+        let ours = incompatible::INCOMPLETE | incompatible::NAME_UNFINISHED;
+        let unknown = self.incompatible & !incompatible::KNOWN & !ours;
         if unknown != 0 {
             let names = (0..64)
                 .filter(|bit| unknown >> bit & 1 == 1)
