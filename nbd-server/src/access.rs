@@ -1,42 +1,10 @@
 //! The caller's hooks: admission of clients, and exports that are not in the registry.
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use crate::client::ClientInfo;
 use crate::export::{Export, ExportEntry};
-#[cfg(feature = "tls")]
-use crate::tls::PeerIdentity;
-
-/// The address of a client, or its process credentials.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum ClientAddress {
-    /// The address of a TCP peer.
-    Tcp(SocketAddr),
-    /// The process that connected to a unix socket, as of that moment.
-    Unix {
-        /// Its process id, if the system reports it.
-        process: Option<i32>,
-        /// Its effective user id.
-        user: u32,
-        /// Its effective group id.
-        group: u32,
-    },
-    /// The system reports nothing.
-    Unknown,
-}
-
-/// The server's information about a client.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ClientInfo {
-    /// The client's address.
-    pub address: ClientAddress,
-    /// The authenticated identity; `None` before STARTTLS and without it.
-    #[cfg(feature = "tls")]
-    pub tls: Option<PeerIdentity>,
-}
 
 /// The refusal of a client.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -60,6 +60,39 @@ pub(crate) fn untaken_len(socket: BorrowedFd<'_>) -> Option<u64> {
     u64::try_from(length).ok().filter(|_| result == 0)
 }
 
+/// Supplementary groups of the process at the other end of a unix socket, as of the moment in which
+/// it connected. Empty where the system cannot tell.
+pub(crate) fn peer_groups(socket: BorrowedFd<'_>) -> Vec<u32> {
+    // NGROUPS_MAX of Linux.
+    const MOST: usize = 65_536;
+    let mut groups: Vec<libc::gid_t> = vec![0; 32];
+    loop {
+        let capacity = size_of_val(groups.as_slice());
+        let Ok(mut length) = libc::socklen_t::try_from(capacity) else { return Vec::new() };
+        // SAFETY: the kernel writes at most `length` bytes into the vector, which has that many, and
+        // their number into `length`. Both live across the call, and it keeps neither.
+        let result = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                std::ptr::from_mut(&mut length),
+            )
+        };
+        let count = usize::try_from(length).unwrap_or(0) / size_of::<libc::gid_t>();
+        if result == 0 {
+            groups.truncate(count);
+            return groups;
+        }
+        let is_short = std::io::Error::last_os_error().raw_os_error() == Some(libc::ERANGE);
+        if !is_short || count <= groups.len() || count > MOST {
+            return Vec::new();
+        }
+        groups.resize(count, 0);
+    }
+}
+
 /// Sets how long the current thread computes before others with the same deadline get its core;
 /// zero is the system's default. A thread with a longer slice gives way at once to one with a
 /// shorter slice that wakes up (Linux 6.12). Where that cannot be set nothing changes, and threads
@@ -143,6 +176,18 @@ mod tests {
         theirs.read_exact(&mut [0; 10_000]).unwrap();
         assert_eq!(untaken_len(ours.as_fd()), Some(empty));
         assert_eq!(untaken_len(tempfile::tempfile().unwrap().as_fd()), None);
+    }
+
+    #[test]
+    fn the_groups_of_a_peer_are_those_of_its_process() {
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut found = peer_groups(ours.as_fd());
+        let mut own: Vec<u32> =
+            rustix::process::getgroups().unwrap().iter().map(|group| group.as_raw()).collect();
+        found.sort_unstable();
+        own.sort_unstable();
+        assert_eq!(found, own);
+        assert!(peer_groups(tempfile::tempfile().unwrap().as_fd()).is_empty());
     }
 
     #[test]

@@ -5,11 +5,10 @@ use std::io::{self, IoSlice};
 use std::task::Poll;
 
 use bytes::{Buf, BytesMut};
-use nbd_proto::handshake::Negotiated;
-use nbd_proto::handshake::RefusalReason;
 use nbd_proto::handshake::server::{
     GoAnswer, Handshake, HandshakeStep, PendingTls, ServerConfig as Negotiation, TlsPolicy,
 };
+use nbd_proto::handshake::{ExportDescription, Negotiated, RefusalReason};
 use nbd_proto::limits::MAX_OPTION_KEPT_LEN;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -22,10 +21,13 @@ use super::shared::Shared;
 use super::socket::Socket;
 use super::turn::{BARREN_COST, REQUEST_COST, Thread};
 use crate::ServerConfig;
-use crate::access::{Access, ClientInfo};
+use crate::access::Access;
 use crate::budget::Permit;
+use crate::client::ClientInfo;
 use crate::export::{ExportEntry, ExportRegistry};
 use crate::queue::GroupId;
+use crate::quota::Admission;
+use crate::rules::Permission;
 #[cfg(feature = "tls")]
 use crate::tls::TlsMode;
 
@@ -53,6 +55,8 @@ pub(super) struct Established {
     pub(super) socket: Socket,
     pub(super) negotiated: Negotiated,
     pub(super) entry: ExportEntry,
+    /// Its place among the clients of the export.
+    pub(super) admission: Admission,
     /// What the client sent behind its last option: the first requests.
     pub(super) received: BytesMut,
 }
@@ -75,8 +79,8 @@ impl Catalog {
         Ok(Self { exports, access, client, channel: socket.channel() })
     }
 
-    /// Finds what the client asks for, unless it may not be told without TLS.
-    fn find(&self, name: &str) -> Result<(String, ExportEntry), (RefusalReason, &'static str)> {
+    /// Finds what the client asks for, unless it may not be told, or not without TLS.
+    fn find(&self, name: &str) -> Result<Found, Rejection> {
         let found = self.exports.find(name).or_else(|| {
             let entry = self.access.resolve(name, &self.client)?;
             Some((name.to_owned(), entry))
@@ -85,10 +89,50 @@ impl Catalog {
             Some((_, entry)) if entry.is_tls_required() && self.channel == Channel::Clear => {
                 Err((RefusalReason::TlsRequired, NEEDS_TLS))
             }
-            Some(found) => Ok(found),
+            Some((name, entry)) => match entry.permission(&self.client) {
+                Permission::Denied => {
+                    let client = &self.client;
+                    tracing::warn!(export = ?name, %client, "the rules of the export deny a client");
+                    // It cannot find out that there is such an export.
+                    Err((RefusalReason::UnknownExport, UNKNOWN))
+                }
+                permission => Ok(Found { name, entry, permission }),
+            },
             None => Err((RefusalReason::UnknownExport, UNKNOWN)),
         }
     }
+
+    /// Finds what the client wants to use, and counts it among the clients of that.
+    fn grant(&self, name: &str) -> Result<(ExportDescription, Granted), Rejection> {
+        let found = self.find(name)?;
+        let admission = found.entry.quotas().admit(&self.client).map_err(|why| {
+            let (export, client) = (&found.name, &self.client);
+            tracing::warn!(?export, %client, "a client has no connection: its quota is used up");
+            (RefusalReason::Policy, why)
+        })?;
+        Ok((found.describe(), Granted { entry: found.entry, admission }))
+    }
+}
+
+type Rejection = (RefusalReason, &'static str);
+
+/// An export that a client may use.
+struct Found {
+    name: String,
+    entry: ExportEntry,
+    permission: Permission,
+}
+
+impl Found {
+    fn describe(&self) -> ExportDescription {
+        self.entry.describe(&self.name, self.permission)
+    }
+}
+
+/// An export that a client uses.
+struct Granted {
+    entry: ExportEntry,
+    admission: Admission,
 }
 
 /// What was received and is to be sent.
@@ -155,12 +199,12 @@ pub(super) async fn negotiate(
                     effort.next().await;
                 }
             }
-            Step::Transmission(negotiated, entry) => {
+            Step::Transmission(negotiated, Granted { entry, admission }) => {
                 effort.rest();
                 let Buffers { input: received, mut output, .. } = buffers;
                 send(&mut socket, &mut output).await?;
                 let negotiated = *negotiated;
-                return Ok(Some(Established { socket, negotiated, entry, received }));
+                return Ok(Some(Established { socket, negotiated, entry, admission, received }));
             }
             Step::Aborted => {
                 effort.rest();
@@ -192,7 +236,7 @@ enum Step {
     NeedsInput(Handshake),
     StartTls(PendingTls),
     Answered(Handshake),
-    Transmission(Box<Negotiated>, ExportEntry),
+    Transmission(Box<Negotiated>, Granted),
     Aborted,
 }
 
@@ -238,33 +282,35 @@ fn answer(
 ) -> Result<Step, ConnectionError> {
     let next = match step {
         HandshakeStep::NeedsInput(handshake) => return Ok(Step::NeedsInput(handshake)),
-        HandshakeStep::Go(pending) => match catalog.find(pending.export_name()) {
-            Ok((name, entry)) => match pending.accept(&entry.describe(&name), out) {
+        HandshakeStep::Go(pending) => match catalog.grant(pending.export_name()) {
+            Ok((description, granted)) => match pending.accept(&description, out) {
                 GoAnswer::Transmission(negotiated) => {
-                    return Ok(Step::Transmission(negotiated, entry));
+                    return Ok(Step::Transmission(negotiated, granted));
                 }
                 GoAnswer::BlockSizesRequired(handshake) => handshake,
             },
             Err((reason, message)) => pending.reject(reason, message, out),
         },
         HandshakeStep::Info(pending) => match catalog.find(pending.export_name()) {
-            Ok((name, entry)) => pending.accept(&entry.describe(&name), out),
+            Ok(found) => pending.accept(&found.describe(), out),
             Err((reason, message)) => pending.reject(reason, message, out),
         },
-        HandshakeStep::ExportName(pending) => match catalog.find(pending.export_name()) {
-            Ok((name, entry)) => {
-                let negotiated = pending.accept(&entry.describe(&name), out);
-                return Ok(Step::Transmission(Box::new(negotiated), entry));
+        HandshakeStep::ExportName(pending) => match catalog.grant(pending.export_name()) {
+            Ok((description, granted)) => {
+                let negotiated = pending.accept(&description, out);
+                return Ok(Step::Transmission(Box::new(negotiated), granted));
             }
             Err(_) => return Err(pending.reject().into()),
         },
         HandshakeStep::List(pending) => {
             let is_clear = catalog.channel == Channel::Clear;
-            pending.accept(&catalog.exports.listed(is_clear), out)
+            pending.accept(&catalog.exports.listed(is_clear, &catalog.client), out)
         }
         HandshakeStep::MetaContext(pending) => {
             match catalog.find(pending.export_name()) {
-                Ok((_, entry)) => pending.accept(&entry.export().info().meta_contexts, out),
+                Ok(Found { entry, .. }) => {
+                    pending.accept(&entry.export().info().meta_contexts, out)
+                }
                 // Where TLS is a choice, ERR_TLS_REQD answers INFO and GO only.
                 Err((RefusalReason::TlsRequired, message)) => {
                     pending.reject(RefusalReason::Policy, message, out)

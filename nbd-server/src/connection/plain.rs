@@ -11,7 +11,7 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 use tokio::io::{AsyncRead, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-use crate::access::ClientAddress;
+use crate::client::ClientAddress;
 use crate::sys;
 
 /// Send buffer of a unix socket, in bytes: room for several large replies, so that the client can
@@ -146,6 +146,7 @@ impl PlainSocket {
                 process: credentials.pid(),
                 user: credentials.uid(),
                 group: credentials.gid(),
+                groups: sys::peer_groups(stream.as_fd()),
             }),
             _ => None,
         };

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use super::plain::{Channel, More, PlainSocket, Traffic};
 #[cfg(feature = "tls")]
 use super::tls::TlsSocket;
-use crate::access::ClientAddress;
+use crate::client::ClientAddress;
 
 /// A connected socket.
 #[derive(Debug)]

@@ -10,6 +10,7 @@ mod incoming;
 mod read;
 mod replies;
 mod target;
+mod throttle;
 mod watch;
 
 use std::future::poll_fn;
@@ -33,6 +34,7 @@ use incoming::{Arrival, Incoming, Payload, Received};
 use read::{Answering, ForPool, PromptReads};
 use replies::Replies;
 use target::Target;
+use throttle::Throttle;
 use watch::Watch;
 
 /// One connection after its handshake.
@@ -45,6 +47,7 @@ pub(super) struct Session {
     replies: Replies,
     room: Room,
     read_strategy: ReadStrategy,
+    throttle: Throttle,
     watch: Watch,
     turn: Turn,
 }
@@ -62,6 +65,7 @@ impl Session {
             read_strategy: ReadStrategy::new(polling, thread.connections.clone()),
             watch: Watch::new(shared.config.stall_timeout),
             turn: Turn::new(thread),
+            throttle: Throttle::new(established.admission),
             target,
             socket: established.socket,
         }
@@ -80,6 +84,7 @@ impl Session {
         }
         // What has arrived whole was in flight when the server was told to stop; it is finished.
         // A payload of which a part is missing is not waited for.
+        self.throttle.open();
         poll_fn(|cx| {
             let drained = self.poll_drain(cx);
             self.backlog.start_reads();
@@ -155,7 +160,8 @@ impl Session {
 
     /// Nothing moves. Ready if the client has gone, or is to blame for too long.
     fn poll_watch(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
-        if let Poll::Ready(end) = self.watch.poll_hangup(cx, &self.socket, &self.backlog) {
+        let held = (&self.backlog, &self.throttle);
+        if let Poll::Ready(end) = self.watch.poll_hangup(cx, &self.socket, held) {
             return Poll::Ready(end);
         }
         let awaiting = self.awaiting();
@@ -168,7 +174,8 @@ impl Session {
         if !self.is_all_sent() {
             return Some(Awaiting::TakeReplies);
         }
-        let is_waited_for = !self.backlog.is_waiting() && !self.is_busy();
+        let is_waited_for =
+            !self.backlog.is_waiting() && !self.throttle.is_waiting() && !self.is_busy();
         (is_waited_for && self.incoming.is_partial()).then_some(Awaiting::SendRest)
     }
 
@@ -236,6 +243,11 @@ impl Session {
                 return Ok(true);
             }
             let Some(arrival) = self.incoming.next()? else { return Ok(progress) };
+            if let Arrival::Request(request, _) = &arrival
+                && !self.throttle.admits(cx, request)
+            {
+                return Ok(progress);
+            }
             if !self.begin(arrival) {
                 return Ok(progress);
             }
@@ -247,7 +259,11 @@ impl Session {
     fn begin(&mut self, arrival: Arrival) -> bool {
         match arrival {
             Arrival::Request(request, header_len) => {
-                return self.begin_request(request, header_len);
+                let has_begun = self.begin_request(request, header_len);
+                if has_begun {
+                    self.throttle.begun();
+                }
+                return has_begun;
             }
             Arrival::Refused(rejection) => {
                 self.turn.spend(REQUEST_COST);
@@ -349,7 +365,8 @@ impl Session {
 
     /// Reads from the socket, if anything can be done with what comes.
     fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
-        if self.backlog.is_waiting() || self.is_busy() || self.incoming.is_closed() {
+        let is_waiting = self.backlog.is_waiting() || self.throttle.is_waiting();
+        if is_waiting || self.is_busy() || self.incoming.is_closed() {
             return Ok(false);
         }
         let idle = if self.is_idle() { Idle::Yes } else { Idle::No };

@@ -11,6 +11,9 @@ use nbd_proto::wire::TransmissionFlags;
 use super::Export;
 use super::flushes::{DurabilityFailures, Flushes};
 use crate::RegistryError;
+use crate::client::ClientInfo;
+use crate::quota::{Quota, Quotas};
+use crate::rules::{AccessRules, Permission};
 
 /// An export and its visibility.
 #[derive(Clone)]
@@ -21,6 +24,8 @@ pub struct ExportEntry {
     security: Security,
     failures: DurabilityFailures,
     flushes: Flushes,
+    access: Arc<AccessRules>,
+    quotas: Arc<Quotas>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -48,6 +53,8 @@ impl ExportEntry {
             security: Security::Any,
             failures: DurabilityFailures::default(),
             flushes: Flushes::default(),
+            access: Arc::default(),
+            quotas: Arc::default(),
         }
     }
 
@@ -79,11 +86,38 @@ impl ExportEntry {
         self.security == Security::Tls
     }
 
-    /// Replaces the export and keeps its visibility: the same clients see and use it.
+    /// Sets the rules for who may use it. To a client that may not, it does not exist: lists do not
+    /// show it, and a request for its name is answered like that for an unknown name.
+    #[must_use]
+    pub fn access(mut self, rules: AccessRules) -> Self {
+        self.access = Arc::new(rules);
+        self
+    }
+
+    /// Sets the limits of the export, for all its clients together. They apply at once, also to
+    /// clients that use the export.
+    #[must_use]
+    pub fn quota(self, quota: Quota) -> Self {
+        self.quotas.set_total(quota);
+        self
+    }
+
+    /// Sets the limits of each client. All connections that are authenticated by one TLS name,
+    /// come from one address or, on unix sockets, belong to one user are one client's. They apply
+    /// at once, also to clients that use the export.
+    #[must_use]
+    pub fn client_quota(self, quota: Quota) -> Self {
+        self.quotas.set_of_clients(quota);
+        self
+    }
+
+    /// Replaces the export and keeps its visibility, rules and limits: the same clients see and use
+    /// it. Of the limits nothing is used yet.
     #[must_use]
     pub fn with_export(&self, export: Arc<dyn Export>) -> Self {
         let (failures, flushes) = (DurabilityFailures::default(), Flushes::default());
-        Self { export, failures, flushes, ..self.clone() }
+        let quotas = Arc::new(self.quotas.unused());
+        Self { export, failures, flushes, quotas, ..self.clone() }
     }
 
     /// Returns the export.
@@ -122,8 +156,19 @@ impl ExportEntry {
         &self.flushes
     }
 
-    /// What the handshake tells about this export under the name `name`.
-    pub(crate) fn describe(&self, name: &str) -> ExportDescription {
+    /// What a client may do with the export.
+    pub(crate) fn permission(&self, client: &ClientInfo) -> Permission {
+        self.access.permission(client)
+    }
+
+    /// What clients have used of the limits.
+    pub(crate) fn quotas(&self) -> &Quotas {
+        &self.quotas
+    }
+
+    /// What the handshake tells about this export under the name `name`, to a client that may do so
+    /// much.
+    pub(crate) fn describe(&self, name: &str, permission: Permission) -> ExportDescription {
         let info = self.export.info();
         let mut description = ExportDescription::new(name, info.size);
         description.description.clone_from(&self.description);
@@ -131,6 +176,9 @@ impl ExportEntry {
             | TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::SEND_DF
             | TransmissionFlags::BLOCK_STATUS_PAYLOAD;
+        if permission != Permission::Full {
+            description.flags |= TransmissionFlags::READ_ONLY;
+        }
         description.block_sizes = info.block_sizes;
         description.minimum_block_size = info.minimum_block_size;
         description.meta_contexts = info.meta_contexts;
@@ -220,11 +268,14 @@ impl ExportRegistry {
         self.read().exports.values().any(|entry| Arc::ptr_eq(&entry.export, export))
     }
 
-    /// What LIST answers: in the clear nobody learns the names of exports that are for TLS only.
-    pub(crate) fn listed(&self, is_clear: bool) -> Vec<ListedExport> {
+    /// What LIST answers to a client. In the clear nobody learns the names of exports that are for
+    /// TLS only.
+    pub(crate) fn listed(&self, is_clear: bool, client: &ClientInfo) -> Vec<ListedExport> {
         let inner = self.read();
         let listed = inner.exports.iter().filter(|(_, entry)| {
-            entry.visibility == Visibility::Listed && !(is_clear && entry.is_tls_required())
+            entry.visibility == Visibility::Listed
+                && !(is_clear && entry.is_tls_required())
+                && entry.permission(client) != Permission::Denied
         });
         listed
             .map(|(name, entry)| {
@@ -263,7 +314,13 @@ mod tests {
         registry.add("shown", entry()).unwrap();
         registry.add("secret", entry().hidden()).unwrap();
         assert!(registry.find("secret").is_some());
-        let names: Vec<_> = registry.listed(true).into_iter().map(|export| export.name).collect();
+        let client = ClientInfo {
+            address: crate::ClientAddress::Unknown,
+            #[cfg(feature = "tls")]
+            tls: None,
+        };
+        let listed = registry.listed(true, &client);
+        let names: Vec<_> = listed.into_iter().map(|export| export.name).collect();
         assert_eq!(names, ["shown"]);
     }
 

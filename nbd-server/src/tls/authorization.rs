@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::distinguished_name::DistinguishedName;
-use super::notes::printable;
+use super::notes::{PeerIdentity, printable};
 use super::{TlsError, file};
 
 /// Whether clients must present a certificate signed by an authority in `ca-cert.pem`.
@@ -115,6 +115,42 @@ impl Authorization {
         let name = printable(&name.specific_first);
         Err(format!("{name} is not on the list of those who may connect"))
     }
+}
+
+impl PeerIdentity {
+    /// Returns whether the authenticated name matches a pattern; a distinguished name in either
+    /// order.
+    pub(crate) fn matches(&self, pattern: &str) -> bool {
+        match self {
+            Self::Anonymous => false,
+            Self::Certificate(name) => matches(pattern, name) || matches(pattern, &reversed(name)),
+            Self::User(name) => matches(pattern, name),
+        }
+    }
+
+    /// Returns the authenticated name.
+    pub(crate) fn name(&self) -> Option<&str> {
+        match self {
+            Self::Anonymous => None,
+            Self::Certificate(name) | Self::User(name) => Some(name),
+        }
+    }
+}
+
+/// A distinguished name in the other order.
+fn reversed(name: &str) -> String {
+    let mut parts = vec![String::new()];
+    let mut is_escaped = false;
+    for character in name.chars() {
+        match (character, parts.last_mut()) {
+            (',', _) if !is_escaped => parts.push(String::new()),
+            (_, Some(part)) => part.push(character),
+            (_, None) => {}
+        }
+        is_escaped = character == '\\' && !is_escaped;
+    }
+    parts.reverse();
+    parts.join(",")
 }
 
 fn fits(pattern: &str, name: &DistinguishedName) -> bool {

@@ -5,6 +5,7 @@
 
 mod support;
 
+mod access;
 mod block_status;
 mod budgets;
 mod connection_cap;
@@ -25,6 +26,7 @@ mod multi_conn;
 mod ordering;
 mod panics;
 mod payload_sizes;
+mod quotas;
 mod read_errors;
 mod refusals;
 mod ring;

@@ -10,6 +10,7 @@ use super::super::stall::{Movement, Stall};
 use super::backlog::Backlog;
 use super::incoming::Incoming;
 use super::replies::Replies;
+use super::throttle::Throttle;
 
 /// Looks after a client while nothing moves.
 pub(super) struct Watch {
@@ -23,14 +24,14 @@ impl Watch {
         Self { stall: Stall::new(limit), hangup: Hangup::default() }
     }
 
-    /// Nothing moves. Ready if the client has gone and requests are still carried out for it.
+    /// Nothing moves. Ready if the client has gone and requests of it are carried out or wait.
     pub(super) fn poll_hangup(
         &mut self,
         cx: &mut Context<'_>,
         socket: &Socket,
-        backlog: &Backlog,
+        (backlog, throttle): (&Backlog, &Throttle),
     ) -> Poll<Result<(), ConnectionError>> {
-        if !backlog.is_in_pool() {
+        if !backlog.is_in_pool() && !throttle.is_waiting() {
             return Poll::Pending;
         }
         // Who says goodbye may go at once. What it has written is still carried out.

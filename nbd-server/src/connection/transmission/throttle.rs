@@ -1,0 +1,110 @@
+//! Requests that wait until the quotas of the client and of the export have room for them.
+
+use std::pin::Pin;
+use std::task::Context;
+use std::time::Duration;
+
+use nbd_proto::transmission::{Command, Request};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::quota::{Admission, Reservation};
+
+/// A change of a quota is noticed by those that wait within this time.
+const CHANGE_PERIOD: Duration = Duration::from_millis(500);
+
+/// Keeps a connection within its quotas. What is over them stays in the receive buffer and, when
+/// that is full, with the client: no memory, thread or place in a queue is held meanwhile.
+pub(super) struct Throttle {
+    admission: Admission,
+    /// Quotas that the next request has been paid from.
+    paid: usize,
+    /// The time at which the next quota has room, and what was taken of it.
+    waiting: Option<Waiting>,
+    is_open: bool,
+}
+
+struct Waiting {
+    until: Instant,
+    taken: Reservation,
+    /// Over at that time, or earlier to see whether the quota has changed.
+    sleep: Pin<Box<Sleep>>,
+}
+
+impl Waiting {
+    fn new(until: Instant, taken: Reservation) -> Self {
+        Self { until, taken, sleep: Box::pin(sleep_until(next_look(until))) }
+    }
+}
+
+fn next_look(until: Instant) -> Instant {
+    until.min(Instant::now() + CHANGE_PERIOD)
+}
+
+impl Throttle {
+    pub(super) const fn new(admission: Admission) -> Self {
+        Self { admission, paid: 0, waiting: None, is_open: false }
+    }
+
+    /// May the next request begin? If not, `cx` is woken when it may. The answer stays the same
+    /// until the request [has begun](Self::begun).
+    pub(super) fn admits(&mut self, cx: &mut Context<'_>, request: &Request) -> bool {
+        if self.is_open || request.command == Command::Disconnect {
+            return true;
+        }
+        loop {
+            if let Some(Waiting { until, taken, sleep }) = &mut self.waiting {
+                if sleep.as_mut().poll(cx).is_pending() {
+                    return false;
+                }
+                if self.admission.is_void(self.paid, *taken) {
+                    self.waiting = None;
+                } else if Instant::now() < *until {
+                    sleep.as_mut().reset(next_look(*until));
+                    continue;
+                } else {
+                    self.waiting = None;
+                    self.paid += 1;
+                }
+            }
+            let bytes = match request.command {
+                Command::Read(_) | Command::Write(_) => request.length,
+                _ => 0,
+            };
+            match self.admission.reserve(self.paid, bytes) {
+                None => return true,
+                Some((None, _)) => self.paid += 1,
+                Some((Some(at), taken)) => {
+                    self.waiting = Some(Waiting::new(at.into(), taken));
+                }
+            }
+        }
+    }
+
+    /// The request has begun: the next one is asked for from now on.
+    pub(super) const fn begun(&mut self) {
+        self.paid = 0;
+    }
+
+    /// Does a request wait?
+    pub(super) const fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// The server ends: what was received is carried out without delay.
+    pub(super) fn open(&mut self) {
+        self.give_back();
+        self.is_open = true;
+    }
+
+    fn give_back(&mut self) {
+        if let Some(Waiting { taken, .. }) = self.waiting.take() {
+            self.admission.give_back(self.paid, taken);
+        }
+    }
+}
+
+impl Drop for Throttle {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}

@@ -1,0 +1,366 @@
+//! Quotas of an export: connections, requests and bytes, in total and for each client.
+//!
+//! A rate is kept by a *bucket*: the time at which the next request may begin. A request moves that
+//! time on by what it costs, so each connection that waits has its own time, in the order of
+//! arrival, and sleeps until then; nothing else waits with it. A request may cost more than a
+//! second's worth: those after it wait longer (which is why this is not the crate `governor`: it
+//! refuses what is larger than its bucket).
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::client::{ClientAddress, ClientInfo};
+
+/// What an idle bucket saves up: the requests of this time may begin at once.
+const BURST: u64 = 100_000_000;
+const SECOND: u128 = 1_000_000_000;
+/// Clients that are remembered before those are forgotten that have left and owe nothing.
+const FEW_CLIENTS: usize = 64;
+
+/// Limits for an export or for each of its clients. By default there are none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Quota {
+    /// Most connections at a time. A further client is refused when it selects the export.
+    pub connections: Option<NonZeroU64>,
+    /// Most bytes of READ and WRITE payload per second.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Most requests per second.
+    pub requests_per_second: Option<NonZeroU64>,
+}
+
+/// The quotas of an export and the accounts of its clients.
+#[derive(Debug, Default)]
+pub(crate) struct Quotas {
+    total: Arc<Account>,
+    clients: Mutex<Clients>,
+}
+
+#[derive(Debug, Default)]
+struct Clients {
+    quota: Quota,
+    accounts: HashMap<ClientKey, Arc<Account>>,
+    /// Accounts are looked through when there are so many.
+    many: usize,
+}
+
+/// What connections of one client have in common.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum ClientKey {
+    #[cfg(feature = "tls")]
+    TlsName(String),
+    Address(IpAddr),
+    User(u32),
+    Unknown,
+}
+
+impl ClientKey {
+    fn new(client: &ClientInfo) -> Self {
+        #[cfg(feature = "tls")]
+        if let Some(name) = client.tls.as_ref().and_then(crate::tls::PeerIdentity::name) {
+            return Self::TlsName(name.to_owned());
+        }
+        match &client.address {
+            ClientAddress::Tcp(address) => Self::Address(address.ip().to_canonical()),
+            ClientAddress::Unix { user, .. } => Self::User(*user),
+            ClientAddress::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl Quotas {
+    /// The quota of the export.
+    pub(crate) fn set_total(&self, quota: Quota) {
+        self.total.set(quota);
+    }
+
+    /// The quota of each client.
+    pub(crate) fn set_of_clients(&self, quota: Quota) {
+        let mut clients = self.clients();
+        clients.quota = quota;
+        clients.accounts.values().for_each(|account| account.set(quota));
+    }
+
+    /// The same quotas, of which nothing is used.
+    pub(crate) fn unused(&self) -> Self {
+        let fresh = Self::default();
+        fresh.set_total(self.total.quota());
+        fresh.set_of_clients(self.clients().quota);
+        fresh
+    }
+
+    /// Counts a connection until the returned value is dropped.
+    ///
+    /// # Errors
+    ///
+    /// The reason why the client may not have one more, for the client.
+    pub(crate) fn admit(&self, client: &ClientInfo) -> Result<Admission, &'static str> {
+        let own = self.clients().account(ClientKey::new(client));
+        let own = Place::take(own).ok_or("you have as many connections as you may have")?;
+        let total = Arc::clone(&self.total);
+        let total = Place::take(total).ok_or("the export has as many clients as it may have")?;
+        Ok(Admission { places: [own, total] })
+    }
+
+    fn clients(&self) -> std::sync::MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Clients {
+    fn account(&mut self, key: ClientKey) -> Arc<Account> {
+        if self.accounts.len() >= self.many.max(FEW_CLIENTS) {
+            let now = nanoseconds_now();
+            // One that comes again and again would otherwise have an empty account each time.
+            self.accounts.retain(|_, account| !account.is_settled(now));
+            self.many = self.accounts.len().saturating_mul(2);
+        }
+        let quota = self.quota;
+        Arc::clone(self.accounts.entry(key).or_insert_with(|| {
+            let account = Account::default();
+            account.set(quota);
+            Arc::new(account)
+        }))
+    }
+}
+
+/// What was used of a quota. A rate or limit of zero is none.
+#[derive(Debug, Default)]
+struct Account {
+    connections: AtomicUsize,
+    max_connections: AtomicU64,
+    bytes: Bucket,
+    requests: Bucket,
+}
+
+impl Account {
+    fn set(&self, quota: Quota) {
+        let or_none = |limit: Option<NonZeroU64>| limit.map_or(0, NonZeroU64::get);
+        self.max_connections.store(or_none(quota.connections), Ordering::Relaxed);
+        self.bytes.set_rate(or_none(quota.bytes_per_second));
+        self.requests.set_rate(or_none(quota.requests_per_second));
+    }
+
+    fn quota(&self) -> Quota {
+        let limit = |value: &AtomicU64| NonZeroU64::new(value.load(Ordering::Relaxed));
+        Quota {
+            connections: limit(&self.max_connections),
+            bytes_per_second: limit(&self.bytes.rate),
+            requests_per_second: limit(&self.requests.rate),
+        }
+    }
+
+    fn changes(&self) -> usize {
+        let changes = |bucket: &Bucket| bucket.changes.load(Ordering::Relaxed);
+        changes(&self.bytes).wrapping_add(changes(&self.requests))
+    }
+
+    fn is_settled(&self, now: u64) -> bool {
+        let is_idle = |bucket: &Bucket| bucket.next.load(Ordering::Relaxed) <= now;
+        self.connections.load(Ordering::Relaxed) == 0
+            && is_idle(&self.bytes)
+            && is_idle(&self.requests)
+    }
+}
+
+/// A rate, and the time at which its next unit is free, in nanoseconds since the first use.
+#[derive(Debug, Default)]
+struct Bucket {
+    /// Units per second; zero for no limit.
+    rate: AtomicU64,
+    next: AtomicU64,
+    /// How often the rate has changed.
+    changes: AtomicUsize,
+}
+
+impl Bucket {
+    /// Begins anew with another rate.
+    fn set_rate(&self, rate: u64) {
+        if self.rate.swap(rate, Ordering::Relaxed) != rate {
+            self.next.store(0, Ordering::Relaxed);
+            self.changes.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes `cost` units; returns when they are free and how long they last, in nanoseconds.
+    fn reserve(&self, cost: u64, now: impl FnOnce() -> u64) -> (u64, u64) {
+        let rate = self.rate.load(Ordering::Relaxed);
+        if rate == 0 || cost == 0 {
+            return (0, 0);
+        }
+        let lasts = (u128::from(cost) * SECOND).div_ceil(rate.into());
+        let lasts = u64::try_from(lasts).unwrap_or(u64::MAX);
+        let earliest = now().saturating_sub(BURST);
+        let begins = |next: u64| next.max(earliest);
+        let update = |next: u64| Some(begins(next).saturating_add(lasts));
+        let before = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
+        (begins(before.unwrap_or(earliest)), lasts)
+    }
+
+    /// Gives back what was reserved and is not used.
+    fn give_back(&self, lasts: u64) {
+        let update = |next: u64| Some(next.saturating_sub(lasts));
+        let _ = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update);
+    }
+}
+
+/// What a request has taken of an account.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Reservation {
+    bytes: u64,
+    requests: u64,
+    /// How often the rates had changed before.
+    changes: usize,
+}
+
+/// A connection that is counted in an account.
+#[derive(Debug)]
+struct Place(Arc<Account>);
+
+impl Place {
+    fn take(account: Arc<Account>) -> Option<Self> {
+        let most = account.max_connections.load(Ordering::Relaxed);
+        let most = if most == 0 { usize::MAX } else { usize::try_from(most).unwrap_or(usize::MAX) };
+        let update = |count: usize| count.checked_add(1).filter(|count| *count <= most);
+        account.connections.fetch_update(Ordering::Relaxed, Ordering::Relaxed, update).ok()?;
+        Some(Self(account))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A connection that is counted, and what it may use: of its client's quota first, then of the
+/// export's, so that a client that waits for its own takes nothing from others.
+#[derive(Debug)]
+pub(crate) struct Admission {
+    places: [Place; 2],
+}
+
+impl Admission {
+    /// Takes what a request needs of the quota with this index; returns when it may begin, if that
+    /// is later, and what was taken. `None` if there is no such quota.
+    pub(crate) fn reserve(
+        &self,
+        index: usize,
+        bytes: u64,
+    ) -> Option<(Option<Instant>, Reservation)> {
+        let Place(account) = self.places.get(index)?;
+        let changes = account.changes();
+        let mut known = None;
+        let mut now = || *known.get_or_insert_with(nanoseconds_now);
+        let (bytes_at, bytes) = account.bytes.reserve(bytes, &mut now);
+        let (requests_at, requests) = account.requests.reserve(1, &mut now);
+        let at = bytes_at.max(requests_at);
+        let is_later = known.is_some_and(|now| at > now);
+        let at = if is_later { epoch().checked_add(Duration::from_nanos(at)) } else { None };
+        Some((at, Reservation { bytes, requests, changes }))
+    }
+
+    /// Have the rates changed since something was taken, so that it is void?
+    pub(crate) fn is_void(&self, index: usize, taken: Reservation) -> bool {
+        self.places.get(index).is_some_and(|Place(account)| account.changes() != taken.changes)
+    }
+
+    /// Gives back what was taken for a request that will not begin.
+    pub(crate) fn give_back(&self, index: usize, taken: Reservation) {
+        let Some(Place(account)) = self.places.get(index) else { return };
+        if self.is_void(index, taken) {
+            return;
+        }
+        account.bytes.give_back(taken.bytes);
+        account.requests.give_back(taken.requests);
+    }
+}
+
+fn epoch() -> Instant {
+    static EPOCH: OnceLock<Instant> = OnceLock::new();
+    *EPOCH.get_or_init(Instant::now)
+}
+
+fn nanoseconds_now() -> u64 {
+    u64::try_from(epoch().elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limit(value: u64) -> Option<NonZeroU64> {
+        NonZeroU64::new(value)
+    }
+
+    fn user(user: u32) -> ClientInfo {
+        let address = ClientAddress::Unix { process: None, user, group: 0, groups: Vec::new() };
+        ClientInfo {
+            address,
+            #[cfg(feature = "tls")]
+            tls: None,
+        }
+    }
+
+    #[test]
+    fn a_bucket_keeps_its_rate_saves_up_little_and_takes_requests_of_any_size() {
+        let bucket = Bucket { rate: 1000.into(), ..Bucket::default() };
+        let now = 10_000_000_000;
+        let begins = |cost, now| bucket.reserve(cost, || now).0;
+        // A tenth of a second is saved up.
+        assert_eq!(begins(100, now), now - BURST);
+        assert_eq!(begins(1, now), now);
+        assert_eq!(begins(10_000, now), now + 1_000_000);
+        assert_eq!(begins(1, now), now + 1_000_000 + 10_000_000_000, "the large one is paid for");
+        assert_eq!(begins(u64::MAX, 4 * now), 4 * now - BURST);
+        assert_eq!(bucket.next.load(Ordering::Relaxed), u64::MAX, "it does not wrap around");
+    }
+
+    #[test]
+    fn a_request_that_does_not_begin_is_not_paid_for() {
+        let bucket = Bucket { rate: 1.into(), ..Bucket::default() };
+        let now = 10_000_000_000;
+        assert_eq!(bucket.reserve(1, || now).0, now - BURST);
+        let (_, lasts) = bucket.reserve(1000, || now);
+        bucket.give_back(lasts);
+        assert_eq!(bucket.reserve(1, || now).0, now - BURST + 1_000_000_000);
+    }
+
+    #[test]
+    fn connections_are_counted_for_each_client_and_for_the_export() {
+        let quotas = Quotas::default();
+        quotas.set_of_clients(Quota { connections: limit(2), ..Quota::default() });
+        quotas.set_total(Quota { connections: limit(3), ..Quota::default() });
+        let first = quotas.admit(&user(1)).unwrap();
+        let _second = quotas.admit(&user(1)).unwrap();
+        assert!(quotas.admit(&user(1)).unwrap_err().contains("you have"));
+        let _third = quotas.admit(&user(2)).unwrap();
+        assert!(quotas.admit(&user(2)).unwrap_err().contains("the export has"));
+        drop(first);
+        let _fourth = quotas.admit(&user(2)).unwrap();
+        quotas.set_total(Quota::default());
+        assert!(quotas.admit(&user(1)).is_ok(), "limits change for those who are there");
+    }
+
+    #[test]
+    fn who_connects_again_still_owes_what_it_took() {
+        let quotas = Quotas::default();
+        quotas.set_of_clients(Quota { bytes_per_second: limit(1), ..Quota::default() });
+        let admission = quotas.admit(&user(1)).unwrap();
+        let (at, _) = admission.reserve(0, 1 << 20).unwrap();
+        assert!(at.is_none(), "the first request begins at once");
+        drop(admission);
+        for other in 1000..1000 + 2 * FEW_CLIENTS as u32 {
+            drop(quotas.admit(&user(other)).unwrap());
+        }
+        assert!(quotas.clients().accounts.len() <= FEW_CLIENTS + 1);
+        let again = quotas.admit(&user(1)).unwrap();
+        assert!(again.reserve(0, 1).unwrap().0.is_some());
+        let other = quotas.admit(&user(2)).unwrap();
+        assert!(other.reserve(0, 1).unwrap().0.is_none(), "others owe nothing");
+    }
+}
