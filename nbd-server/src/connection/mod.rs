@@ -21,6 +21,8 @@ mod shared;
 mod socket;
 mod stall;
 mod steps;
+#[cfg(test)]
+mod tests;
 #[cfg(feature = "tls")]
 mod tls;
 mod transmission;

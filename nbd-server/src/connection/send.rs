@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use super::error::ConnectionError;
 use super::plain::More;
 use super::socket::Socket;
+use super::turn::Turn;
 use crate::budget::Permit;
 use crate::export::FileSpan;
 
@@ -100,16 +101,18 @@ impl SendQueue {
         self.commit(written);
     }
 
-    /// Queues a whole reply. Its permit is held until the last byte is sent.
-    pub(super) fn push(&mut self, data: Vec<u8>, permit: Option<Permit>) {
-        if data.len() < COPIED_LEN {
-            let length = data.len();
+    /// Queues a whole reply. Its permit is held until the last byte is sent. Returns the bytes that
+    /// were moved for it: those of a long reply move when they are sent.
+    pub(super) fn push(&mut self, data: Vec<u8>, permit: Option<Permit>) -> usize {
+        let length = data.len();
+        if length < COPIED_LEN {
             self.space(length).copy_from_slice(&data);
             self.commit(length);
-            return;
+            return length;
         }
-        self.queued += data.len();
+        self.queued += length;
         self.segments.push_back(Segment::Owned { data, start: 0, _permit: permit });
+        0
     }
 
     /// Queues `length` bytes of a file.
@@ -118,26 +121,32 @@ impl SendQueue {
         self.segments.push_back(Segment::File { span, length });
     }
 
-    /// Sends until the queue is empty or the socket takes no more.
+    /// Sends until the queue is empty, the socket takes no more, or the turn is over. Long replies
+    /// are charged to the turn as they are sent; those in blocks were charged when they were made.
     pub(super) fn poll_flush(
         &mut self,
         cx: &mut Context<'_>,
         socket: &mut Socket,
+        turn: &mut Turn,
     ) -> Poll<Result<(), ConnectionError>> {
         while let Some(front) = self.segments.front() {
             let sent = match front {
+                Segment::File { .. } | Segment::Owned { .. } if turn.is_over() => {
+                    return Poll::Pending;
+                }
                 Segment::File { span, length } => {
-                    match socket.poll_send_file(cx, span.file.as_fd(), span.offset, *length) {
+                    let length = turn.left().min(*length);
+                    match socket.poll_send_file(cx, span.file.as_fd(), span.offset, length) {
                         Poll::Ready(Ok(0)) => {
                             return Poll::Ready(Err(ConnectionError::FileTruncated));
                         }
                         result => result,
                     }
                 }
-                _ => self.poll_send_bytes(cx, socket),
+                _ => self.poll_send_bytes(cx, socket, turn.left()),
             };
             match sent {
-                Poll::Ready(Ok(count)) => self.sent(count),
+                Poll::Ready(Ok(count)) => turn.spend(self.sent(count)),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error.into())),
                 Poll::Pending => return Poll::Pending,
             }
@@ -145,10 +154,12 @@ impl SendQueue {
         socket.poll_flush(cx).map_err(Into::into)
     }
 
+    /// Sends bytes in memory, of long replies at most `allowed`.
     fn poll_send_bytes(
         &self,
         cx: &mut Context<'_>,
         socket: &mut Socket,
+        mut allowed: usize,
     ) -> Poll<std::io::Result<usize>> {
         let mut slices = [IoSlice::new(&[]); MAX_SLICES];
         let mut count = 0;
@@ -156,8 +167,13 @@ impl SendQueue {
         for segment in &self.segments {
             let bytes = match segment {
                 Segment::Block(block) => &block.data[block.start..block.end],
-                Segment::Owned { data, start, .. } => &data[*start..],
-                Segment::File { .. } => {
+                Segment::Owned { data, start, .. } if allowed > 0 => {
+                    let rest = &data[*start..];
+                    let part = &rest[..allowed.min(rest.len())];
+                    allowed -= part.len();
+                    part
+                }
+                Segment::Owned { .. } | Segment::File { .. } => {
                     more = More::Follows;
                     break;
                 }
@@ -168,20 +184,30 @@ impl SendQueue {
             };
             *slot = IoSlice::new(bytes);
             count += 1;
+            if let Segment::Owned { data, start, .. } = segment
+                && bytes.len() < data.len() - start
+            {
+                more = More::Follows;
+                break;
+            }
         }
         socket.poll_send(cx, &slices[..count], more)
     }
 
-    /// Takes `count` sent bytes off the front.
-    fn sent(&mut self, mut count: usize) {
+    /// Takes `count` sent bytes off the front. Returns how many of them were of long replies.
+    fn sent(&mut self, mut count: usize) -> usize {
         self.queued -= count;
         self.total_sent = self.total_sent.wrapping_add(count as u64);
+        let mut long = 0;
         while let Some(front) = self.segments.front_mut() {
             let left = match front {
                 Segment::Block(block) => block.end - block.start,
                 Segment::Owned { data, start, .. } => data.len() - *start,
                 Segment::File { length, .. } => *length,
             };
+            if !matches!(front, Segment::Block(_)) {
+                long += count.min(left);
+            }
             if count < left {
                 match front {
                     Segment::Block(block) => block.start += count,
@@ -191,13 +217,14 @@ impl SendQueue {
                         *length -= count;
                     }
                 }
-                return;
+                return long;
             }
             count -= left;
             if let Some(Segment::Block(block)) = self.segments.pop_front() {
                 self.keep(block.data);
             }
         }
+        long
     }
 
     /// Gives the memory back that is kept for the next replies.

@@ -22,7 +22,6 @@ use super::answer::Unfinished;
 use super::error::{Awaiting, ConnectionError};
 use super::handshake::Established;
 use super::polling::Polling;
-use super::read_steps;
 use super::read_strategy::{Idle, ReadStrategy};
 use super::room::Room;
 use super::shared::Shared;
@@ -31,7 +30,7 @@ use super::turn::{BARREN_COST, REQUEST_COST, Thread, Turn};
 use crate::shutdown::{Phase, Shutdown};
 use backlog::{Admitted, Backlog};
 use incoming::{Arrival, Incoming, Payload, Received};
-use read::{Answering, ForPool, PromptReads};
+use read::{Answering, PromptReads, Rest};
 use replies::Replies;
 use target::Target;
 use throttle::Throttle;
@@ -140,7 +139,7 @@ impl Session {
             self.turn.rest();
             let mut progress = self.collect(cx);
             progress |= self.execute(cx)?;
-            progress |= self.flush(cx)?;
+            progress |= self.flush(cx)? || self.turn.is_over();
             if !progress {
                 if self.backlog.is_empty() && self.is_all_sent() {
                     return Poll::Ready(Ok(()));
@@ -201,8 +200,7 @@ impl Session {
     fn collect(&mut self, cx: &mut Context<'_>) -> bool {
         let mut progress = false;
         while let Poll::Ready((bytes, permit)) = self.backlog.poll_reply(cx) {
-            self.turn.spend(bytes.len());
-            self.replies.push(bytes, permit);
+            self.turn.spend(self.replies.push(bytes, permit));
             progress = true;
         }
         progress
@@ -211,7 +209,7 @@ impl Session {
     /// Sends; true if that made room for further requests.
     fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let was_busy = self.is_busy();
-        self.replies.flush(cx, &mut self.socket)?;
+        self.replies.flush(cx, &mut self.socket, &mut self.turn)?;
         Ok(was_busy && !self.is_busy())
     }
 
@@ -292,8 +290,8 @@ impl Session {
         tracing::debug!(command = ?request.command, offset, length, "request");
         let length = request.data_len();
         self.read_strategy.count(length);
-        // A long READ is paid for as it goes on.
-        let at_once = if read_steps::is_long(&request) { 0 } else { length };
+        // A READ is charged as its bytes move.
+        let at_once = if matches!(request.command, Command::Read(_)) { 0 } else { length };
         self.turn.spend(REQUEST_COST.saturating_add(at_once));
         match request.command {
             Command::Disconnect => {
@@ -342,14 +340,14 @@ impl Session {
     fn read(&mut self, request: Request) {
         let (reads, mut answering) = self.answering();
         let read = reads.read(&request, &mut answering);
-        self.leave_to_pool(request, read);
+        self.leave_rest(request, read);
     }
 
     /// Goes on with a READ of which `done` bytes are answered.
     fn read_on(&mut self, request: Request, done: usize) {
         let (reads, mut answering) = self.answering();
         let read = reads.read_on(&request, done, &mut answering);
-        self.leave_to_pool(request, read);
+        self.leave_rest(request, read);
     }
 
     fn answering(&mut self) -> (&mut PromptReads, Answering<'_>) {
@@ -357,9 +355,13 @@ impl Session {
         (reads, Answering { target, replies, turn })
     }
 
-    fn leave_to_pool(&mut self, request: Request, read: Result<(), ForPool>) {
-        if let Err(ForPool { done }) = read {
-            self.backlog.leave_to_pool(request, Vec::new(), done);
+    fn leave_rest(&mut self, request: Request, read: Result<(), Rest>) {
+        match read {
+            Ok(()) => {}
+            Err(Rest::ForPool { done }) => {
+                self.backlog.leave_to_pool(request, Vec::new(), done);
+            }
+            Err(Rest::NextTurn { done }) => self.backlog.put_off(Unfinished { request, done }),
         }
     }
 

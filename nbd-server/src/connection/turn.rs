@@ -218,6 +218,11 @@ impl Turn {
         self.spent >= self.quantum && !self.is_alone()
     }
 
+    /// How much the connection may still do, in bytes moved.
+    pub(super) fn left(&self) -> usize {
+        if self.is_alone() { usize::MAX } else { self.quantum.saturating_sub(self.spent) }
+    }
+
     /// One round of the connection's work is done. Are other tasks of the thread to be looked at?
     pub(super) fn ends_with_round(&mut self) -> bool {
         self.rounds = self.rounds.wrapping_add(1);
@@ -247,8 +252,11 @@ impl Turn {
         match self.state {
             State::Idle => self.end(),
             State::Works => {
-                let is_little = self.spent <= LIGHT_LEN;
-                self.light_runs = if is_little { LIGHT_RUNS.min(self.light_runs + 1) } else { 0 };
+                if self.spent > LIGHT_LEN {
+                    self.light_runs = 0;
+                } else if self.spent > 0 {
+                    self.light_runs = LIGHT_RUNS.min(self.light_runs + 1);
+                }
                 self.end();
                 self.thread.order().wake_next();
             }

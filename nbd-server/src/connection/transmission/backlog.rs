@@ -152,6 +152,11 @@ impl Backlog {
         })
     }
 
+    /// A READ that goes on in the next turn.
+    pub(super) fn put_off(&mut self, unfinished: Unfinished) {
+        self.unfinished.push_front(unfinished);
+    }
+
     /// The READ that goes on next.
     pub(super) fn next_unfinished(&mut self) -> Option<Unfinished> {
         self.unfinished.pop_front()

@@ -15,10 +15,15 @@ use crate::sys;
 /// copy if they can be. In bytes. Below it the copy is cheaper than the extra system calls.
 const SEND_FILE_LEN: usize = 32 * 1024;
 
-/// What is left of a READ: the part behind the first `done` bytes may have to wait, or is a long
-/// one. It is for the pool.
-pub(super) struct ForPool {
-    pub(super) done: usize,
+/// Least part of a reply that is copied at a time, in bytes.
+const PART_LEN: usize = 64 * 1024;
+
+/// What is left of a READ: all but the first `done` bytes.
+pub(super) enum Rest {
+    /// They may have to wait, or are many: they are for the pool.
+    ForPool { done: usize },
+    /// They are answered in the next turn.
+    NextTurn { done: usize },
 }
 
 /// The READs of a connection.
@@ -37,7 +42,7 @@ impl PromptReads {
         &mut self,
         request: &Request,
         answering: &mut Answering<'_>,
-    ) -> Result<(), ForPool> {
+    ) -> Result<(), Rest> {
         let length = request.data_len();
         if length == 0 {
             answering.replies.answer(request, Ok(()));
@@ -50,7 +55,7 @@ impl PromptReads {
             let holes = answering.target.holes_of(request);
             match answering.copy(request, whole, Position::Last, holes) {
                 TryRead::Complete => return Ok(()),
-                TryRead::WouldBlock => return Err(ForPool { done: 0 }),
+                TryRead::WouldBlock => return Err(Rest::ForPool { done: 0 }),
                 TryRead::Sparse => {}
             }
         }
@@ -63,12 +68,12 @@ impl PromptReads {
         request: &Request,
         done: usize,
         answering: &mut Answering<'_>,
-    ) -> Result<(), ForPool> {
+    ) -> Result<(), Rest> {
         let holes = answering.target.holes_of(request);
         let (start, length) = (request.offset + done as u64, request.data_len() - done);
         self.map.clear();
         if !answering.target.map_now(start, length, holes, &mut self.map) {
-            return Err(ForPool { done });
+            return Err(Rest::ForPool { done });
         }
         answering.mapped(request, done, holes, &self.map)
     }
@@ -89,38 +94,59 @@ impl Answering<'_> {
         mut done: usize,
         holes: Holes,
         map: &ReadMap,
-    ) -> Result<(), ForPool> {
+    ) -> Result<(), Rest> {
         if holes == Holes::AsData && map.segments().len() > 1 {
             let whole = (request.offset, map.len());
             return match self.copy(request, whole, Position::Last, holes) {
                 TryRead::Complete => Ok(()),
-                _ => Err(ForPool { done }),
+                _ => Err(Rest::ForPool { done }),
             };
         }
         for part in map.segments() {
-            if !self.segment(request, done, holes, part) {
-                return Err(ForPool { done });
-            }
+            self.segment(request, done, holes, part)?;
             done += part.length;
         }
         Ok(())
     }
 
-    /// Answers one part of a READ, behind the first `done` bytes; false if it is for the pool.
-    fn segment(&mut self, request: &Request, done: usize, holes: Holes, part: &Segment) -> bool {
-        let is_last = done + part.length == request.data_len();
-        let position = if is_last { Position::Last } else { Position::More };
+    /// Answers one part of a READ, behind the first `done` bytes, or the beginning of it.
+    fn segment(
+        &mut self,
+        request: &Request,
+        done: usize,
+        holes: Holes,
+        part: &Segment,
+    ) -> Result<(), Rest> {
+        let position = position_after(request, done + part.length);
         let chunk = (request.offset + done as u64, part.length);
         match &part.content {
             Content::Zero if holes == Holes::Told => {
                 self.replies.hole(request, chunk, position);
-                return true;
+                return Ok(());
             }
-            Content::File(span) if self.send_file(request, chunk, position, span) => return true,
+            Content::File(span) if self.send_file(request, chunk, position, span) => return Ok(()),
             _ => {}
         }
-        let may_copy = !read_steps::is_long(request) || holes == Holes::AsData;
-        may_copy && self.copy(request, chunk, position, Holes::AsData) == TryRead::Complete
+        let (mut done, end) = (done, done + part.length);
+        if read_steps::is_long(request) && holes == Holes::Told {
+            return Err(Rest::ForPool { done });
+        }
+        while done < end {
+            let count = match holes {
+                Holes::Told => part_len(end - done, self.turn.left()),
+                Holes::AsData => end - done,
+            };
+            if count == 0 {
+                return Err(Rest::NextTurn { done });
+            }
+            let chunk = (request.offset + done as u64, count);
+            let position = position_after(request, done + count);
+            if self.copy(request, chunk, position, Holes::AsData) != TryRead::Complete {
+                return Err(Rest::ForPool { done });
+            }
+            done += count;
+        }
+        Ok(())
     }
 
     /// Reads a part of a READ, given by its offset and length, into a reply, if that takes no
@@ -137,6 +163,7 @@ impl Answering<'_> {
         if length > read_steps::STEP_LEN {
             return TryRead::WouldBlock;
         }
+        self.turn.spend(length);
         let target = self.target;
         self.replies.data(request, (offset, length), position, |buffer| {
             target.read_now(offset, buffer, holes)
@@ -158,10 +185,21 @@ impl Answering<'_> {
         {
             return false;
         }
-        if read_steps::is_long(request) {
-            self.turn.spend(length);
-        }
         self.replies.file(request, chunk, position, span);
         true
     }
+}
+
+/// The place of a chunk in the reply, behind which `done` bytes of the READ are answered.
+fn position_after(request: &Request, done: usize) -> Position {
+    if done == request.data_len() { Position::Last } else { Position::More }
+}
+
+/// How many of `rest` bytes are copied now if the turn has room for `left`: none where it is over.
+const fn part_len(rest: usize, left: usize) -> usize {
+    if rest <= left.saturating_add(left / 2) {
+        return rest;
+    }
+    let part = if left < PART_LEN && left > 0 { PART_LEN } else { left - left % 4096 };
+    if part < rest { part } else { rest }
 }

@@ -9,6 +9,7 @@ use super::super::error::ConnectionError;
 use super::super::room::Room;
 use super::super::send::SendQueue;
 use super::super::socket::Socket;
+use super::super::turn::Turn;
 use crate::budget::Permit;
 use crate::export::{ExportError, FileSpan, TryRead};
 
@@ -58,21 +59,22 @@ impl Replies {
         self.queue.shrink();
     }
 
-    /// Sends until nothing is left or the socket takes no more.
+    /// Sends until nothing is left, the socket takes no more, or the turn is over.
     pub(super) fn flush(
         &mut self,
         cx: &mut Context<'_>,
         socket: &mut Socket,
+        turn: &mut Turn,
     ) -> Result<(), ConnectionError> {
-        match self.queue.poll_flush(cx, socket) {
+        match self.queue.poll_flush(cx, socket, turn) {
             Poll::Ready(result) => result,
             Poll::Pending => Ok(()),
         }
     }
 
-    /// Adds a reply that the pool has made, or a part of one.
-    pub(super) fn push(&mut self, bytes: Vec<u8>, permit: Permit) {
-        self.queue.push(bytes, Some(permit));
+    /// Adds a reply that the pool has made, or a part of one. Returns the bytes that were moved.
+    pub(super) fn push(&mut self, bytes: Vec<u8>, permit: Permit) -> usize {
+        self.queue.push(bytes, Some(permit))
     }
 
     /// Adds a reply without content.
