@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use nbd_client::{Client, Connector, Error, LocalFiles, TlsMode, VerifyPeer};
 use nbd_jobs::JobErrorKind;
 use nbd_jobs::connect::{self, ConnectOptions, TlsSettings};
+use nbd_jobs::remote::Remotes;
 use nbd_proto::NbdUri;
 use nbd_proto::tls::CA_CERTIFICATE_FILE;
 
@@ -69,6 +70,12 @@ impl ServerArgs {
             Some(patience) => connector.reconnect(patience),
             None => connector,
         }
+    }
+
+    /// Returns the connections to servers that sources and images name. A signal interrupts them.
+    pub(crate) fn remotes(&self) -> Remotes {
+        let server = self.clone();
+        Remotes::new(move |uri| server.connector(uri)).interrupter(signals::interrupter().clone())
     }
 
     /// Unused options are a mistake.

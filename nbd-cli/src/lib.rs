@@ -21,7 +21,6 @@ mod logging;
 mod output;
 mod progress;
 mod qemu_numbers;
-mod remote;
 mod serving;
 mod shown;
 mod signals;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use imgfmt::storage::FileStorage;
-use imgfmt::{Access, Locking};
+use imgfmt::{Access, CacheMode, Locking};
 
 use crate::observer::Observer;
 
@@ -14,7 +14,18 @@ pub(crate) fn open_file(
     locking: Locking,
     observer: &dyn Observer,
 ) -> imgfmt::Result<FileStorage> {
-    let storage = FileStorage::open(path, access, locking)?;
+    open_cached(path, access, locking, CacheMode::default(), observer)
+}
+
+/// Like [`open_file`], with a use of the page cache.
+pub(crate) fn open_cached(
+    path: &Path,
+    access: Access,
+    locking: Locking,
+    cache: CacheMode,
+    observer: &dyn Observer,
+) -> imgfmt::Result<FileStorage> {
+    let storage = FileStorage::open_cached(path, access, locking, cache)?;
     if storage.lacks_locks() {
         observer.unlocked(path);
     }

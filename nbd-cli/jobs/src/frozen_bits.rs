@@ -4,7 +4,30 @@
 use imgfmt::{BitmapChange, BitmapState, Image};
 
 use crate::error::{JobError, JobErrorKind};
+use crate::observer::Observer;
 use crate::text::printable;
+
+/// Reports which bitmaps got frozen bits back when an image was opened for writing, and whether
+/// that failed.
+pub fn report_thaw(image: &Image, observer: &dyn Observer) {
+    let status = image.bitmap_durability();
+    report_thawed(&status.thawed, observer);
+    if let Some(failure) = status.thaw_failure {
+        // The disk can be used anyway, but not the bitmaps that lack them.
+        observer.warning(&format!("bits frozen by a checkpoint are not merged back: {failure}"));
+    }
+}
+
+/// Reports which bitmaps got frozen bits back.
+pub fn report_thawed(names: &[String], observer: &dyn Observer) {
+    if !names.is_empty() {
+        let names: Vec<_> = names.iter().map(|name| format!("'{}'", printable(name))).collect();
+        observer.warning(&format!(
+            "a checkpoint was interrupted; the bits that it had frozen are back in {}",
+            names.join(", ")
+        ));
+    }
+}
 
 /// Checks that a bitmap has all of its bits, in the image or backing file that has it. A bitmap
 /// that does not exist is complete.

@@ -23,7 +23,8 @@
 //! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
 //! and incremental backups of served disks, also of a checkpoint, and [`restore()`] restores them.
 //! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
-//! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`.
+//! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`,
+//! and [`serving`] makes exports of images.
 //!
 //! # Jobs
 //!
@@ -48,7 +49,10 @@ mod lanes;
 mod location;
 mod observer;
 pub mod qemu_name;
+pub mod remote;
 mod restore;
+#[cfg(feature = "server")]
+pub mod serving;
 pub mod target;
 pub mod text;
 

@@ -16,7 +16,7 @@ use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
-use crate::serving::thaw;
+use crate::shown::warnings;
 use crate::size::ByteSize;
 
 /// The finest default granularity, in bytes.
@@ -251,13 +251,13 @@ fn carry_out(
     changes: impl FnOnce(&Image) -> Result<Vec<BitmapChange>, CommandError>,
 ) -> Result<Outcome, CommandError> {
     let image = args.open.change(&args.path)?;
-    thaw::report_thaw(&image);
+    frozen_bits::report_thaw(&image, &*warnings());
     let changes = changes(&image)?;
     image
         .bitmap_transaction(&changes)
         .map_err(|error| frozen_bits::explain_change(&image, &changes, error))?;
     // A repair may have made that possible.
-    thaw::report_thawed(&image.thaw_bitmaps()?);
+    frozen_bits::report_thawed(&image.thaw_bitmaps()?, &*warnings());
     let mut output = Output::new();
     if args.json {
         list::json(&image, &mut output)?;

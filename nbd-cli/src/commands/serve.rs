@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_jobs::control::server::{ControlSocket, Controller, ServedDisks};
+use nbd_jobs::serving::PrivateDirectory;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 
@@ -25,7 +26,7 @@ use crate::error::{CommandError, Outcome};
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
-use crate::serving::{PidFile, PrivateDirectory, drain, runtime, serve_error, serve_until_signal};
+use crate::serving::{PidFile, drain, runtime, serve_error, serve_until_signal};
 use crate::signals::{EndSignals, Hangup};
 use crate::size::ByteSize;
 

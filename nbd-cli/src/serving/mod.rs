@@ -1,28 +1,25 @@
-//! Common parts of the serving front ends: opening an image as an export, and serving until a
-//! signal.
+//! Common parts of the serving front ends: values of options, and serving until a signal.
 
 pub(crate) mod background;
-mod directory;
 mod durability;
 mod filter_args;
-pub(crate) mod image;
-pub(crate) mod open_error;
-mod patience;
 mod pid_file;
-mod temporary;
-pub(crate) mod thaw;
-mod upstream;
 
 use std::future::Future;
+use std::path::PathBuf;
 
 use nbd_server::{ServeError, Server};
 
-pub(crate) use self::directory::PrivateDirectory;
 pub use self::durability::BitmapDurability;
 pub use self::filter_args::{Aio, CacheMode, DetectZeroes, Discard};
 pub(crate) use self::pid_file::PidFile;
 use crate::error::CommandError;
 use crate::signals::EndSignals;
+
+/// Returns the directory of temporary files that the environment names.
+pub(crate) fn temporary_directory() -> Option<PathBuf> {
+    std::env::var_os("TMPDIR").map(PathBuf::from)
+}
 
 /// Runs a server front end: one thread that accepts and waits for signals, because connections have
 /// threads of their own.

@@ -8,6 +8,7 @@ use imgfmt::{
     CompressionType, CreateOptions, DataFile, Format, Image, L2Entries, LazyRefcounts, OpenPolicy,
     Qcow2Version,
 };
+use nbd_jobs::remote::allow_exports;
 use nbd_jobs::target::{self, Durable, Existing, NewFile, device};
 
 use super::info::print_json;
@@ -17,7 +18,6 @@ use crate::file_path::FilePathParser;
 use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::locking::LockArgs;
 use crate::output::warn;
-use crate::remote::allow_exports;
 use crate::shown::warnings;
 use crate::signals;
 use crate::size::ByteSize;
@@ -195,7 +195,8 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
     }
     options.size = args.size.map(ByteSize::bytes);
     options.locking = args.locks.locking();
-    options.backing_policy = allow_exports(OpenPolicy::any_file(), &ServerArgs::default());
+    options.backing_policy =
+        allow_exports(OpenPolicy::any_file(), &ServerArgs::default().remotes());
     options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
     if args.lazy_refcounts && options.format == Format::Raw {

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use imgfmt::{Access, Error, Image, OpenOptions, OpenPolicy};
+use nbd_jobs::remote::{allow_exports, allow_json_files};
 use nbd_jobs::{JobError, JobErrorKind};
 
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
 use crate::image_format::ImageFormat;
 use crate::locking::{LockArgs, ShareArgs};
-use crate::remote::{allow_exports, allow_json_files};
 
 /// Options for opening an existing image.
 #[derive(Clone, Debug, Args)]
@@ -46,7 +46,7 @@ impl TrustArgs {
     /// `server` has the options for the servers that the image names.
     pub(in crate::commands) fn policy_with(&self, server: &ServerArgs) -> OpenPolicy {
         match self.trust_image {
-            true => allow_exports(OpenPolicy::any_file().allow_format_probe(), server),
+            true => allow_exports(OpenPolicy::any_file().allow_format_probe(), &server.remotes()),
             false => allow_json_files(OpenPolicy::new()),
         }
     }

@@ -13,12 +13,12 @@ use nbd_jobs::qemu_name::{
     BackingInName, FormatInName, NameInImage, NamedImage, from_json, from_name_in_image,
     has_scheme, path_in,
 };
+use nbd_jobs::remote::backing_file;
 use nbd_proto::NbdUri;
 
 use super::open::{TrustArgs, beside, explained, explained_with};
 use crate::connect::ServerArgs;
 use crate::error::CommandError;
-use crate::remote::{backing_file, open_export, open_named_by_image};
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]
@@ -333,10 +333,11 @@ pub(super) fn storage(
     files: LocalFiles,
     server: &ServerArgs,
 ) -> Result<ExportStorage, CommandError> {
-    match files {
-        LocalFiles::Allowed => open_export(server.connector(uri)),
-        LocalFiles::Refused => open_named_by_image(uri, server),
-    }
+    let remotes = server.remotes();
+    Ok(match files {
+        LocalFiles::Allowed => remotes.open(uri)?,
+        LocalFiles::Refused => remotes.open_named_by_image(uri)?,
+    })
 }
 
 /// The options for an export: its bytes are the disk, regardless of their contents.

@@ -8,8 +8,11 @@ use imgfmt::{
     OpenOptions, OpenPolicy, Storage,
 };
 use nbd_client::{Connector, ExportStorage};
+use nbd_jobs::JobContext;
 use nbd_jobs::key_values::KeyValues;
 use nbd_jobs::qemu_name::path_in;
+use nbd_jobs::remote::{Remotes, allow_exports};
+use nbd_jobs::serving::{OfferedBitmaps, OpenError, ServeOptions, Writes};
 use nbd_proto::NbdUri;
 use nbd_server::export::Export;
 use nbd_server::export::filters::{
@@ -21,9 +24,8 @@ use super::options::{AioMode, Options, SnapshotName};
 use super::refusal::{Refusal, complain};
 use super::storage::{Null, Part, SECTOR, in_whole_sectors};
 use crate::connect::ServerArgs;
-use crate::remote::{allow_exports, open_export};
-use crate::serving::image::{ImageChoices, OfferedBitmaps, Writes};
-use crate::serving::open_error::OpenError;
+use crate::serving::temporary_directory;
+use crate::shown::warnings;
 
 /// Opens it according to the options.
 ///
@@ -75,7 +77,7 @@ fn named(text: &str) -> Result<Described, String> {
 /// that export. Neither this nor dropping the image may happen in asynchronous tasks, because the
 /// image may be on another server.
 fn open_image(
-    choices: &mut ImageChoices,
+    choices: &mut ServeOptions,
     disk: &Described,
 ) -> Result<(Image, Option<Arc<ExportStorage>>), String> {
     if let Place::File(path) = &disk.place
@@ -131,7 +133,7 @@ fn part_of(storage: Arc<dyn Storage>, window: Window) -> Result<Arc<dyn Storage>
 
 type OpenPlace = (Arc<dyn Storage>, Option<Arc<ExportStorage>>);
 
-fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String> {
+fn open_place(choices: &ServeOptions, place: &Place) -> Result<OpenPlace, String> {
     Ok(match place {
         Place::File(path) => {
             let file = choices.open_file(path).map_err(|error| error.to_string())?;
@@ -140,7 +142,7 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
         Place::NamedAbove => return Err("the image above has to be open".to_owned()),
         Place::Null(size, latency) => (Arc::new(Null::new(*size, *latency)), None),
         Place::Export(uri) => {
-            let storage = open_export(Connector::new(NbdUri::clone(uri)));
+            let storage = choices.remotes.open_with(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
             if choices.writes == Writes::ToImage && !storage.is_writable() {
                 return Err(format!("{uri} is exported read-only; add -r"));
@@ -152,7 +154,7 @@ fn open_place(choices: &ImageChoices, place: &Place) -> Result<OpenPlace, String
 }
 
 /// Opens what the options of a backing file describe.
-fn backing_file(choices: &ImageChoices, backing: &Backing) -> Result<BackingFile, String> {
+fn backing_file(choices: &ServeOptions, backing: &Backing) -> Result<BackingFile, String> {
     let disk = match backing {
         Backing::AsNamed => return Ok(BackingFile::AsNamed),
         Backing::Ignored => return Ok(BackingFile::Ignored),
@@ -172,7 +174,7 @@ fn backing_file(choices: &ImageChoices, backing: &Backing) -> Result<BackingFile
         }
         Place::File(path) if part == whole => Some(NameTarget::File(path.clone())),
         place => {
-            let reading = ImageChoices {
+            let reading = ServeOptions {
                 writes: Writes::Refused,
                 locking: disk.locking,
                 cache: disk.cache.applied_to(choices.cache),
@@ -200,7 +202,7 @@ fn check_aio(options: &Options) -> Result<(), String> {
     }
 }
 
-fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> {
+fn choices(options: &Options, disk: &Described) -> Result<ServeOptions, String> {
     let window = disk.window.narrowed(Window { offset: options.offset, size: None });
     let window = window.map_err(|error| error.to_string())?;
     let writes = match (options.read_only || disk.read_only, options.temporary) {
@@ -209,11 +211,14 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         (false, false) => Writes::ToImage,
     };
     let cache = disk.cache.applied_to(options.cache.unwrap_or_default());
-    let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), &ServerArgs::default());
-    Ok(ImageChoices {
+    let remotes = ServerArgs::default().remotes();
+    let policy = allow_exports(OpenPolicy::any_file().allow_format_probe(), &remotes);
+    Ok(ServeOptions {
+        context: JobContext { observer: warnings(), ..JobContext::default() },
+        temporary_directory: temporary_directory(),
         format: disk.format,
         snapshot: match &options.snapshot {
-            Some(name) => Some(find_snapshot(disk, name)?),
+            Some(name) => Some(find_snapshot(disk, name, &remotes)?),
             None => None,
         },
         writes,
@@ -221,7 +226,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ImageChoices, String> 
         locking: disk.locking,
         cache,
         backing: BackingFile::AsNamed,
-        upstream: ServerArgs::default(),
+        remotes,
         // QEMU lists the last one first, in an order that clients see.
         bitmaps: OfferedBitmaps::Named(options.bitmaps.iter().rev().cloned().collect()),
         filter: filter(options, disk, cache),
@@ -249,13 +254,17 @@ fn filter(options: &Options, disk: &Described, cache: CacheMode) -> FilterOption
 }
 
 /// Returns the id of the selected snapshot.
-fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, String> {
+fn find_snapshot(
+    disk: &Described,
+    wanted: &SnapshotName,
+    remotes: &Remotes,
+) -> Result<String, String> {
     let mut options = OpenOptions::new().access(Access::ReadOnly).locking(disk.locking);
     options.format = disk.format;
     let info = match (&disk.place, disk.part == Window::default()) {
         (Place::File(path), true) => Image::inspect_file(path, &options),
         (Place::Export(uri), true) => {
-            let storage = open_export(Connector::new(NbdUri::clone(uri)));
+            let storage = remotes.open_with(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
             Image::inspect_storage(Arc::new(storage), &options)
         }
@@ -284,7 +293,7 @@ fn find_snapshot(disk: &Described, wanted: &SnapshotName) -> Result<String, Stri
 }
 
 /// A guest with write access to the first sector could make its raw image look like another format.
-fn warn_of_guess(choices: &ImageChoices, image: &Image, name: &str) {
+fn warn_of_guess(choices: &ServeOptions, image: &Image, name: &str) {
     let is_guess = choices.format.is_none() && image.format() == Format::Raw;
     if is_guess && choices.writes == Writes::ToImage {
         complain(&format!(

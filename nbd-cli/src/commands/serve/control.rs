@@ -3,16 +3,17 @@
 use imgfmt::Locking;
 use nbd_jobs::control::server::{ControlEvent, Controller, RequestedSource, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
+use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_server::ServerHandle;
 
 use super::source;
-use crate::serving::image::{ImageChoices, Writes};
+use crate::serving::temporary_directory;
 
 /// Returns the controller of a server. `choices` are the options of images that are added.
 pub(super) fn controller(
     server: ServerHandle,
     disks: ServedDisks,
-    choices: ImageChoices,
+    choices: ServeOptions,
 ) -> Controller {
     let controller = Controller::new(server, disks).observer(log).open_sources(move |requested| {
         let choices = choices_for(&choices, requested);
@@ -20,13 +21,13 @@ pub(super) fn controller(
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
         Ok(source::served_disk(requested.source.clone(), opened))
     });
-    match std::env::var_os("TMPDIR") {
+    match temporary_directory() {
         Some(directory) => controller.temporary_directory(directory),
         None => controller,
     }
 }
 
-fn choices_for(common: &ImageChoices, requested: &RequestedSource) -> ImageChoices {
+fn choices_for(common: &ServeOptions, requested: &RequestedSource) -> ServeOptions {
     let mut choices = common.clone();
     choices.snapshot = None;
     choices.writes = if requested.read_only { Writes::Refused } else { Writes::ToImage };

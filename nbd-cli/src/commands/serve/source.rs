@@ -7,7 +7,8 @@ use std::sync::Arc;
 use imgfmt::storage::MemoryStorage;
 use imgfmt::{Format, Image, OpenOptions};
 use nbd_jobs::control::server::{ServedDisk, ServedDisks};
-use nbd_jobs::qemu_name;
+use nbd_jobs::serving::{OfferedBitmaps, OpenError, OpenedExport, ServeOptions, Writes};
+use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
 use nbd_server::export::filters::{FilterOptions, Medium};
@@ -17,8 +18,8 @@ use super::args::ServeArgs;
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
-use crate::serving::image::{ImageChoices, OfferedBitmaps, Opened, Writes};
-use crate::serving::open_error::OpenError;
+use crate::serving::temporary_directory;
+use crate::shown::warnings;
 use crate::size::ByteSize;
 
 /// Opens every source and registers it; returns the export names in the order of the sources. The
@@ -82,7 +83,7 @@ pub(super) fn add_all(
 }
 
 /// Returns the disk of a control socket.
-pub(super) fn served_disk(source: String, opened: Opened) -> ServedDisk {
+pub(super) fn served_disk(source: String, opened: OpenedExport) -> ServedDisk {
     let disk = ServedDisk::new(source, opened.export);
     match opened.image {
         Some(image) => disk.with_image(image),
@@ -116,9 +117,9 @@ fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
 }
 
 /// Opens the source of an export.
-pub(super) fn open(source: &OsStr, choices: &ImageChoices) -> Result<Opened, CommandError> {
+pub(super) fn open(source: &OsStr, choices: &ServeOptions) -> Result<OpenedExport, CommandError> {
     if let Some(size) = source.to_str().and_then(|source| source.strip_prefix("memory:")) {
-        return Ok(Opened { export: memory(source, size, choices)?, image: None });
+        return Ok(OpenedExport { export: memory(source, size, choices)?, image: None });
     }
     if source.is_empty() {
         return Err(CommandError::new("a source is empty; give a path, a URI or memory:SIZE"));
@@ -130,8 +131,10 @@ pub(super) fn open(source: &OsStr, choices: &ImageChoices) -> Result<Opened, Com
 }
 
 /// Returns the options that apply to every image.
-pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
-    ImageChoices {
+pub(super) fn choices(args: &ServeArgs) -> ServeOptions {
+    ServeOptions {
+        context: JobContext { observer: warnings(), ..JobContext::default() },
+        temporary_directory: temporary_directory(),
         format: args.format.map(Format::from),
         snapshot: args.snapshot.clone(),
         writes: match (args.temporary, args.read_only) {
@@ -144,13 +147,13 @@ pub(super) fn choices(args: &ServeArgs) -> ImageChoices {
         policy: args.trust.trust_image.then(|| args.trust.policy()),
         filter: filter(args),
         allocation_depth: args.allocation_depth,
-        bitmap_durability: args.bitmap_durability,
+        bitmap_durability: args.bitmap_durability.map(Into::into),
         bitmaps: match args.bitmap.iter().any(|name| name == "all") {
             true => OfferedBitmaps::All,
             false => OfferedBitmaps::Named(args.bitmap.clone()),
         },
-        upstream: args.upstream.choices(),
-        ..ImageChoices::default()
+        remotes: args.upstream.choices().remotes(),
+        ..ServeOptions::default()
     }
 }
 
@@ -164,7 +167,7 @@ fn filter(args: &ServeArgs) -> FilterOptions {
     options
 }
 
-fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
+fn explained(error: OpenError, choices: &ServeOptions) -> CommandError {
     if error.may_be_readable() && choices.writes != Writes::Refused {
         CommandError::new(format!("{error}; to serve it without writing, add --read-only"))
     } else {
@@ -173,7 +176,7 @@ fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
                 CommandError::new(format!("{error}, or add --force-share to serve it anyway"))
             }
             OpenError::Image(error) => explained_image(error),
-            OpenError::Other(error) => error,
+            error => CommandError::new(error.to_string()),
         }
     }
 }
@@ -181,7 +184,7 @@ fn explained(error: OpenError, choices: &ImageChoices) -> CommandError {
 fn memory(
     source: &OsStr,
     size: &str,
-    choices: &ImageChoices,
+    choices: &ServeOptions,
 ) -> Result<Arc<dyn Export>, CommandError> {
     let size: ByteSize = size.parse().map_err(|error| cannot_export(source, error))?;
     if choices.snapshot.is_some() || choices.writes == Writes::ToTemporaryFile {

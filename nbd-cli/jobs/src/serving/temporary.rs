@@ -2,7 +2,7 @@
 //! afterwards.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use imgfmt::storage::StorageExtent;
@@ -12,43 +12,47 @@ use imgfmt::{
     OpenPolicy, Storage, TryRead,
 };
 
-use super::PrivateDirectory;
-use super::open_error::OpenError;
-use crate::error::CommandError;
+use super::error::OpenError;
+use super::private_directory::PrivateDirectory;
+use crate::error::{JobError, JobErrorKind};
 
 /// The backing file's name in an overlay over storage without a file name.
 const SCHEME: &str = "served";
 
 /// Opens a temporary overlay of an image. Its file has no name any more on return. `policy` applies
-/// to the overlay and the files below it.
+/// to the overlay and the files below it; `directory` is where the file is.
 pub(super) fn temporary(
     source: &Path,
     options: &OpenOptions,
     policy: OpenPolicy,
+    directory: &Path,
 ) -> Result<Image, OpenError> {
     // Checks that all files below may be opened, and keeps them unchanged until the overlay, which
     // is in another directory and must be allowed to name any file, has opened them again.
     let base = Image::open(source, options)?;
     let path = source.canonicalize().map_err(|error| {
-        CommandError::new(format!("cannot put an overlay over '{}': {error}", source.display()))
+        JobError::new(
+            JobErrorKind::Destination,
+            format!("cannot put an overlay over '{}': {error}", source.display()),
+        )
     })?;
     if options.snapshot.is_some() {
-        return temporary_over(base);
+        return temporary_over(base, directory);
     }
-    in_private_directory(|overlay| over_file(overlay, &path, &base, policy, options))
+    in_private_directory(directory, |overlay| over_file(overlay, &path, &base, policy, options))
 }
 
 /// Opens a temporary overlay of an open image, which appears as one layer.
-pub(super) fn temporary_over(base: Image) -> Result<Image, OpenError> {
-    in_private_directory(|overlay| over_image(overlay, base))
+pub(super) fn temporary_over(base: Image, directory: &Path) -> Result<Image, OpenError> {
+    in_private_directory(directory, |overlay| over_image(overlay, base))
 }
 
 /// Creates an overlay in a file without a name.
 fn in_private_directory(
+    parent: &Path,
     make: impl FnOnce(&Path) -> imgfmt::Result<Image>,
 ) -> Result<Image, OpenError> {
-    let parent = std::env::var_os("TMPDIR").map_or_else(|| "/var/tmp".into(), PathBuf::from);
-    let directory = PrivateDirectory::inside(&parent)?;
+    let directory = PrivateDirectory::inside(parent)?;
     let overlay = directory.overlay();
     let image = make(&overlay);
     let removed = match std::fs::remove_file(&overlay) {
@@ -57,7 +61,10 @@ fn in_private_directory(
     };
     let image = image?;
     removed.map_err(|error| {
-        CommandError::new(format!("cannot remove '{}': {error}", overlay.display()))
+        JobError::new(
+            JobErrorKind::Destination,
+            format!("cannot remove '{}': {error}", overlay.display()),
+        )
     })?;
     Ok(image)
 }

@@ -11,14 +11,13 @@ use nbd_server::export::{
     Durability, Export, ExportError, ExportInfo, Filter, Holes, Lookup, Mapped, ReadMap,
 };
 
-use super::image::{ImageChoices, OfferedBitmaps, Opened, Writes};
-use super::open_error::OpenError;
-use crate::async_runtime::runtime;
-use crate::error::CommandError;
-use crate::output::printable;
-use crate::remote::open_export;
+use super::error::OpenError;
+use super::options::{OfferedBitmaps, OpenedExport, ServeOptions, Writes};
+use crate::error::{JobError, JobErrorKind};
+use crate::remote::run_elsewhere;
+use crate::text::printable;
 
-impl ImageChoices {
+impl ServeOptions {
     /// Makes an export of the image on another server. Blocks, so asynchronous tasks must not call
     /// it.
     ///
@@ -28,19 +27,19 @@ impl ImageChoices {
     /// # Errors
     ///
     /// [`OpenError`] if the server cannot be used as wanted or has no such bitmap.
-    pub(crate) fn open_export(&self, uri: &NbdUri) -> Result<Opened, OpenError> {
-        let connector = self.upstream.connector(uri);
+    pub fn open_export(&self, uri: &NbdUri) -> Result<OpenedExport, OpenError> {
+        let connector = self.remotes.connector(uri);
         let contexts = self.contexts(&connector)?;
-        let storage = Arc::new(open_export(connector.meta_contexts(contexts))?);
+        let storage = Arc::new(self.remotes.open_with(connector.meta_contexts(contexts))?);
         if self.writes == Writes::ToImage && self.snapshot.is_none() && !storage.is_writable() {
             let why = format!("{uri} is exported read-only; add --read-only or --temporary");
-            return Err(CommandError::new(why).into());
+            return Err(JobError::new(JobErrorKind::Source, why).into());
         }
         let image = self.open_storage(storage.clone())?;
-        let mut choices = self.clone();
-        choices.filter.blocking = Blocking::Always;
+        let mut options = self.clone();
+        options.filter.blocking = Blocking::Always;
         if image.format() != Format::Raw {
-            return Ok(choices.exported(image)?);
+            return Ok(options.exported(image)?);
         }
         let base = MetaContextName::base_allocation();
         let offered = storage.client().meta_contexts().iter().filter(|context| **context != base);
@@ -50,16 +49,16 @@ impl ImageChoices {
             if let Some(missing) = names.iter().find(|name| !is_offered(name)) {
                 let missing = printable(missing);
                 let why = format!("{uri}: the server does not offer the bitmap '{missing}'");
-                return Err(CommandError::new(why).into());
+                return Err(JobError::new(JobErrorKind::Source, why).into());
             }
         }
-        choices.allocation_depth = false;
-        choices.bitmaps = OfferedBitmaps::default();
+        options.allocation_depth = false;
+        options.bitmaps = OfferedBitmaps::default();
         let upstream = |inner| {
             let trim = storage.can_trim();
             Arc::new(Upstream { inner, storage, contexts, trim }) as Arc<dyn Export>
         };
-        Ok(choices.exported_through(image, upstream)?)
+        Ok(options.exported_through(image, upstream)?)
     }
 
     /// Makes an export of an image; a raw image that fills another server's export uses that
@@ -68,11 +67,11 @@ impl ImageChoices {
     /// # Errors
     ///
     /// If the image does not contain the selected part.
-    pub(crate) fn export_of(
+    pub fn export_of(
         &self,
         image: Image,
         storage: Option<Arc<ExportStorage>>,
-    ) -> Result<Arc<dyn Export>, CommandError> {
+    ) -> Result<Arc<dyn Export>, JobError> {
         let Some(storage) = storage.filter(|_| image.format() == Format::Raw) else {
             return self.export(image);
         };
@@ -85,7 +84,7 @@ impl ImageChoices {
     }
 
     /// Returns the contexts to request from the other server.
-    fn contexts(&self, connector: &Connector) -> Result<Vec<MetaContextName>, CommandError> {
+    fn contexts(&self, connector: &Connector) -> Result<Vec<MetaContextName>, JobError> {
         let mut contexts = Vec::new();
         if self.allocation_depth {
             contexts.push(MetaContextName::qemu_allocation_depth());
@@ -94,14 +93,14 @@ impl ImageChoices {
             OfferedBitmaps::Named(names) => {
                 for name in names {
                     let context = MetaContextName::qemu_dirty_bitmap(name);
-                    contexts.push(context.map_err(|error| CommandError::new(error.to_string()))?);
+                    contexts.push(context.map_err(|error| JobError::invalid(error.to_string()))?);
                 }
             }
             OfferedBitmaps::All => {
                 let queries = ["qemu:".to_owned()];
-                let listed = runtime()?.block_on(connector.list_meta_contexts(&queries));
+                let listed = run_elsewhere(connector.list_meta_contexts(&queries));
                 // Contexts that the server does not list are not requested.
-                let listed = listed.unwrap_or_default();
+                let listed = listed.ok().and_then(Result::ok).unwrap_or_default();
                 contexts.extend(listed.into_iter().filter(|it| it.dirty_bitmap().is_some()));
             }
         }
@@ -157,9 +156,9 @@ impl Filter for Upstream {
             (Holes::AsData, _) => map.push_export(length),
             (Holes::Told, _) => {
                 let end = offset + length.min(MAP_LEN) as u64;
-                let pieces = self.storage.read_chunks(offset..end);
-                for piece in pieces.map_err(|error| failed(&error))? {
-                    match piece {
+                let chunks = self.storage.read_chunks(offset..end);
+                for chunk in chunks.map_err(|error| failed(&error))? {
+                    match chunk {
                         ReadChunk::Data { data, .. } => map.push_bytes(data),
                         ReadChunk::Hole { length, .. } => map.push_zero(length as usize),
                     }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::open_error::OpenError;
+use super::error::OpenError;
 
 /// Time to wait for an image in use: a server that was told to end completes its requests first,
 /// and its successor is often started right away.

@@ -1,31 +1,33 @@
-//! An image as an export, with the options of the command line.
+//! An image as an export, with the options of a server.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use imgfmt::storage::FileStorage;
 use imgfmt::{
-    Access, BackingFile, BitmapState, CacheMode, Format, Image, Locking, OpenOptions, OpenPolicy,
-    Storage,
+    Access, BackingFile, BitmapDurability, BitmapState, CacheMode, Format, Image, Locking,
+    OpenOptions, OpenPolicy, Storage,
 };
-use nbd_jobs::frozen_bits;
 use nbd_server::export::filters::{FilterOptions, Window};
 use nbd_server::export::{Export, ImageExport};
 
 use super::durability::{refuse_degraded, report_degraded, report_recovery};
-use super::open_error::OpenError;
+use super::error::OpenError;
 use super::patience::when_free;
 use super::temporary::{temporary, temporary_over};
-use super::{BitmapDurability, thaw};
-use crate::connect::ServerArgs;
-use crate::error::CommandError;
-use crate::locking::{open_file, warning};
-use crate::output::{printable, warn};
-use crate::remote::allow_json_files;
+use crate::error::{JobError, JobErrorKind};
+use crate::files::open_cached;
+use crate::frozen_bits;
+use crate::observer::{JobContext, Observer};
+use crate::remote::{Remotes, allow_json_files};
+use crate::text::printable;
+
+/// The default directory of temporary overlays: not one in memory.
+const TEMPORARY_DIRECTORY: &str = "/var/tmp";
 
 /// The dirty bitmaps of an image that are offered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum OfferedBitmaps {
+pub enum OfferedBitmaps {
     /// All reliable ones; a warning gives the reason why others are not offered.
     All,
     /// These, all of which the image must have.
@@ -40,7 +42,7 @@ impl Default for OfferedBitmaps {
 
 /// The destination of clients' writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Writes {
+pub enum Writes {
     /// None: the export is read-only.
     #[default]
     Refused,
@@ -52,46 +54,56 @@ pub(crate) enum Writes {
 
 /// Options for opening and exporting an image.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct ImageChoices {
+pub struct ServeOptions {
+    /// Receives warnings.
+    pub context: JobContext,
+    /// The directory of temporary overlays. By default it is /var/tmp.
+    pub temporary_directory: Option<PathBuf>,
     /// `None`: to be detected.
-    pub(crate) format: Option<Format>,
+    pub format: Option<Format>,
     /// An internal snapshot in place of the active state; read-only.
-    pub(crate) snapshot: Option<String>,
-    pub(crate) writes: Writes,
-    pub(crate) locking: Locking,
-    pub(crate) cache: CacheMode,
+    pub snapshot: Option<String>,
+    /// The destination of clients' writes.
+    pub writes: Writes,
+    /// The locking of files.
+    pub locking: Locking,
+    /// The use of the page cache, and when writes are durable.
+    pub cache: CacheMode,
     /// The treatment of the backing file that it names.
-    pub(crate) backing: BackingFile,
-    /// Connection options for re-exported servers.
-    pub(crate) upstream: ServerArgs,
+    pub backing: BackingFile,
+    /// Connects to re-exported servers.
+    pub remotes: Remotes,
     /// The other files that the image may name; `None`: those in its directory.
-    pub(crate) policy: Option<OpenPolicy>,
-    pub(crate) filter: FilterOptions,
+    pub policy: Option<OpenPolicy>,
+    /// Changes of requests.
+    pub filter: FilterOptions,
     /// The part of the disk that is exported.
-    pub(crate) window: Window,
+    pub window: Window,
     /// The failures that recording bitmaps must survive. Without it the default applies, and a
     /// lower durability is only a warning.
-    pub(crate) bitmap_durability: Option<BitmapDurability>,
+    pub bitmap_durability: Option<BitmapDurability>,
     /// Whether `qemu:allocation-depth` is offered.
-    pub(crate) allocation_depth: bool,
+    pub allocation_depth: bool,
     /// The bitmaps that are offered.
-    pub(crate) bitmaps: OfferedBitmaps,
+    pub bitmaps: OfferedBitmaps,
 }
 
 /// An export and its image.
-pub(crate) struct Opened {
-    pub(crate) export: Arc<dyn Export>,
+#[derive(Clone)]
+pub struct OpenedExport {
+    /// The export.
+    pub export: Arc<dyn Export>,
     /// The underlying image, if there is one.
-    pub(crate) image: Option<Arc<ImageExport>>,
+    pub image: Option<Arc<ImageExport>>,
 }
 
-impl ImageChoices {
+impl ServeOptions {
     /// Opens an image and makes an export of it.
     ///
     /// # Errors
     ///
     /// [`OpenError`] if it cannot be opened.
-    pub(crate) fn open(&self, path: &Path) -> Result<Opened, OpenError> {
+    pub fn open(&self, path: &Path) -> Result<OpenedExport, OpenError> {
         let image = self.open_image(path)?;
         Ok(self.exported(image)?)
     }
@@ -101,7 +113,7 @@ impl ImageChoices {
     /// # Errors
     ///
     /// [`OpenError`] if it cannot be opened.
-    pub(crate) fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
+    pub fn open_image(&self, path: &Path) -> Result<Image, OpenError> {
         let image = self.open_unlogged(path)?;
         let (cache, file) = (image.cache_mode(), printable(&path.to_string_lossy()));
         match image.direct_alignment() {
@@ -120,19 +132,20 @@ impl ImageChoices {
             Writes::ToTemporaryFile => {
                 let policy =
                     self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::any_file()));
-                when_free(|| temporary(path, &options, policy.clone()))
+                let directory = self.temporary_directory();
+                when_free(|| temporary(path, &options, policy.clone(), directory))
             }
             // A snapshot never changes.
             Writes::ToImage if self.snapshot.is_none() => {
-                let options =
-                    options.bitmap_durability(self.bitmap_durability.unwrap_or_default().into());
+                let options = options.bitmap_durability(self.bitmap_durability.unwrap_or_default());
                 let options = options.access(Access::ReadWrite);
                 let image = when_free(|| Ok(Image::open(path, &options)?))?;
-                report_recovery(&image, path);
-                thaw::report_thaw(&image);
+                let observer = &*self.context.observer;
+                report_recovery(&image, path, observer);
+                frozen_bits::report_thaw(&image, observer);
                 match self.bitmap_durability {
                     Some(_) => refuse_degraded(&image, path)?,
-                    None => report_degraded(&image, path),
+                    None => report_degraded(&image, path, observer),
                 }
                 Ok(image)
             }
@@ -145,7 +158,7 @@ impl ImageChoices {
     /// # Errors
     ///
     /// [`OpenError`] if it cannot be opened.
-    pub(crate) fn open_storage(&self, storage: Arc<dyn Storage>) -> Result<Image, OpenError> {
+    pub fn open_storage(&self, storage: Arc<dyn Storage>) -> Result<Image, OpenError> {
         let options = self.options();
         match self.writes {
             // A snapshot never changes.
@@ -153,7 +166,9 @@ impl ImageChoices {
                 Ok(Image::from_storage(storage, &options.access(Access::ReadWrite))?)
             }
             Writes::ToImage | Writes::Refused => Ok(Image::from_storage(storage, &options)?),
-            Writes::ToTemporaryFile => temporary_over(Image::from_storage(storage, &options)?),
+            Writes::ToTemporaryFile => {
+                temporary_over(Image::from_storage(storage, &options)?, self.temporary_directory())
+            }
         }
     }
 
@@ -162,18 +177,24 @@ impl ImageChoices {
     /// # Errors
     ///
     /// [`OpenError`] if it cannot be opened.
-    pub(crate) fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
+    pub fn open_file(&self, path: &Path) -> Result<FileStorage, OpenError> {
         let access = match self.writes {
             Writes::ToImage => Access::ReadWrite,
             Writes::Refused | Writes::ToTemporaryFile => Access::ReadOnly,
         };
-        when_free(|| Ok(open_file(path, access, self.locking, self.cache)?))
+        let observer = &*self.context.observer;
+        when_free(|| Ok(open_cached(path, access, self.locking, self.cache, observer)?))
+    }
+
+    fn temporary_directory(&self) -> &Path {
+        self.temporary_directory.as_deref().unwrap_or(Path::new(TEMPORARY_DIRECTORY))
     }
 
     fn options(&self) -> OpenOptions {
         let mut options = OpenOptions::new().locking(self.locking).backing(self.backing.clone());
         options = options.cache(self.cache);
-        options = warning(options);
+        let observer = self.context.observer.clone();
+        options = options.on_unlocked(Arc::new(move |path: &Path| observer.unlocked(path)));
         options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));
         options.format = self.format;
         options.snapshot.clone_from(&self.snapshot);
@@ -185,11 +206,11 @@ impl ImageChoices {
     /// # Errors
     ///
     /// If the image does not contain the selected part.
-    pub(crate) fn export(&self, image: Image) -> Result<Arc<dyn Export>, CommandError> {
+    pub fn export(&self, image: Image) -> Result<Arc<dyn Export>, JobError> {
         Ok(self.exported(image)?.export)
     }
 
-    pub(super) fn exported(&self, image: Image) -> Result<Opened, CommandError> {
+    pub(super) fn exported(&self, image: Image) -> Result<OpenedExport, JobError> {
         self.exported_through(image, |export| export)
     }
 
@@ -198,45 +219,49 @@ impl ImageChoices {
         &self,
         image: Image,
         through: impl FnOnce(Arc<dyn Export>) -> Arc<dyn Export>,
-    ) -> Result<Opened, CommandError> {
-        let names = self.bitmaps.names(&image)?;
+    ) -> Result<OpenedExport, JobError> {
+        let names = self.bitmaps.names(&image, &*self.context.observer)?;
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
             export = export.with_allocation_depth();
         }
         for name in names {
-            export = export.with_bitmap(&name)?;
+            export = export.with_bitmap(&name).map_err(in_source)?;
         }
         let image = Arc::new(export);
         let part = self.window.apply(through(image.clone()));
-        let part = part.map_err(|error| CommandError::new(error.to_string()))?;
+        let part = part.map_err(|error| JobError::invalid(error.to_string()))?;
         let export = self.filter.apply(part);
-        Ok(Opened { export, image: Some(image) })
+        Ok(OpenedExport { export, image: Some(image) })
     }
 }
 
 impl OfferedBitmaps {
     /// The names of the bitmaps of an image.
-    fn names(&self, image: &Image) -> Result<Vec<String>, CommandError> {
+    fn names(&self, image: &Image, observer: &dyn Observer) -> Result<Vec<String>, JobError> {
         if let Self::Named(names) = self {
             names.iter().try_for_each(|name| frozen_bits::check_complete(image, name))?;
             return Ok(names.clone());
         }
         if let Some(damage) = image.bitmap_damage() {
-            warn(&format!("no bitmap is offered: {}", printable(&damage)));
+            observer.warning(&format!("no bitmap is offered: {}", printable(&damage)));
         }
         let sound = image.bitmaps_of_chain().into_iter().filter(|bitmap| match &bitmap.state {
             BitmapState::Inconsistent { reason } | BitmapState::Damaged { reason } => {
                 let (name, reason) = (printable(&bitmap.name), printable(reason));
-                warn(&format!("the bitmap '{name}' is not offered: {reason}"));
+                observer.warning(&format!("the bitmap '{name}' is not offered: {reason}"));
                 false
             }
             _ => true,
         });
         let complete = sound.filter(|bitmap| {
             let complete = frozen_bits::check_complete(image, &bitmap.name);
-            complete.inspect_err(|why| warn(&format!("not offered: {why}"))).is_ok()
+            complete.inspect_err(|why| observer.warning(&format!("not offered: {why}"))).is_ok()
         });
         Ok(complete.map(|bitmap| bitmap.name).collect())
     }
+}
+
+fn in_source(error: imgfmt::Error) -> JobError {
+    JobError::image(JobErrorKind::Source, error)
 }

@@ -5,21 +5,30 @@ use std::io::ErrorKind;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::error::CommandError;
+use crate::error::{JobError, JobErrorKind};
 
 /// A directory that only this user can enter, with a socket in it; removed on drop.
 #[derive(Debug)]
-pub(crate) struct PrivateDirectory {
+pub struct PrivateDirectory {
     path: PathBuf,
 }
 
 impl PrivateDirectory {
-    pub(crate) fn new() -> Result<Self, CommandError> {
+    /// Creates a directory in that of the system for temporary files.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be created.
+    pub fn new() -> Result<Self, JobError> {
         Self::inside(&std::env::temp_dir())
     }
 
     /// Creates a directory in `parent`.
-    pub(crate) fn inside(parent: &Path) -> Result<Self, CommandError> {
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be created.
+    pub fn inside(parent: &Path) -> Result<Self, JobError> {
         let mut last = None;
         // Another process with our number in another namespace may have left one.
         for attempt in 0..100 {
@@ -34,18 +43,22 @@ impl PrivateDirectory {
             }
         }
         let why = last.map(|error| error.to_string()).unwrap_or_default();
-        Err(CommandError::new(format!(
-            "cannot create a private directory in '{}': {why}; set TMPDIR to a directory you may write to",
-            parent.display()
-        )))
+        Err(JobError::new(
+            JobErrorKind::Destination,
+            format!(
+                "cannot create a private directory in '{}': {why}; set TMPDIR to a directory you may write to",
+                parent.display()
+            ),
+        ))
     }
 
-    /// Returns a directory for the file of --temporary, which does not stay there.
-    pub(crate) fn overlay(&self) -> PathBuf {
+    /// Returns the path of a temporary overlay, which does not stay there.
+    pub(super) fn overlay(&self) -> PathBuf {
         self.path.join("overlay.qcow2")
     }
 
-    pub(crate) fn socket(&self) -> PathBuf {
+    /// Returns the path of the socket.
+    pub fn socket(&self) -> PathBuf {
         self.path.join("socket")
     }
 }

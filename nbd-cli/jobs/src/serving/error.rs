@@ -1,16 +1,19 @@
-//! Why an image cannot be exported.
+//! The error of opening an image for export.
 
 use std::fmt;
 
 use imgfmt::ErrorKind;
 
-use crate::error::CommandError;
+use crate::error::JobError;
 
 /// The reason why an image cannot be exported.
 #[derive(Debug)]
-pub(crate) enum OpenError {
+#[non_exhaustive]
+pub enum OpenError {
+    /// The image engine refuses it.
     Image(imgfmt::Error),
-    Other(CommandError),
+    /// Any other reason.
+    Other(JobError),
 }
 
 impl OpenError {
@@ -20,7 +23,7 @@ impl OpenError {
     }
 
     /// Returns whether the image could be opened read-only.
-    pub(crate) fn may_be_readable(&self) -> bool {
+    pub fn may_be_readable(&self) -> bool {
         match self {
             Self::Image(error) => {
                 matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnly)
@@ -45,8 +48,10 @@ impl From<imgfmt::Error> for OpenError {
     }
 }
 
-impl From<CommandError> for OpenError {
-    fn from(error: CommandError) -> Self {
+impl std::error::Error for OpenError {}
+
+impl From<JobError> for OpenError {
+    fn from(error: JobError) -> Self {
         Self::Other(error)
     }
 }

@@ -1,0 +1,172 @@
+//! Exports of NBD servers as storage of images or layers.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+
+use imgfmt::{BackingFile, BackingOptions, NameTarget, OpenPolicy};
+use nbd_client::blocking::Interrupter;
+use nbd_client::{Connector, ExportStorage, LocalFiles};
+use nbd_proto::NbdUri;
+
+use crate::connect::explain_unknown_export;
+use crate::error::{JobError, JobErrorKind};
+use crate::qemu_name::{BackingInName, JSON_SCHEME, NameInImage, SCHEMES, from_name_in_image};
+
+/// Connections to a server that allows several.
+const CONNECTIONS: NonZeroUsize = NonZeroUsize::new(4).expect("it is not zero");
+
+type ConnectorOf = dyn Fn(&NbdUri) -> Connector + Send + Sync;
+
+/// Connects to the exports of other servers. All calls block, so asynchronous tasks must not make
+/// them.
+#[derive(Clone)]
+pub struct Remotes {
+    connector: Arc<ConnectorOf>,
+    interrupter: Interrupter,
+}
+
+impl Remotes {
+    /// Connects with these settings for a URI.
+    #[must_use]
+    pub fn new(connector: impl Fn(&NbdUri) -> Connector + Send + Sync + 'static) -> Self {
+        Self { connector: Arc::new(connector), interrupter: Interrupter::new() }
+    }
+
+    /// Interrupts connecting, and all later requests to the exports.
+    #[must_use]
+    pub fn interrupter(mut self, interrupter: Interrupter) -> Self {
+        self.interrupter = interrupter;
+        self
+    }
+
+    /// Returns the settings of a connection.
+    #[must_use]
+    pub fn connector(&self, uri: &NbdUri) -> Connector {
+        (self.connector)(uri)
+    }
+
+    /// Connects to an export.
+    ///
+    /// # Errors
+    ///
+    /// If the server cannot be reached or refuses.
+    pub fn open(&self, uri: &NbdUri) -> Result<ExportStorage, JobError> {
+        self.open_with(self.connector(uri))
+    }
+
+    /// Connects to an export that an image names.
+    ///
+    /// # Errors
+    ///
+    /// If the server cannot be reached or refuses.
+    pub fn open_named_by_image(&self, uri: &NbdUri) -> Result<ExportStorage, JobError> {
+        // The image contains this URI: it must not choose local files to read.
+        self.open_with(self.connector(uri).local_files(LocalFiles::Refused))
+    }
+
+    /// Connects to an export with other settings.
+    ///
+    /// # Errors
+    ///
+    /// If the server cannot be reached or refuses.
+    pub fn open_with(&self, connector: Connector) -> Result<ExportStorage, JobError> {
+        let connector = connector.connections(CONNECTIONS);
+        ExportStorage::open_interruptible(&connector, &self.interrupter).map_err(|error| {
+            let explained = explain_unknown_export(&connector, connector.uri(), &error);
+            let message = run_elsewhere(explained).unwrap_or_else(|error| error.to_string());
+            JobError::new(JobErrorKind::Source, message)
+        })
+    }
+}
+
+impl Default for Remotes {
+    fn default() -> Self {
+        Self::new(|uri| Connector::new(uri.clone()))
+    }
+}
+
+impl std::fmt::Debug for Remotes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Remotes").finish_non_exhaustive()
+    }
+}
+
+/// Runs asynchronous work on a thread of its own: the calling thread may drive tasks of a runtime.
+pub(crate) fn run_elsewhere<T: Send>(work: impl Future<Output = T> + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            Ok(runtime.block_on(work))
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// Allows images to name exports as their backing or data files.
+pub fn allow_exports(policy: OpenPolicy, remotes: &Remotes) -> OpenPolicy {
+    SCHEMES.iter().chain([&JSON_SCHEME]).fold(policy, |policy, scheme| {
+        let remotes = remotes.clone();
+        let reader = move |name: &str| {
+            let (name, backing) = from_name_in_image(name).map_err(io::Error::other)?;
+            let target = |name| target_in_image(name, &remotes);
+            Ok(above(target(name)?, backing_file(backing, &target)?))
+        };
+        policy.read_scheme(*scheme, Arc::new(reader))
+    })
+}
+
+/// Allows images to name files by the options of QEMU's driver `file` if the policy allows the
+/// file.
+pub fn allow_json_files(policy: OpenPolicy) -> OpenPolicy {
+    let reader = |name: &str| {
+        let (name, backing) = from_name_in_image(name).map_err(io::Error::other)?;
+        let target = |name| {
+            io::Result::Ok(match name {
+                NameInImage::File(path) => NameTarget::File(path),
+                NameInImage::Export(_) => NameTarget::Denied,
+            })
+        };
+        Ok(above(target(name)?, backing_file(backing, &target)?))
+    };
+    policy.read_scheme(JSON_SCHEME, Arc::new(reader))
+}
+
+fn above(target: NameTarget, backing: BackingFile) -> NameTarget {
+    match backing {
+        BackingFile::AsNamed => target,
+        backing => NameTarget::WithBacking(Box::new(target), backing),
+    }
+}
+
+/// Opens what an image names.
+fn target_in_image(name: NameInImage, remotes: &Remotes) -> io::Result<NameTarget> {
+    let uri = match name {
+        NameInImage::File(path) => return Ok(NameTarget::File(path)),
+        NameInImage::Export(uri) => uri,
+    };
+    let storage = remotes.open_named_by_image(&uri);
+    let storage = storage.map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(NameTarget::Storage(Arc::new(storage)))
+}
+
+/// Returns the backing file that a name gives; `target` opens the exports in it.
+///
+/// # Errors
+///
+/// Those of `target`.
+pub fn backing_file<E>(
+    backing: BackingInName,
+    target: &impl Fn(NameInImage) -> Result<NameTarget, E>,
+) -> Result<BackingFile, E> {
+    let given = match backing {
+        BackingInName::AsNamed => return Ok(BackingFile::AsNamed),
+        BackingInName::Ignored => return Ok(BackingFile::Ignored),
+        BackingInName::Given(given) => given,
+    };
+    let mut options = BackingOptions::default();
+    options.target = given.name.map(target).transpose()?;
+    options.format = given.format.known();
+    options.backing = backing_file(given.backing, target)?;
+    Ok(BackingFile::Given(Box::new(options)))
+}
