@@ -1,0 +1,142 @@
+//! The order in which the connections of a worker thread work.
+
+use std::collections::BTreeMap;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Wake, Waker};
+
+use crate::ring::RingHandle;
+
+/// What may be done before others get their turn, in bytes moved: some 200 to 400 microseconds.
+pub(super) const QUANTUM: usize = 1024 * 1024;
+/// The same while there are clients with little work: some 30 microseconds.
+pub(super) const SHORT_QUANTUM: usize = 128 * 1024;
+/// How long a connection with little work is remembered, in bytes moved by its thread: for the length
+/// of turns, and for work that may be held up by the system.
+const LIGHT_MEMORY: u64 = 64 << 20;
+pub(super) const LONG_LIGHT_MEMORY: u64 = 256 << 20;
+/// How far behind the others a connection that was idle may be, in bytes moved.
+pub(super) const HEAD_START: u64 = 2 * SHORT_QUANTUM as u64;
+
+/// What the connections of one worker thread share.
+#[derive(Debug, Clone)]
+pub(crate) struct Thread {
+    /// How many there are.
+    pub(crate) connections: Arc<AtomicUsize>,
+    /// Reads what is not in memory.
+    pub(crate) ring: RingHandle,
+    /// Never waited for: only this thread locks it.
+    order: Arc<Mutex<Order>>,
+}
+
+/// The order of the connections of one thread.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub(super) next_id: u64,
+    /// The virtual time at which the latest turn began.
+    pub(super) clock: u64,
+    /// Connections with work, the one with the least virtual time first.
+    pub(super) waiting: BTreeMap<(u64, u64), Waker>,
+    /// The one that was woken for its turn.
+    pub(super) chosen: Option<u64>,
+    /// The one that waits until the runtime has looked at the sockets.
+    pub(super) looker: Option<(u64, Arc<Look>)>,
+    /// Work since the sockets were looked at, and since a connection with little work was about.
+    pub(super) since_look: usize,
+    pub(super) since_light: u64,
+}
+
+impl Thread {
+    pub(crate) fn new(connections: Arc<AtomicUsize>) -> Self {
+        let order = Order {
+            next_id: 0,
+            clock: HEAD_START,
+            waiting: BTreeMap::new(),
+            chosen: None,
+            looker: None,
+            since_look: 0,
+            since_light: u64::MAX,
+        };
+        let order = Arc::new(Mutex::new(order));
+        Self { connections, ring: RingHandle::default(), order }
+    }
+
+    pub(crate) fn with_ring(self, ring: RingHandle) -> Self {
+        Self { ring, ..self }
+    }
+
+    pub(super) fn order(&self) -> MutexGuard<'_, Order> {
+        self.order.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Order {
+    /// What a connection may do at a time.
+    pub(super) const fn quantum(&self) -> usize {
+        if self.since_light < LIGHT_MEMORY { SHORT_QUANTUM } else { QUANTUM }
+    }
+
+    /// Are the sockets to be looked at before anything else is done?
+    pub(super) const fn wants_look(&self) -> bool {
+        self.since_look >= self.quantum()
+    }
+
+    /// Does the order matter?
+    pub(super) fn is_contended(&self) -> bool {
+        self.wants_look() || self.chosen.is_some() || !self.waiting.is_empty()
+    }
+
+    /// Takes note of work.
+    pub(super) fn spend(&mut self, spent: usize) {
+        self.since_look = self.since_look.saturating_add(spent);
+        self.since_light = self.since_light.saturating_add(spent as u64);
+    }
+
+    /// Queues a connection, and wakes the one whose turn it is.
+    pub(super) fn wait(&mut self, key: (u64, u64), cx: &mut Context<'_>) {
+        self.waiting.insert(key, cx.waker().clone());
+        if !self.wants_look() {
+            self.wake_next();
+        } else if self.looker.is_none() {
+            let task = cx.waker().clone();
+            let look = Arc::new(Look { is_over: AtomicBool::new(false), task });
+            self.looker = Some((key.1, Arc::clone(&look)));
+            // The runtime looks for sockets that have become ready before it wakes who yields, and
+            // their tasks come first.
+            let look = Waker::from(look);
+            let _ = pin!(tokio::task::yield_now()).poll(&mut Context::from_waker(&look));
+        }
+    }
+
+    pub(super) fn wake_next(&mut self) {
+        if self.chosen.is_some() || self.looker.is_some() {
+            return;
+        }
+        if let Some(((_, id), waker)) = self.waiting.pop_first() {
+            self.chosen = Some(id);
+            waker.wake();
+        }
+    }
+
+    /// Forgets a connection that waits.
+    pub(super) fn withdraw(&mut self, key: (u64, u64)) {
+        self.waiting.remove(&key);
+        self.chosen.take_if(|chosen| *chosen == key.1);
+        self.looker.take_if(|(looker, _)| *looker == key.1);
+    }
+}
+
+/// A look of the runtime at the sockets. The task that waits for it may be woken before by others.
+#[derive(Debug)]
+pub(super) struct Look {
+    pub(super) is_over: AtomicBool,
+    task: Waker,
+}
+
+impl Wake for Look {
+    fn wake(self: Arc<Self>) {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.task.wake_by_ref();
+    }
+}
