@@ -84,7 +84,7 @@ pub struct FileSpan<'a> {
 /// The place of bytes in another form in the file of the layer that has them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Encoded {
-    pub(crate) offset: u64,
+    pub(crate) offset: HostOffset,
     /// Upper bound of the length there, in bytes.
     pub(crate) length: u64,
 }

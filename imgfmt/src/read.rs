@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::error::Result;
 use crate::extent::{Extent, ExtentList};
 use crate::layer::{Layer, Walk};
-use crate::mapping::{Content, FileSpan, Holes, Lookup, Mapped, Mapping};
+use crate::mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping};
 use crate::storage::TryRead;
 use crate::units::{GuestOffset, GuestRange, span};
 
@@ -137,11 +137,10 @@ fn split_at_end<'a>(
     holes: Holes,
 ) -> (Mapping<'a>, Mapping<'a>) {
     let (start, end) = (mapping.range.offset().bytes(), mapping.range.end().bytes());
-    let offset = file.offset.bytes();
-    let stop = start + length.saturating_sub(offset).min(mapping.range.length());
+    let stop = start + length.saturating_sub(file.offset.bytes()).min(mapping.range.length());
     let behind = match holes {
         Holes::AsData => Content::Zero,
-        Holes::Told => Content::Encoded(crate::mapping::Encoded { offset, length: 0 }),
+        Holes::Told => Content::Encoded(Encoded { offset: file.offset, length: 0 }),
     };
     (
         Mapping { range: span(start, stop), ..mapping },

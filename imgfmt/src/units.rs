@@ -4,6 +4,7 @@
 //! them destroys data without an error, so they are different types.
 
 use std::fmt;
+use std::ops::{Add, AddAssign, Sub};
 
 /// A byte offset on the virtual disk, as the guest or network client sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,6 +33,34 @@ macro_rules! offset {
                     Some(sum) => Some(Self(sum)),
                     None => None,
                 }
+            }
+        }
+
+        /// The offset so many bytes further on. That it fits into 64 bits is the caller's to know:
+        /// it overflows as `u64` does. See also `checked_add`.
+        impl Add<u64> for $name {
+            type Output = Self;
+
+            #[inline]
+            fn add(self, length: u64) -> Self {
+                Self(self.0 + length)
+            }
+        }
+
+        impl AddAssign<u64> for $name {
+            #[inline]
+            fn add_assign(&mut self, length: u64) {
+                self.0 += length;
+            }
+        }
+
+        /// The distance in bytes from an offset that does not lie after this one.
+        impl Sub for $name {
+            type Output = u64;
+
+            #[inline]
+            fn sub(self, start: Self) -> u64 {
+                self.0 - start.0
             }
         }
 
@@ -119,10 +148,61 @@ impl fmt::Display for GuestRange {
     }
 }
 
+/// What guest and host offsets have in common, for arithmetic that is the same for both.
+pub(crate) trait Offset: Copy + Ord + Add<u64, Output = Self> {
+    /// The offset `bytes` from the start.
+    fn at(bytes: u64) -> Self;
+
+    /// The offset in bytes.
+    fn value(self) -> u64;
+
+    /// The offset `length` bytes further on, or the largest if that does not fit into 64 bits.
+    #[inline]
+    fn saturating_add(self, length: u64) -> Self {
+        Self::at(self.value().saturating_add(length))
+    }
+
+    /// The last multiple of `unit` bytes that is not after this offset.
+    #[inline]
+    fn round_down(self, unit: u64) -> Self {
+        Self::at(self.value() / unit * unit)
+    }
+
+    /// The first multiple of `unit` bytes that is not before this offset.
+    #[inline]
+    fn round_up(self, unit: u64) -> Self {
+        Self::at(self.value().next_multiple_of(unit))
+    }
+}
+
+impl Offset for GuestOffset {
+    #[inline]
+    fn at(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
+    #[inline]
+    fn value(self) -> u64 {
+        self.0
+    }
+}
+
+impl Offset for HostOffset {
+    #[inline]
+    fn at(bytes: u64) -> Self {
+        Self(bytes)
+    }
+
+    #[inline]
+    fn value(self) -> u64 {
+        self.0
+    }
+}
+
 /// The range from `start` to `end`, which does not lie before.
 #[inline]
-pub(crate) fn span(start: u64, end: u64) -> GuestRange {
-    GuestRange::between(GuestOffset::new(start), GuestOffset::new(end)).unwrap_or_default()
+pub(crate) fn span(start: impl Into<GuestOffset>, end: impl Into<GuestOffset>) -> GuestRange {
+    GuestRange::between(start.into(), end.into()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -138,6 +218,15 @@ mod tests {
         assert_eq!(GuestRange::new(GuestOffset::new(u64::MAX), 1), None);
         assert_eq!(range(u64::MAX, 0).end().bytes(), u64::MAX);
         assert_eq!(GuestRange::between(GuestOffset::new(5), GuestOffset::new(4)), None);
+    }
+
+    #[test]
+    fn offsets_are_moved_by_lengths_and_rounded_to_units() {
+        let offset = HostOffset::new(4608);
+        assert_eq!((offset + 512, offset - HostOffset::new(4096)), (HostOffset::new(5120), 512));
+        assert_eq!((offset.round_down(4096).bytes(), offset.round_up(4096).bytes()), (4096, 8192));
+        assert_eq!(GuestOffset::new(4096).round_up(4096).bytes(), 4096);
+        assert_eq!(GuestOffset::new(u64::MAX).saturating_add(1).bytes(), u64::MAX);
     }
 
     #[test]

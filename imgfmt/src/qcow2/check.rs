@@ -32,6 +32,7 @@ use std::collections::{HashMap, HashSet};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::clusters::CountReferences;
 use crate::qcow2::image::Qcow2;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::header::{autoclear, field, incompatible};
 use checker::Checker;
 use rebuild::Rebuild;
@@ -135,11 +136,11 @@ impl Qcow2 {
     /// bitmaps; nothing if some table's references are not known.
     pub(super) fn count_references_to(
         &self,
-        clusters: &[u64],
-    ) -> Result<Option<HashMap<u64, u64>>> {
+        clusters: &[HostCluster],
+    ) -> Result<Option<HashMap<HostCluster, u64>>> {
         let mut checker = Checker::new(self)?;
         checker.count_disk()?;
-        let count = |cluster: &u64| (*cluster, checker.counts.get(*cluster));
+        let count = |cluster: &HostCluster| (*cluster, checker.counts.get(*cluster));
         Ok((!checker.is_incomplete).then(|| clusters.iter().map(count).collect()))
     }
 }
@@ -154,7 +155,7 @@ impl CountReferences for Qcow2 {
             return Err(Error::new(ErrorKind::Corrupt, "change", detail));
         }
         let entries = self.geometry().block_entries();
-        Ok(checker.counts.used().map(|cluster| cluster / entries).collect())
+        Ok(checker.counts.used().map(|cluster| cluster.number() / entries).collect())
     }
 }
 

@@ -39,44 +39,57 @@ impl DataFile {
     }
 
     /// Writes data; `guest` is where it is on the disk, for errors.
-    pub(in crate::qcow2) fn write(&self, host: u64, data: &[u8], guest: u64) -> Result<()> {
+    pub(in crate::qcow2) fn write(
+        &self,
+        host: HostOffset,
+        data: &[u8],
+        guest: GuestOffset,
+    ) -> Result<()> {
         self.storage
-            .write_at(HostOffset::new(host), data, Durability::Cached)
+            .write_at(host, data, Durability::Cached)
             .map_err(|error| self.error(error, guest))
     }
 
     /// Writes zeroes that take up space, as data does.
-    pub(in crate::qcow2) fn write_zeroes(&self, host: u64, length: u64, guest: u64) -> Result<()> {
+    pub(in crate::qcow2) fn write_zeroes(
+        &self,
+        host: HostOffset,
+        length: u64,
+        guest: GuestOffset,
+    ) -> Result<()> {
         self.will_reach(host + length, guest)?;
         self.storage
-            .write_zeroes(HostOffset::new(host), length, ZeroMode::KeepAllocated, Speed::Any)
+            .write_zeroes(host, length, ZeroMode::KeepAllocated, Speed::Any)
             .map_err(|error| self.error(error, guest))
     }
 
     /// Makes the file at least `end` bytes long: zeroes can be written only within it. The byte
     /// before `end` is the caller's alone and zero. The length is not set: others may have written
     /// beyond `end` since it was looked at, and would be cut off.
-    fn will_reach(&self, end: u64, guest: u64) -> Result<()> {
-        let grown = self.storage.len().and_then(|length| match length < end {
-            true => self.storage.write_at(HostOffset::new(end - 1), &[0], Durability::Cached),
+    fn will_reach(&self, end: HostOffset, guest: GuestOffset) -> Result<()> {
+        let grown = self.storage.len().and_then(|length| match length < end.bytes() {
+            true => {
+                let last = HostOffset::new(end.bytes() - 1);
+                self.storage.write_at(last, &[0], Durability::Cached)
+            }
             false => Ok(()),
         });
         grown.map_err(|error| self.error(error, guest))
     }
 
     /// Makes the file at least `end` bytes long. No other write may run. A length takes up no space.
-    pub(in crate::qcow2) fn grow_to(&self, end: u64) -> Result<()> {
+    pub(in crate::qcow2) fn grow_to(&self, end: HostOffset) -> Result<()> {
         let grow = || {
-            if self.storage.len()? >= end {
+            if self.storage.len()? >= end.bytes() {
                 return Ok(());
             }
-            self.storage.set_len(end).map_err(|error| match error.kind() {
+            self.storage.set_len(end.bytes()).map_err(|error| match error.kind() {
                 // A device is as large as it is.
                 io::ErrorKind::Unsupported => io::ErrorKind::StorageFull.into(),
                 _ => error,
             })
         };
-        grow().map_err(|error| self.error(error, 0))
+        grow().map_err(|error| self.error(error, GuestOffset::new(0)))
     }
 
     /// Erases a range of the disk in an external file, which must read as the disk does. In the
@@ -85,16 +98,15 @@ impl DataFile {
         if !self.is_external {
             return Ok(());
         }
-        let (start, end) = (range.offset().bytes(), range.end().bytes());
-        let length = self.storage.len().map_err(|error| self.error(error, start))?;
-        let range = span(start.min(length), end.min(length));
+        let length = self.storage.len().map_err(|error| self.error(error, range.offset()))?;
+        let range = range.intersection(span(0, length));
         if range.is_empty() {
             return Ok(());
         }
         let offset = HostOffset::new(range.offset().bytes());
         self.storage
             .write_zeroes(offset, range.length(), ZeroMode::MayUnmap, Speed::Any)
-            .map_err(|error| self.error(error, range.offset().bytes()))
+            .map_err(|error| self.error(error, range.offset()))
     }
 
     /// Gives an external file the length of the disk, as QEMU does: a raw one is to be the disk.
@@ -122,8 +134,8 @@ impl DataFile {
         self.metadata.sync_storage(&*self.storage)
     }
 
-    fn error(&self, error: io::Error, guest: u64) -> Error {
-        self.metadata.io("write to", error, GuestOffset::new(guest))
+    fn error(&self, error: io::Error, guest: GuestOffset) -> Error {
+        self.metadata.io("write to", error, guest)
     }
 }
 
@@ -150,9 +162,9 @@ mod tests {
     #[test]
     fn zeroes_past_the_end_make_the_file_longer_and_cut_off_nothing() {
         let (_, data) = external(&[1; 512]);
-        data.write_zeroes(1024, 512, 1024).unwrap();
+        data.write_zeroes(HostOffset::new(1024), 512, GuestOffset::new(1024)).unwrap();
         assert_eq!(data.storage().len().unwrap(), 1536);
-        data.write_zeroes(256, 256, 256).unwrap();
+        data.write_zeroes(HostOffset::new(256), 256, GuestOffset::new(256)).unwrap();
         let bytes = bytes_of(&data);
         assert_eq!((bytes.len(), bytes[255], bytes[256], bytes[1535]), (1536, 1, 0, 0));
     }
@@ -187,7 +199,8 @@ mod tests {
     fn an_error_names_the_image_and_the_place_on_the_disk() {
         let (storage, data) = external(&[0; 512]);
         storage.set_fault(Some(Fault { calls: 0..u64::MAX, code: libc::ENOSPC }));
-        let error = data.write(0, &[1; 512], 65536).unwrap_err().to_string();
+        let written = data.write(HostOffset::new(0), &[1; 512], GuestOffset::new(65536));
+        let error = written.unwrap_err().to_string();
         assert!(error.contains("disk.qcow2") && error.contains("65536"), "{error}");
     }
 }

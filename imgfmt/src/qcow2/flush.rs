@@ -18,6 +18,7 @@ use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;
+use crate::units::Offset as _;
 
 /// So many clusters may have been freed before a flush makes them usable again.
 const FREED_MAX: usize = 1 << 16;
@@ -172,25 +173,23 @@ impl Flusher<'_> {
         self.metadata.write(place.offset, &bytes)?;
         self.metadata.sync()?;
         let mut fields = [0; 12];
-        fields[..8].copy_from_slice(&place.offset.to_be_bytes());
+        fields[..8].copy_from_slice(&place.offset.bytes().to_be_bytes());
         fields[8..].copy_from_slice(&(place.clusters as u32).to_be_bytes());
         self.metadata.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
         self.metadata.sync_header()
     }
 
     fn note_moved_table(self, allocator: &mut Allocator, place: TablePlace) {
-        let bits = self.mapping.geometry().cluster_bits;
+        let geometry = self.mapping.geometry();
         let old = std::mem::replace(&mut allocator.table_place, place);
         // Whoever counts all references looks for the table there from now on.
         self.metadata.update_header(|header| {
             header.refcount_table_offset = place.offset;
             header.refcount_table_clusters = place.clusters as u32;
         });
-        let range = |place: TablePlace| (place.offset, place.offset + (place.clusters << bits));
-        allocator.protected.retain(|protected| *protected != range(old));
-        allocator.protected.push(range(place));
-        let first = old.offset >> bits;
-        let clusters = first..first + old.clusters;
+        allocator.protected.retain(|protected| *protected != old.range(geometry));
+        allocator.protected.push(place.range(geometry));
+        let clusters = geometry.host_cluster(old.offset).run(old.clusters);
         self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: false }));
     }
 
@@ -200,9 +199,9 @@ impl Flusher<'_> {
     pub(in crate::qcow2) fn end_with_cluster(self) -> Result<()> {
         let cluster_size = self.mapping.geometry().cluster_size();
         let Ok(length) = self.metadata.file.len() else { return Ok(()) };
-        let compressed_end = self.clusters.allocator()?.compressed_at.unwrap_or(0);
+        let compressed_end = self.clusters.allocator()?.compressed_at.unwrap_or_default();
         let is_whole =
-            length.is_multiple_of(cluster_size) || length == compressed_end.next_multiple_of(512);
+            length.is_multiple_of(cluster_size) || length == compressed_end.round_up(512).bytes();
         if self.commits.changes.made() > 0 && !is_whole {
             let _ = self.metadata.file.set_len(length.next_multiple_of(cluster_size));
         }
@@ -219,12 +218,14 @@ mod tests {
     use crate::qcow2::alloc::clusters::tests::Nothing;
     use crate::qcow2::map::tables::Change;
     use crate::qcow2::metadata::metadata_file::tests::opened;
-    use crate::qcow2::on_disk::l2::{Cluster, EntryFormat, OFFSET_MASK};
+    use crate::qcow2::on_disk::l2::{Cluster, EntryFormat, table_of};
     use crate::storage::Storage;
     use crate::testing::{FailingStorage, Fault};
-    use crate::units::HostOffset;
+    use crate::units::{GuestOffset, HostOffset};
 
     const CLUSTER: u64 = 1 << 16;
+    /// The start of the disk.
+    const START: GuestOffset = GuestOffset::new(0);
 
     /// The parts of an empty image: header, refcount table, refcount block, L1 table.
     struct Parts {
@@ -264,13 +265,13 @@ mod tests {
         }
 
         /// Writes the first cluster of the disk to a new place.
-        fn write_first_cluster(&self) -> u64 {
+        fn write_first_cluster(&self) -> HostOffset {
             let table = self.mapping.table_for_write(0, &Nothing).unwrap();
             let host = self.clusters.reserve(1, &Nothing).unwrap().offset;
-            self.data.write(host, &[7; CLUSTER as usize], 0).unwrap();
+            self.data.write(host, &[7; CLUSTER as usize], START).unwrap();
             let cluster =
                 Cluster { host: Some(host), copied: true, allocated: 1, ..Cluster::default() };
-            self.mapping.commit(&table, &[Change { guest: 0, cluster }], &[]).unwrap();
+            self.mapping.commit(&table, &[Change { guest: START, cluster }], &[]).unwrap();
             host
         }
 
@@ -280,21 +281,23 @@ mod tests {
             u64::from_be_bytes(bytes)
         }
 
-        fn refcount(&self, offset: u64) -> u16 {
+        fn refcount(&self, offset: HostOffset) -> u16 {
             let mut bytes = [0; 2];
-            let place = 2 * CLUSTER + offset / CLUSTER * 2;
+            let place = 2 * CLUSTER + offset.bytes() / CLUSTER * 2;
             self.storage.read_exact_at(HostOffset::new(place), &mut bytes).unwrap();
             u16::from_be_bytes(bytes)
         }
 
         /// Where the first cluster of the disk is, if the file says so; what it names is counted.
-        fn first_cluster(&self) -> Option<u64> {
-            let table = self.word(3 * CLUSTER) & OFFSET_MASK;
-            let counted = |offset: &u64| {
-                assert!(*offset == 0 || self.refcount(*offset) > 0, "{offset:#x} is not counted");
-                *offset != 0
+        fn first_cluster(&self) -> Option<HostOffset> {
+            let counted = |entry| {
+                let offset = table_of(entry)?;
+                assert!(self.refcount(offset) > 0, "{offset} is not counted");
+                Some(offset)
             };
-            Some(table).filter(counted).map(|table| self.word(table) & OFFSET_MASK).filter(counted)
+            // An L2 entry without flags but COPIED is laid out as an L1 entry is.
+            let table = counted(self.word(3 * CLUSTER))?;
+            counted(self.word(table.bytes()))
         }
     }
 
@@ -336,8 +339,9 @@ mod tests {
         let host = parts.write_first_cluster();
         parts.flusher().flush().unwrap();
         let table = parts.mapping.table_for_write(0, &Nothing).unwrap();
-        let change = Change { guest: 0, cluster: Cluster::default() };
-        let freed = Freed { cluster: host / CLUSTER, punch: false };
+        let change = Change { guest: START, cluster: Cluster::default() };
+        let cluster = parts.mapping.geometry().host_cluster(host);
+        let freed = Freed { cluster, punch: false };
         parts.mapping.commit(&table, &[change], &[freed]).unwrap();
         assert!(parts.flusher().has_changes());
         parts.flusher().flush().unwrap();
@@ -359,12 +363,12 @@ mod tests {
             let flushed = parts.flusher().flush();
             parts.storage.set_fault(None);
             let named = || parts.word(field::REFCOUNT_TABLE_OFFSET);
-            assert!([CLUSTER, place.offset].contains(&named()), "call {call}");
+            assert!([CLUSTER, place.offset.bytes()].contains(&named()), "call {call}");
             assert_eq!(parts.word(named()), 2 * CLUSTER, "call {call}");
             if flushed.is_err() {
                 parts.flusher().flush().unwrap();
             }
-            assert_eq!(named(), place.offset, "call {call}");
+            assert_eq!(named(), place.offset.bytes(), "call {call}");
             assert_eq!(parts.metadata.header().refcount_table_offset, place.offset);
             if flushed.is_ok() {
                 assert!(call > 4, "a flush has at least so many steps");

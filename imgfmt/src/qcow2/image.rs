@@ -15,11 +15,13 @@ use crate::qcow2::info::Qcow2Info;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::{
     Compression, ENCRYPTION_AES, autoclear, compatible, incompatible,
 };
 use crate::qcow2::on_disk::words::read_error;
+use crate::units::HostOffset;
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -137,11 +139,11 @@ impl ImageServices for Qcow2 {
         self.flusher().flush()
     }
 
-    fn references_to(&self, clusters: &[u64]) -> Result<Option<HashMap<u64, u64>>> {
+    fn references_to(&self, clusters: &[HostCluster]) -> Result<Option<HashMap<HostCluster, u64>>> {
         self.count_references_to(clusters)
     }
 
-    fn is_metadata(&self, offset: u64) -> Result<bool> {
+    fn is_metadata(&self, offset: HostOffset) -> Result<bool> {
         self.mapping.is_metadata(offset)
     }
 }

@@ -51,7 +51,7 @@ impl Qcow2 {
                 (snapshot.l1_offset, snapshot.l1_entries, snapshot.disk_size)
             }
         };
-        let l1 = match l1_offset < file.len().map_err(read_error)? {
+        let l1 = match l1_offset.bytes() < file.len().map_err(read_error)? {
             true => read_words(&*file, l1_offset, l1_entries as usize)?,
             // It is being checked.
             false => vec![0; l1_entries as usize],

@@ -6,15 +6,19 @@
 //! falls and it can be reserved again.
 
 use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::lease::ClosedGeneration;
 use crate::qcow2::alloc::cluster_set::ClusterSet;
+use crate::qcow2::on_disk::cluster::HostCluster;
+use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::Header;
 use crate::qcow2::on_disk::refcount::Refcounts;
 use crate::qcow2::on_disk::words::{read_error, read_words};
 use crate::storage::Storage;
+use crate::units::{HostOffset, Offset as _};
 
 /// The largest refcount table that is made, as in QEMU.
 const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
@@ -22,17 +26,23 @@ const REFCOUNT_TABLE_BYTES_MAX: u64 = 8 << 20;
 /// Clusters that were reserved, next to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Reserved {
-    pub(crate) offset: u64,
+    pub(crate) offset: HostOffset,
     pub(crate) clusters: u64,
     /// They lie where the file has never been: they read as zero.
     pub(crate) never_written: bool,
 }
 
+impl Reserved {
+    /// No cluster.
+    pub(in crate::qcow2) const fn nothing() -> Self {
+        Self { offset: HostOffset::new(0), clusters: 0, never_written: false }
+    }
+}
+
 /// A reference that went away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Freed {
-    /// Number of the cluster in the file.
-    pub(crate) cluster: u64,
+    pub(crate) cluster: HostCluster,
     /// Its space is to be given back to the file system.
     pub(crate) punch: bool,
 }
@@ -48,10 +58,17 @@ pub(crate) struct Batch {
 pub(crate) type Quarantine = VecDeque<Batch>;
 
 /// A new place for a refcount table that has outgrown the old one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TablePlace {
-    pub(crate) offset: u64,
+    pub(crate) offset: HostOffset,
     pub(crate) clusters: u64,
+}
+
+impl TablePlace {
+    /// The bytes of the file that the table takes up.
+    pub(in crate::qcow2) fn range(self, geometry: Geometry) -> Range<HostOffset> {
+        self.offset..self.offset.saturating_add(self.clusters << geometry.cluster_bits)
+    }
 }
 
 /// Finds free clusters of one file.
@@ -61,19 +78,19 @@ pub(crate) struct Allocator {
     pub(in crate::qcow2) table_place: TablePlace,
     pub(in crate::qcow2) new_table_place: Option<TablePlace>,
     /// No cluster below this one is free.
-    first_free: u64,
+    first_free: HostCluster,
     /// Nothing was ever written from this offset on.
-    never_written_from: u64,
+    never_written_from: HostOffset,
     /// Where the next compressed cluster may begin: behind the last one, in the same cluster.
-    pub(in crate::qcow2) compressed_at: Option<u64>,
+    pub(in crate::qcow2) compressed_at: Option<HostOffset>,
     /// Where the file ended when it was opened: before that a missing refcount block may hide data.
-    file_end: u64,
+    file_end: HostOffset,
     /// Numbers of the refcount blocks that count clusters in use, once that is known.
     used_blocks: Option<HashSet<u64>>,
     /// A change has failed because it is not known.
     pub(in crate::qcow2) wants_used_blocks: bool,
     /// Places that can never be free: if their refcount says so, the image is damaged.
-    pub(in crate::qcow2) protected: Vec<(u64, u64)>,
+    pub(in crate::qcow2) protected: Vec<Range<HostOffset>>,
     /// What was reserved since the image was opened, whatever became of it. It was free then: no
     /// table as it was found can refer to it.
     pub(in crate::qcow2) reserved_since_open: ClusterSet,
@@ -81,15 +98,15 @@ pub(crate) struct Allocator {
 
 impl Allocator {
     pub(crate) fn new(refcounts: Refcounts, table_place: TablePlace, file_length: u64) -> Self {
-        let never_written_from = file_length.next_multiple_of(refcounts.geometry.cluster_size());
+        let file_end = HostOffset::new(file_length).round_up(refcounts.geometry.cluster_size());
         Self {
             refcounts,
             table_place,
             new_table_place: None,
-            first_free: 0,
-            never_written_from,
+            first_free: HostCluster::new(0),
+            never_written_from: file_end,
             compressed_at: None,
-            file_end: never_written_from,
+            file_end,
             used_blocks: None,
             wants_used_blocks: false,
             protected: Vec::new(),
@@ -120,7 +137,7 @@ impl Allocator {
         let Some((free, count)) = self.refcounts.find_free(index, entry, count_max)? else {
             return Ok(None);
         };
-        let first = index as u64 * entries + free as u64;
+        let first = self.refcounts.first_of_block(index) + free as u64;
         self.first_free = first;
         self.take(first, count as u64).map(Some)
     }
@@ -135,9 +152,8 @@ impl Allocator {
             let detail = "its clusters are too small for a table of that size";
             return Err(Error::new(ErrorKind::Unsupported, "grow", detail));
         }
-        // Behind everything, so that the first clusters that fit are found at once.
-        let cluster_size = self.refcounts.geometry.cluster_size();
-        let mut first = self.never_written_from / cluster_size;
+        // After everything, so that the first clusters that fit are found at once.
+        let mut first = self.refcounts.geometry.host_cluster(self.never_written_from);
         loop {
             let mut cluster = first;
             while cluster < first + count && self.refcount_with_block(cluster)? == 0 {
@@ -153,9 +169,8 @@ impl Allocator {
 
     /// Gives back what was reserved and never used.
     pub(crate) fn release(&mut self, reserved: Reserved) {
-        let cluster_size = self.refcounts.geometry.cluster_size();
-        for i in 0..reserved.clusters {
-            let cluster = reserved.offset / cluster_size + i;
+        let first = self.refcounts.geometry.host_cluster(reserved.offset);
+        for cluster in first.run(reserved.clusters) {
             // If the block cannot be read any more the cluster leaks, which harms nobody.
             if self.refcounts.set_refcount(cluster, 0).is_ok() {
                 self.first_free = self.first_free.min(cluster);
@@ -164,7 +179,7 @@ impl Allocator {
     }
 
     /// Takes one reference away.
-    pub(crate) fn dereference(&mut self, cluster: u64) -> Result<()> {
+    pub(crate) fn dereference(&mut self, cluster: HostCluster) -> Result<()> {
         let count = self.refcounts.refcount(cluster)?;
         if count == 0 {
             return Err(damaged("a cluster that is in use has no references"));
@@ -173,14 +188,15 @@ impl Allocator {
         if count == 1 {
             self.first_free = self.first_free.min(cluster);
             // A cluster that is free again is not the one in which the next may begin.
-            let bits = self.refcounts.geometry.cluster_bits;
-            self.compressed_at = self.compressed_at.filter(|offset| offset >> bits != cluster);
+            let geometry = self.refcounts.geometry;
+            self.compressed_at =
+                self.compressed_at.filter(|offset| geometry.host_cluster(*offset) != cluster);
         }
         Ok(())
     }
 
     /// Adds one reference to a cluster that has some already.
-    pub(crate) fn reference(&mut self, cluster: u64) -> Result<u64> {
+    pub(crate) fn reference(&mut self, cluster: HostCluster) -> Result<u64> {
         let count = self.refcounts.refcount(cluster)?;
         if count == 0 {
             return Err(damaged("a cluster that is in use has no references"));
@@ -189,7 +205,7 @@ impl Allocator {
         Ok(count + 1)
     }
 
-    fn find(&mut self, count_max: u64) -> Result<(u64, u64)> {
+    fn find(&mut self, count_max: u64) -> Result<(HostCluster, u64)> {
         let entries = self.refcounts.geometry.block_entries();
         let count_max = usize::try_from(count_max.clamp(1, entries)).unwrap_or(1);
         let mut cluster = self.first_free;
@@ -197,18 +213,18 @@ impl Allocator {
             let (index, entry) = self.refcounts.place(cluster);
             self.ensure_block(index)?;
             if let Some((free, count)) = self.refcounts.find_free(index, entry, count_max)? {
-                let first = index as u64 * entries + free as u64;
+                let first = self.refcounts.first_of_block(index) + free as u64;
                 self.first_free = first;
                 return Ok((first, count as u64));
             }
-            cluster = (index as u64 + 1) * entries;
+            cluster = self.refcounts.first_of_block(index + 1);
         }
     }
 
-    fn take(&mut self, first: u64, count: u64) -> Result<Reserved> {
-        let cluster_size = self.refcounts.geometry.cluster_size();
-        let (offset, end) = (first * cluster_size, (first + count) * cluster_size);
-        if self.protected.iter().any(|(start, stop)| offset < *stop && *start < end) {
+    fn take(&mut self, first: HostCluster, count: u64) -> Result<Reserved> {
+        let geometry = self.refcounts.geometry;
+        let (offset, end) = (geometry.host_offset(first), geometry.host_offset(first + count));
+        if self.protected.iter().any(|range| offset < range.end && range.start < end) {
             return Err(damaged("the place of a table has no references"));
         }
         for done in 0..count {
@@ -217,7 +233,7 @@ impl Allocator {
                 return Err(error);
             }
         }
-        self.reserved_since_open.insert(first..first + count);
+        self.reserved_since_open.insert(first.run(count));
         if self.first_free == first {
             self.first_free = first + count;
         }
@@ -226,7 +242,7 @@ impl Allocator {
         Ok(Reserved { offset, clusters: count, never_written })
     }
 
-    fn refcount_with_block(&mut self, cluster: u64) -> Result<u64> {
+    fn refcount_with_block(&mut self, cluster: HostCluster) -> Result<u64> {
         let (index, _) = self.refcounts.place(cluster);
         self.ensure_block(index)?;
         self.refcounts.refcount(cluster)
@@ -244,12 +260,12 @@ impl Allocator {
             let detail = "the file would become larger than the format allows";
             return Err(Error::new(ErrorKind::NoSpace, "grow", detail));
         }
-        let cluster = index as u64 * geometry.block_entries();
-        let offset = cluster * geometry.cluster_size();
-        if cluster == 0 {
+        let cluster = self.refcounts.first_of_block(index);
+        let offset = geometry.host_offset(cluster);
+        if index == 0 {
             return Err(damaged("its first refcount block is missing"));
         }
-        if self.protected.iter().any(|(start, stop)| offset < *stop && *start <= offset) {
+        if self.protected.iter().any(|range| range.contains(&offset)) {
             return Err(damaged("the place of a table has no references"));
         }
         if offset < self.file_end {
@@ -282,8 +298,9 @@ impl Allocator {
         let geometry = self.refcounts.geometry;
         let bytes = (table_bytes + table_bytes / 2).min(REFCOUNT_TABLE_BYTES_MAX);
         // This one would overlap with what the recursion below reserves: set it first.
-        let unused =
-            self.new_table_place.replace(TablePlace { offset: 0, clusters: u64::MAX >> 24 });
+        let unused = self
+            .new_table_place
+            .replace(TablePlace { clusters: u64::MAX >> 24, ..TablePlace::default() });
         let reserved = match self.reserve_exact(geometry.clusters_of(bytes)) {
             Ok(reserved) => reserved,
             Err(error) => {
@@ -320,10 +337,8 @@ pub(in crate::qcow2) fn make_allocator(
     let refcounts = Refcounts::new(Arc::clone(file), geometry, table);
     let mut allocator = Allocator::new(refcounts, table_place, length);
     let l1_end = header.l1_offset.saturating_add(u64::from(header.l1_entries) * 8);
-    allocator.protected = vec![
-        (0, geometry.cluster_size()),
-        (header.l1_offset, l1_end),
-        (table_place.offset, table_place.offset + table_bytes),
-    ];
+    let first_cluster = HostOffset::new(0)..HostOffset::new(geometry.cluster_size());
+    let places = [first_cluster, header.l1_offset..l1_end, table_place.range(geometry)];
+    allocator.protected = places.into();
     Ok(allocator)
 }

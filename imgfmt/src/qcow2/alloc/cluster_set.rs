@@ -1,7 +1,8 @@
 //! A set of clusters, by their numbers, for millions that lie together.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+
+use crate::qcow2::on_disk::cluster::HostCluster;
 
 const WORDS: usize = 64;
 const PAGE_CLUSTERS: u64 = WORDS as u64 * 64;
@@ -13,8 +14,8 @@ pub(in crate::qcow2) struct ClusterSet {
 }
 
 impl ClusterSet {
-    pub(in crate::qcow2) fn insert(&mut self, clusters: Range<u64>) {
-        for cluster in clusters {
+    pub(in crate::qcow2) fn insert(&mut self, clusters: impl Iterator<Item = HostCluster>) {
+        for cluster in clusters.map(HostCluster::number) {
             let page =
                 self.pages.entry(cluster / PAGE_CLUSTERS).or_insert_with(|| [0; WORDS].into());
             let bit = cluster % PAGE_CLUSTERS;
@@ -22,9 +23,9 @@ impl ClusterSet {
         }
     }
 
-    pub(in crate::qcow2) fn contains(&self, cluster: u64) -> bool {
-        let bit = cluster % PAGE_CLUSTERS;
-        let page = self.pages.get(&(cluster / PAGE_CLUSTERS));
+    pub(in crate::qcow2) fn contains(&self, cluster: HostCluster) -> bool {
+        let bit = cluster.number() % PAGE_CLUSTERS;
+        let page = self.pages.get(&(cluster.number() / PAGE_CLUSTERS));
         page.is_some_and(|page| page[(bit / 64) as usize] >> (bit % 64) & 1 == 1)
     }
 }
@@ -36,11 +37,13 @@ mod tests {
     #[test]
     fn it_has_what_was_inserted_and_nothing_else() {
         let mut set = ClusterSet::default();
-        set.insert(4090..4100);
-        set.insert(u64::MAX - 1..u64::MAX);
-        let found = (4000..4200).filter(|cluster| set.contains(*cluster));
+        let at = HostCluster::new;
+        set.insert(at(4090).run(10));
+        set.insert(at(u64::MAX - 1).run(1));
+        let found = (4000..4200).filter(|cluster| set.contains(at(*cluster)));
         assert_eq!(found.collect::<Vec<_>>(), (4090..4100).collect::<Vec<_>>());
-        assert!(set.contains(u64::MAX - 1) && !set.contains(u64::MAX) && !set.contains(0));
+        assert!(set.contains(at(u64::MAX - 1)));
+        assert!(!set.contains(at(u64::MAX)) && !set.contains(at(0)));
         assert_eq!(set.pages.len(), 3);
     }
 }

@@ -13,7 +13,7 @@ use crate::qcow2::alloc::allocator::{Allocator, Batch, Freed, Quarantine, Reserv
 use crate::qcow2::alloc::decompressed::Decompressed;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::{MetadataFile, unwritable};
-use crate::units::HostOffset;
+use crate::qcow2::on_disk::cluster::{GuestCluster, HostCluster};
 
 const STRIPES: u64 = 256;
 
@@ -60,12 +60,12 @@ impl Clusters {
     /// them and nothing may be waited for.
     pub(in crate::qcow2) fn lock(
         &self,
-        first: u64,
+        first: GuestCluster,
         count: u64,
         lookup: Lookup,
     ) -> Option<Vec<Ordered<MutexGuard<'_, ()>>>> {
-        let mut indexes: Vec<u64> =
-            (first..first + count.min(STRIPES)).map(|cluster| cluster % STRIPES).collect();
+        let clusters = first.run(count.min(STRIPES));
+        let mut indexes: Vec<u64> = clusters.map(|cluster| cluster.number() % STRIPES).collect();
         // Always in the same order, or two writers could wait for each other.
         indexes.sort_unstable();
         let stripes = indexes.into_iter().map(|index| &self.stripes[index as usize]);
@@ -243,18 +243,19 @@ impl Clusters {
         self.decompressed.forget_all();
         freed.sort_unstable();
         let Ok(mut allocator) = self.allocator() else { return };
-        let bits = allocator.refcounts.geometry.cluster_bits;
+        let geometry = allocator.refcounts.geometry;
         let only = |freed: &&Freed| {
             freed.punch && matches!(allocator.refcounts.refcount(freed.cluster), Ok(1))
         };
-        let punched: Vec<u64> = freed.iter().filter(only).map(|freed| freed.cluster).collect();
+        let punched: Vec<HostCluster> =
+            freed.iter().filter(only).map(|freed| freed.cluster).collect();
         drop(allocator);
         // The hole must be there before anyone can reserve the cluster and write to it.
         self.metadata.note_alive();
-        for run in punched.chunk_by(|a, b| a + 1 == *b) {
-            let length = (run.len() as u64) << bits;
+        for run in punched.chunk_by(|a, b| *a + 1 == *b) {
+            let length = (run.len() as u64) << geometry.cluster_bits;
             // Giving space back is a courtesy to the file system; without it nothing is wrong.
-            let _ = self.metadata.file.punch_hole(HostOffset::new(run[0] << bits), length);
+            let _ = self.metadata.file.punch_hole(geometry.host_offset(run[0]), length);
         }
         let Ok(mut allocator) = self.allocator() else { return };
         // A refcount that cannot be changed leaves a leaked cluster, which harms nobody. But one
@@ -275,6 +276,10 @@ pub(in crate::qcow2) mod tests {
     use crate::qcow2::alloc::allocator::make_allocator;
     use crate::qcow2::metadata::metadata_file::tests::opened;
     use crate::testing::FailingStorage;
+    use crate::units::HostOffset;
+
+    /// The first cluster that is free in a new image.
+    const FOUR: HostCluster = HostCluster::new(4);
 
     /// Of an image in which nothing is referred to.
     pub(in crate::qcow2) struct Nothing;
@@ -300,17 +305,17 @@ pub(in crate::qcow2) mod tests {
     fn a_freed_cluster_is_reserved_again_after_a_flush_and_the_last_lease() {
         let clusters = clusters(true);
         let first = clusters.reserve(1, &Nothing).unwrap();
-        assert_eq!((first.offset, first.clusters), (4 << 16, 1));
+        assert_eq!((first.offset, first.clusters), (HostOffset::new(4 << 16), 1));
         let lease = clusters.lease().unwrap();
-        clusters.free([Freed { cluster: 4, punch: true }]);
+        clusters.free([Freed { cluster: FOUR, punch: true }]);
         assert_eq!(clusters.freed_count(), 1);
-        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, 5 << 16);
+        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, HostOffset::new(5 << 16));
         let (freed, generation) = clusters.take_freed();
         clusters.quarantine(generation, freed);
-        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, 6 << 16);
+        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, HostOffset::new(6 << 16));
         assert_eq!(clusters.refuse_leases().unwrap_err().kind(), ErrorKind::Busy);
         drop(lease);
-        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, 4 << 16);
+        assert_eq!(clusters.reserve(1, &Nothing).unwrap().offset, HostOffset::new(4 << 16));
         clusters.refuse_leases().unwrap();
     }
 
@@ -318,23 +323,23 @@ pub(in crate::qcow2) mod tests {
     fn what_a_failed_flush_gives_back_is_freed_by_the_next_one() {
         let clusters = clusters(true);
         clusters.reserve(1, &Nothing).unwrap();
-        clusters.free([Freed { cluster: 4, punch: false }]);
+        clusters.free([Freed { cluster: FOUR, punch: false }]);
         let (freed, generation) = clusters.take_freed();
         clusters.return_freed(freed);
         clusters.quarantine(generation, Vec::new());
         clusters.release_quarantine();
-        assert_eq!(clusters.allocator().unwrap().refcounts.refcount(4).unwrap(), 1);
+        assert_eq!(clusters.allocator().unwrap().refcounts.refcount(FOUR).unwrap(), 1);
         let (freed, generation) = clusters.take_freed();
         clusters.quarantine(generation, freed);
         clusters.release_quarantine();
-        assert_eq!(clusters.allocator().unwrap().refcounts.refcount(4).unwrap(), 0);
+        assert_eq!(clusters.allocator().unwrap().refcounts.refcount(FOUR).unwrap(), 0);
     }
 
     #[test]
     fn a_cluster_freed_twice_marks_the_image_as_damaged() {
         let clusters = clusters(true);
         clusters.reserve(1, &Nothing).unwrap();
-        clusters.free([Freed { cluster: 4, punch: false }; 2]);
+        clusters.free([Freed { cluster: FOUR, punch: false }; 2]);
         let (freed, generation) = clusters.take_freed();
         clusters.quarantine(generation, freed);
         clusters.release_quarantine();
@@ -356,10 +361,10 @@ pub(in crate::qcow2) mod tests {
     #[test]
     fn a_stripe_that_somebody_has_is_not_waited_for() {
         let clusters = clusters(true);
-        let held = clusters.lock(3, 2, Lookup::MayRead);
-        assert!(clusters.lock(4, 1, Lookup::CachedOnly).is_none());
-        assert!(clusters.lock(5, STRIPES - 2, Lookup::CachedOnly).is_some());
+        let held = clusters.lock(GuestCluster::new(3), 2, Lookup::MayRead);
+        assert!(clusters.lock(GuestCluster::new(4), 1, Lookup::CachedOnly).is_none());
+        assert!(clusters.lock(GuestCluster::new(5), STRIPES - 2, Lookup::CachedOnly).is_some());
         drop(held);
-        assert!(clusters.lock(0, 2 * STRIPES, Lookup::CachedOnly).is_some());
+        assert!(clusters.lock(GuestCluster::new(0), 2 * STRIPES, Lookup::CachedOnly).is_some());
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::qcow2::alloc::clusters::{Clusters, CountReferences};
+use crate::units::HostOffset;
 
 impl Clusters {
     /// Writes something to clusters of its own; returns where.
@@ -9,7 +10,7 @@ impl Clusters {
         &self,
         bytes: &[u8],
         references: &(impl CountReferences + ?Sized),
-    ) -> Result<u64> {
+    ) -> Result<HostOffset> {
         let geometry = self.metadata.header().geometry;
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
         let reserved = self.reserve_exact(clusters, references)?;
@@ -20,13 +21,13 @@ impl Clusters {
     }
 
     /// Drops the references to a place that the header, on disk, names no more.
-    pub(in crate::qcow2) fn free_place(&self, offset: u64, length: u64) -> Result<()> {
+    pub(in crate::qcow2) fn free_place(&self, offset: HostOffset, length: u64) -> Result<()> {
         if length == 0 {
             return Ok(());
         }
-        let bits = self.metadata.header().geometry.cluster_bits;
+        let geometry = self.metadata.header().geometry;
         let mut allocator = self.allocator()?;
-        for cluster in offset >> bits..=(offset + length - 1) >> bits {
+        for cluster in geometry.clusters_touched(offset, length) {
             allocator.dereference(cluster)?;
         }
         self.commits.changes.note();
@@ -37,6 +38,7 @@ impl Clusters {
 #[cfg(test)]
 mod tests {
     use crate::qcow2::alloc::clusters::tests::{Nothing, clusters_in_file};
+    use crate::qcow2::on_disk::cluster::HostCluster;
     use crate::storage::Storage;
     use crate::testing::Fault;
     use crate::units::HostOffset;
@@ -45,13 +47,13 @@ mod tests {
     fn a_structure_has_whole_clusters_of_its_own_until_it_is_given_up() {
         let (storage, clusters) = clusters_in_file(true);
         let place = clusters.write_new(&[7; (1 << 16) + 1], &Nothing).unwrap();
-        assert_eq!(place, 4 << 16);
+        assert_eq!(place, HostOffset::new(4 << 16));
         let mut bytes = [9; 2];
         storage.read_exact_at(HostOffset::new(5 << 16), &mut bytes).unwrap();
         assert_eq!(bytes, [7, 0]);
         let refcounts = || {
             let mut allocator = clusters.allocator().unwrap();
-            [4, 5, 6].map(|cluster| allocator.refcounts.refcount(cluster).unwrap())
+            [4, 5, 6].map(|at| allocator.refcounts.refcount(HostCluster::new(at)).unwrap())
         };
         assert_eq!(refcounts(), [1, 1, 0]);
         clusters.free_place(place, (1 << 16) + 1).unwrap();

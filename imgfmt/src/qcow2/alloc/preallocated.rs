@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 use crate::error::Result;
 use crate::mapping::Lookup;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::refcount::Refcounts;
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::GuestOffset;
@@ -62,15 +63,16 @@ impl Preallocated {
             words as usize,
         )?;
         let mut refcounts = Refcounts::new(Arc::clone(&self.metadata.file), geometry, table);
-        let (mut used, mut cluster) = (0, 0);
+        let (mut used, mut cluster) = (0, HostCluster::new(0));
+        let file_end = HostCluster::new(file_clusters);
         // Every block takes up space: an image with more of them than space is damaged.
         for _ in 0..=real {
-            let block_end = (cluster + geometry.block_entries()).min(file_clusters);
+            let block_end = (cluster + geometry.block_entries()).min(file_end);
             while cluster < block_end {
                 used += u64::from(refcounts.refcount(cluster)? > 0);
                 cluster += 1;
             }
-            if used >= threshold || cluster == file_clusters {
+            if used >= threshold || cluster == file_end {
                 return Ok(used >= threshold);
             }
         }

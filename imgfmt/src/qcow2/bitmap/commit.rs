@@ -17,6 +17,7 @@ use crate::qcow2::alloc::allocator::{Freed, Reserved};
 use crate::qcow2::metadata::header_edit::{
     change_autoclear, put_extension, remove_extension, replaces_at_once, rewrite_autoclear,
 };
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
 
@@ -151,7 +152,7 @@ impl Bitmaps {
     }
 
     /// The clusters of tables that are no longer named when the plan has been carried out.
-    fn replaced_clusters(&self, old: &[Bitmap<Entry>], plan: &[Planned]) -> Vec<u64> {
+    fn replaced_clusters(&self, old: &[Bitmap<Entry>], plan: &[Planned]) -> Vec<HostCluster> {
         let is_kept = |table: Table| {
             plan.iter().any(|planned| !planned.must_store && planned.bitmap.stored.table == table)
         };
@@ -166,7 +167,7 @@ impl Bitmaps {
     /// may be something else as well leaks.
     fn free_clusters(
         &self,
-        mut clusters: Vec<u64>,
+        mut clusters: Vec<HostCluster>,
         directory: Option<Place>,
         reserved: &[Reserved],
     ) -> Result<()> {

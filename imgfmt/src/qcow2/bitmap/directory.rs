@@ -51,14 +51,14 @@ pub(crate) struct Entry {
 /// Where the table of a bitmap lies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Table {
-    pub(super) offset: u64,
+    pub(super) offset: HostOffset,
     pub(super) entries: u32,
 }
 
 /// Where the directory lies, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Place {
-    pub(super) offset: u64,
+    pub(super) offset: HostOffset,
     pub(super) length: u64,
 }
 
@@ -75,11 +75,11 @@ pub(super) fn read(
     };
     let (place, count) = decode_extension(content, header.geometry)?;
     let file_length = storage.len().map_err(|error| system_words(&error))?;
-    if place.offset.checked_add(place.length).is_none_or(|end| end > file_length) {
+    if place.offset.checked_add(place.length).is_none_or(|end| end.bytes() > file_length) {
         return Err("its bitmap directory lies past the end of the file".into());
     }
     let mut bytes = vec![0; place.length as usize];
-    storage.read_exact_at(HostOffset::new(place.offset), &mut bytes).map_err(|error| {
+    storage.read_exact_at(place.offset, &mut bytes).map_err(|error| {
         format!("its bitmap directory cannot be read: {}", system_words(&error))
     })?;
     Ok(Some((place, decode(&bytes, count, header)?)))
@@ -91,11 +91,11 @@ fn decode_extension(content: &[u8], geometry: Geometry) -> Result<(Place, usize)
         return Err("its bitmaps extension is damaged".into());
     }
     let count = u32_at(content, 0) as usize;
-    let place = Place { offset: u64_at(content, 16), length: u64_at(content, 8) };
+    let place = Place { offset: HostOffset::new(u64_at(content, 16)), length: u64_at(content, 8) };
     let is_possible = (1..=BITMAPS_MAX).contains(&count)
         && place.length <= DIRECTORY_BYTES_MAX
         && place.length >= count as u64 * ENTRY_LENGTH
-        && place.offset != 0
+        && place.offset.bytes() != 0
         && geometry.in_cluster(place.offset) == 0;
     match is_possible {
         true => Ok((place, count)),
@@ -112,7 +112,7 @@ pub(super) fn encode_extension(place: Place, count: usize) -> Vec<u8> {
     content.extend((count as u32).to_be_bytes());
     content.extend([0; 4]);
     content.extend(place.length.to_be_bytes());
-    content.extend(place.offset.to_be_bytes());
+    content.extend(place.offset.bytes().to_be_bytes());
     content
 }
 
@@ -130,7 +130,7 @@ pub(super) fn decode(bytes: &[u8], count: usize, header: &Header) -> Result<Vec<
         let (raw, behind) = rest.split_at(length as usize);
         let name = raw[name_start as usize..][..name_length as usize].to_vec();
         let mut entry = Entry {
-            table: Table { offset: u64_at(raw, 0), entries: u32_at(raw, 8) },
+            table: Table { offset: HostOffset::new(u64_at(raw, 0)), entries: u32_at(raw, 8) },
             flags: u32_at(raw, FLAGS as usize),
             granularity_bits: u32::from(raw[17]),
             name,
@@ -169,7 +169,7 @@ pub(super) fn encode(entries: &[Entry]) -> (Vec<u8>, Vec<u64>) {
             bytes[start + FLAGS as usize..][..4].copy_from_slice(&entry.flags.to_be_bytes());
             continue;
         }
-        bytes.extend(entry.table.offset.to_be_bytes());
+        bytes.extend(entry.table.offset.bytes().to_be_bytes());
         bytes.extend(entry.table.entries.to_be_bytes());
         bytes.extend(entry.flags.to_be_bytes());
         bytes.extend([TYPE_DIRTY_TRACKING, entry.granularity_bits as u8]);
@@ -202,7 +202,8 @@ impl Entry {
         if self.name.is_empty() || self.name.len() > BITMAP_NAME_BYTES_MAX {
             return Some(format!("its name has {} bytes", self.name.len()));
         }
-        let is_place = self.table.offset != 0 && geometry.in_cluster(self.table.offset) == 0;
+        let is_place =
+            self.table.offset.bytes() != 0 && geometry.in_cluster(self.table.offset) == 0;
         if bytes > BITMAP_BYTES_MAX || !is_place && self.table.entries > 0 {
             return Some(format!(
                 "its table of {} entries at offset {} is not possible",

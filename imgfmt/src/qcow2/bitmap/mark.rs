@@ -9,6 +9,7 @@ use super::store::{Bitmaps, ImageServices, Ownership, unusable};
 use crate::bitmap::{Bitmap, Condition, Recorded, Recording, State, WouldBlock};
 use crate::error::Result;
 use crate::qcow2::metadata::header_edit::change_autoclear;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::header::autoclear;
 use crate::units::GuestRange;
 
@@ -126,7 +127,8 @@ impl Bitmaps {
         if bitmap.recording == Recording::Enabled {
             return true;
         }
-        let is_alone = |clusters: Vec<u64>| clusters.iter().all(|at| ownership.alone.contains(at));
+        let is_alone =
+            |clusters: Vec<HostCluster>| clusters.iter().all(|at| ownership.alone.contains(at));
         // As long as it is not known what they own, that has to be found out.
         bitmap.stored.damage.is_none()
             && bitmap.stored.table.entries > 0

@@ -17,6 +17,7 @@ use crate::bitmap::Bitmap;
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::metadata::header_edit::change_autoclear;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::header::autoclear;
 
 /// Why bitmaps are not kept up to date in the image until it is closed.
@@ -46,7 +47,7 @@ impl Bitmaps {
         directory: Option<Place>,
     ) -> Result<Ownership> {
         let mut found = Ownership::default();
-        let mut uses: HashMap<u64, u64> = HashMap::new();
+        let mut uses: HashMap<HostCluster, u64> = HashMap::new();
         let tables = bitmaps.iter().filter(|bitmap| bitmap.stored.damage.is_none());
         let of_bitmaps =
             tables.filter_map(|bitmap| self.table_clusters(bitmap.stored.table).ok()).flatten();
@@ -56,13 +57,13 @@ impl Bitmaps {
         if uses.is_empty() {
             return Ok(found);
         }
-        let clusters: Vec<u64> = uses.keys().copied().collect();
+        let clusters: Vec<HostCluster> = uses.keys().copied().collect();
         let Some(others) = image.references_to(&clusters)? else { return Ok(found) };
-        let bits = self.geometry().cluster_bits;
+        let geometry = self.geometry();
         for (cluster, uses) in uses {
             let references = uses.saturating_add(others.get(&cluster).copied().unwrap_or(0));
             // Refcounts and their table are not among those that were counted.
-            if image.is_metadata(cluster << bits)? {
+            if image.is_metadata(geometry.host_offset(cluster))? {
                 continue;
             }
             let refcount = self.clusters.allocator()?.refcounts.refcount(cluster)?;
@@ -77,12 +78,13 @@ impl Bitmaps {
     }
 
     /// The clusters that a directory takes up.
-    pub(super) fn place_clusters(&self, directory: Option<Place>) -> impl Iterator<Item = u64> {
+    pub(super) fn place_clusters(
+        &self,
+        directory: Option<Place>,
+    ) -> impl Iterator<Item = HostCluster> {
         let geometry = self.geometry();
-        directory.into_iter().flat_map(move |place| {
-            let first = place.offset >> geometry.cluster_bits;
-            first..first + geometry.clusters_of(place.length)
-        })
+        let clusters = move |place: Place| geometry.clusters_touched(place.offset, place.length);
+        directory.into_iter().flat_map(clusters)
     }
 
     /// Makes the image, durably, name no directory if the one that it names must not be written in
@@ -110,19 +112,23 @@ impl Bitmaps {
 
     /// Those of `clusters` that may be freed, because for each of their references there is a refcount. After
     /// that they are not the bitmaps' any more, and what was `reserved` is.
-    pub(super) fn give_away(&self, clusters: Vec<u64>, reserved: &[Reserved]) -> Vec<u64> {
-        let bits = self.geometry().cluster_bits;
+    pub(super) fn give_away(
+        &self,
+        clusters: Vec<HostCluster>,
+        reserved: &[Reserved],
+    ) -> Vec<HostCluster> {
+        let geometry = self.geometry();
         let mut ownership = self.ownership.lock();
-        let freed: Vec<u64> =
+        let freed: Vec<HostCluster> =
             clusters.into_iter().filter(|cluster| ownership.counted.contains(cluster)).collect();
         for cluster in &freed {
             ownership.counted.remove(cluster);
             ownership.alone.remove(cluster);
         }
         for place in reserved {
-            let first = place.offset >> bits;
-            ownership.counted.extend(first..first + place.clusters);
-            ownership.alone.extend(first..first + place.clusters);
+            let clusters = geometry.host_cluster(place.offset).run(place.clusters);
+            ownership.counted.extend(clusters.clone());
+            ownership.alone.extend(clusters);
         }
         freed
     }

@@ -10,7 +10,8 @@ use super::store::Bitmaps;
 use crate::bitmap::{Bitmap, BitmapInfo, BitmapState, Bits, Condition, DirtyBits, DirtyExtent};
 use crate::error::Result;
 use crate::qcow2::info::BitmapEntry;
-use crate::units::GuestRange;
+use crate::qcow2::on_disk::cluster::HostCluster;
+use crate::units::{GuestRange, HostOffset};
 
 impl Bitmaps {
     /// What is known about the bitmaps of this layer.
@@ -95,17 +96,20 @@ impl Bitmaps {
     ///
     /// Does not ask the tracker: clusters are allocated, and so all references counted, also while
     /// the bitmaps are changed or a write has noted what it changes.
-    pub(in crate::qcow2) fn places(&self) -> (Vec<(u64, u64)>, Vec<String>) {
-        let bits = self.geometry().cluster_bits;
+    pub(in crate::qcow2) fn places(&self) -> (Vec<(HostOffset, u64)>, Vec<String>) {
+        let geometry = self.geometry();
         let disk = self.disk.lock();
         let mut damages: Vec<String> = disk.damage.iter().cloned().collect();
-        let mut places: Vec<(u64, u64)> =
+        let mut places: Vec<(HostOffset, u64)> =
             disk.directory.iter().map(|place| (place.offset, place.length)).collect();
         let entries = disk.entries.clone();
         drop(disk);
         for entry in &entries {
             match self.entry_clusters(entry) {
-                Ok(clusters) => places.extend(clusters.iter().map(|at| (at << bits, 1 << bits))),
+                Ok(clusters) => {
+                    let size = geometry.cluster_size();
+                    places.extend(clusters.iter().map(|at| (geometry.host_offset(*at), size)));
+                }
                 Err(detail) => {
                     let name = String::from_utf8_lossy(&entry.name);
                     damages.push(format!("the bitmap '{}': {detail}", name.escape_debug()));
@@ -117,7 +121,7 @@ impl Bitmaps {
 
     /// The clusters of a bitmap that the directory lists. An error says, as a clause, why it cannot be
     /// used, and QEMU would not open the image.
-    pub(super) fn entry_clusters(&self, entry: &Entry) -> Result<Vec<u64>, String> {
+    pub(super) fn entry_clusters(&self, entry: &Entry) -> Result<Vec<HostCluster>, String> {
         if let Some((detail, _)) = &entry.damage {
             return Err(detail.clone());
         }

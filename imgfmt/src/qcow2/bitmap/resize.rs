@@ -32,7 +32,7 @@ impl Bitmaps {
             }
             if let Some(place) = disk.directory {
                 let flags = bitmap.stored.flags | flag::IN_USE;
-                self.metadata.write(place.offset + flags_place, &flags.to_be_bytes())?;
+                self.metadata.write(place.offset + *flags_place, &flags.to_be_bytes())?;
             }
         }
         self.metadata.sync()?;

@@ -14,8 +14,10 @@ use crate::options::OpenOptions;
 use crate::ordered_lock::{OrderedMutex, rank};
 use crate::qcow2::alloc::clusters::{Clusters, CountReferences};
 use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::sidecar::SidecarLocation;
+use crate::units::HostOffset;
 
 /// The bits of all bitmaps of one image take up no more memory than this.
 const MEMORY_BYTES_MAX: u64 = 1 << 30;
@@ -27,10 +29,10 @@ pub(in crate::qcow2) trait ImageServices: CountReferences {
 
     /// How often the image on disk refers to each of these clusters, except from refcounts and
     /// bitmaps; nothing if some table's references are not known.
-    fn references_to(&self, clusters: &[u64]) -> Result<Option<HashMap<u64, u64>>>;
+    fn references_to(&self, clusters: &[HostCluster]) -> Result<Option<HashMap<HostCluster, u64>>>;
 
     /// Whether the place of a cluster is known to be other metadata's, or nobody's.
-    fn is_metadata(&self, offset: u64) -> Result<bool>;
+    fn is_metadata(&self, offset: HostOffset) -> Result<bool>;
 }
 
 /// The bitmaps of an open image.
@@ -91,9 +93,9 @@ impl Disk {
 pub(super) struct Ownership {
     pub(super) is_known: bool,
     /// May be freed: there is a refcount for every reference.
-    pub(super) counted: HashSet<u64>,
+    pub(super) counted: HashSet<HostCluster>,
     /// May be written in place too: there is no other reference.
-    pub(super) alone: HashSet<u64>,
+    pub(super) alone: HashSet<HostCluster>,
 }
 
 impl Bitmaps {

@@ -8,6 +8,7 @@ use super::store::{Bitmaps, ImageServices};
 use crate::bitmap::Bits;
 use crate::error::{Result, system_words};
 use crate::qcow2::alloc::allocator::Reserved;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::HostOffset;
 
@@ -42,8 +43,8 @@ impl Bitmaps {
             match entry {
                 0 => {}
                 ALL_ONES => bits.load_ones(start, cluster),
-                offset if is_cluster(offset, cluster) && offset < file_length => {
-                    let read = self.metadata.file.read_at(HostOffset::new(offset), &mut buffer);
+                entry if is_cluster(entry, cluster) && entry < file_length => {
+                    let read = self.metadata.file.read_at(HostOffset::new(entry), &mut buffer);
                     let read = read
                         .map_err(|error| format!("it cannot be read: {}", system_words(&error)))?;
                     buffer[read..].fill(0);
@@ -59,27 +60,26 @@ impl Bitmaps {
     pub(super) fn table_words(&self, table: Table) -> Result<Vec<u64>, String> {
         let length = self.metadata.file.len().map_err(|error| system_words(&error))?;
         let end = table.offset.checked_add(u64::from(table.entries) * 8);
-        if end.is_none_or(|end| end > length) {
+        if end.is_none_or(|end| end.bytes() > length) {
             return Err("its table lies past the end of the file".into());
         }
         read_words(&*self.metadata.file, table.offset, table.entries as usize)
             .map_err(|error| error.to_string())
     }
 
-    /// The clusters that a table and what it names take up: their numbers.
-    pub(super) fn table_clusters(&self, table: Table) -> Result<Vec<u64>, String> {
+    /// The clusters that a table and what it names take up.
+    pub(super) fn table_clusters(&self, table: Table) -> Result<Vec<HostCluster>, String> {
         let geometry = self.geometry();
-        let bits = geometry.cluster_bits;
         let mut clusters = Vec::new();
         let words = self.table_words(table)?;
         for entry in words.into_iter().filter(|entry| entry & OFFSET_MASK != 0) {
             if !is_cluster(entry, geometry.cluster_size()) {
                 return Err(format!("an entry of its table ({entry:#x}) is invalid"));
             }
-            clusters.push(entry >> bits);
+            clusters.push(geometry.host_cluster(HostOffset::new(entry)));
         }
-        let first = table.offset >> bits;
-        clusters.extend(first..first + geometry.clusters_of(u64::from(table.entries) * 8));
+        let table_bytes = u64::from(table.entries) * 8;
+        clusters.extend(geometry.clusters_touched(table.offset, table_bytes));
         Ok(clusters)
     }
 
@@ -135,7 +135,7 @@ impl Bitmaps {
             let (now, later) = rest.split_at(place.clusters as usize);
             let mut bytes = Vec::with_capacity(now.len() * cluster as usize);
             for (count, (index, content)) in now.iter().enumerate() {
-                words[*index] = place.offset + count as u64 * cluster;
+                words[*index] = (place.offset + count as u64 * cluster).bytes();
                 bytes.extend_from_slice(content);
             }
             self.metadata.write(place.offset, &bytes)?;
@@ -151,7 +151,7 @@ impl Bitmaps {
         image: &dyn ImageServices,
         bytes: &[u8],
         reserved: &mut Vec<Reserved>,
-    ) -> Result<u64> {
+    ) -> Result<HostOffset> {
         let geometry = self.geometry();
         let clusters = geometry.clusters_of(bytes.len() as u64).max(1);
         let place = self.clusters.reserve_exact(clusters, image)?;

@@ -11,6 +11,7 @@ use crate::qcow2::alloc::allocator::make_allocator;
 use crate::qcow2::alloc::clusters::{Clusters, CountReferences};
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::metadata::metadata_file::tests::opened;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::header::Header;
 use crate::qcow2::purpose::Purpose;
 use crate::storage::Storage;
@@ -20,7 +21,7 @@ use crate::units::{GuestOffset, GuestRange, HostOffset};
 #[derive(Default)]
 struct Image {
     flushes: AtomicUsize,
-    guest: HashSet<u64>,
+    guest: HashSet<HostCluster>,
 }
 
 impl CountReferences for Image {
@@ -35,12 +36,12 @@ impl ImageServices for Image {
         Ok(())
     }
 
-    fn references_to(&self, clusters: &[u64]) -> Result<Option<HashMap<u64, u64>>> {
-        let count = |cluster: &u64| (*cluster, u64::from(self.guest.contains(cluster)));
+    fn references_to(&self, clusters: &[HostCluster]) -> Result<Option<HashMap<HostCluster, u64>>> {
+        let count = |cluster: &HostCluster| (*cluster, u64::from(self.guest.contains(cluster)));
         Ok(Some(clusters.iter().map(count).collect()))
     }
 
-    fn is_metadata(&self, _: u64) -> Result<bool> {
+    fn is_metadata(&self, _: HostOffset) -> Result<bool> {
         Ok(false)
     }
 }
@@ -112,13 +113,13 @@ fn a_list_of_bitmaps_in_a_cluster_of_the_guest_is_not_written_to_and_not_freed()
     let (storage, bitmaps) = no_bitmaps();
     bitmaps.transaction(&Image::default(), &[add("daily")], || ()).unwrap();
     // The guest's disk refers to whatever the bitmaps have.
-    let image = Image { guest: (4..16).collect(), ..Image::default() };
+    let image = Image { guest: HostCluster::new(4).run(12).collect(), ..Image::default() };
     let bitmaps = reopened(&storage, &bitmaps);
     bitmaps.begin_recording();
     let places = bitmaps.places().0;
-    let content = |(offset, length): (u64, u64)| {
+    let content = |(offset, length)| {
         let mut bytes = vec![0; length as usize];
-        storage.read_exact_at(HostOffset::new(offset), &mut bytes).unwrap();
+        storage.read_exact_at(offset, &mut bytes).unwrap();
         bytes
     };
     let before: Vec<Vec<u8>> = places.iter().copied().map(content).collect();
@@ -152,7 +153,9 @@ fn a_disabled_bitmap_in_a_cluster_of_the_guest_is_marked_before_that_can_change(
     bitmaps.transaction(&Image::default(), &[disable], || ()).unwrap();
     let directory = bitmaps.places().0[0].0;
     let clusters = bitmaps.places().0.into_iter().map(|(offset, _)| offset);
-    let guest = clusters.filter(|offset| *offset != directory).map(|offset| offset >> 16).collect();
+    let geometry = bitmaps.geometry();
+    let guest = clusters.filter(|offset| *offset != directory);
+    let guest = guest.map(|offset| geometry.host_cluster(offset)).collect();
     let image = Image { guest, ..Image::default() };
     let opened = reopened(&storage, &bitmaps);
     opened.begin_recording();

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot;
+use crate::units::HostOffset;
 
 /// What is to be done next.
 pub(super) enum Step {
@@ -61,9 +62,9 @@ impl Checker<'_> {
     /// Whether a word may be changed: nothing but tables lies there, and what would be written in
     /// place afterwards has no reference that was not counted.
     fn is_safe(&self, fix: Fix) -> bool {
-        let bits = self.image.geometry().cluster_bits;
-        let cluster = fix.place >> bits;
-        let table = self.table_numbers.get(&(cluster << bits));
+        let geometry = self.image.geometry();
+        let cluster = geometry.host_cluster(fix.place);
+        let table = self.table_numbers.get(&geometry.host_offset(cluster));
         let expected = table.map_or(1, |number| self.tables[*number].weight);
         self.counts.get(cluster) == expected && !(fix.sets_copied && self.is_incomplete)
     }
@@ -74,7 +75,7 @@ impl Checker<'_> {
             structure: self.structure,
             beyond: self.beyond,
             file_length: self.file_length,
-            file_clusters: self.file_clusters,
+            file_end: self.file_end,
             is_incomplete: self.is_incomplete,
         }
     }
@@ -100,7 +101,7 @@ impl Qcow2 {
             Step::Fix(fixes) => {
                 for fix in fixes {
                     self.metadata.update_header(|header| {
-                        header.overlong_end.take_if(|place| *place == fix.place);
+                        header.overlong_end.take_if(|place| *place == fix.place.bytes());
                     });
                     self.metadata.write(fix.place, &fix.new.to_be_bytes())?;
                 }
@@ -123,12 +124,15 @@ impl Qcow2 {
     fn rewrite_snapshots(&mut self) -> Result<()> {
         let found = snapshot::read_damaged_table(&*self.metadata.file, &self.metadata.header())?;
         let bytes = snapshot::encode_table(&found.snapshots);
-        let offset = if bytes.is_empty() { 0 } else { self.clusters.write_new(&bytes, self)? };
+        let offset = match bytes.is_empty() {
+            true => HostOffset::new(0),
+            false => self.clusters.write_new(&bytes, self)?,
+        };
         self.flusher().flush()?;
         let count = found.snapshots.len() as u32;
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&count.to_be_bytes());
-        fields[4..].copy_from_slice(&offset.to_be_bytes());
+        fields[4..].copy_from_slice(&offset.bytes().to_be_bytes());
         self.metadata.write_header(field::SNAPSHOT_COUNT, &fields)?;
         self.metadata.update_header(|header| {
             header.snapshots_offset = offset;

@@ -6,7 +6,9 @@ use super::counts::Counts;
 use super::report::CheckReport;
 use crate::error::Result;
 use crate::qcow2::image::Qcow2;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::words::read_error;
+use crate::units::HostOffset;
 
 const MESSAGES_MAX: usize = 100;
 /// How many tables ahead of the one that is looked at reading begins.
@@ -16,7 +18,7 @@ pub(super) const READ_AHEAD: usize = 16;
 #[derive(Clone, Copy)]
 pub(super) struct Fix {
     /// Where the word lies in the file.
-    pub(super) place: u64,
+    pub(super) place: HostOffset,
     pub(super) new: u64,
     /// Afterwards the cluster that the entry names is written in place.
     pub(super) sets_copied: bool,
@@ -24,7 +26,7 @@ pub(super) struct Fix {
 
 /// An L2 table, and how many L1 entries refer to it.
 pub(super) struct TableUse {
-    pub(super) offset: u64,
+    pub(super) offset: HostOffset,
     pub(super) weight: u64,
     pub(super) is_active: bool,
 }
@@ -32,7 +34,7 @@ pub(super) struct TableUse {
 /// An L1 entry of the present state that refers to an L2 table.
 pub(super) struct ActiveEntry {
     /// Where it lies in the file.
-    pub(super) place: u64,
+    pub(super) place: HostOffset,
     pub(super) word: u64,
 }
 
@@ -41,14 +43,15 @@ pub(super) struct Checker<'a> {
     /// References of everything, the refcounts' own structures included.
     pub(super) counts: Counts,
     /// The clusters (first, last) of the refcount table and of its blocks.
-    pub(super) structure: Vec<(u64, u64)>,
+    pub(super) structure: Vec<(HostCluster, HostCluster)>,
     /// Clusters (first, last) past the end of the file to which an entry refers.
-    pub(super) beyond: Vec<(u64, u64)>,
+    pub(super) beyond: Vec<(HostCluster, HostCluster)>,
     pub(super) file_length: u64,
-    pub(super) file_clusters: u64,
+    /// The first cluster after the end of the file.
+    pub(super) file_end: HostCluster,
     pub(super) report: CheckReport,
     pub(super) tables: Vec<TableUse>,
-    pub(super) table_numbers: HashMap<u64, usize>,
+    pub(super) table_numbers: HashMap<HostOffset, usize>,
     /// In the L1 table of the present state.
     pub(super) active: Vec<ActiveEntry>,
     /// Words of tables that need another value.
@@ -79,7 +82,7 @@ impl<'a> Checker<'a> {
             structure: Vec::new(),
             beyond: Vec::new(),
             file_length,
-            file_clusters: image.geometry().clusters_of(file_length),
+            file_end: HostCluster::new(image.geometry().clusters_of(file_length)),
             report: CheckReport {
                 total_clusters: image.geometry().clusters_of(image.metadata.header().size),
                 ..CheckReport::default()

@@ -16,9 +16,7 @@ impl Checker<'_> {
         let indexes: Vec<usize> = self.block_indexes(&refcounts).into_iter().collect();
         for (position, &index) in indexes.iter().enumerate() {
             let later = indexes.get(position + READ_AHEAD);
-            self.read_ahead(
-                later.and_then(|index| refcounts.table.get(*index)).map_or(0, |at| *at),
-            );
+            self.read_ahead(later.and_then(|index| refcounts.block_offset(*index)));
             self.compare_block(&mut refcounts, index)?;
         }
         self.find_wrong_flags(&mut refcounts)
@@ -27,11 +25,10 @@ impl Checker<'_> {
     /// The indexes of refcount blocks that exist or that should, because something refers to a
     /// cluster they would count.
     fn block_indexes(&self, refcounts: &Refcounts) -> BTreeSet<usize> {
-        let entries = self.image.geometry().block_entries();
-        let existing = refcounts.table.iter().enumerate().filter(|(_, offset)| **offset != 0);
-        let mut indexes: BTreeSet<usize> = existing.map(|(index, _)| index).collect();
+        let existing = (0..refcounts.table.len()).filter(|index| refcounts.has_block(*index));
+        let mut indexes: BTreeSet<usize> = existing.collect();
         for (first, last) in self.counts.parts() {
-            indexes.extend((first / entries..=last / entries).map(|block| block as usize));
+            indexes.extend(refcounts.place(first).0..=refcounts.place(last).0);
         }
         indexes
     }
@@ -39,15 +36,15 @@ impl Checker<'_> {
     fn compare_block(&mut self, refcounts: &mut Refcounts, index: usize) -> Result<()> {
         let geometry = self.image.geometry();
         let has_block = refcounts.has_block(index);
-        let first = index as u64 * geometry.block_entries();
+        let first = refcounts.first_of_block(index);
         // Nothing lies past the end of the file that could leak; but a structure may end there.
-        let end = (first + geometry.block_entries()).min(self.file_clusters + 1);
+        let end = (first + geometry.block_entries()).min(self.file_end + 1);
         let mut wrong = Vec::new();
         let mut last_used = None;
         let block = refcounts.block_view(index)?;
-        let (file_clusters, max) = (self.file_clusters, geometry.refcount_max());
+        let (file_end, max) = (self.file_end, geometry.refcount_max());
         self.counts.for_each(first, end, |cluster, should| {
-            if cluster >= file_clusters && should == 0 {
+            if cluster >= file_end && should == 0 {
                 return;
             }
             let is = block.refcount((cluster - first) as usize);
@@ -59,10 +56,11 @@ impl Checker<'_> {
             }
         });
         if let Some(cluster) = last_used {
-            self.report.image_end_offset = (cluster + 1) << geometry.cluster_bits;
+            self.report.image_end_offset = geometry.host_offset(cluster + 1).bytes();
         }
         for (cluster, is, should) in wrong {
-            let message = format!("cluster {cluster} has refcount {is}, should be {should}");
+            let message =
+                format!("cluster {} has refcount {is}, should be {should}", cluster.number());
             if should > max {
                 self.damage(format!("{message}, which is more than its refcounts can tell"));
                 continue;

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use crate::qcow2::on_disk::cluster::HostCluster;
+
 /// Clusters of one chunk. Memory is taken for chunks that something refers to.
 const CHUNK: u64 = 4096;
 /// A count in a chunk that stands for a larger one in a map of its own.
@@ -16,16 +18,17 @@ pub(super) struct Counts {
 
 impl Counts {
     /// Counts `weight` references for each of the clusters from `first` to `last`.
-    pub(super) fn add(&mut self, first: u64, last: u64, weight: u64) {
+    pub(super) fn add(&mut self, first: HostCluster, last: HostCluster, weight: u64) {
         self.change(first, last, |count| count.saturating_add(weight));
     }
 
     /// Takes one reference away from each of the clusters from `first` to `last`.
-    pub(super) fn subtract(&mut self, first: u64, last: u64) {
+    pub(super) fn subtract(&mut self, first: HostCluster, last: HostCluster) {
         self.change(first, last, |count| count.saturating_sub(1));
     }
 
-    fn change(&mut self, first: u64, last: u64, new: impl Fn(u64) -> u64) {
+    fn change(&mut self, first: HostCluster, last: HostCluster, new: impl Fn(u64) -> u64) {
+        let (first, last) = (first.number(), last.number());
         let mut cluster = first;
         while cluster <= last {
             let chunk = cluster / CHUNK;
@@ -48,7 +51,8 @@ impl Counts {
     }
 
     /// How often a cluster is referred to.
-    pub(super) fn get(&self, cluster: u64) -> u64 {
+    pub(super) fn get(&self, cluster: HostCluster) -> u64 {
+        let cluster = cluster.number();
         let counts = self.chunks.get(&(cluster / CHUNK));
         match counts.map_or(0, |counts| counts[(cluster % CHUNK) as usize]) {
             LARGE => self.large.get(&cluster).copied().unwrap_or(u64::from(LARGE)),
@@ -57,25 +61,30 @@ impl Counts {
     }
 
     /// The last cluster that something refers to.
-    pub(super) fn last(&self) -> Option<u64> {
+    pub(super) fn last(&self) -> Option<HostCluster> {
         self.used().max()
     }
 
     /// All clusters that something refers to, in no order.
-    pub(super) fn used(&self) -> impl Iterator<Item = u64> {
+    pub(super) fn used(&self) -> impl Iterator<Item = HostCluster> {
         self.chunks.iter().flat_map(|(chunk, counts)| {
             let numbers = (chunk * CHUNK..).zip(counts.iter());
-            numbers.filter(|(_, count)| **count != 0).map(|(cluster, _)| cluster)
+            numbers.filter(|(_, count)| **count != 0).map(|(cluster, _)| HostCluster::new(cluster))
         })
     }
 
     /// Calls `each` with every cluster from `first` to before `end` and its count.
-    pub(super) fn for_each(&self, first: u64, end: u64, mut each: impl FnMut(u64, u64)) {
-        let mut cluster = first;
+    pub(super) fn for_each(
+        &self,
+        first: HostCluster,
+        end: HostCluster,
+        mut each: impl FnMut(HostCluster, u64),
+    ) {
+        let (mut cluster, end) = (first.number(), end.number());
         while cluster < end {
             let stop = (cluster / CHUNK * CHUNK + CHUNK).min(end);
             match self.chunks.get(&(cluster / CHUNK)) {
-                None => (cluster..stop).for_each(|cluster| each(cluster, 0)),
+                None => (cluster..stop).for_each(|cluster| each(HostCluster::new(cluster), 0)),
                 Some(counts) => {
                     let start = (cluster % CHUNK) as usize;
                     let counts = &counts[start..start + (stop - cluster) as usize];
@@ -84,7 +93,7 @@ impl Counts {
                             LARGE => self.large.get(&cluster).copied().unwrap_or(u64::from(LARGE)),
                             small => u64::from(small),
                         };
-                        each(cluster, count);
+                        each(HostCluster::new(cluster), count);
                     }
                 }
             }
@@ -93,8 +102,11 @@ impl Counts {
     }
 
     /// The parts of the file, as first and last cluster, that something refers to.
-    pub(super) fn parts(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.chunks.keys().map(|chunk| (chunk * CHUNK, chunk * CHUNK + CHUNK - 1))
+    pub(super) fn parts(&self) -> impl Iterator<Item = (HostCluster, HostCluster)> {
+        self.chunks.keys().map(|chunk| {
+            let first = HostCluster::new(chunk * CHUNK);
+            (first, first + (CHUNK - 1))
+        })
     }
 }
 
@@ -102,10 +114,14 @@ impl Counts {
 mod tests {
     use super::*;
 
+    fn at(number: u64) -> HostCluster {
+        HostCluster::new(number)
+    }
+
     fn counts(counts: &Counts, first: u64, end: u64) -> Vec<u64> {
         let mut found = Vec::new();
-        counts.for_each(first, end, |cluster, count| {
-            assert_eq!(cluster, first + found.len() as u64);
+        counts.for_each(at(first), at(end), |cluster, count| {
+            assert_eq!(cluster, at(first + found.len() as u64));
             found.push(count);
         });
         found
@@ -114,8 +130,8 @@ mod tests {
     #[test]
     fn runs_are_counted_across_chunks() {
         let mut all = Counts::default();
-        all.add(CHUNK - 2, CHUNK * 2, 1);
-        all.add(CHUNK, CHUNK, 1);
+        all.add(at(CHUNK - 2), at(CHUNK * 2), 1);
+        all.add(at(CHUNK), at(CHUNK), 1);
         assert_eq!(counts(&all, CHUNK - 4, CHUNK + 2), [0, 0, 1, 1, 2, 1]);
         assert_eq!(counts(&all, CHUNK * 2 - 1, CHUNK * 2 + 2), [1, 1, 0]);
         assert_eq!(counts(&all, CHUNK * 100, CHUNK * 100 + 1), [0]);
@@ -126,14 +142,14 @@ mod tests {
     fn counts_go_beyond_a_byte() {
         let mut all = Counts::default();
         for reference in 1..=1000 {
-            all.add(7, 7, 1);
+            all.add(at(7), at(7), 1);
             assert_eq!(counts(&all, 6, 9), [0, reference, 0]);
         }
-        all.add(8, 8, 1 << 40);
-        all.subtract(7, 8);
-        assert_eq!((all.get(7), all.get(8), all.last()), (999, (1 << 40) - 1, Some(8)));
+        all.add(at(8), at(8), 1 << 40);
+        all.subtract(at(7), at(8));
+        assert_eq!((all.get(at(7)), all.get(at(8)), all.last()), (999, (1 << 40) - 1, Some(at(8))));
         for _ in 0..999 {
-            all.subtract(7, 7);
+            all.subtract(at(7), at(7));
         }
         assert_eq!(counts(&all, 6, 9), [0, 0, (1 << 40) - 1]);
     }

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::checker::{Checker, Fix};
 use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
+use crate::units::HostOffset;
 
 /// Bits of an entry that is not compressed and that mean nothing.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
@@ -13,24 +14,31 @@ const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 struct Word {
     word: u64,
     bitmap: u64,
-    place: u64,
+    place: HostOffset,
     weight: u64,
 }
 
 /// What is gathered while the entries of one table are looked at.
+#[derive(Default)]
 struct Progress {
     is_active: bool,
     /// Where the next data cluster lies if there is no fragmentation.
-    expected_next: u64,
+    expected_next: Option<HostOffset>,
     /// Data clusters that follow each other, which are counted at once.
-    run: Range<u64>,
+    run: Range<HostOffset>,
 }
 
 impl Checker<'_> {
     /// Counts what the entries of the L2 table at `table` refer to, `weight` times.
-    pub(super) fn count_table(&mut self, words: &[u64], table: u64, weight: u64, is_active: bool) {
+    pub(super) fn count_table(
+        &mut self,
+        words: &[u64],
+        table: HostOffset,
+        weight: u64,
+        is_active: bool,
+    ) {
         let entry_words = self.image.geometry().entry_words();
-        let mut progress = Progress { is_active, expected_next: 0, run: 0..0 };
+        let mut progress = Progress { is_active, ..Progress::default() };
         for (index, entry) in words.chunks_exact(entry_words).enumerate() {
             let (word, bitmap) = (entry[0], entry.get(1).copied().unwrap_or(0));
             if word == 0 && bitmap == 0 {
@@ -60,7 +68,7 @@ impl Checker<'_> {
             self.damage(format!("a compressed cluster has a bitmap of subclusters ({word:#x})"));
         }
         let place = self.image.mapping.format.compressed_place(word);
-        if place.offset >> 56 != 0 {
+        if place.offset.bytes() >> 56 != 0 {
             return self.damage(format!("a compressed cluster lies beyond all bounds ({word:#x})"));
         }
         self.add(place.offset, place.length, entry.weight, "a compressed cluster");
@@ -82,9 +90,9 @@ impl Checker<'_> {
                 "an L2 entry has the zero flag, which version 2 lacks ({word:#x})"
             ));
         }
-        let host = word & OFFSET_MASK;
-        let has_host =
-            host != 0 || (image.mapping.format.has_data_file && word & COPIED != 0 && !is_zero);
+        let host = HostOffset::new(word & OFFSET_MASK);
+        let has_host = host.bytes() != 0
+            || (image.mapping.format.has_data_file && word & COPIED != 0 && !is_zero);
         if !has_host {
             if data != 0 {
                 self.damage(format!(
@@ -112,9 +120,9 @@ impl Checker<'_> {
         }
         if progress.is_active {
             self.report.allocated_clusters += 1;
-            let is_fragmented = progress.expected_next != 0 && progress.expected_next != host;
+            let is_fragmented = progress.expected_next.is_some_and(|expected| expected != host);
             self.report.fragmented_clusters += u64::from(is_fragmented);
-            progress.expected_next = host + geometry.cluster_size();
+            progress.expected_next = Some(host + geometry.cluster_size());
         }
         if image.mapping.format.has_data_file {
             return;
@@ -133,17 +141,18 @@ impl Checker<'_> {
     }
 
     /// Counts data clusters that follow each other.
-    fn add_run(&mut self, run: Range<u64>, weight: u64) {
+    fn add_run(&mut self, run: Range<HostOffset>, weight: u64) {
         let geometry = self.image.geometry();
-        let bits = geometry.cluster_bits;
-        if geometry.clusters_of(run.end) <= self.file_clusters {
-            if !run.is_empty() {
-                self.counts.add(run.start >> bits, (run.end - 1) >> bits, weight);
-            }
+        if run.is_empty() {
             return;
         }
+        let (first, end) = (geometry.host_cluster(run.start), geometry.host_cluster(run.end));
+        if end <= self.file_end {
+            let last = geometry.host_cluster(HostOffset::new(run.end.bytes() - 1));
+            return self.counts.add(first, last, weight);
+        }
         // Each one that cannot be is a damage.
-        for host in run.step_by(geometry.cluster_size() as usize) {
+        for host in first.up_to(end).map(|cluster| geometry.host_offset(cluster)) {
             self.add(host, geometry.cluster_size(), weight, "a data cluster");
         }
     }

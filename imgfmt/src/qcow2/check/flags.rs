@@ -2,9 +2,11 @@
 
 use super::checker::{Checker, Fix, READ_AHEAD};
 use crate::error::Result;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use crate::qcow2::on_disk::refcount::{BlockView, Refcounts};
 use crate::qcow2::on_disk::words::read_words;
+use crate::units::HostOffset;
 
 impl Checker<'_> {
     /// Finds COPIED bits that contradict the refcounts.
@@ -12,7 +14,7 @@ impl Checker<'_> {
         let image = self.image;
         let geometry = image.geometry();
         for entry in std::mem::take(&mut self.active) {
-            let cluster = (entry.word & OFFSET_MASK) >> geometry.cluster_bits;
+            let cluster = geometry.host_cluster(HostOffset::new(entry.word & OFFSET_MASK));
             let refcount = refcounts.refcount(cluster)?;
             self.check_flag(entry.place, entry.word, refcount);
         }
@@ -22,7 +24,7 @@ impl Checker<'_> {
                 continue;
             }
             if let Some(later) = self.tables.get(number + READ_AHEAD) {
-                self.read_ahead(later.offset);
+                self.read_ahead(Some(later.offset));
             }
             let words =
                 read_words(&*image.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
@@ -31,48 +33,53 @@ impl Checker<'_> {
         Ok(())
     }
 
-    fn is_readable_table(&self, offset: u64) -> bool {
+    fn is_readable_table(&self, offset: HostOffset) -> bool {
         let geometry = self.image.geometry();
-        geometry.in_cluster(offset) == 0 && offset >> geometry.cluster_bits < self.file_clusters
+        geometry.in_cluster(offset) == 0 && geometry.host_cluster(offset) < self.file_end
     }
 
     /// Holds the COPIED bits of an L2 table against the refcounts.
-    fn check_flags(&mut self, refcounts: &mut Refcounts, offset: u64, words: &[u64]) -> Result<()> {
+    fn check_flags(
+        &mut self,
+        refcounts: &mut Refcounts,
+        offset: HostOffset,
+        words: &[u64],
+    ) -> Result<()> {
         let image = self.image;
         let geometry = image.geometry();
         let block_entries = geometry.block_entries();
         // Neighbours are counted by the same block most of the time.
-        let mut first = u64::MAX;
+        let mut first = HostCluster::new(u64::MAX);
         let mut block = BlockView::default();
         for (index, entry) in words.chunks_exact(geometry.entry_words()).enumerate() {
             let word = entry[0];
-            let host = word & OFFSET_MASK;
+            let host = HostOffset::new(word & OFFSET_MASK);
             let is_standard = word & COMPRESSED == 0 && geometry.in_cluster(host) == 0;
             let place = offset + (index * geometry.entry_words()) as u64 * 8;
             if image.mapping.format.has_data_file {
                 let is_zero = !geometry.extended_l2 && word & ZERO != 0;
-                if is_standard && host != 0 || word & COPIED != 0 && !is_zero {
+                if is_standard && host.bytes() != 0 || word & COPIED != 0 && !is_zero {
                     // There all clusters have one reference.
                     self.check_flag(place, word, 1);
                 }
                 continue;
             }
-            if !is_standard || host == 0 {
+            if !is_standard || host.bytes() == 0 {
                 continue;
             }
-            let number = host >> geometry.cluster_bits;
-            if number < first || number - first >= block_entries {
-                let (index, entry) = refcounts.place(number);
-                first = number - entry as u64;
+            let cluster = geometry.host_cluster(host);
+            if cluster < first || cluster - first >= block_entries {
+                let (index, _) = refcounts.place(cluster);
+                first = refcounts.first_of_block(index);
                 block = refcounts.block_view(index)?;
             }
-            self.check_flag(place, word, block.refcount((number - first) as usize));
+            self.check_flag(place, word, block.refcount((cluster - first) as usize));
         }
         Ok(())
     }
 
     /// Holds the COPIED bit of the word at `place` against the refcount of what it points to.
-    fn check_flag(&mut self, place: u64, word: u64, refcount: u64) {
+    fn check_flag(&mut self, place: HostOffset, word: u64, refcount: u64) {
         if (refcount == 1) != (word & COPIED != 0) {
             let new = word ^ COPIED;
             let fix = Fix { place, new, sets_copied: new & COPIED != 0 };

@@ -2,16 +2,18 @@
 
 use super::counts::Counts;
 use crate::error::Result;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::refcount::Refcounts;
 
 /// What refcounts should be.
 pub(super) struct Plan {
     pub(super) counts: Counts,
-    pub(super) structure: Vec<(u64, u64)>,
-    pub(super) beyond: Vec<(u64, u64)>,
+    pub(super) structure: Vec<(HostCluster, HostCluster)>,
+    pub(super) beyond: Vec<(HostCluster, HostCluster)>,
     pub(super) file_length: u64,
-    pub(super) file_clusters: u64,
+    /// The first cluster after the end of the file.
+    pub(super) file_end: HostCluster,
     /// Whatever could not be counted may be anywhere: nothing is given away.
     pub(super) is_incomplete: bool,
 }
@@ -20,8 +22,8 @@ impl Plan {
     /// How long the file has to be, if that is longer than it is: a structure may be cut short by the
     /// end of the file, but not be shorter than that.
     pub(super) fn longer_file(&self, geometry: Geometry) -> Option<u64> {
-        let last = self.counts.last().filter(|last| *last >= self.file_clusters);
-        last.map(|last| (last + 1) << geometry.cluster_bits)
+        let last = self.counts.last().filter(|last| *last >= self.file_end);
+        last.map(|last| geometry.host_offset(last + 1).bytes())
     }
 
     /// Makes refcounts what they should be, in memory.
@@ -34,14 +36,14 @@ impl Plan {
             if !refcounts.has_block(index) {
                 continue;
             }
-            let first = index as u64 * entries;
-            let end = (first + entries).min(self.file_clusters + 1);
+            let first = refcounts.first_of_block(index);
+            let end = (first + entries).min(self.file_end + 1);
             let mut wrong = Vec::new();
             let block = refcounts.block_view(index)?;
             self.counts.for_each(first, end, |cluster, should| {
                 let is = block.refcount((cluster - first) as usize);
                 let should = should.min(geometry.refcount_max());
-                let is_in_file = cluster < self.file_clusters || should > 0;
+                let is_in_file = cluster < self.file_end || should > 0;
                 let may = is < should || !self.is_incomplete;
                 if is != should && is_in_file && may {
                     wrong.push((cluster, should));

@@ -11,6 +11,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::make_allocator;
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::write_entry;
@@ -22,17 +23,17 @@ const TABLE_BYTES_MAX: u64 = 8 << 20;
 
 /// Where the new structure goes, in clusters.
 struct Layout {
-    table: u64,
+    table: HostCluster,
     table_clusters: u64,
     /// The blocks by the number of their table entry.
-    blocks: BTreeMap<u64, u64>,
+    blocks: BTreeMap<u64, HostCluster>,
 }
 
 /// Which clusters may be taken.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Room {
-    /// Behind the end of the file.
-    Behind,
+    /// After the end of the file.
+    AfterEnd,
     /// Within the file: where it cannot grow.
     Within,
 }
@@ -84,8 +85,8 @@ impl<'a> Rebuild<'a> {
 
     /// Writes new refcounts, to which nothing refers yet.
     fn new_structure(&self) -> Result<Layout> {
-        let behind = self.lay_out(Room::Behind);
-        let written = behind.and_then(|layout| self.write_structure(&layout).map(|()| layout));
+        let after_end = self.lay_out(Room::AfterEnd);
+        let written = after_end.and_then(|layout| self.write_structure(&layout).map(|()| layout));
         match written {
             Ok(layout) => Ok(layout),
             Err(error) => {
@@ -114,9 +115,10 @@ impl<'a> Rebuild<'a> {
     fn lay_out(&self, room: Room) -> Result<Layout> {
         let (geometry, plan) = (self.geometry, &self.plan);
         let entries = geometry.block_entries();
-        let mut needed: BTreeSet<u64> = plan.counts.used().map(|at| at / entries).collect();
+        let mut needed: BTreeSet<u64> =
+            plan.counts.used().map(|at| at.number() / entries).collect();
         if plan.is_incomplete {
-            let blocks = plan.file_clusters.div_ceil(entries);
+            let blocks = plan.file_end.number().div_ceil(entries);
             if blocks > TABLE_BYTES_MAX / 8 {
                 return Err(too_large());
             }
@@ -127,9 +129,9 @@ impl<'a> Rebuild<'a> {
             if table_bytes > TABLE_BYTES_MAX {
                 return Err(too_large());
             }
-            let mut free = Free { plan, room, next: 0 };
-            if room == Room::Behind {
-                free.next = plan.file_clusters;
+            let mut free = Free { plan, room, next: HostCluster::new(0) };
+            if room == Room::AfterEnd {
+                free.next = plan.file_end;
             }
             let table_clusters = geometry.clusters_of(table_bytes);
             let table = free.take_run(table_clusters)?;
@@ -137,8 +139,8 @@ impl<'a> Rebuild<'a> {
             for index in &needed {
                 blocks.insert(*index, free.take_run(1)?);
             }
-            let taken = blocks.values().copied().chain(table..table + table_clusters);
-            let counted_by: Vec<u64> = taken.map(|cluster| cluster / entries).collect();
+            let taken = blocks.values().copied().chain(table.run(table_clusters));
+            let counted_by: Vec<u64> = taken.map(|cluster| cluster.number() / entries).collect();
             let before = needed.len();
             needed.extend(counted_by);
             if needed.len() == before {
@@ -149,46 +151,44 @@ impl<'a> Rebuild<'a> {
 
     fn write_structure(&self, layout: &Layout) -> Result<()> {
         let (geometry, plan) = (self.geometry, &self.plan);
-        let (entries, bits) = (geometry.block_entries(), geometry.cluster_bits);
+        let entries = geometry.block_entries();
         let new_table = layout.table..layout.table + layout.table_clusters;
-        let new_blocks: BTreeSet<u64> = layout.blocks.values().copied().collect();
-        let mut table = vec![0; (layout.table_clusters << bits) as usize];
+        let new_blocks: BTreeSet<HostCluster> = layout.blocks.values().copied().collect();
+        let mut table = vec![0; (layout.table_clusters << geometry.cluster_bits) as usize];
         for (index, cluster) in &layout.blocks {
             let mut bytes = vec![0; geometry.cluster_size() as usize];
-            let first = index * entries;
+            let first = HostCluster::new(index * entries);
             plan.counts.for_each(first, first + entries, |at, count| {
                 let is_new = new_table.contains(&at) || new_blocks.contains(&at);
-                let is_kept = plan.is_incomplete && at < plan.file_clusters;
+                let is_kept = plan.is_incomplete && at < plan.file_end;
                 let count = count.max(u64::from(is_new || is_kept)).min(geometry.refcount_max());
                 if count > 0 {
                     let entry = (at - first) as usize;
                     write_entry(&mut bytes, entry, geometry.refcount_order, count);
                 }
             });
-            self.write_new_cluster(cluster << bits, &bytes)?;
-            let place = (cluster << bits).to_be_bytes();
-            table[*index as usize * 8..][..8].copy_from_slice(&place);
+            let offset = geometry.host_offset(*cluster);
+            self.write_new_cluster(offset, &bytes)?;
+            table[*index as usize * 8..][..8].copy_from_slice(&offset.bytes().to_be_bytes());
         }
-        self.write_new_cluster(layout.table << bits, &table)?;
+        self.write_new_cluster(geometry.host_offset(layout.table), &table)?;
         self.metadata.sync()
     }
 
-    fn write_new_cluster(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.metadata.file.write_at(HostOffset::new(offset), bytes, Durability::Cached).map_err(
-            |error| {
-                let error = Error::from_io("rebuild the refcounts of", error).at(offset);
-                self.metadata.named(error.explained("nothing else of the image was changed"))
-            },
-        )
+    fn write_new_cluster(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
+        self.metadata.file.write_at(offset, bytes, Durability::Cached).map_err(|error| {
+            let error = Error::from_io("rebuild the refcounts of", error).at(offset.bytes());
+            self.metadata.named(error.explained("nothing else of the image was changed"))
+        })
     }
 
     /// Makes the header name the new table and its width, and everything in memory too.
     fn switch_to(&self, layout: &Layout) -> Result<()> {
-        let offset = layout.table << self.geometry.cluster_bits;
+        let offset = self.geometry.host_offset(layout.table);
         let clusters = layout.table_clusters as u32;
         let order = self.geometry.refcount_order;
         let mut fields = [0; 12];
-        fields[..8].copy_from_slice(&offset.to_be_bytes());
+        fields[..8].copy_from_slice(&offset.bytes().to_be_bytes());
         fields[8..].copy_from_slice(&clusters.to_be_bytes());
         if order == self.metadata.header().geometry.refcount_order {
             self.metadata.write_header(field::REFCOUNT_TABLE_OFFSET, &fields)?;
@@ -220,21 +220,21 @@ impl<'a> Rebuild<'a> {
 struct Free<'a> {
     plan: &'a Plan,
     room: Room,
-    next: u64,
+    next: HostCluster,
 }
 
 impl Free<'_> {
     /// The first of `count` clusters next to each other.
-    fn take_run(&mut self, count: u64) -> Result<u64> {
+    fn take_run(&mut self, count: u64) -> Result<HostCluster> {
         let mut first = self.next;
         let mut cluster = first;
         while cluster < first + count {
-            if self.room == Room::Within && cluster >= self.plan.file_clusters {
+            if self.room == Room::Within && cluster >= self.plan.file_end {
                 return Err(no_room());
             }
             if let Some(after) = self.occupied_up_to(cluster) {
-                first =
-                    after.checked_add(1).filter(|first| *first < 1 << 55).ok_or_else(no_room)?;
+                let next = after.number().checked_add(1).filter(|next| *next < 1 << 55);
+                first = next.map(HostCluster::new).ok_or_else(no_room)?;
                 cluster = first;
             } else {
                 cluster += 1;
@@ -245,8 +245,8 @@ impl Free<'_> {
     }
 
     /// If something refers to this cluster, up to which one at least the same is so.
-    fn occupied_up_to(&self, cluster: u64) -> Option<u64> {
-        let within = |ranges: &[(u64, u64)]| {
+    fn occupied_up_to(&self, cluster: HostCluster) -> Option<HostCluster> {
+        let within = |ranges: &[(HostCluster, HostCluster)]| {
             let number = ranges.partition_point(|(first, _)| *first <= cluster);
             let (_, last) = ranges.get(number.checked_sub(1)?)?;
             (*last >= cluster).then_some(*last)
@@ -259,9 +259,9 @@ impl Free<'_> {
 }
 
 /// Ranges in order, none of which touches another.
-fn merged(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+fn merged(mut ranges: Vec<(HostCluster, HostCluster)>) -> Vec<(HostCluster, HostCluster)> {
     ranges.sort_unstable();
-    let mut merged: Vec<(u64, u64)> = Vec::new();
+    let mut merged: Vec<(HostCluster, HostCluster)> = Vec::new();
     for (first, last) in ranges {
         match merged.last_mut() {
             Some((_, end)) if first <= *end => *end = last.max(*end),

@@ -42,7 +42,7 @@ fn references_are_counted_in_an_open_image_whose_refcount_table_has_moved() {
     }
     image.flusher().flush().unwrap();
     let on_disk = Header::read(&*storage, Purpose::Use).unwrap();
-    assert_ne!(on_disk.refcount_table_offset, 512, "the table has not moved");
+    assert_ne!(on_disk.refcount_table_offset.bytes(), 512, "the table has not moved");
     image.flusher().flush().unwrap();
     image.clusters.release_all_freed();
     // The old place is free, and is given to the guest.

@@ -4,7 +4,8 @@ use std::collections::HashSet;
 
 use super::checker::{ActiveEntry, Checker, Fix, READ_AHEAD, TableUse};
 use crate::error::Result;
-use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
+use crate::qcow2::on_disk::cluster::HostCluster;
+use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK, table_of};
 use crate::qcow2::on_disk::snapshot;
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::HostOffset;
@@ -17,7 +18,7 @@ const BEYOND_MAX: usize = 1 << 20;
 impl Checker<'_> {
     /// Counts the clusters that `length` bytes at `offset` touch, `weight` times. Whether they lie
     /// in the file; the last cluster of a file may be cut short.
-    pub(super) fn add(&mut self, offset: u64, length: u64, weight: u64, what: &str) -> bool {
+    pub(super) fn add(&mut self, offset: HostOffset, length: u64, weight: u64, what: &str) -> bool {
         if length == 0 {
             return true;
         }
@@ -26,19 +27,20 @@ impl Checker<'_> {
             self.damage(format!("{what} at {offset} goes beyond all bounds"));
             return false;
         };
-        let bits = geometry.cluster_bits;
-        if last.saturating_add(1).saturating_sub(self.file_length) >= geometry.cluster_size() {
+        let clusters = (geometry.host_cluster(offset), geometry.host_cluster(last));
+        let end = last.bytes().saturating_add(1);
+        if end.saturating_sub(self.file_length) >= geometry.cluster_size() {
             self.damage(format!("{what} at {offset} lies past the end of the file"));
-            self.note_beyond(offset >> bits, last >> bits);
+            self.note_beyond(clusters.0, clusters.1);
             return false;
         }
-        self.counts.add(offset >> bits, last >> bits, weight);
+        self.counts.add(clusters.0, clusters.1, weight);
         true
     }
 
     /// Remembers what must not be given to anything else although it is not in the file.
-    fn note_beyond(&mut self, first: u64, last: u64) {
-        if last < self.file_clusters {
+    fn note_beyond(&mut self, first: HostCluster, last: HostCluster) {
+        if last < self.file_end {
             return;
         }
         // The last place stands for all that follow.
@@ -47,7 +49,7 @@ impl Checker<'_> {
             false => {
                 if let Some((lowest, highest)) = self.beyond.last_mut() {
                     *lowest = first.min(*lowest);
-                    *highest = u64::MAX;
+                    *highest = HostCluster::new(u64::MAX);
                 }
             }
         }
@@ -70,16 +72,18 @@ impl Checker<'_> {
     pub(super) fn count_disk(&mut self) -> Result<()> {
         let image = self.image;
         let (header, geometry) = (image.metadata.header(), image.geometry());
-        self.add(0, geometry.cluster_size(), 1, "the header");
+        self.add(HostOffset::new(0), geometry.cluster_size(), 1, "the header");
         if let Some(place) = header.overlong_end {
             let message = "the mark that ends the header extensions has a length";
-            self.fix(Fix { place, new: 0, sets_copied: false }, message.into());
+            let fix = Fix { place: HostOffset::new(place), new: 0, sets_copied: false };
+            self.fix(fix, message.into());
         }
         self.note_tables(header.l1_offset, header.l1_entries, true)?;
         let found = snapshot::read_damaged_table(&*image.metadata.file, &header)?;
         self.snapshot_damages = found.damages.len() as u64;
         found.damages.into_iter().for_each(|damage| self.damage(damage));
-        let length = found.length.min(self.file_length.saturating_sub(header.snapshots_offset));
+        let length =
+            self.file_length.saturating_sub(header.snapshots_offset.bytes()).min(found.length);
         self.add(header.snapshots_offset, length, 1, "the snapshot table");
         for snapshot in &found.snapshots {
             if let Some(detail) = snapshot::l1_damage(snapshot, geometry) {
@@ -105,9 +109,14 @@ impl Checker<'_> {
     }
 
     /// Notes which L2 tables an L1 table names.
-    fn note_tables(&mut self, l1_offset: u64, l1_entries: u32, is_active: bool) -> Result<()> {
+    fn note_tables(
+        &mut self,
+        l1_offset: HostOffset,
+        l1_entries: u32,
+        is_active: bool,
+    ) -> Result<()> {
         let image = self.image;
-        if l1_entries > 0 && l1_offset == 0 {
+        if l1_entries > 0 && l1_offset.bytes() == 0 {
             self.damage("an L1 table is the header".into());
             self.is_incomplete = true;
             return Ok(());
@@ -119,18 +128,16 @@ impl Checker<'_> {
         let l1 = read_words(&*image.metadata.file, l1_offset, l1_entries as usize)?;
         for (index, &word) in l1.iter().enumerate().filter(|(_, word)| **word != 0) {
             let place = l1_offset + index as u64 * 8;
-            let offset = word & OFFSET_MASK;
+            let table = table_of(word);
             if word & L1_RESERVED != 0 {
                 self.damage(format!("L1 entry {index} ({word:#x}) has reserved bits set"));
-            } else if offset == 0 {
+            } else if table.is_none() {
                 self.fix(
                     Fix { place, new: 0, sets_copied: false },
                     format!("L1 entry {index} ({word:#x}) has the COPIED bit but no L2 table"),
                 );
             }
-            if offset == 0 {
-                continue;
-            }
+            let Some(offset) = table else { continue };
             if is_active {
                 self.active.push(ActiveEntry { place, word });
             }
@@ -149,7 +156,7 @@ impl Checker<'_> {
         let image = self.image;
         let geometry = image.geometry();
         for number in 0..self.tables.len() {
-            self.read_ahead(self.tables.get(number + READ_AHEAD).map_or(0, |table| table.offset));
+            self.read_ahead(self.tables.get(number + READ_AHEAD).map(|table| table.offset));
             let TableUse { offset, weight, is_active } = self.tables[number];
             let is_in_file = self.add(offset, geometry.cluster_size(), weight, "an L2 table");
             if geometry.in_cluster(offset) != 0 {
@@ -166,11 +173,11 @@ impl Checker<'_> {
     }
 
     /// Starts to read a table or block that will be needed soon.
-    pub(super) fn read_ahead(&self, offset: u64) {
-        if offset != 0 {
+    pub(super) fn read_ahead(&self, offset: Option<HostOffset>) {
+        if let Some(offset) = offset {
             // Only to save time: what is wrong there shows when it is read.
             let length = self.image.geometry().cluster_size();
-            let _ = self.image.metadata.file.readahead(HostOffset::new(offset), length);
+            let _ = self.image.metadata.file.readahead(offset, length);
         }
     }
 
@@ -195,7 +202,10 @@ impl Checker<'_> {
                     "refcount table entry {index} ({entry:#x}) has reserved bits set"
                 ));
                 self.is_unusable = true;
-            } else if geometry.in_cluster(entry) != 0 {
+                continue;
+            }
+            let offset = HostOffset::new(entry);
+            if geometry.in_cluster(offset) != 0 {
                 self.damage(format!("a refcount block at {entry} is not aligned"));
                 self.is_unusable = true;
             } else if !seen.insert(entry) {
@@ -209,22 +219,23 @@ impl Checker<'_> {
                 ));
                 self.is_unusable = true;
             } else {
-                self.count_structure(entry, geometry.cluster_size(), "a refcount block");
+                self.count_structure(offset, geometry.cluster_size(), "a refcount block");
             }
         }
         Ok(table)
     }
 
-    fn count_structure(&mut self, offset: u64, length: u64, what: &str) {
-        let bits = self.image.geometry().cluster_bits;
+    fn count_structure(&mut self, offset: HostOffset, length: u64, what: &str) {
+        let geometry = self.image.geometry();
         if !self.add(offset, length, 1, what) {
             self.is_unusable = true;
             return;
         }
-        let clusters = (offset >> bits, (offset + length - 1) >> bits);
-        self.structure.push(clusters);
-        if let Some(cluster) = (clusters.0..=clusters.1).find(|at| self.counts.get(*at) > 1) {
-            let place = cluster << bits;
+        let mut clusters = geometry.clusters_touched(offset, length);
+        let last = geometry.host_cluster(offset + (length - 1));
+        self.structure.push((geometry.host_cluster(offset), last));
+        if let Some(cluster) = clusters.find(|at| self.counts.get(*at) > 1) {
+            let place = geometry.host_offset(cluster);
             self.damage(format!("{what} at {offset} overlaps something else at {place}"));
             self.is_unusable = true;
         }

@@ -7,7 +7,7 @@ use crate::qcow2::io::plan::{Fill, Merged, Old, Plan};
 use crate::qcow2::map::lookup::Lookup;
 use crate::read::{read_at, try_read_at};
 use crate::storage::TryRead;
-use crate::units::GuestOffset;
+use crate::units::HostOffset;
 use crate::zero::is_zero;
 
 /// New bytes up to this many are read over, rather than what lies on both sides read in two calls.
@@ -49,7 +49,7 @@ impl Qcow2 {
             return false;
         }
         let backing_size = self.backing.as_ref().map_or(0, |backing| backing.size);
-        plan.old.zero & mask == mask || plan.guest_start + fill.start >= backing_size
+        plan.old.zero & mask == mask || (plan.guest_start + fill.start).bytes() >= backing_size
     }
 
     /// Reads the old bytes that are written along with new ones.
@@ -93,7 +93,7 @@ impl Qcow2 {
         to: u64,
         lookup: Lookup,
     ) -> Result<bool> {
-        let offset = GuestOffset::new(plan.guest_start + from);
+        let offset = plan.guest_start + from;
         let bytes = merged.part_mut(from, to);
         match lookup {
             Lookup::MayRead => read_at(self, offset, bytes).map(|()| true),
@@ -104,7 +104,12 @@ impl Qcow2 {
     }
 
     /// Writes new bytes with the old ones around them.
-    pub(in crate::qcow2) fn write_filled(&self, plan: &Plan, host: u64, data: &[u8]) -> Result<()> {
+    pub(in crate::qcow2) fn write_filled(
+        &self,
+        plan: &Plan,
+        host: HostOffset,
+        data: &[u8],
+    ) -> Result<()> {
         // Where the file has never been there are zeroes already.
         let missing = || plan.fill.iter().filter(|it| it.old != Old::Zero || !plan.never_written);
         for fill in missing().filter(|fill| !fill.is_merged(plan)) {
@@ -126,7 +131,7 @@ impl Qcow2 {
     }
 
     /// Copies a part of the old content into the new cluster.
-    fn copy_old(&self, plan: &Plan, host: u64, fill: &Fill) -> Result<()> {
+    fn copy_old(&self, plan: &Plan, host: HostOffset, fill: &Fill) -> Result<()> {
         let guest = plan.guest_start + fill.start;
         if fill.old == Old::Zero {
             return self.data.write_zeroes(host + fill.start, fill.length(), guest);
@@ -135,7 +140,7 @@ impl Qcow2 {
         let mut position = fill.start;
         while position < fill.end {
             let part = &mut buffer[..(fill.end - position).min(COPY_BYTES) as usize];
-            read_at(self, GuestOffset::new(plan.guest_start + position), part)?;
+            read_at(self, plan.guest_start + position, part)?;
             let length = part.len() as u64;
             if !is_zero(part) {
                 self.data.write(host + position, part, guest)?;

@@ -77,6 +77,7 @@ impl EraseRules {
 mod tests {
     use super::*;
     use crate::qcow2::on_disk::geometry::Geometry;
+    use crate::units::HostOffset;
 
     const KEEP: Erase = Erase::Zero(ZeroMode::KeepAllocated);
     const UNMAP: Erase = Erase::Zero(ZeroMode::MayUnmap);
@@ -88,7 +89,8 @@ mod tests {
     }
 
     fn data(all: u32) -> Cluster {
-        Cluster { host: Some(5 << 16), copied: true, allocated: all, ..Cluster::default() }
+        let host = Some(HostOffset::new(5 << 16));
+        Cluster { host, copied: true, allocated: all, ..Cluster::default() }
     }
 
     #[test]

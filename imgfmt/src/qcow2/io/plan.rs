@@ -5,6 +5,7 @@ use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::l2::Cluster;
+use crate::units::{GuestOffset, GuestRange, span};
 
 /// Old bytes around the new ones up to this size are written together with them.
 pub(super) const MERGE_BYTES: u64 = 128 << 10;
@@ -12,7 +13,7 @@ pub(super) const MERGE_BYTES: u64 = 128 << 10;
 /// What is to be done for one cluster.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Plan {
-    pub(in crate::qcow2) guest_start: u64,
+    pub(in crate::qcow2) guest_start: GuestOffset,
     /// The part of the cluster that is written, as offsets within it.
     pub(in crate::qcow2) from: u64,
     pub(in crate::qcow2) to: u64,
@@ -54,25 +55,20 @@ pub(in crate::qcow2) struct Merged {
 }
 
 impl MappingTables {
-    /// Decides cluster for cluster where the bytes from `start` to `end` go, which lie in one table
-    /// of a disk of `size` bytes.
-    pub(super) fn plan(
-        &self,
-        table: &Table,
-        (start, end): (u64, u64),
-        size: u64,
-    ) -> Result<Vec<Plan>> {
+    /// Decides cluster for cluster where the bytes of a range go, which lies in one table of a disk
+    /// of `size` bytes.
+    pub(super) fn plan(&self, table: &Table, range: GuestRange, size: u64) -> Result<Vec<Plan>> {
         let geometry = self.geometry();
         let mut plans = Vec::new();
-        let mut position = start;
-        while position < end {
+        let mut position = range.offset();
+        while position < range.end() {
             let guest_start = geometry.cluster_start(position);
-            let stop = end.min(guest_start + geometry.cluster_size());
+            let stop = range.end().min(guest_start + geometry.cluster_size());
             self.refuse_bad(table, position)?;
             let old = self.decode_to_change(table, position)?;
             // A raw data file must not become longer than the disk.
             let limit = match self.format.has_data_file {
-                true => (size - guest_start).min(geometry.cluster_size()),
+                true => (GuestOffset::new(size) - guest_start).min(geometry.cluster_size()),
                 false => geometry.cluster_size(),
             };
             let part = (position - guest_start, stop - guest_start);
@@ -84,11 +80,16 @@ impl MappingTables {
 }
 
 impl Plan {
+    /// The part of the disk that is written.
+    pub(super) fn range(&self) -> GuestRange {
+        span(self.guest_start + self.from, self.guest_start + self.to)
+    }
+
     /// Decides for one cluster where the bytes from `from` to `to` go and what must come along. A
     /// new place is reserved later: `host` is `None` until then. Bytes from `limit` on belong to no data.
     fn of_cluster(
         geometry: Geometry,
-        guest_start: u64,
+        guest_start: GuestOffset,
         (from, to): (u64, u64),
         old: Cluster,
         limit: u64,

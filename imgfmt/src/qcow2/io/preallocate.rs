@@ -5,24 +5,28 @@ use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::Cluster;
+use crate::units::{GuestOffset, HostOffset};
 
 impl Qcow2 {
     /// Gives every cluster a place, in order, without writing data. Only for an empty image in a
     /// new file or on a device that was zeroed, whose places all read as zero.
     pub(crate) fn preallocate(&self) -> Result<()> {
         let geometry = self.geometry();
-        let mut position = 0;
-        while position < self.size {
-            let end = self.size.min(position.saturating_add(geometry.l2_coverage()));
-            let table = self.mapping.table_for_write(geometry.l1_index(position), self)?;
+        let (mut position, disk_end) = (GuestOffset::new(0), GuestOffset::new(self.size));
+        while position < disk_end {
+            let l1_index = geometry.l1_index(position);
+            let end = disk_end.min(geometry.table_start(l1_index + 1));
+            let table = self.mapping.table_for_write(l1_index, self)?;
             let mut changes = Vec::new();
-            let mut at_hand = Reserved { offset: 0, clusters: 0, never_written: true };
+            let mut at_hand = Reserved::nothing();
             while position < end {
                 if at_hand.clusters == 0 && !self.mapping.format.has_data_file {
                     at_hand = self.clusters.reserve(geometry.clusters_of(end - position), self)?;
                 }
-                let host =
-                    if self.mapping.format.has_data_file { position } else { at_hand.offset };
+                let host = match self.mapping.format.has_data_file {
+                    true => HostOffset::new(position.bytes()),
+                    false => at_hand.offset,
+                };
                 let cluster = Cluster {
                     host: Some(host),
                     copied: true,

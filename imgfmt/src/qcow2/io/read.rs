@@ -19,13 +19,13 @@ impl Qcow2 {
         range: GuestRange,
         walk: &mut Walk<'_>,
     ) -> Result<Mapped> {
-        let (mut position, end) = (range.offset().bytes(), range.end().bytes());
+        let (mut position, end) = (range.offset(), range.end());
         while position < end {
             let Some(piece) = self.mapping.piece(position, end, walk.lookup)? else {
                 return Ok(Mapped::WouldBlock);
             };
             walk.spend(piece.entries + EFFORT_OF_PIECE);
-            position = piece.range.end().bytes();
+            position = piece.range.end();
             let mapped = match piece.content {
                 Subcluster::Stored(host) => self.map_stored(piece.range, host, walk)?,
                 Subcluster::Zero => walk.push(self, piece.range, Content::Hole)?,
@@ -48,10 +48,15 @@ impl Qcow2 {
     }
 
     /// Holes of the file have a say only where clusters were allocated before they were written.
-    fn map_stored(&self, range: GuestRange, host: u64, walk: &mut Walk<'_>) -> Result<Mapped> {
+    fn map_stored(
+        &self,
+        range: GuestRange,
+        host: HostOffset,
+        walk: &mut Walk<'_>,
+    ) -> Result<Mapped> {
         let file = FileSpan {
             storage: self.data.storage(),
-            offset: HostOffset::new(host),
+            offset: host,
             may_pass_end: true,
             may_have_holes: false,
         };
@@ -69,7 +74,7 @@ impl Qcow2 {
         buffer: &mut [u8],
     ) -> Result<()> {
         let geometry = self.geometry();
-        let mut start = geometry.in_cluster(guest.bytes()) as usize;
+        let mut start = geometry.in_cluster(guest) as usize;
         // Several clusters with the same entry follow each other only in a damaged image.
         for part in buffer.chunks_mut(geometry.cluster_size() as usize - start) {
             let cluster = self.decompressed(Compressed { offset, length }, guest)?;
@@ -84,11 +89,10 @@ impl Qcow2 {
             return Ok(cluster);
         }
         let mut input = vec![0; compressed.length as usize];
-        let offset = HostOffset::new(compressed.offset);
         let read = self
             .metadata
             .file
-            .read_at(offset, &mut input)
+            .read_at(compressed.offset, &mut input)
             .map_err(|error| self.metadata.io("read", error, guest))?;
         let mut cluster = vec![0; self.geometry().cluster_size() as usize];
         compress::decompress(self.metadata.header().compression, &input[..read], &mut cluster)

@@ -7,7 +7,7 @@ use crate::qcow2::io::plan::Plan;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::geometry::Geometry;
-use crate::units::GuestOffset;
+use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
 /// An allocating write is done in steps of at most so many bytes (but at least one cluster): the
 /// stripes are held for no longer than one step takes.
@@ -16,15 +16,15 @@ const STEP_BYTES: u64 = 2 << 20;
 impl Qcow2 {
     pub(in crate::qcow2) fn write_range(&self, offset: GuestOffset, data: &[u8]) -> Result<()> {
         self.flusher().relieve_pressure()?;
-        if self.write_in_place(offset.bytes(), data, Lookup::MayRead)? {
+        if self.write_in_place(offset, data, Lookup::MayRead)? {
             return Ok(());
         }
         let step = step_bytes(self.geometry());
         let mut rest = data;
-        let mut position = offset.bytes();
+        let mut position = offset;
         while !rest.is_empty() {
             // Steps end at multiples of their size, so each lies within one L2 table.
-            let length = (step - position % step).min(rest.len() as u64);
+            let length = (step - position.bytes() % step).min(rest.len() as u64);
             let (part, behind) = rest.split_at(length as usize);
             self.write_step(position, part, Lookup::MayRead)?;
             rest = behind;
@@ -40,28 +40,28 @@ impl Qcow2 {
         offset: GuestOffset,
         data: &[u8],
     ) -> Result<bool> {
-        if self.write_in_place(offset.bytes(), data, Lookup::CachedOnly)? {
+        if self.write_in_place(offset, data, Lookup::CachedOnly)? {
             return Ok(true);
         }
-        let (start, end) = (offset.bytes(), offset.bytes() + data.len() as u64);
         let step = step_bytes(self.geometry());
-        if start / step != (end - 1) / step || self.flusher().is_under_pressure() {
+        let end = offset.bytes() + data.len() as u64;
+        if offset.bytes() / step != (end - 1) / step || self.flusher().is_under_pressure() {
             return Ok(false);
         }
-        self.write_step(start, data, Lookup::CachedOnly)
+        self.write_step(offset, data, Lookup::CachedOnly)
     }
 
     /// Writes all of `data` in place if every cluster allows it; else writes nothing.
     pub(in crate::qcow2) fn write_in_place(
         &self,
-        start: u64,
+        start: GuestOffset,
         data: &[u8],
         lookup: Lookup,
     ) -> Result<bool> {
         // While this lives, nobody else is given the clusters found below.
         let _lease = self.clusters.lease_to_write()?;
         let mut segments = Vec::new();
-        if !self.mapping.find_in_place(start, start + data.len() as u64, lookup, &mut segments)? {
+        if !self.mapping.find_in_place(range_of(start, data), lookup, &mut segments)? {
             return Ok(false);
         }
         for (host, from, to) in segments {
@@ -72,11 +72,10 @@ impl Qcow2 {
 
     /// Writes data that lies within one L2 table, whatever its clusters are now. Returns false, with
     /// nothing changed, if that is not possible with what is in memory and nothing more is allowed.
-    fn write_step(&self, start: u64, data: &[u8], lookup: Lookup) -> Result<bool> {
+    fn write_step(&self, start: GuestOffset, data: &[u8], lookup: Lookup) -> Result<bool> {
         let geometry = self.geometry();
-        let end = start + data.len() as u64;
-        let first = start >> geometry.cluster_bits;
-        let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
+        let range = range_of(start, data);
+        let (first, count) = geometry.guest_clusters(range);
         let Some(_stripes) = self.clusters.lock(first, count, lookup) else { return Ok(false) };
         let _lease = self.clusters.lease_to_write()?;
         let l1_index = geometry.l1_index(start);
@@ -85,10 +84,9 @@ impl Qcow2 {
             Lookup::CachedOnly => self.mapping.own_table_in_memory(l1_index)?,
         };
         let Some(table) = table else { return Ok(false) };
-        let mut plans = self.mapping.plan(&table, (start, end), self.size)?;
+        let mut plans = self.mapping.plan(&table, range, self.size)?;
         for plan in &mut plans {
-            let (from, to) = (plan.guest_start + plan.from, plan.guest_start + plan.to);
-            let new = &data[(from - start) as usize..(to - start) as usize];
+            let new = part_of(data, start, plan.range());
             if !self.gather_old(plan, new, lookup)? {
                 return Ok(false);
             }
@@ -124,11 +122,11 @@ impl Qcow2 {
     ) -> Result<bool> {
         let cluster_size = self.geometry().cluster_size();
         let mut wanted = plans.iter().filter(|plan| plan.new.host.is_none()).count() as u64;
-        let mut at_hand = Reserved { offset: 0, clusters: 0, never_written: false };
+        let mut at_hand = Reserved::nothing();
         for plan in plans.iter_mut().filter(|plan| plan.new.host.is_none()) {
             if self.mapping.format.has_data_file {
                 // Data has the same place in a data file as on the disk.
-                plan.new.host = Some(plan.guest_start);
+                plan.new.host = Some(HostOffset::new(plan.guest_start.bytes()));
                 continue;
             }
             if at_hand.clusters == 0 {
@@ -147,31 +145,40 @@ impl Qcow2 {
         Ok(true)
     }
 
-    fn write_plans(&self, plans: &[Plan], start: u64, data: &[u8]) -> Result<()> {
-        let part = |from: u64, to: u64| &data[(from - start) as usize..(to - start) as usize];
-        let mut waiting: Option<(u64, u64, u64)> = None; // host, guest from, guest to
+    fn write_plans(&self, plans: &[Plan], start: GuestOffset, data: &[u8]) -> Result<()> {
+        let write = |host, range: GuestRange| {
+            self.data.write(host, part_of(data, start, range), range.offset())
+        };
+        let mut waiting: Option<(HostOffset, GuestRange)> = None;
         for plan in plans {
-            let host = plan.new.host.unwrap_or(0);
-            let (from, to) = (plan.guest_start + plan.from, plan.guest_start + plan.to);
-            if let Some((first, begun, until)) = &mut waiting {
-                if plan.fill.is_empty() && *first + (from - *begun) == host + plan.from {
-                    *until = to;
+            let host = plan.new.host.unwrap_or_default();
+            let range = plan.range();
+            if let Some((first, begun)) = &mut waiting {
+                if plan.fill.is_empty() && *first + begun.length() == host + plan.from {
+                    *begun = span(begun.offset(), range.end());
                     continue;
                 }
-                self.data.write(*first, part(*begun, *until), *begun)?;
+                write(*first, *begun)?;
                 waiting = None;
             }
             if plan.fill.is_empty() {
-                waiting = Some((host + plan.from, from, to));
+                waiting = Some((host + plan.from, range));
             } else {
-                self.write_filled(plan, host, part(from, to))?;
+                self.write_filled(plan, host, part_of(data, start, range))?;
             }
         }
-        match waiting {
-            Some((host, from, to)) => self.data.write(host, part(from, to), from),
-            None => Ok(()),
-        }
+        waiting.map_or(Ok(()), |(host, range)| write(host, range))
     }
+}
+
+/// The range of the disk that `data` from `start` on fills.
+fn range_of(start: GuestOffset, data: &[u8]) -> GuestRange {
+    span(start, start + data.len() as u64)
+}
+
+/// The part of `data`, which is for the disk from `start` on, that a range within it gets.
+fn part_of(data: &[u8], start: GuestOffset, range: GuestRange) -> &[u8] {
+    &data[(range.offset() - start) as usize..(range.end() - start) as usize]
 }
 
 /// See [`STEP_BYTES`]. A step lies within one L2 table.

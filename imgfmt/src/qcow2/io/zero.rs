@@ -10,7 +10,7 @@ use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::l2::{Cluster, Subcluster};
 use crate::read::extents;
 use crate::storage::{Speed, ZeroMode};
-use crate::units::{GuestOffset, GuestRange};
+use crate::units::{GuestOffset, GuestRange, Offset as _};
 
 /// So many clusters are looked at together, at most those of one L2 table: bounds memory, and how
 /// long others wait for these clusters.
@@ -36,32 +36,35 @@ impl Qcow2 {
     ) -> Result<()> {
         self.flusher().relieve_pressure()?;
         let unit = self.geometry().subcluster_size();
-        let (start, end) = (range.offset().bytes(), range.end().bytes());
-        // The end of the disk may lie within a cluster: what is behind it is nobody's.
-        let inner_end =
-            if end == self.size { end.next_multiple_of(unit) } else { end / unit * unit };
-        let inner_start = start.next_multiple_of(unit);
-        let can_map = self.erase_rules().can_map_zeroes();
-        let edges = match can_map && inner_start < inner_end {
-            true => [(start, inner_start), (inner_end.min(end), end)],
-            false => [(start, end), (end, end)],
+        let (start, end) = (range.offset(), range.end());
+        let inner = self.whole_subclusters(range);
+        let maps_inner = self.erase_rules().can_map_zeroes() && !inner.is_empty();
+        let edges = match maps_inner {
+            true => [span(start, inner.offset()), span(inner.end().min(end), end)],
+            false => [range, span(end, end)],
         };
         if speed == Speed::FastOnly {
-            for (start, end) in edges {
-                for (start, end) in edge_parts(unit, start, end) {
-                    if matches!(self.look_at_edge(start, end)?, Edge::Data) {
-                        return Err(not_fast());
-                    }
+            for part in edges.into_iter().flat_map(|edge| parts_of(edge, unit)) {
+                if matches!(self.look_at_edge(part)?, Edge::Data) {
+                    return Err(not_fast());
                 }
             }
         }
-        if can_map && inner_start < inner_end {
-            self.erase(inner_start, inner_end, Erase::Zero(mode))?;
+        if maps_inner {
+            self.erase(inner, Erase::Zero(mode))?;
         }
-        for (start, end) in edges {
-            self.zero_edge(start, end)?;
-        }
-        Ok(())
+        edges.into_iter().try_for_each(|edge| self.zero_edge(edge))
+    }
+
+    /// The subclusters that lie wholly in a range. The end of the disk may lie within one: bytes
+    /// after it belong to no data.
+    fn whole_subclusters(&self, range: GuestRange) -> GuestRange {
+        let unit = self.geometry().subcluster_size();
+        let end = match range.end().bytes() == self.size {
+            true => range.end().round_up(unit),
+            false => range.end().round_down(unit),
+        };
+        span(range.offset().round_up(unit), end)
     }
 
     pub(in crate::qcow2) fn discard_range(&self, range: GuestRange) -> Result<()> {
@@ -70,11 +73,8 @@ impl Qcow2 {
         if !self.erase_rules().can_map_zeroes() {
             return Ok(());
         }
-        let unit = self.geometry().subcluster_size();
-        let (start, end) = (range.offset().bytes(), range.end().bytes());
-        let end = if end == self.size { end.next_multiple_of(unit) } else { end / unit * unit };
-        let start = start.next_multiple_of(unit);
-        if start < end { self.erase(start, end, Erase::Discard) } else { Ok(()) }
+        let inner = self.whole_subclusters(range);
+        if inner.is_empty() { Ok(()) } else { self.erase(inner, Erase::Discard) }
     }
 
     /// Makes every cluster that says "zero" one that version 2 can have: one with nothing, or one with zeroes
@@ -82,22 +82,22 @@ impl Qcow2 {
     pub(crate) fn expand_zeroes(&self) -> Result<()> {
         if !self.names_backing() {
             let end = self.size.next_multiple_of(self.geometry().cluster_size());
-            return self.erase(0, end, Erase::Forget);
+            return self.erase(span(0, end), Erase::Forget);
         }
         let zeroes = vec![0; self.geometry().cluster_size() as usize];
-        let mut position = 0;
-        while position < self.size {
+        let mut position = GuestOffset::new(0);
+        while position.bytes() < self.size {
             let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
             extents(self, span(position, self.size), &mut list)?;
             for extent in list.into_vec() {
-                let end = extent.range.end().bytes();
+                let end = extent.range.end();
                 let is_marked = extent.depth == 1 && extent.kind != ExtentKind::Data;
                 while is_marked && position < end {
                     self.flusher().relieve_pressure()?;
                     let stop =
                         end.min(self.geometry().cluster_start(position) + zeroes.len() as u64);
                     let length = (stop - position) as usize;
-                    self.write_range(GuestOffset::new(position), &zeroes[..length])?;
+                    self.write_range(position, &zeroes[..length])?;
                     position = stop;
                 }
                 position = end;
@@ -112,30 +112,30 @@ impl Qcow2 {
     }
 
     /// Zeroes a range in which no subcluster lies wholly, or any range if no entry can say "zero".
-    fn zero_edge(&self, start: u64, end: u64) -> Result<()> {
+    fn zero_edge(&self, edge: GuestRange) -> Result<()> {
         let unit = self.geometry().subcluster_size();
-        let zeroes = vec![0; (end - start).min(unit) as usize];
-        for (start, end) in edge_parts(unit, start, end) {
-            if !self.mark_edge(start, end)? {
+        let zeroes = vec![0; edge.length().min(unit) as usize];
+        for part in parts_of(edge, unit) {
+            if !self.mark_edge(part)? {
                 self.flusher().relieve_pressure()?;
-                self.write_range(GuestOffset::new(start), &zeroes[..(end - start) as usize])?;
+                self.write_range(part.offset(), &zeroes[..part.length() as usize])?;
             }
         }
         Ok(())
     }
 
     /// Makes a part of a subcluster zero if that takes no data; returns whether it is.
-    fn mark_edge(&self, start: u64, end: u64) -> Result<bool> {
+    fn mark_edge(&self, part: GuestRange) -> Result<bool> {
         let geometry = self.geometry();
         // Nobody writes to another part of the subcluster from the look to the mark.
-        let first = start >> geometry.cluster_bits;
+        let first = geometry.guest_cluster(part.offset());
         let _stripes = self.clusters.lock(first, 1, Lookup::MayRead);
-        match self.look_at_edge(start, end)? {
+        match self.look_at_edge(part)? {
             Edge::Zero => Ok(true),
             Edge::Data => Ok(false),
             Edge::Nothing(old) => {
-                let guest = geometry.cluster_start(start);
-                let mask = geometry.subcluster_mask(start - guest, end - guest);
+                let guest = geometry.cluster_start(part.offset());
+                let mask = geometry.subcluster_mask(part.offset() - guest, part.end() - guest);
                 let table = self.mapping.table_for_write(geometry.l1_index(guest), self)?;
                 self.mapping.refuse_bad(&table, guest)?;
                 let cluster = Cluster { zero: old.zero | mask, ..old };
@@ -146,13 +146,14 @@ impl Qcow2 {
     }
 
     /// What a part of a subcluster holds, as far as mappings tell.
-    fn look_at_edge(&self, start: u64, end: u64) -> Result<Edge> {
+    fn look_at_edge(&self, part: GuestRange) -> Result<Edge> {
         let zero_or_data = |is_zero| if is_zero { Edge::Zero } else { Edge::Data };
         if !self.erase_rules().marks_zeroes() {
-            return self.is_zero_here(start, end).map(zero_or_data);
+            return self.is_zero_here(part).map(zero_or_data);
         }
         let geometry = self.geometry();
         let unit = geometry.subcluster_size();
+        let start = part.offset();
         let old = match self.mapping.table(geometry.l1_index(start), Lookup::MayRead)? {
             Some(Some(table)) => self.mapping.decode(&table, start),
             _ => Ok(Cluster::default()),
@@ -162,65 +163,59 @@ impl Qcow2 {
         match old.content(geometry, subcluster as u32) {
             Subcluster::Zero => Ok(Edge::Zero),
             Subcluster::Compressed(_) => Ok(Edge::Data),
-            Subcluster::Stored(_) => self.is_zero_here(start, end).map(zero_or_data),
+            Subcluster::Stored(_) => self.is_zero_here(part).map(zero_or_data),
             Subcluster::Unallocated => {
                 // What is zeroed may be anything now, if the rest of the subcluster is zero.
-                let (whole, whole_end) = (start / unit * unit, (start / unit + 1) * unit);
-                let is_zero =
-                    self.is_zero_below(whole, start)? && self.is_zero_below(end, whole_end)?;
+                let whole = start.round_down(unit);
+                let is_zero = self.is_zero_below(span(whole, start))?
+                    && self.is_zero_below(span(part.end(), whole + unit))?;
                 Ok(if is_zero { Edge::Nothing(old) } else { Edge::Data })
             }
         }
     }
 
     /// Whether the layers below read as zero there.
-    fn is_zero_below(&self, start: u64, end: u64) -> Result<bool> {
+    fn is_zero_below(&self, range: GuestRange) -> Result<bool> {
         let Some(backing) = &self.backing else { return Ok(true) };
-        let inside = span(start.min(backing.size), end.min(backing.size));
+        let inside = range.intersection(span(0, backing.size));
         if inside.is_empty() {
             return Ok(true);
         }
         let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
         extents(&*backing.layer, inside, &mut list)?;
-        Ok(is_zero_until(&list.into_vec(), inside.end().bytes()))
+        Ok(is_zero_until(&list.into_vec(), inside.end()))
     }
 
     /// Whether a range reads as zero already, and will whatever lies below this layer.
-    fn is_zero_here(&self, start: u64, end: u64) -> Result<bool> {
+    fn is_zero_here(&self, range: GuestRange) -> Result<bool> {
         let mut list = ExtentList::new(EXTENTS_OF_ZEROES);
-        extents(self, span(start, end), &mut list)?;
+        extents(self, range, &mut list)?;
         let found = list.into_vec();
         // See [`EraseRules::marks_zeroes`] about the second.
         let is_here = |extent: &Extent| extent.depth == 1 || !self.names_backing();
-        Ok(is_zero_until(&found, end) && found.iter().all(is_here))
+        Ok(is_zero_until(&found, range.end()) && found.iter().all(is_here))
     }
 
     /// Erases a range of whole subclusters, table by table.
-    fn erase(&self, start: u64, end: u64, what: Erase) -> Result<()> {
+    fn erase(&self, range: GuestRange, what: Erase) -> Result<()> {
         let geometry = self.geometry();
         // Both are powers of two, so each step lies within one table.
         let step = geometry.l2_coverage().min(CLUSTERS_MAX << geometry.cluster_bits);
-        let mut position = start;
-        while position < end {
-            let stop = end.min((position / step + 1).saturating_mul(step));
+        for part in parts_of(range, step) {
             self.flusher().relieve_pressure()?;
-            let left_over = self.erase_in_table(position, stop, what)?;
+            let left_over = self.erase_in_table(part, what)?;
             if matches!(what, Erase::Zero(_)) {
-                for (start, end) in left_over {
-                    self.zero_edge(start, end)?;
-                }
+                left_over.into_iter().try_for_each(|edge| self.zero_edge(edge))?;
             }
-            position = stop;
         }
         Ok(())
     }
 
     /// Returns the parts that the mapping alone cannot erase: a part of a compressed cluster.
-    fn erase_in_table(&self, start: u64, end: u64, what: Erase) -> Result<Vec<(u64, u64)>> {
+    fn erase_in_table(&self, range: GuestRange, what: Erase) -> Result<Vec<GuestRange>> {
         let geometry = self.geometry();
-        let l1_index = geometry.l1_index(start);
-        let first = start >> geometry.cluster_bits;
-        let count = ((end - 1) >> geometry.cluster_bits) - first + 1;
+        let l1_index = geometry.l1_index(range.offset());
+        let (first, count) = geometry.guest_clusters(range);
         let _stripes = self.clusters.lock(first, count, Lookup::MayRead);
         let rules = self.erase_rules();
         let may_stay_empty = rules.may_stay_empty(what);
@@ -230,45 +225,43 @@ impl Qcow2 {
         let table = self.mapping.table_for_write(l1_index, self)?;
         let (mut changes, mut freed): (Vec<Change>, Vec<Freed>) = (Vec::new(), Vec::new());
         let mut left_over = Vec::new();
-        let mut position = start;
-        while position < end {
+        for part in parts_of(range, geometry.cluster_size()) {
+            let position = part.offset();
             let guest_start = geometry.cluster_start(position);
-            let stop = end.min(guest_start + geometry.cluster_size());
             self.mapping.refuse_bad(&table, position)?;
             let old = self.mapping.decode_to_change(&table, position)?;
-            let mask = geometry.subcluster_mask(position - guest_start, stop - guest_start);
+            let mask = geometry.subcluster_mask(position - guest_start, part.end() - guest_start);
             if old.compressed.is_some() && mask != geometry.all_subclusters() {
-                left_over.push((position, stop));
+                left_over.push(part);
             } else if let Some(new) = rules.erased(old, mask, what) {
                 let punch = what != Erase::Zero(ZeroMode::KeepAllocated);
                 freed.extend(self.mapping.references(old, new.host, punch));
                 changes.push(Change { guest: guest_start, cluster: new });
             }
-            position = stop;
         }
         if !changes.is_empty() {
             self.mapping.commit(&table, &changes, &freed)?;
-            self.data.erase(span(start, end))?;
+            self.data.erase(range)?;
         }
         Ok(left_over)
     }
 }
 
-/// Parts of a range that are looked at one by one: they end where subclusters, of `unit` bytes,
-/// do.
-fn edge_parts(unit: u64, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-    let stop = move |position: u64| end.min((position / unit + 1).saturating_mul(unit));
-    std::iter::successors(Some(start), move |position| Some(stop(*position)))
-        .take_while(move |position| *position < end)
-        .map(move |position| (position, stop(position)))
+/// Parts of a range that are looked at one by one: they end at multiples of `unit` bytes.
+fn parts_of(range: GuestRange, unit: u64) -> impl Iterator<Item = GuestRange> {
+    let end = range.end();
+    let stop = move |start: GuestOffset| end.min(start.round_down(unit).saturating_add(unit));
+    std::iter::successors(Some(range.offset()), move |start| Some(stop(*start)))
+        .take_while(move |start| *start < end)
+        .map(move |start| span(start, stop(start)))
 }
 
 /// So many extents are looked at to find out whether a range reads as zero.
 const EXTENTS_OF_ZEROES: usize = 64;
 
 /// Whether extents reach `end` and none of them has data.
-fn is_zero_until(extents: &[Extent], end: u64) -> bool {
-    extents.last().is_some_and(|last| last.range.end().bytes() >= end)
+fn is_zero_until(extents: &[Extent], end: GuestOffset) -> bool {
+    extents.last().is_some_and(|last| last.range.end() >= end)
         && extents.iter().all(|extent| extent.kind != ExtentKind::Data)
 }
 

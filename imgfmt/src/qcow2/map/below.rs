@@ -6,8 +6,10 @@ use crate::qcow2::alloc::allocator::{Allocator, Freed};
 use crate::qcow2::alloc::clusters::CountReferences;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
-use crate::qcow2::on_disk::l2::OFFSET_MASK;
+use crate::qcow2::on_disk::cluster::HostCluster;
+use crate::qcow2::on_disk::l2::table_of;
 use crate::qcow2::on_disk::words::{read_words, words_to_bytes};
+use crate::units::{GuestOffset, HostOffset};
 
 impl MappingTables {
     /// Adds one reference to everything below an L1 table, or to nothing if that fails.
@@ -28,22 +30,19 @@ impl MappingTables {
 
     /// All clusters that an L1 table refers to, each as often as it does; an error if one of them is
     /// known to be something else.
-    pub(in crate::qcow2) fn clusters_below(&self, l1: &[u64]) -> Result<Vec<u64>> {
+    pub(in crate::qcow2) fn clusters_below(&self, l1: &[u64]) -> Result<Vec<HostCluster>> {
         let geometry = self.geometry();
         let mut clusters = Vec::new();
-        for entry in l1 {
-            let offset = entry & OFFSET_MASK;
-            if offset == 0 {
-                continue;
-            }
+        for offset in l1.iter().filter_map(|entry| table_of(*entry)) {
             self.refuse_bad_table(offset)?;
-            clusters.push(offset >> geometry.cluster_bits);
+            clusters.push(geometry.host_cluster(offset));
             let words =
                 read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
                 let cluster = self.format.decode(entry[0], bitmap);
-                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
+                let cluster =
+                    cluster.map_err(|detail| self.metadata.corrupt(detail, offset.bytes()))?;
                 self.refuse_bad_cluster(cluster, offset)?;
                 let references = self.references(cluster, None, false);
                 clusters.extend(references.iter().map(|freed| freed.cluster));
@@ -52,12 +51,12 @@ impl MappingTables {
         Ok(clusters)
     }
 
-    /// The words of a table for the part of the disk behind `end`.
+    /// The words of a table for the part of the disk after `end`.
     pub(in crate::qcow2) fn words_behind(
         &self,
-        end: u64,
+        end: GuestOffset,
         l1_index: u64,
-        offset: u64,
+        offset: HostOffset,
     ) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         let length = (geometry.cluster_size() / 8) as usize;
@@ -71,9 +70,9 @@ impl MappingTables {
     /// Returns its offset; `None` if there are no such entries.
     pub(in crate::qcow2) fn cut_table(
         &self,
-        end: u64,
+        end: GuestOffset,
         references: &impl CountReferences,
-    ) -> Result<Option<u64>> {
+    ) -> Result<Option<HostOffset>> {
         let geometry = self.geometry();
         let first = geometry.l2_index(end) * geometry.entry_words();
         let index = geometry.l1_index(end);
@@ -92,7 +91,7 @@ impl MappingTables {
     }
 
     /// Refuses, before anything is changed, entries that would free clusters of other owners.
-    pub(in crate::qcow2) fn refuse_bad_behind(&self, end: u64) -> Result<()> {
+    pub(in crate::qcow2) fn refuse_bad_behind(&self, end: GuestOffset) -> Result<()> {
         let geometry = self.geometry();
         let words_per_entry = geometry.entry_words();
         self.refuse_bad_tables(geometry.l1_index(end))?;
@@ -101,7 +100,7 @@ impl MappingTables {
                 continue;
             };
             let words = table.words();
-            let start = l1_index * geometry.l2_coverage();
+            let start = geometry.table_start(l1_index);
             for index in 0..words.len() / words_per_entry {
                 let guest = start + ((index as u64) << geometry.cluster_bits);
                 let entry = &words[index * words_per_entry..][..words_per_entry];
@@ -116,7 +115,7 @@ impl MappingTables {
 }
 
 /// Adds a reference to each of them, or to none.
-fn reference_all(allocator: &mut Allocator, clusters: &[u64]) -> Result<()> {
+fn reference_all(allocator: &mut Allocator, clusters: &[HostCluster]) -> Result<()> {
     for (done, cluster) in clusters.iter().enumerate() {
         if let Err(error) = allocator.reference(*cluster) {
             for cluster in &clusters[..done] {

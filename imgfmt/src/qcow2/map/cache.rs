@@ -15,8 +15,9 @@ use crate::mapping::Lookup;
 use crate::ordered_lock::{OrderedMutex, OrderedRwLock, rank};
 use crate::per_thread::PerThread;
 use crate::qcow2::map::table::{DirtyPart, Table};
+use crate::units::HostOffset;
 
-type Tables = HashMap<u64, Arc<Table>>;
+type Tables = HashMap<HostOffset, Arc<Table>>;
 type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, Tables>;
 type Recent = OrderedMutex<{ rank::RECENT_TABLES }, [Option<Arc<Table>>; RECENT_TABLES]>;
 
@@ -46,7 +47,7 @@ impl TableCache {
         }
     }
 
-    fn shard(&self, offset: u64) -> &Shard {
+    fn shard(&self, offset: HostOffset) -> &Shard {
         &self.shards[mixed(offset) & (self.shards.len() - 1)]
     }
 
@@ -55,7 +56,7 @@ impl TableCache {
     #[inline]
     pub(crate) fn look<T>(
         &self,
-        offset: u64,
+        offset: HostOffset,
         lookup: Lookup,
         load: impl FnOnce() -> Result<Vec<u64>>,
         found: impl FnOnce(&Table) -> T,
@@ -74,7 +75,7 @@ impl TableCache {
     /// The table at `offset`, as for [`look`](Self::look).
     pub(crate) fn find(
         &self,
-        offset: u64,
+        offset: HostOffset,
         lookup: Lookup,
         load: impl FnOnce() -> Result<Vec<u64>>,
     ) -> Result<Option<Arc<Table>>> {
@@ -118,7 +119,7 @@ impl TableCache {
 
     /// No thread has the table at `offset` among the recent ones any more, and no one gets it there
     /// while its shard is locked.
-    fn forget_recent(&self, offset: u64) {
+    fn forget_recent(&self, offset: HostOffset) {
         for recent in self.recent.all() {
             recent.lock()[place(offset)].take_if(|table| table.offset == offset);
         }
@@ -186,12 +187,12 @@ impl TableCache {
 }
 
 /// Tables lie on cluster boundaries: mixes the upper bits down.
-fn mixed(offset: u64) -> usize {
-    ((offset >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize
+fn mixed(offset: HostOffset) -> usize {
+    ((offset.bytes() >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize
 }
 
 /// Where a table stands among the recent ones.
-fn place(offset: u64) -> usize {
+fn place(offset: HostOffset) -> usize {
     mixed(offset) % RECENT_TABLES
 }
 
@@ -202,12 +203,12 @@ mod tests {
     use super::*;
 
     fn load(cache: &TableCache, offset: u64, words: Vec<u64>) -> Arc<Table> {
-        cache.find(offset, Lookup::MayRead, || Ok(words)).unwrap().unwrap()
+        cache.find(HostOffset::new(offset), Lookup::MayRead, || Ok(words)).unwrap().unwrap()
     }
 
     fn in_memory(cache: &TableCache, offset: u64) -> Option<u64> {
         let look = |table: &Table| table.entry(0, 1).0;
-        cache.look(offset, Lookup::CachedOnly, || unreachable!(), look).unwrap()
+        cache.look(HostOffset::new(offset), Lookup::CachedOnly, || unreachable!(), look).unwrap()
     }
 
     #[test]
@@ -242,7 +243,7 @@ mod tests {
         };
         load(&cache, 0x10000, vec![1; 64]);
         assert_eq!(looks(), [Some(1); 8]);
-        cache.insert(Arc::new(Table::new(0x10000, vec![2; 64])));
+        cache.insert(Arc::new(Table::new(HostOffset::new(0x10000), vec![2; 64])));
         assert_eq!(looks(), [Some(2); 8]);
         for i in 2..9 {
             load(&cache, i * 0x10000, vec![0; 64]);

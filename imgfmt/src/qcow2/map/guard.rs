@@ -16,8 +16,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::Allocator;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::table::Table;
-use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK};
+use crate::qcow2::on_disk::cluster::HostCluster;
+use crate::qcow2::on_disk::l2::{Cluster, table_of};
 use crate::qcow2::on_disk::words::read_words;
+use crate::units::{GuestOffset, HostOffset};
 
 /// Of so many entries of snapshots' L1 tables it is known which L2 tables they name.
 const SNAPSHOT_L1_ENTRIES_MAX: u64 = 8 << 20;
@@ -32,11 +34,11 @@ impl MappingTables {
         self.read_snapshot_l2s();
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
-        let is_new = allocator.reserved_since_open.contains(table.offset >> geometry.cluster_bits);
+        let is_new = allocator.reserved_since_open.contains(geometry.host_cluster(table.offset));
         let is_as_found = !is_new && !tables.changed.contains(&table.offset);
         let mut bad = tables.bad.get(&table.offset).cloned().unwrap_or_default();
         for index in 0..geometry.l2_entries() {
-            let guest = l1_index * geometry.l2_coverage() + (index << geometry.cluster_bits);
+            let guest = geometry.table_start(l1_index) + (index << geometry.cluster_bits);
             // What cannot be decoded is refused wherever it is met.
             let Ok(cluster) = self.decode(table, guest) else { continue };
             if self.is_bad(cluster, guest, &tables.named, &mut allocator)?
@@ -70,9 +72,8 @@ impl MappingTables {
                 let Some(left) = entries_left.checked_sub(u64::from(*entries)) else { break };
                 entries_left = left;
                 let words = read_words(&*self.metadata.file, *offset, *entries as usize);
-                found.extend(words.unwrap_or_default().into_iter().map(|word| word & OFFSET_MASK));
+                found.extend(words.unwrap_or_default().into_iter().filter_map(table_of));
             }
-            found.remove(&0);
             found
         });
     }
@@ -80,21 +81,21 @@ impl MappingTables {
     fn is_bad(
         &self,
         cluster: Cluster,
-        guest: u64,
-        tables: &HashSet<u64>,
+        guest: GuestOffset,
+        tables: &HashSet<HostOffset>,
         allocator: &mut Allocator,
     ) -> Result<bool> {
         if self.format.has_data_file {
             // Data has the same place in a data file as on the disk.
-            return Ok(cluster.host.is_some_and(|host| host != guest));
+            return Ok(cluster.host.is_some_and(|host| host.bytes() != guest.bytes()));
         }
-        let bits = self.geometry().cluster_bits;
+        let geometry = self.geometry();
         for reference in self.references(cluster, None, false) {
-            let offset = reference.cluster << bits;
+            let offset = geometry.host_offset(reference.cluster);
             let is_table = allocator.is_protected(offset)
                 || tables.contains(&offset)
                 || self.snapshot_l2s.get().is_some_and(|known| known.contains(&offset))
-                || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset));
+                || self.snapshot_places.iter().any(|place| place.contains(&offset));
             let is_counted = match allocator.refcounts.refcount(reference.cluster) {
                 Ok(count) => count > 0,
                 // Damaged refcounts must not keep anyone from reading.
@@ -109,14 +110,14 @@ impl MappingTables {
     }
 
     /// Whether a place that something claims as its own is known to be another's, or nobody's.
-    pub(in crate::qcow2) fn is_metadata(&self, offset: u64) -> Result<bool> {
+    pub(in crate::qcow2) fn is_metadata(&self, offset: HostOffset) -> Result<bool> {
         let cluster = Cluster { host: Some(offset), ..Cluster::default() };
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
         if self.format.has_data_file {
             return Ok(allocator.is_protected(offset) || tables.named.contains(&offset));
         }
-        self.is_bad(cluster, 0, &tables.named, &mut allocator)
+        self.is_bad(cluster, GuestOffset::new(0), &tables.named, &mut allocator)
     }
 
     /// Refuses to give L2 tables away, from this L1 entry on, that are other metadata, or nobody's,
@@ -124,10 +125,7 @@ impl MappingTables {
     pub(in crate::qcow2) fn refuse_bad_tables(&self, first: u64) -> Result<()> {
         let mut known = HashSet::new();
         for (index, entry) in (0..).zip(self.l1.iter()) {
-            let offset = entry.load(Acquire) & OFFSET_MASK;
-            if offset == 0 {
-                continue;
-            }
+            let Some(offset) = table_of(entry.load(Acquire)) else { continue };
             if !known.insert(offset) && index >= first {
                 return Err(self.not_its_own(offset));
             }
@@ -139,33 +137,38 @@ impl MappingTables {
     }
 
     /// Refuses to count or to give away an L2 table that is other metadata, or nobody's.
-    pub(in crate::qcow2) fn refuse_bad_table(&self, offset: u64) -> Result<()> {
+    pub(in crate::qcow2) fn refuse_bad_table(&self, offset: HostOffset) -> Result<()> {
         let mut allocator = self.clusters.allocator()?;
         let is_other = allocator.is_protected(offset)
-            || self.snapshot_places.iter().any(|(start, end)| (*start..*end).contains(&offset))
-            || allocator.refcounts.refcount(offset >> self.geometry().cluster_bits)? == 0;
+            || self.snapshot_places.iter().any(|place| place.contains(&offset))
+            || allocator.refcounts.refcount(self.geometry().host_cluster(offset))? == 0;
         drop(allocator);
         if is_other { Err(self.not_its_own(offset)) } else { Ok(()) }
     }
 
     /// Refuses to count or to give away what an entry of the L2 table at `table` refers to, if it
     /// is metadata, or nobody's.
-    pub(in crate::qcow2) fn refuse_bad_cluster(&self, cluster: Cluster, table: u64) -> Result<()> {
+    pub(in crate::qcow2) fn refuse_bad_cluster(
+        &self,
+        cluster: Cluster,
+        table: HostOffset,
+    ) -> Result<()> {
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
-        let is_bad = self.is_bad(cluster, 0, &tables.named, &mut allocator)?;
+        let is_bad = self.is_bad(cluster, GuestOffset::new(0), &tables.named, &mut allocator)?;
         drop((tables, allocator));
         match is_bad {
             true => Err(self.metadata.note_damage(
-                self.metadata.corrupt("an L2 entry points to metadata or to nothing", table),
+                self.metadata
+                    .corrupt("an L2 entry points to metadata or to nothing", table.bytes()),
             )),
             false => Ok(()),
         }
     }
 
-    fn not_its_own(&self, offset: u64) -> Error {
+    fn not_its_own(&self, offset: HostOffset) -> Error {
         let detail = "an L1 entry points to a place that is not its own";
-        self.metadata.note_damage(self.metadata.corrupt(detail, offset))
+        self.metadata.note_damage(self.metadata.corrupt(detail, offset.bytes()))
     }
 
     /// The entries of a table that must not be followed.
@@ -180,7 +183,7 @@ impl MappingTables {
     }
 
     /// Refuses a change through an entry that must not be followed.
-    pub(in crate::qcow2) fn refuse_bad(&self, table: &Table, guest: u64) -> Result<()> {
+    pub(in crate::qcow2) fn refuse_bad(&self, table: &Table, guest: GuestOffset) -> Result<()> {
         let bad_entries = match table.bad_entries.get() {
             Some(known) => known,
             None => self.bad_entries(table, self.geometry().l1_index(guest))?,
@@ -192,9 +195,8 @@ impl MappingTables {
         let index = self.geometry().l2_index(guest) as u32;
         match bad_entries.binary_search(&index) {
             Ok(_) => {
-                let error =
-                    self.metadata.corrupt("an L2 entry points to metadata or to nothing", guest);
-                Err(self.metadata.note_damage(error))
+                let detail = "an L2 entry points to metadata or to nothing";
+                Err(self.metadata.note_damage(self.metadata.corrupt(detail, guest.bytes())))
             }
             Err(_) => Ok(()),
         }
@@ -207,25 +209,20 @@ impl MappingTables {
         let tables = self.l2_places();
         let Ok(mut allocator) = self.clusters.allocator() else { return };
         let places = allocator.protected.iter().chain(&self.snapshot_places);
-        let places = places.filter(|(start, end)| start < end);
-        let mut clusters: Vec<u64> = places
-            .flat_map(|(start, end)| {
-                start >> geometry.cluster_bits..=(end - 1) >> geometry.cluster_bits
-            })
+        let places = places.filter(|place| !place.is_empty());
+        let mut clusters: Vec<HostCluster> = places
+            .flat_map(|place| geometry.clusters_touched(place.start, place.end - place.start))
             .collect();
-        clusters.extend(tables.named.iter().map(|offset| offset >> geometry.cluster_bits));
+        clusters.extend(tables.named.iter().map(|offset| geometry.host_cluster(*offset)));
         allocator.refcounts.note_others(clusters);
     }
 }
 
 impl Allocator {
     /// Whether the header, the L1 table, the refcount table or one of its blocks lies there.
-    fn is_protected(&self, offset: u64) -> bool {
-        let inside = |(start, end): &(u64, u64)| (*start..*end).contains(&offset);
-        let new_table = self.new_table_place.map(|place| {
-            let length = place.clusters << self.refcounts.geometry.cluster_bits;
-            (place.offset, place.offset.saturating_add(length))
-        });
-        self.protected.iter().chain(&new_table).any(inside) || self.refcounts.is_block(offset)
+    fn is_protected(&self, offset: HostOffset) -> bool {
+        let new_table = self.new_table_place.map(|place| place.range(self.refcounts.geometry));
+        let mut places = self.protected.iter().chain(&new_table);
+        places.any(|place| place.contains(&offset)) || self.refcounts.is_block(offset)
     }
 }

@@ -3,17 +3,18 @@
 use crate::error::Result;
 use crate::mapping::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::units::{GuestRange, HostOffset};
 
 impl MappingTables {
     /// Finds where a range can be written in place: host offset, and which bytes of the data.
     pub(in crate::qcow2) fn find_in_place(
         &self,
-        start: u64,
-        end: u64,
+        range: GuestRange,
         lookup: Lookup,
-        segments: &mut Vec<(u64, usize, usize)>,
+        segments: &mut Vec<(HostOffset, usize, usize)>,
     ) -> Result<bool> {
         let geometry = self.geometry();
+        let (start, end) = (range.offset(), range.end());
         let mut position = start;
         while position < end {
             let l1_index = geometry.l1_index(position);
@@ -23,7 +24,7 @@ impl MappingTables {
             let Some(Some(table)) = self.table(l1_index, lookup)? else {
                 return Ok(false);
             };
-            let table_end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
+            let table_end = end.min(geometry.table_start(l1_index + 1));
             if lookup == Lookup::CachedOnly && table.bad_entries.get().is_none() {
                 return Ok(false); // Looking for them may need refcounts from the disk.
             }
@@ -31,7 +32,7 @@ impl MappingTables {
                 self.refuse_bad(&table, position)?;
                 let cluster = self.decode_to_change(&table, position)?;
                 let in_cluster = geometry.in_cluster(position);
-                let stop = table_end.min(position - in_cluster + geometry.cluster_size());
+                let stop = table_end.min(position + (geometry.cluster_size() - in_cluster));
                 let touched = geometry.subcluster_mask(in_cluster, in_cluster + (stop - position));
                 let (Some(host), true) = (cluster.host, cluster.copied) else { return Ok(false) };
                 if touched & !cluster.allocated != 0 {

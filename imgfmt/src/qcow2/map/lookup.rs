@@ -7,10 +7,10 @@ use crate::error::Result;
 pub(in crate::qcow2) use crate::mapping::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::table::Table;
-use crate::qcow2::on_disk::l2::{Cluster, OFFSET_MASK, Subcluster};
+use crate::qcow2::on_disk::l2::{Cluster, Subcluster, table_of};
 use crate::qcow2::on_disk::words::read_words;
-use crate::units::GuestRange;
 pub(in crate::qcow2) use crate::units::span;
+use crate::units::{GuestOffset, GuestRange, HostOffset, Offset as _};
 
 /// Most entries of a table that are looked at for one piece.
 const ENTRIES_MAX: u64 = 1024;
@@ -48,47 +48,53 @@ impl MappingTables {
         lookup: Lookup,
     ) -> Result<Option<Option<Arc<Table>>>> {
         match self.table_offset(l1_index)? {
-            0 => Ok(Some(None)),
-            offset => {
+            None => Ok(Some(None)),
+            Some(offset) => {
                 let found = self.tables.find(offset, lookup, || self.read_table(offset))?;
                 Ok(found.map(Some))
             }
         }
     }
 
-    /// Where the L2 table of an L1 entry lies; 0 if there is none.
-    fn table_offset(&self, l1_index: u64) -> Result<u64> {
+    /// Where the L2 table of an L1 entry lies, if there is one.
+    fn table_offset(&self, l1_index: u64) -> Result<Option<HostOffset>> {
         match self.l1.get(l1_index as usize) {
-            Some(entry) => Ok(entry.load(Acquire) & OFFSET_MASK),
+            Some(entry) => Ok(table_of(entry.load(Acquire))),
             None => Err(self.metadata.corrupt("the L1 table is too short", 0)),
         }
     }
 
-    fn read_table(&self, offset: u64) -> Result<Vec<u64>> {
+    fn read_table(&self, offset: HostOffset) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         if geometry.in_cluster(offset) != 0 {
             return Err(self
                 .metadata
-                .corrupt("an L1 entry points into the middle of a cluster", offset));
+                .corrupt("an L1 entry points into the middle of a cluster", offset.bytes()));
         }
         let length = self.metadata.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
-        if offset >= length {
-            return Err(self.metadata.corrupt("an L2 table lies past the end of the file", offset));
+        if offset.bytes() >= length {
+            let detail = "an L2 table lies past the end of the file";
+            return Err(self.metadata.corrupt(detail, offset.bytes()));
         }
         read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)
     }
 
     /// Decodes the entry of a table that belongs to a guest offset.
     #[inline]
-    pub(in crate::qcow2) fn decode(&self, table: &Table, guest: u64) -> Result<Cluster> {
+    pub(in crate::qcow2) fn decode(&self, table: &Table, guest: GuestOffset) -> Result<Cluster> {
         let geometry = self.geometry();
         let words = geometry.entry_words();
         let (entry, bitmap) = table.entry(geometry.l2_index(guest) * words, words);
-        self.format.decode(entry, bitmap).map_err(|detail| self.metadata.corrupt(detail, guest))
+        let decoded = self.format.decode(entry, bitmap);
+        decoded.map_err(|detail| self.metadata.corrupt(detail, guest.bytes()))
     }
 
     /// As [`decode`](Self::decode), for a change: an entry that cannot be right is damage.
-    pub(in crate::qcow2) fn decode_to_change(&self, table: &Table, guest: u64) -> Result<Cluster> {
+    pub(in crate::qcow2) fn decode_to_change(
+        &self,
+        table: &Table,
+        guest: GuestOffset,
+    ) -> Result<Cluster> {
         self.decode(table, guest).map_err(|error| self.metadata.note_damage(error))
     }
 
@@ -97,19 +103,19 @@ impl MappingTables {
     /// `None` if the table is not in memory and may not be read.
     pub(in crate::qcow2) fn piece(
         &self,
-        start: u64,
-        end: u64,
+        start: GuestOffset,
+        end: GuestOffset,
         lookup: Lookup,
     ) -> Result<Option<Piece>> {
         let geometry = self.geometry();
         let l1_index = geometry.l1_index(start);
-        let end = end.min((l1_index + 1).saturating_mul(geometry.l2_coverage()));
+        let end = end.min(geometry.table_start(l1_index + 1));
         match self.table_offset(l1_index)? {
-            0 => {
+            None => {
                 let range = span(start, end);
                 Ok(Some(Piece { range, content: Subcluster::Unallocated, entries: 0 }))
             }
-            offset => {
+            Some(offset) => {
                 let load = || self.read_table(offset);
                 let look = |table: &Table| self.piece_in_table(table, start, end);
                 self.tables.look(offset, lookup, load, look)?.transpose()
@@ -117,14 +123,14 @@ impl MappingTables {
         }
     }
 
-    fn piece_in_table(&self, table: &Table, start: u64, end: u64) -> Result<Piece> {
+    fn piece_in_table(&self, table: &Table, start: GuestOffset, end: GuestOffset) -> Result<Piece> {
         let mut piece = self.piece_of_entry(table, start, end)?;
-        let mut position = piece.range.end().bytes();
+        let mut position = piece.range.end();
         while position < end && piece.entries < ENTRIES_MAX {
             piece.entries += 1;
             // An entry that cannot be decoded is an error only where it is needed.
             match self.piece_of_entry(table, position, end) {
-                Ok(next) if piece.is_continued_by(&next) => position = next.range.end().bytes(),
+                Ok(next) if piece.is_continued_by(&next) => position = next.range.end(),
                 _ => break,
             }
             piece.range = span(start, position);
@@ -134,16 +140,16 @@ impl MappingTables {
 
     /// The part of the subcluster at `start` that lies before `end`.
     #[inline]
-    fn piece_of_entry(&self, table: &Table, start: u64, end: u64) -> Result<Piece> {
+    fn piece_of_entry(&self, table: &Table, start: GuestOffset, end: GuestOffset) -> Result<Piece> {
         let geometry = self.geometry();
         let size = geometry.subcluster_size();
-        let in_subcluster = start % size;
+        let in_subcluster = start.bytes() % size;
         let subcluster = geometry.in_cluster(start) / size;
         let mut content = self.decode(table, start)?.content(geometry, subcluster as u32);
         if let Subcluster::Stored(host) = &mut content {
             *host += in_subcluster;
         }
-        let stop = end.min((start - in_subcluster).saturating_add(size));
+        let stop = end.min(start.saturating_add(size - in_subcluster));
         Ok(Piece { range: span(start, stop), content, entries: 1 })
     }
 }

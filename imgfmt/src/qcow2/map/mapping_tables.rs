@@ -2,6 +2,7 @@
 //! on disk.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, OnceLock, RwLockReadGuard};
@@ -13,8 +14,9 @@ use crate::qcow2::map::table::{DirtyPart, Table};
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::geometry::Geometry;
-use crate::qcow2::on_disk::l2::{EntryFormat, OFFSET_MASK};
+use crate::qcow2::on_disk::l2::{EntryFormat, table_of};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
+use crate::units::{HostOffset, Offset as _};
 
 /// Unless the user says otherwise, L2 tables take up no more memory than this.
 const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
@@ -37,24 +39,24 @@ pub(in crate::qcow2) struct MappingTables {
     cache_bytes: Option<u64>,
     /// Where the L2 tables are and what is known about them, if the image is to be written.
     pub(super) l2_places: OrderedRwLock<{ rank::L2_PLACES }, L2Places>,
-    /// Where the snapshot table and the snapshots' L1 tables lie: start and end.
-    pub(super) snapshot_places: Vec<(u64, u64)>,
+    /// Where the snapshot table and the snapshots' L1 tables lie.
+    pub(super) snapshot_places: Vec<Range<HostOffset>>,
     /// Offset and number of entries of the snapshots' L1 tables.
-    pub(super) snapshot_l1s: Vec<(u64, u32)>,
+    pub(super) snapshot_l1s: Vec<(HostOffset, u32)>,
     /// Offsets of the L2 tables that they name; read when the first table is looked through.
-    pub(super) snapshot_l2s: OnceLock<HashSet<u64>>,
+    pub(super) snapshot_l2s: OnceLock<HashSet<HostOffset>>,
 }
 
 /// The L2 tables of the present state, by their offsets.
 #[derive(Debug, Default)]
 pub(super) struct L2Places {
     /// Those that the L1 table names.
-    pub(super) named: HashSet<u64>,
+    pub(super) named: HashSet<HostOffset>,
     /// Those that have changed since the image was opened. Stays, also when a table is freed: its
     /// place holds nothing that was found.
-    pub(super) changed: HashSet<u64>,
+    pub(super) changed: HashSet<HostOffset>,
     /// Bad entries that were found, where there are any: they stay bad when the table has changed.
-    pub(super) bad: HashMap<u64, Vec<u32>>,
+    pub(super) bad: HashMap<HostOffset, Vec<u32>>,
 }
 
 /// What of the tables is not on disk.
@@ -149,23 +151,26 @@ impl MappingTables {
     }
 
     /// Notes where the snapshot table, at `table_offset`, and the snapshots' L1 tables lie.
-    pub(in crate::qcow2) fn note_snapshots(&mut self, table_offset: u64, snapshots: &[Snapshot]) {
-        let place = |offset: u64, length: u64| (offset, offset.saturating_add(length));
+    pub(in crate::qcow2) fn note_snapshots(
+        &mut self,
+        table_offset: HostOffset,
+        snapshots: &[Snapshot],
+    ) {
+        let place = |offset: HostOffset, length| offset..offset.saturating_add(length);
         let table = place(table_offset, snapshot::table_length(snapshots));
         let l1s = snapshots
             .iter()
             .map(|snapshot| place(snapshot.l1_offset, u64::from(snapshot.l1_entries) * 8));
-        self.snapshot_places = l1s.chain([table]).filter(|(start, end)| start < end).collect();
+        self.snapshot_places = l1s.chain([table]).filter(|place| !place.is_empty()).collect();
         self.snapshot_l1s = snapshots.iter().map(|it| (it.l1_offset, it.l1_entries)).collect();
         self.snapshot_l2s = OnceLock::new();
     }
 
-    /// Notes anew where the L2 tables of the active L1 table lie.
+    /// Notes where the L2 tables of the active L1 table lie, in place of what was noted before.
     fn note_l2_places(&mut self) {
         if self.metadata.is_writable() {
-            let offsets = self.l1.iter().map(|entry| entry.load(Acquire) & OFFSET_MASK);
-            let places = offsets.filter(|offset| *offset != 0).collect();
-            self.l2_places.get_mut().named = places;
+            let tables = self.l1.iter().filter_map(|entry| table_of(entry.load(Acquire)));
+            self.l2_places.get_mut().named = tables.collect();
         }
     }
 
@@ -189,6 +194,7 @@ mod tests {
     use crate::qcow2::alloc::clusters::tests::Nothing;
     use crate::qcow2::metadata::metadata_file::tests::opened;
     use crate::qcow2::on_disk::l2::COPIED;
+    use crate::units::GuestOffset;
 
     fn mapping(is_writable: bool) -> MappingTables {
         let (_, metadata) = opened(is_writable);
@@ -207,10 +213,11 @@ mod tests {
     fn a_new_table_is_dirty_until_a_flush_has_written_it() {
         let mapping = mapping(true);
         let table = mapping.table_for_write(0, &Nothing).unwrap();
-        assert_eq!(mapping.l1_words(), [table.offset | COPIED]);
+        let entry = table.offset.bytes() | COPIED;
+        assert_eq!(mapping.l1_words(), [entry]);
         assert!(Arc::ptr_eq(&table, &mapping.table_for_write(0, &Nothing).unwrap()));
         let dirty = mapping.take_dirty();
-        assert_eq!((dirty.tables.len(), &dirty.l1[..]), (1, &[(0, table.offset | COPIED)][..]));
+        assert_eq!((dirty.tables.len(), &dirty.l1[..]), (1, &[(0, entry)][..]));
         assert!(mapping.take_dirty().tables.is_empty());
         mapping.return_dirty(&dirty);
         let again = mapping.take_dirty();
@@ -221,7 +228,7 @@ mod tests {
     fn a_shared_table_is_moved_before_it_is_changed_and_the_old_one_freed() {
         let mapping = mapping(true);
         let shared = mapping.table_for_write(0, &Nothing).unwrap();
-        mapping.set_l1(0, shared.offset);
+        mapping.set_l1(0, shared.offset.bytes());
         assert!(mapping.own_table_in_memory(0).unwrap().is_none());
         let own = mapping.table_for_write(0, &Nothing).unwrap();
         assert_ne!(own.offset, shared.offset);
@@ -234,12 +241,12 @@ mod tests {
         let mapping = mapping(true);
         // The L2 table itself, the refcount block, a cluster that nobody was given.
         let own = mapping.table_for_write(0, &Nothing).unwrap().offset;
-        for host in [own, 2 << 16, 9 << 16] {
+        for host in [own.bytes(), 2 << 16, 9 << 16] {
             let mut words = vec![0; (1 << 16) / 8];
             words[1] = host | COPIED;
             let table = Table::new(own, words);
-            mapping.refuse_bad(&table, 0).unwrap();
-            let refused = mapping.refuse_bad(&table, 1 << 16).unwrap_err();
+            mapping.refuse_bad(&table, GuestOffset::new(0)).unwrap();
+            let refused = mapping.refuse_bad(&table, GuestOffset::new(1 << 16)).unwrap_err();
             assert_eq!(refused.kind(), ErrorKind::Corrupt, "{host:#x}");
         }
         assert!(mapping.metadata.refuse_if_corrupt().is_err());

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, fence};
 use std::sync::{MutexGuard, OnceLock};
 
 use crate::ordered_lock::{Ordered, OrderedMutex, rank};
+use crate::units::HostOffset;
 
 /// Words per 512 bytes: changes are written in whole sectors.
 const SECTOR_WORDS: usize = 64;
@@ -18,7 +19,7 @@ const TRIES: u32 = 100;
 #[derive(Debug)]
 pub(crate) struct Table {
     /// Where it lies in the file.
-    pub(crate) offset: u64,
+    pub(crate) offset: HostOffset,
     words: Box<[AtomicU64]>,
     /// Counts the begins and ends of changes of an entry: odd while there is one.
     version: AtomicU64,
@@ -45,7 +46,7 @@ pub(crate) struct DirtyPart {
 }
 
 impl Table {
-    pub(crate) fn new(offset: u64, words: Vec<u64>) -> Self {
+    pub(crate) fn new(offset: HostOffset, words: Vec<u64>) -> Self {
         Self {
             offset,
             words: words.into_iter().map(AtomicU64::new).collect(),
@@ -157,7 +158,7 @@ mod tests {
 
     #[test]
     fn the_two_words_of_an_entry_are_read_as_they_were_written() {
-        let table = Table::new(0, vec![0; 64]);
+        let table = Table::new(HostOffset::new(0), vec![0; 64]);
         let is_done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             scope.spawn(|| {

@@ -9,7 +9,7 @@ use crate::qcow2::alloc::clusters::CountReferences;
 use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::table::Table;
-use crate::qcow2::on_disk::l2::{COPIED, Cluster};
+use crate::qcow2::on_disk::l2::{COPIED, Cluster, Compressed};
 use crate::storage::Durability;
 use crate::units::{GuestOffset, HostOffset};
 
@@ -17,7 +17,7 @@ use crate::units::{GuestOffset, HostOffset};
 #[derive(Clone, Copy, Debug)]
 pub(in crate::qcow2) struct Change {
     /// Any guest offset within the cluster.
-    pub(in crate::qcow2) guest: u64,
+    pub(in crate::qcow2) guest: GuestOffset,
     pub(in crate::qcow2) cluster: Cluster,
 }
 
@@ -58,31 +58,31 @@ impl MappingTables {
         let reserved = self.clusters.reserve(1, references)?;
         // Written whole now, so that a full disk is noticed now and not by a flush.
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
-        let offset = HostOffset::new(reserved.offset);
+        let offset = reserved.offset;
         if let Err(error) = self.metadata.file.write_at(offset, &bytes, Durability::Cached) {
             self.clusters.release(&[reserved]);
-            let guest = GuestOffset::new(l1_index * geometry.l2_coverage());
+            let guest = geometry.table_start(l1_index);
             return Err(self.metadata.io("write an L2 table of", error, guest));
         }
-        let table = Arc::new(Table::new(reserved.offset, words));
+        let table = Arc::new(Table::new(offset, words));
         // Nor is it known to be on disk before a flush has written it again and synced.
         table.change().mark_dirty(0, table.len());
         self.tables.note_dirty();
         let _gate = self.commits.enter_gate();
         let mut places = self.l2_places.write();
-        places.named.insert(reserved.offset);
+        places.named.insert(offset);
         // What there was before in that place is gone.
-        places.bad.remove(&reserved.offset);
+        places.bad.remove(&offset);
         if !bad_entries.is_empty() {
-            places.bad.insert(reserved.offset, bad_entries);
+            places.bad.insert(offset, bad_entries);
         }
         if let Some(shared) = &shared {
             places.named.remove(&shared.offset);
         }
         drop(places);
         self.tables.insert(Arc::clone(&table));
-        self.set_l1(l1_index as usize, reserved.offset | COPIED);
-        let replaced = shared.map(|shared| shared.offset >> geometry.cluster_bits);
+        self.set_l1(l1_index as usize, offset.bytes() | COPIED);
+        let replaced = shared.map(|shared| geometry.host_cluster(shared.offset));
         self.clusters.free(replaced.map(|cluster| Freed { cluster, punch: false }));
         Ok(table)
     }
@@ -138,18 +138,17 @@ impl MappingTables {
     pub(in crate::qcow2) fn references(
         &self,
         old: Cluster,
-        kept: Option<u64>,
+        kept: Option<HostOffset>,
         punch: bool,
     ) -> Vec<Freed> {
-        let bits = self.geometry().cluster_bits;
+        let geometry = self.geometry();
         match (old.compressed, old.host) {
-            (Some(compressed), _) => {
-                let last = (compressed.offset + compressed.length - 1) >> bits;
-                let clusters = compressed.offset >> bits..=last;
+            (Some(Compressed { offset, length }), _) => {
+                let clusters = geometry.clusters_touched(offset, length);
                 clusters.map(|cluster| Freed { cluster, punch: false }).collect()
             }
             (None, Some(host)) if Some(host) != kept && !self.format.has_data_file => {
-                vec![Freed { cluster: host >> bits, punch }]
+                vec![Freed { cluster: geometry.host_cluster(host), punch }]
             }
             _ => Vec::new(),
         }

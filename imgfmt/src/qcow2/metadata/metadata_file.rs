@@ -96,11 +96,11 @@ impl MetadataFile {
     }
 
     /// Writes to the file. Nothing is known to be on disk before a sync.
-    pub(in crate::qcow2) fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(in crate::qcow2) fn write(&self, offset: HostOffset, bytes: &[u8]) -> Result<()> {
         self.note_alive();
         self.file
-            .write_at(HostOffset::new(offset), bytes, Durability::Cached)
-            .map_err(|error| Error::from_io("write the metadata of", error).at(offset))
+            .write_at(offset, bytes, Durability::Cached)
+            .map_err(|error| Error::from_io("write the metadata of", error).at(offset.bytes()))
             .map_err(|error| self.named(error))
     }
 
@@ -118,7 +118,7 @@ impl MetadataFile {
     /// Writes fields of the header. They are valid from then on; until
     /// [`sync_header`](Self::sync_header) succeeds it is not known whether they are on disk.
     pub(in crate::qcow2) fn write_header(&self, place: u64, bytes: &[u8]) -> Result<()> {
-        self.write(place, bytes)?;
+        self.write(HostOffset::new(place), bytes)?;
         self.header_writes.lock().insert(place, bytes.to_vec());
         Ok(())
     }
@@ -145,7 +145,7 @@ impl MetadataFile {
         }
         // What they lead to was on disk before they were written first.
         for (place, bytes) in &writes {
-            self.write(*place, bytes)?;
+            self.write(HostOffset::new(*place), bytes)?;
         }
         self.sync_header()
     }

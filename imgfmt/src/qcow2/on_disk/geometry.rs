@@ -1,5 +1,8 @@
 //! Numbers that follow from the header, computed once.
 
+use crate::qcow2::on_disk::cluster::{GuestCluster, HostCluster};
+use crate::units::{GuestOffset, GuestRange, HostOffset, Offset};
+
 /// Sizes and shifts of one image. All sizes are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
@@ -19,14 +22,52 @@ impl Geometry {
         1 << self.cluster_bits
     }
 
-    /// The offset within its cluster.
-    pub(crate) const fn in_cluster(self, offset: u64) -> u64 {
-        offset & (self.cluster_size() - 1)
+    /// How many bytes an offset is after the start of its cluster.
+    #[inline]
+    pub(crate) fn in_cluster(self, offset: impl Offset) -> u64 {
+        offset.value() & (self.cluster_size() - 1)
     }
 
-    /// The start of the cluster.
-    pub(crate) const fn cluster_start(self, offset: u64) -> u64 {
-        offset & !(self.cluster_size() - 1)
+    /// The start of the cluster in which an offset lies.
+    #[inline]
+    pub(crate) fn cluster_start<T: Offset>(self, offset: T) -> T {
+        T::at(offset.value() & !(self.cluster_size() - 1))
+    }
+
+    /// The cluster of the file in which an offset lies.
+    pub(crate) const fn host_cluster(self, offset: HostOffset) -> HostCluster {
+        HostCluster::new(offset.bytes() >> self.cluster_bits)
+    }
+
+    /// Where a cluster of the file starts.
+    pub(crate) const fn host_offset(self, cluster: HostCluster) -> HostOffset {
+        HostOffset::new(cluster.number() << self.cluster_bits)
+    }
+
+    /// The cluster of the disk in which an offset lies.
+    pub(crate) const fn guest_cluster(self, offset: GuestOffset) -> GuestCluster {
+        GuestCluster::new(offset.bytes() >> self.cluster_bits)
+    }
+
+    /// The first cluster of the disk in which a range lies, and how many clusters it touches.
+    pub(crate) fn guest_clusters(self, range: GuestRange) -> (GuestCluster, u64) {
+        let first = self.guest_cluster(range.offset());
+        let end = GuestCluster::new(range.end().bytes().div_ceil(self.cluster_size()));
+        (first, end - first)
+    }
+
+    /// The clusters of the file in which `length` bytes from `offset` on lie.
+    pub(crate) fn clusters_touched(
+        self,
+        offset: HostOffset,
+        length: u64,
+    ) -> impl Iterator<Item = HostCluster> + Clone {
+        let first = self.host_cluster(offset);
+        let count = match length {
+            0 => 0,
+            length => self.host_cluster(offset + (length - 1)) - first + 1,
+        };
+        first.run(count)
     }
 
     /// How many clusters `length` bytes from a cluster's start take up.
@@ -55,13 +96,18 @@ impl Geometry {
     }
 
     /// Which L1 entry a guest offset belongs to.
-    pub(crate) const fn l1_index(self, guest: u64) -> u64 {
-        guest >> (self.l2_bits() + self.cluster_bits)
+    pub(crate) const fn l1_index(self, guest: GuestOffset) -> u64 {
+        guest.bytes() >> (self.l2_bits() + self.cluster_bits)
+    }
+
+    /// The first byte of the disk that the L2 table of an L1 entry maps.
+    pub(crate) const fn table_start(self, l1_index: u64) -> GuestOffset {
+        GuestOffset::new(l1_index.saturating_mul(self.l2_coverage()))
     }
 
     /// Which entry of its L2 table a guest offset belongs to.
-    pub(crate) const fn l2_index(self, guest: u64) -> usize {
-        ((guest >> self.cluster_bits) & (self.l2_entries() - 1)) as usize
+    pub(crate) const fn l2_index(self, guest: GuestOffset) -> usize {
+        (self.guest_cluster(guest).number() & (self.l2_entries() - 1)) as usize
     }
 
     /// How many L1 entries a disk of `size` bytes needs.
@@ -127,6 +173,20 @@ mod tests {
         assert_eq!(geometry.refcount_max(), 65535);
         assert_eq!(geometry.l1_entries_for((512 << 20) + 1), 2);
         assert_eq!(geometry.subcluster_mask(1, 65536), 1);
+    }
+
+    #[test]
+    fn bytes_touch_the_clusters_from_their_first_to_their_last() {
+        let geometry = Geometry { cluster_bits: 16, extended_l2: false, refcount_order: 4 };
+        let touched = |offset, length| {
+            let clusters = geometry.clusters_touched(HostOffset::new(offset), length);
+            clusters.map(HostCluster::number).collect::<Vec<_>>()
+        };
+        assert_eq!(touched(65536, 65536), [1]);
+        assert_eq!(touched(65535, 2), [0, 1]);
+        assert_eq!(touched(65536, 0), [0; 0]);
+        let cluster = geometry.host_cluster(HostOffset::new(3 << 16 | 5));
+        assert_eq!(geometry.host_offset(cluster).bytes(), 3 << 16);
     }
 
     #[test]

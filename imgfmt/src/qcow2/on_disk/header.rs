@@ -99,11 +99,11 @@ pub(crate) struct Header {
     pub(crate) size: u64,
     /// The same as the file has it, whatever it is a multiple of.
     stated_size: u64,
-    pub(crate) l1_offset: u64,
+    pub(crate) l1_offset: HostOffset,
     pub(crate) l1_entries: u32,
-    pub(crate) refcount_table_offset: u64,
+    pub(crate) refcount_table_offset: HostOffset,
     pub(crate) refcount_table_clusters: u32,
-    pub(crate) snapshots_offset: u64,
+    pub(crate) snapshots_offset: HostOffset,
     pub(crate) snapshot_count: u32,
     pub(crate) incompatible: u64,
     pub(crate) compatible: u64,
@@ -161,7 +161,7 @@ impl Header {
     }
 
     fn refuse_unfinished(&self, accepted: u64) -> Result<()> {
-        let is_image = self.refcount_table_offset != 0;
+        let is_image = self.refcount_table_offset.bytes() != 0;
         let accepted = if is_image { accepted } else { 0 };
         let unfinished = self.incompatible & !accepted;
         if unfinished & incompatible::INCOMPLETE != 0 {
@@ -188,7 +188,8 @@ impl Header {
             }
             Purpose::Check => u64::MAX,
         };
-        let table = |what: &str, offset: u64, bytes: u64, limit: u64| {
+        let table = |what: &str, offset: HostOffset, bytes: u64, limit: u64| {
+            let offset = offset.bytes();
             let end = offset.checked_add(bytes);
             let fits = bytes <= limit
                 && (offset < OFFSET_LIMIT || purpose == Purpose::Check)
@@ -209,7 +210,7 @@ impl Header {
         let (offset, limit) = (self.refcount_table_offset, REFCOUNT_TABLE_BYTES_MAX);
         let refcount_table = match refcount_bytes {
             0 => Err(invalid("it has no refcount table")),
-            _ if offset == 0 => Err(invalid("its refcount table is the header")),
+            _ if offset.bytes() == 0 => Err(invalid("its refcount table is the header")),
             bytes => table("refcount table", offset, bytes, limit),
         };
         if purpose != Purpose::Check {
@@ -349,11 +350,11 @@ fn decode_fields(start: &[u8]) -> Result<Header> {
         geometry: Geometry { cluster_bits, extended_l2, refcount_order },
         size: size & !511,
         stated_size: size,
-        l1_offset: u64_at(start, 40),
+        l1_offset: HostOffset::new(u64_at(start, 40)),
         l1_entries: u32_at(start, 36),
-        refcount_table_offset: u64_at(start, 48),
+        refcount_table_offset: HostOffset::new(u64_at(start, 48)),
         refcount_table_clusters: u32_at(start, 56),
-        snapshots_offset: u64_at(start, 64),
+        snapshots_offset: HostOffset::new(u64_at(start, 64)),
         snapshot_count: u32_at(start, 60),
         incompatible,
         compatible: v3(80),

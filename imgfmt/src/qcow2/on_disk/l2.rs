@@ -12,11 +12,18 @@
 //! single "subcluster", so that everything above treats both kinds alike.
 
 use crate::qcow2::on_disk::geometry::Geometry;
+use crate::units::HostOffset;
 
 pub(crate) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 pub(crate) const COPIED: u64 = 1 << 63;
 pub(crate) const COMPRESSED: u64 = 1 << 62;
 pub(crate) const ZERO: u64 = 1;
+
+/// The L2 table that an L1 entry names, if it names one.
+#[inline]
+pub(crate) fn table_of(l1_entry: u64) -> Option<HostOffset> {
+    Some(l1_entry & OFFSET_MASK).filter(|offset| *offset != 0).map(HostOffset::new)
+}
 
 /// What decides how entries of an image are understood.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +37,7 @@ pub(crate) struct EntryFormat {
 /// Where a compressed cluster's bytes are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Compressed {
-    pub(crate) offset: u64,
+    pub(crate) offset: HostOffset,
     /// Upper bound: the stream may end before.
     pub(crate) length: u64,
 }
@@ -39,7 +46,7 @@ pub(crate) struct Compressed {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cluster {
     /// Where it is stored, allocated or not yet used.
-    pub(crate) host: Option<u64>,
+    pub(crate) host: Option<HostOffset>,
     /// The host cluster belongs to this entry alone.
     pub(crate) copied: bool,
     pub(crate) compressed: Option<Compressed>,
@@ -53,7 +60,7 @@ pub(crate) struct Cluster {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Subcluster {
     /// Data at this offset of the host cluster's file (of the subcluster's start).
-    Stored(u64),
+    Stored(HostOffset),
     Zero,
     Compressed(Compressed),
     /// Nothing here: the backing file decides.
@@ -66,12 +73,12 @@ impl EntryFormat {
         if entry & COMPRESSED != 0 {
             return self.decode_compressed(entry);
         }
-        let offset = entry & OFFSET_MASK;
+        let offset = HostOffset::new(entry & OFFSET_MASK);
         if self.geometry.in_cluster(offset) != 0 {
             return Err("an L2 entry points into the middle of a cluster");
         }
         let copied = entry & COPIED != 0;
-        let has_host = offset != 0 || (self.has_data_file && copied);
+        let has_host = offset.bytes() != 0 || (self.has_data_file && copied);
         let mut cluster =
             Cluster { host: has_host.then_some(offset), copied, ..Cluster::default() };
         if self.geometry.extended_l2 {
@@ -99,7 +106,8 @@ impl EntryFormat {
             return Err("an L2 entry is compressed although there is a data file");
         }
         let compressed = self.compressed_place(entry);
-        if compressed.offset >> 56 != 0 || compressed.offset == 0 {
+        let offset = compressed.offset.bytes();
+        if offset >> 56 != 0 || offset == 0 {
             return Err("an L2 entry points to an impossible place");
         }
         Ok(Cluster { compressed: Some(compressed), ..Cluster::default() })
@@ -111,7 +119,8 @@ impl EntryFormat {
         let offset_bits = 62 - length_bits;
         let offset = entry & ((1 << offset_bits) - 1);
         let sectors = ((entry >> offset_bits) & ((1 << length_bits) - 1)) + 1;
-        Compressed { offset, length: sectors * 512 - offset % 512 }
+        let length = sectors * 512 - offset % 512;
+        Compressed { offset: HostOffset::new(offset), length }
     }
 
     /// Encodes an entry. What does not fit into a compressed one becomes an empty one: see
@@ -120,7 +129,7 @@ impl EntryFormat {
         if let Some(compressed) = cluster.compressed {
             return (self.encode_compressed(compressed).unwrap_or(0), 0);
         }
-        let mut entry = cluster.host.unwrap_or(0);
+        let mut entry = cluster.host.map_or(0, HostOffset::bytes);
         if cluster.copied && cluster.host.is_some() {
             entry |= COPIED;
         }
@@ -138,9 +147,10 @@ impl EntryFormat {
     pub(crate) fn encode_compressed(self, compressed: Compressed) -> Option<u64> {
         let length_bits = self.geometry.cluster_bits - 8;
         let offset_bits = 62 - length_bits;
-        let sectors = (compressed.offset % 512 + compressed.length).div_ceil(512).checked_sub(1)?;
-        let fits = compressed.offset >> offset_bits.min(56) == 0 && sectors >> length_bits == 0;
-        fits.then_some(COMPRESSED | sectors << offset_bits | compressed.offset)
+        let offset = compressed.offset.bytes();
+        let sectors = (offset % 512 + compressed.length).div_ceil(512).checked_sub(1)?;
+        let fits = offset >> offset_bits.min(56) == 0 && sectors >> length_bits == 0;
+        fits.then_some(COMPRESSED | sectors << offset_bits | offset)
     }
 }
 
@@ -177,14 +187,17 @@ mod tests {
         let (entry, bitmap) = (COPIED | 0x70000, 0x0000_ff00_0000_00ff);
         let cluster = format(true).decode(entry, bitmap).unwrap();
         assert_eq!(format(true).encode(cluster), (entry, bitmap));
-        assert_eq!(cluster.content(format(true).geometry, 1), Subcluster::Stored(0x70800));
+        assert_eq!(
+            cluster.content(format(true).geometry, 1),
+            Subcluster::Stored(HostOffset::new(0x70800))
+        );
         assert_eq!(cluster.content(format(true).geometry, 8), Subcluster::Zero);
         assert_eq!(cluster.content(format(true).geometry, 31), Subcluster::Unallocated);
     }
 
     #[test]
     fn the_bits_of_a_compressed_entry_are_split_at_54_for_64_kib() {
-        let compressed = Compressed { offset: 0x50123, length: 1024 - 0x123 };
+        let compressed = Compressed { offset: HostOffset::new(0x50123), length: 1024 - 0x123 };
         let entry = format(false).encode_compressed(compressed).unwrap();
         assert_eq!(entry, COMPRESSED | 1 << 54 | 0x50123);
         let cluster = format(false).decode(entry, 0).unwrap();

@@ -1,5 +1,6 @@
 //! What the bytes of an image mean: header, extensions, entries, refcounts, snapshots.
 
+pub(super) mod cluster;
 pub(super) mod contradiction;
 pub(super) mod extension;
 pub(super) mod geometry;

@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
@@ -21,17 +22,17 @@ const TABLE_OFFSET_MASK: u64 = !511;
 pub(crate) struct Refcounts {
     pub(in crate::qcow2) file: Arc<dyn Storage>,
     pub(in crate::qcow2) geometry: Geometry,
-    /// Offsets of the blocks; 0 where there is none.
+    /// Offsets of the blocks, as in the file: 0 where there is none.
     pub(in crate::qcow2) table: Vec<u64>,
     /// Entries of the table that are not yet on disk.
     pub(in crate::qcow2) dirty_entries: BTreeSet<usize>,
     blocks: HashMap<usize, Block>,
     /// Where the blocks lie; none ever moves.
-    places: HashSet<u64>,
+    places: HashSet<HostOffset>,
     /// Entries of the table that cannot be right.
     lies: HashSet<usize>,
     /// Clusters, in order, that other metadata was known to lie in when the image was opened.
-    others: Vec<u64>,
+    others: Vec<HostCluster>,
     trusts_all: bool,
 }
 
@@ -70,7 +71,7 @@ impl BlockView<'_> {
 pub(crate) struct DirtyBlock {
     pub(crate) index: usize,
     start: usize,
-    pub(crate) offset: u64,
+    pub(crate) offset: HostOffset,
     pub(crate) bytes: Vec<u8>,
 }
 
@@ -82,12 +83,12 @@ impl Refcounts {
         let table: Vec<u64> = table.into_iter().map(|entry| entry & TABLE_OFFSET_MASK).collect();
         let (mut places, mut twice) = (HashSet::new(), HashSet::new());
         for offset in table.iter().filter(|offset| **offset != 0) {
-            if !places.insert(*offset) {
+            if !places.insert(HostOffset::new(*offset)) {
                 twice.insert(*offset);
             }
         }
         let is_lie = |(_, offset): &(usize, &u64)| {
-            twice.contains(*offset) || geometry.in_cluster(**offset) != 0
+            twice.contains(*offset) || geometry.in_cluster(HostOffset::new(**offset)) != 0
         };
         let mut lies: HashSet<usize> =
             table.iter().enumerate().filter(is_lie).map(|(index, _)| index).collect();
@@ -106,14 +107,24 @@ impl Refcounts {
     }
 
     /// Which block counts a cluster, and where in it.
-    pub(in crate::qcow2) fn place(&self, cluster: u64) -> (usize, usize) {
+    pub(in crate::qcow2) fn place(&self, cluster: HostCluster) -> (usize, usize) {
         let entries = self.geometry.block_entries();
-        ((cluster / entries) as usize, (cluster % entries) as usize)
+        ((cluster.number() / entries) as usize, (cluster.number() % entries) as usize)
+    }
+
+    /// The first cluster that a block counts.
+    pub(in crate::qcow2) fn first_of_block(&self, index: usize) -> HostCluster {
+        HostCluster::new(index as u64 * self.geometry.block_entries())
+    }
+
+    /// Where a block lies, if there is one of this index.
+    pub(in crate::qcow2) fn block_offset(&self, index: usize) -> Option<HostOffset> {
+        self.table.get(index).filter(|offset| **offset != 0).copied().map(HostOffset::new)
     }
 
     /// Whether there is a block for this cluster.
     pub(in crate::qcow2) fn has_block(&self, index: usize) -> bool {
-        self.table.get(index).is_some_and(|offset| *offset != 0)
+        self.block_offset(index).is_some()
     }
 
     /// Whether there is a block of this index, and in memory.
@@ -122,12 +133,12 @@ impl Refcounts {
     }
 
     /// Whether a block lies at this offset.
-    pub(in crate::qcow2) fn is_block(&self, offset: u64) -> bool {
+    pub(in crate::qcow2) fn is_block(&self, offset: HostOffset) -> bool {
         self.places.contains(&offset)
     }
 
     /// How often a cluster is referenced.
-    pub(crate) fn refcount(&mut self, cluster: u64) -> Result<u64> {
+    pub(crate) fn refcount(&mut self, cluster: HostCluster) -> Result<u64> {
         let (index, entry) = self.place(cluster);
         if !self.has_block(index) {
             return Ok(0);
@@ -146,7 +157,7 @@ impl Refcounts {
     }
 
     /// Changes a refcount. There must be a block for it, and the value must fit.
-    pub(crate) fn set_refcount(&mut self, cluster: u64, value: u64) -> Result<()> {
+    pub(crate) fn set_refcount(&mut self, cluster: HostCluster, value: u64) -> Result<()> {
         let (index, entry) = self.place(cluster);
         if value > self.geometry.refcount_max() {
             let detail = format!(
@@ -168,7 +179,7 @@ impl Refcounts {
     }
 
     /// Notes in which clusters other metadata lies.
-    pub(in crate::qcow2) fn note_others(&mut self, mut clusters: Vec<u64>) {
+    pub(in crate::qcow2) fn note_others(&mut self, mut clusters: Vec<HostCluster>) {
         clusters.sort_unstable();
         clusters.dedup();
         self.others = clusters;
@@ -184,10 +195,11 @@ impl Refcounts {
     /// Whether a block does not count the cluster that it lies in itself, as those do that were made
     /// in the usual course: then its own count says nothing about it.
     pub(in crate::qcow2) fn has_strangers(&self) -> bool {
-        let entries = self.geometry.block_entries();
-        let bits = self.geometry.cluster_bits;
-        let mut blocks = self.table.iter().enumerate().filter(|(_, offset)| **offset != 0);
-        !self.trusts_all && blocks.any(|(index, offset)| (offset >> bits) / entries != index as u64)
+        let is_stranger = |index| {
+            let offset = self.block_offset(index);
+            offset.is_some_and(|at| self.place(self.geometry.host_cluster(at)).0 != index)
+        };
+        !self.trusts_all && (0..self.table.len()).any(is_stranger)
     }
 
     /// No block is to be written.
@@ -202,12 +214,11 @@ impl Refcounts {
         if self.trusts_all {
             return Ok(());
         }
-        let bits = self.geometry.cluster_bits;
-        let offset = self.table.get(index).copied().unwrap_or(0);
-        let own = offset >> bits;
+        let offset = self.block_offset(index).unwrap_or_default();
+        let own = self.geometry.host_cluster(offset);
         let is_other = self.others.binary_search(&own).is_ok();
         let mut is_lie = self.lies.contains(&index) || is_other || self.refcount(own)? != 1;
-        let first = index as u64 * self.geometry.block_entries();
+        let first = self.first_of_block(index);
         let start = self.others.partition_point(|cluster| *cluster < first);
         let order = self.geometry.refcount_order;
         let last = first + self.geometry.block_entries();
@@ -215,7 +226,7 @@ impl Refcounts {
         let block = self.block(index).map(|block| {
             let inside = others[start..].iter().take_while(|cluster| **cluster < last);
             let mut counts =
-                inside.map(|cluster| read_entry(&block.bytes, (cluster - first) as usize, order));
+                inside.map(|cluster| read_entry(&block.bytes, (*cluster - first) as usize, order));
             counts.any(|count| count == 0)
         });
         self.others = others;
@@ -226,7 +237,7 @@ impl Refcounts {
                 let detail = "its metadata is damaged: a refcount block is something else as well, \
                               or counts a table as free; repair it with 'nbd-cli image check \
                               --repair all'";
-                Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset))
+                Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset.bytes()))
             }
         }
     }
@@ -252,11 +263,11 @@ impl Refcounts {
     }
 
     /// Adds a new block, all zero but present on disk, at `offset`.
-    pub(in crate::qcow2) fn add_block(&mut self, index: usize, offset: u64) -> Result<()> {
+    pub(in crate::qcow2) fn add_block(&mut self, index: usize, offset: HostOffset) -> Result<()> {
         let bytes = vec![0; self.geometry.cluster_size() as usize];
         // Written now, so that a full disk is noticed now and not by a flush.
         self.file
-            .write_at(HostOffset::new(offset), &bytes, Durability::Cached)
+            .write_at(offset, &bytes, Durability::Cached)
             .map_err(|error| Error::from_io("write a refcount block of", error))?;
         self.make_room();
         // Nor is it known to be on disk before a flush has written it again and synced.
@@ -266,7 +277,7 @@ impl Refcounts {
         if self.table.len() <= index {
             self.table.resize(index + 1, 0);
         }
-        self.table[index] = offset;
+        self.table[index] = offset.bytes();
         self.places.insert(offset);
         self.dirty_entries.insert(index);
         Ok(())
@@ -276,30 +287,31 @@ impl Refcounts {
     pub(in crate::qcow2) fn remove_block(&mut self, index: usize) {
         self.blocks.remove(&index);
         self.dirty_entries.remove(&index);
-        if let Some(entry) = self.table.get_mut(index) {
-            self.places.remove(entry);
-            *entry = 0;
+        if let Some(offset) = self.block_offset(index) {
+            self.places.remove(&offset);
+            self.table[index] = 0;
         }
     }
 
     fn block(&mut self, index: usize) -> Result<&mut Block> {
         if !self.blocks.contains_key(&index) {
             self.make_room();
-            let offset = self.table.get(index).copied().unwrap_or(0);
-            if offset == 0 || offset >> 56 != 0 || self.geometry.in_cluster(offset) != 0 {
+            let offset = self.block_offset(index).unwrap_or_default();
+            let is_possible = offset.bytes() != 0 && offset.bytes() >> 56 == 0;
+            if !is_possible || self.geometry.in_cluster(offset) != 0 {
                 let detail = "a refcount block is missing or not aligned; check it with \
                               'nbd-cli image check'";
-                return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset));
+                return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset.bytes()));
             }
             let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-            let read = self.file.read_exact_at(HostOffset::new(offset), &mut bytes);
+            let read = self.file.read_exact_at(offset, &mut bytes);
             read.map_err(|error| match error.kind() {
                 std::io::ErrorKind::UnexpectedEof => Error::new(
                     ErrorKind::Corrupt,
                     "change",
                     "a refcount block lies past the end of the file; check it with 'nbd-cli image check'",
                 )
-                .at(offset),
+                .at(offset.bytes()),
                 _ => Error::from_io("read a refcount block of", error),
             })?;
             self.blocks.insert(
@@ -330,7 +342,7 @@ impl Refcounts {
                 let end = end.next_multiple_of(512);
                 let bytes = block.bytes[start..end].to_vec();
                 block.is_being_written = true;
-                let offset = self.table[*index] + start as u64;
+                let offset = HostOffset::new(self.table[*index]) + start as u64;
                 parts.push(DirtyBlock { index: *index, start, offset, bytes });
             }
         }

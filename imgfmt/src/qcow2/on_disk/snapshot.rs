@@ -37,7 +37,7 @@ pub struct Snapshot {
     pub vm_state_size: u64,
     /// Size of the disk at that time, in bytes.
     pub disk_size: u64,
-    pub(crate) l1_offset: u64,
+    pub(crate) l1_offset: HostOffset,
     pub(crate) l1_entries: u32,
     pub(crate) extra: Vec<u8>,
     /// Id and name as they stand in the file, which need not be UTF-8.
@@ -89,10 +89,11 @@ pub(crate) fn read_damaged_table(storage: &dyn Storage, header: &Header) -> Resu
         let name_lengths = snapshot.raw_id.len() + snapshot.raw_name.len();
         // Behind the last snapshot the cluster is empty, and no entry without a name has an end
         // from which the next one could be found.
-        let is_empty = name_lengths == 0 && snapshot.l1_offset == 0 && snapshot.l1_entries == 0;
+        let is_empty =
+            name_lengths == 0 && snapshot.l1_offset.bytes() == 0 && snapshot.l1_entries == 0;
         let reason = match () {
             () if number >= SNAPSHOTS_MAX => "are more than there may be",
-            () if offset >= file_length => "lie past the end of the file",
+            () if offset.bytes() >= file_length => "lie past the end of the file",
             () if length > TABLE_BYTES_MAX => "make the table too large",
             () if is_empty => "are empty",
             () => "",
@@ -132,7 +133,7 @@ pub(crate) fn find<'a>(snapshots: &'a [Snapshot], name: &str) -> Result<&'a Snap
 pub(crate) fn encode_table(snapshots: &[Snapshot]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for snapshot in snapshots {
-        bytes.extend(snapshot.l1_offset.to_be_bytes());
+        bytes.extend(snapshot.l1_offset.bytes().to_be_bytes());
         bytes.extend(snapshot.l1_entries.to_be_bytes());
         bytes.extend((snapshot.raw_id.len() as u16).to_be_bytes());
         bytes.extend((snapshot.raw_name.len() as u16).to_be_bytes());
@@ -157,18 +158,18 @@ pub(crate) fn table_length(snapshots: &[Snapshot]) -> u64 {
 fn read_entry(
     storage: &dyn Storage,
     header: &Header,
-    offset: u64,
+    offset: HostOffset,
     file_length: u64,
 ) -> Result<(Snapshot, u64)> {
     let mut fixed = [0; ENTRY_LENGTH];
-    storage.read_exact_at(HostOffset::new(offset), &mut fixed).map_err(read_error)?;
+    storage.read_exact_at(offset, &mut fixed).map_err(read_error)?;
     let name_lengths = usize::from(u16_at(&fixed, 12)) + usize::from(u16_at(&fixed, 14));
     let extra_length = u32_at(&fixed, 36) as usize;
     if extra_length > EXTRA_LENGTH_MAX {
         return Err(invalid(format!("a snapshot has {extra_length} bytes of extra data")));
     }
     let mut rest = vec![0; extra_length + name_lengths];
-    let rest_offset = HostOffset::new(offset + ENTRY_LENGTH as u64);
+    let rest_offset = offset + ENTRY_LENGTH as u64;
     storage.read_exact_at(rest_offset, &mut rest).map_err(read_error)?;
     let (extra, names) = rest.split_at(extra_length);
     let snapshot = decode_entry(&fixed, extra, names, header);
@@ -181,11 +182,11 @@ fn read_entry(
 fn read_damaged_entry(
     storage: &dyn Storage,
     header: &Header,
-    offset: u64,
+    offset: HostOffset,
 ) -> Result<(Snapshot, u64)> {
-    let read = |offset: u64, length: usize| {
+    let read = |offset: HostOffset, length: usize| {
         let mut bytes = vec![0; length];
-        let done = storage.read_at(HostOffset::new(offset), &mut bytes).map_err(read_error)?;
+        let done = storage.read_at(offset, &mut bytes).map_err(read_error)?;
         bytes[done..].fill(0);
         Ok::<_, Error>(bytes)
     };
@@ -209,7 +210,7 @@ fn decode_entry(fixed: &[u8], extra: &[u8], names: &[u8], header: &Header) -> Sn
         vm_clock_ns: u64_at(fixed, 24),
         vm_state_size: large(0).unwrap_or_else(|| u64::from(u32_at(fixed, 32))),
         disk_size: large(8).unwrap_or(header.size) & !511,
-        l1_offset: u64_at(fixed, 0),
+        l1_offset: HostOffset::new(u64_at(fixed, 0)),
         l1_entries: u32_at(fixed, 8),
         extra: extra.to_vec(),
         raw_id: id.to_vec(),
@@ -234,7 +235,7 @@ fn check_entry(snapshot: &Snapshot, header: &Header, file_length: u64) -> Result
     let end = snapshot.l1_offset.checked_add(bytes);
     let fits = bytes <= L1_BYTES_MAX
         && geometry.in_cluster(snapshot.l1_offset) == 0
-        && end.zip(file_end).is_some_and(|(end, file_end)| end <= file_end)
+        && end.zip(file_end).is_some_and(|(end, file_end)| end.bytes() <= file_end)
         && snapshot.disk_size <= i64::MAX as u64
         && geometry.l1_entries_for(snapshot.disk_size) <= u64::from(snapshot.l1_entries);
     if fits {

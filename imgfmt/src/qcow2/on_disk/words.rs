@@ -8,11 +8,11 @@ use crate::units::HostOffset;
 /// Reads a table of 64-bit words.
 pub(in crate::qcow2) fn read_words(
     storage: &dyn Storage,
-    offset: u64,
+    offset: HostOffset,
     count: usize,
 ) -> Result<Vec<u64>> {
     let mut bytes = vec![0; count * 8];
-    let read = storage.read_at(HostOffset::new(offset), &mut bytes).map_err(read_error)?;
+    let read = storage.read_at(offset, &mut bytes).map_err(read_error)?;
     // A table may end in the middle of the file's last cluster: the rest is zero.
     bytes[read..].fill(0);
     Ok(bytes.chunks_exact(8).map(|word| u64_at(word, 0)).collect())

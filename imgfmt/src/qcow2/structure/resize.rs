@@ -7,6 +7,7 @@ use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot::Snapshot;
 use crate::storage::{Speed, ZeroMode};
+use crate::units::HostOffset;
 
 const L1_BYTES_MAX: u64 = 32 << 20;
 
@@ -55,13 +56,13 @@ impl Qcow2 {
         &mut self,
         size: u64,
         l1_entries: u32,
-        l1_offset: u64,
+        l1_offset: HostOffset,
     ) -> Result<()> {
         let mut fields = [0; 24];
         fields[..8].copy_from_slice(&size.to_be_bytes());
         // Between them is the method of encryption: none.
         fields[12..16].copy_from_slice(&l1_entries.to_be_bytes());
-        fields[16..].copy_from_slice(&l1_offset.to_be_bytes());
+        fields[16..].copy_from_slice(&l1_offset.bytes().to_be_bytes());
         self.metadata.write_header(field::SIZE, &fields)?;
         // Whether the sync succeeds or not, this is what the file says now.
         let old_size = std::mem::replace(&mut self.size, size);
@@ -120,12 +121,11 @@ impl Qcow2 {
         let old_bytes = u64::from(old_entries) * 8;
         self.mapping.replace_l1(l1);
         let new_end = reserved.offset + u64::from(self.metadata.header().l1_entries) * 8;
-        self.clusters.allocator()?.protected.push((reserved.offset, new_end));
+        self.clusters.allocator()?.protected.push(reserved.offset..new_end);
         switched?;
-        let is_old = |range: &(u64, u64)| *range == (old_offset, old_offset + old_bytes);
-        self.clusters.allocator()?.protected.retain(|range| !is_old(range));
-        let first = old_offset >> geometry.cluster_bits;
-        let old_clusters = first..first + geometry.clusters_of(old_bytes);
+        let old_place = old_offset..old_offset + old_bytes;
+        self.clusters.allocator()?.protected.retain(|place| *place != old_place);
+        let old_clusters = geometry.clusters_touched(old_offset, old_bytes);
         self.clusters.free(old_clusters.map(|cluster| Freed { cluster, punch: false }));
         Ok(())
     }

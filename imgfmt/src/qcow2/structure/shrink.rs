@@ -8,21 +8,22 @@
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::image::Qcow2;
-use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
+use crate::qcow2::on_disk::l2::{COPIED, table_of};
+use crate::units::{GuestOffset, Offset as _};
 
 impl Qcow2 {
     /// Makes the disk end at `size`, and returns the L1 table that it had. Everything is flushed.
     pub(in crate::qcow2) fn switch_to_smaller(&mut self, size: u64) -> Result<Vec<u64>> {
         let geometry = self.geometry();
         let old = self.mapping.l1_words();
-        let end = size.next_multiple_of(geometry.cluster_size());
+        let end = GuestOffset::new(size).round_up(geometry.cluster_size());
         self.mapping.refuse_bad_behind(end)?;
         let mut l1 = old.clone();
-        let whole = end.div_ceil(geometry.l2_coverage()) as usize;
+        let whole = geometry.l1_entries_for(end.bytes()) as usize;
         l1.iter_mut().skip(whole).for_each(|entry| *entry = 0);
         let cut = self.mapping.cut_table(end, self)?;
         if let (Some(offset), Some(entry)) = (cut, l1.get_mut(geometry.l1_index(end) as usize)) {
-            *entry = offset | COPIED;
+            *entry = offset.bytes() | COPIED;
         }
         let switched = if l1 == old {
             self.write_disk_fields(size, old.len() as u32, self.metadata.header().l1_offset)
@@ -37,24 +38,24 @@ impl Qcow2 {
         switched.map(|()| old)
     }
 
-    /// Lets go of everything behind `size` that an L1 table refers to. The header, on disk, does
+    /// Frees everything after `size` that an L1 table refers to. The header, on disk, does
     /// not name that table any more.
     pub(in crate::qcow2) fn free_behind(&self, size: u64, old: &[u64]) -> Result<()> {
         let geometry = self.geometry();
-        let end = size.next_multiple_of(geometry.cluster_size());
+        let end = GuestOffset::new(size).round_up(geometry.cluster_size());
         let now = self.mapping.l1_words();
         for (index, entry) in old.iter().enumerate().skip(geometry.l1_index(end) as usize) {
-            let offset = entry & OFFSET_MASK;
-            let is_kept = now.get(index).is_some_and(|now| now & OFFSET_MASK == offset);
-            if offset == 0 || is_kept {
+            let Some(offset) = table_of(*entry) else { continue };
+            if now.get(index).is_some_and(|now| table_of(*now) == Some(offset)) {
                 continue;
             }
             let words = self.mapping.words_behind(end, index as u64, offset)?;
-            let mut freed = vec![Freed { cluster: offset >> geometry.cluster_bits, punch: false }];
+            let mut freed = vec![Freed { cluster: geometry.host_cluster(offset), punch: false }];
             for entry in words.chunks_exact(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
                 let cluster = self.mapping.format.decode(entry[0], bitmap);
-                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
+                let cluster =
+                    cluster.map_err(|detail| self.metadata.corrupt(detail, offset.bytes()))?;
                 freed.extend(self.mapping.references(cluster, None, true));
             }
             self.clusters.free(freed);

@@ -12,11 +12,12 @@ use crate::qcow2::alloc::allocator::Freed;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
 use crate::qcow2::on_disk::header::field;
-use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK};
+use crate::qcow2::on_disk::l2::{COPIED, OFFSET_MASK, table_of};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::qcow2::on_disk::words::read_words;
 use crate::qcow2::on_disk::words::words_to_bytes;
 use crate::qcow2::structure::resize::refuse_unknown_sizes;
+use crate::units::{GuestOffset, HostOffset};
 
 /// How much of a disk reads differently after a change of its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,7 +90,7 @@ impl Qcow2 {
     /// Makes the disk what an L1 table says, and `size` bytes long, with one write of the header.
     fn apply_l1(&mut self, mut l1: Vec<u64>, size: u64) -> Result<()> {
         let old = self.mapping.l1_words();
-        self.mapping.refuse_bad_behind(0)?;
+        self.mapping.refuse_bad_behind(GuestOffset::new(0))?;
         self.mapping.add_references(&l1)?;
         l1.resize(l1.len().max(old.len()), 0);
         l1.iter_mut().for_each(|entry| *entry &= OFFSET_MASK);
@@ -130,7 +131,7 @@ impl Qcow2 {
         if old.is_empty() {
             return Ok(());
         }
-        self.mapping.refuse_bad_behind(0)?;
+        self.mapping.refuse_bad_behind(GuestOffset::new(0))?;
         let changed = match changed {
             Changed::Everything => span(0, self.size),
             // The file changes all the same, and must say so.
@@ -176,7 +177,10 @@ impl Qcow2 {
     /// Writes a new snapshot table and switches to it.
     fn replace_snapshots(&mut self, snapshots: &[Snapshot]) -> Result<()> {
         let bytes = snapshot::encode_table(snapshots);
-        let offset = if bytes.is_empty() { 0 } else { self.clusters.write_new(&bytes, self)? };
+        let offset = match bytes.is_empty() {
+            true => HostOffset::new(0),
+            false => self.clusters.write_new(&bytes, self)?,
+        };
         self.flusher().flush()?;
         let old = (
             self.metadata.header().snapshots_offset,
@@ -184,7 +188,7 @@ impl Qcow2 {
         );
         let mut fields = [0; 12];
         fields[..4].copy_from_slice(&(snapshots.len() as u32).to_be_bytes());
-        fields[4..].copy_from_slice(&offset.to_be_bytes());
+        fields[4..].copy_from_slice(&offset.bytes().to_be_bytes());
         self.metadata.write_header(field::SNAPSHOT_COUNT, &fields)?;
         // Whether the sync succeeds or not, this is what the file says now.
         self.metadata.update_header(|header| {
@@ -209,10 +213,7 @@ impl Qcow2 {
         self.flusher().flush()?;
         let geometry = self.geometry();
         for (l1_index, entry) in self.mapping.l1_words().into_iter().enumerate() {
-            let offset = entry & OFFSET_MASK;
-            if offset == 0 {
-                continue;
-            }
+            let Some(offset) = table_of(entry) else { continue };
             let mut words =
                 read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)?;
             let mut allocator = self.clusters.allocator()?;
@@ -220,18 +221,19 @@ impl Qcow2 {
             for entry in words.chunks_exact_mut(geometry.entry_words()) {
                 let bitmap = entry.get(1).copied().unwrap_or(0);
                 let cluster = self.mapping.format.decode(entry[0], bitmap);
-                let cluster = cluster.map_err(|detail| self.metadata.corrupt(detail, offset))?;
+                let cluster =
+                    cluster.map_err(|detail| self.metadata.corrupt(detail, offset.bytes()))?;
                 let Some(host) = cluster.host else { continue };
-                let is_ours = allocator.refcounts.refcount(host >> geometry.cluster_bits)? == 1;
+                let is_ours = allocator.refcounts.refcount(geometry.host_cluster(host))? == 1;
                 is_changed |= cluster.copied != is_ours;
                 entry[0] = if is_ours { entry[0] | COPIED } else { entry[0] & !COPIED };
             }
-            let is_ours = allocator.refcounts.refcount(offset >> geometry.cluster_bits)? == 1;
+            let is_ours = allocator.refcounts.refcount(geometry.host_cluster(offset))? == 1;
             drop(allocator);
             if is_changed {
                 self.metadata.write(offset, &words_to_bytes(&words))?;
             }
-            let wanted = if is_ours { offset | COPIED } else { offset };
+            let wanted = offset.bytes() | if is_ours { COPIED } else { 0 };
             if wanted != entry {
                 self.mapping.set_l1(l1_index, wanted);
             }
