@@ -1,6 +1,8 @@
 //! Regular files and block devices.
 
-use std::fs::{File, FileType, Metadata, OpenOptions};
+mod zeroes;
+
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -13,15 +15,17 @@ use rustix::io::{Errno, ReadWriteFlags};
 use super::alignment::DirectAlignment;
 use super::direct::Direct;
 use super::known_data::KnownData;
-use super::lock::{self, LockOutcome};
-use super::opening::{identity_from, open_error};
+use super::lock::lock_file;
+use super::opening::{
+    clear_non_blocking, device_can_discard, identity_from, open_error, refuse_what_is_no_image,
+};
 use super::{
     Capabilities, Durability, FileIdentity, Speed, Storage, StorageExtent, TryRead, ZeroMode,
-    durable, zero,
+    durable,
 };
 use crate::access::{Access, Locking};
 use crate::cache_mode::CacheMode;
-use crate::error::{Error, ErrorKind, Result, is_not_supported};
+use crate::error::Result;
 use crate::extent::ExtentKind;
 use crate::sys;
 use crate::units::HostOffset;
@@ -164,60 +168,6 @@ impl FileStorage {
             lacks,
             known_data: Box::default(),
         }
-    }
-
-    fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> io::Result<()> {
-        let mode = mode | FallocateFlags::KEEP_SIZE;
-        let range = offset..offset.saturating_add(length);
-        let _held = self.direct.as_deref().map(|direct| direct.hold(range));
-        loop {
-            match rustix::fs::fallocate(&self.file, mode, offset, length) {
-                Err(Errno::INTR) => {}
-                other => return other.map_err(io::Error::from),
-            }
-        }
-    }
-
-    /// Applies a mode of fallocate that leaves zeroes, and remembers if it does not exist here. On
-    /// a device the unaligned edges are written, after the middle has been done.
-    fn fallocate_zeroes(
-        &self,
-        mode: FallocateFlags,
-        lacking: &AtomicBool,
-        offset: u64,
-        length: u64,
-    ) -> io::Result<()> {
-        if lacking.load(Relaxed) {
-            return Err(io::ErrorKind::Unsupported.into());
-        }
-        let end = offset.checked_add(length).ok_or(io::ErrorKind::InvalidInput)?;
-        let (start_inner, end_inner) = match self.kind {
-            Kind::Regular => (offset, end),
-            Kind::BlockDevice { logical_block_size: block } => {
-                (offset.div_ceil(block).saturating_mul(block), end / block * block)
-            }
-        };
-        if start_inner >= end_inner {
-            return self.write_zeroes_as_data(HostOffset::new(offset), length);
-        }
-        let zeroed = self.fallocate(mode, start_inner, end_inner - start_inner);
-        // Also what failed may have been done in part.
-        self.known_data.remove(start_inner, end_inner - start_inner);
-        match zeroed {
-            Err(error) if is_not_supported(&error) => {
-                lacking.store(true, Relaxed);
-                return Err(io::ErrorKind::Unsupported.into());
-            }
-            other => other?,
-        }
-        self.write_zeroes_as_data(HostOffset::new(offset), start_inner - offset)?;
-        self.write_zeroes_as_data(HostOffset::new(end_inner), end - end_inner)
-    }
-
-    fn write_zeroes_as_data(&self, offset: HostOffset, length: u64) -> io::Result<()> {
-        zero::write_zero_buffers(offset, length, |offset, zeroes| {
-            self.write_at(offset, zeroes, Durability::Cached)
-        })
     }
 
     /// Whether this is a kind of file of which the system tells the holes.
@@ -444,89 +394,4 @@ impl Storage for FileStorage {
     fn identity(&self) -> Option<FileIdentity> {
         Some(self.identity)
     }
-}
-
-fn refuse_what_is_no_image(path: &Path, kind: FileType) -> Result<()> {
-    let what = if kind.is_file() || kind.is_block_device() {
-        return Ok(());
-    } else if kind.is_dir() {
-        "a directory"
-    } else if kind.is_fifo() {
-        "a pipe"
-    } else if kind.is_socket() {
-        "a socket"
-    } else {
-        "a character device"
-    };
-    let detail = format!("it is {what}; give the path of an image file or of a block device");
-    Err(Error::new(ErrorKind::InvalidFormat, "open", detail).with_path(path))
-}
-
-/// `O_NONBLOCK` was needed to open safely; some kernel interfaces take it for "never wait".
-fn clear_non_blocking(file: &File) -> io::Result<()> {
-    let flags = rustix::fs::fcntl_getfl(file)?;
-    Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)?)
-}
-
-/// Locks the file; false if it has no locks and need not have any.
-fn lock_file(file: &File, path: &Path, access: Access, locking: Locking) -> Result<bool> {
-    let busy = |detail: &str| Err(Error::new(ErrorKind::Busy, "open", detail).with_path(path));
-    let outcome = match (locking, access) {
-        (Locking::Off, _) => return Ok(true),
-        (Locking::Auto | Locking::On, _) => lock::take(file.as_fd(), access),
-        (Locking::Shared, Access::ReadOnly) => lock::take_shared(file.as_fd()),
-        (Locking::Shared, Access::ReadWrite) => {
-            let detail = "what others may write to at the same time can only be read";
-            return Err(Error::new(ErrorKind::InvalidInput, "open", detail).with_path(path));
-        }
-    };
-    match outcome {
-        Ok(LockOutcome::Taken) => Ok(true),
-        Ok(LockOutcome::HeldByWriter) => {
-            let error = busy(
-                "another program (a virtual machine, qemu-nbd, another export?) has it open for \
-                 writing; stop it first",
-            );
-            match access {
-                Access::ReadOnly => error.map_err(Error::but_could_be_shared),
-                Access::ReadWrite => error,
-            }
-        }
-        Ok(LockOutcome::NotShared) => busy(
-            "another program (a virtual machine, qemu-nbd, another export?) is using it and does \
-             not share it with writers; stop it first, or open it read-only",
-        ),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            busy("another program has locked it; stop it first")
-        }
-        Err(error)
-            if matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::EINVAL))
-                || is_not_supported(&error) =>
-        {
-            match locking {
-                Locking::On => {
-                    let detail = "its file system has no locks; open it with locking off if you \
-                                  are sure that no other program uses it";
-                    Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
-                }
-                // Who shares it has asked for no protection.
-                Locking::Shared => Ok(true),
-                Locking::Auto | Locking::Off => Ok(false),
-            }
-        }
-        Err(error) => Err(Error::from_io("lock", error).with_path(path)),
-    }
-}
-
-/// Reads a number from the queue directory of a block device, or of the disk a partition is on.
-fn queue_attribute(device: u64, name: &str) -> Option<u64> {
-    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
-    ["", "../"].iter().find_map(|up| {
-        let path = format!("/sys/dev/block/{major}:{minor}/{up}queue/{name}");
-        std::fs::read_to_string(path).ok()?.trim().parse().ok()
-    })
-}
-
-fn device_can_discard(device: u64) -> bool {
-    queue_attribute(device, "discard_max_bytes").is_some_and(|bytes| bytes > 0)
 }

@@ -8,10 +8,13 @@
 //!
 //! Permissions: 0 consistent read, 1 write, 2 write unchanged, 3 resize.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::path::Path;
 
-use crate::access::Access;
+use crate::access::{Access, Locking};
+use crate::error::{Error, ErrorKind, Result, is_not_supported};
 use crate::sys;
 
 const HELD_BASE: u64 = 100;
@@ -23,7 +26,7 @@ const RESIZE: u64 = 3;
 
 /// What came of the attempt to lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum LockOutcome {
+enum LockOutcome {
     /// The locks are held until the file is closed.
     Taken,
     /// Someone else writes the file.
@@ -32,8 +35,63 @@ pub(super) enum LockOutcome {
     NotShared,
 }
 
+/// Locks the file; false if it has no locks and need not have any.
+pub(super) fn lock_file(
+    file: &File,
+    path: &Path,
+    access: Access,
+    locking: Locking,
+) -> Result<bool> {
+    let busy = |detail: &str| Err(Error::new(ErrorKind::Busy, "open", detail).with_path(path));
+    let outcome = match (locking, access) {
+        (Locking::Off, _) => return Ok(true),
+        (Locking::Auto | Locking::On, _) => take(file.as_fd(), access),
+        (Locking::Shared, Access::ReadOnly) => take_shared(file.as_fd()),
+        (Locking::Shared, Access::ReadWrite) => {
+            let detail = "what others may write to at the same time can only be read";
+            return Err(Error::new(ErrorKind::InvalidInput, "open", detail).with_path(path));
+        }
+    };
+    match outcome {
+        Ok(LockOutcome::Taken) => Ok(true),
+        Ok(LockOutcome::HeldByWriter) => {
+            let error = busy(
+                "another program (a virtual machine, qemu-nbd, another export?) has it open for \
+                 writing; stop it first",
+            );
+            match access {
+                Access::ReadOnly => error.map_err(Error::but_could_be_shared),
+                Access::ReadWrite => error,
+            }
+        }
+        Ok(LockOutcome::NotShared) => busy(
+            "another program (a virtual machine, qemu-nbd, another export?) is using it and does \
+             not share it with writers; stop it first, or open it read-only",
+        ),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            busy("another program has locked it; stop it first")
+        }
+        Err(error)
+            if matches!(error.raw_os_error(), Some(libc::ENOLCK | libc::EINVAL))
+                || is_not_supported(&error) =>
+        {
+            match locking {
+                Locking::On => {
+                    let detail = "its file system has no locks; open it with locking off if you \
+                                  are sure that no other program uses it";
+                    Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
+                }
+                // Who shares it has asked for no protection.
+                Locking::Shared => Ok(true),
+                Locking::Auto | Locking::Off => Ok(false),
+            }
+        }
+        Err(error) => Err(Error::from_io("lock", error).with_path(path)),
+    }
+}
+
 /// Takes the locks for `access`, or none.
-pub(super) fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome> {
+fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome> {
     let outcome = try_to_take(fd, access);
     if !matches!(outcome, Ok(LockOutcome::Taken)) {
         // Closing the file is not enough: a process forked a moment ago by another thread still has
@@ -44,7 +102,7 @@ pub(super) fn take(fd: BorrowedFd<'_>, access: Access) -> io::Result<LockOutcome
 }
 
 /// Says that the image is read, and lets others write to it at the same time.
-pub(super) fn take_shared(fd: BorrowedFd<'_>) -> io::Result<LockOutcome> {
+fn take_shared(fd: BorrowedFd<'_>) -> io::Result<LockOutcome> {
     sys::lock_byte_shared(fd, HELD_BASE + CONSISTENT_READ)?;
     match sys::byte_is_locked(fd, NOT_SHARED_BASE + CONSISTENT_READ)? {
         false => Ok(LockOutcome::Taken),

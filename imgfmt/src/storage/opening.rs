@@ -1,14 +1,15 @@
 //! What all ways to open a file share.
 
-use std::fs::Metadata;
+use std::fs::{File, FileType, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::FileIdentity;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, Result};
 
 pub(super) fn identity_from(metadata: &Metadata) -> FileIdentity {
     let is_device = metadata.file_type().is_block_device();
@@ -26,4 +27,41 @@ pub(super) fn open_error(path: &Path) -> impl Fn(io::Error) -> Error {
         }
         _ => Error::from_io("open", error).with_path(path),
     }
+}
+
+/// Refuses what is neither a regular file nor a block device.
+pub(super) fn refuse_what_is_no_image(path: &Path, kind: FileType) -> Result<()> {
+    let what = if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a pipe"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    };
+    let detail = format!("it is {what}; give the path of an image file or of a block device");
+    Err(Error::new(ErrorKind::InvalidFormat, "open", detail).with_path(path))
+}
+
+/// `O_NONBLOCK` was needed to open safely; some kernel interfaces take it for "never wait".
+pub(super) fn clear_non_blocking(file: &File) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    Ok(rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)?)
+}
+
+/// Reads a number from the queue directory of a block device, or of the disk a partition is on.
+fn queue_attribute(device: u64, name: &str) -> Option<u64> {
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    ["", "../"].iter().find_map(|up| {
+        let path = format!("/sys/dev/block/{major}:{minor}/{up}queue/{name}");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    })
+}
+
+/// Whether a block device, given by its number, can discard.
+pub(super) fn device_can_discard(device: u64) -> bool {
+    queue_attribute(device, "discard_max_bytes").is_some_and(|bytes| bytes > 0)
 }

@@ -14,7 +14,7 @@ use crate::qcow2::metadata::metadata_file::MetadataFile;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::field;
-use crate::qcow2::on_disk::refcount::write_entry;
+use crate::qcow2::on_disk::refcount_entry::write_entry;
 use crate::qcow2::on_disk::words::read_error;
 use crate::storage::Durability;
 use crate::units::HostOffset;

@@ -8,5 +8,6 @@ pub(super) mod header;
 pub(super) mod incomplete;
 pub(super) mod l2;
 pub(super) mod refcount;
+pub(super) mod refcount_entry;
 pub(super) mod snapshot;
 pub(super) mod words;

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::header::{MAGIC, autoclear, compatible, incompatible};
-use crate::qcow2::on_disk::refcount::write_entry;
+use crate::qcow2::on_disk::refcount_entry::write_entry;
 
 const HEADER_LENGTH: u32 = 112;
 const L1_BYTES_MAX: u64 = 32 << 20;

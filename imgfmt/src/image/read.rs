@@ -1,0 +1,130 @@
+//! Reading a disk, and finding where its bytes are.
+
+use std::os::fd::BorrowedFd;
+
+use super::Image;
+use crate::error::Result;
+use crate::mapping::{Holes, Lookup, Mapped, Mapping, ReadMap};
+use crate::read;
+use crate::storage::TryRead;
+use crate::units::{GuestOffset, GuestRange};
+
+impl Image {
+    /// Fills `buffer` from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds` if that goes beyond the end of the disk, `Corrupt`, `Io`.
+    pub fn read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
+        let range = self.check("read", offset, buffer.len() as u64)?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _lease = self.layer().lease();
+        read::read_at(self.layer(), offset, buffer).map_err(|error| self.name(error))
+    }
+
+    /// Fills `buffer` from `offset` on if that needs no waiting for a disk.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at).
+    pub fn try_read_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+        self.try_read(offset, buffer, Holes::AsData)
+    }
+
+    /// As [`try_read_at`](Self::try_read_at), for data only: where metadata says that a part of the
+    /// range reads as zero, the answer is [`TryRead::Sparse`], and [`map`](Self::map) tells which
+    /// part. One look at the metadata serves both.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_at`](Self::read_at).
+    pub fn try_read_data_at(&self, offset: GuestOffset, buffer: &mut [u8]) -> Result<TryRead> {
+        self.try_read(offset, buffer, Holes::Told)
+    }
+
+    fn try_read(&self, offset: GuestOffset, buffer: &mut [u8], holes: Holes) -> Result<TryRead> {
+        let range = self.check("read", offset, buffer.len() as u64)?;
+        if range.is_empty() {
+            return Ok(TryRead::Complete);
+        }
+        let _lease = self.layer().lease();
+        let read = read::try_read_at(self.layer(), offset, buffer, holes);
+        read.map_err(|error| self.name(error))
+    }
+
+    /// Starts to bring a range into memory, without waiting for it.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Io`.
+    pub fn cache(&self, range: GuestRange) -> Result<()> {
+        let range = self.check("read ahead in", range.offset(), range.length())?;
+        if range.is_empty() {
+            return Ok(());
+        }
+        let _lease = self.layer().lease();
+        read::readahead(self.layer(), range).map_err(|error| self.name(error))
+    }
+
+    /// Finds where the bytes of a range are, so that the caller can move them.
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Corrupt`, `Io`.
+    pub fn map_read(&self, range: GuestRange) -> Result<ReadMap> {
+        let mut map = ReadMap::new(self.layer().lease());
+        // Everything may be read that it takes, so it is complete.
+        let _complete = self.map(range, Holes::AsData, Lookup::MayRead, |mapping| {
+            map.push(mapping);
+            true
+        })?;
+        Ok(map)
+    }
+
+    /// As [`map_read`](Self::map_read), from what is in memory; `None` if that does not tell.
+    ///
+    /// # Errors
+    ///
+    /// As [`map_read`](Self::map_read).
+    pub fn map_read_cached(&self, range: GuestRange, holes: Holes) -> Result<Option<ReadMap>> {
+        let mut map = ReadMap::new(self.layer().lease());
+        let mapped = self.map(range, holes, Lookup::CachedOnly, |mapping| {
+            map.push(mapping);
+            true
+        })?;
+        Ok((mapped == Mapped::Complete).then_some(map))
+    }
+
+    /// Calls `each` with the mappings of a range in turn, from its start on and without gaps, until
+    /// it returns false. What it is told is true at that moment; to move the bytes later take
+    /// [`map_read`](Self::map_read).
+    ///
+    /// # Errors
+    ///
+    /// `OutOfBounds`, `Corrupt`, `Io`.
+    pub fn map(
+        &self,
+        range: GuestRange,
+        holes: Holes,
+        lookup: Lookup,
+        each: impl FnMut(Mapping<'_>) -> bool,
+    ) -> Result<Mapped> {
+        let range = self.check("map", range.offset(), range.length())?;
+        if range.is_empty() {
+            return Ok(Mapped::Complete);
+        }
+        let _lease = self.layer().lease();
+        read::map(self.layer(), range, (holes, lookup), each).map_err(|error| self.name(error))
+    }
+
+    /// The file whose bytes are the disk's, one to one, if the image is raw, lies in a file, and its
+    /// data goes through the page cache.
+    pub fn raw_fd(&self) -> Option<BorrowedFd<'_>> {
+        if self.direct.is_some() {
+            return None;
+        }
+        self.chain.top.raw_storage()?.as_fd()
+    }
+}

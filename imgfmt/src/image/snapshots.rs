@@ -1,0 +1,71 @@
+//! Internal snapshots, and giving up what a layer has.
+
+use super::Image;
+use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::{Changed, Qcow2};
+use crate::units::GuestOffset;
+
+impl Image {
+    /// Keeps the present state of the disk as an internal snapshot of this name.
+    ///
+    /// # Errors
+    ///
+    /// `ReadOnly`; `Unsupported` for raw images and where refcounts are too narrow; `InvalidInput`
+    /// if there is one of that name; `Busy` while a [`ReadMap`] is held; `NoSpace`, `Corrupt`, `Io`.
+    pub fn create_snapshot(&mut self, name: &str) -> Result<()> {
+        self.change_snapshots(|image| image.create_snapshot(name))
+    }
+
+    /// Makes the disk what it was when an internal snapshot, given by id or name, was made, and as
+    /// large. What was written since is lost. Bitmaps that record have every bit set then.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot); `NotFound`; and `Unsupported` if the size
+    /// differs and there are snapshots that do not say theirs, as in images of version 2.
+    pub fn apply_snapshot(&mut self, name: &str) -> Result<()> {
+        self.change_snapshots(|image| image.apply_snapshot(name))
+    }
+
+    /// Deletes an internal snapshot, given by id or name.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot), and `NotFound`.
+    pub fn delete_snapshot(&mut self, name: &str) -> Result<()> {
+        self.change_snapshots(|image| image.delete_snapshot(name))
+    }
+
+    /// Gives up everything that the image itself has, so that its backing file shows (or zeroes, if
+    /// it has none). Snapshots stay. All bitmaps that record changes become dirty as a whole.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot).
+    pub fn clear(&mut self) -> Result<()> {
+        self.change_snapshots(|image| image.clear(Changed::Everything))
+    }
+
+    /// Like [`clear`](Self::clear), after everything was written into the backing file (see
+    /// [`jobs::commit`](crate::jobs::commit)): the disk reads as before, so its bitmaps stay as they
+    /// are. If that is not so, they lack changes.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_snapshot`](Self::create_snapshot).
+    pub fn clear_committed(&mut self) -> Result<()> {
+        self.change_snapshots(|image| image.clear(Changed::Nothing))
+    }
+
+    fn change_snapshots(&mut self, change: impl FnOnce(&mut Qcow2) -> Result<()>) -> Result<()> {
+        self.check_change("change", GuestOffset::new(0), 0)?;
+        let result = match self.chain.top.qcow2_mut() {
+            Some(image) => change(image),
+            None => {
+                let detail = "a raw image has neither snapshots nor layers; convert it to qcow2";
+                Err(Error::new(ErrorKind::Unsupported, "change", detail))
+            }
+        };
+        result.map_err(|error| self.name(error))
+    }
+}
