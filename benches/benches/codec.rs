@@ -79,7 +79,7 @@ fn request_parse(group: &mut BenchmarkGroup<'_, WallTime>, name: &str, mode: Rep
 }
 
 fn tag(number: u64) -> RequestTag {
-    RequestTag { cookie: Cookie(number + 1), offset: number * LENGTH, command: CommandType::READ }
+    RequestTag::new(Cookie(number + 1), CommandType::READ, number * LENGTH)
 }
 
 /// The headers of the answers; the data itself is not copied.
@@ -145,7 +145,7 @@ fn block_status(
     let descriptors: Vec<_> = (0..count as u64)
         .map(|number| BlockDescriptor { length: 65536, flags: number % 2 * 3 })
         .collect();
-    let tag = RequestTag { cookie: Cookie(1), offset: 0, command: CommandType::BLOCK_STATUS };
+    let tag = RequestTag::new(Cookie(1), CommandType::BLOCK_STATUS, 0);
     let encoder = ReplyEncoder::new(mode);
     let context = MetaContextId(0);
     let mut out = BytesMut::new();

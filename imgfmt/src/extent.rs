@@ -15,6 +15,7 @@ pub enum ExtentKind {
 
 /// A part of a disk that is of one kind throughout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Extent {
     /// Where it is; never empty.
     pub range: GuestRange,

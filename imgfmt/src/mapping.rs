@@ -44,6 +44,7 @@ pub enum Mapped {
 
 /// A part of a disk that is of one kind throughout.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Mapping<'a> {
     /// Which part of the disk this is; never empty.
     pub range: GuestRange,

@@ -11,6 +11,8 @@ use crate::client::Client;
 use crate::error::Result;
 
 /// A range with one status.
+///
+/// A plain value, the protocol's own: it has these fields and will have no others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     /// Offset in the export, in bytes.

@@ -34,6 +34,7 @@ use crate::limits::{DEFAULT_PORT, MAX_STRING_LEN};
 /// # Ok::<(), nbd_proto::uri::UriError>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct NbdUri {
     /// The transport and address of the server.
     pub transport: Transport,
@@ -45,6 +46,27 @@ pub struct NbdUri {
     pub user: Option<String>,
     /// TLS parameters. They are kept, but have no effect, if TLS is not required.
     pub tls: TlsParameters,
+}
+
+impl NbdUri {
+    /// Creates the URI of an export on the server at `transport`, without TLS.
+    ///
+    /// ```
+    /// use nbd_proto::uri::{NbdUri, Transport};
+    ///
+    /// let uri = NbdUri::new(Transport::Unix { path: "/run/nbd.sock".into() }, "vm 1");
+    /// assert_eq!(uri.to_string(), "nbd+unix:///vm%201?socket=/run/nbd.sock");
+    /// ```
+    #[must_use]
+    pub fn new(transport: Transport, export_name: impl Into<String>) -> Self {
+        Self {
+            transport,
+            security: Security::Plain,
+            export_name: export_name.into(),
+            user: None,
+            tls: TlsParameters::default(),
+        }
+    }
 }
 
 /// The transport and address of a server.
@@ -76,6 +98,7 @@ pub enum Security {
 
 /// The query parameters that begin with `tls-`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub struct TlsParameters {
     /// `tls-type`.
     pub kind: Option<TlsKind>,

@@ -129,7 +129,7 @@ proptest! {
         } else {
             let cookie = sent.unwrap();
             let parsed = Server::new(&negotiated).parse(&out).unwrap();
-            let request = Request { cookie, offset, length, command };
+            let request = Request::new(cookie, command, offset, length);
             prop_assert_eq!(parsed, Parsed::Request { request, consumed: out.len() });
         }
     }
@@ -171,7 +171,7 @@ proptest! {
         let offset = 1 << 30;
         let cookie =
             client.request(offset, u64::from(total), &read, &mut Vec::new()).unwrap();
-        let tag = RequestTag { cookie, offset, command: CommandType::READ };
+        let tag = RequestTag::new(cookie, CommandType::READ, offset);
         let encoder = ReplyEncoder::new(mode);
         let mut input = BytesMut::new();
         for (index, (at, length, is_hole)) in pieces.iter().enumerate() {
@@ -218,7 +218,7 @@ proptest! {
         let command = Command::BlockStatus(ExtentLimit::Many, None);
         let length = 1 << 31;
         let cookie = client.request(0, length, &command, &mut Vec::new()).unwrap();
-        let tag = RequestTag { cookie, offset: 0, command: CommandType::BLOCK_STATUS };
+        let tag = RequestTag::new(cookie, CommandType::BLOCK_STATUS, 0);
         // A server clips to the request.
         let mut left = length;
         let clipped: Vec<BlockDescriptor> = extents
@@ -346,21 +346,21 @@ fn any_uri() -> impl Strategy<Value = NbdUri> {
         option::of(full_text()),
         any::<Option<bool>>(),
     )
-        .prop_map(|(kind, certificates, psk_file, hostname, verify_peer)| TlsParameters {
-            kind,
-            certificates: certificates.map(Into::into),
-            psk_file: psk_file.map(Into::into),
-            hostname,
-            verify_peer,
+        .prop_map(|(kind, certificates, psk_file, hostname, verify_peer)| {
+            let mut tls = TlsParameters::default();
+            tls.kind = kind;
+            tls.certificates = certificates.map(Into::into);
+            tls.psk_file = psk_file.map(Into::into);
+            tls.hostname = hostname;
+            tls.verify_peer = verify_peer;
+            tls
         });
     let security = prop_oneof![Just(Security::Plain), Just(Security::Tls)];
     (prop_oneof![tcp, unix], security, text(), option::of(full_text()), tls).prop_map(
-        |(transport, security, export_name, user, tls)| NbdUri {
-            transport,
-            security,
-            export_name,
-            user,
-            tls,
+        |(transport, security, export_name, user, tls)| {
+            let mut uri = NbdUri::new(transport, export_name);
+            (uri.security, uri.user, uri.tls) = (security, user, tls);
+            uri
         },
     )
 }

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
+use nbd_proto::uri::{NbdUri, Transport};
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::connection::Socket;
@@ -50,13 +50,7 @@ impl BoundAddress {
             Self::Tcp(address) => Transport::Tcp { host: host_of(address), port: address.port() },
             Self::Unix(path) => Transport::Unix { path: path.clone().unwrap_or_default() },
         };
-        NbdUri {
-            transport,
-            security: Security::Plain,
-            export_name: name.to_owned(),
-            user: None,
-            tls: TlsParameters::default(),
-        }
+        NbdUri::new(transport, name)
     }
 
     /// Returns true for a TCP address that other machines can reach.

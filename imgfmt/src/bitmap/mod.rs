@@ -179,6 +179,8 @@ pub enum BitmapChange {
 }
 
 /// A range of a disk that is dirty or clean throughout.
+///
+/// A plain value: it has these two fields and will have no others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirtyExtent {
     /// The range; never empty.

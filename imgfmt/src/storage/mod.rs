@@ -107,6 +107,8 @@ impl Default for Capabilities {
 }
 
 /// A piece of storage of one kind, from a given offset on.
+///
+/// A plain value that every [`Storage`] makes: it has these fields and will have no others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StorageExtent {
     /// Bytes of this kind from the requested offset on; at least 1.

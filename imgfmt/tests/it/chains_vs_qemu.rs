@@ -137,9 +137,10 @@ fn compare_parts(image: &Image, random: &mut Random, what: &str) {
         let length = random.below(image.size() - offset) + 1;
         let wanted: Vec<Extent> = whole
             .iter()
-            .map(|extent| Extent {
-                range: range(offset, length).intersection(extent.range),
-                ..*extent
+            .map(|extent| {
+                let mut part = *extent;
+                part.range = range(offset, length).intersection(extent.range);
+                part
             })
             .filter(|extent| !extent.range.is_empty())
             .collect();

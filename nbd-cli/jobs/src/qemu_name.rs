@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use imgfmt::Format;
 use nbd_proto::limits::DEFAULT_PORT;
-use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
+use nbd_proto::uri::{NbdUri, Transport};
 
 use crate::key_values::KeyValues;
 
@@ -314,13 +314,7 @@ fn tcp(host: &str, port: Option<&str>) -> Result<Transport, String> {
 }
 
 fn uri(transport: Transport, export_name: &str) -> NbdUri {
-    NbdUri {
-        transport,
-        security: Security::Plain,
-        export_name: export_name.to_owned(),
-        user: None,
-        tls: TlsParameters::default(),
-    }
+    NbdUri::new(transport, export_name)
 }
 
 #[cfg(test)]

@@ -92,6 +92,7 @@ impl Command {
 
 /// A request with its range.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Request {
     /// Identifies the request while it is in flight.
     pub cookie: Cookie,
@@ -104,6 +105,12 @@ pub struct Request {
 }
 
 impl Request {
+    /// Creates a request for `length` bytes at `offset`.
+    #[must_use]
+    pub const fn new(cookie: Cookie, command: Command, offset: u64, length: u64) -> Self {
+        Self { cookie, offset, length, command }
+    }
+
     /// Returns the length of the data of a READ or WRITE, in bytes; 0 for other commands.
     #[must_use]
     pub fn data_len(&self) -> usize {
@@ -118,16 +125,13 @@ impl Request {
     /// Returns the fields that a reply repeats.
     #[must_use]
     pub const fn tag(&self) -> RequestTag {
-        RequestTag {
-            cookie: self.cookie,
-            offset: self.offset,
-            command: self.command.command_type(),
-        }
+        RequestTag::new(self.cookie, self.command.command_type(), self.offset)
     }
 }
 
 /// The part of a request that its replies need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RequestTag {
     /// The request's cookie.
     pub cookie: Cookie,
@@ -135,4 +139,12 @@ pub struct RequestTag {
     pub offset: u64,
     /// The request's command.
     pub command: CommandType,
+}
+
+impl RequestTag {
+    /// Creates the tag of a request of this type at `offset`, in bytes.
+    #[must_use]
+    pub const fn new(cookie: Cookie, command: CommandType, offset: u64) -> Self {
+        Self { cookie, offset, command }
+    }
 }

@@ -42,6 +42,7 @@ pub enum Parsed {
 
 /// An invalid request and the reason for its refusal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Rejection {
     /// The fields that the reply repeats.
     pub tag: RequestTag,

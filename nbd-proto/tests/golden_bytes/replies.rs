@@ -13,7 +13,7 @@ use super::common::negotiated;
 const OFFSET: u64 = 0x1000;
 
 fn tag(command: CommandType) -> RequestTag {
-    RequestTag { cookie: Cookie(1), offset: OFFSET, command }
+    RequestTag::new(Cookie(1), command, OFFSET)
 }
 
 /// Feeds `listing` to a client with one request in flight, one byte at a time, and gives its

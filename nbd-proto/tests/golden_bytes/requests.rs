@@ -18,7 +18,7 @@ fn check(mode: ReplyMode, offset: u64, length: u64, command: Command, listing: &
         Client::new(&negotiated(mode)).request(offset, length, &command, &mut out).unwrap();
     assert_eq!(out, expected, "what the client sends for {command:?}");
     let parsed = Server::new(&negotiated(mode)).parse(&expected).unwrap();
-    let request = Request { cookie, offset, length, command };
+    let request = Request::new(cookie, command, offset, length);
     assert_eq!(parsed, Parsed::Request { request, consumed: expected.len() });
     for end in 0..expected.len() {
         let parsed = Server::new(&negotiated(mode)).parse(&expected[..end]).unwrap();

@@ -164,7 +164,7 @@ fn the_chunk_of_the_other_mode_is_refused() {
 #[test]
 fn a_server_sends_no_more_descriptors_than_its_limit() {
     let extents = vec![BlockDescriptor { length: 1, flags: 0 }; MAX_DESCRIPTORS_SENT + 5];
-    let tag = RequestTag { cookie: Cookie(1), offset: 0, command: CommandType::BLOCK_STATUS };
+    let tag = RequestTag::new(Cookie(1), CommandType::BLOCK_STATUS, 0);
     for (mode, length) in [
         (ReplyMode::Structured, 20 + 4 + 8 * MAX_DESCRIPTORS_SENT),
         (ReplyMode::Extended, 32 + 8 + 16 * MAX_DESCRIPTORS_SENT),
@@ -179,7 +179,7 @@ fn a_server_sends_no_more_descriptors_than_its_limit() {
 #[test]
 fn a_compact_answer_never_tells_more_than_32_bits() {
     // CVE-2025-47711: the longest possible length was off by one.
-    let tag = RequestTag { cookie: Cookie(1), offset: 0, command: CommandType::BLOCK_STATUS };
+    let tag = RequestTag::new(Cookie(1), CommandType::BLOCK_STATUS, 0);
     for length in [u64::from(u32::MAX), 1 << 32, (1 << 32) + 1, 1 << 40, i64::MAX as u64] {
         let mut out = Vec::new();
         let extents =

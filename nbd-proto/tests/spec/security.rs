@@ -85,7 +85,7 @@ fn a_huge_option_is_refused_from_its_header_alone() {
 fn an_error_that_quotes_the_longest_name_stays_short() {
     let text = format!("export {} is unknown", "ü".repeat(2048));
     for mode in [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended] {
-        let tag = RequestTag { cookie: Cookie(1), offset: 0, command: CommandType::READ };
+        let tag = RequestTag::new(Cookie(1), CommandType::READ, 0);
         let mut out = Vec::new();
         ReplyEncoder::new(mode).error(tag, Errno::EINVAL, &text, &mut out);
         assert!(out.len() <= 32 + 6 + MAX_ERROR_MESSAGE_LEN);

@@ -54,8 +54,9 @@ pub(super) fn perform(work: &Work) -> Step {
     if !work.is_flushed_later {
         return Step::Done(short_reply(work, execute(&**export, writeback, request, payload)));
     }
-    let command = not_durable(&request.command);
-    match call(&**export, &Request { command, ..request.clone() }, payload) {
+    let mut cached = request.clone();
+    cached.command = not_durable(&request.command);
+    match call(&**export, &cached, payload) {
         Ok(()) => Step::Changed,
         Err(error) => Step::Done(short_reply(work, writeback.judge(request, Err(error)))),
     }

@@ -140,11 +140,20 @@ pub enum Operation {
 
 /// A part of a file whose bytes are the bytes of the disk, and stay in that place for ever.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct FileSpan {
     /// The file.
     pub file: Arc<OwnedFd>,
     /// Where the bytes are in it, in bytes from its start.
     pub offset: u64,
+}
+
+impl FileSpan {
+    /// The bytes of `file` from `offset` on, in bytes from its start.
+    #[must_use]
+    pub const fn new(file: Arc<OwnedFd>, offset: u64) -> Self {
+        Self { file, offset }
+    }
 }
 
 /// A disk that a server serves.

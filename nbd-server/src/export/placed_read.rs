@@ -14,11 +14,20 @@ pub trait PlacedRead: Send {
 
 /// A part of a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct PlacedPart {
     /// Its length in bytes; not zero.
     pub length: usize,
     /// Where its bytes are.
     pub place: Place,
+}
+
+impl PlacedPart {
+    /// Creates a part of `length` bytes, at least one.
+    #[must_use]
+    pub const fn new(length: usize, place: Place) -> Self {
+        Self { length, place }
+    }
 }
 
 /// Where the bytes of a part are.
@@ -38,6 +47,7 @@ pub enum Place {
 
 /// A file to read from.
 #[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
 pub struct PlacedFile<'a> {
     /// Its descriptor.
     pub fd: BorrowedFd<'a>,
@@ -45,4 +55,12 @@ pub struct PlacedFile<'a> {
     pub memory_alignment: usize,
     /// Alignment that offsets and lengths need, a power of two, in bytes; 1 for any.
     pub offset_alignment: u64,
+}
+
+impl<'a> PlacedFile<'a> {
+    /// Creates a file that takes buffers, offsets and lengths of any alignment.
+    #[must_use]
+    pub const fn new(fd: BorrowedFd<'a>) -> Self {
+        Self { fd, memory_alignment: 1, offset_alignment: 1 }
+    }
 }

@@ -47,6 +47,7 @@ pub enum Mapped {
 
 /// A part of a range.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct Segment {
     /// Its length in bytes; not zero.
     pub length: usize,

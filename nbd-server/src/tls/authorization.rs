@@ -46,6 +46,7 @@ pub enum Authorization {
 
 /// A rule for matching distinguished names.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Rule {
     /// The name or pattern.
     pub name: String,
@@ -76,6 +77,12 @@ pub enum Verdict {
 }
 
 impl Rule {
+    /// Creates a rule for the clients whose name fits `name`.
+    #[must_use]
+    pub fn new(name: impl Into<String>, matching: Matching, verdict: Verdict) -> Self {
+        Self { name: name.into(), matching, verdict }
+    }
+
     fn fits(&self, name: &DistinguishedName) -> bool {
         match self.matching {
             Matching::Exact => [&name.specific_first, &name.as_encoded].contains(&&self.name),

@@ -75,7 +75,7 @@ impl FastExport for TwoFaced {
         _: Lookup,
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
-        map.push_file(length, FileSpan { file: Arc::clone(&self.0), offset });
+        map.push_file(length, FileSpan::new(Arc::clone(&self.0), offset));
         Ok(Mapped::Complete)
     }
 }

@@ -97,7 +97,11 @@ fn split_at_end_of_layer(extent: Extent, layers: &[u64]) -> [Option<Extent>; 2] 
     let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
     match (extent.depth as usize).checked_sub(1).and_then(|index| layers.get(index)) {
         Some(&size) if start < size && size < end => {
-            [span(start, size), span(size, end)].map(|range| Some(Extent { range, ..extent }))
+            [span(start, size), span(size, end)].map(|range| {
+                let mut part = extent;
+                part.range = range;
+                Some(part)
+            })
         }
         _ => [Some(extent), None],
     }

@@ -70,8 +70,10 @@ struct BlockSizesReport {
 
 impl Report {
     pub(in crate::commands) fn new(server: &ServerInfo, uri: &NbdUri) -> Self {
-        let security = if server.tls { Security::Tls } else { uri.security };
-        let uri = NbdUri { security, ..uri.clone() };
+        let mut uri = uri.clone();
+        if server.tls {
+            uri.security = Security::Tls;
+        }
         Self {
             protocol: server.protocol.as_str(),
             tls: server.tls,
@@ -115,7 +117,8 @@ impl Report {
 impl ExportReport {
     fn new(export: &ExportInfo, server: &NbdUri) -> Self {
         let has = |flag| export.flags.contains(flag);
-        let uri = NbdUri { export_name: export.name.clone(), ..server.clone() };
+        let mut uri = server.clone();
+        uri.export_name.clone_from(&export.name);
         Self {
             name: export.name.clone(),
             description: export.description.clone(),

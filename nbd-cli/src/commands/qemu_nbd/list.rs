@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use nbd_client::{Connector, ExportInfo, Scope, ServerInfo};
-use nbd_proto::uri::{NbdUri, Security, TlsParameters, Transport};
+use nbd_proto::uri::{NbdUri, Transport};
 use nbd_proto::wire::{ReplyMode, TransmissionFlags};
 
 use super::options::Options;
@@ -37,14 +37,7 @@ pub(super) fn run(options: &Options) -> Result<(), Refusal> {
             Transport::Tcp { host, port }
         }
     };
-    let uri = NbdUri {
-        transport,
-        security: Security::Plain,
-        export_name: String::new(),
-        user: None,
-        tls: TlsParameters::default(),
-    };
-    let mut connector = Connector::new(uri);
+    let mut connector = Connector::new(NbdUri::new(transport, ""));
     if let Some(tls) = tls::for_client(options).map_err(Refusal::new)? {
         connector = connector.tls(tls);
     }

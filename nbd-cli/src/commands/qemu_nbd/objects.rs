@@ -241,7 +241,7 @@ impl Authorization {
             if let Some(key) = rule.left_over() {
                 return Err(format!("Parameter '{key}' is unexpected in a rule"));
             }
-            rules.push(Rule { name, matching, verdict });
+            rules.push(Rule::new(name, matching, verdict));
         }
     }
 }

@@ -101,11 +101,7 @@ fn refuse_password(options: &Options, password: Option<&str>) -> Result<(), Stri
 fn allowed(authorization: &Authorization) -> Result<Allowed, String> {
     Ok(match authorization {
         Authorization::Simple(identity) => Allowed::Rules {
-            rules: vec![Rule {
-                name: identity.clone(),
-                matching: Matching::Exact,
-                verdict: Verdict::Allow,
-            }],
+            rules: vec![Rule::new(identity, Matching::Exact, Verdict::Allow)],
             otherwise: Verdict::Deny,
         },
         Authorization::List { rules, otherwise } => {

@@ -14,6 +14,7 @@ use crate::wire::{InfoType, MetaContextName, OptionHeader, OptionType, ReplyMode
 
 /// The information that INFO and GO request besides size and flags.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct InfoRequest {
     /// The canonical name.
     pub name: bool,

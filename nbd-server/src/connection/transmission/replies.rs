@@ -87,7 +87,7 @@ impl Replies {
     }
 
     /// Tells why a request was not accepted.
-    pub(super) fn refuse(&mut self, Rejection { tag, error, reason }: Rejection) {
+    pub(super) fn refuse(&mut self, Rejection { tag, error, reason, .. }: Rejection) {
         let encoder = self.encoder;
         self.queue.encode(SHORT_REPLY_LEN, |out| encoder.error(tag, error, reason, out));
     }

@@ -43,7 +43,7 @@ pub enum WriteCache {
     /// When the export has it; FLUSH makes it durable.
     #[default]
     Writeback,
-    /// When it is durable.
+    /// When it is durable. For exports of the caller's own: an image has a cache mode for that.
     Writethrough,
 }
 

@@ -48,6 +48,8 @@ pub enum WindowError {
 }
 
 /// Which part of a disk is served, in bytes. The default is all of it.
+///
+/// A plain value, as a range is: it has these two fields and will have no others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Window {
     /// Where the part begins.
