@@ -16,9 +16,10 @@ use std::time::Instant;
 use nbd_client::Connector;
 use tokio::task::JoinSet;
 
-#[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let mut arguments = std::env::args().skip(1);
+/// Reads the export that the arguments name.
+pub(crate) async fn run(
+    mut arguments: impl Iterator<Item = String>,
+) -> Result<(), Box<dyn std::error::Error>> {
     let uri = arguments.next().ok_or("usage: read_disk URI [CONNECTIONS [REQUESTS [LENGTH]]]")?;
     let mut number = |default: usize| arguments.next().map_or(Ok(default), |text| text.parse());
     let (connections, requests, length) = (number(1)?, number(64)?, number(256 * 1024)?);
@@ -53,4 +54,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
     client.disconnect().await?;
     Ok(())
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    run(std::env::args().skip(1)).await
 }

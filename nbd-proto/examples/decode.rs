@@ -32,13 +32,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     } else {
         bytes = std::fs::read(&file).map_err(|error| format!("{file}: {error}"))?;
     }
-    let bytes = from_hex(&bytes).unwrap_or(bytes);
-    let mut decoder = Decoder { rest: &bytes, at: 0 };
-    match arguments.first().map(String::as_str) {
-        Some("client") => decoder.client(),
-        Some("server") => decoder.server(),
-        Some(other) => Err(format!("{other:?} is neither client nor server").into()),
-        None => Err("which side sent the bytes: client or server?".into()),
+    decode(&arguments[0], &bytes)
+}
+
+/// Prints what `side`, "client" or "server", sent: bytes, or the same as hexadecimal digits.
+pub(crate) fn decode(side: &str, bytes: &[u8]) -> Result<(), Box<dyn Error>> {
+    let digits = from_hex(bytes);
+    let mut decoder = Decoder { rest: digits.as_deref().unwrap_or(bytes), at: 0 };
+    match side {
+        "client" => decoder.client(),
+        "server" => decoder.server(),
+        other => Err(format!("{other:?} is neither client nor server").into()),
     }
 }
 

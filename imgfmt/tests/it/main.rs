@@ -45,6 +45,7 @@ mod direct_io;
 mod direct_io_of_images;
 mod entries_that_alias;
 mod errors_at_every_call;
+mod examples;
 mod extents;
 mod full_disk;
 mod fuzz_corpus;

@@ -5,6 +5,7 @@
 mod common;
 
 mod blocking;
+mod examples;
 mod handed_over;
 mod nbd_server;
 mod nbdkit;

@@ -21,6 +21,28 @@ mod filtered_export;
 #[path = "../../examples/memory_export.rs"]
 #[allow(dead_code)]
 mod memory_export;
+#[cfg(feature = "image")]
+#[path = "../../examples/serve_image.rs"]
+#[allow(dead_code)]
+mod serve_image;
+
+#[test]
+#[cfg(feature = "image")]
+fn an_image_served_in_thirty_lines_is_read_by_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let (disk, back) = (directory.path().join("disk.img"), directory.path().join("back"));
+    let content: Vec<u8> = (0..1 << 20).map(|index: u32| (index / 7) as u8).collect();
+    std::fs::write(&disk, &content).unwrap();
+    let runtime = runtime();
+    let socket = directory.path().join("socket");
+    let mut server = runtime.block_on(serve_image::start(&disk, socket)).unwrap();
+    let uri = server.addresses()[0].uri("").to_string();
+    if run_peer("nbdcopy", &[&uri, back.to_str().unwrap()]).is_some() {
+        assert!(std::fs::read(back).unwrap() == content);
+    }
+    server.shutdown();
+    runtime.block_on(server.wait()).unwrap();
+}
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
