@@ -85,6 +85,12 @@ impl Budget {
         Some(Permit { part: Part::Units { units } })
     }
 
+    /// How much of it is taken, in bytes.
+    pub(crate) fn taken(&self) -> u64 {
+        let taken = (self.total as usize).saturating_sub(self.units.available_permits());
+        (taken as u64).saturating_mul(UNIT as u64)
+    }
+
     /// Is most of it taken?
     pub(crate) fn is_scarce(&self) -> bool {
         self.units.available_permits() < self.total as usize / 4

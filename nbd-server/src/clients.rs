@@ -6,7 +6,9 @@ use std::time::SystemTime;
 
 use tokio::sync::{Notify, watch};
 
+use crate::client::ClientAddress;
 use crate::export::Export;
+use crate::statistics::{Counters, RequestStatistics};
 
 /// Clients that have selected an export, now and in total. Clones count for the same server.
 ///
@@ -59,10 +61,34 @@ pub struct ConnectedClient {
     pub id: u64,
     /// The client's address, as text.
     pub peer: String,
+    /// The client's address, or its process.
+    pub address: ClientAddress,
     /// The name under which it requested its export; empty for the default export.
     pub export: String,
     /// The time at which it selected the export.
     pub since: SystemTime,
+}
+
+/// A client and what it has done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ClientStatistics {
+    /// The client.
+    pub client: ConnectedClient,
+    /// Its answered requests.
+    pub requests: RequestStatistics,
+    /// Requests that are not answered: they wait for a disk or a thread.
+    pub in_flight: u64,
+}
+
+/// A client that has selected an export, before it is counted.
+pub(crate) struct Arrival<'a> {
+    pub(crate) peer: &'a str,
+    pub(crate) address: ClientAddress,
+    /// The name of the export.
+    pub(crate) name: &'a str,
+    pub(crate) export: &'a Arc<dyn Export>,
+    pub(crate) counters: &'a Arc<Counters>,
 }
 
 /// The side that counts, and knows who is there.
@@ -87,6 +113,7 @@ struct Entry {
     /// Address of the export, which lives as long as the client uses it.
     used: usize,
     cut: Arc<Notify>,
+    counters: Arc<Counters>,
 }
 
 impl Clients {
@@ -99,14 +126,17 @@ impl Clients {
     }
 
     /// Counts a client until the returned value is dropped.
-    pub(crate) fn enter(&self, peer: &str, export: &str, used: &Arc<dyn Export>) -> PresentClient {
+    pub(crate) fn enter(&self, arrival: Arrival<'_>) -> PresentClient {
+        let Arrival { peer, address: from, name, export: used, counters } = arrival;
         let cut = Arc::new(Notify::new());
         let mut roster = self.roster();
         let id = roster.next;
         roster.next += 1;
-        let (peer, export) = (peer.to_owned(), export.to_owned());
-        let client = ConnectedClient { id, peer, export, since: SystemTime::now() };
-        let entry = Entry { client, used: address(used), cut: Arc::clone(&cut) };
+        let (peer, export) = (peer.to_owned(), name.to_owned());
+        let since = SystemTime::now();
+        let client = ConnectedClient { id, peer, address: from, export, since };
+        let (used, counters) = (address(used), Arc::clone(counters));
+        let entry = Entry { client, used, cut: Arc::clone(&cut), counters };
         roster.present.insert(id, entry);
         drop(roster);
         self.count.send_modify(|count| {
@@ -119,6 +149,16 @@ impl Clients {
     /// Everybody who is there, in the order in which they came.
     pub(crate) fn list(&self) -> Vec<ConnectedClient> {
         self.roster().present.values().map(|entry| entry.client.clone()).collect()
+    }
+
+    /// Everybody who is there, and what they have done.
+    pub(crate) fn statistics(&self) -> Vec<ClientStatistics> {
+        let roster = self.roster();
+        let entries = roster.present.values().map(|entry| {
+            let (client, requests) = (entry.client.clone(), entry.counters.requests());
+            ClientStatistics { client, requests, in_flight: entry.counters.in_flight() }
+        });
+        entries.collect()
     }
 
     /// How many use an export.
@@ -194,12 +234,17 @@ mod tests {
         Arc::new(MemoryExport::new(1024))
     }
 
+    fn enter(clients: &Clients, name: &str, export: &Arc<dyn Export>) -> PresentClient {
+        let (address, counters) = (ClientAddress::Unknown, &Arc::new(Counters::new(1024)));
+        clients.enter(Arrival { peer: "", address, name, export, counters })
+    }
+
     #[tokio::test]
     async fn only_the_users_of_one_export_are_cut() {
         let clients = Clients::new();
         let (one, other) = (export(), export());
-        let first = clients.enter("a", "one", &one);
-        let second = clients.enter("b", "other", &other);
+        let first = enter(&clients, "one", &one);
+        let second = enter(&clients, "other", &other);
         let names: Vec<_> = clients.list().into_iter().map(|client| client.export).collect();
         assert_eq!(names, ["one", "other"]);
         let cutting = tokio::spawn({
@@ -219,8 +264,8 @@ mod tests {
     async fn the_last_one_leaves_when_there_was_one() {
         let clients = Clients::new();
         let mut count = clients.subscribe();
-        let first = clients.enter("", "", &export());
-        let second = clients.enter("", "", &export());
+        let first = enter(&clients, "", &export());
+        let second = enter(&clients, "", &export());
         assert_eq!((count.present(), count.total()), (2, 2));
         drop(first);
         let waiting = tokio::spawn(async move {
@@ -240,7 +285,7 @@ mod tests {
         let waiting = tokio::spawn(async move { count.last_left().await });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
-        drop(clients.enter("", "", &export()));
+        drop(enter(&clients, "", &export()));
         waiting.await.unwrap();
     }
 }

@@ -156,6 +156,17 @@ impl<J> FairQueue<J> {
         let _ = self.push(flow, cost, job);
     }
 
+    /// How many jobs run.
+    pub(crate) const fn running(&self) -> usize {
+        self.running
+    }
+
+    /// How many jobs wait. Looks at every flow.
+    pub(crate) fn waiting(&self) -> usize {
+        let classes = self.flows.values().flat_map(|flow| &flow.classes);
+        classes.map(|class| class.waiting.len()).sum()
+    }
+
     /// The next job that may be started now.
     pub(crate) fn pop(&mut self) -> Option<Popped<J>> {
         let free = self.limits.running.saturating_sub(self.running);

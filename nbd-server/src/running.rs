@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 
 use crate::connection::Socket;
 use crate::worker::Accepted;
-use crate::{BoundAddress, ServeError, ServerHandle};
+use crate::{BoundAddress, ServeError, ServerHandle, ServerStatistics};
 
 /// A connected stream for [`RunningServer::serve_connection`].
 #[derive(Debug)]
@@ -102,6 +102,12 @@ impl RunningServer {
     #[must_use]
     pub const fn handle(&self) -> &ServerHandle {
         &self.handle
+    }
+
+    /// Returns what the server has done; see [`ServerHandle::statistics`].
+    #[must_use]
+    pub fn statistics(&self) -> ServerStatistics {
+        self.handle.statistics()
     }
 
     /// Serves a client on a stream of the caller: a connection accepted elsewhere, or one end of a

@@ -102,6 +102,12 @@ impl Scheduler {
         receiver.await.ok()
     }
 
+    /// How many jobs wait, and how many run.
+    pub(crate) fn waiting_and_running(&self) -> (usize, usize) {
+        let queue = self.queue();
+        (queue.waiting(), queue.running())
+    }
+
     /// Starts a thread for each job that may be started.
     fn start_ready(&self, mut queue: MutexGuard<'_, FairQueue<Box<dyn Job>>>) {
         let ready: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -16,6 +16,7 @@ use crate::connection::{Pauses, PollSlots, Shared};
 use crate::export::{ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
+use crate::overview::Gauges;
 use crate::running::Door;
 use crate::scheduler::Scheduler;
 use crate::shutdown::{Phase, ShutdownTrigger};
@@ -44,6 +45,7 @@ pub struct Server {
     addresses: Vec<BoundAddress>,
     clients: Clients,
     access: Access,
+    gauges: Arc<OnceLock<Gauges>>,
 }
 
 /// A server whose listeners accept.
@@ -63,7 +65,8 @@ impl Server {
     pub fn new(config: ServerConfig, exports: ExportRegistry) -> Self {
         let (listeners, addresses) = (Vec::new(), Vec::new());
         let (clients, access) = (Clients::new(), Access::default());
-        Self { config, exports, listeners, addresses, clients, access }
+        let gauges = Arc::default();
+        Self { config, exports, listeners, addresses, clients, access, gauges }
     }
 
     /// Sets a hook that is called for each client: when it connects, and again after STARTTLS, when
@@ -108,7 +111,8 @@ impl Server {
     /// server.
     #[must_use]
     pub fn handle(&self) -> ServerHandle {
-        ServerHandle::new(self.exports.clone(), self.clients.clone())
+        let gauges = Arc::clone(&self.gauges);
+        ServerHandle::new(self.exports.clone(), self.clients.clone(), gauges)
     }
 
     /// Listens on `address`; may be called several times. Clients can connect at once, and wait
@@ -204,10 +208,11 @@ impl Server {
             config: Arc::new(self.config),
         };
         let config = Arc::clone(&shared.config);
-        let workers = Workers::new(config.workers, shared, trigger.subscribe());
         let (sender, clients) = mpsc::channel(1);
         let mut acceptors = JoinSet::new();
         let places = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
+        // Nobody else sets them: this consumes the server.
+        let _ = self.gauges.set(Gauges::new(&shared, Arc::clone(&places)));
         let ungreeted = Arc::new(Semaphore::new(MOST_UNGREETED));
         for listener in self.listeners {
             let acceptor = Acceptor {
@@ -218,6 +223,7 @@ impl Server {
             };
             acceptors.spawn(acceptor.accept(listener, trigger.subscribe()));
         }
+        let workers = Workers::new(config.workers, shared, trigger.subscribe());
         let door = Door { places, clients: sender };
         let (exports, access) = (self.exports, self.access);
         (Serving { config, exports, access, trigger, workers, clients, acceptors }, door)

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 
 use crate::budget::Permit;
 use crate::export::ExportError;
+use crate::statistics::{Outcome, Ticket};
 
 /// A READ of which a part is answered.
 #[derive(Debug)]
@@ -16,6 +17,7 @@ pub(super) struct Unfinished {
     pub(super) request: Request,
     /// How many bytes were answered.
     pub(super) done: usize,
+    pub(super) ticket: Ticket,
 }
 
 /// A reply that came back.
@@ -26,6 +28,8 @@ pub(super) struct Reply {
     pub(super) permit: Permit,
     /// What is still to be asked for, if it is a part.
     pub(super) rest: Option<Unfinished>,
+    /// For the counters: the request, and whether it succeeded unless something is left of it.
+    pub(super) answered: (Ticket, Outcome),
     pub(super) held: Held,
 }
 
@@ -58,6 +62,7 @@ pub(super) struct Answer {
     pub(super) sender: mpsc::UnboundedSender<Reply>,
     pub(super) tag: RequestTag,
     pub(super) encoder: ReplyEncoder,
+    pub(super) ticket: Ticket,
     pub(super) parts: Option<(Permit, Held)>,
     /// For changes, which outlive a connection that ended in order.
     pub(super) farewell: Option<Farewell>,
@@ -75,25 +80,33 @@ impl Answer {
         self.is_gone() && !outlives
     }
 
-    /// A reply without content.
-    pub(super) fn short_reply(&self, result: Result<(), ExportError>) -> Vec<u8> {
-        let mut bytes = Vec::new();
+    /// Sends a reply without content.
+    pub(super) fn send_short(self, result: Result<(), ExportError>) {
+        let (mut bytes, outcome) = (Vec::new(), Outcome::of(&result));
         match result {
             Ok(()) => self.encoder.success(self.tag, &mut bytes),
             Err(error) => self.encoder.error(self.tag, error.errno, &error.message, &mut bytes),
         }
-        bytes
+        self.send(bytes, outcome);
     }
 
-    pub(super) fn send(mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
-        self.deliver(bytes, rest);
+    /// Sends the reply, or what was missing of it.
+    pub(super) fn send(mut self, bytes: Vec<u8>, outcome: Outcome) {
+        self.deliver(bytes, outcome, None);
     }
 
-    fn deliver(&mut self, bytes: Vec<u8>, rest: Option<Unfinished>) {
+    /// Sends a part of the reply; `done` bytes of the range are answered.
+    pub(super) fn send_part(mut self, bytes: Vec<u8>, request: Request, done: usize) {
+        let ticket = self.ticket;
+        self.deliver(bytes, Outcome::Success, Some(Unfinished { request, done, ticket }));
+    }
+
+    fn deliver(&mut self, bytes: Vec<u8>, outcome: Outcome, rest: Option<Unfinished>) {
         if let Some((mut permit, held)) = self.parts.take() {
             permit.shrink(bytes.len());
+            let answered = (self.ticket, outcome);
             // The connection may be gone.
-            let _ = self.sender.send(Reply { bytes, permit, rest, held });
+            let _ = self.sender.send(Reply { bytes, permit, rest, answered, held });
         }
     }
 }
@@ -107,6 +120,6 @@ impl Drop for Answer {
         tracing::error!(%command, "carrying out a request panicked");
         let mut bytes = Vec::new();
         self.encoder.error(self.tag, Errno::EIO, "the server failed", &mut bytes);
-        self.deliver(bytes, None);
+        self.deliver(bytes, Outcome::Failure, None);
     }
 }

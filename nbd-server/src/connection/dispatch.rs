@@ -14,6 +14,7 @@ use super::writeback_errors::WritebackErrors;
 use crate::export::{
     Export, ExportError, Holes, Lookup, Mapped, PlacedRead, ReadMap, TryRead, TryWrite,
 };
+use crate::statistics::{Outcome, Ticket};
 
 /// A request that is complete but for its execution.
 pub(super) struct Work {
@@ -21,6 +22,7 @@ pub(super) struct Work {
     pub(super) contexts: Arc<[(MetaContextId, MetaContextName)]>,
     pub(super) encoder: ReplyEncoder,
     pub(super) request: Request,
+    pub(super) ticket: Ticket,
     pub(super) writeback: Arc<WritebackErrors>,
     /// The payload of a WRITE, otherwise empty.
     pub(super) payload: Vec<u8>,
@@ -35,7 +37,7 @@ pub(super) struct Work {
 /// What a step achieved.
 pub(super) enum Step {
     /// The request is carried out; this is the reply, or what was missing of it.
-    Done(Vec<u8>),
+    Done(Vec<u8>, Outcome),
     /// The change is carried out; a flush is still needed.
     Changed,
     /// A part of a READ's reply. The connection asks for what follows the first `done` bytes of the
@@ -52,24 +54,25 @@ pub(super) enum Step {
 pub(super) fn perform(work: &Work) -> Step {
     let Work { export, writeback, request, payload, .. } = work;
     if !work.is_flushed_later {
-        return Step::Done(short_reply(work, execute(&**export, writeback, request, payload)));
+        return short_reply(work, execute(&**export, writeback, request, payload));
     }
     let mut cached = request.clone();
     cached.command = not_durable(&request.command);
     match call(&**export, &cached, payload) {
         Ok(()) => Step::Changed,
-        Err(error) => Step::Done(short_reply(work, writeback.judge(request, Err(error)))),
+        Err(error) => short_reply(work, writeback.judge(request, Err(error))),
     }
 }
 
-/// A reply without content.
-pub(super) fn short_reply(work: &Work, result: Result<(), ExportError>) -> Vec<u8> {
+/// The end of a request whose reply has no content.
+pub(super) fn short_reply(work: &Work, result: Result<(), ExportError>) -> Step {
     let (tag, mut out) = (work.request.tag(), Vec::new());
+    let outcome = Outcome::of(&result);
     match result {
         Ok(()) => work.encoder.success(tag, &mut out),
         Err(error) => work.encoder.error(tag, error.errno, &error.message, &mut out),
     }
-    out
+    Step::Done(out, outcome)
 }
 
 /// As [`execute`], where the connection stands. A flaw of an export costs the request, as it does

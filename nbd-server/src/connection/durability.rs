@@ -74,7 +74,6 @@ impl Waiter for FlushWaiter {
                 Err(error.clone())
             }
         };
-        let bytes = answer.short_reply(result);
-        answer.send(bytes, None);
+        answer.send_short(result);
     }
 }

@@ -31,7 +31,9 @@ mod writeback_errors;
 
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::clients::Arrival;
 use crate::shutdown::{Phase, Shutdown};
+use crate::statistics::Tally;
 use error::ConnectionError;
 
 pub(crate) use effort::Pauses;
@@ -58,6 +60,7 @@ pub(crate) async fn serve(
     thread: Thread,
 ) {
     let mut draining = shutdown.clone();
+    let address = socket.client_address();
     let deadline = shared.config.handshake_timeout;
     let negotiation =
         tokio::time::timeout(deadline, handshake::negotiate(socket, ungreeted, &shared, &thread));
@@ -80,7 +83,14 @@ pub(crate) async fn serve(
     };
     let name = established.negotiated.export_name.clone();
     shared.access.note_use(&name, established.entry.export());
-    let present = shared.clients.enter(peer, &name, established.entry.export());
+    let tally = Tally::new(established.entry.record(), established.negotiated.size);
+    let present = shared.clients.enter(Arrival {
+        peer,
+        address,
+        name: &name,
+        export: established.entry.export(),
+        counters: tally.counters(),
+    });
     let export = established.entry.export();
     if shared.clients.is_withdrawn(export) && !shared.exports.offers(export) {
         // Whoever cut its clients may not have seen this one.
@@ -90,7 +100,7 @@ pub(crate) async fn serve(
     let agreed = &established.negotiated;
     let contexts: Vec<_> = agreed.meta_contexts.iter().map(|(_, name)| name.as_str()).collect();
     tracing::debug!(size = agreed.size, mode = ?agreed.reply_mode, ?contexts, "negotiated");
-    let session = transmission::Session::new(established, &shared, thread);
+    let session = transmission::Session::new(established, &shared, thread, tally);
     tokio::select! {
         result = session.run(draining) => match result {
             Ok(()) => tracing::info!("client disconnected"),

@@ -7,7 +7,7 @@ use nbd_proto::limits::MAX_DESCRIPTORS_SENT;
 use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request};
 use tokio::sync::mpsc;
 
-use super::answer::{Answer, Farewell, Held, Reply, Unfinished};
+use super::answer::{Answer, Farewell, Held, Reply};
 use super::dispatch::{Step, Work};
 use super::durability::{DurableChange, FlushWaiter};
 use super::read_steps;
@@ -18,6 +18,7 @@ use crate::export::ExportEntry;
 use crate::queue::{Cost, GroupId};
 use crate::ring::{Reader, RingHandle};
 use crate::scheduler::{Job, Lane, Scheduler};
+use crate::statistics::Outcome;
 
 /// Requests that walk over a range count as much as this part of all that a connection may have in
 /// hand: a client gains nothing by more of them at a time.
@@ -130,6 +131,7 @@ impl Pool {
             sender: self.sender.clone(),
             tag: work.request.tag(),
             encoder: work.encoder,
+            ticket: work.ticket,
             parts: Some((permit, held)),
             farewell: is_change(&work.request).then(|| self.farewell.clone()),
         };
@@ -233,7 +235,8 @@ impl Reader for PooledRead {
     fn filled(self: Box<Self>, bytes: Vec<u8>) {
         let RequestJob { work, answer, .. } = *self.job;
         drop(work);
-        answer.send(bytes, None);
+        // What the ring read is a whole reply, or the last part of one.
+        answer.send(bytes, Outcome::Success);
     }
 
     fn failed(self: Box<Self>) {
@@ -283,11 +286,11 @@ impl Job for RequestJob {
         }
         match steps::advance(&self.work, self.progress.as_mut()) {
             Step::More | Step::Queue => Some(self),
-            Step::Done(bytes) => {
+            Step::Done(bytes, outcome) => {
                 let Self { work, progress, answer, .. } = *self;
                 // Memory of a WRITE is free before the reply says so.
                 drop((work, progress));
-                answer.send(bytes, None);
+                answer.send(bytes, outcome);
                 None
             }
             Step::Changed => {
@@ -302,7 +305,7 @@ impl Job for RequestJob {
             }
             Step::Part { bytes, done } => {
                 let Self { work, answer, .. } = *self;
-                answer.send(bytes, Some(Unfinished { request: work.request, done }));
+                answer.send_part(bytes, work.request, done);
                 None
             }
         }

@@ -12,6 +12,7 @@ use crate::export::{
     Content, Export, ExportError, Holes, Lookup, Mapped, ReadMap, Segment, TryRead,
 };
 use crate::queue::Class;
+use crate::statistics::Outcome;
 
 /// Data that is read in one step, in bytes.
 pub(super) const STEP_LEN: usize = 1 << 20;
@@ -193,14 +194,14 @@ impl<'a> Reader<'a> {
 
     fn finish(mut self, read: Result<(), Stop>) -> Step {
         match read {
-            Ok(()) => Step::Done(self.out),
+            Ok(()) => Step::Done(self.out, Outcome::Success),
             Err(Stop::Full | Stop::WouldBlock) => {
                 Step::Part { bytes: self.out, done: self.work.done + self.answered }
             }
             Err(Stop::Failed(error, at)) => {
                 let Work { encoder, request, .. } = self.work;
                 end_with((error, at), *encoder, request, &mut self.out);
-                Step::Done(self.out)
+                Step::Done(self.out, Outcome::Failure)
             }
         }
     }
@@ -269,12 +270,12 @@ impl WholeRead {
             let mut out = Vec::new();
             let at = (error, work.request.offset + self.filled as u64);
             end_with(at, work.encoder, &work.request, &mut out);
-            return Step::Done(out);
+            return Step::Done(out, Outcome::Failure);
         }
         self.filled += count;
         if self.filled == length {
             debug_assert_eq!(self.reply.len(), self.header_len + length, "a whole reply");
-            return Step::Done(std::mem::take(&mut self.reply));
+            return Step::Done(std::mem::take(&mut self.reply), Outcome::Success);
         }
         match std::mem::replace(&mut self.class, Class::Compute) {
             Class::Compute => Step::More,

@@ -12,6 +12,7 @@ use super::dispatch::{self, Step, Work, can_flush, is_durable, not_durable};
 use super::read_steps::{self, PartRead, WholeRead};
 use crate::export::{Descriptors, ExportError, MayBlock, Operation};
 use crate::queue::Class;
+use crate::statistics::Outcome;
 
 /// Calls of an export are made in one step until this time has passed.
 const STEP_TIME: Duration = Duration::from_millis(1);
@@ -133,7 +134,8 @@ impl StatusWalk {
         let request = &work.request;
         let Some((id, name)) = self.wanted.last().and_then(|index| work.contexts.get(*index))
         else {
-            return Step::Done(dispatch::status_reply(work.encoder, request.tag(), &self.answers));
+            let reply = dispatch::status_reply(work.encoder, request.tag(), &self.answers);
+            return Step::Done(reply, Outcome::Success);
         };
         let end = request.offset.saturating_add(request.length);
         // The first of them may continue the last that was found, but asking for that alone is not
@@ -161,7 +163,7 @@ impl StatusWalk {
         };
         let mut out = Vec::new();
         work.encoder.error(request.tag(), error.errno, &error.message, &mut out);
-        Step::Done(out)
+        Step::Done(out, Outcome::Failure)
     }
 
     /// Notes what a call gave; true if the context needs no other.
@@ -206,7 +208,7 @@ impl ChangeWalk {
             // One flush for all parts. It speaks for the writes of others as well: EIO tells them.
             let flushed = work.export.flush();
             let result = flushed.map_err(|error| ExportError { errno: Errno::EIO, ..error });
-            return Step::Done(dispatch::short_reply(work, work.writeback.judge(request, result)));
+            return dispatch::short_reply(work, work.writeback.judge(request, result));
         }
         // Parts end where clusters do, and where those of any other unit of a disk do.
         let part_end = match self.length {
@@ -233,7 +235,7 @@ impl ChangeWalk {
             self.is_flush_due = true;
             return Step::Queue;
         }
-        Step::Done(dispatch::short_reply(work, work.writeback.judge(request, result)))
+        dispatch::short_reply(work, work.writeback.judge(request, result))
     }
 }
 

@@ -27,7 +27,9 @@ use super::room::Room;
 use super::shared::Shared;
 use super::socket::Socket;
 use super::turn::{BARREN_COST, REQUEST_COST, Thread, Turn};
+use crate::export::ExportError;
 use crate::shutdown::{Phase, Shutdown};
+use crate::statistics::{Outcome, Tally, Ticket};
 use backlog::{Admitted, Backlog};
 use incoming::{Arrival, Incoming, Payload, Received};
 use read::{Answering, PromptReads, Rest};
@@ -49,10 +51,16 @@ pub(super) struct Session {
     throttle: Throttle,
     watch: Watch,
     turn: Turn,
+    tally: Tally,
 }
 
 impl Session {
-    pub(super) fn new(established: Established, shared: &Shared, thread: Thread) -> Self {
+    pub(super) fn new(
+        established: Established,
+        shared: &Shared,
+        thread: Thread,
+        tally: Tally,
+    ) -> Self {
         let polling = Polling::new(shared.slots.clone(), shared.config.busy_poll);
         let target = Target::new(&established);
         Self {
@@ -66,6 +74,7 @@ impl Session {
             turn: Turn::new(thread),
             throttle: Throttle::new(established.admission),
             target,
+            tally,
             socket: established.socket,
         }
     }
@@ -199,8 +208,9 @@ impl Session {
     /// Takes replies from the pool.
     fn collect(&mut self, cx: &mut Context<'_>) -> bool {
         let mut progress = false;
-        while let Poll::Ready((bytes, permit)) = self.backlog.poll_reply(cx) {
+        while let Poll::Ready((bytes, permit, answered)) = self.backlog.poll_reply(cx) {
             self.turn.spend(self.replies.push(bytes, permit));
+            self.tally.answer_later(answered);
             progress = true;
         }
         progress
@@ -215,6 +225,12 @@ impl Session {
 
     /// Carries out what has been received, as far as it may.
     fn execute(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
+        let executed = self.execute_received(cx);
+        self.tally.settle(self.backlog.len());
+        executed
+    }
+
+    fn execute_received(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
         let mut progress = false;
         loop {
             if self.backlog.is_waiting() {
@@ -228,9 +244,9 @@ impl Session {
             self.replies.ask_for_room(&mut self.room);
             if !self.replies.are_many(&self.room)
                 && !self.turn.is_over()
-                && let Some(Unfinished { request, done }) = self.backlog.next_unfinished()
+                && let Some(unfinished) = self.backlog.next_unfinished()
             {
-                self.read_on(request, done);
+                self.read_on(unfinished);
                 progress = true;
                 continue;
             }
@@ -265,6 +281,7 @@ impl Session {
             }
             Arrival::Refused(rejection) => {
                 self.turn.spend(REQUEST_COST);
+                self.tally.answer(rejection.tag.command.into(), 0, Outcome::Failure);
                 self.replies.refuse(rejection);
             }
             Arrival::Payload(request, payload, permit) => {
@@ -275,10 +292,13 @@ impl Session {
                     if is_elsewhere { None } else { self.target.write_now(&request, &payload) };
                 match written {
                     Some(result) => {
-                        self.replies.answer(&request, result);
+                        self.answer(&request, result);
                         self.incoming.keep(payload);
                     }
-                    None => self.backlog.submit(&self.target, request, payload, permit),
+                    None => {
+                        let ticket = self.ticket(&request);
+                        self.backlog.submit(&self.target, (request, ticket), payload, permit);
+                    }
                 }
             }
         }
@@ -293,6 +313,7 @@ impl Session {
         // A READ is charged as its bytes move.
         let at_once = if matches!(request.command, Command::Read(_)) { 0 } else { length };
         self.turn.spend(REQUEST_COST.saturating_add(at_once));
+        self.tally.begin(request.command.command_type().into(), offset, request.length);
         match request.command {
             Command::Disconnect => {
                 self.incoming.close();
@@ -306,12 +327,28 @@ impl Session {
             _ => {
                 self.incoming.consume(header_len);
                 match self.target.execute_now(&request) {
-                    Some(result) => self.replies.answer(&request, result),
-                    None => self.backlog.leave_to_pool(request, Vec::new(), 0),
+                    Some(result) => self.answer(&request, result),
+                    None => self.leave_to_pool(request, Vec::new()),
                 }
             }
         }
         true
+    }
+
+    /// Answers a request at once, without content.
+    fn answer(&mut self, request: &Request, result: Result<(), ExportError>) {
+        let kind = request.command.command_type().into();
+        self.tally.answer(kind, request.length, Outcome::of(&result));
+        self.replies.answer(request, result);
+    }
+
+    fn leave_to_pool(&mut self, request: Request, payload: Vec<u8>) {
+        let ticket = self.ticket(&request);
+        self.backlog.leave_to_pool(request, ticket, payload, 0);
+    }
+
+    fn ticket(&self, request: &Request) -> Ticket {
+        self.tally.ticket(request.command.command_type().into(), request.length)
     }
 
     /// A WRITE of which the header is there; false if its payload is waited for.
@@ -321,9 +358,11 @@ impl Session {
             Payload::Expected => return false,
             Payload::Received => {
                 let payload = self.incoming.received(header_len, length);
-                match self.target.write_now(&request, payload) {
-                    Some(result) => self.replies.answer(&request, result),
-                    None => self.backlog.leave_to_pool(request, payload.to_vec(), 0),
+                let written = self.target.write_now(&request, payload);
+                let payload = if written.is_none() { payload.to_vec() } else { Vec::new() };
+                match written {
+                    Some(result) => self.answer(&request, result),
+                    None => self.leave_to_pool(request, payload),
                 }
                 self.incoming.consume(header_len + length);
             }
@@ -340,14 +379,23 @@ impl Session {
     fn read(&mut self, request: Request) {
         let (reads, mut answering) = self.answering();
         let read = reads.read(&request, &mut answering);
-        self.leave_rest(request, read);
+        let kind = request.command.command_type().into();
+        match read {
+            Ok(()) => self.tally.answer(kind, request.length, Outcome::Success),
+            Err(rest) => {
+                let ticket = self.ticket(&request);
+                self.leave_rest(request, ticket, rest);
+            }
+        }
     }
 
-    /// Goes on with a READ of which `done` bytes are answered.
-    fn read_on(&mut self, request: Request, done: usize) {
+    /// Goes on with a READ of which a part is answered.
+    fn read_on(&mut self, Unfinished { request, done, ticket }: Unfinished) {
         let (reads, mut answering) = self.answering();
-        let read = reads.read_on(&request, done, &mut answering);
-        self.leave_rest(request, read);
+        match reads.read_on(&request, done, &mut answering) {
+            Ok(()) => self.tally.answer_later(Some((ticket, Outcome::Success))),
+            Err(rest) => self.leave_rest(request, ticket, rest),
+        }
     }
 
     fn answering(&mut self) -> (&mut PromptReads, Answering<'_>) {
@@ -355,13 +403,12 @@ impl Session {
         (reads, Answering { target, replies, turn })
     }
 
-    fn leave_rest(&mut self, request: Request, read: Result<(), Rest>) {
-        match read {
-            Ok(()) => {}
-            Err(Rest::ForPool { done }) => {
-                self.backlog.leave_to_pool(request, Vec::new(), done);
+    fn leave_rest(&mut self, request: Request, ticket: Ticket, rest: Rest) {
+        match rest {
+            Rest::ForPool { done } => {
+                self.backlog.leave_to_pool(request, ticket, Vec::new(), done);
             }
-            Err(Rest::NextTurn { done }) => self.backlog.put_off(Unfinished { request, done }),
+            Rest::NextTurn { done } => self.backlog.put_off(Unfinished { request, done, ticket }),
         }
     }
 
@@ -380,7 +427,10 @@ impl Session {
                 self.turn.spend(barren.saturating_mul(BARREN_COST));
                 Ok(barren > 0)
             }
-            Poll::Ready(Received::Bytes) => Ok(true),
+            Poll::Ready(Received::Bytes) => {
+                self.tally.received();
+                Ok(true)
+            }
             Poll::Ready(Received::End) => {
                 // The client is gone, or has said all it wants to say: replies may still be taken.
                 self.incoming.close();

@@ -8,7 +8,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nbd_proto::wire::Errno;
 
@@ -50,6 +50,8 @@ pub(crate) trait Waiter: Send {
 #[derive(Clone, Default)]
 pub(crate) struct Flushes {
     state: Arc<Mutex<State>>,
+    /// When the last FLUSH ended that succeeded, in milliseconds since 1970; 0 if there was none.
+    last_success: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
@@ -93,6 +95,21 @@ impl Flushes {
     fn begin_flush(&self, waiters: usize) {
         let mut state = self.state();
         (state.began, state.last_group) = (Some(Instant::now()), waiters);
+    }
+
+    /// A FLUSH has succeeded.
+    pub(crate) fn note_success(&self) {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+        self.last_success.store(now, Ordering::Relaxed);
+    }
+
+    /// When the last FLUSH ended that succeeded.
+    pub(crate) fn last_success(&self) -> Option<SystemTime> {
+        match self.last_success.load(Ordering::Relaxed) {
+            0 => None,
+            time => SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(time)),
+        }
     }
 
     /// Counts a change that has to be durable, until what is returned is dropped.
@@ -171,6 +188,9 @@ impl FlushJob {
             tracing::error!("a flush panicked");
             Err(ExportError::new(Errno::EIO, "the server failed"))
         });
+        if result.is_ok() {
+            self.flushes.note_success();
+        }
         // It failed once, however many requests it answers.
         let result = result.map_err(|error| (self.failures.add(), error));
         for waiter in waiting {

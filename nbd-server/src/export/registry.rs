@@ -14,6 +14,7 @@ use crate::RegistryError;
 use crate::client::ClientInfo;
 use crate::quota::{Quota, Quotas};
 use crate::rules::{AccessRules, Permission};
+use crate::statistics::{ExportRecord, ExportStatistics};
 
 /// An export and its visibility.
 #[derive(Clone)]
@@ -26,6 +27,7 @@ pub struct ExportEntry {
     flushes: Flushes,
     access: Arc<AccessRules>,
     quotas: Arc<Quotas>,
+    record: ExportRecord,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,6 +57,7 @@ impl ExportEntry {
             flushes: Flushes::default(),
             access: Arc::default(),
             quotas: Arc::default(),
+            record: ExportRecord::default(),
         }
     }
 
@@ -116,14 +119,26 @@ impl ExportEntry {
     #[must_use]
     pub fn with_export(&self, export: Arc<dyn Export>) -> Self {
         let (failures, flushes) = (DurabilityFailures::default(), Flushes::default());
-        let quotas = Arc::new(self.quotas.unused());
-        Self { export, failures, flushes, quotas, ..self.clone() }
+        let (quotas, record) = (Arc::new(self.quotas.unused()), ExportRecord::default());
+        Self { export, failures, flushes, quotas, record, ..self.clone() }
     }
 
     /// Returns the export.
     #[must_use]
     pub fn export(&self) -> &Arc<dyn Export> {
         &self.export
+    }
+
+    /// Returns what clients have done with this entry, under whatever names.
+    #[must_use]
+    pub fn statistics(&self) -> ExportStatistics {
+        let (last_flush, failed) = (self.flushes.last_success(), self.failures.count());
+        self.record.statistics(self.export.info().size, last_flush, failed)
+    }
+
+    /// Where connections count what they do.
+    pub(crate) const fn record(&self) -> &ExportRecord {
+        &self.record
     }
 
     /// Whether the protocol can carry the export under `name`.

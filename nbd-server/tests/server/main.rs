@@ -35,6 +35,7 @@ mod send_file;
 mod shutdown;
 mod splits;
 mod stall;
+mod statistics;
 mod stress;
 #[cfg(feature = "tls")]
 mod tls;

@@ -13,6 +13,7 @@ use super::super::shared::Shared;
 use super::target::Target;
 use crate::budget::{BudgetQueue, Permit};
 use crate::ring::RingHandle;
+use crate::statistics::{Outcome, Ticket};
 
 /// No further long READ is handed to the pool while it works on so much for this connection. In
 /// bytes.
@@ -21,10 +22,13 @@ const LONG_READS_LEN: usize = 4 * read_steps::STEP_LEN;
 /// A request that waits for its part of the budget.
 enum Waiting {
     /// A command with its payload, to be handed to the pool; of a READ so many bytes are answered.
-    Pool(Request, Vec<u8>, usize),
+    Pool(Request, Ticket, Vec<u8>, usize),
     /// A WRITE whose payload is to be received.
     Payload(Request),
 }
+
+/// A reply of the pool, or a part of one.
+pub(super) type PooledReply = (Vec<u8>, Permit, Option<(Ticket, Outcome)>);
 
 /// What became of the request that waited.
 pub(super) enum Admitted {
@@ -98,9 +102,15 @@ impl Backlog {
 
     /// Has the pool carry out a request, as soon as there is memory for it; the first `done` bytes
     /// of a READ are answered. No other request may be waiting.
-    pub(super) fn leave_to_pool(&mut self, request: Request, payload: Vec<u8>, done: usize) {
+    pub(super) fn leave_to_pool(
+        &mut self,
+        request: Request,
+        ticket: Ticket,
+        payload: Vec<u8>,
+        done: usize,
+    ) {
         debug_assert!(self.waiting.is_none(), "one request waits at a time");
-        self.waiting = Some(Waiting::Pool(request, payload, done));
+        self.waiting = Some(Waiting::Pool(request, ticket, payload, done));
     }
 
     /// Waits for memory for the payload of a WRITE. No other request may be waiting.
@@ -113,18 +123,18 @@ impl Backlog {
     pub(super) fn submit(
         &mut self,
         target: &Target,
-        request: Request,
+        (request, ticket): (Request, Ticket),
         payload: Vec<u8>,
         permit: Permit,
     ) {
-        self.pool.submit(target.work(request, payload, 0), permit);
+        self.pool.submit(target.work(request, ticket, payload, 0), permit);
     }
 
     /// Gives the waiting request its part of the budget, if there is one.
     pub(super) fn admit(&mut self, cx: &mut Context<'_>, target: &Target) -> Admitted {
         let Some(waiting) = &self.waiting else { return Admitted::ToPool };
         let length = match waiting {
-            Waiting::Pool(request, _, done) => {
+            Waiting::Pool(request, _, _, done) => {
                 let is_long = read_steps::is_long(request);
                 if is_long && self.is_in_pool() && self.pool.bytes() >= LONG_READS_LEN {
                     return Admitted::No;
@@ -136,8 +146,8 @@ impl Backlog {
         let Poll::Ready(permit) = self.budget.poll_take(cx, length) else { return Admitted::No };
         match self.waiting.take() {
             Some(Waiting::Payload(request)) => Admitted::Payload(request, permit),
-            Some(Waiting::Pool(request, payload, done)) => {
-                self.pool.submit(target.work(request, payload, done), permit);
+            Some(Waiting::Pool(request, ticket, payload, done)) => {
+                self.pool.submit(target.work(request, ticket, payload, done), permit);
                 Admitted::ToPool
             }
             None => Admitted::ToPool,
@@ -145,16 +155,23 @@ impl Backlog {
     }
 
     /// The next reply of the pool. What it leaves open becomes [unfinished](Self::next_unfinished).
-    pub(super) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<(Vec<u8>, Permit)> {
-        self.pool.poll_reply(cx).map(|Reply { bytes, permit, rest, .. }| {
+    /// The last part of a reply comes with what the counters need.
+    pub(super) fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<PooledReply> {
+        self.pool.poll_reply(cx).map(|Reply { bytes, permit, rest, answered, .. }| {
+            let answered = rest.is_none().then_some(answered);
             self.unfinished.extend(rest);
-            (bytes, permit)
+            (bytes, permit, answered)
         })
     }
 
     /// A READ that goes on in the next turn.
     pub(super) fn put_off(&mut self, unfinished: Unfinished) {
         self.unfinished.push_front(unfinished);
+    }
+
+    /// How many requests are not answered.
+    pub(super) fn len(&self) -> usize {
+        self.pool.requests() + self.unfinished.len() + usize::from(self.waiting.is_some())
     }
 
     /// The READ that goes on next.

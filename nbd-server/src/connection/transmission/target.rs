@@ -8,10 +8,14 @@ use nbd_proto::wire::{MetaContextId, MetaContextName};
 use super::super::dispatch::{self, Work};
 use super::super::handshake::Established;
 use super::super::writeback_errors::WritebackErrors;
-use crate::export::{Export, ExportError, Holes, MayBlock, Operation, ReadMap, TryRead};
+use crate::export::{
+    Export, ExportEntry, ExportError, Holes, MayBlock, Operation, ReadMap, TryRead,
+};
+use crate::statistics::Ticket;
 
 /// What a request is carried out on, and how it is answered.
 pub(super) struct Target {
+    entry: ExportEntry,
     export: Arc<dyn Export>,
     writeback: Arc<WritebackErrors>,
     contexts: Arc<[(MetaContextId, MetaContextName)]>,
@@ -22,6 +26,7 @@ impl Target {
     pub(super) fn new(established: &Established) -> Self {
         let (entry, negotiated) = (&established.entry, &established.negotiated);
         Self {
+            entry: entry.clone(),
             export: Arc::clone(entry.export()),
             writeback: Arc::new(WritebackErrors::new(entry.failures().clone())),
             contexts: negotiated.meta_contexts.clone().into(),
@@ -39,12 +44,19 @@ impl Target {
     }
 
     /// A request for the pool; the first `done` bytes of a READ are answered.
-    pub(super) fn work(&self, request: Request, payload: Vec<u8>, done: usize) -> Work {
+    pub(super) fn work(
+        &self,
+        request: Request,
+        ticket: Ticket,
+        payload: Vec<u8>,
+        done: usize,
+    ) -> Work {
         Work {
             export: Arc::clone(&self.export),
             contexts: Arc::clone(&self.contexts),
             encoder: self.encoder,
             request,
+            ticket,
             writeback: Arc::clone(&self.writeback),
             payload,
             max_descriptors: 1,
@@ -87,7 +99,11 @@ impl Target {
     }
 
     fn execute(&self, request: &Request, payload: &[u8]) -> Result<(), ExportError> {
-        dispatch::execute_in_place(&*self.export, &self.writeback, request, payload)
+        let result = dispatch::execute_in_place(&*self.export, &self.writeback, request, payload);
+        if request.command == Command::Flush && result.is_ok() {
+            self.entry.flushes().note_success();
+        }
+        result
     }
 
     fn is_prompt(&self, request: &Request) -> bool {
