@@ -46,7 +46,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Export disk images, block devices or memory disks
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Describe a server and its exports
     Info(info::InfoArgs),
     /// List the metadata contexts that a server offers for an export

@@ -25,6 +25,7 @@ mod serving;
 mod shown;
 mod signals;
 mod size;
+mod sys;
 mod terminal;
 
 use std::ffi::OsString;
@@ -81,7 +82,7 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         signals::watch()?;
     }
     match command {
-        Command::Serve(args) => commands::serve::run(args),
+        Command::Serve(args) => commands::serve::run(*args),
         Command::Info(args) => commands::info::run(&args),
         Command::ListMeta(args) => commands::list_meta::run(&args),
         Command::Map(args) => commands::map::run(&args),

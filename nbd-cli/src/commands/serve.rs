@@ -1,9 +1,11 @@
 //! `nbd-cli serve`: export disk images, block devices and memory disks.
 
+mod access;
 mod address;
 mod args;
 mod captive;
 mod control;
+mod export;
 mod source;
 mod tls;
 mod upstream;
@@ -17,9 +19,12 @@ use nbd_jobs::serving::PrivateDirectory;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
 
+pub use self::access::{AccessArgs, Clients, ExportRule};
 use self::address::TcpAddress;
 pub use self::args::ServeArgs;
 use self::captive::Captive;
+pub use self::export::ExportArgs;
+use self::export::ExportSpec;
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
@@ -47,7 +52,9 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let registry = ExportRegistry::new();
     let tls = args.tls.load()?;
     let args = Arc::new(args);
-    let (names, disks) = signals.meanwhile(open_sources(&args, &registry)).await?;
+    let exports = Arc::new(source::exports(&args)?);
+    let disks = signals.meanwhile(open_sources(&args, &exports, &registry)).await?;
+    let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
     tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
         Some(_) if args.listen.is_empty() && args.socket.is_empty() => {
@@ -61,13 +68,13 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     for address in addresses(&args, private.as_ref()) {
         bound.extend(server.listen(&address).await.map_err(serve_error)?);
     }
-    warn_of_exposure(&bound, &tls, if args.read_only { "" } else { " and change" });
+    warn_of_exposure(&bound, &tls, if args.export.read_only { "" } else { " and change" });
     let control = match (&args.control, disks) {
         (Some(path), Some(disks)) => {
             let socket = ControlSocket::open(path).await;
             let socket = socket.map_err(|error| CommandError::new(error.to_string()))?;
             let (bound, tls) = (bound.clone(), tls.clone());
-            let controller = control::controller(server.handle(), disks, source::choices(&args))
+            let controller = control::controller(server.handle(), disks, &args.export)
                 .uris(move |name| uris(&bound, name, &tls));
             Some((socket, Arc::new(controller)))
         }
@@ -93,12 +100,13 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
 /// Opens all sources, on a separate thread: opening a layer on another server blocks.
 async fn open_sources(
     args: &Arc<ServeArgs>,
+    exports: &Arc<Vec<ExportSpec>>,
     registry: &ExportRegistry,
-) -> Result<(Vec<String>, Option<ServedDisks>), CommandError> {
-    let (args, registry) = (Arc::clone(args), registry.clone());
+) -> Result<Option<ServedDisks>, CommandError> {
+    let (args, exports, registry) = (Arc::clone(args), Arc::clone(exports), registry.clone());
     let opening = tokio::task::spawn_blocking(move || {
         let mut disks = args.control.as_ref().map(|_| ServedDisks::default());
-        source::add_all(&args, &registry, disks.as_mut()).map(|names| (names, disks))
+        source::add_all(&exports, &args.tls.tls_only, &registry, disks.as_mut()).map(|()| disks)
     });
     opening.await.unwrap_or_else(|error| match error.try_into_panic() {
         Ok(panic) => std::panic::resume_unwind(panic),

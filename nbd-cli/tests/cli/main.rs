@@ -74,6 +74,7 @@ mod qemu_nbd_image;
 mod qemu_nbd_tls;
 mod readme;
 mod reconnect;
+mod serve_access;
 mod serve_bitmaps_survive;
 mod serve_cache;
 mod serve_exports;

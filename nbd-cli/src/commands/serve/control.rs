@@ -6,20 +6,24 @@ use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_server::ServerHandle;
 
+use super::export::ExportArgs;
 use super::source;
 use crate::serving::temporary_directory;
 
-/// Returns the controller of a server. `choices` are the options of images that are added.
+/// Returns the controller of a server. Exports that are added have `options`, except for those of
+/// one image.
 pub(super) fn controller(
     server: ServerHandle,
     disks: ServedDisks,
-    choices: ServeOptions,
+    options: &ExportArgs,
 ) -> Controller {
+    let (choices, options) = (source::choices(options), options.clone());
     let controller = Controller::new(server, disks).observer(log).open_sources(move |requested| {
         let choices = choices_for(&choices, requested);
         let opened = source::open(requested.source.as_ref(), &choices)
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
-        Ok(source::served_disk(requested.source.clone(), opened))
+        let disk = source::served_disk(requested.source.clone(), opened);
+        Ok(disk.configured(|entry| options.access.apply(&requested.name, entry)))
     });
     match temporary_directory() {
         Some(directory) => controller.temporary_directory(directory),

@@ -15,6 +15,7 @@ use nbd_server::export::filters::{FilterOptions, Medium};
 use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::args::ServeArgs;
+use super::export::{ExportArgs, ExportSpec};
 use crate::commands::image::open::explained as explained_image;
 use crate::error::CommandError;
 use crate::locking::ShareArgs;
@@ -22,16 +23,12 @@ use crate::serving::temporary_directory;
 use crate::shown::warnings;
 use crate::size::ByteSize;
 
-/// Opens every source and registers it; returns the export names in the order of the sources. The
-/// first one is the default export.
-pub(super) fn add_all(
-    args: &ServeArgs,
-    registry: &ExportRegistry,
-    mut controlled: Option<&mut ServedDisks>,
-) -> Result<Vec<String>, CommandError> {
+/// Returns the exports of a command line. The first one is the default export.
+pub(super) fn exports(args: &ServeArgs) -> Result<Vec<ExportSpec>, CommandError> {
     let named: Vec<_> = args.sources.iter().map(|source| split_name(source)).collect();
     let uris = named.iter().filter_map(|(_, source)| uri(source)).collect::<Result<Vec<_>, _>>()?;
-    args.upstream.check(&uris, args.control.is_some())?;
+    let options = &args.export;
+    options.upstream.check(&uris, args.control.is_some())?;
     let unnamed = named.iter().filter(|(name, _)| name.is_none()).count();
     if args.name.is_some() && unnamed != 1 {
         return Err(CommandError::new(
@@ -43,43 +40,67 @@ pub(super) fn add_all(
             "only one source may be without a name; write the others as NAME=SOURCE",
         ));
     }
-    if args.description.is_some() && named.len() != 1 {
+    if options.description.is_some() && named.len() != 1 {
         return Err(CommandError::new("--description is possible with one source only"));
     }
-    let mut names = Vec::with_capacity(named.len());
-    for (name, source) in named {
-        let name = name.or(args.name.as_deref()).unwrap_or_default();
-        let opened = open(source, &choices(args))?;
-        let mut entry = match &mut controlled {
-            None => ExportEntry::new(opened.export),
-            Some(disks) => {
-                let disk = served_disk(source.to_string_lossy().into_owned(), opened);
-                let entry = disk.entry();
-                disks.insert(name.to_owned(), disk);
-                entry
-            }
-        };
-        if let Some(text) = &args.description {
-            entry = entry.description(text.clone());
-        }
-        if args.tls.tls_only.iter().any(|only| only == name) {
-            entry = entry.tls_required();
-        }
-        if args.hidden {
-            entry = entry.hidden();
-        }
-        registry.add(name, entry).map_err(|error| cannot_export(source, error))?;
-        names.push(name.to_owned());
-    }
+    let shared = Arc::new(options.clone());
+    let exports = named.into_iter().map(|(name, source)| ExportSpec {
+        name: name.or(args.name.as_deref()).unwrap_or_default().to_owned(),
+        source: source.to_owned(),
+        options: Arc::clone(&shared),
+    });
+    let exports: Vec<_> = exports.collect();
+    let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
     if let Some(unknown) = args.tls.tls_only.iter().find(|only| !names.contains(only)) {
         return Err(CommandError::new(format!(
             "--tls-only '{unknown}' is not the name of an export"
         )));
     }
-    if let Some(first) = names.first() {
-        registry.set_default(first.clone());
+    options.access.check(&names, args.control.is_some(), args.tls.has_credentials())?;
+    Ok(exports)
+}
+
+/// Opens every source and registers it.
+pub(super) fn add_all(
+    exports: &[ExportSpec],
+    tls_only: &[String],
+    registry: &ExportRegistry,
+    mut controlled: Option<&mut ServedDisks>,
+) -> Result<(), CommandError> {
+    for export in exports {
+        let ExportSpec { name, source, options } = export;
+        let opened = open(source, &choices(options))?;
+        let entry = match &mut controlled {
+            None => entry(export, tls_only, ExportEntry::new(opened.export)),
+            Some(disks) => {
+                let disk = served_disk(source.to_string_lossy().into_owned(), opened);
+                let disk = disk.configured(|plain| entry(export, tls_only, plain));
+                let entry = disk.entry();
+                disks.insert(name.to_owned(), disk);
+                entry
+            }
+        };
+        registry.add(name, entry).map_err(|error| cannot_export(source, error))?;
     }
-    Ok(names)
+    if let Some(first) = exports.first() {
+        registry.set_default(first.name.clone());
+    }
+    Ok(())
+}
+
+/// Gives an export the properties that clients see.
+fn entry(export: &ExportSpec, tls_only: &[String], mut entry: ExportEntry) -> ExportEntry {
+    let ExportSpec { name, options, .. } = export;
+    if let Some(text) = &options.description {
+        entry = entry.description(text.clone());
+    }
+    if tls_only.contains(name) {
+        entry = entry.tls_required();
+    }
+    if options.hidden {
+        entry = entry.hidden();
+    }
+    options.access.apply(name, entry)
 }
 
 /// Returns the disk of a control socket.
@@ -131,7 +152,7 @@ pub(super) fn open(source: &OsStr, choices: &ServeOptions) -> Result<OpenedExpor
 }
 
 /// Returns the options that apply to every image.
-pub(super) fn choices(args: &ServeArgs) -> ServeOptions {
+pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
     ServeOptions {
         context: JobContext { observer: warnings(), ..JobContext::default() },
         temporary_directory: temporary_directory(),
@@ -157,7 +178,7 @@ pub(super) fn choices(args: &ServeArgs) -> ServeOptions {
     }
 }
 
-fn filter(args: &ServeArgs) -> FilterOptions {
+fn filter(args: &ExportArgs) -> FilterOptions {
     let mut options = FilterOptions::default();
     options.discard = args.discard.into();
     options.detect_zeroes = args.detect_zeroes.into();

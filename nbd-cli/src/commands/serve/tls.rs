@@ -98,6 +98,11 @@ impl TlsArgs {
         })
     }
 
+    /// Returns whether there are credentials, so that clients can be authenticated.
+    pub(super) const fn has_credentials(&self) -> bool {
+        self.tls_certificates.is_some() || self.tls_psk.is_some()
+    }
+
     fn source(&self) -> Result<Option<CredentialSource>, CommandError> {
         let absolute = |path: &Path| {
             std::path::absolute(path).map_err(|error| {

@@ -19,6 +19,8 @@ const TEMPORARY_DIRECTORY: &str = "/var/tmp";
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RequestedSource {
+    /// The name of the export.
+    pub name: String,
     /// Its name, in a notation of the server's choice.
     pub source: String,
     /// Refuse all writes.

@@ -33,8 +33,8 @@ impl Controller {
             }
             Request::AddExport { name, source, read_only, format, description } => {
                 let format = format.as_deref().map(known_format).transpose()?;
-                let source = RequestedSource { source, read_only, format };
-                self.open_and_add(&mut disks, name, source, description).await
+                let source = RequestedSource { name, source, read_only, format };
+                self.open_and_add(&mut disks, source, description).await
             }
             Request::RemoveExport { name, on_use } => self.remove(&mut disks, &name, on_use).await,
             Request::CheckpointStart {
@@ -128,11 +128,11 @@ impl Controller {
     async fn open_and_add(
         &self,
         disks: &mut ServedDisks,
-        name: String,
         source: RequestedSource,
         description: Option<String>,
     ) -> Result<Value, Failure> {
-        self.refuse_taken(&name)?;
+        self.refuse_taken(&source.name)?;
+        let name = source.name.clone();
         let open = self.open.clone();
         let mut disk = blocking(move || open(&source)).await??;
         if let Some(text) = description {
