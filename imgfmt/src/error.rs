@@ -92,7 +92,7 @@ impl Error {
     }
 
     /// That an image has a format that is only recognised. `is_guess` says that its bytes were
-    /// looked at: somebody may want them as they are.
+    /// looked at: the user may want to use the file as raw.
     pub(crate) fn unsupported_format(format: Format, is_guess: bool) -> Self {
         let what = format.description();
         let advice = match format {

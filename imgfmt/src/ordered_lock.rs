@@ -117,7 +117,7 @@ impl<const RANK: u8, T> OrderedMutex<RANK, T> {
         Ordered { guard: self.0.lock().unwrap_or_else(PoisonError::into_inner), _held: held }
     }
 
-    /// As [`lock`](Self::lock), if nobody has it. That never waits, so any order will do.
+    /// As [`lock`](Self::lock), if it is free. That never waits, so any order will do.
     #[inline]
     pub(crate) fn try_lock(&self) -> Option<Ordered<MutexGuard<'_, T>>> {
         let guard = match self.0.try_lock() {

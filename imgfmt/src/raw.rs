@@ -54,7 +54,7 @@ impl Raw {
         let mut sector = [0; PROBE_LENGTH];
         let length = self.storage.read_at(HostOffset::new(0), &mut sector).map_err(io("read"))?;
         apply(&mut sector[offset.bytes() as usize..]);
-        // A write behind the present end of the file still belongs to the sector.
+        // A write past the present end of the file still belongs to the sector.
         match probe(&sector[..length.max(self.size.min(PROBE_LENGTH as u64) as usize)]) {
             Format::Raw => change(),
             _ => Err(Error::new(

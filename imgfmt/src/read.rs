@@ -1,5 +1,5 @@
-//! What is done with the parts that a walk finds: they are read, listed as extents, or told to a
-//! caller who moves the bytes.
+//! Consumers of a walk over a range: reads, lists of extents, and maps for callers that move the
+//! bytes themselves.
 
 use std::sync::Arc;
 

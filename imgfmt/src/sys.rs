@@ -20,7 +20,7 @@ pub(crate) fn mapped_words(map: &MmapRaw) -> &[AtomicU64] {
     unsafe { std::slice::from_raw_parts(first, count) }
 }
 
-/// Takes a shared lock on one byte for the open file description behind `fd`, without waiting.
+/// Takes a shared lock on one byte for the open file description of `fd`, without waiting.
 ///
 /// # Errors
 ///
@@ -31,7 +31,7 @@ pub(crate) fn lock_byte_shared(fd: BorrowedFd<'_>, byte: u64) -> io::Result<()> 
     fcntl_lock(fd, libc::F_OFD_SETLK, &mut lock)
 }
 
-/// Gives back all locks of the open file description behind `fd`.
+/// Gives back all locks of the open file description of `fd`.
 pub(crate) fn unlock(fd: BorrowedFd<'_>) -> io::Result<()> {
     let mut lock = byte_lock(libc::F_UNLCK, 0)?;
     lock.l_len = 0; // to the end, wherever that is

@@ -123,7 +123,7 @@ impl GuestRange {
         self.length
     }
 
-    /// The first byte behind the range.
+    /// The first byte after the range.
     pub const fn end(self) -> GuestOffset {
         // The constructors refuse a range whose end does not fit.
         GuestOffset(self.offset.0 + self.length)

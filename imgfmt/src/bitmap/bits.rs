@@ -119,7 +119,7 @@ impl Bits {
         }
     }
 
-    /// Becomes equal to `other`, which is of the same size and granularity. Nobody sets bits
+    /// Becomes equal to `other`, which has the same size and granularity. No thread sets bits
     /// meanwhile.
     pub(crate) fn assign(&self, other: &Self) {
         for (word, other) in self.words().iter().zip(other.words()) {

@@ -150,7 +150,7 @@ pub enum BitmapChange {
         name: String,
     },
     /// Start a checkpoint: the bits of a bitmap move to another one, called
-    /// [`frozen_bitmap_name`](crate::frozen_bitmap_name), and the bitmap starts anew. Until they
+    /// [`frozen_bitmap_name`](crate::frozen_bitmap_name), and the bitmap restarts empty. Until they
     /// are dropped or thawed, it is [incomplete](BitmapState::Incomplete). Bits that are frozen
     /// already move with them.
     Freeze {

@@ -33,7 +33,7 @@ pub(crate) struct Bitmap<S> {
     pub(crate) recording: Recording,
     pub(crate) condition: Condition,
     /// What is stored is marked as out of date. Changed only by the hook of `before_change` and by
-    /// whoever has the state alone.
+    /// the holder of the exclusive state.
     pub(crate) in_use: AtomicBool,
     /// The bits; loaded when they are first needed.
     pub(crate) bits: OnceLock<Arc<Bits>>,

@@ -59,7 +59,7 @@ impl Image {
     }
 
     /// Makes several changes of the image's bitmaps at one instant, or none of them: every change of
-    /// the disk lies wholly before that instant or wholly behind it. Writes that come meanwhile
+    /// the disk lies wholly before that instant or wholly after it. Writes that come meanwhile
     /// wait. When it returns the changes are on disk.
     ///
     /// # Errors
@@ -107,8 +107,8 @@ impl Image {
 
     /// What a bitmap says about the parts of a range, in order and without gaps, from its start on:
     /// at most `max_count` extents. It is empty only if the range is, or `max_count` is 0. The bitmap is
-    /// looked for in the image and then in its backing files, from the top down. What lies behind the
-    /// end of a shorter backing file is clean.
+    /// looked for in the image and then in its backing files, from the top down. The part of the
+    /// disk past the end of a shorter backing file is clean.
     ///
     /// # Errors
     ///

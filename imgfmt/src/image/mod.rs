@@ -191,8 +191,8 @@ impl Image {
         Ok(ImageInfo { format: self.format(), size: self.size(), encryption: None, qcow2 })
     }
 
-    /// Checks the qcow2 image in a file and, if asked to, repairs it. Nobody else may use it
-    /// meanwhile. The files it names are not looked at.
+    /// Checks the qcow2 image in a file and, if asked to, repairs it. No other process may
+    /// use it meanwhile. The files it names are not looked at.
     ///
     /// # Errors
     ///

@@ -35,7 +35,7 @@ pub struct NewOnDevice {
     storage: Arc<Unfinished>,
     path: PathBuf,
     format: Format,
-    /// What is behind the metadata: offset and length in bytes.
+    /// The space after the metadata: offset and length in bytes.
     unused: (u64, u64),
     preallocation: Preallocation,
 }
@@ -133,7 +133,7 @@ fn refuse_what_devices_lack(options: &CreateOptions) -> Result<()> {
     Ok(())
 }
 
-/// Writes the metadata, if there is room; returns the offset and the length of what is behind it.
+/// Writes the metadata, if there is room; returns the offset and the length of the space after it.
 fn lay_out(
     storage: &dyn Storage,
     options: &CreateOptions,
@@ -155,7 +155,7 @@ fn lay_out(
     };
     // Nothing that was there is to be found.
     write(0, &[0; SIGNATURE_LENGTH])?;
-    // Each part fills its clusters, so that old bytes behind it are not taken for a part of it.
+    // Each part fills its clusters, so that old bytes after it are not taken for a part of it.
     parts.iter().try_for_each(|(offset, bytes)| write(*offset, bytes))?;
     Ok((metadata_end, room - metadata_end))
 }

@@ -44,11 +44,11 @@ pub use report::{CheckReport, Repair};
 const ROUNDS_MAX: u32 = 8;
 
 impl Qcow2 {
-    /// Checks and, if asked to, repairs. Nobody else may use the image meanwhile.
+    /// Checks and, if asked to, repairs. No other process may use the image meanwhile.
     pub(crate) fn check(&mut self, repair: Repair) -> Result<CheckReport> {
         if self.metadata.is_writable() && repair != Repair::None {
-            // Whoever repairs after a crash, before bitmaps are recovered, must not be taken for a
-            // foreign writer.
+            // A repair after a crash, before bitmaps are recovered, must not be mistaken for a foreign
+            // writer.
             drop(self.bitmaps.find_sidecar()?);
         }
         let mode = match (self.metadata.is_writable(), repair) {
@@ -59,7 +59,7 @@ impl Qcow2 {
         self.check_with_sidecar(mode)
     }
 
-    /// The same for who has looked at the sidecar already, and holds it.
+    /// As [`check`](Self::check), for callers that hold the sidecar already.
     pub(super) fn check_with_sidecar(&mut self, mode: Mode) -> Result<CheckReport> {
         if self.metadata.is_writable() {
             self.flusher().flush()?;

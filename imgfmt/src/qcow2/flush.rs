@@ -1,13 +1,13 @@
-//! Flushing: everything that was committed goes to disk in an order that no crash can hurt.
+//! Flushing: writes committed metadata in an order that is safe at any crash.
 //!
 //! 1. refcount blocks; data is there already: barrier
 //! 2. the refcount table's entries, or a whole larger table and then the header: barrier
 //! 3. L2 tables: barrier
 //! 4. L1 entries: barrier
 //!
-//! What was freed stays referenced in the refcounts until all of that is done, so whatever the disk
-//! holds after a crash, no cluster that something points to is counted as free. Only then do freed
-//! clusters leave the [quarantine](crate::qcow2::alloc::allocator).
+//! Freed clusters keep their refcounts until all of that is done. After a crash no cluster that an
+//! entry names is therefore counted as free. Only then do freed clusters enter the
+//! [quarantine](crate::qcow2::alloc::allocator).
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::{Allocator, Freed, TablePlace};
@@ -20,7 +20,7 @@ use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::refcount::DirtyBlock;
 use crate::units::Offset as _;
 
-/// So many clusters may have been freed before a flush makes them usable again.
+/// Number of freed clusters at which the next change flushes first, to make them usable again.
 const FREED_MAX: usize = 1 << 16;
 
 /// The parts of an open image that a flush brings to disk.
@@ -182,7 +182,7 @@ impl Flusher<'_> {
     fn note_moved_table(self, allocator: &mut Allocator, place: TablePlace) {
         let geometry = self.mapping.geometry();
         let old = std::mem::replace(&mut allocator.table_place, place);
-        // Whoever counts all references looks for the table there from now on.
+        // A count of all references finds the table through the header.
         self.metadata.update_header(|header| {
             header.refcount_table_offset = place.offset;
             header.refcount_table_clusters = place.clusters as u32;
@@ -194,8 +194,8 @@ impl Flusher<'_> {
     }
 
     /// Makes the file end where a cluster does, or the last sector of compressed ones: the last
-    /// cluster may have been written in part, and other readers read it as a whole. Nobody else
-    /// writes any more, and what is missing reads as zero here: failures do not matter.
+    /// cluster may have been written in part, and other readers read it as a whole. No other
+    /// write runs, and missing bytes read as zero here: failures do not matter.
     pub(in crate::qcow2) fn end_with_cluster(self) -> Result<()> {
         let cluster_size = self.mapping.geometry().cluster_size();
         let Ok(length) = self.metadata.file.len() else { return Ok(()) };

@@ -151,7 +151,7 @@ impl Qcow2 {
         if !self.clusters.allocator().is_ok_and(has_strangers) {
             return;
         }
-        // What cannot be read is met again by whoever needs it.
+        // An unreadable structure is reported by the first operation that needs it.
         let is_sound = self.refcounts_overlap_nothing().unwrap_or(false);
         let Ok(mut allocator) = self.clusters.allocator() else { return };
         match is_sound {

@@ -53,7 +53,7 @@ pub(crate) struct SidecarPlace {
     path: PathBuf,
     name: OsString,
     new_name: OsString,
-    /// Who may have made a sidecar of this image, besides us and root.
+    /// The user who may have made a sidecar of this image, besides this one and root.
     image_owner: u32,
 }
 
@@ -116,7 +116,7 @@ impl SidecarPlace {
             });
             match made {
                 Ok(file) => return Ok((File::from(file), name)),
-                // Something of somebody else, or a directory: another name will do.
+                // Another user's file, or a directory: another name will do.
                 Err(_) if number < NEW_NAMES && self.is_there(&name) => number += 1,
                 Err(error) => return Err(error),
             }
@@ -165,7 +165,7 @@ impl SidecarPlace {
         let mut description = description.clone();
         let made = nanoseconds(file.metadata()?.modified()?);
         if made.abs_diff(now_nanoseconds()) > CLOCK_NANOSECONDS {
-            // The times of files are not ours here, so they say nothing about who wrote when.
+            // Another clock sets the times of files here, so they say nothing about the last writer.
             description.image.modified = 0;
         }
         let length = write_new(&file, &description, words)?;
@@ -209,15 +209,15 @@ impl SidecarPlace {
         Ok(Some(FoundFile(file)))
     }
 
-    /// Refuses a file whose bits somebody else may have set or cleared.
+    /// Refuses a file whose bits another user may have set or cleared.
     fn refuse_untrusted(&self, metadata: &Metadata) -> io::Result<()> {
         let (owner, mode) = (metadata.uid(), metadata.mode() & 0o7777);
         let user = rustix::process::geteuid().as_raw();
         let path = self.path.display();
         let detail = if ![user, 0, self.image_owner].contains(&owner) {
             format!(
-                "the file with the bits, '{path}', belongs to user {owner}, who is neither the \
-                 image's owner nor the one who opens it, so it is not trusted; if it is genuine, \
+                "the file with the bits, '{path}', belongs to user {owner}, neither the \
+                 image's owner nor the user who opens it, so it is not trusted; if it is genuine, \
                  give it to the image's owner with 'chown {}' before the image is opened for writing",
                 self.image_owner
             )
@@ -353,7 +353,7 @@ impl SidecarStorage for SidecarFile {
     fn remove(&self) -> io::Result<()> {
         let flags = AtFlags::SYMLINK_NOFOLLOW;
         match rustix::fs::statat(&self.place.directory, &*self.place.name, flags) {
-            // A newer epoch has taken the place, or somebody else has.
+            // A newer epoch or another file has taken the place.
             Ok(found) if found.st_ino != self.inode => Ok(()),
             Ok(_) => self.place.remove(),
             Err(Errno::NOENT) => Ok(()),

@@ -33,7 +33,7 @@ pub(crate) trait SidecarLocation: Send + Sync + fmt::Debug {
     /// Its name for messages.
     fn name(&self) -> String;
 
-    /// Tries whether a sidecar could be made, and leaves nothing behind.
+    /// Checks that a sidecar can be made, and leaves no file.
     fn probe(&self, description: &Description) -> io::Result<()>;
 
     /// The boot of this machine; empty if the system does not say.

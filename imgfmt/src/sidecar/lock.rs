@@ -18,7 +18,7 @@ const PAUSE: Duration = Duration::from_millis(20);
 ///
 /// # Errors
 ///
-/// `WouldBlock`, with a clause that says who has locked it as far as the system tells.
+/// `WouldBlock`, with a clause that names the process that has locked it, if known.
 pub(super) fn lock(file: &File, access: Access) -> io::Result<()> {
     if access == Access::ReadOnly {
         return file.try_lock_shared().map_err(|error| explained(error.into(), file));

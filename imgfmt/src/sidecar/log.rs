@@ -47,7 +47,7 @@ pub(super) struct ActivityLog {
     sync_has_failed: AtomicBool,
 }
 
-/// Who waits for which commit.
+/// The threads that wait, and the commits they wait for.
 #[derive(Debug, Default)]
 struct Queue {
     wanted: Vec<u32>,
@@ -96,7 +96,7 @@ impl ActivityLog {
         }
         let mut is_hot = true;
         for state in &self.states[first as usize..=last as usize] {
-            // The evictor gives up when it finds the count; whoever finds no HOT waits below.
+            // The evictor gives up when it finds the count; a thread that finds no HOT waits below.
             let old = state.fetch_add(1, AcqRel);
             if old & USED == 0 {
                 state.fetch_or(USED, Relaxed);
@@ -138,7 +138,7 @@ impl ActivityLog {
             queue.is_committing = true;
             queue.next += 1;
             drop(queue);
-            // Extents that stay cold after a failure are noticed by those who wait for them.
+            // Waiters notice extents that stay cold after a failure.
             let _ = self.commit(store, wanted);
             queue = self.queue.lock();
             queue.is_committing = false;
@@ -198,8 +198,8 @@ impl ActivityLog {
         written
     }
 
-    /// What is wanted and not hot, each once, and behind extents that follow a hot one those that
-    /// a stream would want next.
+    /// The wanted extents that are not hot, each once; after an extent that follows a hot one also
+    /// those that a sequential stream would want next.
     fn with_those_ahead(&self, mut wanted: Vec<u32>) -> Vec<u32> {
         let is_hot = |extent: u32| {
             self.states.get(extent as usize).is_some_and(|state| state.load(Acquire) & HOT != 0)
@@ -219,7 +219,7 @@ impl ActivityLog {
         for extent in &ahead {
             self.states[*extent as usize].fetch_or(USED, Relaxed);
         }
-        // What somebody waits for comes first.
+        // Extents with waiters come first.
         ahead.sort_unstable();
         ahead.dedup();
         ahead.retain(|extent| wanted.binary_search(extent).is_err());

@@ -12,7 +12,7 @@ use crate::sys;
 ///
 /// If the file is truncated while it is mapped, an access beyond its end kills the process with
 /// SIGBUS. The file is therefore locked, private to the user, and of the right length when it is
-/// mapped; there is no defence against a user who truncates his own file.
+/// mapped; there is no defence against a user truncating the file.
 #[derive(Debug)]
 pub(super) struct WordMap {
     raw: MmapRaw,

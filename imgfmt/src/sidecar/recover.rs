@@ -35,11 +35,11 @@ pub(crate) enum Rejection {
     Damaged(layout::Damage),
     /// The machine went down, and it was not made to survive that.
     PowerLoss,
-    /// The image has been changed by somebody else.
+    /// Another program has changed the image.
     ForeignWriter(&'static str),
     /// The disk had another size.
     OtherSize,
-    /// Somebody else may have written it; the error says who.
+    /// Another user may have written it; the error says which.
     Untrusted(io::Error),
     /// It cannot be read.
     Io(io::Error),
@@ -199,7 +199,7 @@ fn descriptors_length(count: usize) -> u64 {
     (count * DESCRIPTOR_BYTES) as u64
 }
 
-/// Whether nobody but us has changed the image.
+/// Checks that no other program has changed the image.
 fn compare(then: Fingerprint, now: Fingerprint, alive: u64, trust: Trust) -> Result<(), Rejection> {
     let found = if then.inode != now.inode {
         "it is another file"

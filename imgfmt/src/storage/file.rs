@@ -115,7 +115,7 @@ impl FileStorage {
 
     fn open_with(path: &Path, access: Access, locking: Locking, flags: OFlags) -> Result<Self> {
         // A pipe or a socket is refused before it is opened, because opening may hang or disturb
-        // whoever is at the other end; what was opened is looked at again below.
+        // the process at the other end; the opened file is looked at again below.
         let metadata = std::fs::metadata(path).map_err(open_error(path))?;
         refuse_what_is_no_image(path, metadata.file_type())?;
         let file = OpenOptions::new()

@@ -1,8 +1,8 @@
 //! Locks that QEMU understands.
 //!
 //! QEMU keeps two programs from writing one image with open-file-description locks on single bytes
-//! far behind any header: a *shared* lock on byte 100 + n says "I hold permission n", one on byte
-//! 200 + n says "I do not tolerate that anyone else holds permission n". After taking its own
+//! far past any header: a *shared* lock on byte 100 + n says "I hold permission n", one on byte
+//! 200 + n says "I do not tolerate that another process holds permission n". After taking its own
 //! locks a program looks for contradicting ones of others and gives up if it finds any. Both may
 //! give up when they start at the same instant; both going on is impossible.
 //!
@@ -29,9 +29,9 @@ const RESIZE: u64 = 3;
 enum LockOutcome {
     /// The locks are held until the file is closed.
     Taken,
-    /// Someone else writes the file.
+    /// Another process writes the file.
     HeldByWriter,
-    /// Someone else does not tolerate what we want to do.
+    /// Another process does not tolerate this use of the file.
     NotShared,
 }
 
@@ -81,7 +81,7 @@ pub(super) fn lock_file(
                                   are sure that no other program uses it";
                     Err(Error::new(ErrorKind::Unsupported, "lock", detail).with_path(path))
                 }
-                // Who shares it has asked for no protection.
+                // A caller that shares it has asked for no protection.
                 Locking::Shared => Ok(true),
                 Locking::Auto | Locking::Off => Ok(false),
             }

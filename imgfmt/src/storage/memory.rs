@@ -36,7 +36,7 @@ impl MemoryStorage {
         Self { content: RwLock::new(content) }
     }
 
-    // A thread that panicked while it held the lock left whole pages behind: go on.
+    // A thread that panicked while it held the lock left whole pages: go on.
     fn read(&self) -> RwLockReadGuard<'_, Content> {
         self.content.read().unwrap_or_else(std::sync::PoisonError::into_inner)
     }

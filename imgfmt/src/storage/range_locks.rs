@@ -13,7 +13,7 @@ pub(super) struct RangeLocks {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Who holds a lock or waits for one, in the order in which they came. An entry waits for those
+    /// Holders of locks and waiters, in the order in which they came. An entry waits for those
     /// before it that conflict with it, so no thread waits for ever.
     entries: Vec<Entry>,
     next_id: u64,

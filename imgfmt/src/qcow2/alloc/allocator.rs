@@ -79,20 +79,20 @@ pub(crate) struct Allocator {
     pub(in crate::qcow2) new_table_place: Option<TablePlace>,
     /// No cluster below this one is free.
     first_free: HostCluster,
-    /// Nothing was ever written from this offset on.
+    /// The file was never written from this offset on.
     never_written_from: HostOffset,
-    /// Where the next compressed cluster may begin: behind the last one, in the same cluster.
+    /// Where the next compressed cluster may begin: after the last one, in the same cluster.
     pub(in crate::qcow2) compressed_at: Option<HostOffset>,
     /// Where the file ended when it was opened: before that a missing refcount block may hide data.
     file_end: HostOffset,
-    /// Numbers of the refcount blocks that count clusters in use, once that is known.
+    /// Indexes of the refcount blocks that count clusters in use, once they are known.
     used_blocks: Option<HashSet<u64>>,
-    /// A change has failed because it is not known.
+    /// A reservation has failed because they are not known.
     pub(in crate::qcow2) wants_used_blocks: bool,
     /// Places that can never be free: if their refcount says so, the image is damaged.
     pub(in crate::qcow2) protected: Vec<Range<HostOffset>>,
-    /// What was reserved since the image was opened, whatever became of it. It was free then: no
-    /// table as it was found can refer to it.
+    /// The clusters reserved since the image was opened. They were free then: no entry that was on
+    /// disk at that time can name them.
     pub(in crate::qcow2) reserved_since_open: ClusterSet,
 }
 
@@ -167,11 +167,11 @@ impl Allocator {
         self.take(first, count)
     }
 
-    /// Gives back what was reserved and never used.
+    /// Releases reserved clusters that were never used.
     pub(crate) fn release(&mut self, reserved: Reserved) {
         let first = self.refcounts.geometry.host_cluster(reserved.offset);
         for cluster in first.run(reserved.clusters) {
-            // If the block cannot be read any more the cluster leaks, which harms nobody.
+            // If the block can no longer be read the cluster leaks, which is harmless.
             if self.refcounts.set_refcount(cluster, 0).is_ok() {
                 self.first_free = self.first_free.min(cluster);
             }

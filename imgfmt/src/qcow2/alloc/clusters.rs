@@ -1,4 +1,4 @@
-//! The clusters of the file: reserved, freed, and kept from whoever would reuse them too early.
+//! The clusters of the file: reserving them, freeing them, and protecting them from early reuse.
 //!
 //! See [`allocator`](crate::qcow2::alloc::allocator) for the life of a cluster.
 
@@ -17,13 +17,13 @@ use crate::qcow2::on_disk::cluster::{GuestCluster, HostCluster};
 
 const STRIPES: u64 = 256;
 
-/// Whoever can count all references of an image.
+/// Counts all references of an image.
 pub(in crate::qcow2) trait CountReferences {
     /// The numbers of the refcount blocks that count something to which the image on disk refers.
     fn used_refcount_blocks(&self) -> Result<HashSet<u64>>;
 }
 
-/// The clusters of one image's file. Of an image that is only read none can be reserved or freed.
+/// The clusters of one image's file. A read-only image reserves and frees none.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Clusters {
     pub(super) metadata: Arc<MetadataFile>,
@@ -56,8 +56,8 @@ impl Clusters {
         }
     }
 
-    /// Locks the stripes of `count` guest clusters from `first` on; `None` if somebody has one of
-    /// them and nothing may be waited for.
+    /// Locks the stripes of `count` guest clusters from `first` on; `None` if another thread holds
+    /// one of them and the lookup may not wait.
     pub(in crate::qcow2) fn lock(
         &self,
         first: GuestCluster,
@@ -75,14 +75,14 @@ impl Clusters {
         }
     }
 
-    /// Keeps what is mapped from now on from being reused; `None` if nothing ever is, because the
-    /// image is only read.
+    /// Protects clusters that are looked up from now on from reuse; `None` if the image was opened
+    /// read-only, because then none is ever reused.
     #[inline]
     pub(in crate::qcow2) fn lease(&self) -> Option<Lease> {
         self.allocator.as_ref().map(|_| self.leases.take())
     }
 
-    /// As [`lease`](Self::lease), for whoever writes.
+    /// As [`lease`](Self::lease), for writers.
     pub(in crate::qcow2) fn lease_to_write(&self) -> Result<Lease> {
         self.lease().ok_or_else(unwritable)
     }
@@ -136,7 +136,7 @@ impl Clusters {
         Ok(reserved)
     }
 
-    /// As [`reserve`](Self::reserve); `None` if that takes what may not be waited for.
+    /// As [`reserve`](Self::reserve); `None` if that would wait and the lookup may not.
     pub(in crate::qcow2) fn reserve_if(
         &self,
         count_max: u64,
@@ -157,20 +157,20 @@ impl Clusters {
         Ok(reserved)
     }
 
-    /// Gives back what was reserved and never used.
+    /// Releases reserved clusters that were never used.
     pub(in crate::qcow2) fn release(&self, reserved: &[Reserved]) {
         if reserved.is_empty() {
             return;
         }
-        // What only reads has reserved nothing.
+        // A read-only image has reserved nothing.
         if let Ok(mut allocator) = self.allocator() {
             reserved.iter().for_each(|reserved| allocator.release(*reserved));
             self.commits.changes.note();
         }
     }
 
-    /// Lets go of references that were dropped, once a flush has put that on disk and nobody moves
-    /// bytes by them.
+    /// Drops references. The clusters become free once a flush has made that durable and every
+    /// lease taken before has ended.
     pub(in crate::qcow2) fn free(&self, freed: impl IntoIterator<Item = Freed>) {
         self.freed.lock().extend(freed);
         self.commits.changes.note();
@@ -202,8 +202,7 @@ impl Clusters {
         }
     }
 
-    /// Makes sure that nobody is moving bytes by a lease, and that nothing waits for that. Everything
-    /// is flushed.
+    /// Refuses a change while a lease is held or freed clusters wait for one. Everything is flushed.
     pub(in crate::qcow2) fn refuse_leases(&self) -> Result<()> {
         let generation = self.leases.close_generation();
         self.release_quarantine();
@@ -217,7 +216,7 @@ impl Clusters {
         Ok(())
     }
 
-    /// Lets freed clusters go whose leases have ended.
+    /// Releases freed clusters whose leases have ended.
     pub(in crate::qcow2) fn release_quarantine(&self) {
         let Some(mut quarantine) = self.quarantine.try_lock() else { return };
         while quarantine.front().is_some_and(|batch| batch.generation.has_ended()) {
@@ -227,12 +226,12 @@ impl Clusters {
         }
     }
 
-    /// Lets all freed clusters go, when no one can reserve clusters any more.
+    /// Releases all freed clusters, when no more clusters can be reserved.
     pub(in crate::qcow2) fn release_all_freed(&self) {
         let batches = std::mem::take(&mut *self.quarantine.lock());
         for mut batch in batches {
             if !batch.generation.has_ended() {
-                // Somebody may still be moving these bytes by a lease: they stay where they are.
+                // A lease on these bytes may still be held: they stay where they are.
                 batch.freed.iter_mut().for_each(|freed| freed.punch = false);
             }
             self.release_freed(batch.freed);
@@ -258,8 +257,8 @@ impl Clusters {
             let _ = self.metadata.file.punch_hole(geometry.host_offset(run[0]), length);
         }
         let Ok(mut allocator) = self.allocator() else { return };
-        // A refcount that cannot be changed leaves a leaked cluster, which harms nobody. But one
-        // that was free already belonged to two, and may be a third one's by now.
+        // A refcount that cannot be changed leaves a leaked cluster, which is harmless. But a cluster
+        // that was free already had two owners, and may have a third by now.
         let errors = freed.iter().filter_map(|freed| allocator.dereference(freed.cluster).err());
         let damage = errors.filter(|error| error.kind() == ErrorKind::Corrupt).last();
         drop(allocator);

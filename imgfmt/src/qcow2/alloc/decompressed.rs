@@ -1,4 +1,4 @@
-//! Compressed clusters that were read lately, as they read.
+//! The decompressed content of compressed clusters that were read lately.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,8 +9,8 @@ use crate::qcow2::on_disk::l2::Compressed;
 /// How many clusters are kept for the reads that follow.
 const CLUSTERS_MAX: usize = 8;
 
-/// Decompressed clusters, by where their compressed bytes lie. Whoever gives these bytes to
-/// something else forgets them first.
+/// Decompressed clusters, by the place of their compressed bytes. They are forgotten before that
+/// place is reused.
 #[derive(Debug, Default)]
 pub(in crate::qcow2) struct Decompressed(
     OrderedMutex<{ rank::DECOMPRESSED }, VecDeque<(Compressed, Arc<[u8]>)>>,

@@ -1,11 +1,11 @@
-//! Structures with clusters of their own: written to a new place, or given up with it.
+//! Structures that have clusters of their own: writing them to a new place, freeing that place.
 
 use crate::error::Result;
 use crate::qcow2::alloc::clusters::{Clusters, CountReferences};
 use crate::units::HostOffset;
 
 impl Clusters {
-    /// Writes something to clusters of its own; returns where.
+    /// Writes bytes to new clusters next to each other; returns their offset.
     pub(in crate::qcow2) fn write_new(
         &self,
         bytes: &[u8],
@@ -20,7 +20,7 @@ impl Clusters {
         written.inspect_err(|_| self.release(&[reserved])).map(|()| reserved.offset)
     }
 
-    /// Drops the references to a place that the header, on disk, names no more.
+    /// Drops the references to a place that the header on disk no longer names.
     pub(in crate::qcow2) fn free_place(&self, offset: HostOffset, length: u64) -> Result<()> {
         if length == 0 {
             return Ok(());

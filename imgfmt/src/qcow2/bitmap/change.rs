@@ -36,7 +36,7 @@ impl Bitmaps {
             let detail = format!("{detail}; check and repair the image, which drops its bitmaps");
             return Err(Error::new(ErrorKind::Corrupt, CHANGE, detail));
         }
-        // What can be written before must not be waited for by those who write.
+        // Flushed before writers are locked out, so that they wait for less.
         image.flush()?;
         let mut exclusive = self.tracker.exclusive();
         let changed = self.change_alone(image, &mut exclusive, changes);

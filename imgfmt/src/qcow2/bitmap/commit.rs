@@ -1,4 +1,4 @@
-//! Making a planned list of bitmaps true: all of it at one instant, on disk and in memory.
+//! Carrying out a planned list of bitmaps: all of it at one instant, on disk and in memory.
 //!
 //! What is new is written to new clusters, the new directory too; then refcounts, then one write of
 //! the header extension, which is the switch; then the old clusters are freed. A crash leaves the
@@ -22,7 +22,7 @@ use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::autoclear;
 
 impl Bitmaps {
-    /// Makes the plan true on disk and then in memory.
+    /// Carries out the plan on disk and then in memory.
     pub(super) fn carry_out(
         &self,
         image: &dyn ImageServices,
@@ -60,7 +60,7 @@ impl Bitmaps {
         let old_place = disk.directory;
         self.find_ownership(image, old, old_place);
         if let Err(error) = self.switch_directory(place, entries.len()) {
-            // Nobody knows which of the two the disk names now. It must be the old one.
+            // It is unknown which of the two the disk names now. It must be the old one.
             disk.is_doubtful = true;
             if self.settle_directory(&mut disk).is_ok() {
                 self.clusters.release(&reserved);
@@ -131,7 +131,7 @@ impl Bitmaps {
             };
             let content = directory::encode_extension(place, count);
             if !replaces_at_once(file, cluster, extension::BITMAPS, content.len())? {
-                // Without the bit nobody looks at the extension, whatever is in it.
+                // Without the bit the extension is ignored, whatever it contains.
                 change_autoclear(file, 0, autoclear::BITMAPS)?;
             }
             put_extension(file, cluster, extension::BITMAPS, &content)?;
@@ -159,7 +159,7 @@ impl Bitmaps {
         let trusted = |bitmap: &&Bitmap<Entry>| !matches!(bitmap.condition, Condition::Damaged(_));
         let tables = old.iter().filter(trusted).map(|bitmap| bitmap.stored.table);
         let gone = tables.filter(|table| table.entries > 0 && !is_kept(*table));
-        // What cannot be read leaks, which harms nobody.
+        // Clusters of an unreadable table leak, which is harmless.
         gone.filter_map(|table| self.table_clusters(table).ok()).flatten().collect()
     }
 

@@ -70,7 +70,7 @@ pub(super) fn read(
     let (true, Some(content)) =
         (header.version >= 3 && header.autoclear & autoclear::BITMAPS != 0, header.bitmaps())
     else {
-        // Without the bit somebody wrote who knows no bitmaps; the extension means nothing then.
+        // A program that knows no bitmaps has cleared the bit: the extension is out of date.
         return Ok(None);
     };
     let (place, count) = decode_extension(content, header.geometry)?;

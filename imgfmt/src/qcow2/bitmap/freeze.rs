@@ -100,7 +100,7 @@ impl Bitmaps {
         }
     }
 
-    /// Moves the bits of a bitmap to one of their own; it begins anew. Bits that are frozen already
+    /// Moves the bits of a bitmap to one of their own; it restarts empty. Bits that are frozen already
     /// go with them.
     pub(super) fn plan_freeze(&self, plan: &mut Vec<Planned>, name: &str) -> Result<()> {
         if frozen_position(plan, name).is_ok() {

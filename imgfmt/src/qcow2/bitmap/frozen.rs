@@ -1,13 +1,13 @@
 //! Bits that a checkpoint has moved to another bitmap.
 //!
 //! At a checkpoint a bitmap NAME is *frozen*: in one step its bits move to `NAME.checkpoint`, which
-//! is disabled and has the same granularity, and NAME begins anew. When what they stand for is
-//! backed up they are dropped; otherwise they are *thawed*, that is merged back. Until either
-//! happens NAME by itself lacks changes. So every writable open thaws before anything else, and
-//! until then nobody gets the bits of NAME.
+//! is disabled and has the same granularity, and NAME restarts empty. When the changes that they
+//! mark are backed up they are dropped; otherwise they are *thawed*, that is merged back. Until
+//! then NAME alone lacks changes. So every writable open thaws before anything else, and until
+//! then the bits of NAME are refused to every reader.
 //!
 //! Only the name tells that a disabled bitmap of NAME's granularity is what a checkpoint left: one
-//! that somebody made by hand is merged into NAME too. That costs a larger backup; the opposite
+//! that a user made by hand is merged into NAME too. That costs a larger backup; the opposite
 //! mistake would cost data.
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use std::collections::HashMap;
 use super::directory::Entry;
 use crate::bitmap::{Bitmap, Recording};
 
-/// What stands behind the name of a bitmap in the name of the one that holds its frozen bits.
+/// Suffix of the name of a bitmap that holds the frozen bits of another.
 const SUFFIX: &str = ".checkpoint";
 
 /// Returns the name of the bitmap to which [`BitmapChange::Freeze`](crate::BitmapChange::Freeze)

@@ -1,8 +1,7 @@
 //! After which backup each bitmap began.
 //!
 //! Kept in the header extension `0x6c696e65`, which other programs keep; autoclear bit 62, which they
-//! clear when they open the image for writing, says that nobody can have cleared a bitmap without noting it
-//! here. A change of the list of bitmaps writes the extension *before* the list, in a form that is
+//! clear when they open the image for writing, says that no bitmap was cleared without a note here. A change of the list of bitmaps writes the extension *before* the list, in a form that is
 //! right with the old list and with the new one:
 //!
 //! | change | written | with the old list | with the new one |

@@ -45,7 +45,7 @@ impl Bitmaps {
         let before = self.lineage.lock().clone();
         let mut after = before.clone();
         if after.is_doubtful {
-            // What is written now is written by somebody who knows.
+            // The records written now are known to be right.
             after.records.clear();
             after.is_doubtful = false;
         }
@@ -59,7 +59,7 @@ impl Bitmaps {
             self.write_lineage(after)?;
         }
         self.carry_out(image, exclusive, plan).inspect_err(|_| {
-            // While nobody knows which list the disk names, what is right with both of them stays.
+            // While it is unknown which list the disk names, records that fit both stay.
             let is_settled = !self.disk.lock().is_doubtful;
             if must_write && is_settled && !before.is_doubtful {
                 // What was known still holds; if it cannot be written the next backup is refused.

@@ -1,4 +1,4 @@
-//! Announcing the first change of the disk: what the image has of its bitmaps is out of date then.
+//! Marking bitmaps as in use before the first change of the disk, which outdates the stored bits.
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering::{Acquire, Release};
@@ -84,7 +84,7 @@ impl Bitmaps {
         self.metadata.break_seal()?;
         let mut disk = self.disk.lock();
         if disk.damage.is_some() {
-            // Nobody can find these bitmaps. Whoever can must not believe them from now on.
+            // These bitmaps cannot be found here. A program that finds them must not trust them.
             self.metadata.edit_header(|file, _| change_autoclear(file, 0, autoclear::BITMAPS))?;
             disk.damage = None;
         }

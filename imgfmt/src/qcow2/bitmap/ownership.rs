@@ -1,7 +1,7 @@
 //! Which clusters belong to bitmaps and to nothing else.
 //!
 //! A damaged or hostile image may have a bitmap whose table or bits, or a directory that, lie in the
-//! guest's data or in other metadata. Storing such a bitmap anew would free what the guest needs, and
+//! guest's data or in other metadata. Storing such a bitmap again would free what the guest needs, and
 //! marking it as in use would write into it. That each cluster has the refcount 1 proves nothing: the
 //! one reference that was counted may be the other one. So before the first such change all
 //! references of the image are counted, once. What cannot be proved leaks.
@@ -34,7 +34,7 @@ impl Bitmaps {
     ) {
         let mut ownership = self.ownership.lock();
         if !ownership.is_known {
-            // Nobody needs to know what cannot be read: it is left alone.
+            // Clusters whose references cannot be read are left alone.
             *ownership = self.prove_ownership(image, bitmaps, directory).unwrap_or_default();
             ownership.is_known = true;
         }

@@ -1,4 +1,4 @@
-//! What is known about the bitmaps, and what their bits say.
+//! Queries: the list of bitmaps, and their bits.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -78,7 +78,7 @@ impl Bitmaps {
     }
 
     fn with_bits<T>(&self, name: &str, ask: impl FnOnce(&Bits) -> T) -> Result<T> {
-        // Kept while bits are looked at: whoever clears them needs the state alone.
+        // Held while bits are read: clearing them takes the exclusive state.
         let state = self.tracker.read();
         let bitmap = find(state.bitmaps(), name)?;
         self.refuse_incomplete(state.bitmaps(), bitmap)?;

@@ -19,9 +19,9 @@ impl Bitmaps {
     ///
     /// # Errors
     ///
-    /// `Busy` if somebody has locked it and the image is going to be changed: after that the bits
-    /// would not be believed any more, and who holds the lock is either about to be done, or
-    /// writes the image himself.
+    /// `Busy` if another process has locked it and the image is to be changed: after the change the
+    /// bits would no longer be trusted, and that process either ends soon or writes the image
+    /// itself.
     pub(in crate::qcow2) fn find_sidecar(&self) -> Result<Option<Found>> {
         if self.metadata.header().version < 3
             || self.metadata.header().autoclear & autoclear::SIDECAR == 0
@@ -122,7 +122,7 @@ impl Bitmaps {
             exclusive.replace(bitmaps, is_marked);
         }
         self.unmark_header()?;
-        // A file that was not trusted may be somebody else's.
+        // A file that was not trusted may belong to another user.
         match (found, self.sidecar_place()) {
             (Ok(_), Ok(place)) => place.remove().map_err(|e| self.metadata.named(sidecar_error(e))),
             _ => Ok(()),

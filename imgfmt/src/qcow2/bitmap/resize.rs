@@ -2,7 +2,7 @@
 //!
 //! The size and the place of the directory are in different sectors of the header. So all bitmaps
 //! are marked as in use before the size changes, which lets them have tables of any size, and are
-//! stored anew behind it.
+//! stored again after it.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Release;
@@ -74,7 +74,7 @@ impl Bitmaps {
         exclusive.replace(bitmaps, false);
     }
 
-    /// Stores all bitmaps behind a change of the disk's size.
+    /// Stores all bitmaps after a change of the disk's size.
     pub(in crate::qcow2) fn store_resized(&self, image: &dyn ImageServices) -> Result<()> {
         let mut exclusive = self.tracker.exclusive();
         if exclusive.bitmaps().is_empty() {

@@ -1,10 +1,10 @@
-//! The session of a writable image: what makes its bitmaps survive a crash.
+//! The session of a writable image, in which its bitmaps survive a crash.
 //!
 //! It begins with the first change that a bitmap notes: the [sidecar](crate::sidecar) is made, then
 //! the header gets an extension that names it and a private autoclear bit, and only then are
-//! the bitmaps marked as in use. It ends when the image is closed and nothing of that is left. Whoever
-//! else writes the image in between clears the bit, because he does not know it, and the sidecar is
-//! no longer trusted.
+//! the bitmaps marked as in use. It ends with the clean close, which removes all of them. Another
+//! program that writes the image in between clears the bit, which it does not know; the sidecar is
+//! no longer trusted then.
 
 use std::fs::File;
 use std::io::Read;
@@ -82,7 +82,7 @@ impl Bitmaps {
     }
 
     /// Gives up a sidecar whose bits are in memory only, because it does not say everything from now
-    /// on. A file that cannot be taken away harms nobody then.
+    /// on. A file that cannot be removed is harmless then.
     fn give_up_found_sidecar(&self, session: &mut Session) -> Result<()> {
         if std::mem::take(&mut session.is_recovery_unfinished) {
             self.unmark_header()?;
@@ -198,7 +198,7 @@ impl Bitmaps {
     fn mark_header(&self, identity: Identity) -> Result<()> {
         let content = encode_identity(identity);
         self.metadata.edit_header(|file, cluster| {
-            // Without the bit nobody looks at the extension.
+            // Without the bit the extension is ignored.
             change_autoclear(file, 0, autoclear::SIDECAR)?;
             put_extension(file, cluster, extension::SIDECAR, &content)?;
             change_autoclear(file, autoclear::SIDECAR, 0)

@@ -22,7 +22,7 @@ use crate::units::HostOffset;
 /// The bits of all bitmaps of one image take up no more memory than this.
 const MEMORY_BYTES_MAX: u64 = 1 << 30;
 
-/// What the store needs of the image that it belongs to.
+/// The services that the store needs from its image.
 pub(in crate::qcow2) trait ImageServices: CountReferences {
     /// Makes everything durable that was written before this call.
     fn flush(&self) -> Result<()>;
@@ -31,7 +31,7 @@ pub(in crate::qcow2) trait ImageServices: CountReferences {
     /// bitmaps; nothing if some table's references are not known.
     fn references_to(&self, clusters: &[HostCluster]) -> Result<Option<HashMap<HostCluster, u64>>>;
 
-    /// Whether the place of a cluster is known to be other metadata's, or nobody's.
+    /// Whether a cluster is known to hold other metadata, or to have no references.
     fn is_metadata(&self, offset: HostOffset) -> Result<bool>;
 }
 
@@ -52,7 +52,7 @@ pub(crate) struct Bitmaps {
     pub(super) size_peak: u64,
     /// After which backup each of them began. Locked before the header is edited.
     pub(super) lineage: OrderedMutex<{ rank::LINEAGE }, Lineage>,
-    /// What makes them survive a crash.
+    /// The state of the sidecar, with which they survive a crash.
     pub(super) session: OrderedMutex<{ rank::SESSION }, Session>,
     /// Where the sidecar is; `None` means beside the image.
     pub(super) sidecar_location: Option<Arc<dyn SidecarLocation>>,
@@ -88,7 +88,7 @@ impl Disk {
     }
 }
 
-/// What is known about the clusters of bitmaps and of their directory.
+/// The clusters that bitmaps and their directory are known to own.
 #[derive(Debug, Default)]
 pub(super) struct Ownership {
     pub(super) is_known: bool,
@@ -169,7 +169,7 @@ impl Bitmaps {
             Arc::new(loaded)
         });
         if !is_ours {
-            self.give_memory(bytes); // Somebody else has loaded them meanwhile.
+            self.give_memory(bytes); // Another thread has loaded them meanwhile.
         }
         Ok(Arc::clone(bits))
     }

@@ -1,4 +1,4 @@
-//! Repairing: one step at a time, after each of which everything is looked at again.
+//! Repairing: one step at a time, with a new check after each.
 
 use super::checker::{Checker, Fix};
 use super::plan::Plan;
@@ -10,7 +10,7 @@ use crate::qcow2::on_disk::header::field;
 use crate::qcow2::on_disk::snapshot;
 use crate::units::HostOffset;
 
-/// What is to be done next.
+/// The next step of a repair.
 pub(super) enum Step {
     /// Make new refcounts elsewhere.
     Rebuild(Plan),
@@ -18,7 +18,7 @@ pub(super) enum Step {
     SetRefcounts(Plan),
     /// Change words of tables.
     Fix(Vec<Fix>),
-    /// Write the table of snapshots anew.
+    /// Write a new table of snapshots.
     RewriteSnapshots,
     /// Clear autoclear bits that mean nothing.
     ClearAutoclear(u64),
@@ -27,7 +27,7 @@ pub(super) enum Step {
 }
 
 impl Checker<'_> {
-    /// What may be done next, if anything.
+    /// The next permitted step, if there is one.
     pub(super) fn next_step(self, mode: Mode) -> Option<Step> {
         let is_trusted = !self.is_unusable && !self.is_incomplete && self.damages == 0;
         match mode {
@@ -82,7 +82,7 @@ impl Checker<'_> {
 }
 
 impl Qcow2 {
-    /// Does what is to be done next. Afterwards it is on disk.
+    /// Carries out a step. Afterwards it is on disk.
     pub(super) fn take_step(&mut self, step: Step) -> Result<()> {
         match step {
             Step::Rebuild(plan) => {
@@ -111,7 +111,7 @@ impl Qcow2 {
             Step::ClearAutoclear(bits) => self.metadata.clear_autoclear(bits),
             Step::DropBitmaps => {
                 self.bitmaps.drop_damaged(self)?;
-                // What that frees must be free before it is counted again, or it would be freed twice.
+                // These clusters must be free before the next count, or they would be freed twice.
                 self.flusher().flush()?;
                 self.clusters.release_all_freed();
                 self.flusher().flush()
@@ -119,8 +119,7 @@ impl Qcow2 {
         }
     }
 
-    /// Writes the table of snapshots anew, with what could be understood of it. The clusters of the
-    /// old one leak then.
+    /// Writes a new table of the snapshots that could be read. The clusters of the old one leak.
     fn rewrite_snapshots(&mut self) -> Result<()> {
         let found = snapshot::read_damaged_table(&*self.metadata.file, &self.metadata.header())?;
         let bytes = snapshot::encode_table(&found.snapshots);

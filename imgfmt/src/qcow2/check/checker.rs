@@ -1,4 +1,4 @@
-//! What a check gathers while it looks at an image.
+//! The state of a check.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,7 @@ use crate::qcow2::on_disk::words::read_error;
 use crate::units::HostOffset;
 
 const MESSAGES_MAX: usize = 100;
-/// How many tables ahead of the one that is looked at reading begins.
+/// Number of tables for which reading ahead is started.
 pub(super) const READ_AHEAD: usize = 16;
 
 /// A word of a table that should be another.

@@ -1,4 +1,4 @@
-//! L2 entries: what is wrong with one, and what it refers to.
+//! L2 entries: finding damage, and counting references.
 
 use std::mem;
 use std::ops::Range;
@@ -7,7 +7,7 @@ use super::checker::{Checker, Fix};
 use crate::qcow2::on_disk::l2::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
 use crate::units::HostOffset;
 
-/// Bits of an entry that is not compressed and that mean nothing.
+/// Reserved bits of an entry that is not compressed.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// An L2 entry and where it stands.
@@ -18,7 +18,7 @@ struct Word {
     weight: u64,
 }
 
-/// What is gathered while the entries of one table are looked at.
+/// The state of counting the entries of one table.
 #[derive(Default)]
 struct Progress {
     is_active: bool,

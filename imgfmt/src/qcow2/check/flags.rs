@@ -1,4 +1,4 @@
-//! COPIED bits: each says whether the cluster behind it has exactly one reference.
+//! COPIED bits: each says whether the cluster that its entry names has exactly one reference.
 
 use super::checker::{Checker, Fix, READ_AHEAD};
 use crate::error::Result;
@@ -38,7 +38,7 @@ impl Checker<'_> {
         geometry.in_cluster(offset) == 0 && geometry.host_cluster(offset) < self.file_end
     }
 
-    /// Holds the COPIED bits of an L2 table against the refcounts.
+    /// Compares the COPIED bits of an L2 table with the refcounts.
     fn check_flags(
         &mut self,
         refcounts: &mut Refcounts,
@@ -78,7 +78,7 @@ impl Checker<'_> {
         Ok(())
     }
 
-    /// Holds the COPIED bit of the word at `place` against the refcount of what it points to.
+    /// Compares the COPIED bit of the word at `place` with the refcount of the cluster that it names.
     fn check_flag(&mut self, place: HostOffset, word: u64, refcount: u64) {
         if (refcount == 1) != (word & COPIED != 0) {
             let new = word ^ COPIED;

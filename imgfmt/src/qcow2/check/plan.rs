@@ -1,4 +1,4 @@
-//! What refcounts should be, after everything was counted.
+//! The right refcounts, after everything was counted.
 
 use super::counts::Counts;
 use crate::error::Result;
@@ -6,7 +6,7 @@ use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::refcount::Refcounts;
 
-/// What refcounts should be.
+/// The right refcounts.
 pub(super) struct Plan {
     pub(super) counts: Counts,
     pub(super) structure: Vec<(HostCluster, HostCluster)>,
@@ -14,19 +14,19 @@ pub(super) struct Plan {
     pub(super) file_length: u64,
     /// The first cluster after the end of the file.
     pub(super) file_end: HostCluster,
-    /// Whatever could not be counted may be anywhere: nothing is given away.
+    /// Not everything could be counted: no refcount is lowered.
     pub(super) is_incomplete: bool,
 }
 
 impl Plan {
-    /// How long the file has to be, if that is longer than it is: a structure may be cut short by the
-    /// end of the file, but not be shorter than that.
+    /// The length that the file needs, in bytes, if it is too short: the last cluster of a structure
+    /// may be cut off by the end of the file.
     pub(super) fn longer_file(&self, geometry: Geometry) -> Option<u64> {
         let last = self.counts.last().filter(|last| *last >= self.file_end);
         last.map(|last| geometry.host_offset(last + 1).bytes())
     }
 
-    /// Makes refcounts what they should be, in memory.
+    /// Corrects refcounts in memory.
     pub(super) fn correct(&self, refcounts: &mut Refcounts) -> Result<()> {
         let geometry = refcounts.geometry;
         // Nothing else refers to them.

@@ -1,4 +1,4 @@
-//! Rebuilding: a new refcount table with new blocks, where nothing else is.
+//! Rebuilding: a new refcount table with new blocks, in unused clusters.
 //!
 //! Everything new is written to clusters to which nothing refers, not even from an entry that points
 //! past the end of the file, and is synced; then one write of the header switches over. Whenever
@@ -29,7 +29,7 @@ struct Layout {
     blocks: BTreeMap<u64, HostCluster>,
 }
 
-/// Which clusters may be taken.
+/// The part of the file from which clusters are taken.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Room {
     /// After the end of the file.
@@ -103,7 +103,7 @@ impl<'a> Rebuild<'a> {
         }
     }
 
-    /// Takes back what a file grew by, so that the image is as it was.
+    /// Cuts the file back to its former length, so that the image is as it was.
     fn cut_back(&self) {
         let length = self.plan.file_length;
         if self.metadata.file.len().is_ok_and(|now| now > length) {

@@ -1,4 +1,5 @@
-//! What comes along when a part of a cluster is written to a new place: the old content around it.
+//! Copy on write: when a part of a cluster is written to a new place, the old content around it moves
+//! along.
 
 use crate::error::Result;
 use crate::mapping::Holes;

@@ -1,14 +1,14 @@
-//! What becomes of an L2 entry when the disk is to read as zero there, or not to matter any more.
+//! The new L2 entry of a cluster that is zeroed or discarded.
 
 use crate::qcow2::on_disk::l2::{Cluster, EntryFormat};
 use crate::storage::ZeroMode;
 
-/// What becomes of clusters that lie wholly in a range.
+/// The kind of erasure of a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Erase {
     /// They must read as zero.
     Zero(ZeroMode),
-    /// Their content is of no interest.
+    /// Their content is no longer needed.
     Discard,
     /// Those that say "zero" hold nothing any more, which reads the same: there is no backing file.
     Forget,

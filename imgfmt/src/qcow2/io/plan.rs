@@ -1,4 +1,4 @@
-//! What is to be done for one cluster, and what of its old content comes along.
+//! The plan of a write to one cluster: where it goes, and which old content is copied along.
 
 use crate::error::Result;
 use crate::qcow2::map::mapping_tables::MappingTables;
@@ -10,7 +10,7 @@ use crate::units::{GuestOffset, GuestRange, span};
 /// Old bytes around the new ones up to this size are written together with them.
 pub(super) const MERGE_BYTES: u64 = 128 << 10;
 
-/// What is to be done for one cluster.
+/// The plan of a write to one cluster.
 #[derive(Debug)]
 pub(in crate::qcow2) struct Plan {
     pub(in crate::qcow2) guest_start: GuestOffset,

@@ -1,4 +1,4 @@
-//! What a range of the disk is: as the tables say it, and as the layers below have it.
+//! Mapping a range of the disk: through the tables, and through the layers below.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use crate::qcow2::io::compress;
 use crate::qcow2::on_disk::l2::{Compressed, Subcluster};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
-/// What finding a piece takes besides its entries, in entries.
+/// The effort of finding a piece besides its entries, in entries.
 const EFFORT_OF_PIECE: u64 = 1;
 
 impl Qcow2 {
@@ -47,7 +47,7 @@ impl Qcow2 {
         Ok(Mapped::Complete)
     }
 
-    /// Holes of the file have a say only where clusters were allocated before they were written.
+    /// Holes of the file count only where clusters were allocated before they were written.
     fn map_stored(
         &self,
         range: GuestRange,

@@ -1,4 +1,4 @@
-//! Writing: in place where the cluster is ours alone, otherwise reserve, write, commit.
+//! Writing: in place where the cluster has one reference, otherwise reserve, write, commit.
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Reserved;
@@ -9,8 +9,8 @@ use crate::qcow2::map::tables::Change;
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
-/// An allocating write is done in steps of at most so many bytes (but at least one cluster): the
-/// stripes are held for no longer than one step takes.
+/// Length in bytes of one step of an allocating write, but at least one cluster. The stripes are held
+/// for one step at a time.
 const STEP_BYTES: u64 = 2 << 20;
 
 impl Qcow2 {
@@ -58,7 +58,7 @@ impl Qcow2 {
         data: &[u8],
         lookup: Lookup,
     ) -> Result<bool> {
-        // While this lives, nobody else is given the clusters found below.
+        // As long as it is held, the clusters found below are not reused.
         let _lease = self.clusters.lease_to_write()?;
         let mut segments = Vec::new();
         if !self.mapping.find_in_place(range_of(start, data), lookup, &mut segments)? {
@@ -70,8 +70,8 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Writes data that lies within one L2 table, whatever its clusters are now. Returns false, with
-    /// nothing changed, if that is not possible with what is in memory and nothing more is allowed.
+    /// Writes data that lies within one L2 table, whatever its clusters are. Returns false, with
+    /// nothing changed, if `lookup` allows only what is in memory and that does not suffice.
     fn write_step(&self, start: GuestOffset, data: &[u8], lookup: Lookup) -> Result<bool> {
         let geometry = self.geometry();
         let range = range_of(start, data);

@@ -121,10 +121,10 @@ impl Allocator {
         Ok(offset)
     }
 
-    /// Gives back bytes that were reserved and never used.
+    /// Releases reserved bytes that were never used.
     fn release_bytes(&mut self, offset: HostOffset, length: u64) {
         for cluster in self.refcounts.geometry.clusters_touched(offset, length) {
-            // What cannot be given back leaks, which harms nobody.
+            // Clusters that cannot be released leak, which is harmless.
             let _ = self.dereference(cluster);
         }
     }

@@ -12,11 +12,11 @@ use crate::read::extents;
 use crate::storage::{Speed, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, Offset as _};
 
-/// So many clusters are looked at together, at most those of one L2 table: bounds memory, and how
-/// long others wait for these clusters.
+/// Number of clusters that are erased together, at most those of one L2 table. Bounds memory, and
+/// the time for which other writers wait.
 const CLUSTERS_MAX: u64 = 8192;
 
-/// What a part of a subcluster is before it is zeroed.
+/// The state of a part of a subcluster before it is zeroed.
 #[derive(Clone, Copy, Debug)]
 enum Edge {
     /// It reads as zero, and this layer says so.
@@ -106,7 +106,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// What entries of this image can say about zeroes.
+    /// How entries of this image can express zeroes.
     fn erase_rules(&self) -> EraseRules {
         EraseRules { format: self.mapping.format, names_backing: self.names_backing() }
     }
@@ -127,7 +127,7 @@ impl Qcow2 {
     /// Makes a part of a subcluster zero if that takes no data; returns whether it is.
     fn mark_edge(&self, part: GuestRange) -> Result<bool> {
         let geometry = self.geometry();
-        // Nobody writes to another part of the subcluster from the look to the mark.
+        // Keeps other writers from the subcluster between the look and the mark.
         let first = geometry.guest_cluster(part.offset());
         let _stripes = self.clusters.lock(first, 1, Lookup::MayRead);
         match self.look_at_edge(part)? {
@@ -145,7 +145,7 @@ impl Qcow2 {
         }
     }
 
-    /// What a part of a subcluster holds, as far as mappings tell.
+    /// Finds the state of a part of a subcluster from mappings alone.
     fn look_at_edge(&self, part: GuestRange) -> Result<Edge> {
         let zero_or_data = |is_zero| if is_zero { Edge::Zero } else { Edge::Data };
         if !self.erase_rules().marks_zeroes() {
@@ -256,7 +256,7 @@ fn parts_of(range: GuestRange, unit: u64) -> impl Iterator<Item = GuestRange> {
         .map(move |start| span(start, stop(start)))
 }
 
-/// So many extents are looked at to find out whether a range reads as zero.
+/// Number of extents that are looked at to find out whether a range reads as zero.
 const EXTENTS_OF_ZEROES: usize = 64;
 
 /// Whether extents reach `end` and none of them has data.

@@ -1,5 +1,5 @@
-//! What an L1 table refers to as a whole: for snapshots, which share it, and for the end of a disk
-//! that is cut off.
+//! All references below an L1 table: for snapshots, which share them, and for the end of a disk that
+//! is cut off.
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::{Allocator, Freed};
@@ -12,7 +12,7 @@ use crate::qcow2::on_disk::words::{read_words, words_to_bytes};
 use crate::units::{GuestOffset, HostOffset};
 
 impl MappingTables {
-    /// Adds one reference to everything below an L1 table, or to nothing if that fails.
+    /// Adds one reference to every cluster below an L1 table, or to none if that fails.
     pub(in crate::qcow2) fn add_references(&self, l1: &[u64]) -> Result<()> {
         let clusters = self.clusters_below(l1)?;
         let mut allocator = self.clusters.allocator()?;
@@ -20,16 +20,16 @@ impl MappingTables {
         reference_all(&mut allocator, &clusters)
     }
 
-    /// Removes one reference from everything below an L1 table that the header, on disk, names no
-    /// more.
+    /// Removes one reference from every cluster below an L1 table that the header on disk no longer
+    /// names.
     pub(in crate::qcow2) fn remove_references(&self, l1: &[u64]) -> Result<()> {
         let clusters = self.clusters_below(l1)?.into_iter();
         self.clusters.free(clusters.map(|cluster| Freed { cluster, punch: true }));
         Ok(())
     }
 
-    /// All clusters that an L1 table refers to, each as often as it does; an error if one of them is
-    /// known to be something else.
+    /// All clusters that an L1 table refers to, each once per reference; an error if one of them is
+    /// known to hold other metadata.
     pub(in crate::qcow2) fn clusters_below(&self, l1: &[u64]) -> Result<Vec<HostCluster>> {
         let geometry = self.geometry();
         let mut clusters = Vec::new();

@@ -21,7 +21,7 @@ type Tables = HashMap<HostOffset, Arc<Table>>;
 type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, Tables>;
 type Recent = OrderedMutex<{ rank::RECENT_TABLES }, [Option<Arc<Table>>; RECENT_TABLES]>;
 
-/// How many tables a thread finds without a look at what other threads use as well.
+/// Number of tables that a thread finds without reading memory that other threads write.
 const RECENT_TABLES: usize = 64;
 
 /// Tables by their offset in the file.
@@ -117,8 +117,8 @@ impl TableCache {
         tables.insert(table.offset, table);
     }
 
-    /// No thread has the table at `offset` among the recent ones any more, and no one gets it there
-    /// while its shard is locked.
+    /// Removes the table at `offset` from the recent tables of all threads. None gets it back while
+    /// its shard is locked.
     fn forget_recent(&self, offset: HostOffset) {
         for recent in self.recent.all() {
             recent.lock()[place(offset)].take_if(|table| table.offset == offset);

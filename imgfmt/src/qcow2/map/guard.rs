@@ -1,12 +1,12 @@
-//! Entries that must not be followed when something is changed.
+//! Bad entries: those through which nothing may be changed.
 //!
-//! A damaged or hostile image may have an L2 entry that points to a table, or to a place that
-//! nothing has ever been given. Reading through it is harmless. Writing through it would hand the
-//! image's metadata to the guest, and freeing it would give a live table away. Each L2 table is
-//! therefore looked through once, before the first change that concerns it.
+//! A damaged or hostile image may have an L2 entry that points to a table, or to a cluster without
+//! references. Reading through it is harmless. Writing through it would let the guest overwrite
+//! metadata, and freeing it would free a live table. Each L2 table is therefore searched once,
+//! before the first change that concerns it.
 //!
-//! A place that was nobody's when the image was opened, at the end of the file for instance, may have
-//! been given to something else by then. So a table that is as it was found must not name what was
+//! A cluster that was free when the image was opened, at the end of the file for instance, may have
+//! been reserved by then. So a table that has not changed since must not name a cluster that was
 //! reserved since.
 
 use std::collections::HashSet;
@@ -21,7 +21,7 @@ use crate::qcow2::on_disk::l2::{Cluster, table_of};
 use crate::qcow2::on_disk::words::read_words;
 use crate::units::{GuestOffset, HostOffset};
 
-/// Of so many entries of snapshots' L1 tables it is known which L2 tables they name.
+/// Number of entries of snapshots' L1 tables that are read to find the L2 tables they name.
 const SNAPSHOT_L1_ENTRIES_MAX: u64 = 8 << 20;
 
 impl MappingTables {
@@ -39,7 +39,7 @@ impl MappingTables {
         let mut bad = tables.bad.get(&table.offset).cloned().unwrap_or_default();
         for index in 0..geometry.l2_entries() {
             let guest = geometry.table_start(l1_index) + (index << geometry.cluster_bits);
-            // What cannot be decoded is refused wherever it is met.
+            // An entry that cannot be decoded is refused by each of its users.
             let Ok(cluster) = self.decode(table, guest) else { continue };
             if self.is_bad(cluster, guest, &tables.named, &mut allocator)?
                 || is_as_found && self.names_reserved(cluster, &allocator)
@@ -56,14 +56,15 @@ impl MappingTables {
         Ok(bad)
     }
 
-    /// Whether an entry of a table that is as it was found names what was free when the image was
+    /// Whether an entry of an unchanged table names a cluster that was free when the image was
     /// opened.
     fn names_reserved(&self, cluster: Cluster, allocator: &Allocator) -> bool {
         let references = self.references(cluster, None, false);
         references.iter().any(|it| allocator.reserved_since_open.contains(it.cluster))
     }
 
-    /// Reads where the snapshots' L2 tables lie. What cannot be read, or is too much, is not known.
+    /// Reads the places of the snapshots' L2 tables. Tables that cannot be read, or are beyond the
+    /// limit, stay unknown.
     fn read_snapshot_l2s(&self) {
         self.snapshot_l2s.get_or_init(|| {
             let mut found = HashSet::new();
@@ -109,7 +110,8 @@ impl MappingTables {
         Ok(false)
     }
 
-    /// Whether a place that something claims as its own is known to be another's, or nobody's.
+    /// Whether a cluster that a structure claims is known to hold other metadata, or to have no
+    /// references.
     pub(in crate::qcow2) fn is_metadata(&self, offset: HostOffset) -> Result<bool> {
         let cluster = Cluster { host: Some(offset), ..Cluster::default() };
         let tables = self.l2_places();
@@ -120,8 +122,8 @@ impl MappingTables {
         self.is_bad(cluster, GuestOffset::new(0), &tables.named, &mut allocator)
     }
 
-    /// Refuses to give L2 tables away, from this L1 entry on, that are other metadata, or nobody's,
-    /// or the tables of other L1 entries as well.
+    /// Refuses to free L2 tables, from this L1 entry on, that hold other metadata, have no references
+    /// or belong to other L1 entries as well.
     pub(in crate::qcow2) fn refuse_bad_tables(&self, first: u64) -> Result<()> {
         let mut known = HashSet::new();
         for (index, entry) in (0..).zip(self.l1.iter()) {
@@ -136,7 +138,7 @@ impl MappingTables {
         Ok(())
     }
 
-    /// Refuses to count or to give away an L2 table that is other metadata, or nobody's.
+    /// Refuses to count or to free an L2 table that holds other metadata or has no references.
     pub(in crate::qcow2) fn refuse_bad_table(&self, offset: HostOffset) -> Result<()> {
         let mut allocator = self.clusters.allocator()?;
         let is_other = allocator.is_protected(offset)
@@ -146,8 +148,8 @@ impl MappingTables {
         if is_other { Err(self.not_its_own(offset)) } else { Ok(()) }
     }
 
-    /// Refuses to count or to give away what an entry of the L2 table at `table` refers to, if it
-    /// is metadata, or nobody's.
+    /// Refuses to count or to free a cluster that an entry of the L2 table at `table` names, if it
+    /// holds metadata or has no references.
     pub(in crate::qcow2) fn refuse_bad_cluster(
         &self,
         cluster: Cluster,
@@ -202,8 +204,8 @@ impl MappingTables {
         }
     }
 
-    /// Tells the refcounts where everything else is, so that none of their blocks is written that
-    /// is something else. What the guest's data occupies would take a look at all L2 tables.
+    /// Tells the refcounts the places of all other metadata, so that no refcount block is written that
+    /// overlaps it. The clusters of data are not among them: finding those would take all L2 tables.
     pub(in crate::qcow2) fn note_metadata(&self) {
         let geometry = self.geometry();
         let tables = self.l2_places();

@@ -1,4 +1,4 @@
-//! Where a range of the disk can be written in place.
+//! Finding clusters that can be written in place.
 
 use crate::error::Result;
 use crate::mapping::Lookup;

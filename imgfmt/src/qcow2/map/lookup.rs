@@ -12,7 +12,7 @@ use crate::qcow2::on_disk::words::read_words;
 pub(in crate::qcow2) use crate::units::span;
 use crate::units::{GuestOffset, GuestRange, HostOffset, Offset as _};
 
-/// Most entries of a table that are looked at for one piece.
+/// Largest number of entries of a table that are looked at for one piece.
 const ENTRIES_MAX: u64 = 1024;
 
 /// A part of the disk whose bytes are in one place.
@@ -21,7 +21,7 @@ pub(in crate::qcow2) struct Piece {
     pub(in crate::qcow2) range: GuestRange,
     /// For stored data: where the piece starts, not where its cluster does.
     pub(in crate::qcow2) content: Subcluster,
-    /// How many entries of a table had to be looked at.
+    /// Number of entries of a table that were looked at.
     pub(in crate::qcow2) entries: u64,
 }
 

@@ -1,5 +1,5 @@
-//! The mapping tables of one image: the L1 table, the L2 tables in memory, and what of both is not
-//! on disk.
+//! The mapping tables of one image: the L1 table, the L2 tables in memory, and which parts of both
+//! are not on disk.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ops::Range;
@@ -18,10 +18,10 @@ use crate::qcow2::on_disk::l2::{EntryFormat, table_of};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::units::{HostOffset, Offset as _};
 
-/// Unless the user says otherwise, L2 tables take up no more memory than this.
+/// Memory for L2 tables by default, in bytes.
 const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 
-/// Where the disk's clusters are.
+/// The mapping from guest offsets to clusters of the file.
 #[derive(Debug)]
 pub(in crate::qcow2) struct MappingTables {
     pub(super) metadata: Arc<MetadataFile>,
@@ -59,7 +59,7 @@ pub(super) struct L2Places {
     pub(super) bad: HashMap<HostOffset, Vec<u32>>,
 }
 
-/// What of the tables is not on disk.
+/// Parts of the tables that are not on disk.
 #[derive(Debug, Default)]
 pub(in crate::qcow2) struct DirtyTables {
     pub(in crate::qcow2) tables: Vec<(Arc<Table>, DirtyPart)>,
@@ -111,7 +111,7 @@ impl MappingTables {
         self.l1.iter().map(|entry| entry.load(Acquire)).collect()
     }
 
-    /// Has another L1 table from now on, which is in the file already.
+    /// Replaces the L1 table by one that is in the file already.
     pub(in crate::qcow2) fn replace_l1(&mut self, l1: Vec<u64>) {
         self.l1 = l1.into_iter().map(AtomicU64::new).collect();
     }
@@ -136,7 +136,8 @@ impl MappingTables {
         self.tables.is_under_pressure()
     }
 
-    /// Takes a copy of all that is not on disk, and calls it clean. No mapping changes meanwhile.
+    /// Takes a copy of all parts that are not on disk, and marks them as clean. No mapping changes
+    /// meanwhile.
     pub(in crate::qcow2) fn take_dirty(&self) -> DirtyTables {
         let tables = self.tables.take_dirty();
         let l1 = std::mem::take(&mut *self.dirty_l1.lock());
@@ -144,7 +145,7 @@ impl MappingTables {
         DirtyTables { tables, l1 }
     }
 
-    /// Takes back what could not be written.
+    /// Marks parts that could not be written as dirty again.
     pub(in crate::qcow2) fn return_dirty(&self, dirty: &DirtyTables) {
         self.tables.return_dirty(&dirty.tables);
         self.dirty_l1.lock().extend(dirty.l1.iter().map(|(index, _)| *index));
@@ -239,7 +240,7 @@ mod tests {
     #[test]
     fn an_entry_that_points_to_metadata_is_not_followed_by_a_change() {
         let mapping = mapping(true);
-        // The L2 table itself, the refcount block, a cluster that nobody was given.
+        // The L2 table itself, the refcount block, a cluster that was never reserved.
         let own = mapping.table_for_write(0, &Nothing).unwrap().offset;
         for host in [own.bytes(), 2 << 16, 9 << 16] {
             let mut words = vec![0; (1 << 16) / 8];

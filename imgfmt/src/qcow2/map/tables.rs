@@ -1,4 +1,4 @@
-//! L2 tables that may be changed: made where there is none, moved where a snapshot shares them.
+//! L2 tables for changes: created where there is none, copied where a snapshot shares them.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -71,7 +71,7 @@ impl MappingTables {
         let _gate = self.commits.enter_gate();
         let mut places = self.l2_places.write();
         places.named.insert(offset);
-        // What there was before in that place is gone.
+        // The former content of that place is gone.
         places.bad.remove(&offset);
         if !bad_entries.is_empty() {
             places.bad.insert(offset, bad_entries);
@@ -107,8 +107,8 @@ impl MappingTables {
         Ok(self.table(l1_index, Lookup::MayRead)?.flatten())
     }
 
-    /// Makes changes of mappings visible, and what they replaced free. The caller holds the stripes
-    /// of all clusters concerned, and the data they point to has been written.
+    /// Makes changes of mappings visible, and frees the clusters that they replaced. The caller holds
+    /// the stripes of all clusters concerned, and the data they point to has been written.
     pub(in crate::qcow2) fn commit(
         &self,
         table: &Table,

@@ -1,8 +1,8 @@
 //! Feature bits that the rest of the header contradicts.
 //!
-//! No sound program writes them: a bit was damaged, or somebody has changed the header without
-//! knowing what belongs together. Some are harmless, and a repair clears them. Of others nobody
-//! knows which half is wrong; then neither the clusters of this file nor those of a data file can
+//! No sound program writes them: a bit was damaged, or a program changed one field of the header
+//! without the others. Some are harmless, and a repair clears them. For others it is unknown which
+//! half is wrong; then neither the clusters of this file nor those of a data file can
 //! be trusted to be the disk, and nothing is read or written.
 
 use crate::error::Result;

@@ -1,4 +1,4 @@
-//! Header extensions: small records behind the header.
+//! Header extensions: small records after the header.
 //!
 //! Each has a type (4 bytes), a length (4 bytes) and that many bytes, padded to a multiple of 8.
 //! Type 0 ends the list. Version 2 images have them too, from offset 72 on.

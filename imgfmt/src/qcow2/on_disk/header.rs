@@ -63,7 +63,7 @@ pub(crate) mod compatible {
 pub(crate) mod autoclear {
     pub(crate) const BITMAPS: u64 = 1;
     pub(crate) const RAW_DATA_FILE: u64 = 1 << 1;
-    /// Ours: nobody who does not know it has written the image since the bitmaps' sidecar was made.
+    /// Ours: no program that does not know it has written the image since the sidecar was made.
     pub(crate) const SIDECAR: u64 = 1 << 63;
     /// Ours: what the extension about bitmaps and backups says is true.
     pub(crate) const LINEAGE: u64 = 1 << 62;
@@ -292,7 +292,7 @@ impl Header {
         self.extensions.bitmaps.as_deref()
     }
 
-    /// Refuses what nobody here has a key for.
+    /// Refuses encrypted images: this crate implements no encryption.
     pub(crate) fn refuse_encryption(&self) -> Result<()> {
         match self.encryption_method {
             0 => Ok(()),

@@ -71,7 +71,7 @@ pub(crate) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<S
 /// A table of snapshots that may be damaged.
 pub(crate) struct DamagedTable {
     pub(crate) snapshots: Vec<Snapshot>,
-    /// What is wrong with the table, and is right once `snapshots` have been written anew.
+    /// Defects of the table that are repaired by writing `snapshots` as a new table.
     pub(crate) damages: Vec<String>,
     /// How many bytes the table takes up.
     pub(crate) length: u64,
@@ -87,7 +87,7 @@ pub(crate) fn read_damaged_table(storage: &dyn Storage, header: &Header) -> Resu
         let offset = header.snapshots_offset + length;
         let (mut snapshot, extra_length) = read_damaged_entry(storage, header, offset)?;
         let name_lengths = snapshot.raw_id.len() + snapshot.raw_name.len();
-        // Behind the last snapshot the cluster is empty, and no entry without a name has an end
+        // After the last snapshot the cluster is empty, and no entry without a name has an end
         // from which the next one could be found.
         let is_empty =
             name_lengths == 0 && snapshot.l1_offset.bytes() == 0 && snapshot.l1_entries == 0;

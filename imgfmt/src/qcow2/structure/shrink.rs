@@ -2,8 +2,8 @@
 //!
 //! A new L1 table without the end of the disk, and a copy of the L2 table through which the new end
 //! goes, are written to places of their own. One write of the header then changes the size and the
-//! place of the L1 table, which share a sector. Only afterwards the end is let go, so that a crash
-//! leaves the old disk or the new one, and at worst leaks.
+//! place of the L1 table, which share a sector. Only then are the clusters of the end freed, so that
+//! a crash leaves the old disk or the new one, and at worst leaks.
 
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::Freed;
@@ -31,7 +31,7 @@ impl Qcow2 {
             self.replace_l1(l1, size)
         };
         if let (Err(_), Some(offset), true) = (&switched, cut, self.size != size) {
-            // Nobody refers to it.
+            // No entry refers to the copy.
             self.clusters.free_place(offset, geometry.cluster_size())?;
         }
         self.mapping.forget_tables(self.size);

@@ -3,7 +3,7 @@
 //! A snapshot is a copy of the L1 table; everything below it is shared, which refcounts tell. Each
 //! change becomes valid by one write of the header, before which everything it points to is on disk
 //! and after which the rest is let go. A crash in between leaves leaks, and COPIED bits that do not
-//! fit the refcounts; the image is marked meanwhile, so that the next one who opens it repairs it.
+//! fit the refcounts; the image is marked as dirty meanwhile, so that the next open repairs it.
 
 use std::time::SystemTime;
 
@@ -19,7 +19,7 @@ use crate::qcow2::on_disk::words::words_to_bytes;
 use crate::qcow2::structure::resize::refuse_unknown_sizes;
 use crate::units::{GuestOffset, HostOffset};
 
-/// How much of a disk reads differently after a change of its image.
+/// The part of a disk that reads differently after a change of its image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Changed {
     Nothing,
@@ -27,7 +27,7 @@ pub(crate) enum Changed {
 }
 
 impl Qcow2 {
-    /// Keeps the present state under a name.
+    /// Creates a snapshot of the present state.
     pub(crate) fn create_snapshot(&mut self, name: &str) -> Result<()> {
         self.prepare_for_snapshots()?;
         let snapshots = self.metadata.snapshots()?;
@@ -101,7 +101,7 @@ impl Qcow2 {
         self.settle()
     }
 
-    /// Forgets a snapshot.
+    /// Deletes a snapshot.
     pub(crate) fn delete_snapshot(&mut self, name: &str) -> Result<()> {
         self.prepare_for_snapshots()?;
         let mut snapshots = self.metadata.snapshots()?;
@@ -146,10 +146,10 @@ impl Qcow2 {
         })
     }
 
-    /// Makes a change that leaves refcounts and COPIED bits wrong if it ends half way.
+    /// Makes a change that leaves wrong refcounts and COPIED bits if it is interrupted.
     fn while_dirty(&mut self, change: impl FnOnce(&mut Self) -> Result<()>) -> Result<()> {
         self.metadata.mark_dirty(true)?;
-        // After an error the mark stays: the next one who opens the image repairs it.
+        // After an error the mark stays: the next open repairs the image.
         change(self)?;
         self.metadata.mark_dirty(false)
     }
@@ -164,8 +164,7 @@ impl Qcow2 {
         self.require_nobody()
     }
 
-    /// Makes sure that nobody is moving bytes by a lease, and that refcounts say exactly what is
-    /// referenced.
+    /// Checks that no lease is held, and makes refcounts equal the number of references.
     fn require_nobody(&self) -> Result<()> {
         self.metadata.refuse_if_corrupt()?;
         self.flusher().flush()?;
@@ -201,7 +200,7 @@ impl Qcow2 {
         self.flusher().flush()
     }
 
-    /// Writes everything out, lets go of what was freed and makes the COPIED bits true again.
+    /// Flushes, releases freed clusters and makes the COPIED bits agree with the refcounts.
     fn settle(&mut self) -> Result<()> {
         self.flusher().flush()?;
         self.update_flags()?;
