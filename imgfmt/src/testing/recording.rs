@@ -140,6 +140,33 @@ impl RecordingStorage {
         drop_after(&self.start, &changes, loss, below)
     }
 
+    /// Returns the bytes of every state that a crash after `position` changes of the recording can
+    /// leave: each sector that was written since the last sync is in any of its versions.
+    ///
+    /// # Panics
+    ///
+    /// If there are more than 13 such sectors.
+    pub fn all_after_crash(&self, position: usize) -> Vec<Vec<u8>> {
+        let mut states = Vec::new();
+        let mut choice = 0_u64;
+        loop {
+            let mut draws = 0;
+            let mut below = |bound: u64| {
+                if bound == 3 {
+                    return 1; // The odds, which do not matter.
+                }
+                draws += 1;
+                if choice >> (draws - 1) & 1 == 0 { bound - 1 } else { 0 }
+            };
+            states.push(self.after_crash(position, Loss::SomeSectors, &mut below));
+            assert!(draws < 14, "too many sectors between two syncs");
+            choice += 1;
+            if choice >> draws != 0 {
+                return states;
+            }
+        }
+    }
+
     /// Returns the current bytes.
     pub fn content(&self) -> Vec<u8> {
         let length = self.inner.len().unwrap_or(0);

@@ -52,10 +52,7 @@ pub(in crate::qcow2) fn rewrite_autoclear(
     clear: u64,
 ) -> Result<()> {
     let new = read_autoclear(storage)? & !clear | set;
-    storage
-        .write_at(HostOffset::new(field::AUTOCLEAR), &new.to_be_bytes(), Durability::Cached)
-        .and_then(|()| storage.sync())
-        .map_err(write_error)
+    write_within_sector(storage, field::AUTOCLEAR, &new.to_be_bytes())
 }
 
 fn read_autoclear(storage: &dyn Storage) -> Result<u64> {
@@ -63,6 +60,19 @@ fn read_autoclear(storage: &dyn Storage) -> Result<u64> {
     let offset = HostOffset::new(field::AUTOCLEAR);
     storage.read_exact_at(offset, &mut bytes).map_err(crate::qcow2::on_disk::words::read_error)?;
     Ok(u64::from_be_bytes(bytes))
+}
+
+/// Writes fields of the header that lie within one sector, durably.
+pub(in crate::qcow2) fn write_within_sector(
+    storage: &dyn Storage,
+    place: u64,
+    fields: &[u8],
+) -> Result<()> {
+    debug_assert!(lies_in_one_sector(place, fields.len() as u64));
+    storage
+        .write_at(HostOffset::new(place), fields, Durability::Cached)
+        .and_then(|()| storage.sync())
+        .map_err(write_error)
 }
 
 /// Whether [`put_extension`] would replace the content of an extension as a whole or not at all,

@@ -6,6 +6,7 @@ pub(super) mod changes;
 pub(super) mod commits;
 pub(super) mod failed_sync;
 pub(super) mod header_edit;
+pub(super) mod header_start;
 pub(super) mod marks;
 pub(super) mod metadata_file;
 pub(super) mod seal;

@@ -1,22 +1,18 @@
 //! Changing what kind of qcow2 image one is, without touching its data.
 
-use std::os::unix::ffi::OsStrExt as _;
-
-use crate::bytes::{u32_at, u64_at};
+use crate::bytes::u32_at;
 use crate::create_options::{Amendment, LazyRefcounts, Qcow2Version};
 use crate::error::{Error, ErrorKind, Result};
+use crate::qcow2::metadata::header_edit::write_within_sector;
+use crate::qcow2::metadata::header_start::HeaderStart;
 use crate::qcow2::on_disk::extension;
 use crate::qcow2::on_disk::header::{
     Header, V2_LENGTH, autoclear, compatible, field, incompatible,
 };
 use crate::qcow2::on_disk::snapshot;
-use crate::qcow2::on_disk::words::read_error;
 use crate::qcow2::purpose::Purpose;
-use crate::storage::{Durability, Storage};
-use crate::units::HostOffset;
+use crate::storage::Storage;
 
-/// A write of so many aligned bytes happens wholly or not at all.
-const SECTOR: usize = 512;
 /// Length of the version 3 header that is written, with the field for the kind of compression.
 const V3_LENGTH: usize = 112;
 const REFCOUNT_ORDER_OF_V2: u32 = 4;
@@ -57,7 +53,7 @@ fn set_lazy_refcounts(storage: &dyn Storage, lazy: LazyRefcounts) -> Result<()> 
     }
     // What is not known here may be about this: a writer clears it.
     let bytes = [features.to_be_bytes(), header.kept_autoclear().to_be_bytes()].concat();
-    write(storage, field::AUTOCLEAR - 8, &bytes)
+    write_within_sector(storage, field::AUTOCLEAR - 8, &bytes)
 }
 
 /// Refuses what is not possible, before anything is changed.
@@ -110,90 +106,29 @@ fn refuse_downgrade(header: &Header) -> Result<()> {
 /// Makes a version 3 image version 2. No cluster says "zero" any more.
 fn downgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     refuse_downgrade(header)?;
-    let first = FirstCluster::read(storage, header)?;
-    let mut content = first.bytes[..V2_LENGTH as usize].to_vec();
+    let start = HeaderStart::read(storage, header)?;
+    let mut content = start.bytes()[..V2_LENGTH as usize].to_vec();
     content[4..8].copy_from_slice(&2_u32.to_be_bytes());
-    let length = u32_at(&first.bytes, 100) as usize;
+    let length = u32_at(start.bytes(), 100) as usize;
     // There are no features any more that could have names.
-    let extensions = extension::without(first.area(length), extension::FEATURE_NAMES)?;
-    first.replace_start(storage, content, &extensions)
+    let extensions = extension::without(start.extensions(length), extension::FEATURE_NAMES)?;
+    start.replace(content, &extensions)?.ok_or_else(no_room)
 }
 
 /// Makes a version 2 image version 3: the header becomes longer, and what comes behind it moves.
 fn upgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     refuse_snapshots_without_size(storage, header)?;
-    let first = FirstCluster::read(storage, header)?;
-    let mut content = first.bytes[..V2_LENGTH as usize].to_vec();
+    let start = HeaderStart::read(storage, header)?;
+    let mut content = start.bytes()[..V2_LENGTH as usize].to_vec();
     content[4..8].copy_from_slice(&3_u32.to_be_bytes());
     // No features of any kind.
     content.extend([0; 24]);
     content.extend(REFCOUNT_ORDER_OF_V2.to_be_bytes());
     content.extend((V3_LENGTH as u32).to_be_bytes());
     content.resize(V3_LENGTH, 0);
-    let extensions = extension::without(first.area(V2_LENGTH as usize), UNUSED_KIND)?;
-    first.replace_start(storage, content, &extensions)
-}
-
-/// The cluster of the header, as it is.
-struct FirstCluster {
-    bytes: Vec<u8>,
-    /// The backing file's name, and where it lies; 0 if there is none.
-    name: Vec<u8>,
-    name_place: usize,
-}
-
-impl FirstCluster {
-    fn read(storage: &dyn Storage, header: &Header) -> Result<Self> {
-        let mut bytes = vec![0; header.geometry.cluster_size() as usize];
-        storage.read_at(HostOffset::new(0), &mut bytes).map_err(read_error)?;
-        let name = header.backing_name.as_deref().unwrap_or_default().as_bytes().to_vec();
-        let name_place = u64_at(&bytes, 8) as usize;
-        Ok(Self { bytes, name, name_place })
-    }
-
-    /// What lies between the end of the header and the backing file's name.
-    fn area(&self, header_length: usize) -> &[u8] {
-        let end = match self.name_place {
-            0 => self.bytes.len(),
-            place => place.min(self.bytes.len()),
-        };
-        self.bytes.get(header_length..end).unwrap_or_default()
-    }
-
-    /// Writes other fields and extensions, and the backing file's name behind them, in one write of a sector.
-    fn replace_start(
-        &self,
-        storage: &dyn Storage,
-        mut content: Vec<u8>,
-        extensions: &[u8],
-    ) -> Result<()> {
-        content.extend(extensions);
-        content.extend([0; 8]);
-        let extensions_end = content.len();
-        if extensions_end > SECTOR {
-            return Err(no_room());
-        }
-        let place = match self.name.len() {
-            0 => 0,
-            length if extensions_end + length <= SECTOR => {
-                content.extend(&self.name);
-                extensions_end
-            }
-            _ if self.name_place >= SECTOR => self.name_place,
-            // Where nothing points to yet.
-            length => {
-                let place = (self.name_place + length).next_multiple_of(SECTOR);
-                if place + length > self.bytes.len() {
-                    return Err(no_room());
-                }
-                write(storage, place as u64, &self.name)?;
-                place
-            }
-        };
-        content[8..16].copy_from_slice(&(place as u64).to_be_bytes());
-        content.resize(SECTOR, 0);
-        write(storage, 0, &content)
-    }
+    let area = start.extensions(V2_LENGTH as usize);
+    let extensions = extension::without(area, UNUSED_KIND)?;
+    start.replace(content, &extensions)?.ok_or_else(no_room)
 }
 
 /// In version 3 each snapshot says how large its disk was.
@@ -215,13 +150,6 @@ fn refuse_snapshots_without_size(storage: &dyn Storage, header: &Header) -> Resu
 /// A type that no extension has: all are kept.
 const UNUSED_KIND: u32 = 0;
 
-fn write(storage: &dyn Storage, offset: u64, bytes: &[u8]) -> Result<()> {
-    storage
-        .write_at(HostOffset::new(offset), bytes, Durability::Cached)
-        .and_then(|()| storage.sync())
-        .map_err(|error| Error::from_io("write the header of", error))
-}
-
 fn no_lazy_refcounts() -> Error {
     let detail = "version 2 has no lazy refcounts; make it version 3 as well";
     Error::new(ErrorKind::InvalidInput, "amend", detail)
@@ -232,3 +160,6 @@ fn no_room() -> Error {
         "its header has no room for the fields of that version; convert it into a new image";
     Error::new(ErrorKind::Unsupported, "amend", detail)
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,6 @@ use std::collections::{BTreeSet, HashSet};
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 
 use super::*;
 use crate::create_options::{CreateOptions, Qcow2Version};
@@ -12,7 +11,7 @@ use crate::image::Image;
 use crate::qcow2::metadata::header_edit::put_extension;
 use crate::qcow2::purpose::Purpose;
 use crate::storage::MemoryStorage;
-use crate::testing::{Loss, Recording, RecordingStorage};
+use crate::testing::Recording;
 
 const UNKNOWN_EXTENSION: u32 = 0x1234_5678;
 const UNKNOWN_AUTOCLEAR: u64 = 1 << 40;
@@ -86,7 +85,7 @@ impl Trial {
         change(&*storage, to);
         let (mut seen, mut unfinished) = (HashSet::new(), 0);
         for position in 0..=recording.position() {
-            for state in states(&storage, position) {
+            for state in storage.all_after_crash(position) {
                 if !seen.insert(state.clone()) {
                     continue;
                 }
@@ -224,29 +223,6 @@ fn other_extensions(bytes: &[u8]) -> BTreeSet<(u32, Vec<u8>)> {
             (*kind, area.bytes[*place as usize + 8..][..*length as usize].to_vec())
         })
         .collect()
-}
-
-/// All states that a crash after so many changes can leave: each sector that was written since the
-/// last sync in any of its versions.
-fn states(storage: &Arc<RecordingStorage>, position: usize) -> Vec<Vec<u8>> {
-    let mut states = Vec::new();
-    let mut choice = 0_u64;
-    loop {
-        let mut draws = 0;
-        let mut below = |bound: u64| {
-            if bound == 3 {
-                return 1; // The odds, which do not matter.
-            }
-            draws += 1;
-            if choice >> (draws - 1) & 1 == 0 { bound - 1 } else { 0 }
-        };
-        states.push(storage.after_crash(position, Loss::SomeSectors, &mut below));
-        assert!(draws < 14, "too many sectors between two syncs");
-        choice += 1;
-        if choice >> draws != 0 {
-            return states;
-        }
-    }
 }
 
 fn blank(cluster_size: u64) -> CreateOptions {
