@@ -63,9 +63,10 @@ pub(crate) trait WritableLayer: Layer {
     fn mark_incomplete(&self, _is_incomplete: bool) -> Result<()> {
         Ok(())
     }
-    /// Leaves the image in the state in which it should be found. Nothing is changed afterwards.
+    /// Flushes, and leaves the image in the state in which it should be found. Nothing is changed
+    /// afterwards.
     fn close(&self) -> Result<()> {
-        Ok(())
+        self.flush()
     }
     /// Changes the size of the disk; what is added reads as zero.
     fn resize(&mut self, size: u64) -> Result<()>;

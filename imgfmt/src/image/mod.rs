@@ -227,7 +227,6 @@ impl Image {
     /// `NoSpace`, `Io`. The image is closed all the same; it is consistent, but what was written
     /// since the last flush that succeeded may be lost.
     pub fn close(self) -> Result<()> {
-        self.flush()?;
         match self.access {
             Access::ReadOnly => Ok(()),
             Access::ReadWrite => self.writable().close().map_err(|error| self.name(error)),

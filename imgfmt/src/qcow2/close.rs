@@ -1,6 +1,7 @@
 //! Closing an image: what it still owes the disk is written, and nothing is kept.
 
 use crate::error::Result;
+use crate::qcow2::flush::Flusher;
 use crate::qcow2::image::Qcow2;
 
 impl Qcow2 {
@@ -9,17 +10,15 @@ impl Qcow2 {
         if !self.metadata.is_writable() {
             return Ok(());
         }
-        let flusher = self.flusher();
+        let flusher = Flusher { is_alone: true, ..self.flusher() };
         flusher.end_with_cluster()?;
-        flusher.flush()?;
+        flusher.flush_rest()?;
         self.bitmaps.store(self)?;
         self.bitmaps.end_session()?;
         // The first flush may have moved the refcount table and so freed the old one.
         for _ in 0..2 {
             self.clusters.release_all_freed();
-            if flusher.has_changes() {
-                flusher.flush()?;
-            }
+            flusher.flush_rest()?;
         }
         Ok(())
     }

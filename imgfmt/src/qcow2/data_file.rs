@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::qcow2::metadata::metadata_file::MetadataFile;
-use crate::storage::{Durability, Speed, Storage, ZeroMode};
+use crate::storage::{Durability, Speed, Storage, Tracked, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
 /// Where guest data goes. What is known about clusters is not known here.
@@ -13,6 +13,8 @@ use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 pub(in crate::qcow2) struct DataFile {
     metadata: Arc<MetadataFile>,
     storage: Arc<dyn Storage>,
+    /// The data file, if there is one.
+    attached: Option<Arc<Tracked>>,
     /// Data is not in the file that holds the metadata.
     is_external: bool,
 }
@@ -22,11 +24,13 @@ impl DataFile {
     /// [attached](Self::attach).
     pub(in crate::qcow2) fn new(metadata: Arc<MetadataFile>, is_external: bool) -> Self {
         let storage = Arc::clone(&metadata.file);
-        Self { metadata, storage, is_external }
+        Self { metadata, storage, attached: None, is_external }
     }
 
     pub(in crate::qcow2) fn attach(&mut self, storage: Arc<dyn Storage>) {
-        self.storage = storage;
+        let tracked = Arc::new(Tracked::new(storage));
+        self.storage = Arc::clone(&tracked) as _;
+        self.attached = Some(tracked);
     }
 
     pub(in crate::qcow2) fn storage(&self) -> &Arc<dyn Storage> {
@@ -127,6 +131,14 @@ impl DataFile {
             // A device is as long as it is.
             Err(error) if error.kind() == io::ErrorKind::Unsupported && length >= size => Ok(()),
             result => result.map_err(name),
+        }
+    }
+
+    /// Whether a change of the data may not be on stable storage. No change may be in progress.
+    pub(in crate::qcow2) fn may_be_unsynced(&self) -> bool {
+        match &self.attached {
+            Some(file) => file.may_be_unsynced(),
+            None => self.metadata.may_be_unsynced(),
         }
     }
 

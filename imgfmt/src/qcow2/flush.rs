@@ -31,6 +31,9 @@ pub(in crate::qcow2) struct Flusher<'a> {
     pub(in crate::qcow2) clusters: &'a Clusters,
     pub(in crate::qcow2) mapping: &'a MappingTables,
     pub(in crate::qcow2) commits: &'a Commits,
+    /// No other call is in progress, as when the image is closed: what is synced and has not changed
+    /// since needs no other sync.
+    pub(in crate::qcow2) is_alone: bool,
 }
 
 /// A copy of all metadata that is not on disk, taken at one instant.
@@ -49,13 +52,24 @@ impl Flusher<'_> {
         self.metadata.refuse_unwritable()?;
         let Some(turn) = self.commits.take_turn() else { return Ok(()) };
         if !self.has_changes() {
-            self.data.sync()?;
+            self.sync_data()?;
         } else {
             self.flush_changes()?;
         }
         turn.has_succeeded();
         self.clusters.release_quarantine();
         Ok(())
+    }
+
+    /// Flushes, and syncs the rest of the file that holds the metadata. Nothing else may be in progress.
+    pub(in crate::qcow2) fn flush_rest(self) -> Result<()> {
+        self.flush()?;
+        if self.metadata.may_be_unsynced() { self.metadata.sync() } else { Ok(()) }
+    }
+
+    /// While other calls are in progress a sync that somebody else has begun may still fail.
+    fn sync_data(self) -> Result<()> {
+        if self.is_alone && !self.data.may_be_unsynced() { Ok(()) } else { self.data.sync() }
     }
 
     /// Flushes for a caller that relies on everything that was written since its last successful
@@ -135,8 +149,9 @@ impl Flusher<'_> {
         for block in &changes.blocks {
             self.metadata.write(block.offset, &block.bytes)?;
         }
-        self.data.sync()?;
-        let mut file_is_synced = !self.data.is_external();
+        self.sync_data()?;
+        let nothing_unsynced = self.is_alone && !self.metadata.may_be_unsynced();
+        let mut file_is_synced = !self.data.is_external() || nothing_unsynced;
         if self.data.is_external() && !changes.blocks.is_empty() {
             self.metadata.sync()?;
             file_is_synced = true;
@@ -261,6 +276,7 @@ mod tests {
                 clusters: &self.clusters,
                 mapping: &self.mapping,
                 commits: &self.commits,
+                is_alone: false,
             }
         }
 

@@ -126,6 +126,7 @@ impl Qcow2 {
             clusters: &self.clusters,
             mapping: &self.mapping,
             commits: &self.commits,
+            is_alone: false,
         }
     }
 

@@ -111,7 +111,7 @@ impl WritableLayer for Qcow2 {
     }
 
     fn close(&self) -> Result<()> {
-        self.close_writer()
+        self.metadata.report_failed(self.close_writer())
     }
 
     fn resize(&mut self, size: u64) -> Result<()> {

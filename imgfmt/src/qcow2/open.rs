@@ -24,7 +24,7 @@ use crate::qcow2::on_disk::l2::EntryFormat;
 use crate::qcow2::on_disk::snapshot;
 use crate::qcow2::on_disk::words::{read_error, read_words};
 use crate::qcow2::purpose::Purpose;
-use crate::storage::Storage;
+use crate::storage::{Storage, Tracked};
 
 impl Qcow2 {
     /// Opens the image in `file`. Its backing file and data file must be attached afterwards.
@@ -34,6 +34,9 @@ impl Qcow2 {
         options: &OpenOptions,
         purpose: Purpose,
     ) -> Result<Self> {
+        // From here on every change of the file is noted.
+        let tracked = Arc::new(Tracked::new(file));
+        let file: Arc<dyn Storage> = Arc::clone(&tracked) as _;
         let header = Header::read_or_overwrite(&*file, purpose, options.incomplete)?;
         if purpose != Purpose::Describe {
             header.refuse_encryption()?;
@@ -62,7 +65,7 @@ impl Qcow2 {
             has_data_file: header.has_data_file(),
         };
         let snapshots_offset = header.snapshots_offset;
-        let metadata = Arc::new(MetadataFile::new(file, path, header, is_writable));
+        let metadata = Arc::new(MetadataFile::new(tracked, path, header, is_writable));
         let preallocated = Preallocated::new(Arc::clone(&metadata));
         let data = DataFile::new(Arc::clone(&metadata), format.has_data_file);
         let commits = Arc::new(Commits::default());

@@ -14,6 +14,7 @@ mod lock;
 mod memory;
 mod opening;
 mod range_locks;
+mod tracked;
 mod zero;
 
 use std::fmt;
@@ -26,6 +27,7 @@ use crate::units::HostOffset;
 pub use alignment::DirectAlignment;
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
+pub(crate) use tracked::Tracked;
 
 /// Whether a write must be on stable storage when it returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

@@ -167,6 +167,27 @@ impl RecordingStorage {
         }
     }
 
+    /// Returns the number of changes of this storage after its last sync.
+    pub fn unsynced_changes(&self) -> usize {
+        let log = lock(&self.recording.log);
+        let own = log.changes.iter().rev().filter(|(number, _)| *number == self.number);
+        own.take_while(|(_, change)| !matches!(change, Change::Sync)).count()
+    }
+
+    /// Returns the number of syncs of this storage, since `position`, that follow another sync with no
+    /// change of it in between.
+    pub fn needless_syncs(&self, position: usize) -> usize {
+        let log = lock(&self.recording.log);
+        let own = log.changes.iter().enumerate().filter(|(_, (number, _))| *number == self.number);
+        let (mut is_synced, mut needless) = (false, 0);
+        for (index, (_, change)) in own {
+            let is_sync = matches!(change, Change::Sync);
+            needless += usize::from(is_sync && is_synced && index >= position);
+            is_synced = is_sync;
+        }
+        needless
+    }
+
     /// Returns the current bytes.
     pub fn content(&self) -> Vec<u8> {
         let length = self.inner.len().unwrap_or(0);

@@ -35,6 +35,7 @@ mod bitmaps_vs_qemu;
 mod block_device;
 mod chains_vs_qemu;
 mod check_vs_qemu;
+mod closing;
 mod contradicting_features;
 mod crash_at_any_instant;
 mod crash_at_every_step;

@@ -14,7 +14,7 @@ use crate::qcow2::metadata::metadata_file::tests::opened;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::header::Header;
 use crate::qcow2::purpose::Purpose;
-use crate::storage::Storage;
+use crate::storage::{Storage, Tracked};
 use crate::units::{GuestOffset, GuestRange, HostOffset};
 
 /// An image whose disk refers to no clusters but these.
@@ -59,7 +59,8 @@ fn no_bitmaps() -> (Arc<dyn Storage>, Bitmaps) {
 /// The bitmaps that the file says it has. Nobody flushes the refcounts here: they are the same.
 fn reopened(storage: &Arc<dyn Storage>, former: &Bitmaps) -> Bitmaps {
     let header = Header::read(&**storage, Purpose::Use).unwrap();
-    let metadata = MetadataFile::new(Arc::clone(storage), None, header, true);
+    let metadata =
+        MetadataFile::new(Arc::new(Tracked::new(Arc::clone(storage))), None, header, true);
     Bitmaps::open((Arc::new(metadata), Arc::clone(&former.clusters)), &OpenOptions::new())
 }
 

@@ -13,7 +13,7 @@ use crate::ordered_lock::{OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::on_disk::header::{Header, autoclear};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::sidecar::Sidecar;
-use crate::storage::{Durability, Storage};
+use crate::storage::{Durability, Storage, Tracked};
 use crate::units::{GuestOffset, HostOffset};
 
 /// The file that holds the metadata of one open image. The data is in it too unless there is a data
@@ -21,6 +21,8 @@ use crate::units::{GuestOffset, HostOffset};
 #[derive(Debug)]
 pub(in crate::qcow2) struct MetadataFile {
     pub(in crate::qcow2) file: Arc<dyn Storage>,
+    /// The same.
+    tracked: Arc<Tracked>,
     path: Option<PathBuf>,
     is_writable: bool,
     /// What the header says, or will when it has been written.
@@ -44,13 +46,14 @@ pub(in crate::qcow2) struct MetadataFile {
 
 impl MetadataFile {
     pub(in crate::qcow2) fn new(
-        file: Arc<dyn Storage>,
+        file: Arc<Tracked>,
         path: Option<&Path>,
         header: Header,
         is_writable: bool,
     ) -> Self {
         Self {
-            file,
+            file: Arc::clone(&file) as _,
+            tracked: file,
             path: path.map(Path::to_owned),
             is_writable,
             is_sealed: AtomicBool::new(header.autoclear & autoclear::SEAL != 0),
@@ -107,6 +110,11 @@ impl MetadataFile {
     /// Syncs the file.
     pub(in crate::qcow2) fn sync(&self) -> Result<()> {
         self.sync_storage(&*self.file)
+    }
+
+    /// Whether a change of the file may not be on stable storage. No change may be in progress.
+    pub(in crate::qcow2) fn may_be_unsynced(&self) -> bool {
+        self.tracked.may_be_unsynced()
     }
 
     /// Syncs the file or the data file.
@@ -229,7 +237,8 @@ pub(in crate::qcow2) mod tests {
         let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(&bytes)));
         let header = Header::read(&*storage, Purpose::Use).unwrap();
         let path = Some(Path::new("disk.qcow2"));
-        let file = MetadataFile::new(Arc::clone(&storage) as _, path, header, is_writable);
+        let tracked = Arc::new(Tracked::new(Arc::clone(&storage) as _));
+        let file = MetadataFile::new(tracked, path, header, is_writable);
         (storage, file)
     }
 
