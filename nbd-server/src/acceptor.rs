@@ -19,8 +19,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Clients of one listener that may wait for a place at a time.
 const MAX_WAITING: usize = 64;
 
-/// Clients that are let in as fast as they come, and how many more in each [`REFILL`]. Who connects
-/// and leaves again and again costs the server more than himself.
+/// Clients that are let in as fast as they come, and how many more in each [`REFILL`]. A client
+/// that connects and leaves again and again costs the server more than itself.
 const MOST_AT_ONCE: u32 = 64;
 const MORE: u32 = 8;
 const REFILL: Duration = Duration::from_millis(1);

@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(crate) const FREE_LEN: usize = 64 * 1024;
 
 /// Longest request that a connection may have beyond the budget when that is used up, one at a
-/// time, in bytes. Clients that hold the budget and stall cannot stop those who ask for no more.
+/// time, in bytes. Clients that hold the budget and stall cannot stop clients with smaller requests.
 const RESERVE_LEN: usize = 1 << 20;
 
 const UNIT: usize = 4096;

@@ -91,7 +91,7 @@ pub(crate) struct Arrival<'a> {
     pub(crate) counters: &'a Arc<Counters>,
 }
 
-/// The side that counts, and knows who is there.
+/// The side that counts, and knows the connected clients.
 #[derive(Debug, Clone)]
 pub(crate) struct Clients {
     count: Arc<watch::Sender<Count>>,
@@ -146,12 +146,12 @@ impl Clients {
         PresentClient { clients: self.clone(), id, cut }
     }
 
-    /// Everybody who is there, in the order in which they came.
+    /// The connected clients, in the order in which they came.
     pub(crate) fn list(&self) -> Vec<ConnectedClient> {
         self.roster().present.values().map(|entry| entry.client.clone()).collect()
     }
 
-    /// Everybody who is there, and what they have done.
+    /// The statistics of the connected clients.
     pub(crate) fn statistics(&self) -> Vec<ClientStatistics> {
         let roster = self.roster();
         let entries = roster.present.values().map(|entry| {
@@ -176,7 +176,7 @@ impl Clients {
         self.roster().withdrawn.iter().any(is_same)
     }
 
-    /// Ends the connections of those who use an export, and waits until they have ended.
+    /// Ends the connections that use an export, and waits until they have ended.
     pub(crate) async fn cut_users_of(&self, export: &Arc<dyn Export>) {
         self.withdraw(export);
         let mut count = self.count.subscribe();
@@ -212,7 +212,7 @@ pub(crate) struct PresentClient {
 }
 
 impl PresentClient {
-    /// Waits until somebody wants this client to be gone.
+    /// Waits until this client is to be disconnected.
     pub(crate) async fn cut(&self) {
         self.cut.notified().await;
     }

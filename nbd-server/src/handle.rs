@@ -107,8 +107,8 @@ impl ServerHandle {
         if in_use == InUse::Refuse
             && let Err(error) = self.refuse_if_used(name, &entry)
         {
-            // A client came in between. Nobody can have taken the name but a second caller, whose
-            // export then stays.
+            // A client came in between. Only a second caller can have taken the name; its export then
+            // stays.
             let _ = self.exports.add(name, entry);
             return Err(error);
         }

@@ -97,8 +97,8 @@ impl fmt::Display for BoundAddress {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Tcp(TcpListener),
-    /// The file goes before the socket is closed: nobody finds a file without a listener, and no
-    /// other socket can have the same identity meanwhile.
+    /// The file is removed before the socket is closed: no client finds a file without a listener, and
+    /// no other socket can have the same identity meanwhile.
     Unix(Option<SocketFile>, UnixListener),
 }
 
@@ -127,7 +127,7 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// [`ServeError`], with nothing left behind.
+    /// [`ServeError`]; no file is left.
     pub(crate) async fn open(address: &ListenAddress) -> Result<Vec<Self>, ServeError> {
         match address {
             ListenAddress::Tcp(address) => open_tcp(address).await,
@@ -229,7 +229,7 @@ fn open_unix(path: &Path) -> Result<Listener, ServeError> {
     Ok(Listener::Unix(Some(SocketFile { path, identity }), listener))
 }
 
-/// Removes a socket file that nobody listens on, and nothing else.
+/// Removes a socket file without a listener, and nothing else.
 fn remove_stale(path: &Path) -> Result<(), ServeError> {
     let bind_error = |source| ServeError::Bind { address: path.display().to_string(), source };
     // A server that ends may have removed it in the meantime.
@@ -243,7 +243,7 @@ fn remove_stale(path: &Path) -> Result<(), ServeError> {
     }
     match std::os::unix::net::UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            tracing::info!(path = %path.display(), "replacing a socket that nobody listens on");
+            tracing::info!(path = %path.display(), "replacing a socket without a listener");
             match std::fs::remove_file(path) {
                 Err(error) if is_gone(&error) => Ok(()),
                 removed => removed.map_err(bind_error),

@@ -178,7 +178,7 @@ struct Bucket {
 }
 
 impl Bucket {
-    /// Begins anew with another rate.
+    /// Starts again with another rate.
     fn set_rate(&self, rate: u64) {
         if self.rate.swap(rate, Ordering::Relaxed) != rate {
             self.next.store(0, Ordering::Relaxed);

@@ -24,7 +24,7 @@ pub(crate) trait Job: Send {
     /// What the next step is expected to take.
     fn cost(&self) -> Cost;
 
-    /// Nobody wants it to be carried out any more.
+    /// Whether its result is no longer wanted.
     fn is_abandoned(&self) -> bool {
         false
     }
@@ -85,7 +85,7 @@ impl Scheduler {
         self.start_ready(queue);
     }
 
-    /// Carries out `work`, which computes for about `estimate` nanoseconds, behind all other such
+    /// Carries out `work`, which computes for about `estimate` nanoseconds, after all other such
     /// work of `group`. `None` if it panicked.
     ///
     /// # Cancel safety
@@ -125,7 +125,7 @@ impl Scheduler {
         while let Some(Popped { job, started }) = next.take() {
             pace.set(started.class());
             let start = Instant::now();
-            // Whoever waits for a job that panics is told by what it leaves behind.
+            // A waiter for a job that panics learns it from the job's destructor.
             let rest = catch_unwind(AssertUnwindSafe(|| job.step(self))).unwrap_or_default();
             let elapsed = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
             next = self.finish(started, elapsed, rest);
@@ -180,7 +180,7 @@ impl Drop for Pace {
     }
 }
 
-/// A job of one step, for whoever waits for what it gives.
+/// A job of one step, whose result a waiter gets.
 struct Computation<W, T> {
     work: W,
     sender: oneshot::Sender<T>,
@@ -199,7 +199,7 @@ impl<T: Send, W: FnOnce() -> T + Send> Job for Computation<W, T> {
     fn step(self: Box<Self>, _: &Scheduler) -> Option<Box<dyn Job>> {
         if !self.is_abandoned() {
             let Self { work, sender, .. } = *self;
-            // Whoever waits may have gone in the meantime.
+            // The waiter may have gone in the meantime.
             let _ = sender.send(work());
         }
         None
@@ -224,7 +224,7 @@ impl Lane {
 
 impl Drop for Lane {
     fn drop(&mut self) {
-        // What they leave behind when they are dropped may look at the queue.
+        // Their destructors may look at the queue.
         let abandoned = self.scheduler.queue().close(self.flow, |job| job.is_abandoned());
         drop(abandoned);
     }

@@ -121,8 +121,8 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// [`ServeError`] if the address is in use, not this machine's, or not permitted. Nothing is
-    /// left behind then.
+    /// [`ServeError`] if the address is in use, not this machine's, or not permitted. No file is
+    /// left then.
     ///
     /// # Cancel safety
     ///
@@ -191,7 +191,7 @@ impl Server {
         serving.run(shutdown).await
     }
 
-    /// Lets clients in, who wait until [`Serving::run`] takes them.
+    /// Lets clients connect; they wait until [`Serving::run`] takes them.
     fn begin(self) -> (Serving, Door) {
         let trigger = ShutdownTrigger::new();
         let shared = Shared {
@@ -211,7 +211,7 @@ impl Server {
         let (sender, clients) = mpsc::channel(1);
         let mut acceptors = JoinSet::new();
         let places = Arc::new(Semaphore::new(config.max_connections.min(Semaphore::MAX_PERMITS)));
-        // Nobody else sets them: this consumes the server.
+        // They are set once: this consumes the server.
         let _ = self.gauges.set(Gauges::new(&shared, Arc::clone(&places)));
         let ungreeted = Arc::new(Semaphore::new(MOST_UNGREETED));
         for listener in self.listeners {

@@ -137,7 +137,7 @@ pub(crate) fn take_inherited(count: u16) -> Vec<OwnedFd> {
         })
         .map(|fd| {
             // SAFETY: the descriptor is open (checked above), and by the protocol of socket
-            // activation it belongs to whoever was started with LISTEN_PID set to this process.
+            // activation it belongs to the process that LISTEN_PID names: this one.
             let fd = unsafe { OwnedFd::from_raw_fd(fd) };
             let _ = rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC);
             fd
@@ -209,7 +209,7 @@ mod tests {
         let own: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
         let taken = take_inherited(64);
         assert!(taken.iter().all(|fd| !own.contains(&fd.as_raw_fd())));
-        // Whoever started this test may have left some open: they are not ours to close.
+        // The parent of this test may have left some open: they are not ours to close.
         taken.into_iter().for_each(std::mem::forget);
     }
 }

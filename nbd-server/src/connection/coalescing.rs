@@ -31,7 +31,7 @@ const FIRST: Duration = Duration::from_micros(16);
 const EVIDENCE: u32 = 16;
 /// Bound of the same after attempts that failed; each failure doubles it.
 const MOST_EVIDENCE: u32 = 16 * 1024;
-/// Batches of one request, at least, before a single pause looks whether there is more behind them.
+/// Batches of one request, at least, before a single pause tests whether more requests follow.
 const PROBE_AFTER: u32 = 4096;
 /// Bound of the same; each pause in vain doubles it. A client with one request in flight waits once
 /// in so many.
@@ -45,7 +45,7 @@ const OFF: State = State::Off { evidence: 0, batches: 0 };
 enum State {
     /// Requests are answered as they come.
     Off { evidence: u32, batches: u32 },
-    /// The same, behind a single pause.
+    /// The same, after a single pause.
     Probing,
     /// The client is paced.
     On { pause: Duration, strikes: u32, good: u32 },

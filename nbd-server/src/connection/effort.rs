@@ -17,7 +17,7 @@ const BURST_COST: usize = 64 * REQUEST_COST;
 /// The same before the first pause: more than any client needs but one that asks about many
 /// exports.
 const FIRST_BURST_COST: usize = 16 * REQUEST_COST;
-/// The pause behind a burst, and behind an option that cost as much as many of them.
+/// The pause after a burst, and after an option that cost as much as many of them.
 const PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(64);
 

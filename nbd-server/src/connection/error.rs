@@ -32,7 +32,7 @@ pub(crate) enum ConnectionError {
     HungUp,
     #[error("the client was refused: {0}")]
     Refused(Refusal),
-    #[error("a file ended while it was being sent; its size changed behind our back")]
+    #[error("a file ended while it was being sent: another program has made it shorter")]
     FileTruncated,
 }
 

@@ -57,7 +57,7 @@ pub(super) struct Established {
     pub(super) entry: ExportEntry,
     /// Its place among the clients of the export.
     pub(super) admission: Admission,
-    /// What the client sent behind its last option: the first requests.
+    /// The bytes after the client's last option: its first requests.
     pub(super) received: BytesMut,
 }
 
@@ -363,7 +363,7 @@ async fn start_tls(
     let Some(credentials) = shared.config.tls.credentials() else {
         return Ok((refuse_tls(pending, output), socket));
     };
-    // Fails if anything came in the clear behind STARTTLS.
+    // Fails if bytes arrived in the clear after STARTTLS.
     let before = pending.accept(input, output)?;
     send(&mut socket, output).await?;
     let Socket::Plain(socket) = socket else {

@@ -69,7 +69,7 @@ pub(crate) async fn serve(
             Ok(Ok(Some(established))) => established,
             #[cfg(feature = "tls")]
             Ok(Err(ConnectionError::Tls(error))) => {
-                // Who is turned away cannot be told why; the owner of the server has to know.
+                // A refused client cannot be told the reason; the administrator needs it.
                 return tracing::warn!(%error, "no TLS with a client");
             }
             Ok(Ok(None)) => return tracing::debug!("the client left during the handshake"),
@@ -93,7 +93,7 @@ pub(crate) async fn serve(
     });
     let export = established.entry.export();
     if shared.clients.is_withdrawn(export) && !shared.exports.offers(export) {
-        // Whoever cut its clients may not have seen this one.
+        // The removal may have disconnected clients before it could see this one.
         return tracing::info!(export = ?name, "the export was removed while a client chose it");
     }
     tracing::info!(export = ?established.negotiated.export_name, "client connected");

@@ -131,7 +131,7 @@ impl Socket {
         }
     }
 
-    /// Who can read along.
+    /// Whether others can read along.
     pub(super) const fn channel(&self) -> Channel {
         match self {
             Self::Plain(_) => Channel::Clear,
@@ -140,7 +140,7 @@ impl Socket {
         }
     }
 
-    /// Prepares what has to be sent behind the last reply, if anything.
+    /// Prepares the end of the stream after the last reply, if it has one.
     pub(super) fn begin_shutdown(&mut self) {
         match self {
             Self::Plain(_) => {}

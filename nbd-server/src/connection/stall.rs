@@ -43,7 +43,7 @@ pub(super) struct Stall {
 }
 
 impl Stall {
-    /// Without a limit nobody is ever given up.
+    /// Without a limit no client is ever disconnected for stalling.
     pub(super) const fn new(limit: Option<Duration>) -> Self {
         Self { limit, timer: None, last: None, vain: 0 }
     }

@@ -63,7 +63,7 @@ struct State {
     last_group: usize,
     /// When the flush began that is running.
     began: Option<Instant>,
-    /// A job is queued or running that will see to those who wait.
+    /// A job that will serve the waiters is queued or running.
     is_scheduled: bool,
 }
 

@@ -95,7 +95,7 @@ impl ImageExport {
     }
 
     /// Offers the context of a bitmap no longer, and returns whether it was offered. Connections
-    /// that have it get errors from now on; nobody is looking at the bitmap when this returns.
+    /// that have it get errors from now on; no request uses the bitmap when this returns.
     pub fn withdraw_bitmap(&self, name: &str) -> bool {
         let mut bitmaps = self.bitmaps.write().unwrap_or_else(PoisonError::into_inner);
         let count = bitmaps.len();
@@ -126,7 +126,7 @@ impl ImageExport {
         Ok(status.into_vec())
     }
 
-    /// The image behind the export.
+    /// The exported image.
     #[must_use]
     pub fn image(&self) -> &Image {
         &self.image

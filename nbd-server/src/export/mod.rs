@@ -367,7 +367,7 @@ pub trait FastExport: Send + Sync {
 
     /// Whether every change is durable when its call returns, also one that need not be. Where it is not,
     /// changes that have to be durable and arrive at the same time may be called as if they need not be,
-    /// with one [`flush`](Export::flush) behind them.
+    /// with one [`flush`](Export::flush) after them.
     fn is_writethrough(&self) -> bool {
         false
     }

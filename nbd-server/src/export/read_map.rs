@@ -1,4 +1,4 @@
-//! [`ReadMap`]: what a range of a disk consists of, for whoever is about to read it.
+//! [`ReadMap`]: the parts of a range of a disk, for a read of it.
 //!
 //! `imgfmt` has types of the same names for its images. These are the server's own, because an export
 //! need not be an image: without the feature `image` there is no `imgfmt`.

@@ -283,8 +283,7 @@ impl ExportRegistry {
         self.read().exports.values().any(|entry| Arc::ptr_eq(&entry.export, export))
     }
 
-    /// What LIST answers to a client. In the clear nobody learns the names of exports that are for
-    /// TLS only.
+    /// The answer of LIST to a client. Without TLS it has no names of exports that require TLS.
     pub(crate) fn listed(&self, is_clear: bool, client: &ClientInfo) -> Vec<ListedExport> {
         let inner = self.read();
         let listed = inner.exports.iter().filter(|(_, entry)| {

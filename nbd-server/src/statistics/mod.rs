@@ -1,7 +1,7 @@
 //! What a server has done: requests, bytes, errors and latencies, of each client and each export.
 //!
 //! A connection counts for itself, in memory that only its own task changes, so counting costs no
-//! locked instruction. Whoever asks adds the connections up; see
+//! locked instruction. A query adds the connections up; see
 //! [`ServerHandle::statistics`](crate::ServerHandle::statistics). The clock is read twice for all
 //! requests that are received together.
 

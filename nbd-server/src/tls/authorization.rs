@@ -120,7 +120,7 @@ impl Authorization {
             return Ok(());
         }
         let name = printable(&name.specific_first);
-        Err(format!("{name} is not on the list of those who may connect"))
+        Err(format!("{name} is not on the list of names that may connect"))
     }
 }
 

@@ -37,11 +37,11 @@ pub(super) fn builder() -> Result<Builder, ErrorStack> {
         SslOptions::CIPHER_SERVER_PREFERENCE
             | SslOptions::NO_RENEGOTIATION
             | SslOptions::NO_TICKET
-            // A client that closes without a farewell behind its DISC is the normal case.
+            // A client that closes without a TLS close_notify after its DISC is the normal case.
             | SslOptions::IGNORE_UNEXPECTED_EOF,
     );
-    // Connections live long: a resumed session saves nothing, and would skip the check of who the
-    // client is.
+    // Connections live long: a resumed session saves nothing, and would skip the check of the
+    // client's identity.
     builder.set_session_cache_mode(SslSessionCacheMode::OFF);
     builder.set_num_tickets(0)?;
     Ok(Builder(builder))

@@ -112,7 +112,7 @@ pub(crate) fn explain_handshake(error: &ssl::Error, notes: Option<&Notes>) -> St
             .to_owned();
     }
     if has("wrong version number") || has("http request") || has("unsupported record") {
-        return "what the client sent behind STARTTLS is not TLS".to_owned();
+        return "the bytes after STARTTLS are not TLS".to_owned();
     }
     if has("unsupported protocol") || has("version too low") {
         return "the client offers neither TLS 1.2 nor TLS 1.3".to_owned();

@@ -9,7 +9,7 @@ use super::TlsError;
 
 /// Longest file read, in bytes. A bundle of all public authorities has about 220 KiB.
 const MAX_FILE_LEN: u64 = 4 << 20;
-/// Permission bit: everybody may read.
+/// Permission bit: all users may read.
 const READABLE_BY_OTHERS: u32 = 0o004;
 
 /// Reads a whole file.

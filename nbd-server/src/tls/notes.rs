@@ -72,7 +72,7 @@ impl Notes {
         ssl.ex_data(*INDEX.get()?)
     }
 
-    /// The client gave this name of a user who has a key.
+    /// Notes that the client gave the name of this user, for whom there is a key.
     pub(super) fn set_user(&self, user: String) {
         let _ = self.user.set(user);
     }
@@ -95,7 +95,7 @@ impl Notes {
         self.refusal.get().cloned()
     }
 
-    /// Who the client is, once the handshake is over.
+    /// The client's identity, after the handshake.
     pub(crate) fn identity(&self) -> PeerIdentity {
         match (self.user.get(), self.name.get()) {
             (Some(user), _) => PeerIdentity::User(user.clone()),

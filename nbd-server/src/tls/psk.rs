@@ -44,8 +44,8 @@ fn serve(builder: &mut SslContextBuilder, keys: PreSharedKeys) {
     });
 }
 
-/// Writes the key of a user and returns its length. One who is not there gets a random key, so that
-/// the handshake fails in the same way and place as with a wrong key.
+/// Writes the key of a user and returns its length. An unknown user gets a random key, so that the
+/// handshake fails in the same way and place as with a wrong key.
 fn find(
     keys: &PreSharedKeys,
     ssl: &SslRef,

@@ -111,7 +111,7 @@ fn trust_authorities(builder: &mut Builder, source: &dyn Source) -> Result<(), T
     Ok(())
 }
 
-/// Has every client show a certificate that is valid and of one who may connect.
+/// Requires of every client a valid certificate of a name that may connect.
 fn verify_clients(builder: &mut Builder, authorization: &Authorization) {
     let authorization = authorization.clone();
     let mode = SslVerifyMode::PEER | SslVerifyMode::FAIL_IF_NO_PEER_CERT;

@@ -43,7 +43,7 @@ pub(super) enum Arrival {
 
 /// Where the payload of a WRITE is.
 pub(super) enum Payload {
-    /// Whole in the buffer, from behind the header on.
+    /// Whole in the buffer, after the header.
     Received,
     /// It will be in the buffer.
     Expected,

@@ -109,7 +109,7 @@ impl Answering<'_> {
         Ok(())
     }
 
-    /// Answers one part of a READ, behind the first `done` bytes, or the beginning of it.
+    /// Answers one part of a READ, after the first `done` bytes, or the beginning of it.
     fn segment(
         &mut self,
         request: &Request,
@@ -190,7 +190,7 @@ impl Answering<'_> {
     }
 }
 
-/// The place of a chunk in the reply, behind which `done` bytes of the READ are answered.
+/// The place of a chunk in the reply, after which `done` bytes of the READ are answered.
 fn position_after(request: &Request, done: usize) -> Position {
     if done == request.data_len() { Position::Last } else { Position::More }
 }

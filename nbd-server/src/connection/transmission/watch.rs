@@ -34,7 +34,7 @@ impl Watch {
         if !backlog.is_in_pool() && !throttle.is_waiting() {
             return Poll::Pending;
         }
-        // Who says goodbye may go at once. What it has written is still carried out.
+        // A client that has sent DISC may leave at once. Its writes are still carried out.
         self.hangup.poll(cx, || socket.has_hung_up()).map(|()| match backlog.has_farewell() {
             true => Ok(()),
             false => Err(ConnectionError::HungUp),

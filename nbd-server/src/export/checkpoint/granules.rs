@@ -82,7 +82,7 @@ impl Granules {
         (set, granules.end)
     }
 
-    /// Sets the bits of a range. What was written before is seen by whoever sees the bits.
+    /// Sets the bits of a range. A thread that sees them also sees what was written before.
     pub(super) fn set(&self, granules: &Range<u64>) {
         let mut at = granules.start;
         while at < granules.end {

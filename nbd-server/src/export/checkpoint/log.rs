@@ -1,4 +1,4 @@
-//! Copies of small parts of a disk, one behind the other.
+//! Copies of small parts of a disk, one after the other.
 //!
 //! Small writes come in no order. Copies at the same places in a sparse file cost the kernel more
 //! than the writes themselves: a page, a lookup and an extent each, and their writing back has no
@@ -19,7 +19,7 @@ pub(super) const PART_LEN_MAX: usize = 32 << 10;
 const SLOTS_MAX: u32 = 4 << 20;
 /// Bytes that are written at a time.
 const STAGE_LEN: usize = 1 << 20;
-/// Parts of the map. A part that grows moves its entries, which nobody should feel.
+/// Parts of the map. A part that grows moves its entries: small parts keep that pause short.
 const SHARDS: u64 = 256;
 
 /// Where each granule is: slots are counted in granules from the start of the log. Keys are
@@ -74,7 +74,7 @@ impl Log {
         self.capacity = 0;
     }
 
-    /// Keeps the content of a run of granules that nobody looks for yet; false if there is no room.
+    /// Keeps the content of a run of granules that no reader looks for yet; false if there is no room.
     /// The disk may end in the last granule.
     ///
     /// # Errors
@@ -126,7 +126,7 @@ impl Log {
         }
     }
 
-    /// Reads from `skipped` bytes behind the start of `slot` on; all of it lies in slots that
+    /// Reads from `skipped` bytes after the start of `slot` on; all of it lies in slots that
     /// follow one another.
     ///
     /// # Errors

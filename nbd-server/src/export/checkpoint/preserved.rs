@@ -16,7 +16,7 @@ use crate::export::{Export, ExportError, Holes, TryRead};
 
 /// Longest part that is copied at a time, in bytes.
 const RUN_LEN: u64 = 1 << 20;
-/// Longest part that is copied for whoever cannot wait, in bytes.
+/// Longest part that is copied for a writer that cannot wait, in bytes.
 const PROMPT_LEN: u64 = 256 << 10;
 /// How many extents are asked for at a time.
 const EXTENTS: usize = 256;
@@ -26,7 +26,7 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Whether whoever writes can wait.
+/// Whether the writer can wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Patience {
     /// It waits for the disk and for others.
@@ -37,12 +37,12 @@ pub(super) enum Patience {
 
 /// Copies of old content, and where there are any.
 ///
-/// Whoever changes a granule first has it copied here (or finds that it was), and sets its bit;
+/// The first change of a granule has it copied here (or finds that it was), and sets its bit;
 /// only then does the change begin. So what is read from the disk is old as long as the bit is not
 /// set *after* the read.
 pub(super) struct Preserved {
     pub(super) granules: Granules,
-    /// Long parts are in their places, and behind the disk's length there is the log.
+    /// Long parts are in their places, and the log starts at the disk's length.
     file: File,
     /// Short parts.
     log: Log,
@@ -132,7 +132,7 @@ impl Preserved {
             }
             first = false;
             if zero {
-                // Whoever changes one of these in between has set its bit before.
+                // A change of one of these in between has set its bit before.
                 self.granules.set(&self.granules.inside(at, extent.length));
             }
             at = at.saturating_add(extent.length);
@@ -173,7 +173,7 @@ impl Preserved {
             match read {
                 Ok(TryRead::Complete) => {}
                 Ok(TryRead::WouldBlock | TryRead::Sparse) => return Ok(false),
-                // Whoever can wait finds out whether it is so.
+                // A writer that can wait finds out whether it is so.
                 Err(_) if patience == Patience::Never => return Ok(false),
                 Err(error) => return Err(format!("cannot read at offset {offset}: {error}")),
             }
