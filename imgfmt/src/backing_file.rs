@@ -36,6 +36,8 @@ pub struct BackingOptions {
     pub locking: Option<Locking>,
     /// The cache mode in place of the image's.
     pub cache: Option<CacheMode>,
+    /// The memory for tables, in bytes, in place of the image's.
+    pub metadata_cache_bytes: Option<u64>,
     /// The backing file below this one.
     pub backing: BackingFile,
 }

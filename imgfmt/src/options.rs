@@ -62,8 +62,9 @@ pub struct OpenOptions {
     pub backing: BackingFile,
     /// The id or name of an internal snapshot to read in place of the active state.
     pub snapshot: Option<String>,
-    /// Memory limit, in bytes, for the clean tables of a qcow2 image. `None` covers the whole disk,
-    /// up to 32 MiB.
+    /// Memory limit, in bytes, for the L2 tables of each qcow2 image of the chain; changed ones may
+    /// exceed it until they are written. At least 256 KiB are used. `None` covers the whole disk, up to
+    /// 32 MiB.
     pub metadata_cache_bytes: Option<u64>,
     /// The failures that recording dirty bitmaps survive while the image is open.
     pub bitmap_durability: BitmapDurability,
@@ -169,7 +170,7 @@ impl OpenOptions {
         self
     }
 
-    /// Limits the memory, in bytes, for tables of a qcow2 image.
+    /// Limits the memory, in bytes, for the L2 tables of each qcow2 image of the chain.
     #[must_use]
     pub fn metadata_cache_bytes(mut self, bytes: u64) -> Self {
         self.metadata_cache_bytes = Some(bytes);

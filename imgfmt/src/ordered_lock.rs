@@ -38,29 +38,32 @@ pub(crate) mod rank {
     pub(crate) const QUARANTINE: u8 = 9;
     /// A part of the cache of L2 tables.
     pub(crate) const TABLE_CACHE: u8 = 10;
+    /// Whether an L2 table that one thread reads from the file is there. Waited for by others that need
+    /// it, not held while it is read.
+    pub(crate) const TABLE_LOAD: u8 = 11;
     /// The L2 tables that a thread has used lately.
-    pub(crate) const RECENT_TABLES: u8 = 11;
+    pub(crate) const RECENT_TABLES: u8 = 12;
     /// An L2 table is changed, or looked at as a whole.
-    pub(crate) const TABLE: u8 = 12;
-    pub(crate) const L2_PLACES: u8 = 13;
-    pub(crate) const ALLOCATOR: u8 = 14;
-    pub(crate) const DIRTY_L1: u8 = 15;
-    pub(crate) const FREED: u8 = 16;
-    pub(crate) const DECOMPRESSED: u8 = 17;
-    pub(crate) const LINEAGE: u8 = 18;
+    pub(crate) const TABLE: u8 = 13;
+    pub(crate) const L2_PLACES: u8 = 14;
+    pub(crate) const ALLOCATOR: u8 = 15;
+    pub(crate) const DIRTY_L1: u8 = 16;
+    pub(crate) const FREED: u8 = 17;
+    pub(crate) const DECOMPRESSED: u8 = 18;
+    pub(crate) const LINEAGE: u8 = 19;
     /// Header extensions or autoclear bits change.
-    pub(crate) const HEADER_EDIT: u8 = 19;
-    pub(crate) const LEASES: u8 = 20;
-    pub(crate) const HEADER: u8 = 21;
-    pub(crate) const HEADER_WRITES: u8 = 22;
-    pub(crate) const SIDECAR: u8 = 23;
+    pub(crate) const HEADER_EDIT: u8 = 20;
+    pub(crate) const LEASES: u8 = 21;
+    pub(crate) const HEADER: u8 = 22;
+    pub(crate) const HEADER_WRITES: u8 = 23;
+    pub(crate) const SIDECAR: u8 = 24;
     /// The waiters for each commit of the sidecar's log. Not held while one is made.
-    pub(crate) const LOG_QUEUE: u8 = 24;
+    pub(crate) const LOG_QUEUE: u8 = 25;
     /// What the slots of the sidecar's log hold. Held while they are written.
-    pub(crate) const LOG_SLOTS: u8 = 25;
+    pub(crate) const LOG_SLOTS: u8 = 26;
 
     #[cfg(debug_assertions)]
-    pub(super) const NAMES: [&str; 26] = [
+    pub(super) const NAMES: [&str; 27] = [
         "BITMAPS",
         "MARKING",
         "FLUSH",
@@ -72,6 +75,7 @@ pub(crate) mod rank {
         "OWNERSHIP",
         "QUARANTINE",
         "TABLE_CACHE",
+        "TABLE_LOAD",
         "RECENT_TABLES",
         "TABLE",
         "L2_PLACES",
@@ -144,6 +148,16 @@ impl<const RANK: u8, T> OrderedRwLock<RANK, T> {
     #[inline]
     pub(crate) fn try_read(&self) -> Option<Ordered<RwLockReadGuard<'_, T>>> {
         let guard = match self.0.try_read() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(Ordered { guard, _held: held::Held::in_any_order(RANK) })
+    }
+
+    /// As [`write`](Self::write), if that needs no waiting.
+    pub(crate) fn try_write(&self) -> Option<Ordered<RwLockWriteGuard<'_, T>>> {
+        let guard = match self.0.try_write() {
             Ok(guard) => guard,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return None,

@@ -53,6 +53,7 @@ pub(super) fn layer_below(
         snapshot: None,
         locking: given.locking.unwrap_or(options.locking),
         cache: given.cache.unwrap_or(options.cache),
+        metadata_cache_bytes: given.metadata_cache_bytes.or(options.metadata_cache_bytes),
         backing: given.backing,
         incomplete: IncompleteDisk::Refused,
         ..options.clone()

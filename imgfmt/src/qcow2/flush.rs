@@ -165,10 +165,8 @@ impl Flusher<'_> {
             }
             self.metadata.sync()?;
         }
-        for (table, part) in &changes.mapping.tables {
-            self.metadata.write(table.offset + part.first_word as u64 * 8, &part.bytes)?;
-            file_is_synced = false;
-        }
+        file_is_synced &= changes.mapping.tables.is_empty();
+        changes.mapping.for_each_run(|offset, bytes| self.metadata.write(offset, bytes))?;
         if !changes.mapping.l1.is_empty() {
             // New L2 tables must be there before anything points to them.
             self.metadata.sync()?;
@@ -282,7 +280,7 @@ mod tests {
 
         /// Writes the first cluster of the disk to a new place.
         fn write_first_cluster(&self) -> HostOffset {
-            let table = self.mapping.table_for_write(0, &Nothing).unwrap();
+            let table = self.mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap();
             let host = self.clusters.reserve(1, &Nothing).unwrap().offset;
             self.data.write(host, &[7; CLUSTER as usize], START).unwrap();
             let cluster =
@@ -354,7 +352,7 @@ mod tests {
         let parts = Parts::new();
         let host = parts.write_first_cluster();
         parts.flusher().flush().unwrap();
-        let table = parts.mapping.table_for_write(0, &Nothing).unwrap();
+        let table = parts.mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap();
         let change = Change { guest: START, cluster: Cluster::default() };
         let cluster = parts.mapping.geometry().host_cluster(host);
         let freed = Freed { cluster, punch: false };

@@ -53,6 +53,7 @@ mod fuzz_corpus;
 mod holes;
 mod jobs;
 mod jobs_compare;
+mod large_disks;
 mod late_io;
 mod locks;
 mod long_chains;

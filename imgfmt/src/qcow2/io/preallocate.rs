@@ -14,9 +14,8 @@ impl Qcow2 {
         let geometry = self.geometry();
         let (mut position, disk_end) = (GuestOffset::new(0), GuestOffset::new(self.size));
         while position < disk_end {
-            let l1_index = geometry.l1_index(position);
-            let end = disk_end.min(geometry.table_start(l1_index + 1));
-            let table = self.mapping.table_for_write(l1_index, self)?;
+            let end = disk_end.min(self.mapping.slices.end(position));
+            let table = self.mapping.table_for_write(position, self)?;
             let mut changes = Vec::new();
             let mut at_hand = Reserved::nothing();
             while position < end {

@@ -5,8 +5,8 @@ use crate::qcow2::alloc::allocator::Reserved;
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::io::plan::Plan;
 use crate::qcow2::map::lookup::Lookup;
+use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::tables::Change;
-use crate::qcow2::on_disk::geometry::Geometry;
 use crate::units::{GuestOffset, GuestRange, HostOffset, span};
 
 /// Length in bytes of one step of an allocating write, but at least one cluster. The stripes are held
@@ -19,11 +19,11 @@ impl Qcow2 {
         if self.write_in_place(offset, data, Lookup::MayRead)? {
             return Ok(());
         }
-        let step = step_bytes(self.geometry());
+        let step = step_bytes(&self.mapping);
         let mut rest = data;
         let mut position = offset;
         while !rest.is_empty() {
-            // Steps end at multiples of their size, so each lies within one L2 table.
+            // Steps end at multiples of their size, so each lies within one slice of an L2 table.
             let length = (step - position.bytes() % step).min(rest.len() as u64);
             let (part, behind) = rest.split_at(length as usize);
             self.write_step(position, part, Lookup::MayRead)?;
@@ -43,7 +43,7 @@ impl Qcow2 {
         if self.write_in_place(offset, data, Lookup::CachedOnly)? {
             return Ok(true);
         }
-        let step = step_bytes(self.geometry());
+        let step = step_bytes(&self.mapping);
         let end = offset.bytes() + data.len() as u64;
         if offset.bytes() / step != (end - 1) / step || self.flusher().is_under_pressure() {
             return Ok(false);
@@ -70,18 +70,17 @@ impl Qcow2 {
         Ok(true)
     }
 
-    /// Writes data that lies within one L2 table, whatever its clusters are. Returns false, with
-    /// nothing changed, if `lookup` allows only what is in memory and that does not suffice.
+    /// Writes data that lies within one slice of an L2 table, whatever its clusters are. Returns false,
+    /// with nothing changed, if `lookup` allows only what is in memory and that does not suffice.
     fn write_step(&self, start: GuestOffset, data: &[u8], lookup: Lookup) -> Result<bool> {
         let geometry = self.geometry();
         let range = range_of(start, data);
         let (first, count) = geometry.guest_clusters(range);
         let Some(_stripes) = self.clusters.lock(first, count, lookup) else { return Ok(false) };
         let _lease = self.clusters.lease_to_write()?;
-        let l1_index = geometry.l1_index(start);
         let table = match lookup {
-            Lookup::MayRead => Some(self.mapping.table_for_write(l1_index, self)?),
-            Lookup::CachedOnly => self.mapping.own_table_in_memory(l1_index)?,
+            Lookup::MayRead => Some(self.mapping.table_for_write(start, self)?),
+            Lookup::CachedOnly => self.mapping.own_table_in_memory(start)?,
         };
         let Some(table) = table else { return Ok(false) };
         let mut plans = self.mapping.plan(&table, range, self.size)?;
@@ -181,7 +180,7 @@ fn part_of(data: &[u8], start: GuestOffset, range: GuestRange) -> &[u8] {
     &data[(range.offset() - start) as usize..(range.end() - start) as usize]
 }
 
-/// See [`STEP_BYTES`]. A step lies within one L2 table.
-fn step_bytes(geometry: Geometry) -> u64 {
-    STEP_BYTES.max(geometry.cluster_size()).min(geometry.l2_coverage())
+/// See [`STEP_BYTES`]. A step lies within one slice of an L2 table.
+fn step_bytes(mapping: &MappingTables) -> u64 {
+    STEP_BYTES.max(mapping.geometry().cluster_size()).min(mapping.slices.coverage())
 }

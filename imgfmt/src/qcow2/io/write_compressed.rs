@@ -47,7 +47,7 @@ impl Qcow2 {
         let geometry = self.geometry();
         self.flusher().relieve_pressure()?;
         let _stripes = self.clusters.lock(geometry.guest_cluster(start), 1, Lookup::MayRead);
-        let table = self.mapping.table_for_write(geometry.l1_index(start), self)?;
+        let table = self.mapping.table_for_write(start, self)?;
         self.mapping.refuse_bad(&table, start)?;
         let old = self.mapping.decode(&table, start)?;
         self.clusters.release_quarantine();

@@ -12,8 +12,8 @@ use crate::read::extents;
 use crate::storage::{Speed, ZeroMode};
 use crate::units::{GuestOffset, GuestRange, Offset as _};
 
-/// Number of clusters that are erased together, at most those of one L2 table. Bounds memory, and
-/// the time for which other writers wait.
+/// Number of clusters that are erased together, at most those of one slice of an L2 table. Bounds
+/// memory, and the time for which other writers wait.
 const CLUSTERS_MAX: u64 = 8192;
 
 /// The state of a part of a subcluster before it is zeroed.
@@ -136,7 +136,7 @@ impl Qcow2 {
             Edge::Nothing(old) => {
                 let guest = geometry.cluster_start(part.offset());
                 let mask = geometry.subcluster_mask(part.offset() - guest, part.end() - guest);
-                let table = self.mapping.table_for_write(geometry.l1_index(guest), self)?;
+                let table = self.mapping.table_for_write(guest, self)?;
                 self.mapping.refuse_bad(&table, guest)?;
                 let cluster = Cluster { zero: old.zero | mask, ..old };
                 self.mapping.commit(&table, &[Change { guest, cluster }], &[])?;
@@ -154,7 +154,7 @@ impl Qcow2 {
         let geometry = self.geometry();
         let unit = geometry.subcluster_size();
         let start = part.offset();
-        let old = match self.mapping.table(geometry.l1_index(start), Lookup::MayRead)? {
+        let old = match self.mapping.table(start, Lookup::MayRead)? {
             Some(Some(table)) => self.mapping.decode(&table, start),
             _ => Ok(Cluster::default()),
         };
@@ -196,11 +196,11 @@ impl Qcow2 {
         Ok(is_zero_until(&found, range.end()) && found.iter().all(is_here))
     }
 
-    /// Erases a range of whole subclusters, table by table.
+    /// Erases a range of whole subclusters, slice by slice of the tables.
     fn erase(&self, range: GuestRange, what: Erase) -> Result<()> {
         let geometry = self.geometry();
-        // Both are powers of two, so each step lies within one table.
-        let step = geometry.l2_coverage().min(CLUSTERS_MAX << geometry.cluster_bits);
+        // Both are powers of two, so each step lies within one slice of a table.
+        let step = self.mapping.slices.coverage().min(CLUSTERS_MAX << geometry.cluster_bits);
         for part in parts_of(range, step) {
             self.flusher().relieve_pressure()?;
             let left_over = self.erase_in_table(part, what)?;
@@ -214,15 +214,16 @@ impl Qcow2 {
     /// Returns the parts that the mapping alone cannot erase: a part of a compressed cluster.
     fn erase_in_table(&self, range: GuestRange, what: Erase) -> Result<Vec<GuestRange>> {
         let geometry = self.geometry();
-        let l1_index = geometry.l1_index(range.offset());
         let (first, count) = geometry.guest_clusters(range);
         let _stripes = self.clusters.lock(first, count, Lookup::MayRead);
         let rules = self.erase_rules();
         let may_stay_empty = rules.may_stay_empty(what);
-        if may_stay_empty && matches!(self.mapping.table(l1_index, Lookup::MayRead)?, Some(None)) {
+        if may_stay_empty
+            && matches!(self.mapping.table(range.offset(), Lookup::MayRead)?, Some(None))
+        {
             return Ok(Vec::new());
         }
-        let table = self.mapping.table_for_write(l1_index, self)?;
+        let table = self.mapping.table_for_write(range.offset(), self)?;
         let (mut changes, mut freed): (Vec<Change>, Vec<Freed>) = (Vec::new(), Vec::new());
         let mut left_over = Vec::new();
         for part in parts_of(range, geometry.cluster_size()) {

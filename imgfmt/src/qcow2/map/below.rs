@@ -4,7 +4,6 @@
 use crate::error::Result;
 use crate::qcow2::alloc::allocator::{Allocator, Freed};
 use crate::qcow2::alloc::clusters::CountReferences;
-use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::l2::table_of;
@@ -79,11 +78,9 @@ impl MappingTables {
         if first == 0 || index as usize >= self.l1_len() {
             return Ok(None);
         }
-        let Some(table) = self.table(index, Lookup::MayRead)?.flatten() else {
-            return Ok(None);
-        };
-        let mut words = table.words();
-        if words[first..].iter().all(|word| *word == 0) {
+        let slices = self.whole_table(index)?;
+        let mut words: Vec<u64> = slices.iter().flat_map(|(slice, _)| slice.words()).collect();
+        if words.is_empty() || words[first..].iter().all(|word| *word == 0) {
             return Ok(None);
         }
         words[first..].fill(0);
@@ -96,17 +93,14 @@ impl MappingTables {
         let words_per_entry = geometry.entry_words();
         self.refuse_bad_tables(geometry.l1_index(end))?;
         for l1_index in geometry.l1_index(end)..self.l1_len() as u64 {
-            let Some(table) = self.table(l1_index, Lookup::MayRead)?.flatten() else {
-                continue;
-            };
-            let words = table.words();
-            let start = geometry.table_start(l1_index);
-            for index in 0..words.len() / words_per_entry {
-                let guest = start + ((index as u64) << geometry.cluster_bits);
-                let entry = &words[index * words_per_entry..][..words_per_entry];
-                if guest >= end && entry.iter().any(|word| *word != 0) {
-                    self.refuse_bad(&table, guest)?;
-                    self.decode_to_change(&table, guest)?;
+            for (table, first) in self.whole_table(l1_index)? {
+                let words = table.words();
+                for (index, entry) in (0..).zip(words.chunks_exact(words_per_entry)) {
+                    let guest = first + (index << geometry.cluster_bits);
+                    if guest >= end && entry.iter().any(|word| *word != 0) {
+                        self.refuse_bad(&table, guest)?;
+                        self.decode_to_change(&table, guest)?;
+                    }
                 }
             }
         }

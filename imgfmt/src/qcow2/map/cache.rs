@@ -1,11 +1,17 @@
 //! The cache of L2 tables.
 //!
+//! Tables are held in slices of equal size, here called tables: of a disk whose tables all fit into the
+//! cache a slice is a whole table or a large part of it, otherwise 4 KiB.
+//!
 //! Bounded: a clean table that no thread holds gives way to a new one. A changed ("dirty") table stays
-//! until [`flush`](crate::qcow2::flush) has written it. A table is loaded under the lock of its shard, so
-//! that an old content can never replace a newer one. Each thread remembers the tables that it has
-//! used lately: a lookup in one of them writes nothing that another thread reads.
+//! until [`flush`](crate::qcow2::flush) has written it.
+//!
+//! No lock is held while a table is read. Its place in the cache says that it is being read, so that no
+//! other thread reads it as well and nobody can change it; an old content therefore never replaces a
+//! newer one. Each thread remembers the tables that it has used lately: a lookup in one of them writes
+//! nothing that another thread reads.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed};
 use std::sync::atomic::{AtomicUsize, fence};
@@ -14,11 +20,11 @@ use crate::error::Result;
 use crate::mapping::Lookup;
 use crate::ordered_lock::{OrderedMutex, OrderedRwLock, rank};
 use crate::per_thread::PerThread;
+use crate::qcow2::map::load::Load;
 use crate::qcow2::map::table::{DirtyPart, Table};
 use crate::units::HostOffset;
 
-type Tables = HashMap<HostOffset, Arc<Table>>;
-type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, Tables>;
+type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, Places>;
 type Recent = OrderedMutex<{ rank::RECENT_TABLES }, [Option<Arc<Table>>; RECENT_TABLES]>;
 
 /// Number of tables that a thread finds without reading memory that other threads write.
@@ -34,6 +40,61 @@ pub(crate) struct TableCache {
     tables_per_shard: usize,
     /// How many tables are dirty; only an estimate for deciding when to write them.
     dirty_count: AtomicUsize,
+}
+
+/// The tables of a shard.
+#[derive(Debug, Default)]
+struct Places {
+    by_offset: HashMap<HostOffset, Place>,
+    /// The offsets of those that are not being read; which of them gives way is asked from the front on.
+    order: VecDeque<HostOffset>,
+}
+
+#[derive(Debug)]
+enum Place {
+    Table(Arc<Table>),
+    Loading(Arc<Load>),
+}
+
+impl Place {
+    fn table(&self) -> Option<&Arc<Table>> {
+        match self {
+            Self::Table(table) => Some(table),
+            Self::Loading(_) => None,
+        }
+    }
+}
+
+impl Places {
+    fn put(&mut self, table: Arc<Table>) {
+        let offset = table.offset;
+        let before = self.by_offset.insert(offset, Place::Table(table));
+        if !matches!(before, Some(Place::Table(_))) {
+            self.order.push_back(offset);
+        }
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &Arc<Table>> {
+        self.by_offset.values().filter_map(Place::table)
+    }
+}
+
+/// What a lookup finds in the place of a table.
+enum Found<'c> {
+    Table(Arc<Table>),
+    /// Another thread reads it.
+    Loading(Arc<Load>),
+    /// This thread is to read it.
+    Nothing(Loading<'c>),
+    /// A lock would have to be waited for.
+    Unknown,
+}
+
+/// The task of reading a table. If it is dropped another thread may have it.
+struct Loading<'c> {
+    cache: &'c TableCache,
+    offset: HostOffset,
+    load: Arc<Load>,
 }
 
 impl TableCache {
@@ -52,13 +113,14 @@ impl TableCache {
     }
 
     /// Looks something up in the table at `offset`, which is loaded if it is not in memory; `None` if
-    /// it may not be. Waits for other threads only if the table is not among the recent ones.
+    /// that would take waiting, and `lookup` forbids it. `load` then yields `None`. Waits for other
+    /// threads only if the table is not among the recent ones.
     #[inline]
     pub(crate) fn look<T>(
         &self,
         offset: HostOffset,
         lookup: Lookup,
-        load: impl FnOnce() -> Result<Vec<u64>>,
+        load: impl Fn() -> Result<Option<Vec<u64>>>,
         found: impl FnOnce(&Table) -> T,
     ) -> Result<Option<T>> {
         let recent = self.recent.mine().lock();
@@ -77,29 +139,61 @@ impl TableCache {
         &self,
         offset: HostOffset,
         lookup: Lookup,
-        load: impl FnOnce() -> Result<Vec<u64>>,
+        load: impl Fn() -> Result<Option<Vec<u64>>>,
     ) -> Result<Option<Arc<Table>>> {
+        loop {
+            match self.place_of(offset, lookup) {
+                Found::Table(table) => return Ok(Some(table)),
+                Found::Loading(other) => {
+                    if lookup == Lookup::CachedOnly {
+                        return Ok(None);
+                    }
+                    if let Some(table) = other.wait() {
+                        return Ok(Some(table));
+                    }
+                }
+                Found::Nothing(loading) => {
+                    let Some(words) = load()? else { return Ok(None) };
+                    if let Some(table) = loading.end(Arc::new(Table::new(offset, words))) {
+                        return Ok(Some(table));
+                    }
+                }
+                Found::Unknown => return Ok(None),
+            }
+        }
+    }
+
+    /// What is in the place of a table. If that is nothing, this thread is to read it.
+    fn place_of(&self, offset: HostOffset, lookup: Lookup) -> Found<'_> {
         let shard = self.shard(offset);
-        let tables = match lookup {
+        let places = match lookup {
             Lookup::CachedOnly => shard.try_read(),
             Lookup::MayRead => Some(shard.read()),
         };
-        let Some(tables) = tables else { return Ok(None) };
-        if let Some(table) = tables.get(&offset) {
-            return Ok(Some(self.used(table)));
+        let Some(places) = places else { return Found::Unknown };
+        if let Some(place) = places.by_offset.get(&offset) {
+            return self.found(place);
         }
-        drop(tables);
-        if lookup == Lookup::CachedOnly {
-            return Ok(None);
+        drop(places);
+        let places = match lookup {
+            Lookup::CachedOnly => shard.try_write(),
+            Lookup::MayRead => Some(shard.write()),
+        };
+        let Some(mut places) = places else { return Found::Unknown };
+        if let Some(place) = places.by_offset.get(&offset) {
+            return self.found(place);
         }
-        let mut tables = shard.write();
-        if let Some(table) = tables.get(&offset) {
-            return Ok(Some(self.used(table)));
+        let load = Arc::new(Load::default());
+        places.by_offset.insert(offset, Place::Loading(Arc::clone(&load)));
+        Found::Nothing(Loading { cache: self, offset, load })
+    }
+
+    /// The caller has locked the shard.
+    fn found(&self, place: &Place) -> Found<'_> {
+        match place {
+            Place::Table(table) => Found::Table(self.used(table)),
+            Place::Loading(load) => Found::Loading(Arc::clone(load)),
         }
-        let table = Arc::new(Table::new(offset, load()?));
-        self.make_room(&mut tables);
-        tables.insert(offset, Arc::clone(&table));
-        Ok(Some(self.used(&table)))
     }
 
     /// Notes that this thread uses a table. The caller has locked its shard.
@@ -111,10 +205,10 @@ impl TableCache {
 
     /// Puts a new table into the cache, in place of the one for its offset.
     pub(crate) fn insert(&self, table: Arc<Table>) {
-        let mut tables = self.shard(table.offset).write();
-        self.make_room(&mut tables);
+        let mut places = self.shard(table.offset).write();
+        self.make_room(&mut places, 1);
         self.forget_recent(table.offset);
-        tables.insert(table.offset, table);
+        places.put(table);
     }
 
     /// Removes the table at `offset` from the recent tables of all threads. None gets it back while
@@ -125,30 +219,37 @@ impl TableCache {
         }
     }
 
-    fn make_room(&self, tables: &mut Tables) {
-        if tables.len() < self.tables_per_shard {
+    /// Has a table give way if there are too many with `new_places` more: the one that was not used for
+    /// the longest time, about.
+    fn make_room(&self, places: &mut Places, new_places: usize) {
+        if places.by_offset.len() + new_places <= self.tables_per_shard {
             return;
         }
         // Twice: what is not used between two looks goes.
-        for _ in 0..2 {
-            for table in tables.values() {
-                if table.is_dirty() || table.was_used() {
-                    continue;
-                }
-                let offset = table.offset;
-                self.forget_recent(offset);
-                // A thread that holds the table may change it.
-                if Arc::strong_count(table) > 1 {
-                    continue;
-                }
-                // None does any more, but one may have since the first look.
-                fence(Acquire);
-                if !table.is_dirty() {
-                    tables.remove(&offset);
-                    return;
-                }
+        for _ in 0..2 * places.order.len() {
+            let Some(offset) = places.order.pop_front() else { return };
+            if self.gives_way(places, offset) {
+                places.by_offset.remove(&offset);
+                return;
             }
+            places.order.push_back(offset);
         }
+    }
+
+    /// Whether no thread needs a table, whose shard is locked, and everything in it is on disk.
+    fn gives_way(&self, places: &Places, offset: HostOffset) -> bool {
+        let Some(table) = places.by_offset.get(&offset).and_then(Place::table) else { return true };
+        if table.is_dirty() || table.was_used() {
+            return false;
+        }
+        self.forget_recent(offset);
+        // A thread that holds the table may change it.
+        if Arc::strong_count(table) > 1 {
+            return false;
+        }
+        // None does any more, but one may have since the first look.
+        fence(Acquire);
+        !table.is_dirty()
     }
 
     pub(crate) fn note_dirty(&self) {
@@ -164,8 +265,8 @@ impl TableCache {
     pub(crate) fn take_dirty(&self) -> Vec<(Arc<Table>, DirtyPart)> {
         let mut parts = Vec::new();
         for shard in &self.shards {
-            let tables = shard.read();
-            for table in tables.values() {
+            let places = shard.read();
+            for table in places.tables() {
                 if let Some(part) = table.change().take_dirty() {
                     parts.push((Arc::clone(table), part));
                 }
@@ -186,6 +287,39 @@ impl TableCache {
     }
 }
 
+impl Loading<'_> {
+    /// Puts the table that was read into the cache. Returns the table that is there now: another one
+    /// if one was made there meanwhile. `None` if that has given way again.
+    fn end(self, table: Arc<Table>) -> Option<Arc<Table>> {
+        let mut places = self.cache.shard(self.offset).write();
+        match places.by_offset.get(&self.offset) {
+            Some(Place::Loading(load)) if Arc::ptr_eq(load, &self.load) => {}
+            Some(Place::Table(other)) => return Some(self.cache.used(other)),
+            _ => return None,
+        }
+        // The place is there already.
+        self.cache.make_room(&mut places, 0);
+        let used = self.cache.used(&table);
+        places.put(table);
+        drop(places);
+        self.load.end(Arc::clone(&used));
+        Some(used)
+    }
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        let mut places = self.cache.shard(self.offset).write();
+        if let Some(Place::Loading(load)) = places.by_offset.get(&self.offset)
+            && Arc::ptr_eq(load, &self.load)
+        {
+            places.by_offset.remove(&self.offset);
+        }
+        drop(places);
+        self.load.give_up();
+    }
+}
+
 /// Tables lie on cluster boundaries: mixes the upper bits down.
 fn mixed(offset: HostOffset) -> usize {
     ((offset.bytes() >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize
@@ -197,86 +331,4 @@ fn place(offset: HostOffset) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::AtomicBool;
-
-    use super::*;
-
-    fn load(cache: &TableCache, offset: u64, words: Vec<u64>) -> Arc<Table> {
-        cache.find(HostOffset::new(offset), Lookup::MayRead, || Ok(words)).unwrap().unwrap()
-    }
-
-    fn in_memory(cache: &TableCache, offset: u64) -> Option<u64> {
-        let look = |table: &Table| table.entry(0, 1).0;
-        cache.look(HostOffset::new(offset), Lookup::CachedOnly, || unreachable!(), look).unwrap()
-    }
-
-    #[test]
-    fn clean_tables_give_way_and_dirty_or_held_ones_stay() {
-        let cache = TableCache::new(4);
-        let held = load(&cache, 0x10000, vec![1; 64]);
-        let dirty = load(&cache, 0x20000, vec![2; 64]);
-        dirty.change().mark_dirty(3, 4);
-        cache.note_dirty();
-        drop(dirty);
-        for i in 3..100 {
-            load(&cache, i * 0x10000, vec![0; 64]);
-        }
-        let count: usize = cache.shards.iter().map(|shard| shard.read().len()).sum();
-        assert!(count <= 5, "{count} tables");
-        assert_eq!(in_memory(&cache, 0x10000), Some(1));
-        let parts = cache.take_dirty();
-        assert_eq!(parts.len(), 1);
-        assert_eq!((parts[0].1.first_word, parts[0].1.bytes.len()), (0, 512));
-        drop(held);
-    }
-
-    #[test]
-    fn a_table_that_was_replaced_or_gave_way_is_seen_by_no_thread() {
-        let cache = TableCache::new(2);
-        let look = |offset| in_memory(&cache, offset);
-        let looks = || {
-            std::thread::scope(|scope| {
-                let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| look(0x10000))).collect();
-                threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
-            })
-        };
-        load(&cache, 0x10000, vec![1; 64]);
-        assert_eq!(looks(), [Some(1); 8]);
-        cache.insert(Arc::new(Table::new(HostOffset::new(0x10000), vec![2; 64])));
-        assert_eq!(looks(), [Some(2); 8]);
-        for i in 2..9 {
-            load(&cache, i * 0x10000, vec![0; 64]);
-        }
-        assert_eq!(looks(), [None; 8]);
-    }
-
-    #[test]
-    fn a_change_that_is_made_while_tables_give_way_is_not_lost() {
-        const OFFSET: u64 = 0x10000;
-        let (cache, is_done) = (TableCache::new(2), AtomicBool::new(false));
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for i in (2..100).cycle().take_while(|_| !is_done.load(Relaxed)) {
-                    load(&cache, i * OFFSET, vec![0; 64]);
-                }
-            });
-            let mut on_disk = 0;
-            let stale = (1..20_000).find(|number| {
-                let table = load(&cache, OFFSET, vec![on_disk; 64]);
-                for _ in 0..number % 64 {
-                    std::hint::spin_loop();
-                }
-                let is_stale = table.entry(0, 1).0 != number - 1;
-                table.change().set(0, 1, (*number, 0));
-                drop(table);
-                for (table, _) in cache.take_dirty() {
-                    on_disk = table.entry(0, 1).0;
-                }
-                is_stale
-            });
-            is_done.store(true, Relaxed);
-            assert_eq!(stale, None, "the change before this one is gone");
-        });
-    }
-}
+mod tests;

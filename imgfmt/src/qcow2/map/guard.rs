@@ -19,14 +19,15 @@ use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::l2::{Cluster, table_of};
 use crate::qcow2::on_disk::words::read_words;
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::{GuestOffset, HostOffset, Offset as _};
 
 /// Number of entries of snapshots' L1 tables that are read to find the L2 tables they name.
 const SNAPSHOT_L1_ENTRIES_MAX: u64 = 8 << 20;
 
 impl MappingTables {
-    /// The indexes of a table's entries that must not be followed.
-    fn find_bad_entries(&self, l1_index: u64, table: &Table) -> Result<Vec<u32>> {
+    /// The indexes of the entries of a slice that must not be followed. `first` is the guest offset from
+    /// which on it maps the disk.
+    fn find_bad_entries(&self, first: GuestOffset, table: &Table) -> Result<Vec<u32>> {
         if !self.metadata.is_writable() {
             return Ok(Vec::new());
         }
@@ -35,10 +36,15 @@ impl MappingTables {
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
         let is_new = allocator.reserved_since_open.contains(geometry.host_cluster(table.offset));
-        let is_as_found = !is_new && !tables.changed.contains(&table.offset);
-        let mut bad = tables.bad.get(&table.offset).cloned().unwrap_or_default();
-        for index in 0..geometry.l2_entries() {
-            let guest = geometry.table_start(l1_index) + (index << geometry.cluster_bits);
+        let is_as_found =
+            !is_new && !tables.changed.contains(&geometry.cluster_start(table.offset));
+        let mut bad = Vec::new();
+        for index in 0..self.slices.entries() {
+            let guest = first + (index << geometry.cluster_bits);
+            if tables.bad.contains(&self.entry_offset(table, index as u32)) {
+                bad.push(index as u32);
+                continue;
+            }
             // An entry that cannot be decoded is refused by each of its users.
             let Ok(cluster) = self.decode(table, guest) else { continue };
             if self.is_bad(cluster, guest, &tables.named, &mut allocator)?
@@ -48,12 +54,16 @@ impl MappingTables {
             }
         }
         drop((tables, allocator));
-        bad.sort_unstable();
-        bad.dedup();
         if !bad.is_empty() {
-            self.l2_places.write().bad.insert(table.offset, bad.clone());
+            let places = bad.iter().map(|index| self.entry_offset(table, *index));
+            self.l2_places.write().bad.extend(places);
         }
         Ok(bad)
+    }
+
+    /// Where an entry of a slice lies in the file.
+    pub(super) fn entry_offset(&self, table: &Table, index: u32) -> HostOffset {
+        table.offset + u64::from(index) * 8 * self.geometry().entry_words() as u64
     }
 
     /// Whether an entry of an unchanged table names a cluster that was free when the image was
@@ -173,14 +183,19 @@ impl MappingTables {
         self.metadata.note_damage(self.metadata.corrupt(detail, offset.bytes()))
     }
 
-    /// The entries of a table that must not be followed.
-    pub(super) fn bad_entries<'a>(&self, table: &'a Table, l1_index: u64) -> Result<&'a [u32]> {
+    /// The entries of a slice that must not be followed. `first` is the guest offset from which on it maps
+    /// the disk.
+    pub(super) fn bad_entries<'a>(
+        &self,
+        table: &'a Table,
+        first: GuestOffset,
+    ) -> Result<&'a [u32]> {
         if let Some(known) = table.bad_entries.get() {
             return Ok(known);
         }
         // The table must not change meanwhile.
         let _unchanged = table.change();
-        let found = self.find_bad_entries(l1_index, table)?;
+        let found = self.find_bad_entries(first, table)?;
         Ok(table.bad_entries.get_or_init(|| found))
     }
 
@@ -188,13 +203,13 @@ impl MappingTables {
     pub(in crate::qcow2) fn refuse_bad(&self, table: &Table, guest: GuestOffset) -> Result<()> {
         let bad_entries = match table.bad_entries.get() {
             Some(known) => known,
-            None => self.bad_entries(table, self.geometry().l1_index(guest))?,
+            None => self.bad_entries(table, guest.round_down(self.slices.coverage()))?,
         };
         // Nearly always there is none.
         if bad_entries.is_empty() {
             return Ok(());
         }
-        let index = self.geometry().l2_index(guest) as u32;
+        let index = self.slices.index(guest) as u32;
         match bad_entries.binary_search(&index) {
             Ok(_) => {
                 let detail = "an L2 entry points to metadata or to nothing";

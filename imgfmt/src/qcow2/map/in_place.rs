@@ -17,14 +17,13 @@ impl MappingTables {
         let (start, end) = (range.offset(), range.end());
         let mut position = start;
         while position < end {
-            let l1_index = geometry.l1_index(position);
-            if !self.l1_is_copied(l1_index) {
+            if !self.l1_is_copied(geometry.l1_index(position)) {
                 return Ok(false);
             }
-            let Some(Some(table)) = self.table(l1_index, lookup)? else {
+            let Some(Some(table)) = self.table(position, lookup)? else {
                 return Ok(false);
             };
-            let table_end = end.min(geometry.table_start(l1_index + 1));
+            let table_end = end.min(self.slices.end(position));
             if lookup == Lookup::CachedOnly && table.bad_entries.get().is_none() {
                 return Ok(false); // Looking for them may need refcounts from the disk.
             }

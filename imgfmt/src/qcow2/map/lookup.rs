@@ -8,7 +8,7 @@ pub(in crate::qcow2) use crate::mapping::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::l2::{Cluster, Subcluster, table_of};
-use crate::qcow2::on_disk::words::read_words;
+use crate::qcow2::on_disk::words::{read_words, try_read_words};
 pub(in crate::qcow2) use crate::units::span;
 use crate::units::{GuestOffset, GuestRange, HostOffset, Offset as _};
 
@@ -40,33 +40,58 @@ impl Piece {
 }
 
 impl MappingTables {
-    /// The L2 table of an L1 entry, `None` if there is none. The outer `None` means that it is not
-    /// in memory and may not be read.
+    /// The slice of an L2 table that maps a guest offset, `None` if there is no such table. The outer
+    /// `None` means that it is not in memory and may not be waited for.
     pub(in crate::qcow2) fn table(
         &self,
-        l1_index: u64,
+        guest: GuestOffset,
         lookup: Lookup,
     ) -> Result<Option<Option<Arc<Table>>>> {
-        match self.table_offset(l1_index)? {
+        match self.table_offset(self.geometry().l1_index(guest))? {
             None => Ok(Some(None)),
-            Some(offset) => {
-                let found = self.tables.find(offset, lookup, || self.read_table(offset))?;
-                Ok(found.map(Some))
+            Some(table) => {
+                let offset = self.slices.offset(table, guest);
+                let load = || self.read_slice(table, offset, lookup);
+                Ok(self.tables.find(offset, lookup, load)?.map(Some))
             }
         }
     }
 
+    /// All slices of the L2 table of an L1 entry, in order, and the guest offsets from which on they map
+    /// the disk; none if there is no such table.
+    pub(super) fn whole_table(&self, l1_index: u64) -> Result<Vec<(Arc<Table>, GuestOffset)>> {
+        let count = self.geometry().l2_coverage() / self.slices.coverage();
+        let mut slices = Vec::new();
+        for number in 0..count {
+            let first = self.geometry().table_start(l1_index) + number * self.slices.coverage();
+            let Some(table) = self.table(first, Lookup::MayRead)?.flatten() else { break };
+            slices.push((table, first));
+        }
+        Ok(slices)
+    }
+
     /// Where the L2 table of an L1 entry lies, if there is one.
-    fn table_offset(&self, l1_index: u64) -> Result<Option<HostOffset>> {
+    pub(super) fn table_offset(&self, l1_index: u64) -> Result<Option<HostOffset>> {
         match self.l1.get(l1_index as usize) {
             Some(entry) => Ok(table_of(entry.load(Acquire))),
             None => Err(self.metadata.corrupt("the L1 table is too short", 0)),
         }
     }
 
-    fn read_table(&self, offset: HostOffset) -> Result<Vec<u64>> {
-        let geometry = self.geometry();
-        if geometry.in_cluster(offset) != 0 {
+    /// Reads the slice at `offset` of the L2 table at `table`; `None` if that would take waiting, which
+    /// `lookup` forbids.
+    fn read_slice(
+        &self,
+        table: HostOffset,
+        offset: HostOffset,
+        lookup: Lookup,
+    ) -> Result<Option<Vec<u64>>> {
+        let (count, is_aligned) = (self.slices.words(), self.geometry().in_cluster(table) == 0);
+        if lookup == Lookup::CachedOnly {
+            // What cannot be read is left to a lookup that can tell why.
+            return Ok(try_read_words(&*self.metadata.file, offset, count).filter(|_| is_aligned));
+        }
+        if !is_aligned {
             return Err(self
                 .metadata
                 .corrupt("an L1 entry points into the middle of a cluster", offset.bytes()));
@@ -76,15 +101,14 @@ impl MappingTables {
             let detail = "an L2 table lies past the end of the file";
             return Err(self.metadata.corrupt(detail, offset.bytes()));
         }
-        read_words(&*self.metadata.file, offset, (geometry.cluster_size() / 8) as usize)
+        read_words(&*self.metadata.file, offset, count).map(Some)
     }
 
     /// Decodes the entry of a table that belongs to a guest offset.
     #[inline]
     pub(in crate::qcow2) fn decode(&self, table: &Table, guest: GuestOffset) -> Result<Cluster> {
-        let geometry = self.geometry();
-        let words = geometry.entry_words();
-        let (entry, bitmap) = table.entry(geometry.l2_index(guest) * words, words);
+        let words = self.geometry().entry_words();
+        let (entry, bitmap) = table.entry(self.slices.index(guest) * words, words);
         let decoded = self.format.decode(entry, bitmap);
         decoded.map_err(|detail| self.metadata.corrupt(detail, guest.bytes()))
     }
@@ -109,14 +133,16 @@ impl MappingTables {
     ) -> Result<Option<Piece>> {
         let geometry = self.geometry();
         let l1_index = geometry.l1_index(start);
-        let end = end.min(geometry.table_start(l1_index + 1));
         match self.table_offset(l1_index)? {
             None => {
+                let end = end.min(geometry.table_start(l1_index + 1));
                 let range = span(start, end);
                 Ok(Some(Piece { range, content: Subcluster::Unallocated, entries: 0 }))
             }
-            Some(offset) => {
-                let load = || self.read_table(offset);
+            Some(table) => {
+                let end = end.min(self.slices.end(start));
+                let offset = self.slices.offset(table, start);
+                let load = || self.read_slice(table, offset, lookup);
                 let look = |table: &Table| self.piece_in_table(table, start, end);
                 self.tables.look(offset, lookup, load, look)?.transpose()
             }

@@ -1,15 +1,17 @@
 //! The mapping tables of one image: the L1 table, the L2 tables in memory, and which parts of both
 //! are not on disk.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, OnceLock, RwLockReadGuard};
 
+use crate::error::Result;
 use crate::ordered_lock::{Ordered, OrderedMutex, OrderedRwLock, rank};
 use crate::qcow2::alloc::clusters::Clusters;
 use crate::qcow2::map::cache::TableCache;
+use crate::qcow2::map::slices::Slices;
 use crate::qcow2::map::table::{DirtyPart, Table};
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::MetadataFile;
@@ -17,9 +19,6 @@ use crate::qcow2::on_disk::geometry::Geometry;
 use crate::qcow2::on_disk::l2::{EntryFormat, table_of};
 use crate::qcow2::on_disk::snapshot::{self, Snapshot};
 use crate::units::{HostOffset, Offset as _};
-
-/// Memory for L2 tables by default, in bytes.
-const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 
 /// The mapping from guest offsets to clusters of the file.
 #[derive(Debug)]
@@ -34,6 +33,8 @@ pub(in crate::qcow2) struct MappingTables {
     pub(super) dirty_l1: OrderedMutex<{ rank::DIRTY_L1 }, BTreeSet<usize>>,
     /// Held while an L2 table is made or moved.
     pub(super) l1_change: OrderedMutex<{ rank::L1_CHANGE }, ()>,
+    /// Of the tables in `tables`.
+    pub(in crate::qcow2) slices: Slices,
     pub(super) tables: TableCache,
     /// How much memory, in bytes, the user allows for them.
     cache_bytes: Option<u64>,
@@ -55,16 +56,43 @@ pub(super) struct L2Places {
     /// Those that have changed since the image was opened. Stays, also when a table is freed: its
     /// place holds nothing that was found.
     pub(super) changed: HashSet<HostOffset>,
-    /// Bad entries that were found, where there are any: they stay bad when the table has changed.
-    pub(super) bad: HashMap<HostOffset, Vec<u32>>,
+    /// Where bad entries lie that were found: they stay bad when the table has changed.
+    pub(super) bad: BTreeSet<HostOffset>,
 }
 
 /// Parts of the tables that are not on disk.
 #[derive(Debug, Default)]
 pub(in crate::qcow2) struct DirtyTables {
+    /// In order of their offsets.
     pub(in crate::qcow2) tables: Vec<(Arc<Table>, DirtyPart)>,
     /// Indexes and values of L1 entries.
     pub(in crate::qcow2) l1: Vec<(usize, u64)>,
+}
+
+impl DirtyTables {
+    /// Calls `write` with the changed parts of tables and where they lie in the file. Slices that follow
+    /// each other are written at once.
+    pub(in crate::qcow2) fn for_each_run(
+        &self,
+        mut write: impl FnMut(HostOffset, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let start_of =
+            |(table, part): &(Arc<Table>, DirtyPart)| table.offset + part.first_word as u64 * 8;
+        let is_continued = |part: &(Arc<Table>, DirtyPart), next: &(Arc<Table>, DirtyPart)| {
+            start_of(part) + part.1.bytes.len() as u64 == start_of(next)
+        };
+        for run in self.tables.chunk_by(is_continued) {
+            match run {
+                [only] => write(start_of(only), &only.1.bytes)?,
+                run => {
+                    let bytes: Vec<u8> =
+                        run.iter().flat_map(|(_, part)| &part.bytes).copied().collect();
+                    write(start_of(&run[0]), &bytes)?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 impl MappingTables {
@@ -76,6 +104,7 @@ impl MappingTables {
         size: u64,
         cache_bytes: Option<u64>,
     ) -> Self {
+        let slices = Slices::new(format.geometry, size, cache_bytes);
         let mut mapping = Self {
             metadata,
             clusters,
@@ -84,7 +113,8 @@ impl MappingTables {
             l1: Box::default(),
             dirty_l1: OrderedMutex::default(),
             l1_change: OrderedMutex::default(),
-            tables: TableCache::new(tables_max(format.geometry, size, cache_bytes)),
+            slices,
+            tables: TableCache::new(slices.count_max),
             cache_bytes,
             l2_places: OrderedRwLock::default(),
             snapshot_places: Vec::new(),
@@ -126,7 +156,8 @@ impl MappingTables {
     /// Forgets all L2 tables in memory, none of which is dirty, and makes room for those of a disk of
     /// `size` bytes.
     pub(in crate::qcow2) fn forget_tables(&mut self, size: u64) {
-        self.tables = TableCache::new(tables_max(self.geometry(), size, self.cache_bytes));
+        self.slices = Slices::new(self.geometry(), size, self.cache_bytes);
+        self.tables = TableCache::new(self.slices.count_max);
         self.clusters.decompressed.forget_all();
         self.note_l2_places();
     }
@@ -139,7 +170,8 @@ impl MappingTables {
     /// Takes a copy of all parts that are not on disk, and marks them as clean. No mapping changes
     /// meanwhile.
     pub(in crate::qcow2) fn take_dirty(&self) -> DirtyTables {
-        let tables = self.tables.take_dirty();
+        let mut tables = self.tables.take_dirty();
+        tables.sort_unstable_by_key(|(table, _)| table.offset);
         let l1 = std::mem::take(&mut *self.dirty_l1.lock());
         let l1 = l1.into_iter().map(|index| (index, self.l1[index].load(Acquire))).collect();
         DirtyTables { tables, l1 }
@@ -180,13 +212,6 @@ impl MappingTables {
     }
 }
 
-/// How many L2 tables may be kept in memory.
-fn tables_max(geometry: Geometry, size: u64, cache_bytes: Option<u64>) -> usize {
-    let all = geometry.l1_entries_for(size).saturating_mul(geometry.cluster_size());
-    let bytes = cache_bytes.unwrap_or(CACHE_BYTES_DEFAULT).min(all);
-    (bytes / geometry.cluster_size()).max(4) as usize
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,10 +238,13 @@ mod tests {
     #[test]
     fn a_new_table_is_dirty_until_a_flush_has_written_it() {
         let mapping = mapping(true);
-        let table = mapping.table_for_write(0, &Nothing).unwrap();
+        let table = mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap();
         let entry = table.offset.bytes() | COPIED;
         assert_eq!(mapping.l1_words(), [entry]);
-        assert!(Arc::ptr_eq(&table, &mapping.table_for_write(0, &Nothing).unwrap()));
+        assert!(Arc::ptr_eq(
+            &table,
+            &mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap()
+        ));
         let dirty = mapping.take_dirty();
         assert_eq!((dirty.tables.len(), &dirty.l1[..]), (1, &[(0, entry)][..]));
         assert!(mapping.take_dirty().tables.is_empty());
@@ -228,10 +256,10 @@ mod tests {
     #[test]
     fn a_shared_table_is_moved_before_it_is_changed_and_the_old_one_freed() {
         let mapping = mapping(true);
-        let shared = mapping.table_for_write(0, &Nothing).unwrap();
+        let shared = mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap();
         mapping.set_l1(0, shared.offset.bytes());
-        assert!(mapping.own_table_in_memory(0).unwrap().is_none());
-        let own = mapping.table_for_write(0, &Nothing).unwrap();
+        assert!(mapping.own_table_in_memory(GuestOffset::new(0)).unwrap().is_none());
+        let own = mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap();
         assert_ne!(own.offset, shared.offset);
         assert_eq!(mapping.clusters.freed_count(), 1);
         assert_eq!(mapping.l2_places().named, HashSet::from([own.offset]));
@@ -241,7 +269,7 @@ mod tests {
     fn an_entry_that_points_to_metadata_is_not_followed_by_a_change() {
         let mapping = mapping(true);
         // The L2 table itself, the refcount block, a cluster that was never reserved.
-        let own = mapping.table_for_write(0, &Nothing).unwrap().offset;
+        let own = mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap().offset;
         for host in [own.bytes(), 2 << 16, 9 << 16] {
             let mut words = vec![0; (1 << 16) / 8];
             words[1] = host | COPIED;
@@ -256,7 +284,7 @@ mod tests {
     #[test]
     fn a_table_is_not_made_in_an_image_that_is_only_read() {
         let mapping = mapping(false);
-        let refused = mapping.table_for_write(0, &Nothing).unwrap_err();
+        let refused = mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::ReadOnly);
         assert_eq!(mapping.l1_words(), [0]);
     }

@@ -10,6 +10,7 @@ use crate::qcow2::map::lookup::Lookup;
 use crate::qcow2::map::mapping_tables::MappingTables;
 use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::l2::{COPIED, Cluster, Compressed};
+use crate::qcow2::on_disk::words::words_to_bytes;
 use crate::storage::Durability;
 use crate::units::{GuestOffset, HostOffset};
 
@@ -27,84 +28,96 @@ impl MappingTables {
         self.l1.get(l1_index as usize).is_some_and(|entry| entry.load(Acquire) & COPIED != 0)
     }
 
-    /// The table of an L1 entry, made or moved so that it may be changed.
+    /// The slice of a table that maps a guest offset; the table is made or moved so that it may be
+    /// changed.
     pub(in crate::qcow2) fn table_for_write(
         &self,
-        l1_index: u64,
+        guest: GuestOffset,
         references: &impl CountReferences,
     ) -> Result<Arc<Table>> {
         self.metadata.refuse_unwritable()?;
-        if let Some(table) = self.own_table(l1_index)? {
+        if let Some(table) = self.own_table(guest)? {
             return Ok(table);
         }
         let _changing = self.l1_change.lock();
-        if let Some(table) = self.own_table(l1_index)? {
+        if let Some(table) = self.own_table(guest)? {
             return Ok(table);
         }
-        let geometry = self.geometry();
-        let shared = match self.table(l1_index, Lookup::MayRead)? {
-            Some(Some(table)) => Some(table),
-            _ => None,
-        };
-        let words = match &shared {
-            Some(table) => table.words(),
-            None => vec![0; (geometry.cluster_size() / 8) as usize],
-        };
+        let (geometry, l1_index) = (self.geometry(), self.geometry().l1_index(guest));
+        let shared_offset = self.table_offset(l1_index)?;
+        let shared = self.whole_table(l1_index)?;
+        let mut words: Vec<u64> = shared.iter().flat_map(|(slice, _)| slice.words()).collect();
+        words.resize((geometry.cluster_size() / 8) as usize, 0);
         // Before it is copied: what is bad in it is bad in the copy.
-        let bad_entries = match &shared {
-            Some(table) => self.bad_entries(table, l1_index)?.to_vec(),
-            None => Vec::new(),
-        };
+        let mut bad = Vec::new();
+        for (slice, first) in &shared {
+            for index in self.bad_entries(slice, *first)? {
+                bad.push(geometry.in_cluster(self.entry_offset(slice, *index)));
+            }
+        }
         let reserved = self.clusters.reserve(1, references)?;
         // Written whole now, so that a full disk is noticed now and not by a flush.
-        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_be_bytes()).collect();
+        let bytes = words_to_bytes(&words);
         let offset = reserved.offset;
         if let Err(error) = self.metadata.file.write_at(offset, &bytes, Durability::Cached) {
             self.clusters.release(&[reserved]);
             let guest = geometry.table_start(l1_index);
             return Err(self.metadata.io("write an L2 table of", error, guest));
         }
-        let table = Arc::new(Table::new(offset, words));
-        // Nor is it known to be on disk before a flush has written it again and synced.
-        table.change().mark_dirty(0, table.len());
-        self.tables.note_dirty();
         let _gate = self.commits.enter_gate();
         let mut places = self.l2_places.write();
         places.named.insert(offset);
         // The former content of that place is gone.
-        places.bad.remove(&offset);
-        if !bad_entries.is_empty() {
-            places.bad.insert(offset, bad_entries);
-        }
-        if let Some(shared) = &shared {
-            places.named.remove(&shared.offset);
+        places.bad.retain(|entry| geometry.cluster_start(*entry) != offset);
+        places.bad.extend(bad.into_iter().map(|entry| offset + entry));
+        if let Some(shared) = &shared_offset {
+            places.named.remove(shared);
         }
         drop(places);
-        self.tables.insert(Arc::clone(&table));
+        let table = self.insert_new(offset, &words, guest);
         self.set_l1(l1_index as usize, offset.bytes() | COPIED);
-        let replaced = shared.map(|shared| geometry.host_cluster(shared.offset));
+        let replaced = shared_offset.map(|shared| geometry.host_cluster(shared));
         self.clusters.free(replaced.map(|cluster| Freed { cluster, punch: false }));
         Ok(table)
     }
 
-    /// The table of an L1 entry, if it is in memory, may be changed, and nothing more needs to be
-    /// found out about it.
+    /// Puts a new table into memory, slice by slice. Returns the slice that maps a guest offset.
+    fn insert_new(&self, table: HostOffset, words: &[u64], guest: GuestOffset) -> Arc<Table> {
+        let slice_of = |number: usize, words: &[u64]| {
+            let offset = table + (number * self.slices.words() * 8) as u64;
+            let slice = Table::new(offset, words.to_vec());
+            // It is not known to be on disk before a flush has written it again and synced.
+            slice.change().mark_dirty(0, slice.len());
+            self.tables.note_dirty();
+            let slice = Arc::new(slice);
+            self.tables.insert(Arc::clone(&slice));
+            slice
+        };
+        let chunks = words.chunks(self.slices.words()).enumerate();
+        let slices: Vec<Arc<Table>> =
+            chunks.map(|(number, words)| slice_of(number, words)).collect();
+        let wanted = (self.slices.offset(table, guest) - table) / (self.slices.words() as u64 * 8);
+        Arc::clone(&slices[wanted as usize])
+    }
+
+    /// The slice of a table that maps a guest offset, if it is in memory, may be changed, and nothing
+    /// more needs to be found out about it.
     pub(in crate::qcow2) fn own_table_in_memory(
         &self,
-        l1_index: u64,
+        guest: GuestOffset,
     ) -> Result<Option<Arc<Table>>> {
-        if !self.l1_is_copied(l1_index) {
+        if !self.l1_is_copied(self.geometry().l1_index(guest)) {
             return Ok(None);
         }
-        let table = self.table(l1_index, Lookup::CachedOnly)?.flatten();
+        let table = self.table(guest, Lookup::CachedOnly)?.flatten();
         Ok(table.filter(|table| table.bad_entries.get().is_some()))
     }
 
-    fn own_table(&self, l1_index: u64) -> Result<Option<Arc<Table>>> {
-        if !self.l1_is_copied(l1_index) {
+    fn own_table(&self, guest: GuestOffset) -> Result<Option<Arc<Table>>> {
+        if !self.l1_is_copied(self.geometry().l1_index(guest)) {
             return Ok(None);
         }
-        Ok(self.table(l1_index, Lookup::MayRead)?.flatten())
+        Ok(self.table(guest, Lookup::MayRead)?.flatten())
     }
 
     /// Makes changes of mappings visible, and frees the clusters that they replaced. The caller holds
@@ -119,12 +132,13 @@ impl MappingTables {
         let words_per_entry = self.geometry().entry_words();
         let _gate = self.commits.enter_gate();
         // Before any entry names what was reserved.
-        if !self.l2_places().changed.contains(&table.offset) {
-            self.l2_places.write().changed.insert(table.offset);
+        let whole = self.geometry().cluster_start(table.offset);
+        if !self.l2_places().changed.contains(&whole) {
+            self.l2_places.write().changed.insert(whole);
         }
         let mut entries = table.change();
         for change in changes {
-            let index = self.geometry().l2_index(change.guest) * words_per_entry;
+            let index = self.slices.index(change.guest) * words_per_entry;
             if entries.set(index, words_per_entry, self.format.encode(change.cluster)) {
                 self.tables.note_dirty();
             }

@@ -2,7 +2,7 @@
 
 use crate::bytes::u64_at;
 use crate::error::{Error, ErrorKind, Result};
-use crate::storage::Storage;
+use crate::storage::{Storage, TryRead};
 use crate::units::HostOffset;
 
 /// Reads a table of 64-bit words.
@@ -16,6 +16,19 @@ pub(in crate::qcow2) fn read_words(
     // A table may end in the middle of the file's last cluster: the rest is zero.
     bytes[read..].fill(0);
     Ok(bytes.chunks_exact(8).map(|word| u64_at(word, 0)).collect())
+}
+
+/// Reads a table of 64-bit words if that takes no waiting for a medium, and nothing is wrong.
+pub(in crate::qcow2) fn try_read_words(
+    storage: &dyn Storage,
+    offset: HostOffset,
+    count: usize,
+) -> Option<Vec<u64>> {
+    let mut bytes = vec![0; count * 8];
+    match storage.try_read_at(offset, &mut bytes) {
+        Ok(TryRead::Complete) => Some(bytes.chunks_exact(8).map(|word| u64_at(word, 0)).collect()),
+        _ => None,
+    }
 }
 
 pub(in crate::qcow2) fn words_to_bytes(words: &[u64]) -> Vec<u8> {
