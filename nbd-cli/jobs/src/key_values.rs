@@ -1,7 +1,7 @@
 //! QEMU's `key=value,key=value` syntax, in which a comma inside a value is doubled, and the
 //! equivalent JSON objects.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
@@ -10,6 +10,8 @@ use serde_json::Value;
 pub struct KeyValues {
     /// `None` for a JSON null.
     values: BTreeMap<String, Option<String>>,
+    /// The names of objects without members, which set nothing.
+    empty: BTreeSet<String>,
 }
 
 impl KeyValues {
@@ -39,7 +41,7 @@ impl KeyValues {
             // As in QEMU, the last one counts.
             values.insert(key, Some(value));
         }
-        Ok(Self { values })
+        Ok(Self { values, empty: BTreeSet::new() })
     }
 
     /// Parses a JSON object; nested keys get dotted names.
@@ -53,9 +55,9 @@ impl KeyValues {
         let Value::Object(_) = value else {
             return Err("the JSON text is not an object".to_owned());
         };
-        let mut values = BTreeMap::new();
-        flatten(String::new(), value, &mut values);
-        Ok(Self { values })
+        let mut parsed = Self::default();
+        flatten(String::new(), value, &mut parsed);
+        Ok(parsed)
     }
 
     /// Sets the value of a key.
@@ -75,6 +77,11 @@ impl KeyValues {
             self.values.remove(key);
         }
         is_null
+    }
+
+    /// Removes a key whose value is an object without members, and returns whether there was one.
+    pub fn take_empty(&mut self, key: &str) -> bool {
+        self.empty.remove(key)
     }
 
     /// Returns whether a key has this value.
@@ -97,7 +104,10 @@ impl KeyValues {
         let below: BTreeMap<String, Option<String>> = below;
         let strip =
             |(key, value): (String, Option<String>)| (key[dotted.len()..].to_owned(), value);
-        Self { values: below.into_iter().map(strip).collect() }
+        let empty = self.empty.iter().filter_map(|key| key.strip_prefix(&dotted)).map(Into::into);
+        let empty = empty.collect();
+        self.empty.retain(|key| !key.starts_with(&dotted));
+        Self { values: below.into_iter().map(strip).collect(), empty }
     }
 
     /// Removes a key and returns its value `on` or `off` (or a synonym).
@@ -146,23 +156,25 @@ fn split(text: &str) -> Vec<String> {
 }
 
 /// The JSON parser bounds the depth of recursion.
-fn flatten(prefix: String, value: Value, values: &mut BTreeMap<String, Option<String>>) {
+fn flatten(prefix: String, value: Value, into: &mut KeyValues) {
     let below = |key: &str| match prefix.as_str() {
         "" => key.to_owned(),
         prefix => format!("{prefix}.{key}"),
     };
+    let values = &mut into.values;
     match value {
+        Value::Object(members) if members.is_empty() => drop(into.empty.insert(prefix)),
         Value::Object(members) => {
             // As in QEMU, a nested value is stronger than one with a dotted name.
             let (nested, plain): (Vec<_>, Vec<_>) =
                 members.into_iter().partition(|(_, value)| value.is_object() || value.is_array());
             for (key, value) in plain.into_iter().chain(nested) {
-                flatten(below(&key), value, values);
+                flatten(below(&key), value, into);
             }
         }
         Value::Array(members) => {
             for (index, value) in members.into_iter().enumerate() {
-                flatten(below(&index.to_string()), value, values);
+                flatten(below(&index.to_string()), value, into);
             }
         }
         Value::Null => drop(values.insert(prefix, None)),

@@ -232,6 +232,8 @@ pub fn take_backing(options: &mut KeyValues, depth: usize) -> Result<BackingOpti
     let is_null = options.take_null("backing");
     let name = options.take("backing");
     let below = options.take_below("backing");
+    // Options that set nothing demand a backing file in the header.
+    let is_given = options.take_empty("backing") || !below.is_empty();
     match name.as_deref() {
         // An empty name was the notation for null before null existed.
         None | Some("") => {}
@@ -242,14 +244,14 @@ pub fn take_backing(options: &mut KeyValues, depth: usize) -> Result<BackingOpti
             ));
         }
     }
-    match (is_null || name.is_some(), below.is_empty()) {
-        (true, false) => Err("the option 'backing' is both empty and given in parts".to_owned()),
-        (true, true) => Ok(BackingOption::Ignored),
-        (false, true) => Ok(BackingOption::AsNamed),
-        (false, false) if depth >= IMAGES_MAX => {
+    match (is_null || name.is_some(), is_given) {
+        (true, true) => Err("the option 'backing' is both empty and given in parts".to_owned()),
+        (true, false) => Ok(BackingOption::Ignored),
+        (false, false) => Ok(BackingOption::AsNamed),
+        (false, true) if depth >= IMAGES_MAX => {
             Err(format!("more than {IMAGES_MAX} images are described one below the other"))
         }
-        (false, false) => Ok(BackingOption::Given(below)),
+        (false, true) => Ok(BackingOption::Given(below)),
     }
 }
 

@@ -72,6 +72,16 @@ const SERVED: &[&[&str]] = &[
     &[
         "json:{TOP,\"backing\":{\"driver\":\"raw\",\"offset\":1048576,\"size\":65536,\"file\":{\"driver\":\"file\",\"filename\":\"DISK\"}}}",
     ],
+    &["json:{TOP,\"backing\":{}}"],
+    &["json:{TOP,\"backing\":{MID,\"backing\":{}}}"],
+    // The depth that a driver above the image tells, alone and with a temporary layer.
+    &["json:{\"driver\":\"raw\",\"file\":{TOP}}"],
+    &["json:{\"driver\":\"raw\",\"offset\":65536,\"size\":262144,\"file\":{TOP}}"],
+    &["-s", "json:{\"driver\":\"raw\",\"file\":{TOP}}"],
+    &["-o", "512", "json:{TOP}"],
+    &["-s", "-o", "512", "json:{TOP}"],
+    &["-s", "json:{TOP}"],
+    &["-s", "-f", "raw", "DISK"],
     &["json:{ALONE,\"backing\":BASE}"],
     &["json:{ALONE,\"backing\":{\"file\":{\"driver\":\"file\",\"filename\":\"DIR/mid.qcow2\"}}}"],
     &["json:{\"file\":{\"driver\":\"file\",\"filename\":\"DIR/top.qcow2\"},\"backing\":{MID}}"],
@@ -88,19 +98,24 @@ fn a_backing_file_among_the_options_takes_the_place_of_the_one_in_the_header() {
     let disk = images(&qemu_img, &qemu_io);
     for options in SERVED {
         let options: Vec<_> = options.iter().map(|word| filled(&disk, word)).collect();
-        let words: Vec<_> =
-            ["-r", "-A", "-e", "5"].into_iter().chain(options.iter().map(String::as_str)).collect();
-        let copy = disk.beside("copy.img");
-        let mut seen = Vec::new();
-        for program in [Command::new(&theirs), ours()] {
-            let server = Foreground::start(program, &[&["-t"], &words[..]].concat());
-            let uri = server.uri("");
-            let depths = peer(&nbdinfo, &["--map=qemu:allocation-depth", &uri]);
-            peer(&qemu_img, &["convert", "-f", "raw", "-O", "raw", &uri, &copy]);
-            seen.push((depths, std::fs::read(&copy).expect("the copy")));
+        let options: Vec<_> = options.iter().map(String::as_str).collect();
+        let accesses: &[&[&str]] =
+            if options.contains(&"-s") { &[&["-r"], &[]] } else { &[&["-r"]] };
+        for access in accesses {
+            let words = [&["-t", "-A", "-e", "5"], *access, &options[..]].concat();
+            let copy = disk.beside("copy.img");
+            let mut seen = Vec::new();
+            for program in [Command::new(&theirs), ours()] {
+                let server = Foreground::start(program, &words);
+                let uri = server.uri("");
+                let depths = peer(&nbdinfo, &["--map=qemu:allocation-depth", &uri]);
+                let writable = run(Command::new(&nbdinfo).args(["--is", "writable", &uri])).code;
+                peer(&qemu_img, &["convert", "-f", "raw", "-O", "raw", &uri, &copy]);
+                seen.push((depths, writable, std::fs::read(&copy).expect("the copy")));
+            }
+            assert_eq!((&seen[0].0, seen[0].1), (&seen[1].0, seen[1].1), "{words:?}");
+            assert!(seen[0].2 == seen[1].2, "different bytes: {words:?}");
         }
-        assert_eq!(seen[0].0, seen[1].0, "{options:?}");
-        assert!(seen[0].1 == seen[1].1, "different bytes: {options:?}");
     }
 }
 
@@ -109,6 +124,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("json:{TOP,\"backing\":\"node\"}", "'node'"),
     ("json:{TOP,\"backing\":{\"driver\":\"qcow2\",\"file\":\"node\"}}", "node"),
     ("json:{ALONE,\"backing\":{\"driver\":\"qcow2\"}}", "no file"),
+    ("json:{ALONE,\"backing\":{}}", "no file"),
+    ("json:{TOP,\"backing\":{ALONE,\"backing\":{}}}", "no file"),
     ("json:{TOP,\"backing\":{\"driver\":\"nosuch\"}}", "'nosuch'"),
     ("json:{TOP,\"backing\":{MID,\"bogus\":1}}", "'bogus'"),
     ("json:{TOP,\"backing\":{\"driver\":\"qcow2\",\"filename\":\"DIR/mid.qcow2\"}}", "'filename'"),

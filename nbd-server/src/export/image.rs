@@ -27,7 +27,8 @@ const STEPS_MAX: usize = 4;
 #[derive(Debug)]
 pub struct ImageExport {
     image: Image,
-    depth: AllocationDepth,
+    /// `None`: the context `qemu:allocation-depth` is not offered.
+    depth: Option<CountedLayers>,
     /// The file whose bytes are the disk's, one to one, if the image is raw.
     file: Option<Arc<OwnedFd>>,
     info: ExportInfo,
@@ -35,12 +36,30 @@ pub struct ImageExport {
     bitmaps: RwLock<Vec<MetaContextName>>,
 }
 
-/// Whether `qemu:allocation-depth` is offered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum AllocationDepth {
-    #[default]
-    Hidden,
-    Offered,
+/// The layers that `qemu:allocation-depth` counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct CountedLayers {
+    /// Layers above the image that have no data: each adds 1 to the depth.
+    pub empty_above: u32,
+    /// The highest depth. What only deeper layers have counts as absent.
+    pub deepest: u32,
+}
+
+impl Default for CountedLayers {
+    /// Those of the image, and all of them.
+    fn default() -> Self {
+        Self { empty_above: 0, deepest: u32::MAX }
+    }
+}
+
+impl CountedLayers {
+    /// The depth that clients are told for one of the image.
+    fn shown(self, depth: u32) -> u64 {
+        match depth.saturating_add(self.empty_above) {
+            shown if depth > 0 && shown <= self.deepest => u64::from(shown),
+            _ => 0,
+        }
+    }
 }
 
 impl ImageExport {
@@ -49,14 +68,19 @@ impl ImageExport {
     pub fn new(image: Image) -> Self {
         let file = raw_file(&image);
         let info = describe(&image);
-        Self { image, depth: AllocationDepth::Hidden, file, info, bitmaps: RwLock::default() }
+        Self { image, depth: None, file, info, bitmaps: RwLock::default() }
     }
 
     /// Offers the context `qemu:allocation-depth` as well.
     #[must_use]
-    pub fn with_allocation_depth(mut self) -> Self {
-        if self.depth == AllocationDepth::Hidden {
-            self.depth = AllocationDepth::Offered;
+    pub fn with_allocation_depth(self) -> Self {
+        self.with_allocation_depth_of(CountedLayers::default())
+    }
+
+    /// Offers the context `qemu:allocation-depth`, counting layers in this way.
+    #[must_use]
+    pub fn with_allocation_depth_of(mut self, layers: CountedLayers) -> Self {
+        if self.depth.replace(layers).is_none() {
             self.info.meta_contexts.push(MetaContextName::qemu_allocation_depth());
         }
         self
@@ -206,9 +230,11 @@ impl Export for ImageExport {
         if let Some(bitmap) = context.dirty_bitmap() {
             return self.dirty_status(bitmap, Self::range(offset, length)?, max_count);
         }
-        let flags_of: fn(&imgfmt::Extent) -> u64 = match context.as_str() {
-            MetaContextName::BASE_ALLOCATION => |extent| allocation(extent.kind).bits(),
-            MetaContextName::QEMU_ALLOCATION_DEPTH => |extent| u64::from(extent.depth),
+        let layers = self.depth.unwrap_or_default();
+        let of_depth = |extent: &imgfmt::Extent| layers.shown(extent.depth);
+        let flags_of: &dyn Fn(&imgfmt::Extent) -> u64 = match context.as_str() {
+            MetaContextName::BASE_ALLOCATION => &|extent| allocation(extent.kind).bits(),
+            MetaContextName::QEMU_ALLOCATION_DEPTH => &of_depth,
             _ => return Err(ExportError::new(Errno::EINVAL, "the export has no such context")),
         };
         let mut status = Descriptors::new(max_count);

@@ -26,7 +26,7 @@ pub use descriptors::Descriptors;
 pub use filter::Filter;
 pub(crate) use flushes::{DurabilityFailures, UnderWay, Waiter};
 #[cfg(feature = "image")]
-pub use image::ImageExport;
+pub use image::{CountedLayers, ImageExport};
 pub use memory::MemoryExport;
 pub use placed_read::{Place, PlacedFile, PlacedPart, PlacedRead};
 pub use read_map::{Content, Holes, Lookup, Mapped, ReadMap, Segment};

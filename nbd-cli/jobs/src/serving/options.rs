@@ -9,7 +9,7 @@ use imgfmt::{
     OpenOptions, OpenPolicy, Storage,
 };
 use nbd_server::export::filters::{FilterOptions, Window};
-use nbd_server::export::{Export, ImageExport};
+use nbd_server::export::{CountedLayers, Export, ImageExport};
 
 use super::durability::{refuse_degraded, report_degraded, report_recovery};
 use super::error::OpenError;
@@ -84,6 +84,8 @@ pub struct ServeOptions {
     pub bitmap_durability: Option<BitmapDurability>,
     /// Whether `qemu:allocation-depth` is offered.
     pub allocation_depth: bool,
+    /// The layers that it counts.
+    pub counted_layers: CountedLayers,
     /// The bitmaps that are offered.
     pub bitmaps: OfferedBitmaps,
 }
@@ -223,7 +225,7 @@ impl ServeOptions {
         let names = self.bitmaps.names(&image, &*self.context.observer)?;
         let mut export = ImageExport::new(image);
         if self.allocation_depth {
-            export = export.with_allocation_depth();
+            export = export.with_allocation_depth_of(self.counted_layers);
         }
         for name in names {
             export = export.with_bitmap(&name).map_err(in_source)?;

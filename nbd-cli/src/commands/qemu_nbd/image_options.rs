@@ -23,6 +23,8 @@ pub(super) struct Described {
     pub(super) backing: Backing,
     /// The part of the disk that is exported, by drivers `raw` above its format.
     pub(super) window: Window,
+    /// There are drivers `raw` above its format.
+    pub(super) is_below_raw: bool,
     pub(super) read_only: bool,
     pub(super) locking: Locking,
     pub(super) cache: CacheSwitches,
@@ -166,7 +168,7 @@ impl Described {
     fn layer_from_options(mut options: KeyValues, depth: usize) -> Result<Self, String> {
         let mut disk = Self { format: Some(Format::Raw), read_only: depth > 0, ..Self::default() };
         let mut met = Met::NoFormat;
-        let mut driver = options.take("driver");
+        let (mut driver, mut has_raw) = (options.take("driver"), false);
         if driver.is_none() {
             (disk.format, met) = (None, Met::Format);
             disk.backing = take_backing_disk(&mut options, depth)?;
@@ -176,6 +178,7 @@ impl Described {
         loop {
             match driver.as_deref().unwrap_or("file") {
                 "raw" => {
+                    has_raw = true;
                     let window = take_window(&mut options)?;
                     let above = match met {
                         Met::NoFormat => &mut disk.window,
@@ -189,6 +192,7 @@ impl Described {
                         return Err("a part of a qcow2 image cannot be a backing file".to_owned());
                     }
                     (disk.format, met) = (Some(Format::Qcow2), Met::Format);
+                    disk.is_below_raw = has_raw;
                     options = disk.qcow2(options, depth)?;
                     options = disk.format_driver("qcow2", options, depth)?;
                 }

@@ -14,10 +14,10 @@ use nbd_jobs::qemu_name::path_in;
 use nbd_jobs::remote::{Remotes, allow_exports};
 use nbd_jobs::serving::{OfferedBitmaps, OpenError, ServeOptions, Writes};
 use nbd_proto::NbdUri;
-use nbd_server::export::Export;
 use nbd_server::export::filters::{
     AdvisedMinimum, Blocking, Discard, FilterOptions, MultiConn, PreferredSize, Window, ZeroUnit,
 };
+use nbd_server::export::{CountedLayers, Export};
 
 use super::image_options::{Backing, Described, Place, unknown_driver};
 use super::options::{AioMode, Options, SnapshotName};
@@ -233,7 +233,21 @@ fn choices(options: &Options, disk: &Described) -> Result<ServeOptions, String> 
         window,
         bitmap_durability: None,
         allocation_depth: options.allocation_depth,
+        counted_layers: counted_layers(options, disk, writes),
     })
+}
+
+/// The layers that the depth counts. As in QEMU, a driver `raw` above an image, which `--offset` is
+/// too, tells only what the layer below it has itself.
+fn counted_layers(options: &Options, disk: &Described, writes: Writes) -> CountedLayers {
+    // The temporary layer of an export that is read-only stays empty: it is not made.
+    let is_above = options.temporary && writes == Writes::Refused;
+    let deepest = match (options.offset > 0, disk.is_below_raw, options.temporary) {
+        (true, ..) | (false, true, false) => 1,
+        (false, true, true) => 2,
+        (false, false, _) => u32::MAX,
+    };
+    CountedLayers { empty_above: u32::from(is_above), deepest }
 }
 
 fn filter(options: &Options, disk: &Described, cache: CacheMode) -> FilterOptions {

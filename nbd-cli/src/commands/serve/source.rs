@@ -12,7 +12,7 @@ use nbd_jobs::{JobContext, qemu_name};
 use nbd_proto::NbdUri;
 use nbd_server::ExportRegistry;
 use nbd_server::export::filters::{FilterOptions, Medium};
-use nbd_server::export::{Export, ExportEntry, ImageExport, MemoryExport};
+use nbd_server::export::{CountedLayers, Export, ExportEntry, ImageExport, MemoryExport};
 
 use super::args::ServeArgs;
 use super::export::{ExportArgs, ExportSpec};
@@ -168,6 +168,7 @@ pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
         policy: args.trust.trust_image.then(|| args.trust.policy()),
         filter: filter(args),
         allocation_depth: args.allocation_depth,
+        counted_layers: CountedLayers::default(),
         bitmap_durability: args.bitmap_durability.map(Into::into),
         bitmaps: match args.bitmap.iter().any(|name| name == "all") {
             true => OfferedBitmaps::All,
