@@ -3,8 +3,11 @@
 
 pub(crate) mod uring;
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
+
+use rustix::io::{Errno, ReadWriteFlags};
 
 /// The system call `cachestat` (Linux 6.5), the same number on every architecture.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -25,12 +28,49 @@ struct Cachestat {
     recently_evicted: u64,
 }
 
-/// Are all bytes of a range of `file` (in bytes) in the page cache? False also where the system
-/// cannot tell.
-pub(crate) fn is_resident(file: BorrowedFd<'_>, offset: u64, length: u64) -> bool {
+/// Whether a range of a file is in the page cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Residency {
+    /// All of it, as far as can be seen: reading it will hardly wait.
+    Whole,
+    /// Not all of it, or a part is still on its way from the disk.
+    Partial,
+    /// The system cannot tell.
+    Unknown,
+}
+
+/// Distance of the bytes that are looked at to see whether the disk has delivered a range. The kernel
+/// reads ahead in larger units.
+const PROBE_STEP: u64 = 256 * 1024;
+
+/// Which part of a range of `file` (in bytes) is in the page cache?
+pub(crate) fn residency(file: BorrowedFd<'_>, offset: u64, length: u64) -> Residency {
     let Some(last) = length.checked_sub(1).and_then(|length| offset.checked_add(length)) else {
-        return false;
+        return Residency::Partial;
     };
+    match is_cached(file, offset, last) {
+        None => Residency::Unknown,
+        Some(false) => Residency::Partial,
+        // Pages that the kernel reads ahead count as cached from the moment at which they are asked for.
+        Some(true) => {
+            let mut probes = (offset..last).step_by(PROBE_STEP as usize).chain([last]);
+            let is_here = probes.all(|at| has_arrived(file, at));
+            if is_here { Residency::Whole } else { Residency::Partial }
+        }
+    }
+}
+
+/// Can a byte be read without waiting for a disk? True also where the system cannot tell.
+fn has_arrived(file: BorrowedFd<'_>, offset: u64) -> bool {
+    let mut byte = [0];
+    let mut buffers = [IoSliceMut::new(&mut byte)];
+    let read = rustix::io::preadv2(file, &mut buffers, offset, ReadWriteFlags::NOWAIT);
+    !matches!(read, Ok(0) | Err(Errno::AGAIN))
+}
+
+/// Are there pages for all bytes from `offset` to `last`? `None` where the system cannot tell.
+fn is_cached(file: BorrowedFd<'_>, offset: u64, last: u64) -> Option<bool> {
+    let length = last - offset + 1;
     let page = rustix::param::page_size() as u64;
     let range = CachestatRange { offset, length };
     let mut stat = Cachestat::default();
@@ -45,7 +85,7 @@ pub(crate) fn is_resident(file: BorrowedFd<'_>, offset: u64, length: u64) -> boo
             0 as libc::c_uint,
         )
     };
-    result == 0 && stat.cached == last / page - offset / page + 1
+    (result == 0).then(|| stat.cached == last / page - offset / page + 1)
 }
 
 /// Bytes written to a socket that its peer has not taken: not acknowledged (TCP), or not read, in
@@ -155,15 +195,49 @@ mod tests {
     fn what_was_just_written_is_resident_and_what_lies_behind_the_end_is_not() {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[1; 8192]).unwrap();
-        if !is_resident(file.as_fd(), 0, 8192) {
-            // A kernel before 6.5, or one that hides the page cache: "no" is the safe answer.
+        let residency = |offset, length| residency(file.as_fd(), offset, length);
+        if residency(0, 8192) == Residency::Unknown {
+            // A kernel before 6.5, or one that hides the page cache.
             eprintln!("skipped: this system has no cachestat");
             return;
         }
-        assert!(is_resident(file.as_fd(), 4095, 2));
-        assert!(!is_resident(file.as_fd(), 8192, 1));
-        assert!(!is_resident(file.as_fd(), 0, 0));
-        assert!(!is_resident(file.as_fd(), u64::MAX, 2));
+        assert_eq!(residency(0, 8192), Residency::Whole);
+        assert_eq!(residency(4095, 2), Residency::Whole);
+        for (offset, length) in [(8192, 1), (0, 0), (u64::MAX, 2)] {
+            assert_eq!(residency(offset, length), Residency::Partial);
+        }
+    }
+
+    #[test]
+    fn what_is_on_its_way_from_the_disk_is_not_resident() {
+        const LENGTH: u64 = 32 << 20;
+        const PART: usize = 256 << 10;
+        // Not in a directory that may be in memory.
+        let mut file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.write_all(&vec![1; LENGTH as usize]).unwrap();
+        file.sync_all().unwrap();
+        let advise = |advice| rustix::fs::fadvise(&file, 0, None, advice).unwrap();
+        let mut buffer = vec![0; PART];
+        for _ in 0..4 {
+            advise(rustix::fs::Advice::DontNeed);
+            advise(rustix::fs::Advice::WillNeed);
+            for part in (0..LENGTH / PART as u64).rev() {
+                let offset = part * PART as u64;
+                if residency(file.as_fd(), offset, PART as u64) != Residency::Whole {
+                    continue;
+                }
+                let mut buffers = [IoSliceMut::new(&mut buffer)];
+                let flags = ReadWriteFlags::NOWAIT;
+                match rustix::io::preadv2(&file, &mut buffers, offset, flags) {
+                    // Memory may be so scarce that pages go again.
+                    Ok(PART) | Err(Errno::OPNOTSUPP) => {}
+                    other => assert!(
+                        is_cached(file.as_fd(), offset, offset + PART as u64 - 1) != Some(true),
+                        "{other:?} at {offset}"
+                    ),
+                }
+            }
+        }
     }
 
     #[test]

@@ -8,8 +8,8 @@ use super::super::read_steps;
 use super::super::turn::Turn;
 use super::replies::Replies;
 use super::target::Target;
-use crate::export::{Content, FileSpan, Holes, ReadMap, Segment, TryRead};
-use crate::sys;
+use crate::export::{Content, Holes, ReadMap, Segment, TryRead};
+use crate::sys::{self, Residency};
 
 /// Reads from this size on are mapped first, and moved from the page cache to the socket without a
 /// copy if they can be. In bytes. Below it the copy is cheaper than the extra system calls.
@@ -124,7 +124,19 @@ impl Answering<'_> {
                 self.replies.hole(request, chunk, position);
                 return Ok(());
             }
-            Content::File(span) if self.send_file(request, chunk, position, span) => return Ok(()),
+            Content::File(span) if part.length >= SEND_FILE_LEN => {
+                let length = part.length as u64;
+                match sys::residency(span.file.as_fd(), span.offset, length) {
+                    Residency::Whole => {
+                        self.replies.file(request, chunk, position, span);
+                        return Ok(());
+                    }
+                    // Once the header is out an error could only close the connection, and the
+                    // system would wait for the disk.
+                    Residency::Partial => return Err(Rest::ForPool { done }),
+                    Residency::Unknown => {}
+                }
+            }
             _ => {}
         }
         let (mut done, end) = (done, done + part.length);
@@ -168,25 +180,6 @@ impl Answering<'_> {
         self.replies.data(request, (offset, length), position, |buffer| {
             target.read_now(offset, buffer, holes)
         })
-    }
-
-    /// Answers with a long part of a file without copying it, if all of it is in the page cache.
-    /// Once the header is out an error could only close the connection.
-    fn send_file(
-        &mut self,
-        request: &Request,
-        chunk: (u64, usize),
-        position: Position,
-        span: &FileSpan,
-    ) -> bool {
-        let (_, length) = chunk;
-        if length < SEND_FILE_LEN
-            || !sys::is_resident(span.file.as_fd(), span.offset, length as u64)
-        {
-            return false;
-        }
-        self.replies.file(request, chunk, position, span);
-        true
     }
 }
 
