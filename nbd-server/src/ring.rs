@@ -5,6 +5,8 @@
 //! files), go back to the pool of threads. Where the system has no io_uring, or the server is not
 //! to use it, the pool does everything.
 
+mod share;
+
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -14,6 +16,7 @@ use tokio::io::unix::AsyncFd;
 use crate::error::system_words;
 use crate::export::PlacedRead;
 use crate::sys::uring::{Ended, READS_MAX, Ring};
+use share::{ReaderId, Shares};
 
 /// How long a worker that ends waits for reads whose clients have left.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -50,8 +53,17 @@ impl std::fmt::Debug for RingHandle {
     }
 }
 
+/// One connection's place among the others of its ring. Reads that wait there go when this is dropped.
+#[derive(Debug)]
+pub(crate) struct RingLane {
+    ring: RingHandle,
+    id: ReaderId,
+}
+
 struct State {
     ring: Ring,
+    /// Those that wait, and what has been started of each connection.
+    shares: Shares<(RingRead, Box<dyn Reader>)>,
     /// Those that have not ended, by their numbers.
     reads: Vec<Option<(Flight, Box<dyn Reader>)>>,
     /// The ring does not work any more.
@@ -63,6 +75,9 @@ type Outcome = (Box<dyn Reader>, Option<Vec<u8>>);
 
 /// What is to be done with the bytes when they have arrived.
 struct Flight {
+    /// The connection, and how many of its bytes the read counts for.
+    id: ReaderId,
+    length: usize,
     /// The file and the lease are let go when it has ended.
     _placed: Box<dyn PlacedRead>,
     layout: Layout,
@@ -82,31 +97,45 @@ impl RingHandle {
         let descriptor = ring.watch()?;
         let mut reads = Vec::new();
         reads.resize_with(READS_MAX, || None);
-        let state = Arc::new(Mutex::new(State { ring, reads, is_broken: false }));
+        let shares = Shares::new(READS_MAX);
+        let state = Arc::new(Mutex::new(State { ring, shares, reads, is_broken: false }));
         Ok((Self(Some(Arc::clone(&state))), RingDriver { descriptor, state }))
     }
 
-    pub(crate) fn is_there(&self) -> bool {
-        self.0.is_some()
+    /// A place for a connection, if there is a ring.
+    pub(crate) fn lane(&self) -> Option<RingLane> {
+        let id = lock(self.0.as_ref()?).shares.open();
+        Some(RingLane { ring: self.clone(), id })
     }
 
-    /// Begins a read; `reader` comes back if there is no room for it.
-    pub(crate) fn read(
-        &self,
-        read: RingRead,
-        reader: Box<dyn Reader>,
-    ) -> Result<(), Box<dyn Reader>> {
-        match &self.0 {
-            Some(state) => lock(state).read(read, reader),
-            None => Err(reader),
-        }
+    fn lock(&self) -> Option<MutexGuard<'_, State>> {
+        self.0.as_deref().map(lock)
+    }
+}
+
+impl RingLane {
+    /// Begins a read, or has it wait for its turn.
+    pub(crate) fn read(&self, read: RingRead, reader: Box<dyn Reader>) {
+        let Some(mut state) = self.ring.lock() else { return reader.failed() };
+        let failed = state.read(self.id, read, reader);
+        drop(state);
+        failed.into_iter().for_each(Reader::failed);
     }
 
     /// Tells the system of the reads that have begun.
     pub(crate) fn submit(&self) {
-        let Some(state) = &self.0 else { return };
-        let submitted = lock(state).submit();
-        submitted.into_iter().for_each(Reader::failed);
+        let Some(mut state) = self.ring.lock() else { return };
+        let failed = state.submit();
+        drop(state);
+        failed.into_iter().for_each(Reader::failed);
+    }
+}
+
+impl Drop for RingLane {
+    fn drop(&mut self) {
+        // What they hold is let go without the lock.
+        let abandoned = self.ring.lock().map(|mut state| state.shares.close(self.id));
+        drop(abandoned);
     }
 }
 
@@ -115,11 +144,40 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl State {
-    fn read(&mut self, read: RingRead, reader: Box<dyn Reader>) -> Result<(), Box<dyn Reader>> {
+    /// Begins a read, or queues it; the receivers of reads that the ring cannot do come back.
+    fn read(
+        &mut self,
+        id: ReaderId,
+        read: RingRead,
+        reader: Box<dyn Reader>,
+    ) -> Vec<Box<dyn Reader>> {
+        if self.is_broken {
+            return vec![reader];
+        }
+        self.shares.push(id, read.length, (read, reader));
+        self.start()
+    }
+
+    /// Begins those reads whose turn it is; the receivers of reads that the ring cannot do come back.
+    fn start(&mut self) -> Vec<Box<dyn Reader>> {
+        let mut failed = Vec::new();
+        while let Some((id, length, (read, reader))) = self.shares.pop() {
+            if let Err(reader) = self.begin((id, length), read, reader) {
+                self.shares.finish(id, length);
+                failed.push(reader);
+            }
+        }
+        failed
+    }
+
+    fn begin(
+        &mut self,
+        (id, counted): (ReaderId, usize),
+        read: RingRead,
+        reader: Box<dyn Reader>,
+    ) -> Result<(), Box<dyn Reader>> {
         let RingRead { placed, number, offset, length, head, tail } = read;
-        let Some(file) = placed.file(number).filter(|_| !self.is_broken) else {
-            return Err(reader);
-        };
+        let Some(file) = placed.file(number) else { return Err(reader) };
         let (begun, layout) = if file.offset_alignment == 1 && file.memory_alignment == 1 {
             let at = head.len();
             let mut buffer = head;
@@ -141,7 +199,8 @@ impl State {
             (begun, Layout::InBlocks { at, skipped, length, head, tail })
         };
         let Ok(number) = begun else { return Err(reader) };
-        self.reads[number] = Some((Flight { _placed: placed, layout }, reader));
+        let flight = Flight { id, length: counted, _placed: placed, layout };
+        self.reads[number] = Some((flight, reader));
         Ok(())
     }
 
@@ -164,9 +223,15 @@ impl State {
         };
         let ended = ended.into_iter().filter_map(|Ended { number, buffer, result }| {
             let (flight, reader) = self.reads.get_mut(number)?.take()?;
+            self.shares.finish(flight.id, flight.length);
             Some((reader, result.ok().and_then(|read| flight.layout.finish(buffer, read))))
         });
-        ended.collect()
+        let mut outcomes: Vec<Outcome> = ended.collect();
+        if !self.is_broken {
+            let failed = self.start().into_iter().chain(self.submit());
+            outcomes.extend(failed.map(|reader| (reader, None)));
+        }
+        outcomes
     }
 
     /// Notes that the ring has failed, and returns all receivers. The kernel still finishes submitted
@@ -176,7 +241,9 @@ impl State {
             let error = system_words(error);
             tracing::warn!(error, "io_uring has failed; threads read from now on");
         }
-        self.reads.iter_mut().filter_map(Option::take).map(|(_, reader)| reader).collect()
+        let waiting = self.shares.give_up().into_iter().map(|(_, reader)| reader);
+        let under_way = self.reads.iter_mut().filter_map(Option::take).map(|(_, reader)| reader);
+        under_way.chain(waiting).collect()
     }
 }
 

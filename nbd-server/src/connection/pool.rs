@@ -16,7 +16,7 @@ use super::steps::{self, Progress};
 use crate::budget::{Budget, Permit};
 use crate::export::ExportEntry;
 use crate::queue::{Cost, GroupId};
-use crate::ring::{Reader, RingHandle};
+use crate::ring::{Reader, RingHandle, RingLane};
 use crate::scheduler::{Job, Lane, Scheduler};
 use crate::statistics::Outcome;
 
@@ -34,8 +34,8 @@ const DESCRIPTOR_LEN: usize = 32;
 /// said goodbye its changes are still carried out, as the protocol demands.
 pub(super) struct Pool {
     lane: Arc<Lane>,
-    /// Reads what it can.
-    ring: RingHandle,
+    /// Reads what it can, if there is one.
+    ring: Option<RingLane>,
     /// The ring has reads that are to be started.
     has_begun: bool,
     group: GroupId,
@@ -57,7 +57,7 @@ impl Pool {
         entry: ExportEntry,
         answers: Budget,
         max_requests: usize,
-        ring: RingHandle,
+        ring: &RingHandle,
     ) -> Self {
         let (sender, replies) = mpsc::unbounded_channel();
         let group = Arc::as_ptr(entry.export()).cast::<()>() as GroupId;
@@ -65,7 +65,7 @@ impl Pool {
         let max_requests = max_requests.max(1);
         Self {
             lane,
-            ring,
+            ring: ring.lane(),
             has_begun: false,
             group,
             entry,
@@ -152,24 +152,22 @@ impl Pool {
 
     /// Has the ring carry out a READ, if it can; otherwise the job comes back.
     fn read_by_ring(&mut self, job: Box<RequestJob>) -> Result<(), Box<RequestJob>> {
-        if !self.ring.is_there() || job.progress.is_some() {
+        let Some(ring) = self.ring.as_ref().filter(|_| job.progress.is_none()) else {
             return Err(job);
-        }
+        };
         let Some(read) = ring_read::plan(&job.work) else { return Err(job) };
-        let reader = Box::new(PooledRead { job, lane: Arc::downgrade(&self.lane) });
         self.has_begun = true;
-        match self.ring.read(read, reader) {
-            Ok(()) => {}
-            // It goes to the pool by itself.
-            Err(reader) => reader.failed(),
-        }
+        // What fails goes to the pool by itself.
+        ring.read(read, Box::new(PooledRead { job, lane: Arc::downgrade(&self.lane) }));
         Ok(())
     }
 
     /// Has the reads started that the ring has begun.
     pub(super) fn start_reads(&mut self) {
-        if std::mem::take(&mut self.has_begun) {
-            self.ring.submit();
+        if std::mem::take(&mut self.has_begun)
+            && let Some(ring) = &self.ring
+        {
+            ring.submit();
         }
     }
 

@@ -66,7 +66,7 @@ impl Session {
         Self {
             incoming: Incoming::new(&established),
             reads: PromptReads::new(),
-            backlog: Backlog::new(&established, shared, thread.ring.clone()),
+            backlog: Backlog::new(&established, shared, &thread.ring),
             replies: Replies::new(target.encoder()),
             room: Room::new(shared.room.clone()),
             read_strategy: ReadStrategy::new(polling, thread.connections.clone()),

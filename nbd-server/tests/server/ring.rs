@@ -228,8 +228,9 @@ fn a_client_that_leaves_with_reads_in_flight_harms_no_other() {
         let server = TestServer::with(config, export.clone());
         for round in 0..50 {
             let mut client = Client::connect(&server, MODES[round % 3]);
-            for place in 0..64 {
-                client.submit(place << 16, 1 << 16, &READ, &[]);
+            // More than are started at a time.
+            for place in 0..100 {
+                client.submit((place % 64) << 16, 1 << 16, &READ, &[]);
             }
             drop(client);
         }
