@@ -3,6 +3,9 @@
 use std::fmt;
 use std::net::SocketAddr;
 
+use tracing::field::{Empty, display};
+use tracing::{Span, error_span};
+
 #[cfg(feature = "tls")]
 use crate::tls::PeerIdentity;
 
@@ -59,4 +62,36 @@ impl fmt::Display for ClientInfo {
         }
         self.address.fmt(f)
     }
+}
+
+/// The span of a client's log lines, whatever their level. What is not known yet is
+/// [recorded](tracing::Span::record) later.
+pub(crate) fn span(peer: &str) -> Span {
+    error_span!(
+        "client",
+        %peer,
+        pid = Empty,
+        uid = Empty,
+        program = Empty,
+        tls = Empty,
+        export = Empty
+    )
+}
+
+/// Notes the process of a client of a unix socket.
+pub(crate) fn record_process(span: &Span, address: &ClientAddress) {
+    let ClientAddress::Unix { process, user, .. } = address else { return };
+    span.record("uid", user);
+    if let Some(process) = process {
+        span.record("pid", process);
+        if let Some(program) = program(*process) {
+            span.record("program", display(program.escape_debug()));
+        }
+    }
+}
+
+/// The name of a process, as it calls itself: only for the log.
+fn program(process: i32) -> Option<String> {
+    let name = std::fs::read(format!("/proc/{process}/comm")).ok()?;
+    Some(String::from_utf8_lossy(&name).trim_end().to_owned())
 }

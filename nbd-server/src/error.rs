@@ -125,6 +125,9 @@ pub enum RegistryError {
     /// The name is in use.
     #[error("there is already an export named \"{0}\"")]
     NameTaken(String),
+    /// There is no export of that name.
+    #[error("there is no export named \"{0}\"")]
+    NotFound(String),
     /// The protocol cannot express the name or description.
     #[error("{what} cannot be used: {why}")]
     BadString {

@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tracing::Instrument;
 
 use crate::ServeError;
+use crate::client;
 use crate::connection::{self, Newcomer, Shared, Socket, Thread};
 use crate::error::system_words;
 use crate::ring::RingHandle;
@@ -153,7 +154,7 @@ async fn run(
                 let count = Leaves(Arc::clone(&connections));
                 let thread = thread.clone();
                 let (shared, shutdown) = (shared.clone(), shutdown.clone());
-                let span = tracing::info_span!("connection", %peer);
+                let span = client::span(&peer);
                 tasks.spawn(async move {
                     // Both are given back when the connection ends, also by a panic.
                     let _held = (count, place);

@@ -372,6 +372,7 @@ async fn start_tls(
     };
     let (tls, identity) = super::tls::accept(socket, credentials, &shared.scheduler).await?;
     tracing::info!(client = %identity, tls = tls.describe(), "TLS established");
+    tracing::Span::current().record("tls", tracing::field::display(&identity));
     catalog.client.tls = Some(identity);
     shared.access.admit(&catalog.client).map_err(ConnectionError::Refused)?;
     Ok((before.resume_after_tls(), Socket::Tls(Box::new(tls))))

@@ -31,6 +31,7 @@ mod writeback_errors;
 
 use tokio::sync::OwnedSemaphorePermit;
 
+use crate::client;
 use crate::clients::Arrival;
 use crate::shutdown::{Phase, Shutdown};
 use crate::statistics::Tally;
@@ -61,6 +62,7 @@ pub(crate) async fn serve(
 ) {
     let mut draining = shutdown.clone();
     let address = socket.client_address();
+    client::record_process(&tracing::Span::current(), &address);
     let deadline = shared.config.handshake_timeout;
     let negotiation =
         tokio::time::timeout(deadline, handshake::negotiate(socket, ungreeted, &shared, &thread));
@@ -82,6 +84,7 @@ pub(crate) async fn serve(
         () = draining.reached(Phase::Draining) => return,
     };
     let name = established.negotiated.export_name.clone();
+    tracing::Span::current().record("export", tracing::field::debug(&name));
     shared.access.note_use(&name, established.entry.export());
     let tally = Tally::new(established.entry.record(), established.negotiated.size);
     let present = shared.clients.enter(Arrival {
@@ -94,9 +97,9 @@ pub(crate) async fn serve(
     let export = established.entry.export();
     if shared.clients.is_withdrawn(export) && !shared.exports.offers(export) {
         // The removal may have disconnected clients before it could see this one.
-        return tracing::info!(export = ?name, "the export was removed while a client chose it");
+        return tracing::info!("the export was removed while a client chose it");
     }
-    tracing::info!(export = ?established.negotiated.export_name, "client connected");
+    tracing::info!("client connected");
     let agreed = &established.negotiated;
     let contexts: Vec<_> = agreed.meta_contexts.iter().map(|(_, name)| name.as_str()).collect();
     tracing::debug!(size = agreed.size, mode = ?agreed.reply_mode, ?contexts, "negotiated");

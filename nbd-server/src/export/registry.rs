@@ -114,6 +114,15 @@ impl ExportEntry {
         self
     }
 
+    /// The same export for the same clients, with the properties of a new entry: shown in lists,
+    /// without a description, with and without TLS, for everyone. Limits stay.
+    #[must_use]
+    pub fn with_default_properties(&self) -> Self {
+        let (visibility, security) = (Visibility::Listed, Security::Any);
+        let access = Arc::default();
+        Self { description: None, visibility, security, access, ..self.clone() }
+    }
+
     /// Replaces the export and keeps its visibility, rules and limits: the same clients see and use
     /// it. Of the limits nothing is used yet.
     #[must_use]
@@ -247,6 +256,22 @@ impl ExportRegistry {
         Ok(())
     }
 
+    /// Replaces the entry of an export. Clients that use it continue to do so as before.
+    ///
+    /// # Errors
+    ///
+    /// [`RegistryError`] if there is no export of that name, or the entry breaks the protocol's
+    /// limits.
+    pub fn replace(&self, name: &str, entry: ExportEntry) -> Result<(), RegistryError> {
+        entry.check(name)?;
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(found) = inner.exports.get_mut(name) else {
+            return Err(RegistryError::NotFound(name.to_owned()));
+        };
+        *found = entry;
+        Ok(())
+    }
+
     /// Removes an export. Clients that use it continue to use it.
     pub fn remove(&self, name: &str) -> Option<ExportEntry> {
         self.inner.write().unwrap_or_else(PoisonError::into_inner).exports.remove(name)
@@ -320,6 +345,19 @@ mod tests {
         registry.set_default("disk");
         assert_eq!(registry.find("").unwrap().0, "disk");
         assert!(registry.find("other").is_none(), "only the empty name falls back");
+    }
+
+    #[test]
+    fn an_entry_is_replaced_with_default_properties() {
+        let registry = ExportRegistry::new();
+        assert!(registry.replace("disk", entry()).is_err());
+        registry.add("disk", entry().hidden().tls_required().description("x")).unwrap();
+        let (_, old) = registry.find("disk").unwrap();
+        registry.replace("disk", old.with_default_properties()).unwrap();
+        let (_, new) = registry.find("disk").unwrap();
+        assert!(Arc::ptr_eq(old.export(), new.export()) && !new.is_tls_required());
+        assert!(Arc::ptr_eq(&old.quotas, &new.quotas));
+        assert_eq!(new.description, None);
     }
 
     #[test]
