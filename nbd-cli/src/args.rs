@@ -7,6 +7,7 @@ use crate::commands::{
     qemu_nbd, restore, serve, tls,
 };
 
+pub use crate::logging::{LogArgs, LogFormat};
 pub use crate::size::ByteSize;
 pub use crate::terminal::ColorChoice;
 
@@ -33,9 +34,14 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "nbd-cli", version, after_help = AFTER_HELP, max_term_width = 100)]
 pub struct Cli {
-    /// Log to standard error; twice for negotiation details and every request served.
+    /// Log to standard error; twice for negotiation details and every request served. Without it, the
+    /// environment variable NBD_LOG has the level, or levels of parts (info,nbd_server=debug).
     #[arg(short, long, action = ArgAction::Count, global = true)]
     pub verbose: u8,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub log: LogArgs,
 
     /// The command.
     #[command(subcommand)]

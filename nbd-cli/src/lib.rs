@@ -55,12 +55,19 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         return ExitCode::from(commands::qemu_nbd::run(arguments.to_vec()));
     }
     let command = help::wrapped_once(Cli::command());
-    let matches = command.try_get_matches_from(&arguments);
-    let mut cli = match matches.and_then(|matches| Cli::from_arg_matches(&matches)) {
-        Ok(cli) => cli,
+    let parsed = command.try_get_matches_from(&arguments);
+    let parsed =
+        parsed.and_then(|matches| Cli::from_arg_matches(&matches).map(|cli| (cli, matches)));
+    let (mut cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(message) => return usage(&message, commands::image::usage_code(&arguments)),
     };
-    logging::start(cli.verbose);
+    if let Err(error) = commands::serve::refuse_options_beside_file(&matches) {
+        return report(&error);
+    }
+    if let Err(error) = logging::start(cli.verbose, &cli.log) {
+        return report(&error);
+    }
     if let Command::Serve(args) = &mut cli.command {
         args.role = role;
         args.keeps_log = cli.verbose > 0;

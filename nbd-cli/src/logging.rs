@@ -1,23 +1,150 @@
-//! Log lines on standard error, for `-v`.
+//! Log lines: on standard error or in a file, as text or JSON.
 
-use tracing_subscriber::filter::LevelFilter;
+use std::fs::{File, OpenOptions};
+use std::io::{self, IsTerminal as _, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Starts logging: warnings by default, information with one `-v`, everything with more.
-pub(crate) fn start(verbosity: u8) {
-    let level = match verbosity {
-        0 => LevelFilter::WARN,
-        1 => LevelFilter::INFO,
-        2 => LevelFilter::DEBUG,
-        _ => LevelFilter::TRACE,
+use clap::{Args, ValueEnum};
+use tracing_subscriber::filter::{LevelFilter, Targets};
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::error::CommandError;
+use crate::output::warn;
+
+/// Has the levels if there is no `-v`: a level, or levels of parts of the program.
+const LEVELS: &str = "NBD_LOG";
+
+/// Options of the log.
+#[derive(Debug, Clone, Default, Args)]
+pub struct LogArgs {
+    /// Form of log lines.
+    #[arg(long, value_enum, global = true, default_value_t, value_name = "FORM")]
+    pub log_format: LogFormat,
+
+    /// Append log lines to this file instead of printing them on standard error. Opened again on
+    /// SIGHUP.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+}
+
+/// Forms of log lines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Words.
+    #[default]
+    Text,
+    /// A JSON object per line.
+    Json,
+}
+
+/// The file of the log.
+static FILE: OnceLock<LogFile> = OnceLock::new();
+
+struct LogFile {
+    path: PathBuf,
+    file: Mutex<File>,
+}
+
+/// Starts logging: with `-v` information, with more everything; otherwise what NBD_LOG says, by
+/// default warnings.
+///
+/// # Errors
+///
+/// If NBD_LOG is malformed, or the file cannot be opened.
+pub(crate) fn start(verbosity: u8, args: &LogArgs) -> Result<(), CommandError> {
+    let levels = levels(verbosity, std::env::var(LEVELS).ok().as_deref())?;
+    let (writer, is_terminal) = match &args.log_file {
+        Some(path) => {
+            let path = std::path::absolute(path).map_err(|error| cannot_open(path, &error))?;
+            let file = Mutex::new(open(&path).map_err(|error| cannot_open(&path, &error))?);
+            // There is one at most in a process.
+            let file = FILE.get_or_init(|| LogFile { path, file });
+            (BoxMakeWriter::new(move || Line(file)), false)
+        }
+        None => (BoxMakeWriter::new(io::stderr), io::stderr().is_terminal()),
     };
-    // Fails only if a subscriber is set already, as in a test that runs two commands.
-    let _ = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+    let layer = tracing_subscriber::fmt::layer()
+        .with_writer(writer)
+        .with_ansi(is_terminal)
         .with_target(false)
         // A line that cannot be written, for instance to a full disk, is lost: reporting it in the
         // same place would panic, and end the connection that the line was about.
-        .log_internal_errors(false)
-        .try_init();
+        .log_internal_errors(false);
+    let subscriber = tracing_subscriber::registry().with(levels);
+    // Fails only if a subscriber is set already, as in a test that runs two commands.
+    let _ = match args.log_format {
+        LogFormat::Text => subscriber.with(layer).try_init(),
+        LogFormat::Json => subscriber.with(layer.json().flatten_event(true)).try_init(),
+    };
+    Ok(())
+}
+
+fn levels(verbosity: u8, variable: Option<&str>) -> Result<Targets, CommandError> {
+    let level = match (verbosity, variable) {
+        (0, None | Some("")) => LevelFilter::WARN,
+        (0, Some(levels)) => {
+            return levels.parse().map_err(|_| {
+                CommandError::new(format!(
+                    "{LEVELS} is '{levels}'; write error, warn, info, debug or trace, or levels \
+                     of parts, as in info,nbd_server=debug"
+                ))
+            });
+        }
+        (1, _) => LevelFilter::INFO,
+        (2, _) => LevelFilter::DEBUG,
+        _ => LevelFilter::TRACE,
+    };
+    Ok(Targets::new().with_default(level))
+}
+
+/// Opens the file of the log again, after another program has renamed it. Without a file, and if
+/// the new one cannot be opened, nothing changes.
+pub(crate) fn reopen() {
+    let Some(log) = FILE.get() else { return };
+    match open(&log.path) {
+        Ok(file) => *log.file.lock().unwrap_or_else(PoisonError::into_inner) = file,
+        Err(error) => {
+            warn(&format!("{}; the previous one is used", cannot_open(&log.path, &error)));
+        }
+    }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o640).open(path)
+}
+
+fn cannot_open(path: &Path, error: &io::Error) -> CommandError {
+    CommandError::new(format!("cannot open the log file '{}': {error}", path.display()))
+}
+
+/// Writes a line, which comes whole.
+struct Line(&'static LogFile);
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.0.file.lock().unwrap_or_else(PoisonError::into_inner).write(line)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_option_comes_before_the_variable() {
+        let shown = |verbosity, variable| levels(verbosity, variable).map(|it| it.to_string());
+        assert_eq!(shown(0, None).unwrap(), "warn");
+        assert_eq!(shown(0, Some("debug")).unwrap(), "debug");
+        assert_eq!(shown(1, Some("error")).unwrap(), "info");
+        assert!(shown(0, Some("info,nbd_server=trace")).unwrap().contains("nbd_server=trace"));
+        assert!(shown(0, Some("nbd=loud")).unwrap_err().to_string().contains("NBD_LOG"));
+    }
 }

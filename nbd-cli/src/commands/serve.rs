@@ -4,8 +4,11 @@ mod access;
 mod address;
 mod args;
 mod captive;
+mod config;
 mod control;
 mod export;
+mod reload;
+mod socket_file;
 mod source;
 mod tls;
 mod upstream;
@@ -23,16 +26,21 @@ pub use self::access::{AccessArgs, Clients, ExportRule};
 use self::address::TcpAddress;
 pub use self::args::ServeArgs;
 use self::captive::Captive;
+use self::config::Config;
+pub(crate) use self::config::refuse_options_beside_file;
 pub use self::export::ExportArgs;
 use self::export::ExportSpec;
+use self::reload::{ReloadHandle, Reloader};
+pub use self::socket_file::SocketFileArgs;
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
+use crate::logging;
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
-use crate::serving::{PidFile, drain, runtime, serve_error, serve_until_signal};
-use crate::signals::{EndSignals, Hangup};
+use crate::serving::{PidFile, drain, runtime, serve_until_signal, service_manager};
+use crate::signals::{self, EndSignals, Hangup};
 use crate::size::ByteSize;
 
 pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
@@ -50,12 +58,18 @@ pub(crate) fn run(args: ServeArgs) -> Result<Outcome, CommandError> {
 async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
     let registry = ExportRegistry::new();
+    let (args, file) = with_file(args)?;
     let tls = args.tls.load()?;
     let args = Arc::new(args);
-    let exports = Arc::new(source::exports(&args)?);
+    let exports = Arc::new(match &file {
+        Some(file) => file.specs(),
+        None => source::exports(&args)?,
+    });
+    if args.check {
+        return check(&args, &tls, &exports);
+    }
     let disks = signals.meanwhile(open_sources(&args, &exports, &registry)).await?;
     let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
-    tls::reload_on_hangup(&tls)?;
     let private = match &args.run {
         Some(_) if args.listen.is_empty() && args.socket.is_empty() => {
             Some(PrivateDirectory::new()?)
@@ -66,20 +80,34 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     let mut server = Server::new(config(&args, &tls)?, registry);
     let mut bound = Vec::new();
     for address in addresses(&args, private.as_ref()) {
-        bound.extend(server.listen(&address).await.map_err(serve_error)?);
+        bound.extend(args.sockets.listen(&mut server, &address).await?);
     }
-    warn_of_exposure(&bound, &tls, if args.export.read_only { "" } else { " and change" });
+    let are_read_only = exports.iter().all(|export| export.options.read_only);
+    warn_of_exposure(&bound, &tls, if are_read_only { "" } else { " and change" });
+    let (reload, wishes) = ReloadHandle::new();
     let control = match (&args.control, disks) {
         (Some(path), Some(disks)) => {
             let socket = ControlSocket::open(path).await;
             let socket = socket.map_err(|error| CommandError::new(error.to_string()))?;
             let (bound, tls) = (bound.clone(), tls.clone());
-            let controller = control::controller(server.handle(), disks, &args.export)
+            let mut controller = control::controller(server.handle(), disks, &args.export)
                 .uris(move |name| uris(&bound, name, &tls));
+            if file.is_some() {
+                controller = controller.reload(move || Box::pin(reload.clone().reload()));
+            }
             Some((socket, Arc::new(controller)))
         }
         _ => None,
     };
+    let controller = control.as_ref().map(|(_, controller)| Arc::clone(controller));
+    match (file, args.config.clone()) {
+        (Some(config), Some(path)) => {
+            let (tls, server) = (tls.clone(), server.handle());
+            Reloader { path, config, tls, server, controller }.start(wishes)?;
+        }
+        _ => tls::reload_on_hangup(&tls)?,
+    }
+    signals::on_hangup(logging::reopen)?;
     match &args.run {
         None if control.is_some() => {
             let _pid_file = started(&args, || announce(&bound, &names, &tls))?;
@@ -95,6 +123,39 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
             serve_while_running(server, captive, &mut signals).await
         }
     }
+}
+
+/// Returns the options of the file, if there is one, with those of the command line that a file
+/// cannot have.
+fn with_file(args: ServeArgs) -> Result<(ServeArgs, Option<Config>), CommandError> {
+    let Some(path) = &args.config else { return Ok((args, None)) };
+    let path = std::path::absolute(path)
+        .map_err(|error| CommandError::new(format!("cannot use '{}': {error}", path.display())))?;
+    let config = Config::read(&path)?;
+    let ServeArgs { check, fork, role, keeps_log, run, pid_file, .. } = args;
+    let file = config.args.clone();
+    if run.is_some() && file.control.is_some() {
+        return Err(CommandError::new(
+            "--run is not possible with a control socket; leave 'control' out of the file",
+        ));
+    }
+    let pid_file = pid_file.or_else(|| file.pid_file.clone());
+    let config_path = Some(path);
+    let args =
+        ServeArgs { config: config_path, check, fork, role, keeps_log, run, pid_file, ..file };
+    Ok((args, Some(config)))
+}
+
+/// `--check`: opens everything, for reading only.
+fn check(args: &ServeArgs, tls: &TlsMode, exports: &[ExportSpec]) -> Result<Outcome, CommandError> {
+    config(args, tls)?;
+    for export in exports {
+        source::try_to_open(export)?;
+    }
+    let mut stdout = std::io::stdout().lock();
+    let count = exports.len();
+    let _ = writeln!(stdout, "the configuration is valid; exports: {count}");
+    Ok(Outcome::Success)
 }
 
 /// Opens all sources, on a separate thread: opening a layer on another server blocks.
@@ -215,6 +276,7 @@ fn started(args: &ServeArgs, announce: impl FnOnce()) -> Result<Option<PidFile>,
     if args.role == Role::Background {
         background::ready(args.keeps_log)?;
     }
+    service_manager::ready();
     Ok(pid_file)
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod background;
 mod durability;
 mod filter_args;
 mod pid_file;
+pub(crate) mod service_manager;
 
 use std::future::Future;
 use std::path::PathBuf;
@@ -49,6 +50,7 @@ pub(crate) async fn serve_until_signal(
             _ = stopped => {}
             () = ended => {}
         }
+        service_manager::stopping();
     };
     drain(server, stop).await
 }

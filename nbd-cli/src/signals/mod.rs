@@ -37,7 +37,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 pub(crate) use self::interruption::{
     cancellation, caught, interrupter, keep, remove_if_killed, stop_if_interrupted, watch,
 };
-pub(crate) use self::server::{EndSignals, Hangup};
+pub(crate) use self::server::{EndSignals, Hangup, on_hangup};
 use crate::error::CommandError;
 
 /// Signals with which a user or a program asks another one to end.

@@ -98,6 +98,22 @@ impl EndSignals {
     }
 }
 
+/// Calls `act` on every SIGHUP, in the current runtime.
+///
+/// # Errors
+///
+/// If the system refuses to catch the signal.
+pub(crate) fn on_hangup(act: impl Fn() + Send + 'static) -> Result<(), CommandError> {
+    let mut hangups = Caught::new([Number::HUP])?;
+    tokio::spawn(async move {
+        loop {
+            hangups.next().await;
+            act();
+        }
+    });
+    Ok(())
+}
+
 /// Returns whether the process has a controlling terminal.
 fn has_terminal() -> bool {
     File::open("/dev/tty").is_ok()

@@ -125,6 +125,8 @@ pub enum Request {
         /// Whether the backup succeeded.
         outcome: Outcome,
     },
+    /// Read the configuration file again
+    Reload {},
     /// Stop the server as SIGTERM does
     Shutdown {},
 }

@@ -123,6 +123,8 @@ pub(crate) enum ControlCommand {
         #[arg(value_parser = outcome())]
         outcome: Outcome,
     },
+    /// Read the file of `serve --config` again, as SIGHUP does
+    Reload {},
     /// Stop the server as SIGTERM does
     Shutdown {},
 }
@@ -195,6 +197,7 @@ impl From<ControlCommand> for Request {
             ControlCommand::CheckpointEnd { export, outcome } => {
                 Self::CheckpointEnd { export, outcome }
             }
+            ControlCommand::Reload {} => Self::Reload {},
             ControlCommand::Shutdown {} => Self::Shutdown {},
         }
     }

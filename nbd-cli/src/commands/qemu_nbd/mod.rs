@@ -26,7 +26,8 @@ use clap::Args;
 use self::daemon::{Beginning, Role};
 use self::options::{Options, Wanted};
 use self::refusal::{Refusal, complain, print};
-use crate::logging;
+use crate::logging::{self, LogArgs};
+use crate::output::warn;
 
 /// The arguments of qemu-nbd, which has a separate parser.
 #[derive(Debug, Args)]
@@ -79,7 +80,10 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
         return daemon::start(&arguments);
     }
     // QEMU's output of -v is about kernel devices. Scripts compare the output.
-    logging::start(if options.traces { 2 } else { 0 });
+    let levels = if options.traces { 2 } else { 0 };
+    if let Err(error) = logging::start(levels, &LogArgs::default()) {
+        warn(&error.to_string());
+    }
     match options.list {
         true => list::run(&options),
         false => server::run(&options, role),

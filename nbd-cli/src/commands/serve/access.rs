@@ -104,7 +104,7 @@ impl FromStr for Clients {
 }
 
 /// A number is an id, as in chown.
-fn id(
+pub(super) fn id(
     kind: &str,
     name: &str,
     look_up: fn(&str) -> std::io::Result<Option<u32>>,

@@ -8,6 +8,7 @@ use clap::Args;
 
 use super::address::TcpAddress;
 use super::export::ExportArgs;
+use super::socket_file::SocketFileArgs;
 use super::tls::TlsArgs;
 use crate::serving::Aio;
 use crate::serving::background::Role;
@@ -35,25 +36,37 @@ Examples:
   nbd-cli serve --listen 0.0.0.0 --tls-certificates /etc/pki/nbd disk.img
   nbd-cli serve --listen 0.0.0.0 --tls-psk /etc/nbd/keys.psk disk.img
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
+  nbd-cli serve --config /etc/nbd-cli/server.toml
 
 When clients can connect, one URI per export and address is printed on standard output. With --run
 nothing is printed, and the environment of the command contains uri, exportname, and unixsocket or
 port. Sockets passed by a service manager (LISTEN_FDS) are used automatically.
 
 On SIGINT, SIGTERM and SIGQUIT the server completes the requests in flight, flushes, and exits with
-0; a second signal ends it at once. SIGHUP reloads TLS credentials and never ends the server, unless
-its terminal is gone. A socket file without a listening process is replaced.
+0; a second signal ends it at once. SIGHUP reloads TLS credentials and the file of --config and never
+ends the server, unless its terminal is gone. A socket file without a listening process is replaced.
 
 Exit codes: 0 ended by a signal, 1 error, 128 + N ended by a second signal N; with --run the
 command's status.";
 
 /// Arguments of `nbd-cli serve`.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct ServeArgs {
     /// The disks to export; see below.
-    #[arg(required_unless_present = "control", value_name = "SOURCE")]
+    #[arg(required_unless_present_any = ["control", "config"], value_name = "SOURCE")]
     pub sources: Vec<OsString>,
+
+    /// Serve what a TOML file describes: at its top the options of the server, and below each
+    /// [[export]] the 'source', the 'name' and the options of an export, named as here. Read again
+    /// on SIGHUP and by `nbd-cli control reload`.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["sources", "name"])]
+    pub config: Option<PathBuf>,
+
+    /// Check the file of --config, and that everything it names can be opened, without serving or
+    /// writing anything.
+    #[arg(long, requires = "config")]
+    pub check: bool,
 
     /// Listen on a TCP address; the default port is 10809, and 0 selects a free one. A port alone
     /// is one of 127.0.0.1. May be repeated. Without --listen, --socket or --run: 127.0.0.1.
@@ -68,6 +81,10 @@ pub struct ServeArgs {
     #[arg(short = 'U', long, value_name = "PATH")]
     pub socket: Vec<PathBuf>,
 
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub sockets: SocketFileArgs,
+
     /// Name of the export, if exactly one source has no name.
     #[arg(short, long)]
     pub name: Option<String>,
@@ -75,10 +92,6 @@ pub struct ServeArgs {
     /// How images are read that are not in memory.
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub aio: Aio,
-
-    #[command(flatten)]
-    #[allow(missing_docs)]
-    pub export: ExportArgs,
 
     /// Listen on a control socket, for managing exports, bitmaps and checkpoints while the server
     /// runs; only this user can use it. See `nbd-cli control --help`.
@@ -107,6 +120,10 @@ pub struct ServeArgs {
     /// exit with its status.
     #[arg(long, value_name = "COMMAND")]
     pub run: Option<String>,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub export: ExportArgs,
 
     #[command(flatten)]
     #[allow(missing_docs)]

@@ -60,6 +60,52 @@ pub(super) fn exports(args: &ServeArgs) -> Result<Vec<ExportSpec>, CommandError>
     Ok(exports)
 }
 
+/// Checks an export of a configuration file, without opening anything.
+pub(super) fn check(export: &ExportSpec, has_tls: bool) -> Result<(), CommandError> {
+    let uris = uri(&export.source).into_iter().collect::<Result<Vec<_>, _>>()?;
+    export.options.upstream.check(&uris, false)?;
+    export.options.access.check(std::slice::from_ref(&export.name), false, has_tls)
+}
+
+/// Opens the source of an export without writing anything, also while others write it.
+pub(super) fn try_to_open(export: &ExportSpec) -> Result<(), CommandError> {
+    let mut choices = choices(&export.options);
+    choices.writes = Writes::Refused;
+    choices.locking = ShareArgs { force_share: true }.locking(export.options.trust.locks);
+    open(&export.source, &choices).map(drop)
+}
+
+/// An open source.
+pub(super) enum Source {
+    Plain(ExportEntry),
+    /// Of a server with a control socket.
+    Controlled(ServedDisk),
+}
+
+impl Source {
+    pub(super) fn entry(&self) -> ExportEntry {
+        match self {
+            Self::Plain(entry) => entry.clone(),
+            Self::Controlled(disk) => disk.entry(),
+        }
+    }
+}
+
+/// Opens the source of an export.
+pub(super) fn open_export(
+    export: &ExportSpec,
+    tls_only: &[String],
+    is_controlled: bool,
+) -> Result<Source, CommandError> {
+    let ExportSpec { source, options, .. } = export;
+    let opened = open(source, &choices(options))?;
+    if !is_controlled {
+        return Ok(Source::Plain(entry(export, tls_only, ExportEntry::new(opened.export))));
+    }
+    let disk = served_disk(source.to_string_lossy().into_owned(), opened);
+    Ok(Source::Controlled(disk.configured(|plain| entry(export, tls_only, plain))))
+}
+
 /// Opens every source and registers it.
 pub(super) fn add_all(
     exports: &[ExportSpec],
@@ -68,19 +114,12 @@ pub(super) fn add_all(
     mut controlled: Option<&mut ServedDisks>,
 ) -> Result<(), CommandError> {
     for export in exports {
-        let ExportSpec { name, source, options } = export;
-        let opened = open(source, &choices(options))?;
-        let entry = match &mut controlled {
-            None => entry(export, tls_only, ExportEntry::new(opened.export)),
-            Some(disks) => {
-                let disk = served_disk(source.to_string_lossy().into_owned(), opened);
-                let disk = disk.configured(|plain| entry(export, tls_only, plain));
-                let entry = disk.entry();
-                disks.insert(name.to_owned(), disk);
-                entry
-            }
-        };
-        registry.add(name, entry).map_err(|error| cannot_export(source, error))?;
+        let source = open_export(export, tls_only, controlled.is_some())?;
+        let added = registry.add(&*export.name, source.entry());
+        added.map_err(|error| cannot_export(&export.source, error))?;
+        if let (Source::Controlled(disk), Some(disks)) = (source, &mut controlled) {
+            disks.insert(&*export.name, disk);
+        }
     }
     if let Some(first) = exports.first() {
         registry.set_default(first.name.clone());
@@ -89,7 +128,11 @@ pub(super) fn add_all(
 }
 
 /// Gives an export the properties that clients see.
-fn entry(export: &ExportSpec, tls_only: &[String], mut entry: ExportEntry) -> ExportEntry {
+pub(super) fn entry(
+    export: &ExportSpec,
+    tls_only: &[String],
+    mut entry: ExportEntry,
+) -> ExportEntry {
     let ExportSpec { name, options, .. } = export;
     if let Some(text) = &options.description {
         entry = entry.description(text.clone());

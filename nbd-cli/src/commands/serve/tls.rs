@@ -13,9 +13,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::error::CommandError;
 use crate::output::warn;
+use crate::serving::service_manager;
 
 /// The options.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "TLS")]
 pub struct TlsArgs {
     /// Whether clients may or must use TLS; required once there are credentials.
@@ -161,7 +162,10 @@ pub(super) fn reload_on_hangup(tls: &TlsMode) -> Result<(), CommandError> {
         .map_err(|error| CommandError::new(format!("cannot catch SIGHUP: {error}")))?;
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
-            match credentials.reload() {
+            service_manager::reloading();
+            let reloaded = credentials.reload();
+            service_manager::reloaded();
+            match reloaded {
                 Ok(()) => tracing::info!("TLS credentials were reloaded"),
                 Err(error) => warn(&format!(
                     "cannot reload the TLS credentials: {error}; the previous ones stay in use"

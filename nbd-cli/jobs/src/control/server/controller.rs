@@ -1,11 +1,13 @@
 //! The object that carries out the requests of a control socket.
 
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use imgfmt::Format;
 use nbd_server::ServerHandle;
+use serde_json::Value;
 use tokio::sync::{Mutex, Notify};
 
 use super::disks::{ConnectionId, RunningCheckpoint, ServedDisk, ServedDisks};
@@ -30,6 +32,9 @@ pub struct RequestedSource {
 }
 
 type OpenSource = dyn Fn(&RequestedSource) -> Result<ServedDisk, Failure> + Send + Sync;
+/// The result of reading the configuration again.
+pub type Reloading = Pin<Box<dyn Future<Output = Result<Value, Failure>> + Send>>;
+type Reload = dyn Fn() -> Reloading + Send + Sync;
 type UrisOf = dyn Fn(&str) -> Vec<String> + Send + Sync;
 
 /// Executes the requests of a control socket, one at a time.
@@ -38,6 +43,7 @@ pub struct Controller {
     pub(super) disks: Mutex<ServedDisks>,
     pub(super) open: Arc<OpenSource>,
     pub(super) uris: Box<UrisOf>,
+    pub(super) reload: Box<Reload>,
     pub(super) observer: Arc<ControlObserver>,
     pub(super) temporary_directory: PathBuf,
     pub(super) stop: Notify,
@@ -57,6 +63,10 @@ impl Controller {
                 Err(Failure::new(ErrorKind::InvalidRequest, message))
             }),
             uris: Box::new(|_| Vec::new()),
+            reload: Box::new(|| {
+                let message = "this server has no configuration file; start it with --config";
+                Box::pin(async move { Err(Failure::new(ErrorKind::InvalidRequest, message)) })
+            }),
             observer: ignore(),
             temporary_directory: PathBuf::from(TEMPORARY_DIRECTORY),
             stop: Notify::new(),
@@ -80,6 +90,14 @@ impl Controller {
     #[must_use]
     pub fn uris(mut self, uris: impl Fn(&str) -> Vec<String> + Send + Sync + 'static) -> Self {
         self.uris = Box::new(uris);
+        self
+    }
+
+    /// Reads the configuration of the server again, for clients that ask for it. `reload` may add and
+    /// remove exports. By default there is no configuration.
+    #[must_use]
+    pub fn reload(mut self, reload: impl Fn() -> Reloading + Send + Sync + 'static) -> Self {
+        self.reload = Box::new(reload);
         self
     }
 

@@ -35,7 +35,7 @@ mod requests;
 mod slots;
 mod socket;
 
-pub use self::controller::{Controller, RequestedSource};
+pub use self::controller::{Controller, Reloading, RequestedSource};
 pub use self::disks::{ServedDisk, ServedDisks};
 pub use self::event::{ControlEvent, ControlObserver};
 pub use self::socket::{ControlSocket, ControlSocketError};

@@ -4,6 +4,7 @@ use std::time::SystemTime;
 
 use imgfmt::Format;
 use nbd_proto::wire::TransmissionFlags;
+use nbd_server::export::ExportEntry;
 use nbd_server::{InUse, RemoveError};
 use serde_json::{Value, json};
 
@@ -24,6 +25,10 @@ impl Controller {
         request: Request,
         connection: ConnectionId,
     ) -> Result<Value, Failure> {
+        if matches!(request, Request::Reload {}) {
+            // It adds and removes exports itself.
+            return (self.reload)().await;
+        }
         let mut disks = self.disks.lock().await;
         match request {
             Request::List {} => {
@@ -93,6 +98,25 @@ impl Controller {
     pub async fn remove_export(&self, name: &str, on_use: OnUse) -> Result<(), Failure> {
         let mut disks = self.disks.lock().await;
         self.remove(&mut disks, name, on_use).await.map(drop)
+    }
+
+    /// Removes an export for new clients; those that use it keep it until they leave, and its disk
+    /// is closed then.
+    ///
+    /// # Errors
+    ///
+    /// If there is no export of that name, or a checkpoint of it is in progress; it is kept then. If
+    /// flushing the disk fails, the export is removed nevertheless.
+    pub async fn release_export(&self, name: &str) -> Result<(), Failure> {
+        let mut disks = self.disks.lock().await;
+        if disks.get(name)?.checkpoint.is_some() {
+            let message = format!("a checkpoint of '{name}' is in progress; end it first");
+            return Err(Failure::new(ErrorKind::InUse, message));
+        }
+        let entry = self.server.exports().remove(name);
+        let disk = disks.remove(name);
+        self.observe(&ControlEvent::ExportRemoved { export: name });
+        blocking(move || close(entry, disk)).await?
     }
 
     async fn list(&self, disks: &ServedDisks) -> Result<Listing, Failure> {
@@ -189,18 +213,20 @@ impl Controller {
         })?;
         let disk = disks.remove(name);
         self.observe(&ControlEvent::ExportRemoved { export: name });
-        blocking(move || {
-            let flushed = entry.export().flush();
-            // Closes the image, unless a cancelled request is still working on it.
-            drop((entry, disk));
-            flushed.map_err(|error| {
-                let message = format!("the export is removed, but flushing it failed: {error}");
-                Failure::new(ErrorKind::Failed, message)
-            })
-        })
-        .await??;
+        blocking(move || close(Some(entry), disk)).await??;
         Ok(json!({}))
     }
+}
+
+/// Flushes a disk that was removed and closes its image, unless clients or a cancelled request
+/// still use it.
+fn close(entry: Option<ExportEntry>, disk: Option<ServedDisk>) -> Result<(), Failure> {
+    let flushed = entry.as_ref().map_or(Ok(()), |entry| entry.export().flush());
+    drop((entry, disk));
+    flushed.map_err(|error| {
+        let message = format!("the export is removed, but flushing it failed: {error}");
+        Failure::new(ErrorKind::Failed, message)
+    })
 }
 
 fn known_format(name: &str) -> Result<Format, Failure> {

@@ -1,0 +1,249 @@
+//! A server with a configuration file reads it again, on SIGHUP and on request.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use nbd_jobs::control::server::Controller;
+use nbd_jobs::control::{ErrorKind, Failure};
+use nbd_server::ServerHandle;
+use nbd_server::export::ExportEntry;
+use nbd_server::tls::TlsMode;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot};
+
+use super::config::{Config, ConfiguredExport, Settings};
+use super::source::{self, Source};
+use crate::error::CommandError;
+use crate::output::warn;
+use crate::serving::service_manager;
+
+/// Options of exports that can change while they are served.
+const LIVE: [&str; 10] = [
+    "description",
+    "hidden",
+    "allow",
+    "readonly-for",
+    "client-connections",
+    "client-rate",
+    "client-iops",
+    "export-connections",
+    "export-rate",
+    "export-iops",
+];
+/// Options of the server that can change while it runs.
+const LIVE_OF_SERVER: [&str; 1] = ["tls-only"];
+
+/// A request to read the file again, and where the result goes.
+type Wish = oneshot::Sender<Result<Value, Failure>>;
+
+/// Asks a running server to read its file again.
+#[derive(Debug, Clone)]
+pub(super) struct ReloadHandle(mpsc::Sender<Wish>);
+
+impl ReloadHandle {
+    pub(super) fn new() -> (Self, mpsc::Receiver<Wish>) {
+        let (sender, wishes) = mpsc::channel(1);
+        (Self(sender), wishes)
+    }
+
+    /// Reads the file again; returns what has changed.
+    pub(super) async fn reload(self) -> Result<Value, Failure> {
+        let ended = |_| Failure::new(ErrorKind::Failed, "the server is ending");
+        let (sender, result) = oneshot::channel();
+        self.0.send(sender).await.map_err(|_| ended(()))?;
+        result.await.map_err(|_| ended(()))?
+    }
+}
+
+/// What a server was started with, and what it has become.
+pub(super) struct Reloader {
+    pub(super) path: PathBuf,
+    pub(super) config: Config,
+    pub(super) tls: TlsMode,
+    pub(super) server: ServerHandle,
+    /// Of a server with a control socket.
+    pub(super) controller: Option<Arc<Controller>>,
+}
+
+/// What a new file asks for.
+struct Changes {
+    added: Vec<ConfiguredExport>,
+    removed: Vec<String>,
+    /// What cannot change while the server runs.
+    left: Vec<String>,
+    /// The new file, with the old values of what is left.
+    config: Config,
+}
+
+impl Reloader {
+    /// Reads the file again on each SIGHUP and on each wish.
+    ///
+    /// # Errors
+    ///
+    /// If SIGHUP cannot be caught.
+    pub(super) fn start(mut self, mut wishes: mpsc::Receiver<Wish>) -> Result<(), CommandError> {
+        let mut hangups = signal(SignalKind::hangup())
+            .map_err(|error| CommandError::new(format!("cannot catch SIGHUP: {error}")))?;
+        tokio::spawn(async move {
+            loop {
+                let wish = tokio::select! {
+                    Some(wish) = wishes.recv() => Some(wish),
+                    Some(()) = hangups.recv() => None,
+                    else => return,
+                };
+                service_manager::reloading();
+                let result = self.reload().await;
+                service_manager::reloaded();
+                match &result {
+                    Ok(changes) => tracing::info!(%changes, "the configuration was reloaded"),
+                    Err(error) => warn(&format!("{error}; nothing was changed")),
+                }
+                if let Some(wish) = wish {
+                    let failed =
+                        |error: CommandError| Failure::new(ErrorKind::Failed, error.to_string());
+                    // One that has left does not want to know.
+                    let _ = wish.send(result.map_err(failed));
+                }
+            }
+        });
+        Ok(())
+    }
+
+    /// Makes the server what the file says now. After an error nothing has changed.
+    async fn reload(&mut self) -> Result<Value, CommandError> {
+        let changes = self.compare(Config::read(&self.path)?)?;
+        let Changes { added, removed, mut left, config } = changes;
+        let is_controlled = self.controller.is_some();
+        let tls_only = config.args.tls.tls_only.clone();
+        let specs: Vec<_> = added.iter().map(|export| export.spec.clone()).collect();
+        let only = tls_only.clone();
+        // Opening a layer on another server blocks.
+        let opened = tokio::task::spawn_blocking(move || {
+            let open = |spec| source::open_export(spec, &only, is_controlled);
+            specs.iter().map(open).collect::<Result<Vec<_>, _>>()
+        });
+        let opened = opened
+            .await
+            .map_err(|error| CommandError::new(format!("opening was given up: {error}")))??;
+        if let Some(credentials) = self.tls.credentials() {
+            credentials.reload().map_err(|error| CommandError::new(error.to_string()))?;
+        }
+        // From here on nothing fails that was checked before; what does is reported.
+        for name in &removed {
+            if let Err(why) = self.remove(name).await {
+                left.push(format!("{name}: {why}"));
+            }
+        }
+        for (export, source) in added.iter().zip(opened) {
+            if let Err(why) = self.add(&export.spec.name, source).await {
+                left.push(format!("{}: {why}", export.spec.name));
+            }
+        }
+        let exports = self.server.exports();
+        for (name, entry) in exports.entries() {
+            let Some(export) = config.exports.iter().find(|export| export.spec.name == name) else {
+                continue;
+            };
+            let entry = source::entry(&export.spec, &tls_only, entry.with_default_properties());
+            if let Err(error) = exports.replace(&name, entry) {
+                left.push(format!("{name}: {error}"));
+            }
+        }
+        if let Some(first) = config.exports.first() {
+            exports.set_default(first.spec.name.clone());
+        }
+        for what in &left {
+            warn(&format!("not changed while the server runs: {what}"));
+        }
+        self.config = config;
+        let added: Vec<_> = added.into_iter().map(|export| export.spec.name).collect();
+        Ok(json!({ "added": added, "removed": removed, "left": left }))
+    }
+
+    /// Finds out what is to be done.
+    fn compare(&self, new: Config) -> Result<Changes, CommandError> {
+        let mut config = new;
+        let mut left = differences(&self.config.server, &config.server, &LIVE_OF_SERVER);
+        if !left.is_empty() {
+            let mut args = self.config.args.clone();
+            args.tls.tls_only.clone_from(&config.args.tls.tls_only);
+            config.args = args;
+            config.server.clone_from(&self.config.server);
+        }
+        let known = |config: &Config, name: &str| {
+            config.exports.iter().find(|export| export.spec.name == name).cloned()
+        };
+        let mut added = Vec::new();
+        for export in &mut config.exports {
+            let name = export.spec.name.clone();
+            let Some(old) = known(&self.config, &name) else {
+                if self.server.exports().entries().iter().any(|(taken, _)| *taken == name) {
+                    return Err(CommandError::new(format!(
+                        "the new export '{name}' has the name of one that was added by the control \
+                         socket"
+                    )));
+                }
+                added.push(export.clone());
+                continue;
+            };
+            let fixed = differences(&old.settings, &export.settings, &LIVE);
+            left.extend(fixed.iter().map(|key| format!("{key} of the export '{name}'")));
+            // The next reload compares with what is served.
+            for key in fixed {
+                match old.settings.get(&key) {
+                    Some(value) => export.settings.insert(key, value.clone()),
+                    None => export.settings.remove(&key),
+                };
+            }
+        }
+        let gone = self.config.exports.iter().map(|export| &export.spec.name);
+        let removed = gone.filter(|name| known(&config, name).is_none()).cloned().collect();
+        Ok(Changes { added, removed, left, config })
+    }
+
+    async fn add(&self, name: &str, source: Source) -> Result<(), String> {
+        match (source, &self.controller) {
+            (Source::Controlled(disk), Some(controller)) => {
+                let added = controller.add_export(name, disk).await;
+                added.map(drop).map_err(|failure| failure.to_string())
+            }
+            (source, _) => {
+                let added = self.server.exports().add(name, source.entry());
+                added.map_err(|error| error.to_string())
+            }
+        }
+    }
+
+    /// Removes an export; clients that use it keep it until they leave.
+    async fn remove(&self, name: &str) -> Result<(), String> {
+        match &self.controller {
+            Some(controller) => {
+                controller.release_export(name).await.map_err(|failure| failure.to_string())
+            }
+            None => {
+                let removed: Option<ExportEntry> = self.server.exports().remove(name);
+                // The last one to drop an image closes it, which may block.
+                let closing = tokio::task::spawn_blocking(move || {
+                    removed.map_or(Ok(()), |entry| entry.export().flush())
+                });
+                match closing.await {
+                    Ok(Err(error)) => {
+                        Err(format!("it is removed, but flushing it failed: {error}"))
+                    }
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+}
+
+/// The keys whose values differ, except for those that can change.
+fn differences(old: &Settings, new: &Settings, live: &[&str]) -> Vec<String> {
+    let keys: std::collections::BTreeSet<_> = old.keys().chain(new.keys()).collect();
+    let changed = keys.into_iter().filter(|key| {
+        let value = |settings: &Settings| settings.get(*key).cloned().unwrap_or_default();
+        !live.contains(&key.as_str()) && value(old) != value(new)
+    });
+    changed.cloned().collect()
+}

@@ -1,0 +1,45 @@
+//! What a service manager is told (sd_notify): that the server is ready, reloads, ends and lives.
+
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+
+/// Clients can connect. From here on the watchdog of the service manager, if it has one, is told
+/// that the thread which accepts clients works. To be called in a runtime.
+pub(crate) fn ready() {
+    tell(&[NotifyState::Ready]);
+    // Twice in each period, as the documentation of the protocol recommends.
+    let Some(period) = sd_notify::watchdog_enabled().map(|limit| limit / 2) else { return };
+    tokio::spawn(async move {
+        loop {
+            tell(&[NotifyState::Watchdog]);
+            tokio::time::sleep(period.max(Duration::from_millis(1))).await;
+        }
+    });
+}
+
+/// The server reads its files again, until [`reloaded`].
+pub(crate) fn reloading() {
+    // Without the time, a service of type notify-reload would not take notice.
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(_) => tell(&[NotifyState::Reloading]),
+    }
+}
+
+/// It has read them.
+pub(crate) fn reloaded() {
+    tell(&[NotifyState::Ready]);
+}
+
+/// The server ends: it completes requests and flushes.
+pub(crate) fn stopping() {
+    tell(&[NotifyState::Stopping]);
+}
+
+/// A service manager that is not there, or does not listen, is no reason not to serve.
+fn tell(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::debug!(%error, "the service manager cannot be told");
+    }
+}
