@@ -50,14 +50,21 @@ fn check(root: &Path) -> Result<Vec<String>> {
     let mut files = Vec::new();
     collect_text_files(root, &mut files)?;
     files.sort();
-    for file in files {
-        let text = fs::read_to_string(&file)
+    let is_somewhere = |name: &str| files.iter().any(|file| file.ends_with(name));
+    for file in &files {
+        let text = fs::read_to_string(file)
             .with_context(|| format!("cannot read {} as text", file.display()))?;
-        let path = file.strip_prefix(root).unwrap_or(&file).to_string_lossy().into_owned();
+        let path = file.strip_prefix(root).unwrap_or(file).to_string_lossy().into_owned();
         findings.extend(check_file(&path, &text));
-        // The documents of a crate name paths relative to it.
-        if path.ends_with(".md") && (path.starts_with("docs/") || !path.contains('/')) {
-            findings.extend(architecture::check(&path, &text, |named| exists(root, named)));
+        let is_document = path.starts_with("docs/") || !path.contains('/');
+        if path.ends_with(".md") && is_document || path == "imgfmt/DESIGN.md" {
+            findings.extend(architecture::check(&path, &text, |named| match named.contains('/') {
+                true => exists(root, named),
+                false => is_somewhere(named),
+            }));
+        }
+        if path == "ARCHITECTURE.md" {
+            findings.extend(architecture::check_answers(&path, &text));
         }
     }
     findings.extend(engines::check_lists(|path| root.join(path).exists()));
