@@ -12,9 +12,12 @@ mod file;
 mod known_data;
 mod lock;
 mod memory;
+mod null;
 mod opening;
+mod padded;
 mod range_locks;
 mod tracked;
+mod window;
 mod zero;
 
 use std::fmt;
@@ -27,7 +30,10 @@ use crate::units::HostOffset;
 pub use alignment::DirectAlignment;
 pub use file::FileStorage;
 pub use memory::MemoryStorage;
+pub use null::NullStorage;
+pub use padded::in_whole_blocks;
 pub(crate) use tracked::Tracked;
+pub use window::StorageWindow;
 
 /// Whether a write must be on stable storage when it returns.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

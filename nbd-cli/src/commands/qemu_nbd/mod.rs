@@ -15,7 +15,6 @@ mod options;
 mod refusal;
 mod server;
 mod source;
-mod storage;
 mod tls;
 
 use std::ffi::{OsStr, OsString};

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use imgfmt::storage::{NullStorage, StorageWindow, in_whole_blocks};
 use imgfmt::{
     Access, BackingFile, BackingOptions, CacheMode, Format, Image, Locking, NameTarget,
     OpenOptions, OpenPolicy, Storage,
@@ -22,10 +23,12 @@ use nbd_server::export::{CountedLayers, Export};
 use super::image_options::{Backing, Described, Place, unknown_driver};
 use super::options::{AioMode, Options, SnapshotName};
 use super::refusal::{Refusal, complain};
-use super::storage::{Null, Part, SECTOR, in_whole_sectors};
 use crate::connect::ServerArgs;
 use crate::serving::temporary_directory;
 use crate::shown::warnings;
+
+/// QEMU's block devices consist of these, in bytes.
+const SECTOR: u64 = 512;
 
 /// Opens it according to the options.
 ///
@@ -97,7 +100,7 @@ fn open_image(
     let is_whole = disk.part == Window::default()
         && choices.window == Window::default()
         && length.is_multiple_of(SECTOR);
-    let storage = in_whole_sectors(place);
+    let storage = in_whole_blocks(place, SECTOR);
     let mut storage = part_of(storage.map_err(|error| error.to_string())?, disk.part)?;
     if choices.format == Some(Format::Raw) {
         // Here, and not as a part of the disk: that could not end in the middle of a sector.
@@ -127,8 +130,11 @@ fn part_of(storage: Arc<dyn Storage>, window: Window) -> Result<Arc<dyn Storage>
     if window == Window::default() {
         return Ok(storage);
     }
-    let part = Arc::new(Part::new(storage, window)?);
-    in_whole_sectors(part).map_err(|error| error.to_string())
+    let whole = storage.len().map_err(|error| error.to_string())?;
+    window.check(whole).map_err(|error| error.to_string())?;
+    let part = StorageWindow::new(storage, window.offset, window.size);
+    let part = part.and_then(|part| in_whole_blocks(Arc::new(part), SECTOR));
+    part.map_err(|error| error.to_string())
 }
 
 type OpenPlace = (Arc<dyn Storage>, Option<Arc<ExportStorage>>);
@@ -140,7 +146,7 @@ fn open_place(choices: &ServeOptions, place: &Place) -> Result<OpenPlace, String
             (Arc::new(file), None)
         }
         Place::NamedAbove => return Err("the image above has to be open".to_owned()),
-        Place::Null(size, latency) => (Arc::new(Null::new(*size, *latency)), None),
+        Place::Null(size, latency) => (Arc::new(NullStorage::new(*size, *latency)), None),
         Place::Export(uri) => {
             let storage = choices.remotes.open_with(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
@@ -181,7 +187,7 @@ fn backing_file(choices: &ServeOptions, backing: &Backing) -> Result<BackingFile
                 ..choices.clone()
             };
             let (storage, _) = open_place(&reading, place)?;
-            let storage = in_whole_sectors(storage).map_err(|error| error.to_string())?;
+            let storage = in_whole_blocks(storage, SECTOR).map_err(|error| error.to_string())?;
             Some(NameTarget::Storage(part_of(storage, part)?))
         }
     };

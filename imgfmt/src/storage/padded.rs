@@ -1,42 +1,45 @@
-//! Sizes in whole sectors, as for all of QEMU's block devices.
+//! A storage whose size is a multiple of a block, as for all of QEMU's block devices.
 
 use std::io;
 use std::sync::Arc;
 
-use imgfmt::storage::StorageExtent;
-use imgfmt::{Capabilities, Durability, ExtentKind, HostOffset, Speed, Storage, TryRead, ZeroMode};
+use super::{Capabilities, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode};
+use crate::extent::ExtentKind;
+use crate::units::HostOffset;
 
-/// In bytes.
-pub(in crate::commands::qemu_nbd) const SECTOR: u64 = 512;
-
-/// Returns the storage itself if its size is a multiple of a sector, or else a longer one: it reads
-/// as zero after the end of the other, and a write there extends the other.
-pub(in crate::commands::qemu_nbd) fn in_whole_sectors(
-    inner: Arc<dyn Storage>,
-) -> io::Result<Arc<dyn Storage>> {
+/// Returns the storage itself if its size is a multiple of `block` bytes, or else a longer one: it
+/// reads as zero after the end of the other, and a write there extends the other.
+///
+/// # Errors
+///
+/// If the size is unknown or too large, or `block` is 0.
+pub fn in_whole_blocks(inner: Arc<dyn Storage>, block: u64) -> io::Result<Arc<dyn Storage>> {
     let length = inner.len()?;
-    if length.is_multiple_of(SECTOR) {
+    if length.is_multiple_of(block) {
         return Ok(inner);
     }
-    let padded = length.checked_next_multiple_of(SECTOR).ok_or(io::ErrorKind::FileTooLarge)?;
-    Ok(Arc::new(Sectors { inner, padded }))
+    let padded = match block {
+        0 => return Err(io::ErrorKind::InvalidInput.into()),
+        block => length.checked_next_multiple_of(block).ok_or(io::ErrorKind::FileTooLarge)?,
+    };
+    Ok(Arc::new(PaddedStorage { inner, padded }))
 }
 
 #[derive(Debug)]
-struct Sectors {
+struct PaddedStorage {
     inner: Arc<dyn Storage>,
     /// The least length.
     padded: u64,
 }
 
-impl Sectors {
+impl PaddedStorage {
     /// Returns the part of a range that lies within the other storage.
     fn available(&self, offset: HostOffset, length: u64) -> io::Result<u64> {
         Ok(self.inner.len()?.saturating_sub(offset.bytes()).min(length))
     }
 }
 
-impl Storage for Sectors {
+impl Storage for PaddedStorage {
     fn len(&self) -> io::Result<u64> {
         Ok(self.inner.len()?.max(self.padded))
     }
@@ -107,8 +110,7 @@ impl Storage for Sectors {
 
 #[cfg(test)]
 mod tests {
-    use imgfmt::storage::MemoryStorage;
-
+    use super::super::MemoryStorage;
     use super::*;
 
     fn at(offset: u64) -> HostOffset {
@@ -116,32 +118,32 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_of_the_last_sector_reads_as_zero_and_can_be_written() {
+    fn the_rest_of_the_last_block_reads_as_zero_and_can_be_written() {
         let inner = Arc::new(MemoryStorage::new(1000));
         inner.write_at(at(0), &[7; 1000], Durability::Cached).unwrap();
-        let sectors = in_whole_sectors(inner.clone()).unwrap();
-        assert_eq!(sectors.len().unwrap(), 1024);
+        let padded = in_whole_blocks(inner.clone(), 512).unwrap();
+        assert_eq!(padded.len().unwrap(), 1024);
         let mut end = [9; 30];
-        assert_eq!(sectors.read_at(at(996), &mut end).unwrap(), 28);
+        assert_eq!(padded.read_at(at(996), &mut end).unwrap(), 28);
         assert_eq!(end[..28], [&[7; 4][..], &[0; 24]].concat());
         let hole = StorageExtent { length: 24, kind: ExtentKind::Hole };
-        assert_eq!(sectors.next_extent(at(1000), 24).unwrap(), hole);
-        assert_eq!(sectors.next_extent(at(0), 1024).unwrap().length, 1000);
-        sectors.write_zeroes(at(990), 34, ZeroMode::MayUnmap, Speed::Any).unwrap();
-        sectors.punch_hole(at(1000), 24).unwrap();
+        assert_eq!(padded.next_extent(at(1000), 24).unwrap(), hole);
+        assert_eq!(padded.next_extent(at(0), 1024).unwrap().length, 1000);
+        padded.write_zeroes(at(990), 34, ZeroMode::MayUnmap, Speed::Any).unwrap();
+        padded.punch_hole(at(1000), 24).unwrap();
         assert_eq!(inner.len().unwrap(), 1000, "zeroes do not make it longer");
-        sectors.write_at(at(1010), &[5; 10], Durability::Cached).unwrap();
-        assert_eq!((inner.len().unwrap(), sectors.len().unwrap()), (1020, 1024));
+        padded.write_at(at(1010), &[5; 10], Durability::Cached).unwrap();
+        assert_eq!((inner.len().unwrap(), padded.len().unwrap()), (1020, 1024));
         let mut last = [9; 40];
-        sectors.read_exact_at(at(984), &mut last).unwrap();
+        padded.read_exact_at(at(984), &mut last).unwrap();
         let expected = [&[7; 6][..], &[0; 20], &[5; 10], &[0; 4]].concat();
         assert_eq!(last[..], expected);
     }
 
     #[test]
-    fn whole_sectors_are_left_alone() {
+    fn whole_blocks_are_left_alone() {
         let inner: Arc<dyn Storage> = Arc::new(MemoryStorage::new(1024));
-        let same = in_whole_sectors(Arc::clone(&inner)).unwrap();
+        let same = in_whole_blocks(Arc::clone(&inner), 512).unwrap();
         assert!(Arc::ptr_eq(&inner, &same));
     }
 }

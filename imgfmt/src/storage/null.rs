@@ -1,21 +1,23 @@
-//! The drivers `null-co` and `null-aio`: a disk that discards all writes, for benchmarks.
+//! A storage that discards all writes, for benchmarks: QEMU's drivers `null-co` and `null-aio`.
 
 use std::io;
 use std::time::Duration;
 
-use imgfmt::storage::StorageExtent;
-use imgfmt::{Capabilities, Durability, ExtentKind, HostOffset, Speed, Storage, TryRead, ZeroMode};
+use super::{Capabilities, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode};
+use crate::extent::ExtentKind;
+use crate::units::HostOffset;
 
 /// Reads as zero, and discards every write.
 #[derive(Debug)]
-pub(in crate::commands::qemu_nbd) struct Null {
+pub struct NullStorage {
     size: u64,
     latency: Duration,
 }
 
-impl Null {
-    /// A disk of `size` bytes that takes `latency` for each read, write and flush.
-    pub(in crate::commands::qemu_nbd) fn new(size: u64, latency: Duration) -> Self {
+impl NullStorage {
+    /// A storage of `size` bytes that takes `latency` for each read, write and flush.
+    #[must_use]
+    pub fn new(size: u64, latency: Duration) -> Self {
         Self { size, latency }
     }
 
@@ -33,7 +35,7 @@ impl Null {
     }
 }
 
-impl Storage for Null {
+impl Storage for NullStorage {
     fn len(&self) -> io::Result<u64> {
         Ok(self.size)
     }
@@ -72,10 +74,7 @@ impl Storage for Null {
     }
 
     fn capabilities(&self) -> Capabilities {
-        let mut capabilities = Capabilities::default();
-        capabilities.fast_zero = true;
-        capabilities.discard = true;
-        capabilities
+        Capabilities { fast_zero: true, discard: true, ..Capabilities::default() }
     }
 
     fn next_extent(&self, _: HostOffset, length: u64) -> io::Result<StorageExtent> {
@@ -92,13 +91,13 @@ mod tests {
     #[test]
     fn a_disk_with_latency_takes_that_long_and_is_never_read_where_the_connection_stands() {
         let latency = Duration::from_millis(20);
-        let disk = Null::new(1 << 20, latency);
+        let disk = NullStorage::new(1 << 20, latency);
         let mut buffer = [1; 512];
-        let place = HostOffset::new(0);
-        assert!(matches!(disk.try_read_at(place, &mut buffer), Ok(TryRead::WouldBlock)));
+        let start = HostOffset::new(0);
+        assert!(matches!(disk.try_read_at(start, &mut buffer), Ok(TryRead::WouldBlock)));
         for call in [
-            &mut || disk.read_at(place, &mut buffer).map(drop) as io::Result<()>,
-            &mut || disk.write_at(place, &[0], Durability::Cached),
+            &mut || disk.read_at(start, &mut buffer).map(drop) as io::Result<()>,
+            &mut || disk.write_at(start, &[0], Durability::Cached),
             &mut || disk.sync(),
         ] as [&mut dyn FnMut() -> io::Result<()>; 3]
         {
@@ -107,7 +106,7 @@ mod tests {
             assert!(started.elapsed() >= latency);
         }
         let mut buffer = [1; 512];
-        let prompt = Null::new(512, Duration::ZERO).try_read_at(place, &mut buffer);
+        let prompt = NullStorage::new(512, Duration::ZERO).try_read_at(start, &mut buffer);
         assert!(matches!(prompt, Ok(TryRead::Complete)));
         assert_eq!(buffer, [0; 512]);
     }

@@ -1,33 +1,35 @@
-//! The driver `raw` with `offset` and `size`: a part of a file, such as a disk in a tar archive.
+//! A part of a storage, such as a disk in a tar archive: QEMU's driver `raw` with `offset` and
+//! `size`.
 
 use std::io;
 use std::sync::Arc;
 
-use imgfmt::storage::StorageExtent;
-use imgfmt::{Capabilities, Durability, HostOffset, Speed, Storage, TryRead, ZeroMode};
-
-use nbd_server::export::filters::Window;
+use super::{Capabilities, Durability, Speed, Storage, StorageExtent, TryRead, ZeroMode};
+use crate::units::HostOffset;
 
 /// A part of another storage. With a size it never accesses bytes after the part; without one it
 /// grows with the other storage.
 #[derive(Debug)]
-pub(in crate::commands::qemu_nbd) struct Part {
+pub struct StorageWindow {
     inner: Arc<dyn Storage>,
     offset: u64,
     size: Option<u64>,
 }
 
-impl Part {
+impl StorageWindow {
+    /// The part from `offset` on, of `size` bytes or to the end.
+    ///
     /// # Errors
     ///
-    /// A sentence if the part does not lie within `inner`.
-    pub(in crate::commands::qemu_nbd) fn new(
-        inner: Arc<dyn Storage>,
-        window: Window,
-    ) -> Result<Self, String> {
-        let whole = inner.len().map_err(|error| error.to_string())?;
-        window.check(whole).map_err(|error| error.to_string())?;
-        Ok(Self { inner, offset: window.offset, size: window.size })
+    /// [`io::ErrorKind::InvalidInput`] if the part does not lie within `inner`, or an error of it.
+    pub fn new(inner: Arc<dyn Storage>, offset: u64, size: Option<u64>) -> io::Result<Self> {
+        let length = inner.len()?;
+        let end = offset.checked_add(size.unwrap_or(0));
+        if end.is_none_or(|end| end > length) {
+            let why = "the part does not lie within the storage";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        Ok(Self { inner, offset, size })
     }
 
     /// Returns the start in the other storage of a range inside the part.
@@ -42,7 +44,7 @@ impl Part {
     }
 }
 
-impl Storage for Part {
+impl Storage for StorageWindow {
     fn len(&self) -> io::Result<u64> {
         match self.size {
             Some(size) => Ok(size),
@@ -112,8 +114,7 @@ impl Storage for Part {
 
 #[cfg(test)]
 mod tests {
-    use imgfmt::storage::MemoryStorage;
-
+    use super::super::MemoryStorage;
     use super::*;
 
     fn at(offset: u64) -> HostOffset {
@@ -121,11 +122,10 @@ mod tests {
     }
 
     #[test]
-    fn a_part_with_a_size_never_touches_what_is_behind_it() {
+    fn a_part_with_a_size_never_touches_what_follows_it() {
         let whole = Arc::new(MemoryStorage::new(4096));
         whole.write_at(at(0), &[7; 4096], Durability::Cached).unwrap();
-        let window = Window { offset: 512, size: Some(1024) };
-        let part = Part::new(whole.clone(), window).unwrap();
+        let part = StorageWindow::new(whole.clone(), 512, Some(1024)).unwrap();
         assert_eq!(part.len().unwrap(), 1024);
         part.write_at(at(0), &[1; 1024], Durability::Cached).unwrap();
         let zeroed = part.write_zeroes(at(1000), 100, ZeroMode::KeepAllocated, Speed::Any);
@@ -149,16 +149,13 @@ mod tests {
     #[test]
     fn a_part_without_a_size_ends_where_the_whole_does() {
         let whole = Arc::new(MemoryStorage::new(4096));
-        let part = Part::new(whole.clone(), Window { offset: 512, size: None }).unwrap();
+        let part = StorageWindow::new(whole.clone(), 512, None).unwrap();
         assert_eq!(part.len().unwrap(), 3584);
         part.set_len(7680).unwrap();
         assert_eq!(whole.len().unwrap(), 8192);
-        for window in [
-            Window { offset: 9000, size: None },
-            Window { offset: 8000, size: Some(512) },
-            Window { offset: u64::MAX, size: Some(u64::MAX) },
-        ] {
-            assert!(Part::new(whole.clone(), window).is_err(), "{window:?}");
+        for (offset, size) in [(9000, None), (8000, Some(512)), (u64::MAX, Some(u64::MAX))] {
+            let refused = StorageWindow::new(whole.clone(), offset, size).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::InvalidInput, "{offset}");
         }
     }
 }
