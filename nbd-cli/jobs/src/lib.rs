@@ -38,6 +38,8 @@
 mod backup;
 pub mod bench;
 mod cancellation;
+#[cfg(feature = "checksum")]
+pub mod checksum;
 pub mod connect;
 pub mod control;
 pub mod copy;

@@ -14,6 +14,8 @@ pub enum Phase {
     Copying,
     /// Both sides are read again and compared.
     Verifying,
+    /// The disk is read.
+    Reading,
 }
 
 /// The progress of a job. Sizes are in bytes.
