@@ -18,6 +18,8 @@ pub enum JobErrorKind {
     ControlSocket,
     /// A dirty bitmap lacks changes, or cannot be changed.
     Bitmap,
+    /// A file of certificates or keys cannot be read, made or replaced.
+    Credentials,
     /// Verification found a difference.
     Mismatch,
     /// The job was cancelled.

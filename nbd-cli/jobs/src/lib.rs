@@ -38,6 +38,8 @@
 mod backup;
 pub mod bench;
 mod cancellation;
+#[cfg(feature = "certificates")]
+pub mod certificates;
 #[cfg(feature = "checksum")]
 pub mod checksum;
 pub mod connect;

@@ -1,11 +1,8 @@
 //! `nbd-cli tls`: an authority, certificates and pre-shared keys, in the files that servers and
 //! clients read.
 
-mod certificate;
-mod credentials;
-mod files;
+mod existing;
 mod issue;
-mod names;
 mod psk;
 mod renew;
 mod show;

@@ -1,19 +1,17 @@
 //! `nbd-cli tls init`, `server` and `client`: new certificates with their keys.
 
-use std::path::{Component, Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use nbd_proto::tls::CA_CERTIFICATE_FILE;
-
-use super::certificate::{self, Request, Role};
-use super::credentials::{
-    Authority, CA_KEY_FILE, certificate_file, certificates, failed, file_names, key_file,
+use nbd_jobs::certificates::{
+    HostName, Issue, Issued, NewAuthority, Role, issue, new_authority, parse_text, server_name,
 };
-use super::files::{self, Existing, NewFile};
-use super::names::{HostName, common_name, parse_text};
+
+use super::existing::existing;
 use crate::date::date;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, printable};
+use crate::shown::warnings;
 
 const INIT_HELP: &str = "\
 Examples:
@@ -115,128 +113,54 @@ pub struct ClientArgs {
 }
 
 pub(super) fn init(args: &InitArgs) -> Result<Outcome, CommandError> {
-    let make = || {
-        let key = certificate::new_key()?;
-        let name = args.name.clone().map_or_else(|| certificate::authority_name(&key), Ok)?;
-        let subject = certificate::subject(None, &name)?;
-        let certificate = certificate::self_signed(&subject, &key, args.days)?;
-        Ok((key, certificate))
+    let authority = NewAuthority {
+        directory: &args.directory,
+        name: args.name.as_deref(),
+        days: args.days,
+        existing: existing(args.force),
     };
-    let (key, certificate) = make().map_err(|error| failed(&error))?;
-    let lock = files::create_and_lock(&args.directory)?;
-    let files = [
-        key_file(args.directory.join(CA_KEY_FILE), &key)?,
-        certificate_file(args.directory.join(CA_CERTIFICATE_FILE), &certificate)?,
-    ];
-    files::write(&lock, &files, Existing::from_force_flag(args.force))?;
-    report(&files, certificate::seconds(certificate.not_after()))
+    report(&new_authority(&authority, &*warnings())?)
 }
 
 pub(super) fn server(args: &ServerArgs) -> Result<Outcome, CommandError> {
-    let name = common_name(&args.names);
     let first = args.names.first().map(ToString::to_string).unwrap_or_default();
-    issue(&args.issue, Role::Server, &name, &args.names, &first)
+    let name = server_name(&args.names);
+    report(&issue(&args.issue.of(Role::Server, &name, &args.names, &first), &*warnings())?)
 }
 
 pub(super) fn client(args: &ClientArgs) -> Result<Outcome, CommandError> {
-    issue(&args.issue, Role::Client, &args.name, &[], &args.name)
+    report(&issue(&args.issue.of(Role::Client, &args.name, &[], &args.name), &*warnings())?)
 }
 
-fn issue(
-    args: &IssueArgs,
-    role: Role,
-    name: &str,
-    names: &[HostName],
-    directory_name: &str,
-) -> Result<Outcome, CommandError> {
-    let directory = match &args.output {
-        Some(directory) => directory.clone(),
-        None => args.authority.join(plain_name(directory_name)?),
-    };
-    let authority = Authority::load(&args.authority)?;
-    let make = || {
-        let key = certificate::new_key()?;
-        let subject = certificate::subject(args.organization.as_deref(), name)?;
-        Ok((certificate::public_half(&key)?, key, subject))
-    };
-    let (public, key, subject) = make().map_err(|error| failed(&error))?;
-    let request = Request { role, subject: &subject, names, key: &public, days: args.days };
-    let certificate = authority.issue(&request)?;
-    let lock = files::create_and_lock(&directory)?;
-    let (certificate_name, key_name) = file_names(role);
-    let existing = Existing::from_force_flag(args.force);
-    let mut files = Vec::new();
-    if needs_authority(&directory.join(CA_CERTIFICATE_FILE), &authority, existing)? {
-        let path = directory.join(CA_CERTIFICATE_FILE);
-        files.push(certificate_file(path, &authority.certificate)?);
-    }
-    files.push(key_file(directory.join(key_name), &key)?);
-    files.push(certificate_file(directory.join(certificate_name), &certificate)?);
-    files::write(&lock, &files, existing)?;
-    report(&files, certificate::seconds(certificate.not_after()))
-}
-
-/// Returns whether a directory lacks the certificate of the authority.
-fn needs_authority(
-    path: &Path,
-    authority: &Authority,
-    existing: Existing,
-) -> Result<bool, CommandError> {
-    let Some(present) = certificates(path)? else { return Ok(true) };
-    let same = |certificate: &openssl::x509::X509| {
-        certificate.to_der().ok() == authority.certificate.to_der().ok()
-    };
-    if present.iter().any(same) {
-        return Ok(false);
-    }
-    if existing == Existing::Replace {
-        return Ok(true);
-    }
-    Err(CommandError::new(format!(
-        "'{}' is that of another authority; choose another directory with --output, or add --force \
-         to replace it",
-        path.display()
-    )))
-}
-
-/// A name that can be that of a directory, and no path.
-fn plain_name(name: &str) -> Result<&Path, CommandError> {
-    let path = Path::new(name);
-    let mut components = path.components();
-    let is_plain = matches!(components.next(), Some(Component::Normal(first)) if first == name)
-        && components.next().is_none()
-        && !name.contains('*');
-    if is_plain {
-        Ok(path)
-    } else {
-        Err(CommandError::new(format!(
-            "'{name}' cannot be the name of a directory; give one for the files with --output"
-        )))
+impl IssueArgs {
+    fn of<'a>(
+        &'a self,
+        role: Role,
+        name: &'a str,
+        names: &'a [HostName],
+        directory_name: &'a str,
+    ) -> Issue<'a> {
+        Issue {
+            authority: &self.authority,
+            directory: self.output.as_deref(),
+            directory_name,
+            role,
+            name,
+            names,
+            organization: self.organization.as_deref(),
+            days: self.days,
+            existing: existing(self.force),
+        }
     }
 }
 
 /// Names the files that were written, one on each line.
-fn report(files: &[NewFile], end: u64) -> Result<Outcome, CommandError> {
+fn report(issued: &Issued) -> Result<Outcome, CommandError> {
     let mut output = Output::new();
-    for file in files {
-        output.line(&printable(&file.path.display().to_string()))?;
+    for path in &issued.files {
+        output.line(&printable(&path.display().to_string()))?;
     }
-    output.line(&format!("valid until {}", date(end)))?;
+    output.line(&format!("valid until {}", date(issued.valid_until)))?;
     output.finish()?;
     Ok(Outcome::Success)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::plain_name;
-
-    #[test]
-    fn files_go_to_a_directory_of_the_authority() {
-        for name in ["vmhost", "laptop 1", "::1", "ca"] {
-            assert!(plain_name(name).is_ok(), "{name}");
-        }
-        for name in ["..", ".", "/etc", "a/b", "a/", "*.example.com"] {
-            assert!(plain_name(name).is_err(), "{name}");
-        }
-    }
 }

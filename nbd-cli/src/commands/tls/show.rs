@@ -3,18 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use nbd_jobs::certificates::{
+    self, CA_KEY_FILE, Role, SECONDS_PER_DAY, certificates, directories, distinguished_name,
+    file_names, host_names, missing, private_key,
+};
 use nbd_proto::tls::{CA_CERTIFICATE_FILE, PSK_FILE, PreSharedKeys};
 use openssl::hash::MessageDigest;
 use openssl::x509::{X509, X509Ref};
 use serde::Serialize;
 
-use super::certificate::{self, Role, SECONDS_PER_DAY};
-use super::credentials::{
-    CA_KEY_FILE, certificates, directories, file_names, missing, private_key,
-};
-use super::files;
 use super::issue::MAX_DAYS;
-use super::names::{distinguished_name, host_names};
 use crate::date::date_and_time;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
@@ -92,7 +90,7 @@ pub(super) fn run(args: &ShowArgs) -> Result<Outcome, CommandError> {
     } else if args.path.exists() {
         read(args, &args.path, &mut entries)?;
     } else {
-        return Err(missing(&args.path));
+        return Err(missing(&args.path).into());
     }
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
@@ -149,9 +147,9 @@ fn describe(
     kind: &'static str,
     certificate: &X509Ref,
 ) -> Certificate {
-    let start = certificate::seconds(certificate.not_before());
-    let end = certificate::seconds(certificate.not_after());
-    let now = certificate::now();
+    let start = certificates::seconds(certificate.not_before());
+    let end = certificates::seconds(certificate.not_after());
+    let now = certificates::now();
     let status = match end {
         _ if end < now => "expired",
         _ if start > now => "not-yet-valid",
@@ -187,7 +185,7 @@ fn describe(
 /// What is wrong with the key beside a certificate.
 fn key_problem(certificate: &X509Ref, path: &Path, name: &str) -> Option<String> {
     let path = path.with_file_name(name);
-    let text = match files::read(&path) {
+    let text = match certificates::read(&path) {
         Ok(Some(text)) => text,
         Ok(None) => return Some(format!("{name} is missing beside it")),
         Err(error) => return Some(error.to_string()),
@@ -203,7 +201,7 @@ fn key_problem(certificate: &X509Ref, path: &Path, name: &str) -> Option<String>
 }
 
 fn readable(path: &Path) -> Option<String> {
-    files::readable_by_others(path).then(|| {
+    certificates::readable_by_others(path).then(|| {
         format!("'{}' can be read by every user of this system: chmod 600 it", path.display())
     })
 }
@@ -225,7 +223,7 @@ fn authority_problem(chain: &[X509], path: &Path) -> Option<String> {
 }
 
 fn keys(path: &Path) -> Result<Entry, CommandError> {
-    let text = files::read(path)?.ok_or_else(|| missing(path))?;
+    let text = certificates::read(path)?.ok_or_else(|| missing(path))?;
     let keys = PreSharedKeys::parse(&text).map_err(|error| {
         CommandError::new(format!("'{}' is not a file of keys: {error}", path.display()))
     })?;

@@ -14,24 +14,20 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
-use crate::error::CommandError;
-use crate::output::warn;
+use super::credentials_error;
+use crate::error::JobError;
+use crate::observer::Observer;
 
 /// Longest file that is read, in bytes. A bundle of all public authorities has about 220 KiB.
 const MAX_LEN: u64 = 4 << 20;
 
 /// The treatment of files that exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Existing {
+pub enum ExistingCredentials {
+    /// They stay, and the call fails.
     Refuse,
+    /// They are replaced, when the new ones are complete.
     Replace,
-}
-
-impl Existing {
-    /// Selected by the `--force` flag.
-    pub(super) fn from_force_flag(force: bool) -> Self {
-        if force { Self::Replace } else { Self::Refuse }
-    }
 }
 
 /// Who may read a file.
@@ -63,27 +59,27 @@ impl Secrecy {
 
 /// A file to be written.
 #[derive(Debug)]
-pub(super) struct NewFile {
+pub(super) struct CredentialsFile {
     pub(super) path: PathBuf,
     pub(super) contents: Vec<u8>,
     pub(super) secrecy: Secrecy,
 }
 
-/// A directory that no other `nbd-cli tls` changes until this is dropped.
+/// A directory that no other process changes by this module until this is dropped.
 #[derive(Debug)]
 pub(super) struct Locked {
     directory: File,
 }
 
 /// Creates a directory that only its owner can enter, unless it exists, and locks it.
-pub(super) fn create_and_lock(directory: &Path) -> Result<Locked, CommandError> {
+pub(super) fn create_and_lock(directory: &Path) -> Result<Locked, JobError> {
     let created = DirBuilder::new().recursive(true).mode(0o700).create(directory);
     created.map_err(|error| failed("create the directory", directory, &error))?;
     lock(directory)
 }
 
 /// Waits for others that change a directory.
-pub(super) fn lock(directory: &Path) -> Result<Locked, CommandError> {
+pub(super) fn lock(directory: &Path) -> Result<Locked, JobError> {
     let file = File::open(directory);
     let file = file.map_err(|error| failed("open the directory", directory, &error))?;
     match file.lock() {
@@ -103,8 +99,12 @@ pub(super) fn directory_of(path: &Path) -> &Path {
     }
 }
 
-/// Reads a file; returns `None` if it does not exist.
-pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, CommandError> {
+/// Reads a file of at most 4 MiB; returns `None` if it does not exist.
+///
+/// # Errors
+///
+/// If it cannot be read or is longer.
+pub fn read(path: &Path) -> Result<Option<Vec<u8>>, JobError> {
     let read = || {
         let mut contents = Vec::new();
         File::open(path)?.take(MAX_LEN + 1).read_to_end(&mut contents)?;
@@ -120,8 +120,9 @@ pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, CommandError> {
     }
 }
 
-/// Returns the mode of a file that others can read.
-pub(super) fn readable_by_others(path: &Path) -> bool {
+/// Returns whether every user of this system can read a file.
+#[must_use]
+pub fn readable_by_others(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.mode() & 0o004 != 0)
 }
 
@@ -132,17 +133,18 @@ pub(super) fn readable_by_others(path: &Path) -> bool {
 /// If one exists and is not to be replaced, before anything is written; those of the system.
 pub(super) fn write(
     lock: &Locked,
-    files: &[NewFile],
-    existing: Existing,
-) -> Result<(), CommandError> {
-    if existing == Existing::Refuse
+    files: &[CredentialsFile],
+    existing: ExistingCredentials,
+    observer: &dyn Observer,
+) -> Result<(), JobError> {
+    if existing == ExistingCredentials::Refuse
         && let Some(file) = files.iter().find(|file| file.path.symlink_metadata().is_ok())
     {
         return Err(exists(&file.path));
     }
     let mut complete: Vec<Complete> = Vec::with_capacity(files.len());
     for file in files {
-        complete.push(Complete::write(file)?);
+        complete.push(Complete::write(file, observer)?);
     }
     for file in complete {
         file.publish(existing)?;
@@ -152,8 +154,8 @@ pub(super) fn write(
     Ok(())
 }
 
-fn exists(path: &Path) -> CommandError {
-    CommandError::new(format!(
+fn exists(path: &Path) -> JobError {
+    credentials_error(format!(
         "'{}' exists; choose another directory, or add --force to replace it",
         path.display()
     ))
@@ -166,17 +168,17 @@ struct Complete {
 }
 
 impl Complete {
-    fn write(file: &NewFile) -> Result<Self, CommandError> {
+    fn write(file: &CredentialsFile, observer: &dyn Observer) -> Result<Self, JobError> {
         // The file at the end of a link is replaced, not the link.
         let name = file.path.canonicalize().unwrap_or_else(|_| file.path.clone());
         let mut temporary = OsString::from(&name);
         temporary.push(".partial");
         let complete = Self { temporary: Some(temporary.into()), name };
-        complete.fill(file).map_err(|error| failed("write", &file.path, &error))?;
+        complete.fill(file, observer).map_err(|error| failed("write", &file.path, &error))?;
         Ok(complete)
     }
 
-    fn fill(&self, file: &NewFile) -> io::Result<()> {
+    fn fill(&self, file: &CredentialsFile, observer: &dyn Observer) -> io::Result<()> {
         let Some(path) = &self.temporary else { return Ok(()) };
         match fs::remove_file(path) {
             // A leftover of an interrupted command: others are locked out.
@@ -188,7 +190,7 @@ impl Complete {
         target.write_all(&file.contents)?;
         let mode = match self.name.symlink_metadata() {
             Ok(old) => {
-                keep_owner(&target, &old, &file.path);
+                keep_owner(&target, &old, &file.path, observer);
                 file.secrecy.mode_instead_of(old.mode())
             }
             Err(_) => file.secrecy.mode(),
@@ -197,11 +199,11 @@ impl Complete {
         target.sync_all()
     }
 
-    fn publish(mut self, existing: Existing) -> Result<(), CommandError> {
+    fn publish(mut self, existing: ExistingCredentials) -> Result<(), JobError> {
         let Some(temporary) = self.temporary.take() else { return Ok(()) };
         let renamed = match existing {
-            Existing::Replace => fs::rename(&temporary, &self.name),
-            Existing::Refuse => rename_to_unused(&temporary, &self.name),
+            ExistingCredentials::Replace => fs::rename(&temporary, &self.name),
+            ExistingCredentials::Refuse => rename_to_unused(&temporary, &self.name),
         };
         renamed.map_err(|error| {
             let _ = fs::remove_file(&temporary);
@@ -223,12 +225,15 @@ impl Drop for Complete {
 }
 
 /// The service that reads a file must be able to read the new one.
-fn keep_owner(target: &File, old: &Metadata, path: &Path) {
+fn keep_owner(target: &File, old: &Metadata, path: &Path, observer: &dyn Observer) {
     let Ok(new) = target.metadata() else { return };
     if (new.uid(), new.gid()) != (old.uid(), old.gid())
         && fchown(target, Some(old.uid()), Some(old.gid())).is_err()
     {
-        warn(&format!("'{}' belongs to you now, and not to its earlier owner", path.display()));
+        observer.warning(&format!(
+            "'{}' belongs to you now, and not to its earlier owner",
+            path.display()
+        ));
     }
 }
 
@@ -243,6 +248,6 @@ fn rename_to_unused(temporary: &Path, name: &Path) -> io::Result<()> {
     }
 }
 
-fn failed(operation: &str, path: &Path, error: &io::Error) -> CommandError {
-    CommandError::new(format!("cannot {operation} '{}': {error}", path.display()))
+fn failed(operation: &str, path: &Path, error: &io::Error) -> JobError {
+    credentials_error(format!("cannot {operation} '{}': {error}", path.display()))
 }

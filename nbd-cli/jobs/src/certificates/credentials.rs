@@ -13,11 +13,12 @@ use openssl::pkey::{PKey, Private};
 use openssl::x509::X509;
 
 use super::certificate::{self, Request, Role};
-use super::files::{self, NewFile, Secrecy};
-use crate::error::CommandError;
+use super::credentials_error;
+use super::files::{self, CredentialsFile, Secrecy};
+use crate::error::JobError;
 
 /// The private key of an authority.
-pub(super) const CA_KEY_FILE: &str = "ca-key.pem";
+pub const CA_KEY_FILE: &str = "ca-key.pem";
 
 /// An authority with its key.
 pub(super) struct Authority {
@@ -28,10 +29,10 @@ pub(super) struct Authority {
 
 impl Authority {
     /// Reads the authority of a directory.
-    pub(super) fn load(directory: &Path) -> Result<Self, CommandError> {
+    pub(super) fn load(directory: &Path) -> Result<Self, JobError> {
         let key_path = directory.join(CA_KEY_FILE);
         let Some(text) = files::read(&key_path)? else {
-            return Err(CommandError::new(format!(
+            return Err(credentials_error(format!(
                 "there is no authority in '{}': create one with 'nbd-cli tls init DIR', and give \
                  its directory",
                 directory.display()
@@ -41,7 +42,7 @@ impl Authority {
         let path = directory.join(CA_CERTIFICATE_FILE);
         let certificate = certificate(&path)?.ok_or_else(|| missing(&path))?;
         if !certificate.public_key().is_ok_and(|public| public.public_eq(&key)) {
-            return Err(CommandError::new(format!(
+            return Err(credentials_error(format!(
                 "'{}' does not belong to '{}': restore both files from one backup",
                 key_path.display(),
                 path.display()
@@ -51,9 +52,9 @@ impl Authority {
     }
 
     /// Issues a certificate.
-    pub(super) fn issue(&self, request: &Request<'_>) -> Result<X509, CommandError> {
+    pub(super) fn issue(&self, request: &Request<'_>) -> Result<X509, JobError> {
         if certificate::seconds(self.certificate.not_after()) <= certificate::now() {
-            return Err(CommandError::new(format!(
+            return Err(credentials_error(format!(
                 "the authority's certificate in '{0}' has expired: renew it with 'nbd-cli tls \
                  renew {0}'",
                 self.directory.display()
@@ -64,7 +65,8 @@ impl Authority {
 }
 
 /// The names of the certificate and the key of a role.
-pub(super) fn file_names(role: Role) -> (&'static str, &'static str) {
+#[must_use]
+pub fn file_names(role: Role) -> (&'static str, &'static str) {
     match role {
         Role::Server => (SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE),
         Role::Client => (CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE),
@@ -72,22 +74,29 @@ pub(super) fn file_names(role: Role) -> (&'static str, &'static str) {
 }
 
 /// A file with a private key.
-pub(super) fn key_file(path: PathBuf, key: &PKey<Private>) -> Result<NewFile, CommandError> {
+pub(super) fn key_file(path: PathBuf, key: &PKey<Private>) -> Result<CredentialsFile, JobError> {
     let contents = key.private_key_to_pem_pkcs8().map_err(|error| failed(&error))?;
-    Ok(NewFile { path, contents, secrecy: Secrecy::Secret })
+    Ok(CredentialsFile { path, contents, secrecy: Secrecy::Secret })
 }
 
 /// A file with a certificate.
-pub(super) fn certificate_file(path: PathBuf, certificate: &X509) -> Result<NewFile, CommandError> {
+pub(super) fn certificate_file(
+    path: PathBuf,
+    certificate: &X509,
+) -> Result<CredentialsFile, JobError> {
     let contents = certificate.to_pem().map_err(|error| failed(&error))?;
-    Ok(NewFile { path, contents, secrecy: Secrecy::Public })
+    Ok(CredentialsFile { path, contents, secrecy: Secrecy::Public })
 }
 
-/// Reads a private key.
-pub(super) fn private_key(text: &[u8], path: &Path) -> Result<PKey<Private>, CommandError> {
+/// Reads a private key in PEM form.
+///
+/// # Errors
+///
+/// If it is not one, or has a pass phrase.
+pub fn private_key(text: &[u8], path: &Path) -> Result<PKey<Private>, JobError> {
     // Without a callback OpenSSL would ask for a pass phrase on the terminal.
     PKey::private_key_from_pem_callback(text, |_| Ok(0)).map_err(|_| {
-        CommandError::new(format!(
+        credentials_error(format!(
             "'{}' is not a private key in PEM form without a pass phrase: decrypt it with 'openssl \
              pkey', and protect it by permissions",
             path.display()
@@ -96,11 +105,15 @@ pub(super) fn private_key(text: &[u8], path: &Path) -> Result<PKey<Private>, Com
 }
 
 /// Reads all certificates of a file; `None` if there is no such file.
-pub(super) fn certificates(path: &Path) -> Result<Option<Vec<X509>>, CommandError> {
+///
+/// # Errors
+///
+/// If it cannot be read, or is not a file of certificates.
+pub fn certificates(path: &Path) -> Result<Option<Vec<X509>>, JobError> {
     let Some(text) = files::read(path)? else { return Ok(None) };
     match X509::stack_from_pem(&text) {
         Ok(certificates) if !certificates.is_empty() => Ok(Some(certificates)),
-        _ => Err(CommandError::new(format!(
+        _ => Err(credentials_error(format!(
             "'{}' is not a certificate in PEM form: replace it by one",
             path.display()
         ))),
@@ -108,12 +121,12 @@ pub(super) fn certificates(path: &Path) -> Result<Option<Vec<X509>>, CommandErro
 }
 
 /// Reads the only certificate of a file.
-fn certificate(path: &Path) -> Result<Option<X509>, CommandError> {
+fn certificate(path: &Path) -> Result<Option<X509>, JobError> {
     let Some(certificates) = certificates(path)? else { return Ok(None) };
     let count = certificates.len();
     match <[X509; 1]>::try_from(certificates) {
         Ok([certificate]) => Ok(Some(certificate)),
-        Err(_) => Err(CommandError::new(format!(
+        Err(_) => Err(credentials_error(format!(
             "'{}' has {count} certificates: leave only the one that belongs to {CA_KEY_FILE}",
             path.display()
         ))),
@@ -121,7 +134,11 @@ fn certificate(path: &Path) -> Result<Option<X509>, CommandError> {
 }
 
 /// A directory and those directly below it, in alphabetical order.
-pub(super) fn directories(directory: &Path) -> Result<Vec<PathBuf>, CommandError> {
+///
+/// # Errors
+///
+/// If the directory cannot be listed.
+pub fn directories(directory: &Path) -> Result<Vec<PathBuf>, JobError> {
     let list = || -> io::Result<Vec<PathBuf>> {
         let mut below = Vec::new();
         for entry in fs::read_dir(directory)? {
@@ -134,18 +151,20 @@ pub(super) fn directories(directory: &Path) -> Result<Vec<PathBuf>, CommandError
         Ok(below)
     };
     let below = list().map_err(|error| {
-        CommandError::new(format!("cannot list '{}': {error}", directory.display()))
+        credentials_error(format!("cannot list '{}': {error}", directory.display()))
     })?;
     let mut all = vec![directory.to_owned()];
     all.extend(below);
     Ok(all)
 }
 
-pub(super) fn missing(path: &Path) -> CommandError {
-    CommandError::new(format!("'{}' does not exist", path.display()))
+/// The error for a file or directory that does not exist.
+#[must_use]
+pub fn missing(path: &Path) -> JobError {
+    credentials_error(format!("'{}' does not exist", path.display()))
 }
 
 /// Errors that occur only when memory is exhausted or the library lacks an algorithm.
-pub(super) fn failed(error: &ErrorStack) -> CommandError {
-    CommandError::new(format!("OpenSSL cannot make the certificate: {error}"))
+pub(super) fn failed(error: &ErrorStack) -> JobError {
+    credentials_error(format!("OpenSSL cannot make the certificate: {error}"))
 }

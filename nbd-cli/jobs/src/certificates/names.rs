@@ -65,10 +65,14 @@ impl fmt::Display for HostName {
 
 /// The names of a certificate that are neither DNS names nor addresses cannot be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct OtherNames;
+pub struct OtherNames;
 
 /// Returns the host names of a certificate.
-pub(super) fn host_names(certificate: &X509Ref) -> Result<Vec<HostName>, OtherNames> {
+///
+/// # Errors
+///
+/// [`OtherNames`], if it has names of other kinds.
+pub fn host_names(certificate: &X509Ref) -> Result<Vec<HostName>, OtherNames> {
     let names = certificate.subject_alt_names();
     let name = |name: &openssl::x509::GeneralNameRef| match (name.dnsname(), name.ipaddress()) {
         // The text of a foreign certificate need not be a name.
@@ -90,7 +94,11 @@ fn address(bytes: &[u8]) -> Option<IpAddr> {
 }
 
 /// Parses a common name or an organization: up to 64 characters of text.
-pub(super) fn parse_text(text: &str) -> Result<String, String> {
+///
+/// # Errors
+///
+/// A phrase with the reason.
+pub fn parse_text(text: &str) -> Result<String, String> {
     let length = text.chars().count();
     match text {
         "" => Err("it is empty".to_owned()),
@@ -103,7 +111,8 @@ pub(super) fn parse_text(text: &str) -> Result<String, String> {
 }
 
 /// Returns the common name for a server with these names.
-pub(super) fn common_name(names: &[HostName]) -> String {
+#[must_use]
+pub fn common_name(names: &[HostName]) -> String {
     let names = names.iter().map(ToString::to_string);
     let fitting = names.into_iter().find(|name| name.len() <= MAX_TEXT);
     // Clients look at the list of names, not here.
@@ -111,8 +120,9 @@ pub(super) fn common_name(names: &[HostName]) -> String {
 }
 
 /// Formats a distinguished name as `--tls-authz` expects it, the most specific part first.
-pub(super) fn distinguished_name(name: &X509NameRef) -> String {
-    let part = |entry: &openssl::x509::X509NameEntryRef| {
+#[must_use]
+pub fn distinguished_name(name: &X509NameRef) -> String {
+    let attribute_of = |entry: &openssl::x509::X509NameEntryRef| {
         let object = entry.object();
         let attribute = match object.nid() {
             Nid::PKCS9_EMAILADDRESS => "EMAIL".to_owned(),
@@ -129,7 +139,7 @@ pub(super) fn distinguished_name(name: &X509NameRef) -> String {
         }
         format!("{attribute}={escaped}")
     };
-    let mut parts: Vec<_> = name.entries().map(part).collect();
+    let mut parts: Vec<_> = name.entries().map(attribute_of).collect();
     parts.reverse();
     parts.join(",")
 }
