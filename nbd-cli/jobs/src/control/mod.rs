@@ -23,12 +23,14 @@
 //! The commands are the variants of [`Request`].
 
 mod client;
+mod codec;
 mod protocol;
 #[cfg(feature = "server")]
 pub mod server;
 
 pub use self::client::{Conversation, call};
+pub use self::codec::{decode, encode};
 pub use self::protocol::{
     CheckpointStarted, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable,
-    InitialState, Lifetime, Listing, MAX_LINE_LEN, OnUse, Outcome, Request, decode, encode,
+    InitialState, Lifetime, Listing, MAX_LINE_LEN, OnUse, Outcome, Request,
 };
