@@ -114,6 +114,37 @@ fn check_dependency(allowed: &Allowed, dependency: &Value) -> Option<String> {
     })
 }
 
+/// Returns the library crates.
+pub(crate) fn libraries() -> &'static [&'static str] {
+    QUIET
+}
+
+/// Checks the output of `cargo tree --edges normal --prefix none` for a library, with all its
+/// features: what its dependencies depend on counts too.
+pub(crate) fn check_tree(name: &str, tree: &str) -> Vec<String> {
+    let allowed = TABLE.iter().find(|allowed| allowed.name == name);
+    let knows_others = allowed.is_some_and(|allowed| !allowed.dependencies.is_empty());
+    let mut findings = Vec::new();
+    for line in tree.lines() {
+        let Some(dependency) = line.split(' ').next().filter(|found| *found != name) else {
+            continue;
+        };
+        let is_ours = TABLE.iter().any(|known| known.name == dependency);
+        let why = if FOR_PROGRAMS.contains(&dependency) {
+            "its tree has"
+        } else if is_ours && !knows_others {
+            "it may know no other crate, and its tree has"
+        } else {
+            continue;
+        };
+        let finding = format!("{name}: {why} {dependency}");
+        if !findings.contains(&finding) {
+            findings.push(finding);
+        }
+    }
+    findings
+}
+
 /// Checks that in the sources of the network crates only the adapters name `imgfmt`.
 pub(crate) fn check_image_adapter(path: &str, source: &Source) -> Vec<String> {
     let adapter = IMAGE_ADAPTERS.iter().find(|(sources, _)| path.starts_with(sources));
@@ -180,6 +211,24 @@ mod tests {
         assert!(optional.is_empty(), "the feature `server` turns it on");
         assert!(of_jobs("imgfmt", "null").is_empty() && of_jobs("clap", "\"dev\"").is_empty());
         assert!(check(&metadata("nbd-cli", "clap", "null", false)).expect("metadata").is_empty());
+    }
+
+    #[test]
+    fn command_line_deep_in_the_tree_of_a_library_is_found() {
+        let tree = "nbd-jobs v0.1.0 (/src)\ntokio v1.0.0\nclap v4.5.0\nnbd-proto v0.1.0 (*)\nclap v4.5.0 (*)\n";
+        assert_eq!(check_tree("nbd-jobs", tree), ["nbd-jobs: its tree has clap"]);
+        assert!(check_tree("nbd-jobs", "nbd-jobs v0.1.0\nclap_lex v0.7.0\n").is_empty());
+    }
+
+    #[test]
+    fn protocol_and_images_know_no_crate_of_ours_even_deep_in_the_tree() {
+        for name in ["nbd-proto", "imgfmt"] {
+            let tree = format!("{name} v0.1.0\nlibc v0.2.0\nnbd-client v0.1.0 (/src)\n");
+            let finding =
+                format!("{name}: it may know no other crate, and its tree has nbd-client");
+            assert_eq!(check_tree(name, &tree), [finding]);
+        }
+        assert!(check_tree("nbd-client", "nbd-client v0.1.0\nnbd-proto v0.1.0\n").is_empty());
     }
 
     #[test]

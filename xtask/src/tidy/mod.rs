@@ -46,6 +46,7 @@ fn check(root: &Path) -> Result<Vec<String>> {
     let mut metadata = cargo();
     metadata.args(["metadata", "--no-deps", "--format-version", "1"]);
     let mut findings = edges::check(&output_of(&mut metadata)?)?;
+    findings.extend(check_trees()?);
     findings.extend(check_supply(root)?);
     let mut files = Vec::new();
     collect_text_files(root, &mut files)?;
@@ -69,6 +70,18 @@ fn check(root: &Path) -> Result<Vec<String>> {
     }
     findings.extend(engines::check_lists(|path| root.join(path).exists()));
     findings.extend(order::check(root, order::CRATES, order::LIST)?);
+    Ok(findings)
+}
+
+/// Checks what the libraries depend on, directly or not, with all features.
+fn check_trees() -> Result<Vec<String>> {
+    let mut findings = Vec::new();
+    for name in edges::libraries() {
+        let mut tree = cargo();
+        tree.args(["tree", "--locked", "--package", name, "--edges", "normal"]);
+        tree.args(["--all-features", "--prefix", "none"]);
+        findings.extend(edges::check_tree(name, &output_of(&mut tree)?));
+    }
     Ok(findings)
 }
 
