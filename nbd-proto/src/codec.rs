@@ -81,7 +81,7 @@ pub fn protocol_string<'a>(what: &'static str, bytes: &'a [u8]) -> Result<&'a st
 
 /// Truncates `text` to at most `limit` bytes at a character boundary.
 #[must_use]
-pub fn truncate_text(text: &str, limit: usize) -> &str {
+pub(crate) fn truncate_text(text: &str, limit: usize) -> &str {
     if text.len() <= limit {
         return text;
     }
@@ -94,7 +94,7 @@ pub fn truncate_text(text: &str, limit: usize) -> &str {
 
 /// Text sent by the peer, safe to print on a terminal: control characters are escaped.
 #[derive(Debug, Clone, Copy)]
-pub struct PeerText<'a>(pub &'a str);
+pub(crate) struct PeerText<'a>(pub(crate) &'a str);
 
 impl std::fmt::Display for PeerText<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

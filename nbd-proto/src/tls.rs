@@ -199,7 +199,7 @@ pub enum KeyLineProblem {
 /// Returns true if both are equal. The duration does not depend on the position of a difference;
 /// the length is not secret.
 #[must_use]
-pub fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
+pub(crate) fn equal_in_constant_time(left: &[u8], right: &[u8]) -> bool {
     if left.len() != right.len() {
         return false;
     }

@@ -69,7 +69,7 @@ impl BlockSizes {
 
     /// The same constraints with a minimum of 1.
     #[must_use]
-    pub const fn without_minimum(self) -> Self {
+    pub(crate) const fn without_minimum(self) -> Self {
         Self { minimum: 1, ..self }
     }
 
