@@ -7,7 +7,7 @@ use nbd_jobs::checksum::{ChecksumAlgorithm, checksum};
 use serde::Serialize;
 
 use super::image::open::{TrustArgs, options};
-use super::image::place::Place;
+use super::image::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -89,7 +89,7 @@ impl From<Algorithm> for ChecksumAlgorithm {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct ChecksumReport<'a> {
     source: &'a str,
     size: u64,
     algorithm: &'a str,
@@ -99,7 +99,7 @@ struct Report<'a> {
 pub(crate) fn run(args: &ChecksumArgs) -> Result<Outcome, CommandError> {
     let algorithm = ChecksumAlgorithm::from(args.algorithm);
     let expected = args.expect.as_deref().map(|text| algorithm.parse(text)).transpose()?;
-    let place = Place::parse_one(&args.source, &args.server, &args.trust)?;
+    let place = ImageLocation::parse_one(&args.source, &args.server, &args.trust)?;
     let mut options = args.share.apply(options(args.format, &args.trust));
     options = options.policy(args.trust.policy_with(&args.server));
     if let Some(snapshot) = &args.snapshot {
@@ -124,7 +124,7 @@ pub(crate) fn run(args: &ChecksumArgs) -> Result<Outcome, CommandError> {
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Text => output.line(&format!("{checksum}  {}", printable(&source)))?,
-        ReportFormat::Json => output.json(&Report {
+        ReportFormat::Json => output.json(&ChecksumReport {
             source: &source,
             size: image.size(),
             algorithm: algorithm.name(),

@@ -35,7 +35,7 @@ pub struct ListMetaArgs {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct ContextsReport<'a> {
     #[serde(rename = "export-name")]
     export_name: &'a str,
     contexts: Vec<&'a str>,
@@ -54,7 +54,7 @@ pub(crate) fn run(args: &ListMetaArgs) -> Result<Outcome, CommandError> {
                 output.line(&printable(context.as_str()))?;
             }
         }
-        ReportFormat::Json => output.json(&Report {
+        ReportFormat::Json => output.json(&ContextsReport {
             export_name: &args.uri.export_name,
             contexts: contexts.iter().map(|context| context.as_str()).collect(),
         })?,

@@ -81,7 +81,7 @@ pub struct RestoreArgs {
 /// The result of a restore. Sizes are in bytes.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Report {
+struct RestoreReport {
     image: String,
     destination: String,
     size: u64,
@@ -112,7 +112,7 @@ pub(crate) fn run(args: &RestoreArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
+async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
     let started = Instant::now();
     let shown = Shown::new(args.summary.visibility());
     let (from, to) = (&args.image, &args.destination);
@@ -122,7 +122,7 @@ async fn restore(args: &RestoreArgs) -> Result<Report, CommandError> {
         JobErrorKind::Source => advise_sharing(error.into()),
         _ => error.into(),
     })?;
-    Ok(Report {
+    Ok(RestoreReport {
         image: args.image.display().to_string(),
         destination: match &args.destination {
             Location::File(path) => path.display().to_string(),
@@ -148,7 +148,7 @@ fn options(args: &RestoreArgs) -> RestoreOptions {
     options
 }
 
-impl Report {
+impl RestoreReport {
     fn print(&self, format: ReportFormat) -> Result<(), CommandError> {
         let mut output = Output::new();
         match format {

@@ -13,7 +13,7 @@ use imgfmt::{
 };
 
 use super::below::backups_below;
-use super::options::{BackupSource, UnknownBase, Work};
+use super::options::{BackupJob, BackupSource, UnknownBase};
 use crate::text::printable;
 use crate::{JobError, JobErrorKind};
 
@@ -37,7 +37,7 @@ pub(super) struct Base {
 
 impl Base {
     /// Opens the base and checks that the new backup can build on it.
-    pub(super) fn open(path: &Path, work: Work<'_>) -> Result<Self, JobError> {
+    pub(super) fn open(path: &Path, work: BackupJob<'_>) -> Result<Self, JobError> {
         let files = [vec![path.to_owned()], backups_below(path)].concat();
         let policy = files.iter().fold(work.options.policy.clone(), OpenPolicy::allow_file);
         let options = work.open_options().locking(work.read_locking()).policy(policy);
@@ -92,7 +92,7 @@ impl Base {
 
     /// Refuses a base of a disk of another size, and a base that may be the wrong one unless the
     /// user vouches for it.
-    pub(super) fn check(&self, size: u64, work: Work<'_>) -> Result<(), JobError> {
+    pub(super) fn check(&self, size: u64, work: BackupJob<'_>) -> Result<(), JobError> {
         self.check_size(size)?;
         match &self.problem {
             Some(problem) if work.options.unknown_base == UnknownBase::Refuse => {
@@ -179,7 +179,7 @@ impl Base {
     }
 
     /// Returns the reason against this base, as far as it can be known without the server.
-    fn problem_without_control(&self, work: Work<'_>) -> Option<String> {
+    fn problem_without_control(&self, work: BackupJob<'_>) -> Option<String> {
         let identity = self.identity.as_ref()?;
         let export = match work.source {
             BackupSource::Export(uri) => uri.export_name.as_str(),

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::chain::Base;
 use super::job::{BackedUp, Issued, run};
-use super::options::{UnknownBase, Work};
+use super::options::{BackupJob, UnknownBase};
 use super::partial;
 use crate::cancellation::Cancellation;
 use crate::control::{
@@ -28,7 +28,7 @@ pub(super) struct Server<'a> {
 
 /// Starts a checkpoint, copies it, and ends it with the result.
 pub(super) async fn backup(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     server: Server<'_>,
     base: Option<&Base>,
 ) -> Result<BackedUp, JobError> {
@@ -79,7 +79,7 @@ pub(super) async fn backup(
 
 /// Copies the view; cancelling the job abandons the copy as a whole.
 async fn unless_cancelled(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     uri: &NbdUri,
     base: Option<&Base>,
     issued: Issued,
@@ -87,7 +87,7 @@ async fn unless_cancelled(
     let observer = work.context.observer.clone();
     let context = JobContext { observer, cancellation: Cancellation::new() };
     let reason = tokio::select! {
-        result = run(Work { context: &context, ..work }, uri, base, issued) => return result,
+        result = run(BackupJob { context: &context, ..work }, uri, base, issued) => return result,
         reason = work.context.cancellation.cancelled() => reason,
     };
     let ended = reason.in_words(format!("{reason} has ended the backup of {uri}"));
@@ -124,7 +124,7 @@ impl Socket {
 
 /// Returns the address of the view: at the named server, or as the server reports.
 fn uri_of_view(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     server: Server<'_>,
     started: Value,
 ) -> Result<(NbdUri, Issued), JobError> {
@@ -165,7 +165,7 @@ fn uri_of_view(
 /// Refuses a base that may be the wrong one, and one that is not the start of the bitmap, and names
 /// the right one. The server refuses it too, but does not know the files.
 async fn refuse_wrong(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     base: &Base,
     export: &str,
     socket: &mut Socket,

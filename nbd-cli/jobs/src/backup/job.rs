@@ -10,7 +10,7 @@ use nbd_proto::NbdUri;
 use nbd_proto::wire::{MetaContextName, TransmissionFlags};
 
 use super::chain::Base;
-use super::options::{BackupSource, CLUSTER_SIZE, Work};
+use super::options::{BackupJob, BackupSource, CLUSTER_SIZE};
 use super::partial::{Partial, State};
 use crate::connect::connect;
 use crate::copy::destination::{Background, Destination};
@@ -73,7 +73,7 @@ impl Issued {
 
 /// Copies the disk at `uri`.
 pub(super) async fn run(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     uri: &NbdUri,
     base: Option<&Base>,
     issued: Issued,
@@ -132,7 +132,7 @@ fn context_of(bitmap: &str) -> Result<MetaContextName, JobError> {
 }
 
 async fn connect_to_disk(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     uri: &NbdUri,
     bitmap: Option<&MetaContextName>,
 ) -> Result<Client, JobError> {
@@ -169,7 +169,7 @@ async fn connect_to_disk(
 
 /// Copies into the partial file; returns the bytes copied by kind, and the start of the copy.
 async fn fill(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     (client, uri): (Client, &NbdUri),
     bitmap: Option<&MetaContextName>,
     partial: &mut Partial,
@@ -242,7 +242,7 @@ async fn save(job: &Job, partial: &mut Partial) -> Result<(), JobError> {
 
 /// Verifies the copied ranges, by the dirty bits of `bitmap`, or everything.
 async fn verify(
-    work: Work<'_>,
+    work: BackupJob<'_>,
     (client, uri): (&Client, &NbdUri),
     bitmap: Option<&MetaContextName>,
     partial: &Partial,

@@ -13,7 +13,7 @@ use self::chain::Base;
 use self::checkpoint::Server;
 pub use self::job::BackedUp;
 use self::job::{Issued, run};
-use self::options::Work;
+use self::options::BackupJob;
 pub use self::options::{BackupOptions, BackupSource, Leftover, Sharing, UnknownBase};
 use crate::{JobContext, JobError};
 
@@ -45,7 +45,7 @@ pub async fn backup(
     context: &JobContext,
 ) -> Result<BackedUp, JobError> {
     let options = &BackupOptions { connect: options.connect.on_lanes(), ..options.clone() };
-    let work = Work { source, target, options, context };
+    let work = BackupJob { source, target, options, context };
     work.check()?;
     refuse_existing(work)?;
     let base = options.base.as_deref().map(|path| Base::open(path, work)).transpose()?;
@@ -58,7 +58,7 @@ pub async fn backup(
     }
 }
 
-fn refuse_existing(work: Work<'_>) -> Result<(), JobError> {
+fn refuse_existing(work: BackupJob<'_>) -> Result<(), JobError> {
     if work.is_on_device() {
         return match work.options.leftover == Leftover::Resume {
             true => Err(JobError::invalid(format!(

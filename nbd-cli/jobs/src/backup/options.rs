@@ -116,14 +116,14 @@ impl Default for BackupOptions {
 
 /// Shared state of the parts of one backup.
 #[derive(Clone, Copy)]
-pub(super) struct Work<'a> {
+pub(super) struct BackupJob<'a> {
     pub(super) source: &'a BackupSource,
     pub(super) target: &'a Path,
     pub(super) options: &'a BackupOptions,
     pub(super) context: &'a JobContext,
 }
 
-impl Work<'_> {
+impl BackupJob<'_> {
     /// Refuses options that are out of range or contradict each other.
     pub(super) fn check(&self) -> Result<(), JobError> {
         let options = self.options;

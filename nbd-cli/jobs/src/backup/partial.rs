@@ -15,7 +15,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
 use super::chain::{Base, directory_of};
-use super::options::{CLUSTER_SIZE, Leftover, Sharing, Work};
+use super::options::{BackupJob, CLUSTER_SIZE, Leftover, Sharing};
 use crate::{JobError, JobErrorKind};
 
 /// Largest record that is read, in bytes.
@@ -40,7 +40,7 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(work: Work<'_>, uri: &NbdUri, size: u64, base: Option<&Base>) -> Self {
+    pub(super) fn new(work: BackupJob<'_>, uri: &NbdUri, size: u64, base: Option<&Base>) -> Self {
         Self {
             version: 1,
             source: uri.to_string(),
@@ -69,7 +69,7 @@ impl State {
 }
 
 /// The storage of a growing backup.
-enum Place {
+enum PartialKind {
     /// In `TARGET.partial`, with a record of its progress beside it.
     File { record: PathBuf },
     /// On a block device, marked as incomplete; it cannot be resumed.
@@ -79,7 +79,7 @@ enum Place {
 /// The growing backup.
 pub(super) struct Partial {
     path: PathBuf,
-    place: Place,
+    kind: PartialKind,
     target: PathBuf,
     /// The base, and the backups below it.
     base: Vec<PathBuf>,
@@ -91,7 +91,7 @@ pub(super) struct Partial {
 impl Partial {
     /// Creates the file, or opens that of an earlier attempt.
     pub(super) fn begin(
-        work: Work<'_>,
+        work: BackupJob<'_>,
         state: State,
         base: Option<&Base>,
     ) -> Result<Self, JobError> {
@@ -106,8 +106,8 @@ impl Partial {
         let (path, record) = (with(".partial"), with(".partial.json"));
         let target = work.target.to_owned();
         let files = base.map(|base| base.files.clone()).unwrap_or_default();
-        let place = Place::File { record };
-        let mut partial = Self { path, place, target, base: files, lock: None, state };
+        let kind = PartialKind::File { record };
+        let mut partial = Self { path, kind, target, base: files, lock: None, state };
         if partial.path.symlink_metadata().is_ok() {
             if work.options.leftover == Leftover::Resume {
                 partial.lock = partial.lock(work)?;
@@ -144,7 +144,7 @@ impl Partial {
     }
 
     fn begin_on_device(
-        work: Work<'_>,
+        work: BackupJob<'_>,
         state: State,
         base: Option<&Base>,
     ) -> Result<Self, JobError> {
@@ -152,7 +152,7 @@ impl Partial {
         let device = device::begin_image(work.target, &options, &*work.context.observer)?;
         let partial = Self {
             path: work.target.to_owned(),
-            place: Place::Device(device),
+            kind: PartialKind::Device(device),
             target: work.target.to_owned(),
             base: base.map(|base| base.files.clone()).unwrap_or_default(),
             lock: None,
@@ -166,9 +166,9 @@ impl Partial {
     /// Returns the error of an incomplete backup with the files it leaves; `advice` says how to
     /// continue with a file.
     pub(super) fn failed(&self, error: &JobError, advice: &str) -> JobError {
-        match self.place {
-            Place::Device(_) => lost(&self.path, error),
-            Place::File { .. } => error.in_words(format!(
+        match self.kind {
+            PartialKind::Device(_) => lost(&self.path, error),
+            PartialKind::File { .. } => error.in_words(format!(
                 "{error}; what there is of it is in '{}' ({advice})",
                 self.path.display()
             )),
@@ -182,16 +182,16 @@ impl Partial {
 
     /// Returns the files it may name: the base named by the user, and the backups below it,
     /// wherever they are.
-    fn policy(&self, work: Work<'_>) -> OpenPolicy {
+    fn policy(&self, work: BackupJob<'_>) -> OpenPolicy {
         self.base.iter().fold(work.options.policy.clone(), OpenPolicy::allow_file)
     }
 
     /// Opens it.
-    pub(super) fn open(&self, work: Work<'_>, access: Access) -> Result<Image, JobError> {
+    pub(super) fn open(&self, work: BackupJob<'_>, access: Access) -> Result<Image, JobError> {
         let options = self.options(work).access(access);
-        match &self.place {
-            Place::File { .. } => Image::open(&self.path, &options),
-            Place::Device(new) => new.open(&options),
+        match &self.kind {
+            PartialKind::File { .. } => Image::open(&self.path, &options),
+            PartialKind::Device(new) => new.open(&options),
         }
         .map_err(|error| JobError::opening(JobErrorKind::Destination, error).advise_sharing())
     }
@@ -199,7 +199,7 @@ impl Partial {
     /// Returns the options for opening it. If other programs may write to the files below it,
     /// neither these nor the backup are locked: [`lock`](Self::lock) locks a file, and a device is
     /// locked all the time.
-    fn options(&self, work: Work<'_>) -> OpenOptions {
+    fn options(&self, work: BackupJob<'_>) -> OpenOptions {
         let options = work.open_options().format(Format::Qcow2).policy(self.policy(work));
         match work.options.sharing {
             Sharing::Exclusive => options,
@@ -208,7 +208,7 @@ impl Partial {
     }
 
     /// Locks the file, if it is not locked together with those below it.
-    fn lock(&self, work: Work<'_>) -> Result<Option<FileStorage>, JobError> {
+    fn lock(&self, work: BackupJob<'_>) -> Result<Option<FileStorage>, JobError> {
         match work.options.sharing {
             Sharing::Shared => work.open_file(&self.path).map(Some),
             Sharing::Exclusive => Ok(None),
@@ -218,7 +218,7 @@ impl Partial {
     /// Records the position up to which it is complete.
     pub(super) fn save(&mut self, done: u64) -> Result<(), JobError> {
         self.state.done = done;
-        let Place::File { record } = &self.place else { return Ok(()) };
+        let PartialKind::File { record } = &self.kind else { return Ok(()) };
         let text = serde_json::to_vec(&self.state)
             .map_err(|error| JobError::destination(format!("cannot write the record: {error}")))?;
         // A new file replaces the old one, so that a complete record exists at any time.
@@ -240,12 +240,12 @@ impl Partial {
     pub(super) fn complete(
         self,
         identity: &BackupIdentity,
-        work: Work<'_>,
+        work: BackupJob<'_>,
     ) -> Result<(), JobError> {
         let options = self.options(work);
-        let record = match self.place {
-            Place::File { record } => record,
-            Place::Device(new) => {
+        let record = match self.kind {
+            PartialKind::File { record } => record,
+            PartialKind::Device(new) => {
                 let completed = new.seal_backup(identity).and_then(|()| new.complete());
                 return completed.map_err(|error| lost(&self.path, &image_error(error)));
             }
@@ -269,8 +269,8 @@ impl Partial {
     }
 
     /// Reads the record of an earlier attempt and checks that it belongs to the same backup.
-    fn resume(&mut self, work: Work<'_>) -> Result<(), JobError> {
-        let Place::File { record } = &self.place else { return Ok(()) };
+    fn resume(&mut self, work: BackupJob<'_>) -> Result<(), JobError> {
+        let PartialKind::File { record } = &self.kind else { return Ok(()) };
         let former = read_record(record).map_err(|error| {
             JobError::destination(format!(
                 "cannot resume: '{}' {error}; begin again with --restart",
@@ -296,7 +296,7 @@ impl Partial {
         Ok(())
     }
 
-    fn remove(&self, work: Work<'_>) -> Result<(), JobError> {
+    fn remove(&self, work: BackupJob<'_>) -> Result<(), JobError> {
         // A running command holds a lock.
         let storage = work.open_file(&self.path)?;
         drop(storage);
@@ -329,7 +329,7 @@ pub(super) fn lost(device: &Path, error: &JobError) -> JobError {
 }
 
 /// Returns the properties of the new image.
-fn options_of(size: u64, base: Option<&Base>, work: Work<'_>) -> CreateOptions {
+fn options_of(size: u64, base: Option<&Base>, work: BackupJob<'_>) -> CreateOptions {
     let mut options = CreateOptions::new(Format::Qcow2, size);
     options.cluster_size = CLUSTER_SIZE;
     options.backing = base.map(|base| (base.name.clone(), base.format));

@@ -36,13 +36,13 @@ pub(super) struct Outgoing {
     /// How many bytes at the start of `own` are sent.
     own_sent: usize,
     /// What is not sent.
-    parts: VecDeque<Part>,
+    parts: VecDeque<QueuedBytes>,
     /// Random bytes: the data of writes that are not verified.
     pool: Arc<[u8]>,
 }
 
 #[derive(Clone, Debug)]
-enum Part {
+enum QueuedBytes {
     /// So many bytes of our own, behind those of the parts before.
     Own(usize),
     Pool(Range<usize>),
@@ -71,9 +71,9 @@ impl Outgoing {
         let result = write(&mut self.own);
         let added = self.own.len() - start;
         match self.parts.back_mut() {
-            Some(Part::Own(length)) => *length += added,
+            Some(QueuedBytes::Own(length)) => *length += added,
             _ if added == 0 => {}
-            _ => self.parts.push_back(Part::Own(added)),
+            _ => self.parts.push_back(QueuedBytes::Own(added)),
         }
         result
     }
@@ -84,7 +84,7 @@ impl Outgoing {
         let start = (at % choices as u64) as usize;
         let range = start..start.saturating_add(length).min(self.pool.len());
         if length >= MIN_SHARED_LEN {
-            self.parts.push_back(Part::Pool(range));
+            self.parts.push_back(QueuedBytes::Pool(range));
         } else {
             let pool = Arc::clone(&self.pool);
             self.append(|own| own.extend_from_slice(pool.get(range).unwrap_or_default()));
@@ -95,8 +95,8 @@ impl Outgoing {
         let mut own = self.own.get(self.own_sent..).unwrap_or_default();
         self.parts.iter().take(MAX_PARTS).map(move |part| {
             IoSlice::new(match part {
-                Part::Own(length) => own.split_off(..*length).unwrap_or_default(),
-                Part::Pool(range) => self.pool.get(range.clone()).unwrap_or_default(),
+                QueuedBytes::Own(length) => own.split_off(..*length).unwrap_or_default(),
+                QueuedBytes::Pool(range) => self.pool.get(range.clone()).unwrap_or_default(),
             })
         })
     }
@@ -104,16 +104,16 @@ impl Outgoing {
     fn sent(&mut self, mut length: usize) {
         while let Some(part) = self.parts.front_mut() {
             let left = match part {
-                Part::Own(left) => *left,
-                Part::Pool(range) => range.len(),
+                QueuedBytes::Own(left) => *left,
+                QueuedBytes::Pool(range) => range.len(),
             };
             let taken = left.min(length);
             match part {
-                Part::Own(left) => {
+                QueuedBytes::Own(left) => {
                     *left -= taken;
                     self.own_sent += taken;
                 }
-                Part::Pool(range) => range.start += taken,
+                QueuedBytes::Pool(range) => range.start += taken,
             }
             if taken < left {
                 break;
@@ -304,7 +304,7 @@ mod tests {
             out.sent(1000 + MIN_SHARED_LEN);
             assert!(!out.is_empty());
         }
-        let kept = out.own.capacity() + out.parts.len() * size_of::<Part>();
+        let kept = out.own.capacity() + out.parts.len() * size_of::<QueuedBytes>();
         assert!(kept < 1 << 20, "{kept} bytes");
     }
 }

@@ -1,4 +1,4 @@
-//! A copy: both sides, the remaining work, and the copying of one piece.
+//! A copy: both sides, the remaining work, and the copying of one range.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,15 +11,15 @@ use tokio::sync::Mutex;
 
 use super::content::Content;
 use super::destination::Destination;
-use super::holes::{Part, parts};
+use super::holes::{WriteSpan, write_spans};
 use super::options::{CopyOptions, Zeroes};
-use super::plan::{Extents, Lengths, Piece, Plan};
+use super::plan::{Extents, Lengths, Plan, PlannedRange};
 use super::source::Source;
 use crate::lanes::Lanes;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, Phase};
 
-/// Zeroes are written in pieces of this size, so that progress is visible.
+/// Zeroes are written in ranges of this size, so that progress is visible.
 const MAX_ZERO_LENGTH: u64 = 256 << 20;
 
 /// Settings of a copy.
@@ -28,7 +28,7 @@ pub(crate) struct Settings {
     pub(crate) requests: usize,
     /// Longest request, in bytes; a power of two of at most 32 MiB.
     pub(crate) request_size: u64,
-    /// Alignment of pieces: a power of two, in bytes.
+    /// Alignment of ranges: a power of two, in bytes.
     pub(crate) unit: u64,
     pub(crate) zeroes: ZeroPolicy,
     /// Unit of zero detection in data, in bytes; none if it is off.
@@ -59,14 +59,14 @@ pub(crate) struct Job {
     /// Request limits of both sides.
     pub(super) alignment: u64,
     zeroes: ZeroPolicy,
-    /// Alignment and largest size of pieces.
+    /// Alignment and largest size of ranges.
     cut: (u64, Lengths),
     /// Unit of zero detection in data, if it is on.
     sparse: Option<usize>,
     /// Unit of writing holes that the source reports, in bytes.
     hole_unit: u64,
     plan: Mutex<Plan>,
-    /// The offsets of the pieces in work.
+    /// The offsets of the ranges in work.
     begun: SyncMutex<BTreeSet<u64>>,
     counts: Counts,
 }
@@ -146,15 +146,15 @@ impl Job {
         }
     }
 
-    /// The next piece of the disk.
-    pub(super) async fn next_piece(&self) -> Result<Option<Piece>, JobError> {
+    /// The next range of the disk.
+    pub(super) async fn next_range(&self) -> Result<Option<PlannedRange>, JobError> {
         let mut plan = self.plan.lock().await;
-        let piece = plan.next().await?;
-        if let Some(piece) = &piece {
+        let range = plan.next().await?;
+        if let Some(range) = &range {
             // Done while the plan is locked, so that `done` never sees a gap.
-            self.begun().insert(piece.offset);
+            self.begun().insert(range.offset);
         }
-        Ok(piece)
+        Ok(range)
     }
 
     /// Returns the position up to which the destination has received everything, in bytes from the
@@ -208,20 +208,20 @@ impl Job {
         }
     }
 
-    /// Reads and writes a piece, through memory of earlier ones; returns the number of bytes that
+    /// Reads and writes a range, through memory of earlier ones; returns the number of bytes that
     /// turned out to be a hole.
-    async fn copy_data(&self, piece: &Piece, memory: &ReadMemory) -> Result<u64, JobError> {
-        let read = self.source.read_chunks(piece.offset, piece.length, memory).await?;
+    async fn copy_data(&self, range: &PlannedRange, memory: &ReadMemory) -> Result<u64, JobError> {
+        let read = self.source.read_chunks(range.offset, range.length, memory).await?;
         let mut holes = 0;
-        for part in parts(read, self.hole_unit) {
+        for part in write_spans(read, self.hole_unit) {
             match part {
-                Part::Data { offset, data } => {
+                WriteSpan::Data { offset, data } => {
                     self.store(offset, &data).await?;
                     self.counts.data.fetch_add(data.len() as u64, Ordering::Relaxed);
                     memory.give_back(data);
                 }
                 // The server reported it in the answer to a read.
-                Part::Zero { offset, length } => {
+                WriteSpan::Zero { offset, length } => {
                     self.store_zeroes(offset, length).await?;
                     self.counts.zero.fetch_add(length, Ordering::Relaxed);
                     holes += length;
@@ -231,23 +231,23 @@ impl Job {
         Ok(holes)
     }
 
-    /// Copies pieces until none is left; the tasks of one thread share the memory.
+    /// Copies ranges until none is left; the tasks of one thread share the memory.
     pub(super) async fn copy_pieces(&self, memory: &ReadMemory) -> Result<(), JobError> {
-        while let Some(piece) = self.next_piece().await? {
-            let holes = match piece.content {
-                Content::Data => self.copy_data(&piece, memory).await?,
+        while let Some(range) = self.next_range().await? {
+            let holes = match range.content {
+                Content::Data => self.copy_data(&range, memory).await?,
                 Content::Zero => {
-                    self.store_zeroes(piece.offset, piece.length).await?;
-                    self.counts.zero.fetch_add(piece.length, Ordering::Relaxed);
-                    piece.length
+                    self.store_zeroes(range.offset, range.length).await?;
+                    self.counts.zero.fetch_add(range.length, Ordering::Relaxed);
+                    range.length
                 }
                 Content::Unchanged => {
-                    self.counts.unchanged.fetch_add(piece.length, Ordering::Relaxed);
+                    self.counts.unchanged.fetch_add(range.length, Ordering::Relaxed);
                     0
                 }
             };
-            self.begun().remove(&piece.offset);
-            self.meter.add(piece.length, holes);
+            self.begun().remove(&range.offset);
+            self.meter.add(range.length, holes);
         }
         Ok(())
     }

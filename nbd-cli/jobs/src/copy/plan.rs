@@ -10,7 +10,7 @@ use super::content::{Content, allocated, content_of};
 use super::dirty::DirtyExtents;
 use crate::{JobError, JobErrorKind};
 
-/// Longest pieces.
+/// Longest ranges.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lengths {
     /// Of data; a multiple of the alignment.
@@ -21,7 +21,7 @@ pub(crate) struct Lengths {
 
 /// A part of the disk for one task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct PlannedRange {
     pub(crate) offset: u64,
     pub(crate) length: u64,
     pub(crate) content: Content,
@@ -65,14 +65,14 @@ impl ImageExtents {
     }
 }
 
-/// Cuts the disk into pieces, front to back.
+/// Cuts the disk into ranges, front to back.
 pub(crate) struct Plan {
     size: u64,
-    /// Every boundary between pieces is a multiple of this power of two.
+    /// Every boundary between ranges is a multiple of this power of two.
     alignment: u64,
     longest: Lengths,
     extents: Extents,
-    /// Start of the next piece.
+    /// Start of the next range.
     at: u64,
     /// The end and the content of the known part.
     known: (u64, Content),
@@ -90,13 +90,13 @@ impl Plan {
         Self { size, alignment, longest, extents, at: start, known: (start, Content::Data) }
     }
 
-    /// Returns the start of the next piece, in bytes.
+    /// Returns the start of the next range, in bytes.
     pub(crate) fn position(&self) -> u64 {
         self.at
     }
 
-    /// Returns the next piece, or `None` at the end of the disk.
-    pub(crate) async fn next(&mut self) -> Result<Option<Piece>, JobError> {
+    /// Returns the next range, or `None` at the end of the disk.
+    pub(crate) async fn next(&mut self) -> Result<Option<PlannedRange>, JobError> {
         if self.at >= self.size {
             return Ok(None);
         }
@@ -111,7 +111,7 @@ impl Plan {
         let offset = self.at;
         let length = (end - offset).min(longest);
         self.at += length;
-        Ok(Some(Piece { offset, length, content }))
+        Ok(Some(PlannedRange { offset, length, content }))
     }
 
     /// Determines the content at the current offset and its end.
@@ -175,22 +175,22 @@ mod tests {
 
     const LONGEST: Lengths = Lengths { data: 65_536, zeroes: 256 << 20 };
 
-    async fn pieces(mut plan: Plan) -> Vec<Piece> {
-        let mut pieces = Vec::new();
-        while let Some(piece) = plan.next().await.unwrap() {
-            pieces.push(piece);
+    async fn ranges(mut plan: Plan) -> Vec<PlannedRange> {
+        let mut ranges = Vec::new();
+        while let Some(range) = plan.next().await.unwrap() {
+            ranges.push(range);
         }
-        pieces
+        ranges
     }
 
     #[tokio::test]
     async fn pieces_cover_the_disk_without_gaps() {
         let plan = Plan::new(0, 1_000_001, 1, LONGEST, Extents::Unknown);
         let mut at = 0;
-        for piece in pieces(plan).await {
-            assert_eq!(piece.offset, at);
-            assert!((1..=65_536).contains(&piece.length));
-            at += piece.length;
+        for range in ranges(plan).await {
+            assert_eq!(range.offset, at);
+            assert!((1..=65_536).contains(&range.length));
+            at += range.length;
         }
         assert_eq!(at, 1_000_001);
     }
@@ -204,15 +204,16 @@ mod tests {
         std::os::unix::fs::FileExt::write_all_at(&file, b"x", 4096 * 5).unwrap();
         let storage = FileStorage::open(&path, Access::ReadOnly, Locking::Off).unwrap();
         let plan = Plan::new(0, 1 << 20, 65_536, LONGEST, Extents::File(Arc::new(storage)));
-        let zero = Piece { offset: 65_536, length: (1 << 20) - 65_536, content: Content::Zero };
-        let data = Piece { offset: 0, length: 65_536, content: Content::Data };
+        let zero =
+            PlannedRange { offset: 65_536, length: (1 << 20) - 65_536, content: Content::Zero };
+        let data = PlannedRange { offset: 0, length: 65_536, content: Content::Data };
         // A file system without holes reports data throughout.
-        let found = pieces(plan).await;
+        let found = ranges(plan).await;
         assert!(found == [data, zero] || found.iter().all(|p| p.content == Content::Data));
     }
 
     #[tokio::test]
     async fn an_empty_disk_has_no_pieces() {
-        assert!(pieces(Plan::new(0, 0, 1, LONGEST, Extents::Unknown)).await.is_empty());
+        assert!(ranges(Plan::new(0, 0, 1, LONGEST, Extents::Unknown)).await.is_empty());
     }
 }

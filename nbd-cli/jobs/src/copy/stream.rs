@@ -13,7 +13,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use super::content::Content;
 use super::job::Job;
-use super::plan::Piece;
+use super::plan::PlannedRange;
 use crate::JobError;
 
 /// Reads standard input to its end; the writes go on in parallel.
@@ -60,8 +60,8 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), JobError> {
     let mut more = true;
     loop {
         while more && ahead.len() < job.requests {
-            match job.next_piece().await? {
-                Some(piece) => ahead.push_back(Ahead::start(job, piece)),
+            match job.next_range().await? {
+                Some(range) => ahead.push_back(Ahead::start(job, range)),
                 None => more = false,
             }
         }
@@ -69,8 +69,8 @@ pub(super) async fn to_standard_output(job: &Arc<Job>) -> Result<(), JobError> {
             None => return Ok(()),
             Some(Ahead::Zero(length)) => write_zeroes(job, &zeroes, length).await?,
             Some(Ahead::Data(reading)) => {
-                for piece in flatten(reading.await)? {
-                    match piece {
+                for chunk in flatten(reading.await)? {
+                    match chunk {
                         ReadChunk::Hole { length, .. } => {
                             write_zeroes(job, &zeroes, length).await?;
                         }
@@ -108,20 +108,20 @@ pub(super) async fn through(job: &Arc<Job>) -> Result<(), JobError> {
     }
 }
 
-/// A piece out of order.
+/// A range out of order.
 enum Ahead {
     Zero(u64),
     Data(JoinHandle<Result<Vec<ReadChunk>, JobError>>),
 }
 
 impl Ahead {
-    fn start(job: &Arc<Job>, piece: Piece) -> Self {
-        match piece.content {
-            Content::Zero => Self::Zero(piece.length),
+    fn start(job: &Arc<Job>, range: PlannedRange) -> Self {
+        match range.content {
+            Content::Zero => Self::Zero(range.length),
             Content::Data | Content::Unchanged => {
                 let job = job.clone();
                 let read = async move {
-                    job.source.read_chunks(piece.offset, piece.length, &ReadMemory::default()).await
+                    job.source.read_chunks(range.offset, range.length, &ReadMemory::default()).await
                 };
                 Self::Data(tokio::spawn(read))
             }

@@ -8,7 +8,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use super::content::Content;
-use super::plan::{Lengths, Piece, Plan};
+use super::plan::{Lengths, Plan, PlannedRange};
 use super::source::Source;
 use crate::observer::Meter;
 use crate::{JobContext, JobError, JobErrorKind, Phase};
@@ -67,15 +67,15 @@ impl Verification {
     async fn compare_pieces(&self) -> Result<u64, JobError> {
         let mut compared = 0;
         loop {
-            let piece = self.plan.lock().await.next().await?;
-            let Some(piece) = piece else { return Ok(compared) };
-            let equal = match piece.content {
+            let range = self.plan.lock().await.next().await?;
+            let Some(range) = range else { return Ok(compared) };
+            let equal = match range.content {
                 Content::Unchanged => {
-                    self.meter.add(piece.length, 0);
+                    self.meter.add(range.length, 0);
                     continue;
                 }
-                Content::Data => self.is_equal(&piece).await?,
-                Content::Zero => self.is_zero(&piece).await?,
+                Content::Data => self.is_equal(&range).await?,
+                Content::Zero => self.is_zero(&range).await?,
             };
             if !equal {
                 let kind = JobErrorKind::Mismatch;
@@ -84,30 +84,30 @@ impl Verification {
                     format!(
                         "the copy differs from the source in the {} bytes at offset {}: either the \
                      source has changed meanwhile or the copy is damaged",
-                        piece.length, piece.offset
+                        range.length, range.offset
                     ),
                 ));
             }
-            compared += piece.length;
-            self.meter.add(piece.length, 0);
+            compared += range.length;
+            self.meter.add(range.length, 0);
         }
     }
 
-    async fn is_equal(&self, piece: &Piece) -> Result<bool, JobError> {
+    async fn is_equal(&self, range: &PlannedRange) -> Result<bool, JobError> {
         let (source, copy) = tokio::join!(
-            self.source.read(piece.offset, piece.length, BytesMut::new()),
-            self.copy.read(piece.offset, piece.length, BytesMut::new()),
+            self.source.read(range.offset, range.length, BytesMut::new()),
+            self.copy.read(range.offset, range.length, BytesMut::new()),
         );
         Ok(crc32fast::hash(&source?) == crc32fast::hash(&copy?))
     }
 
     /// Returns whether the copy is zero where the source reports zeroes.
-    async fn is_zero(&self, piece: &Piece) -> Result<bool, JobError> {
-        if self.copy.is_known_zero(piece.offset, piece.length).await {
+    async fn is_zero(&self, range: &PlannedRange) -> Result<bool, JobError> {
+        if self.copy.is_known_zero(range.offset, range.length).await {
             return Ok(true);
         }
-        let end = piece.offset + piece.length;
-        let mut at = piece.offset;
+        let end = range.offset + range.length;
+        let mut at = range.offset;
         while at < end {
             let length = PIECE.min(end - at);
             if !is_zero(&self.copy.read(at, length, BytesMut::new()).await?) {

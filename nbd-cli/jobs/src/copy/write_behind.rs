@@ -30,20 +30,20 @@ pub(super) struct WriteBehind {
     /// Bytes written.
     written: u64,
     /// Written since writeback was last started.
-    window: Part,
+    window: WrittenBytes,
     /// Written since pages were last given up.
-    group: Part,
+    group: WrittenBytes,
 }
 
 /// Parts of a file that lie close together.
 #[derive(Debug, Default)]
-struct Part {
+struct WrittenBytes {
     bytes: u64,
     /// From the first byte to the last one; there may be gaps.
     range: Option<Range<u64>>,
 }
 
-impl Part {
+impl WrittenBytes {
     fn add(&mut self, offset: u64, length: u64) {
         let end = offset.saturating_add(length);
         let range = self.range.get_or_insert(offset..end);
@@ -60,7 +60,7 @@ impl Default for WriteBehind {
 
 impl WriteBehind {
     fn new(sizes: Sizes) -> Self {
-        Self { sizes, written: 0, window: Part::default(), group: Part::default() }
+        Self { sizes, written: 0, window: WrittenBytes::default(), group: WrittenBytes::default() }
     }
 
     /// Notes a write into `storage`.
@@ -94,7 +94,7 @@ impl WriteBehind {
 }
 
 /// Gives up the clean pages of a part, and starts to write the dirty ones.
-fn give_up(storage: &dyn Storage, part: Part) {
+fn give_up(storage: &dyn Storage, part: WrittenBytes) {
     let Some((fd, range)) = storage.as_fd().zip(part.range) else { return };
     let length = std::num::NonZeroU64::new(range.end - range.start);
     // Only advice: without it the copy is just as good.
@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn parts_out_of_order_are_one_range() {
-        let mut part = Part::default();
+        let mut part = WrittenBytes::default();
         part.add(100, 10);
         part.add(90, 10);
         part.add(120, 5);

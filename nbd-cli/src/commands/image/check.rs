@@ -10,7 +10,7 @@ use nbd_jobs::qemu_name::path_in;
 use serde::Serialize;
 
 use super::open::explained;
-use super::place::{Place, storage};
+use super::place::{ImageLocation, storage};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -83,7 +83,7 @@ pub enum RepairChoice {
 /// The keys, and their absence at zero, are those of qemu-img.
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Report {
+struct CheckOutcome {
     filename: String,
     format: &'static str,
     check_errors: u64,
@@ -119,7 +119,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
         Some(RepairChoice::Leaks) => Repair::Leaks,
         Some(RepairChoice::All) => Repair::All,
     };
-    let place = Place::parse_alone(&args.path, &args.server)?;
+    let place = ImageLocation::parse_alone(&args.path, &args.server)?;
     let report = match check(&place, &options, repair, &args.server)? {
         Ok(report) => report,
         Err(why) => {
@@ -146,7 +146,7 @@ fn print(args: &CheckArgs, report: &CheckReport) -> Result<(), CommandError> {
 
 /// The inner error means that such an image cannot be checked.
 fn check(
-    place: &Place,
+    place: &ImageLocation,
     options: &OpenOptions,
     repair: Repair,
     server: &ServerArgs,
@@ -154,13 +154,13 @@ fn check(
     let (place, options) = place.settled(options, server)?;
     let options = &options;
     let (checked, can_be_described) = match place {
-        Place::Export { .. } if repair != Repair::None => {
+        ImageLocation::Export { .. } if repair != Repair::None => {
             return Err(CommandError::new(format!(
                 "cannot repair {place}: an export is only checked, because nothing keeps others \
                  from using it meanwhile; repair the image where its file is"
             )));
         }
-        Place::Export { uri, files } => {
+        ImageLocation::Export { uri, files } => {
             let storage = Arc::new(storage(uri, *files, server)?);
             let checked = Image::check_storage(storage.clone(), options, Repair::None)
                 .map_err(|error| error.with_path(uri.to_string()));
@@ -184,8 +184,8 @@ fn check(
     }
 }
 
-fn json(args: &CheckArgs, report: &CheckReport) -> Report {
-    Report {
+fn json(args: &CheckArgs, report: &CheckReport) -> CheckOutcome {
+    CheckOutcome {
         filename: path_in(&args.path).to_string_lossy().into_owned(),
         // No other format can be checked.
         format: Format::Qcow2.name(),

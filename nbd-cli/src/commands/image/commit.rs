@@ -8,7 +8,7 @@ use imgfmt::{Access, Format, Image, Locking, OpenOptions};
 
 use super::info::print_json;
 use super::open::{TrustArgs, explained, options};
-use super::place::Place;
+use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
@@ -97,7 +97,10 @@ fn empty(path: &Path, options: &OpenOptions) -> imgfmt::Result<()> {
 }
 
 /// Returns the file or export to write into. The overlay could be opened, so the policy allows it.
-fn backing_of(args: &CommitArgs, overlay: &Image) -> Result<(Place, Option<Format>), CommandError> {
+fn backing_of(
+    args: &CommitArgs,
+    overlay: &Image,
+) -> Result<(ImageLocation, Option<Format>), CommandError> {
     let qcow2 = overlay.info()?.qcow2;
     let Some((name, format)) =
         qcow2.and_then(|info| info.backing_name.zip(Some(info.backing_format)))
@@ -109,5 +112,5 @@ fn backing_of(args: &CommitArgs, overlay: &Image) -> Result<(Place, Option<Forma
     };
     // The chain could be opened: any other name is one of a raw image.
     let format = format.map(|name| Format::from_name(&name).unwrap_or(Format::Raw));
-    Ok((Place::File(args.path.clone()).beside(&name)?, format))
+    Ok((ImageLocation::File(args.path.clone()).beside(&name)?, format))
 }

@@ -9,7 +9,7 @@ use imgfmt::jobs::{self, CompareOptions};
 use serde::Serialize;
 
 use super::open::{TrustArgs, options};
-use super::place::Place;
+use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -80,7 +80,7 @@ pub struct CompareArgs {
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Report {
+struct CompareReport {
     identical: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     mismatch_offset: Option<u64>,
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &CompareArgs) -> Result<Outcome, CommandError> {
     })
 }
 
-fn print(report: &Report, sizes: &str, format: ReportFormat) -> Result<(), CommandError> {
+fn print(report: &CompareReport, sizes: &str, format: ReportFormat) -> Result<(), CommandError> {
     let mut output = Output::new();
     match format {
         ReportFormat::Json => output.json(report)?,
@@ -114,10 +114,10 @@ fn print(report: &Report, sizes: &str, format: ReportFormat) -> Result<(), Comma
 }
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
-    let places = Place::parse_two([&args.first, &args.second], &args.server, &args.trust)?;
+    let places = ImageLocation::parse_two([&args.first, &args.second], &args.server, &args.trust)?;
     let is_remote = places.iter().any(|place| place.uri().is_some());
     let [first, second] = places;
-    let open = |place: &Place, format, raw_option| {
+    let open = |place: &ImageLocation, format, raw_option| {
         let options = args.share.apply(options(format, &args.trust));
         let options = options.policy(args.trust.policy_with(&args.server));
         place.open_or_name(&options, &args.server, raw_option).map_err(advise_sharing)
@@ -138,7 +138,7 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
         compared?.first_difference
     };
     let identical = mismatch_offset.is_none() && !(size_mismatch && args.strict);
-    let report = Report { identical, mismatch_offset, size_mismatch };
+    let report = CompareReport { identical, mismatch_offset, size_mismatch };
     let sizes = format!("{} and {} bytes", first.size(), second.size());
     unless_closed(print(&report, &sizes, ReportFormat::from_json_flag(args.json)))?;
     Ok(if identical { Outcome::Success } else { Outcome::Status(DIFFERENT) })

@@ -24,7 +24,7 @@ use nbd_proto::NbdUri;
 use self::reader::ExportReader;
 use super::create::{Compat, Qcow2Args};
 use super::open::OpenArgs;
-use super::place::Place;
+use super::place::ImageLocation;
 use crate::connect::{ServerArgs, refuse_same_export};
 use crate::error::{CommandError, Outcome};
 use crate::image_format::{ImageFormat, name_of_another_format};
@@ -141,18 +141,21 @@ pub struct ConvertArgs {
 }
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
-    let [from, destination] =
-        Place::parse_two([&args.source, &args.destination], &args.server, &args.open.trust)?;
+    let [from, destination] = ImageLocation::parse_two(
+        [&args.source, &args.destination],
+        &args.server,
+        &args.open.trust,
+    )?;
     refuse_same_export(from.uri(), destination.uri())?;
-    if let Place::Described { .. } = destination {
+    if let ImageLocation::Described { .. } = destination {
         return Err(CommandError::new(
             "the new image is given by its name, and its format by --output-format",
         ));
     }
-    let exists = args.no_create || matches!(destination, Place::Export { .. });
+    let exists = args.no_create || matches!(destination, ImageLocation::Export { .. });
     let format = args.output_format.map_or(Format::Raw, Format::from);
     check_options(args, &destination, format, exists)?;
-    if let (Place::File(path), false) = (&destination, exists)
+    if let (ImageLocation::File(path), false) = (&destination, exists)
         && let Some(why) = name_of_another_format(path, format, "--output-format")
     {
         warn(&why);
@@ -174,14 +177,14 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     let copy =
         Conversion { args, patient, source, reader, from, bitmaps, format, is_remote, shown };
     let result = match (&destination, exists) {
-        (Place::File(path), _) => match (target::look(path)?, format) {
+        (ImageLocation::File(path), _) => match (target::look(path)?, format) {
             // The device is the disk.
             (Existing::BlockDevice, Format::Raw) => copy.overwrite_device(path),
             _ if exists => copy.replace(&destination),
             (Existing::BlockDevice, _) => copy.make_on_device(path),
             _ => copy.make_new(path),
         },
-        (Place::Export { uri, .. }, _) if format == Format::Raw => {
+        (ImageLocation::Export { uri, .. }, _) if format == Format::Raw => {
             copy.to_server(&destination, uri)
         }
         _ => copy.replace(&destination),
@@ -191,7 +194,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
         Err(_) => shown.clear(),
     }
     result?;
-    if let (Place::File(path), true) = (&destination, args.json) {
+    if let (ImageLocation::File(path), true) = (&destination, args.json) {
         super::info::print_json(path, &args.open.trust.options().format(format))?;
     }
     Ok(Outcome::Success)
@@ -200,7 +203,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
 /// Refuses options that contradict each other.
 fn check_options(
     args: &ConvertArgs,
-    destination: &Place,
+    destination: &ImageLocation,
     format: Format,
     exists: bool,
 ) -> Result<(), CommandError> {
@@ -214,7 +217,10 @@ fn check_options(
     if args.bitmaps && args.qcow2.compat == Some(Compat::V2) {
         return refuse("--bitmaps needs version 3 of qcow2; leave out --compat 0.10");
     }
-    if args.no_create && args.output_format.is_none() && matches!(destination, Place::File(_)) {
+    if args.no_create
+        && args.output_format.is_none()
+        && matches!(destination, ImageLocation::File(_))
+    {
         return refuse(
             "--no-create needs the format of the image that is there; add --output-format raw or \
              --output-format qcow2",
@@ -228,7 +234,7 @@ fn check_options(
             "{option} is for images that are made; leave it out or leave out --no-create"
         ));
     }
-    if args.json && matches!(destination, Place::Export { .. }) {
+    if args.json && matches!(destination, ImageLocation::Export { .. }) {
         return refuse("--json describes files; for an export use 'nbd-cli info --json'");
     }
     Ok(())
@@ -239,7 +245,7 @@ fn left(error: &CommandError, left: &str) -> CommandError {
     CommandError::new(format!("{error}; {left}"))
 }
 
-fn incomplete(to: &Place, error: &CommandError) -> CommandError {
+fn incomplete(to: &ImageLocation, error: &CommandError) -> CommandError {
     CommandError::new(format!("{error}; the disk in {to} is incomplete: run the command again"))
 }
 
@@ -251,7 +257,7 @@ struct Conversion<'a> {
     source: &'a Image,
     /// Reads the source, if it fills another server's export.
     reader: Option<Arc<dyn SourceReader>>,
-    from: &'a Place,
+    from: &'a ImageLocation,
     /// The bitmaps of the source to copy.
     bitmaps: Vec<BitmapInfo>,
     format: Format,
@@ -299,7 +305,7 @@ impl Conversion<'_> {
     }
 
     fn fill(&self, image: Image, path: &Path) -> Result<(), CommandError> {
-        self.copy(&image, &Place::File(path.to_owned()), Background::Zero)?;
+        self.copy(&image, &ImageLocation::File(path.to_owned()), Background::Zero)?;
         copy_bitmaps(self.source, &image, &self.bitmaps)?;
         Ok(image.close()?)
     }
@@ -310,7 +316,7 @@ impl Conversion<'_> {
         let disk = device::begin_disk(path, self.args.open.trust.locks.locking())?;
         let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
         let image = Image::from_storage(disk.clone(), &options)?;
-        let to = Place::File(path.to_owned());
+        let to = ImageLocation::File(path.to_owned());
         self.check_room(&to, &image)?;
         device::warn_of_loss(path, &*warnings());
         let copied = self.copy(&image, &to, self.background()).and_then(|()| Ok(image.close()?));
@@ -319,7 +325,7 @@ impl Conversion<'_> {
     }
 
     /// Overwrites the existing disk.
-    fn replace(&self, to: &Place) -> Result<(), CommandError> {
+    fn replace(&self, to: &ImageLocation) -> Result<(), CommandError> {
         let policy = self.args.open.trust.policy_with(&self.args.server);
         let options = self.args.open.trust.locks.options();
         let options = options.format(self.format).access(Access::ReadWrite).policy(policy);
@@ -346,7 +352,7 @@ impl Conversion<'_> {
 
     /// Overwrites the disk of a server. If the server restarts in between, it may have lost writes
     /// that were not durable: then everything is written again.
-    fn to_server(&self, to: &Place, uri: &NbdUri) -> Result<(), CommandError> {
+    fn to_server(&self, to: &ImageLocation, uri: &NbdUri) -> Result<(), CommandError> {
         let (image, client) = to.open_disk(self.patient)?;
         self.check_room(to, &image)?;
         for _ in 0..MOST_ROUNDS {
@@ -369,7 +375,7 @@ impl Conversion<'_> {
         ))
     }
 
-    fn check_room(&self, to: &Place, image: &Image) -> Result<(), CommandError> {
+    fn check_room(&self, to: &ImageLocation, image: &Image) -> Result<(), CommandError> {
         let (room, size) = (image.size(), self.source.size());
         if room < size {
             return Err(CommandError::new(format!(
@@ -383,7 +389,12 @@ impl Conversion<'_> {
         if self.args.destination_is_zero { Background::Zero } else { Background::Unknown }
     }
 
-    fn copy(&self, image: &Image, to: &Place, background: Background) -> Result<(), CommandError> {
+    fn copy(
+        &self,
+        image: &Image,
+        to: &ImageLocation,
+        background: Background,
+    ) -> Result<(), CommandError> {
         let mut options = ConvertOptions::default();
         if self.is_remote {
             options.threads = REMOTE_JOBS;
@@ -399,7 +410,7 @@ impl Conversion<'_> {
     }
 
     /// Returns the error with the name of the place at fault, if it has none yet.
-    fn named(&self, to: &Place, error: JobError) -> CommandError {
+    fn named(&self, to: &ImageLocation, error: JobError) -> CommandError {
         let place = match error.kind() {
             JobErrorKind::Source => self.from,
             _ => to,

@@ -21,7 +21,7 @@ use serde::Serialize;
 use self::backup::JsonBackup;
 use self::encryption::{JsonEncryption, Naming};
 use super::open::OpenArgs;
-use super::place::Place;
+use super::place::ImageLocation;
 use super::snapshot::{self, JsonSnapshot};
 use crate::async_runtime::runtime;
 use crate::commands::info::report::Report;
@@ -141,7 +141,7 @@ struct JsonBitmap<'a> {
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let place = ImageLocation::parse_one(&args.path, &args.server, &args.open.trust)?;
     let layers = layers(args, place).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
@@ -169,7 +169,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
 
 /// Prints the properties of an image after it was created or changed.
 pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), CommandError> {
-    let place = Place::File(path.to_owned());
+    let place = ImageLocation::File(path.to_owned());
     let info = place.inspect(options, &ServerArgs::default())?;
     let mut output = Output::new();
     output.json(&Found { place, info, server: None }.json()?)?;
@@ -178,13 +178,13 @@ pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), Comma
 
 /// One layer of the report.
 struct Found {
-    place: Place,
+    place: ImageLocation,
     info: ImageInfo,
     server: Option<Report>,
 }
 
 /// Returns the image and, on request, everything below it.
-fn layers(args: &InfoArgs, place: Place) -> Result<Vec<Found>, CommandError> {
+fn layers(args: &InfoArgs, place: ImageLocation) -> Result<Vec<Found>, CommandError> {
     let mut options = args.share.apply(args.open.options_with(&args.server));
     if args.backing_chain {
         // Checks that every name may be followed, and that there is no cycle.
@@ -271,7 +271,7 @@ impl Found {
             dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
             backing_filename: backing_filename.map(OsStr::to_string_lossy),
             full_backing_filename: backing_filename.map(|name| match self.place.beside(name) {
-                Ok(place @ Place::File(_)) if !name.to_str().is_some_and(has_scheme) => {
+                Ok(place @ ImageLocation::File(_)) if !name.to_str().is_some_and(has_scheme) => {
                     place.name()
                 }
                 _ => name.to_string_lossy().into_owned(),

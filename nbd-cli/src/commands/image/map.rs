@@ -8,9 +8,9 @@ use std::ffi::OsString;
 use clap::Args;
 use imgfmt::{Content, Extent, ExtentKind, Format, GuestOffset, GuestRange, Image};
 
-use self::part::Part;
+use self::part::MapEntry;
 use super::open::OpenArgs;
-use super::place::Place;
+use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
@@ -53,22 +53,22 @@ pub struct MapArgs {
 }
 
 /// Writes parts one behind the other, like neighbours joined.
-struct Report {
+struct MapReport {
     format: ReportFormat,
-    pending: Option<Part>,
+    pending: Option<MapEntry>,
     separator: &'static str,
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
-    let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let place = ImageLocation::parse_one(&args.path, &args.server, &args.open.trust)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
-    let mut report = Report { format, pending: None, separator: "[" };
+    let mut report = MapReport { format, pending: None, separator: "[" };
     let options = args.share.apply(args.open.options_with(&args.server));
     let (place, options) = place.settled(&options, &args.server)?;
     match place {
         // What is inside an image inside an export is known to us alone.
-        Place::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
+        ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
             export::map(uri, &args.server, |part| report.add(part, &mut output))?;
         }
         _ => {
@@ -121,10 +121,10 @@ fn parts(
     image: &Image,
     extent: Extent,
     layers: &[u64],
-    mut each: impl FnMut(Part) -> Result<(), CommandError>,
+    mut each: impl FnMut(MapEntry) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
     let absent = last_layer_asked(extent, layers);
-    let part = |range: GuestRange, compressed, offset| Part {
+    let part = |range: GuestRange, compressed, offset| MapEntry {
         start: range.offset().bytes(),
         length: range.length(),
         depth: absent.unwrap_or(extent.depth.saturating_sub(1)),
@@ -147,8 +147,8 @@ fn parts(
     Ok(())
 }
 
-impl Report {
-    fn add(&mut self, part: Part, output: &mut Output) -> Result<(), CommandError> {
+impl MapReport {
+    fn add(&mut self, part: MapEntry, output: &mut Output) -> Result<(), CommandError> {
         if self.pending.as_mut().is_some_and(|pending| pending.join(&part)) {
             return Ok(());
         }
@@ -158,7 +158,7 @@ impl Report {
         }
     }
 
-    fn write(&mut self, part: &Part, output: &mut Output) -> Result<(), CommandError> {
+    fn write(&mut self, part: &MapEntry, output: &mut Output) -> Result<(), CommandError> {
         match self.format {
             ReportFormat::Text => output.line(&part.text()),
             ReportFormat::Json => {
@@ -183,11 +183,11 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use super::Part;
+    use super::MapEntry;
 
     #[test]
     fn parts_are_joined_only_if_the_file_goes_on_too() {
-        let part = |start, offset| Part {
+        let part = |start, offset| MapEntry {
             start,
             length: 10,
             depth: 0,

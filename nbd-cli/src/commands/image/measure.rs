@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::create::Qcow2Args;
 use super::open::OpenArgs;
-use super::place::Place;
+use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -69,7 +69,7 @@ pub struct MeasureArgs {
 /// Sizes in bytes, with the keys of qemu-img.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-struct Report {
+struct MeasureReport {
     required: u64,
     fully_allocated: u64,
     /// Additional size of copies of the dirty bitmaps, if both images can have bitmaps.
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
             let mut options = args.share.apply(args.open.options_with(&args.server));
             options.snapshot.clone_from(&args.snapshot);
             Some(
-                Place::parse_one(path, &args.server, &args.open.trust)?
+                ImageLocation::parse_one(path, &args.server, &args.open.trust)?
                     .open(&options, &args.server)
                     .map_err(advise_sharing)?,
             )
@@ -103,7 +103,7 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
         None => MeasuredDisk::Empty(args.size.map_or(0, ByteSize::bytes)),
     };
     let measured = measure(disk, &create, &JobContext::default())?;
-    let report = Report {
+    let report = MeasureReport {
         required: measured.required,
         fully_allocated: measured.fully_allocated,
         bitmaps: measured.bitmaps,

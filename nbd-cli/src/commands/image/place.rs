@@ -22,7 +22,7 @@ use crate::error::CommandError;
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]
-pub(in crate::commands) enum Place {
+pub(in crate::commands) enum ImageLocation {
     File(PathBuf),
     /// The URI may name files of this machine only if it comes from the user, not from an image.
     Export {
@@ -37,7 +37,7 @@ pub(in crate::commands) enum Place {
     },
 }
 
-impl Place {
+impl ImageLocation {
     /// Parses a command line argument.
     fn parse(word: &OsStr) -> Result<Self, CommandError> {
         // File names need not be UTF-8; URIs must be.
@@ -347,7 +347,7 @@ fn raw_unless_told(options: &OpenOptions) -> OpenOptions {
     options
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for ImageLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File(path) => write!(f, "'{}'", path.display()),

@@ -9,7 +9,7 @@ use imgfmt::{Access, Format, Image};
 
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
-use super::place::Place;
+use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
@@ -89,7 +89,7 @@ fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), 
         None => None,
         Some((name, format)) => {
             let options = args.open.trust.options().format(format);
-            let place = Place::File(args.path.clone()).beside(name)?;
+            let place = ImageLocation::File(args.path.clone()).beside(name)?;
             Some(place.open(&options, &ServerArgs::default())?)
         }
     };

@@ -8,7 +8,7 @@ use imgfmt::{Image, OpenOptions, Snapshot};
 use serde::Serialize;
 
 use super::open::OpenArgs;
-use super::place::Place;
+use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::date::date_and_time;
 use crate::error::{CommandError, Outcome};
@@ -127,7 +127,7 @@ fn change(
     image.close()?;
     match args.json {
         true => {
-            let place = Place::File(args.path.clone());
+            let place = ImageLocation::File(args.path.clone());
             print(&place, &args.open.options(), &ServerArgs::default(), ReportFormat::Json)
         }
         false => Ok(Outcome::Success),
@@ -135,14 +135,14 @@ fn change(
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let place = Place::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let place = ImageLocation::parse_one(&args.path, &args.server, &args.open.trust)?;
     let options = args.share.apply(args.open.options_with(&args.server));
     let format = ReportFormat::from_json_flag(args.json);
     print(&place, &options, &args.server, format).map_err(advise_sharing)
 }
 
 fn print(
-    place: &Place,
+    place: &ImageLocation,
     options: &OpenOptions,
     server: &ServerArgs,
     format: ReportFormat,

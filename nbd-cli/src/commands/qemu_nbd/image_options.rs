@@ -15,7 +15,7 @@ use nbd_server::export::filters::{DetectZeroes, Discard, Window};
 /// A disk described by options.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Described {
-    pub(super) place: Place,
+    pub(super) place: DiskSource,
     /// The part of the storage that contains the image, by drivers `raw` below its format.
     pub(super) part: Window,
     /// `None`: to be detected.
@@ -69,7 +69,7 @@ impl CacheSwitches {
 
 /// The storage of a disk.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Place {
+pub(super) enum DiskSource {
     File(PathBuf),
     /// The file that the image above names; only for backing files.
     NamedAbove,
@@ -82,13 +82,13 @@ pub(super) enum Place {
 /// Size of a disk of the drivers `null-co` and `null-aio`, in bytes.
 const NULL_SIZE: u64 = 1 << 30;
 
-impl Default for Place {
+impl Default for DiskSource {
     fn default() -> Self {
         Self::File(PathBuf::new())
     }
 }
 
-impl Place {
+impl DiskSource {
     /// Parses the name of a file.
     ///
     /// # Errors
@@ -202,7 +202,7 @@ impl Described {
                 }
                 "nbd" => {
                     let uri = qemu_name::from_options(&mut options)?;
-                    disk.place = Place::Export(Box::new(uri));
+                    disk.place = DiskSource::Export(Box::new(uri));
                     disk.last_driver("nbd", options)?;
                     return Ok(disk);
                 }
@@ -241,8 +241,8 @@ impl Described {
     /// file name is taken literally.
     fn file(&mut self, driver: &str, mut options: KeyValues, depth: usize) -> Result<(), String> {
         self.place = match options.take("filename") {
-            Some(path) => Place::File(path.into()),
-            None if depth > 0 => Place::NamedAbove,
+            Some(path) => DiskSource::File(path.into()),
+            None if depth > 0 => DiskSource::NamedAbove,
             None => return Err(format!("The '{driver}' block driver requires a file name")),
         };
         let locking = match options.take("locking").as_deref() {
@@ -273,7 +273,7 @@ impl Described {
                 .map(Duration::from_nanos)
                 .map_err(|_| format!("Parameter 'latency-ns' expects nanoseconds, not '{text}'"))?,
         };
-        self.place = Place::Null(size, latency);
+        self.place = DiskSource::Null(size, latency);
         self.last_driver(driver, options)
     }
 
@@ -371,7 +371,7 @@ mod tests {
     fn the_drivers_options_describe_a_disk() {
         let raw = "driver=raw,offset=1M,size=2M,file.driver=file,file.filename=a,,b,discard=unmap";
         let expected = Described {
-            place: Place::File("a,b".into()),
+            place: DiskSource::File("a,b".into()),
             format: Some(Format::Raw),
             window: Window { offset: 1 << 20, size: Some(2 << 20) },
             discard: Some(Discard::Unmap),
@@ -380,14 +380,14 @@ mod tests {
         assert_eq!(read(raw), Ok(expected));
         let qcow2 = "driver=qcow2,l2-cache-size=1M,file.filename=d,file.locking=off,read-only=on";
         let expected = Described {
-            place: Place::File("d".into()),
+            place: DiskSource::File("d".into()),
             format: Some(Format::Qcow2),
             locking: Locking::Off,
             read_only: true,
             ..Described::default()
         };
         assert_eq!(read(qcow2), Ok(expected));
-        let probed = Described { place: Place::File("d".into()), ..Described::default() };
+        let probed = Described { place: DiskSource::File("d".into()), ..Described::default() };
         assert_eq!(read("file.filename=d"), Ok(probed));
     }
 
@@ -396,7 +396,7 @@ mod tests {
         let raw = "driver=raw,offset=4k,size=1M,file.driver=raw,file.offset=512,\
                    file.file.filename=a:b";
         let expected = Described {
-            place: Place::File("a:b".into()),
+            place: DiskSource::File("a:b".into()),
             format: Some(Format::Raw),
             window: Window { offset: 4608, size: Some(1 << 20) },
             ..Described::default()
@@ -405,7 +405,7 @@ mod tests {
         let qcow2 = "driver=raw,offset=64k,file.driver=qcow2,file.backing=,file.file.driver=raw,\
                      file.file.offset=512,file.file.size=1M,file.file.file.filename=ova";
         let expected = Described {
-            place: Place::File("ova".into()),
+            place: DiskSource::File("ova".into()),
             part: Window { offset: 512, size: Some(1 << 20) },
             format: Some(Format::Qcow2),
             backing: Backing::Ignored,
@@ -417,7 +417,7 @@ mod tests {
         let json = Described::from_options(KeyValues::from_json(json).unwrap()).unwrap();
         assert_eq!(json.backing, Backing::Ignored);
         let null = Described {
-            place: Place::Null(1 << 20, Duration::ZERO),
+            place: DiskSource::Null(1 << 20, Duration::ZERO),
             format: Some(Format::Raw),
             ..Described::default()
         };
@@ -425,9 +425,12 @@ mod tests {
             read("driver=raw,file.driver=null-co,file.size=1M,file.read-zeroes=on"),
             Ok(null)
         );
-        assert_eq!(Place::named("null-co://"), Ok(Place::Null(NULL_SIZE, Duration::ZERO)));
+        assert_eq!(
+            DiskSource::named("null-co://"),
+            Ok(DiskSource::Null(NULL_SIZE, Duration::ZERO))
+        );
         let slow = read("driver=null-co,latency-ns=2500").unwrap();
-        assert_eq!(slow.place, Place::Null(NULL_SIZE, Duration::from_nanos(2500)));
+        assert_eq!(slow.place, DiskSource::Null(NULL_SIZE, Duration::from_nanos(2500)));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use nbd_server::export::filters::{
 };
 use nbd_server::export::{CountedLayers, Export};
 
-use super::image_options::{Backing, Described, Place, unknown_driver};
+use super::image_options::{Backing, Described, DiskSource, unknown_driver};
 use super::options::{AioMode, Options, SnapshotName};
 use super::refusal::{Refusal, complain};
 use crate::connect::ServerArgs;
@@ -47,7 +47,7 @@ pub(super) fn open(options: &Options) -> Result<Arc<dyn Export>, Refusal> {
         (true, None) => Err("the options are not valid UTF-8".to_owned()),
         (false, Some(text)) => named(text),
         (false, None) => {
-            Ok(Described { place: Place::File(path_in(file).into()), ..Described::default() })
+            Ok(Described { place: DiskSource::File(path_in(file).into()), ..Described::default() })
         }
     };
     let mut disk = disk.map_err(failed)?;
@@ -73,7 +73,7 @@ fn named(text: &str) -> Result<Described, String> {
     if let Some(json) = text.strip_prefix("json:") {
         return KeyValues::from_json(json).and_then(Described::from_options);
     }
-    Ok(Described { place: Place::named(text)?, ..Described::default() })
+    Ok(Described { place: DiskSource::named(text)?, ..Described::default() })
 }
 
 /// Opens the described disk, and returns the other server's export beside it if the disk is all of
@@ -83,7 +83,7 @@ fn open_image(
     choices: &mut ServeOptions,
     disk: &Described,
 ) -> Result<(Image, Option<Arc<ExportStorage>>), String> {
-    if let Place::File(path) = &disk.place
+    if let DiskSource::File(path) = &disk.place
         && disk.part == Window::default()
     {
         let image = choices.open_image(path).map_err(|error| explained(&error))?;
@@ -137,17 +137,17 @@ fn part_of(storage: Arc<dyn Storage>, window: Window) -> Result<Arc<dyn Storage>
     part.map_err(|error| error.to_string())
 }
 
-type OpenPlace = (Arc<dyn Storage>, Option<Arc<ExportStorage>>);
+type OpenSource = (Arc<dyn Storage>, Option<Arc<ExportStorage>>);
 
-fn open_place(choices: &ServeOptions, place: &Place) -> Result<OpenPlace, String> {
+fn open_place(choices: &ServeOptions, place: &DiskSource) -> Result<OpenSource, String> {
     Ok(match place {
-        Place::File(path) => {
+        DiskSource::File(path) => {
             let file = choices.open_file(path).map_err(|error| error.to_string())?;
             (Arc::new(file), None)
         }
-        Place::NamedAbove => return Err("the image above has to be open".to_owned()),
-        Place::Null(size, latency) => (Arc::new(NullStorage::new(*size, *latency)), None),
-        Place::Export(uri) => {
+        DiskSource::NamedAbove => return Err("the image above has to be open".to_owned()),
+        DiskSource::Null(size, latency) => (Arc::new(NullStorage::new(*size, *latency)), None),
+        DiskSource::Export(uri) => {
             let storage = choices.remotes.open_with(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
             if choices.writes == Writes::ToImage && !storage.is_writable() {
@@ -174,11 +174,11 @@ fn backing_file(choices: &ServeOptions, backing: &Backing) -> Result<BackingFile
     let whole = Window::default();
     let mut options = BackingOptions::default();
     options.target = match &disk.place {
-        Place::NamedAbove if part == whole => None,
-        Place::NamedAbove => {
+        DiskSource::NamedAbove if part == whole => None,
+        DiskSource::NamedAbove => {
             return Err("a part of a backing file needs its name too (file.filename)".to_owned());
         }
-        Place::File(path) if part == whole => Some(NameTarget::File(path.clone())),
+        DiskSource::File(path) if part == whole => Some(NameTarget::File(path.clone())),
         place => {
             let reading = ServeOptions {
                 writes: Writes::Refused,
@@ -267,7 +267,7 @@ fn filter(options: &Options, disk: &Described, cache: CacheMode) -> FilterOption
     if options.shared == 1 {
         filter.multi_conn = MultiConn::Hidden;
     }
-    if let Place::Export(_) = disk.place {
+    if let DiskSource::Export(_) = disk.place {
         filter.blocking = Blocking::Always;
     }
     filter
@@ -282,8 +282,8 @@ fn find_snapshot(
     let mut options = OpenOptions::new().access(Access::ReadOnly).locking(disk.locking);
     options.format = disk.format;
     let info = match (&disk.place, disk.part == Window::default()) {
-        (Place::File(path), true) => Image::inspect_file(path, &options),
-        (Place::Export(uri), true) => {
+        (DiskSource::File(path), true) => Image::inspect_file(path, &options),
+        (DiskSource::Export(uri), true) => {
             let storage = remotes.open_with(Connector::new(NbdUri::clone(uri)));
             let storage = storage.map_err(|error| error.to_string())?;
             Image::inspect_storage(Arc::new(storage), &options)

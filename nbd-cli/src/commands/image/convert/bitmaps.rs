@@ -2,7 +2,7 @@
 
 use imgfmt::{BitmapInfo, Image};
 
-use super::super::place::Place;
+use super::super::place::ImageLocation;
 use crate::error::CommandError;
 use crate::output::{printable, warn};
 
@@ -14,7 +14,7 @@ use crate::output::{printable, warn};
 /// If the source cannot have bitmaps, or has an unreliable one.
 pub(super) fn of_source(
     source: &Image,
-    from: &Place,
+    from: &ImageLocation,
     skip_broken: bool,
 ) -> Result<Vec<BitmapInfo>, CommandError> {
     if source.format() != imgfmt::Format::Qcow2 {
@@ -57,7 +57,7 @@ pub(super) fn check_existing(
     bitmaps: &[BitmapInfo],
     source: &Image,
     image: &Image,
-    to: &Place,
+    to: &ImageLocation,
 ) -> Result<(), CommandError> {
     if bitmaps.is_empty() {
         return Ok(());

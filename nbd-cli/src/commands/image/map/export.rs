@@ -6,7 +6,7 @@ use nbd_client::{Client, ExtentLimit};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
 
-use super::part::Part;
+use super::part::MapEntry;
 use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, connect, failed};
 use crate::error::CommandError;
@@ -15,7 +15,7 @@ use crate::error::CommandError;
 pub(super) fn map(
     uri: &NbdUri,
     server: &ServerArgs,
-    each: impl FnMut(Part) -> Result<(), CommandError>,
+    each: impl FnMut(MapEntry) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
     runtime()?.block_on(walk(uri, server, each))
 }
@@ -23,7 +23,7 @@ pub(super) fn map(
 async fn walk(
     uri: &NbdUri,
     server: &ServerArgs,
-    mut each: impl FnMut(Part) -> Result<(), CommandError>,
+    mut each: impl FnMut(MapEntry) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
     let contexts = [MetaContextName::base_allocation(), depth_context()];
     let client = connect(&server.connector(uri).meta_contexts(contexts), uri).await?;
@@ -99,10 +99,10 @@ impl Answer {
 }
 
 /// In qemu-img's form; a server that does not report layers has a single one.
-fn part(start: u64, length: u64, allocation: AllocationFlags, depth: Option<u64>) -> Part {
+fn part(start: u64, length: u64, allocation: AllocationFlags, depth: Option<u64>) -> MapEntry {
     let layer = depth.unwrap_or(1);
     let present = layer > 0;
-    Part {
+    MapEntry {
         start,
         length,
         depth: u32::try_from(layer.saturating_sub(1)).unwrap_or(u32::MAX),

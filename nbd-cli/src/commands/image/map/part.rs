@@ -4,7 +4,7 @@ use serde::Serialize;
 
 /// A part of the disk, with the keys of qemu-img.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Part {
+pub(super) struct MapEntry {
     pub(super) start: u64,
     pub(super) length: u64,
     pub(super) depth: u32,
@@ -16,7 +16,7 @@ pub(super) struct Part {
     pub(super) offset: Option<u64>,
 }
 
-impl Part {
+impl MapEntry {
     /// Takes in the part that follows if it is more of the same.
     pub(super) fn join(&mut self, next: &Self) -> bool {
         let follows = match (self.offset, next.offset) {
