@@ -1,6 +1,7 @@
 //! The clients of each export, and their number.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 
@@ -67,6 +68,18 @@ pub struct ConnectedClient {
     pub export: String,
     /// The time at which it selected the export.
     pub since: SystemTime,
+}
+
+/// The address, and the process of a client on a unix socket.
+impl fmt::Display for ConnectedClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.peer)?;
+        let ClientAddress::Unix { process, user, .. } = &self.address else { return Ok(()) };
+        if let Some(process) = process {
+            write!(f, ", process {process}")?;
+        }
+        write!(f, ", user {user}")
+    }
 }
 
 /// A client and what it has done.

@@ -4,6 +4,7 @@ mod command;
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use clap::Args;
 use nbd_jobs::qemu_name::{is_name_of_server, path_in};
@@ -13,7 +14,7 @@ use self::command::ControlCommand;
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable};
 use crate::size::{exact, rounded};
-use nbd_jobs::control::{self, CheckpointStarted, Listing, Request};
+use nbd_jobs::control::{self, CheckpointStarted, Listing, Request, Traffic};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -99,6 +100,38 @@ fn print(request: &Request, result: Value, output: &mut Output) -> Result<(), Co
     }
 }
 
+/// What a client or all clients of an export have done.
+fn in_words(since: Option<u64>, traffic: &Traffic) -> String {
+    let zeroed = match traffic.bytes_zeroed {
+        0 => String::new(),
+        bytes => format!(", {} zeroed", rounded(bytes)),
+    };
+    let in_flight = match traffic.in_flight {
+        0 => String::new(),
+        count => format!(", in flight: {count}"),
+    };
+    format!(
+        "for {}: requests: {}, errors: {}, {} read, {} written{zeroed}{in_flight}",
+        since.map_or_else(|| "an unknown time".to_owned(), age),
+        traffic.requests,
+        traffic.errors,
+        rounded(traffic.bytes_read),
+        rounded(traffic.bytes_written),
+    )
+}
+
+/// The time since a number of seconds since 1970, in words.
+fn age(since: u64) -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let seconds = now.map_or(0, |now| now.as_secs()).saturating_sub(since);
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86_400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
 fn print_listing(listing: &Listing, output: &mut Output) -> Result<(), CommandError> {
     for export in &listing.exports {
         let access = if export.read_only { ", read-only" } else { "" };
@@ -110,6 +143,7 @@ fn print_listing(listing: &Listing, output: &mut Output) -> Result<(), CommandEr
             rounded(export.size),
             export.clients
         ))?;
+        output.line(&format!("  {}", in_words(export.since, &export.traffic)))?;
         for bitmap in &export.bitmaps {
             let text = |field: &str| bitmap.get(field).and_then(Value::as_str).unwrap_or_default();
             let number = |field: &str| bitmap.get(field).and_then(Value::as_u64);
@@ -140,8 +174,12 @@ fn print_listing(listing: &Listing, output: &mut Output) -> Result<(), CommandEr
             "client {} of '{}' from {}",
             client.id,
             printable(&client.export),
-            printable(&client.peer)
+            printable(client.address.as_ref().unwrap_or(&client.peer))
         ))?;
+        output.line(&format!("  {}", in_words(Some(client.since), &client.traffic)))?;
+    }
+    if let Some(since) = listing.since {
+        output.line(&format!("The server has run for {}.", age(since)))?;
     }
     Ok(())
 }

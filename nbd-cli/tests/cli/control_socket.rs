@@ -118,3 +118,39 @@ fn clients_that_say_nothing_keep_nobody_from_the_control_socket() {
     drop(silent);
     server.end();
 }
+
+#[test]
+fn the_list_says_what_clients_have_done() {
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
+    let server = Server::ours(&["--control", &control, "a=memory:1M", "b=memory:1M"]);
+    let uri = server.uri_of("a");
+    let load = ["bench", "-w", "write", "--destroy-data", "--requests", "256", "-b", "4K", &uri];
+    nbd_cli(&load).success();
+    let client = UnixStream::connect(server.socket()).expect("it listens");
+    let listing = nbd_cli(&["control", &control, "list"]).success();
+    assert!(
+        listing.contains("requests: 256, errors: 0, 0 bytes read, 1.0 MiB written"),
+        "{listing}"
+    );
+    assert!(listing.contains("requests: 0, errors: 0"), "{listing}");
+    assert!(listing.contains("The server has run for "), "{listing}");
+    let json = nbd_cli(&["control", "--json", &control, "list"]).success();
+    let json: Value = serde_json::from_str(&json).expect("JSON");
+    let traffic = &json["exports"][0]["traffic"];
+    assert_eq!(traffic["bytes-written"], 1 << 20, "{json}");
+    assert!(json["exports"][0]["since"].as_u64() >= json["since"].as_u64().map(|at| at - 5));
+    drop(client);
+
+    // One that stays.
+    let mut busy = std::process::Command::new(crate::support::PROGRAM);
+    let arguments = ["bench", "--rate", "100", "--duration", "60s", &uri];
+    let mut busy = busy.args(arguments).stdout(std::process::Stdio::null()).spawn().expect("bench");
+    let address = format!("process {}, user ", busy.id());
+    crate::support::qemu_nbd::wait_until("its client is listed", || {
+        nbd_cli(&["control", &control, "list"]).success().contains(&address)
+    });
+    busy.kill().expect("it runs");
+    busy.wait().expect("a child");
+    server.end();
+}

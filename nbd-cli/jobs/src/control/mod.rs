@@ -27,6 +27,7 @@ mod codec;
 mod protocol;
 #[cfg(feature = "server")]
 pub mod server;
+mod traffic;
 
 pub use self::client::{Conversation, call};
 pub use self::codec::{decode, encode};
@@ -34,3 +35,4 @@ pub use self::protocol::{
     CheckpointStarted, ClientState, ErrorKind, ExportState, Failure, IfMissing, IfUnusable,
     InitialState, Lifetime, Listing, MAX_LINE_LEN, OnUse, Outcome, Request,
 };
+pub use self::traffic::Traffic;

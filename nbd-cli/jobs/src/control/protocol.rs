@@ -5,6 +5,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::traffic::Traffic;
+
 /// Longest line in both directions, in bytes, without its line feed.
 pub const MAX_LINE_LEN: usize = 64 << 10;
 
@@ -201,6 +203,9 @@ pub enum Outcome {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Listing {
+    /// Start of the server, in seconds since 1970.
+    #[serde(default)]
+    pub since: Option<u64>,
     /// All exports, views of checkpoints included.
     pub exports: Vec<ExportState>,
     /// All clients that have selected an export.
@@ -219,6 +224,12 @@ pub struct ExportState {
     pub read_only: bool,
     /// Number of clients that have selected it.
     pub clients: usize,
+    /// Time since which it is exported, in seconds since 1970.
+    #[serde(default)]
+    pub since: Option<u64>,
+    /// What all clients have done since then, those that have left included.
+    #[serde(default)]
+    pub traffic: Traffic,
     /// Source of the export; absent for views.
     pub source: Option<String>,
     /// Each with `name`, `granularity`, `enabled`, either `dirty-bytes` or `problem`, and the UUID
@@ -240,10 +251,16 @@ pub struct ClientState {
     pub id: u64,
     /// Its address, as text.
     pub peer: String,
+    /// Its address, or that and the process and the user of a unix socket, as text.
+    #[serde(default)]
+    pub address: Option<String>,
     /// Name of its export.
     pub export: String,
     /// Time of the connection, in seconds since 1970.
     pub since: u64,
+    /// What it has done.
+    #[serde(default)]
+    pub traffic: Traffic,
 }
 
 /// A checkpoint in progress.

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use imgfmt::Format;
 use nbd_proto::wire::TransmissionFlags;
 use nbd_server::export::ExportEntry;
-use nbd_server::{InUse, RemoveError};
+use nbd_server::{ClientStatistics, InUse, RemoveError};
 use serde_json::{Value, json};
 
 use super::bitmaps;
@@ -15,7 +15,7 @@ use super::controller::{Controller, RequestedSource, blocking};
 use super::disks::{ConnectionId, ServedDisk, ServedDisks};
 use super::event::ControlEvent;
 use crate::control::{
-    ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request,
+    ClientState, ErrorKind, ExportState, Failure, Lifetime, Listing, OnUse, Request, Traffic,
 };
 
 impl Controller {
@@ -120,10 +120,10 @@ impl Controller {
     }
 
     async fn list(&self, disks: &ServedDisks) -> Result<Listing, Failure> {
-        let clients = self.server.clients();
+        let statistics = self.server.statistics();
         let mut exports = Vec::new();
         for (name, entry) in self.server.exports().entries() {
-            let info = entry.export().info();
+            let (info, done) = (entry.export().info(), entry.statistics());
             let disk = disks.get(&name).ok();
             let bitmaps = match disk {
                 Some(disk) => bitmaps::list(disk).await?,
@@ -133,6 +133,8 @@ impl Controller {
                 size: info.size,
                 read_only: info.flags.contains(TransmissionFlags::READ_ONLY),
                 clients: self.server.users_of(&entry),
+                since: Some(seconds(done.since)),
+                traffic: Traffic::new(&done.requests, done.in_flight),
                 source: disk.map(|disk| disk.source.clone()),
                 bitmaps,
                 disk: disk.and_then(ServedDisk::id),
@@ -140,13 +142,18 @@ impl Controller {
                 name,
             });
         }
-        let clients = clients.into_iter().map(|client| ClientState {
-            id: client.id,
-            peer: client.peer,
-            export: client.export,
-            since: seconds(client.since),
-        });
-        Ok(Listing { exports, clients: clients.collect() })
+        let clients = statistics.clients.into_iter().map(
+            |ClientStatistics { client, requests, in_flight, .. }| ClientState {
+                id: client.id,
+                address: Some(client.to_string()),
+                peer: client.peer,
+                export: client.export,
+                since: seconds(client.since),
+                traffic: Traffic::new(&requests, in_flight),
+            },
+        );
+        let since = statistics.since.map(seconds);
+        Ok(Listing { since, exports, clients: clients.collect() })
     }
 
     async fn open_and_add(
