@@ -27,6 +27,12 @@ const PEERS: &[Peer] = &[
     Peer { program: "psktool", package: "gnutls-bin" },
     Peer { program: "openssl", package: "openssl" },
     Peer { program: "mandoc", package: "mandoc" },
+    // A module of Python: the path is absolute.
+    Peer {
+        program: "/usr/lib/python3/dist-packages/prometheus_client/parser.py",
+        package: "python3-prometheus-client",
+    },
+    Peer { program: "chromium", package: "chromium" },
     Peer { program: "zsh", package: "zsh" },
     Peer { program: "fish", package: "fish" },
 ];

@@ -36,6 +36,7 @@ pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
 use crate::logging;
+use crate::monitor::{Monitor, RunningMonitor};
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
@@ -108,15 +109,16 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
         _ => tls::reload_on_hangup(&tls)?,
     }
     signals::on_hangup(logging::reopen)?;
+    let monitor = monitor(&args, &server)?;
     match &args.run {
-        None if control.is_some() => {
-            let _pid_file = started(&args, || announce(&bound, &names, &tls))?;
-            serve_controlled(server, signals, control).await
-        }
         None => {
             let _pid_file = started(&args, || announce(&bound, &names, &tls))?;
-            serve_until_signal(server, signals, std::future::pending()).await?;
-            Ok(Outcome::Success)
+            let served = match control {
+                Some(control) => serve_controlled(server, signals, control).await,
+                None => serve_until_signal(server, signals, std::future::pending()).await,
+            };
+            drop(monitor);
+            served.map(|()| Outcome::Success)
         }
         Some(command) => {
             let captive = Captive::start(command, &bound, &names, &tls)?;
@@ -158,6 +160,23 @@ fn check(args: &ServeArgs, tls: &TlsMode, exports: &[ExportSpec]) -> Result<Outc
     Ok(Outcome::Success)
 }
 
+/// Starts the status page. It holds the exports until it is dropped: their images are closed then,
+/// which has to happen before the file of the process id goes.
+fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, CommandError> {
+    let Some(address) = &args.metrics else { return Ok(None) };
+    let monitor = Monitor::open(address)?;
+    let (shown, is_public) = monitor.address();
+    tracing::info!(address = %shown, "status page and metrics");
+    if is_public {
+        warn(&format!(
+            "the metrics at {shown} can be read by other machines: the names of exports, the \
+             addresses of clients, and where the disks are used; use 127.0.0.1, unix:PATH or a \
+             firewall"
+        ));
+    }
+    monitor.start(server.handle()).map(Some)
+}
+
 /// Opens all sources, on a separate thread: opening a layer on another server blocks.
 async fn open_sources(
     args: &Arc<ServeArgs>,
@@ -178,17 +197,15 @@ async fn open_sources(
 async fn serve_controlled(
     server: Server,
     signals: EndSignals,
-    control: Option<(ControlSocket, Arc<Controller>)>,
-) -> Result<Outcome, CommandError> {
-    let Some((socket, controller)) = control else { return Ok(Outcome::Success) };
+    (socket, controller): (ControlSocket, Arc<Controller>),
+) -> Result<(), CommandError> {
     let listening = tokio::spawn(socket.serve(Arc::clone(&controller)));
     let served = serve_until_signal(server, signals, controller.shutdown_requested()).await;
     // The socket's file is removed before the disks are reported closed.
     listening.abort();
     let _ = listening.await;
     controller.end_checkpoints().await;
-    served?;
-    Ok(Outcome::Success)
+    served
 }
 
 async fn serve_while_running(

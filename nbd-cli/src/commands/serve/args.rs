@@ -10,6 +10,7 @@ use super::address::TcpAddress;
 use super::export::ExportArgs;
 use super::socket_file::SocketFileArgs;
 use super::tls::TlsArgs;
+use crate::monitor::MetricsAddress;
 use crate::serving::Aio;
 use crate::serving::background::Role;
 use crate::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};
@@ -35,6 +36,7 @@ Examples:
   nbd-cli serve --listen '[::1]:10810' --name disk --description 'the build disk' disk.img
   nbd-cli serve --listen 0.0.0.0 --tls-certificates /etc/pki/nbd disk.img
   nbd-cli serve --listen 0.0.0.0 --tls-psk /etc/nbd/keys.psk disk.img
+  nbd-cli serve --metrics 9810 disk.img
   nbd-cli serve --run 'qemu-img info \"$uri\"' disk.img
   nbd-cli serve --config /etc/nbd-cli/server.toml
 
@@ -92,6 +94,12 @@ pub struct ServeArgs {
     /// How images are read that are not in memory.
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub aio: Aio,
+
+    /// Serve metrics for Prometheus (/metrics), a status page (/) and /healthz over HTTP. A port
+    /// alone is one of 127.0.0.1. There is no password: anyone who can connect sees the names of
+    /// exports, the addresses of clients and where the disks are used, never their content.
+    #[arg(long, value_name = "[HOST:]PORT|unix:PATH")]
+    pub metrics: Option<MetricsAddress>,
 
     /// Listen on a control socket, for managing exports, bitmaps and checkpoints while the server
     /// runs; only this user can use it. See `nbd-cli control --help`.

@@ -1,6 +1,7 @@
 //! Shared code of the tests: running programs, servers that end with the test, disks.
 
 mod disk;
+pub(crate) mod http;
 pub(crate) mod image;
 pub(crate) mod qemu_nbd;
 mod server;
