@@ -8,6 +8,8 @@ mod bench;
 mod ci;
 mod command;
 mod compatibility;
+mod dist;
+mod install;
 mod man;
 mod peers;
 mod soak;
@@ -33,6 +35,10 @@ enum DeveloperCommand {
     Tidy,
     /// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
     Bench(bench::Options),
+    /// Install the program, with the system's OpenSSL where it is complete.
+    Install(install::Options),
+    /// Make what is shipped: a tarball and a Debian package.
+    Dist(dist::Options),
     /// Write the manual pages of the program.
     Man(man::Options),
     /// Run every random judge for a chosen time and keep the failures.
@@ -44,6 +50,8 @@ fn main() -> ExitCode {
         DeveloperCommand::Ci => ci::run(),
         DeveloperCommand::Tidy => tidy::run(),
         DeveloperCommand::Bench(options) => bench::run(&options),
+        DeveloperCommand::Install(options) => install::run(&options),
+        DeveloperCommand::Dist(options) => dist::run(&options),
         DeveloperCommand::Man(options) => man::run(&options),
         DeveloperCommand::Soak(options) => soak::run(&options),
     };

@@ -1,6 +1,6 @@
 //! `cargo xtask man`: the manual pages of the program.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -20,10 +20,19 @@ pub(crate) struct Options {
 ///
 /// The program does not compile, or the directory cannot be written to.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    write(&options.directory)
+}
+
+/// Writes the pages to `directory`.
+///
+/// # Errors
+///
+/// As [`run`].
+pub(crate) fn write(directory: &Path) -> Result<()> {
     let mut command = cargo();
     command.args(["run", "--quiet", "--locked", "--package", "nbd-cli", "--example", "man", "--"]);
     // The command runs in another directory.
-    let directory = std::path::absolute(&options.directory)
-        .with_context(|| format!("cannot find {}", options.directory.display()))?;
+    let directory = std::path::absolute(directory)
+        .with_context(|| format!("cannot find {}", directory.display()))?;
     run_step("man", command.arg(directory)).map(drop)
 }

@@ -29,7 +29,7 @@ impl Lab<'_> {
 
     /// The program of this workspace.
     pub(crate) fn nbd_cli(&self) -> Command {
-        Command::new(self.target_directory.join("release").join("nbd-cli"))
+        Command::new(self.target_directory.join("dist").join("nbd-cli"))
     }
 
     /// The socket on which servers listen, one at a time.

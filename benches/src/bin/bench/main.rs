@@ -93,7 +93,7 @@ fn measure_and_report(options: &Options) -> Result<()> {
     let earlier = options.compare.as_deref().map(Report::read).transpose()?;
     if !options.no_build {
         let mut build = cargo();
-        build.args(["build", "--release", "-p", "nbd-cli", "-p", "benches"]);
+        build.args(["build", "--profile", "dist", "-p", "nbd-cli", "-p", "benches"]);
         run_step("build", &mut build)?;
     }
     let directory = make_directory(options)?;

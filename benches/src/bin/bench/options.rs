@@ -39,7 +39,7 @@ pub(crate) struct Options {
     /// How the page cache holds the file.
     #[arg(long, value_enum, default_value_t = PageCache::Pages)]
     pub(crate) page_cache: PageCache,
-    /// Measure the release binaries as they are.
+    /// Measure the binaries of the profile `dist` as they are.
     #[arg(long)]
     pub(crate) no_build: bool,
 }

@@ -110,7 +110,7 @@ impl<'a> Launcher<'a> {
 
     /// The program of this workspace.
     pub(crate) fn nbd_cli(&self) -> Command {
-        Command::new(self.target_directory.join("release").join("nbd-cli"))
+        Command::new(self.target_directory.join("dist").join("nbd-cli"))
     }
 
     /// The file that is served.
@@ -135,7 +135,7 @@ impl<'a> Launcher<'a> {
     fn command(&self, server: Server, socket: &Path) -> Result<Command> {
         let mut command = match server {
             Server::Ours | Server::Floor => {
-                Command::new(self.target_directory.join("release").join(server.program()))
+                Command::new(self.target_directory.join("dist").join(server.program()))
             }
             _ => Command::new(server.program()),
         };

@@ -1,0 +1,222 @@
+//! `cargo xtask dist`: a tarball, and a Debian package where `cargo deb` is installed.
+//!
+//! Both contain the same tree: the program, its name in place of qemu-nbd, manual pages,
+//! completions, unit files and documents. The tree stays in the directory for other packagers.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::command::{cargo, is_installed, output_of, run_step, workspace_root};
+use crate::{compatibility, install, man};
+
+/// The profile of what is shipped.
+const PROFILE: &str = "dist";
+
+/// The bound on the shipped program, in bytes.
+const LARGEST_PROGRAM: u64 = 12 << 20;
+
+/// The shells, and where their completions lie below `share`.
+const COMPLETIONS: &[(&str, &str)] = &[
+    ("bash", "bash-completion/completions/nbd-cli"),
+    ("zsh", "zsh/site-functions/_nbd-cli"),
+    ("fish", "fish/vendor_completions.d/nbd-cli.fish"),
+];
+
+/// Files of the workspace that belong to the program's documents.
+const DOCUMENTS: &[&str] =
+    &["README.md", "CHANGELOG.md", "SECURITY.md", "LICENSE-MIT", "LICENSE-APACHE"];
+
+/// Directories of the workspace whose files are shipped, and where.
+const DIRECTORIES: &[(&str, &str)] =
+    &[("docs", "share/doc/nbd-cli/docs"), ("packaging/systemd", "lib/systemd/system")];
+
+/// Arguments of `cargo xtask dist`.
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Link the system's OpenSSL instead of one that is part of the program.
+    #[arg(long)]
+    system_openssl: bool,
+    /// Make no Debian package.
+    #[arg(long)]
+    no_deb: bool,
+    /// The profile of the program. The bound on its size is checked for the default only.
+    #[arg(long, default_value = PROFILE)]
+    profile: String,
+}
+
+impl Options {
+    /// What continuous integration packs: the program that the tests have built already.
+    pub(crate) fn continuous_integration() -> Self {
+        Self { system_openssl: false, no_deb: !is_installed("cargo-deb"), profile: "dev".into() }
+    }
+}
+
+/// Builds the program, gathers its files, and packs them.
+///
+/// # Errors
+///
+/// A build fails, the program is larger than what may be shipped, a file cannot be written, or
+/// `cargo deb` is not installed and a Debian package is wanted.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if !options.no_deb && !is_installed("cargo-deb") {
+        bail!("no cargo-deb: run `cargo install cargo-deb --locked`, or give --no-deb");
+    }
+    let mut build = cargo();
+    build.args(["build", "--locked", "--package", "nbd-cli", "--profile", &options.profile]);
+    install::choose_openssl(&mut build, !options.system_openssl);
+    run_step("build", &mut build)?;
+
+    let target = compatibility::target_directory();
+    // The directory of the profile `dev` has another name.
+    let built = if options.profile == "dev" { "debug" } else { &options.profile };
+    let program = target.join(built).join("nbd-cli");
+    let packages = target.join("packages");
+    let name = format!("nbd-cli-{}-{}", env!("CARGO_PKG_VERSION"), platform());
+    let tree = packages.join(&name);
+    gather(&program, &tree)?;
+    try_out(&tree)?;
+    if options.profile == PROFILE {
+        check_size(&tree.join("bin/nbd-cli"))?;
+    }
+    println!("==> {}", pack(&packages, &name)?.display());
+    if !options.no_deb {
+        println!("==> {}", debian_package(&packages, &tree, &options.profile)?.display());
+    }
+    Ok(())
+}
+
+/// The machine and the C library that the program is built for, such as `x86_64-linux-gnu`.
+fn platform() -> String {
+    let library = if cfg!(target_env = "musl") { "musl" } else { "gnu" };
+    format!("{}-{}-{library}", std::env::consts::ARCH, std::env::consts::OS)
+}
+
+/// Makes the tree that both packages contain, in place of an earlier one.
+fn gather(program: &Path, tree: &Path) -> Result<()> {
+    if tree.exists() {
+        fs::remove_dir_all(tree).with_context(|| format!("cannot remove {}", tree.display()))?;
+    }
+    let at = |path: &str| -> Result<PathBuf> {
+        let path = tree.join(path);
+        let directory = path.parent().context("a path in the tree has a directory")?;
+        fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+        Ok(path)
+    };
+    let shipped = at("bin/nbd-cli")?;
+    let mut strip = Command::new("objcopy");
+    run_step("strip", strip.arg("--strip-all").arg(program).arg(&shipped))?;
+    // Not beside it: a package of QEMU has a file of this name there.
+    symlink("../../bin/nbd-cli", at("lib/nbd-cli/qemu-nbd")?)?;
+    for (shell, path) in COMPLETIONS {
+        let script = output_of(Command::new(&shipped).args(["completions", shell]))?;
+        fs::write(at(&format!("share/{path}"))?, script)?;
+    }
+    man::write(&tree.join("share/man/man1"))?;
+    let root = workspace_root();
+    for document in DOCUMENTS {
+        fs::copy(root.join(document), at(&format!("share/doc/nbd-cli/{document}"))?)?;
+    }
+    for (from, to) in DIRECTORIES {
+        for file in files_in(&root.join(from))? {
+            let name = file.file_name().context("a file has a name")?.to_string_lossy();
+            fs::copy(&file, at(&format!("{to}/{name}"))?)?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs the program of the tree by both of its names.
+fn try_out(tree: &Path) -> Result<()> {
+    for (path, expected) in [("bin/nbd-cli", "nbd-cli"), ("lib/nbd-cli/qemu-nbd", "qemu-nbd")] {
+        let version = output_of(Command::new(tree.join(path)).arg("--version"))?;
+        if !version.starts_with(expected) {
+            bail!("{path} --version prints {:?}", version.trim());
+        }
+    }
+    Ok(())
+}
+
+/// The regular files of a directory, sorted.
+fn files_in(directory: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory)
+        .with_context(|| format!("cannot list {}", directory.display()))?
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut files: Vec<_> = entries.iter().map(|entry| entry.path()).collect();
+    files.retain(|path| path.is_file());
+    files.sort();
+    Ok(files)
+}
+
+fn check_size(program: &Path) -> Result<()> {
+    let size = fs::metadata(program).context("the program")?.len();
+    println!("==> size: {:.1} MiB", size as f64 / f64::from(1 << 20));
+    if size > LARGEST_PROGRAM {
+        bail!("the program has {size} bytes, more than the {LARGEST_PROGRAM} that may be shipped");
+    }
+    Ok(())
+}
+
+/// Packs the tree; two runs over the same files give the same bytes.
+fn pack(packages: &Path, name: &str) -> Result<PathBuf> {
+    let tarball = packages.join(format!("{name}.tar.gz"));
+    let mut tar = Command::new("tar");
+    tar.current_dir(packages).args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner"]);
+    tar.args(["--mtime=@0", "--use-compress-program=gzip -9n", "--create", "--file"]);
+    run_step("tarball", tar.arg(&tarball).arg(name))?;
+    Ok(tarball)
+}
+
+/// Makes the Debian package by the metadata in `nbd-cli/Cargo.toml`, whose paths begin at `tree`.
+fn debian_package(packages: &Path, tree: &Path, profile: &str) -> Result<PathBuf> {
+    // The metadata cannot name the version: it finds the tree under a name without.
+    let link = packages.join("tree");
+    if link.symlink_metadata().is_ok() {
+        fs::remove_file(&link).with_context(|| format!("cannot remove {}", link.display()))?;
+    }
+    symlink(tree, &link)?;
+    let package = packages.join("nbd-cli.deb");
+    let mut deb = cargo();
+    deb.args(["deb", "--no-build", "--no-strip", "--package", "nbd-cli", "--profile", profile]);
+    run_step("deb", deb.arg("--output").arg(&package))?;
+    Ok(package)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The source paths among the assets of the Debian package.
+    fn assets(manifest: &str) -> Vec<&str> {
+        let lines = manifest.lines().map(str::trim);
+        lines
+            .filter_map(|line| line.strip_prefix("[\"../target/packages/tree/"))
+            .filter_map(|line| line.split('"').next())
+            .collect()
+    }
+
+    #[test]
+    fn the_debian_package_takes_every_directory_of_the_tree_and_no_other() {
+        let manifest = fs::read_to_string(workspace_root().join("nbd-cli/Cargo.toml"));
+        let manifest = manifest.expect("the manifest of the program");
+        let mut taken: Vec<_> = assets(&manifest)
+            .into_iter()
+            .map(|path| path.rsplit_once('/').map_or("", |(directory, _)| directory).to_owned())
+            .collect();
+        taken.sort();
+        let completions = COMPLETIONS.iter().map(|(_, path)| format!("share/{path}"));
+        let directories = DIRECTORIES.iter().map(|(_, path)| format!("{path}/x"));
+        let others =
+            ["bin/nbd-cli", "lib/nbd-cli/qemu-nbd", "share/man/man1/x", "share/doc/nbd-cli/x"];
+        let files = completions.chain(directories).chain(others.map(str::to_owned));
+        let mut made: Vec<_> =
+            files.filter_map(|path| Some(path.rsplit_once('/')?.0.to_owned())).collect();
+        made.sort();
+        assert_eq!(taken, made);
+    }
+}
