@@ -121,7 +121,7 @@ pub enum Preallocation {
     /// Each part when it is written.
     #[default]
     Off,
-    /// ImageLocation in the file now, space when data is written; qcow2 images only.
+    /// Place in the file now, space when data is written; qcow2 images only.
     Metadata,
     /// Space now, without writing to it.
     Falloc,
