@@ -139,6 +139,19 @@ fn the_kernel_is_asked_for_what_the_mode_says() {
     }
 }
 
+/// Nothing in it outlives the server, whatever the mode of the image below it.
+#[test]
+fn a_temporary_overlay_is_never_synced() {
+    tools!(strace = "strace", qemu_io = "qemu-io");
+    let disk = Disk::sparse();
+    let arguments = ["--temporary", "--cache", "writethrough"];
+    let calls = calls_of(&strace, &qemu_io, &disk, &arguments, "write -P 9 4k 4k");
+    let of_overlay = || calls.lines().filter(|line| line.contains("(deleted)"));
+    assert!(of_overlay().any(|line| line.contains("pwrite")), "{calls}");
+    let is_sync = |line: &str| line.contains("sync(") || line.contains("RWF_DSYNC");
+    assert!(!of_overlay().any(is_sync), "{calls}");
+}
+
 #[test]
 fn a_log_says_which_mode_and_alignment_are_used() {
     let disk = Disk::sparse();

@@ -69,6 +69,8 @@ pub struct ServeOptions {
     pub locking: Locking,
     /// The use of the page cache, and when writes are durable.
     pub cache: CacheMode,
+    /// Memory for the L2 tables of each qcow2 image, in bytes; `None`: the default.
+    pub metadata_cache: Option<u64>,
     /// The treatment of the backing file that it names.
     pub backing: BackingFile,
     /// Connects to re-exported servers.
@@ -199,6 +201,7 @@ impl ServeOptions {
         options = options.on_unlocked(Arc::new(move |path: &Path| observer.unlocked(path)));
         options.policy = self.policy.clone().unwrap_or_else(|| allow_json_files(OpenPolicy::new()));
         options.format = self.format;
+        options.metadata_cache_bytes = self.metadata_cache;
         options.snapshot.clone_from(&self.snapshot);
         options
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use imgfmt::storage::StorageExtent;
 use imgfmt::{
-    Access, BackingFile, BackingOptions, CreateOptions, Durability, Format, GuestOffset,
+    Access, BackingFile, BackingOptions, CacheMode, CreateOptions, Durability, Format, GuestOffset,
     GuestRange, Holes, HostOffset, Image, L2Entries, Lookup, Mapped, Mapping, OpenOptions,
     OpenPolicy, Storage, TryRead,
 };
@@ -69,8 +69,9 @@ fn in_private_directory(
     Ok(image)
 }
 
+/// As in QEMU the overlay is never synced: nothing in it outlives this process.
 fn options() -> OpenOptions {
-    OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite)
+    OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite).cache(CacheMode::Unsafe)
 }
 
 /// No other program ever sees the overlay, so it has subclusters regardless of the age of the
@@ -95,8 +96,10 @@ fn over_file(
     Image::change_backing_file(overlay, &plain, Some((path.as_os_str(), base.format())))?;
     let mut layer = BackingOptions::default();
     layer.backing = below.backing.clone();
-    let options = options().backing(BackingFile::Given(Box::new(layer)));
-    Image::open(overlay, &options.policy(policy).locking(below.locking).cache(below.cache))
+    layer.cache = Some(below.cache);
+    let mut options = options().backing(BackingFile::Given(Box::new(layer)));
+    options.metadata_cache_bytes = below.metadata_cache_bytes;
+    Image::open(overlay, &options.policy(policy).locking(below.locking))
 }
 
 /// Creates an overlay over the contents of an open image: a snapshot has no name that an overlay

@@ -28,6 +28,8 @@ pub(super) struct Described {
     pub(super) read_only: bool,
     pub(super) locking: Locking,
     pub(super) cache: CacheSwitches,
+    /// Memory for L2 tables, in bytes; `None`: the default.
+    pub(super) metadata_cache: Option<u64>,
     pub(super) discard: Option<Discard>,
     pub(super) detect_zeroes: Option<DetectZeroes>,
 }
@@ -115,12 +117,9 @@ impl DiskSource {
 
 /// Options of the qcow2 driver that tune it or relax guarantees that this engine keeps anyway: they
 /// are accepted and have no effect.
-const QCOW2_TUNING: [&str; 9] = [
+const QCOW2_TUNING: [&str; 6] = [
     "lazy-refcounts",
-    "cache-size",
-    "l2-cache-size",
     "l2-cache-entry-size",
-    "refcount-cache-size",
     "cache-clean-interval",
     "pass-discard-request",
     "pass-discard-snapshot",
@@ -279,6 +278,7 @@ impl Described {
 
     /// Removes options that only tune the driver, and refuses those that would change the disk.
     fn qcow2(&mut self, mut options: KeyValues, depth: usize) -> Result<KeyValues, String> {
+        self.metadata_cache = take_metadata_cache(&mut options)?;
         for key in QCOW2_TUNING {
             options.take(key);
         }
@@ -350,6 +350,29 @@ fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, String> 
     }
 }
 
+/// The memory for L2 tables as QEMU's options of the driver `qcow2` give it. There is no separate memory
+/// for refcounts: what an option sets aside for them is left out of `cache-size`.
+fn take_metadata_cache(options: &mut KeyValues) -> Result<Option<u64>, String> {
+    let both = take_size(options, "cache-size")?;
+    let l2 = take_size(options, "l2-cache-size")?;
+    let refcounts = take_size(options, "refcount-cache-size")?;
+    let Some(both) = both else { return Ok(l2) };
+    for (name, part) in [("l2-cache-size", l2), ("refcount-cache-size", refcounts)] {
+        if part.is_some_and(|part| part > both) {
+            return Err(format!("{name} may not exceed cache-size"));
+        }
+    }
+    match (l2, refcounts) {
+        (Some(_), Some(_)) => {
+            Err("cache-size, l2-cache-size and refcount-cache-size may not be set \
+                                   at the same time"
+                .to_owned())
+        }
+        (Some(l2), None) => Ok(Some(l2)),
+        (None, refcounts) => Ok(Some(both - refcounts.unwrap_or(0))),
+    }
+}
+
 fn take_window(options: &mut KeyValues) -> Result<Window, String> {
     let offset = take_size(options, "offset")?.unwrap_or(0);
     let size = take_size(options, "size")?;
@@ -384,6 +407,7 @@ mod tests {
             format: Some(Format::Qcow2),
             locking: Locking::Off,
             read_only: true,
+            metadata_cache: Some(1 << 20),
             ..Described::default()
         };
         assert_eq!(read(qcow2), Ok(expected));
@@ -431,6 +455,26 @@ mod tests {
         );
         let slow = read("driver=null-co,latency-ns=2500").unwrap();
         assert_eq!(slow.place, DiskSource::Null(NULL_SIZE, Duration::from_nanos(2500)));
+    }
+
+    #[test]
+    fn the_memory_for_tables_follows_from_the_sizes_of_qemus_caches() {
+        let memory = |sizes: &str| {
+            read(&format!("driver=qcow2,file.filename=d{sizes}")).map(|disk| disk.metadata_cache)
+        };
+        assert_eq!(memory(""), Ok(None));
+        assert_eq!(memory(",l2-cache-size=64k,refcount-cache-size=1M"), Ok(Some(64 << 10)));
+        assert_eq!(memory(",cache-size=4M"), Ok(Some(4 << 20)));
+        assert_eq!(memory(",cache-size=4M,refcount-cache-size=1M"), Ok(Some(3 << 20)));
+        assert_eq!(memory(",cache-size=4M,l2-cache-size=1M"), Ok(Some(1 << 20)));
+        for wrong in [
+            ",cache-size=1M,l2-cache-size=2M",
+            ",cache-size=1M,refcount-cache-size=2M",
+            ",cache-size=4M,l2-cache-size=2M,refcount-cache-size=2M",
+            ",l2-cache-size=much",
+        ] {
+            assert!(memory(wrong).unwrap_err().contains("-size"), "{wrong}");
+        }
     }
 
     #[test]

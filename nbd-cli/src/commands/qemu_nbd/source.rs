@@ -194,6 +194,7 @@ fn backing_file(choices: &ServeOptions, backing: &Backing) -> Result<BackingFile
     options.format = disk.format;
     options.locking = Some(disk.locking).filter(|locking| *locking != Locking::Auto);
     options.cache = Some(disk.cache.applied_to(choices.cache));
+    options.metadata_cache_bytes = disk.metadata_cache;
     options.backing = backing_file(choices, &disk.backing)?;
     Ok(BackingFile::Given(Box::new(options)))
 }
@@ -231,6 +232,7 @@ fn choices(options: &Options, disk: &Described) -> Result<ServeOptions, String> 
         policy: Some(policy),
         locking: disk.locking,
         cache,
+        metadata_cache: disk.metadata_cache,
         backing: BackingFile::AsNamed,
         remotes,
         // QEMU lists the last one first, in an order that clients see.

@@ -10,6 +10,7 @@ use super::upstream::UpstreamArgs;
 use crate::commands::image::open::TrustArgs;
 use crate::image_format::ImageFormat;
 use crate::serving::{BitmapDurability, CacheMode, DetectZeroes, Discard};
+use crate::size::ByteSize;
 
 /// What clients see of a source.
 #[derive(Clone, Debug, Args)]
@@ -49,6 +50,12 @@ pub struct ExportArgs {
     /// The use of the page cache for images and block devices, and when writes are durable.
     #[arg(long, value_enum, default_value_t, value_name = "MODE")]
     pub cache: CacheMode,
+
+    /// Memory for the mapping tables of each qcow2 image, backing files included [default: the
+    /// tables of the whole disk, at most 32M]. With clusters of 64 KiB 1M is enough for 8 GiB of
+    /// disk; reads of other parts read a piece of a table first.
+    #[arg(long, value_name = "SIZE")]
+    pub metadata_cache: Option<ByteSize>,
 
     /// The treatment of discarded space.
     #[arg(long, value_enum, default_value_t, value_name = "WHAT")]

@@ -208,6 +208,7 @@ pub(super) fn choices(args: &ExportArgs) -> ServeOptions {
         },
         locking: ShareArgs { force_share: args.force_share }.locking(args.trust.locks),
         cache: args.cache.into(),
+        metadata_cache: args.metadata_cache.map(ByteSize::bytes),
         policy: args.trust.trust_image.then(|| args.trust.policy()),
         filter: filter(args),
         allocation_depth: args.allocation_depth,
