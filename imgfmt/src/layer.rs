@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::ExtentKind;
+use crate::known_depths::{Granule, KnownDepths, Lazy, RANGE_MAX};
 use crate::lease::Lease;
 use crate::mapping::{Content, Encoded, FileSpan, Holes, Lookup, Mapped, Mapping};
 use crate::storage::{Capabilities, Durability, Speed, TryWrite, ZeroMode};
@@ -26,6 +27,17 @@ pub(crate) trait Layer: Send + Sync + fmt::Debug {
     fn decode(&self, _encoded: Encoded, offset: GuestOffset, _buffer: &mut [u8]) -> Result<()> {
         let detail = "the format has no encoded clusters";
         Err(Error::new(ErrorKind::Unsupported, "read", detail).at(offset.bytes()))
+    }
+
+    /// Whether this layer has nothing in a range, not even zeroes, so that all of it shows the layer
+    /// below; `None` if that would take waiting, and `lookup` forbids it. "No" may be wrong.
+    fn lacks(&self, _range: GuestRange, _lookup: Lookup) -> Result<Option<bool>> {
+        Ok(Some(false))
+    }
+
+    /// The layer below it.
+    fn backing(&self) -> Option<&Backing> {
+        None
     }
 
     /// Keeps the places that are mapped from now on from being given to other parts of the disk;
@@ -77,6 +89,8 @@ pub(crate) trait WritableLayer: Layer {
 pub(crate) struct Backing {
     pub(crate) layer: Arc<dyn Layer>,
     pub(crate) size: u64,
+    /// Of the layers below the one that has this, if walks begin there.
+    known: Lazy<dyn Layer>,
 }
 
 /// A walk over what a range consists of, through all layers.
@@ -204,7 +218,7 @@ impl<'w> Walk<'w> {
 
 impl Backing {
     pub(crate) fn new(layer: Arc<dyn Layer>) -> Self {
-        Self { size: layer.size(), layer }
+        Self { size: layer.size(), layer, known: Lazy::new() }
     }
 
     /// Maps what `above` has not got: as the layer below it has it, if there is one, and as zeroes
@@ -215,7 +229,110 @@ impl Backing {
         range: GuestRange,
         walk: &mut Walk<'_>,
     ) -> Result<Mapped> {
-        let Some(Self { layer, size }) = backing else {
+        match backing {
+            // With one layer below there is nothing to skip.
+            Some(first)
+                if walk.depth == 1
+                    && range.length() <= RANGE_MAX
+                    && first.layer.backing().is_some() =>
+            {
+                first.map_by_granules(above, range, walk)
+            }
+            _ => Self::map_next(backing, above, range, walk),
+        }
+    }
+
+    /// As [`map`](Self::map), from the layer on that has something; this is the first one below the
+    /// top.
+    fn map_by_granules(
+        &self,
+        top: &dyn Layer,
+        range: GuestRange,
+        walk: &mut Walk<'_>,
+    ) -> Result<Mapped> {
+        let known = self.known.get_or_init(|| KnownDepths::new(self.layers(), self.size));
+        let (mut position, end) = (range.offset().bytes(), range.end().bytes());
+        let mut next = None;
+        while position < end {
+            let skipped = match next.take() {
+                Some(skipped) => skipped,
+                None => self.layers_without(known, position, walk.lookup)?,
+            };
+            let Some(skipped) = skipped else { return Ok(Mapped::WouldBlock) };
+            let mut stop = end.min(Granule::of(position).range().end().bytes());
+            walk.spend(1);
+            // Granules that the same layer has are mapped at once.
+            while stop < end {
+                let following = self.layers_without(known, stop, walk.lookup)?;
+                if following != Some(skipped) {
+                    next = Some(following);
+                    break;
+                }
+                stop = end.min(Granule::of(stop).range().end().bytes());
+                walk.spend(1);
+            }
+            let above = match skipped.checked_sub(1) {
+                None => top,
+                Some(last) => &*known.layers[last],
+            };
+            let backing = if skipped == 0 { Some(self) } else { above.backing() };
+            walk.depth += skipped as u32;
+            let mapped = Self::map_next(backing, above, span(position, stop), walk);
+            walk.depth -= skipped as u32;
+            let mapped = mapped?;
+            position = stop;
+            if mapped != Mapped::Complete || walk.is_tired() && position < end {
+                return Ok(if mapped == Mapped::Complete { Mapped::Partial } else { mapped });
+            }
+        }
+        Ok(Mapped::Complete)
+    }
+
+    /// This layer and all below it.
+    fn layers(&self) -> Vec<Arc<dyn Layer>> {
+        let backings = std::iter::successors(Some(self), |backing| backing.layer.backing());
+        backings.map(|backing| Arc::clone(&backing.layer)).collect()
+    }
+
+    /// How many layers, from this one on, have nothing in the whole granule of a guest offset; `None` if
+    /// that would take waiting.
+    fn layers_without(
+        &self,
+        known: &KnownDepths<dyn Layer>,
+        guest: u64,
+        lookup: Lookup,
+    ) -> Result<Option<usize>> {
+        let granule = Granule::of(guest);
+        if let Some(count) = known.get(granule) {
+            return Ok(Some(count));
+        }
+        let (range, mut count, mut next) = (granule.range(), 0, Some(self));
+        while let Some(Self { layer, size, .. }) = next {
+            if range.end().bytes() > *size {
+                // What follows its end reads as zero.
+                break;
+            }
+            match layer.lacks(range, lookup) {
+                Ok(Some(true)) => {}
+                Ok(Some(false)) => break,
+                Ok(None) => return Ok(None),
+                // It may lie in a part of the granule that nobody wants.
+                Err(_) => return Ok(Some(count)),
+            }
+            count += 1;
+            next = layer.backing();
+        }
+        known.note(granule, count);
+        Ok(Some(count))
+    }
+
+    fn map_next(
+        backing: Option<&Self>,
+        above: &dyn Layer,
+        range: GuestRange,
+        walk: &mut Walk<'_>,
+    ) -> Result<Mapped> {
+        let Some(Self { layer, size, .. }) = backing else {
             return walk.push_of_depth(above, range, Content::Hole, 0);
         };
         let inside = range.intersection(span(0, *size));
@@ -233,3 +350,6 @@ impl Backing {
         walk.push_of_depth(above, behind, Content::Hole, walk.depth + 1)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -73,6 +73,7 @@ mod format;
 mod image;
 mod info;
 pub mod jobs;
+mod known_depths;
 mod layer;
 mod lease;
 mod luks;

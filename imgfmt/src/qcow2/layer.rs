@@ -1,11 +1,12 @@
 //! The qcow2 image as a [`Layer`].
 
 use crate::error::{Error, Result};
-use crate::layer::{Layer, Walk, WritableLayer};
+use crate::layer::{Backing, Layer, Walk, WritableLayer};
 use crate::lease::Lease;
-use crate::mapping::{Encoded, Mapped};
+use crate::mapping::{Encoded, Lookup, Mapped};
 use crate::qcow2::image::Qcow2;
 use crate::qcow2::map::lookup::span;
+use crate::qcow2::on_disk::l2::Subcluster;
 use crate::storage::{Capabilities, Durability, Speed, TryWrite, ZeroMode};
 use crate::units::{GuestOffset, GuestRange};
 
@@ -20,6 +21,22 @@ impl Layer for Qcow2 {
 
     fn decode(&self, encoded: Encoded, offset: GuestOffset, buffer: &mut [u8]) -> Result<()> {
         self.read_compressed(encoded, offset, buffer)
+    }
+
+    fn lacks(&self, range: GuestRange, lookup: Lookup) -> Result<Option<bool>> {
+        let (mut position, end) = (range.offset(), range.end());
+        while position < end {
+            let Some(piece) = self.mapping.piece(position, end, lookup)? else { return Ok(None) };
+            if piece.content != Subcluster::Unallocated {
+                return Ok(Some(false));
+            }
+            position = piece.range.end();
+        }
+        Ok(Some(true))
+    }
+
+    fn backing(&self) -> Option<&Backing> {
+        self.backing.as_ref()
     }
 
     fn lease(&self) -> Option<Lease> {

@@ -63,11 +63,66 @@ fn a_disk_written_in_200_layers_reads_as_one() {
     let mut content = vec![1; SIZE as usize];
     top.read_at(at(0), &mut content).unwrap();
     assert!(content == expected);
+    reads_the_same_in_small_pieces(&top, &expected);
     let whole = GuestRange::new(at(0), SIZE).unwrap();
     let extents = all_extents(&top, whole);
+    // Short ranges are looked up in another way.
+    for extent in &extents {
+        let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
+        for start in [start, end - 512] {
+            let part = GuestRange::new(at(start), 512).unwrap();
+            let found = all_extents(&top, part);
+            assert_eq!((found.len(), found[0].range), (1, part));
+            assert_eq!((found[0].kind, found[0].depth), (extent.kind, extent.depth));
+        }
+    }
     // What the lowest layers hold others may have covered.
     assert!(extents.iter().any(|extent| extent.depth > 150));
     assert!(top.map_read(whole).unwrap().mappings().len() > 0);
+}
+
+/// Twice: what was found the first time is known the second time.
+fn reads_the_same_in_small_pieces(image: &Image, expected: &[u8]) {
+    for length in [4096, 4096, 200 << 10] {
+        let mut part = vec![1; length];
+        for (index, expected) in expected.chunks_exact(length).enumerate() {
+            image.read_at(at((index * length) as u64), &mut part).unwrap();
+            assert!(part == expected, "{length} bytes, number {index}");
+        }
+    }
+}
+
+#[test]
+fn what_is_written_to_the_top_of_a_chain_shows_where_the_depth_was_known() {
+    let directory = chain(50);
+    let (top, options) =
+        (layer(directory.path(), 49), OpenOptions::new().access(Access::ReadWrite));
+    let mut image = Image::open(&top, &options.cache(CacheMode::Unsafe)).unwrap();
+    let mut expected = vec![0; SIZE as usize];
+    expected[CLUSTER as usize..][..4096].fill(7);
+    reads_the_same_in_small_pieces(&image, &expected);
+    image.create_snapshot("before").unwrap();
+    for (start, byte) in [(CLUSTER + 100, 8), (3 * CLUSTER + 7, 9)] {
+        image.write_at(at(start), &[byte; 300], Durability::Cached).unwrap();
+        expected[start as usize..][..300].fill(byte);
+    }
+    reads_the_same_in_small_pieces(&image, &expected);
+    let start = CLUSTER as usize;
+    image
+        .write_zeroes(
+            GuestRange::new(at(CLUSTER), CLUSTER).unwrap(),
+            imgfmt::ZeroMode::MayUnmap,
+            imgfmt::Speed::Any,
+            Durability::Cached,
+        )
+        .unwrap();
+    expected[start..2 * start].fill(0);
+    reads_the_same_in_small_pieces(&image, &expected);
+    image.apply_snapshot("before").unwrap();
+    expected.fill(0);
+    expected[start..][..4096].fill(7);
+    reads_the_same_in_small_pieces(&image, &expected);
+    image.close().unwrap();
 }
 
 #[test]
