@@ -94,7 +94,10 @@ const CASES: &[Case] = &[
     case("a header longer than a cluster", BAD, |i| i.put32(field::HEADER_LENGTH, 65544)),
     case("a header of 4 GiB", BAD, |i| i.put32(field::HEADER_LENGTH, u32::MAX)),
     case("unknown incompatible bit 5", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 5)),
-    case("unknown incompatible bit 62", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 62)),
+    case("unknown incompatible bit 61", UNKNOWN, |i| i.put64(field::INCOMPATIBLE, 1 << 61)),
+    case("the mark of an interrupted change of the backing file, incompatible bit 62", BAD, |i| {
+        i.put64(field::INCOMPATIBLE, 1 << 62);
+    }),
     case("the mark of an interrupted writer, incompatible bit 63", BAD, |i| {
         i.put64(field::INCOMPATIBLE, 1 << 63);
     }),
