@@ -78,6 +78,7 @@ mod reconnect;
 mod serve_access;
 mod serve_bitmaps_survive;
 mod serve_cache;
+mod serve_cache_killed;
 mod serve_config;
 mod serve_exports;
 mod serve_fio;

@@ -14,7 +14,7 @@ use crate::tools;
 const MODES: [&str; 5] = ["writeback", "none", "writethrough", "directsync", "unsafe"];
 
 /// Whether the system opens a file for direct I/O.
-fn has_direct_io(path: &str) -> bool {
+pub(crate) fn has_direct_io(path: &str) -> bool {
     let flags = OFlags::DIRECT.bits() as i32;
     std::fs::OpenOptions::new().read(true).custom_flags(flags).open(path).is_ok()
 }
