@@ -11,7 +11,8 @@ impl Image {
     /// # Errors
     ///
     /// `ReadOnly`; `Unsupported` for raw images and where refcounts are too narrow; `InvalidInput`
-    /// if there is one of that name; `Busy` while a [`ReadMap`] is held; `NoSpace`, `Corrupt`, `Io`.
+    /// if there is one of that name; `Busy` while a [`ReadMap`](crate::ReadMap) is held; `NoSpace`,
+    /// `Corrupt`, `Io`.
     pub fn create_snapshot(&mut self, name: &str) -> Result<()> {
         self.change_snapshots(|image| image.create_snapshot(name))
     }

@@ -59,9 +59,9 @@ pub struct ServeArgs {
     #[arg(required_unless_present_any = ["control", "config"], value_name = "SOURCE")]
     pub sources: Vec<OsString>,
 
-    /// Serve what a TOML file describes: at its top the options of the server, and below each
-    /// [[export]] the 'source', the 'name' and the options of an export, named as here. Read again
-    /// on SIGHUP and by `nbd-cli control reload`.
+    /// Serve what a TOML file describes: at its top the options of the server, and in each table of
+    /// 'export' the 'source', the 'name' and the options of an export, named as here. Read again on
+    /// SIGHUP and by `nbd-cli control reload`.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["sources", "name"])]
     pub config: Option<PathBuf>,
 
