@@ -1,9 +1,9 @@
 //! What is remembered of the parts of a disk that the upper layers of a chain have not got.
 //!
-//! Where the top of a chain of 50 images has nothing, 49 tables tell where the data is. The layers below
-//! the top do not change while the chain is open, so what was found once stays true: for each granule of
-//! the disk, how many of them have nothing in all of it. Memory is bounded; where a granule's place is
-//! taken by another one, the layers are asked again.
+//! Where the top of a chain of 50 images has nothing, 49 tables tell where the data is. What the
+//! layers below the top have does not change for a reader of the chain, so what was found once stays
+//! true: for each granule of the disk, how many of them have nothing in all of it. Memory is bounded;
+//! where a granule's place is taken by another one, the layers are asked again.
 
 use std::sync::Arc;
 use std::sync::OnceLock;

@@ -55,6 +55,9 @@ impl Storage for StorageWindow {
     fn read_at(&self, offset: HostOffset, buffer: &mut [u8]) -> io::Result<usize> {
         let rest = self.len()?.saturating_sub(offset.bytes());
         let length = usize::try_from(rest).unwrap_or(usize::MAX).min(buffer.len());
+        if length == 0 {
+            return Ok(0);
+        }
         self.inner.read_at(self.inside(offset, length as u64)?, &mut buffer[..length])
     }
 
@@ -143,6 +146,7 @@ mod tests {
         assert!(all[512..1536].iter().all(|byte| *byte == 1));
         let mut end = [9; 100];
         assert_eq!(part.read_at(at(1000), &mut end).unwrap(), 24);
+        assert_eq!(part.read_at(at(2000), &mut end).unwrap(), 0);
         assert_eq!(part.try_read_at(at(1000), &mut end).unwrap(), TryRead::WouldBlock);
     }
 

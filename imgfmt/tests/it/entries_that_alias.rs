@@ -147,3 +147,64 @@ fn a_write_through_an_entry_that_names_something_else_costs_nothing_else() {
         assert!(wrong.is_empty(), "{has_enabled_bitmap}: {}", wrong.join("\n"));
     }
 }
+
+/// An image with clusters of 64 KiB and one L2 table, which is read in sixteen slices, and data at 0
+/// and at 40 MiB, which two slices map. Returns the offset of the table.
+fn make_in_slices(path: &Path) -> usize {
+    Image::create(path, &CreateOptions::new(Format::Qcow2, 512 << 20)).unwrap();
+    let disk = Image::open(path, &options(Access::ReadWrite)).unwrap();
+    disk.write_at(at(0), &[0x51; 65536], Durability::Cached).unwrap();
+    disk.write_at(at(40 << 20), &[0x52; 65536], Durability::Cached).unwrap();
+    disk.close().unwrap();
+    let bytes = std::fs::read(path).unwrap();
+    (u64_at(&bytes, u64_at(&bytes, 40) as usize) & !COPIED) as usize
+}
+
+#[test]
+fn an_entry_is_searched_also_after_another_slice_of_its_table_has_changed() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let table = make_in_slices(&path);
+    let sound = std::fs::read(&path).unwrap();
+    let end = (sound.len() as u64).next_multiple_of(65536);
+    let mut refused = 0;
+    for number in 0..4 {
+        let mut bytes = sound.clone();
+        let entry = table + (40 << 20 >> 16) * 8;
+        bytes[entry..entry + 8].copy_from_slice(&((end + number * 65536) | COPIED).to_be_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        let in_slices = options(Access::ReadWrite).metadata_cache_bytes(0);
+        let disk = Image::open(&path, &in_slices).unwrap();
+        // Takes the next free clusters, one of which the entry names.
+        disk.write_at(at(4 << 20), &[0xaa; 4 * 65536], Durability::Cached).unwrap();
+        let through = disk.write_at(at(40 << 20), &[0xff; 65536], Durability::Cached);
+        refused += u32::from(through.is_err());
+        let mut written = vec![0; 4 * 65536];
+        disk.read_at(at(4 << 20), &mut written).unwrap();
+        assert!(written.iter().all(|byte| *byte == 0xaa), "{number}: {through:?}");
+    }
+    assert_eq!(refused, 4);
+}
+
+#[test]
+fn the_rest_of_a_table_in_which_the_file_ends_is_zero() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let table = make_in_slices(&path);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let l1 = u64_at(&bytes, 40) as usize;
+    bytes.resize(bytes.len().next_multiple_of(65536), 0);
+    let end = bytes.len() as u64;
+    bytes.extend_from_within(table..table + 512);
+    bytes[l1..l1 + 8].copy_from_slice(&(end | COPIED).to_be_bytes());
+    std::fs::write(&path, &bytes).unwrap();
+    for cache_bytes in [0, 1 << 20] {
+        let in_slices = options(Access::ReadOnly).metadata_cache_bytes(cache_bytes);
+        let disk = Image::open(&path, &in_slices).unwrap();
+        for (offset, expected) in [(0, 0x51), (40 << 20, 0)] {
+            let mut read = vec![9; 65536];
+            disk.read_at(at(offset), &mut read).unwrap();
+            assert!(read.iter().all(|byte| *byte == expected), "{cache_bytes} {offset}");
+        }
+    }
+}

@@ -219,20 +219,20 @@ impl TableCache {
         }
     }
 
-    /// Has a table give way if there are too many with `new_places` more: the one that was not used for
+    /// Has tables give way if there are too many with `new_places` more: those that were not used for
     /// the longest time, about.
     fn make_room(&self, places: &mut Places, new_places: usize) {
-        if places.by_offset.len() + new_places <= self.tables_per_shard {
-            return;
-        }
         // Twice: what is not used between two looks goes.
         for _ in 0..2 * places.order.len() {
+            if places.by_offset.len() + new_places <= self.tables_per_shard {
+                return;
+            }
             let Some(offset) = places.order.pop_front() else { return };
             if self.gives_way(places, offset) {
                 places.by_offset.remove(&offset);
-                return;
+            } else {
+                places.order.push_back(offset);
             }
-            places.order.push_back(offset);
         }
     }
 

@@ -2,11 +2,11 @@
 //!
 //! A damaged or hostile image may have an L2 entry that points to a table, or to a cluster without
 //! references. Reading through it is harmless. Writing through it would let the guest overwrite
-//! metadata, and freeing it would free a live table. Each L2 table is therefore searched once,
-//! before the first change that concerns it.
+//! metadata, and freeing it would free a live table. Each slice of an L2 table is therefore searched
+//! once, before the first change that concerns it.
 //!
 //! A cluster that was free when the image was opened, at the end of the file for instance, may have
-//! been reserved by then. So a table that has not changed since must not name a cluster that was
+//! been reserved by then. So a slice that has not changed since must not name a cluster that was
 //! reserved since.
 
 use std::collections::HashSet;
@@ -36,12 +36,13 @@ impl MappingTables {
         let tables = self.l2_places();
         let mut allocator = self.clusters.allocator()?;
         let is_new = allocator.reserved_since_open.contains(geometry.host_cluster(table.offset));
-        let is_as_found =
-            !is_new && !tables.changed.contains(&geometry.cluster_start(table.offset));
         let mut bad = Vec::new();
         for index in 0..self.slices.entries() {
             let guest = first + (index << geometry.cluster_bits);
-            if tables.bad.contains(&self.entry_offset(table, index as u32)) {
+            let place = self.entry_offset(table, index as u32);
+            let is_as_found =
+                !is_new && !tables.changed.contains(&place.round_down(self.slices.unit()));
+            if tables.bad.contains(&place) {
                 bad.push(index as u32);
                 continue;
             }

@@ -97,9 +97,10 @@ impl MappingTables {
                 .corrupt("an L1 entry points into the middle of a cluster", offset.bytes()));
         }
         let length = self.metadata.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
-        if offset.bytes() >= length {
+        // A table may end in the middle of the file's last cluster: the rest of it is zero.
+        if table.bytes() >= length {
             let detail = "an L2 table lies past the end of the file";
-            return Err(self.metadata.corrupt(detail, offset.bytes()));
+            return Err(self.metadata.corrupt(detail, table.bytes()));
         }
         read_words(&*self.metadata.file, offset, count).map(Some)
     }

@@ -53,8 +53,8 @@ pub(in crate::qcow2) struct MappingTables {
 pub(super) struct L2Places {
     /// Those that the L1 table names.
     pub(super) named: HashSet<HostOffset>,
-    /// Those that have changed since the image was opened. Stays, also when a table is freed: its
-    /// place holds nothing that was found.
+    /// The units of tables ([`Slices::unit`]) that have changed since the image was opened. Stays,
+    /// also when a table is freed: its place holds nothing that was found.
     pub(super) changed: HashSet<HostOffset>,
     /// Where bad entries lie that were found: they stay bad when the table has changed.
     pub(super) bad: BTreeSet<HostOffset>,

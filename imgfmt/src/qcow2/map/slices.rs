@@ -45,6 +45,17 @@ impl Slices {
         (self.bytes / 8) as usize
     }
 
+    /// Unit in which changes of tables are remembered, in bytes: slices of all sizes, which a resize
+    /// may change, consist of whole ones.
+    pub(super) fn unit(self) -> u64 {
+        SMALL.min(self.geometry.cluster_size())
+    }
+
+    /// Where the units of a slice lie.
+    pub(super) fn units(self, slice: HostOffset) -> impl Iterator<Item = HostOffset> {
+        (0..self.bytes / self.unit()).map(move |number| slice + number * self.unit())
+    }
+
     /// How many clusters a slice maps.
     pub(in crate::qcow2) fn entries(self) -> u64 {
         self.bytes / 8 / self.geometry.entry_words() as u64

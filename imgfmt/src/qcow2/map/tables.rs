@@ -68,7 +68,10 @@ impl MappingTables {
         let mut places = self.l2_places.write();
         places.named.insert(offset);
         // The former content of that place is gone.
-        places.bad.retain(|entry| geometry.cluster_start(*entry) != offset);
+        let former = places.bad.range(offset..offset + geometry.cluster_size());
+        for entry in former.copied().collect::<Vec<_>>() {
+            places.bad.remove(&entry);
+        }
         places.bad.extend(bad.into_iter().map(|entry| offset + entry));
         if let Some(shared) = &shared_offset {
             places.named.remove(shared);
@@ -132,9 +135,8 @@ impl MappingTables {
         let words_per_entry = self.geometry().entry_words();
         let _gate = self.commits.enter_gate();
         // Before any entry names what was reserved.
-        let whole = self.geometry().cluster_start(table.offset);
-        if !self.l2_places().changed.contains(&whole) {
-            self.l2_places.write().changed.insert(whole);
+        if !self.is_noted_as_changed(table) {
+            self.l2_places.write().changed.extend(self.slices.units(table.offset));
         }
         let mut entries = table.change();
         for change in changes {
@@ -146,6 +148,11 @@ impl MappingTables {
         drop(entries);
         self.clusters.free(freed.iter().copied());
         Ok(())
+    }
+
+    fn is_noted_as_changed(&self, slice: &Table) -> bool {
+        let places = self.l2_places();
+        self.slices.units(slice.offset).all(|unit| places.changed.contains(&unit))
     }
 
     /// The references that go away when a cluster's entry is replaced by one that keeps `kept`.
