@@ -434,6 +434,7 @@ mod tests {
             format: Some(Format::Qcow2),
             backing: Backing::Ignored,
             window: Window { offset: 64 << 10, size: None },
+            is_below_raw: true,
             ..Described::default()
         };
         assert_eq!(read(qcow2), Ok(expected));

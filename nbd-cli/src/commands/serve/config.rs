@@ -372,7 +372,7 @@ mod tests {
             (format!("{export}allow = [1.5]\n"), 3, &["'allow'", "list"]),
             (format!("{export}allow = 'vm=::1'\n"), 1, &["'vm'", "name of an export"]),
             (format!("{export}allow = 'tls:a'\n"), 1, &["--tls-psk"]),
-            (format!("{export}temporary = true\nread-only = true\n"), 3, &["--read-only"]),
+            (format!("{export}temporary = true\nread-only = true\n"), 4, &["--read-only"]),
             ("[[export]]\nname = 'a'\n".to_owned(), 1, &["'source'"]),
             ("[[export]]\nsource = 1\n".to_owned(), 2, &["'source'", "a text"]),
             ("export = 1\n".to_owned(), 1, &["[[export]]"]),
