@@ -130,12 +130,15 @@ impl SendQueue {
         turn: &mut Turn,
     ) -> Poll<Result<(), ConnectionError>> {
         while let Some(front) = self.segments.front() {
+            // Looked at once: another connection may come to the thread at any time, and 0 bytes of
+            // a file that were sent stand for its end.
+            let left = turn.left();
             let sent = match front {
-                Segment::File { .. } | Segment::Owned { .. } if turn.is_over() => {
+                Segment::File { .. } | Segment::Owned { .. } if left == 0 => {
                     return Poll::Pending;
                 }
                 Segment::File { span, length } => {
-                    let length = turn.left().min(*length);
+                    let length = left.min(*length);
                     match socket.poll_send_file(cx, span.file.as_fd(), span.offset, length) {
                         Poll::Ready(Ok(0)) => {
                             return Poll::Ready(Err(ConnectionError::FileTruncated));
@@ -143,7 +146,7 @@ impl SendQueue {
                         result => result,
                     }
                 }
-                _ => self.poll_send_bytes(cx, socket, turn.left()),
+                _ => self.poll_send_bytes(cx, socket, left),
             };
             match sent {
                 Poll::Ready(Ok(count)) => turn.spend(self.sent(count)),
