@@ -20,9 +20,10 @@ pub enum ClientCertificates {
 /// Authorization by the distinguished name in the client's certificate.
 ///
 /// A pattern is a name with `*` for any text and `?` for any single character, for example
-/// `CN=laptop-*,O=Example,C=GB`. Both orders match: the most specific part first, as printed by
-/// `certtool --certificate-info`, and the order in the certificate, as in QEMU. Matching is
-/// case-sensitive.
+/// `CN=laptop-*,O=Example,C=GB`. A special character in a value is written as in names: `\,` is a
+/// comma that belongs to a value, `,` the one between two parts; `\*` and `\?` are no wildcards. Both
+/// orders match: the most specific part first, as printed by `certtool --certificate-info`, and the
+/// order in the certificate, as in QEMU. Matching is case-sensitive.
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub enum Authorization {
@@ -130,8 +131,16 @@ impl PeerIdentity {
     pub(crate) fn matches(&self, pattern: &str) -> bool {
         match self {
             Self::Anonymous => false,
-            Self::Certificate(name) => matches(pattern, name) || matches(pattern, &reversed(name)),
-            Self::User(name) => matches(pattern, name),
+            Self::Certificate(name) => {
+                let pattern = pattern_of(pattern);
+                matches(&pattern, &units(name)) || matches(&pattern, &units(&reversed(name)))
+            }
+            // The names of users have no escapes.
+            Self::User(name) => {
+                let bare = |character| (false, character);
+                let pattern: Vec<_> = pattern.chars().map(bare).map(wanted_bare).collect();
+                matches(&pattern, &name.chars().map(bare).collect::<Vec<_>>())
+            }
         }
     }
 
@@ -161,23 +170,65 @@ fn reversed(name: &str) -> String {
 }
 
 fn fits(pattern: &str, name: &DistinguishedName) -> bool {
-    matches(pattern, &name.specific_first) || matches(pattern, &name.as_encoded)
+    let fits = |name: &str| matches(&pattern_of(pattern), &units(name));
+    fits(&name.specific_first) || fits(&name.as_encoded)
+}
+
+/// A character of a name, and whether an escape makes it a part of a value: `\,` is never the comma
+/// between two parts.
+type Unit = (bool, char);
+
+/// What a place of a pattern stands for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    AnyText,
+    AnyCharacter,
+    Only(Unit),
+}
+
+/// The characters of an escaped name. A backslash at the end stands for itself.
+fn units(name: &str) -> Vec<Unit> {
+    let mut characters = name.chars();
+    let mut units = Vec::with_capacity(name.len());
+    while let Some(character) = characters.next() {
+        units.push(match character {
+            '\\' => characters.next().map_or((false, '\\'), |escaped| (true, escaped)),
+            _ => (false, character),
+        });
+    }
+    units
+}
+
+/// A pattern for escaped names.
+fn pattern_of(pattern: &str) -> Vec<Wanted> {
+    let wanted = |unit| match unit {
+        // Names do not escape these two.
+        (true, literal @ ('*' | '?')) => Wanted::Only((false, literal)),
+        unit => wanted_bare(unit),
+    };
+    units(pattern).into_iter().map(wanted).collect()
+}
+
+const fn wanted_bare(unit: Unit) -> Wanted {
+    match unit {
+        (false, '*') => Wanted::AnyText,
+        (false, '?') => Wanted::AnyCharacter,
+        unit => Wanted::Only(unit),
+    }
 }
 
 /// Wildcards, in time proportional to the product of the lengths: of several `*` only the last is
 /// ever tried again.
-fn matches(pattern: &str, text: &str) -> bool {
-    let pattern: Vec<char> = pattern.chars().collect();
-    let text: Vec<char> = text.chars().collect();
+fn matches(pattern: &[Wanted], text: &[Unit]) -> bool {
     let (mut p, mut t) = (0, 0);
     let mut star: Option<(usize, usize)> = None;
     while t < text.len() {
         match pattern.get(p) {
-            Some('*') => {
+            Some(Wanted::AnyText) => {
                 star = Some((p, t));
                 p += 1;
             }
-            Some(wanted) if *wanted == '?' || *wanted == text[t] => {
+            Some(wanted) if *wanted == Wanted::AnyCharacter || *wanted == Wanted::Only(text[t]) => {
                 p += 1;
                 t += 1;
             }
@@ -189,7 +240,7 @@ fn matches(pattern: &str, text: &str) -> bool {
             }
         }
     }
-    pattern[p..].iter().all(|rest| *rest == '*')
+    pattern[p..].iter().all(|rest| *rest == Wanted::AnyText)
 }
 
 #[cfg(test)]
@@ -220,6 +271,37 @@ mod tests {
         ] {
             assert_eq!(fits(pattern, &laptop()), expected, "{pattern}");
         }
+    }
+
+    #[test]
+    fn an_escaped_comma_in_a_value_is_no_comma_between_parts() {
+        let mallory = DistinguishedName {
+            specific_first: r"CN=x\,O=Example".to_owned(),
+            as_encoded: r"CN=x\,O=Example".to_owned(),
+        };
+        let identity = PeerIdentity::Certificate(mallory.specific_first.clone());
+        for (pattern, expected) in [
+            ("*,O=Example", false),
+            ("CN=*,O=Example", false),
+            ("*?,O=Example", false),
+            (r"*\,O=Example", true),
+            (r"CN=x\,*", true),
+            ("CN=x?O=Example", true),
+            (r"CN=x\", false),
+            (r"CN=x\*", false),
+            ("CN=*", true),
+        ] {
+            assert_eq!(fits(pattern, &mallory), expected, "{pattern}");
+            assert_eq!(identity.matches(pattern), expected, "{pattern}");
+        }
+        let ends_with_backslash = PeerIdentity::Certificate(r"O=Example,CN=x\\,C=GB".to_owned());
+        assert!(
+            ends_with_backslash.matches("*,C=GB") && ends_with_backslash.matches("*,O=Example")
+        );
+        let star = PeerIdentity::Certificate("CN=*.example".to_owned());
+        assert!(star.matches(r"CN=\*.example") && !star.matches(r"CN=\*"));
+        let user = PeerIdentity::User(r"domain\bob".to_owned());
+        assert!(user.matches(r"domain\bob") && user.matches(r"domain\*") && !user.matches("bob"));
     }
 
     #[test]
