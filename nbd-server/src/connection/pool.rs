@@ -33,6 +33,9 @@ const DESCRIPTOR_LEN: usize = 32;
 /// One connection's use of the pool. What waits there goes when this is dropped; but if the client has
 /// said goodbye its changes are still carried out, as the protocol demands.
 pub(super) struct Pool {
+    /// The first field, so that it is dropped before the lanes drop the requests that wait: their
+    /// answers then see that the connection has ended, and do not take it for a panic.
+    replies: mpsc::UnboundedReceiver<Reply>,
     lane: Arc<Lane>,
     /// Reads what it can, if there is one.
     ring: Option<RingLane>,
@@ -43,7 +46,6 @@ pub(super) struct Pool {
     answers: Budget,
     max_requests: usize,
     sender: mpsc::UnboundedSender<Reply>,
-    replies: mpsc::UnboundedReceiver<Reply>,
     requests: usize,
     slots: usize,
     bytes: usize,
@@ -64,6 +66,7 @@ impl Pool {
         let lane = Arc::new(scheduler.lane(group));
         let max_requests = max_requests.max(1);
         Self {
+            replies,
             lane,
             ring: ring.lane(),
             has_begun: false,
@@ -72,7 +75,6 @@ impl Pool {
             answers,
             max_requests,
             sender,
-            replies,
             requests: 0,
             slots: 0,
             bytes: 0,
