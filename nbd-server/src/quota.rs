@@ -99,8 +99,10 @@ impl Quotas {
     ///
     /// The reason why the client may not have one more, for the client.
     pub(crate) fn admit(&self, client: &ClientInfo) -> Result<Admission, &'static str> {
-        let own = self.clients().account(ClientKey::new(client));
-        let own = Place::take(own).ok_or("you have as many connections as you may have")?;
+        let key = ClientKey::new(client);
+        // One statement, under one lock: an account without connections may be forgotten.
+        let own = Place::take(self.clients().account(key))
+            .ok_or("you have as many connections as you may have")?;
         let total = Arc::clone(&self.total);
         let total = Place::take(total).ok_or("the export has as many clients as it may have")?;
         Ok(Admission { places: [own, total] })
