@@ -33,6 +33,31 @@ pub struct Quota {
     pub requests_per_second: Option<NonZeroU64>,
 }
 
+/// A quota of connections that is used up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum UsedUp {
+    OfClient,
+    OfExport,
+}
+
+impl UsedUp {
+    /// For the client.
+    pub(crate) const fn answer(self) -> &'static str {
+        match self {
+            Self::OfClient => "you have as many connections as you may have",
+            Self::OfExport => "the export has as many clients as it may have",
+        }
+    }
+
+    /// For the log.
+    pub(crate) const fn event(self) -> &'static str {
+        match self {
+            Self::OfClient => "the connection quota of the client is used up",
+            Self::OfExport => "the connection quota of the export is used up",
+        }
+    }
+}
+
 /// The quotas of an export and the accounts of its clients.
 #[derive(Debug, Default)]
 pub(crate) struct Quotas {
@@ -97,14 +122,12 @@ impl Quotas {
     ///
     /// # Errors
     ///
-    /// The reason why the client may not have one more, for the client.
-    pub(crate) fn admit(&self, client: &ClientInfo) -> Result<Admission, &'static str> {
+    /// The quota that is used up.
+    pub(crate) fn admit(&self, client: &ClientInfo) -> Result<Admission, UsedUp> {
         let key = ClientKey::new(client);
         // One statement, under one lock: an account without connections may be forgotten.
-        let own = Place::take(self.clients().account(key))
-            .ok_or("you have as many connections as you may have")?;
-        let total = Arc::clone(&self.total);
-        let total = Place::take(total).ok_or("the export has as many clients as it may have")?;
+        let own = Place::take(self.clients().account(key)).ok_or(UsedUp::OfClient)?;
+        let total = Place::take(Arc::clone(&self.total)).ok_or(UsedUp::OfExport)?;
         Ok(Admission { places: [own, total] })
     }
 
@@ -339,9 +362,9 @@ mod tests {
         quotas.set_total(Quota { connections: limit(3), ..Quota::default() });
         let first = quotas.admit(&user(1)).unwrap();
         let _second = quotas.admit(&user(1)).unwrap();
-        assert!(quotas.admit(&user(1)).unwrap_err().contains("you have"));
+        assert!(quotas.admit(&user(1)).unwrap_err().answer().contains("you have"));
         let _third = quotas.admit(&user(2)).unwrap();
-        assert!(quotas.admit(&user(2)).unwrap_err().contains("the export has"));
+        assert!(quotas.admit(&user(2)).unwrap_err().answer().contains("the export has"));
         drop(first);
         let _fourth = quotas.admit(&user(2)).unwrap();
         quotas.set_total(Quota::default());

@@ -2,6 +2,8 @@
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
 use bytes::{Buf, BytesMut};
@@ -68,6 +70,8 @@ struct Catalog {
     access: Access,
     client: ClientInfo,
     channel: Channel,
+    /// Whether this connection has a warning in the log; clones share it.
+    has_warned: Arc<AtomicBool>,
 }
 
 impl Catalog {
@@ -76,7 +80,8 @@ impl Catalog {
         let client = client_info(socket);
         shared.access.admit(&client).map_err(ConnectionError::Refused)?;
         let (exports, access) = (shared.exports.clone(), shared.access.clone());
-        Ok(Self { exports, access, client, channel: socket.channel() })
+        let (channel, has_warned) = (socket.channel(), Arc::default());
+        Ok(Self { exports, access, client, channel, has_warned })
     }
 
     /// Finds what the client asks for, unless it may not be told, or not without TLS.
@@ -91,8 +96,7 @@ impl Catalog {
             }
             Some((name, entry)) => match entry.permission(&self.client) {
                 Permission::Denied => {
-                    let client = &self.client;
-                    tracing::warn!(export = ?name, %client, "the rules of the export deny a client");
+                    self.report(&name, "the rules of the export deny a client");
                     // It cannot find out that there is such an export.
                     Err((RefusalReason::UnknownExport, UNKNOWN))
                 }
@@ -105,12 +109,22 @@ impl Catalog {
     /// Finds what the client wants to use, and counts it among the clients of that.
     fn grant(&self, name: &str) -> Result<(ExportDescription, Granted), Rejection> {
         let found = self.find(name)?;
-        let admission = found.entry.quotas().admit(&self.client).map_err(|why| {
-            let (export, client) = (&found.name, &self.client);
-            tracing::warn!(?export, %client, "a client has no connection: its quota is used up");
-            (RefusalReason::Policy, why)
+        let admission = found.entry.quotas().admit(&self.client).map_err(|used_up| {
+            self.report(&found.name, used_up.event());
+            (RefusalReason::Policy, used_up.answer())
         })?;
         Ok((found.describe(), Granted { entry: found.entry, admission }))
+    }
+
+    /// Logs that the client does not get an export. It can ask as often as it likes: only the first
+    /// time is a warning.
+    fn report(&self, export: &str, why: &'static str) {
+        let client = &self.client;
+        if self.has_warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(?export, %client, "{why}");
+        } else {
+            tracing::warn!(?export, %client, "{why}");
+        }
     }
 }
 
