@@ -6,14 +6,22 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nbd_proto::uri::{NbdUri, Transport};
+use rustix::net::sockopt;
 use tokio::net::{TcpListener, UnixListener};
 
 use crate::connection::Socket;
 use crate::error::{SOCKET_PATH_MAX, system_words};
 use crate::handover::take_over;
 use crate::{ServeError, sys};
+
+/// How long nothing arrives from a client before its host is asked whether it is still there.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// So many questions without an answer end the connection.
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// An address to listen on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -156,7 +164,7 @@ impl Listener {
         match self {
             Self::Tcp(listener) => {
                 let (stream, peer) = listener.accept().await?;
-                stream.set_nodelay(true)?;
+                prepare_tcp(&stream)?;
                 Ok((Socket::from_std_tcp(stream.into_std()?), peer.to_string()))
             }
             Self::Unix(file, listener) => {
@@ -168,6 +176,18 @@ impl Listener {
             }
         }
     }
+}
+
+/// Sets the options of a client's socket: replies leave at once, and the connection ends two minutes
+/// after the client's host has vanished, also if nothing is sent. Otherwise it would count as one of
+/// the client's connections for ever.
+pub(crate) fn prepare_tcp(stream: impl AsFd) -> io::Result<()> {
+    let stream = stream.as_fd();
+    sockopt::set_tcp_nodelay(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    Ok(sockopt::set_socket_keepalive(stream, true)?)
 }
 
 async fn open_tcp(address: &str) -> Result<Vec<Listener>, ServeError> {
@@ -281,15 +301,13 @@ fn open_inherited() -> Result<Vec<Listener>, ServeError> {
 /// Turns a descriptor into a listener, whichever family its socket has.
 fn adopt(fd: OwnedFd) -> Result<Listener, ServeError> {
     let refuse = |error: io::Error| ServeError::Systemd { why: system_words(&error) };
-    let listening = rustix::net::sockopt::socket_acceptconn(fd.as_fd())
-        .map_err(|error| refuse(error.into()))?;
+    let listening = sockopt::socket_acceptconn(fd.as_fd()).map_err(|error| refuse(error.into()))?;
     if !listening {
         return Err(ServeError::Systemd {
             why: "a descriptor is a connected socket; set Accept=no in the socket unit".into(),
         });
     }
-    let family =
-        rustix::net::sockopt::socket_domain(fd.as_fd()).map_err(|error| refuse(error.into()))?;
+    let family = sockopt::socket_domain(fd.as_fd()).map_err(|error| refuse(error.into()))?;
     if family == rustix::net::AddressFamily::UNIX {
         let listener = std::os::unix::net::UnixListener::from(fd);
         listener.set_nonblocking(true).map_err(refuse)?;
@@ -333,6 +351,18 @@ mod tests {
         assert_eq!(resolve("127.0.0.1:7").unwrap(), ["127.0.0.1:7".parse().unwrap()]);
     }
 
+    #[test]
+    fn a_client_whose_host_vanished_is_found_out() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        prepare_tcp(&stream).unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap() && stream.nodelay().unwrap());
+        let idle = sockopt::tcp_keepidle(&stream).unwrap();
+        let probes = sockopt::tcp_keepcnt(&stream).unwrap();
+        let interval = sockopt::tcp_keepintvl(&stream).unwrap();
+        assert_eq!(idle + interval * probes, Duration::from_secs(120));
+    }
+
     #[tokio::test]
     async fn an_address_that_another_server_is_about_to_leave_is_waited_for() {
         let directory = tempfile::tempdir().unwrap();
@@ -340,7 +370,7 @@ mod tests {
         let old = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let address = ListenAddress::Unix(path.clone());
         let next = tokio::spawn(async move { Listener::open(&address).await });
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!next.is_finished(), "it is neither taken away nor refused at once");
         drop(old);
         let next = next.await.unwrap().unwrap();
@@ -350,7 +380,7 @@ mod tests {
         let old = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = ListenAddress::Tcp(old.local_addr().unwrap().to_string());
         let next = tokio::spawn(async move { Listener::open(&address).await });
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(!next.is_finished());
         drop(old);
         next.await.unwrap().unwrap();

@@ -9,6 +9,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::connection::Socket;
+use crate::listener::prepare_tcp;
 use crate::worker::Accepted;
 use crate::{BoundAddress, ServeError, ServerHandle, ServerStatistics};
 
@@ -64,7 +65,7 @@ impl Door {
         let (socket, peer) = match stream {
             ClientStream::Tcp(stream) => {
                 stream.set_nonblocking(true)?;
-                stream.set_nodelay(true)?;
+                prepare_tcp(&stream)?;
                 let peer = stream.peer_addr()?.to_string();
                 (Socket::from_std_tcp(stream), peer)
             }
