@@ -67,8 +67,8 @@ impl ServerHandle {
     /// Returns what the server has done and does now. The numbers are read one after the other
     /// while clients go on, so they may differ by a few requests.
     ///
-    /// Takes no lock that a request waits for, and a time that grows with the number of clients:
-    /// about a microsecond for each.
+    /// Takes the locks of the scheduler, the exports and the clients for a moment, and a time that
+    /// grows with the number of clients: about a microsecond for each.
     #[must_use]
     pub fn statistics(&self) -> ServerStatistics {
         ServerStatistics::collect(self.gauges.get(), &self.exports, &self.clients)

@@ -23,7 +23,7 @@ pub struct ServerStatistics {
     pub connections: usize,
     /// Most connections at a time.
     pub max_connections: usize,
-    /// The requests that wait for a disk or compute.
+    /// The requests in the pool of threads. Reads that a ring carries out are not among them.
     pub pool: PoolStatistics,
     /// The registered exports by name. Exports that were resolved by name are counted with their
     /// clients only.
