@@ -13,7 +13,7 @@ use crate::access::Access;
 use crate::budget::Budget;
 use crate::clients::{ClientCount, Clients};
 use crate::connection::{Pauses, PollSlots, Shared};
-use crate::export::{ExportEntry, ExportRegistry};
+use crate::export::{Export, ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
 use crate::listener::Listener;
 use crate::overview::Gauges;
@@ -240,6 +240,8 @@ impl Serving {
                 Some(accepted) = self.clients.recv() => self.workers.serve(accepted)?,
             }
         }
+        // Those that only their clients have go with them.
+        let unregistered = unregistered(&self.exports, &self.access);
         tracing::info!("stopping: no new clients, finishing what is in flight");
         self.trigger.announce(Phase::Draining);
         // Dropping the listeners removes the sockets' files.
@@ -252,7 +254,7 @@ impl Serving {
             self.trigger.announce(Phase::Aborting);
             let _ = ended.await;
         }
-        flush_all(&self.exports, &self.access).await
+        flush_all(&self.exports, &self.access, unregistered).await
     }
 }
 
@@ -260,10 +262,28 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
 
-async fn flush_all(exports: &ExportRegistry, access: &Access) -> Result<(), ServeError> {
+type Named = (String, Arc<dyn Export>);
+
+/// What clients may use and the registry does not have: resolved exports and those that were removed.
+fn unregistered(exports: &ExportRegistry, access: &Access) -> Vec<Named> {
+    exports.removed().into_iter().chain(access.resolved()).collect()
+}
+
+/// Flushes the registered exports, those that were `unregistered` before, and those that are now.
+async fn flush_all(
+    exports: &ExportRegistry,
+    access: &Access,
+    before: Vec<Named>,
+) -> Result<(), ServeError> {
     let registered = exports.entries();
-    let registered = registered.into_iter().map(|(name, entry)| (name, Arc::clone(entry.export())));
-    let exports: Vec<_> = registered.chain(access.resolved()).collect();
+    let mut all: Vec<Named> =
+        registered.into_iter().map(|(name, entry)| (name, Arc::clone(entry.export()))).collect();
+    for (name, export) in before.into_iter().chain(unregistered(exports, access)) {
+        if !all.iter().any(|(_, known)| Arc::ptr_eq(known, &export)) {
+            all.push((name, export));
+        }
+    }
+    let exports = all;
     let flushed = tokio::task::spawn_blocking(move || {
         let mut failed = None;
         for (name, export) in exports {

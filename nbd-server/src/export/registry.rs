@@ -1,7 +1,7 @@
 //! The registry of exports by name.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
 
 use nbd_proto::codec::protocol_string;
 use nbd_proto::handshake::{ExportDescription, ListedExport};
@@ -230,6 +230,18 @@ pub struct ExportRegistry {
 struct Inner {
     exports: BTreeMap<String, ExportEntry>,
     default: Option<String>,
+    /// Exports that were removed or replaced: clients may still use them.
+    removed: Vec<(String, Weak<dyn Export>)>,
+}
+
+impl Inner {
+    fn note_removed(&mut self, name: &str, entry: &ExportEntry) {
+        let is_another = |known: &Weak<dyn Export>| {
+            !std::ptr::addr_eq(known.as_ptr(), Arc::as_ptr(&entry.export))
+        };
+        self.removed.retain(|(_, known)| known.strong_count() > 0 && is_another(known));
+        self.removed.push((name.to_owned(), Arc::downgrade(&entry.export)));
+    }
 }
 
 impl ExportRegistry {
@@ -268,13 +280,19 @@ impl ExportRegistry {
         let Some(found) = inner.exports.get_mut(name) else {
             return Err(RegistryError::NotFound(name.to_owned()));
         };
-        *found = entry;
+        let old = std::mem::replace(found, entry);
+        inner.note_removed(name, &old);
+        // Closing an export may take long.
+        drop(inner);
         Ok(())
     }
 
     /// Removes an export. Clients that use it continue to use it.
     pub fn remove(&self, name: &str) -> Option<ExportEntry> {
-        self.inner.write().unwrap_or_else(PoisonError::into_inner).exports.remove(name)
+        let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
+        let entry = inner.exports.remove(name)?;
+        inner.note_removed(name, &entry);
+        Some(entry)
     }
 
     /// Sets the export of clients that request the empty name.
@@ -301,6 +319,13 @@ impl ExportRegistry {
     pub fn entries(&self) -> Vec<(String, ExportEntry)> {
         let inner = self.read();
         inner.exports.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect()
+    }
+
+    /// The exports that were removed or replaced and are still there, by their former names.
+    pub(crate) fn removed(&self) -> Vec<(String, Arc<dyn Export>)> {
+        let alive =
+            |(name, export): &(String, Weak<dyn Export>)| Some((name.clone(), export.upgrade()?));
+        self.read().removed.iter().filter_map(alive).collect()
     }
 
     /// Whether this export is registered, under any name.
@@ -358,6 +383,23 @@ mod tests {
         assert!(Arc::ptr_eq(old.export(), new.export()) && !new.is_tls_required());
         assert!(Arc::ptr_eq(&old.quotas, &new.quotas));
         assert_eq!(new.description, None);
+    }
+
+    #[test]
+    fn removed_exports_are_known_as_long_as_they_are_there() {
+        let registry = ExportRegistry::new();
+        registry.add("disk", entry()).unwrap();
+        let (_, first) = registry.find("disk").unwrap();
+        registry.replace("disk", entry()).unwrap();
+        registry.remove("disk").unwrap();
+        for _ in 0..3 {
+            registry.add("disk", first.clone()).unwrap();
+            registry.remove("disk").unwrap();
+        }
+        assert_eq!(registry.read().removed.len(), 1, "the one that is gone is forgotten");
+        assert!(Arc::ptr_eq(&registry.removed()[0].1, first.export()));
+        drop(first);
+        assert!(registry.removed().is_empty());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
@@ -147,6 +147,36 @@ fn an_export_that_cannot_be_flushed_is_named_and_the_others_are_flushed() {
         assert!(error.to_string().contains(text), "{error}");
         assert_eq!(good.flushes.load(Ordering::SeqCst), 1);
     }
+}
+
+#[test]
+fn an_export_that_was_replaced_or_removed_is_flushed_while_clients_use_it() {
+    /// Counts its flushes where they can be seen when only clients have it.
+    struct Counted(Arc<AtomicUsize>);
+    impl Export for Counted {
+        fn info(&self) -> ExportInfo {
+            ExportInfo::new(4096)
+        }
+        fn read_at(&self, _: u64, _: &mut [u8]) -> Result<(), ExportError> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<(), ExportError> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    }
+    let counters: [Arc<AtomicUsize>; 3] = std::array::from_fn(|_| Arc::default());
+    let entry = |index: usize| ExportEntry::new(Arc::new(Counted(Arc::clone(&counters[index]))));
+    let exports = ExportRegistry::new();
+    exports.add("replaced", entry(0)).unwrap();
+    exports.add("removed", entry(1)).unwrap();
+    let server = TestServer::start(ServerConfig::default(), exports.clone());
+    let _clients =
+        ["replaced", "removed"].map(|name| Client::open(&server, ReplyMode::Simple, name, &[]));
+    exports.replace("replaced", entry(2)).unwrap();
+    drop(exports.remove("removed").unwrap());
+    assert!(server.stop().is_ok());
+    assert_eq!(counters.map(|counter| counter.load(Ordering::SeqCst)), [1, 1, 1]);
 }
 
 #[test]
