@@ -35,6 +35,22 @@ fn disc_waits_for_what_is_in_flight() {
 }
 
 #[test]
+fn reads_that_wait_for_a_thread_go_with_their_client() {
+    let disk = Scripted::new(1 << 20, Script { gated: Some(0..1 << 20), ..Script::default() });
+    let server = TestServer::with(Default::default(), disk.clone());
+    let mut client = Client::connect(&server, ReplyMode::Simple);
+    // More than there are threads.
+    for _ in 0..400 {
+        client.submit(0, 512, &READ, &[]);
+    }
+    let waiting = || server.handle().statistics().pool.waiting;
+    wait_until("some wait", || waiting() > 0);
+    drop(client);
+    wait_until("none waits, although no thread is free", || waiting() == 0);
+    disk.gate.open();
+}
+
+#[test]
 fn requests_sent_before_the_end_of_the_stream_are_all_answered() {
     // Far more than is carried out at a time: some still wait in the receive buffer when the end of
     // the stream comes.
