@@ -212,3 +212,77 @@ fn a_check_writes_nothing() {
     let names = place.directory.path().read_dir().expect("a directory").count();
     assert_eq!(names, 2, "nothing else was made");
 }
+
+#[test]
+fn an_image_is_not_renamed_in_one_reload() {
+    let place = Place::new();
+    let image = place.path("disk.img");
+    std::fs::write(&image, vec![7; 1 << 20]).expect("a file");
+    let named = |name: &str, source: &str, more: &str| {
+        format!(
+            "[[export]]\nname = \"{name}\"\nsource = \"{source}\"\nformat = \"raw\"\nlocking = \
+             \"off\"\n{more}"
+        )
+    };
+    place.write(&named("a", &image, ""));
+    let server = place.serve();
+    let other_name = place.path("./disk.img");
+    for (source, more) in [(&image, ""), (&image, "read-only = true\n"), (&other_name, "")] {
+        place.write(&named("b", source, more));
+        says(place.reload(), &["'b'", "'a'", "in one reload"]);
+        assert!(is_there(&server, "a") && !is_there(&server, "b"));
+    }
+    place.write(&export("scratch", ""));
+    place.reload().success();
+    place.write(&named("b", &image, "read-only = true\n"));
+    place.reload().success();
+    // Two that only read may share the image.
+    place.write(&named("c", &image, "read-only = true\n"));
+    place.reload().success();
+    assert!(is_there(&server, "c") && !is_there(&server, "a") && !is_there(&server, "b"));
+    server.end();
+}
+
+#[test]
+fn an_export_that_cannot_go_yet_goes_with_a_later_reload() {
+    let place = Place::new();
+    place.write(&(export("vm", "") + &export("stays", "")));
+    let server = place.serve();
+    let control = place.path("control");
+    nbd_cli(&["control", &control, "checkpoint-start", "vm"]).success();
+    place.write(&export("stays", ""));
+    for _ in 0..2 {
+        let report: serde_json::Value =
+            serde_json::from_str(&place.reload().success()).expect("JSON");
+        assert_eq!(report["removed"], serde_json::json!([]), "{report}");
+        assert!(report["left"].to_string().contains("checkpoint"), "{report}");
+        assert!(is_there(&server, "vm"));
+    }
+    nbd_cli(&["control", &control, "checkpoint-end", "vm", "failure"]).success();
+    let report = place.reload().success();
+    assert!(report.contains("\"vm\"") && !is_there(&server, "vm"), "{report}");
+    server.end();
+}
+
+#[test]
+fn an_export_that_was_removed_meanwhile_is_added_again() {
+    let place = Place::new();
+    place.write(&(export("vm", "") + &export("stays", "")));
+    let server = place.serve();
+    nbd_cli(&["control", &place.path("control"), "remove-export", "vm"]).success();
+    assert!(!is_there(&server, "vm"));
+    assert!(place.reload().success().contains("\"vm\""));
+    assert!(is_there(&server, "vm"));
+    server.end();
+}
+
+#[test]
+fn a_reload_refuses_exports_for_tls_only_without_tls() {
+    let place = Place::new();
+    place.write(&export("vm", ""));
+    let server = place.serve();
+    place.write(&format!("tls-only = \"vm\"\n{}", export("vm", "")));
+    says(place.reload(), &["'tls-only'", "tls = \"allow\""]);
+    assert!(is_there(&server, "vm"));
+    server.end();
+}

@@ -1,10 +1,12 @@
 //! A server with a configuration file reads it again, on SIGHUP and on request.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use nbd_jobs::control::server::Controller;
 use nbd_jobs::control::{ErrorKind, Failure};
+use nbd_jobs::qemu_name;
 use nbd_server::ServerHandle;
 use nbd_server::export::ExportEntry;
 use nbd_server::tls::TlsMode;
@@ -13,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use super::config::{Config, ConfiguredExport, Settings};
+use super::export::ExportSpec;
 use super::source::{self, Source};
 use crate::error::CommandError;
 use crate::output::warn;
@@ -69,7 +72,7 @@ pub(super) struct Reloader {
 /// What a new file asks for.
 struct Changes {
     added: Vec<ConfiguredExport>,
-    removed: Vec<String>,
+    removed: Vec<ConfiguredExport>,
     /// What cannot change while the server runs.
     left: Vec<String>,
     /// The new file, with the old values of what is left.
@@ -113,7 +116,7 @@ impl Reloader {
     /// Makes the server what the file says now. After an error nothing has changed.
     async fn reload(&mut self) -> Result<Value, CommandError> {
         let changes = self.compare(Config::read(&self.path)?)?;
-        let Changes { added, removed, mut left, config } = changes;
+        let Changes { added, removed, mut left, mut config } = changes;
         let is_controlled = self.controller.is_some();
         let tls_only = config.args.tls.tls_only.clone();
         let specs: Vec<_> = added.iter().map(|export| export.spec.clone()).collect();
@@ -130,16 +133,8 @@ impl Reloader {
             credentials.reload().map_err(|error| CommandError::new(error.to_string()))?;
         }
         // From here on nothing fails that was checked before; what does is reported.
-        for name in &removed {
-            if let Err(why) = self.remove(name).await {
-                left.push(format!("{name}: {why}"));
-            }
-        }
-        for (export, source) in added.iter().zip(opened) {
-            if let Err(why) = self.add(&export.spec.name, source).await {
-                left.push(format!("{}: {why}", export.spec.name));
-            }
-        }
+        let removed = self.remove_all(removed, &mut config, &mut left).await;
+        let added = self.add_all(added, opened, &mut config, &mut left).await;
         let exports = self.server.exports();
         for (name, entry) in exports.entries() {
             let Some(export) = config.exports.iter().find(|export| export.spec.name == name) else {
@@ -157,7 +152,6 @@ impl Reloader {
             warn(&format!("not changed while the server runs: {what}"));
         }
         self.config = config;
-        let added: Vec<_> = added.into_iter().map(|export| export.spec.name).collect();
         Ok(json!({ "added": added, "removed": removed, "left": left }))
     }
 
@@ -171,14 +165,16 @@ impl Reloader {
             config.args = args;
             config.server.clone_from(&self.config.server);
         }
-        let known = |config: &Config, name: &str| {
-            config.exports.iter().find(|export| export.spec.name == name).cloned()
-        };
+        self.check_tls_only(&config)?;
+        let served = self.server.exports().entries();
+        let is_served = |name: &str| served.iter().any(|(taken, _)| *taken == name);
+        let old = |name: &str| self.config.exports.iter().find(|old| old.spec.name == name);
         let mut added = Vec::new();
         for export in &mut config.exports {
             let name = export.spec.name.clone();
-            let Some(old) = known(&self.config, &name) else {
-                if self.server.exports().entries().iter().any(|(taken, _)| *taken == name) {
+            // One that was removed through the control socket is added again.
+            let Some(old) = old(&name).filter(|_| is_served(&name)) else {
+                if is_served(&name) {
                     return Err(CommandError::new(format!(
                         "the new export '{name}' has the name of one that was added by the control \
                          socket"
@@ -197,9 +193,70 @@ impl Reloader {
                 };
             }
         }
-        let gone = self.config.exports.iter().map(|export| &export.spec.name);
-        let removed = gone.filter(|name| known(&config, name).is_none()).cloned().collect();
+        let gone = self.config.exports.iter().filter(|old| {
+            let name = &old.spec.name;
+            is_served(name) && config.exports.iter().all(|export| export.spec.name != *name)
+        });
+        let removed: Vec<_> = gone.cloned().collect();
+        refuse_renaming(&added, &removed)?;
         Ok(Changes { added, removed, left, config })
+    }
+
+    /// Refuses what a start refuses: exports for TLS only where TLS is not a choice.
+    fn check_tls_only(&self, config: &Config) -> Result<(), CommandError> {
+        if config.args.tls.tls_only.is_empty() || matches!(self.tls, TlsMode::Allow(_)) {
+            return Ok(());
+        }
+        Err(CommandError::new(
+            "'tls-only' is for servers where TLS is a choice, and this server was not started with \
+             tls = \"allow\"; leave it out, or restart the server",
+        ))
+    }
+
+    /// Removes exports; returns the names of those that are gone. The others stay in `config`, so
+    /// that the next reload tries again.
+    async fn remove_all(
+        &self,
+        removed: Vec<ConfiguredExport>,
+        config: &mut Config,
+        left: &mut Vec<String>,
+    ) -> Vec<String> {
+        let mut names = Vec::new();
+        for export in removed {
+            let name = export.spec.name.clone();
+            if let Err(why) = self.remove(&name).await {
+                left.push(format!("{name}: {why}"));
+            }
+            if self.server.exports().entries().iter().any(|(served, _)| *served == name) {
+                config.exports.push(export);
+            } else {
+                names.push(name);
+            }
+        }
+        names
+    }
+
+    /// Adds exports; returns the names of those that are served now. The others leave `config`, so
+    /// that the next reload tries again.
+    async fn add_all(
+        &self,
+        added: Vec<ConfiguredExport>,
+        opened: Vec<Source>,
+        config: &mut Config,
+        left: &mut Vec<String>,
+    ) -> Vec<String> {
+        let mut names = Vec::new();
+        for (export, source) in added.into_iter().zip(opened) {
+            let name = export.spec.name;
+            match self.add(&name, source).await {
+                Ok(()) => names.push(name),
+                Err(why) => {
+                    left.push(format!("{name}: {why}"));
+                    config.exports.retain(|export| export.spec.name != name);
+                }
+            }
+        }
+        names
     }
 
     async fn add(&self, name: &str, source: Source) -> Result<(), String> {
@@ -236,6 +293,39 @@ impl Reloader {
             }
         }
     }
+}
+
+/// Refuses a new export of the source of one that goes: new exports are opened first, and where
+/// nothing locks, an image would have two writers.
+fn refuse_renaming(
+    added: &[ConfiguredExport],
+    removed: &[ConfiguredExport],
+) -> Result<(), CommandError> {
+    for (new, old) in added.iter().flat_map(|new| removed.iter().map(move |old| (new, old))) {
+        let (new, old) = (&new.spec, &old.spec);
+        let only_reads = |export: &ExportSpec| {
+            let options = &export.options;
+            options.read_only || options.temporary || options.snapshot.is_some()
+        };
+        if same_source(&new.source, &old.source) && !(only_reads(new) && only_reads(old)) {
+            return Err(CommandError::new(format!(
+                "the source of the new export '{}' is still that of '{}': remove '{}' in one \
+                 reload and add '{}' in the next",
+                new.name, old.name, old.name, new.name
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Returns whether two sources are the same disk, also under two names of a file. Each disk in
+/// memory is one of its own.
+fn same_source(one: &OsStr, other: &OsStr) -> bool {
+    if one.to_str().is_some_and(|source| source.starts_with("memory:")) {
+        return false;
+    }
+    let file = |source| std::fs::canonicalize(qemu_name::path_in(source)).ok();
+    one == other || file(one).is_some_and(|one| file(other) == Some(one))
 }
 
 /// The keys whose values differ, except for those that can change.
