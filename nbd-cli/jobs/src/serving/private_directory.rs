@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{JobError, JobErrorKind};
 
-/// A directory that only this user can enter, with a socket in it; removed on drop.
+/// A directory that only this user can enter, with a socket or a temporary overlay in it; removed
+/// on drop.
 #[derive(Debug)]
 pub struct PrivateDirectory {
     path: PathBuf,

@@ -92,8 +92,7 @@ fn over_file(
 ) -> imgfmt::Result<Image> {
     // In two steps, because the backing file may be somewhere where only the policy finds it.
     create(overlay, base.size())?;
-    let plain = OpenOptions::new().format(Format::Qcow2);
-    Image::change_backing_file(overlay, &plain, Some((path.as_os_str(), base.format())))?;
+    Image::change_backing_file(overlay, &options(), Some((path.as_os_str(), base.format())))?;
     let mut layer = BackingOptions::default();
     layer.backing = below.backing.clone();
     layer.cache = Some(below.cache);
