@@ -118,7 +118,7 @@ fn of_requests(metrics: &mut Metrics, exports: &[ExportSample<'_>]) {
 
 fn of_disks(metrics: &mut Metrics, exports: &[ExportSample<'_>]) {
     let name = "nbd_export_allocation_bytes";
-    metrics.family(name, "gauge", "What the disk consists of, as of at most a minute ago.");
+    metrics.family(name, "gauge", "What the disk consists of, as of the last walk over it.");
     for export in exports {
         let Some(allocation) = export.map.and_then(|map| map.allocation.as_ref()) else { continue };
         for (kind, bytes) in allocation.totals() {

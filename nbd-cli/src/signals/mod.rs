@@ -8,7 +8,7 @@
 //! | signal | servers | writers |
 //! |---|---|---|
 //! | SIGINT, SIGTERM, SIGQUIT | orderly end with status 0; a second one ends at once, with 128 + its number | end between two steps, with 128 + the number; a second one ends at once |
-//! | SIGHUP | `serve` reads its TLS credentials again, if it has any, and goes on; if its terminal is gone it ends in order. `qemu-nbd` ends in order, as QEMU's does | as SIGINT |
+//! | SIGHUP | `serve` reads its TLS credentials and the file of `--config` again, if it has any, opens its log file again, and goes on; if its terminal is gone it ends in order. `qemu-nbd` ends in order, as QEMU's does | as SIGINT |
 //! | SIGALRM, SIGVTALRM, SIGPROF, SIGXCPU, SIGPWR | orderly end; further ones change nothing | as SIGINT; further ones change nothing |
 //! | SIGUSR1, SIGUSR2, SIGIO | nothing | the default: the process is killed |
 //! | SIGXFSZ | the write fails, and its client gets ENOSPC | the write fails, and the command says why |
