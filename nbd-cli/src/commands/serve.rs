@@ -21,6 +21,7 @@ use nbd_jobs::control::server::{ControlSocket, Controller, ServedDisks};
 use nbd_jobs::serving::PrivateDirectory;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
+use tokio::task::JoinHandle;
 
 pub use self::access::{AccessArgs, Clients, ExportRule};
 use self::address::TcpAddress;
@@ -71,14 +72,9 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     }
     let disks = signals.meanwhile(open_sources(&args, &exports, &registry)).await?;
     let names: Vec<_> = exports.iter().map(|export| export.name.clone()).collect();
-    let private = match &args.run {
-        Some(_) if args.listen.is_empty() && args.socket.is_empty() => {
-            Some(PrivateDirectory::new()?)
-        }
-        _ => None,
-    };
+    let private = private_directory(&args)?;
     // Declared after the directory, so that its socket is always removed first.
-    let mut server = Server::new(config(&args, &tls)?, registry);
+    let mut server = Server::new(config(&args, &tls)?, registry.clone());
     let mut bound = Vec::new();
     for address in addresses(&args, private.as_ref()) {
         bound.extend(args.sockets.listen(&mut server, &address).await?);
@@ -91,7 +87,7 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
             let socket = ControlSocket::open(path).await;
             let socket = socket.map_err(|error| CommandError::new(error.to_string()))?;
             let (bound, tls) = (bound.clone(), tls.clone());
-            let mut controller = control::controller(server.handle(), disks, &args.export)
+            let mut controller = control::controller(server.handle(), disks, &args)
                 .uris(move |name| uris(&bound, name, &tls));
             if file.is_some() {
                 controller = controller.reload(move || Box::pin(reload.clone().reload()));
@@ -101,23 +97,24 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
         _ => None,
     };
     let controller = control.as_ref().map(|(_, controller)| Arc::clone(controller));
-    match (file, args.config.clone()) {
+    let reloading = match (file, args.config.clone()) {
         (Some(config), Some(path)) => {
             let (tls, server) = (tls.clone(), server.handle());
-            Reloader { path, config, tls, server, controller }.start(wishes)?;
+            Some(Reloader { path, config, tls, server, controller }.start(wishes)?)
         }
-        _ => tls::reload_on_hangup(&tls)?,
-    }
+        _ => tls::reload_on_hangup(&tls).map(|()| None)?,
+    };
     signals::on_hangup(logging::reopen)?;
     let monitor = monitor(&args, &server)?;
     match &args.run {
         None => {
-            let _pid_file = started(&args, || announce(&bound, &names, &tls))?;
+            let pid_file = started(&args, || announce(&bound, &names, &tls))?;
             let served = match control {
                 Some(control) => serve_controlled(server, signals, control).await,
                 None => serve_until_signal(server, signals, std::future::pending()).await,
             };
-            drop(monitor);
+            close(registry, monitor, reloading).await;
+            drop(pid_file);
             served.map(|()| Outcome::Success)
         }
         Some(command) => {
@@ -125,6 +122,33 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
             serve_while_running(server, captive, &mut signals).await
         }
     }
+}
+
+/// Makes the directory of a socket that is only for a command, if there is one.
+fn private_directory(args: &ServeArgs) -> Result<Option<PrivateDirectory>, CommandError> {
+    let is_wanted = args.run.is_some() && args.listen.is_empty() && args.socket.is_empty();
+    Ok(is_wanted.then(PrivateDirectory::new).transpose()?)
+}
+
+/// Closes the images. To be called before the lock on the file of the process id is released:
+/// until then other programs must not use them.
+async fn close(
+    registry: ExportRegistry,
+    monitor: Option<RunningMonitor>,
+    reloading: Option<JoinHandle<()>>,
+) {
+    if let Some(reloading) = reloading {
+        reloading.abort();
+        let _ = reloading.await;
+    }
+    // The last one to drop an image closes it, and the monitor is waited for; both may block.
+    let closing = tokio::task::spawn_blocking(move || {
+        drop(monitor);
+        for (name, _) in registry.entries() {
+            drop(registry.remove(&name));
+        }
+    });
+    let _ = closing.await;
 }
 
 /// Returns the options of the file, if there is one, with those of the command line that a file
@@ -205,6 +229,8 @@ async fn serve_controlled(
     listening.abort();
     let _ = listening.await;
     controller.end_checkpoints().await;
+    // A client of the control socket that stays connected holds the controller.
+    controller.release_disks().await;
     served
 }
 

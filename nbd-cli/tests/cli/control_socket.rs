@@ -154,3 +154,15 @@ fn the_list_says_what_clients_have_done() {
     busy.wait().expect("a child");
     server.end();
 }
+
+#[test]
+fn exports_that_are_added_are_hidden_like_those_of_the_start() {
+    let directory = Disk::sparse();
+    let control = directory.beside("control");
+    let server = Server::ours(&["--hidden", "--control", &control, "memory:1M"]);
+    nbd_cli(&["control", &control, "add-export", "added", "memory:1M"]).success();
+    nbd_cli(&["info", "--size", &server.uri_of("added")]).success();
+    let listed = nbd_cli(&["info", "--list", "--json", &server.uri_of("")]).success();
+    assert!(!listed.contains("\"added\""), "{listed}");
+    server.end();
+}

@@ -286,3 +286,53 @@ fn a_reload_refuses_exports_for_tls_only_without_tls() {
     assert!(is_there(&server, "vm"));
     server.end();
 }
+
+#[test]
+fn warnings_of_a_reload_are_lines_of_the_log() {
+    let place = Place::new();
+    place.write(&export("vm", ""));
+    let mut command = Command::new(PROGRAM);
+    command.args(["serve", "--config", &place.path("config"), "--log-format", "json"]);
+    command.args(["--log-file", &place.path("log")]);
+    let server = Server::start(&mut command, PathBuf::from(place.path("socket")));
+    place.write(&format!("max-connections = 1\n{}", export("vm", "")));
+    place.reload().success();
+    let log = place.log();
+    let line: serde_json::Value = serde_json::from_str(log.trim()).expect("one object");
+    assert!(line["message"].to_string().contains("max-connections"), "{line}");
+    server.end();
+}
+
+#[test]
+fn an_image_is_closed_before_the_lock_of_the_process_id_goes() {
+    let place = Place::new();
+    let image = place.path("disk.qcow2");
+    nbd_cli(&["image", "create", "--format", "qcow2", &image, "1M"]).success();
+    let pid_file = place.path("pid");
+    let of_image = format!("[[export]]\nsource = \"{image}\"\n");
+    place.write(&format!("pid-file = \"{pid_file}\"\n{of_image}"));
+    let server = place.serve();
+    // A client of the control socket that stays.
+    let idle = std::os::unix::net::UnixStream::connect(place.path("control")).expect("a client");
+    nbd_cli(&["control", &place.path("control"), "list"]).success();
+    let lock = std::fs::File::options().write(true).open(&pid_file).expect("a file");
+    server.signal(Signal::TERM);
+    let is_taken = || {
+        rustix::fs::fcntl_lock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err()
+    };
+    while is_taken() {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    nbd_cli(&["image", "resize", &image, "2M"]).success();
+    drop(idle);
+    server.end();
+}
+
+#[test]
+fn a_check_is_not_done_in_the_background() {
+    let place = Place::new();
+    place.write(&export("vm", ""));
+    let config = place.path("config");
+    let refused = nbd_cli(&["serve", "--check", "--fork", "--config", &config]).failure();
+    assert!(refused.contains("'--check' cannot be used with '--fork'"), "{refused}");
+}

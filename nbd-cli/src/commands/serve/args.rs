@@ -67,7 +67,7 @@ pub struct ServeArgs {
 
     /// Check the file of --config, and that everything it names can be opened, without serving or
     /// writing anything.
-    #[arg(long, requires = "config")]
+    #[arg(long, requires = "config", conflicts_with = "fork")]
     pub check: bool,
 
     /// Listen on a TCP address; the default port is 10809, and 0 selects a free one. A port alone

@@ -1,34 +1,48 @@
 //! `serve --control`: the options and the log of the control socket.
 
+use std::sync::Arc;
+
 use imgfmt::Locking;
 use nbd_jobs::control::server::{ControlEvent, Controller, RequestedSource, ServedDisks};
 use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::serving::{ServeOptions, Writes};
 use nbd_server::ServerHandle;
+use nbd_server::export::ExportEntry;
 
-use super::export::ExportArgs;
+use super::args::ServeArgs;
 use super::source;
 use crate::serving::temporary_directory;
 
-/// Returns the controller of a server. Exports that are added have `options`, except for those of
-/// one image.
+/// Returns the controller of a server. Exports that are added have the options of `args`, except for
+/// those of one image.
 pub(super) fn controller(
     server: ServerHandle,
     disks: ServedDisks,
-    options: &ExportArgs,
+    args: &Arc<ServeArgs>,
 ) -> Controller {
-    let (choices, options) = (source::choices(options), options.clone());
+    let (choices, args) = (source::choices(&args.export), Arc::clone(args));
     let controller = Controller::new(server, disks).observer(log).open_sources(move |requested| {
         let choices = choices_for(&choices, requested);
         let opened = source::open(requested.source.as_ref(), &choices)
             .map_err(|error| Failure::new(ErrorKind::Failed, error.to_string()))?;
         let disk = source::served_disk(requested.source.clone(), opened);
-        Ok(disk.configured(|entry| options.access.apply(&requested.name, entry)))
+        Ok(disk.configured(|entry| configured(&args, &requested.name, entry)))
     });
     match temporary_directory() {
         Some(directory) => controller.temporary_directory(directory),
         None => controller,
     }
+}
+
+/// Gives an export what the command line says of all exports and of its name.
+fn configured(args: &ServeArgs, name: &str, mut entry: ExportEntry) -> ExportEntry {
+    if args.tls.tls_only.iter().any(|only| only == name) {
+        entry = entry.tls_required();
+    }
+    if args.export.hidden {
+        entry = entry.hidden();
+    }
+    args.export.access.apply(name, entry)
 }
 
 fn choices_for(common: &ServeOptions, requested: &RequestedSource) -> ServeOptions {

@@ -7,18 +7,19 @@ use std::sync::Arc;
 use nbd_jobs::control::server::Controller;
 use nbd_jobs::control::{ErrorKind, Failure};
 use nbd_jobs::qemu_name;
+use nbd_jobs::text::without_error_numbers;
 use nbd_server::ServerHandle;
 use nbd_server::export::ExportEntry;
 use nbd_server::tls::TlsMode;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use super::config::{Config, ConfiguredExport, Settings};
 use super::export::ExportSpec;
 use super::source::{self, Source};
 use crate::error::CommandError;
-use crate::output::warn;
 use crate::serving::service_manager;
 
 /// Options of exports that can change while they are served.
@@ -80,15 +81,18 @@ struct Changes {
 }
 
 impl Reloader {
-    /// Reads the file again on each SIGHUP and on each wish.
+    /// Reads the file again on each SIGHUP and on each wish. The task holds the exports.
     ///
     /// # Errors
     ///
     /// If SIGHUP cannot be caught.
-    pub(super) fn start(mut self, mut wishes: mpsc::Receiver<Wish>) -> Result<(), CommandError> {
+    pub(super) fn start(
+        mut self,
+        mut wishes: mpsc::Receiver<Wish>,
+    ) -> Result<JoinHandle<()>, CommandError> {
         let mut hangups = signal(SignalKind::hangup())
             .map_err(|error| CommandError::new(format!("cannot catch SIGHUP: {error}")))?;
-        tokio::spawn(async move {
+        let reloading = tokio::spawn(async move {
             loop {
                 let wish = tokio::select! {
                     Some(wish) = wishes.recv() => Some(wish),
@@ -100,7 +104,7 @@ impl Reloader {
                 service_manager::reloaded();
                 match &result {
                     Ok(changes) => tracing::info!(%changes, "the configuration was reloaded"),
-                    Err(error) => warn(&format!("{error}; nothing was changed")),
+                    Err(error) => tracing::warn!("{error}; nothing was changed"),
                 }
                 if let Some(wish) = wish {
                     let failed =
@@ -110,7 +114,7 @@ impl Reloader {
                 }
             }
         });
-        Ok(())
+        Ok(reloading)
     }
 
     /// Makes the server what the file says now. After an error nothing has changed.
@@ -149,7 +153,8 @@ impl Reloader {
             exports.set_default(first.spec.name.clone());
         }
         for what in &left {
-            warn(&format!("not changed while the server runs: {what}"));
+            let what = without_error_numbers(what.clone());
+            tracing::warn!("not changed while the server runs: {what}");
         }
         self.config = config;
         Ok(json!({ "added": added, "removed": removed, "left": left }))

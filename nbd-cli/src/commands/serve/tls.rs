@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, Args, ValueEnum};
+use nbd_jobs::text::without_error_numbers;
 use nbd_proto::tls::{CA_CERTIFICATE_FILE, CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE, PSK_FILE};
 use nbd_proto::uri::{NbdUri, Security, Transport};
 use nbd_server::BoundAddress;
@@ -12,7 +13,6 @@ use nbd_server::tls::{
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::error::CommandError;
-use crate::output::warn;
 use crate::serving::service_manager;
 
 /// The options.
@@ -167,9 +167,12 @@ pub(super) fn reload_on_hangup(tls: &TlsMode) -> Result<(), CommandError> {
             service_manager::reloaded();
             match reloaded {
                 Ok(()) => tracing::info!("TLS credentials were reloaded"),
-                Err(error) => warn(&format!(
-                    "cannot reload the TLS credentials: {error}; the previous ones stay in use"
-                )),
+                Err(error) => {
+                    let error = without_error_numbers(error.to_string());
+                    tracing::warn!(
+                        "cannot reload the TLS credentials: {error}; the previous ones stay in use"
+                    );
+                }
             }
         }
     });

@@ -148,6 +148,14 @@ impl Controller {
         (self.observer)(event);
     }
 
+    /// Releases the disks of a server that has ended: each is closed as soon as nothing else holds
+    /// it.
+    pub async fn release_disks(&self) {
+        let disks = std::mem::take(&mut *self.disks.lock().await);
+        // Closing an image may block.
+        let _ = blocking(move || drop(disks)).await;
+    }
+
     async fn abandon_checkpoints(&self, which: impl Fn(&RunningCheckpoint) -> bool) {
         let mut disks = self.disks.lock().await;
         for export in disks.names() {
