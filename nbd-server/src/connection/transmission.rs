@@ -306,9 +306,15 @@ impl Session {
     }
 
     fn begin_request(&mut self, request: Request, header_len: usize) -> bool {
-        let Request { offset, length, .. } = request;
-        tracing::debug!(command = ?request.command, offset, length, "request");
+        let offset = request.offset;
         let length = request.data_len();
+        let payload = matches!(request.command, Command::Write(_))
+            .then(|| self.incoming.payload(header_len, length));
+        if matches!(payload, Some(Payload::Expected)) {
+            // It comes by here again with each piece of it: nothing may count before it is whole.
+            return false;
+        }
+        tracing::debug!(command = ?request.command, offset, length = request.length, "request");
         self.read_strategy.count(length);
         // A READ is charged as its bytes move.
         let at_once = if matches!(request.command, Command::Read(_)) { 0 } else { length };
@@ -319,7 +325,10 @@ impl Session {
                 self.incoming.close();
                 self.backlog.say_farewell();
             }
-            Command::Write(_) => return self.begin_write(request, header_len),
+            Command::Write(_) => {
+                let is_received = matches!(payload, Some(Payload::Received));
+                self.begin_write(request, header_len, is_received);
+            }
             Command::Read(_) => {
                 self.incoming.consume(header_len);
                 self.read(request);
@@ -351,28 +360,23 @@ impl Session {
         self.tally.ticket(request.command.command_type().into(), request.length)
     }
 
-    /// A WRITE of which the header is there; false if its payload is waited for.
-    fn begin_write(&mut self, request: Request, header_len: usize) -> bool {
+    /// A WRITE whose payload has been received, or is so long that it gets its own buffer.
+    fn begin_write(&mut self, request: Request, header_len: usize, is_received: bool) {
         let length = request.data_len();
-        match self.incoming.payload(header_len, length) {
-            Payload::Expected => return false,
-            Payload::Received => {
-                let payload = self.incoming.received(header_len, length);
-                let written = self.target.write_now(&request, payload);
-                let payload = if written.is_none() { payload.to_vec() } else { Vec::new() };
-                match written {
-                    Some(result) => self.answer(&request, result),
-                    None => self.leave_to_pool(request, payload),
-                }
-                self.incoming.consume(header_len + length);
+        if is_received {
+            let payload = self.incoming.received(header_len, length);
+            let written = self.target.write_now(&request, payload);
+            let payload = if written.is_none() { payload.to_vec() } else { Vec::new() };
+            match written {
+                Some(result) => self.answer(&request, result),
+                None => self.leave_to_pool(request, payload),
             }
-            Payload::Long => {
-                self.incoming.consume(header_len);
-                self.backlog.wait_for_payload(request);
-            }
+            self.incoming.consume(header_len + length);
+        } else {
+            self.incoming.consume(header_len);
+            self.backlog.wait_for_payload(request);
         }
         self.incoming.expect_payloads_like(length);
-        true
     }
 
     /// Answers a READ from the page cache, or has the pool read it.

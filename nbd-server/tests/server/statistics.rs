@@ -140,3 +140,20 @@ fn entries_that_are_clones_count_together_and_others_apart() {
     assert_eq!(found.exports["again"].requests.requests(), 2);
     assert_eq!(found.exports["other"].requests.requests(), 1);
 }
+
+#[test]
+fn a_write_that_arrives_in_pieces_is_counted_once() {
+    let server = server(MayBlock::No);
+    let mut client = Client::connect(&server, ReplyMode::Extended);
+    let mut bytes = client.encode(&header(CommandType::WRITE, 0, 32768));
+    bytes.extend_from_slice(&[1; 32768]);
+    for piece in bytes.chunks(8192) {
+        client.send(piece.to_vec());
+        // Long enough that the server most often sees it alone.
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(client.raw_reply().1.0, 0);
+    let found = export(&server);
+    assert_eq!(counts(&found, RequestKind::Write), (1, 32768, 0));
+    assert_eq!(found.activity.written.iter().sum::<u64>(), 32768);
+}
