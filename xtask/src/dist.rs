@@ -75,7 +75,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     // The directory of the profile `dev` has another name.
     let built = if options.profile == "dev" { "debug" } else { &options.profile };
     let program = target.join(built).join("nbd-cli");
-    let packages = target.join("packages");
+    // Not in a target directory of the user's choice: the metadata of the Debian package names it.
+    let packages = workspace_root().join("target/packages");
     let name = format!("nbd-cli-{}-{}", env!("CARGO_PKG_VERSION"), platform());
     let tree = packages.join(&name);
     gather(&program, &tree)?;

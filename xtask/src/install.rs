@@ -1,7 +1,7 @@
 //! `cargo xtask install`: the program in the user's directory of programs.
 //!
 //! Cargo cannot choose a feature by what the system has. This command can: it links the system's
-//! OpenSSL where that is complete, which saves half of the build, and has it built otherwise.
+//! OpenSSL where that is complete, and has it built otherwise.
 
 use std::ffi::OsString;
 use std::process::{Command, Stdio};
