@@ -105,6 +105,21 @@ fn the_tables_that_give_way_are_those_that_were_not_used_lately() {
     assert_eq!((places.by_offset.len(), places.order.len()), (4, 4));
 }
 
+#[test]
+fn the_memory_of_changed_tables_is_given_back_when_they_are_on_disk() {
+    let cache = TableCache::new(4);
+    for i in 1..=20 {
+        let table = Table::new(HostOffset::new(i * 0x10000), vec![i; 64]);
+        table.change().mark_dirty(0, table.len());
+        cache.note_dirty();
+        cache.insert(Arc::new(table));
+    }
+    assert_eq!(cache.shards[0].read().by_offset.len(), 20);
+    drop(cache.take_dirty());
+    load(&cache, 21 * 0x10000, vec![21; 64]);
+    assert_eq!(cache.shards[0].read().by_offset.len(), 4);
+}
+
 /// Threads meet here; what one waits for has happened when it goes on.
 fn wait_until(condition: impl Fn() -> bool) {
     while !condition() {
@@ -112,20 +127,27 @@ fn wait_until(condition: impl Fn() -> bool) {
     }
 }
 
+/// Reads the table at 0x10000, all ones, until it may end.
+fn read_slowly(
+    cache: &TableCache,
+    is_reading: &AtomicBool,
+    may_end: &AtomicBool,
+) -> Result<Option<u64>> {
+    let load = || {
+        is_reading.store(true, Release);
+        wait_until(|| may_end.load(Acquire));
+        Ok(Some(vec![1; 64]))
+    };
+    cache.look(HostOffset::new(0x10000), Lookup::MayRead, load, |table| table.entry(0, 1).0)
+}
+
 #[test]
-fn a_table_that_is_being_read_delays_nobody_who_wants_another_one() {
+fn a_table_that_is_being_read_does_not_delay_the_use_of_another_one() {
     // One shard.
     let (cache, is_reading, may_end) =
         (TableCache::new(4), AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        let slow = scope.spawn(|| {
-            let load = || {
-                is_reading.store(true, Release);
-                wait_until(|| may_end.load(Acquire));
-                Ok(Some(vec![1; 64]))
-            };
-            cache.look(HostOffset::new(0x10000), Lookup::MayRead, load, |table| table.entry(0, 1).0)
-        });
+        let slow = scope.spawn(|| read_slowly(&cache, &is_reading, &may_end));
         wait_until(|| is_reading.load(Acquire));
         assert_eq!(load(&cache, 0x20000, vec![2; 64]).entry(0, 1).0, 2);
         // Nor does a lookup wait that must not.
@@ -196,14 +218,7 @@ fn a_table_that_is_made_while_an_old_content_is_read_stays() {
     let (cache, is_reading, may_end) =
         (TableCache::new(4), AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        let reader = scope.spawn(|| {
-            let load = || {
-                is_reading.store(true, Release);
-                wait_until(|| may_end.load(Acquire));
-                Ok(Some(vec![1; 64]))
-            };
-            cache.look(HostOffset::new(0x10000), Lookup::MayRead, load, |table| table.entry(0, 1).0)
-        });
+        let reader = scope.spawn(|| read_slowly(&cache, &is_reading, &may_end));
         wait_until(|| is_reading.load(Acquire));
         cache.insert(Arc::new(Table::new(HostOffset::new(0x10000), vec![2; 64])));
         may_end.store(true, Release);
