@@ -67,7 +67,7 @@ impl Flusher<'_> {
         if self.metadata.may_be_unsynced() { self.metadata.sync() } else { Ok(()) }
     }
 
-    /// While other calls are in progress a sync that somebody else has begun may still fail.
+    /// While other calls are in progress a sync that another call has begun may still fail.
     fn sync_data(self) -> Result<()> {
         if self.is_alone && !self.data.may_be_unsynced() { Ok(()) } else { self.data.sync() }
     }

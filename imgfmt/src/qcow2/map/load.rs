@@ -24,7 +24,8 @@ enum State {
 }
 
 impl Load {
-    /// Waits for the thread that reads the table; `None` if it could not, and somebody else has to try.
+    /// Waits for the thread that reads the table; `None` if it could not, and another
+    /// thread has to try.
     pub(super) fn wait(&self) -> Option<Arc<Table>> {
         let mut state = self.state.lock();
         loop {
