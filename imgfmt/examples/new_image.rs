@@ -6,14 +6,12 @@
 use std::path::Path;
 
 use imgfmt::{
-    Access, CheckReport, CreateOptions, Durability, Format, GuestOffset, Image, OpenOptions, Repair,
+    CheckReport, CreateOptions, Durability, Format, GuestOffset, Image, OpenOptions, Repair,
 };
 
 /// Makes an image of 1 GiB with a greeting at 1 MiB, and checks it.
 pub(crate) fn run(path: &Path) -> imgfmt::Result<CheckReport> {
-    Image::create(path, &CreateOptions::new(Format::Qcow2, 1 << 30))?;
-    let options = OpenOptions::new().format(Format::Qcow2).access(Access::ReadWrite);
-    let disk = Image::open(path, &options)?;
+    let disk = Image::create(path, &CreateOptions::new(Format::Qcow2, 1 << 30))?;
     disk.write_at(GuestOffset::new(1 << 20), b"hello", Durability::Cached)?;
     disk.close()?;
     Image::check_file(path, &OpenOptions::new(), Repair::None)

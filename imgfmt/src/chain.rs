@@ -255,7 +255,8 @@ fn open_layer(layer: Unopened, files: &mut Vec<Option<FileIdentity>>) -> Result<
     let mut image = Box::new(Qcow2::open(storage, path, &options, Purpose::Use)?);
     if let Some(name) = image.data_file_name() {
         let target = options.policy.resolve(path, &name)?;
-        image.attach_data_file(open_target(target, &options, options.access, files)?.storage);
+        let data = open_target(target, &options, options.access, files)?.storage;
+        image.attach_data_file(data, options.is_synced);
     }
     if let Some(below) = layer_below(&image, path, &options, files)? {
         return Ok(Opened::Overlay(image, Box::new(below)));

@@ -2,10 +2,10 @@
 
 use std::ffi::OsString;
 
-use crate::access::Locking;
 use crate::error::{Error, ErrorKind};
 use crate::format::Format;
 use crate::open_policy::OpenPolicy;
+use crate::options::OpenOptions;
 
 /// The compression of clusters of a new qcow2 image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -98,11 +98,11 @@ pub struct CreateOptions {
     /// Name of the backing file, as stored in the image (a relative one starts at the image's
     /// directory), and its format.
     pub backing: Option<(OsString, Format)>,
-    /// The policy for the backing file, which is examined for its size. By default any file.
-    pub backing_policy: OpenPolicy,
-    /// Locking of the backing file, and of a new file that is filled, during the creation. Devices
-    /// are always locked.
-    pub locking: Locking,
+    /// How the new image and its backing file are opened. The format, the access and the snapshot
+    /// are those of the new image; locking and policy also apply to the backing file while it is
+    /// examined for its size. By default any file may be the backing file. A device is always
+    /// locked while the image is written to it.
+    pub open: OpenOptions,
     /// Version of the qcow2 format.
     pub version: Qcow2Version,
     /// Size of a cluster in bytes: a power of two from 512 to 2 MiB.
@@ -134,8 +134,7 @@ impl CreateOptions {
             format,
             size: Some(size),
             backing: None,
-            backing_policy: OpenPolicy::any_file(),
-            locking: Locking::default(),
+            open: OpenOptions::new().policy(OpenPolicy::any_file()),
             version: Qcow2Version::default(),
             cluster_size: 65536,
             refcount_bits: 16,

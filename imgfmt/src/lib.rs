@@ -31,16 +31,13 @@
 //! A qcow2 overlay keeps what is written to it and shows its backing file everywhere else:
 //!
 //! ```
-//! use imgfmt::{
-//!     Access, CreateOptions, Durability, Format, GuestOffset, GuestRange, Image, OpenOptions,
-//! };
+//! use imgfmt::{CreateOptions, Durability, Format, GuestOffset, GuestRange, Image};
 //!
 //! # fn main() -> imgfmt::Result<()> {
 //! # let directory = tempfile::tempdir().expect("a directory for the example");
 //! # let (base, overlay) = (directory.path().join("base.img"), directory.path().join("overlay.qcow2"));
 //! Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
-//! Image::create(&overlay, &CreateOptions::overlay("base.img", Format::Raw))?;
-//! let disk = Image::open(&overlay, &OpenOptions::new().access(Access::ReadWrite))?;
+//! let disk = Image::create(&overlay, &CreateOptions::overlay("base.img", Format::Raw))?;
 //! disk.write_at(GuestOffset::new(65536), &[7; 4096], Durability::Fua)?;
 //!
 //! let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");

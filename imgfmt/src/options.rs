@@ -71,6 +71,8 @@ pub struct OpenOptions {
     /// The treatment of an image whose disk is incomplete; not of its backing files.
     pub incomplete: IncompleteDisk,
     pub(crate) on_unlocked: OnUnlocked,
+    /// Everything in the image and its data file is on stable storage already.
+    pub(crate) is_synced: bool,
     #[cfg(any(test, feature = "test-util"))]
     pub(crate) sidecar_directory: Option<Arc<crate::testing::RecordedDirectory>>,
 }

@@ -9,27 +9,32 @@ use std::path::{Path, PathBuf};
 use super::Image;
 use super::on_device::{NewOnDevice, is_block_device};
 use crate::access::Access;
+use crate::cache_mode::CacheMode;
 use crate::chain;
 use crate::create_options::{CreateOptions, DataFile, Preallocation, invalid};
 use crate::error::{Error, ErrorKind, Result};
 use crate::format::Format;
-use crate::open_policy::OpenPolicy;
 use crate::options::OpenOptions;
 use crate::qcow2;
 use crate::storage::{Durability, FileStorage};
 use crate::units::GuestOffset;
 
 impl Image {
-    /// Creates an image in a new file, or on a block device, whose content is lost: nothing of it
-    /// is visible in the image. It can then be opened like any other.
+    /// Creates an image in a new file, or on a block device, and opens it for writing as
+    /// [`CreateOptions::open`] says. The previous content of a device is lost and is not visible in
+    /// the image.
+    ///
+    /// The new image is on stable storage on return, except with
+    /// [`CacheMode::Unsafe`](crate::CacheMode::Unsafe). Dropping it without a change syncs nothing.
     ///
     /// # Errors
     ///
     /// `Busy` if the device is in use; `AlreadyExists` if there is a file of that name, which is
     /// not changed; `InvalidInput` for options that contradict each other or the format; the errors
-    /// of opening a backing file; `NoSpace`, `Io`. No file remains after an error; a device is
-    /// marked as incomplete.
-    pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
+    /// of [opening](Self::open) the image and its backing file; `NoSpace`, `Io`. No file remains
+    /// after an error. A device is then unchanged or marked as incomplete, or it has the complete
+    /// image, if that was created and could not be opened.
+    pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<Self> {
         create(path.as_ref(), options)
     }
 
@@ -48,24 +53,36 @@ impl Image {
     }
 }
 
-/// Makes a new file of the image's kind, or an image on a block device. An existing file is never
-/// touched.
-fn create(path: &Path, options: &CreateOptions) -> Result<()> {
+/// Makes a new file of the image's kind, or an image on a block device, and opens it. An existing
+/// file is never touched.
+fn create(path: &Path, options: &CreateOptions) -> Result<Image> {
+    let mut open = writable(path, options);
     if is_block_device(path) {
         let new = create_on_device(path, options)?;
         new.preallocate()?;
-        return new.complete();
+        new.complete()?;
+        open.is_synced = true;
+        return Image::open(path, &open);
     }
     let (size, content) = plan(path, options)?;
-    let mut made = NewFiles::default();
-    if let Some((name, _)) = &options.data_file {
-        let data_path = path.parent().map_or_else(|| name.into(), |directory| directory.join(name));
+    let syncs = open.cache != CacheMode::Unsafe;
+    let mut made = NewFiles { paths: Vec::new(), syncs };
+    if let Some(data_path) = data_file(path, options) {
         made.create(&data_path, |file| file.set_len(size))?;
     }
     made.create(path, |file| fill(file, options.format, size, &content))?;
-    preallocate(path, options)?;
+    preallocate(path, options, &open)?;
+    // Space that was set aside is not synced.
+    open.is_synced = syncs && options.preallocation != Preallocation::Falloc;
+    let image = Image::open(path, &open)?;
     made.keep();
-    Ok(())
+    Ok(image)
+}
+
+/// The path of the data file of a new image, if it gets one.
+fn data_file(path: &Path, options: &CreateOptions) -> Option<PathBuf> {
+    let (name, _) = options.data_file.as_ref()?;
+    Some(path.parent().map_or_else(|| name.into(), |directory| directory.join(name)))
 }
 
 /// Begins an image on a block device.
@@ -130,8 +147,11 @@ fn plan(path: &Path, options: &CreateOptions) -> Result<(u64, Parts)> {
 }
 
 /// New files that are removed again unless everything succeeds.
-#[derive(Default)]
-struct NewFiles(Vec<PathBuf>);
+struct NewFiles {
+    paths: Vec<PathBuf>,
+    /// Whether each is put on stable storage.
+    syncs: bool,
+}
 
 impl NewFiles {
     fn create(&mut self, path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<()> {
@@ -146,18 +166,19 @@ impl NewFiles {
         };
         let mut new = FileOptions::new();
         let file = new.read(true).write(true).create_new(true).open(path).map_err(io_error)?;
-        self.0.push(path.to_owned());
-        fill(&file).and_then(|()| file.sync_all()).map_err(io_error)
+        self.paths.push(path.to_owned());
+        let sync = |()| if self.syncs { file.sync_all() } else { Ok(()) };
+        fill(&file).and_then(sync).map_err(io_error)
     }
 
     fn keep(mut self) {
-        self.0.clear();
+        self.paths.clear();
     }
 }
 
 impl Drop for NewFiles {
     fn drop(&mut self) {
-        for path in &self.0 {
+        for path in &self.paths {
             // Half an image is of no use to anyone; the error that led here is the one to tell.
             let _ = std::fs::remove_file(path);
         }
@@ -165,24 +186,20 @@ impl Drop for NewFiles {
 }
 
 /// Allocates what is to be allocated from the start.
-fn preallocate(path: &Path, options: &CreateOptions) -> Result<()> {
+fn preallocate(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Result<()> {
     let is_raw_data = matches!(options.data_file, Some((_, DataFile::Raw)));
     // A raw data file may be filled by others: then every cluster must be looked up there.
     if options.format == Format::Qcow2
         && (options.preallocation != Preallocation::Off || is_raw_data)
     {
-        let image = Image::open(path, &writable(options))?;
+        let image = Image::open(path, open)?;
         image.preallocate()?;
         image.close()?;
     }
     match options.preallocation {
-        Preallocation::Full => write_zeroes(path, options),
+        Preallocation::Full => write_zeroes(path, options, open),
         Preallocation::Falloc => {
-            let data_path = match (&options.data_file, path.parent()) {
-                (Some((name, _)), Some(directory)) => directory.join(name),
-                (Some((name, _)), None) => name.into(),
-                (None, _) => path.to_owned(),
-            };
+            let data_path = data_file(path, options).unwrap_or_else(|| path.to_owned());
             set_space_aside(&data_path).map_err(|error| {
                 Error::from_io("set space aside for", error.into()).with_path(data_path)
             })
@@ -202,16 +219,18 @@ fn set_space_aside(path: &Path) -> rustix::io::Result<()> {
     }
 }
 
-fn writable(options: &CreateOptions) -> OpenOptions {
-    OpenOptions::new()
-        .format(options.format)
-        .access(Access::ReadWrite)
-        .locking(options.locking)
-        .policy(OpenPolicy::any_file())
+/// The options for opening the new image. Its data file is the caller's choice.
+fn writable(path: &Path, options: &CreateOptions) -> OpenOptions {
+    let mut open = options.open.clone().format(options.format).access(Access::ReadWrite);
+    open.snapshot = None;
+    if let Some(data_path) = data_file(path, options) {
+        open.policy = open.policy.allow_file(data_path);
+    }
+    open
 }
 
-fn write_zeroes(path: &Path, options: &CreateOptions) -> Result<()> {
-    let image = Image::open(path, &writable(options))?;
+fn write_zeroes(path: &Path, options: &CreateOptions, open: &OpenOptions) -> Result<()> {
+    let image = Image::open(path, open)?;
     let zeroes = vec![0; 1 << 20];
     let mut position = 0;
     while position < image.size() {
@@ -241,7 +260,7 @@ fn fill(file: &File, format: Format, size: u64, content: &[(u64, Vec<u8>)]) -> i
 fn backing_size(path: &Path, name: &OsStr, format: Format, create: &CreateOptions) -> Result<u64> {
     let options = OpenOptions::new()
         .format(format)
-        .locking(create.locking)
-        .policy(create.backing_policy.clone());
+        .locking(create.open.locking)
+        .policy(create.open.policy.clone());
     chain::named_size(path, name, &options)
 }

@@ -46,13 +46,12 @@ impl Image {
     /// `OutOfBounds` if the range goes beyond the end of the disk; `Corrupt`, `Io`.
     ///
     /// ```
-    /// use imgfmt::{CreateOptions, Format, GuestOffset, GuestRange, Image, OpenOptions};
+    /// use imgfmt::{CreateOptions, Format, GuestOffset, GuestRange, Image};
     ///
     /// # fn main() -> imgfmt::Result<()> {
     /// # let directory = tempfile::tempdir().expect("a directory for the example");
     /// # let path = directory.path().join("disk.qcow2");
-    /// Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 40))?;
-    /// let disk = Image::open(&path, &OpenOptions::new())?;
+    /// let disk = Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 40))?;
     /// let whole = GuestRange::new(GuestOffset::new(0), disk.size()).expect("a size fits");
     /// let mut data = 0;
     /// for extent in disk.extents(whole) {

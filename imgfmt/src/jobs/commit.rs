@@ -41,12 +41,11 @@ pub struct Committed {
 /// # let directory = tempfile::tempdir()?;
 /// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
 /// Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
-/// Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
-/// let writable = OpenOptions::new().access(Access::ReadWrite);
-/// let disk = Image::open(&top, &writable)?;
+/// let disk = Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
 /// disk.write_at(0.into(), b"hello", Durability::Cached)?;
 /// disk.close()?;
 ///
+/// let writable = OpenOptions::new().access(Access::ReadWrite);
 /// let overlay = Image::open(&top, &OpenOptions::new().locking(Locking::Off))?;
 /// let mut backing = Image::open(&base, &writable.clone().format(Format::Raw))?;
 /// commit(&overlay, &mut backing, &JobContext::default())?;

@@ -59,13 +59,12 @@ pub struct Compared {
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let directory = tempfile::tempdir()?;
 /// # let (raw, qcow2) = (directory.path().join("disk.img"), directory.path().join("disk.qcow2"));
-/// Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, 1 << 20))?;
+/// let second = Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, 1 << 20))?;
 /// let mut bytes = vec![0; 1 << 20];
 /// bytes[70_000] = 1;
 /// std::fs::write(&raw, bytes)?;
 ///
 /// let first = Image::open(&raw, &OpenOptions::new().format(Format::Raw))?;
-/// let second = Image::open(&qcow2, &OpenOptions::new())?;
 /// let compared =
 ///     compare(&first, &second, &CompareOptions::default(), &JobContext::default())?;
 /// assert_eq!(compared.first_difference, Some(70_000));

@@ -31,20 +31,18 @@ pub struct Rebased {
 ///
 /// ```
 /// use imgfmt::jobs::{JobContext, rebase};
-/// use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
+/// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let directory = tempfile::tempdir()?;
 /// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
 /// std::fs::write(&base, vec![7; 1 << 20])?;
-/// Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
+/// let overlay = Image::create(&top, &CreateOptions::overlay("base.img", Format::Raw))?;
 ///
-/// let options = OpenOptions::new().access(Access::ReadWrite);
-/// let overlay = Image::open(&top, &options)?;
 /// let rebased = rebase(&overlay, None, &JobContext::default())?;
 /// assert_eq!(rebased.copied, 1 << 20);
 /// overlay.close()?;
-/// Image::change_backing_file(&top, &options, None)?;
+/// Image::change_backing_file(&top, &OpenOptions::new(), None)?;
 /// # Ok(())
 /// # }
 /// ```

@@ -27,8 +27,9 @@ impl DataFile {
         Self { metadata, storage, attached: None, is_external }
     }
 
-    pub(in crate::qcow2) fn attach(&mut self, storage: Arc<dyn Storage>) {
-        let tracked = Arc::new(Tracked::new(storage));
+    /// Has the data in a file of its own; `is_synced` says that all of it is on stable storage.
+    pub(in crate::qcow2) fn attach(&mut self, storage: Arc<dyn Storage>, is_synced: bool) {
+        let tracked = Arc::new(Tracked::new(storage, is_synced));
         self.storage = Arc::clone(&tracked) as _;
         self.attached = Some(tracked);
     }
@@ -161,7 +162,7 @@ mod tests {
     fn external(bytes: &[u8]) -> (Arc<FailingStorage>, DataFile) {
         let mut data = DataFile::new(Arc::new(opened(true).1), true);
         let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(bytes)));
-        data.attach(Arc::clone(&storage) as _);
+        data.attach(Arc::clone(&storage) as _, false);
         (storage, data)
     }
 

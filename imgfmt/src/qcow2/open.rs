@@ -35,7 +35,7 @@ impl Qcow2 {
         purpose: Purpose,
     ) -> Result<Self> {
         // From here on every change of the file is noted.
-        let tracked = Arc::new(Tracked::new(file));
+        let tracked = Arc::new(Tracked::new(file, options.is_synced));
         let file: Arc<dyn Storage> = Arc::clone(&tracked) as _;
         let header = Header::read_or_overwrite(&*file, purpose, options.incomplete)?;
         if purpose != Purpose::Describe {
@@ -173,8 +173,8 @@ impl Qcow2 {
         self.backing = Some(Backing::new(layer));
     }
 
-    pub(crate) fn attach_data_file(&mut self, data: Arc<dyn Storage>) {
-        self.data.attach(data);
+    pub(crate) fn attach_data_file(&mut self, data: Arc<dyn Storage>, is_synced: bool) {
+        self.data.attach(data, is_synced);
     }
 }
 

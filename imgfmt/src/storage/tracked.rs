@@ -12,8 +12,8 @@ use super::{
 };
 use crate::units::HostOffset;
 
-/// Passes everything on, and notes changes and syncs. Whoever changes the same file in another way is
-/// not seen.
+/// Passes everything on, and notes changes and syncs. Changes of the same file that bypass it are
+/// not noted.
 #[derive(Debug)]
 pub(crate) struct Tracked {
     inner: Arc<dyn Storage>,
@@ -21,9 +21,9 @@ pub(crate) struct Tracked {
 }
 
 impl Tracked {
-    /// What was written before counts as not synced.
-    pub(crate) fn new(inner: Arc<dyn Storage>) -> Self {
-        Self { inner, may_be_unsynced: AtomicBool::new(true) }
+    /// What was written before counts as not synced, unless `is_synced`.
+    pub(crate) fn new(inner: Arc<dyn Storage>, is_synced: bool) -> Self {
+        Self { inner, may_be_unsynced: AtomicBool::new(!is_synced) }
     }
 
     /// Whether a change may not be on stable storage. No change may be in progress.
@@ -141,7 +141,9 @@ mod tests {
     #[test]
     fn every_kind_of_change_counts_until_a_sync_has_succeeded() {
         let failing = FailingStorage::new(Arc::new(MemoryStorage::new(8192)));
-        let tracked = Tracked::new(Arc::clone(&failing) as _);
+        let synced = Tracked::new(Arc::clone(&failing) as _, true);
+        assert!(!synced.may_be_unsynced());
+        let tracked = Tracked::new(Arc::clone(&failing) as _, false);
         assert!(tracked.may_be_unsynced(), "nothing is known of what was written before");
         let start = HostOffset::new(0);
         let changes: [&dyn Fn() -> io::Result<()>; 5] = [

@@ -32,8 +32,8 @@ fn make(path: &Path, cluster: u64, l2_entries: L2Entries) -> Vec<u8> {
     create.cluster_size = cluster;
     create.l2_entries = l2_entries;
     let _ = std::fs::remove_file(path);
-    Image::create(path, &create).unwrap();
-    let mut disk = Image::open(path, &options(Access::ReadWrite)).unwrap();
+    create.open = options(Access::ReadWrite);
+    let mut disk = Image::create(path, &create).unwrap();
     for number in [0, 1, 2, 5, 37, 150] {
         write(&disk, number, cluster, 0x51);
     }

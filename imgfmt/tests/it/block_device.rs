@@ -1,6 +1,6 @@
 //! A raw image on a block device: its size, and requests that are not aligned to its blocks.
 
-use imgfmt::{Access, Durability, Format, Image, OpenOptions, Speed, ZeroMode};
+use imgfmt::{Access, CreateOptions, Durability, Format, Image, OpenOptions, Speed, ZeroMode};
 
 use crate::common::{self, all_extents, at, has_tool, range, text};
 
@@ -96,4 +96,27 @@ fn a_qcow2_image_on_a_full_device_shows_no_garbage_and_stays_sound() {
     assert!(content == model, "the device's old content shows");
     image.close().unwrap();
     common::qemu::check(std::path::Path::new(&device.0));
+}
+
+#[test]
+fn an_image_created_on_a_device_is_open_and_shows_nothing_old() {
+    if !has_tool("losetup") {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), vec![0xaa; 4 << 20]).unwrap();
+    let Some(device) = LoopDevice::attach(file.path()) else { return };
+    for format in [Format::Raw, Format::Qcow2] {
+        let image = Image::create(&device.0, &CreateOptions::new(format, 1 << 20)).unwrap();
+        assert_eq!((image.access(), image.format()), (Access::ReadWrite, format));
+        let mut start = vec![1; 4096];
+        image.read_at(at(0), &mut start).unwrap();
+        assert!(start.iter().all(|byte| *byte == 0), "{format}");
+        image.write_at(at(70_000), b"first", Durability::Cached).unwrap();
+        image.close().unwrap();
+        let image = Image::open(&device.0, &OpenOptions::new().format(format)).unwrap();
+        let mut found = [0; 5];
+        image.read_at(at(70_000), &mut found).unwrap();
+        assert_eq!(&found, b"first");
+    }
 }

@@ -88,8 +88,7 @@ impl Trial {
         if kind == Kind::WithDataFile {
             options.data_file = Some(("trial_data".into(), DataFile::Plain));
         }
-        Image::create(&path, &options).unwrap();
-        let image = Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
+        let image = Image::create(&path, &options).unwrap();
         write(&image, 0, 100_000).unwrap();
         if kind == Kind::WithBitmap {
             image.add_bitmap("old", 65536, Recording::Enabled).unwrap();

@@ -31,8 +31,8 @@ fn write(disk: &Image, number: u64, fill: u8) -> imgfmt::Result<()> {
 fn make(path: &Path, has_enabled_bitmap: bool) -> Vec<u8> {
     let mut create = CreateOptions::new(Format::Qcow2, CLUSTERS * CLUSTER);
     create.cluster_size = CLUSTER;
-    Image::create(path, &create).unwrap();
-    let mut disk = Image::open(path, &options(Access::ReadWrite)).unwrap();
+    create.open = options(Access::ReadWrite);
+    let mut disk = Image::create(path, &create).unwrap();
     for number in [0, 1, 2, 5, 37, 150] {
         write(&disk, number, 0x51).unwrap();
     }
@@ -151,8 +151,7 @@ fn a_write_through_an_entry_that_names_something_else_costs_nothing_else() {
 /// An image with clusters of 64 KiB and one L2 table, which is read in sixteen slices, and data at 0
 /// and at 40 MiB, which two slices map. Returns the offset of the table.
 fn make_in_slices(path: &Path) -> usize {
-    Image::create(path, &CreateOptions::new(Format::Qcow2, 512 << 20)).unwrap();
-    let disk = Image::open(path, &options(Access::ReadWrite)).unwrap();
+    let disk = Image::create(path, &CreateOptions::new(Format::Qcow2, 512 << 20)).unwrap();
     disk.write_at(at(0), &[0x51; 65536], Durability::Cached).unwrap();
     disk.write_at(at(40 << 20), &[0x52; 65536], Durability::Cached).unwrap();
     disk.close().unwrap();

@@ -92,8 +92,7 @@ fn overlay(directory: &Path) -> (std::path::PathBuf, std::path::PathBuf) {
     std::fs::write(&base, vec![7; 4 << 20]).unwrap();
     let mut create = CreateOptions::overlay("base.img", Format::Raw);
     create.size = Some(6 * MIB);
-    Image::create(&top, &create).unwrap();
-    let image = Image::open(&top, &writable()).unwrap();
+    let image = Image::create(&top, &create).unwrap();
     image.write_at(at(MIB), &vec![5; 1 << 20], Durability::Cached).unwrap();
     let (mode, speed) = (imgfmt::ZeroMode::MayUnmap, imgfmt::Speed::Any);
     image.write_zeroes(range(2 * MIB, MIB), mode, speed, Durability::Cached).unwrap();
@@ -270,8 +269,8 @@ fn compressed_clusters_take_less_and_read_the_same() {
     // The last cluster is cut by the end of the disk.
     let source = disk(&vec![5; (3 << 20) + 512]);
     let path = directory.path().join("small.qcow2");
-    Image::create(&path, &CreateOptions::new(Format::Qcow2, source.size())).unwrap();
-    let destination = Image::open(&path, &writable()).unwrap();
+    let destination =
+        Image::create(&path, &CreateOptions::new(Format::Qcow2, source.size())).unwrap();
     let mut options = ConvertOptions::default();
     (options.background, options.clusters) = (Background::Zero, Clusters::Compressed);
     convert(&source, &destination, &options, &JobContext::default()).unwrap();

@@ -76,8 +76,7 @@ fn length_of(path: &Path) -> u64 {
 fn a_file_ends_with_a_whole_sector_after_every_compressed_cluster() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.qcow2");
-    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
-    let image = Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
+    let image = Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     let mut random = Random::new("whole sectors");
     for cluster in 0..SIZE / 65536 {
         // Something that is compressed to another number of bytes each time.
@@ -97,8 +96,7 @@ fn a_file_ends_with_a_whole_sector_after_every_compressed_cluster() {
 fn a_closed_file_ends_with_the_whole_cluster_that_was_written_in_part() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.qcow2");
-    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
-    let image = Image::open(&path, &OpenOptions::new().access(Access::ReadWrite)).unwrap();
+    let image = Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     image.write_at(at(70_000), &[1; 100], Durability::Cached).unwrap();
     image.close().unwrap();
     assert_eq!(length_of(&path) % 65536, 0);

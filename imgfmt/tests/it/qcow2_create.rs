@@ -1,8 +1,9 @@
 //! Images made and resized by us are sound and readable for QEMU.
 
 use imgfmt::{
-    Access, CompressionType, CreateOptions, DataFile, Durability, ErrorKind, Format, Image,
-    L2Entries, OpenOptions, Preallocation, Qcow2Version, Repair, Shrink,
+    Access, BackingFile, BackingOptions, CompressionType, CreateOptions, DataFile, Durability,
+    ErrorKind, Format, Image, L2Entries, OpenOptions, OpenPolicy, Preallocation, Qcow2Version,
+    Repair, Shrink,
 };
 
 use crate::common::{self, Random, all_extents, at, qemu, range};
@@ -83,8 +84,7 @@ fn an_overlay_takes_its_size_and_content_from_its_backing_file() {
     let directory = tempfile::tempdir().unwrap();
     let (base, top) = (directory.path().join("base.raw"), directory.path().join("top.qcow2"));
     std::fs::write(&base, vec![3; 3 << 20]).unwrap();
-    Image::create(&top, &CreateOptions::overlay("base.raw", Format::Raw)).unwrap();
-    let image = Image::open(&top, &writable()).unwrap();
+    let image = Image::create(&top, &CreateOptions::overlay("base.raw", Format::Raw)).unwrap();
     image.write_at(at(1000), &[4; 1000], Durability::Cached).unwrap();
     image.close().unwrap();
     qemu::check(&top);
@@ -106,6 +106,56 @@ fn an_overlay_takes_its_size_and_content_from_its_backing_file() {
     let other = directory.path().join("other.qcow2");
     assert_eq!(Image::create(&other, &missing).unwrap_err().kind(), ErrorKind::NotFound);
     assert!(!other.exists());
+}
+
+#[test]
+fn a_new_image_is_open_and_locked_for_its_creator() {
+    let directory = tempfile::tempdir().unwrap();
+    for format in [Format::Raw, Format::Qcow2] {
+        let path = directory.path().join(format.name());
+        let image = Image::create(&path, &CreateOptions::new(format, MIB)).unwrap();
+        assert_eq!((image.access(), image.format()), (Access::ReadWrite, format));
+        assert_eq!((image.size(), image.path()), (MIB, Some(&*path)));
+        let other = Image::open(&path, &writable().format(format)).unwrap_err();
+        assert_eq!(other.kind(), ErrorKind::Busy, "{other}");
+        image.write_at(at(1000), b"first", Durability::Cached).unwrap();
+        image.close().unwrap();
+        let image = Image::open(&path, &OpenOptions::new().format(format)).unwrap();
+        let mut found = [0; 5];
+        image.read_at(at(1000), &mut found).unwrap();
+        assert_eq!(&found, b"first");
+    }
+}
+
+#[test]
+fn an_image_that_cannot_be_opened_is_not_left_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    std::fs::write(directory.path().join("base.raw"), vec![3; 1 << 20]).unwrap();
+    let mut denied = CreateOptions::overlay("base.raw", Format::Raw);
+    denied.open.policy = OpenPolicy::deny();
+    let mut unknown = CreateOptions::new(Format::Qcow2, MIB);
+    let given = BackingOptions::default();
+    unknown.open.backing = BackingFile::Given(Box::new(given));
+    unknown.data_file = Some(("disk.data".into(), DataFile::Plain));
+    unknown.open.policy = OpenPolicy::deny();
+    for options in [denied, unknown] {
+        Image::create(&path, &options).unwrap_err();
+        assert_eq!(std::fs::read_dir(&directory).unwrap().count(), 1, "{options:?}");
+    }
+}
+
+#[test]
+fn the_data_file_of_a_new_image_needs_no_policy() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let mut options = CreateOptions::new(Format::Qcow2, MIB);
+    options.data_file = Some(("disk.data".into(), DataFile::Raw));
+    options.open.policy = OpenPolicy::deny();
+    let image = Image::create(&path, &options).unwrap();
+    image.write_at(at(5), b"data", Durability::Cached).unwrap();
+    image.close().unwrap();
+    assert_eq!(&std::fs::read(directory.path().join("disk.data")).unwrap()[5..9], b"data");
 }
 
 #[test]

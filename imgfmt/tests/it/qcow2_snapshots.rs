@@ -58,8 +58,7 @@ fn snapshots_come_and_go_and_the_image_stays_sound() {
     for options in kinds() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.qcow2");
-        Image::create(&path, &options).unwrap();
-        let mut image = Image::open(&path, &writable()).unwrap();
+        let mut image = Image::create(&path, &options).unwrap();
         let mut model = vec![0; SIZE as usize];
         let mut states: Vec<(String, Vec<u8>)> = Vec::new();
         for round in 0..7 {
@@ -108,8 +107,7 @@ fn snapshots_come_and_go_and_the_image_stays_sound() {
 fn snapshots_that_cannot_be_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.qcow2");
-    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
-    let mut image = Image::open(&path, &writable()).unwrap();
+    let mut image = Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     image.create_snapshot("one").unwrap();
     assert_eq!(image.create_snapshot("one").unwrap_err().kind(), ErrorKind::InvalidInput);
     assert_eq!(image.apply_snapshot("two").unwrap_err().kind(), ErrorKind::NotFound);
@@ -121,8 +119,7 @@ fn snapshots_that_cannot_be_are_refused() {
     let mut narrow = CreateOptions::new(Format::Qcow2, SIZE);
     narrow.refcount_bits = 2;
     let path = directory.path().join("narrow.qcow2");
-    Image::create(&path, &narrow).unwrap();
-    let mut image = Image::open(&path, &writable()).unwrap();
+    let mut image = Image::create(&path, &narrow).unwrap();
     image.write_at(at(0), b"shared", Durability::Cached).unwrap();
     image.create_snapshot("one").unwrap();
     image.create_snapshot("two").unwrap();
@@ -193,8 +190,7 @@ fn sizes_that_snapshots_do_not_know_are_not_lost() {
     let path = directory.path().join("disk.qcow2");
     let mut options = CreateOptions::new(Format::Qcow2, SIZE);
     options.version = Qcow2Version::V2;
-    Image::create(&path, &options).unwrap();
-    let mut image = Image::open(&path, &writable()).unwrap();
+    let mut image = Image::create(&path, &options).unwrap();
     image.create_snapshot("one").unwrap();
     let error = image.resize(SIZE * 2, Shrink::Refuse).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported);
@@ -205,8 +201,7 @@ fn sizes_that_snapshots_do_not_know_are_not_lost() {
     // An old program's version 3 image: the snapshot has no size. It begins with the L1 table's
     // offset (8) and entries (4), and has 16 bytes of extra data behind 40 bytes.
     let path = directory.path().join("new.qcow2");
-    Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
-    let mut image = Image::open(&path, &writable()).unwrap();
+    let mut image = Image::create(&path, &CreateOptions::new(Format::Qcow2, SIZE)).unwrap();
     image.create_snapshot("one").unwrap();
     image.close().unwrap();
     let mut bytes = std::fs::read(&path).unwrap();

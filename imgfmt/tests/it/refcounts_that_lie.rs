@@ -24,8 +24,7 @@ fn make(path: &Path, refcount_bits: u32) -> Vec<u8> {
     let mut create = CreateOptions::new(Format::Qcow2, SIZE);
     create.cluster_size = CLUSTER;
     create.refcount_bits = refcount_bits;
-    Image::create(path, &create).unwrap();
-    let mut disk = Image::open(path, &options(Access::ReadWrite)).unwrap();
+    let mut disk = Image::create(path, &create).unwrap();
     for offset in (0..USED).step_by(CLUSTER as usize) {
         let data = [(offset / CLUSTER % 250 + 1) as u8; CLUSTER as usize];
         disk.write_at(at(offset), &data, Durability::Cached).unwrap();
@@ -137,8 +136,7 @@ fn bitmaps_are_stored_and_recorded_where_refcount_blocks_are_missing() {
         let path = directory.path().join("disk.qcow2");
         let mut create = CreateOptions::new(Format::Qcow2, SIZE);
         create.cluster_size = CLUSTER;
-        Image::create(&path, &create).unwrap();
-        let disk = Image::open(&path, &options(Access::ReadWrite)).unwrap();
+        let disk = Image::create(&path, &create).unwrap();
         let data = vec![0x5a; (used_clusters * CLUSTER) as usize];
         disk.write_at(at(0), &data, Durability::Cached).unwrap();
         disk.add_bitmap("first", 512, Recording::Enabled).unwrap();

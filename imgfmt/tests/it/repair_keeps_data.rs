@@ -41,8 +41,7 @@ fn make(path: &Path, kind: Kind) -> Vec<u8> {
     }
     let cluster = create.cluster_size;
     let _ = std::fs::remove_file(path);
-    Image::create(path, &create).unwrap();
-    let mut disk = Image::open(path, &options().access(Access::ReadWrite)).unwrap();
+    let mut disk = Image::create(path, &create).unwrap();
     let write = |disk: &Image, number: u64, fill: u8| {
         disk.write_at(at(number * cluster), &vec![fill; cluster as usize], Durability::Cached)
             .unwrap();

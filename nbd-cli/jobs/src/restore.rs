@@ -156,6 +156,8 @@ fn is_image(options: &RestoreOptions) -> bool {
 /// The object that becomes valid when the restore is complete.
 enum New {
     File(NewFile),
+    /// An image in a file.
+    ImageFile(NewFile, Option<Image>),
     /// An image on a device.
     Image(NewOnDevice),
     /// A raw disk on a device.
@@ -173,10 +175,16 @@ impl New {
         context: &JobContext,
     ) -> Result<Self, JobError> {
         match to {
+            Location::File(path) if is_new && is_image(options) => {
+                let mut create = CreateOptions::new(Format::Qcow2, size);
+                create.open.policy = OpenPolicy::deny();
+                let make = |path: &Path| Image::create(path, &create).map_err(image_error);
+                let (new, image) = NewFile::begin(path, &context.observer, make)?;
+                Ok(Self::ImageFile(new, Some(image)))
+            }
             Location::File(path) if is_new => {
-                Ok(Self::File(NewFile::begin(path, &context.observer, |path| {
-                    make(options, size, path)
-                })?))
+                let (new, ()) = NewFile::begin(path, &context.observer, create_empty)?;
+                Ok(Self::File(new))
             }
             Location::File(device) if is_image(options) => {
                 let options = CreateOptions::new(Format::Qcow2, size);
@@ -189,7 +197,7 @@ impl New {
 
     fn complete(self, to: &Location) -> Result<(), JobError> {
         match (self, to) {
-            (Self::File(new), _) => new.complete(Durable::Now),
+            (Self::File(new) | Self::ImageFile(new, _), _) => new.complete(Durable::Now),
             (Self::Image(new), Location::File(path)) => device::complete_image(path, new),
             (Self::Disk(disk), Location::File(path)) => device::complete_disk(path, &disk),
             _ => Ok(()),
@@ -200,7 +208,7 @@ impl New {
 /// Returns the error with the state it leaves.
 fn failure(path: &Path, to: &Location, new: &New, error: &JobError) -> JobError {
     let left = match (new, to) {
-        (New::File(new), _) => new.left_behind(),
+        (New::File(new) | New::ImageFile(new, _), _) => new.left_behind(),
         (New::Image(_), Location::File(device)) => device::left_behind(device),
         (New::Disk(disk), Location::File(device)) => device::left_behind_on(device, disk),
         _ => format!("{to} is incomplete"),
@@ -220,17 +228,6 @@ fn is_new(path: &Path) -> Result<bool, JobError> {
     }
 }
 
-/// Creates the new, empty file.
-fn make(options: &RestoreOptions, size: u64, path: &Path) -> Result<(), JobError> {
-    match is_image(options) {
-        true => {
-            let made = Image::create(path, &CreateOptions::new(Format::Qcow2, size));
-            made.map_err(image_error)
-        }
-        false => create_empty(path),
-    }
-}
-
 async fn open(
     to: &Location,
     options: &RestoreOptions,
@@ -240,9 +237,9 @@ async fn open(
 ) -> Result<Destination, JobError> {
     let writable = plain(Format::Qcow2).access(Access::ReadWrite);
     match new {
-        New::File(new) if is_image(options) => {
-            let image = Image::open(new.path(), &writable).map_err(image_error)?;
-            Ok(Destination::image(image, Background::Zero))
+        New::ImageFile(new, image) => {
+            let opened = image.take().map_or_else(|| Image::open(new.path(), &writable), Ok);
+            Ok(Destination::image(opened.map_err(image_error)?, Background::Zero))
         }
         New::File(new) => Destination::new_file(new),
         New::Image(new) => {
@@ -329,9 +326,7 @@ async fn verify(
         image.map(|image| Source::image(Arc::new(image))).map_err(image_error)
     };
     let copy = match new {
-        New::File(new) if is_image(options) => {
-            reopened(Image::open(new.path(), &plain(Format::Qcow2)))?
-        }
+        New::ImageFile(new, _) => reopened(Image::open(new.path(), &plain(Format::Qcow2)))?,
         New::File(new) => written(&Location::File(new.path().to_owned())).await?,
         New::Image(new) => reopened(new.open(&plain(Format::Qcow2)))?,
         New::Disk(disk) => reopened(Image::from_storage(disk.clone(), &plain(Format::Raw)))?,

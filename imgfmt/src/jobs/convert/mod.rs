@@ -41,15 +41,15 @@ pub struct Converted {
 ///
 /// ```
 /// use imgfmt::jobs::{Background, Clusters, ConvertOptions, JobContext, convert};
-/// use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
+/// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
 ///
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let directory = tempfile::tempdir()?;
 /// # let (raw, qcow2) = (directory.path().join("disk.img"), directory.path().join("disk.qcow2"));
 /// std::fs::write(&raw, vec![7; 1 << 20])?;
 /// let source = Image::open(&raw, &OpenOptions::new().format(Format::Raw))?;
-/// Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, source.size()))?;
-/// let destination = Image::open(&qcow2, &OpenOptions::new().access(Access::ReadWrite))?;
+/// let destination =
+///     Image::create(&qcow2, &CreateOptions::new(Format::Qcow2, source.size()))?;
 ///
 /// let mut options = ConvertOptions::default();
 /// options.background = Background::Zero;

@@ -60,7 +60,7 @@ fn no_bitmaps() -> (Arc<dyn Storage>, Bitmaps) {
 fn reopened(storage: &Arc<dyn Storage>, former: &Bitmaps) -> Bitmaps {
     let header = Header::read(&**storage, Purpose::Use).unwrap();
     let metadata =
-        MetadataFile::new(Arc::new(Tracked::new(Arc::clone(storage))), None, header, true);
+        MetadataFile::new(Arc::new(Tracked::new(Arc::clone(storage), false)), None, header, true);
     Bitmaps::open((Arc::new(metadata), Arc::clone(&former.clusters)), &OpenOptions::new())
 }
 

@@ -237,7 +237,7 @@ pub(in crate::qcow2) mod tests {
         let storage = FailingStorage::new(Arc::new(MemoryStorage::from_bytes(&bytes)));
         let header = Header::read(&*storage, Purpose::Use).unwrap();
         let path = Some(Path::new("disk.qcow2"));
-        let tracked = Arc::new(Tracked::new(Arc::clone(&storage) as _));
+        let tracked = Arc::new(Tracked::new(Arc::clone(&storage) as _, false));
         let file = MetadataFile::new(tracked, path, header, is_writable);
         (storage, file)
     }

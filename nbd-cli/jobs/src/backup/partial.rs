@@ -128,15 +128,11 @@ impl Partial {
                 partial.path.display()
             )));
         }
-        Image::create(&partial.path, &options_of(partial.state.size, base, work))
-            .map_err(image_error)?;
-        partial.lock = partial.lock(work)?;
         // A base that may not be opened is detected before anything is copied.
-        let begun = partial.open(work, Access::ReadWrite).and_then(|image| {
-            drop(image);
-            partial.save(0)
-        });
-        begun.inspect_err(|_| {
+        let created = Image::create(&partial.path, &partial.new_image(base, work));
+        drop(created.map_err(destination_error)?);
+        partial.lock = partial.lock(work)?;
+        partial.save(0).inspect_err(|_| {
             // It is still empty; the first error is reported.
             let _ = fs::remove_file(&partial.path);
         })?;
@@ -148,7 +144,8 @@ impl Partial {
         state: State,
         base: Option<&Base>,
     ) -> Result<Self, JobError> {
-        let options = options_of(state.size, base, work);
+        let mut options = options_of(state.size, base);
+        options.open.locking = work.read_locking();
         let device = device::begin_image(work.target, &options, &*work.context.observer)?;
         let partial = Self {
             path: work.target.to_owned(),
@@ -193,7 +190,14 @@ impl Partial {
             PartialKind::File { .. } => Image::open(&self.path, &options),
             PartialKind::Device(new) => new.open(&options),
         }
-        .map_err(|error| JobError::opening(JobErrorKind::Destination, error).advise_sharing())
+        .map_err(destination_error)
+    }
+
+    /// Returns the options for creating the file.
+    fn new_image(&self, base: Option<&Base>, work: BackupJob<'_>) -> CreateOptions {
+        let mut options = options_of(self.state.size, base);
+        options.open = self.options(work);
+        options
     }
 
     /// Returns the options for opening it. If other programs may write to the files below it,
@@ -328,12 +332,16 @@ pub(super) fn lost(device: &Path, error: &JobError) -> JobError {
     error.in_words(format!("{error}; {}", device::left_behind(device)))
 }
 
+/// Returns the error of a backup that cannot be opened, with advice.
+fn destination_error(error: imgfmt::Error) -> JobError {
+    JobError::opening(JobErrorKind::Destination, error).advise_sharing()
+}
+
 /// Returns the properties of the new image.
-fn options_of(size: u64, base: Option<&Base>, work: BackupJob<'_>) -> CreateOptions {
+fn options_of(size: u64, base: Option<&Base>) -> CreateOptions {
     let mut options = CreateOptions::new(Format::Qcow2, size);
     options.cluster_size = CLUSTER_SIZE;
     options.backing = base.map(|base| (base.name.clone(), base.format));
-    options.locking = work.read_locking();
     options
 }
 

@@ -363,7 +363,7 @@ fn open_regular_or_device(
     let observer = &context.observer;
     let storage = match open_file(path, Access::ReadWrite, locking, &**observer) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            let new = NewFile::begin(path, observer, create_empty)?;
+            let (new, ()) = NewFile::begin(path, observer, create_empty)?;
             let storage =
                 FileStorage::open(new.path(), Access::ReadWrite, locking).map_err(image_error)?;
             return Ok(Destination::regular(storage, path, Some(new)));

@@ -79,7 +79,8 @@ fn options() -> OpenOptions {
 fn create(overlay: &Path, size: u64) -> imgfmt::Result<()> {
     let mut create = CreateOptions::new(Format::Qcow2, size);
     create.l2_entries = L2Entries::Extended;
-    Image::create(overlay, &create)
+    create.open.cache = CacheMode::Unsafe;
+    Image::create(overlay, &create).map(drop)
 }
 
 /// Creates an overlay that names the file below it, so that all layers are visible.

@@ -99,16 +99,16 @@ struct Replaced {
 
 impl NewFile {
     /// Creates a file of that name, which must not exist. `make` creates it under its temporary
-    /// name, and fails if that exists.
+    /// name, and fails if that exists; its result is returned with the file.
     ///
     /// # Errors
     ///
     /// If it exists, if another command is creating it, and those of `make`.
-    pub fn begin<E: From<JobError>>(
+    pub fn begin<T, E: From<JobError>>(
         name: &Path,
         observer: &Arc<dyn Observer>,
-        make: impl FnOnce(&Path) -> Result<(), E>,
-    ) -> Result<Self, E> {
+        make: impl FnOnce(&Path) -> Result<T, E>,
+    ) -> Result<(Self, T), E> {
         match look(name)? {
             Existing::Nothing => Self::make(name.to_owned(), observer, make),
             Existing::File => Err(E::from(JobError::destination(format!(
@@ -143,7 +143,7 @@ impl NewFile {
             file.map(drop).map_err(|error| JobError::destination(error.to_string()))
         });
         let mut new = match made {
-            Ok(new) => new,
+            Ok((new, ())) => new,
             Err(error) if partial.is_some_and(|partial| partial.symlink_metadata().is_ok()) => {
                 return Err(error);
             }
@@ -158,20 +158,21 @@ impl NewFile {
         Ok(Ok(new))
     }
 
-    fn make<E: From<JobError>>(
+    fn make<T, E: From<JobError>>(
         name: PathBuf,
         observer: &Arc<dyn Observer>,
-        make: impl FnOnce(&Path) -> Result<(), E>,
-    ) -> Result<Self, E> {
+        make: impl FnOnce(&Path) -> Result<T, E>,
+    ) -> Result<(Self, T), E> {
         let partial = partial_name(&name).ok_or_else(|| {
             JobError::destination(format!("'{}' is not the name of a file", name.display()))
         })?;
         if partial.symlink_metadata().is_ok() {
             return Err(in_the_way(&name, &partial).into());
         }
-        make(&partial)?;
+        let made = make(&partial)?;
         observer.temporary_file(&partial, TemporaryFile::Made);
-        Ok(Self { name, partial, replaces: None, is_kept: false, observer: observer.clone() })
+        let observer = observer.clone();
+        Ok((Self { name, partial, replaces: None, is_kept: false, observer }, made))
     }
 
     /// Returns the temporary name.

@@ -270,12 +270,10 @@ impl Conversion<'_> {
     fn make_new(&self, path: &Path) -> Result<(), CommandError> {
         let mut create = CreateOptions::new(self.format, self.source.size());
         self.args.qcow2.apply(&mut create)?;
-        create.locking = self.args.open.trust.locks.locking();
+        create.open = self.for_filling();
         let make = |path: &Path| Image::create(path, &create).map_err(CommandError::from);
-        let new = NewFile::begin(path, &warnings(), make)?;
-        let filled = Image::open(new.path(), &self.for_filling())
-            .map_err(CommandError::from)
-            .and_then(|image| self.fill(image, new.path()));
+        let (new, image) = NewFile::begin(path, &warnings(), make)?;
+        let filled = self.fill(image, new.path());
         filled.map_err(|error| left(&error, &new.left_behind()))?;
         Ok(new.complete(if self.args.flush { Durable::Now } else { Durable::Later })?)
     }

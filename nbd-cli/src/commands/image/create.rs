@@ -194,9 +194,8 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
         warn(&why);
     }
     options.size = args.size.map(ByteSize::bytes);
-    options.locking = args.locks.locking();
-    options.backing_policy =
-        allow_exports(OpenPolicy::any_file(), &ServerArgs::default().remotes());
+    options.open.locking = args.locks.locking();
+    options.open.policy = allow_exports(OpenPolicy::any_file(), &ServerArgs::default().remotes());
     options.backing = args.backing.clone().zip(args.backing_format.map(Format::from));
     args.qcow2.apply(&mut options)?;
     if args.lazy_refcounts && options.format == Format::Raw {
@@ -225,7 +224,11 @@ pub(crate) fn run(args: &CreateArgs) -> Result<Outcome, CommandError> {
             let new = device::begin_image(&args.path, &options, &*warnings())?;
             device::complete_image(&args.path, new)?;
         }
-        _ => NewFile::begin(&args.path, &warnings(), create)?.complete(Durable::Now)?,
+        _ => {
+            let (new, image) = NewFile::begin(&args.path, &warnings(), create)?;
+            drop(image);
+            new.complete(Durable::Now)?;
+        }
     }
     if args.json {
         print_json(&args.path, &args.locks.options().format(options.format))?;
