@@ -49,6 +49,10 @@ impl Socket {
                     || io::Error::new(io::ErrorKind::NotFound, "the host name has no address");
                 Err(last.unwrap_or_else(nothing))
             }
+            _ => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this program does not support the transport that the URI names",
+            )),
         }
     }
 

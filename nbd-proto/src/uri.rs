@@ -71,6 +71,7 @@ impl NbdUri {
 
 /// The transport and address of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Transport {
     /// Over TCP.
     Tcp {
@@ -88,6 +89,7 @@ pub enum Transport {
 
 /// Whether TLS is required.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Security {
     /// `nbd`: TLS is not requested.
     #[default]
@@ -115,6 +117,7 @@ pub struct TlsParameters {
 
 /// The kind of TLS authentication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TlsKind {
     /// None: encryption only.
     Anonymous,

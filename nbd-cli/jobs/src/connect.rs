@@ -122,8 +122,8 @@ impl TlsSettings {
         let uri = connector.uri().clone();
         let mode = match (self.mode, uri.security) {
             (Some(mode), _) => mode,
-            (None, Security::Tls) => TlsMode::Require,
             (None, Security::Plain) => return connector,
+            (None, _) => TlsMode::Require,
         };
         let mut options = TlsOptions::new(mode);
         if let Some(file) = &self.pre_shared_keys {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nbd_proto::handshake::OptionError;
 use nbd_proto::tls::KeyFileError;
+use nbd_proto::uri::TlsKind;
 
 use crate::system_words::system_words;
 
@@ -45,6 +46,12 @@ pub enum TlsError {
         "anonymous TLS proves nothing and is not supported: use certificates or a pre-shared key"
     )]
     Anonymous,
+    /// The URI requests a kind of TLS that this version does not know.
+    #[error(
+        "this program does not support the kind of TLS that the URI requests ({0:?}): use \
+         certificates or a pre-shared key"
+    )]
+    UnsupportedKind(TlsKind),
     /// Pre-shared keys are requested without a file.
     #[error("TLS with a pre-shared key needs the file with the key: add tls-psk-file=FILE")]
     NoKeyFile,

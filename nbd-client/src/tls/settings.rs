@@ -37,9 +37,10 @@ pub(crate) fn setup(
     files: LocalFiles,
 ) -> Result<Option<Setup>, TlsError> {
     let mode = match (uri.security, options.map(|options| options.mode)) {
-        (Security::Tls, Some(TlsMode::Off)) => return Err(TlsError::Contradiction),
-        (Security::Tls, _) => TlsMode::Require,
         (Security::Plain, mode) => mode.unwrap_or(TlsMode::Off),
+        // Any other security is at least as strict as TLS.
+        (_, Some(TlsMode::Off)) => return Err(TlsError::Contradiction),
+        (_, _) => TlsMode::Require,
     };
     if mode == TlsMode::Off {
         return Ok(None);
@@ -79,6 +80,7 @@ fn credentials(
                 return Ok(Credentials::PreSharedKey { file, user });
             }
         }
+        Some(kind) => return Err(TlsError::UnsupportedKind(kind)),
     }
     let verify = match (options.verify_peer, uri.tls.verify_peer) {
         (Some(verify), _) => verify,
@@ -100,7 +102,7 @@ fn host(uri: &NbdUri) -> Option<String> {
         Transport::Tcp { host, .. } => {
             Some(host.split_once('%').map_or(host.as_str(), |(host, _)| host).to_owned())
         }
-        Transport::Unix { .. } => None,
+        _ => None,
     }
 }
 

@@ -211,7 +211,7 @@ pub(super) fn uri(address: &BoundAddress, name: &str, tls: &TlsMode) -> NbdUri {
             let known = credentials.host_names();
             let fits = match &uri.transport {
                 Transport::Tcp { host, .. } => known.contains(host),
-                Transport::Unix { .. } => false,
+                _ => false,
             };
             if !fits {
                 uri.tls.hostname = known.into_iter().find(|name| !name.starts_with('*'));
