@@ -15,6 +15,25 @@ use crate::statistics::{Counters, RequestStatistics};
 ///
 /// A client that leaves before it has selected one (a port scan, a query for the list of exports)
 /// is never counted.
+///
+/// A server for one job ends when its last client has left:
+///
+/// ```
+/// # use std::sync::Arc;
+/// # use nbd_server::export::{ExportEntry, MemoryExport};
+/// # use nbd_server::{ExportRegistry, ListenAddress, Server, ServerConfig};
+/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+/// # let exports = ExportRegistry::new();
+/// # exports.add("", ExportEntry::new(Arc::new(MemoryExport::new(1 << 20))))?;
+/// let mut server = Server::new(ServerConfig::default(), exports);
+/// server.listen(&ListenAddress::Tcp("127.0.0.1:10809".into())).await?;
+/// let mut server = server.start();
+/// server.handle().client_count().wait_until_unused().await;
+/// server.shutdown();
+/// server.wait().await?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct ClientCount {
     count: watch::Receiver<Count>,
@@ -45,7 +64,7 @@ impl ClientCount {
     /// # Cancel safety
     ///
     /// Safe: no count is lost, because the server keeps it.
-    pub async fn last_left(&mut self) {
+    pub async fn wait_until_unused(&mut self) {
         let left = |count: &Count| count.total > 0 && count.present == 0;
         let server_is_gone = self.count.wait_for(left).await.is_err();
         if server_is_gone {
@@ -282,7 +301,7 @@ mod tests {
         assert_eq!((count.present(), count.total()), (2, 2));
         drop(first);
         let waiting = tokio::spawn(async move {
-            count.last_left().await;
+            count.wait_until_unused().await;
             (count.present(), count.total())
         });
         tokio::task::yield_now().await;
@@ -295,7 +314,7 @@ mod tests {
     async fn a_server_nobody_has_used_yet_has_not_been_left() {
         let clients = Clients::new();
         let mut count = clients.subscribe();
-        let waiting = tokio::spawn(async move { count.last_left().await });
+        let waiting = tokio::spawn(async move { count.wait_until_unused().await });
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished());
         drop(enter(&clients, "", &export()));

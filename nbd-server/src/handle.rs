@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use crate::ExportRegistry;
-use crate::clients::{Clients, ConnectedClient};
+use crate::clients::{ClientCount, Clients, ConnectedClient};
 use crate::export::ExportEntry;
 use crate::overview::{Gauges, ServerStatistics};
 
@@ -62,6 +62,12 @@ impl ServerHandle {
     #[must_use]
     pub fn clients(&self) -> Vec<ConnectedClient> {
         self.clients.list()
+    }
+
+    /// Returns the numbers of clients, now and in total. It can be waited for their last one.
+    #[must_use]
+    pub fn client_count(&self) -> ClientCount {
+        self.clients.subscribe()
     }
 
     /// Returns what the server has done and does now. The numbers are read one after the other

@@ -60,12 +60,6 @@ impl BoundAddress {
         };
         NbdUri::new(transport, name)
     }
-
-    /// Returns true for a TCP address that other machines can reach.
-    #[must_use]
-    pub fn is_public(&self) -> bool {
-        matches!(self, Self::Tcp(address) if !address.ip().is_loopback())
-    }
 }
 
 /// The host under which a client on this machine reaches a socket.

@@ -156,6 +156,20 @@ pub enum Permission {
 }
 
 /// The access rules of an export. By default every client may do everything.
+///
+/// The rules are applied in this order: clients that match a rule of
+/// [`read_only`](Self::read_only) may read, those that match one of [`allow`](Self::allow) may do
+/// everything, and all others what is set for others.
+///
+/// ```
+/// use nbd_server::{AccessRules, ClientRule};
+///
+/// // One network may write, and everyone else may read.
+/// let writers = ClientRule::Network("192.0.2.0/24".parse()?);
+/// let rules = AccessRules::new().allow(writers).read_only_for_others();
+/// # assert!(!rules.is_empty());
+/// # Ok::<(), String>(())
+/// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AccessRules {
     allow: Vec<ClientRule>,
@@ -185,9 +199,10 @@ impl AccessRules {
         self
     }
 
-    /// Allows all clients that match no other rule to read.
+    /// Allows clients that match no rule to read. Without it they may do nothing if there is a rule
+    /// of [`allow`](Self::allow), and otherwise everything.
     #[must_use]
-    pub const fn others_read(mut self) -> Self {
+    pub const fn read_only_for_others(mut self) -> Self {
         self.others_read = true;
         self
     }
@@ -295,7 +310,7 @@ mod tests {
         assert_eq!(permissions(&none), [Permission::Full, Permission::Full]);
         let allowed = none.clone().allow(local());
         assert_eq!(permissions(&allowed), [Permission::Full, Permission::Denied]);
-        let others_read = allowed.clone().others_read();
+        let others_read = allowed.clone().read_only_for_others();
         assert_eq!(permissions(&others_read), [Permission::Full, Permission::ReadOnly]);
         let both = allowed.read_only(local());
         assert_eq!(permissions(&both), [Permission::ReadOnly, Permission::Denied]);

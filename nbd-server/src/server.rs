@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use crate::acceptor::{Acceptor, MOST_UNGREETED};
 use crate::access::Access;
 use crate::budget::Budget;
-use crate::clients::{ClientCount, Clients};
+use crate::clients::Clients;
 use crate::connection::{Pauses, PollSlots, Shared};
 use crate::export::{Export, ExportEntry, ExportRegistry};
 use crate::handle::ServerHandle;
@@ -98,13 +98,6 @@ impl Server {
     ) -> Self {
         self.access.set_resolver(resolver);
         self
-    }
-
-    /// Returns the usage of the exports, for callers that end a server when its work is done. Call
-    /// it before [`Server::serve`] consumes the server.
-    #[must_use]
-    pub fn client_count(&self) -> ClientCount {
-        self.clients.subscribe()
     }
 
     /// Returns the interface to the running server. Call it before [`Server::serve`] consumes the

@@ -247,9 +247,14 @@ async fn serve_while_running(
     Ok(Outcome::Status(status?))
 }
 
+/// Returns true for an address that other machines can reach.
+fn is_exposed(address: &BoundAddress) -> bool {
+    matches!(address, BoundAddress::Tcp(address) if !address.ip().is_loopback())
+}
+
 fn warn_of_exposure(bound: &[BoundAddress], tls: &TlsMode, and_change: &str) {
     let Some(why) = tls::exposure(tls) else { return };
-    for address in bound.iter().filter(|address| address.is_public()) {
+    for address in bound.iter().filter(|address| is_exposed(address)) {
         warn(&format!(
             "{address} can be reached by other machines, and anyone who can reach it can \
              read{and_change} the disk: {why}; use TLS with credentials, 127.0.0.1, --socket or a \

@@ -89,8 +89,7 @@ impl ReadMap {
     }
 
     /// A map of `length` bytes that are read from the export.
-    #[must_use]
-    pub fn of_export(length: usize) -> Self {
+    pub(crate) fn of_export(length: usize) -> Self {
         let mut map = Self::default();
         map.push_export(length);
         map

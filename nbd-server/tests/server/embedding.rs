@@ -201,3 +201,29 @@ fn exports_are_resolved_by_name_when_clients_ask_and_flushed_at_the_end() {
     runtime.block_on(server.wait()).unwrap();
     assert_eq!(disk.flushes.load(Ordering::SeqCst), before + 1);
 }
+
+#[test]
+fn a_server_for_one_job_ends_with_its_last_client() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let runtime = runtime();
+    let mut server = Server::new(ServerConfig::default(), registry(memory()));
+    runtime.block_on(server.listen(&ListenAddress::Unix(path.clone()))).unwrap();
+    let mut server = runtime.block_on(async { server.start() });
+    let mut count = server.handle().client_count();
+    let waiting = runtime.spawn(async move {
+        count.wait_until_unused().await;
+        (count.present(), count.total())
+    });
+    // One that selects no export does not count.
+    drop(UnixStream::connect(&path).unwrap());
+    let connect = || Client::on(UnixStream::connect(&path).unwrap(), ReplyMode::Simple, "");
+    let (first, mut second) = (connect().unwrap(), connect().unwrap());
+    drop(first);
+    assert_eq!(second.read(0, 3), [0; 3]);
+    assert!(!waiting.is_finished());
+    drop(second);
+    assert_eq!(runtime.block_on(waiting).unwrap(), (0, 2));
+    server.shutdown();
+    runtime.block_on(server.wait()).unwrap();
+}

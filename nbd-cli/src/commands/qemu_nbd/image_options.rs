@@ -183,7 +183,7 @@ impl Described {
                         Met::NoFormat => &mut disk.window,
                         Met::Format => &mut disk.part,
                     };
-                    *above = window.narrowed(*above).map_err(|error| error.to_string())?;
+                    *above = above.within(window).map_err(|error| error.to_string())?;
                     options = disk.format_driver("raw", options, depth)?;
                 }
                 "qcow2" if met == Met::NoFormat => {

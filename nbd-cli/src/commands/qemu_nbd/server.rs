@@ -71,12 +71,12 @@ async fn serve(
 ) -> Result<(), Refusal> {
     let _pid_file = options.pid_file.as_deref().map(PidFile::write).transpose()?;
     daemon::ready(role, options)?;
-    let mut clients = server.client_count();
+    let mut clients = server.handle().client_count();
     let persistent = options.persistent;
     let ended = async move {
         match persistent {
             true => std::future::pending().await,
-            false => clients.last_left().await,
+            false => clients.wait_until_unused().await,
         }
     };
     Ok(serve_until_signal(server, signals, ended).await?)

@@ -210,7 +210,7 @@ fn check_aio(options: &Options) -> Result<(), String> {
 }
 
 fn choices(options: &Options, disk: &Described) -> Result<ServeOptions, String> {
-    let window = disk.window.narrowed(Window { offset: options.offset, size: None });
+    let window = Window { offset: options.offset, size: None }.within(disk.window);
     let window = window.map_err(|error| error.to_string())?;
     let writes = match (options.read_only || disk.read_only, options.temporary) {
         (true, _) => Writes::Refused,

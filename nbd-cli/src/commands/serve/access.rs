@@ -137,7 +137,7 @@ impl AccessArgs {
         for rule in self.readonly_for.iter().filter(concerns) {
             rules = match &rule.clients {
                 Clients::Matching(clients) => rules.read_only(clients.clone()),
-                Clients::Others => rules.others_read(),
+                Clients::Others => rules.read_only_for_others(),
             };
         }
         let mut of_client = Quota::default();

@@ -74,21 +74,30 @@ impl Window {
         }
     }
 
-    /// The part `of_this` of this part.
+    /// This part of the part `outer` of a disk, as a part of that disk.
+    ///
+    /// ```
+    /// # use nbd_server::export::filters::Window;
+    /// let partition = Window { offset: 1 << 20, size: Some(1 << 30) };
+    /// let end = Window { offset: 1 << 29, size: None };
+    /// let expected = Window { offset: (1 << 20) + (1 << 29), size: Some(1 << 29) };
+    /// assert_eq!(end.within(partition)?, expected);
+    /// # Ok::<(), nbd_server::export::filters::WindowError>(())
+    /// ```
     ///
     /// # Errors
     ///
-    /// [`WindowError`] if it does not lie within this one.
-    pub fn narrowed(self, of_this: Self) -> Result<Self, WindowError> {
-        let size = match self.size {
-            None => of_this.size,
+    /// [`WindowError`] if this part does not lie within `outer`.
+    pub fn within(self, outer: Self) -> Result<Self, WindowError> {
+        let size = match outer.size {
+            None => self.size,
             Some(whole) => {
-                of_this.check(whole)?;
-                Some(of_this.size.unwrap_or(whole.saturating_sub(of_this.offset)))
+                self.check(whole)?;
+                Some(self.size.unwrap_or(whole.saturating_sub(self.offset)))
             }
         };
-        let offset = self.offset.checked_add(of_this.offset);
-        let offset = offset.ok_or(WindowError::OffsetOverflow { offset: of_this.offset })?;
+        let offset = outer.offset.checked_add(self.offset);
+        let offset = offset.ok_or(WindowError::OffsetOverflow { offset: self.offset })?;
         Ok(Self { offset, size })
     }
 
@@ -239,7 +248,7 @@ mod tests {
         assert_eq!(refused(offset, Some(size)), too_large);
         let outer = Window { offset: u64::MAX, size: None };
         let inner = Window { offset: 1, size: None };
-        assert_eq!(outer.narrowed(inner), Err(WindowError::OffsetOverflow { offset: 1 }));
+        assert_eq!(inner.within(outer), Err(WindowError::OffsetOverflow { offset: 1 }));
     }
 
     /// A disk that takes whole sectors only.
