@@ -79,8 +79,9 @@ impl OpenPolicy {
         Self { files: FileRule::Beneath(directory.into()), ..Self::default() }
     }
 
-    /// Detects the format of a backing file from its first bytes if the image does not record it. A
-    /// guest may have written those bytes.
+    /// Detects the format of a backing file from its first bytes if the image does not record it,
+    /// as QEMU does. By default such an image is refused: a guest may have written
+    /// those bytes, and with them the name of a file to read. For images whose guests are trusted.
     #[must_use]
     pub fn allow_format_probe(mut self) -> Self {
         self.missing_format = MissingFormat::Probe;

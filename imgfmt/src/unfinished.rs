@@ -32,6 +32,26 @@ const COMPLETE: u8 = 2;
 ///
 /// Its contents are useless before it is complete, so until then [`sync`](Storage::sync) does
 /// nothing.
+///
+/// A raw disk is written to a device in this way:
+///
+/// ```no_run
+/// use std::sync::Arc;
+///
+/// use imgfmt::storage::FileStorage;
+/// use imgfmt::{Access, Durability, Format, Image, Locking, OpenOptions, Unfinished};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let device = FileStorage::open_device("/dev/vg/disk".as_ref(), Locking::Auto)?;
+/// let unfinished = Arc::new(Unfinished::new(Arc::new(device))?);
+/// let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+/// let disk = Image::from_storage(unfinished.clone(), &options)?;
+/// disk.write_at(0.into(), &[1; 1 << 20], Durability::Cached)?;
+/// disk.close()?;
+/// unfinished.complete()?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Unfinished {
     inner: Arc<dyn Storage>,

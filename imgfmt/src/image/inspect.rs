@@ -32,7 +32,25 @@ impl Image {
     }
 
     /// Returns information about the image in any storage, like
-    /// [`inspect_file`](Self::inspect_file).
+    /// [`inspect_file`](Self::inspect_file): in memory, on a server, or within another image.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    ///
+    /// use imgfmt::storage::MemoryStorage;
+    /// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("upload.qcow2");
+    /// # Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 30))?;
+    /// let upload: Vec<u8> = std::fs::read(&path)?;
+    /// let storage = Arc::new(MemoryStorage::from_bytes(&upload));
+    /// let info = Image::inspect_storage(storage, &OpenOptions::new())?;
+    /// assert_eq!((info.format, info.size), (Format::Qcow2, 1 << 30));
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

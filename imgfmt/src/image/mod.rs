@@ -107,8 +107,23 @@ impl Image {
         self.chain.top.writable()
     }
 
-    /// The sizes of the disks of all layers in bytes, from the image itself to the last backing file. A
-    /// layer may be shorter than those above it.
+    /// The sizes of the disks of all layers in bytes, from the image itself to the last backing
+    /// file. [`Extent::depth`](crate::Extent::depth) 1 is the first of them. A layer may be shorter
+    /// than those above it; what is beyond its end reads as zero.
+    ///
+    /// ```
+    /// use imgfmt::{CreateOptions, Format, Image};
+    ///
+    /// # fn main() -> imgfmt::Result<()> {
+    /// # let directory = tempfile::tempdir().expect("a directory for the example");
+    /// # let (base, top) = (directory.path().join("base.img"), directory.path().join("top.qcow2"));
+    /// Image::create(&base, &CreateOptions::new(Format::Raw, 1 << 20))?;
+    /// let mut larger = CreateOptions::overlay("base.img", Format::Raw);
+    /// larger.size = Some(3 << 20);
+    /// assert_eq!(Image::create(&top, &larger)?.layer_sizes(), [3 << 20, 1 << 20]);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn layer_sizes(&self) -> Vec<u64> {
         let below = self.chain.below.iter().map(BackingLayer::size);
         std::iter::once(self.size()).chain(below).collect()

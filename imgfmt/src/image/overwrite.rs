@@ -9,7 +9,30 @@ impl Image {
     /// [`complete_overwrite`](Self::complete_overwrite) it is neither the old disk nor the new one.
     /// A qcow2 image of version 3 says so durably from now on, and this crate and QEMU refuse to
     /// open it, except with [`IncompleteDisk::Accepted`](crate::IncompleteDisk). Raw images and
-    /// version 2 have no place for that.
+    /// version 2 have no place for that. Snapshots and bitmaps of the image stay.
+    ///
+    /// ```
+    /// use imgfmt::{CreateOptions, Durability, Format, Image, IncompleteDisk, OpenOptions};
+    ///
+    /// # fn main() -> imgfmt::Result<()> {
+    /// # let directory = tempfile::tempdir().expect("a directory for the example");
+    /// # let path = directory.path().join("disk.qcow2");
+    /// let disk = Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 20))?;
+    /// disk.begin_overwrite()?;
+    /// disk.write_at(0.into(), &[1; 1000], Durability::Cached)?;
+    /// drop(disk); // As if the program had been killed.
+    /// assert!(Image::open(&path, &OpenOptions::new()).is_err());
+    ///
+    /// let again = OpenOptions::new().access(imgfmt::Access::ReadWrite);
+    /// let disk = Image::open(&path, &again.incomplete(IncompleteDisk::Accepted))?;
+    /// disk.begin_overwrite()?;
+    /// disk.write_at(0.into(), &[1; 1 << 20], Durability::Cached)?;
+    /// disk.complete_overwrite()?;
+    /// disk.close()?;
+    /// Image::open(&path, &OpenOptions::new())?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     ///

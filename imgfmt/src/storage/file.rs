@@ -102,12 +102,13 @@ impl FileStorage {
         Ok(storage)
     }
 
-    /// Opens a block device for writing that is neither mounted nor a part of another one, and
-    /// prevents both while it is open.
+    /// Opens a block device for writing, exclusively: it fails if the device is mounted or a part
+    /// of another one (RAID, LVM), and prevents both while it is open. For a program that overwrites
+    /// a whole device; see [`Unfinished`](crate::Unfinished).
     ///
     /// # Errors
     ///
-    /// `Busy` if it is, otherwise as [`open`](Self::open).
+    /// `Busy` if it is in use in this way, otherwise as [`open`](Self::open).
     pub fn open_device(path: &Path, locking: Locking) -> Result<Self> {
         // By the descriptor that writes: the kernel refuses some requests of others meanwhile.
         Self::open_with(path, Access::ReadWrite, locking, OFlags::EXCL)

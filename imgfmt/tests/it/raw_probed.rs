@@ -1,7 +1,10 @@
 //! A guest cannot turn a raw disk that was found by probing into an image of another format
 //! (CVE-2008-2004).
 
-use imgfmt::{Access, Durability, ErrorKind, Format, Image, OpenOptions, Speed, ZeroMode};
+use imgfmt::{
+    Access, CreateOptions, Durability, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Speed,
+    ZeroMode,
+};
 use tempfile::NamedTempFile;
 
 use crate::common::{at, range};
@@ -52,4 +55,26 @@ fn an_image_said_to_be_raw_takes_anything() {
     let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
     let image = Image::open(file.path(), &options).unwrap();
     image.write_at(at(0), QCOW2_START, Durability::Cached).unwrap();
+}
+
+#[test]
+fn a_backing_file_without_a_recorded_format_is_probed_only_if_the_policy_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let (base, top) = (directory.path().join("base.qcow2"), directory.path().join("top.qcow2"));
+    let image = Image::create(&base, &CreateOptions::new(Format::Qcow2, 1 << 20)).unwrap();
+    image.write_at(at(70_000), b"below", Durability::Cached).unwrap();
+    image.close().unwrap();
+    Image::create(&top, &CreateOptions::overlay("base.qcow2", Format::Qcow2)).unwrap();
+    // The extension that has the format gets a type that nobody knows.
+    let mut bytes = std::fs::read(&top).unwrap();
+    let place = bytes[..4096].windows(4).position(|part| part == [0xe2, 0x79, 0x2a, 0xca]);
+    bytes[place.unwrap()] = 0x12;
+    std::fs::write(&top, bytes).unwrap();
+    let error = Image::open(&top, &OpenOptions::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::PolicyDenied, "{error}");
+    let policy = OpenPolicy::new().allow_format_probe();
+    let image = Image::open(&top, &OpenOptions::new().policy(policy)).unwrap();
+    let mut found = [0; 5];
+    image.read_at(at(70_000), &mut found).unwrap();
+    assert_eq!(&found, b"below");
 }
