@@ -18,7 +18,6 @@ mod image_format;
 mod location_parser;
 pub mod locking;
 mod logging;
-pub mod monitor;
 mod output;
 mod progress;
 mod qemu_numbers;

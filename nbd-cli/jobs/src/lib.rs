@@ -23,8 +23,9 @@
 //! A server is a [`Location`] as well: `"nbd://localhost/disk".parse()?`. [`backup()`] makes full
 //! and incremental backups of served disks, also of a checkpoint, and [`restore()`] restores them.
 //! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
-//! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`,
-//! and [`serving`] makes exports of images.
+//! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`, and
+//! [`serving`] makes exports of images. The feature `monitor` serves metrics and a status page of any
+//! `nbd-server`.
 //!
 //! # Jobs
 //!
@@ -51,6 +52,8 @@ pub mod frozen_bits;
 pub mod key_values;
 mod lanes;
 mod location;
+#[cfg(feature = "monitor")]
+pub mod monitor;
 mod observer;
 pub mod qemu_name;
 pub mod remote;
@@ -59,6 +62,8 @@ mod restore;
 pub mod serving;
 pub mod target;
 pub mod text;
+#[cfg(feature = "server")]
+mod unix_socket;
 
 pub use self::backup::{
     BackedUp, BackupOptions, BackupSource, Leftover, Sharing, UnknownBase, backup,

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_jobs::control::server::{ControlSocket, Controller, ServedDisks};
+use nbd_jobs::monitor::{Monitor, MonitorError, RunningMonitor};
 use nbd_jobs::serving::PrivateDirectory;
 use nbd_server::tls::TlsMode;
 use nbd_server::{BoundAddress, ExportRegistry, ListenAddress, Server, ServerConfig};
@@ -37,7 +38,6 @@ pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};
 use crate::logging;
-use crate::monitor::{Monitor, RunningMonitor};
 use crate::output::warn;
 use crate::serving::background::{self, Role};
 pub use crate::serving::{Aio, BitmapDurability, CacheMode, DetectZeroes, Discard};
@@ -188,7 +188,8 @@ fn check(args: &ServeArgs, tls: &TlsMode, exports: &[ExportSpec]) -> Result<Outc
 /// which has to happen before the file of the process id goes.
 fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, CommandError> {
     let Some(address) = &args.metrics else { return Ok(None) };
-    let monitor = Monitor::open(address)?;
+    let explained = |error: MonitorError| CommandError::new(error.to_string());
+    let monitor = Monitor::open(address).map_err(explained)?;
     let (shown, is_public) = monitor.address();
     tracing::info!(address = %shown, "status page and metrics");
     if is_public {
@@ -198,7 +199,7 @@ fn monitor(args: &ServeArgs, server: &Server) -> Result<Option<RunningMonitor>, 
              firewall"
         ));
     }
-    monitor.start(server.handle()).map(Some)
+    monitor.start(server.handle()).map(Some).map_err(explained)
 }
 
 /// Opens all sources, on a separate thread: opening a layer on another server blocks.

@@ -107,7 +107,7 @@ fn a_browser_shows_the_numbers_of_map() {
 
 #[test]
 fn the_page_refers_to_nothing_elsewhere() {
-    let page = include_str!("../../src/monitor/page.html");
+    let page = include_str!("../../jobs/src/monitor/page.html");
     for outside in ["http://", "https://", "//cdn", "@import", "src="] {
         let found: Vec<_> = page.lines().filter(|line| line.contains(outside)).collect();
         let allowed = |line: &&str| line.contains("http://www.w3.org/2000/svg");

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use nbd_jobs::monitor::MetricsAddress;
 
 use super::address::TcpAddress;
 use super::export::ExportArgs;
 use super::socket_file::SocketFileArgs;
 use super::tls::TlsArgs;
-use crate::monitor::MetricsAddress;
 use crate::serving::Aio;
 use crate::serving::background::Role;
 use crate::size::{ByteSize, parse_busy_poll, parse_duration, parse_limit};

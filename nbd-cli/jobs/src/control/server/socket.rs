@@ -2,15 +2,11 @@
 
 use std::fmt;
 use std::io;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::{Mode, fchmod};
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
-};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -20,6 +16,7 @@ use super::event::ControlEvent;
 use super::lines::{Line, Lines};
 use super::slots::{Activity, ClientSlot, ClientSlots};
 use crate::control::{ErrorKind, Failure, Lifetime, MAX_LINE_LEN, Request, decode, encode};
+use crate::unix_socket::{SocketFile, listen_privately};
 
 /// Backlog of the listening socket: a burst of clients is not refused.
 const BACKLOG: i32 = 1024;
@@ -36,9 +33,7 @@ const WAIT_FOR_SLOT: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub struct ControlSocket {
     listener: UnixListener,
-    path: PathBuf,
-    /// Device and inode number of the socket's file: another file in its place is left alone.
-    identity: (u64, u64),
+    _file: SocketFile,
 }
 
 impl ControlSocket {
@@ -66,19 +61,8 @@ impl ControlSocket {
         }
         remove_stale(path)?;
         let open = || -> io::Result<Self> {
-            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-            // Before there is a file: it has these permissions from the start.
-            fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-            bind(&socket, &SocketAddrUnix::new(path)?)?;
-            listen(&socket, BACKLOG)?;
-            let listener = std::os::unix::net::UnixListener::from(socket);
-            let metadata = std::fs::symlink_metadata(path)?;
-            Ok(Self {
-                listener: UnixListener::from_std(listener)?,
-                path: std::path::absolute(path)?,
-                identity: (metadata.dev(), metadata.ino()),
-            })
+            let (listener, file) = listen_privately(path, BACKLOG)?;
+            Ok(Self { listener: UnixListener::from_std(listener)?, _file: file })
         };
         open().map_err(|error| ControlSocketError::Unusable { path: path.to_path_buf(), error })
     }
@@ -123,16 +107,6 @@ async fn slot_among(slots: &ClientSlots) -> Option<ClientSlot> {
         }
     }
     slots.take()
-}
-
-impl Drop for ControlSocket {
-    fn drop(&mut self) {
-        let found = std::fs::symlink_metadata(&self.path);
-        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
-            // There is no remedy for a directory that does not allow it any more.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }
 
 /// The reason why a control socket cannot be opened.

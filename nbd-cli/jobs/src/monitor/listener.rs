@@ -3,9 +3,9 @@
 use std::fmt;
 use std::io;
 use std::net::{TcpListener as StdTcpListener, ToSocketAddrs as _};
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixListener as StdUnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +17,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::address::MetricsAddress;
+use super::error::{MonitorError, in_words};
 use super::http::Site;
-use crate::error::CommandError;
+use crate::unix_socket::{SocketFile, listen_privately};
 
 /// Most connections at a time; further ones wait.
 const MAX_CONNECTIONS: usize = 32;
@@ -32,6 +33,8 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
 const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// A pause after the system had no descriptor for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// A socket that listens.
 pub(super) struct MonitorListener {
@@ -44,39 +47,13 @@ enum Kind {
     Unix(StdUnixListener, SocketFile),
 }
 
-/// The file of a unix socket, removed with it.
-struct SocketFile {
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let found = std::fs::symlink_metadata(&self.path);
-        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
-            // There is no remedy for a directory that does not allow it any more.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
 impl MonitorListener {
-    pub(super) fn open(address: &MetricsAddress) -> Result<Self, CommandError> {
+    pub(super) fn open(address: &MetricsAddress) -> Result<Self, MonitorError> {
         let (opened, text) = match address {
             MetricsAddress::Tcp { host, port } => (open_tcp(host, *port), format!("{host}:{port}")),
             MetricsAddress::Unix(path) => (open_unix(path), path.display().to_string()),
         };
-        let kind = opened.map_err(|error| {
-            let why = match error.kind() {
-                io::ErrorKind::AddrInUse => "another program listens there".to_owned(),
-                io::ErrorKind::PermissionDenied => "that is not permitted".to_owned(),
-                _ => in_words(&error),
-            };
-            CommandError::new(format!(
-                "the metrics cannot be served at '{text}': {why}; give another address for \
-                 --metrics"
-            ))
-        })?;
+        let kind = opened.map_err(|error| MonitorError::Address { address: text, error })?;
         let host = match address {
             MetricsAddress::Tcp { host, .. } => Some(host.clone()),
             MetricsAddress::Unix(_) => None,
@@ -126,16 +103,8 @@ impl fmt::Display for MonitorListener {
                 Ok(address) => write!(f, "http://{address}/"),
                 Err(_) => f.write_str("http://?/"),
             },
-            Kind::Unix(_, file) => write!(f, "unix:{}", file.path.display()),
+            Kind::Unix(_, file) => write!(f, "unix:{}", file.path().display()),
         }
-    }
-}
-
-fn in_words(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((words, _)) => words.to_lowercase(),
-        None => text,
     }
 }
 
@@ -149,19 +118,8 @@ fn open_tcp(host: &str, port: u16) -> io::Result<Kind> {
 /// Only programs of the same user may connect, as to the control socket.
 fn open_unix(path: &Path) -> io::Result<Kind> {
     remove_stale(path)?;
-    let listener = bind_private(path)?;
-    listener.set_nonblocking(true)?;
-    let metadata = std::fs::symlink_metadata(path)?;
-    let identity = (metadata.dev(), metadata.ino());
-    Ok(Kind::Unix(listener, SocketFile { path: path.to_owned(), identity }))
-}
-
-fn bind_private(path: &Path) -> io::Result<StdUnixListener> {
-    // No other thread makes files while the program starts.
-    let before = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-    let listener = StdUnixListener::bind(path);
-    rustix::process::umask(before);
-    listener
+    let (listener, file) = listen_privately(path, BACKLOG)?;
+    Ok(Kind::Unix(listener, file))
 }
 
 /// Removes the socket of a program that has ended.

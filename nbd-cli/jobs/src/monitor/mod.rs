@@ -4,6 +4,7 @@
 
 mod address;
 mod disk_map;
+mod error;
 mod http;
 mod listener;
 mod prometheus;
@@ -15,18 +16,18 @@ use nbd_server::ServerHandle;
 
 pub use self::address::MetricsAddress;
 use self::disk_map::DiskMaps;
+pub use self::error::MonitorError;
 use self::http::Site;
 use self::listener::MonitorListener;
-use crate::error::CommandError;
 
 /// The socket of the monitor, before it answers.
-pub(crate) struct Monitor {
+pub struct Monitor {
     listener: MonitorListener,
 }
 
 /// A monitor that answers until this is dropped, and holds the exports until then: drop it before the
 /// images have to be closed.
-pub(crate) struct RunningMonitor {
+pub struct RunningMonitor {
     maps: DiskMaps,
     stop: Option<tokio::sync::oneshot::Sender<()>>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -38,12 +39,12 @@ impl Monitor {
     /// # Errors
     ///
     /// If the address is in use or not permitted.
-    pub(crate) fn open(address: &MetricsAddress) -> Result<Self, CommandError> {
+    pub fn open(address: &MetricsAddress) -> Result<Self, MonitorError> {
         Ok(Self { listener: MonitorListener::open(address)? })
     }
 
     /// Returns the address that clients use, and whether other machines can reach it.
-    pub(crate) fn address(&self) -> (String, bool) {
+    pub fn address(&self) -> (String, bool) {
         (self.listener.to_string(), self.listener.is_public())
     }
 
@@ -52,10 +53,11 @@ impl Monitor {
     /// # Errors
     ///
     /// If the system has no thread for it.
-    pub(crate) fn start(self, server: ServerHandle) -> Result<RunningMonitor, CommandError> {
-        let cannot = |error| CommandError::new(format!("cannot start the status page: {error}"));
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(cannot)?;
+    pub fn start(self, server: ServerHandle) -> Result<RunningMonitor, MonitorError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(MonitorError::Thread)?;
         let maps = DiskMaps::default();
         let site = Arc::new(Site::new(server, maps.clone(), self.listener.host()));
         let (stop, stopped) = tokio::sync::oneshot::channel();
@@ -72,7 +74,7 @@ impl Monitor {
                 // Walks over disks end at their next step.
                 runtime.shutdown_background();
             })
-            .map_err(cannot)?;
+            .map_err(MonitorError::Thread)?;
         Ok(RunningMonitor { maps, stop: Some(stop), thread: Some(thread) })
     }
 }

@@ -1,0 +1,57 @@
+//! Unix sockets that only this user can use.
+
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+
+/// The file of a listening socket. Removed on drop.
+#[derive(Debug)]
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    /// Device and inode number: another file in its place is left alone.
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// Returns its absolute path.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let found = std::fs::symlink_metadata(&self.path);
+        if found.is_ok_and(|found| (found.dev(), found.ino()) == self.identity) {
+            // There is no remedy for a directory that does not allow it any more.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Listens on a new socket, which does not block, with the mode 0600.
+///
+/// # Errors
+///
+/// Those of the system.
+pub(crate) fn listen_privately(
+    path: &Path,
+    backlog: i32,
+) -> io::Result<(UnixListener, SocketFile)> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // Before there is a file: it has these permissions from the start.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, backlog)?;
+    let metadata = std::fs::symlink_metadata(path)?;
+    let identity = (metadata.dev(), metadata.ino());
+    let file = SocketFile { path: std::path::absolute(path)?, identity };
+    Ok((UnixListener::from(socket), file))
+}
