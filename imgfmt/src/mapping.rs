@@ -40,6 +40,9 @@ pub enum Mapped {
     Partial,
     /// As with `Partial`; with [`Lookup::CachedOnly`] more cannot be told.
     WouldBlock,
+    /// As with `WouldBlock`, but only the holes of a file are missing: the system tells them without
+    /// reading data.
+    HolesUnknown,
 }
 
 /// A part of a disk that is of one kind throughout.

@@ -61,7 +61,7 @@ pub(crate) fn try_read_at(
     };
     let mut walk = Walk::new(holes, Lookup::CachedOnly, &mut visit);
     match layer.map(range, &mut walk)? {
-        Mapped::WouldBlock => Ok(TryRead::WouldBlock),
+        Mapped::WouldBlock | Mapped::HolesUnknown => Ok(TryRead::WouldBlock),
         Mapped::Complete | Mapped::Partial => Ok(outcome),
     }
 }
@@ -125,7 +125,7 @@ pub(crate) fn map(
         Ok((inside.range.is_empty() || each(inside)) && (behind.range.is_empty() || each(behind)))
     };
     let mapped = layer.map(range, &mut Walk::new(holes, lookup, &mut visit))?;
-    Ok(if is_unknown { Mapped::WouldBlock } else { mapped })
+    Ok(if is_unknown { Mapped::HolesUnknown } else { mapped })
 }
 
 /// Splits stored bytes where the storage, of `length` bytes, ends: what follows reads as zero, but is

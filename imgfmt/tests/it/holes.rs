@@ -34,7 +34,7 @@ fn parts(image: &Image, offset: u64, length: u64, lookup: Lookup) -> Option<Vec<
     match mapped.unwrap() {
         Mapped::Complete => assert_eq!(next, offset + length),
         Mapped::Partial => panic!("all was wanted"),
-        Mapped::WouldBlock => return None,
+        Mapped::WouldBlock | Mapped::HolesUnknown => return None,
     }
     Some(parts)
 }
@@ -62,6 +62,8 @@ fn data_of_a_sparse_file_is_remembered_and_holes_are_asked_for_each_time() {
     let disk = open(&path, Format::Raw);
     let whole = [(MIB, true), (MIB, false), (2 * MIB, true)];
     assert_eq!(parts(&disk, MIB, MIB, Lookup::CachedOnly), None, "nothing is known at first");
+    let mapped = disk.map(range(MIB, MIB), Holes::Told, Lookup::CachedOnly, |_| true).unwrap();
+    assert_eq!(mapped, Mapped::HolesUnknown, "no metadata is missing");
     assert_eq!(parts(&disk, 0, 4 * MIB, Lookup::MayRead).unwrap(), whole);
     assert_eq!(parts(&disk, MIB, MIB, Lookup::CachedOnly).unwrap(), [(MIB, false)]);
     assert_eq!(parts(&disk, 0, 4 * MIB, Lookup::CachedOnly), None);

@@ -114,10 +114,14 @@ pub(super) fn map_in_place(
     length: usize,
     holes: Holes,
     map: &mut ReadMap,
-) -> bool {
+) -> Mapped {
     let attempt =
         AssertUnwindSafe(|| export.map_read(offset, length, holes, Lookup::CachedOnly, map));
-    matches!(catch_unwind(attempt), Ok(Ok(Mapped::Complete))) && map.len() == length
+    match catch_unwind(attempt) {
+        Ok(Ok(Mapped::Complete)) if map.len() == length => Mapped::Complete,
+        Ok(Ok(Mapped::HolesUnknown)) => Mapped::HolesUnknown,
+        _ => Mapped::WouldBlock,
+    }
 }
 
 /// Finds out where the bytes of a range lie, if they lie in files.

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use super::answer::{Answer, Farewell, Held, Reply};
 use super::dispatch::{Step, Work};
 use super::durability::{DurableChange, FlushWaiter};
-use super::read_steps;
+use super::read_steps::{self, PartRead};
 use super::ring_read;
 use super::steps::{self, Progress};
 use crate::budget::{Budget, Permit};
@@ -146,7 +146,9 @@ impl Pool {
             let progress = steps::begin(&work);
             let durable = DurableChange::begin(&work, &self.entry, self.group);
             let job = Box::new(RequestJob { work, progress, durable, answer });
-            if let Err(job) = self.read_by_ring(job) {
+            if let Err(mut job) = self.read_by_ring(job) {
+                let job_for_holes = || PartRead::for_holes(&job.work).map(Progress::Part);
+                job.progress = job.progress.take().or_else(job_for_holes);
                 self.lane.submit(job);
             }
         }

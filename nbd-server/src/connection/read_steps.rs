@@ -43,16 +43,31 @@ pub(super) fn read(work: &Work) -> Step {
     reader.finish(read)
 }
 
-/// The next part of a long READ whose reply may be split.
+/// The next part of a READ whose reply may be split: of a long one, or of one whose holes are not
+/// known.
 ///
-/// It is tried without waiting first, which is work that computes; what has to wait is of the other
-/// class for the queue.
+/// It is tried without waiting first, which is work that computes. Where holes have to be looked for
+/// that is work as well, of a few microseconds if the system has the extents of the file in memory:
+/// dozens of threads that do so would only take the processors from the connections. What has to wait
+/// for the disk is of a class of its own for the queue.
 #[derive(Debug)]
 pub(super) struct PartRead {
     class: Class,
 }
 
 impl PartRead {
+    /// For a request of any length, if the holes in its range are all that is not known.
+    pub(super) fn for_holes(work: &Work) -> Option<Self> {
+        let Work { export, encoder, request, done, .. } = work;
+        if !matches!(request.command, Command::Read(_)) {
+            return None;
+        }
+        let length = request.data_len().checked_sub(*done)?;
+        let (start, holes) = (request.offset + *done as u64, dispatch::holes_of(*encoder, request));
+        let mapped = dispatch::map_in_place(&**export, start, length, holes, &mut ReadMap::new());
+        (mapped == Mapped::HolesUnknown).then_some(Self { class: Class::Bulk })
+    }
+
     /// For a request that is longer than a step.
     pub(super) fn new(work: &Work) -> Option<Self> {
         let is_split = dispatch::holes_of(work.encoder, &work.request) == Holes::Told;
@@ -69,11 +84,12 @@ impl PartRead {
     pub(super) fn call(&mut self, work: &Work) -> Step {
         let mut reader = Reader::new(work, self.class);
         let read = reader.read();
-        if matches!(read, Err(Stop::WouldBlock)) && reader.answered == 0 {
-            self.class = Class::Wait;
-            return Step::Queue;
-        }
-        reader.finish(read)
+        self.class = match read {
+            Err(Stop::WouldBlock) if reader.answered == 0 => Class::Wait,
+            Err(Stop::HolesUnknown) => Class::Bulk,
+            read => return reader.finish(read),
+        };
+        Step::Queue
     }
 }
 
@@ -83,6 +99,8 @@ enum Stop {
     Full,
     /// It would have to be waited for.
     WouldBlock,
+    /// The system has to be asked where there are holes.
+    HolesUnknown,
     /// It cannot be read, from this offset (in bytes) on.
     Failed(ExportError, u64),
 }
@@ -113,7 +131,7 @@ impl<'a> Reader<'a> {
             self.work.encoder.success(self.work.request.tag(), &mut self.out);
             return Ok(());
         }
-        let map = self.map().ok_or(Stop::WouldBlock)?;
+        let map = self.map()?;
         let headers = map.segments().len() * ReplyEncoder::MAX_READ_HEADER_LEN;
         self.out.reserve_exact(map.data_len().min(self.room) + headers);
         for part in map.segments() {
@@ -122,20 +140,23 @@ impl<'a> Reader<'a> {
         if self.answered < self.length { Err(Stop::Full) } else { Ok(()) }
     }
 
-    /// What follows consists of, or its first part; `None` if that has to be waited for.
-    fn map(&self) -> Option<ReadMap> {
+    /// What follows consists of, or its first part.
+    fn map(&self) -> Result<ReadMap, Stop> {
         let Work { export, encoder, request, done, .. } = self.work;
         let start = request.offset + *done as u64;
         match (dispatch::holes_of(*encoder, request), self.class) {
-            (Holes::AsData, _) => Some(ReadMap::of_export(self.length)),
+            (Holes::AsData, _) => Ok(ReadMap::of_export(self.length)),
             (Holes::Told, Class::Wait | Class::Bulk) => {
-                Some(map_waiting(&**export, start, self.length))
+                Ok(map_waiting(&**export, start, self.length))
             }
             (Holes::Told, Class::Compute) => {
                 let mut map = ReadMap::new();
                 let holes = Holes::Told;
-                dispatch::map_in_place(&**export, start, self.length, holes, &mut map)
-                    .then_some(map)
+                match dispatch::map_in_place(&**export, start, self.length, holes, &mut map) {
+                    Mapped::Complete => Ok(map),
+                    Mapped::HolesUnknown => Err(Stop::HolesUnknown),
+                    Mapped::Partial | Mapped::WouldBlock => Err(Stop::WouldBlock),
+                }
             }
         }
     }
@@ -169,12 +190,12 @@ impl<'a> Reader<'a> {
         }
         let position = position(self.answered + length, self.length);
         match self.class {
-            Class::Wait | Class::Bulk => {
+            Class::Wait => {
                 let chunk = (at, length);
                 read_part(&**export, *encoder, request, chunk, position, &mut self.out)
                     .map_err(|(error, at)| Stop::Failed(error, at))?;
             }
-            Class::Compute => {
+            Class::Bulk | Class::Compute => {
                 let start = self.out.len();
                 encoder.data_header(request.tag(), at, length as u32, position, &mut self.out);
                 let data_start = self.out.len();
@@ -195,7 +216,7 @@ impl<'a> Reader<'a> {
     fn finish(mut self, read: Result<(), Stop>) -> Step {
         match read {
             Ok(()) => Step::Done(self.out, Outcome::Success),
-            Err(Stop::Full | Stop::WouldBlock) => {
+            Err(Stop::Full | Stop::WouldBlock | Stop::HolesUnknown) => {
                 Step::Part { bytes: self.out, done: self.work.done + self.answered }
             }
             Err(Stop::Failed(error, at)) => {

@@ -309,6 +309,7 @@ impl FastExport for ImageExport {
             imgfmt::Mapped::Complete => Ok(Mapped::Complete),
             imgfmt::Mapped::Partial => Ok(Mapped::Partial),
             imgfmt::Mapped::WouldBlock => Ok(Mapped::WouldBlock),
+            imgfmt::Mapped::HolesUnknown => Ok(Mapped::HolesUnknown),
         }
     }
 

@@ -41,8 +41,11 @@ pub enum Mapped {
     Complete,
     /// The map holds the first part of the range, and not nothing. With [`Lookup::MayRead`] only.
     Partial,
-    /// Metadata would have to be read first; the map is of no use.
+    /// Metadata would have to be read first; the map is of no use. With [`Lookup::CachedOnly`] only.
     WouldBlock,
+    /// As `WouldBlock`, but the system can tell what is missing without reading from the disk: it is
+    /// work for a processor, of which the server does little at a time.
+    HolesUnknown,
 }
 
 /// A part of a range.

@@ -4,6 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use imgfmt::{Access, CreateOptions, Format, Image, OpenOptions};
 use nbd_proto::transmission::{Command, Durability, Fragmentation};
@@ -239,7 +241,8 @@ fn zeroes_by_status(client: &mut Client, offset: u64, length: u64) -> Vec<bool> 
 /// Holes and data by turns of 64 KiB, with a bad sector. What can be told where it stands is.
 struct Striped {
     bad: u64,
-    is_prompt: bool,
+    /// What it knows without waiting.
+    known: Mapped,
 }
 
 impl Export for Striped {
@@ -283,8 +286,8 @@ impl FastExport for Striped {
         lookup: Lookup,
         map: &mut ReadMap,
     ) -> Result<Mapped, ExportError> {
-        if lookup == Lookup::CachedOnly && !self.is_prompt {
-            return Ok(Mapped::WouldBlock);
+        if lookup == Lookup::CachedOnly && self.known != Mapped::Complete {
+            return Ok(self.known);
         }
         let end = offset + length as u64;
         let mut at = offset;
@@ -303,15 +306,14 @@ impl FastExport for Striped {
 #[test]
 fn a_bad_sector_behind_holes_costs_what_follows_and_nothing_in_front() {
     let bad = 7 * 64 * KIB + 8192;
-    for (mode, is_prompt) in
-        [(CHUNKED[0], false), (CHUNKED[0], true), (CHUNKED[1], false), (CHUNKED[1], true)]
-    {
-        let server = TestServer::of(Striped { bad, is_prompt });
+    let known = [Mapped::Complete, Mapped::WouldBlock, Mapped::HolesUnknown];
+    for (mode, known) in CHUNKED.into_iter().flat_map(|mode| known.map(|known| (mode, known))) {
+        let server = TestServer::of(Striped { bad, known });
         let mut client = Client::connect(&server, mode);
         let outcome = client.request(512, MIB, &READ);
         let error = outcome.result.unwrap_err();
         assert_eq!((error.errno, error.offset), (Errno::EIO, Some(bad)));
-        assert_eq!(outcome.holes.len(), 4, "{mode:?} {is_prompt}");
+        assert_eq!(outcome.holes.len(), 4, "{mode:?} {known:?}");
         let end: usize = outcome.parts.iter().map(|(_, length)| length).sum();
         assert_eq!(end as u64 + 512, bad, "everything in front of it is answered");
         for (at, byte) in outcome.data[..end].iter().enumerate() {
@@ -371,4 +373,69 @@ fn an_export_that_cannot_tell_what_it_consists_of_is_read() {
     }
     assert_eq!(client.request(3, 100_000, &READ).result.unwrap_err().errno, Errno::EIO);
     assert_eq!(client.read(0, 1), [b'r']);
+}
+
+/// All hole, which takes a little work to find out.
+#[derive(Default)]
+struct SlowlyFoundHole {
+    lookups: AtomicUsize,
+    most: AtomicUsize,
+}
+
+impl Export for SlowlyFoundHole {
+    fn info(&self) -> ExportInfo {
+        ExportInfo::new(64 * MIB)
+    }
+
+    fn read_at(&self, _: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
+        buffer.fill(0);
+        Ok(())
+    }
+
+    fn fast(&self) -> Option<&dyn FastExport> {
+        Some(self)
+    }
+}
+
+impl FastExport for SlowlyFoundHole {
+    fn map_read(
+        &self,
+        _: u64,
+        length: usize,
+        _: Holes,
+        lookup: Lookup,
+        map: &mut ReadMap,
+    ) -> Result<Mapped, ExportError> {
+        if lookup == Lookup::CachedOnly {
+            return Ok(Mapped::HolesUnknown);
+        }
+        let lookups = self.lookups.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(lookups, Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(2));
+        self.lookups.fetch_sub(1, Ordering::SeqCst);
+        map.push_zero(length);
+        Ok(Mapped::Complete)
+    }
+}
+
+/// A flood of such reads had 32 threads look for holes at a time, and the clients of two processors
+/// waited for all of them.
+#[test]
+fn a_flood_of_reads_of_a_sparse_file_looks_for_holes_on_few_threads() {
+    let export = Arc::new(SlowlyFoundHole::default());
+    let server = TestServer::with(Default::default(), Arc::clone(&export) as _);
+    std::thread::scope(|scope| {
+        for number in 0..16 {
+            let server = &server;
+            scope.spawn(move || {
+                let mut client = Client::connect(server, CHUNKED[number % 2]);
+                for length in [4 * KIB, 64 * KIB, MIB, 8 * MIB] {
+                    let outcome = client.request(number as u64 * MIB, length, &READ);
+                    assert_eq!(outcome.holes, [(0, length as usize)]);
+                }
+            });
+        }
+    });
+    let (most, cores) = (export.most.load(Ordering::SeqCst), std::thread::available_parallelism());
+    assert!((1..=cores.unwrap().get()).contains(&most), "{most} threads at a time");
 }

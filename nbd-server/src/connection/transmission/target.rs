@@ -9,7 +9,7 @@ use super::super::dispatch::{self, Work};
 use super::super::handshake::Established;
 use super::super::writeback_errors::WritebackErrors;
 use crate::export::{
-    Export, ExportEntry, ExportError, Holes, MayBlock, Operation, ReadMap, TryRead,
+    Export, ExportEntry, ExportError, Holes, Mapped, MayBlock, Operation, ReadMap, TryRead,
 };
 use crate::statistics::Ticket;
 
@@ -95,7 +95,7 @@ impl Target {
         holes: Holes,
         map: &mut ReadMap,
     ) -> bool {
-        dispatch::map_in_place(&*self.export, offset, length, holes, map)
+        dispatch::map_in_place(&*self.export, offset, length, holes, map) == Mapped::Complete
     }
 
     fn execute(&self, request: &Request, payload: &[u8]) -> Result<(), ExportError> {

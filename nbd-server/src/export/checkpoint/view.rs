@@ -214,7 +214,7 @@ impl FastExport for PointInTimeView {
         }
         let mut of_disk = ReadMap::new();
         let mapped = self.disk.map_read(offset, length, holes, lookup, &mut of_disk)?;
-        if mapped == Mapped::WouldBlock {
+        if matches!(mapped, Mapped::WouldBlock | Mapped::HolesUnknown) {
             return Ok(mapped);
         }
         fence(Ordering::SeqCst);
