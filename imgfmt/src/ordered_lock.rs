@@ -45,25 +45,27 @@ pub(crate) mod rank {
     pub(crate) const RECENT_TABLES: u8 = 12;
     /// An L2 table is changed, or looked at as a whole.
     pub(crate) const TABLE: u8 = 13;
-    pub(crate) const L2_PLACES: u8 = 14;
-    pub(crate) const ALLOCATOR: u8 = 15;
-    pub(crate) const DIRTY_L1: u8 = 16;
-    pub(crate) const FREED: u8 = 17;
-    pub(crate) const DECOMPRESSED: u8 = 18;
-    pub(crate) const LINEAGE: u8 = 19;
+    /// A refcount block is read from the file.
+    pub(crate) const BLOCK_LOAD: u8 = 14;
+    pub(crate) const L2_PLACES: u8 = 15;
+    pub(crate) const ALLOCATOR: u8 = 16;
+    pub(crate) const DIRTY_L1: u8 = 17;
+    pub(crate) const FREED: u8 = 18;
+    pub(crate) const DECOMPRESSED: u8 = 19;
+    pub(crate) const LINEAGE: u8 = 20;
     /// Header extensions or autoclear bits change.
-    pub(crate) const HEADER_EDIT: u8 = 20;
-    pub(crate) const LEASES: u8 = 21;
-    pub(crate) const HEADER: u8 = 22;
-    pub(crate) const HEADER_WRITES: u8 = 23;
-    pub(crate) const SIDECAR: u8 = 24;
+    pub(crate) const HEADER_EDIT: u8 = 21;
+    pub(crate) const LEASES: u8 = 22;
+    pub(crate) const HEADER: u8 = 23;
+    pub(crate) const HEADER_WRITES: u8 = 24;
+    pub(crate) const SIDECAR: u8 = 25;
     /// The waiters for each commit of the sidecar's log. Not held while one is made.
-    pub(crate) const LOG_QUEUE: u8 = 25;
+    pub(crate) const LOG_QUEUE: u8 = 26;
     /// What the slots of the sidecar's log hold. Held while they are written.
-    pub(crate) const LOG_SLOTS: u8 = 26;
+    pub(crate) const LOG_SLOTS: u8 = 27;
 
     #[cfg(debug_assertions)]
-    pub(super) const NAMES: [&str; 27] = [
+    pub(super) const NAMES: [&str; 28] = [
         "BITMAPS",
         "MARKING",
         "FLUSH",
@@ -78,6 +80,7 @@ pub(crate) mod rank {
         "TABLE_LOAD",
         "RECENT_TABLES",
         "TABLE",
+        "BLOCK_LOAD",
         "L2_PLACES",
         "ALLOCATOR",
         "DIRTY_L1",

@@ -218,6 +218,8 @@ impl Allocator {
                 return Ok((first, count as u64));
             }
             cluster = self.refcounts.first_of_block(index + 1);
+            // Not searched again if the next block has to be read first.
+            self.first_free = cluster;
         }
     }
 

@@ -14,6 +14,7 @@ use crate::qcow2::alloc::decompressed::Decompressed;
 use crate::qcow2::metadata::commits::Commits;
 use crate::qcow2::metadata::metadata_file::{MetadataFile, unwritable};
 use crate::qcow2::on_disk::cluster::{GuestCluster, HostCluster};
+use crate::qcow2::on_disk::geometry::Geometry;
 
 const STRIPES: u64 = 256;
 
@@ -30,7 +31,9 @@ pub(in crate::qcow2) struct Clusters {
     pub(super) commits: Arc<Commits>,
     /// One per guest cluster; several clusters share one.
     stripes: Vec<OrderedMutex<{ rank::STRIPE }, ()>>,
-    allocator: Option<OrderedMutex<{ rank::ALLOCATOR }, Allocator>>,
+    pub(super) allocator: Option<OrderedMutex<{ rank::ALLOCATOR }, Allocator>>,
+    /// Held while a refcount block is read.
+    pub(super) block_load: OrderedMutex<{ rank::BLOCK_LOAD }, ()>,
     leases: Leases,
     /// References that were dropped since the last flush began.
     freed: OrderedMutex<{ rank::FREED }, Vec<Freed>>,
@@ -49,6 +52,7 @@ impl Clusters {
             commits,
             stripes: (0..STRIPES).map(|_| OrderedMutex::new(())).collect(),
             allocator: allocator.map(OrderedMutex::new),
+            block_load: OrderedMutex::default(),
             leases: Leases::new(),
             freed: OrderedMutex::default(),
             quarantine: OrderedMutex::default(),
@@ -120,16 +124,16 @@ impl Clusters {
         references: &(impl CountReferences + ?Sized),
         mut reserve: impl FnMut(&mut Allocator) -> Result<T>,
     ) -> Result<T> {
-        let mut allocator = self.allocator()?;
-        let mut reserved = reserve(&mut allocator);
-        if reserved.is_err() && std::mem::take(&mut allocator.wants_used_blocks) {
-            drop(allocator);
+        let mut wants_used_blocks = false;
+        let mut reserved = self.with_blocks(|allocator| {
+            let reserved = reserve(allocator);
+            wants_used_blocks = std::mem::take(&mut allocator.wants_used_blocks);
+            reserved
+        });
+        if reserved.is_err() && wants_used_blocks {
             let used = references.used_refcount_blocks()?;
-            let mut allocator = self.allocator()?;
-            allocator.note_used_blocks(used);
-            reserved = reserve(&mut allocator);
-        } else {
-            drop(allocator);
+            self.allocator()?.note_used_blocks(used);
+            reserved = self.with_blocks(&mut reserve);
         }
         let reserved = reserved.map_err(|error| self.metadata.note_damage(error))?;
         self.commits.changes.note();
@@ -241,8 +245,20 @@ impl Clusters {
     fn release_freed(&self, mut freed: Vec<Freed>) {
         self.decompressed.forget_all();
         freed.sort_unstable();
+        let geometry = self.metadata.header().geometry;
+        let block_of = |freed: &Freed| freed.cluster.number() / geometry.block_entries();
+        for of_block in freed.chunk_by(|a, b| block_of(a) == block_of(b)) {
+            self.release_in_block(geometry, of_block);
+        }
+        self.commits.changes.note();
+    }
+
+    /// Releases freed clusters that one refcount block counts.
+    fn release_in_block(&self, geometry: Geometry, freed: &[Freed]) {
+        if let Some(first) = freed.first() {
+            self.load_block_of(first.cluster);
+        }
         let Ok(mut allocator) = self.allocator() else { return };
-        let geometry = allocator.refcounts.geometry;
         let only = |freed: &&Freed| {
             freed.punch && matches!(allocator.refcounts.refcount(freed.cluster), Ok(1))
         };
@@ -265,7 +281,6 @@ impl Clusters {
         if let Some(damage) = damage {
             drop(self.metadata.note_damage(damage));
         }
-        self.commits.changes.note();
     }
 }
 

@@ -96,6 +96,7 @@ impl Allocator {
             let count = self.refcounts.refcount(geometry.host_cluster(*offset));
             matches!(count, Ok(count) if count > 0 && count < geometry.refcount_max())
         });
+        self.refcounts.refuse_missing()?;
         let room = begun.map_or(0, |offset| geometry.cluster_size() - geometry.in_cluster(offset));
         let offset = match begun {
             Some(offset) if room >= length => {

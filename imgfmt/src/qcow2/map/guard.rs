@@ -11,10 +11,12 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering::Acquire;
+use std::sync::RwLockReadGuard;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::ordered_lock::Ordered;
 use crate::qcow2::alloc::allocator::Allocator;
-use crate::qcow2::map::mapping_tables::MappingTables;
+use crate::qcow2::map::mapping_tables::{L2Places, MappingTables};
 use crate::qcow2::map::table::Table;
 use crate::qcow2::on_disk::cluster::HostCluster;
 use crate::qcow2::on_disk::l2::{Cluster, table_of};
@@ -31,10 +33,27 @@ impl MappingTables {
         if !self.metadata.is_writable() {
             return Ok(Vec::new());
         }
-        let geometry = self.geometry();
         self.read_snapshot_l2s();
-        let tables = self.l2_places();
-        let mut allocator = self.clusters.allocator()?;
+        let search = |tables: &Ordered<RwLockReadGuard<'_, L2Places>>,
+                      allocator: &mut Allocator| {
+            self.search(first, table, tables, allocator)
+        };
+        let bad = self.clusters.with_blocks_under(|| self.l2_places(), search)?;
+        if !bad.is_empty() {
+            let places = bad.iter().map(|index| self.entry_offset(table, *index));
+            self.l2_places.write().bad.extend(places);
+        }
+        Ok(bad)
+    }
+
+    fn search(
+        &self,
+        first: GuestOffset,
+        table: &Table,
+        tables: &L2Places,
+        allocator: &mut Allocator,
+    ) -> Result<Vec<u32>> {
+        let geometry = self.geometry();
         let is_new = allocator.reserved_since_open.contains(geometry.host_cluster(table.offset));
         let mut bad = Vec::new();
         for index in 0..self.slices.entries() {
@@ -48,16 +67,11 @@ impl MappingTables {
             }
             // An entry that cannot be decoded is refused by each of its users.
             let Ok(cluster) = self.decode(table, guest) else { continue };
-            if self.is_bad(cluster, guest, &tables.named, &mut allocator)?
-                || is_as_found && self.names_reserved(cluster, &allocator)
+            if self.is_bad(cluster, guest, &tables.named, allocator)?
+                || is_as_found && self.names_reserved(cluster, allocator)
             {
                 bad.push(index as u32);
             }
-        }
-        drop((tables, allocator));
-        if !bad.is_empty() {
-            let places = bad.iter().map(|index| self.entry_offset(table, *index));
-            self.l2_places.write().bad.extend(places);
         }
         Ok(bad)
     }

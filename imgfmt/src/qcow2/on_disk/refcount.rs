@@ -3,6 +3,8 @@
 //! A refcount table names refcount blocks; a block is an array of counts, 1 to 64 bits wide. Blocks
 //! are cached; changed ones stay in memory until [`flush`](crate::qcow2::flush) has written them.
 
+mod load;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -35,6 +37,19 @@ pub(crate) struct Refcounts {
     /// Clusters, in order, that other metadata was known to lie in when the image was opened.
     others: Vec<HostCluster>,
     trusts_all: bool,
+    reads: Reads,
+    /// The block for lack of which work has failed.
+    missing: Option<usize>,
+    /// How often a block has come into memory.
+    inserted: u64,
+}
+
+/// Whether blocks are read that are not in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Reads {
+    #[default]
+    Missing,
+    Nothing,
 }
 
 #[derive(Debug)]
@@ -46,6 +61,12 @@ struct Block {
     is_being_written: bool,
     /// It is known to be a refcount block and nothing else.
     is_trusted: bool,
+}
+
+impl Block {
+    fn clean(bytes: Vec<u8>) -> Self {
+        Self { bytes, dirty: None, is_being_written: false, is_trusted: false }
+    }
 }
 
 /// The refcounts of one block, to be looked at one after the other.
@@ -104,6 +125,9 @@ impl Refcounts {
             lies,
             others: Vec::new(),
             trusts_all: false,
+            reads: Reads::default(),
+            missing: None,
+            inserted: 0,
         }
     }
 
@@ -270,11 +294,9 @@ impl Refcounts {
         self.file
             .write_at(offset, &bytes, Durability::Cached)
             .map_err(|error| Error::from_io("write a refcount block of", error))?;
-        self.make_room();
         // Nor is it known to be on disk before a flush has written it again and synced.
         let dirty = Some((0, bytes.len()));
-        self.blocks
-            .insert(index, Block { bytes, dirty, is_being_written: false, is_trusted: true });
+        self.insert(index, Block { bytes, dirty, is_being_written: false, is_trusted: true });
         if self.table.len() <= index {
             self.table.resize(index + 1, 0);
         }
@@ -291,46 +313,6 @@ impl Refcounts {
         if let Some(offset) = self.block_offset(index) {
             self.places.remove(&offset);
             self.table[index] = 0;
-        }
-    }
-
-    fn block(&mut self, index: usize) -> Result<&mut Block> {
-        if !self.blocks.contains_key(&index) {
-            self.make_room();
-            let offset = self.block_offset(index).unwrap_or_default();
-            let is_possible = offset.bytes() != 0 && offset.bytes() >> 56 == 0;
-            if !is_possible || self.geometry.in_cluster(offset) != 0 {
-                let detail = "a refcount block is missing or not aligned; check it with \
-                              'nbd-cli image check'";
-                return Err(Error::new(ErrorKind::Corrupt, "change", detail).at(offset.bytes()));
-            }
-            let mut bytes = vec![0; self.geometry.cluster_size() as usize];
-            let read = self.file.read_exact_at(offset, &mut bytes);
-            read.map_err(|error| match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => Error::new(
-                    ErrorKind::Corrupt,
-                    "change",
-                    "a refcount block lies past the end of the file; check it with 'nbd-cli image check'",
-                )
-                .at(offset.bytes()),
-                _ => Error::from_io("read a refcount block of", error),
-            })?;
-            self.blocks.insert(
-                index,
-                Block { bytes, dirty: None, is_being_written: false, is_trusted: false },
-            );
-        }
-        let missing = || Error::new(ErrorKind::Corrupt, "change", "a refcount block is missing");
-        self.blocks.get_mut(&index).ok_or_else(missing)
-    }
-
-    fn make_room(&mut self) {
-        let blocks_max = (CACHE_BYTES / self.geometry.cluster_size()).max(8) as usize;
-        if self.blocks.len() >= blocks_max {
-            let clean = |block: &Block| block.dirty.is_none() && !block.is_being_written;
-            let victim =
-                self.blocks.iter().find(|(_, block)| clean(block)).map(|(index, _)| *index);
-            victim.and_then(|index| self.blocks.remove(&index));
         }
     }
 
