@@ -186,6 +186,36 @@ fn an_entry_is_searched_also_after_another_slice_of_its_table_has_changed() {
 }
 
 #[test]
+fn an_entry_that_must_not_be_followed_stays_so_when_its_table_is_cut() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    let table = make_in_slices(&path);
+    let disk = Image::open(&path, &options(Access::ReadWrite)).unwrap();
+    // So that there is an end to cut off.
+    disk.write_at(at(200 << 20), &[0x53; 65536], Durability::Cached).unwrap();
+    disk.close().unwrap();
+    let sound = std::fs::read(&path).unwrap();
+    let end = (sound.len() as u64).next_multiple_of(65536);
+    let mut refused = 0;
+    for number in 0..4 {
+        let mut bytes = sound.clone();
+        let entry = table + (40 << 20 >> 16) * 8;
+        bytes[entry..entry + 8].copy_from_slice(&((end + number * 65536) | COPIED).to_be_bytes());
+        std::fs::write(&path, &bytes).unwrap();
+        let in_slices = options(Access::ReadWrite).metadata_cache_bytes(0);
+        let mut disk = Image::open(&path, &in_slices).unwrap();
+        disk.write_at(at(4 << 20), &[0xaa; 4 * 65536], Durability::Cached).unwrap();
+        disk.resize(100 << 20, imgfmt::Shrink::Allow).unwrap();
+        let through = disk.write_at(at(40 << 20), &[0xff; 65536], Durability::Cached);
+        refused += u32::from(through.is_err());
+        let mut written = vec![0; 4 * 65536];
+        disk.read_at(at(4 << 20), &mut written).unwrap();
+        assert!(written.iter().all(|byte| *byte == 0xaa), "{number}: {through:?}");
+    }
+    assert_eq!(refused, 4);
+}
+
+#[test]
 fn the_rest_of_a_table_in_which_the_file_ends_is_zero() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.qcow2");

@@ -84,7 +84,12 @@ impl MappingTables {
             return Ok(None);
         }
         words[first..].fill(0);
-        self.clusters.write_new(&words_to_bytes(&words), references).map(Some)
+        // Before it is copied: what is bad in it is bad in the copy.
+        let mut bad = self.bad_places(&slices)?;
+        bad.retain(|place| *place < first as u64 * 8);
+        let offset = self.clusters.write_new(&words_to_bytes(&words), references)?;
+        self.l2_places.write().replace_bad(offset, geometry.cluster_size(), bad);
+        Ok(Some(offset))
     }
 
     /// Refuses, before anything is changed, entries that would free clusters of other owners.

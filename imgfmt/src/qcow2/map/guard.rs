@@ -11,7 +11,7 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::Ordering::Acquire;
-use std::sync::RwLockReadGuard;
+use std::sync::{Arc, RwLockReadGuard};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::ordered_lock::Ordered;
@@ -212,6 +212,18 @@ impl MappingTables {
         let _unchanged = table.change();
         let found = self.find_bad_entries(first, table)?;
         Ok(table.bad_entries.get_or_init(|| found))
+    }
+
+    /// Where the bad entries of a whole table lie, in bytes from its start. Each slice comes with the
+    /// guest offset from which on it maps the disk.
+    pub(super) fn bad_places(&self, slices: &[(Arc<Table>, GuestOffset)]) -> Result<Vec<u64>> {
+        let mut places = Vec::new();
+        for (slice, first) in slices {
+            for index in self.bad_entries(slice, *first)? {
+                places.push(self.geometry().in_cluster(self.entry_offset(slice, *index)));
+            }
+        }
+        Ok(places)
     }
 
     /// Refuses a change through an entry that must not be followed.

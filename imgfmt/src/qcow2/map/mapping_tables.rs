@@ -60,6 +60,18 @@ pub(super) struct L2Places {
     pub(super) bad: BTreeSet<HostOffset>,
 }
 
+impl L2Places {
+    /// Notes where the bad entries of a new table of `length` bytes lie, in bytes from its start. The
+    /// former content of its place is gone.
+    pub(super) fn replace_bad(&mut self, table: HostOffset, length: u64, bad: Vec<u64>) {
+        let former: Vec<HostOffset> = self.bad.range(table..table + length).copied().collect();
+        for place in former {
+            self.bad.remove(&place);
+        }
+        self.bad.extend(bad.into_iter().map(|place| table + place));
+    }
+}
+
 /// Parts of the tables that are not on disk.
 #[derive(Debug, Default)]
 pub(in crate::qcow2) struct DirtyTables {
@@ -263,6 +275,30 @@ mod tests {
         assert_ne!(own.offset, shared.offset);
         assert_eq!(mapping.clusters.freed_count(), 1);
         assert_eq!(mapping.l2_places().named, HashSet::from([own.offset]));
+    }
+
+    #[test]
+    fn a_table_counts_as_changed_from_its_first_commit_on() {
+        let mapping = mapping(true);
+        let table = mapping.table_for_write(GuestOffset::new(0), &Nothing).unwrap();
+        assert!(mapping.l2_places().changed.is_empty());
+        for _ in 0..2 {
+            mapping.commit(&table, &[], &[]).unwrap();
+            let units: HashSet<HostOffset> = mapping.slices.units(table.offset).collect();
+            assert_eq!(mapping.l2_places().changed, units);
+        }
+        mapping.commit(&Table::new(HostOffset::new(9 << 16), vec![0; 8192]), &[], &[]).unwrap();
+        assert!(mapping.l2_places().changed.contains(&HostOffset::new(9 << 16)));
+    }
+
+    #[test]
+    fn a_new_table_has_the_bad_entries_it_was_made_with_and_no_former_ones() {
+        let mut places = L2Places::default();
+        let [table, next] = [0x1000, 0x2000].map(HostOffset::new);
+        places.replace_bad(table, 0x1000, vec![0, 8]);
+        places.replace_bad(next, 0x1000, vec![16]);
+        places.replace_bad(table, 0x1000, vec![24]);
+        assert_eq!(places.bad, BTreeSet::from([table + 24, next + 16]));
     }
 
     #[test]

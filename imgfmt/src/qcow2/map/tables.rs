@@ -49,12 +49,7 @@ impl MappingTables {
         let mut words: Vec<u64> = shared.iter().flat_map(|(slice, _)| slice.words()).collect();
         words.resize((geometry.cluster_size() / 8) as usize, 0);
         // Before it is copied: what is bad in it is bad in the copy.
-        let mut bad = Vec::new();
-        for (slice, first) in &shared {
-            for index in self.bad_entries(slice, *first)? {
-                bad.push(geometry.in_cluster(self.entry_offset(slice, *index)));
-            }
-        }
+        let bad = self.bad_places(&shared)?;
         let reserved = self.clusters.reserve(1, references)?;
         // Written whole now, so that a full disk is noticed now and not by a flush.
         let bytes = words_to_bytes(&words);
@@ -67,12 +62,7 @@ impl MappingTables {
         let _gate = self.commits.enter_gate();
         let mut places = self.l2_places.write();
         places.named.insert(offset);
-        // The former content of that place is gone.
-        let former = places.bad.range(offset..offset + geometry.cluster_size());
-        for entry in former.copied().collect::<Vec<_>>() {
-            places.bad.remove(&entry);
-        }
-        places.bad.extend(bad.into_iter().map(|entry| offset + entry));
+        places.replace_bad(offset, geometry.cluster_size(), bad);
         if let Some(shared) = &shared_offset {
             places.named.remove(shared);
         }
