@@ -29,6 +29,8 @@ pub(crate) struct Table {
     /// Looked for before the first change.
     pub(crate) bad_entries: OnceLock<Vec<u32>>,
     recently_used: AtomicBool,
+    /// That it has changed is in the mapping tables' list of changed units.
+    is_listed_as_changed: AtomicBool,
 }
 
 /// The right to change a table, or to see it as a whole.
@@ -54,6 +56,7 @@ impl Table {
             dirty: OrderedMutex::default(),
             bad_entries: OnceLock::new(),
             recently_used: AtomicBool::new(true),
+            is_listed_as_changed: AtomicBool::new(false),
         }
     }
 
@@ -108,6 +111,14 @@ impl Table {
         }
     }
 
+    /// Calls `list` unless it was called before for this table.
+    pub(crate) fn list_as_changed(&self, list: impl FnOnce()) {
+        if !self.is_listed_as_changed.load(Acquire) {
+            list();
+            self.is_listed_as_changed.store(true, Release);
+        }
+    }
+
     /// Whether a use was noted since the last call.
     pub(crate) fn was_used(&self) -> bool {
         self.recently_used.swap(false, Relaxed)
@@ -155,6 +166,14 @@ mod tests {
     use std::sync::atomic::AtomicBool;
 
     use super::*;
+
+    #[test]
+    fn a_table_is_listed_as_changed_once() {
+        let table = Table::new(HostOffset::new(0), vec![0; 64]);
+        let mut times = 0;
+        (0..3).for_each(|_| table.list_as_changed(|| times += 1));
+        assert_eq!(times, 1);
+    }
 
     #[test]
     fn the_two_words_of_an_entry_are_read_as_they_were_written() {

@@ -125,9 +125,9 @@ impl MappingTables {
         let words_per_entry = self.geometry().entry_words();
         let _gate = self.commits.enter_gate();
         // Before any entry names what was reserved.
-        if !self.is_noted_as_changed(table) {
+        table.list_as_changed(|| {
             self.l2_places.write().changed.extend(self.slices.units(table.offset));
-        }
+        });
         let mut entries = table.change();
         for change in changes {
             let index = self.slices.index(change.guest) * words_per_entry;
@@ -138,11 +138,6 @@ impl MappingTables {
         drop(entries);
         self.clusters.free(freed.iter().copied());
         Ok(())
-    }
-
-    fn is_noted_as_changed(&self, slice: &Table) -> bool {
-        let places = self.l2_places();
-        self.slices.units(slice.offset).all(|unit| places.changed.contains(&unit))
     }
 
     /// The references that go away when a cluster's entry is replaced by one that keeps `kept`.
