@@ -20,7 +20,6 @@ pub mod locking;
 mod logging;
 mod output;
 mod progress;
-mod qemu_numbers;
 mod serving;
 mod shown;
 mod signals;

@@ -38,6 +38,8 @@
 
 mod backup;
 pub mod bench;
+#[cfg(feature = "server")]
+pub mod blockdev;
 mod cancellation;
 #[cfg(feature = "certificates")]
 pub mod certificates;
@@ -56,6 +58,7 @@ mod location;
 pub mod monitor;
 mod observer;
 pub mod qemu_name;
+pub mod qemu_numbers;
 pub mod remote;
 mod restore;
 #[cfg(feature = "server")]

@@ -8,7 +8,6 @@
 mod daemon;
 mod getopt;
 mod help;
-mod image_options;
 mod list;
 mod objects;
 mod options;

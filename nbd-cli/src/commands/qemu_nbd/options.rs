@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use imgfmt::CacheMode;
+use nbd_jobs::blockdev::{SnapshotName, parse_detect_zeroes, parse_discard};
 use nbd_jobs::key_values::KeyValues;
+use nbd_jobs::qemu_numbers::parse_integer;
 use nbd_proto::limits::MAX_STRING_LEN;
 
 use super::getopt::{Getopt, Known, Takes};
 use super::objects::Objects;
 use super::refusal::Refusal;
-use crate::qemu_numbers::parse_integer;
 use nbd_server::export::filters::{DetectZeroes, Discard};
 
 /// The task that a command line requests.
@@ -64,13 +65,6 @@ pub(super) struct Options {
     pub(super) traces: bool,
     /// The operands.
     pub(super) files: Vec<OsString>,
-}
-
-/// The internal snapshot that `-l` requests.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum SnapshotName {
-    IdOrName(String),
-    Parts { id: Option<String>, name: Option<String> },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -378,23 +372,6 @@ impl Options {
     }
 }
 
-pub(super) fn parse_discard(text: &str) -> Option<Discard> {
-    match text {
-        "off" | "ignore" => Some(Discard::Ignore),
-        "on" | "unmap" => Some(Discard::Unmap),
-        _ => None,
-    }
-}
-
-pub(super) fn parse_detect_zeroes(text: &str) -> Option<DetectZeroes> {
-    match text {
-        "off" => Some(DetectZeroes::Off),
-        "on" => Some(DetectZeroes::On),
-        "unmap" => Some(DetectZeroes::Unmap),
-        _ => None,
-    }
-}
-
 fn too_long(what: &str, text: &str) -> Result<(), Refusal> {
     match text.len() > MAX_STRING_LEN {
         true => Err(Refusal::new(format!(
@@ -414,6 +391,6 @@ fn parse_snapshot(text: String) -> Result<SnapshotName, Refusal> {
     let (id, name) = (values.take("snapshot.id"), values.take("snapshot.name"));
     match values.left_over() {
         Some(key) => Err(wrong(format!("Invalid parameter '{key}'"))),
-        None => Ok(SnapshotName::Parts { id, name }),
+        None => Ok(SnapshotName::IdAndName { id, name }),
     }
 }

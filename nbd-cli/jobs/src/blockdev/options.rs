@@ -1,119 +1,18 @@
-//! `--image-opts` and `json:` names: a disk described by the options of QEMU's block drivers.
+//! The options of QEMU's block drivers.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use imgfmt::{CacheMode, Format, Locking};
-use nbd_jobs::key_values::KeyValues;
-use nbd_jobs::qemu_name::{self, BackingOption, take_backing};
-use nbd_proto::NbdUri;
+use imgfmt::{Format, Locking};
+use nbd_server::export::filters::Window;
 
-use super::options::{parse_detect_zeroes, parse_discard};
-use crate::qemu_numbers::parse_size;
-use nbd_server::export::filters::{DetectZeroes, Discard, Window};
-
-/// A disk described by options.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Described {
-    pub(super) place: DiskSource,
-    /// The part of the storage that contains the image, by drivers `raw` below its format.
-    pub(super) part: Window,
-    /// `None`: to be detected.
-    pub(super) format: Option<Format>,
-    pub(super) backing: Backing,
-    /// The part of the disk that is exported, by drivers `raw` above its format.
-    pub(super) window: Window,
-    /// There are drivers `raw` above its format.
-    pub(super) is_below_raw: bool,
-    pub(super) read_only: bool,
-    pub(super) locking: Locking,
-    pub(super) cache: CacheSwitches,
-    /// Memory for L2 tables, in bytes; `None`: the default.
-    pub(super) metadata_cache: Option<u64>,
-    pub(super) discard: Option<Discard>,
-    pub(super) detect_zeroes: Option<DetectZeroes>,
-}
-
-/// The backing file of a disk.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(super) enum Backing {
-    /// The one that the image names.
-    #[default]
-    AsNamed,
-    /// None.
-    Ignored,
-    /// This one. It is read-only, whatever its options say.
-    Given(Box<Described>),
-}
-
-/// The options of drivers that are stronger than `--cache`; `None` where they are not given.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct CacheSwitches {
-    direct: Option<bool>,
-    no_flush: Option<bool>,
-}
-
-impl CacheSwitches {
-    /// The mode that is meant. Flushes count in the mixtures that have no name: that is what all modes
-    /// but "unsafe" have.
-    pub(super) fn applied_to(self, mode: CacheMode) -> CacheMode {
-        let direct = self.direct.unwrap_or(mode.is_direct());
-        let no_flush = self.no_flush.unwrap_or(!mode.syncs());
-        match (direct, mode.is_writethrough()) {
-            (true, true) => CacheMode::DirectSync,
-            (true, false) => CacheMode::None,
-            (false, true) => CacheMode::Writethrough,
-            (false, false) if no_flush => CacheMode::Unsafe,
-            (false, false) => CacheMode::Writeback,
-        }
-    }
-}
-
-/// The storage of a disk.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum DiskSource {
-    File(PathBuf),
-    /// The file that the image above names; only for backing files.
-    NamedAbove,
-    /// On another server.
-    Export(Box<NbdUri>),
-    /// None: a disk of that many bytes that discards all writes and takes that long for each request.
-    Null(u64, Duration),
-}
-
-/// Size of a disk of the drivers `null-co` and `null-aio`, in bytes.
-const NULL_SIZE: u64 = 1 << 30;
-
-impl Default for DiskSource {
-    fn default() -> Self {
-        Self::File(PathBuf::new())
-    }
-}
-
-impl DiskSource {
-    /// Parses the name of a file.
-    ///
-    /// # Errors
-    ///
-    /// A sentence if its scheme is unknown.
-    pub(super) fn named(text: &str) -> Result<Self, String> {
-        if qemu_name::is_name_of_server(text) {
-            return Ok(Self::Export(Box::new(qemu_name::from_name(text)?)));
-        }
-        match text.split_once(':') {
-            Some(("file", path)) => Ok(Self::File(path.into())),
-            Some(("null-co" | "null-aio", "//")) => Ok(Self::Null(NULL_SIZE, Duration::ZERO)),
-            Some((driver @ ("null-co" | "null-aio"), _)) => {
-                Err(format!("The only allowed filename for this driver is '{driver}://'"))
-            }
-            // As in QEMU, a colon in a name needs a slash before it.
-            Some((scheme, _)) if !scheme.contains('/') => {
-                Err(format!("Unknown protocol '{scheme}'; write ./{text} for a file"))
-            }
-            _ => Ok(Self::File(text.into())),
-        }
-    }
-}
+use super::description::{DescribedBacking, DiskDescription, DiskSource, NULL_SIZE};
+use super::values::{
+    parse_detect_zeroes, parse_discard, take_metadata_cache, take_size, take_window,
+};
+use crate::error::JobError;
+use crate::key_values::KeyValues;
+use crate::qemu_name::{self, BackingOption, take_backing};
 
 /// Options of the qcow2 driver that tune it or relax guarantees that this engine keeps anyway: they
 /// are accepted and have no effect.
@@ -131,7 +30,7 @@ const FILE_TUNING: [&str; 5] =
     ["aio", "aio-max-batch", "pr-manager", "drop-cache", "x-check-cache-dropped"];
 
 /// The error of an unknown image driver.
-pub(super) fn unknown_driver(name: &str) -> String {
+fn unknown_driver(name: &str) -> String {
     match Format::from_name(name) {
         Some(format) => format!(
             "the format {} is recognised but cannot be read yet; there are raw and qcow2",
@@ -153,14 +52,38 @@ enum Met {
     Format,
 }
 
-impl Described {
-    /// Parses the options of a whole disk.
+impl DiskDescription {
+    /// Returns the disk in a file whose format is to be detected.
+    #[must_use]
+    pub fn of_file(path: impl Into<PathBuf>) -> Self {
+        Self { source: DiskSource::File(path.into()), ..Self::default() }
+    }
+
+    /// Parses a name as QEMU does: a path, `file:PATH`, `json:OBJECT`, the URI of an export, or
+    /// `null-co://`.
     ///
     /// # Errors
     ///
-    /// A sentence that names the invalid or unsupported option.
-    pub(super) fn from_options(options: KeyValues) -> Result<Self, String> {
-        Self::layer_from_options(options, 0)
+    /// If the scheme is unknown, or an option is invalid or unsupported.
+    pub fn from_name(text: &str) -> Result<Self, JobError> {
+        match text.strip_prefix("json:") {
+            Some(json) => {
+                Self::from_options(KeyValues::from_json(json).map_err(JobError::invalid)?)
+            }
+            None => {
+                let source = DiskSource::named(text).map_err(JobError::invalid)?;
+                Ok(Self { source, ..Self::default() })
+            }
+        }
+    }
+
+    /// Parses the options of a disk, as `--image-opts` has them.
+    ///
+    /// # Errors
+    ///
+    /// Names the invalid or unsupported option.
+    pub fn from_options(options: KeyValues) -> Result<Self, JobError> {
+        Self::layer_from_options(options, 0).map_err(JobError::invalid)
     }
 
     /// Parses the options of a disk with `depth` disks above it, for which it is a backing file.
@@ -181,7 +104,7 @@ impl Described {
                     let window = take_window(&mut options)?;
                     let above = match met {
                         Met::NoFormat => &mut disk.window,
-                        Met::Format => &mut disk.part,
+                        Met::Format => &mut disk.storage_window,
                     };
                     *above = above.within(window).map_err(|error| error.to_string())?;
                     options = disk.format_driver("raw", options, depth)?;
@@ -201,7 +124,7 @@ impl Described {
                 }
                 "nbd" => {
                     let uri = qemu_name::from_options(&mut options)?;
-                    disk.place = DiskSource::Export(Box::new(uri));
+                    disk.source = DiskSource::Export(Box::new(uri));
                     disk.last_driver("nbd", options)?;
                     return Ok(disk);
                 }
@@ -239,7 +162,7 @@ impl Described {
     /// Parses the options of the drivers `file` and `host_device`. Unlike on the command line, the
     /// file name is taken literally.
     fn file(&mut self, driver: &str, mut options: KeyValues, depth: usize) -> Result<(), String> {
-        self.place = match options.take("filename") {
+        self.source = match options.take("filename") {
             Some(path) => DiskSource::File(path.into()),
             None if depth > 0 => DiskSource::NamedAbove,
             None => return Err(format!("The '{driver}' block driver requires a file name")),
@@ -272,7 +195,7 @@ impl Described {
                 .map(Duration::from_nanos)
                 .map_err(|_| format!("Parameter 'latency-ns' expects nanoseconds, not '{text}'"))?,
         };
-        self.place = DiskSource::Null(size, latency);
+        self.source = DiskSource::Null { size, latency };
         self.last_driver(driver, options)
     }
 
@@ -331,87 +254,58 @@ impl Described {
     }
 }
 
-fn take_backing_disk(options: &mut KeyValues, depth: usize) -> Result<Backing, String> {
+fn take_backing_disk(options: &mut KeyValues, depth: usize) -> Result<DescribedBacking, String> {
     Ok(match take_backing(options, depth)? {
-        BackingOption::AsNamed => Backing::AsNamed,
-        BackingOption::Ignored => Backing::Ignored,
-        BackingOption::Given(options) => {
-            Backing::Given(Box::new(Described::layer_from_options(options, depth + 1)?))
-        }
+        BackingOption::AsNamed => DescribedBacking::AsNamed,
+        BackingOption::Ignored => DescribedBacking::Ignored,
+        BackingOption::Given(options) => DescribedBacking::Given(Box::new(
+            DiskDescription::layer_from_options(options, depth + 1)?,
+        )),
     })
 }
 
-fn take_size(options: &mut KeyValues, key: &str) -> Result<Option<u64>, String> {
-    match options.take(key) {
-        None => Ok(None),
-        Some(text) => parse_size(&text)
-            .map(Some)
-            .ok_or_else(|| format!("Parameter '{key}' expects a size, not '{text}'")),
-    }
-}
-
-/// The memory for L2 tables as QEMU's options of the driver `qcow2` give it. There is no separate memory
-/// for refcounts: what an option sets aside for them is left out of `cache-size`.
-fn take_metadata_cache(options: &mut KeyValues) -> Result<Option<u64>, String> {
-    let both = take_size(options, "cache-size")?;
-    let l2 = take_size(options, "l2-cache-size")?;
-    let refcounts = take_size(options, "refcount-cache-size")?;
-    let Some(both) = both else { return Ok(l2) };
-    for (name, part) in [("l2-cache-size", l2), ("refcount-cache-size", refcounts)] {
-        if part.is_some_and(|part| part > both) {
-            return Err(format!("{name} may not exceed cache-size"));
-        }
-    }
-    match (l2, refcounts) {
-        (Some(_), Some(_)) => {
-            Err("cache-size, l2-cache-size and refcount-cache-size may not be set \
-                                   at the same time"
-                .to_owned())
-        }
-        (Some(l2), None) => Ok(Some(l2)),
-        (None, refcounts) => Ok(Some(both - refcounts.unwrap_or(0))),
-    }
-}
-
-fn take_window(options: &mut KeyValues) -> Result<Window, String> {
-    let offset = take_size(options, "offset")?.unwrap_or(0);
-    let size = take_size(options, "size")?;
-    if size.is_some_and(|size| size % 512 != 0) {
-        return Err("Specified size is not a multiple of 512".to_owned());
-    }
-    Ok(Window { offset, size })
+/// Returns the image format that a driver's name means.
+///
+/// # Errors
+///
+/// If there is no such driver, or its images cannot be read.
+pub fn image_format(driver: &str) -> Result<Format, JobError> {
+    let format = Format::from_name(driver).filter(|format| format.is_supported());
+    format.ok_or_else(|| JobError::invalid(unknown_driver(driver)))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nbd_server::export::filters::Discard;
 
-    fn read(text: &str) -> Result<Described, String> {
-        Described::from_options(KeyValues::parse(text, None).unwrap())
+    fn read(text: &str) -> Result<DiskDescription, String> {
+        DiskDescription::layer_from_options(KeyValues::parse(text, None).unwrap(), 0)
     }
 
     #[test]
     fn the_drivers_options_describe_a_disk() {
         let raw = "driver=raw,offset=1M,size=2M,file.driver=file,file.filename=a,,b,discard=unmap";
-        let expected = Described {
-            place: DiskSource::File("a,b".into()),
+        let expected = DiskDescription {
+            source: DiskSource::File("a,b".into()),
             format: Some(Format::Raw),
             window: Window { offset: 1 << 20, size: Some(2 << 20) },
             discard: Some(Discard::Unmap),
-            ..Described::default()
+            ..DiskDescription::default()
         };
         assert_eq!(read(raw), Ok(expected));
         let qcow2 = "driver=qcow2,l2-cache-size=1M,file.filename=d,file.locking=off,read-only=on";
-        let expected = Described {
-            place: DiskSource::File("d".into()),
+        let expected = DiskDescription {
+            source: DiskSource::File("d".into()),
             format: Some(Format::Qcow2),
             locking: Locking::Off,
             read_only: true,
             metadata_cache: Some(1 << 20),
-            ..Described::default()
+            ..DiskDescription::default()
         };
         assert_eq!(read(qcow2), Ok(expected));
-        let probed = Described { place: DiskSource::File("d".into()), ..Described::default() };
+        let probed =
+            DiskDescription { source: DiskSource::File("d".into()), ..DiskDescription::default() };
         assert_eq!(read("file.filename=d"), Ok(probed));
     }
 
@@ -419,32 +313,32 @@ mod tests {
     fn parts_below_a_format_are_told_from_parts_above_it() {
         let raw = "driver=raw,offset=4k,size=1M,file.driver=raw,file.offset=512,\
                    file.file.filename=a:b";
-        let expected = Described {
-            place: DiskSource::File("a:b".into()),
+        let expected = DiskDescription {
+            source: DiskSource::File("a:b".into()),
             format: Some(Format::Raw),
             window: Window { offset: 4608, size: Some(1 << 20) },
-            ..Described::default()
+            ..DiskDescription::default()
         };
         assert_eq!(read(raw), Ok(expected));
         let qcow2 = "driver=raw,offset=64k,file.driver=qcow2,file.backing=,file.file.driver=raw,\
                      file.file.offset=512,file.file.size=1M,file.file.file.filename=ova";
-        let expected = Described {
-            place: DiskSource::File("ova".into()),
-            part: Window { offset: 512, size: Some(1 << 20) },
+        let expected = DiskDescription {
+            source: DiskSource::File("ova".into()),
+            storage_window: Window { offset: 512, size: Some(1 << 20) },
             format: Some(Format::Qcow2),
-            backing: Backing::Ignored,
+            backing: DescribedBacking::Ignored,
             window: Window { offset: 64 << 10, size: None },
             is_below_raw: true,
-            ..Described::default()
+            ..DiskDescription::default()
         };
         assert_eq!(read(qcow2), Ok(expected));
         let json = r#"{"driver":"qcow2","file":{"filename":"d","driver":"file"},"backing":null}"#;
-        let json = Described::from_options(KeyValues::from_json(json).unwrap()).unwrap();
-        assert_eq!(json.backing, Backing::Ignored);
-        let null = Described {
-            place: DiskSource::Null(1 << 20, Duration::ZERO),
+        let json = DiskDescription::from_options(KeyValues::from_json(json).unwrap()).unwrap();
+        assert_eq!(json.backing, DescribedBacking::Ignored);
+        let null = DiskDescription {
+            source: DiskSource::Null { size: 1 << 20, latency: Duration::ZERO },
             format: Some(Format::Raw),
-            ..Described::default()
+            ..DiskDescription::default()
         };
         assert_eq!(
             read("driver=raw,file.driver=null-co,file.size=1M,file.read-zeroes=on"),
@@ -452,49 +346,13 @@ mod tests {
         );
         assert_eq!(
             DiskSource::named("null-co://"),
-            Ok(DiskSource::Null(NULL_SIZE, Duration::ZERO))
+            Ok(DiskSource::Null { size: NULL_SIZE, latency: Duration::ZERO })
         );
         let slow = read("driver=null-co,latency-ns=2500").unwrap();
-        assert_eq!(slow.place, DiskSource::Null(NULL_SIZE, Duration::from_nanos(2500)));
-    }
-
-    #[test]
-    fn the_memory_for_tables_follows_from_the_sizes_of_qemus_caches() {
-        let memory = |sizes: &str| {
-            read(&format!("driver=qcow2,file.filename=d{sizes}")).map(|disk| disk.metadata_cache)
-        };
-        assert_eq!(memory(""), Ok(None));
-        assert_eq!(memory(",l2-cache-size=64k,refcount-cache-size=1M"), Ok(Some(64 << 10)));
-        assert_eq!(memory(",cache-size=4M"), Ok(Some(4 << 20)));
-        assert_eq!(memory(",cache-size=4M,refcount-cache-size=1M"), Ok(Some(3 << 20)));
-        assert_eq!(memory(",cache-size=4M,l2-cache-size=1M"), Ok(Some(1 << 20)));
-        for wrong in [
-            ",cache-size=1M,l2-cache-size=2M",
-            ",cache-size=1M,refcount-cache-size=2M",
-            ",cache-size=4M,l2-cache-size=2M,refcount-cache-size=2M",
-            ",l2-cache-size=much",
-        ] {
-            assert!(memory(wrong).unwrap_err().contains("-size"), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn cache_switches_are_stronger_than_the_cache_mode() {
-        let mode = |text: &str, mode| read(text).unwrap().cache.applied_to(mode);
-        let plain = "driver=raw,file.filename=d";
-        for cache in CacheMode::ALL {
-            assert_eq!(mode(plain, cache), cache);
-        }
-        let direct = "driver=raw,cache.direct=on,file.filename=d";
-        assert_eq!(mode(direct, CacheMode::Writeback), CacheMode::None);
-        assert_eq!(mode(direct, CacheMode::Writethrough), CacheMode::DirectSync);
-        let overridden = "driver=raw,cache.direct=on,file.filename=d,file.cache.direct=off";
-        assert_eq!(mode(overridden, CacheMode::None), CacheMode::Writeback);
-        let no_flush = "driver=qcow2,cache.no-flush=on,file.filename=d";
-        assert_eq!(mode(no_flush, CacheMode::Writeback), CacheMode::Unsafe);
-        assert_eq!(mode(no_flush, CacheMode::None), CacheMode::None);
-        let flush = "driver=qcow2,file.cache.no-flush=off,file.filename=d";
-        assert_eq!(mode(flush, CacheMode::Unsafe), CacheMode::Writeback);
+        assert_eq!(
+            slow.source,
+            DiskSource::Null { size: NULL_SIZE, latency: Duration::from_nanos(2500) }
+        );
     }
 
     #[test]
