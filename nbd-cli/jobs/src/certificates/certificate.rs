@@ -20,7 +20,7 @@ use openssl::x509::{X509, X509Builder, X509Name, X509NameRef, X509Ref};
 use super::names::HostName;
 
 /// Seconds of a day.
-pub const SECONDS_PER_DAY: u64 = 86_400;
+pub(super) const SECONDS_PER_DAY: u64 = 86_400;
 
 /// Certificates are valid this much earlier than now, in seconds: clocks differ.
 const EARLIER: u64 = 3600;
@@ -153,7 +153,7 @@ fn begin(
 
 /// Returns the time, in seconds since 1970.
 #[must_use]
-pub fn now() -> u64 {
+pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
@@ -163,7 +163,7 @@ fn in_days(days: u32) -> i64 {
 
 /// Returns a time as seconds since 1970; 0 for earlier ones.
 #[must_use]
-pub fn seconds(time: &Asn1TimeRef) -> u64 {
+pub(super) fn seconds(time: &Asn1TimeRef) -> u64 {
     let since = Asn1Time::from_unix(0).and_then(|epoch| epoch.diff(time));
     since.map_or(0, |since| {
         let days = u64::try_from(since.days).unwrap_or(0);

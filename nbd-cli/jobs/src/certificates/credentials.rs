@@ -18,7 +18,7 @@ use super::files::{self, CredentialsFile, Secrecy};
 use crate::error::JobError;
 
 /// The private key of an authority.
-pub const CA_KEY_FILE: &str = "ca-key.pem";
+pub(super) const CA_KEY_FILE: &str = "ca-key.pem";
 
 /// An authority with its key.
 pub(super) struct Authority {
@@ -66,7 +66,7 @@ impl Authority {
 
 /// The names of the certificate and the key of a role.
 #[must_use]
-pub fn file_names(role: Role) -> (&'static str, &'static str) {
+pub(super) fn file_names(role: Role) -> (&'static str, &'static str) {
     match role {
         Role::Server => (SERVER_CERTIFICATE_FILE, SERVER_KEY_FILE),
         Role::Client => (CLIENT_CERTIFICATE_FILE, CLIENT_KEY_FILE),
@@ -93,7 +93,7 @@ pub(super) fn certificate_file(
 /// # Errors
 ///
 /// If it is not one, or has a pass phrase.
-pub fn private_key(text: &[u8], path: &Path) -> Result<PKey<Private>, JobError> {
+pub(super) fn private_key(text: &[u8], path: &Path) -> Result<PKey<Private>, JobError> {
     // Without a callback OpenSSL would ask for a pass phrase on the terminal.
     PKey::private_key_from_pem_callback(text, |_| Ok(0)).map_err(|_| {
         credentials_error(format!(
@@ -109,7 +109,7 @@ pub fn private_key(text: &[u8], path: &Path) -> Result<PKey<Private>, JobError> 
 /// # Errors
 ///
 /// If it cannot be read, or is not a file of certificates.
-pub fn certificates(path: &Path) -> Result<Option<Vec<X509>>, JobError> {
+pub(super) fn certificates(path: &Path) -> Result<Option<Vec<X509>>, JobError> {
     let Some(text) = files::read(path)? else { return Ok(None) };
     match X509::stack_from_pem(&text) {
         Ok(certificates) if !certificates.is_empty() => Ok(Some(certificates)),
@@ -138,7 +138,7 @@ fn certificate(path: &Path) -> Result<Option<X509>, JobError> {
 /// # Errors
 ///
 /// If the directory cannot be listed.
-pub fn directories(directory: &Path) -> Result<Vec<PathBuf>, JobError> {
+pub(super) fn directories(directory: &Path) -> Result<Vec<PathBuf>, JobError> {
     let list = || -> io::Result<Vec<PathBuf>> {
         let mut below = Vec::new();
         for entry in fs::read_dir(directory)? {
@@ -160,7 +160,7 @@ pub fn directories(directory: &Path) -> Result<Vec<PathBuf>, JobError> {
 
 /// The error for a file or directory that does not exist.
 #[must_use]
-pub fn missing(path: &Path) -> JobError {
+pub(super) fn missing(path: &Path) -> JobError {
     credentials_error(format!("'{}' does not exist", path.display()))
 }
 

@@ -104,7 +104,7 @@ pub(super) fn directory_of(path: &Path) -> &Path {
 /// # Errors
 ///
 /// If it cannot be read or is longer.
-pub fn read(path: &Path) -> Result<Option<Vec<u8>>, JobError> {
+pub(super) fn read(path: &Path) -> Result<Option<Vec<u8>>, JobError> {
     let read = || {
         let mut contents = Vec::new();
         File::open(path)?.take(MAX_LEN + 1).read_to_end(&mut contents)?;
@@ -122,7 +122,7 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, JobError> {
 
 /// Returns whether every user of this system can read a file.
 #[must_use]
-pub fn readable_by_others(path: &Path) -> bool {
+pub(super) fn readable_by_others(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.mode() & 0o004 != 0)
 }
 

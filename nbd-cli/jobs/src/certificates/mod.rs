@@ -6,7 +6,7 @@
 //!
 //! ```
 //! use nbd_jobs::certificates::{
-//!     ExistingCredentials, Issue, NewAuthority, Role, issue, new_authority,
+//!     CredentialInfo, ExistingCredentials, Issue, NewAuthority, Role, Validity, issue, new_authority,
 //! };
 //!
 //! # let directory = tempfile::tempdir()?;
@@ -31,12 +31,18 @@
 //!     &*observer,
 //! )?;
 //! assert!(issued.files.contains(&pki.join("vmhost/server-cert.pem")));
+//! for credential in nbd_jobs::certificates::inspect(&pki, 30)? {
+//!     if let CredentialInfo::Certificate(certificate) = credential {
+//!         assert_eq!(certificate.validity, Validity::Valid);
+//!     }
+//! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
 mod certificate;
 mod credentials;
 mod files;
+mod inspect;
 mod issue;
 mod names;
 mod psk;
@@ -44,15 +50,13 @@ mod renew;
 
 use crate::error::{JobError, JobErrorKind};
 
-pub use self::certificate::{Role, SECONDS_PER_DAY, now, seconds};
-pub use self::credentials::{
-    CA_KEY_FILE, certificates, directories, file_names, missing, private_key,
+pub use self::certificate::Role;
+pub use self::files::ExistingCredentials;
+pub use self::inspect::{
+    CertificateInfo, CertificateKind, CredentialInfo, KeysInfo, Validity, inspect,
 };
-pub use self::files::{ExistingCredentials, read, readable_by_others};
 pub use self::issue::{Issue, Issued, NewAuthority, issue, new_authority};
-pub use self::names::{
-    HostName, OtherNames, common_name as server_name, distinguished_name, host_names, parse_text,
-};
+pub use self::names::{HostName, common_name as server_name, parse_text};
 pub use self::psk::{AddUser, add_user, parse_user};
 pub use self::renew::{Due, Renewal, renew};
 

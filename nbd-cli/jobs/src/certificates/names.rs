@@ -65,14 +65,14 @@ impl fmt::Display for HostName {
 
 /// The names of a certificate that are neither DNS names nor addresses cannot be kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct OtherNames;
+pub(super) struct OtherNames;
 
 /// Returns the host names of a certificate.
 ///
 /// # Errors
 ///
 /// [`OtherNames`], if it has names of other kinds.
-pub fn host_names(certificate: &X509Ref) -> Result<Vec<HostName>, OtherNames> {
+pub(super) fn host_names(certificate: &X509Ref) -> Result<Vec<HostName>, OtherNames> {
     let names = certificate.subject_alt_names();
     let name = |name: &openssl::x509::GeneralNameRef| match (name.dnsname(), name.ipaddress()) {
         // The text of a foreign certificate need not be a name.
@@ -121,7 +121,7 @@ pub fn common_name(names: &[HostName]) -> String {
 
 /// Formats a distinguished name as `--tls-authz` expects it, the most specific part first.
 #[must_use]
-pub fn distinguished_name(name: &X509NameRef) -> String {
+pub(super) fn distinguished_name(name: &X509NameRef) -> String {
     let attribute_of = |entry: &openssl::x509::X509NameEntryRef| {
         let object = entry.object();
         let attribute = match object.nid() {

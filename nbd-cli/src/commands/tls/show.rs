@@ -1,15 +1,9 @@
-//! `nbd-cli tls show`: what certificates and keys say, and what is wrong with them.
+//! `nbd-cli tls show`: the contents and the defects of certificates and keys.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
-use nbd_jobs::certificates::{
-    self, CA_KEY_FILE, Role, SECONDS_PER_DAY, certificates, directories, distinguished_name,
-    file_names, host_names, missing, private_key,
-};
-use nbd_proto::tls::{CA_CERTIFICATE_FILE, PSK_FILE, PreSharedKeys};
-use openssl::hash::MessageDigest;
-use openssl::x509::{X509, X509Ref};
+use nbd_jobs::certificates::{CertificateInfo, CertificateKind, CredentialInfo, Validity, inspect};
 use serde::Serialize;
 
 use super::issue::MAX_DAYS;
@@ -34,7 +28,7 @@ pub struct ShowArgs {
     #[arg(default_value = ".")]
     pub path: PathBuf,
 
-    /// Say of certificates that they end soon if they end within so many days.
+    /// Report certificates that end within this number of days as ending soon.
     #[arg(long, value_name = "DAYS", default_value_t = 30,
           value_parser = clap::value_parser!(u32).range(0..=MAX_DAYS))]
     pub within: u32,
@@ -70,28 +64,7 @@ struct Certificate {
 }
 
 pub(super) fn run(args: &ShowArgs) -> Result<Outcome, CommandError> {
-    let mut entries = Vec::new();
-    if args.path.is_dir() {
-        for directory in directories(&args.path)? {
-            for name in names() {
-                let path = directory.join(name);
-                if path.is_file() {
-                    read(args, &path, &mut entries)?;
-                }
-            }
-        }
-        if entries.is_empty() {
-            let path = args.path.display();
-            return Err(CommandError::new(format!(
-                "there are no certificates and no keys in '{path}'; 'nbd-cli tls --help' says how \
-                 to make them"
-            )));
-        }
-    } else if args.path.exists() {
-        read(args, &args.path, &mut entries)?;
-    } else {
-        return Err(missing(&args.path).into());
-    }
+    let entries: Vec<_> = inspect(&args.path, args.within)?.into_iter().map(Entry::from).collect();
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => output.json(&entries)?,
@@ -101,135 +74,47 @@ pub(super) fn run(args: &ShowArgs) -> Result<Outcome, CommandError> {
     Ok(Outcome::Success)
 }
 
-fn names() -> [&'static str; 4] {
-    [CA_CERTIFICATE_FILE, file_names(Role::Server).0, file_names(Role::Client).0, PSK_FILE]
-}
-
-fn read(args: &ShowArgs, path: &Path, entries: &mut Vec<Entry>) -> Result<(), CommandError> {
-    let [authority, server, client, _] = names();
-    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    let (kind, key) = match name {
-        _ if path.extension().is_some_and(|extension| extension == "psk") => {
-            entries.push(keys(path)?);
-            return Ok(());
+impl From<CredentialInfo> for Entry {
+    fn from(info: CredentialInfo) -> Self {
+        match info {
+            CredentialInfo::Certificate(info) => Self::Certificate(Box::new((*info).into())),
+            CredentialInfo::Keys(info) => Self::Keys {
+                file: info.file.display().to_string(),
+                kind: "keys",
+                users: info.users,
+                problems: info.problems,
+            },
         }
-        _ if name == authority => ("authority", None),
-        _ if name == server => ("server", Some(file_names(Role::Server).1)),
-        _ if name == client => ("client", Some(file_names(Role::Client).1)),
-        _ => ("certificate", None),
-    };
-    let found = certificates(path)?.ok_or_else(|| missing(path))?;
-    for (index, certificate) in found.iter().enumerate() {
-        let mut shown = describe(args, path, kind, certificate);
-        match (kind, index) {
-            ("server" | "client", 0) => {
-                shown.problems.extend(key.and_then(|key| key_problem(certificate, path, key)));
-                shown.problems.extend(authority_problem(&found, path));
-                if kind == "server" && shown.names.is_empty() {
-                    shown.problems.push("it has no host name: many clients refuse it".to_owned());
-                }
-            }
-            ("server" | "client", _) => shown.kind = "intermediate",
-            // Servers and clients have no key of the authority.
-            ("authority", _) if path.with_file_name(CA_KEY_FILE).exists() => {
-                shown.problems.extend(key_problem(certificate, path, CA_KEY_FILE));
-            }
-            _ => {}
+    }
+}
+
+impl From<CertificateInfo> for Certificate {
+    fn from(info: CertificateInfo) -> Self {
+        Self {
+            file: info.file.display().to_string(),
+            kind: match info.kind {
+                CertificateKind::Authority => "authority",
+                CertificateKind::Server => "server",
+                CertificateKind::Client => "client",
+                CertificateKind::Intermediate => "intermediate",
+                _ => "certificate",
+            },
+            subject: info.subject,
+            issuer: info.issuer,
+            names: info.names.iter().map(ToString::to_string).collect(),
+            not_before: date_and_time(info.not_before),
+            not_after: date_and_time(info.not_after),
+            days_left: info.days_left,
+            status: match info.validity {
+                Validity::Expired => "expired",
+                Validity::NotYetValid => "not-yet-valid",
+                Validity::EndsSoon => "ends-soon",
+                _ => "valid",
+            },
+            sha256: info.sha256,
+            problems: info.problems,
         }
-        entries.push(Entry::Certificate(Box::new(shown)));
     }
-    Ok(())
-}
-
-fn describe(
-    args: &ShowArgs,
-    path: &Path,
-    kind: &'static str,
-    certificate: &X509Ref,
-) -> Certificate {
-    let start = certificates::seconds(certificate.not_before());
-    let end = certificates::seconds(certificate.not_after());
-    let now = certificates::now();
-    let status = match end {
-        _ if end < now => "expired",
-        _ if start > now => "not-yet-valid",
-        _ if end <= now + u64::from(args.within) * SECONDS_PER_DAY => "ends-soon",
-        _ => "valid",
-    };
-    let mut problems = Vec::new();
-    let names = host_names(certificate).unwrap_or_else(|_| {
-        problems.push("it has names of other kinds, which are not shown".to_owned());
-        Vec::new()
-    });
-    let digest = certificate.digest(MessageDigest::sha256());
-    let seconds = i64::try_from(end).unwrap_or(i64::MAX) - i64::try_from(now).unwrap_or(0);
-    Certificate {
-        file: path.display().to_string(),
-        kind,
-        subject: distinguished_name(certificate.subject_name()),
-        issuer: distinguished_name(certificate.issuer_name()),
-        names: names.iter().map(ToString::to_string).collect(),
-        not_before: date_and_time(start),
-        not_after: date_and_time(end),
-        days_left: -(-seconds).div_euclid(86_400),
-        status,
-        sha256: digest
-            .iter()
-            .flat_map(|digest| digest.iter())
-            .map(|b| format!("{b:02x}"))
-            .collect(),
-        problems,
-    }
-}
-
-/// What is wrong with the key beside a certificate.
-fn key_problem(certificate: &X509Ref, path: &Path, name: &str) -> Option<String> {
-    let path = path.with_file_name(name);
-    let text = match certificates::read(&path) {
-        Ok(Some(text)) => text,
-        Ok(None) => return Some(format!("{name} is missing beside it")),
-        Err(error) => return Some(error.to_string()),
-    };
-    let key = match private_key(&text, &path) {
-        Ok(key) => key,
-        Err(error) => return Some(error.to_string()),
-    };
-    if !certificate.public_key().is_ok_and(|public| public.public_eq(&key)) {
-        return Some(format!("{name} does not belong to it"));
-    }
-    readable(&path)
-}
-
-fn readable(path: &Path) -> Option<String> {
-    certificates::readable_by_others(path).then(|| {
-        format!("'{}' can be read by every user of this system: chmod 600 it", path.display())
-    })
-}
-
-/// What is wrong with the authority beside a certificate, for those that it signed directly.
-fn authority_problem(chain: &[X509], path: &Path) -> Option<String> {
-    let beside = path.with_file_name(CA_CERTIFICATE_FILE);
-    let authorities = match certificates(&beside) {
-        Ok(Some(authorities)) => authorities,
-        Ok(None) => return Some(format!("{CA_CERTIFICATE_FILE} is missing beside it")),
-        Err(error) => return Some(error.to_string()),
-    };
-    let signed = |certificate: &X509| {
-        let by = |authority: &X509| authority.public_key().and_then(|key| certificate.verify(&key));
-        authorities.iter().any(|authority| by(authority).unwrap_or(false))
-    };
-    let is_signed = chain.iter().any(signed);
-    (!is_signed).then(|| format!("no authority in {CA_CERTIFICATE_FILE} beside it has signed it"))
-}
-
-fn keys(path: &Path) -> Result<Entry, CommandError> {
-    let text = certificates::read(path)?.ok_or_else(|| missing(path))?;
-    let keys = PreSharedKeys::parse(&text).map_err(|error| {
-        CommandError::new(format!("'{}' is not a file of keys: {error}", path.display()))
-    })?;
-    let users = keys.users().map(|user| String::from_utf8_lossy(user).into_owned()).collect();
-    let problems = readable(path).into_iter().collect();
-    Ok(Entry::Keys { file: path.display().to_string(), kind: "keys", users, problems })
 }
 
 fn text(output: &mut Output, entry: &Entry) -> Result<(), CommandError> {
