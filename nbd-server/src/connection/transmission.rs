@@ -257,9 +257,7 @@ impl Session {
                 return Ok(true);
             }
             let Some(arrival) = self.incoming.next()? else { return Ok(progress) };
-            if let Arrival::Request(request, _) = &arrival
-                && !self.throttle.admits(cx, request)
-            {
+            if !self.throttle.admits(cx, &arrival) {
                 return Ok(progress);
             }
             if !self.begin(arrival) {
@@ -279,7 +277,9 @@ impl Session {
                 }
                 return has_begun;
             }
-            Arrival::Refused(rejection) => {
+            Arrival::Refused(rejection, _) => {
+                self.incoming.refused();
+                self.throttle.begun();
                 self.turn.spend(REQUEST_COST);
                 self.tally.answer(rejection.tag.command.into(), 0, Outcome::Failure);
                 self.replies.refuse(rejection);

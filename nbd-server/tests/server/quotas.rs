@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nbd_proto::transmission::{Command, Fragmentation};
-use nbd_proto::wire::ReplyMode;
+use nbd_proto::wire::{CommandType, Errno, ReplyMode};
 use nbd_server::export::{ExportEntry, MemoryExport};
 use nbd_server::{ExportRegistry, Quota, ServerConfig};
 
-use crate::support::{Client, TestServer, wait_until};
+use crate::support::{Client, TestServer, header, wait_until};
 
 const READ: Command = Command::Read(Fragmentation::Allowed);
 
@@ -120,5 +120,33 @@ fn a_client_that_waits_for_its_quota_does_not_stall() {
     let mut client = Client::connect(&server, ReplyMode::Extended);
     for _ in 0..3 {
         assert_eq!(client.write(0, &[1; 100_000]), Ok(()));
+    }
+}
+
+/// They took the time of the server, and their payloads that of the network, as often as the client
+/// liked.
+#[test]
+fn requests_that_are_refused_count_against_the_quota() {
+    let past_the_end = header(CommandType::WRITE, 64 << 20, 4096);
+    for quota in [bytes_per_second(1), requests_per_second(1)] {
+        let server = serve(disk().quota(quota));
+        let mut client = Client::open(&server, ReplyMode::Extended, "slow", &[]);
+        for _ in 0..100 {
+            client.send([client.encode(&past_the_end), vec![7; 4096]].concat());
+        }
+        let mut other = Client::open(&server, ReplyMode::Extended, "fast", &[]);
+        assert_ne!(client.raw_reply().1, Errno(0));
+        for _ in 0..100 {
+            assert_eq!(other.write(0, &[1; 4096]), Ok(()));
+        }
+        let entry = server.handle().exports().find("slow").unwrap().1;
+        let refused =
+            server.handle().statistics().exports.remove("slow").unwrap().requests.errors();
+        assert!((1..100).contains(&refused), "{refused} were refused at once");
+        drop(entry.quota(Quota::default()));
+        for _ in 1..100 {
+            assert_ne!(client.raw_reply().1, Errno(0));
+        }
+        assert_eq!(client.write(0, &[1; 4096]), Ok(()), "the connection goes on");
     }
 }

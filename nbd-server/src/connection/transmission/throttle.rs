@@ -4,9 +4,10 @@ use std::pin::Pin;
 use std::task::Context;
 use std::time::Duration;
 
-use nbd_proto::transmission::{Command, Request};
+use nbd_proto::transmission::Command;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use super::incoming::Arrival;
 use crate::quota::{Admission, Reservation};
 
 /// A change of a quota is noticed by those that wait within this time.
@@ -45,10 +46,20 @@ impl Throttle {
         Self { admission, paid: 0, waiting: None, is_open: false }
     }
 
-    /// May the next request begin? If not, `cx` is woken when it may. The answer stays the same
-    /// until the request [has begun](Self::begun).
-    pub(super) fn admits(&mut self, cx: &mut Context<'_>, request: &Request) -> bool {
-        if self.is_open || request.command == Command::Disconnect {
+    /// May what has arrived be carried out or refused? If not, `cx` is woken when it may. The answer
+    /// stays the same until the request [has begun](Self::begun).
+    pub(super) fn admits(&mut self, cx: &mut Context<'_>, arrival: &Arrival) -> bool {
+        let bytes = match arrival {
+            Arrival::Request(request, _) => match request.command {
+                Command::Disconnect => return true,
+                Command::Read(_) | Command::Write(_) => request.length,
+                _ => 0,
+            },
+            // It was paid for when its header came.
+            Arrival::Payload(..) => return true,
+            Arrival::Refused(_, payload_len) => *payload_len,
+        };
+        if self.is_open {
             return true;
         }
         loop {
@@ -66,10 +77,6 @@ impl Throttle {
                     self.paid += 1;
                 }
             }
-            let bytes = match request.command {
-                Command::Read(_) | Command::Write(_) => request.length,
-                _ => 0,
-            };
             match self.admission.reserve(self.paid, bytes) {
                 None => return true,
                 Some((None, _)) => self.paid += 1,
