@@ -213,6 +213,15 @@ impl AccessRules {
         *self == Self::default()
     }
 
+    /// Returns whether a client that has not begun TLS may do anything once it has.
+    pub(crate) fn may_permit_with_tls(&self, client: &ClientInfo) -> bool {
+        let names_any =
+            |rules: &[ClientRule]| rules.iter().any(|rule| matches!(rule, ClientRule::TlsName(_)));
+        self.permission(client) != Permission::Denied
+            || names_any(&self.allow)
+            || names_any(&self.read_only)
+    }
+
     /// Returns what a client may do.
     #[must_use]
     pub fn permission(&self, client: &ClientInfo) -> Permission {

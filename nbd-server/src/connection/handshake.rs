@@ -91,19 +91,25 @@ impl Catalog {
             Some((name.to_owned(), entry))
         });
         match found {
-            Some((_, entry)) if entry.is_tls_required() && self.channel == Channel::Clear => {
-                Err((RefusalReason::TlsRequired, NEEDS_TLS))
+            Some((name, entry)) if entry.is_tls_required() && self.channel == Channel::Clear => {
+                if entry.may_permit_with_tls(&self.client) {
+                    Err((RefusalReason::TlsRequired, NEEDS_TLS))
+                } else {
+                    Err(self.denied(&name))
+                }
             }
             Some((name, entry)) => match entry.permission(&self.client) {
-                Permission::Denied => {
-                    self.report(&name, "the rules of the export deny a client");
-                    // It cannot find out that there is such an export.
-                    Err((RefusalReason::UnknownExport, UNKNOWN))
-                }
+                Permission::Denied => Err(self.denied(&name)),
                 permission => Ok(Found { name, entry, permission }),
             },
             None => Err((RefusalReason::UnknownExport, UNKNOWN)),
         }
+    }
+
+    /// The answer to a client that may not use an export: it cannot find out that there is one.
+    fn denied(&self, name: &str) -> Rejection {
+        self.report(name, "the rules of the export deny a client");
+        (RefusalReason::UnknownExport, UNKNOWN)
     }
 
     /// Finds what the client wants to use, and counts it among the clients of that.

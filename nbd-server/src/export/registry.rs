@@ -185,6 +185,11 @@ impl ExportEntry {
         self.access.permission(client)
     }
 
+    /// Whether a client may do anything with the export, as soon as it uses TLS.
+    pub(crate) fn may_permit_with_tls(&self, client: &ClientInfo) -> bool {
+        self.access.may_permit_with_tls(client)
+    }
+
     /// What clients have used of the limits.
     pub(crate) fn quotas(&self) -> &Quotas {
         &self.quotas

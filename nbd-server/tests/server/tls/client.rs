@@ -23,6 +23,7 @@ pub const ACK: u32 = 1;
 pub const ERR_POLICY: u32 = (1 << 31) + 2;
 pub const ERR_INVALID: u32 = (1 << 31) + 3;
 pub const ERR_TLS_REQD: u32 = (1 << 31) + 5;
+pub const ERR_UNKNOWN: u32 = (1 << 31) + 6;
 
 /// An option as it is sent.
 pub fn option(option: u32, payload: &[u8]) -> Vec<u8> {
