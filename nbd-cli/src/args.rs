@@ -28,7 +28,8 @@ Exit codes:
   `serve --run` returns the status of the command (128 + N if signal N ended it).
   128 + N if signal N interrupted a command that writes; standard error reports what it left.
   A second SIGINT or SIGTERM ends a server at once, with 128 + the signal's number.
-  A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is not an error.";
+  A reader that closes its end of the pipe early (`nbd-cli map … | head -1`) is not an error;
+  `copy FILE - | head` is silent too and returns 141, as `cat` does.";
 
 /// Serve, inspect, map and copy disks over the Network Block Device (NBD) protocol.
 #[derive(Debug, Parser)]

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::io;
 
-use nbd_jobs::JobError;
 use nbd_jobs::text::without_error_numbers;
+use nbd_jobs::{JobError, JobErrorKind};
 
 /// The outcome of a command that did not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +32,11 @@ impl Outcome {
 pub(crate) enum CommandErrorKind {
     /// A failure: reported on standard error, exit code 1.
     Failure,
-    /// The reader of our output has closed it: nothing is reported.
+    /// The reader of a report has closed it: nothing is reported.
     BrokenPipe,
+    /// The reader of a copied disk has closed it. Nothing is reported, but the exit code tells that
+    /// the copy is incomplete.
+    CopyCutShort,
 }
 
 /// The failure of a command, as one sentence that names the file or address, the operation and the
@@ -88,7 +91,11 @@ impl From<imgfmt::Error> for CommandError {
 
 impl From<JobError> for CommandError {
     fn from(error: JobError) -> Self {
-        Self { could_be_shared: error.could_be_shared(), ..Self::new(error.to_string()) }
+        let kind = match error.kind() {
+            JobErrorKind::OutputClosed => CommandErrorKind::CopyCutShort,
+            _ => CommandErrorKind::Failure,
+        };
+        Self { kind, could_be_shared: error.could_be_shared(), ..Self::new(error.to_string()) }
     }
 }
 

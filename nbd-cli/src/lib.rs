@@ -114,9 +114,11 @@ fn usage(message: &clap::Error, code: u8) -> ExitCode {
 }
 
 fn report(error: &CommandError) -> ExitCode {
-    if error.kind() == CommandErrorKind::BrokenPipe {
+    match error.kind() {
         // The reader has closed the pipe, as in `nbd-cli map … | head -1`.
-        return ExitCode::SUCCESS;
+        CommandErrorKind::BrokenPipe => return ExitCode::SUCCESS,
+        CommandErrorKind::CopyCutShort => return ExitCode::from(signals::ENDED_BY_SIGPIPE),
+        CommandErrorKind::Failure => {}
     }
     let _ = writeln!(std::io::stderr(), "nbd-cli: {error}");
     let interrupted = signals::caught().map(EndSignal::exit_status);

@@ -60,7 +60,7 @@ impl Output {
 pub(crate) fn unless_closed(written: Result<(), CommandError>) -> Result<(), CommandError> {
     written.or_else(|error| match error.kind() {
         CommandErrorKind::BrokenPipe => Ok(()),
-        CommandErrorKind::Failure => Err(error),
+        CommandErrorKind::CopyCutShort | CommandErrorKind::Failure => Err(error),
     })
 }
 

@@ -12,6 +12,9 @@ pub enum JobErrorKind {
     Source,
     /// The destination cannot be created, reached, written to or completed.
     Destination,
+    /// The reader of standard output has closed the pipe, as `head` does: what it read is correct,
+    /// and the rest was not written.
+    OutputClosed,
     /// The base of a new backup cannot be opened, or is or may be the wrong one.
     Base,
     /// The control socket of a server cannot be reached, or the server refuses a request.

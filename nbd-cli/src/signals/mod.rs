@@ -47,6 +47,10 @@ const REQUESTS: [Number; 3] = [Number::INT, Number::TERM, Number::QUIT];
 const NOTICES: [Number; 5] =
     [Number::ALARM, Number::VTALARM, Number::PROF, Number::XCPU, Number::POWER];
 
+/// The exit status of a program that SIGPIPE ended. Here the signal is ignored, and the failed write
+/// ends the command.
+pub(crate) const ENDED_BY_SIGPIPE: u8 = 128 + 13;
+
 /// A signal that has asked the program to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct EndSignal(Number);

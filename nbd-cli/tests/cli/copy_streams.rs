@@ -78,16 +78,34 @@ fn from_pipe_to_pipe() {
 }
 
 #[test]
-fn a_pipe_that_is_closed_early_is_an_incomplete_copy() {
+fn a_copy_into_head_is_silent_and_ends_as_cat_does() {
     let disk = Disk::sparse();
-    let mut child = Command::new(PROGRAM)
+    let sources: [&[&str]; 3] = [&[disk.path(), "-"], &["-p", disk.path(), "-"], &["-", "-"]];
+    for arguments in sources {
+        let mut child = Command::new(PROGRAM)
+            .arg("copy")
+            .args(arguments)
+            .stdin(std::fs::File::open(disk.path()).expect("the disk"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("nbd-cli");
+        drop(child.stdout.take());
+        let output = child.wait_with_output().expect("its end");
+        assert_eq!(output.status.code(), Some(141), "128 + SIGPIPE: {arguments:?}");
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_full_disk_at_standard_output_is_an_error() {
+    let disk = Disk::sparse();
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("/dev/full");
+    let output = Command::new(PROGRAM)
         .args(["copy", disk.path(), "-"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
+        .stdout(full)
+        .output()
         .expect("nbd-cli");
-    drop(child.stdout.take());
-    let output = child.wait_with_output().expect("its end");
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("standard output"), "{said}");

@@ -14,7 +14,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use super::content::Content;
 use super::job::Job;
 use super::plan::PlannedRange;
-use crate::JobError;
+use crate::{JobError, JobErrorKind};
 
 /// Reads standard input to its end; the writes go on in parallel.
 pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), JobError> {
@@ -161,7 +161,10 @@ async fn write_standard_output(data: Bytes) -> Result<(), JobError> {
     }
 }
 
-/// A copy whose reader closed the pipe is incomplete: unlike for a report, that is an error.
 fn output_error(error: &io::Error) -> JobError {
-    JobError::destination(format!("cannot write to standard output: {error}"))
+    let kind = match error.kind() {
+        io::ErrorKind::BrokenPipe => JobErrorKind::OutputClosed,
+        _ => JobErrorKind::Destination,
+    };
+    JobError::new(kind, format!("cannot write to standard output: {error}"))
 }
