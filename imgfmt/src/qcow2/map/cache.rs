@@ -199,6 +199,11 @@ impl TableCache {
     /// Notes that this thread uses a table. The caller has locked its shard.
     fn used(&self, table: &Arc<Table>) -> Arc<Table> {
         table.note_use();
+        self.remember(table)
+    }
+
+    /// Puts a table among the recent ones of this thread. The caller has locked its shard.
+    fn remember(&self, table: &Arc<Table>) -> Arc<Table> {
         self.recent.mine().lock()[place(table.offset)] = Some(Arc::clone(table));
         Arc::clone(table)
     }
@@ -299,7 +304,8 @@ impl Loading<'_> {
         }
         // The place is there already.
         self.cache.make_room(&mut places, 0);
-        let used = self.cache.used(&table);
+        // It was not in memory: of use is what is looked at once more.
+        let used = self.cache.remember(&table);
         places.put(table);
         drop(places);
         self.load.end(Arc::clone(&used));

@@ -16,11 +16,11 @@ pub(super) struct Load {
 }
 
 #[derive(Debug, Default)]
-enum State {
-    #[default]
-    Running,
+struct State {
     /// With the table, unless it could not be read.
-    Ended(Option<Arc<Table>>),
+    ended: Option<Option<Arc<Table>>>,
+    /// Whether a thread waits. Waking takes a system call, and most often there is nobody to wake.
+    is_awaited: bool,
 }
 
 impl Load {
@@ -29,26 +29,35 @@ impl Load {
     pub(super) fn wait(&self) -> Option<Arc<Table>> {
         let mut state = self.state.lock();
         loop {
-            match &*state {
-                State::Ended(table) => return table.clone(),
-                State::Running => state = state.wait(&self.has_ended),
+            if let Some(table) = &state.ended {
+                return table.clone();
             }
+            state.is_awaited = true;
+            state = state.wait(&self.has_ended);
         }
     }
 
     /// Gives the table, which is in the cache now, to those that wait.
     pub(super) fn end(&self, table: Arc<Table>) {
-        *self.state.lock() = State::Ended(Some(table));
-        self.has_ended.notify_all();
+        self.finish(Some(table));
     }
 
     /// Wakes those that wait if the table was not read.
     pub(super) fn give_up(&self) {
+        self.finish(None);
+    }
+
+    /// The first outcome stays.
+    fn finish(&self, table: Option<Arc<Table>>) {
         let mut state = self.state.lock();
-        if matches!(*state, State::Running) {
-            *state = State::Ended(None);
+        if state.ended.is_some() {
+            return;
         }
+        state.ended = Some(table);
+        let is_awaited = state.is_awaited;
         drop(state);
-        self.has_ended.notify_all();
+        if is_awaited {
+            self.has_ended.notify_all();
+        }
     }
 }

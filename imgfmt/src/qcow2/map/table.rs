@@ -55,7 +55,7 @@ impl Table {
             version: AtomicU64::new(0),
             dirty: OrderedMutex::default(),
             bad_entries: OnceLock::new(),
-            recently_used: AtomicBool::new(true),
+            recently_used: AtomicBool::new(false),
             is_listed_as_changed: AtomicBool::new(false),
         }
     }

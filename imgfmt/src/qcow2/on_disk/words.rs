@@ -5,6 +5,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::storage::{Storage, TryRead};
 use crate::units::HostOffset;
 
+/// Up to so many bytes are read without memory from the heap.
+const SHORT: usize = 4 << 10;
+
 /// Reads a table of 64-bit words.
 pub(in crate::qcow2) fn read_words(
     storage: &dyn Storage,
@@ -24,8 +27,17 @@ pub(in crate::qcow2) fn try_read_words(
     offset: HostOffset,
     count: usize,
 ) -> Option<Vec<u64>> {
-    let mut bytes = vec![0; count * 8];
-    match storage.try_read_at(offset, &mut bytes) {
+    // Slices of large tables are short, and read often.
+    let mut short = [0; SHORT];
+    let mut long = Vec::new();
+    let bytes = match short.get_mut(..count * 8) {
+        Some(bytes) => bytes,
+        None => {
+            long.resize(count * 8, 0);
+            &mut long
+        }
+    };
+    match storage.try_read_at(offset, bytes) {
         Ok(TryRead::Complete) => Some(bytes.chunks_exact(8).map(|word| u64_at(word, 0)).collect()),
         _ => None,
     }

@@ -313,9 +313,12 @@ fn readers_writers_flushes_and_evictions_at_the_same_time_lose_nothing() {
         is_done.store(true, Relaxed);
         assert!(results.iter().all(Result::is_ok));
     });
+    // Whatever was dirty until now gives way to one more.
+    disk.flush(&cache, true);
+    cache.insert(Arc::new(Table::new(Disk::offset(Disk::TABLES), vec![0; 64])));
     for number in 0..Disk::TABLES {
         let expected = *disk.tables[number].1.lock();
         assert_eq!(disk.find(&cache, number).entry(0, 1).0, expected);
     }
-    assert!(disk.reads.load(Relaxed) > 2 * Disk::TABLES as u64, "tables have given way");
+    assert!(disk.reads.load(Relaxed) > Disk::TABLES as u64, "tables have given way");
 }
