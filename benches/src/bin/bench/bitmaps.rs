@@ -80,11 +80,7 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
     convert.arg(lab.file(RAW)).arg(lab.file(DISK));
     process::run_to_end(&mut convert).map(drop)?;
     fs::remove_file(lab.file(RAW))?;
-    provide(&lab.file(DISK), Bitmap::Enabled)?;
-    lab.settle(DISK)?;
-    let file = fs::File::open(lab.file(DISK))?;
-    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-    DataFile::existing(lab.file(DISK), options.page_cache).settle_and_warm()
+    provide(&lab.file(DISK), Bitmap::Enabled)
 }
 
 fn contender(

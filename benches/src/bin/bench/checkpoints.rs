@@ -107,17 +107,12 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
         output_of(
             Command::new("qemu-img").args(["bitmap", "--add"]).arg(lab.file(image)).arg(BITMAP),
         )?;
-        lab.settle(image)?;
     }
     DataFile::create(lab.file(RAW), options.size, options.page_cache)?;
     let mut convert = Command::new("qemu-img");
     convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
     output_of(convert.arg(lab.file(RAW)).arg(lab.file(DISK)))?;
-    fs::remove_file(lab.file(RAW))?;
-    lab.settle(DISK)?;
-    let file = fs::File::open(lab.file(DISK))?;
-    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-    DataFile::existing(lab.file(DISK), options.page_cache).settle_and_warm()
+    Ok(fs::remove_file(lab.file(RAW))?)
 }
 
 /// The rate per minute, and the duration as latency.
@@ -125,7 +120,7 @@ fn timed_contest(name: &str, image: &'static str, timed: Timed) -> Contest {
     let contender = |name, measure: fn(&Lab<'_>, &str, Timed) -> Result<Sample>| Contender {
         name,
         measure: Box::new(move |lab| {
-            lab.settle(image)?;
+            lab.settle_before_change(image)?;
             measure(lab, image, timed)
         }),
     };
@@ -233,7 +228,7 @@ fn write(maker: Maker, lab: &Lab<'_>, beside: Beside) -> Result<Sample> {
 
 /// The writes copy the clusters that belong to the snapshot. Afterwards the image is as it was.
 fn write_after_snapshot(lab: &Lab<'_>) -> Result<Sample> {
-    lab.settle(DISK)?;
+    lab.settle_before_change(DISK)?;
     process::run_to_end(&mut snapshot(lab, "create", DISK))?;
     let sample = write(Maker::Ours, lab, Beside { checkpoint: false, reader: false });
     for what in ["apply", "delete"] {

@@ -180,6 +180,7 @@ impl Copy {
 
     fn measure(&self, lab: &Lab<'_>, tool: Tool) -> Result<Sample> {
         let size = self.disk.size(lab.options);
+        lab.settle(self.disk.file())?;
         let target = lab.file(TARGET);
         drop(fs::remove_file(&target));
         let sockets = self.sockets(lab);

@@ -1,11 +1,14 @@
 //! The file that every server serves.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::{Advice, fadvise};
+use rustix::fs::{Advice, SeekFrom, fadvise};
+use rustix::io::Errno;
 
 use super::options::PageCache;
 
@@ -41,19 +44,29 @@ impl DataFile {
         &self.path
     }
 
-    /// Restores the initial state of every block: no dirty pages, and the whole file in the page
-    /// cache.
+    /// Makes the initial state of every block: no dirty pages, and all data in the page cache, always in the same units. What it had is dropped: the kernel reclaims and reads ahead
+    /// while servers run.
     ///
     /// # Errors
     ///
     /// The file cannot be read or synchronised.
     pub(crate) fn settle_and_warm(&self) -> Result<()> {
-        self.sync_and_read().with_context(|| format!("cannot read {}", self.path.display()))
+        self.settle_and_warm_from(0)
     }
 
-    fn sync_and_read(&self) -> std::io::Result<()> {
-        let mut file = OpenOptions::new().read(true).write(true).open(&self.path)?;
+    /// As [`settle_and_warm`](Self::settle_and_warm), from a place of the file on.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read or synchronised.
+    pub(crate) fn settle_and_warm_from(&self, offset: u64) -> Result<()> {
+        self.sync_and_read(offset).with_context(|| format!("cannot read {}", self.path.display()))
+    }
+
+    fn sync_and_read(&self, offset: u64) -> std::io::Result<()> {
+        let file = OpenOptions::new().read(true).write(true).open(&self.path)?;
         file.sync_data()?;
+        fadvise(&file, 0, None, Advice::DontNeed)?;
         if self.page_cache == PageCache::Pages {
             // Without readahead the kernel caches single pages. Readahead would cache folios of up
             // to 2 MiB, of which ext4 walks every block at each write of 4 KiB: 70 us on the
@@ -61,7 +74,14 @@ impl DataFile {
             fadvise(&file, 0, None, Advice::Random)?;
         }
         let mut buffer = vec![0; CHUNK_BYTES];
-        while file.read(&mut buffer)? > 0 {}
+        for extent in data_extents(&file)? {
+            let mut at = extent.start.max(offset);
+            while at < extent.end {
+                let length = (extent.end - at).min(CHUNK_BYTES as u64) as usize;
+                file.read_exact_at(&mut buffer[..length], at)?;
+                at += length as u64;
+            }
+        }
         Ok(())
     }
 
@@ -77,6 +97,26 @@ impl DataFile {
         // From here on the way in which it was written does not affect caching.
         fadvise(&file, 0, None, Advice::DontNeed)?;
         Ok(())
+    }
+}
+
+/// The parts of a file that are no holes, in bytes. To read a hole would fill the page cache with
+/// zeroes.
+///
+/// # Errors
+///
+/// The file system does not say.
+pub(crate) fn data_extents(file: &File) -> std::io::Result<Vec<Range<u64>>> {
+    let (mut extents, mut at) = (Vec::new(), 0);
+    loop {
+        let start = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // There is no more data.
+            Err(Errno::NXIO) => return Ok(extents),
+            Err(error) => return Err(error.into()),
+        };
+        at = rustix::fs::seek(file, SeekFrom::Hole(start))?;
+        extents.push(start..at);
     }
 }
 
@@ -115,6 +155,21 @@ mod tests {
         assert_ne!(bytes[..4096], bytes[4096..8192]);
         assert_ne!(bytes[..1 << 20], bytes[1 << 20..2 << 20]);
         file.settle_and_warm().expect("readable");
+    }
+
+    #[test]
+    fn holes_are_no_data() {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("disk.img");
+        let mut file = File::create(&path).expect("file");
+        file.set_len(64 << 20).expect("sparse");
+        file.write_all(&[1; 1 << 20]).expect("written");
+        file.sync_all().expect("written");
+        let extents = data_extents(&file).expect("known");
+        // The file system may have no holes.
+        let length: u64 = extents.iter().map(|extent| extent.end - extent.start).sum();
+        assert!(extents.first().is_some_and(|first| first.start == 0), "{extents:?}");
+        assert!((1 << 20..=64 << 20).contains(&length), "{extents:?}");
     }
 
     #[test]

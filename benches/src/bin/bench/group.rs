@@ -9,6 +9,7 @@ use super::contest::{self, Contest, ContestBar, GroupReport};
 use super::lab::Lab;
 use super::notes::note;
 use super::options::Options;
+use super::page_caches::Files;
 
 /// Rows that belong together.
 pub(crate) struct Group {
@@ -41,7 +42,8 @@ pub(crate) fn run(
     }
     let directory = directory.join(group.name);
     fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
-    let lab = Lab { options, directory: &directory, target_directory };
+    let files = Files::default();
+    let lab = Lab { options, directory: &directory, target_directory, files };
     eprintln!("bench: preparing {}", group.name);
     if let Err(error) = (group.prepare)(&lab) {
         note(notes, format!("{} is left out: {error:#}", group.name));

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use super::group::Group;
 use super::options::Options;
-use super::{bitmaps, checkpoints, copies, image_tools, qcow2, tls};
+use super::{bitmaps, checkpoints, copies, image_tools, large, qcow2, tls};
 
 /// The group of the rows that serve a raw file.
 pub(crate) const RAW: &str = "raw";
@@ -16,6 +16,7 @@ pub(crate) const RAW: &str = "raw";
 /// Every other group, in the order of the report.
 pub(crate) const GROUPS: &[Group] = &[
     qcow2::GROUP,
+    large::GROUP,
     image_tools::GROUP,
     bitmaps::GROUP,
     checkpoints::GROUP,
@@ -65,7 +66,9 @@ mod tests {
                     Against::Contender(name) => {
                         assert!(row.contenders.iter().any(|other| other.name == name), "{name}");
                     }
-                    Against::OursInRow(name) => assert!(find(&name).is_some(), "{name}"),
+                    Against::OursInRow(name) | Against::OursInRowPerCore(name) => {
+                        assert!(find(&name).is_some(), "{name}");
+                    }
                     Against::Nothing | Against::BestPeer | Against::BestPeerPerCore => {}
                 }
             }

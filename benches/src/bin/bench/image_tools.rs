@@ -112,13 +112,11 @@ fn prepare(lab: &Lab<'_>) -> Result<()> {
         command.args(["convert", "-f", "raw", "-O", "qcow2"]);
         command.arg(lab.file(disk.raw)).arg(lab.file(disk.qcow2));
         process::run_to_end(&mut command)?;
-        lab.settle(disk.qcow2)?;
     }
     let mut command = Command::new("qemu-img");
     command.args(["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata"]);
     command.arg(lab.file(CHECKED)).arg(CHECKED_BYTES.to_string());
-    process::run_to_end(&mut command)?;
-    lab.settle(CHECKED)
+    process::run_to_end(&mut command).map(drop)
 }
 
 /// Writes a sparse disk of `size` bytes.
@@ -147,6 +145,7 @@ fn fill(path: &Path, size: u64) -> std::io::Result<()> {
 }
 
 fn check(command: &mut Command, lab: &Lab<'_>) -> Result<Sample> {
+    lab.settle(CHECKED)?;
     timed(command.arg(lab.file(CHECKED)), CHECKED_BYTES)
 }
 
@@ -182,11 +181,12 @@ impl Conversion {
 
     fn run(&self, mut command: Command, lab: &Lab<'_>) -> Result<Sample> {
         let disk = if self.compression.is_some() { &SMALL } else { &LARGE };
-        let source = lab.file(if self.from == "raw" { disk.raw } else { disk.qcow2 });
+        let source = if self.from == "raw" { disk.raw } else { disk.qcow2 };
+        lab.settle(source)?;
         let size = fs::metadata(lab.file(disk.raw)).context("the source")?.len();
         let target = lab.file(TARGET);
         drop(fs::remove_file(&target));
-        let result = timed(command.arg(source).arg(&target), size);
+        let result = timed(command.arg(lab.file(source)).arg(&target), size);
         drop(fs::remove_file(&target));
         result
     }

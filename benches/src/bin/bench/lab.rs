@@ -1,12 +1,13 @@
 //! The environment in which a group is measured.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
+use super::data::DataFile;
 use super::options::Options;
+use super::page_caches::{Files, Kept};
 use super::process::Watch;
 use super::running::RunningServer;
 use super::sample::Sample;
@@ -19,6 +20,8 @@ pub(crate) struct Lab<'a> {
     /// A directory of the group's own, removed at the end.
     pub(crate) directory: &'a Path,
     pub(crate) target_directory: &'a Path,
+    /// Those of the present block.
+    pub(crate) files: Files,
 }
 
 impl Lab<'_> {
@@ -48,20 +51,47 @@ impl Lab<'_> {
         server: Command,
         client: impl FnOnce(&str) -> Result<ClientResult>,
     ) -> Result<Sample> {
+        self.serve_and_run_after(server, |_| Ok(()), client)
+    }
+
+    /// As [`Lab::serve_and_run`]; what the server does for `before` is not measured.
+    ///
+    /// # Errors
+    ///
+    /// As there, or `before` fails.
+    pub(crate) fn serve_and_run_after(
+        &self,
+        server: Command,
+        before: impl FnOnce(&str) -> Result<()>,
+        client: impl FnOnce(&str) -> Result<ClientResult>,
+    ) -> Result<Sample> {
         let running = RunningServer::start(server, &self.socket(), "", None)?;
+        before(running.uri())?;
         let watch = Watch::start(running.root_process())?;
         let result = client(running.uri())?;
         Ok(Sample::new(result, watch.finish()?))
     }
 
-    /// Waits until the file has no dirty pages, so that no block pays for another.
+    /// Makes the state of the page cache in which a block begins: no dirty pages, so that no block
+    /// pays for another, and the whole file cached.
     ///
     /// # Errors
     ///
-    /// The file cannot be opened or written.
+    /// The file cannot be read or written, or does not fit into the page cache.
     pub(crate) fn settle(&self, name: &str) -> Result<()> {
-        let path = self.file(name);
-        let file = File::open(&path).with_context(|| path.display().to_string())?;
-        file.sync_all().with_context(|| path.display().to_string())
+        let file = DataFile::existing(self.file(name), self.options.page_cache);
+        file.settle_and_warm()?;
+        self.files.expect_whole(file.path(), Kept::Yes)
+    }
+
+    /// As [`Lab::settle`], for a block that changes how the file is cached: it makes it longer, say.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub(crate) fn settle_before_change(&self, name: &str) -> Result<()> {
+        let file = DataFile::existing(self.file(name), self.options.page_cache);
+        file.settle_and_warm()?;
+        self.files.expect_whole(file.path(), Kept::No)
     }
 }

@@ -13,6 +13,7 @@
 
 mod bars;
 mod bitmaps;
+mod cache_state;
 mod checkpoints;
 // Programs are started, and cargo is called, as the other developer commands do it.
 #[path = "../../../../xtask/src/command.rs"]
@@ -25,14 +26,17 @@ mod fio;
 mod fleecing;
 mod group;
 mod groups;
+mod huge_image;
 mod image_tools;
 mod interrupt;
 mod lab;
+mod large;
 mod load;
 mod machine;
 mod nbdcopy;
 mod notes;
 mod options;
+mod page_caches;
 mod process;
 mod qcow2;
 mod report;
@@ -41,6 +45,7 @@ mod running;
 mod sample;
 mod servers;
 mod statistics;
+mod sys;
 mod table;
 mod tls;
 mod workload;
@@ -56,6 +61,7 @@ use command::{cargo, output_of, run_step, workspace_root};
 use data::DataFile;
 use notes::note;
 use options::Options;
+use page_caches::{Files, Kept, PageCaches};
 use report::Report;
 use rows::Row;
 use sample::{Measured, Sample};
@@ -182,6 +188,7 @@ fn measure(
     notes: &mut Vec<String>,
 ) -> Vec<Measured> {
     let mut measured = Vec::new();
+    let (files, mut page_caches) = (Files::default(), PageCaches::default());
     for round in 0..options.rounds {
         for row in rows {
             for turn in 0..servers.len() {
@@ -190,7 +197,9 @@ fn measure(
                     continue;
                 }
                 let place = format!("round {}/{} {}", round + 1, options.rounds, row.name);
-                match measure_block(options, row, server, launcher) {
+                let sample = measure_block(options, row, server, (launcher, &files))
+                    .and_then(|sample| page_caches.check(row.name, &files, sample));
+                match sample {
                     Ok(sample) => {
                         let text = sample.describe(row.unit().suffix(), row.work_name());
                         eprintln!("{place} {:18} {text}", server.name());
@@ -208,9 +217,13 @@ fn measure_block(
     options: &Options,
     row: &Row,
     server: Server,
-    launcher: &Launcher<'_>,
+    (launcher, files): (&Launcher<'_>, &Files),
 ) -> Result<Sample> {
     launcher.file().settle_and_warm()?;
+    files.forget();
+    let is_dropped = server.bypasses_page_cache() && row.writes();
+    let kept = if is_dropped { Kept::No } else { Kept::Yes };
+    files.expect_whole(launcher.file().path(), kept)?;
     let running = launcher.start(server)?;
     let watch = process::Watch::start(running.root_process())?;
     let result = rows::run(row, running.uri(), options, launcher.nbd_cli())?;

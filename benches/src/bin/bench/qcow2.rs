@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::bars::Limit;
 use super::contest::{Against, Contender, Contest, ContestBar, OURS};
@@ -132,22 +132,15 @@ fn contests(_: &Options) -> Vec<Contest> {
 
 fn prepare(lab: &Lab<'_>) -> Result<()> {
     let options = lab.options;
-    let raw = DataFile::create(lab.file(RAW), options.size, options.page_cache)?;
-    convert(lab, "raw", RAW, FULL)?;
-    raw.settle_and_warm()?;
-    // The image replaces the raw file: it is read like the file of the raw rows.
-    DataFile::existing(lab.file(FULL), options.page_cache).settle_and_warm()
+    DataFile::create(lab.file(RAW), options.size, options.page_cache)?;
+    convert(lab, "raw", RAW, FULL)
 }
 
 fn convert(lab: &Lab<'_>, format: &str, source: &str, target: &str) -> Result<()> {
     let mut command = Command::new("qemu-img");
     command.args(["convert", "-f", format, "-O", "qcow2"]);
     command.arg(lab.file(source)).arg(lab.file(target));
-    process::run_to_end(&mut command).map(drop)?;
-    let file = fs::File::open(lab.file(target)).context("the converted image")?;
-    file.sync_all()?;
-    // From here on the way in which it was written does not affect caching.
-    Ok(rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?)
+    process::run_to_end(&mut command).map(drop)
 }
 
 impl Work {
@@ -182,27 +175,27 @@ impl Work {
         server: impl Fn(&Lab<'_>, &Path) -> Command + 'static,
     ) -> Contender {
         let measure = move |lab: &Lab<'_>| {
-            let disk = self.make_disk(lab)?;
+            let disk = self.make_disk(lab, name)?;
             lab.serve_and_run(server(lab, &disk), |uri| self.run(lab, uri))
         };
         Contender { name, measure: Box::new(measure) }
     }
 
     /// The image for one block.
-    fn make_disk(&self, lab: &Lab<'_>) -> Result<std::path::PathBuf> {
+    fn make_disk(&self, lab: &Lab<'_>, contender: &str) -> Result<std::path::PathBuf> {
         let fresh = lab.file(FRESH);
         drop(fs::remove_file(&fresh));
         let mut create = Command::new("qemu-img");
         create.args(["create", "-q", "-f", "qcow2"]);
         match self.disk {
             Disk::Full => {
-                lab.settle(RAW)?;
-                lab.settle(FULL)?;
+                lab.settle(if contender == OURS_RAW { RAW } else { FULL })?;
                 return Ok(lab.file(FULL));
             }
             Disk::Empty => create.arg(&fresh).arg(EMPTY_BYTES.to_string()),
             Disk::Overlay { base, options } => {
                 let name = if base == "raw" { RAW } else { FULL };
+                lab.settle(name)?;
                 create.args(["-o", options, "-b", name, "-F", base]).arg(&fresh)
             }
         };

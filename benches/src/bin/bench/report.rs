@@ -213,6 +213,7 @@ pub(crate) mod tests {
             client_busy: Some(0.9),
             cpu_us_per_work,
             peak_memory_kib: 2048.0,
+            page_cache: None,
         };
         Measured { row: ROWS[0].name, server, sample }
     }

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::cache_state::CacheState;
 use super::process::Usage;
 use super::servers::Server;
 use super::workload::ClientResult;
@@ -20,6 +21,9 @@ pub(crate) struct Sample {
     pub(crate) cpu_us_per_work: f64,
     /// Peak memory of the server's processes in KiB.
     pub(crate) peak_memory_kib: f64,
+    /// What the page cache held of the files when the block began.
+    #[serde(default)]
+    pub(crate) page_cache: Option<CacheState>,
 }
 
 /// One block.
@@ -39,14 +43,18 @@ impl Sample {
             client_busy: result.busy,
             cpu_us_per_work: usage.cpu_us as f64 / result.work,
             peak_memory_kib: usage.peak_memory_kib as f64,
+            page_cache: None,
         }
     }
 
     /// One line for the terminal.
     pub(crate) fn describe(&self, throughput_unit: &str, work_name: &str) -> String {
         let p99 = self.p99_us.map_or_else(String::new, |p99| format!(", p99 {p99:.0} us"));
+        let cached = self
+            .page_cache
+            .map_or_else(String::new, |state| format!(", cached {}", state.describe()));
         format!(
-            "{:9.0} {}, {:.1} us CPU per {}{p99}, {:.1} MiB",
+            "{:9.0} {}, {:.1} us CPU per {}{p99}, {:.1} MiB{cached}",
             self.throughput,
             throughput_unit,
             self.cpu_us_per_work,

@@ -77,6 +77,11 @@ impl Server {
         !self.is_built()
     }
 
+    /// Whether its writes drop what the page cache has of the file.
+    pub(crate) fn bypasses_page_cache(self) -> bool {
+        self == Self::QemuNbdDirect
+    }
+
     /// Whether it takes part in `row`: the floor only reads.
     pub(crate) fn serves(self, row: &Row) -> bool {
         self != Self::Floor || matches!(row.workload, Workload::Copy { .. }) || !row.writes()

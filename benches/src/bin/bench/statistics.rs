@@ -1,5 +1,6 @@
 //! Medians.
 
+use super::cache_state::CacheState;
 use super::sample::Sample;
 
 /// The middle value, or the mean of the two in the middle; nothing for no values.
@@ -22,7 +23,14 @@ pub(crate) fn median_sample(samples: &[Sample]) -> Option<Sample> {
         client_busy: median(samples.iter().filter_map(|sample| sample.client_busy)),
         cpu_us_per_work: median(samples.iter().map(|sample| sample.cpu_us_per_work))?,
         peak_memory_kib: median(samples.iter().map(|sample| sample.peak_memory_kib))?,
+        page_cache: median_state(samples),
     })
+}
+
+fn median_state(samples: &[Sample]) -> Option<CacheState> {
+    let states = || samples.iter().filter_map(|sample| sample.page_cache);
+    let cached = median(states().map(|state| state.cached))?;
+    Some(CacheState { cached, large: median(states().filter_map(|state| state.large)) })
 }
 
 #[cfg(test)]
@@ -45,6 +53,7 @@ mod tests {
             client_busy: None,
             cpu_us_per_work: 1.0,
             peak_memory_kib: 2.0,
+            page_cache: None,
         };
         let samples = [sample(1.0, Some(30.0)), sample(2.0, Some(10.0)), sample(3.0, None)];
         assert_eq!(median_sample(&samples), Some(sample(2.0, Some(20.0))));

@@ -36,6 +36,12 @@ pub(crate) fn render(report: &Report) -> String {
         text.push_str(
             "share of a core that it uses; near 100 % a faster server can add little or nothing.\n",
         );
+        text.push_str(
+            "Cached: the share of the file that the page cache had when each block began and ended,\n",
+        );
+        text.push_str(
+            "and how much of that in large folios. It is dropped and read before each.\n",
+        );
         text.push_str(&bar_lines(&report.bars));
     }
     for group in &report.groups {
@@ -80,6 +86,7 @@ fn contest_lines(row: &ContestReport) -> Vec<Vec<String>> {
             percent(median.client_busy),
             median.p99_us.map_or_else(|| "-".to_owned(), |p99| format!("{p99:.0}")),
             format!("{:.1}", median.peak_memory_kib / 1024.0),
+            median.page_cache.map_or_else(|| "-".to_owned(), |state| state.describe()),
         ]
     });
     lines.collect()
@@ -118,10 +125,10 @@ pub(crate) fn render_comparison(report: &Report, earlier: &Report) -> String {
     align(&lines)
 }
 
-const GROUP_HEADINGS: [&str; 8] =
-    ["row", "who", "throughput", "ours/it", "CPU", "client", "p99 us", "peak MiB"];
+const GROUP_HEADINGS: [&str; 9] =
+    ["row", "who", "throughput", "ours/it", "CPU", "client", "p99 us", "peak MiB", "cached"];
 
-const HEADINGS: [&str; 10] = [
+const HEADINGS: [&str; 11] = [
     "row",
     "ours",
     "best peer",
@@ -132,6 +139,7 @@ const HEADINGS: [&str; 10] = [
     "client ours : best peer",
     "p99 us ours : best peer",
     "MiB ours",
+    "cached",
 ];
 
 fn row_cells(row: &RowReport) -> Vec<String> {
@@ -166,6 +174,8 @@ fn row_cells(row: &RowReport) -> Vec<String> {
         ),
         format!("{p99} : {}", number(row.lowest_peer_p99_us(), 0)),
         number(ours.map(|ours| ours.peak_memory_kib / 1024.0), 1),
+        ours.and_then(|ours| ours.page_cache)
+            .map_or_else(|| "-".to_owned(), |state| state.describe()),
     ]
 }
 

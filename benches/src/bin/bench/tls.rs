@@ -110,8 +110,7 @@ fn bars() -> Vec<ContestBar> {
 }
 
 fn prepare(lab: &Lab<'_>) -> Result<()> {
-    let disk = DataFile::create(lab.file(DISK), lab.options.size, lab.options.page_cache)?;
-    disk.settle_and_warm()?;
+    DataFile::create(lab.file(DISK), lab.options.size, lab.options.page_cache)?;
     fs::write(lab.file(CLIENT_SETTINGS), ONE_CIPHER)?;
     fs::write(lab.file(REQUESTS), requests(lab.options.size))?;
     fs::write(lab.file(KEYS), "bench:000102030405060708090a0b0c0d0e0f\n")?;
