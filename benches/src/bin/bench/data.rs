@@ -63,6 +63,19 @@ impl DataFile {
         self.sync_and_read(offset).with_context(|| format!("cannot read {}", self.path.display()))
     }
 
+    /// Writes dirty pages, and drops the whole file from the page cache.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be opened or synchronised.
+    pub(crate) fn drop_from_page_cache(&self) -> Result<()> {
+        let dropped = File::open(&self.path).and_then(|file| {
+            file.sync_data()?;
+            Ok(fadvise(&file, 0, None, Advice::DontNeed)?)
+        });
+        dropped.with_context(|| self.path.display().to_string())
+    }
+
     fn sync_and_read(&self, offset: u64) -> std::io::Result<()> {
         let file = OpenOptions::new().read(true).write(true).open(&self.path)?;
         file.sync_data()?;

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 
 use super::group::Group;
 use super::options::Options;
-use super::{bitmaps, checkpoints, copies, image_tools, large, qcow2, tls};
+use super::{bitmaps, checkpoints, copies, direct, image_tools, large, qcow2, tls};
 
 /// The group of the rows that serve a raw file.
 pub(crate) const RAW: &str = "raw";
@@ -17,6 +17,8 @@ pub(crate) const RAW: &str = "raw";
 pub(crate) const GROUPS: &[Group] = &[
     qcow2::GROUP,
     large::GROUP,
+    direct::DIRECT,
+    direct::DURABLE,
     image_tools::GROUP,
     bitmaps::GROUP,
     checkpoints::GROUP,

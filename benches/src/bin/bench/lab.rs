@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::data::DataFile;
 use super::options::Options;
@@ -82,6 +82,20 @@ impl Lab<'_> {
         let file = DataFile::existing(self.file(name), self.options.page_cache);
         file.settle_and_warm()?;
         self.files.expect_whole(file.path(), Kept::Yes)
+    }
+
+    /// Makes the state in which nothing of a file is in the page cache. The block may change it:
+    /// tables may be read through the page cache.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be dropped from the page cache.
+    pub(crate) fn settle_uncached(&self, name: &str) -> Result<()> {
+        let file = DataFile::existing(self.file(name), self.options.page_cache);
+        file.drop_from_page_cache()?;
+        let state = self.files.add(file.path(), Kept::No)?;
+        ensure!(state.cached < 0.01, "the page cache still has {} of {name}", state.describe());
+        Ok(())
     }
 
     /// As [`Lab::settle`], for a block that changes how the file is cached: it makes it longer, say.

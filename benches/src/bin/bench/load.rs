@@ -16,7 +16,33 @@ const SEED: &str = "1";
 /// # Errors
 ///
 /// The program fails, or the server answered a request with an error.
-pub(crate) fn run(job: &Job, uri: &str, size: u64, mut program: Command) -> Result<ClientResult> {
+pub(crate) fn run(job: &Job, uri: &str, size: u64, program: Command) -> Result<ClientResult> {
+    run_durable(job, Durable::No, uri, size, program)
+}
+
+/// When writes are on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Durable {
+    /// Sometime.
+    No,
+    /// When they are answered.
+    Fua,
+    /// When the FLUSH that follows so many writes is answered.
+    FlushEvery(u32),
+}
+
+/// As [`run`], with writes that are durable.
+///
+/// # Errors
+///
+/// As there.
+pub(crate) fn run_durable(
+    job: &Job,
+    durable: Durable,
+    uri: &str,
+    size: u64,
+    mut program: Command,
+) -> Result<ClientResult> {
     let (workload, pattern) = match job.pattern {
         Pattern::RandomRead => ("read", "random"),
         Pattern::RandomWrite => ("write", "random"),
@@ -33,6 +59,11 @@ pub(crate) fn run(job: &Job, uri: &str, size: u64, mut program: Command) -> Resu
     match job.length {
         Length::Seconds(seconds) => program.arg(format!("--duration={seconds}s")),
         Length::Requests(requests) => program.arg(format!("--requests={requests}")),
+    };
+    match durable {
+        Durable::No => &mut program,
+        Durable::Fua => program.arg("--fua"),
+        Durable::FlushEvery(writes) => program.arg(format!("--flush-every={writes}")),
     };
     let output = output_of(program.arg(uri))?;
     parse(&output, job).context("the report of nbd-cli bench")

@@ -21,6 +21,7 @@ mod command;
 mod contest;
 mod copies;
 mod data;
+mod direct;
 mod ending;
 mod fio;
 mod fleecing;
