@@ -4,6 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use super::*;
+use crate::access::BitmapDurability;
 use crate::sidecar::tests::{BOOT, description, recovery};
 
 fn image(directory: &tempfile::TempDir) -> PathBuf {
