@@ -2,18 +2,17 @@
 
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
 
 use bytes::{Buf, BytesMut};
 use nbd_proto::handshake::server::{
     GoAnswer, Handshake, HandshakeStep, PendingTls, ServerConfig as Negotiation, TlsPolicy,
 };
-use nbd_proto::handshake::{ExportDescription, Negotiated, RefusalReason};
+use nbd_proto::handshake::{Negotiated, RefusalReason};
 use nbd_proto::limits::MAX_OPTION_KEPT_LEN;
 use tokio::sync::OwnedSemaphorePermit;
 
+use super::catalog::{Catalog, Found, Granted};
 use super::effort::Effort;
 use super::error::ConnectionError;
 #[cfg(feature = "tls")]
@@ -23,13 +22,10 @@ use super::shared::Shared;
 use super::socket::Socket;
 use super::turn::{BARREN_COST, REQUEST_COST, Thread};
 use crate::ServerConfig;
-use crate::access::Access;
 use crate::budget::Permit;
-use crate::client::ClientInfo;
-use crate::export::{ExportEntry, ExportRegistry};
+use crate::export::ExportEntry;
 use crate::queue::GroupId;
 use crate::quota::Admission;
-use crate::rules::Permission;
 #[cfg(feature = "tls")]
 use crate::tls::TlsMode;
 
@@ -61,98 +57,6 @@ pub(super) struct Established {
     pub(super) admission: Admission,
     /// The bytes after the client's last option: its first requests.
     pub(super) received: BytesMut,
-}
-
-/// What a client is answered from.
-#[derive(Clone)]
-struct Catalog {
-    exports: ExportRegistry,
-    access: Access,
-    client: ClientInfo,
-    channel: Channel,
-    /// Whether this connection has a warning in the log; clones share it.
-    has_warned: Arc<AtomicBool>,
-}
-
-impl Catalog {
-    /// For a client that is let in.
-    fn for_client(socket: &Socket, shared: &Shared) -> Result<Self, ConnectionError> {
-        let client = client_info(socket);
-        shared.access.admit(&client).map_err(ConnectionError::Refused)?;
-        let (exports, access) = (shared.exports.clone(), shared.access.clone());
-        let (channel, has_warned) = (socket.channel(), Arc::default());
-        Ok(Self { exports, access, client, channel, has_warned })
-    }
-
-    /// Finds what the client asks for, unless it may not be told, or not without TLS.
-    fn find(&self, name: &str) -> Result<Found, Rejection> {
-        let found = self.exports.find(name).or_else(|| {
-            let entry = self.access.resolve(name, &self.client)?;
-            Some((name.to_owned(), entry))
-        });
-        match found {
-            Some((name, entry)) if entry.is_tls_required() && self.channel == Channel::Clear => {
-                if entry.may_permit_with_tls(&self.client) {
-                    Err((RefusalReason::TlsRequired, NEEDS_TLS))
-                } else {
-                    Err(self.denied(&name))
-                }
-            }
-            Some((name, entry)) => match entry.permission(&self.client) {
-                Permission::Denied => Err(self.denied(&name)),
-                permission => Ok(Found { name, entry, permission }),
-            },
-            None => Err((RefusalReason::UnknownExport, UNKNOWN)),
-        }
-    }
-
-    /// The answer to a client that may not use an export: it cannot find out that there is one.
-    fn denied(&self, name: &str) -> Rejection {
-        self.report(name, "the rules of the export deny a client");
-        (RefusalReason::UnknownExport, UNKNOWN)
-    }
-
-    /// Finds what the client wants to use, and counts it among the clients of that.
-    fn grant(&self, name: &str) -> Result<(ExportDescription, Granted), Rejection> {
-        let found = self.find(name)?;
-        let admission = found.entry.quotas().admit(&self.client).map_err(|used_up| {
-            self.report(&found.name, used_up.event());
-            (RefusalReason::Policy, used_up.answer())
-        })?;
-        Ok((found.describe(), Granted { entry: found.entry, admission }))
-    }
-
-    /// Logs that the client does not get an export. It can ask as often as it likes: only the first
-    /// time is a warning.
-    fn report(&self, export: &str, why: &'static str) {
-        let client = &self.client;
-        if self.has_warned.swap(true, Ordering::Relaxed) {
-            tracing::debug!(?export, %client, "{why}");
-        } else {
-            tracing::warn!(?export, %client, "{why}");
-        }
-    }
-}
-
-type Rejection = (RefusalReason, &'static str);
-
-/// An export that a client may use.
-struct Found {
-    name: String,
-    entry: ExportEntry,
-    permission: Permission,
-}
-
-impl Found {
-    fn describe(&self) -> ExportDescription {
-        self.entry.describe(&self.name, self.permission)
-    }
-}
-
-/// An export that a client uses.
-struct Granted {
-    entry: ExportEntry,
-    admission: Admission,
 }
 
 /// What was received and is to be sent.
@@ -291,9 +195,6 @@ fn advance(
     answer(step, catalog, &mut buffers.output)
 }
 
-const UNKNOWN: &str = "there is no export of this name";
-const NEEDS_TLS: &str = "this export is served over TLS only";
-
 /// Answers one option from the registry, if that can.
 fn answer(
     step: HandshakeStep,
@@ -342,14 +243,6 @@ fn answer(
         HandshakeStep::Aborted => return Ok(Step::Aborted),
     };
     Ok(Step::Answered(next))
-}
-
-fn client_info(socket: &Socket) -> ClientInfo {
-    ClientInfo {
-        address: socket.client_address(),
-        #[cfg(feature = "tls")]
-        tls: None,
-    }
 }
 
 fn refuse_tls(pending: PendingTls, out: &mut BytesMut) -> Handshake {

@@ -1,6 +1,7 @@
 //! One client, from its first byte to its last.
 
 mod answer;
+mod catalog;
 mod coalescing;
 mod dispatch;
 mod durability;

@@ -1,9 +1,11 @@
-//! Disk images as exports: the one file in which this crate and `imgfmt` meet.
+//! Disk images as exports: the one module in which this crate and `imgfmt` meet.
+
+mod fast;
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image, Storage};
+use imgfmt::{Access, ErrorKind, ExtentKind, GuestOffset, GuestRange, Image};
 use nbd_proto::limits::MAX_PAYLOAD;
 use nbd_proto::wire::{
     AllocationFlags, BlockDescriptor, BlockSizes, DirtyFlags, Errno, MetaContextName,
@@ -11,14 +13,8 @@ use nbd_proto::wire::{
 };
 
 use super::{
-    Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, FileSpan, Holes, Lookup,
-    Mapped, MayBlock, Operation, Place, PlacedFile, PlacedPart, PlacedRead, ReadMap, Speed,
-    TryRead, TryWrite, ZeroMode,
+    Descriptors, Durability, Export, ExportError, ExportInfo, FastExport, Speed, ZeroMode,
 };
-
-/// Longest write that is carried out where it stands: a copy into the page cache. A longer one
-/// would keep other connections of the same thread waiting.
-const PROMPT_WRITE_LEN: usize = 2 << 20;
 
 /// How often an image is asked for extents to answer one block status request.
 const STEPS_MAX: usize = 4;
@@ -257,156 +253,6 @@ impl Export for ImageExport {
     }
 }
 
-impl FastExport for ImageExport {
-    fn try_read_at(
-        &self,
-        offset: u64,
-        buffer: &mut [u8],
-        holes: Holes,
-    ) -> Result<TryRead, ExportError> {
-        let offset = GuestOffset::new(offset);
-        let read = match holes {
-            Holes::Told => self.image.try_read_data_at(offset, buffer),
-            Holes::AsData => self.image.try_read_at(offset, buffer),
-        };
-        match read {
-            Ok(imgfmt::TryRead::Complete) => Ok(TryRead::Complete),
-            Ok(imgfmt::TryRead::WouldBlock) => Ok(TryRead::WouldBlock),
-            Ok(imgfmt::TryRead::Sparse) => Ok(TryRead::Sparse),
-            Err(error) => Err(translate(&error)),
-        }
-    }
-
-    fn map_read(
-        &self,
-        offset: u64,
-        length: usize,
-        holes: Holes,
-        lookup: Lookup,
-        map: &mut ReadMap,
-    ) -> Result<Mapped, ExportError> {
-        let range = Self::range(offset, length as u64)?;
-        let lookup = match lookup {
-            Lookup::MayRead => imgfmt::Lookup::MayRead,
-            Lookup::CachedOnly => imgfmt::Lookup::CachedOnly,
-        };
-        let mapped = self.image.map(range, of_image(holes), lookup, |mapping| {
-            // It lies in a request, whose length is bounded.
-            let length = mapping.range.length() as usize;
-            match (mapping.content, &self.file) {
-                (content, _) if content.is_zero() => map.push_zero(length),
-                // Only bytes of a raw file stay where they are for ever: others are read through
-                // the image.
-                (imgfmt::Content::File(span), Some(file)) => {
-                    let span = FileSpan { file: Arc::clone(file), offset: span.offset.bytes() };
-                    map.push_file(length, span);
-                }
-                _ => map.push_export(length),
-            }
-            true
-        });
-        match mapped.map_err(|error| translate(&error))? {
-            imgfmt::Mapped::Complete => Ok(Mapped::Complete),
-            imgfmt::Mapped::Partial => Ok(Mapped::Partial),
-            imgfmt::Mapped::WouldBlock => Ok(Mapped::WouldBlock),
-            imgfmt::Mapped::HolesUnknown => Ok(Mapped::HolesUnknown),
-        }
-    }
-
-    fn place_read(&self, offset: u64, length: usize, holes: Holes) -> Option<Box<dyn PlacedRead>> {
-        let range = Self::range(offset, length as u64).ok()?;
-        let map = self.image.map_read_cached(range, of_image(holes)).ok()??;
-        ImageRead::new(map).map(|read| Box::new(read) as _)
-    }
-
-    fn may_block(&self, operation: Operation) -> MayBlock {
-        if self.image.cache_mode().is_writethrough() {
-            return MayBlock::Yes;
-        }
-        match operation {
-            Operation::Write(length, Durability::Cached)
-                if length <= PROMPT_WRITE_LEN && self.file.is_some() =>
-            {
-                MayBlock::No
-            }
-            // The system lets one change of a file in at a time; more of them would only wait for
-            // its lock, and take the cores from the connections.
-            Operation::Write(_, Durability::Cached) if self.file.is_some() => MayBlock::Busy,
-            Operation::Trim | Operation::WriteZeroes | Operation::Cache
-                if self.image.path().is_some() =>
-            {
-                MayBlock::Busy
-            }
-            _ => MayBlock::Yes,
-        }
-    }
-
-    fn is_writethrough(&self) -> bool {
-        let cache = self.image.cache_mode();
-        // Where nothing is ever made durable, flushes have nothing to do either.
-        cache.is_writethrough() || !cache.syncs()
-    }
-
-    fn try_write_at(&self, offset: u64, data: &[u8]) -> Result<TryWrite, ExportError> {
-        if data.len() > PROMPT_WRITE_LEN {
-            return Ok(TryWrite::WouldBlock);
-        }
-        match self.image.try_write_at(GuestOffset::new(offset), data) {
-            Ok(imgfmt::TryWrite::Complete) => Ok(TryWrite::Complete),
-            Ok(imgfmt::TryWrite::WouldBlock) => Ok(TryWrite::WouldBlock),
-            Err(error) => Err(translate(&error)),
-        }
-    }
-}
-
-/// A range of an image: its mappings, and the lease that keeps them true.
-struct ImageRead {
-    parts: Vec<PlacedPart>,
-    files: Vec<Arc<dyn Storage>>,
-    /// Dropped last.
-    _map: imgfmt::ReadMap,
-}
-
-impl ImageRead {
-    /// `None` if some of the bytes are not in a file as they are.
-    fn new(map: imgfmt::ReadMap) -> Option<Self> {
-        let mut files: Vec<Arc<dyn Storage>> = Vec::new();
-        let mut parts = Vec::new();
-        for mapping in map.mappings() {
-            let place = match mapping.content {
-                imgfmt::Content::File(span) => {
-                    span.storage.read_fd()?;
-                    let known = files.iter().position(|file| Arc::ptr_eq(file, span.storage));
-                    let number = known.unwrap_or_else(|| {
-                        files.push(Arc::clone(span.storage));
-                        files.len() - 1
-                    });
-                    Place::File { number, offset: span.offset.bytes() }
-                }
-                content if content.is_zero() => Place::Zero,
-                _ => return None,
-            };
-            parts.push(PlacedPart { length: mapping.range.length() as usize, place });
-        }
-        Some(Self { parts, files, _map: map })
-    }
-}
-
-impl PlacedRead for ImageRead {
-    fn parts(&self) -> &[PlacedPart] {
-        &self.parts
-    }
-
-    fn file(&self, number: usize) -> Option<PlacedFile<'_>> {
-        let storage = self.files.get(number)?;
-        let (memory, offset) = storage
-            .direct_alignment()
-            .map_or((1, 1), |alignment| (alignment.memory as usize, u64::from(alignment.offset)));
-        let fd = storage.read_fd()?;
-        Some(PlacedFile { fd, memory_alignment: memory, offset_alignment: offset })
-    }
-}
-
 fn describe(image: &Image) -> ExportInfo {
     let capabilities = image.capabilities();
     let mut info = ExportInfo::new(image.size());
@@ -442,13 +288,6 @@ fn allocation(kind: ExtentKind) -> AllocationFlags {
         ExtentKind::Data => AllocationFlags::empty(),
         ExtentKind::Zero => AllocationFlags::STATE_ZERO,
         ExtentKind::Hole => AllocationFlags::STATE_HOLE | AllocationFlags::STATE_ZERO,
-    }
-}
-
-const fn of_image(holes: Holes) -> imgfmt::Holes {
-    match holes {
-        Holes::Told => imgfmt::Holes::Told,
-        Holes::AsData => imgfmt::Holes::AsData,
     }
 }
 

@@ -2,159 +2,37 @@
 
 mod checkpoint;
 mod descriptors;
+mod entry;
+mod fast;
 mod filter;
 pub mod filters;
 mod flushes;
 #[cfg(feature = "image")]
 mod image;
+mod info;
 mod memory;
 mod placed_read;
 mod read_map;
 mod registry;
 
-use std::borrow::Cow;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
-
-use nbd_proto::wire::{BlockDescriptor, BlockSizes, Errno, MetaContextName, TransmissionFlags};
+use nbd_proto::wire::{BlockDescriptor, MetaContextName};
 
 pub use nbd_proto::handshake::MinimumBlockSize;
 pub use nbd_proto::transmission::{Durability, Speed, ZeroMode};
 
 pub use checkpoint::{CheckpointError, Checkpointed, PointInTimeView, StatusFn};
 pub use descriptors::Descriptors;
+pub use entry::ExportEntry;
+pub use fast::{FastExport, MayBlock, Operation, TryRead, TryWrite};
 pub use filter::Filter;
 pub(crate) use flushes::{DurabilityFailures, UnderWay, Waiter};
 #[cfg(feature = "image")]
 pub use image::{CountedLayers, ImageExport};
+pub use info::{ExportError, ExportInfo};
 pub use memory::MemoryExport;
 pub use placed_read::{Place, PlacedFile, PlacedPart, PlacedRead};
-pub use read_map::{Content, Holes, Lookup, Mapped, ReadMap, Segment};
-pub use registry::{ExportEntry, ExportRegistry};
-
-/// What a client is told about an export. All sizes are in bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ExportInfo {
-    /// Size of the disk; at most 2^63-1. Fixed while a client is connected.
-    pub size: u64,
-    /// What the export can do. The server itself adds what it provides for every export:
-    /// HAS_FLAGS, SEND_DF and BLOCK_STATUS_PAYLOAD.
-    pub flags: TransmissionFlags,
-    /// Which requests the export accepts and likes; enforced by the server.
-    pub block_sizes: BlockSizes,
-    /// Whether the smallest of them is enforced; if not, the methods take any alignment.
-    pub minimum_block_size: MinimumBlockSize,
-    /// The metadata contexts [`Export::block_status`] can answer.
-    pub meta_contexts: Vec<MetaContextName>,
-}
-
-impl ExportInfo {
-    /// A disk of `size` bytes that takes requests of any alignment and can do nothing special.
-    #[must_use]
-    pub fn new(size: u64) -> Self {
-        Self {
-            size,
-            flags: TransmissionFlags::HAS_FLAGS,
-            block_sizes: BlockSizes::default(),
-            minimum_block_size: MinimumBlockSize::Enforced,
-            meta_contexts: Vec::new(),
-        }
-    }
-}
-
-/// A request failed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{message}")]
-#[non_exhaustive]
-pub struct ExportError {
-    /// The error the client gets.
-    pub errno: Errno,
-    /// A text for people. It is sent to the client: name no paths of this machine in it.
-    pub message: Cow<'static, str>,
-}
-
-impl ExportError {
-    /// An error with a text for people, which is sent to the client.
-    #[must_use]
-    pub fn new(errno: Errno, message: impl Into<Cow<'static, str>>) -> Self {
-        Self { errno, message: message.into() }
-    }
-
-    fn unsupported() -> Self {
-        Self::new(Errno::ENOTSUP, "the export cannot do this")
-    }
-}
-
-/// Whether a call may make its thread wait for a disk or a network.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum MayBlock {
-    /// It returns within microseconds: the server calls it where it stands.
-    No,
-    /// It may take long: the server calls it on another thread.
-    Yes,
-    /// It may take long, and it is work rather than waiting: it keeps a core busy, or a lock that
-    /// other calls of this export need, as changes of a file do. The server calls it on another
-    /// thread, and has only a few such calls of one export under way at a time.
-    Busy,
-}
-
-/// What a read that must not block achieved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum TryRead {
-    /// The whole buffer is filled.
-    Complete,
-    /// It would have had to wait; the buffer's content is undefined.
-    WouldBlock,
-    /// With [`Holes::Told`] only: a part of the range, or all of it, reads as zero, as
-    /// [`FastExport::map_read`] tells; the buffer's content is undefined.
-    Sparse,
-}
-
-/// What a write that must not wait achieved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum TryWrite {
-    /// All of it is written.
-    Complete,
-    /// It would have had to wait.
-    WouldBlock,
-}
-
-/// Which kind of call [`FastExport::may_block`] is asked about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Operation {
-    /// [`Export::write_at`] of this many bytes.
-    Write(usize, Durability),
-    /// [`Export::flush`].
-    Flush,
-    /// [`Export::trim`].
-    Trim,
-    /// [`Export::write_zeroes`].
-    WriteZeroes,
-    /// [`Export::cache`].
-    Cache,
-    /// [`Export::block_status`].
-    BlockStatus,
-}
-
-/// A part of a file whose bytes are the bytes of the disk, and stay in that place for ever.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct FileSpan {
-    /// The file.
-    pub file: Arc<OwnedFd>,
-    /// Where the bytes are in it, in bytes from its start.
-    pub offset: u64,
-}
-
-impl FileSpan {
-    /// The bytes of `file` from `offset` on, in bytes from its start.
-    #[must_use]
-    pub const fn new(file: Arc<OwnedFd>, offset: u64) -> Self {
-        Self { file, offset }
-    }
-}
+pub use read_map::{Content, FileSpan, Holes, Lookup, Mapped, ReadMap, Segment};
+pub use registry::ExportRegistry;
 
 /// A disk that a server serves.
 ///
@@ -233,7 +111,7 @@ pub trait Export: Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOTSUP`], at once and with nothing changed, if only a fast way is wanted and there
+    /// [`Errno::ENOTSUP`](nbd_proto::wire::Errno::ENOTSUP), at once and with nothing changed, if only a fast way is wanted and there
     /// is none.
     fn write_zeroes(
         &self,
@@ -277,111 +155,6 @@ pub trait Export: Send + Sync + 'static {
     /// [`FastExport`]. Asked for each request.
     fn fast(&self) -> Option<&dyn FastExport> {
         None
-    }
-}
-
-/// What makes an [`Export`] fast: the server answers without another thread, without copies, and
-/// with holes as holes.
-///
-/// Every method has a default that is right, so that an export implements only those that help it. The
-/// server finds them through [`Export::fast`], which has to return `Some(self)`:
-///
-/// ```
-/// # use nbd_server::export::{Export, ExportError, ExportInfo, FastExport, MayBlock, Operation};
-/// struct Zeroes;
-///
-/// impl Export for Zeroes {
-///     fn info(&self) -> ExportInfo {
-///         ExportInfo::new(1 << 30)
-///     }
-///
-///     fn read_at(&self, _: u64, buffer: &mut [u8]) -> Result<(), ExportError> {
-///         buffer.fill(0);
-///         Ok(())
-///     }
-///
-///     fn fast(&self) -> Option<&dyn FastExport> {
-///         Some(self)
-///     }
-/// }
-///
-/// impl FastExport for Zeroes {
-///     fn may_block(&self, _: Operation) -> MayBlock {
-///         MayBlock::No
-///     }
-/// }
-/// ```
-pub trait FastExport: Send + Sync {
-    /// Fills `buffer` if that takes no waiting. With [`Holes::Told`] it may say
-    /// [`TryRead::Sparse`] instead, from the same look at the metadata that finds the data.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Export::read_at`], which is then called for the same range: the client gets
-    /// what that says.
-    fn try_read_at(
-        &self,
-        _offset: u64,
-        _buffer: &mut [u8],
-        _holes: Holes,
-    ) -> Result<TryRead, ExportError> {
-        Ok(TryRead::WouldBlock)
-    }
-
-    /// Tells what a range that is about to be read consists of: appends parts to `map`, which is
-    /// empty, until they have `length` bytes. With [`Lookup::MayRead`] it may stop before that
-    /// ([`Mapped::Partial`]) and is asked for the rest: a map that holds bytes should have no more
-    /// than some MiB of them. Zeroes are told where metadata knows of them; content
-    /// is not looked at. Bytes of a file may be told only if they stay in that place for ever: the
-    /// server hands them from the page cache to the socket without a copy.
-    ///
-    /// What is told must have been true at some moment of the call.
-    ///
-    /// # Errors
-    ///
-    /// Whatever kept it from being found out; the range is then read, and the client gets what that
-    /// says.
-    fn map_read(
-        &self,
-        _offset: u64,
-        length: usize,
-        _holes: Holes,
-        _lookup: Lookup,
-        map: &mut ReadMap,
-    ) -> Result<Mapped, ExportError> {
-        map.push_export(length);
-        Ok(Mapped::Complete)
-    }
-
-    /// Tells where the bytes of a range lie, if they lie in files from which the server can read them as
-    /// [`read_at`](Export::read_at) would. They stay there until the answer is dropped. Only what is in
-    /// memory is looked at. Asked for ranges that [`try_read_at`](Self::try_read_at) did not give.
-    fn place_read(&self, _offset: u64, _length: usize, _: Holes) -> Option<Box<dyn PlacedRead>> {
-        None
-    }
-
-    /// Whether an operation may make its thread wait.
-    fn may_block(&self, _operation: Operation) -> MayBlock {
-        MayBlock::Yes
-    }
-
-    /// Whether every change is durable when its call returns, also one that need not be. Where it is not,
-    /// changes that have to be durable and arrive at the same time may be called as if they need not be,
-    /// with one [`flush`](Export::flush) after them.
-    fn is_writethrough(&self) -> bool {
-        false
-    }
-
-    /// Writes `data` at `offset` (in bytes), not durably, if that takes no waiting. Asked for writes
-    /// that need not be durable and for which [`may_block`](Self::may_block) says that they may
-    /// block.
-    ///
-    /// # Errors
-    ///
-    /// As for [`Export::write_at`], which is then called for the same range: the client
-    /// gets what that says.
-    fn try_write_at(&self, _offset: u64, _data: &[u8]) -> Result<TryWrite, ExportError> {
-        Ok(TryWrite::WouldBlock)
     }
 }
 

@@ -3,11 +3,10 @@
 //! `imgfmt` has types of the same names for its images. These are the server's own, because an export
 //! need not be an image: without the feature `image` there is no `imgfmt`.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
-
-use super::FileSpan;
 
 /// Most parts of one map, and so most chunks of one reply.
 const SEGMENTS_MAX: usize = 1024;
@@ -71,6 +70,24 @@ pub enum Content {
     Bytes(Bytes),
     /// They are read with [`Export::read_at`](super::Export::read_at).
     Export,
+}
+
+/// A part of a file whose bytes are the bytes of the disk, and stay in that place for ever.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct FileSpan {
+    /// The file.
+    pub file: Arc<OwnedFd>,
+    /// Where the bytes are in it, in bytes from its start.
+    pub offset: u64,
+}
+
+impl FileSpan {
+    /// The bytes of `file` from `offset` on, in bytes from its start.
+    #[must_use]
+    pub const fn new(file: Arc<OwnedFd>, offset: u64) -> Self {
+        Self { file, offset }
+    }
 }
 
 /// The parts of a range of a disk, in order and without gaps.

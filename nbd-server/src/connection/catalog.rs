@@ -1,0 +1,119 @@
+//! The exports that one client may learn of and use.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nbd_proto::handshake::{ExportDescription, RefusalReason};
+
+use super::error::ConnectionError;
+use super::plain::Channel;
+use super::shared::Shared;
+use super::socket::Socket;
+use crate::access::Access;
+use crate::client::ClientInfo;
+use crate::export::{ExportEntry, ExportRegistry};
+use crate::quota::Admission;
+use crate::rules::Permission;
+
+const UNKNOWN: &str = "there is no export of this name";
+const NEEDS_TLS: &str = "this export is served over TLS only";
+
+/// What a client is answered from.
+#[derive(Clone)]
+pub(super) struct Catalog {
+    pub(super) exports: ExportRegistry,
+    access: Access,
+    pub(super) client: ClientInfo,
+    pub(super) channel: Channel,
+    /// Whether this connection has a warning in the log; clones share it.
+    has_warned: Arc<AtomicBool>,
+}
+
+impl Catalog {
+    /// For a client that is let in.
+    pub(super) fn for_client(socket: &Socket, shared: &Shared) -> Result<Self, ConnectionError> {
+        let client = client_info(socket);
+        shared.access.admit(&client).map_err(ConnectionError::Refused)?;
+        let (exports, access) = (shared.exports.clone(), shared.access.clone());
+        let (channel, has_warned) = (socket.channel(), Arc::default());
+        Ok(Self { exports, access, client, channel, has_warned })
+    }
+
+    /// Finds what the client asks for, unless it may not be told, or not without TLS.
+    pub(super) fn find(&self, name: &str) -> Result<Found, Rejection> {
+        let found = self.exports.find(name).or_else(|| {
+            let entry = self.access.resolve(name, &self.client)?;
+            Some((name.to_owned(), entry))
+        });
+        match found {
+            Some((name, entry)) if entry.is_tls_required() && self.channel == Channel::Clear => {
+                if entry.may_permit_with_tls(&self.client) {
+                    Err((RefusalReason::TlsRequired, NEEDS_TLS))
+                } else {
+                    Err(self.denied(&name))
+                }
+            }
+            Some((name, entry)) => match entry.permission(&self.client) {
+                Permission::Denied => Err(self.denied(&name)),
+                permission => Ok(Found { name, entry, permission }),
+            },
+            None => Err((RefusalReason::UnknownExport, UNKNOWN)),
+        }
+    }
+
+    /// The answer to a client that may not use an export: it cannot find out that there is one.
+    fn denied(&self, name: &str) -> Rejection {
+        self.report(name, "the rules of the export deny a client");
+        (RefusalReason::UnknownExport, UNKNOWN)
+    }
+
+    /// Finds what the client wants to use, and counts it among the clients of that.
+    pub(super) fn grant(&self, name: &str) -> Result<(ExportDescription, Granted), Rejection> {
+        let found = self.find(name)?;
+        let admission = found.entry.quotas().admit(&self.client).map_err(|used_up| {
+            self.report(&found.name, used_up.event());
+            (RefusalReason::Policy, used_up.answer())
+        })?;
+        Ok((found.describe(), Granted { entry: found.entry, admission }))
+    }
+
+    /// Logs that the client does not get an export. It can ask as often as it likes: only the first
+    /// time is a warning.
+    fn report(&self, export: &str, why: &'static str) {
+        let client = &self.client;
+        if self.has_warned.swap(true, Ordering::Relaxed) {
+            tracing::debug!(?export, %client, "{why}");
+        } else {
+            tracing::warn!(?export, %client, "{why}");
+        }
+    }
+}
+
+pub(super) type Rejection = (RefusalReason, &'static str);
+
+/// An export that a client may use.
+pub(super) struct Found {
+    name: String,
+    pub(super) entry: ExportEntry,
+    permission: Permission,
+}
+
+impl Found {
+    pub(super) fn describe(&self) -> ExportDescription {
+        self.entry.describe(&self.name, self.permission)
+    }
+}
+
+/// An export that a client uses.
+pub(super) struct Granted {
+    pub(super) entry: ExportEntry,
+    pub(super) admission: Admission,
+}
+
+fn client_info(socket: &Socket) -> ClientInfo {
+    ClientInfo {
+        address: socket.client_address(),
+        #[cfg(feature = "tls")]
+        tls: None,
+    }
+}
