@@ -14,7 +14,7 @@ use crate::client::Client;
 use crate::dial::{establish, establish_at, establish_on_its_runtime, load_tls};
 use crate::error::{Error, Result};
 use crate::handshake::Wire;
-use crate::negotiated_stream::NegotiatedStream;
+use crate::negotiated_stream::{NegotiatedStream, PlainSocket};
 use crate::settings::Settings;
 use crate::stream::Stream;
 use crate::tls::{LocalFiles, TlsOptions};
@@ -213,6 +213,29 @@ impl Connector {
     pub async fn connect_stream(&self) -> Result<NegotiatedStream> {
         let established = establish_at(&self.settings).await?;
         Ok(NegotiatedStream::new(established, self.settings.clone()))
+    }
+
+    /// Like [`connect_stream`](Self::connect_stream), over a connected socket: one end of a socket
+    /// pair, for example. The URI is then used for its export and in messages.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Connector::connect`].
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the socket.
+    pub async fn connect_stream_over(&self, socket: PlainSocket) -> Result<NegotiatedStream> {
+        let settings = &self.settings;
+        let target = settings.target();
+        let socket = Socket::from_plain(socket).map_err(|error| Error::Connect {
+            target: settings.target(),
+            source: Arc::new(error),
+        })?;
+        let tls = load_tls(settings).await?;
+        let wire = Wire::new(Stream::Plain(socket), target, settings.handshake_timeout, tls);
+        let established = establish(wire, &settings.wanted).await?;
+        Ok(NegotiatedStream::new(established, settings.clone()))
     }
 
     /// Connects over a stream that the caller provides: a socket pair, a tunnel, a virtual socket.

@@ -1,8 +1,6 @@
 //! A connection after the handshake, for callers that speak the transmission phase themselves.
 
 use std::io;
-use std::net;
-use std::os::unix;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -16,6 +14,7 @@ use crate::info::{Details, ExportInfo};
 use crate::reconnect::same_export;
 use crate::settings::Settings;
 use crate::stream::Stream;
+pub use crate::transport::PlainSocket;
 use crate::transport::Socket;
 
 /// A connection after the handshake, and what was agreed upon:
@@ -61,15 +60,6 @@ impl Reconnector {
         })?;
         Ok(NegotiatedStream::new(established, self.settings.clone()))
     }
-}
-
-/// A socket without TLS, which blocks.
-#[derive(Debug)]
-pub enum PlainSocket {
-    /// TCP.
-    Tcp(net::TcpStream),
-    /// A unix socket.
-    Unix(unix::net::UnixStream),
 }
 
 impl NegotiatedStream {

@@ -1,7 +1,8 @@
 //! Byte streams to a server: TCP, unix sockets, or a stream of the caller.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{self, SocketAddr};
+use std::os::unix;
 use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -14,6 +15,15 @@ use tokio::net::{TcpSocket, TcpStream, UnixStream, lookup_host};
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
+
+/// A socket without TLS, which blocks.
+#[derive(Debug)]
+pub enum PlainSocket {
+    /// TCP.
+    Tcp(net::TcpStream),
+    /// A unix socket.
+    Unix(unix::net::UnixStream),
+}
 
 /// A byte stream of the system or the caller.
 pub(crate) enum Socket {
@@ -54,6 +64,20 @@ impl Socket {
                 "this program does not support the transport that the URI names",
             )),
         }
+    }
+
+    /// Takes a connected socket of the caller.
+    pub(crate) fn from_plain(socket: PlainSocket) -> io::Result<Self> {
+        Ok(match socket {
+            PlainSocket::Tcp(socket) => {
+                socket.set_nonblocking(true)?;
+                Self::Tcp(TcpStream::from_std(socket)?)
+            }
+            PlainSocket::Unix(socket) => {
+                socket.set_nonblocking(true)?;
+                Self::Unix(UnixStream::from_std(socket)?)
+            }
+        })
     }
 
     async fn connect_unix(path: &Path) -> io::Result<Self> {
