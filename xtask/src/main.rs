@@ -4,12 +4,14 @@
 //! others, so that it can check them even when they do not compile.
 #![expect(clippy::print_stdout, reason = "developer commands report on standard output")]
 
+mod apt;
 mod bench;
 mod ci;
 mod command;
 mod compatibility;
 mod dist;
 mod install;
+mod machine;
 mod man;
 mod peers;
 mod soak;
@@ -31,6 +33,8 @@ struct Arguments {
 enum DeveloperCommand {
     /// Run every check in the order of continuous integration; stop at the first that fails.
     Ci,
+    /// Install the programs and the kernel that tests use, as far as they are missing.
+    Peers,
     /// Check the project rules that rustfmt and clippy do not check.
     Tidy,
     /// Measure this server beside qemu-nbd, nbdkit and nbd-server on the same file.
@@ -48,6 +52,7 @@ enum DeveloperCommand {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         DeveloperCommand::Ci => ci::run(),
+        DeveloperCommand::Peers => peers::ensure_installed(),
         DeveloperCommand::Tidy => tidy::run(),
         DeveloperCommand::Bench(options) => bench::run(&options),
         DeveloperCommand::Install(options) => install::run(&options),

@@ -1,11 +1,13 @@
 //! The programs of other projects that tests and benchmarks use.
 
 use std::env;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use anyhow::{Result, bail};
 
-use crate::command::{is_installed, output_of, run_step};
+use crate::apt::{self, Sources, apt_get, can_install};
+use crate::command::{is_installed, run_step};
+use crate::machine;
 
 /// A program that the tests use, and the Debian package that has it.
 struct Peer {
@@ -35,6 +37,10 @@ const PEERS: &[Peer] = &[
     Peer { program: "chromium", package: "chromium" },
     Peer { program: "zsh", package: "zsh" },
     Peer { program: "fish", package: "fish" },
+    Peer { program: "busybox", package: "busybox-static" },
+    Peer { program: "ldd", package: "libc-bin" },
+    // In a directory that is not on every user's search path.
+    Peer { program: "/sbin/mke2fs", package: "e2fsprogs" },
 ];
 
 /// Installs the missing peers if possible, and reports those that are still missing.
@@ -45,6 +51,11 @@ const PEERS: &[Peer] = &[
 ///
 /// A peer is missing still and `CI` is set.
 pub(crate) fn ensure_installed() -> Result<()> {
+    ensure_programs()?;
+    machine::ensure()
+}
+
+fn ensure_programs() -> Result<()> {
     let missing = missing_packages(is_installed);
     if missing.is_empty() {
         println!("==> peers: all installed");
@@ -82,24 +93,12 @@ fn missing_packages(is_present: impl Fn(&str) -> bool) -> Vec<&'static str> {
     packages
 }
 
-fn can_install() -> bool {
-    let is_root = output_of(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0");
-    is_root && is_installed("apt-get")
-}
-
 fn install(packages: &[&str]) -> Result<()> {
     // An outdated index is no reason to give up: it may still have the packages.
     if let Err(error) = run_step("peers", apt_get().arg("update").stdout(Stdio::null())) {
         println!("peers: {error:#}");
     }
-    run_step("peers", apt_get().args(["install", "-y", "--no-install-recommends"]).args(packages))?;
-    Ok(())
-}
-
-fn apt_get() -> Command {
-    let mut command = Command::new("apt-get");
-    command.arg("-q").env("DEBIAN_FRONTEND", "noninteractive");
-    command
+    apt::install(packages, &Sources::Usual)
 }
 
 #[cfg(test)]
