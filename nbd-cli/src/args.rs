@@ -3,8 +3,8 @@
 use clap::{ArgAction, Parser, Subcommand};
 
 use crate::commands::{
-    backup, bench, bitmap, checksum, completions, control, copy, image, info, list_meta, map,
-    qemu_nbd, restore, serve, tls,
+    attach, backup, bench, bitmap, checksum, completions, control, copy, detach, devices, image,
+    info, list_meta, map, qemu_nbd, restore, serve, tls,
 };
 
 pub use crate::logging::{LogArgs, LogFormat};
@@ -70,6 +70,12 @@ pub enum Command {
     Backup(backup::BackupArgs),
     /// Restore a backup or any other image to a file, a device or a server
     Restore(restore::RestoreArgs),
+    /// Give a disk a kernel device (/dev/nbdX)
+    Attach(Box<attach::AttachArgs>),
+    /// Disconnect a kernel device
+    Detach(detach::DetachArgs),
+    /// List the attached kernel devices
+    Devices(devices::DevicesArgs),
     /// Inspect and control a running server
     Control(control::ControlArgs),
     /// Create, inspect, convert and change disk images

@@ -71,7 +71,14 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         args.role = role;
         args.keeps_log = cli.verbose > 0;
     }
+    if let Command::Attach(args) = &mut cli.command {
+        args.role = role;
+        args.keeps_log = cli.verbose > 0;
+    }
     let outcome = match &cli.command {
+        Command::Attach(args) if !args.foreground && role == Role::Foreground => {
+            background::start(&arguments[1..])
+        }
         Command::Serve(args) if args.fork && role == Role::Foreground => {
             background::start(&arguments[1..])
         }
@@ -95,6 +102,9 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Copy(args) => commands::copy::run(args),
         Command::Checksum(args) => commands::checksum::run(&args),
         Command::Bench(args) => commands::bench::run(&args),
+        Command::Attach(args) => commands::attach::run(&args),
+        Command::Detach(args) => commands::detach::run(&args),
+        Command::Devices(args) => commands::devices::run(&args),
         Command::Control(args) => commands::control::run(&args),
         Command::Backup(args) => commands::backup::run(args),
         Command::Restore(args) => commands::restore::run(&args),

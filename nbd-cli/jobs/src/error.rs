@@ -21,6 +21,8 @@ pub enum JobErrorKind {
     ControlSocket,
     /// A dirty bitmap lacks changes, or cannot be changed.
     Bitmap,
+    /// A kernel device cannot be attached, kept or detached.
+    Device,
     /// A file of certificates or keys cannot be read, made or replaced.
     Credentials,
     /// Verification found a difference.

@@ -25,7 +25,7 @@
 //! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
 //! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`, and
 //! [`serving`] makes exports of images. The feature `monitor` serves metrics and a status page of any
-//! `nbd-server`.
+//! `nbd-server`; with the feature `devices`, `devices` attaches kernel devices (`/dev/nbdX`).
 //!
 //! # Jobs
 //!
@@ -48,6 +48,8 @@ pub mod checksum;
 pub mod connect;
 pub mod control;
 pub mod copy;
+#[cfg(feature = "devices")]
+pub mod devices;
 mod error;
 mod files;
 pub mod frozen_bits;

@@ -1,5 +1,6 @@
 //! One file per subcommand: its arguments and its output.
 
+pub mod attach;
 pub mod backup;
 pub mod bench;
 pub mod bitmap;
@@ -7,6 +8,8 @@ pub mod checksum;
 pub mod completions;
 pub mod control;
 pub mod copy;
+pub mod detach;
+pub mod devices;
 pub mod image;
 pub mod info;
 pub mod list_meta;

@@ -34,6 +34,7 @@ pub use self::export::ExportArgs;
 use self::export::ExportSpec;
 use self::reload::{ReloadHandle, Reloader};
 pub use self::socket_file::SocketFileArgs;
+pub(super) use self::source::{is_memory, open as open_source};
 pub use self::tls::{TlsArgs, TlsChoice};
 pub use self::upstream::UpstreamArgs;
 use crate::error::{CommandError, Outcome};

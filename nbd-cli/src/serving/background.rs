@@ -1,4 +1,4 @@
-//! `serve --fork`: the server in a separate process, which notifies its parent when it is ready.
+//! `serve --fork` and `attach`: the server in a separate process, which notifies its parent when it is ready.
 //!
 //! The parent starts this program again and copies the server's output, up to a marker that reports
 //! that clients can connect. Until then the server's errors go to the inherited standard error.

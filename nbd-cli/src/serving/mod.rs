@@ -1,6 +1,7 @@
 //! Common parts of the serving front ends: values of options, and serving until a signal.
 
 pub(crate) mod background;
+mod device;
 mod durability;
 mod filter_args;
 mod pid_file;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 
 use nbd_server::{ServeError, Server};
 
+pub(crate) use self::device::keep_device;
 pub use self::durability::BitmapDurability;
 pub use self::filter_args::{Aio, CacheMode, DetectZeroes, Discard};
 pub(crate) use self::pid_file::PidFile;

@@ -34,6 +34,7 @@ mod copy_peers;
 mod copy_progress;
 mod copy_sparse;
 mod copy_streams;
+mod devices;
 mod help;
 mod help_snapshot;
 mod image_amend;

@@ -180,9 +180,21 @@ fn split_name(source: &OsStr) -> (Option<&str>, &OsStr) {
     }
 }
 
+/// Whether a source is a disk in memory.
+pub(in crate::commands) fn is_memory(source: &OsStr) -> bool {
+    memory_size(source).is_some()
+}
+
+fn memory_size(source: &OsStr) -> Option<&str> {
+    source.to_str()?.strip_prefix("memory:")
+}
+
 /// Opens the source of an export.
-pub(super) fn open(source: &OsStr, choices: &ServeOptions) -> Result<OpenedExport, CommandError> {
-    if let Some(size) = source.to_str().and_then(|source| source.strip_prefix("memory:")) {
+pub(in crate::commands) fn open(
+    source: &OsStr,
+    choices: &ServeOptions,
+) -> Result<OpenedExport, CommandError> {
+    if let Some(size) = memory_size(source) {
         return Ok(OpenedExport { export: memory(source, size, choices)?, image: None });
     }
     if source.is_empty() {

@@ -3,6 +3,8 @@
 mod disk;
 pub(crate) mod http;
 pub(crate) mod image;
+mod initramfs;
+pub(crate) mod machine;
 pub(crate) mod qemu_nbd;
 mod server;
 pub(crate) mod service_manager;

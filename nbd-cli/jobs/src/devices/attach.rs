@@ -1,0 +1,459 @@
+//! Attaching a device, and keeping it connected.
+
+use std::fs::File;
+use std::num::NonZeroUsize;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nbd_client::{ExportInfo, TransmissionFlags};
+use rustix::io::Errno;
+use tokio::time::{MissedTickBehavior, interval, sleep};
+
+use super::backend::Backend;
+use super::detach::{DetachMode, disconnect};
+use super::load::{driver, no_rights};
+use super::netlink::{Announcement, Announcements, Configuration, Driver};
+use super::record::{Note, Record};
+use super::sysfs::SysDevice;
+use super::{device_error, path_of};
+use crate::error::{JobError, JobErrorKind};
+use crate::text::printable;
+
+/// The smallest block of the kernel, in bytes.
+const MIN_BLOCK: u32 = 512;
+
+/// The longest source that the kernel shows: a file of sysfs has one page.
+const MAX_SOURCE_LEN: usize = 4000;
+
+/// The time between two looks whether the device is still connected.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// The longest pause between two attempts to reach a server.
+const MAX_PAUSE: Duration = Duration::from_secs(2);
+const MIN_PAUSE: Duration = Duration::from_millis(100);
+
+/// Options of a device.
+#[derive(Clone, Debug)]
+pub struct AttachOptions {
+    /// The source, by which the device is recognised later.
+    pub source: String,
+    /// The device; `None`: the kernel chooses a free one.
+    pub device: Option<u32>,
+    /// Connections, if the server allows several.
+    pub connections: NonZeroUsize,
+    /// Refuses writes, even if the server allows them.
+    pub read_only: bool,
+    /// Size of logical blocks, in bytes. By default the server's minimum, at least 512.
+    pub block_size: Option<u64>,
+    /// Time after which a request is sent over another connection. With `None`, and one
+    /// connection, a slow server has all the time it needs.
+    pub timeout: Option<Duration>,
+    /// Time for which requests wait for a new connection when all are lost.
+    pub reconnect: Duration,
+}
+
+/// An attached device, kept by this process.
+#[derive(Debug)]
+pub struct Attached {
+    index: u32,
+    driver: Driver,
+    announcements: Announcements,
+    backend: Backend,
+    configuration: Configuration,
+    connections: usize,
+    /// Connections that may be dead.
+    missing: usize,
+    is_adopted: bool,
+    record: Record,
+}
+
+impl Attached {
+    /// Attaches a backend to a device, or adopts the device if the same source is attached to it.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no driver, the right is missing, the device is in use, or the kernel
+    /// cannot use the export.
+    pub async fn new(mut backend: Backend, options: &AttachOptions) -> Result<Self, JobError> {
+        match given_to_kernel(&mut backend, options).await {
+            Ok(given) => {
+                let attached = Self::of(given, backend);
+                attached.prepare();
+                Ok(attached)
+            }
+            Err(error) => {
+                // Nothing was written, so this error says more than one of closing.
+                let _ = backend.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn of(given: Given, backend: Backend) -> Self {
+        let Given { index, driver, announcements, configuration, connections, record, is_adopted } =
+            given;
+        if backend.info().size > configuration.size {
+            let lost = backend.info().size - configuration.size;
+            tracing::warn!(
+                device = index,
+                lost,
+                "the last bytes are not a whole block, and out of reach"
+            );
+        }
+        // Each connection of an adopted device but the one that it was given may be dead.
+        let missing = if is_adopted { connections.saturating_sub(1) } else { 0 };
+        Self {
+            index,
+            driver,
+            announcements,
+            backend,
+            configuration,
+            connections,
+            missing,
+            is_adopted,
+            record,
+        }
+    }
+
+    /// Returns the file of the device.
+    pub fn path(&self) -> PathBuf {
+        path_of(self.index)
+    }
+
+    /// Returns whether the device was attached before, and requests may have waited for this.
+    pub fn is_adopted(&self) -> bool {
+        self.is_adopted
+    }
+
+    /// Returns the number of connections.
+    pub fn connections(&self) -> usize {
+        self.connections
+    }
+
+    /// Returns whether the device works only as long as this process runs.
+    pub fn needs_process(&self) -> bool {
+        self.backend.needs_process()
+    }
+
+    /// Lets the kernel send no larger requests than the server takes, and look for partitions.
+    fn prepare(&self) {
+        let device = SysDevice::new(self.index);
+        if let Some(sizes) = self.backend.info().block_sizes
+            && let Err(error) = device.limit_requests(sizes.maximum_payload().into())
+        {
+            tracing::warn!(%error, "the size of requests cannot be limited to the server's");
+        }
+        // The first open of a device makes the kernel look for partitions.
+        let path = self.path();
+        tokio::task::spawn_blocking(move || drop(File::open(path)));
+    }
+
+    /// Restores lost connections until the device is disconnected.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel's announcements can no longer be received.
+    ///
+    /// # Cancel safety
+    ///
+    /// Safe: it can be called again.
+    pub async fn keep(&mut self) -> Result<(), JobError> {
+        let device = SysDevice::new(self.index);
+        let mut looks = interval(LOOK);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let Self {
+            index, driver, announcements, backend, configuration, connections, missing, ..
+        } = self;
+        let index = *index;
+        let mut pause = Duration::ZERO;
+        let connecting = attempt(backend, pause);
+        let mut connecting = Box::pin(connecting);
+        loop {
+            tokio::select! {
+                announcement = announcements.next() => match announcement {
+                    Ok(Announcement::Dead(dead)) if dead == index => {
+                        tracing::warn!(device = index, "a connection is lost");
+                        *missing = missing.saturating_add(1).min(*connections);
+                    }
+                    Ok(Announcement::Lost) => *missing = *connections,
+                    Ok(Announcement::Dead(_)) => {}
+                    Err(error) => return Err(device_error(
+                        index,
+                        format!("the kernel's announcements cannot be received: {error}"),
+                    )),
+                },
+                _ = looks.tick() => if !device.is_connected() {
+                    return Ok(());
+                },
+                connected = &mut connecting, if *missing > 0 => {
+                    pause = match connected.and_then(|socket| {
+                        let given = driver.reconfigure(index, configuration, &[socket]);
+                        given.map_err(|error| explained(&error, Some(index), configuration))
+                    }) {
+                        Ok(()) => {
+                            *missing -= 1;
+                            tracing::info!(device = index, "a connection is restored");
+                            Duration::ZERO
+                        }
+                        Err(error) => {
+                            tracing::warn!(device = index, %error, "a connection is not restored yet");
+                            (pause * 2).clamp(MIN_PAUSE, MAX_PAUSE)
+                        }
+                    };
+                    connecting = Box::pin(attempt(backend, pause));
+                }
+            }
+        }
+    }
+
+    /// Flushes and disconnects the device.
+    ///
+    /// # Errors
+    ///
+    /// If it is in use or cannot be flushed: it remains attached.
+    ///
+    /// # Cancel safety
+    ///
+    /// The device may or may not be disconnected.
+    pub async fn detach(&self) -> Result<(), JobError> {
+        let index = self.index;
+        if !SysDevice::new(index).is_connected() {
+            return Ok(());
+        }
+        // It may take long, and an export of this process has to be served meanwhile.
+        let detaching = tokio::task::spawn_blocking(move || {
+            disconnect(&mut driver()?, index, DetachMode::WhenUnused)
+        });
+        detaching.await.map_err(|error| JobError::given_up("detachment", &error))?
+    }
+
+    /// Ends this process's part: closes the export, then releases the record. A device that is
+    /// attached still waits for another process that adopts it.
+    ///
+    /// # Errors
+    ///
+    /// If data may not be durable.
+    pub async fn close(self) -> Result<(), JobError> {
+        let closed = self.backend.close().await;
+        if !SysDevice::new(self.index).is_connected() {
+            self.record.remove();
+        }
+        closed
+    }
+}
+
+/// A device that has its connections.
+struct Given {
+    index: u32,
+    driver: Driver,
+    announcements: Announcements,
+    configuration: Configuration,
+    connections: usize,
+    record: Record,
+    is_adopted: bool,
+}
+
+/// Gives connections to a device.
+async fn given_to_kernel(
+    backend: &mut Backend,
+    options: &AttachOptions,
+) -> Result<Given, JobError> {
+    let mut driver = driver()?;
+    let configuration = configure(backend.info(), options)?;
+    let announcements = driver.announcements().map_err(|error| {
+        JobError::new(JobErrorKind::Device, format!("the kernel announces nothing: {error}"))
+    })?;
+    let record = options.device.map(Record::take).transpose()?;
+    let former = options.device.map(SysDevice::new).filter(SysDevice::is_connected);
+    if let Some(former) = &former {
+        check_same(former, &configuration)?;
+    }
+    let sockets = connections(backend, options).await?;
+    let given = match &former {
+        Some(device) => {
+            let index = device.index();
+            // One, so that no other is made for nothing.
+            driver.reconfigure(index, &configuration, &sockets[..1]).map(|()| index)
+        }
+        None => driver.connect(&configuration, &sockets),
+    };
+    let index = given.map_err(|error| explained(&error, options.device, &configuration))?;
+    let connections = sockets.len();
+    let record = match note(record, index, connections) {
+        Ok(record) => record,
+        Err(error) => {
+            if former.is_none() {
+                // It is new, and nothing was written to it.
+                let _ = driver.disconnect(index);
+            }
+            return Err(error);
+        }
+    };
+    let is_adopted = former.is_some();
+    Ok(Given { index, driver, announcements, configuration, connections, record, is_adopted })
+}
+
+/// Notes that this process keeps a device.
+fn note(record: Option<Record>, index: u32, connections: usize) -> Result<Record, JobError> {
+    let mut record = match record {
+        Some(record) => record,
+        None => Record::take(index)?,
+    };
+    let note = Note { pid: std::process::id(), connections };
+    let written = record.write(&note);
+    written.map_err(|error| device_error(index, format!("cannot note its keeper: {error}")))?;
+    Ok(record)
+}
+
+/// Makes a connection, after a pause.
+async fn attempt(backend: &Backend, pause: Duration) -> Result<OwnedFd, JobError> {
+    sleep(pause).await;
+    backend.connection().await
+}
+
+/// Makes the first connections: as many as are wanted and the server admits.
+async fn connections(
+    backend: &mut Backend,
+    options: &AttachOptions,
+) -> Result<Vec<OwnedFd>, JobError> {
+    let may_be_several = backend.info().flags.contains(TransmissionFlags::CAN_MULTI_CONN);
+    let wanted = if may_be_several { options.connections.get() } else { 1 };
+    let mut sockets = vec![backend.first_connection().await?];
+    while sockets.len() < wanted {
+        match backend.connection().await {
+            Ok(socket) => sockets.push(socket),
+            Err(error) => {
+                let admitted = sockets.len();
+                tracing::warn!(admitted, wanted, %error, "the server admits fewer connections");
+                break;
+            }
+        }
+    }
+    Ok(sockets)
+}
+
+/// Translates the properties of an export.
+fn configure(info: &ExportInfo, options: &AttachOptions) -> Result<Configuration, JobError> {
+    let source = printable(&options.source);
+    if source.len() > MAX_SOURCE_LEN {
+        return Err(JobError::invalid(format!(
+            "the source is {} bytes long; the kernel keeps at most {MAX_SOURCE_LEN}",
+            source.len()
+        )));
+    }
+    let minimum = info.block_sizes.map_or(MIN_BLOCK, |sizes| sizes.minimum().max(MIN_BLOCK));
+    let block_size = options.block_size.unwrap_or(minimum.into());
+    let page = u64::try_from(rustix::param::page_size()).unwrap_or(u64::MAX);
+    if !block_size.is_power_of_two() || block_size < minimum.into() || block_size > page {
+        return Err(JobError::new(
+            JobErrorKind::Device,
+            format!(
+                "a device of '{source}' cannot have blocks of {block_size} bytes: the server asks for \
+                 at least {minimum}, and the kernel allows powers of two from {MIN_BLOCK} to {page}"
+            ),
+        ));
+    }
+    if info.size < block_size {
+        return Err(JobError::source(format!(
+            "'{source}' has {} bytes: too few for a device with blocks of {block_size}",
+            info.size
+        )));
+    }
+    let mut flags = info.flags;
+    if options.read_only {
+        flags |= TransmissionFlags::READ_ONLY;
+    }
+    Ok(Configuration {
+        index: options.device,
+        size: info.size - info.size % block_size,
+        block_size,
+        flags: flags.bits(),
+        timeout: options.timeout.map_or(0, whole_seconds),
+        dead_connection_timeout: whole_seconds(options.reconnect),
+        backend: source,
+    })
+}
+
+/// The kernel counts in seconds. More than a year is as good as no limit, and fits.
+fn whole_seconds(time: Duration) -> u64 {
+    const YEAR: u64 = 366 * 24 * 60 * 60;
+    time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0)).min(YEAR)
+}
+
+/// Refuses a device that is attached to something else.
+fn check_same(device: &SysDevice, configuration: &Configuration) -> Result<(), JobError> {
+    let index = device.index();
+    match device.backend() {
+        Some(backend) if backend == configuration.backend => {}
+        Some(backend) => {
+            let backend = printable(&backend);
+            return Err(device_error(
+                index,
+                format!(
+                    "'{backend}' is attached to it; detach it first, or leave the device out to get a free one"
+                ),
+            ));
+        }
+        None => {
+            return Err(device_error(
+                index,
+                "another program has attached it; detach it first, or leave the device out to get a free one",
+            ));
+        }
+    }
+    if device.is_read_only() != configuration.is_read_only() {
+        let now = if device.is_read_only() {
+            "read-only, and its source is not"
+        } else {
+            "writable, and its source is not"
+        };
+        return Err(device_error(index, format!("it is {now}; detach it first")));
+    }
+    if device.size() != configuration.size {
+        return Err(device_error(
+            index,
+            format!(
+                "it has {} bytes, and its source has {} now; detach it first",
+                device.size(),
+                configuration.size
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Explains a refusal of the kernel.
+fn explained(
+    error: &std::io::Error,
+    device: Option<u32>,
+    configuration: &Configuration,
+) -> JobError {
+    let device =
+        device.map_or_else(|| "a device".to_owned(), |index| path_of(index).display().to_string());
+    let why = match Errno::from_io_error(error) {
+        Some(Errno::PERM) => return no_rights(),
+        Some(Errno::BUSY) => "it is in use".to_owned(),
+        Some(Errno::INVAL) => format!(
+            "the kernel refuses {} bytes in blocks of {} ({error}); Linux 5.14 or newer is needed",
+            configuration.size, configuration.block_size
+        ),
+        _ => error.to_string(),
+    };
+    JobError::new(
+        JobErrorKind::Device,
+        format!("cannot attach '{}' to {device}: {why}", configuration.backend),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_rounded_up_to_seconds() {
+        assert_eq!(whole_seconds(Duration::from_millis(1)), 1);
+        assert_eq!(whole_seconds(Duration::from_secs(7)), 7);
+        assert_eq!(whole_seconds(Duration::MAX), 366 * 86400);
+    }
+}

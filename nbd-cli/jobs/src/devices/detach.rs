@@ -1,0 +1,110 @@
+//! Detaching a device.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+
+use super::load::no_rights;
+use super::netlink::Driver;
+use super::record::{self, Record};
+use super::sysfs::SysDevice;
+use super::{device_error, path_of};
+use crate::error::{JobError, JobErrorKind};
+
+/// The time between two looks at a device that is about to go.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// How a device that is in use is treated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DetachMode {
+    /// Data is flushed; a device that is in use, or whose data cannot be flushed, is kept.
+    #[default]
+    WhenUnused,
+    /// Data that was not flushed is lost.
+    Force,
+}
+
+/// Detaches a device: flushes it, disconnects it, and waits until it is gone and the process that
+/// kept it has closed its image.
+///
+/// # Errors
+///
+/// If there is no such device, if it is in use (it remains then), or if data cannot be flushed.
+pub async fn detach(device: u32, mode: DetachMode) -> Result<(), JobError> {
+    let known = SysDevice::new(device);
+    if !known.exists() {
+        return Err(device_error(device, "this kernel has no such device"));
+    }
+    if !known.is_connected() {
+        return Err(device_error(device, "it is not attached"));
+    }
+    let mut driver = super::load::driver()?;
+    let detaching = tokio::task::spawn_blocking(move || disconnect(&mut driver, device, mode));
+    detaching.await.map_err(|error| JobError::given_up("detachment", &error))??;
+    if mode == DetachMode::WhenUnused {
+        while known.is_connected() {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+    while record::look(device).is_some_and(|found| found.is_kept) {
+        tokio::time::sleep(PAUSE).await;
+    }
+    // What a killed process has left.
+    if let Ok(record) = Record::take(device)
+        && !known.is_connected()
+    {
+        record.remove();
+    }
+    Ok(())
+}
+
+/// Flushes and disconnects a device. Blocks.
+pub(super) fn disconnect(
+    driver: &mut Driver,
+    device: u32,
+    mode: DetachMode,
+) -> Result<(), JobError> {
+    // Held until it is disconnected: meanwhile nobody can mount it.
+    let _alone = match mode {
+        DetachMode::WhenUnused => Some(flushed(device)?),
+        DetachMode::Force => None,
+    };
+    driver.disconnect(device).map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::PERM) => no_rights(),
+        _ => device_error(device, format!("the kernel does not disconnect it: {error}")),
+    })
+}
+
+/// Opens a device that nobody uses, and flushes it.
+fn flushed(device: u32) -> Result<File, JobError> {
+    let path = path_of(device);
+    let file = open_alone(&path).map_err(|error| match Errno::from_io_error(&error) {
+        Some(Errno::BUSY) => {
+            let user = SysDevice::new(device).user().unwrap_or_else(|| "it is in use".to_owned());
+            device_error(device, format!("{user}; unmount it or end its user first (--force detaches it anyway, and loses data)"))
+        }
+        _ => device_error(device, format!("cannot open it to flush it: {error}")),
+    })?;
+    file.sync_all().map_err(|error| {
+        JobError::new(
+            JobErrorKind::Device,
+            format!(
+                "cannot flush {}: {error}; bring its server back, or detach it with --force and lose \
+                 what was not written",
+                path.display()
+            ),
+        )
+    })?;
+    Ok(file)
+}
+
+/// Opens a block device, unless it is mounted or part of another device.
+fn open_alone(path: &Path) -> io::Result<File> {
+    let exclusive = OFlags::EXCL.bits().cast_signed();
+    OpenOptions::new().read(true).custom_flags(exclusive).open(path)
+}

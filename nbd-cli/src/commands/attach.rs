@@ -1,0 +1,309 @@
+//! `nbd-cli attach`: give a disk a kernel device (`/dev/nbdX`).
+
+use std::ffi::{OsStr, OsString};
+use std::io::Write as _;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use imgfmt::Format;
+use nbd_client::{ReplyMode, TransmissionFlags};
+use nbd_jobs::devices::{AttachOptions, Attached, Backend, ensure_driver, parse_device};
+use nbd_jobs::serving::{ServeOptions, Writes};
+use nbd_jobs::{JobContext, qemu_name};
+use nbd_proto::NbdUri;
+use nbd_server::ServerConfig;
+use nbd_server::export::Export;
+use nbd_server::export::filters::FilterOptions;
+
+use super::image::open::TrustArgs;
+use super::serve::{is_memory, open_source};
+use crate::connect::{ServerArgs, TlsArgs, explain_unknown_export};
+use crate::error::{CommandError, Outcome};
+use crate::image_format::ImageFormat;
+use crate::locking::ShareArgs;
+use crate::serving::background::{self, Role};
+use crate::serving::{
+    Aio, CacheMode, DetectZeroes, Discard, PidFile, keep_device, runtime, service_manager,
+    temporary_directory,
+};
+use crate::shown::warnings;
+use crate::signals::{EndSignals, Hangup};
+use crate::size::{ByteSize, parse_duration};
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbd-cli attach nbd://localhost/disk             prints /dev/nbd0
+  nbd-cli attach disk.qcow2 /dev/nbd3             an image, served by this program
+  nbd-cli attach nbds://host/disk                 with TLS, through this program
+  nbd-cli attach --foreground nbd://host/disk /dev/nbd0      as a service
+
+The command returns when the device can be used. A process remains in the background: it restores
+lost connections, and serves images and servers with TLS. `nbd-cli detach` ends it. If it ends in
+another way, the device waits: attaching the same source to the same device adopts it, as a service
+that is started again does. SIGTERM detaches the device, unless it is in use.
+
+Data that was written but not flushed is lost if the server loses it, as on a disk without power.";
+
+/// Arguments of `nbd-cli attach`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct AttachArgs {
+    /// An NBD URI, an image, a block device, or memory:SIZE.
+    pub source: OsString,
+
+    /// The device, such as /dev/nbd0 [default: a free one]. If the same source is attached to it,
+    /// the device is adopted.
+    #[arg(value_parser = parse_device)]
+    pub device: Option<u32>,
+
+    /// Connections of the device, if the server allows several. With more than one, a request that
+    /// takes longer than --timeout, or 30 seconds, is sent again over another connection.
+    #[arg(short = 'C', long, value_name = "N", default_value = "1")]
+    pub connections: NonZeroUsize,
+
+    /// Refuse all writes.
+    #[arg(short, long)]
+    pub read_only: bool,
+
+    /// Size of the device's logical blocks, a power of two from 512 to 4096 [default: the server's
+    /// minimum].
+    #[arg(long, value_name = "SIZE")]
+    pub block_size: Option<ByteSize>,
+
+    /// Time after which an unanswered request is sent again over another or a new connection, in
+    /// whole seconds or 2m. By default a slow server has all the time it needs, and requests that a
+    /// lost connection left unanswered are sent again after at most 30 seconds.
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+
+    /// Time for which requests wait when all connections are lost; then they fail. Connections are
+    /// restored after that, too.
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration)]
+    pub reconnect: Duration,
+
+    /// Stay in the foreground: for service managers, which are told when the device can be used.
+    #[arg(long)]
+    pub foreground: bool,
+
+    /// Write the id of the process that keeps the device to this file.
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub image: ImageArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub tls: TlsArgs,
+
+    /// Set by the program itself.
+    #[arg(skip)]
+    pub role: Role,
+
+    /// Whether standard error is kept for the log.
+    #[arg(skip)]
+    pub keeps_log: bool,
+}
+
+/// Options of images.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Images")]
+pub struct ImageArgs {
+    /// Format of the image; detected unless given.
+    #[arg(short, long)]
+    pub format: Option<ImageFormat>,
+
+    /// Attach this internal snapshot of a qcow2 image, given by name or id, read-only unless
+    /// --temporary is given.
+    #[arg(long, value_name = "NAME")]
+    pub snapshot: Option<String>,
+
+    /// Keep all writes in a temporary file that is removed when the device is detached; the image
+    /// is only read.
+    #[arg(long, conflicts_with = "read_only")]
+    pub temporary: bool,
+
+    /// Read the image while other programs write to it. The device may then show a mix of old and
+    /// new data.
+    #[arg(long, requires = "read_only")]
+    pub force_share: bool,
+
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub trust: TrustArgs,
+
+    /// The use of the page cache for images, and when writes are durable.
+    #[arg(long, value_enum, default_value_t, value_name = "MODE")]
+    pub cache: CacheMode,
+
+    /// The treatment of discarded space.
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    pub discard: Discard,
+
+    /// The treatment of writes whose data is all zero.
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT")]
+    pub detect_zeroes: DetectZeroes,
+}
+
+pub(crate) fn run(args: &AttachArgs) -> Result<Outcome, CommandError> {
+    if args.role == Role::Background {
+        background::leave_session();
+    }
+    runtime()?.block_on(attach(args))
+}
+
+async fn attach(args: &AttachArgs) -> Result<Outcome, CommandError> {
+    let mut signals = EndSignals::new(Hangup::EndsWithTerminal)?;
+    let uri = uri(&args.source)?;
+    args.tls.check(uri.as_ref())?;
+    // Without it nothing need be opened, and no server be asked.
+    ensure_driver()?;
+    let pid_file = args.pid_file.as_deref().map(PidFile::write).transpose()?;
+    let options = options(args, uri.as_ref())?;
+    let attached = signals.meanwhile(connected(args, uri, &options)).await?;
+    announce(&attached);
+    if args.role == Role::Background {
+        background::ready(args.keeps_log)?;
+    }
+    service_manager::ready();
+    keep_device(attached, &mut signals).await?;
+    drop(pid_file);
+    Ok(Outcome::Success)
+}
+
+/// The name of the device. A closed standard output is not an error.
+fn announce(attached: &Attached) {
+    let (device, connections) = (attached.path(), attached.connections());
+    let is_adopted = attached.is_adopted();
+    tracing::info!(device = %device.display(), connections, is_adopted, "attached");
+    let mut stdout = std::io::stdout().lock();
+    let _ = writeln!(stdout, "{}", device.display()).and_then(|()| stdout.flush());
+}
+
+/// Returns the export of another server that the source names, if it does.
+fn uri(source: &OsStr) -> Result<Option<NbdUri>, CommandError> {
+    let Some(text) = source.to_str().filter(|text| qemu_name::is_name_of_server(text)) else {
+        return Ok(None);
+    };
+    let uri = qemu_name::from_name(text);
+    uri.map(Some).map_err(|error| CommandError::new(format!("cannot attach '{text}': {error}")))
+}
+
+fn options(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<AttachOptions, CommandError> {
+    Ok(AttachOptions {
+        source: identifier(args, uri)?,
+        device: args.device,
+        connections: args.connections,
+        read_only: args.read_only,
+        block_size: args.block_size.map(ByteSize::bytes),
+        timeout: args.timeout,
+        reconnect: args.reconnect,
+    })
+}
+
+/// Returns the text by which the device is recognised when it is adopted. A disk whose content ends
+/// with this process must not be: its text is found once only.
+fn identifier(args: &AttachArgs, uri: Option<&NbdUri>) -> Result<String, CommandError> {
+    let mut text = match uri {
+        Some(uri) => uri.to_string(),
+        None if is_memory(&args.source) => args.source.to_string_lossy().into_owned(),
+        None => {
+            let path = qemu_name::path_in(&args.source);
+            let path = std::fs::canonicalize(path).map_err(|error| {
+                CommandError::new(format!("cannot open '{}': {error}", path.display()))
+            })?;
+            path.to_string_lossy().into_owned()
+        }
+    };
+    if let Some(snapshot) = &args.image.snapshot {
+        text = format!("{text} (snapshot {snapshot})");
+    }
+    if is_memory(&args.source) || args.image.temporary {
+        text = format!("{text} (temporary, of process {})", std::process::id());
+    }
+    Ok(text)
+}
+
+/// Connects to the source or opens it, and gives it to the kernel.
+async fn connected(
+    args: &AttachArgs,
+    uri: Option<NbdUri>,
+    options: &AttachOptions,
+) -> Result<Attached, CommandError> {
+    let mut choices = choices(args);
+    if uri.is_some() {
+        // As the kernel takes it, whatever the first bytes of the disk look like.
+        choices.format = choices.format.or(Some(Format::Raw));
+    }
+    if let Some(uri) = &uri
+        && !args.image.needs_process()
+    {
+        let connector = args.tls.connector(uri).reply_mode(ReplyMode::Simple);
+        let stream = match connector.connect_stream().await {
+            Ok(stream) => stream,
+            Err(error) => return Err(explain_unknown_export(&connector, uri, error).await),
+        };
+        let is_read_only = stream.info().flags.contains(TransmissionFlags::READ_ONLY);
+        if let Some(backend) = Backend::of_server(stream) {
+            return Ok(Attached::new(backend, options).await?);
+        }
+        if is_read_only {
+            choices.writes = Writes::Refused;
+        }
+    }
+    let export = opened(args.source.clone(), choices).await?;
+    let mut config = ServerConfig::default();
+    config.io_uring = Aio::default().may_use_io_uring();
+    let backend = Backend::of_export(export, config).await?;
+    Ok(Attached::new(backend, options).await?)
+}
+
+/// Opens the source as an export, on a separate thread: opening a layer on another server blocks.
+async fn opened(source: OsString, choices: ServeOptions) -> Result<Arc<dyn Export>, CommandError> {
+    let opening = tokio::task::spawn_blocking(move || open_source(&source, &choices));
+    let opened = opening.await.unwrap_or_else(|error| {
+        Err(CommandError::new(format!("opening the image was given up: {error}")))
+    });
+    opened.map(|opened| opened.export)
+}
+
+fn choices(args: &AttachArgs) -> ServeOptions {
+    let image = &args.image;
+    let server =
+        ServerArgs { timeout: None, reconnect: Some(args.reconnect), tls: args.tls.clone() };
+    let mut filter = FilterOptions::default();
+    filter.discard = image.discard.into();
+    filter.detect_zeroes = image.detect_zeroes.into();
+    ServeOptions {
+        context: JobContext { observer: warnings(), ..JobContext::default() },
+        temporary_directory: temporary_directory(),
+        format: image.format.map(Format::from),
+        snapshot: image.snapshot.clone(),
+        writes: match (image.temporary, args.read_only) {
+            (true, _) => Writes::ToTemporaryFile,
+            (false, true) => Writes::Refused,
+            (false, false) => Writes::ToImage,
+        },
+        locking: ShareArgs { force_share: image.force_share }.locking(image.trust.locks),
+        cache: image.cache.into(),
+        policy: image.trust.trust_image.then(|| image.trust.policy()),
+        filter,
+        remotes: server.remotes(),
+        ..ServeOptions::default()
+    }
+}
+
+impl ImageArgs {
+    /// Whether an option makes an export of another server a disk that this process has to serve.
+    fn needs_process(&self) -> bool {
+        self.format.is_some_and(|format| Format::from(format) != Format::Raw)
+            || self.snapshot.is_some()
+            || self.temporary
+            || self.discard != Discard::default()
+            || self.detect_zeroes != DetectZeroes::default()
+    }
+}

@@ -1,0 +1,34 @@
+//! `nbd-cli detach`: disconnect a kernel device.
+
+use clap::Args;
+use nbd_jobs::devices::{DetachMode, detach, parse_device};
+
+use crate::async_runtime::runtime;
+use crate::error::{CommandError, Outcome};
+
+const AFTER_HELP: &str = "\
+Examples:
+  umount /mnt && nbd-cli detach /dev/nbd0
+
+The device is flushed first. When the command returns, the device is free, and the process that kept
+it has closed its image. Devices that other programs have attached can be detached as well.";
+
+/// Arguments of `nbd-cli detach`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct DetachArgs {
+    /// The device, such as /dev/nbd0.
+    #[arg(value_name = "DEVICE", value_parser = parse_device)]
+    pub device: u32,
+
+    /// Detach the device even if it is mounted or its server is gone. Data that was not written is
+    /// lost.
+    #[arg(long)]
+    pub force: bool,
+}
+
+pub(crate) fn run(args: &DetachArgs) -> Result<Outcome, CommandError> {
+    let mode = if args.force { DetachMode::Force } else { DetachMode::WhenUnused };
+    runtime()?.block_on(detach(args.device, mode))?;
+    Ok(Outcome::Success)
+}
