@@ -109,7 +109,8 @@ pub(crate) fn warn_of_no_locks(path: &Path) {
 }
 
 /// Returns the error of a command that only reads, with the option that helps if others write.
-pub(crate) fn advise_sharing(error: CommandError) -> CommandError {
+pub(crate) fn advise_sharing(error: impl Into<CommandError>) -> CommandError {
+    let error = error.into();
     match error.could_be_shared() {
         true => CommandError::new(format!("{error}, or add -U (--force-share) to read it anyway")),
         false => error,

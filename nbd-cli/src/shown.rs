@@ -27,12 +27,6 @@ impl Shown {
         JobContext { observer: self.clone(), cancellation: signals::cancellation() }
     }
 
-    /// What a job of the image engine is given.
-    pub(crate) fn image_context(self: &Arc<Self>) -> imgfmt::jobs::JobContext {
-        let cancellation = signals::cancellation().of_image_jobs();
-        imgfmt::jobs::JobContext { observer: self.clone(), cancellation }
-    }
-
     /// Ends at the total, with a summary.
     pub(crate) fn finish(&self) {
         if let Some((_, progress)) = self.current().take() {
@@ -89,11 +83,5 @@ impl Observer for Shown {
             TemporaryFile::Made => signals::remove_if_killed(path),
             TemporaryFile::Gone => signals::keep(path),
         }
-    }
-}
-
-impl imgfmt::jobs::Observer for Shown {
-    fn progress(&self, progress: &imgfmt::jobs::Progress) {
-        self.show(Phase::Copying, Some(progress.total), progress.done, progress.holes);
     }
 }

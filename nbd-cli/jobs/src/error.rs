@@ -125,6 +125,23 @@ impl JobError {
     }
 }
 
+impl From<imgfmt::jobs::JobError> for JobError {
+    fn from(error: imgfmt::jobs::JobError) -> Self {
+        use imgfmt::jobs::JobErrorKind as Kind;
+        let kind = match error.kind() {
+            Kind::Source => JobErrorKind::Source,
+            Kind::Destination | Kind::DoesNotFit => JobErrorKind::Destination,
+            Kind::Interrupted => JobErrorKind::Interrupted,
+            Kind::InvalidArgument => JobErrorKind::InvalidArgument,
+            _ => JobErrorKind::Internal,
+        };
+        match error.into_image_error() {
+            Ok(error) => Self::image(kind, error),
+            Err(error) => Self::new(kind, error.to_string()),
+        }
+    }
+}
+
 impl fmt::Display for JobError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)

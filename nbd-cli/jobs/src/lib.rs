@@ -47,12 +47,14 @@ pub mod certificates;
 pub mod checksum;
 pub mod connect;
 pub mod control;
+pub mod convert;
 pub mod copy;
 #[cfg(feature = "devices")]
 pub mod devices;
 mod error;
 mod files;
 pub mod frozen_bits;
+pub mod image_location;
 pub mod key_values;
 mod lanes;
 mod location;

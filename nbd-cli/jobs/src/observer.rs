@@ -90,6 +90,30 @@ impl Default for JobContext {
     }
 }
 
+impl JobContext {
+    /// Returns the context for a job of [`imgfmt::jobs`]: the same observer, which sees the progress of
+    /// the phase [`Phase::Copying`], and the same cancellation.
+    #[must_use]
+    pub fn for_images(&self) -> imgfmt::jobs::JobContext {
+        let observer = Arc::new(ImageObserver(Arc::clone(&self.observer)));
+        imgfmt::jobs::JobContext { observer, cancellation: self.cancellation.of_image_jobs() }
+    }
+}
+
+/// Passes the progress of a job of the image engine on.
+struct ImageObserver(Arc<dyn Observer>);
+
+impl imgfmt::jobs::Observer for ImageObserver {
+    fn progress(&self, progress: &imgfmt::jobs::Progress) {
+        self.0.progress(&Progress {
+            phase: Phase::Copying,
+            done: progress.done,
+            holes: progress.holes,
+            total: Some(progress.total),
+        });
+    }
+}
+
 impl std::fmt::Debug for JobContext {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("JobContext")

@@ -9,8 +9,8 @@ use clap::{Args, Subcommand};
 use imgfmt::{BITMAP_GRANULARITY_DEFAULT, BitmapChange, Image, Recording};
 use nbd_jobs::frozen_bits;
 
+use super::image::location;
 use super::image::open::OpenArgs;
-use super::image::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
@@ -194,9 +194,9 @@ pub(crate) fn run(args: &BitmapArgs) -> Result<Outcome, CommandError> {
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let place = ImageLocation::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let options = args.share.apply(args.open.options_with(&args.server));
-    let image = place.open(&options, &args.server).map_err(advise_sharing)?;
+    let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json => list::json(&image, &mut output)?,

@@ -6,8 +6,8 @@ use clap::{Args, ValueEnum};
 use nbd_jobs::checksum::{ChecksumAlgorithm, checksum};
 use serde::Serialize;
 
+use super::image::location;
 use super::image::open::{TrustArgs, options};
-use super::image::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -99,13 +99,13 @@ struct ChecksumReport<'a> {
 pub(crate) fn run(args: &ChecksumArgs) -> Result<Outcome, CommandError> {
     let algorithm = ChecksumAlgorithm::from(args.algorithm);
     let expected = args.expect.as_deref().map(|text| algorithm.parse(text)).transpose()?;
-    let place = ImageLocation::parse_one(&args.source, &args.server, &args.trust)?;
+    let location = location::parse_one(&args.source, &args.server, &args.trust)?;
     let mut options = args.share.apply(options(args.format, &args.trust));
     options = options.policy(args.trust.policy_with(&args.server));
     if let Some(snapshot) = &args.snapshot {
         options = options.snapshot(snapshot);
     }
-    let image = place.open_or_name(&options, &args.server, "--format raw");
+    let image = location.open_or_name(&options, &args.server.remotes(), "--format raw");
     let image = image.map_err(advise_sharing)?;
     let shown = Shown::new(args.progress.visibility());
     let checksum = checksum(&image, algorithm, &shown.context());

@@ -150,7 +150,7 @@ async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
         Err(_) => shown.clear(),
     }
     result.map(drop).map_err(|error| match error.kind() {
-        JobErrorKind::Source => advise_sharing(error.into()),
+        JobErrorKind::Source => advise_sharing(error),
         _ => error.into(),
     })
 }

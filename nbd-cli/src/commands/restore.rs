@@ -119,7 +119,7 @@ async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
     let result = nbd_jobs::restore(from, to, &options(args), &shown.context()).await;
     shown.clear();
     let restored = result.map_err(|error| match error.kind() {
-        JobErrorKind::Source => advise_sharing(error.into()),
+        JobErrorKind::Source => advise_sharing(error),
         _ => error.into(),
     })?;
     Ok(RestoreReport {

@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use imgfmt::{CheckReport, Error, ErrorKind, Format, Image, OpenOptions, OpenPolicy, Repair};
+use nbd_jobs::image_location::{ImageLocation, connect_to};
 use nbd_jobs::qemu_name::path_in;
+use nbd_jobs::remote::Remotes;
 use serde::Serialize;
 
+use super::location;
 use super::open::explained;
-use super::place::{ImageLocation, storage};
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -119,8 +121,8 @@ pub(crate) fn run(args: &CheckArgs) -> Result<Outcome, CommandError> {
         Some(RepairChoice::Leaks) => Repair::Leaks,
         Some(RepairChoice::All) => Repair::All,
     };
-    let place = ImageLocation::parse_alone(&args.path, &args.server)?;
-    let report = match check(&place, &options, repair, &args.server)? {
+    let location = location::parse_alone(&args.path, &args.server)?;
+    let report = match check(&location, &options, repair, &args.server.remotes())? {
         Ok(report) => report,
         Err(why) => {
             let _ = writeln!(std::io::stderr(), "nbd-cli: {why}");
@@ -146,22 +148,22 @@ fn print(args: &CheckArgs, report: &CheckReport) -> Result<(), CommandError> {
 
 /// The inner error means that such an image cannot be checked.
 fn check(
-    place: &ImageLocation,
+    location: &ImageLocation,
     options: &OpenOptions,
     repair: Repair,
-    server: &ServerArgs,
+    remotes: &Remotes,
 ) -> Result<Result<CheckReport, Error>, CommandError> {
-    let (place, options) = place.settled(options, server)?;
+    let (location, options) = location.settled(options, remotes)?;
     let options = &options;
-    let (checked, can_be_described) = match place {
+    let (checked, can_be_described) = match location {
         ImageLocation::Export { .. } if repair != Repair::None => {
             return Err(CommandError::new(format!(
-                "cannot repair {place}: an export is only checked, because nothing keeps others \
+                "cannot repair {location}: an export is only checked, because nothing keeps others \
                  from using it meanwhile; repair the image where its file is"
             )));
         }
         ImageLocation::Export { uri, files } => {
-            let storage = Arc::new(storage(uri, *files, server)?);
+            let storage = Arc::new(connect_to(uri, *files, remotes)?);
             let checked = Image::check_storage(storage.clone(), options, Repair::None)
                 .map_err(|error| error.with_path(uri.to_string()));
             (checked, Image::inspect_storage(storage, options).is_ok())

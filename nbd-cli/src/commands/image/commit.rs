@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use imgfmt::jobs::{JobErrorKind, commit};
 use imgfmt::{Access, Format, Image, Locking, OpenOptions};
+use nbd_jobs::image_location::ImageLocation;
 
 use super::info::print_json;
 use super::open::{TrustArgs, explained, options};
-use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
@@ -62,12 +62,12 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     let unlocked = shared.clone().locking(Locking::Off);
     let overlay = Image::open(&args.path, &unlocked);
     let overlay = overlay.map_err(explained)?;
-    let (place, format) = backing_of(args, &overlay)?;
+    let (location, format) = backing_of(args, &overlay)?;
     let mut backing_options: OpenOptions = shared.access(Access::ReadWrite);
     backing_options.format = format;
-    let mut backing = place.open(&backing_options, &ServerArgs::default())?;
+    let mut backing = location.open(&backing_options, &ServerArgs::default().remotes())?;
     let shown = Shown::new(args.progress.visibility());
-    let committed = commit(&overlay, &mut backing, &shown.image_context());
+    let committed = commit(&overlay, &mut backing, &shown.context().for_images());
     shown.clear();
     committed.map_err(|error| match error.kind() {
         JobErrorKind::DoesNotFit => error.into(),

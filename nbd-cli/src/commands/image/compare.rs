@@ -6,10 +6,11 @@ use std::num::NonZeroUsize;
 
 use clap::Args;
 use imgfmt::jobs::{self, CompareOptions};
+use nbd_jobs::image_location::ImageLocation;
 use serde::Serialize;
 
+use super::location;
 use super::open::{TrustArgs, options};
-use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -114,13 +115,13 @@ fn print(report: &CompareReport, sizes: &str, format: ReportFormat) -> Result<()
 }
 
 fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
-    let places = ImageLocation::parse_two([&args.first, &args.second], &args.server, &args.trust)?;
-    let is_remote = places.iter().any(|place| place.uri().is_some());
-    let [first, second] = places;
-    let open = |place: &ImageLocation, format, raw_option| {
+    let locations = location::parse_two([&args.first, &args.second], &args.server, &args.trust)?;
+    let is_remote = locations.iter().any(|location| location.uri().is_some());
+    let [first, second] = locations;
+    let open = |location: &ImageLocation, format, raw_option| {
         let options = args.share.apply(options(format, &args.trust));
         let options = options.policy(args.trust.policy_with(&args.server));
-        place.open_or_name(&options, &args.server, raw_option).map_err(advise_sharing)
+        location.open_or_name(&options, &args.server.remotes(), raw_option).map_err(advise_sharing)
     };
     let first = open(&first, args.format, "--format raw")?;
     let second = open(&second, args.second_format, "--second-format raw")?;
@@ -133,7 +134,7 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
             (options.piece, options.threads) = (REMOTE_PIECE, REMOTE_THREADS);
         }
         let shown = Shown::new(args.progress.visibility());
-        let compared = jobs::compare(&first, &second, &options, &shown.image_context());
+        let compared = jobs::compare(&first, &second, &options, &shown.context().for_images());
         shown.clear();
         compared?.first_difference
     };

@@ -14,14 +14,15 @@ use imgfmt::{
     Qcow2Version, Recording,
 };
 use nbd_client::Scope;
+use nbd_jobs::image_location::ImageLocation;
 use nbd_jobs::qemu_name::has_scheme;
 use nbd_proto::NbdUri;
 use serde::Serialize;
 
 use self::backup::JsonBackup;
 use self::encryption::{JsonEncryption, Naming};
+use super::location;
 use super::open::OpenArgs;
-use super::place::ImageLocation;
 use super::snapshot::{self, JsonSnapshot};
 use crate::async_runtime::runtime;
 use crate::commands::info::report::Report;
@@ -141,8 +142,8 @@ struct JsonBitmap<'a> {
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
-    let place = ImageLocation::parse_one(&args.path, &args.server, &args.open.trust)?;
-    let layers = layers(args, place).map_err(advise_sharing)?;
+    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let layers = layers(args, location).map_err(advise_sharing)?;
     let mut output = Output::new();
     match ReportFormat::from_json_flag(args.json) {
         ReportFormat::Json if args.backing_chain => {
@@ -169,41 +170,41 @@ pub(crate) fn run(args: &InfoArgs) -> Result<Outcome, CommandError> {
 
 /// Prints the properties of an image after it was created or changed.
 pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), CommandError> {
-    let place = ImageLocation::File(path.to_owned());
-    let info = place.inspect(options, &ServerArgs::default())?;
+    let location = ImageLocation::File(path.to_owned());
+    let info = location.inspect(options, &ServerArgs::default().remotes())?;
     let mut output = Output::new();
-    output.json(&Found { place, info, server: None }.json()?)?;
+    output.json(&Found { location, info, server: None }.json()?)?;
     output.finish()
 }
 
 /// One layer of the report.
 struct Found {
-    place: ImageLocation,
+    location: ImageLocation,
     info: ImageInfo,
     server: Option<Report>,
 }
 
 /// Returns the image and, on request, everything below it.
-fn layers(args: &InfoArgs, place: ImageLocation) -> Result<Vec<Found>, CommandError> {
+fn layers(args: &InfoArgs, location: ImageLocation) -> Result<Vec<Found>, CommandError> {
     let mut options = args.share.apply(args.open.options_with(&args.server));
     if args.backing_chain {
         // Checks that every name may be followed, and that there is no cycle.
-        place.open(&options, &args.server)?;
+        location.open(&options, &args.server.remotes())?;
     }
-    let server = match place.uri() {
+    let server = match location.uri() {
         None => None,
         Some(uri) => Some(runtime()?.block_on(inspect(uri, &args.server))?),
     };
-    let info = place.inspect(&options, &args.server)?;
-    let mut layers = vec![Found { place, info, server }];
+    let info = location.inspect(&options, &args.server.remotes())?;
+    let mut layers = vec![Found { location, info, server }];
     while args.backing_chain
         && let Some(above) = layers.last()
         && let Some(qcow2) = &above.info.qcow2
-        && let Some((place, format)) = above.place.backing(recorded_backing(qcow2))?
+        && let Some((location, format)) = above.location.backing(recorded_backing(qcow2))?
     {
         options.format = format;
-        let info = place.inspect(&options, &args.server)?;
-        layers.push(Found { place, info, server: None });
+        let info = location.inspect(&options, &args.server.remotes())?;
+        layers.push(Found { location, info, server: None });
     }
     Ok(layers)
 }
@@ -236,8 +237,8 @@ fn actual_size(path: &Path) -> Result<u64, CommandError> {
 impl Found {
     /// Returns the space that the image occupies, if it can be known.
     fn actual_size(&self) -> Result<Option<u64>, CommandError> {
-        match self.place.uri() {
-            None => actual_size(self.place.path()).map(Some),
+        match self.location.uri() {
+            None => actual_size(self.location.path()).map(Some),
             Some(_) => Ok(None),
         }
     }
@@ -262,7 +263,7 @@ impl Found {
         let qcow2 = self.info.qcow2.as_ref();
         let backing_filename = qcow2.and_then(|qcow2| qcow2.backing_name.as_deref());
         Ok(Layer {
-            filename: self.place.name(),
+            filename: self.location.name(),
             format: self.info.format.name(),
             virtual_size: self.info.size,
             actual_size: self.actual_size()?,
@@ -270,9 +271,9 @@ impl Found {
             encrypted: self.info.encryption.is_some(),
             dirty_flag: qcow2.is_some_and(|qcow2| qcow2.is_dirty),
             backing_filename: backing_filename.map(OsStr::to_string_lossy),
-            full_backing_filename: backing_filename.map(|name| match self.place.beside(name) {
-                Ok(place @ ImageLocation::File(_)) if !name.to_str().is_some_and(has_scheme) => {
-                    place.name()
+            full_backing_filename: backing_filename.map(|name| match self.location.beside(name) {
+                Ok(location @ ImageLocation::File(_)) if !name.to_str().is_some_and(has_scheme) => {
+                    location.name()
                 }
                 _ => name.to_string_lossy().into_owned(),
             }),
@@ -331,7 +332,7 @@ fn compression(qcow2: &Qcow2Info) -> &'static str {
 fn text(found: &Found, output: &mut Output) -> Result<(), CommandError> {
     let info = &found.info;
     let mut line = |what: &str, value: &str| output.line(&format!("{what:<18} {value}"));
-    line("image:", &printable(&found.place.name()))?;
+    line("image:", &printable(&found.location.name()))?;
     line("format:", info.format.name())?;
     line("virtual size:", &format!("{} ({} bytes)", rounded(info.size), info.size))?;
     if let Some(bytes) = found.actual_size()? {

@@ -7,10 +7,11 @@ use std::ffi::OsString;
 
 use clap::Args;
 use imgfmt::{Content, Extent, ExtentKind, Format, GuestOffset, GuestRange, Image};
+use nbd_jobs::image_location::ImageLocation;
 
 use self::part::MapEntry;
+use super::location;
 use super::open::OpenArgs;
-use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
@@ -60,19 +61,19 @@ struct MapReport {
 }
 
 pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
-    let place = ImageLocation::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
     let mut report = MapReport { format, pending: None, separator: "[" };
     let options = args.share.apply(args.open.options_with(&args.server));
-    let (place, options) = place.settled(&options, &args.server)?;
-    match place {
+    let (location, options) = location.settled(&options, &args.server.remotes())?;
+    match location {
         // What is inside an image inside an export is known to us alone.
         ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
             export::map(uri, &args.server, |part| report.add(part, &mut output))?;
         }
         _ => {
-            let image = place.open(&options, &args.server).map_err(advise_sharing)?;
+            let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
             let layers = image.layer_sizes();
             for extent in image.extents(span(0, image.size())) {
                 for extent in split_at_end_of_layer(extent?, &layers).into_iter().flatten() {

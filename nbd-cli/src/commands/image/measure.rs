@@ -8,8 +8,8 @@ use imgfmt::{CreateOptions, Format};
 use serde::Serialize;
 
 use super::create::Qcow2Args;
+use super::location;
 use super::open::OpenArgs;
-use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::image_format::ImageFormat;
@@ -35,7 +35,7 @@ pub struct MeasureArgs {
     #[arg(required_unless_present = "size")]
     pub path: Option<OsString>,
 
-    /// Size of an empty disk, in place of an image.
+    /// Size of an empty disk, in location of an image.
     #[arg(short, long, conflicts_with = "path")]
     pub size: Option<ByteSize>,
 
@@ -89,8 +89,8 @@ pub(crate) fn run(args: &MeasureArgs) -> Result<Outcome, CommandError> {
             let mut options = args.share.apply(args.open.options_with(&args.server));
             options.snapshot.clone_from(&args.snapshot);
             Some(
-                ImageLocation::parse_one(path, &args.server, &args.open.trust)?
-                    .open(&options, &args.server)
+                location::parse_one(path, &args.server, &args.open.trust)?
+                    .open(&options, &args.server.remotes())
                     .map_err(advise_sharing)?,
             )
         }

@@ -1,7 +1,6 @@
 //! Opens the images of the commands, and explains failures.
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::Args;
 use imgfmt::{Access, Error, Image, OpenOptions, OpenPolicy};
@@ -98,12 +97,4 @@ pub(in crate::commands) fn explained(error: Error) -> CommandError {
 /// Like [`explained`], where another option gives the format.
 pub(in crate::commands) fn explained_with(error: Error, raw_option: &str) -> CommandError {
     JobError::opening_with(JobErrorKind::Source, error, raw_option).into()
-}
-
-/// Returns the path of a file that an image names: relative names start at the image's directory.
-pub(in crate::commands) fn beside(image: &Path, name: &OsStr) -> PathBuf {
-    match image.parent() {
-        Some(directory) => directory.join(name),
-        None => PathBuf::from(name),
-    }
 }

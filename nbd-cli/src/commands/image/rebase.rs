@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args};
 use imgfmt::jobs::{JobErrorKind, rebase};
 use imgfmt::{Access, Format, Image};
+use nbd_jobs::image_location::ImageLocation;
 
 use super::info::print_json;
 use super::open::{OpenArgs, explained};
-use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
@@ -89,14 +89,14 @@ fn keep_content(args: &RebaseArgs, new: Option<(&OsStr, Format)>) -> Result<(), 
         None => None,
         Some((name, format)) => {
             let options = args.open.trust.options().format(format);
-            let place = ImageLocation::File(args.path.clone()).beside(name)?;
-            Some(place.open(&options, &ServerArgs::default())?)
+            let location = ImageLocation::File(args.path.clone()).beside(name)?;
+            Some(location.open(&options, &ServerArgs::default().remotes())?)
         }
     };
     let options = args.open.options().access(Access::ReadWrite);
     let image = Image::open(&args.path, &options).map_err(explained)?;
     let shown = Shown::new(args.progress.visibility());
-    let rebased = rebase(&image, backing.as_ref(), &shown.image_context());
+    let rebased = rebase(&image, backing.as_ref(), &shown.context().for_images());
     shown.clear();
     rebased.map_err(|error| match error.kind() {
         JobErrorKind::InvalidArgument => error.into(),

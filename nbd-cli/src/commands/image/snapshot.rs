@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use imgfmt::{Image, OpenOptions, Snapshot};
+use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::remote::Remotes;
 use serde::Serialize;
 
+use super::location;
 use super::open::OpenArgs;
-use super::place::ImageLocation;
 use crate::connect::ServerArgs;
 use crate::date::date_and_time;
 use crate::error::{CommandError, Outcome};
@@ -127,30 +129,35 @@ fn change(
     image.close()?;
     match args.json {
         true => {
-            let place = ImageLocation::File(args.path.clone());
-            print(&place, &args.open.options(), &ServerArgs::default(), ReportFormat::Json)
+            let location = ImageLocation::File(args.path.clone());
+            print(
+                &location,
+                &args.open.options(),
+                &ServerArgs::default().remotes(),
+                ReportFormat::Json,
+            )
         }
         false => Ok(Outcome::Success),
     }
 }
 
 fn list(args: &ListArgs) -> Result<Outcome, CommandError> {
-    let place = ImageLocation::parse_one(&args.path, &args.server, &args.open.trust)?;
+    let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let options = args.share.apply(args.open.options_with(&args.server));
     let format = ReportFormat::from_json_flag(args.json);
-    print(&place, &options, &args.server, format).map_err(advise_sharing)
+    print(&location, &options, &args.server.remotes(), format).map_err(advise_sharing)
 }
 
 fn print(
-    place: &ImageLocation,
+    location: &ImageLocation,
     options: &OpenOptions,
-    server: &ServerArgs,
+    remotes: &Remotes,
     format: ReportFormat,
 ) -> Result<Outcome, CommandError> {
-    let info = place.inspect(options, server)?;
+    let info = location.inspect(options, remotes)?;
     if !info.format.is_supported() {
         return Err(CommandError::new(format!(
-            "cannot list the snapshots of {place}: it is a {} image, which cannot be read; give the \
+            "cannot list the snapshots of {location}: it is a {} image, which cannot be read; give the \
              format 'raw' to use its bytes as they are (--format raw)",
             info.format.description()
         )));

@@ -2,12 +2,14 @@
 
 use imgfmt::{BitmapInfo, Image};
 
-use super::super::place::ImageLocation;
-use crate::error::CommandError;
-use crate::output::{printable, warn};
+use super::options::CopiedBitmaps;
+use crate::error::{JobError, JobErrorKind};
+use crate::image_location::ImageLocation;
+use crate::observer::Observer;
+use crate::text::printable;
 
-/// Returns the bitmaps of the source itself, not of its backing files. With `skip_broken` an
-/// unreliable one is left out with a warning.
+/// Returns the bitmaps of the source itself, not of its backing files. An
+/// unreliable one is left out with a warning, or an error.
 ///
 /// # Errors
 ///
@@ -15,22 +17,29 @@ use crate::output::{printable, warn};
 pub(super) fn of_source(
     source: &Image,
     from: &ImageLocation,
-    skip_broken: bool,
-) -> Result<Vec<BitmapInfo>, CommandError> {
+    copied: CopiedBitmaps,
+    observer: &dyn Observer,
+) -> Result<Vec<BitmapInfo>, JobError> {
+    if copied == CopiedBitmaps::None {
+        return Ok(Vec::new());
+    }
     if source.format() != imgfmt::Format::Qcow2 {
-        return Err(CommandError::new(format!(
+        return Err(JobError::invalid(format!(
             "--bitmaps needs a qcow2 image as the source, and {from} is a {} image; leave it out",
             source.format().description()
         )));
     }
-    let broken = |what: String| match skip_broken {
-        true => {
-            warn(&format!("{what}: left out"));
+    let broken = |what: String| match copied {
+        CopiedBitmaps::Reliable => {
+            observer.warning(&format!("{what}: left out"));
             Ok(())
         }
-        false => Err(CommandError::new(format!(
-            "{what}; repair the bitmap or remove it, or add --skip-broken-bitmaps to leave it out"
-        ))),
+        _ => Err(JobError::new(
+            JobErrorKind::Bitmap,
+            format!(
+                "{what}; repair the bitmap or remove it, or add --skip-broken-bitmaps to leave it out"
+            ),
+        )),
     };
     if let Some(damage) = source.bitmap_damage() {
         broken(format!("the bitmaps of {from} cannot be found: {damage}"))?;
@@ -58,12 +67,12 @@ pub(super) fn check_existing(
     source: &Image,
     image: &Image,
     to: &ImageLocation,
-) -> Result<(), CommandError> {
+) -> Result<(), JobError> {
     if bitmaps.is_empty() {
         return Ok(());
     }
     if image.size() != source.size() {
-        return Err(CommandError::new(format!(
+        return Err(JobError::invalid(format!(
             "the disk in {to} has {} bytes and the source {}: bitmaps can be copied only between \
              disks of one size",
             image.size(),
@@ -73,7 +82,7 @@ pub(super) fn check_existing(
     let there = image.bitmaps();
     match bitmaps.iter().find(|bitmap| there.iter().any(|other| other.name == bitmap.name)) {
         None => Ok(()),
-        Some(bitmap) => Err(CommandError::new(format!(
+        Some(bitmap) => Err(JobError::invalid(format!(
             "{to} has a bitmap '{}' already; remove it first",
             printable(&bitmap.name)
         ))),

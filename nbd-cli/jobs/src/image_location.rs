@@ -1,4 +1,4 @@
-//! The disks of a command: files, and exports of NBD servers.
+//! The locations of images: files, and exports of NBD servers.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -8,50 +8,77 @@ use std::sync::Arc;
 use imgfmt::{Access, Error, Format, Image, ImageInfo, NameTarget, OpenOptions};
 use nbd_client::blocking::Client;
 use nbd_client::{ExportStorage, LocalFiles};
-use nbd_jobs::Location;
-use nbd_jobs::qemu_name::{
+use nbd_proto::NbdUri;
+
+use crate::error::{JobError, JobErrorKind};
+use crate::location::Location;
+use crate::qemu_name::{
     BackingInName, FormatInName, NameInImage, NamedImage, from_json, from_name_in_image,
     has_scheme, path_in,
 };
-use nbd_jobs::remote::backing_file;
-use nbd_proto::NbdUri;
+use crate::remote::{Remotes, backing_file};
 
-use super::open::{TrustArgs, beside, explained, explained_with};
-use crate::connect::ServerArgs;
-use crate::error::CommandError;
+/// The option of `nbd-cli` that declares an image to be raw.
+const RAW_OPTION: &str = "--format raw";
 
 /// A file, or an export of a server.
 #[derive(Clone, Debug)]
-pub(in crate::commands) enum ImageLocation {
+pub enum ImageLocation {
+    /// A file.
     File(PathBuf),
-    /// The URI may name files of this machine only if it comes from the user, not from an image.
+    /// An export of a server.
     Export {
+        /// The export.
         uri: NbdUri,
+        /// Whether the URI may name files of this machine: only if it comes from the user, not from
+        /// an image.
         files: LocalFiles,
     },
     /// A file or export, with the format and the backing file that its name specifies.
     Described {
-        place: Box<Self>,
+        /// The file or export.
+        location: Box<Self>,
+        /// The format that the name specifies.
         format: FormatInName,
+        /// The backing file that the name specifies.
         backing: BackingInName,
     },
 }
 
 impl ImageLocation {
-    /// Parses a command line argument.
-    fn parse(word: &OsStr) -> Result<Self, CommandError> {
+    /// Parses a path, the URI of an export, or one of QEMU's names: `json:OBJECT`, `file:PATH`,
+    /// `nbd:HOST:PORT`.
+    ///
+    /// ```
+    /// use imgfmt::{CreateOptions, Format, Image, OpenOptions};
+    /// use nbd_jobs::image_location::ImageLocation;
+    /// use nbd_jobs::remote::Remotes;
+    ///
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("disk.qcow2");
+    /// Image::create(&path, &CreateOptions::new(Format::Qcow2, 1 << 20))?;
+    /// let location = ImageLocation::parse(path.as_os_str())?;
+    /// let image = location.open(&OpenOptions::new(), &Remotes::default())?;
+    /// assert_eq!(image.size(), 1 << 20);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If it is malformed, or means something else than an image.
+    pub fn parse(word: &OsStr) -> Result<Self, JobError> {
         // File names need not be UTF-8; URIs must be.
         let Some(text) = word.to_str() else { return Ok(Self::File(path_in(word).into())) };
         if let Some(object) = text.strip_prefix("json:") {
             let NamedImage { name, format, backing } = from_json(object)
-                .map_err(|why| CommandError::new(format!("'{text}' cannot be used: {why}")))?;
-            let place = Box::new(Self::of(name, LocalFiles::Allowed));
-            return Ok(Self::Described { place, format, backing });
+                .map_err(|why| JobError::invalid(format!("'{text}' cannot be used: {why}")))?;
+            let location = Box::new(Self::of(name, LocalFiles::Allowed));
+            return Ok(Self::Described { location, format, backing });
         }
-        match text.parse().map_err(CommandError::new)? {
+        match text.parse().map_err(JobError::invalid)? {
             Location::File(path) => Ok(Self::File(path)),
             Location::Nbd(uri) => Ok(Self::Export { uri, files: LocalFiles::Allowed }),
-            Location::Standard | Location::Null => Err(CommandError::new(format!(
+            Location::Standard | Location::Null => Err(JobError::invalid(format!(
                 "'{text}' is not an image; give a file (./{text} if that is its name) or an NBD URI"
             ))),
         }
@@ -64,46 +91,12 @@ impl ImageLocation {
         }
     }
 
-    /// Parses a command line argument; the options for servers must apply to it, or to servers that
-    /// it may name.
-    pub(in crate::commands) fn parse_one(
-        word: &OsStr,
-        server: &ServerArgs,
-        trust: &TrustArgs,
-    ) -> Result<Self, CommandError> {
-        let place = Self::parse(word)?;
-        if !trust.trust_image {
-            server.check(place.uri())?;
-        }
-        Ok(place)
-    }
-
-    /// Parses a command line argument, for a command that opens no other files.
-    pub(super) fn parse_alone(word: &OsStr, server: &ServerArgs) -> Result<Self, CommandError> {
-        let place = Self::parse(word)?;
-        server.check(place.uri())?;
-        Ok(place)
-    }
-
-    /// Parses two command line arguments; the options for servers must apply to one of them, or to
-    /// servers that it may name.
-    pub(super) fn parse_two(
-        words: [&OsStr; 2],
-        server: &ServerArgs,
-        trust: &TrustArgs,
-    ) -> Result<[Self; 2], CommandError> {
-        let places = [Self::parse(words[0])?, Self::parse(words[1])?];
-        if !trust.trust_image {
-            server.check(places.iter().filter_map(Self::uri))?;
-        }
-        Ok(places)
-    }
-
-    pub(super) fn uri(&self) -> Option<&NbdUri> {
+    /// Returns the URI of an export.
+    pub fn uri(&self) -> Option<&NbdUri> {
         match self {
             Self::File(_) => None,
             Self::Export { uri, .. } => Some(uri),
-            Self::Described { place, .. } => place.uri(),
+            Self::Described { location, .. } => location.uri(),
         }
     }
 
@@ -113,17 +106,19 @@ impl ImageLocation {
     /// # Errors
     ///
     /// If the options contradict it.
-    pub(super) fn settled(
+    pub fn settled(
         &self,
         options: &OpenOptions,
-        server: &ServerArgs,
-    ) -> Result<(&Self, OpenOptions), CommandError> {
+        remotes: &Remotes,
+    ) -> Result<(&Self, OpenOptions), JobError> {
         let mut options = options.clone();
-        let Self::Described { place, format, backing } = self else { return Ok((self, options)) };
+        let Self::Described { location, format, backing } = self else {
+            return Ok((self, options));
+        };
         match (format, options.format) {
             (FormatInName::Said(said), Some(given)) if *said != given => {
-                return Err(CommandError::new(format!(
-                    "the name of {place} says that it is a {said} image, and the option for its \
+                return Err(JobError::invalid(format!(
+                    "the name of {location} says that it is a {said} image, and the option for its \
                      format says {given}; leave one of them out"
                 )));
             }
@@ -131,76 +126,85 @@ impl ImageLocation {
             (FormatInName::Bytes, None) => options.format = Some(Format::Raw),
             (FormatInName::Bytes | FormatInName::Unsaid, _) => {}
         }
-        let files = place.local_files();
-        let target = |name| Self::of(name, files).target(server);
+        let files = location.local_files();
+        let target = |name| Self::of(name, files).target(remotes);
         options.backing = backing_file(backing.clone(), &target)?;
-        Ok((place, options))
+        Ok((location, options))
     }
 
     /// Returns information about the image; the files and exports that it names are not opened.
-    pub(in crate::commands) fn inspect(
-        &self,
-        options: &OpenOptions,
-        server: &ServerArgs,
-    ) -> Result<ImageInfo, CommandError> {
-        let (place, options) = self.settled(options, server)?;
-        match place {
+    ///
+    /// # Errors
+    ///
+    /// If the image cannot be read, or `options` contradict its name.
+    pub fn inspect(&self, options: &OpenOptions, remotes: &Remotes) -> Result<ImageInfo, JobError> {
+        let (location, options) = self.settled(options, remotes)?;
+        match location {
             Self::Export { uri, files } => {
-                let storage = storage(uri, *files, server)?;
+                let storage = connect_to(uri, *files, remotes)?;
                 Image::inspect_storage(Arc::new(storage), &raw_unless_told(&options))
                     .map_err(|error| self.named(error))
             }
-            file => Image::inspect_file(file.path(), &options).map_err(explained),
+            file => Image::inspect_file(file.path(), &options).map_err(opening),
         }
     }
 
-    /// Opens the image. An export is a raw image unless the options specify a format.
-    pub(in crate::commands) fn open(
-        &self,
-        options: &OpenOptions,
-        server: &ServerArgs,
-    ) -> Result<Image, CommandError> {
-        self.open_or_name(options, server, "--format raw")
+    /// Opens the image. An export is a raw image unless the options specify a format. Blocks, and must
+    /// not be called by asynchronous tasks.
+    ///
+    /// # Errors
+    ///
+    /// If the image cannot be opened, or `options` contradict its name.
+    pub fn open(&self, options: &OpenOptions, remotes: &Remotes) -> Result<Image, JobError> {
+        self.open_or_name(options, remotes, RAW_OPTION)
     }
 
     /// Like [`open`](Self::open), and returns the export as well if it is the disk, byte for byte.
-    pub(super) fn open_disk_or_image(
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_disk_or_image(
         &self,
         options: &OpenOptions,
-        server: &ServerArgs,
-    ) -> Result<(Image, Option<Arc<ExportStorage>>), CommandError> {
-        let (place, options) = self.settled(options, server)?;
-        let Self::Export { uri, files } = place else {
-            return Ok((place.open(&options, server)?, None));
+        remotes: &Remotes,
+    ) -> Result<(Image, Option<Arc<ExportStorage>>), JobError> {
+        let (location, options) = self.settled(options, remotes)?;
+        let Self::Export { uri, files } = location else {
+            return Ok((location.open(&options, remotes)?, None));
         };
-        let storage = Arc::new(storage(uri, *files, server)?);
+        let storage = Arc::new(connect_to(uri, *files, remotes)?);
         let image = Image::from_storage(storage.clone(), &raw_unless_told(&options));
-        let image = image.map_err(|error| explained(error.with_path(uri.to_string())))?;
+        let image = image.map_err(|error| opening(error.with_path(uri.to_string())))?;
         let is_raw = image.format() == Format::Raw;
         Ok((image, is_raw.then_some(storage)))
     }
 
-    /// Like [`open`](Self::open), for a command with another option for the format of this image.
-    pub(in crate::commands) fn open_or_name(
+    /// Like [`open`](Self::open), with the option that declares this image to be raw, for errors.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_or_name(
         &self,
         options: &OpenOptions,
-        server: &ServerArgs,
+        remotes: &Remotes,
         raw_option: &str,
-    ) -> Result<Image, CommandError> {
-        let (place, options) = self.settled(options, server)?;
-        match place {
+    ) -> Result<Image, JobError> {
+        let (location, options) = self.settled(options, remotes)?;
+        match location {
             Self::Export { uri, files } => {
-                let storage = storage(uri, *files, server)?;
+                let storage = connect_to(uri, *files, remotes)?;
                 if options.access == Access::ReadWrite && !storage.is_writable() {
-                    return Err(CommandError::new(format!(
+                    return Err(JobError::source(format!(
                         "cannot write to {uri}: the server exports this disk read-only"
                     )));
                 }
                 Image::from_storage(Arc::new(storage), &raw_unless_told(&options))
-                    .map_err(|error| explained(error.with_path(uri.to_string())))
+                    .map_err(|error| opening(error.with_path(uri.to_string())))
             }
             file => Image::open(file.path(), &options)
-                .map_err(|error| explained_with(error, raw_option)),
+                .map_err(|error| JobError::opening_with(JobErrorKind::Source, error, raw_option)),
         }
     }
 
@@ -209,37 +213,37 @@ impl ImageLocation {
     /// # Errors
     ///
     /// If it is a file, or as [`open`](Self::open).
-    pub(super) fn open_disk(&self, server: &ServerArgs) -> Result<(Image, Client), CommandError> {
+    pub fn open_disk(&self, remotes: &Remotes) -> Result<(Image, Client), JobError> {
         let Self::Export { uri, files } = self else {
-            return Err(CommandError::new(format!("{self} is not a server's disk")));
+            return Err(JobError::invalid(format!("{self} is not a server's disk")));
         };
-        let storage = storage(uri, *files, server)?;
+        let storage = connect_to(uri, *files, remotes)?;
         if !storage.is_writable() {
-            return Err(CommandError::new(format!(
+            return Err(JobError::invalid(format!(
                 "cannot write to {uri}: the server exports this disk read-only"
             )));
         }
         let client = storage.client().clone();
         let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
         let image = Image::from_storage(Arc::new(storage), &options);
-        Ok((image.map_err(|error| explained(error.with_path(uri.to_string())))?, client))
+        Ok((image.map_err(|error| opening(error.with_path(uri.to_string())))?, client))
     }
 
     /// Returns the name of the file or the URI.
-    pub(super) fn name(&self) -> String {
+    pub fn name(&self) -> String {
         match self {
             Self::File(path) => path.to_string_lossy().into_owned(),
             Self::Export { uri, .. } => uri.to_string(),
-            Self::Described { place, .. } => place.name(),
+            Self::Described { location, .. } => location.name(),
         }
     }
 
     /// Returns the path of the file; empty for an export.
-    pub(super) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         match self {
             Self::File(path) => path,
             Self::Export { .. } => Path::new(""),
-            Self::Described { place, .. } => place.path(),
+            Self::Described { location, .. } => location.path(),
         }
     }
 
@@ -248,15 +252,15 @@ impl ImageLocation {
     /// # Errors
     ///
     /// If it is a malformed name of a server.
-    pub(in crate::commands) fn beside(&self, name: &OsStr) -> Result<Self, CommandError> {
+    pub fn beside(&self, name: &OsStr) -> Result<Self, JobError> {
         if let Some(name) = name.to_str().filter(|name| has_scheme(name)) {
-            let (name, backing) = from_name_in_image(name).map_err(CommandError::new)?;
-            let place = Self::of(name, LocalFiles::Refused);
+            let (name, backing) = from_name_in_image(name).map_err(JobError::invalid)?;
+            let location = Self::of(name, LocalFiles::Refused);
             return Ok(match backing {
-                BackingInName::AsNamed => place,
+                BackingInName::AsNamed => location,
                 // The image records the format.
                 backing => Self::Described {
-                    place: Box::new(place),
+                    location: Box::new(location),
                     format: FormatInName::Unsaid,
                     backing,
                 },
@@ -275,69 +279,84 @@ impl ImageLocation {
     /// # Errors
     ///
     /// As [`beside`](Self::beside).
-    pub(super) fn backing(
+    pub fn backing(
         &self,
         recorded: Option<(&OsStr, Option<Format>)>,
-    ) -> Result<Option<(Self, Option<Format>)>, CommandError> {
+    ) -> Result<Option<(Self, Option<Format>)>, JobError> {
         let (name, format) = recorded.unzip();
         let named = || name.map(|name| self.beside(name)).transpose();
         let given = match self {
             Self::Described { backing: BackingInName::Ignored, .. } => return Ok(None),
             Self::Described { backing: BackingInName::Given(given), .. } => given,
-            _ => return Ok(named()?.map(|place| (place, format.flatten()))),
+            _ => return Ok(named()?.map(|location| (location, format.flatten()))),
         };
-        let place = match &given.name {
+        let location = match &given.name {
             Some(name) => Some(Self::of(name.clone(), self.local_files())),
             None => named()?,
         };
-        let described = |place| Self::Described {
-            place: Box::new(place),
+        let described = |location| Self::Described {
+            location: Box::new(location),
             format: FormatInName::Unsaid,
             backing: given.backing.clone(),
         };
         let format = given.format.known().or(format.flatten());
-        Ok(place.map(|place| (described(place), format)))
+        Ok(location.map(|location| (described(location), format)))
     }
 
-    /// Returns whether a URI beside this place may name files of this machine: if its own may.
+    /// Returns whether a URI in this image may name files of this machine: if its own may.
     fn local_files(&self) -> LocalFiles {
         match self {
             Self::File(_) => LocalFiles::Allowed,
             Self::Export { files, .. } => *files,
-            Self::Described { place, .. } => place.local_files(),
+            Self::Described { location, .. } => location.local_files(),
         }
     }
 
     /// Returns the file, or the opened export.
-    fn target(self, server: &ServerArgs) -> Result<NameTarget, CommandError> {
+    fn target(self, remotes: &Remotes) -> Result<NameTarget, JobError> {
         match self {
             Self::Export { uri, files } => {
-                Ok(NameTarget::Storage(Arc::new(storage(&uri, files, server)?)))
+                Ok(NameTarget::Storage(Arc::new(connect_to(&uri, files, remotes)?)))
             }
             file => Ok(NameTarget::File(file.path().to_owned())),
         }
     }
 
-    /// Returns the error with the name of this place, if it has none yet.
-    pub(super) fn named(&self, error: Error) -> CommandError {
+    /// Returns the error with the name of this image, if it has none yet.
+    pub fn named(&self, error: Error) -> JobError {
         match self.uri() {
-            None => error.into(),
-            Some(uri) => error.with_path(uri.to_string()).into(),
+            None => JobError::image(JobErrorKind::Source, error),
+            Some(uri) => JobError::image(JobErrorKind::Source, error.with_path(uri.to_string())),
         }
     }
 }
 
-/// Connects.
-pub(super) fn storage(
+/// Connects to an export as storage.
+///
+/// # Errors
+///
+/// If the server cannot be reached or refuses.
+pub fn connect_to(
     uri: &NbdUri,
     files: LocalFiles,
-    server: &ServerArgs,
-) -> Result<ExportStorage, CommandError> {
-    let remotes = server.remotes();
+    remotes: &Remotes,
+) -> Result<ExportStorage, JobError> {
     Ok(match files {
         LocalFiles::Allowed => remotes.open(uri)?,
         LocalFiles::Refused => remotes.open_named_by_image(uri)?,
     })
+}
+
+fn opening(error: Error) -> JobError {
+    JobError::opening_with(JobErrorKind::Source, error, RAW_OPTION)
+}
+
+/// Returns the path of a file that an image names: relative names start at the image's directory.
+fn beside(image: &Path, name: &OsStr) -> PathBuf {
+    match image.parent() {
+        Some(directory) => directory.join(name),
+        None => PathBuf::from(name),
+    }
 }
 
 /// The options for an export: its bytes are the disk, regardless of their contents.
@@ -352,7 +371,7 @@ impl fmt::Display for ImageLocation {
         match self {
             Self::File(path) => write!(f, "'{}'", path.display()),
             Self::Export { uri, .. } => uri.fmt(f),
-            Self::Described { place, .. } => place.fmt(f),
+            Self::Described { location, .. } => location.fmt(f),
         }
     }
 }

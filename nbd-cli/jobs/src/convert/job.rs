@@ -1,0 +1,201 @@
+//! A conversion to one of the destinations.
+
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+
+use imgfmt::jobs::{self, Background, SourceReader, copy_bitmaps};
+use imgfmt::{
+    Access, BitmapInfo, CacheMode, Format, Image, IncompleteDisk, OpenOptions, OpenPolicy,
+};
+use nbd_proto::NbdUri;
+
+use super::bitmaps;
+use super::options::ConvertOptions;
+use crate::error::{JobError, JobErrorKind};
+use crate::image_location::ImageLocation;
+use crate::observer::JobContext;
+use crate::target::{Durable, NewFile, device};
+
+/// Most rounds that may end with a new connection before a copy to a server fails.
+const MAX_ROUNDS: usize = 8;
+/// Default number of threads that copy to or from a server: most of them wait.
+const REMOTE_THREADS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
+
+/// Returns the error with the state it leaves.
+fn left(error: &JobError, left: &str) -> JobError {
+    error.in_words(format!("{error}; {left}"))
+}
+
+fn incomplete(to: &ImageLocation, error: &JobError) -> JobError {
+    error.in_words(format!("{error}; the disk in {to} is incomplete: run the command again"))
+}
+
+/// The source and the options of the copy.
+pub(super) struct Conversion<'a> {
+    pub(super) options: &'a ConvertOptions,
+    pub(super) source: &'a Image,
+    /// Reads the source, if it fills another server's export.
+    pub(super) reader: Option<Arc<dyn SourceReader>>,
+    pub(super) from: &'a ImageLocation,
+    /// The bitmaps of the source to copy.
+    pub(super) bitmaps: Vec<BitmapInfo>,
+    /// Whether the source or the destination is on a server.
+    pub(super) is_remote: bool,
+    pub(super) context: &'a JobContext,
+}
+
+impl Conversion<'_> {
+    /// Creates the image; after an error no file remains.
+    pub(super) fn make_new(&self, path: &Path) -> Result<(), JobError> {
+        let mut create = self.options.create.clone();
+        create.size = Some(self.source.size());
+        create.open = self.for_filling();
+        let make = |path: &Path| Image::create(path, &create).map_err(in_destination);
+        let (new, image) = NewFile::begin(path, &self.context.observer, make)?;
+        let filled = self.fill(image, new.path());
+        filled.map_err(|error| left(&error, &new.left_behind()))?;
+        new.complete(self.options.durable)
+    }
+
+    /// Creates the image on a device, whose content is lost.
+    pub(super) fn make_on_device(&self, path: &Path) -> Result<(), JobError> {
+        let mut create = self.options.create.clone();
+        create.size = Some(self.source.size());
+        let new = device::begin_image(path, &create, &*self.context.observer)?;
+        let filled = new
+            .open(&self.for_filling())
+            .map_err(in_destination)
+            .and_then(|image| self.fill(image, path))
+            .and_then(|()| new.complete().map_err(in_destination));
+        filled.map_err(|error| left(&error, &device::left_behind(path)))
+    }
+
+    /// Returns the options for opening the new image.
+    fn for_filling(&self) -> OpenOptions {
+        OpenOptions::new()
+            .locking(self.options.create.open.locking)
+            .format(self.options.create.format)
+            .access(Access::ReadWrite)
+            // An unfinished image need not be durable: one sync at the end is enough.
+            .cache(CacheMode::Unsafe)
+            .policy(OpenPolicy::deny())
+    }
+
+    fn fill(&self, image: Image, path: &Path) -> Result<(), JobError> {
+        let to = ImageLocation::File(path.to_owned());
+        self.copy(&image, &to, Background::Zero)?;
+        copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(&to, error))?;
+        image.close().map_err(in_destination)
+    }
+
+    /// Writes the disk onto a device, raw.
+    pub(super) fn overwrite_device(&self, path: &Path) -> Result<(), JobError> {
+        let disk = device::begin_disk(path, self.options.create.open.locking)?;
+        let options = OpenOptions::new().format(Format::Raw).access(Access::ReadWrite);
+        let image = Image::from_storage(disk.clone(), &options).map_err(in_destination)?;
+        let to = ImageLocation::File(path.to_owned());
+        self.check_room(&to, &image)?;
+        device::warn_of_loss(path, &*self.context.observer);
+        let copied = self
+            .copy(&image, &to, self.options.background)
+            .and_then(|()| image.close().map_err(in_destination));
+        copied.map_err(|error| left(&error, &device::left_behind_on(path, &disk)))?;
+        device::complete_disk(path, &disk)
+    }
+
+    /// Overwrites the existing disk.
+    pub(super) fn replace(&self, to: &ImageLocation) -> Result<(), JobError> {
+        let options = self.options.write.clone();
+        let options = options.format(self.options.create.format).access(Access::ReadWrite);
+        // This command was told to be run again.
+        let options = options.incomplete(IncompleteDisk::Accepted);
+        let image = to.open(&options, &self.options.remotes)?;
+        self.check_room(to, &image)?;
+        bitmaps::check_existing(&self.bitmaps, self.source, &image, to)?;
+        image.begin_overwrite().map_err(|error| to.named(error))?;
+        self.copy(&image, to, self.options.background).map_err(|error| incomplete(to, &error))?;
+        if self.options.create.format != Format::Raw {
+            image.complete_overwrite().map_err(|error| incomplete(to, &to.named(error)))?;
+        }
+        copy_bitmaps(self.source, &image, &self.bitmaps).map_err(|error| self.named(to, error))?;
+        if self.options.durable == Durable::Now {
+            return image.close().map_err(|error| to.named(error));
+        }
+        // Changes of metadata must not be lost; data is as durable as any other write.
+        match self.options.create.format {
+            Format::Raw => Ok(()),
+            _ => image.close().map_err(|error| to.named(error)),
+        }
+    }
+
+    /// Overwrites the disk of a server. If the server restarts in between, it may have lost writes
+    /// that were not durable: then everything is written again.
+    pub(super) fn to_server(&self, to: &ImageLocation, uri: &NbdUri) -> Result<(), JobError> {
+        let (image, client) = to.open_disk(&self.options.reconnecting)?;
+        self.check_room(to, &image)?;
+        for _ in 0..MAX_ROUNDS {
+            let before = client.reconnects();
+            self.copy(&image, to, self.options.background)
+                .map_err(|error| incomplete(to, &error))?;
+            if self.options.durable == Durable::Now {
+                image.flush().map_err(|error| incomplete(to, &to.named(error)))?;
+            }
+            if client.reconnects() == before {
+                return Ok(());
+            }
+            self.context.observer.warning(&format!(
+                "the connection to {uri} was lost, and its server may have lost what was not flushed: \
+                 everything is written again"
+            ));
+        }
+        Err(incomplete(
+            to,
+            &JobError::destination(format!("the connection to {uri} is lost again and again")),
+        ))
+    }
+
+    fn check_room(&self, to: &ImageLocation, image: &Image) -> Result<(), JobError> {
+        let (room, size) = (image.size(), self.source.size());
+        if room < size {
+            return Err(JobError::destination(format!(
+                "{to} has {room} bytes and the source {size}: it does not fit"
+            )));
+        }
+        Ok(())
+    }
+
+    fn copy(
+        &self,
+        image: &Image,
+        to: &ImageLocation,
+        background: Background,
+    ) -> Result<(), JobError> {
+        let mut options = jobs::ConvertOptions::default();
+        if self.is_remote {
+            options.threads = REMOTE_THREADS;
+        }
+        options.threads = self.options.threads.unwrap_or(options.threads);
+        options.background = background;
+        options.clusters = self.options.clusters;
+        options.reader.clone_from(&self.reader);
+        let converted = jobs::convert(self.source, image, &options, &self.context.for_images());
+        converted.map(drop).map_err(|error| self.named(to, error))
+    }
+
+    /// Returns the error with the name of the image at fault, if it has none yet.
+    fn named(&self, to: &ImageLocation, error: jobs::JobError) -> JobError {
+        let location = match error.kind() {
+            jobs::JobErrorKind::Source => self.from,
+            _ => to,
+        };
+        match error.into_image_error() {
+            Ok(error) => location.named(error),
+            Err(error) => error.into(),
+        }
+    }
+}
+
+fn in_destination(error: imgfmt::Error) -> JobError {
+    JobError::image(JobErrorKind::Destination, error)
+}

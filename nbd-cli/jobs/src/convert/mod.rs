@@ -1,0 +1,79 @@
+//! Copies the disk of an image into a new or an existing one, in a file, on a block device or on a
+//! server.
+//!
+//! ```
+//! use imgfmt::{CreateOptions, Format, Image, OpenOptions};
+//! use nbd_jobs::JobContext;
+//! use nbd_jobs::convert::{ConvertOptions, convert};
+//! use nbd_jobs::image_location::ImageLocation;
+//!
+//! # let directory = tempfile::tempdir()?;
+//! # let (disk, image) = (directory.path().join("disk.img"), directory.path().join("disk.qcow2"));
+//! std::fs::write(&disk, vec![7; 1 << 20])?;
+//! let options = ConvertOptions::new(CreateOptions::new(Format::Qcow2, 0));
+//! let (from, to) = (ImageLocation::File(disk), ImageLocation::File(image.clone()));
+//! convert(&from, &to, &options, &JobContext::default())?;
+//! assert_eq!(Image::open(&image, &OpenOptions::new())?.size(), 1 << 20);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod bitmaps;
+mod job;
+mod options;
+mod reader;
+
+use std::sync::Arc;
+
+use imgfmt::Format;
+use imgfmt::jobs::SourceReader;
+
+use self::job::Conversion;
+pub use self::options::{ConvertOptions, CopiedBitmaps, Destination};
+use self::reader::ExportReader;
+use crate::error::JobError;
+use crate::image_location::ImageLocation;
+use crate::observer::JobContext;
+use crate::target::{self, Existing};
+
+/// Converts `from` into `to`. A new file grows beside its path and is renamed when it is complete; the
+/// contents of a block device are replaced. An export has to be large enough.
+///
+/// Blocks, and must not be called by asynchronous tasks.
+///
+/// # Errors
+///
+/// If the source cannot be read, or the destination cannot be created or written to. No new file
+/// remains then; the message says what an existing disk is like.
+pub fn convert(
+    from: &ImageLocation,
+    to: &ImageLocation,
+    options: &ConvertOptions,
+    context: &JobContext,
+) -> Result<(), JobError> {
+    if let ImageLocation::Described { .. } = to {
+        return Err(JobError::invalid(
+            "the new image is given by its name, and its format by --output-format",
+        ));
+    }
+    let opened = from.open_disk_or_image(&options.read, &options.reconnecting);
+    let (source, export) = opened.map_err(JobError::advise_sharing)?;
+    let bitmaps = bitmaps::of_source(&source, from, options.bitmaps, &*context.observer)?;
+    let reader = export.map(|export| {
+        Arc::new(ExportReader::new(export, from.to_string())) as Arc<dyn SourceReader>
+    });
+    let is_remote = from.uri().is_some() || to.uri().is_some();
+    let source = &source;
+    let copy = Conversion { options, source, reader, from, bitmaps, is_remote, context };
+    let (format, exists) = (options.create.format, options.destination == Destination::Existing);
+    match to {
+        ImageLocation::File(path) => match (target::look(path)?, format) {
+            // The device is the disk.
+            (Existing::BlockDevice, Format::Raw) => copy.overwrite_device(path),
+            _ if exists => copy.replace(to),
+            (Existing::BlockDevice, _) => copy.make_on_device(path),
+            _ => copy.make_new(path),
+        },
+        ImageLocation::Export { uri, .. } if format == Format::Raw => copy.to_server(to, uri),
+        _ => copy.replace(to),
+    }
+}

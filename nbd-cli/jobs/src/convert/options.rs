@@ -1,0 +1,81 @@
+//! The options of a conversion.
+
+use std::num::NonZeroUsize;
+
+use imgfmt::jobs::{Background, Clusters};
+use imgfmt::{CreateOptions, OpenOptions};
+
+use crate::remote::Remotes;
+use crate::target::Durable;
+
+/// Options of a conversion; created by [`new`](Self::new), changed field by field.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ConvertOptions {
+    /// The properties of a new image. The size is that of the source; the format applies to an
+    /// existing image as well.
+    pub create: CreateOptions,
+    /// Whether the destination exists. By default it is created.
+    pub destination: Destination,
+    /// How the source is opened.
+    pub read: OpenOptions,
+    /// How an existing image is opened; the format and the access are set by the job.
+    pub write: OpenOptions,
+    /// Connects to the export that contains an existing image.
+    pub remotes: Remotes,
+    /// Connects to the export that is the source or, byte for byte, the destination. A connection may
+    /// be restored there when it is lost.
+    pub reconnecting: Remotes,
+    /// The bitmaps that are copied. By default none.
+    pub bitmaps: CopiedBitmaps,
+    /// The form of written clusters.
+    pub clusters: Clusters,
+    /// The earlier contents of an existing disk.
+    pub background: Background,
+    /// Number of threads. By default the number of cores, and 8 with a server.
+    pub threads: Option<NonZeroUsize>,
+    /// When the result is durable. By default later, as for any file.
+    pub durable: Durable,
+}
+
+impl ConvertOptions {
+    /// Returns the options for a new image with these properties.
+    #[must_use]
+    pub fn new(create: CreateOptions) -> Self {
+        Self {
+            create,
+            destination: Destination::default(),
+            read: OpenOptions::new(),
+            write: OpenOptions::new(),
+            remotes: Remotes::default(),
+            reconnecting: Remotes::default(),
+            bitmaps: CopiedBitmaps::default(),
+            clusters: Clusters::default(),
+            background: Background::default(),
+            threads: None,
+            durable: Durable::Later,
+        }
+    }
+}
+
+/// The state of the destination.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Destination {
+    /// A file that does not exist, or a block device.
+    #[default]
+    New,
+    /// A disk that is overwritten; the rest of a larger one stays as it is.
+    Existing,
+}
+
+/// The bitmaps of the source that are copied; those of its backing files never are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CopiedBitmaps {
+    /// None.
+    #[default]
+    None,
+    /// All of them; an unreliable one is an error.
+    All,
+    /// The reliable ones; a warning names each of the others.
+    Reliable,
+}
