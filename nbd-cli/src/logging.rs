@@ -13,7 +13,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::error::CommandError;
-use crate::output::warn;
+use crate::output::{warn, warn_in_log};
 
 /// Has the levels if there is no `-v`: a level, or levels of parts of the program.
 const LEVELS: &str = "NBD_LOG";
@@ -43,6 +43,8 @@ pub enum LogFormat {
 
 /// The file of the log.
 static FILE: OnceLock<LogFile> = OnceLock::new();
+/// The form of the log.
+static FORMAT: OnceLock<LogFormat> = OnceLock::new();
 
 struct LogFile {
     path: PathBuf,
@@ -75,6 +77,7 @@ pub(crate) fn start(verbosity: u8, args: &LogArgs) -> Result<(), CommandError> {
         // same place would panic, and end the connection that the line was about.
         .log_internal_errors(false);
     let subscriber = tracing_subscriber::registry().with(levels);
+    FORMAT.get_or_init(|| args.log_format);
     // Fails only if a subscriber is set already, as in a test that runs two commands.
     let _ = match args.log_format {
         LogFormat::Text => subscriber.with(layer).try_init(),
@@ -99,6 +102,14 @@ fn levels(verbosity: u8, variable: Option<&str>) -> Result<Targets, CommandError
         _ => LevelFilter::TRACE,
     };
     Ok(Targets::new().with_default(level))
+}
+
+/// Makes the warnings of a running server lines of a log that is a file or JSON. The standard error of
+/// a server in the background has no reader.
+pub(crate) fn include_warnings() {
+    if FILE.get().is_some() || FORMAT.get() == Some(&LogFormat::Json) {
+        warn_in_log();
+    }
 }
 
 /// Opens the file of the log again, after another program has renamed it. Without a file, and if

@@ -1,6 +1,7 @@
 //! Standard output: reports as text and as JSON, and text that is safe to print.
 
 use std::io::{self, BufWriter, StdoutLock, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nbd_jobs::text::without_error_numbers;
 use serde::Serialize;
@@ -64,8 +65,19 @@ pub(crate) fn unless_closed(written: Result<(), CommandError>) -> Result<(), Com
     })
 }
 
-/// Writes a warning to standard error; a closed standard error is not an error.
+/// Whether warnings are lines of the log.
+static WARNS_IN_LOG: AtomicBool = AtomicBool::new(false);
+
+/// Writes all further warnings to the log.
+pub(crate) fn warn_in_log() {
+    WARNS_IN_LOG.store(true, Ordering::Relaxed);
+}
+
+/// Writes a warning to standard error or to the log; a closed standard error is not an error.
 pub(crate) fn warn(message: &str) {
     let message = without_error_numbers(message.to_owned());
+    if WARNS_IN_LOG.load(Ordering::Relaxed) {
+        return tracing::warn!("{message}");
+    }
     let _ = writeln!(io::stderr(), "nbd-cli: warning: {message}");
 }

@@ -110,6 +110,7 @@ async fn serve(args: ServeArgs) -> Result<Outcome, CommandError> {
     match &args.run {
         None => {
             let pid_file = started(&args, || announce(&bound, &names, &tls))?;
+            logging::include_warnings();
             let served = match control {
                 Some(control) => serve_controlled(server, signals, control).await,
                 None => serve_until_signal(server, signals, std::future::pending()).await,

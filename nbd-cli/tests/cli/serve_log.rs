@@ -101,6 +101,23 @@ fn a_log_file_that_was_renamed_is_opened_again() {
 }
 
 #[test]
+fn a_warning_of_a_running_server_is_a_line_of_its_log_file() {
+    let logged = Logged::start(&["--log-format", "json"]);
+    // A directory in place of the file cannot be opened.
+    let moved = logged.path("moved");
+    let directory = logged.directory.path();
+    std::fs::create_dir(&moved).unwrap();
+    std::fs::rename(logged.path("log"), moved.join("log")).unwrap();
+    std::fs::create_dir(logged.path("log")).unwrap();
+    logged.server.signal(Signal::HUP);
+    let line = logged.line("moved/log", &["cannot open the log file"]);
+    let object: serde_json::Value = serde_json::from_str(&line).expect("a JSON object");
+    assert_eq!(object["level"], "WARN", "{line}");
+    assert!(line.contains(&*directory.to_string_lossy()), "{line}");
+    logged.server.end();
+}
+
+#[test]
 fn the_environment_has_the_level_unless_there_is_an_option() {
     let server = Server::ours(&["memory:1M"]);
     let log_of = |level: &str, option: &[&str]| {
