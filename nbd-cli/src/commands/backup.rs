@@ -1,7 +1,7 @@
 //! `nbd-cli backup`: full and incremental backups of a served disk into a chain of qcow2 files.
 
 mod args;
-mod places;
+mod operands;
 mod report;
 
 use nbd_jobs::{
@@ -9,14 +9,14 @@ use nbd_jobs::{
 };
 
 pub use self::args::{BackupArgs, Verify};
-use self::report::Report;
+use self::report::BackupReport;
 use crate::async_runtime::{block_on, runtime};
 use crate::error::{CommandError, Outcome};
 use crate::shown::Shown;
 use crate::signals::{self, EndSignals, Hangup};
 
 pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
-    args.tell_places()?;
+    args.assign_operands()?;
     let args = &args;
     if args.requests.get() > 4096 || args.connection.connections.get() > 256 {
         return Err(CommandError::new(
@@ -44,7 +44,7 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
         }
     };
     shown.clear();
-    let report = Report::new(args, result?);
+    let report = BackupReport::new(args, result?);
     if let Some(format) = args.summary.format() {
         report.print(format)?;
     }

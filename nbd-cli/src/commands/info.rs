@@ -17,7 +17,7 @@ use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome};
 use crate::output::{Output, ReportFormat, printable, unless_closed};
 use property::Property;
-use report::Report;
+use report::ServerReport;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -110,7 +110,7 @@ async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
         let mut output = Output::new();
         output.line(&size.to_string()).and_then(|()| output.finish())?;
     } else {
-        let mut report = Report::new(&server, &args.uri);
+        let mut report = ServerReport::new(&server, &args.uri);
         if args.content || !(args.list || args.no_content) {
             for export in &mut report.exports {
                 export.content = content::of(&connector, &export.name).await;
@@ -126,7 +126,7 @@ async fn info(args: &InfoArgs) -> Result<Outcome, CommandError> {
     Ok(if server.refused.is_empty() { Outcome::Success } else { Outcome::Status(1) })
 }
 
-fn print(report: &Report, format: ReportFormat) -> Result<(), CommandError> {
+fn print(report: &ServerReport, format: ReportFormat) -> Result<(), CommandError> {
     let mut output = Output::new();
     match format {
         ReportFormat::Json => output.json(report)?,

@@ -80,7 +80,7 @@ struct JsonTotal {
 const MAX_TOTALS: usize = 65_536;
 
 /// Consumes extents. Only totals and the chart are kept: a disk may have millions of extents.
-enum Report {
+enum MapPrinter {
     Text,
     Json { first: bool },
     Totals { format: ReportFormat, bytes: BTreeMap<u64, u64> },
@@ -117,7 +117,7 @@ async fn map(
         )));
     }
     let size = client.info().size;
-    let mut report = Report::new(args, size);
+    let mut report = MapPrinter::new(args, size);
     report.begin(output)?;
     let mut extents = client.extents(context, 0..size);
     while let Some(extent) = extents.next().await {
@@ -131,7 +131,7 @@ async fn map(
     Ok(())
 }
 
-impl Report {
+impl MapPrinter {
     fn new(args: &MapArgs, size: u64) -> Self {
         let format = ReportFormat::from_json_flag(args.json);
         if args.chart {

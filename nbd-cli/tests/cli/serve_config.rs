@@ -9,11 +9,11 @@ use tempfile::TempDir;
 use crate::support::{PROGRAM, Server, nbd_cli, says};
 
 /// A directory with a configuration, a socket and a control socket.
-struct Place {
+struct Configured {
     directory: TempDir,
 }
 
-impl Place {
+impl Configured {
     fn new() -> Self {
         Self { directory: tempfile::tempdir().expect("a directory") }
     }
@@ -55,7 +55,7 @@ fn is_there(server: &Server, name: &str) -> bool {
 
 #[test]
 fn a_file_says_what_the_command_line_can_say() {
-    let place = Place::new();
+    let place = Configured::new();
     let image = place.path("disk.img");
     std::fs::write(&image, vec![7; 1 << 20]).expect("a file");
     let of_image =
@@ -79,7 +79,7 @@ fn a_file_says_what_the_command_line_can_say() {
 
 #[test]
 fn exports_come_go_and_change_without_dropping_clients() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&(export("stays", "") + &export("goes", "")));
     let server = place.serve();
     let copy = |name: &str| {
@@ -132,7 +132,7 @@ impl Holder {
 
 #[test]
 fn a_reload_that_fails_changes_nothing() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&export("vm", ""));
     let server = place.serve();
     for (bad, parts) in [
@@ -161,7 +161,7 @@ fn a_reload_that_fails_changes_nothing() {
 
 #[test]
 fn what_cannot_change_is_named_and_stays() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&export("vm", ""));
     let server = place.serve();
     place.write(&format!(
@@ -182,7 +182,7 @@ fn what_cannot_change_is_named_and_stays() {
 
 #[test]
 fn options_of_the_file_are_refused_on_the_command_line() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&export("vm", ""));
     let config = place.path("config");
     for (option, parts) in [
@@ -200,7 +200,7 @@ fn options_of_the_file_are_refused_on_the_command_line() {
 
 #[test]
 fn a_check_writes_nothing() {
-    let place = Place::new();
+    let place = Configured::new();
     let image = place.path("disk.qcow2");
     nbd_cli(&["image", "create", "--format", "qcow2", &image, "1M"]).success();
     let before = std::fs::read(&image).expect("an image");
@@ -215,7 +215,7 @@ fn a_check_writes_nothing() {
 
 #[test]
 fn an_image_is_not_renamed_in_one_reload() {
-    let place = Place::new();
+    let place = Configured::new();
     let image = place.path("disk.img");
     std::fs::write(&image, vec![7; 1 << 20]).expect("a file");
     let named = |name: &str, source: &str, more: &str| {
@@ -245,7 +245,7 @@ fn an_image_is_not_renamed_in_one_reload() {
 
 #[test]
 fn an_export_that_cannot_go_yet_goes_with_a_later_reload() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&(export("vm", "") + &export("stays", "")));
     let server = place.serve();
     let control = place.path("control");
@@ -266,7 +266,7 @@ fn an_export_that_cannot_go_yet_goes_with_a_later_reload() {
 
 #[test]
 fn an_export_that_was_removed_meanwhile_is_added_again() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&(export("vm", "") + &export("stays", "")));
     let server = place.serve();
     nbd_cli(&["control", &place.path("control"), "remove-export", "vm"]).success();
@@ -278,7 +278,7 @@ fn an_export_that_was_removed_meanwhile_is_added_again() {
 
 #[test]
 fn a_reload_refuses_exports_for_tls_only_without_tls() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&export("vm", ""));
     let server = place.serve();
     place.write(&format!("tls-only = \"vm\"\n{}", export("vm", "")));
@@ -289,7 +289,7 @@ fn a_reload_refuses_exports_for_tls_only_without_tls() {
 
 #[test]
 fn warnings_of_a_reload_are_lines_of_the_log() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&export("vm", ""));
     let mut command = Command::new(PROGRAM);
     command.args(["serve", "--config", &place.path("config"), "--log-format", "json"]);
@@ -305,7 +305,7 @@ fn warnings_of_a_reload_are_lines_of_the_log() {
 
 #[test]
 fn an_image_is_closed_before_the_lock_of_the_process_id_goes() {
-    let place = Place::new();
+    let place = Configured::new();
     let image = place.path("disk.qcow2");
     nbd_cli(&["image", "create", "--format", "qcow2", &image, "1M"]).success();
     let pid_file = place.path("pid");
@@ -330,7 +330,7 @@ fn an_image_is_closed_before_the_lock_of_the_process_id_goes() {
 
 #[test]
 fn a_check_is_not_done_in_the_background() {
-    let place = Place::new();
+    let place = Configured::new();
     place.write(&export("vm", ""));
     let config = place.path("config");
     let refused = nbd_cli(&["serve", "--check", "--fork", "--config", &config]);

@@ -53,11 +53,11 @@ pub struct BackupArgs {
     // Clap accepts no options between an optional argument and a required one after it: a single
     // argument is the target.
     #[arg(value_name = "SOURCE")]
-    pub first_place: OsString,
+    pub first_operand: OsString,
 
     /// The new qcow2 file, or a block device to overwrite.
     #[arg(value_name = "TARGET")]
-    pub second_place: Option<OsString>,
+    pub second_operand: Option<OsString>,
 
     #[arg(skip)]
     pub(super) source: Option<NbdUri>,

@@ -10,9 +10,9 @@ use crate::error::CommandError;
 
 impl BackupArgs {
     /// Separates the disk from the new file.
-    pub(super) fn tell_places(&mut self) -> Result<(), CommandError> {
-        let first = std::mem::take(&mut self.first_place);
-        match self.second_place.take() {
+    pub(super) fn assign_operands(&mut self) -> Result<(), CommandError> {
+        let first = std::mem::take(&mut self.first_operand);
+        match self.second_operand.take() {
             Some(target) => {
                 self.source = Some(uri(&first)?);
                 self.target = path_in(&target).to_owned();

@@ -13,7 +13,7 @@ use crate::size::rounded;
 /// The result of a backup. Sizes are in bytes.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) struct Report {
+pub(super) struct BackupReport {
     source: String,
     target: String,
     base: Option<String>,
@@ -31,7 +31,7 @@ pub(super) struct Report {
     seconds: f64,
 }
 
-impl Report {
+impl BackupReport {
     pub(super) fn new(args: &BackupArgs, made: BackedUp) -> Self {
         Self {
             source: made.uri.to_string(),

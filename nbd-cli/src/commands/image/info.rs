@@ -25,7 +25,7 @@ use super::location;
 use super::open::OpenArgs;
 use super::snapshot::{self, JsonSnapshot};
 use crate::async_runtime::runtime;
-use crate::commands::info::report::Report;
+use crate::commands::info::report::ServerReport;
 use crate::connect::{ServerArgs, explain_unknown_export};
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
@@ -98,7 +98,7 @@ struct Layer<'a> {
     format_specific: Option<Specific<'a>>,
     /// The properties of an export, with the keys of nbdinfo.
     #[serde(skip_serializing_if = "Option::is_none")]
-    server: Option<&'a Report>,
+    server: Option<&'a ServerReport>,
 }
 
 #[derive(Serialize)]
@@ -181,7 +181,7 @@ pub(super) fn print_json(path: &Path, options: &OpenOptions) -> Result<(), Comma
 struct Found {
     location: ImageLocation,
     info: ImageInfo,
-    server: Option<Report>,
+    server: Option<ServerReport>,
 }
 
 /// Returns the image and, on request, everything below it.
@@ -218,10 +218,10 @@ fn recorded_backing(qcow2: &Qcow2Info) -> Option<(&OsStr, Option<Format>)> {
 }
 
 /// Describes an export.
-async fn inspect(uri: &NbdUri, server: &ServerArgs) -> Result<Report, CommandError> {
+async fn inspect(uri: &NbdUri, server: &ServerArgs) -> Result<ServerReport, CommandError> {
     let connector = server.connector(uri);
     match connector.inspect(Scope::ThisExport).await {
-        Ok(server) => Ok(Report::new(&server, uri)),
+        Ok(server) => Ok(ServerReport::new(&server, uri)),
         Err(error) => Err(explain_unknown_export(&connector, uri, error).await),
     }
 }

@@ -1,7 +1,7 @@
 //! `nbd-cli image map`.
 
+mod entry;
 mod export;
-mod part;
 
 use std::ffi::OsString;
 
@@ -9,7 +9,7 @@ use clap::Args;
 use imgfmt::{Content, Extent, ExtentKind, Format, GuestOffset, GuestRange, Image};
 use nbd_jobs::image_location::ImageLocation;
 
-use self::part::MapEntry;
+use self::entry::MapEntry;
 use super::location;
 use super::open::OpenArgs;
 use crate::connect::ServerArgs;
@@ -53,8 +53,8 @@ pub struct MapArgs {
     pub server: ServerArgs,
 }
 
-/// Writes parts one behind the other, like neighbours joined.
-struct MapReport {
+/// Writes entries in order, and joins adjacent ones that are alike.
+struct MapPrinter {
     format: ReportFormat,
     pending: Option<MapEntry>,
     separator: &'static str,
@@ -64,20 +64,20 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
-    let mut report = MapReport { format, pending: None, separator: "[" };
+    let mut report = MapPrinter { format, pending: None, separator: "[" };
     let options = args.share.apply(args.open.options_with(&args.server));
     let (location, options) = location.settled(&options, &args.server.remotes())?;
     match location {
-        // What is inside an image inside an export is known to us alone.
+        // The server does not know the map of an image inside its export.
         ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
-            export::map(uri, &args.server, |part| report.add(part, &mut output))?;
+            export::map(uri, &args.server, |entry| report.add(entry, &mut output))?;
         }
         _ => {
             let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
             let layers = image.layer_sizes();
             for extent in image.extents(span(0, image.size())) {
                 for extent in split_at_end_of_layer(extent?, &layers).into_iter().flatten() {
-                    parts(&image, extent, &layers, |part| report.add(part, &mut output))?;
+                    parts(&image, extent, &layers, |entry| report.add(entry, &mut output))?;
                 }
             }
         }
@@ -92,8 +92,8 @@ fn span(start: u64, end: u64) -> GuestRange {
     GuestRange::between(GuestOffset::new(start), GuestOffset::new(end)).unwrap_or_default()
 }
 
-/// An extent in two if its layer ends within: behind that there is nothing in the layer, but the
-/// end of it hides what is below.
+/// Splits an extent at the end of its layer. Past it the layer has no data, but hides the layers
+/// below.
 fn split_at_end_of_layer(extent: Extent, layers: &[u64]) -> [Option<Extent>; 2] {
     let (start, end) = (extent.range.offset().bytes(), extent.range.end().bytes());
     match (extent.depth as usize).checked_sub(1).and_then(|index| layers.get(index)) {
@@ -108,12 +108,12 @@ fn split_at_end_of_layer(extent: Extent, layers: &[u64]) -> [Option<Extent>; 2] 
     }
 }
 
-/// The number, from 0, of the last layer that was asked about an extent in which none has anything.
+/// Returns the number, from 0, of the last layer that was examined for an extent that none has.
 fn last_layer_asked(extent: Extent, layers: &[u64]) -> Option<u32> {
     let last = u32::try_from(layers.len()).unwrap_or(u32::MAX).saturating_sub(1);
     let Some(index) = extent.depth.checked_sub(1) else { return Some(last) };
     let size = layers.get(index as usize)?;
-    // The layer ends before: the one above has been told so.
+    // The layer ends before the extent, which therefore belongs to the one above.
     (extent.range.offset().bytes() >= *size).then(|| index.saturating_sub(1))
 }
 
@@ -148,23 +148,23 @@ fn parts(
     Ok(())
 }
 
-impl MapReport {
-    fn add(&mut self, part: MapEntry, output: &mut Output) -> Result<(), CommandError> {
-        if self.pending.as_mut().is_some_and(|pending| pending.join(&part)) {
+impl MapPrinter {
+    fn add(&mut self, entry: MapEntry, output: &mut Output) -> Result<(), CommandError> {
+        if self.pending.as_mut().is_some_and(|pending| pending.join(&entry)) {
             return Ok(());
         }
-        match self.pending.replace(part) {
+        match self.pending.replace(entry) {
             Some(complete) => self.write(&complete, output),
             None => Ok(()),
         }
     }
 
-    fn write(&mut self, part: &MapEntry, output: &mut Output) -> Result<(), CommandError> {
+    fn write(&mut self, entry: &MapEntry, output: &mut Output) -> Result<(), CommandError> {
         match self.format {
-            ReportFormat::Text => output.line(&part.text()),
+            ReportFormat::Text => output.line(&entry.text()),
             ReportFormat::Json => {
                 output.text(std::mem::replace(&mut self.separator, ",\n"))?;
-                let text = serde_json::to_string(part);
+                let text = serde_json::to_string(entry);
                 output.text(&text.map_err(|error| CommandError::output(&error.into()))?)
             }
         }

@@ -12,7 +12,7 @@ use crate::size::exact;
 
 /// A server; the order of the fields is the order of the keys.
 #[derive(Debug, Serialize)]
-pub(in crate::commands) struct Report {
+pub(in crate::commands) struct ServerReport {
     protocol: &'static str,
     #[serde(rename = "TLS")]
     tls: bool,
@@ -68,7 +68,7 @@ struct BlockSizesReport {
     maximum_payload: u32,
 }
 
-impl Report {
+impl ServerReport {
     pub(in crate::commands) fn new(server: &ServerInfo, uri: &NbdUri) -> Self {
         let mut uri = uri.clone();
         if server.tls {

@@ -23,12 +23,12 @@ pub(super) enum Object {
 /// The source of a password.
 #[derive(Clone, PartialEq, Eq)]
 pub(super) struct Secret {
-    pub(super) place: SecretPlace,
+    pub(super) source: SecretSource,
     pub(super) format: SecretFormat,
 }
 
 #[derive(Clone, PartialEq, Eq)]
-pub(super) enum SecretPlace {
+pub(super) enum SecretSource {
     Data(String),
     File(PathBuf),
 }
@@ -178,9 +178,9 @@ impl Secret {
                 return Err(format!("'{encrypted}' is not supported: secrets are not encrypted"));
             }
         }
-        let place = match (properties.take("data"), properties.take("file")) {
-            (Some(data), None) => SecretPlace::Data(data),
-            (None, Some(file)) => SecretPlace::File(file.into()),
+        let source = match (properties.take("data"), properties.take("file")) {
+            (Some(data), None) => SecretSource::Data(data),
+            (None, Some(file)) => SecretSource::File(file.into()),
             (Some(_), Some(_)) => return Err("'file' and 'data' are mutually exclusive".to_owned()),
             (None, None) => return Err("Either 'file' or 'data' must be provided".to_owned()),
         };
@@ -189,7 +189,7 @@ impl Secret {
             Some("base64") => SecretFormat::Base64,
             Some(other) => return Err(not_accepted("format", other)),
         };
-        Ok(Self { place, format })
+        Ok(Self { source, format })
     }
 }
 

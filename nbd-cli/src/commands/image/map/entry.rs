@@ -1,8 +1,8 @@
-//! Parts of a disk as they are printed.
+//! The entries of a map.
 
 use serde::Serialize;
 
-/// A part of the disk, with the keys of qemu-img.
+/// A range of the disk, with the keys of qemu-img.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct MapEntry {
     pub(super) start: u64,
@@ -17,7 +17,7 @@ pub(super) struct MapEntry {
 }
 
 impl MapEntry {
-    /// Takes in the part that follows if it is more of the same.
+    /// Extends the entry by the following one if that is alike.
     pub(super) fn join(&mut self, next: &Self) -> bool {
         let follows = match (self.offset, next.offset) {
             (Some(offset), Some(next)) => offset.checked_add(self.length) == Some(next),

@@ -6,7 +6,7 @@ use nbd_client::{Client, ExtentLimit};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{AllocationFlags, BlockDescriptor, MetaContextName};
 
-use super::part::MapEntry;
+use super::entry::MapEntry;
 use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, connect, failed};
 use crate::error::CommandError;
