@@ -12,8 +12,9 @@ use nbd_client::ZeroMode;
 use nbd_proto::wire::TransmissionFlags;
 
 use crate::copy::again;
-use crate::copy::destination::{Background, Destination, create_empty};
+use crate::copy::destination::{Background, Destination};
 use crate::copy::job::{Job, Settings, ZeroPolicy};
+use crate::copy::local_file::create_empty;
 use crate::copy::source::Source;
 use crate::copy::verify::Verification;
 use crate::copy::{Knowledge, check_concurrency};

@@ -1,4 +1,4 @@
-//! What was written where: which generations a block may hold.
+//! The ledger of written blocks: the generations that each block may hold.
 //!
 //! Each block has three counts. A server that is asked for a block may answer with
 //!
@@ -9,13 +9,14 @@
 //!
 //! Only one WRITE of a block is in flight at a time.
 
-use super::block::{Found, Identity, fill, inspect};
+use super::block::{Identity, fill, inspect};
 use super::targets::Section;
+use super::verdict::{Mismatch, judge};
 
-/// Most blocks that are kept track of: 2 GiB of memory, half of it for what a run began with.
+/// Most blocks of a ledger: 2 GiB of memory, half of it for the state at the start of a run.
 pub(super) const MAX_BLOCKS: u64 = 1 << 26;
 
-/// The counts of one block; 0 is what was there before.
+/// The counts of one block; 0 is its earlier contents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Generations {
     pub(super) durable: u32,
@@ -41,13 +42,6 @@ pub(super) struct Expected {
 /// Writes that a flush will make durable: blocks and their generations.
 pub(super) type Covered = Vec<(u32, u32)>;
 
-/// A block that does not hold what it must.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Mismatch {
-    pub(super) offset: u64,
-    pub(super) what: String,
-}
-
 /// The blocks of a section.
 #[derive(Debug)]
 pub(super) struct Ledger {
@@ -56,7 +50,7 @@ pub(super) struct Ledger {
     seed: u64,
     blocks: Vec<Generations>,
     unflushed: Covered,
-    /// How often the connection was lost.
+    /// Number of lost connections.
     epoch: u64,
 }
 
@@ -178,7 +172,7 @@ impl Ledger {
         }
     }
 
-    /// What a READ that is sent now may find at least.
+    /// Adds the oldest generations that a READ sent now may find.
     pub(super) fn expect(&self, offset: u64, length: u32, expected: &mut Vec<Expected>) {
         expected.clear();
         expected.extend(
@@ -231,53 +225,6 @@ impl Ledger {
         let first = self.index(offset);
         let count = (length / self.block_len.max(1)) as usize;
         self.blocks.get_mut(first..first.saturating_add(count)).unwrap_or_default()
-    }
-}
-
-/// What is wrong with a block that may hold the generations from `oldest` to `newest`.
-fn judge(found: Found, seed: u64, offset: u64, oldest: u32, newest: u32) -> Option<String> {
-    // Until its first write is acknowledged a block may hold anything, but nothing torn by that write.
-    let was_written = oldest > 0;
-    let must = || match oldest == newest {
-        true => format!("generation {newest} was written"),
-        false => format!("generations {oldest} to {newest} are possible"),
-    };
-    match found {
-        Found::Block(it) if it.seed != seed => {
-            was_written.then(|| format!("a block with seed {}; {}", it.seed, must()))
-        }
-        Found::Block(it) if it.offset != offset => {
-            Some(format!("the block of offset {}; {}", it.offset, must()))
-        }
-        Found::Block(it) if it.generation < u64::from(oldest) => {
-            Some(format!("the old generation {}; {}", it.generation, must()))
-        }
-        Found::Block(it) if it.generation > u64::from(newest) => {
-            Some(format!("generation {}, which was never written; {}", it.generation, must()))
-        }
-        Found::Block(_) => None,
-        Found::Torn(it) if it.seed == seed => {
-            Some(format!("generation {} with a wrong checksum; {}", it.generation, must()))
-        }
-        Found::Torn(_) => was_written.then(|| format!("a damaged block; {}", must())),
-        Found::Zeroes => was_written.then(|| format!("zeroes; {}", must())),
-        Found::Foreign => was_written.then(|| format!("other data; {}", must())),
-    }
-}
-
-/// Looks at a block of which nothing is known but the seed; gives whether it is one of this seed.
-pub(super) fn judge_alone(data: &[u8], seed: u64, offset: u64) -> Result<bool, Mismatch> {
-    let wrong = |what| Err(Mismatch { offset, what });
-    match inspect(data) {
-        Found::Block(it) if it.seed != seed => Ok(false),
-        Found::Block(it) if it.offset != offset => {
-            wrong(format!("the block of offset {}", it.offset))
-        }
-        Found::Block(_) => Ok(true),
-        Found::Torn(it) if it.seed == seed => {
-            wrong(format!("generation {} with a wrong checksum", it.generation))
-        }
-        Found::Torn(_) | Found::Zeroes | Found::Foreign => Ok(false),
     }
 }
 
@@ -398,16 +345,5 @@ mod tests {
         let mut expected = Vec::new();
         ledger.expect(4096, 3 * LEN, &mut expected);
         assert_eq!(ledger.check(4096, &data, &expected, 0, |it| panic!("{it:?}")), 3);
-    }
-
-    #[test]
-    fn block_by_itself_shows_its_place_and_its_damage() {
-        assert_eq!(judge_alone(&block(512, 7), 9, 512), Ok(true));
-        assert_eq!(judge_alone(&block(512, 7), 8, 512), Ok(false), "another seed");
-        assert_eq!(judge_alone(&[0; 512], 9, 512), Ok(false));
-        assert!(judge_alone(&block(512, 7), 9, 1024).is_err());
-        let mut damaged = block(512, 7);
-        damaged[500] ^= 1;
-        assert!(judge_alone(&damaged, 9, 512).is_err());
     }
 }

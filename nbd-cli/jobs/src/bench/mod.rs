@@ -32,6 +32,7 @@ mod source;
 mod stage;
 mod state;
 mod targets;
+mod verdict;
 mod worker;
 
 pub use self::job::bench;

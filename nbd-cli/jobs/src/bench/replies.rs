@@ -6,10 +6,10 @@ use nbd_proto::transmission::Durability;
 use nbd_proto::transmission::client::{Event, ServerError};
 use nbd_proto::wire::Cookie;
 
-use super::ledger::judge_alone;
 use super::options::RequestKind;
 use super::slots::Slot;
 use super::targets::Target;
+use super::verdict::judge_alone;
 use super::worker::{Check, Trouble, Worker};
 use crate::error::JobError;
 use crate::text::printable;
@@ -130,7 +130,7 @@ impl Worker {
     }
 }
 
-/// Looks at blocks of which nothing is known but their seed.
+/// Checks blocks of which only the seed is known.
 fn look_at(shared: &super::shared::Shared, slot: &Slot, block_len: u32, seed: u64) {
     let (mut good, mut other) = (0, 0);
     let offsets = (slot.target.offset..).step_by(block_len as usize);
@@ -146,7 +146,7 @@ fn look_at(shared: &super::shared::Shared, slot: &Slot, block_len: u32, seed: u6
     verified.other_blocks += other;
 }
 
-/// The server said no: it is about to end, or cannot do what it was asked.
+/// The server refused a request: it is shutting down, or does not support it.
 fn failed(uri: &str, target: Target, error: &ServerError) -> Trouble {
     let text = printable(&error.to_string());
     if error.is_shutdown() {

@@ -1,4 +1,4 @@
-//! What the connections of a load have in common.
+//! The common state of the connections of a load.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,26 +6,26 @@ use std::time::Duration;
 
 use nbd_proto::NbdUri;
 
-use super::ledger::Mismatch;
 use super::recorder::Recorder;
 use super::report::{BadBlock, VerifyReport};
+use super::verdict::Mismatch;
 
-/// How many bad blocks are told one by one.
+/// Number of bad blocks that are reported one by one.
 const MAX_EXAMPLES: usize = 8;
 
-/// What all connections know, and where they put their results.
+/// The parameters and the results of all connections.
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) uri: NbdUri,
-    /// How long a lost connection is tried to be made again.
+    /// Time limit for restoring a lost connection.
     pub(super) reconnect: Duration,
-    /// How long a request may take.
+    /// Time limit of a request.
     pub(super) timeout: Option<Duration>,
     /// Whether requests are counted: not during the warm-up.
     pub(super) counts: AtomicBool,
-    /// No request is made any more.
+    /// No more requests are made.
     pub(super) is_over: AtomicBool,
-    /// Requests in flight are not waited for long either.
+    /// Requests in flight are waited for briefly only.
     pub(super) is_cancelled: AtomicBool,
     pub(super) reconnects: AtomicU64,
     totals: Mutex<Totals>,
@@ -34,11 +34,11 @@ pub(super) struct Shared {
     pub(super) pool: Arc<[u8]>,
 }
 
-/// What was done until now.
+/// The progress so far.
 #[derive(Debug, Default)]
 pub(super) struct Totals {
     pub(super) all: Recorder,
-    /// Since this was last taken.
+    /// Since it was last taken.
     pub(super) interval: Recorder,
 }
 
@@ -63,17 +63,17 @@ impl Shared {
         }
     }
 
-    /// What was done.
+    /// The counts.
     pub(super) fn totals(&self) -> MutexGuard<'_, Totals> {
         self.totals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What was verified.
+    /// The result of the verification.
     pub(super) fn verified(&self) -> MutexGuard<'_, VerifyReport> {
         self.verified.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether no request is to be made any more.
+    /// Returns whether no more requests may be made.
     pub(super) fn is_over(&self) -> bool {
         self.is_over.load(Ordering::Relaxed) || self.is_cancelled()
     }
@@ -82,7 +82,7 @@ impl Shared {
         self.is_cancelled.load(Ordering::Relaxed)
     }
 
-    /// Counts a block that is not as it has to be.
+    /// Counts a block with other contents than expected.
     pub(super) fn add_mismatch(&self, mismatch: Mismatch) {
         let mut verified = self.verified();
         verified.bad_blocks += 1;

@@ -1,4 +1,4 @@
-//! Which request comes next.
+//! The choice of the next request.
 
 use super::options::{BlockSize, Pattern, RequestKind, Workload};
 use super::random::{Random, Zipf};
@@ -38,7 +38,7 @@ pub(super) struct Targets {
     is_sequential: bool,
     sizes: Vec<Size>,
     weights: u64,
-    /// Where the next sequential request begins, from the start of the section.
+    /// The offset of the next sequential request in the section.
     cursor: u64,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Targets {
 struct Size {
     length: u32,
     weight: u64,
-    places: u64,
+    positions: u64,
     zipf: Option<Zipf>,
 }
 
@@ -62,12 +62,12 @@ impl Targets {
         let sizes: Vec<_> = sizes
             .iter()
             .map(|size| {
-                let places = section.length / u64::from(size.length.max(1));
+                let positions = section.length / u64::from(size.length.max(1));
                 let zipf = match pattern {
-                    Pattern::Zipfian { theta } => Some(Zipf::new(places, theta)),
+                    Pattern::Zipfian { theta } => Some(Zipf::new(positions, theta)),
                     _ => None,
                 };
-                Size { length: size.length, weight: u64::from(size.weight), places, zipf }
+                Size { length: size.length, weight: u64::from(size.weight), positions, zipf }
             })
             .collect();
         let weights = sizes.iter().map(|size| size.weight).sum();
@@ -110,7 +110,7 @@ impl Targets {
             Some(size) => {
                 let place = match &size.zipf {
                     Some(zipf) => zipf.sample(random),
-                    None => random.below(size.places),
+                    None => random.below(size.positions),
                 };
                 (size.length, place.saturating_mul(u64::from(size.length)))
             }

@@ -1,27 +1,23 @@
 //! The destination of a copy.
 
-use std::fs::OpenOptions;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use imgfmt::storage::FileStorage;
-use imgfmt::{
-    Access, ErrorKind, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage, Unfinished,
-};
+use imgfmt::{Access, GuestOffset, GuestRange, HostOffset, Image, Locking, Storage, Unfinished};
 use nbd_client::{Client, Durability, Speed, ZeroMode};
 use nbd_proto::NbdUri;
 use nbd_proto::wire::{Errno, TransmissionFlags};
 use tokio::sync::Semaphore;
 
+use super::local_file::{LocalFile, file_error, image_error, open_for_overwriting};
 use super::source::Source;
 use super::writer::Writer;
 use crate::connect::{self, ConnectOptions, failed};
-use crate::files::open_file;
 use crate::lanes;
 use crate::location::Location;
-use crate::target::{self, Durable, Existing, NewFile, device};
+use crate::target::{Durable, NewFile, device};
 use crate::{JobContext, JobError, JobErrorKind};
 
 /// Threads that write to an image at a time: much of their work is not I/O.
@@ -95,7 +91,10 @@ impl Destination {
                 }
                 Self::Nbd { client, uri: uri.clone() }
             }
-            Location::File(path) => open_regular_or_device(path, locking, source, context)?,
+            Location::File(path) => match open_for_overwriting(path, locking, source, context)? {
+                LocalFile::Regular(storage, new) => Self::regular(storage, path, new),
+                LocalFile::BlockDevice => Self::block_device(path, locking)?,
+            },
             Location::Standard => Self::Standard,
             Location::Null => Self::Null,
         };
@@ -354,73 +353,6 @@ impl Destination {
     }
 }
 
-fn open_regular_or_device(
-    path: &Path,
-    locking: Locking,
-    source: &Source,
-    context: &JobContext,
-) -> Result<Destination, JobError> {
-    let observer = &context.observer;
-    let storage = match open_file(path, Access::ReadWrite, locking, &**observer) {
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            let (new, ()) = NewFile::begin(path, observer, create_empty)?;
-            let storage =
-                FileStorage::open(new.path(), Access::ReadWrite, locking).map_err(image_error)?;
-            return Ok(Destination::regular(storage, path, Some(new)));
-        }
-        Err(error) if error.kind() == ErrorKind::Busy && is_same_file(path, source) => {
-            return Err(same_file(path));
-        }
-        opened => opened.map_err(image_error)?,
-    };
-    if storage.identity().is_some() && storage.identity() == source.identity() {
-        return Err(same_file(path));
-    }
-    if target::look(path)? == Existing::BlockDevice {
-        drop(storage);
-        return Destination::block_device(path, locking);
-    }
-    let storage = match NewFile::instead_of(path, storage, observer)? {
-        Ok(new) => {
-            let storage =
-                FileStorage::open(new.path(), Access::ReadWrite, locking).map_err(image_error)?;
-            return Ok(Destination::regular(storage, path, Some(new)));
-        }
-        Err(storage) => storage,
-    };
-    storage.set_len(0).map_err(|error| file_error("empty", path, None, &error))?;
-    Ok(Destination::regular(storage, path, None))
-}
-
-/// Creates an empty file.
-pub(crate) fn create_empty(path: &Path) -> Result<(), JobError> {
-    let made = OpenOptions::new().write(true).create_new(true).open(path);
-    made.map(drop).map_err(|error| {
-        let advice = match error.kind() {
-            io::ErrorKind::NotFound => "; does its directory exist?",
-            _ => "",
-        };
-        JobError::destination(format!("cannot create '{}': {error}{advice}", path.display()))
-    })
-}
-
-/// Our own lock on the source prevents opening it again for writing.
-fn is_same_file(path: &Path, source: &Source) -> bool {
-    FileStorage::open(path, Access::ReadOnly, Locking::Off)
-        .is_ok_and(|file| file.identity().is_some() && file.identity() == source.identity())
-}
-
-fn same_file(path: &Path) -> JobError {
-    JobError::destination(format!(
-        "'{}' is the source and the destination; give another destination",
-        path.display()
-    ))
-}
-
-fn image_error(error: imgfmt::Error) -> JobError {
-    JobError::image(JobErrorKind::Destination, error)
-}
-
 fn image_mode(mode: ZeroMode) -> imgfmt::ZeroMode {
     match mode {
         ZeroMode::MayUnmap => imgfmt::ZeroMode::MayUnmap,
@@ -435,23 +367,4 @@ async fn blocking_image(
         Ok(result) => result.map_err(image_error),
         Err(error) => Err(JobError::given_up("write", &error)),
     }
-}
-
-fn file_error(operation: &str, path: &Path, offset: Option<u64>, error: &io::Error) -> JobError {
-    let place = offset.map(|offset| format!(" at offset {offset}")).unwrap_or_default();
-    let advice = match error.kind() {
-        io::ErrorKind::StorageFull => "; free some space or choose another destination",
-        io::ErrorKind::FileTooLarge => {
-            return JobError::destination(format!(
-                "cannot {operation} '{}'{place}: the file would become larger than the limit of this \
-                 process (ulimit -f) or of the file system allows",
-                path.display()
-            ));
-        }
-        _ => "",
-    };
-    JobError::destination(format!(
-        "cannot {operation} '{}'{place}: {error}{advice}",
-        path.display()
-    ))
 }

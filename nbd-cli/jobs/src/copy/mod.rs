@@ -7,6 +7,7 @@ pub(crate) mod dirty;
 pub(crate) mod engine;
 mod holes;
 pub(crate) mod job;
+pub(crate) mod local_file;
 mod options;
 pub(crate) mod plan;
 pub(crate) mod source;

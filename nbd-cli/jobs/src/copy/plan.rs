@@ -61,7 +61,7 @@ impl ImageExtents {
             }
         }
         // After an error, which another task has.
-        Err(JobError::source(format!("nothing is known about the image from byte {at} on")))
+        Err(JobError::source(format!("the map of the image ends at byte {at}")))
     }
 }
 

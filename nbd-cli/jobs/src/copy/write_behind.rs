@@ -15,9 +15,9 @@ use rustix::fs::{Advice, fadvise};
 struct Sizes {
     /// Written first, and left to the kernel: a short copy ends before the disk has it.
     kept: u64,
-    /// Writeback is started for that much at a time.
+    /// Number of bytes per start of writeback.
     window: u64,
-    /// Pages are given up after that much.
+    /// Number of bytes after which pages are dropped from the cache.
     group: u64,
 }
 

@@ -1,0 +1,274 @@
+//! The options of QEMU's drivers for the bytes of an image.
+
+use std::path::PathBuf;
+
+use imgfmt::Format;
+use nbd_proto::limits::DEFAULT_PORT;
+use nbd_proto::uri::{NbdUri, Transport};
+
+use crate::key_values::KeyValues;
+
+/// The file or server that a backing or data file name addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NameInImage {
+    /// An export of a server.
+    Export(Box<NbdUri>),
+    /// A file; a relative path starts at the working directory, as in QEMU.
+    File(PathBuf),
+}
+
+/// The image format according to driver options.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FormatInName {
+    /// Unknown: to be detected.
+    Unsaid,
+    /// This format: its driver is named.
+    Said(Format),
+    /// None: the file's driver is used alone, so the bytes are the disk.
+    Bytes,
+}
+
+impl FormatInName {
+    /// The format that is stronger than what an image records.
+    pub fn known(self) -> Option<Format> {
+        match self {
+            Self::Unsaid => None,
+            Self::Said(format) => Some(format),
+            Self::Bytes => Some(Format::Raw),
+        }
+    }
+}
+
+/// The backing file according to driver options.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BackingInName {
+    /// The one that the image names.
+    #[default]
+    AsNamed,
+    /// None.
+    Ignored,
+    /// This one.
+    Given(Box<GivenInName>),
+}
+
+/// The options of a backing file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenInName {
+    /// `None`: the file that the image above names.
+    pub name: Option<NameInImage>,
+    /// The format of this image.
+    pub format: FormatInName,
+    /// The backing file of this image.
+    pub backing: BackingInName,
+}
+
+/// An image described by driver options.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedImage {
+    /// The file or export.
+    pub name: NameInImage,
+    /// The format of the image in it.
+    pub format: FormatInName,
+    /// The backing file of the image.
+    pub backing: BackingInName,
+}
+
+/// Parses a JSON object with the options of drivers, and determines format and backing file.
+///
+/// # Errors
+///
+/// A sentence that describes the defect, or names the required driver.
+pub fn from_json(object: &str) -> Result<NamedImage, String> {
+    let image = image_from_options(KeyValues::from_json(object)?, 0)?;
+    let name = image.name.ok_or("it names no driver")?;
+    Ok(NamedImage { name, format: image.format, backing: image.backing })
+}
+
+/// Parses the options of an image that has `depth` images above it.
+fn image_from_options(mut options: KeyValues, depth: usize) -> Result<GivenInName, String> {
+    let mut driver = options.take("driver");
+    let format = match driver.as_deref() {
+        None => FormatInName::Unsaid,
+        Some("raw") => FormatInName::Said(Format::Raw),
+        Some("qcow2") => FormatInName::Said(Format::Qcow2),
+        Some(_) => FormatInName::Bytes,
+    };
+    let mut backing = BackingInName::AsNamed;
+    if format != FormatInName::Bytes {
+        if format != FormatInName::Said(Format::Raw) {
+            backing = backing_from_options(&mut options, depth)?;
+        }
+        options.take("node-name");
+        let below = options.take_below("file");
+        refuse_left_over(driver.as_deref().unwrap_or("raw"), &options)?;
+        options = below;
+        if depth > 0 && options.is_empty() {
+            return Ok(GivenInName { name: None, format, backing });
+        }
+        driver = options.take("driver");
+        if driver.is_none() && options.has_key("filename") {
+            driver = Some("file".to_owned());
+        }
+    }
+    let name = file_from_options(driver.as_deref(), &mut options)?;
+    refuse_left_over(driver.as_deref().unwrap_or_default(), &options)?;
+    Ok(GivenInName { name: Some(name), format, backing })
+}
+
+/// Parses the options of the driver of an image's bytes.
+fn file_from_options(driver: Option<&str>, options: &mut KeyValues) -> Result<NameInImage, String> {
+    options.take("node-name");
+    match driver {
+        Some("nbd") => Ok(NameInImage::Export(Box::new(from_options(options)?))),
+        Some("file" | "host_device") => {
+            let path = options.take("filename").ok_or("the driver 'file' needs a filename")?;
+            Ok(NameInImage::File(path.into()))
+        }
+        Some(other) => Err(format!(
+            "it is named by the driver '{other}', and only 'file' and 'nbd' can be opened here; \
+             give a plain name (in an image, with 'nbd-cli image rebase --unsafe')"
+        )),
+        None => Err("it names no driver".to_owned()),
+    }
+}
+
+fn backing_from_options(options: &mut KeyValues, depth: usize) -> Result<BackingInName, String> {
+    Ok(match take_backing(options, depth)? {
+        BackingOption::AsNamed => BackingInName::AsNamed,
+        BackingOption::Ignored => BackingInName::Ignored,
+        BackingOption::Given(options) => {
+            BackingInName::Given(Box::new(image_from_options(options, depth + 1)?))
+        }
+    })
+}
+
+/// The option `backing` of an image driver.
+#[derive(Debug)]
+pub enum BackingOption {
+    /// Not there.
+    AsNamed,
+    /// Null.
+    Ignored,
+    /// The options of a driver.
+    Given(KeyValues),
+}
+
+/// Most images that options may describe one below the other: the layers that a chain can have.
+const IMAGES_MAX: usize = 500;
+
+/// Removes the option `backing` of an image that has `depth` images above it.
+///
+/// # Errors
+///
+/// A sentence if the backing file is given as a node, or if there are too many.
+pub fn take_backing(options: &mut KeyValues, depth: usize) -> Result<BackingOption, String> {
+    let is_null = options.take_null("backing");
+    let name = options.take("backing");
+    let below = options.take_below("backing");
+    // Options that set nothing demand a backing file in the header.
+    let is_given = options.take_empty("backing") || !below.is_empty();
+    match name.as_deref() {
+        // An empty name was the notation for null before null existed.
+        None | Some("") => {}
+        Some(node) => {
+            return Err(format!(
+                "the backing file is given as the node '{node}', and there are no nodes here; give \
+                 its own options, such as backing.driver and backing.file.filename, or null for none"
+            ));
+        }
+    }
+    match (is_null || name.is_some(), is_given) {
+        (true, true) => Err("the option 'backing' is both empty and given in parts".to_owned()),
+        (true, false) => Ok(BackingOption::Ignored),
+        (false, false) => Ok(BackingOption::AsNamed),
+        (false, true) if depth >= IMAGES_MAX => {
+            Err(format!("more than {IMAGES_MAX} images are described one below the other"))
+        }
+        (false, true) => Ok(BackingOption::Given(below)),
+    }
+}
+
+fn refuse_left_over(driver: &str, options: &KeyValues) -> Result<(), String> {
+    match options.left_over() {
+        None => Ok(()),
+        Some(key) => Err(format!("the option '{key}' of the driver '{driver}' is not supported")),
+    }
+}
+
+/// Parses the options of the driver `nbd`, in the nested form or in the flat one (`host`, `port`,
+/// `path`).
+///
+/// # Errors
+///
+/// A sentence that names the option.
+pub fn from_options(options: &mut KeyValues) -> Result<NbdUri, String> {
+    let mut server = options.take_below("server");
+    if server.is_empty() {
+        for key in ["host", "port", "path"] {
+            if let Some(value) = options.take(key) {
+                server.set(key, value);
+            }
+        }
+    }
+    let kind = server.take("type");
+    let transport = match (kind.as_deref(), server.take("path"), server.take("host")) {
+        (None | Some("unix"), Some(path), None) => Transport::Unix { path: path.into() },
+        (None | Some("inet"), None, Some(host)) => tcp(&host, server.take("port").as_deref())?,
+        (Some(kind @ ("vsock" | "fd")), ..) => {
+            return Err(format!("server.type={kind} is not supported; use inet or unix"));
+        }
+        _ => return Err("the driver 'nbd' needs either server.host or server.path".to_owned()),
+    };
+    if let Some(key) = server.left_over() {
+        return Err(format!("the option 'server.{key}' is not supported"));
+    }
+    for key in ["tls-creds", "tls-hostname", "x-dirty-bitmap"] {
+        if options.take(key).is_some() {
+            return Err(format!("the option '{key}' of the driver 'nbd' is not supported"));
+        }
+    }
+    for key in ["reconnect-delay", "open-timeout"] {
+        if options.take(key).is_some_and(|value| value != "0") {
+            return Err(format!("the option '{key}' of the driver 'nbd' can only be 0"));
+        }
+    }
+    let export_name = options.take("export").unwrap_or_default();
+    Ok(uri(transport, &export_name))
+}
+
+pub(super) fn tcp(host: &str, port: Option<&str>) -> Result<Transport, String> {
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let port = match port {
+        None => DEFAULT_PORT,
+        Some(port) => port.parse().map_err(|_| format!("'{port}' is not a port"))?,
+    };
+    match host {
+        "" => Err("the name of the server's host is empty".to_owned()),
+        host => Ok(Transport::Tcp { host: host.to_owned(), port }),
+    }
+}
+
+pub(super) fn uri(transport: Transport, export_name: &str) -> NbdUri {
+    NbdUri::new(transport, export_name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_or_not_supported_is_named() {
+        for (text, part) in [
+            ("export=disk", "server.host"),
+            ("server.host=a,server.path=b", "server.host"),
+            ("server.host=a,server.port=x", "'x'"),
+            ("server.host=a,tls-creds=b", "tls-creds"),
+            ("server.path=a,reconnect-delay=5", "reconnect-delay"),
+            ("server.host=a,server.to=5", "server.to"),
+        ] {
+            let mut options = KeyValues::parse(text, None).unwrap();
+            let error = from_options(&mut options).unwrap_err();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+    }
+}
