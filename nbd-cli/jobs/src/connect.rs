@@ -146,8 +146,8 @@ impl TlsSettings {
     }
 }
 
-/// Connects; if the export does not exist, the error lists the existing ones. `whose` is the kind
-/// of the error.
+/// Connects; if the export does not exist, the error lists the existing ones. `kind` is that of
+/// the error.
 ///
 /// # Errors
 ///
@@ -159,7 +159,7 @@ impl TlsSettings {
 pub async fn connect(
     connector: &Connector,
     uri: &NbdUri,
-    whose: JobErrorKind,
+    kind: JobErrorKind,
     cancellation: &Cancellation,
 ) -> Result<Client, JobError> {
     cancellation
@@ -168,7 +168,7 @@ pub async fn connect(
                 Ok(client) => Ok(client),
                 Err(error) => {
                     let why = explain_unknown_export(connector, uri, &error).await;
-                    Err(JobError::new(whose, why))
+                    Err(JobError::new(kind, why))
                 }
             }
         })

@@ -29,7 +29,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<Outcome, CommandError> {
     };
     let live = |interval: &BenchInterval| {
         if is_shown {
-            // A standard error that is closed is no reason to end.
+            // A closed standard error is not an error.
             let _ = writeln!(std::io::stderr(), "{}", text::live(interval));
         }
     };
@@ -52,7 +52,7 @@ fn print(args: &BenchArgs, report: &BenchReport) -> Result<(), CommandError> {
     output.finish()
 }
 
-/// What a run means for the exit code.
+/// Returns the exit code of a run.
 fn conclude(report: &BenchReport) -> Result<Outcome, CommandError> {
     if let Some(verify) = &report.verify
         && verify.bad_blocks > 0

@@ -100,7 +100,7 @@ fn print(request: &Request, result: Value, output: &mut Output) -> Result<(), Co
     }
 }
 
-/// What a client or all clients of an export have done.
+/// The requests of a client, or of all clients of an export.
 fn in_words(since: Option<u64>, traffic: &Traffic) -> String {
     let zeroed = match traffic.bytes_zeroed {
         0 => String::new(),

@@ -48,7 +48,7 @@ pub enum TlsCommand {
     Client(issue::ClientArgs),
     /// Add a user to a file of pre-shared keys
     Psk(psk::PskArgs),
-    /// Describe certificates and keys, and say which end soon
+    /// Describe certificates and keys, and report those that end soon
     Show(show::ShowArgs),
     /// Renew the certificates of an authority that end soon
     Renew(renew::RenewArgs),

@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use nbd_server::export::filters;
 
-/// What becomes of space that a client does not need any more.
+/// The treatment of space that a client has discarded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Discard {
     /// It is given back.
@@ -22,7 +22,7 @@ impl From<Discard> for filters::Discard {
     }
 }
 
-/// How the page cache is used for images, and when what is written is durable.
+/// The use of the page cache for images, and the durability of writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum CacheMode {
     /// Through the page cache; durable after a flush.
@@ -51,7 +51,7 @@ impl From<CacheMode> for imgfmt::CacheMode {
     }
 }
 
-/// What to do with written data that is all zero.
+/// The treatment of written data that is all zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum DetectZeroes {
     /// It is written.
@@ -73,7 +73,7 @@ impl From<DetectZeroes> for filters::DetectZeroes {
     }
 }
 
-/// How reads wait for a disk.
+/// The way in which reads wait for a disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Aio {
     /// With io_uring where the system allows it, otherwise with threads.

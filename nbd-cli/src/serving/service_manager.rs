@@ -1,4 +1,4 @@
-//! What a service manager is told (sd_notify): that the server is ready, reloads, ends and lives.
+//! Notifications to a service manager (sd_notify): ready, reloading, stopping, and the watchdog.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ pub(crate) fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// A service manager that is not there, or does not listen, is no reason not to serve.
+/// A missing or unresponsive service manager is not an error.
 fn tell(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         tracing::debug!(%error, "the service manager cannot be told");

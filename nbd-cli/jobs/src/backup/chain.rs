@@ -216,31 +216,31 @@ fn chain_problem(chain: &[(Option<PathBuf>, Option<Backup>)]) -> Option<String> 
         let Some((path, backup)) = layers.next() else {
             return expected.map(|_| "the backup on which it was made is missing".to_owned());
         };
-        let whose = match path {
+        let subject = match path {
             Some(path) if !is_first => format!("'{}' below it", path.display()),
             _ => "it".to_owned(),
         };
         if path.as_deref().is_some_and(is_device) {
             return Some(format!(
-                "{whose} is on a block device, which other programs can change without a trace"
+                "{subject} is on a block device, which other programs can change without a trace"
             ));
         }
         let Some(backup) = backup else {
             return Some(format!(
-                "{whose} carries no identity of a backup (an older version made it, or it was \
+                "{subject} carries no identity of a backup (an older version made it, or it was \
                  converted, or is none)"
             ));
         };
         if expected.is_some_and(|expected| expected != backup.identity.id) {
-            return Some(format!("{whose} is not the backup on which the one above was made"));
+            return Some(format!("{subject} is not the backup on which the one above was made"));
         }
         if !backup.is_unchanged {
-            return Some(format!("{whose} was opened for writing or cut off after it was made"));
+            return Some(format!("{subject} was opened for writing or cut off after it was made"));
         }
         is_first = false;
         match backup.identity.base {
             BackupBase::None if layers.next().is_some() => {
-                return Some(format!("{whose} is a full backup and has a backing file"));
+                return Some(format!("{subject} is a full backup and has a backing file"));
             }
             // The user vouched for the layers below.
             BackupBase::None | BackupBase::Trusted(_) => return None,

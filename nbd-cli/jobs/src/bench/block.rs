@@ -1,4 +1,4 @@
-//! Blocks that say what they are.
+//! Blocks that identify themselves.
 //!
 //! ```text
 //! 0       8      16       24           32      36
@@ -16,22 +16,22 @@ const MAGIC: [u8; 8] = *b"NBDbench";
 const CHECKSUM_AT: usize = 32;
 const HEADER_LEN: usize = 40;
 
-/// What a block says about itself.
+/// The identity of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Identity {
     pub(super) seed: u64,
     /// Offset in the disk, in bytes.
     pub(super) offset: u64,
-    /// How often this offset was written before, plus one.
+    /// Number of earlier writes of this offset, plus one.
     pub(super) generation: u64,
 }
 
-/// What was found in a block.
+/// The contents of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
-    /// A whole block; the identity may be another one's.
+    /// An intact block, perhaps of another offset or seed.
     Block(Identity),
-    /// Begins as a block, and its checksum is wrong.
+    /// A block with a wrong checksum.
     Torn(Identity),
     /// Zeroes.
     Zeroes,
@@ -56,7 +56,7 @@ pub(super) fn fill(block: &mut [u8], identity: Identity) {
     }
 }
 
-/// Looks at a block.
+/// Examines a block.
 pub(super) fn inspect(block: &[u8]) -> Found {
     let Some((header, data)) = block.split_first_chunk::<HEADER_LEN>() else {
         return Found::Foreign;

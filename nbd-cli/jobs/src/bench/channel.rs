@@ -1,4 +1,4 @@
-//! One connection's bytes: a socket that blocks, or a TLS stream.
+//! The byte stream of a connection: a blocking socket, or a TLS stream.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -17,25 +17,25 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg
 use tokio::io::{AsyncRead as _, AsyncWrite as _, ReadBuf};
 use tokio::runtime::Handle;
 
-/// How long a receive waits at most: so often it is looked whether to stop.
+/// Longest wait of a receive. A worker checks after it whether it has to stop.
 pub(super) const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Parts that one system call sends.
 const MAX_PARTS: usize = 64;
 
-/// Payloads from this length on are sent from where they are.
+/// Payloads of at least this length are sent without a copy.
 const MIN_SHARED_LEN: usize = 32 * 1024;
 
-/// Own bytes that are sent are forgotten when there are so many, and more than are left.
+/// Sent bytes are removed from `own` when there are this many, and more than unsent ones.
 const MIN_FORGOTTEN_LEN: usize = 64 * 1024;
 
 /// Bytes to be sent.
 #[derive(Debug)]
 pub(super) struct Outgoing {
     own: Vec<u8>,
-    /// How many bytes at the start of `own` are sent.
+    /// Number of bytes at the start of `own` that were sent.
     own_sent: usize,
-    /// What is not sent.
+    /// The unsent parts.
     parts: VecDeque<QueuedBytes>,
     /// Random bytes: the data of writes that are not verified.
     pool: Arc<[u8]>,
@@ -43,7 +43,7 @@ pub(super) struct Outgoing {
 
 #[derive(Clone, Debug)]
 enum QueuedBytes {
-    /// So many bytes of our own, behind those of the parts before.
+    /// This number of bytes of `own`, after those of the parts before.
     Own(usize),
     Pool(Range<usize>),
 }
@@ -53,12 +53,12 @@ impl Outgoing {
         Self { own: Vec::new(), own_sent: 0, parts: VecDeque::new(), pool }
     }
 
-    /// Whether everything is sent.
+    /// Returns whether everything was sent.
     pub(super) fn is_empty(&self) -> bool {
         self.parts.is_empty()
     }
 
-    /// Forgets what is not sent: the connection is gone.
+    /// Discards the unsent parts: the connection is lost.
     pub(super) fn clear(&mut self) {
         self.own.clear();
         self.own_sent = 0;
@@ -141,7 +141,7 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// The system's.
+    /// Those of the system.
     pub(super) fn new(stream: NegotiatedStream, runtime: &Handle) -> io::Result<Self> {
         let socket = match stream.into_socket()? {
             Ok(PlainSocket::Unix(socket)) => OwnedFd::from(socket),
@@ -154,12 +154,12 @@ impl Channel {
         Ok(Self::Socket(socket))
     }
 
-    /// Sends what the connection takes and waits for bytes, until `until` or for [`PATIENCE`]; gives how
-    /// many came, 0 if none did.
+    /// Sends as much as the connection accepts, and waits for bytes until `until` or for [`PATIENCE`].
+    /// Returns the number of received bytes.
     ///
     /// # Errors
     ///
-    /// The connection is lost.
+    /// If the connection is lost.
     pub(super) fn exchange(
         &mut self,
         out: &mut Outgoing,
@@ -212,7 +212,7 @@ fn exchange(
     }
 }
 
-/// Sends as much as the socket takes without waiting.
+/// Sends as much as the socket accepts without waiting.
 fn send_some(socket: &OwnedFd, out: &mut Outgoing) -> io::Result<()> {
     const FLAGS: SendFlags = SendFlags::DONTWAIT.union(SendFlags::NOSIGNAL);
     while !out.is_empty() {

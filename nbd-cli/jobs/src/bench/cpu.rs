@@ -38,7 +38,7 @@ impl Process {
     }
 }
 
-/// When a process was started, and the ticks it has used; see proc_pid_stat(5).
+/// The start time of a process, and the ticks it has used; see proc_pid_stat(5).
 fn parse(text: &str) -> Option<(u64, u64)> {
     // The name of the program, in parentheses, may hold anything.
     let (_, fields) = text.rsplit_once(')')?;
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_found_behind_any_name() {
+    fn times_are_found_after_any_name() {
         let text = "77 (a) b (c) S 1 77 77 0 -1 4194560 1 2 3 4 150 50 7 8 20 0 9 0 4242 1000 5\n";
         assert_eq!(parse(text), Some((4242, 200)));
         for cut in ["", "77", "77 (a", "77 (a) S 1 2"] {

@@ -28,19 +28,20 @@ use crate::connect::explain_unknown_export;
 use crate::error::JobError;
 use crate::observer::JobContext;
 
-/// Generates load on a server and measures it; [`BenchOptions`] says which. `live` hears once a second what
-/// was done.
+/// Generates the load of `options` on a server and measures it. `live` receives the progress once a
+/// second.
 ///
-/// A run that is cancelled is not an error: its report says so.
+/// A cancelled run is not an error; its report says so.
 ///
 /// # Errors
 ///
-/// The options contradict themselves or do not fit the export, the server cannot be reached, refuses a
-/// request or is lost. A block that is not as it has to be is no error: the report has it.
+/// If the options contradict each other or do not fit the export, or if the server cannot be reached,
+/// refuses a request or is lost. A block with other contents than expected is not an error; the report
+/// has it.
 ///
 /// # Cancel safety
 ///
-/// Dropping the future ends the load soon, without waiting for that.
+/// Dropping the future ends the load soon; the drop does not wait for the end.
 pub async fn bench(
     uri: &NbdUri,
     options: &BenchOptions,
@@ -80,7 +81,7 @@ struct Run<'a> {
     seed: u64,
     shared: Arc<Shared>,
     workers: Vec<Worker>,
-    /// What is known of the blocks; the ledgers of the workers have them while there are any.
+    /// The known blocks; while workers run, their ledgers have them.
     blocks: Vec<Generations>,
     server: Option<Process>,
     can_flush: bool,
@@ -165,8 +166,7 @@ impl<'a> Run<'a> {
         Ok(report)
     }
 
-    /// Flushes, and reads everything that was written, each part on another connection than it was written
-    /// on.
+    /// Flushes, and reads all written blocks, each on another connection than the one that wrote it.
     async fn verify_written(
         &mut self,
         context: &JobContext,
@@ -219,7 +219,7 @@ impl<'a> Run<'a> {
             .collect()
     }
 
-    /// Reads of what the workers have ledgers of, or of their parts of the disk.
+    /// Reads of the blocks in the ledgers of the workers, or of their parts of the disk.
     fn read_back(&self) -> Vec<Source> {
         let of = |(worker, index): (&Worker, u64)| {
             let ranges = match &worker.check {
@@ -239,7 +239,7 @@ impl<'a> Run<'a> {
         self.workers.iter().zip(0..).map(of).collect()
     }
 
-    /// Gives each connection what is known of its blocks.
+    /// Gives each connection the ledger of its blocks.
     fn hand_out_blocks(&mut self) {
         let (plan, seed) = (self.plan, self.seed);
         for (worker, index) in self.workers.iter_mut().zip(0..) {
@@ -256,7 +256,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Keeps what was written, if all connections can tell.
+    /// Records the written blocks, if all connections know theirs.
     fn keep(&mut self, path: &std::path::Path) -> Result<(), JobError> {
         if (self.workers.len() as u64) < self.plan.connections {
             return Ok(());
@@ -354,7 +354,7 @@ fn worker(
     Ok(Worker::new(Arc::clone(shared), (channel, &negotiated), reconnector, depth, durability))
 }
 
-/// The seed that was asked for, that of the state, or a new one.
+/// The requested seed, that of the state, or a new one.
 fn seed(options: &BenchOptions, state: Option<&State>) -> Result<u64, JobError> {
     match (options.seed, state) {
         (Some(seed), Some(state)) if seed != state.seed => Err(JobError::invalid(format!(

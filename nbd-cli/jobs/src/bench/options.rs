@@ -1,4 +1,4 @@
-//! What a load consists of.
+//! The options of a load.
 
 use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
@@ -12,14 +12,14 @@ use crate::connect::ConnectOptions;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct BenchOptions {
-    /// How connections are made. `connections` is their number (1 to 256); each has `depth` requests
+    /// The connections. `connections` is their number (1 to 256); each has `depth` requests
     /// in flight.
     pub connect: ConnectOptions,
-    /// The best form of replies to ask for.
+    /// The best form of replies to negotiate.
     pub reply_mode: ReplyMode,
-    /// Which requests are made. By default reads.
+    /// The mix of requests. By default reads.
     pub workload: Workload,
-    /// In which order. By default random.
+    /// The order of offsets. By default random.
     pub pattern: Pattern,
     /// Sizes of requests, by weight. By default 4 KiB.
     pub block_sizes: Vec<BlockSize>,
@@ -27,22 +27,21 @@ pub struct BenchOptions {
     pub depth: NonZeroU32,
     /// Most requests a second, over all connections. By default there is no limit.
     pub rate: Option<NonZeroU64>,
-    /// When the load ends. By default after 10 seconds.
+    /// The end of the load. By default after 10 seconds.
     pub end: BenchEnd,
     /// Time before measuring begins.
     pub warm_up: Duration,
     /// The part of the disk that is used: offset, and length if not to the end. In bytes.
     pub range: (u64, Option<u64>),
-    /// Seed of offsets and data; the same load has the same. By default one is chosen.
+    /// Seed of offsets and data, which repeats a load. By default a random one.
     pub seed: Option<u64>,
-    /// Whether writes, zeroes and trims ask for FUA.
+    /// Whether writes, zeroes and trims have the flag FUA.
     pub fua: bool,
-    /// Flushes after so many writes, zeroes and trims on each connection.
+    /// Number of writes, zeroes and trims on a connection after which it flushes.
     pub flush_every: Option<NonZeroU64>,
-    /// The process whose CPU time is that of the server; by default the one at the other end of a unix
-    /// socket.
+    /// The process of the server, whose CPU time is reported; by default the peer of a unix socket.
     pub server_pid: Option<u32>,
-    /// Whether data is verified.
+    /// The verification of data.
     pub verify: Verify,
 }
 
@@ -74,22 +73,22 @@ impl Default for BenchOptions {
 }
 
 impl BenchOptions {
-    /// Whether it changes the disk.
+    /// Returns whether the load changes the disk.
     pub fn writes(&self) -> bool {
         !matches!(self.workload, Workload::Read) && !matches!(self.verify, Verify::Only { .. })
     }
 }
 
-/// Which requests are made.
+/// The mix of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Workload {
     /// READ.
     Read,
     /// WRITE.
     Write,
-    /// READ, and WRITE for the rest.
+    /// READ and WRITE.
     Mixed {
-        /// How many of 100 requests are reads: 0 to 100.
+        /// Percentage of reads: 0 to 100.
         read_percent: u8,
     },
     /// WRITE_ZEROES.
@@ -98,14 +97,14 @@ pub enum Workload {
     Trim,
 }
 
-/// In which order blocks are used.
+/// The order of offsets.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Pattern {
-    /// Every block is as likely as every other.
+    /// Uniformly distributed.
     Random,
-    /// One block after the other; each connection has a part of the range to itself.
+    /// Sequential; each connection has its own part of the range.
     Sequential,
-    /// Few blocks are frequent: that of rank r with a frequency proportional to `r^-theta`.
+    /// Zipfian: the block of rank r has a frequency proportional to `r^-theta`.
     Zipfian {
         /// Above 0, at most 10; 0.99 is usual.
         theta: f64,
@@ -117,39 +116,39 @@ pub enum Pattern {
 pub struct BlockSize {
     /// Length, in bytes: 512 to 32 MiB.
     pub length: u32,
-    /// How often it is chosen, in proportion to the other weights; at least 1.
+    /// Frequency in proportion to the other weights; at least 1.
     pub weight: u32,
 }
 
-/// When a load ends.
+/// The end of a load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BenchEnd {
     /// After this time, warm-up not included.
     After(Duration),
-    /// After so many requests, flushes and warm-up not included.
+    /// After this number of requests, flushes and warm-up not included.
     Requests(u64),
 }
 
-/// Whether data is verified.
+/// The verification of data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verify {
-    /// No.
+    /// None.
     Off,
-    /// Blocks are written that say what they are, and what is read is compared with what was written;
-    /// at the end everything that was written is read again.
+    /// Written blocks identify themselves, and data that is read is compared with them. At the end all
+    /// written blocks are read again.
     Written {
-        /// Where it is kept what was written, for later runs. What it says already is continued.
+        /// The file that records the written blocks for later runs. An existing one is continued.
         state: Option<PathBuf>,
     },
-    /// Nothing is written: what an earlier run wrote is read.
+    /// Reads the blocks of an earlier run, and writes nothing.
     Only {
-        /// What that run kept. Without it only each block by itself is looked at: its offset, its seed
-        /// and its checksum.
+        /// The file of that run. Without it each block is checked on its own: its offset, its seed and
+        /// its checksum.
         state: Option<PathBuf>,
     },
 }
 
-/// A kind of request, as it is counted.
+/// A kind of request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
     /// READ.
@@ -168,7 +167,7 @@ impl RequestKind {
     /// All of them, in the order of reports.
     pub const ALL: [Self; 5] = [Self::Read, Self::Write, Self::Zeroes, Self::Trim, Self::Flush];
 
-    /// The verb of messages: `read`, `write zeroes`.
+    /// Returns the verb of messages: `read`, `write zeroes`.
     pub const fn verb(self) -> &'static str {
         match self {
             Self::Read => "read",

@@ -1,4 +1,4 @@
-//! Checks what was asked for, against itself and against the export.
+//! Checks the options, by themselves and against the export.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ const MAX_DATA_LEN: u64 = 4 << 30;
 const MAX_CONNECTIONS: usize = 256;
 const MAX_DEPTH: u32 = 4096;
 
-/// What a run uses.
+/// The disk space and the sizes of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan {
     /// The part of the disk.
@@ -35,7 +35,7 @@ pub(super) struct Plan {
     pub(super) connections: u64,
 }
 
-/// Refuses what contradicts itself or is out of range.
+/// Refuses options that contradict each other or are out of range.
 pub(super) fn check(options: &BenchOptions) -> Result<(), JobError> {
     let refuse = |message: String| Err(JobError::invalid(message));
     if options.connect.connections.get() > MAX_CONNECTIONS || options.depth.get() > MAX_DEPTH {
@@ -99,7 +99,7 @@ fn check_verify(options: &BenchOptions) -> Result<(), JobError> {
 }
 
 impl Plan {
-    /// Fits the options to an export, and to what an earlier run has written.
+    /// Fits the options to an export, and to the blocks of an earlier run.
     pub(super) fn new(
         options: &BenchOptions,
         negotiated: &Negotiated,
@@ -197,7 +197,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Which blocks each connection has to itself, as ranges of their numbers.
+    /// The blocks of each connection, as ranges of their numbers.
     pub(super) fn blocks(&self, index: u64) -> std::ops::Range<usize> {
         let section = self.section(index);
         let unit = u64::from(self.block_len.max(1));
@@ -205,13 +205,13 @@ impl Plan {
         first as usize..(first + section.length / unit) as usize
     }
 
-    /// The part of the disk that a connection has to itself.
+    /// The part of the disk that one connection uses alone.
     pub(super) fn section(&self, index: u64) -> Section {
         self.range.part(index, self.connections, self.block_len.into())
     }
 }
 
-/// Refuses what the export cannot do.
+/// Refuses requests that the export does not support.
 pub(super) fn check_export(
     options: &BenchOptions,
     info: &ExportInfo,

@@ -9,13 +9,13 @@ use super::options::RequestKind;
 /// Significant digits of latencies.
 const DIGITS: u8 = 3;
 
-/// What was done.
+/// The requests of a connection, or of all.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Recorder {
     kinds: [Option<Kind>; RequestKind::ALL.len()],
 }
 
-/// What was done by requests of one kind.
+/// The requests of one kind.
 #[derive(Clone, Debug)]
 pub(super) struct Kind {
     pub(super) requests: u64,
@@ -41,7 +41,7 @@ impl Recorder {
         let _ = kind.latencies.record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
     }
 
-    /// Adds what another one has.
+    /// Adds the counts of another recorder.
     pub(super) fn add(&mut self, other: &Self) {
         for (place, other) in self.kinds.iter_mut().zip(&other.kinds) {
             let Some(other) = other else { continue };
@@ -57,7 +57,7 @@ impl Recorder {
         }
     }
 
-    /// Begins again at nothing, and keeps the memory.
+    /// Clears the counts, and keeps the memory.
     pub(super) fn clear(&mut self) {
         for kind in self.kinds.iter_mut().flatten() {
             kind.requests = 0;
@@ -66,7 +66,7 @@ impl Recorder {
         }
     }
 
-    /// What requests of this kind did, if there were any.
+    /// Returns the results of this kind of requests, if there were any.
     pub(super) fn kind(&self, kind: RequestKind) -> Option<&Kind> {
         self.kinds.get(kind as usize)?.as_ref().filter(|kind| kind.requests > 0)
     }

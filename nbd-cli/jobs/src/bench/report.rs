@@ -1,4 +1,4 @@
-//! What came of a load.
+//! The results of a load.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::recorder::Kind;
 
-/// What came of a load. Serialised with names in kebab-case.
+/// The results of a load. Serialised with names in kebab-case.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -20,56 +20,56 @@ pub struct BenchReport {
     pub depth: u32,
     /// The seed that repeats the load.
     pub seed: u64,
-    /// Whether it was cut short by a signal.
+    /// Whether the load was interrupted.
     pub interrupted: bool,
-    /// Time that was measured, in seconds.
+    /// Measured time, in seconds.
     pub seconds: f64,
-    /// Requests, flushes included.
+    /// Number of requests, flushes included.
     pub requests: u64,
-    /// The same for a second.
+    /// The same per second.
     pub requests_per_second: f64,
-    /// Bytes that were read, written, zeroed or trimmed.
+    /// Bytes read, written, zeroed or trimmed.
     pub bytes: u64,
-    /// The same for a second.
+    /// The same per second.
     pub bytes_per_second: f64,
-    /// What the READs did.
+    /// The READs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub read: Option<KindReport>,
-    /// What the WRITEs did.
+    /// The WRITEs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub write: Option<KindReport>,
-    /// What the WRITE_ZEROES did.
+    /// The WRITE_ZEROES requests.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zeroes: Option<KindReport>,
-    /// What the TRIMs did.
+    /// The TRIMs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trim: Option<KindReport>,
-    /// What the FLUSHes did.
+    /// The FLUSHes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub flush: Option<KindReport>,
     /// CPU time of this process.
     pub client_cpu: CpuReport,
-    /// CPU time of the server, if it is a process of this machine that is known.
+    /// CPU time of the server, if it is a known process of this machine.
     pub server_cpu: Option<CpuReport>,
-    /// How often a lost connection was made again.
+    /// Number of restored connections.
     pub reconnects: u64,
-    /// What was verified, if anything was to be.
+    /// The result of the verification, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify: Option<VerifyReport>,
 }
 
-/// What requests of one kind did.
+/// The requests of one kind.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct KindReport {
-    /// How many there were.
+    /// Their number.
     pub requests: u64,
-    /// The same for a second.
+    /// The same per second.
     pub requests_per_second: f64,
     /// Bytes.
     pub bytes: u64,
-    /// Time from when a request was sent (with a rate: was due) to its answer.
+    /// Time from sending a request (with a rate: from its due time) to its answer.
     pub latency: LatencyReport,
 }
 
@@ -84,25 +84,25 @@ pub struct LatencyReport {
     pub mean: f64,
     /// The standard deviation.
     pub deviation: f64,
-    /// Half of all are at most this.
+    /// The median.
     pub p50: f64,
-    /// 90 of 100 are at most this.
+    /// The 90th percentile.
     pub p90: f64,
-    /// 95 of 100 are at most this.
+    /// The 95th percentile.
     pub p95: f64,
-    /// 99 of 100 are at most this.
+    /// The 99th percentile.
     pub p99: f64,
-    /// 999 of 1000 are at most this.
+    /// The 99.9th percentile.
     #[serde(rename = "p99.9")]
     pub p999: f64,
-    /// 9999 of 10000 are at most this.
+    /// The 99.99th percentile.
     #[serde(rename = "p99.99")]
     pub p9999: f64,
     /// The longest.
     pub max: f64,
 }
 
-/// CPU time of a process while it was measured.
+/// CPU time of a process during the measurement.
 #[derive(Clone, Copy, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -111,45 +111,45 @@ pub struct CpuReport {
     pub pid: u32,
     /// User and system time, in seconds.
     pub seconds: f64,
-    /// The same for a request, in microseconds; 0 without requests.
+    /// The same per request, in microseconds; 0 without requests.
     pub us_per_request: f64,
 }
 
-/// What was verified.
+/// The result of a verification.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct VerifyReport {
     /// Size of a block, in bytes.
     pub block_size: u32,
-    /// Blocks that were read and are as they have to be.
+    /// Blocks with the expected contents.
     pub good_blocks: u64,
-    /// Blocks that are not.
+    /// Blocks with other contents.
     pub bad_blocks: u64,
-    /// Without a state: blocks that hold nothing of this seed.
+    /// Without a file: blocks without data of this seed.
     pub other_blocks: u64,
-    /// Some of the bad ones.
+    /// Some of the blocks with other contents.
     pub examples: Vec<BadBlock>,
 }
 
-/// A block that is not as it has to be.
+/// A block with other contents than expected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub struct BadBlock {
     /// Offset, in bytes.
     pub offset: u64,
-    /// What was found, and what should have been.
+    /// The found and the expected contents.
     pub found: String,
 }
 
-/// What was done in the last second, for a live display.
+/// The progress in the last second, for a live display.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct BenchInterval {
-    /// Since the load began.
+    /// Time since the start of the load.
     pub elapsed: Duration,
-    /// Whether this is the warm-up, the load, or the reading at the end.
+    /// The phase of the run.
     pub stage: Stage,
     /// Length of the interval.
     pub length: Duration,
@@ -164,11 +164,11 @@ pub struct BenchInterval {
 /// A part of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Before measuring.
+    /// The warm-up before the measurement.
     WarmUp,
-    /// Measuring.
+    /// The measurement.
     Load,
-    /// What was written is read again.
+    /// The written blocks are read again.
     Verify,
 }
 
@@ -211,7 +211,7 @@ impl CpuReport {
     }
 }
 
-/// A count as a rate; 0 if no time has passed.
+/// Returns a count per second; 0 if no time has passed.
 pub(super) fn per_second(count: u64, seconds: f64) -> f64 {
     if seconds > 0.0 { count as f64 / seconds } else { 0.0 }
 }

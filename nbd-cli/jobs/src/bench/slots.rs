@@ -14,19 +14,19 @@ use super::targets::Target;
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) target: Target,
-    /// When it was sent; with a rate, when it was due.
+    /// The time at which it was sent or, with a rate, was due.
     pub(super) started: Instant,
-    /// When it was sent on this connection.
+    /// The time at which it was sent on this connection.
     pub(super) sent: Instant,
-    /// The ledger's epoch then.
+    /// The ledger's epoch at that time.
     pub(super) epoch: u64,
-    /// What a READ may find.
+    /// The generations that a READ may find.
     pub(super) expected: Vec<Expected>,
-    /// What a FLUSH covers.
+    /// The writes that a FLUSH covers.
     pub(super) covered: Covered,
     /// The data of a READ that is verified.
     pub(super) data: Vec<u8>,
-    /// In which order requests were made.
+    /// Its number in the order of requests.
     order: u64,
     is_used: bool,
 }
@@ -68,7 +68,7 @@ impl Slots {
         !self.free.is_empty()
     }
 
-    /// Takes a place for a request, if there is one.
+    /// Takes a free slot for a request.
     pub(super) fn take(&mut self, target: Target, started: Instant) -> Option<usize> {
         let index = self.free.pop()?;
         let slot = self.slots.get_mut(index)?;
@@ -83,7 +83,7 @@ impl Slots {
         self.slots.get_mut(index)
     }
 
-    /// Remembers the name of a request on this connection.
+    /// Records the cookie of a request on this connection.
     pub(super) fn name(&mut self, cookie: Cookie, index: usize) {
         self.by_cookie.insert(cookie, index);
     }
@@ -102,7 +102,7 @@ impl Slots {
         }
     }
 
-    /// The requests in flight, oldest first, without their names: the connection is lost.
+    /// Returns the requests in flight, oldest first, and forgets their cookies: the connection is lost.
     pub(super) fn unanswered(&mut self) -> Vec<usize> {
         self.by_cookie.clear();
         let mut used: Vec<_> = (0..self.slots.len())
@@ -112,7 +112,7 @@ impl Slots {
         used
     }
 
-    /// When the request was sent that waits longest.
+    /// Returns the time at which the oldest request was sent.
     pub(super) fn oldest(&self) -> Option<Instant> {
         self.slots.iter().filter(|slot| slot.is_used).map(|slot| slot.sent).min()
     }

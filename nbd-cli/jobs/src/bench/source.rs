@@ -1,11 +1,11 @@
-//! Where the requests of a connection come from.
+//! The sources of requests.
 
 use std::time::{Duration, Instant};
 
 use super::options::RequestKind;
 use super::targets::{Target, Targets};
 
-/// What a connection has to do.
+/// The task of a connection.
 #[derive(Debug)]
 pub(super) enum Source {
     /// The load.
@@ -16,14 +16,14 @@ pub(super) enum Source {
     Flush { is_made: bool },
 }
 
-/// What comes next.
+/// The next step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Next {
-    /// A request, and when it was due.
+    /// A request and its due time.
     Request(Target, Instant),
-    /// None before this time.
+    /// No request is due before this time.
     NotBefore(Instant),
-    /// None any more.
+    /// The source is exhausted.
     End,
 }
 
@@ -31,16 +31,16 @@ pub(super) enum Next {
 #[derive(Debug)]
 pub(super) struct Load {
     pub(super) targets: Targets,
-    /// How many are left to be made, if they are counted.
+    /// Number of requests that are left, if it is limited.
     pub(super) left: Option<u64>,
-    /// The time between two requests and when the next one is due, if there is a rate.
+    /// The interval between requests and the due time of the next one, if there is a rate.
     pub(super) rate: Option<(Duration, Instant)>,
     /// Writes between two flushes, and those since the last one.
     pub(super) flush_every: Option<(u64, u64)>,
 }
 
 impl Source {
-    /// A load that makes `per_second` requests, if that is limited.
+    /// A load with at most `per_second` requests, if that is limited.
     pub(super) fn load(
         targets: Targets,
         left: Option<u64>,
@@ -52,7 +52,7 @@ impl Source {
         Self::Load(Load { targets, left, rate, flush_every })
     }
 
-    /// The next request. `counts` says whether it counts: not during the warm-up.
+    /// The next request. It counts if `counts`: not during the warm-up.
     pub(super) fn next(&mut self, now: Instant, counts: bool) -> Next {
         match self {
             Self::Load(load) => load.next(now, counts),
@@ -67,7 +67,7 @@ impl Source {
         }
     }
 
-    /// Chooses another place for a request whose blocks are being written.
+    /// Chooses another offset for a request whose blocks are being written.
     pub(super) fn instead(&mut self, target: Target) -> Target {
         match self {
             Self::Load(load) => Target { kind: target.kind, ..load.targets.next() },

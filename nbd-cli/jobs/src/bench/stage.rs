@@ -1,4 +1,4 @@
-//! All connections at work, until they are done or told to end.
+//! A stage of a run: all connections work until they are done or have to end.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,19 +15,19 @@ use super::worker::Worker;
 use crate::error::JobError;
 use crate::observer::JobContext;
 
-/// Hears what was done in the last second.
+/// Receives the progress of the last second.
 pub(super) type Live<'a> = &'a (dyn Fn(&BenchInterval) + Send + Sync);
 
-/// When a stage ends.
+/// The end of a stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StageEnd {
-    /// When every connection is done.
+    /// When all connections are done.
     WhenDone,
-    /// After this time of measuring, and then when every connection is done.
+    /// After this time of measurement, when all connections are done.
     After(Duration),
 }
 
-/// What a stage took.
+/// The duration of a stage.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Measured {
     pub(super) elapsed: Duration,
@@ -35,7 +35,7 @@ pub(super) struct Measured {
     pub(super) server_cpu: Option<Duration>,
 }
 
-/// The beginning of what is measured.
+/// The start of the measurement.
 struct Start {
     at: Instant,
     client_cpu: Duration,
@@ -71,7 +71,7 @@ impl Drop for Ending<'_> {
 ///
 /// # Errors
 ///
-/// The first of any connection; the others are told to end.
+/// The first error of a connection; the others have to end then.
 pub(super) async fn run(
     workers: &mut Vec<Worker>,
     sources: Vec<Source>,
@@ -137,7 +137,7 @@ pub(super) async fn run(
     failure.map_or(Ok(measured), Err)
 }
 
-/// A worker that is done, with its number and what came of it.
+/// A worker that is done: its number and its result.
 type Done = (usize, Worker, Result<(), JobError>);
 
 /// Starts the threads.
@@ -156,7 +156,7 @@ fn start_all(workers: &mut Vec<Worker>, sources: Vec<Source>) -> JoinSet<Done> {
     tasks
 }
 
-/// What was done since `told`.
+/// The progress since `told`.
 fn interval(shared: &Shared, stage: Stage, began: Instant, told: Instant) -> BenchInterval {
     let mut totals = shared.totals();
     let (requests, bytes) = totals.interval.totals();

@@ -1,4 +1,4 @@
-//! The file that keeps what a verified run has written.
+//! The file that records the blocks of a verified run.
 //!
 //! ```text
 //! 0       16     24          32      40       48
@@ -18,10 +18,10 @@ use crate::text::printable;
 const MAGIC: [u8; 16] = *b"nbd-cli bench 1\n";
 const HEADER_LEN: usize = 48;
 
-/// All that the file holds while a run writes: blocks are newer then than any count that was kept.
+/// The whole file while a run writes: the blocks on disk are newer than any recorded count then.
 const RUNNING: [u8; 16] = *b"nbd-cli running\n";
 
-/// What a run has written.
+/// The blocks that a run has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct State {
     pub(super) seed: u64,
@@ -37,7 +37,7 @@ impl State {
     ///
     /// # Errors
     ///
-    /// It cannot be read, or holds something else.
+    /// If it cannot be read, or is another kind of file.
     pub(super) fn load(path: &Path) -> Result<Option<Self>, JobError> {
         let shown = printable(&path.to_string_lossy());
         let failed = |error: io::Error| {
@@ -61,11 +61,11 @@ impl State {
         Self::decode(&bytes).map(Some).ok_or_else(|| foreign(&shown))
     }
 
-    /// Notes that a run is about to write: what the file said until now will not be true any more.
+    /// Records that a run is going to write, which outdates the earlier contents of the file.
     ///
     /// # Errors
     ///
-    /// It cannot be written.
+    /// If it cannot be written.
     pub(super) fn begin(path: &Path) -> Result<(), JobError> {
         replace(path, &RUNNING)
     }
@@ -74,7 +74,7 @@ impl State {
     ///
     /// # Errors
     ///
-    /// It cannot be written.
+    /// If it cannot be written.
     pub(super) fn save(&self, path: &Path) -> Result<(), JobError> {
         replace(path, &self.encode())
     }
@@ -121,7 +121,7 @@ impl State {
     }
 }
 
-/// Puts a new file in the place of the old one.
+/// Replaces the old file with the new one.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), JobError> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".partial");

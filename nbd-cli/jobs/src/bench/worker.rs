@@ -1,7 +1,7 @@
 //! One connection and its thread: makes requests, takes replies.
 //!
-//! Requests are gathered and written together, and replies are taken off one large buffer: a request costs
-//! little more than the copy of its data by the kernel.
+//! Requests are gathered and written together, and replies are parsed in one large buffer: a request
+//! costs little more than the copy of its data by the kernel.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -23,30 +23,30 @@ use super::source::{Next, Source};
 use super::targets::Target;
 use crate::error::JobError;
 
-/// How often results are handed over.
+/// Interval at which results are handed over.
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
 
-/// How long a load that was cancelled waits for answers.
+/// Time for which a cancelled load waits for answers.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Bytes that one receive takes.
 const INPUT_LEN: usize = 256 * 1024;
 
-/// How often another place is chosen for a write of blocks that are being written.
+/// Number of other offsets that are tried for a write of blocks that are being written.
 const CHOICES: usize = 16;
 
-/// What becomes of data that is read.
+/// The check of data that is read.
 #[derive(Debug)]
 pub(super) enum Check {
-    /// Nothing.
+    /// None.
     Discard,
-    /// It is compared with what was written.
+    /// It is compared with the written blocks.
     Ledger(Ledger),
-    /// Blocks of this length (in bytes) and this seed are looked at by themselves.
+    /// Blocks of this length (in bytes) and this seed are checked on their own.
     Alone { block_len: u32, seed: u64 },
 }
 
-/// Why a connection does not go on.
+/// The reason why a connection ends.
 #[derive(Debug)]
 pub(super) enum Trouble {
     /// It is lost; the reason.
@@ -66,12 +66,12 @@ pub(super) struct Worker {
     pub(super) slots: Slots,
     pub(super) out: Outgoing,
     pub(super) input: Vec<u8>,
-    /// Bytes in `input` that are not understood yet.
+    /// Bytes in `input` that are not parsed yet.
     pub(super) unread: std::ops::Range<usize>,
     /// Data that is being received: the request, how far it is, and how much follows.
     pub(super) receiving: Option<(usize, usize, usize)>,
     pub(super) recorder: Recorder,
-    /// What writes ask for.
+    /// The flags of writes.
     pub(super) durability: Durability,
     /// Whether the recorder holds requests that count.
     counted: bool,
@@ -115,7 +115,7 @@ impl Worker {
     ///
     /// # Errors
     ///
-    /// The server refused a request, or the connection is lost for good.
+    /// If the server refuses a request, or the connection is lost for good.
     pub(super) fn drive(&mut self, source: &mut Source) -> Result<(), JobError> {
         let mut cancelled = None;
         loop {
@@ -144,7 +144,7 @@ impl Worker {
         }
     }
 
-    /// Sends, and takes what comes.
+    /// Sends, and receives.
     fn exchange(&mut self, wait: Option<Instant>) -> Result<(), Trouble> {
         let free = self.input.get_mut(self.unread.end..).unwrap_or_default();
         let came = self.channel.exchange(&mut self.out, free, wait);
@@ -166,8 +166,8 @@ impl Worker {
         }
     }
 
-    /// Makes as many requests as may be in flight; gives when the next one is due, and `None` if there is
-    /// none.
+    /// Makes as many requests as may be in flight. Returns the due time of the next one, and `None` if
+    /// there is none.
     fn issue(&mut self, source: &mut Source, now: Instant) -> Result<Option<Instant>, Trouble> {
         while self.slots.has_room() {
             if self.shared.is_over() {
@@ -192,7 +192,7 @@ impl Worker {
         Ok(None)
     }
 
-    /// Finds a place for a write where no other one is in flight; false if there is none.
+    /// Finds an offset for a write at which no other one is in flight; returns false if there is none.
     fn begin(&mut self, source: &mut Source, target: &mut Target) -> bool {
         let (RequestKind::Write, Check::Ledger(ledger)) = (target.kind, &mut self.check) else {
             return true;
@@ -206,7 +206,7 @@ impl Worker {
         false
     }
 
-    /// Appends a request to what is sent next.
+    /// Appends a request to the output.
     pub(super) fn send(&mut self, index: usize, now: Instant) -> Result<(), Trouble> {
         let Some(slot) = self.slots.get(index) else { return Ok(()) };
         let Target { kind, offset, length } = slot.target;
@@ -257,7 +257,7 @@ impl Worker {
         }
     }
 
-    /// Begins to count when the warm-up is over, and hands results over from time to time.
+    /// Starts to count when the warm-up is over, and hands results over periodically.
     fn keep_count(&mut self, now: Instant) {
         let counts = self.shared.counts.load(Ordering::Relaxed);
         if counts != self.counted {
@@ -283,7 +283,7 @@ impl Worker {
 }
 
 impl Worker {
-    /// Goes on with a new connection.
+    /// Continues with a new connection.
     pub(super) fn resume(&mut self, stream: NegotiatedStream) -> Result<(), Trouble> {
         self.transmission = Transmission::new(stream.negotiated());
         self.channel = Channel::new(stream, &self.runtime)

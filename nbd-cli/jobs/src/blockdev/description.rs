@@ -48,7 +48,7 @@ pub enum DescribedBacking {
     AsNamed,
     /// None.
     Ignored,
-    /// This one. It is read-only, whatever its options say.
+    /// This one. It is read-only, regardless of its options.
     Given(Box<DiskDescription>),
 }
 

@@ -37,7 +37,7 @@ pub enum Role {
     Client,
 }
 
-/// What a certificate says.
+/// The contents of a certificate.
 #[derive(Clone, Copy)]
 pub(super) struct Request<'a> {
     pub(super) role: Role,

@@ -30,12 +30,12 @@ pub enum ExistingCredentials {
     Replace,
 }
 
-/// Who may read a file.
+/// Access to a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Secrecy {
     /// Its owner only.
     Secret,
-    /// Everybody.
+    /// All users may read it.
     Public,
 }
 

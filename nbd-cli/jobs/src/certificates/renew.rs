@@ -20,7 +20,7 @@ use crate::observer::Observer;
 /// The certificates to be renewed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
-    /// Those that end within so many days.
+    /// Those that end within this number of days.
     WithinDays(u32),
     /// All.
     All,

@@ -227,7 +227,7 @@ pub struct ExportState {
     /// Time since which it is exported, in seconds since 1970.
     #[serde(default)]
     pub since: Option<u64>,
-    /// What all clients have done since then, those that have left included.
+    /// The requests of all clients since then, those that have left included.
     #[serde(default)]
     pub traffic: Traffic,
     /// Source of the export; absent for views.
@@ -258,7 +258,7 @@ pub struct ClientState {
     pub export: String,
     /// Time of the connection, in seconds since 1970.
     pub since: u64,
-    /// What it has done.
+    /// Its requests.
     #[serde(default)]
     pub traffic: Traffic,
 }

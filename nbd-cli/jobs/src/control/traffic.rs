@@ -1,4 +1,4 @@
-//! What clients have done, as the control socket tells it.
+//! The requests of clients, as the control socket reports them.
 
 use serde::{Deserialize, Serialize};
 

@@ -17,9 +17,9 @@ pub struct ConvertOptions {
     pub create: CreateOptions,
     /// Whether the destination exists. By default it is created.
     pub destination: Destination,
-    /// How the source is opened.
+    /// Options for opening the source.
     pub read: OpenOptions,
-    /// How an existing image is opened; the format and the access are set by the job.
+    /// Options for opening an existing image; the format and the access are set by the job.
     pub write: OpenOptions,
     /// Connects to the export that contains an existing image.
     pub remotes: Remotes,
@@ -34,7 +34,7 @@ pub struct ConvertOptions {
     pub background: Background,
     /// Number of threads. By default the number of cores, and 8 with a server.
     pub threads: Option<NonZeroUsize>,
-    /// When the result is durable. By default later, as for any file.
+    /// The durability of the result. By default it is durable later, like any file.
     pub durable: Durable,
 }
 

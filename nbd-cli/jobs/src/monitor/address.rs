@@ -1,4 +1,4 @@
-//! Where the metrics are: `[HOST:]PORT` or `unix:PATH`.
+//! The address of the metrics: `[HOST:]PORT` or `unix:PATH`.
 
 use std::path::PathBuf;
 use std::str::FromStr;

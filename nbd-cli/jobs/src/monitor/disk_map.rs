@@ -1,4 +1,4 @@
-//! Pictures of disks: what each part of a disk holds, found in the background.
+//! Pictures of disks: the contents of each part of a disk, determined in the background.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -14,15 +14,15 @@ const MAX_CELLS: u64 = 512;
 const MIN_CELL_LENGTH: u64 = 512;
 /// Bitmaps of a picture. The others are left out.
 const MAX_BITMAPS: usize = 16;
-/// Extents that are asked for in one call, which takes a few milliseconds at most.
+/// Extents per call, which takes a few milliseconds at most.
 const EXTENTS_OF_CALL: usize = 1024;
-/// A walk pauses so many times as long as it has worked: it takes a sixth of a core at most.
+/// Ratio of the pauses of a walk to its work: it takes a sixth of a core at most.
 const PAUSE_FACTOR: u32 = 5;
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-/// A picture is made again at the earliest after so many times what it took.
+/// Ratio of the shortest interval between two pictures to the time that one takes.
 const REST_FACTOR: u32 = 10;
 
-/// What the parts of a disk hold.
+/// The contents of the parts of a disk.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct DiskMap {
@@ -30,7 +30,7 @@ pub(super) struct DiskMap {
     /// Length of a cell, in bytes: a power of two. The last one may be shorter.
     pub(super) cell_length: u64,
     /// For each class of `base:allocation`, the bytes in each cell; absent if the export does not
-    /// tell.
+    /// report it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) allocation: Option<Allocation>,
     /// The deepest layer in each cell: 0 nowhere, 1 the active one, 2 its backing file.
@@ -62,7 +62,7 @@ pub(super) struct DiskMaps {
 }
 
 /// Held during each call of an export; true when no more may be made. The last owner of an export
-/// closes its image, which must not happen on a thread that nobody waits for.
+/// closes its image, which must not happen on a thread that is not waited for.
 type Gate = Arc<Mutex<bool>>;
 
 struct Known {
@@ -99,13 +99,13 @@ impl DiskMaps {
     ) -> Option<Arc<Picture>> {
         let (mut latest, is_due) = self.refresh(export, max_age);
         if is_due {
-            // Late, or never if the disk fails: then the latest there is has to do.
+            // It comes late, or never if the disk fails: the latest one is used then.
             let _ = tokio::time::timeout(patience, latest.changed()).await;
         }
         latest.borrow().clone()
     }
 
-    /// Ends all walks. On return no export is in use any more.
+    /// Ends all walks. No export is in use after it returns.
     pub(super) fn close(&self) {
         *self.gate.lock().unwrap_or_else(PoisonError::into_inner) = true;
     }
@@ -170,7 +170,7 @@ impl Source {
     }
 }
 
-/// Makes a picture, when it is its turn.
+/// Makes a picture, after the others that wait.
 async fn draw(source: Source, turn: Arc<Semaphore>, sender: watch::Sender<Option<Arc<Picture>>>) {
     let Ok(_turn) = turn.acquire().await else { return };
     let started = Instant::now();
@@ -197,7 +197,7 @@ impl DiskMap {
         vec![0; usize::try_from(self.size.div_ceil(self.cell_length)).unwrap_or(0)]
     }
 
-    /// Adds up what is in the cells. An export that is removed meanwhile gives `None`.
+    /// Sums the contents of the cells. Returns `None` if the export is removed meanwhile.
     fn of(source: &Source) -> Result<Option<Self>, String> {
         let Some(info) = source.call(|export| export.info()) else { return Ok(None) };
         let mut map = Self::new(info.size);

@@ -1,4 +1,4 @@
-//! What is found under which path.
+//! The paths of the monitor.
 
 use std::net::IpAddr;
 use std::sync::{Arc, Weak};
@@ -21,9 +21,9 @@ use super::status;
 /// The age up to which pictures of disks are shown, to scrapers and on the page.
 const MAX_AGE_FOR_METRICS: Duration = Duration::from_secs(30);
 const MAX_AGE_FOR_PAGE: Duration = Duration::from_secs(2);
-/// How long a reply waits for new pictures; all together for metrics.
+/// Time for which a reply waits for new pictures; for metrics, for all of them together.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// A picture of another origin's page could tell it what is here.
+/// The page loads nothing from other origins, and no other page may embed it.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; \
                       connect-src 'self'; base-uri 'none'; form-action 'none'; \
                       frame-ancestors 'none'";
@@ -42,7 +42,7 @@ pub(super) struct Site {
 
 impl Site {
     /// `host` is the only name, beside addresses and localhost, under which browsers may ask: a
-    /// page of another site whose name is pointed at this machine must not read along. `None`
+    /// page of another site must not read the status by pointing its own name at this machine. `None`
     /// allows every name.
     pub(super) const fn new(server: ServerHandle, maps: DiskMaps, host: Option<String>) -> Self {
         Self { server, maps, host }
@@ -92,7 +92,7 @@ impl Site {
     }
 
     async fn metrics(&self) -> String {
-        // Whoever waits must not hold exports: a removed one has to be closed.
+        // Exports must not be held while waiting: a removed one has to be closed.
         let exports: Vec<_> = self.exports().iter().map(downgrade).collect();
         let until = tokio::time::Instant::now() + PATIENCE;
         let mut maps = Vec::new();
@@ -137,7 +137,7 @@ impl Site {
                 "age": picture.at.elapsed().as_secs_f64(),
                 "map": picture.map,
             }),
-            // It takes longer, or cannot be found out.
+            // The walk takes longer, or has failed.
             None => json!({ "age": null, "map": null }),
         };
         reply("application/json", value.to_string())

@@ -1,4 +1,4 @@
-//! The socket of the monitor: who is let in, and for how long.
+//! The socket of the monitor, and the limits of its connections.
 
 use std::fmt;
 use std::io;
@@ -29,7 +29,7 @@ const MAX_HEAD_LEN: usize = 16 << 10;
 /// a whole connection. Browsers and scrapers connect again.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a connection whose time is over may take to receive its last reply.
+/// Time limit for the last reply of a connection whose time is over.
 const LAST_REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 /// A pause after the system had no descriptor for a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -79,14 +79,14 @@ impl MonitorListener {
 
     /// Answers clients. Dropping the future ends their connections.
     pub(super) async fn serve(self, site: Arc<Site>) {
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let served = match self.kind {
             Kind::Tcp(listener) => match TcpListener::from_std(listener) {
-                Ok(listener) => accept(places, site, async || Ok(listener.accept().await?.0)).await,
+                Ok(listener) => accept(slots, site, async || Ok(listener.accept().await?.0)).await,
                 Err(error) => Err(error),
             },
             Kind::Unix(listener, _file) => match UnixListener::from_std(listener) {
-                Ok(listener) => accept(places, site, async || Ok(listener.accept().await?.0)).await,
+                Ok(listener) => accept(slots, site, async || Ok(listener.accept().await?.0)).await,
                 Err(error) => Err(error),
             },
         };
@@ -135,16 +135,16 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 }
 
 async fn accept<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    places: Arc<Semaphore>,
+    slots: Arc<Semaphore>,
     site: Arc<Site>,
     next: impl AsyncFn() -> io::Result<S>,
 ) -> io::Result<()> {
     let mut connections = tokio::task::JoinSet::new();
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return Ok(()) };
         match next().await {
             Ok(stream) => {
-                connections.spawn(converse(stream, Arc::clone(&site), place));
+                connections.spawn(converse(stream, Arc::clone(&site), slot));
             }
             Err(error) => {
                 tracing::warn!(error = in_words(&error), "cannot accept a reader of metrics");
@@ -158,7 +158,7 @@ async fn accept<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
 async fn converse<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: S,
     site: Arc<Site>,
-    _place: OwnedSemaphorePermit,
+    _slot: OwnedSemaphorePermit,
 ) {
     let service = service_fn(move |request| {
         let site = Arc::clone(&site);

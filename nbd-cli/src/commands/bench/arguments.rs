@@ -43,7 +43,7 @@ pub struct BenchArgs {
     /// The export, as an NBD URI.
     pub uri: NbdUri,
 
-    /// Which requests to make.
+    /// Requests to make.
     #[arg(short, long, value_enum, default_value_t = WorkloadChoice::Read)]
     pub workload: WorkloadChoice,
 
@@ -51,7 +51,7 @@ pub struct BenchArgs {
     #[arg(long)]
     pub destroy_data: bool,
 
-    /// How many of 100 requests of `--workload mixed` are reads [default: 70].
+    /// Percentage of reads with `--workload mixed` [default: 70].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=100))]
     pub read_percent: Option<u8>,
 
@@ -82,15 +82,15 @@ pub struct BenchArgs {
     #[arg(short = 'C', long, value_name = "N", default_value = "1")]
     pub connections: NonZeroUsize,
 
-    /// How long to measure: seconds, or 500ms, 2m [default: 10s].
+    /// Duration of the measurement: seconds, or 500ms, 2m [default: 10s].
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub duration: Option<Duration>,
 
-    /// How many requests to make, over all connections, instead of a duration.
+    /// Number of requests over all connections, instead of a duration.
     #[arg(long, value_name = "N", conflicts_with = "duration")]
     pub requests: Option<NonZeroU64>,
 
-    /// How long to make requests before measuring begins.
+    /// Duration of a warm-up before the measurement.
     #[arg(long, value_name = "TIME", default_value = "0", value_parser = parse_limit)]
     pub warm_up: Duration,
 
@@ -110,7 +110,7 @@ pub struct BenchArgs {
     #[arg(long)]
     pub fua: bool,
 
-    /// Flush after so many writes, zeroes and trims on a connection.
+    /// Flush after this number of writes, zeroes and trims on a connection.
     #[arg(long, value_name = "N")]
     pub flush_every: Option<NonZeroU64>,
 
@@ -142,7 +142,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
 
-    /// How long to try to restore a lost connection; 0 ends the run [default: 30s to verify, or 0].
+    /// Time limit for restoring a lost connection; 0 ends the run [default: 30s to verify, or 0].
     #[arg(long, value_name = "TIME", value_parser = parse_limit)]
     pub reconnect: Option<Duration>,
 
@@ -159,7 +159,7 @@ pub struct BenchArgs {
     pub tls: TlsArgs,
 }
 
-/// Which requests to make.
+/// Requests to make.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum WorkloadChoice {
     /// Reads.

@@ -1,4 +1,4 @@
-//! What the command line says, as options of the job.
+//! The options of the job from the arguments.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use super::arguments::{BenchArgs, PatternChoice, ReplyChoice, WorkloadChoice};
 use super::sizes::WeightedSize;
 use crate::error::CommandError;
 
-/// How long a lost connection is tried to be made again when data is verified.
+/// Time limit for restoring a lost connection when data is verified.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The options of the job; refuses to overwrite a disk unless that is said.
+/// Returns the options of the job; overwriting a disk needs an option.
 pub(super) fn options(args: &BenchArgs) -> Result<BenchOptions, CommandError> {
     args.tls.check([&args.uri])?;
     let mut options = BenchOptions::default();

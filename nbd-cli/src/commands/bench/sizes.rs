@@ -9,7 +9,7 @@ use crate::size::ByteSize;
 pub struct WeightedSize {
     /// The size.
     pub size: ByteSize,
-    /// How often it is chosen, beside others.
+    /// Its weight among the sizes.
     pub weight: u32,
 }
 
@@ -20,7 +20,7 @@ impl FromStr for WeightedSize {
         let (size, weight) = text.split_once(':').unwrap_or((text, "1"));
         let weight = weight.parse().ok().filter(|weight| *weight > 0);
         let weight = weight.ok_or_else(|| {
-            format!("'{text}' has no weight of at least 1 behind the colon, as in 4K:9")
+            format!("'{text}' has no weight of at least 1 after the colon, as in 4K:9")
         })?;
         Ok(Self { size: size.parse()?, weight })
     }
@@ -29,9 +29,9 @@ impl FromStr for WeightedSize {
 /// A part of a disk: `1G+256M`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiskRange {
-    /// Where it begins.
+    /// Its offset, in bytes.
     pub offset: ByteSize,
-    /// How long it is.
+    /// Its length, in bytes.
     pub length: ByteSize,
 }
 

@@ -77,7 +77,7 @@ fn verify_line(verify: &VerifyReport) -> String {
     line
 }
 
-/// What was done in the last second.
+/// The progress in the last second.
 pub(super) fn live(interval: &BenchInterval) -> String {
     let seconds = interval.length.as_secs_f64().max(1e-9);
     let [median, p99, longest] =

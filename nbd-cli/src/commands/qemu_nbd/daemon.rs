@@ -61,7 +61,7 @@ impl Beginning {
     ///
     /// If the program cannot be restarted to receive its sockets.
     pub(super) fn take_over(self) -> Result<Role, Refusal> {
-        // Sets the name that `ps` and `killall` show, whatever the file's name is.
+        // Sets the name that `ps` and `killall` show, independently of the file's name.
         let _ = rustix::thread::set_name(c"qemu-nbd");
         if let Some(arguments) = self.start_again {
             // The sockets belong to the process whose number is in the environment, and a process

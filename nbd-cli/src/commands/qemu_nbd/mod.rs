@@ -77,7 +77,7 @@ fn carry_out(beginning: Beginning, arguments: Vec<OsString>) -> Result<(), Refus
     if options.fork && role == Role::Foreground {
         return daemon::start(&arguments);
     }
-    // QEMU's output of -v is about kernel devices. Scripts compare the output.
+    // QEMU's -v reports on kernel devices only. Scripts compare the output.
     let levels = if options.traces { 2 } else { 0 };
     if let Err(error) = logging::start(levels, &LogArgs::default()) {
         warn(&error.to_string());

@@ -1,4 +1,4 @@
-//! What is said to the caller: output, and why nothing is served or listed.
+//! Messages to the caller: output, and the reason why nothing is served or listed.
 
 use std::io::Write as _;
 

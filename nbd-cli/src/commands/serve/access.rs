@@ -1,4 +1,4 @@
-//! Options for who may use an export, and how much of it.
+//! Options for the access rules and quotas of exports.
 
 use std::num::NonZeroU64;
 use std::str::FromStr;

@@ -12,7 +12,7 @@ use crate::image_format::ImageFormat;
 use crate::serving::{BitmapDurability, CacheMode, DetectZeroes, Discard};
 use crate::size::ByteSize;
 
-/// What clients see of a source.
+/// The properties of an export.
 #[derive(Clone, Debug, Args)]
 pub struct ExportArgs {
     /// Description shown to clients, if there is only one source.

@@ -60,7 +60,7 @@ impl ReloadHandle {
     }
 }
 
-/// What a server was started with, and what it has become.
+/// The configuration with which a server was started, and the current one.
 pub(super) struct Reloader {
     pub(super) path: PathBuf,
     pub(super) config: Config,
@@ -70,11 +70,11 @@ pub(super) struct Reloader {
     pub(super) controller: Option<Arc<Controller>>,
 }
 
-/// What a new file asks for.
+/// The changes that a new file requests.
 struct Changes {
     added: Vec<ConfiguredExport>,
     removed: Vec<ConfiguredExport>,
-    /// What cannot change while the server runs.
+    /// The settings that cannot change while the server runs.
     left: Vec<String>,
     /// The new file, with the old values of what is left.
     config: Config,

@@ -13,7 +13,7 @@ use crate::error::CommandError;
 use crate::serving::serve_error;
 use crate::sys;
 
-/// Who may connect to the unix sockets of `--socket`.
+/// Access to the unix sockets of `--socket`.
 #[derive(Clone, Debug, Args)]
 pub struct SocketFileArgs {
     /// Permissions of the unix sockets, in octal digits; clients need the right to write. By default
@@ -46,7 +46,7 @@ fn parse_group(name: &str) -> Result<u32, String> {
 }
 
 impl SocketFileArgs {
-    /// Listens on an address. The file of a unix socket has its permissions before anybody can
+    /// Listens on an address. The file of a unix socket has its permissions before anyone can
     /// connect.
     ///
     /// # Errors

@@ -37,7 +37,7 @@ pub struct PskArgs {
     #[arg(long, value_name = "FILE")]
     pub client_file: Option<PathBuf>,
 
-    /// Replace the key of a user who exists, and an existing client file.
+    /// Replace the key of an existing user, and an existing client file.
     #[arg(long)]
     pub force: bool,
 }

@@ -30,7 +30,7 @@ pub struct RenewArgs {
     #[arg(default_value = ".")]
     pub directory: PathBuf,
 
-    /// Renew certificates that end within so many days.
+    /// Renew certificates that end within this number of days.
     #[arg(long, value_name = "DAYS", default_value_t = 30, conflicts_with = "all",
           value_parser = clap::value_parser!(u32).range(0..=MAX_DAYS))]
     pub within: u32,
