@@ -1,15 +1,17 @@
 //! The progress of `copy`: a bar on a terminal, lines elsewhere.
 
 use std::io::{self, IsTerminal as _, Write as _};
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use imgfmt::jobs::RateLimit;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::output::ReportFormat;
-use crate::size::rounded;
+use crate::size::{ByteSize, rounded};
 use crate::terminal::{CharacterSet, character_set};
 
 /// When progress is shown.
@@ -49,6 +51,27 @@ impl ProgressArgs {
     pub(crate) fn visibility(self) -> Visibility {
         Visibility::of_flags(self.progress, self.quiet)
     }
+}
+
+/// The option that limits the rate of a command.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct RateArgs {
+    /// Read at most so much per second, such as 50M; zeroes that are known as such are free.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub rate: Option<NonZeroU64>,
+}
+
+impl RateArgs {
+    pub(crate) fn limit(self) -> Option<RateLimit> {
+        self.rate.map(RateLimit::new)
+    }
+}
+
+fn parse_rate(text: &str) -> Result<NonZeroU64, String> {
+    let rate: ByteSize = text.parse()?;
+    NonZeroU64::new(rate.bytes()).ok_or_else(|| {
+        "nothing can be read at a rate of 0; leave the option out for no limit".into()
+    })
 }
 
 /// The options of a command that ends with a summary.

@@ -24,7 +24,11 @@ impl Shown {
 
     /// The context of the job.
     pub(crate) fn context(self: &Arc<Self>) -> JobContext {
-        JobContext { observer: self.clone(), cancellation: signals::cancellation() }
+        JobContext {
+            observer: self.clone(),
+            cancellation: signals::cancellation(),
+            ..JobContext::default()
+        }
     }
 
     /// Ends at the total, with a summary.

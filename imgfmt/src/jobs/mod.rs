@@ -18,6 +18,7 @@ mod error;
 mod measure;
 mod observer;
 mod range;
+mod rate_limit;
 mod rebase;
 
 pub use self::cancellation::Cancellation;
@@ -29,4 +30,5 @@ pub use self::convert::{
 pub use self::error::{JobError, JobErrorKind};
 pub use self::measure::{MeasuredDisk, Measurement, measure};
 pub use self::observer::{JobContext, Observer, Progress};
+pub use self::rate_limit::RateLimit;
 pub use self::rebase::{Rebased, rebase};

@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::cancellation::Cancellation;
+use super::error::JobError;
+use super::rate_limit::RateLimit;
 
 /// The progress of a job. Sizes are in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -31,19 +33,21 @@ struct Silent;
 
 impl Observer for Silent {}
 
-/// The caller's side of a job: the observer and the cancellation. By default nothing is observed
-/// and nothing cancels. Cheap to clone.
+/// The caller's side of a job: the observer, the cancellation and a limit of the rate. By default
+/// there is none of them. Cheap to clone.
 #[derive(Clone)]
 pub struct JobContext {
     /// Receives progress.
     pub observer: Arc<dyn Observer>,
     /// Cancels the job.
     pub cancellation: Cancellation,
+    /// Limits the data that a conversion or a commit moves. By default nothing does.
+    pub rate_limit: Option<RateLimit>,
 }
 
 impl Default for JobContext {
     fn default() -> Self {
-        Self { observer: Arc::new(Silent), cancellation: Cancellation::new() }
+        Self { observer: Arc::new(Silent), cancellation: Cancellation::new(), rate_limit: None }
     }
 }
 
@@ -51,7 +55,18 @@ impl fmt::Debug for JobContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("JobContext")
             .field("cancellation", &self.cancellation)
+            .field("rate_limit", &self.rate_limit)
             .finish_non_exhaustive()
+    }
+}
+
+impl JobContext {
+    /// Blocks until `bytes` may be moved.
+    pub(super) fn keep_rate(&self, bytes: u64) -> Result<(), JobError> {
+        match &self.rate_limit {
+            Some(limit) => limit.wait(bytes, &self.cancellation),
+            None => Ok(()),
+        }
     }
 }
 

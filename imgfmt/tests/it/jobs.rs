@@ -49,7 +49,7 @@ impl Notes {
         let cancellation = Cancellation::new();
         let cancel = Some((at, cancellation.clone()));
         let notes = Arc::new(Self { cancel, ..Self::default() });
-        JobContext { observer: notes, cancellation }
+        JobContext { observer: notes, cancellation, ..JobContext::default() }
     }
 
     /// Checks that progress only grew, up to the end; returns the last one.

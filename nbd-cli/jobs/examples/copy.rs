@@ -5,7 +5,7 @@
 use std::error::Error;
 use std::sync::Arc;
 
-use nbd_jobs::{Cancellation, CopyOptions, JobContext, Location, Observer, Progress, copy};
+use nbd_jobs::{CopyOptions, JobContext, Location, Observer, Progress, copy};
 
 /// Prints progress and warnings.
 struct Printed;
@@ -28,7 +28,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 pub(crate) async fn run(mut arguments: impl Iterator<Item = String>) -> Result<(), Box<dyn Error>> {
     let from: Location = arguments.next().ok_or("name the source")?.parse()?;
     let to: Location = arguments.next().ok_or("name the destination")?.parse()?;
-    let context = JobContext { observer: Arc::new(Printed), cancellation: Cancellation::default() };
+    let context = JobContext { observer: Arc::new(Printed), ..JobContext::default() };
     let copied = copy(&from, &to, &CopyOptions::default(), &context).await?;
     eprintln!("copied {} bytes, {} of them holes", copied.size, copied.holes);
     Ok(())

@@ -2,6 +2,9 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use imgfmt::jobs::RateLimit;
 
 use crate::cancellation::Cancellation;
 use crate::text::printable;
@@ -74,29 +77,33 @@ struct Silent;
 
 impl Observer for Silent {}
 
-/// The caller's side of a job: the observer and the cancellation. By default nothing is observed
-/// and nothing cancels. Cheap to clone.
+/// The caller's side of a job: the observer, the cancellation and a limit of the rate. By default
+/// there is none of them. Cheap to clone.
 #[derive(Clone)]
 pub struct JobContext {
     /// Receives progress and warnings.
     pub observer: Arc<dyn Observer>,
     /// Cancels the job.
     pub cancellation: Cancellation,
+    /// Limits the data that the job reads from its source. By default nothing does.
+    pub rate_limit: Option<RateLimit>,
 }
 
 impl Default for JobContext {
     fn default() -> Self {
-        Self { observer: Arc::new(Silent), cancellation: Cancellation::new() }
+        Self { observer: Arc::new(Silent), cancellation: Cancellation::new(), rate_limit: None }
     }
 }
 
 impl JobContext {
-    /// Returns the context for a job of [`imgfmt::jobs`]: the same observer, which sees the progress of
-    /// the phase [`Phase::Copying`], and the same cancellation.
+    /// Returns the context for a job of [`imgfmt::jobs`]: the same observer, which sees the
+    /// progress of the phase [`Phase::Copying`], the same cancellation and the same limit.
     #[must_use]
     pub fn for_images(&self) -> imgfmt::jobs::JobContext {
         let observer = Arc::new(ImageObserver(Arc::clone(&self.observer)));
-        imgfmt::jobs::JobContext { observer, cancellation: self.cancellation.of_image_jobs() }
+        let (cancellation, rate_limit) =
+            (self.cancellation.of_image_jobs(), self.rate_limit.clone());
+        imgfmt::jobs::JobContext { observer, cancellation, rate_limit }
     }
 }
 
@@ -118,7 +125,18 @@ impl std::fmt::Debug for JobContext {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("JobContext")
             .field("cancellation", &self.cancellation)
+            .field("rate_limit", &self.rate_limit)
             .finish_non_exhaustive()
+    }
+}
+
+impl JobContext {
+    /// Waits until `bytes` may be read.
+    pub(crate) async fn keep_rate(&self, bytes: u64) {
+        let wait = self.rate_limit.as_ref().map_or(Duration::ZERO, |limit| limit.reserve(bytes));
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
     }
 }
 

@@ -31,15 +31,16 @@ pub(crate) fn run(mut args: BackupArgs) -> Result<Outcome, CommandError> {
     let result = match source(args)? {
         source @ BackupSource::Checkpoint { .. } => {
             let work = async {
-                let context =
-                    JobContext { observer: shown.clone(), cancellation: cancelled_by_signal()? };
+                let cancellation = cancelled_by_signal()?;
+                let rate_limit = args.rate.limit();
+                let context = JobContext { observer: shown.clone(), cancellation, rate_limit };
                 Ok(nbd_jobs::backup(&source, target, &options, &context).await?)
             };
             runtime()?.block_on(work)
         }
         source => {
             signals::watch()?;
-            let context = shown.context();
+            let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
             block_on(async { Ok(nbd_jobs::backup(&source, target, &options, &context).await?) })
         }
     };

@@ -21,7 +21,8 @@ use crate::signals;
 
 pub(crate) fn run(args: &BenchArgs) -> Result<Outcome, CommandError> {
     let options = options(args)?;
-    let context = JobContext { observer: warnings(), cancellation: signals::cancellation() };
+    let cancellation = signals::cancellation();
+    let context = JobContext { observer: warnings(), cancellation, ..JobContext::default() };
     let is_shown = match args.progress.visibility() {
         Visibility::Always => true,
         Visibility::Never => false,

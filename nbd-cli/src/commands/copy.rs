@@ -3,14 +3,14 @@
 use std::num::NonZeroUsize;
 
 use clap::Args;
-use nbd_jobs::{CopyOptions, Durable, JobErrorKind, Knowledge, Location, Zeroes};
+use nbd_jobs::{CopyOptions, Durable, JobContext, JobErrorKind, Knowledge, Location, Zeroes};
 
 use crate::async_runtime::block_on;
 use crate::connect::{ConnectionArgs, TlsArgs, refuse_same_export};
 use crate::error::{CommandError, Outcome};
 use crate::location_parser::LocationParser;
 use crate::locking::{LockArgs, ShareArgs, advise_sharing};
-use crate::progress::ProgressArgs;
+use crate::progress::{ProgressArgs, RateArgs};
 use crate::shown::Shown;
 use crate::size::ByteSize;
 
@@ -103,6 +103,10 @@ pub struct CopyArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub rate: RateArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub progress: ProgressArgs,
 
     #[command(flatten)]
@@ -143,8 +147,8 @@ fn check(args: &CopyArgs) -> Result<(), CommandError> {
 
 async fn copy(args: &CopyArgs) -> Result<(), CommandError> {
     let shown = Shown::new(args.progress.visibility());
-    let result =
-        nbd_jobs::copy(&args.source, &args.destination, &options(args), &shown.context()).await;
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    let result = nbd_jobs::copy(&args.source, &args.destination, &options(args), &context).await;
     match &result {
         Ok(_) => shown.finish(),
         Err(_) => shown.clear(),

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use nbd_jobs::{JobErrorKind, Location, RestoreOptions, Verify};
+use nbd_jobs::{JobContext, JobErrorKind, Location, RestoreOptions, Verify};
 use serde::Serialize;
 
 use super::image::open::OpenArgs;
@@ -17,7 +17,7 @@ use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::location_parser::LocationParser;
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat, printable, warn};
-use crate::progress::SummaryArgs;
+use crate::progress::{RateArgs, SummaryArgs};
 use crate::shown::Shown;
 use crate::size::rounded;
 
@@ -71,6 +71,10 @@ pub struct RestoreArgs {
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub rate: RateArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
     pub summary: SummaryArgs,
 
     #[command(flatten)]
@@ -116,7 +120,8 @@ async fn restore(args: &RestoreArgs) -> Result<RestoreReport, CommandError> {
     let started = Instant::now();
     let shown = Shown::new(args.summary.visibility());
     let (from, to) = (&args.image, &args.destination);
-    let result = nbd_jobs::restore(from, to, &options(args), &shown.context()).await;
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    let result = nbd_jobs::restore(from, to, &options(args), &context).await;
     shown.clear();
     let restored = result.map_err(|error| match error.kind() {
         JobErrorKind::Source => advise_sharing(error),

@@ -79,6 +79,38 @@ fn an_interrupted_command_leaves_nothing_of_a_new_file() {
     }
 }
 
+/// At one byte per second a disk takes years: what moves more is done before the signal comes.
+#[test]
+fn a_command_with_a_rate_moves_no_more_and_can_be_interrupted() {
+    let directory = Disk::sparse();
+    let (source, overlay) = (directory.beside("source.img"), directory.beside("overlay.qcow2"));
+    fs::write(&source, vec![7; 8 << 20]).expect("a file");
+    let create = ["image", "create", "-f", "qcow2", "-F", "raw", "-b", &source, &overlay];
+    nbd_cli(&create).success();
+    let server = Server::ours(&["--read-only", &source]);
+    let backup_source = server.uri();
+    for (command, target) in [
+        (&["copy", &source][..], "new.img"),
+        (&["image", "convert", "-O", "qcow2", &source], "new.qcow2"),
+        (&["restore", "-O", "qcow2", &overlay], "new.qcow2"),
+        (&["backup", backup_source], "new.qcow2"),
+    ] {
+        let target = directory.beside(target);
+        let child = start(&[command, &["--rate", "1", &target]].concat());
+        let (code, said) = interrupted(child, &format!("{target}.partial"), Signal::INT);
+        assert_eq!(code, Some(128 + Signal::INT.as_raw()), "{command:?}: {said}");
+        assert!(!Path::new(&target).exists(), "{command:?}");
+        // An interrupted backup can be resumed.
+        for left in [".partial", ".partial.json"] {
+            let _ = fs::remove_file(format!("{target}{left}"));
+        }
+        nbd_cli(&[command, &["--rate", "1G", &target]].concat()).success();
+        fs::remove_file(&target).expect("the copy");
+    }
+    let refused = nbd_cli(&["copy", &source, "--rate", "0", "null:"]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("no limit"), "{refused:?}");
+}
+
 #[test]
 fn a_killed_command_leaves_only_the_temporary_name() {
     tools!(nbdkit = "nbdkit");

@@ -86,6 +86,7 @@ impl Copy<'_> {
     }
 
     fn copy(&self, range: GuestRange, buffer: &mut [u8]) -> Result<(), JobError> {
+        self.context.keep_rate(range.length())?;
         if self.read(range, buffer)? == Content::Zero {
             return match self.background {
                 Background::Zero => Ok(()),

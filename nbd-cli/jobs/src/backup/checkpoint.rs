@@ -84,8 +84,7 @@ async fn unless_cancelled(
     base: Option<&Base>,
     issued: Issued,
 ) -> Result<BackedUp, JobError> {
-    let observer = work.context.observer.clone();
-    let context = JobContext { observer, cancellation: Cancellation::new() };
+    let context = JobContext { cancellation: Cancellation::new(), ..work.context.clone() };
     let reason = tokio::select! {
         result = run(BackupJob { context: &context, ..work }, uri, base, issued) => return result,
         reason = work.context.cancellation.cancelled() => reason,

@@ -211,6 +211,7 @@ impl Job {
     /// Reads and writes a range, through memory of earlier ones; returns the number of bytes that
     /// turned out to be a hole.
     async fn copy_data(&self, range: &PlannedRange, memory: &ReadMemory) -> Result<u64, JobError> {
+        self.context.keep_rate(range.length).await;
         let read = self.source.read_chunks(range.offset, range.length, memory).await?;
         let mut holes = 0;
         for part in write_spans(read, self.hole_unit) {

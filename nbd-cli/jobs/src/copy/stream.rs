@@ -28,6 +28,7 @@ pub(super) async fn from_standard_input(job: &Arc<Job>) -> Result<(), JobError> 
             break;
         }
         let length = data.len() as u64;
+        job.context.keep_rate(length).await;
         if room.is_some_and(|room| offset.saturating_add(length) > room) {
             return Err(JobError::destination(format!(
                 "standard input has more than the {} bytes that fit",
@@ -103,6 +104,7 @@ pub(super) async fn through(job: &Arc<Job>) -> Result<(), JobError> {
         if data.is_empty() {
             return Ok(());
         }
+        job.context.keep_rate(data.len() as u64).await;
         job.meter.add(data.len() as u64, 0);
         write_standard_output(data).await?;
     }
@@ -121,6 +123,7 @@ impl Ahead {
             Content::Data | Content::Unchanged => {
                 let job = job.clone();
                 let read = async move {
+                    job.context.keep_rate(range.length).await;
                     job.source.read_chunks(range.offset, range.length, &ReadMemory::default()).await
                 };
                 Self::Data(tokio::spawn(read))

@@ -94,6 +94,7 @@ impl Verification {
     }
 
     async fn is_equal(&self, range: &PlannedRange) -> Result<bool, JobError> {
+        self.context.keep_rate(range.length).await;
         let (source, copy) = tokio::join!(
             self.source.read(range.offset, range.length, BytesMut::new()),
             self.copy.read(range.offset, range.length, BytesMut::new()),
@@ -110,6 +111,7 @@ impl Verification {
         let mut at = range.offset;
         while at < end {
             let length = PIECE.min(end - at);
+            self.context.keep_rate(length).await;
             if !is_zero(&self.copy.read(at, length, BytesMut::new()).await?) {
                 return Ok(false);
             }

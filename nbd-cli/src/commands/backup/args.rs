@@ -11,7 +11,7 @@ use crate::commands::image::open::TrustArgs;
 use crate::connect::{ConnectionArgs, TlsArgs};
 use crate::file_path::FilePathParser;
 use crate::locking::ShareArgs;
-use crate::progress::SummaryArgs;
+use crate::progress::{RateArgs, SummaryArgs};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -118,6 +118,10 @@ pub struct BackupArgs {
     /// The files that images may name.
     #[command(flatten)]
     pub trust: TrustArgs,
+
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "the help would take it for its own text")]
+    pub rate: RateArgs,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]

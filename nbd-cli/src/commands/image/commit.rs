@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use imgfmt::jobs::{JobErrorKind, commit};
 use imgfmt::{Access, Format, Image, Locking, OpenOptions};
+use nbd_jobs::JobContext;
 use nbd_jobs::image_location::ImageLocation;
 
 use super::info::print_json;
@@ -13,7 +14,7 @@ use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::file_path::FilePathParser;
 use crate::image_format::ImageFormat;
-use crate::progress::ProgressArgs;
+use crate::progress::{ProgressArgs, RateArgs};
 use crate::shown::Shown;
 
 const AFTER_HELP: &str = "\
@@ -44,6 +45,9 @@ pub struct CommitArgs {
     pub keep: bool,
 
     #[command(flatten)]
+    pub rate: RateArgs,
+
+    #[command(flatten)]
     pub progress: ProgressArgs,
 
     /// Print the overlay afterwards, like `nbd-cli image info --json`.
@@ -67,7 +71,8 @@ pub(crate) fn run(args: &CommitArgs) -> Result<Outcome, CommandError> {
     backing_options.format = format;
     let mut backing = location.open(&backing_options, &ServerArgs::default().remotes())?;
     let shown = Shown::new(args.progress.visibility());
-    let committed = commit(&overlay, &mut backing, &shown.context().for_images());
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    let committed = commit(&overlay, &mut backing, &context.for_images());
     shown.clear();
     committed.map_err(|error| match error.kind() {
         JobErrorKind::DoesNotFit => error.into(),

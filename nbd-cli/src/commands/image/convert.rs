@@ -7,9 +7,9 @@ use std::time::Duration;
 use clap::Args;
 use imgfmt::jobs::{Background, Clusters};
 use imgfmt::{CreateOptions, Format};
-use nbd_jobs::Durable;
 use nbd_jobs::convert::{ConvertOptions, CopiedBitmaps, Destination, convert};
 use nbd_jobs::image_location::ImageLocation;
+use nbd_jobs::{Durable, JobContext};
 
 use super::create::{Compat, Qcow2Args};
 use super::location;
@@ -19,7 +19,7 @@ use crate::error::{CommandError, Outcome};
 use crate::image_format::{ImageFormat, name_of_another_format};
 use crate::locking::ShareArgs;
 use crate::output::warn;
-use crate::progress::ProgressArgs;
+use crate::progress::{ProgressArgs, RateArgs};
 use crate::shown::Shown;
 use crate::size::parse_duration;
 
@@ -103,6 +103,9 @@ pub struct ConvertArgs {
     pub flush: bool,
 
     #[command(flatten)]
+    pub rate: RateArgs,
+
+    #[command(flatten)]
     pub progress: ProgressArgs,
 
     /// Print the new image, like `nbd-cli image info --json`.
@@ -138,7 +141,8 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<Outcome, CommandError> {
     }
     let options = options(args, format, exists)?;
     let shown = Shown::new(args.progress.visibility());
-    let result = convert(&from, &destination, &options, &shown.context());
+    let context = JobContext { rate_limit: args.rate.limit(), ..shown.context() };
+    let result = convert(&from, &destination, &options, &context);
     match &result {
         Ok(()) => shown.finish(),
         Err(_) => shown.clear(),
