@@ -2,6 +2,8 @@
 
 use clap::{ArgAction, Parser, Subcommand};
 
+#[cfg(feature = "mount")]
+use crate::commands::mount;
 use crate::commands::{
     attach, backup, bench, bitmap, checksum, completions, control, copy, detach, devices, image,
     info, list_meta, map, qemu_nbd, restore, serve, tls,
@@ -64,6 +66,9 @@ pub enum Command {
     Copy(copy::CopyArgs),
     /// Compute the digest of a disk
     Checksum(checksum::ChecksumArgs),
+    /// Show disks and their partitions as files, and the files in them
+    #[cfg(feature = "mount")]
+    Mount(mount::MountArgs),
     /// Measure a server under load, and verify what it keeps
     Bench(bench::BenchArgs),
     /// Back up a served disk, in full or only its changes

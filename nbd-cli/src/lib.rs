@@ -67,21 +67,24 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     if let Err(error) = logging::start(cli.verbose, &cli.log) {
         return report(&error);
     }
-    if let Command::Serve(args) = &mut cli.command {
-        args.role = role;
-        args.keeps_log = cli.verbose > 0;
-    }
-    if let Command::Attach(args) = &mut cli.command {
-        args.role = role;
-        args.keeps_log = cli.verbose > 0;
-    }
-    let outcome = match &cli.command {
-        Command::Attach(args) if !args.foreground && role == Role::Foreground => {
-            background::start(&arguments[1..])
+    let forks = match &mut cli.command {
+        Command::Serve(args) => {
+            (args.role, args.keeps_log) = (role, cli.verbose > 0);
+            args.fork
         }
-        Command::Serve(args) if args.fork && role == Role::Foreground => {
-            background::start(&arguments[1..])
+        Command::Attach(args) => {
+            (args.role, args.keeps_log) = (role, cli.verbose > 0);
+            !args.foreground
         }
+        #[cfg(feature = "mount")]
+        Command::Mount(args) => {
+            (args.role, args.keeps_log) = (role, cli.verbose > 0);
+            args.fork
+        }
+        _ => false,
+    };
+    let outcome = match role {
+        Role::Foreground if forks => background::start(&arguments[1..]),
         _ => dispatch(cli.command),
     };
     match outcome {
@@ -101,6 +104,8 @@ fn dispatch(command: Command) -> Result<Outcome, CommandError> {
         Command::Map(args) => commands::map::run(&args),
         Command::Copy(args) => commands::copy::run(args),
         Command::Checksum(args) => commands::checksum::run(&args),
+        #[cfg(feature = "mount")]
+        Command::Mount(args) => commands::mount::run(args),
         Command::Bench(args) => commands::bench::run(&args),
         Command::Attach(args) => commands::attach::run(&args),
         Command::Detach(args) => commands::detach::run(&args),

@@ -25,7 +25,8 @@
 //! [`bench`](mod@bench) generates load and measures it. [`control`] sends requests to a running `nbd-cli
 //! serve`; with the feature `server`, [`control::server`] is the other side, for any `nbd-server`, and
 //! [`serving`] makes exports of images. The feature `monitor` serves metrics and a status page of any
-//! `nbd-server`; with the feature `devices`, `devices` attaches kernel devices (`/dev/nbdX`).
+//! `nbd-server`; with the feature `devices`, `devices` attaches kernel devices (`/dev/nbdX`), and
+//! with the feature `mount`, `mount` shows disks as files.
 //!
 //! # Jobs
 //!
@@ -60,6 +61,8 @@ mod lanes;
 mod location;
 #[cfg(feature = "monitor")]
 pub mod monitor;
+#[cfg(feature = "mount")]
+pub mod mount;
 mod observer;
 pub mod qemu_name;
 pub mod qemu_numbers;

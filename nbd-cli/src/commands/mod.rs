@@ -14,6 +14,8 @@ pub mod image;
 pub mod info;
 pub mod list_meta;
 pub mod map;
+#[cfg(feature = "mount")]
+pub mod mount;
 pub mod qemu_nbd;
 pub mod restore;
 pub mod serve;

@@ -1,4 +1,5 @@
-//! `serve --fork` and `attach`: the server in a separate process, which notifies its parent when it is ready.
+//! `--fork` of `serve` and `mount`, and `attach`: the server in a separate process, which notifies its
+//! parent when it is ready.
 //!
 //! The parent starts this program again and copies the server's output, up to a marker that reports
 //! that clients can connect. Until then the server's errors go to the inherited standard error.
@@ -44,8 +45,9 @@ pub(crate) fn role(arguments: &mut Vec<OsString>) -> Role {
 /// If the server cannot be started. If it does not become ready, it has reported the reason, and
 /// the status is 1.
 pub(crate) fn start(arguments: &[OsString]) -> Result<Outcome, CommandError> {
-    let failed =
-        |error| CommandError::new(format!("cannot start the server from {THIS_PROGRAM}: {error}"));
+    let failed = |error| {
+        CommandError::new(format!("cannot start {THIS_PROGRAM} in the background: {error}"))
+    };
     let mut server = Command::new(THIS_PROGRAM)
         .arg0("nbd-cli")
         .arg(MARK)
@@ -66,7 +68,9 @@ pub(crate) fn start(arguments: &[OsString]) -> Result<Outcome, CommandError> {
     }
     let status = server.wait().map_err(failed)?;
     match status.signal() {
-        Some(_) => Err(CommandError::new(format!("the server did not start: {status}"))),
+        Some(_) => {
+            Err(CommandError::new(format!("the program in the background did not start: {status}")))
+        }
         None => Ok(Outcome::Status(1)),
     }
 }

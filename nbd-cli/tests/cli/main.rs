@@ -67,6 +67,10 @@ mod map_chart;
 mod map_depth;
 mod map_output;
 mod metrics;
+#[cfg(feature = "mount")]
+mod mount;
+#[cfg(feature = "mount")]
+mod mount_files;
 mod new_files;
 mod qemu_nbd_backing;
 mod qemu_nbd_beside;

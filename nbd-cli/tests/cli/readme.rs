@@ -11,12 +11,13 @@ use crate::support::{PROGRAM, nbd_cli, run};
 use crate::tools;
 
 /// Every document whose commands a test below runs.
-const DOCUMENTS: [(&str, &str); 8] = [
+const DOCUMENTS: [(&str, &str); 9] = [
     ("README.md", include_str!("../../../README.md")),
     ("docs/backup.md", include_str!("../../../docs/backup.md")),
     ("docs/bench.md", include_str!("../../../docs/bench.md")),
     ("docs/control.md", include_str!("../../../docs/control.md")),
     ("docs/images.md", include_str!("../../../docs/images.md")),
+    ("docs/mount.md", include_str!("../../../docs/mount.md")),
     ("docs/qemu-nbd.md", include_str!("../../../docs/qemu-nbd.md")),
     ("docs/serve.md", include_str!("../../../docs/serve.md")),
     ("docs/tls.md", include_str!("../../../docs/tls.md")),
@@ -106,6 +107,15 @@ fn readme_commands_of_the_control_socket_run() {
 #[test]
 fn readme_commands_of_load_run() {
     paste("docs/bench.md");
+}
+
+#[cfg(feature = "mount")]
+#[test]
+fn readme_commands_of_mounts_run() {
+    tools!(_mke2fs = "mke2fs");
+    if crate::support::mount::can_mount() {
+        paste("docs/mount.md");
+    }
 }
 
 #[test]

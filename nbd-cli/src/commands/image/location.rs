@@ -44,3 +44,19 @@ pub(super) fn parse_two(
     }
     Ok(locations)
 }
+
+/// Parses arguments; the options for servers must apply to one of them, or to servers that it may
+/// name.
+#[cfg(feature = "mount")]
+pub(in crate::commands) fn parse_all(
+    words: &[&OsStr],
+    server: &ServerArgs,
+    trust: &TrustArgs,
+) -> Result<Vec<ImageLocation>, CommandError> {
+    let locations = words.iter().map(|word| ImageLocation::parse(word));
+    let locations: Vec<_> = locations.collect::<Result<_, _>>()?;
+    if !trust.trust_image {
+        server.check(locations.iter().filter_map(ImageLocation::uri))?;
+    }
+    Ok(locations)
+}

@@ -5,6 +5,8 @@ pub(crate) mod http;
 pub(crate) mod image;
 mod initramfs;
 pub(crate) mod machine;
+#[cfg(feature = "mount")]
+pub(crate) mod mount;
 pub(crate) mod qemu_nbd;
 mod server;
 pub(crate) mod service_manager;
