@@ -116,7 +116,7 @@ impl Content<'_> {
 /// socket's queue if they were sent without a copy, and drop it soon after.
 #[derive(Debug)]
 pub struct ReadMap {
-    parts: Vec<Part>,
+    parts: Vec<MappedPart>,
     /// The storages that parts name; few, so each is counted once.
     storages: Vec<Arc<dyn Storage>>,
     /// Dropped last: the storages are let go before places are given away.
@@ -124,7 +124,7 @@ pub struct ReadMap {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Part {
+struct MappedPart {
     range: GuestRange,
     source: Source,
     depth: u32,
@@ -177,7 +177,7 @@ impl ReadMap {
                 Source::File { storage, offset }
             }
         };
-        let part = Part { range: mapping.range, source, depth: mapping.depth };
+        let part = MappedPart { range: mapping.range, source, depth: mapping.depth };
         match self.parts.last_mut() {
             Some(last) if last.is_continued_by(&part) => {
                 last.range = GuestRange::between(last.range.offset(), part.range.end())
@@ -188,7 +188,7 @@ impl ReadMap {
     }
 }
 
-impl Part {
+impl MappedPart {
     fn is_continued_by(&self, next: &Self) -> bool {
         self.depth == next.depth
             && match (self.source, next.source) {

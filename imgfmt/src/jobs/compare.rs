@@ -14,16 +14,16 @@ use crate::zero::is_zero;
 
 /// Default number of bytes of each disk that a thread reads at a time: both parts stay in the
 /// processor's cache.
-const PIECE: NonZeroUsize = NonZeroUsize::new(256 << 10).expect("it is not zero");
-/// Largest piece, in bytes.
-const PIECE_MAX: usize = 64 << 20;
+const REQUEST_SIZE: NonZeroUsize = NonZeroUsize::new(256 << 10).expect("it is not zero");
+/// Largest request, in bytes.
+const REQUEST_SIZE_MAX: usize = 64 << 20;
 
 /// Options of a comparison; created by [`Default`], changed field by field.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct CompareOptions {
     /// Bytes of each disk that a thread reads at a time: 64 MiB at most, 256 KiB by default.
-    pub piece: NonZeroUsize,
+    pub request_size: NonZeroUsize,
     /// Number of threads: by default the number of cores.
     pub threads: NonZeroUsize,
 }
@@ -31,7 +31,7 @@ pub struct CompareOptions {
 impl Default for CompareOptions {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-        Self { piece: PIECE, threads: cores }
+        Self { request_size: REQUEST_SIZE, threads: cores }
     }
 }
 
@@ -101,7 +101,7 @@ pub fn compare(
 struct Search<'a> {
     disks: [&'a Image; 2],
     /// How much of each is read at a time, in bytes.
-    piece: u64,
+    request_size: u64,
     context: &'a JobContext,
     meter: Meter<'a>,
     agenda: Mutex<Agenda<'a>>,
@@ -122,7 +122,7 @@ enum Why {
 }
 
 /// A part of the disks that is data on one of them at least.
-struct Piece {
+struct DataRange {
     offset: u64,
     length: usize,
     kinds: [ExtentKind; 2],
@@ -133,7 +133,7 @@ impl<'a> Search<'a> {
         let size = disks[0].size().max(disks[1].size());
         Self {
             disks,
-            piece: options.piece.get().min(PIECE_MAX) as u64,
+            request_size: options.request_size.get().min(REQUEST_SIZE_MAX) as u64,
             context,
             meter: Meter::begin(context, size),
             agenda: Mutex::new(Agenda { disks: disks.map(Cursor::new), position: 0 }),
@@ -142,43 +142,44 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Compares one piece after the other until nothing is left that matters.
+    /// Compares one range after the other until nothing is left that matters.
     fn work(&self) {
-        let mut buffers = [(); 2].map(|()| vec![0; self.piece as usize]);
+        let mut buffers = [(); 2].map(|()| vec![0; self.request_size as usize]);
         loop {
             if let Err(error) = self.context.cancellation.check() {
                 return self.end_at(0, Why::Error(error));
             }
             let mut agenda = locked(&self.agenda);
-            let next = agenda.next(self.limit.load(Ordering::Relaxed), self.piece, &self.meter);
+            let next =
+                agenda.next(self.limit.load(Ordering::Relaxed), self.request_size, &self.meter);
             let position = agenda.position;
             drop(agenda);
-            let piece = match next {
-                Ok(Some(piece)) => piece,
+            let range = match next {
+                Ok(Some(range)) => range,
                 Ok(None) => return,
                 Err(error) => return self.end_at(position, Why::Error(error)),
             };
-            match self.compare(&piece, &mut buffers) {
-                Ok(None) => self.meter.add(piece.length as u64),
+            match self.compare(&range, &mut buffers) {
+                Ok(None) => self.meter.add(range.length as u64),
                 Ok(Some(distance)) => {
-                    self.end_at(piece.offset + distance as u64, Why::Difference);
+                    self.end_at(range.offset + distance as u64, Why::Difference);
                 }
-                Err(error) => self.end_at(piece.offset, Why::Error(error)),
+                Err(error) => self.end_at(range.offset, Why::Error(error)),
             }
         }
     }
 
-    /// Where the first difference is, counted from the start of the piece.
+    /// Where the first difference is, counted from the start of the range.
     fn compare(
         &self,
-        piece: &Piece,
+        range: &DataRange,
         [first, second]: &mut [Vec<u8>; 2],
     ) -> Result<Option<usize>, JobError> {
-        let (first, second) = (&mut first[..piece.length], &mut second[..piece.length]);
+        let (first, second) = (&mut first[..range.length], &mut second[..range.length]);
         let read = |disk: usize, buffer: &mut [u8]| {
-            read_padded(self.disks[disk], piece.offset, buffer).map_err(JobError::source)
+            read_padded(self.disks[disk], range.offset, buffer).map_err(JobError::source)
         };
-        match piece.kinds {
+        match range.kinds {
             [ExtentKind::Data, ExtentKind::Data] => {
                 read(0, first)?;
                 read(1, second)?;
@@ -210,13 +211,13 @@ struct Agenda<'a> {
 }
 
 impl Agenda<'_> {
-    /// The next piece, of at most so many bytes, that begins before `limit`.
+    /// The next range, of at most so many bytes, that begins before `limit`.
     fn next(
         &mut self,
         limit: u64,
         most: u64,
         meter: &Meter<'_>,
-    ) -> Result<Option<Piece>, JobError> {
+    ) -> Result<Option<DataRange>, JobError> {
         while self.position < limit {
             let start = self.position;
             let [(first, first_end), (second, second_end)] =
@@ -229,7 +230,7 @@ impl Agenda<'_> {
             }
             self.position = same_until.min((start / most + 1) * most);
             let length = (self.position - start) as usize;
-            return Ok(Some(Piece { offset: start, length, kinds: [first, second] }));
+            return Ok(Some(DataRange { offset: start, length, kinds: [first, second] }));
         }
         Ok(None)
     }

@@ -17,7 +17,7 @@ const LIVENESS_NANOSECONDS: u64 = 100_000_000;
 #[derive(Debug)]
 pub(crate) struct Sidecar {
     store: Box<dyn SidecarStorage>,
-    bitmaps: Box<[Place]>,
+    bitmaps: Box<[BitmapWords]>,
     pub(super) log: Option<ActivityLog>,
     /// Whether the file is gone because it could not be kept up to date.
     is_abandoned: AtomicBool,
@@ -25,7 +25,7 @@ pub(crate) struct Sidecar {
 
 /// Where the bits of a bitmap are.
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct BitmapWords {
     granularity_bits: u32,
     first_word: usize,
     word_count: usize,
@@ -51,7 +51,7 @@ impl Sidecar {
             return None;
         }
         let places = description.bitmaps.iter().zip(&layout.word_offsets);
-        let bitmaps = places.map(|(bitmap, offset)| Place {
+        let bitmaps = places.map(|(bitmap, offset)| BitmapWords {
             granularity_bits: bitmap.granularity_bits,
             first_word: (offset / 8) as usize,
             word_count: bitmap.word_count() as usize,

@@ -76,7 +76,7 @@ impl Observer for Done {
 fn found(first: &Arc<Disk>, second: &Arc<Disk>) -> (Result<Option<u64>, String>, u64) {
     let (first, second) = (first.image(), second.image());
     let mut options = CompareOptions::default();
-    (options.piece, options.threads) =
+    (options.request_size, options.threads) =
         (NonZeroUsize::new(PIECE).unwrap(), NonZeroUsize::new(8).unwrap());
     let done = Arc::new(Done::default());
     let context = JobContext { observer: done.clone(), ..JobContext::default() };

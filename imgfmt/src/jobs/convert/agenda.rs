@@ -19,7 +19,7 @@ const ZEROES_MAX: u64 = 256 << 20;
 
 /// A part of the disk to be copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Work {
+pub(super) struct CopyRange {
     pub(super) range: GuestRange,
     pub(super) content: Content,
 }
@@ -32,7 +32,7 @@ pub(super) struct Agenda<'a> {
     background: Background,
     meter: &'a Meter<'a>,
     /// What is not handed out yet of the parts that were found.
-    found: VecDeque<Work>,
+    found: VecDeque<CopyRange>,
     /// Everything before this was found.
     done: u64,
     is_complete: bool,
@@ -58,7 +58,7 @@ impl<'a> Agenda<'a> {
     }
 
     /// The next piece; `None` at the end of the disk.
-    pub(super) fn next(&mut self) -> Result<Option<Work>, JobError> {
+    pub(super) fn next(&mut self) -> Result<Option<CopyRange>, JobError> {
         loop {
             if let Some(piece) = self.next_piece() {
                 return Ok(Some(piece));
@@ -77,7 +77,7 @@ impl<'a> Agenda<'a> {
         }
     }
 
-    fn next_piece(&mut self) -> Option<Work> {
+    fn next_piece(&mut self) -> Option<CopyRange> {
         let work = self.found.front_mut()?;
         let most = match work.content {
             Content::Data => PIECE.max(self.unit),
@@ -85,7 +85,7 @@ impl<'a> Agenda<'a> {
         };
         let (start, end) = (work.range.offset().bytes(), work.range.end().bytes());
         let stop = ((start / most + 1) * most).min(end);
-        let piece = Work { range: span(start, stop), content: work.content };
+        let piece = CopyRange { range: span(start, stop), content: work.content };
         work.range = span(stop, end);
         if stop == end {
             self.found.pop_front();
@@ -100,7 +100,7 @@ impl<'a> Agenda<'a> {
         let end = end.checked_next_multiple_of(self.unit).unwrap_or(self.size).min(self.size);
         self.zero_until(start);
         if start < end {
-            self.found.push_back(Work { range: span(start, end), content: Content::Data });
+            self.found.push_back(CopyRange { range: span(start, end), content: Content::Data });
             self.done = end;
         }
     }
@@ -112,7 +112,9 @@ impl<'a> Agenda<'a> {
         let range = span(self.done, end);
         match self.background {
             Background::Zero => self.meter.add_hole(range.length()),
-            Background::Unknown => self.found.push_back(Work { range, content: Content::Zero }),
+            Background::Unknown => {
+                self.found.push_back(CopyRange { range, content: Content::Zero });
+            }
         }
         self.done = end;
     }

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::agenda::{Agenda, PIECE, Work};
+use super::agenda::{Agenda, CopyRange, PIECE};
 use super::options::{Background, Clusters, SourceReader};
 use crate::image::Image;
 use crate::jobs::error::{JobError, JobErrorKind};
@@ -71,7 +71,7 @@ impl Copy<'_> {
         Ok(())
     }
 
-    fn carry_out(&self, work: Work, buffer: &mut [u8]) -> Result<(), JobError> {
+    fn carry_out(&self, work: CopyRange, buffer: &mut [u8]) -> Result<(), JobError> {
         match work.content {
             Content::Data => {
                 self.copy(work.range, &mut buffer[..work.range.length() as usize])?;

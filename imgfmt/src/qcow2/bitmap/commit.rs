@@ -7,10 +7,10 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Acquire;
 
-use super::directory::{self, Entry, Place, Table, flag};
+use super::directory::{self, DirectoryLocation, Entry, Table, flag};
 use super::error::CHANGE;
 use super::plan::Planned;
-use super::store::{Bitmaps, Disk, ImageServices};
+use super::store::{Bitmaps, ImageServices, StoredBitmaps};
 use crate::bitmap::{Bitmap, Condition, ExclusiveState, Recording};
 use crate::error::{Error, ErrorKind, Result};
 use crate::qcow2::alloc::allocator::{Freed, Reserved};
@@ -70,13 +70,13 @@ impl Bitmaps {
         let (thawed, thaw_failure) = (std::mem::take(&mut disk.thawed), disk.thaw_failure.take());
         let directory = place;
         let listed = entries.clone();
-        *disk = Disk {
+        *disk = StoredBitmaps {
             directory,
             entries: listed,
             flags_places,
             thawed,
             thaw_failure,
-            ..Disk::default()
+            ..StoredBitmaps::default()
         };
         drop(disk);
         self.free_clusters(freed, old_place, &reserved)?;
@@ -89,7 +89,7 @@ impl Bitmaps {
         image: &dyn ImageServices,
         plan: &[Planned],
         reserved: &mut Vec<Reserved>,
-    ) -> Result<(Vec<Entry>, Option<Place>)> {
+    ) -> Result<(Vec<Entry>, Option<DirectoryLocation>)> {
         let mut entries = Vec::new();
         for planned in plan {
             let bitmap = &planned.bitmap;
@@ -118,11 +118,11 @@ impl Bitmaps {
         let offset = self.store_whole(image, &bytes, reserved)?;
         // All that and its refcounts must be there before anything points to it.
         image.flush()?;
-        Ok((entries, Some(Place { offset, length })))
+        Ok((entries, Some(DirectoryLocation { offset, length })))
     }
 
     /// Makes the header name a directory of `count` bitmaps, or none.
-    fn switch_directory(&self, place: Option<Place>, count: usize) -> Result<()> {
+    fn switch_directory(&self, place: Option<DirectoryLocation>, count: usize) -> Result<()> {
         let since = self.metadata.failed_syncs();
         self.metadata.edit_header(|file, cluster| {
             let Some(place) = place else {
@@ -142,7 +142,7 @@ impl Bitmaps {
 
     /// Makes sure that the header names the directory which it should, after a change that failed
     /// has left that in doubt.
-    pub(super) fn settle_directory(&self, disk: &mut Disk) -> Result<()> {
+    pub(super) fn settle_directory(&self, disk: &mut StoredBitmaps) -> Result<()> {
         if disk.is_doubtful {
             self.metadata.edit_header(|file, _| rewrite_autoclear(file, 0, autoclear::BITMAPS))?;
             self.switch_directory(disk.directory, disk.flags_places.len())?;
@@ -168,7 +168,7 @@ impl Bitmaps {
     fn free_clusters(
         &self,
         mut clusters: Vec<HostCluster>,
-        directory: Option<Place>,
+        directory: Option<DirectoryLocation>,
         reserved: &[Reserved],
     ) -> Result<()> {
         clusters.extend(self.place_clusters(directory));

@@ -57,7 +57,7 @@ pub(crate) struct Table {
 
 /// Where the directory lies, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct DirectoryLocation {
     pub(super) offset: HostOffset,
     pub(super) length: u64,
 }
@@ -66,7 +66,7 @@ pub(super) struct Place {
 pub(super) fn read(
     storage: &dyn Storage,
     header: &Header,
-) -> Result<Option<(Place, Vec<Entry>)>, String> {
+) -> Result<Option<(DirectoryLocation, Vec<Entry>)>, String> {
     let (true, Some(content)) =
         (header.version >= 3 && header.autoclear & autoclear::BITMAPS != 0, header.bitmaps())
     else {
@@ -86,12 +86,18 @@ pub(super) fn read(
 }
 
 /// The content of the header extension: where the directory is, and how many entries it has.
-fn decode_extension(content: &[u8], geometry: Geometry) -> Result<(Place, usize), String> {
+fn decode_extension(
+    content: &[u8],
+    geometry: Geometry,
+) -> Result<(DirectoryLocation, usize), String> {
     if content.len() != EXTENSION_LENGTH || u32_at(content, 4) != 0 {
         return Err("its bitmaps extension is damaged".into());
     }
     let count = u32_at(content, 0) as usize;
-    let place = Place { offset: HostOffset::new(u64_at(content, 16)), length: u64_at(content, 8) };
+    let place = DirectoryLocation {
+        offset: HostOffset::new(u64_at(content, 16)),
+        length: u64_at(content, 8),
+    };
     let is_possible = (1..=BITMAPS_MAX).contains(&count)
         && place.length <= DIRECTORY_BYTES_MAX
         && place.length >= count as u64 * ENTRY_LENGTH
@@ -107,7 +113,7 @@ fn decode_extension(content: &[u8], geometry: Geometry) -> Result<(Place, usize)
 }
 
 /// The content of the header extension for a directory.
-pub(super) fn encode_extension(place: Place, count: usize) -> Vec<u8> {
+pub(super) fn encode_extension(place: DirectoryLocation, count: usize) -> Vec<u8> {
     let mut content = Vec::with_capacity(EXTENSION_LENGTH);
     content.extend((count as u32).to_be_bytes());
     content.extend([0; 4]);

@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 
-use super::directory::{Entry, Place};
+use super::directory::{DirectoryLocation, Entry};
 use super::store::{Bitmaps, ImageServices, Ownership};
 use crate::bitmap::Bitmap;
 use crate::error::Result;
@@ -30,7 +30,7 @@ impl Bitmaps {
         &self,
         image: &dyn ImageServices,
         bitmaps: &[Bitmap<Entry>],
-        directory: Option<Place>,
+        directory: Option<DirectoryLocation>,
     ) {
         let mut ownership = self.ownership.lock();
         if !ownership.is_known {
@@ -44,7 +44,7 @@ impl Bitmaps {
         &self,
         image: &dyn ImageServices,
         bitmaps: &[Bitmap<Entry>],
-        directory: Option<Place>,
+        directory: Option<DirectoryLocation>,
     ) -> Result<Ownership> {
         let mut found = Ownership::default();
         let mut uses: HashMap<HostCluster, u64> = HashMap::new();
@@ -80,10 +80,11 @@ impl Bitmaps {
     /// The clusters that a directory takes up.
     pub(super) fn place_clusters(
         &self,
-        directory: Option<Place>,
+        directory: Option<DirectoryLocation>,
     ) -> impl Iterator<Item = HostCluster> {
         let geometry = self.geometry();
-        let clusters = move |place: Place| geometry.clusters_touched(place.offset, place.length);
+        let clusters =
+            move |place: DirectoryLocation| geometry.clusters_touched(place.offset, place.length);
         directory.into_iter().flat_map(clusters)
     }
 
@@ -92,7 +93,7 @@ impl Bitmaps {
     pub(super) fn give_up_foreign_directory(
         &self,
         image: &dyn ImageServices,
-        directory: &mut Option<Place>,
+        directory: &mut Option<DirectoryLocation>,
         bitmaps: &[Bitmap<Entry>],
     ) -> Result<()> {
         if directory.is_none() {

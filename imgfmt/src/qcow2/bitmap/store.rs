@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire};
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, OnceLock};
 
-use super::directory::{self, Entry, Place, flag};
+use super::directory::{self, DirectoryLocation, Entry, flag};
 use super::lineage::Lineage;
 use super::session_state::Session;
 use crate::bitmap::{Bitmap, Bits, Condition, Recording, Tracker};
@@ -43,7 +43,7 @@ pub(crate) struct Bitmaps {
     /// Size of the disk in bytes.
     pub(super) size: u64,
     pub(super) tracker: Tracker<Entry>,
-    pub(super) disk: OrderedMutex<{ rank::DIRECTORY }, Disk>,
+    pub(super) disk: OrderedMutex<{ rank::DIRECTORY }, StoredBitmaps>,
     /// Which clusters belong to them alone. Locked after the disk.
     pub(super) ownership: OrderedMutex<{ rank::OWNERSHIP }, Ownership>,
     /// How much memory bits take up.
@@ -60,9 +60,9 @@ pub(crate) struct Bitmaps {
 
 /// Where bitmaps are in the file.
 #[derive(Debug, Default)]
-pub(super) struct Disk {
+pub(super) struct StoredBitmaps {
     /// Where the directory is, if the image has a valid one.
-    pub(super) directory: Option<Place>,
+    pub(super) directory: Option<DirectoryLocation>,
     /// The bitmaps that the directory lists, in its order.
     pub(super) entries: Vec<Entry>,
     /// Where the flags of each bitmap are, from the start of the directory on.
@@ -77,7 +77,7 @@ pub(super) struct Disk {
     pub(super) thaw_failure: Option<String>,
 }
 
-impl Disk {
+impl StoredBitmaps {
     /// Notes which bitmaps the file says are in use.
     pub(super) fn note_in_use(&mut self, bitmaps: &[Bitmap<Entry>]) {
         for (entry, bitmap) in self.entries.iter_mut().zip(bitmaps) {
@@ -133,7 +133,8 @@ impl Bitmaps {
         directory::refuse_equal_names(&mut entries);
         let (_, flags_places) = directory::encode(&entries);
         let tracker = Tracker::new(entries.iter().cloned().map(bitmap_of).collect(), true);
-        let disk = Disk { directory, entries, flags_places, damage, ..Disk::default() };
+        let disk =
+            StoredBitmaps { directory, entries, flags_places, damage, ..StoredBitmaps::default() };
         Self {
             tracker,
             disk: OrderedMutex::new(disk),

@@ -24,7 +24,7 @@ use crate::qcow2::map::load::Load;
 use crate::qcow2::map::table::{DirtyPart, Table};
 use crate::units::HostOffset;
 
-type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, Places>;
+type Shard = OrderedRwLock<{ rank::TABLE_CACHE }, ShardTables>;
 type Recent = OrderedMutex<{ rank::RECENT_TABLES }, [Option<Arc<Table>>; RECENT_TABLES]>;
 
 /// Number of tables that a thread finds without reading memory that other threads write.
@@ -44,19 +44,19 @@ pub(crate) struct TableCache {
 
 /// The tables of a shard.
 #[derive(Debug, Default)]
-struct Places {
-    by_offset: HashMap<HostOffset, Place>,
+struct ShardTables {
+    by_offset: HashMap<HostOffset, CachedTable>,
     /// The offsets of those that are not being read; which of them gives way is asked from the front on.
     order: VecDeque<HostOffset>,
 }
 
 #[derive(Debug)]
-enum Place {
+enum CachedTable {
     Table(Arc<Table>),
     Loading(Arc<Load>),
 }
 
-impl Place {
+impl CachedTable {
     fn table(&self) -> Option<&Arc<Table>> {
         match self {
             Self::Table(table) => Some(table),
@@ -65,17 +65,17 @@ impl Place {
     }
 }
 
-impl Places {
+impl ShardTables {
     fn put(&mut self, table: Arc<Table>) {
         let offset = table.offset;
-        let before = self.by_offset.insert(offset, Place::Table(table));
-        if !matches!(before, Some(Place::Table(_))) {
+        let before = self.by_offset.insert(offset, CachedTable::Table(table));
+        if !matches!(before, Some(CachedTable::Table(_))) {
             self.order.push_back(offset);
         }
     }
 
     fn tables(&self) -> impl Iterator<Item = &Arc<Table>> {
-        self.by_offset.values().filter_map(Place::table)
+        self.by_offset.values().filter_map(CachedTable::table)
     }
 }
 
@@ -184,15 +184,15 @@ impl TableCache {
             return self.found(place);
         }
         let load = Arc::new(Load::default());
-        places.by_offset.insert(offset, Place::Loading(Arc::clone(&load)));
+        places.by_offset.insert(offset, CachedTable::Loading(Arc::clone(&load)));
         Found::Nothing(Loading { cache: self, offset, load })
     }
 
     /// The caller has locked the shard.
-    fn found(&self, place: &Place) -> Found<'_> {
+    fn found(&self, place: &CachedTable) -> Found<'_> {
         match place {
-            Place::Table(table) => Found::Table(self.used(table)),
-            Place::Loading(load) => Found::Loading(Arc::clone(load)),
+            CachedTable::Table(table) => Found::Table(self.used(table)),
+            CachedTable::Loading(load) => Found::Loading(Arc::clone(load)),
         }
     }
 
@@ -226,7 +226,7 @@ impl TableCache {
 
     /// Has tables give way if there are too many with `new_places` more: those that were not used for
     /// the longest time, about.
-    fn make_room(&self, places: &mut Places, new_places: usize) {
+    fn make_room(&self, places: &mut ShardTables, new_places: usize) {
         // Twice: what is not used between two looks goes.
         for _ in 0..2 * places.order.len() {
             if places.by_offset.len() + new_places <= self.tables_per_shard {
@@ -242,8 +242,10 @@ impl TableCache {
     }
 
     /// Whether no thread needs a table, whose shard is locked, and everything in it is on disk.
-    fn gives_way(&self, places: &Places, offset: HostOffset) -> bool {
-        let Some(table) = places.by_offset.get(&offset).and_then(Place::table) else { return true };
+    fn gives_way(&self, places: &ShardTables, offset: HostOffset) -> bool {
+        let Some(table) = places.by_offset.get(&offset).and_then(CachedTable::table) else {
+            return true;
+        };
         if table.is_dirty() || table.was_used() {
             return false;
         }
@@ -298,8 +300,8 @@ impl Loading<'_> {
     fn end(self, table: Arc<Table>) -> Option<Arc<Table>> {
         let mut places = self.cache.shard(self.offset).write();
         match places.by_offset.get(&self.offset) {
-            Some(Place::Loading(load)) if Arc::ptr_eq(load, &self.load) => {}
-            Some(Place::Table(other)) => return Some(self.cache.used(other)),
+            Some(CachedTable::Loading(load)) if Arc::ptr_eq(load, &self.load) => {}
+            Some(CachedTable::Table(other)) => return Some(self.cache.used(other)),
             _ => return None,
         }
         // The place is there already.
@@ -316,7 +318,7 @@ impl Loading<'_> {
 impl Drop for Loading<'_> {
     fn drop(&mut self) {
         let mut places = self.cache.shard(self.offset).write();
-        if let Some(Place::Loading(load)) = places.by_offset.get(&self.offset)
+        if let Some(CachedTable::Loading(load)) = places.by_offset.get(&self.offset)
             && Arc::ptr_eq(load, &self.load)
         {
             places.by_offset.remove(&self.offset);

@@ -17,7 +17,7 @@ const ENTRIES_MAX: u64 = 1024;
 
 /// A part of the disk whose bytes are in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::qcow2) struct Piece {
+pub(in crate::qcow2) struct MappedRange {
     pub(in crate::qcow2) range: GuestRange,
     /// For stored data: where the piece starts, not where its cluster does.
     pub(in crate::qcow2) content: Subcluster,
@@ -25,7 +25,7 @@ pub(in crate::qcow2) struct Piece {
     pub(in crate::qcow2) entries: u64,
 }
 
-impl Piece {
+impl MappedRange {
     fn is_continued_by(&self, next: &Self) -> bool {
         match (self.content, next.content) {
             (Subcluster::Stored(host), Subcluster::Stored(after)) => {
@@ -131,14 +131,14 @@ impl MappingTables {
         start: GuestOffset,
         end: GuestOffset,
         lookup: Lookup,
-    ) -> Result<Option<Piece>> {
+    ) -> Result<Option<MappedRange>> {
         let geometry = self.geometry();
         let l1_index = geometry.l1_index(start);
         match self.table_offset(l1_index)? {
             None => {
                 let end = end.min(geometry.table_start(l1_index + 1));
                 let range = span(start, end);
-                Ok(Some(Piece { range, content: Subcluster::Unallocated, entries: 0 }))
+                Ok(Some(MappedRange { range, content: Subcluster::Unallocated, entries: 0 }))
             }
             Some(table) => {
                 let end = end.min(self.slices.end(start));
@@ -150,7 +150,12 @@ impl MappingTables {
         }
     }
 
-    fn piece_in_table(&self, table: &Table, start: GuestOffset, end: GuestOffset) -> Result<Piece> {
+    fn piece_in_table(
+        &self,
+        table: &Table,
+        start: GuestOffset,
+        end: GuestOffset,
+    ) -> Result<MappedRange> {
         let mut piece = self.piece_of_entry(table, start, end)?;
         let mut position = piece.range.end();
         while position < end && piece.entries < ENTRIES_MAX {
@@ -167,7 +172,12 @@ impl MappingTables {
 
     /// The part of the subcluster at `start` that lies before `end`.
     #[inline]
-    fn piece_of_entry(&self, table: &Table, start: GuestOffset, end: GuestOffset) -> Result<Piece> {
+    fn piece_of_entry(
+        &self,
+        table: &Table,
+        start: GuestOffset,
+        end: GuestOffset,
+    ) -> Result<MappedRange> {
         let geometry = self.geometry();
         let size = geometry.subcluster_size();
         let in_subcluster = start.bytes() % size;
@@ -177,6 +187,6 @@ impl MappingTables {
             *host += in_subcluster;
         }
         let stop = end.min(start.saturating_add(size - in_subcluster));
-        Ok(Piece { range: span(start, stop), content, entries: 1 })
+        Ok(MappedRange { range: span(start, stop), content, entries: 1 })
     }
 }

@@ -34,7 +34,7 @@ const DIFFERENT: u8 = 1;
 const ERROR: u8 = 2;
 
 /// Bytes of each disk that a thread compares at a time with a server: its answers take longer.
-const REMOTE_PIECE: NonZeroUsize = NonZeroUsize::new(1 << 20).expect("it is not zero");
+const REMOTE_REQUEST_SIZE: NonZeroUsize = NonZeroUsize::new(1 << 20).expect("it is not zero");
 /// Threads with a server: most of them wait.
 const REMOTE_THREADS: NonZeroUsize = NonZeroUsize::new(8).expect("it is not zero");
 
@@ -131,7 +131,7 @@ fn compare(args: &CompareArgs) -> Result<Outcome, CommandError> {
     } else {
         let mut options = CompareOptions::default();
         if is_remote {
-            (options.piece, options.threads) = (REMOTE_PIECE, REMOTE_THREADS);
+            (options.request_size, options.threads) = (REMOTE_REQUEST_SIZE, REMOTE_THREADS);
         }
         let shown = Shown::new(args.progress.visibility());
         let compared = jobs::compare(&first, &second, &options, &shown.context().for_images());
