@@ -43,12 +43,12 @@ impl Acceptor {
     /// Accepts clients until the server ends. Those that wait then are closed.
     pub(crate) async fn accept(self, listener: Listener, mut shutdown: Shutdown) {
         let mut waiting = JoinSet::new();
-        let mut pace = Pace::new(Instant::now());
+        let mut rate = AcceptRate::new(Instant::now());
         loop {
             let next = async {
                 // The semaphore is never closed.
                 let ungreeted = Arc::clone(&self.ungreeted).acquire_owned().await.ok();
-                while !pace.has_room(Instant::now()) {
+                while !rate.has_room(Instant::now()) {
                     tokio::time::sleep(REFILL).await;
                 }
                 (listener.accept().await, ungreeted)
@@ -67,7 +67,7 @@ impl Acceptor {
             };
             match accepted {
                 Ok((socket, peer)) => {
-                    pace.take();
+                    rate.take();
                     let newcomer = Newcomer { socket, peer, ungreeted };
                     let Some(client) = self.admit(newcomer, &mut waiting) else { continue };
                     if self.clients.send(client).await.is_err() {
@@ -123,12 +123,12 @@ struct Newcomer {
 
 /// How many clients may be let in at the moment.
 #[derive(Debug)]
-struct Pace {
+struct AcceptRate {
     room: u32,
     since: Instant,
 }
 
-impl Pace {
+impl AcceptRate {
     const fn new(now: Instant) -> Self {
         Self { room: MOST_AT_ONCE, since: now }
     }
@@ -172,11 +172,11 @@ mod tests {
     #[test]
     fn a_fleet_is_let_in_at_once_and_a_flood_at_a_pace() {
         let start = Instant::now();
-        let mut pace = Pace::new(start);
+        let mut rate = AcceptRate::new(start);
         let mut let_in = |now| {
             let mut count = 0;
-            while pace.has_room(now) {
-                pace.take();
+            while rate.has_room(now) {
+                rate.take();
                 count += 1;
             }
             count

@@ -26,12 +26,12 @@ pub(crate) struct Budget {
 /// A part of the budget. Given back when dropped.
 #[derive(Debug)]
 pub(crate) struct Permit {
-    part: Part,
+    part: Held,
 }
 
 /// What of the budget it is. The fields are for their drops.
 #[derive(Debug)]
-enum Part {
+enum Held {
     /// Small requests take nothing.
     Nothing,
     Units {
@@ -82,7 +82,7 @@ impl Budget {
     pub(crate) fn try_take(&self, length: usize) -> Option<Permit> {
         let units = u32::try_from(length.div_ceil(UNIT)).ok()?;
         let units = Arc::clone(&self.units).try_acquire_many_owned(units).ok()?;
-        Some(Permit { part: Part::Units { units } })
+        Some(Permit { part: Held::Units { units } })
     }
 
     /// How much of it is taken, in bytes.
@@ -100,12 +100,12 @@ impl Budget {
 impl Permit {
     /// A permit for what is covered by what every connection holds anyway.
     pub(crate) const fn nothing() -> Self {
-        Self { part: Part::Nothing }
+        Self { part: Held::Nothing }
     }
 
     /// Gives back what is beyond `length` bytes.
     pub(crate) fn shrink(&mut self, length: usize) {
-        if let Part::Units { units } = &mut self.part {
+        if let Held::Units { units } = &mut self.part {
             let excess = units.num_permits().saturating_sub(length.div_ceil(UNIT));
             drop(units.split(excess));
         }
@@ -129,20 +129,20 @@ impl BudgetQueue {
         if self.waiting.is_none()
             && let Ok(units) = Arc::clone(semaphore).try_acquire_many_owned(units)
         {
-            return Poll::Ready(Permit { part: Part::Units { units } });
+            return Poll::Ready(Permit { part: Held::Units { units } });
         }
         if length <= RESERVE_LEN
             && let Some(reserve) = self.reserve.take(cx)
         {
             self.waiting = None;
-            return Poll::Ready(Permit { part: Part::Reserve { _reserve: reserve } });
+            return Poll::Ready(Permit { part: Held::Reserve { _reserve: reserve } });
         }
         let waiting = self.waiting.get_or_insert_with(|| {
             let semaphore = Arc::clone(semaphore);
             Box::pin(async move {
                 // The semaphore is never closed.
                 let units = semaphore.acquire_many_owned(units).await.ok();
-                let part = units.map_or(Part::Nothing, |units| Part::Units { units });
+                let part = units.map_or(Held::Nothing, |units| Held::Units { units });
                 Permit { part }
             })
         });

@@ -126,8 +126,8 @@ impl Quotas {
     pub(crate) fn admit(&self, client: &ClientInfo) -> Result<Admission, UsedUp> {
         let key = ClientKey::new(client);
         // One statement, under one lock: an account without connections may be forgotten.
-        let own = Place::take(self.clients().account(key)).ok_or(UsedUp::OfClient)?;
-        let total = Place::take(Arc::clone(&self.total)).ok_or(UsedUp::OfExport)?;
+        let own = CountedConnection::take(self.clients().account(key)).ok_or(UsedUp::OfClient)?;
+        let total = CountedConnection::take(Arc::clone(&self.total)).ok_or(UsedUp::OfExport)?;
         Ok(Admission { places: [own, total] })
     }
 
@@ -244,9 +244,9 @@ pub(crate) struct Reservation {
 
 /// A connection that is counted in an account.
 #[derive(Debug)]
-struct Place(Arc<Account>);
+struct CountedConnection(Arc<Account>);
 
-impl Place {
+impl CountedConnection {
     fn take(account: Arc<Account>) -> Option<Self> {
         let most = account.max_connections.load(Ordering::Relaxed);
         let most = if most == 0 { usize::MAX } else { usize::try_from(most).unwrap_or(usize::MAX) };
@@ -256,7 +256,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for CountedConnection {
     fn drop(&mut self) {
         self.0.connections.fetch_sub(1, Ordering::Relaxed);
     }
@@ -266,7 +266,7 @@ impl Drop for Place {
 /// export's, so that a client that waits for its own takes nothing from others.
 #[derive(Debug)]
 pub(crate) struct Admission {
-    places: [Place; 2],
+    places: [CountedConnection; 2],
 }
 
 impl Admission {
@@ -277,7 +277,7 @@ impl Admission {
         index: usize,
         bytes: u64,
     ) -> Option<(Option<Instant>, Reservation)> {
-        let Place(account) = self.places.get(index)?;
+        let CountedConnection(account) = self.places.get(index)?;
         let changes = account.changes();
         let mut known = None;
         let mut now = || *known.get_or_insert_with(nanoseconds_now);
@@ -291,12 +291,14 @@ impl Admission {
 
     /// Have the rates changed since something was taken, so that it is void?
     pub(crate) fn is_void(&self, index: usize, taken: Reservation) -> bool {
-        self.places.get(index).is_some_and(|Place(account)| account.changes() != taken.changes)
+        self.places
+            .get(index)
+            .is_some_and(|CountedConnection(account)| account.changes() != taken.changes)
     }
 
     /// Gives back what was taken for a request that will not begin.
     pub(crate) fn give_back(&self, index: usize, taken: Reservation) {
-        let Some(Place(account)) = self.places.get(index) else { return };
+        let Some(CountedConnection(account)) = self.places.get(index) else { return };
         if self.is_void(index, taken) {
             return;
         }

@@ -17,7 +17,7 @@ use crate::export::{
 use crate::statistics::{Outcome, Ticket};
 
 /// A request that is complete but for its execution.
-pub(super) struct Work {
+pub(super) struct PreparedRequest {
     pub(super) export: Arc<dyn Export>,
     pub(super) contexts: Arc<[(MetaContextId, MetaContextName)]>,
     pub(super) encoder: ReplyEncoder,
@@ -51,8 +51,8 @@ pub(super) enum Step {
 
 /// Carries out a request that has neither [steps](super::steps) nor content, blocking as long as it
 /// takes.
-pub(super) fn perform(work: &Work) -> Step {
-    let Work { export, writeback, request, payload, .. } = work;
+pub(super) fn perform(work: &PreparedRequest) -> Step {
+    let PreparedRequest { export, writeback, request, payload, .. } = work;
     if !work.is_flushed_later {
         return short_reply(work, execute(&**export, writeback, request, payload));
     }
@@ -65,7 +65,7 @@ pub(super) fn perform(work: &Work) -> Step {
 }
 
 /// The end of a request whose reply has no content.
-pub(super) fn short_reply(work: &Work, result: Result<(), ExportError>) -> Step {
+pub(super) fn short_reply(work: &PreparedRequest, result: Result<(), ExportError>) -> Step {
     let (tag, mut out) = (work.request.tag(), Vec::new());
     let outcome = Outcome::of(&result);
     match result {
@@ -209,7 +209,7 @@ pub(super) fn not_durable(command: &Command) -> Command {
 }
 
 /// Whether the export of a request can make everything durable that was written.
-pub(super) fn can_flush(work: &Work) -> bool {
+pub(super) fn can_flush(work: &PreparedRequest) -> bool {
     work.export.info().flags.contains(TransmissionFlags::SEND_FLUSH)
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use nbd_proto::transmission::Request;
 
 use super::answer::Answer;
-use super::dispatch::{Work, can_flush, is_durable};
+use super::dispatch::{PreparedRequest, can_flush, is_durable};
 use super::writeback_errors::WritebackErrors;
 use crate::export::{ExportEntry, ExportError, UnderWay, Waiter};
 use crate::queue::GroupId;
@@ -24,7 +24,11 @@ pub(super) struct DurableChange {
 
 impl DurableChange {
     /// For a request that is such a change, and may share a flush.
-    pub(super) fn begin(work: &Work, entry: &ExportEntry, group: GroupId) -> Option<Self> {
+    pub(super) fn begin(
+        work: &PreparedRequest,
+        entry: &ExportEntry,
+        group: GroupId,
+    ) -> Option<Self> {
         // Where every change is durable at once, nothing is saved by flushing later.
         if !is_durable(&work.request.command) || work.export.is_writethrough() || !can_flush(work) {
             return None;

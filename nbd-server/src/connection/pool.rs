@@ -8,7 +8,7 @@ use nbd_proto::transmission::{Command, ExtentLimit, ReplyEncoder, Request};
 use tokio::sync::mpsc;
 
 use super::answer::{Answer, Farewell, Held, Reply};
-use super::dispatch::{Step, Work};
+use super::dispatch::{PreparedRequest, Step};
 use super::durability::{DurableChange, FlushWaiter};
 use super::read_steps::{self, PartRead};
 use super::ring_read;
@@ -116,7 +116,7 @@ impl Pool {
     }
 
     /// Has `work` carried out on another thread.
-    pub(super) fn submit(&mut self, mut work: Work, mut permit: Permit) {
+    pub(super) fn submit(&mut self, mut work: PreparedRequest, mut permit: Permit) {
         let slots =
             if is_heavy(&work.request) { self.max_requests.div_ceil(HEAVY_PART) } else { 1 };
         let bytes = Self::memory_len(work.encoder, &work.request, work.done);
@@ -251,7 +251,7 @@ impl Reader for PooledRead {
 
 /// A request in the queue of the scheduler.
 struct RequestJob {
-    work: Work,
+    work: PreparedRequest,
     /// `None` for one without steps.
     progress: Option<Progress>,
     durable: Option<DurableChange>,
@@ -297,7 +297,7 @@ impl Job for RequestJob {
             }
             Step::Changed => {
                 let Self { work, progress, durable, answer } = *self;
-                let Work { writeback, request, payload, .. } = work;
+                let PreparedRequest { writeback, request, payload, .. } = work;
                 drop((payload, progress));
                 let waiter = FlushWaiter::new(answer, writeback, request);
                 if let Some(durable) = durable {

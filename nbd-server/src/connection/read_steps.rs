@@ -7,7 +7,7 @@
 
 use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
 
-use super::dispatch::{self, Step, Work};
+use super::dispatch::{self, PreparedRequest, Step};
 use crate::export::{
     Content, Export, ExportError, Holes, Lookup, Mapped, ReadMap, Segment, TryRead,
 };
@@ -37,7 +37,7 @@ pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) 
 }
 
 /// Reads a short reply, or all that is left of one, blocking as long as it takes.
-pub(super) fn read(work: &Work) -> Step {
+pub(super) fn read(work: &PreparedRequest) -> Step {
     let mut reader = Reader::new(work, Class::Wait);
     let read = reader.read();
     reader.finish(read)
@@ -57,8 +57,8 @@ pub(super) struct PartRead {
 
 impl PartRead {
     /// For a request of any length, if the holes in its range are all that is not known.
-    pub(super) fn for_holes(work: &Work) -> Option<Self> {
-        let Work { export, encoder, request, done, .. } = work;
+    pub(super) fn for_holes(work: &PreparedRequest) -> Option<Self> {
+        let PreparedRequest { export, encoder, request, done, .. } = work;
         if !matches!(request.command, Command::Read(_)) {
             return None;
         }
@@ -69,7 +69,7 @@ impl PartRead {
     }
 
     /// For a request that is longer than a step.
-    pub(super) fn new(work: &Work) -> Option<Self> {
+    pub(super) fn new(work: &PreparedRequest) -> Option<Self> {
         let is_split = dispatch::holes_of(work.encoder, &work.request) == Holes::Told;
         let is_long = work.request.length > STEP_LEN as u64;
         (is_split && is_long).then_some(Self { class: Class::Compute })
@@ -81,7 +81,7 @@ impl PartRead {
     }
 
     /// Reads the part, or as much of it as takes no waiting.
-    pub(super) fn call(&mut self, work: &Work) -> Step {
+    pub(super) fn call(&mut self, work: &PreparedRequest) -> Step {
         let mut reader = Reader::new(work, self.class);
         let read = reader.read();
         self.class = match read {
@@ -107,7 +107,7 @@ enum Stop {
 
 /// One step of a READ, which makes a part of its reply.
 struct Reader<'a> {
-    work: &'a Work,
+    work: &'a PreparedRequest,
     class: Class,
     /// Bytes that were to be read when the step began.
     length: usize,
@@ -119,7 +119,7 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(work: &'a Work, class: Class) -> Self {
+    fn new(work: &'a PreparedRequest, class: Class) -> Self {
         // Validation has bounded the length to the maximum payload.
         let length = usize::try_from(work.request.length).unwrap_or(0).saturating_sub(work.done);
         let room = memory_len(work.encoder, &work.request, work.done);
@@ -142,7 +142,7 @@ impl<'a> Reader<'a> {
 
     /// What follows consists of, or its first part.
     fn map(&self) -> Result<ReadMap, Stop> {
-        let Work { export, encoder, request, done, .. } = self.work;
+        let PreparedRequest { export, encoder, request, done, .. } = self.work;
         let start = request.offset + *done as u64;
         match (dispatch::holes_of(*encoder, request), self.class) {
             (Holes::AsData, _) => Ok(ReadMap::of_export(self.length)),
@@ -162,7 +162,7 @@ impl<'a> Reader<'a> {
     }
 
     fn push(&mut self, part: &Segment) -> Result<(), Stop> {
-        let Work { encoder, request, done, .. } = self.work;
+        let PreparedRequest { encoder, request, done, .. } = self.work;
         let at = request.offset + (*done + self.answered) as u64;
         let position = position(self.answered + part.length, self.length);
         match &part.content {
@@ -183,7 +183,7 @@ impl<'a> Reader<'a> {
 
     /// Reads a chunk of data, as far as there is room for it.
     fn read_data(&mut self, (at, wanted): (u64, usize)) -> Result<(), Stop> {
-        let Work { export, encoder, request, .. } = self.work;
+        let PreparedRequest { export, encoder, request, .. } = self.work;
         let length = wanted.min(self.room);
         if length == 0 {
             return Err(Stop::Full);
@@ -220,7 +220,7 @@ impl<'a> Reader<'a> {
                 Step::Part { bytes: self.out, done: self.work.done + self.answered }
             }
             Err(Stop::Failed(error, at)) => {
-                let Work { encoder, request, .. } = self.work;
+                let PreparedRequest { encoder, request, .. } = self.work;
                 end_with((error, at), *encoder, request, &mut self.out);
                 Step::Done(self.out, Outcome::Failure)
             }
@@ -247,7 +247,7 @@ pub(super) struct WholeRead {
 
 impl WholeRead {
     /// For a request whose reply cannot be sent in parts and is longer than a step.
-    pub(super) fn new(work: &Work) -> Option<Self> {
+    pub(super) fn new(work: &PreparedRequest) -> Option<Self> {
         let length = usize::try_from(work.request.length).ok()?;
         let is_whole = dispatch::holes_of(work.encoder, &work.request) == Holes::AsData;
         if !is_whole || length <= STEP_LEN {
@@ -266,7 +266,7 @@ impl WholeRead {
     }
 
     /// Reads a step, if that takes no waiting; otherwise the one after this reads it.
-    pub(super) fn call(&mut self, work: &Work) -> Step {
+    pub(super) fn call(&mut self, work: &PreparedRequest) -> Step {
         let length = usize::try_from(work.request.length).unwrap_or(0);
         let offset = work.request.offset + self.filled as u64;
         let start = self.reply.len();

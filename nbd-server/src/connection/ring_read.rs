@@ -2,15 +2,15 @@
 
 use nbd_proto::transmission::{Command, Position};
 
-use super::dispatch::{self, Work};
+use super::dispatch::{self, PreparedRequest};
 use super::read_steps;
-use crate::export::{Holes, Place};
+use crate::export::{Holes, Placement};
 use crate::ring::RingRead;
 
 /// What is to be read for a request; `None` if it is no READ, a long one, or one whose bytes are not in one
 /// piece of one file.
-pub(super) fn plan(work: &Work) -> Option<RingRead> {
-    let Work { export, encoder, request, done, .. } = work;
+pub(super) fn plan(work: &PreparedRequest) -> Option<RingRead> {
+    let PreparedRequest { export, encoder, request, done, .. } = work;
     let length = request.data_len().checked_sub(*done)?;
     let (tag, holes) = (request.tag(), dispatch::holes_of(*encoder, request));
     let is_short = (1..=read_steps::STEP_LEN).contains(&length);
@@ -30,10 +30,10 @@ pub(super) fn plan(work: &Work) -> Option<RingRead> {
         let around = if found.is_none() { &mut head } else { &mut tail };
         let size = part.length as u32;
         match (part.place, holes) {
-            (Place::Zero, Holes::Told) => encoder.hole(tag, at, size, position, around),
-            (Place::Zero, Holes::AsData) => around.resize(around.len() + part.length, 0),
-            (Place::File { .. }, _) if found.is_some() => return None,
-            (Place::File { number, offset }, _) => {
+            (Placement::Zero, Holes::Told) => encoder.hole(tag, at, size, position, around),
+            (Placement::Zero, Holes::AsData) => around.resize(around.len() + part.length, 0),
+            (Placement::File { .. }, _) if found.is_some() => return None,
+            (Placement::File { number, offset }, _) => {
                 if holes == Holes::Told {
                     encoder.data_header(tag, at, size, position, around);
                 }

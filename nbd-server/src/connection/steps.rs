@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use nbd_proto::transmission::{Command, Request};
 use nbd_proto::wire::{BlockDescriptor, Errno, MetaContextId};
 
-use super::dispatch::{self, Step, Work, can_flush, is_durable, not_durable};
+use super::dispatch::{self, PreparedRequest, Step, can_flush, is_durable, not_durable};
 use super::read_steps::{self, PartRead, WholeRead};
 use crate::export::{Descriptors, ExportError, MayBlock, Operation};
 use crate::queue::Class;
@@ -37,7 +37,7 @@ pub(super) enum Progress {
 }
 
 /// What the next step of a request spends its time on.
-pub(super) fn class(work: &Work, progress: Option<&Progress>) -> Class {
+pub(super) fn class(work: &PreparedRequest, progress: Option<&Progress>) -> Class {
     match (&work.request.command, progress) {
         (Command::BlockStatus(..), _) => Class::Compute,
         (_, Some(Progress::Part(read))) => read.class(),
@@ -65,7 +65,7 @@ fn operation_of(request: &Request) -> Option<Operation> {
 }
 
 /// Carries a request out as far as one step goes, blocking as long as that takes.
-pub(super) fn advance(work: &Work, progress: Option<&mut Progress>) -> Step {
+pub(super) fn advance(work: &PreparedRequest, progress: Option<&mut Progress>) -> Step {
     let Some(progress) = progress else {
         return match work.request.command {
             Command::Read(_) => read_steps::read(work),
@@ -88,7 +88,7 @@ pub(super) fn advance(work: &Work, progress: Option<&mut Progress>) -> Step {
 }
 
 /// The first state of a request that has steps in the pool.
-pub(super) fn begin(work: &Work) -> Option<Progress> {
+pub(super) fn begin(work: &PreparedRequest) -> Option<Progress> {
     let request = &work.request;
     match &request.command {
         Command::BlockStatus(_, wanted) => {
@@ -122,7 +122,7 @@ pub(super) struct StatusWalk {
 }
 
 impl StatusWalk {
-    fn new(work: &Work, mut wanted: Vec<usize>) -> Self {
+    fn new(work: &PreparedRequest, mut wanted: Vec<usize>) -> Self {
         wanted.reverse();
         let found = Descriptors::new(work.max_descriptors);
         Self { wanted, answers: Vec::new(), found, at: work.request.offset, calls: 0 }
@@ -130,7 +130,7 @@ impl StatusWalk {
 
     /// One call of the export. Every context is asked before the first chunk is written: an error
     /// cannot follow a chunk that ended the reply.
-    fn call(&mut self, work: &Work) -> Step {
+    fn call(&mut self, work: &PreparedRequest) -> Step {
         let request = &work.request;
         let Some((id, name)) = self.wanted.last().and_then(|index| work.contexts.get(*index))
         else {
@@ -202,7 +202,7 @@ impl ChangeWalk {
         Self { at: request.offset, end, length, is_flush_due: false }
     }
 
-    fn call(&mut self, work: &Work) -> Step {
+    fn call(&mut self, work: &PreparedRequest) -> Step {
         let request = &work.request;
         if self.is_flush_due {
             // One flush for all parts. It speaks for the writes of others as well: EIO tells them.

@@ -198,13 +198,13 @@ impl FastExport for MemoryExport {
 }
 
 /// The part of a range that lies in one page.
-struct Part {
+struct PagePart {
     page: u64,
     start: usize,
     length: usize,
 }
 
-fn parts(offset: u64, length: u64) -> impl Iterator<Item = Part> {
+fn parts(offset: u64, length: u64) -> impl Iterator<Item = PagePart> {
     let end = offset + length;
     let mut next = offset;
     std::iter::from_fn(move || {
@@ -213,7 +213,8 @@ fn parts(offset: u64, length: u64) -> impl Iterator<Item = Part> {
         }
         let start = next % PAGE_SIZE;
         let length = (PAGE_SIZE - start).min(end - next);
-        let part = Part { page: next / PAGE_SIZE, start: start as usize, length: length as usize };
+        let part =
+            PagePart { page: next / PAGE_SIZE, start: start as usize, length: length as usize };
         next += length;
         Some(part)
     })

@@ -30,7 +30,7 @@ pub(crate) use flushes::{DurabilityFailures, UnderWay, Waiter};
 pub use image::{CountedLayers, ImageExport};
 pub use info::{ExportError, ExportInfo};
 pub use memory::MemoryExport;
-pub use placed_read::{Place, PlacedFile, PlacedPart, PlacedRead};
+pub use placed_read::{PlacedFile, PlacedPart, PlacedRead, Placement};
 pub use read_map::{Content, FileSpan, Holes, Lookup, Mapped, ReadMap, Segment};
 pub use registry::ExportRegistry;
 

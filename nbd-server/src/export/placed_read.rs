@@ -19,13 +19,13 @@ pub struct PlacedPart {
     /// Its length in bytes; not zero.
     pub length: usize,
     /// Where its bytes are.
-    pub place: Place,
+    pub place: Placement,
 }
 
 impl PlacedPart {
     /// Creates a part of `length` bytes, at least one.
     #[must_use]
-    pub const fn new(length: usize, place: Place) -> Self {
+    pub const fn new(length: usize, place: Placement) -> Self {
         Self { length, place }
     }
 }
@@ -33,7 +33,7 @@ impl PlacedPart {
 /// Where the bytes of a part are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Place {
+pub enum Placement {
     /// They are zeroes.
     Zero,
     /// In a file.

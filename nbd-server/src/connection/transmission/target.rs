@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nbd_proto::transmission::{Command, ReplyEncoder, Request};
 use nbd_proto::wire::{MetaContextId, MetaContextName};
 
-use super::super::dispatch::{self, Work};
+use super::super::dispatch::{self, PreparedRequest};
 use super::super::handshake::Established;
 use super::super::writeback_errors::WritebackErrors;
 use crate::export::{
@@ -50,8 +50,8 @@ impl Target {
         ticket: Ticket,
         payload: Vec<u8>,
         done: usize,
-    ) -> Work {
-        Work {
+    ) -> PreparedRequest {
+        PreparedRequest {
             export: Arc::clone(&self.export),
             contexts: Arc::clone(&self.contexts),
             encoder: self.encoder,

@@ -118,25 +118,25 @@ impl Window {
             return Err(WindowError::Misaligned { offset, minimum });
         }
         let size = self.size.unwrap_or(whole.saturating_sub(offset));
-        Ok(Arc::new(Part { inner, offset, size }))
+        Ok(Arc::new(WindowExport { inner, offset, size }))
     }
 }
 
 /// The server keeps requests within the size, so that no sum here leaves the inner disk.
-struct Part {
+struct WindowExport {
     inner: Arc<dyn Export>,
     offset: u64,
     size: u64,
 }
 
-impl Part {
+impl WindowExport {
     fn inside(&self, offset: u64) -> Result<u64, ExportError> {
         let outside = || ExportError::new(Errno::EINVAL, "the range is outside the export");
         self.offset.checked_add(offset).ok_or_else(outside)
     }
 }
 
-impl Filter for Part {
+impl Filter for WindowExport {
     fn inner(&self) -> &dyn Export {
         &*self.inner
     }

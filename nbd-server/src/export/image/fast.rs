@@ -7,7 +7,7 @@ use imgfmt::{GuestOffset, Storage};
 use super::{ImageExport, translate};
 use crate::export::{
     Durability, ExportError, FastExport, FileSpan, Holes, Lookup, Mapped, MayBlock, Operation,
-    Place, PlacedFile, PlacedPart, PlacedRead, ReadMap, TryRead, TryWrite,
+    PlacedFile, PlacedPart, PlacedRead, Placement, ReadMap, TryRead, TryWrite,
 };
 
 /// Longest write that is carried out where it stands: a copy into the page cache. A longer one
@@ -138,9 +138,9 @@ impl ImageRead {
                         files.push(Arc::clone(span.storage));
                         files.len() - 1
                     });
-                    Place::File { number, offset: span.offset.bytes() }
+                    Placement::File { number, offset: span.offset.bytes() }
                 }
-                content if content.is_zero() => Place::Zero,
+                content if content.is_zero() => Placement::Zero,
                 _ => return None,
             };
             parts.push(PlacedPart { length: mapping.range.length() as usize, place });
