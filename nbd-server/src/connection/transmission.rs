@@ -6,6 +6,7 @@
 //! ready.
 
 mod backlog;
+mod execute;
 mod incoming;
 mod read;
 mod replies;
@@ -16,9 +17,6 @@ mod watch;
 use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
-use nbd_proto::transmission::{Command, Request};
-
-use super::answer::Unfinished;
 use super::error::{Awaiting, ConnectionError};
 use super::handshake::Established;
 use super::polling::Polling;
@@ -26,13 +24,12 @@ use super::read_strategy::{Idle, ReadStrategy};
 use super::room::Room;
 use super::shared::Shared;
 use super::socket::Socket;
-use super::turn::{BARREN_COST, REQUEST_COST, Thread, Turn};
-use crate::export::ExportError;
+use super::turn::{BARREN_COST, Thread, Turn};
 use crate::shutdown::{Phase, Shutdown};
-use crate::statistics::{Outcome, Tally, Ticket};
-use backlog::{Admitted, Backlog};
-use incoming::{Arrival, Incoming, Payload, Received};
-use read::{Answering, PromptReads, Rest};
+use crate::statistics::Tally;
+use backlog::Backlog;
+use incoming::{Incoming, Received};
+use read::PromptReads;
 use replies::Replies;
 use target::Target;
 use throttle::Throttle;
@@ -221,199 +218,6 @@ impl Session {
         let was_busy = self.is_busy();
         self.replies.flush(cx, &mut self.socket, &mut self.turn)?;
         Ok(was_busy && !self.is_busy())
-    }
-
-    /// Carries out what has been received, as far as it may.
-    fn execute(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
-        let executed = self.execute_received(cx);
-        self.tally.settle(self.backlog.len());
-        executed
-    }
-
-    fn execute_received(&mut self, cx: &mut Context<'_>) -> Result<bool, ConnectionError> {
-        let mut progress = false;
-        loop {
-            if self.backlog.is_waiting() {
-                match self.backlog.admit(cx, &self.target) {
-                    Admitted::No => return Ok(progress),
-                    Admitted::ToPool => {}
-                    Admitted::Payload(request, permit) => self.incoming.expect(request, permit),
-                }
-                progress = true;
-            }
-            self.replies.ask_for_room(&mut self.room);
-            if !self.replies.are_many(&self.room)
-                && !self.turn.is_over()
-                && let Some(unfinished) = self.backlog.next_unfinished()
-            {
-                self.read_on(unfinished);
-                progress = true;
-                continue;
-            }
-            if self.is_busy() {
-                return Ok(progress);
-            }
-            if self.turn.is_over() {
-                return Ok(true);
-            }
-            let Some(arrival) = self.incoming.next()? else { return Ok(progress) };
-            if !self.throttle.admits(cx, &arrival) {
-                return Ok(progress);
-            }
-            if !self.begin(arrival) {
-                return Ok(progress);
-            }
-            progress = true;
-        }
-    }
-
-    /// Carries out what has arrived or prepares to; false if a payload is waited for.
-    fn begin(&mut self, arrival: Arrival) -> bool {
-        match arrival {
-            Arrival::Request(request, header_len) => {
-                let has_begun = self.begin_request(request, header_len);
-                if has_begun {
-                    self.throttle.begun();
-                }
-                return has_begun;
-            }
-            Arrival::Refused(rejection, _) => {
-                self.incoming.refused();
-                self.throttle.begun();
-                self.turn.spend(REQUEST_COST);
-                self.tally.answer(rejection.tag.command.into(), 0, Outcome::Failure);
-                self.replies.refuse(rejection);
-            }
-            Arrival::Payload(request, payload, permit) => {
-                // The system may hold a writer up, for the lock of the file or because too many
-                // pages are dirty: the pool waits for that if the wait would delay other clients.
-                let is_elsewhere = self.turn.has_light_company();
-                let written =
-                    if is_elsewhere { None } else { self.target.write_now(&request, &payload) };
-                match written {
-                    Some(result) => {
-                        self.answer(&request, result);
-                        self.incoming.keep(payload);
-                    }
-                    None => {
-                        let ticket = self.ticket(&request);
-                        self.backlog.submit(&self.target, (request, ticket), payload, permit);
-                    }
-                }
-            }
-        }
-        true
-    }
-
-    fn begin_request(&mut self, request: Request, header_len: usize) -> bool {
-        let offset = request.offset;
-        let length = request.data_len();
-        let payload = matches!(request.command, Command::Write(_))
-            .then(|| self.incoming.payload(header_len, length));
-        if matches!(payload, Some(Payload::Expected)) {
-            // It comes by here again with each piece of it: nothing may count before it is whole.
-            return false;
-        }
-        tracing::debug!(command = ?request.command, offset, length = request.length, "request");
-        self.read_strategy.count(length);
-        // A READ is charged as its bytes move.
-        let at_once = if matches!(request.command, Command::Read(_)) { 0 } else { length };
-        self.turn.spend(REQUEST_COST.saturating_add(at_once));
-        self.tally.begin(request.command.command_type().into(), offset, request.length);
-        match request.command {
-            Command::Disconnect => {
-                self.incoming.close();
-                self.backlog.say_farewell();
-            }
-            Command::Write(_) => {
-                let is_received = matches!(payload, Some(Payload::Received));
-                self.begin_write(request, header_len, is_received);
-            }
-            Command::Read(_) => {
-                self.incoming.consume(header_len);
-                self.read(request);
-            }
-            _ => {
-                self.incoming.consume(header_len);
-                match self.target.execute_now(&request) {
-                    Some(result) => self.answer(&request, result),
-                    None => self.leave_to_pool(request, Vec::new()),
-                }
-            }
-        }
-        true
-    }
-
-    /// Answers a request at once, without content.
-    fn answer(&mut self, request: &Request, result: Result<(), ExportError>) {
-        let kind = request.command.command_type().into();
-        self.tally.answer(kind, request.length, Outcome::of(&result));
-        self.replies.answer(request, result);
-    }
-
-    fn leave_to_pool(&mut self, request: Request, payload: Vec<u8>) {
-        let ticket = self.ticket(&request);
-        self.backlog.leave_to_pool(request, ticket, payload, 0);
-    }
-
-    fn ticket(&self, request: &Request) -> Ticket {
-        self.tally.ticket(request.command.command_type().into(), request.length)
-    }
-
-    /// A WRITE whose payload has been received, or is so long that it gets its own buffer.
-    fn begin_write(&mut self, request: Request, header_len: usize, is_received: bool) {
-        let length = request.data_len();
-        if is_received {
-            let payload = self.incoming.received(header_len, length);
-            let written = self.target.write_now(&request, payload);
-            let payload = if written.is_none() { payload.to_vec() } else { Vec::new() };
-            match written {
-                Some(result) => self.answer(&request, result),
-                None => self.leave_to_pool(request, payload),
-            }
-            self.incoming.consume(header_len + length);
-        } else {
-            self.incoming.consume(header_len);
-            self.backlog.wait_for_payload(request);
-        }
-        self.incoming.expect_payloads_like(length);
-    }
-
-    /// Answers a READ from the page cache, or has the pool read it.
-    fn read(&mut self, request: Request) {
-        let (reads, mut answering) = self.answering();
-        let read = reads.read(&request, &mut answering);
-        let kind = request.command.command_type().into();
-        match read {
-            Ok(()) => self.tally.answer(kind, request.length, Outcome::Success),
-            Err(rest) => {
-                let ticket = self.ticket(&request);
-                self.leave_rest(request, ticket, rest);
-            }
-        }
-    }
-
-    /// Goes on with a READ of which a part is answered.
-    fn read_on(&mut self, Unfinished { request, done, ticket }: Unfinished) {
-        let (reads, mut answering) = self.answering();
-        match reads.read_on(&request, done, &mut answering) {
-            Ok(()) => self.tally.answer_later(Some((ticket, Outcome::Success))),
-            Err(rest) => self.leave_rest(request, ticket, rest),
-        }
-    }
-
-    fn answering(&mut self) -> (&mut PromptReads, Answering<'_>) {
-        let Self { target, replies, turn, reads, .. } = self;
-        (reads, Answering { target, replies, turn })
-    }
-
-    fn leave_rest(&mut self, request: Request, ticket: Ticket, rest: Rest) {
-        match rest {
-            Rest::ForPool { done } => {
-                self.backlog.leave_to_pool(request, ticket, Vec::new(), done);
-            }
-            Rest::NextTurn { done } => self.backlog.put_off(Unfinished { request, done, ticket }),
-        }
     }
 
     /// Reads from the socket, if anything can be done with what comes.
