@@ -55,7 +55,7 @@ impl<L: ?Sized> KnownDepths<L> {
     }
 }
 
-/// A part of the disk of which is remembered who has it.
+/// A part of the disk, with the layer that has its content.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Granule(u64);
 

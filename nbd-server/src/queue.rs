@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use flow::{CLASSES, Flow, Group};
 pub(crate) use flow::{Class, Cost, FlowId, GroupId};
 
-/// How far behind the others a flow that was idle may be, in nanoseconds.
+/// How far before the present service an idle flow may continue, in nanoseconds.
 const HEAD_START: u64 = 2_000_000;
 
 /// A job may start while its flow, and its export, have fewer running than so many times the
@@ -132,7 +132,7 @@ impl<J> FairQueue<J> {
         }
     }
 
-    /// Queues a job behind the others of its flow and class. The job comes back if the flow was
+    /// Queues a job after the others of its flow and class. The job is returned if the flow was
     /// closed.
     pub(crate) fn push(&mut self, flow: FlowId, cost: Cost, job: J) -> Result<(), J> {
         self.unready(flow);

@@ -1,9 +1,9 @@
-//! The reads of one worker thread that have to wait for a disk, through io_uring.
+//! Reads that have to wait for a disk, through io_uring: one ring for each worker thread.
 //!
-//! A connection begins them, all those of a turn with one system call, and a task of the same thread takes
-//! the results: no other thread is woken. Reads that a ring cannot do, or does not do well (errors, ends of
-//! files), go back to the pool of threads. Where the system has no io_uring, or the server is not
-//! to use it, the pool does everything.
+//! A connection starts all reads of a turn with one system call, and a task of the same thread takes the
+//! results, so no other thread is woken. Reads that a ring cannot carry out completely (errors, ends of
+//! files) go back to the pool of threads. Without io_uring, or if the configuration switches it off, the
+//! pool does everything.
 
 mod share;
 
@@ -18,10 +18,10 @@ use crate::export::PlacedRead;
 use crate::sys::uring::{Ended, READS_MAX, Ring};
 use share::{ReaderId, Shares};
 
-/// How long a worker that ends waits for reads whose clients have left.
+/// How long a worker that ends waits for the reads of clients that have left.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A read that is to be done: bytes of one file between bytes that are known.
+/// A read to be carried out: bytes of one file, between bytes that are known already.
 pub(crate) struct RingRead {
     /// Where the bytes are. It is kept until they have arrived.
     pub(crate) placed: Box<dyn PlacedRead>,
@@ -39,11 +39,11 @@ pub(crate) trait Reader: Send {
     /// All bytes: the head, those of the file, and the tail.
     fn filled(self: Box<Self>, bytes: Vec<u8>);
 
-    /// It has to be read in another way.
+    /// The ring has not read it: the pool has to.
     fn failed(self: Box<Self>);
 }
 
-/// The ring of a worker thread, if it has one. A clone is the same.
+/// The ring of a worker thread, if it has one. Clones refer to the same ring.
 #[derive(Clone, Default)]
 pub(crate) struct RingHandle(Option<Arc<Mutex<State>>>);
 
@@ -62,18 +62,18 @@ pub(crate) struct RingLane {
 
 struct State {
     ring: Ring,
-    /// Those that wait, and what has been started of each connection.
+    /// The waiting reads, and the started reads of each connection.
     shares: Shares<(RingRead, Box<dyn Reader>)>,
-    /// Those that have not ended, by their numbers.
+    /// The started reads, by their numbers.
     reads: Vec<Option<(Flight, Box<dyn Reader>)>>,
-    /// The ring does not work any more.
+    /// The ring has failed and is not used any more.
     is_broken: bool,
 }
 
-/// The receiver, and the bytes; `None` if they have to be read in another way.
+/// The receiver, and the bytes; `None` if the pool has to read them.
 type Outcome = (Box<dyn Reader>, Option<Vec<u8>>);
 
-/// What is to be done with the bytes when they have arrived.
+/// A started read: its receiver, and what it holds until it has ended.
 struct Flight {
     /// The connection, and how many of its bytes the read counts for.
     id: ReaderId,
@@ -84,9 +84,9 @@ struct Flight {
 }
 
 enum Layout {
-    /// They arrive in their place.
+    /// They are read directly into their place.
     InPlace { length: usize, tail: Vec<u8> },
-    /// They are in whole blocks, from byte `at` of the buffer on, behind `skipped` others.
+    /// Whole blocks are read: the bytes begin at byte `at` of the buffer, after `skipped` others.
     InBlocks { at: usize, skipped: usize, length: usize, head: Vec<u8>, tail: Vec<u8> },
 }
 
@@ -122,7 +122,7 @@ impl RingLane {
         failed.into_iter().for_each(Reader::failed);
     }
 
-    /// Tells the system of the reads that have begun.
+    /// Submits the reads that have begun to the kernel.
     pub(crate) fn submit(&self) {
         let Some(mut state) = self.ring.lock() else { return };
         let failed = state.submit();
@@ -133,7 +133,7 @@ impl RingLane {
 
 impl Drop for RingLane {
     fn drop(&mut self) {
-        // What they hold is let go without the lock.
+        // Their files and leases are released without the lock.
         let abandoned = self.ring.lock().map(|mut state| state.shares.close(self.id));
         drop(abandoned);
     }
@@ -248,7 +248,7 @@ impl State {
 }
 
 impl Layout {
-    /// Everything in one piece; `None` if bytes are missing.
+    /// Joins all bytes; `None` if some are missing.
     fn finish(self, mut buffer: Vec<u8>, read: usize) -> Option<Vec<u8>> {
         match self {
             Self::InPlace { length, tail } => {
@@ -274,11 +274,11 @@ pub(crate) struct RingDriver {
 }
 
 impl RingDriver {
-    /// Gives results to their receivers, for ever.
+    /// Hands results to their receivers; it never returns.
     ///
     /// # Cancel safety
     ///
-    /// Nothing is lost when it is dropped; [`end`](Self::end) takes the rest.
+    /// Safe: no result is lost, because [`end`](Self::end) takes the rest.
     pub(crate) async fn run(&self) {
         // It fails only when the runtime ends.
         while let Ok(mut ready) = self.descriptor.readable().await {
@@ -299,7 +299,7 @@ impl RingDriver {
         }
     }
 
-    /// Waits for reads whose clients have left, but not for ever: a disk may hang.
+    /// Waits for the reads of clients that have left, for a bounded time: a disk may hang.
     pub(crate) async fn end(self) {
         let start = Instant::now();
         while lock(&self.state).ring.in_flight() > 0 && start.elapsed() < PATIENCE {

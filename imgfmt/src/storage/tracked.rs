@@ -31,8 +31,8 @@ impl Tracked {
         self.may_be_unsynced.load(SeqCst)
     }
 
-    /// Carries a change out, which is noted before, as it may fail in the middle, and after: a sync in
-    /// between need not cover it.
+    /// Carries out a change. It is noted before, because it may fail in the middle, and after, because a
+    /// sync in between need not cover it.
     fn change<T>(&self, change: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
         self.note();
         let result = change();

@@ -1,9 +1,9 @@
 //! READs in the pool, in steps.
 //!
-//! A reply that may be split goes out in parts: a step reads as much as memory is lent for, and the
-//! connection goes on with the rest once there is room for it. One that may not (simple replies, DF) is
-//! gathered in one buffer, so that a bad sector is still answered with an error: behind the header
-//! of such a reply nothing could be said but by closing the connection.
+//! A reply that may be split is sent in parts: a step reads as much as it has memory for, and the
+//! connection continues with the rest when there is room for it. A reply that must not be split (simple
+//! replies, DF) is gathered in one buffer, so that a bad sector is still answered with an error: after
+//! the header of such a reply, an error could only close the connection.
 
 use nbd_proto::transmission::{Command, Position, ReplyEncoder, Request};
 
@@ -17,9 +17,9 @@ use crate::statistics::Outcome;
 /// Data that is read in one step, in bytes.
 pub(super) const STEP_LEN: usize = 1 << 20;
 
-/// When a long read fails, the part in front of the failure is found in steps of this many bytes.
+/// Size, in bytes, of the steps in which the readable part before a failure is found.
 const RETRY_LEN: usize = 64 * 1024;
-/// ... and then of this many: the smallest unit in which disks fail today.
+/// Size, in bytes, of the steps after those: the smallest unit in which current disks fail.
 const SECTOR_LEN: usize = 4096;
 
 /// Whether a READ takes several steps, if its reply may be split.
@@ -27,7 +27,7 @@ pub(super) fn is_long(request: &Request) -> bool {
     matches!(request.command, Command::Read(_)) && request.data_len() > STEP_LEN
 }
 
-/// Memory that the next step of a READ takes of which `done` bytes are answered, in bytes.
+/// Memory, in bytes, for the next step of a READ of which `done` bytes are answered.
 pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) -> usize {
     let rest = request.data_len().saturating_sub(done);
     match dispatch::holes_of(encoder, request) {
@@ -36,7 +36,7 @@ pub(super) fn memory_len(encoder: ReplyEncoder, request: &Request, done: usize) 
     }
 }
 
-/// Reads a short reply, or all that is left of one, blocking as long as it takes.
+/// Reads a short reply, or the rest of one, and blocks until it is complete.
 pub(super) fn read(work: &PreparedRequest) -> Step {
     let mut reader = Reader::new(work, Class::Wait);
     let read = reader.read();
@@ -46,10 +46,10 @@ pub(super) fn read(work: &PreparedRequest) -> Step {
 /// The next part of a READ whose reply may be split: of a long one, or of one whose holes are not
 /// known.
 ///
-/// It is tried without waiting first, which is work that computes. Where holes have to be looked for
-/// that is work as well, of a few microseconds if the system has the extents of the file in memory:
-/// dozens of threads that do so would only take the processors from the connections. What has to wait
-/// for the disk is of a class of its own for the queue.
+/// It is first tried without waiting, as a job that computes. Looking for holes computes too: it takes a
+/// few microseconds if the extents of the file are in memory, and dozens of threads that do so would only
+/// take the processors from the connections. A step that waits for the disk has another class in the
+/// queue.
 #[derive(Debug)]
 pub(super) struct PartRead {
     class: Class,
@@ -75,12 +75,12 @@ impl PartRead {
         (is_split && is_long).then_some(Self { class: Class::Compute })
     }
 
-    /// What the step does.
+    /// The class of the step in the queue.
     pub(super) const fn class(&self) -> Class {
         self.class
     }
 
-    /// Reads the part, or as much of it as takes no waiting.
+    /// Reads the part, or as much of it as is possible without waiting.
     pub(super) fn call(&mut self, work: &PreparedRequest) -> Step {
         let mut reader = Reader::new(work, self.class);
         let read = reader.read();
@@ -93,15 +93,15 @@ impl PartRead {
     }
 }
 
-/// Why no more is read.
+/// The reason why a step ends.
 enum Stop {
     /// The memory of this step is used up.
     Full,
-    /// It would have to be waited for.
+    /// The rest has to wait for the disk.
     WouldBlock,
-    /// The system has to be asked where there are holes.
+    /// The file system has to be asked for holes.
     HolesUnknown,
-    /// It cannot be read, from this offset (in bytes) on.
+    /// Bytes from this offset on cannot be read.
     Failed(ExportError, u64),
 }
 
@@ -114,7 +114,7 @@ struct Reader<'a> {
     out: Vec<u8>,
     /// How many of them are in `out`, or are holes.
     answered: usize,
-    /// Bytes that may still be read.
+    /// Number of bytes that the step may still read.
     room: usize,
 }
 
@@ -140,7 +140,7 @@ impl<'a> Reader<'a> {
         if self.answered < self.length { Err(Stop::Full) } else { Ok(()) }
     }
 
-    /// What follows consists of, or its first part.
+    /// Maps the rest of the range, or its first part.
     fn map(&self) -> Result<ReadMap, Stop> {
         let PreparedRequest { export, encoder, request, done, .. } = self.work;
         let start = request.offset + *done as u64;
@@ -181,7 +181,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Reads a chunk of data, as far as there is room for it.
+    /// Reads a chunk of data, as much as there is room for.
     fn read_data(&mut self, (at, wanted): (u64, usize)) -> Result<(), Stop> {
         let PreparedRequest { export, encoder, request, .. } = self.work;
         let length = wanted.min(self.room);
@@ -232,10 +232,10 @@ const fn position(answered: usize, length: usize) -> Position {
     if answered == length { Position::Last } else { Position::More }
 }
 
-/// A long READ whose reply is one piece, and is gathered before it is sent.
+/// A long READ whose reply must not be split: it is gathered before it is sent.
 ///
-/// Each step is tried without waiting first. That computes, and a step that waits does not: the two
-/// are of different classes for the queue.
+/// Each step is first tried without waiting. That computes, and a step that waits does not, so they have
+/// different classes in the queue.
 #[derive(Debug)]
 pub(super) struct WholeRead {
     reply: Vec<u8>,
@@ -260,12 +260,12 @@ impl WholeRead {
         Some(Self { reply, header_len, filled: 0, class: Class::Compute })
     }
 
-    /// What the next step does.
+    /// The class of the next step in the queue.
     pub(super) const fn class(&self) -> Class {
         self.class
     }
 
-    /// Reads a step, if that takes no waiting; otherwise the one after this reads it.
+    /// Reads a step if that is possible without waiting; otherwise the next step reads it and waits.
     pub(super) fn call(&mut self, work: &PreparedRequest) -> Step {
         let length = usize::try_from(work.request.length).unwrap_or(0);
         let offset = work.request.offset + self.filled as u64;
@@ -338,7 +338,7 @@ fn read_part(
     };
     out.truncate(data_start + good);
     if good > 0 {
-        // A bad sector costs the client the bytes from there on, not those in front of it. The
+        // A bad sector costs the client the bytes from there on, not those before it. The
         // header has the same length as the first one.
         let mut header = out.get_mut(start..data_start).unwrap_or_default();
         let tag = request.tag();
@@ -364,8 +364,8 @@ fn end_with(
     }
 }
 
-/// Reads again in small steps; the number of bytes in front of the first failure. At least one
-/// sector at the end counts as failed, because the whole read did.
+/// Reads again in small steps; returns the number of bytes before the first failure. At least one
+/// sector at the end counts as failed, because the read as a whole failed.
 fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
     let mut good = 0;
     for step in [RETRY_LEN, SECTOR_LEN] {
@@ -381,7 +381,7 @@ fn readable(export: &dyn Export, offset: u64, buffer: &mut [u8]) -> usize {
             good = end;
         }
     }
-    // It was readable after all: a passing fault. The reply still has to carry an error, and it is
-    // for the client to try again.
+    // It was readable this time: a transient fault. The reply still has to carry an error, and the
+    // client may try again.
     if good == buffer.len() { 0 } else { good }
 }

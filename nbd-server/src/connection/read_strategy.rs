@@ -1,7 +1,7 @@
 //! How the next requests are read: as the runtime reports them, after a [pause](super::coalescing) that
 //! suits a client with a deep queue, or by [asking](super::polling) for them, which suits a client
 //! with a single request in flight. The latter two hold the thread up for a moment; they are for
-//! connections which have their thread to themselves and nothing else in hand.
+//! connections which have their thread to themselves and no other request under way.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -100,7 +100,7 @@ impl Session {
         Ok(())
     }
 
-    /// Sends what ends an encrypted stream, if the client takes it at once. It may be gone.
+    /// Ends an encrypted stream, if the client takes the message at once. It may be gone.
     async fn say_goodbye(&mut self) {
         self.socket.begin_shutdown();
         poll_fn(|cx| Poll::Ready(self.socket.poll_flush(cx).is_ready())).await;
@@ -113,7 +113,7 @@ impl Session {
         polled
     }
 
-    /// One round after another, until nothing moves any more or others are to have their turn.
+    /// Runs round after round, until nothing moves any more or others have their turn.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         ready!(self.turn.poll(cx));
         loop {
@@ -155,7 +155,7 @@ impl Session {
         }
     }
 
-    /// Nothing moves. A connection in which nothing is under way needs no large buffers.
+    /// Returns large buffers. Called when nothing moves: an idle connection does not need them.
     fn give_room_back(&mut self) {
         if self.is_idle() && self.room.offer() {
             self.replies.shrink();
@@ -163,7 +163,7 @@ impl Session {
         }
     }
 
-    /// Nothing moves. Ready if the client has gone, or is to blame for too long.
+    /// Called when nothing moves. Ready if the client has left, or has delayed its part for too long.
     fn poll_watch(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ConnectionError>> {
         let held = (&self.backlog, &self.throttle);
         if let Poll::Ready(end) = self.watch.poll_hangup(cx, &self.socket, held) {
@@ -174,7 +174,7 @@ impl Session {
         self.watch.poll_stall(cx, awaiting, parts).map(Err)
     }
 
-    /// What the client has to do next, if this connection holds something until it does.
+    /// Returns what the client has to do next, if this connection holds resources until it does.
     fn awaiting(&self) -> Option<Awaiting> {
         if !self.is_all_sent() {
             return Some(Awaiting::TakeReplies);
@@ -192,12 +192,12 @@ impl Session {
         self.replies.are_sent(&self.socket)
     }
 
-    /// Is everything sent, and nothing in the pool?
+    /// Returns whether everything is sent and nothing is in the pool.
     fn is_idle(&self) -> bool {
         self.is_all_sent() && !self.backlog.is_in_pool()
     }
 
-    /// Has this connection as much in hand as it may?
+    /// Returns whether this connection has as many requests under way as it may.
     fn is_busy(&self) -> bool {
         self.replies.are_many(&self.room) || self.backlog.is_full()
     }

@@ -1,11 +1,11 @@
-//! Turns of the connections that share a worker thread.
+//! Turns: how the connections of a worker thread share it.
 //!
 //! A connection works as long as its client keeps it busy, but after a *quantum* others get their
-//! turn. Each connection has a virtual time, which is the work it has had, in bytes moved. Where
-//! several have work at a time, the one with the least goes first, and after a quantum of work the
-//! runtime looks at the sockets before any of them goes on. One that was idle continues a little
-//! before the present time. So a client with little work waits for a quantum or two, however many
-//! others have more, and those others share the thread alike.
+//! turn. Each connection has a virtual time: the work it has done, in bytes moved. If several have
+//! work, the one with the least virtual time goes first, and after a quantum the runtime polls the
+//! sockets before any of them continues. A connection that was idle continues a little before the
+//! present virtual time. So a client with little work waits for one or two quanta, however many
+//! others have more, and those others get equal shares of the thread.
 
 mod order;
 #[cfg(test)]

@@ -1,34 +1,34 @@
-//! What is known of the connections and exports whose jobs are queued.
+//! Flows and groups: the connections and exports whose jobs are queued.
 
 use std::collections::{BTreeSet, VecDeque};
 
-/// What a job spends its time on.
+/// The kind of work of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Class {
-    /// Waiting: for a disk, a network, another thread. Many at a time keep a disk busy.
+    /// Waiting for a disk, a network or another thread. Many of them at once keep a disk busy.
     Wait,
-    /// Changing or moving much of one disk: work for the system's cores, and under a lock that
-    /// others want. More than a few at a time on one disk achieve nothing.
+    /// Changing or moving much of one disk: work of the kernel, under a lock of the file. More than a
+    /// few of them at once on one disk achieve nothing.
     Bulk,
-    /// Computing: more at a time than there are cores only take them away from the connections.
+    /// Computing: more of them at once than there are cores would only take these from the connections.
     Compute,
 }
 
-/// How many classes there are.
+/// The number of classes.
 pub(super) const CLASSES: usize = 3;
 
-/// Names a flow. None is ever given twice.
+/// Identifies a flow; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct FlowId(pub(super) u64);
 
-/// Names what a flow works on: all connections to one export have the same.
+/// Identifies the export that a flow works on: the same for all connections to it.
 pub(crate) type GroupId = usize;
 
-/// What a job is and may take.
+/// The class and the expected cost of a job.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Cost {
     pub(crate) class: Class,
-    /// How long it is expected to take, in nanoseconds of a thread.
+    /// Expected time, in nanoseconds of a thread.
     pub(crate) estimate: u64,
 }
 

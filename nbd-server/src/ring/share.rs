@@ -1,9 +1,10 @@
 //! The share that each connection has of the reads of a ring.
 //!
-//! A disk takes many reads at a time, but what is with the disk is in front of all that come later. So a
-//! connection has a bounded number of reads and of bytes there, and so have all connections of a thread
-//! together. Others wait here, and the next to start is one of the connection with the fewest bytes under
-//! way. A connection that has none under way starts one in any case, as long as the ring has room.
+//! A disk carries out many reads at once, but reads that it has already precede all later ones. So the
+//! number of reads and of bytes at the disk is limited for each connection, and for all connections of a
+//! thread together. Further reads wait here; the next to start is one of the connection with the fewest
+//! bytes at the disk. A connection without a started read may always start one, as long as the ring has
+//! room.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -14,7 +15,7 @@ const READS_OF_ALL: usize = 128;
 const BYTES_OF_ONE: usize = 4 << 20;
 const BYTES_OF_ALL: usize = 8 << 20;
 
-/// Names a connection. None is ever given twice.
+/// Identifies a connection; never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ReaderId(u64);
 
@@ -36,7 +37,7 @@ pub(super) struct Shares<T> {
 struct Connection<T> {
     reads: usize,
     bytes: usize,
-    /// When it started one last.
+    /// The number of its last started read.
     latest: u64,
     waiting: VecDeque<(usize, T)>,
 }
@@ -66,7 +67,7 @@ impl<T> Shares<T> {
         id
     }
 
-    /// Queues a read of `length` bytes behind the others of its connection.
+    /// Queues a read of `length` bytes after the others of its connection.
     pub(super) fn push(&mut self, id: ReaderId, length: usize, read: T) {
         self.connections.entry(id).or_default().waiting.push_back((length, read));
         self.waiting += 1;

@@ -11,7 +11,7 @@ use crate::storage::TryRead;
 use crate::units::HostOffset;
 use crate::zero::is_zero;
 
-/// New bytes up to this many are read over, rather than what lies on both sides read in two calls.
+/// Up to this many new bytes, one read covers the old content on both sides of them in place of two.
 const READ_OVER_BYTES: usize = 16 << 10;
 
 /// Old bytes that are not written with new ones are copied in pieces of this size.

@@ -3,12 +3,11 @@
 //! Tables are held in slices of equal size, here called tables: of a disk whose tables all fit into the
 //! cache a slice is a whole table or a large part of it, otherwise 4 KiB.
 //!
-//! Bounded: a clean table that no thread holds gives way to a new one. A changed ("dirty") table stays
+//! The size is bounded: a clean table that no thread holds is evicted for a new one. A changed ("dirty") table stays
 //! until [`flush`](crate::qcow2::flush) has written it.
 //!
-//! No lock is held while a table is read. Its place in the cache says that it is being read, so that no
-//! other thread reads it as well and nobody can change it; an old content therefore never replaces a
-//! newer one. Each thread remembers the tables that it has used lately: a lookup in one of them writes
+//! No lock is held while a table is read. Its place in the cache is marked as loading, so no other
+//! thread reads or changes it, and old content never replaces newer content. Each thread remembers the tables that it has used lately: a lookup in one of them writes
 //! nothing that another thread reads.
 
 use std::collections::{HashMap, VecDeque};
@@ -46,7 +45,7 @@ pub(crate) struct TableCache {
 #[derive(Debug, Default)]
 struct ShardTables {
     by_offset: HashMap<HostOffset, CachedTable>,
-    /// The offsets of those that are not being read; which of them gives way is asked from the front on.
+    /// The offsets of the loaded ones; the first candidates for eviction are at the front.
     order: VecDeque<HostOffset>,
 }
 
@@ -86,11 +85,11 @@ enum Found<'c> {
     Loading(Arc<Load>),
     /// This thread is to read it.
     Nothing(Loading<'c>),
-    /// A lock would have to be waited for.
+    /// Another thread holds the lock, and the lookup must not wait.
     Unknown,
 }
 
-/// The task of reading a table. If it is dropped another thread may have it.
+/// The duty to read a table. If it is dropped, another thread may take it.
 struct Loading<'c> {
     cache: &'c TableCache,
     offset: HostOffset,
@@ -112,9 +111,9 @@ impl TableCache {
         &self.shards[mixed(offset) & (self.shards.len() - 1)]
     }
 
-    /// Looks something up in the table at `offset`, which is loaded if it is not in memory; `None` if
-    /// that would take waiting, and `lookup` forbids it. `load` then yields `None`. Waits for other
-    /// threads only if the table is not among the recent ones.
+    /// Calls `found` with the table at `offset`, which is loaded if it is not in memory. Returns `None` if
+    /// that would have to wait and `lookup` forbids it; `load` then returns `None`. Waits for other threads
+    /// only if the table is not among the recent ones.
     #[inline]
     pub(crate) fn look<T>(
         &self,
@@ -163,7 +162,7 @@ impl TableCache {
         }
     }
 
-    /// What is in the place of a table. If that is nothing, this thread is to read it.
+    /// Returns the state of a table's place. If it is empty, this thread has to read the table.
     fn place_of(&self, offset: HostOffset, lookup: Lookup) -> Found<'_> {
         let shard = self.shard(offset);
         let places = match lookup {
@@ -224,10 +223,9 @@ impl TableCache {
         }
     }
 
-    /// Has tables give way if there are too many with `new_places` more: those that were not used for
-    /// the longest time, about.
+    /// Evicts tables, approximately the least recently used ones, until `new_places` more fit.
     fn make_room(&self, places: &mut ShardTables, new_places: usize) {
-        // Twice: what is not used between two looks goes.
+        // Twice: a table that is not used between two looks is evicted.
         for _ in 0..2 * places.order.len() {
             if places.by_offset.len() + new_places <= self.tables_per_shard {
                 return;
@@ -268,7 +266,7 @@ impl TableCache {
         self.dirty_count.load(Relaxed) > self.tables_per_shard * self.shards.len()
     }
 
-    /// Takes copies of all dirty parts, with their tables so that these stay in memory.
+    /// Copies all dirty parts and marks them as clean. The tables are returned too, so they stay in memory.
     pub(crate) fn take_dirty(&self) -> Vec<(Arc<Table>, DirtyPart)> {
         let mut parts = Vec::new();
         for shard in &self.shards {
@@ -283,7 +281,7 @@ impl TableCache {
         parts
     }
 
-    /// Takes back parts that could not be written.
+    /// Marks parts that could not be written as dirty again.
     pub(crate) fn return_dirty(&self, parts: &[(Arc<Table>, DirtyPart)]) {
         for (table, part) in parts {
             let end = part.first_word + part.bytes.len() / 8;
@@ -333,7 +331,7 @@ fn mixed(offset: HostOffset) -> usize {
     ((offset.bytes() >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48) as usize
 }
 
-/// Where a table stands among the recent ones.
+/// The index of a table among the recent ones.
 fn place(offset: HostOffset) -> usize {
     mixed(offset) % RECENT_TABLES
 }

@@ -1,4 +1,4 @@
-//! Bad entries: those through which nothing may be changed.
+//! Bad entries: L2 entries through which nothing may be changed.
 //!
 //! A damaged or hostile image may have an L2 entry that points to a table, or to a cluster without
 //! references. Reading through it is harmless. Writing through it would let the guest overwrite
@@ -124,7 +124,7 @@ impl MappingTables {
                 || self.snapshot_places.iter().any(|place| place.contains(&offset));
             let is_counted = match allocator.refcounts.refcount(reference.cluster) {
                 Ok(count) => count > 0,
-                // Damaged refcounts must not keep anyone from reading.
+                // Damaged refcounts must not prevent reads.
                 Err(error) if error.kind() == ErrorKind::Corrupt => false,
                 Err(error) => return Err(error),
             };
@@ -232,7 +232,7 @@ impl MappingTables {
             Some(known) => known,
             None => self.bad_entries(table, guest.round_down(self.slices.coverage()))?,
         };
-        // Nearly always there is none.
+        // Sound images have none.
         if bad_entries.is_empty() {
             return Ok(());
         }

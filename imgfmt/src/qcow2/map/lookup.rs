@@ -1,4 +1,4 @@
-//! Looking up where data is. No data is moved here.
+//! Looking up the places of data; the data itself is not touched.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Acquire;
@@ -12,16 +12,16 @@ use crate::qcow2::on_disk::words::{read_words, try_read_words};
 pub(in crate::qcow2) use crate::units::span;
 use crate::units::{GuestOffset, GuestRange, HostOffset, Offset as _};
 
-/// Largest number of entries of a table that are looked at for one piece.
+/// Largest number of entries of a table that are examined for one mapped range.
 const ENTRIES_MAX: u64 = 1024;
 
-/// A part of the disk whose bytes are in one place.
+/// A range of the disk whose bytes are contiguous in the file, or all of the same kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::qcow2) struct MappedRange {
     pub(in crate::qcow2) range: GuestRange,
-    /// For stored data: where the piece starts, not where its cluster does.
+    /// For stored data: the offset of the range, not that of its cluster.
     pub(in crate::qcow2) content: Subcluster,
-    /// Number of entries of a table that were looked at.
+    /// Number of entries of a table that were examined.
     pub(in crate::qcow2) entries: u64,
 }
 
@@ -88,7 +88,7 @@ impl MappingTables {
     ) -> Result<Option<Vec<u64>>> {
         let (count, is_aligned) = (self.slices.words(), self.geometry().in_cluster(table) == 0);
         if lookup == Lookup::CachedOnly {
-            // What cannot be read is left to a lookup that can tell why.
+            // A lookup that may wait reports the error.
             return Ok(try_read_words(&*self.metadata.file, offset, count).filter(|_| is_aligned));
         }
         if !is_aligned {
@@ -97,7 +97,7 @@ impl MappingTables {
                 .corrupt("an L1 entry points into the middle of a cluster", offset.bytes()));
         }
         let length = self.metadata.file.len().map_err(crate::qcow2::on_disk::words::read_error)?;
-        // A table may end in the middle of the file's last cluster: the rest of it is zero.
+        // The file may end within a table: the rest of it is zero.
         if table.bytes() >= length {
             let detail = "an L2 table lies past the end of the file";
             return Err(self.metadata.corrupt(detail, table.bytes()));
@@ -123,8 +123,8 @@ impl MappingTables {
         self.decode(table, guest).map_err(|error| self.metadata.note_damage(error))
     }
 
-    /// The piece with which the range from `start` to `end`, which is not empty, begins. It may go on
-    /// in the next one, because no more than one table and [`ENTRIES_MAX`] entries are looked at.
+    /// The first mapped range from `start` on, which ends at `end` at the latest. At most one slice and
+    /// [`ENTRIES_MAX`] entries are examined, so the next range may continue it. `start` is below `end`.
     /// `None` if the table is not in memory and may not be read.
     pub(in crate::qcow2) fn piece(
         &self,

@@ -1,4 +1,4 @@
-//! The mapping tables of one image: the L1 table, the L2 tables in memory, and which parts of both
+//! The mapping tables of one image: the L1 table, the L2 tables in memory, and the parts of both that
 //! are not on disk.
 
 use std::collections::{BTreeSet, HashSet};
@@ -53,10 +53,10 @@ pub(in crate::qcow2) struct MappingTables {
 pub(super) struct L2Places {
     /// Those that the L1 table names.
     pub(super) named: HashSet<HostOffset>,
-    /// The units of tables ([`Slices::unit`]) that have changed since the image was opened. Stays,
-    /// also when a table is freed: its place holds nothing that was found.
+    /// The units of tables ([`Slices::unit`]) that have changed since the image was opened. A unit
+    /// remains when its table is freed, because nothing in its place dates from the opening.
     pub(super) changed: HashSet<HostOffset>,
-    /// Where bad entries lie that were found: they stay bad when the table has changed.
+    /// Offsets of the bad entries that were found: they stay bad when their table changes.
     pub(super) bad: BTreeSet<HostOffset>,
 }
 

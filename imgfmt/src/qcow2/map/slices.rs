@@ -1,22 +1,22 @@
-//! In which pieces L2 tables are read, kept and changed.
+//! Slices: the units in which L2 tables are read, cached and changed.
 //!
-//! A table maps much: with clusters of 64 KiB, 512 MiB of the disk. If not all tables of the disk fit into
-//! the memory that they may take up, reading whole ones for the sake of one entry each would cost more
-//! than the data, and few would be kept. They are then cut into slices of 4 KiB.
+//! With clusters of 64 KiB, a table maps 512 MiB of the disk. If the tables of the disk do not all fit
+//! into their memory limit, reading a whole table for one entry would cost more than reading the data, and
+//! few tables would stay in memory. They are then cut into slices of 4 KiB.
 
 use crate::qcow2::on_disk::geometry::Geometry;
 use crate::units::{GuestOffset, HostOffset, Offset as _};
 
-/// Unless the user says otherwise, L2 tables take up no more memory than this, in bytes.
+/// Default memory limit for L2 tables, in bytes.
 const CACHE_BYTES_DEFAULT: u64 = 32 << 20;
 
 /// Size of a slice, in bytes, if not all tables can be kept.
 const SMALL: u64 = 4 << 10;
 
-/// Most bytes of a slice if all can.
+/// Largest size of a slice, in bytes, if all tables can be kept.
 const LARGE: u64 = 64 << 10;
 
-/// However little memory there may be, so many slices of [`LARGE`] are kept.
+/// Number of slices of [`LARGE`] that are kept regardless of the memory limit.
 const LARGE_MIN: u64 = 4;
 
 /// The slices of the L2 tables of a disk.
@@ -56,12 +56,12 @@ impl Slices {
         (0..self.bytes / self.unit()).map(move |number| slice + number * self.unit())
     }
 
-    /// How many clusters a slice maps.
+    /// Number of clusters that a slice maps.
     pub(in crate::qcow2) fn entries(self) -> u64 {
         self.bytes / 8 / self.geometry.entry_words() as u64
     }
 
-    /// How many bytes of the disk a slice maps: a power of two.
+    /// Number of bytes of the disk that a slice maps: a power of two.
     pub(in crate::qcow2) fn coverage(self) -> u64 {
         self.entries() << self.geometry.cluster_bits
     }

@@ -29,11 +29,11 @@ pub(crate) struct Table {
     /// Looked for before the first change.
     pub(crate) bad_entries: OnceLock<Vec<u32>>,
     recently_used: AtomicBool,
-    /// That it has changed is in the mapping tables' list of changed units.
+    /// Whether it is in the mapping tables' list of changed units.
     is_listed_as_changed: AtomicBool,
 }
 
-/// The right to change a table, or to see it as a whole.
+/// Exclusive access to a table: no other thread changes it.
 #[derive(Debug)]
 pub(crate) struct TableChange<'a> {
     table: &'a Table,
@@ -102,10 +102,10 @@ impl Table {
         self.dirty.try_lock().is_none_or(|dirty| dirty.is_some())
     }
 
-    /// Notes that the table is of use.
+    /// Notes a use of the table.
     #[inline]
     pub(crate) fn note_use(&self) {
-        // Most often it is noted: a store would take the line away from other threads.
+        // Usually it is noted already: a store would take the cache line from other threads.
         if !self.recently_used.load(Relaxed) {
             self.recently_used.store(true, Relaxed);
         }

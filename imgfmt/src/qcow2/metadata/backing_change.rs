@@ -1,16 +1,16 @@
 //! Changing the name of the backing file in the header, so that a crash leaves the old or the new one.
 //!
-//! A write is trusted to happen as a whole only within one sector of 512 bytes. So the new name is
-//! written where nothing points to, in front of the old name or behind it, and the new format into an
-//! extension of a type that readers skip. Then one write of the first sector changes the name's place
+//! Only a write within one sector of 512 bytes is atomic. So the new name is written to a place to
+//! which nothing points, before or after the old name, and the new format into an extension of a type
+//! that readers skip. Then one write of the first sector changes the name's place
 //! and length, the types of the formats' extensions and the autoclear bits. A format whose extension
 //! begins in a later sector is hidden before and shown after; in between the image names a backing
 //! file without a format. Such an image is refused, but never read in the wrong format.
 //!
-//! Where there is no room for both names at once, or the list of extensions ends at the old name without
-//! a mark, the old name goes first. Until the new one is there the image is marked with an incompatible
-//! bit, so that nobody reads it without its backing file, and the same change completes it. Version 2 has
-//! no such bit: there the cluster is one write.
+//! If the header has no room for both names at once, or the list of extensions ends at the old name
+//! without an end mark, the old name is removed first. In between, the image has an incompatible bit, so
+//! that no program reads it without its backing file; repeating the change completes it. Version 2 has
+//! no such bit: there the cluster is written in one piece.
 
 use std::ffi::OsStr;
 use std::ops::Range;
@@ -87,7 +87,7 @@ fn change_marked(
     give_name_up(storage, header, backing).map(|_| ())
 }
 
-/// Takes the old name away, and then names the new backing file. False if there is no room for that.
+/// Removes the old name, and then writes the new one. Returns false if there is no room for it.
 fn give_name_up(
     storage: &dyn Storage,
     header: &Header,
@@ -197,7 +197,7 @@ fn add_mark(area: &Area<'_>) -> Result<bool> {
     Ok(true)
 }
 
-/// Takes the name away, and then the format, which means nothing without a name.
+/// Removes the name, and then the format, which has no meaning without a name.
 fn remove(storage: &dyn Storage, header: &Header) -> Result<()> {
     let cluster_size = header.geometry.cluster_size();
     let area = Area::read(storage, cluster_size)?;
@@ -213,7 +213,8 @@ fn remove(storage: &dyn Storage, header: &Header) -> Result<()> {
         .try_for_each(|_| remove_extension(storage, cluster_size, extension::BACKING_FORMAT))
 }
 
-/// Where a name of `length` bytes fits in behind the extensions, clear of the name that is there.
+/// The offset after the extensions at which a name of `length` bytes fits without overlapping the
+/// present name.
 fn free_room(area: &Area<'_>, length: u64) -> Option<u64> {
     let start = area.end + 8;
     let old = old_name(area);
@@ -234,7 +235,7 @@ fn old_name(area: &Area<'_>) -> Range<u64> {
     }
 }
 
-/// Nothing points to the old name any more, which `area` was read with.
+/// Clears the old name, to which nothing points any more. `area` was read while it was there.
 fn clear_old_name(area: &Area<'_>) -> Result<()> {
     let old = old_name(area);
     if old.is_empty() {
@@ -243,7 +244,7 @@ fn clear_old_name(area: &Area<'_>) -> Result<()> {
     area.write(old.start, &vec![0; (old.end - old.start) as usize])
 }
 
-/// The first sector with another name and the autoclear bits that we keep up to date.
+/// The first sector with another name, and with only those autoclear bits that this crate maintains.
 fn first_sector(area: &Area<'_>, header: &Header, name_place: u64, name_length: usize) -> Vec<u8> {
     let mut sector = area.bytes[..SECTOR as usize].to_vec();
     sector[BACKING_FILE_OFFSET..][..8].copy_from_slice(&name_place.to_be_bytes());
@@ -254,7 +255,7 @@ fn first_sector(area: &Area<'_>, header: &Header, name_place: u64, name_length: 
     sector
 }
 
-/// The first cluster as it is to be.
+/// The first cluster with the new name and format.
 fn rewritten(header: &Header, first: &[u8], backing: Option<(&OsStr, Format)>) -> Result<Vec<u8>> {
     let is_v3 = header.version >= 3;
     let header_length = if is_v3 { u32_at(first, 100) as usize } else { V2_LENGTH as usize };

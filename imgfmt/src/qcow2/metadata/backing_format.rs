@@ -1,6 +1,7 @@
-//! The format of a backing file in the header: where a new one is written while the old one counts.
+//! The format of a backing file in the header: the place of a new one while the old one is valid.
 //!
-//! It gets an extension of a type that readers skip, so that one write of the first sector shows it.
+//! It is written into an extension of a type that readers skip; one write of the first sector then
+//! changes that type.
 
 use crate::error::{ErrorKind, Result};
 use crate::qcow2::metadata::header_edit::{Area, SECTOR, UNUSED, add_extension};
@@ -16,7 +17,7 @@ pub(super) enum FormatSlot {
     /// At the start of the list of features' names, which lies there in so many bytes and has been
     /// copied to the end: there is no other room in the first sector.
     InNames(u64, u64),
-    /// In an extension at this place, which is of no known type as yet.
+    /// In an extension at this offset, whose type is still one that readers skip.
     Hidden(u64),
 }
 
@@ -111,7 +112,7 @@ fn copy_names(area: Area<'_>, length: u64) -> Result<Option<FormatSlot>> {
     Ok(Some(FormatSlot::InNames(place, room)))
 }
 
-/// None instead of an error because there is no room.
+/// `None` in place of the error for lack of room.
 fn has_room<T>(added: Result<T>) -> Result<Option<T>> {
     match added {
         Ok(added) => Ok(Some(added)),
@@ -144,7 +145,7 @@ pub(super) fn change_later_sectors(
     Ok(())
 }
 
-/// Where the extensions lie that say a format.
+/// Offsets of the extensions that contain a format.
 pub(super) fn formats(area: &Area<'_>) -> impl Iterator<Item = u64> {
     let formats = area.extensions.iter().filter(|(_, kind, _)| *kind == extension::BACKING_FORMAT);
     formats.map(|(place, ..)| *place)

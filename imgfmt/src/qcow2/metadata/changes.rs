@@ -1,4 +1,4 @@
-//! How much of what was changed in memory is on disk.
+//! The changes of metadata in memory, and how many of them are on disk.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
@@ -26,7 +26,7 @@ impl Changes {
         self.durable.fetch_max(count, AcqRel);
     }
 
-    /// Whether some change is not known to be on disk.
+    /// Whether a change may not be on disk.
     pub(in crate::qcow2) fn are_pending(&self) -> bool {
         self.made.load(Acquire) != self.durable.load(Acquire)
     }

@@ -1,4 +1,4 @@
-//! What was committed in memory, and the flushes that put it on disk, one after the other.
+//! Commits in memory, and the flushes, one after the other, that write them to disk.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
@@ -51,7 +51,7 @@ impl Commits {
 }
 
 impl FlushTurn<'_> {
-    /// Notes that everything is on disk that was committed before the turn came.
+    /// Notes that everything that was committed before the turn began is on disk.
     pub(in crate::qcow2) fn has_succeeded(&self) {
         self.commits.flush_covers.store(self.covers, Release);
     }

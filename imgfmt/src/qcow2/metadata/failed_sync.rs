@@ -1,9 +1,9 @@
-//! Syncs that failed, and who has to know.
+//! Failed syncs, and the operations that have to report them.
 //!
-//! A kernel says only once for each file that it could not write, and may drop what it could not. The
-//! sync of one thread so takes the error, and the bytes, of another whose own sync succeeds a moment
-//! later. Therefore failures are counted: whoever writes and syncs compares the count before with the
-//! count behind, and the next flush of a caller reports those that no flush has reported.
+//! The kernel reports a failed write of a file once only, and may drop the data. So the sync of one
+//! thread can receive the error for data of another thread, whose own sync then succeeds. Failures are
+//! therefore counted: an operation that writes and syncs compares the count after its sync with the
+//! count before its write, and the next flush of a caller reports failures that no flush has reported.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 
@@ -36,8 +36,8 @@ impl MetadataFile {
         Err(self.lost("what was written just now may be lost; try again"))
     }
 
-    /// What a caller is told who relies on a flush for everything that was written since the last one
-    /// that succeeded.
+    /// The result of a flush for its caller, which relies on it for everything written since the last
+    /// flush that succeeded.
     pub(in crate::qcow2) fn report_failed(&self, flushed: Result<()>) -> Result<()> {
         let failed = self.failed_syncs();
         let reported = self.reported_syncs.fetch_max(failed, AcqRel);

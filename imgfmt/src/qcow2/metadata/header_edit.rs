@@ -1,8 +1,8 @@
-//! Changing header extensions and autoclear bits in place, so that no crash hurts.
+//! Changing header extensions and autoclear bits in place, safely in case of a crash.
 //!
-//! Only the bytes that change are written: other fields of the header change at the same time. A
-//! write is trusted to happen as a whole only if it lies within one sector of 512 bytes, so what is
-//! longer is written where nothing points to yet and then switched on.
+//! Only the bytes that change are written, because other fields of the header may change at the same
+//! time. Only a write within one sector of 512 bytes is atomic, so longer content is written to a place
+//! to which nothing points yet, and then enabled by one write.
 
 use crate::bytes::{u32_at, u64_at};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,10 +12,9 @@ use crate::storage::{Durability, Storage};
 use crate::units::HostOffset;
 
 pub(super) const SECTOR: u64 = 512;
-/// Type of an extension that means nothing: the place of one that was removed and has others behind
-/// it.
+/// Type of an extension without a meaning: the place of a removed one that is followed by others.
 pub(super) const UNUSED: u32 = 0x756e_7573;
-/// How much room for further extensions is left when the backing file's name is moved.
+/// Space, in bytes, that is left for further extensions when the backing file's name is moved.
 const SPARE_BYTES: u64 = 256;
 const BACKING_FILE_OFFSET: u64 = 8;
 
@@ -25,9 +24,9 @@ pub(super) struct Area<'a> {
     pub(super) bytes: Vec<u8>,
     /// Place, type and length of the content of each extension; the place is that of the type.
     pub(super) extensions: Vec<(u64, u32, u64)>,
-    /// Where the mark is that ends them.
+    /// Offset of the end mark.
     pub(super) end: u64,
-    /// What comes behind: the backing file's name, or the end of the cluster.
+    /// Offset of what follows them: the backing file's name, or the end of the cluster.
     pub(super) limit: u64,
 }
 
@@ -44,8 +43,8 @@ pub(in crate::qcow2) fn change_autoclear(
     rewrite_autoclear(storage, set, clear)
 }
 
-/// As [`change_autoclear`], also if it finds the bits as they should be: after a sync that failed
-/// the file looks as it should, but not the disk.
+/// As [`change_autoclear`], even if the bits in the file are right already: after a failed sync the
+/// page cache may have them and the disk may not.
 pub(in crate::qcow2) fn rewrite_autoclear(
     storage: &dyn Storage,
     set: u64,
@@ -126,8 +125,8 @@ pub(in crate::qcow2) fn replace_extension(
     area.sync()
 }
 
-/// Adds an extension, in a place that is not used or at the end, durably; returns where. It appears as
-/// a whole or not at all. `Unsupported` if there is no room; nothing was written then.
+/// Adds an extension, in an unused place or at the end, durably; returns its offset. It appears as a
+/// whole or not at all. `Unsupported`, with nothing written, if there is no room.
 pub(super) fn add_extension(mut area: Area<'_>, kind: u32, content: &[u8]) -> Result<u64> {
     let length = content.len() as u64;
     if let Some(place) = area.find(UNUSED, content.len()) {
@@ -208,7 +207,7 @@ impl<'a> Area<'a> {
         self.bytes.get(place as usize + 8..(place + 8 + length) as usize)
     }
 
-    /// Makes sure that an extension of `length` bytes and the mark behind it fit in.
+    /// Checks that an extension of `length` bytes and the end mark after it fit.
     fn make_room(&mut self, length: u64) -> Result<()> {
         let needed = self.end + length + 8;
         if self.end + 8 > self.limit {

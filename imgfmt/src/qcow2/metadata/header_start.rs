@@ -31,16 +31,16 @@ impl<'a> HeaderStart<'a> {
         &self.area.bytes
     }
 
-    /// What lies between the end of the header and the backing file's name.
+    /// The bytes between the end of the header and the backing file's name.
     pub(in crate::qcow2) fn extensions(&self, header_length: usize) -> &[u8] {
         let end = self.area.limit as usize;
         self.area.bytes.get(header_length..end).unwrap_or_default()
     }
 
-    /// Writes other fields and extensions with the backing file's name behind them, durably and in one
-    /// write of a sector. A name that does not fit into the sector stays where it is or, if it would be
-    /// overwritten there, is copied to where nothing points to first. None, with nothing changed, if there
-    /// is no room.
+    /// Replaces the fields and extensions, and puts the backing file's name after them, durably and by
+    /// one write of a sector. A name that does not fit into the sector stays in its place; if it would be
+    /// overwritten there, it is copied to an unused place first. `None`, with nothing changed, if there is
+    /// no room.
     pub(in crate::qcow2) fn replace(
         &self,
         mut fields: Vec<u8>,

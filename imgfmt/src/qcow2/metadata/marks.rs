@@ -1,4 +1,4 @@
-//! The marks in the header that say how far an image can be trusted.
+//! The marks in the header that restrict how far an image is trusted.
 //!
 //! *Dirty*: refcounts and COPIED bits may be wrong; a writable open repairs them
 //! first. It is set while snapshots are changed, which passes through states in which they are.
@@ -36,7 +36,7 @@ impl MetadataFile {
         self.write_marks()
     }
 
-    /// Clears autoclear bits whose statement is not kept true.
+    /// Clears autoclear bits that this crate does not maintain.
     pub(in crate::qcow2) fn clear_autoclear(&self, bits: u64) -> Result<()> {
         if self.header().autoclear & bits != 0 {
             self.edit_header(|file, _| change_autoclear(file, 0, bits))?;
@@ -52,8 +52,8 @@ impl MetadataFile {
         self.sync_header()
     }
 
-    /// If an error that a change met says that the metadata is damaged, marks the image and
-    /// refuses all further writes.
+    /// Marks the image, and refuses all further writes, if the error of a change reports damaged
+    /// metadata. Returns the error.
     pub(in crate::qcow2) fn note_damage(&self, error: Error) -> Error {
         if self.is_writable()
             && error.kind() == ErrorKind::Corrupt

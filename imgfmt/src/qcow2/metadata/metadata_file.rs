@@ -1,7 +1,7 @@
 //! The file that holds an image's metadata, and its header.
 //!
-//! Everything that is written to it but tables and clusters of guest data passes here: whatever
-//! marks the image, edits its header, or has to know of a sync that failed.
+//! All writes except those of tables and of guest data pass here: marks, edits of the header, and
+//! syncs whose failure has to be remembered.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ pub(in crate::qcow2) struct MetadataFile {
     header_edit: OrderedMutex<{ rank::HEADER_EDIT }, ()>,
     /// What was written to the header and is not known to be on disk, by its place there.
     header_writes: OrderedMutex<{ rank::HEADER_WRITES }, BTreeMap<u64, Vec<u8>>>,
-    /// The header says that the image is as the backup left it that it is.
+    /// The header says that the image is a backup and has not changed since it was made.
     pub(super) is_sealed: AtomicBool,
     /// The metadata is damaged: nothing may be changed any more.
     pub(super) is_corrupt: AtomicBool,
@@ -92,7 +92,7 @@ impl MetadataFile {
         snapshot::read_table(&*self.file, &self.header())
     }
 
-    /// Changes what is known about the header. Writing it is the caller's.
+    /// Changes the header in memory; the caller writes it.
     pub(in crate::qcow2) fn update_header(&self, update: impl FnOnce(&mut Header)) {
         let mut header = self.header.write();
         update(Arc::make_mut(&mut header));
@@ -170,12 +170,12 @@ impl MetadataFile {
         self.count_failed(edit(&*self.file, cluster_size).map_err(|error| self.named(error)))
     }
 
-    /// Has a sidecar stamped, from now on, whenever the file changes; or none any more.
+    /// Sets the sidecar that is stamped whenever the file changes; `None` ends that.
     pub(in crate::qcow2) fn stamp_sidecar(&self, sidecar: Option<Arc<Sidecar>>) {
         *self.sidecar.lock() = sidecar;
     }
 
-    /// Notes that the file is being changed by us: its modification time will be new.
+    /// Notes a change of the file by this process, which updates its modification time.
     pub(in crate::qcow2) fn note_alive(&self) {
         if let Some(sidecar) = &*self.sidecar.lock() {
             sidecar.note_alive();

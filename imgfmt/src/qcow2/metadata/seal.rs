@@ -1,10 +1,10 @@
 //! The identity of a backup in its own file.
 //!
-//! The header extension `0x62636b70` says which backup it is and how long the file was; autoclear bit 61, which any
-//! other program clears when it opens the file for writing, that it is as it was left. QEMU does not
-//! clear it when it opens a file for reading first and writes it later (`qemu-img commit` does that to a
-//! backing file), so a file that is still the same one must not have been modified since either.
-//! Bytes are in `DESIGN.md`.
+//! The header extension `0x62636b70` names the backup and the length of its file. Autoclear bit 61 says
+//! that the file has not changed since: other programs clear it when they open the file for writing. QEMU
+//! does not if it opens the file for reading and writes it later, as `qemu-img commit` does with a backing
+//! file; so the modification time must be unchanged too, unless the file is a copy. `DESIGN.md` has the
+//! layout.
 
 use std::sync::atomic::Ordering::{Acquire, Release};
 
@@ -24,10 +24,10 @@ use crate::storage::Storage;
 
 const VERSION: u32 = 1;
 const FIXED_LENGTH: usize = 104;
-/// A time that every file system can keep: a multiple of so many seconds.
+/// Granularity of the modification time, in seconds: every file system can store its multiples.
 const TIME_STEP: i64 = 2;
 const EXPORT_LENGTH_MAX: usize = 4096;
-/// The base was vouched for by the user.
+/// Flag: the user has vouched for the base.
 const TRUSTED_BASE: u32 = 1;
 
 /// Writes the identity into the file of an image that nobody has open.
@@ -55,11 +55,11 @@ pub(crate) fn seal(storage: &dyn Storage, identity: &BackupIdentity) -> Result<(
     Ok(())
 }
 
-/// Which file it is, and when it was modified last.
+/// The identity of the file, and its last modification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct FileTimes {
     inode: u64,
-    /// When it was made, in nanoseconds since 1970.
+    /// Time of its creation, in nanoseconds since 1970.
     born: u64,
     /// In nanoseconds since 1970.
     modified: u64,
@@ -90,13 +90,13 @@ impl FileTimes {
         self
     }
 
-    /// Has the file say that it was modified then.
+    /// Sets the modification time of the file to this.
     fn set(self, fd: BorrowedFd<'_>) -> rustix::io::Result<()> {
         let time = Timespec { tv_sec: (self.modified / 1_000_000_000) as i64, tv_nsec: 0 };
         futimens(fd, &Timestamps { last_access: time, last_modification: time })
     }
 
-    /// Whether the file, which looks like this now, was modified where it is. Of a copy that cannot be told.
+    /// Whether the file, now with these attributes, was modified in place. Of a copy it is not known.
     fn was_modified(self, now: Self) -> bool {
         (self.inode, self.born) == (now.inode, now.born) && self.modified != now.modified
     }
@@ -120,7 +120,7 @@ impl MetadataFile {
         self.is_sealed.load(Acquire)
     }
 
-    /// Has the header say no longer that the file is as the backup left it.
+    /// Clears the bit that says that the file has not changed since the backup.
     pub(crate) fn break_seal(&self) -> Result<()> {
         if !self.is_sealed() {
             return Ok(());
@@ -131,7 +131,7 @@ impl MetadataFile {
     }
 }
 
-/// What the extension says.
+/// The content of the extension.
 #[derive(Debug, PartialEq)]
 struct Sealed {
     identity: BackupIdentity,
@@ -174,7 +174,7 @@ fn encode(identity: &BackupIdentity, length: u64, times: Option<FileTimes>) -> R
     Ok(content)
 }
 
-/// What the bytes say, if they are whole.
+/// Decodes the content of the extension, if its checksum is right.
 fn decode(content: &[u8]) -> Option<Sealed> {
     if content.len() < FIXED_LENGTH
         || u32_at(content, 0) != VERSION

@@ -177,7 +177,7 @@ fn read_entry(
     Ok((snapshot, (ENTRY_LENGTH + rest.len()) as u64))
 }
 
-/// Reads an entry that may be damaged: what lies past the end of the file is zero, and only as
+/// Reads an entry that may be damaged: bytes past the end of the file are zero, and only as
 /// much extra data is kept as there may be. Also returns how much the entry says there is.
 fn read_damaged_entry(
     storage: &dyn Storage,

@@ -1,4 +1,4 @@
-//! Changing what kind of qcow2 image one is, without touching its data.
+//! Changing the version and the features of a qcow2 image, without touching its data.
 
 use crate::bytes::u32_at;
 use crate::create_options::{Amendment, LazyRefcounts, Qcow2Version};
@@ -51,12 +51,12 @@ fn set_lazy_refcounts(storage: &dyn Storage, lazy: LazyRefcounts) -> Result<()> 
     if features == header.compatible {
         return Ok(());
     }
-    // What is not known here may be about this: a writer clears it.
+    // Unknown autoclear bits may depend on what changes: a writer clears them.
     let bytes = [features.to_be_bytes(), header.kept_autoclear().to_be_bytes()].concat();
     write_within_sector(storage, field::AUTOCLEAR - 8, &bytes)
 }
 
-/// Refuses what is not possible, before anything is changed.
+/// Refuses an impossible amendment before anything is changed.
 pub(crate) fn refuse_amendment(storage: &dyn Storage, amendment: &Amendment) -> Result<()> {
     let header = Header::read(storage, Purpose::Use)?;
     let version = amendment.version.unwrap_or(match header.version {
@@ -83,7 +83,7 @@ pub(crate) fn refuse_amendment(storage: &dyn Storage, amendment: &Amendment) -> 
     if header.version == 2 { Ok(()) } else { refuse_downgrade(&header) }
 }
 
-/// Refuses to make an image version 2 that has what version 2 has not.
+/// Refuses version 2 for an image with features that version 2 lacks.
 fn refuse_downgrade(header: &Header) -> Result<()> {
     let has = |bit: u64| header.incompatible & bit != 0;
     let what = if has(incompatible::DATA_FILE) {
@@ -103,19 +103,20 @@ fn refuse_downgrade(header: &Header) -> Result<()> {
     Err(Error::new(ErrorKind::Unsupported, "amend", detail))
 }
 
-/// Makes a version 3 image version 2. No cluster says "zero" any more.
+/// Converts an image of version 3 to version 2. No cluster is marked as zero any more.
 fn downgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     refuse_downgrade(header)?;
     let start = HeaderStart::read(storage, header)?;
     let mut content = start.bytes()[..V2_LENGTH as usize].to_vec();
     content[4..8].copy_from_slice(&2_u32.to_be_bytes());
     let length = u32_at(start.bytes(), 100) as usize;
-    // There are no features any more that could have names.
+    // Without features there are no names of features.
     let extensions = extension::without(start.extensions(length), extension::FEATURE_NAMES)?;
     start.replace(content, &extensions)?.ok_or_else(no_room)
 }
 
-/// Makes a version 2 image version 3: the header becomes longer, and what comes behind it moves.
+/// Converts an image of version 2 to version 3: the header becomes longer, and the extensions and the
+/// name after it move.
 fn upgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     refuse_snapshots_without_size(storage, header)?;
     let start = HeaderStart::read(storage, header)?;
@@ -131,7 +132,7 @@ fn upgrade(storage: &dyn Storage, header: &Header) -> Result<()> {
     start.replace(content, &extensions)?.ok_or_else(no_room)
 }
 
-/// In version 3 each snapshot says how large its disk was.
+/// In version 3 each snapshot records the size of its disk.
 fn refuse_snapshots_without_size(storage: &dyn Storage, header: &Header) -> Result<()> {
     let snapshots = snapshot::read_table(storage, header)?;
     match snapshots.iter().find(|snapshot| snapshot.extra.len() < 16) {
@@ -147,7 +148,7 @@ fn refuse_snapshots_without_size(storage: &dyn Storage, header: &Header) -> Resu
     }
 }
 
-/// A type that no extension has: all are kept.
+/// A type that no extension has, so that all are kept.
 const UNUSED_KIND: u32 = 0;
 
 fn no_lazy_refcounts() -> Error {

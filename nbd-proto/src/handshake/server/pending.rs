@@ -322,7 +322,7 @@ impl PendingTls {
     ///
     /// # Errors
     ///
-    /// [`ProtocolError::Unexpected`] if there are bytes in `input`: they came in the clear behind
+    /// [`ProtocolError::Unexpected`] if there are bytes in `input`: they came in the clear after
     /// STARTTLS, where a client waits and only an attacker in the middle writes. Close the
     /// connection.
     pub fn accept(self, input: &BytesMut, out: &mut BytesMut) -> Result<BeforeTls, ProtocolError> {

@@ -8,21 +8,21 @@ use std::task::{Context, Wake, Waker};
 
 use crate::ring::RingHandle;
 
-/// What may be done before others get their turn, in bytes moved: some 200 to 400 microseconds.
+/// The quantum, in bytes moved: about 200 to 400 microseconds of work.
 pub(super) const QUANTUM: usize = 1024 * 1024;
-/// The same while there are clients with little work: some 30 microseconds.
+/// The quantum while there are clients with little work, in bytes moved: about 30 microseconds.
 pub(super) const SHORT_QUANTUM: usize = 128 * 1024;
 /// How long a connection with little work is remembered, in bytes moved by its thread: for the length
 /// of turns, and for work that may be held up by the system.
 const LIGHT_MEMORY: u64 = 64 << 20;
 pub(super) const LONG_LIGHT_MEMORY: u64 = 256 << 20;
-/// How far behind the others a connection that was idle may be, in bytes moved.
+/// How far before the present virtual time an idle connection may continue, in bytes moved.
 pub(super) const HEAD_START: u64 = 2 * SHORT_QUANTUM as u64;
 
 /// What the connections of one worker thread share.
 #[derive(Debug, Clone)]
 pub(crate) struct Thread {
-    /// How many there are.
+    /// The number of connections.
     pub(crate) connections: Arc<AtomicUsize>,
     /// Reads what is not in memory.
     pub(crate) ring: RingHandle,
@@ -42,7 +42,7 @@ pub(super) struct Order {
     pub(super) chosen: Option<u64>,
     /// The one that waits until the runtime has looked at the sockets.
     pub(super) looker: Option<(u64, Arc<Look>)>,
-    /// Work since the sockets were looked at, and since a connection with little work was about.
+    /// Work since the last poll of the sockets, and since a connection with little work was seen.
     pub(super) since_look: usize,
     pub(super) since_light: u64,
 }
@@ -72,22 +72,22 @@ impl Thread {
 }
 
 impl Order {
-    /// What a connection may do at a time.
+    /// The present quantum, in bytes moved.
     pub(super) const fn quantum(&self) -> usize {
         if self.since_light < LIGHT_MEMORY { SHORT_QUANTUM } else { QUANTUM }
     }
 
-    /// Are the sockets to be looked at before anything else is done?
+    /// Returns whether the runtime has to poll the sockets before any connection continues.
     pub(super) const fn wants_look(&self) -> bool {
         self.since_look >= self.quantum()
     }
 
-    /// Does the order matter?
+    /// Returns whether several connections compete for the thread.
     pub(super) fn is_contended(&self) -> bool {
         self.wants_look() || self.chosen.is_some() || !self.waiting.is_empty()
     }
 
-    /// Takes note of work.
+    /// Charges work, in bytes moved.
     pub(super) fn spend(&mut self, spent: usize) {
         self.since_look = self.since_look.saturating_add(spent);
         self.since_light = self.since_light.saturating_add(spent as u64);
@@ -127,7 +127,7 @@ impl Order {
     }
 }
 
-/// A look of the runtime at the sockets. The task that waits for it may be woken before by others.
+/// Waits until the runtime has polled the sockets. The task may be woken earlier for other reasons.
 #[derive(Debug)]
 pub(super) struct Look {
     pub(super) is_over: AtomicBool,
