@@ -5,9 +5,9 @@ use crate::size::{exact, rounded};
 use crate::terminal::{CharacterSet, Color};
 
 const MAX_ROWS: u64 = 16;
-/// A power of two, so that each line and each cell cover a round number of bytes.
-const CELLS_PER_ROW: u64 = 64;
-const NARROW_CELLS_PER_ROW: u64 = 32;
+/// Powers of two, so that each line and each cell cover a round number of bytes.
+const LEAST_CELLS_PER_ROW: u64 = 8;
+const MOST_CELLS_PER_ROW: u64 = 256;
 /// Columns of a line besides its cells.
 const LABEL_COLUMNS: usize = 12;
 /// Parts smaller than a sector are not shown.
@@ -26,11 +26,12 @@ pub(crate) struct Chart {
 impl Chart {
     /// Creates an empty chart of a disk of `size` bytes for a terminal of that many columns.
     pub(crate) fn new(size: u64, columns: usize) -> Self {
-        let cells_per_row = if columns >= LABEL_COLUMNS + CELLS_PER_ROW as usize {
-            CELLS_PER_ROW
-        } else {
-            NARROW_CELLS_PER_ROW
-        };
+        let mut cells_per_row = MOST_CELLS_PER_ROW;
+        while LABEL_COLUMNS + cells_per_row as usize > columns
+            && cells_per_row > LEAST_CELLS_PER_ROW
+        {
+            cells_per_row /= 2;
+        }
         // Sizes are below 2^63, so that the next power of two exists.
         let cell_length = size
             .div_ceil(MAX_ROWS * cells_per_row)
@@ -155,6 +156,16 @@ mod tests {
         assert_eq!(lines[18], "  .  hole, reads as zero: 512.0 KiB (50.0 %)");
         assert_eq!(lines[19], "  One character is 1K, one line 64K; the disk has 1.0 MiB.");
         assert_eq!(lines.len(), 20);
+    }
+
+    #[test]
+    fn lines_are_as_long_as_the_terminal_allows() {
+        for (columns, cells) in [(20, 8), (75, 32), (76, 64), (140, 128), (1000, 256)] {
+            let mut chart = Chart::new(1 << 30, columns);
+            chart.add(0, 1 << 30, Class::Data);
+            let line = &chart.lines(CharacterSet::Ascii, Color::Off)[0];
+            assert_eq!(line.matches('#').count(), cells, "{columns}");
+        }
     }
 
     #[test]

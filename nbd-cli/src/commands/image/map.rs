@@ -12,15 +12,18 @@ use nbd_jobs::image_location::ImageLocation;
 use self::entry::MapEntry;
 use super::location;
 use super::open::OpenArgs;
+use crate::chart::Chart;
 use crate::connect::ServerArgs;
 use crate::error::{CommandError, Outcome};
 use crate::locking::{ShareArgs, advise_sharing};
 use crate::output::{Output, ReportFormat};
+use crate::terminal::{self, ColorChoice};
 
 const AFTER_HELP: &str = "\
 Examples:
   nbd-cli image map disk.qcow2
   nbd-cli image map --json overlay.qcow2
+  nbd-cli image map --chart overlay.qcow2
   nbd-cli image map nbd://localhost/disk
 
 Columns of the text: offset and length on the disk in bytes, the layer (0 is the image itself, 1 its
@@ -38,8 +41,16 @@ pub struct MapArgs {
     pub path: OsString,
 
     /// Print JSON.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "chart")]
     pub json: bool,
+
+    /// Draw the disk, one line per part of it: what this image has, and what comes from backing files.
+    #[arg(long)]
+    pub chart: bool,
+
+    /// When to colour the chart.
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
+    pub color: ColorChoice,
 
     #[command(flatten)]
     #[allow(missing_docs, reason = "the help would take it for its own text")]
@@ -56,6 +67,8 @@ pub struct MapArgs {
 /// Writes entries in order, and joins adjacent ones that are alike.
 struct MapPrinter {
     format: ReportFormat,
+    /// The chart, if one is drawn instead; begun with the first entry.
+    drawing: Option<(Option<Chart>, ColorChoice)>,
     pending: Option<MapEntry>,
     separator: &'static str,
 }
@@ -64,20 +77,21 @@ pub(crate) fn run(args: &MapArgs) -> Result<Outcome, CommandError> {
     let location = location::parse_one(&args.path, &args.server, &args.open.trust)?;
     let format = ReportFormat::from_json_flag(args.json);
     let mut output = Output::new();
-    let mut report = MapPrinter { format, pending: None, separator: "[" };
+    let drawing = args.chart.then_some((None, args.color));
+    let mut report = MapPrinter { format, drawing, pending: None, separator: "[" };
     let options = args.share.apply(args.open.options_with(&args.server));
     let (location, options) = location.settled(&options, &args.server.remotes())?;
     match location {
         // The server does not know the map of an image inside its export.
         ImageLocation::Export { uri, .. } if options.format != Some(Format::Qcow2) => {
-            export::map(uri, &args.server, |entry| report.add(entry, &mut output))?;
+            export::map(uri, &args.server, |size, entry| report.add(size, entry, &mut output))?;
         }
         _ => {
             let image = location.open(&options, &args.server.remotes()).map_err(advise_sharing)?;
-            let layers = image.layer_sizes();
-            for extent in image.extents(span(0, image.size())) {
+            let (layers, size) = (image.layer_sizes(), image.size());
+            for extent in image.extents(span(0, size)) {
                 for extent in split_at_end_of_layer(extent?, &layers).into_iter().flatten() {
-                    parts(&image, extent, &layers, |entry| report.add(entry, &mut output))?;
+                    parts(&image, extent, &layers, |entry| report.add(size, entry, &mut output))?;
                 }
             }
         }
@@ -149,7 +163,13 @@ fn parts(
 }
 
 impl MapPrinter {
-    fn add(&mut self, entry: MapEntry, output: &mut Output) -> Result<(), CommandError> {
+    /// `size` is that of the disk.
+    fn add(&mut self, size: u64, entry: MapEntry, output: &mut Output) -> Result<(), CommandError> {
+        if let Some((chart, _)) = &mut self.drawing {
+            let chart = chart.get_or_insert_with(|| Chart::new(size, terminal::columns()));
+            chart.add(entry.start, entry.length, entry.class());
+            return Ok(());
+        }
         if self.pending.as_mut().is_some_and(|pending| pending.join(&entry)) {
             return Ok(());
         }
@@ -171,6 +191,11 @@ impl MapPrinter {
     }
 
     fn end(mut self, output: &mut Output) -> Result<(), CommandError> {
+        if let Some((chart, color)) = self.drawing {
+            let chart = chart.unwrap_or_else(|| Chart::new(0, terminal::columns()));
+            let lines = chart.lines(terminal::character_set(), terminal::color(color));
+            return lines.iter().try_for_each(|line| output.line(line));
+        }
         if let Some(last) = self.pending.take() {
             self.write(&last, output)?;
         }

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use crate::context::Class;
+
 /// A range of the disk, with the keys of qemu-img.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub(super) struct MapEntry {
@@ -30,6 +32,16 @@ impl MapEntry {
             self.length += next.length;
         }
         joins
+    }
+
+    /// Returns how it is drawn.
+    pub(super) fn class(&self) -> Class {
+        match (self.present, self.data && !self.zero, self.depth) {
+            (true, true, 0) => Class::Local,
+            (true, true, _) => Class::Backing,
+            (true, false, _) => Class::Zero,
+            (false, ..) => Class::Absent,
+        }
     }
 
     pub(super) fn text(&self) -> String {

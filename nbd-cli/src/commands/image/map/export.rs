@@ -11,11 +11,11 @@ use crate::async_runtime::runtime;
 use crate::connect::{ServerArgs, connect, failed};
 use crate::error::CommandError;
 
-/// Passes the parts of an export to `each`, in order.
+/// Passes the size of an export and its parts to `each`, in order.
 pub(super) fn map(
     uri: &NbdUri,
     server: &ServerArgs,
-    each: impl FnMut(MapEntry) -> Result<(), CommandError>,
+    each: impl FnMut(u64, MapEntry) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
     runtime()?.block_on(walk(uri, server, each))
 }
@@ -23,14 +23,14 @@ pub(super) fn map(
 async fn walk(
     uri: &NbdUri,
     server: &ServerArgs,
-    mut each: impl FnMut(MapEntry) -> Result<(), CommandError>,
+    mut each: impl FnMut(u64, MapEntry) -> Result<(), CommandError>,
 ) -> Result<(), CommandError> {
     let contexts = [MetaContextName::base_allocation(), depth_context()];
     let client = connect(&server.connector(uri).meta_contexts(contexts), uri).await?;
     let size = client.info().size;
     if client.meta_contexts().is_empty() && size > 0 {
         // Without information from the server everything is data.
-        each(part(0, size, AllocationFlags::empty(), None))?;
+        each(size, part(0, size, AllocationFlags::empty(), None))?;
     } else {
         let mut position = 0;
         while position < size {
@@ -39,7 +39,7 @@ async fn walk(
                 .map_err(|error| failed(uri, "map", &error))?;
             while let Some((length, allocation, depth)) = answer.next() {
                 let length = length.min(size - position);
-                each(part(position, length, allocation, depth))?;
+                each(size, part(position, length, allocation, depth))?;
                 position += length;
             }
         }
