@@ -93,3 +93,49 @@ fn verification_finds_a_base_that_does_not_belong_to_the_bitmap() {
     crate::support::says(outcome, &["differs from the source", "--restart"]);
     assert!(!Path::new(&target).exists(), "what is wrong gets no name");
 }
+
+/// The last cluster is incomplete, and the last sector of the disk changes between the backups.
+#[test]
+fn a_disk_that_ends_within_a_cluster_is_backed_up_twice_and_restored_where_it_came_from() {
+    tools!(qemu_img = "qemu-img");
+    let directory = Disk::sparse();
+    for size in [512, 64 * 1024 - 512, 64 * 1024 + 512, 1_000_448] {
+        let name = |what: &str| directory.beside(&format!("{size}-{what}"));
+        let (disk, control) = (name("disk.qcow2"), name("control"));
+        let size_text = size.to_string();
+        nbd_cli(&["image", "create", "-f", "qcow2", &disk, &size_text]).success();
+        let server = Server::ours(&["--control", &control, &format!("vm={disk}")]);
+        let backup = |more: &[&str]| {
+            let arguments = ["backup", "--verify=all", "--control", &control, "--export", "vm"];
+            nbd_cli(&[&arguments[..], &["-B", "daily"], more].concat()).success();
+        };
+        let (first, last) = (name("first.img"), name("last.img"));
+        let mut content = vec![7; size];
+        std::fs::write(&first, &content).expect("room");
+        content[size - 1] = 8;
+        std::fs::write(&last, &content).expect("room");
+
+        let (full, second) = (name("full.qcow2"), name("second.qcow2"));
+        nbd_cli(&["copy", &first, server.uri()]).success();
+        backup(&[&full]);
+        nbd_cli(&["copy", &last, server.uri()]).success();
+        backup(&["--base", &full, &second]);
+
+        for (backup, expected) in [(&full, &first), (&second, &last)] {
+            is_clean(&qemu_img, backup);
+            let (restored, copied) = (name("restored.img"), name("copied.img"));
+            nbd_cli(&["restore", "--verify", backup, &restored]).success();
+            nbd_cli(&["restore", "--verify", backup, server.uri()]).success();
+            nbd_cli(&["copy", server.uri(), &copied]).success();
+            for file in [restored, copied] {
+                assert!(
+                    std::fs::read(&file).expect("it") == std::fs::read(expected).expect("it"),
+                    "{file} of {size} bytes"
+                );
+                std::fs::remove_file(file).expect("it is there");
+            }
+        }
+        server.end();
+        is_clean(&qemu_img, &disk);
+    }
+}
